@@ -1,0 +1,68 @@
+# Every verb makes what it needs in .venv first; a second call is quick. CI calls the same verbs.
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
+WORKERS ?= 2
+
+# Sets that come as files (mnist, heart): looked for beside the project where nothing else is said.
+ifneq ($(wildcard ../shared/data),)
+export ATOLL_DATA ?= $(abspath ../shared/data)
+endif
+
+.PHONY: help setup demo test test-all check docs bench
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make VERB, where VERB is one of"
+	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 12
+	@$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(NO_PYTHON)
+
+setup: .venv/.core ## make .venv and install atoll into it
+
+demo: .venv/.core ## train on the digits, 100 clients, beside pooled and local-only training
+	.venv/bin/atoll run --baselines --out runs
+
+test: .venv/.dev ## install what tests need, run the quick tests and the examples in docstrings
+	$(PYTEST) -n $(WORKERS) -m "not slow"
+	$(PYTEST) --doctest-modules src/atoll
+
+test-all: .venv/.dev ## the same with the slow tests
+	$(PYTEST) -n $(WORKERS)
+	$(PYTEST) --doctest-modules src/atoll
+
+check: .venv/.dev ## style, types, layers, house rules
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+	$(PYTEST) -q tests/surface/test_house_rules.py
+
+docs: .venv/.docs ## build the pages into docs/_build
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build
+
+bench: .venv/.dev ## run the programs in benchmarks/, one after the other
+	@set -e; for file in benchmarks/*.py; do [ -f "$$file" ] || continue; echo "== $$file"; $(PY) "$$file"; done
+
+# pip, not python, is the proof of a whole .venv: a Debian without python3-venv leaves one half made.
+.venv/bin/pip:
+	@$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { $(NO_PYTHON); exit 1; }
+	$(PYTHON) -m venv --clear .venv
+
+.venv/.core: pyproject.toml constraints.txt | .venv/bin/pip
+	$(PIP) -e .
+	@touch $@
+
+.venv/.dev: .venv/.core
+	$(PIP) -q -e '.[dev]'
+	@touch $@
+
+.venv/.docs: .venv/.core
+	$(PIP) -q -e '.[docs]'
+	@touch $@
+
+define NO_PYTHON
+{ echo; echo "$(PYTHON) is missing, older than 3.11, or cannot make a .venv."; \
+  echo "Write:  apt-get install python3 python3-venv     (as root; Debian 12 has Python 3.11)"; \
+  echo "   or:  make PYTHON=/path/to/python3.11"; } >&2
+endef

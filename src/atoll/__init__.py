@@ -1,0 +1,1 @@
+"""Gradient descent, distributed and federated learning as one formula, for PyTorch models."""

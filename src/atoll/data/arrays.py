@@ -1,0 +1,394 @@
+"""Sources out of what a program already has: arrays, a torch Dataset, or clients who each bring their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, TensorDataset
+
+from atoll.data.clients import Clients
+from atoll.data.partition import ByColumn
+from atoll.data.rows import (
+    Array,
+    ArrayRows,
+    ConcatRows,
+    DatasetRows,
+    Rows,
+    answers,
+    not_finite,
+    place,
+    spill,
+)
+from atoll.data.sources import Source, unseen
+from atoll.errors import UsageError, unknown_name
+
+TASKS = ("classification", "regression")
+Pair = tuple[Any, Any]
+
+
+class Targets(NamedTuple):
+    """y as rows hold it, the kind of task, the classes' names, and what was guessed."""
+
+    y: Tensor | Array
+    kind: str
+    classes: tuple[str, ...] | None
+    notes: tuple[str, ...]
+
+
+def _array(value: Any, what: str) -> Array:
+    """A numpy array of any type; memory is shared where it can be, and a memory map stays one."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        array: Array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        return array
+    try:
+        return np.asanyarray(value)
+    except ValueError as error:
+        raise UsageError(f"{what} is no array: {error}.", "rows of one shape.") from None
+
+
+def _numeric(value: Any, what: str) -> Array:
+    array = _array(value, what)
+    if array.dtype.kind not in "biuf" or array.ndim == 0:
+        raise UsageError(
+            f"{what} is an array of {array.dtype}, shape {array.shape}.",
+            "numbers, one entry a row.",
+            "models compute with numbers.",
+            "atoll.data.frame(df)",
+        )
+    return array
+
+
+def tensor_of(array: Array) -> Tensor:
+    """A tensor of the array, which shares its memory where torch can."""
+    native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    return torch.from_numpy(native if native.flags.writeable else native.copy())
+
+
+def _finite(tensor: Tensor, what: str) -> Tensor:
+    bad = not_finite(tensor)
+    if bad is not None:
+        raise UsageError(
+            f"{what} holds {tensor[bad].item()} at {place(bad[0], bad[1:])}.",
+            "finite numbers.",
+            "one NaN makes every number of the model NaN.",
+            "keep = [bool(np.isfinite(x[i]).all() and np.isfinite(y[i]).all()) for i in range(len(x))]; "
+            "x, y = x[keep], y[keep]",
+        )
+    return tensor
+
+
+def _features(x: Any, what: str) -> Tensor | Array:
+    """x as rows hold it: a tensor without NaN and infinity, or a memory map as it is."""
+    array = _numeric(x, what)
+    if array.ndim < 2 or len(array) == 0:
+        raise UsageError(
+            f"{what} has shape {array.shape}.",
+            "[rows, features...], at least one row.",
+            "a row is what a model takes.",
+            "x = x[:, None]" if array.ndim == 1 and len(array) else "",
+        )
+    return array if isinstance(array, np.memmap) else _finite(tensor_of(array), what)
+
+
+def _missing(values: Array) -> Array:
+    """Where an array of any type has no value: None, NaN, or infinity."""
+    if values.dtype.kind == "O":
+        return np.array([v is None or v != v for v in values.tolist()], dtype=bool)
+    return ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
+
+
+def name_of(value: Any) -> str:
+    """How a label or client is written: whole floats without their point.
+
+    Example:
+        >>> name_of(2.0), name_of(0.5), name_of("two")
+        ('2', '0.5', 'two')
+    """
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def distinct(values: Any, what: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Each row's place among the different values of a list `[rows]`, int64, and the names of those values.
+
+    Example:
+        >>> distinct(["b", "a", "b"], "by")
+        (tensor([1, 0, 1]), ('a', 'b'))
+    """
+    array = _array(values, what)
+    if array.ndim != 1:
+        raise UsageError(f"{what} has shape {array.shape}.", "one value a row.")
+    absent = _missing(array)
+    if absent.any():
+        raise UsageError(
+            f"{what} has no value at row {int(absent.argmax())}.",
+            "a value for every row.",
+            "it is the row's label or client, and cannot be guessed.",
+        )
+    found, codes = np.unique(array.astype(str) if array.dtype.kind == "O" else array, return_inverse=True)
+    return torch.from_numpy(codes.astype(np.int64)), tuple(map(name_of, found.tolist()))
+
+
+def _kind(task: str | None, real: bool, what: str) -> tuple[str, tuple[str, ...]]:
+    """The kind of task, and a note where it was guessed."""
+    if task is None:
+        kind = TASKS[real]
+        return kind, (f"Task guessed from {what}: {kind}.",)
+    if task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    return task, ()
+
+
+def encode(y: Any, task: str | None, what: str = "y") -> Targets:
+    """Targets as rows hold them.
+
+    Args:
+        y: labels of any type `[rows]`; numbers `[rows]` or `[rows, n]`; or classes 0, 1, …, `[rows, length]`.
+        task: "classification", "regression", or None: regression where y has floats.
+        what: name for errors.
+    Example:
+        >>> encode(["no", "yes", "no"], "classification").y
+        tensor([0, 1, 0])
+    """
+    array = _array(y, what)
+    kind, notes = _kind(task, array.dtype.kind == "f", f"{what} of {array.dtype}")
+    if kind == "classification" and (array.ndim == 1 or array.shape[1:] == (1,)):
+        codes, names = distinct(array.reshape(-1), what)
+        return Targets(codes, kind, names, notes)
+    array = _numeric(array, what)
+    if isinstance(array, np.memmap) and array.ndim > 1:
+        return Targets(array, kind, None, notes)
+    return Targets(_finite(answers(tensor_of(array), kind == "regression"), what), kind, None, notes)
+
+
+def _encode_like(y: Any, targets: Targets, what: str) -> Tensor | Array:
+    """The targets of test rows, by the classes of the train rows."""
+    if targets.classes is None:
+        return encode(y, targets.kind, what).y
+    codes, names = distinct(_array(y, what).reshape(-1), what)
+    known = {name: code for code, name in enumerate(targets.classes)}
+    for code, name in enumerate(names):
+        if name not in known:
+            raise unseen(name, int((codes == code).nonzero()[0]))
+    return torch.tensor([known[name] for name in names])[codes]
+
+
+def _same_length(a: Tensor | Array, b: Tensor | Array, one: str, other: str) -> None:
+    if len(a) != len(b):
+        raise UsageError(
+            f"{one} has {len(a)} rows, {other} has {len(b)}.",
+            "as many.",
+            "row i of one goes with row i of the other.",
+        )
+
+
+def _same_features(got: Tensor | Array, first: Tensor | Array, whose: str) -> None:
+    if got.shape[1:] != first.shape[1:]:
+        raise UsageError(
+            f"The rows of {whose} have shape {tuple(got.shape[1:])}.",
+            f"{tuple(first.shape[1:])}, as all others.",
+            "one model takes all rows.",
+        )
+
+
+def arrays(
+    x: Any,
+    y: Any,
+    *,
+    by: Any = None,
+    task: str | None = None,
+    scale: str = "none",
+    test: Pair | None = None,
+    name: str = "arrays",
+) -> Source:
+    """A source of two arrays: tensors, numpy arrays, `np.memmap`s, or nested lists.
+
+    Args:
+        x: `[rows, *features]`: floats; uint8, which are intensities, scaled to [0, 1]; or other integers, which
+            are token ids.
+        y: labels of any type `[rows]`; numbers `[rows]` or `[rows, n]`; or classes 0, 1, …, `[rows, length]`.
+        by: natural client of each row, `[rows]`, of any type.
+        task: "classification" or "regression"; None: regression where y has floats.
+        scale: "none", "standard", or "client"; see `Source`.
+        test: (x, y), the set's own test rows.
+        name: for reports.
+    Returns:
+        A source that shares memory with tensors and arrays, and reads an `np.memmap` batch by batch.
+    Raises:
+        UsageError: lengths or shapes differ, a number in memory is NaN or infinite (an `np.memmap` is checked
+            as it is read), or a test label is no train label.
+    Example:
+        >>> arrays(np.eye(4), ["cat", "dog", "cat", "dog"]).classes
+        ('cat', 'dog')
+    """
+    features, targets = _features(x, "x"), encode(y, task)
+    _same_length(features, targets.y, "x", "y")
+    own, real = None, targets.kind == "regression"
+    if test is not None:
+        own = ArrayRows(_features(test[0], "the test x"), _encode_like(test[1], targets, "the test y"), real)
+        _same_length(own.x, own.y, "the test x", "the test y")
+        _same_features(own.x, features, "the test x")
+    source = Source(
+        name=name,
+        rows=ArrayRows(features, targets.y, real),
+        kind=targets.kind,
+        classes=targets.classes,
+        features=tuple(features.shape[1:]),
+        test=own,
+        notes=targets.notes,
+    )
+    return replace(_with_clients(source, by), scale=scale)
+
+
+def _with_clients(source: Source, by: Any) -> Source:
+    """The source with its natural clients, where `by` names them."""
+    if by is None:
+        return source
+    codes, names = distinct(by, "by")
+    if len(codes) != len(source):
+        raise UsageError(f"by has {len(codes)} entries for {len(source)} rows.", "one client a row.")
+    return replace(source, by=codes, names=names)
+
+
+def _as_arrays(part: Any) -> Pair | None:
+    """(x, y) where the part is, or can be streamed into, two arrays; None for a Dataset to be read by row."""
+    if isinstance(part, IterableDataset):
+        return spill(part)
+    if isinstance(part, TensorDataset):
+        part = part.tensors
+    if isinstance(part, tuple) and len(part) == 2:
+        return part
+    if hasattr(part, "__getitem__") and hasattr(part, "__len__"):
+        return None
+    raise UsageError(
+        f"Data of type {type(part).__name__}.",
+        "a pair (x, y) or a torch Dataset.",
+        write="atoll.data.arrays(x, y)",
+    )
+
+
+def _rows(part: Any, known: Pair | None, task: str | None, whose: str) -> Rows:
+    """The rows of one part, where they are."""
+    real = task == "regression"
+    if known is None:
+        if not len(part):
+            raise UsageError(f"{whose} has no rows.", "at least one row (x, y).")
+        return DatasetRows(part, real)
+    x, y = _features(known[0], f"x of {whose}"), _numeric(known[1], f"y of {whose}")
+    _same_length(x, y, f"x of {whose}", "y")
+    return ArrayRows(x, y if isinstance(y, np.memmap) else _finite(tensor_of(y), f"y of {whose}"), real)
+
+
+def _in_place(rows: Rows, test: Rows | None, task: str | None, name: str) -> Source:
+    """A source of rows that stay where they are; labels are 0, 1, …, and are read once."""
+    first = torch.zeros(1, dtype=torch.int64)
+    x, y = rows.take(first)
+    kind, notes = _kind(task, y.is_floating_point(), f"targets of {y.dtype}")
+    if test is not None:
+        _same_features(test.take(first)[0], x, "the test set")
+    classes = None
+    if kind == "classification" and y.dim() == 1:
+        labels = rows.targets()
+        if labels.is_floating_point() or int(labels.min()) < 0:
+            raise UsageError(
+                f"The labels are {labels.dtype}, the least is {labels.min().item()}.",
+                "integers 0, 1, 2, ….",
+                "a label is the place of its class among the model's outputs.",
+                "task='regression'" if labels.is_floating_point() else "",
+            )
+        classes = tuple(map(str, range(int(labels.max()) + 1)))
+    return Source(name, rows, kind, classes, tuple(x.shape[1:]), test=test, notes=notes)
+
+
+def dataset(data: Any, *, by: Any = None, task: str | None = None, test: Any = None, name: str = "dataset") -> Source:
+    """A source of a torch Dataset of pairs (x, y).
+
+    A map-style Dataset is read by `__getitem__`, row by row, whenever a row is wanted; its labels are read
+    once, from `data.targets` where it has them. An iterable Dataset is streamed once to a temporary file.
+
+    Args:
+        data: the Dataset; one shape for all rows, labels 0, 1, … or numbers.
+        by: natural client of each row, `[rows]`, of any type.
+        task: "classification" or "regression"; None: regression where y is a float.
+        test: a Dataset, or (x, y): the set's own test rows.
+        name: for reports.
+    Raises:
+        UsageError: the Dataset is empty, or a row is no pair, or of another shape than row 0.
+    Example:
+        >>> dataset([(torch.zeros(3), 0), (torch.ones(3), 1)])
+        Source('dataset', classification, rows=2, features=(3,))
+    """
+    known, own = _as_arrays(data), None if test is None else _as_arrays(test)
+    if known is not None and (test is None or own is not None):
+        return arrays(*known, by=by, task=task, test=own, name=name)
+    rows = _rows(data, known, task, "the dataset")
+    test_rows = None if test is None else _rows(test, own, task, "the test set")
+    return _with_clients(_in_place(rows, test_rows, task, name), by)
+
+
+def federate(
+    parts: Mapping[str, Any] | Sequence[Any],
+    *,
+    held_out: Any = 0.2,
+    seed: int = 0,
+    min_rows: int = 1,
+    task: str | None = None,
+    name: str = "federation",
+) -> Clients:
+    """A federation of clients who each bring their own data.
+
+    Args:
+        parts: one (x, y) or torch Dataset a client: in a list, or in a dict by the clients' names.
+        held_out: part of each class to hold out, in [0, 1); or the held-out rows: (x, y) or a Dataset.
+        seed, min_rows: as in `Source.split`.
+        task: "classification" or "regression"; None: regression where y has floats.
+        name: for reports.
+    Returns:
+        One client a part, in order. Arrays in memory are copied once into one array, so that the rows of many
+        clients are read at once; all else stays where it is, and its labels must be 0, 1, ….
+    Raises:
+        UsageError: no part, or parts whose features differ in shape.
+    Example:
+        >>> north, south = (torch.zeros(4, 2), [0, 1, 0, 1]), (torch.ones(6, 2), [1, 0, 1, 0, 1, 0])
+        >>> federate({"north": north, "south": south}, held_out=0).sizes.tolist()
+        [4, 6]
+    """
+    names = tuple(map(str, parts if isinstance(parts, Mapping) else range(len(parts))))
+    whole = list(parts.values() if isinstance(parts, Mapping) else parts)
+    if not whole:
+        raise UsageError("A federation of no clients.", "at least one (x, y) or Dataset.")
+    known = list(map(_as_arrays, whole))
+    drawn = isinstance(held_out, (int, float))
+    own = None if drawn else _as_arrays(held_out)
+    pairs = [pair for pair in known if pair is not None and not isinstance(pair[0], np.memmap)]
+    if len(pairs) == len(names) and (drawn or own is not None):
+        source, sizes = _one_array(names, pairs, own, task, name)
+    else:
+        rows = [_rows(part, pair, task, f"client {who}") for who, part, pair in zip(names, whole, known, strict=True)]
+        _alike(names, [part.take(torch.zeros(1, dtype=torch.int64))[0] for part in rows])
+        test = None if drawn else _rows(held_out, own, task, "the test set")
+        source, sizes = _in_place(ConcatRows(tuple(rows)), test, task, name), list(map(len, rows))
+    source = replace(source, by=torch.arange(len(names)).repeat_interleave(torch.tensor(sizes)), names=names)
+    return source.split(by=ByColumn(), held_out=held_out if drawn else 0.2, seed=seed, min_rows=min_rows)
+
+
+def _alike(names: Sequence[str], xs: Sequence[Tensor | Array]) -> None:
+    for who, x in zip(names, xs, strict=True):
+        _same_features(x, xs[0], f"client {who}")
+
+
+def _one_array(
+    names: Sequence[str], pairs: Sequence[Pair], test: Pair | None, task: str | None, name: str
+) -> tuple[Source, list[int]]:
+    """A source of every client's rows in one array, and how many each has."""
+    xs = [torch.as_tensor(_features(x, f"x of client {who}")) for who, (x, _) in zip(names, pairs, strict=True)]
+    ys = [_array(y, f"y of client {who}") for who, (_, y) in zip(names, pairs, strict=True)]
+    _alike(names, xs)
+    for who, x, y in zip(names, xs, ys, strict=True):
+        _same_length(x, y, f"x of client {who}", "y")
+    return arrays(torch.cat(xs), np.concatenate(ys), task=task, test=test, name=name), list(map(len, xs))

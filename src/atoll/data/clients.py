@@ -1,0 +1,181 @@
+"""A federation: who holds which rows, in one list of row numbers and one of offsets, for 3 clients or 10⁶."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from atoll.data.measure import effective_clients, label_divergence, size_gini
+from atoll.data.rows import Rows, pieces
+from atoll.errors import UsageError
+from atoll.rng import Key
+
+
+def offsets_of(sizes: Tensor) -> Tensor:
+    """Where each client's rows begin, and where the last one's end: int64 `[clients + 1]`.
+
+    Example:
+        >>> offsets_of(torch.tensor([2, 0, 3])).tolist()
+        [0, 2, 2, 5]
+    """
+    return torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Clients:
+    """Clients and the rows they hold; client i holds rows order[offsets[i] : offsets[i + 1]].
+
+    Args:
+        name: of the data set.
+        rows: where the rows are; no client's data is copied out of it.
+        order: int64 `[N]`, row numbers, client after client, each at most once.
+        offsets: int64 `[clients + 1]`, from 0 to N, never falling.
+        held_out: rows that no client holds, for judging the model; or None.
+        kind: "classification" or "regression".
+        classes: names of the classes; None for regression, or where a row has several targets.
+        features: shape of one row's features.
+        columns: names of the features, where they have names and one axis.
+        names: of natural clients (hospitals, speakers); None for clients that were drawn.
+        notes: what was guessed, drawn or moved on the way here, one sentence each.
+    Example:
+        >>> from atoll.data import arrays, IID
+        >>> data = arrays(torch.arange(10.0)[:, None], torch.arange(10.0)).split(3, IID(), held_out=0)
+        >>> data
+        Clients('arrays', clients=3, rows=10, held_out=0)
+        >>> data.sizes.tolist()
+        [4, 3, 3]
+    """
+
+    name: str
+    rows: Rows
+    order: Tensor
+    offsets: Tensor
+    held_out: Rows | None
+    kind: str
+    classes: tuple[str, ...] | None
+    features: tuple[int, ...]
+    columns: tuple[str, ...] | None = None
+    names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        held = 0 if self.held_out is None else len(self.held_out)
+        return f"Clients({self.name!r}, clients={self.count}, rows={len(self.order)}, held_out={held})"
+
+    @property
+    def count(self) -> int:
+        """How many clients there are."""
+        return len(self.offsets) - 1
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Rows that each client holds, int64 `[clients]`."""
+        return self.offsets.diff()
+
+    def client_rows(self, client: int) -> Tensor:
+        """Row numbers of one client, int64 `[size]`."""
+        start, end = self.offsets[client : client + 2].tolist()
+        return self.order[start:end]
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and targets of rows, by number, as the clients that hold them see them.
+
+        Args:
+            rows: int64 `[...]`, row numbers out of `order`; for lanes `[clients, batch]`.
+        Returns:
+            x `[..., *features]` and y `[...]` or `[..., *target]`: float32 or float64 features, or int64
+            tokens; int64 classes, or float numbers to predict.
+        Raises:
+            RunError: a row that was never in memory holds NaN or infinity.
+        """
+        return self.rows.take(rows)
+
+    def pooled(self) -> Clients:
+        """One client that holds every train row, in the order of their numbers; the same held-out rows."""
+        return replace(self, order=self.order.sort().values, offsets=torch.tensor([0, len(self.order)]), names=None)
+
+    def held(self) -> Clients:
+        """One client that holds the held-out rows.
+
+        Raises:
+            UsageError: there are none.
+        """
+        if self.held_out is None:
+            raise UsageError(
+                f"{self.name} was split with held_out=0.",
+                "held-out rows.",
+                "a model is judged on rows that it was not trained on.",
+                "data.split(held_out=0.2)",
+            )
+        count = len(self.held_out)
+        return replace(
+            self,
+            rows=self.held_out,
+            order=torch.arange(count),
+            offsets=torch.tensor([0, count]),
+            held_out=None,
+            names=None,
+        )
+
+    def only(self, ids: Tensor) -> Clients:
+        """The clients with these ids, int64 `[k]`, in this order; they are numbered from 0 again."""
+        sizes = self.sizes[ids]
+        offsets = offsets_of(sizes)
+        shift = (self.offsets[ids] - offsets[:-1]).repeat_interleave(sizes)
+        names = None if self.names is None else tuple(self.names[i] for i in ids.tolist())
+        return replace(self, order=self.order[torch.arange(len(shift)) + shift], offsets=offsets, names=names)
+
+    def histogram(self) -> Tensor:
+        """How many rows of each class each client holds, int64 `[clients, classes]`.
+
+        Raises:
+            UsageError: the rows have no classes.
+        """
+        if self.classes is None:
+            raise UsageError(
+                f"{self.name} is a {self.kind} set without a list of classes.",
+                "one class a row.",
+                "rows are counted class by class.",
+                "data.sizes",
+            )
+        client = torch.arange(self.count).repeat_interleave(self.sizes)
+        cell = client * len(self.classes) + self.rows.targets()[self.order]
+        return cell.bincount(minlength=self.count * len(self.classes)).reshape(self.count, -1)
+
+    def imbalance(self) -> dict[str, float]:
+        """How uneven the federation is.
+
+        Returns:
+            `size_gini` in [0, 1), `effective_clients` = (Σ n)² / Σ n², and for classes `label_divergence`:
+            the mean Jensen–Shannon divergence, in bits, between a client's labels and everybody's.
+        Example:
+            >>> from atoll.data import load, Dirichlet
+            >>> load("digits").split(20, Dirichlet(0.1)).imbalance()["label_divergence"] > 0.3
+            True
+        """
+        sizes = {"size_gini": size_gini(self.sizes), "effective_clients": effective_clients(self.sizes)}
+        return sizes if self.classes is None else {"label_divergence": label_divergence(self.histogram()), **sizes}
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change when the data or the split does.
+
+        SHA-256 over the shape of the set, every client's row numbers, and the rows: all of a small set; of a
+        larger one those that a fixed key draws, train and held-out about 2²⁰ numbers and at least 64 rows each.
+        So it is cheap however large the set is, and blind to a change in rows that were not drawn.
+        """
+        held = 0 if self.held_out is None else len(self.held_out)
+        digest = hashlib.sha256(repr((self.kind, self.classes, self.features, held)).encode())
+        for part in (self.offsets, self.order):
+            digest.update(part.contiguous().numpy().data)
+        key, sample = Key(0).fold("fingerprint"), max(64, 2**20 // max(1, math.prod(self.features)))
+        for rows, numbers in ((self.rows, self.order), (self.held_out or self.rows, torch.arange(held))):
+            drawn = numbers[key.distinct(min(sample, len(numbers)), len(numbers))]
+            for piece in pieces(drawn, self.features) if len(drawn) else ():
+                for part in rows.take(piece):
+                    digest.update(part.contiguous().numpy().data)
+        return digest.hexdigest()[:16]

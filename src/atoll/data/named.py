@@ -1,0 +1,277 @@
+"""Data sets by name, from scikit-learn or from a folder. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atoll.data.arrays import arrays, tensor_of
+from atoll.data.rows import Array, ArrayRows
+from atoll.data.sources import Source
+from atoll.data.tabular import column, csv, table
+from atoll.errors import UsageError, unknown_name
+
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
+HEART_COLUMNS = ("age", "sex", "cp", "trestbps", "chol", "fbs", "restecg", "thalach", "exang", "oldpeak")
+FASHION = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
+
+def load(
+    name: str | Path,
+    *,
+    folder: str | Path | None = None,
+    target: str | None = None,
+    by: str | None = None,
+    task: str | None = None,
+    missing: str | None = None,
+    scale: str | None = None,
+) -> Source:
+    """A data set by its name, or by the path of a CSV file or of a folder with x.npy and y.npy.
+
+    Args:
+        name: diabetes, breast_cancer, wine, digits (with scikit-learn); fashion_mnist, mnist, heart (from a
+            folder); a CSV file; or a folder of x.npy and y.npy, and where there are any x_test.npy and
+            y_test.npy, which are read batch by batch and may be larger than memory.
+        folder: where a named set's files are; None: the environment variable ATOLL_DATA, and for
+            fashion_mnist then where Debian's package dataset-fashion-mnist puts them.
+        target, by, missing: of a CSV file, see `csv`; `missing` of heart too, where None is "drop".
+        task: of a CSV file or a folder of arrays.
+        scale: "standard", "client" or "none"; None: "standard" for tables, "none" for pictures and folders of arrays.
+    Raises:
+        UsageError: no such name, or a file that is missing or malformed.
+    Example:
+        >>> load("digits")
+        Source('digits', classification, rows=1797, features=(1, 8, 8))
+        >>> load("digit")
+        Traceback (most recent call last):
+        atoll.errors.UsageError: No data set is called 'digit'.
+        Required: one of breast_cancer, diabetes, digits, fashion_mnist, heart, mnist, wine, or the path of a
+            CSV file.
+        Write: digits
+    """
+    text, path = str(name), Path(name)
+    if text in NAMED:
+        given = {"target": target, "by": by, "task": task, "missing": missing}
+        for word, value in given.items():
+            if value is not None and not (text == "heart" and word == "missing"):
+                raise UsageError(
+                    f"{word}={value!r} for {text}.",
+                    "no such argument.",
+                    f"{text} has its own.",
+                    f"load({text!r})",
+                )
+        return NAMED[text](folder, missing, scale)
+    if path.is_dir():
+        if target or by or missing:
+            raise UsageError(f"target, by or missing for the folder {path}.", "a CSV file.", "arrays have no columns.")
+        return _npy(path, task, scale or "none")
+    if path.exists() or path.suffix in (".csv", ".tsv", ".gz", ".txt") or os.sep in text:
+        return csv(path, target=target, by=by, task=task, missing=missing, scale=scale)
+    error = unknown_name("data set", text, NAMED)
+    raise UsageError(error.given, f"{error.required[:-1]}, or the path of a CSV file.", write=error.write)
+
+
+def _sklearn(name: str, scale: str | None) -> Source:
+    """A table out of scikit-learn, in its own units until it is split."""
+    from sklearn import datasets
+
+    words = {"scaled": False} if name == "diabetes" else {}
+    bunch: Any = getattr(datasets, f"load_{name}")(**words)
+    columns = dict(zip(map(str, bunch.feature_names), bunch.data.T, strict=True))
+    if name == "diabetes":
+        return table(
+            name,
+            columns | {"progression": bunch.target},
+            target="progression",
+            task="regression",
+            scale=scale,
+        )
+    columns["class"] = bunch.target.astype(np.float64)
+    source = table(name, columns, target="class", task="classification", scale=scale)
+    return replace(source, classes=tuple(map(str, bunch.target_names)))
+
+
+def _digits(scale: str | None) -> Source:
+    from sklearn import datasets
+
+    bunch: Any = datasets.load_digits()
+    pictures = (bunch.images / 16).astype(np.float32)[:, None]
+    return arrays(pictures, bunch.target, task="classification", scale=scale or "none", name="digits")
+
+
+def _folder(folder: str | Path | None, name: str, files: str) -> Path:
+    """Where a set's files should be: the argument, else ATOLL_DATA."""
+    place = folder or os.environ.get("ATOLL_DATA")
+    if not place:
+        raise UsageError(
+            f"{name} needs {files}, and nothing says where.",
+            "a folder, by the argument or by the environment variable ATOLL_DATA.",
+            "nothing is downloaded.",
+            f"load({name!r}, folder='data')",
+        )
+    return Path(place)
+
+
+def _absent(name: str, path: Path, write: str = "") -> UsageError:
+    return UsageError(
+        f"{name} needs {path}, which is not there.",
+        "the file, in the folder that the argument or ATOLL_DATA names.",
+        "nothing is downloaded.",
+        write or f"ls {path.parent}",
+    )
+
+
+def _malformed(path: Path, cause: object) -> UsageError:
+    return UsageError(f"{path} is malformed: {cause}.", "the file as it was published.", write=f"ls -l {path}")
+
+
+def _mnist(folder: str | Path | None, scale: str | None) -> Source:
+    path = _folder(folder, "mnist", "mnist.npz") / "mnist.npz"
+    if not path.is_file():
+        raise _absent("mnist", path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            parts = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _malformed(path, error) from error
+    return _pictures("mnist", parts, tuple("0123456789"), scale, path)
+
+
+def _fashion_mnist(folder: str | Path | None, scale: str | None) -> Source:
+    first = "train-images-idx3-ubyte"
+    asked = folder or os.environ.get("ATOLL_DATA")
+    here = Path(asked) if asked else DEBIAN_FASHION
+    if not folder and not _idx_path(here, first).is_file():
+        here = DEBIAN_FASHION
+    parts = []
+    for stem in (first, "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        path = _idx_path(here, stem)
+        if not path.is_file():
+            raise _absent("fashion_mnist", path, "apt-get install dataset-fashion-mnist")
+        parts.append(read_idx(path))
+    return _pictures("fashion_mnist", parts, FASHION, scale, here)
+
+
+def _idx_path(folder: Path, stem: str) -> Path:
+    """The plain file where there is one, else the gzipped one."""
+    plain = folder / stem
+    return plain if plain.is_file() else folder / f"{stem}.gz"
+
+
+def read_idx(path: Path) -> Array:
+    """One array of an IDX file of bytes, gzipped or not: uint8, in the shape that the header gives.
+
+    The header is big-endian: two zero bytes, the type (8: unsigned bytes), the number of axes, and each axis'
+    length.
+
+    Raises:
+        UsageError: the header is no such header, or more or fewer bytes follow than it announces.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            zero, kind, axes = struct.unpack(">HBB", file.read(4))
+            if zero != 0 or kind != 8:
+                raise _malformed(path, f"its first bytes are {zero:#06x}, {kind:#04x} where 0x0000, 0x08 should be")
+            shape = struct.unpack(f">{axes}I", file.read(4 * axes))
+            data = np.frombuffer(file.read(), dtype=np.uint8)
+    except (OSError, EOFError, struct.error, zlib.error) as error:
+        raise _malformed(path, error) from error
+    if data.size != math.prod(shape):
+        raise _malformed(path, f"{data.size} bytes follow a header that announces shape {shape}")
+    return data.reshape(shape)
+
+
+def _pictures(name: str, parts: list[Array], classes: tuple[str, ...], scale: str | None, path: Path) -> Source:
+    """A source of uint8 pictures and their labels, first of the train rows, then of the test rows."""
+    both = []
+    for x, y in (parts[:2], parts[2:]):
+        if x.dtype != np.uint8 or x.ndim != 3 or not len(x) or y.shape != (len(x),) or y.dtype != np.uint8:
+            raise _malformed(path, f"pictures {x.dtype} {x.shape} with labels {y.dtype} {y.shape}")
+        if y.max() >= len(classes):
+            raise _malformed(path, f"label {y.max()} where 0 to {len(classes) - 1} should be")
+        both.append(ArrayRows(tensor_of(x[:, None]), tensor_of(y.astype(np.int64))))
+    train, test = both
+    shape = tuple(train.x.shape[1:])
+    return Source(name, train, "classification", classes, shape, test=test, scale=scale or "none")
+
+
+def _heart(folder: str | Path | None, missing: str | None, scale: str | None) -> Source:
+    """UCI heart disease at four hospitals.
+
+    Ten columns; chest pain (cp) and resting ECG (restecg) are levels, one column each but for the first.
+
+    Reference: Ogier du Terrail et al., FLamby, 2022, Fed-Heart-Disease; its columns and rows.
+    """
+    parts: list[Array] = []
+    who: list[str] = []
+    for hospital in HOSPITALS:
+        path = _folder(folder, "heart", "heart.processed.*.data") / f"heart.processed.{hospital}.data"
+        if not path.is_file():
+            raise _absent("heart", path)
+        rows = [line.split(",") for line in path.read_text(errors="replace").splitlines() if line]
+        if not rows or any(len(row) != 14 for row in rows):
+            raise _malformed(path, "a line of other than 14 cells, or none")
+        cells = [column(texts) for texts in zip(*rows, strict=True)]
+        if any(values.dtype.kind != "f" for values in cells):
+            raise _malformed(path, "a cell that is no number")
+        parts.append(np.stack(cells, axis=1))
+        who += [hospital] * len(rows)
+    raw = np.concatenate(parts)
+    columns = {name: raw[:, i] for i, name in enumerate(HEART_COLUMNS) if name not in ("cp", "restecg")}
+    for name, levels in (("cp", (2, 3, 4)), ("restecg", (1, 2))):
+        values = raw[:, HEART_COLUMNS.index(name)]
+        for level in levels:
+            columns[f"{name}={level}"] = np.where(np.isnan(values), np.nan, values == level)
+    columns["diagnosis"] = (raw[:, 13] > 0).astype(np.float64)
+    source = table(
+        "heart",
+        columns | {"hospital": np.array(who, dtype=object)},
+        target="diagnosis",
+        by="hospital",
+        task="classification",
+        missing=missing or "drop",
+        scale=scale,
+    )
+    return replace(source, classes=("healthy", "disease"))
+
+
+def _npy(folder: Path, task: str | None, scale: str) -> Source:
+    """A folder of x.npy and y.npy, mapped into memory and read as rows are wanted."""
+    parts = []
+    for name in ("x", "y", "x_test", "y_test"):
+        path = folder / f"{name}.npy"
+        if not path.is_file():
+            if name.endswith("test"):
+                break
+            raise UsageError(f"The folder {folder} has no {name}.npy.", "x.npy and y.npy.", write=f"ls {folder}")
+        try:
+            parts.append(np.load(path, mmap_mode="r", allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise _malformed(path, error) from error
+    test = (parts[2], parts[3]) if len(parts) == 4 else None
+    return arrays(parts[0], parts[1], task=task, scale=scale, test=test, name=folder.name)
+
+
+NAMED: dict[str, Callable[[str | Path | None, str | None, str | None], Source]] = {
+    "diabetes": lambda folder, missing, scale: _sklearn("diabetes", scale),
+    "breast_cancer": lambda folder, missing, scale: _sklearn("breast_cancer", scale),
+    "wine": lambda folder, missing, scale: _sklearn("wine", scale),
+    "digits": lambda folder, missing, scale: _digits(scale),
+    "fashion_mnist": lambda folder, missing, scale: _fashion_mnist(folder, scale),
+    "mnist": lambda folder, missing, scale: _mnist(folder, scale),
+    "heart": _heart,
+}

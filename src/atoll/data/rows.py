@@ -1,0 +1,325 @@
+"""Where rows live: in memory, in a memory-mapped file, behind a Dataset's `__getitem__`, or in several such
+places.
+
+Features arrive as a model takes them: uint8 is an intensity and becomes float32 in [0, 1]; float32 and
+float64 stay; other integers are token ids and become int64. What lies in memory is checked for NaN and
+infinity once, when a source is made; what does not is checked batch by batch, as it is read.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from atoll.errors import RunError, UsageError
+
+Array = npt.NDArray[Any]
+
+
+class Rows(Protocol):
+    """Rows (x, y), numbered from 0, read by number and never collected.
+
+    take: int64 row numbers `[...]` → x `[..., *features]`, y `[...]`, or `[..., *target]` where a row has several.
+    targets: every y, in row order, without reading x where that is possible.
+    """
+
+    def __len__(self) -> int: ...
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]: ...
+    def targets(self) -> Tensor: ...
+
+
+def numbers(x: Tensor) -> Tensor:
+    """Stored values as a model takes them: intensities in [0, 1], floats, or int64 token ids.
+
+    Example:
+        >>> numbers(torch.tensor([0, 51, 255], dtype=torch.uint8))
+        tensor([0.0000, 0.2000, 1.0000])
+    """
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    if x.dtype in (torch.float32, torch.float64):
+        return x
+    return x.float() if x.is_floating_point() or x.dtype == torch.bool else x.long()
+
+
+def answers(y: Tensor, real: bool) -> Tensor:
+    """Stored targets as a task takes them: float numbers to predict, or int64 classes.
+
+    Example:
+        >>> answers(torch.tensor([2, 1], dtype=torch.uint8), real=False)
+        tensor([2, 1])
+    """
+    if y.is_floating_point():
+        return numbers(y)
+    return y.double() if real else y.long()
+
+
+def pieces(rows: Tensor, features: Sequence[int]) -> tuple[Tensor, ...]:
+    """Rows, or row numbers, in pieces of about 2¹⁸ numbers: what may be in memory however large the set is.
+
+    Example:
+        >>> [len(piece) for piece in pieces(torch.arange(10_000), (8, 8))]
+        [4096, 4096, 1808]
+    """
+    split: tuple[Tensor, ...] = rows.split(max(1, 2**18 // max(1, math.prod(features))))
+    return split
+
+
+def not_finite(x: Tensor) -> tuple[int, ...] | None:
+    """The place of the first NaN or infinity in `x`, or None; looked for piece by piece.
+
+    Example:
+        >>> not_finite(torch.tensor([[0.0, 1.0], [2.0, float("nan")]]))
+        (1, 1)
+    """
+    if not x.is_floating_point():
+        return None
+    start = 0
+    for piece in pieces(x, x.shape[1:]):
+        bad = ~torch.isfinite(piece)
+        if bad.any():
+            first, *place = bad.nonzero()[0].tolist()
+            return (start + first, *place)
+        start += len(piece)
+    return None
+
+
+def place(row: int, within: tuple[int, ...]) -> str:
+    """`row 3`, `row 3, column 1`, or `row 3, position (0, 4, 2)`.
+
+    Example:
+        >>> place(3, (1,))
+        'row 3, column 1'
+    """
+    if not within:
+        return f"row {row}"
+    return f"row {row}, column {within[0]}" if len(within) == 1 else f"row {row}, position {within}"
+
+
+def _checked(values: Tensor, index: Tensor, what: str) -> Tensor:
+    """Values `[n, ...]`, just read from outside memory, or an error that names the row and the column."""
+    bad = not_finite(values)
+    if bad is not None:
+        raise RunError(
+            f"The {what} hold {values[bad].item()} at {place(int(index[bad[0]]), bad[1:])}.",
+            "finite numbers.",
+            "one NaN makes every number of the model NaN.",
+        )
+    return values
+
+
+def _pick(array: Tensor | Array, index: Tensor) -> Tensor:
+    """Rows `index [n]` of a tensor, or of a mapped file, of which only those rows are read."""
+    if isinstance(array, Tensor):
+        return array.index_select(0, index)
+    picked = np.asarray(array[index.numpy()])
+    return torch.from_numpy(picked.astype(picked.dtype.newbyteorder("="), copy=False))
+
+
+def _shaped(rows: Tensor, index: Tensor) -> Tensor:
+    """What was taken for the flat index, in the index' shape."""
+    return rows.reshape(index.shape + rows.shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayRows:
+    """Rows of two arrays of equal length.
+
+    Args:
+        x: a tensor or an `np.memmap`, `[rows, *features]`.
+        y: a tensor or an `np.memmap`, `[rows]` or `[rows, *target]`.
+        real: y is a number to predict, not a class.
+    Example:
+        >>> rows = ArrayRows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0]))
+        >>> rows.take(torch.tensor([2, 1]))
+        (tensor([[3.],
+                [2.]]), tensor([0, 1]))
+    """
+
+    x: Tensor | Array
+    y: Tensor | Array
+    real: bool = False
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        flat = index.reshape(-1)
+        x, y = numbers(_pick(self.x, flat)), answers(_pick(self.y, flat), self.real)
+        if not isinstance(self.x, Tensor):
+            x = _checked(x, flat, "features")
+        if not isinstance(self.y, Tensor):
+            y = _checked(y, flat, "targets")
+        return _shaped(x, index), _shaped(y, index)
+
+    def targets(self) -> Tensor:
+        y = self.y if isinstance(self.y, Tensor) else _pick(self.y, torch.arange(len(self)))
+        return answers(y, self.real)
+
+
+def pair(item: Any, row: int) -> tuple[Tensor, Tensor]:
+    """One item of a Dataset as (x, y), or an error that names its row."""
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise UsageError(
+            f"Row {row} of the dataset is a {type(item).__name__}.",
+            "a pair (x, y).",
+            "training compares the model's answer to x with y.",
+        )
+    try:
+        x, y = (part if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part)) for part in item)
+    except (TypeError, ValueError) as error:
+        kinds = ", ".join(type(part).__name__ for part in item)
+        raise UsageError(
+            f"Row {row} of the dataset is ({kinds}).", "tensors, arrays or numbers.", str(error)
+        ) from error
+    return x.detach(), y.detach()
+
+
+def _alike(got: Tensor, first: Tensor, row: int) -> None:
+    if (got.shape, got.dtype) != (first.shape, first.dtype):
+        raise UsageError(
+            f"Row {row} of the dataset holds {got.dtype} {tuple(got.shape)}, "
+            f"row 0 holds {first.dtype} {tuple(first.shape)}.",
+            "one shape and dtype for all rows.",
+            "rows are stacked into batches.",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetRows:
+    """Rows of a map-style torch Dataset: `__getitem__` is called for each row when it is wanted, never before.
+
+    Args:
+        dataset: has `__len__`, and `__getitem__` that gives (x, y) with one shape for all rows.
+        real: y is a number to predict, not a class.
+    """
+
+    dataset: Dataset[Any]
+    real: bool = False
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    @cached_property
+    def first(self) -> tuple[Tensor, Tensor]:
+        """Row 0: its shapes and dtypes are everybody's."""
+        return pair(self.dataset[0], 0)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        flat = index.reshape(-1)
+        xs: list[Tensor] = []
+        ys: list[Tensor] = []
+        for row in flat.tolist():
+            for part, first, parts in zip(pair(self.dataset[row], row), self.first, (xs, ys), strict=True):
+                _alike(part, first, row)
+                parts.append(part)
+        x, y = (
+            torch.stack(parts) if parts else first[None][:0] for parts, first in zip((xs, ys), self.first, strict=True)
+        )
+        x, y = _checked(numbers(x), flat, "features"), _checked(answers(y, self.real), flat, "targets")
+        return _shaped(x, index), _shaped(y, index)
+
+    def targets(self) -> Tensor:
+        return self._targets
+
+    @cached_property
+    def _targets(self) -> Tensor:
+        known = getattr(self.dataset, "targets", None)
+        # torchvision's sets list their labels; a target_transform would change them.
+        if known is None or len(known) != len(self) or getattr(self.dataset, "target_transform", None):
+            known = torch.stack([pair(self.dataset[row], row)[1] for row in range(len(self))])
+        return answers(torch.as_tensor(known), self.real)
+
+
+@dataclass(frozen=True, eq=False)
+class ConcatRows:
+    """Several rows objects as one: the second's row 0 follows the first's last row.
+
+    Example:
+        >>> one = ArrayRows(torch.zeros(2, 1), torch.zeros(2))
+        >>> two = ArrayRows(torch.ones(2, 1), torch.ones(2))
+        >>> ConcatRows((one, two)).take(torch.tensor([3, 0]))[1]
+        tensor([1., 0.])
+    """
+
+    parts: tuple[Rows, ...]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        return torch.tensor([0, *map(len, self.parts)]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        flat = index.reshape(-1)
+        part = torch.searchsorted(self.starts, flat, right=True) - 1
+        order = part.argsort(stable=True)
+        asked, counts = part[order].unique_consecutive(return_counts=True)
+        taken = [
+            self.parts[p].take(flat[where] - self.starts[p])
+            for p, where in zip(asked.tolist(), order.split(counts.tolist()), strict=True)
+        ] or [self.parts[0].take(flat)]
+        back = order.argsort()
+        x, y = (torch.cat(pieces)[back] for pieces in zip(*taken, strict=True))
+        return _shaped(x, index), _shaped(y, index)
+
+    def targets(self) -> Tensor:
+        return torch.cat([part.targets() for part in self.parts])
+
+
+@dataclass(frozen=True, eq=False)
+class PickedRows:
+    """Some rows of another rows object, renumbered from 0: row i is `rows`' row `index[i]`."""
+
+    rows: Rows
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rows.take(self.index[index])
+
+    def targets(self) -> Tensor:
+        return self.rows.targets()[self.index]
+
+
+def spill(stream: Iterable[Any]) -> tuple[Array, Array]:
+    """Write a stream of (x, y) once to two temporary files and map them; the files vanish with the arrays.
+
+    Args:
+        stream: an iterable dataset, finite, one shape for all rows; memory for one row is enough.
+    Returns:
+        x and y as read-only `np.memmap`s, `[rows, ...]`, in the temporary folder that TMPDIR names.
+    Example:
+        >>> x, y = spill((np.full(2, i), i % 2) for i in range(3))
+        >>> x.tolist(), y.tolist()
+        ([[0, 0], [1, 1], [2, 2]], [0, 1, 0])
+    """
+    with tempfile.TemporaryFile() as xs, tempfile.TemporaryFile() as ys:
+        first: tuple[Tensor, ...] = ()
+        count = 0
+        for count, item in enumerate(stream, 1):
+            row = [part if part.dtype == torch.uint8 else numbers(part) for part in pair(item, count - 1)]
+            first = first or tuple(row)
+            for part, like, file in zip(row, first, (xs, ys), strict=True):
+                _alike(part, like, count - 1)
+                file.write(part.contiguous().numpy().tobytes())
+        if not count:
+            raise UsageError("The iterable dataset gave no row.", "at least one row (x, y).")
+        mapped: list[Array] = []
+        for like, file in zip(first, (xs, ys), strict=True):
+            file.flush()
+            mapped.append(np.memmap(file, like.numpy().dtype, "r", shape=(count, *like.shape)))
+    return mapped[0], mapped[1]

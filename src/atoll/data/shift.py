@@ -1,0 +1,90 @@
+"""Clients whose features differ: the same picture turned, or seen through more noise, client by client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atoll.data.rows import Rows
+from atoll.rng import Key
+
+
+def rotate(x: Tensor, degrees: Tensor) -> Tensor:
+    """Turn pictures counter-clockwise about their centre; what comes from outside the frame is 0.
+
+    Bilinear between the four pixels around each source point; a quarter turn of a square picture moves pixels exactly.
+
+    Args:
+        x: float `[n, *channels, height, width]`.
+        degrees: float64 `[n]`.
+    Returns:
+        A new tensor of the shape and dtype of `x`.
+    Example:
+        >>> rotate(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([90.0]))
+        tensor([[[2., 4.],
+                 [1., 3.]]])
+    """
+    n, height, width = len(x), x.shape[-2], x.shape[-1]
+    angle = torch.deg2rad(degrees.double())[:, None, None]
+    cos, sin = angle.cos(), angle.sin()
+    row = torch.arange(height, dtype=torch.float64)[:, None] - (height - 1) / 2
+    column = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
+    # Rounding to 2⁻²⁰ pixel takes off what cos 90° ≠ 0 leaves, so that whole pixels stay whole.
+    source_row, source_column = (
+        torch.round(point * 2**20) / 2**20
+        for point in (cos * row + sin * column + (height - 1) / 2, cos * column - sin * row + (width - 1) / 2)
+    )
+    flat = x.reshape(n, -1, height * width)
+    out = torch.zeros_like(flat)
+    for down in (0, 1):
+        for right in (0, 1):
+            r, c = source_row.floor() + down, source_column.floor() + right
+            share = (1 - (source_row - r).abs()) * (1 - (source_column - c).abs())
+            share = share * ((r >= 0) & (r < height) & (c >= 0) & (c < width))
+            pixel = (r.clamp(0, height - 1) * width + c.clamp(0, width - 1)).long().reshape(n, 1, -1)
+            out += flat.gather(2, pixel.expand_as(flat)) * share.reshape(n, 1, -1).to(x.dtype)
+    return out.reshape(x.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class ShiftedRows:
+    """Rows as their clients see them.
+
+    Client i of C turns a picture by i · rotation degrees, then adds noise of sd noise · (i + 1) / C. A taken
+    row is a function of (key, its client, its number) alone: the same in any batch, beside any neighbours.
+
+    Args:
+        rows: float features; for a rotation, pictures `[..., height, width]`.
+        owner: int64 `[rows]`, the client that holds a row; −1 for nobody, who sees it as it is.
+        clients: C.
+        noise: standard deviation at the last client, in units of the features; ≥ 0.
+        rotation: degrees from one client to the next, counter-clockwise.
+        key: of the noise.
+    """
+
+    rows: Rows
+    owner: Tensor
+    clients: int
+    noise: float
+    rotation: float
+    key: Key
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = self.rows.take(index)
+        flat = index.reshape(-1)
+        z, who = x.reshape(len(flat), *x.shape[index.dim() :]), self.owner[flat]
+        if self.rotation:
+            z = rotate(z, who.clamp(min=0) * self.rotation % 360)
+        if self.noise:
+            sd = self.noise * (who + 1).to(x.dtype) / self.clients
+            draw = self.key.of(flat).normal(z[:1].numel(), x.dtype) if len(flat) else z.flatten(1)
+            z = z + (draw * sd[:, None]).reshape(z.shape)
+        return z.reshape(x.shape), y
+
+    def targets(self) -> Tensor:
+        return self.rows.targets()

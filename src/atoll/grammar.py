@@ -1,0 +1,215 @@
+"""One grammar for a value as Python, as a flag, in a TOML file and on the wire.
+
+    value  =  number | text | True | False | None | (value, …) | [value, …] | name(value, …, word=value, …) | value
+    >> value
+
+A text is read by `ast` and walked node by node: nothing in it is run but constructors out of a table. A name
+outside the
+table, `module:name(…)`, is honoured only where the caller says that a person at this machine typed the text.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import operator
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from atoll.errors import AtollError, UsageError, unknown_name
+
+LONGEST = 4096
+DEEPEST = 16
+_EXTERNAL = re.compile(r"(?<![\w.])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
+
+
+def constructor(value: Any) -> str:
+    """The constructor call that builds a frozen dataclass again: defaults left out, the first field without its name.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Shrink:
+        ...     by: float
+        ...     times: int = 1
+        >>> constructor(Shrink(0.5, times=2))
+        'Shrink(0.5, times=2)'
+    """
+    words = []
+    for at, f in enumerate(f for f in dataclasses.fields(value) if f.init):
+        given = getattr(value, f.name)
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if not required:
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            if type(given) is type(default) and given == default:
+                continue
+        bare = at == 0 and not f.kw_only
+        words.append(_text(given) if bare else f"{f.name}={_text(given)}")
+    return f"{type(value).__name__}({', '.join(words)})"
+
+
+def _text(value: Any) -> str:
+    """The text of a value; a function or class goes by `module:name`."""
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
+    return repr(value)
+
+
+class Value:
+    """Gives a frozen dataclass its constructor as `repr`: what is printed can be read back."""
+
+    def __repr__(self) -> str:
+        return constructor(self)
+
+
+def parse(
+    text: str,
+    names: Mapping[str, Callable[..., Any]],
+    *,
+    inner: Mapping[str, Callable[..., Any]] | None = None,
+    trust: bool = False,
+) -> Any:
+    """The value that a text of the grammar stands for.
+
+    Args:
+        text: at most 4096 characters, at most 16 calls deep.
+        names: the constructors that the text may call.
+        inner: those that it may call as arguments, where these are others.
+        trust: whether `module:name` may import; true only for what a person at this machine typed or a file they named.
+    Raises:
+        UsageError: the text is no value of the grammar, names something unknown, or a constructor refused.
+            Nothing outside the table was run.
+    Example:
+        >>> parse("dict(rate=0.5, sizes=(1, 2))", {"dict": dict})
+        {'rate': 0.5, 'sizes': (1, 2)}
+    """
+    if len(text) > LONGEST:
+        raise UsageError(f"A value of {len(text)} characters.", f"at most {LONGEST}.")
+    external: dict[str, tuple[str, str]] = {}
+
+    def stand_in(match: re.Match[str]) -> str:
+        name = f"_external_{len(external)}"
+        external[name] = (match[1], match[2])
+        return name
+
+    try:
+        tree = ast.parse(_EXTERNAL.sub(stand_in, text.strip()), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UsageError(
+            f"{text!r} cannot be read: {error}.",
+            "one value: a number, a text, or name(argument, word=argument).",
+            write=next(iter(names), "") and f"{next(iter(names))}()",
+        ) from None
+    return _Reader(text, names, names if inner is None else inner, external, trust).read(tree, 0)
+
+
+@dataclasses.dataclass
+class _Reader:
+    text: str
+    names: Mapping[str, Callable[..., Any]]
+    inner: Mapping[str, Callable[..., Any]]
+    external: Mapping[str, tuple[str, str]]
+    trust: bool
+
+    def read(self, node: ast.expr, depth: int) -> Any:
+        if depth > DEEPEST:
+            raise UsageError(f"{self.text!r} is nested deeper than {DEEPEST}.", f"at most {DEEPEST} levels.")
+        match node:
+            case ast.Constant(value=str() as text):
+                return self._restored(text)
+            case ast.Constant(value=bool() | int() | float() | None as value):
+                return value
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=ast.Constant(value=int() | float() as number)):
+                return -number if isinstance(op, ast.USub) else number
+            case ast.Tuple(elts=items):
+                return tuple(self.read(item, depth + 1) for item in items)
+            case ast.List(elts=items):
+                return [self.read(item, depth + 1) for item in items]
+            case ast.BinOp(left=left, op=ast.RShift(), right=right):
+                return self._call(operator.rshift, [self.read(left, depth + 1), self.read(right, depth + 1)], {})
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=words):
+                make = self._find(name, depth)
+                if any(isinstance(a, ast.Starred) for a in args) or any(w.arg is None for w in words):
+                    raise self._refusal("a starred argument")
+                return self._call(
+                    make,
+                    [self.read(a, depth + 1) for a in args],
+                    {w.arg: self.read(w.value, depth + 1) for w in words if w.arg},
+                )
+            case ast.Name(id=name) if name in self.external:
+                return self._import(name)
+            case ast.Name(id=name):
+                self._find(name, depth)
+                raise UsageError(
+                    f"{name} is the name of a constructor, in {self.text!r}.",
+                    "a call.",
+                    "a value is written as its constructor.",
+                    f"{name}()",
+                )
+            case _:
+                raise self._refusal(f"a {type(node).__name__.lower()}")
+
+    def _find(self, name: str, depth: int) -> Callable[..., Any]:
+        if name in self.external:
+            found = self._import(name)
+            if not callable(found):
+                raise UsageError(f"{':'.join(self.external[name])} is not callable.", "a class or a function.")
+            return found  # type: ignore[no-any-return]
+        names = self.inner if depth else self.names
+        if name not in names:
+            raise unknown_name("part", name, names)
+        return names[name]
+
+    def _restored(self, text: str) -> str:
+        """A quoted text as it was written: a colon in it names no code."""
+        return re.sub(r"_external_\d+", lambda found: ":".join(self.external.get(found[0], (found[0],))), text)
+
+    def _call(self, make: Callable[..., Any], args: list[Any], words: dict[str, Any]) -> Any:
+        try:
+            return make(*args, **words)
+        except AtollError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:
+            name = ">>" if make is operator.rshift else getattr(make, "__name__", "?")
+            raise UsageError(f"{self.text!r}: {error}.", f"the arguments of {name}.") from None
+
+    def _import(self, name: str) -> Any:
+        module, attribute = self.external[name]
+        if not self.trust:
+            raise UsageError(
+                f"{module}:{attribute} names code outside atoll.",
+                "a name of atoll's own table.",
+                "this text did not come from the person at this machine, so it may not import.",
+                "--trust",
+            )
+        return import_name(module, attribute)
+
+    def _refusal(self, what: str) -> UsageError:
+        return UsageError(
+            f"{self.text!r} holds {what}.",
+            "constants, tuples, lists, calls of known names, and >>.",
+            "a plan is a value: reading it must not run anything else.",
+        )
+
+
+def import_name(module: str, attribute: str) -> Any:
+    """What `module:attribute` names, imported; the working folder is searched last.
+
+    Raises:
+        UsageError: the module or the attribute is not there.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{module}:{attribute} cannot be imported: {error}.",
+            "a module in the working folder or installed, and a name in it.",
+            write=f'python -c "from {module} import {attribute}"',
+        ) from None

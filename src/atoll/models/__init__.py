@@ -1,0 +1,178 @@
+"""Models: by name and sized from the data, or a module of the user's own.
+
+    linear         one layer, from zero: regression        mlp          d-200-outputs
+    logistic       the same, one logit: two classes        2nn          d-200-200-outputs, of the FedAvg paper
+    softmax        the same, a logit for each class        lstm         the last place of an LSTM
+    cnn            two convolutions, 16 and 32 channels    transformer  pre-norm, learned positions
+    mcmahan-cnn    conv 32-64, fc 512, same padding: the FedAvg paper's; 1,663,370 parameters on MNIST
+    niid-cnn       conv 6-16, fc 120-84: Flower's niid_bench; 44,426 on MNIST
+    pfl-cnn        conv 3 × 3 32-64, fc 128, dropout, Glorot weights: pfl-research's; 1,626,442 on CIFAR-10
+
+The convex ones (linear, logistic, softmax) start from zero, as their theory does; the others from torch's own
+initial weights where nothing else is said, drawn under a key. A model returns logits, never probabilities, on
+a last axis that is there even for one output.
+
+References: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017;
+Li et al., Federated Learning on Non-IID Data Silos, 2022; Granqvist et al., pfl-research, 2024.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from atoll.errors import UsageError, did_you_mean
+from atoll.models.named import KINDS, build, names
+from atoll.rng import Key, global_scope
+
+__all__ = ["KINDS", "Sized", "build", "factory", "names", "resolve"]
+
+
+class Sized(Protocol):
+    """What a model is sized from: data, in memory or not."""
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The shape of one row."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes; None where the target is a number."""
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+
+
+def factory(text: str) -> Callable[..., Any]:
+    """The class or function behind `module:name`, imported: only for a text that somebody here typed.
+
+    The working folder is searched last, so that nothing in it can pose as an installed package.
+
+    Raises:
+        UsageError: no such module, or no such name in it. What the module does on import has happened.
+    Example:
+        >>> factory("torch.nn:Bilinear").__name__
+        'Bilinear'
+    """
+    where, _, name = text.partition(":")
+    module = _imported(where, name)
+    found = getattr(module, name, None)
+    if callable(found):
+        return found  # type: ignore[no-any-return]
+    known = [each for each, value in vars(module).items() if callable(value) and each[0] != "_"]
+    raise UsageError(
+        f"The module {where} has no class or function {name!r}.",
+        "module:name.",
+        write=f"{where}:{did_you_mean(name, known)}" if known else "",
+    )
+
+
+def _imported(where: str, name: str) -> ModuleType:
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    cause = None
+    if all(part.isidentifier() for part in where.split(".")):
+        try:
+            return importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            # A package that the module itself wants and does not find is another fault, and says so itself.
+            if error.name is None or not f"{where}.".startswith(f"{error.name}."):
+                raise
+            cause = error
+    module = where.removesuffix(".py").replace("/", ".").strip(".")
+    raise UsageError(
+        f"No module is called {where!r}.",
+        "module:name, the module in the working folder or installed.",
+        write=f"{module}:{name}" if module != where else "",
+    ) from cause
+
+
+def resolve(
+    model: str | nn.Module | Callable[..., nn.Module],
+    data: Sized,
+    key: Key,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """The module that is meant: by name, by `module:name`, by a class or function that makes it, or as it is.
+
+    A class or function is given those of `features`, `outputs` and `kind` that it names as parameters, and
+    runs under the key like the models by name. A module stays as it is: training starts from its weights.
+
+    Args:
+        model: a name of `names()`, `"module:name"`, a callable, or a module.
+        data: what it is sized from; `vocab`, where it has one, says that rows hold tokens.
+        key: where initial weights come from.
+        dtype: of models by name; a module of the user's own keeps the dtypes it has.
+    Raises:
+        UsageError: no such model, one that does not suit the data, or no module with all its weights.
+    Example:
+        >>> from types import SimpleNamespace
+        >>> data = SimpleNamespace(features=(4,), classes=("no", "yes"), kind="classification")
+        >>> resolve(lambda features, outputs: nn.Linear(*features, outputs), data, Key(7))
+        Linear(in_features=4, out_features=2, bias=True)
+    """
+    if isinstance(model, str) and ":" not in model:
+        return build(model, data.features, _outputs(data), data.kind, key, dtype, getattr(data, "vocab", None))
+    made: Any = factory(model) if isinstance(model, str) else model
+    if callable(made) and not isinstance(made, nn.Module):
+        made = _made(made, {"features": data.features, "outputs": _outputs(data), "kind": data.kind}, key)
+    if not isinstance(made, nn.Module):
+        raise UsageError(
+            f"What was given for a model is of type {type(made).__name__}.",
+            "a name, 'module:name', a torch module, or a class or function that makes one.",
+            write="mlp" if getattr(data, "vocab", None) is None and data.kind != "tokens" else "lstm",
+        )
+    for name, parameter in made.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise UsageError(
+                f"The weights {name!r} have no shape yet.",
+                "a module whose weights all exist.",
+                "a model is a vector of known length before its first round.",
+                f"model(torch.zeros(2, {', '.join(map(str, data.features))}))",
+            )
+    return made
+
+
+def _outputs(data: Sized) -> int:
+    """How many numbers a model of this data gives for one row."""
+    if data.classes is not None:
+        return len(data.classes)
+    rows = getattr(data, "rows", None)
+    if rows is None:
+        return 1
+    target: Tensor = rows.take(torch.zeros(1, dtype=torch.int64))[1]
+    return math.prod(target.shape[1:])
+
+
+def _made(make: Callable[..., Any], sizes: Mapping[str, Any], key: Key) -> Any:
+    """What a class or function makes under the key, given the sizes that it names."""
+    try:
+        parameters: Iterable[inspect.Parameter] = inspect.signature(make).parameters.values()
+    except ValueError:  # some callables written in C do not say what they take
+        parameters = ()
+    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    wanted = [p.name for p in parameters if p.default is p.empty and p.kind not in free]
+    missing = [name for name in wanted if name not in sizes]
+    if missing:
+        called = getattr(make, "__name__", "make").replace("<lambda>", "make")
+        raise UsageError(
+            f"{called} wants {', '.join(missing)}.",
+            "a class or function of nothing, or of any of features, outputs, kind.",
+            "those are what is known of a model before its first round.",
+            f"lambda: {called}({', '.join(f'{name}=1' for name in wanted)})",
+        )
+    given = {p.name for p in parameters} & sizes.keys()
+    with global_scope(key):
+        return make(**{name: sizes[name] for name in given})

@@ -1,0 +1,263 @@
+"""The models that have a name, sized from the data, and what rows each of them suits."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from atoll.errors import UsageError, unknown_name
+from atoll.models.sequence import Lstm, Transformer
+from atoll.rng import Key, global_scope
+
+KINDS = ("classification", "regression", "tokens")
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A model somebody asked for, and the rows it is to fit."""
+
+    name: str
+    features: tuple[int, ...]
+    outputs: int
+    kind: str
+    vocab: int | None
+
+    def refusal(self, required: str, why: str, instead: str) -> UsageError:
+        rows = "numbers" if self.vocab is None else f"tokens out of {self.vocab}"
+        target = "target(s)" if self.kind == "regression" else "classes"
+        given = f"The model {self.name!r} was asked for on rows of {self.features} {rows}, "
+        return UsageError(given + f"{self.kind} with {self.outputs} {target}.", required, why, instead)
+
+    @property
+    def flat(self) -> int:
+        """Numbers in a row; refused for tokens."""
+        if self.vocab is not None:
+            raise self.refusal("rows of numbers.", "a token is a name, not an amount to multiply.", "lstm")
+        return math.prod(self.features)
+
+    def image(self, smallest: int) -> tuple[int, int, int]:
+        """Channels, height and width of a row that is an image of at least `smallest` pixels a side."""
+        if self.vocab is not None or len(self.features) not in (2, 3):
+            raise self.refusal(
+                "images: rows (height, width) or (channels, height, width).",
+                "a convolution mixes neighbours, and these rows have none.",
+                "mlp" if self.vocab is None else "lstm",
+            )
+        channels, height, width = (1, *self.features)[-3:]
+        if min(height, width) < smallest:
+            raise self.refusal(
+                f"images of at least {smallest} × {smallest} pixels, channels first.",
+                "convolutions and pools shrink an image, and nothing would be left of this one.",
+                "cnn" if min(height, width) >= 4 else "mlp",
+            )
+        return channels, height, width
+
+    def sequence(self) -> int:
+        """Numbers at each place of a row that is a sequence; 1 for tokens."""
+        if len(self.features) != (2 if self.vocab is None else 1):
+            raise self.refusal(
+                "sequences: rows (length, width) of numbers, or (length,) of tokens.",
+                "it reads one place after another, and these rows have no order.",
+                "cnn" if len(self.features) == 3 and min(self.features[1:]) >= 4 else "mlp",
+            )
+        return (*self.features, 1)[1]
+
+    def classification(self) -> None:
+        """Refuse what is not a choice of one class for each row."""
+        if self.kind != "classification":
+            instead = "linear" if self.vocab is None else "lstm"
+            raise self.refusal("classification.", "its outputs are log-odds of a row's classes.", instead)
+
+
+def _stack(**layers: nn.Module) -> nn.Sequential:
+    """Layers in a row, under names that a report can show."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _from_zero(inputs: int, outputs: int) -> nn.Module:
+    linear = nn.Linear(inputs, outputs)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return _stack(flat=nn.Flatten(), linear=linear)
+
+
+def _linear(w: _Wanted) -> nn.Module:
+    if w.kind != "regression":
+        instead = "softmax" if w.vocab is None else "lstm"
+        raise w.refusal("regression.", "a class is not a number to come close to.", instead)
+    return _from_zero(w.flat, w.outputs)
+
+
+def _logistic(w: _Wanted) -> nn.Module:
+    w.classification()
+    inputs = w.flat
+    if w.outputs > 2:
+        raise w.refusal("two classes.", "one logit says yes or no.", "softmax")
+    return _from_zero(inputs, 1)
+
+
+def _softmax(w: _Wanted) -> nn.Module:
+    w.classification()
+    return _from_zero(w.flat, w.outputs)
+
+
+def _dense(inputs: int, *widths: int) -> dict[str, nn.Module]:
+    """Linear layers with ReLU between them: fc1, relu_fc1, fc2, …"""
+    layers: dict[str, nn.Module] = {}
+    for i, width in enumerate(widths, 1):
+        if i > 1:
+            layers[f"relu_fc{i - 1}"] = nn.ReLU()
+        layers[f"fc{i}"] = nn.Linear(inputs, width)
+        inputs = width
+    return layers
+
+
+def _mlp(w: _Wanted) -> nn.Module:
+    return _stack(flat=nn.Flatten(), **_dense(w.flat, 200, w.outputs))
+
+
+def _2nn(w: _Wanted) -> nn.Module:
+    return _stack(flat=nn.Flatten(), **_dense(w.flat, 200, 200, w.outputs))
+
+
+def _channel(w: _Wanted) -> dict[str, nn.Module]:
+    """What gives an image its channel axis, where it has none."""
+    return {"channel": nn.Unflatten(1, (1, w.features[0]))} if len(w.features) == 2 else {}
+
+
+def _two_convolutions(
+    w: _Wanted, channels: tuple[int, int], kernel: int, padding: int, smallest: int
+) -> tuple[dict[str, nn.Module], int]:
+    """Convolution, ReLU and pool, twice; and how many numbers they leave of an image."""
+    inputs, *sides = w.image(smallest)
+    first, second = channels
+    left = [((n + 2 * padding - kernel + 1) // 2 + 2 * padding - kernel + 1) // 2 for n in sides]
+    layers = {
+        **_channel(w),
+        "conv1": nn.Conv2d(inputs, first, kernel, padding=padding),
+        "relu1": nn.ReLU(),
+        "pool1": nn.MaxPool2d(2),
+        "conv2": nn.Conv2d(first, second, kernel, padding=padding),
+        "relu2": nn.ReLU(),
+        "pool2": nn.MaxPool2d(2),
+        "flat": nn.Flatten(),
+    }
+    return layers, second * math.prod(left)
+
+
+def _cnn(w: _Wanted) -> nn.Module:
+    # 5 × 5 without padding leaves nothing of an image under 16 pixels: small ones keep their border.
+    kernel, padding = (5, 0) if min(w.image(4)[1:]) >= 16 else (3, 1)
+    layers, left = _two_convolutions(w, (16, 32), kernel, padding, smallest=4)
+    return _stack(**layers, **_dense(left, 128, w.outputs))
+
+
+def _mcmahan_cnn(w: _Wanted) -> nn.Module:
+    layers, left = _two_convolutions(w, (32, 64), kernel=5, padding=2, smallest=4)
+    return _stack(**layers, **_dense(left, 512, w.outputs))
+
+
+def _niid_cnn(w: _Wanted) -> nn.Module:
+    layers, left = _two_convolutions(w, (6, 16), kernel=5, padding=0, smallest=16)
+    return _stack(**layers, **_dense(left, 120, 84, w.outputs))
+
+
+def _pfl_cnn(w: _Wanted) -> nn.Module:
+    inputs, *sides = w.image(smallest=6)
+    dense = _dense(64 * math.prod((n - 4) // 2 for n in sides), 128, w.outputs)
+    last = dense.pop("fc2")
+    model = _stack(
+        **_channel(w),
+        conv1=nn.Conv2d(inputs, 32, 3),
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(32, 64, 3),
+        relu2=nn.ReLU(),
+        pool=nn.MaxPool2d(2),
+        drop1=nn.Dropout(0.25),
+        flat=nn.Flatten(),
+        **dense,
+        drop2=nn.Dropout(0.5),
+        fc2=last,
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight"):
+            nn.init.xavier_uniform_(parameter)
+    return model
+
+
+def _lstm(w: _Wanted) -> nn.Module:
+    return Lstm(w.vocab, w.sequence(), w.outputs, every_place=w.kind == "tokens")
+
+
+def _transformer(w: _Wanted) -> nn.Module:
+    width = w.sequence()
+    return Transformer(w.vocab, w.features[0], width, w.outputs, every_place=w.kind == "tokens")
+
+
+_MODELS: Mapping[str, Callable[[_Wanted], nn.Module]] = {
+    "linear": _linear,
+    "logistic": _logistic,
+    "softmax": _softmax,
+    "mlp": _mlp,
+    "cnn": _cnn,
+    "lstm": _lstm,
+    "transformer": _transformer,
+    "2nn": _2nn,
+    "mcmahan-cnn": _mcmahan_cnn,
+    "niid-cnn": _niid_cnn,
+    "pfl-cnn": _pfl_cnn,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `build` knows.
+
+    Example:
+        >>> names()[:4]
+        ('linear', 'logistic', 'softmax', 'mlp')
+    """
+    return tuple(_MODELS)
+
+
+def build(
+    name: str,
+    features: tuple[int, ...],
+    outputs: int,
+    kind: str,
+    key: Key,
+    dtype: torch.dtype = torch.float32,
+    vocab: int | None = None,
+) -> nn.Module:
+    """A model by name, sized from the data, with weights that depend on the key alone.
+
+    Args:
+        name: one of `names()`.
+        features: shape of one row: `(d,)`; images `(height, width)` or `(channels, height, width)`; sequences
+            `(length, width)` of numbers or, with `vocab`, `(length,)` of tokens.
+        outputs: how many classes or targets; ≥ 1. `logistic` turns two classes into one logit.
+        kind: `"classification"`, `"regression"`, or `"tokens"`: a class at every place, seeing no later one.
+        key: where initial weights come from; the process' own generators stay as they were.
+        dtype: of the weights. They are drawn in float32, so both dtypes start from the same point.
+        vocab: how many tokens there are, where rows hold tokens, int64; for `"tokens"` by default `outputs`.
+    Returns:
+        A module in training mode: x `[B, *features]` → `[B, outputs]`, for `"tokens"` `[B, length, outputs]`.
+    Raises:
+        UsageError: no such name, or the model does not suit such rows; `write` names one that does.
+    Example:
+        >>> model = build("mlp", (28, 28), outputs=10, kind="classification", key=Key(7).fold("model"))
+        >>> sum(p.numel() for p in model.parameters())
+        159010
+    """
+    if name not in _MODELS:
+        raise unknown_name("model", name, _MODELS)
+    if kind not in KINDS:
+        raise unknown_name("kind of task", kind, KINDS)
+    if kind == "tokens" and vocab is None:
+        vocab = outputs
+    with global_scope(key):
+        return _MODELS[name](_Wanted(name, tuple(features), outputs, kind, vocab)).to(dtype)

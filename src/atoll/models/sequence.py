@@ -1,0 +1,107 @@
+"""Models that read one place after another: rows of tokens, or of numbers at each place."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Lstm(nn.Module):
+    """An LSTM and a linear head: `[B, T]` tokens or `[B, T, F]` numbers → `[B, outputs]` of the last place.
+
+    Args:
+        vocab: how many tokens there are, embedded in 8 numbers under two layers of 256; None for numbers.
+        width: numbers at a place, under one layer of 64; unused for tokens.
+        outputs: length of the last axis.
+        every_place: whether to answer at every place, `[B, T, outputs]`.
+    Example:
+        >>> Lstm(vocab=65, width=1, outputs=65, every_place=True)(torch.zeros(2, 7, dtype=torch.int64)).shape
+        torch.Size([2, 7, 65])
+    """
+
+    def __init__(self, vocab: int | None, width: int, outputs: int, every_place: bool) -> None:
+        super().__init__()
+        inputs, hidden, layers = (width, 64, 1) if vocab is None else (8, 256, 2)
+        self.embed = nn.Identity() if vocab is None else nn.Embedding(vocab, inputs)
+        self.lstm = nn.LSTM(inputs, hidden, layers, batch_first=True)
+        self.head = nn.Linear(hidden, outputs)
+        self.every_place = every_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        places: Tensor = self.lstm(self.embed(x))[0]
+        out: Tensor = self.head(places if self.every_place else places[:, -1])
+        return out
+
+
+class Block(nn.Module):
+    """One layer of a transformer, normalised before each half; plain products, so that it runs in lanes.
+
+    x ← x + attention(norm₁(x)) ; x ← x + mlp(norm₂(x))
+
+    Args:
+        width: numbers at a place; a multiple of `heads`.
+        heads: how many attentions run side by side.
+        causal: whether a place sees no later one.
+    Example:
+        >>> Block(width=8, heads=2, causal=True)(torch.zeros(3, 5, 8)).shape
+        torch.Size([3, 5, 8])
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """softmax(q kᵀ / √w) v over the places of each row, `[B, T, width]` → the same."""
+        length, width = x.shape[-2:]
+        each = width // self.heads
+        split = self.qkv(x).reshape(-1, length, 3, self.heads, each)
+        q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(each)
+        if self.causal:
+            later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, -math.inf)
+        mixed: Tensor = self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, length, width))
+        return mixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        out: Tensor = x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
+        return out
+
+
+class Transformer(nn.Module):
+    """Blocks over learned places: `[B, T]` tokens or `[B, T, F]` numbers → `[B, outputs]` of the mean place.
+
+    Args:
+        vocab: how many tokens there are: four blocks of width 128; None for numbers: two of width 64.
+        length: places in a row, at most.
+        width: numbers at a place; unused for tokens.
+        outputs: length of the last axis.
+        every_place: whether to answer at every place, `[B, T, outputs]`, each seeing no later one.
+    Example:
+        >>> Transformer(None, length=9, width=3, outputs=2, every_place=False)(torch.zeros(4, 9, 3)).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(self, vocab: int | None, length: int, width: int, outputs: int, every_place: bool) -> None:
+        super().__init__()
+        inner, blocks = (64, 2) if vocab is None else (128, 4)
+        self.embed = nn.Linear(width, inner) if vocab is None else nn.Embedding(vocab, inner)
+        self.place = nn.Parameter(torch.empty(length, inner))
+        self.blocks = nn.Sequential(*(Block(inner, 4, causal=every_place) for _ in range(blocks)))
+        self.norm, self.head = nn.LayerNorm(inner), nn.Linear(inner, outputs)
+        self.every_place = every_place
+        # Unit normals, torch's own choice for an embedding, drown what the blocks add.
+        for table in (self.place, *([] if vocab is None else [self.embed.weight])):
+            nn.init.normal_(table, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.norm(self.blocks(self.embed(x) + self.place[: x.shape[1]]))
+        out: Tensor = self.head(places if self.every_place else places.mean(1))
+        return out

@@ -1,0 +1,259 @@
+"""Keyed randomness: every draw is a pure function of (seed, round, client, purpose).
+
+Two counter generators, both in integer tensor operations, so that a draw has the same bits on every engine,
+for any number of clients drawn together, and at any place among them:
+
+    mix64       a 64-bit finaliser, for permutations, coin flips and dropout: one multiply-xor chain a number
+    Philox      Philox4x32-10, for long and careful draws: uniform and normal numbers
+
+Nothing here protects anybody: noise for privacy, masks and secure rounding come from the operating system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_U64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_U32 = 0xFFFFFFFF
+
+
+def _signed(word: int) -> int:
+    """The two's-complement value of an unsigned 64-bit word: torch has no arithmetic on uint64."""
+    word &= _U64
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    """Logical right shift of int64 words; torch's own keeps the sign."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def mix64(x: Tensor) -> Tensor:
+    """Scramble 64-bit words, one to one: the finaliser of SplitMix64.
+
+    z ← (x ⊕ x≫30)·M₁ ; z ← (z ⊕ z≫27)·M₂ ; z ⊕ z≫31   (mod 2⁶⁴)
+
+    Args:
+        x: int64 tensor, any shape, read as unsigned words.
+    Returns:
+        int64 tensor of the same shape.
+    Example:
+        >>> hex(mix64(torch.tensor([1])).item() & (2**64 - 1))
+        '0x5692161d100b05e5'
+
+    Reference: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014.
+    """
+    x = (x ^ _shift(x, 30)) * _signed(_M1)
+    x = (x ^ _shift(x, 27)) * _signed(_M2)
+    return x ^ _shift(x, 31)
+
+
+def _mix(x: int) -> int:
+    """`mix64` on a Python integer."""
+    x &= _U64
+    x = (x ^ (x >> 30)) * _M1 & _U64
+    x = (x ^ (x >> 27)) * _M2 & _U64
+    return x ^ (x >> 31)
+
+
+def philox(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
+    """Philox4x32: four 32-bit words of each counter block under a 64-bit key.
+
+    Args:
+        counter: int64 `[..., 4]`, words in [0, 2³²).
+        key: int64 `[..., 2]`, words in [0, 2³²); leading axes broadcast with the counter's.
+        rounds: number of rounds; 10 is the published strength.
+    Returns:
+        int64 `[..., 4]`, words in [0, 2³²).
+    Example:
+        >>> philox(torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)).tolist()
+        [1713891541, 3781805453, 3159862348, 2600524760]
+
+    Reference: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key.unbind(-1)
+    for _ in range(rounds):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _U32) ^ c1 ^ k0,
+            p1 & _U32,
+            ((p0 >> 32) & _U32) ^ c3 ^ k1,
+            p0 & _U32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _U32, (k1 + 0xBB67AE85) & _U32
+    return torch.stack((c0, c1, c2, c3), -1)
+
+
+def _word(data: int | str) -> int:
+    if isinstance(data, str):
+        return int.from_bytes(hashlib.sha256(data.encode()).digest()[:8], "little")
+    return data & _U64
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a draw depends on: (seed, round, purpose), and the clients it is drawn for.
+
+    A key is a value: folding gives a new one, drawing changes nothing. A key with clients draws one row a client,
+    `[K, n]`; without, one row, `[n]`. A client's row depends on its id alone, never on who is drawn beside it.
+
+    Args:
+        seed: any integer.
+        path: what was folded in so far, as 64-bit words, in order.
+        clients: int64 `[K]` ids, or None for a draw shared by all.
+    Example:
+        >>> key = Key(7).fold("order", 3)
+        >>> both = key.of(torch.tensor([4, 9])).uniform(2)
+        >>> torch.equal(both[1], key.of(torch.tensor([9])).uniform(2)[0])
+        True
+    """
+
+    seed: int
+    path: tuple[int, ...] = ()
+    clients: Tensor | None = field(default=None, compare=False)
+
+    def fold(self, *data: int | str) -> Key:
+        """A new key: the same, with purpose names or indices folded in, in order."""
+        return replace(self, path=(*self.path, *map(_word, data)))
+
+    def of(self, clients: Tensor, *also: Tensor) -> Key:
+        """The same key for these clients, int64 ids `[K]`; what else a client's draw depends on may follow, `[K]`."""
+        for more in also:
+            clients = mix64(clients + _signed(_GOLDEN)) ^ more
+        return replace(self, clients=clients)
+
+    def select(self, index: Tensor | slice) -> Key:
+        """The same key for some of its clients, by position; a shared key stays shared."""
+        return self if self.clients is None else replace(self, clients=self.clients[index])
+
+    def only(self, k: int) -> Key:
+        """The key of its k-th client alone, for what a generator that knows no lanes draws for that client."""
+        return self.fold(k) if self.clients is None else self.shared().fold(int(self.clients[k]))
+
+    def shared(self) -> Key:
+        """The same key for all clients together: one draw that everybody knows."""
+        return replace(self, clients=None)
+
+    def word(self) -> int:
+        """The key without its clients, as one unsigned 64-bit word."""
+        state = _mix(self.seed ^ _GOLDEN)
+        for step in self.path:
+            state = _mix((state + _GOLDEN & _U64) ^ _mix(step + _GOLDEN))
+        return state
+
+    def state(self) -> Tensor:
+        """The key as int64 words: `[K]` with clients, `[]` without."""
+        word = _signed(self.word())
+        if self.clients is None:
+            return torch.tensor(word, dtype=torch.int64)
+        return mix64(mix64(self.clients + _signed(_GOLDEN)) ^ word)
+
+    def hash(self, n: int) -> Tensor:
+        """n cheap 64-bit words, int64 `[..., n]`."""
+        state = self.state()
+        index = torch.arange(n, device=state.device)
+        return mix64(state[..., None] + (index + 1) * _signed(_GOLDEN))
+
+    def bits(self, n: int) -> Tensor:
+        """n careful 32-bit words by Philox, int64 `[..., n]` in [0, 2³²)."""
+        state = self.state()
+        key = torch.stack((state & _U32, _shift(state, 32)), -1)[..., None, :]
+        block = torch.arange(-(-n // 4), device=state.device)
+        nil = torch.zeros_like(block)
+        counter = torch.stack((block & _U32, block >> 32, nil, nil), -1)
+        return philox(counter, key).flatten(-2)[..., :n]
+
+    def uniform(self, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """n numbers uniform in [0, 1), `[..., n]`: 53 random bits in float64, 24 in float32."""
+        if dtype == torch.float32:
+            return (self.bits(n) >> 8).to(dtype) * 2.0**-24
+        hi, lo = self.bits(2 * n).unflatten(-1, (n, 2)).unbind(-1)
+        word: Tensor = ((hi >> 5) << 26) + (lo >> 6)
+        return (word.to(torch.float64) * 2.0**-53).to(dtype)
+
+    def normal(self, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """n standard normal numbers, `[..., n]`, by Box–Muller in float64."""
+        half = -(-n // 2)
+        u, v = self.uniform(2 * half).unflatten(-1, (half, 2)).unbind(-1)
+        radius, angle = torch.sqrt(-2.0 * torch.log1p(-u)), 2.0 * math.pi * v
+        pair = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1)
+        return pair.flatten(-2)[..., :n].to(dtype)
+
+    def integers(self, n: int, high: int) -> Tensor:
+        """n integers uniform in [0, high), int64 `[..., n]`; high ≤ 2⁵³ (bias below high/2⁵³)."""
+        return (self.uniform(n) * high).long().clamp_(max=high - 1)
+
+    def permutation(self, n: int) -> Tensor:
+        """A permutation of 0 … n−1, int64 `[..., n]`, uniform up to ties of 64-bit words."""
+        return torch.argsort(self.hash(n), dim=-1, stable=True)
+
+    def permutations(self, sizes: Tensor, width: int) -> Tensor:
+        """One permutation a client of its own 0 … sizes[k]−1, padded by its own tail, int64 `[K, width]`.
+
+        The first sizes[k] entries of row k equal `permutation(sizes[k])` of that client alone.
+        """
+        words = self.hash(width)
+        index = torch.arange(width, device=words.device)
+        return torch.argsort(words.masked_fill(index >= sizes[:, None], 2**63 - 1), dim=-1, stable=True)
+
+    def distinct(self, n: int, high: int) -> Tensor:
+        """n different integers out of [0, high), int64 `[n]`, in random order: work grows with n, not with high."""
+        if 4 * n >= high:
+            return self.permutation(high)[:n]
+        found = torch.empty(0, dtype=torch.int64)
+        for attempt in range(64):
+            draw = torch.cat((found, self.fold("distinct", attempt).integers(2 * n + 16, high)))
+            values, inverse = torch.unique(draw, return_inverse=True)
+            first = torch.full_like(values, len(draw)).scatter_reduce_(0, inverse, torch.arange(len(draw)), "amin")
+            found = draw[first.sort().values]
+            if len(found) >= n:
+                break
+        return found[:n]
+
+    def torch_seed(self) -> int:
+        """A seed in [0, 2⁶³) for torch's, numpy's or a user's own generator."""
+        return self.word() >> 1
+
+
+@contextmanager
+def global_scope(key: Key) -> Iterator[None]:
+    """Seed the global generators of torch, numpy and Python from a key, and put them back as they were.
+
+    For code that is not ours and draws where it likes: initial weights, a user's own loop. What is drawn inside
+    depends on the key alone; what is drawn after, only on what was drawn before. Generators of CUDA devices are
+    included once CUDA is in use. Not for two threads at once: the generators belong to the process.
+
+    Example:
+        >>> def draw():
+        ...     with global_scope(Key(7).fold("model")):
+        ...         return torch.rand(2)
+        >>> torch.equal(draw(), draw())
+        True
+    """
+    seed = key.torch_seed()
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(gpus):
+            # Not torch.manual_seed: that would also seed devices which are not in use yet, and for good.
+            torch.default_generator.manual_seed(seed)
+            if gpus:
+                torch.cuda.manual_seed_all(seed)
+            np.random.seed([seed & _U32, seed >> 32])
+            random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

@@ -1,0 +1,394 @@
+"""Schedules: the learning rate of each round.
+
+    lr_t = schedule(t, memory)        t = 0, 1, 2, … counts rounds
+
+A schedule is a value: a pure function of t. Only `plateau` also looks at the loss; what it remembers is a few
+plain tensors on the host, kept by whoever asks: `init` makes them, `observe` returns the next ones.
+
+    warmup(5) >> cosine(0.1, rounds=100)      five rounds up to 0.1, then the cosine from its own t = 0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.errors import UsageError
+from atoll.fields import check, number, repaired
+from atoll.grammar import constructor
+
+Tensors = Mapping[str, Tensor]
+NOTHING: Tensors = {}
+
+_STEP = "a step that is not positive stands still or climbs."
+_FALL = "a factor above 1 makes every step longer than the one before."
+
+
+def _rate() -> Any:
+    return number(above=0, example=0.1, why=_STEP)
+
+
+def _rounds(example: int = 100) -> Any:
+    return number(least=1, whole=True, example=example, why="rounds are counted one by one.")
+
+
+def _end() -> Any:
+    return number(0.0, least=0, why="a step of negative length climbs.")
+
+
+class Schedule:
+    """What every schedule is: a function of the round and of its own memory; final classes derive from it."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def __repr__(self) -> str:
+        return constructor(self)
+
+    def init(self) -> dict[str, Tensor]:
+        """The memory before the first round; empty for a pure function of t."""
+        return {}
+
+    def observe(self, memory: Tensors, loss: Tensor) -> dict[str, Tensor]:
+        """The memory after a round of mean training loss `loss`, a tensor of one number."""
+        return dict(memory)
+
+    def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
+        """The learning rate of round t ≥ 0."""
+        raise NotImplementedError
+
+    def __rshift__(self, other: object) -> Schedule:
+        after = other if isinstance(other, Schedule) else self
+        raise UsageError(
+            f"{self!r} >> {other!r}.",
+            "a warm-up before >>.",
+            "any other schedule has no last round, so it never hands over.",
+            f"{after!r}" if isinstance(after, warmed) else f"warmup(5) >> {after!r}",
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class constant(Schedule):
+    """The same learning rate in every round; a bare number means this.
+
+    lr_t = lr
+
+    Args:
+        lr: learning rate, > 0.
+    Example:
+        >>> constant(0.1)(1000)
+        0.1
+    """
+
+    lr: float = _rate()
+
+    def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
+        return self.lr
+
+
+@dataclass(frozen=True, repr=False)
+class step(Schedule):
+    """Stairs: the learning rate is multiplied by a factor once in so many rounds.
+
+    lr_t = lr · factor^⌊t / every⌋
+
+    Args:
+        lr: learning rate of the first stair, > 0.
+        every: rounds on one stair, ≥ 1.
+        factor: 0 < factor ≤ 1.
+    Example:
+        >>> [step(1, every=2, factor=0.5)(t) for t in range(5)]
+        [1.0, 1.0, 0.5, 0.5, 0.25]
+    """
+
+    lr: float = _rate()
+    every: int = _rounds(30)
+    factor: float = number(0.1, above=0, most=1, why=_FALL)
+
+    def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
+        return self.lr * self.factor ** (t // self.every)
+
+
+@dataclass(frozen=True, repr=False)
+class exponential(Schedule):
+    """The same relative decrease in every round.
+
+    lr_t = lr · decayᵗ
+
+    Args:
+        lr: learning rate of round 0, > 0.
+        decay: 0 < decay ≤ 1.
+    Example:
+        >>> exponential(1, decay=0.5)(3)
+        0.125
+    """
+
+    lr: float = _rate()
+    decay: float = number(above=0, most=1, example=0.99, why=_FALL)
+
+    def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
+        return float(self.lr * self.decay**t)
+
+
+@dataclass(frozen=True, repr=False)
+class inverse(Schedule):
+    """The step of stochastic approximation.
+
+    lr_t = c / (t + t0)
+
+    ∑ lr_t = ∞: no point is out of reach; ∑ lr_t² < ∞: the noise averages out.
+    With c > 1/(2μ) on a μ-strongly convex loss, E‖θ_t − θ*‖² falls as 1/t.
+
+    Args:
+        c: scale, > 0; the learning rate of round 0 is c / t0.
+        t0: shift in rounds, > 0.
+    Example:
+        >>> inverse(1, t0=4)(4)
+        0.125
+
+    Reference: Robbins, Monro, A Stochastic Approximation Method, 1951.
+    """
+
+    c: float = _rate()
+    t0: float = number(1.0, above=0, why="round 0 divides by it.")
+
+    def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
+        return self.c / (t + self.t0)
+
+
+@dataclass(frozen=True, repr=False)
+class inverse_sqrt(Schedule):
+    """The step for convex losses that are not strongly convex.
+
+    lr_t = c / √(t + t0)
+
+    Args:
+        c: scale, > 0; the learning rate of round 0 is c / √t0.
+        t0: shift in rounds, > 0.
+    Example:
+        >>> inverse_sqrt(1, t0=1)(3)
+        0.5
+    """
+
+    c: float = _rate()
+    t0: float = number(1.0, above=0, why="round 0 divides by it.")
+
+    def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
+        return self.c / math.sqrt(t + self.t0)
+
+
+@dataclass(frozen=True, repr=False)
+class cosine(Schedule):
+    """Half a cosine from lr down to `end`, and `end` from then on.
+
+    lr_t = end + (lr − end) · (1 + cos(π · min(t / rounds, 1))) / 2
+
+    Args:
+        lr: learning rate of round 0, > 0.
+        rounds: rounds until `end`, ≥ 1.
+        end: last learning rate, ≥ 0.
+    Example:
+        >>> [round(cosine(1, rounds=4)(t), 3) for t in range(6)]
+        [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+
+    Reference: Loshchilov, Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017, equation 5.
+    """
+
+    lr: float = _rate()
+    rounds: int = _rounds()
+    end: float = _end()
+
+    def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
+        return self.end + (self.lr - self.end) * (1 + math.cos(math.pi * min(t / self.rounds, 1.0))) / 2
+
+
+@dataclass(frozen=True, repr=False)
+class polynomial(Schedule):
+    """A power of the rounds that are left, down to `end`; power 1 is a straight line.
+
+    lr_t = end + (lr − end) · (1 − min(t / rounds, 1))^power
+
+    Args:
+        lr: learning rate of round 0, > 0.
+        rounds: rounds until `end`, ≥ 1.
+        power: > 0.
+        end: last learning rate, ≥ 0.
+    Example:
+        >>> [polynomial(1, rounds=4)(t) for t in range(6)]
+        [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    """
+
+    lr: float = _rate()
+    rounds: int = _rounds()
+    power: float = number(1.0, above=0, why="a power of 0 or below does not fall.")
+    end: float = _end()
+
+    def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
+        return float(self.end + (self.lr - self.end) * (1 - min(t / self.rounds, 1.0)) ** self.power)
+
+
+@dataclass(frozen=True, repr=False)
+class plateau(Schedule):
+    """Lower the learning rate whenever the training loss has stopped falling.
+
+    lr = max(lr · factorⁿ, end), n = how often so far: after more than `patience` rounds in a row with
+    loss ≥ (1 − threshold) · best.
+
+    Memory, all `[]` on the host: `best` float64; int64 `bad` (rounds without a new best), `rest` (rounds of
+    cooldown left), `drops` (n). A loss that is NaN is no new best.
+
+    Args:
+        lr: first learning rate, > 0.
+        factor: 0 < factor < 1.
+        patience: rounds without a new best that are forgiven, ≥ 0.
+        threshold: relative fall that makes a new best, 0 ≤ threshold < 1.
+        cooldown: rounds after a drop that are not counted, ≥ 0.
+        end: lowest learning rate, ≥ 0.
+    Example:
+        >>> rate = plateau(0.1, factor=0.5, patience=1)
+        >>> memory = rate.init()
+        >>> for loss in (1.0, 1.0, 1.0):
+        ...     memory = rate.observe(memory, torch.tensor(loss))
+        >>> rate(3, memory)
+        0.05
+
+    Reference: torch.optim.lr_scheduler.ReduceLROnPlateau with mode "min" and threshold_mode "rel".
+    """
+
+    lr: float = _rate()
+    factor: float = number(0.1, above=0, below=1, why="only a factor below 1 lowers anything.")
+    patience: int = number(10, least=0, whole=True)
+    threshold: float = number(1e-4, least=0, below=1)
+    cooldown: int = number(0, least=0, whole=True)
+    end: float = _end()
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.end > self.lr:
+            raise UsageError(
+                f"{self!r} ends above its first learning rate.",
+                f"end ≤ lr = {self.lr!r}.",
+                "it only ever lowers.",
+                repaired(self, end=0.0),
+            )
+
+    def init(self) -> dict[str, Tensor]:
+        counts = {name: torch.zeros((), dtype=torch.int64, device="cpu") for name in ("bad", "rest", "drops")}
+        return {"best": torch.full((), math.inf, dtype=torch.float64, device="cpu"), **counts}
+
+    def observe(self, memory: Tensors, loss: Tensor) -> dict[str, Tensor]:
+        best, bad, rest = memory["best"], memory["bad"], memory["rest"]
+        loss = loss.detach().reshape(()).to(best)
+        better = loss < best * (1 - self.threshold)
+        bad = torch.where(better | (rest > 0), 0, bad + 1)
+        drop = bad > self.patience
+        return {
+            "best": torch.where(better, loss, best),
+            "bad": bad.masked_fill(drop, 0),
+            "rest": (rest - 1).clamp_min(0).masked_fill(drop, self.cooldown),
+            "drops": memory["drops"] + drop,
+        }
+
+    def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
+        drops = int(memory["drops"]) if "drops" in memory else 0
+        return float(max(self.lr * self.factor**drops, self.end))
+
+
+@dataclass(frozen=True, repr=False)
+class warmup:
+    """Before a schedule: rise in equal steps from `start` to where the schedule begins.
+
+    lr_t = start + (next(0) − start) · (t + 1) / (rounds + 1) for t < rounds, then next(t − rounds)
+
+    No round is spent at `start` itself, and the first round of what follows is one equal step up again.
+
+    Args:
+        rounds: rounds of rising, ≥ 1.
+        start: learning rate to rise from, ≥ 0.
+    Example:
+        >>> rate = warmup(3) >> constant(1)
+        >>> [rate(t) for t in range(5)]
+        [0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+
+    rounds: int = _rounds(5)
+    start: float = _end()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def __repr__(self) -> str:
+        return constructor(self)
+
+    def __rshift__(self, other: object) -> Schedule:
+        then = as_schedule(other)
+        if isinstance(then, warmed):
+            raise UsageError(
+                f"{self!r} >> ({then!r}).",
+                "one warm-up.",
+                "the first would rise to the foot of the second.",
+                f"{self!r} >> {then.then!r}",
+            )
+        return warmed(self, then)
+
+
+@dataclass(frozen=True, repr=False)
+class warmed(Schedule):
+    """A schedule after its warm-up: what `first >> then` makes; the memory is that of `then`."""
+
+    first: warmup
+    then: Schedule
+
+    def __repr__(self) -> str:
+        return f"{self.first!r} >> {self.then!r}"
+
+    def init(self) -> dict[str, Tensor]:
+        return self.then.init()
+
+    def observe(self, memory: Tensors, loss: Tensor) -> dict[str, Tensor]:
+        return self.then.observe(memory, loss)
+
+    def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
+        rounds, start = self.first.rounds, self.first.start
+        if t >= rounds:
+            return self.then(t - rounds, memory)
+        return start + (self.then(0, memory) - start) * (t + 1) / (rounds + 1)
+
+
+def as_schedule(given: object) -> Schedule:
+    """The schedule that is meant: a schedule is itself, a number is `constant`.
+
+    Raises:
+        UsageError: it is neither, or a learning rate of 0 or below, or a warm-up that leads nowhere.
+    Example:
+        >>> as_schedule(0.1)
+        constant(0.1)
+    """
+    if isinstance(given, Schedule):
+        return given
+    if isinstance(given, warmup):
+        raise UsageError(
+            f"{given!r} stands alone.",
+            "a schedule after it.",
+            "a warm-up rises to where the next schedule begins.",
+            f"{given!r} >> constant(0.1)",
+        )
+    if not isinstance(given, bool) and isinstance(given, Real):
+        return constant(float(given))
+    raise UsageError(
+        f"{given!r} is no learning rate.",
+        "a positive number or a schedule.",
+        _STEP,
+        "cosine(0.1, rounds=100)",
+    )
+
+
+SCHEDULES: dict[str, type] = {
+    c.__name__: c for c in (constant, step, exponential, inverse, inverse_sqrt, cosine, polynomial, plateau, warmup)
+}

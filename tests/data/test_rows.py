@@ -1,0 +1,289 @@
+"""Rows in memory, in mapped files and behind Datasets give the same answers; what is outside memory stays there."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from atoll.data import (
+    IID,
+    ArrayRows,
+    ConcatRows,
+    DatasetRows,
+    FeatureShift,
+    PickedRows,
+    arrays,
+    dataset,
+    federate,
+    load,
+)
+from atoll.errors import RunError, UsageError
+
+X = torch.arange(60.0).reshape(20, 3)
+Y = torch.arange(20) % 3
+
+
+class Counted(Dataset):
+    """A map-style Dataset that remembers which rows were asked for."""
+
+    def __init__(self, x=X, y=Y):
+        self.x, self.y, self.asked = x, y, []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, row):
+        self.asked.append(row)
+        return self.x[row], int(self.y[row])
+
+
+class Stream(IterableDataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    np.save(tmp_path / "x.npy", X.numpy())
+    np.save(tmp_path / "y.npy", Y.numpy())
+    return tmp_path
+
+
+def kinds(folder):
+    """The same twenty rows, in every place where rows can live."""
+    x, y = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in "xy")
+    return [
+        ArrayRows(X, Y),
+        ArrayRows(x, y),
+        DatasetRows(Counted()),
+        ConcatRows((ArrayRows(X[:7], Y[:7]), DatasetRows(Counted(X[7:], Y[7:])))),
+        PickedRows(ArrayRows(X.flip(0), Y.flip(0)), torch.arange(20).flip(0)),
+        dataset(Stream([(X[i], int(Y[i])) for i in range(20)])).rows,
+    ]
+
+
+@given(index=st.lists(st.integers(0, 19), max_size=12), columns=st.integers(1, 3))
+def test_every_kind_of_rows_gives_the_same(tmp_path_factory, index, columns):
+    folder = tmp_path_factory.mktemp("rows")
+    np.save(folder / "x.npy", X.numpy())
+    np.save(folder / "y.npy", Y.numpy())
+    where = torch.tensor(index, dtype=torch.int64)
+    where = where[: len(where) // columns * columns].reshape(-1, columns)
+    for rows in kinds(folder):
+        x, y = rows.take(where)
+        assert torch.equal(x, X[where]) and torch.equal(y, Y[where])
+        assert x.dtype == torch.float32 and y.dtype == torch.int64
+        assert len(rows) == 20 and torch.equal(rows.targets(), Y)
+
+
+def test_storage_types_as_a_model_takes_them():
+    rows = torch.tensor([0])
+    for stored, taken, value in [
+        (torch.tensor([[51]], dtype=torch.uint8), torch.float32, 0.2),
+        (torch.tensor([[7]], dtype=torch.int32), torch.int64, 7),
+        (torch.tensor([[True]]), torch.float32, 1),
+        (torch.tensor([[0.5]], dtype=torch.float16), torch.float32, 0.5),
+        (torch.tensor([[0.1]], dtype=torch.float64), torch.float64, 0.1),
+    ]:
+        x = ArrayRows(stored, torch.zeros(1)).take(rows)[0]
+        assert x.dtype == taken and x.item() == pytest.approx(value)
+    # A target is a class or a number, never an intensity.
+    y = torch.tensor([200], dtype=torch.uint8)
+    assert ArrayRows(X, y).take(rows)[1].item() == 200
+    assert ArrayRows(X, y, real=True).take(rows)[1].dtype == torch.float64
+
+
+def test_big_endian_files_are_read(tmp_path):
+    np.save(tmp_path / "x.npy", X.numpy().astype(">f4"))
+    np.save(tmp_path / "y.npy", Y.numpy().astype(">i2"))
+    data = load(tmp_path)
+    assert torch.equal(data.rows.take(torch.arange(20))[0], X)
+
+
+def test_arrays_share_memory():
+    x = X.clone().numpy()
+    assert arrays(x, Y).rows.x.data_ptr() == x.ctypes.data
+
+
+def test_a_map_style_dataset_is_read_row_by_row():
+    rows = Counted()
+    data = dataset(rows).split(4)
+    rows.asked.clear()
+    data.take(data.client_rows(2)[:3])
+    assert rows.asked == data.client_rows(2)[:3].tolist()
+
+
+def test_labels_are_taken_from_targets_where_a_dataset_has_them():
+    class Listed(Counted):
+        targets = Y.tolist()
+
+    rows = Listed()
+    assert dataset(rows).classes == ("0", "1", "2")
+    assert set(rows.asked) == {0}
+    rows.target_transform = lambda y: 2 - y  # then only the rows themselves can say
+    dataset(rows)
+    assert len(rows.asked) > 20
+
+
+def test_a_tensor_dataset_is_its_arrays():
+    data = dataset(TensorDataset(X, Y), test=TensorDataset(X[:2], Y[:2]))
+    assert isinstance(data.rows, ArrayRows) and len(data.split(2).held_out) == 2
+
+
+def test_a_dataset_with_test_rows_and_natural_clients():
+    data = dataset(Counted(), by=["n", "s"] * 10, test=Counted(X[:3], Y[:3])).split()
+    assert data.names == ("n", "s") and len(data.held_out) == 3
+    assert dataset(Counted(), task="regression").rows.take(torch.tensor([1]))[1].dtype == torch.float64
+
+
+def test_federate_keeps_each_clients_rows():
+    parts = {"a": (X[:5], Y[:5]), "b": (X[5:14], Y[5:14]), "c": (X[14:], Y[14:])}
+    for data in (
+        federate(parts, held_out=0),
+        federate({name: Counted(*part) for name, part in parts.items()}, held_out=0),
+        federate({**parts, "b": Stream(list(zip(*parts["b"], strict=True)))}, held_out=0),
+    ):
+        assert data.names == ("a", "b", "c") and data.held_out is None
+        for client, (x, y) in enumerate(parts.values()):
+            got = data.take(data.client_rows(client))
+            assert torch.equal(got[0], x) and torch.equal(got[1], y)
+
+
+def test_federate_holds_out_what_it_is_told_to():
+    parts = [(X[:10], ["no", "yes"] * 5), (X[10:], ["yes", "no"] * 5)]
+    assert len(federate(parts).held_out) == 4
+    data = federate(parts, held_out=(X[:3], ["yes", "no", "yes"]))
+    assert data.held_out.take(torch.arange(3))[1].tolist() == [1, 0, 1] and len(data.order) == 20
+    assert federate([Counted(), Counted()], held_out=Counted(X[:4], Y[:4])).held().sizes.tolist() == [4]
+
+
+LIMITED = """
+    import resource, sys
+    import numpy as np, torch
+    from torch.utils.data import Dataset
+    from atoll.data import Dirichlet, FeatureShift, dataset, load
+
+    torch.set_num_threads(1)
+    warm = load("wine").split(3, Dirichlet(1.0)).imbalance()
+    with open("/proc/self/status") as status:
+        used = next(int(line.split()[1]) for line in status if line.startswith("VmData")) << 10
+    resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20), resource.RLIM_INFINITY))
+    {body}
+    seen = 0
+    for client in range(data.count):
+        rows = data.client_rows(client)
+        for batch in rows.split(256):
+            x, y = data.take(batch)
+            assert x.shape[1:] == (1024,)
+            seen += len(batch)
+    assert seen == len(data.order) > 50_000, seen
+    data.fingerprint()
+    try:
+        data.rows.take(torch.arange(60_000))
+    except (MemoryError, RuntimeError):
+        print("the limit holds")
+"""
+FROM_FILES = 'data = load(sys.argv[1], scale="standard").split(8, Dirichlet(1.0))'
+FROM_DATASET = """
+    class Files(Dataset):
+        x = np.load(sys.argv[1] + "/x.npy", mmap_mode="r")
+        def __len__(self): return len(self.x)
+        def __getitem__(self, row): return torch.from_numpy(np.array(self.x[row])), row % 10
+    data = dataset(Files()).split(8, FeatureShift(noise=0.1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory only on Linux")
+@pytest.mark.parametrize("body", [FROM_FILES, FROM_DATASET], ids=["memory map", "Dataset"])
+def test_data_four_times_larger_than_memory(tmp_path, body):
+    """A set of 256 MB is scaled, split and read whole by a process that may grow by 64 MB."""
+    x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (65_536, 1024))  # sparse: no disk either
+    x[::97, 3] = 1.0
+    x.flush()
+    np.save(tmp_path / "y.npy", np.arange(65_536) % 10)
+    program = textwrap.dedent(LIMITED).format(body=textwrap.dedent(body))
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "the limit holds\n"
+
+
+def test_a_bad_number_outside_memory_is_found_as_it_is_read(mapped):
+    x = np.load(mapped / "x.npy")
+    x[4, 2] = np.nan
+    np.save(mapped / "x.npy", x)
+    data = load(mapped)
+    assert data.rows.take(torch.tensor([0, 1]))[0].shape == (2, 3)
+    with pytest.raises(RunError, match="nan at row 4, column 2"):
+        data.rows.take(torch.tensor([[1, 3], [4, 0]]))
+    with pytest.raises(RunError, match="targets hold nan at row 1"):
+        DatasetRows([(X[0], 0.0), (X[1], float("nan"))]).take(torch.tensor([0, 1]))
+    with pytest.raises(RunError, match="inf at row 9, column 1"):
+        DatasetRows([(torch.tensor([0.0, float("inf") if i == 9 else 0.0]), 0) for i in range(12)]).take(
+            torch.tensor([8, 9])
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: arrays(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]), [0, 1]), "x holds nan at row 1, column 0"),
+        (lambda: arrays(np.full((2, 1, 2, 2), np.inf), [0, 1]), r"inf at row 0, position \(0, 0, 0\)"),
+        (lambda: arrays(torch.zeros(2, 1), [0.0, float("inf")]), "y holds inf at row 1"),
+        (lambda: arrays(torch.zeros(2, 1), ["a", None]), "y has no value at row 1"),
+        (lambda: arrays(torch.zeros(2, 1), [0.0, float("nan")], task="classification"), "no value at row 1"),
+        (lambda: arrays(torch.zeros(3, 1), [0, 1]), "x has 3 rows, y has 2"),
+        (lambda: arrays(torch.zeros(3), [0, 1, 1]), r"x has shape \(3,\)"),
+        (lambda: arrays(torch.zeros(0, 3), []), r"x has shape \(0, 3\)"),
+        (lambda: arrays([["a", "b"]], [0]), "x is an array of <U1"),
+        (lambda: arrays([[1.0], [1.0, 2.0]], [0, 1]), "x is no array"),
+        (lambda: arrays(torch.zeros(2, 1), ["a", "b"], task="regression"), "y is an array of <U1"),
+        (lambda: arrays(torch.zeros(2, 1), [0, 1], task="clasification"), "No task is called"),
+        (lambda: arrays(torch.zeros(2, 1), [0, 1], scale="standart"), "No scale is called"),
+        (lambda: arrays(torch.zeros(2, 1), [0, 1], scale="client"), "natural client for every row"),
+        (lambda: arrays(torch.zeros(2, 1, dtype=torch.int64), [0, 1], scale="standard"), "token ids"),
+        (lambda: arrays(torch.zeros(2, 1), [0, 1], by=["a"]), "by has 1 entries for 2 rows"),
+        (lambda: arrays(torch.zeros(2, 1), [0, 1], test=(torch.zeros(1, 2), [0])), r"the test x have shape \(2,\)"),
+        (lambda: dataset([]), "has no rows"),
+        (lambda: dataset(Stream([])), "gave no row"),
+        (lambda: dataset([1, 2, 3]), "Row 0 of the dataset is a int"),
+        (lambda: dataset([(object(), 0)]), "Row 0 of the dataset is"),
+        (lambda: dataset(7), "Data of type int"),
+        (lambda: dataset([(X[0], 0), (X[0, :2], 1)]).rows.take(torch.arange(2)), r"Row 1 .* \(2,\), row 0 .* \(3,\)"),
+        (lambda: dataset(Stream([(X[0], 0), (X[0, :2], 1)])), r"Row 1 of the dataset"),
+        (lambda: dataset([(X[0], -1), (X[0], 1)]), "the least is -1"),
+        (lambda: federate([]), "no clients"),
+        (lambda: federate({"a": (X, Y), "b": (X[:, :2], Y)}), r"client b have shape \(2,\)"),
+        (lambda: federate([(X, Y), (X, Y[:3])]), "x of client 1 has 20 rows, y has 3"),
+        (lambda: arrays(X.long(), Y).split(2, FeatureShift(noise=1.0)), "float features"),
+        (lambda: arrays(X, Y).split(2, FeatureShift(rotation=90)), "pictures"),
+    ],
+)
+def test_bad_data_is_refused_by_row_and_column(make, match):
+    with pytest.raises(UsageError, match=match) as error:
+        make()
+    if error.value.write.startswith("data."):
+        assert eval(error.value.write, {"data": arrays(X, Y), "IID": IID, "FeatureShift": FeatureShift}).count == 2
+
+
+def test_the_line_that_drops_bad_rows_works():
+    x, y = np.array([[0.0], [np.nan], [2.0]]), np.array([0, 1, 2])
+    with pytest.raises(UsageError) as error:
+        arrays(x, y)
+    names = {"np": np, "x": x, "y": y}
+    exec(error.value.write, names)
+    assert len(arrays(names["x"], names["y"])) == 2

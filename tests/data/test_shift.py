@@ -1,0 +1,68 @@
+"""Feature shift: a function of (seed, client, row), applied as rows are taken."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atoll.data import FeatureShift, arrays, load
+from atoll.data.shift import rotate
+from atoll.rng import Key
+
+sides = st.integers(1, 9)
+
+
+@given(seed=st.integers(0, 99), side=sides, turns=st.integers(-5, 5))
+def test_quarter_turns_move_whole_pixels(seed, side, turns):
+    x = Key(seed).uniform(2 * 3 * side * side).float().reshape(2, 3, side, side)
+    turned = rotate(x, torch.full((2,), 90.0 * turns))
+    assert torch.equal(turned, torch.rot90(x, turns, (-2, -1)))
+
+
+@given(side=st.integers(4, 9), degrees=st.floats(-360, 360))
+def test_rotation_keeps_what_is_round(side, degrees):
+    """A disc that fades to nothing before the frame looks the same from every side."""
+    line = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
+    radius = (line[:, None] ** 2 + line**2).sqrt()
+    disc = (1 - 2 * radius / side).clamp(min=0)[None]
+    turned = rotate(disc, torch.tensor([degrees]))
+    assert (turned - disc).abs().max() < 0.25 and (turned.sum() / disc.sum() - 1).abs() < 0.15
+    assert turned.min() >= 0 and turned.max() <= 1
+
+
+def test_noise_has_the_stated_sd_at_every_client():
+    """Client i of 4 sees noise of sd 0.8 (i + 1) / 4, within 4 standard errors."""
+    plain = arrays(torch.full((400, 50), 3.0), torch.zeros(400))
+    data = plain.split(4, FeatureShift(noise=0.8), held_out=0)
+    for client in range(4):
+        noise = data.take(data.client_rows(client))[0] - 3.0
+        sd = 0.8 * (client + 1) / 4
+        assert noise.std() == pytest.approx(sd, rel=4 / (2 * noise.numel()) ** 0.5)
+        assert abs(noise.mean()) < 4 * sd / noise.numel() ** 0.5
+
+
+def test_rotation_goes_up_by_client():
+    data, plain = load("digits").split(4, FeatureShift(rotation=90)), load("digits").split(4)
+    for client in range(4):
+        rows = data.client_rows(client)
+        assert torch.equal(data.take(rows)[0], torch.rot90(plain.take(rows)[0], client, (-2, -1)))
+
+
+@given(seed=st.integers(0, 50))
+def test_a_row_looks_the_same_in_every_batch(seed):
+    data = load("digits").split(5, FeatureShift(noise=0.3, rotation=15), seed=seed)
+    rows = data.order[Key(seed).permutation(len(data.order))[:24]]
+    x = data.take(rows)[0]
+    assert torch.equal(data.take(rows.reshape(4, 6))[0].flatten(0, 1), x)
+    assert torch.equal(data.take(rows[7:9])[0], x[7:9])
+    assert torch.equal(data.pooled().take(rows)[0], x)  # pooled rows are what their clients see
+    assert torch.equal(data.only(torch.tensor([3])).take(rows)[0], x)
+
+
+def test_another_seed_is_other_noise_and_held_out_rows_have_none():
+    one, two = (load("digits").split(5, FeatureShift(noise=0.3), seed=s) for s in (0, 1))
+    rows = one.order[:5]
+    assert not torch.equal(one.take(rows)[0], two.take(rows)[0])
+    held = torch.arange(10)
+    assert torch.equal(one.held().take(held)[0], load("digits").split(5).held().take(held)[0])
+    assert one.take(rows[:0])[0].shape == (0, 1, 8, 8)

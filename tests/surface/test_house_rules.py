@@ -1,0 +1,168 @@
+"""The rules of the house that no general tool knows. Each is tried on a line that breaks it."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+UNSAFE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+LATE = {"matplotlib", "sklearn", "pandas", "scipy"}
+TEXT = {".py", ".md", ".toml", ".txt", ".cfg", ".html", ".js", ".css", ".json", ".yml", ".rst", ""}
+
+Found = Iterator[tuple[int, str]]
+
+
+def keywords(call: ast.Call) -> dict[str | None, str]:
+    return {word.arg: ast.unparse(word.value) for word in call.keywords}
+
+
+def calls(tree: ast.Module) -> Iterator[tuple[ast.Call, str, str]]:
+    """Every call, with its whole dotted name and the last word of it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            last = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+            yield node, ast.unparse(node.func), last
+
+
+def imported(nodes: Iterator[ast.AST]) -> Iterator[tuple[int, str]]:
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.lineno, (node.module or "").split(".")[0]
+
+
+def on_import(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs on import: not the bodies of functions, nor what only type checkers read."""
+    for child in ast.iter_child_nodes(node):
+        typing = isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
+        if not isinstance(child, FUNCTIONS) and not typing:
+            yield child
+            yield from on_import(child)
+
+
+def leaves_the_device(tree: ast.Module) -> Found:
+    for call, _, last in calls(tree):
+        if isinstance(call.func, ast.Attribute) and last in {"cpu", "numpy", "item"}:
+            yield call.lineno, f".{last}() in a part"
+
+
+def asserts(tree: ast.Module) -> Found:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            yield node.lineno, "assert vanishes under -O; raise UsageError or RunError"
+
+
+def runs_code(tree: ast.Module) -> Found:
+    for line, name in imported(ast.walk(tree)):
+        if name in UNSAFE:
+            yield line, f"import {name}"
+    for call, name, _ in calls(tree):
+        given = keywords(call)
+        if name in {"eval", "exec", "compile", "__import__"}:
+            yield call.lineno, f"{name}()"
+        elif name == "torch.load" and given.get("weights_only") != "True":
+            yield call.lineno, "torch.load without weights_only=True"
+        elif given.get("allow_pickle", "False") != "False":
+            yield call.lineno, "allow_pickle"
+
+
+def sleeps(tree: ast.Module) -> Found:
+    for call, name, last in calls(tree):
+        nothing = [ast.unparse(argument) for argument in call.args] == ["0"]
+        if last == "sleep" and not (name == "asyncio.sleep" and nothing):
+            yield call.lineno, f"{name}(): wait for what is awaited instead"
+
+
+def imports_early(tree: ast.Module) -> Found:
+    for line, name in imported(on_import(tree)):
+        if name in LATE:
+            yield line, f"import {name} inside the function that needs it"
+
+
+def too_long(tree: ast.Module) -> Found:
+    for node in ast.walk(tree):
+        if isinstance(node, FUNCTIONS):
+            arguments = node.args
+            given = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > 70:
+                yield node.lineno, f"{node.name} has {length} lines, more than 70"
+            if given > 12:
+                yield node.lineno, f"{node.name} has {given} parameters, more than 12"
+
+
+# rule, where it holds, a line that breaks it, a line that does not
+RULES = [
+    (leaves_the_device, ["src/atoll/plan"], "x.sum().item()", "x.items(); device('cpu')"),
+    (asserts, ["src"], "assert x > 0", "raise ValueError(x)"),
+    (runs_code, ["src"], "import pickle", "import msgspec"),
+    (runs_code, ["src"], "from joblib import load", "from safetensors import safe_open"),
+    (runs_code, ["src"], "torch.load(path)", "torch.load(path, weights_only=True)"),
+    (runs_code, ["src"], "numpy.load(path, allow_pickle=True)", "numpy.load(path, allow_pickle=False)"),
+    (runs_code, ["src"], "eval(text)", "model.eval(); re.compile('x')"),
+    (sleeps, ["src", "tests"], "time.sleep(1)", "event.wait(1)"),
+    (sleeps, ["src", "tests"], "await asyncio.sleep(.1)", "await asyncio.sleep(0)"),
+    (imports_early, ["src"], "import matplotlib.pyplot as plt", "def draw():\n    import matplotlib"),
+    (imports_early, ["src"], "try:\n    import pandas\nfinally:\n    pass", "import numpy"),
+    (too_long, ["src"], "def f():\n" + "    x\n" * 70, "def f():\n" + "    x\n" * 69),
+    (too_long, ["src"], "def f(a, b, c, d, e, f, g, h, i, j, k, l, *, m): ...", "def f(a, *, b): ..."),
+]
+EACH = list({rule: where for rule, where, _, _ in RULES}.items())
+
+
+def python(where: list[str]) -> Iterator[Path]:
+    for folder in where:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize(("rule", "where"), EACH, ids=[rule.__name__ for rule, _ in EACH])
+def test_house_rule(rule, where):
+    broken = [
+        f"{path.relative_to(ROOT)}:{line} {what}"
+        for path in python(where)
+        for line, what in rule(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(("rule", "where", "bad", "good"), RULES)
+def test_rule_finds_what_it_forbids(rule, where, bad, good):
+    assert list(rule(ast.parse(bad)))
+    assert not list(rule(ast.parse(good)))
+
+
+def test_no_file_is_long():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in python(["src"])}
+    assert not {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > 500}
+
+
+# A folder of one machine; the lookbehind keeps addresses and relative paths out.
+MACHINE = re.compile(r"(?<![\w.:/~})-])/(?:root|work|opt|Users|home/\w+)/")
+
+
+def texts() -> Iterator[Path]:
+    yield from (path for path in ROOT.iterdir() if path.is_file() and path.suffix in TEXT)
+    for folder in ("src", "tests", "docs", "examples", "benchmarks", "decisions", "changes", ".ci"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix in TEXT and not {"__pycache__", "_build"} & set(path.parts):
+                yield path
+
+
+def test_no_path_of_one_machine():
+    broken = [
+        f"{path.relative_to(ROOT)}:{number} {line.strip()[:80]}"
+        for path in texts()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if MACHINE.search(line)
+    ]
+    assert not broken, "\n".join(broken)
+
+
+def test_machine_path_is_found():
+    assert MACHINE.search("open('/" + "root/x')")
+    assert not MACHINE.search("https://example.org/" + "work/x, ../" + "opt/x, /usr/share/datasets")
