@@ -1,0 +1,52 @@
+"""What clients keep between rounds: a store of rows that appear on first touch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Memory:
+    """Rows by client id; a client that was never at work has none, and reads the first row that all share.
+
+    A million clients cost nothing until they are touched. What was written since the last `written` call can be
+    taken out, so that a checkpoint writes what changed.
+
+    Args:
+        first: one client's tensors before its first round.
+    Example:
+        >>> memory = Memory({"v": torch.zeros(2)})
+        >>> memory.put(torch.tensor([7]), {"v": torch.ones(1, 2)})
+        >>> memory.take(torch.tensor([7, 8]))["v"].tolist()
+        [[1.0, 1.0], [0.0, 0.0]]
+    """
+
+    def __init__(self, first: Mapping[str, Tensor]) -> None:
+        self.first = dict(first)
+        self._rows: dict[int, dict[str, Tensor]] = {}
+        self._changed: set[int] = set()
+
+    def take(self, ids: Tensor) -> dict[str, Tensor]:
+        """Copies of the rows of these clients, `[K, …]` by name."""
+        rows = [self._rows.get(i, self.first) for i in ids.tolist()]
+        return {n: torch.stack([row[n] for row in rows]) for n in self.first} if rows else {}
+
+    def put(self, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """Replace the rows of these clients."""
+        if not self.first:
+            return
+        for k, i in enumerate(ids.tolist()):
+            self._rows[i] = {n: rows[n][k].clone() for n in self.first}
+            self._changed.add(i)
+
+    def touched(self) -> Tensor:
+        """Ids of the clients that have rows, ascending, int64."""
+        return torch.tensor(sorted(self._rows), dtype=torch.int64)
+
+    def changed(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Ids and rows written since the last call, and from now on no longer counted as changed."""
+        ids = torch.tensor(sorted(self._changed), dtype=torch.int64)
+        self._changed.clear()
+        return ids, self.take(ids)

@@ -1,0 +1,153 @@
+"""Which body computes the clients: tried on the model at hand before the first round, and said why."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from atoll.data.clients import Clients
+from atoll.errors import AtollError, UsageError
+from atoll.plan.lanes import Lanes
+from atoll.plan.plan import Plan
+from atoll.rng import Key, global_scope
+from atoll.task import Gradient, Task, cross_entropy
+
+BODIES = ("auto", "lanes", "loop")
+
+
+class Choice(NamedTuple):
+    """A task with its body chosen, and the reason in words."""
+
+    task: Task
+    reason: str
+
+
+def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto") -> Choice:
+    """Choose the body for a run: `lanes` where it takes the model, keeps every lane's bits to itself, and is quicker.
+
+    Args:
+        task: the task; its `numerics` are not looked at.
+        data: the clients; a few rows of one are computed.
+        plan: the plan; a local part may ask for a body of its own.
+        wanted: `"auto"`, or a body that is taken or refused.
+    Raises:
+        UsageError: the model or the loss does not fit the data, or the wanted body cannot take the model.
+    """
+    if wanted not in BODIES:
+        raise UsageError(f"numerics = {wanted!r}.", f"one of {', '.join(BODIES)}.", write="--numerics auto")
+    rows = min(4, int(data.sizes.max()))
+    task = replace(task, numerics="loop", noisy=False)
+    task = replace(task, noisy=_passes(task, data, rows))
+    own = getattr(plan.local, "numerics", None)
+    if own == "loop":
+        return Choice(task, "the plan's own loop runs client by client")
+    if wanted == "loop":
+        return Choice(task, "asked for")
+    trouble = _trouble(task, data, rows)
+    if trouble and wanted == "lanes":
+        raise UsageError(
+            f"numerics = 'lanes', and {trouble}.",
+            "a model that runs for many clients side by side.",
+            write="--numerics loop",
+        )
+    if trouble:
+        return Choice(task, trouble)
+    convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in task.module.modules())
+    if convolves and wanted == "auto":
+        return Choice(task, "the convolutions of many clients become one grouped convolution, slower than one by one")
+    return Choice(replace(task, numerics="lanes"), "asked for" if wanted == "lanes" else "many clients in one pass")
+
+
+def _passes(task: Task, data: Clients, rows: int) -> bool:
+    """One pass in the loop, which every model must survive; whether it drew from the global generators."""
+    with global_scope(Key(0).fold("probe")):
+        before = _drawn()
+        try:
+            gradient = _gradient(task, data, rows, (0,))
+        except AtollError:
+            raise
+        except Exception as error:
+            lanes = _lanes(task, data, (0,))
+            x = lanes.take(torch.zeros(1, 1, dtype=torch.int64), (1,)).x
+            raise UsageError(
+                f"The model or its loss does not take a batch of this data: {type(error).__name__}: {error}",
+                f"a model for rows of shape {tuple(x.shape[2:])} ({x.dtype}), and a loss of one value a row.",
+                "one pass over a few rows was tried before the first round.",
+                "atoll doctor",
+            ) from error
+        drew = before != _drawn()
+    if gradient.grad.shape != (1, task.layout.d):
+        raise UsageError("The model's gradient has another length than its parameters.", "one number a parameter.")
+    return drew
+
+
+def _drawn() -> tuple[bytes, object, bytes]:
+    """Where the three global generators stand: torch's, Python's and numpy's."""
+    words = np.random.get_state(legacy=False)["state"]  # type: ignore[call-overload]
+    return bytes(torch.random.get_rng_state().tolist()), random.getstate(), repr(words).encode()
+
+
+def _trouble(task: Task, data: Clients, rows: int) -> str:
+    """Why lanes cannot take this model; empty where they can."""
+    if task.noisy:
+        return "the model draws random numbers of its own, which lanes cannot key"
+    lanes = replace(task, numerics="lanes")
+    some = tuple(torch.argsort(data.sizes, descending=True, stable=True)[:3].tolist())
+    some = (some * 3)[:3]
+    try:
+        alone, three = _gradient(lanes, data, rows, some[:1]), _gradient(lanes, data, rows, some)
+        moved = _gradient(lanes, data, rows, (some[1], some[2], some[0]))
+    except Exception as error:
+        return (
+            f"the model cannot be vectorised over clients ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        )
+    first = [alone.grad[0], three.grad[0], moved.grad[2]]
+    if not all(torch.equal(first[0], other) for other in first):
+        return "a lane's bits would depend on its neighbours"
+    reference = _gradient(task, data, rows, some[:1]).grad[0]
+    scale = reference.abs().max().clamp(min=1e-30)
+    if float((first[0] - reference).abs().max() / scale) > 1e-3:
+        return "its gradient in lanes differs from autograd's"
+    return ""
+
+
+def _gradient(task: Task, data: Clients, rows: int, ids: tuple[int, ...]) -> Gradient:
+    lanes = _lanes(task, data, ids)
+    counts = tuple(min(rows, n) for n in lanes.sizes)
+    positions = torch.arange(max(counts)).expand(len(ids), -1)
+    batch = lanes.take(positions, counts)
+    _check_loss(task, data, batch.x[0, : counts[0]], batch.y[0, : counts[0]])
+    return task.gradient(task.initial().lanes(len(ids)), batch, Key(0).of(lanes.ids))
+
+
+def _check_loss(task: Task, data: Clients, x: Tensor, y: Tensor) -> None:
+    """One value a row, or the loss is not what the mean over clients needs; and an output for every class."""
+    task.module.eval()
+    with torch.no_grad():
+        output = task.module(x)
+        if task.loss is cross_entropy and data.classes and output.shape[-1] < len(data.classes):
+            raise UsageError(
+                f"The model returned {tuple(output.shape)} for {len(x)} rows of {len(data.classes)} classes.",
+                f"shape ({len(x)}, {len(data.classes)}): one logit a class.",
+                "a row of a class without a logit has no loss.",
+                f"torch.nn.Linear(..., {len(data.classes)})",
+            )
+        each = task.loss(output, y)
+    if each.shape != (len(x),):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UsageError(
+            f"The loss of {len(x)} rows has shape {tuple(each.shape)}; the model returned {shape}.",
+            f"one value a row: shape ({len(x)},).",
+            "clients are weighted and averaged example by example.",
+            'torch.nn.functional.cross_entropy(output, y, reduction="none")',
+        )
+
+
+def _lanes(task: Task, data: Clients, ids: tuple[int, ...]) -> Lanes:
+    index = torch.tensor(ids)
+    return Lanes(data, index, tuple(data.sizes[index].tolist()), task.layout.dtype)

@@ -1,0 +1,377 @@
+"""What a client computes: a gradient, local training, the user's own loop, or an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from atoll.errors import UsageError
+from atoll.layout import Layout
+from atoll.plan.lanes import ROWS, Lanes, padded
+from atoll.plan.part import Part
+from atoll.plan.slots import Broadcast, Contribution, Optimizer, Tensors
+from atoll.rng import Key, global_scope
+from atoll.task import Task
+
+
+def _contribution(lanes: Lanes, update: Tensor, buffers: Tensor, counters: Tensors, sums: Tensors) -> Contribution:
+    """A contribution of an update; buffers go beside it where the model has any."""
+    means = {"update": update} | ({"buffers": buffers} if buffers.shape[-1] else {})
+    facts = {"loss": sums["loss"] / sums["rows"].clamp(min=1)} if "loss" in sums else {}
+    return Contribution(means, sums, lanes.rows, counters, facts)
+
+
+def _check_batch(part: str, batch: Any) -> None:
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise UsageError(
+            f"{part}: batch = {batch!r}.",
+            "a whole number of rows, at least 1, or None for all rows at once.",
+            write="Gradient(batch=32)",
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Gradient(Part):
+    """The gradient of a client's own loss at θ.
+
+    gᵢ = ∇θ (1/|B|) Σ_{rows in B} ℓ(f_θ(x), y),  B all rows, or `batch` of them drawn without replacement each round.
+
+    Args:
+        batch: rows in B, or None for all. A client that holds fewer takes all it holds.
+    Example:
+        >>> Gradient(batch=32)
+        Gradient(32)
+
+    Reference: Robbins and Monro, A Stochastic Approximation Method, 1951.
+    """
+
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_batch("Gradient", self.batch)
+
+    def width(self, rows: int) -> int:
+        """How wide this client's batch is padded: a function of its own size."""
+        return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
+
+    def contribute(
+        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+    ) -> tuple[Contribution, Tensors]:
+        """The gradient of K clients at once."""
+        width = self.width(lanes.sizes[0])
+        counts = tuple(min(n, self.batch or n) for n in lanes.sizes)
+        if self.batch is None:
+            positions = torch.arange(width, device=lanes.ids.device).expand(len(counts), -1)
+        else:
+            wide = max(width, lanes.sizes[0])
+            positions = key.fold("order").permutations(lanes.rows, wide)[:, :width]
+        model = broadcast.model.lanes(len(counts))
+        g = lanes.gradient(task, model, positions, counts, key.fold("pass"))
+        sums = {"loss": g.loss, "rows": torch.tensor(counts, device=lanes.ids.device)}
+        return _contribution(lanes, g.grad, g.buffers, g.counters, sums), {}
+
+
+Keep = Literal["optimizer", "order"]
+
+
+@dataclass(frozen=True, repr=False)
+class Train(Part):
+    """Local training: some steps of an optimizer from θ, on the client's own rows in a keyed order.
+
+    gᵢ = θ − θᵢ,  θᵢ from θ by `epochs` passes over the rows, or by `steps` batches that run on across passes.
+
+    Args:
+        optimizer: the client's own, such as `sgd(0.1)`; its schedule counts rounds.
+        epochs: passes over the rows, at least 1; or
+        steps: batches, at least 1. One of the two.
+        batch: rows in a batch; None is all of them. A client that holds fewer trains on all it holds at once.
+        keep: what a client keeps between rounds: `"optimizer"` its state, `"order"` its place in the rows.
+    Raises:
+        UsageError: neither or both of epochs and steps, or a number out of range.
+    Example:
+        >>> from atoll.plan.optimizer import sgd
+        >>> Train(sgd(0.1), epochs=1, batch=10)
+        Train(sgd(0.1), epochs=1, batch=10)
+
+    Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
+    """
+
+    optimizer: Any
+    epochs: int | None = None
+    steps: int | None = None
+    batch: int | None = None
+    keep: tuple[Keep, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_batch("Train", self.batch)
+        lengths = [n for n in (self.epochs, self.steps) if n is not None]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in lengths)
+        if len(lengths) != 1 or not whole:
+            raise UsageError(
+                f"Train(epochs={self.epochs!r}, steps={self.steps!r}).",
+                "one of epochs and steps, a whole number, at least 1.",
+                "it says how long a client trains between two rounds.",
+                "Train(sgd(0.1), epochs=1, batch=10)",
+            )
+        if not isinstance(self.optimizer, Optimizer) or isinstance(self.optimizer, type):
+            raise UsageError(
+                f"Train(optimizer={self.optimizer!r}).",
+                "an optimizer.",
+                write="Train(sgd(0.1), epochs=1, batch=10)",
+            )
+        odd = set(self.keep) - {"optimizer", "order"}
+        if odd or isinstance(self.keep, str):
+            raise UsageError(
+                f"Train(keep={self.keep!r}).",
+                "a tuple of 'optimizer' and 'order'.",
+                write='Train(sgd(0.1), steps=10, batch=10, keep=("optimizer", "order"))',
+            )
+        if "order" in self.keep and self.steps is None:
+            raise UsageError(
+                "Train(epochs=..., keep=('order',)).",
+                "steps, where the place in the rows is kept.",
+                "whole passes end where they began: there is no place to keep.",
+                'Train(sgd(0.1), steps=10, batch=10, keep=("order",))',
+            )
+
+    def memory(self, layout: Layout) -> Tensors:
+        """The optimizer's state and the number of batches taken so far, as `keep` says."""
+        kept: dict[str, Tensor] = {}
+        if "optimizer" in self.keep:
+            fresh = self.optimizer.slots(torch.zeros(layout.d, dtype=layout.dtype))
+            kept |= {f"optimizer.{n}": t for n, t in fresh.items()}
+        if "order" in self.keep:
+            kept["taken"] = torch.zeros((), dtype=torch.int64)
+        return kept
+
+    def server(self, layout: Layout) -> Tensors:
+        """What a plateau schedule of the clients remembers; nothing for the others."""
+        return dict(self.optimizer.schedule.init())
+
+    def settle(self, total: Any, server: Tensors, key: Key) -> tuple[Any, Tensors]:
+        """Tell the clients' schedule the round's loss."""
+        if not server or "loss" not in total.sums:
+            return total, server
+        return total, self.optimizer.schedule.observe(server, (total.sums["loss"] / total.sums["rows"]).squeeze())
+
+    def width(self, rows: int) -> int:
+        """How wide this client's batches are padded: a function of its own size."""
+        return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
+
+    def contribute(
+        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+    ) -> tuple[Contribution, Tensors]:
+        """θ − θᵢ of K clients, trained side by side; a lane that has finished is left alone."""
+        lanes_count = len(lanes.sizes)
+        model = broadcast.model.lanes(lanes_count)
+        state = self.optimizer.slots(model.theta)
+        if "optimizer" in self.keep:
+            state = {n: memory[f"optimizer.{n}"] for n in state}
+        lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
+        stepper = self.optimizer.stepper(model.theta, state, lr)
+        loss = model.theta.new_zeros(lanes_count)
+        rows = torch.zeros(lanes_count, dtype=torch.int64, device=model.theta.device)
+        for s, (positions, counts) in enumerate(self._batches(lanes, memory, key, task)):
+            k = len(counts)
+            g = lanes.gradient(task, model.first(k), positions, counts, key.fold("pass", s).select(slice(k)))
+            stepper.step(g.grad)
+            model.buffers[:k] = g.buffers
+            for name, counter in g.counters.items():
+                model.counters[name][:k] = counter
+            loss[:k] += g.loss
+            rows[:k] += torch.tensor(counts, device=rows.device)
+        after: dict[str, Tensor] = {}
+        if "optimizer" in self.keep:
+            after |= {f"optimizer.{n}": t for n, t in state.items()}
+        if "order" in self.keep:
+            after["taken"] = memory["taken"] + (self.steps or 0)
+        update = broadcast.model.theta - model.theta
+        return _contribution(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
+
+    def _batches(self, lanes: Lanes, memory: Tensors, key: Key, task: Task) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """Positions `[k, B]` and counts of each step, for the k lanes that still train: always the first ones.
+
+        Each lane is at its own place in its own pass, so that its draws do not depend on how many batches others have.
+        """
+        width = self.width(lanes.sizes[0])
+        plans = [_lengths(n, self.batch, task.batch_statistics) for n in lanes.sizes]
+        steps = [self.steps or (self.epochs or 0) * len(p) for p in plans]
+        keeps = "order" in self.keep
+        draw = Key(key.seed).fold("kept order") if keeps else key.fold("order")
+        taken = memory["taken"].tolist() if keeps else [0] * len(plans)
+        reach = width * max(len(p) for p in plans) + 1
+        order = torch.zeros(len(plans), reach, dtype=torch.int64, device=lanes.ids.device)
+        for s in range(steps[0]):
+            plans = [p for p, n in zip(plans, steps, strict=False) if s < n]
+            at = [divmod(t + s, len(p)) for t, p in zip(taken, plans, strict=False)]
+            new = [k for k, (_, i) in enumerate(at) if i == 0 or s == 0]
+            if new:
+                index = torch.tensor(new, device=lanes.ids.device)
+                epochs = torch.tensor([at[k][0] for k in new], device=lanes.ids.device)
+                order[index] = draw.of(lanes.ids[index], epochs).permutations(lanes.rows[index], reach)
+            counts = tuple(p[i] for p, (_, i) in zip(plans, at, strict=True))
+            begin = torch.tensor([i * width for _, i in at], device=order.device)
+            span = torch.arange(max(*counts, width), device=order.device)
+            columns = (begin[:, None] + span).clamp(max=reach - 1)
+            yield order[: len(counts)].gather(1, columns), counts
+
+
+def _lengths(rows: int, batch: int | None, joins: bool) -> list[int]:
+    """The lengths of the batches of one pass; for batch statistics, which one row has none of, a tail of one joins.
+
+    Example:
+        >>> _lengths(25, 10, True), _lengths(21, 10, True), _lengths(21, 10, False)
+        ([10, 10, 5], [10, 11], [10, 10, 1])
+    """
+    if batch is None or rows <= batch:
+        return [rows]
+    full, tail = divmod(rows, batch)
+    if joins and tail == 1 and batch > 1:
+        return [batch] * (full - 1) + [batch + 1]
+    return [batch] * full + ([tail] if tail else [])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a user's own loop is told: the round, the client, the server's learning rate, the device, keyed generators.
+
+    Args:
+        round: from 0.
+        client: the client's number.
+        lr: the rate that the plan suggests, `Custom(fn, lr=...)`; None without.
+        device: where the model is.
+        generator: torch's, seeded by (seed, round, client).
+    """
+
+    round: int
+    client: int
+    lr: float | None
+    device: torch.device
+    generator: torch.Generator
+
+
+class Loader:
+    """Batches `(x, y)` of one client, in a new keyed order each time it is walked through."""
+
+    def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key) -> None:
+        self._lanes = Lanes(lanes.clients, lanes.ids[k : k + 1], lanes.sizes[k : k + 1], lanes.dtype)
+        self._batch, self._key, self._passes = batch or lanes.sizes[k], key, 0
+        self.rows = lanes.sizes[k]
+
+    def __len__(self) -> int:
+        return -(-self.rows // self._batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self._key.fold(self._passes).permutation(self.rows)[None]
+        self._passes += 1
+        for piece in order.split(self._batch, 1):
+            x, y, _ = self._lanes.take(piece, (piece.shape[1],))
+            yield x[0], y[0]
+
+
+@dataclass(frozen=True, repr=False)
+class Custom(Part):
+    """Your own training loop, called once for each client at work.
+
+    gᵢ = θ − θᵢ,  θᵢ what `fn` left in the model.
+
+    Args:
+        fn: `fn(model, loader, ctx) -> metrics | None`: trains the model in place; `loader` yields `(x, y)`; the
+            metrics, numbers by name, are averaged by rows. In a text it is written `module:name`.
+        batch: rows in the loader's batches; None is all of them.
+        lr: handed on as `ctx.lr`; a number or None.
+    Example:
+        >>> def train(model, loader, ctx):
+        ...     optimizer = torch.optim.SGD(model.parameters(), ctx.lr)
+        ...     for x, y in loader:
+        ...         optimizer.zero_grad()
+        ...         nn.functional.cross_entropy(model(x), y).backward()
+        ...         optimizer.step()
+        >>> part = Custom(train, batch=10, lr=0.1)
+    """
+
+    fn: Callable[[nn.Module, Loader, Context], Mapping[str, float] | None]
+    batch: int | None = None
+    lr: float | None = None
+    numerics = "loop"
+
+    def __post_init__(self) -> None:
+        _check_batch("Custom", self.batch)
+        if not callable(self.fn):
+            raise UsageError(
+                f"Custom({self.fn!r}).",
+                "a function (model, loader, ctx).",
+                write="Custom(package.module:train)",
+            )
+
+    def width(self, rows: int) -> int:
+        """No padding: each client runs by itself."""
+        return rows
+
+    def contribute(
+        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+    ) -> tuple[Contribution, Tensors]:
+        """Call the user's loop for each client, on a fresh module, its randomness keyed."""
+        out = [self._one(broadcast, lanes, k, key.only(k), task) for k in range(len(lanes.sizes))]
+        theta, buffers, counters, sums = zip(*out, strict=True)
+        names = sorted(set().union(*sums))
+        stacked = {n: torch.stack([s.get(n, theta[0].new_zeros(())) for s in sums]) for n in names}
+        count = {n: torch.stack([c[n] for c in counters]) for n in counters[0]}
+        update = broadcast.model.theta - torch.stack(theta)
+        return _contribution(lanes, update, torch.stack(buffers), count, stacked), {}
+
+    def _one(
+        self, broadcast: Broadcast, lanes: Lanes, k: int, key: Key, task: Task
+    ) -> tuple[Tensor, Tensor, Tensors, dict[str, Tensor]]:
+        module = task.rebuilt(broadcast.model).train()
+        device = broadcast.model.theta.device
+        generator = torch.Generator(device).manual_seed(key.fold("generator").torch_seed())
+        ctx = Context(broadcast.round, int(lanes.ids[k]), self.lr, device, generator)
+        with global_scope(key.fold("custom")):
+            metrics = self.fn(module, Loader(lanes, k, self.batch, key.fold("order")), ctx) or {}
+        if not isinstance(metrics, Mapping):
+            raise UsageError(
+                f"{getattr(self.fn, '__name__', self.fn)} returned {type(metrics).__name__}.",
+                "metrics by name, or None.",
+                write='return {"loss": loss}',
+            )
+        rows = lanes.sizes[k]
+        sums = {n: torch.tensor(float(v) * rows, dtype=torch.float64) for n, v in metrics.items()}
+        sums["rows"] = torch.tensor(float(rows), dtype=torch.float64)
+        theta, buffers, fixed = task.layout.flatten(module.state_dict())
+        return theta, buffers, {e.name: fixed[e.name] for e in task.layout.counters}, sums
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluate(Part):
+    """The loss and the metrics of θ on a client's rows: sums only, no update.
+
+    Example:
+        >>> Evaluate()
+        Evaluate()
+    """
+
+    def width(self, rows: int) -> int:
+        """How wide this client's batches are padded: a function of its own size."""
+        return padded(rows)
+
+    def contribute(
+        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+    ) -> tuple[Contribution, Tensors]:
+        """Σ loss, Σ metrics and rows of K clients, at most `ROWS` rows of each in a pass."""
+        model = broadcast.model.lanes(len(lanes.sizes))
+        positions = torch.arange(self.width(lanes.sizes[0]), device=lanes.ids.device).expand(len(lanes.sizes), -1)
+        sums: dict[str, Tensor] = {}
+        start = 0
+        for piece in positions.split(ROWS, 1):
+            counts = tuple(max(0, min(n - start, piece.shape[1])) for n in lanes.sizes)
+            for name, value in task.measure(model, lanes.take(piece, counts)).items():
+                sums[name] = sums[name] + value if name in sums else value
+            start += piece.shape[1]
+        sums["rows"] = lanes.rows
+        facts = {n: s / sums["rows"] for n, s in sums.items() if n != "rows"}
+        return Contribution({}, sums, lanes.rows, {}, facts), {}

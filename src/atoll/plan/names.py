@@ -1,0 +1,56 @@
+"""The table of names that a plan's text may call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from atoll import schedule
+from atoll.plan import aggregate, codec, local, optimizer, pace, plan, sampler, stop
+
+PARTS: Mapping[str, Callable[..., Any]] = {
+    part.__name__: part
+    for part in (
+        plan.Plan,
+        sampler.Everyone,
+        sampler.Uniform,
+        sampler.Fraction,
+        sampler.Poisson,
+        sampler.Weighted,
+        sampler.RoundRobin,
+        local.Gradient,
+        local.Train,
+        local.Custom,
+        local.Evaluate,
+        codec.Identity,
+        aggregate.Mean,
+        aggregate.Sum,
+        pace.Sync,
+        optimizer.sgd,
+        optimizer.adam,
+        optimizer.adamw,
+        optimizer.adagrad,
+        optimizer.rmsprop,
+        optimizer.adadelta,
+        optimizer.adamax,
+        optimizer.nadam,
+        optimizer.radam,
+        optimizer.yogi,
+        schedule.constant,
+        schedule.step,
+        schedule.exponential,
+        schedule.inverse,
+        schedule.inverse_sqrt,
+        schedule.cosine,
+        schedule.polynomial,
+        schedule.warmup,
+        schedule.plateau,
+        stop.Rounds,
+        stop.Tolerance,
+        stop.Target,
+        stop.Patience,
+        stop.Seconds,
+        stop.Bytes,
+        stop.Diverged,
+    )
+}

@@ -1,0 +1,330 @@
+"""The one algorithm and its slots.
+
+    cohort = sampler(clients, round)                     who is at work
+    gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
+    mᵢ     = encode(gᵢ)                                  clip, compress
+    total  = Σ_b s(b) · decode_b( Σ_{i born b} lift(open(mᵢ), wᵢ) )
+    g      = finish(settle(total))                       the mean, or a robust rule
+    θ⁺     = optimizer(θ, g, round)                      the server always descends
+
+`step` is this, once, for every algorithm and every engine. An algorithm is a `Plan`: a value with a part in each slot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from atoll.errors import UsageError
+from atoll.grammar import Value
+from atoll.layout import Layout
+from atoll.plan.codec.stage import Identity
+from atoll.plan.optimizer import sgd
+from atoll.plan.pace import Sync
+from atoll.plan.sampler import Everyone, Uniform, fraction
+from atoll.plan.slots import (
+    Aggregator,
+    Cohort,
+    Local,
+    Optimizer,
+    Pace,
+    Population,
+    Sampler,
+    Shared,
+    Stage,
+    Tensors,
+    Total,
+)
+from atoll.rng import Key
+from atoll.task import Model, Task
+
+
+class Failure(NamedTuple):
+    """One contribution that was lost: whose, in which round, at which stage, and why."""
+
+    client: int
+    round: int
+    stage: str
+    cause: str
+
+
+class Gathered(NamedTuple):
+    """What an engine brings back: a partial sum for each birth, and the record of who gave it."""
+
+    partials: Mapping[int, Any]
+    arrived: Tensor  # int64 ids, in the order of the cohort
+    memory: tuple[tuple[Tensor, Tensors], ...]  # what the accepted clients keep: (ids [K], rows [K, …])
+    facts: Tensors  # one row an arrived client
+    failures: tuple[Failure, ...]
+    bytes_up: int
+    bytes_down: int
+
+
+class Store(Protocol):
+    """What clients keep between rounds: rows appear on first touch."""
+
+    def take(self, ids: Tensor) -> Tensors: ...
+    def put(self, ids: Tensor, rows: Tensors) -> None: ...
+
+
+class Engine(Protocol):
+    """Where clients run and how the sum is taken."""
+
+    @property
+    def population(self) -> Population: ...
+    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered: ...
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Value):
+    """An algorithm, as a value: a part in each slot of the formula.
+
+    θ⁺ = optimizer(θ, finish(settle(Σ lift(open(encode(local(θ, dataᵢ))), wᵢ))))
+
+    Args:
+        local: what a client computes.
+        aggregator: how contributions become one.
+        optimizer: how the server descends.
+        cohort: who is at work: a sampler; None is everyone, an int that many, a float that fraction.
+        codec: what happens to an update on its way.
+        pace: when a round closes.
+        max_failed: the largest fraction of a cohort that may fail before the run ends, in [0, 1].
+    Raises:
+        UsageError: a slot holds something else than a part for it, or two parts cannot stand beside each other.
+    Example:
+        >>> from atoll.plan.local import Gradient
+        >>> from atoll.plan.aggregate import Mean
+        >>> Plan(Gradient(), Mean(), sgd(0.1))
+        Plan(Gradient(), aggregator=Mean(), optimizer=sgd(0.1))
+    """
+
+    local: Local
+    aggregator: Aggregator
+    optimizer: Optimizer = field(default_factory=lambda: sgd(1.0))
+    cohort: Sampler | int | float | None = field(default_factory=Everyone)
+    codec: Stage = field(default_factory=Identity)
+    pace: Pace = field(default_factory=Sync)
+    max_failed: float = 0.5
+
+    def __post_init__(self) -> None:
+        slots = (
+            ("local", Local, "Gradient()"),
+            ("aggregator", Aggregator, "Mean()"),
+            ("optimizer", Optimizer, "sgd(0.1)"),
+            ("codec", Stage, "Identity()"),
+            ("pace", Pace, "Sync()"),
+        )
+        for slot, protocol, example in slots:
+            part = getattr(self, slot)
+            if isinstance(part, type) or not isinstance(part, protocol):
+                raise UsageError(
+                    f"The slot {slot} of the plan holds {part!r}.",
+                    f"a part with the methods of {protocol.__name__}.",
+                    "every slot of the formula is filled by one kind of part.",
+                    example,
+                )
+        if not 0 <= self.max_failed <= 1:
+            raise UsageError(
+                f"max_failed = {self.max_failed}.", "a fraction in [0, 1].", write="Plan(..., max_failed=0.5)"
+            )
+        if not self.aggregator.linear and self.codec.decodes:
+            raise UsageError(
+                f"{self.aggregator!r} with the codec {self.codec!r}.",
+                "an aggregator that is linear.",
+                "the codec is undone once on the sum, and this rule forms no sum.",
+                "Mean()",
+            )
+        object.__setattr__(self, "cohort", _sampler(self.cohort))
+
+    @property
+    def sampler(self) -> Sampler:
+        """Who is at work in a round, as a part."""
+        return self.cohort  # type: ignore[return-value]
+
+    def __str__(self) -> str:
+        """The formula with its slots filled in."""
+        return "\n".join(
+            (
+                f"cohort = {self.sampler!r}",
+                f"gᵢ     = {self.local!r}(θ, dataᵢ)",
+                f"mᵢ     = {self.codec!r}(gᵢ)",
+                f"g      = {self.aggregator!r}(mᵢ, wᵢ)          pace {self.pace!r}",
+                f"θ⁺     = {self.optimizer!r}(θ, g, round)",
+            )
+        )
+
+    def memory(self, layout: Layout) -> dict[str, Tensor]:
+        """What one client keeps before its first round, by `part/name`."""
+        return _joined({"local": self.local.memory(layout), "codec": self.codec.memory(layout)})
+
+
+def _sampler(cohort: Any) -> Sampler:
+    match cohort:
+        case None:
+            return Everyone()
+        case bool():
+            pass
+        case int():
+            return Uniform(cohort)
+        case float():
+            return fraction(cohort)
+        case Sampler() if not isinstance(cohort, type):
+            return cohort
+    raise UsageError(
+        f"cohort = {cohort!r}.",
+        "a sampler, a number of clients, a fraction of them, or None for everyone.",
+        write="Uniform(10)",
+    )
+
+
+def _joined(parts: Mapping[str, Tensors]) -> dict[str, Tensor]:
+    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+
+def part_of(tensors: Tensors, part: str) -> dict[str, Tensor]:
+    """The tensors of one part, out of those of all parts."""
+    return {n.removeprefix(f"{part}/"): t for n, t in tensors.items() if n.startswith(f"{part}/")}
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything needed to go on: the next round's number, the model, and what the server's half of each part keeps."""
+
+    round: int
+    seed: int
+    model: Model
+    optimizer: Tensors
+    server: Shared
+    memory: Store
+
+    @classmethod
+    def first(cls, plan: Plan, task: Task, seed: int, memory: Store, model: Model | None = None) -> State:
+        """The state before the first round."""
+        model = model or task.initial()
+        server = {"local": plan.local.server(task.layout), "codec": plan.codec.server(task.layout)}
+        return cls(0, seed, model, plan.optimizer.init(model.theta), server, memory)
+
+    def key(self) -> Key:
+        """The key of everything drawn in the coming round."""
+        return Key(self.seed).fold("round", self.round)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened in a round."""
+
+    round: int
+    metrics: Mapping[str, float]
+    cohort: int
+    arrived: int
+    failures: tuple[Failure, ...]
+    bytes_up: int
+    bytes_down: int
+    seconds: float = 0.0
+    fingerprint: str = ""
+    clients: Mapping[str, Any] = field(default_factory=dict)
+
+    def to(self, **changes: Any) -> Report:
+        """The same report with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+
+def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
+    """One round of any algorithm on any engine.
+
+    Args:
+        plan: the algorithm.
+        state: where it stands; unchanged but for what accepted clients keep.
+        engine: where the clients run.
+    Returns:
+        The state after the round, and the report of it.
+    Raises:
+        RunError: more clients failed than the plan allows, or the same error struck all of them. The state is
+            still good.
+    """
+    key = state.key()
+    cohort = plan.sampler(engine.population, state.round, key.fold("cohort"))
+    gathered = engine.gather(plan, state, cohort, key)
+    total = decode(plan, state, gathered)
+    total, server = settle(plan, total, state, key)
+    mean = plan.aggregator.finish(total, cohort, engine.population)
+    after = descend(plan, state, mean, server)
+    for ids, rows in gathered.memory:
+        state.memory.put(ids, rows)
+    return after, report(plan, state, cohort, gathered, mean)
+
+
+def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
+    """Σ_b s(b) · decode_b(partial_b): each birth's sum is decoded with its own key and discounted by its staleness."""
+    totals = []
+    for birth, partial in sorted(gathered.partials.items()):
+        total = plan.aggregator.total(partial)
+        if "update" in total.means:
+            key = Key(state.seed).fold("round", birth, "codec")  # the one that clients encoded with
+            update = plan.codec.decode(total.means["update"], key)
+            update = update * plan.pace.discount(state.round - birth)
+            total = total._replace(means={**total.means, "update": update})
+        totals.append(total)
+    return sum_totals(totals)
+
+
+def sum_totals(totals: list[Total]) -> Total:
+    """The totals of several births as one."""
+    first, *rest = totals
+    for other in rest:
+        first = Total(
+            {n: t + other.means[n] for n, t in first.means.items()},
+            {n: t + other.sums[n] for n, t in first.sums.items()},
+            first.weight + other.weight,
+            first.arrived + other.arrived,
+            {n: torch.maximum(t, other.largest[n]) for n, t in first.largest.items()},
+        )
+    return first
+
+
+def settle(plan: Plan, total: Total, state: State, key: Key) -> tuple[Total, Shared]:
+    """Once a round, on the exact total: the server's half of the codec, then of the local part."""
+    total, codec = plan.codec.settle(total, state.server["codec"], key.fold("settle codec"))
+    total, local = plan.local.settle(total, state.server["local"], key.fold("settle local"))
+    return total, {"local": local, "codec": codec}
+
+
+def descend(plan: Plan, state: State, mean: Total, server: Shared) -> State:
+    """θ⁺ = optimizer(θ, g): buffers are replaced by their mean, counters by the largest; without an update θ stays."""
+    model, optimizer = state.model, state.optimizer
+    if "update" in mean.means:
+        g = mean.means["update"].to(model.theta.dtype).expand_as(model.theta)
+        theta, optimizer = plan.optimizer.update(model.theta, g, per_row(mean.sums), optimizer, state.round)
+        buffers = mean.means["buffers"].to(model.buffers.dtype) if "buffers" in mean.means else model.buffers
+        model = Model(theta, buffers, {**model.counters, **mean.largest}, model.fixed)
+    return State(state.round + 1, state.seed, model, optimizer, server, state.memory)
+
+
+def per_row(sums: Tensors) -> dict[str, Tensor]:
+    """Each sum divided by the rows it is about."""
+    if "rows" not in sums:
+        return {}
+    return {n: t / sums["rows"].clamp(min=1) for n, t in sums.items() if n != "rows"}
+
+
+def report(plan: Plan, state: State, cohort: Cohort, gathered: Gathered, mean: Total) -> Report:
+    """What people are told of a round."""
+    metrics = {n: float(t) for n, t in per_row(mean.sums).items() if t.numel() == 1}
+    if "update" in mean.means:
+        metrics["gradient_norm"] = float(torch.linalg.vector_norm(mean.means["update"]))
+    metrics["lr"] = plan.optimizer.lr_at(state.round, state.optimizer)
+    return Report(
+        state.round,
+        metrics,
+        len(cohort.ids),
+        len(gathered.arrived),
+        gathered.failures,
+        gathered.bytes_up,
+        gathered.bytes_down,
+        clients={"id": gathered.arrived, **gathered.facts},
+    )

@@ -1,0 +1,180 @@
+"""Who is at work in a round.
+
+A sampler is called with the population, the round and a key. It gives the cohort's ids and every client's chance
+of being there, from which `over="expected"` computes what it divides by.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atoll.errors import UsageError
+from atoll.grammar import Value
+from atoll.plan.slots import Cohort, Population
+from atoll.rng import Key
+
+
+def _cohort(ids: Tensor, chance: Tensor | float) -> Cohort:
+    return Cohort(ids, torch.as_tensor(chance, dtype=torch.float64, device=ids.device))
+
+
+def _count(name: str, n: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise UsageError(f"{name}({n!r}).", "a whole number of clients, at least 1.", write=f"{name}(10)")
+
+
+def _enough(name: str, n: int, population: Population) -> None:
+    if n > population.clients:
+        raise UsageError(
+            f"A cohort of {n} clients out of {population.clients}.",
+            f"at most {population.clients}.",
+            "a client can be at work once in a round.",
+            f"{name}({population.clients})",
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Everyone(Value):
+    """Every client, every round.
+
+    Example:
+        >>> Everyone()(Population(3, torch.tensor([5, 5, 5])), 0, Key(0)).ids.tolist()
+        [0, 1, 2]
+    """
+
+    def __call__(self, population: Population, round: int, key: Key) -> Cohort:
+        return _cohort(torch.arange(population.clients, device=population.sizes.device), 1.0)
+
+
+@dataclass(frozen=True, repr=False)
+class Uniform(Value):
+    """n clients, every set of n equally likely: chance n/C each.
+
+    Args:
+        n: how many, 1 … C.
+    Raises:
+        UsageError: n is no whole number, or larger than the population.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _count("Uniform", self.n)
+
+    def __call__(self, population: Population, round: int, key: Key) -> Cohort:
+        _enough("Uniform", self.n, population)
+        return _cohort(key.distinct(self.n, population.clients).sort().values, self.n / population.clients)
+
+
+@dataclass(frozen=True, repr=False)
+class Fraction(Value):
+    """The fraction q of the clients, rounded to the nearest whole number, at least one.
+
+    Args:
+        q: in (0, 1].
+    """
+
+    q: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.q <= 1:
+            raise UsageError(f"Fraction({self.q!r}).", "a fraction in (0, 1].", write="Fraction(0.1)")
+
+    def __call__(self, population: Population, round: int, key: Key) -> Cohort:
+        return Uniform(max(1, math.floor(self.q * population.clients + 0.5)))(population, round, key)
+
+
+def fraction(q: float) -> Fraction:
+    """The sampler that `cohort=q` stands for."""
+    return Fraction(q)
+
+
+@dataclass(frozen=True, repr=False)
+class Poisson(Value):
+    """Each client by its own coin: chance q, independently. A cohort may be empty.
+
+    Args:
+        q: in (0, 1].
+    Reference: Abadi et al., Deep Learning with Differential Privacy, 2016: the sampling that privacy accounting
+        assumes.
+    """
+
+    q: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.q <= 1:
+            raise UsageError(f"Poisson({self.q!r}).", "a chance in (0, 1].", write="Poisson(0.1)")
+
+    def __call__(self, population: Population, round: int, key: Key) -> Cohort:
+        return _cohort((key.uniform(population.clients) < self.q).nonzero().squeeze(1), self.q)
+
+
+@dataclass(frozen=True, repr=False)
+class Weighted(Value):
+    """n clients without replacement, each with a chance in proportion to the rows it holds: n·wᵢ/Σw, at most 1.
+
+    The clients stand in a keyed random order, each as long as its rows; n marks at equal distances fall on n of them.
+    Beside it, `Mean(weights="equal")` is the mean over all rows, unbiased as long as no chance is cut at 1.
+
+    Args:
+        n: how many, 1 … number of clients that hold rows.
+    Reference: Madow, On the Theory of Systematic Sampling, II, 1949.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _count("Weighted", self.n)
+
+    def __call__(self, population: Population, round: int, key: Key) -> Cohort:
+        sizes = population.sizes
+        _enough("Weighted", self.n, population._replace(clients=int((sizes > 0).sum())))
+        certain = _certain(sizes, self.n)
+        rest = sizes.masked_fill(certain, 0)
+        left, whole = self.n - int(certain.sum()), int(rest.sum())
+        order = key.permutation(population.clients).to(sizes.device)
+        # In whole numbers, and no length reaches the distance of two marks: none falls on a client twice.
+        edges = (rest[order] * left).cumsum(0)
+        marks = key.fold("start").integers(1, max(whole, 1)).to(edges) + whole * torch.arange(left, device=edges.device)
+        drawn = order[torch.searchsorted(edges, marks, right=True)]
+        ids = torch.cat((certain.nonzero().squeeze(1), drawn)).sort().values
+        return _cohort(ids, torch.where(certain, 1.0, rest.to(torch.float64) * left / max(whole, 1)))
+
+
+def _certain(sizes: Tensor, n: int) -> Tensor:
+    """The clients so large that they are always drawn, bool `[C]`: those whose share of what is left comes to 1."""
+    certain = torch.zeros_like(sizes, dtype=torch.bool)
+    while True:
+        left, whole = n - int(certain.sum()), int(sizes.masked_fill(certain, 0).sum())
+        more = ~certain & (sizes * left >= whole) & (sizes > 0)
+        if left == 0 or not bool(more.any()):
+            return certain
+        certain |= more
+
+
+@dataclass(frozen=True, repr=False)
+class RoundRobin(Value):
+    """n clients in turn, in a keyed order that is drawn anew each time all have had their turn.
+
+    Over any C/n rounds that start together every client works once (n dividing C).
+
+    Args:
+        n: how many, 1 … C.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _count("RoundRobin", self.n)
+
+    def __call__(self, population: Population, round: int, key: Key) -> Cohort:
+        _enough("RoundRobin", self.n, population)
+        turns = -(-population.clients // self.n)
+        lap, turn = divmod(round, turns)
+        order = Key(key.seed).fold("round robin", lap).permutation(population.clients)
+        start = min(turn * self.n, population.clients - self.n)
+        return _cohort(order[start : start + self.n].sort().values, self.n / population.clients)

@@ -1,0 +1,297 @@
+"""What every optimizer is, and how it makes steps: at the server once a round, in local training in place.
+
+    θ⁺, state⁺ = optimizer.update(θ, g, sums, state, round)       nothing given changes
+    stepper = optimizer.stepper(θ, state, lr); stepper.step(g)    θ and state change
+
+A rule acts on each coordinate by itself, so it may be worked out on any stretch of θ. The lanes are laid end
+to end and cut into blocks: where the count of steps changes from one lane to the next, since a rule's scalars
+depend on it, and once in `BLOCK` numbers, since its temporaries should stay small. A rule of `torch.optim`
+gets the blocks as its parameters, and views of our state as its state.
+
+A lane's bits depend on nothing beside it, because no elementwise kernel used here depends on where in memory
+a number lies: tests/identities/test_optimizer.py measures it for every rule, over lengths, places and
+threads. torch's `fused` kernels fail there (their vector and scalar parts round differently): never used.
+
+Counters (`step`, int64) live on the host, as torch's own do: they decide scalars, and reading one must not
+wait for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from itertools import groupby
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from atoll.errors import UsageError
+from atoll.fields import check
+from atoll.grammar import constructor
+from atoll.schedule import NOTHING, Schedule, as_schedule, constant
+
+Tensors = Mapping[str, Tensor]
+Counters = Mapping[str, tuple[float, torch.dtype]]
+Inner = tuple[type[torch.optim.Optimizer], dict[str, Any]]
+
+STEP: Counters = {"step": (0, torch.int64)}
+_LR = "lr."
+
+# In numbers. The allocator keeps temporaries of this size; those of whole [100, 7850] lanes it may give back
+# and ask for again at every operation (1500 page faults a step): Adam then takes three times as long.
+BLOCK = 1 << 17
+
+
+class Optimizer:
+    """What every optimizer is: a value, its slots of state, and a rule; final classes derive from it."""
+
+    lr: float | Schedule
+
+    def __post_init__(self) -> None:
+        check(self)
+        if isinstance(self.lr, constant):
+            object.__setattr__(self, "lr", self.lr.lr)  # one value, one text
+
+    def __repr__(self) -> str:
+        return constructor(self)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate as a schedule."""
+        return as_schedule(self.lr)
+
+    def lr_at(self, round: int, state: Tensors = NOTHING) -> float:
+        """The learning rate that `update` uses in this round with this state."""
+        return self.schedule(round, _memory(state))
+
+    def slots(self, theta: Tensor) -> dict[str, Tensor]:
+        """The state of lanes that have made no step: what a client keeps when it keeps its optimizer.
+
+        Args:
+            theta: float `[d]` or `[K, d]`.
+        Returns:
+            Tensors of θ's shape, type and device, and counters of shape `[]` or `[K]` on the host.
+        """
+        state = {
+            name: torch.full_like(theta, value, memory_format=torch.contiguous_format)
+            for name, value in self.per_coordinate().items()
+        }
+        for name, (value, dtype) in self.per_lane().items():
+            state[name] = torch.full(theta.shape[:-1], value, dtype=dtype, device="cpu")
+        return state
+
+    def init(self, theta: Tensor) -> dict[str, Tensor]:
+        """The state before the first `update`: the slots, and under `lr.…` what the schedule remembers."""
+        return {**self.slots(theta), **_named(self.schedule.init())}
+
+    def update(
+        self, theta: Tensor, g: Tensor, sums: Tensors, state: Tensors, round: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step down: θ⁺ and the state after it. Nothing given is changed.
+
+        Args:
+            theta: float `[d]` or `[K, d]`.
+            g: the update, uphill, same shape.
+            sums: means of the round; `loss`, of one number, moves a `plateau` from the next round on.
+            state: what `init` or the last `update` returned.
+            round: t ≥ 0.
+        Returns:
+            (θ⁺, state⁺), tensors of their own.
+        Example:
+            >>> from atoll.plan.optimizer import sgd
+            >>> sgd(0.1).update(torch.tensor([1.0]), torch.tensor([2.0]), {}, {}, 0)
+            (tensor([0.8000]), {})
+        """
+        theta = theta.detach().clone(memory_format=torch.contiguous_format)
+        memory = _memory(state)
+        after = {
+            name: value.detach().clone(memory_format=torch.contiguous_format)
+            for name, value in state.items()
+            if not name.startswith(_LR)
+        }
+        self.stepper(theta, after, self.schedule(round, memory)).step(g.to(theta.dtype))
+        if "loss" in sums:
+            memory = self.schedule.observe(memory, sums["loss"])
+        return theta, {**after, **_named(memory)}
+
+    def stepper(self, theta: Tensor, state: Tensors, lr: float) -> Stepper:
+        """What makes steps in place on θ and its state, at one learning rate.
+
+        Args:
+            theta: float `[d]` or `[K, d]`, contiguous, the caller's own: it is changed.
+            state: the lanes' slots, contiguous, the caller's own: they are changed; other names are not.
+            lr: learning rate; `lr_at(round, …)` of the round.
+        """
+        return Stepper(self, theta, state, lr)
+
+    # What a rule says of itself: the class of `torch.optim` that has it, and the state that starts at zero.
+    _torch: ClassVar[type[torch.optim.Optimizer] | None] = None
+    _zeros: ClassVar[tuple[str, ...]] = ()
+
+    def per_coordinate(self) -> Mapping[str, float]:
+        """Names of the state tensors shaped like θ, with their first values."""
+        return dict.fromkeys(self._zeros, 0.0)
+
+    def per_lane(self) -> Counters:
+        """Names of the numbers in a lane's state, with first values and types; `step` counts its steps."""
+        return STEP if self.inner() else {}
+
+    def in_place(self) -> bool:
+        """Whether `move` makes no temporaries, so that cutting gains nothing."""
+        return False
+
+    def inner(self) -> Inner | None:
+        """The class of `torch.optim` that has the rule, with its arguments; None where `move` is the rule."""
+        words = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lr"}  # type: ignore[arg-type]
+        return None if self._torch is None else (self._torch, words)
+
+    def move(self, block: Block, g: Tensor, lr: float) -> None:
+        """One step of one block, in place."""
+        raise NotImplementedError
+
+
+@dataclass
+class Block:
+    """A stretch of θ whose lanes have made equally many steps: what a rule works on at once.
+
+    Args:
+        start, stop: where it lies in the lanes laid end to end.
+        lane: the first of the equal lanes that it belongs to.
+        theta: float view `[stop − start]`.
+        slots: views of the state, same shape.
+        count: steps made so far.
+    """
+
+    start: int
+    stop: int
+    lane: int
+    theta: Tensor
+    slots: dict[str, Tensor]
+    count: int
+
+
+class Stepper:
+    """Steps of one optimizer on lanes that the caller owns, in place.
+
+    Lanes stand in order of how many steps they make, longest first: the active ones are always the first k,
+    and the shape of g says how many. A lane that has finished is not touched again. Lanes side by side that
+    had made equally many steps before are worked on together, others in turn.
+
+    Example:
+        >>> from atoll.plan.optimizer import sgd
+        >>> theta = torch.zeros(2, 3)
+        >>> stepper = sgd(0.5).stepper(theta, {}, lr=0.5)
+        >>> stepper.step(torch.ones(2, 3))
+        >>> stepper.step(torch.ones(1, 3))
+        >>> theta
+        tensor([[-1.0000, -1.0000, -1.0000],
+                [-0.5000, -0.5000, -0.5000]])
+    """
+
+    def __init__(self, optimizer: Optimizer, theta: Tensor, state: Tensors, lr: float) -> None:
+        self._optimizer, self._lr = optimizer, lr
+        self._theta, self._state = theta.detach(), state
+        self._bind(self._theta.shape)
+
+    def step(self, g: Tensor) -> None:
+        """One step of the first k lanes.
+
+        Args:
+            g: the update, uphill, `[k, d]` for k lanes of `[K, d]`, or `[d]` for one θ; k never grows.
+        Raises:
+            UsageError: g has another shape. θ and the state are unchanged.
+        """
+        if g.shape != self._shape:
+            self._narrow(g.shape)
+        flat = g.detach().reshape(-1)
+        blocks = self._blocks
+        self._advance([flat] if len(blocks) == 1 else [flat[block.start : block.stop] for block in blocks])
+        if self._counter is not None:
+            self._counter.add_(1)
+
+    def _narrow(self, shape: torch.Size) -> None:
+        now = self._shape
+        if len(now) == 1 or len(shape) != len(now) or shape[1:] != now[1:] or shape[0] > now[0]:
+            raise UsageError(
+                f"An update of shape {list(shape)} for lanes of shape {list(now)}.",
+                "the same shape, or fewer lanes of the same length.",
+                "the first lanes are the active ones, and one that has finished stays so.",
+            )
+        self._bind(shape)
+
+    def _bind(self, shape: torch.Size) -> None:
+        """Cut the active lanes into blocks. All there is stands in θ and the state."""
+        self._shape = shape
+        lanes, width = prod(shape[:-1]), shape[-1]
+        theta = self._theta.view(-1)
+        slots = {name: self._state[name].view(-1) for name in self._optimizer.per_coordinate()}
+        counters = {name: self._state[name].view(-1)[:lanes] for name in self._optimizer.per_lane()}
+        self._counter = counters.get("step")
+        counts = [0] * lanes if self._counter is None else list(map(int, _numbers(self._counter)))
+        equal = [list(run) for _, run in groupby(range(lanes), counts.__getitem__)]
+        self._runs = [(run[0], run[-1] + 1, counts[run[0]]) for run in equal]
+        cut = theta.device.type == "cpu" and not self._optimizer.in_place()
+        size = BLOCK if cut else max(theta.numel(), 1)
+        self._blocks = [
+            Block(i, j, first, theta[i:j], {name: slot[i:j] for name, slot in slots.items()}, count)
+            for first, end, count in self._runs
+            for i in range(first * width, end * width, size)
+            for j in (min(i + size, end * width),)
+        ]
+        inner = self._optimizer.inner()
+        if inner is None or not self._blocks:
+            self._advance: Callable[[list[Tensor]], None] = self._by_rule
+        else:
+            self._advance = self._by_torch(*inner, counters)
+
+    def _by_rule(self, gs: list[Tensor]) -> None:
+        for block, g in zip(self._blocks, gs, strict=True):
+            self._optimizer.move(block, g, self._lr)
+            block.count += 1
+
+    def _by_torch(
+        self, cls: type[torch.optim.Optimizer], words: dict[str, Any], counters: Tensors
+    ) -> Callable[[list[Tensor]], None]:
+        """A step by a `torch.optim` object whose parameters are the blocks and whose state is ours."""
+        thetas = [block.theta for block in self._blocks]
+        inner: Any = cls(thetas, lr=self._lr, foreach=False, **words)  # type: ignore[call-arg]
+        numbers = {name: _numbers(values) for name, values in counters.items()}
+        for block in self._blocks:
+            inner.state[block.theta] = dict(block.slots)
+            for name, values in numbers.items():
+                number = torch.tensor(values[block.lane], dtype=torch.float32, device="cpu")
+                inner.state[block.theta][name] = number
+        # torch counts for itself; `step` is counted here too, any other number is copied out to the lanes.
+        leads = {block.lane: block.theta for block in reversed(self._blocks)}
+        copied = [
+            (values[first:end], inner.state[leads[first]][name])
+            for first, end, _ in self._runs
+            for name, values in counters.items()
+            if name != "step"
+        ]
+
+        def advance(gs: list[Tensor]) -> None:
+            for theta, g in zip(thetas, gs, strict=True):
+                theta.grad = g
+            inner.step()
+            for theta in thetas:
+                theta.grad = None  # g is the caller's to free
+            for ours, theirs in copied:
+                ours.copy_(theirs)
+
+        return advance
+
+
+def _numbers(counters: Tensor) -> list[float]:
+    """Counters as numbers; a meta tensor has a shape and no numbers, and any will do."""
+    return [0.0] * counters.numel() if counters.is_meta else counters.tolist()
+
+
+def _memory(state: Tensors) -> dict[str, Tensor]:
+    return {name[len(_LR) :]: value for name, value in state.items() if name.startswith(_LR)}
+
+
+def _named(memory: Tensors) -> dict[str, Tensor]:
+    return {_LR + name: value for name, value in memory.items()}

@@ -1,0 +1,173 @@
+"""Named algorithms: each is a constructor call, nothing else.
+
+| recipe | cohort | local | aggregator | optimizer |
+|---|---|---|---|---|
+| `gd` | one client | `Gradient()` | `Mean()` | `sgd(lr)` |
+| `sgd` | one client | `Gradient(batch)` | `Mean()` | `sgd(lr)` |
+| `distributed_gd` | everyone | `Gradient()` | `Mean()` | `sgd(lr)` |
+| `fedsgd` | some | `Gradient()` | `Mean()` | `sgd(lr)` |
+| `fedavg` | some | `Train(sgd(lr), epochs, batch)` | `Mean()` | `sgd(1.0)` |
+| `local_sgd` | everyone | `Train(sgd(lr), steps, batch)` | `Mean()` | `sgd(1.0)` |
+| `fedavgm` | some | as `fedavg` | `Mean()` | `sgd(server_lr, momentum)` |
+| `fedadam`, `fedyogi`, `fedadagrad` | some | as `fedavg` | `Mean()` | `adam`, `yogi`, `adagrad`, uncorrected |
+| `diloco` | everyone | `Train(adamw(lr), steps, keep)` | `Mean()` | `sgd(0.7, momentum=0.9, nesterov=True)` |
+
+A learning rate is a number or a schedule. `cohort=None` is everyone, an int that many, a float that fraction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atoll.plan import optimizer as rules
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Gradient, Train
+from atoll.plan.plan import Plan
+from atoll.schedule import Schedule
+
+Rate = float | Schedule
+Cohort = Any
+
+
+def gd(lr: Rate = 0.1) -> Plan:
+    """Gradient descent: θ ← θ − lr ∇J(θ), on one client that holds every row.
+
+    Example:
+        >>> gd(0.1)
+        Plan(Gradient(), aggregator=Mean(), optimizer=sgd(0.1))
+
+    Reference: Cauchy, Méthode générale pour la résolution des systèmes d'équations simultanées, 1847.
+    """
+    return Plan(Gradient(), Mean(), rules.sgd(lr))
+
+
+def sgd(lr: Rate = 0.1, batch: int = 32) -> Plan:
+    """Stochastic gradient descent: the gradient of `batch` rows drawn anew each round.
+
+    Reference: Robbins and Monro, A Stochastic Approximation Method, 1951.
+    """
+    return Plan(Gradient(batch), Mean(), rules.sgd(lr))
+
+
+def distributed_gd(lr: Rate = 0.1, batch: int | None = None, sum: str = "exact") -> Plan:
+    """Distributed gradient descent over a parameter server: workers send gradients, the server adds and updates.
+
+    θ ← θ − lr Σ_k (n_k/n) ∇J_k(θ), which is ∇J for any split of the rows. With `batch`, each worker takes that many.
+    """
+    return Plan(Gradient(batch), Mean(sum=sum), rules.sgd(lr))  # type: ignore[arg-type]
+
+
+def fedsgd(lr: Rate = 0.1, cohort: Cohort = None) -> Plan:
+    """Federated gradient descent: the clients at work send the gradient of all their rows.
+
+    Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
+    """
+    return Plan(Gradient(), Mean(), rules.sgd(lr), cohort)
+
+
+def fedavg(
+    lr: Rate = 0.1, epochs: int = 1, batch: int | None = 10, cohort: Cohort = None, server_lr: Rate = 1.0
+) -> Plan:
+    """Federated averaging: clients train locally, the server averages what they moved, weighted by rows.
+
+    Example:
+        >>> fedavg(0.5, cohort=10)
+        Plan(Train(sgd(0.5), epochs=1, batch=10), aggregator=Mean(), cohort=Uniform(10))
+
+    Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
+    """
+    return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), rules.sgd(server_lr), cohort)
+
+
+def local_sgd(lr: Rate = 0.1, steps: int = 10, batch: int | None = 32) -> Plan:
+    """Local SGD: every worker makes `steps` steps between two averagings, and goes on through its rows where it was.
+
+    Reference: Stich, Local SGD Converges Fast and Communicates Little, 2019.
+    """
+    return Plan(Train(rules.sgd(lr), steps=steps, batch=batch, keep=("order",)), Mean(), rules.sgd(1.0))
+
+
+def fedavgm(
+    lr: Rate = 0.1,
+    epochs: int = 1,
+    batch: int | None = 10,
+    cohort: Cohort = None,
+    server_lr: Rate = 1.0,
+    momentum: float = 0.9,
+) -> Plan:
+    """Federated averaging with momentum at the server.
+
+    Reference: Hsu, Qi, Brown, Measuring the Effects of Non-Identical Data Distribution, 2019.
+    """
+    return Plan(
+        Train(rules.sgd(lr), epochs=epochs, batch=batch),
+        Mean(),
+        rules.sgd(server_lr, momentum=momentum),
+        cohort,
+    )
+
+
+def fedadam(
+    lr: Rate = 0.1,
+    epochs: int = 1,
+    batch: int | None = 10,
+    cohort: Cohort = None,
+    server_lr: Rate = 0.01,
+    betas: tuple[float, float] = (0.9, 0.99),
+    eps: float = 1e-3,
+) -> Plan:
+    """Adam at the server, as published: without bias correction.
+
+    Reference: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
+    """
+    server = rules.adam(server_lr, betas=betas, eps=eps, correct=False)
+    return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), server, cohort)
+
+
+def fedyogi(
+    lr: Rate = 0.1,
+    epochs: int = 1,
+    batch: int | None = 10,
+    cohort: Cohort = None,
+    server_lr: Rate = 0.01,
+    betas: tuple[float, float] = (0.9, 0.99),
+    eps: float = 1e-3,
+) -> Plan:
+    """Yogi at the server.
+
+    Reference: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
+    """
+    server = rules.yogi(server_lr, betas=betas, eps=eps)
+    return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), server, cohort)
+
+
+def fedadagrad(
+    lr: Rate = 0.1,
+    epochs: int = 1,
+    batch: int | None = 10,
+    cohort: Cohort = None,
+    server_lr: Rate = 0.1,
+    beta: float = 0.9,
+    eps: float = 1e-3,
+) -> Plan:
+    """Adagrad at the server, with momentum `beta`.
+
+    Reference: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
+    """
+    server = rules.adagrad(server_lr, eps=eps, beta=beta)
+    return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), server, cohort)
+
+
+def diloco(lr: Rate = 1e-3, steps: int = 500, batch: int | None = 32, server_lr: Rate = 0.7) -> Plan:
+    """DiLoCo: workers make many AdamW steps and keep their optimizer; the server steps with Nesterov momentum.
+
+    Reference: Douillard et al., DiLoCo: Distributed Low-Communication Training of Language Models, 2023.
+    """
+    return Plan(
+        Train(rules.adamw(lr), steps=steps, batch=batch, keep=("optimizer", "order")),
+        Mean(),
+        rules.sgd(server_lr, momentum=0.9, nesterov=True),
+    )
+
+
+RECIPES = (gd, sgd, distributed_gd, fedsgd, fedavg, local_sgd, fedavgm, fedadam, fedyogi, fedadagrad, diloco)

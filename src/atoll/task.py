@@ -1,0 +1,457 @@
+"""A task: a model, its loss and its metrics, one value for each example.
+
+Everything that touches the user's module is here, written once for many clients: `gradient` and `measure` take
+θ `[K, d]` and a batch `[K, B, …]` and have two bodies.
+
+    lanes   all K at once, by `torch.func`: `vmap(grad(loss))`; always at least two lanes, since a single one
+            takes other kernels and so other bits
+    loop    one after another, by autograd, on a module whose parameters and gradients are views of flat vectors
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from atoll.errors import UsageError, unknown_name
+from atoll.layout import Layout
+from atoll.rng import Key, global_scope, mix64
+
+PerExample = Callable[[Tensor, Tensor], Tensor]
+
+
+def _rows(values: Tensor) -> Tensor:
+    """One number a row: the mean over whatever axes an example has."""
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    """−log softmax(output)[y], one value a row; output `[B, C]` or `[B, T, C]`, y int64 `[B]` or `[B, T]`."""
+    picked = F.log_softmax(output, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return _rows(-picked)
+
+
+def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    """−log σ(±output), one value a row; output `[B]` or `[B, 1]` in logits, y in {0, 1}."""
+    logits = output.reshape(y.shape)
+    return _rows(F.softplus(logits) - logits * y)
+
+
+def mse(output: Tensor, y: Tensor) -> Tensor:
+    """(output − y)², one value a row: the mean over an example's targets."""
+    return _rows((output.reshape(y.shape) - y).square())
+
+
+def mae(output: Tensor, y: Tensor) -> Tensor:
+    """|output − y|, one value a row."""
+    return _rows((output.reshape(y.shape) - y).abs())
+
+
+def _hits(output: Tensor, y: Tensor) -> Tensor:
+    binary = output.shape == y.shape or (output.shape[-1] == 1 and output.dim() == y.dim() + 1)
+    guess = (output.reshape(y.shape) > 0).to(y.dtype) if binary else output.argmax(-1)
+    return _rows((guess == y).to(torch.float32))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number about many rows that is the function of a mean over them: value = finish(mean of per-example values)."""
+
+    name: str
+    each: PerExample
+    finish: Callable[[float], float] = float
+    higher_is_better: bool = False
+
+
+LOSSES: Mapping[str, PerExample] = {
+    "cross_entropy": cross_entropy,
+    "binary_cross_entropy": binary_cross_entropy,
+    "mse": mse,
+    "mae": mae,
+}
+METRICS: Mapping[str, Metric] = {
+    m.name: m
+    for m in (
+        Metric("accuracy", _hits, higher_is_better=True),
+        Metric("rmse", mse, lambda mean: mean**0.5),
+        Metric("mae", mae),
+    )
+}
+
+
+class Gradient(NamedTuple):
+    """What a pass over a batch gives: mean gradient `[K, d]`, buffers `[K, b]`, counters by name, Σ of losses `[K]`."""
+
+    grad: Tensor
+    buffers: Tensor
+    counters: dict[str, Tensor]
+    loss: Tensor
+
+
+class Model(NamedTuple):
+    """A model's numbers for K clients: θ `[K, d]`, float buffers `[K, b]`, counters `[K, …]` and fixed tensors by name.
+
+    Without the leading axis it is one model: what the server holds.
+    """
+
+    theta: Tensor
+    buffers: Tensor
+    counters: Mapping[str, Tensor]
+    fixed: Mapping[str, Tensor]
+
+    def lanes(self, k: int) -> Model:
+        """This one model for k clients, each with a copy of its own."""
+        return Model(
+            self.theta.repeat(k, 1),
+            self.buffers.repeat(k, 1),
+            {n: t.expand(k, *t.shape).clone() for n, t in self.counters.items()},
+            self.fixed,
+        )
+
+    def first(self, k: int) -> Model:
+        """Views of the first k clients."""
+        return Model(self.theta[:k], self.buffers[:k], {n: t[:k] for n, t in self.counters.items()}, self.fixed)
+
+    def select(self, index: Tensor) -> Model:
+        """Copies of some clients."""
+        return Model(
+            self.theta[index],
+            self.buffers[index],
+            {n: t[index] for n, t in self.counters.items()},
+            self.fixed,
+        )
+
+
+class Batch(NamedTuple):
+    """Rows of K clients: x `[K, B, …]`, y `[K, B, …]`, and how many of each client's B rows count, the first ones."""
+
+    x: Tensor
+    y: Tensor
+    counts: tuple[int, ...]
+
+
+class _KeyedDropout(TorchFunctionMode):
+    """Draws dropout masks from a keyed word, not the global generator: the n-th dropout of a pass, by element."""
+
+    def __init__(self, word: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.word, self.calls = word, 0  # asked for only where something is dropped: most models drop nothing
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _DROPOUTS:
+            return func(*args, **kwargs)
+        channels = _DROPOUTS[func]
+        return self._drop(channels, *args, **kwargs)
+
+    def _drop(
+        self, channels: bool, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or p == 0.0:
+            return input
+        self.calls += 1
+        whole = input.dim() - 2 if channels else 0
+        shape = (*input.shape[: input.dim() - whole], *(1,) * whole)
+        index = torch.arange(prod(shape), device=input.device)
+        bits = mix64(mix64(self.word() + self.calls) + index * -7046029254386353131)
+        kept = ((bits >> 40) & 0xFFFFFF) >= int(p * 2**24)
+        return input * (kept.view(shape).to(input.dtype) / (1.0 - p) if p < 1.0 else 0.0)
+
+
+_DROPOUTS: Mapping[Any, bool] = {
+    F.dropout: False,
+    torch.dropout: False,
+    F.dropout1d: True,
+    F.dropout2d: True,
+    F.dropout3d: True,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, its loss and its metrics, ready to be computed for K clients at once.
+
+    loss(θ; rows) = (1/n) Σ ℓ(f_θ(x), y),  ℓ one value a row.
+
+    Args:
+        module: the model; a private copy, never the user's own object.
+        layout: how its tensors lie in flat vectors.
+        start: its numbers before any pass; the module's own move, since every pass goes through it.
+        loss: one value a row, `(output, y) → [B]`.
+        metrics: what evaluation reports beside the loss.
+        numerics: the body in use, `"lanes"` or `"loop"`.
+        noisy: whether the model draws other random numbers than dropout's, so that every pass must seed the global
+            generators.
+    """
+
+    module: nn.Module
+    layout: Layout
+    start: Model
+    loss: PerExample
+    metrics: tuple[Metric, ...] = ()
+    numerics: str = "loop"
+    noisy: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        loss: str | PerExample,
+        metrics: tuple[str | Metric, ...] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> Task:
+        """A task on a private copy of a module, loss and metrics by name or as functions of one value a row."""
+        if isinstance(loss, str) and loss not in LOSSES:
+            raise unknown_name("loss", loss, LOSSES)
+        for m in metrics:
+            if isinstance(m, str) and m not in METRICS:
+                raise unknown_name("metric", m, METRICS)
+        layout = Layout.of(module, dtype)
+        theta, buffers, fixed = layout.flatten(module.state_dict())
+        counters = {e.name: fixed.pop(e.name) for e in layout.counters}
+        return cls(
+            copy.deepcopy(module).to(dtype),
+            layout,
+            Model(theta, buffers, counters, fixed),
+            LOSSES[loss] if isinstance(loss, str) else loss,
+            tuple(METRICS[m] if isinstance(m, str) else m for m in metrics),
+        )
+
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether a row's output depends on the other rows of its batch, so that no row may be padding."""
+        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.module.modules())
+
+    def initial(self) -> Model:
+        """The module's numbers as they were given, one model."""
+        return tree_map(torch.clone, self.start)  # type: ignore[no-any-return]
+
+    def rebuilt(self, model: Model) -> nn.Module:
+        """A fresh module that holds the numbers of a single model (θ `[d]`), in the type of the run: to go on with."""
+        module = copy.deepcopy(self.module)
+        flat = {
+            **self.layout.params(model.theta),
+            **self.layout.buffers(model.buffers),
+            **model.counters,
+            **model.fixed,
+        }
+        module.load_state_dict({e.name: flat[e.alias or e.name] for e in self.layout.entries})
+        return module
+
+    def result(self, model: Model) -> nn.Module:
+        """A fresh module that holds the numbers of a single model (θ `[d]`), in the types it came with: to hand out."""
+        module = self.rebuilt(model)
+        own = self.layout.state_dict(model.theta, model.buffers, {**model.counters, **model.fixed})
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            tensor.data = own[name]
+        return module
+
+    def gradient(self, model: Model, batch: Batch, key: Key) -> Gradient:
+        """Mean gradient of the loss over each client's rows, and what the pass changed.
+
+        g_k = ∇θ (1/n_k) Σ_{i<n_k} ℓ(f_θk(x_ki), y_ki)
+
+        Args:
+            model: θ `[K, d]`, buffers `[K, b]`; unchanged.
+            batch: x, y `[K, B, …]`, counts K numbers in 1 … B; with batch statistics all equal B.
+            key: of the K clients and of this step.
+        """
+        if self.numerics != "lanes":
+            return self._loop_gradient(model, batch, key)
+        if not self.batch_statistics:
+            return self._lanes_gradient(model, batch, key)
+        return self._by_length(model, batch, key)
+
+    def measure(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """Σ over each client's rows of the loss and every metric, float64 `[K]` by name, in evaluation mode."""
+        self.module.eval()
+        with torch.no_grad():
+            if self.numerics == "lanes" and len(batch.counts) > 1:
+                return self._lanes_measure(model, batch)
+            rows = [self._loop_measure(model, batch, k) for k in range(len(batch.counts))]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    # lanes
+
+    def _by_length(self, model: Model, batch: Batch, key: Key) -> Gradient:
+        """Batch statistics admit no padding: lanes of one exact length go together."""
+        out: Gradient | None = None
+        for length in sorted(set(batch.counts)):
+            index = torch.tensor([k for k, n in enumerate(batch.counts) if n == length], device=model.theta.device)
+            part = Batch(batch.x[index, :length], batch.y[index, :length], (length,) * len(index))
+            some = model.select(index)
+            got = self._lanes_gradient(some, part, key.select(index)) if length else _still(some)
+            if len(index) == len(batch.counts):
+                return got
+            if out is None:
+                out = tree_map(lambda t: t.new_empty(len(batch.counts), *t.shape[1:]), got)
+            tree_map(lambda whole, rows, at=index: whole.index_copy_(0, at, rows), out, got)
+        if out is None:
+            raise UsageError("A batch of no client.", "at least one.")
+        return out
+
+    def _lanes_gradient(self, model: Model, batch: Batch, key: Key) -> Gradient:
+        self.module.train()
+        lanes = len(batch.counts)
+        words = key.state().expand(lanes)
+        mask, count = _mask(batch, model.theta)
+        columns = (model.theta, model.buffers, dict(model.counters), batch.x, batch.y, mask, count, words)
+        step = vmap(grad(partial(self._lane, model.fixed), has_aux=True))
+        g, (buffers, counters, loss) = step(*_at_least_two(columns))
+        return Gradient(g[:lanes], buffers[:lanes], {n: c[:lanes] for n, c in counters.items()}, loss[:lanes])
+
+    def _lane(
+        self,
+        fixed: Mapping[str, Tensor],
+        theta: Tensor,
+        buffers: Tensor,
+        counters: dict[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        mask: Tensor,
+        count: Tensor,
+        word: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
+        """The loss of one lane, and what its pass changed: pure, since the changed tensors are its own copies."""
+        moving = {n: t.clone() for n, t in (self.layout.buffers(buffers) | counters).items()}
+        with _KeyedDropout(lambda: word):
+            tensors = {**self.layout.params(theta), **fixed, **moving}
+            output = functional_call(self.module, tensors, (x,))
+        loss = (self.loss(output, y) * mask).sum()
+        moving = {n: tensors[n] for n in moving}  # a buffer may have been put in place of another
+        after = [moving[e.name].reshape(-1) for e in self.layout.segment("buffers")]
+        return loss / count, (
+            torch.cat(after) if after else buffers,
+            {n: moving[n] for n in counters},
+            loss.detach(),
+        )
+
+    def _lanes_measure(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        mask, _ = _mask(batch, model.theta)
+
+        def lane(theta: Tensor, buffers: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> dict[str, Tensor]:
+            tensors = {**self.layout.params(theta), **self.layout.buffers(buffers), **model.fixed}
+            output = functional_call(self.module, tensors, (x,))
+            return {name: (each(output, y) * mask).sum() for name, each in self._measures().items()}
+
+        return {n: s.double() for n, s in vmap(lane)(model.theta, model.buffers, batch.x, batch.y, mask).items()}
+
+    # loop
+
+    def _loop_gradient(self, model: Model, batch: Batch, key: Key) -> Gradient:
+        self.module.train()
+        out = [self._loop_one(model, batch, key, k) for k in range(len(batch.counts))]
+        if len(out) == 1:
+            return out[0]
+        return Gradient(
+            torch.cat([o.grad for o in out]),
+            torch.cat([o.buffers for o in out]),
+            {n: torch.cat([o.counters[n] for o in out]) for n in out[0].counters},
+            torch.cat([o.loss for o in out]),
+        )
+
+    def _loop_one(self, model: Model, batch: Batch, key: Key, k: int) -> Gradient:
+        if not batch.counts[k]:
+            return _still(model.select(torch.tensor([k], device=model.theta.device)))
+        gradient = self._bound.bind(model, k)
+        gradient.zero_()
+        keyed = _KeyedDropout(lambda: key.state().expand(len(batch.counts))[k])
+        with global_scope(key.only(k)) if self.noisy else contextlib.nullcontext(), keyed:
+            output = self.module(batch.x[k, : batch.counts[k]])
+        loss = self.loss(output, batch.y[k, : batch.counts[k]]).sum()
+        (loss / max(batch.counts[k], 1)).backward()
+        buffers, counters = self._bound.buffers()
+        keep = gradient if len(batch.counts) == 1 else gradient.clone()
+        return Gradient(keep[None], buffers[None], counters, loss.detach()[None])
+
+    def _loop_measure(self, model: Model, batch: Batch, k: int) -> dict[str, Tensor]:
+        self._bound.bind(model, k)
+        y = batch.y[k, : batch.counts[k]]
+        output = self.module(batch.x[k, : batch.counts[k]])
+        return {name: each(output, y).sum().double() for name, each in self._measures().items()}
+
+    def _measures(self) -> dict[str, PerExample]:
+        return {"loss": self.loss, **{m.name: m.each for m in self.metrics}}
+
+    @cached_property
+    def _bound(self) -> _Bound:
+        return _Bound(self.module, self.layout)
+
+
+def _still(model: Model) -> Gradient:
+    """What a pass over no row gives: no gradient, and nothing moves."""
+    loss = model.theta.new_zeros(len(model.theta))
+    return Gradient(torch.zeros_like(model.theta), model.buffers, dict(model.counters), loss)
+
+
+def _mask(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows count, `[K, B]`, and how many, `[K]`, in the type of θ."""
+    counts = torch.tensor(batch.counts, device=like.device)
+    rows = torch.arange(batch.y.shape[1], device=like.device)
+    return (rows < counts[:, None]).to(like.dtype), counts.clamp(min=1).to(like.dtype)
+
+
+def _at_least_two(columns: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Columns of one lane become two of the same; more stay as they are."""
+    if columns[0].shape[0] > 1:
+        return columns
+    return tree_map(lambda t: t.expand(2, *t.shape[1:]), columns)  # type: ignore[no-any-return]
+
+
+class _Bound:
+    """A module whose parameters, their gradients and its float buffers are views of flat vectors."""
+
+    def __init__(self, module: nn.Module, layout: Layout) -> None:
+        self.module, self.layout = module, layout
+        theta, buffers, _ = layout.flatten(module.state_dict())
+        self.gradient, self.flat_buffers, self.row = torch.zeros_like(theta), buffers, theta
+        named = dict(module.named_parameters(remove_duplicate=False))
+        self.parameters = [named[e.name] for e in layout.segment("params")]
+        for p, view in zip(self.parameters, layout.params(self.gradient).values(), strict=True):
+            p.grad = view
+        self.fixed = {e.name: dict(module.state_dict(keep_vars=True))[e.name] for e in layout.segment("fixed")}
+        moving = layout.buffers(buffers) | {e.name: self.fixed[e.name] for e in layout.counters}
+        self.moving = [
+            (module.get_submodule(owner)._buffers, leaf, moving[e.alias or e.name])
+            for e in layout.entries
+            for owner, _, leaf in [e.name.rpartition(".")]
+            if (e.alias or e.name) in moving and leaf in module.get_submodule(owner)._buffers
+        ]
+
+    def bind(self, model: Model, k: int) -> Tensor:
+        """Give the module client k's numbers: θ as views, the rest copied. Returns the flat gradient."""
+        row = model.theta[k]
+        if row.data_ptr() != self.row.data_ptr():
+            for p, view in zip(self.parameters, self.layout.params(row).values(), strict=True):
+                p.data = view
+            self.row = row
+        for table, leaf, tensor in self.moving:
+            table[leaf] = tensor
+        with torch.no_grad():
+            self.flat_buffers.copy_(model.buffers[k])
+            for name, tensor in self.fixed.items():
+                tensor.copy_(model.counters[name][k] if name in model.counters else model.fixed[name])
+        return self.gradient
+
+    def buffers(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Copies of the float buffers `[b]` and of the counters `[1, …]`, as the last pass left them."""
+        for table, leaf, tensor in self.moving:
+            now = table[leaf]
+            if now is not None and now is not tensor:  # the pass put another tensor in its place
+                tensor.copy_(now.detach())
+        counters = {e.name: self.fixed[e.name].detach().clone()[None] for e in self.layout.counters}
+        return self.flat_buffers.clone(), counters

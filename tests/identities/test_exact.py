@@ -1,0 +1,209 @@
+"""The sum does not depend on order: same bits for every order, grouping, chunk and thread count (identity 4).
+
+The bound of `atoll.plan.aggregate.exact`: with 2^e above the largest number of a contribution's block, what is kept of the
+contribution is off by at most 2^(e−27) in float32 and 2^(e−53) in float64, by nothing less than 2^−1067 anywhere, and the
+finished digits are added with the relative error of a float64 or two.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import threads
+
+from atoll import grammar
+from atoll.errors import UsageError
+from atoll.plan.aggregate import Mean, Partial, Sum, exact
+from atoll.plan.names import PARTS
+from atoll.plan.slots import Contribution
+
+DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+BELOW = {torch.float32: 27, torch.float64: 53}
+BLOCK = exact.BLOCK
+
+# log10 of the smallest and the largest magnitude: updates as they occur, and all there is
+USUAL, ALL32, ALL64 = (-12.0, 19.0), (-46.0, 38.5), (-324.0, math.log10(exact.LARGEST))
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def problems(draw, width=st.sampled_from([1, 2, 7, 300, BLOCK - 1, BLOCK + 1, 2 * BLOCK + 5])):
+    """(rows [n, d], weights [n], a generator for orders and groupings)."""
+    rng = np.random.default_rng(draw(seeds))
+    dtype = draw(st.sampled_from(list(DTYPES)))
+    span = draw(st.sampled_from([USUAL, ALL32 if dtype == torch.float32 else ALL64]))
+    n, d = draw(st.integers(1, 9)), draw(width)
+    low, high = np.sort(rng.uniform(*span, 2)) if draw(st.booleans()) else span
+    with np.errstate(under="ignore", over="ignore"):
+        rows = (10.0 ** rng.uniform(low, high, (n, d)) * rng.choice([-1, 1], (n, d))).astype(DTYPES[dtype])
+    rows[rng.random((n, d)) < draw(st.sampled_from([0.0, 0.5]))] = 0
+    if draw(st.booleans()):  # what cancels: every row but one has its opposite
+        rows[n - n // 2 :] = -rows[: n // 2]
+    largest = min(exact.LARGEST, float(np.finfo(DTYPES[dtype]).max))
+    rows = torch.from_numpy(np.clip(rows, -largest, largest))
+    return rows, torch.from_numpy(rng.integers(1, draw(st.sampled_from([2, 1000, 2**25])), n)), rng
+
+
+def contribution(rows, weights, index):
+    index = torch.as_tensor(index, dtype=torch.int64)
+    some, weight = rows[index], weights[index]
+    return Contribution({"update": some}, {"loss": some[:, 0], "rows": weight}, weight, {"steps": weight}, {})
+
+
+def bits(partial, aggregator):
+    """A total as bytes, so that equal means equal to the bit, signs of zeros included."""
+    total = aggregator.total(partial)
+    tensors = {**total.means, **total.sums, **total.largest, "weight": total.weight, "arrived": total.arrived}
+    return {name: t.numpy().tobytes() for name, t in tensors.items()}
+
+
+def pieces(rng, n):
+    """0 … n−1 in a random order, cut at random places."""
+    cuts = np.sort(rng.integers(0, n + 1, rng.integers(0, n)))
+    return [piece for piece in np.split(rng.permutation(n), cuts) if len(piece)]
+
+
+def grouped(aggregator, rows, weights, rng):
+    """The total by another way: workers take clients in any order and any chunks, partials cross a wire and are merged."""
+    workers = [aggregator.zero() for _ in range(rng.integers(1, 4))]
+    for piece in pieces(rng, len(rows)):
+        w = rng.integers(len(workers))
+        workers[w] = aggregator.fold(workers[w], contribution(rows, weights, piece))
+    while len(workers) > 1:
+        one, other = (workers.pop(rng.integers(len(workers))) for _ in range(2))
+        other = Partial.of({name: t.clone() for name, t in other.tensors().items()})
+        workers.append(aggregator.merge(one, other))
+    return workers[0]
+
+
+@pytest.mark.parametrize("aggregator", [Mean(), Mean(weights="equal"), Sum()], ids=repr)
+@given(problems())
+def test_same_bits_for_every_order_and_grouping(aggregator, problem):
+    rows, weights, rng = problem
+    whole = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))))
+    expected = bits(whole, aggregator)
+    assert bits(grouped(aggregator, rows, weights, rng), aggregator) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_every_number_of_threads(dtype):
+    rows = torch.from_numpy(np.random.default_rng(3).standard_cauchy((64, 3 * BLOCK))).to(dtype)
+    weights = torch.arange(1, 65)
+    totals = []
+    for n in (1, 2):
+        with threads(n):
+            totals.append(exact.total(exact.add({}, rows, weights)))
+    for piece in (rows[:1], rows[:33]):  # other shapes of a matrix product
+        totals.append(
+            exact.total(
+                exact.merge(
+                    exact.add({}, piece, weights[: len(piece)]),
+                    exact.add({}, rows[len(piece) :], weights[len(piece) :]),
+                )
+            )
+        )
+    assert all(torch.equal(totals[0], other) for other in totals[1:])
+
+
+@settings(max_examples=150)
+@given(problems(width=st.integers(1, 5)))
+def test_within_the_bound_of_the_true_sum(problem):
+    rows, weights, _ = problem
+    total = exact.total(exact.add({}, rows, weights))
+    assert total.isfinite().all()
+    # one block: 2^e is above everything in the row
+    exponents = [math.frexp(float(row.abs().max()))[1] for row in rows]
+    weighted = list(zip(weights.tolist(), exponents, strict=True))
+    kept = sum(w * Fraction(2) ** (e - BELOW[rows.dtype]) for w, e in weighted)
+    lowest = sum(weights.tolist()) * Fraction(2) ** -1067
+    for j, got in enumerate(total.tolist()):
+        true = sum((w * Fraction(x) for w, x in zip(weights.tolist(), rows[:, j].tolist(), strict=True)), Fraction(0))
+        bound = kept + lowest
+        assert abs(Fraction(got) - true) <= bound + Fraction(2) ** -52 * (abs(true) + bound)
+
+
+@given(seeds, st.integers(1, 40), st.sampled_from(list(DTYPES)))
+def test_numbers_of_like_size_are_summed_without_any_error(seed, n, dtype):
+    """20 bits each, on one grid: nothing is rounded, not even where everything cancels."""
+    rng = np.random.default_rng(seed)
+    scale = 2.0 ** rng.integers(-60, 60)
+    whole = rng.integers(-(2**20), 2**20, (n, 3))
+    weights = rng.integers(0, 2**20, n)
+    rows = torch.from_numpy(whole * scale).to(dtype)
+    total = exact.total(exact.add({}, rows, torch.from_numpy(weights)))
+    assert total.tolist() == [
+        float(sum(int(w) * int(x) for w, x in zip(weights, c, strict=True)) * scale) for c in whole.T
+    ]
+
+
+@given(problems(width=st.just(2 * BLOCK)))
+def test_a_block_is_rounded_by_its_own_numbers(problem):
+    """What lies in another block changes no bit, however large it is."""
+    rows, weights, _ = problem
+    first = exact.total(exact.add({}, rows[:, :BLOCK].contiguous(), weights))
+    assert torch.equal(exact.total(exact.add({}, rows, weights))[:BLOCK], first)
+
+
+def test_the_fixed_grid_would_have_lost_this():
+    """1e19 + 1 − 1e19 = 1, and 1e-12 beside 1e19 in other clients is still there."""
+    rows = torch.tensor([[1e19], [1.0], [-1e19], [1e-12]], dtype=torch.float64)
+    total = exact.total(exact.add({}, rows, torch.ones(4)))
+    assert total.item() == 1.0 + 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_have_a_sum(dtype):
+    for width in (1, BLOCK + 1):
+        total = exact.total(exact.add({}, torch.zeros(3, width, dtype=dtype), torch.ones(3)))
+        assert torch.equal(total, torch.zeros(width, dtype=torch.float64))
+
+
+@given(problems(width=st.sampled_from([1, BLOCK + 1])))
+def test_partial_is_plain_tensors_and_back(problem):
+    rows, weights, _ = problem
+    aggregator = Mean()
+    partial = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))))
+    tensors = partial.tensors()
+    assert all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in tensors.items())
+    again = Partial.of(tensors)
+    assert bits(again, aggregator) == bits(partial, aggregator)
+    assert again.tensors().keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("make", [Mean, Sum])
+def test_too_much_weight_is_refused_with_a_line_that_works(make):
+    rows, weights = torch.ones(2, 3, dtype=torch.float64), torch.tensor([exact.CAPACITY, 1])
+    both = contribution(rows, weights, [0, 1])
+    aggregator = make()
+    with pytest.raises(UsageError, match="2\\^28") as caught:
+        aggregator.total(aggregator.fold(aggregator.zero(), both))
+    instead = grammar.parse(caught.value.write, PARTS)
+    assert isinstance(instead, make)
+    total = instead.total(instead.fold(instead.zero(), both))
+    assert total.means["update"].tolist() == [float(exact.CAPACITY + 1)] * 3
+
+    allowed = aggregator.total(aggregator.fold(aggregator.zero(), contribution(rows, weights, [0])))
+    assert allowed.means["update"].tolist() == [float(exact.CAPACITY)] * 3
+
+
+@given(problems())
+def test_the_float_sum_is_close(problem):
+    rows, weights, _ = problem
+    scale = (weights[:, None].double() * rows.double().abs()).sum(0)
+    if not scale.le(torch.finfo(rows.dtype).max / 4).all():
+        return  # the float sum overflows where the exact one does not: it is the fast choice, and says so
+    sums = {}
+    for how in ("exact", "float"):
+        aggregator = Mean(sum=how)
+        partial = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))))
+        sums[how] = aggregator.total(partial).means["update"]
+    eps = torch.finfo(rows.dtype).eps
+    block = torch.cat([b.abs().amax(1, keepdim=True).expand_as(b) for b in rows.double().split(BLOCK, 1)], 1)
+    grid = (weights[:, None] * block).sum(0) * 2.0 ** (1 - BELOW[rows.dtype])
+    tiny = torch.finfo(rows.dtype).tiny * len(rows)
+    assert (sums["exact"] - sums["float"]).abs().le(2 * len(rows) * eps * scale + grid + tiny).all()

@@ -1,0 +1,117 @@
+"""Small problems for the tests: a federation, a task on it, some rounds of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from atoll.data import ArrayRows, Clients
+from atoll.engine.inprocess import InProcess
+from atoll.engine.memory import Memory
+from atoll.plan.plan import Plan, Report, State, step
+from atoll.rng import Key
+from atoll.task import Task
+
+
+def federation(x: Tensor, y: Tensor, sizes: Sequence[int], order: Tensor | None = None) -> Clients:
+    """Clients that hold the rows of (x, y) in the given order, `sizes[i]` of them each."""
+    ends = torch.tensor([0, *sizes]).cumsum(0)
+    classes = None if y.is_floating_point() else tuple(map(str, range(int(y.max()) + 1)))
+    return Clients(
+        "test",
+        ArrayRows(x, y, y.is_floating_point()),
+        torch.arange(len(x)) if order is None else order,
+        ends,
+        None,
+        "regression" if classes is None else "classification",
+        classes,
+        tuple(x.shape[1:]),
+    )
+
+
+def regression(sizes: Sequence[int], features: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> Clients:
+    """y = a·x + b + noise, all of order 1."""
+    rows = sum(sizes)
+    draw = Key(seed).fold("regression").normal(rows * (features + 1)).reshape(rows, features + 1)
+    x, noise = draw[:, :features], draw[:, features]
+    y = x @ torch.linspace(1.0, 2.0, features, dtype=torch.float64) + 0.5 + 0.1 * noise
+    return federation(x.to(dtype), y.to(dtype), sizes)
+
+
+def classification(
+    sizes: Sequence[int],
+    shape: tuple[int, ...] = (4,),
+    classes: int = 3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Clients:
+    """Normal features around a mean of each class."""
+    rows, width = sum(sizes), torch.Size(shape).numel()
+    key = Key(seed).fold("classification")
+    y = key.fold("y").integers(rows, classes)
+    y[:classes] = torch.arange(classes)[:rows]
+    means = key.fold("means").normal(classes * width).reshape(classes, width)
+    x = key.fold("x").normal(rows * width).reshape(rows, width) + means[y]
+    return federation(x.reshape(rows, *shape).to(dtype), y, sizes)
+
+
+def tokens(sizes: Sequence[int], length: int = 5, vocabulary: int = 7, classes: int = 3) -> Clients:
+    """Rows of token ids; the class is one of them."""
+    rows = sum(sizes)
+    x = Key(0).fold("tokens").integers(rows * length, vocabulary).reshape(rows, length)
+    y = x[:, 0] % classes
+    y[:classes] = torch.arange(classes)[:rows]
+    return federation(x, y, sizes)
+
+
+def task_of(
+    module: nn.Module,
+    data: Clients,
+    numerics: str = "lanes",
+    dtype: torch.dtype = torch.float64,
+    loss: str | None = None,
+) -> Task:
+    """The task of a model on this data, with its body fixed."""
+    loss = loss or ("mse" if data.kind == "regression" else "cross_entropy")
+    return replace(Task.of(module, loss, (), dtype), numerics=numerics)
+
+
+def seeded(make: type[nn.Module] | object, *args: object, seed: int = 0) -> nn.Module:
+    """A module whose initial weights depend on the seed alone."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return make(*args)  # type: ignore[operator, no-any-return]
+
+
+def run(
+    plan: Plan, engine: InProcess, rounds: int = 2, seed: int = 0, init: Tensor | None = None
+) -> tuple[State, list[Report]]:
+    """Some rounds from the beginning: the state after them and their reports."""
+    task = engine.task
+    model = task.initial() if init is None else task.initial()._replace(theta=init)
+    state, reports = State.first(plan, task, seed, Memory(plan.memory(task.layout)), model), []
+    for _ in range(rounds):
+        state, report = step(plan, state, engine)
+        reports.append(report)
+    return state, reports
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    """|a − b| / max(1, |b|): absolute for small numbers, relative for large ones."""
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / b.norm().clamp(min=1.0))
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """So many threads for torch, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
