@@ -1,1 +1,101 @@
-"""Gradient descent, distributed and federated learning as one formula, for PyTorch models."""
+"""Gradient descent, distributed and federated learning as one formula, for PyTorch models.
+
+    import atoll
+
+    data = atoll.data.load("digits").split(clients=100, by=atoll.data.Dirichlet(0.3))
+    run = atoll.train("mlp", data, atoll.recipes.fedavg(lr=0.5, batch=10), rounds=100)
+
+What is named here is the public surface; everything else is reached by its module. Names are imported when they are
+first used, so that `import atoll` is quick and the command line answers before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from types import ModuleType
+
+TYPE_CHECKING = False  # importing typing for it would be a third of the time that `atoll --version` takes
+if TYPE_CHECKING:
+    from typing import Any
+
+    from atoll import data, models, recipes
+    from atoll.errors import AtollError, RunError, UsageError
+    from atoll.experiment import Experiment
+    from atoll.plan.plan import Plan, Report, State, step
+    from atoll.recorder import Run
+    from atoll.rng import Key
+    from atoll.task import Metric, Task
+    from atoll.train import Watcher, load, train
+    from atoll.training import Settings, rounds
+
+# Otherwise the bits of Intel MKL's matrix products depend on where in memory a matrix begins, and so a client's on its
+# place among others. It is as fast; it must be said before the first product.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AtollError",
+    "Experiment",
+    "Key",
+    "Metric",
+    "Plan",
+    "Report",
+    "Run",
+    "RunError",
+    "Settings",
+    "State",
+    "Task",
+    "UsageError",
+    "Watcher",
+    "__version__",
+    "data",
+    "load",
+    "models",
+    "recipes",
+    "rounds",
+    "step",
+    "train",
+]
+
+_MODULES = {"data", "models", "recipes"}
+_WHERE = {
+    "atoll.errors": ("AtollError", "RunError", "UsageError"),
+    "atoll.experiment": ("Experiment",),
+    "atoll.plan.plan": ("Plan", "Report", "State", "step"),
+    "atoll.recorder": ("Run",),
+    "atoll.rng": ("Key",),
+    "atoll.task": ("Metric", "Task"),
+    "atoll.train": ("Watcher", "load", "train"),
+    "atoll.training": ("Settings", "rounds"),
+}
+_HOME = {name: module for module, names in _WHERE.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        found: Any = importlib.import_module(f"atoll.{name}")
+    elif name in _HOME:
+        found = getattr(importlib.import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module 'atoll' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Importing the module `atoll.train` would put it where the function of that name belongs: the function stays."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "train" and isinstance(value, ModuleType):
+            value = value.train
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

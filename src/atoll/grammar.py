@@ -103,9 +103,18 @@ def parse(
         raise UsageError(
             f"{text!r} cannot be read: {error}.",
             "one value: a number, a text, or name(argument, word=argument).",
-            write=next(iter(names), "") and f"{next(iter(names))}()",
+            write=next(filter(None, map(_bare_call, names.values())), ""),
         ) from None
     return _Reader(text, names, names if inner is None else inner, external, trust).read(tree, 0)
+
+
+def _bare_call(make: Callable[..., Any]) -> str:
+    """A call without arguments, where that builds something; empty where not."""
+    try:
+        make()
+    except (AtollError, TypeError):
+        return ""
+    return f"{make.__name__}()"
 
 
 @dataclasses.dataclass
@@ -144,12 +153,12 @@ class _Reader:
             case ast.Name(id=name) if name in self.external:
                 return self._import(name)
             case ast.Name(id=name):
-                self._find(name, depth)
+                made = self._find(name, depth)
                 raise UsageError(
                     f"{name} is the name of a constructor, in {self.text!r}.",
                     "a call.",
                     "a value is written as its constructor.",
-                    f"{name}()",
+                    _bare_call(made),
                 )
             case _:
                 raise self._refusal(f"a {type(node).__name__.lower()}")

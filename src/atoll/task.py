@@ -46,7 +46,8 @@ def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
 def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     """−log σ(±output), one value a row; output `[B]` or `[B, 1]` in logits, y in {0, 1}."""
     logits = output.reshape(y.shape)
-    return _rows(F.softplus(logits) - logits * y)
+    # softplus would be shorter, and rounds differently at the end of a tensor: see engine/elementwise.py.
+    return _rows(-F.logsigmoid(-logits) - logits * y)
 
 
 def mse(output: Tensor, y: Tensor) -> Tensor:
@@ -181,6 +182,43 @@ _DROPOUTS: Mapping[Any, bool] = {
 }
 
 
+class _InLanes(_KeyedDropout):
+    """Batch norm too: torch lays the channels of all lanes side by side, and their bits depend on their place there."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.batch_norm:
+            return _batch_norm(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`, written out: (x − mean) / √(var + eps) · weight + bias, channel by channel."""
+    axes, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+    mean, var, rows = running_mean, running_var, prod(x.shape) // x.shape[1]
+    if training or mean is None or var is None:
+        if rows == 1:
+            raise ValueError(f"Batch statistics of one value in each of {x.shape[1]} channels.")
+        mean = x.mean(axes)
+        var = (x - mean.view(shape)).square().mean(axes)
+        if running_mean is not None and running_var is not None:
+            running_mean.mul_(1 - momentum).add_(mean.detach(), alpha=momentum)
+            running_var.mul_(1 - momentum).add_(var.detach(), alpha=momentum * rows / (rows - 1))
+    out = (x - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
+    out = out if weight is None else out * weight.view(shape)
+    return out if bias is None else out + bias.view(shape)
+
+
 @dataclass(frozen=True)
 class Task:
     """A model, its loss and its metrics, ready to be computed for K clients at once.
@@ -235,6 +273,16 @@ class Task:
     def batch_statistics(self) -> bool:
         """Whether a row's output depends on the other rows of its batch, so that no row may be padding."""
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.module.modules())
+
+    @property
+    def slow_in_lanes(self) -> str:
+        """Why the loop is quicker for this model; empty where it is not."""
+        kinds = {type(m) for m in self.module.modules()}
+        if any(issubclass(kind, nn.modules.conv._ConvNd) for kind in kinds):
+            return "the convolutions of many clients become one grouped convolution, slower than one by one"
+        if any(issubclass(kind, nn.RNNBase) for kind in kinds):
+            return "torch runs a recurrent layer lane by lane anyway"
+        return ""
 
     def initial(self) -> Model:
         """The module's numbers as they were given, one model."""
@@ -328,7 +376,7 @@ class Task:
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
         """The loss of one lane, and what its pass changed: pure, since the changed tensors are its own copies."""
         moving = {n: t.clone() for n, t in (self.layout.buffers(buffers) | counters).items()}
-        with _KeyedDropout(lambda: word):
+        with _InLanes(lambda: word):
             tensors = {**self.layout.params(theta), **fixed, **moving}
             output = functional_call(self.module, tensors, (x,))
         loss = (self.loss(output, y) * mask).sum()

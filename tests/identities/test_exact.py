@@ -1,8 +1,8 @@
 """The sum does not depend on order: same bits for every order, grouping, chunk and thread count (identity 4).
 
-The bound of `atoll.plan.aggregate.exact`: with 2^e above the largest number of a contribution's block, what is kept of the
-contribution is off by at most 2^(e−27) in float32 and 2^(e−53) in float64, by nothing less than 2^−1067 anywhere, and the
-finished digits are added with the relative error of a float64 or two.
+The bound of `atoll.plan.aggregate.exact`: with 2^e above the largest number of a contribution's block, what is kept of
+it is off by at most 2^(e−27) in float32 and 2^(e−53) in float64, anywhere by 2^−1067, and the finished digits are added
+with the relative error of a float64 or two.
 """
 
 import math
@@ -69,7 +69,7 @@ def pieces(rng, n):
 
 
 def grouped(aggregator, rows, weights, rng):
-    """The total by another way: workers take clients in any order and any chunks, partials cross a wire and are merged."""
+    """The total by another way: workers take clients in any order and chunks, partials cross a wire and are merged."""
     workers = [aggregator.zero() for _ in range(rng.integers(1, 4))]
     for piece in pieces(rng, len(rows)):
         w = rng.integers(len(workers))

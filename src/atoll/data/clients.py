@@ -77,6 +77,16 @@ class Clients:
         """Rows that each client holds, int64 `[clients]`."""
         return self.offsets.diff()
 
+    @cached_property
+    def vocab(self) -> int | None:
+        """How many tokens there are, one more than the largest, where rows hold ids; None where they hold numbers."""
+        if self.rows.take(self.order[:1])[0].dtype != torch.int64:
+            return None
+        parts = [(self.rows, piece) for piece in self.order.split(4096)]
+        if self.held_out is not None:
+            parts += [(self.held_out, piece) for piece in torch.arange(len(self.held_out)).split(4096)]
+        return 1 + max(int(rows.take(piece)[0].max()) for rows, piece in parts)
+
     def client_rows(self, client: int) -> Tensor:
         """Row numbers of one client, int64 `[size]`."""
         start, end = self.offsets[client : client + 2].tolist()

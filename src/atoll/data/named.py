@@ -144,7 +144,7 @@ def _mnist(folder: str | Path | None, scale: str | None) -> Source:
     if not path.is_file():
         raise _absent("mnist", path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             parts = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _malformed(path, error) from error
@@ -259,6 +259,9 @@ def _npy(folder: Path, task: str | None, scale: str) -> Source:
                 break
             raise UsageError(f"The folder {folder} has no {name}.npy.", "x.npy and y.npy.", write=f"ls {folder}")
         try:
+            # A memory map needs the path, and of anything but an array numpy would leave the file open.
+            with path.open("rb") as file:
+                np.lib.format.read_magic(file)
             parts.append(np.load(path, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
             raise _malformed(path, error) from error

@@ -6,6 +6,7 @@ bit: a lane's numbers depend on its own client alone, and the sum does not depen
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +24,8 @@ from atoll.plan.slots import Broadcast, Cohort, Contribution, Population
 from atoll.rng import Key
 from atoll.task import Task
 
-_LANE_BYTES = 256 << 20  # what a chunk's θ, gradients and updates may take together
+_LANE_BYTES = 16 << 20  # what a chunk's θ, gradients and updates take together: they stay near the cores
+_SMALL = 100_000  # parameters below which one thread is quickest
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ class InProcess:
             task = self.task
         broadcast = Broadcast(state.round, state.model, state.server)
         round_ = _Round(plan, state, task, self.data, broadcast, key)
-        for ids in self._chunks(plan, task, cohort.ids):
-            round_.run(ids)
+        with threads_for(task):
+            for ids in self._chunks(plan, task, cohort.ids):
+                round_.run(ids)
         return round_.gathered(cohort)
 
     def _chunks(self, plan: Plan, task: Task, ids: Tensor) -> Iterator[Tensor]:
@@ -87,7 +90,24 @@ class InProcess:
         if self.chunk is not None:
             return self.chunk
         each = 6 * task.layout.d * task.layout.dtype.itemsize
-        return max(2, min(64, _LANE_BYTES // each))
+        return max(4, min(1024, _LANE_BYTES // each))
+
+
+@contextlib.contextmanager
+def threads_for(task: Task) -> Iterator[None]:
+    """Let torch use one thread for a small model, and then as many as before. It changes no bit.
+
+    A kernel of a small model is over before a second thread has woken; on a busy machine the first then waits for it.
+    """
+    before = torch.get_num_threads()
+    if before == 1 or task.layout.d >= _SMALL or task.slow_in_lanes:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Round:
@@ -162,9 +182,10 @@ class _Round:
             update, part_of(kept, "codec"), self.broadcast.shared["codec"], key.fold("codec")
         )
         memory |= {f"codec/{n}": t for n, t in codec.items()}
+        contribution = contribution._replace(sums={**contribution.sums, **sums})
         size = _bytes(contribution, {"payload": payload, **side})
         opened = {**contribution.means, "update": self.plan.codec.open(payload, side)}
-        return contribution._replace(means=opened, sums={**contribution.sums, **sums}), memory, size
+        return contribution._replace(means=opened), memory, size
 
     def _fail(self, client: int, stage: str, cause: str) -> None:
         self.failures.append(Failure(client, self.broadcast.round, stage, cause))
@@ -172,6 +193,7 @@ class _Round:
     def gathered(self, cohort: Cohort) -> Gathered:
         """What the round brought back, or the reason to end the run."""
         asked = len(cohort.ids)
+        self.failures.sort()  # by client: the order of chunks tells nothing
         if self.failures and len(self.failures) == asked:
             self._all_failed()
         if len(self.failures) > self.plan.max_failed * asked:
@@ -181,7 +203,7 @@ class _Round:
                 f"first client {first.client}, at {first.stage}: {first.cause}.",
                 f"at most the fraction max_failed = {self.plan.max_failed}.",
                 "what is left would be another cohort than the sampler drew. The state is that of the round before.",
-                "--set plan.max_failed=1.0",
+                "atoll lr" if "not finite" in first.cause else "--set plan.max_failed=1.0",
             )
         ids = torch.cat(self.arrived) if self.arrived else torch.empty(0, dtype=torch.int64)
         order = torch.argsort(ids, stable=True)

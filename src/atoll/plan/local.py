@@ -30,7 +30,7 @@ def _check_batch(part: str, batch: Any) -> None:
         raise UsageError(
             f"{part}: batch = {batch!r}.",
             "a whole number of rows, at least 1, or None for all rows at once.",
-            write="Gradient(batch=32)",
+            write={"Gradient": "Gradient(batch=32)", "Train": "Train(sgd(0.1), epochs=1, batch=10)"}.get(part, ""),
         )
 
 
@@ -170,7 +170,7 @@ class Train(Part):
         model = broadcast.model.lanes(lanes_count)
         state = self.optimizer.slots(model.theta)
         if "optimizer" in self.keep:
-            state = {n: memory[f"optimizer.{n}"] for n in state}
+            state = {n: memory[f"optimizer.{n}"].clone() for n in state}
         lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
         stepper = self.optimizer.stepper(model.theta, state, lr)
         loss = model.theta.new_zeros(lanes_count)
@@ -255,20 +255,23 @@ class Context:
 
 
 class Loader:
-    """Batches `(x, y)` of one client, in a new keyed order each time it is walked through."""
+    """Batches `(x, y)` of one client, in a new keyed order each time it is walked through.
 
-    def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key) -> None:
+    Where the model has batch statistics, a tail of one row joins the batch before it, as in `Train`.
+    """
+
+    def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
         self._lanes = Lanes(lanes.clients, lanes.ids[k : k + 1], lanes.sizes[k : k + 1], lanes.dtype)
-        self._batch, self._key, self._passes = batch or lanes.sizes[k], key, 0
+        self._lengths, self._key, self._passes = _lengths(lanes.sizes[k], batch, joins), key, 0
         self.rows = lanes.sizes[k]
 
     def __len__(self) -> int:
-        return -(-self.rows // self._batch)
+        return len(self._lengths)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = self._key.fold(self._passes).permutation(self.rows)[None]
         self._passes += 1
-        for piece in order.split(self._batch, 1):
+        for piece in order.split(self._lengths, 1):
             x, y, _ = self._lanes.take(piece, (piece.shape[1],))
             yield x[0], y[0]
 
@@ -304,8 +307,7 @@ class Custom(Part):
         if not callable(self.fn):
             raise UsageError(
                 f"Custom({self.fn!r}).",
-                "a function (model, loader, ctx).",
-                write="Custom(package.module:train)",
+                "a function (model, loader, ctx); in a text, module:name.",
             )
 
     def width(self, rows: int) -> int:
@@ -332,7 +334,8 @@ class Custom(Part):
         generator = torch.Generator(device).manual_seed(key.fold("generator").torch_seed())
         ctx = Context(broadcast.round, int(lanes.ids[k]), self.lr, device, generator)
         with global_scope(key.fold("custom")):
-            metrics = self.fn(module, Loader(lanes, k, self.batch, key.fold("order")), ctx) or {}
+            loader = Loader(lanes, k, self.batch, key.fold("order"), task.batch_statistics)
+            metrics = self.fn(module, loader, ctx) or {}
         if not isinstance(metrics, Mapping):
             raise UsageError(
                 f"{getattr(self.fn, '__name__', self.fn)} returned {type(metrics).__name__}.",

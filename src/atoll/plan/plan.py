@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import UsageError
+from atoll.fields import repaired
 from atoll.grammar import Value
 from atoll.layout import Layout
 from atoll.plan.codec.stage import Identity
@@ -128,9 +129,12 @@ class Plan(Value):
                     "every slot of the formula is filled by one kind of part.",
                     example,
                 )
-        if not 0 <= self.max_failed <= 1:
+        if not isinstance(self.max_failed, (int, float)) or not 0 <= self.max_failed <= 1:
             raise UsageError(
-                f"max_failed = {self.max_failed}.", "a fraction in [0, 1].", write="Plan(..., max_failed=0.5)"
+                f"max_failed = {self.max_failed!r}.",
+                "a fraction in [0, 1].",
+                "it is the part of a cohort that may fail before the round is given up.",
+                repaired(self, max_failed=0.5),
             )
         if not self.aggregator.linear and self.codec.decodes:
             raise UsageError(

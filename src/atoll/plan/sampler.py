@@ -139,7 +139,8 @@ class Weighted(Value):
         order = key.permutation(population.clients).to(sizes.device)
         # In whole numbers, and no length reaches the distance of two marks: none falls on a client twice.
         edges = (rest[order] * left).cumsum(0)
-        marks = key.fold("start").integers(1, max(whole, 1)).to(edges) + whole * torch.arange(left, device=edges.device)
+        start = (key.fold("start").hash(1) & (2**62 - 1)) % max(whole, 1)
+        marks = start.to(edges) + whole * torch.arange(left, device=edges.device)
         drawn = order[torch.searchsorted(edges, marks, right=True)]
         ids = torch.cat((certain.nonzero().squeeze(1), drawn)).sort().values
         return _cohort(ids, torch.where(certain, 1.0, rest.to(torch.float64) * left / max(whole, 1)))

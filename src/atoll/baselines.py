@@ -1,0 +1,305 @@
+"""What a federation is compared with: all rows in one place, and every client by itself.
+
+    pooled    one client that holds every train row, trained by the run's local part
+    local     each client trains on its own rows only; its model is judged on the held-out rows
+
+Both start from the run's first model and see as many samples as the run: a client that the sampler leads one to expect
+in a fraction q of T rounds works in round(q·T) of them, spread evenly, so that a schedule passes through all its rates;
+the pooled client works as often, or makes as many steps a round, as it takes to see what the whole cohort saw. There is
+no server: what a client trained is its model. Where clients send gradients, the server's optimizer is the client's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.data.clients import Clients
+from atoll.engine.inprocess import InProcess, threads_for
+from atoll.engine.memory import Memory
+from atoll.errors import RunError
+from atoll.grammar import Value
+from atoll.plan.aggregate import Mean, Sum
+from atoll.plan.aggregate.exact import LARGEST
+from atoll.plan.lanes import ROWS, Lanes
+from atoll.plan.local import Evaluate, Gradient, Train
+from atoll.plan.optimizer import sgd
+from atoll.plan.plan import Plan, State, step
+from atoll.plan.slots import Broadcast, Cohort, Population
+from atoll.plan.stepper import Optimizer
+from atoll.rng import Key
+from atoll.task import Model, Task
+from atoll.training import Rounds, judge
+
+MOST = 200  # clients trained alone, at most
+_LANE_BYTES = 256 << 20
+_ROW_NUMBERS = 1 << 24  # of held-out rows, repeated for the models that are judged together
+
+
+def compare(training: Rounds) -> dict[str, dict[str, Any]]:
+    """Pooled and local-only training beside a federated run: same model, lr, batch and number of samples seen.
+
+    Args:
+        training: a run that has made at least one round; it stays as it is.
+    Returns:
+        Plain values. `pooled`: `held_out_loss` and every metric, `samples` that were seen. `local`: of each of them the
+        mean over clients, all weighted equally, and `…_sd`, `…_min`, `…_max`; `clients` that were trained, at most 200,
+        drawn by key out of `population`; `samples` seen by a client in the mean. Where a model stopped being finite it
+        is judged as it stood before: `diverged` is the round of the pooled one, or how many of the clients.
+        Without held-out rows nothing can be judged, and `skipped` holds the `reason`.
+    Example:
+        >>> import atoll
+        >>> data = atoll.data.load("digits").split(clients=5)
+        >>> training = atoll.rounds("softmax", data, atoll.recipes.fedavg(lr=0.1), rounds=2)
+        >>> reports = list(training)
+        >>> {name: sorted(told)[:2] for name, told in compare(training).items()}
+        {'pooled': ['accuracy', 'held_out_loss'], 'local': ['accuracy', 'accuracy_max']}
+
+    Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
+    """
+    reason = (
+        "no held-out rows to judge a model on: data.split(held_out=0.2)"
+        if training.data.held_out is None
+        else ""
+        if training.state.round
+        else "no round was run"
+    )
+    if reason:
+        return {"skipped": {"reason": reason}}
+    with threads_for(training.task):
+        return {"pooled": pooled(training), "local": alone(training)}
+
+
+def pooled(training: Rounds) -> dict[str, Any]:
+    """Train one client that holds every row, and judge it; see `compare`."""
+    data, count = training.data.pooled(), training.state.round
+    plan, share = _gathered(_solo(training.plan), training.data.sizes, _chances(training))
+    # One client alone is quicker in the loop, and the body changes what it computes in the last bits only.
+    task = replace(training.task, module=copy.deepcopy(training.task.module), numerics="loop")
+    state, failed = _train(training, InProcess(task, data), plan, _turns(torch.tensor([share]), count)[:, 0], 0)
+    told: dict[str, Any] = judge(state, InProcess(task, data.held()))
+    turns = float(_turns(torch.tensor([share]), count).sum())
+    told["samples"] = round(turns * float(_seen(plan.local, data.sizes.double())))
+    return told | ({} if failed is None else {"diverged": failed})
+
+
+def alone(training: Rounds) -> dict[str, Any]:
+    """Train every client by itself, and judge each on the held-out rows; see `compare`."""
+    population = training.data.count
+    ids = torch.arange(population)
+    if population > MOST:
+        ids = Key(training.settings.seed).fold("baselines").distinct(MOST, population).sort().values
+    plan = _solo(training.plan)
+    turns = _turns(_chances(training)[ids], training.state.round)
+    if _in_lanes(training, plan):
+        judged = list(_many(training, plan, ids, turns))
+    else:
+        judged = list(_one_by_one(training, plan, ids, turns))
+    told: dict[str, Any] = {}
+    for name in judged[0].metrics:
+        values = torch.tensor([j.metrics[name] for j in judged], dtype=torch.float64)
+        told |= {
+            name: float(values.mean()),
+            f"{name}_sd": float(values.std(correction=0)),
+            f"{name}_min": float(values.min()),
+            f"{name}_max": float(values.max()),
+        }
+    samples = turns.sum(0) * _seen(plan.local, training.data.sizes[ids].double())
+    told |= {"clients": len(ids), "population": population, "samples": round(float(samples.mean()))}
+    diverged = sum(j.diverged for j in judged)
+    return told | ({"diverged": diverged} if diverged else {})
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A client that trained alone: its model's metrics, and whether it stopped being finite."""
+
+    metrics: Mapping[str, float]
+    diverged: bool
+
+
+@dataclass(frozen=True, repr=False)
+class _Only(Value):
+    """One client, every round."""
+
+    client: int
+
+    def __call__(self, population: Population, round: int, key: Key) -> Cohort:
+        return Cohort(torch.tensor([self.client]), torch.tensor(1.0, dtype=torch.float64))
+
+
+def _solo(plan: Plan) -> Plan:
+    """The plan of somebody who trains alone: the local part, nothing sent, and no server beyond what gradients need."""
+    if not isinstance(plan.local, Gradient):
+        return Plan(plan.local, Mean(weights="equal", sum="float"), sgd(1.0))
+    # Under Sum() the learning rate is made for gradients that are multiplied by rows.
+    rule = plan.aggregator if isinstance(plan.aggregator, Sum) else Mean(weights="equal", sum="float")
+    return Plan(plan.local, rule, plan.optimizer)
+
+
+def _chances(training: Rounds) -> Tensor:
+    """Each client's chance of being at work in a round, float64 `[C]`."""
+    population = Population(training.data.count, training.data.sizes)
+    key = Key(training.settings.seed).fold("round", 0).fold("cohort")
+    chance = training.plan.sampler(population, 0, key).chance
+    return chance.to(torch.float64).expand(training.data.count)
+
+
+def _turns(chance: Tensor, rounds: int) -> Tensor:
+    """Which rounds somebody works in who is expected in a fraction `chance` of them: bool `[rounds, len(chance)]`."""
+    works = (chance.double() * rounds).round().clamp(1, rounds).long()
+    t = torch.arange(rounds)[:, None]
+    return (t + 1) * works // rounds > t * works // rounds
+
+
+def _seen(local: Any, rows: Tensor) -> Tensor:
+    """How many samples somebody with so many rows sees in one round at work."""
+    if isinstance(local, Gradient):
+        return rows if local.batch is None else rows.clamp(max=local.batch)
+    if isinstance(local, Train) and local.steps is not None:
+        return local.steps * (rows if local.batch is None else rows / (rows / local.batch).ceil())
+    return rows * (getattr(local, "epochs", None) or 1)
+
+
+def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
+    """The plan of the one who holds all rows, and the part of the rounds in which it sees as much as the cohort."""
+    local = plan.local
+    rows = sizes.double()
+    ratio = float((chance * _seen(local, rows)).sum() / _seen(local, rows.sum()))
+    if ratio <= 1:
+        return plan, ratio
+    if isinstance(local, Train) and local.steps is not None:
+        return replace(plan, local=replace(local, steps=round(local.steps * ratio))), 1.0
+    if isinstance(local, Gradient) and isinstance(plan.optimizer, Optimizer) and round(ratio) > 1:
+        local = Train(plan.optimizer, steps=round(ratio), batch=local.batch, keep=("optimizer", "order"))
+        return Plan(local, Mean(weights="equal", sum="float"), sgd(1.0)), 1.0
+    return plan, 1.0
+
+
+def _train(training: Rounds, engine: InProcess, plan: Plan, turns: Tensor, client: int) -> tuple[State, int | None]:
+    """One client's training, and the round in which it stopped being finite or raised; the state before it is kept."""
+    plan = replace(plan, cohort=_Only(client))
+    memory = Memory(plan.memory(training.task.layout))
+    state = State.first(plan, training.task, training.settings.seed, memory, training.first)
+    for t in turns.nonzero().squeeze(1).tolist():
+        try:
+            state, _ = step(plan, replace(state, round=t), engine)
+        except RunError:
+            return state, t
+    return state, None
+
+
+def _one_by_one(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Judged]:
+    """Each client through `step`: for any local part."""
+    engine = InProcess(training.task, training.data)
+    judges = InProcess(training.task, training.data.held())
+    for at, client in enumerate(ids.tolist()):
+        state, failed = _train(training, engine, plan, turns[:, at], client)
+        yield _Judged(judge(state, judges), failed is not None)
+
+
+def _in_lanes(training: Rounds, plan: Plan) -> bool:
+    """Whether many clients can train side by side: nothing that a server remembers differs between them."""
+    rule = plan.optimizer
+    return (
+        training.task.numerics == "lanes"
+        and isinstance(plan.local, (Train, Gradient))
+        and not plan.local.server(training.task.layout)
+        and isinstance(plan.aggregator, Mean)
+        and isinstance(rule, Optimizer)
+        and not rule.schedule.init()
+    )
+
+
+class _Each(Model):
+    """Models of K clients where a part expects one model to start all of them from."""
+
+    __slots__ = ()
+
+    def lanes(self, k: int) -> Model:
+        """Copies, to train on in place."""
+        counters = {n: t.clone() for n, t in self.counters.items()}
+        return Model(self.theta.clone(), self.buffers.clone(), counters, self.fixed)
+
+
+def _many(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Judged]:
+    """Clients in lanes, as many at once as the engine would take."""
+    each = 8 * training.task.layout.d * training.task.layout.dtype.itemsize
+    most = max(2, min(64, _LANE_BYTES // each))
+    order = torch.argsort(training.data.sizes[ids], descending=True, stable=True)
+    widths = torch.tensor([plan.local.width(n) for n in training.data.sizes[ids[order]].tolist()])
+    held = training.data.held()
+    for width in widths.unique().tolist():
+        for at in order[widths == width].split(most):
+            model, finite = _side_by_side(training, plan, ids[at], turns[:, at])
+            for metrics, good in zip(_judged(training.task, held, model), finite.tolist(), strict=True):
+                yield _Judged(metrics, not good)
+
+
+Groups = dict[str, dict[str, Tensor]]  # tensors `[K, …]` of K clients: model, counters, optimizer, kept
+
+
+def _side_by_side(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> tuple[Model, Tensor]:
+    """The models of clients that trained alone, largest first, and which stayed finite: lane by lane as `step`."""
+    first = training.first.lanes(len(ids))
+    kept = plan.local.memory(training.task.layout)
+    now: Groups = {
+        "model": {"theta": first.theta, "buffers": first.buffers},
+        "counters": dict(first.counters),
+        "optimizer": dict(plan.optimizer.init(first.theta)),
+        "kept": {n: t.expand(len(ids), *t.shape).clone() for n, t in kept.items()},
+    }
+    finite = torch.ones(len(ids), dtype=torch.bool)
+    for t in range(len(turns)):
+        at = (turns[t] & finite).nonzero().squeeze(1)
+        if not len(at):
+            continue
+        everyone = len(at) == len(ids)
+        before = now if everyone else {g: {n: x[at] for n, x in group.items()} for g, group in now.items()}
+        after, good = _round(training, plan, ids[at], t, before)
+        finite[at] = good
+        for g, group in after.items():
+            for name, x in group.items():
+                if everyone and bool(good.all()):
+                    now[g][name] = x
+                else:
+                    now[g][name][at[good]] = x[good]
+    return Model(now["model"]["theta"], now["model"]["buffers"], now["counters"], first.fixed), finite
+
+
+def _round(training: Rounds, plan: Plan, ids: Tensor, t: int, before: Groups) -> tuple[Groups, Tensor]:
+    """One round of each client by itself: what is new, and whose numbers are all finite."""
+    task, data = training.task, training.data
+    start = _Each(before["model"]["theta"], before["model"]["buffers"], before["counters"], training.first.fixed)
+    lanes = Lanes(data, ids, tuple(data.sizes[ids].tolist()), task.layout.dtype)
+    key = Key(training.settings.seed).fold("round", t, "clients").of(ids).fold("local")
+    given, kept = plan.local.contribute(Broadcast(t, start, {"local": {}}), lanes, before["kept"], key, task)
+    good = torch.ones(len(ids), dtype=torch.bool)
+    for rows in (*given.means.values(), *given.sums.values()):
+        good &= rows.reshape(len(ids), -1).abs().amax(1) <= LARGEST
+    theta, state = plan.optimizer.update(start.theta, given.means["update"], {}, before["optimizer"], t)
+    model = {"theta": theta} | ({"buffers": given.means["buffers"]} if "buffers" in given.means else {})
+    after = {"model": model, "counters": given.largest, "optimizer": state, "kept": kept}
+    return {g: dict(group) for g, group in after.items()}, good
+
+
+def _judged(task: Task, held: Clients, model: Model) -> Iterator[dict[str, float]]:
+    """Held-out loss and metrics of K models, several at once."""
+    rows, k = len(held.order), len(model.theta)
+    numbers = min(rows, ROWS) * max(1, held.rows.take(held.order[:1])[0].numel())
+    most = max(2, _ROW_NUMBERS // numbers)
+    finish = {m.name: m.finish for m in task.metrics}
+    for at in torch.arange(k).split(most):
+        # A single lane would go through other kernels than many: it is judged beside a copy of itself.
+        picked = at if len(at) > 1 else at.repeat(2)
+        lanes = Lanes(held, torch.zeros_like(picked), (rows,) * len(picked), task.layout.dtype)
+        each = _Each(*model.select(picked))
+        given, _ = Evaluate().contribute(Broadcast(0, each, {}), lanes, {}, Key(0).of(lanes.ids), task)
+        for i in range(len(at)):
+            told = {n: float(s[i]) / rows for n, s in given.sums.items() if n != "rows"}
+            yield {"held_out_loss": told.pop("loss")} | {n: finish[n](v) for n, v in told.items()}

@@ -1,0 +1,33 @@
+"""The command line: `atoll run`, and what people do with a run afterwards.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a run failed, 2 what was asked for cannot be
+done, 130 stopped by Ctrl-C. `atoll --version` and `atoll --help` answer before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from atoll import __version__
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command, and tell how it went by an exit code.
+
+    Args:
+        words: what stands after `atoll`; None: what this process was started with.
+    Returns:
+        0 done, 1 a run failed, 2 what was asked for cannot be done, 130 stopped by Ctrl-C.
+    Example:
+        >>> main(["runs", "--out", "nowhere"])
+        No runs in nowhere yet.  Write: atoll run
+        0
+    """
+    told = list(sys.argv[1:] if words is None else words)
+    if told in (["--version"], ["-V"]):
+        print(__version__)
+        return 0
+    from atoll.cli.app import answer
+
+    return answer(told)

@@ -1,0 +1,307 @@
+"""The commands: plain typed functions; what is heavy is imported inside them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from atoll import __version__
+from atoll.cli.flags import RUNNING, SHOWN, Told, flag, switch
+from atoll.errors import AtollError, UsageError
+
+if TYPE_CHECKING:
+    from atoll.experiment import Experiment
+
+TRAIN, LOOK, HELP = (Group.create_ordered(name) for name in ("Train", "Look", "Help"))
+EXAMPLES = """
+    atoll run --baselines
+    atoll run --data flats.csv --target price --model linear
+    atoll run --recipe "fedadam(lr=0.1, cohort=10)" --seeds 5
+    atoll resume latest --rounds 200
+"""
+SOURCES = """
+Everything here can also stand in a TOML file (atoll run experiment.toml),
+in atoll.toml or [tool.atoll] of pyproject.toml, and in the environment:
+--held-out 0.1 is ATOLL_HELD_OUT=0.1, and --data is ATOLL_DATASET, because
+ATOLL_DATA is the folder of data files. Flags win over --set, then come
+environment and file.
+
+    atoll run --baselines
+    atoll run --split "Pathological(2)" --recipe "fedavg(lr=0.1, cohort=10)"
+    atoll run --data flats.csv --target price --by city --model linear
+    atoll run experiment.toml --set "plan.optimizer=adam(0.01)" --seeds 5
+"""
+
+
+app = App(
+    name="atoll",
+    help="Gradient descent, distributed and federated learning as one formula.",
+    help_epilogue=EXAMPLES,
+    help_format="plaintext",
+    version=__version__,
+    version_flags=["--version", "-V"],
+    group_commands=HELP,
+    suppress_keyboard_interrupt=False,
+)
+app.register_install_completion_command(help="Make the shell complete atoll's commands and flags.")
+
+Out = Annotated[str | None, flag(SHOWN, "The parent of run folders. Default: runs.")]
+Json = Annotated[bool, switch(SHOWN, "One JSON object on stdout.", "ATOLL_JSON", "--json")]
+Quiet = Annotated[bool, switch(SHOWN, "No progress, only the result.", "ATOLL_QUIET")]
+Trust = Annotated[
+    bool, switch(RUNNING, "Import code that a found file or a run folder names as module:name.", "ATOLL_TRUST")
+]
+
+
+@app.command(group=TRAIN, sort_key=0, help_epilogue=SOURCES)
+def run(
+    experiment: str | None = None,
+    /,
+    *,
+    told: Told = Told(),
+    seeds: Annotated[int, switch(RUNNING, "Train with so many seeds, and tell mean ± sd.", "ATOLL_SEEDS")] = 1,
+    smoke: Annotated[bool, switch(RUNNING, "Try every stage once, in a temporary folder.", "ATOLL_SMOKE")] = False,
+    trust: Trust = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train, and write the run down. Without arguments: federated averaging of the digits over 100 clients.
+
+    Parameters
+    ----------
+    experiment
+        A TOML file with settings; [tool.atoll] where it is a pyproject.toml.
+    """
+    from atoll.cli import work
+
+    it = told.experiment(experiment, trust)
+    look = work.Look(as_json, quiet)
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}.", "at least one.", write="--seeds 5")
+    if smoke:
+        return work.smoke(it, look)
+    return work.train(it, look) if seeds == 1 else work.several(it, seeds, look)
+
+
+@app.command(group=TRAIN, sort_key=1, help_epilogue="")
+def resume(
+    run: str,
+    /,
+    *,
+    rounds: Annotated[int | None, flag(RUNNING, "Go on until so many rounds in all.")] = None,
+    any_version: Annotated[
+        bool, switch(RUNNING, "Go on although other versions wrote the run.", "ATOLL_ANY_VERSION")
+    ] = False,
+    trust: Trust = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    out: Out = None,
+) -> int:
+    """Go on with a run from its last checkpoint, to the same bits as if it had never stopped.
+
+    Parameters
+    ----------
+    run
+        Its name, the end or the beginning of it, a path, or latest.
+    """
+    from atoll.cli import work
+    from atoll.experiment import Experiment
+
+    path = _find(run, out)
+    it = Experiment.read(path, trust=trust).told(rounds=rounds)
+    return work.train(it, work.Look(as_json, quiet), resume=path, any_version=any_version)
+
+
+@app.command(group=TRAIN, sort_key=2, help_epilogue="")
+def lr(
+    experiment: str | None = None,
+    /,
+    *,
+    which: Annotated[
+        Literal["local", "server"], Parameter(group=RUNNING, help="Whose: the clients', or the server's.")
+    ] = "local",
+    told: Told = Told(),
+    trust: Trust = False,
+    as_json: Json = False,
+) -> int:
+    """Find a learning rate by a range test, draw it, and suggest one. Takes the flags of run.
+
+    Parameters
+    ----------
+    experiment
+        A TOML file with settings.
+    """
+    from atoll.cli import words
+    from atoll.tools.lr import find
+
+    it = told.experiment(experiment, trust)
+    finding = find(it, which, Path(it.out))
+    if as_json:
+        words.tell({"which": which, "suggestion": finding.suggestion, "plot": str(finding.plot)})
+    else:
+        print(finding.text())
+    return 0
+
+
+@app.command(group=LOOK, sort_key=3, help_epilogue="")
+def runs(*, out: Out = None, as_json: Json = False) -> int:
+    """List the runs, oldest first."""
+    from atoll import runs as folders
+    from atoll.cli import look, words
+
+    parent = _parent(out)
+    found = [look.brief(path) for path in folders.list_runs(parent)]
+    if as_json:
+        words.tell(found)
+    else:
+        print(look.listing(found) if found else f"No runs in {parent} yet.  Write: atoll run")
+    return 0
+
+
+@app.command(group=LOOK, sort_key=4, help_epilogue="")
+def show(run: str, /, *, out: Out = None, as_json: Json = False) -> int:
+    """Show a run: its formula, its rounds, its best values, its failures, and where its files are.
+
+    Parameters
+    ----------
+    run
+        Its name, the end or the beginning of it, a path, or latest.
+    """
+    from atoll.cli import look, words
+
+    path = _find(run, out)
+    if as_json:
+        words.tell(look.brief(path))
+    else:
+        print(look.record(path))
+    return 0
+
+
+@app.command(group=LOOK, sort_key=5, help_epilogue="")
+def compare(a: str, b: str, /, *, out: Out = None) -> int:
+    """Set two runs beside each other: settings, metrics, and the first round and tensor that differ.
+
+    Parameters
+    ----------
+    a
+        A run.
+    b
+        Another.
+    """
+    from atoll.tools.compare import compare as compared
+
+    print(compared(_find(a, out), _find(b, out)).text())
+    return 0
+
+
+@app.command(group=LOOK, sort_key=6, help_epilogue="")
+def replay(
+    run: str,
+    /,
+    *,
+    round: Annotated[int, Parameter(group=RUNNING, help="Which round, from 0.")],
+    client: Annotated[int, Parameter(group=RUNNING, help="Which client, from 0.")],
+    trust: Trust = False,
+    out: Out = None,
+) -> int:
+    """Compute again what one client computed in one round, and tell what it gave.
+
+    Parameters
+    ----------
+    run
+        A run.
+    """
+    from atoll.tools.replay import replay as replayed
+
+    print(replayed(_find(run, out), round, client, trust).text())
+    return 0
+
+
+@app.command(group=LOOK, sort_key=7, help_epilogue="")
+def export(
+    run: str,
+    /,
+    *,
+    dtype: Annotated[
+        Literal["float32", "bf16", "int8"], Parameter(group=RUNNING, help="How numbers are kept.")
+    ] = "float32",
+    to: Annotated[Path | None, flag(SHOWN, "The file to write. Default: in the run's folder.")] = None,
+    trust: Trust = False,
+    out: Out = None,
+) -> int:
+    """Write a run's model as a smaller file, and tell the accuracy that is lost.
+
+    Parameters
+    ----------
+    run
+        A run.
+    """
+    from atoll.tools.export import export as exported
+
+    print(exported(_find(run, out), dtype, to, trust).text())
+    return 0
+
+
+@app.command(group=HELP, sort_key=8, help_epilogue="")
+def doctor() -> int:
+    """Check this machine and this installation, and tell what to do about what is wrong."""
+    from atoll.cli import words
+    from atoll.tools.doctor import examine
+
+    checks = examine()
+    print(words.checks(checks))
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def _settings() -> Experiment:
+    """What environment and found file say, for commands that need no more than where runs are."""
+    from atoll.experiment import Experiment
+
+    return Experiment.found().with_environment()
+
+
+def _parent(out: str | None) -> Path:
+    return Path(out if out is not None else _settings().out)
+
+
+def _find(run: str, out: str | None) -> Path:
+    from atoll import runs as folders
+
+    return folders.find(run, _parent(out))
+
+
+def answer(words: Sequence[str]) -> int:
+    """Run one command; errors become a text on stderr and an exit code."""
+    try:
+        code = app(list(words), exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except CycloptsError as error:
+        command = "".join(f" {word}" for word in words[:1] if word in app)
+        return _refused(UsageError(str(error).strip(), write=f"atoll{command} --help"))
+    except AtollError as error:
+        return _refused(error)
+    except KeyboardInterrupt:
+        print("Stopped; what was written stays.  Write: atoll runs", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone: nothing more can be said there, not even by the interpreter's last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _refused(error: AtollError) -> int:
+    """Say what went wrong: the four parts of the error; ATOLL_TRACEBACK=1 also says where."""
+    from atoll.cli.spoken import as_flags
+
+    if os.environ.get("ATOLL_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error)
+    print(as_flags(error), file=sys.stderr)
+    return error.exit_code

@@ -1,0 +1,92 @@
+"""What `run` and `resume` do: train while somebody watches, and say how it went."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from atoll.cli import words
+from atoll.errors import RunError
+
+if TYPE_CHECKING:
+    from atoll.experiment import Experiment
+    from atoll.recorder import Run
+    from atoll.train import Watcher
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a command shows itself: `--json` one object on stdout, `--quiet` no progress on stderr."""
+
+    as_json: bool
+    quiet: bool
+
+    @contextlib.contextmanager
+    def watchers(self) -> Iterator[list[Watcher]]:
+        """Who watches a training; the terminal is given back at the end, whatever happened."""
+        if self.quiet:
+            yield []
+            return
+        from atoll.report.live import LiveTable
+
+        with LiveTable(plain=True if self.as_json else None) as table:
+            yield [table]
+
+
+def train(it: Experiment, look: Look, **more: Any) -> int:
+    """Train once, and print the result."""
+    run = _train(it, look, **more)
+    if look.as_json:
+        words.tell(words.outcome(run))
+    else:
+        print(words.summary(run))
+    return 130 if run.status == "interrupted" else 0
+
+
+def _train(it: Experiment, look: Look, **more: Any) -> Run:
+    with look.watchers() as watchers:
+        return it.train(watchers=watchers, **more)
+
+
+def several(it: Experiment, seeds: int, look: Look) -> int:
+    """Train with several seeds, one after the other, and print mean ± sd of each metric."""
+    done: list[tuple[int, Run]] = []
+    for seed in range(it.seed, it.seed + seeds):
+        run = _train(it.told(seed=seed), look)
+        done.append((seed, run))
+        if run.status == "interrupted":
+            break
+    if look.as_json:
+        words.tell(words.outcomes(done))
+    else:
+        print(words.seeds(done))
+    return 130 if done[-1][1].status == "interrupted" else 0
+
+
+def smoke(it: Experiment, look: Look) -> int:
+    """Try every stage once in a temporary folder: a round, evaluation, checkpoint, going on from it, the report."""
+    with tempfile.TemporaryDirectory(prefix="atoll-smoke-") as folder:
+        it = it.told(out=folder, evaluate_every=1, rounds=1)
+        first = _train(it, look)
+        if first.status == "interrupted" or first.path is None:
+            return 130
+        stages = ["data, model and plan fit", "a round", "an evaluation", "a checkpoint", "the report"]
+        stages += ["the baselines"] if it.baselines else []
+        again = _train(it.told(rounds=2, baselines=False), look, resume=first.path)
+        if again.status == "interrupted":
+            return 130
+        stages.append("going on from the checkpoint")
+        missing = [n for n in ("model.safetensors", "metrics.csv", "report.html") if not (first.path / n).is_file()]
+        if missing:
+            what = " and no ".join(missing)
+            raise RunError(f"The run wrote no {what}.", "every file of a run.", write="atoll doctor")
+        stages.append("the files of a run")
+    if look.as_json:
+        words.tell(words.outcome(again) | {"smoke": stages, "run": None, "path": None})
+    else:
+        print("\n".join(f"ok  {stage}" for stage in stages))
+        print("The folder was removed.  Next: the same without --smoke.")
+    return 0

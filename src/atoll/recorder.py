@@ -1,0 +1,310 @@
+"""A run's folder kept beside a training: rows, events, checkpoints, the best model, and what it all came to."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from atoll import runs
+from atoll.errors import RunError, UsageError
+from atoll.plan import stop as stops
+from atoll.plan.plan import Failure, Report, State
+from atoll.task import Model
+from atoll.training import Rounds, start_from
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training came to.
+
+    Args:
+        path: its folder; None where nothing was written.
+        rounds: rounds that were run.
+        metrics: the last value of each metric.
+        best: the best judged round: metric, value, round.
+        reason: why it stopped.
+        status: "done", "failed" or "interrupted".
+        reports: one a round of this process.
+        model: a fresh module with the result.
+        baselines: metrics of pooled and local-only training, where they were asked for.
+    """
+
+    path: Path | None
+    rounds: int
+    metrics: Mapping[str, float]
+    best: Mapping[str, Any]
+    reason: str
+    status: str
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    failures: tuple[Failure, ...]
+    reports: tuple[Report, ...]
+    model: nn.Module
+    baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class Recorder:
+    """Keeps a run's folder beside a training: rows, events, checkpoints, the best model."""
+
+    def __init__(self, training: Rounds, out: str | Path | None, config: str, checkpoint_s: float) -> None:
+        self.training, self.out, self.config, self.checkpoint_s = training, out, config, checkpoint_s
+        self.folder: runs.Folder | None = None
+        self.reports: list[Report] = []
+        self.best: dict[str, Any] = {}
+        self.best_model: Model | None = None
+        self._saved_best = -1
+        self._recorded = 0  # the round up to which everything is written down
+        self._last = time.monotonic()
+
+    @property
+    def path(self) -> Path | None:
+        """The run's folder; made on first use."""
+        if self.folder is None and self.out is not None:
+            t = self.training
+            about = runs.environment(why=t.reason, **_identity(t))
+            self.folder = runs.Folder.create(Path(self.out), self.config, about)
+            self.folder.event(
+                "start", plan=repr(t.plan), numerics=t.task.numerics, why=t.reason, notes=list(t.data.notes)
+            )
+        return None if self.folder is None else self.folder.path
+
+    def go_on(self, path: Path, any_version: bool) -> None:
+        """Take up a run where its last checkpoint left it; a folder that is refused stays as it was."""
+        self.folder = runs.Folder.open(path)
+        try:
+            checkpoint = self.folder.restore(any_version=any_version)
+            self._refuse_other(checkpoint.facts if checkpoint else runs.read_environment(path), path.name)
+            if checkpoint is not None:
+                self._take_up(checkpoint)
+            self.folder.go_on()
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def _refuse_other(self, begun: Mapping[str, Any], name: str) -> None:
+        """Refuse to go on as something else than what was begun."""
+        for fact, ours in _identity(self.training).items():
+            if begun.get(fact, ours) != ours:
+                what = "model" if fact == "layout" else fact
+                raise UsageError(
+                    f"{name} was begun with another {what}: {begun[fact]}; now it is {ours}.",
+                    f"the same {what}.",
+                    "going on would end in neither training.",
+                    f"atoll run --init {name}" if what == "data" else f"atoll show {name}",
+                )
+
+    def _take_up(self, checkpoint: runs.Checkpoint) -> None:
+        t, facts = self.training, checkpoint.facts
+        t.state = _unpack(checkpoint.tensors, facts["round"], t)
+        for segment in checkpoint.memory:
+            t.memory.put(segment["ids"], {n.removeprefix("rows/"): r for n, r in segment.items() if n != "ids"})
+        t.memory.changed()
+        t.watch = dict(facts["watch"])
+        t.seconds, t.bytes_up, t.bytes_down = facts["seconds"], facts["bytes_up"], facts["bytes_down"]
+        self.best, self._recorded = dict(facts["best"]), t.state.round
+        if checkpoint.best is not None:
+            self._saved_best = self.best["round"]
+            self.best_model = start_from(checkpoint.best, t.task)
+        if t.state.round >= t.settings.rounds:
+            t.outcome = stops.Outcome(f"all {t.settings.rounds} rounds were run", False)
+
+    def round(self, report: Report) -> Report:
+        """Write a round down, and a checkpoint when it is time."""
+        t = self.training
+        self.reports.append(report)
+        self._keep_best(report)
+        if self.path is not None and self.folder is not None:
+            self.folder.metric(row_of(report))
+            for failure in report.failures:
+                self.folder.event("failure", **failure._asdict())
+            self.folder.event("clients", round=report.round, **_brief(report.clients))
+            if time.monotonic() - self._last >= self.checkpoint_s or (t.outcome and not t.outcome.failed):
+                self.checkpoint()
+        self._recorded = t.state.round
+        return report
+
+    def _keep_best(self, report: Report) -> None:
+        metric, higher = judged_by(self.training)
+        value = report.metrics.get(metric)
+        if value is None or value != value:
+            return
+        if not self.best or (value > self.best["value"] if higher else value < self.best["value"]):
+            self.best = {"metric": metric, "value": value, "round": report.round}
+            self.best_model = self.training.state.model
+
+    def checkpoint(self) -> None:
+        """Commit where the training stands."""
+        if self.folder is None:
+            return
+        t = self.training
+        best = None
+        if self.best_model is not None and self.best["round"] != self._saved_best:
+            best = _state_dict(t, self.best_model)
+        ids, rows = t.memory.changed()
+        memory = {"ids": ids, **{f"rows/{n}": r for n, r in rows.items()}} if len(ids) else {}
+        facts = {
+            "round": t.state.round,
+            **_identity(t),
+            "watch": t.watch,
+            "best": self.best,
+            "seconds": t.seconds,
+            "bytes_up": t.bytes_up,
+            "bytes_down": t.bytes_down,
+        }
+        self.folder.checkpoint(_pack(t.state), memory, facts, best)
+        self._saved_best = self.best["round"] if self.best else -1
+        self._last = time.monotonic()
+
+    def fail(self, error: BaseException) -> None:
+        """A round could not be run: the state of the round before is kept.
+
+        That is the training's own where the round was not begun to be written down. Otherwise, and where a second
+        Ctrl-C fell anywhere, only the last checkpoint is known to be whole.
+        """
+        if self.folder is None:
+            return
+        now = isinstance(error, KeyboardInterrupt)
+        with (
+            contextlib.suppress(RunError),
+            contextlib.closing(self.folder),
+        ):  # a full disk: the first error is told
+            status = "interrupted" if now else "failed"
+            self.folder.event("stop", status=status, reason=str(error) or type(error).__name__)
+            if not now and self.training.state.round == self._recorded:
+                self.checkpoint()
+
+    def end(self, interrupted: bool, *, baselines: bool, report: bool) -> Run:
+        """Write the result, compare, draw."""
+        t = self.training
+        outcome = t.outcome or stops.Outcome("interrupted", False)
+        status = "interrupted" if t.outcome is None and interrupted else "failed" if outcome.failed else "done"
+        compared: Mapping[str, Mapping[str, Any]] = {}
+        if baselines and status == "done":
+            from atoll.baselines import compare
+
+            compared = compare(t)
+        run = Run(
+            self.path,
+            t.state.round,
+            self._last_metrics(),
+            self.best,
+            outcome.reason,
+            status,
+            t.seconds,
+            t.bytes_up,
+            t.bytes_down,
+            tuple(f for r in self.reports for f in r.failures),
+            tuple(self.reports),
+            t.model,
+            compared,
+        )
+        if self.folder is None:
+            return run
+        try:
+            for name, metrics in compared.items():
+                self.folder.event("baseline", name=name, **metrics)
+            self.folder.event("stop", status=status, reason=outcome.reason, round=t.state.round)
+            if status != "failed":
+                self.checkpoint()
+                self.folder.save("model.safetensors", _state_dict(t, t.state.model))
+            self.folder.finish()
+            if report:
+                from atoll.report import draw
+
+                draw(self.folder.path, t.data)
+        finally:
+            self.folder.close()
+        return run
+
+    def _last_metrics(self) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for r in self.reports:
+            out |= r.metrics
+        if not out and self.folder is not None:
+            skip = {
+                "round",
+                "fingerprint",
+                "cohort",
+                "arrived",
+                "failed",
+                "bytes_up",
+                "bytes_down",
+                "seconds",
+            }
+            for row in runs.read_rows(self.folder.path / "metrics.jsonl"):
+                out |= {n: v for n, v in row.items() if n not in skip and v is not None}
+        return out
+
+
+def judged_by(training: Rounds) -> tuple[str, bool]:
+    """The metric that says which round is best, and whether more is better."""
+    if training.judge is None:
+        return "loss", False
+    for metric in training.task.metrics:
+        return metric.name, metric.higher_is_better
+    return "held_out_loss", False
+
+
+def row_of(report: Report) -> dict[str, Any]:
+    """A round as one flat row."""
+    return {
+        "round": report.round,
+        "fingerprint": report.fingerprint,
+        **report.metrics,
+        "cohort": report.cohort,
+        "arrived": report.arrived,
+        "failed": len(report.failures),
+        "bytes_up": report.bytes_up,
+        "bytes_down": report.bytes_down,
+        "seconds": round(report.seconds, 6),
+    }
+
+
+def _brief(clients: Mapping[str, Any], most: int = 1000) -> dict[str, Any]:
+    """What each client gave, for at most so many of them."""
+    return {n: [round(float(v), 6) if t.is_floating_point() else int(v) for v in t[:most]] for n, t in clients.items()}
+
+
+def _state_dict(training: Rounds, model: Model) -> dict[str, Tensor]:
+    return training.task.layout.state_dict(model.theta, model.buffers, {**model.counters, **model.fixed})
+
+
+def _identity(training: Rounds) -> dict[str, Any]:
+    """What a run must still be to go on."""
+    layout = training.task.layout
+    return {
+        "data": training.data.fingerprint(),
+        "plan": repr(training.plan),
+        "numerics": training.task.numerics,
+        "layout": f"{layout.d} parameters, {layout.dtype}, {sha256(repr(layout.entries).encode()).hexdigest()[:12]}",
+        "seed": training.settings.seed,
+    }
+
+
+def _pack(state: State) -> dict[str, Tensor]:
+    model = state.model
+    groups: dict[str, Mapping[str, Tensor]] = {
+        "model": {"theta": model.theta, "buffers": model.buffers},
+        "counters": model.counters,
+        "fixed": model.fixed,
+        "optimizer": state.optimizer,
+        **{f"server/{n}": t for n, t in state.server.items()},
+    }
+    return {f"{group}/{n}": t for group, tensors in groups.items() for n, t in tensors.items()}
+
+
+def _unpack(tensors: Mapping[str, Tensor], round: int, training: Rounds) -> State:
+    def group(name: str) -> dict[str, Tensor]:
+        return {n.removeprefix(f"{name}/"): t for n, t in tensors.items() if n.startswith(f"{name}/")}
+
+    at = training.state
+    model = Model(tensors["model/theta"], tensors["model/buffers"], group("counters"), group("fixed"))
+    return State(round, at.seed, model, group("optimizer"), {n: group(f"server/{n}") for n in at.server}, at.memory)

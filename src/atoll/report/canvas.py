@@ -1,0 +1,222 @@
+"""Figures in the house's style, for light and for dark pages: no global state, and nothing is drawn that says nothing.
+
+The colours are those of Okabe and Ito, which stay apart for colour-blind people; on dark paper the lighter ones.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from atoll.report.record import Numbers
+from atoll.report.text import plain, size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+DPI = 168
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one kind of paper: text, its softer shade, grid lines, four series, and the ramp of a heat map."""
+
+    paper: str
+    ink: str
+    soft: str
+    grid: str
+    series: tuple[str, str, str, str]
+    heat: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "#ffffff",
+    "#1f2933",
+    "#5f6b7a",
+    "#e6eaef",
+    ("#0072b2", "#d55e00", "#00805d", "#a3528a"),
+    ("#f3f6f9", "#c3dbed", "#6aaed6", "#2171b5", "#08306b"),
+)
+DARK = Theme(
+    "#161b22",
+    "#e6edf3",
+    "#9aa6b2",
+    "#2b323b",
+    ("#56b4e9", "#f0a202", "#2fbf98", "#dc8fbb"),
+    ("#1f262f", "#204566", "#2a78ad", "#69b7e6", "#e2f3fd"),
+)
+
+
+class Line(NamedTuple):
+    """One line of a chart: its name, points, colour, and how it is drawn."""
+
+    name: str
+    x: Numbers
+    y: Numbers
+    colour: str
+    style: str = "-"
+
+
+def figure(theme: Theme, width: float = 5.4, height: float = 3.1) -> Figure:
+    """An empty figure, in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), dpi=DPI, facecolor=theme.paper)
+    FigureCanvasAgg(made)
+    return made
+
+
+def axes(made: Figure, theme: Theme, box: Sequence[float], title: str = "", x: str = "", y: str = "") -> Axes:
+    """A pair of axes in a figure.
+
+    Args:
+        box: left, bottom, right and top edge, as fractions of the figure.
+        title: what is shown, above the left edge.
+    """
+    left, bottom, right, top = box
+    ax = made.add_axes((left, bottom, right - left, top - bottom), facecolor=theme.paper)
+    wide, high = 72 * made.get_figwidth() * (right - left), 72 * made.get_figheight() * (top - bottom)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(theme.soft)
+        spine.set_linewidth(0.7)
+    ax.tick_params(colors=theme.soft, labelsize=7.5, length=0, pad=4)
+    ax.tick_params(axis="x", length=2.5, width=0.7)
+    ax.grid(axis="y", color=theme.grid, linewidth=0.7)
+    ax.set_axisbelow(True)
+    if title:
+        ax.text(0, 1 + 9 / high, title, fontsize=9.5, fontweight="bold", color=theme.ink, transform=ax.transAxes)
+    # Places that are given need not be found, which is half the work of drawing.
+    ax.set_title("", y=1.0)
+    ax.xaxis.set_label_coords(0.5, -18 / high)
+    ax.yaxis.set_label_coords(-30 / wide, 0.5)
+    ax.set_xlabel(x, fontsize=8, color=theme.soft)
+    ax.set_ylabel(y, fontsize=8, color=theme.soft)
+    return ax
+
+
+def text(words: str, most: int = 28) -> str:
+    """Text as matplotlib draws it as it stands: a dollar sign begins no formula."""
+    return plain(words, most).replace("$", r"\$")
+
+
+def png(made: Figure) -> bytes:
+    """The figure as a PNG; a letter that the font lacks is a box, not a warning."""
+    from PIL import Image
+
+    canvas: Any = made.canvas
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        canvas.draw()
+    file = io.BytesIO()
+    # Opaque, so that a third of the bytes need not be written.
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
+    image.convert("RGB").save(file, "png")
+    return file.getvalue()
+
+
+def ramp(theme: Theme) -> Colormap:
+    """The colours of a heat map, from nothing to all."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("atoll", theme.heat)
+
+
+def plot(ax: Axes, lines: Sequence[Line], *, log: bool = False) -> None:
+    """Draw lines; few points are dots as well, and rounds without a finite number are marked at the foot."""
+    for at, line in enumerate(lines):
+        finite = np.isfinite(line.y) & ((line.y > 0) | (not log))
+        y = np.where(finite, line.y, np.nan)
+        alone = finite.sum() <= 40
+        ax.plot(
+            line.x, y, line.style, color=line.colour, linewidth=1.5, zorder=3 + at,
+            marker="o" if alone else None, markersize=2.6 if finite.sum() > 1 else 5, solid_capstyle="round",
+        )  # fmt: skip
+        bad = line.x[~np.isfinite(line.y)][:500]
+        if len(bad):
+            foot = np.full(len(bad), 0.02 + 0.035 * at)
+            across = ax.get_xaxis_transform()
+            ax.plot(bad, foot, "x", color=line.colour, markersize=4, transform=across, clip_on=False)
+    if log:
+        logarithmic(ax)
+
+
+def logarithmic(ax: Axes) -> None:
+    """A logarithmic scale with plain numbers at its ticks; where it spans less than a decade, at 2 and 5 as well."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    ax.set_yscale("log")
+    low, high = sorted(ax.get_ylim())
+    decades = np.log10(high / low) if low > 0 else 1.0
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=7))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def wants_log(values: Sequence[Numbers]) -> bool:
+    """Whether values are better read on a logarithmic scale: all positive, and more than 10 times apart."""
+    all_values = np.concatenate(values) if values else np.empty(0)
+    good = all_values[np.isfinite(all_values)]
+    return len(good) > 1 and bool(good.min() > 0) and bool(good.max() > 10 * good.min())
+
+
+def whole_rounds(ax: Axes, x: Numbers) -> None:
+    """Ticks at whole rounds only; a single round has room on both sides."""
+    from matplotlib.ticker import MaxNLocator
+
+    if len(x) and np.ptp(x) == 0:
+        ax.set_xlim(x[0] - 0.5, x[0] + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+
+
+def of_bytes(ax: Axes) -> None:
+    """Ticks that read as bytes."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(lambda value, _: size(value) if value > 0 else "0")
+
+
+def of_seconds(ax: Axes, most: float) -> None:
+    """Ticks that read as lengths of time, all in the unit of the longest."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    scale, unit = (1000, "ms") if most < 1 else (1, "s") if most < 120 else (1 / 60, "min")
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * scale:.3g} {unit}" if value > 0 else "0"))
+
+
+def name_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write each line's name at the right edge, at its height, pushed apart where they would overlap.
+
+    Args:
+        ends: height in data, words, colour.
+    """
+    inside = [(float(y), words, colour) for y, words, colour in ends if np.isfinite(y)]
+    if not inside:
+        return
+    ax.autoscale_view()
+    to_axes = ax.transData + ax.transAxes.inverted()
+    high = ax.get_window_extent().height / ax.figure.dpi * 72
+    gap = 9.5 / high
+    placed = sorted((float(np.clip(to_axes.transform((0, y))[1], 0, 1)), words, colour) for y, words, colour in inside)
+    heights = [at for at, _, _ in placed]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    for i in range(len(heights) - 1, -1, -1):
+        limit = heights[i + 1] - gap if i + 1 < len(heights) else 1.0
+        heights[i] = min(heights[i], limit)
+    for at, (_, words, colour) in zip(heights, placed, strict=True):
+        ax.text(
+            1.02, at, text(words, 40), color=colour, fontsize=8, va="center", ha="left", transform=ax.transAxes,
+            clip_on=False,
+        )  # fmt: skip

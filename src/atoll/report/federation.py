@@ -1,0 +1,152 @@
+"""What the clients hold, in numbers small enough to draw: for 3 clients or 10⁶.
+
+At most `MOST_DRAWN` clients are drawn, evenly apart in an order in which like stands beside like; at most
+`MOST_COUNTED` are counted class by class, evenly apart by size. What was left out is said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from atoll.data.clients import Clients
+from atoll.data.measure import effective_clients, size_gini
+from atoll.report.text import client_name, number, plain, spread, whole
+
+FEW = 12
+MOST_DRAWN = 100
+MOST_COUNTED = 2000
+MOST_CLASSES = 30
+_CHEAP = 5_000_000
+_BINS = 10
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Who holds what.
+
+    Args:
+        ids: of the clients that are drawn, in the order in which they are.
+        labels: what they are called.
+        sizes: rows each of those holds, `[drawn]`.
+        shares: of those rows in each class, or in each tenth of the targets, `[drawn, classes]`, rows sum to 1;
+            None where neither can be counted.
+        classes: what the columns of `shares` are called.
+        of: what the columns are: "class" or "target".
+        every: rows of every client, ascending, at most `MOST_COUNTED` of them.
+        measures: the imbalance, by words.
+        said: what was left out.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[str, ...]
+    sizes: npt.NDArray[np.int64]
+    shares: npt.NDArray[np.float64] | None
+    classes: tuple[str, ...]
+    of: str
+    every: npt.NDArray[np.int64]
+    count: int
+    measures: dict[str, str]
+    said: str
+
+
+def look(data: Clients) -> Federation:
+    """Look at the clients: measure how uneven they are, and choose which to draw."""
+    sizes = data.sizes
+    by_size = torch.argsort(sizes, descending=True, stable=True)
+    few = data.count <= MOST_COUNTED or (len(data.order) <= _CHEAP and data.count * _width(data) <= _CHEAP)
+    ids = torch.arange(data.count) if few else by_size[torch.tensor(spread(data.count, MOST_COUNTED))]
+    table, classes, of = _table(data if few else data.only(ids))
+    said = [] if few else [f"Labels of {whole(len(ids))} of the {whole(data.count)} clients were counted."]
+    measures = {} if table is None or of != "class" else {"label divergence": _divergence(data, few, ids)}
+    measures |= {
+        "size Gini": number(size_gini(sizes)),
+        "effective clients": f"{effective_clients(sizes):,.1f} of {whole(data.count)}",
+        "rows a client": _range(sizes),
+    }
+    order = _order(table, of, sizes[ids])
+    if len(order) > MOST_DRAWN:
+        order = order[torch.tensor(spread(len(order), MOST_DRAWN))]
+        said.append(f"{len(order)} of the {whole(data.count)} clients are drawn, evenly apart in this order.")
+    drawn = ids[order]
+    shares = None
+    if table is not None:
+        table, classes, folded = _folded(table, classes)
+        said += folded
+        picked = table[order].double()
+        shares = (picked / picked.sum(1, keepdim=True).clamp(min=1)).numpy()
+    return Federation(
+        tuple(drawn.tolist()),
+        tuple(client_name(i, data.names) if data.names else str(i) for i in drawn.tolist()),
+        sizes[drawn].numpy(),
+        shares,
+        classes,
+        of,
+        sizes[by_size.flip(0)[torch.tensor(spread(data.count, MOST_COUNTED))]].numpy(),
+        data.count,
+        measures,
+        " ".join(said),
+    )
+
+
+def _width(data: Clients) -> int:
+    return len(data.classes) if data.classes is not None else _BINS
+
+
+def _divergence(data: Clients, few: bool, ids: Tensor) -> str:
+    value = (data if few else data.only(ids)).imbalance()["label_divergence"]
+    return f"{value:.3f} bits of 1"
+
+
+def _range(sizes: Tensor) -> str:
+    low, middle, high = int(sizes.min()), int(sizes.median()), int(sizes.max())
+    return whole(low) if low == high else f"{whole(low)} to {whole(high)}, median {whole(middle)}"
+
+
+def _table(data: Clients) -> tuple[Tensor | None, tuple[str, ...], str]:
+    """Rows counted for each client by class, or by tenth of the targets where these are numbers."""
+    if data.classes is not None:
+        return data.histogram(), tuple(plain(c, 20) for c in data.classes), "class"
+    y = data.rows.targets()[data.order]
+    if y.dim() != 1 or not len(y):
+        return None, (), ""
+    values = y.double()
+    sample = values[torch.tensor(spread(len(values), 100_000))]
+    edges = torch.quantile(sample, torch.linspace(0, 1, _BINS + 1, dtype=torch.float64)[1:-1]).unique()
+    bins = len(edges) + 1
+    client = torch.arange(data.count).repeat_interleave(data.sizes)
+    cell = client * bins + torch.bucketize(values, edges)
+    table = cell.bincount(minlength=data.count * bins).reshape(data.count, bins)
+    marks = [f"{e:.4g}" for e in edges.tolist()]
+    names = [f"≤ {marks[0]}", *(f"to {m}" for m in marks[1:]), f"> {marks[-1]}"]
+    return table, tuple(names), "target"
+
+
+def _order(table: Tensor | None, of: str, sizes: Tensor) -> Tensor:
+    """Few clients as they are; many by the class they are richest in, by their mean target, or by size."""
+    if len(sizes) <= FEW:
+        return torch.arange(len(sizes))
+    if table is None:
+        return torch.argsort(sizes, descending=True, stable=True)
+    counts = table.double()
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    if of == "target":
+        return torch.argsort(share @ torch.arange(table.shape[1], dtype=torch.float64), stable=True)
+    most, richest = (share / share.mean(0).clamp(min=1e-12)).max(1)
+    by_most = torch.argsort(most, descending=True, stable=True)
+    return by_most[torch.argsort(richest[by_most], stable=True)]
+
+
+def _folded(table: Tensor, classes: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...], list[str]]:
+    """The classes with most rows, and all others as one, where there are more than can be drawn."""
+    if len(classes) <= MOST_CLASSES:
+        return table, classes, []
+    order = torch.argsort(table.sum(0), descending=True, stable=True)
+    kept, rest = order[: MOST_CLASSES - 1].sort().values, order[MOST_CLASSES - 1 :]
+    folded = torch.cat((table[:, kept], table[:, rest].sum(1, keepdim=True)), 1)
+    names = (*(classes[i] for i in kept.tolist()), f"{len(rest)} others")
+    return folded, names, [f"The {len(kept)} classes with most rows are drawn, and the others as one."]

@@ -1,0 +1,382 @@
+"""A training as it goes: a table on the terminal, or plain lines where there is none."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from atoll.plan.plan import Report
+from atoll.report.text import better, client_name, duration, number, plain, size, spread, whole, word
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.console import RenderableType
+    from rich.live import Live
+    from rich.table import Table
+
+    from atoll.train import Rounds, Run
+
+Cells = Mapping[str, str]
+
+
+def without_terminal(file: IO[str], environ: Mapping[str, str]) -> bool:
+    """Whether only plain lines may be written: no terminal, or CI, NO_COLOR or TERM=dumb ask for it."""
+    ci = environ.get("CI", "").lower() not in ("", "0", "false")
+    return not file.isatty() or ci or bool(environ.get("NO_COLOR")) or environ.get("TERM") == "dumb"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table.
+
+    Args:
+        key: what it shows.
+        head: its heading.
+        width: of what stands in it.
+        rank: the column of the lowest rank goes first where the terminal is narrow.
+    """
+
+    key: str
+    head: str
+    width: int
+    rank: int
+
+
+def columns(training: Rounds) -> tuple[Column, ...]:
+    """The columns of a training: what it will measure is known before the first round."""
+    names = ["loss"]
+    if training.judge is not None:
+        names += ["held_out_loss", *(m.name for m in training.task.metrics)]
+    else:
+        names += ["gradient_norm"]
+    measured = [Column(n, plain(word(n), 16), 10, 90 - at) for at, n in enumerate(names)]
+    return (
+        Column("round", "round", 5, 100),
+        *measured,
+        Column("clients", "clients", 7, 60),
+        Column("failed", "failed", 6, 50),
+        Column("up", "up", 7, 30),
+        Column("down", "down", 7, 20),
+        Column("seconds", "time", 7, 40),
+    )
+
+
+def that_fit(all_columns: Sequence[Column], width: int) -> list[Column]:
+    """The columns that fit beside each other, three spaces apart; those of the lowest rank are left out."""
+    kept = list(all_columns)
+    while len(kept) > 1 and sum(max(c.width, len(c.head)) + 3 for c in kept) > width:
+        kept.remove(min(kept, key=lambda c: c.rank))
+    return kept
+
+
+def judged_by(training: Rounds) -> str:
+    """The metric that says which round is best."""
+    if training.judge is None:
+        return "loss"
+    return next((m.name for m in training.task.metrics), "held_out_loss")
+
+
+def cells(report: Report) -> dict[str, str]:
+    """What a round shows, by column."""
+    return {
+        "round": str(report.round),
+        **{name: number(value) for name, value in report.metrics.items()},
+        "clients": f"{report.arrived}/{report.cohort}",
+        "failed": str(len(report.failures)),
+        "up": size(report.bytes_up),
+        "down": size(report.bytes_down),
+        "seconds": duration(report.seconds),
+    }
+
+
+@dataclass
+class Best:
+    """The best value of each metric so far: value, round, and what that round showed.
+
+    Args:
+        rising: for each metric that is marked, whether more is better.
+    Example:
+        >>> best = Best({"loss": False})
+        >>> for t, loss in enumerate([2.0, 1.0, float("nan"), 1.5]):
+        ...     _ = best.see(Report(t, {"loss": loss}, 1, 1, (), 0, 0))
+        >>> best.value["loss"], best.round["loss"]
+        (1.0, 1)
+    """
+
+    rising: Mapping[str, bool]
+    value: dict[str, float] = field(default_factory=dict)
+    round: dict[str, int] = field(default_factory=dict)
+    shown: dict[str, Cells] = field(default_factory=dict)
+
+    def see(self, report: Report) -> Cells:
+        """Take note of a round; what it shows is returned."""
+        told = cells(report)
+        for name, rising in self.rising.items():
+            value = report.metrics.get(name, math.nan)
+            if math.isfinite(value) and (name not in self.value or better(value, self.value[name], rising)):
+                self.value[name], self.round[name], self.shown[name] = value, report.round, told
+        return told
+
+    def marked(self, told: Cells) -> set[str]:
+        """The columns in which a round holds the best value so far."""
+        return {name for name, at in self.round.items() if str(at) == told["round"]}
+
+
+def header(training: Rounds, path: Path | None) -> list[tuple[str, str]]:
+    """What is about to be trained, on what, how and where to: label and text."""
+    data, layout = training.data, training.task.layout
+    held = "none held out" if data.held_out is None else f"{whole(len(data.held_out))} held out"
+    clients = f"{whole(data.count)} client{'s' if data.count != 1 else ''}"
+    lines = [
+        ("data", f"{data.name}: {whole(len(data.order))} rows on {clients}, {held}"),
+        ("model", f"{whole(layout.d)} parameters, {str(layout.dtype).removeprefix('torch.')}"),
+        *(("plan" if not at else "", line) for at, line in enumerate(str(training.plan).splitlines())),
+        ("numerics", f"{training.task.numerics}: {training.reason}"),
+    ]
+    if path is not None:
+        lines.append(("run", str(path)))
+    if training.state.round:
+        lines.append(("from", f"round {training.state.round}, where the last checkpoint stands"))
+    lines += [("note", note) for note in data.notes]
+    return [(label, plain(text, 500)) for label, text in lines]
+
+
+class LiveTable:
+    """Shows a training as it goes, on stderr; a `Watcher` for `atoll.train`.
+
+    On a terminal it is a table of the last rounds that is drawn in place, with the best value of each metric marked,
+    and when the run has ended some of its rounds stay. Elsewhere it is plain lines, at most one a second and fewer in
+    long runs. What people named (data, clients, errors) is shown as text and never as markup or control characters.
+
+    Args:
+        plain: lines instead of a table, as for `--quiet` and `--json`; None asks terminal and environment
+            (CI, NO_COLOR, TERM).
+        file: where to; None is stderr at the start of the run.
+        most: rounds that stand in the table, and that stay when the run has ended.
+        clock: seconds from anywhere.
+    Example:
+        >>> import atoll
+        >>> data = atoll.data.load("digits").split(clients=3)
+        >>> with LiveTable(plain=True) as table:
+        ...     run = atoll.train("softmax", data, atoll.recipes.fedavg(), rounds=1, out=None, watchers=[table])
+    """
+
+    def __init__(
+        self,
+        *,
+        plain: bool | None = None,
+        file: IO[str] | None = None,
+        most: int = 12,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._plain, self._to, self.most, self.clock = plain, file, most, clock
+        self._live: Live | None = None
+
+    def __enter__(self) -> LiveTable:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def start(self, training: Rounds, path: Path | None) -> None:
+        """Say what is about to be trained, and begin the table."""
+        self.close()
+        self.training = training
+        self.columns = columns(training)
+        measured = {"loss": False, "held_out_loss": False} | {m.name: m.higher_is_better for m in training.task.metrics}
+        self._judged = judged_by(training)
+        self.best = Best({c.key: measured[c.key] for c in self.columns if c.key in measured})
+        self.recent: deque[Cells] = deque(maxlen=self.most)
+        self.kept: list[Cells] = []
+        self._every = 1
+        self.done = training.state.round
+        self.up, self.down = training.bytes_up, training.bytes_down
+        self.failed = 0
+        self.failure = ""
+        self._began = self._written = self.clock()
+        self._ticks: deque[float] = deque([self._began], maxlen=21)
+        self._printed: Cells = {}
+        self.ended = ""
+        self.file = self._to or sys.stderr
+        self.plain = without_terminal(self.file, os.environ) if self._plain is None else self._plain
+        if self.plain:
+            self._write(*(f"{label:<9}{text}" for label, text in header(training, path)), "")
+            self._write(_joined((c.head + " ", c) for c in self.columns))
+        else:
+            self._open(header(training, path))
+
+    def round(self, report: Report) -> None:
+        """Show a round."""
+        told = self.best.see(report)
+        first = not self.recent
+        self.recent.append(told)
+        self._keep(told)
+        self.done = report.round + 1
+        self.up += report.bytes_up
+        self.down += report.bytes_down
+        if report.failures:
+            self.failed += len(report.failures)
+            client, at, stage, cause = report.failures[-1]
+            who = client_name(client, self.training.data.names)
+            self.failure = plain(f"{who} failed in round {at} ({stage}): {cause}")
+        now = self.clock()
+        self._ticks.append(now)
+        wait = max(1.0, (now - self._began) / 100)
+        if self.plain and (first or now - self._written >= wait or self.training.outcome is not None):
+            self._line(told)
+            self._written = now
+
+    def end(self, run: Run) -> None:
+        """Say why the run ended; some of its rounds stay."""
+        self.ended = plain(run.reason if run.reason == run.status else f"{run.status}: {run.reason}", 500)
+        if self.plain:
+            if self.recent and self.recent[-1] is not self._printed:
+                self._line(self.recent[-1])
+            self._write("   ".join((self.ended, duration(self.clock() - self._began), *self._totals())))
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; safe to call at any time, and more than once."""
+        live, self._live = self._live, None
+        if live is not None:
+            self.ended = self.ended or "stopped"
+            live.stop()
+            atexit.unregister(self.close)
+
+    def _keep(self, told: Cells) -> None:
+        """Every n-th round, n doubling as the run grows."""
+        if int(told["round"]) % self._every == 0:
+            self.kept.append(told)
+        if len(self.kept) > 2 * self.most:
+            self._every *= 2
+            self.kept = [k for k in self.kept if int(k["round"]) % self._every == 0]
+
+    # Plain lines
+
+    def _write(self, *lines: str) -> None:
+        print(*lines, sep="\n", file=self.file, flush=True)
+
+    def _line(self, told: Cells) -> None:
+        self._printed, marked = told, self.best.marked(told)
+        self._write(_joined((told.get(c.key, "") + ("*" if c.key in marked else " "), c) for c in self.columns))
+        if self.failure:
+            self._write(f"  {self.failure}")
+            self.failure = ""
+
+    def _totals(self) -> list[str]:
+        parts = [f"↑ {size(self.up)}", f"↓ {size(self.down)}"]
+        name = self._judged
+        if name in self.best.value:
+            parts.append(f"best {word(name)} {number(self.best.value[name])} in round {self.best.round[name]}")
+        if self.failed:
+            parts.append(f"{whole(self.failed)} failed")
+        return parts
+
+    # On a terminal
+
+    def _open(self, lines: Iterable[tuple[str, str]]) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.table import Table
+        from rich.text import Text
+
+        # What user code prints to stdout may not end up in the table's stream when somebody reads stdout.
+        console = Console(file=self.file, force_terminal=True, highlight=False, markup=False, emoji=False)
+        self._width, self._height = console.width, console.height
+        head = Table.grid(padding=(0, 2))
+        for label, text in lines:
+            head.add_row(Text(label, style="dim"), Text(text))
+        console.print(head, "")
+        self._live = Live(
+            console=console,
+            get_renderable=self._drawn,
+            refresh_per_second=4,
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        atexit.register(self.close)  # an error that nobody catches must not leave the cursor hidden
+        self._live.start()
+
+    def _drawn(self) -> RenderableType:
+        """The table and what stands under it; called by the thread that draws, on its own clock."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        under: list[RenderableType] = []
+        if self.ended:
+            style = "bold" if self.ended.startswith("done") else "bold yellow"
+            told = "   ".join((duration(self.clock() - self._began), *self._totals()))
+            under.append(Text.assemble((self.ended, style), "   ", told))
+        else:
+            under += [self._progress(), Text("   ".join(self._totals()))]
+        if self.failure:
+            under.append(Text(self.failure, style="yellow", no_wrap=True, overflow="ellipsis"))
+        shown = self._table(self._chosen() if self.ended else self._last())
+        pad = Table.grid()
+        pad.add_row("")
+        return Group(shown, pad, *under)
+
+    def _table(self, rows: Iterable[Cells]) -> Table:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = that_fit(self.columns, self._width)
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1))
+        for column in shown:
+            table.add_column(Text(f"{column.head} "), justify="right", no_wrap=True, min_width=column.width + 1)
+        for told in rows:
+            marked = self.best.marked(told)
+            table.add_row(*(Text(*_cell(told, c.key, marked)) for c in shown))
+        return table
+
+    def _progress(self) -> Table:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        rounds, now = self.training.settings.rounds, self.clock()
+        told = f"{whole(self.done)} of {whole(rounds)} rounds   {duration(now - self._began)}"
+        if self.training.outcome is not None:
+            told += "   finishing"
+        elif len(self._ticks) > 1:
+            each = (self._ticks[-1] - self._ticks[0]) / (len(self._ticks) - 1)
+            left = max(0.0, each * (rounds - self.done) - (now - self._ticks[-1]))
+            told += f"   about {duration(left)} left"
+        line = Table.grid(padding=(0, 2))
+        line.add_row(ProgressBar(total=rounds, completed=min(self.done, rounds), width=24), Text(told))
+        return line
+
+    def _last(self) -> list[Cells]:
+        """The last rounds, under the best one where that is older."""
+        recent = list(self.recent)[-max(3, self._height - 9) :]
+        at = self.best.round.get(self._judged)
+        if at is None or not recent or at >= int(recent[0]["round"]):
+            return recent
+        return [self.best.shown[self._judged], *recent]
+
+    def _chosen(self) -> list[Cells]:
+        """Rounds from the first to the last, with every one that holds a best value."""
+        few = [self.kept[i] for i in spread(len(self.kept), self.most)] + list(self.recent)[-1:]
+        by_round = {int(told["round"]): told for told in (*few, *self.best.shown.values())}
+        return [by_round[at] for at in sorted(by_round)]
+
+
+def _cell(told: Cells, key: str, marked: set[str]) -> tuple[str, str]:
+    """What a cell says, and its style; the star is for those who see no colour."""
+    text = told.get(key, "")
+    return (f"{text}*", "bold green") if key in marked else (f"{text} ", "")
+
+
+def _joined(parts: Iterable[tuple[str, Column]]) -> str:
+    """Cells as a line: each as wide as its column, and one place for the mark."""
+    return " ".join(text.rjust(max(c.width, len(c.head)) + 1) for text, c in parts).rstrip()

@@ -1,0 +1,318 @@
+"""The report of a run as one HTML file: nothing is loaded from anywhere, and no script runs.
+
+Every text goes through `tag`, which escapes what is not itself made by `tag`: names of clients, errors and settings
+come from outside.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from atoll.data.clients import Clients
+from atoll.report.federation import Federation
+from atoll.report.record import Record, Row
+from atoll.report.text import client_name, duration, number, plain, rises, size, spread, whole, word
+
+_VOID = {"meta", "img", "source", "br"}
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_MOST_ROWS, _MOST_LOST = 400, 50
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn picture: name, words, width, and its bytes for light and for dark paper."""
+
+    name: str
+    says: str
+    wide: bool
+    light: bytes
+    dark: bytes
+
+
+def tag(element: str, /, *inside: object, **attributes: object) -> Html:
+    """An element; what is inside is escaped unless it is an element, and None is left out.
+
+    Args:
+        element: its name.
+        inside: what it holds.
+        attributes: a trailing underscore is dropped (`class_`), others become hyphens.
+    Example:
+        >>> tag("p", "a < b ", tag("b", "&"), class_="x")
+        '<p class="x">a &lt; b <b>&amp;</b></p>'
+    """
+    given = "".join(f' {n.rstrip("_").replace("_", "-")}="{html.escape(str(v))}"' for n, v in attributes.items())
+    body = "".join(i if isinstance(i, Html) else html.escape(str(i)) for i in inside if i is not None)
+    return Html(f"<{element}{given}>" if element in _VOID else f"<{element}{given}>{body}</{element}>")
+
+
+def page(record: Record, federation: Federation | None, data: Clients | None, pictures: Sequence[Picture]) -> str:
+    """The report of a run, as one HTML document.
+
+    Args:
+        record: what its folder tells.
+        federation: who holds what; None leaves it out.
+        data: the clients, for their names; None for no names.
+        pictures: drawn by `atoll.report.plots`, in their order.
+    """
+    names = None if data is None else data.names
+    by_name = {p.name: p for p in pictures}
+    ours = [by_name.pop(n) for n in ("clients", "sizes", "client_loss") if n in by_name]
+    parts = (
+        _head(record, data),
+        _summary(record),
+        _section("Beside pooled and local-only training", _comparison(record)),
+        _section("The algorithm", _formula(record)),
+        _section("How it learned", _gallery(by_name.values())),
+        _section("Clients", _federation(federation), _gallery(ours)),
+        _section("Rounds", _rounds(record)),
+        _section("Contributions that were lost", _lost(record, names)),
+        _section("Notes", _notes(record)),
+        _section("Settings and environment", _settings(record)),
+        tag("footer", f"Made by atoll {record.environment.get('atoll', '')} from the files beside this one."),
+    )
+    style = files("atoll.report").joinpath("page.css").read_text(encoding="utf-8")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", f"{record.name} – atoll"),
+        Html(f"<style>{style}</style>"),
+    )
+    body = tag("body", tag("main", *parts))
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def _section(title: str, *inside: Html | None) -> Html | None:
+    there = [i for i in inside if i]
+    return tag("section", tag("h2", title), *there) if there else None
+
+
+def _head(record: Record, data: Clients | None) -> Html:
+    events = record.events
+    name = data.name if data is not None else record.config.get("data", "")
+    model = record.config.get("model", "")
+    what = [plain(v, 60) for v in (name, model) if v]
+    if data is not None:
+        what += [f"{whole(len(data.order))} rows", f"{whole(data.count)} client{'' if data.count == 1 else 's'}"]
+        what += [f"{whole(len(data.held_out))} rows held out"] if data.held_out is not None else ["none held out"]
+    kind = events.status if events.status in ("done", "failed", "interrupted") else "unfinished"
+    when = events.began.replace("T", " ")
+    return tag(
+        "header",
+        tag("p", "atoll · run", class_="eyebrow"),
+        tag("h1", record.name, " ", tag("span", events.status or kind, class_=f"pill {kind}")),
+        tag("p", " · ".join(what), class_="what"),
+        tag("p", when, class_="quiet") if when else None,
+        tag("p", events.reason[:2000], class_="quiet reason") if events.reason else None,
+    )
+
+
+def _summary(record: Record) -> Html:
+    tiles: list[tuple[str, str, str]] = []
+    for name in dict.fromkeys((record.judged, *record.metrics[:3], "held_out_loss", "loss")):
+        if name in record.columns:
+            best = record.best(name)
+            told = f"best {number(best[name])}, round {best['round']}" if best is not None else ""
+            tiles.append((word(name), number(record.last(name)), told))
+    asked = record.config.get("rounds")
+    seconds, rounds = record.total("seconds"), len(record.rows)
+    of = f"of {whole(asked)} at most" if isinstance(asked, int) and asked > rounds else ""
+    up, down = record.total("bytes_up"), record.total("bytes_down")
+    lost = sum(e.count for e in record.events.lost.values())
+    tiles += [
+        ("rounds", whole(rounds), of),
+        ("time in rounds", duration(seconds), f"{duration(seconds / rounds)} each" if rounds else ""),
+        ("bytes up", size(up), f"{size(up / rounds)} a round" if rounds else ""),
+        ("bytes down", size(down), f"{size(down / rounds)} a round" if rounds else ""),
+        ("contributions lost", whole(lost), f"of {whole(record.total('cohort'))}"),
+    ]
+    return tag(
+        "dl",
+        *(
+            tag("div", tag("dt", label), tag("dd", value), tag("dd", told or "\u00a0", class_="quiet"))
+            for label, value, told in tiles
+        ),
+        class_="tiles",
+    )
+
+
+def _comparison(record: Record) -> Html | None:
+    """Federated training beside the baselines: every metric that they share, and bars for the one that judges."""
+    kinds = list(record.events.baselines)
+    names = [n for n in record.columns if any(record.baseline(k, n) is not None for k in kinds)]
+    names = [n for n in names if n not in ("lr", "gradient_norm")]
+    if not names:
+        reason = record.events.baselines.get("skipped", {}).get("reason")
+        return tag("p", f"Not compared: {plain(reason, 300)}", class_="quiet") if reason else None
+    kinds = [k for k in kinds if any(record.baseline(k, n) is not None for n in names)]
+    chief = record.judged if record.judged in names else names[0]
+    values = {"federated": {n: record.last(n) for n in names}}
+    values |= {k: {n: record.baseline(k, n) for n in names} for k in kinds}
+    known = [v for row in values.values() if (v := row[chief]) is not None and v == v]
+    rising = rises(chief)
+    most = 1.0 if rising and known and min(known) >= 0 and max(known) <= 1 else max(map(abs, known), default=1.0) or 1.0
+    ordered = sorted(values, key=lambda k: k != "federated")
+    order = [chief, *(n for n in names if n != chief)]
+    rows = []
+    for kind in ordered:
+        value = values[kind][chief]
+        part = 0.0 if value is None or value != value else min(1.0, abs(value) / most)
+        bar = tag("div", class_=f"bar {'ours' if kind == 'federated' else ''}", style=f"width:{100 * part:.1f}%")
+        cells = [tag("td", number(values[kind][n]), _sd(record, kind, n), class_="n") for n in order]
+        rows.append(tag("tr", tag("th", word(kind), scope="row"), *cells, tag("td", bar, class_="bars")))
+    heads = [tag("th", word(n), class_="n") for n in order]
+    note = {True: "higher is better", False: "lower is better"}.get(bool(rising)) if rising is not None else ""
+    head = tag("tr", tag("th", ""), *heads, tag("th", f"{word(chief)}{f', {note}' if note else ''}"))
+    return Html(_scroll(tag("thead", head), tag("tbody", *rows)) + tag("p", _said_of(record), class_="quiet"))
+
+
+def _said_of(record: Record) -> str:
+    """How the baselines were trained."""
+    told = "All with the same model, learning rate and number of samples. Pooled: all rows in one place. "
+    some, of = record.baseline("local", "clients"), record.baseline("local", "population")
+    whose = f"{whole(some)} of {whole(of)} clients" if some and of and some < of else "each client"
+    told += f"Local only: {whose} alone with its own rows, judged on the held-out rows; mean ± sd over clients."
+    for kind in record.events.baselines:
+        if (diverged := record.baseline(kind, "diverged")) is not None:
+            told += f" {word(kind).capitalize()} diverged ({whole(diverged)})."
+    return told
+
+
+def _sd(record: Record, kind: str, name: str) -> Html | None:
+    spread_ = record.baseline(kind, f"{name}_sd")
+    return None if spread_ is None else tag("span", f" ± {number(spread_)}", class_="quiet")
+
+
+def _formula(record: Record) -> Html | None:
+    formula = record.formula
+    if not formula:
+        return None
+    why, numerics = record.environment.get("why", ""), record.environment.get("numerics", "")
+    told = tag("p", "Computed in ", tag("b", plain(numerics)), f": {plain(why, 500)}.") if numerics else None
+    return Html(tag("pre", formula, class_="formula") + (told or ""))
+
+
+def _gallery(pictures: Iterable[Picture]) -> Html | None:
+    figures = [tag("figure", _picture(p), class_="wide" if p.wide else "half") for p in pictures]
+    return tag("div", *figures, class_="gallery") if figures else None
+
+
+def _picture(picture: Picture) -> Html:
+    width, height = (int.from_bytes(picture.light[at : at + 4], "big") for at in (16, 20))
+    light, dark = (f"data:image/png;base64,{base64.b64encode(p).decode()}" for p in (picture.light, picture.dark))
+    return tag(
+        "picture",
+        tag("source", media="(prefers-color-scheme: dark)", srcset=dark),
+        tag("img", src=light, alt=picture.says, width=width // 2, height=height // 2),
+    )
+
+
+def _federation(federation: Federation | None) -> Html | None:
+    if federation is None:
+        return None
+    pairs = [tag("div", tag("dt", name), tag("dd", value)) for name, value in federation.measures.items()]
+    meaning = (
+        (
+            "Label divergence: the mean Jensen–Shannon divergence between a client's labels and everybody's, "
+            "0 where all are alike. "
+        )
+        if "label divergence" in federation.measures
+        else ""
+    ) + "Size Gini: 0 where all clients hold equally many rows. Effective clients: (Σ n)² / Σ n²."
+    said = tag("p", federation.said, class_="quiet") if federation.said else ""
+    return Html(tag("dl", *pairs, class_="tiles small") + tag("p", meaning, class_="quiet") + said)
+
+
+def _rounds(record: Record) -> Html | None:
+    if not record.rows:
+        return None
+    places = [(0, "first"), (len(record.rows) - 1, "last")]
+    best = record.best(record.judged)
+    if best is not None:
+        places.append((next(i for i, row in enumerate(record.rows) if row is best), "best"))
+    chosen = {i: ", ".join(label for at, label in places if at == i) for i, _ in places}
+    brief = [_round(record, record.rows[i], chosen[i]) for i in sorted(chosen)]
+    shown = spread(len(record.rows), _MOST_ROWS)
+    every = [_round(record, record.rows[i], chosen.get(i, "")) for i in shown]
+    few = f"{whole(len(shown))} of " if len(shown) < len(record.rows) else "all "
+    told = "All stand in metrics.csv." if len(shown) < len(record.rows) else "Also in metrics.csv."
+    return Html(
+        _scroll(tag("thead", _round_head(record)), tag("tbody", *brief))
+        + tag(
+            "details",
+            tag("summary", f"{few}{whole(len(record.rows))} round{'' if len(record.rows) == 1 else 's'}"),
+            tag("p", told, class_="quiet"),
+            _scroll(tag("thead", _round_head(record)), tag("tbody", *every)),
+        )
+    )
+
+
+def _round_head(record: Record) -> Html:
+    heads = ["", "round", *map(word, record.columns), "clients", "failed", "up", "down", "time", "SHA-256(θ)"]
+    return tag("tr", *(tag("th", h, class_="n" if h else "") for h in heads))
+
+
+def _round(record: Record, row: Row, label: str) -> Html:
+    def told(name: str, show: Any) -> str:
+        value = row.get(name)
+        return show(value) if isinstance(value, (int, float)) else "–"
+
+    cells = [
+        told("round", str),
+        *(told(n, number) for n in record.columns),
+        f"{told('arrived', str)}/{told('cohort', str)}",
+        told("failed", str),
+        told("bytes_up", size),
+        told("bytes_down", size),
+        told("seconds", duration),
+    ]
+    print_ = tag("td", tag("code", plain(row.get("fingerprint", ""), 12)), class_="n")
+    marked = "best" if "best" in label else ""
+    return tag("tr", tag("th", label, scope="row"), *(tag("td", c, class_="n") for c in cells), print_, class_=marked)
+
+
+def _scroll(*inside: Html) -> Html:
+    return tag("div", tag("table", *inside), class_="scroll")
+
+
+def _lost(record: Record, names: Sequence[str] | None) -> Html | None:
+    lost = sorted(record.events.lost.items(), key=lambda pair: (-pair[1].count, pair[0]))
+    if not lost:
+        return None
+    rows = []
+    for client, those in lost[:_MOST_LOST]:
+        (stage, cause), _ = those.causes.most_common(1)[0]
+        who = client_name(client, names)
+        told = (whole(those.count), str(those.last), plain(stage, 40))
+        cells = [tag("td", t, class_="n" if at < 2 else "") for at, t in enumerate(told)]
+        rows.append(tag("tr", tag("th", who, scope="row"), *cells, tag("td", plain(cause, 300), class_="cause")))
+    heads = (("client", ""), ("lost", "n"), ("last in round", "n"), ("stage", ""), ("most frequent cause", ""))
+    head = tag("tr", *(tag("th", h, class_=c) for h, c in heads))
+    rest = len(lost) - len(rows)
+    said = tag("p", f"And {whole(rest)} other clients: events.jsonl.", class_="quiet") if rest else ""
+    return Html(_scroll(tag("thead", head), tag("tbody", *rows)) + said)
+
+
+def _notes(record: Record) -> Html | None:
+    notes = [tag("li", plain(note, 500)) for note in record.events.notes[:50]]
+    return tag("ul", *notes) if notes else None
+
+
+def _settings(record: Record) -> Html | None:
+    there = record.environment.items()
+    pairs = [tag("div", tag("dt", plain(n)), tag("dd", plain(v, 300))) for n, v in there if n not in ("plan", "why")]
+    config = tag("details", tag("summary", "config.toml"), tag("pre", record.config_text)) if record.config_text else ""
+    return Html(tag("dl", *pairs, class_="pairs") + config) if pairs or config else None

@@ -1,0 +1,1 @@
+"""What helps before and after a run: a rate, a replay, a comparison, an export, an examination of the machine."""

@@ -1,0 +1,84 @@
+"""A training made again from a run's folder: same model, data, plan and body, before its first round."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from atoll import runs
+from atoll.errors import RunError, UsageError
+from atoll.experiment import Experiment
+from atoll.training import Rounds, Settings
+
+
+def training_of(experiment: Experiment, **changes: Any) -> Rounds:
+    """The training that an experiment describes, before its first round; nothing is written.
+
+    Args:
+        experiment: what was told.
+        changes: fields of `Settings` to have otherwise.
+    Raises:
+        UsageError: its model, data and plan do not fit.
+    """
+    it = experiment.settled()
+    settings = Settings(**{**it._settings(), **changes})
+    return Rounds(it._model(), it.data(), it.plan(), settings)
+
+
+def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Rounds:
+    """The training of a run's folder, before its first round, with the body it was computed by.
+
+    Args:
+        folder: of the run.
+        trust: whether its config.toml may name code outside atoll.
+        start: whether the numbers it started from are wanted, where `init` says that they are a file.
+    Raises:
+        UsageError: it was started from Python, or its data is no longer the same.
+    """
+    config = folder / "config.toml"
+    if not config.is_file():
+        raise UsageError(
+            f"{folder} is not the folder of a run.", "a folder that holds a config.toml.", write="atoll runs"
+        )
+    experiment = Experiment.read(config, trust=trust)
+    if not start:
+        experiment = replace(experiment, init=None)
+    about = runs.read_environment(folder)
+    training = training_of(experiment, numerics=about.get("numerics", experiment.numerics))
+    same_data(folder, training)
+    return training
+
+
+def same_data(folder: Path, training: Rounds) -> None:
+    """Refuse data that is not what the run was trained on."""
+    was, now = runs.read_environment(folder).get("data"), training.data.fingerprint()
+    if was is not None and was != now:
+        raise UsageError(
+            f"{folder.name} was trained on data with fingerprint {was}; what is there now has {now}.",
+            "the same rows and the same split.",
+            "on other rows, other numbers come out.",
+            f"atoll show {folder.name}",
+        )
+
+
+def write(file: Path, data: bytes) -> None:
+    """Write a file that was asked for, its folder made where it is missing.
+
+    Raises:
+        RunError: it could not be written; a file that was there before still is.
+    """
+    beside = file.with_name(file.name + ".new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(data)
+        beside.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise RunError(
+            f"{file} could not be written: {error.strerror}.",
+            "room on the disk, and the right to write.",
+            write=f"df -h {file.parent}",
+        ) from error

@@ -1,0 +1,283 @@
+"""Whether this machine is fit: versions, room, data, and the properties on which equal bits rest.
+
+atoll doctor
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from atoll import data, models, recipes
+from atoll.data.named import NAMED
+from atoll.errors import AtollError
+from atoll.plan.aggregate import exact
+from atoll.rng import Key, philox
+from atoll.task import Batch, Task
+from atoll.training import rounds
+
+ROOM = 1 << 30
+SLOW = 5.0  # seconds for one round of digits
+PHILOX = ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Args:
+        name: what.
+        ok: whether it is as it should be.
+        text: what was found.
+        fix: what to do about it, where something can be done; never empty where `ok` is false.
+    """
+
+    name: str
+    ok: bool
+    text: str
+    fix: str = ""
+
+
+def examine(out: str | Path = "runs") -> list[Check]:
+    """Look at everything, in a few seconds; a check that raises is one that failed.
+
+    Args:
+        out: the parent of run folders.
+    Example:
+        >>> [check.ok for check in examine() if check.name == "random numbers"]
+        [True]
+    """
+    return list(checks(out))
+
+
+def checks(out: str | Path = "runs") -> Iterator[Check]:
+    """The same, one after the other, for whoever wants to show them as they come."""
+    looks: list[tuple[str, Callable[[], Check]]] = [
+        ("versions", _versions),
+        ("processor", _processor),
+        ("room", lambda: _room(Path(out))),
+        ("data sets", _data_sets),
+        ("random numbers", _random_numbers),
+        ("exact sum", _exact_sum),
+        ("safetensors", _safetensors),
+        *((f"lanes: {name}", partial(_lanes, name)) for name in SMALL),
+        ("one round", _one_round),
+    ]
+    for name, look in looks:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an LSTM in lanes is slower than it could be, which is no fault
+                found = look()
+            yield found
+        except Exception as error:
+            cause = error.given if isinstance(error, AtollError) else f"{type(error).__name__}: {error}"
+            yield Check(name, False, cause.splitlines()[0], "pip install --force-reinstall atoll")
+
+
+def text(found: list[Check]) -> str:
+    """The checks, line by line, each failing one with its fix."""
+    wide = max(len(check.name) for check in found)
+    lines = []
+    for check in found:
+        lines.append(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{wide}}  {check.text}")
+        if check.fix:
+            lines.append(f"      {'':<{wide}}  → {check.fix}")
+    return "\n".join(lines)
+
+
+def _versions() -> Check:
+    """Every package that atoll requires, against the lower bound that it states."""
+    found, old = [], []
+    for line in requires("atoll") or []:
+        parts = re.match(r"([\w.-]+)\s*>=\s*([\d.]+)[^;]*$", line)
+        if parts is None:
+            continue
+        name, least = parts.groups()
+        try:
+            now = version(name)
+        except PackageNotFoundError:
+            old.append(f'"{name}>={least}"')
+            continue
+        found.append(f"{name} {now}")
+        if _numbers(now) < _numbers(least):
+            old.append(f'"{name}>={least}"')
+    told = f"Python {platform.python_version()}, atoll {version('atoll')}, {', '.join(found)}"
+    return Check("versions", not old, told, f"pip install {' '.join(old)}" if old else "")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3])
+
+
+def _processor() -> Check:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    told = f"{cores} cores, torch uses {threads} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return Check(
+        "processor",
+        threads <= cores,
+        told,
+        f"export OMP_NUM_THREADS={cores}" if threads > cores else "",
+    )
+
+
+def _room(out: Path) -> Check:
+    """Whether a run's folder could be made where it should be, and has room."""
+    here = out.resolve()
+    while not here.exists():
+        here = here.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=here, prefix=".atoll-doctor-"):
+            pass
+    except OSError as error:
+        return Check("room", False, f"{here} cannot be written: {error.strerror}", "atoll run --out ~/runs")
+    free = shutil.disk_usage(here).free
+    told = f"{free / 2**30:.1f} GiB free in {here}"
+    return Check("room", free >= ROOM, told, "" if free >= ROOM else "atoll run --out ~/runs")
+
+
+def _data_sets() -> Check:
+    """Those with scikit-learn must be there; the others are said."""
+    here, away = [], []
+    for name in sorted(NAMED):
+        try:
+            data.load(name)
+            here.append(name)
+        except AtollError:
+            away.append(name)
+    ok = "digits" in here
+    fixes = []
+    if not ok:
+        fixes.append('pip install "scikit-learn>=1.4"')
+    if "fashion_mnist" in away:
+        fixes.append("apt-get install dataset-fashion-mnist")
+    if {"mnist", "heart"} & set(away):
+        fixes.append("export ATOLL_DATA=FOLDER with their files")
+    told = f"{', '.join(here) or 'none'}" + (f"; not found: {', '.join(away)}" if away else "")
+    return Check("data sets", ok, told, "; ".join(fixes))
+
+
+def _random_numbers() -> Check:
+    counter, key, answer = (torch.tensor(words) for words in PHILOX)
+    draws = Key(7).fold("doctor").of(torch.tensor([4, 9, 2])).uniform(5)
+    alone = Key(7).fold("doctor").of(torch.tensor([9])).uniform(5)
+    ok = torch.equal(philox(counter, key), answer) and torch.equal(draws[1:2], alone)
+    return Check(
+        "random numbers",
+        ok,
+        "Philox gives the published words, a client's draw is its own" if ok else "Philox gives other words",
+        "" if ok else _REINSTALL,
+    )
+
+
+_REINSTALL = 'pip install --force-reinstall "torch>=2.6"'
+
+
+def _exact_sum() -> Check:
+    """The same total for every order and grouping, over 30 powers of ten."""
+    key = Key(7).fold("doctor sum")
+    rows = key.normal(40 * 5000).reshape(40, 5000) * 10 ** (30 * key.fold("scale").uniform(40)[:, None] - 12)
+    weights = key.fold("weights").integers(40, 1000)
+    totals = []
+    for size in (40, 1, 7):
+        order = key.fold("order", size).permutation(40)
+        digits: exact.Digits = {}
+        for piece in order.split(size):
+            exact.add(digits, rows[piece], weights[piece])
+        totals.append(exact.total(digits))
+    ok = all(torch.equal(totals[0], t) for t in totals)
+    told = "one total for every order and grouping" if ok else "the total depends on the order"
+    return Check("exact sum", ok, told, "" if ok else _REINSTALL)
+
+
+def _safetensors() -> Check:
+    from safetensors.torch import load, save
+
+    tensors = {
+        "a": torch.tensor([float("inf"), -0.0, 1e-45]),
+        "b": torch.arange(6).reshape(2, 3),
+        "c": torch.tensor([[0.1]], dtype=torch.float64),
+        "d": torch.zeros(0, 3),
+    }
+    back = load(save(tensors))
+    same = tensors.keys() == back.keys() and all(
+        t.dtype == back[n].dtype and torch.equal(t, back[n]) for n, t in tensors.items()
+    )
+    ok = same and save(tensors) == save(dict(reversed(tensors.items())))
+    told = "tensors come back as they were, in equal bytes" if ok else "tensors do not come back as they were"
+    return Check("safetensors", ok, told, "" if ok else 'pip install --force-reinstall "safetensors>=0.4.5"')
+
+
+def _small(name: str, features: tuple[int, ...]) -> nn.Module:
+    return models.build(name, features, 3, "classification", Key(7).fold("doctor"))
+
+
+SMALL: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
+    "mlp": ((13,), lambda: _small("mlp", (13,))),
+    "cnn": ((1, 8, 8), lambda: _small("cnn", (1, 8, 8))),
+    "transformer": ((6, 5), lambda: _small("transformer", (6, 5))),
+    "lstm": ((6, 5), lambda: _small("lstm", (6, 5))),
+    "batch norm": (
+        (13,),
+        lambda: nn.Sequential(nn.Linear(13, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 3)),
+    ),
+}
+
+
+def _lanes(name: str) -> Check:
+    """Whether a client's bits depend on how many are computed beside it, on which, and on its place."""
+    features, make = SMALL[name]
+    torch_state = torch.random.get_rng_state()
+    task = replace(Task.of(make(), "cross_entropy"), numerics="lanes")
+    torch.random.set_rng_state(torch_state)
+    draw = Key(7).fold("doctor rows").of(torch.arange(8))
+    size = int(torch.tensor(features).prod())
+    x = draw.normal(9 * size, torch.float32).reshape(8, 9, *features)
+    y = draw.fold("y").integers(9, 3)
+    theta = task.initial().theta + 0.01 * draw.fold("theta").normal(task.layout.d, torch.float32)
+    whole = task.initial().lanes(8)._replace(theta=theta)
+
+    def bits(*ids: int) -> Tensor:
+        index = torch.tensor(ids)
+        got = task.gradient(whole.select(index), Batch(x[index], y[index], (9,) * len(ids)), draw.select(index))
+        return torch.cat((got.grad, got.buffers, got.loss[:, None]), 1)
+
+    alone = torch.cat([bits(i) for i in range(8)])
+    ok = all(
+        torch.equal(bits(*ids), alone[list(ids)])
+        for ids in (
+            (0, 1),
+            (1, 0),
+            (0, 1, 2),
+            (2, 0, 1),
+            (5, 5, 5),
+            tuple(range(8)),
+            tuple(reversed(range(8))),
+        )
+    )
+    told = "a client's bits are its own for 1, 2, 3 and 8 lanes" if ok else "bits depend on the neighbours"
+    return Check(f"lanes: {name}", ok, told, "" if ok else "atoll run --numerics loop")
+
+
+def _one_round() -> Check:
+    clients = data.load("digits").split(clients=100, by=data.Dirichlet(0.3))
+    training = rounds("mlp", clients, recipes.fedavg(lr=0.5, batch=10), rounds=3)
+    training.next()
+    began = time.perf_counter()
+    training.next()
+    spent = time.perf_counter() - began
+    told = f"{spent:.3f} s for 100 clients of digits by fedavg, {training.task.numerics}"
+    return Check("one round", spent < SLOW, told, "" if spent < SLOW else "export OMP_NUM_THREADS=1")

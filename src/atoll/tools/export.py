@@ -1,0 +1,198 @@
+"""A run's model as a smaller file, and what is lost by it.
+
+    atoll export RUN --dtype int8
+
+The file is safetensors; its metadata says `format: atoll export 1`, `dtype` and the run's name. Names are those of the
+model's `state_dict`, and a float tensor `w` is stored by dtype as
+
+    float32   `w` in float32
+    bf16      `w` in bfloat16, rounded to nearest: |ŵ − w| ≤ 2⁻⁸ |w|
+    int8      of two axes or more: `w` in int8, of the same shape, and `w.scale` in float32, one a row of the first
+              axis:  ŵ[r, …] = scale[r] · w[r, …],  scale[r] = max |w[r, …]| / 127, or 1 where the row is 0, so that
+              |ŵ − w| ≤ scale[r] / 2;  of fewer axes (biases, norms: little to save, much to lose): `w` in float32
+
+Whole numbers and truth values stay as they are. `load_exported` gives back a `state_dict` in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from atoll.engine.inprocess import InProcess
+from atoll.errors import UsageError, unknown_name
+from atoll.plan.stop import direction
+from atoll.tools.again import training_in, write
+from atoll.training import Rounds, judge, start_from
+
+FORMAT = "atoll export 1"
+DTYPES = ("float32", "bf16", "int8")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported model.
+
+    Args:
+        path: the file.
+        dtype: "float32", "bf16" or "int8".
+        bytes: of the file; `full` of the run's own model.safetensors.
+        before, after: held-out loss and metrics of the run's model and of the exported one; {} where there are no
+            held-out rows.
+        worst: the tensor that moved most, and by how much: ‖ŵ − w‖ / ‖w‖.
+    """
+
+    path: Path
+    dtype: str
+    bytes: int
+    full: int
+    before: Mapping[str, float] = field(default_factory=dict)
+    after: Mapping[str, float] = field(default_factory=dict)
+    worst: tuple[str, float] = ("", 0.0)
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the file is than the run's own."""
+        return self.full / self.bytes
+
+    @property
+    def lost(self) -> dict[str, float]:
+        """What each metric lost: positive where the exported model is worse."""
+        return {n: (self.before[n] - self.after[n]) * (direction(n) or -1) for n in self.before}
+
+    def text(self) -> str:
+        """What there is to say, line by line."""
+        lines = [f"{self.path}: {self.dtype}, {self.bytes:,} bytes, {self.ratio:.2f} times smaller than {self.full:,}"]
+        for name, loss in self.lost.items():
+            change = f"{abs(loss):.3g} {'lost' if loss > 0 else 'gained'}" if loss else "nothing lost"
+            lines.append(f"{name}: {self.before[name]:.6g} before, {self.after[name]:.6g} after: {change}")
+        if not self.before:
+            lines.append("no held-out rows: what it costs in accuracy cannot be measured")
+        if self.worst[0]:
+            lines.append(f"most changed: {self.worst[0]}, by {100 * self.worst[1]:.3g} % of its norm")
+        return "\n".join(lines)
+
+
+def export(
+    path: str | Path,
+    dtype: str = "int8",
+    out: str | Path | None = None,
+    trust: bool = False,
+    training: Rounds | None = None,
+) -> Exported:
+    """Write a run's final model as a smaller file, and measure what that costs on the held-out rows.
+
+    Args:
+        path: the run's folder.
+        dtype: "float32", "bf16" or "int8"; the file's format stands at the top of `atoll.tools.export`.
+        out: the file to write; None: `model-<dtype>.safetensors` in the folder.
+        trust: whether the run's config.toml may name code outside atoll.
+        training: the same training before its first round, for a run that was started from Python; None makes it from
+            config.toml.
+    Raises:
+        UsageError: no such dtype, or the run has no final model, or one that is not finite; nothing is written.
+        RunError: the file could not be written.
+    """
+    folder = Path(path)
+    file = folder / "model.safetensors"
+    if dtype not in DTYPES:
+        raise unknown_name("dtype of an export", dtype, DTYPES)
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist.", "a run that has ended.", write=f"atoll resume {folder.name}")
+    target = Path(out) if out is not None else folder / f"model-{dtype}.safetensors"
+    state = load_file(file)
+    training = training_in(folder, trust=trust, start=False) if training is None else training
+    written = save(pack(state, dtype), {"format": FORMAT, "dtype": dtype, "run": folder.resolve().name})
+    write(target, written)
+    back = load_exported(target)
+    before, after = (_measured(training, s) for s in (state, back))
+    moved = {n: _moved(state[n], back[n]) for n in state if state[n].is_floating_point()}
+    worst = max(moved.items(), key=lambda item: item[1], default=("", 0.0))
+    return Exported(target, dtype, len(written), file.stat().st_size, before, after, worst)
+
+
+def pack(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The tensors of an exported file.
+
+    Args:
+        state: a `state_dict`; finite.
+        dtype: "float32", "bf16" or "int8".
+    Raises:
+        UsageError: a number is not finite, or too large for float32.
+    Example:
+        >>> packed = pack({"w": torch.tensor([[1.0, -0.5], [0.0, 0.0]])}, "int8")
+        >>> packed["w"].tolist(), packed["w.scale"].tolist()
+        ([[127, -64], [0, 0]], [0.007874015718698502, 1.0])
+    """
+    out: dict[str, Tensor] = {}
+    for name, tensor in sorted(state.items()):
+        if not tensor.is_floating_point():
+            out[name] = tensor.contiguous()
+            continue
+        plain = tensor.detach().float().contiguous()
+        if not bool(torch.isfinite(plain).all()):
+            raise UsageError(
+                f"The model's {name} holds NaN or infinity.",
+                "finite numbers.",
+                "a scale of what is infinite leaves nothing of the rest.",
+                "atoll lr",
+            )
+        if dtype == "int8" and plain.dim() >= 2 and plain.numel():
+            rows = plain.flatten(1)
+            largest = rows.abs().amax(1)
+            scale = torch.where(largest > 0, largest / 127, 1.0).clamp(min=torch.finfo(torch.float32).tiny)
+            out[name] = (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8).reshape(plain.shape)
+            out[f"{name}.scale"] = scale
+        else:
+            out[name] = plain.to(torch.bfloat16) if dtype == "bf16" else plain.clone()
+    return out
+
+
+def load_exported(file: str | Path) -> dict[str, Tensor]:
+    """The `state_dict` of an exported file: floats in float32, whole numbers as they were.
+
+    Raises:
+        UsageError: it is no file that `export` wrote.
+    """
+    path = Path(file)
+    try:
+        with safe_open(path, "pt") as opened:
+            about = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"{path} cannot be read: {error}.", "a safetensors file.", write="atoll export latest"
+        ) from None
+    if about.get("format") != FORMAT:
+        raise UsageError(
+            f"{path} has the format {about.get('format', 'of plain safetensors')!r}.",
+            f"{FORMAT!r}.",
+            "what int8 stands for is said by the format.",
+            "safetensors.torch.load_file(path)",
+        )
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        scale = tensors.get(f"{name}.scale")
+        if tensor.dtype == torch.int8 and scale is not None and about.get("dtype") == "int8":
+            out[name] = tensor.float() * scale.reshape(-1, *(1,) * (tensor.dim() - 1))
+        elif not (name.endswith(".scale") and f"{name[:-6]}" in tensors and tensors[name[:-6]].dtype == torch.int8):
+            out[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return out
+
+
+def _measured(training: Rounds, state: Mapping[str, Tensor]) -> dict[str, float]:
+    if training.data.held_out is None:
+        return {}
+    at = replace(training.state, model=start_from(state, training.task))
+    return judge(at, InProcess(training.task, training.data.held(), training.settings.chunk))
+
+
+def _moved(was: Tensor, now: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(was.double()))
+    return float(torch.linalg.vector_norm(was.double() - now.double())) / norm if norm else 0.0

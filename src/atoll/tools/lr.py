@@ -1,0 +1,388 @@
+"""A learning rate by a range test: the same short training from the same start at many rates.
+
+atoll lr --which local          the clients' rate
+atoll lr --which server         the server's
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from atoll.data.clients import Clients, offsets_of
+from atoll.engine.inprocess import InProcess
+from atoll.engine.memory import Memory
+from atoll.errors import RunError, UsageError, unknown_name
+from atoll.experiment import Experiment
+from atoll.plan.local import Custom, Gradient, Train
+from atoll.plan.plan import Plan, State, step
+from atoll.rng import Key
+from atoll.schedule import Schedule
+from atoll.tools.again import training_of, write
+from atoll.training import Rounds, Settings, judge
+
+Which = Literal["local", "server"]
+
+LOW, HIGH = 1e-4, 10.0
+A_DECADE = 4  # rates tried in each power of ten
+MARGIN = 3.0
+CLIENTS, ROWS = 8, 256
+STEPS = 40  # of the optimizer, in each short training, about
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a range test found.
+
+    Args:
+        which: whose rate, "local" or "server".
+        suggestion: the rate with the lowest loss among those up to a third of the edge.
+        rates: that were tried, rising.
+        losses: after the short training at each rate, mean over the rows used; infinite where it went astray.
+        start: loss before it.
+        now: the plan's own rate in round 0.
+        edge: the lowest rate above the best one that loses half of what that one gained; None where none did.
+        steepest: where the loss falls fastest by log rate, the rule of the paper; None where it falls nowhere.
+        rounds: of each short training, over `clients` clients and `rows` rows.
+        plan: the plan with the suggestion in it.
+        line: what to write: a flag for an experiment, else the plan.
+        plot: a PNG of losses over rates; None where none was drawn.
+    """
+
+    which: str
+    suggestion: float
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    start: float
+    now: float
+    edge: float | None
+    steepest: float | None
+    rounds: int
+    clients: int
+    rows: int
+    plan: Plan
+    line: str
+    plot: Path | None = None
+
+    def text(self) -> str:
+        """What there is to say, line by line."""
+        top = max((x for x in self.losses if math.isfinite(x) and x <= 2 * self.start), default=self.start)
+        lines = [
+            f"loss after {self.rounds} rounds on {self.clients} clients, {self.rows} rows; {self.start:.4g} before",
+            f"{'rate':>9}  {'loss':>9}",
+        ]
+        for rate, loss in zip(self.rates, self.losses, strict=True):
+            bar = "█" * round(30 * min(loss, top) / top) if math.isfinite(loss) and top > 0 else "diverged"
+            mark = " ← suggested" if rate == self.suggestion else ""
+            lines.append(f"{rate:>9.2g}  {loss:>9.4g}  {bar}{mark}")
+        edge = "no rate was too large" if self.edge is None else f"{self.edge:.2g} is too large"
+        lines += [
+            f"suggested {self.which} rate: {self.suggestion:g} ({edge}; the plan has {self.now:g})",
+            self.line,
+        ]
+        return "\n".join(lines + ([f"plot: {self.plot}"] if self.plot else []))
+
+
+def find(experiment: Experiment, which: Which = "local", out: Path | None = None) -> Finding:
+    """The learning rate to try for an experiment, by a range test on its own data; see `sweep`.
+
+    Args:
+        experiment: what was told.
+        which: "local", the clients' rate, or "server".
+        out: where the plot goes: a folder, or a .png file; None draws none.
+    Returns:
+        The finding; its `line` is a flag of `atoll run`.
+    """
+    it = experiment.settled()
+    found = _swept(training_of(it, evaluate_every=0), which, rates(it.plan(), which))
+    found = replace(found, line=_flag(it, found))
+    return found if out is None else replace(found, plot=draw(found, out))
+
+
+def sweep(
+    model: Any,
+    data: Clients,
+    plan: Plan,
+    settings: Settings,
+    which: Which = "local",
+    *,
+    tried: Sequence[float] | None = None,
+) -> Finding:
+    """A learning rate range test: the same short training at each of many rates, from the same start.
+
+    L(r) = loss after a few rounds at rate r, on the rows trained on; L₀ = loss before
+    r* = argmin { L(r) : r ≤ edge / 3, L(r) < L₀ },   or edge / 3 where there is none
+    edge = min { r > argmin L : L(r) > (L₀ + min L) / 2, or not finite }: half of what was gained is lost again
+
+    The margin of 3 is for what a short training does not see: a rate that is best for some rounds may lie just under
+    one that diverges later. The paper raises the rate within one training and reads off where the loss falls fastest;
+    here every rate has a training of its own, since clients start anew from the server in every round; the point of
+    steepest fall is told beside it. At most 8 clients, drawn by key, and 256 rows of each take part, about 40 steps.
+
+    Args:
+        model: a name, a module, or a function that makes one.
+        data: the clients.
+        plan: the algorithm; what its schedules do after round 0 is left aside.
+        settings: of the training; seed, dtype, loss, numerics and init count.
+        which: "local", the clients' rate, or "server".
+        tried: rates, rising, > 0; None: four in each power of ten from 1e-4 to 10, and past both ends as far as it
+            takes to have a tenth and ten times the plan's own.
+    Raises:
+        UsageError: the plan has no such rate.
+        RunError: no rate lowers the loss.
+    Example:
+        >>> import atoll
+        >>> data = atoll.data.load("diabetes").split(clients=4)
+        >>> sweep("linear", data, atoll.recipes.gd(0.01), Settings(), "server", tried=(0.01, 0.1, 100.0)).suggestion
+        0.1
+
+    Reference: Smith, Cyclical Learning Rates for Training Neural Networks, 2017, section 3.3.
+    """
+    training = Rounds(model, data, plan, replace(settings, evaluate_every=0))
+    return _swept(training, which, tuple(tried) if tried is not None else rates(plan, which))
+
+
+def rates(plan: Plan, which: Which) -> tuple[float, ...]:
+    """The rates to try: four a decade, to two digits, from 1e-4 to 10 and around the plan's own.
+
+    Example:
+        >>> from atoll.recipes import fedavg
+        >>> rates(fedavg(0.5), "local")[:5], len(rates(fedavg(0.5), "local"))
+        ((0.0001, 0.00018, 0.00032, 0.00056, 0.001), 21)
+    """
+    now = rate_of(plan, which)
+    low = math.floor(A_DECADE * math.log10(min(LOW, now / 10)) + 1e-9)
+    high = math.ceil(A_DECADE * math.log10(max(HIGH, now * 10)) - 1e-9)
+    return tuple(float(f"{10 ** (k / A_DECADE):.2g}") for k in range(low, high + 1))
+
+
+def rate_of(plan: Plan, which: Which) -> float:
+    """The plan's own rate in round 0.
+
+    Raises:
+        UsageError: the plan has no such rate.
+    """
+    if which not in ("local", "server"):
+        raise unknown_name("rate", which, ("local", "server"))
+    holder: Any = plan.optimizer if which == "server" else plan.local
+    if which == "local" and not isinstance(plan.local, Custom):
+        holder = getattr(plan.local, "optimizer", None)
+    lr = getattr(holder, "lr", None)
+    if lr is None:
+        raise UsageError(
+            f"{holder if which == 'server' else plan.local!r} has no learning rate.",
+            f"a {which} part with one.",
+            "its clients send gradients, and only the server makes steps."
+            if isinstance(plan.local, Gradient)
+            else "there is nothing to vary.",
+            "atoll lr --which server" if which == "local" else "atoll lr --which local",
+        )
+    return float(lr(0, lr.init())) if isinstance(lr, Schedule) else float(lr)
+
+
+def with_rate(plan: Plan, which: Which, rate: float, *, keep_schedule: bool = False) -> Plan:
+    """The plan with another rate; a schedule that begins with `lr` may stay a schedule."""
+
+    def put(holder: Any) -> Any:
+        lr = holder.lr
+        named = dataclasses.is_dataclass(lr) and any(f.name == "lr" for f in dataclasses.fields(lr))
+        new = replace(lr, lr=rate) if keep_schedule and isinstance(lr, Schedule) and named else rate  # type: ignore[type-var]
+        return replace(holder, lr=new)
+
+    if which == "server":
+        return replace(plan, optimizer=put(plan.optimizer))
+    local: Any = plan.local
+    return replace(
+        plan,
+        local=put(local) if isinstance(local, Custom) else replace(local, optimizer=put(local.optimizer)),
+    )
+
+
+def _swept(training: Rounds, which: Which, tried: tuple[float, ...]) -> Finding:
+    now = rate_of(training.plan, which)
+    data = _few(training.data, training.plan, Key(training.settings.seed).fold("lr"))
+    engine = InProcess(training.task, data, training.settings.chunk)
+    plan = _short(training.plan)
+    rounds = _rounds(plan, data)
+    start = _after(training, engine, plan, 0)
+    losses: list[float] = []
+    for rate in tried:
+        losses.append(_after(training, engine, with_rate(plan, which, rate), rounds))
+        if len(losses) > 2 and min(losses[-2:]) > 4 * start:
+            break  # two in a row far above the start: higher ones are no better
+    done = tuple(tried[: len(losses)])
+    suggestion, edge = suggest(done, losses, start)
+    found = with_rate(training.plan, which, suggestion, keep_schedule=True)
+    return Finding(
+        which,
+        suggestion,
+        done,
+        tuple(losses),
+        start,
+        now,
+        edge,
+        _steepest(done, losses),
+        rounds,
+        data.count,
+        len(data.order),
+        found,
+        repr(found),
+    )
+
+
+def suggest(rates: Sequence[float], losses: Sequence[float], start: float) -> tuple[float, float | None]:
+    """The rate to try, and the edge; `sweep` has the definitions.
+
+    Raises:
+        RunError: no loss lies below the start's.
+    Example:
+        >>> suggest((0.01, 0.1, 1.0, 10.0), (2.0, 1.0, 0.5, 9.0), start=2.2)
+        (1.0, 10.0)
+        >>> suggest((0.1, 1.0, 2.0), (1.0, 0.5, 9.0), start=2.2)
+        (0.1, 2.0)
+    """
+    best = min(range(len(rates)), key=lambda i: losses[i])
+    if not losses[best] < start:
+        raise RunError(
+            f"No rate from {rates[0]:g} to {rates[-1]:g} lowers the loss; it is {start:g} at the start.",
+            "at least one that does.",
+            "the model is at a minimum already, or its loss does not depend on its parameters.",
+            "atoll doctor",
+        )
+    half = (start + losses[best]) / 2
+    above = [r for r, loss in zip(rates, losses, strict=True) if r > rates[best] and not loss <= half]
+    edge = min(above, default=None)
+    limit = math.inf if edge is None else edge / MARGIN * (1 + 1e-9)
+    safe = [i for i in range(len(rates)) if rates[i] <= limit and losses[i] < start]
+    if not safe:
+        return float(f"{limit:.2g}"), edge
+    return rates[min(safe, key=lambda i: losses[i])], edge
+
+
+def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
+    """Where the loss falls fastest by log rate: central differences, over finite losses."""
+    slopes = [
+        ((losses[i + 1] - losses[i - 1]) / math.log(rates[i + 1] / rates[i - 1]), rates[i])
+        for i in range(1, len(rates) - 1)
+        if all(map(math.isfinite, losses[i - 1 : i + 2]))
+    ]
+    slope, rate = min(slopes, default=(0.0, 0.0))
+    return rate if slope < 0 else None
+
+
+def _after(training: Rounds, engine: InProcess, plan: Plan, rounds: int) -> float:
+    """The loss on the rows trained on, after some rounds from the first model; infinite where it is not finite."""
+    memory = Memory(plan.memory(training.task.layout))
+    state = State.first(plan, training.task, training.settings.seed, memory, training.first)
+    try:
+        for _ in range(rounds):
+            state, _ = step(plan, state, engine)
+    except RunError:
+        return math.inf
+    loss = judge(state, engine)["held_out_loss"]
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _few(data: Clients, plan: Plan, key: Key) -> Clients:
+    """Some clients, and some rows of each: as many as about ten batches, at most 256."""
+    ids = torch.arange(data.count) if data.count <= CLIENTS else key.distinct(CLIENTS, data.count).sort().values
+    some = data.only(ids)
+    batch = getattr(plan.local, "batch", None)
+    sizes = some.sizes.clamp(max=ROWS if batch is None else min(ROWS, max(32, 10 * batch)))
+    picked = [some.client_rows(i)[:n] for i, n in enumerate(sizes.tolist())]
+    return replace(some, order=torch.cat(picked), offsets=offsets_of(sizes), held_out=None)
+
+
+def _short(plan: Plan) -> Plan:
+    """The plan with everyone at work, and no longer at it than some steps a round."""
+    local = plan.local
+    if isinstance(local, Train) and local.steps is not None:
+        local = replace(local, steps=min(local.steps, STEPS // 2))
+    elif isinstance(local, Train) and local.epochs is not None:
+        local = replace(local, epochs=min(local.epochs, 2))
+    return replace(plan, local=local, cohort=None)
+
+
+def _rounds(plan: Plan, data: Clients) -> int:
+    """How many rounds make about `STEPS` steps: 3 to 20."""
+    local = plan.local
+    if not isinstance(local, (Train, Gradient)):
+        return 3
+    steps = 1
+    if isinstance(local, Train):
+        rows = int(data.sizes.double().median())
+        steps = local.steps or (local.epochs or 1) * math.ceil(rows / (local.batch or rows))
+    return min(20, max(3, STEPS // steps))
+
+
+def _flag(experiment: Experiment, found: Finding) -> str:
+    """The flag that makes the experiment's plan the suggested one: the recipe with the rate in it, else the slot."""
+    holder: Any = found.plan.optimizer if found.which == "server" else found.plan.local
+    slot = "plan.optimizer.lr" if found.which == "server" else "plan.local.lr"
+    if found.which == "local" and not isinstance(holder, Custom):
+        holder, slot = holder.optimizer, "plan.local.optimizer.lr"
+    value = repr(holder.lr)
+    try:
+        call = ast.parse(experiment.recipe or "", mode="eval").body
+    except SyntaxError:
+        call = None
+    if isinstance(call, ast.Call):
+        for word in ("lr",) if found.which == "local" else ("server_lr", "lr"):
+            told = _rewritten(call, word, value)
+            try:
+                if experiment.told(recipe=told).plan() == found.plan:
+                    return f"--recipe {_quoted(told)}"
+            except UsageError:
+                continue
+    return f"--set {_quoted(f'{slot}={value}') if '(' in value else f'{slot}={value}'}"
+
+
+def _rewritten(call: ast.Call, word: str, value: str) -> str:
+    """A call with one argument replaced, wherever it stood; `lr` is the first of every recipe."""
+    new = ast.parse(value, mode="eval").body
+    args = [new, *call.args[1:]] if call.args and word == "lr" else list(call.args)
+    words = [k for k in call.keywords if k.arg != word]
+    if not (call.args and word == "lr"):
+        words.insert(0 if word == "lr" else len(words), ast.keyword(word, new))
+    return ast.unparse(ast.Call(call.func, args, words))
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if '"' not in text else f"'{text}'"
+
+
+def draw(found: Finding, out: Path) -> Path:
+    """A PNG of the losses over the rates.
+
+    Args:
+        found: what to draw.
+        out: a folder, or a .png file.
+    """
+    from matplotlib.figure import Figure
+
+    file = out if out.suffix == ".png" else out / f"lr-{found.which}.png"
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    top = 2 * found.start
+    axes.semilogx(found.rates, [min(loss, top) for loss in found.losses], marker="o", color="#0072b2")
+    axes.axhline(found.start, color="#999999", linestyle=":", label="loss before")
+    axes.axvline(found.suggestion, color="#d55e00", label=f"suggested {found.suggestion:g}")
+    axes.axvline(found.now, color="#999999", linestyle="--", label=f"the plan's {found.now:g}")
+    if found.edge is not None:
+        right = max(found.rates[-1], found.edge * 1.01)
+        axes.axvspan(found.edge, right, color="#d55e00", alpha=0.15, label="too large")
+    axes.set_xlabel(f"{found.which} learning rate")
+    axes.set_ylabel(f"loss after {found.rounds} rounds")
+    axes.legend(frameon=False)
+    data = io.BytesIO()
+    figure.savefig(data)
+    write(file, data.getvalue())
+    return file

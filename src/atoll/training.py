@@ -1,0 +1,223 @@
+"""A training, gone through round by round: the state between two rounds, the judging, the rules that end it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from atoll import models, runs
+from atoll.data.clients import Clients
+from atoll.engine.inprocess import InProcess
+from atoll.engine.memory import Memory
+from atoll.engine.probe import choose
+from atoll.errors import UsageError, unknown_name
+from atoll.plan import stop as stops
+from atoll.plan.aggregate import Mean
+from atoll.plan.codec import Identity
+from atoll.plan.local import Evaluate, Gradient, Train
+from atoll.plan.plan import Plan, Report, State, per_row, step
+from atoll.plan.sampler import Everyone
+from atoll.rng import Key
+from atoll.task import Metric, Model, PerExample, Task
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
+JUDGES = {"classification": ("accuracy",), "regression": ("rmse",), "tokens": ("accuracy",)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a training is run, beside model, data and plan.
+
+    Args:
+        rounds: at most so many.
+        seed: of everything drawn.
+        dtype: "float32" or "float64".
+        loss: a name or a function of one value a row; None chooses by the kind of data.
+        metrics: names or `Metric`s; None chooses by the kind of data.
+        stop: further rules that end the training; `Diverged()` is always on.
+        evaluate_every: rounds between two looks at the held-out rows; 0 never looks.
+        numerics: "auto", "lanes" or "loop".
+        chunk: clients computed together; changes no bit.
+        init: numbers to start from, a `state_dict` or the path of a run or a safetensors file; None is the model's own.
+    """
+
+    rounds: int = 100
+    seed: int = 0
+    dtype: str = "float32"
+    loss: str | PerExample | None = None
+    metrics: tuple[str | Metric, ...] | None = None
+    stop: tuple[Any, ...] = ()
+    evaluate_every: int = 1
+    numerics: str = "auto"
+    chunk: int | None = None
+    init: Mapping[str, Tensor] | str | Path | None = None
+
+    @classmethod
+    def told(cls, words: Mapping[str, Any]) -> Settings:
+        """The settings that keyword arguments name."""
+        known = [f.name for f in fields(cls)]
+        for word in words:
+            if word not in known:
+                raise unknown_name("setting", word, known)
+        return cls(**words)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype = {self.dtype!r}.", "float32 or float64.", write="--dtype float32")
+        if self.rounds < 1 or self.evaluate_every < 0:
+            raise UsageError(
+                f"rounds = {self.rounds}, evaluate_every = {self.evaluate_every}.",
+                "at least one round; evaluate_every 0 (never) or more.",
+                write="--rounds 100",
+            )
+
+
+class Rounds:
+    """A training that is gone through round by round: `for report in atoll.rounds(model, data, plan): ...`.
+
+    Each step is `atoll.plan.plan.step`. Between two rounds everything is open: `state`, `model`, `evaluate()`.
+    """
+
+    def __init__(self, model: Any, data: Clients, plan: Plan, settings: Settings) -> None:
+        _refuse_other(data, plan)
+        dtype = DTYPES[settings.dtype]
+        module = models.resolve(model, data, Key(settings.seed).fold("model"), dtype)
+        kind = "binary" if _binary(module, data) else data.kind
+        loss = settings.loss or ("binary_cross_entropy" if kind == "binary" else LOSSES[data.kind])
+        metrics = JUDGES[data.kind] if settings.metrics is None else settings.metrics
+        task = Task.of(module, loss, metrics, dtype)
+        choice = choose(task, data, plan, settings.numerics)
+        self.data, self.plan, self.settings = data, plan, settings
+        self.task, self.reason = choice
+        self.engine = InProcess(self.task, data, settings.chunk)
+        plan.sampler(self.engine.population, 0, Key(settings.seed))  # a cohort that cannot be drawn is refused now
+        self.judge = None
+        if data.held_out is not None and settings.evaluate_every:
+            self.judge = InProcess(self.task, data.held(), settings.chunk)
+        self.memory = Memory(plan.memory(self.task.layout))
+        start = None if settings.init is None else start_from(settings.init, self.task)
+        self.state = State.first(plan, self.task, settings.seed, self.memory, start)
+        self.first = self.state.model  # where the training began; the loop body writes into the module itself
+        self.rules = (stops.Rounds(settings.rounds), stops.Diverged(), settings.stop)
+        if isinstance(plan.local, (Gradient, Train)) and isinstance(plan.codec, Identity):
+            # Nothing else adds metrics of its own, so all names are known.
+            judged = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.judge else ()
+            stops.refuse_unknown(self.rules, ("loss", "gradient_norm", "lr", *judged))
+        self.watch: dict[str, Any] = {}
+        self.outcome: stops.Outcome | None = None
+        self.seconds = 0.0
+        self.bytes_up = self.bytes_down = 0
+
+    def __iter__(self) -> Iterator[Report]:
+        while self.outcome is None:
+            yield self.next()
+
+    def next(self) -> Report:
+        """Run one round, judge it, and see whether a rule ends the training.
+
+        Raises:
+            RunError: the round could not be run; the state is that of the round before.
+        """
+        began = time.perf_counter()
+        self.state, report = step(self.plan, self.state, self.engine)
+        spent = time.perf_counter() - began
+        last = self.state.round >= self.settings.rounds
+        every = self.settings.evaluate_every
+        judged = {m.name for m in self.task.metrics} if self.judge is not None else set()
+        metrics = {f"training_{n}" if n in judged else n: v for n, v in report.metrics.items()}
+        if self.judge is not None and (last or self.state.round % every == 0):
+            metrics |= self.evaluate()
+        report = report.to(metrics=metrics, seconds=spent, fingerprint=runs.fingerprint(self.state.model.theta))
+        self.seconds += spent
+        self.bytes_up += report.bytes_up
+        self.bytes_down += report.bytes_down
+        self.watch, self.outcome = stops.update(self.rules, self.watch, report)
+        return report
+
+    def evaluate(self, engine: InProcess | None = None) -> dict[str, float]:
+        """The held-out loss and metrics of the model as it stands, or those on another engine's clients."""
+        engine = engine or self.judge
+        if engine is None:
+            return {}
+        return judge(self.state, engine)
+
+    @property
+    def model(self) -> nn.Module:
+        """A fresh module that holds the model as it stands."""
+        return self.task.result(self.state.model)
+
+
+def judge(state: State, engine: InProcess) -> dict[str, float]:
+    """The loss, as `held_out_loss`, and the metrics of a state's model on an engine's clients: a gather."""
+    plan = Plan(Evaluate(), Mean())
+    key = state.key().fold("evaluate")
+    gathered = engine.gather(plan, state, Everyone()(engine.population, state.round, key), key)
+    (partial,) = gathered.partials.values()
+    each = {n: float(t) for n, t in per_row(plan.aggregator.total(partial).sums).items()}
+    out = {"held_out_loss": each.pop("loss")}
+    finish = {m.name: m.finish for m in engine.task.metrics}
+    return out | {n: finish[n](v) for n, v in each.items()}
+
+
+def _refuse_other(data: object, plan: object) -> None:
+    """Refuse what is no clients or no plan: a source that was not split, a recipe that was not called, a swap."""
+    if not isinstance(data, Clients):
+        raise UsageError(
+            f"data is {data!r:.60}.",
+            "clients: a data set that was split.",
+            "a training has to know who holds which rows.",
+            'atoll.data.load("digits").split(10)',
+        )
+    if not isinstance(plan, Plan):
+        raise UsageError(f"plan is {plan!r:.60}.", "a plan.", write="atoll.recipes.fedavg(0.1)")
+
+
+def _binary(module: nn.Module, data: Clients) -> bool:
+    """Whether a model of two classes gives one logit rather than two."""
+    if data.kind != "classification" or data.classes is None or len(data.classes) != 2:
+        return False
+    last = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    return bool(last) and last[-1].out_features == 1
+
+
+def start_from(init: Mapping[str, Tensor] | str | Path, task: Task) -> Model:
+    """The model to start from."""
+    if isinstance(init, (str, Path)):
+        path = Path(init)
+        path = path / "model.safetensors" if path.is_dir() else path
+        if not path.is_file():
+            raise UsageError(
+                f"init = {str(init)!r} is no file.",
+                "a run folder or a safetensors file.",
+                write="--init runs/latest",
+            )
+        init = load_file(path)
+    theta, buffers, fixed = task.layout.flatten(init)
+    counters = {e.name: fixed.pop(e.name) for e in task.layout.counters}
+    return Model(theta, buffers, counters, fixed)
+
+
+def rounds(model: Any, data: Clients, plan: Plan, **settings: Any) -> Rounds:
+    """Go through a training round by round, in your own loop; nothing is written.
+
+    Args:
+        model: a name, an `nn.Module`, or a function that makes one.
+        data: the clients.
+        plan: the algorithm.
+        settings: the fields of `Settings`.
+    Example:
+        >>> import atoll
+        >>> data = atoll.data.load("diabetes").split(clients=5)
+        >>> training = rounds("linear", data, atoll.recipes.distributed_gd(0.1), rounds=3)
+        >>> [report.round for report in training]
+        [0, 1, 2]
+    """
+    return Rounds(model, data, plan, Settings.told(settings))

@@ -1,0 +1,212 @@
+"""A killed client equals a client not heard, to the bit, and the report names it (identity 9)."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from problems import classification, federation, regression, run, seeded, task_of
+from torch import nn
+
+from atoll import recipes
+from atoll.data import DatasetRows
+from atoll.engine.inprocess import InProcess
+from atoll.engine.memory import Memory
+from atoll.errors import RunError
+from atoll.plan import optimizer as rules
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Custom, Gradient, Train
+from atoll.plan.part import Part
+from atoll.plan.plan import Plan, State, step
+from atoll.plan.slots import Cohort
+
+SIZES = (9, 5, 9, 3, 9, 5, 9)
+
+
+@dataclass(frozen=True)
+class Without:
+    """Everyone but these."""
+
+    ids: frozenset[int]
+
+    def __call__(self, population, round, key):
+        ids = torch.tensor([i for i in range(population.clients) if i not in self.ids])
+        return Cohort(ids, torch.tensor(1.0, dtype=torch.float64))
+
+
+@dataclass(frozen=True, repr=False)
+class Sick(Part):
+    """A local part that some clients do not survive: they raise, or give what is not finite."""
+
+    inner: Part
+    who: frozenset[int]
+    how: str
+    since: int = 0
+
+    def width(self, rows):
+        return self.inner.width(rows)
+
+    def memory(self, layout):
+        return self.inner.memory(layout)
+
+    def contribute(self, broadcast, lanes, memory, key, task):
+        sick = torch.tensor([int(i) in self.who and broadcast.round >= self.since for i in lanes.ids])
+        if self.how == "raises" and sick.any():
+            raise ConnectionError("the site is gone")
+        contribution, memory = self.inner.contribute(broadcast, lanes, memory, key, task)
+        bad = torch.where(sick[:, None], float(self.how) if self.how != "raises" else 0.0, 0.0)
+        means = {**contribution.means, "update": contribution.means["update"] + bad}
+        return contribution._replace(means=means), memory
+
+
+def bits(state):
+    tensors = {"theta": state.model.theta, **state.model.counters, **state.optimizer, "buffers": state.model.buffers}
+    return {name: t.numpy().tobytes() for name, t in tensors.items()}
+
+
+def mlp():
+    return seeded(lambda: nn.Sequential(nn.Linear(4, 33), nn.BatchNorm1d(33), nn.ReLU(), nn.Linear(33, 3)))
+
+
+LOCALS = {
+    "train": Train(rules.sgd(0.1, momentum=0.9), epochs=2, batch=4),
+    "gradient": Gradient(),
+    "keeps": Train(rules.adam(0.01), steps=3, batch=4, keep=("optimizer", "order")),
+}
+
+
+@pytest.mark.parametrize("how", ["raises", "nan", "inf"])
+@pytest.mark.parametrize(("body", "chunk"), [("lanes", None), ("lanes", 2), ("loop", None)])
+@pytest.mark.parametrize("local", LOCALS.values(), ids=LOCALS)
+def test_a_killed_client_is_one_not_heard(local, how, body, chunk):
+    data, who = classification(SIZES), frozenset((0, 4, 5))
+    engine = InProcess(task_of(mlp(), data, body), data, chunk)
+    plan = Plan(local, Mean(), rules.sgd(1.0, momentum=0.5))
+    state, reports = run(replace(plan, local=Sick(local, who, how)), engine, 3)
+    silent, _ = run(replace(plan, cohort=Without(who)), engine, 3)
+    assert bits(state) == bits(silent)
+    for r, report in enumerate(reports):
+        assert (report.cohort, report.arrived) == (7, 4)
+        assert report.clients["id"].tolist() == [1, 2, 3, 6]
+        assert sorted(f.client for f in report.failures) == sorted(who) and {f.round for f in report.failures} == {r}
+        expected = (
+            ("local", "ConnectionError: the site is gone") if how == "raises" else ("check", "update is not finite")
+        )
+        assert {(f.stage, f.cause) for f in report.failures} == {expected}
+    keeps = getattr(local, "keep", ())  # what a client keeps moves only when it was heard
+    assert set(state.memory.touched().tolist()) == (set(range(7)) - who if keeps else set())
+
+
+def test_what_a_lost_client_keeps_stands_still():
+    data, local = classification(SIZES), LOCALS["keeps"]
+    engine = InProcess(task_of(mlp(), data), data)
+    before, _ = run(Plan(local, Mean()), engine, 2)
+    after, _ = run(Plan(Sick(local, frozenset([2]), "nan", since=2), Mean()), engine, 5)
+    for name, row in before.memory.take(torch.tensor([2])).items():
+        assert torch.equal(after.memory.take(torch.tensor([2]))[name], row)
+    assert after.memory.take(torch.tensor([2, 1]))["local/taken"].tolist() == [6, 15]
+
+
+class Disk(torch.utils.data.Dataset):
+    """Rows of which some cannot be read."""
+
+    def __init__(self, x, y, broken):
+        self.x, self.y, self.broken = x, y, broken
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        if i in self.broken:
+            raise OSError(f"row {i} cannot be read")
+        return self.x[i], int(self.y[i])
+
+
+@pytest.mark.parametrize("body", ["lanes", "loop"])
+def test_a_client_whose_data_cannot_be_read(body):
+    good = classification(SIZES)
+    disk = DatasetRows(Disk(good.rows.x, good.rows.y, {good.client_rows(4)[1].item()}), False)
+    task, plan = task_of(mlp(), good, body), recipes.fedavg(0.1, batch=4)
+    state, reports = run(plan, InProcess(task, replace(good, rows=disk)))
+    silent, _ = run(replace(plan, cohort=Without(frozenset([4]))), InProcess(task, good))
+    assert bits(state) == bits(silent)
+    for r, report in enumerate(reports):
+        (failure,) = report.failures
+        assert failure == (4, r, "local", f"OSError: row {good.client_rows(4)[1].item()} cannot be read")
+
+
+@pytest.mark.parametrize("body", ["lanes", "loop"])
+def test_a_client_whose_own_training_diverges(body):
+    """Features a thousand times too large: its loss overflows, and nobody else's does."""
+    good = regression(SIZES, dtype=torch.float32)
+    x = good.rows.x.clone()
+    x[good.client_rows(3)] *= 1e15
+    bad = federation(x, good.rows.y, SIZES)
+    task = task_of(seeded(nn.Linear, 3, 1), good, body, torch.float32)
+    plan = Plan(Train(rules.sgd(0.1), epochs=3, batch=1), Mean())
+    state, reports = run(plan, InProcess(task, bad))
+    silent, _ = run(replace(plan, cohort=Without(frozenset([3]))), InProcess(task, good))
+    assert bits(state) == bits(silent)
+    assert [[(f.client, f.stage) for f in report.failures] for report in reports] == [[(3, "check")]] * 2
+
+
+def test_a_users_own_loop_that_raises_for_one_client():
+    def train(model, loader, ctx):
+        for x, y in loader:
+            nn.functional.mse_loss(model(x)[:, 0], y).backward()
+        if ctx.client == 1:
+            raise KeyError("session")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+
+    data = regression(SIZES)
+    engine = InProcess(task_of(seeded(nn.Linear, 3, 1), data, "loop"), data)
+    plan = Plan(Custom(train, batch=4), Mean())
+    state, reports = run(plan, engine)
+    silent, _ = run(replace(plan, cohort=Without(frozenset([1]))), engine)
+    assert bits(state) == bits(silent)
+    assert reports[0].failures == ((1, 0, "local", "KeyError: 'session'"),)
+
+
+@pytest.mark.parametrize("how", ["raises", "nan"])
+@pytest.mark.parametrize("clients", [1, 7])
+def test_what_strikes_every_client_alike_is_raised(how, clients):
+    data = classification(SIZES[:clients])
+    engine = InProcess(task_of(mlp(), data), data)
+    plan = Plan(Sick(Gradient(), frozenset(range(7)), how, since=1), Mean(), max_failed=1.0)
+    state, _ = run(plan, engine, 1)
+    before = bits(state)
+    with pytest.raises(RunError, match="Every client of round 1 failed in the same way") as caught:
+        step(plan, state, engine)
+    assert bits(state) == before
+    if how == "raises":
+        assert isinstance(caught.value.__cause__, ConnectionError)
+    else:
+        assert caught.value.write == "atoll lr"
+
+
+def test_more_failures_than_allowed_end_the_run():
+    data = classification(SIZES)
+    engine = InProcess(task_of(mlp(), data), data)
+    plan = Plan(Sick(Gradient(), frozenset(range(4)), "raises"), Mean())
+    with pytest.raises(RunError, match="4 of 7 clients failed in round 0") as caught:
+        run(plan, engine)
+    assert caught.value.write == "--set plan.max_failed=1.0"
+    _, reports = run(replace(plan, max_failed=1.0), engine)
+    assert reports[0].arrived == 3
+
+
+def test_a_round_nobody_is_heard_in_changes_nothing():
+    """Everybody fails, each in its own way, and the plan allows it: θ stays, and so does the optimizer."""
+
+    def fail(model, loader, ctx):
+        raise ValueError(f"client {ctx.client}")
+
+    data = regression(SIZES)
+    task = task_of(seeded(nn.Linear, 3, 1), data, "loop")
+    plan = Plan(Custom(fail), Mean(), rules.sgd(1.0, momentum=0.9), max_failed=1.0)
+    state, reports = run(plan, InProcess(task, data))
+    first = State.first(plan, task, 0, Memory({}))
+    assert bits(state) == bits(first) and state.round == 2
+    assert reports[0].arrived == 0 and len(reports[0].failures) == 7
+    assert {f.cause for f in reports[1].failures} == {f"ValueError: client {i}" for i in range(7)}

@@ -1,0 +1,172 @@
+"""What a federation is compared with is what it says: one client with all rows, and each client by itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from atoll import baselines, recipes
+from atoll.data import IID, Quantity, arrays, load
+from atoll.plan.aggregate import Mean, Sum
+from atoll.plan.local import Custom, Gradient, Train
+from atoll.plan.optimizer import adam, sgd
+from atoll.plan.plan import Plan
+from atoll.schedule import cosine, plateau
+from atoll.training import rounds
+
+ALONE = Mean(weights="equal", sum="float")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits").split(6, Quantity(1.3))
+
+
+def few(data, rows=12, clients=3):
+    """Some clients with some rows of each: enough to train on in no time."""
+    some = data.only(torch.arange(clients))
+    sizes = some.sizes.clamp(max=rows)
+    order = torch.cat([some.client_rows(i)[:n] for i, n in enumerate(sizes.tolist())])
+    return replace(some, order=order, offsets=torch.cat((torch.zeros(1, dtype=torch.int64), sizes.cumsum(0))))
+
+
+def ran(model, data, plan, count=3, **settings):
+    training = rounds(model, data, plan, rounds=count, **{"evaluate_every": 0, **settings})
+    for _ in training:
+        pass
+    return training
+
+
+def last(model, data, plan, count, **settings):
+    """Metrics of plain training after so many rounds."""
+    *_, report = rounds(model, data, plan, rounds=count, **settings)
+    return {n: report.metrics[n] for n in ("accuracy", "held_out_loss") if n in report.metrics}
+
+
+def test_pooled_is_plain_training_on_all_rows(digits):
+    part = Train(sgd(0.3, momentum=0.5), epochs=2, batch=20)
+    told = baselines.pooled(ran("softmax", digits, Plan(part, Mean()), 2))
+    plain = last("softmax", digits.pooled(), Plan(part, ALONE), 2, numerics="loop")
+    assert {n: told[n] for n in plain} == plain
+    federated = last("softmax", digits.pooled(), Plan(part, Mean()), 2)
+    assert told["held_out_loss"] == pytest.approx(federated["held_out_loss"], rel=1e-5)
+    assert told["samples"] == 2 * 2 * len(digits.order)
+
+
+def test_pooled_gradient_descent_is_the_distributed_one(digits):
+    training = ran("softmax", digits, recipes.distributed_gd(0.5), dtype="float64", evaluate_every=3)
+    told = baselines.pooled(training)
+    assert told["held_out_loss"] == pytest.approx(training.evaluate()["held_out_loss"], rel=1e-12)
+    summed = Plan(Gradient(), Sum(), sgd(0.5 / len(digits.order)))
+    assert baselines.pooled(ran("softmax", digits, summed, dtype="float64")) == pytest.approx(told, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(Train(sgd(0.2), epochs=1, batch=5), Mean()),
+        Plan(Train(adam(0.01), steps=4, batch=5, keep=("optimizer", "order")), Mean(), adam(0.01)),
+        Plan(Gradient(batch=7), Mean(), adam(cosine(0.05, rounds=3))),
+        Plan(Train(sgd(0.2), epochs=1, batch=5), Mean(), cohort=0.5),
+    ],
+    ids=range(4),
+)
+@pytest.mark.parametrize("normed", [False, True], ids=["mlp", "batch norm"])
+def test_lanes_are_each_client_alone_to_the_bit(digits, plan, normed):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
+    data = few(digits)
+    training = ran(net if normed else "softmax", data, plan, 4, numerics="lanes")
+    solo, ids = baselines._solo(plan), torch.arange(data.count)
+    assert baselines._in_lanes(training, solo)
+    turns = baselines._turns(baselines._chances(training), 4)
+    together, finite = baselines._side_by_side(training, solo, ids, turns)
+    assert finite.all()
+    for i in ids.tolist():
+        state, failed = baselines._train(training, training.engine, solo, turns[:, i], i)
+        assert failed is None
+        assert torch.equal(state.model.theta, together.theta[i])
+        assert torch.equal(state.model.buffers, together.buffers[i])
+        for name, counter in state.model.counters.items():
+            assert torch.equal(counter, together.counters[name][i])
+
+
+def test_the_only_client_alone_is_that_client_trained_by_itself(digits):
+    plan = Plan(Train(sgd(0.2), epochs=1, batch=5), Mean())
+    data = few(digits)
+    first = data.only(torch.tensor([0]))
+    training = ran("softmax", first, plan, numerics="lanes")
+    plain = ran("softmax", first, Plan(plan.local, ALONE), numerics="lanes")
+    told, many = baselines.alone(training), baselines.alone(ran("softmax", data, plan, numerics="lanes"))
+    model, _ = baselines._side_by_side(training, baselines._solo(plan), torch.tensor([0]), torch.ones(3, 1) > 0)
+    assert torch.equal(model.theta[0], plain.state.model.theta)
+    ((each),) = baselines._judged(training.task, first.held(), model)
+    assert {n: told[n] for n in each} == each
+    assert many["held_out_loss_min"] <= told["held_out_loss"] <= many["held_out_loss_max"]
+
+
+def loop(model, loader, ctx):
+    optimizer = torch.optim.SGD(model.parameters(), ctx.lr)
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [Custom(loop, batch=5, lr=0.2), Train(sgd(plateau(0.2, patience=0)), epochs=1, batch=5)],
+    ids=["own", "plateau"],
+)
+def test_any_part_trains_alone(digits, part):
+    told = baselines.compare(ran("softmax", few(digits), Plan(part, Mean()), 3))
+    assert told["local"]["clients"] == 3
+    assert told["local"]["held_out_loss"] < 2.302
+    assert told["pooled"]["held_out_loss"] < told["local"]["held_out_loss"]
+
+
+def test_as_many_samples_as_the_federation(digits):
+    data = few(digits, rows=40, clients=6)
+    total = len(data.order)
+    for plan, seen in [
+        (Plan(Train(sgd(0.1), epochs=2, batch=10), Mean(), cohort=3), 4 * 2 * total / 2),
+        (Plan(Train(sgd(0.1), steps=3, batch=8), Mean()), 4 * 3 * 8 * 6),
+        (Plan(Gradient(batch=8), Mean(), sgd(0.1)), 4 * 8 * 6),
+        (Plan(Gradient(), Mean(), sgd(0.1), cohort=3), 4 * total / 2),
+    ]:
+        told = baselines.compare(ran("softmax", data, plan, 4))
+        assert told["pooled"]["samples"] == pytest.approx(seen, rel=0.03), plan
+        assert told["local"]["samples"] * 6 == pytest.approx(seen, rel=0.03), plan
+
+
+def test_many_clients_are_drawn():
+    x = torch.arange(1500.0)[:, None] / 1500
+    data = arrays(x, (x[:, 0] > 0.5).long(), task="classification").split(600, IID())
+    told = baselines.alone(ran("softmax", data, recipes.fedavg(0.5, cohort=2), 2))
+    assert (told["clients"], told["population"]) == (baselines.MOST, 600)
+    assert told["accuracy_min"] <= told["accuracy"] <= told["accuracy_max"]
+
+
+def test_what_diverges_alone_is_judged_as_it_stood(digits):
+    data = few(digits, clients=2)
+    training = ran("softmax", data, recipes.fedavg(0.1, batch=5), 2)
+    training.plan = recipes.fedavg(1e38, batch=5)
+    told = baselines.compare(training)
+    assert told["pooled"]["diverged"] in (0, 1)
+    assert told["local"]["diverged"] == 2
+    assert all(isinstance(v, (int, float)) for values in told.values() for v in values.values())
+
+
+def test_nothing_to_judge_on_is_said():
+    data = load("diabetes").split(3, held_out=0)
+    told = baselines.compare(ran("linear", data, recipes.gd(0.1)))
+    assert list(told) == ["skipped"]
+    assert "held_out" in told["skipped"]["reason"]
+
+
+def test_the_run_stays_as_it_was(digits):
+    training = ran("mlp", few(digits), recipes.fedavg(0.2), 2, numerics="loop")
+    before, again = training.state.model.theta.clone(), baselines.compare(training)
+    assert torch.equal(training.state.model.theta, before)
+    assert baselines.compare(training) == again

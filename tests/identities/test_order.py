@@ -1,0 +1,219 @@
+"""Order of clients, chunks, threads and workers change no bit; two bodies agree to rounding (identity 4)."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from problems import classification, far, regression, run, seeded, task_of, threads, tokens
+from torch import nn
+
+from atoll import recipes
+from atoll.engine.inprocess import InProcess
+from atoll.engine.probe import choose
+from atoll.models import build
+from atoll.plan import optimizer as rules
+from atoll.plan.aggregate import Mean
+from atoll.plan.lanes import Lanes
+from atoll.plan.local import Train
+from atoll.plan.plan import Plan
+from atoll.plan.slots import Broadcast, Cohort
+from atoll.rng import Key
+
+# Where a lane begins in memory must not matter: widths of 33 and 65, which no vector register divides, are among them.
+SIZES = (9, 5, 9, 3, 9, 5)
+KEY = Key(3).fold("model")
+
+
+def batch_norm():
+    return nn.Sequential(nn.Linear(4, 33), nn.BatchNorm1d(33), nn.ReLU(), nn.Linear(33, 3))
+
+
+def dropout():
+    return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.4), nn.ReLU(), nn.Linear(8, 3))
+
+
+class Lstm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.lstm, self.last = nn.Embedding(7, 4), nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(self.lstm(self.embedding(x))[0][:, -1])
+
+
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.embedding, self.encoder, self.last = nn.Embedding(7, 8), layer, nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.encoder(self.embedding(x)).mean(1))
+
+
+MODELS = {
+    "mlp": (lambda: seeded(lambda: nn.Sequential(nn.Linear(4, 65), nn.Tanh(), nn.Linear(65, 3))), classification),
+    "cnn": (lambda: build("cnn", (1, 8, 8), 3, "classification", KEY), lambda s: classification(s, (1, 8, 8))),
+    "batch norm": (lambda: seeded(batch_norm), classification),
+    "dropout": (lambda: seeded(dropout), classification),
+    "lstm": (lambda: seeded(Lstm), tokens),
+    "transformer": (lambda: seeded(Transformer), tokens),
+}
+PLANS = {
+    "mlp": Plan(Train(rules.adam(0.01), epochs=2, batch=4), Mean(), rules.adam(0.1)),
+    "batch norm": Plan(Train(rules.sgd(0.1, momentum=0.9), epochs=2, batch=4), Mean()),
+}
+USUAL = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean(), rules.sgd(1.0, momentum=0.5))
+
+
+@dataclass(frozen=True)
+class Shuffled(InProcess):
+    """Chunks arrive in another order; in a chunk, clients of one size stand in another order."""
+
+    by: int = 0
+
+    def _chunks(self, plan, task, ids):
+        key = Key(self.by)
+        ids = ids[key.permutation(len(ids))]
+        chunks = list(super()._chunks(plan, task, ids))
+        return iter([chunks[i] for i in key.fold("chunks").permutation(len(chunks)).tolist()])
+
+
+@dataclass(frozen=True)
+class Workers(InProcess):
+    """Each worker has a part of the cohort; their partial sums are merged, the last one first."""
+
+    workers: int = 2
+
+    def gather(self, plan, state, cohort, key):
+        parts = [cohort.ids[w :: self.workers] for w in range(self.workers)]
+        each = [super(Workers, self).gather(plan, state, Cohort(ids, cohort.chance), key) for ids in parts if len(ids)]
+        first, *rest = reversed(each)
+        partial = first.partials[state.round]
+        for other in rest:
+            partial = plan.aggregator.merge(partial, other.partials[state.round])
+        return first._replace(
+            partials={state.round: partial},
+            arrived=torch.cat([g.arrived for g in each]).sort().values,
+            memory=tuple(row for g in each for row in g.memory),
+        )
+
+
+def everything(state):
+    """The bits of a state: θ, buffers, counters, the server's optimizer."""
+    tensors = {"theta": state.model.theta, "buffers": state.model.buffers, **state.model.counters, **state.optimizer}
+    return {name: t.numpy().tobytes() for name, t in tensors.items()}
+
+
+def engines(task, data):
+    yield from (InProcess(task, data, chunk) for chunk in (1, 2, 3))
+    yield from (Shuffled(task, data, chunk, by) for by, chunk in enumerate((2, 3)))
+    yield from (Workers(task, data, None, workers) for workers in (2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_chunks_order_and_workers_change_no_bit(name, dtype):
+    make, data_of = MODELS[name]
+    data = data_of(SIZES)
+    task, plan = task_of(make(), data, "lanes", dtype), PLANS.get(name, USUAL)
+    expected = everything(run(plan, InProcess(task, data))[0])
+    for engine in engines(task, data):
+        assert everything(run(plan, engine)[0]) == expected, engine
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize("body", ["lanes", "loop"])
+def test_no_recipe_knows_an_order(recipe, body):
+    data = regression(SIZES)
+    task = task_of(seeded(nn.Linear, 3, 1), data, body)
+    plan = recipe(steps=3, batch=4) if recipe in (recipes.diloco, recipes.local_sgd) else recipe()
+    expected = everything(run(plan, InProcess(task, data), 3)[0])
+    for engine in (Shuffled(task, data, 2, 5), Workers(task, data, 1, 3)):
+        assert everything(run(plan, engine, 3)[0]) == expected
+
+
+def wide(name, dtype, body):
+    """A round of a model wide enough for torch to share the work among threads, by 1 thread and by 2."""
+    shape, sizes = ((64,), (40,) * 8) if name == "mlp" else ((1, 16, 16), (24,) * 4)
+    data = tokens(sizes, 32) if name == "transformer" else classification(sizes, shape)
+    module = Transformer() if name == "transformer" else build(name, shape, 3, "classification", KEY)
+    task, plan = task_of(module, data, body, dtype), Plan(Train(rules.sgd(0.1), steps=2, batch=20), Mean())
+    for n in (1, 2):
+        with threads(n):
+            yield run(plan, InProcess(task, data), 1)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_threads_change_no_bit(name, dtype):
+    one, two = wide(name, dtype, "lanes")
+    assert everything(one) == everything(two)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("name", "body"), [("mlp", "loop"), ("cnn", "loop"), ("cnn", "lanes")])
+def test_threads_change_nothing_but_rounding(name, body, dtype):
+    """torch itself cuts a lone matrix product, and the weight gradient of a convolution, by threads: no bits there."""
+    one, two = wide(name, dtype, body)
+    assert far(one.model.theta, two.model.theta) < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_numbering_of_clients_changes_no_bit_of_what_is_not_drawn():
+    """Full gradients draw nothing: clients may be numbered in any way."""
+    data = regression(SIZES)
+    task = task_of(seeded(nn.Linear, 3, 1), data)
+    expected = everything(run(recipes.distributed_gd(0.1), InProcess(task, data))[0])
+    for seed in range(5):
+        other = data.only(Key(seed).permutation(len(SIZES)))
+        assert everything(run(recipes.distributed_gd(0.1), InProcess(task, other))[0]) == expected
+
+
+@pytest.mark.parametrize("name", ["mlp", "batch norm", "dropout"])
+def test_a_client_gives_the_same_whoever_is_beside_it(name):
+    data = classification(SIZES)
+    task, local = task_of(MODELS[name][0](), data), Train(rules.sgd(0.1), epochs=3, batch=4)
+    broadcast = Broadcast(0, task.initial(), {})
+
+    def given(*ids):
+        index = torch.tensor(ids)
+        lanes = Lanes(data, index, tuple(data.sizes[index].tolist()), torch.float64)
+        return local.contribute(broadcast, lanes, {}, KEY.of(index), task)[0].means["update"]
+
+    alone = given(1)
+    for beside in ((1, 5), (0, 1), (0, 2, 4, 1, 3), (0, 1, 5, 3)):
+        assert torch.equal(given(*beside)[beside.index(1)], alone[0]), beside
+
+
+def test_lanes_are_left_where_products_depend_on_memory(monkeypatch):
+    data = classification(SIZES)
+    task = task_of(MODELS["mlp"][0](), data)
+    assert choose(task, data, USUAL).task.numerics == "lanes"
+    monkeypatch.setattr("atoll.engine.probe._steady", lambda: False)
+    choice = choose(task, data, USUAL)
+    assert choice.task.numerics == "loop" and "MKL_CBWR" in choice.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_lanes_are_the_loop_to_rounding(name, dtype):
+    make, data_of = MODELS[name]
+    data = data_of(SIZES)
+    for plan in (USUAL, recipes.distributed_gd(0.1)):
+        lanes, loop = (
+            run(plan, InProcess(task_of(make(), data, body, dtype), data), 1)[0].model for body in ("lanes", "loop")
+        )
+        close = 1e-5 if dtype == torch.float32 else 1e-12
+        assert far(lanes.theta, loop.theta) < close and far(lanes.buffers, loop.buffers) < close
+        assert lanes.counters.keys() == loop.counters.keys()
+        assert all(torch.equal(lanes.counters[n], loop.counters[n]) for n in lanes.counters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_float_sum_is_the_exact_one_to_rounding(dtype):
+    data = classification(SIZES)
+    task = task_of(MODELS["mlp"][0](), data, "lanes", dtype)
+    exact, fast = (
+        run(Plan(USUAL.local, Mean(sum=how)), InProcess(task, data))[0].model.theta for how in ("exact", "float")
+    )
+    assert far(fast, exact) < (1e-6 if dtype == torch.float32 else 1e-14)

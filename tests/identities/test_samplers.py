@@ -1,0 +1,203 @@
+"""Who is at work: the chances that a sampler states are the chances that it has.
+
+A frequency over so many independent draws may be off by t where Bernstein's inequality gives at most 1e-9 for more;
+with fewer than a hundred frequencies in a test, a right sampler fails one once in ten million seeds.
+"""
+
+import itertools
+import math
+import time
+from collections import Counter
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import federation, run, seeded, task_of
+from torch import nn
+
+from atoll import grammar, recipes
+from atoll.engine.inprocess import InProcess
+from atoll.errors import UsageError
+from atoll.plan.aggregate import Mean
+from atoll.plan.names import PARTS
+from atoll.plan.plan import Plan
+from atoll.plan.sampler import Everyone, Fraction, Poisson, RoundRobin, Uniform, Weighted
+from atoll.plan.slots import Contribution, Population
+from atoll.rng import Key
+
+DRAWS = 2000
+SIZES = torch.tensor([1, 2, 3, 4, 10, 40])
+SMALL = Population(6, SIZES)
+SAMPLERS = [Everyone(), Uniform(2), Uniform(5), Poisson(0.3), Fraction(0.4), Weighted(1), Weighted(2), Weighted(4)]
+SAMPLERS += [RoundRobin(2), RoundRobin(4)]
+
+
+def band(p, draws, alarm=1e-9):
+    """How far a frequency of chance p may be off: P(|f − p| ≥ t) ≤ 2 exp(−draws t² / (2 (p(1−p) + t/3)))."""
+    a = math.log(2 / alarm) / draws
+    return a / 3 + math.sqrt((a / 3) ** 2 + 2 * a * p * (1 - p))
+
+
+def cohorts(sampler, population, draws, round=0):
+    return [sampler(population, round, Key(seed).fold("cohort")) for seed in range(draws)]
+
+
+@cache
+def small(sampler, round=0):
+    return cohorts(sampler, SMALL, DRAWS, round)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_chances_are_those_that_are_stated(sampler):
+    for round in (0, 1) if isinstance(sampler, RoundRobin) else (0,):
+        drawn = small(sampler, round)
+        count = torch.cat([cohort.ids for cohort in drawn]).bincount(minlength=6)
+        chance = drawn[0].chance.expand(6)
+        for got, p in zip((count / DRAWS).tolist(), chance.tolist(), strict=True):
+            assert abs(got - p) <= band(p, DRAWS)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_a_cohort_is_sorted_without_repetition_and_of_the_stated_size(sampler):
+    for cohort in small(sampler)[:100]:
+        assert cohort.ids.dtype == torch.int64 and cohort.chance.dtype == torch.float64
+        assert cohort.ids.tolist() == sorted(set(cohort.ids.tolist()))
+        assert all(0 <= i < 6 for i in cohort.ids.tolist())
+        if not isinstance(sampler, Poisson):
+            assert math.isclose(len(cohort.ids), cohort.chance.expand(6).sum())
+
+
+def test_every_set_of_two_is_as_likely():
+    sets = Counter(tuple(cohort.ids.tolist()) for cohort in small(Uniform(2)))
+    assert set(sets) == set(itertools.combinations(range(6), 2))
+    assert all(abs(n / DRAWS - 1 / 15) <= band(1 / 15, DRAWS) for n in sets.values())
+
+
+def test_a_few_of_many_are_as_likely_as_each_other():
+    """Fewer than a quarter: drawn one by one. No client, no place and no pair is preferred."""
+    many = Population(40, torch.ones(40, dtype=torch.int64))
+    drawn = torch.stack([cohort.ids for cohort in cohorts(Uniform(3), many, DRAWS)])
+    assert ((drawn.flatten().bincount(minlength=40) / DRAWS - 3 / 40).abs() <= band(3 / 40, DRAWS)).all()
+    together = ((drawn < 20).sum(1) == 3).double().mean()
+    all_low = math.comb(20, 3) / math.comb(40, 3)
+    assert abs(together - all_low) <= band(all_low, DRAWS)
+
+
+def test_coins_are_thrown_one_by_one():
+    heads = torch.zeros(DRAWS, 6)
+    for row, cohort in zip(heads, small(Poisson(0.3)), strict=True):
+        row[cohort.ids] = 1
+    for i, j in itertools.combinations(range(6), 2):
+        assert abs((heads[:, i] * heads[:, j]).mean() - 0.09) <= band(0.09, DRAWS)
+    sizes = heads.sum(1).long().bincount(minlength=7)
+    for n, got in enumerate((sizes / DRAWS).tolist()):
+        p = math.comb(6, n) * 0.3**n * 0.7 ** (6 - n)
+        assert abs(got - p) <= band(p, DRAWS)
+
+
+@given(st.integers(1, 30), st.floats(0.001, 1.0))
+def test_a_fraction_is_rounded_and_at_least_one(clients, q):
+    population = Population(clients, torch.ones(clients, dtype=torch.int64))
+    (cohort,) = cohorts(Fraction(q), population, 1)
+    assert len(cohort.ids) == max(1, math.floor(q * clients + 0.5))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=12), st.data())
+def test_large_clients_are_drawn_for_certain_and_the_rest_in_proportion(sizes, data):
+    n, sizes = data.draw(st.integers(1, len(sizes))), torch.tensor(sizes)
+    (cohort,) = cohorts(Weighted(n), Population(len(sizes), sizes), 1)
+    chance = cohort.chance.expand(len(sizes))
+    assert len(cohort.ids.unique()) == n and math.isclose(chance.sum(), n)
+    certain = chance == 1
+    assert certain[cohort.ids].sum() == certain.sum()
+    rest = ~certain
+    if rest.any():
+        per_row = chance[rest] / sizes[rest]
+        assert torch.allclose(per_row, per_row[0].expand_as(per_row), rtol=1e-12)
+        assert (sizes[certain] * per_row[0] >= 1 - 1e-12).all()
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 5))
+def test_in_turn_everybody_works_in_every_lap(clients, n, lap):
+    n = min(n, clients)
+    population = Population(clients, torch.ones(clients, dtype=torch.int64))
+    turns = -(-clients // n)
+    worked = [
+        RoundRobin(n)(population, lap * turns + t, Key(7).fold("round", lap * turns + t)).ids for t in range(turns)
+    ]
+    count = torch.cat(worked).bincount(minlength=clients)
+    assert (count >= 1).all() and all(len(ids) == n for ids in worked)
+    if clients % n == 0:
+        assert (count == 1).all()
+
+
+@pytest.mark.parametrize("weights", ["examples", "equal"])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_over_expected_is_unbiased(sampler, weights):
+    """E Σ wᵢgᵢ / E Σ wᵢ = Σ πᵢwᵢgᵢ / Σ πᵢwᵢ, the mean of all clients where all chances are equal; |g| ≤ 1."""
+    mean = Mean(weights=weights, over="expected")
+    g = torch.tensor([[1.0], [-1.0], [0.5], [1.0], [-0.5], [0.25]], dtype=torch.float64)
+    w = SIZES.double() if weights == "examples" else torch.ones(6, dtype=torch.float64)
+    total, draws = 0.0, 500
+    for cohort in small(sampler)[:draws]:
+        ids = cohort.ids
+        partial = (
+            mean.fold(mean.zero(), Contribution({"update": g[ids]}, {}, SIZES[ids], {}, {}))
+            if len(ids)
+            else mean.zero()
+        )
+        means = mean.finish(mean.total(partial), cohort, SMALL).means
+        total += float(means["update"]) if means else 0.0
+    chance = cohort.chance.expand(6)
+    expected = float((chance * w * g[:, 0]).sum() / (chance * w).sum())
+    if chance.unique().numel() == 1:
+        assert math.isclose(expected, float((w * g[:, 0]).sum() / w.sum()))
+    # Hoeffding: a value lies between −W/E and W/E.
+    reach = float(w.sum() / (chance * w).sum())
+    assert abs(total / draws - expected) <= 2 * reach * math.sqrt(math.log(2e9) / (2 * draws))
+
+
+def test_over_expected_divides_by_the_same_number_whoever_came():
+    """So a client's influence does not depend on who else was drawn: what its sensitivity is computed from."""
+    mean, g = Mean(over="expected"), torch.ones(6, 1, dtype=torch.float64)
+    for cohort in cohorts(Poisson(0.5), SMALL, 50):
+        if not len(cohort.ids):
+            continue
+        contribution = Contribution({"update": g[cohort.ids]}, {}, SIZES[cohort.ids], {}, {})
+        got = mean.finish(mean.total(mean.fold(mean.zero(), contribution)), cohort, SMALL).means["update"]
+        assert math.isclose(float(got), int(SIZES[cohort.ids].sum()) / (0.5 * 60))
+
+
+@pytest.mark.parametrize("make", [Uniform, Weighted, RoundRobin])
+def test_a_cohort_larger_than_the_population_is_refused_with_a_line_that_works(make):
+    with pytest.raises(UsageError, match="7 clients out of 6") as caught:
+        make(7)(SMALL, 0, Key(0))
+    assert len(grammar.parse(caught.value.write, PARTS)(SMALL, 0, Key(0)).ids) == 6
+
+
+MILLION = Population(10**6, torch.arange(10**6) % 50 + 1)
+
+
+@pytest.mark.parametrize(
+    "sampler", [Uniform(100), Poisson(1e-4), Weighted(100), RoundRobin(100), Fraction(1e-4)], ids=repr
+)
+def test_a_million_clients_are_cheap(sampler):
+    """At most a sort of a million numbers: a second of a processor, where walking through them in Python takes many."""
+    began = time.process_time()
+    cohort = sampler(MILLION, 3, Key(0))
+    assert time.process_time() - began < 3.0
+    assert 50 <= len(cohort.ids) <= 160 and len(cohort.ids.unique()) == len(cohort.ids)
+
+
+def test_a_round_of_five_out_of_a_million_is_cheap():
+    x = torch.randn(10**6, 2, generator=torch.Generator().manual_seed(0))
+    data = federation(x, x.sum(1), [1] * 10**6)
+    engine = InProcess(task_of(seeded(nn.Linear, 2, 1), data, "lanes", torch.float32), data)
+    plan = Plan(recipes.local_sgd(0.1, 3, 1).local, Mean(), cohort=5)
+    began = time.process_time()
+    state, reports = run(plan, engine, 2)
+    assert time.process_time() - began < 5.0
+    assert [report.arrived for report in reports] == [5, 5] and len(state.memory.touched()) <= 10

@@ -1,0 +1,39 @@
+"""What `import atoll` shows: sorted, complete, late."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import atoll
+
+
+def test_names_are_sorted_and_there():
+    assert list(atoll.__all__) == sorted(atoll.__all__)
+    for name in atoll.__all__:
+        assert getattr(atoll, name) is not None
+    assert set(atoll.__all__) <= set(dir(atoll))
+
+
+def test_version_is_that_of_the_package():
+    assert atoll.__version__ == importlib.metadata.version("atoll")
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    assert not hasattr(atoll, "tarin")
+
+
+def fresh(code):
+    """What a new interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_import_is_late_and_train_is_the_function():
+    code = """
+import sys, atoll
+print("torch" in sys.modules, "typing" in sys.modules)
+import atoll.train
+from atoll import train
+print(atoll.train is train, train.__name__, callable(train), sys.modules["atoll.train"].Watcher.__name__)
+"""
+    assert fresh(code).splitlines() == ["False False", "True train True Watcher"]

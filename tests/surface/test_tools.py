@@ -1,0 +1,318 @@
+"""The tools beside a run say what was, and nothing else."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from atoll import grammar, recipes
+from atoll.data import arrays
+from atoll.errors import RunError, UsageError
+from atoll.experiment import Experiment
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Custom
+from atoll.plan.names import PARTS
+from atoll.plan.optimizer import sgd
+from atoll.plan.plan import Plan
+from atoll.rng import Key
+from atoll.runs import read_rows
+from atoll.schedule import cosine
+from atoll.tools import compare, doctor, export, lr, replay
+from atoll.train import train
+from atoll.training import Settings, rounds
+
+RECIPE = "fedavg(lr=0.5, batch=10, cohort=3)"
+
+
+def told(out, **more):
+    return Experiment().told(**{"data": "wine", "clients": 6, "recipe": RECIPE, "rounds": 4, "out": str(out), **more})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return told(tmp_path_factory.mktemp("runs")).train(report=False).path
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def clients_of(folder):
+    """Who gave what, round by round, as events.jsonl says it."""
+    return [e for e in read_rows(folder / "events.jsonl") if e["event"] == "clients"]
+
+
+# replay
+
+
+def test_replay_is_what_happened(run):
+    rows = read_rows(run / "metrics.jsonl")
+    for t, event in enumerate(clients_of(run)):
+        shares = []
+        for at, client in enumerate(event["id"]):
+            found = replay.replay(run, t, client)
+            assert found.fingerprint == rows[t]["fingerprint"]
+            assert (found.rows, found.checked, found.first, found.failure) == (event["rows"][at], t + 1, 0, "")
+            assert found.metrics["loss"] == pytest.approx(event["loss"][at], abs=1e-5)
+            assert (found.seen, found.steps) == (found.rows, -(-found.rows // 10))
+            assert found.losses[0] > 0 and found.update_norm > 0
+            shares.append(found.share)
+            if t < 3:
+                break
+    assert sum(shares) == pytest.approx(1, rel=1e-6)
+    assert f"client {client}" in found.text()
+
+
+def test_who_was_not_there_is_told_when_it_was(run):
+    was = [event["id"] for event in clients_of(run)]
+    client = next(i for i in range(6) if i not in was[1] and any(i in ids for ids in was))
+    rounds_of = [t for t, ids in enumerate(was) if client in ids]
+    with pytest.raises(UsageError) as error:
+        replay.replay(run, 1, client)
+    assert ", ".join(map(str, rounds_of)) in error.value.required
+    words = error.value.write.split()
+    assert replay.replay(run, int(words[4]), int(words[6])).checked == int(words[4]) + 1
+
+
+@pytest.mark.parametrize(("round", "client"), [(4, 0), (-1, 0), (0, 6), (0, -1)])
+def test_no_such_round_or_client(run, round, client):
+    with pytest.raises(UsageError, match="atoll replay"):
+        replay.replay(run, round, client)
+
+
+def test_a_round_that_comes_out_otherwise_is_refused(copy):
+    file = copy / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1]["fingerprint"] = "0" * 12
+    file.write_text("\n".join(map(json.dumps, rows)))
+    late = clients_of(copy)[3]["id"][0]
+    with pytest.raises(RunError, match="Round 1 of copy"):
+        replay.replay(copy, 3, late)
+    about = json.loads((copy / "environment.json").read_text())
+    (copy / "environment.json").write_text(json.dumps({**about, "torch": "1.0"}))
+    with pytest.raises(RunError, match=r"torch 1\.0"):
+        replay.replay(copy, 3, late)
+    (copy / "environment.json").write_text(json.dumps({**about, "data": "other"}))
+    with pytest.raises(UsageError, match="other"):
+        replay.replay(copy, 3, late)
+
+
+def small():
+    x = Key(1).normal(60).reshape(30, 2).float()
+    return arrays(x, (x[:, 0] > 0).long(), task="classification").split(3)
+
+
+def stumbling(model, loader, ctx):
+    if ctx.round == 2:
+        raise ArithmeticError("tripped over a row")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return {"loss": 1.0}
+
+
+def test_the_failed_round_is_replayed_from_its_checkpoint(tmp_path):
+    data, plan = small(), Plan(Custom(stumbling, batch=4), Mean())
+    with pytest.raises(RunError, match="tripped over a row"):
+        train("softmax", data, plan, rounds=4, out=tmp_path, report=False)
+    folder = tmp_path / "latest"
+    with pytest.raises(UsageError, match="started from Python"):
+        replay.replay(folder, 2, 1)
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    found = replay.replay(folder, 2, 1, training=rounds("softmax", data, plan))
+    assert (found.first, found.checked, found.fingerprint, found.cosine) == (2, 0, "", None)
+    assert "in stumbling" in found.failure and "ArithmeticError: tripped over a row" in found.failure
+    assert "tripped over a row" in found.text()
+    good = replay.replay(folder, 1, 1, training=rounds("softmax", data, plan))
+    assert (good.first, good.checked, good.failure, good.steps) == (0, 2, "", None)
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+
+# compare
+
+
+def test_compare_says_where_runs_part(run, copy, tmp_path):
+    same = compare.compare(run, copy)
+    assert (same.settings, same.through, same.parted, same.tensors) == ((), 3, False, ())
+    assert same.verdict == "identical in all 4 rounds that both have; the final models are equal to the bit"
+    other = told(tmp_path, recipe=None, rounds=5).told(recipe=RECIPE.replace("0.5", "0.4"))
+    found = compare.compare(run, other.train(report=False).path)
+    assert found.verdict.startswith("different from round 0 on, first differs in fc1.weight (by up to ")
+    assert {"recipe", "rounds"} <= {line.name for line in found.settings}
+    accuracy = next(line for line in found.metrics if line.name == "accuracy")
+    assert accuracy.best == ("" if accuracy.a == accuracy.b else "a" if accuracy.a > accuracy.b else "b")
+    text = found.text()
+    assert "bytes up" in text and found.verdict in text and RECIPE in text
+
+
+def test_compare_finds_the_round(run, copy):
+    file = copy / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[2:]:
+        row["fingerprint"] = "f" * 12
+    file.write_text("\n".join(map(json.dumps, rows)) + '\n{"cut of')
+    found = compare.compare(run, copy)
+    assert (found.through, found.parted) == (1, True)
+    assert found.verdict.startswith("identical through round 1; the final models are equal")
+    (copy / "model.safetensors").unlink()
+    assert compare.compare(copy, run).verdict == "identical through round 1; the final models are not both there"
+    with pytest.raises(UsageError, match="not the folder of a run"):
+        compare.compare(run, copy / "nowhere")
+
+
+# export
+
+
+@pytest.mark.parametrize(("dtype", "ratio"), [("float32", 0.95), ("bf16", 1.5), ("int8", 2.5)])
+def test_export_keeps_its_bounds(copy, dtype, ratio):
+    found = export.export(copy, dtype)
+    state, back = load_file(copy / "model.safetensors"), export.load_exported(found.path)
+    assert state.keys() == back.keys()
+    for name, tensor in state.items():
+        gap = (tensor - back[name]).abs()
+        if dtype == "bf16":
+            assert (gap <= tensor.abs() * 2**-8).all()
+        elif dtype == "int8" and tensor.dim() > 1:
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            assert (gap <= scale * 0.5001).all()
+        else:
+            assert torch.equal(tensor, back[name])
+    assert found.ratio > ratio and found.bytes == found.path.stat().st_size
+    assert found.before["accuracy"] == read_rows(copy / "metrics.jsonl")[-1]["accuracy"]
+    assert abs(found.lost["accuracy"]) < 0.1
+    assert "accuracy" in found.text()
+
+
+def test_packed_rows_may_be_zero_tiny_or_whole_numbers():
+    state = {
+        "a": torch.tensor([[0.0, 0.0], [1e-44, -1e-44], [3e38, -1.0]]),
+        "b": torch.arange(4),
+        "c": torch.tensor([0.1, 0.2]),
+        "d": torch.zeros(0, 3),
+        "e.weight": torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)),
+        "f": torch.tensor(True),
+    }
+    packed = export.pack(state, "int8")
+    assert packed["e.weight"].dtype == torch.int8 and packed["e.weight.scale"].shape == (2,)
+    assert all(bool(torch.isfinite(t).all()) for t in packed.values())
+    assert torch.equal(packed["b"], state["b"]) and torch.equal(packed["c"], state["c"])
+    with pytest.raises(UsageError, match="NaN"):
+        export.pack({"a": torch.tensor([float("nan")])}, "bf16")
+
+
+def test_what_cannot_be_exported(copy, tmp_path):
+    with pytest.raises(UsageError, match="int8"):
+        export.export(copy, "int4")
+    with pytest.raises(UsageError, match="plain safetensors"):
+        export.load_exported(copy / "model.safetensors")
+    with pytest.raises(UsageError, match="cannot be read"):
+        export.load_exported(copy / "config.toml")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="could not be written"):
+        export.export(copy, "int8", tmp_path / "file" / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="does not exist"):
+        export.export(copy)
+
+
+# lr
+
+
+def test_range_test_on_a_quadratic():
+    x = Key(3).normal(200).reshape(100, 2)
+    data = arrays(x, x @ torch.tensor([1.0, -2.0]).double(), task="regression").split(1, held_out=0)
+    rates = [10 ** (k / 4) for k in range(-8, 5)]
+    found = lr.sweep("linear", data, recipes.gd(0.01), Settings(dtype="float64"), "server", tried=rates)
+    sharp = 2 * torch.linalg.eigvalsh(torch.cov(x.T, correction=0)).max()  # of the mean of squares
+    assert found.edge is not None and 1 / sharp < found.edge < 20 / sharp
+    assert found.edge / 10 < found.suggestion <= found.edge / 3
+    assert found.losses[found.rates.index(found.suggestion)] < found.start
+    assert found.plan.optimizer == sgd(found.suggestion)
+    assert grammar.parse(found.line, PARTS) == found.plan
+
+
+@pytest.mark.parametrize(
+    ("recipe", "which", "line"),
+    [
+        ("fedavg(lr=0.5, batch=10, cohort=3)", "local", '--recipe "fedavg(lr={}, batch=10, cohort=3)"'),
+        ("fedavg(0.5)", "local", '--recipe "fedavg({})"'),
+        ("fedadam(batch=20)", "server", '--recipe "fedadam(batch=20, server_lr={})"'),
+        ("distributed_gd(lr=0.1)", "server", '--recipe "distributed_gd(lr={})"'),
+        ("Plan(Train(sgd(0.1), epochs=1), aggregator=Mean())", "local", "--set plan.local.optimizer.lr={}"),
+    ],
+)
+def test_the_line_makes_the_plan(tmp_path, monkeypatch, recipe, which, line):
+    monkeypatch.setattr(lr, "rates", lambda plan, which: (0.01, 0.1))
+    monkeypatch.setattr(lr, "STEPS", 1)
+    experiment = told(tmp_path, recipe=recipe)
+    found = lr.find(experiment, which, tmp_path)
+    assert found.line == line.format(found.suggestion)
+    flag, value = found.line.split(" ", 1)
+    key, text = ("recipe", value.strip('"')) if flag == "--recipe" else value.split("=", 1)
+    assert experiment.with_settings({key: text}).plan() == found.plan
+    assert found.plot == tmp_path / f"lr-{which}.png" and found.plot.read_bytes()[:4] == b"\x89PNG"
+    assert found.line in found.text()
+
+
+def test_rates_that_are_not_there():
+    with pytest.raises(UsageError, match="--which server"):
+        lr.rates(recipes.gd(0.1), "local")
+    with pytest.raises(UsageError, match="--which local"):
+        lr.rates(replace(recipes.gd(0.1), optimizer=Anything()), "server")
+    with pytest.raises(UsageError, match="client"):
+        lr.rates(recipes.gd(0.1), "client")
+    with pytest.raises(RunError, match="No rate"):
+        lr.suggest((0.1, 1.0), (2.0, float("inf")), start=2.0)
+    assert lr.rates(recipes.gd(1e-6), "server")[0] == 1e-7
+    kept = lr.with_rate(recipes.gd(cosine(0.1, rounds=9)), "server", 0.3, keep_schedule=True)
+    assert kept.optimizer == sgd(cosine(0.3, rounds=9))
+
+
+class Anything:
+    def init(self, theta):
+        return {}
+
+    def update(self, theta, g, sums, state, round):
+        return theta - g, state
+
+    def lr_at(self, round, state):
+        return 1.0
+
+
+# doctor
+
+
+def test_a_healthy_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    checks = doctor.examine(tmp_path / "runs")
+    assert [check.name for check in checks if not check.ok and check.name not in ("processor", "one round")] == []
+    assert {"versions", "room", "data sets", "lanes: mlp", "lanes: batch norm", "exact sum"} <= {c.name for c in checks}
+    assert not (tmp_path / "runs").exists()
+    assert all(check.text for check in checks)
+
+
+def test_each_failing_check_has_a_fix(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(doctor, "PHILOX", (*doctor.PHILOX[:2], (1, 2, 3, 4)))
+    monkeypatch.setattr(doctor, "SLOW", 0.0)
+    monkeypatch.setattr(doctor, "ROOM", 1 << 80)
+    monkeypatch.setattr(
+        doctor, "requires", lambda name: ["torch>=99.0", "no-such-package>=1", "pandas>=2; extra == 'pandas'"]
+    )
+    monkeypatch.setattr(doctor.exact, "total", lambda digits: torch.rand(3))
+    monkeypatch.setattr(doctor, "SMALL", {"odd": ((2,), lambda: nn.Linear(3, 3))})
+    monkeypatch.setattr(doctor, "NAMED", {})
+    failed = {check.name: check for check in doctor.examine(tmp_path) if not check.ok}
+    names = {"versions", "room", "data sets", "random numbers", "exact sum", "lanes: odd", "one round"}
+    assert names <= failed.keys()
+    assert all(check.fix for check in failed.values())
+    assert failed["versions"].fix == 'pip install "torch>=99.0" "no-such-package>=1"'
+    assert "FAIL" in doctor.text(list(failed.values()))
