@@ -1,0 +1,29 @@
+"""Conformance checks: the contract of each slot of a plan, as a function that you can run on your own part.
+
+    from atoll.testing import check_aggregator
+    check_aggregator(Vote())
+
+A check raises `Nonconformity`, which says what the part did, what is required of it and why; otherwise it returns
+nothing. Checks draw from fixed keys: the same part gives the same answer every time. atoll's own parts pass them in
+`tests/conformance`, where there is also a part that fails each of them.
+"""
+
+from atoll.testing.contract import Nonconformity, check_value
+from atoll.testing.draws import check_partition, check_sampler
+from atoll.testing.engines import check_engine
+from atoll.testing.locals import check_local
+from atoll.testing.rates import check_optimizer, check_schedule
+from atoll.testing.vectors import check_aggregator, check_stage
+
+__all__ = [
+    "Nonconformity",
+    "check_aggregator",
+    "check_engine",
+    "check_local",
+    "check_optimizer",
+    "check_partition",
+    "check_sampler",
+    "check_schedule",
+    "check_stage",
+    "check_value",
+]

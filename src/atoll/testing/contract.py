@@ -1,0 +1,217 @@
+"""What every check is written on: a refusal, equality to the bit, and a call that must be pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atoll.errors import AtollError, UsageError
+from atoll.grammar import parse
+from atoll.plan.names import PARTS
+
+T = TypeVar("T")
+
+
+class Nonconformity(AtollError):
+    """A part does not keep the contract of its slot: what it did, what is required, and why.
+
+    Example:
+        >>> from atoll.testing import check_sampler
+        >>> check_sampler("Uniform(3)")
+        Traceback (most recent call last):
+        atoll.testing.contract.Nonconformity: 'Uniform(3)' is of type str.
+        Required: a frozen dataclass.   Why: a plan is a value: it is printed, compared, hashed and saved.
+    """
+
+
+def require(holds: bool, given: str, required: str, why: str) -> None:
+    """Refuse a part unless something holds of it."""
+    if not holds:
+        raise Nonconformity(given, required, why)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two results are equal to the bit: tensors in type, shape and every bit of every number.
+
+    Example:
+        >>> same({"x": torch.tensor([0.0])}, {"x": torch.tensor([-0.0])})
+        False
+    """
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        alike = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+        return alike and (a.device == b.device) and (a.is_meta or torch.equal(_bits(a), _bits(b)))
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(same(a[n], b[n]) for n in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, type(a)) and len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.detach().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def copied(tree: T) -> T:
+    """The same tree with every tensor copied."""
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)  # type: ignore[no-any-return]
+
+
+def row(tree: Any, k: int | slice) -> Any:
+    """Client k of K, in every tensor of a tree; the leading axis stays."""
+    index = slice(k, k + 1) if isinstance(k, int) else k
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[index], tree)
+
+
+def lanes(template: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """What one client keeps, for k clients: `[k, …]` by name."""
+    return {n: t.expand(k, *t.shape).clone() for n, t in template.items()}
+
+
+def _drawn() -> tuple[Any, ...]:
+    """Where the global generators stand."""
+    return torch.random.get_rng_state(), repr(np.random.get_state(legacy=False)), random.getstate()
+
+
+def pure(who: str, function: Callable[..., T], *given: Any) -> T:
+    """What a function of the part gives for `given`: it must depend on that alone, and leave it as it was.
+
+    Args:
+        who: the part and its method, for the refusal.
+        function: is called twice.
+        given: its arguments.
+    """
+    before, drawn = copied(given), _drawn()
+    first = copied(refused(who, function, *given))
+    require(
+        same(given, before),
+        f"{who} changed what it was given.",
+        "a function of its arguments; what it returns may be new, what it was given stays.",
+        "the same tensors go to other clients, and back to where they are kept if this round fails.",
+    )
+    require(
+        same(_drawn(), drawn),
+        f"{who} drew from a global generator.",
+        "every draw from the key.",
+        "a run killed and resumed must draw the same numbers, on every engine.",
+    )
+    require(
+        same(function(*given), first),
+        f"{who} gave two results for the same arguments.",
+        "equal bits for equal arguments.",
+        "a round that is computed again, after a kill or for a replay, must come out the same.",
+    )
+    return first
+
+
+def same_names(who: str, template: Mapping[str, Tensor], got: Any, lead: tuple[int, ...] = ()) -> None:
+    """Refuse tensors that differ from their template in names, shapes or types."""
+    require(
+        isinstance(got, Mapping) and got.keys() == template.keys(),
+        f"{who} gave {sorted(got) if isinstance(got, Mapping) else type(got).__name__}.",
+        f"tensors named {sorted(template)}.",
+        "what is kept was announced, with its names, before the first round.",
+    )
+    for name, first in template.items():
+        tensor = got[name]
+        require(
+            isinstance(tensor, Tensor) and tensor.shape == (*lead, *first.shape) and tensor.dtype == first.dtype,
+            f"{who} gave {name} as {_seen(tensor)}.",
+            f"{first.dtype} {[*lead, *first.shape]}.",
+            "rows are kept by name in one shape and type from the first round to the last.",
+        )
+
+
+def _seen(x: Any) -> str:
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+
+
+def leading(who: str, tensors: Any, k: int, whole: bool = False) -> None:
+    """Refuse tensors by name whose first axis is not the k clients; `whole` asks for whole numbers, else floats."""
+    require(isinstance(tensors, Mapping), f"{who} is {type(tensors).__name__}.", "tensors by name.", "names are kept.")
+    for name, tensor in tensors.items():
+        good = isinstance(tensor, Tensor) and tensor.dim() >= 1 and len(tensor) == k
+        require(
+            good and (not whole or not tensor.is_floating_point()),
+            f"{who}[{name!r}] is {_seen(tensor)}.",
+            f"{'whole numbers' if whole else 'a tensor'} [{k}, …] for {k} clients.",
+            "a client that fails is taken out by its row.",
+        )
+
+
+def refused(who: str, function: Callable[..., T], *given: Any) -> T:
+    """What a function of the part gives; whatever it raises is the part's fault."""
+    try:
+        return function(*given)
+    except Nonconformity:
+        raise
+    except Exception as error:
+        raise Nonconformity(
+            f"{who} raised {type(error).__name__}: {error}.",
+            "a result.",
+            "the slot calls it so.",
+        ) from error
+
+
+def on_meta(who: str, function: Callable[..., T], *given: Any) -> T:
+    """What a function of the part gives for tensors without numbers: it looks at none and stays there."""
+    try:
+        return function(*given)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        raise Nonconformity(
+            f"{who} failed on tensors without numbers: {str(error).splitlines()[0]}",
+            "tensor operations alone, on the device of what it is given: no .item(), no branch on a number, "
+            "and what is drawn from a shared key moved by .to(x.device).",
+            "on a GPU every look at a number waits for all work before it.",
+        ) from None
+
+
+def check_value(part: Any) -> None:
+    """A part is a value: frozen, hashable, equal to its copy, and its repr reads back to an equal part.
+
+    Args:
+        part: any part of a plan.
+    Raises:
+        Nonconformity: it is not.
+    Example:
+        >>> from atoll.plan.sampler import Uniform
+        >>> check_value(Uniform(3))
+    """
+    who, why = repr(part), "a plan is a value: it is printed, compared, hashed and saved."
+    if not dataclasses.is_dataclass(part) or isinstance(part, type):
+        raise Nonconformity(f"{who} is of type {type(part).__name__}.", "a frozen dataclass.", why)
+    frozen = type(part).__dataclass_params__.frozen  # type: ignore[attr-defined]
+    require(frozen, f"{type(part).__name__} can be changed.", "@dataclass(frozen=True).", why)
+    try:
+        hash(part)
+    except TypeError as error:
+        raise Nonconformity(f"{who} cannot be hashed: {error}.", "fields that are values themselves.", why) from None
+    require(dataclasses.replace(part) == part, f"{who} differs from its copy.", "equality by fields.", why)
+    try:
+        again = parse(who, {**PARTS, **_names(part)}, trust=True)
+    except UsageError as error:
+        raise Nonconformity(
+            f"The repr of a {type(part).__name__} cannot be read: {error.given}",
+            "a constructor call of the grammar, such as the mixin atoll.grammar.Value gives.",
+            "a run's config.toml, a flag and the wire hold a part as its text.",
+        ) from error
+    require(again == part, f"{who} reads back as {again!r}.", "an equal part.", "what is saved must be what ran.")
+
+
+def _names(part: Any) -> dict[str, Callable[..., Any]]:
+    """The constructors that a part's text may call: its own class and those of what it holds."""
+    names: dict[str, Callable[..., Any]] = {}
+    held: list[Any] = [part]
+    while held:
+        value = held.pop()
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            names[type(value).__name__] = type(value)
+            held += [getattr(value, f.name) for f in dataclasses.fields(value)]
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            held += value
+    return names

@@ -1,0 +1,197 @@
+"""The contract of an engine: the bits of the one in this process, and failures as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.data.clients import Clients
+from atoll.data.rows import Rows
+from atoll.engine.inprocess import InProcess
+from atoll.engine.memory import Memory
+from atoll.errors import RunError
+from atoll.plan.aggregate import Mean, Sum
+from atoll.plan.local import Gradient, Train
+from atoll.plan.optimizer import adam, sgd
+from atoll.plan.plan import Engine, Gathered, Plan, State, step
+from atoll.plan.sampler import Everyone, Uniform
+from atoll.plan.slots import Cohort
+from atoll.task import Task
+from atoll.testing.contract import copied, refused, require, same
+from atoll.testing.locals import clients, problem
+
+Make = Callable[[Task, Clients], Engine]
+
+PLANS = (
+    Plan(Gradient(), Mean(), sgd(0.5)),
+    Plan(Gradient(batch=4), Sum(), sgd(0.01), cohort=Uniform(5)),
+    Plan(Train(sgd(0.1), epochs=2, batch=4), Mean(weights="equal", over="expected"), adam(0.01), cohort=Uniform(5)),
+    Plan(Train(adam(0.01), steps=3, batch=4, keep=("optimizer", "order")), Mean(), cohort=Uniform(5)),
+)
+
+
+def check_engine(make_engine: Make) -> None:
+    """The contract of an engine.
+
+    For every plan and both bodies two rounds come to the bits of the engine in this process: model, memory, metrics,
+    bytes. The order of a cohort changes nothing, an empty one is legal, and `gather` leaves the state alone. A client
+    that raises, or whose numbers are not finite, costs one contribution and gives one failure with its name: the
+    round equals the one in which it was not asked. What strikes every client alike is raised.
+
+    Args:
+        make_engine: `make_engine(task, data) -> Engine`.
+    Raises:
+        Nonconformity: it breaks the contract.
+    Example:
+        >>> check_engine(InProcess)
+    """
+    data = clients()
+    plain, norm = problem(), problem(norm=True)
+    task = replace(plain, numerics="lanes")
+    _check_cohorts(make_engine(task, data), task, data)
+    _check_failures(make_engine, task, data)
+    for numerics in ("lanes", "loop"):
+        for plan in PLANS:
+            _check_rounds(make_engine, plan, replace(plain, numerics=numerics), data)
+        _check_rounds(make_engine, PLANS[3], replace(norm, numerics=numerics), data)
+
+
+def _first(plan: Plan, task: Task) -> State:
+    return State.first(plan, task, 3, Memory(plan.memory(task.layout)))
+
+
+def _kept(state: State, count: int) -> Any:
+    return state.model, state.optimizer, state.server, state.memory.take(torch.arange(count))
+
+
+def _check_rounds(make_engine: Make, plan: Plan, task: Task, data: Clients) -> None:
+    engine, reference = make_engine(task, data), InProcess(task, data)
+    require(
+        engine.population.clients == data.count and same(engine.population.sizes, data.sizes),
+        f"The engine has the population {engine.population}.",
+        f"{data.count} clients of {data.sizes.tolist()} rows.",
+        "samplers draw from it.",
+    )
+    ours, theirs = _first(plan, task), _first(plan, task)
+    for t in range(2):
+        ours, report = refused(f"The engine, in round {t} of {plan!r}", step, plan, ours, engine)
+        theirs, expected = step(plan, theirs, reference)
+        require(
+            same(_kept(ours, data.count), _kept(theirs, data.count)),
+            f"After round {t} of {plan!r} in {task.numerics} the engine's state differs from the serial one.",
+            "the same bits.",
+            "one plan means one thing in every engine.",
+        )
+        told = [(r.metrics, r.arrived, r.failures, r.bytes_up, r.bytes_down, r.clients) for r in (report, expected)]
+        require(
+            same(*told),
+            f"The engine's report of round {t} of {plan!r} is {told[0]}.",
+            f"{told[1]}.",
+            "metrics are sums, and a message has the length that it has.",
+        )
+
+
+def _result(plan: Plan, gathered: Gathered) -> Any:
+    totals = {birth: plan.aggregator.total(partial) for birth, partial in gathered.partials.items()}
+    return totals, gathered.arrived, gathered.facts, gathered.bytes_up
+
+
+def _check_cohorts(engine: Engine, task: Task, data: Clients) -> None:
+    plan = PLANS[3]
+    state = _first(plan, task)
+    key, chance = state.key(), torch.ones((), dtype=torch.float64)
+    before = copied(_kept(state, data.count))
+    ids = torch.tensor([0, 1, 3, 4, 5])
+    forth = engine.gather(plan, state, Cohort(ids, chance), key)
+    require(
+        same(_kept(state, data.count), before),
+        "gather changed the state.",
+        "a state that step alone moves on, and memory that moves on acceptance.",
+        "a round that fails must leave the state of the round before.",
+    )
+    back = engine.gather(plan, state, Cohort(ids.flip(0), chance), key)
+    require(
+        same(forth.arrived, ids),
+        f"The engine was given clients {ids.tolist()} and gathered {forth.arrived.tolist()}.",
+        "everyone who did not fail, by rising id.",
+        "the report names them.",
+    )
+    require(
+        same(_result(plan, forth), _result(plan, back)),
+        "The engine gathers another sum when the cohort comes in another order.",
+        "the same bits.",
+        "a cohort is a set.",
+    )
+    nobody = Cohort(ids[:0], chance)
+    empty = refused("The engine with an empty cohort", engine.gather, plan, state, nobody, key)
+    counted = sum(int(plan.aggregator.total(partial).arrived) for partial in empty.partials.values())
+    require(
+        len(empty.arrived) == 0 and not empty.failures and counted == 0,
+        f"The engine gathered {empty} from nobody.",
+        "the sum of no contribution.",
+        "a cohort may be empty: Poisson sampling must be allowed to draw nobody.",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Faulty:
+    """Rows of which some cannot be read, or are not finite."""
+
+    rows: Rows
+    fails: tuple[int, int]
+    raises: bool
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def targets(self) -> Tensor:
+        return self.rows.targets()
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = self.rows.take(index)
+        bad = (index >= self.fails[0]) & (index < self.fails[1])
+        if self.raises and bool(bad.any()):
+            raise OSError("the disk of this client is gone")
+        return x.masked_fill(bad.unsqueeze(-1), torch.inf), y
+
+
+def _check_failures(make_engine: Make, task: Task, data: Clients) -> None:
+    plan, victim = PLANS[0], 3
+    state, everyone = _first(plan, task), Everyone()
+    key, whole = state.key(), everyone((engine := make_engine(task, data)).population, 0, state.key())
+    others = Cohort(whole.ids[whole.ids != victim], whole.chance)
+    expected = engine.gather(plan, state, others, key)
+    start, end = data.offsets[victim : victim + 2].tolist()
+    for raises in (True, False):
+        faulty = replace(data, rows=_Faulty(data.rows, (start, end), raises))
+        what = "raises" if raises else "gives numbers that are not finite"
+        gathered = refused(
+            f"The engine with a client that {what}", make_engine(task, faulty).gather, plan, state, whole, key
+        )
+        require(
+            [f.client for f in gathered.failures] == [victim] and all(f.cause and f.stage for f in gathered.failures),
+            f"Client {victim} {what}; the engine reports the failures {gathered.failures}.",
+            f"one failure, of client {victim}, with its stage and cause.",
+            "a failure is data: people must find the client.",
+        )
+        require(
+            same(_result(plan, gathered), _result(plan, expected)),
+            f"Client {victim} {what}, and the others' sum is not what it is without that client.",
+            "the same bits.",
+            "a client that failed equals a client that was not heard.",
+        )
+    broken = replace(data, rows=_Faulty(data.rows, (0, len(data.rows)), True))
+    try:
+        make_engine(task, broken).gather(plan, state, whole, key)
+    except RunError:
+        return
+    require(
+        False,
+        "Every client raised the same error, and the engine went on.",
+        "a RunError.",
+        "what strikes every client alike is a fault of the program.",
+    )

@@ -1,0 +1,146 @@
+"""The contract of what a client computes, tried on a small federation of clients of several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atoll.data.clients import Clients, offsets_of
+from atoll.data.rows import ArrayRows
+from atoll.layout import Layout
+from atoll.plan.aggregate import Mean
+from atoll.plan.lanes import Lanes
+from atoll.plan.slots import Broadcast, Contribution, Tensors, Total
+from atoll.rng import Key, global_scope
+from atoll.task import Task
+from atoll.testing.contract import check_value, lanes, leading, pure, require, row, same, same_names
+
+SIZES = (18, 18, 17, 5, 5, 4, 2)  # 18 and 17 rows share a width
+
+
+def problem(norm: bool = False, dtype: torch.dtype = torch.float32) -> Task:
+    """A classifier of three features into three classes, with or without batch statistics, for `clients()`."""
+    with global_scope(Key(7).fold("model")):
+        middle: nn.Module = nn.BatchNorm1d(4) if norm else nn.Tanh()
+        module = nn.Sequential(nn.Linear(3, 4), middle, nn.Linear(4, 3))
+    return Task.of(module, "cross_entropy", ("accuracy",), dtype)
+
+
+def clients(sizes: tuple[int, ...] = SIZES) -> Clients:
+    """Clients that hold `sizes` rows of three features, each row one of three classes."""
+    rows, key = sum(sizes), Key(7).fold("data")
+    x = key.fold("x").normal(rows * 3, torch.float32).reshape(rows, 3)
+    y = key.fold("y").integers(rows, 3)
+    offsets = offsets_of(torch.tensor(sizes))
+    return Clients("check", ArrayRows(x, y), torch.arange(rows), offsets, None, "classification", tuple("abc"), (3,))
+
+
+def check_local(part: Any) -> None:
+    """The contract of a local part.
+
+    It gives one row a client: means of floats, sums with the rows they are about, and as weight the rows that the
+    client holds; a client's row depends neither on its neighbours nor on their number; what clients and the server
+    keep stays as announced; all of it depends on the key and its arguments alone. Tried on a model with and one
+    without batch statistics, by the body that the part asks for (`numerics`), or in lanes.
+
+    Args:
+        part: a local part: `contribute`, `width`, `memory`, `server`, `settle`.
+    Raises:
+        Nonconformity: it breaks the contract.
+    Example:
+        >>> from atoll.plan.local import Gradient
+        >>> check_local(Gradient(batch=4))
+    """
+    check_value(part)
+    data = clients()
+    for norm in (False, True):
+        task = replace(problem(norm=norm), numerics=getattr(part, "numerics", "lanes"))
+        for ids in _chunks(part, data):
+            _check_chunk(part, task, data, ids)
+
+
+def _chunks(part: Any, data: Clients) -> list[Tensor]:
+    """Clients of one width, as an engine computes them together."""
+    widths = [part.width(n) for n in data.sizes.tolist()]
+    require(
+        all(isinstance(w, int) and w >= 1 for w in widths),
+        f"{part!r}.width gave {widths}.",
+        "a positive int for each size.",
+        "it is how wide a client's batch is padded.",
+    )
+    ids = torch.arange(data.count)
+    return [ids[torch.tensor([w == width for w in widths])] for width in sorted(set(widths))]
+
+
+def _check_chunk(part: Any, task: Task, data: Clients, ids: Tensor) -> None:
+    who, k, layout = f"{part!r}.contribute", len(ids), task.layout
+    first, server = part.memory(layout), part.server(layout)
+    memory = lanes(first, k)
+    for t in range(2):
+        broadcast = Broadcast(t, task.initial(), {"local": server, "codec": {}})
+        key = Key(7).fold("round", t, "clients", "local")
+        given, after = pure(who, part.contribute, broadcast, _lanes(task, data, ids), memory, key.of(ids), task)
+        _check_contribution(who, given, data.sizes[ids], layout)
+        same_names(f"{who}: memory", first, after, (k,))
+        for i in range(k if t == 0 else 0):
+            one = ids[i : i + 1]
+            alone = part.contribute(broadcast, _lanes(task, data, one), row(memory, i), key.of(one), task)
+            require(
+                same(alone, row((given, after), i)),
+                f"{who} gave client {int(one)} other numbers beside {k - 1} others than alone.",
+                "the same bits.",
+                "how many clients are computed together must change no bit.",
+            )
+        _check_settle(part, given, server)
+        memory = dict(after)
+
+
+def _lanes(task: Task, data: Clients, ids: Tensor) -> Lanes:
+    return Lanes(data, ids, tuple(data.sizes[ids].tolist()), task.layout.dtype)
+
+
+def _check_contribution(who: str, given: Contribution, sizes: Tensor, layout: Layout) -> None:
+    k = len(sizes)
+    require(isinstance(given, Contribution), f"{who} gave {given!r}.", "a Contribution.", "everything goes one way.")
+    for name in ("means", "sums", "facts"):
+        leading(f"{who}: {name}", getattr(given, name), k)
+    leading(f"{who}: largest", given.largest, k, whole=True)
+    for name, length in (("update", layout.d), ("buffers", layout.b)):
+        mean = given.means.get(name)
+        require(
+            mean is None or (mean.shape == (k, length) and mean.dtype == layout.dtype),
+            f"{who} gave {name} as {None if mean is None else (mean.dtype, list(mean.shape))}.",
+            f"{layout.dtype} [{k}, {length}].",
+            "the model is a vector, and an update is one of its kind.",
+        )
+    _check_finite(who, {**given.means, **given.sums})
+    require(
+        same(given.weight, sizes),
+        f"{who} gave the weights {given.weight.tolist()}.",
+        f"int64, the rows that each client holds: {sizes.tolist()}.",
+        "a client that used fewer rows still speaks for all of its own.",
+    )
+    require(
+        not given.sums or "rows" in given.sums,
+        f"{who} gave the sums {sorted(given.sums)}.",
+        "rows among them: how many rows the others are about.",
+        "a metric is a sum divided by its rows.",
+    )
+
+
+def _check_finite(who: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        good = bool(torch.isfinite(tensor).all())
+        require(good, f"{who}: {name} is not finite.", "finite numbers.", "the data are, and the step is small.")
+
+
+def _check_settle(part: Any, given: Contribution, server: Tensors) -> None:
+    rule = Mean()
+    total: Total = rule.total(rule.fold(rule.zero(), given))
+    settled, after = pure(f"{part!r}.settle", part.settle, total, server, Key(7).fold("settle"))
+    same_names(f"{part!r}.settle: server", server, after)
+    same_names(f"{part!r}.settle: means", total.means, settled.means)

@@ -1,0 +1,274 @@
+"""The contracts of what happens to updates: codec stages on their way, aggregators where they become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atoll.layout import Layout
+from atoll.plan.sampler import Everyone
+from atoll.plan.slots import Contribution, Population, Tensors, Total
+from atoll.rng import Key
+from atoll.testing.contract import (
+    check_value,
+    lanes,
+    leading,
+    on_meta,
+    pure,
+    refused,
+    require,
+    row,
+    same,
+    same_names,
+)
+
+_K = 4
+
+
+def check_stage(part: Any) -> None:
+    """The contract of a codec stage.
+
+    Encode, open and decode keep K rows of length d; a client's message depends neither on its neighbours nor on
+    their number; its flags say which server halves do something; decode is linear; memory and server state keep
+    their templates; all of it depends on the key and its arguments alone, and runs on tensors without numbers.
+
+    Args:
+        part: a stage: `encode`, `open`, `decode`, `settle`, `memory`, `server`, and the flags `opens` and `decodes`.
+    Raises:
+        Nonconformity: it breaks the contract.
+    Example:
+        >>> from atoll.plan.codec import Identity
+        >>> check_stage(Identity() >> Identity())
+    """
+    check_value(part)
+    for dtype in (torch.float32, torch.float64):
+        _check_stage(part, Layout.of(nn.Linear(6, 9), dtype))
+    _check_meta(part, Layout.of(nn.Linear(6, 9)))
+
+
+def _check_stage(part: Any, layout: Layout) -> None:
+    who, d = repr(part), layout.d
+    first, shared = part.memory(layout), part.server(layout)
+    key, ids = Key(7).fold("round", 0, "codec"), torch.tensor([5, 0, 11, 3])
+    x = Key(7).fold("x").normal(_K * d, layout.dtype).reshape(_K, d) * torch.tensor([[1e-6], [1.0], [0.0], [1e6]])
+    x = x.to(layout.dtype)
+    memory = lanes(first, _K)
+    payload, side, sums, after = pure(f"{who}.encode", part.encode, x, memory, shared, key.of(ids))
+    leading(f"{who}: payload", {"x": payload}, _K)
+    leading(f"{who}: side tensors", side, _K)
+    leading(f"{who}: sums", sums, _K)
+    same_names(f"{who}.encode: memory", first, after, (_K,))
+    opened = pure(f"{who}.open", part.open, payload, side)
+    require(
+        opened.dim() == 2 and len(opened) == _K and opened.is_floating_point() and bool(opened.isfinite().all()),
+        f"{who}.open gave {opened.dtype} {list(opened.shape)}, finite: {bool(opened.isfinite().all())}.",
+        f"finite floats [{_K}, …]; the updates are of sizes up to 10⁶.",
+        "opened messages are what is summed.",
+    )
+    for k in range(_K):
+        alone = part.encode(x[k : k + 1], row(memory, k), shared, key.of(ids[k : k + 1]))
+        require(
+            same(alone, row((payload, side, sums, after), k)) and same(part.open(alone[0], alone[1]), row(opened, k)),
+            f"{who} encodes or opens client {int(ids[k])} differently beside {_K - 1} others than alone.",
+            "the same bits.",
+            "how many clients are computed together must change no bit.",
+        )
+    _check_decode(part, opened, payload, key, d)
+    _check_settle(part, d, sums, shared)
+
+
+def _check_decode(part: Any, opened: Tensor, payload: Tensor, key: Key, d: int) -> None:
+    who = repr(part)
+    total = opened.to(torch.float64).sum(0)
+    decoded = pure(f"{who}.decode", part.decode, total, key)
+    require(
+        decoded.shape == (d,) and decoded.is_floating_point(),
+        f"{who}.decode gave {decoded.dtype} {list(decoded.shape)} for updates of length {d}.",
+        f"floats [{d}].",
+        "the sum of updates is an update.",
+    )
+    require(
+        part.opens or same(opened, payload),
+        f"{who} says opens = False, and open changes a message.",
+        "opens = True.",
+        "a >> b is checked by the flags: what is opened may not be decoded inside.",
+    )
+    require(
+        part.decodes or same(decoded, total),
+        f"{who} says decodes = False, and decode changes a sum.",
+        "decodes = True.",
+        "a >> b and the aggregator are checked by the flags.",
+    )
+    apart = torch.stack([part.decode(t, key) for t in opened.to(torch.float64)]).sum(0)
+    require(
+        _close(decoded, apart),
+        f"{who} decodes a sum to something else than the sum of what it decodes.",
+        "a linear decode: decode(a + b) = decode(a) + decode(b).",
+        "it is called once, on the sum of a round.",
+    )
+
+
+def _check_settle(part: Any, d: int, sums: Tensors, shared: Tensors) -> None:
+    who = repr(part)
+    added = {n: t.to(torch.float64).reshape(_K, -1).sum(0) for n, t in sums.items()}
+    one = torch.ones((), dtype=torch.int64)
+    total = Total({"update": torch.ones(d, dtype=torch.float64)}, added, one * 9, one * _K, {})
+    settled, after = pure(f"{who}.settle", part.settle, total, shared, Key(7).fold("settle"))
+    same_names(f"{who}.settle: server", shared, after)
+    same_names(f"{who}.settle: means", total.means, settled.means)
+
+
+def _check_meta(part: Any, layout: Layout) -> None:
+    who = repr(part)
+    first, shared = _meta(part.memory(layout)), _meta(part.server(layout))
+    key = Key(7).fold("round", 0, "codec")
+    x, ids = torch.empty(_K, layout.d, device="meta"), torch.empty(_K, dtype=torch.int64, device="meta")
+    payload, side, _, _ = on_meta(f"{who}.encode", part.encode, x, lanes(first, _K), shared, key.of(ids))
+    opened = on_meta(f"{who}.open", part.open, payload, side)
+    on_meta(f"{who}.decode", part.decode, opened.sum(0), key)
+
+
+def _meta(tensors: Tensors) -> dict[str, Tensor]:
+    return {n: t.to("meta") for n, t in tensors.items()}
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, on the scale of the largest number."""
+    return bool((a - b).abs().max() <= 1e-9 * b.abs().max().clamp(min=1e-30))
+
+
+def check_aggregator(part: Any) -> None:
+    """The contract of an aggregator.
+
+    `fold` and `merge` are associative and commutative: the same bits for every order and grouping of contributions
+    between 10⁻¹² and 10¹⁹ in size. `zero()` is the sum of none and is never changed by others. A partial is plain
+    tensors, by name, or gives them (`tensors()`) and comes back from them (`of`). A rule that says `linear = True` is
+    linear in the updates. An empty round is legal. Counters keep their largest.
+
+    Args:
+        part: an aggregator: `zero`, `fold`, `merge`, `total`, `finish`, and the flag `linear`.
+    Raises:
+        Nonconformity: it breaks the contract.
+    Example:
+        >>> from atoll.plan.aggregate import Mean
+        >>> check_aggregator(Mean())
+    """
+    check_value(part)
+    for dtype in (torch.float32, torch.float64):
+        _check_order(part, dtype)
+    _check_empty(part)
+    if part.linear:
+        _check_linear(part)
+
+
+def _contribution(rows: Tensor) -> Contribution:
+    """What K clients give whose updates are `rows`."""
+    k, key = len(rows), Key(7).fold("others")
+    return Contribution(
+        {"update": rows, "buffers": key.fold("buffers").normal(k * 3, rows.dtype).reshape(k, 3)},
+        {"loss": key.fold("loss").uniform(k, rows.dtype), "rows": torch.arange(1, k + 1)},
+        torch.arange(1, k + 1) * 3,
+        {"counter": torch.arange(k)},
+        {},
+    )
+
+
+def _of(contribution: Contribution, index: slice | Tensor) -> Contribution:
+    tables = (contribution.means, contribution.sums, contribution.largest, contribution.facts)
+    means, sums, largest, facts = ({n: t[index] for n, t in table.items()} for table in tables)
+    return Contribution(means, sums, contribution.weight[index], largest, facts)
+
+
+def _result(part: Any, partial: Any) -> tuple[Total, Total]:
+    """The total of a partial and what becomes of it, with all seven clients at work."""
+    population = Population(7, torch.arange(1, 8) * 3)
+    total = part.total(partial)
+    return total, part.finish(total, Everyone()(population, 0, Key(0)), population)
+
+
+def _check_order(part: Any, dtype: torch.dtype, k: int = 7, d: int = 40) -> None:
+    who, key = repr(part), Key(7).fold("aggregate")
+    sizes = 10.0 ** (31 * key.fold("size").uniform(k * d) - 12).reshape(k, d)
+    given = _contribution((key.fold("rows").normal(k * d).reshape(k, d) * sizes).to(dtype))
+    whole = pure(f"{who}.fold", lambda c: _result(part, part.fold(part.zero(), c)), given)
+    _check_total(who, *whole, k, d)
+    one = [_of(given, slice(i, i + 1)) for i in range(k)]
+
+    def fold(*contributions: Contribution) -> Any:
+        partial = part.zero()
+        for contribution in contributions:
+            partial = part.fold(partial, contribution)
+        return partial
+
+    def wired(partial: Any) -> Any:
+        """The partial as another process receives it."""
+        tensors = partial if isinstance(partial, Mapping) else refused(f"{who}: tensors()", lambda: partial.tensors())
+        leaves = all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
+        require(leaves, f"{who} has a partial of {tensors!r}.", "tensors by name.", "partials cross a wire.")
+        plain = {n: t.clone() for n, t in tensors.items()}
+        return plain if isinstance(partial, Mapping) else type(partial).of(plain)
+
+    ways = {
+        "one by one, backwards": lambda: fold(*reversed(one)),
+        "in three partials": lambda: part.merge(part.merge(fold(*one[:2]), fold(*one[2:5])), fold(*one[5:])),
+        "the same three, from the other end": lambda: part.merge(
+            fold(*one[5:]), part.merge(fold(*one[2:5]), fold(*one[:2]))
+        ),
+        "shuffled": lambda: fold(_of(given, torch.tensor([3, 0, 6, 1, 5, 2, 4]))),
+        "with zero before": lambda: part.merge(part.zero(), fold(given)),
+        "with zero after": lambda: part.merge(fold(given), part.zero()),
+        "over the wire": lambda: part.merge(wired(fold(*one[:4])), wired(fold(*one[4:]))),
+    }
+    for how, way in ways.items():
+        require(
+            same(_result(part, refused(f"{who}, {how}", way)), whole),
+            f"{who} gave another result in {dtype} when the contributions came {how}.",
+            "the same bits for every order and grouping.",
+            "how many workers there are, and who is quicker, must not change the model.",
+        )
+
+
+def _check_total(who: str, total: Total, mean: Total, k: int, d: int) -> None:
+    update = mean.means.get("update")
+    require(
+        update is not None and update.shape == (d,) and update.is_floating_point(),
+        f"{who}.finish gave the update {update!r}.",
+        f"floats [{d}].",
+        "the optimizer moves θ along it.",
+    )
+    require(
+        int(total.arrived) == k and same(total.largest.get("counter"), torch.tensor(k - 1)),
+        f"{who} counted {int(total.arrived)} of {k} contributions, largest counter {total.largest}.",
+        "each contribution counted once, and of each counter the largest.",
+        "the report says how many arrived, and a model's counters follow them.",
+    )
+    require(
+        total.sums.keys() == {"loss", "rows"} and abs(float(total.sums["rows"].sum()) - k * (k + 1) / 2) < 1e-6,
+        f"{who} gave the sums {total.sums}.",
+        "Σ over clients of every sum, as it is.",
+        "metrics are sums divided by the rows they are about.",
+    )
+
+
+def _check_empty(part: Any) -> None:
+    who, population = repr(part), Population(7, torch.arange(1, 8) * 3)
+    cohort = Everyone()(population, 0, Key(0))
+    refused(f"{who} with no contribution", lambda: part.finish(part.total(part.zero()), cohort, population))
+
+
+def _check_linear(part: Any, k: int = 7, d: int = 40) -> None:
+    a, b = (Key(7).fold("linear", i).normal(k * d).reshape(k, d) for i in range(2))
+
+    def rule(rows: Tensor) -> Tensor:
+        update: Tensor = _result(part, part.fold(part.zero(), _contribution(rows)))[1].means["update"]
+        return update
+
+    require(
+        _close(rule(a + 3.0 * b), rule(a) + 3.0 * rule(b)),
+        f"{part!r} says linear = True, and rule(a + 3b) ≠ rule(a) + 3·rule(b).",
+        "linear = False.",
+        "beside a linear rule a codec is undone once, on the sum.",
+    )

@@ -1,0 +1,90 @@
+"""What CONTRIBUTING.md shows works as it stands, outside the package: a new rule, a new recipe, a run, a check."""
+
+import ast
+import importlib
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from atoll.errors import UsageError
+from atoll.grammar import parse
+from atoll.plan.names import PARTS
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+SECTION = TEXT.partition("## Adding an algorithm is small\n")[2].partition("\n## ")[0]
+# Each block names its file in its first line.
+BLOCKS = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", SECTION, re.DOTALL | re.MULTILINE))
+
+
+def lines_of(name):
+    return [line for line in BLOCKS[name].splitlines() if line.strip()]
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """The blocks as modules in a folder of their own, imported by name; forgotten afterwards."""
+    for name, code in BLOCKS.items():
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module
+    for name in BLOCKS:
+        sys.modules.pop(name, None)
+
+
+def test_sizes():
+    """An aggregator in at most 20 lines, imports included, and a recipe in one."""
+    assert list(BLOCKS) == ["vote", "recipes_of_mine", "train", "test_vote"]
+    assert len(lines_of("vote")) <= 20
+    (recipe,) = [node for node in ast.parse(BLOCKS["recipes_of_mine"]).body if not isinstance(node, ast.ImportFrom)]
+    assert recipe.lineno == recipe.end_lineno
+
+
+def test_rule_keeps_its_contract(modules):
+    modules("test_vote").test_vote()
+
+
+def test_recipe_trains(modules, capsys):
+    """The example's run, and what its paper claims of it: sign steps reach what gradient steps reach."""
+    run = modules("train").run
+    assert float(capsys.readouterr().out) == run.metrics["accuracy"] >= 0.93
+    assert run.rounds == 50 and run.reports[0].metrics["loss"] > 2 * run.metrics["loss"]
+
+
+def test_text_of_the_rule(modules):
+    """`vote:Vote()` is honoured for the person at this machine, and for nobody else."""
+    assert parse("vote:Vote()", PARTS, trust=True) == modules("vote").Vote()
+    with pytest.raises(UsageError, match="names code outside atoll"):
+        parse("vote:Vote()", PARTS)
+
+
+def test_refused_beside_what_is_undone_on_the_sum(modules):
+    from atoll.plan.codec import Codec
+    from atoll.plan.local import Gradient
+    from atoll.plan.plan import Plan
+
+    @dataclass(frozen=True, repr=False)
+    class Undone(Codec):
+        decodes = True
+
+    with pytest.raises(UsageError) as refusal:
+        Plan(Gradient(), aggregator=modules("vote").Vote(), codec=Undone())
+    Plan(Gradient(), aggregator=parse(refusal.value.write, PARTS), codec=Undone())
+
+
+def test_names_in_the_page_exist():
+    """Files, verbs, checks and tables that the page sends people to."""
+    import atoll.testing
+
+    for name in re.findall(r"`(check_\w+)[`(]", TEXT):
+        assert name in atoll.testing.__all__
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for verb in re.findall(r"`(setup|demo|test|test-all|check|docs|bench)`|^make ([\w-]+)", TEXT, re.MULTILINE):
+        assert re.search(rf"^{verb[0] or verb[1]}:", makefile, re.MULTILINE)
+    for path in re.findall(r"`((?:tests|src|plan|data|models|engine)/[\w/.]+?)/?`", TEXT):
+        assert any((base / path).exists() for base in (ROOT, ROOT / "src" / "atoll")), path
+    for table, file in re.findall(r"`(OURS|RECIPES|ENGINES)` of `(?:tests/conformance/)?(test_\w+\.py)`", TEXT):
+        assert f"\n{table} = " in (ROOT / "tests" / "conformance" / file).read_text(encoding="utf-8")

@@ -1,0 +1,450 @@
+"""Every part of ours keeps the contract of its slot; and each check refuses a part that does not."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from atoll import schedule
+from atoll.data import partition
+from atoll.engine.inprocess import InProcess
+from atoll.grammar import Value
+from atoll.plan import aggregate, codec, local, optimizer, sampler
+from atoll.plan.codec.stage import Codec
+from atoll.plan.slots import Cohort
+from atoll.schedule import constant, cosine, plateau, warmup
+from atoll.testing import (
+    Nonconformity,
+    check_aggregator,
+    check_engine,
+    check_local,
+    check_optimizer,
+    check_partition,
+    check_sampler,
+    check_schedule,
+    check_stage,
+    check_value,
+)
+
+
+def user_loop(model, loader, ctx):
+    """What somebody writes for `Custom`: dropout-like noise from the global generator, a batch order, a metric."""
+    total = 0.0
+    for x, y in loader:
+        model.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x + 0.01 * torch.randn_like(x)), y)
+        loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= ctx.lr * p.grad
+        total += float(loss.detach()) / len(loader)
+    return {"loss": total}
+
+
+sgd = optimizer.sgd
+OURS = {
+    check_sampler: [
+        sampler.Everyone(),
+        sampler.Uniform(5),
+        sampler.Uniform(40),
+        sampler.Fraction(0.3),
+        sampler.Poisson(0.2),
+        sampler.Weighted(1),
+        sampler.Weighted(7),
+        sampler.RoundRobin(5),
+    ],
+    check_local: [
+        local.Gradient(),
+        local.Gradient(batch=4),
+        local.Train(sgd(0.1), epochs=2, batch=4),
+        local.Train(sgd(0.1, momentum=0.9), steps=3),
+        local.Train(optimizer.adamw(0.01), steps=3, batch=4, keep=("optimizer", "order")),
+        local.Train(sgd(plateau(0.1, patience=1)), steps=2, batch=4, keep=("order",)),
+        local.Evaluate(),
+        local.Custom(user_loop, batch=4, lr=0.1),
+    ],
+    check_stage: [codec.Identity(), codec.Identity() >> codec.Identity()],
+    check_aggregator: [
+        kind(**words)
+        for kind, choices in (
+            (
+                aggregate.Mean,
+                [{}, {"weights": "equal"}, {"over": "expected"}, {"weights": "equal", "over": "expected"}],
+            ),
+            (aggregate.Sum, [{}, {"weights": "equal"}]),
+        )
+        for words in choices
+    ],
+    check_optimizer: [
+        *(kind(0.01) for kind in optimizer.OPTIMIZERS.values()),
+        sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+        sgd(plateau(0.1, patience=1), momentum=0.9),
+        sgd(warmup(2) >> cosine(0.1, rounds=5)),
+        optimizer.adam(0.01, correct=False, initial=1e-6),
+        optimizer.adagrad(0.1, beta=0.9),
+        optimizer.rmsprop(0.01, momentum=0.9, centered=True),
+    ],
+    check_schedule: [
+        constant(0.1),
+        schedule.step(0.1, every=3, factor=0.5),
+        schedule.exponential(0.1, decay=0.9),
+        schedule.inverse(1.0, t0=5),
+        schedule.inverse_sqrt(1.0),
+        cosine(0.1, rounds=20),
+        schedule.polynomial(0.1, rounds=20, power=2, end=0.01),
+        plateau(0.1, patience=1, cooldown=2, end=1e-3),
+        warmup(5) >> plateau(0.1, patience=1),
+    ],
+    check_partition: [
+        partition.IID(),
+        partition.Dirichlet(0.3),
+        partition.Pathological(2),
+        partition.Shards(),
+        partition.Quantity(1.5),
+        partition.FeatureShift(noise=0.1),
+        partition.FeatureShift(rotation=30, noise=0.1),
+        partition.ByColumn(),
+    ],
+}
+PAIRS = [(check, part) for check, parts in OURS.items() for part in parts]
+
+
+@pytest.mark.parametrize(("check", "part"), PAIRS, ids=[f"{check.__name__}-{part!r}" for check, part in PAIRS])
+def test_ours_conform(check, part):
+    check(part)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3], ids=str)
+def test_our_engine_conforms(chunk):
+    check_engine(lambda task, data: InProcess(task, data, chunk))
+
+
+def test_every_part_of_the_table_is_checked():
+    from atoll.plan.names import PARTS
+
+    checked = {type(part).__name__ for parts in OURS.values() for part in parts}
+    others = {"Plan", "Sync", "warmup"} | {n for n, part in PARTS.items() if part.__module__ == "atoll.plan.stop"}
+    assert set(PARTS) - checked == others
+
+
+def test_plans_are_values():
+    from atoll import recipes
+
+    for recipe in recipes.RECIPES:
+        check_value(recipe())
+
+
+# Parts that break their contract, each in one way, with a word of what the check must say.
+
+
+@dataclass(repr=False)
+class Changeable(Value):
+    n: int = 3
+    __hash__ = object.__hash__
+
+    def __call__(self, population, round, key):
+        return sampler.Uniform(self.n)(population, round, key)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A part whose repr is no constructor."""
+
+    n: int = 3
+
+    def __repr__(self):
+        return f"<{self.n} clients>"
+
+    __call__ = Changeable.__call__
+
+
+@dataclass(frozen=True, repr=False)
+class Sampling(Value):
+    way: str
+
+    def __call__(self, population, round, key):
+        first = torch.arange(3)
+        match self.way:
+            case "twice":
+                ids = torch.tensor([1, 1, 2])
+            case "outside":
+                ids = torch.tensor([population.clients])
+            case "unkeyed":
+                ids = torch.randperm(population.clients)[:3]
+            case _:
+                ids = first
+        return Cohort(ids, torch.tensor(3 / population.clients, dtype=torch.float64))
+
+
+@dataclass(frozen=True, repr=False)
+class Falling(Value):
+    """A learning rate that goes below 0, or a memory that loses its names."""
+
+    forgets: bool = False
+
+    def init(self):
+        return {"best": torch.zeros(())}
+
+    def observe(self, memory, loss):
+        return {} if self.forgets else dict(memory)
+
+    def __call__(self, t, memory):
+        return 0.1 if self.forgets else 0.1 - 0.001 * t
+
+
+@dataclass(frozen=True, repr=False)
+class Stepping(Value):
+    way: str
+
+    def init(self, theta):
+        return {}
+
+    def lr_at(self, round, state):
+        return 0.1
+
+    def update(self, theta, g, sums, state, round):
+        match self.way:
+            case "climbs":
+                return theta + 0.1 * g, {}
+            case "in place":
+                return theta.sub_(0.1 * g), {}
+            case "all lanes by one norm":
+                return theta - 0.1 * g / g.norm(), {}
+            case "grows":
+                return theta - 0.1 * g, {"more": theta}
+            case "looks":
+                return theta - (0.1 if g.abs().max().item() < 1e9 else 0.0) * g, {}
+        return theta, {}
+
+
+@dataclass(frozen=True, repr=False)
+class Coding(Codec):
+    way: str
+
+    def server(self, layout):
+        return {"bound": torch.ones(())}
+
+    def encode(self, x, memory, shared, key):
+        match self.way:
+            case "by the largest of all":
+                return x / x.abs().amax().clamp(min=1e-30), {}, {}, memory
+            case "unkeyed":
+                return x + torch.rand(1), {}, {}, memory
+            case "side without rows":
+                return x, {"scale": torch.ones(())}, {}, memory
+            case "on the host":
+                return x * torch.ones(x.shape[-1]), {}, {}, memory
+            case "keeps more":
+                return x, {}, {}, {"error": x}
+        return x, {}, {}, memory
+
+    def open(self, x, side):
+        return 2 * x if self.way == "opens in secret" else x
+
+    def decode(self, x, key):
+        match self.way:
+            case "decodes in secret":
+                return 2 * x
+            case "cuts":
+                return x[..., :-1]
+        return x
+
+    def settle(self, total, server, key):
+        return total, {} if self.way == "forgets its server state" else server
+
+
+@dataclass(frozen=True, repr=False)
+class Squaring(Codec):
+    """Says that it decodes; what it does is not linear."""
+
+    decodes = True
+
+    def decode(self, x, key):
+        return x.square()
+
+
+class Delegating(Value):
+    """An aggregator that is `Mean` but for what a subclass changes."""
+
+    linear = True
+
+    def zero(self):
+        return aggregate.Mean().zero()
+
+    def fold(self, partial, contribution):
+        return aggregate.Mean().fold(partial, contribution)
+
+    def merge(self, a, b):
+        return aggregate.Mean().merge(a, b)
+
+    def total(self, partial):
+        return aggregate.Mean().total(partial)
+
+    def finish(self, total, cohort, population):
+        return aggregate.Mean().finish(total, cohort, population)
+
+
+@dataclass(frozen=True, repr=False)
+class Adding(Delegating):
+    way: str
+
+    def fold(self, partial, contribution):
+        update = contribution.means["update"]
+        match self.way:
+            case "by the largest of all":
+                contribution.means["update"] = update / update.abs().amax()
+            case "signs":
+                return super().fold(
+                    partial, contribution._replace(means={**contribution.means, "update": update.sign()})
+                )
+        return super().fold(partial, contribution)
+
+    def merge(self, a, b):
+        return a if self.way == "drops" else super().merge(a, b)
+
+    def finish(self, total, cohort, population):
+        if self.way == "never empty":
+            total = total._replace(means={**total.means, "update": total.means["update"] * 1.0})
+        return super().finish(total, cohort, population)
+
+
+@dataclass(frozen=True, repr=False)
+class Computing(local.Part):
+    way: str
+
+    def width(self, rows):
+        return local.padded(rows)
+
+    def contribute(self, broadcast, lanes, memory, key, task):
+        given, after = local.Gradient().contribute(broadcast, lanes, memory, key, task)
+        update = given.means["update"]
+        match self.way:
+            case "beside others":
+                update = update - update.mean(0)
+            case "unkeyed":
+                update = update + torch.rand(1)
+            case "short":
+                update = update[:, :-1]
+            case "by rows used":
+                given = given._replace(weight=given.weight * 0 + 1)
+            case "unannounced":
+                after = {"v": update}
+            case "no rows":
+                given = given._replace(sums={"loss": given.sums["loss"]})
+        return given._replace(means={**given.means, "update": update}), after
+
+
+@dataclass(frozen=True, repr=False)
+class Dealing(partition.Partition):
+    way: str
+
+    def __call__(self, pool, clients, key):
+        match self.way:
+            case "nobody":
+                return torch.full((pool.rows,), -1)
+            case "unkeyed":
+                return torch.randint(clients, (pool.rows,))
+        return partition.IID()(pool, clients, key)
+
+
+class Stubborn(InProcess):
+    """An engine that is ours but for one thing."""
+
+    way: str
+
+    def gather(self, plan, state, cohort, key):
+        match self.way:
+            case "in the order of arrival":
+                gathered = super().gather(plan, state, cohort, key)
+                return gathered._replace(arrived=gathered.arrived.flip(0))
+            case "commits by itself":
+                gathered = super().gather(plan, state, cohort, key)
+                for ids, rows in gathered.memory:
+                    state.memory.put(ids, rows)
+                return gathered
+            case "silent":
+                return super().gather(plan, state, cohort, key)._replace(failures=())
+            case "no empty cohorts":
+                if not len(cohort.ids):
+                    raise ValueError("nobody is here")
+            case "another key":
+                key = key.fold("mine")
+        return super().gather(plan, state, cohort, key)
+
+
+def stubborn(way):
+    def make(task, data):
+        engine = Stubborn(task, data)
+        object.__setattr__(engine, "way", way)
+        return engine
+
+    return make
+
+
+BROKEN = [
+    (check_sampler, Changeable(), "can be changed"),
+    (check_sampler, Unread(), "cannot be read"),
+    (check_sampler, Sampling("twice"), "different numbers"),
+    (check_sampler, Sampling("outside"), "different numbers"),
+    (check_sampler, Sampling("unkeyed"), "global generator"),
+    (check_sampler, Sampling("always the first"), "at work in 1000 of 1000"),
+    (check_schedule, Falling(), "in round 1000"),
+    (check_schedule, Falling(forgets=True), "tensors named"),
+    (check_optimizer, Stepping("climbs"), "uphill"),
+    (check_optimizer, Stepping("in place"), "changed what it was given"),
+    (check_optimizer, Stepping("all lanes by one norm"), "than one at a time"),
+    (check_optimizer, Stepping("grows"), "tensors named"),
+    (check_optimizer, Stepping("looks"), "without numbers"),
+    (check_stage, Coding("by the largest of all"), "than alone"),
+    (check_stage, Coding("unkeyed"), "global generator"),
+    (check_stage, Coding("side without rows"), "for 4 clients"),
+    (check_stage, Coding("on the host"), "without numbers"),
+    (check_stage, Coding("keeps more"), "tensors named"),
+    (check_stage, Coding("opens in secret"), "opens = True"),
+    (check_stage, Coding("decodes in secret"), "decodes = True"),
+    (check_stage, Coding("cuts"), "floats [63]"),
+    (check_stage, Coding("forgets its server state"), "tensors named"),
+    (check_stage, Squaring(), "linear decode"),
+    (check_aggregator, aggregate.Mean(sum="float"), "order and grouping"),
+    (check_aggregator, Adding("by the largest of all"), "changed what it was given"),
+    (check_aggregator, Adding("signs"), "linear = False"),
+    (check_aggregator, Adding("drops"), "order and grouping"),
+    (check_aggregator, Adding("never empty"), "no contribution"),
+    (check_local, Computing("beside others"), "than alone"),
+    (check_local, Computing("unkeyed"), "global generator"),
+    (check_local, Computing("short"), "is a vector"),
+    (check_local, Computing("by rows used"), "speaks for all"),
+    (check_local, Computing("unannounced"), "tensors named"),
+    (check_local, Computing("no rows"), "rows among them"),
+    (check_partition, Dealing("nobody"), "exactly one client"),
+    (check_partition, Dealing("unkeyed"), "global generator"),
+    (check_engine, stubborn("in the order of arrival"), "rising id"),
+    (check_engine, stubborn("commits by itself"), "on acceptance"),
+    (check_engine, stubborn("silent"), "one failure"),
+    (check_engine, stubborn("no empty cohorts"), "nobody is here"),
+    (check_engine, stubborn("another key"), "one plan means one thing"),
+]
+
+
+@pytest.mark.parametrize(("check", "part", "says"), BROKEN, ids=[f"{c.__name__}-{s}" for c, _, s in BROKEN])
+def test_check_refuses(check, part, says):
+    with pytest.raises(Nonconformity) as refusal:
+        check(part)
+    assert says in str(refusal.value)
+    assert refusal.value.given and refusal.value.required and refusal.value.why
+
+
+def test_every_check_is_seen_to_refuse():
+    import atoll.testing
+
+    checks = {getattr(atoll.testing, name) for name in atoll.testing.__all__ if name.startswith("check_")}
+    assert checks == {check for check, _, _ in BROKEN} | {check_value}
+
+
+def test_same_looks_at_every_bit():
+    from atoll.testing.contract import same
+
+    nan = torch.tensor([float("nan")])
+    assert same({"a": (nan, 1)}, {"a": (nan.clone(), 1)})
+    for other in ({"a": (nan, 2)}, {"b": (nan, 1)}, {"a": (nan.double(), 1)}, {"a": (nan[None], 1)}, {"a": (-nan, 1)}):
+        assert not same({"a": (nan, 1)}, other)

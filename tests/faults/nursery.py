@@ -1,0 +1,145 @@
+"""Runs in processes of their own, which may be killed at any point; as a program, the one that they are forked from.
+
+Importing torch takes longer than the run, so it is done once: the nursery imports, then forks a child for each order.
+A *point* is a moment at which what is on disk is about to change, or has just changed. Points are counted, and an order
+says at which one the child kills itself; `half` says that what was being written is on disk by half.
+
+    {"folder": ..., "plan": ..., "rounds": 6, "kill": 17, "half": true}  →  {"killed": true, "points": null}
+"""
+
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+
+class Nursery:
+    """The parent's end: one order, one answer."""
+
+    def __init__(self):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
+
+    def order(self, **order):
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        assert "error" not in answer, answer["error"]
+        return answer
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+        self.process.stdout.close()
+
+
+def failpoints(kill, half):
+    """Count the points of this process, and die at the given one. Returns how many there were so far."""
+    from atoll import runs
+
+    seen = [0]
+
+    def point(halve=lambda: None):
+        seen[0] += 1
+        if seen[0] == kill:
+            if half:
+                halve()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(name):
+        real = getattr(os, name)
+
+        def call(*args, **words):
+            def halve():
+                if name == "replace":
+                    with open(args[0], "r+b") as file:
+                        file.truncate(os.path.getsize(args[0]) // 2)
+
+            point(halve if name == "replace" and not os.path.islink(args[0]) else lambda: None)
+            result = real(*args, **words)
+            point()
+            return result
+
+        setattr(os, name, call)
+
+    for name in ("fsync", "replace", "ftruncate", "unlink"):
+        around(name)
+    append = runs.Folder._append
+
+    def appending(folder, name, row):
+        point(lambda: folder._open(name).write(runs._json(row)[: len(runs._json(row)) // 2]))
+        append(folder, name, row)
+        point()
+
+    runs.Folder._append = appending
+    return lambda: seen[0]
+
+
+def work(order, data):
+    """Begin the run of this folder, or go on with it."""
+    from atoll import recorder, runs, train
+    from atoll.grammar import parse
+    from atoll.plan.names import PARTS
+
+    if order.get("every"):
+        ticks = iter(range(10**9))
+        recorder.time = SimpleNamespace(monotonic=lambda: next(ticks))  # a checkpoint in every so many rounds
+    seen = failpoints(order.get("kill"), order.get("half"))
+    folder = Path(order["folder"])
+    begun = runs.list_runs(folder)
+    run = train(
+        "softmax",
+        data,
+        parse(order["plan"], PARTS),
+        rounds=order["rounds"],
+        out=folder,
+        resume=begun[0] if begun else None,
+        checkpoint_s=order.get("every", 0) - 0.5 if order.get("every") else 0,
+        report=False,
+    )
+    return {"points": seen(), "path": str(run.path)}
+
+
+def child(order, data, answers):
+    try:
+        answer = work(order, data)
+    except BaseException:
+        answer = {"error": traceback.format_exc()}
+    os.write(answers, json.dumps(answer).encode())
+    os._exit(0)
+
+
+def main():
+    import atoll
+
+    importlib.import_module("torch._dynamo")  # what torch.func imports when it is first used
+
+    data = atoll.data.load("digits").split(6, atoll.data.Dirichlet(0.5))
+    for line in sys.stdin:
+        order = json.loads(line)
+        answers, theirs = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(answers)
+            child(order, data, theirs)
+        os.close(theirs)
+        ready, _, _ = select.select([answers], [], [], order.get("seconds"))
+        if not ready:
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        with open(answers, "rb") as pipe:
+            answer = pipe.read()
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        print(json.dumps({"killed": killed, **(json.loads(answer) if answer and not killed else {})}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,500 @@
+"""A run's folder: what fills up, breaks, is held by another, or is of something else. One clear error, nothing lost."""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import atoll
+from atoll import runs
+from atoll.engine.memory import Memory
+from atoll.errors import AtollError, RunError, UsageError
+from atoll.grammar import parse
+from atoll.plan.names import PARTS
+
+PLAN = parse(
+    "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=3)", PARTS
+)
+ROUNDS = 5
+
+
+def split(seed=0):
+    return atoll.data.load("digits").split(6, atoll.data.Dirichlet(0.5), seed=seed)
+
+
+DATA = split()
+
+
+def train(out=None, resume=None, plan=PLAN, data=DATA, model="softmax", rounds=ROUNDS, watchers=(), **words):
+    words = {"checkpoint_s": 0, "report": False, **words}
+    return atoll.train(model, data, plan, rounds=rounds, out=out, resume=resume, watchers=watchers, **words)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happened to."""
+    return train(tmp_path_factory.mktemp("whole")).path
+
+
+@pytest.fixture
+def half(tmp_path):
+    """A run that stopped after three of its rounds."""
+    return train(tmp_path / "runs", rounds=3).path
+
+
+def contents(path):
+    """Every file of a folder, but for the lock, which is empty."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def finished_as(path, whole):
+    """The run goes on from what is on disk, and ends in the bytes of the one that nothing happened to."""
+    train(resume=path)
+    for name in ("model", "best"):
+        assert (path / f"{name}.safetensors").read_bytes() == (whole / f"{name}.safetensors").read_bytes()
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_bytes().splitlines()]
+    assert [row["round"] for row in rows] == list(range(ROUNDS))
+
+
+class Watching:
+    """Does something after each round."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def start(self, training, path):
+        self.path = path
+
+    def round(self, report):
+        self.act(report.round)
+
+    def end(self, run):
+        pass
+
+
+# A disk that is full
+
+
+@contextlib.contextmanager
+def files_up_to(size):
+    """No file of this process may grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [1000, 2000, 2800, 5000])
+def test_files_may_not_grow(tmp_path, whole, size):
+    """1000 stops a log, 2000 and 2800 the state or the best model, 5000 a log or the clients' memory."""
+    watching = Watching(lambda round: None)
+    with files_up_to(size), pytest.raises(RunError, match="a file may not grow further") as stop:
+        train(tmp_path, watchers=[watching])
+    assert stop.value.exit_code == 1
+    assert stop.value.write == f"atoll resume {watching.path.name}"
+    finished_as(watching.path, whole)
+
+
+class FullDisk:
+    """A disk that is full at the n-th write, and has room again before or after the run has given up."""
+
+    def __init__(self, monkeypatch, at, times=1):
+        self.count, self.range = 0, range(at, at + times)
+        for name in ("fsync", "replace"):
+            monkeypatch.setattr(os, name, self._around(getattr(os, name)))
+
+    def _around(self, real):
+        def call(*args):
+            self.count += 1
+            if self.count in self.range:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args)
+
+        return call
+
+
+@pytest.mark.parametrize("times", [1, 10**6], ids=["for a moment", "for good"])
+@pytest.mark.parametrize("tenth", range(10))
+def test_full_at_any_write(tmp_path, whole, monkeypatch, tenth, times):
+    """What is committed is whole, also where there is room again for the checkpoint of the failed run itself."""
+    count = FullDisk(monkeypatch, -1)
+    train(tmp_path / "counted")
+    at = count.count * tenth // 10 + random.Random(tenth).randrange(count.count // 10) + 1
+    monkeypatch.undo()
+    FullDisk(monkeypatch, at, times)
+    with pytest.raises(AtollError, match=os.strerror(errno.ENOSPC) if at < 8 else "the disk is full"):
+        train(tmp_path / "runs")
+    monkeypatch.undo()
+    folders = runs.list_runs(tmp_path / "runs")
+    if folders:
+        finished_as(folders[0], whole)
+    else:
+        assert at < 8  # nothing was started
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_small_disk(tmp_path, whole):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(RunError, match="the disk is full"):
+            train(disk, rounds=50)
+        (path,) = runs.list_runs(disk)
+        shutil.copytree(path, tmp_path / "copy")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    done = runs.read_pointer(tmp_path / "copy")["facts"]["round"]
+    assert done >= 1
+    rounds = done + 2
+    train(resume=tmp_path / "copy", rounds=rounds)
+    alone = train(tmp_path / "alone", rounds=rounds).path
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+
+
+# A folder that cannot be written, is none, or is taken
+
+
+def as_nobody(act):
+    """Do something in a child that is not root, since root may write everywhere; what it raised, as (class, text)."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            act()
+            told = ["", ""]
+        except BaseException as error:
+            told = [type(error).__name__, str(error)]
+        os.write(write, json.dumps(told).encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    with open(read, "rb") as pipe:
+        return json.loads(pipe.read())
+
+
+@pytest.fixture
+def visible(tmp_path):
+    """A folder that anybody may look into."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.geteuid() and folder != folder.parent:
+            folder.chmod(folder.stat().st_mode | 0o055)
+    return tmp_path
+
+
+def test_read_only_folder(visible):
+    parent = visible / "runs"
+    parent.mkdir(mode=0o555)
+    name, text = as_nobody(lambda: runs.Folder.create(parent, "", {}))
+    assert name == "UsageError"
+    assert "Permission denied" in text and "--out" in text
+    assert not list(parent.iterdir())
+
+
+def test_read_only_run(visible):
+    path = train(visible / "runs", rounds=2).path
+    before = contents(path)
+    for p in (path, *path.rglob("*")):
+        p.chmod(0o555 if p.is_dir() else 0o444)
+    (visible / "runs").chmod(0o755)
+    name, text = as_nobody(lambda: runs.Folder.open(path))
+    assert name == "RunError" and "Permission denied" in text
+    assert contents(path) == before
+
+
+def test_out_is_a_file(tmp_path):
+    (tmp_path / "runs").write_text("not a folder")
+    with pytest.raises(UsageError, match="No run can be made in") as refusal:
+        train(tmp_path / "runs")
+    assert refusal.value.exit_code == 2
+    assert (tmp_path / "runs").read_text() == "not a folder"
+
+
+@pytest.mark.parametrize("path", ["", "nowhere"])
+def test_no_run(tmp_path, path):
+    with pytest.raises(UsageError, match="is not the folder of a run"):
+        train(resume=tmp_path / path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes(half):
+    """The second is refused while the first holds the folder, and goes on when it has ended, however it ended."""
+    ready, done = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(done[1])  # so that it does not outlive this process
+        held = runs.Folder.open(half)
+        os.write(ready[1], held.path.name[:1].encode())
+        os.read(done[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    before = contents(half)
+    with pytest.raises(UsageError, match="in use by another process") as refusal:
+        train(resume=half)
+    assert refusal.value.exit_code == 2
+    assert refusal.value.write == f"atoll show {half.name}"
+    assert contents(half) == before
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    for end in (*ready, *done):
+        os.close(end)
+    train(resume=half)
+
+
+# A checkpoint that is damaged
+
+
+def files(path):
+    """The files of a checkpoint by their kind, the last of each."""
+    found = {p.name.split("-")[0].split(".")[0]: p for p in sorted((path / "checkpoint").iterdir())}
+    assert set(found) == {"best", "memory", "pointer", "state"}
+    return found
+
+
+def refused_as_damaged(path):
+    before = contents(path)
+    with pytest.raises(RunError, match="is damaged or missing") as stop:
+        train(resume=path)
+    assert stop.value.exit_code == 1
+    assert contents(path) == before
+
+
+@pytest.mark.parametrize("kind", ["best", "memory", "pointer", "state"])
+def test_one_bit(half, whole, kind):
+    """Forty bits of each file, one at a time: not one is taken for the state."""
+    file = files(half)[kind]
+    good = file.read_bytes()
+    draw = random.Random(kind)
+    for _ in range(40):
+        at, bit = draw.randrange(len(good)), draw.randrange(8)
+        file.write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
+        folder = runs.Folder.open(half)
+        with contextlib.closing(folder), pytest.raises(AtollError):
+            folder.restore()
+    refused_as_damaged(half)
+    file.write_bytes(good)
+    finished_as(half, whole)
+
+
+@pytest.mark.parametrize("kind", ["best", "memory", "pointer", "state"])
+@pytest.mark.parametrize("length", [0, 1, 9, 0.5], ids=str)
+def test_cut_short(half, kind, length):
+    file = files(half)[kind]
+    os.truncate(file, int(length if length >= 1 else file.stat().st_size * length))
+    refused_as_damaged(half)
+
+
+@pytest.mark.parametrize("kind", ["best", "memory", "state"])
+def test_file_missing(half, kind):
+    files(half)[kind].unlink()
+    refused_as_damaged(half)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"format": 1}', "\x00", "9" * 50])
+def test_pointer_is_something_else(half, text):
+    files(half)["pointer"].write_text(text)
+    with pytest.raises(AtollError):
+        train(resume=half)
+
+
+def test_no_checkpoint_yet(half, whole):
+    """A run that was killed before its first checkpoint begins again, with empty logs."""
+    shutil.rmtree(half / "checkpoint")
+    finished_as(half, whole)
+
+
+def test_published_models_are_the_checkpoints(half, whole):
+    """best.safetensors is a copy for people: damaged or gone, it comes back from the checkpoint."""
+    (half / "best.safetensors").unlink()
+    finished_as(half, whole)
+
+
+# Another run than the one that was begun
+
+
+def edited(path, **changes):
+    """The pointer with other facts, and with the digest that belongs to them."""
+    pointer = runs.read_pointer(path)
+    for name, value in changes.items():
+        pointer[name] = value
+    digest = runs.sha256(runs._json(pointer)).hexdigest()
+    (path / "checkpoint" / "pointer.json").write_bytes(runs._json({**pointer, "sha256": digest}))
+
+
+def test_other_version(half, whole):
+    versions = {**runs.versions(), "torch": "1.0"}
+    edited(half, versions=versions)
+    before = contents(half)
+    with pytest.raises(UsageError, match=r"was written with torch 1\.0") as refusal:
+        train(resume=half)
+    assert refusal.value.write == f"atoll resume {half.name} --any-version"
+    assert contents(half) == before
+    train(resume=half, any_version=True)
+    assert (half / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_other_format(half):
+    edited(half, format=99)
+    before = contents(half)
+    with pytest.raises(UsageError, match="a checkpoint of format 99"):
+        train(resume=half)
+    assert contents(half) == before
+
+
+OTHERS = {
+    "data": {"data": split(seed=1)},
+    "plan": {"plan": parse("Plan(Gradient(), Mean(), sgd(0.1))", PARTS)},
+    "seed": {"seed": 1},
+    "numerics": {"numerics": "loop"},
+    "model": {"model": "mlp"},
+}
+
+
+@pytest.mark.parametrize("begun", ["with a checkpoint", "without"])
+@pytest.mark.parametrize("what", OTHERS)
+def test_resume_as_something_else(half, whole, what, begun):
+    """Refused, whatever it is, and the folder is as it was: it can still be gone on with as what it is."""
+    if begun == "without":
+        shutil.rmtree(half / "checkpoint")
+    before = contents(half)
+    with pytest.raises(UsageError, match=f"was begun with another {what}") as refusal:
+        train(resume=half, **OTHERS[what])
+    assert refusal.value.exit_code == 2
+    assert half.name in refusal.value.write
+    assert contents(half) == before
+    finished_as(half, whole)
+
+
+def test_same_size_is_not_the_same_model(half):
+    """As many parameters in another order are another model."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with pytest.raises(UsageError, match="another model"):
+        train(resume=half, model=module)
+
+
+def test_the_body_is_that_of_the_beginning(tmp_path):
+    """What computes the clients was chosen before the first round, and is not chosen again."""
+    path = train(tmp_path / "runs", rounds=3, numerics="loop").path
+    alone = train(tmp_path / "alone", numerics="loop").path
+    train(resume=path)
+    assert (path / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_once(tmp_path, whole):
+    """The round is finished, a checkpoint is taken, and the run says that it was interrupted."""
+    once = Watching(lambda round: signal.raise_signal(signal.SIGINT) if round == 1 else None)
+    run = train(tmp_path, watchers=[once], checkpoint_s=1000)
+    assert (run.status, run.rounds) == ("interrupted", 2)
+    assert runs.read_pointer(run.path)["facts"]["round"] == 2
+    assert load_file(run.path / "model.safetensors")
+    assert "interrupted" in (run.path / "events.jsonl").read_text()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finished_as(run.path, whole)
+
+
+def twice():
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+def interrupted_twice(tmp_path, **words):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, **words)
+    (path,) = runs.list_runs(tmp_path)
+    last = json.loads((path / "events.jsonl").read_bytes().splitlines()[-1])
+    assert (last["event"], last["status"]) == ("stop", "interrupted")
+    return path
+
+
+def test_ctrl_c_twice_between_rounds(tmp_path, whole):
+    watching = Watching(lambda round: twice() if round == 2 else None)
+    finished_as(interrupted_twice(tmp_path, watchers=[watching]), whole)
+
+
+@pytest.mark.parametrize("at", [3, 7])
+def test_ctrl_c_twice_while_memory_moves(tmp_path, whole, monkeypatch, at):
+    """In the middle of a round's commit, where some clients' rows are already those of the next round."""
+    put, calls = Memory.put, []
+
+    def interrupted(memory, ids, rows):
+        put(memory, ids, rows)
+        calls.append(ids)
+        if len(calls) == at:
+            twice()
+
+    monkeypatch.setattr(Memory, "put", interrupted)
+    path = interrupted_twice(tmp_path, chunk=1)
+    monkeypatch.undo()
+    finished_as(path, whole)
+
+
+def test_ctrl_c_twice_while_a_row_is_written(tmp_path, whole, monkeypatch):
+    metric = runs.Folder.metric
+
+    def interrupted(folder, row):
+        if row["round"] == 2:
+            twice()
+        metric(folder, row)
+
+    monkeypatch.setattr(runs.Folder, "metric", interrupted)
+    path = interrupted_twice(tmp_path)
+    monkeypatch.undo()
+    finished_as(path, whole)
+
+
+# A run that could not go on
+
+
+def test_a_watcher_that_breaks(tmp_path, whole):
+    """Somebody else's bug is raised as it is; the folder is let go, and the run can be gone on with."""
+
+    def broken(round):
+        if round == 2:
+            raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, watchers=[Watching(broken)])
+    (path,) = runs.list_runs(tmp_path)
+    finished_as(path, whole)
+
+
+def test_refused_resume_lets_go(half, whole):
+    """After a refusal, whose traceback a notebook keeps, the same process may go on with the folder."""
+    with pytest.raises(UsageError) as kept:
+        train(resume=half, seed=3)
+    assert kept.traceback
+    finished_as(half, whole)
+
+
+def test_diverged_keeps_the_last_good_state(tmp_path):
+    """A training that diverges ends with exit code 1; its last checkpoint and its rows stay."""
+    plan = parse("Plan(Gradient(), Mean(), sgd(1e30))", PARTS)
+    with pytest.raises(RunError) as stop:
+        train(tmp_path, plan=plan, rounds=20)
+    assert stop.value.exit_code == 1 and "atoll lr" in stop.value.write
+    (path,) = runs.list_runs(tmp_path)
+    assert runs.read_rows(path / "metrics.jsonl")
+    assert json.loads((path / "events.jsonl").read_bytes().splitlines()[-1])["status"] == "failed"
+    if (path / "checkpoint").exists():
+        folder = runs.Folder.open(path)
+        with contextlib.closing(folder):
+            assert bool(torch.isfinite(folder.restore().tensors["model/theta"]).all())

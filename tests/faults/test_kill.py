@@ -1,0 +1,114 @@
+"""A run that is killed at any point, and resumed until it is done, ends in the bytes of the run that nobody touched."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from faults.nursery import Nursery
+
+ROUNDS = 6
+# Clients keep their optimizer and their place in the rows; so the segments of their memory are in play.
+PLANS = {
+    "everyone": (
+        "Plan(Train(adamw(0.01), steps=3, batch=8, keep=('optimizer', 'order')), aggregator=Mean(), "
+        "optimizer=sgd(0.7, momentum=0.9, nesterov=True))",
+        0,
+    ),
+    "some": ("Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=3)", 3),
+}
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nursery, tmp_path_factory):
+    """Each plan's run, left alone: what every other must come to, and how many points it has."""
+    out = {}
+    for name, (plan, every) in PLANS.items():
+        folder = tmp_path_factory.mktemp(name)
+        answer = nursery.order(folder=str(folder), plan=plan, every=every, rounds=ROUNDS)
+        out[name] = answer["points"], result(Path(answer["path"]))
+    return out
+
+
+def result(path):
+    """What must not depend on kills: the models' bytes, and each round's numbers but for its seconds."""
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_bytes().splitlines()]
+    events = [json.loads(line) for line in (path / "events.jsonl").read_bytes().splitlines()]
+    assert [row["round"] for row in rows] == list(range(len(rows)))
+    assert [e["round"] for e in events if e["event"] == "clients"] == list(range(len(rows)))
+    assert len((path / "metrics.csv").read_text().splitlines()) == len(rows) + 1
+    assert not list(path.rglob("*.new"))
+    models = [(path / f"{name}.safetensors").read_bytes() for name in ("model", "best")]
+    return models, [{n: v for n, v in row.items() if n != "seconds"} for row in rows]
+
+
+def survive(nursery, folder, name, kills, rounds=ROUNDS):
+    """Kill the run at these points, one after the other; then let it finish. Returns its result."""
+    plan, every = PLANS[name]
+    words = {"folder": str(folder), "plan": plan, "every": every, "rounds": rounds}
+    for kill, half in kills:
+        nursery.order(**words, kill=kill, half=half)
+    answer = nursery.order(**words)
+    assert not answer["killed"]
+    return result(Path(answer["path"]))
+
+
+def test_points_are_many(undisturbed):
+    """What is killed below is killed in the middle of things: rows, states, segments, pointers."""
+    assert all(points > 60 for points, _ in undisturbed.values())
+    assert undisturbed["everyone"][1] != undisturbed["some"][1]
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("sixth", range(6))
+def test_killed_once(nursery, undisturbed, tmp_path, name, sixth):
+    """Twelve points, two in every sixth of the two runs, drawn once."""
+    points, expected = undisturbed[name]
+    draw = random.Random(f"{name} {sixth}")
+    kill = points * sixth // 6 + draw.randrange(points // 6) + 1
+    assert survive(nursery, tmp_path, name, [(kill, sixth % 2 == 0)]) == expected
+
+
+def test_killed_again_and_again(nursery, undisturbed, tmp_path):
+    """A run that is killed a few points after each resume, where it cuts its logs and writes its first checkpoint."""
+    _, expected = undisturbed["some"]
+    assert survive(nursery, tmp_path, "some", [(55, True), (3, False), (20, True), (2, False), (33, True)]) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("half", [False, True])
+def test_killed_at_many_points(nursery, undisturbed, tmp_path, name, half):
+    """Every seventh point from the first, or from the fourth, where half of what is being written is on disk."""
+    points, expected = undisturbed[name]
+    for kill in range(4 if half else 1, points + 1, 7):
+        folder = tmp_path / str(kill)
+        folder.mkdir()
+        assert survive(nursery, folder, name, [(kill, half)]) == expected, f"killed at point {kill}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", PLANS)
+def test_thirty_kills_at_random_moments(nursery, tmp_path, name):
+    """`kill -9` after so many milliseconds, thirty times; a run that got through is compared, and another begun."""
+    plan, every = PLANS[name]
+    words = {"plan": plan, "every": every, "rounds": 60}
+    expected = result(Path(nursery.order(**words, folder=str(tmp_path / "alone"))["path"]))
+    draw, kills, runs = random.Random(7), 0, 0
+    while kills < 30:
+        answer = nursery.order(**words, folder=str(tmp_path / f"run {runs}"), seconds=draw.uniform(0.05, 1.0))
+        kills += answer["killed"]
+        if not answer["killed"]:
+            assert result(Path(answer["path"])) == expected
+            runs += 1
+    answer = nursery.order(**words, folder=str(tmp_path / f"run {runs}"))
+    assert result(Path(answer["path"])) == expected

@@ -1,0 +1,45 @@
+"""Random numbers that must never move: published vectors, and draws frozen so that nobody changes them unnoticed."""
+
+import pytest
+import torch
+
+from atoll.rng import Key, mix64, philox
+
+# Random123's known answers for Philox4x32-10: (counter, key) → words.
+PHILOX = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), PHILOX)
+def test_philox_gives_the_published_words(counter, key, words):
+    assert philox(torch.tensor(counter), torch.tensor(key)).tolist() == words
+
+
+def test_splitmix_gives_the_published_sequence():
+    """SplitMix64 from seed 1234567: the finaliser over multiples of its golden number."""
+    state = torch.tensor([1234567 + k * 0x9E3779B97F4A7C15 & 2**64 - 1 for k in range(1, 4)], dtype=torch.uint64)
+    words = [word & 2**64 - 1 for word in mix64(state.view(torch.int64)).tolist()]
+    assert words == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_draws_stand_still():
+    key = Key(7).fold("order", 3)
+    assert key.permutation(8).tolist() == FROZEN["permutation"]
+    assert key.of(torch.tensor([4, 9])).integers(3, 1000).tolist() == FROZEN["integers"]
+    assert key.distinct(4, 10**6).tolist() == FROZEN["distinct"]
+    assert key.torch_seed() == FROZEN["seed"]
+
+
+FROZEN = {
+    "permutation": [0, 2, 1, 7, 4, 6, 3, 5],
+    "integers": [[261, 932, 316], [640, 50, 932]],
+    "distinct": [771093, 786344, 206363, 360069],
+    "seed": 1068641617574463658,
+}
