@@ -1,0 +1,123 @@
+"""Docstrings, written for people who read the source, as reStructuredText for the manual.
+
+A docstring of this house is a line, paragraphs and equations, then `Args:`, `Returns:`, `Raises:`, `Example:` and
+`Reference:`. Backticks are code, tables are Markdown's, and everything else is meant as it stands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import groupby
+
+SECTION = re.compile(r"(Args|Returns|Raises|Example|References?):\s*(.*)")
+ARGUMENT = re.compile(r"([\w, ]+|\*{0,2}\w+): (.*)")
+WIDE = "\u2002" * 3
+
+
+def plain(text: str) -> str:
+    """Text in which backticks are code and nothing else has a meaning.
+
+    >>> print(plain("|θ*|, and `a_`"))
+    \\|θ\\*\\|, and ``a_``
+    """
+    parts = re.split(r"`+([^`]+)`+", text)
+    parts[::2] = (re.sub(r"([\\*|_])", r"\\\1", part) for part in parts[::2])
+    parts[1::2] = (f"``{part}``" for part in parts[1::2])
+    return "".join(part if i % 2 == 0 else part + ("\\ " if follows(parts, i) else "") for i, part in enumerate(parts))
+
+
+def follows(parts: list[str], i: int) -> bool:
+    """Whether a letter stands right behind a piece of code, where reStructuredText wants a mark between them."""
+    return parts[i + 1][:1].isalnum()
+
+
+def indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def sections(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """The text before the first section, under no name, and then each section."""
+    name, body = "", list[str]()
+    for line in lines:
+        found = SECTION.fullmatch(line) if not line.startswith(" ") else None
+        if found:
+            yield name, body
+            name, body = found[1], [found[2]] if found[2] else []
+        else:
+            body.append(line)
+    yield name, body
+
+
+def prose(lines: list[str]) -> Iterator[str]:
+    """Paragraphs; what is indented stays as it stands, equations keep their lines, tables become tables."""
+    for empty, group in groupby(lines, key=lambda line: not line.strip()):
+        block = list(group)
+        if empty:
+            continue
+        if all(line.startswith("|") for line in block):
+            yield from table(block)
+        elif any(line.startswith("    ") for line in block):
+            yield from (".. code-block:: text", "", *(f"   {line}" for line in block), "")
+        elif any("  " in line.strip() for line in block):
+            yield from (*(f"| {re.sub(' {2,}', WIDE, plain(line))}" for line in block), "")
+        else:
+            yield from (*map(plain, block), "")
+
+
+def table(block: list[str]) -> Iterator[str]:
+    """A table of Markdown's."""
+    yield from (".. list-table::", "   :header-rows: 1", "")
+    for i, line in enumerate(block):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if i != 1:
+            yield from (f"   {'* -' if not at else '  -'} {plain(cell)}" for at, cell in enumerate(cells))
+    yield ""
+
+
+def entries(body: list[str]) -> Iterator[tuple[str, str]]:
+    """What is said of each argument: (names, text)."""
+    edge = min((indent(line) for line in body if line.strip()), default=0)
+    found: list[tuple[str, str]] = []
+    for line in filter(str.strip, body):
+        match = ARGUMENT.fullmatch(line.strip()) if indent(line) == edge else None
+        if match:
+            found.append((match[1], match[2]))
+        elif found:
+            found[-1] = (found[-1][0], f"{found[-1][1]} {line.strip()}")
+        else:
+            found.append(("", line.strip()))
+    yield from found
+
+
+def rest(lines: list[str]) -> Iterator[str]:
+    """A whole docstring as reStructuredText."""
+    for name, body in sections(lines):
+        words = " ".join(map(str.strip, filter(str.strip, body)))
+        match name:
+            case "":
+                yield from prose(body)
+            case "Args":
+                # A space would end the name; what has no width lets a long list of names wrap.
+                named = ((who.replace(", ", ",\u200b"), text) for who, text in entries(body))
+                yield from (f":param {who}: {plain(text)}" if who else plain(text) for who, text in named)
+                yield ""
+            case "Example":
+                yield from (".. code-block:: pycon", "", *(f"   {line}" for line in body), "")
+            case "Raises":
+                yield from (f":raises {who}: {plain(text)}" if who else plain(text) for who, text in entries(body))
+                yield ""
+            case "Returns":
+                yield from (f":returns: {plain(words)}", "")
+            case _:
+                yield from (f"*{name}:* {plain(words)}", "")
+
+
+def process(app, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """What Sphinx calls for each docstring: the lines are replaced in place."""
+    lines[:] = list(rest(list(lines)))
+
+
+def signature(app, what: str, name: str, thing: object, options: object, text: str | None, returned: str | None):
+    """What Sphinx calls for each signature: protocols are not called, and a default that is made says nothing."""
+    return ("" if text == "(*args, **kwargs)" else text and text.replace("<factory>", "…"), returned)

@@ -1,0 +1,220 @@
+"""The pictures of the manual: `python docs/pictures.py` draws them all again into docs/pictures/.
+
+Each is drawn twice, for light and for dark pages, in the style of a run's report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import atoll
+from atoll import schedule
+from atoll.data import IID, Dirichlet, Pathological, Quantity, Shards, arrays
+from atoll.recipes import fedavg
+from atoll.recipes import sgd as sgd_recipe
+from atoll.report.canvas import DARK, LIGHT, Theme, axes, figure, logarithmic, name_ends, png, ramp
+
+FOLDER = Path(__file__).parent / "pictures"
+
+
+def partitions(theme: Theme) -> Any:
+    """Who holds what: rows of each class at each of 20 clients, for five partitions of the digits."""
+    source = atoll.data.load("digits")
+    kinds = (IID(), Dirichlet(0.3), Pathological(2), Shards(), Quantity(1.5))
+    made = figure(theme, 7.2, 2.75)
+    for i, kind in enumerate(kinds):
+        data = source.split(20, kind)
+        left = 0.072 + i * 0.187
+        ax = axes(made, theme, (left, 0.17, left + 0.163, 0.88), "", "class", "client" if not i else "")
+        ax.yaxis.set_label_coords(-0.26, 0.5)
+        ax.set_title(str(kind), fontsize=9, fontweight="bold", color=theme.ink, pad=6)
+        ax.imshow(data.histogram().clamp(max=60), cmap=ramp(theme), aspect="auto", vmin=0, vmax=60)
+        ax.grid(False)
+        ax.set_xticks(range(0, 10, 3))
+        ax.set_yticks(range(0, 20, 5) if not i else [])
+    return made
+
+
+def two_hospitals() -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Two clients whose least squares differ in place and in shape, and the least squares of all their rows."""
+    root = 2**0.5
+    first = (torch.diag(torch.tensor([2.0, 0.6])).double() * root, torch.tensor([2.0, 0.6]).double() * root * 1.5)
+    second = (torch.diag(torch.tensor([0.5, 1.8])).double() * root, torch.tensor([-0.5, -1.8]).double() * root)
+    x, y = (torch.cat(pair) for pair in zip(first, second, strict=True))
+    return [first, second], torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+
+
+def path(data: Any, plan: Any, rounds: int, seed: int = 0) -> np.ndarray:
+    """θ before the first round and after each one, `[rounds + 1, d]`, from zero."""
+    model = torch.nn.Linear(data.features[0], 1, bias=False).double()
+    torch.nn.init.zeros_(model.weight)
+    told = {"rounds": rounds, "seed": seed, "dtype": "float64", "numerics": "loop"}
+    training = atoll.rounds(model, data, plan, **told)
+    seen = [training.state.model.theta.clone()]
+    seen += [training.state.model.theta.clone() for _ in training]
+    return torch.stack(seen).numpy()
+
+
+@cache
+def walks() -> dict[int, np.ndarray]:
+    """The way of federated averaging over the two clients, by the number of local steps."""
+    data = atoll.data.federate(two_hospitals()[0], held_out=0)
+    return {steps: path(data, fedavg(lr=0.1, epochs=steps, batch=None), 800 // steps) for steps in (1, 5, 50)}
+
+
+def drift(theme: Theme) -> Any:
+    """Where federated averaging comes to rest when clients differ: further off the more local steps, lr the same."""
+    clients, best = two_hospitals()
+    made = figure(theme, 6.4, 3.3)
+    ax = axes(made, theme, (0.07, 0.12, 0.72, 0.95))
+    grid = np.stack(np.meshgrid(np.linspace(-1.35, 1.9, 120), np.linspace(-1.35, 1.9, 120)), -1)
+    x, y = (torch.cat(pair).numpy() for pair in zip(*clients, strict=True))
+    loss = ((grid @ x.T - y) ** 2).mean(-1)
+    ax.contour(grid[..., 0], grid[..., 1], loss, levels=12, colors=theme.grid, linewidths=1.1)
+    for at, name in (((1.5, 1.5), "client 0"), ((-1.0, -1.0), "client 1")):
+        ax.plot(*at, "s", color=theme.soft, markersize=5)
+        ax.annotate(name, at, (0, 7), textcoords="offset points", ha="center", fontsize=8, color=theme.soft)
+    for steps, colour in ((1, theme.series[0]), (5, theme.series[2]), (50, theme.series[1])):
+        walk = walks()[steps]
+        ax.plot(*walk.T, "-", color=colour, linewidth=1.6, zorder=4)
+        ax.plot(*walk[-1], "o", color=colour, markersize=6, zorder=5)
+        words = "1 local step: gradient descent" if steps == 1 else f"{steps} local steps"
+        ax.plot([], [], "o-", color=colour, label=words, markersize=4.5, linewidth=1.6)
+    ax.plot(*best.numpy(), "*", color=theme.ink, markersize=9, zorder=6, label="least squares of all rows")
+    told = ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+    for label in told.get_texts():
+        label.set_color(theme.ink)
+    ax.set_xlabel("θ₁", fontsize=8, color=theme.soft)
+    ax.set_ylabel("θ₂", fontsize=8, color=theme.soft)
+    ax.grid(False)
+    ax.set_aspect("equal")
+    return made
+
+
+@cache
+def errors() -> dict[str, np.ndarray]:
+    """|θ − θ*|² of stochastic gradient descent by round, the mean of three seeds, for three learning rates."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 5, generator=generator, dtype=torch.float64)
+    y = x @ torch.arange(1.0, 6.0, dtype=torch.float64) + torch.randn(400, generator=generator, dtype=torch.float64)
+    best = torch.linalg.lstsq(x, y[:, None]).solution[:, 0].numpy()
+    data = arrays(x, y).split(1, held_out=0)
+    out = {}
+    for rate in (0.1, 0.01, schedule.inverse(1.0, t0=10)):
+        each = [((path(data, sgd_recipe(rate, batch=4), 1500, seed) - best) ** 2).sum(-1) for seed in range(3)]
+        out[f"lr = {rate!r}"] = np.mean(each, 0)
+    return out
+
+
+def floor(theme: Theme) -> Any:
+    """Stochastic gradient descent on least squares: a constant step stalls, a falling one goes on."""
+    made = figure(theme, 5.8, 3.0)
+    ax = axes(made, theme, (0.115, 0.165, 0.72, 0.93), "", "round", "|θ − θ*|²")
+    t = np.unique(np.geomspace(1, 1500, 120).astype(int))
+    ends = []
+    for colour, (name, error) in zip(theme.series, errors().items(), strict=False):
+        ax.plot(t, error[t], color=colour, linewidth=1.5)
+        ends.append((float(error[-100:].mean()), name, colour))
+    ax.set_xscale("log")
+    logarithmic(ax)
+    name_ends(ax, ends)
+    return made
+
+
+def schedules(theme: Theme) -> Any:
+    """The learning rate by round of six schedules."""
+    made = figure(theme, 7.2, 2.9)
+    ax = axes(made, theme, (0.08, 0.17, 0.58, 0.94), "", "round", "learning rate")
+    t = np.arange(101)
+    warm = schedule.warmup(10) >> schedule.cosine(0.1, rounds=90)
+    several = (
+        (schedule.step(0.1, every=30, factor=0.5), theme.series[0], "-"),
+        (schedule.exponential(0.1, decay=0.98), theme.series[1], "-"),
+        (schedule.inverse(1.0, t0=10), theme.series[2], "-"),
+        (schedule.polynomial(0.1, rounds=100), theme.series[3], "-"),
+        (warm, theme.ink, "-"),
+        (schedule.constant(0.1), theme.soft, "--"),
+    )
+    for rate, colour, style in several:
+        ax.plot(t, [rate(int(i)) for i in t], style, color=colour, linewidth=1.5, label=repr(rate))
+    told = ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7.5)
+    for label in told.get_texts():
+        label.set_color(theme.ink)
+    return made
+
+
+def loop(theme: Theme) -> Any:
+    """One round: the formula drawn as a circle from θ to θ⁺."""
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+    made = figure(theme, 7.2, 2.5)
+    ax = made.add_axes((0, 0, 1, 1))
+    ax.set_axis_off()
+    ax.set_xlim(0, 72)
+    ax.set_ylim(0, 25)
+
+    def box(x: float, y: float, wide: float, high: float, slot: str, words: str, colour: str) -> None:
+        round_ = "round,pad=0,rounding_size=0.9"
+        ax.add_patch(FancyBboxPatch((x, y), wide, high, boxstyle=round_, fc=theme.paper, ec=colour, lw=1.3))
+        middle = {"x": x + wide / 2, "ha": "center"}
+        ax.text(y=y + high - 1.5, s=slot, fontsize=9, fontweight="bold", color=colour, va="top", **middle)
+        ax.text(y=y + 1.2, s=words, fontsize=7.5, color=theme.soft, va="bottom", linespacing=1.35, **middle)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], words: str = "", bend: float = 0.0) -> None:
+        style = {"connectionstyle": f"arc3,rad={bend}", "arrowstyle": "-|>", "mutation_scale": 9}
+        ax.add_patch(FancyArrowPatch(start, end, color=theme.soft, lw=1.1, **style))
+        x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.7
+        ax.text(x, y, words, fontsize=8, color=theme.ink, ha="center", va="bottom")
+
+    blue, green, orange = theme.series[0], theme.series[2], theme.series[1]
+    box(1, 13, 11, 7, "cohort", "who is\nat work", orange)
+    for k in range(3):
+        shade = 0.7 * k
+        words = ("local", "a gradient, or\nlocal training") if k == 2 else ("", "")
+        box(18 + shade, 13.6 - shade, 12, 7, *words, blue)
+    box(36, 12.9, 11, 7, "codec", "clip,\ncompress", blue)
+    box(53, 12.9, 14, 7, "aggregator", "the exact sum,\nthen the mean", green)
+    box(31, 1.2, 14, 6.4, "optimizer", "the server descends", green)
+    arrow((12.3, 16.4), (17.7, 16.4), "θ")
+    arrow((31.8, 16.4), (35.7, 16.4), "gᵢ")
+    arrow((47.3, 16.4), (52.7, 16.4), "mᵢ")
+    arrow((60, 12.6), (45.4, 4.3), "", bend=-0.3)
+    ax.text(57.2, 6.4, "g", fontsize=8, color=theme.ink)
+    arrow((30.7, 5.2), (6.5, 12.7), "", bend=-0.25)
+    ax.text(13.0, 3.2, "θ⁺: the next round begins with it", fontsize=8, color=theme.ink, ha="center")
+    ax.text(24.7, 23.0, "at each client", fontsize=8, color=blue, ha="left")
+    ax.text(60, 23.0, "at the server", fontsize=8, color=green, ha="center")
+    return made
+
+
+PICTURES: tuple[Callable[[Theme], Any], ...] = (loop, partitions, drift, floor, schedules)
+
+
+def draw(pictures: tuple[Callable[[Theme], Any], ...] = PICTURES) -> Iterator[Path]:
+    """Draw pictures, and give the files that were written."""
+    from PIL import Image
+
+    FOLDER.mkdir(exist_ok=True)
+    for picture in pictures:
+        for name, theme in (("light", LIGHT), ("dark", DARK)):
+            file = FOLDER / f"{picture.__name__}-{name}.png"
+            file.write_bytes(png(picture(theme)))
+            # 128 colours are enough for lines and letters, and a third of the bytes.
+            Image.open(file).quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
+            yield file
+
+
+if __name__ == "__main__":
+    import sys
+
+    torch.set_num_threads(1)
+    wanted = tuple(p for p in PICTURES if p.__name__ in sys.argv[1:]) or PICTURES
+    for file in draw(wanted):
+        print(f"{file.stat().st_size:7,} bytes  {file.relative_to(FOLDER.parent)}")

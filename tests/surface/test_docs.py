@@ -1,0 +1,243 @@
+"""What the pages say is true: code runs and prints what is shown, commands parse, links lead somewhere.
+
+A page is README.md, ARCHITECTURE.md or a file of docs/. A block is what stands between fences, and its word says what
+it is:
+
+    python      is run, all blocks of a page in order, in one namespace and an empty working folder; but not the block
+                that quotes `step`, which has a test of its own
+    text        right behind a python block, it is what that block printed; `…` stands for anything
+    sh          every `atoll` and `make` command in it exists, and takes what is written
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import doctest
+import inspect
+import io
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import atoll
+from atoll.cli.app import app
+from atoll.plan.names import PARTS
+from atoll.plan.plan import step
+from atoll.recipes import RECIPES
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").glob("*.md")])
+FENCE = re.compile(r"^(?P<edge>`{3,})(?P<word>[\w{}-]*)[^\n]*\n(?P<code>.*?)^(?P=edge)[ \t]*$", re.M | re.S)
+QUOTED = "def step("
+
+
+class Block(NamedTuple):
+    """What stands between two fences: its word, its text, its first line, and whether another is right before it."""
+
+    word: str
+    code: str
+    line: int
+    behind: bool
+
+
+def blocks(page: Path) -> list[Block]:
+    found, end, text = [], -1, page.read_text(encoding="utf-8")
+    for match in FENCE.finditer(text):
+        behind = end >= 0 and not text[end : match.start()].strip()
+        found.append(Block(match["word"], match["code"], text.count("\n", 0, match.start("code")), behind))
+        end = match.end()
+    return found
+
+
+def named(pages: list[Path]) -> dict[str, list]:
+    return {"argvalues": pages, "ids": [str(page.relative_to(ROOT)) for page in pages]}
+
+
+RUN = [page for page in PAGES if any(block.word == "python" for block in blocks(page))]
+TYPED = [page for page in PAGES if any(block.word == "sh" for block in blocks(page))]
+
+
+# python
+
+
+@pytest.mark.parametrize("page", **named(RUN))
+def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for variable in ("ATOLL_DATA", "ATOLL_DATASET", "ATOLL_OUT"):
+        monkeypatch.delenv(variable, raising=False)
+    space: dict[str, object] = {"__name__": "__main__"}
+    printed = ""
+    for word, code, line, behind in blocks(page):
+        if word == "python" and not code.startswith(QUOTED):
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                # Blank lines in front, so that a traceback shows the line of the page.
+                exec(compile("\n" * line + code, str(page), "exec"), space)
+            printed = output.getvalue()
+        elif word == "text" and behind and printed:
+            checker, flags = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            shown = code.replace("…", "...")
+            assert checker.check_output(shown, printed, flags), f"{page.name}:{line + 1} printed\n{printed}"
+            printed = ""
+
+
+def test_every_page_of_the_manual_is_found():
+    assert {"README.md", "start.md", "formula.md", "plans.md"} <= {page.name for page in RUN}
+
+
+# sh
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The commands of a shell block, word by word: without comments, variables in front, and what a pipe does next."""
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&>")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word[0] in ";|&>":
+                while words and re.fullmatch(r"\w+=.*", words[0]):
+                    words.pop(0)
+                if words:
+                    yield words
+                words = []
+            else:
+                words.append(word)
+
+
+def check_command(words: list[str]) -> None:
+    """Refuse a command of atoll or of make that does not exist, or that does not take what is written."""
+    if words[0] == "make":
+        verbs = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
+        assert set(words[1:]) <= set(verbs), words
+    if words[0] != "atoll" or words[1:] in ([], ["--help"], ["--version"], ["--install-completion"]):
+        return
+    command, bound, *_ = app.parse_args(words[1:], print_error=False, exit_on_error=False)
+    assert command.__name__ == words[1], f"{words}: no such command"
+    told = bound.arguments.get("told")
+    if told is not None:
+        it = told.experiment(None, trust=False)
+        if it.split:
+            it._partition(it.split)
+        it._to(init=None)._settings()
+        it.told(recipe=it.recipe or "fedavg()").plan()
+
+
+@pytest.mark.parametrize("page", **named(TYPED))
+def test_commands_are_taken(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (tmp_path / "mine.py").write_text("def net(): ...\ndef train(model, loader, ctx): ...\n")  # the reader's own file
+    for word, code, _, _ in blocks(page):
+        for words in commands(code) if word == "sh" else ():
+            check_command(words)
+
+
+@pytest.mark.parametrize("page", **named(PAGES))
+def test_commands_in_the_text_exist(page):
+    """`atoll word --flag` between backticks: such a command, and such a flag of it."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for span in re.findall(r"`(atoll [a-z][^`\n]*)`", text):
+        words = span.split()[1:]
+        assert words[0] in app, span
+        known = {name for argument in app[words[0]].assemble_argument_collection() for name in argument.names}
+        flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert flags <= known | {"--help"}, span
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("atoll runs ; atoll show A   # why", [["atoll", "runs"], ["atoll", "show", "A"]]),
+        ('A=1 atoll run --split "IID()" | tee x', [["atoll", "run", "--split", "IID()"], ["tee", "x"]]),
+        ("atoll run \\\n  --quiet", [["atoll", "run", "--quiet"]]),
+        ("# nothing", []),
+    ],
+)
+def test_shell_lines_are_read(text, expected):
+    assert list(commands(text)) == expected
+
+
+@pytest.mark.parametrize(
+    "line", ["atoll rum", "atoll run --nope", "atoll run --rounds x", "make nothing", "atoll replay A"]
+)
+def test_wrong_lines_are_found(line):
+    with pytest.raises(Exception, match=r"."):
+        check_command(line.split())
+
+
+# what a page quotes
+
+
+def without_docstring(function) -> str:
+    """The source of a function, its docstring and nothing else left out."""
+    source = inspect.getsource(function)
+    first = ast.parse(source).body[0].body[0]
+    assert isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    lines = source.splitlines(keepends=True)
+    return "".join(lines[: first.lineno - 1] + lines[first.end_lineno :])
+
+
+def test_readme_shows_step_verbatim():
+    """One block of the README is `atoll.plan.plan.step`, character by character, its docstring left out."""
+    shown = [block.code for block in blocks(ROOT / "README.md") if block.code.startswith(QUOTED)]
+    assert shown == [without_docstring(step)]
+
+
+def test_readme_names_every_recipe():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [recipe.__name__ for recipe in RECIPES if f"`{recipe.__name__}`" not in text]
+
+
+def test_reference_has_every_public_name():
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"\w+", text))
+    names = {name for name in atoll.__all__ if name[0] != "_"} | {part.__name__ for part in PARTS.values()}
+    assert not names - words
+
+
+def test_decisions_are_in_the_manual():
+    text = (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
+    assert not [file.name for file in (ROOT / "decisions").glob("*.md") if file.name not in text]
+
+
+# what a page points to
+
+
+def test_guards_of_the_invariants_exist():
+    """Every file or folder between backticks in the column of guards; a bare name lies beside the one before it."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = text.partition("| invariant | guard |")[2].partition("\n\n")[0]
+    missing = []
+    for row in table.splitlines()[2:]:
+        folder = ROOT
+        for span in re.findall(r"`([^`]+)`", row.strip("|").rsplit("|", 1)[1]):
+            if span.startswith("make "):
+                check_command(span.split())
+            else:
+                path = (ROOT if "/" in span else folder) / span
+                folder = path.parent
+                missing += [] if path.exists() else [span]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", **named(PAGES))
+def test_links_lead_to_files(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    inside = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
+    assert not [link for link in inside if not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", **named(PAGES))
+def test_pictures_are_there_and_small(page):
+    for name in re.findall(r"\((pictures/[\w-]+\.png)\)|\} (pictures/[\w-]+\.png)", page.read_text(encoding="utf-8")):
+        file = page.parent / "".join(name)
+        assert file.stat().st_size < 60_000, file.name
