@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from atoll import data, models, recipes
     from atoll.errors import AtollError, RunError, UsageError
     from atoll.experiment import Experiment
+    from atoll.loss import Metric
     from atoll.plan.plan import Plan, Report, State, step
     from atoll.recorder import Run
     from atoll.rng import Key
-    from atoll.task import Metric, Task
+    from atoll.task import Task
     from atoll.train import Watcher, load, train
     from atoll.training import Settings, rounds
 
@@ -67,7 +68,8 @@ _WHERE = {
     "atoll.plan.plan": ("Plan", "Report", "State", "step"),
     "atoll.recorder": ("Run",),
     "atoll.rng": ("Key",),
-    "atoll.task": ("Metric", "Task"),
+    "atoll.loss": ("Metric",),
+    "atoll.task": ("Task",),
     "atoll.train": ("Watcher", "load", "train"),
     "atoll.training": ("Settings", "rounds"),
 }

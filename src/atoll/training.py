@@ -18,6 +18,7 @@ from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
 from atoll.engine.probe import choose
 from atoll.errors import UsageError, unknown_name
+from atoll.loss import Metric, PerExample
 from atoll.plan import stop as stops
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
@@ -25,7 +26,7 @@ from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.plan import Plan, Report, State, per_row, step
 from atoll.plan.sampler import Everyone
 from atoll.rng import Key
-from atoll.task import Metric, Model, PerExample, Task
+from atoll.task import Model, Task
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}

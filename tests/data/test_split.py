@@ -1,5 +1,7 @@
 """Laws of the split: what is held out depends on the rows and the seed alone, and only train rows are looked at."""
 
+import types
+
 import pytest
 import torch
 from hypothesis import given
@@ -168,7 +170,7 @@ def test_as_many_clients_as_rows():
         {"seed": "x"},
         {"clients": 30, "by": Shards(3)},
     ],
-    ids=repr,
+    ids=lambda value: "by hand" if isinstance(value, types.FunctionType) else repr(value),
 )
 def test_what_cannot_be_split_says_what_to_write(words):
     data = source(torch.arange(100) % 4)

@@ -1,6 +1,7 @@
 """Every optimizer is torch's own, or its paper's; a lane is the single run to the bit."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_slots_of_lanes_are_slots_of_each(optimizer):
             lambda v, q: v - 0.05 * q * math.copysign(v != q, v - q),
         ),
     ],
-    ids=repr,
+    ids=lambda value: "by hand" if isinstance(value, types.FunctionType) else repr(value),
 )
 def test_adaptive_federated_optimization(optimizer, square):
     """Algorithm 2 of Reddi et al., number by number; their Δ points downhill."""
@@ -287,7 +288,7 @@ NAMES = {**OPTIMIZERS, **SCHEDULES}
 @pytest.mark.parametrize(
     "optimizer",
     [*(row[0] for row in TABLE), sgd(cosine(0.1, rounds=9)), adam(warmup(5) >> plateau(0.1, factor=0.5))],
-    ids=repr,
+    ids=lambda value: "by hand" if isinstance(value, types.FunctionType) else repr(value),
 )
 def test_prints_as_its_constructor(optimizer):
     again = parse(repr(optimizer), NAMES)

@@ -1,6 +1,7 @@
 """Every schedule is its closed form, and torch's scheduler where there is one."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def torchs(make, rounds):
         (cosine(0.3, rounds=100, end=0.01), lambda o: lr_scheduler.CosineAnnealingLR(o, 100, 0.01)),
         (polynomial(0.3, rounds=100, power=2), lambda o: lr_scheduler.PolynomialLR(o, 100, 2)),
     ],
-    ids=repr,
+    ids=lambda value: "by hand" if isinstance(value, types.FunctionType) else repr(value),
 )
 def test_is_torchs(schedule, make):
     assert [schedule(t) for t in range(100)] == pytest.approx(torchs(make, 100), rel=1e-9)

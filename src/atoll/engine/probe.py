@@ -13,10 +13,11 @@ from torch import Tensor
 from atoll.data.clients import Clients
 from atoll.engine.elementwise import Elementwise
 from atoll.errors import AtollError, UsageError
+from atoll.loss import cross_entropy
 from atoll.plan.lanes import Lanes
 from atoll.plan.plan import Plan
 from atoll.rng import Key, global_scope
-from atoll.task import Gradient, Task, cross_entropy
+from atoll.task import Gradient, Task
 
 BODIES = ("auto", "lanes", "loop")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from atoll.loss import METRICS
 from atoll.plan.stop import direction
-from atoll.task import METRICS
 
 WORDS = {
     "loss": "training loss",

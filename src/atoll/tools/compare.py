@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from atoll import runs
 from atoll.errors import UsageError
+from atoll.loss import METRICS
 from atoll.plan.stop import direction
-from atoll.task import METRICS
 
 COUNTS = ("round", "fingerprint", "cohort", "arrived", "failed", "bytes_up", "bytes_down", "seconds")
 PLAIN = ("gradient_norm", "lr")  # told, but neither end of them is the better one
