@@ -1,0 +1,74 @@
+"""Whatever body the start of a run chooses for a model, a client's bits are its own: no chunk size changes one."""
+
+import pytest
+import torch
+from problems import classification, run, seeded, task_of
+from torch import nn
+
+from atoll.engine.elementwise import Elementwise
+from atoll.engine.inprocess import InProcess
+from atoll.engine.probe import choose
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Gradient, Train
+from atoll.plan.optimizer import sgd
+from atoll.plan.plan import Plan
+
+DATA = classification((17, 17, 16, 10, 7, 7, 7, 5, 4), (5,), 3)
+MIDDLES = {
+    "none": nn.Identity,
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "softplus": nn.Softplus,
+    "mish": nn.Mish,
+    "dropout": nn.Dropout,
+    "softmax": lambda: nn.Softmax(-1),
+}
+NORMS = {"layer norm": nn.LayerNorm, "batch norm": nn.BatchNorm1d}
+
+
+def bits(module, loss="cross_entropy", data=DATA):
+    """The reason of the choice, and θ after two rounds by chunks of several sizes."""
+    out = []
+    for local in (Gradient(), Train(sgd(0.1), epochs=1, batch=5)):
+        plan = Plan(local, Mean(), sgd(0.5))
+        choice = choose(task_of(module, data, "loop", torch.float32, loss), data, plan)
+        for chunk in (None, 1, 2, 3):
+            state, _ = run(plan, InProcess(choice.task, data, chunk))
+            out.append(state.model.theta)
+        first, *others = out[-4:]
+        assert all(torch.equal(first, other) for other in others), choice.reason
+    return choice.reason
+
+
+def mlp(width, middle):
+    return seeded(lambda: nn.Sequential(nn.Linear(5, width), middle(), nn.Linear(width, 3)))
+
+
+@pytest.mark.parametrize("width", [7, pytest.param(33, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("middle", MIDDLES)
+def test_elementwise(middle, width):
+    bits(mlp(width, MIDDLES[middle]))
+
+
+@pytest.mark.parametrize("width", [7, 16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms(norm, width):
+    bits(mlp(width, lambda: NORMS[norm](width)))
+
+
+def test_logistic():
+    data = classification((17, 17, 16, 10, 7, 7, 7, 5, 4), (5,), 2)
+    assert "one pass" in bits(seeded(nn.Linear, 5, 1), "binary_cross_entropy", data)
+
+
+def test_what_is_rounded_by_place_is_found():
+    """Sigmoid is: in vectors, and in what is left over; but not where every row fills whole vectors."""
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for width, found in ((64, set()), (63, {"sigmoid"})):
+        with Elementwise(rows=3) as watch:
+            (x[:, :width].sigmoid() * x[:, :width].relu().exp()).sum().backward()
+        assert watch.restless == found
