@@ -136,7 +136,7 @@ def test_idx_files(fashion, monkeypatch):
         ("train-labels-idx1-ubyte", idx(np.zeros(6, np.uint8)), "with labels"),
         ("train-labels-idx1-ubyte", idx(np.full(7, 10, np.uint8)), "label 10 where 0 to 9"),
         ("t10k-images-idx3-ubyte.gz", b"not gzip", "malformed"),
-        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((2, 6, 6), np.uint8)))[:-12], "malformed"),
+        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((2, 6, 6), np.uint8)), mtime=0)[:-12], "malformed"),
     ],
 )
 def test_malformed_idx_files(fashion, name, content, match):
