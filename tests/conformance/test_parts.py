@@ -63,7 +63,27 @@ OURS = {
         local.Evaluate(),
         local.Custom(user_loop, batch=4, lr=0.1),
     ],
-    check_stage: [codec.Identity(), codec.Identity() >> codec.Identity()],
+    check_stage: [
+        codec.Identity(),
+        codec.Identity() >> codec.Identity(),
+        codec.Cast("bf16"),
+        codec.Cast("fp16"),
+        codec.Cast("fp8"),
+        codec.Quantize(8),
+        codec.Quantize(levels=1),
+        codec.Rotate(),
+        codec.Eden(1),
+        codec.Eden(4),
+        codec.TopK(0.1),
+        codec.RandomK(0.3),
+        codec.Sign(),
+        codec.LowRank(1),
+        codec.Feedback(codec.TopK(0.1)),
+        codec.Shift(codec.TopK(0.1) >> codec.Quantize(8)),
+        codec.TopK(0.1) >> codec.Quantize(8),
+        codec.RandomK(0.25) >> codec.Eden(1),
+        codec.Rotate() >> codec.Quantize(4),
+    ],
     check_aggregator: [
         kind(**words)
         for kind, choices in (

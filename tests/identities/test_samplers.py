@@ -27,7 +27,7 @@ from atoll.plan.sampler import Everyone, Fraction, Poisson, RoundRobin, Uniform,
 from atoll.plan.slots import Contribution, Population
 from atoll.rng import Key
 
-DRAWS = 2000
+DRAWS = 1000
 SIZES = torch.tensor([1, 2, 3, 4, 10, 40])
 SMALL = Population(6, SIZES)
 SAMPLERS = [Everyone(), Uniform(2), Uniform(5), Poisson(0.3), Fraction(0.4), Weighted(1), Weighted(2), Weighted(4)]
@@ -141,7 +141,7 @@ def test_over_expected_is_unbiased(sampler, weights):
     mean = Mean(weights=weights, over="expected")
     g = torch.tensor([[1.0], [-1.0], [0.5], [1.0], [-0.5], [0.25]], dtype=torch.float64)
     w = SIZES.double() if weights == "examples" else torch.ones(6, dtype=torch.float64)
-    total, draws = 0.0, 500
+    total, draws = 0.0, 200
     for cohort in small(sampler)[:draws]:
         ids = cohort.ids
         partial = (

@@ -75,7 +75,7 @@ def test_a_step_beyond_two_over_l_climbs():
 
 
 @bodies
-@pytest.mark.parametrize("kappa", [10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("kappa", [10.0, 300.0])
 def test_the_heavy_ball_has_the_rate_of_the_root_of_kappa(body, kappa):
     """Momentum at its best: error ~ t·((√κ−1)/(√κ+1))ᵗ. Polyak, 1964."""
     a, b = 1.0, math.sqrt(kappa)
@@ -121,7 +121,7 @@ def rounds_for(lr, steps, share=(1, 1, 1)):
 
 
 @pytest.mark.parametrize(("weights", "body"), [("examples", "lanes"), ("equal", "loop")])
-@pytest.mark.parametrize("steps", [1, 3, 30])
+@pytest.mark.parametrize("steps", [1, 3, 20])
 def test_fedavg_on_unlike_clients_comes_to_its_own_fixed_point(body, weights, steps):
     """Not the lowest point of the mean: with many local steps it drifts to the mean of the clients' lowest points."""
     # Client 1 holds its rows three times: three times the weight, the same quadratic.
@@ -129,7 +129,7 @@ def test_fedavg_on_unlike_clients_comes_to_its_own_fixed_point(body, weights, st
     order = torch.tensor([0, 1, 2, 3, 2, 3, 2, 3, 4, 5])
     data = federation(data.rows.x, data.rows.y, [2, 6, 2], order)
     share = (2, 6, 2) if weights == "examples" else (1, 1, 1)
-    lr = 0.1
+    lr = 0.2
     plan = Plan(Train(rules.sgd(lr), steps=steps), Mean(weights=weights))
     expected = fixed_point(lr, steps, share)
     came = path(plan, engine_of(data, body), rounds_for(lr, steps, share))[-1]
@@ -139,7 +139,7 @@ def test_fedavg_on_unlike_clients_comes_to_its_own_fixed_point(body, weights, st
     lowest = (share[:, None] * curves * lows).sum(0) / (share[:, None] * curves).sum(0)
     off = float((expected - lowest).norm())
     assert off < 1e-12 if steps == 1 else off > 0.01
-    if steps == 30:
+    if steps == 20:
         mean_of_lows = (share[:, None] * lows).sum(0) / share.sum()
         assert (expected - mean_of_lows).norm() < 0.5 * (lowest - mean_of_lows).norm()
 
@@ -162,7 +162,7 @@ def test_the_servers_rate_scales_the_step_and_moves_no_fixed_point(server_lr):
     data = bowl(*zip(CURVES, LOWS, strict=True))
     plan = Plan(Train(rules.sgd(0.1), steps=5), Mean(), rules.sgd(server_lr))
     assert torch.allclose(
-        path(plan, engine_of(data), 2 * rounds_for(0.1, 5))[-1], fixed_point(0.1, 5, (1, 1, 1)), rtol=0, atol=1e-11
+        path(plan, engine_of(data), rounds_for(0.1, 5) * 3 // 2)[-1], fixed_point(0.1, 5, (1, 1, 1)), rtol=0, atol=1e-11
     )
 
 

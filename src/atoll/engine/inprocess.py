@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atoll.data.clients import Clients
 from atoll.errors import AtollError, RunError, UsageError
+from atoll.layout import Layout
 from atoll.plan.aggregate.exact import LARGEST
 from atoll.plan.lanes import Lanes
 from atoll.plan.plan import Failure, Gathered, Plan, State, part_of
@@ -50,6 +51,11 @@ class InProcess:
     def population(self) -> Population:
         """All clients, and the rows each holds."""
         return Population(self.data.count, self.data.sizes)
+
+    @property
+    def layout(self) -> Layout:
+        """How the model lies in its vector."""
+        return self.task.layout
 
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
         """Run the cohort: one partial sum, and the record of who gave it.

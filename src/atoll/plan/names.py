@@ -22,7 +22,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         local.Train,
         local.Custom,
         local.Evaluate,
-        codec.Identity,
+        *codec.CODECS,
         aggregate.Mean,
         aggregate.Sum,
         pace.Sync,

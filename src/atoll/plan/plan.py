@@ -78,6 +78,8 @@ class Engine(Protocol):
 
     @property
     def population(self) -> Population: ...
+    @property
+    def layout(self) -> Layout: ...
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered: ...
 
 
@@ -161,6 +163,12 @@ class Plan(Value):
                 f"θ⁺     = {self.optimizer!r}(θ, g, round)",
             )
         )
+
+    def at(self, engine: Engine) -> Plan:
+        """The same plan, its codec told where it works."""
+        sizes = engine.population.sizes
+        weights = torch.ones_like(sizes) if getattr(self.aggregator, "weights", "") == "equal" else sizes
+        return dataclasses.replace(self, codec=self.codec.at(engine.layout, weights.sum()))
 
     def memory(self, layout: Layout) -> dict[str, Tensor]:
         """What one client keeps before its first round, by `part/name`."""
@@ -251,7 +259,7 @@ def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
         RunError: more clients failed than the plan allows, or the same error struck all of them. The state is
             still good.
     """
-    key = state.key()
+    key, plan = state.key(), plan.at(engine)
     cohort = plan.sampler(engine.population, state.round, key.fold("cohort"))
     gathered = engine.gather(plan, state, cohort, key)
     total = decode(plan, state, gathered)

@@ -50,7 +50,7 @@ def check_stage(part: Any) -> None:
 
 
 def _check_stage(part: Any, layout: Layout) -> None:
-    who, d = repr(part), layout.d
+    who, d, part = repr(part), layout.d, part.at(layout, 9)
     first, shared = part.memory(layout), part.server(layout)
     key, ids = Key(7).fold("round", 0, "codec"), torch.tensor([5, 0, 11, 3])
     x = Key(7).fold("x").normal(_K * d, layout.dtype).reshape(_K, d) * torch.tensor([[1e-6], [1.0], [0.0], [1e6]])
@@ -122,7 +122,7 @@ def _check_settle(part: Any, d: int, sums: Tensors, shared: Tensors) -> None:
 
 
 def _check_meta(part: Any, layout: Layout) -> None:
-    who = repr(part)
+    who, part = repr(part), part.at(layout, 9)
     first, shared = _meta(part.memory(layout)), _meta(part.server(layout))
     key = Key(7).fold("round", 0, "codec")
     x, ids = torch.empty(_K, layout.d, device="meta"), torch.empty(_K, dtype=torch.int64, device="meta")

@@ -237,7 +237,7 @@ def _check(folder: Path, rows: Mapping[int, Mapping[str, Any]], round: int, now:
 
 def _whole(training: Rounds, cohort: Cohort) -> tuple[Tensor | None, float, str, str]:
     """The round as it was: its mean, the weight that arrived, the fingerprint after it; or a note why there is none."""
-    plan, state, engine = training.plan, training.state, training.engine
+    plan, state, engine = training.plan.at(training.engine), training.state, training.engine
     try:
         gathered = engine.gather(plan, state, cohort, state.key())
     except RunError as error:

@@ -1,5 +1,29 @@
 """What happens to an update on its way."""
 
+from atoll.plan.codec.eden import Eden
+from atoll.plan.codec.feedback import Feedback, Shift
+from atoll.plan.codec.lowrank import LowRank
+from atoll.plan.codec.quantize import Cast, Quantize, Sign
+from atoll.plan.codec.rotate import Rotate
+from atoll.plan.codec.sparse import RandomK, TopK
 from atoll.plan.codec.stage import Chain, Codec, Identity
+from atoll.plan.codec.wire import MessageError
 
-__all__ = ["Chain", "Codec", "Identity"]
+CODECS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, Feedback, Shift)
+__all__ = [
+    "CODECS",
+    "Cast",
+    "Chain",
+    "Codec",
+    "Eden",
+    "Feedback",
+    "Identity",
+    "LowRank",
+    "MessageError",
+    "Quantize",
+    "RandomK",
+    "Rotate",
+    "Shift",
+    "Sign",
+    "TopK",
+]

@@ -1,0 +1,214 @@
+"""Only some of the numbers: the largest of each client, or the same random ones of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.errors import UsageError
+from atoll.layout import Layout
+from atoll.plan.codec import grid
+from atoll.plan.codec.pack import index_flaws, index_length, pack_index, unpack_index
+from atoll.plan.codec.stage import Codec, Encoded, flat
+from atoll.plan.codec.wire import Field, Form, refuse
+from atoll.plan.slots import Tensors
+from atoll.rng import Key
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """|x| as whole numbers in the same order, NaN above all: the bits without the sign."""
+    if x.dtype == torch.float64:
+        return x.view(torch.int64) & (2**63 - 1)
+    return x.view(torch.int32) & (2**31 - 1)
+
+
+def largest(x: Tensor, k: int, size: Callable[[Tensor], Tensor]) -> Tensor:
+    """Where the k largest of each lane are: exactly k, the earliest among equals.
+
+    A sample says which threshold a few more than k numbers will pass; only those are looked at again. Where the sample
+    misleads, the lane is sorted out as a whole: it never changes the answer.
+
+    Args:
+        x: `[K, d]`.
+        k: how many, 1 ≤ k ≤ d.
+        size: whole numbers to compare, of any slice of x.
+    Returns:
+        int64 `[K, k]`, each row rising.
+    """
+    lanes, d = x.shape
+    if x.device.type != "cpu" or d < grid.GROUP:
+        return _keep(size(x), k)
+    return torch.stack([_by_sample(row, k, size) for row in x]) if lanes else x.new_empty(0, k, dtype=torch.int64)
+
+
+def _keep(sizes: Tensor, k: int) -> Tensor:
+    """Where the k largest of each row are, int64 `[K, k]`, rising: all above the k-th, and the first that equal it."""
+    last = sizes.kthvalue(sizes.shape[-1] - k + 1, dim=-1, keepdim=True).values
+    above, equal = sizes > last, sizes == last
+    room = k - above.sum(-1, keepdim=True)
+    kept = above | (equal & (equal.cumsum(-1) <= room))
+    return torch.nonzero_static(kept, size=len(sizes) * k)[:, 1].view(len(sizes), k)
+
+
+def _by_sample(row: Tensor, k: int, size: Callable[[Tensor], Tensor]) -> Tensor:
+    d = len(row)
+    sample = size(row[:: d // grid.GROUP].contiguous())
+    expected = len(sample) * k / d
+    rank = min(len(sample), int(expected + 4 * expected**0.5 + 8))
+    threshold = sample.kthvalue(len(sample) - rank + 1).values
+    found = [
+        (size(chunk) >= threshold).nonzero()[:, 0] + start
+        for start, chunk in zip(range(0, d, grid.GROUP), row.split(grid.GROUP), strict=True)
+    ]
+    index = torch.cat(found)
+    if len(index) < k:
+        return _keep(size(row)[None], k)[0]
+    return index[_keep(size(row[index])[None], k)[0]]
+
+
+def _count(fraction: float, d: int) -> int:
+    return max(1, round(fraction * d))
+
+
+def _check_fraction(part: str, fraction: Any) -> None:
+    if not (type(fraction) in (int, float) and 0 < fraction <= 1):
+        raise UsageError(
+            f"{part}({fraction!r}).",
+            "a fraction of the coordinates, 0 < fraction ≤ 1.",
+            "something has to be sent, and not more than there is.",
+            f"{part}(0.01)",
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class TopK(Codec):
+    """Keeps the largest numbers of each client and where they stand.
+
+    x̂ⱼ = xⱼ for the k largest |xⱼ|, else 0;   k = max(1, round(fraction · d)), exactly; the earliest among equals
+
+    |x̂ − x|² is the energy of the tail, at most (1 − k/d)|x|²: a contraction with a bias, to be written
+    `Feedback(TopK(0.01))` or `Shift(TopK(0.01))`.
+
+    Message: the k places, rising, in at most log₂(d/k) + 2 bits each; then the k numbers, which a next stage may pack:
+    `TopK(0.01) >> Quantize(8)`.
+
+    Args:
+        fraction: of the coordinates, in (0, 1].
+    Raises:
+        UsageError: the fraction is out of range.
+    Example:
+        >>> codec = TopK(0.5).at(flat(4))
+        >>> payload, side, *_ = codec.encode(torch.tensor([[0.1, -3.0, 2.0, 0.0]]), {}, {}, Key(0))
+        >>> payload, codec.open(payload, side)
+        (tensor([[-3.,  2.]]), tensor([[ 0., -3.,  2.,  0.]]))
+
+    Reference: Stich, Cordonnier and Jaggi, Sparsified SGD with Memory, 2018.
+    """
+
+    opens = True
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        _check_fraction("TopK", self.fraction)
+
+    def after(self, layout: Layout) -> Layout:
+        return flat(_count(self.fraction, layout.d), layout.dtype)
+
+    def form(self, layout: Layout) -> Form:
+        k = _count(self.fraction, layout.d)
+        return Form({"index": Field(torch.uint8, index_length(k, layout.d))}, Field(layout.dtype, k))
+
+    def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
+        index = largest(x, _count(self.fraction, x.shape[-1]), magnitude)
+        return x.gather(-1, index), {"index": pack_index(index, x.shape[-1])}, {}, memory
+
+    def open(self, x: Tensor, side: Tensors) -> Tensor:
+        index = unpack_index(side["index"], x.shape[-1], self.layout.d)
+        return x.new_zeros(len(x), self.layout.d).scatter_(-1, index, x)
+
+    def flaws(self, payload: Tensor | None, side: Tensors) -> None:
+        k, d = _count(self.fraction, self.layout.d), self.layout.d
+        refuse(
+            index_flaws(side["index"], k, d),
+            f"the places are not {k} different ones below {d}",
+            "rising places inside the vector",
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class RandomK(Codec):
+    """Keeps the same random coordinates of all clients, others every round; the numbers add up without being opened.
+
+    yⱼ = (d/k) x_{i(j)},   i(1) < … < i(k) drawn without replacement from the round's key, k = max(1, round(fraction·d))
+
+    E x̂ = x and E|x̂ − x|² = (d/k − 1)|x|². All clients keep the same coordinates, so their mean has that error too, of
+    the mean update: it does not fall with the number of clients. Nothing but the numbers is sent.
+
+    Args:
+        fraction: of the coordinates, in (0, 1].
+        unbiased: whether to scale by d/k. Error feedback needs a contraction: `Feedback(RandomK(0.1, unbiased=False))`.
+    Raises:
+        UsageError: the fraction is out of range.
+    Example:
+        >>> codec = RandomK(0.5).at(flat(4))
+        >>> payload, *_ = codec.encode(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), {}, {}, Key(1))
+        >>> payload, codec.decode(payload, Key(1))
+        (tensor([[4., 6.]]), tensor([[0., 4., 6., 0.]]))
+
+    Reference: Konečný and Richtárik, Randomized Distributed Mean Estimation, 2018.
+    """
+
+    decodes = True
+
+    fraction: float
+    unbiased: bool = True
+
+    def __post_init__(self) -> None:
+        _check_fraction("RandomK", self.fraction)
+
+    def contraction(self) -> Codec:
+        return replace(self, unbiased=False)
+
+    def after(self, layout: Layout) -> Layout:
+        return flat(_count(self.fraction, layout.d), layout.dtype)
+
+    def form(self, layout: Layout) -> Form:
+        return Form({}, Field(layout.dtype, _count(self.fraction, layout.d)))
+
+    def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
+        kept = x.index_select(-1, self.support(key, x.shape[-1], x.device))
+        # A number that is not finite must not pass unseen because it is not among those that are kept.
+        worst = x.abs().amax(-1, keepdim=True)
+        kept = torch.where(worst.isfinite(), kept, worst)
+        return (kept * (x.shape[-1] / kept.shape[-1]) if self.unbiased else kept), {}, {}, memory
+
+    def decode(self, x: Tensor, key: Key) -> Tensor:
+        out = x.new_zeros(*x.shape[:-1], self.layout.d)
+        return out.index_copy_(-1, self.support(key, self.layout.d, x.device), x)
+
+    def support(self, key: Key, d: int, device: torch.device) -> Tensor:
+        """The coordinates that are kept, int64 `[k]`, rising: those with the largest of d hashed words."""
+        state, k = key.shared().state().to(device), _count(self.fraction, d)
+        # Hardly ever do less than k pass this threshold, and never many more; off the CPU none are counted on the way.
+        share = min(1.0, (k + 6 * k**0.5 + 8) / d) if device.type == "cpu" else 1.0
+        index, words = _passing(state, d, int((1 - share) * 2**31))
+        if len(index) < k:
+            index, words = _passing(state, d, 0)
+        return index[_keep(words[None], k)[0]]
+
+
+def _passing(state: Tensor, d: int, threshold: int) -> tuple[Tensor, Tensor]:
+    """Where d words of 31 bits of a stream reach a threshold, and these words: two out of each one of 64 bits."""
+    lengths = [min(grid.GROUP, d - start) for start in range(0, d, grid.GROUP)]
+    index, words = [], []
+    for i, (stream, n) in enumerate(zip(grid.words(state, len(lengths)), lengths, strict=True)):
+        drawn = grid.words(stream, -(-n // 2)).view(torch.int32)[:n].bitwise_and_(2**31 - 1)
+        here = (drawn >= threshold).nonzero()[:, 0] if threshold else torch.arange(n, device=state.device)
+        index.append(here + i * grid.GROUP)
+        words.append(drawn[here] if threshold else drawn)
+    return torch.cat(index), torch.cat(words)

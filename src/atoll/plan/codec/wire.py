@@ -1,0 +1,108 @@
+"""The bytes of a message: fields one after another, little-endian, without names, lengths or padding between them.
+
+Sender and receiver know the codec and the layout, and these say how long every field is: a message is exactly as
+long as its `Form`, and whatever is longer, shorter or could not have been sent is refused before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from atoll.errors import AtollError
+
+
+class MessageError(AtollError):
+    """Bytes that are no message of this codec. Nothing was taken from them; the client's contribution is lost."""
+
+
+class Field(NamedTuple):
+    """One row of numbers a message: their type, and how many."""
+
+    dtype: torch.dtype
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * self.length
+
+
+class Form(NamedTuple):
+    """What one message holds: the side fields in the order they are sent, then the payload.
+
+    Example:
+        >>> Form({"scale": Field(torch.float32, 2)}, Field(torch.uint8, 12)).nbytes
+        20
+    """
+
+    side: Mapping[str, Field]
+    payload: Field
+
+    @property
+    def nbytes(self) -> int:
+        return sum(field.nbytes for field in self.side.values()) + self.payload.nbytes
+
+
+def to_bytes(form: Form, payload: Tensor, side: Mapping[str, Tensor]) -> list[bytes]:
+    """The message of each lane: its side fields in the form's order, then its payload.
+
+    Args:
+        form: what a message holds.
+        payload: `[K, form.payload.length]`.
+        side: `[K, length]` by name.
+    Returns:
+        K messages of `form.nbytes` bytes.
+    """
+    parts = [(form.side[n], side[n]) for n in form.side] + [(form.payload, payload)]
+    rows = [t.to(f.dtype).reshape(-1, f.length).contiguous().view(torch.uint8) for f, t in parts if f.length]
+    if not rows:
+        return [b""] * len(payload)
+    whole = torch.cat(rows, -1)
+    out = bytearray(whole.numel())
+    torch.frombuffer(out, dtype=torch.uint8).copy_(whole.flatten())
+    return [bytes(out[i : i + form.nbytes]) for i in range(0, len(out), form.nbytes)]
+
+
+def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The tensors of some messages, by their form.
+
+    Returns:
+        The payload and the side tensors, a row each message.
+    Raises:
+        MessageError: a message has another length than the form, or holds a number that is not finite.
+    Example:
+        >>> form = Form({}, Field(torch.float32, 1))
+        >>> from_bytes(form, to_bytes(form, torch.tensor([[0.5]]), {}))[0]
+        tensor([[0.5000]])
+    """
+    for i, one in enumerate(data):
+        if len(one) != form.nbytes:
+            raise MessageError(
+                f"Message {i} has {len(one)} bytes.",
+                f"{form.nbytes} bytes.",
+                "the codec and the model say how long every message is.",
+            )
+    whole = torch.empty(len(data), form.nbytes, dtype=torch.uint8)
+    if whole.numel():
+        whole = torch.frombuffer(bytearray(b"".join(data)), dtype=torch.uint8).reshape(whole.shape)
+    fields = {**form.side, "payload": form.payload}
+    sizes = [field.nbytes for field in fields.values()]
+    out: dict[str, Tensor] = {}
+    for (name, field), rows in zip(fields.items(), whole.split(sizes, -1), strict=True):
+        # A copy, since a float may not begin at an odd byte.
+        out[name] = rows.clone(memory_format=torch.contiguous_format).view(field.dtype)
+        if field.dtype.is_floating_point:
+            bad = (~out[name].to(torch.float64).isfinite()).any(-1)
+            refuse(bad, f"{name} is not finite", "finite numbers")
+    return out.pop("payload"), out
+
+
+def refuse(bad: Tensor, what: str, required: str) -> None:
+    """Raise for the first lane that is marked, bool `[K]`."""
+    if bool(bad.any()):
+        raise MessageError(
+            f"Message {bad.tolist().index(True)}: {what}.", f"{required}.", "no client of this codec sends that."
+        )

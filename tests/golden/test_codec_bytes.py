@@ -1,0 +1,129 @@
+"""The bytes of small messages, written down: a format that moved is a new version of the wire."""
+
+import pytest
+import torch
+
+from atoll.grammar import parse
+from atoll.plan.codec.eden import Eden
+from atoll.plan.codec.feedback import Feedback, Shift
+from atoll.plan.codec.lloyd import lloyd_max
+from atoll.plan.codec.lowrank import LowRank
+from atoll.plan.codec.pack import pack, pack_index, unpack, unpack_index
+from atoll.plan.codec.quantize import Cast, Quantize, Sign
+from atoll.plan.codec.rotate import Rotate
+from atoll.plan.codec.sparse import RandomK, TopK
+from atoll.plan.codec.stage import Identity, flat
+from atoll.rng import Key
+
+PARTS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, Feedback, Shift)
+NAMES = {part.__name__: part for part in PARTS}
+X = torch.tensor([[1.0, -2.0, 0.5, 0.0, 3.0, -0.25, 0.125, -1.5], [0.0, 0.0, 4.0, -4.0, 1.0, 1.0, 1.0, -8.0]])
+KEY = Key(7).fold("round", 2).of(torch.tensor([3, 5]))
+GOLDEN = {
+    "Identity()": [
+        "0000803f000000c00000003f0000000000004040000080be0000003e0000c0bf",
+        "000000000000000000008040000080c00000803f0000803f0000803f000000c1",
+    ],
+    "Cast('bf16')": ["803f00c0003f0000404080be003ec0bf", "00000000804080c0803f803f803f00c1"],
+    "Cast('fp16')": ["00000039007000f4006c0000007600e8006400f2", "0000003a00000000007000f000680068006800f4"],
+    "Cast('fp8')": ["0000803c68f0600074d850ec", "0000803d000068e8585858f0"],
+    "Quantize(8)": ["0683c13caa2a947ffe74853f", "0402813d7f7fbf3f8f8f8e00"],
+    "Quantize(4, bucket=None)": ["b76ddb3eea628837", "2549923f87877b03"],
+    "Quantize(levels=1)": ["00004040320c", "000000412b13"],
+    "Quantize(levels=4, norm='l2')": ["bf4a823f75425424", "af321f4054544602"],
+    "Rotate()": [
+        "52649e3edff5563fd2e6f8beca970a40df3032c0d0e6f8be7c0ca4bfde6b8dbf",
+        "cee67840a3b4a9c054641ec0a4b4a940cee678c0e804b5be56641e40f804b53e",
+    ],
+    "Eden(1)": ["601b355d2d17e8f08cd202404f", "8fc8e84989e35725cc27aa40d6"],
+    "Eden(3)": ["601b355d2d17e8f08e24d93f6c8b4a", "8fc8e84989e357252b695740abad82"],
+    "Eden(4, block=None)": ["601b355d2d17e8f062b1c53f1d28ab4b", "8fc8e84989e3572589eb6f40952a8da2"],
+    "TopK(0.25)": ["0105000000c000004040", "0e0500008040000000c1"],
+    "RandomK(0.25)": ["000040410000003f", "0000804000008040"],
+    "Sign()": ["0000863fa2", "0000184088"],
+    "TopK(0.25) >> Quantize(8)": ["01050683c13c2afe", "0e050402813dbe00"],
+    "Rotate() >> Eden(1)": ["4f2901014af5730b72c0134064", "7383374402f9e852f86fa540d1"],
+    "RandomK(0.5) >> Eden(2)": ["4f2901014af5730be303024033", "7383374402f9e8524d3574404e"],
+    "Feedback(TopK(0.25))": ["0105000000c000004040", "0e0500008040000000c1"],
+    "Shift(Rotate() >> Quantize(8))": ["9e4bb93c523a7500db769890", "b90a2b3d22feba00dc884376"],
+}
+
+
+@pytest.mark.parametrize("text", GOLDEN)
+def test_messages(text):
+    codec, layout = parse(text, NAMES), flat(8)
+    memory = {n: t.expand(2, -1) for n, t in codec.memory(layout).items()}
+    codec = codec.at(layout)
+    payload, side, *_ = codec.encode(X, memory, codec.server(layout), KEY)
+    assert [m.hex() for m in codec.to_bytes(payload, side)] == GOLDEN[text]
+
+
+def test_codes_lie_in_runs():
+    """Byte j of a plane holds codes j, W + j, …; 5 bits are a plane of one and a plane of four; 5 trits are a byte."""
+    codes = torch.arange(10, dtype=torch.int32)
+    assert bytes(pack(codes, 4).tolist()).hex() == "5061728394"
+    assert bytes(pack(torch.tensor([1, 0, 1, 1], dtype=torch.int32), 1).tolist()).hex() == "0d"
+    # Lowest bits: 0 0 0 0 0 and 1 1 1 1 1 in runs of two; the rest is 8 8 9 9 10 | 10 11 11 12 12.
+    assert bytes(pack(codes + 16, 5).tolist()).hex() == "001f" + "a8b8b9c9ca"
+    assert bytes(pack(codes + 0x1230, 16).tolist()).hex() == "30313233343536373839" + "12" * 10
+    assert pack(torch.tensor([2, 1, 0, 1, 2, 2], dtype=torch.int32), 0).tolist() == [
+        2 + 3 * 0 + 9 * 2,
+        1 + 3 * 1 + 9 * 2,
+    ]
+
+
+@pytest.mark.parametrize("bits", [0, *range(1, 32)])
+@pytest.mark.parametrize("n", [1, 5, 31, 32, 33, 200])
+def test_codes_read_back(bits, n):
+    high = 3 if bits == 0 else 1 << bits
+    codes = Key(n).fold(bits).integers(3 * n, high).to(torch.int32).view(3, n)
+    assert torch.equal(unpack(pack(codes, bits), n, bits), codes)
+
+
+def test_rising_places_lie_as_elias_and_fano_have_them():
+    """k = 3 of d = 1,000: the lowest 8 bits of each, then 1s at (place ≫ 8) + i."""
+    packed = pack_index(torch.tensor([[3, 500, 998]]), 1000)
+    # 3, 500 & 255, 998 & 255; ones at 0 + 0, 1 + 1, 3 + 2
+    assert bytes(packed[0].tolist()).hex() == "03f4e6" + "25"
+
+
+@pytest.mark.parametrize("d", [1, 2, 9, 64, 1000, 10**6])
+def test_rising_places_read_back(d):
+    for k in {1, 2, d // 3, d - 1, d} - {0}:
+        if k > min(d, 20_000):
+            continue
+        index = torch.stack([Key(i).fold(d, k).distinct(k, d).sort().values for i in range(3)])
+        assert torch.equal(unpack_index(pack_index(index, d), k, d), index)
+
+
+def test_centroids_and_errors_of_the_normal_quantiser():
+    """The published numbers (Max 1960; EDEN 2022), to their last digit."""
+    table = {
+        1: ([0.79788], 0.36338, 0.57080),
+        2: ([0.45278, 1.51042], 0.11748, 0.13312),
+        3: ([0.24509, 0.75601, 1.34391, 2.15195], 0.03455, 0.03578),
+        4: ([0.12840, 0.38805, 0.65676, 0.94234, 1.25623, 1.61805, 2.06902, 2.73259], 0.009501, 0.009592),
+        5: (None, 0.002505, 0.002511),
+        6: (None, 0.000644, 0.000645),
+    }
+    for bits, (centroids, error, unbiased) in table.items():
+        best = lloyd_max(bits)
+        assert len(best.centroids) == 1 << bits - 1 and len(best.thresholds) == len(best.centroids) - 1
+        if centroids:
+            assert list(best.centroids) == pytest.approx(centroids, abs=6e-6)
+        assert best.error == pytest.approx(error, abs=6e-6 if bits < 4 else 6e-7)
+        assert best.error / (1 - best.error) == pytest.approx(unbiased, abs=6e-6 if bits < 4 else 6e-7)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_centroids_are_means_of_their_cells(bits):
+    """The conditions of the optimum, with an integral of its own."""
+    best = lloyd_max(bits)
+    edges = [0.0, *best.thresholds, 9.0]
+    for i, c in enumerate(best.centroids):
+        z = torch.linspace(edges[i], edges[i + 1], 2001, dtype=torch.float64)
+        density = torch.exp(-z * z / 2)
+        mean = torch.trapezoid(z * density, z) / torch.trapezoid(density, z)
+        assert c == pytest.approx(float(mean), abs=2e-5 if edges[i + 1] == 9.0 else 3e-6)
+    for t, (a, b) in zip(best.thresholds, zip(best.centroids, best.centroids[1:], strict=False), strict=True):
+        assert t == pytest.approx((a + b) / 2, abs=2e-6)

@@ -1,0 +1,264 @@
+"""What theory says of each codec's error, on normal, log-normal and real updates; and that error feedback converges."""
+
+import math
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from atoll.plan.codec.eden import Eden
+from atoll.plan.codec.feedback import Feedback, Shift
+from atoll.plan.codec.quantize import Quantize, Sign
+from atoll.plan.codec.rotate import Rotate
+from atoll.plan.codec.sparse import RandomK, TopK
+from atoll.plan.codec.stage import Codec, arrived, flat
+from atoll.plan.slots import Total
+from atoll.rng import Key, global_scope
+
+# Published: mean square error of the unbiased quantiser, of |x|² (EDEN, DRIVE), by bits.
+UNBIASED = {1: 0.57080, 2: 0.13312, 3: 0.03578, 4: 0.009592, 5: 0.002511, 6: 0.000645}
+BITS = pytest.mark.parametrize("bits", UNBIASED)
+
+
+def normal(clients: int, d: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(clients, d, generator=generator)
+
+
+def log_normal(clients: int, d: int) -> Tensor:
+    return normal(clients, d, 1).exp() * normal(clients, d, 2).sign()
+
+
+@lru_cache(maxsize=1)
+def real(clients: int = 24) -> Tensor:
+    """Updates of a network on the digits after 20 local steps of each client: 64 × 128 × 64 × 10, d = 17,226."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+    with global_scope(Key(5)):
+        for layer in (net[0], net[2], net[4]):
+            layer.reset_parameters()
+    first = {n: t.clone() for n, t in net.state_dict().items()}
+    rows = []
+    for i in range(clients):
+        net.load_state_dict(first)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for batch in Key(6).fold(i).integers(20 * 32, len(x)).view(20, 32):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
+            optimizer.step()
+        rows.append(torch.cat([(first[n] - p.detach()).flatten() for n, p in net.named_parameters()]))
+    return torch.stack(rows)
+
+
+def sent(codec: Codec, x: Tensor, round: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What arrives of each client's row, by itself."""
+    key, layout = Key(11).fold("round", round).of(torch.arange(len(x))), flat(x.shape[-1], dtype)
+    codec = codec.at(layout)
+    payload, side, *_ = codec.encode(x, {}, codec.server(layout), key)
+    return arrived(codec, payload, side, key)
+
+
+def error(codec: Codec, x: Tensor) -> float:
+    """Mean of |x̂ − x|²/|x|² over the rows."""
+    return float(((sent(codec, x) - x).double().square().sum(-1) / x.double().square().sum(-1)).mean())
+
+
+def bits_each(codec: Codec, d: int) -> float:
+    return codec.nbytes(flat(d)) * 8 / d
+
+
+# ---- Eden
+
+
+@BITS
+@pytest.mark.parametrize("draw", [normal, log_normal], ids=["normal", "log-normal"])
+def test_eden_has_the_published_error(bits, draw):
+    """48 vectors of 10⁴: the standard error is below .2 %."""
+    assert error(Eden(bits), draw(48, 10_000)) == pytest.approx(UNBIASED[bits], rel=0.02)
+    assert bits_each(Eden(bits), 10_000) < bits + 0.02
+
+
+@BITS
+def test_eden_has_the_published_error_on_real_updates(bits):
+    assert error(Eden(bits), real()) == pytest.approx(UNBIASED[bits], rel=0.02)
+
+
+@BITS
+def test_eden_that_rotates_the_whole_has_the_published_error(bits):
+    assert error(Eden(bits, block=None), log_normal(32, 10_000)) == pytest.approx(UNBIASED[bits], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [10**6, 10**7])
+@BITS
+@pytest.mark.parametrize("draw", [normal, log_normal], ids=["normal", "log-normal"])
+def test_eden_has_the_published_error_at_length(bits, d, draw):
+    assert error(Eden(bits), draw(1, d)) == pytest.approx(UNBIASED[bits], rel=0.02)
+    assert bits_each(Eden(bits), d) < bits + 0.009
+
+
+@pytest.mark.parametrize(
+    ("codec", "one"),
+    [(Eden(1), 0.57080), (Eden(3), 0.03578), (Rotate() >> Quantize(4), None), (Quantize(levels=1), None)],
+    ids=repr,
+)
+@pytest.mark.parametrize("n", [4, 64])
+def test_the_error_of_a_mean_falls_as_one_over_n(codec, one, n):
+    """Clients that all hold one vector, the hardest case: errors that were alike would not cancel."""
+    x = normal(1, 10_000).expand(n, -1)
+    mean = torch.stack([sent(codec, x, r).mean(0) for r in range(128 // n)])
+    got = float(((mean - x[0]).double().square().sum(-1) / x[0].double().square().sum()).mean())
+    assert got == pytest.approx((one or error(codec, x)) / n, rel=0.06)
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_below_a_bit_some_are_left_out(bits):
+    """RandomK(¼) >> Eden(b): (1 + 3)(1 + v) − 1 of the energy on average over rounds, at b/4 bits."""
+    codec = RandomK(0.25) >> Eden(bits)
+    x = normal(1, 40_000)
+    got = sum(float((sent(codec, x, r) - x).square().sum() / x.square().sum()) for r in range(24)) / 24
+    assert got == pytest.approx(4 * (1 + UNBIASED[bits]) - 1, rel=0.02)
+    assert bits_each(codec, 40_000) == pytest.approx(bits / 4, abs=0.005)
+
+
+# ---- levels
+
+
+def rounding_error(x: Tensor, levels: int, norm: Tensor) -> Tensor:
+    """(M/s)² Σ f(1 − f)/|x|², f the fraction of s|x|/M: the formula of stochastic rounding, for any x."""
+    f = (x.abs().double() * levels / norm) % 1
+    return ((norm / levels) ** 2 * f * (1 - f)).sum() / x.double().square().sum()
+
+
+@pytest.mark.parametrize("levels", [1, 3, 7, 20, 127])
+@pytest.mark.parametrize("draw", [normal, log_normal], ids=["normal", "log-normal"])
+def test_stochastic_rounding_has_the_error_of_its_formula(levels, draw):
+    row = draw(1, 3000)
+    x = row.expand(400, -1)
+    for norm, size in (("max", row.abs().max()), ("l2", row.norm())):
+        theory = float(rounding_error(row, levels, size.double()))
+        assert error(Quantize(levels=levels, bucket=None, norm=norm), x) == pytest.approx(theory, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("codec", "d", "expected"),
+    [
+        (Quantize(4, bucket=None), 10**4, 0.057),
+        (Quantize(8, bucket=None), 10**4, 1.7e-4),
+        (Quantize(levels=1, bucket=None), 10**4, 2.2),
+        (Quantize(levels=256, bucket=None, norm="l2"), 10**4, 0.025),
+        (Quantize(levels=15, norm="l2"), 10**4, 0.38),
+        (Quantize(levels=127, norm="l2"), 10**4, 0.0053),
+        (Quantize(4, bucket=None), 10**6, 0.084),
+        (Quantize(8, bucket=None), 10**6, 2.5e-4),
+        (Quantize(levels=1, bucket=None), 10**6, 3.0),
+        (Quantize(levels=256, bucket=None, norm="l2"), 10**6, 2.1),
+    ],
+    ids=repr,
+)
+def test_levels_have_the_published_errors(codec, d, expected):
+    """Published to two digits; the largest of 10⁴ numbers varies by 8 %, its square by 16 %, from vector to vector."""
+    many = 40 if d == 10**4 else 4
+    assert error(codec, normal(many, d, 3)) == pytest.approx(expected, rel=0.06 if d == 10**4 else 0.08)
+
+
+def test_ternary_takes_sixteen_tenths_of_a_bit():
+    assert bits_each(Quantize(levels=1, bucket=None), 10**6) == pytest.approx(1.6, abs=1e-3)
+    assert bits_each(Quantize(4), 10**6) == pytest.approx(4 + 32 / 512, abs=1e-3)
+
+
+# ---- top-k, sign
+
+
+@pytest.mark.parametrize(
+    ("fraction", "of_normal", "of_laplace", "entropy"),
+    [(0.1, 0.561, 0.405, 3.67), (0.01, 0.916, 0.838, 0.401), (0.001, 0.987, 0.968, 0.043)],
+)
+def test_top_k_has_the_published_errors_and_lengths(fraction, of_normal, of_laplace, entropy):
+    d = 10**6
+    uniform = torch.rand(1, d, generator=torch.Generator().manual_seed(5), dtype=torch.float64) - 0.5
+    laplace = (-uniform.sign() * torch.log1p(-2 * uniform.abs())).float()
+    assert error(TopK(fraction), normal(1, d)) == pytest.approx(of_normal, abs=1.5e-3)
+    assert error(TopK(fraction), laplace) == pytest.approx(of_laplace, abs=2.5e-3)
+    # 32 bits a value and the entropy of which k of d; the places here take at most .6 bits each more than that.
+    least = fraction * 32 - (fraction * math.log2(fraction) + (1 - fraction) * math.log2(1 - fraction))
+    assert least == pytest.approx(entropy, abs=0.006)
+    assert least <= bits_each(TopK(fraction), d) < 1.02 * least
+
+
+def test_sign_has_the_error_of_one_biased_bit():
+    assert error(Sign(), normal(8, 10_000)) == pytest.approx(0.36338, rel=0.02)
+
+
+# ---- convergence on quadratics
+
+
+class Quadratics:
+    """fᵢ(θ) = ½ (θ − aᵢ)ᵀ diag(hᵢ) (θ − aᵢ): clients whose optima differ."""
+
+    def __init__(self, clients: int, d: int = 50) -> None:
+        key = Key(21).of(torch.arange(clients))
+        self.a, self.h = key.fold("a").normal(d), 0.5 + key.fold("h").uniform(d)
+        self.best = (self.h * self.a).sum(0) / self.h.sum(0)
+
+    def descend(self, codec: Codec, rounds: int, lr, part: float = 1.0, lost: float = 0.0) -> float:
+        """|θ − θ*| at the end; a round takes a part of the clients, and loses some of their messages."""
+        clients, d = self.a.shape
+        layout = flat(d, torch.float64)
+        codec = codec.at(layout, clients)
+        memory = {n: t.expand(clients, -1).clone() for n, t in codec.memory(layout).items()}
+        server, theta = codec.server(layout), torch.zeros(d, dtype=torch.float64)
+        for r in range(rounds):
+            key = Key(22).fold("round", r)
+            who = key.fold("who").permutation(clients)[: max(1, round(part * clients))]
+            own = {n: t[who] for n, t in memory.items()}
+            gradient = self.h[who] * (theta - self.a[who])
+            payload, side, _, after = codec.encode(gradient, own, server, key.of(who))
+            kept = key.fold("lost").uniform(len(who)) >= lost
+            if not kept.any():
+                continue
+            opened = codec.open(payload, side)[kept]
+            for n in memory:
+                memory[n][who[kept]] = after[n][kept]
+            total = Total({"update": codec.decode(opened.sum(0), key)}, {}, kept.sum(), kept.sum(), {})
+            total, server = codec.settle(total, server, key)
+            theta = theta - lr(r) * total.means["update"] / kept.sum()
+        return float((theta - self.best).norm())
+
+
+def constant(lr: float):
+    return lambda r: lr
+
+
+def test_feedback_reaches_the_optimum_of_one_client_at_a_constant_step():
+    assert Quadratics(1).descend(Feedback(TopK(0.1)), 350, constant(0.1)) < 1e-6
+
+
+def decaying(r: int) -> float:
+    return 10 / (r + 50)
+
+
+def test_feedback_nears_the_optimum_of_different_clients_at_a_decaying_step_where_top_k_stalls():
+    """Top-k alone stays away; with feedback and a constant step as far as the step; with 10/t like 1/t."""
+    ten = Quadratics(10)
+    plain, kept = (ten.descend(codec, 300, constant(0.2)) for codec in (TopK(0.2), Feedback(TopK(0.2))))
+    ends = [ten.descend(Feedback(TopK(0.2)), n, decaying) for n in (300, 1200)]
+    assert plain > 1 and kept < plain / 2
+    assert math.log(ends[0] / ends[1], 1250 / 350) == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.slow
+def test_feedback_reaches_the_optimum_of_different_clients_at_a_decaying_step():
+    """A loss within 10⁻⁶ of the least: h ≤ 3/2, so a distance of 10⁻³ is enough."""
+    assert Quadratics(10).descend(Feedback(TopK(0.2)), 30_000, decaying) < 1e-3
+
+
+@pytest.mark.parametrize("inner", [TopK(0.2), TopK(0.2) >> Quantize(8)], ids=repr)
+@pytest.mark.parametrize(("part", "lost"), [(1.0, 0.0), (1.0, 0.3), (0.1, 0.0)], ids=["all", "lost", "part"])
+def test_a_shift_reaches_the_optimum_of_different_clients_at_a_constant_step(inner, part, lost):
+    rounds, lr = (150, 0.3) if part == 1 else (800, 0.1)
+    assert Quadratics(10).descend(Shift(inner), rounds, constant(lr), part, lost) < 1e-6
