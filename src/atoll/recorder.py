@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from atoll import runs
 from atoll.errors import RunError, UsageError
 from atoll.plan import stop as stops
-from atoll.plan.plan import Failure, Report, State
+from atoll.plan.plan import Failure, Report, Trip
+from atoll.saved import pack, unpack
 from atoll.task import Model
 from atoll.training import Rounds, start_from
 
@@ -103,7 +104,7 @@ class Recorder:
 
     def _take_up(self, checkpoint: runs.Checkpoint) -> None:
         t, facts = self.training, checkpoint.facts
-        t.state = _unpack(checkpoint.tensors, facts["round"], t)
+        t.state = unpack(checkpoint.tensors, facts["round"], t)
         for segment in checkpoint.memory:
             t.memory.put(segment["ids"], {n.removeprefix("rows/"): r for n, r in segment.items() if n != "ids"})
         t.memory.changed()
@@ -126,6 +127,8 @@ class Recorder:
             for failure in report.failures:
                 self.folder.event("failure", **failure._asdict())
             self.folder.event("clients", round=report.round, **_brief(report.clients))
+            if report.trips:
+                self.folder.event("trips", round=report.round, **_columns(report.trips))
             if time.monotonic() - self._last >= self.checkpoint_s or (t.outcome and not t.outcome.failed):
                 self.checkpoint()
         self._recorded = t.state.round
@@ -159,7 +162,7 @@ class Recorder:
             "bytes_up": t.bytes_up,
             "bytes_down": t.bytes_down,
         }
-        self.folder.checkpoint(_pack(t.state), memory, facts, best)
+        self.folder.checkpoint(pack(t.state), memory, facts, best)
         self._saved_best = self.best["round"] if self.best else -1
         self._last = time.monotonic()
 
@@ -235,6 +238,10 @@ class Recorder:
                 "cohort",
                 "arrived",
                 "failed",
+                "late",
+                "flying",
+                "staleness",
+                "clock",
                 "bytes_up",
                 "bytes_down",
                 "seconds",
@@ -255,6 +262,8 @@ def judged_by(training: Rounds) -> tuple[str, bool]:
 
 def row_of(report: Report) -> dict[str, Any]:
     """A round as one flat row."""
+    staleness = report.clients.get("staleness")
+    stale = {} if staleness is None else {"staleness": float(staleness.double().mean()) if len(staleness) else 0.0}
     return {
         "round": report.round,
         "fingerprint": report.fingerprint,
@@ -262,15 +271,23 @@ def row_of(report: Report) -> dict[str, Any]:
         "cohort": report.cohort,
         "arrived": report.arrived,
         "failed": len(report.failures),
+        **({"late": report.late} if report.late else {}),
+        **({"flying": report.flying, **stale} if stale else {}),
         "bytes_up": report.bytes_up,
         "bytes_down": report.bytes_down,
         "seconds": round(report.seconds, 6),
+        **({} if report.now is None else {"clock": report.now}),
     }
 
 
 def _brief(clients: Mapping[str, Any], most: int = 1000) -> dict[str, Any]:
     """What each client gave, for at most so many of them."""
     return {n: [round(float(v), 6) if t.is_floating_point() else int(v) for v in t[:most]] for n, t in clients.items()}
+
+
+def _columns(trips: tuple[Trip, ...], most: int = 10_000) -> dict[str, list[Any]]:
+    """Trips as columns, for at most so many of them."""
+    return {name: list(column) for name, column in zip(Trip._fields, zip(*trips[:most], strict=True), strict=True)}
 
 
 def _state_dict(training: Rounds, model: Model) -> dict[str, Tensor]:
@@ -286,25 +303,5 @@ def _identity(training: Rounds) -> dict[str, Any]:
         "numerics": training.task.numerics,
         "layout": f"{layout.d} parameters, {layout.dtype}, {sha256(repr(layout.entries).encode()).hexdigest()[:12]}",
         "seed": training.settings.seed,
+        **({} if training.fleet is None else {"fleet": repr(training.fleet)}),
     }
-
-
-def _pack(state: State) -> dict[str, Tensor]:
-    model = state.model
-    groups: dict[str, Mapping[str, Tensor]] = {
-        "model": {"theta": model.theta, "buffers": model.buffers},
-        "counters": model.counters,
-        "fixed": model.fixed,
-        "optimizer": state.optimizer,
-        **{f"server/{n}": t for n, t in state.server.items()},
-    }
-    return {f"{group}/{n}": t for group, tensors in groups.items() for n, t in tensors.items()}
-
-
-def _unpack(tensors: Mapping[str, Tensor], round: int, training: Rounds) -> State:
-    def group(name: str) -> dict[str, Tensor]:
-        return {n.removeprefix(f"{name}/"): t for n, t in tensors.items() if n.startswith(f"{name}/")}
-
-    at = training.state
-    model = Model(tensors["model/theta"], tensors["model/buffers"], group("counters"), group("fixed"))
-    return State(round, at.seed, model, group("optimizer"), {n: group(f"server/{n}") for n in at.server}, at.memory)

@@ -16,7 +16,8 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -97,9 +98,12 @@ def philox(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
 
 
 def _word(data: int | str) -> int:
-    if isinstance(data, str):
-        return int.from_bytes(hashlib.sha256(data.encode()).digest()[:8], "little")
-    return data & _U64
+    return _name(data) if isinstance(data, str) else data & _U64
+
+
+@lru_cache(4096)
+def _name(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 @dataclass(frozen=True)
@@ -126,17 +130,17 @@ class Key:
 
     def fold(self, *data: int | str) -> Key:
         """A new key: the same, with purpose names or indices folded in, in order."""
-        return replace(self, path=(*self.path, *map(_word, data)))
+        return Key(self.seed, (*self.path, *map(_word, data)), self.clients)
 
     def of(self, clients: Tensor, *also: Tensor) -> Key:
         """The same key for these clients, int64 ids `[K]`; what else a client's draw depends on may follow, `[K]`."""
         for more in also:
             clients = mix64(clients + _signed(_GOLDEN)) ^ more
-        return replace(self, clients=clients)
+        return Key(self.seed, self.path, clients)
 
     def select(self, index: Tensor | slice) -> Key:
         """The same key for some of its clients, by position; a shared key stays shared."""
-        return self if self.clients is None else replace(self, clients=self.clients[index])
+        return self if self.clients is None else Key(self.seed, self.path, self.clients[index])
 
     def only(self, k: int) -> Key:
         """The key of its k-th client alone, for what a generator that knows no lanes draws for that client."""
@@ -144,7 +148,7 @@ class Key:
 
     def shared(self) -> Key:
         """The same key for all clients together: one draw that everybody knows."""
-        return replace(self, clients=None)
+        return Key(self.seed, self.path)
 
     def word(self) -> int:
         """The key without its clients, as one unsigned 64-bit word."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 from atoll import models, runs
 from atoll.data.clients import Clients
+from atoll.engine.arrivals import check_clock
+from atoll.engine.fleet import FLEET, Fleet
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
 from atoll.engine.probe import choose
 from atoll.errors import UsageError, unknown_name
+from atoll.grammar import parse
 from atoll.loss import Metric, PerExample
 from atoll.plan import stop as stops
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
+from atoll.plan.flight import Air
 from atoll.plan.local import Evaluate, Gradient, Train
-from atoll.plan.plan import Plan, Report, State, per_row, step
+from atoll.plan.plan import Plan, Report, State, opening, per_row, step
 from atoll.plan.sampler import Everyone
 from atoll.rng import Key
 from atoll.task import Model, Task
@@ -47,6 +51,7 @@ class Settings:
         evaluate_every: rounds between two looks at the held-out rows; 0 never looks.
         numerics: "auto", "lanes" or "loop".
         chunk: clients computed together; changes no bit.
+        fleet: how long clients and links take, on a virtual clock: a `Fleet` or its text; None has no clock.
         init: numbers to start from, a `state_dict` or the path of a run or a safetensors file; None is the model's own.
     """
 
@@ -59,6 +64,7 @@ class Settings:
     evaluate_every: int = 1
     numerics: str = "auto"
     chunk: int | None = None
+    fleet: Fleet | str | None = None
     init: Mapping[str, Tensor] | str | Path | None = None
 
     @classmethod
@@ -71,6 +77,10 @@ class Settings:
         return cls(**words)
 
     def __post_init__(self) -> None:
+        if isinstance(self.fleet, str):
+            object.__setattr__(self, "fleet", parse(self.fleet, FLEET))
+        if self.fleet is not None and not isinstance(self.fleet, Fleet):
+            raise UsageError(f"fleet = {self.fleet!r}.", "a Fleet, or its text.", write='fleet = "Fleet(HalfNormal())"')
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype = {self.dtype!r}.", "float32 or float64.", write="--dtype float32")
         if self.rounds < 1 or self.evaluate_every < 0:
@@ -98,14 +108,17 @@ class Rounds:
         choice = choose(task, data, plan, settings.numerics)
         self.data, self.plan, self.settings = data, plan, settings
         self.task, self.reason = choice
-        self.engine = InProcess(self.task, data, settings.chunk)
-        plan.sampler(self.engine.population, 0, Key(settings.seed))  # a cohort that cannot be drawn is refused now
+        self.fleet = settings.fleet if isinstance(settings.fleet, Fleet) else None
+        self.engine = InProcess(self.task, data, settings.chunk, self.fleet)
         self.judge = None
         if data.held_out is not None and settings.evaluate_every:
             self.judge = InProcess(self.task, data.held(), settings.chunk)
         self.memory = Memory(plan.memory(self.task.layout))
         start = None if settings.init is None else start_from(settings.init, self.task)
         self.state = State.first(plan, self.task, settings.seed, self.memory, start)
+        opening(plan, self.state, self.engine.population, self.state.key())  # what cannot be drawn is refused now
+        here, layout = plan.at(self.engine), self.task.layout
+        check_clock(here, self.fleet, self.engine.population, self.state.model, layout, settings.seed)
         self.first = self.state.model  # where the training began; the loop body writes into the module itself
         self.rules = (stops.Rounds(settings.rounds), stops.Diverged(), settings.stop)
         if isinstance(plan.local, (Gradient, Train)) and isinstance(plan.codec, Identity):
@@ -158,7 +171,7 @@ class Rounds:
 
 def judge(state: State, engine: InProcess) -> dict[str, float]:
     """The loss, as `held_out_loss`, and the metrics of a state's model on an engine's clients: a gather."""
-    plan = Plan(Evaluate(), Mean())
+    plan, state = Plan(Evaluate(), Mean()), replace(state, air=Air(), versions={}, sent=None)
     key = state.key().fold("evaluate")
     gathered = engine.gather(plan, state, Everyone()(engine.population, state.round, key), key)
     (partial,) = gathered.partials.values()

@@ -143,7 +143,7 @@ def test_every_part_of_the_table_is_checked():
     from atoll.plan.names import PARTS
 
     checked = {type(part).__name__ for parts in OURS.values() for part in parts}
-    others = {"Plan", "Sync", "warmup"} | {n for n, part in PARTS.items() if part.__module__ == "atoll.plan.stop"}
+    others = {"Plan", "Sync", "Buffered", "Bounded", "hinge", "warmup"} | {n for n, part in PARTS.items() if part.__module__ == "atoll.plan.stop"}
     assert set(PARTS) - checked == others
 
 

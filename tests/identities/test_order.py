@@ -107,8 +107,8 @@ def everything(state):
 
 def engines(task, data):
     yield from (InProcess(task, data, chunk) for chunk in (1, 2))
-    yield from (Shuffled(task, data, chunk, by) for by, chunk in enumerate((3,)))
-    yield from (Workers(task, data, None, workers) for workers in (2,))
+    yield from (Shuffled(task, data, chunk, by=by) for by, chunk in enumerate((3,)))
+    yield from (Workers(task, data, None, workers=workers) for workers in (2,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -129,7 +129,7 @@ def test_no_recipe_knows_an_order(recipe, body):
     task = task_of(seeded(nn.Linear, 3, 1), data, body)
     plan = recipe(steps=3, batch=4) if recipe in (recipes.diloco, recipes.local_sgd) else recipe()
     expected = everything(run(plan, InProcess(task, data))[0])
-    for engine in (Shuffled(task, data, 2, 5), Workers(task, data, 1, 3)):
+    for engine in (Shuffled(task, data, 2, by=5), Workers(task, data, 1, workers=3)):
         assert everything(run(plan, engine)[0]) == expected
 
 

@@ -66,6 +66,9 @@ class Told:
     seed: Annotated[int | None, flag(RUNNING, "Of everything that is drawn. Default: 0.")] = None
     dtype: Annotated[str | None, flag(RUNNING, "float32 or float64. Default: float32.")] = None
     engine: Annotated[str | None, flag(RUNNING, "Where clients run. Default: inprocess.")] = None
+    fleet: Annotated[
+        str | None, flag(RUNNING, 'How long clients and links take, on a virtual clock: "Fleet(HalfNormal())".')
+    ] = None
     numerics: Annotated[str | None, flag(RUNNING, "auto, lanes or loop. Default: auto.")] = None
     chunk: Annotated[int | None, flag(RUNNING, "Clients computed together; changes no bit.")] = None
     baselines: Annotated[bool | None, flag(RUNNING, "Also train pooled and local-only, and compare. Default: no.")] = (

@@ -16,16 +16,21 @@ import torch
 from torch import Tensor
 
 from atoll.data.clients import Clients
+from atoll.engine.arrivals import Flown, fly, message, nbytes
+from atoll.engine.fleet import Fleet
+from atoll.engine.memory import Pending
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.layout import Layout
 from atoll.plan.aggregate.exact import LARGEST
+from atoll.plan.flight import Flight, waves
 from atoll.plan.lanes import Lanes
 from atoll.plan.plan import Failure, Gathered, Plan, State, part_of
-from atoll.plan.slots import Broadcast, Cohort, Contribution, Population
+from atoll.plan.slots import Cohort, Contribution, Population
 from atoll.rng import Key
 from atoll.task import Task
 
 _LANE_BYTES = 16 << 20  # what a chunk's θ, gradients and updates take together: they stay near the cores
+_DROPPED = "dropped out"
 _SMALL = 100_000  # parameters below which one thread is quickest
 
 
@@ -37,11 +42,13 @@ class InProcess:
         task: the model, loss and metrics; its `numerics` say which body computes.
         data: the clients.
         chunk: clients computed together; None chooses by the model's size. It changes no bit.
+        fleet: how long clients and links take, on a virtual clock; None: everybody as long as everybody else.
     """
 
     task: Task
     data: Clients
     chunk: int | None = None
+    fleet: Fleet | None = None
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -63,24 +70,27 @@ class InProcess:
         Raises:
             RunError: the same error struck every client, or more failed than the plan allows.
         """
-        task = replace(self.task, numerics=getattr(plan.local, "numerics", self.task.numerics))
-        if task.numerics == self.task.numerics:
-            task = self.task
-        broadcast = Broadcast(state.round, state.model, state.server)
-        round_ = _Round(plan, state, task, self.data, broadcast, key)
+        plan = plan.at(self)
+        own = getattr(plan.local, "numerics", self.task.numerics)
+        task = self.task if own == self.task.numerics else replace(self.task, numerics=own)
+        flown = fly(plan, state, self.population, cohort, self.fleet, message(plan, task.layout))
+        round_ = _Round(plan, state, task, self.data, flown, key)
         with threads_for(task):
-            for ids in self._chunks(plan, task, cohort.ids):
-                round_.run(ids)
-        return round_.gathered(cohort)
+            for wave in waves(flown.arrived) if state.memory.first else [flown.arrived]:
+                for birth, codes in round_.births(wave):
+                    for chunk in self._chunks(plan, task, codes):
+                        round_.run(birth, chunk)
+                round_.landed()
+        return round_.gathered()
 
-    def _chunks(self, plan: Plan, task: Task, ids: Tensor) -> Iterator[Tensor]:
+    def _chunks(self, plan: Plan, task: Task, codes: Tensor) -> Iterator[Tensor]:
         """Clients of one width together, largest first, a chunk at a time."""
-        sizes = self.data.sizes[ids]
-        ids = ids[torch.argsort(sizes, descending=True, stable=True)]
+        sizes = self.data.sizes[codes % self.data.count]
+        sizes, order = torch.sort(sizes, descending=True, stable=True)
         chunk = self._lanes(plan, task)
         group: list[int] = []
         now = -1
-        for i, n in zip(ids.tolist(), self.data.sizes[ids].tolist(), strict=True):
+        for i, n in zip(codes[order].tolist(), sizes.tolist(), strict=True):
             width = plan.local.width(n)
             if group and (width != now or len(group) == chunk):
                 yield torch.tensor(group)
@@ -117,43 +127,67 @@ def threads_for(task: Task) -> Iterator[None]:
 
 
 class _Round:
-    """One round under way: what has arrived so far."""
+    """One round under way: what has been computed so far.
 
-    def __init__(self, plan: Plan, state: State, task: Task, data: Clients, broadcast: Broadcast, key: Key) -> None:
-        self.plan, self.state, self.task, self.data = plan, state, task, data
-        self.broadcast, self.key = broadcast, key
-        self.partial = plan.aggregator.zero()
-        self.failures: list[Failure] = []
+    A start is told by its code, client + clients·again: a client may be at work more than once in a round, and each
+    time draws anew.
+    """
+
+    def __init__(self, plan: Plan, state: State, task: Task, data: Clients, flown: Flown, key: Key) -> None:
+        self.plan, self.state, self.task, self.data, self.flown = plan, state, task, data, flown
+        self.now, self.key = state.broadcast(), key
+        self.kept = Pending(state.memory)
+        self.partials: dict[int, Any] = {}
+        self.failures = [Failure(f.client, f.birth, "network", _DROPPED) for f in flown.dropped]
         self.errors: list[Exception] = []
         self.arrived: list[Tensor] = []
         self.facts: list[Mapping[str, Tensor]] = []
         self.memory: list[tuple[Tensor, Mapping[str, Tensor]]] = []
-        self.bytes_up = 0
+        self._wave: list[tuple[Tensor, Mapping[str, Tensor]]] = []
+        self._down: dict[tuple[int, int], int] = {}
 
-    def run(self, ids: Tensor) -> None:
+    def births(self, flights: list[Flight]) -> Iterator[tuple[int, Tensor]]:
+        """The codes of these flights, by the round whose model they started from."""
+        by: dict[int, list[int]] = {}
+        for f in flights:
+            code = f.client + self.data.count * f.again
+            by.setdefault(f.birth, []).append(code)
+            self._down[f.birth, code] = f.down
+        for birth in sorted(by):
+            yield birth, torch.tensor(by[birth])
+
+    def run(self, birth: int, codes: Tensor) -> None:
         """Compute a chunk and fold what it gives; a client that raises is found by halving the chunk."""
+        ids = codes % self.data.count
         try:
-            contribution, memory, size = self._contribute(ids)
+            contribution, memory, sizes = self._contribute(birth, ids, codes)
         except (MemoryError, KeyboardInterrupt, AtollError):
             raise
         except Exception as error:
             if len(ids) > 1:
-                self.run(ids[: len(ids) // 2])
-                self.run(ids[len(ids) // 2 :])
+                self.run(birth, codes[: len(ids) // 2])
+                self.run(birth, codes[len(ids) // 2 :])
             else:
-                self._fail(int(ids[0]), "local", f"{type(error).__name__}: {error}")
+                self._fail(int(ids[0]), birth, "local", f"{type(error).__name__}: {error}")
                 self.errors.append(error)
             return
         good = torch.ones(len(ids), dtype=torch.bool)
         for name, rows in (*contribution.means.items(), *contribution.sums.items()):
-            finite = rows.reshape(len(ids), -1).abs().amax(1) <= LARGEST
+            size = rows.abs()
+            if rows.numel() and float(size.max()) <= LARGEST:
+                continue
+            finite = size.reshape(len(ids), -1).amax(1) <= LARGEST
             for i in ids[good & ~finite].tolist():
-                self._fail(i, "check", f"{name} is not finite")
+                self._fail(i, birth, "check", f"{name} is not finite")
             good &= finite
-        self._accept(ids, good, contribution, memory, size)
+        down = [self._down[birth, code] for code in codes.tolist()]
+        facts = {**contribution.facts, "rows": contribution.weight, "bytes_up": sizes, "bytes_down": torch.tensor(down)}
+        if self.plan.pace.flies_on:
+            facts["staleness"] = torch.full_like(ids, self.state.round - birth)
+        self._accept(birth, ids, good, contribution._replace(facts=facts), memory)
 
     def _accept(
-        self, ids: Tensor, good: Tensor, contribution: Contribution, memory: Mapping[str, Tensor], size: int
+        self, birth: int, ids: Tensor, good: Tensor, contribution: Contribution, memory: Mapping[str, Tensor]
     ) -> None:
         if not bool(good.all()):
             ids, memory = ids[good], {n: t[good] for n, t in memory.items()}
@@ -165,47 +199,60 @@ class _Round:
             contribution = Contribution(means, sums, contribution.weight[good], largest, facts)
         if not len(ids):
             return
-        self.partial = self.plan.aggregator.fold(self.partial, contribution)
+        rule = self.plan.aggregator
+        self.partials[birth] = rule.fold(self.partials.get(birth) or rule.zero(), contribution)
         self.arrived.append(ids)
-        self.facts.append({**contribution.facts, "rows": contribution.weight})
-        self.bytes_up += size * len(ids)
+        self.facts.append(contribution.facts)
         if memory:
-            self.memory.append((ids, memory))
+            self._wave.append((ids, memory))
 
-    def _contribute(self, ids: Tensor) -> tuple[Contribution, Mapping[str, Tensor], int]:
-        """The contributions of a chunk, opened, with the size of one message in bytes."""
+    def landed(self) -> None:
+        """What a wave of clients keeps is what the same clients start from in the next wave."""
+        for ids, rows in self._wave:
+            self.kept.put(ids, rows)
+        self.memory += self._wave
+        self._wave = []
+
+    def _contribute(self, birth: int, ids: Tensor, codes: Tensor) -> tuple[Contribution, Mapping[str, Tensor], Tensor]:
+        """The contributions of a chunk, opened, with the size of each message in bytes, int64 `[K]`."""
         lanes = Lanes(self.data, ids, tuple(self.data.sizes[ids].tolist()), self.task.layout.dtype)
-        kept = self.state.memory.take(ids)
-        key = self.key.of(ids)
+        kept = self.kept.take(ids)
+        if birth == self.state.round:
+            broadcast, key = self.now, self.key.of(codes)
+        else:
+            broadcast, key = self.state.versions[birth], Key(self.state.seed).fold("round", birth).of(codes)
         contribution, local = self.plan.local.contribute(
-            self.broadcast, lanes, part_of(kept, "local"), key.fold("clients", "local"), self.task
+            broadcast, lanes, part_of(kept, "local"), key.fold("clients", "local"), self.task
         )
         memory = {f"local/{n}": t for n, t in local.items()}
+        rest = _rest(contribution)
         update = contribution.means.get("update")
         if update is None:
-            return contribution, memory, _bytes(contribution, {})
+            return contribution, memory, torch.full((len(ids),), rest)
         payload, side, sums, codec = self.plan.codec.encode(
-            update, part_of(kept, "codec"), self.broadcast.shared["codec"], key.fold("codec")
+            update, part_of(kept, "codec"), broadcast.shared["codec"], key.fold("codec")
         )
         memory |= {f"codec/{n}": t for n, t in codec.items()}
         contribution = contribution._replace(sums={**contribution.sums, **sums})
-        size = _bytes(contribution, {"payload": payload, **side})
+        sizes = self.plan.codec.sizes(payload, side) + _rest(contribution)
         opened = {**contribution.means, "update": self.plan.codec.open(payload, side)}
-        return contribution._replace(means=opened), memory, size
+        return contribution._replace(means=opened), memory, sizes
 
-    def _fail(self, client: int, stage: str, cause: str) -> None:
-        self.failures.append(Failure(client, self.broadcast.round, stage, cause))
+    def _fail(self, client: int, birth: int, stage: str, cause: str) -> None:
+        self.failures.append(Failure(client, birth, stage, cause))
 
-    def gathered(self, cohort: Cohort) -> Gathered:
+    def gathered(self) -> Gathered:
         """What the round brought back, or the reason to end the run."""
-        asked = len(cohort.ids)
+        flown = self.flown
+        # Everybody who was at work: who started in this round, and who still was from earlier ones.
+        asked = len(self.state.air.flights) + flown.started - flown.late
         self.failures.sort()  # by client: the order of chunks tells nothing
         if self.failures and len(self.failures) == asked:
             self._all_failed()
         if len(self.failures) > self.plan.max_failed * asked:
             first = self.failures[0]
             raise RunError(
-                f"{len(self.failures)} of {asked} clients failed in round {self.broadcast.round}; "
+                f"{len(self.failures)} of {asked} clients failed in round {self.state.round}; "
                 f"first client {first.client}, at {first.stage}: {first.cause}.",
                 f"at most the fraction max_failed = {self.plan.max_failed}.",
                 "what is left would be another cohort than the sampler drew. The state is that of the round before.",
@@ -215,20 +262,26 @@ class _Round:
         order = torch.argsort(ids, stable=True)
         names = set.intersection(*(set(f) for f in self.facts)) if self.facts else set()
         facts = {n: torch.cat([f[n] for f in self.facts])[order] for n in sorted(names)}
-        model = self.broadcast.model
-        down = _size({"theta": model.theta, "buffers": model.buffers, **model.counters})
-        down += sum(_size(tensors) for tensors in self.broadcast.shared.values())
-        down += _size(model.fixed) if self.broadcast.round == 0 else 0
-        partials: dict[int, Any] = {self.broadcast.round: self.partial}
         return Gathered(
-            partials, ids[order], tuple(self.memory), facts, tuple(self.failures), self.bytes_up, down * asked
+            self.partials or {self.state.round: self.plan.aggregator.zero()},
+            ids[order],
+            tuple(self.memory),
+            facts,
+            tuple(self.failures),
+            int(facts["bytes_up"].sum()) if facts else 0,
+            flown.sent,
+            flown.air,
+            flown.started,
+            flown.late,
+            flown.now,
+            flown.trips,
         )
 
     def _all_failed(self) -> None:
         """Every client failed: the same way is a fault of the program, not of the clients."""
         (cause, count), *_ = Counter(f.cause for f in self.failures).most_common()
-        if count < len(self.failures):
-            return
+        if count < len(self.failures) or (not self.errors and cause == _DROPPED):
+            return  # who is cut off says nothing about the program
         first = self.failures[0]
         raise RunError(
             f"Every client of round {first.round} failed in the same way, at {first.stage}: {cause}.",
@@ -238,12 +291,8 @@ class _Round:
         ) from (self.errors[0] if self.errors else None)
 
 
-def _size(tensors: Mapping[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def _bytes(contribution: Contribution, message: Mapping[str, Tensor]) -> int:
-    """The bytes of one client's message: the encoded update, the other means, sums, counters, and 8 for the weight."""
+def _rest(contribution: Contribution) -> int:
+    """The bytes of one client's message beside the encoded update: other means, sums, counters, 8 for the weight."""
     rest = {n: t for n, t in contribution.means.items() if n != "update"}
-    whole = _size(message) + _size(rest) + _size(contribution.sums) + _size(contribution.largest)
+    whole = nbytes(rest) + nbytes(contribution.sums) + nbytes(contribution.largest)
     return whole // len(contribution.weight) + 8

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from atoll.plan.plan import Store
+
 
 class Memory:
     """Rows by client id; a client that was never at work has none, and reads the first row that all share.
@@ -30,6 +32,8 @@ class Memory:
 
     def take(self, ids: Tensor) -> dict[str, Tensor]:
         """Copies of the rows of these clients, `[K, …]` by name."""
+        if not self.first:
+            return {}
         rows = [self._rows.get(i, self.first) for i in ids.tolist()]
         return {n: torch.stack([row[n] for row in rows]) for n in self.first} if rows else {}
 
@@ -50,3 +54,28 @@ class Memory:
         ids = torch.tensor(sorted(self._changed), dtype=torch.int64)
         self._changed.clear()
         return ids, self.take(ids)
+
+
+class Pending:
+    """Rows of a store as they will be once a round is accepted: what is put here leaves the store as it is.
+
+    Args:
+        store: read where nothing was put.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._rows: dict[int, dict[str, Tensor]] = {}
+
+    def take(self, ids: Tensor) -> dict[str, Tensor]:
+        """Copies of the rows of these clients, `[K, …]` by name."""
+        rows = dict(self._store.take(ids))
+        for k, i in enumerate(ids.tolist() if self._rows else []):
+            for name, row in self._rows.get(i, {}).items():
+                rows[name][k] = row
+        return rows
+
+    def put(self, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """Replace the rows of these clients."""
+        for k, i in enumerate(ids.tolist()):
+            self._rows[i] = {n: t[k] for n, t in rows.items()}

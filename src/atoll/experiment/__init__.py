@@ -58,6 +58,7 @@ class Experiment(grammar.Value):
         rounds, seed, dtype, evaluate_every, numerics, chunk: see `atoll.Settings`.
         stop: texts of stop rules.
         engine: where clients run.
+        fleet: how long clients and links take, on a virtual clock: the text of a `Fleet`.
         init: a run or a safetensors file to start from.
         baselines: whether to train pooled and local-only beside it.
         checkpoint_s: seconds between two checkpoints.
@@ -91,6 +92,7 @@ class Experiment(grammar.Value):
     evaluate_every: int = 1
     stop: tuple[str, ...] = ()
     engine: str = "inprocess"
+    fleet: str | None = None
     numerics: str = "auto"
     chunk: int | None = None
     init: str | None = None
@@ -324,7 +326,7 @@ class Experiment(grammar.Value):
         for text in self.stop:
             rule = grammar.parse(text, PARTS, trust=self._trusts("stop"))
             rules += rule if isinstance(rule, (tuple, list)) else [rule]
-        names = ("rounds", "seed", "dtype", "loss", "metrics", "evaluate_every", "numerics", "chunk")
+        names = ("rounds", "seed", "dtype", "loss", "metrics", "evaluate_every", "numerics", "chunk", "fleet")
         init = self.init
         if init is not None and not Path(init).exists():
             init = str(runs.find(init, Path(self.out)))

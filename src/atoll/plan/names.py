@@ -8,6 +8,15 @@ from typing import Any
 from atoll import schedule
 from atoll.plan import aggregate, codec, local, optimizer, pace, plan, sampler, stop
 
+
+class polynomial:
+    """In a text: with one number alone the factor of a late update, `(1 + s)^−power`; otherwise a schedule."""
+
+    def __new__(cls, *args: Any, **words: Any) -> Any:
+        late = (len(args) == 1 and not words) or set(words) == {"power"}
+        return (pace.polynomial if late else schedule.polynomial)(*args, **words)
+
+
 PARTS: Mapping[str, Callable[..., Any]] = {
     part.__name__: part
     for part in (
@@ -26,6 +35,9 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         aggregate.Mean,
         aggregate.Sum,
         pace.Sync,
+        pace.Buffered,
+        pace.Bounded,
+        pace.hinge,
         optimizer.sgd,
         optimizer.adam,
         optimizer.adamw,
@@ -42,7 +54,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         schedule.inverse,
         schedule.inverse_sqrt,
         schedule.cosine,
-        schedule.polynomial,
+        polynomial,
         schedule.warmup,
         schedule.plateau,
         stop.Rounds,

@@ -91,6 +91,9 @@ class sgd(Optimizer):
     def per_lane(self) -> Counters:
         return STEP if self.momentum else {}
 
+    def plain(self) -> bool:
+        return not (self.momentum or self.weight_decay)
+
     def in_place(self) -> bool:
         return not (self.weight_decay or self.nesterov)
 

@@ -1,21 +1,280 @@
-"""When a round closes, and what a late contribution counts."""
+"""When a round closes, who may start while it is open, and what a late contribution counts.
+
+A pace sees numbers only: how many are wanted and have arrived, and how long the round has been open. It has no clock
+and no socket, so the same value drives a virtual clock, worker processes and a network. A round in which nobody is in
+the air any more is over under every pace.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from atoll.errors import UsageError
 from atoll.grammar import Value
+
+
+class Open(Protocol):
+    """An open round, as a pace sees it."""
+
+    wanted: int  # contributions that make a full round
+    arrived: int
+    elapsed: float  # seconds since the round opened
+
+    def starts(self) -> Iterable[int]:
+        """How often each arrived client has started while the oldest flight has been in the air."""
+        ...
+
+
+def _check(part: str, name: str, value: Any, good: bool, required: str, why: str, write: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not good:
+        raise UsageError(f"{part}({name}={value!r}).", required, why, write)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, repr=False)
 class Sync(Value):
-    """A round closes when its whole cohort has arrived or failed.
+    """A round closes when its whole cohort has arrived or failed; nothing stays in the air.
 
+    With `over_select`, ⌈over_select·n⌉ clients start and the first n to arrive count. With `deadline_s` the round
+    closes then with those who have arrived, if they are at least `quorum`·n; else as soon as they are. Whoever comes
+    later is not heard: what it kept stays as it was.
+
+    Args:
+        over_select: how many start for each one that is wanted, ≥ 1.
+        deadline_s: seconds after which the round need not wait any longer, > 0; None waits for all.
+        quorum: the part of the n wanted without which no deadline closes the round, in [0, 1].
+        partial: whether a client that is still computing at the deadline stops there and sends what it has.
+    Raises:
+        UsageError: a number out of range, or a quorum or partial work without a deadline.
     Example:
-        >>> Sync().discount(0)
-        1.0
+        >>> Sync(over_select=1.3).asks(100)
+        130
+
+    Reference: Bonawitz et al., Towards Federated Learning at Scale: System Design, 2019.
     """
+
+    over_select: float = 1.0
+    deadline_s: float | None = None
+    quorum: float = 0.0
+    partial: bool = False
+
+    flies_on = False  # whether what is in the air when a round closes is still awaited
+    refills = False  # whether somebody else starts, in the open round, for each one that arrived
+
+    def __post_init__(self) -> None:
+        over, quorum, deadline = self.over_select, self.quorum, self.deadline_s
+        why = "fewer than are wanted can never make a full round."
+        _check(
+            "Sync", "over_select", over, self._number(over) and over >= 1, "1 or more.", why, "Sync(over_select=1.3)"
+        )
+        good = self._number(quorum) and 0 <= quorum <= 1
+        why = "it is a part of the cohort."
+        _check("Sync", "quorum", quorum, good, "a fraction in [0, 1].", why, "Sync(deadline_s=60, quorum=0.8)")
+        if deadline is not None:
+            good = self._number(deadline) and deadline > 0
+            why = "nobody arrives before the round has opened."
+            _check("Sync", "deadline_s", deadline, good, "seconds, above 0.", why, "Sync(deadline_s=60)")
+        elif self.quorum or self.partial:
+            raise UsageError(
+                f"{self!r}.",
+                "a deadline.",
+                "quorum and partial say what happens at the deadline.",
+                f"Sync(deadline_s=60{f', quorum={self.quorum}' if self.quorum else ''}"
+                f"{', partial=True' if self.partial else ''})",
+            )
+
+    @staticmethod
+    def _number(x: Any) -> bool:
+        return isinstance(x, (int, float)) and math.isfinite(x)
+
+    def asks(self, n: int) -> int:
+        """How many start for a cohort of n."""
+        return math.ceil(self.over_select * n - 1e-9)
+
+    def wants(self, started: int) -> int:
+        """How many of those that started make a full round."""
+        return int(started / self.over_select + 1e-9)
+
+    def may_start(self, starts: int) -> bool:
+        """Whether a client may start that has started so often while the oldest flight has been in the air."""
+        return True
+
+    def closes(self, open: Open) -> bool:
+        """Whether the round is over, although somebody is still in the air."""
+        if open.arrived >= open.wanted:
+            return True
+        late = self.deadline_s is not None and open.elapsed >= self.deadline_s
+        return late and not self.partial and open.arrived >= self.quorum * open.wanted
 
     def discount(self, staleness: int) -> float:
         """The factor on what started `staleness` rounds ago: always 1, since nothing is ever late."""
+        return 1.0
+
+
+@dataclass(frozen=True, repr=False)
+class polynomial(Value):
+    """The weight of what is s rounds late: (1 + s)^−power.
+
+    Args:
+        power: ≥ 0; 0 takes no notice of lateness.
+    Example:
+        >>> [polynomial(0.5)(s) for s in (0, 3, 8)]
+        [1.0, 0.5, 0.3333333333333333]
+
+    Reference: Xie, Koyejo and Gupta, Asynchronous Federated Optimization, 2019.
+    """
+
+    power: float
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.power, (int, float)) and math.isfinite(self.power) and self.power >= 0
+        why = "what is older must not count for more."
+        _check("polynomial", "power", self.power, good, "0 or more.", why, "polynomial(0.5)")
+
+    def __call__(self, staleness: int) -> float:
+        return float((1 + staleness) ** -self.power)
+
+
+@dataclass(frozen=True, repr=False)
+class hinge(Value):
+    """The weight of what is s rounds late: 1 up to `grace` rounds, then 1 / (1 + slope·(s − grace)).
+
+    Args:
+        slope: ≥ 0.
+        grace: rounds of lateness that cost nothing, ≥ 0.
+    Example:
+        >>> [hinge(1, grace=2)(s) for s in (0, 2, 3)]
+        [1.0, 1.0, 0.5]
+
+    Reference: Xie, Koyejo and Gupta, Asynchronous Federated Optimization, 2019.
+    """
+
+    slope: float
+    grace: int = 0
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.slope, (int, float)) and math.isfinite(self.slope) and self.slope >= 0
+        why = "what is older must not count for more."
+        _check("hinge", "slope", self.slope, good, "0 or more.", why, "hinge(0.5, grace=4)")
+        good = _whole(self.grace) and self.grace >= 0
+        why = "lateness is counted in rounds."
+        _check("hinge", "grace", self.grace, good, "whole rounds, 0 or more.", why, "hinge(0.5, grace=4)")
+
+    def __call__(self, staleness: int) -> float:
+        return 1.0 if staleness <= self.grace else 1.0 / (1.0 + self.slope * (staleness - self.grace))
+
+
+@dataclass(frozen=True, repr=False)
+class Buffered(Value):
+    """A round closes when k contributions have arrived, whoever they are from; everybody else flies on.
+
+    Whoever arrives makes room for another start at once, so that as many are at work as the cohort says. An update
+    that started s rounds ago is multiplied by staleness(s); the weight that divides is not, so late ones shrink the
+    step. k = 1 is fully asynchronous.
+
+    Args:
+        k: contributions a round, at least 1.
+        staleness: the factor by rounds of lateness: `polynomial(0.5)`, `hinge(0.5, grace=4)`, or any function of it.
+    Raises:
+        UsageError: k is no whole number of at least 1, or the staleness no function.
+    Example:
+        >>> Buffered(10)
+        Buffered(10)
+        >>> Buffered(1).discount(3)
+        0.5
+
+    Reference: Nguyen et al., Federated Learning with Buffered Asynchronous Aggregation, 2022.
+    """
+
+    k: int
+    staleness: Callable[[int], float] = field(default_factory=lambda: polynomial(0.5))
+
+    flies_on = True
+    refills = True
+
+    def __post_init__(self) -> None:
+        good, why = _whole(self.k) and self.k >= 1, "a round needs something to step by."
+        _check("Buffered", "k", self.k, good, "a whole number of contributions, at least 1.", why, "Buffered(10)")
+        if not callable(self.staleness) or isinstance(self.staleness, type):
+            raise UsageError(
+                f"Buffered(staleness={self.staleness!r}).",
+                "a function of the rounds of lateness.",
+                "it says what a late update still counts.",
+                f"Buffered({self.k}, staleness=polynomial(0.5))",
+            )
+
+    def asks(self, n: int) -> int:
+        """How many start for a cohort of n."""
+        return n
+
+    def wants(self, started: int) -> int:
+        """How many of those that started make a full round."""
+        return started
+
+    def may_start(self, starts: int) -> bool:
+        """Whether a client may start that has started so often while the oldest flight has been in the air."""
+        return True
+
+    def closes(self, open: Open) -> bool:
+        """Whether the round is over, although somebody is still in the air."""
+        return open.arrived >= self.k
+
+    def discount(self, staleness: int) -> float:
+        """The factor on what started `staleness` rounds ago."""
+        return float(self.staleness(staleness))
+
+
+@dataclass(frozen=True, repr=False)
+class Bounded(Value):
+    """Stale-synchronous by age: a client may start at most s times while the oldest contribution is in the air.
+
+    A round closes when an arrived client may start again. s = 0 is `Sync()`, bit for bit; with a large s every
+    arrival is a round. A slow client holds the others back only once each has gone s rounds ahead of its start.
+
+    Args:
+        staleness: s, at least 0.
+    Raises:
+        UsageError: s is no whole number of at least 0.
+    Example:
+        >>> Bounded(4)
+        Bounded(4)
+
+    Reference: Ho et al., More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server, 2013, which
+        bounds the lead of clocks; here the age of what is in the air is bounded.
+    """
+
+    staleness: int
+
+    flies_on = True
+    refills = False
+
+    def __post_init__(self) -> None:
+        good, why = _whole(self.staleness) and self.staleness >= 0, "it counts starts."
+        _check("Bounded", "staleness", self.staleness, good, "a whole number, at least 0.", why, "Bounded(4)")
+
+    def asks(self, n: int) -> int:
+        """How many start for a cohort of n."""
+        return n
+
+    def wants(self, started: int) -> int:
+        """How many of those that started make a full round."""
+        return started
+
+    def may_start(self, starts: int) -> bool:
+        """Whether a client may start that has started so often while the oldest flight has been in the air."""
+        return starts < self.staleness
+
+    def closes(self, open: Open) -> bool:
+        """Whether the round is over, although somebody is still in the air."""
+        return any(self.may_start(n) for n in open.starts())
+
+    def discount(self, staleness: int) -> float:
+        """The factor on what started `staleness` rounds ago: 1."""
         return 1.0

@@ -24,12 +24,15 @@ from atoll.errors import UsageError
 from atoll.fields import repaired
 from atoll.grammar import Value
 from atoll.layout import Layout
-from atoll.plan.codec.stage import Identity
+from atoll.plan.clash import refuse
+from atoll.plan.codec.stage import Identity, arrived
+from atoll.plan.flight import Air
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Sync
-from atoll.plan.sampler import Everyone, Uniform, fraction
+from atoll.plan.sampler import Everyone, Uniform, enlarged, fraction
 from atoll.plan.slots import (
     Aggregator,
+    Broadcast,
     Cohort,
     Local,
     Optimizer,
@@ -54,20 +57,40 @@ class Failure(NamedTuple):
     cause: str
 
 
+class Trip(NamedTuple):
+    """One flight on the clock, in seconds of the run: it started, had the model, had computed, and ended, and how."""
+
+    number: int
+    client: int
+    birth: int
+    start: float
+    loaded: float
+    computed: float
+    end: float
+    fate: str  # "arrived", "dropped", or "late": no longer awaited
+
+
 class Gathered(NamedTuple):
     """What an engine brings back: a partial sum for each birth, and the record of who gave it."""
 
     partials: Mapping[int, Any]
-    arrived: Tensor  # int64 ids, in the order of the cohort
+    arrived: Tensor  # int64 ids, rising
     memory: tuple[tuple[Tensor, Tensors], ...]  # what the accepted clients keep: (ids [K], rows [K, …])
     facts: Tensors  # one row an arrived client
     failures: tuple[Failure, ...]
     bytes_up: int
     bytes_down: int
+    air: Air = Air()  # what flies on
+    started: int = 0
+    late: int = 0  # no longer awaited
+    now: float | None = None  # seconds of the run, where there is a clock
+    trips: tuple[Trip, ...] = ()
 
 
 class Store(Protocol):
-    """What clients keep between rounds: rows appear on first touch."""
+    """What clients keep between rounds: rows appear on first touch. `first` is what a client keeps before that."""
+
+    first: dict[str, Tensor]
 
     def take(self, ids: Tensor) -> Tensors: ...
     def put(self, ids: Tensor, rows: Tensors) -> None: ...
@@ -96,6 +119,7 @@ class Plan(Value):
         cohort: who is at work: a sampler; None is everyone, an int that many, a float that fraction.
         codec: what happens to an update on its way.
         pace: when a round closes.
+        downlink: what happens to the model's change on its way to the clients; the server keeps what was lost of it.
         max_failed: the largest fraction of a cohort that may fail before the run ends, in [0, 1].
     Raises:
         UsageError: a slot holds something else than a part for it, or two parts cannot stand beside each other.
@@ -112,6 +136,7 @@ class Plan(Value):
     cohort: Sampler | int | float | None = field(default_factory=Everyone)
     codec: Stage = field(default_factory=Identity)
     pace: Pace = field(default_factory=Sync)
+    downlink: Stage = field(default_factory=Identity)
     max_failed: float = 0.5
 
     def __post_init__(self) -> None:
@@ -121,6 +146,7 @@ class Plan(Value):
             ("optimizer", Optimizer, "sgd(0.1)"),
             ("codec", Stage, "Identity()"),
             ("pace", Pace, "Sync()"),
+            ("downlink", Stage, "Identity()"),
         )
         for slot, protocol, example in slots:
             part = getattr(self, slot)
@@ -138,14 +164,8 @@ class Plan(Value):
                 "it is the part of a cohort that may fail before the round is given up.",
                 repaired(self, max_failed=0.5),
             )
-        if not self.aggregator.linear and self.codec.decodes:
-            raise UsageError(
-                f"{self.aggregator!r} with the codec {self.codec!r}.",
-                "an aggregator that is linear.",
-                "the codec is undone once on the sum, and this rule forms no sum.",
-                "Mean()",
-            )
         object.__setattr__(self, "cohort", _sampler(self.cohort))
+        refuse(self)
 
     @property
     def sampler(self) -> Sampler:
@@ -161,14 +181,25 @@ class Plan(Value):
                 f"mᵢ     = {self.codec!r}(gᵢ)",
                 f"g      = {self.aggregator!r}(mᵢ, wᵢ)          pace {self.pace!r}",
                 f"θ⁺     = {self.optimizer!r}(θ, g, round)",
+                *([] if self.downlink == Identity() else [f"θ̂⁺     = θ̂ + {self.downlink!r}(θ⁺ − θ̂)"]),
             )
         )
 
     def at(self, engine: Engine) -> Plan:
-        """The same plan, its codec told where it works."""
+        """The same plan, its codec told where it works; told once for each engine."""
+        known = self.__dict__.get("_at")
+        if known is not None and known[0] is engine:
+            return known[1]  # type: ignore[no-any-return]
+        placed = self._placed(engine)
+        for plan in (self, placed):
+            object.__setattr__(plan, "_at", (engine, placed))
+        return placed
+
+    def _placed(self, engine: Engine) -> Plan:
         sizes = engine.population.sizes
         weights = torch.ones_like(sizes) if getattr(self.aggregator, "weights", "") == "equal" else sizes
-        return dataclasses.replace(self, codec=self.codec.at(engine.layout, weights.sum()))
+        codec, downlink = self.codec.at(engine.layout, weights.sum()), self.downlink.at(engine.layout)
+        return dataclasses.replace(self, codec=codec, downlink=downlink)
 
     def memory(self, layout: Layout) -> dict[str, Tensor]:
         """What one client keeps before its first round, by `part/name`."""
@@ -203,9 +234,27 @@ def part_of(tensors: Tensors, part: str) -> dict[str, Tensor]:
     return {n.removeprefix(f"{part}/"): t for n, t in tensors.items() if n.startswith(f"{part}/")}
 
 
+def public(tensors: Tensors) -> dict[str, Tensor]:
+    """What clients are told of a part's server state: names that begin with an underscore stay at the server."""
+    return {n: t for n, t in tensors.items() if not n.rpartition(".")[2].startswith("_")}
+
+
+class Sent(NamedTuple):
+    """θ as clients know it under a compressed downlink, and the length in bytes of the last rounds' deltas.
+
+    Args:
+        theta: `[d]`.
+        deltas: of the rounds up to the last one; of older ones the whole θ is sent, which is no longer.
+    """
+
+    theta: Tensor
+    deltas: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class State:
-    """Everything needed to go on: the next round's number, the model, and what the server's half of each part keeps."""
+    """Everything needed to go on: the next round's number, the model, what the server's half of each part keeps, what
+    is in the air, the models that it started from, and θ as the clients know it where that is another."""
 
     round: int
     seed: int
@@ -213,6 +262,9 @@ class State:
     optimizer: Tensors
     server: Shared
     memory: Store
+    air: Air = Air()
+    versions: Mapping[int, Broadcast] = field(default_factory=dict)
+    sent: Sent | None = None
 
     @classmethod
     def first(cls, plan: Plan, task: Task, seed: int, memory: Store, model: Model | None = None) -> State:
@@ -225,10 +277,31 @@ class State:
         """The key of everything drawn in the coming round."""
         return Key(self.seed).fold("round", self.round)
 
+    def broadcast(self) -> Broadcast:
+        """What clients that start in the coming round may know."""
+        model = self.model if self.sent is None else self.model._replace(theta=self.sent.theta)
+        return Broadcast(self.round, model, {part: public(tensors) for part, tensors in self.server.items()})
+
 
 @dataclass(frozen=True)
 class Report:
-    """What happened in a round."""
+    """What happened in a round.
+
+    Args:
+        round: from 0.
+        metrics: by name.
+        cohort: how many started.
+        arrived: how many contributions are in the step.
+        failures: contributions that were lost.
+        bytes_up, bytes_down: of all messages.
+        seconds: that the round took to compute.
+        fingerprint: the first 12 hex digits of SHA-256(θ).
+        clients: columns, one row a contribution: who, and what it told in the clear.
+        late: how many were no longer awaited.
+        flying: how many are at work when the round has closed.
+        now: seconds of the run on the clock, where there is one.
+        trips: flights that ended in the round, on the clock.
+    """
 
     round: int
     metrics: Mapping[str, float]
@@ -240,6 +313,10 @@ class Report:
     seconds: float = 0.0
     fingerprint: str = ""
     clients: Mapping[str, Any] = field(default_factory=dict)
+    late: int = 0
+    flying: int = 0
+    now: float | None = None
+    trips: tuple[Trip, ...] = ()
 
     def to(self, **changes: Any) -> Report:
         """The same report with some fields replaced."""
@@ -260,15 +337,48 @@ def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
             still good.
     """
     key, plan = state.key(), plan.at(engine)
-    cohort = plan.sampler(engine.population, state.round, key.fold("cohort"))
+    state = tell(plan, state, key)
+    cohort = opening(plan, state, engine.population, key)
     gathered = engine.gather(plan, state, cohort, key)
     total = decode(plan, state, gathered)
     total, server = settle(plan, total, state, key)
     mean = plan.aggregator.finish(total, cohort, engine.population)
-    after = descend(plan, state, mean, server)
+    after = keep(descend(plan, state, mean, server), state.broadcast(), gathered.air)
     for ids, rows in gathered.memory:
         state.memory.put(ids, rows)
-    return after, report(plan, state, cohort, gathered, mean)
+    return after, report(plan, state, gathered, mean)
+
+
+def tell(plan: Plan, state: State, key: Key) -> State:
+    """What clients know of θ moves by a compressed delta: θ̂⁺ = θ̂ + C(θ − θ̂). What it lost is in the next one."""
+    if plan.downlink == Identity():
+        return state
+    theta, whole = state.model.theta, state.model.theta.numel() * state.model.theta.element_size()
+    if state.sent is None:
+        return dataclasses.replace(state, sent=Sent(theta, ()))
+    delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(torch.zeros(1, dtype=torch.int64))
+    payload, side, _, _ = plan.downlink.encode(delta, {}, {}, key)
+    length = int(plan.downlink.sizes(payload, side)[0])
+    known = state.sent.theta + arrived(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
+    deltas = (*state.sent.deltas, length)
+    while sum(deltas) > whole:
+        deltas = deltas[1:]
+    return dataclasses.replace(state, sent=Sent(known, deltas))
+
+
+def opening(plan: Plan, state: State, population: Population, key: Key) -> Cohort:
+    """Who starts as a round opens with nothing in the air; with something in it, traffic starts what is missing."""
+    if state.air.flights:
+        return Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.float64))
+    sampler: Sampler = enlarged(plan.sampler, plan.pace.asks)
+    return sampler(population, state.round, key.fold("cohort"))
+
+
+def keep(state: State, broadcast: Broadcast, air: Air) -> State:
+    """The state with what is in the air, and the models that somebody still works from."""
+    births = {f.birth for f in air.flights}
+    versions = {b: v for b, v in (*state.versions.items(), (broadcast.round, broadcast)) if b in births}
+    return dataclasses.replace(state, air=air, versions=versions)
 
 
 def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
@@ -314,7 +424,7 @@ def descend(plan: Plan, state: State, mean: Total, server: Shared) -> State:
         theta, optimizer = plan.optimizer.update(model.theta, g, per_row(mean.sums), optimizer, state.round)
         buffers = mean.means["buffers"].to(model.buffers.dtype) if "buffers" in mean.means else model.buffers
         model = Model(theta, buffers, {**model.counters, **mean.largest}, model.fixed)
-    return State(state.round + 1, state.seed, model, optimizer, server, state.memory)
+    return dataclasses.replace(state, round=state.round + 1, model=model, optimizer=optimizer, server=server)
 
 
 def per_row(sums: Tensors) -> dict[str, Tensor]:
@@ -324,7 +434,7 @@ def per_row(sums: Tensors) -> dict[str, Tensor]:
     return {n: t / sums["rows"].clamp(min=1) for n, t in sums.items() if n != "rows"}
 
 
-def report(plan: Plan, state: State, cohort: Cohort, gathered: Gathered, mean: Total) -> Report:
+def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
     """What people are told of a round."""
     metrics = {n: float(t) for n, t in per_row(mean.sums).items() if t.numel() == 1}
     if "update" in mean.means:
@@ -333,10 +443,14 @@ def report(plan: Plan, state: State, cohort: Cohort, gathered: Gathered, mean: T
     return Report(
         state.round,
         metrics,
-        len(cohort.ids),
+        gathered.started,
         len(gathered.arrived),
         gathered.failures,
         gathered.bytes_up,
         gathered.bytes_down,
         clients={"id": gathered.arrived, **gathered.facts},
+        late=gathered.late,
+        flying=len(gathered.air.flights),
+        now=gathered.now,
+        trips=gathered.trips,
     )

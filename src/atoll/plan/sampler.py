@@ -6,8 +6,11 @@ of being there, from which `over="expected"` computes what it divides by.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,8 +87,12 @@ class Fraction(Value):
         if not 0 < self.q <= 1:
             raise UsageError(f"Fraction({self.q!r}).", "a fraction in (0, 1].", write="Fraction(0.1)")
 
+    def count(self, clients: int) -> int:
+        """How many of so many."""
+        return max(1, math.floor(self.q * clients + 0.5))
+
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
-        return Uniform(max(1, math.floor(self.q * population.clients + 0.5)))(population, round, key)
+        return Uniform(self.count(population.clients))(population, round, key)
 
 
 def fraction(q: float) -> Fraction:
@@ -179,3 +186,29 @@ class RoundRobin(Value):
         order = Key(key.seed).fold("round robin", lap).permutation(population.clients)
         start = min(turn * self.n, population.clients - self.n)
         return _cohort(order[start : start + self.n].sort().values, self.n / population.clients)
+
+
+def enlarged(sampler: Any, asks: Callable[[int], int]) -> Any:
+    """The sampler of as many clients as a pace asks, for the n that it draws; itself where the pace asks n.
+
+    Example:
+        >>> enlarged(Uniform(10), lambda n: 13 * n // 10)
+        Uniform(13)
+    """
+    if hasattr(sampler, "n"):
+        return sampler if asks(sampler.n) == sampler.n else dataclasses.replace(sampler, n=asks(sampler.n))
+    if isinstance(sampler, Fraction) and asks(1000) > 1000:
+        return _AtLeast(sampler, asks)
+    return sampler
+
+
+@dataclass(frozen=True)
+class _AtLeast:
+    """As many as a pace asks for a fraction of the clients."""
+
+    sampler: Fraction
+    asks: Callable[[int], int]
+
+    def __call__(self, population: Population, round: int, key: Key) -> Cohort:
+        n = self.asks(self.sampler.count(population.clients))
+        return Uniform(n)(population, round, key)

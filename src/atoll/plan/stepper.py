@@ -104,8 +104,11 @@ class Optimizer:
             >>> sgd(0.1).update(torch.tensor([1.0]), torch.tensor([2.0]), {}, {}, 0)
             (tensor([0.8000]), {})
         """
-        theta = theta.detach().clone(memory_format=torch.contiguous_format)
         memory = _memory(state)
+        if self.plain():  # what most servers are, without the bookkeeping of a stepper
+            step = theta.detach().add(g.to(theta.dtype), alpha=-self.schedule(round, memory))
+            return step, _named(self.schedule.observe(memory, sums["loss"]) if "loss" in sums else memory)
+        theta = theta.detach().clone(memory_format=torch.contiguous_format)
         after = {
             name: value.detach().clone(memory_format=torch.contiguous_format)
             for name, value in state.items()
@@ -137,6 +140,10 @@ class Optimizer:
     def per_lane(self) -> Counters:
         """Names of the numbers in a lane's state, with first values and types; `step` counts its steps."""
         return STEP if self.inner() else {}
+
+    def plain(self) -> bool:
+        """Whether the rule is θ ← θ − lr·g and keeps nothing."""
+        return False
 
     def in_place(self) -> bool:
         """Whether `move` makes no temporaries, so that cutting gains nothing."""

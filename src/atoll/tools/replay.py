@@ -24,8 +24,8 @@ from atoll.errors import AtollError, RunError, UsageError
 from atoll.plan.lanes import Lanes
 from atoll.plan.plan import decode, descend, part_of, settle, step
 from atoll.plan.slots import Broadcast, Cohort
-from atoll.recorder import _unpack
 from atoll.rng import Key
+from atoll.saved import unpack
 from atoll.task import Gradient, Model, Task
 from atoll.tools.again import same_data, training_in
 from atoll.training import Rounds
@@ -207,7 +207,7 @@ def _checkpoint(folder: Path, training: Rounds, round: int) -> int:
         return 0
     if checkpoint is None:
         return 0
-    training.state = _unpack(checkpoint.tensors, checkpoint.facts["round"], training)
+    training.state = unpack(checkpoint.tensors, checkpoint.facts["round"], training)
     for segment in checkpoint.memory:
         rows = {n.removeprefix("rows/"): r for n, r in segment.items() if n != "ids"}
         training.memory.put(segment["ids"], rows)

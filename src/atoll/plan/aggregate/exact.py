@@ -20,6 +20,9 @@ and anywhere by 2^−1067, where float64 itself ends.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -104,12 +107,12 @@ def total(digits: Digits) -> Tensor:
     return out
 
 
-def check_capacity(weight: int, write: str) -> None:
-    """Refuse a round whose weights would leave float64 too few bits to stay exact."""
+def check_capacity(weight: int, rule: Any) -> None:
+    """Refuse a round whose weights would leave float64 too few bits for a rule's sum to stay exact."""
     if weight > CAPACITY:
         raise UsageError(
             f"The weights of this round sum to {weight:,}.",
             f"at most 2^28 = {CAPACITY:,} for an exact sum.",
             "beyond it a digit's sum no longer fits the 53 bits of float64.",
-            write,
+            repr(replace(rule, sum="float")),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -97,7 +97,7 @@ class _Folded(Value):
     def total(self, partial: Partial) -> Total:
         """The finished sums, float64."""
         if self.sum == "exact":
-            exact.check_capacity(int(partial.weight), repr(replace(self, sum="float")))  # type: ignore[type-var]
+            exact.check_capacity(int(partial.weight), self)
         return Total(
             {n: exact.total(digits) for n, digits in partial.means.items()},
             {n: exact.total(digits) for n, digits in partial.sums.items()},

@@ -132,6 +132,10 @@ class Codec(Part):
         """How many bytes a message has."""
         return self.form(layout).nbytes
 
+    def sizes(self, payload: Tensor, side: Tensors) -> Tensor:
+        """How many bytes the message of each lane has, int64 `[K]`."""
+        return torch.full((len(payload),), self.nbytes(self.layout))
+
     def to_bytes(self, payload: Tensor, side: Tensors) -> list[bytes]:
         """The message of each lane, as it crosses a wire."""
         return wire.to_bytes(self.form(self.layout), payload, side)

@@ -1,0 +1,93 @@
+"""How many client events and asynchronous steps a second the loop carries, with clients that compute nothing.
+
+    python benchmarks/events.py [--clients 1000] [--cohort 100] [--repeat 5]
+
+An event is a start, an arrival or a drop. Medians of some runs, beside the events of the clock alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from atoll.data import arrays
+from atoll.engine.clock import Clock
+from atoll.engine.fleet import Fleet, HalfNormal
+from atoll.plan.aggregate import Mean
+from atoll.plan.optimizer import sgd
+from atoll.plan.pace import Buffered, Sync
+from atoll.plan.part import Part
+from atoll.plan.plan import Plan, step
+from atoll.plan.slots import Contribution, Pace
+from atoll.training import rounds
+
+
+@dataclass(frozen=True, repr=False)
+class Null(Part):
+    """A client that computes nothing: its update is nought."""
+
+    def width(self, rows):
+        return 0
+
+    def contribute(self, broadcast, lanes, memory, key, task):
+        update = broadcast.model.theta.new_zeros(len(lanes.ids), broadcast.model.theta.shape[0])
+        return Contribution({"update": update}, {}, lanes.rows, {}, {}), {}
+
+
+def training(pace: Pace, clients: int, cohort: int):
+    x, y = torch.zeros(2 * clients, 9), torch.zeros(2 * clients)
+    data = arrays(x, y).split(clients, held_out=0.0)
+    fleet = Fleet(HalfNormal(), dropout=0.05)
+    return rounds("linear", data, Plan(Null(), Mean(), sgd(1.0), cohort=cohort, pace=pace), rounds=10**9, fleet=fleet)
+
+
+def measure(pace: Pace, clients: int, cohort: int, seconds: float = 1.0) -> tuple[float, float]:
+    """Events and steps a second."""
+    it = training(pace, clients, cohort)
+    state, engine, events, steps = it.state, it.engine, 0, 0
+    for _ in range(3):
+        state, _ = step(it.plan, state, engine)
+    began = time.perf_counter()
+    while (spent := time.perf_counter() - began) < seconds:
+        state, report = step(it.plan, state, engine)
+        events += report.cohort + len(report.trips)
+        steps += 1
+    return events / spent, steps / spent
+
+
+def clock_alone(clients: int, cohort: int, seconds: float = 1.0) -> float:
+    """Events a second of the clock, without a step."""
+    clock, number = Clock(Fleet(HalfNormal(), dropout=0.05), torch.full((clients,), 2), 0), cohort
+    for i in range(cohort):
+        clock.start(i, i, 100, 100)
+    began = time.perf_counter()
+    while (spent := time.perf_counter() - began) < seconds:
+        for _ in range(1000):
+            client = clock.next().client
+            clock.start(number, client, 100, 100)
+            number += 1
+        clock.trips()
+    return 2 * (number - cohort) / spent
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--clients", type=int, default=1000)
+    ask.add_argument("--cohort", type=int, default=100)
+    ask.add_argument("--repeat", type=int, default=5)
+    told = ask.parse_args()
+    rows = {"the clock alone": [(clock_alone(told.clients, told.cohort), 0.0) for _ in range(told.repeat)]}
+    for pace in (Buffered(100), Buffered(10), Buffered(1), Sync()):
+        rows[repr(pace)] = [measure(pace, told.clients, told.cohort) for _ in range(told.repeat)]
+    print(f"{'':18}{'events/s':>12}{'steps/s':>10}")
+    for name, runs in rows.items():
+        events, steps = (statistics.median(column) for column in zip(*runs, strict=True))
+        print(f"{name:18}{events:12,.0f}{steps:10,.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Who arrives in a round: flights on a virtual clock, and what is sent to those who start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from atoll.engine.clock import Clock
+from atoll.engine.fleet import Fleet
+from atoll.errors import RunError, UsageError
+from atoll.layout import Layout
+from atoll.plan.flight import Air, Flight, Traffic
+from atoll.plan.pace import Sync
+from atoll.plan.plan import Plan, State, Trip
+from atoll.plan.slots import Cohort, Population
+from atoll.task import Model
+
+_FATES = {"arrive": "arrived", "drop": "dropped", "cancel": "late"}
+_PLAIN = Sync()
+_STEPS = Fleet()  # without a fleet everybody takes as long as everybody else: arrivals come in the order of starts
+
+
+class Flown(NamedTuple):
+    """What came of the flights of a round.
+
+    Args:
+        arrived, dropped: in the order of their coming; `late` are no longer awaited.
+        started: who started, in order.
+        sent: bytes sent to all who started.
+        air: what flies on.
+        now: seconds of the run, where there is a fleet.
+        trips: flights that ended, on the clock.
+    """
+
+    arrived: list[Flight]
+    dropped: list[Flight]
+    late: int
+    started: int
+    sent: int
+    air: Air
+    now: float | None
+    trips: tuple[Trip, ...]
+
+
+class Sending:
+    """The bytes of what a client is sent when it starts: what it does not know yet of the model, and all the rest."""
+
+    def __init__(self, state: State, clients: int) -> None:
+        model, shared = state.broadcast().model, state.broadcast().shared
+        self._round, self._sent = state.round, state.sent
+        self._theta = nbytes({"theta": model.theta})
+        self._rest = nbytes({"buffers": model.buffers, **model.counters}) + sum(map(nbytes, shared.values()))
+        self._fixed = nbytes(model.fixed)
+        self.known = state.air.known
+        if self._sent is not None or self._fixed:
+            first = torch.full((clients,), -1)
+            self.known = first if self.known is None else self.known.clone()
+        self.most = self._theta + self._rest + self._fixed
+
+    def to(self, clients: list[int]) -> list[int]:
+        """Bytes for each of these clients; from now on they know the model of this round."""
+        if self.known is None:
+            return [self._theta + self._rest] * len(clients)
+        ids = torch.tensor(clients, dtype=torch.int64)
+        known = self.known[ids]
+        first, missed = known < 0, self._round - known
+        theta = torch.full_like(known, self._theta)
+        if self._sent is not None:
+            # What is missing of the stream of deltas, where all of it is kept; else θ whole, which is then no longer.
+            lengths = torch.tensor((0, *reversed(self._sent.deltas)), dtype=torch.int64).cumsum(0)
+            held = ~first & (missed < len(lengths))
+            theta = torch.where(held, lengths[missed.clamp(max=len(lengths) - 1)], theta)
+        self.known[ids] = self._round
+        return (theta + self._rest + torch.where(first, self._fixed, 0)).tolist()
+
+
+def message(plan: Plan, layout: Layout) -> int:
+    """The bytes of a client's message that can be known before it is computed: for a codec that does not entropy-code,
+    and a local part that adds a loss and no sums of its own, all of them."""
+    counters = sum(8 * e.size for e in layout.counters)
+    return plan.codec.nbytes(layout) + (layout.b + 1) * layout.dtype.itemsize + counters + 16
+
+
+def check_clock(
+    plan: Plan, fleet: Fleet | None, population: Population, model: Model, layout: Layout, seed: int
+) -> None:
+    """Refuse a deadline without a clock, and one that nobody can meet.
+
+    Raises:
+        UsageError: which, and what to write instead.
+    """
+    deadline = getattr(plan.pace, "deadline_s", None)
+    if deadline is None:
+        return
+    if fleet is None:
+        raise UsageError(
+            f"{plan.pace!r} without a clock.",
+            "a fleet, whose virtual clock says when a deadline has come.",
+            "in one process everybody arrives at once.",
+            'fleet = "Fleet(HalfNormal())"',
+        )
+    down = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters, **model.fixed})
+    quickest = Clock(fleet, population.sizes, seed).fastest(down, message(plan, layout))
+    if quickest > deadline and not getattr(plan.pace, "partial", False):
+        raise UsageError(
+            f"{plan.pace!r} with {fleet!r}.",
+            f"at least {quickest:.4g} seconds, which the quickest client takes.",
+            "a deadline that nobody can meet makes every round an empty one.",
+            f"Sync(deadline_s={math.ceil(2 * quickest)})",
+        )
+
+
+def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet: Fleet | None, up: int) -> Flown:
+    """Start who is missing and wait, on the virtual clock, until the pace closes the round.
+
+    Args:
+        plan: whose pace closes the round.
+        state: with what is in the air.
+        population: all clients.
+        cohort: who starts as the round opens.
+        fleet: how long things take; None: everybody as long as everybody else.
+        up: bytes of a message.
+    Raises:
+        RunError: nobody is in the air, and nobody will ever be there to start.
+    """
+    sending = Sending(state, population.clients)
+    if fleet is None and plan.pace == _PLAIN:
+        return _at_once(state, cohort, sending)
+    clock = clock_of(state, population, fleet or _STEPS)
+    always = fleet is None or fleet.availability == 1.0
+    traffic = Traffic(plan, state, population, cohort, None if always else lambda i: not clock.available(i))
+    began, births, started, total = clock.now, dict[int, int](), 0, 0
+
+    def start() -> None:
+        nonlocal started, total
+        begun = traffic.fill()
+        for flight, size in zip(begun, sending.to([f.client for f in begun]), strict=True):
+            traffic.sent(flight, size)
+            clock.start(flight.number, flight.client, size, up)
+            total += size
+        started += len(begun)
+
+    start()
+    deadline = getattr(plan.pace, "deadline_s", None)
+    until = None if deadline is None else began + deadline
+    while traffic.target and not traffic.flying and not traffic.arrived:
+        _wait(clock)
+        start()
+    waits, refills = True, plan.pace.refills
+    while waits and traffic.flying:
+        event = clock.next(until if until is not None and clock.now < until else None)
+        if event is not None:
+            flight = traffic.arrive(event.number) if event.kind == "arrive" else traffic.fail(event.number)
+            births[event.number] = flight.birth
+        waits = traffic.goes_on(clock.now - began)
+        if refills and waits:
+            start()
+    late = traffic.late()
+    for flight in late:
+        births[flight.number] = flight.birth
+        clock.cancel(flight.number)
+    ended = clock.trips()
+    trips = () if fleet is None else tuple(Trip(*t[:2], births[t.number], *t[2:-1], _FATES[t.fate]) for t in ended)
+    return Flown(
+        traffic.arrivals,
+        traffic.failed,
+        len(late),
+        started,
+        total,
+        traffic.after(sending.known, clock),
+        None if fleet is None else clock.now,
+        trips,
+    )
+
+
+def _wait(clock: Clock) -> None:
+    """Let time pass until somebody may be available again."""
+    change = clock.next_change()
+    if change == float("inf"):
+        raise RunError(
+            "Nobody of the fleet is available, and nobody ever will be.",
+            "a client that can be started.",
+            "a round would wait for ever.",
+            'fleet = "Fleet(availability=1.0)"',
+        )
+    clock.next(until=change)
+
+
+def _at_once(state: State, cohort: Cohort, sending: Sending) -> Flown:
+    """Everybody starts and arrives: what `Sync()` comes to where nobody asks for the time."""
+    first, n = state.air.started, len(cohort.ids)
+    clients = cohort.ids.tolist()
+    sizes = sending.to(clients)
+    who = enumerate(zip(clients, sizes, strict=True))
+    arrived = [Flight(client, state.round, 0, first + i, down) for i, (client, down) in who]
+    air = Air(target=n, started=first + n, known=sending.known)
+    return Flown(arrived, [], 0, n, sum(sizes), air, None, ())
+
+
+def clock_of(state: State, population: Population, fleet: Fleet) -> Clock:
+    """The clock as the state left it, or as a checkpoint did, or a new one."""
+    match state.air.clock:
+        case None:
+            return Clock(fleet, population.sizes, state.seed)
+        case Clock() as clock:
+            return clock.copy()
+        case tensors:
+            return Clock.of(fleet, population.sizes, state.seed, tensors)
+
+
+def nbytes(tensors: Mapping[str, Any]) -> int:
+    """The bytes of some tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
