@@ -84,8 +84,10 @@ def philox(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
     Reference: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
     """
     c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = key.unbind(-1)
-    for _ in range(rounds):
+    # The keys of all rounds at once: a short draw takes as long as it has operations.
+    steps = torch.tensor([(r * 0x9E3779B9, r * 0xBB67AE85) for r in range(rounds)], device=key.device)
+    keys = ((key[..., None, :] + steps) & _U32).unbind(-2)
+    for k0, k1 in (each.unbind(-1) for each in keys):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _U32) ^ c1 ^ k0,
@@ -93,7 +95,6 @@ def philox(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
             ((p0 >> 32) & _U32) ^ c3 ^ k1,
             p0 & _U32,
         )
-        k0, k1 = (k0 + 0x9E3779B9) & _U32, (k1 + 0xBB67AE85) & _U32
     return torch.stack((c0, c1, c2, c3), -1)
 
 

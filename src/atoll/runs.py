@@ -26,6 +26,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,7 +51,13 @@ _WORDS = (
 
 def versions() -> dict[str, str]:
     """The versions on which equal bits depend."""
-    out = {"python": platform.python_version()}
+    return {"python": platform.python_version(), **_installed()}
+
+
+@lru_cache(maxsize=1)
+def _installed() -> dict[str, str]:
+    """Read once: a checkpoint states them, and finding them takes longer than writing a small one."""
+    out = {}
     for package in ("atoll", "torch", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             out[package] = version(package)

@@ -1,5 +1,7 @@
 """Feature shift: a function of (seed, client, row), applied as rows are taken."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,11 @@ from atoll.data.shift import rotate
 from atoll.rng import Key
 
 sides = st.integers(1, 9)
+
+
+@cache
+def digits():
+    return load("digits")
 
 
 @given(seed=st.integers(0, 99), side=sides, turns=st.integers(-5, 5))
@@ -50,7 +57,7 @@ def test_rotation_goes_up_by_client():
 
 @given(seed=st.integers(0, 50))
 def test_a_row_looks_the_same_in_every_batch(seed):
-    data = load("digits").split(5, FeatureShift(noise=0.3, rotation=15), seed=seed)
+    data = digits().split(5, FeatureShift(noise=0.3, rotation=15), seed=seed)
     rows = data.order[Key(seed).permutation(len(data.order))[:24]]
     x = data.take(rows)[0]
     assert torch.equal(data.take(rows.reshape(4, 6))[0].flatten(0, 1), x)

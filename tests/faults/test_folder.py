@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,10 +47,16 @@ def whole(tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole")).path
 
 
-@pytest.fixture
-def half(tmp_path):
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
     """A run that stopped after three of its rounds."""
-    return train(tmp_path / "runs", rounds=3).path
+    return train(tmp_path_factory.mktemp("stopped"), rounds=3).path
+
+
+@pytest.fixture
+def half(tmp_path, stopped):
+    """A copy of it, to be damaged and gone on with."""
+    return Path(shutil.copytree(stopped, tmp_path / "runs" / stopped.name))
 
 
 def contents(path):
@@ -125,14 +132,20 @@ class FullDisk:
         return call
 
 
+@pytest.fixture(scope="module")
+def writes(tmp_path_factory):
+    """How often a run writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        disk = FullDisk(patch, -1)
+        train(tmp_path_factory.mktemp("counted"))
+    return disk.count
+
+
 @pytest.mark.parametrize("times", [1, 10**6], ids=["for a moment", "for good"])
 @pytest.mark.parametrize("tenth", range(10))
-def test_full_at_any_write(tmp_path, whole, monkeypatch, tenth, times):
+def test_full_at_any_write(tmp_path, whole, writes, monkeypatch, tenth, times):
     """What is committed is whole, also where there is room again for the checkpoint of the failed run itself."""
-    count = FullDisk(monkeypatch, -1)
-    train(tmp_path / "counted")
-    at = count.count * tenth // 10 + random.Random(tenth).randrange(count.count // 10) + 1
-    monkeypatch.undo()
+    at = writes * tenth // 10 + random.Random(tenth).randrange(writes // 10) + 1
     FullDisk(monkeypatch, at, times)
     with pytest.raises(AtollError, match=os.strerror(errno.ENOSPC) if at < 8 else "the disk is full"):
         train(tmp_path / "runs")

@@ -134,7 +134,6 @@ def test_a_rotation_changes_no_bit_of_a_training(codec, aggregator, dtype):
         assert torch.equal(run(rotated, engine, 3)[0].model.theta, run(plain, engine, 3)[0].model.theta)
 
 
-@settings(max_examples=50)
 @given(
     st.integers(0, 10**6),
     st.integers(1, 6),

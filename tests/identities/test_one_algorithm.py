@@ -61,7 +61,6 @@ def theta(problem, data, plan, rounds=2):
 SPLIT = [recipes.distributed_gd, recipes.fedsgd, lambda lr: recipes.distributed_gd(lr, sum="float")]
 
 
-@settings(max_examples=40)
 @given(problems(), st.sampled_from([0.01, 0.1]), st.sampled_from(SPLIT))
 def test_gradient_descent_is_distributed_gradient_descent_for_any_split(drawn, lr, recipe):
     problem, data, split = drawn
@@ -69,7 +68,6 @@ def test_gradient_descent_is_distributed_gradient_descent_for_any_split(drawn, l
     assert far(theta(problem, split, recipe(lr)), one) < CLOSE[one.dtype]
 
 
-@settings(max_examples=15)
 @given(problems())
 def test_the_sum_is_the_mean_with_a_smaller_step(drawn):
     """Σ nᵢ gᵢ is the gradient of the summed loss: lr/n of it is a step of lr."""
@@ -86,7 +84,6 @@ ONE_STEP = [
 ]
 
 
-@settings(max_examples=40)
 @given(problems(), st.sampled_from([0.01, 0.1]), st.sampled_from(ONE_STEP))
 def test_fedavg_of_one_full_step_is_distributed_gradient_descent(drawn, lr, recipe):
     problem, _, split = drawn
@@ -158,7 +155,6 @@ def test_rounds_are_no_breaks_for_what_a_client_keeps(optimizer, seed, rows, bat
     assert far(state.model.theta, expected) < CLOSE[dtype]
 
 
-@settings(max_examples=20)
 @given(seeds, st.integers(2, 40), st.integers(1, 50), dtypes, bodies)
 def test_sgd_takes_the_first_rows_of_a_keyed_order(seed, rows, batch, dtype, body):
     data, module = classification([rows], seed=seed, dtype=dtype), seeded(mlp, seed=seed)

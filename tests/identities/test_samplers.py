@@ -12,7 +12,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from problems import federation, run, seeded, task_of
 from torch import nn
@@ -104,7 +104,6 @@ def test_a_fraction_is_rounded_and_at_least_one(clients, q):
     assert len(cohort.ids) == max(1, math.floor(q * clients + 0.5))
 
 
-@settings(max_examples=40)
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=12), st.data())
 def test_large_clients_are_drawn_for_certain_and_the_rest_in_proportion(sizes, data):
     n, sizes = data.draw(st.integers(1, len(sizes))), torch.tensor(sizes)

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from problems import federation, run, task_of
 from torch import nn
@@ -56,7 +56,6 @@ def path(plan, engine, rounds, start=None):
     return torch.stack(out)
 
 
-@settings(max_examples=20)
 @given(st.floats(1.5, 300.0), st.floats(1e-3, 1e3), st.sampled_from(["lanes", "loop"]))
 def test_gradient_descent_shrinks_the_error_by_kappa_minus_one_over_kappa_plus_one(kappa, low, body):
     """With lr = 2/(μ + L) both ends of the spectrum shrink by this factor a step, and nothing shrinks slower."""

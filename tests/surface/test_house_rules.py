@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -120,12 +121,17 @@ def python(where: list[str]) -> Iterator[Path]:
         yield from sorted((ROOT / folder).rglob("*.py"))
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize(("rule", "where"), EACH, ids=[rule.__name__ for rule, _ in EACH])
 def test_house_rule(rule, where):
     broken = [
         f"{path.relative_to(ROOT)}:{line} {what}"
         for path in python(where)
-        for line, what in rule(ast.parse(path.read_text(encoding="utf-8")))
+        for line, what in rule(tree(path))
     ]
     assert not broken, "\n".join(broken)
 

@@ -89,10 +89,10 @@ def _passes(task: Task, data: Clients, rows: int) -> bool:
     return drew
 
 
-def _drawn() -> tuple[bytes, object, bytes]:
+def _drawn() -> tuple[object, ...]:
     """Where the three global generators stand: torch's, Python's and numpy's."""
-    words = np.random.get_state(legacy=False)["state"]
-    return bytes(torch.random.get_rng_state().tolist()), random.getstate(), repr(words).encode()
+    kind, words, *rest = np.random.get_state(legacy=True)
+    return torch.random.get_rng_state().numpy().tobytes(), random.getstate(), kind, np.asarray(words).tobytes(), rest
 
 
 def _trouble(task: Task, data: Clients, rows: int) -> str:
