@@ -20,6 +20,7 @@ and anywhere by 2^−1067, where float64 itself ends.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from atoll.errors import UsageError
 
 WIDTH = 26
 BLOCK = 4096
+_TILE = 1 << 17  # numbers worked on at once: with their digits they stay near a core
 CAPACITY = 1 << 28
 LARGEST = 2.0**900
 _LOWEST = -41  # 2^(26·−41) = 2^−1066: below it float64 has only the last bits of its subnormal numbers
@@ -40,12 +42,6 @@ Digits = dict[int, Tensor]  # place → float64 [d], multiples of 2^(26·place)
 def places(dtype: torch.dtype) -> int:
     """How many digits of a contribution are kept: 3 in float64, 2 in smaller types."""
     return 3 if dtype == torch.float64 else 2
-
-
-def _top(block_max: Tensor) -> Tensor:
-    """The least place j that rounds every higher one to 0: |x| < 2^(26 (j+1) − 1)."""
-    exponent = torch.frexp(block_max).exponent
-    return torch.div(exponent, WIDTH, rounding_mode="floor").clamp_(min=_LOWEST)
 
 
 def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
@@ -64,28 +60,73 @@ def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
 
     Reference: Demmel and Nguyen, Parallel Reproducible Summation, 2015: sums in fixed bins of exponents.
     """
-    keep, weights = places(rows.dtype), weights.to(torch.float64)
-    for start in range(0, rows.shape[1], BLOCK):
-        rest = rows[:, start : start + BLOCK].to(torch.float64, copy=True)
-        block_max = rest.abs().amax(1)
-        top = torch.where(block_max > 0, _top(block_max), _LOWEST - keep)
-        high, low = (int(t) for t in torch.stack((top.max(), top.min())).tolist())
-        for place in range(high, max(low - keep, _LOWEST - 1), -1):
-            digit = _digit(rest, place)
-            rest -= digit
-            live = weights if high == low else weights * (top - keep < place)
-            if place not in digits:
-                digits[place] = rows.new_zeros(rows.shape[1], dtype=torch.float64)
-            digits[place][start : start + BLOCK] += live @ digit
+    d = rows.shape[1]
+    whole = d - d % BLOCK  # the last block stands by itself where it is shorter than the others
+    for start, end in ((0, whole), (whole, d)):
+        if start < end:
+            _add_blocks(digits, rows, start, end, weights.to(torch.int64))
     if not digits:  # nothing but zeros so far: a sum of zeros still has a length
-        digits[_LOWEST] = rows.new_zeros(rows.shape[1], dtype=torch.float64)
+        digits[_LOWEST] = rows.new_zeros(d, dtype=torch.float64)
     return digits
 
 
-def _digit(x: Tensor, place: int) -> Tensor:
-    """x rounded to a multiple of 2^(26·place): adding 1.5·2^(52 + 26·place) leaves no room for smaller bits."""
-    anchor = 1.5 * 2.0 ** (52 + WIDTH * place)
-    return (x + anchor).sub_(anchor)
+def _add_blocks(digits: Digits, rows: Tensor, start: int, end: int, weights: Tensor) -> None:
+    """Add the weighted rows in some coordinates, whole blocks or the last one."""
+    x, keep = rows[:, start:end].unflatten(1, (-1, min(BLOCK, end - start))), places(rows.dtype)
+    largest = torch.maximum(x.amax(2), x.amin(2).neg_())
+    # The least place that rounds every higher one to 0: |x| < 2^(26 (j + 1) − 1).
+    top = torch.div(torch.frexp(largest).exponent, WIDTH, rounding_mode="floor").clamp_(min=_LOWEST)
+    some = largest > 0
+    high = int(torch.where(some, top, _LOWEST - 1).max())
+    low = int(torch.where(some, top, high).min())
+    size = max(1, _TILE // (x.shape[0] * x.shape[2]))
+    for first in range(high, low - 1, -1) if high >= _LOWEST else ():
+        live = weights[:, None] * (top == first if high != low else torch.ones_like(some))
+        own = tuple(range(first, max(first - keep, _LOWEST - 1), -1))
+        alike = (live == live[0]).all(0).tolist()
+        for at in range(0, x.shape[1], size):
+            part = slice(at, min(at + size, x.shape[1]))
+            place = slice(start + at * x.shape[2], start + part.stop * x.shape[2])
+            _add_tile(digits, place, rows, x[:, part], live[:, part], own, all(alike[part]))
+
+
+def _add_tile(
+    digits: Digits, at: slice, rows: Tensor, x: Tensor, live: Tensor, own: tuple[int, ...], alike: bool
+) -> None:
+    """Add Σ_k live[k, b] · D_j(x[k, b, :]) to the digits of each place j of `own`, falling by one.
+
+    Read as a whole number, x + 1.5·2^(52 + 26 j) is the anchor plus D_j(x) / 2^(26 j), or plus
+    (D_{j+1}(x) + D_j(x)) / 2^(26 j) where D_{j+1} was not taken away. Whole numbers wrap around, so a sum that fits
+    comes out right whatever it passed on its way.
+    """
+    x = x.to(torch.float64, copy=True)
+    y, above = torch.empty_like(x), None
+    for place in own:
+        anchor = 1.5 * 2.0 ** (52 + WIDTH * place)
+        torch.add(x, anchor, out=y)
+        taken = place == own[0] and len(own) > 2  # 51 bits and a sign are all that one number has room for
+        if taken:
+            x -= y - anchor
+        words = y.view(torch.int64)
+        if alike:
+            read = words.sum(0).sub_(_wrapped(len(words) * _bits(anchor))).mul_(live[0, :, None])
+        else:
+            read = words.mul_(live[:, :, None]).sum(0).sub_(live.sum(0)[:, None] * _bits(anchor))
+        if place not in digits:
+            digits[place] = rows.new_zeros(rows.shape[1], dtype=torch.float64)
+        digit = read if above is None else torch.sub(read, above, alpha=1 << WIDTH)
+        digits[place][at].add_(digit.flatten().to(torch.float64), alpha=2.0 ** (WIDTH * place))
+        above = None if taken else read
+
+
+def _bits(x: float) -> int:
+    """A float64 read as a whole number."""
+    return int.from_bytes(struct.pack("<d", x), "little")
+
+
+def _wrapped(x: int) -> int:
+    """The int64 that a whole number wraps around to."""
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def merge(a: Digits, b: Digits) -> Digits:
