@@ -49,7 +49,7 @@ class Settings:
         metrics: names or `Metric`s; None chooses by the kind of data.
         stop: further rules that end the training; `Diverged()` is always on.
         evaluate_every: rounds between two looks at the held-out rows; 0 never looks.
-        numerics: "auto", "lanes" or "loop".
+        numerics: "auto", "fused", "lanes" or "loop".
         chunk: clients computed together; changes no bit.
         fleet: how long clients and links take, on a virtual clock: a `Fleet` or its text; None has no clock.
         init: numbers to start from, a `state_dict` or the path of a run or a safetensors file; None is the model's own.

@@ -69,7 +69,7 @@ class Told:
     fleet: Annotated[
         str | None, flag(RUNNING, 'How long clients and links take, on a virtual clock: "Fleet(HalfNormal())".')
     ] = None
-    numerics: Annotated[str | None, flag(RUNNING, "auto, lanes or loop. Default: auto.")] = None
+    numerics: Annotated[str | None, flag(RUNNING, "auto, fused, lanes or loop. Default: auto.")] = None
     chunk: Annotated[int | None, flag(RUNNING, "Clients computed together; changes no bit.")] = None
     baselines: Annotated[bool | None, flag(RUNNING, "Also train pooled and local-only, and compare. Default: no.")] = (
         None

@@ -173,10 +173,10 @@ class _Round:
             return
         good = torch.ones(len(ids), dtype=torch.bool)
         for name, rows in (*contribution.means.items(), *contribution.sums.items()):
-            size = rows.abs()
-            if rows.numel() and float(size.max()) <= LARGEST:
+            flat = rows.reshape(len(ids), -1)
+            if rows.numel() and float(flat.max()) <= LARGEST and float(flat.min()) >= -LARGEST:
                 continue
-            finite = size.reshape(len(ids), -1).amax(1) <= LARGEST
+            finite = (flat.amax(1) <= LARGEST) & (flat.amin(1) >= -LARGEST)
             for i in ids[good & ~finite].tolist():
                 self._fail(i, birth, "check", f"{name} is not finite")
             good &= finite

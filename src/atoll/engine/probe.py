@@ -19,7 +19,7 @@ from atoll.plan.plan import Plan
 from atoll.rng import Key, global_scope
 from atoll.task import Gradient, Task
 
-BODIES = ("auto", "lanes", "loop")
+BODIES = ("auto", "lanes", "loop", "fused")
 
 
 class Choice(NamedTuple):
@@ -52,18 +52,29 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto") -> Choic
         return Choice(task, "asked for")
     if wanted == "auto" and data.count == 1:
         return Choice(task, "one client: there is none to put beside it")
+    if wanted in ("auto", "fused"):
+        trouble = _trouble(replace(task, numerics="fused"), task, data, rows)
+        if not trouble:
+            reason = "a stack of known layers: forward, backward and step by hand, many clients in one pass"
+            return Choice(replace(task, numerics="fused"), "asked for" if wanted == "fused" else reason)
+        if wanted == "fused":
+            raise _refused(wanted, trouble)
     if task.slow_in_lanes and wanted == "auto":
         return Choice(task, task.slow_in_lanes)
-    trouble = _trouble(task, data, rows)
+    trouble = _trouble(replace(task, numerics="lanes"), task, data, rows)
     if trouble and wanted == "lanes":
-        raise UsageError(
-            f"numerics = 'lanes', and {trouble}.",
-            "a model that runs for many clients side by side.",
-            write="--numerics loop",
-        )
+        raise _refused(wanted, trouble)
     if trouble:
         return Choice(task, trouble)
     return Choice(replace(task, numerics="lanes"), "asked for" if wanted == "lanes" else "many clients in one pass")
+
+
+def _refused(wanted: str, trouble: str) -> UsageError:
+    return UsageError(
+        f"numerics = {wanted!r}, and {trouble}.",
+        "a model that runs for many clients side by side.",
+        write="--numerics loop",
+    )
 
 
 def _passes(task: Task, data: Clients, rows: int) -> bool:
@@ -95,15 +106,19 @@ def _drawn() -> tuple[object, ...]:
     return torch.random.get_rng_state().numpy().tobytes(), random.getstate(), kind, np.asarray(words).tobytes(), rest
 
 
-def _trouble(task: Task, data: Clients, rows: int) -> str:
-    """Why lanes cannot take this model; empty where they can."""
+def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> str:
+    """Why a body for many clients at once cannot take this model; empty where it can. `task` is the loop's."""
+    if lanes.numerics == "fused":
+        try:
+            _ = lanes.fused
+        except UsageError as error:
+            return error.given.rstrip(".").partition(": ")[2]
     if task.noisy:
         return "the model draws random numbers of its own, which lanes cannot key"
     if not _steady():
         return (
             "a matrix product's bits depend on its place in memory: import atoll before the first, or set MKL_CBWR=AUTO"
         )
-    lanes = replace(task, numerics="lanes")
     some = tuple(torch.argsort(data.sizes, descending=True, stable=True)[:3].tolist())
     some = (some * 3)[:3]
     try:
@@ -116,8 +131,9 @@ def _trouble(task: Task, data: Clients, rows: int) -> str:
     first = [alone.grad[0], three.grad[0], moved.grad[2]]
     if not all(torch.equal(first[0], other) for other in first):
         return "a lane's bits would depend on its neighbours"
+    reference = _gradient(task, data, rows, some[:1]).grad[0]
     with Elementwise(min(rows, int(data.sizes[some[0]]))) as watch:
-        reference = _gradient(task, data, rows, some[:1]).grad[0]
+        _ = _gradient(lanes if lanes.numerics == "fused" else task, data, rows, some[:1])
     if watch.restless:
         names = ", ".join(sorted(watch.restless))
         return f"torch rounds {names} differently at the end of a tensor, so a lane's bits would depend on its place"

@@ -6,8 +6,10 @@ depends on each client's own size alone, so that neither neighbours nor their nu
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from atoll.data.clients import Clients
 from atoll.rng import Key
 from atoll.task import Batch, Gradient, Model, Task
 
+_AHEAD = 1 << 21  # numbers of rows that are read at once for several steps
 ROWS = 1024  # the most rows of one client in one pass: bounds the memory of activations
 
 
@@ -61,10 +64,32 @@ class Lanes:
     def take(self, positions: Tensor, counts: tuple[int, ...]) -> Batch:
         """The rows at these positions, int64 `[k, B]`, of the first k clients; a position past the end is padding."""
         starts, lasts = (column[: len(counts), None] for column in self._ends)
-        x, y = self.clients.take(self.clients.order[starts + torch.minimum(positions, lasts)])
+        return Batch(*self._read(starts + torch.minimum(positions, lasts)), counts)
+
+    def _read(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows at these places of the list of all rows, in the type of the run."""
+        x, y = self.clients.take(self.clients.order[places])
         x = x.to(self.dtype) if x.is_floating_point() else x
-        y = y.to(self.dtype) if y.is_floating_point() else y
-        return Batch(x, y, counts)
+        return x, y.to(self.dtype) if y.is_floating_point() else y
+
+    def batches(self, steps: Iterable[tuple[Tensor, tuple[int, ...]]]) -> Iterator[Batch]:
+        """The batch of each step, from positions `[k, B]` and counts; the rows of several steps are read at once."""
+        width, some = max(1, prod(self.clients.features)), []
+        for step in steps:
+            some.append(step)
+            if sum(positions.numel() for positions, _ in some) * width >= _AHEAD:
+                yield from self._together(some)
+                some = []
+        if some:
+            yield from self._together(some)
+
+    def _together(self, steps: list[tuple[Tensor, tuple[int, ...]]]) -> Iterator[Batch]:
+        starts, lasts = self._ends
+        places = [starts[: len(p), None] + torch.minimum(p, lasts[: len(p), None]) for p, _ in steps]
+        sizes = [p.numel() for p in places]
+        x, y = self._read(torch.cat([p.flatten() for p in places]))
+        for p, xs, ys, (_, counts) in zip(places, x.split(sizes), y.split(sizes), steps, strict=True):
+            yield Batch(xs.unflatten(0, p.shape), ys.unflatten(0, p.shape), counts)
 
     def gradient(self, task: Task, model: Model, positions: Tensor, counts: tuple[int, ...], key: Key) -> Gradient:
         """The mean gradient of each client's loss over the rows at these positions; at most `ROWS` of them in a pass.

@@ -167,6 +167,8 @@ class Train(Part):
     ) -> tuple[Contribution, Tensors]:
         """θ − θᵢ of K clients, trained side by side; a lane that has finished is left alone."""
         lanes_count = len(lanes.sizes)
+        if task.numerics == "fused" and self._plain() and self.width(lanes.sizes[0]) <= ROWS:
+            return self._fused(broadcast, lanes, memory, key, task)
         model = broadcast.model.lanes(lanes_count)
         state = self.optimizer.slots(model.theta)
         if "optimizer" in self.keep:
@@ -192,47 +194,78 @@ class Train(Part):
         update = broadcast.model.theta - model.theta
         return _contribution(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
 
+    def _plain(self) -> bool:
+        """Whether a step may be part of the backward pass: the optimizer does no more than go down."""
+        return bool(getattr(self.optimizer, "plain", bool)())
+
+    def _fused(
+        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+    ) -> tuple[Contribution, Tensors]:
+        """θ − θᵢ of K clients by steps that are part of the backward pass: no gradient is ever stored."""
+        lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
+        descent = task.descent(broadcast.model, len(lanes.sizes), lr)
+        loss = broadcast.model.theta.new_zeros(len(lanes.sizes))
+        rows = torch.zeros(len(lanes.sizes), dtype=torch.int64, device=loss.device)
+        for batch in lanes.batches(self._batches(lanes, memory, key, task)):
+            k = len(batch.counts)
+            loss[:k] += descent.step(batch.x, batch.y, batch.counts)
+            rows[:k] += torch.tensor(batch.counts, device=rows.device)
+        after = {"taken": memory["taken"] + (self.steps or 0)} if "order" in self.keep else {}
+        nothing = loss.new_empty(len(loss), 0)  # a model with buffers is not served
+        return _contribution(lanes, descent.update(), nothing, {}, {"loss": loss, "rows": rows}), after
+
     def _batches(self, lanes: Lanes, memory: Tensors, key: Key, task: Task) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """Positions `[k, B]` and counts of each step, for the k lanes that still train: always the first ones.
 
         Each lane is at its own place in its own pass, so that its draws do not depend on how many batches others have.
         """
-        width = self.width(lanes.sizes[0])
-        plans = [_lengths(n, self.batch, task.batch_statistics) for n in lanes.sizes]
-        steps = [self.steps or (self.epochs or 0) * len(p) for p in plans]
+        width, rows = self.width(lanes.sizes[0]), lanes.rows
+        lengths, joined = _lengths(rows, self.batch, task.batch_statistics)
+        steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, self.steps or 0)
         keeps = "order" in self.keep
         draw = Key(key.seed).fold("kept order") if keeps else key.fold("order")
-        taken = memory["taken"].tolist() if keeps else [0] * len(plans)
-        reach = width * max(len(p) for p in plans) + 1
-        order = torch.zeros(len(plans), reach, dtype=torch.int64, device=lanes.ids.device)
-        for s in range(steps[0]):
-            plans = [p for p, n in zip(plans, steps, strict=False) if s < n]
-            at = [divmod(t + s, len(p)) for t, p in zip(taken, plans, strict=False)]
-            new = [k for k, (_, i) in enumerate(at) if i == 0 or s == 0]
-            if new:
-                index = torch.tensor(new, device=lanes.ids.device)
-                epochs = torch.tensor([at[k][0] for k in new], device=lanes.ids.device)
-                order[index] = draw.of(lanes.ids[index], epochs).permutations(lanes.rows[index], reach)
-            counts = tuple(p[i] for p, (_, i) in zip(plans, at, strict=True))
-            begin = torch.tensor([i * width for _, i in at], device=order.device)
-            span = torch.arange(max(*counts, width), device=order.device)
-            columns = (begin[:, None] + span).clamp(max=reach - 1)
-            yield order[: len(counts)].gather(1, columns), counts
+        taken = memory["taken"] if keeps else torch.zeros_like(lengths)
+        reach = width * int(lengths.max()) + 1
+        order = torch.zeros(len(rows), reach, dtype=torch.int64, device=rows.device)
+        full = rows if self.batch is None else rows.clamp(max=self.batch)
+        for first in range(0, int(steps[0]), _AHEAD):
+            ahead = torch.arange(first, min(first + _AHEAD, int(steps[0])), device=rows.device)[:, None]
+            active = (steps > ahead).sum(1).tolist()
+            epoch, at = (f(taken + ahead, lengths) for f in (_quotient, torch.remainder))
+            left = rows - at * full  # of the pass, this batch and all after it
+            counts = torch.where(joined & (at == lengths - 1), left, torch.minimum(left, full)).tolist()
+            new = (at == 0) | (ahead == 0)
+            for i, (k, some) in enumerate(zip(active, new.any(1).tolist(), strict=True)):
+                if some and bool(new[i, :k].any()):
+                    index = new[i, :k].nonzero().squeeze(1)
+                    key_ = draw.of(lanes.ids[index], epoch[i, index])
+                    order[index] = key_.permutations(rows[index], reach)
+                own = tuple(counts[i][:k])
+                span = torch.arange(max(*own, width), device=rows.device)
+                columns = (at[i, :k, None] * width + span).clamp_(max=reach - 1)
+                yield order[:k].gather(1, columns), own
 
 
-def _lengths(rows: int, batch: int | None, joins: bool) -> list[int]:
-    """The lengths of the batches of one pass; for batch statistics, which one row has none of, a tail of one joins.
+_AHEAD = 64  # steps planned at once
+
+
+def _quotient(a: Tensor, b: Tensor) -> Tensor:
+    return torch.div(a, b, rounding_mode="floor")
+
+
+def _lengths(rows: Tensor, batch: int | None, joins: bool) -> tuple[Tensor, Tensor]:
+    """How many batches a pass over so many rows has, and whether its last one holds a row more than `batch`.
+
+    For batch statistics, which one row has none of, a tail of one joins the batch before.
 
     Example:
-        >>> _lengths(25, 10, True), _lengths(21, 10, True), _lengths(21, 10, False)
-        ([10, 10, 5], [10, 11], [10, 10, 1])
+        >>> _lengths(torch.tensor([25, 21, 7]), 10, True)
+        (tensor([3, 2, 1]), tensor([False,  True, False]))
     """
-    if batch is None or rows <= batch:
-        return [rows]
-    full, tail = divmod(rows, batch)
-    if joins and tail == 1 and batch > 1:
-        return [batch] * (full - 1) + [batch + 1]
-    return [batch] * full + ([tail] if tail else [])
+    if batch is None:
+        return torch.ones_like(rows), torch.zeros_like(rows, dtype=torch.bool)
+    joined = (rows % batch == 1) & (rows > batch) & (joins and batch > 1)
+    return _quotient(rows + batch - 1, torch.tensor(batch)).clamp(min=1) - joined.long(), joined
 
 
 @dataclass(frozen=True)
@@ -262,8 +295,10 @@ class Loader:
 
     def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
         self._lanes = Lanes(lanes.clients, lanes.ids[k : k + 1], lanes.sizes[k : k + 1], lanes.dtype)
-        self._lengths, self._key, self._passes = _lengths(lanes.sizes[k], batch, joins), key, 0
-        self.rows = lanes.sizes[k]
+        self._key, self._passes, self.rows = key, 0, lanes.sizes[k]
+        count = int(_lengths(torch.tensor(self.rows), batch, joins)[0])
+        full = [min(batch or self.rows, self.rows)] * (count - 1)
+        self._lengths = [*full, self.rows - sum(full)]
 
     def __len__(self) -> int:
         return len(self._lengths)

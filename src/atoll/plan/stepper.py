@@ -129,6 +129,10 @@ class Optimizer:
         """
         return Stepper(self, theta, state, lr)
 
+    def plain(self) -> bool:
+        """Whether a step is θ ← θ − lr·g and nothing else, so that it may be part of the backward pass."""
+        return False
+
     # What a rule says of itself: the class of `torch.optim` that has it, and the state that starts at zero.
     _torch: ClassVar[type[torch.optim.Optimizer] | None] = None
     _zeros: ClassVar[tuple[str, ...]] = ()

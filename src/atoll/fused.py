@@ -1,0 +1,453 @@
+"""Gradients of many clients by hand, for stacks of layers that are known: forward, backward and the step in one pass.
+
+Serves an `nn.Sequential` of Linear, Conv2d, ReLU, MaxPool2d, Flatten (and Unflatten, Identity, Sequential) with
+cross-entropy or mean squared error. Nothing looks at a model's name or size. Each client's matrices are one item of
+batched matrix products. On its way back a layer hands its gradient on with the weights it had, and adds its own to a
+sink in one product: with the sink θ itself and the factor −lr that is the step, and no gradient is ever stored.
+
+Two arrangements of a layer's numbers:
+
+    rows     [K, B, …]          what Linear takes: a row's numbers side by side
+    maps     [K, C, H, W, B]    what Conv2d and MaxPool2d take: the same pixel of all rows side by side, so that every
+                                shifted copy runs through B · W numbers at a stretch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from atoll.layout import Layout
+from atoll.loss import cross_entropy, mse
+
+MAPS = 32  # the most rows of one client in one pass where there are maps: bounds the memory of shifted copies
+
+
+class Unserved(Exception):
+    """Why a model is not served, in words that follow its name."""
+
+
+class Sink(NamedTuple):
+    """Where gradients go: sink ← keep · sink + factor · gradient, for one tensor of each parameter."""
+
+    tensors: Sequence[Tensor]
+    keep: float
+    factor: float
+
+    def add(self, i: int, a: Tensor, b: Tensor) -> None:
+        """Add a @ b, `[K, n, m]`, to the sink of parameter i."""
+        self.tensors[i].view(*a.shape[:2], -1).baddbmm_(a, b, beta=self.keep, alpha=self.factor)
+
+
+class Layer(Protocol):
+    """One step of the way: what it gives, with what it must remember to go back."""
+
+    def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, Any]: ...
+    def backward(self, dy: Tensor, kept: Any, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """y = x Wᵀ + b on rows `[K, B, in]`; W is parameter `weight`, b parameter `bias` or none (−1)."""
+
+    weight: int
+    bias: int
+
+    def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        w = theta[self.weight]
+        if x.dim() != 3:
+            raise Unserved("a Linear layer is given rows of more than one axis")
+        y = torch.bmm(x, w.mT)
+        return (y if self.bias < 0 else y.add_(theta[self.bias][:, None])), x
+
+    def backward(self, dy: Tensor, kept: Tensor, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
+        dx = dy if last else torch.bmm(dy, theta[self.weight])
+        sink.add(self.weight, dy.mT, kept)
+        if self.bias >= 0:
+            sink.add(self.bias, _ones(dy, 1, dy.shape[1]), dy)
+        return dx
+
+
+@dataclass(frozen=True)
+class Bias:
+    """y = x + b, a number a channel, on maps. It stands behind the pools that follow its convolution."""
+
+    bias: int
+    in_place: bool = False
+
+    def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, None]:
+        b = theta[self.bias][:, :, None, None, None]
+        return x.add_(b) if self.in_place else x + b, None
+
+    def backward(self, dy: Tensor, kept: None, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
+        flat = dy.flatten(2)
+        sink.add(self.bias, flat, _ones(dy, flat.shape[2], 1))
+        return dy
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Maps `[K, C, H, W, B]` → `[K, O, H', W', B]`: shifted copies of the input, then one product a client."""
+
+    weight: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        if any(self.padding):
+            (top, side) = self.padding
+            x = nn.functional.pad(x, (0, 0, side, side, top, top))
+        (k, c, h, w, b), s = x.shape, x.stride()
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
+        out = ((h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1)
+        shifted = x.as_strided((k, c, kh, kw, *out, b), (s[0], s[1], dh * s[2], dw * s[3], sh * s[2], sw * s[3], s[4]))
+        columns = shifted.reshape(k, c * kh * kw, -1)
+        y = torch.bmm(theta[self.weight].flatten(2), columns)
+        return y.view(k, -1, *out, b), (columns, x.shape)
+
+    def backward(self, dy: Tensor, kept: Any, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
+        columns, shape = kept
+        flat = dy.reshape(*dy.shape[:2], -1)
+        dx = dy if last else self._folded(torch.bmm(theta[self.weight].flatten(2).mT, flat), dy, shape)
+        sink.add(self.weight, flat, columns.mT)
+        return dx
+
+    def _folded(self, columns: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
+        """The shifted copies added up where they came from."""
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
+        (k, c, h, w, b), (oh, ow) = shape, dy.shape[2:4]
+        copies = columns.view(k, c, kh, kw, oh, ow, b)
+        dx = dy.new_zeros(shape)
+        for i in range(kh):
+            for j in range(kw):
+                rows = slice(i * dh, i * dh + (oh - 1) * sh + 1, sh)
+                dx[:, :, rows, j * dw : j * dw + (ow - 1) * sw + 1 : sw].add_(copies[:, :, i, j])
+        (top, side) = self.padding
+        return dx[:, :, top : h - top, side : w - side] if top or side else dx
+
+
+@dataclass(frozen=True)
+class Relu:
+    """y = max(x, 0)."""
+
+    in_place: bool = False
+
+    def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        y = x.relu_() if self.in_place else x.relu()
+        return y, y
+
+    def backward(self, dy: Tensor, kept: Tensor, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
+        return torch.ops.aten.threshold_backward(dy, kept, 0)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The largest of `size` neighbours, every `stride`, along one axis of maps; of equal ones the first is passed."""
+
+    axis: int
+    size: int
+    stride: int
+
+    def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        views = self._views(x)
+        y = views[0] if self.size == 1 else torch.maximum(views[0], views[1])
+        for view in views[2:]:
+            torch.maximum(y, view, out=y)
+        return y.contiguous(), (x, y)
+
+    def backward(self, dy: Tensor, kept: Any, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
+        x, y = kept
+        whole = self.size == self.stride and y.shape[self.axis] * self.size == x.shape[self.axis]
+        dx = torch.empty_like(x) if whole else torch.zeros_like(x)
+        pairs = list(zip(self._views(x), self._views(dx), strict=True))
+        for i, (view, into) in enumerate(pairs):
+            if i < len(pairs) - 1:
+                passed = torch.where(view == y, dy, 0.0)
+                dy = dy - passed  # exact: it is all of dy, or nothing
+            else:
+                passed = dy
+            _ = into.copy_(passed) if whole else into.add_(passed)
+        return dx
+
+    def _views(self, x: Tensor) -> list[Tensor]:
+        count = (x.shape[self.axis] - self.size) // self.stride + 1
+        reach = (count - 1) * self.stride + 1
+        before = (slice(None),) * self.axis
+        return [x[(*before, slice(i, i + reach, self.stride))] for i in range(self.size)]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows `[K, B, …]` in another shape of their own."""
+
+    change: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, torch.Size]:
+        return self.change(x), x.shape
+
+    def backward(self, dy: Tensor, kept: torch.Size, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
+        return dy.view(kept)
+
+
+@dataclass(frozen=True)
+class ToMaps:
+    """Rows `[K, B, C, H, W]` → maps `[K, C, H, W, B]`."""
+
+    def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, None]:
+        if x.dim() != 5:
+            raise Unserved("a convolution or a pool is given rows that are no images with channels")
+        return x.permute(0, 2, 3, 4, 1).contiguous(), None
+
+    def backward(self, dy: Tensor, kept: None, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
+        return dy.permute(0, 4, 1, 2, 3).contiguous()
+
+
+@dataclass(frozen=True)
+class ToRows:
+    """Maps `[K, C, H, W, B]` → rows `[K, B, C, H, W]`."""
+
+    def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, None]:
+        return x.permute(0, 4, 1, 2, 3).contiguous(), None
+
+    def backward(self, dy: Tensor, kept: None, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
+        return dy.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def _ones(like: Tensor, *shape: int) -> Tensor:
+    return like.new_ones(1, *shape).expand(len(like), *shape)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model written out as layers, forward and back, with its loss.
+
+    Args:
+        layers: in the order of the forward pass.
+        shapes: of the parameters, in the order of θ.
+        squares: whether the loss is the squared error; otherwise cross-entropy.
+        maps: whether there are maps, whose shifted copies are many times the input.
+    """
+
+    layers: tuple[Layer, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    squares: bool
+    maps: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, loss: Any, layout: Layout) -> Program:
+        """The program of a model and a loss.
+
+        Raises:
+            Unserved: with the reason.
+        """
+        if loss not in (cross_entropy, mse):
+            raise Unserved("its loss is neither cross_entropy nor mse")
+        if any(e.segment != "params" or e.alias for e in layout.entries):
+            raise Unserved("it has tied, frozen or computed tensors")
+        names = {e.name: i for i, e in enumerate(layout.segment("params"))}
+        layers = _arranged([layer for name, m in _leaves(module, "") for layer in _layers(m, name, names)])
+        maps = any(isinstance(layer, (Convolution, Pool)) for layer in layers)
+        return cls(tuple(layers), tuple(e.shape for e in layout.segment("params")), loss is mse, maps)
+
+    def split(self, theta: Tensor) -> list[Tensor]:
+        """Views of θ `[K, d]`, one a parameter, `[K, *shape]`."""
+        parts = theta.split([prod(shape) for shape in self.shapes], 1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def output(self, x: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        """What the model says of rows x `[K, B, …]`."""
+        for layer in self.layers:
+            x, _ = layer.forward(x, theta)
+        return x
+
+    def run(self, theta: Sequence[Tensor], x: Tensor, y: Tensor, share: Tensor, sink: Sink) -> Tensor:
+        """Σ of each row's loss `[K, B]`, and its gradient, each row's times its share, into the sink.
+
+        Args:
+            theta: one tensor a parameter, `[K, *shape]`.
+            x, y: rows `[K, B, …]`.
+            share: `[K, B]`: 1/n for each row of n that count, 0 for padding.
+            sink: of contiguous tensors; it may be θ itself.
+        """
+        kept = []
+        for layer in self.layers:
+            x, memory = layer.forward(x, theta)
+            kept.append(memory)
+        each, dy = _squared(x, y) if self.squares else _entropy(x, y)
+        dy = dy.mul_(share.view(*share.shape, *[1] * (dy.dim() - 2)))
+        first = min(i for i, layer in enumerate(self.layers) if isinstance(layer, (Dense, Convolution, Bias)))
+        for i in range(len(self.layers) - 1, first - 1, -1):
+            dy = self.layers[i].backward(dy, kept.pop(), theta, sink, i == first)
+        return each
+
+    def gradient(self, theta: Sequence[Tensor], x: Tensor, y: Tensor, share: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The gradient, a tensor a parameter `[K, *shape]`, and each row's loss `[K, B]`."""
+        sinks = [t.new_empty(t.shape) for t in theta]
+        width = MAPS if self.maps else x.shape[1]
+        each = []
+        for start in range(0, x.shape[1], width):
+            xs, ys, shares = (rows[:, start : start + width] for rows in (x, y, share))
+            each.append(self.run(theta, xs, ys, shares, Sink(sinks, float(start > 0), 1.0)))
+        return sinks, torch.cat(each, 1)
+
+    def step(self, theta: Sequence[Tensor], x: Tensor, y: Tensor, share: Tensor, lr: float) -> Tensor:
+        """One step of gradient descent in place, θ contiguous; each row's loss `[K, B]`."""
+        if not self.maps or x.shape[1] <= MAPS:
+            return self.run(theta, x, y, share, Sink(theta, 1.0, -lr))
+        gradient, each = self.gradient(theta, x, y, share)
+        for t, g in zip(theta, gradient, strict=True):
+            t.add_(g, alpha=-lr)
+        return each
+
+
+class Descent:
+    """Plain gradient descent of K lanes from one θ, in place: θ_k ← θ_k − lr ∇ℓ_k.
+
+    Lanes stand in order of how many steps they make, longest first: the active ones are always the first k.
+
+    Args:
+        program: of the model.
+        theta: where all begin, `[d]`.
+        lanes: K.
+        lr: the rate.
+    """
+
+    def __init__(self, program: Program, theta: Tensor, lanes: int, lr: float) -> None:
+        self._program, self._start, self._lr = program, program.split(theta[None]), lr
+        self._lanes = [t.expand(max(2, lanes), *t.shape[1:]).contiguous() for t in self._start]
+        self._pair: list[Tensor] | None = None  # the one lane that is left, and its copy: one alone has other bits
+        self._share: tuple[tuple[int, ...], Tensor] | None = None
+        self.count = lanes
+
+    @torch.no_grad()
+    def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """One step of the first k lanes on rows `[k, B, …]`, the first counts[k] of which count: Σ of losses `[k]`."""
+        k = len(counts)
+        if self._share is None or self._share[0] != counts or self._share[1].shape[1] != x.shape[1]:
+            self._share = counts, shares(counts, y, self._start[0])
+        share = self._share[1]
+        if k > 1:
+            each = self._program.step([t[:k] for t in self._lanes], x, y, share, self._lr)
+            return total_of(each, share)
+        if self._pair is None:
+            self._pair = [t[:1].repeat(2, *[1] * (t.dim() - 1)) for t in self._lanes]
+        x, y, share = (t.expand(2, *t.shape[1:]) for t in (x, y, share))
+        return total_of(self._program.step(self._pair, x, y, share, self._lr), share)[:1]
+
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """How far each lane has come, uphill: θ − θ_k, `[K, d]`."""
+        if self._pair is not None:
+            for t, pair in zip(self._lanes, self._pair, strict=True):
+                t[0].copy_(pair[0])
+        out = self._start[0].new_empty(self.count, sum(prod(shape) for shape in self._program.shapes))
+        for start, t, part in zip(self._start, self._lanes, self._program.split(out), strict=True):
+            torch.sub(start, t[: self.count], out=part)
+        return out
+
+
+def shares(counts: tuple[int, ...], y: Tensor, like: Tensor) -> Tensor:
+    """1/n for each row of n that count, 0 for padding, `[K, B]`, in the type of `like`."""
+    held = torch.tensor(counts, device=like.device)[:, None]
+    rows = torch.arange(y.shape[1], device=like.device)
+    return (rows < held).to(like.dtype) / held.clamp(min=1).to(like.dtype)
+
+
+def total_of(each: Tensor, share: Tensor) -> Tensor:
+    """Σ over the rows that count of one number a row, `[K]`."""
+    return (each * (share > 0)).sum(1)
+
+
+def _entropy(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """−log softmax(output)[y], and its gradient softmax(output) − 1[y]."""
+    if output.dim() != 3:
+        raise Unserved("its output is not one number a class")
+    logs, at = output.log_softmax(-1), y.unsqueeze(-1)
+    each = logs.gather(-1, at).squeeze(-1).neg_()
+    dy = logs.exp_()
+    return each, dy.scatter_add_(-1, at, dy.new_full((1, 1, 1), -1.0).expand_as(at))
+
+
+def _squared(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over a row's targets of (output − y)², and its gradient."""
+    off = (output.reshape(y.shape) - y).reshape(output.shape)
+    wide = off.flatten(2)
+    return wide.square().mean(2), off * (2 / wide.shape[2])
+
+
+# Reading a module
+
+
+def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a stack of stacks, in order, with their names."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
+        raise Unserved(f"its layer {name or 'itself'} carries hooks of its own")
+    if type(module) is nn.Sequential:
+        for leaf, child in module.named_children():
+            yield from _leaves(child, f"{name}.{leaf}" if name else leaf)
+    else:
+        yield name, module
+
+
+def _layers(module: nn.Module, name: str, names: Mapping[str, int]) -> list[Layer]:
+    """One layer of torch as layers of ours."""
+    weight, bias = (names.get(f"{name}.{n}" if name else n, -1) for n in ("weight", "bias"))
+    kind = type(module)
+    if kind is nn.Linear:
+        return [Dense(weight, bias)]
+    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
+        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+            raise Unserved(f"its convolution {name} has groups, or a border of its own kind")
+        sides = (_pair(module.kernel_size), _pair(module.stride), _pair(module.padding), _pair(module.dilation))
+        return [Convolution(weight, *sides), *([Bias(bias)] if bias >= 0 else [])]
+    if isinstance(module, nn.MaxPool2d) and kind is nn.MaxPool2d:
+        if any((*_pair(module.padding), *(n - 1 for n in _pair(module.dilation)))) or module.ceil_mode:
+            raise Unserved(f"its pool {name} looks beyond the border")
+        size, stride = _pair(module.kernel_size), _pair(module.stride)
+        return [Pool(3, size[1], stride[1]), Pool(2, size[0], stride[0])]
+    if kind is nn.ReLU:
+        return [Relu()]
+    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+        return [Shape(partial(torch.flatten, start_dim=2))]
+    if isinstance(module, nn.Unflatten) and module.dim == 1:
+        return [Shape(partial(torch.unflatten, dim=2, sizes=module.unflattened_size))]
+    if kind is nn.Identity:
+        return []
+    raise Unserved(f"it has a layer of kind {kind.__name__}")
+
+
+def _pair(n: Any) -> tuple[int, int]:
+    return (n, n) if isinstance(n, int) else (n[0], n[1])
+
+
+def _arranged(layers: list[Layer]) -> list[Layer]:
+    """The same function with less to do: a bias and a ReLU behind the pools that follow them, which they commute with.
+
+    What a layer computed anew, and nobody has to remember, the next one may write over.
+    """
+    out: list[Layer] = []
+    maps = False
+    for layer in layers:
+        wants = isinstance(layer, (Convolution, Pool)) or (maps and isinstance(layer, (Bias, Relu)))
+        if wants != maps:
+            out.append(ToMaps() if wants else ToRows())
+        maps = wants
+        at = len(out)
+        while isinstance(layer, Pool) and at and isinstance(out[at - 1], (Bias, Relu)):
+            at -= 1
+        out.insert(at, layer)
+    if maps:
+        out.append(ToRows())
+    for i, layer in enumerate(out):
+        fresh = i > 0 and isinstance(out[i - 1], (Dense, Convolution, Bias))
+        if isinstance(layer, (Bias, Relu)):
+            out[i] = replace(layer, in_place=fresh)
+    return out

@@ -1,0 +1,173 @@
+"""One gradient, several bodies: what is computed by hand is what autograd computes, and a lane's bits are its own."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from problems import classification, federation, regression, run, task_of
+from torch import nn
+
+from atoll import models
+from atoll.engine.inprocess import InProcess
+from atoll.engine.probe import choose
+from atoll.errors import UsageError
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Gradient, Train
+from atoll.plan.optimizer import adam, sgd
+from atoll.plan.plan import Plan
+from atoll.rng import Key, global_scope
+from atoll.task import Batch, Task
+
+PLAN = Plan(Train(sgd(0.1), epochs=1, batch=4), Mean())
+SEED = st.integers(0, 2**32)
+
+
+@st.composite
+def architectures(draw):
+    """A random stack of served layers, and the shape of a row for it."""
+    row = shape = (draw(st.integers(1, 3)), draw(st.integers(5, 9)), draw(st.integers(5, 9)))
+    layers = []
+    for kind in draw(st.lists(st.sampled_from(["conv", "relu", "pool"]), max_size=5)):
+        if kind == "conv":
+            two = st.tuples(st.integers(1, 3), st.integers(1, 3))
+            stride, padding, dilation = draw(st.integers(1, 2)), draw(st.integers(0, 1)), draw(st.integers(1, 2))
+            outputs, bias = draw(st.integers(1, 4)), draw(st.booleans())
+            layers.append(nn.Conv2d(shape[0], outputs, draw(two), stride, padding, dilation, bias=bias))
+        elif kind == "pool":
+            layers.append(nn.MaxPool2d(draw(st.integers(1, 3)), draw(st.integers(1, 3))))
+        else:
+            layers.append(nn.ReLU())
+        try:
+            shape = tuple(nn.Sequential(*layers)(torch.zeros(1, *row)).shape[1:])
+        except RuntimeError:  # nothing is left of the image
+            assume(False)
+    layers.append(nn.Flatten())
+    width = torch.Size(shape).numel()
+    for _ in range(draw(st.integers(0, 2))):
+        layers += [nn.Linear(width, wide := draw(st.integers(1, 9)), bias=draw(st.booleans())), nn.ReLU()]
+        width = wide
+    return [*layers, nn.Linear(width, 3)], row
+
+
+def passed(task, lanes, x, y, counts):
+    """One gradient of some lanes: of the second model on, each lane's θ is another one."""
+    model = task.initial().lanes(lanes)
+    model.theta.add_(0.1 * Key(5).normal(model.theta.numel(), model.theta.dtype).view(model.theta.shape))
+    return task.gradient(model, Batch(x, y, counts), Key(0).of(torch.arange(lanes)))
+
+
+@settings(max_examples=25)
+@given(architectures(), st.sampled_from(["cross_entropy", "mse"]), SEED, st.integers(2, 4), st.integers(1, 40))
+def test_fused_is_lanes(architecture, loss, seed, lanes, rows):
+    layers, shape = architecture
+    with global_scope(Key(seed)):
+        for layer in layers:
+            getattr(layer, "reset_parameters", int)()
+        x = torch.randn(lanes, rows, *shape)
+        y = torch.randint(3, (lanes, rows)) if loss == "cross_entropy" else torch.randn(lanes, rows, 3)
+    task = Task.of(nn.Sequential(*layers), loss, (), torch.float64)  # in float32 a near tie may go either way
+    counts = tuple(max(1, rows - k) for k in range(lanes))
+    y = y if loss == "cross_entropy" else y.double()
+    ours, theirs = (passed(replace(task, numerics=body), lanes, x.double(), y, counts) for body in ("fused", "lanes"))
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["softmax", "mlp", "cnn", "niid-cnn", "mcmahan-cnn"])
+def test_named_models_after_a_round(name):
+    """1e-5 relative of lanes in float32: a whole round of local training."""
+    data = classification((9, 7, 7, 3), shape=(16, 16), classes=4)
+    module = models.build(name, (16, 16), 4, "classification", Key(3))
+    ends = [
+        run(PLAN, InProcess(task_of(module, data, body, torch.float32), data), 1)[0].model.theta
+        for body in ("fused", "lanes", "loop")
+    ]
+    moved = (ends[1] - task_of(module, data, "loop", torch.float32).initial().theta).norm()
+    assert all((end - ends[1]).norm() <= 1e-5 * moved for end in ends)
+
+
+@settings(max_examples=12)
+@given(st.lists(st.integers(1, 13), min_size=2, max_size=9), st.integers(1, 9), st.sampled_from(["mlp", "cnn"]))
+def test_a_chunk_changes_no_bit(sizes, chunk, name):
+    data = classification(sizes, shape=(6, 6))
+    module = models.build(name, (6, 6), 3, "classification", Key(3))
+    task = task_of(module, data, "fused", torch.float32)
+    one, other = (run(PLAN, InProcess(task, data, size), 2)[0].model.theta for size in (None, chunk))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("local", [Gradient(), Gradient(3), Train(adam(0.01), steps=3, batch=2), Train(sgd(0.1), 2)])
+def test_every_local_part_is_served(local):
+    data = classification((9, 7, 7, 3), shape=(6, 6))
+    module = models.build("cnn", (6, 6), 3, "classification", Key(3))
+    plan = Plan(local, Mean())
+    engines = [InProcess(task_of(module, data, body), data, 3) for body in ("fused", "loop")]
+    ours, theirs = (run(plan, engine)[0].model.theta for engine in engines)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_more_rows_than_fit_in_one_pass():
+    """Maps go by at most so many rows at once; then the gradient is gathered before the step."""
+    data = classification((70, 33), shape=(6, 6))
+    module = models.build("cnn", (6, 6), 3, "classification", Key(3))
+    plan = Plan(Train(sgd(0.1), epochs=2), Mean())
+    engines = [InProcess(task_of(module, data, body), data, 3) for body in ("fused", "loop")]
+    ours, theirs = (run(plan, engine)[0].model.theta for engine in engines)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_equal_pixels_of_a_pool_go_to_the_first():
+    """As torch does it: constant pictures are nothing but ties."""
+    data = federation(torch.ones(6, 1, 6, 6), torch.tensor([0, 1, 2, 0, 1, 2]), [3, 3])
+    module = nn.Sequential(nn.MaxPool2d(2, 1), nn.Conv2d(1, 2, 2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3))
+    ends = [run(PLAN, InProcess(task_of(module, data, body), data))[0].model.theta for body in ("fused", "loop")]
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
+
+
+def test_auto_takes_what_is_served():
+    data = classification((9, 7), shape=(6, 6))
+    for name in ("softmax", "mlp", "cnn"):
+        choice = choose(Task.of(models.build(name, (6, 6), 3, "classification", Key(0)), "cross_entropy"), data, PLAN)
+        assert choice.task.numerics == "fused" and "by hand" in choice.reason
+    small = regression((5, 5))
+    assert choose(Task.of(nn.Linear(3, 1), "mse"), small, PLAN).task.numerics == "fused"
+    assert choose(Task.of(nn.Linear(3, 1), "mae"), small, PLAN).task.numerics == "lanes"
+
+
+class Squashed(nn.Linear):
+    """A layer that only looks like one that is known."""
+
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+def hooked():
+    layer = nn.Linear(36, 3)
+    layer.register_forward_hook(lambda module, given, out: 2 * out)
+    return layer
+
+
+def tied():
+    first, second = nn.Linear(36, 36), nn.Linear(36, 36)
+    second.weight = first.weight
+    return nn.Sequential(first, second, nn.Linear(36, 3))
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (lambda: Squashed(36, 3), "Squashed"),
+        (lambda: nn.Sequential(nn.Linear(36, 3), nn.Tanh()), "Tanh"),
+        (hooked, "hooks"),
+        (tied, "tied"),
+        (lambda: nn.Sequential(nn.Linear(36, 3), nn.BatchNorm1d(3)), "tied, frozen or computed"),
+        (lambda: nn.Sequential(nn.Unflatten(1, (6, 6)), nn.Linear(6, 3), nn.Flatten(), nn.Linear(18, 3)), "one axis"),
+    ],
+)
+def test_what_is_not_served_is_refused_with_the_reason(layer, why):
+    data = classification((9, 7), shape=(36,))
+    with pytest.raises(UsageError, match=why):
+        choose(Task.of(nn.Sequential(nn.Flatten(), layer()), "cross_entropy"), data, PLAN, "fused")
+    assert choose(Task.of(nn.Sequential(nn.Flatten(), layer()), "cross_entropy"), data, PLAN).task.numerics != "fused"
