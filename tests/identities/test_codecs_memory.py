@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from atoll.layout import Layout
 from atoll.plan.codec.eden import Eden
+from atoll.plan.codec.entropy import Entropy
 from atoll.plan.codec.feedback import Feedback, Shift
 from atoll.plan.codec.lowrank import LowRank, orthonormal, pieces
 from atoll.plan.codec.quantize import Cast, Quantize, Sign
@@ -44,7 +45,8 @@ class Federation:
         """(what arrived of each accepted client, the settled mean)."""
         key = Key(9).fold("round", r, "codec")
         own = {n: t[who] for n, t in self.memory.items()}
-        payload, side, _, after = self.codec.encode(x[who], own, self.server, key.of(who))
+        shared = {n: t for n, t in self.server.items() if not n.rpartition(".")[2].startswith("_")}
+        payload, side, _, after = self.codec.encode(x[who], own, shared, key.of(who))
         opened = self.codec.open(payload, side)[accepted]
         ids = who[accepted]
         for name in self.memory:
@@ -94,6 +96,16 @@ def test_a_shift_keeps_the_mean_of_all_clients_last_ones(inner, keep):
         _, mean = federation.round(r, updates(r), who, accepted)
         expected = (weights.double() @ federation.memory["shift"]) / weights.sum()
         torch.testing.assert_close(mean, expected, rtol=0, atol=1e-12)
+
+
+def test_a_shift_says_that_its_mean_is_over_everyone_and_keeps_it_to_the_server():
+    shift = Shift(LowRank(1))
+    layout = Layout.of(nn.Linear(34, 20))
+    for codec, start in ((shift, ""), (Identity() >> shift, "1."), (shift >> Entropy(), "0.")):
+        assert codec.remembers_everyone
+        assert set(codec.server(layout)) == {f"{start}_sum", f"{start}codec.q"}
+    for codec in (Identity(), TopK(0.1) >> Quantize(8), Feedback(TopK(0.1))):
+        assert not codec.remembers_everyone
 
 
 @pytest.mark.parametrize("around", [Feedback, Shift])

@@ -1,6 +1,7 @@
 """What happens to an update on its way."""
 
 from atoll.plan.codec.eden import Eden
+from atoll.plan.codec.entropy import Entropy
 from atoll.plan.codec.feedback import Feedback, Shift
 from atoll.plan.codec.lowrank import LowRank
 from atoll.plan.codec.quantize import Cast, Quantize, Sign
@@ -9,13 +10,14 @@ from atoll.plan.codec.sparse import RandomK, TopK
 from atoll.plan.codec.stage import Chain, Codec, Identity
 from atoll.plan.codec.wire import MessageError
 
-CODECS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, Feedback, Shift)
+CODECS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, Entropy, Feedback, Shift)
 __all__ = [
     "CODECS",
     "Cast",
     "Chain",
     "Codec",
     "Eden",
+    "Entropy",
     "Feedback",
     "Identity",
     "LowRank",

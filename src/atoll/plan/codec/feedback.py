@@ -41,6 +41,10 @@ class _Around(Codec):
     def packs(self) -> bool:  # type: ignore[override]
         return self.codec.packs
 
+    @property
+    def sealer(self) -> Codec | None:
+        return self.codec.sealer
+
     def after(self, layout: Layout) -> Layout:
         return self.codec.after(layout)
 
@@ -142,9 +146,10 @@ class Shift(_Around):
     send C(x − h),   h⁺ = h + Ĉ(x − h);      g = Σ over all clients of w h⁺ / Σ over all clients of w
 
     h follows x, so the error vanishes as updates settle, for clients however different and at a constant step. A
-    client that is away, or whose message is lost, stands in the mean with its last h. For `Mean` over what arrived.
+    client that is away, or whose message is lost, stands in the mean with its last h. It needs a mean over what
+    arrived, born in the round in which it arrives: not `Sum`, not `over="expected"`, nothing stale.
 
-    Server state: `sum`, float64 `[d]`, Σ w h over all clients.
+    Server state: `_sum`, float64 `[d]`, Σ w h over all clients; no client sees it.
 
     Args:
         codec: a contraction, as for `Feedback`.
@@ -159,6 +164,8 @@ class Shift(_Around):
         Error Feedback, 2021.
     """
 
+    remembers_everyone = True
+
     codec: Codec
 
     def __post_init__(self) -> None:
@@ -168,7 +175,7 @@ class Shift(_Around):
         return {"shift": torch.zeros(layout.d, dtype=layout.dtype)}
 
     def server(self, layout: Layout) -> Tensors:
-        return {"sum": torch.zeros(layout.d, dtype=torch.float64), **_inner(self.codec.server(layout))}
+        return {"_sum": torch.zeros(layout.d, dtype=torch.float64), **_inner(self.codec.server(layout))}
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
         shift = memory["shift"]
@@ -177,7 +184,7 @@ class Shift(_Around):
 
     def settle(self, total: Total, server: Tensors, key: Key) -> tuple[Total, Tensors]:  # type: ignore[override]
         total, after = super().settle(total, server, key)
-        held = server["sum"] + total.means.get("update", torch.zeros_like(server["sum"]))
+        held = server["_sum"] + total.means.get("update", torch.zeros_like(server["_sum"]))
         # `finish` will divide by the weight that arrived; the mean of all is over everyone's.
         update = held * (total.weight.to(torch.float64) / self.everyone.to(torch.float64))
-        return total._replace(means={**total.means, "update": update}), {"sum": held, **after}
+        return total._replace(means={**total.means, "update": update}), {"_sum": held, **after}

@@ -9,6 +9,10 @@ A stage has a client's half, `encode`, and up to three halves of the server's:
 `a >> b` runs a first and is itself a stage. A sum of opened messages cannot be opened again, so a stage that
 decodes may not follow one that opens. Before a run a codec is told where it works, `codec.at(layout, everyone)`: how
 long the vector is, how the model lies in it, and how much all clients weigh.
+
+What `server` gives travels to the clients with θ, but for tensors whose name, or the last part of it behind a dot,
+begins with `_`: they stay at the server, and no bytes are counted for them. Every name keeps that beginning in a chain
+(`0._sum`) and in a codec around another (`codec._sum`).
 """
 
 from __future__ import annotations
@@ -58,8 +62,10 @@ class Codec(Part):
 
     opens = False  # the server must open each message: its payloads do not add up
     decodes = False  # the server must decode each sum
-    packs = False  # the payload is packed: no other stage can work on it
+    packs = False  # the payload is packed: no other stage can work on its numbers
+    seals = False  # it works on the bytes of the whole message, not on numbers
     native = False  # it needs the model's own coordinates, the same ones every round
+    remembers_everyone = False  # the server adds to a mean over all clients, those that are away included
     place: Place | None = None
 
     def at(self, layout: Layout, everyone: Tensor | int | None = None) -> Self:
@@ -128,17 +134,40 @@ class Codec(Part):
         """The sum of one birth, `[..., after]`; must be linear, and the same for every client."""
         return x
 
+    @property
+    def sealer(self) -> Codec | None:
+        """The stage that works on the bytes of its messages, if there is one."""
+        return self if self.seals else None
+
+    def seal(self, form: Form, messages: Sequence[bytes]) -> list[bytes]:
+        """Messages as they cross a wire, none longer than before."""
+        return list(messages)
+
+    def unseal(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
+        """The messages that were sealed.
+
+        Raises:
+            MessageError: the bytes cannot have been sealed.
+        """
+        return list(data)
+
     def nbytes(self, layout: Layout) -> int:
-        """How many bytes a message has."""
+        """How many bytes a message has, at most; exactly so many where nothing seals it."""
         return self.form(layout).nbytes
 
     def sizes(self, payload: Tensor, side: Tensors) -> Tensor:
         """How many bytes the message of each lane has, int64 `[K]`."""
-        return torch.full((len(payload),), self.nbytes(self.layout))
+        lanes = len(payload)
+        if self.sealer:
+            return torch.tensor([len(one) for one in self.to_bytes(payload, side)], dtype=torch.int64)
+        whole = sum(t.numel() * t.element_size() for t in (payload, *side.values()))
+        return torch.full((lanes,), whole // max(1, lanes), dtype=torch.int64)
 
     def to_bytes(self, payload: Tensor, side: Tensors) -> list[bytes]:
         """The message of each lane, as it crosses a wire."""
-        return wire.to_bytes(self.form(self.layout), payload, side)
+        form = self.form(self.layout)
+        messages = wire.to_bytes(form, payload, side)
+        return self.sealer.seal(form, messages) if self.sealer else messages
 
     def from_bytes(self, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Tensor]]:
         """(payload, side) of some messages, a row each.
@@ -146,7 +175,8 @@ class Codec(Part):
         Raises:
             MessageError: the bytes are no message of this codec for this layout.
         """
-        payload, side = wire.from_bytes(self.form(self.layout), data)
+        form = self.form(self.layout)
+        payload, side = wire.from_bytes(form, self.sealer.unseal(form, data) if self.sealer else data)
         self.flaws(payload, side)
         return payload, side
 
@@ -177,8 +207,8 @@ class Chain(Codec):
     Args:
         stages: in the order in which a client runs them.
     Raises:
-        UsageError: a stage that decodes stands behind one that opens, any behind one that packs, or one that needs
-            the model's own coordinates behind one that changes them.
+        UsageError: a stage that decodes stands behind one that opens, one that works on numbers behind one that packs
+            them, any behind one that seals, or one that needs the model's own coordinates behind one that changes them.
     """
 
     stages: tuple[Codec, ...]
@@ -207,6 +237,19 @@ class Chain(Codec):
     @property
     def native(self) -> bool:  # type: ignore[override]
         return any(stage.native for stage in self.stages)
+
+    @property
+    def remembers_everyone(self) -> bool:  # type: ignore[override]
+        return any(stage.remembers_everyone for stage in self.stages)
+
+    @property
+    def sealer(self) -> Codec | None:
+        return self.stages[-1].sealer if self.stages else None
+
+    @property
+    def _last(self) -> int:
+        """The stage whose payload is the message's."""
+        return max((i for i, stage in enumerate(self.stages) if not stage.seals), default=len(self.stages) - 1)
 
     def contraction(self) -> Codec:
         return Chain(tuple(stage.contraction() for stage in self.stages))
@@ -241,12 +284,11 @@ class Chain(Codec):
     def form(self, layout: Layout) -> Form:
         forms = [stage.form(here) for stage, here in self._along(layout)]
         side = {f"{i}.{name}": field for i, form in enumerate(forms) for name, field in form.side.items()}
-        return Form(side, forms[-1].payload if forms else Field(layout.dtype, layout.d))
+        return Form(side, forms[self._last].payload if forms else Field(layout.dtype, layout.d))
 
     def flaws(self, payload: Tensor | None, side: Tensors) -> None:
-        last = len(self.stages) - 1
         for i, stage in enumerate(self.stages):
-            stage.flaws(payload if i == last else None, _of(side, i))
+            stage.flaws(payload if i == self._last else None, _of(side, i))
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
         sides, kept, sums = [], [], dict[str, Tensor]()
@@ -290,7 +332,7 @@ def _clash(a: Codec, b: Codec) -> tuple[str, str] | None:
             f"{type(b).__name__} before what changes coordinates.",
             "what it keeps belongs to the model's own coordinates; those behind are others, for every client or round.",
         )
-    if a.packs:
+    if a.sealer or (a.packs and not b.seals):
         return (
             "what packs at the end of a codec.",
             "packed codes are no numbers that another stage could work on.",
