@@ -413,6 +413,15 @@ def test_sign_has_the_error_of_its_identity():
     torch.testing.assert_close(error, 1 - x.abs().sum(-1) ** 2 / (70_000 * x.square().sum(-1)), rtol=0, atol=1e-12)
 
 
+@given(st.integers(1, 3000), st.floats(0.001, 1.0), st.integers(0, 999))
+def test_random_k_keeps_one_of_each_stretch_of_a_circle(d, fraction, seed):
+    k = max(1, round(fraction * d))
+    kept = RandomK(fraction).support(Key(seed), d, torch.device("cpu"))
+    steps = (kept - kept.roll(1)) % d
+    assert len(kept) == k == len(kept.unique()) and int(kept.min()) >= 0 and int(kept.max()) < d
+    assert int(steps.max()) < 2 * -(-d // k) and int((kept.diff() < 0).sum()) <= 1
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
 def test_random_k_has_error_d_over_k_minus_one_on_average_over_all_supports(fraction):
     d, rounds = 200, 1000

@@ -62,8 +62,8 @@ def split(x: Tensor, d: int, length: Callable[[int], int]) -> list[Tensor]:
 
 
 def room(groups: int = 1) -> int:
-    """How many numbers to work on at a time: some groups for each pair of threads, within reason."""
-    return groups * GROUP * max(1, min(torch.get_num_threads(), 8) // 2)
+    """How many numbers to work on at a time: what fits the cache, and takes longer than to call for it."""
+    return groups * GROUP * max(2, min(torch.get_num_threads(), 8))
 
 
 def batches(*cuts: list[Tensor], groups: int = 1) -> Iterator[tuple[Any, ...]]:

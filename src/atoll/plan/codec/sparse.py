@@ -144,8 +144,10 @@ class TopK(Codec):
 class RandomK(Codec):
     """Keeps the same random coordinates of all clients, others every round; the numbers add up without being opened.
 
-    yⱼ = (d/k) x_{i(j)},   i(1) < … < i(k) drawn without replacement from the round's key, k = max(1, round(fraction·d))
+    yⱼ = (d/k) x_{i(j)},   i(1) … i(k) different ones drawn from the round's key, k = max(1, round(fraction · d))
 
+    The coordinates are cut, as a circle from a random place on, into k stretches of one length, give or take one; of
+    each one coordinate is drawn. So all have the same chance, k/d, and to draw takes work in proportion to k:
     E x̂ = x and E|x̂ − x|² = (d/k − 1)|x|². All clients keep the same coordinates, so their mean has that error too, of
     the mean update: it does not fall with the number of clients. Nothing but the numbers is sent.
 
@@ -158,7 +160,7 @@ class RandomK(Codec):
         >>> codec = RandomK(0.5).at(flat(4))
         >>> payload, *_ = codec.encode(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), {}, {}, Key(1))
         >>> payload, codec.decode(payload, Key(1))
-        (tensor([[4., 6.]]), tensor([[0., 4., 6., 0.]]))
+        (tensor([[8., 6.]]), tensor([[0., 0., 6., 8.]]))
 
     Reference: Konečný and Richtárik, Randomized Distributed Mean Estimation, 2018.
     """
@@ -183,7 +185,7 @@ class RandomK(Codec):
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
         kept = x.index_select(-1, self.support(key, x.shape[-1], x.device))
         # A number that is not finite must not pass unseen because it is not among those that are kept.
-        worst = x.abs().amax(-1, keepdim=True)
+        worst = torch.maximum(*(one.abs() for one in torch.aminmax(x, dim=-1, keepdim=True)))
         kept = torch.where(worst.isfinite(), kept, worst)
         return (kept * (x.shape[-1] / kept.shape[-1]) if self.unbiased else kept), {}, {}, memory
 
@@ -192,23 +194,14 @@ class RandomK(Codec):
         return out.index_copy_(-1, self.support(key, self.layout.d, x.device), x)
 
     def support(self, key: Key, d: int, device: torch.device) -> Tensor:
-        """The coordinates that are kept, int64 `[k]`, rising: those with the largest of d hashed words."""
+        """The coordinates that are kept, int64 `[k]`, rising but for one step back where the circle closes."""
         state, k = key.shared().state().to(device), _count(self.fraction, d)
-        # Hardly ever do less than k pass this threshold, and never many more; off the CPU none are counted on the way.
-        share = min(1.0, (k + 6 * k**0.5 + 8) / d) if device.type == "cpu" else 1.0
-        index, words = _passing(state, d, int((1 - share) * 2**31))
-        if len(index) < k:
-            index, words = _passing(state, d, 0)
-        return index[_keep(words[None], k)[0]]
-
-
-def _passing(state: Tensor, d: int, threshold: int) -> tuple[Tensor, Tensor]:
-    """Where d words of 31 bits of a stream reach a threshold, and these words: two out of each one of 64 bits."""
-    lengths = [min(grid.GROUP, d - start) for start in range(0, d, grid.GROUP)]
-    index, words = [], []
-    for i, (stream, n) in enumerate(zip(grid.words(state, len(lengths)), lengths, strict=True)):
-        drawn = grid.words(stream, -(-n // 2)).view(torch.int32)[:n].bitwise_and_(2**31 - 1)
-        here = (drawn >= threshold).nonzero()[:, 0] if threshold else torch.arange(n, device=state.device)
-        index.append(here + i * grid.GROUP)
-        words.append(drawn[here] if threshold else drawn)
-    return torch.cat(index), torch.cat(words)
+        place, *streams = grid.words(state, 1 + -(-k // grid.GROUP)).unbind()
+        out = torch.empty(k, dtype=torch.int64, device=device)
+        for chunk, stream, start in zip(out.split(grid.GROUP), streams, range(0, k, grid.GROUP), strict=True):
+            n = len(chunk)
+            edges = torch.div(torch.arange(start, start + n + 1, device=device) * d, k, rounding_mode="floor")
+            fair = (grid.words(stream, n) >> 11).to(torch.float64).mul_(2.0**-53).add_(0.5)  # in [0, 1)
+            torch.add(edges[:-1], fair.mul_(edges.diff()).long(), out=chunk)
+        out += place.remainder(d)
+        return torch.where(out < d, out, out - d)
