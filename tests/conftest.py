@@ -18,4 +18,3 @@ def pytest_configure(config):
     """Before any test is read: its own `settings` are added to those of the profile."""
     usual = "quick" if config.option.markexpr == "not slow" else "same"
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", usual))
-

@@ -21,13 +21,17 @@ _WHOLE = torch.int64
 
 def pack(state: State) -> dict[str, Tensor]:
     """Everything of a state but what clients keep, which is a store of its own, and its round and seed."""
-    out = {**_model("model", state.model), **_under("optimizer", state.optimizer), **_shared("server", state.server)}
+    model = state.model
+    out = {"model/theta": model.theta, "model/buffers": model.buffers}
+    out |= _under("counters", model.counters) | _under("fixed", model.fixed)
+    out |= _under("optimizer", state.optimizer) | _shared("server", state.server)
     if state.sent is not None:
         out |= {"sent/theta": state.sent.theta, "sent/deltas": torch.tensor(state.sent.deltas, dtype=_WHOLE)}
     for birth, version in state.versions.items():
         out |= _model(f"version/{birth}", version.model) | _shared(f"version/{birth}/shared", version.shared)
     air = state.air
-    out["air/flights"] = torch.tensor(air.flights, dtype=_WHOLE).reshape(-1, len(Flight._fields))
+    # Where somebody stops half way nobody flies on: a share need not be saved.
+    out["air/flights"] = torch.tensor([f[:-1] for f in air.flights], dtype=_WHOLE).reshape(-1, len(Flight._fields) - 1)
     out["air/counts"] = torch.tensor((air.target, air.started, *air.place), dtype=_WHOLE)
     out["air/idle"] = torch.tensor(air.idle, dtype=_WHOLE)
     out["air/recent"] = torch.tensor(air.recent, dtype=_WHOLE).reshape(-1, 2)
@@ -53,7 +57,7 @@ def unpack(tensors: Mapping[str, Tensor], round: int, training: Rounds) -> State
     return State(
         round,
         at.seed,
-        _read(tensors, "model"),
+        Model(tensors["model/theta"], tensors["model/buffers"], _group(tensors, "counters"), _group(tensors, "fixed")),
         _group(tensors, "optimizer"),
         _parts(tensors, "server", at.server),
         at.memory,

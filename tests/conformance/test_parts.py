@@ -82,6 +82,8 @@ OURS = {
         codec.Shift(codec.TopK(0.1) >> codec.Quantize(8)),
         codec.TopK(0.1) >> codec.Quantize(8),
         codec.RandomK(0.25) >> codec.Eden(1),
+        codec.TopK(0.1) >> codec.Quantize(4) >> codec.Entropy(),
+        codec.Entropy(),
         codec.Rotate() >> codec.Quantize(4),
     ],
     check_aggregator: [
@@ -143,7 +145,9 @@ def test_every_part_of_the_table_is_checked():
     from atoll.plan.names import PARTS
 
     checked = {type(part).__name__ for parts in OURS.values() for part in parts}
-    others = {"Plan", "Sync", "Buffered", "Bounded", "hinge", "warmup"} | {n for n, part in PARTS.items() if part.__module__ == "atoll.plan.stop"}
+    others = {"Plan", "Sync", "Buffered", "Bounded", "hinge", "warmup"} | {
+        n for n, part in PARTS.items() if part.__module__ == "atoll.plan.stop"
+    }
     assert set(PARTS) - checked == others
 
 

@@ -1,7 +1,7 @@
 """Asynchrony: what is in the air, who starts, what a late update counts, and that a resumed run flies on the same."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge, polynomial
 from atoll.plan.plan import Plan, State, step
 from atoll.plan.sampler import Everyone, Uniform, Weighted
+from atoll.plan.slots import Cohort
 from atoll.rng import Key
 from atoll.saved import pack, unpack
 
@@ -120,6 +121,16 @@ def test_one_at_a_time_and_three_rounds_late_halves_the_step():
     (a, _), (b, _) = step(whole, state, engine), step(half, state, engine)
     before = state.model.theta
     assert far(b.model.theta - before, 0.5 * (a.model.theta - before)) < 1e-14
+
+
+@dataclass(frozen=True)
+class Only:
+    """A cohort of one certain client."""
+
+    client: int
+
+    def __call__(self, population, round, key):
+        return Cohort(torch.tensor([self.client]), torch.ones((), dtype=torch.float64))
 
 
 class Watched:
@@ -329,6 +340,7 @@ REFUSED = [
     "Plan(Gradient(), Mean(over='expected'), cohort=5, pace=Sync(1.5))",
     "Plan(Gradient(), Mean(), cohort=Poisson(0.5), pace=Bounded(2))",
     "Plan(Gradient(), Mean(), cohort=Everyone(), pace=Sync(1.3))",
+    "Plan(Gradient(), Mean(), pace=Sync(deadline_s=5, partial=True))",
     "Plan(Gradient(), Mean(), downlink=Feedback(TopK(0.1)))",
     "Plan(Gradient(), Mean(), downlink=RandomK(0.1))",
     "Buffered(0)",
@@ -368,3 +380,25 @@ def test_paces_read_back():
         assert repr(parse(text, PARTS)) == text
     assert parse("Buffered(10, staleness=polynomial(0.5))", PARTS) == Buffered(10)
     assert parse("sgd(polynomial(0.1, rounds=9))", PARTS).lr.rounds == 9
+
+
+def test_at_the_deadline_a_client_sends_the_steps_that_it_has_made():
+    """Ten steps in five seconds and a deadline after two: as if it had been asked for four. Who is quick makes all."""
+    fleet = Fleet(Each((1.0, 5.0)))
+    keeping = Train(rules.sgd(0.1), steps=10, batch=2, keep=("order",))
+    pace = Sync(deadline_s=2.0, partial=True)
+    state, (report,) = run(Plan(keeping, Mean(), pace=pace), engine_of(fleet, sizes=(4, 4)), 1)
+    assert (report.now, report.arrived, report.late) == (2.0, 2, 0)
+    assert state.memory.take(torch.arange(2))["local/taken"].tolist() == [10, 4]
+    four = replace(keeping, steps=4)
+    plans = [Plan(part, Mean(), cohort=Only(i)) for i, part in enumerate((keeping, four))]
+    alone = [run(plan, engine_of(sizes=(4, 4)), 1)[0] for plan in plans]
+    mean = sum(s.model.theta for s in alone) / 2
+    assert far(state.model.theta, mean) < 1e-12
+
+
+def test_who_has_not_begun_at_the_deadline_sends_nothing():
+    fleet = Fleet(Each((1.0, 1.0)), downlink=Each((1e9, 1.0)))
+    plan = Plan(Train(rules.sgd(0.1), steps=10, batch=2), Mean(), pace=Sync(deadline_s=0.5, partial=True))
+    _, (report,) = run(plan, engine_of(fleet, sizes=(4, 4)), 1)
+    assert (report.arrived, report.late, [t.fate for t in report.trips]) == (1, 1, ["arrived", "late"])

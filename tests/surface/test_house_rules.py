@@ -128,11 +128,7 @@ def tree(path: Path) -> ast.Module:
 
 @pytest.mark.parametrize(("rule", "where"), EACH, ids=[rule.__name__ for rule, _ in EACH])
 def test_house_rule(rule, where):
-    broken = [
-        f"{path.relative_to(ROOT)}:{line} {what}"
-        for path in python(where)
-        for line, what in rule(tree(path))
-    ]
+    broken = [f"{path.relative_to(ROOT)}:{line} {what}" for path in python(where) for line, what in rule(tree(path))]
     assert not broken, "\n".join(broken)
 
 

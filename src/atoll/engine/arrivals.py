@@ -155,6 +155,8 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
         if event is not None:
             flight = traffic.arrive(event.number) if event.kind == "arrive" else traffic.fail(event.number)
             births[event.number] = flight.birth
+        elif plan.pace.partial:  # type: ignore[attr-defined]  # the deadline has come: only `Sync` has one
+            _stop(clock, traffic)
         waits = traffic.goes_on(clock.now - began)
         if refills and waits:
             start()
@@ -174,6 +176,16 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
         None if fleet is None else clock.now,
         trips,
     )
+
+
+def _stop(clock: Clock, traffic: Traffic) -> None:
+    """Everybody stops computing and sends what there is; who has nothing is not awaited."""
+    for number in traffic.in_the_air():
+        share = clock.cut(number)
+        if share:
+            traffic.cut(number, share)
+        else:
+            traffic.leave(number)
 
 
 def _wait(clock: Clock) -> None:

@@ -306,6 +306,26 @@ class Clock:
         loaded = now if flight.stage == _DOWN else min(flight.loaded, now)
         self._end(flight._replace(loaded=loaded, computed=max(loaded, min(flight.computed, now))), now, "cancel")
 
+    def cut(self, number: int) -> float:
+        """A flight that is computing stops now, and sends what it has.
+
+        Returns:
+            The part of its work that it has done: 0 where it has not begun, 1 where it is sending already. One that
+            is to be lost stays so.
+        """
+        flight, now, draws = self._flights[number], self.now, self._draws
+        if flight.stage == _DOWN or flight.loaded >= now:
+            return 0.0
+        if flight.stage not in (_WORK, _ARRIVE) or flight.computed <= now:
+            return 1.0
+        cut = flight._replace(time=now, computed=now)
+        if flight.stage == _ARRIVE:
+            wait = draws.latency.at(flight.client, number)
+            cut = cut._replace(time=now + flight.up / draws.up.at(flight.client, number) + wait)
+        self._flights[number] = cut
+        heappush(self._heap, cut)
+        return (now - flight.loaded) / (flight.computed - flight.loaded)
+
     def available(self, client: int) -> bool:
         """Whether a client may be started now."""
         return self._draws.calendar.available(client, self.now)

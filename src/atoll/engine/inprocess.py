@@ -79,7 +79,8 @@ class InProcess:
             for wave in waves(flown.arrived) if state.memory.first else [flown.arrived]:
                 for birth, codes in round_.births(wave):
                     for chunk in self._chunks(plan, task, codes):
-                        round_.run(birth, chunk)
+                        for part in round_.apart(chunk):
+                            round_.run(birth, part)
                 round_.landed()
         return round_.gathered()
 
@@ -145,6 +146,7 @@ class _Round:
         self.memory: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         self._wave: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         self._down: dict[tuple[int, int], int] = {}
+        self._share: dict[int, float] = {}
 
     def births(self, flights: list[Flight]) -> Iterator[tuple[int, Tensor]]:
         """The codes of these flights, by the round whose model they started from."""
@@ -153,8 +155,20 @@ class _Round:
             code = f.client + self.data.count * f.again
             by.setdefault(f.birth, []).append(code)
             self._down[f.birth, code] = f.down
+            if f.share < 1:
+                self._share[code] = f.share
         for birth in sorted(by):
             yield birth, torch.tensor(by[birth])
+
+    def apart(self, codes: Tensor) -> Iterator[Tensor]:
+        """Those who had time for all their work together, each of the others by itself."""
+        cut = [i for i, code in enumerate(codes.tolist()) if code in self._share] if self._share else []
+        if len(cut) < len(codes):
+            whole = torch.ones(len(codes), dtype=torch.bool)
+            whole[cut] = False
+            yield codes[whole]
+        for i in cut:
+            yield codes[i : i + 1]
 
     def run(self, birth: int, codes: Tensor) -> None:
         """Compute a chunk and fold what it gives; a client that raises is found by halving the chunk."""
@@ -215,7 +229,8 @@ class _Round:
 
     def _contribute(self, birth: int, ids: Tensor, codes: Tensor) -> tuple[Contribution, Mapping[str, Tensor], Tensor]:
         """The contributions of a chunk, opened, with the size of each message in bytes, int64 `[K]`."""
-        lanes = Lanes(self.data, ids, tuple(self.data.sizes[ids].tolist()), self.task.layout.dtype)
+        share = self._share.get(int(codes[0]), 1.0) if self._share else 1.0
+        lanes = Lanes(self.data, ids, tuple(self.data.sizes[ids].tolist()), self.task.layout.dtype, share)
         kept = self.kept.take(ids)
         if birth == self.state.round:
             broadcast, key = self.now, self.key.of(codes)

@@ -49,6 +49,9 @@ def _codec(plan: Plan) -> Iterator[Clash]:
 def _pace(plan: Plan) -> Iterator[Clash]:
     rule, pace, sampler = plan.aggregator, plan.pace, plan.sampler
     plain = pace == Sync()
+    if getattr(pace, "partial", False) and not hasattr(plan.local, "epochs"):
+        why = "only local training can stop half way: its steps so far are an update."
+        yield Clash(f"{plan.local!r} with {pace!r}.", "Train(...).", why, "Train(sgd(0.1), epochs=1, batch=10)")
     if pace.flies_on and not rule.linear:
         why = "updates of several births are decoded and discounted as sums, and this rule forms no sum."
         yield Clash(f"{rule!r} with {pace!r}.", "an aggregator that is linear.", why, "Mean()")

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 class Flight(NamedTuple):
     """A client at work: who, from which round's model, how often it had started in that round before, which start of
-    the whole run this is, and how many bytes it was sent."""
+    the whole run this is, how many bytes it was sent, and the part of its work that it had time for."""
 
     client: int
     birth: int
     again: int
     number: int
     down: int = 0
+    share: float = 1.0
 
 
 class Air(NamedTuple):
@@ -81,6 +82,7 @@ class Traffic:
         self.round = state.round
         self.arrivals: list[Flight] = []
         self.failed: list[Flight] = []
+        self._left: list[Flight] = []
         self.elapsed = 0.0
         self._plan, self._seed, self._population, self._away = plan, state.seed, population, away
         self._air = {f.number: f for f in air.flights}
@@ -193,6 +195,14 @@ class Traffic:
         """A flight was sent so many bytes when it started."""
         self._air[flight.number] = flight._replace(down=down)
 
+    def cut(self, number: int, share: float) -> None:
+        """A flight stops its work here, and sends what it has."""
+        self._air[number] = self._air[number]._replace(share=share)
+
+    def in_the_air(self) -> tuple[int, ...]:
+        """The numbers of the flights that have not come back, rising."""
+        return tuple(self._air)
+
     # who comes back
 
     def arrive(self, number: int) -> Flight:
@@ -214,9 +224,13 @@ class Traffic:
             self._idle.append(flight.client)
         return flight
 
+    def leave(self, number: int) -> None:
+        """A flight is no longer awaited."""
+        self._left.append(self._land(number))
+
     def late(self) -> tuple[Flight, ...]:
         """Those who are not awaited once the round has closed."""
-        return () if self.pace.flies_on else tuple(self._air.values())
+        return (*self._left, *(() if self.pace.flies_on else self._air.values()))
 
     def after(self, known: Tensor | None, clock: Any) -> Air:
         """What is in the air once the round has closed."""

@@ -44,12 +44,14 @@ class Lanes:
         ids: int64 `[K]`.
         sizes: the rows each holds, falling.
         dtype: the type of the run, which float features and targets take.
+        share: the part of its work that each had time for, in (0, 1].
     """
 
     clients: Clients
     ids: Tensor
     sizes: tuple[int, ...]
     dtype: torch.dtype
+    share: float = 1.0
 
     @cached_property
     def rows(self) -> Tensor:

@@ -190,9 +190,18 @@ class Train(Part):
         if "optimizer" in self.keep:
             after |= {f"optimizer.{n}": t for n, t in state.items()}
         if "order" in self.keep:
-            after["taken"] = memory["taken"] + (self.steps or 0)
+            after["taken"] = self._taken(lanes, memory)
         update = broadcast.model.theta - model.theta
         return _contribution(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
+
+    def _taken(self, lanes: Lanes, memory: Tensors) -> Tensor:
+        taken = memory["taken"]
+        return taken + self._done(torch.full_like(taken, self.steps or 0), lanes.share)
+
+    @staticmethod
+    def _done(steps: Tensor, share: float) -> Tensor:
+        """The steps that somebody makes who has time for a part of them: the first is always made."""
+        return steps if share == 1 else (steps * share).long().clamp(min=1)
 
     def _plain(self) -> bool:
         """Whether a step may be part of the backward pass: the optimizer does no more than go down."""
@@ -210,7 +219,7 @@ class Train(Part):
             k = len(batch.counts)
             loss[:k] += descent.step(batch.x, batch.y, batch.counts)
             rows[:k] += torch.tensor(batch.counts, device=rows.device)
-        after = {"taken": memory["taken"] + (self.steps or 0)} if "order" in self.keep else {}
+        after = {"taken": self._taken(lanes, memory)} if "order" in self.keep else {}
         nothing = loss.new_empty(len(loss), 0)  # a model with buffers is not served
         return _contribution(lanes, descent.update(), nothing, {}, {"loss": loss, "rows": rows}), after
 
@@ -222,6 +231,7 @@ class Train(Part):
         width, rows = self.width(lanes.sizes[0]), lanes.rows
         lengths, joined = _lengths(rows, self.batch, task.batch_statistics)
         steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, self.steps or 0)
+        steps = self._done(steps, lanes.share)
         keeps = "order" in self.keep
         draw = Key(key.seed).fold("kept order") if keeps else key.fold("order")
         taken = memory["taken"] if keeps else torch.zeros_like(lengths)

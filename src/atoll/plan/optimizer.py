@@ -97,9 +97,6 @@ class sgd(Optimizer):
     def in_place(self) -> bool:
         return not (self.weight_decay or self.nesterov)
 
-    def plain(self) -> bool:
-        return not (self.weight_decay or self.momentum)
-
     # Written out, though torch has it: most local loops use it, and bookkeeping would cost more than a step.
     def move(self, block: Block, g: Tensor, lr: float) -> None:
         if self.weight_decay:

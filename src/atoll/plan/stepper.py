@@ -145,10 +145,6 @@ class Optimizer:
         """Names of the numbers in a lane's state, with first values and types; `step` counts its steps."""
         return STEP if self.inner() else {}
 
-    def plain(self) -> bool:
-        """Whether the rule is θ ← θ − lr·g and keeps nothing."""
-        return False
-
     def in_place(self) -> bool:
         """Whether `move` makes no temporaries, so that cutting gains nothing."""
         return False

@@ -6,11 +6,13 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from torch import Tensor
 
 from atoll.errors import UsageError
+from atoll.layout import Layout
 from atoll.plan.codec.stage import Codec
 from atoll.plan.codec.wire import Form, MessageError
 
@@ -48,7 +50,7 @@ class Entropy(Codec):
     Args:
         level: zstd's, 1 (quick) to 22 (small).
     Raises:
-        UsageError: the level is out of range, or zstd is not installed.
+        UsageError: the level is out of range; or zstd is not installed, which is seen once a training is built.
     Example:
         >>> import torch
         >>> from atoll.plan.codec.quantize import Quantize
@@ -72,7 +74,10 @@ class Entropy(Codec):
             raise UsageError(
                 f"Entropy({self.level!r}).", "a level of zstd, 1 to 22, a whole number.", write="Entropy(3)"
             )
-        _zstd()
+
+    def at(self, layout: Layout, everyone: Tensor | int | None = None) -> Self:
+        _zstd()  # not when the value is made: reading a text imports nothing
+        return super().at(layout, everyone)
 
     def seal(self, form: Form, messages: Sequence[bytes]) -> list[bytes]:
         zstd = _zstd()

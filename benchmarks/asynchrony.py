@@ -1,0 +1,85 @@
+"""Time to accuracy on a virtual clock, with and without waiting for the slow: every client's computation is real.
+
+    python benchmarks/asynchrony.py [--clients 1000] [--cohort 100] [--target 0.9] [--lr 0.3] [--limit 60]
+
+Half-normal durations, one a client. FedAvg waits for all; FedAvg that asks 1.3 times as many keeps the first; FedBuff(10)
+steps on every tenth arrival. Prints the seconds of the clock until the target, and draws accuracy against time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import atoll
+from atoll.engine.fleet import Fleet, HalfNormal
+from atoll.engine.inprocess import InProcess
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Train
+from atoll.plan.optimizer import sgd
+from atoll.plan.pace import Buffered, Sync
+from atoll.plan.plan import Plan
+
+
+def curve(plan: Plan, data: atoll.data.Clients, model: str, seed: int, target: float, limit: float) -> list:
+    """(seconds of the clock, accuracy) of each look at the held-out rows, up to the target or the limit."""
+    looks = max(1, 20 // getattr(plan.pace, "k", 20))
+    training = atoll.rounds(model, data, plan, rounds=10**6, seed=seed, fleet=Fleet(HalfNormal()), evaluate_every=0)
+    judge = InProcess(training.task, data.held())
+    points: list = []
+    for report in training:
+        if report.round % looks == 0:
+            points.append((report.now, training.evaluate(judge)["accuracy"]))
+            if points[-1][1] >= target or report.now > limit:
+                break
+    return points
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--data", default="digits")
+    ask.add_argument("--model", default="softmax")
+    ask.add_argument("--clients", type=int, default=140)
+    ask.add_argument("--cohort", type=int, default=100)
+    ask.add_argument("--target", type=float, default=0.93)
+    ask.add_argument("--lr", type=float, default=0.1)
+    ask.add_argument("--batch", type=int, default=10)
+    ask.add_argument("--server-lr", type=float, default=1.0, help="of FedBuff; FedAvg's is 1")
+    ask.add_argument("--seeds", type=int, default=3)
+    ask.add_argument("--limit", type=float, default=200.0)
+    ask.add_argument("--out", type=Path, default=None, help="where to draw")
+    told = ask.parse_args()
+    data = atoll.data.load(told.data).split(told.clients)
+    local = Train(sgd(told.lr), epochs=1, batch=told.batch)
+
+    def plan(pace, lr=1.0):
+        return Plan(local, Mean(), sgd(lr), cohort=told.cohort, pace=pace)
+
+    plans = {
+        "FedAvg": plan(Sync()),
+        "FedAvg, 1.3 asked": plan(Sync(over_select=1.3)),
+        "FedBuff(10)": plan(Buffered(10), told.server_lr),
+    }
+    print(f"{'':20}{'seconds to ' + str(told.target):>20}{'FedAvg / it':>14}")
+    curves, first = {}, 0.0
+    for name, each in plans.items():
+        runs = [curve(each, data, told.model, seed, told.target, told.limit) for seed in range(told.seeds)]
+        times = sorted(run[-1][0] for run in runs)
+        median = times[len(times) // 2]
+        first = first or median
+        curves[name] = runs[0]
+        reached = "" if all(run[-1][1] >= told.target for run in runs) else "  (not reached)"
+        print(f"{name:20}{median:20.2f}{first / median:14.2f}{reached}", flush=True)
+    if told.out:
+        import matplotlib.pyplot as plt
+
+        for name, points in curves.items():
+            plt.plot(*zip(*points, strict=True), label=name)
+        plt.xlabel("seconds on the clock")
+        plt.ylabel("accuracy on held-out rows")
+        plt.legend()
+        plt.savefig(told.out, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
