@@ -504,10 +504,12 @@ def watched(text, *, read):
 for text in here.HOSTILE:
     watched(text, read=here.only_values)
 
-def one(text):
+@settings(max_examples=800, derandomize=True, deadline=None, database=None)
+@given(here.texts)
+def many(text):
     watched(text, read=here.only_values)
 
-settings(max_examples=800, derandomize=True, deadline=None, database=None)(given(here.texts)(one))()
+many()
 print("seen", seen)
 watched("sched:scheduler()", read=lambda text: here.parse(text, here.PARTS, trust=True))
 print("then", seen)

@@ -30,6 +30,7 @@ from atoll.cli.app import app
 from atoll.plan.names import PARTS
 from atoll.plan.plan import step
 from atoll.recipes import RECIPES
+from atoll.report import canvas
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").glob("*.md")])
@@ -72,6 +73,7 @@ def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for variable in ("ATOLL_DATA", "ATOLL_DATASET", "ATOLL_OUT"):
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(canvas, "DPI", 40)  # pictures of few dots are drawn sooner
     space: dict[str, object] = {"__name__": "__main__"}
     printed = ""
     for word, code, line, behind in blocks(page):
