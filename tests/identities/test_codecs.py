@@ -337,14 +337,37 @@ def test_what_cannot_be_is_refused_with_a_line_that_can(text, required):
     assert send(instead, x, key).shape == x.shape
 
 
-def test_a_codec_that_was_not_told_its_place_says_so():
-    with pytest.raises(RunError, match=r"TopK\(0.1\) does not know how long its vector is"):
-        TopK(0.1).open(torch.ones(1, 2), {"index": torch.zeros(1, 1, dtype=torch.uint8)})
-    shift = Shift(TopK(0.1)).at(flat(10))
-    assert shift == Shift(TopK(0.1)) and hash(shift) == hash(Shift(TopK(0.1)))
+@EVERY
+def test_a_codec_that_was_not_told_its_place_says_so_and_works_once_it_is(codec):
+    x, key = draw(2, 300)
+    layout = flat(300)
+    placed, memory, shared = start(codec, 300, 2)
+    payload, side, *_ = placed.encode(x, memory, shared, key)
+    for ask in (lambda c: c.to_bytes(payload, side), lambda c: c.from_bytes(placed.to_bytes(payload, side))):
+        with pytest.raises(RunError, match="does not know how long its vector is") as caught:
+            ask(codec)
+        assert caught.value.write == "codec.at(layout)"
+        ask(codec.at(layout))
+    assert codec.at(layout) == codec and hash(codec.at(layout)) == hash(codec)
+
+
+def test_a_shift_that_was_not_told_who_there_is_says_so():
+    codec, layout, everyone = Shift(TopK(0.1)), flat(10), 3
     total = Total({"update": torch.zeros(10)}, {}, torch.tensor(1), torch.tensor(1), {})
-    with pytest.raises(RunError, match="does not know how much all clients weigh"):
-        shift.settle(total, shift.server(flat(10)), Key(0))
+    with pytest.raises(RunError, match="does not know how much all clients weigh") as caught:
+        codec.at(layout).settle(total, codec.server(layout), Key(0))
+    assert caught.value.write == "codec.at(layout, everyone)"
+    codec.at(layout, everyone).settle(total, codec.server(layout), Key(0))
+
+
+@pytest.mark.parametrize("codec", [Entropy(), TopK(0.1) >> Entropy(), LowRank(1), Feedback(Eden(1))], ids=repr)
+def test_a_message_cut_anywhere_is_refused(codec):
+    x, key = draw(1, 70)
+    codec, memory, shared = start(codec, 70, 1)
+    (good,) = codec.to_bytes(*codec.encode(x, memory, shared, key)[:2])
+    for n in range(len(good)):
+        with pytest.raises(MessageError, match="Message 0"):
+            codec.from_bytes([good[:n]])
 
 
 def test_a_chain_of_nothing_but_stages_is_refused_otherwise():
