@@ -1,4 +1,4 @@
-"""What theory says of each codec's error, on normal, log-normal and real updates; and that error feedback converges."""
+"""What theory says of each codec's error, on normal, log-normal and real updates."""
 
 import math
 from functools import lru_cache
@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from atoll.plan.codec.eden import Eden
-from atoll.plan.codec.feedback import Feedback, Shift
 from atoll.plan.codec.quantize import Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
 from atoll.plan.codec.stage import Codec, arrived, flat
-from atoll.plan.slots import Total
 from atoll.rng import Key, global_scope
 
 # Published: mean square error of the unbiased quantiser, of |x|² (EDEN, DRIVE), by bits.
@@ -192,73 +190,3 @@ def test_top_k_has_the_published_errors_and_lengths(fraction, of_normal, of_lapl
 
 def test_sign_has_the_error_of_one_biased_bit():
     assert error(Sign(), normal(8, 10_000)) == pytest.approx(0.36338, rel=0.02)
-
-
-# ---- convergence on quadratics
-
-
-class Quadratics:
-    """fᵢ(θ) = ½ (θ − aᵢ)ᵀ diag(hᵢ) (θ − aᵢ): clients whose optima differ."""
-
-    def __init__(self, clients: int, d: int = 50) -> None:
-        key = Key(21).of(torch.arange(clients))
-        self.a, self.h = key.fold("a").normal(d), 0.5 + key.fold("h").uniform(d)
-        self.best = (self.h * self.a).sum(0) / self.h.sum(0)
-
-    def descend(self, codec: Codec, rounds: int, lr, part: float = 1.0, lost: float = 0.0) -> float:
-        """|θ − θ*| at the end; a round takes a part of the clients, and loses some of their messages."""
-        clients, d = self.a.shape
-        layout = flat(d, torch.float64)
-        codec = codec.at(layout, clients)
-        memory = {n: t.expand(clients, -1).clone() for n, t in codec.memory(layout).items()}
-        server, theta = codec.server(layout), torch.zeros(d, dtype=torch.float64)
-        for r in range(rounds):
-            key = Key(22).fold("round", r)
-            who = key.fold("who").permutation(clients)[: max(1, round(part * clients))]
-            own = {n: t[who] for n, t in memory.items()}
-            gradient = self.h[who] * (theta - self.a[who])
-            payload, side, _, after = codec.encode(gradient, own, server, key.of(who))
-            kept = key.fold("lost").uniform(len(who)) >= lost
-            if not kept.any():
-                continue
-            opened = codec.open(payload, side)[kept]
-            for n in memory:
-                memory[n][who[kept]] = after[n][kept]
-            total = Total({"update": codec.decode(opened.sum(0), key)}, {}, kept.sum(), kept.sum(), {})
-            total, server = codec.settle(total, server, key)
-            theta = theta - lr(r) * total.means["update"] / kept.sum()
-        return float((theta - self.best).norm())
-
-
-def constant(lr: float):
-    return lambda r: lr
-
-
-def test_feedback_reaches_the_optimum_of_one_client_at_a_constant_step():
-    assert Quadratics(1).descend(Feedback(TopK(0.1)), 350, constant(0.1)) < 1e-6
-
-
-def decaying(r: int) -> float:
-    return 10 / (r + 50)
-
-
-def test_feedback_nears_the_optimum_of_different_clients_at_a_decaying_step_where_top_k_stalls():
-    """Top-k alone stays away; with feedback and a constant step as far as the step; with 10/t like 1/t."""
-    ten = Quadratics(10)
-    plain, kept = (ten.descend(codec, 300, constant(0.2)) for codec in (TopK(0.2), Feedback(TopK(0.2))))
-    ends = [ten.descend(Feedback(TopK(0.2)), n, decaying) for n in (300, 1200)]
-    assert plain > 1 and kept < plain / 2
-    assert math.log(ends[0] / ends[1], 1250 / 350) == pytest.approx(1, abs=0.3)
-
-
-@pytest.mark.slow
-def test_feedback_reaches_the_optimum_of_different_clients_at_a_decaying_step():
-    """A loss within 10⁻⁶ of the least: h ≤ 3/2, so a distance of 10⁻³ is enough."""
-    assert Quadratics(10).descend(Feedback(TopK(0.2)), 30_000, decaying) < 1e-3
-
-
-@pytest.mark.parametrize("inner", [TopK(0.2), TopK(0.2) >> Quantize(8)], ids=repr)
-@pytest.mark.parametrize(("part", "lost"), [(1.0, 0.0), (1.0, 0.3), (0.1, 0.0)], ids=["all", "lost", "part"])
-def test_a_shift_reaches_the_optimum_of_different_clients_at_a_constant_step(inner, part, lost):
-    rounds, lr = (150, 0.3) if part == 1 else (800, 0.1)
-    assert Quadratics(10).descend(Shift(inner), rounds, constant(lr), part, lost) < 1e-6
