@@ -1,6 +1,6 @@
 """Every part of ours keeps the contract of its slot; and each check refuses a part that does not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from atoll import schedule
 from atoll.data import partition
 from atoll.engine.inprocess import InProcess
 from atoll.grammar import Value
-from atoll.plan import aggregate, codec, local, optimizer, sampler
+from atoll.plan import aggregate, codec, local, optimizer, pace, sampler
 from atoll.plan.codec.stage import Codec
 from atoll.plan.slots import Cohort
 from atoll.schedule import constant, cosine, plateau, warmup
@@ -19,6 +19,7 @@ from atoll.testing import (
     check_engine,
     check_local,
     check_optimizer,
+    check_pace,
     check_partition,
     check_sampler,
     check_schedule,
@@ -82,9 +83,8 @@ OURS = {
         codec.Shift(codec.TopK(0.1) >> codec.Quantize(8)),
         codec.TopK(0.1) >> codec.Quantize(8),
         codec.RandomK(0.25) >> codec.Eden(1),
-        codec.TopK(0.1) >> codec.Quantize(4) >> codec.Entropy(),
-        codec.Entropy(),
         codec.Rotate() >> codec.Quantize(4),
+        codec.TopK(0.1) >> codec.Entropy(),
     ],
     check_aggregator: [
         kind(**words)
@@ -117,6 +117,19 @@ OURS = {
         plateau(0.1, patience=1, cooldown=2, end=1e-3),
         warmup(5) >> plateau(0.1, patience=1),
     ],
+    check_pace: [
+        pace.Sync(),
+        pace.Sync(over_select=1.3),
+        pace.Sync(deadline_s=2),
+        pace.Sync(over_select=2.5, deadline_s=60, quorum=0.8),
+        pace.Sync(deadline_s=60, partial=True),
+        pace.Buffered(1),
+        pace.Buffered(10),
+        pace.Buffered(10**6),
+        pace.Buffered(3, staleness=pace.polynomial(0)),
+        pace.Buffered(7, staleness=pace.hinge(0.5, grace=4)),
+        *(pace.Bounded(s) for s in (0, 1, 4, 1000)),
+    ],
     check_partition: [
         partition.IID(),
         partition.Dirichlet(0.3),
@@ -141,14 +154,21 @@ def test_our_engine_conforms(chunk):
     check_engine(lambda task, data: InProcess(task, data, chunk))
 
 
+def named(part):
+    """The names in a part's text: its own, and those of the parts that it holds."""
+    if isinstance(part, (tuple, list)):
+        return {name for each in part for name in named(each)}
+    if not is_dataclass(part):
+        return set()
+    return {type(part).__name__, *named([getattr(part, f.name) for f in fields(part)])}
+
+
 def test_every_part_of_the_table_is_checked():
+    """A stop rule is no part of a plan, and a plan has its own test."""
     from atoll.plan.names import PARTS
 
-    checked = {type(part).__name__ for parts in OURS.values() for part in parts}
-    others = {"Plan", "Sync", "Buffered", "Bounded", "hinge", "warmup"} | {
-        n for n, part in PARTS.items() if part.__module__ == "atoll.plan.stop"
-    }
-    assert set(PARTS) - checked == others
+    others = {"Plan"} | {name for name, part in PARTS.items() if part.__module__ == "atoll.plan.stop"}
+    assert set(PARTS) - named(list(OURS.values())) == others
 
 
 def test_plans_are_values():
@@ -371,6 +391,77 @@ class Dealing(partition.Partition):
         return partition.IID()(pool, clients, key)
 
 
+@dataclass(frozen=True, repr=False)
+class Waiting(Value):
+    """A pace that is `Sync()`, or `Buffered(2)` where it refills, but for one thing."""
+
+    way: str
+
+    @property
+    def flies_on(self):
+        return 1 if self.way == "no flag" else self.refills
+
+    @property
+    def refills(self):
+        return self.way in ("never closes", "only as a whole")
+
+    def asks(self, n):
+        match self.way:
+            case "asks for fewer":
+                return n - 1
+            case "asks for the odd one out":
+                return 2 * n
+        return n
+
+    def wants(self, started):
+        return started
+
+    def may_start(self, starts):
+        return starts != 3 if self.way == "forgives" else True
+
+    def closes(self, open):
+        match self.way:
+            case "never closes":
+                return False
+            case "only as a whole":
+                return open.arrived == 2
+            case "at once":
+                return True
+            case "in haste only":
+                return open.arrived >= open.wanted and open.elapsed < 30
+            case "by a coin":
+                return open.arrived > 0 and bool(torch.rand(()) < 0.5)
+        return open.arrived >= (2 if self.refills else open.wanted)
+
+    def discount(self, staleness):
+        match self.way:
+            case "never whole":
+                return 0.5
+            case "louder with age":
+                return 1.0 + staleness
+            case "turns round":
+                return 1.0 - staleness
+        return 1.0
+
+
+@dataclass(frozen=True, repr=False)
+class Counting(Value):
+    """A pace that keeps count of what it was asked."""
+
+    asked: list = field(default_factory=list, compare=False)
+    flies_on = refills = False
+
+    asks = wants = lambda self, n: n
+    may_start = lambda self, starts: True  # noqa: E731
+
+    def closes(self, open):
+        return open.arrived >= open.wanted
+
+    def discount(self, staleness):
+        self.asked.append(staleness)
+        return 1.0 if len(self.asked) < 50 else 0.5
+
+
 class Stubborn(InProcess):
     """An engine that is ours but for one thing."""
 
@@ -440,6 +531,19 @@ BROKEN = [
     (check_local, Computing("by rows used"), "speaks for all"),
     (check_local, Computing("unannounced"), "tensors named"),
     (check_local, Computing("no rows"), "rows among them"),
+    (check_pace, Waiting("no flag"), "True or False"),
+    (check_pace, Waiting("asks for fewer"), "at least"),
+    (check_pace, Waiting("asks for the odd one out"), "each time"),
+    (check_pace, Waiting("forgives"), "False from some number on"),
+    (check_pace, Waiting("never closes"), "1e+12 arrivals"),
+    (check_pace, Waiting("only as a whole"), "with more arrivals keeps it open"),
+    (check_pace, Waiting("at once"), "as it opens"),
+    (check_pace, Waiting("in haste only"), "with more time keeps it open"),
+    (check_pace, Waiting("by a coin"), "global generator"),
+    (check_pace, Waiting("never whole"), "from 1 for what is not late"),
+    (check_pace, Waiting("louder with age"), "never rising"),
+    (check_pace, Waiting("turns round"), "never below 0"),
+    (check_pace, Counting(), "two results"),
     (check_partition, Dealing("nobody"), "exactly one client"),
     (check_partition, Dealing("unkeyed"), "global generator"),
     (check_engine, stubborn("in the order of arrival"), "rising id"),

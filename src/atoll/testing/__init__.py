@@ -12,6 +12,7 @@ from atoll.testing.contract import Nonconformity, check_value
 from atoll.testing.draws import check_partition, check_sampler
 from atoll.testing.engines import check_engine
 from atoll.testing.locals import check_local
+from atoll.testing.paces import check_pace
 from atoll.testing.rates import check_optimizer, check_schedule
 from atoll.testing.vectors import check_aggregator, check_stage
 
@@ -21,6 +22,7 @@ __all__ = [
     "check_engine",
     "check_local",
     "check_optimizer",
+    "check_pace",
     "check_partition",
     "check_sampler",
     "check_schedule",
