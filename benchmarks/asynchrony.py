@@ -2,8 +2,9 @@
 
     python benchmarks/asynchrony.py [--clients 1000] [--cohort 100] [--target 0.9] [--lr 0.3] [--limit 60]
 
-Half-normal durations, one a client. FedAvg waits for all; FedAvg that asks 1.3 times as many keeps the first; FedBuff(10)
-steps on every tenth arrival. Prints the seconds of the clock until the target, and draws accuracy against time.
+Half-normal durations, one a client. FedAvg waits for all; FedAvg that asks 1.3 times as many keeps the first;
+FedBuff(10) steps on every tenth arrival. Prints the seconds of the clock until the target, and draws accuracy against
+time.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ import torch
 from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean
 from atoll.plan.flight import Traffic
-from atoll.plan.local import Gradient
+from atoll.plan.local import Train
+from atoll.plan.optimizer import sgd
 from atoll.plan.plan import Plan, State, opening
 from atoll.plan.sampler import Everyone, Uniform
 from atoll.plan.slots import Pace, Population, Sampler
@@ -162,7 +163,7 @@ def _check_end(who: str, part: Pace) -> None:
 def _play(who: str, part: Pace, sampler: Sampler, order: str) -> None:
     clients = max(_CLIENTS, part.asks(5) + 1)
     population = Population(clients, torch.ones(clients, dtype=torch.int64))
-    plan = Plan(Gradient(), Mean(), cohort=sampler, pace=part)
+    plan = Plan(Train(sgd(0.1), epochs=1), Mean(), cohort=sampler, pace=part)
     none = torch.empty(0)
     state = State(0, 7, Model(none, none, {}, {}), {}, {}, Memory({}))
     for t in range(_ROUNDS):
