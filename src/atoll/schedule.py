@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -361,6 +362,11 @@ class warmed(Schedule):
         return start + (self.then(0, memory) - start) * (t + 1) / (rounds + 1)
 
 
+@lru_cache(256)
+def _constant(lr: float) -> Schedule:
+    return constant(lr)
+
+
 def as_schedule(given: object) -> Schedule:
     """The schedule that is meant: a schedule is itself, a number is `constant`.
 
@@ -380,7 +386,7 @@ def as_schedule(given: object) -> Schedule:
             f"{given!r} >> constant(0.1)",
         )
     if not isinstance(given, bool) and isinstance(given, Real):
-        return constant(float(given))
+        return _constant(float(given))
     raise UsageError(
         f"{given!r} is no learning rate.",
         "a positive number or a schedule.",

@@ -58,12 +58,12 @@ class Sending:
         if self._sent is not None or self._fixed:
             first = torch.full((clients,), -1)
             self.known = first if self.known is None else self.known.clone()
-        self.most = self._theta + self._rest + self._fixed
+        self.each = self._theta + self._rest  # what somebody is sent of whom nothing need be known
 
     def to(self, clients: list[int]) -> list[int]:
         """Bytes for each of these clients; from now on they know the model of this round."""
         if self.known is None:
-            return [self._theta + self._rest] * len(clients)
+            return [self.each] * len(clients)
         ids = torch.tensor(clients, dtype=torch.int64)
         known = self.known[ids]
         first, missed = known < 0, self._round - known
@@ -133,15 +133,21 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
     always = fleet is None or fleet.availability == 1.0
     traffic = Traffic(plan, state, population, cohort, None if always else lambda i: not clock.available(i))
     began, births, started, total = clock.now, dict[int, int](), 0, 0
+    each = traffic.down = sending.each
 
     def start() -> None:
         nonlocal started, total
         begun = traffic.fill()
+        started += len(begun)
+        if sending.known is None:
+            for flight in begun:
+                clock.start(flight[3], flight[0], each, up)
+            total += each * len(begun)
+            return
         for flight, size in zip(begun, sending.to([f.client for f in begun]), strict=True):
             traffic.sent(flight, size)
             clock.start(flight.number, flight.client, size, up)
             total += size
-        started += len(begun)
 
     start()
     deadline = getattr(plan.pace, "deadline_s", None)

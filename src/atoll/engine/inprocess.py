@@ -73,19 +73,23 @@ class InProcess:
         plan = plan.at(self)
         own = getattr(plan.local, "numerics", self.task.numerics)
         task = self.task if own == self.task.numerics else replace(self.task, numerics=own)
-        flown = fly(plan, state, self.population, cohort, self.fleet, message(plan, task.layout))
+        up = 0 if self.fleet is None else message(plan, task.layout)
+        flown = fly(plan, state, self.population, cohort, self.fleet, up)
         round_ = _Round(plan, state, task, self.data, flown, key)
         with threads_for(task):
             for wave in waves(flown.arrived) if state.memory.first else [flown.arrived]:
                 for birth, codes in round_.births(wave):
                     for chunk in self._chunks(plan, task, codes):
-                        for part in round_.apart(chunk):
+                        for part in round_.apart(chunk) if round_.cut else (chunk,):
                             round_.run(birth, part)
                 round_.landed()
         return round_.gathered()
 
     def _chunks(self, plan: Plan, task: Task, codes: Tensor) -> Iterator[Tensor]:
         """Clients of one width together, largest first, a chunk at a time."""
+        if len(codes) == 1:
+            yield codes
+            return
         sizes = self.data.sizes[codes % self.data.count]
         sizes, order = torch.sort(sizes, descending=True, stable=True)
         chunk = self._lanes(plan, task)
@@ -146,7 +150,7 @@ class _Round:
         self.memory: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         self._wave: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         self._down: dict[tuple[int, int], int] = {}
-        self._share: dict[int, float] = {}
+        self.cut: dict[int, float] = {}  # the part of its work that a start had time for, where it is not all
 
     def births(self, flights: list[Flight]) -> Iterator[tuple[int, Tensor]]:
         """The codes of these flights, by the round whose model they started from."""
@@ -156,13 +160,13 @@ class _Round:
             by.setdefault(f.birth, []).append(code)
             self._down[f.birth, code] = f.down
             if f.share < 1:
-                self._share[code] = f.share
+                self.cut[code] = f.share
         for birth in sorted(by):
             yield birth, torch.tensor(by[birth])
 
     def apart(self, codes: Tensor) -> Iterator[Tensor]:
         """Those who had time for all their work together, each of the others by itself."""
-        cut = [i for i, code in enumerate(codes.tolist()) if code in self._share] if self._share else []
+        cut = [i for i, code in enumerate(codes.tolist()) if code in self.cut]
         if len(cut) < len(codes):
             whole = torch.ones(len(codes), dtype=torch.bool)
             whole[cut] = False
@@ -229,7 +233,7 @@ class _Round:
 
     def _contribute(self, birth: int, ids: Tensor, codes: Tensor) -> tuple[Contribution, Mapping[str, Tensor], Tensor]:
         """The contributions of a chunk, opened, with the size of each message in bytes, int64 `[K]`."""
-        share = self._share.get(int(codes[0]), 1.0) if self._share else 1.0
+        share = self.cut.get(int(codes[0]), 1.0) if self.cut else 1.0
         lanes = Lanes(self.data, ids, tuple(self.data.sizes[ids].tolist()), self.task.layout.dtype, share)
         kept = self.kept.take(ids)
         if birth == self.state.round:
@@ -273,13 +277,10 @@ class _Round:
                 "what is left would be another cohort than the sampler drew. The state is that of the round before.",
                 "atoll lr" if "not finite" in first.cause else "--set plan.max_failed=1.0",
             )
-        ids = torch.cat(self.arrived) if self.arrived else torch.empty(0, dtype=torch.int64)
-        order = torch.argsort(ids, stable=True)
-        names = set.intersection(*(set(f) for f in self.facts)) if self.facts else set()
-        facts = {n: torch.cat([f[n] for f in self.facts])[order] for n in sorted(names)}
+        ids, facts = self._columns()
         return Gathered(
             self.partials or {self.state.round: self.plan.aggregator.zero()},
-            ids[order],
+            ids,
             tuple(self.memory),
             facts,
             tuple(self.failures),
@@ -291,6 +292,17 @@ class _Round:
             flown.now,
             flown.trips,
         )
+
+    def _columns(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Who arrived, by rising id, and what each told in the clear."""
+        if not self.arrived:
+            return torch.empty(0, dtype=torch.int64), {}
+        names = sorted(set.intersection(*map(set, self.facts)))
+        if len(self.arrived) == 1 and len(self.arrived[0]) == 1:
+            return self.arrived[0], {n: self.facts[0][n] for n in names}
+        ids = torch.cat(self.arrived)
+        order = torch.argsort(ids, stable=True)
+        return ids[order], {n: torch.cat([f[n] for f in self.facts])[order] for n in names}
 
     def _all_failed(self) -> None:
         """Every client failed: the same way is a fault of the program, not of the clients."""

@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from atoll.plan.sampler import Fraction, Uniform
 from atoll.plan.slots import Cohort, Pace, Population
 from atoll.rng import Key
 
 if TYPE_CHECKING:
     from atoll.plan.plan import Plan, State
+
+
+_BLOCK = 1024  # candidates drawn at once
+_new = tuple.__new__  # half the time of the constructor that NamedTuple writes, where every start passes
 
 
 class Flight(NamedTuple):
@@ -96,6 +101,8 @@ class Traffic:
         self._started, (self._block, self._offset) = air.started, air.place
         self._queue = air.queue
         self._ages = plan.pace.flies_on and not plan.pace.refills
+        self._quick = plan.pace.refills and away is None and not self._everyone
+        self.down = 0  # bytes that each is sent, where it is the same for all
         self.wanted = plan.pace.wants(self.target)
 
     # what a pace sees
@@ -130,6 +137,8 @@ class Traffic:
                     begun.append(self._start(client))
                 elif self._everyone:
                     self._idle.append(client)
+        if self._quick and not begun:
+            return self._refill()
         counts = self._counts() if self._ages else None
         if self._everyone:
             waiting, self._idle = self._idle, []
@@ -147,6 +156,27 @@ class Traffic:
             begun.append(self._start(client))
         return begun
 
+    def _refill(self) -> list[Flight]:
+        """`fill` where all that is asked of a candidate is that it is free: once for each arrival, so written out."""
+        begun, air, busy, again = [], self._air, self._busy, self._again
+        for _ in range(2 * self._population.clients + 1):
+            if len(air) >= self.target:
+                break
+            while self._offset >= len(self._queue):
+                self._next_block()
+            client = self._queue[self._offset]
+            self._offset += 1
+            if client in busy:
+                continue
+            times, number = again.get(client, 0), self._started
+            flight = _new(Flight, (client, self.round, times, number, self.down, 1.0))
+            again[client] = times + 1
+            self._started = number + 1
+            air[number] = flight
+            busy.add(client)
+            begun.append(flight)
+        return begun
+
     def _done(self) -> int:
         """Places of the cohort that stay empty until the round closes: those of whoever arrived or failed in it."""
         return 0 if self.pace.refills else len(self.arrivals) + len(self.failed)
@@ -154,7 +184,7 @@ class Traffic:
     def _start(self, client: int) -> Flight:
         again = self._again.get(client, 0)
         self._again[client] = again + 1
-        flight = Flight(client, self.round, again, self._started)
+        flight = Flight(client, self.round, again, self._started, self.down)
         self._started += 1
         if self._ages and self._air:
             self._recent.append((client, self.round))
@@ -183,7 +213,10 @@ class Traffic:
         if self._queue:
             self._block, self._offset = self._block + 1, 0
         key = Key(self._seed).fold("stream", self._block)
-        ids = self._plan.sampler(self._population, self._block, key).ids
+        sampler = self._plan.sampler
+        if isinstance(sampler, (Uniform, Fraction)):  # any number of them in a keyed order is the same stream
+            sampler = Uniform(min(self._population.clients, max(self.target, _BLOCK)))
+        ids = sampler(self._population, self._block, key).ids
         self._queue = tuple(ids[key.fold("order").permutation(len(ids))].tolist())
 
     def _counts(self) -> Counter[int]:
