@@ -1,9 +1,11 @@
-"""Every recipe × codec × aggregator × engine: it runs, or is refused with a line that builds.
+"""Every recipe × codec × aggregator × pace × downlink × engine: it runs, or is refused with a line that builds.
 
-A pace, an engine, a codec or an aggregator that is new is one more row in its table; no test is written for it.
+A pace, an engine, a codec or an aggregator that is new is one more row in its table; no test is written for it. What
+cannot stand together is a pair of names in `REFUSED`.
 """
 
 import itertools
+import random
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,58 +14,41 @@ from problems import classification, seeded, task_of
 from torch import nn
 
 from atoll import recipes
+from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
 from atoll.errors import UsageError
 from atoll.grammar import Value, parse
 from atoll.plan.aggregate import Mean, Sum
-from atoll.plan.codec import Codec, Identity
+from atoll.plan.codec import CODECS as KINDS
+from atoll.plan.codec import (
+    Cast,
+    Codec,
+    Eden,
+    Entropy,
+    Feedback,
+    Identity,
+    LowRank,
+    Quantize,
+    RandomK,
+    Rotate,
+    Shift,
+    Sign,
+    TopK,
+)
 from atoll.plan.names import PARTS
-from atoll.plan.pace import Sync
+from atoll.plan.pace import Bounded, Buffered, Sync, hinge
 from atoll.plan.plan import Plan, State, step
-from atoll.plan.slots import Aggregator, Pace, Stage
+from atoll.plan.slots import Aggregator, Pace, Sampler, Stage
 from atoll.testing import check_aggregator, check_stage
 
 
 @dataclass(frozen=True, repr=False)
-class Rotate(Codec):
-    """Signs and places drawn for all clients together, undone once on the sum."""
-
-    decodes = True
-
-    def _draw(self, x, key):
-        d, key = x.shape[-1], key.shared()
-        signs = (key.fold("signs").hash(d) >> 63) * 2 + 1
-        return signs.to(x), key.fold("order").permutation(d).to(x.device)
-
-    def encode(self, x, memory, shared, key):
-        signs, order = self._draw(x, key)
-        return (x * signs)[..., order], {}, {}, memory
-
-    def decode(self, x, key):
-        signs, order = self._draw(x, key)
-        return x[..., order.argsort()] * signs
-
-
-@dataclass(frozen=True, repr=False)
-class Quantize(Codec):
-    """Whole numbers of `bits` bits, rounded up or down by a keyed coin, opened message by message."""
-
-    bits: int = 8
-    opens = True
-
-    def encode(self, x, memory, shared, key):
-        step = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / (2 ** (self.bits - 1) - 1)
-        coins = key.fold("coins").uniform(x.shape[-1], x.dtype)
-        return torch.floor(x / step + coins).to(torch.int16), {"step": step}, {}, memory
-
-    def open(self, x, side):
-        return x.to(side["step"].dtype) * side["step"]
-
-
-@dataclass(frozen=True, repr=False)
 class Halve(Codec):
-    """Half as many bits, and what that loses is kept by the client for the next round; the server counts the rounds."""
+    """Half as many bits, and what that loses is kept by the client for the next round; the server counts the rounds.
+
+    It asks for a sum over clients of its own, which none of ours does.
+    """
 
     opens = True
 
@@ -127,11 +112,27 @@ RECIPES = {
 CODECS = {
     "none": lambda: Identity(),
     "none-none": lambda: Identity() >> Identity(),
-    "rotate": lambda: Rotate(),
+    "cast": lambda: Cast("bf16"),
     "quantize": lambda: Quantize(8),
-    "halve": lambda: Halve(),
+    "ternary": lambda: Quantize(levels=1),
+    "rotate": lambda: Rotate(),
+    "eden": lambda: Eden(4),
+    "top": lambda: TopK(0.3),
+    "random": lambda: RandomK(0.5),
+    "sign": lambda: Sign(),
+    "factors": lambda: LowRank(1),
+    "feedback": lambda: Feedback(TopK(0.3)),
+    "shift": lambda: Shift(TopK(0.3)),
+    "top-quantize": lambda: TopK(0.5) >> Quantize(8),
     "rotate-quantize": lambda: Rotate() >> Quantize(8),
+    "random-eden": lambda: RandomK(0.5) >> Eden(2),
+    "feedback-rotate-sign": lambda: Feedback(Rotate() >> Sign()),
+    "shift-top-quantize": lambda: Shift(TopK(0.3)) >> Quantize(8),
+    "quantize-entropy": lambda: Quantize(8) >> Entropy(),
+    "halve": lambda: Halve(),
     "quantize-rotate": lambda: Quantize(8) >> Rotate(),
+    "rotate-feedback": lambda: Rotate() >> Feedback(TopK(0.3)),
+    "feedback-random": lambda: Feedback(RandomK(0.5)),
 }
 AGGREGATORS = {
     "mean": lambda: Mean(),
@@ -143,42 +144,104 @@ AGGREGATORS = {
     "sum-equal": lambda: Sum(weights="equal"),
     "vote": lambda: Vote(),
 }
-PACES = {"sync": lambda: Sync()}
+PACES = {
+    "sync": lambda: Sync(),
+    "over": lambda: Sync(over_select=1.3),
+    "deadline": lambda: Sync(deadline_s=0.8, quorum=0.5),
+    "buffered": lambda: Buffered(3),
+    "buffered-hinge": lambda: Buffered(1, staleness=hinge(0.5, grace=1)),
+    "bounded": lambda: Bounded(2),
+}
+DOWNLINKS = {
+    "whole": lambda: Identity(),
+    "down-top": lambda: TopK(0.3),
+    "down-quantize": lambda: Quantize(8),
+    "down-factors": lambda: LowRank(1),
+    "down-entropy": lambda: Rotate() >> Quantize(8) >> Entropy(),
+    "down-feedback": lambda: Feedback(TopK(0.3)),
+    "down-random": lambda: RandomK(0.5),
+}
 # name: (the body, an engine for a chunk size, chunk sizes to compare)
-ENGINES = {"lanes": ("lanes", InProcess, (3, 1)), "loop": ("loop", InProcess, (None,))}
+ENGINES = {"lanes": ("lanes", InProcess, (None, 5)), "loop": ("loop", InProcess, (None,))}
+TABLES = RECIPES, CODECS, AGGREGATORS, PACES, DOWNLINKS, ENGINES
 
-# What cannot stand together, by (codec, aggregator); None is any.
-REFUSED = {("quantize-rotate", None), ("rotate", "vote"), ("rotate-quantize", "vote")}
-NAMES = {**PARTS, **{part.__name__: part for part in (Rotate, Quantize, Halve, Vote)}}
+EXPECTED = {"mean-expected", "mean-equal-expected"}
+FLYING = {"buffered", "buffered-hinge", "bounded"}
+DECODED = {"rotate", "rotate-quantize", "random", "random-eden", "feedback-rotate-sign", "eden"}
+SHIFTED = {"shift", "shift-top-quantize"}
+SOME = {"fedsgd", "fedavgm", "fedadam"}  # of all clients
+ALONE = {"quantize-rotate", "rotate-feedback", "feedback-random", "down-feedback", "down-factors", "down-random"}
+REFUSED = {
+    frozenset(pair)
+    for ones, others in (
+        (DECODED, {"vote"}),
+        (SHIFTED, {"vote", "sum", "sum-equal", *EXPECTED, *FLYING}),
+        (FLYING, {"vote"}),
+        (EXPECTED, PACES.keys() - {"sync"}),
+        ({"over"}, RECIPES.keys() - SOME),
+    )
+    for pair in itertools.product(ones, others)
+}
+NAMES = {**PARTS, **{part.__name__: part for part in (Halve, Vote)}}
+
+
+def refuses(names):
+    """Whether a plan of these parts must be refused."""
+    return not ALONE.isdisjoint(names) or any(frozenset(pair) in REFUSED for pair in itertools.combinations(names, 2))
+
+
+def covering():
+    """Rows in which every two entries of different tables meet: recipes by codecs, and beside them what is new."""
+    met = set()
+    for count, start in enumerate(itertools.product(RECIPES, CODECS)):
+        names = list(start)
+        for table in TABLES[2:]:
+            turned = [*table][count % len(table) :] + [*table][: count % len(table)]
+            names.append(max(turned, key=lambda name: sum((other, name) not in met for other in names)))
+        met |= set(itertools.combinations(names, 2))
+        yield tuple(names)
 
 
 def thinned():
-    """All of them; a fifth is quick, in which every two parts still meet on every engine."""
-    for names in itertools.product(RECIPES, CODECS, AGGREGATORS, PACES, ENGINES):
-        at = [
-            list(table).index(name) for table, name in zip((RECIPES, CODECS, AGGREGATORS, PACES), names, strict=False)
-        ]
-        yield pytest.param(*names, marks=[pytest.mark.slow] if sum(at) % 5 else [], id="-".join(names))
+    """Quick: every two entries. Slow: each codec by aggregator by pace, the rest as it comes."""
+    quick, draw = set(covering()), random.Random(7)
+    triples = itertools.product(*TABLES[1:4])
+    slow = [(draw.choice([*RECIPES]), *three, *(draw.choice([*table]) for table in TABLES[4:])) for three in triples]
+    for names in dict.fromkeys((*sorted(quick), *slow)):
+        marks = [] if names in quick else [pytest.mark.slow]
+        yield pytest.param(*names, marks=marks, id="-".join(names))
 
 
-DATA = classification((4, 4, 3), (3,), 3)
+ROWS = list(thinned())
+DATA = classification((4, 4, 3, 4, 5, 2, 4, 3, 3, 4, 4, 6, 4, 4), (3,), 3)
+FLEET = Fleet(HalfNormal(), uplink="1 kB/s", server="10 kB/s", dropout=0.1)
 TASKS = {body: task_of(seeded(nn.Linear, 3, 3), DATA, body, torch.float32) for body in ("lanes", "loop")}
 START = TASKS["lanes"].initial().theta
 
 
-def build(recipe, codec, aggregator, pace):
-    return replace(RECIPES[recipe](), codec=CODECS[codec](), aggregator=AGGREGATORS[aggregator](), pace=PACES[pace]())
+def build(recipe, codec, aggregator, pace, downlink):
+    return replace(
+        RECIPES[recipe](),
+        codec=CODECS[codec](),
+        aggregator=AGGREGATORS[aggregator](),
+        pace=PACES[pace](),
+        downlink=DOWNLINKS[downlink](),
+        max_failed=1,
+    )
 
 
-def after(plan, engine, chunk):
-    """θ after two rounds."""
+def after(plan, engine, chunk, rounds=2):
+    """θ after two rounds, in which everyone who started arrived, failed, was late or is in the air."""
     body, make, _ = ENGINES[engine]
     task = TASKS[body]
-    running = make(task, DATA, chunk)
+    running = make(task, DATA, chunk, FLEET)
     state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
-    for _ in range(2):
+    flying = 0
+    for _ in range(rounds):
         state, report = step(plan, state, running)
-        assert report.arrived == report.cohort and report.bytes_up > 0
+        assert flying + report.cohort == report.arrived + len(report.failures) + report.late + report.flying
+        assert report.arrived == 0 or report.bytes_up > 0
+        flying = report.flying
     return state.model.theta
 
 
@@ -186,13 +249,13 @@ def exact(plan):
     return getattr(plan.aggregator, "sum", "exact") == "exact"
 
 
-@pytest.mark.parametrize(("recipe", "codec", "aggregator", "pace", "engine"), list(thinned()))
-def test_pair(recipe, codec, aggregator, pace, engine):
-    refused = {(codec, aggregator), (codec, None), (None, aggregator)} & REFUSED
-    if refused:
-        plan = instead(recipe, codec, aggregator, pace)
+@pytest.mark.parametrize(("recipe", "codec", "aggregator", "pace", "downlink", "engine"), ROWS)
+def test_pair(recipe, codec, aggregator, pace, downlink, engine):
+    names = recipe, codec, aggregator, pace, downlink
+    if refuses(names):
+        plan = instead(*names)
     else:
-        plan = build(recipe, codec, aggregator, pace)
+        plan = build(*names)
         assert parse(repr(plan), NAMES) == plan
     theta, *others = [after(plan, engine, chunk) for chunk in ENGINES[engine][2]]
     assert bool(torch.isfinite(theta).all()) and not torch.equal(theta, START)
@@ -203,48 +266,61 @@ def test_pair(recipe, codec, aggregator, pace, engine):
             torch.testing.assert_close(theta, other, rtol=1e-4, atol=1e-6)
 
 
-def instead(recipe, codec, aggregator, pace):
-    """The plan with what the refusal says to write."""
-    with pytest.raises(UsageError) as refusal:
-        build(recipe, codec, aggregator, pace)
-    error = refusal.value
-    assert error.given and error.required and error.why
-    part = parse(error.write, NAMES)
-    slots = ("codec", Stage), ("aggregator", Aggregator), ("pace", Pace)
-    (slot,) = (slot for slot, protocol in slots if isinstance(part, protocol))
-    fixed = CODECS | {codec: lambda: part} if slot == "codec" else CODECS
-    rest = {"codec": fixed[codec], "aggregator": AGGREGATORS[aggregator], "pace": PACES[pace]}
-    try:
-        return replace(RECIPES[recipe](), **{s: make() for s, make in rest.items() if s != slot}, **{slot: part})
-    except UsageError as second:  # the codec mended, the aggregator may still be none for it
-        return replace(RECIPES[recipe](), codec=part, aggregator=parse(second.write, NAMES))
+def instead(recipe, codec, aggregator, pace, downlink):
+    """The plan with what the refusals say to write, one after the other, until it is built."""
+    makes = {
+        "cohort": lambda: RECIPES[recipe]().cohort,
+        "codec": CODECS[codec],
+        "aggregator": AGGREGATORS[aggregator],
+        "pace": PACES[pace],
+        "downlink": DOWNLINKS[downlink],
+    }
+    for attempt in range(6):
+        parts, slot = {}, "plan"
+        try:
+            for slot, make in makes.items():
+                parts[slot] = make()
+            slot = "plan"
+            plan = replace(RECIPES[recipe](), max_failed=1, **parts)
+        except UsageError as error:
+            assert error.given and error.required and error.why
+            part = parse(error.write, NAMES)
+            if slot == "plan":
+                slot = slot_of(part, error.given)
+            makes[slot] = lambda part=part: part
+        else:
+            assert attempt, "it had to be refused"
+            return plan
+    raise AssertionError("what the refusals say to write is refused again and again")
 
 
-@pytest.mark.parametrize("codec", [name for name in CODECS if (name, None) not in REFUSED])
-def test_toy_codecs_conform(codec):
-    check_stage(CODECS[codec]())
+def slot_of(part, given):
+    """Where a part belongs that a plan's refusal names."""
+    if isinstance(part, Stage):
+        return "downlink" if given.startswith("downlink=") else "codec"
+    slots = ("aggregator", Aggregator), ("pace", Pace), ("cohort", Sampler)
+    return next(slot for slot, protocol in slots if isinstance(part, protocol))
+
+
+def test_toy_codec_conforms():
+    check_stage(Halve())
 
 
 def test_toy_rule_conforms():
     check_aggregator(Vote())
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_rotation_is_undone(engine):
-    """decode ∘ Σ ∘ encode = Σ, exactly: signs and places are moved back by the key that moved them."""
-    plan = recipes.distributed_gd(0.1)
-    assert torch.equal(after(replace(plan, codec=Rotate()), engine, 3), after(plan, engine, 3))
-
-
-def test_every_two_parts_meet_in_the_quick_fifth():
-    quick = [p.values for p in thinned() if not p.marks]
-    for one, other in itertools.combinations(range(5), 2):
-        tables = RECIPES, CODECS, AGGREGATORS, PACES, ENGINES
+def test_every_two_parts_meet_in_the_quick_rows():
+    quick = [p.values for p in ROWS if not p.marks]
+    assert len(quick) == len(RECIPES) * len(CODECS)
+    for one, other in itertools.combinations(range(len(TABLES)), 2):
         met = {(names[one], names[other]) for names in quick}
-        assert met == set(itertools.product(tables[one], tables[other]))
+        assert met == set(itertools.product(TABLES[one], TABLES[other]))
 
 
 def test_tables_are_whole():
-    """A recipe that is new has a row here."""
+    """A recipe or a codec that is new has a row here."""
     assert set(RECIPES) == {recipe.__name__ for recipe in recipes.RECIPES}
     assert all(isinstance(make(), Plan) for make in RECIPES.values())
+    told = [repr(make()) for name, make in CODECS.items() if name not in ALONE]
+    assert all(any(f"{kind.__name__}(" in text for text in told) for kind in KINDS)

@@ -342,6 +342,9 @@ REFUSED = [
     "Plan(Gradient(), Mean(), cohort=Everyone(), pace=Sync(1.3))",
     "Plan(Gradient(), Mean(), pace=Sync(deadline_s=5, partial=True))",
     "Plan(Gradient(), Mean(), downlink=Feedback(TopK(0.1)))",
+    "Plan(Gradient(), Mean(), downlink=Feedback(TopK(0.1)) >> Quantize(8))",
+    "Plan(Gradient(), Mean(), downlink=LowRank(2))",
+    "Plan(Gradient(), Mean(), downlink=Feedback(LowRank(2)) >> Entropy())",
     "Plan(Gradient(), Mean(), downlink=RandomK(0.1))",
     "Buffered(0)",
     "Buffered(2.5)",
@@ -361,7 +364,9 @@ REFUSED = [
 def test_refused_with_a_line_that_builds(text):
     with pytest.raises(UsageError) as refusal:
         parse(text, PARTS)
-    assert parse(refusal.value.write, PARTS) is not None
+    part = parse(refusal.value.write, PARTS)
+    if "downlink" in text:
+        Plan(Gradient(), Mean(), downlink=part)
 
 
 def test_a_deadline_needs_a_clock_and_somebody_who_can_meet_it():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atoll.errors import UsageError
+from atoll.plan.codec.stage import flat
 from atoll.plan.pace import Sync
 from atoll.plan.sampler import Everyone, Poisson
 
@@ -69,11 +70,22 @@ def _pace(plan: Plan) -> Iterator[Clash]:
 
 
 def _downlink(plan: Plan) -> Iterator[Clash]:
-    codec = plan.downlink
+    codec, somewhere = plan.downlink, flat(64)
     tame = codec.contraction() if hasattr(codec, "contraction") else codec
-    if getattr(codec, "native", False) and hasattr(codec, "codec"):
+    if getattr(codec, "native", False) or codec.memory(somewhere) or codec.server(somewhere):
         why = "what the stream of deltas lost is in the next delta already: the server keeps θ as clients know it."
-        yield Clash(f"downlink={codec!r}.", "a codec without a memory of its own.", why, repr(codec.codec))
+        yield Clash(f"downlink={codec!r}.", "a codec that keeps nothing between rounds.", why, _bare(codec))
     elif tame != codec:
         why = "its error can be larger than what it was given, and θ as clients know it would run away from θ."
         yield Clash(f"downlink={codec!r}.", "a codec that brings back less error than it was given.", why, repr(tame))
+
+
+def _bare(codec: Any) -> str:
+    """The stages of a codec that keep nothing, one around another taken off."""
+    stages = [each for stage in getattr(codec, "stages", (codec,)) for each in _inside(stage)]
+    return " >> ".join(repr(stage) for stage in stages if not getattr(stage, "native", True)) or "TopK(0.1)"
+
+
+def _inside(stage: Any) -> Iterator[Any]:
+    held = getattr(stage, "codec", stage)
+    yield from getattr(held, "stages", (held,))
