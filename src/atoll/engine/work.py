@@ -1,0 +1,322 @@
+"""The work of some clients: chunks of them computed in lanes and folded as they come; what every engine runs.
+
+A chunk is K clients whose batches are padded to one width. How large it is, in which order chunks run and in which
+process changes no bit: a lane's numbers depend on its own client alone, and the sum does not depend on order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from atoll.data.clients import Clients
+from atoll.engine.arrivals import Flown, nbytes
+from atoll.errors import AtollError, RunError
+from atoll.plan.aggregate.exact import LARGEST
+from atoll.plan.flight import Flight
+from atoll.plan.lanes import Lanes
+from atoll.plan.plan import Failure, Gathered, Plan, State, part_of
+from atoll.plan.slots import Aggregator, Broadcast, Contribution
+from atoll.rng import Key
+from atoll.task import Task
+
+_LANE_BYTES = 16 << 20  # what a chunk's θ, gradients and updates take together: they stay near the cores
+_DROPPED = "dropped out"
+
+Start = Callable[[int], tuple[Broadcast, Key]]  # of a birth: what its clients were told, and what they draw by
+
+
+class Kept(Protocol):
+    """What clients keep, as the work reads it; what is put here is what the same clients read afterwards."""
+
+    def take(self, ids: Tensor) -> dict[str, Tensor]: ...
+    def put(self, ids: Tensor, rows: Mapping[str, Tensor]) -> None: ...
+
+
+class Haul(NamedTuple):
+    """What some work came to: partial sums by birth, and the record of who gave them.
+
+    Args:
+        partials: by birth.
+        failures: contributions that were lost.
+        errors: what clients raised.
+        arrived: ids of accepted clients, int64 `[K]` a chunk.
+        facts: one row an accepted client, a chunk each.
+        memory: what accepted clients keep: ids `[K]` and rows `[K, …]`, a chunk each.
+    """
+
+    partials: dict[int, Any]
+    failures: list[Failure]
+    errors: list[Exception]
+    arrived: list[Tensor]
+    facts: list[Mapping[str, Tensor]]
+    memory: list[tuple[Tensor, Mapping[str, Tensor]]]
+
+    @classmethod
+    def none(cls) -> Haul:
+        """What no work comes to."""
+        return cls({}, [], [], [], [], [])
+
+    def add(self, rule: Aggregator, other: Haul) -> None:
+        """Add what other work came to, in place."""
+        for birth, partial in other.partials.items():
+            mine = self.partials.get(birth)
+            self.partials[birth] = partial if mine is None else rule.merge(mine, partial)
+        self.failures.extend(other.failures)
+        self.errors.extend(other.errors)
+        self.arrived.extend(other.arrived)
+        self.facts.extend(other.facts)
+        self.memory.extend(other.memory)
+
+
+def own_task(plan: Plan, task: Task) -> Task:
+    """The task in the body that a local part asks for, where it asks for one of its own."""
+    own = getattr(plan.local, "numerics", task.numerics)
+    return task if own == task.numerics else replace(task, numerics=own)
+
+
+def births(flights: list[Flight], clients: int) -> Iterator[tuple[int, Tensor, dict[int, int]]]:
+    """The codes of these flights, by the round whose model they started from, and the bytes that each was sent.
+
+    A start is told by its code, client + clients·again: a client may be at work more than once in a round, and each
+    time draws anew.
+    """
+    by: dict[int, dict[int, int]] = {}
+    for f in flights:
+        by.setdefault(f.birth, {})[f.client + clients * f.again] = f.down
+    for birth in sorted(by):
+        yield birth, torch.tensor(list(by[birth])), by[birth]
+
+
+def cut(flights: list[Flight], clients: int) -> dict[int, float]:
+    """The part of its work that a start, by its code, had time for, where that is not all."""
+    return {f.client + clients * f.again: f.share for f in flights if f.share < 1}
+
+
+def chunks(plan: Plan, task: Task, data: Clients, codes: Tensor, most: int | None) -> Iterator[Tensor]:
+    """Clients of one width together, largest first, a chunk of at most `most` at a time; None chooses by the model."""
+    if len(codes) == 1:
+        yield codes
+        return
+    sizes = data.sizes[codes % data.count]
+    sizes, order = torch.sort(sizes, descending=True, stable=True)
+    chunk = _lanes(task, most)
+    group: list[int] = []
+    now = -1
+    for i, n in zip(codes[order].tolist(), sizes.tolist(), strict=True):
+        width = plan.local.width(n)
+        if group and (width != now or len(group) == chunk):
+            yield torch.tensor(group)
+            group = []
+        now = width
+        group.append(i)
+    if group:
+        yield torch.tensor(group)
+
+
+def _lanes(task: Task, most: int | None) -> int:
+    if task.numerics == "loop":
+        return 1
+    if most is not None:
+        return most
+    each = 6 * task.layout.d * task.layout.dtype.itemsize
+    return max(4, min(1024, _LANE_BYTES // each))
+
+
+class Work:
+    """Work under way: what has been computed so far.
+
+    Args:
+        plan: told where it works, `plan.at(engine)`.
+        task: in the body that computes, `own_task`.
+        data: all clients.
+        start: what the clients of a birth were told, and their key.
+        kept: what clients keep.
+        now: the round that is open.
+        cut: the part of its work that a start, by its code, had time for, where that is not all.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        task: Task,
+        data: Clients,
+        start: Start,
+        kept: Kept,
+        now: int,
+        cut: Mapping[int, float] = MappingProxyType({}),
+    ) -> None:
+        self.plan, self.task, self.data, self.start, self.kept, self.now = plan, task, data, start, kept, now
+        self.cut = cut
+        self.haul = Haul.none()
+        self._wave: list[tuple[Tensor, Mapping[str, Tensor]]] = []
+
+    def run(self, birth: int, codes: Tensor, down: Mapping[int, int]) -> None:
+        """Compute a chunk and fold what it gives; a client that raises is found by halving the chunk."""
+        if not self.cut:
+            return self._run_chunk(birth, codes, down)
+        # Those who had time for all their work together, each of the others by itself.
+        short = torch.tensor([code in self.cut for code in codes.tolist()])
+        for part in (codes[~short], *codes[short].split(1)):
+            if len(part):
+                self._run_chunk(birth, part, down)
+
+    def _run_chunk(self, birth: int, codes: Tensor, down: Mapping[int, int]) -> None:
+        ids = codes % self.data.count
+        try:
+            contribution, memory, sizes = self._contribute(birth, ids, codes)
+        except (MemoryError, KeyboardInterrupt, AtollError):
+            raise
+        except Exception as error:
+            if len(ids) > 1:
+                self._run_chunk(birth, codes[: len(ids) // 2], down)
+                self._run_chunk(birth, codes[len(ids) // 2 :], down)
+            else:
+                self._fail(int(ids[0]), birth, "local", f"{type(error).__name__}: {error}")
+                self.haul.errors.append(error)
+            return
+        good = torch.ones(len(ids), dtype=torch.bool)
+        for name, rows in (*contribution.means.items(), *contribution.sums.items()):
+            flat = rows.reshape(len(ids), -1)
+            if rows.numel() and float(flat.max()) <= LARGEST and float(flat.min()) >= -LARGEST:
+                continue
+            finite = (flat.amax(1) <= LARGEST) & (flat.amin(1) >= -LARGEST)
+            for i in ids[good & ~finite].tolist():
+                self._fail(i, birth, "check", f"{name} is not finite")
+            good &= finite
+        sent = torch.tensor([down[code] for code in codes.tolist()])
+        facts = {**contribution.facts, "rows": contribution.weight, "bytes_up": sizes, "bytes_down": sent}
+        if self.plan.pace.flies_on:
+            facts["staleness"] = torch.full_like(ids, self.now - birth)
+        self._accept(birth, ids, good, contribution._replace(facts=facts), memory)
+
+    def _accept(
+        self, birth: int, ids: Tensor, good: Tensor, contribution: Contribution, memory: Mapping[str, Tensor]
+    ) -> None:
+        if not bool(good.all()):
+            ids, memory = ids[good], {n: t[good] for n, t in memory.items()}
+            picked = (
+                {n: t[good] for n, t in part.items()}
+                for part in (contribution.means, contribution.sums, contribution.largest, contribution.facts)
+            )
+            means, sums, largest, facts = picked
+            contribution = Contribution(means, sums, contribution.weight[good], largest, facts)
+        if not len(ids):
+            return
+        rule, partials = self.plan.aggregator, self.haul.partials
+        partials[birth] = rule.fold(partials.get(birth) or rule.zero(), contribution)
+        self.haul.arrived.append(ids)
+        self.haul.facts.append(contribution.facts)
+        if memory:
+            self._wave.append((ids, memory))
+
+    def landed(self) -> None:
+        """What a wave of clients keeps is what the same clients start from in the next wave."""
+        for ids, rows in self._wave:
+            self.kept.put(ids, rows)
+        self.haul.memory.extend(self._wave)
+        self._wave = []
+
+    def _contribute(self, birth: int, ids: Tensor, codes: Tensor) -> tuple[Contribution, Mapping[str, Tensor], Tensor]:
+        """The contributions of a chunk, opened, with the size of each message in bytes, int64 `[K]`."""
+        share = self.cut.get(int(codes[0]), 1.0) if self.cut else 1.0
+        lanes = Lanes(self.data, ids, tuple(self.data.sizes[ids].tolist()), self.task.layout.dtype, share)
+        kept = self.kept.take(ids)
+        broadcast, key = self.start(birth)
+        key = key.of(codes)
+        contribution, local = self.plan.local.contribute(
+            broadcast, lanes, part_of(kept, "local"), key.fold("clients", "local"), self.task
+        )
+        memory = {f"local/{n}": t for n, t in local.items()}
+        rest = _rest(contribution)
+        update = contribution.means.get("update")
+        if update is None:
+            return contribution, memory, torch.full((len(ids),), rest)
+        payload, side, sums, codec = self.plan.codec.encode(
+            update, part_of(kept, "codec"), broadcast.shared["codec"], key.fold("codec")
+        )
+        memory |= {f"codec/{n}": t for n, t in codec.items()}
+        contribution = contribution._replace(sums={**contribution.sums, **sums})
+        sizes = self.plan.codec.sizes(payload, side) + _rest(contribution)
+        opened = {**contribution.means, "update": self.plan.codec.open(payload, side)}
+        return contribution._replace(means=opened), memory, sizes
+
+    def _fail(self, client: int, birth: int, stage: str, cause: str) -> None:
+        self.haul.failures.append(Failure(client, birth, stage, cause))
+
+
+def gathered(plan: Plan, state: State, flown: Flown, haul: Haul) -> Gathered:
+    """What a round brought back, or the reason to end the run.
+
+    Raises:
+        RunError: the same error struck every client, or more failed than the plan allows.
+    """
+    # Everybody who was at work: who started in this round, and who still was from earlier ones.
+    asked = len(state.air.flights) + flown.started - flown.late
+    dropped = [Failure(f.client, f.birth, "network", _DROPPED) for f in flown.dropped]
+    failures = sorted([*dropped, *haul.failures])  # by client: the order of chunks tells nothing
+    if failures and len(failures) == asked:
+        _all_failed(failures, haul.errors)
+    if len(failures) > plan.max_failed * asked:
+        first = failures[0]
+        raise RunError(
+            f"{len(failures)} of {asked} clients failed in round {state.round}; "
+            f"first client {first.client}, at {first.stage}: {first.cause}.",
+            f"at most the fraction max_failed = {plan.max_failed}.",
+            "what is left would be another cohort than the sampler drew. The state is that of the round before.",
+            "atoll lr" if "not finite" in first.cause else "--set plan.max_failed=1.0",
+        )
+    ids, facts = _columns(haul)
+    return Gathered(
+        haul.partials or {state.round: plan.aggregator.zero()},
+        ids,
+        tuple(haul.memory),
+        facts,
+        tuple(failures),
+        int(facts["bytes_up"].sum()) if facts else 0,
+        flown.sent,
+        flown.air,
+        flown.started,
+        flown.late,
+        flown.now,
+        flown.trips,
+    )
+
+
+def _columns(haul: Haul) -> tuple[Tensor, dict[str, Tensor]]:
+    """Who arrived, by rising id, and what each told in the clear."""
+    if not haul.arrived:
+        return torch.empty(0, dtype=torch.int64), {}
+    names = sorted(set.intersection(*map(set, haul.facts)))
+    if len(haul.arrived) == 1 and len(haul.arrived[0]) == 1:
+        return haul.arrived[0], {n: haul.facts[0][n] for n in names}
+    ids = torch.cat(haul.arrived)
+    order = torch.argsort(ids, stable=True)
+    return ids[order], {n: torch.cat([f[n] for f in haul.facts])[order] for n in names}
+
+
+def _all_failed(failures: list[Failure], errors: list[Exception]) -> None:
+    """Every client failed: the same way is a fault of the program, not of the clients."""
+    (cause, count), *_ = Counter(f.cause for f in failures).most_common()
+    if count < len(failures) or (not errors and cause == _DROPPED):
+        return  # who is cut off says nothing about the program
+    first = failures[0]
+    raise RunError(
+        f"Every client of round {first.round} failed in the same way, at {first.stage}: {cause}.",
+        "a model, a loss and data that fit each other, and a step that stays finite.",
+        "what strikes every client alike is a fault of the program or of the learning rate, not of a client.",
+        "atoll lr" if first.stage == "check" else "atoll run --smoke",
+    ) from (errors[0] if errors else None)
+
+
+def _rest(contribution: Contribution) -> int:
+    """The bytes of one client's message beside the encoded update: other means, sums, counters, 8 for the weight."""
+    rest = {n: t for n, t in contribution.means.items() if n != "update"}
+    whole = nbytes(rest) + nbytes(contribution.sums) + nbytes(contribution.largest)
+    return whole // len(contribution.weight) + 8
