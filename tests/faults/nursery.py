@@ -104,6 +104,7 @@ def work(order, data):
         resume=begun[0] if begun else None,
         checkpoint_s=order.get("every", 0) - 0.5 if order.get("every") else 0,
         report=False,
+        fleet=order.get("fleet"),
     )
     return {"points": seen(), "path": str(run.path)}
 
