@@ -167,7 +167,7 @@ TABLES = RECIPES, CODECS, AGGREGATORS, PACES, DOWNLINKS, ENGINES
 
 EXPECTED = {"mean-expected", "mean-equal-expected"}
 FLYING = {"buffered", "buffered-hinge", "bounded"}
-DECODED = {"rotate", "rotate-quantize", "random", "random-eden", "feedback-rotate-sign", "eden"}
+DECODED = {"rotate", "rotate-quantize", "random", "random-eden", "feedback-rotate-sign"}
 SHIFTED = {"shift", "shift-top-quantize"}
 SOME = {"fedsgd", "fedavgm", "fedadam"}  # of all clients
 ALONE = {"quantize-rotate", "rotate-feedback", "feedback-random", "down-feedback", "down-factors", "down-random"}
