@@ -93,7 +93,7 @@ def test_torch_is_not_imported_for_a_quick_answer(words):
 
 def test_help_names_every_command_and_every_flag(atoll):
     text = atoll("--help").out
-    commands = ["run", "resume", "runs", "show", "compare", "replay", "lr", "export", "doctor"]
+    commands = ["run", "resume", "plan", "runs", "show", "compare", "replay", "lr", "export", "doctor"]
     assert all(f" {name} " in text for name in commands)
     flags = (
         "--data --model --clients --split --held-out --recipe --rounds --seed --seeds --dtype --engine --numerics "

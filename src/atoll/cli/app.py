@@ -148,6 +148,33 @@ def lr(
     return 0
 
 
+@app.command(group=TRAIN, sort_key=2, help_epilogue="")
+def plan(
+    experiment: str | None = None,
+    /,
+    *,
+    told: Told = Told(),
+    trust: Trust = False,
+    as_json: Json = False,
+) -> int:
+    """Predict bytes, time on the fleet's clock and memory, and what would make a round shorter. Takes the flags of run.
+
+    Parameters
+    ----------
+    experiment
+        A TOML file with settings.
+    """
+    from atoll.cli import words
+    from atoll.tools.forecast import forecast
+
+    foreseen = forecast(told.experiment(experiment, trust))
+    if as_json:
+        words.tell(foreseen.told())
+    else:
+        print(foreseen.text())
+    return 0
+
+
 @app.command(group=LOOK, sort_key=3, help_epilogue="")
 def runs(*, out: Out = None, as_json: Json = False) -> int:
     """List the runs, oldest first."""

@@ -106,7 +106,7 @@ def chunks(plan: Plan, task: Task, data: Clients, codes: Tensor, most: int | Non
         return
     sizes = data.sizes[codes % data.count]
     sizes, order = torch.sort(sizes, descending=True, stable=True)
-    chunk = _lanes(task, most)
+    chunk = lanes_of(task, most)
     group: list[int] = []
     now = -1
     for i, n in zip(codes[order].tolist(), sizes.tolist(), strict=True):
@@ -120,7 +120,8 @@ def chunks(plan: Plan, task: Task, data: Clients, codes: Tensor, most: int | Non
         yield torch.tensor(group)
 
 
-def _lanes(task: Task, most: int | None) -> int:
+def lanes_of(task: Task, most: int | None) -> int:
+    """How many clients are computed together: at most `most`, or what the model's size allows."""
     if task.numerics == "loop":
         return 1
     if most is not None:

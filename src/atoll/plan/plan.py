@@ -250,6 +250,13 @@ class Sent(NamedTuple):
     theta: Tensor
     deltas: tuple[int, ...]
 
+    def after(self, theta: Tensor, length: int) -> Sent:
+        """With one more delta: what is kept of the stream is no longer than θ whole."""
+        deltas, whole = (*self.deltas, length), theta.numel() * theta.element_size()
+        while sum(deltas) > whole:
+            deltas = deltas[1:]
+        return Sent(theta, deltas)
+
 
 @dataclass(frozen=True)
 class State:
@@ -353,17 +360,14 @@ def tell(plan: Plan, state: State, key: Key) -> State:
     """What clients know of θ moves by a compressed delta: θ̂⁺ = θ̂ + C(θ − θ̂). What it lost is in the next one."""
     if plan.downlink == Identity():
         return state
-    theta, whole = state.model.theta, state.model.theta.numel() * state.model.theta.element_size()
+    theta = state.model.theta
     if state.sent is None:
         return dataclasses.replace(state, sent=Sent(theta, ()))
     delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(torch.zeros(1, dtype=torch.int64))
     payload, side, _, _ = plan.downlink.encode(delta, {}, {}, key)
     length = int(plan.downlink.sizes(payload, side)[0])
     known = state.sent.theta + arrived(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
-    deltas = (*state.sent.deltas, length)
-    while sum(deltas) > whole:
-        deltas = deltas[1:]
-    return dataclasses.replace(state, sent=Sent(known, deltas))
+    return dataclasses.replace(state, sent=state.sent.after(known, length))
 
 
 def opening(plan: Plan, state: State, population: Population, key: Key) -> Cohort:

@@ -1,0 +1,314 @@
+"""`atoll plan`: what it predicts is what happens, to the byte and to the second, and nothing happens meanwhile."""
+
+import json
+import shlex
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import classification, seeded
+from torch import nn
+
+import atoll
+from atoll.cli import main
+from atoll.engine.fleet import Between, Chance, Each, Fleet, HalfNormal
+from atoll.grammar import parse
+from atoll.plan.aggregate import Mean
+from atoll.plan.codec import (
+    Cast,
+    Eden,
+    Entropy,
+    Feedback,
+    Identity,
+    LowRank,
+    Quantize,
+    RandomK,
+    Rotate,
+    Shift,
+    Sign,
+    TopK,
+)
+from atoll.plan.local import Custom, Gradient, Train
+from atoll.plan.names import PARTS
+from atoll.plan.optimizer import adam, sgd
+from atoll.plan.pace import Bounded, Buffered, Sync
+from atoll.plan.plan import Plan
+from atoll.plan.sampler import Poisson, Uniform
+from atoll.tools.forecast import LINKS, flown, predict
+
+SIZES = (4, 7, 5, 9, 6, 3, 8, 5)
+DATA = classification(SIZES, (12,))
+SLOW = Fleet(HalfNormal(), uplink="4 kB/s", server="10 kB/s", latency=0.01)
+KEEPING = Train(adam(0.01), steps=2, batch=3, keep=("optimizer", "order"))
+CODECS = [
+    Identity(),
+    Cast("bf16"),
+    Quantize(8),
+    Quantize(levels=1),
+    Rotate() >> Eden(4),
+    Eden(1),
+    RandomK(0.25) >> Eden(1),
+    Sign(),
+    LowRank(1),
+    Feedback(TopK(0.1) >> Quantize(8)),
+    Shift(TopK(0.1)),
+]
+
+
+def module():
+    """A model with buffers and a counter of its own: BatchNorm's."""
+    return seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)))
+
+
+def training(plan, fleet=None, rounds=3, data=DATA, model=module):
+    return atoll.rounds(model(), data, plan, rounds=rounds, fleet=fleet, evaluate_every=0)
+
+
+def compared(plan, fleet=None, rounds=3):
+    """The forecast and the reports of a run; whatever is exact in the one is in the other."""
+    it = training(plan, fleet, rounds)
+    told, reports = predict(it), list(it)
+    assert told.flights.down == tuple(r.bytes_down for r in reports)
+    assert told.flights.started == tuple(r.cohort for r in reports)
+    assert told.flights.arrived == tuple(r.arrived for r in reports)
+    assert told.flights.now == tuple(r.now for r in reports if r.now is not None)
+    assert told.bytes_down == it.bytes_down
+    if fleet is not None:
+        assert told.seconds == pytest.approx(reports[-1].now, rel=1e-12)
+        assert told.flights.parts.total == pytest.approx(reports[-1].now / rounds, rel=1e-9)
+    return told, reports, it
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_bytes_of_every_codec(codec):
+    told, reports, it = compared(Plan(Gradient(), Mean(), sgd(0.1), codec=codec))
+    assert told.exact
+    assert told.flights.up == tuple(r.bytes_up for r in reports)
+    assert told.bytes_up == it.bytes_up == 3 * len(SIZES) * told.message
+
+
+@pytest.mark.parametrize(
+    ("slots", "fleet"),
+    [
+        ({"cohort": 3, "downlink": TopK(0.05)}, None),
+        ({"cohort": Poisson(0.4), "downlink": Quantize(8)}, SLOW),
+        ({"pace": Buffered(3), "downlink": TopK(0.02)}, None),
+        ({"pace": Buffered(3), "downlink": TopK(0.02), "cohort": 4}, replace(SLOW, availability=Chance(0.7))),
+        ({"pace": Bounded(2), "local": KEEPING}, replace(SLOW, dropout=0.3)),
+        ({"pace": Sync(1.5), "cohort": 4}, replace(SLOW, dropout=0.2)),
+        ({"pace": Sync(deadline_s=1.0, quorum=0.25)}, SLOW),
+        ({"pace": Sync(deadline_s=1.0, partial=True), "local": Train(sgd(0.1), steps=5, batch=3)}, SLOW),
+    ],
+    ids=repr,
+)
+def test_bytes_and_seconds_of_every_pace(slots, fleet):
+    """Drawn fleets too: every draw is keyed, so the rounds that are flown are those that will be."""
+    plan = Plan(**{"local": Gradient(), "aggregator": Mean(), "optimizer": sgd(0.1), "max_failed": 1, **slots})
+    told, reports, _ = compared(plan, fleet, rounds=6)
+    assert told.flights.up == tuple(r.bytes_up for r in reports)
+
+
+def test_a_compressed_message_is_no_longer():
+    told, _, it = compared(Plan(Gradient(), Mean(), sgd(0.1), codec=Quantize(4) >> Entropy()))
+    assert not told.exact and "at most" in told.text()
+    assert 0.5 * told.bytes_up < it.bytes_up < told.bytes_up
+
+
+def test_what_a_loop_of_ones_own_sends_is_not_known():
+    def loop(model, loader, ctx):
+        return {"one": 1.0, "two": 2.0}
+
+    assert not predict(training(Plan(Custom(loop, lr=0.1), Mean()))).exact
+
+
+def test_a_forecast_changes_nothing():
+    plan = Plan(KEEPING, Mean(), codec=Feedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
+    alone, watched = training(plan, SLOW), training(plan, SLOW)
+    predict(watched)
+    assert [r.fingerprint for r in alone] == [r.fingerprint for r in watched]
+
+
+def test_rounds_that_are_not_flown_are_like_the_others():
+    it = training(Plan(Gradient(), Mean(), sgd(0.1), cohort=4, pace=Buffered(2)), SLOW, rounds=400)
+    plan = it.plan.at(it.engine)
+    whole = predict(it)
+    assert len(whole.flights.up) == 400
+    part = flown(plan, it.state, it.engine, 400, most=300)
+    assert 100 < len(part.up) < 200
+    about = replace(whole, flights=part)
+    assert about.bytes_up == whole.bytes_up
+    assert about.seconds == pytest.approx(whole.seconds, rel=0.15)
+    assert "rounds were flown" in about.text() and "rounds were flown" not in whole.text()
+
+
+# time
+
+
+def test_the_parts_of_a_round_by_hand():
+    """Equal transfers share the link and end together; who is quicker waits for who is slower."""
+    fleet = Fleet(Each(tuple(float(i + 1) for i in range(len(SIZES)))), server="1 kB/s")
+    told = predict(training(Plan(Gradient(), Mean(), sgd(0.1)), fleet))
+    parts, n = told.flights.parts, len(SIZES)
+    down, up = told.flights.down[1] / 1000, told.message / 1000
+    assert parts.download == pytest.approx(down)
+    assert parts.compute == pytest.approx((n + 1) / 2)
+    assert up <= parts.upload < n * up
+    assert parts.total == pytest.approx(told.seconds / 3)
+    assert min(parts) >= 0
+
+
+@pytest.mark.parametrize("pace", [Sync(), Buffered(2), Bounded(3)], ids=repr)
+def test_a_clients_time_is_all_accounted_for(pace):
+    """The share of computing, times the time of the whole cohort, is what was computed."""
+    fleet = Fleet(Each((0.5,) * len(SIZES)))
+    told = predict(training(Plan(Gradient(), Mean(), sgd(0.1), pace=pace), fleet, rounds=8))
+    parts = told.flights.parts
+    assert parts.waiting == pytest.approx(0, abs=1e-9)
+    assert parts.compute == pytest.approx(parts.total) and parts.link == 0
+
+
+def test_a_table_of_links_is_what_the_clock_says():
+    plan = Plan(Gradient(), Mean(), sgd(0.1), codec=Quantize(8))
+    told = predict(training(plan))
+    assert told.seconds is None and told.flights.parts is None and told.help is None
+    for link in LINKS:
+        clocked = predict(training(plan, Fleet(0.0, server=link)))
+        assert told.links[link] == pytest.approx(clocked.seconds / 3)
+        assert link in told.text()
+
+
+def settings(write):
+    """The slots of the flags that a forecast suggests."""
+    texts = [word for word in shlex.split(write) if word != "--set"]
+    return {text.partition("=")[0].removeprefix("plan."): parse(text.partition("=")[2], PARTS) for text in texts}
+
+
+@pytest.mark.parametrize(
+    ("slots", "fleet", "changed"),
+    [
+        ({}, Fleet(0.5, uplink="2 kB/s"), {"codec"}),
+        ({}, Fleet(0.5, downlink="2 kB/s"), {"downlink"}),
+        ({}, Fleet(0.5, server="6 kB/s"), {"codec", "downlink"}),
+        ({"codec": Quantize(8)}, Fleet(0.1, uplink="2 kB/s"), {"codec"}),
+    ],
+    ids=["uplink", "downlink", "server", "compressed"],
+)
+def test_what_would_help_helps(slots, fleet, changed):
+    plan = Plan(Gradient(), Mean(), sgd(0.1), **slots)
+    told = predict(training(plan, fleet, rounds=30))
+    assert told.dominates == "link" and told.help.enough
+    assert told.help.write in told.text()
+    parts = settings(told.help.write)
+    assert parts.keys() == changed
+    after = predict(training(replace(plan, **parts), fleet, rounds=30))
+    assert after.dominates == "compute" and after.help is None
+    assert after.flights.parts == told.help.parts
+    assert "No codec can save more" in after.text()
+
+
+def test_the_best_there_is_where_nothing_is_enough():
+    told = predict(training(Plan(Gradient(), Mean(), sgd(0.1)), Fleet(1e-6, server="1 kB/s")))
+    assert told.dominates == "link" and not told.help.enough
+    assert told.help.parts.link < told.flights.parts.link and "still more than computing" in told.text()
+    plan = Plan(Gradient(), Mean(), sgd(0.1), **settings(told.help.write))
+    least = predict(training(plan, Fleet(1e-6, server="1 kB/s")))
+    assert least.help is None and "No codec that was tried sends less" in least.text()
+
+
+def test_who_waits_is_told_not_to():
+    data = classification((3,) * 40, (12,))
+    plan = Plan(Gradient(), Mean(), sgd(0.1), Uniform(20))
+    told = predict(training(plan, Fleet(HalfNormal()), rounds=5, data=data))
+    assert settings(told.help.write) == {"pace": Buffered(2)} and "Most time is waiting" in told.text()
+    assert told.help.arrivals > 1.3 * 20 / told.flights.parts.total
+    patient = predict(training(replace(plan, pace=Buffered(2)), Fleet(HalfNormal()), rounds=5, data=data))
+    assert patient.flights.parts.waiting < 1e-9 < told.flights.parts.waiting
+
+
+def test_a_change_that_does_not_fit_is_not_proposed():
+    """A mean over those expected stands beside `Sync()` alone."""
+    plan = Plan(Gradient(), Mean(over="expected"), sgd(0.1), cohort=4)
+    told = predict(training(plan, Fleet(Between(0.01, 9.0))))
+    assert told.help is None and told.told()["time"]["help"] is None
+
+
+# memory
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_memory_is_what_is_kept(dtype):
+    plan = Plan(KEEPING, Mean(), adam(0.01), codec=Feedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
+    it = atoll.rounds(module(), DATA, plan, rounds=12, fleet=SLOW, dtype=dtype, evaluate_every=0)
+    told, versions = predict(it).memory, []
+    for _ in it:
+        versions.append(sum(map(size, (v.model for v in it.state.versions.values()))))
+    state = it.state
+    assert told["model"] == size(state.model) + size(state.sent.theta)
+    assert told["versions"] == max(versions) > 0
+    assert told["optimizer"] == size(state.optimizer)
+    assert told["clients"] == size(it.memory.take(it.memory.touched()))
+    assert told["chunk"] == 6 * it.task.layout.d * it.task.layout.dtype.itemsize * predict(it).lanes
+
+
+def size(tree):
+    leaves = [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sum_takes_no_more_than_is_told(dtype):
+    data = classification(SIZES, (12,), dtype=dtype)
+    plan = Plan(Gradient(), Mean(), sgd(0.1))
+    it = atoll.rounds(module(), data, plan, rounds=1, dtype=str(dtype).removeprefix("torch."), evaluate_every=0)
+    key = it.state.key()
+    cohort = plan.sampler(it.engine.population, 0, key.fold("cohort"))
+    (partial,) = it.engine.gather(plan, it.state, cohort, key).partials.values()
+    told, layout = predict(it).memory["sum"], it.task.layout
+    assert 8 * layout.d < size(list(partial.tensors().values())) <= told + 8 * 64
+
+
+# the command
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert not list(tmp_path.glob("runs*")), "it wrote something"
+        return code, out, err
+
+    return call
+
+
+WORDS = ["plan", "--data", "digits", "--model", "softmax", "--recipe", "fedavg(0.1, cohort=10)", "--rounds", "4"]
+
+
+def test_the_command_tells_people_and_programs(run):
+    code, out, _ = run(*WORDS, "--json")
+    told = json.loads(out)
+    assert code == 0 and told["time"] is None and told["exact"] and told["parameters"] == 650
+    assert told["bytes"]["up"] == {"client": 2620, "round": 26200, "run": 104800}
+    assert list(told["links"]) == list(LINKS)
+    fleet = ("--fleet", "Fleet(0.5, server='100 kb/s')", "--rounds", "60")
+    code, text, _ = run(*WORDS[:-2], *fleet)
+    assert code == 0 and "The link dominates" in text and "26.2 kB" in text
+    flags = shlex.split(text[text.index("--set") :])
+    code, after, _ = run(*WORDS[:-2], *fleet, *flags)
+    assert code == 0 and "Computing dominates" in after
+
+
+def test_the_command_refuses_what_a_run_would(run):
+    code, out, err = run(*WORDS, "--set", "plan.pace=Sync(deadline_s=5)")
+    assert (code, out) == (2, "") and "without a clock" in err
+    code, out, err = run(*WORDS, "--fleet", "Fleet()", "--set", "plan.pace=Sync(deadline_s=0.5)")
+    assert (code, out) == (2, "") and "nobody can meet" in err
+
+
+def test_a_file_is_read(run, tmp_path):
+    file = tmp_path / "experiment.toml"
+    file.write_text('data = "diabetes"\nmodel = "linear"\nclients = 5\nrounds = 2\n[plan]\npace = "Buffered(2)"\n')
+    code, out, _ = run("plan", file, "--json")
+    assert code == 0 and json.loads(out)["bytes"]["up"]["run"] == 2 * 2 * 64
