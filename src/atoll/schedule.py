@@ -6,6 +6,9 @@ A schedule is a value: a pure function of t. Only `plateau` also looks at the lo
 plain tensors on the host, kept by whoever asks: `init` makes them, `observe` returns the next ones.
 
     warmup(5) >> cosine(0.1, rounds=100)      five rounds up to 0.1, then the cosine from its own t = 0
+    hold(0.1, rounds=50) >> 0.01              0.1 for fifty rounds, then 0.01
+
+The same values say how many steps a client makes, where that is another number in every round: `Train(steps=...)`.
 """
 
 from __future__ import annotations
@@ -68,9 +71,9 @@ class Schedule:
         after = other if isinstance(other, Schedule) else self
         raise UsageError(
             f"{self!r} >> {other!r}.",
-            "a warm-up before >>.",
+            "a warm-up or a hold before >>.",
             "any other schedule has no last round, so it never hands over.",
-            f"{after!r}" if isinstance(after, warmed) else f"warmup(5) >> {after!r}",
+            f"{after!r}" if isinstance(after, led) else f"warmup(5) >> {after!r}",
         )
 
 
@@ -301,8 +304,47 @@ class plateau(Schedule):
         return float(max(self.lr * self.factor**drops, self.end))
 
 
+class _Lead:
+    """What stands before a schedule for some rounds: no schedule by itself; final classes derive from it."""
+
+    rounds: int
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def __repr__(self) -> str:
+        return constructor(self)
+
+    def at(self, t: int, foot: float) -> float:
+        """The value of round t < rounds, where the next schedule begins at `foot`."""
+        raise NotImplementedError
+
+    def __rshift__(self, other: object) -> Schedule:
+        if isinstance(other, _Lead):
+            alone = led(other, constant(0.1))
+            raise UsageError(
+                f"{self!r} >> {other!r}.",
+                "a schedule after both, and parentheses.",
+                "neither of the two says what comes after its rounds.",
+                repr(alone) if _both_rise(self, other) else f"{self!r} >> ({alone!r})",
+            )
+        then = as_schedule(other)
+        if isinstance(then, led) and _both_rise(self, then.first):
+            raise UsageError(
+                f"{self!r} >> ({then!r}).",
+                "one warm-up.",
+                "the first would rise to the foot of the second.",
+                f"{self!r} >> {then.then!r}",
+            )
+        return led(self, then)
+
+
+def _both_rise(*leads: _Lead) -> bool:
+    return all(isinstance(lead, warmup) for lead in leads)
+
+
 @dataclass(frozen=True, repr=False)
-class warmup:
+class warmup(_Lead):
     """Before a schedule: rise in equal steps from `start` to where the schedule begins.
 
     lr_t = start + (next(0) − start) · (t + 1) / (rounds + 1) for t < rounds, then next(t − rounds)
@@ -321,33 +363,42 @@ class warmup:
     rounds: int = _rounds(5)
     start: float = _end()
 
-    def __post_init__(self) -> None:
-        check(self)
-
-    def __repr__(self) -> str:
-        return constructor(self)
-
-    def __rshift__(self, other: object) -> Schedule:
-        then = as_schedule(other)
-        if isinstance(then, warmed):
-            raise UsageError(
-                f"{self!r} >> ({then!r}).",
-                "one warm-up.",
-                "the first would rise to the foot of the second.",
-                f"{self!r} >> {then.then!r}",
-            )
-        return warmed(self, then)
+    def at(self, t: int, foot: float) -> float:
+        return self.start + (foot - self.start) * (t + 1) / (self.rounds + 1)
 
 
 @dataclass(frozen=True, repr=False)
-class warmed(Schedule):
-    """A schedule after its warm-up: what `first >> then` makes; the memory is that of `then`."""
+class hold(_Lead):
+    """Before a schedule: one value for some rounds.
 
-    first: warmup
+    lr_t = lr for t < rounds, then next(t − rounds)
+
+    Args:
+        lr: the value that is held, > 0.
+        rounds: for how many rounds, ≥ 1.
+    Example:
+        >>> steps = hold(1, rounds=3) >> constant(16)
+        >>> [steps(t) for t in range(5)]
+        [1.0, 1.0, 1.0, 16.0, 16.0]
+    """
+
+    lr: float = _rate()
+    rounds: int = _rounds()
+
+    def at(self, t: int, foot: float) -> float:
+        return self.lr
+
+
+@dataclass(frozen=True, repr=False)
+class led(Schedule):
+    """A schedule and what comes before it: what `first >> then` makes; the memory is that of `then`."""
+
+    first: _Lead
     then: Schedule
 
     def __repr__(self) -> str:
-        return f"{self.first!r} >> {self.then!r}"
+        then = f"({self.then!r})" if isinstance(self.then, led) else repr(self.then)
+        return f"{self.first!r} >> {then}"
 
     def init(self) -> dict[str, Tensor]:
         return self.then.init()
@@ -356,10 +407,8 @@ class warmed(Schedule):
         return self.then.observe(memory, loss)
 
     def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
-        rounds, start = self.first.rounds, self.first.start
-        if t >= rounds:
-            return self.then(t - rounds, memory)
-        return start + (self.then(0, memory) - start) * (t + 1) / (rounds + 1)
+        rounds = self.first.rounds
+        return float(self.then(t - rounds, memory) if t >= rounds else self.first.at(t, self.then(0, memory)))
 
 
 @lru_cache(256)
@@ -378,11 +427,11 @@ def as_schedule(given: object) -> Schedule:
     """
     if isinstance(given, Schedule):
         return given
-    if isinstance(given, warmup):
+    if isinstance(given, _Lead):
         raise UsageError(
             f"{given!r} stands alone.",
             "a schedule after it.",
-            "a warm-up rises to where the next schedule begins.",
+            "it says nothing of the rounds after its own.",
             f"{given!r} >> constant(0.1)",
         )
     if not isinstance(given, bool) and isinstance(given, Real):
@@ -395,6 +444,5 @@ def as_schedule(given: object) -> Schedule:
     )
 
 
-SCHEDULES: dict[str, type] = {
-    c.__name__: c for c in (constant, step, exponential, inverse, inverse_sqrt, cosine, polynomial, plateau, warmup)
-}
+_PURE = (constant, step, exponential, inverse, inverse_sqrt, cosine, polynomial)
+SCHEDULES: dict[str, type] = {c.__name__: c for c in (*_PURE, plateau, warmup, hold)}

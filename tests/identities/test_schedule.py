@@ -17,6 +17,7 @@ from atoll.schedule import (
     constant,
     cosine,
     exponential,
+    hold,
     inverse,
     inverse_sqrt,
     plateau,
@@ -39,6 +40,10 @@ FORMS = [
     (polynomial(0.3, rounds=50, power=2, end=0.1), lambda t: 0.1 + 0.2 * (max(50 - t, 0) / 50) ** 2),
     (warmup(9) >> constant(1), lambda t: min((t + 1) / 10, 1)),
     (warmup(4, start=0.5) >> inverse(2, t0=2), lambda t: 0.5 + 0.1 * (t + 1) if t < 4 else 2 / (t - 2)),
+    (hold(1, rounds=20) >> 16, lambda t: 1 if t < 20 else 16),
+    (hold(2, rounds=3) >> (hold(1, rounds=4) >> inverse(6)), lambda t: 2 if t < 3 else 1 if t < 7 else 6 / (t - 6)),
+    (hold(0.1, rounds=3) >> (warmup(4) >> constant(1)), lambda t: 0.1 if t < 3 else min((t - 2) / 5, 1)),
+    (warmup(4) >> (hold(1, rounds=3) >> constant(0.5)), lambda t: (t + 1) / 5 if t < 4 else 1 if t < 7 else 0.5),
     (plateau(0.3), lambda t: 0.3),
 ]
 
@@ -51,7 +56,7 @@ def test_closed_form(schedule, form):
 
 
 def test_every_schedule_is_here():
-    assert {type(row[0]).__name__ for row in FORMS} | {"warmup"} == {*SCHEDULES, "warmed"}
+    assert {type(row[0]).__name__ for row in FORMS} | {"warmup", "hold"} == {*SCHEDULES, "led"}
 
 
 def torchs(make, rounds):
@@ -127,6 +132,9 @@ def test_prints_as_its_constructor(schedule):
 def test_what_it_prints():
     assert repr(cosine(0.1, rounds=100)) == "cosine(0.1, rounds=100)"
     assert repr(warmup(5) >> step(1, every=30.0)) == "warmup(5) >> step(1.0, every=30)"
+    assert repr(hold(1, rounds=2) >> (hold(3, rounds=4) >> 5)) == (
+        "hold(1.0, rounds=2) >> (hold(3.0, rounds=4) >> constant(5.0))"
+    )
     assert repr(warmup(5) >> 0.1) == "warmup(5) >> constant(0.1)"
     assert as_schedule(1) == constant(1.0) and as_schedule(cosine(1, rounds=2)) == cosine(1, rounds=2)
 
@@ -159,6 +167,11 @@ REFUSED = [
     lambda: as_schedule(warmup(5)),
     lambda: warmup(5) >> warmup(5),
     lambda: warmup(5) >> (warmup(5) >> constant(0.1)),
+    lambda: hold(0, rounds=5),
+    lambda: hold(0.1, rounds=0.5),
+    lambda: as_schedule(hold(0.1, rounds=5)),
+    lambda: hold(0.1, rounds=5) >> hold(0.2, rounds=5),
+    lambda: constant(0.1) >> hold(0.1, rounds=5),
     lambda: constant(0.1) >> cosine(0.1, rounds=10),
     lambda: constant(0.1) >> warmup(5),
     lambda: (warmup(5) >> constant(0.1)) >> cosine(0.1, rounds=10),

@@ -56,6 +56,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         schedule.cosine,
         polynomial,
         schedule.warmup,
+        schedule.hold,
         schedule.plateau,
         stop.Rounds,
         stop.Tolerance,
