@@ -33,6 +33,7 @@ from atoll.plan.plan import Plan, State, step
 from atoll.plan.slots import Broadcast, Cohort, Population
 from atoll.plan.stepper import Optimizer
 from atoll.rng import Key
+from atoll.schedule import NOTHING, Schedule, Tensors
 from atoll.task import Model, Task
 from atoll.training import Rounds, judge
 
@@ -162,8 +163,19 @@ def _seen(local: Any, rows: Tensor) -> Tensor:
     if isinstance(local, Gradient):
         return rows if local.batch is None else rows.clamp(max=local.batch)
     if isinstance(local, Train) and local.steps is not None:
-        return local.steps * (rows if local.batch is None else rows / (rows / local.batch).ceil())
+        return (local.steps_at(0) or 1) * (rows if local.batch is None else rows / (rows / local.batch).ceil())
     return rows * (getattr(local, "epochs", None) or 1)
+
+
+@dataclass(frozen=True, repr=False)
+class _Times(Schedule):
+    """A schedule of steps for somebody who does the work of several."""
+
+    steps: Schedule
+    ratio: float
+
+    def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
+        return round(self.steps(t)) * self.ratio
 
 
 def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
@@ -174,7 +186,8 @@ def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
     if ratio <= 1:
         return plan, ratio
     if isinstance(local, Train) and local.steps is not None:
-        return replace(plan, local=replace(local, steps=round(local.steps * ratio))), 1.0
+        steps = _Times(local.steps, ratio) if isinstance(local.steps, Schedule) else round(local.steps * ratio)
+        return replace(plan, local=replace(local, steps=steps)), 1.0
     if isinstance(local, Gradient) and isinstance(plan.optimizer, Optimizer) and round(ratio) > 1:
         local = Train(plan.optimizer, steps=round(ratio), batch=local.batch, keep=("optimizer", "order"))
         return Plan(local, Mean(weights="equal", sum="float"), sgd(1.0)), 1.0

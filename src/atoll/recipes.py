@@ -11,21 +11,32 @@
 | `fedavgm` | some | as `fedavg` | `Mean()` | `sgd(server_lr, momentum)` |
 | `fedadam`, `fedyogi`, `fedadagrad` | some | as `fedavg` | `Mean()` | `adam`, `yogi`, `adagrad`, uncorrected |
 | `diloco` | everyone | `Train(adamw(lr), steps, keep)` | `Mean()` | `sgd(0.7, momentum=0.9, nesterov=True)` |
+| `post_local_sgd` | everyone | `local_sgd`'s, one step a round at first | `Mean()` | `sgd(1.0)` |
+| `fedbuff` | some, all the time | as `fedavg` | `Mean()` | `sgd(server_lr)`, pace `Buffered(k)` |
+| `fedasync` | some, all the time | as `fedavg`, sending its model | `Mean()` | `sgd(alpha)`, pace `Buffered(1)` |
 
-A learning rate is a number or a schedule. `cohort=None` is everyone, an int that many, a float that fraction.
+A learning rate is a number or a schedule, and so are steps. `cohort=None` is everyone, an int that many, a float that
+fraction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from atoll.errors import UsageError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
+from atoll.plan.codec import Identity
 from atoll.plan.local import Gradient, Train
+from atoll.plan.pace import Buffered, polynomial
 from atoll.plan.plan import Plan
-from atoll.schedule import Schedule
+from atoll.plan.slots import Stage
+from atoll.schedule import Schedule, hold
 
 Rate = float | Schedule
+Steps = int | Schedule
+Staleness = Callable[[int], float]
 Cohort = Any
 
 
@@ -79,12 +90,24 @@ def fedavg(
     return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), rules.sgd(server_lr), cohort)
 
 
-def local_sgd(lr: Rate = 0.1, steps: int = 10, batch: int | None = 32) -> Plan:
+def local_sgd(lr: Rate = 0.1, steps: Steps = 10, batch: int | None = 32) -> Plan:
     """Local SGD: every worker makes `steps` steps between two averagings, and goes on through its rows where it was.
 
     Reference: Stich, Local SGD Converges Fast and Communicates Little, 2019.
     """
     return Plan(Train(rules.sgd(lr), steps=steps, batch=batch, keep=("order",)), Mean(), rules.sgd(1.0))
+
+
+def post_local_sgd(lr: Rate = 0.1, switch: int = 100, steps: Steps = 16, batch: int | None = 32) -> Plan:
+    """Post-local SGD: a step a round, which is distributed SGD, for `switch` rounds; local SGD from then on.
+
+    Example:
+        >>> post_local_sgd(0.1, switch=50, steps=8).local
+        Train(sgd(0.1), steps=hold(1.0, rounds=50) >> constant(8.0), batch=32, keep=('order',))
+
+    Reference: Lin et al., Don't Use Large Mini-Batches, Use Local SGD, 2020.
+    """
+    return local_sgd(lr, hold(1, rounds=switch) >> steps, batch)
 
 
 def fedavgm(
@@ -158,16 +181,104 @@ def fedadagrad(
     return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), server, cohort)
 
 
-def diloco(lr: Rate = 1e-3, steps: int = 500, batch: int | None = 32, server_lr: Rate = 0.7) -> Plan:
+def diloco(
+    lr: Rate = 1e-3,
+    steps: Steps = 500,
+    batch: int | None = 32,
+    server_lr: Rate = 0.7,
+    momentum: float = 0.9,
+    codec: Stage = Identity(),
+) -> Plan:
     """DiLoCo: workers make many AdamW steps and keep their optimizer; the server steps with Nesterov momentum.
+
+    What a worker moved, the outer gradient, goes through `codec`: `Quantize(8)` sends a quarter of the bytes.
+
+    Example:
+        >>> from atoll.plan.codec import Quantize
+        >>> diloco(codec=Quantize(8)).codec
+        Quantize(8)
 
     Reference: Douillard et al., DiLoCo: Distributed Low-Communication Training of Language Models, 2023.
     """
     return Plan(
         Train(rules.adamw(lr), steps=steps, batch=batch, keep=("optimizer", "order")),
         Mean(),
-        rules.sgd(server_lr, momentum=0.9, nesterov=True),
+        rules.sgd(server_lr, momentum=momentum, nesterov=True),
+        codec=codec,
     )
 
 
-RECIPES = (gd, sgd, distributed_gd, fedsgd, fedavg, local_sgd, fedavgm, fedadam, fedyogi, fedadagrad, diloco)
+def fedbuff(
+    lr: Rate = 0.1,
+    epochs: int = 1,
+    batch: int | None = 10,
+    cohort: Cohort = None,
+    k: int = 10,
+    server_lr: Rate = 1.0,
+    staleness: Staleness = polynomial(0.5),
+) -> Plan:
+    """Buffered asynchrony: the server steps as soon as k updates are there; late ones count less.
+
+    θ⁺ = θ − server_lr · Σ wᵢ s(τᵢ) (θ_birth − θᵢ) / Σ wᵢ,  over k arrivals, τ rounds after they began
+
+    Example:
+        >>> fedbuff(0.1, cohort=100).pace
+        Buffered(10)
+
+    Reference: Nguyen et al., Federated Learning with Buffered Asynchronous Aggregation, 2022.
+    """
+    local = Train(rules.sgd(lr), epochs=epochs, batch=batch)
+    return Plan(local, Mean(), rules.sgd(server_lr), cohort, pace=Buffered(k, staleness))
+
+
+def fedasync(
+    lr: Rate = 0.1,
+    epochs: int = 1,
+    batch: int | None = 10,
+    cohort: Cohort = None,
+    alpha: Rate = 0.6,
+    staleness: Staleness = polynomial(0.5),
+) -> Plan:
+    """Asynchronous federated optimization: whoever arrives is mixed into the model, the later the less.
+
+    θ⁺ = (1 − α s(τ)) θ + α s(τ) θᵢ,  τ rounds after θᵢ began; without the paper's proximal term
+
+    Args:
+        alpha: α, in (0, 1], or a schedule of it.
+        staleness: s: `polynomial(0.5)`, the paper's, or its `hinge(10, grace=4)`.
+    Raises:
+        UsageError: α is no share.
+    Example:
+        >>> fedasync(0.1, cohort=100)
+        Plan(Train(sgd(0.1), epochs=1, batch=10, sends='model'), aggregator=Mean(), optimizer=sgd(0.6), \
+cohort=Uniform(100), pace=Buffered(1))
+
+    Reference: Xie, Koyejo, Gupta, Asynchronous Federated Optimization, 2019, Algorithm 1.
+    """
+    if not isinstance(alpha, Schedule) and not 0 < alpha <= 1:
+        raise UsageError(
+            f"fedasync(alpha={alpha!r}).",
+            "a number in (0, 1], or a schedule.",
+            "it is the share of the model that arrives.",
+            "fedasync(0.1, alpha=0.6)",
+        )
+    local = Train(rules.sgd(lr), epochs=epochs, batch=batch, sends="model")
+    return Plan(local, Mean(), rules.sgd(alpha), cohort, pace=Buffered(1, staleness))
+
+
+RECIPES = (
+    gd,
+    sgd,
+    distributed_gd,
+    fedsgd,
+    fedavg,
+    local_sgd,
+    post_local_sgd,
+    fedavgm,
+    fedadam,
+    fedyogi,
+    fedadagrad,
+    diloco,
+    fedbuff,
+    fedasync,
+)

@@ -108,6 +108,9 @@ RECIPES = {
     "fedyogi": lambda: recipes.fedyogi(0.1, batch=4),
     "fedadagrad": lambda: recipes.fedadagrad(0.1, batch=4),
     "diloco": lambda: recipes.diloco(steps=2, batch=4),
+    "post_local_sgd": lambda: recipes.post_local_sgd(0.1, switch=1, steps=2, batch=4),
+    "fedbuff": lambda: recipes.fedbuff(0.1, batch=4, cohort=2),
+    "fedasync": lambda: recipes.fedasync(0.1, batch=4, cohort=2),
 }
 CODECS = {
     "none": lambda: Identity(),
@@ -169,7 +172,7 @@ EXPECTED = {"mean-expected", "mean-equal-expected"}
 FLYING = {"buffered", "buffered-hinge", "bounded"}
 DECODED = {"rotate", "rotate-quantize", "random", "random-eden", "feedback-rotate-sign"}
 SHIFTED = {"shift", "shift-top-quantize"}
-SOME = {"fedsgd", "fedavgm", "fedadam"}  # of all clients
+SOME = {"fedsgd", "fedavgm", "fedadam", "fedbuff", "fedasync"}  # of all clients
 ALONE = {"quantize-rotate", "rotate-feedback", "feedback-random", "down-feedback", "down-factors", "down-random"}
 REFUSED = {
     frozenset(pair)
@@ -179,6 +182,7 @@ REFUSED = {
         (FLYING, {"vote"}),
         (EXPECTED, PACES.keys() - {"sync"}),
         ({"over"}, RECIPES.keys() - SOME),
+        ({"fedasync"}, {"vote", *SHIFTED}),
     )
     for pair in itertools.product(ones, others)
 }

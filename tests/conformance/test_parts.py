@@ -12,7 +12,7 @@ from atoll.grammar import Value
 from atoll.plan import aggregate, codec, local, optimizer, pace, sampler
 from atoll.plan.codec.stage import Codec
 from atoll.plan.slots import Cohort
-from atoll.schedule import constant, cosine, plateau, warmup
+from atoll.schedule import constant, cosine, hold, plateau, warmup
 from atoll.testing import (
     Nonconformity,
     check_aggregator,
@@ -61,6 +61,7 @@ OURS = {
         local.Train(sgd(0.1, momentum=0.9), steps=3),
         local.Train(optimizer.adamw(0.01), steps=3, batch=4, keep=("optimizer", "order")),
         local.Train(sgd(plateau(0.1, patience=1)), steps=2, batch=4, keep=("order",)),
+        local.Train(sgd(0.1), steps=hold(1, rounds=1) >> 3, batch=4, keep=("order",), sends="model"),
         local.Evaluate(),
         local.Custom(user_loop, batch=4, lr=0.1),
     ],
@@ -116,6 +117,7 @@ OURS = {
         schedule.polynomial(0.1, rounds=20, power=2, end=0.01),
         plateau(0.1, patience=1, cooldown=2, end=1e-3),
         warmup(5) >> plateau(0.1, patience=1),
+        hold(0.2, rounds=3) >> plateau(0.1, patience=1),
     ],
     check_pace: [
         pace.Sync(),

@@ -29,7 +29,7 @@ def refuse(plan: Plan) -> None:
     Raises:
         UsageError: which two, why, and what to write instead of one of them.
     """
-    for clash in (*_codec(plan), *_pace(plan), *_downlink(plan)):
+    for clash in (*_codec(plan), *_pace(plan), *_downlink(plan), *_sends(plan)):
         raise UsageError(*clash)
 
 
@@ -89,3 +89,15 @@ def _bare(codec: Any) -> str:
 def _inside(stage: Any) -> Iterator[Any]:
     held = getattr(stage, "codec", stage)
     yield from getattr(held, "stages", (held,))
+
+
+def _sends(plan: Plan) -> Iterator[Clash]:
+    rule, codec = plan.aggregator, plan.codec
+    if getattr(plan.local, "sends", "update") != "model":
+        return
+    if not rule.linear:
+        why = "the server brings what clients moved to its own θ as a sum, and this rule forms no sum."
+        yield Clash(f"{plan.local!r} with {rule!r}.", "an aggregator that is linear.", why, "Mean()")
+    if getattr(codec, "remembers_everyone", False):
+        required, why = "a codec whose server keeps no updates.", "those it keeps were about an older θ than its own."
+        yield Clash(f"{plan.local!r} with {codec!r}.", required, why, _bare(codec))

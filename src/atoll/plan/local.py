@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from atoll.errors import UsageError
+from atoll.errors import RunError, UsageError
 from atoll.layout import Layout
 from atoll.plan.lanes import ROWS, Lanes, padded
 from atoll.plan.part import Part
 from atoll.plan.slots import Broadcast, Contribution, Optimizer, Tensors
 from atoll.rng import Key, global_scope
+from atoll.schedule import Schedule, constant
 from atoll.task import Task
 
 
@@ -76,6 +78,31 @@ class Gradient(Part):
 
 
 Keep = Literal["optimizer", "order"]
+Sends = Literal["update", "model"]
+_FAR = 10**9  # a round in which every schedule that falls has fallen
+
+
+def _check_sends(part: str, sends: Any, write: str) -> None:
+    if sends not in ("update", "model"):
+        raise UsageError(f"{part}(sends={sends!r}).", "'update' or 'model'.", write=write)
+
+
+def _steps_of(schedule: Schedule, t: int) -> int:
+    """How many steps a schedule says for round t; 0 for what is no number of steps."""
+    value = schedule(t)
+    return max(0, round(value)) if math.isfinite(value) else 0
+
+
+def _check_steps(schedule: Schedule) -> None:
+    """Refuse a schedule of steps that looks at the loss, or that comes below 1: at the latest when it has fallen."""
+    steps, looks = _steps_of(schedule, 0), bool(schedule.init())
+    if looks or not steps or not _steps_of(schedule, _FAR):
+        raise UsageError(
+            f"Train(steps={schedule!r}).",
+            "a schedule of the round alone." if looks else "at least 1 step in every round.",
+            "what says how long clients work is known before the round." if looks else "no step is no update.",
+            f"Train(sgd(0.1), steps=cosine({max(1, steps)}.0, rounds=100, end=1.0), batch=10)",
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,11 +114,14 @@ class Train(Part):
     Args:
         optimizer: the client's own, such as `sgd(0.1)`; its schedule counts rounds.
         epochs: passes over the rows, at least 1; or
-        steps: batches, at least 1. One of the two.
+        steps: batches, at least 1, or a schedule of them by the round, to the nearest whole number. One of the two.
         batch: rows in a batch; None is all of them. A client that holds fewer trains on all it holds at once.
         keep: what a client keeps between rounds: `"optimizer"` its state, `"order"` its place in the rows.
+        sends: what counts at the server: the `"update"`, or the `"model"` θᵢ itself. Then the update is θ − θᵢ with the
+            θ of the server when it arrives, not the one that the client began at: models are mixed, as in FedAsync.
+            The message is the same, since the server still has both θ; only what arrives late counts otherwise.
     Raises:
-        UsageError: neither or both of epochs and steps, or a number out of range.
+        UsageError: neither or both of epochs and steps, a number out of range, or a schedule that comes below one step.
     Example:
         >>> from atoll.plan.optimizer import sgd
         >>> Train(sgd(0.1), epochs=1, batch=10)
@@ -102,14 +132,19 @@ class Train(Part):
 
     optimizer: Any
     epochs: int | None = None
-    steps: int | None = None
+    steps: int | Schedule | None = None
     batch: int | None = None
     keep: tuple[Keep, ...] = ()
+    sends: Sends = "update"
 
     def __post_init__(self) -> None:
         _check_batch("Train", self.batch)
+        _check_sends("Train", self.sends, 'Train(sgd(0.1), epochs=1, batch=10, sends="model")')
+        if isinstance(self.steps, constant) and self.steps.lr.is_integer():
+            object.__setattr__(self, "steps", int(self.steps.lr))  # one value, one text
         lengths = [n for n in (self.epochs, self.steps) if n is not None]
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in lengths)
+        numbers = [n for n in lengths if not (n is self.steps and isinstance(n, Schedule))]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
         if len(lengths) != 1 or not whole:
             raise UsageError(
                 f"Train(epochs={self.epochs!r}, steps={self.steps!r}).",
@@ -117,6 +152,8 @@ class Train(Part):
                 "it says how long a client trains between two rounds.",
                 "Train(sgd(0.1), epochs=1, batch=10)",
             )
+        if isinstance(self.steps, Schedule):
+            _check_steps(self.steps)
         if not isinstance(self.optimizer, Optimizer) or isinstance(self.optimizer, type):
             raise UsageError(
                 f"Train(optimizer={self.optimizer!r}).",
@@ -137,6 +174,24 @@ class Train(Part):
                 "whole passes end where they began: there is no place to keep.",
                 'Train(sgd(0.1), steps=10, batch=10, keep=("order",))',
             )
+
+    def steps_at(self, t: int) -> int | None:
+        """The batches of round t; None where passes are counted.
+
+        Raises:
+            RunError: a schedule of the user's own says less than one.
+        """
+        if not isinstance(self.steps, Schedule):
+            return self.steps
+        steps = _steps_of(self.steps, t)
+        if not steps:
+            raise RunError(
+                f"{self.steps!r} says {self.steps(t)!r} steps for round {t}.",
+                "at least 1 step in every round.",
+                "no step is no update. The state is that of the round before.",
+                "Train(sgd(0.1), steps=10, batch=10)",
+            )
+        return steps
 
     def memory(self, layout: Layout) -> Tensors:
         """The optimizer's state and the number of batches taken so far, as `keep` says."""
@@ -177,7 +232,8 @@ class Train(Part):
         stepper = self.optimizer.stepper(model.theta, state, lr)
         loss = model.theta.new_zeros(lanes_count)
         rows = torch.zeros(lanes_count, dtype=torch.int64, device=model.theta.device)
-        for s, (positions, counts) in enumerate(self._batches(lanes, memory, key, task)):
+        steps = self.steps_at(broadcast.round)
+        for s, (positions, counts) in enumerate(self._batches(lanes, memory, key, task, steps)):
             k = len(counts)
             g = lanes.gradient(task, model.first(k), positions, counts, key.fold("pass", s).select(slice(k)))
             stepper.step(g.grad)
@@ -190,13 +246,13 @@ class Train(Part):
         if "optimizer" in self.keep:
             after |= {f"optimizer.{n}": t for n, t in state.items()}
         if "order" in self.keep:
-            after["taken"] = self._taken(lanes, memory)
+            after["taken"] = self._taken(lanes, memory, steps)
         update = broadcast.model.theta - model.theta
         return _contribution(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
 
-    def _taken(self, lanes: Lanes, memory: Tensors) -> Tensor:
+    def _taken(self, lanes: Lanes, memory: Tensors, steps: int | None) -> Tensor:
         taken = memory["taken"]
-        return taken + self._done(torch.full_like(taken, self.steps or 0), lanes.share)
+        return taken + self._done(torch.full_like(taken, steps or 0), lanes.share)
 
     @staticmethod
     def _done(steps: Tensor, share: float) -> Tensor:
@@ -215,22 +271,25 @@ class Train(Part):
         descent = task.descent(broadcast.model, len(lanes.sizes), lr)
         loss = broadcast.model.theta.new_zeros(len(lanes.sizes))
         rows = torch.zeros(len(lanes.sizes), dtype=torch.int64, device=loss.device)
-        for batch in lanes.batches(self._batches(lanes, memory, key, task)):
+        steps = self.steps_at(broadcast.round)
+        for batch in lanes.batches(self._batches(lanes, memory, key, task, steps)):
             k = len(batch.counts)
             loss[:k] += descent.step(batch.x, batch.y, batch.counts)
             rows[:k] += torch.tensor(batch.counts, device=rows.device)
-        after = {"taken": self._taken(lanes, memory)} if "order" in self.keep else {}
+        after = {"taken": self._taken(lanes, memory, steps)} if "order" in self.keep else {}
         nothing = loss.new_empty(len(loss), 0)  # a model with buffers is not served
         return _contribution(lanes, descent.update(), nothing, {}, {"loss": loss, "rows": rows}), after
 
-    def _batches(self, lanes: Lanes, memory: Tensors, key: Key, task: Task) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    def _batches(
+        self, lanes: Lanes, memory: Tensors, key: Key, task: Task, steps_each: int | None
+    ) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """Positions `[k, B]` and counts of each step, for the k lanes that still train: always the first ones.
 
         Each lane is at its own place in its own pass, so that its draws do not depend on how many batches others have.
         """
         width, rows = self.width(lanes.sizes[0]), lanes.rows
         lengths, joined = _lengths(rows, self.batch, task.batch_statistics)
-        steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, self.steps or 0)
+        steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
         steps = self._done(steps, lanes.share)
         keeps = "order" in self.keep
         draw = Key(key.seed).fold("kept order") if keeps else key.fold("order")
@@ -332,6 +391,7 @@ class Custom(Part):
             metrics, numbers by name, are averaged by rows. In a text it is written `module:name`.
         batch: rows in the loader's batches; None is all of them.
         lr: handed on as `ctx.lr`; a number or None.
+        sends: `"update"` or `"model"`, as for `Train`.
     Example:
         >>> def train(model, loader, ctx):
         ...     optimizer = torch.optim.SGD(model.parameters(), ctx.lr)
@@ -345,10 +405,12 @@ class Custom(Part):
     fn: Callable[[nn.Module, Loader, Context], Mapping[str, float] | None]
     batch: int | None = None
     lr: float | None = None
+    sends: Sends = "update"
     numerics = "loop"
 
     def __post_init__(self) -> None:
         _check_batch("Custom", self.batch)
+        _check_sends("Custom", self.sends, "")
         if not callable(self.fn):
             raise UsageError(
                 f"Custom({self.fn!r}).",

@@ -386,17 +386,28 @@ def keep(state: State, broadcast: Broadcast, air: Air) -> State:
 
 
 def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
-    """Σ_b s(b) · decode_b(partial_b): each birth's sum is decoded with its own key and discounted by its staleness."""
+    """Σ_b s(b) · decode_b(partial_b): each birth's sum is decoded with its own key and discounted by its staleness.
+
+    Where clients send their models, Σ wᵢ (θ_b − θᵢ) becomes Σ wᵢ (θ − θᵢ): the server has θ_b, and the weights' sum.
+    """
     totals = []
     for birth, partial in sorted(gathered.partials.items()):
         total = plan.aggregator.total(partial)
         if "update" in total.means:
             key = Key(state.seed).fold("round", birth, "codec")  # the one that clients encoded with
             update = plan.codec.decode(total.means["update"], key)
+            if getattr(plan.local, "sends", "update") == "model":
+                update = update + total.weight * since(state, birth)
             update = update * plan.pace.discount(state.round - birth)
             total = total._replace(means={**total.means, "update": update})
         totals.append(total)
     return sum_totals(totals)
+
+
+def since(state: State, birth: int) -> Tensor:
+    """θ − θ_b, float64 `[d]`: how far the model has come from what clients of this birth began at."""
+    began = state.versions[birth] if birth < state.round else state.broadcast()
+    return state.model.theta.double() - began.model.theta.double()
 
 
 def sum_totals(totals: list[Total]) -> Total:

@@ -305,7 +305,7 @@ def _short(plan: Plan) -> Plan:
     """The plan with everyone at work, and no longer at it than some steps a round."""
     local = plan.local
     if isinstance(local, Train) and local.steps is not None:
-        local = replace(local, steps=min(local.steps, STEPS // 2))
+        local = replace(local, steps=min(local.steps_at(0) or 1, STEPS // 2))
     elif isinstance(local, Train) and local.epochs is not None:
         local = replace(local, epochs=min(local.epochs, 2))
     return replace(plan, local=local, cohort=None)
@@ -319,7 +319,7 @@ def _rounds(plan: Plan, data: Clients) -> int:
     steps = 1
     if isinstance(local, Train):
         rows = int(data.sizes.double().median())
-        steps = local.steps or (local.epochs or 1) * math.ceil(rows / (local.batch or rows))
+        steps = local.steps_at(0) or (local.epochs or 1) * math.ceil(rows / (local.batch or rows))
     return min(20, max(3, STEPS // steps))
 
 
