@@ -128,6 +128,8 @@ REFUSED = [
     plateau(10, end=1),
     hold(1, rounds=5) >> 0.3,
     hold(0.3, rounds=5) >> 3,
+    hold(3, rounds=5) >> (hold(2, rounds=5) >> (hold(0.3, rounds=5) >> 3)),
+    hold(3, rounds=5) >> (warmup(9) >> 3),
     warmup(20) >> 4,
 ]
 

@@ -16,7 +16,7 @@ from atoll.plan.lanes import ROWS, Lanes, padded
 from atoll.plan.part import Part
 from atoll.plan.slots import Broadcast, Contribution, Optimizer, Tensors
 from atoll.rng import Key, global_scope
-from atoll.schedule import Schedule, constant
+from atoll.schedule import Schedule, constant, led
 from atoll.task import Task
 
 
@@ -94,9 +94,13 @@ def _steps_of(schedule: Schedule, t: int) -> int:
 
 
 def _check_steps(schedule: Schedule) -> None:
-    """Refuse a schedule of steps that looks at the loss, or that comes below 1: at the latest when it has fallen."""
+    """Refuse a schedule of steps that looks at the loss, or that comes below 1: where a piece begins or in the end."""
     steps, looks = _steps_of(schedule, 0), bool(schedule.init())
-    if looks or not steps or not _steps_of(schedule, _FAR):
+    turns, rest = [0], schedule
+    while isinstance(rest, led):
+        turns.append(turns[-1] + rest.first.rounds)
+        rest = rest.then
+    if looks or not all(_steps_of(schedule, t) for t in (*turns, _FAR)):
         raise UsageError(
             f"Train(steps={schedule!r}).",
             "a schedule of the round alone." if looks else "at least 1 step in every round.",
