@@ -34,7 +34,7 @@ class Unserved(Exception):
 
 
 class Sink(NamedTuple):
-    """Where gradients go: sink ← keep · sink + factor · gradient, for one tensor of each parameter."""
+    """Where gradients go: sink ← keep · sink + factor · gradient, for one tensor of each parameter; keep is 0 or 1."""
 
     tensors: Sequence[Tensor]
     keep: float
@@ -43,6 +43,13 @@ class Sink(NamedTuple):
     def add(self, i: int, a: Tensor, b: Tensor) -> None:
         """Add a @ b, `[K, n, m]`, to the sink of parameter i."""
         self.tensors[i].view(*a.shape[:2], -1).baddbmm_(a, b, beta=self.keep, alpha=self.factor)
+
+    def put(self, i: int, g: Tensor) -> None:
+        """Add g to the sink of parameter i."""
+        if self.keep:
+            self.tensors[i].add_(g, alpha=self.factor)
+        else:
+            torch.mul(g, self.factor, out=self.tensors[i])
 
 
 class Layer(Protocol):
@@ -70,7 +77,7 @@ class Dense:
         dx = dy if last else torch.bmm(dy, theta[self.weight])
         sink.add(self.weight, dy.mT, kept)
         if self.bias >= 0:
-            sink.add(self.bias, _ones(dy, 1, dy.shape[1]), dy)
+            sink.put(self.bias, dy.sum(1))
         return dx
 
 
@@ -86,8 +93,7 @@ class Bias:
         return x.add_(b) if self.in_place else x + b, None
 
     def backward(self, dy: Tensor, kept: None, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
-        flat = dy.flatten(2)
-        sink.add(self.bias, flat, _ones(dy, flat.shape[2], 1))
+        sink.put(self.bias, dy.flatten(2).sum(2))
         return dy
 
 
@@ -116,9 +122,12 @@ class Convolution:
     def backward(self, dy: Tensor, kept: Any, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
         columns, shape = kept
         flat = dy.reshape(*dy.shape[:2], -1)
-        dx = dy if last else self._folded(torch.bmm(theta[self.weight].flatten(2).mT, flat), dy, shape)
+        weight = None if last else theta[self.weight].flatten(2).clone()  # as it was, and small
         sink.add(self.weight, flat, columns.mT)
-        return dx
+        if weight is None:
+            return dy
+        # Back into the memory of the copies, which is near and no longer needed.
+        return self._folded(torch.bmm(weight.mT, flat, out=columns), dy, shape)
 
     def _folded(self, columns: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
         """The shifted copies added up where they came from."""
@@ -167,14 +176,15 @@ class Pool:
         x, y = kept
         whole = self.size == self.stride and y.shape[self.axis] * self.size == x.shape[self.axis]
         dx = torch.empty_like(x) if whole else torch.zeros_like(x)
-        pairs = list(zip(self._views(x), self._views(dx), strict=True))
-        for i, (view, into) in enumerate(pairs):
-            if i < len(pairs) - 1:
-                passed = torch.where(view == y, dy, 0.0)
-                dy = dy - passed  # exact: it is all of dy, or nothing
-            else:
-                passed = dy
-            _ = into.copy_(passed) if whole else into.add_(passed)
+        *others, last_view = zip(self._views(x), self._views(dx), strict=True)
+        won = torch.empty_like(y)
+        for view, into in others:
+            torch.ge(view, y, out=won)  # 1 or 0 at once: a choice by truth values takes ten times as long
+            passed = torch.mul(dy, won, out=into if whole else None)
+            dy = dy - passed  # exact: it is all of dy, or nothing
+            if not whole:
+                into.add_(passed)
+        _ = last_view[1].copy_(dy) if whole else last_view[1].add_(dy)
         return dx
 
     def _views(self, x: Tensor) -> list[Tensor]:
@@ -221,10 +231,6 @@ class ToRows:
         return dy.permute(0, 2, 3, 4, 1).contiguous()
 
 
-def _ones(like: Tensor, *shape: int) -> Tensor:
-    return like.new_ones(1, *shape).expand(len(like), *shape)
-
-
 @dataclass(frozen=True)
 class Program:
     """A model written out as layers, forward and back, with its loss.
@@ -256,6 +262,17 @@ class Program:
         layers = _arranged([layer for name, m in _leaves(module, "") for layer in _layers(m, name, names)])
         maps = any(isinstance(layer, (Convolution, Pool)) for layer in layers)
         return cls(tuple(layers), tuple(e.shape for e in layout.segment("params")), loss is mse, maps)
+
+    def room(self, features: tuple[int, ...], rows: int) -> int:
+        """How many numbers one client takes while it is at work on so many rows: θ, and what the way back needs."""
+        theta = [torch.empty(1, *shape, device="meta") for shape in self.shapes]
+        x = torch.empty(1, min(rows, MAPS) if self.maps else rows, *features, device="meta")
+        held = sum(t.numel() for t in theta) + x.numel()
+        for layer in self.layers:
+            x, kept = layer.forward(x, theta)
+            held += 0 if isinstance(layer, Shape) else x.numel()
+            held += kept[0].numel() if isinstance(layer, Convolution) else 0
+        return held
 
     def split(self, theta: Tensor) -> list[Tensor]:
         """Views of θ `[K, d]`, one a parameter, `[K, *shape]`."""
@@ -318,29 +335,39 @@ class Descent:
         theta: where all begin, `[d]`.
         lanes: K.
         lr: the rate.
+
+    `loss`, `[K, 1, 1]`, is what the rows of all steps lost so far.
     """
 
     def __init__(self, program: Program, theta: Tensor, lanes: int, lr: float) -> None:
         self._program, self._start, self._lr = program, program.split(theta[None]), lr
         self._lanes = [t.expand(max(2, lanes), *t.shape[1:]).contiguous() for t in self._start]
+        self._active = self._lanes if lanes > 1 else []
         self._pair: list[Tensor] | None = None  # the one lane that is left, and its copy: one alone has other bits
-        self._share: tuple[tuple[int, ...], Tensor] | None = None
+        self._share: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+        self.loss = theta.new_zeros(max(2, lanes), 1, 1)
         self.count = lanes
 
     @torch.no_grad()
-    def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """One step of the first k lanes on rows `[k, B, …]`, the first counts[k] of which count: Σ of losses `[k]`."""
+    def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> None:
+        """One step of the first k lanes on rows `[k, B, …]`, the first counts[k] of which count.
+
+        The losses of those rows are added to `loss`.
+        """
         k = len(counts)
         if self._share is None or self._share[0] != counts or self._share[1].shape[1] != x.shape[1]:
-            self._share = counts, shares(counts, y, self._start[0])
-        share = self._share[1]
-        if k > 1:
-            each = self._program.step([t[:k] for t in self._lanes], x, y, share, self._lr)
-            return total_of(each, share)
-        if self._pair is None:
-            self._pair = [t[:1].repeat(2, *[1] * (t.dim() - 1)) for t in self._lanes]
-        x, y, share = (t.expand(2, *t.shape[1:]) for t in (x, y, share))
-        return total_of(self._program.step(self._pair, x, y, share, self._lr), share)[:1]
+            share = shares(counts, y, self._start[0])
+            self._share = counts, share, (share > 0).to(share.dtype)[:, None]
+        _, share, rows = self._share
+        if k == 1:
+            if self._pair is None:
+                self._pair = [t[:1].repeat(2, *[1] * (t.dim() - 1)) for t in self._lanes]
+            self._active = self._pair
+            x, y, share, rows = (t.expand(2, *t.shape[1:]) for t in (x, y, share, rows))
+        elif len(self._active[0]) != k:
+            self._active = [t[:k] for t in self._lanes]
+        each = self._program.step(self._active, x, y, share, self._lr)
+        self.loss[:k] += torch.bmm(rows, each.unsqueeze(2))[:k]
 
     @torch.no_grad()
     def update(self) -> Tensor:

@@ -207,3 +207,31 @@ def test_the_float_sum_is_close(problem):
     grid = (weights[:, None] * block).sum(0) * 2.0 ** (1 - BELOW[rows.dtype])
     tiny = torch.finfo(rows.dtype).tiny * len(rows)
     assert (sums["exact"] - sums["float"]).abs().le(2 * len(rows) * eps * scale + grid + tiny).all()
+
+
+def by_places(rows, weights):
+    """The sum as it is defined: digit after digit of each contribution's block, from its own largest number down."""
+    digits, keep = {}, exact.places(rows.dtype)
+    for row, weight in zip(rows.double(), weights.double(), strict=True):
+        for start in range(0, len(row), BLOCK):
+            rest = row[start : start + BLOCK].clone()
+            if not (largest := float(rest.abs().max())):
+                continue
+            top = max(-41, math.frexp(largest)[1] // 26)
+            for place in range(top, max(top - keep, -42), -1):
+                anchor = 1.5 * 2.0 ** (52 + 26 * place)
+                digit = (rest + anchor) - anchor
+                rest -= digit
+                whole = digits.setdefault(place, torch.zeros(rows.shape[1], dtype=torch.float64))
+                whole[start : start + BLOCK] += weight * digit
+    return digits
+
+
+@given(problems())
+def test_digits_are_those_of_the_definition(problem):
+    """Read off as whole numbers, many blocks at a time, they are the same as one by one."""
+    rows, weights, _ = problem
+    ours, theirs = exact.add({}, rows, weights), by_places(rows, weights)
+    nothing = torch.zeros(rows.shape[1], dtype=torch.float64)
+    for place in {*ours, *theirs}:
+        assert torch.equal(ours.get(place, nothing), theirs.get(place, nothing))

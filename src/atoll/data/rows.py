@@ -46,7 +46,7 @@ def numbers(x: Tensor) -> Tensor:
         tensor([0.0000, 0.2000, 1.0000])
     """
     if x.dtype == torch.uint8:
-        return x.float() / 255
+        return x.float().div_(255)
     if x.dtype in (torch.float32, torch.float64):
         return x
     return x.float() if x.is_floating_point() or x.dtype == torch.bool else x.long()

@@ -62,7 +62,8 @@ def _same_anywhere(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     wide = [next(columns) if isinstance(a, Tensor) else a for a in args]
 
     def over(start: int, end: int) -> Tensor:
-        part: Tensor = func(*(a[start:end].clone() if isinstance(a, Tensor) else a for a in wide), **kwargs)
+        fresh = {n: a.new_empty(0) if isinstance(a, Tensor) else a for n, a in kwargs.items()}  # what goes to `out`
+        part: Tensor = func(*(a[start:end].clone() if isinstance(a, Tensor) else a for a in wide), **fresh)
         return part.nan_to_num()
 
     try:

@@ -74,7 +74,7 @@ class InProcess:
         work = Work(
             plan, task, self.data, start, Pending(state.memory), state.round, cut(flown.arrived, self.data.count)
         )
-        with threads_for(task):
+        with threads_for(task, len(cohort.ids)):
             for wave in waves(flown.arrived) if state.memory.first else [flown.arrived]:
                 for birth, codes, down in births(wave, self.data.count):
                     for chunk in self._chunks(plan, task, codes):
@@ -93,13 +93,15 @@ def check_chunk(chunk: int | None) -> None:
 
 
 @contextlib.contextmanager
-def threads_for(task: Task) -> Iterator[None]:
+def threads_for(task: Task, lanes: int = 1) -> Iterator[None]:
     """Let torch use one thread for a small model, and then as many as before. It changes no bit.
 
     A kernel of a small model is over before a second thread has woken; on a busy machine the first then waits for it.
+    By hand, one kernel goes through all lanes, of which there are so many.
     """
     before = torch.get_num_threads()
-    if before == 1 or task.layout.d >= _SMALL or task.slow_in_lanes:
+    size = task.layout.d * lanes // 4 if task.numerics == "fused" else task.layout.d
+    if before == 1 or size >= _SMALL or task.slow_in_lanes:
         yield
         return
     torch.set_num_threads(1)

@@ -55,7 +55,7 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto") -> Choic
     if wanted in ("auto", "fused"):
         trouble = _trouble(replace(task, numerics="fused"), task, data, rows)
         if not trouble:
-            reason = "a stack of known layers: forward, backward and step by hand, many clients in one pass"
+            reason = "a stack of known layers, by hand: many clients in one pass"
             return Choice(replace(task, numerics="fused"), "asked for" if wanted == "fused" else reason)
         if wanted == "fused":
             raise _refused(wanted, trouble)
@@ -87,7 +87,7 @@ def _passes(task: Task, data: Clients, rows: int) -> bool:
             raise
         except Exception as error:
             lanes = _lanes(task, data, (0,))
-            x = lanes.take(torch.zeros(1, 1, dtype=torch.int64), (1,)).x
+            x = lanes.take(lanes.places(torch.zeros(1, 1, dtype=torch.int64)), (1,)).x
             raise UsageError(
                 f"The model or its loss does not take a batch of this data: {type(error).__name__}: {error}",
                 f"a model for rows of shape {tuple(x.shape[2:])} ({x.dtype}), and a loss of one value a row.",
@@ -158,7 +158,7 @@ def _gradient(task: Task, data: Clients, rows: int, ids: tuple[int, ...]) -> Gra
     lanes = _lanes(task, data, ids)
     counts = tuple(min(rows, n) for n in lanes.sizes)
     positions = torch.arange(max(counts)).expand(len(ids), -1)
-    batch = lanes.take(positions, counts)
+    batch = lanes.take(lanes.places(positions), counts)
     _check_loss(task, data, batch.x[0, : counts[0]], batch.y[0, : counts[0]])
     return task.gradient(task.initial().lanes(len(ids)), batch, Key(0).of(lanes.ids))
 

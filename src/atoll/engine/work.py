@@ -20,12 +20,13 @@ from atoll.engine.arrivals import Flown, nbytes
 from atoll.errors import AtollError, RunError
 from atoll.plan.aggregate.exact import LARGEST
 from atoll.plan.flight import Flight
-from atoll.plan.lanes import Lanes
+from atoll.plan.lanes import ROWS, Lanes
 from atoll.plan.plan import Failure, Gathered, Plan, State, part_of
 from atoll.plan.slots import Aggregator, Broadcast, Contribution
 from atoll.rng import Key
 from atoll.task import Task
 
+_FUSED_BYTES = 7 << 20  # by hand there is no gradient to hold, and a step goes through all of it three times
 _LANE_BYTES = 16 << 20  # what a chunk's θ, gradients and updates take together: they stay near the cores
 _DROPPED = "dropped out"
 
@@ -106,7 +107,7 @@ def chunks(plan: Plan, task: Task, data: Clients, codes: Tensor, most: int | Non
         return
     sizes = data.sizes[codes % data.count]
     sizes, order = torch.sort(sizes, descending=True, stable=True)
-    chunk = lanes_of(task, most)
+    chunk = lanes_of(plan, task, data, int(sizes[0]) if len(sizes) else 1, most)
     group: list[int] = []
     now = -1
     for i, n in zip(codes[order].tolist(), sizes.tolist(), strict=True):
@@ -120,12 +121,15 @@ def chunks(plan: Plan, task: Task, data: Clients, codes: Tensor, most: int | Non
         yield torch.tensor(group)
 
 
-def lanes_of(task: Task, most: int | None) -> int:
-    """How many clients are computed together: at most `most`, or what the model's size allows."""
+def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None) -> int:
+    """How many clients are computed together: at most `most`, or what the size of model and batch allows."""
     if task.numerics == "loop":
         return 1
     if most is not None:
         return most
+    if task.numerics == "fused":
+        held = task.fused.room(data.features, min(plan.local.width(rows), ROWS))
+        return max(4, min(1024, _FUSED_BYTES // (held * task.layout.dtype.itemsize)))
     each = 6 * task.layout.d * task.layout.dtype.itemsize
     return max(4, min(1024, _LANE_BYTES // each))
 

@@ -18,7 +18,7 @@ from atoll.data.clients import Clients
 from atoll.rng import Key
 from atoll.task import Batch, Gradient, Model, Task
 
-_AHEAD = 1 << 21  # numbers of rows that are read at once for several steps
+_AHEAD = 1 << 19  # numbers of rows that are read at once for several steps
 ROWS = 1024  # the most rows of one client in one pass: bounds the memory of activations
 
 
@@ -63,45 +63,46 @@ class Lanes:
         """Where each client's rows begin, and the last position among them, int64 `[K]`."""
         return self.clients.offsets[self.ids], self.rows - 1
 
-    def take(self, positions: Tensor, counts: tuple[int, ...]) -> Batch:
-        """The rows at these positions, int64 `[k, B]`, of the first k clients; a position past the end is padding."""
-        starts, lasts = (column[: len(counts), None] for column in self._ends)
-        return Batch(*self._read(starts + torch.minimum(positions, lasts)), counts)
+    def places(self, positions: Tensor, index: Tensor | slice = slice(None)) -> Tensor:
+        """Where in the list of all rows these positions `[k, B]` of some clients are; one past the end is the last."""
+        starts, lasts = (column[index, None] for column in self._ends)
+        return torch.minimum(positions, lasts[: len(positions)]) + starts[: len(positions)]
 
-    def _read(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows at these places of the list of all rows, in the type of the run."""
+    def take(self, places: Tensor, counts: tuple[int, ...]) -> Batch:
+        """The rows at these places `[k, B]`, of the first k clients."""
         x, y = self.clients.take(self.clients.order[places])
         x = x.to(self.dtype) if x.is_floating_point() else x
-        return x, y.to(self.dtype) if y.is_floating_point() else y
+        return Batch(x, y.to(self.dtype) if y.is_floating_point() else y, counts)
 
     def batches(self, steps: Iterable[tuple[Tensor, tuple[int, ...]]]) -> Iterator[Batch]:
-        """The batch of each step, from positions `[k, B]` and counts; the rows of several steps are read at once."""
-        width, some = max(1, prod(self.clients.features)), []
-        for step in steps:
-            some.append(step)
-            if sum(positions.numel() for positions, _ in some) * width >= _AHEAD:
+        """The batch of each step, from places `[k, B]` and counts; the rows of several steps are read at once."""
+        most, held = max(1, _AHEAD // max(1, prod(self.clients.features))), 0
+        some: list[tuple[Tensor, tuple[int, ...]]] = []
+        for places, counts in steps:
+            some.append((places, counts))
+            held += places.numel()
+            if held >= most:
                 yield from self._together(some)
-                some = []
+                some, held = [], 0
         if some:
             yield from self._together(some)
 
     def _together(self, steps: list[tuple[Tensor, tuple[int, ...]]]) -> Iterator[Batch]:
-        starts, lasts = self._ends
-        places = [starts[: len(p), None] + torch.minimum(p, lasts[: len(p), None]) for p, _ in steps]
-        sizes = [p.numel() for p in places]
-        x, y = self._read(torch.cat([p.flatten() for p in places]))
-        for p, xs, ys, (_, counts) in zip(places, x.split(sizes), y.split(sizes), steps, strict=True):
-            yield Batch(xs.unflatten(0, p.shape), ys.unflatten(0, p.shape), counts)
+        shapes, sizes = zip(*((p.shape, p.numel()) for p, _ in steps), strict=True)
+        x, y, _ = self.take(torch.cat([p.reshape(-1) for p, _ in steps]), ())
+        rows = zip(x.split(sizes), y.split(sizes), shapes, steps, strict=True)
+        for xs, ys, shape, (_, counts) in rows:
+            yield Batch(xs.view(*shape, *xs.shape[1:]), ys.view(*shape, *ys.shape[1:]), counts)
 
-    def gradient(self, task: Task, model: Model, positions: Tensor, counts: tuple[int, ...], key: Key) -> Gradient:
-        """The mean gradient of each client's loss over the rows at these positions; at most `ROWS` of them in a pass.
+    def gradient(self, task: Task, model: Model, places: Tensor, counts: tuple[int, ...], key: Key) -> Gradient:
+        """The mean gradient of each client's loss over the rows at these places; at most `ROWS` of them in a pass.
 
         More rows go in sub-batches, as equal as can be (batch statistics want no short tail), whose gradients are
         averaged by the rows they hold.
         """
-        wide = positions.shape[1]
+        wide = places.shape[1]
         if wide <= ROWS:
-            return task.gradient(model, self.take(positions, counts), key)
+            return task.gradient(model, self.take(places, counts), key)
         # Without padding a lane is cut by its own rows alone; with it, by the width that its neighbours share.
         size = ROWS if task.batch_statistics else -(-wide // -(-wide // ROWS))
         rows = torch.tensor(counts, device=model.theta.device)
@@ -111,7 +112,7 @@ class Lanes:
             begin, end = (torch.minimum(rows * i // own, rows) for i in (part, part + 1))
             columns = (begin[:, None] + span).clamp(max=wide - 1)
             here = tuple((end - begin).tolist())
-            got = task.gradient(model, self.take(positions.gather(1, columns), here), key.fold(part) if part else key)
+            got = task.gradient(model, self.take(places.gather(1, columns), here), key.fold(part) if part else key)
             share = ((end - begin).to(got.grad.dtype) / rows)[:, None]
             if whole is None:
                 whole = got._replace(grad=got.grad * share, loss=got.loss.clone())

@@ -72,7 +72,7 @@ class Gradient(Part):
             wide = max(width, lanes.sizes[0])
             positions = key.fold("order").permutations(lanes.rows, wide)[:, :width]
         model = broadcast.model.lanes(len(counts))
-        g = lanes.gradient(task, model, positions, counts, key.fold("pass"))
+        g = lanes.gradient(task, model, lanes.places(positions), counts, key.fold("pass"))
         sums = {"loss": g.loss, "rows": torch.tensor(counts, device=lanes.ids.device)}
         return _contribution(lanes, g.grad, g.buffers, g.counters, sums), {}
 
@@ -237,9 +237,9 @@ class Train(Part):
         loss = model.theta.new_zeros(lanes_count)
         rows = torch.zeros(lanes_count, dtype=torch.int64, device=model.theta.device)
         steps = self.steps_at(broadcast.round)
-        for s, (positions, counts) in enumerate(self._batches(lanes, memory, key, task, steps)):
+        for s, (places, counts) in enumerate(self._batches(lanes, memory, key, task, steps)):
             k = len(counts)
-            g = lanes.gradient(task, model.first(k), positions, counts, key.fold("pass", s).select(slice(k)))
+            g = lanes.gradient(task, model.first(k), places, counts, key.fold("pass", s).select(slice(k)))
             stepper.step(g.grad)
             model.buffers[:k] = g.buffers
             for name, counter in g.counters.items():
@@ -273,13 +273,14 @@ class Train(Part):
         """θ − θᵢ of K clients by steps that are part of the backward pass: no gradient is ever stored."""
         lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
         descent = task.descent(broadcast.model, len(lanes.sizes), lr)
-        loss = broadcast.model.theta.new_zeros(len(lanes.sizes))
-        rows = torch.zeros(len(lanes.sizes), dtype=torch.int64, device=loss.device)
         steps = self.steps_at(broadcast.round)
+        known = self.epochs is not None and lanes.share == 1
+        rows = lanes.rows * (self.epochs or 0) if known else torch.zeros_like(lanes.rows)
         for batch in lanes.batches(self._batches(lanes, memory, key, task, steps)):
-            k = len(batch.counts)
-            loss[:k] += descent.step(batch.x, batch.y, batch.counts)
-            rows[:k] += torch.tensor(batch.counts, device=rows.device)
+            descent.step(batch.x, batch.y, batch.counts)
+            if not known:
+                rows[: len(batch.counts)] += torch.tensor(batch.counts, device=rows.device)
+        loss = descent.loss.flatten()[: len(rows)]
         after = {"taken": self._taken(lanes, memory, steps)} if "order" in self.keep else {}
         nothing = loss.new_empty(len(loss), 0)  # a model with buffers is not served
         return _contribution(lanes, descent.update(), nothing, {}, {"loss": loss, "rows": rows}), after
@@ -287,7 +288,7 @@ class Train(Part):
     def _batches(
         self, lanes: Lanes, memory: Tensors, key: Key, task: Task, steps_each: int | None
     ) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-        """Positions `[k, B]` and counts of each step, for the k lanes that still train: always the first ones.
+        """Places of rows `[k, B]` and counts of each step, for the k lanes that still train: always the first ones.
 
         Each lane is at its own place in its own pass, so that its draws do not depend on how many batches others have.
         """
@@ -301,6 +302,7 @@ class Train(Part):
         reach = width * int(lengths.max()) + 1
         order = torch.zeros(len(rows), reach, dtype=torch.int64, device=rows.device)
         full = rows if self.batch is None else rows.clamp(max=self.batch)
+        alike = not keeps and lanes.sizes[0] == lanes.sizes[-1]  # all at the same place: no place has to be looked up
         for first in range(0, int(steps[0]), _AHEAD):
             ahead = torch.arange(first, min(first + _AHEAD, int(steps[0])), device=rows.device)[:, None]
             active = (steps > ahead).sum(1).tolist()
@@ -311,12 +313,18 @@ class Train(Part):
             for i, (k, some) in enumerate(zip(active, new.any(1).tolist(), strict=True)):
                 if some and bool(new[i, :k].any()):
                     index = new[i, :k].nonzero().squeeze(1)
-                    key_ = draw.of(lanes.ids[index], epoch[i, index])
-                    order[index] = key_.permutations(rows[index], reach)
+                    drawn = draw.of(lanes.ids[index], epoch[i, index]).permutations(rows[index], reach)
+                    if alike:
+                        order = lanes.places(drawn)  # a new one: views of the old may not have been read yet
+                    else:
+                        order[index] = lanes.places(drawn, index)
                 own = tuple(counts[i][:k])
-                span = torch.arange(max(*own, width), device=rows.device)
-                columns = (at[i, :k, None] * width + span).clamp_(max=reach - 1)
-                yield order[:k].gather(1, columns), own
+                if alike:
+                    begin = (first + i) % int(lengths[0]) * width
+                    yield order[:, begin : begin + max(own[0], width)], own
+                else:
+                    span = torch.arange(max(*own, width), device=rows.device)
+                    yield order[:k].gather(1, (at[i, :k, None] * width + span).clamp_(max=reach - 1)), own
 
 
 _AHEAD = 64  # steps planned at once
@@ -380,7 +388,7 @@ class Loader:
         order = self._key.fold(self._passes).permutation(self.rows)[None]
         self._passes += 1
         for piece in order.split(self._lengths, 1):
-            x, y, _ = self._lanes.take(piece, (piece.shape[1],))
+            x, y, _ = self._lanes.take(self._lanes.places(piece), (piece.shape[1],))
             yield x[0], y[0]
 
 
@@ -483,7 +491,7 @@ class Evaluate(Part):
         start = 0
         for piece in positions.split(ROWS, 1):
             counts = tuple(max(0, min(n - start, piece.shape[1])) for n in lanes.sizes)
-            for name, value in task.measure(model, lanes.take(piece, counts)).items():
+            for name, value in task.measure(model, lanes.take(lanes.places(piece), counts)).items():
                 sums[name] = sums[name] + value if name in sums else value
             start += piece.shape[1]
         sums["rows"] = lanes.rows

@@ -273,7 +273,7 @@ def predict(training: Rounds) -> Forecast:
     engine, state, rounds = training.engine, training.state, training.settings.rounds
     plan, layout = training.plan.at(engine), training.task.layout
     flights = flown(plan, state, engine, rounds)
-    lanes = lanes_of(training.task, engine.chunk)
+    lanes = lanes_of(plan, training.task, training.data, int(training.data.sizes.max()), engine.chunk)
     links = {}
     if training.fleet is None:
         each = (_mean(flights.up) + _mean(flights.down),)

@@ -31,7 +31,7 @@ from atoll.errors import UsageError
 
 WIDTH = 26
 BLOCK = 4096
-_TILE = 1 << 17  # numbers worked on at once: with their digits they stay near a core
+_TILE = 1 << 18  # numbers worked on at once: with their digits they stay near a core
 CAPACITY = 1 << 28
 LARGEST = 2.0**900
 _LOWEST = -41  # 2^(26·−41) = 2^−1066: below it float64 has only the last bits of its subnormal numbers

@@ -1,0 +1,180 @@
+"""Seconds a round on one machine: atoll beside a bare PyTorch loop, in turn, medians.
+
+    python benchmarks/simulation.py                                    softmax, mlp and cnn, 5 rounds each
+    python benchmarks/simulation.py --models mlp --rounds 20 --threads 2
+    python benchmarks/simulation.py --rows ragged --cohort 1000      ragged clients, another cohort
+    python benchmarks/simulation.py --accuracy 30                      accuracy of both after 30 rounds as well
+
+Fashion-MNIST in the hands of 1,000 clients of 60 images; 100 of them a round make one epoch of SGD, batch 10, lr .05.
+The bare loop is what one writes by hand: one module, one optimizer, client after client, the images as floats in
+memory. Beside seconds stand the arithmetic and the memory traffic that a round cannot do without, as parts of what
+this machine reaches, measured in the same run: large matrix products, and copies of a large array.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import atoll
+from atoll import models, recipes
+from atoll.data import Clients
+from atoll.rng import Key
+
+LR, BATCH = 0.05, 10
+
+
+def dataset(clients: int, rows: str) -> Clients:
+    """Fashion-MNIST, or noise of its shape where it is not installed; equal shares, or sizes far apart."""
+    try:
+        source = atoll.data.load("fashion_mnist")
+    except atoll.UsageError as error:
+        print(f"noise in place of the images: {error.given}")
+        images = torch.randint(256, (60_000, 28, 28), dtype=torch.uint8)
+        source = atoll.data.arrays(images, torch.randint(10, (60_000,)))
+    return source.split(clients, atoll.data.IID() if rows == "equal" else atoll.data.Quantity())
+
+
+@dataclass
+class Bare:
+    """FedAvg as one writes it by hand."""
+
+    module: nn.Module
+    data: Clients
+    cohort: int
+
+    def __post_init__(self) -> None:
+        self.x, self.y = self.data.take(self.data.order)
+        self.generator = torch.Generator().manual_seed(0)
+        self.theta = {n: t.clone() for n, t in self.module.state_dict().items()}
+
+    def round(self) -> None:
+        """One round: clients in turn, then their mean by rows."""
+        total, rows = {n: torch.zeros_like(t) for n, t in self.theta.items()}, 0
+        for client in torch.randperm(self.data.count, generator=self.generator)[: self.cohort].tolist():
+            begin, end = self.data.offsets[client : client + 2].tolist()
+            x, y = self.x[begin:end], self.y[begin:end]
+            self.module.load_state_dict(self.theta)
+            optimizer = torch.optim.SGD(self.module.parameters(), LR)
+            for batch in torch.randperm(end - begin, generator=self.generator).split(BATCH):
+                optimizer.zero_grad()
+                F.cross_entropy(self.module(x[batch]), y[batch]).backward()
+                optimizer.step()
+            rows += end - begin
+            for name, tensor in self.module.state_dict().items():
+                total[name] += tensor * (end - begin)
+        self.theta = {n: t / rows for n, t in total.items()}
+
+    def accuracy(self) -> float:
+        """On the held-out rows."""
+        self.module.load_state_dict(self.theta)
+        return accuracy(self.module, self.data)
+
+
+def accuracy(module: nn.Module, data: Clients) -> float:
+    """The part of the held-out rows that a model gets right."""
+    held = data.held()
+    x, y = held.take(held.order)
+    with torch.no_grad():
+        return float((module(x).argmax(1) == y).double().mean())
+
+
+def seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall-clock seconds, and seconds of all cores."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def limits() -> tuple[float, float]:
+    """What this machine reaches now: FLOP/s of a large matrix product, bytes/s of a copy."""
+    a, b = torch.randn(2, 1024, 1024)
+    product = min(seconds(lambda: a @ b)[0] for _ in range(10))
+    source, target = torch.empty(2, 1 << 24).fill_(1.0)
+    copy = min(seconds(lambda: target.copy_(source))[0] for _ in range(5))
+    return 2 * 1024**3 / product, 2 * source.nbytes / copy
+
+
+def work_of(module: nn.Module, x: Tensor) -> float:
+    """Multiplications and additions of one row, forward and back; the input of the first layer has no gradient."""
+    total, first = 0.0, True
+
+    def count(layer: nn.Module, given: tuple[Tensor], out: Tensor) -> None:
+        nonlocal total, first
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        total += 2.0 * weight.numel() * (out[0].numel() / weight.shape[0]) * (2 if first else 3)
+        first = False
+
+    hooks = [m.register_forward_hook(count) for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    with torch.no_grad():
+        module(x[:1])
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def compare(name: str, data: Clients, options: argparse.Namespace) -> None:
+    """One line of the table for one model."""
+
+    def fresh() -> nn.Module:
+        return models.build(name, data.features, 10, "classification", Key(0).fold("model"))
+
+    plan = recipes.fedavg(LR, batch=BATCH, cohort=options.cohort)
+    rounds = 1 + max(options.rounds, options.accuracy)
+    ours = atoll.rounds(
+        fresh(), data, plan, rounds=rounds, evaluate_every=0, numerics=options.numerics, chunk=options.chunk
+    )
+    bare = Bare(fresh(), data, options.cohort)
+    ours.next(), bare.round()  # the first round of both warms up
+    pairs = [(seconds(ours.next), seconds(bare.round)) for _ in range(options.rounds)]
+    mine, theirs = ([statistics.median(c) for c in zip(*side, strict=True)] for side in zip(*pairs, strict=True))
+    flops, stream = limits()
+    rows = BATCH * -(-float(data.sizes.double().mean()) // BATCH) * options.cohort
+    theta = 4.0 * ours.task.layout.d
+    arithmetic = rows * work_of(bare.module, bare.x) / flops
+    memory = (rows / BATCH * 3 * theta + 4 * theta * options.cohort) / stream
+    print(
+        f"{name:8s} {ours.task.numerics:6s} {mine[0]:9.4f} {theirs[0]:9.4f} {theirs[0] / mine[0]:8.2f}x"
+        f" {theirs[1] / mine[1]:8.2f}x {arithmetic / mine[0]:10.0%} {memory / mine[0]:8.0%}",
+        flush=True,
+    )
+    if options.accuracy:
+        for _ in range(options.accuracy - options.rounds - 1):
+            ours.next(), bare.round()
+        print(f"{'':8s} after {ours.state.round} rounds: {accuracy(ours.model, data):.4f} and {bare.accuracy():.4f}")
+
+
+def main() -> None:
+    """Read the options, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["softmax", "mlp", "cnn"])
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each")
+    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--cohort", type=int, default=100)
+    parser.add_argument("--rows", choices=["equal", "ragged"], default="equal")
+    parser.add_argument("--numerics", default="auto")
+    parser.add_argument("--chunk", type=int)
+    parser.add_argument("--threads", type=int, help="of torch; otherwise its own choice")
+    parser.add_argument("--accuracy", type=int, default=0, metavar="ROUNDS")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    data = dataset(options.clients, options.rows)
+    flops, stream = limits()
+    print(f"{data}, cohort {options.cohort}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"this machine now: {flops / 1e9:.0f} GFLOP/s, {stream / 1e9:.1f} GB/s copied")
+    print("model    body    atoll [s]  bare [s]    ratio  of CPU [s]  arithmetic   memory")
+    for name in options.models:
+        compare(name, data, options)
+
+
+if __name__ == "__main__":
+    main()
