@@ -65,6 +65,7 @@ class Pending:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.first = store.first
         self._rows: dict[int, dict[str, Tensor]] = {}
 
     def take(self, ids: Tensor) -> dict[str, Tensor]:

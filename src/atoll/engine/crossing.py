@@ -1,0 +1,348 @@
+"""What crosses between processes: values as plain trees and arrays, and arrays in memory that both map.
+
+    None, truth values, numbers, texts, bytes, torch's dtypes, devices and sizes      as they are
+    tuples, lists, sets, dicts                                                        item by item
+    tensors, numpy arrays                                                             in a shared block, or a mapped file
+    functions and classes                                                             by name, module:name
+    modules, data sets and other objects that are their `__dict__`                    name of the class, and the dict
+
+Nothing else crosses, and nothing is run on the way but the import of what is named.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import importlib
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from atoll.errors import UsageError
+
+_ALIGN = 64  # bytes: where a tensor may begin
+_WRITTEN_IN_PYTHON = 1 << 9  # CPython's flag of classes that are objects themselves; those of C come without
+_HOMES = ("torch", "torch.nn.functional", "builtins")  # of functions that do not say where they live
+Place = tuple[str, str, tuple[int, ...], int]  # name, dtype, shape, first byte
+
+
+class Block:
+    """A file that several processes map, and tensors in it.
+
+    Args:
+        path: the file; it is made, of `size` bytes, where a size is given, and there already where none is.
+        size: bytes.
+    Raises:
+        OSError: there is no room for it.
+    """
+
+    def __init__(self, path: str | Path, size: int | None = None) -> None:
+        self.path = str(path)
+        if size is not None:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                os.posix_fallocate(handle, 0, max(size, _ALIGN))  # a hole that cannot be filled later kills the process
+            except OSError:
+                os.unlink(self.path)
+                raise
+            finally:
+                os.close(handle)
+        self.size = os.stat(self.path).st_size
+        self._bytes = torch.from_file(self.path, shared=True, size=self.size, dtype=torch.uint8)
+
+    def write(self, tensors: Mapping[str, Tensor]) -> list[Place]:
+        """Put tensors into the block, and say where they are."""
+        places = list(_places(tensors))
+        for (_, _, _, start), t in zip(places, tensors.values(), strict=True):
+            if t.numel():
+                self._bytes[start : start + t.numel() * t.element_size()].view(t.dtype).copy_(t.reshape(-1))
+        return places
+
+    def read(self, places: Iterable[Place]) -> dict[str, Tensor]:
+        """The tensors at these places: views, which change when the block does."""
+        out = {}
+        for name, dtype, shape, start in places:
+            kind: torch.dtype = getattr(torch, dtype)
+            end = start + math.prod(shape) * kind.itemsize
+            out[name] = self._bytes[start:end].view(kind).view(tuple(shape))
+        return out
+
+
+def _places(tensors: Mapping[str, Tensor]) -> Iterator[Place]:
+    start = 0
+    for name, t in tensors.items():
+        yield name, str(t.dtype).removeprefix("torch."), tuple(t.shape), start
+        start += -(-t.numel() * t.element_size() // _ALIGN) * _ALIGN
+
+
+def room(tensors: Mapping[str, Tensor]) -> int:
+    """The bytes that a block for these tensors has."""
+    return sum(-(-t.numel() * t.element_size() // _ALIGN) * _ALIGN for t in tensors.values())
+
+
+class Blocks:
+    """Blocks in a folder of shared memory, and where that has no room, in one on the disk.
+
+    Args:
+        folders: the first one that has room takes a block.
+        name: what the names of the files begin with.
+    """
+
+    def __init__(self, folders: tuple[str, ...], name: str) -> None:
+        self._folders, self._name, self._made = folders, name, 0
+
+    def block(self, size: int) -> Block:
+        """A new block."""
+        self._made += 1
+        *some, last = (Path(folder) / f"{self._name}-{self._made}" for folder in self._folders)
+        for path in some:
+            try:
+                return Block(path, size)
+            except OSError:  # full: the disk takes it
+                continue
+        return Block(last, size)
+
+    def fitting(self, block: Block | None, tensors: Mapping[str, Tensor]) -> Block:
+        """The same block where the tensors fit into it, otherwise a larger one, and the file of the old one goes."""
+        need = room(tensors)
+        if block is not None and block.size >= need:
+            return block
+        if block is not None:
+            os.unlink(block.path)
+        return self.block(need + need // 4)
+
+    def path(self) -> Path:
+        """Where a file on the disk may be made."""
+        self._made += 1
+        return Path(self._folders[-1]) / f"{self._name}-{self._made}"
+
+
+class Packed(NamedTuple):
+    """A value as a tree of plain items, and the tensors that it names by their number."""
+
+    tree: Any
+    tensors: dict[str, Tensor]
+
+
+def pack(value: Any, what: str, write: str, spill: Callable[[], Path]) -> Packed:
+    """A value as it crosses.
+
+    Args:
+        value: the value.
+        what: it is, for the error.
+        write: what the error says to write instead, where no better line is known.
+        spill: where a mapped array without a file of its own is written to.
+    Raises:
+        UsageError: it holds something that cannot cross, and where.
+    """
+    packer = _Packer(write, spill)
+    return Packed(packer.pack(value, what), packer.tensors)
+
+
+def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that was packed; what stands in it twice is one object again.
+
+    A module gets copies of its tensors, since it changes them; everything else reads the shared ones.
+    """
+    return _Unpacker(tensors).unpack(tree)
+
+
+def name_of(thing: Any, what: str) -> str:
+    """The name, `module:name`, by which another process can import a function or class.
+
+    Raises:
+        UsageError: there is none.
+    Example:
+        >>> name_of(nn.Linear, "the model")
+        'torch.nn.modules.linear:Linear'
+    """
+    name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
+    kind = "class" if isinstance(thing, type) else "function"
+    if module == "__main__":
+        raise UsageError(
+            f"{what}: the {kind} {name} is defined in __main__: a script, a notebook or a prompt.",
+            f"a {kind} in a file of its own, imported from there.",
+            "a worker is another process: it is sent numbers, and imports code by its name.",
+            f"from my_{name.split('.')[0].strip('<>').lower()} import {name.split('.')[0].strip('<>')}",
+        )
+    for home in (module,) if module else _HOMES:
+        try:
+            if named(f"{home}:{name}") is thing:
+                return f"{home}:{name}"
+        except (ImportError, AttributeError):
+            continue
+    raise UsageError(
+        f"{what}: the {kind} {name or thing!r} of {module} has no name that can be imported.",
+        f"a {kind} at the top of a module.",
+        "a worker is another process: it is sent numbers, and imports code by its name.",
+        '--engine inprocess',
+    )
+
+
+def named(name: str) -> Any:
+    """What `module:name` names, imported."""
+    module, _, path = name.partition(":")
+    return functools.reduce(getattr, path.split("."), importlib.import_module(module))
+
+
+class _Packer:
+    def __init__(self, write: str, spill: Callable[[], Path]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._write, self._spill = write, spill
+        self._seen: dict[int, tuple[int, Any]] = {}  # with the thing itself: an id belongs to whoever is alive
+
+    def pack(self, value: Any, at: str) -> Any:
+        match value:
+            case None | bool() | float() | str() | bytes() if type(value) in (type(None), bool, float, str, bytes):
+                return value
+            case int() if type(value) is int:
+                return value if -(1 << 63) <= value < 1 << 63 else ["int", str(value)]
+            case torch.dtype():
+                return ["dtype", str(value).removeprefix("torch.")]
+            case torch.device():
+                return ["device", str(value)]
+            case torch.Size():
+                return ["size", list(value)]
+            case tuple() if hasattr(value, "_fields"):
+                return ["named", name_of(type(value), at), self._items(value, at)]
+            case tuple() | list() | set() | frozenset() if type(value) in (tuple, list, set, frozenset):
+                return [type(value).__name__, self._items(value, at)]
+            case dict() if type(value) in (dict, collections.OrderedDict):
+                pairs = [[self.pack(k, at), self.pack(v, f"{at}.{k}")] for k, v in value.items()]
+                return [type(value).__name__, pairs]
+        if id(value) in self._seen:
+            return ["again", self._seen[id(value)][0]]
+        number = len(self._seen)
+        self._seen[id(value)] = number, value
+        return ["new", number, self._thing(value, at)]
+
+    def _items(self, items: Iterable[Any], at: str) -> list[Any]:
+        return [self.pack(item, f"{at}[{i}]") for i, item in enumerate(items)]
+
+    def _thing(self, value: Any, at: str) -> Any:
+        match value:
+            case Tensor() if type(value) in (Tensor, nn.Parameter, nn.Buffer):
+                name = str(len(self.tensors))
+                self.tensors[name] = value.detach()
+                return ["parameter" if isinstance(value, nn.Parameter) else "tensor", name, value.requires_grad]
+            case np.memmap():
+                return self._mapped(value)
+            case np.ndarray() if value.dtype.isnative and value.dtype.kind in "biuf":
+                name = str(len(self.tensors))
+                self.tensors[name] = torch.from_numpy(np.require(value, requirements=["C", "W"]))
+                return ["array", name]
+            case type():
+                return ["code", name_of(value, at)]
+            case _ if callable(value) and hasattr(value, "__qualname__"):
+                return ["code", name_of(value, at)]
+        return ["object", name_of(type(value), at), self.pack(self._state(value, at), at)]
+
+    def _mapped(self, array: np.memmap[Any, Any]) -> Any:
+        """A mapped array by its file; one whose file has no name any more is written to another."""
+        base = array
+        while isinstance(base.base, np.memmap):
+            base = base.base
+        whole = array.flags.c_contiguous and base.flags.c_contiguous
+        inside = array.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+        path, offset = base.filename, int(base.offset) + inside
+        if path is None or not whole or not Path(path).is_file():
+            path, offset = str(self._spill()), 0
+            with open(path, "wb") as file:
+                for piece in np.array_split(array, max(1, array.nbytes >> 24)):
+                    file.write(np.ascontiguousarray(piece).tobytes())
+        return ["mapped", os.path.abspath(path), array.dtype.str, list(array.shape), offset]
+
+    def _state(self, value: Any, at: str) -> dict[str, Any]:
+        """The `__dict__` of an object that is nothing beside it; of a dataclass its fields alone."""
+        kind = type(value)
+        if dataclasses.is_dataclass(value) and not hasattr(kind, "__setstate__"):
+            return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        plain = kind.__reduce__ is object.__reduce__ and kind.__reduce_ex__ is object.__reduce_ex__
+        plain &= all(base.__flags__ & _WRITTEN_IN_PYTHON for base in kind.__mro__[:-1])
+        state = value.__getstate__() if plain and hasattr(value, "__dict__") else None
+        if isinstance(state, dict):
+            return state
+        raise UsageError(
+            f"{at} is a {kind.__module__}.{kind.__qualname__}.",
+            "numbers, texts, tensors, arrays, code that can be imported, and objects made of them.",
+            "a worker is another process: nothing else can be sent to it.",
+            self._write,
+        )
+
+
+class _Unpacker:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._made: dict[int, Any] = {}
+        self._copies = 0  # how deep inside a module
+
+    def unpack(self, tree: Any) -> Any:
+        if not isinstance(tree, list):
+            return tree
+        match tree:
+            case ["int", text]:
+                return int(text)
+            case ["dtype", name]:
+                return getattr(torch, name)
+            case ["device", text]:
+                return torch.device(text)
+            case ["size", items]:
+                return torch.Size(items)
+            case ["named", kind, items]:
+                return named(kind)(*map(self.unpack, items))
+            case ["dict" | "OrderedDict" as kind, pairs]:
+                made = ((self.unpack(k), self.unpack(v)) for k, v in pairs)
+                return dict(made) if kind == "dict" else collections.OrderedDict(made)
+            case ["tuple" | "list" | "set" | "frozenset" as kind, items]:
+                of: Callable[..., Any] = {"tuple": tuple, "list": list, "set": set, "frozenset": frozenset}[kind]
+                return of(map(self.unpack, items))
+            case ["again", number]:
+                return self._made[number]
+            case ["new", number, ["object", kind, state]]:
+                return self._object(number, named(kind), state)
+            case ["new", number, thing]:
+                self._made[number] = self._thing(thing)
+                return self._made[number]
+        raise ValueError(f"No value is written {tree!r:.80}.")
+
+    def _thing(self, tree: Any) -> Any:
+        match tree:
+            case ["parameter", name, grad]:
+                return nn.Parameter(self._tensors[name].clone(), grad)
+            case ["tensor", name, grad]:
+                tensor = self._tensors[name]
+                return tensor.clone().requires_grad_(grad) if self._copies else tensor
+            case ["array", name]:
+                return self._tensors[name].numpy()
+            case ["mapped", path, dtype, shape, offset]:
+                return np.memmap(path, np.dtype(dtype), "r", offset, tuple(shape))
+            case ["code", name]:
+                return named(name)
+        raise ValueError(f"No value is written {tree!r:.80}.")
+
+    def _object(self, number: int, kind: type, state: Any) -> Any:
+        made = kind.__new__(kind)
+        self._made[number] = made
+        inside = issubclass(kind, nn.Module)
+        self._copies += inside
+        told = self.unpack(state)
+        self._copies -= inside
+        if hasattr(made, "__setstate__"):
+            made.__setstate__(told)
+        else:
+            made.__dict__.update(told)
+        return made
+
+
+def removed(folders: Iterable[str]) -> None:
+    """Remove folders of blocks; whoever still maps one keeps what is in it."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,318 @@
+"""A worker: a process that computes chunks of clients, and the messages between it and whoever deals them out.
+
+Messages are short; numbers lie in blocks of memory that both sides map. A worker adds up what it computes, and hands
+it over as one haul when it is asked to.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from atoll import grammar, models
+from atoll.data.clients import Clients
+from atoll.engine.crossing import Block, Blocks, Place, name_of, named, unpack
+from atoll.engine.inprocess import InProcess
+from atoll.engine.memory import Memory
+from atoll.engine.work import Haul, Work, own_task
+from atoll.errors import AtollError, RunError, UsageError
+from atoll.plan.names import PARTS
+from atoll.plan.plan import Failure, Plan, part_of
+from atoll.plan.slots import Aggregator, Broadcast
+from atoll.rng import Key
+from atoll.task import Model, Task
+
+
+class Setup(msgspec.Struct, frozen=True, tag=True):
+    """Once, at the start: the task and the data, in a block; a model that has a name goes by it."""
+
+    block: str
+    places: list[Place]
+    task: Any
+    data: Any
+    model: tuple[str, str] | None  # name, seed
+    threads: int
+
+
+class Told(msgspec.Struct, frozen=True, tag=True):
+    """What the clients of a birth may know: the plan's text, the key, the model and what parts share, in a block."""
+
+    number: int
+    birth: int
+    plan: str
+    own: dict[str, str]
+    seed: str
+    path: list[int]
+    block: str
+    places: list[Place]
+    forget: list[int]
+
+
+class Run(msgspec.Struct, frozen=True, tag=True):
+    """Compute these clients; with `deliver` hand over everything since the last time. A new group starts from nothing."""
+
+    group: int
+    told: int
+    codes: list[int]
+    down: list[int]
+    rows: tuple[str, list[Place]] | None
+    deliver: bool
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The worker has everything it needs."""
+
+    pid: int
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """A run is computed, and kept for the haul."""
+
+
+class Hauled(msgspec.Struct, frozen=True, tag=True):
+    """A haul, in a block."""
+
+    block: str
+    places: list[Place]
+    failures: list[Failure]
+    errors: list[str]
+
+
+class Broke(msgspec.Struct, frozen=True, tag=True):
+    """The worker cannot go on: an error of atoll's, in its four parts, or any other as text."""
+
+    kind: str
+    parts: list[str]
+
+
+Order = Setup | Told | Run
+Answer = Ready | Done | Hauled | Broke
+encode = msgspec.msgpack.Encoder().encode
+orders = msgspec.msgpack.Decoder(Order)
+answers = msgspec.msgpack.Decoder(Answer)
+
+
+def flat(haul: Haul) -> dict[str, Tensor]:
+    """A haul as named plain tensors, but for its failures and errors."""
+    out = {f"partial/{b}/{n}": t for b, partial in haul.partials.items() for n, t in partial.tensors().items()}
+    for i, (ids, facts) in enumerate(zip(haul.arrived, haul.facts, strict=True)):
+        out |= {f"arrived/{i}": ids} | {f"facts/{i}/{n}": t for n, t in facts.items()}
+    for i, (ids, rows) in enumerate(haul.memory):
+        out |= {f"kept/{i}": ids} | {f"memory/{i}/{n}": t for n, t in rows.items()}
+    return out
+
+
+def haul_of(tensors: Mapping[str, Tensor], failures: list[Failure], errors: list[str], rule: Aggregator) -> Haul:
+    """The haul that `flat` was called on; copies."""
+    tables: dict[str, dict[int, Any]] = {"partial": {}, "arrived": {}, "facts": {}, "kept": {}, "memory": {}}
+    for path, t in tensors.items():
+        kind, number, *rest = path.split("/", 2)
+        if rest:
+            tables[kind].setdefault(int(number), {})[rest[0]] = t.clone()
+        else:
+            tables[kind][int(number)] = t.clone()
+    ids, facts = tables["arrived"], tables["facts"]
+    return Haul(
+        {birth: type(rule.zero()).of(partial) for birth, partial in tables["partial"].items()},
+        failures,
+        [RuntimeError(text) for text in errors],
+        [ids[i] for i in sorted(ids)],
+        [facts.get(i, {}) for i in sorted(ids)],
+        [(tables["kept"][i], tables["memory"][i]) for i in sorted(tables["kept"])],
+    )
+
+
+def spoken(told: Broadcast) -> dict[str, Tensor]:
+    """A broadcast as named plain tensors."""
+    model = told.model
+    out = {"theta": model.theta, "buffers": model.buffers}
+    out |= {f"counter/{n}": t for n, t in model.counters.items()} | {f"fixed/{n}": t for n, t in model.fixed.items()}
+    return out | {f"shared/{part}/{n}": t for part, tensors in told.shared.items() for n, t in tensors.items()}
+
+
+def heard(round: int, tensors: Mapping[str, Tensor]) -> Broadcast:
+    """The broadcast that `spoken` was called on; views."""
+    groups: dict[str, dict[str, Tensor]] = {"counter": {}, "fixed": {}}
+    shared: dict[str, dict[str, Tensor]] = {"local": {}, "codec": {}}
+    for path, t in tensors.items():
+        kind, _, name = path.partition("/")
+        if kind in groups:
+            groups[kind][name] = t
+        elif kind == "shared":
+            part, _, name = name.partition("/")
+            shared[part][name] = t
+    return Broadcast(round, Model(tensors["theta"], tensors["buffers"], groups["counter"], groups["fixed"]), shared)
+
+
+def written(plan: Plan) -> tuple[str, dict[str, str]]:
+    """A plan as the text that prints it, and where the parts are that are not atoll's own.
+
+    Raises:
+        UsageError: a part or a function of it cannot be imported, or does not print as what builds it.
+    """
+    text, own = repr(plan), {}
+    for part in _parts(plan):
+        if isinstance(part, type) or callable(part) and hasattr(part, "__qualname__"):
+            name_of(part, f"The plan {text}")
+        elif PARTS.get(type(part).__name__) is not type(part):
+            own[type(part).__name__] = name_of(type(part), f"The plan {text}")
+    return text, own
+
+
+def _parts(value: Any) -> list[Any]:
+    """Everything in a plan that its text names: parts and functions, at any depth."""
+    if isinstance(value, (tuple, list)):
+        return [part for item in value for part in _parts(item)]
+    if isinstance(value, grammar.Value) or hasattr(value, "__dataclass_fields__"):
+        inner = [getattr(value, name) for name, f in value.__dataclass_fields__.items() if f.init]
+        return [value, *(part for item in inner for part in _parts(item))]
+    return [value] if callable(value) else []
+
+
+@cache
+def plan_of(text: str, own: tuple[tuple[str, str], ...]) -> Plan:
+    """The plan that a text of `written` stands for."""
+    names = {**PARTS, **{name: named(where) for name, where in own}}
+    plan: Plan = grammar.parse(text, names, trust=True)
+    return plan
+
+
+@dataclass
+class _Group:
+    number: int
+    work: Work
+
+
+class Worker:
+    """What a worker has and is at.
+
+    Args:
+        setup: the task and the data.
+        blocks: where its hauls go.
+    """
+
+    def __init__(self, setup: Setup, blocks: Blocks) -> None:
+        torch.set_num_threads(setup.threads)
+        tensors = Block(setup.block).read(setup.places)
+        data: Clients = unpack(setup.data, part_of(tensors, "data"))
+        task: Task = unpack(setup.task, part_of(tensors, "task"))
+        if setup.model is not None:
+            task = _rebuilt(task, data, *setup.model)
+        self._engine = InProcess(task, data)
+        self._blocks = blocks
+        self._out: list[Block | None] = [None, None]
+        self._tasks: dict[str, Task] = {}
+        self._told: dict[int, tuple[Told, Broadcast]] = {}
+        self._group: _Group | None = None
+        self._open: dict[str, Block] = {}
+
+    def tell(self, told: Told) -> None:
+        """Keep what the clients of a birth may know."""
+        for number in told.forget:
+            self._told.pop(number, None)
+        self._told[told.number] = told, heard(told.birth, self._block(told.block).read(told.places))
+
+    def run(self, run: Run) -> Answer:
+        """Compute some clients, and hand over a haul where one is wanted."""
+        if run.codes:
+            work = self._work(run)
+            codes = torch.tensor(run.codes)
+            if run.rows is not None:
+                block, places = run.rows
+                work.kept.put(codes % self._engine.data.count, self._block(block).read(places))
+            work.run(self._told[run.told][0].birth, codes, dict(zip(run.codes, run.down, strict=True)))
+            work.landed()
+        if not run.deliver:
+            return Done()
+        group, self._group = self._group, None
+        haul = Haul.none() if group is None or group.number != run.group else group.work.haul
+        tensors = flat(haul)
+        # Two blocks in turn: one may still be read while the next haul is made.
+        block, self._out[0] = self._blocks.fitting(self._out[0], tensors), self._out[1]
+        self._out[1] = block
+        errors = ["".join(traceback.format_exception(error)) for error in haul.errors[:1]]
+        return Hauled(block.path, block.write(tensors), haul.failures, errors)
+
+    def _work(self, run: Run) -> Work:
+        if self._group is None or self._group.number != run.group:
+            told, broadcast = self._told[run.told]
+            plan = plan_of(told.plan, tuple(told.own.items())).at(self._engine)
+            task = own_task(plan, self._engine.task)
+            task = self._tasks.setdefault(task.numerics, task)
+            key = Key(int(told.seed), tuple(told.path))
+            kept = Memory(plan.memory(task.layout))
+            work = Work(plan, task, self._engine.data, lambda birth: (broadcast, key), kept, told.birth)
+            self._group = _Group(run.group, work)
+        return self._group.work
+
+    def _block(self, path: str) -> Block:
+        if path not in self._open:
+            self._open = {p: b for p, b in self._open.items() if os.path.exists(p)}
+            self._open[path] = Block(path)
+        return self._open[path]
+
+
+def _rebuilt(task: Task, data: Clients, name: str, seed: str) -> Task:
+    """The task with its model made again, from its name."""
+    module = models.resolve(name, data, Key(int(seed)).fold("model"), task.layout.dtype)
+    fresh = Task.of(module, task.loss, (), task.layout.dtype)
+    if fresh.layout != task.layout:
+        raise RunError(
+            f"The model {name} has another layout in the worker than here.",
+            "a factory that makes the same model every time.",
+            "θ is read by name and shape.",
+        )
+    return Task(fresh.module, task.layout, task.start, task.loss, task.metrics, task.numerics, task.noisy)
+
+
+def main(connection: Connection, *folders: str) -> None:
+    """A worker's life: orders are read as they come, and obeyed one by one; it ends when nobody can give any."""
+    todo: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                todo.put(connection.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    blocks = Blocks(folders, f"worker-{os.getpid()}")
+    worker: Worker | None = None
+    try:
+        while True:
+            order = orders.decode(todo.get())
+            match order:
+                case Setup():
+                    worker = Worker(order, blocks)
+                    answer: Answer | None = Ready(os.getpid())
+                case Told() if worker:
+                    answer = None
+                    worker.tell(order)
+                case Run() if worker:
+                    answer = worker.run(order)
+                case _:
+                    raise RunError(f"A worker was given {type(order).__name__} before it was set up.")
+            if answer is not None:
+                connection.send_bytes(encode(answer))
+    except BaseException as error:
+        connection.send_bytes(encode(broken(error)))
+
+
+def broken(error: BaseException) -> Broke:
+    """An error as it crosses."""
+    if isinstance(error, AtollError):
+        kind = "UsageError" if isinstance(error, UsageError) else "RunError"
+        return Broke(kind, [error.given, error.required, error.why, error.write])
+    return Broke(type(error).__name__, ["".join(traceback.format_exception(error))])
