@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from typing import NamedTuple
 from msgspec import structs
 from torch import Tensor
 
-from atoll.engine.crossing import Block, Blocks, Place, removed
+from atoll.engine.crossing import Block, Blocks, Place
 from atoll.engine.nursery import Nursery
 from atoll.engine.work import Haul
 from atoll.engine.worker import Broke, Done, Hauled, Ready, Run, Setup, Told, answers, encode, haul_of
@@ -81,24 +80,17 @@ class Crew:
     Args:
         setup: what every worker is given first.
         workers: how many.
-        folders: where blocks are; they belong to the crew and go with it.
+        nursery: where they come from.
         blocks: of the program that deals the jobs.
     """
 
-    def __init__(self, setup: Setup, workers: int, folders: tuple[str, ...], blocks: Blocks) -> None:
-        self._setup, self._workers, self._folders, self._blocks = setup, workers, folders, blocks
+    def __init__(self, setup: Setup, workers: int, nursery: Nursery, blocks: Blocks) -> None:
+        self._setup, self._nursery, self._blocks = setup, nursery, blocks
         self.queue: deque[Job] = deque()
         self.deaths = 0
         self._caught: deque[Catch] = deque()
         self._stillborn = 0
-        self._nursery = Nursery("atoll.engine.worker:main", folders)
-        self._end = weakref.finalize(self, _end, self._nursery, folders)
         self._hands = [self._hire() for _ in range(workers)]
-
-    @property
-    def closed(self) -> bool:
-        """Whether all workers have been sent home."""
-        return not self._end.alive
 
     @property
     def pids(self) -> list[int]:
@@ -106,10 +98,9 @@ class Crew:
         return [hand.pid for hand in self._hands if hand.pid is not None]
 
     def close(self) -> None:
-        """End all workers and remove their blocks; nothing is left behind."""
+        """End all workers."""
         for hand in self._hands:
-            hand.connection.close()
-        self._end()
+            self._dismiss(hand)
 
     def ready(self) -> None:
         """Wait until every worker has said that it is ready."""
@@ -117,9 +108,16 @@ class Crew:
             self._listen(None, None)
 
     def busy(self, group: int) -> bool:
-        """Whether some job of a group is still waited for."""
-        at_work = (job for hand in self._hands for job in (*hand.sent, *hand.done))
-        return any(job.group == group and job.wanted for job in (*self.queue, *at_work))
+        """Whether some job of a group is still waited for, or its haul not yet taken."""
+        return any(job.group == group and job.wanted for job in self._jobs())
+
+    def _jobs(self) -> Iterator[Job]:
+        """All jobs: those that wait, those that workers have, and those whose haul is here."""
+        yield from self.queue
+        for hand in self._hands:
+            yield from (*hand.sent, *hand.done)
+        for catch in self._caught:
+            yield from catch.jobs
 
     def forget(self, numbers: Iterable[int]) -> None:
         """Nobody asks any more for what these births were told."""
@@ -130,24 +128,22 @@ class Crew:
 
     def told(self) -> set[int]:
         """The births that some job, dealt or not, still reads."""
-        return {job.told.number for job in self.queue} | {
-            job.told.number for hand in self._hands for job in (*hand.sent, *hand.done)
-        }
+        return {job.told.number for job in self._jobs()}
 
     def drop(self, unwanted: Callable[[Job], bool]) -> None:
         """Nobody waits any more for some jobs; a worker that is at one finishes it, and nobody looks."""
         now = time.monotonic()
-        for job in (*self.queue, *(job for hand in self._hands for job in (*hand.sent, *hand.done))):
+        for job in self._jobs():
             if job.wanted and unwanted(job):
                 job.wanted, job.unwanted_since = False, now
         self.queue = deque(job for job in self.queue if job.wanted)
+        self._caught = deque(catch for catch in self._caught if any(job.wanted for job in catch.jobs))
 
     def replace_stuck(self, seconds: float) -> None:
         """Replace workers that are still at something nobody has waited for since so many seconds."""
         for hand in self._hands:
             first = hand.sent[0] if hand.sent else None
-            if first and not first.wanted and time.monotonic() - first.unwanted_since > seconds and hand.pid:
-                self._nursery.kill(hand.pid)
+            if first and not first.wanted and time.monotonic() - first.unwanted_since > seconds:
                 self._replace(hand)
 
     def next(self, rule: Aggregator, ahead: int, timeout: float | None = None) -> Catch | None:
@@ -171,11 +167,6 @@ class Crew:
     # the workers
 
     def _hire(self) -> _Hand:
-        if not self._nursery.alive:
-            self._nursery.close()
-            self._end.detach()
-            self._nursery = Nursery("atoll.engine.worker:main", self._folders)
-            self._end = weakref.finalize(self, _end, self._nursery, self._folders)
         hand = _Hand(self._nursery.worker())
         self._send(hand, self._setup)
         return hand
@@ -184,9 +175,15 @@ class Crew:
         with contextlib.suppress(OSError):  # it is dead, which is seen where its answers are read
             hand.connection.send_bytes(encode(order))
 
+    def _dismiss(self, hand: _Hand) -> None:
+        """A worker whose connection is closed ends by itself; one that is stuck is helped."""
+        hand.connection.close()
+        if hand.pid is not None:
+            self._nursery.kill(hand.pid)
+
     def _replace(self, hand: _Hand) -> None:
         """Another worker in its place; what it had not handed over waits again, first of all."""
-        hand.connection.close()
+        self._dismiss(hand)
         self.deaths += 1
         lost = [job for job in (*hand.done, *hand.sent) if job.codes and job.wanted]
         at_work = hand.sent[0] if hand.sent else None
@@ -297,11 +294,6 @@ class Crew:
             why=answer.parts[0].strip(),
             write="--engine inprocess",
         )
-
-
-def _end(nursery: Nursery, folders: tuple[str, ...]) -> None:
-    nursery.close()
-    removed(folders)
 
 
 def cores() -> int:

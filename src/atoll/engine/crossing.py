@@ -119,6 +119,12 @@ class Blocks:
             os.unlink(block.path)
         return self.block(need + need // 4)
 
+    def remove(self) -> None:
+        """Remove the files; whoever still maps one keeps what is in it."""
+        for folder in self._folders:
+            for path in Path(folder).glob(f"{self._name}-*"):
+                path.unlink(missing_ok=True)
+
     def path(self) -> Path:
         """Where a file on the disk may be made."""
         self._made += 1

@@ -8,86 +8,112 @@ ends: the kernel then closes its connections.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
-from atoll.errors import RunError
+from atoll.engine.crossing import named, removed
+from atoll.errors import UsageError
 
 _ORDER = struct.Struct("<cq")  # b"f" fork, with a connection, or b"k" kill, with a process id
-_START = "from atoll.engine.nursery import main; main({fd}, {target!r}, {arguments!r})"
+_START = "from atoll.engine.nursery import main; main({fd}, {target!r}, {folders!r})"
+_SHARED = "/dev/shm"  # memory that looks like a folder, where there is such a thing
 
 
 class Nursery:
-    """The process that forks workers, seen from the program that wants them.
+    """The process that forks workers, seen from the program that wants them; it is started when it is first needed.
+
+    It may serve several engines. Folders for what they share with their workers go when it does.
 
     Args:
-        target: `module:function` that a worker runs, `function(connection, *arguments)`.
-        arguments: texts.
+        target: `module:function` that a worker runs, `function(connection, *folders)`.
     """
 
-    def __init__(self, target: str, arguments: tuple[str, ...]) -> None:
+    def __init__(self, target: str = "atoll.engine.worker:main") -> None:
+        self._target = target
+        shared = _SHARED if os.path.isdir(_SHARED) else None
+        self.folders = tuple(tempfile.mkdtemp(prefix="atoll-", dir=folder) for folder in dict.fromkeys((shared, None)))
+        self._lives: list[_Life] = []
+        self._end = weakref.finalize(self, _ended, self._lives, self.folders)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return not self._end.alive
+
+    @property
+    def pids(self) -> list[int]:
+        """The process id of the nursery itself, where it runs."""
+        return [life.process.pid for life in self._lives if life.process.poll() is None]
+
+    def start(self) -> None:
+        """Start it, or start it again where somebody killed it."""
+        if self.closed:
+            raise UsageError("The nursery was closed.", "one that is open.", write="Nursery()")
+        if self._lives and self._lives[-1].process.poll() is None:
+            return
         ours, theirs = socket.socketpair()
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        code = _START.format(fd=theirs.fileno(), target=target, arguments=arguments)
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", code],
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-P",
+                    "-c",
+                    _START.format(fd=theirs.fileno(), target=self._target, folders=self.folders),
+                ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env={**os.environ, "PYTHONPATH": path},
                 process_group=0,
             )
-        self._control = ours
-
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        """Whether it can still fork."""
-        return self._process.poll() is None
+        self._lives.append(_Life(process, ours))
 
     def worker(self) -> Connection:
         """A connection to a new worker; who reads from it reads its end where the worker could not be made."""
+        self.start()
         ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                socket.send_fds(self._control, [_ORDER.pack(b"f", 0)], [theirs.fileno()])
-            except OSError as error:
-                ours.close()
-                raise RunError(
-                    f"No worker can be started: the process that forks them has ended, code {self._process.poll()}.",
-                    "what it printed above says why.",
-                    write="--engine inprocess",
-                ) from error
+        with theirs, contextlib.suppress(OSError):
+            socket.send_fds(self._lives[-1].control, [_ORDER.pack(b"f", 0)], [theirs.fileno()])
         return Connection(ours.detach())
 
     def kill(self, pid: int) -> None:
         """End a worker at once, whatever it is at."""
-        if self.alive:
-            self._control.sendall(_ORDER.pack(b"k", pid))
+        for life in self._lives:
+            with contextlib.suppress(OSError):
+                life.control.sendall(_ORDER.pack(b"k", pid))
 
     def close(self) -> None:
-        """End all workers and the nursery, and wait until they are gone."""
-        if self.alive:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._control.close()
-        self._process.wait()
+        """End the nursery and all its workers, wait until they are gone, and remove the folders."""
+        self._end()
 
 
-def main(fd: int, target: str, arguments: tuple[str, ...]) -> None:
+class _Life(NamedTuple):
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+
+
+def _ended(lives: list[_Life], folders: tuple[str, ...]) -> None:
+    for process, control in lives:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        control.close()
+        process.wait()
+    removed(folders)
+
+
+def main(fd: int, target: str, folders: tuple[str, ...]) -> None:
     """The nursery's own life: import, then fork at every order, until whoever gives the orders is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from atoll.engine.crossing import named, removed
-
     run: Callable[..., None] = named(target)
     control = socket.socket(fileno=fd)
     children: set[int] = set()
@@ -106,20 +132,20 @@ def main(fd: int, target: str, arguments: tuple[str, ...]) -> None:
                 if not child:
                     children.clear()
                     control.close()
-                    _live(run, fds[0], arguments)
+                    _live(run, fds[0], folders)
                 children.add(child)
                 os.close(fds[0])
     finally:
         for child in children - _gone(children):
             os.kill(child, signal.SIGKILL)
-        removed(arguments)
+        removed(folders)
 
 
-def _live(run: Callable[..., None], fd: int, arguments: tuple[str, ...]) -> None:
+def _live(run: Callable[..., None], fd: int, folders: tuple[str, ...]) -> None:
     """A worker's life, from which there is no way back into the nursery's."""
     code = 1
     try:
-        run(Connection(fd), *arguments)
+        run(Connection(fd), *folders)
         code = 0
     finally:
         sys.stdout.flush()

@@ -7,11 +7,9 @@ who computes what and who dies over it changes no bit of a synchronous round.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -21,9 +19,10 @@ from torch import Tensor
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import Flown, Sending, fly
 from atoll.engine.crew import Catch, Crew, Job, cores
-from atoll.engine.crossing import Block, Blocks, pack, removed, room
+from atoll.engine.crossing import Block, Blocks, pack, room
 from atoll.engine.inprocess import check_chunk
 from atoll.engine.memory import Pending
+from atoll.engine.nursery import Nursery
 from atoll.engine.work import Haul, births, chunks, gathered, own_task
 from atoll.engine.worker import Setup, Told, plan_of, spoken, written
 from atoll.errors import UsageError
@@ -39,7 +38,6 @@ _PLAIN = Sync()
 _AHEAD = 2  # chunks that a worker has in hand in a synchronous round; of flights it has one
 _DEALS = 4  # chunks a worker and round, at least: the last ones even out who was slow
 _PATIENCE_S = 2.0  # about what another worker costs: for so long a straggler's may finish what nobody waits for
-_SHARED = "/dev/shm"
 
 
 class _Aloft(NamedTuple):
@@ -66,6 +64,8 @@ class Processes:
         model: the name that the model was made by, a name or `module:factory`, where it has one: workers make it anew.
             Without a name they are sent its classes' names and its tensors.
         seed: that it was made with.
+        nursery: where workers come from; None: one of the engine's own. One that several engines share is yours to
+            close.
     Raises:
         UsageError: fewer than one worker, or a model, loss or data set that another process cannot import.
     Example:
@@ -84,6 +84,7 @@ class Processes:
         threads: int | None = None,
         model: str | None = None,
         seed: int = 0,
+        nursery: Nursery | None = None,
     ) -> None:
         check_chunk(chunk)
         self.task, self.data, self.chunk = task, data, chunk
@@ -93,17 +94,19 @@ class Processes:
             raise UsageError(
                 f"workers = {self.workers}, threads = {self.threads}.", "at least one of each.", write="--workers 2"
             )
-        shared = _SHARED if Path(_SHARED).is_dir() else None
-        self._folders = tuple(tempfile.mkdtemp(prefix="atoll-", dir=folder) for folder in dict.fromkeys((shared, None)))
-        self._blocks = Blocks(self._folders, "engine")
+        self._own = nursery is None
+        self._nursery = nursery or Nursery()
+        self._nursery.start()  # it imports while the data is packed
+        self._numbers: Iterator[int] = iter(range(1, 1 << 62))
+        self._blocks = Blocks(self._nursery.folders, f"engine-{id(self):x}")
         self._tolds: dict[int, tuple[Told, Block]] = {}
         self._free: list[Block] = []
         self._aloft: dict[int, _Aloft] = {}
-        self._numbers: Iterator[int] = iter(range(1, 1 << 62))
+        self.closed = False
         try:
-            self._crew = Crew(self._setup(model, seed), self.workers, self._folders, self._blocks)
+            self._crew = Crew(self._setup(model, seed), self.workers, self._nursery, self._blocks)
         except BaseException:
-            removed(self._folders)
+            self._give_back()
             raise
         self._fresh = True
 
@@ -138,7 +141,16 @@ class Processes:
 
     def close(self) -> None:
         """End the workers and give back their memory. Nothing is left behind; closing twice is closing."""
-        self._crew.close()
+        if not self.closed:
+            self.closed = True
+            self._crew.close()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._own:
+            self._nursery.close()
+        else:
+            self._blocks.remove()
 
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
         """Run the cohort: one partial sum for each birth, and the record of who gave it.
@@ -199,7 +211,7 @@ class Processes:
         return Job(group, told, numbers, ids.tolist(), [down[code] for code in numbers], rows, deliver)
 
     def _ready(self) -> None:
-        if self._crew.closed:
+        if self.closed or self._nursery.closed:
             raise UsageError(
                 "The engine was closed.", "an engine that is open.", write="Processes(task, data, workers=2)"
             )
