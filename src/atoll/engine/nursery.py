@@ -21,11 +21,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from atoll.engine.crossing import named, removed
+from atoll.engine.crossing import removed
 from atoll.errors import UsageError
 
-_ORDER = struct.Struct("<cq")  # b"f" fork, with a connection, or b"k" kill, with a process id
-_START = "from atoll.engine.nursery import main; main({fd}, {target!r}, {folders!r})"
+_ORDER = struct.Struct("<cq")  # b"f" fork, with a connection; b"k" kill, with a process id; b"w" warm up
+_START = "from atoll.engine.nursery import main; main({fd}, {folders!r})"
 _SHARED = "/dev/shm"  # memory that looks like a folder, where there is such a thing
 
 
@@ -33,13 +33,9 @@ class Nursery:
     """The process that forks workers, seen from the program that wants them; it is started when it is first needed.
 
     It may serve several engines. Folders for what they share with their workers go when it does.
-
-    Args:
-        target: `module:function` that a worker runs, `function(connection, *folders)`.
     """
 
-    def __init__(self, target: str = "atoll.engine.worker:main") -> None:
-        self._target = target
+    def __init__(self) -> None:
         shared = _SHARED if os.path.isdir(_SHARED) else None
         self.folders = tuple(tempfile.mkdtemp(prefix="atoll-", dir=folder) for folder in dict.fromkeys((shared, None)))
         self._lives: list[_Life] = []
@@ -65,12 +61,7 @@ class Nursery:
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         with theirs:
             process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-c",
-                    _START.format(fd=theirs.fileno(), target=self._target, folders=self.folders),
-                ],
+                [sys.executable, "-P", "-c", _START.format(fd=theirs.fileno(), folders=self.folders)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env={**os.environ, "PYTHONPATH": path},
@@ -85,6 +76,12 @@ class Nursery:
         with theirs, contextlib.suppress(OSError):
             socket.send_fds(self._lives[-1].control, [_ORDER.pack(b"f", 0)], [theirs.fileno()])
         return Connection(ours.detach())
+
+    def warm(self) -> None:
+        """Load what torch loads at the first use of lanes, once for all workers to come instead of in each."""
+        self.start()
+        with contextlib.suppress(OSError):
+            self._lives[-1].control.sendall(_ORDER.pack(b"w", 0))
 
     def kill(self, pid: int) -> None:
         """End a worker at once, whatever it is at."""
@@ -111,10 +108,11 @@ def _ended(lives: list[_Life], folders: tuple[str, ...]) -> None:
     removed(folders)
 
 
-def main(fd: int, target: str, folders: tuple[str, ...]) -> None:
+def main(fd: int, folders: tuple[str, ...]) -> None:
     """The nursery's own life: import, then fork at every order, until whoever gives the orders is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    run: Callable[..., None] = named(target)
+    from atoll.engine import worker  # torch and everything: the orders wait meanwhile
+
     control = socket.socket(fileno=fd)
     children: set[int] = set()
     try:
@@ -127,12 +125,14 @@ def main(fd: int, target: str, folders: tuple[str, ...]) -> None:
             children -= _gone(children)
             if what == b"k" and pid in children:
                 os.kill(pid, signal.SIGKILL)
+            elif what == b"w":
+                worker.warm()
             elif what == b"f":
                 child = os.fork()
                 if not child:
                     children.clear()
                     control.close()
-                    _live(run, fds[0], folders)
+                    _live(worker.main, fds[0], folders)
                 children.add(child)
                 os.close(fds[0])
     finally:

@@ -97,6 +97,8 @@ class Processes:
         self._own = nursery is None
         self._nursery = nursery or Nursery()
         self._nursery.start()  # it imports while the data is packed
+        if task.numerics == "lanes":
+            self._nursery.warm()
         self._numbers: Iterator[int] = iter(range(1, 1 << 62))
         self._blocks = Blocks(self._nursery.folders, f"engine-{id(self):x}")
         self._tolds: dict[int, tuple[Told, Block]] = {}

@@ -276,6 +276,13 @@ def _rebuilt(task: Task, data: Clients, name: str, seed: str) -> Task:
     return Task(fresh.module, task.layout, task.start, task.loss, task.metrics, task.numerics, task.noisy)
 
 
+def warm() -> None:
+    """Use lanes once, on next to nothing and in one thread: torch loads much of itself only then."""
+    torch.set_num_threads(1)
+    twice = torch.ones(2, 1)
+    torch.func.vmap(torch.func.grad(lambda theta: theta.square().sum()))(twice)
+
+
 def main(connection: Connection, *folders: str) -> None:
     """A worker's life: orders are read as they come, and obeyed one by one; it ends when nobody can give any."""
     todo: queue.SimpleQueue[bytes] = queue.SimpleQueue()
