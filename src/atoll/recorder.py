@@ -123,7 +123,7 @@ class Recorder:
         self.reports.append(report)
         self._keep_best(report)
         if self.path is not None and self.folder is not None:
-            self.folder.metric(row_of(report))
+            self.folder.metric(row_of(report, len(t.state.versions)))
             for failure in report.failures:
                 self.folder.event("failure", **failure._asdict())
             self.folder.event("clients", round=report.round, **_brief(report.clients))
@@ -232,22 +232,8 @@ class Recorder:
         for r in self.reports:
             out |= r.metrics
         if not out and self.folder is not None:
-            skip = {
-                "round",
-                "fingerprint",
-                "cohort",
-                "arrived",
-                "failed",
-                "late",
-                "flying",
-                "staleness",
-                "clock",
-                "bytes_up",
-                "bytes_down",
-                "seconds",
-            }
             for row in runs.read_rows(self.folder.path / "metrics.jsonl"):
-                out |= {n: v for n, v in row.items() if n not in skip and v is not None}
+                out |= {n: v for n, v in row.items() if n not in runs.COUNTS and v is not None}
         return out
 
 
@@ -260,8 +246,13 @@ def judged_by(training: Rounds) -> tuple[str, bool]:
     return "held_out_loss", False
 
 
-def row_of(report: Report) -> dict[str, Any]:
-    """A round as one flat row."""
+def row_of(report: Report, versions: int = 0) -> dict[str, Any]:
+    """A round as one flat row.
+
+    Args:
+        report: of the round.
+        versions: how many older models somebody still works from when the round has closed.
+    """
     staleness = report.clients.get("staleness")
     stale = {} if staleness is None else {"staleness": float(staleness.double().mean()) if len(staleness) else 0.0}
     return {
@@ -272,7 +263,7 @@ def row_of(report: Report) -> dict[str, Any]:
         "arrived": report.arrived,
         "failed": len(report.failures),
         **({"late": report.late} if report.late else {}),
-        **({"flying": report.flying, **stale} if stale else {}),
+        **({"flying": report.flying, **stale, "versions": versions} if stale else {}),
         "bytes_up": report.bytes_up,
         "bytes_down": report.bytes_down,
         "seconds": round(report.seconds, 6),

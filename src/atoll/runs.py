@@ -41,6 +41,10 @@ from atoll.errors import RunError, UsageError
 
 FORMAT = 1
 LOGS = ("metrics.jsonl", "events.jsonl")
+COUNTS = (  # the columns of a row that say what it cost and who was there; every other one is a metric
+    *("round", "fingerprint", "cohort", "arrived", "failed", "late", "flying", "staleness", "versions"),
+    *("bytes_up", "bytes_down", "seconds", "clock"),
+)
 _WORDS = (
     "amber azure brisk calm clear coral deep early fair fresh gentle golden green high jade kind late light lunar mild "
     "new noble north open pale quiet rapid silver slow small soft south still sunny swift tidal warm wide windy",

@@ -63,7 +63,7 @@ def record(path: Path) -> str:
     if run.events.baselines:
         lines += ["", *comparison(told["metrics"], told["baselines"])]
     lines += ["", *_lost(run)]
-    lines.append(spent(told["rounds"], told["seconds"], told["bytes_up"], told["bytes_down"]))
+    lines.append(spent(told["rounds"], told["seconds"], told["bytes_up"], told["bytes_down"], run.last("clock")))
     files = ", ".join(sorted(file.name for file in path.iterdir() if file.name != "lock"))
     lines.append(f"files   {near(path)}: {files}")
     going = told["status"] in ("interrupted", "unfinished")

@@ -127,7 +127,8 @@ def summary(run: Run) -> str:
     else:
         lines.append("")
     failures = f", {whole(len(run.failures))} failures" if run.failures else ""
-    lines.append(spent(run.rounds, run.seconds, run.bytes_up, run.bytes_down) + failures)
+    now = run.reports[-1].now if run.reports else None
+    lines.append(spent(run.rounds, run.seconds, run.bytes_up, run.bytes_down, now) + failures)
     if run.path is not None:
         lines.append(f"run     {near(run.path)}")
         for label, name in (("model", "model.safetensors"), ("report", "report.html")):
@@ -137,14 +138,17 @@ def summary(run: Run) -> str:
     return "\n".join(lines)
 
 
-def spent(rounds: int, seconds: float, up: int, down: int) -> str:
-    """What a run took.
+def spent(rounds: int, seconds: float, up: int, down: int, now: float | None = None) -> str:
+    """What a run took; `now` is the time of its virtual clock, where it has one.
 
     Example:
         >>> spent(3, 0.5, 2408, 2400)
         'spent   3 rounds, 0.50 s, ↑ 2.41 kB ↓ 2.40 kB'
+        >>> spent(3, 0.5, 2408, 2400, 75.0)
+        'spent   3 rounds, 0.50 s, ↑ 2.41 kB ↓ 2.40 kB, 1:15 min on the clock'
     """
-    return f"spent   {rounds} rounds, {duration(seconds)}, ↑ {size(up)} ↓ {size(down)}"
+    clock = "" if now is None else f", {duration(now)} on the clock"
+    return f"spent   {rounds} rounds, {duration(seconds)}, ↑ {size(up)} ↓ {size(down)}{clock}"
 
 
 def following(run: Run) -> str:

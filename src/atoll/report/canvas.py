@@ -18,6 +18,7 @@ from atoll.report.text import plain, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
@@ -186,13 +187,14 @@ def of_bytes(ax: Axes) -> None:
     ax.xaxis.set_major_formatter(lambda value, _: size(value) if value > 0 else "0")
 
 
-def of_seconds(ax: Axes, most: float) -> None:
+def of_seconds(axis: Axis, most: float) -> None:
     """Ticks that read as lengths of time, all in the unit of the longest."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    scale, unit = (1000, "ms") if most < 1 else (1, "s") if most < 120 else (1 / 60, "min")
-    ax.yaxis.set_major_locator(MaxNLocator(5))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * scale:.3g} {unit}" if value > 0 else "0"))
+    units = ((1, 1000, "ms"), (120, 1, "s"), (7200, 1 / 60, "min"), (172_800, 1 / 3600, "h"))
+    scale, unit = next(((by, name) for end, by, name in units if most < end), (1 / 86_400, "d"))
+    axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * scale:.4g} {unit}" if value > 0 else "0"))
 
 
 def name_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:

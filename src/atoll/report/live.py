@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -64,10 +64,23 @@ def columns(training: Rounds) -> tuple[Column, ...]:
         *measured,
         Column("clients", "clients", 7, 60),
         Column("failed", "failed", 6, 50),
+        *_of_time(training),
         Column("up", "up", 7, 30),
         Column("down", "down", 7, 20),
         Column("seconds", "time", 7, 40),
     )
+
+
+def _of_time(training: Rounds) -> Iterator[Column]:
+    """The columns of a run in which somebody may be late, flies on, or which has a clock."""
+    pace = training.plan.pace
+    if not pace.flies_on and (pace.asks(1000) > 1000 or getattr(pace, "deadline_s", None) is not None):
+        yield Column("late", "late", 4, 48)
+    if pace.flies_on:
+        yield Column("flying", "flying", 6, 44)
+        yield Column("staleness", "staleness", 9, 46)
+    if training.fleet is not None:
+        yield Column("clock", "clock", 9, 55)
 
 
 def that_fit(all_columns: Sequence[Column], width: int) -> list[Column]:
@@ -92,10 +105,20 @@ def cells(report: Report) -> dict[str, str]:
         **{name: number(value) for name, value in report.metrics.items()},
         "clients": f"{report.arrived}/{report.cohort}",
         "failed": str(len(report.failures)),
+        "late": str(report.late),
+        "flying": str(report.flying),
+        "staleness": _staleness(report),
+        "clock": "" if report.now is None else duration(report.now),
         "up": size(report.bytes_up),
         "down": size(report.bytes_down),
         "seconds": duration(report.seconds),
     }
+
+
+def _staleness(report: Report) -> str:
+    """How many rounds ago the contributions had started, in the mean."""
+    late = report.clients.get("staleness")
+    return f"{float(late.double().mean()):.2f}" if late is not None and len(late) else ""
 
 
 @dataclass
@@ -201,6 +224,7 @@ class LiveTable:
         self.done = training.state.round
         self.up, self.down = training.bytes_up, training.bytes_down
         self.failed = 0
+        self.now: float | None = None
         self.failure = ""
         self._began = self._written = self.clock()
         self._ticks: deque[float] = deque([self._began], maxlen=21)
@@ -223,6 +247,7 @@ class LiveTable:
         self.done = report.round + 1
         self.up += report.bytes_up
         self.down += report.bytes_down
+        self.now = report.now
         if report.failures:
             self.failed += len(report.failures)
             client, at, stage, cause = report.failures[-1]
@@ -274,6 +299,8 @@ class LiveTable:
 
     def _totals(self) -> list[str]:
         parts = [f"↑ {size(self.up)}", f"↓ {size(self.down)}"]
+        if self.now is not None:
+            parts.append(f"{duration(self.now)} on the clock")
         name = self._judged
         if name in self.best.value:
             parts.append(f"best {word(name)} {number(self.best.value[name])} in round {self.best.round[name]}")

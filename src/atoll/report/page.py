@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -67,14 +67,14 @@ def page(record: Record, federation: Federation | None, data: Clients | None, pi
     """
     names = None if data is None else data.names
     by_name = {p.name: p for p in pictures}
-    ours = [by_name.pop(n) for n in ("clients", "sizes", "client_loss") if n in by_name]
+    ours = [by_name.pop(n) for n in ("clients", "sizes", "client_bytes", "client_loss") if n in by_name]
     parts = (
         _head(record, data),
         _summary(record),
         _section("Beside pooled and local-only training", _comparison(record)),
         _section("The algorithm", _formula(record)),
         _section("How it learned", _gallery(by_name.values())),
-        _section("Clients", _federation(federation), _gallery(ours)),
+        _section("Clients", _federation(federation), _traffic(record), _gallery(ours)),
         _section("Rounds", _rounds(record)),
         _section("Contributions that were lost", _lost(record, names)),
         _section("Notes", _notes(record)),
@@ -135,8 +135,10 @@ def _summary(record: Record) -> Html:
     tiles += [
         ("rounds", whole(rounds), of),
         ("time in rounds", duration(seconds), f"{duration(seconds / rounds)} each" if rounds else ""),
+        *_clock(record),
         ("bytes up", size(up), f"{size(up / rounds)} a round" if rounds else ""),
         ("bytes down", size(down), f"{size(down / rounds)} a round" if rounds else ""),
+        *_lateness(record),
         ("contributions lost", whole(lost), f"of {whole(record.total('cohort'))}"),
     ]
     return tag(
@@ -147,6 +149,43 @@ def _summary(record: Record) -> Html:
         ),
         class_="tiles",
     )
+
+
+def _clock(record: Record) -> list[tuple[str, str, str]]:
+    last, rounds = record.last("clock"), len(record.rows)
+    return [] if last is None else [("time on the clock", duration(last), f"{duration(last / rounds)} a round")]
+
+
+def _lateness(record: Record) -> list[tuple[str, str, str]]:
+    """How stale contributions were, how many older models were kept for who flies on, and how many came too late."""
+    tiles = []
+    late = record.events.tally.staleness
+    if late:
+        mean = sum(s * n for s, n in late.items()) / sum(late.values())
+        tiles.append(("staleness", f"{mean:.2f}", f"rounds in the mean, {whole(max(late))} at most"))
+    kept = record.series("versions")[1]
+    if len(kept):
+        tiles.append(("versions of θ kept", whole(kept.max()), f"at most, {kept.mean():.1f} in the mean"))
+    missed = record.total("late")
+    if missed:
+        tiles.append(("no longer awaited", whole(missed), f"of {whole(record.total('cohort'))}"))
+    return tiles
+
+
+def _traffic(record: Record) -> Html | None:
+    """What a client sent and was sent in the whole run: median, least and most."""
+    tally = record.events.tally
+    pairs = []
+    for words, of in (("up, a client", tally.up), ("down, a client", tally.down)):
+        if of:
+            middle = size(sorted(of.values())[len(of) // 2])
+            pairs.append((words, middle, f"{size(min(of.values()))} to {size(max(of.values()))}"))
+    if not pairs:
+        return None
+    counted = "" if tally.rounds == tally.of else f", in {whole(tally.rounds)} of {whole(tally.of)} rounds"
+    told = f"Messages of the {whole(len(tally.up))} clients that arrived{counted}; medians."
+    tiles = (tag("div", tag("dt", n), tag("dd", v), tag("dd", told_, class_="quiet")) for n, v, told_ in pairs)
+    return Html(tag("dl", *tiles, class_="tiles small") + tag("p", told, class_="quiet"))
 
 
 def _comparison(record: Record) -> Html | None:
@@ -261,8 +300,15 @@ def _rounds(record: Record) -> Html | None:
 
 
 def _round_head(record: Record) -> Html:
-    heads = ["", "round", *map(word, record.columns), "clients", "failed", "up", "down", "time", "SHA-256(θ)"]
+    more = [name for name, _ in _more(record)]
+    heads = ["", "round", *map(word, record.columns), "clients", "failed", *more, "up", "down", "time", "SHA-256(θ)"]
     return tag("tr", *(tag("th", h, class_="n" if h else "") for h in heads))
+
+
+def _more(record: Record) -> list[tuple[str, Callable[[Any], str]]]:
+    """Columns that only some runs have."""
+    shown = (("late", str), ("flying", str), ("staleness", lambda v: f"{v:.2f}"), ("clock", duration))
+    return [(name, show) for name, show in shown if len(record.series(name)[0])]
 
 
 def _round(record: Record, row: Row, label: str) -> Html:
@@ -275,6 +321,7 @@ def _round(record: Record, row: Row, label: str) -> Html:
         *(told(n, number) for n in record.columns),
         f"{told('arrived', str)}/{told('cohort', str)}",
         told("failed", str),
+        *(told(name, show) for name, show in _more(record)),
         told("bytes_up", size),
         told("bytes_down", size),
         told("seconds", duration),

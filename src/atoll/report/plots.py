@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from atoll.report import timeline
 from atoll.report.canvas import (
     Line,
     Theme,
@@ -71,6 +72,9 @@ def charts(record: Record, federation: Federation | None, names: tuple[str, ...]
     if several and record.judged in record.columns and record.total("bytes_up") + record.total("bytes_down") > 0:
         says = f"{word(record.judged)} against all bytes sent, up and down together."
         yield Chart("bytes", says, False, partial(_bytes, record))
+    if several and record.judged in record.columns and record.total("clock") > 0:
+        says = f"{word(record.judged)} against the time of the clock, {duration(record.last('clock') or 0)} at the end."
+        yield Chart("clock", says, False, partial(_clock, record))
     if several and len(record.series("seconds")[0]):
         says = f"Seconds a round; {duration(record.total('seconds'))} together."
         yield Chart("seconds", says, False, partial(_seconds, record))
@@ -80,11 +84,18 @@ def charts(record: Record, federation: Federation | None, names: tuple[str, ...]
     arrived, cohort = record.series("arrived")[1], record.series("cohort")[1]
     if several and (len({*arrived, *cohort}) > 1):
         yield Chart("arrived", "Clients asked and clients that arrived, by round.", False, partial(_arrived, record))
+    if sum(n for late, n in record.events.tally.staleness.items() if late):
+        yield Chart("staleness", _says_staleness(record), False, partial(_staleness, record))
+    if len(record.events.flights):
+        yield Chart("timeline", timeline.says(record), True, partial(timeline.timeline, record, names))
     if federation is not None:
         yield Chart("clients", _says_clients(federation), True, partial(_clients, federation))
         if federation.count > len(federation.ids):
             says = f"Rows of all {whole(federation.count)} clients, ascending."
             yield Chart("sizes", says, True, partial(_sizes, federation))
+    if _uneven(record):
+        says = "Bytes up and down of each client, in the whole run."
+        yield Chart("client_bytes", says, True, partial(_client_bytes, record, names))
     if record.events.clients:
         says = "Training loss of single clients: its spread by round, and where each client stood last."
         yield Chart("client_loss", says, True, partial(_client_loss, record, names))
@@ -189,6 +200,83 @@ def _bytes(record: Record, theme: Theme) -> Figure:
     return made
 
 
+def _clock(record: Record, theme: Theme) -> Figure:
+    name = record.judged
+    rounds, y = record.series(name)
+    times = dict(zip(*record.series("clock"), strict=True))
+    x = np.array([times.get(t, np.nan) for t in rounds])
+    made = figure(theme)
+    ax = axes(made, theme, _WIDE_BOX, f"{_titled(name)} by time", "the run's virtual clock")
+    plot(ax, [Line(name, x, y, theme.series[0])], log=not rises(name) and wants_log([y]))
+    ax.set_xlim(left=0)
+    of_seconds(ax.xaxis, float(np.nanmax(x, initial=0)))
+    _aside(ax, theme, f"{duration(record.last('clock') or 0)} in all")
+    return made
+
+
+def _says_staleness(record: Record) -> str:
+    late = record.events.tally.staleness
+    mean = sum(s * n for s, n in late.items()) / sum(late.values())
+    return f"Rounds of lateness of contributions: {mean:.2f} in the mean, {max(late)} at most."
+
+
+def _staleness(record: Record, theme: Theme) -> Figure:
+    late = record.events.tally.staleness
+    most = max(late)
+    width = -(-(most + 1) // 40)  # of a bar, in rounds
+    bars = np.zeros(most // width + 1)
+    for s, n in late.items():
+        bars[s // width] += n
+    made = figure(theme)
+    ax = axes(made, theme, _WIDE_BOX, "Staleness", "rounds between start and arrival")
+    ax.bar(np.arange(len(bars)) * width, 100 * bars / bars.sum(), 0.8 * width, color=theme.series[0])
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    whole_rounds(ax, np.array([0.0, most]))
+    mean = sum(s * n for s, n in late.items()) / sum(late.values())
+    _aside(ax, theme, f"mean {mean:.2f}, at most {most}, of {whole(sum(late.values()))} contributions")
+    return made
+
+
+def _uneven(record: Record) -> bool:
+    """Whether clients sent, or were sent, more than a hundredth more than others; else a number says it all."""
+    tally = record.events.tally
+    return any(len(d) > 1 and max(d.values()) > 1.01 * min(d.values()) for d in (tally.up, tally.down))
+
+
+def _client_bytes(record: Record, names: tuple[str, ...] | None, theme: Theme) -> Figure:
+    """Up above the line, down below it: by client where they are few, else ascending."""
+    tally = record.events.tally
+    ids = sorted({*tally.up, *tally.down})
+    few = len(ids) <= 40
+    if not few:
+        ids.sort(key=lambda i: tally.up.get(i, 0) + tally.down.get(i, 0))
+    made = figure(theme, 11.0, 2.7)
+    foot = 0.28 if few and max(len(client_name(i, names)) for i in ids) > 10 else 0.17
+    ax = axes(made, theme, (0.07, foot, 0.985, 0.85), "Bytes of each client")
+    x = np.arange(len(ids))
+    wide = 0.8 if few else 1.0
+    for into, sign, colour in ((tally.up, 1, theme.series[0]), (tally.down, -1, theme.series[2])):
+        ax.bar(x, [sign * into.get(i, 0) for i in ids], wide, color=colour, linewidth=0)
+    ax.axhline(0, color=theme.soft, linewidth=0.7)
+    ax.yaxis.set_major_formatter(lambda value, _: size(abs(value)) if value else "0")
+    ax.locator_params(axis="y", nbins=5)
+    ax.set_xlim(-0.6, len(ids) - 0.4)
+    for words, high, colour in (("up", 0.93, theme.series[0]), ("down", 0.05, theme.series[2])):
+        ax.text(0.006, high, words, transform=ax.transAxes, fontsize=8, color=colour, va="center", fontweight="bold")
+    if few:
+        slanted = foot > 0.2
+        ax.set_xticks(
+            x, [text(client_name(i, names), 20) for i in ids], rotation=25 if slanted or len(ids) > 14 else 0,
+            ha="right" if slanted or len(ids) > 14 else "center", rotation_mode="anchor",
+        )  # fmt: skip
+    else:
+        ax.set_xticks([])
+        ax.set_xlabel(f"{whole(len(ids))} clients, ascending", fontsize=8, color=theme.soft)
+    told = "" if tally.rounds == tally.of else f"; {whole(tally.rounds)} of {whole(tally.of)} rounds counted"
+    _aside(ax, theme, f"of contributions that arrived{told}")
+    return made
+
+
 def _seconds(record: Record, theme: Theme) -> Figure:
     x, y = record.series("seconds")
     log = wants_log([y])
@@ -197,7 +285,7 @@ def _seconds(record: Record, theme: Theme) -> Figure:
     if len(y) > 1:
         ax.axhline(middle, color=theme.soft, linewidth=0.9, linestyle=(0, (4, 2.5)), zorder=2)
     if not log:
-        of_seconds(ax, float(np.nanmax(y, initial=0)))
+        of_seconds(ax.yaxis, float(np.nanmax(y, initial=0)))
     _aside(ax, theme, f"median {duration(middle)}, {duration(record.total('seconds'))} together")
     return made
 

@@ -22,14 +22,15 @@ from atoll import runs
 from atoll.errors import AtollError
 from atoll.grammar import parse
 from atoll.plan.names import PARTS
+from atoll.report.flights import MOST_FLIGHTS, Flights, Tally, read_trips
 from atoll.report.text import better, rises, spread
 
 Numbers = npt.NDArray[np.float64]
 Row = Mapping[str, Any]
 
-COUNTS = ("round", "fingerprint", "cohort", "arrived", "failed", "bytes_up", "bytes_down", "seconds")
 OTHER = ("loss", "held_out_loss", "gradient_norm", "lr")
 _SPREAD, _LAST = 80, 40
+_MOST_READ = 32 << 20  # bytes of the lines of clients that are read
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Events:
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
     lost: dict[int, Lost] = field(default_factory=dict)
     clients: list[ClientRound] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    flights: Flights = field(default_factory=lambda: Flights.of([]))
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Record:
     def columns(self) -> tuple[str, ...]:
         """Every column with numbers that was measured, in the order of people: losses, metrics, the rest."""
         names = dict.fromkeys(n for row in self.rows for n in row)
-        there = [n for n in names if n not in COUNTS and any(_number(r.get(n)) is not None for r in self.rows)]
+        there = [n for n in names if n not in runs.COUNTS and any(_number(r.get(n)) is not None for r in self.rows)]
         metrics = [n for n in there if n not in OTHER]
         first, after = [n for n in OTHER[:2] if n in there], [n for n in OTHER[2:] if n in there]
         return (*first, *metrics, *after)
@@ -201,8 +204,8 @@ def _config(text: str) -> dict[str, Any]:
 
 
 def _events(path: Path) -> Events:
-    """Read the log line by line; lines of clients are only found, and some of them read afterwards."""
-    events, places = Events(), list[int]()
+    """Read the log line by line; lines of clients are only found, and as many read afterwards as time allows."""
+    events, places, total, trips = Events(), list[int](), 0, list[Any]()
     if not path.is_file():
         return events
     with open(path, "rb") as file:
@@ -210,15 +213,25 @@ def _events(path: Path) -> Events:
         for line in file:
             if line.startswith(b'{"event": "clients"'):
                 places.append(at)
+                total += len(line)
+            elif line.startswith(b'{"event": "trips"'):
+                if (room := MOST_FLIGHTS - len(trips)) > 0:
+                    trips += read_trips(_object(line.decode("utf-8", "replace")), room)
             else:
                 _event(events, _object(line.decode("utf-8", "replace")))
             at += len(line)
         chosen = {*spread(len(places), _SPREAD), *range(max(0, len(places) - _LAST), len(places))}
-        for n in sorted(chosen):
+        counted = range(0, len(places), -(-total // _MOST_READ) or 1)
+        for n in sorted({*chosen, *counted}):
             file.seek(places[n])
-            given = _clients(_object(file.readline().decode("utf-8", "replace")))
+            event = _object(file.readline().decode("utf-8", "replace"))
+            if n % counted.step == 0:
+                events.tally.add(event)
+            given = _clients(event) if n in chosen else None
             if given is not None:
                 events.clients.append(given)
+    events.tally.of = len(places)
+    events.flights = Flights.of(trips)
     return events
 
 

@@ -20,7 +20,6 @@ from atoll.errors import UsageError
 from atoll.loss import METRICS
 from atoll.plan.stop import direction
 
-COUNTS = ("round", "fingerprint", "cohort", "arrived", "failed", "bytes_up", "bytes_down", "seconds")
 PLAIN = ("gradient_norm", "lr")  # told, but neither end of them is the better one
 
 
@@ -158,7 +157,7 @@ def _metrics(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> 
     last: list[dict[str, Any]] = [{}, {}]
     for into, rows in zip(last, (a, b), strict=True):
         for row in rows:
-            into |= {n: v for n, v in row.items() if n not in COUNTS and v is not None}
+            into |= {n: v for n, v in row.items() if n not in runs.COUNTS and v is not None}
     mine, theirs = last
     return tuple(
         Line(n, mine.get(n), theirs.get(n), _best(n, mine.get(n), theirs.get(n)))

@@ -1,0 +1,213 @@
+"""Who waited for whom: flights of a run's log in rows, and the numbers beside them."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import atoll.data
+from atoll import recipes
+from atoll.plan.pace import Bounded, Buffered, Sync
+from atoll.report import LiveTable, canvas, draw, timeline
+from atoll.report.flights import FATES, MOST_LANES, Flights, Tally, read_trips
+from atoll.report.live import columns
+from atoll.report.record import Record
+from atoll.report.text import size
+from atoll.runs import read_rows
+from atoll.train import rounds, train
+
+FIELDS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
+STRAGGLER = "Fleet(Each((1, 1, 1, 5)), uplink='1 Mb/s', downlink='1 Mb/s')"
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Pictures of few dots, which are drawn sooner."""
+    monkeypatch.setattr(canvas, "DPI", 40)
+
+
+@st.composite
+def flown(draw_, clients=st.integers(1, 70)):
+    """Flights of clients who each fly one at a time, with pauses, as a log has them: in the order of their ends."""
+    rows, ends = [], {}
+    many = draw_(clients)
+    for _ in range(draw_(st.integers(1, 120))):
+        client = draw_(st.integers(0, many - 1))
+        start = ends.get(client, 0.0) + draw_(st.sampled_from([0.0, 0.5, 3.0]))
+        steps = [draw_(st.sampled_from([0.0, 0.25, 1.0, 7.0])) for _ in range(3)]
+        times = np.cumsum([start, *steps]).tolist()
+        ends[client] = times[-1]
+        rows.append([start, (client, 0, *times, draw_(st.integers(0, 2)))])
+    rows.sort(key=lambda row: row[0])
+    return sorted(((n, *row) for n, (_, row) in enumerate(rows)), key=lambda row: row[6])
+
+
+@given(flown())
+@settings(max_examples=60, deadline=None)
+def test_nobody_flies_beside_another_in_one_row(rows):
+    flights = Flights.of(rows)
+    row, clients = flights.lanes()
+    for at in range(int(row.max()) + 1):
+        here = np.flatnonzero(row == at)
+        order = here[np.lexsort((flights.end[here], flights.start[here]))]
+        assert (flights.start[order][1:] >= flights.end[order][:-1]).all()
+    moments = np.concatenate([flights.start, flights.end])
+    above = [int(((flights.start <= t) & (t < flights.end)).sum()) for t in moments]
+    if clients:
+        assert [clients[i] for i in row] == flights.client.tolist()
+    elif (flights.end > flights.start).all():
+        assert int(row.max()) + 1 == max(above)  # no more places than were ever taken at once
+
+
+@given(flown(st.integers(1, 8)), st.floats(0.1, 30))
+@settings(max_examples=40, deadline=None)
+def test_work_is_the_time_in_the_air(rows, until):
+    flights = Flights.of(rows).among(until)
+    row, _ = flights.lanes()
+    if not len(flights):
+        return
+    count = int(row.max()) + 1
+    by_fate = sum(flights.at_work(until, row, count, fate) for fate in range(3))
+    every = flights.at_work(until, row, count, None)
+    assert every == pytest.approx(by_fate) and (every <= 1 + 1e-9).all()
+    assert every.sum() * until == pytest.approx((np.minimum(flights.end, until) - flights.start).sum())
+
+
+def test_the_window_ends_where_somebody_is_missing():
+    def flight(number, start, end):
+        return (number, number % 3, 0, start, start, end, end, 0)
+
+    whole = Flights.of([flight(n, float(n), n + 1.0) for n in range(10)])
+    assert whole.window(np.arange(1.0, 11), flying=False) == 10
+    assert whole.window(np.arange(1.0, 11), flying=True) == 9  # whoever is not here started after the last who is
+    assert whole.window(np.arange(1.0, 11), flying=False, flights=2.0) == 3  # three rounds at least
+    holes = Flights.of([flight(n, float(n), n + 1.0) for n in range(10) if n != 7])
+    assert holes.window(np.empty(0), flying=True) == 8
+    early = Flights.of([flight(n, float(n), n + 1.0) for n in range(10) if n != 1])
+    assert early.window(np.empty(0), flying=True) == 10  # a straggler does not take the picture away
+
+
+def test_lines_that_are_no_flights_are_left_out():
+    good = dict(zip(FIELDS, ([0], [1], [0], [0.0], [0.5], [1.0], [2.0], ["arrived"]), strict=True))
+    assert read_trips(good, 5) == [(0, 1, 0, 0.0, 0.5, 1.0, 2.0, 0)]
+    assert read_trips(good, 0) == []
+    bad = {"number": [-1], "client": ["x"], "birth": [True], "start": [9.0], "loaded": [None], "computed": [np.nan],
+           "end": [np.inf], "fate": ["<b>"]}  # fmt: skip
+    for name, value in bad.items():
+        assert read_trips({**good, name: value}, 5) == [], name
+    assert read_trips({**good, "end": []}, 5) == read_trips({"event": "trips"}, 5) == []
+
+
+def test_a_tally_counts_what_is_there():
+    tally = Tally()
+    tally.add({"id": [1, 2], "bytes_up": [10, 20], "bytes_down": [5, 5], "staleness": [0, 3]})
+    tally.add({"id": [1, "x"], "bytes_up": [10, 20], "staleness": [1]})
+    tally.add({"id": None})
+    assert (tally.up, tally.down, dict(tally.staleness), tally.rounds) == (
+        {1: 20, 2: 20},
+        {1: 5, 2: 5},
+        {0: 1, 3: 1},
+        2,
+    )
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def data():
+    return atoll.data.load("wine").split(4)
+
+
+def flew(data, tmp_path, pace, fleet=STRAGGLER, count=12, recipe=None):
+    plan = replace(recipe or recipes.fedavg(lr=0.1), pace=pace)
+    return train("softmax", data, plan, rounds=count, out=tmp_path, fleet=fleet, numerics="lanes")
+
+
+def test_everybody_waits_for_the_straggler_or_nobody_does(data, tmp_path):
+    parts = {}
+    for pace in (Sync(), Bounded(5)):
+        record = Record.read(flew(data, tmp_path, pace, count=20).path)
+        flights = record.events.flights
+        until = flights.window(record.series("clock")[1], flying=pace.flies_on)
+        shown = flights.among(until)
+        row, clients = shown.lanes()
+        assert clients == (0, 1, 2, 3)
+        parts[pace] = shown.at_work(until, row, 4)
+    assert (parts[Sync()][:3] < 0.25).all() and parts[Sync()][3] > 0.99
+    assert (parts[Bounded(5)] > 0.9).all()
+
+
+def test_a_run_with_a_clock_says_so_everywhere(data, tmp_path):
+    run = flew(data, tmp_path, Buffered(2))
+    text = (run.path / "report.html").read_text(encoding="utf-8")
+    for said in ("time on the clock", "versions of θ kept", "staleness", "up, a client", "Timeline of 4 clients"):
+        assert said in text, said
+    assert {"timeline", "staleness", "clock", "client_bytes"} <= {p.stem for p in (run.path / "plots").iterdir()}
+    record = Record.read(run.path)
+    assert not {"clock", "flying", "late", "staleness", "versions"} & {*record.columns, *run.metrics}
+    assert sum(record.events.tally.up.values()) == run.bytes_up
+    rows = read_rows(run.path / "metrics.jsonl")
+    births = [{b for b, e in _flying(run.path, t)} for t in range(len(rows))]
+    assert all(row["versions"] >= len(b) for row, b in zip(rows, births, strict=True))
+    assert max(row["versions"] for row in rows) > 0
+
+
+def _flying(folder, closed):
+    """(birth, round of arrival) of flights that started up to a round and ended after it."""
+    for event in read_rows(folder / "events.jsonl"):
+        if event["event"] == "trips" and event["round"] > closed:
+            yield from ((b, event["round"]) for b in event["birth"] if b <= closed)
+
+
+def test_what_did_not_count_is_marked(data, tmp_path):
+    fleet = "Fleet(Each((1, 1, 1, 5)), dropout=0.3)"
+    run = flew(data, tmp_path, Sync(deadline_s=2), fleet, recipe=replace(recipes.fedavg(lr=0.1), max_failed=1.0))
+    record = Record.read(run.path)
+    assert {FATES[f] for f in record.events.flights.fate} == {"arrived", "dropped", "late"}
+    assert "no longer awaited" in (run.path / "report.html").read_text(encoding="utf-8")
+    words = timeline.says(record)
+    assert "4 clients" in words and " 0 % in flights" not in words
+
+
+def test_many_clients_are_places(tmp_path):
+    rows = [(n, n, n // 60, n // 60, n // 60 + 0.1, n // 60 + 0.6, n // 60 + 1.0, 0) for n in range(180)]
+    event = {"event": "trips", "round": 0, **{f: list(c) for f, c in zip(FIELDS, zip(*rows, strict=True), strict=True)}}
+    event["fate"] = ["arrived"] * 180
+    closed = [{"round": t, "loss": 1.0, "clock": t + 1.0, "fingerprint": "", "seconds": 0.1} for t in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in closed))
+    (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    record = Record.read(tmp_path)
+    row, clients = record.events.flights.lanes()
+    assert clients == () and int(row.max()) + 1 == 60 > MOST_LANES
+    assert "60 places at work" in timeline.says(record)
+    draw(tmp_path)
+    assert (tmp_path / "plots" / "timeline.png").stat().st_size > 1000
+
+
+# As it goes
+
+
+@pytest.mark.parametrize(
+    ("pace", "fleet", "more"),
+    [
+        (Sync(), None, set()),
+        (Sync(), STRAGGLER, {"clock"}),
+        (Sync(over_select=2.0), None, {"late"}),
+        (Buffered(1), STRAGGLER, {"clock", "flying", "staleness"}),
+    ],
+)
+def test_columns_stand_where_they_say_something(data, pace, fleet, more):
+    plan = replace(recipes.fedavg(lr=0.1, cohort=2), pace=pace)
+    training = rounds("softmax", data, plan, rounds=2, fleet=fleet, numerics="lanes")
+    shown = {c.key for c in columns(training)}
+    assert shown & {"late", "flying", "staleness", "clock"} == more
+    file = io.StringIO()
+    with LiveTable(plain=True, file=file) as table:
+        run = train("softmax", data, plan, rounds=2, fleet=fleet, numerics="lanes", out=None, watchers=[table])
+    last = file.getvalue().splitlines()[-1]
+    assert f"↑ {size(run.bytes_up)}" in last and ("on the clock" in last) == (fleet is not None)
