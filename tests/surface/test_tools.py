@@ -4,9 +4,12 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
@@ -61,6 +64,7 @@ def test_replay_is_what_happened(run):
             assert (found.rows, found.checked, found.first, found.failure) == (event["rows"][at], t + 1, 0, "")
             assert found.metrics["loss"] == pytest.approx(event["loss"][at], abs=1e-5)
             assert (found.seen, found.steps) == (found.rows, -(-found.rows // 10))
+            assert (found.birth, found.of, found.bytes_up) == (t, 1, event["bytes_up"][at])
             assert found.losses[0] > 0 and found.update_norm > 0
             shares.append(found.share)
             if t < 3:
@@ -166,6 +170,66 @@ def test_compare_finds_the_round(run, copy):
     assert compare.compare(copy, run).verdict == "identical through round 1; the final models are not both there"
     with pytest.raises(UsageError, match="not the folder of a run"):
         compare.compare(run, copy / "nowhere")
+
+
+def costing(folder, accuracy, each, clock=None):
+    """A run's folder in which every round cost so many bytes and seconds."""
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text("")
+    rows = [{"round": t, "fingerprint": f"{t}{each}", "accuracy": v, "bytes_up": each, "bytes_down": each,
+             "seconds": 2.0, **({} if clock is None else {"clock": clock * (t + 1)})} for t, v in enumerate(accuracy)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+curves = st.lists(st.one_of(st.integers(0, 9), st.just(float("nan"))), min_size=1, max_size=9)
+
+
+@given(curves, curves, st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_both_reach_the_target_and_not_before(mine, theirs, clocked):
+    with TemporaryDirectory() as parent:
+        folders = [
+            costing(Path(parent) / name, values, each, each / 10 if clocked else None)
+            for name, values, each in (("a", mine, 10), ("b", theirs, 1000))
+        ]
+        found = compare.compare(*folders)
+    good = [[v for v in values if v == v] for values in (mine, theirs)]
+    if not all(good):
+        assert found.beside is None and found.reached == ()
+        return
+    target = min(map(max, good))
+    assert found.beside.target == target
+    first = [next(t for t, v in enumerate(values) if v >= target) + 1 for values in (mine, theirs)]
+    lines = {line.name: (line.a, line.b) for line in found.reached}
+    time = "time on the clock" if clocked else "seconds of computing"
+    assert lines["rounds"] == tuple(first)
+    assert lines["bytes"] == (20 * first[0], 2000 * first[1])
+    assert lines[time] == pytest.approx((1 * first[0], 100 * first[1]) if clocked else (2 * first[0], 2 * first[1]))
+    assert f"until accuracy {target:.4f}" in found.text()
+
+
+def test_a_target_that_one_misses(tmp_path):
+    a = costing(tmp_path / "a", [0.1, 0.5, 0.9], 10)
+    b = costing(tmp_path / "b", [0.1, 0.2, 0.3], 500)
+    found = compare.compare(a, b, tmp_path, target=0.5)
+    assert [(line.a, line.b, line.best) for line in found.reached] == [(2, None, "a"), (40, None, "a"), (4, None, "a")]
+    assert found.plot == tmp_path / "compare-a-b.png" and found.plot.read_bytes()[:4] == b"\x89PNG"
+    assert str(found.plot) in found.text()
+    assert compare.compare(a, b, tmp_path / "new" / "x.png").plot.stat().st_size > 5000
+    nothing = costing(tmp_path / "c", [], 1)
+    assert compare.compare(a, nothing, tmp_path).plot is None
+    with pytest.raises(UsageError, match=r"target = 0\.5"):
+        compare.compare(a, nothing, target=0.5)
+
+
+def test_a_long_setting_has_lines_of_its_own(tmp_path):
+    a, b = (costing(tmp_path / name, [0.1], 10) for name in "ab")
+    (a / "config.toml").write_text(f'plan = "{"x" * 80}"\nseed = 1\n')
+    text = compare.compare(a, b).text().splitlines()
+    at = text.index("plan")
+    assert text[at + 1 : at + 3] == ["  " + "x" * 80, "  –"]
+    assert max(len(line) for line in text[: at - 1]) < 80
 
 
 # export

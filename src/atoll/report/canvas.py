@@ -163,6 +163,19 @@ def logarithmic(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def logarithmic_x(ax: Axes) -> None:
+    """A logarithmic scale below, its ticks written as they were on the other."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    told = ax.xaxis.get_major_formatter()
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    wide = low > 0 and high / low > 300
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=8))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_major_formatter(told)
+
+
 def wants_log(values: Sequence[Numbers]) -> bool:
     """Whether values are better read on a logarithmic scale: all positive, and more than 10 times apart."""
     all_values = np.concatenate(values) if values else np.empty(0)

@@ -1,4 +1,4 @@
-"""Two runs side by side: what was set otherwise, what came out, and where their numbers part.
+"""Two runs side by side: what was set otherwise, what came out, what it cost, and where their numbers part.
 
 atoll compare A B
 """
@@ -19,7 +19,12 @@ from atoll import runs
 from atoll.errors import UsageError
 from atoll.loss import METRICS
 from atoll.plan.stop import direction
+from atoll.report.beside import CLOCK, SECONDS, Beside, draw
+from atoll.report.record import Events, Record
+from atoll.report.text import number, word
+from atoll.tools.again import write
 
+_LONG = 48  # characters of a setting that has lines of its own
 PLAIN = ("gradient_norm", "lr")  # told, but neither end of them is the better one
 
 
@@ -54,6 +59,8 @@ class Comparison:
         tensors: of the final models, those that differ, by name, a layer's weight first: name and largest |a − b|, or
             why they cannot be compared.
         models: whether both final models are there.
+        beside: both in the metric that judges them, against bytes and time; None where they share none.
+        plot: the picture of that, where one was asked for.
     """
 
     a: str
@@ -65,6 +72,26 @@ class Comparison:
     parted: bool
     tensors: tuple[tuple[str, float | str], ...]
     models: bool
+    beside: Beside | None = None
+    plot: Path | None = None
+
+    @property
+    def reached(self) -> tuple[Line, ...]:
+        """What each had spent when it reached the target: rounds, bytes, time."""
+        if self.beside is None:
+            return ()
+        at = self.beside.at
+        out = []
+        for name, of, whole in (
+            ("rounds", [c.rounds + 1 for c in self.beside.curves], True),
+            ("bytes", [c.bytes for c in self.beside.curves], True),
+            (self.beside.time, [c.times for c in self.beside.curves], False),
+        ):
+            costs = [None if i is None else float(c[i]) for c, i in zip(of, at, strict=True)]
+            a, b = ((None if c is None else int(c)) if whole else c for c in costs)
+            best = "" if a == b else "a" if b is None or (a is not None and a < b) else "b"
+            out.append(Line(name, a, b, best))
+        return tuple(out)
 
     @property
     def verdict(self) -> str:
@@ -89,32 +116,42 @@ class Comparison:
 
     def text(self) -> str:
         """What there is to say, line by line; * marks the better one."""
-        blocks = [[("", self.a, self.b)]]
+        blocks = [[("", self.a, self.b, "")]]
+        long = [x for x in self.settings if max(len(_shown(v)) for v in (x.a, x.b)) > _LONG]
         for title, lines in (
-            ("settings that differ", self.settings),
+            ("settings that differ", tuple(x for x in self.settings if x not in long)),
             ("metrics", self.metrics),
             ("cost", self.totals),
+            (self._goal, self.reached),
         ):
             if lines:
-                blocks.append([(title, "", ""), *((f"  {x.name}", _shown(x.a), _shown(x.b)) for x in lines)])
-        marks = {f"  {x.name}": x.best for x in (*self.metrics, *self.totals)}
+                rows = ((f"  {x.name}", _shown(x.a), _shown(x.b), x.best) for x in lines)
+                blocks.append([(title, "", "", ""), *rows])
         cells = [cell for block in blocks for cell in block]
         wide, left = max(len(c[0]) for c in cells), max(len(c[1]) for c in cells)
         out = []
-        for name, a, b in cells:
-            mark = marks.get(name, "")
+        for name, a, b, mark in cells:
             row = f"{name:<{wide}}  {a:>{left}}{'*' if mark == 'a' else ' '}  {b}{' *' if mark == 'b' else ''}"
             out.append(row.rstrip())
-        return "\n".join([*out, "", self.verdict])
+        drawn = [] if self.plot is None else ["", f"plot    {self.plot}"]
+        told = [line for x in long for line in ("", x.name, f"  {_shown(x.a)}", f"  {_shown(x.b)}")]
+        return "\n".join([*out, *told, "", self.verdict, *drawn])
+
+    @property
+    def _goal(self) -> str:
+        it = self.beside
+        return "" if it is None else f"until {word(it.metric)} {number(it.target)}"
 
 
-def compare(a: str | Path, b: str | Path) -> Comparison:
+def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target: float | None = None) -> Comparison:
     """Set two runs side by side. Both folders are only read.
 
     Args:
         a, b: the runs' folders; they may be of different data, models, lengths.
+        out: a folder, or a .png file, to draw the judged metric against bytes and time in; None draws nothing.
+        target: of that metric, to be reached; None is the worse of their best values.
     Raises:
-        UsageError: one of them is not the folder of a run.
+        UsageError: one of them is not the folder of a run, or there is no metric that could reach a target.
     """
     one, other = Path(a).resolve(), Path(b).resolve()
     mine, theirs = _config(one), _config(other)
@@ -122,6 +159,13 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     keys = [k for k in dict.fromkeys((*mine, *theirs)) if mine.get(k) != theirs.get(k)]
     through, parted = _through(*rows)
     tensors, models = _tensors(one, other)
+    beside = Beside.of(_record(one, rows[0]), _record(other, rows[1]), target)
+    if beside is None and target is not None:
+        raise UsageError(
+            f"target = {target:g} for {one.name} and {other.name}.",
+            "two runs that measured the same metric, of which it is known which end is better.",
+            write=f"atoll compare {one.name} {other.name}",
+        )
     return Comparison(
         one.name,
         other.name,
@@ -132,7 +176,22 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         parted,
         tensors,
         models,
+        beside,
+        None if out is None or beside is None else _drawn(beside, Path(out)),
     )
+
+
+def _record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Record:
+    """A run's rows as the report reads them, without its events."""
+    good = tuple(r for r in rows if isinstance(r, dict) and type(r.get("round")) is int)
+    return Record(folder.name, good, {}, "", {}, Events())
+
+
+def _drawn(beside: Beside, out: Path) -> Path:
+    """Write the picture."""
+    file = out if out.suffix == ".png" else out / f"compare-{'-'.join(c.name[:60] for c in beside.curves)}.png"
+    write(file, draw(beside))
+    return file
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -177,17 +236,27 @@ def _best(name: str, a: Any, b: Any) -> str:
 
 def _totals(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[Line, ...]:
     out = [Line("rounds", len(a), len(b))]
-    for name, word in (
+    for name, words in (
         ("bytes_up", "bytes up"),
         ("bytes_down", "bytes down"),
-        ("seconds", "seconds"),
+        ("seconds", SECONDS),
         ("failed", "failures"),
+        ("late", "no longer awaited"),
     ):
         mine, theirs = (sum(row.get(name) or 0 for row in rows) for rows in (a, b))
         # Fewer rounds cost less: only runs of one length compete.
         best = "" if mine == theirs or len(a) != len(b) else "a" if mine < theirs else "b"
-        out.append(Line(word, round(mine, 3), round(theirs, 3), best))
+        if name != "late" or mine or theirs:
+            out.append(Line(words, round(mine, 3), round(theirs, 3), best))
+    first, second = (_last_clock(rows) for rows in (a, b))
+    if first is not None or second is not None:
+        fair = len(a) == len(b) and first is not None and second is not None and first != second
+        out.append(Line(CLOCK, first, second, ("a" if (first or 0) < (second or 0) else "b") if fair else ""))
     return tuple(out)
+
+
+def _last_clock(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    return max((v for r in rows if isinstance(v := r.get("clock"), (int, float))), default=None)
 
 
 def _through(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[int | None, bool]:

@@ -1,0 +1,175 @@
+"""Two runs' metric against what it cost: bytes up and down, and time; and what each paid for a value both reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from atoll.report.canvas import (
+    LIGHT,
+    Line,
+    axes,
+    figure,
+    logarithmic_x,
+    of_bytes,
+    of_seconds,
+    plot,
+    png,
+    text,
+    wants_log,
+)
+from atoll.report.record import Numbers, Record
+from atoll.report.text import better, number, rises, word
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CLOCK, SECONDS = "time on the clock", "seconds of computing"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over the rounds in which it was measured, and what had been spent by then.
+
+    Args:
+        name: of the run.
+        rounds, values: `[measured]`.
+        bytes: up and down, of all rounds so far, `[measured]`.
+        times: seconds so far, on the clock or of computing, `[measured]`.
+    """
+
+    name: str
+    rounds: Numbers
+    values: Numbers
+    bytes: Numbers
+    times: Numbers
+
+    @classmethod
+    def of(cls, record: Record, metric: str, time: str) -> Curve:
+        """Out of a run's rows; `time` is `CLOCK` or `SECONDS`."""
+        at = {row["round"]: i for i, row in enumerate(record.rows)}
+        spent = np.cumsum([_amount(r.get("bytes_up")) + _amount(r.get("bytes_down")) for r in record.rows])
+        clock = time == CLOCK
+        each = np.array([_amount(r.get("clock" if clock else "seconds")) for r in record.rows])
+        times = np.maximum.accumulate(each) if clock and len(each) else np.cumsum(each)
+        rounds, values = record.series(metric)
+        where = [at[int(t)] for t in rounds]
+        return cls(record.name, rounds, values, spent[where], times[where])
+
+    def best(self, rising: bool) -> float | None:
+        """The best finite value."""
+        good = self.values[np.isfinite(self.values)]
+        return None if not len(good) else float(good.max() if rising else good.min())
+
+    def reaches(self, target: float, rising: bool) -> int | None:
+        """Where a value is first as good as the target; None where none is."""
+        with np.errstate(invalid="ignore"):
+            found = np.flatnonzero(self.values >= target if rising else self.values <= target)
+        return int(found[0]) if len(found) else None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Two runs against each other in one metric.
+
+    Args:
+        metric: that judges both.
+        time: what the time is: `CLOCK` where both have one, else `SECONDS`.
+        target: the value that is to be reached; by default the worse of their best values, which both reach.
+        curves: of both.
+    """
+
+    metric: str
+    time: str
+    target: float
+    curves: tuple[Curve, Curve]
+
+    @property
+    def rising(self) -> bool:
+        """Whether more is better."""
+        return bool(rises(self.metric))
+
+    @property
+    def at(self) -> tuple[int | None, int | None]:
+        """Where each reaches the target."""
+        first, second = (curve.reaches(self.target, self.rising) for curve in self.curves)
+        return first, second
+
+    @classmethod
+    def of(cls, a: Record, b: Record, target: float | None = None) -> Beside | None:
+        """The two, in the metric that judges them; None where they have none in common with finite values."""
+        shared = [n for n in (a.judged, b.judged, *a.columns) if n in a.columns and n in b.columns]
+        clock = all(r.last("clock") is not None for r in (a, b))
+        time = CLOCK if clock else SECONDS
+        for metric in shared:
+            rising = rises(metric)
+            if rising is None:
+                continue
+            curves = Curve.of(a, metric, time), Curve.of(b, metric, time)
+            best = [v for c in curves if (v := c.best(rising)) is not None]
+            if len(best) == 2:
+                worse = best[1] if better(best[0], best[1], rising) else best[0]
+                return cls(metric, time, worse if target is None else target, curves)
+        return None
+
+
+def _amount(value: object) -> float:
+    """A number of a row, 0 where it has none."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else 0.0  # type: ignore[arg-type]
+
+
+def draw(found: Beside) -> bytes:
+    """A PNG: the metric against bytes, and against time, with a ring where each reaches the target."""
+    made = figure(LIGHT, 11.0, 3.5)
+    colours = (LIGHT.series[0], LIGHT.series[1])
+    name = _titled(found.metric)
+    by_bytes = axes(made, LIGHT, (0.055, 0.17, 0.485, 0.80), f"{name} by bytes", "up and down, all clients")
+    by_time = axes(made, LIGHT, (0.555, 0.17, 0.985, 0.80), f"{name} by time", found.time)
+    for ax, costs in ((by_bytes, [c.bytes for c in found.curves]), (by_time, [c.times for c in found.curves])):
+        _panel(ax, found, costs, colours)
+    of_bytes(by_bytes)
+    most = max((float(c.times.max(initial=0)) for c in found.curves), default=0.0)
+    of_seconds(by_time.xaxis, most)
+    for ax, costs in ((by_bytes, [c.bytes for c in found.curves]), (by_time, [c.times for c in found.curves])):
+        if apart(costs):
+            logarithmic_x(ax)
+    for at, (curve, colour) in enumerate(zip(found.curves, colours, strict=True)):
+        made.text(
+            0.985, 0.955 - 0.05 * at, text(curve.name, 60), color=colour, fontsize=8.5, fontweight="bold", ha="right",
+            va="center",
+        )  # fmt: skip
+    return png(made)
+
+
+def apart(costs: Sequence[Numbers]) -> bool:
+    """Whether one run spent so much more than the other that its line would hide the other's."""
+    ends = [float(c[-1]) for c in costs if len(c)]
+    return len(ends) == 2 and min(ends) > 0 and max(ends) > 8 * min(ends)
+
+
+def _panel(ax: Axes, found: Beside, costs: Sequence[Numbers], colours: Sequence[str]) -> None:
+    lines = [Line(c.name, x, c.values, colour) for c, x, colour in zip(found.curves, costs, colours, strict=True)]
+    plot(ax, lines, log=not found.rising and wants_log([c.values for c in found.curves]))
+    if not apart(costs):
+        ax.set_xlim(left=0)
+    ax.axhline(found.target, color=LIGHT.soft, linewidth=0.8, linestyle=(0, (4, 2.5)), zorder=1)
+    ax.text(
+        1.0, found.target, f"{number(found.target)} ", transform=ax.get_yaxis_transform(), ha="right", va="bottom",
+        fontsize=7.5, color=LIGHT.soft,
+    )  # fmt: skip
+    for curve, x, at, colour in zip(found.curves, costs, found.at, colours, strict=True):
+        if at is not None:
+            ax.plot(
+                [x[at]], [curve.values[at]], "o", markersize=7, markerfacecolor="none", markeredgewidth=1.5,
+                markeredgecolor=colour, zorder=7,
+            )  # fmt: skip
+
+
+def _titled(name: str) -> str:
+    words = word(name)
+    return text(words[:1].upper() + words[1:], 40)
