@@ -291,7 +291,11 @@ def test_the_other_commands_reach_their_tools(atoll, monkeypatch):
     assert atoll("export", "latest", "--dtype", "int8").out == "export said\n"
     assert atoll("lr", "--which", "server", *base()).out == "lr said\n"
     assert json.loads(atoll("lr", *base(), "--json").out) == {"which": "local", "suggestion": 0.1, "plot": "lr.png"}
-    assert said[:3] == [("compare", path, path), ("replay", path, 1, 3, True), ("export", path, "int8", None, False)]
+    assert said[:3] == [
+        ("compare", path, path, Path("runs"), None),
+        ("replay", path, 1, 3, True, None, 0),
+        ("export", path, "int8", None, False),
+    ]
     assert [call[2:] for call in said[3:]] == [("server", Path("runs")), ("local", Path("runs"))]
     done = atoll("doctor")
     assert done.code == 1

@@ -210,8 +210,18 @@ def show(run: str, /, *, out: Out = None, as_json: Json = False) -> int:
 
 
 @app.command(group=LOOK, sort_key=5, help_epilogue="")
-def compare(a: str, b: str, /, *, out: Out = None) -> int:
-    """Set two runs beside each other: settings, metrics, and the first round and tensor that differ.
+def compare(
+    a: str,
+    b: str,
+    /,
+    *,
+    target: Annotated[
+        float | None, flag(SHOWN, "A value of the metric: what did each pay for it? Default: the best that both reach.")
+    ] = None,
+    to: Annotated[Path | None, flag(SHOWN, "The picture to write. Default: compare-A-B.png beside the runs.")] = None,
+    out: Out = None,
+) -> int:
+    """Set two runs beside each other: settings, metrics, what they cost in bytes and time, and what first differs.
 
     Parameters
     ----------
@@ -222,7 +232,7 @@ def compare(a: str, b: str, /, *, out: Out = None) -> int:
     """
     from atoll.tools.compare import compare as compared
 
-    print(compared(_find(a, out), _find(b, out)).text())
+    print(compared(_find(a, out), _find(b, out), to or _parent(out), target).text())
     return 0
 
 
@@ -233,6 +243,7 @@ def replay(
     *,
     round: Annotated[int, Parameter(group=RUNNING, help="Which round, from 0.")],
     client: Annotated[int, Parameter(group=RUNNING, help="Which client, from 0.")],
+    nth: Annotated[int, flag(RUNNING, "Which contribution, where several arrived. Default: the first.")] = 0,
     trust: Trust = False,
     out: Out = None,
 ) -> int:
@@ -245,7 +256,7 @@ def replay(
     """
     from atoll.tools.replay import replay as replayed
 
-    print(replayed(_find(run, out), round, client, trust).text())
+    print(replayed(_find(run, out), round, client, trust, None, nth).text())
     return 0
 
 

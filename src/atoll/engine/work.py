@@ -239,7 +239,7 @@ class Work:
             broadcast, lanes, part_of(kept, "local"), key.fold("clients", "local"), self.task
         )
         memory = {f"local/{n}": t for n, t in local.items()}
-        rest = _rest(contribution)
+        rest = rest_of(contribution)
         update = contribution.means.get("update")
         if update is None:
             return contribution, memory, torch.full((len(ids),), rest)
@@ -248,7 +248,7 @@ class Work:
         )
         memory |= {f"codec/{n}": t for n, t in codec.items()}
         contribution = contribution._replace(sums={**contribution.sums, **sums})
-        sizes = self.plan.codec.sizes(payload, side) + _rest(contribution)
+        sizes = self.plan.codec.sizes(payload, side) + rest_of(contribution)
         opened = {**contribution.means, "update": self.plan.codec.open(payload, side)}
         return contribution._replace(means=opened), memory, sizes
 
@@ -320,7 +320,7 @@ def _all_failed(failures: list[Failure], errors: list[Exception]) -> None:
     ) from (errors[0] if errors else None)
 
 
-def _rest(contribution: Contribution) -> int:
+def rest_of(contribution: Contribution) -> int:
     """The bytes of one client's message beside the encoded update: other means, sums, counters, 8 for the weight."""
     rest = {n: t for n, t in contribution.means.items() if n != "update"}
     whole = nbytes(rest) + nbytes(contribution.sums) + nbytes(contribution.largest)

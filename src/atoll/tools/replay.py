@@ -3,8 +3,9 @@
     atoll replay RUN --round 7 --client 3
 
 The rounds before are trained again without writing anything, and each one's fingerprint of θ is held against the run's
-own; where a checkpoint stands at that round or before it, from there on. Then the client is run alone: its numbers do
-not depend on who is computed beside it, so they are the ones that it gave, and if it raised, it raises again.
+own; where a checkpoint stands at that round or before it, from there on. Then the client is run alone, from the model
+that it had started from: its numbers do not depend on who is computed beside it, so they are the ones that it gave, and
+if it raised, it raises again. A round is that in which a contribution arrived, or was lost, whenever it had started.
 """
 
 from __future__ import annotations
@@ -12,23 +13,28 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from atoll import runs
+from atoll.engine.arrivals import Flown, fly, message
 from atoll.errors import AtollError, RunError, UsageError
-from atoll.plan.lanes import Lanes
-from atoll.plan.plan import decode, descend, part_of, settle, step
-from atoll.plan.slots import Broadcast, Cohort
+from atoll.plan.flight import Flight
+from atoll.plan.pace import Sync
+from atoll.plan.plan import Plan, State, decode, descend, opening, settle, step, tell
+from atoll.plan.slots import Cohort
+from atoll.report.text import size
 from atoll.rng import Key
 from atoll.saved import unpack
-from atoll.task import Gradient, Model, Task
 from atoll.tools.again import same_data, training_in
+from atoll.tools.alone import compute, odd
 from atoll.training import Rounds
+
+_TOLD = 1000  # clients of a round that events.jsonl lists
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,18 @@ class Replay:
         client: its number, and `name`, where it has one.
         rows: that it holds.
         cohort: how many were at work.
+        birth: the round whose model it started from; an earlier one where contributions may be late.
+        of: how many contributions of this client came to an end in the round; this one is told of.
+        work: the part of its work that it had time for before the deadline.
+        bytes_up, bytes_down: of its message, and of what it was sent when it started; None where it gave no message.
         losses: mean loss of each batch, in order: one a step of `Gradient` and `Train`, none of `Custom`.
         metrics: what it told of the round: the loss, or what the user's own loop returned; means over rows seen.
         seen: rows that it went through.
         update_norm: ‖gᵢ‖₂ before the codec; None where it raised.
         cosine: ⟨gᵢ, g⟩ / (‖gᵢ‖ ‖g‖), g the round's mean; None where there is none.
-        share: (wᵢ/Σw) ⟨gᵢ, g⟩ / ‖g‖², its share of g; over the clients that arrived they sum to 1.
-        failure: the whole traceback, or why its numbers were refused; empty where all was well.
+        share: s (wᵢ/Σw) ⟨ĝᵢ, g⟩ / ‖g‖², its share of g, where ĝᵢ is gᵢ as the server decodes it and s the factor of its
+            staleness; over the contributions that arrived they sum to 1.
+        failure: the whole traceback, or why its numbers were refused or not awaited; empty where all was well.
         first: the round from which was trained again: 0, or that of the checkpoint.
         checked: rounds whose fingerprint was held against the run's own, the replayed one included; all agreed.
         fingerprint: of θ after the round; empty where the round could not be run.
@@ -60,6 +71,11 @@ class Replay:
     name: str
     rows: int
     cohort: int
+    birth: int
+    of: int
+    work: float
+    bytes_up: int | None
+    bytes_down: int
     losses: tuple[float, ...]
     metrics: Mapping[str, float]
     seen: int
@@ -87,6 +103,7 @@ class Replay:
         who = f"client {self.client}" + (f" ({self.name})" if self.name else "")
         lines = [
             f"{self.run}, round {self.round}, {who}: one of {self.cohort} at work",
+            *self._flight(),
             f"rows held     {self.rows}",
             f"rows seen     {self.seen}, in {self.steps or '?'} steps, {self.seconds:.3f} s",
             *(f"{name:<13} {value:.6g}" for name, value in self.metrics.items()),
@@ -105,6 +122,19 @@ class Replay:
             lines += ["", "it failed:", self.failure.rstrip()]
         return "\n".join(lines)
 
+    def _flight(self) -> list[str]:
+        """What there is to say of the way, where it is not what it always is."""
+        up = "–" if self.bytes_up is None else size(self.bytes_up)
+        lines = [f"bytes         ↑ {up}   ↓ {size(self.bytes_down)}"]
+        if self.birth != self.round:
+            late = self.round - self.birth
+            lines.append(f"started       in round {self.birth}, from the model of then: {late} rounds late")
+        if self.work < 1:
+            lines.append(f"work          {100 * self.work:.1f} %, until the deadline")
+        if self.of > 1:
+            lines.append(f"arrived       {self.of} times in this round; --nth 0 to {self.of - 1} tells of each")
+        return lines
+
 
 def _some(values: tuple[float, ...], most: int = 8) -> str:
     """The first and the last of many numbers."""
@@ -114,8 +144,15 @@ def _some(values: tuple[float, ...], most: int = 8) -> str:
     return " ".join(texts if len(values) <= most else [*texts[:half], "…", *texts[half:]])
 
 
-def replay(path: str | Path, round: int, client: int, trust: bool = False, training: Rounds | None = None) -> Replay:
-    """Compute again what a client computed in a round of a run.
+def replay(
+    path: str | Path,
+    round: int,
+    client: int,
+    trust: bool = False,
+    training: Rounds | None = None,
+    nth: int = 0,
+) -> Replay:
+    """Compute again what a client computed whose contribution came to an end in a round of a run.
 
     Args:
         path: the run's folder; it is only read.
@@ -124,8 +161,9 @@ def replay(path: str | Path, round: int, client: int, trust: bool = False, train
         trust: whether the run's config.toml may name code outside atoll.
         training: the same training before its first round, `atoll.rounds(model, data, plan, …)`, for a run that was
             started from Python; None makes it from config.toml.
+        nth: which of its contributions, from 0, where several arrived in that round.
     Raises:
-        UsageError: the client was not at work in that round (the rounds in which it was are listed), there is no such
+        UsageError: the client gave nothing in that round (the rounds in which it did are listed), there is no such
             client or round, or the data has changed.
         RunError: a round came out otherwise than the run wrote it down.
     """
@@ -141,23 +179,63 @@ def replay(path: str | Path, round: int, client: int, trust: bool = False, train
     for t in range(start, round):
         training.state, _ = step(training.plan, training.state, training.engine)
         checked += _check(folder, rows, t, runs.fingerprint(training.state.model.theta))
-    cohort = _cohort(training, round)
-    mean, weight, fingerprint, note = _whole(training, cohort)
-    if fingerprint:
-        checked += _check(folder, rows, round, fingerprint)
-    return _alone(training, client, cohort, mean, weight, {
-        "run": folder.resolve().name, "round": round, "first": start, "checked": checked, "fingerprint": fingerprint,
-        "notes": (note,) if note else (),
+    opened = _open(training)
+    flights = _flights(opened, training, client)
+    if not flights:
+        raise _was_not_there(folder, training, rows, round, client)
+    if not 0 <= nth < len(flights):
+        raise UsageError(
+            f"nth = {nth}: client {client} came to an end {len(flights)} times in round {round}.",
+            f"0 to {len(flights) - 1}.",
+            write=f"atoll replay {folder.resolve().name} --round {round} --client {client} --nth {len(flights) - 1}",
+        )
+    whole = _whole(training, opened)
+    if whole.fingerprint:
+        checked += _check(folder, rows, round, whole.fingerprint)
+    return _alone(training, opened, flights, nth, whole, {
+        "run": folder.resolve().name, "round": round, "first": start, "checked": checked,
+        "fingerprint": whole.fingerprint, "notes": (whole.note,) if whole.note else (),
     })  # fmt: skip
 
 
-def _cohort(training: Rounds, round: int) -> Cohort:
-    """Who was at work in a round: a function of the seed."""
-    key = Key(training.settings.seed).fold("round", round).fold("cohort")
-    return training.plan.sampler(training.engine.population, round, key)
+class _Opened(NamedTuple):
+    """A round as it is about to be computed, and what came of its flights."""
+
+    plan: Plan
+    state: State
+    cohort: Cohort
+    flown: Flown
+
+
+def _open(training: Rounds) -> _Opened:
+    """What `step` and the engine do before they compute."""
+    engine, state = training.engine, training.state
+    plan, key = training.plan.at(engine), state.key()
+    state = tell(plan, state, key)
+    cohort = opening(plan, state, engine.population, key)
+    up = 0 if engine.fleet is None else message(plan, training.task.layout)
+    return _Opened(plan, state, cohort, fly(plan, state, engine.population, cohort, engine.fleet, up))
+
+
+def _flights(opened: _Opened, training: Rounds, client: int) -> list[tuple[Flight, str]]:
+    """The flights of a client that ended in the round, in the order of their starts, and how each was lost if it was.
+
+    Whoever was no longer awaited has started in this round: under a pace that flies on, everybody is awaited.
+    """
+    flown, round = opened.flown, opened.state.round
+    found = [(f, "") for f in flown.arrived if f.client == client]
+    found += [(f, "it dropped out: what it computed never arrived") for f in flown.dropped if f.client == client]
+    late = "no longer awaited: the round had closed"
+    if training.engine.fleet is not None:
+        gone = [t for t in flown.trips if t.fate == "late" and t.client == client]
+        found += [(Flight(client, round, 0, t.number), late) for t in gone]
+    elif flown.late and not found and client in opened.cohort.ids.tolist():
+        found.append((Flight(client, round, 0, opened.state.air.started), late))
+    return sorted(found, key=lambda pair: pair[0].number)
 
 
 def _check_asked(folder: Path, training: Rounds, rows: Mapping[int, Any], round: int, client: int) -> None:
+    """Refuse before anything is computed what the log already says was not so."""
     count, last = training.data.count, max(rows, default=-1) + 1
     name = folder.resolve().name
     if not 0 <= client < count:
@@ -172,20 +250,66 @@ def _check_asked(folder: Path, training: Rounds, rows: Mapping[int, Any], round:
             f"a round that was run, 0 to {last - 1}." if last else "a run that has made a round.",
             write=f"atoll replay {name} --round {max(0, last - 1)} --client {client}",
         )
-    if client in _cohort(training, round).ids.tolist():
-        return
-    was = [t for t in range(last) if client in _cohort(training, t).ids.tolist()]
+    if _drawn(training):
+        there = client in _cohort(training, round)
+    else:
+        ended, listed = _ended(folder)
+        # Who is late stands in no list, nor does who came after the thousandth.
+        unknown = round == last or listed.get(round, _TOLD) >= _TOLD or not training.plan.pace.flies_on
+        there = unknown or client in ended.get(round, ())
+    if not there:
+        raise _was_not_there(folder, training, rows, round, client)
+
+
+def _drawn(training: Rounds) -> bool:
+    """Whether the seed alone says who was at work in a round."""
+    return training.plan.pace == Sync() and training.fleet is None
+
+
+def _cohort(training: Rounds, round: int) -> list[int]:
+    key = Key(training.settings.seed).fold("round", round).fold("cohort")
+    ids: list[int] = training.plan.sampler(training.engine.population, round, key).ids.tolist()
+    return ids
+
+
+def _ended(folder: Path) -> tuple[dict[int, set[int]], dict[int, int]]:
+    """Whose contributions arrived or were lost in each round, by events.jsonl, and how many arrivals that lists."""
+    ended: dict[int, set[int]] = {}
+    listed: dict[int, int] = {}
+    failed: set[int] = set()
+    for event in runs.read_rows(folder / "events.jsonl"):
+        if event.get("event") == "failure":  # a failure stands before the arrivals of the round that it was found in
+            failed.add(event.get("client", -1))
+        elif event.get("event") == "clients":
+            ids = event.get("id", [])
+            ended[event["round"]], listed[event["round"]] = failed | set(ids), len(ids)
+            failed = set()
+    return ended, listed
+
+
+def _was_not_there(folder: Path, training: Rounds, rows: Mapping[int, Any], round: int, client: int) -> UsageError:
+    last, name = max(rows, default=-1) + 1, folder.resolve().name
+    by_round = {t: set(_cohort(training, t)) for t in range(last)} if _drawn(training) else _ended(folder)[0]
+    was = sorted(t for t, ids in by_round.items() if client in ids)
     told = ", ".join(map(str, was[:20])) + (f", … {was[-1]}" if len(was) > 20 else "")
-    nearest = min(was, key=lambda t: abs(t - round), default=None)
-    raise UsageError(
-        f"Client {client} was not at work in round {round} of {name}.",
-        f"one of the rounds in which it was: {told}." if was else "a client that was at work: this one never was.",
-        "who is not drawn into the cohort computes nothing.",
-        f"atoll replay {name} --round {nearest} --client {client}"
-        if nearest is not None
-        else f"atoll replay {name} --round {round} --client {int(_cohort(training, round).ids[0])}"
-        if len(_cohort(training, round).ids)
-        else f"atoll show {name}",
+    here = sorted(by_round.get(round, ()))
+    if was:
+        nearest = min(was, key=lambda t: abs(t - round))
+        write = f"atoll replay {name} --round {nearest} --client {client}"
+    else:
+        write = f"atoll replay {name} --round {round} --client {here[0]}" if here else f"atoll show {name}"
+    flies = training.plan.pace.flies_on
+    return UsageError(
+        f"Client {client} was not at work in round {round} of {name}."
+        if not flies
+        else f"No contribution of client {client} came to an end in round {round} of {name}.",
+        f"one of the rounds in which {'one did' if flies else 'it was'}: {told}."
+        if was
+        else "a client that was at work: this one never was.",
+        "a contribution is told of in the round in which it arrives, or is lost, not in that in which it started."
+        if flies
+        else "who is not drawn into the cohort computes nothing.",
+        write,
     )
 
 
@@ -235,67 +359,78 @@ def _check(folder: Path, rows: Mapping[int, Mapping[str, Any]], round: int, now:
     )
 
 
-def _whole(training: Rounds, cohort: Cohort) -> tuple[Tensor | None, float, str, str]:
+class _Whole(NamedTuple):
     """The round as it was: its mean, the weight that arrived, the fingerprint after it; or a note why there is none."""
-    plan, state, engine = training.plan.at(training.engine), training.state, training.engine
+
+    mean: Tensor | None
+    weight: float
+    fingerprint: str
+    note: str
+
+
+def _whole(training: Rounds, opened: _Opened) -> _Whole:
+    plan, state, cohort, _ = opened
+    engine, key = training.engine, state.key()
     try:
-        gathered = engine.gather(plan, state, cohort, state.key())
+        gathered = engine.gather(plan, state, cohort, key)
     except RunError as error:
-        return None, 0.0, "", f"the round could not be run: {error.given}"
-    total, server = settle(plan, decode(plan, state, gathered), state, state.key())
+        return _Whole(None, 0.0, "", f"the round could not be run: {error.given}")
+    total, server = settle(plan, decode(plan, state, gathered), state, key)
     mean = plan.aggregator.finish(total, cohort, engine.population)
     after = descend(plan, state, mean, server)
-    return mean.means.get("update"), float(total.weight), runs.fingerprint(after.model.theta), ""
-
-
-@dataclass(frozen=True)
-class _Steps(Lanes):
-    """Lanes that keep the mean loss of every step."""
-
-    losses: list[float] = field(default_factory=list)
-
-    def gradient(self, task: Task, model: Model, positions: Tensor, counts: tuple[int, ...], key: Key) -> Gradient:
-        got = super().gradient(task, model, positions, counts, key)
-        self.losses.append(float(got.loss[0]) / max(1, counts[0]))
-        return got
+    return _Whole(mean.means.get("update"), float(total.weight), runs.fingerprint(after.model.theta), "")
 
 
 def _alone(
-    training: Rounds, client: int, cohort: Cohort, mean: Tensor | None, weight: float, told: dict[str, Any]
+    training: Rounds,
+    opened: _Opened,
+    flights: list[tuple[Flight, str]],
+    nth: int,
+    whole: _Whole,
+    told: dict[str, Any],
 ) -> Replay:
     """Run the client alone, as the engine does, and set what it gave beside the round's mean."""
-    plan, state, data, task = training.plan, training.state, training.data, training.task
-    ids = torch.tensor([client])
-    rows = int(data.sizes[client])
-    own = getattr(plan.local, "numerics", task.numerics)
-    task = task if own == task.numerics else replace(task, numerics=own)
-    lanes = _Steps(data, ids, (rows,), task.layout.dtype)
-    key = state.key().fold("clients").of(ids).fold("local")
-    kept = part_of(state.memory.take(ids), "local")
-    failure, update, metrics, seen = "", None, {}, 0
+    plan, state, data = opened.plan, opened.state, training.data
+    flight, failure = flights[nth]
+    kept = state.memory.take(torch.tensor([flight.client]))
+    for earlier, lost in flights[:nth] if kept else ():  # what it keeps moves with each one that is accepted
+        if not lost:
+            given = compute(training, plan, state, earlier, kept, [])
+            kept = {**kept, **given.kept} if not odd(given) else kept
+    losses: list[float] = []
+    update, sent, metrics, seen, bytes_up = None, None, {}, 0, None
     began = time.perf_counter()
     try:
-        given, _ = plan.local.contribute(Broadcast(state.round, state.model, state.server), lanes, kept, key, task)
-        update = given.means["update"][0].double() if "update" in given.means else None
-        seen = int(given.sums["rows"][0]) if "rows" in given.sums else 0
-        metrics = {n: float(s[0]) / max(1, seen) for n, s in given.sums.items() if n != "rows" and s.dim() == 1}
-        odd = [n for n, t in (*given.means.items(), *given.sums.items()) if not bool(torch.isfinite(t).all())]
-        failure = f"not finite: {', '.join(odd)}" if odd else ""
+        given = compute(training, plan, state, flight, kept, losses)
+        sums, update, sent = given.contribution.sums, given.contribution.means.get("update"), given.sent
+        bytes_up = given.bytes
+        seen = int(sums["rows"][0]) if "rows" in sums else 0
+        metrics = {n: float(s[0]) / max(1, seen) for n, s in sums.items() if n != "rows" and s.dim() == 1}
+        failure = failure or odd(given)
     except Exception:
         failure = traceback.format_exc()
-    norm = None if update is None else float(torch.linalg.vector_norm(update))
-    cosine = share = None
-    if update is not None and mean is not None and not failure:
-        inner, length = float(update @ mean.double()), float(torch.linalg.vector_norm(mean.double()))
-        cosine = inner / (norm * length) if norm and length else None
-        part = (1 if getattr(plan.aggregator, "weights", "examples") == "equal" else rows) / weight
-        share = part * inner / length**2 if length and plan.aggregator.linear else None
+    norm = cosine = share = None
+    rows = int(data.sizes[flight.client])
+    if update is not None:
+        norm = float(torch.linalg.vector_norm(update[0].double()))
+    if update is not None and sent is not None and whole.mean is not None and not failure:
+        mean = whole.mean.double()
+        length = float(torch.linalg.vector_norm(mean))
+        cosine = float(update[0].double() @ mean) / (norm * length) if norm and length else None
+        part = (1 if getattr(plan.aggregator, "weights", "examples") == "equal" else rows) / whole.weight
+        part *= plan.pace.discount(state.round - flight.birth)
+        share = part * float(sent.double() @ mean) / length**2 if length and plan.aggregator.linear else None
     return Replay(
-        client=client,
-        name=data.names[client] if data.names else "",
+        client=flight.client,
+        name=data.names[flight.client] if data.names else "",
         rows=rows,
-        cohort=len(cohort.ids),
-        losses=tuple(lanes.losses),
+        cohort=len(state.air.flights) + opened.flown.started,
+        birth=flight.birth,
+        of=len(flights),
+        work=flight.share,
+        bytes_up=bytes_up,
+        bytes_down=flight.down,
+        losses=tuple(losses),
         metrics=metrics,
         seen=seen,
         update_norm=norm,
