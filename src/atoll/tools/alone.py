@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.engine.inprocess import rest_of
+from atoll.engine.work import rest_of
 from atoll.fused import Descent
 from atoll.plan.flight import Flight
 from atoll.plan.lanes import Lanes
