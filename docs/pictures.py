@@ -6,8 +6,10 @@ Each is drawn twice, for light and for dark pages, in the style of a run's repor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,12 @@ from torch import Tensor
 import atoll
 from atoll import schedule
 from atoll.data import IID, Dirichlet, Pathological, Quantity, Shards, arrays
+from atoll.plan.pace import Buffered, Sync
 from atoll.recipes import fedavg
 from atoll.recipes import sgd as sgd_recipe
 from atoll.report.canvas import DARK, LIGHT, Theme, axes, figure, logarithmic, name_ends, png, ramp
+from atoll.report.record import Record
+from atoll.report.timeline import timeline
 
 FOLDER = Path(__file__).parent / "pictures"
 
@@ -194,7 +199,40 @@ def loop(theme: Theme) -> Any:
     return made
 
 
-PICTURES: tuple[Callable[[Theme], Any], ...] = (loop, partitions, drift, floor, schedules)
+@cache
+def _with_a_straggler() -> tuple[Any, ...]:
+    """The same training of four workers, one five times slower, under three paces: what their folders tell."""
+    data = atoll.data.load("digits").split(4)
+    told: dict[str, Any] = {
+        "fleet": "Fleet(Each((1, 1, 1, 5)), uplink='200 kb/s', downlink='300 kb/s')",
+        "report": False,
+    }
+    plan, records = fedavg(0.1), []
+    for pace, rounds in ((Sync(), 5), (Sync(deadline_s=1.5), 10), (Buffered(1), 80)):
+        with TemporaryDirectory() as out:
+            run = atoll.train("softmax", data, replace(plan, pace=pace), rounds=rounds, out=out, **told)
+            records.append(Record.read(run.path))
+    return tuple(records)
+
+
+def waiting(theme: Theme) -> Any:
+    """The timeline of a run: everybody waits for the slowest."""
+    return timeline(_with_a_straggler()[0], None, theme)
+
+
+def deadline(theme: Theme) -> Any:
+    """The same with a deadline: the slowest is never heard."""
+    return timeline(_with_a_straggler()[1], None, theme)
+
+
+def flying(theme: Theme) -> Any:
+    """The same without waiting."""
+    return timeline(_with_a_straggler()[2], None, theme)
+
+
+PICTURES: tuple[Callable[[Theme], Any], ...] = (
+    loop, partitions, drift, floor, schedules, waiting, deadline, flying,
+)  # fmt: skip
 
 
 def draw(pictures: tuple[Callable[[Theme], Any], ...] = PICTURES) -> Iterator[Path]:

@@ -176,8 +176,10 @@ def costing(folder, accuracy, each, clock=None):
     """A run's folder in which every round cost so many bytes and seconds."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("")
-    rows = [{"round": t, "fingerprint": f"{t}{each}", "accuracy": v, "bytes_up": each, "bytes_down": each,
-             "seconds": 2.0, **({} if clock is None else {"clock": clock * (t + 1)})} for t, v in enumerate(accuracy)]  # fmt: skip
+    told = {"bytes_up": each, "bytes_down": each, "seconds": 2.0}
+    rows = [{"round": t, "fingerprint": f"{t}{each}", "accuracy": v, **told} for t, v in enumerate(accuracy)]
+    for t, row in enumerate(rows):
+        row |= {} if clock is None else {"clock": clock * (t + 1)}
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
