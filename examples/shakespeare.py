@@ -144,7 +144,7 @@ def draw(out: str, curves: dict[str, Curve]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="A transformer on tiny Shakespeare: loss against bytes.")
     parser.add_argument("--full", action="store_true", help="nanoGPT's setting for a CPU: 2000 × 12 windows of 64")
-    parser.add_argument("--iterations", type=int, help="of --batch windows each [100; 2000]")
+    parser.add_argument("--iterations", type=int, help="of --batch windows each [60; 2000]")
     parser.add_argument("--batch", type=int, default=12, help="windows an iteration, shared by the workers [12]")
     parser.add_argument("--block", type=int, help="characters in a window [16; 64]")
     parser.add_argument("--workers", type=int, default=4, help="a divisor of the batch [4]")
@@ -154,7 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     iterations, block, steps = (
         given or (full if args.full else small)
-        for given, small, full in ((args.iterations, 100, 2000), (args.block, 16, 64), (args.steps, 10, 20))
+        for given, small, full in ((args.iterations, 60, 2000), (args.block, 16, 64), (args.steps, 10, 20))
     )
     if args.batch % args.workers or iterations % steps:
         parser.error("the workers must divide the batch, and --steps the iterations")
@@ -163,13 +163,13 @@ def main() -> None:
         parser.error(f"{file} is not there: ATOLL_DATA=FOLDER says which folder holds tinyshakespeare.txt")
 
     # A look on the way takes some of the held-out windows, the last one all of them where the run is no short one.
-    sparse = 4 * 64 // block, 1 if args.full else 16
+    sparse, looks = ((256 // block, 1), 10) if args.full else ((1024 // block, 16), 5)
     looked, whole = (shakespeare(file, args.workers, block, every) for every in sparse)
     print(f"{args.workers} workers, {iterations} iterations of {args.batch} windows of {block} characters\n")
     curves = {}
     for name, (plan, every) in plans(args.batch // args.workers, iterations, steps).items():
         print(name, file=sys.stderr, flush=True)
-        curves[name] = trained(plan, every, looked, whole, iterations, 10, args.seed)
+        curves[name] = trained(plan, every, looked, whole, iterations, looks, args.seed)
     head = ("loss", "rounds", "MB sent", "MB received", "less sent", "seconds")
     print(f"{'':16}{head[0]:>8}{head[1]:>9}{head[2]:>12}{head[3]:>14}{head[4]:>12}{head[5]:>10}")
     most = curves["data-parallel"].sent[-1]
