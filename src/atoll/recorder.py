@@ -70,7 +70,7 @@ class Recorder:
         """The run's folder; made on first use."""
         if self.folder is None and self.out is not None:
             t = self.training
-            about = runs.environment(why=t.reason, **_identity(t))
+            about = runs.environment(why=t.reason, **_identity(t), **t.where())
             self.folder = runs.Folder.create(Path(self.out), self.config, about)
             self.folder.event(
                 "start", plan=repr(t.plan), numerics=t.task.numerics, why=t.reason, notes=list(t.data.notes)

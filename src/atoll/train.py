@@ -103,6 +103,8 @@ def train(
     except BaseException as error:
         recorder.fail(error)
         raise
+    finally:
+        training.close()
     run = recorder.end(interrupt.asked, baselines=baselines, report=report)
     for watcher in watchers:
         watcher.end(run)

@@ -19,6 +19,7 @@ from atoll.engine.fleet import FLEET, Fleet
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
 from atoll.engine.probe import choose
+from atoll.engine.processes import Processes
 from atoll.errors import UsageError, unknown_name
 from atoll.grammar import parse
 from atoll.loss import Metric, PerExample
@@ -32,6 +33,7 @@ from atoll.plan.sampler import Everyone
 from atoll.rng import Key
 from atoll.task import Model, Task
 
+ENGINES = ("inprocess", "processes")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
 JUDGES = {"classification": ("accuracy",), "regression": ("rmse",), "tokens": ("accuracy",)}
@@ -52,6 +54,8 @@ class Settings:
         numerics: "auto", "fused", "lanes" or "loop".
         chunk: clients computed together; changes no bit.
         fleet: how long clients and links take, on a virtual clock: a `Fleet` or its text; None has no clock.
+        engine: where clients run: "inprocess", or "processes", worker processes on this machine.
+        workers: worker processes; None is one a core.
         init: numbers to start from, a `state_dict` or the path of a run or a safetensors file; None is the model's own.
     """
 
@@ -65,6 +69,8 @@ class Settings:
     numerics: str = "auto"
     chunk: int | None = None
     fleet: Fleet | str | None = None
+    engine: str = "inprocess"
+    workers: int | None = None
     init: Mapping[str, Tensor] | str | Path | None = None
 
     @classmethod
@@ -81,6 +87,9 @@ class Settings:
             object.__setattr__(self, "fleet", parse(self.fleet, FLEET))
         if self.fleet is not None and not isinstance(self.fleet, Fleet):
             raise UsageError(f"fleet = {self.fleet!r}.", "a Fleet, or its text.", write='fleet = "Fleet(HalfNormal())"')
+        if self.engine not in ENGINES:
+            raise unknown_name("engine", self.engine, ENGINES)
+        _refuse_mixed(self)
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype = {self.dtype!r}.", "float32 or float64.", write="--dtype float32")
         if self.rounds < 1 or self.evaluate_every < 0:
@@ -109,7 +118,7 @@ class Rounds:
         self.data, self.plan, self.settings = data, plan, settings
         self.task, self.reason = choice
         self.fleet = settings.fleet if isinstance(settings.fleet, Fleet) else None
-        self.engine = InProcess(self.task, data, settings.chunk, self.fleet)
+        self.engine = self._engine(model)
         self.judge = None
         if data.held_out is not None and settings.evaluate_every:
             self.judge = InProcess(self.task, data.held(), settings.chunk)
@@ -118,7 +127,8 @@ class Rounds:
         self.state = State.first(plan, self.task, settings.seed, self.memory, start)
         opening(plan, self.state, self.engine.population, self.state.key())  # what cannot be drawn is refused now
         here, layout = plan.at(self.engine), self.task.layout
-        check_clock(here, self.fleet, self.engine.population, self.state.model, layout, settings.seed)
+        if isinstance(self.engine, InProcess):
+            check_clock(here, self.fleet, self.engine.population, self.state.model, layout, settings.seed)
         self.first = self.state.model  # where the training began; the loop body writes into the module itself
         self.rules = (stops.Rounds(settings.rounds), stops.Diverged(), settings.stop)
         if isinstance(plan.local, (Gradient, Train)) and isinstance(plan.codec, Identity):
@@ -130,9 +140,32 @@ class Rounds:
         self.seconds = 0.0
         self.bytes_up = self.bytes_down = 0
 
+    def _engine(self, model: Any) -> InProcess | Processes:
+        settings = self.settings
+        if settings.engine == "inprocess":
+            return InProcess(self.task, self.data, settings.chunk, self.fleet)
+        name = model if isinstance(model, str) else None
+        return Processes(self.task, self.data, settings.workers, settings.chunk, model=name, seed=settings.seed)
+
+    def where(self) -> dict[str, Any]:
+        """Where clients run, to be written down."""
+        if isinstance(self.engine, Processes):
+            return {
+                "engine": "processes",
+                "workers": self.engine.workers,
+                "threads_per_worker": self.engine.threads,
+            }
+        return {"engine": "inprocess"}
+
+    def close(self) -> None:
+        """End what the engine runs beside this process, if anything; the state stays."""
+        if isinstance(self.engine, Processes):
+            self.engine.close()
+
     def __iter__(self) -> Iterator[Report]:
         while self.outcome is None:
             yield self.next()
+        self.close()
 
     def next(self) -> Report:
         """Run one round, judge it, and see whether a rule ends the training.
@@ -179,6 +212,24 @@ def judge(state: State, engine: InProcess) -> dict[str, float]:
     out = {"held_out_loss": each.pop("loss")}
     finish = {m.name: m.finish for m in engine.task.metrics}
     return out | {n: finish[n](v) for n, v in each.items()}
+
+
+def _refuse_mixed(settings: Settings) -> None:
+    """Refuse settings of one engine beside another."""
+    if settings.engine == "inprocess" and settings.workers is not None:
+        raise UsageError(
+            f"workers = {settings.workers} with the engine inprocess.",
+            "the engine processes.",
+            "in this process clients run one chunk after the other.",
+            "--engine processes",
+        )
+    if settings.engine != "inprocess" and settings.fleet is not None:
+        raise UsageError(
+            f"fleet = {settings.fleet!r} with the engine {settings.engine}.",
+            "the engine inprocess.",
+            "a fleet is a virtual clock, and worker processes arrive when they arrive.",
+            "--engine inprocess",
+        )
 
 
 def _refuse_other(data: object, plan: object) -> None:

@@ -97,7 +97,8 @@ def test_help_names_every_command_and_every_flag(atoll):
     assert all(f" {name} " in text for name in commands)
     flags = (
         "--data --model --clients --split --held-out --recipe --rounds --seed --seeds --dtype --engine --numerics "
-        "--chunk --out --baselines --smoke --init --set --json --quiet --target --by --task --missing --scale --folder"
+        "--workers --chunk --out --baselines --smoke --init --set --json --quiet --target --by --task --missing "
+        "--scale --folder"
     )
     text = atoll("run", "--help").out
     assert [flag for flag in flags.split() if f"{flag} " not in text] == []

@@ -65,7 +65,8 @@ class Told:
     ] = None
     seed: Annotated[int | None, flag(RUNNING, "Of everything that is drawn. Default: 0.")] = None
     dtype: Annotated[str | None, flag(RUNNING, "float32 or float64. Default: float32.")] = None
-    engine: Annotated[str | None, flag(RUNNING, "Where clients run. Default: inprocess.")] = None
+    engine: Annotated[str | None, flag(RUNNING, "Where clients run: inprocess (default) or processes.")] = None
+    workers: Annotated[int | None, flag(RUNNING, "Worker processes. Default: one a core.")] = None
     fleet: Annotated[
         str | None, flag(RUNNING, 'How long clients and links take, on a virtual clock: "Fleet(HalfNormal())".')
     ] = None

@@ -275,9 +275,7 @@ class Crew:
         jobs, hand.done = [*hand.done, hand.sent.popleft()], []
         if any(job.wanted and job.codes for job in jobs):
             block = Block(answer.block)
-            self._caught.append(
-                Catch(jobs, haul_of(block.read(answer.places), answer.failures, answer.errors, rule))
-            )
+            self._caught.append(Catch(jobs, haul_of(block.read(answer.places), answer.failures, answer.errors, rule)))
 
     def _broken(self, hand: _Hand, answer: Broke) -> None:
         """A worker cannot go on: what it says is raised here, and another one stands by."""

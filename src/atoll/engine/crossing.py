@@ -2,7 +2,7 @@
 
     None, truth values, numbers, texts, bytes, torch's dtypes, devices and sizes      as they are
     tuples, lists, sets, dicts                                                        item by item
-    tensors, numpy arrays                                                             in a shared block, or a mapped file
+    tensors, numpy arrays                                                             in a shared block or mapped file
     functions and classes                                                             by name, module:name
     modules, data sets and other objects that are their `__dict__`                    name of the class, and the dict
 
@@ -189,7 +189,7 @@ def name_of(thing: Any, what: str) -> str:
         f"{what}: the {kind} {name or thing!r} of {module} has no name that can be imported.",
         f"a {kind} at the top of a module.",
         "a worker is another process: it is sent numbers, and imports code by its name.",
-        '--engine inprocess',
+        "--engine inprocess",
     )
 
 
@@ -268,7 +268,7 @@ class _Packer:
 
     def _state(self, value: Any, at: str) -> dict[str, Any]:
         """The `__dict__` of an object that is nothing beside it; of a dataclass its fields alone."""
-        kind = type(value)
+        kind: Any = type(value)
         if dataclasses.is_dataclass(value) and not hasattr(kind, "__setstate__"):
             return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         plain = kind.__reduce__ is object.__reduce__ and kind.__reduce_ex__ is object.__reduce_ex__
@@ -335,7 +335,7 @@ class _Unpacker:
         raise ValueError(f"No value is written {tree!r:.80}.")
 
     def _object(self, number: int, kind: type, state: Any) -> Any:
-        made = kind.__new__(kind)
+        made: Any = object.__new__(kind)
         self._made[number] = made
         inside = issubclass(kind, nn.Module)
         self._copies += inside

@@ -26,6 +26,7 @@ from atoll.errors import UsageError
 
 _ORDER = struct.Struct("<cq")  # b"f" fork, with a connection; b"k" kill, with a process id; b"w" warm up
 _START = "from atoll.engine.nursery import main; main({fd}, {folders!r})"
+_GRACE_S = 1.0  # to end by itself
 _SHARED = "/dev/shm"  # memory that looks like a folder, where there is such a thing
 
 
@@ -100,11 +101,14 @@ class _Life(NamedTuple):
 
 
 def _ended(lives: list[_Life], folders: tuple[str, ...]) -> None:
-    for process, control in lives:
-        if process.poll() is None:
+    for _, control in lives:
+        control.close()  # it ends its workers, and then itself
+    for process, _ in lives:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_S)
+        if process.poll() is None:  # it is still importing, or somebody stopped it
             os.killpg(process.pid, signal.SIGKILL)
-        control.close()
-        process.wait()
+            process.wait()
     removed(folders)
 
 
@@ -138,6 +142,7 @@ def main(fd: int, folders: tuple[str, ...]) -> None:
     finally:
         for child in children - _gone(children):
             os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         removed(folders)
 
 

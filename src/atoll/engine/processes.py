@@ -8,7 +8,7 @@ who computes what and who dies over it changes no bit of a synchronous round.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -204,9 +204,7 @@ class Processes:
                 haul.add(plan.aggregator, catch.haul)
         return flown, haul
 
-    def job(
-        self, group: int, told: Told, codes: Tensor, down: dict[int, int], kept: Pending, *, deliver: bool
-    ) -> Job:
+    def job(self, group: int, told: Told, codes: Tensor, down: dict[int, int], kept: Pending, *, deliver: bool) -> Job:
         """The job to compute these clients."""
         ids, numbers = codes % self.data.count, codes.tolist()
         rows = (lambda: kept.take(ids)) if kept.first else None
@@ -226,7 +224,7 @@ class Processes:
         metrics = tuple(replace(metric, finish=float) for metric in self.task.metrics)
         task: Any = replace(self.task, metrics=metrics)
         if model is not None:
-            task = replace(task, module=None)  # type: ignore[arg-type]
+            task = replace(task, module=None)
         told = pack(task, "The task", 'atoll.train("my_module:make", data, plan)', self._blocks.path)
         data = pack(self.data, "The data", "atoll.data.arrays(x, y)", self._blocks.path)
         tensors = {f"task/{n}": t for n, t in told.tensors.items()} | {f"data/{n}": t for n, t in data.tensors.items()}
@@ -345,8 +343,8 @@ class _Arrivals:
         for ids, rows in haul.memory:
             self._kept.put(ids, rows)
         if self.plan.pace.flies_on:
-            late = self.state.round - flight.birth
-            facts = [{**f, "staleness": torch.full_like(f["staleness"], late)} for f in haul.facts]
+            late = torch.tensor([self.state.round - flight.birth])
+            facts: list[Mapping[str, Tensor]] = [{**f, "staleness": late} for f in haul.facts]
             haul = haul._replace(facts=facts)
         self._haul.add(self.plan.aggregator, haul)
 
@@ -380,4 +378,3 @@ def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
             "--engine inprocess",
         )
     return text, own
-

@@ -60,7 +60,7 @@ class Told(msgspec.Struct, frozen=True, tag=True):
 
 
 class Run(msgspec.Struct, frozen=True, tag=True):
-    """Compute these clients; with `deliver` hand over everything since the last time. A new group starts from nothing."""
+    """Compute these clients; with `deliver` hand over all that was computed for the group."""
 
     group: int
     told: int
@@ -163,7 +163,7 @@ def written(plan: Plan) -> tuple[str, dict[str, str]]:
     """
     text, own = repr(plan), {}
     for part in _parts(plan):
-        if isinstance(part, type) or callable(part) and hasattr(part, "__qualname__"):
+        if isinstance(part, type) or (callable(part) and hasattr(part, "__qualname__")):
             name_of(part, f"The plan {text}")
         elif PARTS.get(type(part).__name__) is not type(part):
             own[type(part).__name__] = name_of(type(part), f"The plan {text}")
@@ -239,10 +239,10 @@ class Worker:
         haul = Haul.none() if group is None or group.number != run.group else group.work.haul
         tensors = flat(haul)
         # Two blocks in turn: one may still be read while the next haul is made.
-        block, self._out[0] = self._blocks.fitting(self._out[0], tensors), self._out[1]
-        self._out[1] = block
+        out = self._blocks.fitting(self._out[0], tensors)
+        self._out = [self._out[1], out]
         errors = ["".join(traceback.format_exception(error)) for error in haul.errors[:1]]
-        return Hauled(block.path, block.write(tensors), haul.failures, errors)
+        return Hauled(out.path, out.write(tensors), haul.failures, errors)
 
     def _work(self, run: Run) -> Work:
         if self._group is None or self._group.number != run.group:

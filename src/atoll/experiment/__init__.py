@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from atoll.recorder import Run
     from atoll.training import Rounds
 
-ENGINES = ("inprocess",)
 CLIENTS, ROWS_EACH = 100, 10
 RECIPE = "fedavg(lr=0.5, batch=10)"
 GENTLE_RECIPE = "fedavg(lr=0.0005, batch=10)"
@@ -57,7 +56,8 @@ class Experiment(grammar.Value):
         loss, metrics: names; None: by the kind of data.
         rounds, seed, dtype, evaluate_every, numerics, chunk: see `atoll.Settings`.
         stop: texts of stop rules.
-        engine: where clients run.
+        engine: where clients run: "inprocess", or "processes".
+        workers: worker processes; None is one a core.
         fleet: how long clients and links take, on a virtual clock: the text of a `Fleet`.
         init: a run or a safetensors file to start from.
         baselines: whether to train pooled and local-only beside it.
@@ -92,6 +92,7 @@ class Experiment(grammar.Value):
     evaluate_every: int = 1
     stop: tuple[str, ...] = ()
     engine: str = "inprocess"
+    workers: int | None = None
     fleet: str | None = None
     numerics: str = "auto"
     chunk: int | None = None
@@ -320,13 +321,12 @@ class Experiment(grammar.Value):
         from atoll import runs
         from atoll.plan.names import PARTS
 
-        if self.engine not in ENGINES:
-            raise unknown_name("engine", self.engine, ENGINES)
         rules: list[Any] = []
         for text in self.stop:
             rule = grammar.parse(text, PARTS, trust=self._trusts("stop"))
             rules += rule if isinstance(rule, (tuple, list)) else [rule]
-        names = ("rounds", "seed", "dtype", "loss", "metrics", "evaluate_every", "numerics", "chunk", "fleet")
+        computed = ("dtype", "loss", "metrics", "numerics", "chunk", "fleet", "engine", "workers")
+        names = ("rounds", "seed", "evaluate_every", *computed)
         init = self.init
         if init is not None and not Path(init).exists():
             init = str(runs.find(init, Path(self.out)))

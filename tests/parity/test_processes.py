@@ -1,0 +1,399 @@
+"""Worker processes: the bits of the engine in this process, real arrivals, deaths, and what cannot cross."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import elsewhere
+import numpy as np
+import psutil
+import pytest
+import torch
+from problems import classification, far, federation, regression, run, seeded, task_of
+from torch import nn
+
+import atoll
+from atoll import recipes
+from atoll.data import ArrayRows, DatasetRows
+from atoll.engine.crossing import Block, Blocks, pack, room, unpack
+from atoll.engine.inprocess import InProcess
+from atoll.engine.memory import Memory
+from atoll.engine.nursery import Nursery
+from atoll.engine.processes import Processes
+from atoll.errors import RunError, UsageError
+from atoll.plan.aggregate import Mean
+from atoll.plan.codec import Feedback, Quantize, Rotate, TopK
+from atoll.plan.local import Custom, Gradient, Train
+from atoll.plan.optimizer import adam, sgd
+from atoll.plan.pace import Bounded, Buffered, Sync, polynomial
+from atoll.plan.plan import Plan, State, step
+from atoll.testing import check_engine
+
+SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    with_all = Nursery()
+    yield with_all
+    processes = [p for pid in with_all.pids for p in (psutil.Process(pid), *psutil.Process(pid).children())]
+    with_all.close()
+    assert not any(p.is_running() for p in processes)
+    assert not any(Path(folder).exists() for folder in with_all.folders)
+
+
+@pytest.fixture(scope="module")
+def mlp(nursery):
+    """An engine of two workers for a small classifier, and the engine in this process."""
+    data = classification(SIZES)
+    module = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+    task = task_of(module, data, dtype=torch.float32)
+    with Processes(task, data, workers=2, nursery=nursery) as engine:
+        yield engine, InProcess(task, data)
+
+
+def same(plan: Plan, ours, theirs, rounds: int = 2) -> None:
+    """The same model, memory and reports, bit for bit."""
+    (a, told), (b, expected) = run(plan, ours, rounds), run(plan, theirs, rounds)
+    assert torch.equal(a.model.theta, b.model.theta)
+    assert torch.equal(a.model.buffers, b.model.buffers)
+    everyone = torch.arange(ours.population.clients)
+    kept, expected_kept = a.memory.take(everyone), b.memory.take(everyone)
+    assert all(torch.equal(kept[n], expected_kept[n]) for n in expected_kept)
+    for r, e in zip(told, expected, strict=True):
+        assert (r.metrics, r.arrived, r.bytes_up, r.bytes_down, r.failures) == (
+            e.metrics,
+            e.arrived,
+            e.bytes_up,
+            e.bytes_down,
+            e.failures,
+        )
+        assert r.clients.keys() == e.clients.keys()
+        assert all(torch.equal(r.clients[n], e.clients[n]) for n in e.clients)
+
+
+# parity
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda r: r.__name__)
+def test_every_recipe_has_the_bits_of_one_process(recipe, mlp):
+    if recipe in (recipes.gd, recipes.sgd):
+        plan = recipe(0.1)
+    else:
+        plan = recipe(steps=3, batch=4) if recipe is recipes.diloco else recipe()
+    same(plan, *mlp)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Feedback(TopK(0.3))),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Rotate() >> Quantize(4), downlink=Quantize(8)),
+        Plan(Custom(elsewhere.descend, batch=4), Mean()),
+        Plan(Gradient(batch=3), Mean(), adam(0.01), codec=elsewhere.Halve(), cohort=0.5),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), pace=Bounded(0)),
+    ],
+    ids=lambda plan: repr(plan.codec) + repr(plan.pace),
+)
+def test_parts_have_the_bits_of_one_process(plan, mlp):
+    same(plan, *mlp)
+
+
+@pytest.mark.slow
+def test_contract_of_engines(nursery):
+    check_engine(lambda task, data: Processes(task, data, workers=2, nursery=nursery))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("numerics", ["lanes", "loop", "fused"])
+def test_number_of_workers_and_chunks_change_no_bit(workers, numerics, nursery, mlp):
+    task, data = mlp[1].task, mlp[1].data
+    task = replace(task, numerics=numerics)
+    for chunk in (1, 3, None):
+        with Processes(task, data, workers, chunk, threads=workers, nursery=nursery) as engine:
+            same(recipes.fedadam(), engine, InProcess(task, data))
+
+
+@pytest.mark.slow
+def test_the_front_door_runs_on_processes(tmp_path):
+    data = atoll.data.load("digits").split(clients=6)
+    told = {"rounds": 2, "numerics": "lanes", "report": False, "out": tmp_path}
+    ours = atoll.train("softmax", data, recipes.fedavg(lr=0.1), engine="processes", workers=2, **told)
+    theirs = atoll.train("softmax", data, recipes.fedavg(lr=0.1), **told)
+    assert ours.metrics == theirs.metrics
+    about = (ours.path / "environment.json").read_text(encoding="utf-8")
+    assert '"workers": 2' in about and '"threads_per_worker"' in about
+
+
+# deaths
+
+
+def deadly(tmp_path: Path, times: int):
+    """A federation in which one row of client 2 kills who reads it, so many times."""
+    data = classification(SIZES)
+    crosses = tmp_path / "crosses"
+    crosses.touch()
+    return data, replace(data, rows=elsewhere.Deadly(data.rows, int(data.offsets[2]), times, str(crosses))), crosses
+
+
+def test_a_worker_killed_in_mid_round_changes_no_bit(tmp_path, nursery, mlp):
+    data, mined, crosses = deadly(tmp_path, times=1)
+    task = mlp[1].task
+    with Processes(task, mined, workers=2, nursery=nursery) as engine:
+        same(recipes.fedavg(lr=0.1, batch=4), engine, InProcess(task, data))
+        assert crosses.stat().st_size == 1
+        assert engine.deaths == 1
+        assert len(set(engine.pids)) == 2
+
+
+def test_a_client_that_kills_every_worker_is_a_failure(tmp_path, nursery, mlp):
+    _, mined, _ = deadly(tmp_path, times=100)
+    plan = recipes.fedavg(lr=0.1, batch=4)
+    with Processes(mlp[1].task, mined, workers=2, nursery=nursery) as engine:
+        state, (report,) = run(plan, engine, 1)
+    assert [(f.client, f.stage) for f in report.failures] == [(2, "local")]
+    assert "died" in report.failures[0].cause
+    assert report.arrived == len(SIZES) - 1
+    assert far(state.model.theta, run(plan, mlp[1], 1)[0].model.theta) < 1  # and the others' sum is one
+
+
+def test_workers_killed_between_rounds_are_replaced(mlp):
+    engine, reference = mlp
+    for pid in engine.pids:
+        os.kill(pid, signal.SIGKILL)
+    same(recipes.fedavg(lr=0.1, batch=4), engine, reference)
+
+
+@pytest.mark.slow
+def test_a_killed_nursery_is_started_again(mlp):
+    engine, reference = mlp
+    (pid,) = engine._nursery.pids
+    os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(pid)], timeout=10)
+    os.kill(engine.pids[0], signal.SIGKILL)
+    same(recipes.fedavg(lr=0.1, batch=4), engine, reference)
+
+
+# other paces
+
+
+@pytest.mark.parametrize(
+    "pace",
+    [Sync(over_select=1.5, deadline_s=30.0), Buffered(1, staleness=polynomial(0.0)), Buffered(3), Bounded(2)],
+    ids=repr,
+)
+def test_every_pace_comes_to_least_squares(pace, nursery):
+    sizes = (12, 10, 9, 8)
+    data = regression(sizes)
+    task = task_of(seeded(nn.Linear, 3, 1), data, "loop")
+    x, y = data.take(data.order)
+    best = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y).solution
+    # A step of one client's gradient alone does not rest at the minimum: the rate falls.
+    rate = atoll.schedule.inverse(12.0, t0=60) if not isinstance(pace, Sync) else 0.2
+    cohort = 2 if isinstance(pace, Sync) else None
+    plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=cohort)
+    with Processes(task, data, workers=2, nursery=nursery) as engine:
+        state, reports = run(plan, engine, 100)
+    assert far(state.model.theta, best) < 0.15
+    assert sum(r.arrived for r in reports) >= 100
+    if pace.flies_on:
+        assert reports[-1].flying > 0
+        assert {0} < {int(s) for r in reports for s in r.clients["staleness"]}
+
+
+def test_flights_in_the_air_are_computed_anew_where_a_state_comes_from_elsewhere(mlp):
+    engine, _ = mlp
+    plan = Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), pace=Buffered(2))
+    state, _ = run(plan, engine, 3)
+    assert state.air.flights
+    versions = {b: v._replace(model=v.model._replace(theta=v.model.theta.clone())) for b, v in state.versions.items()}
+    after, report = step(plan, replace(state, versions=versions), engine)
+    assert report.arrived == 2 and after.round == 4
+
+
+def test_memory_goes_on_within_an_open_round(nursery):
+    """One client that arrives over and over in a round keeps what it had at its last arrival."""
+    data = classification((6,))
+    task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
+    plan = Plan(Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), pace=Buffered(3))
+    with Processes(task, data, workers=1, nursery=nursery) as engine:
+        same(plan, engine, InProcess(task, data))
+
+
+def test_a_client_that_raises_is_a_failure_under_every_pace(nursery):
+    data = classification(SIZES)
+    task = task_of(seeded(nn.Linear, 4, 3), data, dtype=torch.float32)
+    x, y = data.rows.take(torch.arange(sum(SIZES)))
+    x[data.order[int(data.offsets[3])]] = torch.inf
+    broken = federation(x, y, SIZES)
+    with Processes(task, broken, workers=2, nursery=nursery) as engine:
+        _, reports = run(Plan(Gradient(), Mean(), pace=Buffered(8), max_failed=1.0), engine, 2)
+    assert {f.client for r in reports for f in r.failures} == {3}
+
+
+# nothing stays behind
+
+PROGRAM = """
+import sys, atoll
+data = atoll.data.load("digits").split(clients=20)
+training = atoll.rounds("softmax", data, atoll.recipes.fedavg(lr=0.1), rounds=10**6, engine="processes", workers=2)
+for report in training:
+    if report.round == 1:
+        print(report.fingerprint, *training.engine._nursery.folders)
+        print(*training.engine._nursery.pids, *training.engine.pids, flush=True)
+        {then}
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "signals"),
+    [
+        pytest.param("pass", signal.SIGINT, id="Ctrl-C"),
+        pytest.param("pass", signal.SIGKILL, id="kill -9", marks=pytest.mark.slow),
+        pytest.param("raise SystemExit(3)", None, id="exit", marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_is_left_behind(then, signals):
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.replace("{then}", then)], stdout=subprocess.PIPE, text=True, process_group=0
+    )
+    assert program.stdout is not None
+    fingerprint, *folders = program.stdout.readline().split()
+    pids = program.stdout.readline().split()
+    assert len(pids) == 3 and folders
+    workers = [psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))]
+    if signals is not None:
+        os.killpg(program.pid, signals)  # as a terminal does: to everybody in the foreground
+    program.communicate(timeout=60)
+    _gone, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+    assert not any(Path(folder).exists() for folder in folders)
+    data = atoll.data.load("digits").split(clients=20)
+    *_, last = atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), rounds=2)
+    assert fingerprint == last.fingerprint
+
+
+# what crosses
+
+
+def crossed(value, tmp_path: Path):
+    blocks = Blocks((tempfile.mkdtemp(dir=tmp_path),), "test")
+    packed = pack(value, "It", "--engine inprocess", blocks.path)
+    block = blocks.block(room(packed.tensors))
+    return unpack(packed.tree, Block(block.path).read(block.write(packed.tensors)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LSTM(3, 4, 2),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU()),
+        lambda: nn.Sequential(*[nn.Linear(3, 3)] * 2),
+    ],
+    ids=["lstm", "transformer", "batch norm", "tied"],
+)
+def test_modules_cross(make, tmp_path):
+    module = seeded(make)
+    other = crossed(module, tmp_path)
+    assert str(other) == str(module) and type(other) is type(module)
+    ours, theirs = module.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert len({id(p) for p in other.parameters()}) == len({id(p) for p in module.parameters()})
+
+
+def test_values_cross(tmp_path):
+    value = (1, -(1 << 80), 0.1, float("inf"), "θ", b"\0", None, True, {"a": [1, (2,)]}, {3}, torch.float64, nn.Linear)
+    other = crossed(value, tmp_path)
+    assert other == value and [type(v) for v in other] == [type(v) for v in value]
+
+
+def test_mapped_files_and_datasets_cross(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(24.0).reshape(6, 4))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    y = torch.arange(6) % 3
+    plain = DatasetRows(torch.utils.data.TensorDataset(y, y))
+    for rows in (ArrayRows(mapped, y), ArrayRows(mapped[2:], y[2:]), plain):
+        index = torch.tensor([3, 0])
+        assert all(
+            torch.equal(a, b) for a, b in zip(crossed(rows, tmp_path).take(index), rows.take(index), strict=True)
+        )
+
+
+# bad input
+
+
+def test_what_a_worker_cannot_import_is_refused(nursery, monkeypatch):
+    data = classification(SIZES)
+
+    class Local(nn.Linear):
+        pass
+
+    class Notebook(nn.Linear):
+        pass
+
+    Notebook.__module__, Notebook.__qualname__ = "__main__", "Notebook"
+    for make, words in ((Local, "top of a module"), (Notebook, "from my_notebook import Notebook")):
+        task = task_of(seeded(make, 4, 3), data, dtype=torch.float32)
+        with pytest.raises(UsageError, match=words) as told:
+            Processes(task, data, workers=2, nursery=nursery)
+        assert make.__name__ in str(told.value)
+
+
+def test_a_loop_that_a_worker_cannot_import_is_refused(mlp):
+    engine, reference = mlp
+    with pytest.raises(UsageError, match="no name that can be imported"):
+        run(Plan(Custom(lambda model, loader, ctx: None), Mean()), engine, 1)
+    same(Plan(Gradient(), Mean()), engine, reference)  # and the engine goes on
+
+
+def test_settings_of_one_engine_beside_another_are_refused():
+    data = atoll.data.load("digits").split(clients=4)
+    plan = recipes.fedavg(lr=0.1)
+    for settings, words in (
+        ({"workers": 2}, "--engine processes"),
+        ({"engine": "processes", "fleet": "Fleet(HalfNormal())"}, "--engine inprocess"),
+        ({"engine": "processes", "workers": 0}, "--workers 2"),
+        ({"engine": "proceses"}, "Write: processes"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            atoll.rounds("softmax", data, plan, **settings)
+
+
+def test_a_closed_engine_says_so(nursery):
+    data = classification(SIZES)
+    engine = Processes(task_of(seeded(nn.Linear, 4, 3), data), data, workers=1, nursery=nursery)
+    engine.close()
+    engine.close()
+    with pytest.raises(UsageError, match="closed"):
+        run(Plan(Gradient(), Mean()), engine, 1)
+
+
+def test_partial_work_is_refused(mlp):
+    with pytest.raises(UsageError, match="cut short") as told:
+        run(Plan(Train(sgd(0.1), epochs=1), Mean(), pace=Sync(deadline_s=5, partial=True)), mlp[0], 1)
+    assert told.value.write == "Sync(deadline_s=5)"
+
+
+def test_an_error_of_the_data_ends_the_run_as_in_one_process(nursery):
+    data = classification(SIZES)
+    task = task_of(seeded(nn.Linear, 4, 3), data, dtype=torch.float32)
+    x, y = data.rows.take(torch.arange(sum(SIZES)))
+    x = x.numpy().copy()
+    x[0, 0] = np.nan
+    broken = replace(data, rows=DatasetRows(torch.utils.data.TensorDataset(torch.from_numpy(x), y)))
+    told = []
+    with Processes(task, broken, workers=2, nursery=nursery) as engine:
+        for one in (engine, InProcess(task, broken)):
+            state = State.first(plan := Plan(Gradient(), Mean()), task, 0, Memory({}))
+            with pytest.raises(RunError) as error:
+                step(plan, state, one)
+            told.append(str(error.value))
+    assert told[0] == told[1]
