@@ -13,12 +13,12 @@ from atoll.data.clients import Clients
 from atoll.engine.arrivals import fly, message
 from atoll.engine.fleet import Fleet
 from atoll.engine.memory import Pending
-from atoll.engine.work import Work, births, chunks, cut, gathered, own_task
+from atoll.engine.work import Haul, Work, births, chunks, cut, gathered, own_task
 from atoll.errors import UsageError
 from atoll.layout import Layout
-from atoll.plan.flight import waves
+from atoll.plan.flight import Flight, waves
 from atoll.plan.plan import Gathered, Plan, State
-from atoll.plan.slots import Broadcast, Cohort, Population
+from atoll.plan.slots import Broadcast, Cohort, Population, Tensors
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -75,12 +75,17 @@ class InProcess:
             plan, task, self.data, start, Pending(state.memory), state.round, cut(flown.arrived, self.data.count)
         )
         with threads_for(task, len(cohort.ids)):
-            for wave in waves(flown.arrived) if state.memory.first else [flown.arrived]:
-                for birth, codes, down in births(wave, self.data.count):
-                    for chunk in self._chunks(plan, task, codes):
-                        work.run(birth, chunk, down)
-                work.landed()
-        return gathered(plan, state, flown, work.haul)
+            haul = self._haul(work, flown.arrived, state.memory.first)
+        return gathered(plan, state, flown, haul)
+
+    def _haul(self, work: Work, arrived: list[Flight], first: Tensors) -> Haul:
+        """Do the work of everybody who arrived, chunk by chunk; `first` is what one client keeps at first."""
+        for wave in waves(arrived) if first else [arrived]:
+            for birth, codes, down in births(wave, self.data.count):
+                for chunk in self._chunks(work.plan, work.task, codes):
+                    work.run(birth, chunk, down)
+            work.landed()
+        return work.haul
 
     def _chunks(self, plan: Plan, task: Task, codes: Tensor) -> Iterator[Tensor]:
         return chunks(plan, task, self.data, codes, self.chunk)

@@ -1,0 +1,246 @@
+"""The processes that `torchrun` started, and what they tell each other: plain tensors and bytes, never objects.
+
+`torch.distributed` is imported when a group is joined, not before. A collective waits for every rank, so all ranks call
+the same ones in the same order: whoever cannot go on says so in what it sends, and then all of them raise alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atoll.errors import RunError, UsageError
+
+BACKENDS = ("auto", "gloo", "nccl")
+_GATHERED = 1 << 12  # bytes that everybody sends at once where it is not known how long the longest message is
+_JOINT = 1 << 14  # numbers below which tensors are added side by side, as one
+
+
+def started(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `torchrun`, or somebody who sets the same variables, started this process."""
+    return all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def speaks(engine: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the one that people hear: rank 0, or the only process there is."""
+    return engine != "torchrun" or environ.get("RANK", "0") == "0"
+
+
+def silent(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether another process of this machine says what all of them would say."""
+    return started(environ) and environ.get("LOCAL_RANK", "0") != "0"
+
+
+def command(ranks: int) -> str:
+    """The line that starts this program on so many ranks."""
+    script, *words = sys.argv
+    path = Path(script)
+    ours = path.name == "atoll" or (path.name == "__main__.py" and path.parent.name in ("atoll", "cli"))
+    return shlex.join(["torchrun", "--nproc-per-node", str(ranks), *(["-m", "atoll"] if ours else [script]), *words])
+
+
+def job(environ: Mapping[str, str] = os.environ) -> str:
+    """What names a start of `torchrun` over its restarts: its run id, or the process that restarts this one."""
+    told = environ.get("TORCHELASTIC_RUN_ID", "none")
+    return told if told != "none" else f"{socket.gethostname()}:{os.getppid()}"
+
+
+def restarts(environ: Mapping[str, str] = os.environ) -> int:
+    """How often `torchrun` has started the ranks anew."""
+    return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A group of processes that compute one training.
+
+    Args:
+        rank: which of them this one is, from 0.
+        size: how many there are.
+        device: where tensors must lie to be sent.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, workers: int | None = None, backend: str = "auto") -> Ranks:
+        """Join the ranks that `torchrun` started, or the group that the program itself has joined.
+
+        Args:
+            workers: how many there must be; None: as many as there are.
+            backend: `"gloo"`, `"nccl"`, or `"auto"`: the program's own, else gloo, since clients are computed on CPUs.
+        Raises:
+            UsageError: this process is no rank, there are more or fewer ranks than asked for, or `nccl` has no GPU.
+        """
+        from torch import distributed
+
+        joined = distributed.is_available() and distributed.is_initialized()
+        if not joined:
+            _refuse(distributed.is_available(), workers, backend)
+            distributed.init_process_group("gloo" if backend == "auto" else backend)
+            _leave_at_exit()
+        size = distributed.get_world_size()
+        if workers is not None and size != workers:
+            raise _other_size(workers, size)
+        cuda = distributed.get_backend() == "nccl"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+        return cls(distributed.get_rank(), size, device)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
+        return self.rank == 0
+
+    def told(self, data: bytes) -> bytes:
+        """What rank 0 says; what the others give is not looked at."""
+        from torch import distributed
+
+        length = torch.tensor([len(data)], device=self.device)
+        with _together():
+            distributed.broadcast(length, 0)
+            sent = _bytes(data, int(length)).to(self.device)
+            distributed.broadcast(sent, 0)
+        return sent.cpu().numpy().tobytes()
+
+    def all(self, data: bytes, most: int = _GATHERED) -> list[bytes]:
+        """What everybody says, by rank: one collective where nobody says more than `most` bytes."""
+        length = torch.tensor([len(data)]).view(torch.uint8)
+        heads = self._gather(torch.cat((length, _bytes(data[:most], most))))
+        lengths = [int(h[:8].view(torch.int64)) for h in heads]
+        if max(lengths) > most:
+            heads = self._gather(torch.cat((length, _bytes(data, max(lengths)))))
+        return [h[8 : 8 + n].numpy().tobytes() for h, n in zip(heads, lengths, strict=True)]
+
+    def _gather(self, mine: Tensor) -> list[Tensor]:
+        from torch import distributed
+
+        out = [torch.empty_like(mine, device=self.device) for _ in range(self.size)]
+        with _together():
+            distributed.all_gather(out, mine.to(self.device))
+        return [t.cpu() for t in out]
+
+    def rows(self, mine: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """One tensor of each rank, whose shapes are known; all bits as they are."""
+        from torch import distributed
+
+        out = []
+        with _together():
+            for rank, shape in enumerate(shapes):
+                whole = mine if rank == self.rank else mine.new_empty(tuple(shape))
+                flat = whole.contiguous().view(-1).view(torch.uint8).to(self.device)
+                if flat.numel():
+                    distributed.broadcast(flat, rank)
+                out.append(flat.cpu().view(mine.dtype).view(tuple(shape)))
+        return out
+
+    def add(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sum over all ranks of each tensor, in place where that can be; the same bits everywhere."""
+        return self._reduce(tensors, "SUM")
+
+    def largest(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The largest over all ranks of each number of each tensor."""
+        return self._reduce(tensors, "MAX")
+
+    def _reduce(self, tensors: Sequence[Tensor], name: str) -> list[Tensor]:
+        """Long tensors each by itself, all of them under way at once; short ones of a type as one."""
+        from torch import distributed
+
+        how = getattr(distributed.ReduceOp, name)
+        out: list[Tensor] = [t.to(self.device).contiguous() for t in tensors]
+        with _together():
+            works = [distributed.all_reduce(t, how, async_op=True) for t in out if t.numel() >= _JOINT]
+            for dtype in sorted({t.dtype for t in out}, key=str):
+                few = [i for i, t in enumerate(out) if t.numel() < _JOINT and t.dtype == dtype]
+                joint = torch.cat([out[i].reshape(-1) for i in few]) if few else torch.empty(0)
+                if joint.numel():
+                    distributed.all_reduce(joint, how)
+                for i, piece in zip(few, joint.split([out[i].numel() for i in few]) if few else (), strict=True):
+                    out[i] = piece.view(out[i].shape)
+            for work in works:
+                work.wait()
+        return [t.to(like.device) for t, like in zip(out, tensors, strict=True)]
+
+
+def _bytes(data: bytes, length: int) -> Tensor:
+    """Bytes as a tensor of so many, padded by zeros."""
+    return torch.frombuffer(bytearray(data.ljust(max(length, 1), b"\0")[: max(length, 1)]), dtype=torch.uint8)[:length]
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Turn what a collective says when a rank is gone into what people can act on."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(
+            f"Another rank is gone: {str(error).strip().splitlines()[0][:200]}",
+            "every rank, in every round.",
+            "what one rank would have added is in no sum. The last checkpoint is whole.",
+            command_with_restarts(),
+        ) from error
+
+
+def command_with_restarts() -> str:
+    """The line that starts this program so that it goes on by itself after a rank has died."""
+    return command(int(os.environ.get("LOCAL_WORLD_SIZE", "2"))).replace("torchrun", "torchrun --max-restarts 3", 1)
+
+
+def _leave_at_exit() -> None:
+    import atexit
+
+    from torch import distributed
+
+    def leave() -> None:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    atexit.register(leave)
+
+
+def _refuse(available: bool, workers: int | None, backend: str) -> None:
+    """Refuse what could only end in ranks that wait for each other."""
+    if backend not in BACKENDS:
+        raise UsageError(f"backend = {backend!r}.", f"one of {', '.join(BACKENDS)}.", write="--set backend=auto")
+    if not available:
+        raise UsageError(
+            "This torch was built without torch.distributed.", "one with it.", write="--engine inprocess"
+        )
+    if not started():
+        raise UsageError(
+            "The engine torchrun in a process that torchrun did not start.",
+            "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torchrun sets.",
+            "the ranks find each other by them.",
+            command(workers or 2),
+        )
+    if workers is not None and int(os.environ["WORLD_SIZE"]) != workers:
+        raise _other_size(workers, int(os.environ["WORLD_SIZE"]))
+    if backend == "nccl":
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if gpus < here:
+            raise UsageError(
+                f"backend = 'nccl' for {here} ranks on a machine with {gpus} GPUs.",
+                "a GPU for each rank.",
+                "nccl sends from GPU to GPU.",
+                "--set backend=gloo",
+            )
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _other_size(workers: int, size: int) -> UsageError:
+    return UsageError(
+        f"workers = {workers}, and torchrun started {size} rank{'' if size == 1 else 's'}.",
+        "as many ranks as are asked for.",
+        "a rank that is awaited and was never started would be awaited for ever.",
+        command(workers),
+    )

@@ -1,0 +1,207 @@
+"""Clients dealt to the ranks that `torchrun` started; what they give is added exactly, so that every rank goes on alike.
+
+Every rank holds the whole state and makes the same draws. In a round each computes its part of the clients, as the
+engine in this process would, and then all of them tell each other what they have: digits of exact sums, which are whole
+numbers, so that adding them in any order gives the same bits; what clients keep; who failed, and why. From there on
+every rank makes the same step. No rank is a server: θ is never sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from atoll.engine.inprocess import InProcess, Round
+from atoll.engine.ranks import Ranks
+from atoll.errors import AtollError, RunError, UsageError
+from atoll.plan.aggregate.mean import Partial
+from atoll.plan.pace import Sync
+from atoll.plan.plan import Failure, Gathered, Plan, State
+from atoll.plan.slots import Cohort
+from atoll.rng import Key
+from atoll.task import Task
+
+
+@dataclass(frozen=True)
+class Torchrun(InProcess):
+    """An engine that runs each client on one of the ranks that `torchrun` started.
+
+    Every rank calls `gather` with the same plan, state and cohort, and gets the same sum: that of `InProcess`, to the
+    bit, for any number of ranks.
+
+    Args:
+        task, data, chunk, fleet: as for `InProcess`.
+        ranks: who computes.
+    """
+
+    ranks: Ranks = field(default_factory=Ranks.join)
+
+    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
+        """Run this rank's part of the cohort, and add up what all ranks have.
+
+        Raises:
+            UsageError: a pace under which something flies on.
+            RunError: as for `InProcess`, at every rank alike; or a rank is gone.
+        """
+        refuse_pace(plan)
+        return super().gather(plan, state, cohort, key)
+
+    def _compute(self, round_: Round) -> None:
+        lost, trouble = len(round_.failures), None
+        try:
+            super()._compute(round_)
+        except (AtollError, MemoryError) as error:
+            trouble = error  # the others are waiting: they hear of it, and all of them stop
+        _merge(self.ranks, round_, lost, trouble)
+
+    def _chunks(self, plan: Plan, task: Task, codes: Tensor) -> Iterator[Tensor]:
+        """This rank's part of the clients: dealt by size, forth and back, so that all hold as many rows, nearly."""
+        order = torch.argsort(self.data.sizes[codes % self.data.count], descending=True, stable=True)
+        turn = torch.arange(len(codes))
+        place, back = turn % self.ranks.size, turn // self.ranks.size % 2 == 1
+        mine = torch.where(back, self.ranks.size - 1 - place, place) == self.ranks.rank
+        return super()._chunks(plan, task, codes[order[mine]])
+
+
+def refuse_pace(plan: Plan) -> None:
+    """Refuse a pace for which no rank may wait for the others.
+
+    Raises:
+        UsageError: which.
+    """
+    if plan.pace.flies_on:
+        raise UsageError(
+            f"{plan.pace!r} on the engine torchrun.",
+            "Sync().",
+            "ranks add up together, so each of them waits for the slowest.",
+            '--set "plan.pace=Sync()"',
+        )
+
+
+def _merge(ranks: Ranks, round_: Round, lost: int, trouble: Exception | None) -> None:
+    """What this rank has of a round becomes what all of them have.
+
+    Args:
+        ranks: who tell each other.
+        round_: under way; its partials, failures, facts and memory are replaced by everybody's.
+        lost: failures that every rank knows of already.
+        trouble: why this rank cannot go on.
+    Raises:
+        RunError: some rank cannot go on.
+    """
+    parts = _parts(round_.partials)
+    ids, rows = _kept(round_)
+    told: dict[str, Any] = {
+        "trouble": _said(trouble),
+        "failures": [tuple(f) for f in round_.failures[lost:]],
+        "parts": [[*name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in parts.items()],
+        "rows": {n: list(t.shape) for n, t in rows.items()},
+    }
+    names = set.intersection(*(set(f) for f in round_.facts)) if round_.facts else set()
+    facts = {f"facts/{n}": torch.cat([f[n] for f in round_.facts]) for n in sorted(names)}
+    arrived = torch.cat(round_.arrived) if round_.arrived else torch.empty(0, dtype=torch.int64)
+    words = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+    heard = [load(data) for data in ranks.all(save({"told": words, "arrived": arrived, "kept": ids, **facts}))]
+    said = [json.loads(h["told"].numpy().tobytes()) for h in heard]
+    _raise([s["trouble"] for s in said])
+    round_.failures[lost:] = [Failure(*f) for s in said for f in s["failures"]]
+    round_.arrived = [h["arrived"] for h in heard if len(h["arrived"])]
+    round_.facts = [
+        {n.removeprefix("facts/"): t for n, t in h.items() if n.startswith("facts/")}
+        for h in heard
+        if len(h["arrived"])
+    ]
+    round_.partials = _added(ranks, parts, [s["parts"] for s in said])
+    round_.memory = _everybody(ranks, rows, heard, [s["rows"] for s in said], round_.state.memory.first)
+
+
+def _parts(partials: Mapping[int, Any]) -> dict[tuple[int, str, str, int], Tensor]:
+    """The tensors of some partial sums by birth, kind, name and place."""
+    out: dict[tuple[int, str, str, int], Tensor] = {}
+    for birth, partial in partials.items():
+        if not isinstance(partial, Partial):
+            raise UsageError(
+                f"A partial sum that is a {type(partial).__name__}, on the engine torchrun.",
+                "atoll.plan.aggregate.mean.Partial.",
+                "ranks add up digit by digit, and know no other sum.",
+                "Mean()",
+            )
+        out[birth, "weight", "", 0], out[birth, "arrived", "", 0] = partial.weight, partial.arrived
+        for kind, table in (("means", partial.means), ("sums", partial.sums)):
+            out |= {(birth, kind, n, place): t for n, digits in table.items() for place, t in digits.items()}
+        out |= {(birth, "largest", n, 0): t for n, t in partial.largest.items()}
+    return out
+
+
+def _added(ranks: Ranks, mine: Mapping[tuple[int, str, str, int], Tensor], said: list[list[Any]]) -> dict[int, Any]:
+    """The partial sum of all ranks, for each birth: a place that a rank has not is nought there."""
+    specs = {(b, kind, n, place): (dtype, shape) for part in said for b, kind, n, place, dtype, shape in part}
+    out: dict[int, Any] = {birth: Partial() for birth, *_ in sorted(specs)}
+    for largest in (False, True):
+        names = [name for name in sorted(specs) if (name[1] == "largest") is largest]
+        tensors = [_or_nothing(mine.get(name), *specs[name], largest) for name in names]
+        added = ranks.largest(tensors) if largest else ranks.add(tensors)
+        for (birth, kind, n, place), tensor in zip(names, added, strict=True):
+            if kind in ("weight", "arrived"):
+                setattr(out[birth], kind, tensor)
+            elif kind == "largest":
+                out[birth].largest[n] = tensor
+            else:
+                getattr(out[birth], kind).setdefault(n, {})[place] = tensor
+    return out
+
+
+def _or_nothing(tensor: Tensor | None, dtype: str, shape: list[int], largest: bool) -> Tensor:
+    """A tensor, or what changes no sum and no maximum where this rank has none."""
+    if tensor is not None:
+        return tensor
+    type_ = getattr(torch, dtype)
+    return torch.full(shape, torch.iinfo(type_).min if largest else 0, dtype=type_)
+
+
+def _kept(round_: Round) -> tuple[Tensor, dict[str, Tensor]]:
+    """What this rank's clients keep, as one table."""
+    if not round_.memory:
+        return torch.empty(0, dtype=torch.int64), {}
+    ids = torch.cat([ids for ids, _ in round_.memory])
+    return ids, {n: torch.cat([rows[n] for _, rows in round_.memory]) for n in round_.memory[0][1]}
+
+
+def _everybody(
+    ranks: Ranks,
+    mine: Mapping[str, Tensor],
+    heard: list[dict[str, Tensor]],
+    shapes: list[dict[str, list[int]]],
+    first: Mapping[str, Tensor],
+) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
+    """What all ranks' clients keep, rank by rank."""
+    tables: list[dict[str, Tensor]] = [{} for _ in heard]
+    for n in sorted({n for s in shapes for n in s}):
+        own = mine.get(n, first[n].new_empty(0, *first[n].shape))
+        each = [s.get(n, [0, *first[n].shape]) for s in shapes]
+        for table, rows in zip(tables, ranks.rows(own, each), strict=True):
+            table[n] = rows
+    return [(h["kept"], table) for h, table in zip(heard, tables, strict=True) if len(h["kept"])]
+
+
+def _said(trouble: Exception | None) -> list[str] | None:
+    """An error as its four parts."""
+    if trouble is None:
+        return None
+    if isinstance(trouble, AtollError):
+        return [trouble.given, trouble.required, trouble.why, trouble.write]
+    return [f"{type(trouble).__name__}: {trouble}", "", "", "--chunk 1"]
+
+
+def _raise(troubles: list[list[str] | None]) -> None:
+    """Raise what the first rank that has trouble says, at every rank."""
+    for rank, said in enumerate(troubles):
+        if said is not None:
+            given, required, why, write = said
+            raise RunError(f"Rank {rank}: {given}", required, why, write)
