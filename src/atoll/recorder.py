@@ -6,19 +6,19 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from atoll import runs
+from atoll.engine.ranks import job, restarts
 from atoll.errors import RunError, UsageError
 from atoll.plan import stop as stops
 from atoll.plan.plan import Failure, Report, Trip
 from atoll.saved import pack, unpack
 from atoll.task import Model
-from atoll.training import Rounds, start_from
+from atoll.training import Rounds, identity, start_from
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Recorder:
         """The run's folder; made on first use."""
         if self.folder is None and self.out is not None:
             t = self.training
-            about = runs.environment(why=t.reason, **_identity(t), **t.where())
+            about = runs.environment(why=t.reason, **identity(t), **t.where(), **_job(t))
             self.folder = runs.Folder.create(Path(self.out), self.config, about)
             self.folder.event(
                 "start", plan=repr(t.plan), numerics=t.task.numerics, why=t.reason, notes=list(t.data.notes)
@@ -92,7 +92,7 @@ class Recorder:
 
     def _refuse_other(self, begun: Mapping[str, Any], name: str) -> None:
         """Refuse to go on as something else than what was begun."""
-        for fact, ours in _identity(self.training).items():
+        for fact, ours in identity(self.training).items():
             if begun.get(fact, ours) != ours:
                 what = "model" if fact == "layout" else fact
                 raise UsageError(
@@ -155,7 +155,7 @@ class Recorder:
         memory = {"ids": ids, **{f"rows/{n}": r for n, r in rows.items()}} if len(ids) else {}
         facts = {
             "round": t.state.round,
-            **_identity(t),
+            **identity(t),
             "watch": t.watch,
             "best": self.best,
             "seconds": t.seconds,
@@ -285,14 +285,17 @@ def _state_dict(training: Rounds, model: Model) -> dict[str, Tensor]:
     return training.task.layout.state_dict(model.theta, model.buffers, {**model.counters, **model.fixed})
 
 
-def _identity(training: Rounds) -> dict[str, Any]:
-    """What a run must still be to go on."""
-    layout = training.task.layout
-    return {
-        "data": training.data.fingerprint(),
-        "plan": repr(training.plan),
-        "numerics": training.task.numerics,
-        "layout": f"{layout.d} parameters, {layout.dtype}, {sha256(repr(layout.entries).encode()).hexdigest()[:12]}",
-        "seed": training.settings.seed,
-        **({} if training.fleet is None else {"fleet": repr(training.fleet)}),
-    }
+def begun(training: Rounds, out: str | Path) -> Path | None:
+    """The run of this very training that `torchrun` began before it started the ranks anew, if there is one."""
+    if restarts():
+        ours = {**identity(training), **_job(training)}
+        for path in reversed(runs.list_runs(Path(out))):
+            told = runs.read_environment(path)
+            if all(told.get(name) == value for name, value in ours.items() if name != "ranks"):
+                return path
+    return None
+
+
+def _job(training: Rounds) -> dict[str, Any]:
+    """Which start of `torchrun` this is, and of how many ranks."""
+    return {} if training.ranks is None else {"job": job(), "ranks": training.ranks.size}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
+from atoll.engine.ranks import Ranks
+from atoll.plan import stop as stops
 from atoll.plan.flight import Air, Flight
 from atoll.plan.plan import Sent, State
 from atoll.plan.slots import Broadcast, Shared
@@ -65,6 +69,27 @@ def unpack(tensors: Mapping[str, Tensor], round: int, training: Rounds) -> State
         versions,
         sent,
     )
+
+
+def share(training: Rounds, ranks: Ranks) -> None:
+    """Where rank 0 stands there all ranks stand: its state, what its clients keep, and what its rules remember."""
+    t, tensors = training, {}
+    if ranks.first:
+        ids = t.memory.touched()
+        facts = {n: getattr(t, n) for n in ("watch", "seconds", "bytes_up", "bytes_down")}
+        told = {"round": t.state.round, "outcome": t.outcome, "facts": facts}
+        tensors = {**_under("state", pack(t.state)), **_under("rows", t.memory.take(ids)), "ids": ids}
+        tensors = {n: tensor.cpu().clone(memory_format=torch.contiguous_format) for n, tensor in tensors.items()}
+        tensors["told"] = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+    heard = load(ranks.told(save(tensors) if ranks.first else b""))
+    if ranks.first:
+        return
+    told = json.loads(heard["told"].numpy().tobytes())
+    t.state = unpack(_group(heard, "state"), told["round"], t)
+    t.memory.put(heard["ids"], _group(heard, "rows"))
+    t.outcome = None if told["outcome"] is None else stops.Outcome(*told["outcome"])
+    for name, value in told["facts"].items():
+        setattr(t, name, value)
 
 
 def _air(tensors: Mapping[str, Tensor]) -> Air:

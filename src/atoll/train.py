@@ -10,14 +10,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from atoll import runs
 from atoll.data.clients import Clients
+from atoll.engine.ranks import Ranks
 from atoll.errors import UsageError
 from atoll.plan.plan import Plan, Report
-from atoll.recorder import Recorder, Run, judged_by, row_of
+from atoll.recorder import Recorder, Run, begun, judged_by, row_of
+from atoll.saved import share
 from atoll.training import Rounds, Settings, judge, rounds
 
 __all__ = [
@@ -88,15 +91,22 @@ def train(
     if resume is not None and settings.get("numerics", "auto") == "auto":
         settings["numerics"] = runs.read_environment(Path(resume)).get("numerics", "auto")
     training = Rounds(model, data, plan, Settings.told(settings))
+    ranks = training.ranks
+    if ranks is not None and not ranks.first:
+        out, resume, watchers, baselines = None, None, (), False  # rank 0 alone writes and speaks
+    elif ranks is not None and resume is None and out is not None:
+        resume = begun(training, out)
     recorder = Recorder(training, out, config or _config(model, data, plan, training.settings), checkpoint_s)
     if resume is not None:
         recorder.go_on(Path(resume), any_version)
+    if ranks is not None:
+        share(training, ranks)
     try:
         path = recorder.path
         for watcher in watchers:
             watcher.start(training, path)
         with _Interrupt() as interrupt:
-            while training.outcome is None and not interrupt.asked:
+            while training.outcome is None and not _asked(interrupt, ranks):
                 row = recorder.round(training.next())
                 for watcher in watchers:
                     watcher.round(row)
@@ -126,6 +136,13 @@ def _config(model: Any, data: Clients, plan: Plan, settings: Settings) -> str:
     }
     lines = ["# Started from Python: go on with atoll.train(model, data, plan, resume=...)", "python = true"]
     return "\n".join(lines + [f"{n} = {json.dumps(v, ensure_ascii=False)}" for n, v in told.items()]) + "\n"
+
+
+def _asked(interrupt: _Interrupt, ranks: Ranks | None) -> bool:
+    """Whether Ctrl-C was heard, at this rank or at another: all of them end after the same round."""
+    if ranks is not None:
+        interrupt.asked = bool(ranks.largest([torch.tensor(int(interrupt.asked))])[0])
+    return interrupt.asked
 
 
 class _Interrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 
 from atoll import models, runs
 from atoll.data.clients import Clients
+from atoll.engine import ENGINES
 from atoll.engine.arrivals import check_clock
 from atoll.engine.fleet import FLEET, Fleet
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
-from atoll.engine.probe import choose
+from atoll.engine.probe import Choice, choose
 from atoll.engine.processes import Processes
+from atoll.engine.ranks import Ranks
+from atoll.engine.torchrun import Torchrun, agreed, alike, refuse_pace
 from atoll.errors import UsageError, unknown_name
 from atoll.grammar import parse
 from atoll.loss import Metric, PerExample
@@ -31,9 +35,10 @@ from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.plan import Plan, Report, State, opening, per_row, step
 from atoll.plan.sampler import Everyone
 from atoll.rng import Key
+from atoll.saved import share
 from atoll.task import Model, Task
 
-ENGINES = ("inprocess", "processes")
+ENGINES = ("inprocess", "processes", "torchrun")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
 JUDGES = {"classification": ("accuracy",), "regression": ("rmse",), "tokens": ("accuracy",)}
@@ -53,9 +58,11 @@ class Settings:
         evaluate_every: rounds between two looks at the held-out rows; 0 never looks.
         numerics: "auto", "fused", "lanes" or "loop".
         chunk: clients computed together; changes no bit.
+        engine: where clients run: "inprocess"; "processes", worker processes on this machine; or "torchrun", in a
+            program that `torchrun` started.
+        workers: worker processes, None is one a core; or how many ranks there must be, None is as many as there are.
+        backend: by what ranks tell each other tensors: "gloo", "nccl" or "auto".
         fleet: how long clients and links take, on a virtual clock: a `Fleet` or its text; None has no clock.
-        engine: where clients run: "inprocess", or "processes", worker processes on this machine.
-        workers: worker processes; None is one a core.
         init: numbers to start from, a `state_dict` or the path of a run or a safetensors file; None is the model's own.
     """
 
@@ -68,9 +75,10 @@ class Settings:
     evaluate_every: int = 1
     numerics: str = "auto"
     chunk: int | None = None
-    fleet: Fleet | str | None = None
     engine: str = "inprocess"
     workers: int | None = None
+    backend: str = "auto"
+    fleet: Fleet | str | None = None
     init: Mapping[str, Tensor] | str | Path | None = None
 
     @classmethod
@@ -114,10 +122,13 @@ class Rounds:
         loss = settings.loss or ("binary_cross_entropy" if kind == "binary" else LOSSES[data.kind])
         metrics = JUDGES[data.kind] if settings.metrics is None else settings.metrics
         task = Task.of(module, loss, metrics, dtype)
-        choice = choose(task, data, plan, settings.numerics)
         self.data, self.plan, self.settings = data, plan, settings
-        self.task, self.reason = choice
         self.fleet = settings.fleet if isinstance(settings.fleet, Fleet) else None
+        self.ranks: Ranks | None = None
+        if settings.engine == "torchrun":
+            refuse_pace(plan)
+            self.ranks = Ranks.join(settings.workers, settings.backend)
+        self.task, self.reason = _chosen(task, data, plan, settings.numerics, self.ranks)
         self.engine = self._engine(model)
         self.judge = None
         if data.held_out is not None and settings.evaluate_every:
@@ -139,11 +150,17 @@ class Rounds:
         self.outcome: stops.Outcome | None = None
         self.seconds = 0.0
         self.bytes_up = self.bytes_down = 0
+        if self.ranks is not None:
+            alike(self.ranks, identity(self))
+            share(self, self.ranks)
+            self.first = self.state.model
 
     def _engine(self, model: Any) -> InProcess | Processes:
         settings = self.settings
         if settings.engine == "inprocess":
             return InProcess(self.task, self.data, settings.chunk, self.fleet)
+        if self.ranks is not None:
+            return Torchrun(self.task, self.data, settings.chunk, self.fleet, self.ranks)
         name = model if isinstance(model, str) else None
         return Processes(self.task, self.data, settings.workers, settings.chunk, model=name, seed=settings.seed)
 
@@ -155,7 +172,7 @@ class Rounds:
                 "workers": self.engine.workers,
                 "threads_per_worker": self.engine.threads,
             }
-        return {"engine": "inprocess"}
+        return {"engine": self.settings.engine}
 
     def close(self) -> None:
         """End what the engine runs beside this process, if anything; the state stays."""
@@ -183,7 +200,9 @@ class Rounds:
         if self.judge is not None and (last or self.state.round % every == 0):
             metrics |= self.evaluate()
         report = report.to(metrics=metrics, seconds=spent, fingerprint=runs.fingerprint(self.state.model.theta))
-        self.seconds += spent
+        if self.ranks is not None:
+            report = agreed(self.ranks, report)
+        self.seconds += report.seconds
         self.bytes_up += report.bytes_up
         self.bytes_down += report.bytes_down
         self.watch, self.outcome = stops.update(self.rules, self.watch, report)
@@ -200,6 +219,28 @@ class Rounds:
     def model(self) -> nn.Module:
         """A fresh module that holds the model as it stands."""
         return self.task.result(self.state.model)
+
+
+def identity(training: Rounds) -> dict[str, Any]:
+    """What a run must still be to go on, and what it must be at every rank."""
+    layout = training.task.layout
+    return {
+        "data": training.data.fingerprint(),
+        "plan": repr(training.plan),
+        "numerics": training.task.numerics,
+        "layout": f"{layout.d} parameters, {layout.dtype}, {sha256(repr(layout.entries).encode()).hexdigest()[:12]}",
+        "seed": training.settings.seed,
+        **({} if training.fleet is None else {"fleet": repr(training.fleet)}),
+    }
+
+
+def _chosen(task: Task, data: Clients, plan: Plan, wanted: str, ranks: Ranks | None) -> Choice:
+    """The body that computes; at every rank that of rank 0."""
+    choice = choose(task, data, plan, wanted)
+    if ranks is None:
+        return choice
+    first = ranks.told(choice.task.numerics.encode()).decode()
+    return choice if first == choice.task.numerics else choose(task, data, plan, first)
 
 
 def judge(state: State, engine: InProcess) -> dict[str, float]:
@@ -223,7 +264,7 @@ def _refuse_mixed(settings: Settings) -> None:
             "in this process clients run one chunk after the other.",
             "--engine processes",
         )
-    if settings.engine != "inprocess" and settings.fleet is not None:
+    if settings.engine == "processes" and settings.fleet is not None:
         raise UsageError(
             f"fleet = {settings.fleet!r} with the engine {settings.engine}.",
             "the engine inprocess.",

@@ -494,7 +494,7 @@ def test_traceback_is_shown_on_demand(atoll, monkeypatch):
 def test_first_interrupt_finishes_the_round_and_second_command_goes_on(atoll):
     words = [*base(rounds=100000), "--set", "evaluate_every=0", "--json"]
     started = subprocess.Popen(
-        [sys.executable, "-m", "atoll.cli", "run", *words],
+        [sys.executable, "-m", "atoll", "run", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

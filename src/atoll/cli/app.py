@@ -341,5 +341,6 @@ def _refused(error: AtollError) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(as_flags(error), file=sys.stderr)
+    if "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":  # of a machine's ranks one speaks
+        print(as_flags(error), file=sys.stderr)
     return error.exit_code

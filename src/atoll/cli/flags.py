@@ -65,8 +65,12 @@ class Told:
     ] = None
     seed: Annotated[int | None, flag(RUNNING, "Of everything that is drawn. Default: 0.")] = None
     dtype: Annotated[str | None, flag(RUNNING, "float32 or float64. Default: float32.")] = None
-    engine: Annotated[str | None, flag(RUNNING, "Where clients run: inprocess (default) or processes.")] = None
-    workers: Annotated[int | None, flag(RUNNING, "Worker processes. Default: one a core.")] = None
+    engine: Annotated[
+        str | None, flag(RUNNING, "Where clients run: inprocess, processes or torchrun. Default: inprocess.")
+    ] = None
+    workers: Annotated[
+        int | None, flag(RUNNING, "Worker processes, default one a core; or how many ranks torchrun must have started.")
+    ] = None
     fleet: Annotated[
         str | None, flag(RUNNING, 'How long clients and links take, on a virtual clock: "Fleet(HalfNormal())".')
     ] = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.cli import words
@@ -36,10 +38,17 @@ class Look:
             yield [table]
 
 
+def speaks(it: Experiment) -> bool:
+    """Whether this process is the one that people hear: of the ranks of `torchrun` it is the first."""
+    return it.engine != "torchrun" or os.environ.get("RANK", "0") == "0"
+
+
 def train(it: Experiment, look: Look, **more: Any) -> int:
     """Train once, and print the result."""
     run = _train(it, look, **more)
-    if look.as_json:
+    if not speaks(it):
+        pass
+    elif look.as_json:
         words.tell(words.outcome(run))
     else:
         print(words.summary(run))
@@ -47,6 +56,8 @@ def train(it: Experiment, look: Look, **more: Any) -> int:
 
 
 def _train(it: Experiment, look: Look, **more: Any) -> Run:
+    if not speaks(it):
+        return it.train(**more)
     with look.watchers() as watchers:
         return it.train(watchers=watchers, **more)
 
@@ -59,7 +70,9 @@ def several(it: Experiment, seeds: int, look: Look) -> int:
         done.append((seed, run))
         if run.status == "interrupted":
             break
-    if look.as_json:
+    if not speaks(it):
+        pass
+    elif look.as_json:
         words.tell(words.outcomes(done))
     else:
         print(words.seeds(done))
@@ -71,20 +84,23 @@ def smoke(it: Experiment, look: Look) -> int:
     with tempfile.TemporaryDirectory(prefix="atoll-smoke-") as folder:
         it = it.told(out=folder, evaluate_every=1, rounds=1)
         first = _train(it, look)
-        if first.status == "interrupted" or first.path is None:
+        if first.status == "interrupted":
             return 130
+        written = first.path or Path(folder)  # another rank than the first writes nothing
         stages = ["data, model and plan fit", "a round", "an evaluation", "a checkpoint", "the report"]
         stages += ["the baselines"] if it.baselines else []
-        again = _train(it.told(rounds=2, baselines=False), look, resume=first.path)
+        again = _train(it.told(rounds=2, baselines=False), look, resume=written)
         if again.status == "interrupted":
             return 130
         stages.append("going on from the checkpoint")
-        missing = [n for n in ("model.safetensors", "metrics.csv", "report.html") if not (first.path / n).is_file()]
-        if missing:
+        missing = [n for n in ("model.safetensors", "metrics.csv", "report.html") if not (written / n).is_file()]
+        if missing and speaks(it):
             what = " and no ".join(missing)
             raise RunError(f"The run wrote no {what}.", "every file of a run.", write="atoll doctor")
         stages.append("the files of a run")
-    if look.as_json:
+    if not speaks(it):
+        pass
+    elif look.as_json:
         words.tell(words.outcome(again) | {"smoke": stages, "run": None, "path": None})
     else:
         print("\n".join(f"ok  {stage}" for stage in stages))

@@ -1,0 +1,3 @@
+"""Where clients run."""
+
+ENGINES = ("inprocess", "torchrun")

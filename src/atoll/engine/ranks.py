@@ -30,21 +30,11 @@ def started(environ: Mapping[str, str] = os.environ) -> bool:
     return all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def speaks(engine: str, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the one that people hear: rank 0, or the only process there is."""
-    return engine != "torchrun" or environ.get("RANK", "0") == "0"
-
-
-def silent(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether another process of this machine says what all of them would say."""
-    return started(environ) and environ.get("LOCAL_RANK", "0") != "0"
-
-
 def command(ranks: int) -> str:
     """The line that starts this program on so many ranks."""
     script, *words = sys.argv
     path = Path(script)
-    ours = path.name == "atoll" or (path.name == "__main__.py" and path.parent.name in ("atoll", "cli"))
+    ours = path.name == "atoll" or (path.name == "__main__.py" and path.parent.name == "atoll")
     return shlex.join(["torchrun", "--nproc-per-node", str(ranks), *(["-m", "atoll"] if ours else [script]), *words])
 
 
@@ -213,9 +203,7 @@ def _refuse(available: bool, workers: int | None, backend: str) -> None:
     if backend not in BACKENDS:
         raise UsageError(f"backend = {backend!r}.", f"one of {', '.join(BACKENDS)}.", write="--set backend=auto")
     if not available:
-        raise UsageError(
-            "This torch was built without torch.distributed.", "one with it.", write="--engine inprocess"
-        )
+        raise UsageError("This torch was built without torch.distributed.", "one with it.", write="--engine inprocess")
     if not started():
         raise UsageError(
             "The engine torchrun in a process that torchrun did not start.",

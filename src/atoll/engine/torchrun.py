@@ -1,4 +1,4 @@
-"""Clients dealt to the ranks that `torchrun` started; what they give is added exactly, so that every rank goes on alike.
+"""Clients dealt to the ranks that `torchrun` started; what they give is added exactly, so that all ranks go on alike.
 
 Every rank holds the whole state and makes the same draws. In a round each computes its part of the clients, as the
 engine in this process would, and then all of them tell each other what they have: digits of exact sums, which are whole
@@ -18,11 +18,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from atoll.engine.inprocess import InProcess, Round
-from atoll.engine.ranks import Ranks
+from atoll.engine.ranks import Ranks, command
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.plan.aggregate.mean import Partial
-from atoll.plan.pace import Sync
-from atoll.plan.plan import Failure, Gathered, Plan, State
+from atoll.plan.plan import Failure, Gathered, Plan, Report, State
 from atoll.plan.slots import Cohort
 from atoll.rng import Key
 from atoll.task import Task
@@ -82,6 +81,43 @@ def refuse_pace(plan: Plan) -> None:
             "ranks add up together, so each of them waits for the slowest.",
             '--set "plan.pace=Sync()"',
         )
+
+
+def alike(ranks: Ranks, identity: Mapping[str, Any]) -> None:
+    """Refuse ranks that would not compute the same training.
+
+    Raises:
+        UsageError: which rank has what otherwise than rank 0.
+    """
+    told = [json.loads(data) for data in ranks.all(json.dumps(identity).encode())]
+    for rank, theirs in enumerate(told):
+        for name, ours in told[0].items():
+            if theirs.get(name) != ours:
+                raise UsageError(
+                    f"Rank {rank} has another {name} than rank 0: {theirs.get(name)}, and not {ours}.",
+                    f"the same {name} at every rank.",
+                    "each of them makes every step by itself.",
+                    f"--seed {ours}" if name == "seed" else "atoll doctor",
+                )
+
+
+def agreed(ranks: Ranks, report: Report) -> Report:
+    """The report of rank 0, which every rank goes on by: rules that end a training must end it everywhere.
+
+    Raises:
+        RunError: the ranks have come to different models.
+    """
+    mine = {"seconds": report.seconds, "metrics": report.metrics if ranks.first else {}, "model": report.fingerprint}
+    told = [json.loads(data) for data in ranks.all(json.dumps(mine).encode())]
+    for rank, theirs in enumerate(told):
+        if theirs["model"] != told[0]["model"]:
+            raise RunError(
+                f"After round {report.round} rank {rank} has another model than rank 0.",
+                "ranks of one kind of machine.",
+                "every rank makes the server's step by itself, and other processors may round otherwise.",
+                command(1),
+            )
+    return report.to(seconds=told[0]["seconds"], metrics=told[0]["metrics"])
 
 
 def _merge(ranks: Ranks, round_: Round, lost: int, trouble: Exception | None) -> None:

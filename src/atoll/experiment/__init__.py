@@ -56,8 +56,7 @@ class Experiment(grammar.Value):
         loss, metrics: names; None: by the kind of data.
         rounds, seed, dtype, evaluate_every, numerics, chunk: see `atoll.Settings`.
         stop: texts of stop rules.
-        engine: where clients run: "inprocess", or "processes".
-        workers: worker processes; None is one a core.
+        engine, workers, backend: where clients run, see `atoll.Settings`.
         fleet: how long clients and links take, on a virtual clock: the text of a `Fleet`.
         init: a run or a safetensors file to start from.
         baselines: whether to train pooled and local-only beside it.
@@ -93,6 +92,7 @@ class Experiment(grammar.Value):
     stop: tuple[str, ...] = ()
     engine: str = "inprocess"
     workers: int | None = None
+    backend: str = "auto"
     fleet: str | None = None
     numerics: str = "auto"
     chunk: int | None = None
@@ -325,7 +325,7 @@ class Experiment(grammar.Value):
         for text in self.stop:
             rule = grammar.parse(text, PARTS, trust=self._trusts("stop"))
             rules += rule if isinstance(rule, (tuple, list)) else [rule]
-        computed = ("dtype", "loss", "metrics", "numerics", "chunk", "fleet", "engine", "workers")
+        computed = ("dtype", "loss", "metrics", "numerics", "chunk", "fleet", "engine", "workers", "backend")
         names = ("rounds", "seed", "evaluate_every", *computed)
         init = self.init
         if init is not None and not Path(init).exists():
