@@ -1,21 +1,22 @@
 """What every rank does in tests/parity/test_torchrun.py: all cases one after the other, and what each came to.
 
-    torchrun --nproc-per-node 2 ranks.py FOLDER
+torchrun --max-restarts 1 --nproc-per-node 2 ranks.py FOLDER
 """
 
 import json
+import os
+import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from atoll import data, recipes, rounds
+from atoll import data, recipes, rounds, train
 from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import Feedback, Quantize, Shift, TopK
-from atoll.plan.local import Gradient, Train
+from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer import adam, adamw, sgd
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
@@ -25,7 +26,7 @@ ROUNDS = 2
 
 
 def norm():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 10))
+    return nn.Sequential(nn.Linear(13, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3))
 
 
 def plans():
@@ -68,8 +69,8 @@ def cases():
 
 
 def clients():
-    """The digits over 30 clients of uneven sizes."""
-    return data.load("digits").split(30, data.Dirichlet(0.3))
+    """The wines over 12 clients of uneven sizes."""
+    return data.load("wine").split(12, data.Dirichlet(0.5))
 
 
 def outcome(model, plan, clients, settings, **engine):
@@ -80,19 +81,48 @@ def outcome(model, plan, clients, settings, **engine):
     kept = training.memory.take(training.memory.touched())
     rows = {n: [float(t.double().sum()), float(t.double().square().sum())] for n, t in sorted(kept.items())}
     told = [
-        [r.fingerprint, r.metrics, r.failures, r.bytes_up, r.bytes_down, r.now, {n: c.tolist() for n, c in r.clients.items()}]
+        [
+            r.fingerprint,
+            r.metrics,
+            r.failures,
+            r.bytes_up,
+            r.bytes_down,
+            r.now,
+            {n: c.tolist() for n, c in r.clients.items()},
+        ]
         for r in reports
     ]
     return json.loads(json.dumps([told, training.memory.touched().tolist(), rows]))
 
 
+def descends(model, loader, ctx):
+    """A user's own loop; the second rank dies in it, once, in round 3."""
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    if first and os.environ["RANK"] == "1" and ctx.round == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for x, y in loader:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= ctx.lr * p.grad
+
+
+KILLED = Plan(Custom(descends, batch=8, lr=0.1), Mean(), sgd(1.0, momentum=0.5), cohort=6)
+
+
 def main(folder):
     from atoll.engine.ranks import Ranks
 
+    run = train("mlp", clients(), KILLED, rounds=6, out=folder / "runs", checkpoint_s=0.0, engine="torchrun")
+    torch.manual_seed(Ranks.join().rank)  # a model made here is another at each rank: that of rank 0 is everybody's
+    theirs = train(norm(), clients(), recipes.fedavg(0.1), rounds=1, out=None, engine="torchrun")
     here, out = clients(), {}
     for name, model, plan, settings in cases():
         out[name] = outcome(model, plan, here, settings, engine="torchrun")
     ranks = Ranks.join()
+    out["run"] = {"path": run.path and run.path.name, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
+    out["one model"] = theirs.reports[-1].fingerprint
     (folder / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(out))
 
 

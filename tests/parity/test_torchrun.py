@@ -1,0 +1,185 @@
+"""Under torchrun every plan comes to the bits of the engine in this process, and a rank that dies changes none."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from parity import ranks as theirs
+
+from atoll import recipes, rounds, runs
+from atoll.engine.ranks import Ranks
+from atoll.engine.torchrun import agreed, alike
+from atoll.errors import RunError, UsageError
+from atoll.plan.pace import Bounded, Buffered
+from atoll.plan.plan import Report
+
+ROOT = Path(__file__).parents[2]
+RANKS = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+def torchrun(words, folder, **environ):
+    """Start ranks in a folder, by the line that people write."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), **environ}
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
+    return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=110)
+
+
+def outcomes(folder, ranks, restarts=1):
+    """What each rank wrote of all cases; the second one dies once on the way."""
+    words = ["--max-restarts", str(restarts), "--nproc-per-node", str(ranks), theirs.__file__, folder]
+    done = torchrun(list(map(str, words)), folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    return outcomes(folder, 2)
+
+
+@pytest.fixture(scope="module")
+def clients():
+    return theirs.clients()
+
+
+@pytest.mark.parametrize("case", list(theirs.cases()), ids=lambda case: case[0])
+def test_every_rank_comes_to_the_bits_of_one_process(case, two, clients):
+    name, model, plan, settings = case
+    alone = theirs.outcome(model, plan, clients, settings)
+    for rank in two:
+        assert rank[name] == alone
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks(two, tmp_path):
+    for rank in outcomes(tmp_path, 3):
+        assert {**rank, "run": None} == {**two[0], "run": None}
+
+
+def test_a_rank_that_dies_changes_no_bit_and_no_row(two, folder, clients):
+    """The second rank was killed in round 3; torchrun started both anew, and they went on with the run of this job."""
+    assert [rank["run"]["restarts"] for rank in two] == ["1", "1"]
+    (path,) = runs.list_runs(folder / "runs")
+    assert [rank["run"]["path"] for rank in two] == [path.name, None], "rank 0 alone writes"
+    rows = runs.read_rows(path / "metrics.jsonl")
+    alone = [r.fingerprint for r in rounds("mlp", clients, theirs.KILLED, rounds=6)]
+    assert [(row["round"], row["fingerprint"]) for row in rows] == list(enumerate(alone))
+    assert runs.read_environment(path)["ranks"] == 2
+
+
+def test_the_model_of_rank_0_is_everybodys(two, clients):
+    torch.manual_seed(0)
+    alone = [r.fingerprint for r in rounds(theirs.norm(), clients, recipes.fedavg(0.1), rounds=1)]
+    assert [rank["one model"] for rank in two] == alone * 2
+
+
+@pytest.mark.slow
+def test_the_line_to_write_works(tmp_path):
+    """`--engine torchrun` alone is refused with the line that starts it; the run it makes is that of one process."""
+    words = shlex.split(
+        "run --data wine --clients 5 --rounds 2 --quiet --engine torchrun --out theirs --set report=false"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    told = subprocess.run(
+        [sys.executable, "-m", "atoll", *words], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert told.returncode == 2
+    line = shlex.split(told.stderr.splitlines()[-1].removeprefix("Write: "))
+    assert line == ["torchrun", "--nproc-per-node", "2", "-m", "atoll", *words]
+    done = torchrun(line[1:], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out") == 1, "one summary, of rank 0"
+    (path,) = runs.list_runs(tmp_path / "theirs")
+    alone = subprocess.run(
+        [sys.executable, "-m", "atoll", *words, "--engine", "inprocess", "--out", "ours"], cwd=tmp_path, env=env
+    )
+    assert alone.returncode == 0
+    (ours,) = runs.list_runs(tmp_path / "ours")
+    both = [[row["fingerprint"] for row in runs.read_rows(p / "metrics.jsonl")] for p in (path, ours)]
+    assert both[0] == both[1]
+
+
+# what is asked wrongly
+
+
+def refused(environ, monkeypatch, workers=None, backend="auto"):
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError) as caught:
+        Ranks.join(workers, backend)
+    return caught.value
+
+
+def test_without_torchrun(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--fast"])
+    assert refused({}, monkeypatch).write == "torchrun --nproc-per-node 2 train.py --fast"
+    assert refused({}, monkeypatch, workers=3).write == "torchrun --nproc-per-node 3 train.py --fast"
+
+
+def test_fewer_ranks_than_asked(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/atoll", "run", "--workers", "4"])
+    error = refused(RANKS, monkeypatch, workers=4)
+    assert "workers = 4, and torchrun started 2 ranks" in str(error)
+    assert error.write == "torchrun --nproc-per-node 4 -m atoll run --workers 4"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="here is a GPU for each rank")
+def test_nccl_without_a_gpu(monkeypatch):
+    error = refused(RANKS, monkeypatch, backend="nccl")
+    assert "nccl" in str(error) and error.write == "--set backend=gloo"
+
+
+def test_unknown_backend(monkeypatch):
+    assert refused(RANKS, monkeypatch, backend="glo").write == "--set backend=auto"
+
+
+@pytest.mark.parametrize("pace", [Buffered(2), Bounded(1)], ids=repr)
+def test_a_pace_that_flies_on(pace, clients):
+    plan = replace(recipes.fedavg(0.1, cohort=5), pace=pace)
+    with pytest.raises(UsageError, match="Sync") as caught:
+        rounds("softmax", clients, plan, engine="torchrun")
+    assert caught.value.write == '--set "plan.pace=Sync()"'
+
+
+@pytest.mark.parametrize("told", [{"workers": 2}, {"workers": 0, "engine": "torchrun"}], ids=repr)
+def test_workers_that_cannot_be(told, clients):
+    with pytest.raises(UsageError, match="workers"):
+        rounds("softmax", clients, recipes.fedavg(0.1), **told)
+
+
+class Two:
+    """Two ranks, of which this is one, and the other says what it is told to."""
+
+    first = True
+
+    def __init__(self, **other):
+        self.other = other
+
+    def all(self, data):
+        return [data, json.dumps({**json.loads(data), **self.other}).encode()]
+
+
+def test_ranks_of_other_data_are_refused():
+    alike(Two(), {"data": "a", "seed": 1})
+    with pytest.raises(UsageError, match="Rank 1 has another data than rank 0: b, and not a"):
+        alike(Two(data="b"), {"data": "a", "seed": 1})
+
+
+def test_ranks_that_drift_apart_end_the_run():
+    report = Report(7, {"loss": 0.1}, 2, 2, (), 0, 0, 1.5, "abc")
+    assert agreed(Two(seconds=9.0), report) == report, "what rank 0 says counts"
+    with pytest.raises(RunError, match="After round 7 rank 1 has another model"):
+        agreed(Two(model="xyz"), report)
