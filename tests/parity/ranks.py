@@ -1,19 +1,23 @@
 """What every rank does in tests/parity/test_torchrun.py: all cases one after the other, and what each came to.
 
-torchrun --max-restarts 1 --nproc-per-node 2 ranks.py FOLDER
+torchrun --max-restarts 1 --nproc-per-node 2 ranks.py FOLDER [all]
 """
 
 import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+from problems import classification, run, seeded, task_of
 from torch import nn
 
-from atoll import data, recipes, rounds, train
+from atoll import recipes, train
 from atoll.engine.fleet import Fleet, HalfNormal
+from atoll.engine.ranks import Ranks
+from atoll.engine.torchrun import Torchrun
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import Feedback, Quantize, Shift, TopK
 from atoll.plan.local import Custom, Gradient, Train
@@ -21,17 +25,21 @@ from atoll.plan.optimizer import adam, adamw, sgd
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.sampler import Poisson
+from atoll.runs import fingerprint
 
 ROUNDS = 2
 
 
+def plain():
+    return nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3))
+
+
 def norm():
-    return nn.Sequential(nn.Linear(13, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3))
+    return nn.Sequential(nn.Linear(4, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3))
 
 
 def plans():
     """Every recipe, and every part that has something to say between ranks: memory, server state, counters, facts."""
-    quick = {"batch": 10, "cohort": 7}
     out = {
         "gd": recipes.gd(0.1),
         "sgd": recipes.sgd(0.1),
@@ -42,7 +50,7 @@ def plans():
         "diloco": recipes.diloco(steps=3, batch=8),
     }
     for name in ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"):
-        out[name] = getattr(recipes, name)(0.1, **quick)
+        out[name] = getattr(recipes, name)(0.1, batch=10, cohort=7)
     some = Train(sgd(0.1), epochs=1, batch=10)
     out |= {
         "one client": recipes.fedavg(0.1, cohort=1),
@@ -58,41 +66,35 @@ def plans():
 
 
 def cases():
-    """(name, model, plan, settings) of each case."""
+    """(name, module, numerics, plan, words of the engine) of each case."""
     for name, plan in plans().items():
-        yield name, "softmax", plan, {}
-    for numerics in ("lanes", "loop"):
-        yield f"batch norm, {numerics}", norm, plans()["memory"], {"numerics": numerics}
+        yield name, plain, "fused", plan, {}
+    for numerics in ("loop", "lanes"):
+        yield f"batch norm, {numerics}", norm, numerics, plans()["memory"], {}
     fleet = Fleet(HalfNormal(), dropout=0.05)
-    yield "fleet", "softmax", plans()["over-selection"], {"fleet": fleet}
-    yield "chunk", "softmax", plans()["fedavg"], {"chunk": 2}
+    yield "fleet", plain, "fused", plans()["over-selection"], {"fleet": fleet}
+    yield "chunk", plain, "fused", plans()["fedavg"], {"chunk": 2}
+
+
+def quick():
+    """The cases that do not import what torch.func needs."""
+    return [case for case in cases() if case[2] != "lanes"]
 
 
 def clients():
-    """The wines over 12 clients of uneven sizes."""
-    return data.load("wine").split(12, data.Dirichlet(0.5))
+    """Twelve clients of uneven sizes."""
+    return classification((30, 2, 9, 21, 14, 5, 14, 3, 17, 40, 8, 11))
 
 
-def outcome(model, plan, clients, settings, **engine):
-    """What a training comes to: a fingerprint a round, what was reported, and what clients keep."""
-    torch.manual_seed(1)
-    training = rounds(model, clients, plan, rounds=ROUNDS, **settings, **engine)
-    reports = [r.to(seconds=0.0) for r in training]
-    kept = training.memory.take(training.memory.touched())
-    rows = {n: [float(t.double().sum()), float(t.double().square().sum())] for n, t in sorted(kept.items())}
-    told = [
-        [
-            r.fingerprint,
-            r.metrics,
-            r.failures,
-            r.bytes_up,
-            r.bytes_down,
-            r.now,
-            {n: c.tolist() for n, c in r.clients.items()},
-        ]
-        for r in reports
-    ]
-    return json.loads(json.dumps([told, training.memory.touched().tolist(), rows]))
+def outcome(module, numerics, plan, data, engine, **words):
+    """What some rounds come to: the model and a report of each, and what clients keep."""
+    engine = engine(task_of(seeded(module), data, numerics, torch.float32), data, **words)
+    state, reports = run(plan, engine, ROUNDS)
+    ids = state.memory.touched()
+    kept = {n: [fingerprint(row) for row in rows] for n, rows in state.memory.take(ids).items()}
+    told = [[r.metrics, r.failures, r.bytes_up, r.bytes_down, r.now] for r in reports]
+    told += [{n: c.tolist() for n, c in r.clients.items()} for r in reports]
+    return json.loads(json.dumps([fingerprint(state.model.theta), told, ids.tolist(), kept]))
 
 
 def descends(model, loader, ctx):
@@ -111,20 +113,18 @@ def descends(model, loader, ctx):
 KILLED = Plan(Custom(descends, batch=8, lr=0.1), Mean(), sgd(1.0, momentum=0.5), cohort=6)
 
 
-def main(folder):
-    from atoll.engine.ranks import Ranks
-
-    run = train("mlp", clients(), KILLED, rounds=6, out=folder / "runs", checkpoint_s=0.0, engine="torchrun")
-    torch.manual_seed(Ranks.join().rank)  # a model made here is another at each rank: that of rank 0 is everybody's
-    theirs = train(norm(), clients(), recipes.fedavg(0.1), rounds=1, out=None, engine="torchrun")
-    here, out = clients(), {}
-    for name, model, plan, settings in cases():
-        out[name] = outcome(model, plan, here, settings, engine="torchrun")
-    ranks = Ranks.join()
-    out["run"] = {"path": run.path and run.path.name, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
-    out["one model"] = theirs.reports[-1].fingerprint
+def main(folder, cases):
+    ranks, here = Ranks.join(), clients()
+    words = {"engine": "torchrun", "numerics": "loop"}
+    ended = train("mlp", here, KILLED, rounds=6, out=folder / "runs", checkpoint_s=0.0, report=False, **words)
+    torch.manual_seed(ranks.rank)  # a model made here is another at each rank: that of rank 0 is everybody's
+    mine = train(norm(), here, recipes.fedavg(0.1), rounds=1, out=None, **words)
+    out = {"one model": mine.reports[-1].fingerprint}
+    out["run"] = {"path": ended.path and ended.path.name, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
+    for name, module, numerics, plan, told in cases:
+        out[name] = outcome(module, numerics, plan, here, partial(Torchrun, ranks=ranks), **told)
     (folder / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(out))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), list(cases()) if "all" in sys.argv else quick())

@@ -13,6 +13,7 @@ import torch
 from parity import ranks as theirs
 
 from atoll import recipes, rounds, runs
+from atoll.engine.inprocess import InProcess
 from atoll.engine.ranks import Ranks
 from atoll.engine.torchrun import agreed, alike
 from atoll.errors import RunError, UsageError
@@ -23,17 +24,17 @@ ROOT = Path(__file__).parents[2]
 RANKS = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
 
 
-def torchrun(words, folder, **environ):
+def torchrun(words, folder):
     """Start ranks in a folder, by the line that people write."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), **environ}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
     return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=110)
 
 
-def outcomes(folder, ranks, restarts=1):
-    """What each rank wrote of all cases; the second one dies once on the way."""
-    words = ["--max-restarts", str(restarts), "--nproc-per-node", str(ranks), theirs.__file__, folder]
-    done = torchrun(list(map(str, words)), folder)
+def outcomes(folder, ranks, *which):
+    """What each rank wrote of the cases; the second one dies once on the way."""
+    words = ["--max-restarts", "1", "--nproc-per-node", str(ranks), theirs.__file__, str(folder), *which]
+    done = torchrun(words, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -53,18 +54,21 @@ def clients():
     return theirs.clients()
 
 
-@pytest.mark.parametrize("case", list(theirs.cases()), ids=lambda case: case[0])
+@pytest.mark.parametrize("case", theirs.quick(), ids=lambda case: case[0])
 def test_every_rank_comes_to_the_bits_of_one_process(case, two, clients):
-    name, model, plan, settings = case
-    alone = theirs.outcome(model, plan, clients, settings)
+    name, module, numerics, plan, words = case
+    alone = theirs.outcome(module, numerics, plan, clients, InProcess, **words)
     for rank in two:
         assert rank[name] == alone
 
 
 @pytest.mark.slow
-def test_any_number_of_ranks(two, tmp_path):
-    for rank in outcomes(tmp_path, 3):
-        assert {**rank, "run": None} == {**two[0], "run": None}
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_in_every_body(ranks, clients, tmp_path):
+    each = outcomes(tmp_path, ranks, "all")
+    for name, module, numerics, plan, words in theirs.cases():
+        alone = theirs.outcome(module, numerics, plan, clients, InProcess, **words)
+        assert [rank[name] for rank in each] == [alone] * ranks, name
 
 
 def test_a_rank_that_dies_changes_no_bit_and_no_row(two, folder, clients):
@@ -73,14 +77,14 @@ def test_a_rank_that_dies_changes_no_bit_and_no_row(two, folder, clients):
     (path,) = runs.list_runs(folder / "runs")
     assert [rank["run"]["path"] for rank in two] == [path.name, None], "rank 0 alone writes"
     rows = runs.read_rows(path / "metrics.jsonl")
-    alone = [r.fingerprint for r in rounds("mlp", clients, theirs.KILLED, rounds=6)]
+    alone = [r.fingerprint for r in rounds("mlp", clients, theirs.KILLED, rounds=6, numerics="loop")]
     assert [(row["round"], row["fingerprint"]) for row in rows] == list(enumerate(alone))
     assert runs.read_environment(path)["ranks"] == 2
 
 
 def test_the_model_of_rank_0_is_everybodys(two, clients):
     torch.manual_seed(0)
-    alone = [r.fingerprint for r in rounds(theirs.norm(), clients, recipes.fedavg(0.1), rounds=1)]
+    alone = [r.fingerprint for r in rounds(theirs.norm(), clients, recipes.fedavg(0.1), rounds=1, numerics="loop")]
     assert [rank["one model"] for rank in two] == alone * 2
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shlex
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +81,11 @@ class Ranks:
         joined = distributed.is_available() and distributed.is_initialized()
         if not joined:
             _refuse(distributed.is_available(), workers, backend)
-            distributed.init_process_group("gloo" if backend == "auto" else backend)
+            with _together():
+                store, rank, size = next(distributed.rendezvous("env://"))
+                store = distributed.PrefixStore(_meeting(store, rank, size), store)
+                name = "gloo" if backend == "auto" else backend
+                distributed.init_process_group(name, store=store, rank=rank, world_size=size)
             _leave_at_exit()
         size = distributed.get_world_size()
         if workers is not None and size != workers:
@@ -160,6 +167,28 @@ class Ranks:
             for work in works:
                 work.wait()
         return [t.to(like.device) for t, like in zip(out, tensors, strict=True)]
+
+
+def _meeting(store: Any, rank: int, size: int) -> str:
+    """A word that all ranks of this start know, and none of an earlier one.
+
+    `torchrun` may keep its store from one start to the next, with what the ranks wrote there: whoever reads it then
+    looks for ranks that are dead (pytorch issue 135712). So rank 0 says a new word, and says that everybody has heard
+    it only once it can no longer be read: a word of an earlier start that is still there was never heard by all.
+    """
+    if rank == 0:
+        word = secrets.token_hex(8)
+        store.set("atoll/word", word)
+        store.wait([f"atoll/{word}/{other}" for other in range(1, size)])
+        store.delete_key("atoll/word")
+        store.set(f"atoll/{word}/all", "")
+        return word
+    while True:
+        word = store.get("atoll/word").decode()
+        store.set(f"atoll/{word}/{rank}", "")
+        with contextlib.suppress(RuntimeError):  # nobody else is there: the word is an old one
+            store.wait([f"atoll/{word}/all"], timedelta(seconds=1))
+            return str(word)
 
 
 def _bytes(data: bytes, length: int) -> Tensor:
