@@ -77,13 +77,15 @@ class Ranks:
             UsageError: this process is no rank, there are more or fewer ranks than asked for, or `nccl` has no GPU.
         """
         from torch import distributed
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         joined = distributed.is_available() and distributed.is_initialized()
         if not joined:
             _refuse(distributed.is_available(), workers, backend)
             with _together():
-                store, rank, size = next(distributed.rendezvous("env://"))
-                store = distributed.PrefixStore(_meeting(store, rank, size), store)
+                store, rank, size = next(rendezvous("env://"))
+                store = PrefixStore(_meeting(store, rank, size), store)
                 name = "gloo" if backend == "auto" else backend
                 distributed.init_process_group(name, store=store, rank=rank, world_size=size)
             _leave_at_exit()

@@ -17,12 +17,15 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from atoll.engine.inprocess import InProcess, Round
+from atoll.data.clients import Clients
+from atoll.engine.inprocess import InProcess
 from atoll.engine.ranks import Ranks, command
+from atoll.engine.work import Haul, Work
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.plan.aggregate.mean import Partial
+from atoll.plan.flight import Flight
 from atoll.plan.plan import Failure, Gathered, Plan, Report, State
-from atoll.plan.slots import Cohort
+from atoll.plan.slots import Cohort, Tensors
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -51,21 +54,30 @@ class Torchrun(InProcess):
         refuse_pace(plan)
         return super().gather(plan, state, cohort, key)
 
-    def _compute(self, round_: Round) -> None:
-        lost, trouble = len(round_.failures), None
+    def _haul(self, work: Work, arrived: list[Flight], first: Tensors) -> Haul:
+        trouble = None
         try:
-            super()._compute(round_)
+            super()._haul(work, arrived, first)
         except (AtollError, MemoryError) as error:
             trouble = error  # the others are waiting: they hear of it, and all of them stop
-        _merge(self.ranks, round_, lost, trouble)
+        return merged(self.ranks, work.haul, first, trouble)
 
     def _chunks(self, plan: Plan, task: Task, codes: Tensor) -> Iterator[Tensor]:
-        """This rank's part of the clients: dealt by size, forth and back, so that all hold as many rows, nearly."""
-        order = torch.argsort(self.data.sizes[codes % self.data.count], descending=True, stable=True)
-        turn = torch.arange(len(codes))
-        place, back = turn % self.ranks.size, turn // self.ranks.size % 2 == 1
-        mine = torch.where(back, self.ranks.size - 1 - place, place) == self.ranks.rank
-        return super()._chunks(plan, task, codes[order[mine]])
+        return super()._chunks(plan, task, dealt(codes, self.data, self.ranks))
+
+
+def dealt(codes: Tensor, data: Clients, ranks: Ranks) -> Tensor:
+    """This rank's part of the clients: dealt by size, forth and back, so that all ranks hold nearly as many rows.
+
+    Example:
+        >>> from atoll.testing.locals import clients
+        >>> [dealt(torch.arange(7), clients(), Ranks(rank, 2, torch.device("cpu"))).tolist() for rank in range(2)]
+        [[4, 1, 5, 2], [0, 3, 6]]
+    """
+    order = torch.argsort(data.sizes[codes % data.count], descending=True, stable=True)
+    turn = torch.arange(len(codes))
+    place, back = turn % ranks.size, turn // ranks.size % 2 == 1
+    return codes[order[torch.where(back, ranks.size - 1 - place, place) == ranks.rank]]
 
 
 def refuse_pace(plan: Plan) -> None:
@@ -120,41 +132,41 @@ def agreed(ranks: Ranks, report: Report) -> Report:
     return report.to(seconds=told[0]["seconds"], metrics=told[0]["metrics"])
 
 
-def _merge(ranks: Ranks, round_: Round, lost: int, trouble: Exception | None) -> None:
-    """What this rank has of a round becomes what all of them have.
+def merged(ranks: Ranks, haul: Haul, first: Tensors, trouble: Exception | None = None) -> Haul:
+    """What all ranks have, at each of them.
 
     Args:
         ranks: who tell each other.
-        round_: under way; its partials, failures, facts and memory are replaced by everybody's.
-        lost: failures that every rank knows of already.
+        haul: what this rank has.
+        first: what one client keeps at first: the shape of a row.
         trouble: why this rank cannot go on.
     Raises:
         RunError: some rank cannot go on.
     """
-    parts = _parts(round_.partials)
-    ids, rows = _kept(round_)
+    parts = _parts(haul.partials)
+    ids, rows = _kept(haul)
     told: dict[str, Any] = {
         "trouble": _said(trouble),
-        "failures": [tuple(f) for f in round_.failures[lost:]],
+        "failures": [tuple(f) for f in haul.failures],
         "parts": [[*name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in parts.items()],
         "rows": {n: list(t.shape) for n, t in rows.items()},
     }
-    names = set.intersection(*(set(f) for f in round_.facts)) if round_.facts else set()
-    facts = {f"facts/{n}": torch.cat([f[n] for f in round_.facts]) for n in sorted(names)}
-    arrived = torch.cat(round_.arrived) if round_.arrived else torch.empty(0, dtype=torch.int64)
+    names = set.intersection(*(set(f) for f in haul.facts)) if haul.facts else set()
+    facts = {f"facts/{n}": torch.cat([f[n] for f in haul.facts]) for n in sorted(names)}
+    arrived = torch.cat(haul.arrived) if haul.arrived else torch.empty(0, dtype=torch.int64)
     words = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
     heard = [load(data) for data in ranks.all(save({"told": words, "arrived": arrived, "kept": ids, **facts}))]
     said = [json.loads(h["told"].numpy().tobytes()) for h in heard]
     _raise([s["trouble"] for s in said])
-    round_.failures[lost:] = [Failure(*f) for s in said for f in s["failures"]]
-    round_.arrived = [h["arrived"] for h in heard if len(h["arrived"])]
-    round_.facts = [
-        {n.removeprefix("facts/"): t for n, t in h.items() if n.startswith("facts/")}
-        for h in heard
-        if len(h["arrived"])
-    ]
-    round_.partials = _added(ranks, parts, [s["parts"] for s in said])
-    round_.memory = _everybody(ranks, rows, heard, [s["rows"] for s in said], round_.state.memory.first)
+    came = [h for h in heard if len(h["arrived"])]
+    return Haul(
+        _added(ranks, parts, [s["parts"] for s in said]),
+        [Failure(*f) for s in said for f in s["failures"]],
+        haul.errors,
+        [h["arrived"] for h in came],
+        [{n.removeprefix("facts/"): t for n, t in h.items() if n.startswith("facts/")} for h in came],
+        _everybody(ranks, rows, heard, [s["rows"] for s in said], first),
+    )
 
 
 def _parts(partials: Mapping[int, Any]) -> dict[tuple[int, str, str, int], Tensor]:
@@ -201,12 +213,12 @@ def _or_nothing(tensor: Tensor | None, dtype: str, shape: list[int], largest: bo
     return torch.full(shape, torch.iinfo(type_).min if largest else 0, dtype=type_)
 
 
-def _kept(round_: Round) -> tuple[Tensor, dict[str, Tensor]]:
+def _kept(haul: Haul) -> tuple[Tensor, dict[str, Tensor]]:
     """What this rank's clients keep, as one table."""
-    if not round_.memory:
+    if not haul.memory:
         return torch.empty(0, dtype=torch.int64), {}
-    ids = torch.cat([ids for ids, _ in round_.memory])
-    return ids, {n: torch.cat([rows[n] for _, rows in round_.memory]) for n in round_.memory[0][1]}
+    ids = torch.cat([ids for ids, _ in haul.memory])
+    return ids, {n: torch.cat([rows[n] for _, rows in haul.memory]) for n in haul.memory[0][1]}
 
 
 def _everybody(
@@ -214,7 +226,7 @@ def _everybody(
     mine: Mapping[str, Tensor],
     heard: list[dict[str, Tensor]],
     shapes: list[dict[str, list[int]]],
-    first: Mapping[str, Tensor],
+    first: Tensors,
 ) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
     """What all ranks' clients keep, rank by rank."""
     tables: list[dict[str, Tensor]] = [{} for _ in heard]
