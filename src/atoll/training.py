@@ -38,7 +38,6 @@ from atoll.rng import Key
 from atoll.saved import share
 from atoll.task import Model, Task
 
-ENGINES = ("inprocess", "processes", "torchrun")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
 JUDGES = {"classification": ("accuracy",), "regression": ("rmse",), "tokens": ("accuracy",)}

@@ -1,3 +1,3 @@
 """Where clients run."""
 
-ENGINES = ("inprocess", "torchrun")
+ENGINES = ("inprocess", "processes", "torchrun")

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from atoll import runs
+from atoll.engine.inprocess import InProcess
 from atoll.errors import RunError, UsageError
 from atoll.experiment import Experiment
 from atoll.training import Rounds, Settings
 
 
 def training_of(experiment: Experiment, **changes: Any) -> Rounds:
-    """The training that an experiment describes, before its first round; nothing is written.
+    """The training that an experiment describes, in this process, before its first round; nothing is written.
 
     Args:
         experiment: what was told.
@@ -23,8 +24,15 @@ def training_of(experiment: Experiment, **changes: Any) -> Rounds:
         UsageError: its model, data and plan do not fit.
     """
     it = experiment.settled()
-    settings = Settings(**{**it._settings(), **changes})
+    settings = Settings(**{**it._settings(), "engine": "inprocess", "workers": None, **changes})
     return Rounds(it._model(), it.data(), it.plan(), settings)
+
+
+def here(training: Rounds) -> InProcess:
+    """The clients of a training in this process, wherever they run otherwise: the bits are the same."""
+    if isinstance(training.engine, InProcess):
+        return training.engine
+    return InProcess(training.task, training.data, training.settings.chunk)
 
 
 def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Rounds:

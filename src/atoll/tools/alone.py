@@ -36,10 +36,10 @@ class _Heard(Descent):
 
     losses: list[float]
 
-    def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> Tensor:
-        loss = super().step(x, y, counts)
-        self.losses.append(float(loss[0]) / max(1, counts[0]))
-        return loss
+    def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> None:
+        before = float(self.loss[0])
+        super().step(x, y, counts)
+        self.losses.append((float(self.loss[0]) - before) / max(1, counts[0]))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan, Sent, State, opening
 from atoll.report.text import duration, size, whole
-from atoll.tools.again import training_of
+from atoll.tools.again import here, training_of
 from atoll.training import Rounds
 
 FLIGHTS = 200_000  # how many are flown at most; what comes after them is taken to be like the last half of them
@@ -270,7 +270,7 @@ def predict(training: Rounds) -> Forecast:
         >>> told.bytes_up, sum(report.bytes_up for report in training)
         (960, 960)
     """
-    engine, state, rounds = training.engine, training.state, training.settings.rounds
+    engine, state, rounds = here(training), training.state, training.settings.rounds
     plan, layout = training.plan.at(engine), training.task.layout
     flights = flown(plan, state, engine, rounds)
     lanes = lanes_of(plan, training.task, training.data, int(training.data.sizes.max()), engine.chunk)
@@ -403,7 +403,7 @@ def _for(slot: str, codec: Codec) -> Codec:
 
 def _tried(training: Rounds, **slots: Any) -> Help | None:
     """Rounds of the plan with other parts in some slots; None where they do not fit it, or are no shorter."""
-    engine, layout = training.engine, training.task.layout
+    engine, layout = here(training), training.task.layout
     for slot in slots.keys() - {"pace"}:
         if slots[slot].nbytes(layout) >= getattr(training.plan.at(engine), slot).nbytes(layout):
             return None

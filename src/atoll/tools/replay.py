@@ -30,7 +30,7 @@ from atoll.plan.slots import Cohort
 from atoll.report.text import size
 from atoll.rng import Key
 from atoll.saved import unpack
-from atoll.tools.again import same_data, training_in
+from atoll.tools.again import here, same_data, training_in
 from atoll.tools.alone import compute, odd
 from atoll.training import Rounds
 
@@ -209,7 +209,7 @@ class _Opened(NamedTuple):
 
 def _open(training: Rounds) -> _Opened:
     """What `step` and the engine do before they compute."""
-    engine, state = training.engine, training.state
+    engine, state = here(training), training.state
     plan, key = training.plan.at(engine), state.key()
     state = tell(plan, state, key)
     cohort = opening(plan, state, engine.population, key)
@@ -226,7 +226,7 @@ def _flights(opened: _Opened, training: Rounds, client: int) -> list[tuple[Fligh
     found = [(f, "") for f in flown.arrived if f.client == client]
     found += [(f, "it dropped out: what it computed never arrived") for f in flown.dropped if f.client == client]
     late = "no longer awaited: the round had closed"
-    if training.engine.fleet is not None:
+    if training.fleet is not None:
         gone = [t for t in flown.trips if t.fate == "late" and t.client == client]
         found += [(Flight(client, round, 0, t.number), late) for t in gone]
     elif flown.late and not found and client in opened.cohort.ids.tolist():
@@ -370,7 +370,7 @@ class _Whole(NamedTuple):
 
 def _whole(training: Rounds, opened: _Opened) -> _Whole:
     plan, state, cohort, _ = opened
-    engine, key = training.engine, state.key()
+    engine, key = here(training), state.key()
     try:
         gathered = engine.gather(plan, state, cohort, key)
     except RunError as error:
