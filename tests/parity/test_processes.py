@@ -262,7 +262,11 @@ for report in training:
 )
 def test_nothing_is_left_behind(then, signals):
     program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.replace("{then}", then)], stdout=subprocess.PIPE, text=True, process_group=0
+        [sys.executable, "-c", PROGRAM.replace("{then}", then)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        process_group=0,
     )
     assert program.stdout is not None
     fingerprint, *folders = program.stdout.readline().split()
