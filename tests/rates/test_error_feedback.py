@@ -106,10 +106,10 @@ def test_the_distance_of_unlike_clients_falls_with_a_falling_step(inner):
     J − J* ~ 1/t², below 1e-6 where plain top-k stands still.
     """
     four = Bowls(4, 10, spread=0.1, bend=0.2)
-    early, late = four.distances(Feedback(inner), inverse(2.0, t0=5), [150, 1200])
+    early, late = four.distances(Feedback(inner), inverse(4.0, t0=10), [75, 600])
     assert math.log(late / early, 8) == pytest.approx(-1, abs=0.35)
     assert four.gap(late) < 1e-6
-    assert four.distances(inner, inverse(2.0, t0=5), [300])[0] > 20 * late
+    assert four.distances(inner, inverse(4.0, t0=10), [150])[0] > 20 * late
 
 
 @pytest.mark.slow
