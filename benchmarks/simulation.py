@@ -39,7 +39,7 @@ def dataset(clients: int, rows: str) -> Clients:
         print(f"noise in place of the images: {error.given}")
         images = torch.randint(256, (60_000, 28, 28), dtype=torch.uint8)
         source = atoll.data.arrays(images, torch.randint(10, (60_000,)))
-    return source.split(clients, atoll.data.IID() if rows == "equal" else atoll.data.Quantity())
+    return source.split(clients, atoll.data.IID() if rows == "equal" else atoll.data.Quantity(0.8))
 
 
 @dataclass
