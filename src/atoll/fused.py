@@ -349,11 +349,8 @@ class Descent:
         self.count = lanes
 
     @torch.no_grad()
-    def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> None:
-        """One step of the first k lanes on rows `[k, B, …]`, the first counts[k] of which count.
-
-        The losses of those rows are added to `loss`.
-        """
+    def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """One step of the first k lanes on rows `[k, B, …]`, the first counts[k] of which count: Σ of losses `[k]`."""
         k = len(counts)
         if self._share is None or self._share[0] != counts or self._share[1].shape[1] != x.shape[1]:
             share = shares(counts, y, self._start[0])
@@ -367,7 +364,9 @@ class Descent:
         elif len(self._active[0]) != k:
             self._active = [t[:k] for t in self._lanes]
         each = self._program.step(self._active, x, y, share, self._lr)
-        self.loss[:k] += torch.bmm(rows, each.unsqueeze(2))[:k]
+        lost = torch.bmm(rows, each.unsqueeze(2))[:k]
+        self.loss[:k] += lost
+        return lost.view(k)
 
     @torch.no_grad()
     def update(self) -> Tensor:
