@@ -36,10 +36,10 @@ class _Heard(Descent):
 
     losses: list[float]
 
-    def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> None:
-        before = float(self.loss[0])
-        super().step(x, y, counts)
-        self.losses.append((float(self.loss[0]) - before) / max(1, counts[0]))
+    def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> Tensor:
+        lost = super().step(x, y, counts)
+        self.losses.append(float(lost[0]) / max(1, counts[0]))
+        return lost
 
 
 @dataclass(frozen=True)
