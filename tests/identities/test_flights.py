@@ -241,8 +241,9 @@ def test_what_a_client_keeps_moves_once_for_each_time_it_is_heard():
     assert (state.memory.take(torch.arange(3))["local/taken"] == 2 * heard).all()
 
 
-def test_a_second_start_in_one_round_draws_anew():
-    plan = Plan(Gradient(batch=2), Mean(), pace=Buffered(2))
+@pytest.mark.parametrize("local", [Gradient(batch=2), Train(rules.sgd(0.1), steps=1, batch=2)], ids=repr)
+def test_a_second_start_in_one_round_draws_anew(local):
+    plan = Plan(local, Mean(), pace=Buffered(2))
     engine = engine_of(Fleet(Each((1.0,))), sizes=(30,))
     _, (report,) = run(plan, engine, 1)
     assert report.clients["id"].tolist() == [0, 0]

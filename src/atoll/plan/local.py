@@ -297,7 +297,9 @@ class Train(Part):
         steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
         steps = self._done(steps, lanes.share)
         keeps = "order" in self.keep
+        # Who starts twice in a round draws anew, which its key knows; a kept order goes on where it was.
         draw = Key(key.seed).fold("kept order") if keeps else key.fold("order")
+        who = lanes.ids if keeps or key.clients is None else key.clients
         taken = memory["taken"] if keeps else torch.zeros_like(lengths)
         reach = width * int(lengths.max()) + 1
         order = torch.zeros(len(rows), reach, dtype=torch.int64, device=rows.device)
@@ -313,7 +315,7 @@ class Train(Part):
             for i, (k, some) in enumerate(zip(active, new.any(1).tolist(), strict=True)):
                 if some and bool(new[i, :k].any()):
                     index = new[i, :k].nonzero().squeeze(1)
-                    drawn = draw.of(lanes.ids[index], epoch[i, index]).permutations(rows[index], reach)
+                    drawn = draw.of(who[index], epoch[i, index]).permutations(rows[index], reach)
                     if alike:
                         order = lanes.places(drawn)  # a new one: views of the old may not have been read yet
                     else:
