@@ -10,6 +10,7 @@ from problems import classification, seeded
 from torch import nn
 
 import atoll
+from atoll import recipes
 from atoll.cli import main
 from atoll.engine.fleet import Between, Chance, Each, Fleet, HalfNormal
 from atoll.grammar import parse
@@ -106,6 +107,15 @@ def test_bytes_and_seconds_of_every_pace(slots, fleet):
     plan = Plan(**{"local": Gradient(), "aggregator": Mean(), "optimizer": sgd(0.1), "max_failed": 1, **slots})
     told, reports, _ = compared(plan, fleet, rounds=6)
     assert told.flights.up == tuple(r.bytes_up for r in reports)
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda recipe: recipe.__name__)
+def test_bytes_of_every_recipe(recipe):
+    plan = recipe()
+    if recipe is recipes.diloco:
+        plan = recipe(steps=2)  # of 500
+    told, reports, _ = compared(plan, rounds=2)
+    assert told.exact and told.flights.up == tuple(r.bytes_up for r in reports)
 
 
 def test_a_compressed_message_is_no_longer():
