@@ -11,7 +11,7 @@ from problems import classification, far, regression, run, seeded, task_of
 from torch import nn
 
 import atoll
-from atoll.engine.fleet import Each, Fleet, HalfNormal
+from atoll.engine.fleet import Each, Fleet, HalfNormal, Trace
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
 from atoll.errors import UsageError
@@ -379,6 +379,17 @@ def test_a_deadline_needs_a_clock_and_somebody_who_can_meet_it():
         atoll.rounds("softmax", data, plan, rounds=1, fleet=Fleet())
     better = replace(plan, pace=parse(refusal.value.write, PARTS))
     assert atoll.rounds("softmax", data, better, rounds=1, fleet=Fleet()).next().arrived == len(SIZES)
+
+
+def test_a_fleet_of_other_clients_is_refused_before_the_first_round(tmp_path):
+    data, plan = classification(SIZES), Plan(Gradient(), Mean(), rules.sgd(0.1))
+    with pytest.raises(UsageError, match="there are 8 clients"):
+        atoll.train("softmax", data, plan, rounds=1, fleet=Fleet(Each((1.0, 2.0))), out=tmp_path)
+    trace = tmp_path / "fleet.csv"
+    trace.write_text("client,value\n0,1\n1,2\n3,4\n")
+    with pytest.raises(UsageError):
+        atoll.train("softmax", data, plan, rounds=1, fleet=Fleet(Trace(str(trace))), out=tmp_path)
+    assert list(tmp_path.iterdir()) == [trace], "a run was begun"
 
 
 def test_paces_read_back():

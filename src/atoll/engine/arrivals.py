@@ -87,15 +87,16 @@ def message(plan: Plan, layout: Layout) -> int:
 def check_clock(
     plan: Plan, fleet: Fleet | None, population: Population, model: Model, layout: Layout, seed: int
 ) -> None:
-    """Refuse a deadline without a clock, and one that nobody can meet.
+    """Refuse a fleet of other clients, a trace with gaps, a deadline without a clock, and one that nobody can meet.
 
     Raises:
         UsageError: which, and what to write instead.
     """
+    clock = None if fleet is None else Clock(fleet, population.sizes, seed)
     deadline = getattr(plan.pace, "deadline_s", None)
     if deadline is None:
         return
-    if fleet is None:
+    if clock is None:
         raise UsageError(
             f"{plan.pace!r} without a clock.",
             "a fleet, whose virtual clock says when a deadline has come.",
@@ -103,7 +104,7 @@ def check_clock(
             'fleet = "Fleet(HalfNormal())"',
         )
     down = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters, **model.fixed})
-    quickest = Clock(fleet, population.sizes, seed).fastest(down, message(plan, layout))
+    quickest = clock.fastest(down, message(plan, layout))
     if quickest > deadline and not getattr(plan.pace, "partial", False):
         raise UsageError(
             f"{plan.pace!r} with {fleet!r}.",
