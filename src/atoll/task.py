@@ -418,6 +418,11 @@ class Task:
     def _measures(self) -> dict[str, PerExample]:
         return {"loss": self.loss, **{m.name: m.each for m in self.metrics}}
 
+    @property
+    def views(self) -> tuple[list[nn.Parameter], Tensor]:
+        """The loop's parameters, in the order of the layout, and the flat gradient that theirs are views of."""
+        return self._bound.parameters, self._bound.gradient
+
     @cached_property
     def _bound(self) -> _Bound:
         return _Bound(self.module, self.layout)

@@ -83,7 +83,7 @@ class Ranks:
         joined = distributed.is_available() and distributed.is_initialized()
         if not joined:
             _refuse(distributed.is_available(), workers, backend)
-            with _together():
+            with together():
                 store, rank, size = next(rendezvous("env://"))
                 store = PrefixStore(_meeting(store, rank, size), store)
                 name = "gloo" if backend == "auto" else backend
@@ -106,7 +106,7 @@ class Ranks:
         from torch import distributed
 
         length = torch.tensor([len(data)], device=self.device)
-        with _together():
+        with together():
             distributed.broadcast(length, 0)
             sent = _bytes(data, int(length)).to(self.device)
             distributed.broadcast(sent, 0)
@@ -125,7 +125,7 @@ class Ranks:
         from torch import distributed
 
         out = [torch.empty_like(mine, device=self.device) for _ in range(self.size)]
-        with _together():
+        with together():
             distributed.all_gather(out, mine.to(self.device))
         return [t.cpu() for t in out]
 
@@ -134,7 +134,7 @@ class Ranks:
         from torch import distributed
 
         out = []
-        with _together():
+        with together():
             for rank, shape in enumerate(shapes):
                 whole = mine if rank == self.rank else mine.new_empty(tuple(shape))
                 flat = whole.contiguous().view(-1).view(torch.uint8).to(self.device)
@@ -157,7 +157,7 @@ class Ranks:
 
         how = getattr(distributed.ReduceOp, name)
         out: list[Tensor] = [t.to(self.device).contiguous() for t in tensors]
-        with _together():
+        with together():
             works = [distributed.all_reduce(t, how, async_op=True) for t in out if t.numel() >= _JOINT]
             for dtype in sorted({t.dtype for t in out}, key=str):
                 few = [i for i, t in enumerate(out) if t.numel() < _JOINT and t.dtype == dtype]
@@ -199,7 +199,7 @@ def _bytes(data: bytes, length: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Turn what a collective says when a rank is gone into what people can act on."""
     try:
         yield

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from atoll.data.clients import Clients
 from atoll.engine.inprocess import InProcess
+from atoll.engine.overlap import Overlap, serves
 from atoll.engine.ranks import Ranks, command
 from atoll.engine.work import Haul, Work
 from atoll.errors import AtollError, RunError, UsageError
@@ -56,11 +58,20 @@ class Torchrun(InProcess):
 
     def _haul(self, work: Work, arrived: list[Flight], first: Tensors) -> Haul:
         trouble = None
+        if serves(work, arrived):
+            codes = torch.tensor([f.client + self.data.count * f.again for f in arrived])
+            quick = self._overlap.haul(work, arrived, dealt(codes, self.data, self.ranks))
+            if quick is not None:
+                return quick
         try:
             super()._haul(work, arrived, first)
         except (AtollError, MemoryError) as error:
             trouble = error  # the others are waiting: they hear of it, and all of them stop
         return merged(self.ranks, work.haul, first, trouble)
+
+    @cached_property
+    def _overlap(self) -> Overlap:
+        return Overlap(self.task, self.ranks)
 
     def _chunks(self, plan: Plan, task: Task, codes: Tensor) -> Iterator[Tensor]:
         return super()._chunks(plan, task, dealt(codes, self.data, self.ranks))

@@ -175,7 +175,7 @@ class Work:
     def _run_chunk(self, birth: int, codes: Tensor, down: Mapping[int, int]) -> None:
         ids = codes % self.data.count
         try:
-            contribution, memory, sizes = self._contribute(birth, ids, codes)
+            contribution, memory, sizes = self.contribute(birth, ids, codes)
         except (MemoryError, KeyboardInterrupt, AtollError):
             raise
         except Exception as error:
@@ -228,7 +228,7 @@ class Work:
         self.haul.memory.extend(self._wave)
         self._wave = []
 
-    def _contribute(self, birth: int, ids: Tensor, codes: Tensor) -> tuple[Contribution, Mapping[str, Tensor], Tensor]:
+    def contribute(self, birth: int, ids: Tensor, codes: Tensor) -> tuple[Contribution, Mapping[str, Tensor], Tensor]:
         """The contributions of a chunk, opened, with the size of each message in bytes, int64 `[K]`."""
         share = self.cut.get(int(codes[0]), 1.0) if self.cut else 1.0
         lanes = Lanes(self.data, ids, tuple(self.data.sizes[ids].tolist()), self.task.layout.dtype, share)

@@ -398,7 +398,8 @@ def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
             update = plan.codec.decode(total.means["update"], key)
             if getattr(plan.local, "sends", "update") == "model":
                 update = update + total.weight * since(state, birth)
-            update = update * plan.pace.discount(state.round - birth)
+            factor = plan.pace.discount(state.round - birth)
+            update = update if factor == 1 else update * factor
             total = total._replace(means={**total.means, "update": update})
         totals.append(total)
     return sum_totals(totals)

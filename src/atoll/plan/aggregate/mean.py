@@ -95,12 +95,13 @@ class _Folded(Value):
         return a
 
     def total(self, partial: Partial) -> Total:
-        """The finished sums, float64."""
+        """The finished sums: float64, or what `sum="float"` has added up, as it is."""
         if self.sum == "exact":
             exact.check_capacity(int(partial.weight), self)
+        total = exact.total if self.sum == "exact" else _float
         return Total(
-            {n: exact.total(digits) for n, digits in partial.means.items()},
-            {n: exact.total(digits) for n, digits in partial.sums.items()},
+            {n: total(digits) for n, digits in partial.means.items()},
+            {n: total(digits) for n, digits in partial.sums.items()},
             partial.weight,
             partial.arrived,
             partial.largest,
@@ -189,6 +190,11 @@ def _add_floats(digits: exact.Digits, rows: Tensor, weights: Tensor) -> exact.Di
     else:
         digits[0] = batch
     return digits
+
+
+def _float(digits: exact.Digits) -> Tensor:
+    """The one float sum."""
+    return digits[0]
 
 
 def _one_of(part: str, name: str, given: str, allowed: tuple[str, ...]) -> None:

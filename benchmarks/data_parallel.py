@@ -1,0 +1,151 @@
+"""Distributed gradient descent under torchrun beside DistributedDataParallel: seconds a step, and whether they agree.
+
+    python benchmarks/data_parallel.py [--ranks 2] [--repeat 7] [--steps 20] [--model 784,1024,1024,1024,10] [--batch 64]
+
+The same model, the same rows in every step, plain SGD, gloo, one thread a rank; the ways take turns, some steps each.
+A step of DDP is `zero_grad`, forward, backward, `step`; one of atoll is `atoll.plan.plan.step`, report included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from atoll.data import arrays
+from atoll.engine.memory import Memory
+from atoll.engine.ranks import Ranks
+from atoll.engine.torchrun import Torchrun
+from atoll.plan.plan import State, step
+from atoll.recipes import distributed_gd
+from atoll.rng import Key
+from atoll.task import Task
+
+LR, SEED, CHECKED = 0.05, 0, 100
+
+
+def model(widths: list[int]) -> nn.Sequential:
+    """A perceptron, the same everywhere."""
+    torch.manual_seed(SEED)
+    layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def clients(widths: list[int], ranks: int, batch: int):
+    """A client a rank, each with 32 batches of rows."""
+    n = 32 * batch * ranks
+    x = Key(1).normal(n * widths[0], torch.float32).reshape(n, widths[0])
+    y = (x @ Key(2).normal(widths[0] * widths[-1], torch.float32).reshape(widths[0], -1)).argmax(1)
+    return arrays(x, y, task="classification").split(ranks, held_out=0.0)
+
+
+class Atoll:
+    """`step` with one sum or the other."""
+
+    def __init__(self, widths, data, batch: int, ranks: Ranks, sum_: str) -> None:
+        from dataclasses import replace
+
+        task = replace(Task.of(model(widths), "cross_entropy"), numerics="loop")
+        self.plan = distributed_gd(LR, batch=batch, sum=sum_)
+        self.engine = Torchrun(task, data, ranks=ranks)
+        self.state = State.first(self.plan, task, SEED, Memory({}))
+
+    def step(self) -> float:
+        self.state, report = step(self.plan, self.state, self.engine)
+        return report.metrics["loss"]
+
+
+class Ddp:
+    """The loop that people write with DistributedDataParallel."""
+
+    def __init__(self, widths, data, batch: int, ranks: Ranks, view: bool) -> None:
+        self.ddp = nn.parallel.DistributedDataParallel(model(widths), gradient_as_bucket_view=view)
+        self.optimizer = torch.optim.SGD(self.ddp.parameters(), LR)
+        self.ranks, self.t, mine = ranks, 0, data.client_rows(ranks.rank)
+        self.rows = []
+        for t in range(CHECKED):  # those that atoll draws
+            key = Key(SEED).fold("round", t).of(torch.tensor([ranks.rank])).fold("clients", "local").fold("order")
+            self.rows.append(mine[key.permutations(torch.tensor([len(mine)]), len(mine))[0, :batch]])
+        self.data = data
+
+    def step(self) -> torch.Tensor:
+        x, y = self.data.take(self.rows[self.t % CHECKED])
+        self.t += 1
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.ddp(x), y)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def mean(self, losses: list[torch.Tensor]) -> list[float]:
+        """Of all ranks: DDP itself leaves each rank its own."""
+        return (self.ranks.add([torch.stack(losses).double()])[0] / self.ranks.size).tolist()
+
+
+def work(told: argparse.Namespace) -> None:
+    """What each rank does."""
+    ranks, widths = Ranks.join(), [int(n) for n in told.model.split(",")]
+    data = clients(widths, ranks.size, told.batch)
+    ways = {
+        "DDP": Ddp(widths, data, told.batch, ranks, False),
+        "DDP, gradient_as_bucket_view": Ddp(widths, data, told.batch, ranks, True),
+        'atoll, sum="float"': Atoll(widths, data, told.batch, ranks, "float"),
+        'atoll, sum="exact"': Atoll(widths, data, told.batch, ranks, "exact"),
+    }
+    losses = {name: [way.step() for _ in range(CHECKED)] for name, way in ways.items()}
+    losses = {n: ways[n].mean(each) if isinstance(ways[n], Ddp) else each for n, each in losses.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(told.repeat):
+        for name, way in ways.items():
+            torch.distributed.barrier()
+            began = time.perf_counter()
+            for _ in range(told.steps):
+                way.step()
+            seconds[name].append((time.perf_counter() - began) / told.steps)
+    if ranks.first:
+        Path(told.to).write_text(json.dumps({"seconds": seconds, "losses": losses}))
+
+
+def table(told: argparse.Namespace, found: dict) -> str:
+    """What a step of each way takes, and how far its losses are from those of DDP."""
+    size = sum(p.numel() for p in model([int(n) for n in told.model.split(",")]).parameters())
+    lines = [f"{size:,} parameters, {told.ranks} ranks, {told.batch} rows each, median of {told.repeat} turns"]
+    lines += [f"{'':30}{'ms a step':>10}{'beside DDP':>12}{'loss, relative':>16}"]
+    first, reference = found["seconds"]["DDP"], found["losses"]["DDP"]
+    for name, seconds in found["seconds"].items():
+        off = max(abs(a - b) / abs(b) for a, b in zip(found["losses"][name], reference, strict=True))
+        ratio = statistics.median(a / b for a, b in zip(seconds, first, strict=True))
+        lines.append(f"{name:30}{1e3 * statistics.median(seconds):10.2f}{ratio:12.3f}{off:16.1e}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--ranks", type=int, default=2)
+    ask.add_argument("--repeat", type=int, default=7)
+    ask.add_argument("--steps", type=int, default=20)
+    ask.add_argument("--model", default="784,1024,1024,1024,10")
+    ask.add_argument("--batch", type=int, default=64)
+    ask.add_argument("--to", default="")
+    told = ask.parse_args()
+    if told.to:
+        return work(told)
+    with tempfile.TemporaryDirectory() as folder:
+        to = Path(folder) / "found.json"
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(told.ranks)]
+        words = [__file__, *sys.argv[1:], "--to", str(to)]
+        subprocess.run([*start, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+        print(table(told, json.loads(to.read_text())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Gradients added up while the backward pass is still at work: distributed gradient descent as data-parallel training.
+
+The loop's gradients are views of one flat vector. As soon as the last ones of a stretch of it are there, the stretch is
+on its way to the other ranks, in place and in float32, while the pass goes on towards the first layer. What comes out
+is `sum="float"`: the quick sum, whose last bits depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.engine.ranks import Ranks, together
+from atoll.engine.work import Haul, Work, births
+from atoll.plan.aggregate.mean import Mean, Partial, Sum
+from atoll.plan.codec import Identity
+from atoll.plan.flight import Flight
+from atoll.plan.lanes import ROWS
+from atoll.plan.local import Gradient
+from atoll.plan.plan import Plan
+from atoll.plan.slots import Contribution
+from atoll.task import Task
+
+_STRETCH = 1 << 21  # numbers that go together: fewer wait sooner, more cost less each
+_SUMS = ("loss", "rows")
+
+
+def data_parallel(plan: Plan) -> bool:
+    """Whether a plan is data-parallel training: gradients, not compressed, in the quick sum.
+
+    Example:
+        >>> from atoll.recipes import distributed_gd, fedavg
+        >>> [data_parallel(plan) for plan in (distributed_gd(0.1, sum="float"), distributed_gd(0.1), fedavg(0.1))]
+        [True, False, False]
+    """
+    rule = plan.aggregator
+    quick = isinstance(rule, (Mean, Sum)) and rule.sum == "float"
+    return quick and isinstance(plan.local, Gradient) and plan.codec == Identity()
+
+
+def serves(work: Work, arrived: Sequence[Flight]) -> bool:
+    """Whether what a round gives is one flat gradient and nothing else that the ranks would have to add."""
+    layout = work.task.layout
+    nothing_else = not layout.b and not layout.counters and not work.cut
+    return bool(arrived) and work.task.numerics == "loop" and nothing_else and data_parallel(work.plan)
+
+
+@dataclass
+class Overlap:
+    """The flat gradient of a task, cut into stretches that are sent from within the backward pass.
+
+    Args:
+        task: whose loop computes.
+        ranks: who add up.
+    """
+
+    task: Task
+    ranks: Ranks
+    _awaited: list[int] = field(default_factory=list)  # of each stretch, parameters whose gradient is not there yet
+    _sent: list[tuple[Tensor, Any]] = field(default_factory=list)
+    _weight: float | None = None  # of the client whose pass is under way; None: nothing is sent
+    _before: Tensor | None = None  # Σ w·g of this rank's earlier clients
+
+    def __post_init__(self) -> None:
+        parameters, self.flat = self.task.views
+        self._stretches: list[tuple[int, int]] = []
+        self._members: list[int] = []
+        at = end = self.flat.numel()
+        for i in reversed(range(len(parameters))):
+            if not self._members or end - at >= _STRETCH:
+                end = at
+                self._members.append(0)
+                self._stretches.append((at, at))
+            at -= parameters[i].numel()
+            self._members[-1] += 1
+            self._stretches[-1] = (at, end)
+            parameters[i].register_post_accumulate_grad_hook(self._hook(len(self._members) - 1))
+
+    def _hook(self, stretch: int) -> Any:
+        def arrived(_: Tensor) -> None:
+            if self._weight is not None:
+                self._awaited[stretch] -= 1
+                # In their order, which must be the same everywhere, whichever gradients come first here.
+                while len(self._sent) < len(self._members) and self._awaited[len(self._sent)] <= 0:
+                    self._send()
+
+        return arrived
+
+    def _send(self) -> None:
+        """Send the next stretch."""
+        from torch import distributed
+
+        start, end = self._stretches[len(self._sent)]
+        piece = self.flat[start:end]
+        if self._weight is not None and self._weight != 1:
+            piece.mul_(self._weight)
+        if self._before is not None:
+            piece.add_(self._before[start:end])
+        self._sent.append((piece, distributed.all_reduce(piece, async_op=True)))
+
+    def haul(self, work: Work, arrived: list[Flight], mine: Tensor) -> Haul | None:
+        """A round's gradient, added up over all ranks; None, at every rank alike, where some client failed.
+
+        Its partial sum lies in the task's own gradient: it holds until the next pass.
+
+        Args:
+            work: the round's.
+            arrived: everybody.
+            mine: the codes of this rank's clients.
+        """
+        ((birth, codes, down),) = births(arrived, work.data.count)
+        table = torch.zeros(1 + len(codes), 1 + len(_SUMS), dtype=torch.float64)  # row 0: whether somebody failed
+        self._sent, self._before, self._weight = [], None, None
+        with together():
+            try:
+                for at in range(len(mine)):
+                    self._one(work, birth, mine[at : at + 1], at + 1 == len(mine), table, codes)
+            except Exception:
+                table[0, 0] = 1.0  # the others are waiting for this rank's stretches; then all of them do it with care
+            if not len(mine) or table[0, 0]:
+                self.flat.zero_()
+                self._before = None
+            while len(self._sent) < len(self._stretches):
+                self._send()
+            self._weight = None
+            (table,) = self.ranks.add([table])
+            finite = True
+            for piece, work_ in self._sent:
+                work_.wait()
+                finite = finite and bool(torch.isfinite(piece.sum()))
+        if table[0, 0] or not finite:
+            return None
+        return self._told(work, birth, codes, down, table[1:])
+
+    def _one(self, work: Work, birth: int, code: Tensor, last: bool, table: Tensor, codes: Tensor) -> None:
+        """One client's pass; that of the last one sends the sum of all as it comes."""
+        ids = code % work.data.count
+        rows = work.data.sizes[ids]
+        weight = float(work.plan.aggregator.lift(Contribution({}, {}, rows, {}, {})))  # type: ignore[attr-defined]
+        if last and rows and work.plan.local.width(int(rows)) <= ROWS:
+            self._awaited, self._weight = list(self._members), weight
+        contribution, _, sizes = work.contribute(birth, ids, code)
+        update = contribution.means["update"][0]
+        if not last:
+            self._before = update * weight if self._before is None else self._before.add_(update, alpha=weight)
+        elif self._weight is None:  # several passes, or none: the gradient lies elsewhere
+            self.flat.copy_(update)
+            self._weight = weight
+        given = [float(contribution.sums[n]) for n in _SUMS]
+        table[1 + codes.tolist().index(int(code))] = torch.tensor([*given, float(sizes)], dtype=torch.float64)
+
+    def _told(self, work: Work, birth: int, codes: Tensor, down: Any, table: Tensor) -> Haul:
+        """What the ranks came to, as every engine says it."""
+        ids = codes % work.data.count
+        held, dtype = work.data.sizes[ids], self.flat.dtype
+        weight = work.plan.aggregator.lift(Contribution({}, {}, held, {}, {}))  # type: ignore[attr-defined]
+        sums = {n: {0: table[:, i].sum()[None]} for i, n in enumerate(_SUMS)}
+        means = {"update": {0: self.flat}}
+        partial = Partial(means, sums, {}, weight.sum(), torch.tensor(len(ids)))
+        facts = {
+            "loss": table[:, 0].to(dtype) / table[:, 1].to(torch.int64).clamp(min=1),
+            "rows": held,
+            "bytes_up": table[:, 2].to(torch.int64),
+            "bytes_down": torch.tensor([down[code] for code in codes.tolist()]),
+        }
+        return Haul({birth: partial}, [], [], [ids], [facts], [])
