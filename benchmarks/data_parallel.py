@@ -1,6 +1,6 @@
 """Distributed gradient descent under torchrun beside DistributedDataParallel: seconds a step, and whether they agree.
 
-    python benchmarks/data_parallel.py [--ranks 2] [--repeat 7] [--steps 20] [--model 784,1024,1024,1024,10] [--batch 64]
+    python benchmarks/data_parallel.py [--ranks 2] [--repeat 7] [--steps 20] [--model 784,1024,1024,10] [--batch 64]
 
 The same model, the same rows in every step, plain SGD, gloo, one thread a rank; the ways take turns, some steps each.
 A step of DDP is `zero_grad`, forward, backward, `step`; one of atoll is `atoll.plan.plan.step`, report included.
@@ -9,6 +9,7 @@ A step of DDP is `zero_grad`, forward, backward, `step`; one of atoll is `atoll.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -36,7 +37,7 @@ LR, SEED, CHECKED = 0.05, 0, 100
 def model(widths: list[int]) -> nn.Sequential:
     """A perceptron, the same everywhere."""
     torch.manual_seed(SEED)
-    layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
