@@ -101,12 +101,24 @@ def train(
         recorder.go_on(Path(resume), any_version)
     if ranks is not None:
         share(training, ranks)
+    interrupted = _walk(training, recorder, watchers)
+    run = recorder.end(interrupted, baselines=baselines, report=report)
+    for watcher in watchers:
+        watcher.end(run)
+    outcome = training.outcome
+    if outcome is not None and outcome.failed:
+        raise outcome.error()
+    return run
+
+
+def _walk(training: Rounds, recorder: Recorder, watchers: Sequence[Watcher]) -> bool:
+    """Go through the rounds; whether somebody asked to stop."""
     try:
         path = recorder.path
         for watcher in watchers:
             watcher.start(training, path)
         with _Interrupt() as interrupt:
-            while training.outcome is None and not _asked(interrupt, ranks):
+            while training.outcome is None and not _asked(interrupt, training.ranks):
                 row = recorder.round(training.next())
                 for watcher in watchers:
                     watcher.round(row)
@@ -115,13 +127,7 @@ def train(
         raise
     finally:
         training.close()
-    run = recorder.end(interrupt.asked, baselines=baselines, report=report)
-    for watcher in watchers:
-        watcher.end(run)
-    outcome = training.outcome
-    if outcome is not None and outcome.failed:
-        raise outcome.error()
-    return run
+    return interrupt.asked
 
 
 def _config(model: Any, data: Clients, plan: Plan, settings: Settings) -> str:

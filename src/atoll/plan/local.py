@@ -19,6 +19,8 @@ from atoll.rng import Key, global_scope
 from atoll.schedule import Schedule, constant, led
 from atoll.task import Task
 
+_AHEAD = 64  # steps planned at once
+
 
 def _contribution(lanes: Lanes, update: Tensor, buffers: Tensor, counters: Tensors, sums: Tensors) -> Contribution:
     """A contribution of an update; buffers go beside it where the model has any."""
@@ -327,9 +329,6 @@ class Train(Part):
                 else:
                     span = torch.arange(max(*own, width), device=rows.device)
                     yield order[:k].gather(1, (at[i, :k, None] * width + span).clamp_(max=reach - 1)), own
-
-
-_AHEAD = 64  # steps planned at once
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:
