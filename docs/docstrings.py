@@ -55,7 +55,8 @@ def prose(lines: list[str]) -> Iterator[str]:
         block = list(group)
         if empty:
             continue
-        if all(line.startswith("|") for line in block):
+        # A line that begins with the size of something, |x|, is no table.
+        if len(block) > 1 and all(line.startswith("|") and line.endswith("|") for line in block):
             yield from table(block)
         elif any(line.startswith("    ") for line in block):
             yield from (".. code-block:: text", "", *(f"   {line}" for line in block), "")
