@@ -104,6 +104,7 @@ class Processes:
         self._tolds: dict[int, tuple[Told, Block]] = {}
         self._free: list[Block] = []
         self._aloft: dict[int, _Aloft] = {}
+        self._plan: tuple[Plan, str, dict[str, str]] | None = None  # the last one, and how it crosses
         self.closed = False
         try:
             self._crew = Crew(self._setup(model, seed), self.workers, self._nursery, self._blocks)
@@ -163,7 +164,9 @@ class Processes:
         """
         self._ready()
         plan = plan.at(self)
-        text, own = _checked(plan)
+        if self._plan is None or self._plan[0] is not plan:
+            self._plan = plan, *_checked(plan)
+        _, text, own = self._plan
         reading = self._crew.told()
         for number in [number for number in self._tolds if number not in reading]:
             self._free.append(self._tolds.pop(number)[1])
