@@ -58,6 +58,14 @@ def mlp(nursery):
         yield engine, InProcess(task, data)
 
 
+@pytest.fixture(scope="module")
+def alone(mlp, nursery):
+    """The same with one worker."""
+    _, reference = mlp
+    with Processes(reference.task, reference.data, workers=1, nursery=nursery) as engine:
+        yield engine, reference
+
+
 def same(plan: Plan, ours, theirs, rounds: int = 2) -> None:
     """The same model, memory and reports, bit for bit."""
     (a, told), (b, expected) = run(plan, ours, rounds), run(plan, theirs, rounds)
@@ -82,12 +90,16 @@ def same(plan: Plan, ours, theirs, rounds: int = 2) -> None:
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda r: r.__name__)
-def test_every_recipe_has_the_bits_of_one_process(recipe, mlp):
-    if recipe in (recipes.gd, recipes.sgd):
-        plan = recipe(0.1)
-    else:
-        plan = recipe(steps=3, batch=4) if recipe is recipes.diloco else recipe()
-    same(plan, *mlp)
+def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
+    plan = recipe(steps=3, batch=4) if recipe is recipes.diloco else recipe()
+    same(plan, *(alone if plan.pace.flies_on else mlp))
+
+
+@pytest.mark.parametrize("pace", [Buffered(3), Bounded(2), Sync(over_select=1.5)], ids=repr)
+def test_one_worker_has_the_bits_of_one_process_under_every_pace(pace, alone):
+    """It computes flights in the order of their starts, as if everybody took as long as everybody else."""
+    local = Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order"))
+    same(Plan(local, Mean(), cohort=4, pace=pace), *alone, rounds=5)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +237,23 @@ def test_memory_goes_on_within_an_open_round(nursery):
     plan = Plan(Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), pace=Buffered(3))
     with Processes(task, data, workers=1, nursery=nursery) as engine:
         same(plan, engine, InProcess(task, data))
+
+
+def test_a_client_that_hangs_costs_its_rounds_a_contribution_and_its_worker(tmp_path, nursery):
+    data = classification(SIZES)
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)  # who opens it to read waits for somebody who writes, and nobody does
+    rows = elsewhere.Waiting(data.rows, int(data.order[int(data.offsets[2])]), str(gate))
+    task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
+    plan = Plan(Gradient(), Mean(), pace=Sync(deadline_s=0.5))
+    state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
+    with Processes(task, replace(data, rows=rows), workers=2, nursery=nursery) as engine:
+        heard: set[int] = set()
+        while not engine.deaths:
+            state, report = step(plan, state, engine)
+            assert report.late >= 1
+            heard |= set(report.clients["id"].tolist())
+    assert heard == set(range(len(SIZES))) - {2}
 
 
 def test_a_client_that_raises_is_a_failure_under_every_pace(nursery):
