@@ -23,6 +23,7 @@ from atoll.plan.plan import Failure
 from atoll.plan.slots import Aggregator
 
 _AHEAD = 2  # jobs that a worker has in hand, so that it need not wait for the next one
+_DEADLY = 3  # deaths over the same clients that are no accident
 _STILLBORN = 3  # workers that may end one after the other before the first is ready
 
 Rows = Callable[[], dict[str, Tensor]]
@@ -204,11 +205,11 @@ class Crew:
         self._hands[self._hands.index(hand)] = self._hire()
 
     def _retried(self, job: Job) -> list[Job]:
-        """A job over which a worker died: once more as it is, then in halves; a client that kills twice has failed."""
-        if job.deaths < 2:
+        """A job over which a worker died: again as it is, then in halves; a client that goes on killing has failed."""
+        if job.deaths < _DEADLY:
             return [job]
         if len(job.codes) == 1:
-            cause = "the worker process died over it twice"
+            cause = f"{_DEADLY} worker processes died over it"
             failure = Failure(job.clients[0], job.told.birth, "local", cause)
             self._caught.append(Catch([job], Haul.none()._replace(failures=[failure], errors=[RuntimeError(cause)])))
             return []
@@ -219,7 +220,7 @@ class Crew:
         rows = job.rows
         some = None if rows is None else lambda: {n: t[part] for n, t in rows().items()}
         codes, clients, down = job.codes[part], job.clients[part], job.down[part]
-        return Job(job.group, job.told, codes, clients, down, some, job.deliver, deaths=1)
+        return Job(job.group, job.told, codes, clients, down, some, job.deliver, deaths=_DEADLY - 1)
 
     # the jobs
 
