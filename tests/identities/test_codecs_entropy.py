@@ -207,7 +207,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(entropy.importlib, "import_module", missing)
     with pytest.raises(UsageError, match=r"the extra atoll\[zstd\]") as caught:
-        TopK(0.1) >> Entropy()
+        (TopK(0.1) >> Entropy()).at(flat(10))
     name, extra = re.fullmatch(r"pip install '(\w+)\[(\w+)\]'", caught.value.write).groups()
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["name"] == name
