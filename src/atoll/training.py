@@ -256,6 +256,13 @@ def judge(state: State, engine: InProcess) -> dict[str, float]:
 
 def _refuse_mixed(settings: Settings) -> None:
     """Refuse settings of one engine beside another."""
+    if settings.workers is not None and settings.workers < 1:
+        raise UsageError(
+            f"workers = {settings.workers}.",
+            "at least one, on an engine of several processes.",
+            "somebody has to compute.",
+            "--engine processes --workers 2",
+        )
     if settings.engine == "inprocess" and settings.workers is not None:
         raise UsageError(
             f"workers = {settings.workers} with the engine inprocess.",

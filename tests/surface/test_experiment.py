@@ -156,7 +156,7 @@ def test_every_setting_is_written():
         for f in dataclasses.fields(Experiment)
         if f.name not in ("overrides", "untrusted")
     }
-    values |= {"stop": ("x",), "metrics": ("x",), "clients": 3, "chunk": 3}
+    values |= {"stop": ("x",), "metrics": ("x",), "clients": 3, "chunk": 3, "workers": 3}
     it = Experiment(**values)
     assert Experiment.read(written(it.toml())) == it
 
