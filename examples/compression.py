@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--part-rounds", type=int, default=900, help="with a tenth of them")
     parser.add_argument("--steps", type=int, default=4, help="local steps in a round")
     parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=0.2)
+    parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--codec", default=CODEC)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

@@ -40,7 +40,7 @@ def largest(x: Tensor, k: int, size: Callable[[Tensor], Tensor]) -> Tensor:
         int64 `[K, k]`, each row rising.
     """
     lanes, d = x.shape
-    if x.device.type != "cpu" or d < grid.GROUP:
+    if x.device.type != "cpu" or d < grid.LEAST:
         return _keep(size(x), k)
     return torch.stack([_by_sample(row, k, size) for row in x]) if lanes else x.new_empty(0, k, dtype=torch.int64)
 
@@ -56,7 +56,7 @@ def _keep(sizes: Tensor, k: int) -> Tensor:
 
 def _by_sample(row: Tensor, k: int, size: Callable[[Tensor], Tensor]) -> Tensor:
     d = len(row)
-    sample = size(row[:: d // grid.GROUP].contiguous())
+    sample = size(row[:: max(16, d // grid.GROUP)].contiguous())
     expected = len(sample) * k / d
     rank = min(len(sample), int(expected + 4 * expected**0.5 + 8))
     threshold = sample.kthvalue(len(sample) - rank + 1).values
