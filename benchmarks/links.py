@@ -1,6 +1,6 @@
 """Time to accuracy over a slow link: compressed both ways against plain FedAvg, on a virtual clock.
 
-    python benchmarks/links.py [--target 0.85] [--clients 1000] [--cohort 100] [--lr 0.1] [--limit 400]
+    python benchmarks/links.py [--target 0.85] [--clients 100] [--cohort 100] [--lr 0.1] [--limit 400]
 
 The server's link is shared by the cohort; a client computes 0.2 s a round. The run itself is made at 100 Mb/s. Under a
 round that waits for all, other links change the clock alone, so their rows follow from the bytes of the same rounds:
@@ -29,8 +29,8 @@ RATES = ("10 Mb/s", "100 Mb/s", "1 Gb/s", "10 Gb/s")
 COMPUTE = 0.2
 CODECS = (
     ("Identity()", "Identity()"),
-    ("Eden(1)", "TopK(0.05) >> Quantize(8)"),
-    ("Feedback(TopK(0.02) >> Quantize(8))", "TopK(0.02) >> Quantize(8)"),
+    ("Eden(1)", "Eden(2)"),
+    ("Feedback(TopK(0.02) >> Quantize(8))", "TopK(0.05) >> Quantize(8)"),
 )
 
 
@@ -44,7 +44,7 @@ def cnn() -> nn.Module:
 
 def run(up: str, down: str, data: atoll.data.Clients, told: argparse.Namespace) -> dict:
     """Rounds, bytes and seconds until the target."""
-    local = Train(sgd(told.lr), epochs=1, batch=told.batch)
+    local = Train(sgd(told.lr), steps=told.steps, batch=told.batch, keep=("order",))
     plan = Plan(
         local,
         Mean(),
@@ -73,18 +73,20 @@ def run(up: str, down: str, data: atoll.data.Clients, told: argparse.Namespace) 
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--clients", type=int, default=1000)
+    ask.add_argument("--clients", type=int, default=100)
     ask.add_argument("--cohort", type=int, default=100)
     ask.add_argument("--target", type=float, default=0.6)
     ask.add_argument("--lr", type=float, default=0.1)
     ask.add_argument("--batch", type=int, default=10)
+    ask.add_argument("--steps", type=int, default=6)
     ask.add_argument("--limit", type=int, default=400)
     ask.add_argument("--every", type=int, default=2)
     ask.add_argument("--seed", type=int, default=0)
     ask.add_argument("--verbose", action="store_true")
+    ask.add_argument("--plans", type=int, nargs="+", default=[0, 1, 2], help="which of the codecs, 0 is plain FedAvg")
     told = ask.parse_args()
     data = atoll.data.load("fashion_mnist").split(told.clients, atoll.data.IID())
-    rows = [(up, down, run(up, down, data, told)) for up, down in CODECS]
+    rows = [(up, down, run(up, down, data, told)) for up, down in (CODECS[i] for i in told.plans)]
     print(f"{'up':38}{'down':28}{'rounds':>8}{'MB up':>9}{'MB down':>9}" + "".join(f"{r:>16}" for r in RATES))
     first = None
     for up, down, total in rows:
