@@ -1,6 +1,7 @@
 """Distributed gradient descent under torchrun beside DistributedDataParallel: seconds a step, and whether they agree.
 
-    python benchmarks/data_parallel.py [--ranks 2] [--repeat 7] [--steps 20] [--model 784,1024,1024,10] [--batch 64]
+    python benchmarks/data_parallel.py [--ranks 2] [--repeat 7] [--steps 20] [--check 100]
+        [--model 784,1024,1024,1024,10] [--batch 64]
 
 The same model, the same rows in every step, plain SGD, gloo, one thread a rank; the ways take turns, some steps each.
 A step of DDP is `zero_grad`, forward, backward, `step`; one of atoll is `atoll.plan.plan.step`, report included.
@@ -9,7 +10,6 @@ A step of DDP is `zero_grad`, forward, backward, `step`; one of atoll is `atoll.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,13 +33,14 @@ from atoll.recipes import distributed_gd
 from atoll.rng import Key
 from atoll.task import Task
 
-LR, SEED, CHECKED = 0.05, 0, 100
+LR, SEED = 0.05, 0
+CYCLE = 128  # steps for which the rows of DDP are drawn beforehand
 
 
 def model(widths: list[int]) -> nn.Sequential:
     """A perceptron, the same everywhere."""
     torch.manual_seed(SEED)
-    layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
+    layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -53,8 +56,6 @@ class Atoll:
     """`step` with one sum or the other."""
 
     def __init__(self, widths, data, batch: int, ranks: Ranks, sum_: str) -> None:
-        from dataclasses import replace
-
         task = replace(Task.of(model(widths), "cross_entropy"), numerics="loop")
         self.plan = distributed_gd(LR, batch=batch, sum=sum_)
         self.engine = Torchrun(task, data, ranks=ranks)
@@ -73,13 +74,13 @@ class Ddp:
         self.optimizer = torch.optim.SGD(self.ddp.parameters(), LR)
         self.ranks, self.t, mine = ranks, 0, data.client_rows(ranks.rank)
         self.rows = []
-        for t in range(CHECKED):  # those that atoll draws
+        for t in range(CYCLE):  # those that atoll draws
             key = Key(SEED).fold("round", t).of(torch.tensor([ranks.rank])).fold("clients", "local").fold("order")
             self.rows.append(mine[key.permutations(torch.tensor([len(mine)]), len(mine))[0, :batch]])
         self.data = data
 
     def step(self) -> torch.Tensor:
-        x, y = self.data.take(self.rows[self.t % CHECKED])
+        x, y = self.data.take(self.rows[self.t % CYCLE])
         self.t += 1
         self.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.ddp(x), y)
@@ -102,7 +103,7 @@ def work(told: argparse.Namespace) -> None:
         'atoll, sum="float"': Atoll(widths, data, told.batch, ranks, "float"),
         'atoll, sum="exact"': Atoll(widths, data, told.batch, ranks, "exact"),
     }
-    losses = {name: [way.step() for _ in range(CHECKED)] for name, way in ways.items()}
+    losses = {name: [way.step() for _ in range(told.check)] for name, way in ways.items()}
     losses = {n: ways[n].mean(each) if isinstance(ways[n], Ddp) else each for n, each in losses.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(told.repeat):
@@ -136,6 +137,7 @@ def main() -> None:
     ask.add_argument("--steps", type=int, default=20)
     ask.add_argument("--model", default="784,1024,1024,1024,10")
     ask.add_argument("--batch", type=int, default=64)
+    ask.add_argument("--check", type=int, default=100, help="steps whose losses are compared, at most 128")
     ask.add_argument("--to", default="")
     told = ask.parse_args()
     if told.to:

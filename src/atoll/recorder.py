@@ -16,7 +16,7 @@ from atoll.engine.ranks import job, restarts
 from atoll.errors import RunError, UsageError
 from atoll.plan import stop as stops
 from atoll.plan.plan import Failure, Report, Trip
-from atoll.saved import pack, unpack
+from atoll.saved import pack, share, unpack
 from atoll.task import Model
 from atoll.training import Rounds, identity, start_from
 
@@ -76,6 +76,13 @@ class Recorder:
                 "start", plan=repr(t.plan), numerics=t.task.numerics, why=t.reason, notes=list(t.data.notes)
             )
         return None if self.folder is None else self.folder.path
+
+    def begin(self, resume: str | Path | None, any_version: bool) -> None:
+        """Take up the run that is to go on, if one is; then all ranks stand where rank 0 stands."""
+        if resume is not None:
+            self.go_on(Path(resume), any_version)
+        if self.training.ranks is not None:
+            share(self.training, self.training.ranks)
 
     def go_on(self, path: Path, any_version: bool) -> None:
         """Take up a run where its last checkpoint left it; a folder that is refused stays as it was."""

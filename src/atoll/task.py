@@ -32,6 +32,8 @@ from atoll.layout import Layout
 from atoll.loss import LOSSES, METRICS, Metric, PerExample
 from atoll.rng import Key, global_scope, mix64
 
+MARGIN = 1024  # numbers of room before the loop's flat gradient
+
 
 class Gradient(NamedTuple):
     """What a pass over a batch gives: mean gradient `[K, d]`, buffers `[K, b]`, counters by name, Σ of losses `[K]`."""
@@ -420,8 +422,11 @@ class Task:
 
     @property
     def views(self) -> tuple[list[nn.Parameter], Tensor]:
-        """The loop's parameters, in the order of the layout, and the flat gradient that theirs are views of."""
-        return self._bound.parameters, self._bound.gradient
+        """The loop's parameters, in the order of the layout, and the flat gradient that theirs are views of.
+
+        Before the gradient there is room for `MARGIN` numbers: what is sent with it lies beside it.
+        """
+        return self._bound.parameters, self._bound.room
 
     @cached_property
     def _bound(self) -> _Bound:
@@ -454,7 +459,8 @@ class _Bound:
     def __init__(self, module: nn.Module, layout: Layout) -> None:
         self.module, self.layout = module, layout
         theta, buffers, _ = layout.flatten(module.state_dict())
-        self.gradient, self.flat_buffers, self.row = torch.zeros_like(theta), buffers, theta
+        self.room, self.flat_buffers, self.row = theta.new_zeros(MARGIN + len(theta)), buffers, theta
+        self.gradient = self.room[MARGIN:]
         named = dict(module.named_parameters(remove_duplicate=False))
         self.parameters = [named[e.name] for e in layout.segment("params")]
         for p, view in zip(self.parameters, layout.params(self.gradient).values(), strict=True):

@@ -20,7 +20,6 @@ from atoll.engine.ranks import Ranks
 from atoll.errors import UsageError
 from atoll.plan.plan import Plan, Report
 from atoll.recorder import Recorder, Run, begun, judged_by, row_of
-from atoll.saved import share
 from atoll.training import Rounds, Settings, judge, rounds
 
 __all__ = [
@@ -97,10 +96,7 @@ def train(
     elif ranks is not None and resume is None and out is not None:
         resume = begun(training, out)
     recorder = Recorder(training, out, config or _config(model, data, plan, training.settings), checkpoint_s)
-    if resume is not None:
-        recorder.go_on(Path(resume), any_version)
-    if ranks is not None:
-        share(training, ranks)
+    recorder.begin(resume, any_version)
     interrupted = _walk(training, recorder, watchers)
     run = recorder.end(interrupted, baselines=baselines, report=report)
     for watcher in watchers:

@@ -20,6 +20,7 @@ from atoll.engine.arrivals import check_clock
 from atoll.engine.fleet import FLEET, Fleet
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
+from atoll.engine.overlap import data_parallel
 from atoll.engine.probe import Choice, choose
 from atoll.engine.processes import Processes
 from atoll.engine.ranks import Ranks
@@ -235,6 +236,8 @@ def identity(training: Rounds) -> dict[str, Any]:
 
 def _chosen(task: Task, data: Clients, plan: Plan, wanted: str, ranks: Ranks | None) -> Choice:
     """The body that computes; at every rank that of rank 0."""
+    if ranks is not None and wanted == "auto" and data_parallel(plan):
+        return Choice(choose(task, data, plan, "loop").task, "its gradient is added up within the backward pass")
     choice = choose(task, data, plan, wanted)
     if ranks is None:
         return choice

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from problems import classification, run, seeded, task_of
+from problems import classification, federation, run, seeded, task_of
 from torch import nn
 
 from atoll import recipes, train
@@ -97,6 +97,50 @@ def outcome(module, numerics, plan, data, engine, **words):
     return json.loads(json.dumps([fingerprint(state.model.theta), told, ids.tolist(), kept]))
 
 
+class Unused(nn.Module):
+    """Half of its parameters are in no pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.never, self.last = nn.Linear(4, 9), nn.Linear(9, 9), nn.Linear(9, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+
+def broken(data):
+    """The same clients, of which the third holds a row that is not finite."""
+    x, y = data.rows.take(torch.arange(len(data.rows)))
+    x[data.offsets[2]] = torch.nan
+    return federation(x, y, data.sizes.tolist())
+
+
+def float_cases():
+    """(name, module, plan, clients) of gradients in the quick sum, which are added up within the backward pass."""
+    descent = recipes.distributed_gd(0.1, sum="float")
+    yield "one client a rank", plain, descent, classification((40, 24))
+    yield "many clients", plain, Plan(Gradient(4), Sum(sum="float"), sgd(0.001)), clients()
+    yield "equal weights", plain, Plan(Gradient(), Mean(weights="equal", sum="float"), adam(0.01), cohort=5), clients()
+    yield "fewer clients than ranks", plain, descent, classification((40,))
+    yield "expected", plain, Plan(Gradient(), Mean(over="expected", sum="float"), sgd(0.1), cohort=0.5), clients()
+    yield "many rows", plain, descent, classification((30, 1500))
+    yield "parameters in no pass", Unused, descent, clients()
+    yield "a client fails", plain, descent, broken(clients())
+    yield "batch norm", norm, descent, clients()
+    yield "local training", plain, Plan(Train(sgd(0.1), epochs=1, batch=8), Mean(sum="float")), clients()
+
+
+def floats(module, plan, data, engine):
+    """What some rounds in the quick sum come to: numbers, failures, and whether the backward pass sent them."""
+    engine = engine(task_of(seeded(module), data, "loop", torch.float32), data)
+    state, reports = run(plan, engine, 3)
+    told = [[*r.failures, r.arrived, r.bytes_up, r.bytes_down, r.clients["id"].tolist()] for r in reports]
+    losses = [r.metrics["loss"] for r in reports] + [loss for r in reports for loss in r.clients["loss"].tolist()]
+    sent = "_overlap" in vars(engine) and bool(engine._overlap._sent)
+    out = {"theta": state.model.theta.tolist(), "told": told, "losses": losses, "sent": sent}
+    return json.loads(json.dumps(out))
+
+
 def descends(model, loader, ctx):
     """A user's own loop; the second rank dies in it, once, in round 3."""
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
@@ -123,6 +167,8 @@ def main(folder, cases):
     out["run"] = {"path": ended.path and ended.path.name, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
     for name, module, numerics, plan, told in cases:
         out[name] = outcome(module, numerics, plan, here, partial(Torchrun, ranks=ranks), **told)
+    for name, module, plan, data in float_cases():
+        out[name] = floats(module, plan, data, partial(Torchrun, ranks=ranks))
     (folder / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(out))
 
 

@@ -62,6 +62,19 @@ def test_every_rank_comes_to_the_bits_of_one_process(case, two, clients):
         assert rank[name] == alone
 
 
+@pytest.mark.parametrize("case", list(theirs.float_cases()), ids=lambda case: case[0])
+def test_gradients_are_added_up_within_the_backward_pass(case, two):
+    """To rounding what one process adds; the same bits at every rank, and the same words where a client fails."""
+    name, module, plan, data = case
+    alone = theirs.floats(module, plan, data, InProcess)
+    first, second = (rank[name] for rank in two)
+    assert first == second
+    assert first["told"] == alone["told"]
+    assert first["sent"] is (name not in ("batch norm", "local training"))
+    for numbers in ("theta", "losses"):
+        assert first[numbers] == pytest.approx(alone[numbers], rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_in_every_body(ranks, clients, tmp_path):

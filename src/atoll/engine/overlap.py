@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoll.engine.arrivals import message
 from atoll.engine.ranks import Ranks, together
 from atoll.engine.work import Haul, Work, births
 from atoll.plan.aggregate.mean import Mean, Partial, Sum
@@ -23,10 +24,12 @@ from atoll.plan.lanes import ROWS
 from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan
 from atoll.plan.slots import Contribution
-from atoll.task import Task
+from atoll.task import MARGIN, Task
 
-_STRETCH = 1 << 21  # numbers that go together: fewer wait sooner, more cost less each
+_STRETCH = 1 << 20  # numbers that go together: fewer wait sooner, more cost less each
 _SUMS = ("loss", "rows")
+_MOST = MARGIN // len(_SUMS) - 1  # clients whose sums fit into the room before the gradient
+_WHOLE = 1 << 24  # rows that float32 counts
 
 
 def data_parallel(plan: Plan) -> bool:
@@ -42,11 +45,9 @@ def data_parallel(plan: Plan) -> bool:
     return quick and isinstance(plan.local, Gradient) and plan.codec == Identity()
 
 
-def serves(work: Work, arrived: Sequence[Flight]) -> bool:
-    """Whether what a round gives is one flat gradient and nothing else that the ranks would have to add."""
-    layout = work.task.layout
-    nothing_else = not layout.b and not layout.counters and not work.cut
-    return bool(arrived) and work.task.numerics == "loop" and nothing_else and data_parallel(work.plan)
+def _weights(plan: Plan, rows: Tensor) -> Tensor:
+    """What the gradients of clients with so many rows are added with."""
+    return plan.aggregator.lift(Contribution({}, {}, rows, {}, {}))  # type: ignore[attr-defined, no-any-return]
 
 
 @dataclass
@@ -63,10 +64,12 @@ class Overlap:
     _awaited: list[int] = field(default_factory=list)  # of each stretch, parameters whose gradient is not there yet
     _sent: list[tuple[Tensor, Any]] = field(default_factory=list)
     _weight: float | None = None  # of the client whose pass is under way; None: nothing is sent
+    _all: int = 1  # what its weight is divided by
     _before: Tensor | None = None  # Σ w·g of this rank's earlier clients
 
     def __post_init__(self) -> None:
-        parameters, self.flat = self.task.views
+        parameters, self.room = self.task.views
+        self.flat = self.room[MARGIN:]
         self._stretches: list[tuple[int, int]] = []
         self._members: list[int] = []
         at = end = self.flat.numel()
@@ -80,18 +83,29 @@ class Overlap:
             self._stretches[-1] = (at, end)
             parameters[i].register_post_accumulate_grad_hook(self._hook(len(self._members) - 1))
 
+    def serves(self, work: Work, arrived: Sequence[Flight]) -> bool:
+        """Whether what a round gives is one flat gradient, and beside it no more than there is room for."""
+        layout, most = work.task.layout, int(work.data.sizes.max())
+        nothing_else = not layout.b and not layout.counters and not work.cut
+        room = 0 < len(arrived) <= _MOST and most <= _WHOLE
+        return room and work.task is self.task and nothing_else and data_parallel(work.plan)
+
     def _hook(self, stretch: int) -> Any:
         def arrived(_: Tensor) -> None:
-            if self._weight is not None:
-                self._awaited[stretch] -= 1
-                # In their order, which must be the same everywhere, whichever gradients come first here.
-                while len(self._sent) < len(self._members) and self._awaited[len(self._sent)] <= 0:
-                    self._send()
+            if self._weight is None:
+                return
+            if not self._awaited[stretch]:
+                raise RuntimeError("A parameter has two gradients in one pass.")  # as with reentrant checkpoints
+            self._awaited[stretch] -= 1
+            # In their order, which must be the same everywhere, whichever gradients come first here; the last one
+            # waits for what is sent beside it.
+            while len(self._sent) < len(self._members) - 1 and not self._awaited[len(self._sent)]:
+                self._send()
 
         return arrived
 
-    def _send(self) -> None:
-        """Send the next stretch."""
+    def _send(self, beside: Tensor | None = None) -> None:
+        """Send the next stretch, and with the last one what lies before it."""
         from torch import distributed
 
         start, end = self._stretches[len(self._sent)]
@@ -100,6 +114,9 @@ class Overlap:
             piece.mul_(self._weight)
         if self._before is not None:
             piece.add_(self._before[start:end])
+        if beside is not None:
+            piece = self.room[MARGIN - len(beside) : MARGIN + end]
+            piece[: len(beside)] = beside
         self._sent.append((piece, distributed.all_reduce(piece, async_op=True)))
 
     def haul(self, work: Work, arrived: list[Flight], mine: Tensor) -> Haul | None:
@@ -113,8 +130,11 @@ class Overlap:
             mine: the codes of this rank's clients.
         """
         ((birth, codes, down),) = births(arrived, work.data.count)
-        table = torch.zeros(1 + len(codes), 1 + len(_SUMS), dtype=torch.float64)  # row 0: whether somebody failed
+        table = self.flat.new_zeros(1 + len(codes), len(_SUMS))  # row 0: whether somebody failed
         self._sent, self._before, self._weight = [], None, None
+        # A mean is weighted on its way, by parts of one, and need not be divided again.
+        rule, held = work.plan.aggregator, _weights(work.plan, work.data.sizes[codes % work.data.count])
+        self._all = int(held.sum()) if getattr(rule, "over", "") == "arrived" else 1
         with together():
             try:
                 for at in range(len(mine)):
@@ -125,46 +145,44 @@ class Overlap:
                 self.flat.zero_()
                 self._before = None
             while len(self._sent) < len(self._stretches):
-                self._send()
+                last = len(self._sent) + 1 == len(self._stretches)
+                self._send(table.flatten() if last else None)
             self._weight = None
-            (table,) = self.ranks.add([table])
             finite = True
-            for piece, work_ in self._sent:
-                work_.wait()
+            for piece, sent in self._sent:
+                sent.wait()
                 finite = finite and bool(torch.isfinite(piece.sum()))
-        if table[0, 0] or not finite:
-            return None
-        return self._told(work, birth, codes, down, table[1:])
+        table = self.room[MARGIN - table.numel() : MARGIN].view_as(table).clone()
+        return self._told(work, birth, codes, down, table[1:]) if finite and not table[0, 0] else None
 
     def _one(self, work: Work, birth: int, code: Tensor, last: bool, table: Tensor, codes: Tensor) -> None:
         """One client's pass; that of the last one sends the sum of all as it comes."""
         ids = code % work.data.count
         rows = work.data.sizes[ids]
-        weight = float(work.plan.aggregator.lift(Contribution({}, {}, rows, {}, {})))  # type: ignore[attr-defined]
+        weight = float(_weights(work.plan, rows)) / self._all
         if last and rows and work.plan.local.width(int(rows)) <= ROWS:
             self._awaited, self._weight = list(self._members), weight
-        contribution, _, sizes = work.contribute(birth, ids, code)
+        contribution, _, _ = work.contribute(birth, ids, code)
         update = contribution.means["update"][0]
         if not last:
             self._before = update * weight if self._before is None else self._before.add_(update, alpha=weight)
         elif self._weight is None:  # several passes, or none: the gradient lies elsewhere
             self.flat.copy_(update)
             self._weight = weight
-        given = [float(contribution.sums[n]) for n in _SUMS]
-        table[1 + codes.tolist().index(int(code))] = torch.tensor([*given, float(sizes)], dtype=torch.float64)
+        table[1 + codes.tolist().index(int(code))] = torch.tensor([float(contribution.sums[n]) for n in _SUMS])
 
     def _told(self, work: Work, birth: int, codes: Tensor, down: Any, table: Tensor) -> Haul:
         """What the ranks came to, as every engine says it."""
         ids = codes % work.data.count
-        held, dtype = work.data.sizes[ids], self.flat.dtype
-        weight = work.plan.aggregator.lift(Contribution({}, {}, held, {}, {}))  # type: ignore[attr-defined]
-        sums = {n: {0: table[:, i].sum()[None]} for i, n in enumerate(_SUMS)}
+        held = work.data.sizes[ids]
+        sums = {n: {0: table[:, i].double().sum()[None]} for i, n in enumerate(_SUMS)}
         means = {"update": {0: self.flat}}
-        partial = Partial(means, sums, {}, weight.sum(), torch.tensor(len(ids)))
+        weight = _weights(work.plan, held).sum() if self._all == 1 else torch.tensor(1)
+        partial = Partial(means, sums, {}, weight, torch.tensor(len(ids)))
         facts = {
-            "loss": table[:, 0].to(dtype) / table[:, 1].to(torch.int64).clamp(min=1),
+            "loss": table[:, 0] / table[:, 1].clamp(min=1),
             "rows": held,
-            "bytes_up": table[:, 2].to(torch.int64),
+            "bytes_up": torch.full_like(ids, message(work.plan, work.task.layout)),
             "bytes_down": torch.tensor([down[code] for code in codes.tolist()]),
         }
         return Haul({birth: partial}, [], [], [ids], [facts], [])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from atoll.data.clients import Clients
 from atoll.engine.inprocess import InProcess
-from atoll.engine.overlap import Overlap, serves
+from atoll.engine.overlap import Overlap
 from atoll.engine.ranks import Ranks, command
 from atoll.engine.work import Haul, Work
 from atoll.errors import AtollError, RunError, UsageError
@@ -58,7 +58,7 @@ class Torchrun(InProcess):
 
     def _haul(self, work: Work, arrived: list[Flight], first: Tensors) -> Haul:
         trouble = None
-        if serves(work, arrived):
+        if work.task.numerics == "loop" and self._overlap.serves(work, arrived):
             codes = torch.tensor([f.client + self.data.count * f.again for f in arrived])
             quick = self._overlap.haul(work, arrived, dealt(codes, self.data, self.ranks))
             if quick is not None:

@@ -175,7 +175,7 @@ class Sum(_Folded):
 
 
 def _divided(means: Tensors, by: Tensor) -> dict[str, Tensor]:
-    return {n: t / by for n, t in means.items()}
+    return dict(means) if by == 1 else {n: t / by for n, t in means.items()}
 
 
 def _keep_largest(table: dict[str, Tensor], name: str, rows: Tensor) -> None:
