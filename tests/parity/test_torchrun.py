@@ -118,12 +118,15 @@ def test_the_line_to_write_works(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out") == 1, "one summary, of rank 0"
     (path,) = runs.list_runs(tmp_path / "theirs")
+    ours = [{"torchrun": "inprocess", "theirs": "ours"}.get(word, word) for word in words]
     alone = subprocess.run(
-        [sys.executable, "-m", "atoll", *words, "--engine", "inprocess", "--out", "ours"], cwd=tmp_path, env=env
+        [sys.executable, "-m", "atoll", *ours],
+        cwd=tmp_path,
+        env=env,
     )
     assert alone.returncode == 0
-    (ours,) = runs.list_runs(tmp_path / "ours")
-    both = [[row["fingerprint"] for row in runs.read_rows(p / "metrics.jsonl")] for p in (path, ours)]
+    (own,) = runs.list_runs(tmp_path / "ours")
+    both = [[row["fingerprint"] for row in runs.read_rows(p / "metrics.jsonl")] for p in (path, own)]
     assert both[0] == both[1]
 
 

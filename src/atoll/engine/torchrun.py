@@ -83,7 +83,7 @@ def dealt(codes: Tensor, data: Clients, ranks: Ranks) -> Tensor:
     Example:
         >>> from atoll.testing.locals import clients
         >>> [dealt(torch.arange(7), clients(), Ranks(rank, 2, torch.device("cpu"))).tolist() for rank in range(2)]
-        [[4, 1, 5, 2], [0, 3, 6]]
+        [[0, 3, 4], [1, 2, 5, 6]]
     """
     order = torch.argsort(data.sizes[codes % data.count], descending=True, stable=True)
     turn = torch.arange(len(codes))
