@@ -1,7 +1,7 @@
 """Distributed gradient descent under torchrun beside DistributedDataParallel: seconds a step, and whether they agree.
 
     python benchmarks/data_parallel.py [--ranks 2] [--repeat 7] [--steps 20] [--check 100]
-        [--model 784,1024,1024,1024,10] [--batch 64]
+        [--model 784,1024,1024,1024,10] [--batch 64]           # --model 10: convolutions, 10 classes
 
 The same model, the same rows in every step, plain SGD, gloo, one thread a rank; the ways take turns, some steps each.
 A step of DDP is `zero_grad`, forward, backward, `step`; one of atoll is `atoll.plan.plan.step`, report included.
@@ -38,17 +38,22 @@ CYCLE = 128  # steps for which the rows of DDP are drawn beforehand
 
 
 def model(widths: list[int]) -> nn.Sequential:
-    """A perceptron, the same everywhere."""
+    """A perceptron of these widths, the same everywhere; of one width: convolutions, for so many classes."""
     torch.manual_seed(SEED)
+    if len(widths) == 1:
+        wide = (3, 32, 64, 128)
+        blocks = [m for a, b in pairwise(wide) for m in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))]
+        head = (nn.Flatten(), nn.Linear(2048, 640), nn.ReLU(), nn.Linear(640, widths[0]))
+        return nn.Sequential(nn.Unflatten(1, (3, 32, 32)), *blocks, *head)
     layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
 def clients(widths: list[int], ranks: int, batch: int):
     """A client a rank, each with 32 batches of rows."""
-    n = 32 * batch * ranks
-    x = Key(1).normal(n * widths[0], torch.float32).reshape(n, widths[0])
-    y = (x @ Key(2).normal(widths[0] * widths[-1], torch.float32).reshape(widths[0], -1)).argmax(1)
+    n, wide = 32 * batch * ranks, widths[0] if len(widths) > 1 else 3072
+    x = Key(1).normal(n * wide, torch.float32).reshape(n, wide)
+    y = (x @ Key(2).normal(wide * widths[-1], torch.float32).reshape(wide, -1)).argmax(1)
     return arrays(x, y, task="classification").split(ranks, held_out=0.0)
 
 

@@ -400,19 +400,19 @@ class Task:
     def _loop_one(self, model: Model, batch: Batch, key: Key, k: int) -> Gradient:
         if not batch.counts[k]:
             return _still(model.select(torch.tensor([k], device=model.theta.device)))
-        gradient = self._bound.bind(model, k)
+        gradient = self.bound.bind(model, k)
         gradient.zero_()
         keyed = _KeyedDropout(lambda: key.state().expand(len(batch.counts))[k])
         with global_scope(key.only(k)) if self.noisy else contextlib.nullcontext(), keyed:
             output = self.module(batch.x[k, : batch.counts[k]])
         loss = self.loss(output, batch.y[k, : batch.counts[k]]).sum()
-        (loss / max(batch.counts[k], 1)).backward()
-        buffers, counters = self._bound.buffers()
+        (loss / max(batch.counts[k], 1)).backward(self.bound.scale)
+        buffers, counters = self.bound.buffers()
         keep = gradient if len(batch.counts) == 1 else gradient.clone()
         return Gradient(keep[None], buffers[None], counters, loss.detach()[None])
 
     def _loop_measure(self, model: Model, batch: Batch, k: int) -> dict[str, Tensor]:
-        self._bound.bind(model, k)
+        self.bound.bind(model, k)
         y = batch.y[k, : batch.counts[k]]
         output = self.module(batch.x[k, : batch.counts[k]])
         return {name: each(output, y).sum().double() for name, each in self._measures().items()}
@@ -420,17 +420,10 @@ class Task:
     def _measures(self) -> dict[str, PerExample]:
         return {"loss": self.loss, **{m.name: m.each for m in self.metrics}}
 
-    @property
-    def views(self) -> tuple[list[nn.Parameter], Tensor]:
-        """The loop's parameters, in the order of the layout, and the flat gradient that theirs are views of.
-
-        Before the gradient there is room for `MARGIN` numbers: what is sent with it lies beside it.
-        """
-        return self._bound.parameters, self._bound.room
-
     @cached_property
-    def _bound(self) -> _Bound:
-        return _Bound(self.module, self.layout)
+    def bound(self) -> Bound:
+        """The module as the loop computes on it."""
+        return Bound(self.module, self.layout)
 
 
 def _still(model: Model) -> Gradient:
@@ -453,8 +446,14 @@ def _at_least_two(columns: tuple[Any, ...]) -> tuple[Any, ...]:
     return tree_map(lambda t: t.expand(2, *t.shape[1:]), columns)  # type: ignore[no-any-return]
 
 
-class _Bound:
-    """A module whose parameters, their gradients and its float buffers are views of flat vectors."""
+class Bound:
+    """A module whose parameters, their gradients and its float buffers are views of flat vectors.
+
+    Before the gradient there is room for `MARGIN` numbers: what is sent with it lies beside it. It is `scale` times the
+    gradient of the loss, where somebody sets that.
+    """
+
+    scale: Tensor | None = None
 
     def __init__(self, module: nn.Module, layout: Layout) -> None:
         self.module, self.layout = module, layout

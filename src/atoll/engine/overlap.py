@@ -63,13 +63,13 @@ class Overlap:
     ranks: Ranks
     _awaited: list[int] = field(default_factory=list)  # of each stretch, parameters whose gradient is not there yet
     _sent: list[tuple[Tensor, Any]] = field(default_factory=list)
-    _weight: float | None = None  # of the client whose pass is under way; None: nothing is sent
+    _sends: bool = False  # whether a pass is under way that sends its gradient
     _all: int = 1  # what its weight is divided by
     _before: Tensor | None = None  # Σ w·g of this rank's earlier clients
 
     def __post_init__(self) -> None:
-        parameters, self.room = self.task.views
-        self.flat = self.room[MARGIN:]
+        self.bound = self.task.bound
+        parameters, self.flat = self.bound.parameters, self.bound.gradient
         self._stretches: list[tuple[int, int]] = []
         self._members: list[int] = []
         at = end = self.flat.numel()
@@ -92,7 +92,7 @@ class Overlap:
 
     def _hook(self, stretch: int) -> Any:
         def arrived(_: Tensor) -> None:
-            if self._weight is None:
+            if not self._sends:
                 return
             if not self._awaited[stretch]:
                 raise RuntimeError("A parameter has two gradients in one pass.")  # as with reentrant checkpoints
@@ -110,12 +110,10 @@ class Overlap:
 
         start, end = self._stretches[len(self._sent)]
         piece = self.flat[start:end]
-        if self._weight is not None and self._weight != 1:
-            piece.mul_(self._weight)
         if self._before is not None:
             piece.add_(self._before[start:end])
         if beside is not None:
-            piece = self.room[MARGIN - len(beside) : MARGIN + end]
+            piece = self.bound.room[MARGIN - len(beside) : MARGIN + end]
             piece[: len(beside)] = beside
         self._sent.append((piece, distributed.all_reduce(piece, async_op=True)))
 
@@ -131,7 +129,7 @@ class Overlap:
         """
         ((birth, codes, down),) = births(arrived, work.data.count)
         table = self.flat.new_zeros(1 + len(codes), len(_SUMS))  # row 0: whether somebody failed
-        self._sent, self._before, self._weight = [], None, None
+        self._sent, self._before = [], None
         # A mean is weighted on its way, by parts of one, and need not be divided again.
         rule, held = work.plan.aggregator, _weights(work.plan, work.data.sizes[codes % work.data.count])
         self._all = int(held.sum()) if getattr(rule, "over", "") == "arrived" else 1
@@ -147,12 +145,11 @@ class Overlap:
             while len(self._sent) < len(self._stretches):
                 last = len(self._sent) + 1 == len(self._stretches)
                 self._send(table.flatten() if last else None)
-            self._weight = None
             finite = True
             for piece, sent in self._sent:
                 sent.wait()
                 finite = finite and bool(torch.isfinite(piece.sum()))
-        table = self.room[MARGIN - table.numel() : MARGIN].view_as(table).clone()
+        table = self.bound.room[MARGIN - table.numel() : MARGIN].view_as(table).clone()
         return self._told(work, birth, codes, down, table[1:]) if finite and not table[0, 0] else None
 
     def _one(self, work: Work, birth: int, code: Tensor, last: bool, table: Tensor, codes: Tensor) -> None:
@@ -161,14 +158,16 @@ class Overlap:
         rows = work.data.sizes[ids]
         weight = float(_weights(work.plan, rows)) / self._all
         if last and rows and work.plan.local.width(int(rows)) <= ROWS:
-            self._awaited, self._weight = list(self._members), weight
-        contribution, _, _ = work.contribute(birth, ids, code)
+            self._awaited, self._sends, self.bound.scale = list(self._members), True, self.flat.new_tensor(weight)
+        try:
+            contribution, _, _ = work.contribute(birth, ids, code)
+        finally:
+            sent, self._sends, self.bound.scale = self._sends, False, None
         update = contribution.means["update"][0]
         if not last:
             self._before = update * weight if self._before is None else self._before.add_(update, alpha=weight)
-        elif self._weight is None:  # several passes, or none: the gradient lies elsewhere
-            self.flat.copy_(update)
-            self._weight = weight
+        elif not sent:  # several passes, or none: the gradient lies elsewhere
+            torch.mul(update, weight, out=self.flat)
         table[1 + codes.tolist().index(int(code))] = torch.tensor([float(contribution.sums[n]) for n in _SUMS])
 
     def _told(self, work: Work, birth: int, codes: Tensor, down: Any, table: Tensor) -> Haul:
