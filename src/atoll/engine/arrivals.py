@@ -49,7 +49,7 @@ class Sending:
     """The bytes of what a client is sent when it starts: what it does not know yet of the model, and all the rest."""
 
     def __init__(self, state: State, clients: int) -> None:
-        model, shared = state.broadcast().model, state.broadcast().shared
+        _, model, shared = state.broadcast()
         self._round, self._sent = state.round, state.sent
         self._theta = nbytes({"theta": model.theta})
         self._rest = nbytes({"buffers": model.buffers, **model.counters}) + sum(map(nbytes, shared.values()))

@@ -268,8 +268,10 @@ class Traffic:
     def after(self, known: Tensor | None, clock: Any) -> Air:
         """What is in the air once the round has closed."""
         flights = tuple(self._air.values()) if self.pace.flies_on else ()
-        oldest = min((f.birth for f in flights), default=self.round)
-        recent = tuple(r for r in self._recent if r[1] > oldest) if flights else ()
+        recent: tuple[tuple[int, int], ...] = ()
+        if self._ages and flights:
+            oldest = min(f.birth for f in flights)
+            recent = tuple(r for r in self._recent if r[1] > oldest)
         idle, place = tuple(self._idle) if flights else (), (self._block, self._offset)
         return Air(flights, self.target, self._started, place, self._queue, idle, recent, known, clock)
 
