@@ -289,7 +289,7 @@ def _round(training: Rounds, plan: Plan, ids: Tensor, t: int, before: Groups) ->
     """One round of each client by itself: what is new, and whose numbers are all finite."""
     task, data = training.task, training.data
     start = _Each(before["model"]["theta"], before["model"]["buffers"], before["counters"], training.first.fixed)
-    lanes = Lanes(data, ids, tuple(data.sizes[ids].tolist()), task.layout.dtype)
+    lanes = Lanes(data, ids, task.layout.dtype)
     key = Key(training.settings.seed).fold("round", t, "clients").of(ids).fold("local")
     given, kept = plan.local.contribute(Broadcast(t, start, {"local": {}}), lanes, before["kept"], key, task)
     good = torch.ones(len(ids), dtype=torch.bool)
@@ -310,7 +310,7 @@ def _judged(task: Task, held: Clients, model: Model) -> Iterator[dict[str, float
     for at in torch.arange(k).split(most):
         # A single lane would go through other kernels than many: it is judged beside a copy of itself.
         picked = at if len(at) > 1 else at.repeat(2)
-        lanes = Lanes(held, torch.zeros_like(picked), (rows,) * len(picked), task.layout.dtype)
+        lanes = Lanes(held, torch.zeros_like(picked), task.layout.dtype)
         each = _Each(*model.select(picked))
         given, _ = Evaluate().contribute(Broadcast(0, each, {}), lanes, {}, Key(0).of(lanes.ids), task)
         for i in range(len(at)):

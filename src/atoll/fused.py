@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -265,14 +265,7 @@ class Program:
 
     def room(self, features: tuple[int, ...], rows: int) -> int:
         """How many numbers one client takes while it is at work on so many rows: θ, and what the way back needs."""
-        theta = [torch.empty(1, *shape, device="meta") for shape in self.shapes]
-        x = torch.empty(1, min(rows, MAPS) if self.maps else rows, *features, device="meta")
-        held = sum(t.numel() for t in theta) + x.numel()
-        for layer in self.layers:
-            x, kept = layer.forward(x, theta)
-            held += 0 if isinstance(layer, Shape) else x.numel()
-            held += kept[0].numel() if isinstance(layer, Convolution) else 0
-        return held
+        return _room(self, features, rows)
 
     def split(self, theta: Tensor) -> list[Tensor]:
         """Views of θ `[K, d]`, one a parameter, `[K, *shape]`."""
@@ -323,6 +316,18 @@ class Program:
         for t, g in zip(theta, gradient, strict=True):
             t.add_(g, alpha=-lr)
         return each
+
+
+@lru_cache(256)
+def _room(program: Program, features: tuple[int, ...], rows: int) -> int:
+    theta = [torch.empty(1, *shape, device="meta") for shape in program.shapes]
+    x = torch.empty(1, min(rows, MAPS) if program.maps else rows, *features, device="meta")
+    held = sum(t.numel() for t in theta) + x.numel()
+    for layer in program.layers:
+        x, kept = layer.forward(x, theta)
+        held += 0 if isinstance(layer, Shape) else x.numel()
+        held += kept[0].numel() if isinstance(layer, Convolution) else 0
+    return held
 
 
 class Descent:

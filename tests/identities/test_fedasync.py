@@ -100,7 +100,7 @@ def test_without_a_discount_alpha_1_is_the_model_that_came_last():
     state = State.first(plan, engine.task, 0, Memory({}))
     for _ in range(15):
         births = {f.client: state.versions[f.birth] for f in state.air.flights}
-        before = state.broadcast()
+        before = state.broadcast
         state, report = step(plan, state, engine)
         client = int(report.clients["id"])
         began = births.get(client, before).model.theta

@@ -72,10 +72,10 @@ class Shuffled(InProcess):
 
     by: int = 0
 
-    def _chunks(self, plan, task, ids):
+    def _chunks(self, plan, task, codes, down):
         key = Key(self.by)
-        ids = ids[key.permutation(len(ids))]
-        chunks = list(super()._chunks(plan, task, ids))
+        order = key.permutation(len(codes))
+        chunks = list(super()._chunks(plan, task, codes[order], down[order]))
         return iter([chunks[i] for i in key.fold("chunks").permutation(len(chunks)).tolist()])
 
 
@@ -182,7 +182,7 @@ def test_a_client_gives_the_same_whoever_is_beside_it(name):
 
     def given(*ids):
         index = torch.tensor(ids)
-        lanes = Lanes(data, index, tuple(data.sizes[index].tolist()), torch.float64)
+        lanes = Lanes(data, index, torch.float64)
         return local.contribute(broadcast, lanes, {}, KEY.of(index), task)[0].means["update"]
 
     alone = given(1)

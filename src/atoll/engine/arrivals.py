@@ -49,7 +49,7 @@ class Sending:
     """The bytes of what a client is sent when it starts: what it does not know yet of the model, and all the rest."""
 
     def __init__(self, state: State, clients: int) -> None:
-        _, model, shared = state.broadcast()
+        _, model, shared = state.broadcast
         self._round, self._sent = state.round, state.sent
         self._theta = nbytes({"theta": model.theta})
         self._rest = nbytes({"buffers": model.buffers, **model.counters}) + sum(map(nbytes, shared.values()))
@@ -232,4 +232,4 @@ def clock_of(state: State, population: Population, fleet: Fleet) -> Clock:
 
 def nbytes(tensors: Mapping[str, Any]) -> int:
     """The bytes of some tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum([t.numel() * t.element_size() for t in tensors.values()])

@@ -64,7 +64,7 @@ class InProcess:
         task = own_task(plan, self.task)
         up = 0 if self.fleet is None else message(plan, task.layout)
         flown = fly(plan, state, self.population, cohort, self.fleet, up)
-        now = state.broadcast()
+        now = state.broadcast
 
         def start(birth: int) -> tuple[Broadcast, Key]:
             if birth == state.round:
@@ -74,7 +74,7 @@ class InProcess:
         work = Work(
             plan, task, self.data, start, Pending(state.memory), state.round, cut(flown.arrived, self.data.count)
         )
-        with threads_for(task, len(cohort.ids)):
+        with threads_for(task, cohort.ids.shape[0]):
             haul = self._haul(work, flown.arrived, state.memory.first)
         return gathered(plan, state, flown, haul)
 
@@ -82,13 +82,13 @@ class InProcess:
         """Do the work of everybody who arrived, chunk by chunk; `first` is what one client keeps at first."""
         for wave in waves(arrived) if first else [arrived]:
             for birth, codes, down in births(wave, self.data.count):
-                for chunk in self._chunks(work.plan, work.task, codes):
-                    work.run(birth, chunk, down)
+                for chunk, sent in self._chunks(work.plan, work.task, codes, down):
+                    work.run(birth, chunk, sent)
             work.landed()
         return work.haul
 
-    def _chunks(self, plan: Plan, task: Task, codes: Tensor) -> Iterator[Tensor]:
-        return chunks(plan, task, self.data, codes, self.chunk)
+    def _chunks(self, plan: Plan, task: Task, codes: Tensor, down: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return chunks(plan, task, self.data, codes, down, self.chunk)
 
 
 def check_chunk(chunk: int | None) -> None:

@@ -170,7 +170,7 @@ class Overlap:
             torch.mul(update, weight, out=self.flat)
         table[1 + codes.tolist().index(int(code))] = torch.tensor([float(contribution.sums[n]) for n in _SUMS])
 
-    def _told(self, work: Work, birth: int, codes: Tensor, down: Any, table: Tensor) -> Haul:
+    def _told(self, work: Work, birth: int, codes: Tensor, down: Tensor, table: Tensor) -> Haul:
         """What the ranks came to, as every engine says it."""
         ids = codes % work.data.count
         held = work.data.sizes[ids]
@@ -182,6 +182,6 @@ class Overlap:
             "loss": table[:, 0] / table[:, 1].clamp(min=1),
             "rows": held,
             "bytes_up": torch.full_like(ids, message(work.plan, work.task.layout)),
-            "bytes_down": torch.tensor([down[code] for code in codes.tolist()]),
+            "bytes_down": down,
         }
         return Haul({birth: partial}, [], [], [ids], [facts], [])

@@ -188,4 +188,4 @@ def _check_loss(task: Task, data: Clients, x: Tensor, y: Tensor) -> None:
 
 def _lanes(task: Task, data: Clients, ids: tuple[int, ...]) -> Lanes:
     index = torch.tensor(ids)
-    return Lanes(data, index, tuple(data.sizes[index].tolist()), task.layout.dtype)
+    return Lanes(data, index, task.layout.dtype)

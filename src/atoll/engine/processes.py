@@ -171,7 +171,7 @@ class Processes:
         for number in [number for number in self._tolds if number not in reading]:
             self._free.append(self._tolds.pop(number)[1])
             self._crew.forget([number])
-        now = state.broadcast()
+        now = state.broadcast
 
         def tell(birth: int) -> Told:
             if birth == state.round:
@@ -197,9 +197,10 @@ class Processes:
         task, kept, group = own_task(plan, self.task), Pending(state.memory), next(self._numbers)
         most = -(-len(flown.arrived) // (_DEALS * self.workers)) or 1
         for _, codes, down in births(flown.arrived, self.data.count):
-            for chunk in chunks(plan, task, self.data, codes, self.chunk):
-                for part in chunk.split(most):
-                    self._crew.queue.append(self.job(group, told, part, down, kept, deliver=bool(state.memory.first)))
+            for chunk in chunks(plan, task, self.data, codes, down, self.chunk):
+                for some, sent in zip(*(column.split(most) for column in chunk), strict=True):
+                    job = self.job(group, told, some, sent, kept, deliver=bool(state.memory.first))
+                    self._crew.queue.append(job)
         haul = Haul.none()
         while self._crew.busy(group):
             catch = self._crew.next(plan.aggregator, _AHEAD)
@@ -207,11 +208,11 @@ class Processes:
                 haul.add(plan.aggregator, catch.haul)
         return flown, haul
 
-    def job(self, group: int, told: Told, codes: Tensor, down: dict[int, int], kept: Pending, *, deliver: bool) -> Job:
+    def job(self, group: int, told: Told, codes: Tensor, down: Tensor, kept: Pending, *, deliver: bool) -> Job:
         """The job to compute these clients."""
-        ids, numbers = codes % self.data.count, codes.tolist()
+        ids = codes % self.data.count
         rows = (lambda: kept.take(ids)) if kept.first else None
-        return Job(group, told, numbers, ids.tolist(), [down[code] for code in numbers], rows, deliver)
+        return Job(group, told, codes.tolist(), ids.tolist(), down.tolist(), rows, deliver)
 
     def _ready(self) -> None:
         if self.closed or self._nursery.closed:
@@ -318,7 +319,7 @@ class _Arrivals:
         if birth not in self._tolds:
             self._tolds[birth] = self._tell(birth)
         code = flight.client + engine.data.count * flight.again
-        codes, down = torch.tensor([code]), {code: flight.down}
+        codes, down = torch.tensor([code]), torch.tensor([flight.down])
         job = engine.job(next(engine._numbers), self._tolds[birth], codes, down, self._kept, deliver=True)
         engine._aloft[flight.number] = _Aloft(flight, job, theta, self.text)
         engine._crew.queue.append(job)

@@ -60,7 +60,7 @@ class Torchrun(InProcess):
         trouble = None
         if work.task.numerics == "loop" and self._overlap.serves(work, arrived):
             codes = torch.tensor([f.client + self.data.count * f.again for f in arrived])
-            quick = self._overlap.haul(work, arrived, dealt(codes, self.data, self.ranks))
+            quick = self._overlap.haul(work, arrived, codes[dealt(codes, self.data, self.ranks)])
             if quick is not None:
                 return quick
         try:
@@ -73,12 +73,13 @@ class Torchrun(InProcess):
     def _overlap(self) -> Overlap:
         return Overlap(self.task, self.ranks)
 
-    def _chunks(self, plan: Plan, task: Task, codes: Tensor) -> Iterator[Tensor]:
-        return super()._chunks(plan, task, dealt(codes, self.data, self.ranks))
+    def _chunks(self, plan: Plan, task: Task, codes: Tensor, down: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        mine = dealt(codes, self.data, self.ranks)
+        return super()._chunks(plan, task, codes[mine], down[mine])
 
 
 def dealt(codes: Tensor, data: Clients, ranks: Ranks) -> Tensor:
-    """This rank's part of the clients: dealt by size, forth and back, so that all ranks hold nearly as many rows.
+    """The places of this rank's clients: dealt by size, forth and back, so that all ranks hold nearly as many rows.
 
     Example:
         >>> from atoll.testing.locals import clients
@@ -88,7 +89,7 @@ def dealt(codes: Tensor, data: Clients, ranks: Ranks) -> Tensor:
     order = torch.argsort(data.sizes[codes % data.count], descending=True, stable=True)
     turn = torch.arange(len(codes))
     place, back = turn % ranks.size, turn // ranks.size % 2 == 1
-    return codes[order[torch.where(back, ranks.size - 1 - place, place) == ranks.rank]]
+    return order[torch.where(back, ranks.size - 1 - place, place) == ranks.rank]
 
 
 def refuse_pace(plan: Plan) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -82,17 +84,18 @@ def own_task(plan: Plan, task: Task) -> Task:
     return task if own == task.numerics else replace(task, numerics=own)
 
 
-def births(flights: list[Flight], clients: int) -> Iterator[tuple[int, Tensor, dict[int, int]]]:
+def births(flights: list[Flight], clients: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The codes of these flights, by the round whose model they started from, and the bytes that each was sent.
 
     A start is told by its code, client + clients·again: a client may be at work more than once in a round, and each
     time draws anew.
     """
-    by: dict[int, dict[int, int]] = {}
-    for f in flights:
-        by.setdefault(f.birth, {})[f.client + clients * f.again] = f.down
+    by: dict[int, list[tuple[int, int]]] = {}
+    for client, birth, again, _, size, _ in flights:
+        by.setdefault(birth, []).append((client + clients * again, size))
     for birth in sorted(by):
-        yield birth, torch.tensor(list(by[birth])), by[birth]
+        codes, down = torch.tensor(list(zip(*by[birth], strict=True))).unbind()
+        yield birth, codes, down
 
 
 def cut(flights: list[Flight], clients: int) -> dict[int, float]:
@@ -100,25 +103,31 @@ def cut(flights: list[Flight], clients: int) -> dict[int, float]:
     return {f.client + clients * f.again: f.share for f in flights if f.share < 1}
 
 
-def chunks(plan: Plan, task: Task, data: Clients, codes: Tensor, most: int | None) -> Iterator[Tensor]:
-    """Clients of one width together, largest first, a chunk of at most `most` at a time; None chooses by the model."""
-    if len(codes) == 1:
-        yield codes
+def chunks(
+    plan: Plan, task: Task, data: Clients, codes: Tensor, down: Tensor, most: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Clients of one width together, largest first, a chunk of at most `most` at a time; None chooses by the model.
+
+    Yields:
+        The codes of a chunk, and the bytes that each was sent, int64 `[K]`.
+    """
+    if codes.shape[0] < 2:
+        if codes.shape[0]:
+            yield codes, down
         return
     sizes = data.sizes[codes % data.count]
+    largest = int(sizes.max())
+    chunk = lanes_of(plan, task, data, largest, most)
+    if largest == int(sizes.min()):
+        yield from zip(codes.split(chunk), down.split(chunk), strict=True)
+        return
     sizes, order = torch.sort(sizes, descending=True, stable=True)
-    chunk = lanes_of(plan, task, data, int(sizes[0]) if len(sizes) else 1, most)
-    group: list[int] = []
-    now = -1
-    for i, n in zip(codes[order].tolist(), sizes.tolist(), strict=True):
-        width = plan.local.width(n)
-        if group and (width != now or len(group) == chunk):
-            yield torch.tensor(group)
-            group = []
-        now = width
-        group.append(i)
-    if group:
-        yield torch.tensor(group)
+    values, counts = (t.tolist() for t in torch.unique_consecutive(sizes, return_counts=True))
+    alike = groupby(zip(map(plan.local.width, values), counts, strict=True), key=itemgetter(0))
+    runs = [sum(count for _, count in group) for _, group in alike]
+    for run in order.split(runs):
+        for some in run.split(chunk):
+            yield codes[some], down[some]
 
 
 def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None) -> int:
@@ -162,49 +171,56 @@ class Work:
         self.haul = Haul.none()
         self._wave: list[tuple[Tensor, Mapping[str, Tensor]]] = []
 
-    def run(self, birth: int, codes: Tensor, down: Mapping[int, int]) -> None:
-        """Compute a chunk and fold what it gives; a client that raises is found by halving the chunk."""
+    def run(self, birth: int, codes: Tensor, down: Tensor) -> None:
+        """Compute a chunk and fold what it gives; a client that raises is found by halving the chunk.
+
+        Args:
+            birth: the round whose model the clients started from.
+            codes: who, int64 `[K]`.
+            down: the bytes that each was sent, int64 `[K]`.
+        """
         if not self.cut:
             return self._run_chunk(birth, codes, down)
         # Those who had time for all their work together, each of the others by itself.
         short = torch.tensor([code in self.cut for code in codes.tolist()])
-        for part in (codes[~short], *codes[short].split(1)):
+        for part in ((~short).nonzero()[:, 0], *short.nonzero()):
             if len(part):
-                self._run_chunk(birth, part, down)
+                self._run_chunk(birth, codes[part], down[part])
 
-    def _run_chunk(self, birth: int, codes: Tensor, down: Mapping[int, int]) -> None:
+    def _run_chunk(self, birth: int, codes: Tensor, down: Tensor) -> None:
         ids = codes % self.data.count
+        many = ids.shape[0]
         try:
             contribution, memory, sizes = self.contribute(birth, ids, codes)
         except (MemoryError, KeyboardInterrupt, AtollError):
             raise
         except Exception as error:
-            if len(ids) > 1:
-                self._run_chunk(birth, codes[: len(ids) // 2], down)
-                self._run_chunk(birth, codes[len(ids) // 2 :], down)
+            if many > 1:
+                for half in (slice(many // 2), slice(many // 2, None)):
+                    self._run_chunk(birth, codes[half], down[half])
             else:
                 self._fail(int(ids[0]), birth, "local", f"{type(error).__name__}: {error}")
                 self.haul.errors.append(error)
             return
-        good = torch.ones(len(ids), dtype=torch.bool)
+        good = None
         for name, rows in (*contribution.means.items(), *contribution.sums.items()):
-            flat = rows.reshape(len(ids), -1)
-            if rows.numel() and float(flat.max()) <= LARGEST and float(flat.min()) >= -LARGEST:
+            if rows.numel() and float(rows.max()) <= LARGEST and float(rows.min()) >= -LARGEST:
                 continue
+            flat = rows.reshape(many, -1)
             finite = (flat.amax(1) <= LARGEST) & (flat.amin(1) >= -LARGEST)
+            good = torch.ones_like(finite) if good is None else good
             for i in ids[good & ~finite].tolist():
                 self._fail(i, birth, "check", f"{name} is not finite")
             good &= finite
-        sent = torch.tensor([down[code] for code in codes.tolist()])
-        facts = {**contribution.facts, "rows": contribution.weight, "bytes_up": sizes, "bytes_down": sent}
+        facts = {**contribution.facts, "rows": contribution.weight, "bytes_up": sizes, "bytes_down": down}
         if self.plan.pace.flies_on:
             facts["staleness"] = torch.full_like(ids, self.now - birth)
         self._accept(birth, ids, good, contribution._replace(facts=facts), memory)
 
     def _accept(
-        self, birth: int, ids: Tensor, good: Tensor, contribution: Contribution, memory: Mapping[str, Tensor]
+        self, birth: int, ids: Tensor, good: Tensor | None, contribution: Contribution, memory: Mapping[str, Tensor]
     ) -> None:
-        if not bool(good.all()):
+        if good is not None:
             ids, memory = ids[good], {n: t[good] for n, t in memory.items()}
             picked = (
                 {n: t[good] for n, t in part.items()}
@@ -212,7 +228,7 @@ class Work:
             )
             means, sums, largest, facts = picked
             contribution = Contribution(means, sums, contribution.weight[good], largest, facts)
-        if not len(ids):
+        if not ids.shape[0]:
             return
         rule, partials = self.plan.aggregator, self.haul.partials
         partials[birth] = rule.fold(partials.get(birth) or rule.zero(), contribution)
@@ -231,7 +247,7 @@ class Work:
     def contribute(self, birth: int, ids: Tensor, codes: Tensor) -> tuple[Contribution, Mapping[str, Tensor], Tensor]:
         """The contributions of a chunk, opened, with the size of each message in bytes, int64 `[K]`."""
         share = self.cut.get(int(codes[0]), 1.0) if self.cut else 1.0
-        lanes = Lanes(self.data, ids, tuple(self.data.sizes[ids].tolist()), self.task.layout.dtype, share)
+        lanes = Lanes(self.data, ids, self.task.layout.dtype, share)
         kept = self.kept.take(ids)
         broadcast, key = self.start(birth)
         key = key.of(codes)
@@ -242,15 +258,16 @@ class Work:
         rest = rest_of(contribution)
         update = contribution.means.get("update")
         if update is None:
-            return contribution, memory, torch.full((len(ids),), rest)
+            return contribution, memory, torch.full(ids.shape, rest)
         payload, side, sums, codec = self.plan.codec.encode(
             update, part_of(kept, "codec"), broadcast.shared["codec"], key.fold("codec")
         )
         memory |= {f"codec/{n}": t for n, t in codec.items()}
-        contribution = contribution._replace(sums={**contribution.sums, **sums})
-        sizes = self.plan.codec.sizes(payload, side) + rest_of(contribution)
+        if sums:
+            contribution = contribution._replace(sums={**contribution.sums, **sums})
+            rest = rest_of(contribution)
         opened = {**contribution.means, "update": self.plan.codec.open(payload, side)}
-        return contribution._replace(means=opened), memory, sizes
+        return contribution._replace(means=opened), memory, self.plan.codec.sizes(payload, side) + rest
 
     def _fail(self, client: int, birth: int, stage: str, cause: str) -> None:
         self.haul.failures.append(Failure(client, birth, stage, cause))
@@ -299,7 +316,7 @@ def _columns(haul: Haul) -> tuple[Tensor, dict[str, Tensor]]:
     if not haul.arrived:
         return torch.empty(0, dtype=torch.int64), {}
     names = sorted(set.intersection(*map(set, haul.facts)))
-    if len(haul.arrived) == 1 and len(haul.arrived[0]) == 1:
+    if len(haul.arrived) == 1 and haul.arrived[0].shape[0] == 1:
         return haul.arrived[0], {n: haul.facts[0][n] for n in names}
     ids = torch.cat(haul.arrived)
     order = torch.argsort(ids, stable=True)
@@ -322,6 +339,8 @@ def _all_failed(failures: list[Failure], errors: list[Exception]) -> None:
 
 def rest_of(contribution: Contribution) -> int:
     """The bytes of one client's message beside the encoded update: other means, sums, counters, 8 for the weight."""
-    rest = {n: t for n, t in contribution.means.items() if n != "update"}
-    whole = nbytes(rest) + nbytes(contribution.sums) + nbytes(contribution.largest)
-    return whole // len(contribution.weight) + 8
+    whole = nbytes(contribution.means) + nbytes(contribution.sums) + nbytes(contribution.largest)
+    if "update" in contribution.means:
+        update = contribution.means["update"]
+        whole -= update.numel() * update.element_size()
+    return whole // contribution.weight.shape[0] + 8

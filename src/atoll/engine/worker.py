@@ -231,7 +231,7 @@ class Worker:
             if run.rows is not None:
                 block, places = run.rows
                 work.kept.put(codes % self._engine.data.count, self._block(block).read(places))
-            work.run(self._told[run.told][0].birth, codes, dict(zip(run.codes, run.down, strict=True)))
+            work.run(self._told[run.told][0].birth, codes, torch.tensor(run.down))
             work.landed()
         if not run.deliver:
             return Done()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 _BLOCK = 1024  # candidates drawn at once
+_client, _number = itemgetter(0), itemgetter(3)  # of a flight; half the time of its names
 _new = tuple.__new__  # half the time of the constructor that NamedTuple writes, where every start passes
 
 
@@ -90,8 +92,8 @@ class Traffic:
         self._left: list[Flight] = []
         self.elapsed = 0.0
         self._plan, self._seed, self._population, self._away = plan, state.seed, population, away
-        self._air = {f.number: f for f in air.flights}
-        self._busy = {f.client for f in air.flights}
+        self._air: dict[int, Flight] = dict(zip(map(_number, air.flights), air.flights, strict=True))
+        self._busy: set[int] = set(map(_client, air.flights))
         self._opening = cohort.ids.tolist()
         self.target = air.target if air.flights else len(self._opening)
         self._everyone = self.target >= population.clients

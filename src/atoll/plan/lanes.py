@@ -42,14 +42,12 @@ class Lanes:
     Args:
         clients: the federation they belong to.
         ids: int64 `[K]`.
-        sizes: the rows each holds, falling.
         dtype: the type of the run, which float features and targets take.
         share: the part of its work that each had time for, in (0, 1].
     """
 
     clients: Clients
     ids: Tensor
-    sizes: tuple[int, ...]
     dtype: torch.dtype
     share: float = 1.0
 
@@ -57,6 +55,11 @@ class Lanes:
     def rows(self) -> Tensor:
         """The rows each holds, int64 `[K]`."""
         return self.clients.sizes[self.ids]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The rows each holds, falling."""
+        return tuple(self.rows.tolist())
 
     @cached_property
     def _ends(self) -> tuple[Tensor, Tensor]:

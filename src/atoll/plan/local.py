@@ -376,7 +376,7 @@ class Loader:
     """
 
     def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
-        self._lanes = Lanes(lanes.clients, lanes.ids[k : k + 1], lanes.sizes[k : k + 1], lanes.dtype)
+        self._lanes = Lanes(lanes.clients, lanes.ids[k : k + 1], lanes.dtype)
         self._key, self._passes, self.rows = key, 0, lanes.sizes[k]
         count = int(_lengths(torch.tensor(self.rows), batch, joins)[0])
         full = [min(batch or self.rows, self.rows)] * (count - 1)

@@ -13,8 +13,10 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,6 +48,8 @@ from atoll.plan.slots import (
 )
 from atoll.rng import Key
 from atoll.task import Model, Task
+
+_birth = operator.itemgetter(1)  # of a flight; half the time of its name
 
 
 class Failure(NamedTuple):
@@ -284,6 +288,7 @@ class State:
         """The key of everything drawn in the coming round."""
         return Key(self.seed).fold("round", self.round)
 
+    @cached_property
     def broadcast(self) -> Broadcast:
         """What clients that start in the coming round may know."""
         model = self.model if self.sent is None else self.model._replace(theta=self.sent.theta)
@@ -349,8 +354,8 @@ def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
     gathered = engine.gather(plan, state, cohort, key)
     total = decode(plan, state, gathered)
     total, server = settle(plan, total, state, key)
-    mean = plan.aggregator.finish(total, cohort, engine.population)
-    after = keep(descend(plan, state, mean, server), state.broadcast(), gathered.air)
+    mean = finish(plan, total, cohort, engine.population)
+    after = descend(plan, state, mean, server, gathered.air)
     for ids, rows in gathered.memory:
         state.memory.put(ids, rows)
     return after, report(plan, state, gathered, mean)
@@ -370,19 +375,25 @@ def tell(plan: Plan, state: State, key: Key) -> State:
     return dataclasses.replace(state, sent=state.sent.after(known, length))
 
 
+_NOBODY = Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.float64))
+
+
 def opening(plan: Plan, state: State, population: Population, key: Key) -> Cohort:
     """Who starts as a round opens with nothing in the air; with something in it, traffic starts what is missing."""
     if state.air.flights:
-        return Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.float64))
+        return _NOBODY
     sampler: Sampler = enlarged(plan.sampler, plan.pace.asks)
     return sampler(population, state.round, key.fold("cohort"))
 
 
-def keep(state: State, broadcast: Broadcast, air: Air) -> State:
-    """The state with what is in the air, and the models that somebody still works from."""
-    births = {f.birth for f in air.flights}
-    versions = {b: v for b, v in (*state.versions.items(), (broadcast.round, broadcast)) if b in births}
-    return dataclasses.replace(state, air=air, versions=versions)
+def versions(state: State, air: Air) -> dict[int, Broadcast]:
+    """The models that somebody still works from who is in the air when the round has closed."""
+    if not air.flights:
+        return {}
+    kept, births = {**state.versions, state.round: state.broadcast}, set(map(_birth, air.flights))
+    for gone in kept.keys() - births:
+        del kept[gone]
+    return kept
 
 
 def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
@@ -407,7 +418,7 @@ def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
 
 def since(state: State, birth: int) -> Tensor:
     """θ − θ_b, float64 `[d]`: how far the model has come from what clients of this birth began at."""
-    began = state.versions[birth] if birth < state.round else state.broadcast()
+    began = state.versions[birth] if birth < state.round else state.broadcast
     return state.model.theta.double() - began.model.theta.double()
 
 
@@ -432,15 +443,22 @@ def settle(plan: Plan, total: Total, state: State, key: Key) -> tuple[Total, Sha
     return total, {"local": local, "codec": codec}
 
 
-def descend(plan: Plan, state: State, mean: Total, server: Shared) -> State:
+def finish(plan: Plan, total: Total, cohort: Cohort, population: Population) -> Total:
+    """The round's mean; of what is summed, each row's share."""
+    mean = plan.aggregator.finish(total, cohort, population)
+    return mean._replace(sums=per_row(mean.sums))
+
+
+def descend(plan: Plan, state: State, mean: Total, server: Shared, air: Air) -> State:
     """θ⁺ = optimizer(θ, g): buffers are replaced by their mean, counters by the largest; without an update θ stays."""
-    model, optimizer = state.model, state.optimizer
+    model, optimizer, flying = state.model, state.optimizer, versions(state, air)
     if "update" in mean.means:
-        g = mean.means["update"].to(model.theta.dtype).expand_as(model.theta)
-        theta, optimizer = plan.optimizer.update(model.theta, g, per_row(mean.sums), optimizer, state.round)
+        g = mean.means["update"].to(model.theta.dtype)
+        g = g if g.shape == model.theta.shape else g.expand_as(model.theta)
+        theta, optimizer = plan.optimizer.update(model.theta, g, mean.sums, optimizer, state.round)
         buffers = mean.means["buffers"].to(model.buffers.dtype) if "buffers" in mean.means else model.buffers
         model = Model(theta, buffers, {**model.counters, **mean.largest}, model.fixed)
-    return dataclasses.replace(state, round=state.round + 1, model=model, optimizer=optimizer, server=server)
+    return State(state.round + 1, state.seed, model, optimizer, server, state.memory, air, flying, state.sent)
 
 
 def per_row(sums: Tensors) -> dict[str, Tensor]:
@@ -452,7 +470,7 @@ def per_row(sums: Tensors) -> dict[str, Tensor]:
 
 def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
     """What people are told of a round."""
-    metrics = {n: float(t) for n, t in per_row(mean.sums).items() if t.numel() == 1}
+    metrics = {n: float(t) for n, t in mean.sums.items() if t.numel() == 1}
     if "update" in mean.means:
         metrics["gradient_norm"] = float(torch.linalg.vector_norm(mean.means["update"]))
     metrics["lr"] = plan.optimizer.lr_at(state.round, state.optimizer)
@@ -460,7 +478,7 @@ def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
         state.round,
         metrics,
         gathered.started,
-        len(gathered.arrived),
+        gathered.arrived.shape[0],
         gathered.failures,
         gathered.bytes_up,
         gathered.bytes_down,

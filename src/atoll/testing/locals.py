@@ -100,7 +100,7 @@ def _check_chunk(part: Any, task: Task, data: Clients, ids: Tensor) -> None:
 
 
 def _lanes(task: Task, data: Clients, ids: Tensor) -> Lanes:
-    return Lanes(data, ids, tuple(data.sizes[ids].tolist()), task.layout.dtype)
+    return Lanes(data, ids, task.layout.dtype)
 
 
 def _check_contribution(who: str, given: Contribution, sizes: Tensor, layout: Layout) -> None:

@@ -83,8 +83,8 @@ def compute(training: Rounds, plan: Plan, state: State, flight: Flight, kept: Te
     own = getattr(plan.local, "numerics", training.task.numerics)
     task = _Watched.of(replace(training.task, numerics=own), losses)
     ids = torch.tensor([flight.client])
-    lanes = _Steps(data, ids, (int(data.sizes[flight.client]),), task.layout.dtype, flight.share, losses)
-    broadcast = state.broadcast() if flight.birth == state.round else state.versions[flight.birth]
+    lanes = _Steps(data, ids, task.layout.dtype, flight.share, losses)
+    broadcast = state.broadcast if flight.birth == state.round else state.versions[flight.birth]
     round_key = Key(state.seed).fold("round", flight.birth)
     key = round_key.of(ids + data.count * flight.again)
     contribution, local = plan.local.contribute(

@@ -25,7 +25,7 @@ from atoll.engine.arrivals import Flown, fly, message
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.plan.flight import Flight
 from atoll.plan.pace import Sync
-from atoll.plan.plan import Plan, State, decode, descend, opening, settle, step, tell
+from atoll.plan.plan import Plan, State, decode, descend, finish, opening, settle, step, tell
 from atoll.plan.slots import Cohort
 from atoll.report.text import size
 from atoll.rng import Key
@@ -376,8 +376,8 @@ def _whole(training: Rounds, opened: _Opened) -> _Whole:
     except RunError as error:
         return _Whole(None, 0.0, "", f"the round could not be run: {error.given}")
     total, server = settle(plan, decode(plan, state, gathered), state, key)
-    mean = plan.aggregator.finish(total, cohort, engine.population)
-    after = descend(plan, state, mean, server)
+    mean = finish(plan, total, cohort, engine.population)
+    after = descend(plan, state, mean, server, gathered.air)
     return _Whole(mean.means.get("update"), float(total.weight), runs.fingerprint(after.model.theta), "")
 
 

@@ -20,6 +20,7 @@ and anywhere by 2^−1067, where float64 itself ends.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import replace
 from typing import Any
@@ -72,22 +73,29 @@ def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
 
 def _add_blocks(digits: Digits, rows: Tensor, start: int, end: int, weights: Tensor) -> None:
     """Add the weighted rows in some coordinates, whole blocks or the last one."""
-    x, keep = rows[:, start:end].unflatten(1, (-1, min(BLOCK, end - start))), places(rows.dtype)
+    x, keep = rows[:, start:end].view(rows.shape[0], -1, min(BLOCK, end - start)), places(rows.dtype)
     largest = torch.maximum(x.amax(2), x.amin(2).neg_())
-    # The least place that rounds every higher one to 0: |x| < 2^(26 (j + 1) − 1).
-    top = torch.div(torch.frexp(largest).exponent, WIDTH, rounding_mode="floor").clamp_(min=_LOWEST)
-    some = largest > 0
-    high = int(torch.where(some, top, _LOWEST - 1).max())
-    low = int(torch.where(some, top, high).min())
+    most = float(largest.max())
+    if most == 0:
+        return
+    least = float(largest.min()) or float(largest[largest > 0].min())
+    high, low = _place(most), _place(least)
+    if high != low:
+        top = torch.div(torch.frexp(largest).exponent, WIDTH, rounding_mode="floor").clamp_(min=_LOWEST)
     size = max(1, _TILE // (x.shape[0] * x.shape[2]))
-    for first in range(high, low - 1, -1) if high >= _LOWEST else ():
-        live = weights[:, None] * (top == first if high != low else torch.ones_like(some))
+    for first in range(high, low - 1, -1):
+        live = weights[:, None] * (top == first) if high != low else weights[:, None].expand(largest.shape)
         own = tuple(range(first, max(first - keep, _LOWEST - 1), -1))
         alike = (live == live[0]).all(0).tolist()
         for at in range(0, x.shape[1], size):
             part = slice(at, min(at + size, x.shape[1]))
             place = slice(start + at * x.shape[2], start + part.stop * x.shape[2])
             _add_tile(digits, place, rows, x[:, part], live[:, part], own, all(alike[part]))
+
+
+def _place(x: float) -> int:
+    """The least place that rounds every higher one to 0: |x| < 2^(26 (j + 1) − 1)."""
+    return max(math.frexp(x)[1] // WIDTH, _LOWEST)
 
 
 def _add_tile(

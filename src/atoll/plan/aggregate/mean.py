@@ -72,16 +72,16 @@ class _Folded(Value):
     def fold(self, partial: Partial, contribution: Contribution) -> Partial:
         """Add K contributions, in place."""
         weights = self.lift(contribution)
-        ones = torch.ones_like(weights)
+        many = weights.shape[0]
         add = exact.add if self.sum == "exact" else _add_floats
         for name, rows in contribution.means.items():
             add(partial.means.setdefault(name, {}), rows, weights)
         for name, rows in contribution.sums.items():
-            add(partial.sums.setdefault(name, {}), rows.to(torch.float64).reshape(len(ones), -1), ones)
+            add(partial.sums.setdefault(name, {}), rows.to(torch.float64).reshape(many, -1), torch.ones_like(weights))
         for name, rows in contribution.largest.items():
             _keep_largest(partial.largest, name, rows.amax(0))
         partial.weight = partial.weight + weights.sum()
-        partial.arrived = partial.arrived + ones.sum()
+        partial.arrived = partial.arrived + many
         return partial
 
     def merge(self, a: Partial, b: Partial) -> Partial:
@@ -140,7 +140,7 @@ class Mean(_Folded):
 
     def finish(self, total: Total, cohort: Cohort | None, population: Population | None) -> Total:
         """Divide the means. Without a contribution there is none, unless it is the expected weight that divides."""
-        means = _divided(total.means, total.weight.to(torch.float64))
+        means = _divided(total.means, float(total.weight))
         if self.over == "expected" and cohort is not None and population is not None:
             held = torch.ones_like(population.sizes) if self.weights == "equal" else population.sizes
             expected = (cohort.chance * held).sum() if cohort.chance.dim() else cohort.chance * held.sum()
@@ -170,11 +170,11 @@ class Sum(_Folded):
 
     def finish(self, total: Total, cohort: Cohort | None, population: Population | None) -> Total:
         """The update's sum as it is; everything else, such as a running mean, is still averaged."""
-        means = _divided(total.means, total.weight.to(torch.float64))
+        means = _divided(total.means, float(total.weight))
         return total._replace(means=means | {n: t for n, t in total.means.items() if n == "update"})
 
 
-def _divided(means: Tensors, by: Tensor) -> dict[str, Tensor]:
+def _divided(means: Tensors, by: float) -> dict[str, Tensor]:
     return dict(means) if by == 1 else {n: t / by for n, t in means.items()}
 
 

@@ -157,7 +157,7 @@ class Codec(Part):
 
     def sizes(self, payload: Tensor, side: Tensors) -> Tensor:
         """How many bytes the message of each lane has, int64 `[K]`."""
-        lanes = len(payload)
+        lanes = payload.shape[0]
         if self.sealer:
             return torch.tensor([len(one) for one in self.to_bytes(payload, side)], dtype=torch.int64)
         whole = sum(t.numel() * t.element_size() for t in (payload, *side.values()))
