@@ -3,8 +3,9 @@
     python benchmarks/asynchrony.py [--clients 1000] [--cohort 100] [--target 0.9] [--lr 0.3] [--limit 60]
 
 Half-normal durations, one a client. FedAvg waits for all; FedAvg that asks 1.3 times as many keeps the first;
-FedBuff(10) steps on every tenth arrival. Prints the seconds of the clock until the target, and draws accuracy against
-time.
+FedBuff(10) steps on every tenth arrival. Prints the seconds of the clock until the target and the updates that arrive
+in a second, and draws accuracy against time. Waiting for the first 100 of 130, whoever is slow, costs a factor of 1.49
+in updates a second against not waiting at all; what FedBuff gains beyond it, it gains by making more steps of them.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from atoll.plan.plan import Plan
 
 
 def curve(plan: Plan, data: atoll.data.Clients, model: str, seed: int, target: float, limit: float) -> list:
-    """(seconds of the clock, accuracy) of each look at the held-out rows, up to the target or the limit."""
+    """(seconds of the clock, accuracy, updates arrived) of each look at the held-out rows, up to target or limit."""
     looks = max(1, 20 // getattr(plan.pace, "k", 20))
     training = atoll.rounds(model, data, plan, rounds=10**6, seed=seed, fleet=Fleet(HalfNormal()), evaluate_every=0)
     judge = InProcess(training.task, data.held())
     points: list = []
+    arrived = 0
     for report in training:
+        arrived += report.arrived
         if report.round % looks == 0:
-            points.append((report.now, training.evaluate(judge)["accuracy"]))
+            points.append((report.now, training.evaluate(judge)["accuracy"], arrived))
             if points[-1][1] >= target or report.now > limit:
                 break
     return points
@@ -61,7 +64,7 @@ def main() -> None:
         "FedAvg, 1.3 asked": plan(Sync(over_select=1.3)),
         "FedBuff(10)": plan(Buffered(10), told.server_lr),
     }
-    print(f"{'':20}{'seconds to ' + str(told.target):>20}{'FedAvg / it':>14}")
+    print(f"{'':20}{'seconds to ' + str(told.target):>20}{'FedAvg / it':>14}{'updates/s':>12}")
     curves, first = {}, 0.0
     for name, each in plans.items():
         runs = [curve(each, data, told.model, seed, told.target, told.limit) for seed in range(told.seeds)]
@@ -69,13 +72,14 @@ def main() -> None:
         median = times[len(times) // 2]
         first = first or median
         curves[name] = runs[0]
+        rate = sorted(run[-1][2] / run[-1][0] for run in runs)[len(runs) // 2]
         reached = "" if all(run[-1][1] >= told.target for run in runs) else "  (not reached)"
-        print(f"{name:20}{median:20.2f}{first / median:14.2f}{reached}", flush=True)
+        print(f"{name:20}{median:20.2f}{first / median:14.2f}{rate:12.1f}{reached}", flush=True)
     if told.out:
         import matplotlib.pyplot as plt
 
         for name, points in curves.items():
-            plt.plot(*zip(*points, strict=True), label=name)
+            plt.plot(*list(zip(*points, strict=True))[:2], label=name)
         plt.xlabel("seconds on the clock")
         plt.ylabel("accuracy on held-out rows")
         plt.legend()

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # Otherwise the bits of Intel MKL's matrix products depend on where in memory a matrix begins, and so a client's on its
 # place among others. It is as fast; it must be said before the first product.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# A tensor of megabytes is fresh memory every time, and 4 KiB pages of it cost more than what is written there: torch
+# asks for huge pages where it is told to, and reads this before its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 

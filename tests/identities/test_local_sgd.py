@@ -10,6 +10,7 @@ from problems import classification, far, regression, run, seeded, task_of
 from torch import nn
 
 from atoll import baselines, grammar, recipes
+from atoll.engine.fleet import Fleet
 from atoll.engine.inprocess import InProcess
 from atoll.errors import RunError, UsageError
 from atoll.plan import optimizer as rules
@@ -17,7 +18,7 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity, Quantize
 from atoll.plan.local import Gradient, Train
 from atoll.plan.names import PARTS
-from atoll.plan.pace import Buffered
+from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.plan.plan import Plan, step
 from atoll.schedule import Schedule, constant, cosine, exponential, hold, inverse, plateau, polynomial, warmup
 from atoll.schedule import step as stairs
@@ -225,3 +226,12 @@ def test_one_step_a_round_by_the_schedule_of_a_gradient():
     a, _ = run(Plan(Train(rules.sgd(rate), steps=hold(1, rounds=4) >> 3), Mean()), engine_of(), 4)
     b, _ = run(Plan(Gradient(), Mean(), rules.sgd(rate)), engine_of(), 4)
     assert far(a.model.theta, b.model.theta) < 1e-12
+
+
+@pytest.mark.parametrize("pace", [Sync(), Sync(deadline_s=100), Bounded(0)], ids=str)
+def test_a_round_of_more_steps_takes_as_many_times_longer_on_the_clock(pace):
+    data = regression(SIZES)
+    engine = InProcess(task_of(seeded(nn.Linear, 3, 1), data), data, fleet=Fleet(compute=2.0))
+    plan = Plan(Train(rules.sgd(0.1), steps=in_turn(2, 4, 1), batch=3), Mean(), pace=pace)
+    _, reports = run(plan, engine, 4)
+    assert [report.now for report in reports] == [2.0, 6.0, 7.0, 8.0]

@@ -135,6 +135,7 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
     traffic = Traffic(plan, state, population, cohort, None if always else lambda i: not clock.available(i))
     began, births, started, total = clock.now, dict[int, int](), 0, 0
     each = traffic.down = sending.each
+    work = plan.local.work(state.round) if hasattr(plan.local, "work") else 1.0
 
     def start() -> None:
         nonlocal started, total
@@ -142,12 +143,12 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
         started += len(begun)
         if sending.known is None:
             for flight in begun:
-                clock.start(flight[3], flight[0], each, up)
+                clock.start(flight[3], flight[0], each, up, work)
             total += each * len(begun)
             return
         for flight, size in zip(begun, sending.to([f.client for f in begun]), strict=True):
             traffic.sent(flight, size)
-            clock.start(flight.number, flight.client, size, up)
+            clock.start(flight.number, flight.client, size, up, work)
             total += size
 
     start()

@@ -436,7 +436,8 @@ class Fleet(Value):
     """What time costs: a flight is download, compute, upload; the default takes one second, and links cost nothing.
 
     Args:
-        compute: seconds of one flight's work, a number or a distribution.
+        compute: seconds of one flight's work, a number or a distribution. Where a client's steps follow a schedule,
+            those of round 0; other rounds take in proportion.
         uplink, downlink: each client's own link: a rate ("10 Mb/s", or bytes per second) or a distribution of bytes
             per second; None: infinitely fast.
         server: rate of the server's own link, shared by all transfers, one pool down and one up; None: no limit.

@@ -69,7 +69,7 @@ class InProcess:
         def start(birth: int) -> tuple[Broadcast, Key]:
             if birth == state.round:
                 return now, key
-            return state.versions[birth], Key(state.seed).fold("round", birth)
+            return state.versions[birth], state.key(birth)
 
         work = Work(
             plan, task, self.data, start, Pending(state.memory), state.round, cut(flown.arrived, self.data.count)

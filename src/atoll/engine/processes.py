@@ -176,7 +176,7 @@ class Processes:
         def tell(birth: int) -> Told:
             if birth == state.round:
                 return self._tell(now, key, text, own)
-            return self._tell(state.versions[birth], Key(state.seed).fold("round", birth), text, own)
+            return self._tell(state.versions[birth], state.key(birth), text, own)
 
         try:
             if plan.pace == _PLAIN:

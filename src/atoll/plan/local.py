@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,13 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from atoll.errors import RunError, UsageError
+from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.lanes import ROWS, Lanes, padded
 from atoll.plan.part import Part
 from atoll.plan.slots import Broadcast, Contribution, Optimizer, Tensors
+from atoll.plan.steps import check_steps, steps_at
 from atoll.rng import Key, global_scope
-from atoll.schedule import Schedule, constant, led
+from atoll.schedule import Schedule, constant
 from atoll.task import Task
 
 _AHEAD = 64  # steps planned at once
@@ -81,34 +81,11 @@ class Gradient(Part):
 
 Keep = Literal["optimizer", "order"]
 Sends = Literal["update", "model"]
-_FAR = 10**9  # a round in which every schedule that falls has fallen
 
 
 def _check_sends(part: str, sends: Any, write: str) -> None:
     if sends not in ("update", "model"):
         raise UsageError(f"{part}(sends={sends!r}).", "'update' or 'model'.", write=write)
-
-
-def _steps_of(schedule: Schedule, t: int) -> int:
-    """How many steps a schedule says for round t; 0 for what is no number of steps."""
-    value = schedule(t)
-    return max(0, round(value)) if math.isfinite(value) else 0
-
-
-def _check_steps(schedule: Schedule) -> None:
-    """Refuse a schedule of steps that looks at the loss, or that comes below 1: where a piece begins or in the end."""
-    steps, looks = _steps_of(schedule, 0), bool(schedule.init())
-    turns, rest = [0], schedule
-    while isinstance(rest, led):
-        turns.append(turns[-1] + rest.first.rounds)
-        rest = rest.then
-    if looks or not all(_steps_of(schedule, t) for t in (*turns, _FAR)):
-        raise UsageError(
-            f"Train(steps={schedule!r}).",
-            "a schedule of the round alone." if looks else "at least 1 step in every round.",
-            "what says how long clients work is known before the round." if looks else "no step is no update.",
-            f"Train(sgd(0.1), steps=cosine({max(1, steps)}.0, rounds=100, end=1.0), batch=10)",
-        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -159,7 +136,7 @@ class Train(Part):
                 "Train(sgd(0.1), epochs=1, batch=10)",
             )
         if isinstance(self.steps, Schedule):
-            _check_steps(self.steps)
+            check_steps(self.steps)
         if not isinstance(self.optimizer, Optimizer) or isinstance(self.optimizer, type):
             raise UsageError(
                 f"Train(optimizer={self.optimizer!r}).",
@@ -187,17 +164,11 @@ class Train(Part):
         Raises:
             RunError: a schedule of the user's own says less than one.
         """
-        if not isinstance(self.steps, Schedule):
-            return self.steps
-        steps = _steps_of(self.steps, t)
-        if not steps:
-            raise RunError(
-                f"{self.steps!r} says {self.steps(t)!r} steps for round {t}.",
-                "at least 1 step in every round.",
-                "no step is no update. The state is that of the round before.",
-                "Train(sgd(0.1), steps=10, batch=10)",
-            )
-        return steps
+        return steps_at(self.steps, t) if isinstance(self.steps, Schedule) else self.steps
+
+    def work(self, t: int) -> float:
+        """How much a client has to do in round t, by what it had in round 0."""
+        return steps_at(self.steps, t) / steps_at(self.steps, 0) if isinstance(self.steps, Schedule) else 1.0
 
     def memory(self, layout: Layout) -> Tensors:
         """The optimizer's state and the number of batches taken so far, as `keep` says."""

@@ -284,9 +284,9 @@ class State:
         server = {"local": plan.local.server(task.layout), "codec": plan.codec.server(task.layout)}
         return cls(0, seed, model, plan.optimizer.init(model.theta), server, memory)
 
-    def key(self) -> Key:
-        """The key of everything drawn in the coming round."""
-        return Key(self.seed).fold("round", self.round)
+    def key(self, round: int | None = None) -> Key:
+        """The key of everything drawn in the coming round, or in another one."""
+        return Key(self.seed).fold("round", self.round if round is None else round)
 
     @cached_property
     def broadcast(self) -> Broadcast:
@@ -405,8 +405,9 @@ def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
     for birth, partial in sorted(gathered.partials.items()):
         total = plan.aggregator.total(partial)
         if "update" in total.means:
-            key = Key(state.seed).fold("round", birth, "codec")  # the one that clients encoded with
-            update = plan.codec.decode(total.means["update"], key)
+            update = total.means["update"]
+            if plan.codec.decodes:
+                update = plan.codec.decode(update, state.key(birth).fold("codec"))  # the key that clients encoded with
             if getattr(plan.local, "sends", "update") == "model":
                 update = update + total.weight * since(state, birth)
             factor = plan.pace.discount(state.round - birth)

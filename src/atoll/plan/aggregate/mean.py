@@ -14,6 +14,8 @@ from atoll.grammar import Value
 from atoll.plan.aggregate import exact
 from atoll.plan.slots import Cohort, Contribution, Population, Tensors, Total
 
+_NONE = torch.zeros((), dtype=torch.int64)
+
 
 @dataclass
 class Partial:
@@ -30,8 +32,8 @@ class Partial:
     means: dict[str, exact.Digits] = field(default_factory=dict)
     sums: dict[str, exact.Digits] = field(default_factory=dict)
     largest: dict[str, Tensor] = field(default_factory=dict)
-    weight: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
-    arrived: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    weight: Tensor = _NONE
+    arrived: Tensor = _NONE
 
     def tensors(self) -> dict[str, Tensor]:
         """The partial as named plain tensors: what crosses a process or a wire."""

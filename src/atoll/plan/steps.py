@@ -1,0 +1,53 @@
+"""Numbers of local steps that follow a schedule of the round."""
+
+from __future__ import annotations
+
+import math
+
+from atoll.errors import RunError, UsageError
+from atoll.schedule import Schedule, led
+
+_FAR = 10**9  # a round in which every schedule that falls has fallen
+
+
+def _whole(schedule: Schedule, t: int) -> int:
+    """How many steps a schedule says for round t; 0 for what is no number of steps."""
+    value = schedule(t)
+    return max(0, round(value)) if math.isfinite(value) else 0
+
+
+def check_steps(schedule: Schedule) -> None:
+    """Refuse a schedule of steps that looks at the loss, or that comes below 1: where a piece begins or in the end."""
+    steps, looks = _whole(schedule, 0), bool(schedule.init())
+    turns, rest = [0], schedule
+    while isinstance(rest, led):
+        turns.append(turns[-1] + rest.first.rounds)
+        rest = rest.then
+    if looks or not all(_whole(schedule, t) for t in (*turns, _FAR)):
+        raise UsageError(
+            f"Train(steps={schedule!r}).",
+            "a schedule of the round alone." if looks else "at least 1 step in every round.",
+            "what says how long clients work is known before the round." if looks else "no step is no update.",
+            f"Train(sgd(0.1), steps=cosine({max(1, steps)}.0, rounds=100, end=1.0), batch=10)",
+        )
+
+
+def steps_at(schedule: Schedule, t: int) -> int:
+    """The steps of round t.
+
+    Raises:
+        RunError: a schedule of the user's own says less than one.
+    Example:
+        >>> from atoll.schedule import cosine
+        >>> [steps_at(cosine(8.0, rounds=2, end=1.0), t) for t in range(3)]
+        [8, 4, 1]
+    """
+    steps = _whole(schedule, t)
+    if not steps:
+        raise RunError(
+            f"{schedule!r} says {schedule(t)!r} steps for round {t}.",
+            "at least 1 step in every round.",
+            "no step is no update. The state is that of the round before.",
+            "Train(sgd(0.1), steps=10, batch=10)",
+        )
+    return steps
