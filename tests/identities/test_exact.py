@@ -228,10 +228,21 @@ def by_places(rows, weights):
 
 
 @given(problems())
-def test_digits_are_those_of_the_definition(problem):
-    """Read off as whole numbers, many blocks at a time, they are the same as one by one."""
+def test_the_sum_is_that_of_the_definition(problem):
+    """Read off as whole numbers, many blocks and two places at a time, digits add up to the same as one by one."""
     rows, weights, _ = problem
     ours, theirs = exact.add({}, rows, weights), by_places(rows, weights)
-    nothing = torch.zeros(rows.shape[1], dtype=torch.float64)
-    for place in {*ours, *theirs}:
-        assert torch.equal(ours.get(place, nothing), theirs.get(place, nothing))
+    for place, digit in ours.items():  # whole numbers of their place, with room left in float64
+        whole = digit * 2.0 ** (-13 * place) * 2.0 ** (-13 * place)
+        assert torch.equal(whole, whole.round()) and whole.abs().le(2.0**53).all()
+    for j in {0, rows.shape[1] // 2, rows.shape[1] - 1}:
+        one, other = (sum(Fraction(float(t[j])) for t in digits.values()) for digits in (ours, theirs))
+        assert one == other
+    assert not theirs or torch.equal(exact.total(ours), exact.total(theirs))
+
+
+@given(problems())
+def test_the_sum_of_opposites_is_the_opposite(problem):
+    rows, weights, _ = problem
+    there, back = (exact.total(exact.add({}, x, weights)) for x in (rows, -rows))
+    assert torch.equal(there, -back)

@@ -289,7 +289,7 @@ for report in training:
         pytest.param("raise SystemExit(3)", None, id="exit", marks=pytest.mark.slow),
     ],
 )
-def test_nothing_is_left_behind(then, signals):
+def test_nothing_is_left_behind(then, signals, request):
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.replace("{then}", then)],
         stdout=subprocess.PIPE,
@@ -297,6 +297,7 @@ def test_nothing_is_left_behind(then, signals):
         text=True,
         process_group=0,
     )
+    request.addfinalizer(program.kill)
     assert program.stdout is not None
     fingerprint, *folders = program.stdout.readline().split()
     pids = program.stdout.readline().split()

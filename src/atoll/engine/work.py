@@ -204,7 +204,7 @@ class Work:
             return
         good = None
         for name, rows in (*contribution.means.items(), *contribution.sums.items()):
-            if rows.numel() and float(rows.max()) <= LARGEST and float(rows.min()) >= -LARGEST:
+            if rows.numel() and float(rows.amax()) <= LARGEST and float(rows.amin()) >= -LARGEST:
                 continue
             flat = rows.reshape(many, -1)
             finite = (flat.amax(1) <= LARGEST) & (flat.amin(1) >= -LARGEST)

@@ -8,7 +8,7 @@ Weights are whole numbers and Σ w ≤ 2²⁸, so Σ_i w_i D_j(x_i) is a whole n
 holds it, and every partial sum on the way, without rounding. Adding is therefore associative and commutative, whichever
 way a matrix product orders it. Only two places round, each a function of its own input alone: a contribution keeps the
 leading `places` digits of each block of coordinates, counted from the block's largest number, and the finished
-digits are added from the largest place down.
+digits are carried into one form that their sum alone decides, and added from the largest place down.
 
 With 2^e above the largest number of a block, what is kept of each of its numbers is off by at most
 
@@ -83,6 +83,7 @@ def _add_blocks(digits: Digits, rows: Tensor, start: int, end: int, weights: Ten
     if high != low:
         top = torch.div(torch.frexp(largest).exponent, WIDTH, rounding_mode="floor").clamp_(min=_LOWEST)
     size = max(1, _TILE // (x.shape[0] * x.shape[2]))
+    weight = int(weights.sum())
     for first in range(high, low - 1, -1):
         live = weights[:, None] * (top == first) if high != low else weights[:, None].expand(largest.shape)
         own = tuple(range(first, max(first - keep, _LOWEST - 1), -1))
@@ -90,7 +91,10 @@ def _add_blocks(digits: Digits, rows: Tensor, start: int, end: int, weights: Ten
         for at in range(0, x.shape[1], size):
             part = slice(at, min(at + size, x.shape[1]))
             place = slice(start + at * x.shape[2], start + part.stop * x.shape[2])
-            _add_tile(digits, place, rows, x[:, part], live[:, part], own, all(alike[part]))
+            # The two lowest digits are read at once where 62 bits hold their weighted sum.
+            bits = min(math.frexp(most)[1] - WIDTH * own[-1], 2 * WIDTH)
+            joint = len(own) > 1 and bits + weight.bit_length() <= 62
+            _add_tile(digits, place, rows, x[:, part], live[:, part], own, joint, all(alike[part]))
 
 
 def _place(x: float) -> int:
@@ -99,7 +103,7 @@ def _place(x: float) -> int:
 
 
 def _add_tile(
-    digits: Digits, at: slice, rows: Tensor, x: Tensor, live: Tensor, own: tuple[int, ...], alike: bool
+    digits: Digits, at: slice, rows: Tensor, x: Tensor, live: Tensor, own: tuple[int, ...], joint: bool, alike: bool
 ) -> None:
     """Add Σ_k live[k, b] · D_j(x[k, b, :]) to the digits of each place j of `own`, falling by one.
 
@@ -107,11 +111,12 @@ def _add_tile(
     (D_{j+1}(x) + D_j(x)) / 2^(26 j) where D_{j+1} was not taken away. Whole numbers wrap around, so a sum that fits
     comes out right whatever it passed on its way.
     """
-    x = x.to(torch.float64, copy=True)
-    y, above = torch.empty_like(x), None
+    x, above = x.to(torch.float64, copy=True), None
     for place in own:
+        if joint and place == own[-2]:
+            continue
         anchor = 1.5 * 2.0 ** (52 + WIDTH * place)
-        torch.add(x, anchor, out=y)
+        y = x.add_(anchor) if place == own[-1] else x + anchor
         taken = place == own[0] and len(own) > 2  # 51 bits and a sign are all that one number has room for
         if taken:
             x -= y - anchor
@@ -120,11 +125,18 @@ def _add_tile(
             read = words.sum(0).sub_(_wrapped(len(words) * _bits(anchor))).mul_(live[0, :, None])
         else:
             read = words.mul_(live[:, :, None]).sum(0).sub_(live.sum(0)[:, None] * _bits(anchor))
-        if place not in digits:
-            digits[place] = rows.new_zeros(rows.shape[1], dtype=torch.float64)
-        digit = read if above is None else torch.sub(read, above, alpha=1 << WIDTH)
-        digits[place][at].add_(digit.flatten().to(torch.float64), alpha=2.0 ** (WIDTH * place))
+        if joint and place == own[-1]:
+            above = (read + (1 << WIDTH - 1)) >> WIDTH
+            _put(digits, place + 1, at, rows, above)
+        _put(digits, place, at, rows, read if above is None else torch.sub(read, above, alpha=1 << WIDTH))
         above = None if taken else read
+
+
+def _put(digits: Digits, place: int, at: slice, rows: Tensor, digit: Tensor) -> None:
+    """Add a digit, whole numbers, to what stands at its place."""
+    if place not in digits:
+        digits[place] = rows.new_zeros(rows.shape[1], dtype=torch.float64)
+    digits[place][at].add_(digit.flatten().to(torch.float64), alpha=2.0 ** (WIDTH * place))
 
 
 def _bits(x: float) -> int:
@@ -148,12 +160,43 @@ def merge(a: Digits, b: Digits) -> Digits:
 
 
 def total(digits: Digits) -> Tensor:
-    """The finished sum, float64 `[d]`: digits added from the largest place down."""
+    """The finished sum, float64 `[d]`: digits added from the largest place down.
+
+    Two digits round once, whatever they are. The same sum may stand as other digits, so of three and more, what a place
+    has too much is carried to the next first; and by its absolute value, so that a sum of opposites is the opposite.
+    """
+    if len(digits) < 3:
+        return _added(digits)
+    sign = _sign(_carried(digits))
+    return _added(_carried({place: digit * sign for place, digit in digits.items()})).mul_(sign)
+
+
+def _added(digits: Digits) -> Tensor:
     first, *rest = (digits[place] for place in sorted(digits, reverse=True))
     out = first.to(torch.float64, copy=True)
     for digit in rest:
         out += digit
     return out
+
+
+def _carried(digits: Digits) -> Digits:
+    """The same sum with every digit but the largest in [−2²⁵, 2²⁵) of its place."""
+    top, out = max(digits), {}
+    carry = torch.zeros_like(digits[top])
+    for place in range(min(digits), top):
+        digit, unit = digits[place] + carry if place in digits else carry, 2.0 ** (WIDTH * (place + 1))
+        carry = torch.floor(digit / unit + 0.5).mul_(unit)
+        out[place] = digit - carry
+    out[top] = digits[top] + carry
+    return out
+
+
+def _sign(carried: Digits) -> Tensor:
+    """The sign of a sum whose digits are carried, 1 or −1: that of the first digit which is not 0."""
+    lead = torch.zeros_like(next(iter(carried.values())))
+    for place in sorted(carried):
+        lead = torch.where(carried[place] == 0, lead, carried[place])
+    return torch.where(lead < 0, -1.0, 1.0).to(lead.dtype)
 
 
 def check_capacity(weight: int, rule: Any) -> None:
