@@ -1,0 +1,196 @@
+"""Seconds a round of atoll, of a bare PyTorch loop and of other frameworks, in turn, in one run.
+
+    python benchmarks/frameworks.py                                      atoll and the bare loop
+    python benchmarks/frameworks.py --fedjax ENV/bin/python --pfl ENV/bin/python --flower ENV/bin/python
+    python benchmarks/frameworks.py --models mlp --rounds 9 --out frameworks.png
+
+Each framework runs by itself, in the Python of its own environment (fedjax 0.0.17 with jax < 0.5; pfl 0.6;
+flwr[simulation] 1.41), on one workload: Fashion-MNIST in the hands of 1,000 clients of 60 images; in a round 100 of
+them make one epoch of SGD, batch 10, lr .05. Whoever is not at work waits. Rounds alternate, two of each warm up;
+the table has medians, how many times longer than atoll, accuracy on held-out images after the last round, seconds to
+an accuracy, by the rounds that it takes, and the memory of all processes (proportional shares) after the last round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+import atoll
+
+HERE = Path(__file__).parent / "peers"
+SCRIPTS = {
+    "atoll": "ours.py",
+    "bare loop": "bare.py",
+    "FedJAX": "fedjax_peer.py",
+    "pfl-research": "pfl_peer.py",
+    "Flower": "flower_peer.py",
+}
+
+
+@dataclass
+class Peer:
+    """A framework at work in a process of its own."""
+
+    name: str
+    python: str
+    folder: str
+    seconds: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    memory: float = 0.0
+
+    def __post_init__(self) -> None:
+        asked, ask = os.pipe()
+        hear, told = os.pipe()
+        script = str(HERE / SCRIPTS[self.name])
+        self.log = open(Path(self.folder) / f"{SCRIPTS[self.name]}.log", "w")  # noqa: SIM115 - as long as the process
+        self.process = subprocess.Popen(
+            [self.python, script, self.folder, str(asked), str(told)],
+            pass_fds=(asked, told),
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        os.close(asked), os.close(told)
+        self.ask, self.hear = os.fdopen(ask, "w"), os.fdopen(hear)
+        self._heard()
+
+    def _heard(self) -> str:
+        line = self.hear.readline().strip()
+        if not line:
+            self.log.flush()
+            tail = Path(self.log.name).read_text()[-2000:]
+            raise SystemExit(f"{self.name} has ended:\n{tail}")
+        return line
+
+    def _say(self, text: str) -> None:
+        self.ask.write(text + "\n")
+        self.ask.flush()
+
+    def round(self, timed: bool) -> None:
+        """One round, and then the accuracy, outside of its time."""
+        began = time.perf_counter()
+        self._say("go")
+        self._heard()
+        if timed:
+            self.seconds.append(time.perf_counter() - began)
+        self._say("judge")
+        self.accuracy.append(float(self._heard()))
+
+    def end(self) -> None:
+        """Take the memory, and let it go."""
+        family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        self.memory = sum(p.memory_full_info().pss for p in family) / 2**20
+        self._say("end")
+        self.process.wait(30)
+        for child in family[1:]:
+            if child.is_running():
+                child.kill()
+
+
+def written(folder: str, model: str, told: argparse.Namespace) -> None:
+    """The workload, for every framework alike."""
+    data = atoll.data.load("fashion_mnist")
+    clients = data.split(told.clients, atoll.data.IID())
+    x, y = (t.numpy() for t in clients.rows.take(torch.arange(len(clients.rows))))
+    held = clients.held()
+    held_x, held_y = (t.numpy() for t in held.take(held.order))
+    images = [np.rint(a.reshape(-1, 28, 28) * 255).astype(np.uint8) for a in (x, held_x)]
+    np.savez(
+        Path(folder) / "data.npz",
+        x=images[0],
+        held_x=images[1],
+        y=y.astype(np.uint8),
+        held_y=held_y.astype(np.uint8),
+        order=clients.order.numpy(),
+        offsets=clients.offsets.numpy(),
+    )
+    work = {"model": model, "cohort": told.cohort, "batch": 10, "lr": 0.05, "rounds": told.rounds + 2}
+    (Path(folder) / "work.json").write_text(json.dumps(work))
+
+
+def compared(model: str, pythons: dict[str, str], told: argparse.Namespace) -> list[Peer]:
+    """All frameworks on one model, their rounds in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        written(folder, model, told)
+        peers: list[Peer] = []
+        try:
+            peers.extend(Peer(name, python, folder) for name, python in pythons.items())
+            for number in range(told.rounds + 2):
+                for peer in peers:
+                    peer.round(timed=number >= 2)
+            for peer in peers:
+                peer.end()
+        finally:
+            for peer in peers:
+                peer.process.kill()
+    return peers
+
+
+def printed(model: str, peers: list[Peer], target: float) -> None:
+    """The table of one model."""
+    ours = statistics.median(peers[0].seconds)
+    for peer in peers:
+        median = statistics.median(peer.seconds)
+        reached = next((i + 1 for i, a in enumerate(peer.accuracy) if a >= target), None)
+        until = f"{reached * median:10.2f}" if reached else f"{'–':>10}"
+        print(
+            f"{model:8} {peer.name:14}{median:10.4f}{median / ours:9.2f}x{peer.accuracy[-1]:10.4f}{until}"
+            f"{peer.memory:10.0f}",
+            flush=True,
+        )
+
+
+def drawn(tables: dict[str, list[Peer]], out: Path) -> None:
+    """Seconds a round, a group of bars a model."""
+    import matplotlib.pyplot as plt
+
+    names = [peer.name for peer in next(iter(tables.values()))]
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for i, name in enumerate(names):
+        places = [j + 0.8 * i / len(names) for j in range(len(tables))]
+        heights = [statistics.median(peers[i].seconds) for peers in tables.values()]
+        axes.bar_label(axes.bar(places, heights, 0.75 / len(names), label=name), fmt="%.2g", fontsize=7)
+    axes.set(yscale="log", ylabel="seconds a round", title="1,000 clients of 60 images, 100 a round, one epoch")
+    axes.set_xticks([j + 0.4 - 0.4 / len(names) for j in range(len(tables))], list(tables))
+    axes.legend(fontsize=8)
+    figure.savefig(out, dpi=150)
+
+
+def main() -> None:
+    """Read the options, print the table."""
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--models", nargs="+", default=["softmax", "mlp", "cnn"])
+    ask.add_argument("--rounds", type=int, default=5, help="timed rounds of each, after two that warm up")
+    ask.add_argument("--clients", type=int, default=1000)
+    ask.add_argument("--cohort", type=int, default=100)
+    ask.add_argument("--target", type=float, default=0.7, help="accuracy")
+    for name in ("fedjax", "pfl", "flower"):
+        ask.add_argument(f"--{name}", metavar="PYTHON", help=f"of an environment that has {name}")
+    ask.add_argument("--out", type=Path, help="where to draw")
+    told = ask.parse_args()
+    given = {"FedJAX": told.fedjax, "pfl-research": told.pfl, "Flower": told.flower}
+    pythons = {"atoll": sys.executable, "bare loop": sys.executable} | {n: p for n, p in given.items() if p}
+    print(f"{'':23}{'s/round':>10}{'of ours':>10}{'accuracy':>10}{f's to {told.target}':>10}{'MB':>10}")
+    tables = {}
+    for model in told.models:
+        tables[model] = compared(model, pythons, told)
+        printed(model, tables[model], told.target)
+    if told.out:
+        drawn(tables, told.out)
+
+
+if __name__ == "__main__":
+    main()

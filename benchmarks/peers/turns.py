@@ -1,0 +1,56 @@
+"""The workload and whose turn it is: what the script of every framework begins with. NumPy is all that it needs.
+
+    python SCRIPT.py FOLDER IN OUT
+
+FOLDER holds the workload, IN and OUT are file descriptors: a script says that it is ready, and is told to make a
+round, to judge its model, or to end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+class Workload:
+    """`x` float32 `[n, 1, 28, 28]` in [0, 1], `y` int64 `[n]`, `held_x`, `held_y`; `parts`, each client's rows; and
+    `model`, `cohort`, `batch`, `lr`, `rounds`."""
+
+    def __init__(self, folder: str) -> None:
+        work = json.loads((Path(folder) / "work.json").read_text())
+        self.model, self.cohort, self.batch, self.lr = (work[n] for n in ("model", "cohort", "batch", "lr"))
+        self.rounds = work["rounds"]
+        arrays = np.load(Path(folder) / "data.npz")
+        self.x, self.held_x = (arrays[n].astype(np.float32)[:, None] / 255 for n in ("x", "held_x"))
+        self.y, self.held_y = arrays["y"].astype(np.int64), arrays["held_y"].astype(np.int64)
+        self.parts = np.split(arrays["order"], arrays["offsets"][1:-1])
+
+
+class Turns(Workload):
+    """One framework's side."""
+
+    def __init__(self) -> None:
+        folder, asked, told = sys.argv[1:4]
+        self._asked, self._told = os.fdopen(int(asked)), os.fdopen(int(told), "w")
+        super().__init__(folder)
+
+    def wait(self, predict: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Say that a round is done, and wait for the next; the process ends where there is none.
+
+        Args:
+            predict: rows to classes, by the model as it is now.
+        """
+        self._say("ready")
+        while (line := self._asked.readline().strip()) == "judge":
+            self._say(str(float((np.asarray(predict(self.held_x)) == self.held_y).mean())))
+        if line != "go":
+            os._exit(0)
+
+    def _say(self, text: str) -> None:
+        self._told.write(text + "\n")
+        self._told.flush()
