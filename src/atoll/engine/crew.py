@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from msgspec import structs
 from torch import Tensor
 
-from atoll.engine.crossing import Block, Blocks, Place
-from atoll.engine.nursery import Nursery
+from atoll.engine.crossing import Place
 from atoll.engine.work import Haul
-from atoll.engine.worker import Broke, Done, Hauled, Ready, Run, Setup, Told, answers, encode, haul_of
+from atoll.engine.worker import Answer, Broke, Done, Hauled, Ready, Run, Told, haul_of
 from atoll.errors import RunError, UsageError
 from atoll.plan.plan import Failure
 from atoll.plan.slots import Aggregator
 
-_AHEAD = 2  # jobs that a worker has in hand, so that it need not wait for the next one
 _DEADLY = 3  # deaths over the same clients that are no accident
-_STILLBORN = 3  # workers that may end one after the other before the first is ready
 
 Rows = Callable[[], dict[str, Tensor]]
 
@@ -62,36 +57,70 @@ class Catch(NamedTuple):
     haul: Haul
 
 
+class Gone(Exception):
+    """A worker has ended, whatever it was at; with what is known of the reason."""
+
+
+class Line(Protocol):
+    """How one speaks with a worker. It answers every `give`, in turn, once it has said that it is ready."""
+
+    def give(self, told: Told | None, run: Run, rows: Mapping[str, Tensor] | None) -> None:
+        """An order, with what its clients keep, and what they may know where the worker does not have it yet."""
+
+    def hear(self) -> tuple[Answer, Mapping[str, Tensor]]:
+        """What it says, and the tensors of a haul, as they are until it is given more. Raises `Gone`."""
+
+    def close(self) -> None:
+        """End it at once, whatever it is at."""
+
+
+class Office(Protocol):
+    """Where workers come from, and where what all of them may read is laid out."""
+
+    def hire(self) -> Line:
+        """A line to a new worker, which is being set up."""
+
+    def wait(self, lines: Sequence[Line], timeout: float | None) -> Sequence[Line]:
+        """Lines on which something can be heard; none once `timeout` seconds have passed, None is for ever."""
+
+    def publish(self, number: int, tensors: Mapping[str, Tensor]) -> tuple[str, list[Place]]:
+        """Lay tensors out where every worker can read them, and say where."""
+
+    def withdraw(self, number: int) -> None:
+        """Nobody reads any more what was published under this number."""
+
+    def close(self) -> None:
+        """Give back whatever it has."""
+
+
 @dataclass(eq=False)
 class _Hand:
     """A worker, as the crew sees it."""
 
-    connection: Connection
+    line: Line
     pid: int | None = None
     sent: deque[Job] = field(default_factory=deque)  # not yet answered
     done: list[Job] = field(default_factory=list)  # computed, and not yet handed over
     known: set[int] = field(default_factory=set)
     forget: list[int] = field(default_factory=list)
-    inputs: list[Block | None] = field(default_factory=lambda: [None, None])
 
 
 class Crew:
     """Workers, the jobs that wait, and what came of those that were done.
 
     Args:
-        setup: what every worker is given first.
+        office: where workers come from.
         workers: how many.
-        nursery: where they come from.
-        blocks: of the program that deals the jobs.
+        stillborn: workers that may end one after the other before the first is ready.
     """
 
-    def __init__(self, setup: Setup, workers: int, nursery: Nursery, blocks: Blocks) -> None:
-        self._setup, self._nursery, self._blocks = setup, nursery, blocks
+    def __init__(self, office: Office, workers: int, stillborn: int = 3) -> None:
+        self._office, self._most_stillborn = office, stillborn
         self.queue: deque[Job] = deque()
         self.deaths = 0
         self._caught: deque[Catch] = deque()
         self._stillborn = 0
-        self._hands = [self._hire() for _ in range(workers)]
+        self._hands = [_Hand(office.hire()) for _ in range(workers)]
 
     @property
     def pids(self) -> list[int]:
@@ -101,7 +130,7 @@ class Crew:
     def close(self) -> None:
         """End all workers."""
         for hand in self._hands:
-            self._dismiss(hand)
+            hand.line.close()
 
     def ready(self) -> None:
         """Wait until every worker has said that it is ready."""
@@ -167,24 +196,9 @@ class Crew:
 
     # the workers
 
-    def _hire(self) -> _Hand:
-        hand = _Hand(self._nursery.worker())
-        self._send(hand, self._setup)
-        return hand
-
-    def _send(self, hand: _Hand, order: Setup | Told | Run) -> None:
-        with contextlib.suppress(OSError):  # it is dead, which is seen where its answers are read
-            hand.connection.send_bytes(encode(order))
-
-    def _dismiss(self, hand: _Hand) -> None:
-        """A worker whose connection is closed ends by itself; one that is stuck is helped."""
-        hand.connection.close()
-        if hand.pid is not None:
-            self._nursery.kill(hand.pid)
-
-    def _replace(self, hand: _Hand) -> None:
+    def _replace(self, hand: _Hand, reason: str = "") -> None:
         """Another worker in its place; what it had not handed over waits again, first of all."""
-        self._dismiss(hand)
+        hand.line.close()
         self.deaths += 1
         lost = [job for job in (*hand.done, *hand.sent) if job.codes and job.wanted]
         at_work = hand.sent[0] if hand.sent else None
@@ -195,21 +209,21 @@ class Crew:
         self.queue.extendleft(reversed(lost))
         if hand.pid is None:
             self._stillborn += 1
-            if self._stillborn >= _STILLBORN:
+            if self._stillborn >= self._most_stillborn:
                 raise RunError(
-                    f"{_STILLBORN} workers ended one after the other before they were ready.",
+                    f"{self._stillborn} workers ended one after the other before they were ready.",
                     "a worker that starts.",
-                    "what they printed above says why.",
+                    reason or "what they printed above says why.",
                     "--engine inprocess",
                 )
-        self._hands[self._hands.index(hand)] = self._hire()
+        self._hands[self._hands.index(hand)] = _Hand(self._office.hire())
 
     def _retried(self, job: Job) -> list[Job]:
         """A job over which a worker died: again as it is, then in halves; a client that goes on killing has failed."""
         if job.deaths < _DEADLY:
             return [job]
         if len(job.codes) == 1:
-            cause = f"{_DEADLY} worker processes died over it"
+            cause = f"{_DEADLY} workers died over it"
             failure = Failure(job.clients[0], job.told.birth, "local", cause)
             self._caught.append(Catch([job], Haul.none()._replace(failures=[failure], errors=[RuntimeError(cause)])))
             return []
@@ -225,41 +239,36 @@ class Crew:
     # the jobs
 
     def _deal(self, ahead: int) -> None:
-        """Give every worker what it has room for, and ask for its haul once nothing is left to give."""
-        while self.queue:
-            hand = min(self._hands, key=lambda hand: len(hand.sent))
+        """Give every worker that is there what it has room for, and ask for its haul once nothing is left to give."""
+        hands = [hand for hand in self._hands if hand.pid is not None]
+        while self.queue and hands:
+            hand = min(hands, key=lambda hand: len(hand.sent))
             if len(hand.sent) >= ahead:
                 return
             self._give(hand, self.queue.popleft())
-        for hand in self._hands:
+        for hand in hands:
             mine = [*hand.done, *hand.sent]
             if mine and not mine[-1].deliver and mine[-1].wanted:
                 self._give(hand, Job(mine[-1].group, mine[-1].told, [], [], [], None, True))
 
     def _give(self, hand: _Hand, job: Job) -> None:
-        told = job.told
-        if told.number not in hand.known:
-            hand.known.add(told.number)
-            forget, hand.forget = [n for n in hand.forget if n != told.number], []
-            self._send(hand, structs.replace(told, forget=forget))
-        rows = None if job.rows is None else self._put(hand, job.rows())
+        told: Told | None = None
+        if job.told.number not in hand.known:
+            hand.known.add(job.told.number)
+            forget, hand.forget = [n for n in hand.forget if n != job.told.number], []
+            told = structs.replace(job.told, forget=forget)
+        rows = None if job.rows is None else job.rows()
         hand.sent.append(job)
-        self._send(hand, Run(job.group, told.number, job.codes, job.down, rows, job.deliver))
-
-    def _put(self, hand: _Hand, rows: dict[str, Tensor]) -> tuple[str, list[Place]]:
-        """Rows where the worker can read them: two blocks in turn, one for each job that it has in hand."""
-        block, hand.inputs[0] = self._blocks.fitting(hand.inputs[0], rows), hand.inputs[1]
-        hand.inputs[1] = block
-        return block.path, block.write(rows)
+        hand.line.give(told, Run(job.group, job.told.number, job.codes, job.down, None, job.deliver), rows)
 
     def _listen(self, rule: Aggregator | None, timeout: float | None) -> bool:
         """Take in what workers say; False where nobody said anything in time."""
-        heard = wait([hand.connection for hand in self._hands], timeout)
-        for hand in [hand for hand in self._hands if hand.connection in heard]:
+        heard = self._office.wait([hand.line for hand in self._hands], timeout)
+        for hand in [hand for hand in self._hands if hand.line in heard]:
             try:
-                answer = answers.decode(hand.connection.recv_bytes())
-            except (EOFError, OSError):
-                self._replace(hand)
+                answer, tensors = hand.line.hear()
+            except Gone as gone:
+                self._replace(hand, str(gone))
                 continue
             match answer:
                 case Ready(pid):
@@ -267,16 +276,15 @@ class Crew:
                 case Done():
                     hand.done.append(hand.sent.popleft())
                 case Hauled() if rule is not None:
-                    self._take(hand, answer, rule)
+                    self._take(hand, answer, tensors, rule)
                 case Broke():
                     self._broken(hand, answer)
         return bool(heard)
 
-    def _take(self, hand: _Hand, answer: Hauled, rule: Aggregator) -> None:
+    def _take(self, hand: _Hand, answer: Hauled, tensors: Mapping[str, Tensor], rule: Aggregator) -> None:
         jobs, hand.done = [*hand.done, hand.sent.popleft()], []
         if any(job.wanted and job.codes for job in jobs):
-            block = Block(answer.block)
-            self._caught.append(Catch(jobs, haul_of(block.read(answer.places), answer.failures, answer.errors, rule)))
+            self._caught.append(Catch(jobs, haul_of(tensors, answer.failures, answer.errors, rule)))
 
     def _broken(self, hand: _Hand, answer: Broke) -> None:
         """A worker cannot go on: what it says is raised here, and another one stands by."""

@@ -138,14 +138,14 @@ class Packed(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def pack(value: Any, what: str, write: str, spill: Callable[[], Path]) -> Packed:
+def pack(value: Any, what: str, write: str, spill: Callable[[], Path] | None) -> Packed:
     """A value as it crosses.
 
     Args:
         value: the value.
         what: it is, for the error.
         write: what the error says to write instead, where no better line is known.
-        spill: where a mapped array without a file of its own is written to.
+        spill: where a mapped array without a file of its own is written to; None: it crosses as if it were not mapped.
     Raises:
         UsageError: it holds something that cannot cross, and where.
     """
@@ -200,7 +200,7 @@ def named(name: str) -> Any:
 
 
 class _Packer:
-    def __init__(self, write: str, spill: Callable[[], Path]) -> None:
+    def __init__(self, write: str, spill: Callable[[], Path] | None) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._write, self._spill = write, spill
         self._seen: dict[int, tuple[int, Any]] = {}  # with the thing itself: an id belongs to whoever is alive
@@ -242,14 +242,17 @@ class _Packer:
             case np.memmap():
                 return self._mapped(value)
             case np.ndarray() if value.dtype.isnative and value.dtype.kind in "biuf":
-                name = str(len(self.tensors))
-                self.tensors[name] = torch.from_numpy(np.require(value, requirements=["C", "W"]))
-                return ["array", name]
+                return self._array(value)
             case type():
                 return ["code", name_of(value, at)]
             case _ if callable(value) and hasattr(value, "__qualname__"):
                 return ["code", name_of(value, at)]
         return ["object", name_of(type(value), at), self.pack(self._state(value, at), at)]
+
+    def _array(self, array: np.ndarray[Any, Any]) -> Any:
+        name = str(len(self.tensors))
+        self.tensors[name] = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        return ["array", name]
 
     def _mapped(self, array: np.memmap[Any, Any]) -> Any:
         """A mapped array by its file; one whose file has no name any more is written to another."""
@@ -260,6 +263,8 @@ class _Packer:
         inside = array.__array_interface__["data"][0] - base.__array_interface__["data"][0]
         path, offset = base.filename, int(base.offset) + inside
         if path is None or not whole or not Path(path).is_file():
+            if self._spill is None:
+                return self._array(array)
             path, offset = str(self._spill()), 0
             with open(path, "wb") as file:
                 for piece in np.array_split(array, max(1, array.nbytes >> 24)):

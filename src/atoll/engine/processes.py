@@ -1,55 +1,31 @@
-"""Clients in worker processes on this machine: synchronous rounds shared out in chunks, other paces by real arrivals.
+"""Clients in worker processes on this machine.
 
 Workers are given bytes, arrays and names of code, never pickled objects. θ lies in memory that all of them map, written
-once a round; partial sums come back the same way, one a worker and round, not one a client. How many workers there are,
-who computes what and who dies over it changes no bit of a synchronous round.
+once a round; partial sums come back the same way.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from types import TracebackType
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, wait
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from atoll.data.clients import Clients
-from atoll.engine.arrivals import Flown, Sending, fly
-from atoll.engine.crew import Catch, Crew, Job, cores
-from atoll.engine.crossing import Block, Blocks, pack, room
+from atoll.engine.crew import Gone, Line, cores
+from atoll.engine.crossing import Block, Blocks, Place, room
+from atoll.engine.dealer import Dealer, packed
 from atoll.engine.inprocess import check_chunk
-from atoll.engine.memory import Pending
 from atoll.engine.nursery import Nursery
-from atoll.engine.work import Haul, births, chunks, gathered, own_task
-from atoll.engine.worker import Setup, Told, plan_of, spoken, written
+from atoll.engine.worker import Answer, Hauled, Ready, Run, Setup, Told, answers, encode
 from atoll.errors import UsageError
-from atoll.layout import Layout
-from atoll.plan.flight import Flight, Traffic
-from atoll.plan.pace import Sync
-from atoll.plan.plan import Gathered, Plan, State
-from atoll.plan.slots import Broadcast, Cohort, Population
-from atoll.rng import Key
 from atoll.task import Task
 
-_PLAIN = Sync()
-_AHEAD = 2  # chunks that a worker has in hand in a synchronous round; of flights it has one
-_DEALS = 4  # chunks a worker and round, at least: the last ones even out who was slow
-_PATIENCE_S = 2.0  # about what another worker costs: for so long a straggler's may finish what nobody waits for
 
-
-class _Aloft(NamedTuple):
-    """A flight that a worker is at, or will be, and what it started from."""
-
-    flight: Flight
-    job: Job
-    theta: Tensor
-    plan: str
-
-
-class Processes:
+class Processes(Dealer):
     """An engine that runs clients in worker processes on this machine.
 
     A worker that dies is replaced, and what it had not handed over is computed again. Close the engine, or use it in a
@@ -87,298 +63,112 @@ class Processes:
         nursery: Nursery | None = None,
     ) -> None:
         check_chunk(chunk)
-        self.task, self.data, self.chunk = task, data, chunk
-        self.workers = cores() if workers is None else workers
-        self.threads = max(1, torch.get_num_threads() // max(1, self.workers)) if threads is None else threads
-        if self.workers < 1 or self.threads < 1:
-            raise UsageError(
-                f"workers = {self.workers}, threads = {self.threads}.", "at least one of each.", write="--workers 2"
-            )
-        self._own = nursery is None
+        workers = cores() if workers is None else workers
+        threads = max(1, torch.get_num_threads() // max(1, workers)) if threads is None else threads
+        if workers < 1 or threads < 1:
+            raise UsageError(f"workers = {workers}, threads = {threads}.", "at least one of each.", write="--workers 2")
         self._nursery = nursery or Nursery()
         self._nursery.start()  # it imports while the data is packed
         if task.numerics == "lanes":
             self._nursery.warm()
-        self._numbers: Iterator[int] = iter(range(1, 1 << 62))
-        self._blocks = Blocks(self._nursery.folders, f"engine-{id(self):x}")
-        self._tolds: dict[int, tuple[Told, Block]] = {}
-        self._free: list[Block] = []
-        self._aloft: dict[int, _Aloft] = {}
-        self._plan: tuple[Plan, str, dict[str, str]] | None = None  # the last one, and how it crosses
-        self.closed = False
+        pipes = _Pipes(self._nursery, nursery is None)
         try:
-            self._crew = Crew(self._setup(model, seed), self.workers, self._nursery, self._blocks)
+            pipes.prepare(task, data, model, seed, threads)
+            super().__init__(task, data, chunk, workers, threads, pipes)
         except BaseException:
-            self._give_back()
+            pipes.close()
             raise
-        self._fresh = True
 
-    @property
-    def population(self) -> Population:
-        """All clients, and the rows each holds."""
-        return Population(self.data.count, self.data.sizes)
+    def _ready(self) -> None:
+        if self._nursery.closed:
+            self.close()
+        super()._ready()
 
-    @property
-    def layout(self) -> Layout:
-        """How the model lies in its vector."""
-        return self.task.layout
 
-    @property
-    def pids(self) -> list[int]:
-        """The process ids of the workers."""
-        self._ready()
-        return self._crew.pids
+class _Pipes:
+    """Workers forked from a nursery, and blocks of memory that all of them map.
 
-    @property
-    def deaths(self) -> int:
-        """Workers that have been replaced."""
-        return self._crew.deaths
+    Args:
+        nursery: where they are forked.
+        own: whether it ends with them.
+    """
 
-    def __enter__(self) -> Processes:
-        return self
+    def __init__(self, nursery: Nursery, own: bool) -> None:
+        self._nursery, self._own = nursery, own
+        self._blocks = Blocks(nursery.folders, f"engine-{id(self):x}")
+        self._published: dict[int, Block] = {}
+        self._free: list[Block] = []
+        self._setup: Setup | None = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def prepare(self, task: Task, data: Clients, model: str | None, seed: int, threads: int) -> None:
+        """Pack what every worker is given first."""
+        setup, tensors = packed(task, data, model, seed, threads, self._blocks.path)
+        block = self._blocks.block(room(tensors))
+        self._setup = structs.replace(setup, block=block.path, places=block.write(tensors))
+
+    def hire(self) -> _Pipe:
+        pipe = _Pipe(self._nursery, self._blocks)
+        if self._setup is not None:
+            pipe.send(self._setup)
+        return pipe
+
+    def wait(self, lines: Sequence[Line], timeout: float | None) -> Sequence[Line]:
+        pipes = {line.connection: line for line in lines if isinstance(line, _Pipe)}
+        return [pipes[c] for c in wait(list(pipes), timeout) if isinstance(c, Connection)]
+
+    def publish(self, number: int, tensors: Mapping[str, Tensor]) -> tuple[str, list[Place]]:
+        fitting = [block for block in self._free if block.size >= room(tensors)]
+        block = fitting[0] if fitting else self._blocks.block(room(tensors))
+        self._free = [other for other in self._free if other is not block]
+        self._published[number] = block
+        return block.path, block.write(tensors)
+
+    def withdraw(self, number: int) -> None:
+        self._free.append(self._published.pop(number))
 
     def close(self) -> None:
-        """End the workers and give back their memory. Nothing is left behind; closing twice is closing."""
-        if not self.closed:
-            self.closed = True
-            self._crew.close()
-            self._give_back()
-
-    def _give_back(self) -> None:
         if self._own:
             self._nursery.close()
         else:
             self._blocks.remove()
 
-    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
-        """Run the cohort: one partial sum for each birth, and the record of who gave it.
 
-        Raises:
-            UsageError: the plan has a part that another process cannot import, or that needs a virtual clock.
-            RunError: the same error struck every client, more failed than the plan allows, or a worker cannot go on.
-        """
-        self._ready()
-        plan = plan.at(self)
-        if self._plan is None or self._plan[0] is not plan:
-            self._plan = plan, *_checked(plan)
-        _, text, own = self._plan
-        reading = self._crew.told()
-        for number in [number for number in self._tolds if number not in reading]:
-            self._free.append(self._tolds.pop(number)[1])
-            self._crew.forget([number])
-        now = state.broadcast
+class _Pipe:
+    """A connection to a worker process, and the blocks in which it is given rows."""
 
-        def tell(birth: int) -> Told:
-            if birth == state.round:
-                return self._tell(now, key, text, own)
-            return self._tell(state.versions[birth], state.key(birth), text, own)
+    def __init__(self, nursery: Nursery, blocks: Blocks) -> None:
+        self.connection = nursery.worker()
+        self._nursery, self._blocks = nursery, blocks
+        self._rows: list[Block | None] = [None, None]
+        self._pid: int | None = None
 
+    def send(self, order: Setup | Told | Run) -> None:
+        with contextlib.suppress(OSError):  # it is dead, which is seen where its answers are read
+            self.connection.send_bytes(encode(order))
+
+    def give(self, told: Told | None, run: Run, rows: Mapping[str, Tensor] | None) -> None:
+        if told is not None:
+            self.send(told)
+        if rows is not None:
+            # Two blocks in turn, one for each order that the worker has in hand.
+            block = self._blocks.fitting(self._rows[0], rows)
+            self._rows = [self._rows[1], block]
+            run = structs.replace(run, rows=(block.path, block.write(rows)))
+        self.send(run)
+
+    def hear(self) -> tuple[Answer, Mapping[str, Tensor]]:
         try:
-            if plan.pace == _PLAIN:
-                flown, haul = self._together(plan, state, cohort, tell(state.round))
-            else:
-                flown, haul = _Arrivals(self, plan, text, state, cohort, now, tell).fly()
-        except BaseException:
-            self._crew.drop(lambda job: True)
-            self._aloft.clear()
-            raise
-        return gathered(plan, state, flown, haul)
+            answer = answers.decode(self.connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise Gone from error
+        if isinstance(answer, Ready):
+            self._pid = answer.pid
+        if isinstance(answer, Hauled):
+            return answer, Block(answer.block).read(answer.places)
+        return answer, {}
 
-    def _together(self, plan: Plan, state: State, cohort: Cohort, told: Told) -> tuple[Flown, Haul]:
-        """A round that waits for everybody: chunks dealt to whoever is free, one haul a worker."""
-        self._crew.drop(lambda job: True)
-        self._aloft.clear()
-        flown = fly(plan, state, self.population, cohort, None, 0)
-        task, kept, group = own_task(plan, self.task), Pending(state.memory), next(self._numbers)
-        most = -(-len(flown.arrived) // (_DEALS * self.workers)) or 1
-        for _, codes, down in births(flown.arrived, self.data.count):
-            for chunk in chunks(plan, task, self.data, codes, down, self.chunk):
-                for some, sent in zip(*(column.split(most) for column in chunk), strict=True):
-                    job = self.job(group, told, some, sent, kept, deliver=bool(state.memory.first))
-                    self._crew.queue.append(job)
-        haul = Haul.none()
-        while self._crew.busy(group):
-            catch = self._crew.next(plan.aggregator, _AHEAD)
-            if catch is not None:
-                haul.add(plan.aggregator, catch.haul)
-        return flown, haul
-
-    def job(self, group: int, told: Told, codes: Tensor, down: Tensor, kept: Pending, *, deliver: bool) -> Job:
-        """The job to compute these clients."""
-        ids = codes % self.data.count
-        rows = (lambda: kept.take(ids)) if kept.first else None
-        return Job(group, told, codes.tolist(), ids.tolist(), down.tolist(), rows, deliver)
-
-    def _ready(self) -> None:
-        if self.closed or self._nursery.closed:
-            raise UsageError(
-                "The engine was closed.", "an engine that is open.", write="Processes(task, data, workers=2)"
-            )
-        if self._fresh:
-            self._crew.ready()
-            self._fresh = False
-
-    def _setup(self, model: str | None, seed: int) -> Setup:
-        """The task and the data, packed into a block; metrics without what finishes them, which is done here."""
-        metrics = tuple(replace(metric, finish=float) for metric in self.task.metrics)
-        task: Any = replace(self.task, metrics=metrics)
-        if model is not None:
-            task = replace(task, module=None)
-        told = pack(task, "The task", 'atoll.train("my_module:make", data, plan)', self._blocks.path)
-        data = pack(self.data, "The data", "atoll.data.arrays(x, y)", self._blocks.path)
-        tensors = {f"task/{n}": t for n, t in told.tensors.items()} | {f"data/{n}": t for n, t in data.tensors.items()}
-        block = self._blocks.block(room(tensors))
-        named = None if model is None else (model, str(seed))
-        return Setup(block.path, block.write(tensors), told.tree, data.tree, named, self.threads)
-
-    def _tell(self, broadcast: Broadcast, key: Key, text: str, own: dict[str, str]) -> Told:
-        """What the clients of a birth may know, written once for all of them."""
-        tensors = spoken(broadcast)
-        fitting = [block for block in self._free if block.size >= room(tensors)]
-        block = fitting[0] if fitting else self._blocks.block(room(tensors))
-        self._free = [other for other in self._free if other is not block]
-        number = next(self._numbers)
-        places, path = block.write(tensors), list(key.path)
-        told = Told(number, broadcast.round, text, own, str(key.seed), path, block.path, places, [])
-        self._tolds[number] = told, block
-        return told
-
-
-class _Arrivals:
-    """An open round of a pace that does not wait for everybody: a flight arrives when a worker has computed it."""
-
-    def __init__(
-        self, engine: Processes, plan: Plan, text: str, state: State, cohort: Cohort, now: Broadcast, tell: Any
-    ) -> None:
-        self.engine, self.plan, self.text, self.state, self.now = engine, plan, text, state, now
-        self._sending = Sending(state, engine.data.count)
-        self._traffic = Traffic(plan, state, engine.population, cohort)
-        self._kept = Pending(state.memory)
-        self._tolds: dict[int, Told] = {}
-        self._tell, self._haul = tell, Haul.none()
-        self._started = self._sent = 0
-
-    def fly(self) -> tuple[Flown, Haul]:
-        """Start who is missing, take arrivals as they come, until the pace closes the round."""
-        began, traffic, pace = time.perf_counter(), self._traffic, self.plan.pace
-        deadline = getattr(pace, "deadline_s", None)
-        self._adopt()
-        self._start()
-        waits = True
-        while waits and traffic.flying:
-            spent = time.perf_counter() - began
-            left = deadline - spent if deadline is not None and spent < deadline else None
-            catch = self._next(left)
-            if catch is not None:
-                self._arrive(catch)
-            waits = traffic.goes_on(time.perf_counter() - began)
-            if pace.refills and waits:
-                self._start()
-        late = traffic.late()
-        for flight in late:
-            self._forget(flight.number)
-        flown = Flown(
-            traffic.arrivals,
-            [],
-            len(late),
-            self._started,
-            self._sent,
-            traffic.after(self._sending.known, None),
-            None,
-            (),
-        )
-        return flown, self._haul
-
-    def _adopt(self) -> None:
-        """Flights that are in the air already: those that workers are at, and those of a state from elsewhere anew."""
-        flights = {f.number: f for f in self.state.air.flights}
-        for number in [n for n in self.engine._aloft if n not in flights]:
-            self._forget(number)
-        for number, flight in flights.items():
-            known = self.engine._aloft.get(number)
-            theta = self.state.versions[flight.birth].model.theta
-            if known is None or known.flight != flight or known.theta is not theta or known.plan != self.text:
-                self._forget(number)
-                self._post(flight, theta)
-
-    def _start(self) -> None:
-        begun = self._traffic.fill()
-        for flight, down in zip(begun, self._sending.to([f.client for f in begun]), strict=True):
-            self._traffic.sent(flight, down)
-            self._post(flight._replace(down=down), self.now.model.theta)
-            self._sent += down
-        self._started += len(begun)
-
-    def _post(self, flight: Flight, theta: Tensor) -> None:
-        engine, birth = self.engine, flight.birth
-        if birth not in self._tolds:
-            self._tolds[birth] = self._tell(birth)
-        code = flight.client + engine.data.count * flight.again
-        codes, down = torch.tensor([code]), torch.tensor([flight.down])
-        job = engine.job(next(engine._numbers), self._tolds[birth], codes, down, self._kept, deliver=True)
-        engine._aloft[flight.number] = _Aloft(flight, job, theta, self.text)
-        engine._crew.queue.append(job)
-
-    def _forget(self, number: int) -> None:
-        known = self.engine._aloft.pop(number, None)
-        if known is not None:
-            self.engine._crew.drop(lambda job: job is known.job)
-
-    def _next(self, left: float | None) -> Catch | None:
-        """The next arrival. Workers that stay at what nobody waits for are given up, or no one would be left."""
-        crew, deadline = self.engine._crew, getattr(self.plan.pace, "deadline_s", None)
-        if deadline is None:
-            return crew.next(self.plan.aggregator, 1, left)
-        crew.replace_stuck(deadline + _PATIENCE_S)
-        return crew.next(self.plan.aggregator, 1, _PATIENCE_S if left is None else min(left, _PATIENCE_S))
-
-    def _arrive(self, catch: Catch) -> None:
-        (job,) = catch.jobs
-        number = next((n for n, known in self.engine._aloft.items() if known.job is job), None)
-        if number is None:
-            return
-        flight, haul = self.engine._aloft.pop(number).flight, catch.haul
-        self._traffic.arrive(number)
-        for ids, rows in haul.memory:
-            self._kept.put(ids, rows)
-        if self.plan.pace.flies_on:
-            late = torch.tensor([self.state.round - flight.birth])
-            facts: list[Mapping[str, Tensor]] = [{**f, "staleness": late} for f in haul.facts]
-            haul = haul._replace(facts=facts)
-        self._haul.add(self.plan.aggregator, haul)
-
-
-def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
-    """The plan as it crosses.
-
-    Raises:
-        UsageError: it needs what worker processes do not have.
-    """
-    if getattr(plan.pace, "partial", False):
-        raise UsageError(
-            f"{plan.pace!r} with worker processes.",
-            "a pace that hears those who have finished.",
-            "a real computation cannot be cut short at a deadline and still be repeated.",
-            repr(replace(plan.pace, partial=False)),  # type: ignore[type-var]
-        )
-    if not hasattr(plan.aggregator.zero(), "tensors"):
-        raise UsageError(
-            f"{plan.aggregator!r} with worker processes.",
-            "an aggregator whose partial sum has `tensors()` and `of(tensors)`.",
-            "a partial sum comes back as plain tensors.",
-            "--engine inprocess",
-        )
-    text, own = written(plan)
-    if plan_of(text, tuple(own.items())) != plan:
-        raise UsageError(
-            f"The plan prints as {text}, which builds another one.",
-            "parts that print as what builds them.",
-            "a worker reads the plan from its text.",
-            "--engine inprocess",
-        )
-    return text, own
+    def close(self) -> None:
+        """A worker whose connection is closed ends by itself; one that is stuck is helped."""
+        self.connection.close()
+        if self._pid is not None:
+            self._nursery.kill(self._pid)

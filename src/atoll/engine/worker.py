@@ -1,7 +1,7 @@
-"""A worker: a process that computes chunks of clients, and the messages between it and whoever deals them out.
+"""A worker: who computes chunks of clients, and the messages between it and whoever deals them out.
 
-Messages are short; numbers lie in blocks of memory that both sides map. A worker adds up what it computes, and hands
-it over as one haul when it is asked to.
+Messages are short; numbers go beside them: in blocks of memory that both sides map, where both are on one machine. A
+worker adds up what it computes, and hands it over as one haul when it is asked to.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from atoll.task import Model, Task
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
-    """Once, at the start: the task and the data, in a block; a model that has a name goes by it."""
+    """Once, at the start: the task and the data, with a block's name and places; a model that has a name goes by it."""
 
     block: str
     places: list[Place]
@@ -195,54 +195,43 @@ class _Group:
 
 
 class Worker:
-    """What a worker has and is at.
+    """What a worker has and is at, however it is spoken to.
 
     Args:
         setup: the task and the data.
-        blocks: where its hauls go.
+        tensors: those that stand in them, by `task/…` and `data/…`.
     """
 
-    def __init__(self, setup: Setup, blocks: Blocks) -> None:
+    def __init__(self, setup: Setup, tensors: Mapping[str, Tensor]) -> None:
         torch.set_num_threads(setup.threads)
-        tensors = Block(setup.block).read(setup.places)
         data: Clients = unpack(setup.data, part_of(tensors, "data"))
         task: Task = unpack(setup.task, part_of(tensors, "task"))
         if setup.model is not None:
             task = _rebuilt(task, data, *setup.model)
         self._engine = InProcess(task, data)
-        self._blocks = blocks
-        self._out: list[Block | None] = [None, None]
         self._tasks: dict[str, Task] = {}
         self._told: dict[int, tuple[Told, Broadcast]] = {}
         self._group: _Group | None = None
-        self._open: dict[str, Block] = {}
 
-    def tell(self, told: Told) -> None:
+    def tell(self, told: Told, tensors: Mapping[str, Tensor]) -> None:
         """Keep what the clients of a birth may know."""
         for number in told.forget:
             self._told.pop(number, None)
-        self._told[told.number] = told, heard(told.birth, self._block(told.block).read(told.places))
+        self._told[told.number] = told, heard(told.birth, tensors)
 
-    def run(self, run: Run) -> Answer:
-        """Compute some clients, and hand over a haul where one is wanted."""
+    def run(self, run: Run, rows: Mapping[str, Tensor] | None) -> Haul | None:
+        """Compute some clients, with what they keep; a haul where one is wanted."""
         if run.codes:
             work = self._work(run)
             codes = torch.tensor(run.codes)
-            if run.rows is not None:
-                block, places = run.rows
-                work.kept.put(codes % self._engine.data.count, self._block(block).read(places))
+            if rows is not None:
+                work.kept.put(codes % self._engine.data.count, rows)
             work.run(self._told[run.told][0].birth, codes, torch.tensor(run.down))
             work.landed()
         if not run.deliver:
-            return Done()
+            return None
         group, self._group = self._group, None
-        haul = Haul.none() if group is None or group.number != run.group else group.work.haul
-        tensors = flat(haul)
-        # Two blocks in turn: one may still be read while the next haul is made.
-        out = self._blocks.fitting(self._out[0], tensors)
-        self._out = [self._out[1], out]
-        errors = ["".join(traceback.format_exception(error)) for error in haul.errors[:1]]
-        return Hauled(out.path, out.write(tensors), haul.failures, errors)
+        return Haul.none() if group is None or group.number != run.group else group.work.haul
 
     def _work(self, run: Run) -> Work:
         if self._group is None or self._group.number != run.group:
@@ -256,12 +245,6 @@ class Worker:
             self._group = _Group(run.group, work)
         return self._group.work
 
-    def _block(self, path: str) -> Block:
-        if path not in self._open:
-            self._open = {p: b for p, b in self._open.items() if os.path.exists(p)}
-            self._open[path] = Block(path)
-        return self._open[path]
-
 
 def _rebuilt(task: Task, data: Clients, name: str, seed: str) -> Task:
     """The task with its model made again, from its name."""
@@ -274,6 +257,45 @@ def _rebuilt(task: Task, data: Clients, name: str, seed: str) -> Task:
             "θ is read by name and shape.",
         )
     return Task(fresh.module, task.layout, task.start, task.loss, task.metrics, task.numerics, task.noisy)
+
+
+def hauled(haul: Haul, block: str, places: list[Place]) -> Hauled:
+    """The message that says where a haul lies."""
+    return Hauled(block, places, haul.failures, ["".join(traceback.format_exception(e)) for e in haul.errors[:1]])
+
+
+class _Seat:
+    """A worker whose numbers come and go in blocks.
+
+    Args:
+        setup: the task and the data.
+        blocks: where its hauls go.
+    """
+
+    def __init__(self, setup: Setup, blocks: Blocks) -> None:
+        self._worker = Worker(setup, Block(setup.block).read(setup.places))
+        self._blocks = blocks
+        self._out: list[Block | None] = [None, None]
+        self._open: dict[str, Block] = {}
+
+    def tell(self, told: Told) -> None:
+        self._worker.tell(told, self._block(told.block).read(told.places))
+
+    def run(self, run: Run) -> Answer:
+        haul = self._worker.run(run, None if run.rows is None else self._block(run.rows[0]).read(run.rows[1]))
+        if haul is None:
+            return Done()
+        tensors = flat(haul)
+        # Two blocks in turn: one may still be read while the next haul is made.
+        out = self._blocks.fitting(self._out[0], tensors)
+        self._out = [self._out[1], out]
+        return hauled(haul, out.path, out.write(tensors))
+
+    def _block(self, path: str) -> Block:
+        if path not in self._open:
+            self._open = {p: b for p, b in self._open.items() if os.path.exists(p)}
+            self._open[path] = Block(path)
+        return self._open[path]
 
 
 def warm() -> None:
@@ -296,13 +318,13 @@ def main(connection: Connection, *folders: str) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     blocks = Blocks(folders, f"worker-{os.getpid()}")
-    worker: Worker | None = None
+    worker: _Seat | None = None
     try:
         while True:
             order = orders.decode(todo.get())
             match order:
                 case Setup():
-                    worker = Worker(order, blocks)
+                    worker = _Seat(order, blocks)
                     answer: Answer | None = Ready(os.getpid())
                 case Told() if worker:
                     answer = None

@@ -1,0 +1,357 @@
+"""Clients dealt to workers, wherever they are: synchronous rounds shared out in chunks, other paces by real arrivals.
+
+How many workers there are, who computes what and who dies over it changes no bit of a synchronous round. Partial sums
+come back one a worker and round, not one a client.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from atoll.data.clients import Clients
+from atoll.engine.arrivals import Flown, Sending, fly
+from atoll.engine.crew import Catch, Crew, Job, Office
+from atoll.engine.crossing import pack
+from atoll.engine.inprocess import check_chunk
+from atoll.engine.memory import Pending
+from atoll.engine.work import Haul, births, chunks, gathered, own_task
+from atoll.engine.worker import Setup, Told, plan_of, spoken, written
+from atoll.errors import UsageError
+from atoll.layout import Layout
+from atoll.plan.flight import Flight, Traffic
+from atoll.plan.pace import Sync
+from atoll.plan.plan import Gathered, Plan, State
+from atoll.plan.slots import Broadcast, Cohort, Population
+from atoll.rng import Key
+from atoll.task import Task
+
+_PLAIN = Sync()
+_AHEAD = 2  # chunks that a worker has in hand in a synchronous round; of flights it has one
+_DEALS = 4  # chunks a worker and round, at least: the last ones even out who was slow
+_PATIENCE_S = 2.0  # about what another worker costs: for so long a straggler's may finish what nobody waits for
+
+
+class _Aloft(NamedTuple):
+    """A flight that a worker is at, or will be, and what it started from."""
+
+    flight: Flight
+    job: Job
+    theta: Tensor
+    plan: str
+
+
+class Dealer:
+    """An engine that deals clients to workers; `Processes` and `Ray` say where those are.
+
+    A worker that dies is replaced, and what it had not handed over is computed again. Close the engine, or use it in a
+    `with` statement; left open, it ends with the program, however that ends.
+
+    Args:
+        task: the model, loss and metrics; its `numerics` say which body computes.
+        data: the clients.
+        chunk: clients computed together; None chooses by the model's size. It changes no bit.
+        workers: how many, at least one.
+        threads: of each worker.
+        office: where workers come from; it is closed with the engine.
+        stillborn: workers that may end one after the other before the first is ready.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        data: Clients,
+        chunk: int | None,
+        workers: int,
+        threads: int,
+        office: Office,
+        stillborn: int = 3,
+    ) -> None:
+        check_chunk(chunk)
+        self.task, self.data, self.chunk = task, data, chunk
+        self.workers, self.threads = workers, threads
+        self._office = office
+        self._numbers: Iterator[int] = iter(range(1, 1 << 62))
+        self._tolds: set[int] = set()
+        self._aloft: dict[int, _Aloft] = {}
+        self._plan: tuple[Plan, str, dict[str, str]] | None = None  # the last one, and how it crosses
+        self.closed = False
+        self._crew = Crew(office, workers, stillborn)
+        self._fresh = True
+
+    @property
+    def population(self) -> Population:
+        """All clients, and the rows each holds."""
+        return Population(self.data.count, self.data.sizes)
+
+    @property
+    def layout(self) -> Layout:
+        """How the model lies in its vector."""
+        return self.task.layout
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the workers."""
+        self._ready()
+        return self._crew.pids
+
+    @property
+    def deaths(self) -> int:
+        """Workers that have been replaced."""
+        return self._crew.deaths
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers and give back their memory. Nothing is left behind; closing twice is closing."""
+        if not self.closed:
+            self.closed = True
+            self._crew.close()
+            self._office.close()
+
+    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
+        """Run the cohort: one partial sum for each birth, and the record of who gave it.
+
+        Raises:
+            UsageError: the plan has a part that another process cannot import, or that needs a virtual clock.
+            RunError: the same error struck every client, more failed than the plan allows, or a worker cannot go on.
+        """
+        self._ready()
+        plan = plan.at(self)
+        if self._plan is None or self._plan[0] is not plan:
+            self._plan = plan, *_checked(plan)
+        _, text, own = self._plan
+        reading = self._crew.told()
+        for number in self._tolds - reading:
+            self._office.withdraw(number)
+            self._crew.forget([number])
+        self._tolds &= reading
+        now = state.broadcast
+
+        def tell(birth: int) -> Told:
+            if birth == state.round:
+                return self._tell(now, key, text, own)
+            return self._tell(state.versions[birth], state.key(birth), text, own)
+
+        try:
+            if plan.pace == _PLAIN:
+                flown, haul = self._together(plan, state, cohort, tell(state.round))
+            else:
+                flown, haul = _Arrivals(self, plan, text, state, cohort, now, tell).fly()
+        except BaseException:
+            self._crew.drop(lambda job: True)
+            self._aloft.clear()
+            raise
+        return gathered(plan, state, flown, haul)
+
+    def _together(self, plan: Plan, state: State, cohort: Cohort, told: Told) -> tuple[Flown, Haul]:
+        """A round that waits for everybody: chunks dealt to whoever is free, one haul a worker."""
+        self._crew.drop(lambda job: True)
+        self._aloft.clear()
+        flown = fly(plan, state, self.population, cohort, None, 0)
+        task, kept, group = own_task(plan, self.task), Pending(state.memory), next(self._numbers)
+        most = -(-len(flown.arrived) // (_DEALS * self.workers)) or 1
+        for _, codes, down in births(flown.arrived, self.data.count):
+            for chunk in chunks(plan, task, self.data, codes, down, self.chunk):
+                for some, sent in zip(*(column.split(most) for column in chunk), strict=True):
+                    job = self.job(group, told, some, sent, kept, deliver=bool(state.memory.first))
+                    self._crew.queue.append(job)
+        haul = Haul.none()
+        while self._crew.busy(group):
+            catch = self._crew.next(plan.aggregator, _AHEAD)
+            if catch is not None:
+                haul.add(plan.aggregator, catch.haul)
+        return flown, haul
+
+    def job(self, group: int, told: Told, codes: Tensor, down: Tensor, kept: Pending, *, deliver: bool) -> Job:
+        """The job to compute these clients."""
+        ids = codes % self.data.count
+        rows = (lambda: kept.take(ids)) if kept.first else None
+        return Job(group, told, codes.tolist(), ids.tolist(), down.tolist(), rows, deliver)
+
+    def _ready(self) -> None:
+        if self.closed:
+            kind = type(self).__name__
+            raise UsageError(
+                "The engine was closed.", "an engine that is open.", write=f"{kind}(task, data, workers=2)"
+            )
+        if self._fresh:
+            self._crew.ready()
+            self._fresh = False
+
+    def _tell(self, broadcast: Broadcast, key: Key, text: str, own: dict[str, str]) -> Told:
+        """What the clients of a birth may know, laid out once for all of them."""
+        number = next(self._numbers)
+        block, places = self._office.publish(number, spoken(broadcast))
+        self._tolds.add(number)
+        return Told(number, broadcast.round, text, own, str(key.seed), list(key.path), block, places, [])
+
+
+class _Arrivals:
+    """An open round of a pace that does not wait for everybody: a flight arrives when a worker has computed it."""
+
+    def __init__(
+        self, engine: Dealer, plan: Plan, text: str, state: State, cohort: Cohort, now: Broadcast, tell: Any
+    ) -> None:
+        self.engine, self.plan, self.text, self.state, self.now = engine, plan, text, state, now
+        self._sending = Sending(state, engine.data.count)
+        self._traffic = Traffic(plan, state, engine.population, cohort)
+        self._kept = Pending(state.memory)
+        self._tolds: dict[int, Told] = {}
+        self._tell, self._haul = tell, Haul.none()
+        self._started = self._sent = 0
+
+    def fly(self) -> tuple[Flown, Haul]:
+        """Start who is missing, take arrivals as they come, until the pace closes the round."""
+        began, traffic, pace = time.perf_counter(), self._traffic, self.plan.pace
+        deadline = getattr(pace, "deadline_s", None)
+        self._adopt()
+        self._start()
+        waits = True
+        while waits and traffic.flying:
+            spent = time.perf_counter() - began
+            left = deadline - spent if deadline is not None and spent < deadline else None
+            catch = self._next(left)
+            if catch is not None:
+                self._arrive(catch)
+            waits = traffic.goes_on(time.perf_counter() - began)
+            if pace.refills and waits:
+                self._start()
+        late = traffic.late()
+        for flight in late:
+            self._forget(flight.number)
+        flown = Flown(
+            traffic.arrivals,
+            [],
+            len(late),
+            self._started,
+            self._sent,
+            traffic.after(self._sending.known, None),
+            None,
+            (),
+        )
+        return flown, self._haul
+
+    def _adopt(self) -> None:
+        """Flights that are in the air already: those that workers are at, and those of a state from elsewhere anew."""
+        flights = {f.number: f for f in self.state.air.flights}
+        for number in [n for n in self.engine._aloft if n not in flights]:
+            self._forget(number)
+        for number, flight in flights.items():
+            known = self.engine._aloft.get(number)
+            theta = self.state.versions[flight.birth].model.theta
+            if known is None or known.flight != flight or known.theta is not theta or known.plan != self.text:
+                self._forget(number)
+                self._post(flight, theta)
+
+    def _start(self) -> None:
+        begun = self._traffic.fill()
+        for flight, down in zip(begun, self._sending.to([f.client for f in begun]), strict=True):
+            self._traffic.sent(flight, down)
+            self._post(flight._replace(down=down), self.now.model.theta)
+            self._sent += down
+        self._started += len(begun)
+
+    def _post(self, flight: Flight, theta: Tensor) -> None:
+        engine, birth = self.engine, flight.birth
+        if birth not in self._tolds:
+            self._tolds[birth] = self._tell(birth)
+        code = flight.client + engine.data.count * flight.again
+        codes, down = torch.tensor([code]), torch.tensor([flight.down])
+        job = engine.job(next(engine._numbers), self._tolds[birth], codes, down, self._kept, deliver=True)
+        engine._aloft[flight.number] = _Aloft(flight, job, theta, self.text)
+        engine._crew.queue.append(job)
+
+    def _forget(self, number: int) -> None:
+        known = self.engine._aloft.pop(number, None)
+        if known is not None:
+            self.engine._crew.drop(lambda job: job is known.job)
+
+    def _next(self, left: float | None) -> Catch | None:
+        """The next arrival. Workers that stay at what nobody waits for are given up, or no one would be left."""
+        crew, deadline = self.engine._crew, getattr(self.plan.pace, "deadline_s", None)
+        if deadline is None:
+            return crew.next(self.plan.aggregator, 1, left)
+        crew.replace_stuck(deadline + _PATIENCE_S)
+        return crew.next(self.plan.aggregator, 1, _PATIENCE_S if left is None else min(left, _PATIENCE_S))
+
+    def _arrive(self, catch: Catch) -> None:
+        (job,) = catch.jobs
+        number = next((n for n, known in self.engine._aloft.items() if known.job is job), None)
+        if number is None:
+            return
+        flight, haul = self.engine._aloft.pop(number).flight, catch.haul
+        self._traffic.arrive(number)
+        for ids, rows in haul.memory:
+            self._kept.put(ids, rows)
+        if self.plan.pace.flies_on:
+            late = torch.tensor([self.state.round - flight.birth])
+            facts: list[Mapping[str, Tensor]] = [{**f, "staleness": late} for f in haul.facts]
+            haul = haul._replace(facts=facts)
+        self._haul.add(self.plan.aggregator, haul)
+
+
+def packed(
+    task: Task, data: Clients, model: str | None, seed: int, threads: int, spill: Callable[[], Path] | None
+) -> tuple[Setup, dict[str, Tensor]]:
+    """What every worker is given first, and the tensors in it; metrics go without what finishes them.
+
+    Args:
+        task, data: of the engine.
+        model: the name that the model was made by, and `seed` that it was made with; None sends its tensors.
+        threads: of each worker.
+        spill: where a mapped array without a file of its own is written to; None sends it.
+    Raises:
+        UsageError: a model, loss or data set that another process cannot import.
+    """
+    plain: Any = replace(task, metrics=tuple(replace(metric, finish=float) for metric in task.metrics))
+    if model is not None:
+        plain = replace(plain, module=None)
+    tree, of_task = pack(plain, "The task", 'atoll.train("my_module:make", data, plan)', spill)
+    rows, of_data = pack(data, "The data", "atoll.data.arrays(x, y)", spill)
+    tensors = {f"task/{n}": t for n, t in of_task.items()} | {f"data/{n}": t for n, t in of_data.items()}
+    return Setup("", [], tree, rows, None if model is None else (model, str(seed)), threads), tensors
+
+
+def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
+    """The plan as it crosses.
+
+    Raises:
+        UsageError: it needs what workers do not have.
+    """
+    if getattr(plan.pace, "partial", False):
+        raise UsageError(
+            f"{plan.pace!r} with workers.",
+            "a pace that hears those who have finished.",
+            "a real computation cannot be cut short at a deadline and still be repeated.",
+            repr(replace(plan.pace, partial=False)),  # type: ignore[type-var]
+        )
+    if not hasattr(plan.aggregator.zero(), "tensors"):
+        raise UsageError(
+            f"{plan.aggregator!r} with workers.",
+            "an aggregator whose partial sum has `tensors()` and `of(tensors)`.",
+            "a partial sum comes back as plain tensors.",
+            "--engine inprocess",
+        )
+    text, own = written(plan)
+    if plan_of(text, tuple(own.items())) != plan:
+        raise UsageError(
+            f"The plan prints as {text}, which builds another one.",
+            "parts that print as what builds them.",
+            "a worker reads the plan from its text.",
+            "--engine inprocess",
+        )
+    return text, own
