@@ -17,6 +17,7 @@ from atoll import models, runs
 from atoll.data.clients import Clients
 from atoll.engine import ENGINES
 from atoll.engine.arrivals import check_clock
+from atoll.engine.dealer import Dealer
 from atoll.engine.fleet import FLEET, Fleet
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
@@ -24,6 +25,7 @@ from atoll.engine.overlap import data_parallel
 from atoll.engine.probe import Choice, choose
 from atoll.engine.processes import Processes
 from atoll.engine.ranks import Ranks
+from atoll.engine.ray import Ray, check_share
 from atoll.engine.torchrun import Torchrun, agreed, alike, refuse_pace
 from atoll.errors import UsageError, unknown_name
 from atoll.grammar import parse
@@ -58,10 +60,13 @@ class Settings:
         evaluate_every: rounds between two looks at the held-out rows; 0 never looks.
         numerics: "auto", "fused", "lanes" or "loop".
         chunk: clients computed together; changes no bit.
-        engine: where clients run: "inprocess"; "processes", worker processes on this machine; or "torchrun", in a
-            program that `torchrun` started.
-        workers: worker processes, None is one a core; or how many ranks there must be, None is as many as there are.
+        engine: where clients run: "inprocess"; "processes", worker processes on this machine; "torchrun", in a
+            program that `torchrun` started; or "ray", in actors on a Ray cluster.
+        workers: worker processes, None is one a core; or how many ranks there must be, None is as many as there are;
+            or actors, None is as many as the cluster has room for.
         backend: by what ranks tell each other tensors: "gloo", "nccl" or "auto".
+        address: of the Ray cluster, "host:port" or "auto"; None is one of this machine, for as long as the training.
+        cpus, gpus: of each actor on it; a GPU may be a fraction.
         fleet: how long clients and links take, on a virtual clock: a `Fleet` or its text; None has no clock.
         init: numbers to start from, a `state_dict` or the path of a run or a safetensors file; None is the model's own.
     """
@@ -78,6 +83,9 @@ class Settings:
     engine: str = "inprocess"
     workers: int | None = None
     backend: str = "auto"
+    address: str | None = None
+    cpus: float = 1.0
+    gpus: float = 0.0
     fleet: Fleet | str | None = None
     init: Mapping[str, Tensor] | str | Path | None = None
 
@@ -155,20 +163,24 @@ class Rounds:
             share(self, self.ranks)
             self.first = self.state.model
 
-    def _engine(self, model: Any) -> InProcess | Processes:
+    def _engine(self, model: Any) -> InProcess | Dealer:
         settings = self.settings
         if settings.engine == "inprocess":
             return InProcess(self.task, self.data, settings.chunk, self.fleet)
         if self.ranks is not None:
             return Torchrun(self.task, self.data, settings.chunk, self.fleet, self.ranks)
         name = model if isinstance(model, str) else None
-        return Processes(self.task, self.data, settings.workers, settings.chunk, model=name, seed=settings.seed)
+        told: dict[str, Any] = {"model": name, "seed": settings.seed}
+        if settings.engine == "processes":
+            return Processes(self.task, self.data, settings.workers, settings.chunk, **told)
+        told |= {"cpus": settings.cpus, "gpus": settings.gpus, "address": settings.address}
+        return Ray(self.task, self.data, settings.workers, settings.chunk, **told)
 
     def where(self) -> dict[str, Any]:
         """Where clients run, to be written down."""
-        if isinstance(self.engine, Processes):
+        if isinstance(self.engine, Dealer):
             return {
-                "engine": "processes",
+                "engine": self.settings.engine,
                 "workers": self.engine.workers,
                 "threads_per_worker": self.engine.threads,
             }
@@ -176,7 +188,7 @@ class Rounds:
 
     def close(self) -> None:
         """End what the engine runs beside this process, if anything; the state stays."""
-        if isinstance(self.engine, Processes):
+        if isinstance(self.engine, Dealer):
             self.engine.close()
 
     def __iter__(self) -> Iterator[Report]:
@@ -273,11 +285,21 @@ def _refuse_mixed(settings: Settings) -> None:
             "in this process clients run one chunk after the other.",
             "--engine processes",
         )
-    if settings.engine == "processes" and settings.fleet is not None:
+    if settings.engine != "ray" and (settings.address, settings.cpus, settings.gpus) != (None, 1.0, 0.0):
+        raise UsageError(
+            f"address = {settings.address!r}, cpus = {settings.cpus}, gpus = {settings.gpus} "
+            f"with the engine {settings.engine}.",
+            "the engine ray.",
+            "they are of a Ray cluster and the actors on it.",
+            "--engine ray",
+        )
+    if settings.engine == "ray":
+        check_share(settings.cpus, settings.gpus)
+    if settings.engine in ("processes", "ray") and settings.fleet is not None:
         raise UsageError(
             f"fleet = {settings.fleet!r} with the engine {settings.engine}.",
             "the engine inprocess.",
-            "a fleet is a virtual clock, and worker processes arrive when they arrive.",
+            "a fleet is a virtual clock, and workers arrive when they arrive.",
             "--engine inprocess",
         )
 

@@ -66,11 +66,16 @@ class Told:
     seed: Annotated[int | None, flag(RUNNING, "Of everything that is drawn. Default: 0.")] = None
     dtype: Annotated[str | None, flag(RUNNING, "float32 or float64. Default: float32.")] = None
     engine: Annotated[
-        str | None, flag(RUNNING, "Where clients run: inprocess, processes or torchrun. Default: inprocess.")
+        str | None, flag(RUNNING, "Where clients run: inprocess, processes, torchrun or ray. Default: inprocess.")
     ] = None
     workers: Annotated[
-        int | None, flag(RUNNING, "Worker processes, default one a core; or how many ranks torchrun must have started.")
+        int | None, flag(RUNNING, "Worker processes, default one a core; ranks of torchrun; or actors on Ray.")
     ] = None
+    address: Annotated[
+        str | None, flag(RUNNING, "Of the Ray cluster: host:port, or auto. Default: one of this machine, for the run.")
+    ] = None
+    cpus: Annotated[float | None, flag(RUNNING, "Cores of each actor on Ray. Default: 1.")] = None
+    gpus: Annotated[float | None, flag(RUNNING, "GPUs of each actor on Ray, or a fraction of one. Default: 0.")] = None
     fleet: Annotated[
         str | None, flag(RUNNING, 'How long clients and links take, on a virtual clock: "Fleet(HalfNormal())".')
     ] = None

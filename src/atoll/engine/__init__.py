@@ -1,3 +1,3 @@
 """Where clients run."""
 
-ENGINES = ("inprocess", "processes", "torchrun")
+ENGINES = ("inprocess", "processes", "torchrun", "ray")

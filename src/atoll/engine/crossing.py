@@ -18,7 +18,8 @@ import importlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ _ALIGN = 64  # bytes: where a tensor may begin
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's flag of classes that are objects themselves; those of C come without
 _HOMES = ("torch", "torch.nn.functional", "builtins")  # of functions that do not say where they live
 Place = tuple[str, str, tuple[int, ...], int]  # name, dtype, shape, first byte
+Arrays = list[np.ndarray[Any, Any]]
 
 
 class Block:
@@ -86,6 +88,37 @@ def _places(tensors: Mapping[str, Tensor]) -> Iterator[Place]:
 def room(tensors: Mapping[str, Tensor]) -> int:
     """The bytes that a block for these tensors has."""
     return sum(-(-t.numel() * t.element_size() // _ALIGN) * _ALIGN for t in tensors.values())
+
+
+def laid(tensors: Mapping[str, Tensor]) -> tuple[list[Place], Arrays]:
+    """Tensors as arrays of bytes, and what each of them is; a place ends with the number of its array.
+
+    Example:
+        >>> places, arrays = laid({"a": torch.ones(2, 3), "b": torch.tensor(7)})
+        >>> [(name, shape, len(arrays[k])) for name, _, shape, k in places]
+        [('a', (2, 3), 24), ('b', (), 8)]
+        >>> int(lying(places, arrays)["b"])
+        7
+    """
+    places: list[Place] = []
+    arrays: Arrays = []
+    for name, t in tensors.items():
+        places.append((name, str(t.dtype).removeprefix("torch."), tuple(t.shape), len(arrays)))
+        arrays.append(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return places, arrays
+
+
+def lying(places: Sequence[Place], arrays: Arrays) -> dict[str, Tensor]:
+    """The tensors that were laid out: views, of memory that several processes may read and none may write."""
+    out = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writ")
+        for name, dtype, shape, k in places:
+            flat = torch.from_numpy(arrays[k])
+            if flat.data_ptr() % _ALIGN or not len(flat):
+                flat = flat.clone(memory_format=torch.contiguous_format)
+            out[name] = flat.view(getattr(torch, dtype)).view(tuple(shape))
+    return out
 
 
 class Blocks:

@@ -56,7 +56,7 @@ class Experiment(grammar.Value):
         loss, metrics: names; None: by the kind of data.
         rounds, seed, dtype, evaluate_every, numerics, chunk: see `atoll.Settings`.
         stop: texts of stop rules.
-        engine, workers, backend: where clients run, see `atoll.Settings`.
+        engine, workers, backend, address, cpus, gpus: where clients run, see `atoll.Settings`.
         fleet: how long clients and links take, on a virtual clock: the text of a `Fleet`.
         init: a run or a safetensors file to start from.
         baselines: whether to train pooled and local-only beside it.
@@ -93,6 +93,9 @@ class Experiment(grammar.Value):
     engine: str = "inprocess"
     workers: int | None = None
     backend: str = "auto"
+    address: str | None = None
+    cpus: float = 1.0
+    gpus: float = 0.0
     fleet: str | None = None
     numerics: str = "auto"
     chunk: int | None = None
@@ -325,8 +328,9 @@ class Experiment(grammar.Value):
         for text in self.stop:
             rule = grammar.parse(text, PARTS, trust=self._trusts("stop"))
             rules += rule if isinstance(rule, (tuple, list)) else [rule]
-        computed = ("dtype", "loss", "metrics", "numerics", "chunk", "fleet", "engine", "workers", "backend")
-        names = ("rounds", "seed", "evaluate_every", *computed)
+        computed = ("dtype", "loss", "metrics", "numerics", "chunk", "fleet")
+        where = ("engine", "workers", "backend", "address", "cpus", "gpus")
+        names = ("rounds", "seed", "evaluate_every", *computed, *where)
         init = self.init
         if init is not None and not Path(init).exists():
             init = str(runs.find(init, Path(self.out)))

@@ -24,7 +24,8 @@ def training_of(experiment: Experiment, **changes: Any) -> Rounds:
         UsageError: its model, data and plan do not fit.
     """
     it = experiment.settled()
-    settings = Settings(**{**it._settings(), "engine": "inprocess", "workers": None, **changes})
+    here = {"engine": "inprocess", "workers": None, "address": None, "cpus": 1.0, "gpus": 0.0}
+    settings = Settings(**{**it._settings(), **here, **changes})
     return Rounds(it._model(), it.data(), it.plan(), settings)
 
 

@@ -1,0 +1,441 @@
+"""Actors on a cluster of two nodes: the bits of the engine in this process, whoever dies, and what cannot run there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import elsewhere
+import numpy as np
+import pytest
+import torch
+from problems import classification, far, federation, regression, run, seeded, task_of
+from torch import nn
+
+import atoll
+from atoll import recipes
+from atoll.cli.app import answer
+from atoll.data import ArrayRows, Clients
+from atoll.engine.inprocess import InProcess
+from atoll.engine.ray import Ray
+from atoll.errors import RunError, UsageError
+from atoll.plan.aggregate import Mean
+from atoll.plan.codec import Feedback, Quantize, Rotate, TopK
+from atoll.plan.local import Custom, Gradient, Train
+from atoll.plan.optimizer import adam, sgd
+from atoll.plan.pace import Bounded, Buffered, Sync
+from atoll.plan.plan import Plan
+from atoll.task import Task
+from atoll.testing import check_engine
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
+ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")
+
+SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
+STORE = 100 << 20
+pytestmark = pytest.mark.timeout(400)  # Ray takes seconds for an actor, and runs it behind everything else
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one core, the second with a GPU that it only says it has; this program is connected to the first."""
+    from ray.cluster_utils import Cluster
+
+    folder = tempfile.mkdtemp(prefix="atoll-test-")  # sockets lie there: its name must be short
+    first = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "temp_dir": folder}
+    nodes = Cluster(initialize_head=True, head_node_args=first)
+    nodes.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Both(NamedTuple):
+    ours: Ray
+    theirs: InProcess
+
+
+@pytest.fixture(scope="module")
+def crosses(tmp_path_factory):
+    """A file that the actors of `mlp` look into: one of them is killed in mid-round for every byte that is missing."""
+    path = tmp_path_factory.mktemp("ray") / "crosses"
+    path.write_bytes(b"+")
+    return path
+
+
+@pytest.fixture(scope="module")
+def mlp(cluster, crosses):
+    """An engine of two actors for a small classifier, and the engine in this process."""
+    data = classification(SIZES)
+    module = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+    task = task_of(module, data, dtype=torch.float32)
+    with Ray(task, deadly(data, crosses, 1), workers=2, cpus=0.1) as engine:
+        yield Both(engine, InProcess(task, data))
+
+
+def deadly(data: Clients, crosses: Path, times: int) -> Clients:
+    """The same clients; one row of client 2 kills who reads it until so many crosses are in the file."""
+    row = int(data.order[int(data.offsets[2])])
+    return replace(data, rows=elsewhere.Deadly(data.rows, row, times, str(crosses)))
+
+
+@pytest.fixture(scope="module")
+def alone(cluster, mlp):
+    """The same with one actor."""
+    with Ray(mlp.theirs.task, mlp.theirs.data, workers=1, cpus=0.1) as engine:
+        yield Both(engine, mlp.theirs)
+
+
+def same(plan: Plan, both: Both, rounds: int = 2) -> None:
+    """The same model, memory and reports, bit for bit."""
+    (a, told), (b, expected) = run(plan, both.ours, rounds), run(plan, both.theirs, rounds)
+    assert torch.equal(a.model.theta, b.model.theta)
+    assert torch.equal(a.model.buffers, b.model.buffers)
+    everyone = torch.arange(both.theirs.population.clients)
+    kept, expected_kept = a.memory.take(everyone), b.memory.take(everyone)
+    assert kept.keys() == expected_kept.keys()
+    assert all(torch.equal(kept[n], expected_kept[n]) for n in expected_kept)
+    for r, e in zip(told, expected, strict=True):
+        assert (r.metrics, r.arrived, r.bytes_up, r.bytes_down, r.failures) == (
+            e.metrics,
+            e.arrived,
+            e.bytes_up,
+            e.bytes_down,
+            e.failures,
+        )
+        assert r.clients.keys() == e.clients.keys()
+        assert all(torch.equal(r.clients[n], e.clients[n]) for n in e.clients)
+
+
+# parity
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda r: r.__name__)
+def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
+    plan = recipe(steps=3, batch=4) if recipe is recipes.diloco else recipe()
+    same(plan, alone if plan.pace.flies_on else mlp)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), cohort=4),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Feedback(TopK(0.3))),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Rotate() >> Quantize(4), downlink=Quantize(8)),
+        Plan(Custom(elsewhere.descend, batch=4), Mean()),
+        Plan(Gradient(batch=3), Mean(), adam(0.01), codec=elsewhere.Halve(), cohort=0.5),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), pace=Bounded(0)),
+    ],
+    ids=lambda plan: repr(plan.local)[:8] + repr(plan.codec) + repr(plan.pace),
+)
+def test_parts_and_memory_have_the_bits_of_one_process(plan, mlp):
+    same(plan, mlp, rounds=3)
+
+
+@pytest.mark.parametrize("pace", [Buffered(3), Bounded(2), Sync(over_select=1.5)], ids=repr)
+def test_one_actor_has_the_bits_of_one_process_under_every_pace(pace, alone):
+    local = Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order"))
+    same(Plan(local, Mean(), cohort=4, pace=pace), alone, rounds=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "chunk"), [(1, 3), (3, 1)])
+@pytest.mark.parametrize("numerics", ["lanes", "loop", "fused"])
+def test_number_of_actors_and_chunks_change_no_bit(workers, chunk, numerics, mlp):
+    task, data = replace(mlp.theirs.task, numerics=numerics), mlp.theirs.data
+    with Ray(task, data, workers, chunk, cpus=0.1) as engine:
+        assert len(set(engine.pids)) == workers
+        same(recipes.fedadam(), Both(engine, InProcess(task, data)))
+
+
+@pytest.mark.slow
+def test_contract_of_engines(cluster):
+    made: list[Ray] = []
+
+    def make(task: Task, data: Clients) -> Ray:
+        for engine in made:
+            engine.close()  # one after the other is asked
+        made.append(Ray(task, data, workers=2, cpus=0.1))
+        return made[-1]
+
+    check_engine(make)
+    made[-1].close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pace", [Sync(over_select=1.5, deadline_s=30.0), Buffered(3), Bounded(2)], ids=repr)
+def test_arrivals_of_two_actors_come_to_least_squares(pace, cluster):
+    data = regression((12, 10, 9, 8))
+    task = task_of(seeded(nn.Linear, 3, 1), data, "loop")
+    x, y = data.take(data.order)
+    best = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y).solution
+    rate = atoll.schedule.inverse(12.0, t0=60) if pace.flies_on else 0.2
+    plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=None if pace.flies_on else 2)
+    with Ray(task, data, workers=2, cpus=0.1) as engine:
+        state, reports = run(plan, engine, 100)
+    assert far(state.model.theta, best) < 0.02
+    if pace.flies_on:
+        assert {0} < {int(s) for r in reports for s in r.clients["staleness"]}
+
+
+@pytest.mark.slow
+def test_a_run_on_ray_goes_on_in_this_process_and_the_other_way_round(cluster, tmp_path):
+    data = atoll.data.load("digits").split(clients=6)
+    plan = recipes.diloco(steps=3, batch=8)
+    told, there = {"numerics": "lanes", "report": False}, {"engine": "ray", "workers": 2, "cpus": 0.1}
+    whole = atoll.train("softmax", data, plan, rounds=4, out=tmp_path / "whole", **told)
+    for first, then in ((there, {}), ({}, there)):
+        half = atoll.train("softmax", data, plan, rounds=2, out=tmp_path / "halves", **told, **first)
+        about = json.loads((half.path / "environment.json").read_text(encoding="utf-8"))
+        assert about["engine"] == first.get("engine", "inprocess")
+        again = atoll.train("softmax", data, plan, rounds=4, resume=half.path, **told, **then)
+        assert again.reports[-1].fingerprint == whole.reports[-1].fingerprint
+        assert again.metrics == whole.metrics
+
+
+# failures of clients
+
+
+@pytest.mark.slow
+def test_clients_that_fail_are_the_failures_of_one_process(cluster, mlp):
+    x, y = mlp.theirs.data.rows.take(torch.arange(sum(SIZES)))
+    x[mlp.theirs.data.order[int(mlp.theirs.data.offsets[3])]] = torch.inf
+    broken = federation(x, y, SIZES)
+    with Ray(mlp.theirs.task, broken, workers=2, cpus=0.1) as engine:
+        both = Both(engine, InProcess(mlp.theirs.task, broken))
+        same(Plan(Gradient(), Mean(), max_failed=0.5), both)
+        _, (report,) = run(Plan(Gradient(), Mean(), max_failed=0.5), engine, 1)
+        told = []
+        for one in both:
+            with pytest.raises(RunError, match="1 of 8 clients failed") as error:
+                run(Plan(Gradient(), Mean(), max_failed=0.0), one, 1)
+            told.append(str(error.value))
+    assert [f.client for f in report.failures] == [3]
+    assert told[0] == told[1]
+
+
+# deaths
+
+
+def test_an_actor_killed_in_mid_round_changes_no_bit(crosses, mlp):
+    before = mlp.ours.deaths
+    crosses.write_bytes(b"")
+    same(recipes.fedavg(lr=0.1, batch=4), mlp)
+    assert crosses.read_bytes() == b"+"
+    assert mlp.ours.deaths == before + 1
+    assert len(set(mlp.ours.pids)) <= 2
+
+
+@pytest.mark.slow
+def test_a_client_that_kills_every_actor_is_a_failure_and_ends_a_run_that_allows_none(tmp_path, mlp):
+    crosses = tmp_path / "crosses"
+    crosses.touch()
+    mined = deadly(mlp.theirs.data, crosses, times=100)
+    plan = recipes.fedavg(lr=0.1, batch=4)
+    with Ray(mlp.theirs.task, mined, workers=2, cpus=0.1) as engine:
+        _, (report,) = run(plan, engine, 1)
+        assert [(f.client, f.stage) for f in report.failures] == [(2, "local")]
+        assert "died" in report.failures[0].cause and report.arrived == len(SIZES) - 1
+        with pytest.raises(RunError, match="1 of 8 clients failed"):
+            run(replace(plan, max_failed=0.0), engine, 1)
+    assert crosses.stat().st_size >= 6
+
+
+@pytest.mark.slow
+def test_an_actor_that_ray_kills_in_mid_round_is_replaced(tmp_path, mlp):
+    def kill(engine: Ray, pid: int) -> None:
+        (hand,) = [hand for hand in engine._crew._hands if hand.pid == pid]
+        ray.kill(hand.line._actor)
+
+    struck(tmp_path, mlp, recipes.fedavg(lr=0.1, batch=4), kill, (here(),), workers=2, cpus=0.1)
+
+
+@pytest.mark.slow
+def test_actors_killed_between_rounds_are_replaced(mlp):
+    with Ray(mlp.theirs.task, mlp.theirs.data, workers=2, cpus=0.1) as engine:
+        for pid in engine.pids:
+            os.kill(pid, signal.SIGKILL)
+        same(recipes.fedavg(lr=0.1, batch=4), Both(engine, mlp.theirs))
+        assert engine.deaths == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "workers", "gpus"),
+    [
+        pytest.param(recipes.fedavg(lr=0.1, batch=4), 2, 1.0, id="no place for another actor"),
+        pytest.param(recipes.diloco(steps=3, batch=4), 3, 0.5, id="kept by clients"),
+    ],
+)
+def test_a_node_lost_in_mid_round_changes_no_bit(plan, workers, gpus, tmp_path, cluster, mlp):
+    """There is no room for all actors without it, so that one of them is there."""
+    before = tuple(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
+    cluster.wait_for_nodes()
+
+    def lose(engine: Ray, pid: int) -> None:
+        cluster.remove_node(node, allow_graceful=False)
+
+    try:
+        struck(tmp_path, mlp, plan, lose, before, workers=workers, cpus=0.1, gpus=gpus)
+    finally:
+        if node in cluster.worker_nodes:
+            cluster.remove_node(node)
+        cluster.wait_for_nodes()  # until everybody knows
+
+
+def here() -> str:
+    """The node that this program is connected to."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def struck(tmp_path: Path, both: Both, plan: Plan, end, spared: tuple[str, ...], **room) -> None:
+    """The bits are those of one process when `end` strikes who is first at work on a node that is not spared."""
+    door, crosses = tmp_path / "door", tmp_path / "crosses"
+    os.mkfifo(door)
+    crosses.touch()
+    data = both.theirs.data
+    mined = replace(data, rows=elsewhere.Knocking(data.rows, spared, 1, str(crosses), str(door)))
+    with Ray(both.theirs.task, mined, **room) as engine:
+        assert len(engine.pids) == engine.workers
+        striker = threading.Thread(target=lambda: end(engine, int(door.read_text())), daemon=True)
+        striker.start()
+        same(plan, Both(engine, both.theirs))
+        striker.join(timeout=30)
+        assert engine.deaths >= 1
+    assert crosses.stat().st_size == 1
+
+
+# room
+
+
+@pytest.mark.slow
+def test_actors_share_a_gpu(cluster, mlp):
+    with Ray(mlp.theirs.task, mlp.theirs.data, cpus=0.1, gpus=0.5) as engine:
+        assert engine.workers == 2
+        same(recipes.fedavg(lr=0.1, batch=4), Both(engine, mlp.theirs), rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "write"),
+    [
+        ({"workers": 7}, "--workers 2"),
+        ({"workers": 9, "gpus": 0.25, "cpus": 0.1}, "--workers 4"),
+        ({"gpus": 2.0}, "--gpus 0"),
+        ({"cpus": 64.0}, "--cpus 1"),
+        ({"workers": 0}, "--workers 2"),
+    ],
+    ids=str,
+)
+def test_more_than_the_cluster_has_is_refused(settings, write, mlp):
+    with pytest.raises(UsageError) as told:
+        Ray(mlp.theirs.task, mlp.theirs.data, **settings)
+    assert told.value.write == write
+    assert ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_actors_that_find_no_place_end_the_run(mlp):
+    task, data = mlp.theirs.task, mlp.theirs.data
+    with Ray(task, data, workers=1, cpus=0.1, gpus=0.5) as first:
+        first._ready()
+        with Ray(task, data, workers=2, cpus=0.1, gpus=0.5, patience_s=20.0) as second:
+            with pytest.raises(RunError, match="1 of 2 actors waited 20 s for a place") as told:
+                run(recipes.fedavg(lr=0.1), second, 1)
+            assert told.value.write == "--workers 1"
+
+
+# the connection
+
+
+def test_the_connection_of_the_program_stays(cluster, mlp):
+    engine = Ray(mlp.theirs.task, mlp.theirs.data, workers=1, cpus=0.1, address=cluster.address)
+    engine.close()
+    engine.close()
+    assert ray.is_initialized()
+    with pytest.raises(UsageError, match="closed"):
+        run(Plan(Gradient(), Mean()), engine, 1)
+    with pytest.raises(UsageError, match="connected to Ray at"):
+        Ray(mlp.theirs.task, mlp.theirs.data, address="127.0.0.1:6")
+
+
+@pytest.mark.slow
+def test_a_cluster_of_another_version_is_refused(cluster, tmp_path):
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+    name, space = b"CLUSTER_METADATA", b"cluster"
+    told = _internal_kv_get(name, namespace=space)
+    assert told
+    try:
+        other = json.loads(told) | {"ray_version": "2.41.0", "python_version": "3.12.1"}
+        _internal_kv_put(name, json.dumps(other).encode(), overwrite=True, namespace=space)
+        words = ["-m", "atoll", "run", "--engine", "ray", "--address", cluster.address, "--out", str(tmp_path)]
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+    finally:
+        _internal_kv_put(name, told, overwrite=True, namespace=space)
+    assert done.returncode == 2
+    assert "is of another version" in done.stderr and "Write: pip install ray==2.41.0" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_on_a_cluster(cluster, tmp_path, capsys):
+    words = ["run", "--clients", "6", "--rounds", "2", "--model", "softmax", "--quiet", "--json", "--numerics", "lanes"]
+    told = []
+    for engine in (["--engine", "ray", "--address", cluster.address, "--cpus", "0.1", "--workers", "2"], []):
+        assert answer([*words, *engine, "--out", str(tmp_path)]) == 0
+        told.append(json.loads(capsys.readouterr().out)["metrics"])
+    assert told[0] == told[1]
+
+
+# what crosses
+
+
+@pytest.mark.slow
+def test_code_that_is_here_alone_is_an_error_that_says_so(cluster):
+    """As where a node has another set of packages."""
+
+    class Local(nn.Linear):
+        pass
+
+    data = classification((3, 2))
+    Local.__module__, Local.__qualname__ = "only_here", "Local"
+    sys.modules["only_here"] = types.ModuleType("only_here")
+    sys.modules["only_here"].Local = Local
+    try:
+        task = task_of(seeded(Local, 4, 3), data, dtype=torch.float32)
+        with Ray(task, data, workers=1, cpus=0.1) as engine, pytest.raises(RunError, match="No module") as told:
+            run(Plan(Gradient(), Mean()), engine, 1)
+    finally:
+        del sys.modules["only_here"]
+    assert "only_here" in told.value.given and "same code and files on every node" in told.value.required
+
+
+def test_a_virtual_clock_and_partial_work_are_refused(mlp):
+    data = atoll.data.load("digits").split(clients=4)
+    with pytest.raises(UsageError, match="--engine inprocess"):
+        atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="ray", fleet="Fleet(HalfNormal())")
+    with pytest.raises(UsageError, match="cut short"):
+        run(Plan(Train(sgd(0.1), epochs=1), Mean(), pace=Sync(deadline_s=5, partial=True)), mlp.ours, 1)
+
+
+@pytest.mark.slow
+def test_mapped_files_are_read_by_their_names(cluster, tmp_path):
+    data = classification(SIZES)
+    x, y = data.rows.take(torch.arange(sum(SIZES)))
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = replace(data, rows=ArrayRows(np.load(tmp_path / "x.npy", mmap_mode="r"), y))
+    task = task_of(seeded(nn.Linear, 4, 3), data, dtype=torch.float32)
+    with Ray(task, mapped, workers=1, cpus=0.1) as engine:
+        same(recipes.fedavg(lr=0.1, batch=4), Both(engine, InProcess(task, data)))

@@ -1,0 +1,194 @@
+"""The engine on Ray where there is no cluster yet: what is refused before one is asked, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from problems import classification, seeded, task_of
+from torch import nn
+
+import atoll
+from atoll import recipes
+from atoll.cli.app import answer
+from atoll.engine import ray as module
+from atoll.engine.ray import Ray, laid, lying
+from atoll.errors import RunError, UsageError
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
+ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture()
+def strangers(monkeypatch):
+    """A program that is not connected."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda *a, **k: pytest.fail("Ray would have been started"))
+
+
+def small() -> tuple:
+    data = classification((3, 2))
+    return task_of(seeded(nn.Linear, 4, 3), data, dtype=torch.float32), data
+
+
+@pytest.mark.parametrize("settings", [{"cpus": 0.0}, {"gpus": -1.0}, {"gpus": 1.5}, {"cpus": float("nan")}], ids=str)
+def test_parts_of_a_machine_that_there_are_not_are_refused(settings):
+    data = atoll.data.load("digits").split(clients=4)
+    with pytest.raises(UsageError, match="pus = "):
+        atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="ray", **settings)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("127.0.0.1:1", "No Ray cluster answers at 127.0.0.1:1"),
+        ("no.such.host.invalid:6379", "No Ray cluster answers"),
+        ("127.0.0.1:99999999", "No Ray cluster answers"),
+        ("127.0.0.1", "--address 127.0.0.1:6379"),
+        ("ray://127.0.0.1:10001", "--address 127.0.0.1:6379"),
+    ],
+)
+def test_an_address_where_nobody_answers_is_refused_within_seconds(address, words, strangers):
+    began = time.monotonic()
+    with pytest.raises(UsageError, match=words):
+        Ray(*small(), address=address)
+    assert time.monotonic() - began < 15
+
+
+def test_a_server_that_is_no_cluster_is_refused(strangers, monkeypatch):
+    monkeypatch.setattr(module, "_REACH_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(UsageError, match="timed out"):
+        Ray(*small(), address=f"127.0.0.1:{mute.getsockname()[1]}")
+    monkeypatch.undo()
+    with socket.create_server(("127.0.0.1", 0)) as web:
+
+        def refuse() -> None:
+            with web.accept()[0] as caller:
+                caller.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=refuse, daemon=True).start()
+        with pytest.raises(UsageError, match="something else"):
+            module._reach(f"127.0.0.1:{web.getsockname()[1]}")
+
+
+def test_a_cluster_that_is_gone_is_refused_where_its_address_was_left(strangers, monkeypatch, tmp_path):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(UsageError, match=r"No Ray cluster answers at 127\.0\.0\.1:1"):
+        Ray(*small(), address="auto")
+
+
+def test_a_ray_that_does_not_start_is_an_error_that_says_so(strangers, monkeypatch):
+    def fail(**told: object) -> None:
+        assert told["address"] == "local" and not told["include_dashboard"]
+        folders.append(Path(str(told["_temp_dir"])))
+        assert folders[0].is_dir()
+        raise Exception("The current node timed out during startup.")
+
+    folders: list[Path] = []
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(RunError, match="did not start on this machine: The current node timed out") as told:
+        Ray(*small())
+    assert told.value.write == "--engine processes"
+    assert not folders[0].exists()
+
+
+def test_no_ray_and_an_old_one_are_refused(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "__version__", "2.3.1")
+        with pytest.raises(UsageError, match=r"Ray 2\.3\.1 is installed") as told:
+            Ray(*small())
+        assert told.value.write == "pip install 'ray>=2.40'"
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match="not installed") as told:
+        Ray(*small())
+    assert told.value.write == "pip install 'atoll[ray]'"
+
+
+def test_the_command_line_refuses_what_it_cannot_reach(strangers, capsys, tmp_path):
+    words = ["run", "--engine", "ray", "--address", "127.0.0.1:1", "--out", str(tmp_path), "--quiet"]
+    assert answer(words) == 2
+    assert "Write: ray start --head --port 6379" in capsys.readouterr().err
+    assert answer(["run", "--gpus", "1"]) == 2
+    assert "--engine ray" in capsys.readouterr().err
+
+
+def test_what_an_actor_cannot_import_is_refused_before_anything_starts(strangers):
+    class Notebook(nn.Linear):
+        pass
+
+    Notebook.__module__, Notebook.__qualname__ = "__main__", "Notebook"
+    data = classification((3, 2))
+    with pytest.raises(UsageError, match="from my_notebook import Notebook"):
+        Ray(task_of(seeded(Notebook, 4, 3), data, dtype=torch.float32), data)
+
+
+def test_tensors_lie_as_they_were():
+    told = {
+        "a": torch.ones(2, 3, dtype=torch.bfloat16),
+        "b": torch.tensor(True),
+        "c": torch.empty(0, 4),
+        "": torch.ones(3).t(),
+    }
+    for arrays in (lambda a: a, lambda a: [np.concatenate([[1], one])[1:].astype(np.uint8) for one in a]):
+        places, out = laid(told)
+        back = lying(places, arrays(out))
+        assert back.keys() == told.keys()
+        assert all(torch.equal(back[n], t) and back[n].dtype == t.dtype for n, t in told.items())
+
+
+PROGRAM = """
+import sys, atoll
+data = atoll.data.load("digits").split(clients=20)
+training = atoll.rounds("softmax", data, atoll.recipes.fedavg(lr=0.1), rounds=10**6, engine="ray", workers=1, ADDRESS)
+if __name__ == "__main__":
+    for report in training:
+        if report.round == 1:
+            print(report.fingerprint, flush=True)
+            print(training.engine._office._end.peek()[2][1], *training.engine.pids, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_nothing_is_left_behind(sent):
+    """Of a cluster that the engine started: no process, and after Ctrl-C no file."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.replace("ADDRESS", "address=None")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        process_group=0,
+    )
+    assert program.stdout is not None
+    fingerprint = program.stdout.readline().strip()
+    folder, *pids = program.stdout.readline().split()
+    processes = psutil.Process(program.pid).children(recursive=True)
+    assert Path(folder).is_dir() and {int(pid) for pid in pids} <= {p.pid for p in processes}
+    os.killpg(program.pid, sent)
+    program.communicate(timeout=60)
+    _gone, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
+    if sent == signal.SIGINT:
+        assert not Path(folder).exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    data = atoll.data.load("digits").split(clients=20)
+    *_, last = atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), rounds=2)
+    assert fingerprint == last.fingerprint
