@@ -152,7 +152,7 @@ class Layout:
         theta, buffers = (
             torch.cat(
                 [state[e.name].detach().reshape(-1).to(self.dtype) for e in self._segments[s]]
-                or [torch.empty(0, dtype=self.dtype)]
+                or [next(iter(state.values())).new_empty(0, dtype=self.dtype)]
             )
             for s in ("params", "buffers")
         )

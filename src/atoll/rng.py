@@ -143,6 +143,10 @@ class Key:
         """The same key for some of its clients, by position; a shared key stays shared."""
         return self if self.clients is None else Key(self.seed, self.path, self.clients[index])
 
+    def to(self, device: torch.device) -> Key:
+        """The same key, whose clients' draws lie on a device; what all share is drawn on the host."""
+        return self if self.clients is None else Key(self.seed, self.path, self.clients.to(device))
+
     def only(self, k: int) -> Key:
         """The key of its k-th client alone, for what a generator that knows no lanes draws for that client."""
         return self.fold(k) if self.clients is None else self.shared().fold(int(self.clients[k]))

@@ -13,24 +13,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from atoll.errors import UsageError, unknown_name
 from atoll.fused import Descent, Program, Unserved, shares, total_of
+from atoll.intercept import InLanes, KeyedDropout
 from atoll.layout import Layout
 from atoll.loss import LOSSES, METRICS, Metric, PerExample
-from atoll.rng import Key, global_scope, mix64
+from atoll.rng import Key, global_scope
 
 MARGIN = 1024  # numbers of room before the loop's flat gradient
 
@@ -64,6 +62,10 @@ class Model(NamedTuple):
             self.fixed,
         )
 
+    def to(self, device: torch.device) -> Model:
+        """The same numbers on another device; itself where they are there already."""
+        return self if self.theta.device == device else tree_map(lambda t: t.to(device), self)
+
     def first(self, k: int) -> Model:
         """Views of the first k clients."""
         return Model(self.theta[:k], self.buffers[:k], {n: t[:k] for n, t in self.counters.items()}, self.fixed)
@@ -86,82 +88,6 @@ class Batch(NamedTuple):
     counts: tuple[int, ...]
 
 
-class _KeyedDropout(TorchFunctionMode):
-    """Draws dropout masks from a keyed word, not the global generator: the n-th dropout of a pass, by element."""
-
-    def __init__(self, word: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self.word, self.calls = word, 0  # asked for only where something is dropped: most models drop nothing
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _DROPOUTS:
-            return func(*args, **kwargs)
-        channels = _DROPOUTS[func]
-        return self._drop(channels, *args, **kwargs)
-
-    def _drop(
-        self, channels: bool, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Tensor:
-        if not training or p == 0.0:
-            return input
-        self.calls += 1
-        whole = input.dim() - 2 if channels else 0
-        shape = (*input.shape[: input.dim() - whole], *(1,) * whole)
-        index = torch.arange(prod(shape), device=input.device)
-        bits = mix64(mix64(self.word() + self.calls) + index * -7046029254386353131)
-        kept = ((bits >> 40) & 0xFFFFFF) >= int(p * 2**24)
-        return input * (kept.view(shape).to(input.dtype) / (1.0 - p) if p < 1.0 else 0.0)
-
-
-_DROPOUTS: Mapping[Any, bool] = {
-    F.dropout: False,
-    torch.dropout: False,
-    F.dropout1d: True,
-    F.dropout2d: True,
-    F.dropout3d: True,
-}
-
-
-class _InLanes(_KeyedDropout):
-    """Batch norm too: torch lays the channels of all lanes side by side, and their bits depend on their place there."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`torch.nn.functional.batch_norm`, written out: (x − mean) / √(var + eps) · weight + bias, channel by channel."""
-    axes, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
-    mean, var, rows = running_mean, running_var, prod(x.shape) // x.shape[1]
-    if training or mean is None or var is None:
-        if rows == 1:
-            raise ValueError(f"Batch statistics of one value in each of {x.shape[1]} channels.")
-        mean = x.mean(axes)
-        var = (x - mean.view(shape)).square().mean(axes)
-        if running_mean is not None and running_var is not None:
-            running_mean.mul_(1 - momentum).add_(mean.detach(), alpha=momentum)
-            running_var.mul_(1 - momentum).add_(var.detach(), alpha=momentum * rows / (rows - 1))
-    out = (x - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
-    out = out if weight is None else out * weight.view(shape)
-    return out if bias is None else out + bias.view(shape)
-
-
 @dataclass(frozen=True)
 class Task:
     """A model, its loss and its metrics, ready to be computed for K clients at once.
@@ -177,6 +103,8 @@ class Task:
         numerics: the body in use, `"lanes"`, `"loop"` or `"fused"`.
         noisy: whether the model draws other random numbers than dropout's, so that every pass must seed the global
             generators.
+        precision: `"full"`, or `"bf16"`: what the model says of its rows is computed in bfloat16, as far as torch's
+            autocast holds that to be safe. θ, its gradient, the loss and every sum stay in the type of the run.
     """
 
     module: nn.Module
@@ -186,6 +114,7 @@ class Task:
     metrics: tuple[Metric, ...] = ()
     numerics: str = "loop"
     noisy: bool = False
+    precision: str = "full"
 
     @classmethod
     def of(
@@ -211,6 +140,17 @@ class Task:
             LOSSES[loss] if isinstance(loss, str) else loss,
             tuple(METRICS[m] if isinstance(m, str) else m for m in metrics),
         )
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.start.theta.device
+
+    def on(self, device: torch.device) -> Task:
+        """The same task on another device; itself where it is there already."""
+        if device == self.device:
+            return self
+        return replace(self, module=copy.deepcopy(self.module).to(device), start=self.start.to(device))
 
     @property
     def batch_statistics(self) -> bool:
@@ -244,8 +184,12 @@ class Task:
         return module
 
     def result(self, model: Model) -> nn.Module:
-        """A fresh module that holds the numbers of a single model (θ `[d]`), in the types it came with: to hand out."""
-        module = self.rebuilt(model)
+        """A fresh module that holds the numbers of a single model (θ `[d]`), in the types it came with: to hand out.
+
+        It lies in the host's memory, whichever device computed it.
+        """
+        host = torch.device("cpu")
+        module, model = self.rebuilt(model).to(host), model.to(host)
         own = self.layout.state_dict(model.theta, model.buffers, {**model.counters, **model.fixed})
         for name, tensor in module.state_dict(keep_vars=True).items():
             tensor.data = own[name]
@@ -280,16 +224,27 @@ class Task:
             rows = [self._loop_measure(model, batch, k) for k in range(len(batch.counts))]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
+    def _answer(self, x: Tensor, tensors: dict[str, Tensor] | None = None) -> Any:
+        """What the model says of rows x, with these numbers or with its own; in the type of the run."""
+        call = self.module if tensors is None else partial(functional_call, self.module, tensors)
+        if self.precision == "full":
+            return call(x)
+        # Nothing is kept of a cast: it would be remembered by a parameter whose numbers we change under it.
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
+            output = call(x)
+        return tree_map_only(Tensor, lambda t: t.to(self.layout.dtype) if t.is_floating_point() else t, output)
+
     # lanes
 
     def _by_length(self, model: Model, batch: Batch, key: Key) -> Gradient:
         """Batch statistics admit no padding: lanes of one exact length go together."""
         out: Gradient | None = None
         for length in sorted(set(batch.counts)):
-            index = torch.tensor([k for k, n in enumerate(batch.counts) if n == length], device=model.theta.device)
+            lanes = torch.tensor([k for k, n in enumerate(batch.counts) if n == length])
+            index = lanes.to(self.device)
             part = Batch(batch.x[index, :length], batch.y[index, :length], (length,) * len(index))
             some = model.select(index)
-            got = self._lanes_gradient(some, part, key.select(index)) if length else _still(some)
+            got = self._lanes_gradient(some, part, key.select(lanes)) if length else _still(some)
             if len(index) == len(batch.counts):
                 return got
             if out is None:
@@ -302,7 +257,7 @@ class Task:
     def _lanes_gradient(self, model: Model, batch: Batch, key: Key) -> Gradient:
         self.module.train()
         lanes = len(batch.counts)
-        words = key.state().expand(lanes)
+        words = key.state().to(self.device).expand(lanes)
         mask, count = _mask(batch, model.theta)
         columns = (model.theta, model.buffers, dict(model.counters), batch.x, batch.y, mask, count, words)
         step = vmap(grad(partial(self._lane, model.fixed), has_aux=True))
@@ -323,9 +278,9 @@ class Task:
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
         """The loss of one lane, and what its pass changed: pure, since the changed tensors are its own copies."""
         moving = {n: t.clone() for n, t in (self.layout.buffers(buffers) | counters).items()}
-        with _InLanes(lambda: word):
+        with InLanes(lambda: word):
             tensors = {**self.layout.params(theta), **fixed, **moving}
-            output = functional_call(self.module, tensors, (x,))
+            output = self._answer(x, tensors)
         loss = (self.loss(output, y) * mask).sum()
         moving = {n: tensors[n] for n in moving}  # a buffer may have been put in place of another
         after = [moving[e.name].reshape(-1) for e in self.layout.segment("buffers")]
@@ -340,7 +295,7 @@ class Task:
 
         def lane(theta: Tensor, buffers: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> dict[str, Tensor]:
             tensors = {**self.layout.params(theta), **self.layout.buffers(buffers), **model.fixed}
-            output = functional_call(self.module, tensors, (x,))
+            output = self._answer(x, tensors)
             return {name: (each(output, y) * mask).sum() for name, each in self._measures().items()}
 
         return {n: s.double() for n, s in vmap(lane)(model.theta, model.buffers, batch.x, batch.y, mask).items()}
@@ -402,9 +357,9 @@ class Task:
             return _still(model.select(torch.tensor([k], device=model.theta.device)))
         gradient = self.bound.bind(model, k)
         gradient.zero_()
-        keyed = _KeyedDropout(lambda: key.state().expand(len(batch.counts))[k])
+        keyed = KeyedDropout(lambda: key.state().to(self.device).expand(len(batch.counts))[k])
         with global_scope(key.only(k)) if self.noisy else contextlib.nullcontext(), keyed:
-            output = self.module(batch.x[k, : batch.counts[k]])
+            output = self._answer(batch.x[k, : batch.counts[k]])
         loss = self.loss(output, batch.y[k, : batch.counts[k]]).sum()
         (loss / max(batch.counts[k], 1)).backward(self.bound.scale)
         buffers, counters = self.bound.buffers()
@@ -414,7 +369,7 @@ class Task:
     def _loop_measure(self, model: Model, batch: Batch, k: int) -> dict[str, Tensor]:
         self.bound.bind(model, k)
         y = batch.y[k, : batch.counts[k]]
-        output = self.module(batch.x[k, : batch.counts[k]])
+        output = self._answer(batch.x[k, : batch.counts[k]])
         return {name: each(output, y).sum().double() for name, each in self._measures().items()}
 
     def _measures(self) -> dict[str, PerExample]:

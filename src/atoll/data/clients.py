@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atoll.data.measure import effective_clients, label_divergence, size_gini
-from atoll.data.rows import Rows, pieces
+from atoll.data.rows import ConcatRows, Rows, on_device, pieces
 from atoll.errors import UsageError
 from atoll.rng import Key
 
@@ -104,6 +104,22 @@ class Clients:
             RunError: a row that was never in memory holds NaN or infinity.
         """
         return self.rows.take(rows)
+
+    def on(self, device: torch.device, room: float) -> Clients:
+        """The same clients, whose rows lie on a device where they are in memory and that has room for so many bytes.
+
+        Who holds what stays on the host. Rows that are not moved are moved batch by batch, as they are read.
+        """
+        if device.type == "cpu":
+            return self
+        everything = self.rows if self.held_out is None else ConcatRows((self.rows, self.held_out))
+        moved = on_device(everything, device, room)  # together: train and held-out rows are often of one array
+        if moved is everything:
+            return self
+        if self.held_out is None:
+            return replace(self, rows=moved)
+        rows, held_out = moved.parts  # type: ignore[attr-defined]
+        return replace(self, rows=rows, held_out=held_out)
 
     def pooled(self) -> Clients:
         """One client that holds every train row, in the order of their numbers; the same held-out rows."""

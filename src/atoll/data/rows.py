@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -121,7 +121,7 @@ def _checked(values: Tensor, index: Tensor, what: str) -> Tensor:
 def _pick(array: Tensor | Array, index: Tensor) -> Tensor:
     """Rows `index [n]` of a tensor, or of a mapped file, of which only those rows are read."""
     if isinstance(array, Tensor):
-        return array.index_select(0, index)
+        return array.index_select(0, index if array.is_cpu else index.to(array.device))
     picked = np.asarray(array[index.numpy()])
     return torch.from_numpy(picked.astype(picked.dtype.newbyteorder("="), copy=False))
 
@@ -293,6 +293,48 @@ class PickedRows:
 
     def targets(self) -> Tensor:
         return self.rows.targets()[self.index]
+
+
+def on_device(rows: Rows, device: torch.device, room: float) -> Rows:
+    """Rows that lie in memory, on a device, as far as there is room; all others stay where they are.
+
+    Args:
+        rows: what is to be read from there.
+        device: whose memory.
+        room: bytes that may be taken of it.
+    Example:
+        >>> rows = PickedRows(ArrayRows(torch.ones(3, 1), torch.zeros(3)), torch.tensor([2, 0]))
+        >>> on_device(rows, torch.device("meta"), room=8.0) is rows
+        True
+        >>> on_device(rows, torch.device("meta"), room=24.0).take(torch.tensor([1]))[0].device
+        device(type='meta')
+    """
+    arrays = {id(t): t for t in _arrays(rows)}
+    if not arrays or sum(t.numel() * t.element_size() for t in arrays.values()) > room:
+        return rows
+    moved: Rows = _moved(rows, {i: t.to(device) for i, t in arrays.items()})
+    return moved
+
+
+def _arrays(rows: Any) -> list[Tensor]:
+    """The tensors that rows are read from, where they are read from tensors alone."""
+    match rows:
+        case ArrayRows(x=Tensor() as x, y=Tensor() as y):
+            return [x, y]
+        case PickedRows():
+            return _arrays(rows.rows)
+        case ConcatRows() if all(map(_arrays, rows.parts)):
+            return [t for part in rows.parts for t in _arrays(part)]
+    return []
+
+
+def _moved(rows: Any, moved: dict[int, Tensor]) -> Any:
+    match rows:
+        case ArrayRows():
+            return replace(rows, x=moved[id(rows.x)], y=moved[id(rows.y)])
+        case PickedRows():
+            return replace(rows, rows=_moved(rows.rows, moved))
+    return replace(rows, parts=tuple(_moved(part, moved) for part in rows.parts))
 
 
 def spill(stream: Iterable[Any]) -> tuple[Array, Array]:

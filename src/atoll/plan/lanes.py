@@ -18,6 +18,7 @@ from atoll.data.clients import Clients
 from atoll.rng import Key
 from atoll.task import Batch, Gradient, Model, Task
 
+HOST = torch.device("cpu")
 _AHEAD = 1 << 19  # numbers of rows that are read at once for several steps
 ROWS = 1024  # the most rows of one client in one pass: bounds the memory of activations
 
@@ -44,12 +45,14 @@ class Lanes:
         ids: int64 `[K]`.
         dtype: the type of the run, which float features and targets take.
         share: the part of its work that each had time for, in (0, 1].
+        device: where batches are computed on. Who is at work, on which of their rows, is decided on the host.
     """
 
     clients: Clients
     ids: Tensor
     dtype: torch.dtype
     share: float = 1.0
+    device: torch.device = HOST
 
     @cached_property
     def rows(self) -> Tensor:
@@ -74,6 +77,8 @@ class Lanes:
     def take(self, places: Tensor, counts: tuple[int, ...]) -> Batch:
         """The rows at these places `[k, B]`, of the first k clients."""
         x, y = self.clients.take(self.clients.order[places])
+        if self.device != HOST:
+            x, y = x.to(self.device), y.to(self.device)
         x = x.to(self.dtype) if x.is_floating_point() else x
         return Batch(x, y.to(self.dtype) if y.is_floating_point() else y, counts)
 
@@ -108,7 +113,7 @@ class Lanes:
             return task.gradient(model, self.take(places, counts), key)
         # Without padding a lane is cut by its own rows alone; with it, by the width that its neighbours share.
         size = ROWS if task.batch_statistics else -(-wide // -(-wide // ROWS))
-        rows = torch.tensor(counts, device=model.theta.device)
+        rows = torch.tensor(counts, device=places.device)
         own = (-(-rows // size)).clamp(min=1)
         span, whole = torch.arange(size, device=rows.device), None
         for part in range(int(own.max())):
@@ -116,7 +121,7 @@ class Lanes:
             columns = (begin[:, None] + span).clamp(max=wide - 1)
             here = tuple((end - begin).tolist())
             got = task.gradient(model, self.take(places.gather(1, columns), here), key.fold(part) if part else key)
-            share = ((end - begin).to(got.grad.dtype) / rows)[:, None]
+            share = ((end - begin).to(got.grad) / rows.to(got.grad.device))[:, None]
             if whole is None:
                 whole = got._replace(grad=got.grad * share, loss=got.loss.clone())
             else:

@@ -25,8 +25,13 @@ _AHEAD = 64  # steps planned at once
 def _contribution(lanes: Lanes, update: Tensor, buffers: Tensor, counters: Tensors, sums: Tensors) -> Contribution:
     """A contribution of an update; buffers go beside it where the model has any."""
     means = {"update": update} | ({"buffers": buffers} if buffers.shape[-1] else {})
-    facts = {"loss": sums["loss"] / sums["rows"].clamp(min=1)} if "loss" in sums else {}
+    facts = {"loss": _each(sums["loss"], sums["rows"])} if "loss" in sums else {}
     return Contribution(means, sums, lanes.rows, counters, facts)
+
+
+def _each(total: Tensor, rows: Tensor) -> Tensor:
+    """What comes to a row, on the device of the total."""
+    return total / rows.to(total.device).clamp(min=1)
 
 
 def _check_batch(part: str, batch: Any) -> None:
@@ -208,7 +213,7 @@ class Train(Part):
         lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
         stepper = self.optimizer.stepper(model.theta, state, lr)
         loss = model.theta.new_zeros(lanes_count)
-        rows = torch.zeros(lanes_count, dtype=torch.int64, device=model.theta.device)
+        rows = torch.zeros_like(lanes.rows)
         steps = self.steps_at(broadcast.round)
         for s, (places, counts) in enumerate(self._batches(lanes, memory, key, task, steps)):
             k = len(counts)
@@ -228,7 +233,7 @@ class Train(Part):
         return _contribution(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
 
     def _taken(self, lanes: Lanes, memory: Tensors, steps: int | None) -> Tensor:
-        taken = memory["taken"]
+        taken = memory["taken"].to(lanes.ids.device)
         return taken + self._done(torch.full_like(taken, steps or 0), lanes.share)
 
     @staticmethod
@@ -273,7 +278,7 @@ class Train(Part):
         # Who starts twice in a round draws anew, which its key knows; a kept order goes on where it was.
         draw = Key(key.seed).fold("kept order") if keeps else key.fold("order")
         who = lanes.ids if keeps or key.clients is None else key.clients
-        taken = memory["taken"] if keeps else torch.zeros_like(lengths)
+        taken = memory["taken"].to(rows.device) if keeps else torch.zeros_like(lengths)
         reach = width * int(lengths.max()) + 1
         order = torch.zeros(len(rows), reach, dtype=torch.int64, device=rows.device)
         full = rows if self.batch is None else rows.clamp(max=self.batch)
@@ -347,7 +352,7 @@ class Loader:
     """
 
     def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
-        self._lanes = Lanes(lanes.clients, lanes.ids[k : k + 1], lanes.dtype)
+        self._lanes = Lanes(lanes.clients, lanes.ids[k : k + 1], lanes.dtype, device=lanes.device)
         self._key, self._passes, self.rows = key, 0, lanes.sizes[k]
         count = int(_lengths(torch.tensor(self.rows), batch, joins)[0])
         full = [min(batch or self.rows, self.rows)] * (count - 1)
@@ -412,7 +417,8 @@ class Custom(Part):
         out = [self._one(broadcast, lanes, k, key.only(k), task) for k in range(len(lanes.sizes))]
         theta, buffers, counters, sums = zip(*out, strict=True)
         names = sorted(set().union(*sums))
-        stacked = {n: torch.stack([s.get(n, theta[0].new_zeros(())) for s in sums]) for n in names}
+        nothing = torch.zeros((), dtype=torch.float64)
+        stacked = {n: torch.stack([s.get(n, nothing) for s in sums]) for n in names}
         count = {n: torch.stack([c[n] for c in counters]) for n in counters[0]}
         update = broadcast.model.theta - torch.stack(theta)
         return _contribution(lanes, update, torch.stack(buffers), count, stacked), {}
@@ -467,5 +473,5 @@ class Evaluate(Part):
                 sums[name] = sums[name] + value if name in sums else value
             start += piece.shape[1]
         sums["rows"] = lanes.rows
-        facts = {n: s / sums["rows"] for n, s in sums.items() if n != "rows"}
+        facts = {n: s / lanes.rows.to(s.device) for n, s in sums.items() if n != "rows"}
         return Contribution({}, sums, lanes.rows, {}, facts), {}

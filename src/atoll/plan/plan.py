@@ -89,6 +89,7 @@ class Gathered(NamedTuple):
     late: int = 0  # no longer awaited
     now: float | None = None  # seconds of the run, where there is a clock
     trips: tuple[Trip, ...] = ()
+    notes: tuple[str, ...] = ()  # what is said once, when it happens
 
 
 class Store(Protocol):
@@ -281,7 +282,8 @@ class State:
     def first(cls, plan: Plan, task: Task, seed: int, memory: Store, model: Model | None = None) -> State:
         """The state before the first round."""
         model = model or task.initial()
-        server = {"local": plan.local.server(task.layout), "codec": plan.codec.server(task.layout)}
+        parts = {"local": plan.local.server(task.layout), "codec": plan.codec.server(task.layout)}
+        server = {part: {n: t.to(task.device) for n, t in tensors.items()} for part, tensors in parts.items()}
         return cls(0, seed, model, plan.optimizer.init(model.theta), server, memory)
 
     def key(self, round: int | None = None) -> Key:
@@ -313,6 +315,7 @@ class Report:
         flying: how many are at work when the round has closed.
         now: seconds of the run on the clock, where there is one.
         trips: flights that ended in the round, on the clock.
+        notes: what is said once, when it happens.
     """
 
     round: int
@@ -329,6 +332,7 @@ class Report:
     flying: int = 0
     now: float | None = None
     trips: tuple[Trip, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to(self, **changes: Any) -> Report:
         """The same report with some fields replaced."""
@@ -368,7 +372,7 @@ def tell(plan: Plan, state: State, key: Key) -> State:
     theta = state.model.theta
     if state.sent is None:
         return dataclasses.replace(state, sent=Sent(theta, ()))
-    delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(torch.zeros(1, dtype=torch.int64))
+    delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(theta.new_zeros(1, dtype=torch.int64))
     payload, side, _, _ = plan.downlink.encode(delta, {}, {}, key)
     length = int(plan.downlink.sizes(payload, side)[0])
     known = state.sent.theta + arrived(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
@@ -454,7 +458,7 @@ def descend(plan: Plan, state: State, mean: Total, server: Shared, air: Air) -> 
     """θ⁺ = optimizer(θ, g): buffers are replaced by their mean, counters by the largest; without an update θ stays."""
     model, optimizer, flying = state.model, state.optimizer, versions(state, air)
     if "update" in mean.means:
-        g = mean.means["update"].to(model.theta.dtype)
+        g = mean.means["update"].to(model.theta)
         g = g if g.shape == model.theta.shape else g.expand_as(model.theta)
         theta, optimizer = plan.optimizer.update(model.theta, g, mean.sums, optimizer, state.round)
         buffers = mean.means["buffers"].to(model.buffers.dtype) if "buffers" in mean.means else model.buffers
@@ -488,4 +492,5 @@ def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
         flying=len(gathered.air.flights),
         now=gathered.now,
         trips=gathered.trips,
+        notes=gathered.notes,
     )

@@ -33,6 +33,7 @@ from atoll.errors import UsageError
 WIDTH = 26
 BLOCK = 4096
 _TILE = 1 << 18  # numbers worked on at once: with their digits they stay near a core
+_FAR_TILE = 1 << 24  # the same where a kernel is only worth its start for many numbers
 CAPACITY = 1 << 28
 LARGEST = 2.0**900
 _LOWEST = -41  # 2^(26·−41) = 2^−1066: below it float64 has only the last bits of its subnormal numbers
@@ -65,7 +66,7 @@ def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
     whole = d - d % BLOCK  # the last block stands by itself where it is shorter than the others
     for start, end in ((0, whole), (whole, d)):
         if start < end:
-            _add_blocks(digits, rows, start, end, weights.to(torch.int64))
+            _add_blocks(digits, rows, start, end, weights.to(rows.device, torch.int64))
     if not digits:  # nothing but zeros so far: a sum of zeros still has a length
         digits[_LOWEST] = rows.new_zeros(d, dtype=torch.float64)
     return digits
@@ -82,7 +83,7 @@ def _add_blocks(digits: Digits, rows: Tensor, start: int, end: int, weights: Ten
     high, low = _place(most), _place(least)
     if high != low:
         top = torch.div(torch.frexp(largest).exponent, WIDTH, rounding_mode="floor").clamp_(min=_LOWEST)
-    size = max(1, _TILE // (x.shape[0] * x.shape[2]))
+    size = max(1, (_TILE if x.device.type == "cpu" else _FAR_TILE) // (x.shape[0] * x.shape[2]))
     weight = int(weights.sum())
     for first in range(high, low - 1, -1):
         live = weights[:, None] * (top == first) if high != low else weights[:, None].expand(largest.shape)

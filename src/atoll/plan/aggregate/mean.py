@@ -186,7 +186,7 @@ def _keep_largest(table: dict[str, Tensor], name: str, rows: Tensor) -> None:
 
 def _add_floats(digits: exact.Digits, rows: Tensor, weights: Tensor) -> exact.Digits:
     """Σ w·x in the rows' own type, in whatever order it comes."""
-    batch = weights.to(rows.dtype) @ rows
+    batch = weights.to(rows) @ rows
     if 0 in digits:
         digits[0] += batch
     else:

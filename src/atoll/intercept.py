@@ -1,0 +1,91 @@
+"""What a pass finds in place of some functions of torch: dropout by a key, and batch norm that lanes can share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from atoll.rng import mix64
+
+
+class KeyedDropout(TorchFunctionMode):
+    """Draws dropout masks from a keyed word, not the global generator: the n-th dropout of a pass, by element."""
+
+    def __init__(self, word: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.word, self.calls = word, 0  # asked for only where something is dropped: most models drop nothing
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _DROPOUTS:
+            return func(*args, **kwargs)
+        channels = _DROPOUTS[func]
+        return self._drop(channels, *args, **kwargs)
+
+    def _drop(
+        self, channels: bool, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or p == 0.0:
+            return input
+        self.calls += 1
+        whole = input.dim() - 2 if channels else 0
+        shape = (*input.shape[: input.dim() - whole], *(1,) * whole)
+        index = torch.arange(prod(shape), device=input.device)
+        bits = mix64(mix64(self.word() + self.calls) + index * -7046029254386353131)
+        kept = ((bits >> 40) & 0xFFFFFF) >= int(p * 2**24)
+        return input * (kept.view(shape).to(input.dtype) / (1.0 - p) if p < 1.0 else 0.0)
+
+
+_DROPOUTS: Mapping[Any, bool] = {
+    F.dropout: False,
+    torch.dropout: False,
+    F.dropout1d: True,
+    F.dropout2d: True,
+    F.dropout3d: True,
+}
+
+
+class InLanes(KeyedDropout):
+    """Batch norm too: torch lays the channels of all lanes side by side, and their bits depend on their place there."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.batch_norm:
+            return _batch_norm(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`, written out: (x − mean) / √(var + eps) · weight + bias, channel by channel."""
+    axes, shape, given = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2)), x.dtype
+    x = x.to(torch.promote_types(given, torch.float32))  # a short type is not for statistics
+    mean, var, rows = running_mean, running_var, prod(x.shape) // x.shape[1]
+    if training or mean is None or var is None:
+        if rows == 1:
+            raise ValueError(f"Batch statistics of one value in each of {x.shape[1]} channels.")
+        mean = x.mean(axes)
+        var = (x - mean.view(shape)).square().mean(axes)
+        if running_mean is not None and running_var is not None:
+            running_mean.mul_(1 - momentum).add_(mean.detach(), alpha=momentum)
+            running_var.mul_(1 - momentum).add_(var.detach(), alpha=momentum * rows / (rows - 1))
+    out = (x - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
+    out = out if weight is None else out * weight.view(shape)
+    return (out if bias is None else out + bias.view(shape)).to(given)
