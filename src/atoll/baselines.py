@@ -265,7 +265,7 @@ def _side_by_side(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> t
         "model": {"theta": first.theta, "buffers": first.buffers},
         "counters": dict(first.counters),
         "optimizer": dict(plan.optimizer.init(first.theta)),
-        "kept": {n: t.expand(len(ids), *t.shape).clone() for n, t in kept.items()},
+        "kept": {n: t.to(training.task.device).repeat(len(ids), *[1] * t.dim()) for n, t in kept.items()},
     }
     finite = torch.ones(len(ids), dtype=torch.bool)
     for t in range(len(turns)):
@@ -289,12 +289,12 @@ def _round(training: Rounds, plan: Plan, ids: Tensor, t: int, before: Groups) ->
     """One round of each client by itself: what is new, and whose numbers are all finite."""
     task, data = training.task, training.data
     start = _Each(before["model"]["theta"], before["model"]["buffers"], before["counters"], training.first.fixed)
-    lanes = Lanes(data, ids, task.layout.dtype)
+    lanes = Lanes(data, ids, task.layout.dtype, device=task.device)
     key = Key(training.settings.seed).fold("round", t, "clients").of(ids).fold("local")
     given, kept = plan.local.contribute(Broadcast(t, start, {"local": {}}), lanes, before["kept"], key, task)
     good = torch.ones(len(ids), dtype=torch.bool)
     for rows in (*given.means.values(), *given.sums.values()):
-        good &= rows.reshape(len(ids), -1).abs().amax(1) <= LARGEST
+        good &= (rows.reshape(len(ids), -1).abs().amax(1) <= LARGEST).to(good.device)
     theta, state = plan.optimizer.update(start.theta, given.means["update"], {}, before["optimizer"], t)
     model = {"theta": theta} | ({"buffers": given.means["buffers"]} if "buffers" in given.means else {})
     after = {"model": model, "counters": given.largest, "optimizer": state, "kept": kept}
@@ -310,7 +310,7 @@ def _judged(task: Task, held: Clients, model: Model) -> Iterator[dict[str, float
     for at in torch.arange(k).split(most):
         # A single lane would go through other kernels than many: it is judged beside a copy of itself.
         picked = at if len(at) > 1 else at.repeat(2)
-        lanes = Lanes(held, torch.zeros_like(picked), task.layout.dtype)
+        lanes = Lanes(held, torch.zeros_like(picked), task.layout.dtype, device=task.device)
         each = _Each(*model.select(picked))
         given, _ = Evaluate().contribute(Broadcast(0, each, {}), lanes, {}, Key(0).of(lanes.ids), task)
         for i in range(len(at)):

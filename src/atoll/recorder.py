@@ -133,6 +133,8 @@ class Recorder:
             self.folder.metric(row_of(report, len(t.state.versions)))
             for failure in report.failures:
                 self.folder.event("failure", **failure._asdict())
+            for note in report.notes:
+                self.folder.event("note", round=report.round, text=note)
             self.folder.event("clients", round=report.round, **_brief(report.clients))
             if report.trips:
                 self.folder.event("trips", round=report.round, **_columns(report.trips))

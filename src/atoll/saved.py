@@ -49,6 +49,8 @@ def pack(state: State) -> dict[str, Tensor]:
 def unpack(tensors: Mapping[str, Tensor], round: int, training: Rounds) -> State:
     """The state that `pack` was called on, for a training of the same plan and seed."""
     at = training.state
+    device = at.model.theta.device
+    tensors = {n: t.to(device) if _computed(n, t) else t for n, t in tensors.items()}
     versions = {
         birth: Broadcast(
             birth, _read(tensors, f"version/{birth}"), _parts(tensors, f"version/{birth}/shared", at.server)
@@ -69,6 +71,12 @@ def unpack(tensors: Mapping[str, Tensor], round: int, training: Rounds) -> State
         versions,
         sent,
     )
+
+
+def _computed(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of a state lies where it is computed with: models, and all that is no single number."""
+    group = name.partition("/")[0]
+    return group != "air" and (tensor.dim() > 0 or group in ("model", "version", "counters", "fixed"))
 
 
 def share(training: Rounds, ranks: Ranks) -> None:

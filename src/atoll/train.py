@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -87,8 +87,8 @@ def train(
         >>> run.rounds, sorted(run.metrics)
         (2, ['accuracy', 'gradient_norm', 'held_out_loss', 'loss', 'lr'])
     """
-    if resume is not None and settings.get("numerics", "auto") == "auto":
-        settings["numerics"] = runs.read_environment(Path(resume)).get("numerics", "auto")
+    if resume is not None:
+        settings = kept(Path(resume), settings)
     training = Rounds(model, data, plan, Settings.told(settings))
     ranks = training.ranks
     if ranks is not None and not ranks.first:
@@ -105,6 +105,15 @@ def train(
     if outcome is not None and outcome.failed:
         raise outcome.error()
     return run
+
+
+def kept(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a training that goes on: how it computes is what the run began with, where nobody says otherwise."""
+    began, out = runs.read_environment(run), dict(settings)
+    for name, before in (("numerics", "auto"), ("device", "cpu")):
+        if out.get(name, "auto") == "auto":
+            out[name] = began.get(name, before)
+    return {"precision": began.get("precision", "full"), **out}
 
 
 def _walk(training: Rounds, recorder: Recorder, watchers: Sequence[Watcher]) -> bool:

@@ -18,6 +18,7 @@ from atoll.data.clients import Clients
 from atoll.engine import ENGINES
 from atoll.engine.arrivals import check_clock
 from atoll.engine.dealer import Dealer
+from atoll.engine.device import HOST, check_precision, found, free, gpu, local_rank
 from atoll.engine.fleet import FLEET, Fleet
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
@@ -41,6 +42,7 @@ from atoll.rng import Key
 from atoll.saved import share
 from atoll.task import Model, Task
 
+_DATA_PART = 0.25  # of a GPU's free memory that the data may take for good
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
 JUDGES = {"classification": ("accuracy",), "regression": ("rmse",), "tokens": ("accuracy",)}
@@ -59,7 +61,10 @@ class Settings:
         stop: further rules that end the training; `Diverged()` is always on.
         evaluate_every: rounds between two looks at the held-out rows; 0 never looks.
         numerics: "auto", "fused", "lanes" or "loop".
-        chunk: clients computed together; changes no bit.
+        precision: "full", or "bf16": the model's products in bfloat16 by torch's autocast; θ and sums as ever.
+        device: "auto", a GPU where there is one and else the CPU; "cpu"; "cuda" or "cuda:1". Worker processes and
+            actors compute on the CPU.
+        chunk: clients computed together; changes no bit. None: what stays near the cores, or fits a GPU.
         engine: where clients run: "inprocess"; "processes", worker processes on this machine; "torchrun", in a
             program that `torchrun` started; or "ray", in actors on a Ray cluster.
         workers: worker processes, None is one a core; or how many ranks there must be, None is as many as there are;
@@ -79,6 +84,8 @@ class Settings:
     stop: tuple[Any, ...] = ()
     evaluate_every: int = 1
     numerics: str = "auto"
+    precision: str = "full"
+    device: str = "auto"
     chunk: int | None = None
     engine: str = "inprocess"
     workers: int | None = None
@@ -129,18 +136,21 @@ class Rounds:
         kind = "binary" if _binary(module, data) else data.kind
         loss = settings.loss or ("binary_cross_entropy" if kind == "binary" else LOSSES[data.kind])
         metrics = JUDGES[data.kind] if settings.metrics is None else settings.metrics
-        task = Task.of(module, loss, metrics, dtype)
+        device = _device(settings)
+        check_precision(settings.precision, settings.dtype, settings.numerics, device)
+        task = replace(Task.of(module, loss, metrics, dtype), precision=settings.precision).on(device)
         self.data, self.plan, self.settings = data, plan, settings
         self.fleet = settings.fleet if isinstance(settings.fleet, Fleet) else None
         self.ranks: Ranks | None = None
         if settings.engine == "torchrun":
             refuse_pace(plan)
-            self.ranks = Ranks.join(settings.workers, settings.backend)
+            self.ranks = Ranks.join(settings.workers, settings.backend, device)
         self.task, self.reason = _chosen(task, data, plan, settings.numerics, self.ranks)
-        self.engine = self._engine(model)
+        near = data.on(device, _DATA_PART * (free(device) or 0))  # the fingerprint is taken of what the host has
+        self.engine = self._engine(model, near)
         self.judge = None
         if data.held_out is not None and settings.evaluate_every:
-            self.judge = InProcess(self.task, data.held(), settings.chunk)
+            self.judge = InProcess(self.task, near.held(), settings.chunk)
         self.memory = Memory(plan.memory(self.task.layout))
         start = None if settings.init is None else start_from(settings.init, self.task)
         self.state = State.first(plan, self.task, settings.seed, self.memory, start)
@@ -163,12 +173,12 @@ class Rounds:
             share(self, self.ranks)
             self.first = self.state.model
 
-    def _engine(self, model: Any) -> InProcess | Dealer:
+    def _engine(self, model: Any, near: Clients) -> InProcess | Dealer:
         settings = self.settings
         if settings.engine == "inprocess":
-            return InProcess(self.task, self.data, settings.chunk, self.fleet)
+            return InProcess(self.task, near, settings.chunk, self.fleet)
         if self.ranks is not None:
-            return Torchrun(self.task, self.data, settings.chunk, self.fleet, self.ranks)
+            return Torchrun(self.task, near, settings.chunk, self.fleet, self.ranks)
         name = model if isinstance(model, str) else None
         told: dict[str, Any] = {"model": name, "seed": settings.seed}
         if settings.engine == "processes":
@@ -184,7 +194,7 @@ class Rounds:
                 "workers": self.engine.workers,
                 "threads_per_worker": self.engine.threads,
             }
-        return {"engine": self.settings.engine}
+        return {"engine": self.settings.engine, **gpu(self.task.device)}
 
     def close(self) -> None:
         """End what the engine runs beside this process, if anything; the state stays."""
@@ -240,6 +250,8 @@ def identity(training: Rounds) -> dict[str, Any]:
         "data": training.data.fingerprint(),
         "plan": repr(training.plan),
         "numerics": training.task.numerics,
+        "precision": training.task.precision,
+        "device": training.task.device.type,
         "layout": f"{layout.d} parameters, {layout.dtype}, {sha256(repr(layout.entries).encode()).hexdigest()[:12]}",
         "seed": training.settings.seed,
         **({} if training.fleet is None else {"fleet": repr(training.fleet)}),
@@ -267,6 +279,20 @@ def judge(state: State, engine: InProcess) -> dict[str, float]:
     out = {"held_out_loss": each.pop("loss")}
     finish = {m.name: m.finish for m in engine.task.metrics}
     return out | {n: finish[n](v) for n, v in each.items()}
+
+
+def _device(settings: Settings) -> torch.device:
+    """Where a training computes: a worker process on the CPU, a rank on the GPU of its number."""
+    if settings.engine != "processes":
+        return found(settings.device, local_rank() if settings.engine == "torchrun" else None)
+    if settings.device not in ("auto", "cpu"):
+        raise UsageError(
+            f"device = {settings.device!r} with the engine processes.",
+            "the engine inprocess, or torchrun for several GPUs.",
+            "one process fills a GPU with clients side by side; workers share out the cores of a machine.",
+            "--engine inprocess",
+        )
+    return HOST
 
 
 def _refuse_mixed(settings: Settings) -> None:
@@ -339,7 +365,7 @@ def start_from(init: Mapping[str, Tensor] | str | Path, task: Task) -> Model:
         init = load_file(path)
     theta, buffers, fixed = task.layout.flatten(init)
     counters = {e.name: fixed.pop(e.name) for e in task.layout.counters}
-    return Model(theta, buffers, counters, fixed)
+    return Model(theta, buffers, counters, fixed).to(task.device)
 
 
 def rounds(model: Any, data: Clients, plan: Plan, **settings: Any) -> Rounds:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from architectures import KEY, MODELS, Transformer
 from problems import classification, far, regression, run, seeded, task_of, threads, tokens
 from torch import nn
 
@@ -21,44 +22,8 @@ from atoll.rng import Key
 
 # Where a lane begins in memory must not matter: widths of 33 and 65, which no vector register divides, are among them.
 SIZES = (9, 5, 9, 3, 9, 5)
-KEY = Key(3).fold("model")
 
 
-def batch_norm():
-    return nn.Sequential(nn.Linear(4, 33), nn.BatchNorm1d(33), nn.ReLU(), nn.Linear(33, 3))
-
-
-def dropout():
-    return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.4), nn.ReLU(), nn.Linear(8, 3))
-
-
-class Lstm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.lstm, self.last = nn.Embedding(7, 4), nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.last(self.lstm(self.embedding(x))[0][:, -1])
-
-
-class Transformer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        self.embedding, self.encoder, self.last = nn.Embedding(7, 8), layer, nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.last(self.encoder(self.embedding(x)).mean(1))
-
-
-MODELS = {
-    "mlp": (lambda: seeded(lambda: nn.Sequential(nn.Linear(4, 65), nn.Tanh(), nn.Linear(65, 3))), classification),
-    "cnn": (lambda: build("cnn", (1, 8, 8), 3, "classification", KEY), lambda s: classification(s, (1, 8, 8))),
-    "batch norm": (lambda: seeded(batch_norm), classification),
-    "dropout": (lambda: seeded(dropout), classification),
-    "lstm": (lambda: seeded(Lstm), tokens),
-    "transformer": (lambda: seeded(Transformer), tokens),
-}
 PLANS = {
     "mlp": Plan(Train(rules.adam(0.01), epochs=2, batch=4), Mean(), rules.adam(0.1)),
     "batch norm": Plan(Train(rules.sgd(0.1, momentum=0.9), epochs=2, batch=4), Mean()),
@@ -194,7 +159,7 @@ def test_lanes_are_left_where_products_depend_on_memory(monkeypatch):
     data = classification(SIZES)
     task = task_of(MODELS["mlp"][0](), data)
     assert choose(task, data, USUAL).task.numerics == "lanes"
-    monkeypatch.setattr("atoll.engine.probe._steady", lambda: False)
+    monkeypatch.setattr("atoll.engine.probe._steady", lambda device: False)
     choice = choose(task, data, USUAL)
     assert choice.task.numerics == "loop" and "MKL_CBWR" in choice.reason
 

@@ -80,6 +80,12 @@ class Told:
         str | None, flag(RUNNING, 'How long clients and links take, on a virtual clock: "Fleet(HalfNormal())".')
     ] = None
     numerics: Annotated[str | None, flag(RUNNING, "auto, fused, lanes or loop. Default: auto.")] = None
+    precision: Annotated[
+        str | None, flag(RUNNING, "full or bf16: the model's products in bfloat16. Default: full.")
+    ] = None
+    device: Annotated[
+        str | None, flag(RUNNING, "auto, cpu, cuda or cuda:1. Default: auto, a GPU where there is one.")
+    ] = None
     chunk: Annotated[int | None, flag(RUNNING, "Clients computed together; changes no bit.")] = None
     baselines: Annotated[bool | None, flag(RUNNING, "Also train pooled and local-only, and compare. Default: no.")] = (
         None

@@ -51,10 +51,11 @@ class Job:
 
 
 class Catch(NamedTuple):
-    """A haul, and the jobs that are in it."""
+    """A haul, the jobs that are in it, and how many clients fit side by side where more did not."""
 
     jobs: list[Job]
     haul: Haul
+    most: int | None = None
 
 
 class Gone(Exception):
@@ -284,7 +285,8 @@ class Crew:
     def _take(self, hand: _Hand, answer: Hauled, tensors: Mapping[str, Tensor], rule: Aggregator) -> None:
         jobs, hand.done = [*hand.done, hand.sent.popleft()], []
         if any(job.wanted and job.codes for job in jobs):
-            self._caught.append(Catch(jobs, haul_of(tensors, answer.failures, answer.errors, rule)))
+            haul = haul_of(tensors, answer.failures, answer.errors, rule)
+            self._caught.append(Catch(jobs, haul, answer.most))
 
     def _broken(self, hand: _Hand, answer: Broke) -> None:
         """A worker cannot go on: what it says is raised here, and another one stands by."""

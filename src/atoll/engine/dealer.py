@@ -22,6 +22,7 @@ from atoll.engine.crew import Catch, Crew, Job, Office
 from atoll.engine.crossing import pack
 from atoll.engine.inprocess import check_chunk
 from atoll.engine.memory import Pending
+from atoll.engine.room import Room
 from atoll.engine.work import Haul, births, chunks, gathered, own_task
 from atoll.engine.worker import Setup, Told, plan_of, spoken, written
 from atoll.errors import UsageError
@@ -85,6 +86,7 @@ class Dealer:
         self.closed = False
         self._crew = Crew(office, workers, stillborn)
         self._fresh = True
+        self.room = Room()
 
     @property
     def population(self) -> Population:
@@ -155,7 +157,7 @@ class Dealer:
             self._crew.drop(lambda job: True)
             self._aloft.clear()
             raise
-        return gathered(plan, state, flown, haul)
+        return gathered(plan, state, flown, haul, self.room)
 
     def _together(self, plan: Plan, state: State, cohort: Cohort, told: Told) -> tuple[Flown, Haul]:
         """A round that waits for everybody: chunks dealt to whoever is free, one haul a worker."""
@@ -165,7 +167,7 @@ class Dealer:
         task, kept, group = own_task(plan, self.task), Pending(state.memory), next(self._numbers)
         most = -(-len(flown.arrived) // (_DEALS * self.workers)) or 1
         for _, codes, down in births(flown.arrived, self.data.count):
-            for chunk in chunks(plan, task, self.data, codes, down, self.chunk):
+            for chunk in chunks(plan, task, self.data, codes, down, self.room.within(self.chunk)):
                 for some, sent in zip(*(column.split(most) for column in chunk), strict=True):
                     job = self.job(group, told, some, sent, kept, deliver=bool(state.memory.first))
                     self._crew.queue.append(job)
@@ -174,6 +176,7 @@ class Dealer:
             catch = self._crew.next(plan.aggregator, _AHEAD)
             if catch is not None:
                 haul.add(plan.aggregator, catch.haul)
+                self.room.learn(catch.most)
         return flown, haul
 
     def job(self, group: int, told: Told, codes: Tensor, down: Tensor, kept: Pending, *, deliver: bool) -> Job:
@@ -294,6 +297,7 @@ class _Arrivals:
         if number is None:
             return
         flight, haul = self.engine._aloft.pop(number).flight, catch.haul
+        self.engine.room.learn(catch.most)
         self._traffic.arrive(number)
         for ids, rows in haul.memory:
             self._kept.put(ids, rows)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import fly, message
+from atoll.engine.device import free
 from atoll.engine.fleet import Fleet
 from atoll.engine.memory import Pending
+from atoll.engine.room import Room
 from atoll.engine.work import Haul, Work, births, chunks, cut, gathered, own_task
 from atoll.errors import UsageError
 from atoll.layout import Layout
@@ -40,6 +42,7 @@ class InProcess:
     data: Clients
     chunk: int | None = None
     fleet: Fleet | None = None
+    room: Room = field(default_factory=Room, init=False, repr=False, compare=False)  # it learns what does not fit
 
     def __post_init__(self) -> None:
         check_chunk(self.chunk)
@@ -71,12 +74,11 @@ class InProcess:
                 return now, key
             return state.versions[birth], state.key(birth)
 
-        work = Work(
-            plan, task, self.data, start, Pending(state.memory), state.round, cut(flown.arrived, self.data.count)
-        )
+        kept, shares = Pending(state.memory), cut(flown.arrived, self.data.count)
+        work = Work(plan, task, self.data, start, kept, state.round, shares, self.room)
         with threads_for(task, cohort.ids.shape[0]):
             haul = self._haul(work, flown.arrived, state.memory.first)
-        return gathered(plan, state, flown, haul)
+        return gathered(plan, state, flown, haul, self.room)
 
     def _haul(self, work: Work, arrived: list[Flight], first: Tensors) -> Haul:
         """Do the work of everybody who arrived, chunk by chunk; `first` is what one client keeps at first."""
@@ -88,7 +90,7 @@ class InProcess:
         return work.haul
 
     def _chunks(self, plan: Plan, task: Task, codes: Tensor, down: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return chunks(plan, task, self.data, codes, down, self.chunk)
+        return chunks(plan, task, self.data, codes, down, self.chunk, free(task.device))
 
 
 def check_chunk(chunk: int | None) -> None:

@@ -88,6 +88,7 @@ class Overlap:
         layout, most = work.task.layout, int(work.data.sizes.max())
         nothing_else = not layout.b and not layout.counters and not work.cut
         room = 0 < len(arrived) <= _MOST and most <= _WHOLE
+        room &= self.flat.device == self.ranks.device  # what is sent in place must lie where it can be sent
         return room and work.task is self.task and nothing_else and data_parallel(work.plan)
 
     def _hook(self, stretch: int) -> Any:
@@ -179,7 +180,7 @@ class Overlap:
         weight = _weights(work.plan, held).sum() if self._all == 1 else torch.tensor(1)
         partial = Partial(means, sums, {}, weight, torch.tensor(len(ids)))
         facts = {
-            "loss": table[:, 0] / table[:, 1].clamp(min=1),
+            "loss": (table[:, 0] / table[:, 1].clamp(min=1)).to(ids.device),
             "rows": held,
             "bytes_up": torch.full_like(ids, message(work.plan, work.task.layout)),
             "bytes_down": down,

@@ -20,6 +20,7 @@ from atoll.rng import Key, global_scope
 from atoll.task import Gradient, Task
 
 BODIES = ("auto", "lanes", "loop", "fused")
+_FAR = {"full": 1e-3, "bf16": 0.2}  # of a gradient's largest number: more is not rounding
 
 
 class Choice(NamedTuple):
@@ -46,13 +47,20 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto") -> Choic
     task = replace(task, numerics="loop", noisy=False)
     task = replace(task, noisy=_passes(task, data, rows))
     own = getattr(plan.local, "numerics", None)
+    if own == "loop" and task.precision != "full":
+        raise UsageError(
+            f"precision = {task.precision!r} with {plan.local!r:.80}.",
+            "a local part of atoll's own.",
+            "a loop of your own computes as it is written: torch.autocast belongs in there.",
+            "--precision full",
+        )
     if own == "loop":
         return Choice(task, "the plan's own loop runs client by client")
     if wanted == "loop":
         return Choice(task, "asked for")
     if wanted == "auto" and data.count == 1:
         return Choice(task, "one client: there is none to put beside it")
-    if wanted in ("auto", "fused"):
+    if wanted in ("auto", "fused") and task.precision == "full":
         trouble = _trouble(replace(task, numerics="fused"), task, data, rows)
         if not trouble:
             reason = "a stack of known layers, by hand: many clients in one pass"
@@ -101,9 +109,11 @@ def _passes(task: Task, data: Clients, rows: int) -> bool:
 
 
 def _drawn() -> tuple[object, ...]:
-    """Where the three global generators stand: torch's, Python's and numpy's."""
+    """Where the global generators stand: torch's on every device in use, Python's and numpy's."""
     kind, words, *rest = np.random.get_state(legacy=True)
-    return torch.random.get_rng_state().numpy().tobytes(), random.getstate(), kind, np.asarray(words).tobytes(), rest
+    on_host = torch.random.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(words).tobytes()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return *on_host, kind, rest, [state.numpy().tobytes() for state in gpus]
 
 
 def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> str:
@@ -115,7 +125,7 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> str:
             return error.given.rstrip(".").partition(": ")[2]
     if task.noisy:
         return "the model draws random numbers of its own, which lanes cannot key"
-    if not _steady():
+    if not _steady(task.device):
         return (
             "a matrix product's bits depend on its place in memory: import atoll before the first, or set MKL_CBWR=AUTO"
         )
@@ -138,16 +148,16 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> str:
         names = ", ".join(sorted(watch.restless))
         return f"torch rounds {names} differently at the end of a tensor, so a lane's bits would depend on its place"
     scale = reference.abs().max().clamp(min=1e-30)
-    if float((first[0] - reference).abs().max() / scale) > 1e-3:
+    if float((first[0] - reference).abs().max() / scale) > _FAR[task.precision]:
         return "its gradient in lanes differs from autograd's"
     return ""
 
 
-def _steady() -> bool:
+def _steady(device: torch.device) -> bool:
     """Whether the bits of a matrix product are the same wherever its factors lie: in a batch of odd sizes, anywhere."""
     for dtype in (torch.float32, torch.float64):
         for n, k, m in ((33, 5, 4), (33, 9, 65)):
-            a, b = (Key(0).fold(size).normal(size * k, dtype).reshape(size, k) for size in (n, m))
+            a, b = (Key(0).fold(size).normal(size * k, dtype).reshape(size, k).to(device) for size in (n, m))
             product = a.repeat(8, 1, 1) @ b.repeat(8, 1, 1).mT
             if not bool((product == product[0]).all()):
                 return False
@@ -187,5 +197,4 @@ def _check_loss(task: Task, data: Clients, x: Tensor, y: Tensor) -> None:
 
 
 def _lanes(task: Task, data: Clients, ids: tuple[int, ...]) -> Lanes:
-    index = torch.tensor(ids)
-    return Lanes(data, index, task.layout.dtype)
+    return Lanes(data, torch.tensor(ids), task.layout.dtype, device=task.device)

@@ -67,12 +67,14 @@ class Ranks:
     device: torch.device
 
     @classmethod
-    def join(cls, workers: int | None = None, backend: str = "auto") -> Ranks:
+    def join(cls, workers: int | None = None, backend: str = "auto", device: torch.device | None = None) -> Ranks:
         """Join the ranks that `torchrun` started, or the group that the program itself has joined.
 
         Args:
             workers: how many there must be; None: as many as there are.
-            backend: `"gloo"`, `"nccl"`, or `"auto"`: the program's own, else gloo, since clients are computed on CPUs.
+            backend: `"gloo"`, `"nccl"`, or `"auto"`: the program's own, else nccl where every rank has a GPU of its own
+                to compute on, and gloo.
+            device: where this rank computes.
         Raises:
             UsageError: this process is no rank, there are more or fewer ranks than asked for, or `nccl` has no GPU.
         """
@@ -86,15 +88,15 @@ class Ranks:
             with together():
                 store, rank, size = next(rendezvous("env://"))
                 store = PrefixStore(_meeting(store, rank, size), store)
-                name = "gloo" if backend == "auto" else backend
+                name = _usual(device) if backend == "auto" else backend
                 distributed.init_process_group(name, store=store, rank=rank, world_size=size)
             _leave_at_exit()
         size = distributed.get_world_size()
         if workers is not None and size != workers:
             raise _other_size(workers, size)
         cuda = distributed.get_backend() == "nccl"
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-        return cls(distributed.get_rank(), size, device)
+        own = device if device is not None and device.type == "cuda" else torch.device("cuda", _local("RANK", 0))
+        return cls(distributed.get_rank(), size, own if cuda else torch.device("cpu"))
 
     @property
     def first(self) -> bool:
@@ -217,6 +219,19 @@ def command_with_restarts() -> str:
     return command(int(os.environ.get("LOCAL_WORLD_SIZE", "2"))).replace("torchrun", "torchrun --max-restarts 3", 1)
 
 
+def _local(what: str, unsaid: int) -> int:
+    """What `torchrun` says of the ranks on this machine."""
+    return int(os.environ.get(f"LOCAL_{what}", unsaid))
+
+
+def _usual(device: torch.device | None) -> str:
+    """By what ranks tell each other tensors where nobody said."""
+    own = device is not None and device.type == "cuda" and torch.cuda.device_count() >= _local("WORLD_SIZE", 1)
+    if own:
+        torch.cuda.set_device(device)
+    return "nccl" if own else "gloo"
+
+
 def _leave_at_exit() -> None:
     import atexit
 
@@ -245,7 +260,7 @@ def _refuse(available: bool, workers: int | None, backend: str) -> None:
     if workers is not None and int(os.environ["WORLD_SIZE"]) != workers:
         raise _other_size(workers, int(os.environ["WORLD_SIZE"]))
     if backend == "nccl":
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        here, gpus = _local("WORLD_SIZE", 1), torch.cuda.device_count()
         if gpus < here:
             raise UsageError(
                 f"backend = 'nccl' for {here} ranks on a machine with {gpus} GPUs.",
@@ -253,7 +268,7 @@ def _refuse(available: bool, workers: int | None, backend: str) -> None:
                 "nccl sends from GPU to GPU.",
                 "--set backend=gloo",
             )
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_local("RANK", 0))
 
 
 def _other_size(workers: int, size: int) -> UsageError:

@@ -158,7 +158,7 @@ class Actor:
             if haul is None:
                 return encode(Done()), []
             places, out = laid(flat(haul))
-            return encode(hauled(haul, "", places)), out
+            return encode(hauled(haul, "", places, self._worker.most)), out
         except Exception as error:
             return encode(broken(error)), []
 

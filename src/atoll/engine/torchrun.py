@@ -26,6 +26,7 @@ from atoll.engine.work import Haul, Work
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.plan.aggregate.mean import Partial
 from atoll.plan.flight import Flight
+from atoll.plan.lanes import HOST
 from atoll.plan.plan import Failure, Gathered, Plan, Report, State
 from atoll.plan.slots import Cohort, Tensors
 from atoll.rng import Key
@@ -67,7 +68,7 @@ class Torchrun(InProcess):
             super()._haul(work, arrived, first)
         except (AtollError, MemoryError) as error:
             trouble = error  # the others are waiting: they hear of it, and all of them stop
-        return merged(self.ranks, work.haul, first, trouble)
+        return merged(self.ranks, work.haul, first, trouble, self.task.device)
 
     @cached_property
     def _overlap(self) -> Overlap:
@@ -144,7 +145,9 @@ def agreed(ranks: Ranks, report: Report) -> Report:
     return report.to(seconds=told[0]["seconds"], metrics=told[0]["metrics"])
 
 
-def merged(ranks: Ranks, haul: Haul, first: Tensors, trouble: Exception | None = None) -> Haul:
+def merged(
+    ranks: Ranks, haul: Haul, first: Tensors, trouble: Exception | None = None, device: torch.device = HOST
+) -> Haul:
     """What all ranks have, at each of them.
 
     Args:
@@ -152,6 +155,7 @@ def merged(ranks: Ranks, haul: Haul, first: Tensors, trouble: Exception | None =
         haul: what this rank has.
         first: what one client keeps at first: the shape of a row.
         trouble: why this rank cannot go on.
+        device: where sums lie.
     Raises:
         RunError: some rank cannot go on.
     """
@@ -172,7 +176,7 @@ def merged(ranks: Ranks, haul: Haul, first: Tensors, trouble: Exception | None =
     _raise([s["trouble"] for s in said])
     came = [h for h in heard if len(h["arrived"])]
     return Haul(
-        _added(ranks, parts, [s["parts"] for s in said]),
+        _added(ranks, parts, [s["parts"] for s in said], device),
         [Failure(*f) for s in said for f in s["failures"]],
         haul.errors,
         [h["arrived"] for h in came],
@@ -199,13 +203,15 @@ def _parts(partials: Mapping[int, Any]) -> dict[tuple[int, str, str, int], Tenso
     return out
 
 
-def _added(ranks: Ranks, mine: Mapping[tuple[int, str, str, int], Tensor], said: list[list[Any]]) -> dict[int, Any]:
+def _added(
+    ranks: Ranks, mine: Mapping[tuple[int, str, str, int], Tensor], said: list[list[Any]], device: torch.device
+) -> dict[int, Any]:
     """The partial sum of all ranks, for each birth: a place that a rank has not is nought there."""
     specs = {(b, kind, n, place): (dtype, shape) for part in said for b, kind, n, place, dtype, shape in part}
     out: dict[int, Any] = {birth: Partial() for birth, *_ in sorted(specs)}
     for largest in (False, True):
         names = [name for name in sorted(specs) if (name[1] == "largest") is largest]
-        tensors = [_or_nothing(mine.get(name), *specs[name], largest) for name in names]
+        tensors = [_or_nothing(mine.get(name), *specs[name], largest, device) for name in names]
         added = ranks.largest(tensors) if largest else ranks.add(tensors)
         for (birth, kind, n, place), tensor in zip(names, added, strict=True):
             if kind in ("weight", "arrived"):
@@ -217,12 +223,12 @@ def _added(ranks: Ranks, mine: Mapping[tuple[int, str, str, int], Tensor], said:
     return out
 
 
-def _or_nothing(tensor: Tensor | None, dtype: str, shape: list[int], largest: bool) -> Tensor:
+def _or_nothing(tensor: Tensor | None, dtype: str, shape: list[int], largest: bool, device: torch.device) -> Tensor:
     """A tensor, or what changes no sum and no maximum where this rank has none."""
     if tensor is not None:
         return tensor
     type_ = getattr(torch, dtype)
-    return torch.full(shape, torch.iinfo(type_).min if largest else 0, dtype=type_)
+    return torch.full(shape, torch.iinfo(type_).min if largest else 0, dtype=type_, device=device if shape else HOST)
 
 
 def _kept(haul: Haul) -> tuple[Tensor, dict[str, Tensor]]:

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import Flown, nbytes
+from atoll.engine.device import give_back, out_of_memory
+from atoll.engine.room import Room, lanes_of, no_sum, too_large
 from atoll.errors import AtollError, RunError
 from atoll.plan.aggregate.exact import LARGEST
 from atoll.plan.flight import Flight
-from atoll.plan.lanes import ROWS, Lanes
+from atoll.plan.lanes import HOST, Lanes
 from atoll.plan.plan import Failure, Gathered, Plan, State, part_of
 from atoll.plan.slots import Aggregator, Broadcast, Contribution
 from atoll.rng import Key
 from atoll.task import Task
 
-_FUSED_BYTES = 7 << 20  # by hand there is no gradient to hold, and a step goes through all of it three times
-_LANE_BYTES = 16 << 20  # what a chunk's θ, gradients and updates take together: they stay near the cores
 _DROPPED = "dropped out"
 
 Start = Callable[[int], tuple[Broadcast, Key]]  # of a birth: what its clients were told, and what they draw by
@@ -104,10 +104,14 @@ def cut(flights: list[Flight], clients: int) -> dict[int, float]:
 
 
 def chunks(
-    plan: Plan, task: Task, data: Clients, codes: Tensor, down: Tensor, most: int | None
+    plan: Plan, task: Task, data: Clients, codes: Tensor, down: Tensor, most: int | None, room: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Clients of one width together, largest first, a chunk of at most `most` at a time; None chooses by the model.
 
+    Args:
+        plan, task, data: what is computed.
+        codes, down: who, and the bytes that each was sent, int64 `[K]`.
+        most, room: see `lanes_of`.
     Yields:
         The codes of a chunk, and the bytes that each was sent, int64 `[K]`.
     """
@@ -117,7 +121,7 @@ def chunks(
         return
     sizes = data.sizes[codes % data.count]
     largest = int(sizes.max())
-    chunk = lanes_of(plan, task, data, largest, most)
+    chunk = lanes_of(plan, task, data, largest, most, room)
     if largest == int(sizes.min()):
         yield from zip(codes.split(chunk), down.split(chunk), strict=True)
         return
@@ -128,19 +132,6 @@ def chunks(
     for run in order.split(runs):
         for some in run.split(chunk):
             yield codes[some], down[some]
-
-
-def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None) -> int:
-    """How many clients are computed together: at most `most`, or what the size of model and batch allows."""
-    if task.numerics == "loop":
-        return 1
-    if most is not None:
-        return most
-    if task.numerics == "fused":
-        held = task.fused.room(data.features, min(plan.local.width(rows), ROWS))
-        return max(4, min(1024, _FUSED_BYTES // (held * task.layout.dtype.itemsize)))
-    each = 6 * task.layout.d * task.layout.dtype.itemsize
-    return max(4, min(1024, _LANE_BYTES // each))
 
 
 class Work:
@@ -154,6 +145,7 @@ class Work:
         kept: what clients keep.
         now: the round that is open.
         cut: the part of its work that a start, by its code, had time for, where that is not all.
+        room: what is known of the memory; what does not fit is learned here.
     """
 
     def __init__(
@@ -165,9 +157,11 @@ class Work:
         kept: Kept,
         now: int,
         cut: Mapping[int, float] = MappingProxyType({}),
+        room: Room | None = None,
     ) -> None:
         self.plan, self.task, self.data, self.start, self.kept, self.now = plan, task, data, start, kept, now
-        self.cut = cut
+        self.cut, self.room = cut, room or Room()
+        self.far = task.device != HOST
         self.haul = Haul.none()
         self._wave: list[tuple[Tensor, Mapping[str, Tensor]]] = []
 
@@ -188,26 +182,61 @@ class Work:
                 self._run_chunk(birth, codes[part], down[part])
 
     def _run_chunk(self, birth: int, codes: Tensor, down: Tensor) -> None:
+        most = self.room.most
+        if most is not None and codes.shape[0] > most:
+            for some, sent in zip(codes.split(most), down.split(most), strict=True):
+                self._run_chunk(birth, some, sent)
+            return
+        halves = self._try_chunk(birth, codes, down)
+        if halves:  # by now nothing holds what the whole chunk had computed
+            give_back(self.task.device)
+        for half in halves:
+            self._run_chunk(birth, codes[half], down[half])
+
+    def _try_chunk(self, birth: int, codes: Tensor, down: Tensor) -> tuple[slice, ...]:
+        """Compute a chunk and fold what it gives; or the halves of it that are to be tried instead."""
         ids = codes % self.data.count
-        many = ids.shape[0]
+        many, half = ids.shape[0], -(-ids.shape[0] // 2)
         try:
             contribution, memory, sizes = self.contribute(birth, ids, codes)
-        except (MemoryError, KeyboardInterrupt, AtollError):
+        except AtollError:
             raise
         except Exception as error:
-            if many > 1:
-                for half in (slice(many // 2), slice(many // 2, None)):
-                    self._run_chunk(birth, codes[half], down[half])
-            else:
+            if out_of_memory(error):
+                if many == 1:
+                    client = int(ids[0])
+                    raise too_large(self.plan, self.task, client, int(self.data.sizes[client]), error) from error
+                self.room.learn(half)
+            if many == 1:
                 self._fail(int(ids[0]), birth, "local", f"{type(error).__name__}: {error}")
                 self.haul.errors.append(error)
-            return
+                return ()
+            return slice(half), slice(half, None)
+        try:
+            self._check(birth, ids, down, contribution, memory, sizes)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise no_sum(self.task, many, error) from error  # a sum that was begun cannot be begun again
+        return ()
+
+    def _check(
+        self,
+        birth: int,
+        ids: Tensor,
+        down: Tensor,
+        contribution: Contribution,
+        memory: Mapping[str, Tensor],
+        sizes: Tensor,
+    ) -> None:
+        """Accept what is finite of a chunk."""
+        many = ids.shape[0]
         good = None
         for name, rows in (*contribution.means.items(), *contribution.sums.items()):
             if rows.numel() and float(rows.amax()) <= LARGEST and float(rows.amin()) >= -LARGEST:
                 continue
             flat = rows.reshape(many, -1)
-            finite = (flat.amax(1) <= LARGEST) & (flat.amin(1) >= -LARGEST)
+            finite = ((flat.amax(1) <= LARGEST) & (flat.amin(1) >= -LARGEST)).to(ids.device)
             good = torch.ones_like(finite) if good is None else good
             for i in ids[good & ~finite].tolist():
                 self._fail(i, birth, "check", f"{name} is not finite")
@@ -230,6 +259,11 @@ class Work:
             contribution = Contribution(means, sums, contribution.weight[good], largest, facts)
         if not ids.shape[0]:
             return
+        if self.far:  # sums are taken where they were computed; what is told of single clients comes to the host
+            sums = {n: t.to(self.task.device) for n, t in contribution.sums.items()}
+            facts = {n: t.to(HOST) for n, t in contribution.facts.items()}
+            memory = {n: t.to(HOST) for n, t in memory.items()}
+            contribution = contribution._replace(sums=sums, weight=contribution.weight.to(HOST), facts=facts)
         rule, partials = self.plan.aggregator, self.haul.partials
         partials[birth] = rule.fold(partials.get(birth) or rule.zero(), contribution)
         self.haul.arrived.append(ids)
@@ -247,8 +281,10 @@ class Work:
     def contribute(self, birth: int, ids: Tensor, codes: Tensor) -> tuple[Contribution, Mapping[str, Tensor], Tensor]:
         """The contributions of a chunk, opened, with the size of each message in bytes, int64 `[K]`."""
         share = self.cut.get(int(codes[0]), 1.0) if self.cut else 1.0
-        lanes = Lanes(self.data, ids, self.task.layout.dtype, share)
+        lanes = Lanes(self.data, ids, self.task.layout.dtype, share, self.task.device)
         kept = self.kept.take(ids)
+        if self.far:
+            kept = {n: t.to(self.task.device) for n, t in kept.items()}
         broadcast, key = self.start(birth)
         key = key.of(codes)
         contribution, local = self.plan.local.contribute(
@@ -260,20 +296,25 @@ class Work:
         if update is None:
             return contribution, memory, torch.full(ids.shape, rest)
         payload, side, sums, codec = self.plan.codec.encode(
-            update, part_of(kept, "codec"), broadcast.shared["codec"], key.fold("codec")
+            update, part_of(kept, "codec"), broadcast.shared["codec"], self._key(key.fold("codec"))
         )
         memory |= {f"codec/{n}": t for n, t in codec.items()}
         if sums:
             contribution = contribution._replace(sums={**contribution.sums, **sums})
             rest = rest_of(contribution)
         opened = {**contribution.means, "update": self.plan.codec.open(payload, side)}
-        return contribution._replace(means=opened), memory, self.plan.codec.sizes(payload, side) + rest
+        sizes = self.plan.codec.sizes(payload, side)
+        return contribution._replace(means=opened), memory, (sizes.to(HOST) if self.far else sizes) + rest
+
+    def _key(self, key: Key) -> Key:
+        """A key whose draws meet what was computed."""
+        return key.to(self.task.device) if self.far else key
 
     def _fail(self, client: int, birth: int, stage: str, cause: str) -> None:
         self.haul.failures.append(Failure(client, birth, stage, cause))
 
 
-def gathered(plan: Plan, state: State, flown: Flown, haul: Haul) -> Gathered:
+def gathered(plan: Plan, state: State, flown: Flown, haul: Haul, room: Room) -> Gathered:
     """What a round brought back, or the reason to end the run.
 
     Raises:
@@ -308,6 +349,7 @@ def gathered(plan: Plan, state: State, flown: Flown, haul: Haul) -> Gathered:
         flown.late,
         flown.now,
         flown.trips,
+        room.said(),
     )
 
 

@@ -11,7 +11,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
@@ -81,12 +81,13 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Hauled(msgspec.Struct, frozen=True, tag=True):
-    """A haul, in a block."""
+    """A haul, in a block; and how many clients fit side by side, where more did not."""
 
     block: str
     places: list[Place]
     failures: list[Failure]
     errors: list[str]
+    most: int | None = None
 
 
 class Broke(msgspec.Struct, frozen=True, tag=True):
@@ -213,6 +214,11 @@ class Worker:
         self._told: dict[int, tuple[Told, Broadcast]] = {}
         self._group: _Group | None = None
 
+    @property
+    def most(self) -> int | None:
+        """How many clients fit side by side, where more did not."""
+        return self._engine.room.most
+
     def tell(self, told: Told, tensors: Mapping[str, Tensor]) -> None:
         """Keep what the clients of a birth may know."""
         for number in told.forget:
@@ -241,7 +247,8 @@ class Worker:
             task = self._tasks.setdefault(task.numerics, task)
             key = Key(int(told.seed), tuple(told.path))
             kept = Memory(plan.memory(task.layout))
-            work = Work(plan, task, self._engine.data, lambda birth: (broadcast, key), kept, told.birth)
+            room = self._engine.room
+            work = Work(plan, task, self._engine.data, lambda birth: (broadcast, key), kept, told.birth, room=room)
             self._group = _Group(run.group, work)
         return self._group.work
 
@@ -256,12 +263,13 @@ def _rebuilt(task: Task, data: Clients, name: str, seed: str) -> Task:
             "a factory that makes the same model every time.",
             "θ is read by name and shape.",
         )
-    return Task(fresh.module, task.layout, task.start, task.loss, task.metrics, task.numerics, task.noisy)
+    return replace(task, module=fresh.module)
 
 
-def hauled(haul: Haul, block: str, places: list[Place]) -> Hauled:
-    """The message that says where a haul lies."""
-    return Hauled(block, places, haul.failures, ["".join(traceback.format_exception(e)) for e in haul.errors[:1]])
+def hauled(haul: Haul, block: str, places: list[Place], most: int | None) -> Hauled:
+    """The message that says where a haul lies, and how many clients fit side by side."""
+    errors = ["".join(traceback.format_exception(e)) for e in haul.errors[:1]]
+    return Hauled(block, places, haul.failures, errors, most)
 
 
 class _Seat:
@@ -289,7 +297,7 @@ class _Seat:
         # Two blocks in turn: one may still be read while the next haul is made.
         out = self._blocks.fitting(self._out[0], tensors)
         self._out = [self._out[1], out]
-        return hauled(haul, out.path, out.write(tensors))
+        return hauled(haul, out.path, out.write(tensors), self._worker.most)
 
     def _block(self, path: str) -> Block:
         if path not in self._open:

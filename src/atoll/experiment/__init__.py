@@ -54,7 +54,7 @@ class Experiment(grammar.Value):
         recipe: a recipe or a whole plan; None: `fedavg`, with a learning rate by the kind of data.
         overrides: what to put into the plan instead, text by slot: `{"pace": "Sync()", "optimizer.lr": "0.5"}`.
         loss, metrics: names; None: by the kind of data.
-        rounds, seed, dtype, evaluate_every, numerics, chunk: see `atoll.Settings`.
+        rounds, seed, dtype, evaluate_every, numerics, precision, device, chunk: see `atoll.Settings`.
         stop: texts of stop rules.
         engine, workers, backend, address, cpus, gpus: where clients run, see `atoll.Settings`.
         fleet: how long clients and links take, on a virtual clock: the text of a `Fleet`.
@@ -98,6 +98,8 @@ class Experiment(grammar.Value):
     gpus: float = 0.0
     fleet: str | None = None
     numerics: str = "auto"
+    precision: str = "full"
+    device: str = "auto"
     chunk: int | None = None
     init: str | None = None
     baselines: bool = False
@@ -328,7 +330,7 @@ class Experiment(grammar.Value):
         for text in self.stop:
             rule = grammar.parse(text, PARTS, trust=self._trusts("stop"))
             rules += rule if isinstance(rule, (tuple, list)) else [rule]
-        computed = ("dtype", "loss", "metrics", "numerics", "chunk", "fleet")
+        computed = ("dtype", "loss", "metrics", "numerics", "precision", "device", "chunk", "fleet")
         where = ("engine", "workers", "backend", "address", "cpus", "gpus")
         names = ("rounds", "seed", "evaluate_every", *computed, *where)
         init = self.init
@@ -368,9 +370,10 @@ class Experiment(grammar.Value):
         """What a run that goes on keeps: how it computes, and not where it started from, which may be gone by now."""
         from atoll import runs
 
-        changes: dict[str, Any] = {}
-        if self.numerics == "auto":
-            changes["numerics"] = runs.read_environment(run).get("numerics", "auto")
+        began, changes = runs.read_environment(run), dict[str, Any]()
+        for name, before in (("numerics", "auto"), ("device", "cpu")):
+            if getattr(self, name) == "auto":
+                changes[name] = began.get(name, before)
         if (run / "checkpoint" / "pointer.json").exists():
             changes["init"] = None
         return self._to(**changes)

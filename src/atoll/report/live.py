@@ -165,6 +165,9 @@ def header(training: Rounds, path: Path | None) -> list[tuple[str, str]]:
         *(("plan" if not at else "", line) for at, line in enumerate(str(training.plan).splitlines())),
         ("numerics", f"{training.task.numerics}: {training.reason}"),
     ]
+    task = training.task
+    if task.device.type != "cpu" or task.precision != "full":
+        lines.append(("device", f"{task.device}, {task.precision} precision"))
     if path is not None:
         lines.append(("run", str(path)))
     if training.state.round:
@@ -225,7 +228,7 @@ class LiveTable:
         self.up, self.down = training.bytes_up, training.bytes_down
         self.failed = 0
         self.now: float | None = None
-        self.failure = ""
+        self.failure = self.note = ""
         self._began = self._written = self.clock()
         self._ticks: deque[float] = deque([self._began], maxlen=21)
         self._printed: Cells = {}
@@ -253,6 +256,8 @@ class LiveTable:
             client, at, stage, cause = report.failures[-1]
             who = client_name(client, self.training.data.names)
             self.failure = plain(f"{who} failed in round {at} ({stage}): {cause}")
+        if report.notes:
+            self.note = plain(f"round {report.round}: {' '.join(report.notes)}", 500)
         now = self.clock()
         self._ticks.append(now)
         wait = max(1.0, (now - self._began) / 100)
@@ -293,9 +298,9 @@ class LiveTable:
     def _line(self, told: Cells) -> None:
         self._printed, marked = told, self.best.marked(told)
         self._write(_joined((told.get(c.key, "") + ("*" if c.key in marked else " "), c) for c in self.columns))
-        if self.failure:
-            self._write(f"  {self.failure}")
-            self.failure = ""
+        for said in filter(None, (self.note, self.failure)):
+            self._write(f"  {said}")
+        self.note = self.failure = ""
 
     def _totals(self) -> list[str]:
         parts = [f"↑ {size(self.up)}", f"↓ {size(self.down)}"]
@@ -345,8 +350,8 @@ class LiveTable:
             under.append(Text.assemble((self.ended, style), "   ", told))
         else:
             under += [self._progress(), Text("   ".join(self._totals()))]
-        if self.failure:
-            under.append(Text(self.failure, style="yellow", no_wrap=True, overflow="ellipsis"))
+        for said in filter(None, (self.note, self.failure)):
+            under.append(Text(said, style="yellow", no_wrap=True, overflow="ellipsis"))
         shown = self._table(self._chosen() if self.ended else self._last())
         pad = Table.grid()
         pad.add_row("")

@@ -242,6 +242,8 @@ def _event(events: Events, event: Mapping[str, Any]) -> None:
             events.about = dict(event)
             notes = event.get("notes")
             events.notes = [str(n) for n in notes] if isinstance(notes, list) else []
+        case "note" if len(events.notes) < 1000:
+            events.notes.append(f"round {event.get('round')}: {event.get('text', '')}")
         case "stop":
             events.ended = str(event.get("time", ""))
             events.status, events.reason = str(event.get("status", "")), str(event.get("reason", ""))

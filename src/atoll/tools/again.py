@@ -55,7 +55,8 @@ def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Rou
     if not start:
         experiment = replace(experiment, init=None)
     about = runs.read_environment(folder)
-    training = training_of(experiment, numerics=about.get("numerics", experiment.numerics))
+    device = experiment.device if experiment.device != "auto" else about.get("device", "cpu")
+    training = training_of(experiment, numerics=about.get("numerics", experiment.numerics), device=device)
     same_data(folder, training)
     return training
 

@@ -83,7 +83,8 @@ def compute(training: Rounds, plan: Plan, state: State, flight: Flight, kept: Te
     own = getattr(plan.local, "numerics", training.task.numerics)
     task = _Watched.of(replace(training.task, numerics=own), losses)
     ids = torch.tensor([flight.client])
-    lanes = _Steps(data, ids, task.layout.dtype, flight.share, losses)
+    lanes = _Steps(data, ids, task.layout.dtype, flight.share, task.device, losses)
+    kept = {n: t.to(task.device) for n, t in kept.items()}
     broadcast = state.broadcast if flight.birth == state.round else state.versions[flight.birth]
     round_key = state.key(flight.birth)
     key = round_key.of(ids + data.count * flight.again)
@@ -95,7 +96,7 @@ def compute(training: Rounds, plan: Plan, state: State, flight: Flight, kept: Te
     if update is None:
         return Given(contribution, None, bytes_, after)
     payload, side, _, codec = plan.codec.encode(
-        update, part_of(kept, "codec"), broadcast.shared["codec"], key.fold("codec")
+        update, part_of(kept, "codec"), broadcast.shared["codec"], key.fold("codec").to(task.device)
     )
     sent = plan.codec.decode(plan.codec.open(payload, side), round_key.fold("codec"))
     bytes_ += int(plan.codec.sizes(payload, side)[0])

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from atoll.engine.arrivals import Flown, fly, message, nbytes
 from atoll.engine.fleet import rate
 from atoll.engine.inprocess import InProcess
-from atoll.engine.work import lanes_of
+from atoll.engine.room import lanes_of
 from atoll.errors import UsageError
 from atoll.experiment import Experiment
 from atoll.plan.aggregate.exact import places

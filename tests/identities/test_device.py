@@ -1,0 +1,277 @@
+"""A training on another device: nothing is mixed, nothing falls back, and the numbers are the same."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from elsewhere_device import FAR, FarTensor, far_device
+from problems import classification, regression, run, seeded, task_of
+from torch import nn
+
+import atoll
+from atoll import recipes, runs
+from atoll.engine import inprocess
+from atoll.engine.inprocess import InProcess
+from atoll.engine.room import lanes_of
+from atoll.experiment import Experiment
+from atoll.plan import codec as codecs
+from atoll.plan import optimizer as rules
+from atoll.plan.aggregate import Mean, Sum
+from atoll.plan.codec import Cast, Eden, Entropy, Feedback, LowRank, Quantize, RandomK, Rotate, Shift, Sign, TopK
+from atoll.plan.local import Custom, Gradient, Train
+from atoll.plan.pace import Bounded, Buffered, polynomial
+from atoll.plan.plan import Plan
+from atoll.plan.sampler import Poisson, RoundRobin, Weighted
+from atoll.schedule import plateau
+from atoll.tools.export import export
+from atoll.tools.replay import replay
+
+SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
+BODIES = ("lanes", "loop", "fused")
+
+
+def mlp():
+    return seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+
+
+def norm():
+    return seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Linear(5, 3)))
+
+
+def everything(state, count):
+    return state.model, state.optimizer, state.server, state.memory.take(torch.arange(count)), state.sent
+
+
+def same(a, b):
+    """Equal to the bit, wherever they are."""
+    left, right = (torch.utils._pytree.tree_flatten(tree) for tree in (a, b))
+    assert left[1] == right[1]
+    for x, y in zip(left[0], right[0], strict=True):
+        assert torch.equal(x.to("cpu"), y.to("cpu")) if isinstance(x, torch.Tensor) else x == y
+
+
+def check(plan, module, data, body, dtype=torch.float32, rounds=2, **engine):
+    """Two rounds here and two elsewhere come to the same; θ never leaves its device."""
+    task = task_of(module, data, body, dtype)
+    here, expected = run(plan, InProcess(task, data, **engine), rounds)
+    with far_device():
+        there, told = run(plan, InProcess(task.on(FAR), data, **engine), rounds)
+        assert there.model.theta.device == FAR
+        assert {t.device for t in there.model if isinstance(t, torch.Tensor)} == {FAR}
+        same(everything(there, data.count), everything(here, data.count))
+        for one, other in zip(told, expected, strict=True):
+            assert (one.metrics, one.failures, one.arrived) == (other.metrics, other.failures, other.arrived)
+            assert (one.bytes_up, one.bytes_down) == (other.bytes_up, other.bytes_down)
+            assert all(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in one.clients.values())
+            same(dict(one.clients), dict(other.clients))
+
+
+def test_the_device_of_these_tests_can_fail():
+    """A tensor made on the host and used elsewhere is found; what a GPU allows is allowed."""
+    with far_device():
+        x = torch.arange(6.0, device=FAR).view(2, 3)
+        assert isinstance(x, FarTensor) and x.device == FAR
+        for mixed in (
+            lambda: x + torch.ones(3),
+            lambda: torch.ones(2) @ x,
+            lambda: torch.arange(4)[x[0].long()],
+            lambda: torch.stack([x[0, 0], torch.zeros(())]),
+            lambda: x.index_copy_(0, torch.tensor([0]), x[:1]),
+        ):
+            with pytest.raises(RuntimeError, match="same device"):
+                mixed()
+        assert (x[torch.tensor([1])] * torch.tensor(2.0)).tolist() == [[6.0, 8.0, 10.0]]
+        assert x.to("cpu").sum() == 15
+
+
+RECIPES = {
+    "gd": recipes.gd(0.1),
+    "sgd": recipes.sgd(0.1, batch=4),
+    "distributed_gd": recipes.distributed_gd(0.1),
+    "fedsgd": recipes.fedsgd(0.1),
+    "fedavg": recipes.fedavg(0.1, batch=4),
+    "local_sgd": recipes.local_sgd(0.1, steps=3, batch=4),
+    "fedavgm": recipes.fedavgm(0.1),
+    "fedadam": recipes.fedadam(0.1),
+    "fedyogi": recipes.fedyogi(0.1),
+    "fedadagrad": recipes.fedadagrad(0.1),
+    "diloco": recipes.diloco(steps=3),
+    "post_local_sgd": recipes.post_local_sgd(0.1),
+    "fedbuff": recipes.fedbuff(0.1),
+    "fedasync": recipes.fedasync(0.1),
+}
+
+
+def test_every_recipe_is_here():
+    assert set(RECIPES) == {recipe.__name__ for recipe in recipes.RECIPES}
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe(name, body):
+    plan, data = RECIPES[name], classification(SIZES if name not in ("gd", "sgd") else (30,))
+    check(plan, mlp(), data, body)
+
+
+@pytest.mark.parametrize("body", BODIES[:2])
+def test_buffers_counters_and_dropout(body):
+    """Batch norm's averages and its counter, batches of one length at a time, and a keyed mask."""
+    plan = Plan(Train(rules.sgd(0.1), epochs=2, batch=4), Mean())
+    check(plan, norm(), classification(SIZES), body)
+
+
+CODECS = {
+    "cast": Cast("fp16"),
+    "quantize": Quantize(8),
+    "rotate": Rotate() >> Quantize(4, bucket=256),
+    "eden": Eden(2),
+    "topk": TopK(0.2),
+    "randomk": RandomK(0.2, unbiased=False),
+    "sign": Sign(),
+    "lowrank": LowRank(1),
+    "entropy": Entropy(),
+    "feedback": Feedback(TopK(0.2)),
+    "shift": Shift(RandomK(0.3, unbiased=False)),
+}
+
+
+def test_every_codec_is_here():
+    stages = {part.__name__ for part in vars(codecs).values() if isinstance(part, type)}
+    tried = " ".join(map(repr, CODECS.values()))
+    assert {name for name in stages if f"{name}(" not in tried} <= {"Codec", "Identity", "Chain", "MessageError"}
+
+
+@pytest.mark.parametrize("name", [name for name in CODECS if name != "entropy"])
+def test_every_codec(name):
+    """Up, and where it keeps nothing of a client, down as well."""
+    data, codec = classification(SIZES), CODECS[name]
+    check(Plan(Gradient(), Mean(), rules.sgd(0.5), codec=codec), mlp(), data, "lanes")
+    if name not in ("feedback", "shift", "lowrank"):
+        check(Plan(Gradient(), Mean(), rules.sgd(0.5), downlink=codec), mlp(), data, "lanes")
+
+
+LOCALS = {
+    "wide": Gradient(),  # 1,500 rows: two passes
+    "keeps": Train(rules.adam(0.01), steps=3, batch=4, keep=("optimizer", "order")),
+    "momentum": Train(rules.sgd(0.1, momentum=0.9), epochs=1, batch=None),
+    "plateau": Train(rules.sgd(plateau(0.1)), steps=2, batch=4),
+    "models": Train(rules.sgd(0.1), epochs=1, batch=4, sends="model"),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("name", LOCALS)
+def test_local_parts(name, body):
+    data = (
+        regression((1500, 40, 3), dtype=torch.float32) if name == "wide" else regression((9, 9, 5), dtype=torch.float32)
+    )
+    pace = Buffered(2, polynomial(0.5)) if name == "models" else Bounded(1)
+    check(Plan(LOCALS[name], Mean(), pace=pace), seeded(nn.Linear, 3, 1), data, body, rounds=4)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(Gradient(), Mean(over="expected"), rules.adam(0.1), cohort=Poisson(0.3)),
+        Plan(Gradient(), Sum("equal"), rules.sgd(plateau(0.1)), cohort=RoundRobin(3)),
+        Plan(Gradient(), Mean(sum="float"), rules.sgd(0.1, momentum=0.9), cohort=Weighted(3)),
+        Plan(Gradient(), Mean("equal"), rules.yogi(0.1)),
+    ],
+    ids=repr,
+)
+def test_rules_and_samplers(plan):
+    check(plan, mlp(), classification(SIZES), "lanes", rounds=4)
+
+
+def by_hand(model, loader, ctx):
+    for x, y in loader:
+        assert x.device == y.device == ctx.device
+        loss = nn.functional.cross_entropy(model(x), y)
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+    return {"mine": float(loss.detach())}
+
+
+def test_a_loop_of_your_own(monkeypatch):
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))  # the device of these tests has none
+    check(Plan(Custom(by_hand, batch=4), Mean()), mlp(), classification(SIZES), "loop")
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """A machine whose GPU is `FAR`."""
+    monkeypatch.setattr("atoll.training.found", lambda text, rank: FAR)
+    with far_device():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("numerics", "resident"),
+    [
+        ("lanes", False),
+        ("fused", True),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in (("lanes", True), ("fused", False), ("loop", True))),
+    ],
+)
+def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
+    """Probe, rounds, judging, a checkpoint, going on from it, baselines: on the device, to the CPU's bits."""
+    free = (1 << 30) if resident else None
+    monkeypatch.setattr("atoll.training.free", lambda device: free)
+    monkeypatch.setattr(inprocess, "free", lambda device: free)
+    data = atoll.data.load("digits").split(clients=6)
+    plan = Plan(Train(rules.adam(0.01), steps=2, batch=8, keep=("optimizer", "order")), Mean(), rules.adam(0.01))
+    told = {"numerics": numerics, "out": tmp_path, "report": False, "baselines": numerics == "lanes"}
+    first = atoll.train("mlp", data, plan, rounds=1, **told)
+    whole = atoll.train("mlp", data, plan, rounds=2, resume=first.path, **told)
+    assert all(p.device.type == "cpu" for p in whole.model.parameters())
+    about = runs.read_environment(whole.path)
+    assert (about["device"], about["precision"], about["numerics"]) == ("meta", "full", numerics)
+    monkeypatch.setattr("atoll.training.found", lambda text, rank: torch.device("cpu"))
+    expected = atoll.train("mlp", data, plan, rounds=2, **{**told, "out": None})
+    assert {n: v for n, v in whole.metrics.items()} == dict(expected.metrics)
+    assert dict(whole.baselines) == dict(expected.baselines)
+    same(dict(whole.model.state_dict()), dict(expected.model.state_dict()))
+
+
+@pytest.mark.slow
+def test_what_looks_at_a_run(far, monkeypatch, tmp_path):
+    """A client's part replayed, and the model written small and judged."""
+    told = {"clients": 6, "rounds": 2, "model": "softmax", "recipe": "fedavg(lr=0.1, batch=10)", "numerics": "lanes"}
+    it = Experiment().told(**told, out=str(tmp_path), report=False)
+    path = it.train().path
+    small = tmp_path / "small.safetensors"
+    looks = [lambda: replay(path, 1, 2), lambda: export(path, "int8", small)]
+    there = [look() for look in looks]
+    monkeypatch.setattr("atoll.training.found", lambda text, rank: torch.device("cpu"))
+    for pair in zip(there, [look() for look in looks], strict=True):
+        one, other = ({n: v for n, v in vars(seen).items() if n not in ("path", "seconds")} for seen in pair)
+        assert one == other
+
+
+def test_rows_that_fit_are_moved_once():
+    data = atoll.data.load("digits").split(clients=6)
+    need = sum(t.numel() * t.element_size() for t in (data.rows.x, data.rows.y))
+    with far_device():
+        assert data.on(FAR, need - 1) is data and data.on(torch.device("cpu"), 1 << 40) is data
+        near = data.on(FAR, need)
+        x, y = near.take(near.order[:3])
+        assert x.device == y.device == FAR and near.held_out.rows.x is near.rows.x
+        same((x, y), data.take(data.order[:3]))
+        assert near.order is data.order
+
+
+def test_chunks_fill_a_device():
+    """On a device of its own memory it is the memory that says how many clients go together: half of what is free."""
+    data, plan = classification(SIZES), recipes.fedavg(0.1, batch=4)
+    for body in ("lanes", "fused"):
+        task = task_of(mlp(), data, body, torch.float32)
+        sizes = [lanes_of(plan, task, data, 9, None, free) for free in (0, 10_000, 100_000, 1_000_000, 1 << 40)]
+        assert sizes == sorted(sizes) and sizes[0] == 1 and sizes[-1] > 1024
+        each = 6 * task.layout.d * 4
+        assert sizes[2] * each <= 50_000 < (sizes[2] + 1) * (each + 4 * 4 * 4 + 200)
+        assert lanes_of(plan, task, data, 9, 7, 1 << 40) == 7
+        assert lanes_of(plan, replace(task, numerics="loop"), data, 9, None, 1 << 40) == 1

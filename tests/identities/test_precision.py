@@ -1,0 +1,155 @@
+"""Products in bfloat16 on a float32 model: close to full precision, and as reproducible."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from architectures import MODELS
+from problems import classification, run, seeded, task_of, tokens
+from torch import nn
+
+import atoll
+from atoll import recipes, runs
+from atoll.engine.inprocess import InProcess
+from atoll.engine.probe import choose
+from atoll.errors import UsageError
+from atoll.plan import optimizer as rules
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Custom, Gradient, Train
+from atoll.plan.plan import Plan
+from atoll.report.live import header
+from atoll.task import Task
+
+SIZES = (9, 5, 9, 3, 9, 5, 2, 7, 7)
+USUAL = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean(), rules.sgd(1.0, momentum=0.5))
+
+
+def bf16(task):
+    return replace(task, precision="bf16")
+
+
+def test_digits_in_bfloat16_come_to_the_loss_of_float32():
+    """Eight bits a product cost less than 0.2 % of the loss after ten rounds, and no accuracy to speak of."""
+    data = atoll.data.load("digits").split(clients=20)
+    ends = [
+        atoll.train("mlp", data, recipes.fedavg(0.3, batch=10), rounds=10, out=None, precision=p, numerics="lanes")
+        for p in ("full", "bf16")
+    ]
+    full, short = (run.metrics["held_out_loss"] for run in ends)
+    assert full != short and abs(short - full) < 0.002 * full
+    assert abs(ends[1].metrics["accuracy"] - ends[0].metrics["accuracy"]) <= 0.011  # four of 359 rows
+    assert {p.dtype for p in ends[1].model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("body", ["lanes", "loop"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_stays_in_float32(name, body):
+    """θ, buffers, the server's optimizer and the loss are float32; so is the gradient, to what 8 bits are."""
+    make, make_data = MODELS[name]
+    module, data = make(), make_data(SIZES)
+    task = task_of(module, data, body, torch.float32)
+    plan = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean(), rules.adam(0.1))
+    short, _ = run(plan, InProcess(bf16(task), data))
+    assert {t.dtype for t in (short.model.theta, short.model.buffers)} == {torch.float32}
+    assert {t.dtype for t in short.optimizer.values() if t.dim()} == {torch.float32}
+    data = make_data(tuple(n + 8 for n in SIZES))  # batch norm makes a small difference of two rows a large one
+    a, b = (run(Plan(Gradient(), Mean()), InProcess(t, data), 1)[0].model for t in (bf16(task), task))
+    step = b.theta - task.initial().theta
+    # A product has eight bits; a ReLU or a pool may choose otherwise where two are nearly equal.
+    assert 0 < float((a.theta - b.theta).norm() / step.norm()) < (2**-3 if name == "cnn" else 2**-5)
+    assert a.buffers.shape == b.buffers.shape and torch.allclose(a.buffers, b.buffers, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_chunk_changes_no_bit(name):
+    """Where lanes in bfloat16 depend on their neighbours the start of a run finds it, and takes the loop."""
+    make, make_data = MODELS[name]
+    data = make_data(SIZES)
+    choice = choose(bf16(task_of(make(), data, dtype=torch.float32)), data, USUAL)
+    assert choice.task.precision == "bf16" and choice.task.numerics in ("lanes", "loop")
+    ends = [run(USUAL, InProcess(choice.task, data, chunk))[0].model for chunk in (None, 1, 2, 3, 5, 9)]
+    assert all(torch.equal(ends[0].theta, other.theta) for other in ends[1:]), choice
+    assert all(torch.equal(ends[0].buffers, other.buffers) for other in ends[1:])
+
+
+class Neighbourly(nn.Module):
+    """In bfloat16 alone, a lane's numbers would depend on how many lanes there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(x)
+
+
+def test_what_depends_on_neighbours_in_bfloat16_is_found(monkeypatch):
+    """The probe computes as the run will: a kernel that looks beside it in bfloat16 alone costs the lanes."""
+    data, gradient = classification(SIZES), Task._lanes_gradient
+
+    def beside(self, model, batch, key):
+        got = gradient(self, model, batch, key)
+        return got._replace(grad=got.grad * (1 + 1e-3 * (len(got.grad) > 2))) if self.precision == "bf16" else got
+
+    monkeypatch.setattr(Task, "_lanes_gradient", beside)
+    task = task_of(seeded(Neighbourly), data, dtype=torch.float32)
+    assert choose(task, data, USUAL).task.numerics == "lanes"
+    choice = choose(bf16(task), data, USUAL)
+    assert (choice.task.numerics, choice.reason) == ("loop", "a lane's bits would depend on its neighbours")
+
+
+def test_it_is_written_down_and_kept(tmp_path):
+    """A run goes on in the precision it began with; in another one it is refused."""
+    data, plan = atoll.data.load("digits").split(clients=5), recipes.fedavg(0.1)
+    told = {"out": tmp_path, "report": False}
+    first = atoll.train("mlp", data, plan, rounds=1, precision="bf16", **told)
+    assert runs.read_environment(first.path)["precision"] == "bf16"
+    with pytest.raises(UsageError, match="begun with another precision: bf16; now it is full"):
+        atoll.train("mlp", data, plan, rounds=2, resume=first.path, precision="full", **told)
+    ended = atoll.train("mlp", data, plan, rounds=2, resume=first.path, **told)
+    straight = atoll.train("mlp", data, plan, rounds=2, precision="bf16", out=None)
+    assert all(torch.equal(a, b) for a, b in zip(ended.model.parameters(), straight.model.parameters(), strict=True))
+
+
+def test_the_table_says_so():
+    data = atoll.data.load("digits").split(clients=5)
+    full, short = (
+        dict(header(atoll.rounds("softmax", data, recipes.fedavg(0.1), precision=p, device="cpu"), None))
+        for p in ("full", "bf16")
+    )
+    assert "device" not in full and short["device"] == "cpu, bf16 precision"
+
+
+def test_tokens_and_outputs_that_are_no_floats_stay():
+    data = tokens(SIZES)
+    model = seeded(lambda: nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(20, 3)))
+    state, (report,) = run(USUAL, InProcess(bf16(task_of(model, data, "lanes", torch.float32)), data), 1)
+    assert state.model.theta.dtype == torch.float32 and not report.failures
+
+
+def by_hand(model, loader, ctx):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "write"),
+    [
+        ({"precision": "fp16"}, "precision = 'fp16'", "--precision full"),
+        ({"precision": "bf16", "dtype": "float64"}, "dtype = 'float64'", "--dtype float32"),
+        ({"precision": "bf16", "numerics": "fused"}, "numerics = 'fused'", "--numerics auto"),
+    ],
+)
+def test_refused(settings, given, write):
+    data = atoll.data.load("digits").split(clients=5)
+    with pytest.raises(UsageError) as refusal:
+        atoll.rounds("mlp", data, recipes.fedavg(0.1), **settings)
+    assert given in refusal.value.given and refusal.value.write == write
+    name, value = write.removeprefix("--").split()
+    atoll.rounds("mlp", data, recipes.fedavg(0.1), **{**settings, name: value})
+
+
+def test_a_loop_of_your_own_computes_as_it_is_written():
+    data = atoll.data.load("digits").split(clients=5)
+    with pytest.raises(UsageError, match=r"torch\.autocast belongs in there") as refusal:
+        atoll.rounds("mlp", data, Plan(Custom(by_hand), Mean()), precision="bf16")
+    assert refusal.value.write == "--precision full"
