@@ -1,0 +1,47 @@
+"""A local part that has memory for so many clients side by side; in its own file, so that a worker can import it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from atoll.plan.local import Gradient
+from atoll.plan.part import Part
+
+_SAYS = {
+    "host": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."),
+    "python": MemoryError,
+    "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Scarce(Part):
+    """What `inner` computes, for at most `most` clients at once."""
+
+    most: int = 4
+    kind: str = "host"
+    inner: Any = field(default_factory=Gradient)
+    batch: int | None = None
+
+    tried: ClassVar[list[int]] = []
+
+    def width(self, rows):
+        return self.inner.width(rows)
+
+    def memory(self, layout):
+        return self.inner.memory(layout)
+
+    def server(self, layout):
+        return self.inner.server(layout)
+
+    def settle(self, total, server, key):
+        return self.inner.settle(total, server, key)
+
+    def contribute(self, broadcast, lanes, memory, key, task):
+        self.tried.append(len(lanes.ids))
+        if len(lanes.ids) > self.most:
+            raise _SAYS[self.kind]()
+        return self.inner.contribute(broadcast, lanes, memory, key, task)
