@@ -18,7 +18,7 @@ from atoll.data.clients import Clients
 from atoll.engine import ENGINES
 from atoll.engine.arrivals import check_clock
 from atoll.engine.dealer import Dealer
-from atoll.engine.device import HOST, check_precision, found, free, gpu, local_rank
+from atoll.engine.device import HOST, check_precision, found, gpu, local_rank, nearby
 from atoll.engine.fleet import FLEET, Fleet
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
@@ -42,7 +42,6 @@ from atoll.rng import Key
 from atoll.saved import share
 from atoll.task import Model, Task
 
-_DATA_PART = 0.25  # of a GPU's free memory that the data may take for good
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
 JUDGES = {"classification": ("accuracy",), "regression": ("rmse",), "tokens": ("accuracy",)}
@@ -62,8 +61,8 @@ class Settings:
         evaluate_every: rounds between two looks at the held-out rows; 0 never looks.
         numerics: "auto", "fused", "lanes" or "loop".
         precision: "full", or "bf16": the model's products in bfloat16 by torch's autocast; θ and sums as ever.
-        device: "auto", a GPU where there is one and else the CPU; "cpu"; "cuda" or "cuda:1". Worker processes and
-            actors compute on the CPU.
+        device: "auto", a GPU where there is one and else the CPU; "cpu"; "cuda" or "cuda:1". Worker processes
+            compute on the CPU, an actor on the GPU that `gpus` gives it.
         chunk: clients computed together; changes no bit. None: what stays near the cores, or fits a GPU.
         engine: where clients run: "inprocess"; "processes", worker processes on this machine; "torchrun", in a
             program that `torchrun` started; or "ray", in actors on a Ray cluster.
@@ -146,7 +145,7 @@ class Rounds:
             refuse_pace(plan)
             self.ranks = Ranks.join(settings.workers, settings.backend, device)
         self.task, self.reason = _chosen(task, data, plan, settings.numerics, self.ranks)
-        near = data.on(device, _DATA_PART * (free(device) or 0))  # the fingerprint is taken of what the host has
+        near = nearby(data, device)  # the fingerprint is taken of what the host has
         self.engine = self._engine(model, near)
         self.judge = None
         if data.held_out is not None and settings.evaluate_every:
@@ -183,7 +182,7 @@ class Rounds:
         told: dict[str, Any] = {"model": name, "seed": settings.seed}
         if settings.engine == "processes":
             return Processes(self.task, self.data, settings.workers, settings.chunk, **told)
-        told |= {"cpus": settings.cpus, "gpus": settings.gpus, "address": settings.address}
+        told |= {"cpus": settings.cpus, "gpus": settings.gpus, "device": settings.device, "address": settings.address}
         return Ray(self.task, self.data, settings.workers, settings.chunk, **told)
 
     def where(self) -> dict[str, Any]:
@@ -282,7 +281,16 @@ def judge(state: State, engine: InProcess) -> dict[str, float]:
 
 
 def _device(settings: Settings) -> torch.device:
-    """Where a training computes: a worker process on the CPU, a rank on the GPU of its number."""
+    """Where a training computes: a worker process on the CPU, a rank on the GPU of its number, an actor on its own."""
+    if settings.engine == "ray":
+        if settings.device in ("auto", "cpu", "cuda"):
+            return HOST
+        raise UsageError(
+            f"device = {settings.device!r} with the engine ray.",
+            "auto, cpu or cuda.",
+            "Ray says which GPU an actor has.",
+            "--device cuda --gpus 1",
+        )
     if settings.engine != "processes":
         return found(settings.device, local_rank() if settings.engine == "torchrun" else None)
     if settings.device not in ("auto", "cpu"):
@@ -320,7 +328,7 @@ def _refuse_mixed(settings: Settings) -> None:
             "--engine ray",
         )
     if settings.engine == "ray":
-        check_share(settings.cpus, settings.gpus)
+        check_share(settings.cpus, settings.gpus, settings.device)
     if settings.engine in ("processes", "ray") and settings.fleet is not None:
         raise UsageError(
             f"fleet = {settings.fleet!r} with the engine {settings.engine}.",

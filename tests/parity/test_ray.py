@@ -322,10 +322,13 @@ def struck(tmp_path: Path, both: Both, plan: Plan, end, spared: tuple[str, ...],
 
 
 @pytest.mark.slow
-def test_actors_share_a_gpu(cluster, mlp):
+def test_actors_share_a_gpu_that_only_pretends_to_be_one(cluster, mlp):
     with Ray(mlp.theirs.task, mlp.theirs.data, cpus=0.1, gpus=0.5) as engine:
         assert engine.workers == 2
         same(recipes.fedavg(lr=0.1, batch=4), Both(engine, mlp.theirs), rounds=1)
+    there_is_none = pytest.raises(UsageError, match="device = 'cuda'")
+    with Ray(mlp.theirs.task, mlp.theirs.data, 1, cpus=0.1, gpus=0.5, device="cuda") as engine, there_is_none:
+        run(recipes.fedavg(lr=0.1), engine, 1)
 
 
 @pytest.mark.parametrize(

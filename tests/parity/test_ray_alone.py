@@ -45,7 +45,11 @@ def small() -> tuple:
     return task_of(seeded(nn.Linear, 4, 3), data, dtype=torch.float32), data
 
 
-@pytest.mark.parametrize("settings", [{"cpus": 0.0}, {"gpus": -1.0}, {"gpus": 1.5}, {"cpus": float("nan")}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"cpus": 0.0}, {"gpus": -1.0}, {"gpus": 1.5}, {"cpus": float("nan")}, {"device": "cuda"}],
+    ids=str,
+)
 def test_parts_of_a_machine_that_there_are_not_are_refused(settings):
     data = atoll.data.load("digits").split(clients=4)
     with pytest.raises(UsageError, match="pus = "):
@@ -192,3 +196,9 @@ def test_nothing_is_left_behind(sent):
     data = atoll.data.load("digits").split(clients=20)
     *_, last = atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), rounds=2)
     assert fingerprint == last.fingerprint
+
+
+def test_a_gpu_by_its_number_is_refused():
+    data = atoll.data.load("digits").split(clients=4)
+    with pytest.raises(UsageError, match="device = 'cuda:1' with the engine ray"):
+        atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="ray", gpus=1.0, device="cuda:1")

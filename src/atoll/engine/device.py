@@ -7,10 +7,12 @@ import re
 
 import torch
 
+from atoll.data.clients import Clients
 from atoll.errors import UsageError
 
 HOST = torch.device("cpu")
 PRECISIONS = ("full", "bf16")
+_DATA_PART = 0.25  # of a GPU's free memory that the data may take for good
 _TEXT = re.compile(r"auto|cpu|cuda(:\d+)?")
 # What torch says in a plain RuntimeError where the system gives no memory.
 _SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "not enough memory")
@@ -104,6 +106,11 @@ def free(device: torch.device) -> int | None:
         return None
     there, _ = torch.cuda.mem_get_info(device)
     return there + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def nearby(data: Clients, device: torch.device) -> Clients:
+    """The clients, their rows on a device for good where they leave most of its memory free."""
+    return data.on(device, _DATA_PART * (free(device) or 0))
 
 
 def gpu(device: torch.device) -> dict[str, str]:

@@ -68,6 +68,8 @@ class Ray(Dealer):
         chunk: clients computed together; None chooses by the model's size. It changes no bit.
         cpus: cores of each actor, > 0; it uses as many threads as they are whole.
         gpus: of each actor, a fraction of one or a whole number.
+        device: what an actor computes on: "auto", the GPU that it is given where there is one and else the CPU; "cpu";
+            or "cuda".
         address: of the cluster, "host:port", or "auto" for one on this machine; None: RAY_ADDRESS where that is set,
             else a cluster of the engine's own on this machine.
         model: the name that the model was made by, a name or `module:factory`, where it has one.
@@ -97,6 +99,7 @@ class Ray(Dealer):
         chunk: int | None = None,
         cpus: float = 1.0,
         gpus: float = 0.0,
+        device: str = "auto",
         address: str | None = None,
         model: str | None = None,
         seed: int = 0,
@@ -104,7 +107,7 @@ class Ray(Dealer):
         logs: bool = False,
     ) -> None:
         check_chunk(chunk)
-        check_share(cpus, gpus)
+        check_share(cpus, gpus, device)
         threads = max(1, int(cpus))
         setup, tensors = packed(task, data, model, seed, threads, None)
         ray = installed()
@@ -113,7 +116,7 @@ class Ray(Dealer):
             workers = _placed(ray, workers, cpus, gpus)
             places, arrays = laid(tensors)
             office = _Actors(ray, cpus, gpus, patience_s, end)
-            office.prepare(encode(structs.replace(setup, places=places)), arrays)
+            office.prepare(encode(structs.replace(setup, places=places, device=device if gpus else "cpu")), arrays)
             # A node may be lost with all its actors, and those that replace them too, before it is known to be lost.
             super().__init__(task, data, chunk, workers, threads, office, stillborn=2 * workers + 2)
         except BaseException:
@@ -302,8 +305,8 @@ def installed() -> Any:
     return ray
 
 
-def check_share(cpus: float, gpus: float) -> None:
-    """Refuse parts of a machine that Ray does not give.
+def check_share(cpus: float, gpus: float, device: str = "auto") -> None:
+    """Refuse parts of a machine that Ray does not give, and a GPU to compute on without one to have.
 
     Raises:
         UsageError: which.
@@ -316,6 +319,13 @@ def check_share(cpus: float, gpus: float) -> None:
             "a fraction of one GPU, or a whole number of them.",
             "Ray shares one GPU, or gives several whole.",
             "--gpus 0.5",
+        )
+    if device == "cuda" and not gpus:
+        raise UsageError(
+            "device = 'cuda' and gpus = 0.0.",
+            "a GPU, or a part of one, for each actor.",
+            "an actor sees no GPU but those that Ray gives it.",
+            "--device cuda --gpus 1",
         )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from atoll import grammar, models
 from atoll.data.clients import Clients
 from atoll.engine.crossing import Block, Blocks, Place, name_of, named, unpack
+from atoll.engine.device import HOST, found, nearby
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
 from atoll.engine.work import Haul, Work, own_task
@@ -43,6 +44,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     data: Any
     model: tuple[str, str] | None  # name, seed
     threads: int
+    device: str = "cpu"
 
 
 class Told(msgspec.Struct, frozen=True, tag=True):
@@ -111,7 +113,7 @@ def flat(haul: Haul) -> dict[str, Tensor]:
         out |= {f"arrived/{i}": ids} | {f"facts/{i}/{n}": t for n, t in facts.items()}
     for i, (ids, rows) in enumerate(haul.memory):
         out |= {f"kept/{i}": ids} | {f"memory/{i}/{n}": t for n, t in rows.items()}
-    return out
+    return {name: t.to(HOST) for name, t in out.items()}
 
 
 def haul_of(tensors: Mapping[str, Tensor], failures: list[Failure], errors: list[str], rule: Aggregator) -> Haul:
@@ -209,7 +211,8 @@ class Worker:
         task: Task = unpack(setup.task, part_of(tensors, "task"))
         if setup.model is not None:
             task = _rebuilt(task, data, *setup.model)
-        self._engine = InProcess(task, data)
+        self._device = found(setup.device)
+        self._engine = InProcess(task.on(self._device), nearby(data, self._device))
         self._tasks: dict[str, Task] = {}
         self._told: dict[int, tuple[Told, Broadcast]] = {}
         self._group: _Group | None = None
@@ -223,7 +226,8 @@ class Worker:
         """Keep what the clients of a birth may know."""
         for number in told.forget:
             self._told.pop(number, None)
-        self._told[told.number] = told, heard(told.birth, tensors)
+        here = {n: t.to(self._device) for n, t in tensors.items()}
+        self._told[told.number] = told, heard(told.birth, here)
 
     def run(self, run: Run, rows: Mapping[str, Tensor] | None) -> Haul | None:
         """Compute some clients, with what they keep; a haul where one is wanted."""
