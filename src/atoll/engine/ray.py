@@ -75,7 +75,6 @@ class Ray(Dealer):
         model: the name that the model was made by, a name or `module:factory`, where it has one.
         seed: that it was made with.
         patience_s: seconds to wait for an actor to be placed while none is at work.
-        logs: whether what actors print is shown here.
     Raises:
         UsageError: no Ray or too old a one, no cluster at the address or one of another version, less room than is
             asked for, or a model, loss or data set that an actor cannot import.
@@ -104,14 +103,13 @@ class Ray(Dealer):
         model: str | None = None,
         seed: int = 0,
         patience_s: float = 60.0,
-        logs: bool = False,
     ) -> None:
         check_chunk(chunk)
         check_share(cpus, gpus, device)
         threads = max(1, int(cpus))
         setup, tensors = packed(task, data, model, seed, threads, None)
         ray = installed()
-        end = _connected(self, ray, address, logs)
+        end = _connected(self, ray, address)
         try:
             workers = _placed(ray, workers, cpus, gpus)
             places, arrays = laid(tensors)
@@ -329,7 +327,7 @@ def check_share(cpus: float, gpus: float, device: str = "auto") -> None:
         )
 
 
-def _connected(engine: object, ray: Any, address: str | None, logs: bool) -> weakref.finalize[Any, Any]:
+def _connected(engine: object, ray: Any, address: str | None) -> weakref.finalize[Any, Any]:
     """Connect, where the program is not connected already; what is returned undoes it, at the latest at the end."""
     if ray.is_initialized():
         there = ray.get_runtime_context().gcs_address
@@ -341,7 +339,7 @@ def _connected(engine: object, ray: Any, address: str | None, logs: bool) -> wea
                 "ray.shutdown()",
             )
         return weakref.finalize(engine, _left, None, None)
-    told: dict[str, Any] = {"include_dashboard": False, "log_to_driver": logs, "logging_level": logging.ERROR}
+    told: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     folder: str | None = None
     if address == "local":
