@@ -220,7 +220,7 @@ def far(monkeypatch):
 def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
     """Probe, rounds, judging, a checkpoint, going on from it, baselines: on the device, to the CPU's bits."""
     free = (1 << 30) if resident else None
-    monkeypatch.setattr("atoll.training.free", lambda device: free)
+    monkeypatch.setattr("atoll.engine.device.free", lambda device: free)
     monkeypatch.setattr(inprocess, "free", lambda device: free)
     data = atoll.data.load("digits").split(clients=6)
     plan = Plan(Train(rules.adam(0.01), steps=2, batch=8, keep=("optimizer", "order")), Mean(), rules.adam(0.01))
