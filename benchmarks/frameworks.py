@@ -61,7 +61,7 @@ class Peer:
             pass_fds=(asked, told),
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"},
         )
         os.close(asked), os.close(told)
         self.ask, self.hear = os.fdopen(ask, "w"), os.fdopen(hear)

@@ -7,7 +7,6 @@ import os
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-import functools
 import sys
 
 import torch
@@ -18,23 +17,17 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from modules import classes, module
-from turns import Turns, Workload
+from turns import Turns, workload
 
 FOLDER = sys.argv[1]
 client, server = ClientApp(), ServerApp()
-
-
-@functools.cache
-def workload() -> Workload:
-    """Read once by every process."""
-    return Workload(FOLDER)
 
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
     """One client's epoch."""
     torch.set_num_threads(1)
-    work = workload()
+    work = workload(FOLDER)
     net = module(work.model)
     net.load_state_dict(message.content["arrays"].to_torch_state_dict())
     rows = work.parts[int(context.node_config["partition-id"])]
@@ -73,7 +66,7 @@ def main(grid: Grid, context: Context) -> None:
 run_simulation(
     server,
     client,
-    num_supernodes=len(workload().parts),
+    num_supernodes=len(workload(FOLDER).parts),
     backend_config={
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
         "init_args": {"address": "local", "num_cpus": os.cpu_count()},

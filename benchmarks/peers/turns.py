@@ -8,6 +8,7 @@ round, to judge its model, or to end.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -29,6 +30,12 @@ class Workload:
         self.x, self.held_x = (arrays[n].astype(np.float32)[:, None] / 255 for n in ("x", "held_x"))
         self.y, self.held_y = arrays["y"].astype(np.int64), arrays["held_y"].astype(np.int64)
         self.parts = np.split(arrays["order"], arrays["offsets"][1:-1])
+
+
+@functools.cache
+def workload(folder: str) -> Workload:
+    """Read once by every process."""
+    return Workload(folder)
 
 
 class Turns(Workload):
