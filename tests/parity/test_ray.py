@@ -43,7 +43,8 @@ ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")
 
 SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
 STORE = 100 << 20
-pytestmark = pytest.mark.timeout(400)  # Ray takes seconds for an actor, and runs it behind everything else
+# Ray takes seconds for an actor, and runs it behind everything else; a slow machine may start its head too late.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
