@@ -18,7 +18,7 @@ from atoll.data.clients import Clients
 from atoll.engine import ENGINES
 from atoll.engine.arrivals import check_clock
 from atoll.engine.dealer import Dealer
-from atoll.engine.device import HOST, check_precision, found, gpu, local_rank, nearby
+from atoll.engine.device import check_precision, found, gpu, local_rank, nearby
 from atoll.engine.fleet import FLEET, Fleet
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
@@ -35,6 +35,7 @@ from atoll.plan import stop as stops
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
 from atoll.plan.flight import Air
+from atoll.plan.lanes import HOST
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.plan import Plan, Report, State, opening, per_row, step
 from atoll.plan.sampler import Everyone

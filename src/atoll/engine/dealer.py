@@ -144,9 +144,7 @@ class Dealer:
         now = state.broadcast
 
         def tell(birth: int) -> Told:
-            if birth == state.round:
-                return self._tell(now, key, text, own)
-            return self._tell(state.versions[birth], state.key(birth), text, own)
+            return self._tell(state.version(birth), key if birth == state.round else state.key(birth), text, own)
 
         try:
             if plan.pace == _PLAIN:

@@ -9,8 +9,8 @@ import torch
 
 from atoll.data.clients import Clients
 from atoll.errors import UsageError
+from atoll.plan.lanes import HOST
 
-HOST = torch.device("cpu")
 PRECISIONS = ("full", "bf16")
 _DATA_PART = 0.25  # of a GPU's free memory that the data may take for good
 _TEXT = re.compile(r"auto|cpu|cuda(:\d+)?")

@@ -67,12 +67,9 @@ class InProcess:
         task = own_task(plan, self.task)
         up = 0 if self.fleet is None else message(plan, task.layout)
         flown = fly(plan, state, self.population, cohort, self.fleet, up)
-        now = state.broadcast
 
         def start(birth: int) -> tuple[Broadcast, Key]:
-            if birth == state.round:
-                return now, key
-            return state.versions[birth], state.key(birth)
+            return state.version(birth), key if birth == state.round else state.key(birth)
 
         kept, shares = Pending(state.memory), cut(flown.arrived, self.data.count)
         work = Work(plan, task, self.data, start, kept, state.round, shares, self.room)

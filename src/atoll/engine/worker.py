@@ -23,11 +23,12 @@ from torch import Tensor
 from atoll import grammar, models
 from atoll.data.clients import Clients
 from atoll.engine.crossing import Block, Blocks, Place, name_of, named, unpack
-from atoll.engine.device import HOST, found, nearby
+from atoll.engine.device import found, nearby
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
 from atoll.engine.work import Haul, Work, own_task
 from atoll.errors import AtollError, RunError, UsageError
+from atoll.plan.lanes import HOST
 from atoll.plan.names import PARTS
 from atoll.plan.plan import Failure, Plan, part_of
 from atoll.plan.slots import Aggregator, Broadcast

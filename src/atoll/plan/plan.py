@@ -296,6 +296,10 @@ class State:
         model = self.model if self.sent is None else self.model._replace(theta=self.sent.theta)
         return Broadcast(self.round, model, {part: public(tensors) for part, tensors in self.server.items()})
 
+    def version(self, birth: int) -> Broadcast:
+        """What clients were told that started in this round, which is the coming one or an earlier one."""
+        return self.broadcast if birth == self.round else self.versions[birth]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -423,8 +427,7 @@ def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
 
 def since(state: State, birth: int) -> Tensor:
     """θ − θ_b, float64 `[d]`: how far the model has come from what clients of this birth began at."""
-    began = state.versions[birth] if birth < state.round else state.broadcast
-    return state.model.theta.double() - began.model.theta.double()
+    return state.model.theta.double() - state.version(birth).model.theta.double()
 
 
 def sum_totals(totals: list[Total]) -> Total:

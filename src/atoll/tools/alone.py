@@ -85,7 +85,7 @@ def compute(training: Rounds, plan: Plan, state: State, flight: Flight, kept: Te
     ids = torch.tensor([flight.client])
     lanes = _Steps(data, ids, task.layout.dtype, flight.share, task.device, losses)
     kept = {n: t.to(task.device) for n, t in kept.items()}
-    broadcast = state.broadcast if flight.birth == state.round else state.versions[flight.birth]
+    broadcast = state.version(flight.birth)
     round_key = state.key(flight.birth)
     key = round_key.of(ids + data.count * flight.again)
     contribution, local = plan.local.contribute(
