@@ -6,15 +6,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from atoll import compiled, native
 from atoll.data import ArrayRows, Clients
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
 from atoll.plan.plan import Plan, Report, State, step
 from atoll.rng import Key
 from atoll.task import Task
+
+
+def _no_native() -> str:
+    """Why there is no native code on this machine; empty where there is."""
+    try:
+        for dtype in (torch.float32, torch.float64):
+            compiled.build(dtype)
+    except native.Unbuilt as why:
+        return f"no native code: {why}"
+    return ""
+
+
+NO_NATIVE = _no_native()
+needs_native = pytest.mark.skipif(bool(NO_NATIVE), reason=NO_NATIVE)
+COMPILED = pytest.param("compiled", marks=needs_native)
 
 
 def federation(x: Tensor, y: Tensor, sizes: Sequence[int], order: Tensor | None = None) -> Clients:

@@ -14,7 +14,7 @@ Two arrangements of a layer's numbers:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from atoll.layout import Layout
 from atoll.loss import cross_entropy, mse
 
+Steps = Iterable[tuple[Tensor, tuple[int, ...]]]  # of each: places of rows [k, B], and how many of each client's count
+Heard = Callable[[Tensor, tuple[int, ...]], None]  # of a step: Σ of losses [k], and the rows that counted
 MAPS = 32  # the most rows of one client in one pass where there are maps: bounds the memory of shifted copies
 
 
@@ -340,18 +342,29 @@ class Descent:
         theta: where all begin, `[d]`.
         lanes: K.
         lr: the rate.
-
-    `loss`, `[K, 1, 1]`, is what the rows of all steps lost so far.
+        heard: told of every step, where somebody listens.
     """
 
-    def __init__(self, program: Program, theta: Tensor, lanes: int, lr: float) -> None:
-        self._program, self._start, self._lr = program, program.split(theta[None]), lr
+    def __init__(self, program: Program, theta: Tensor, lanes: int, lr: float, heard: Heard | None = None) -> None:
+        self._program, self._start, self._lr, self._heard = program, program.split(theta[None]), lr, heard
         self._lanes = [t.expand(max(2, lanes), *t.shape[1:]).contiguous() for t in self._start]
         self._active = self._lanes if lanes > 1 else []
         self._pair: list[Tensor] | None = None  # the one lane that is left, and its copy: one alone has other bits
         self._share: tuple[tuple[int, ...], Tensor, Tensor] | None = None
-        self.loss = theta.new_zeros(max(2, lanes), 1, 1)
+        self._lost = theta.new_zeros(max(2, lanes), 1, 1)
         self.count = lanes
+
+    @property
+    def loss(self) -> Tensor:
+        """What the rows of all steps lost so far, `[K]`."""
+        return self._lost.flatten()[: self.count]
+
+    def follow(self, rows: Any, steps: Steps) -> None:
+        """Make these steps, on rows read by `rows.batches(steps)`."""
+        for x, y, counts in rows.batches(steps):
+            lost = self.step(x, y, counts)
+            if self._heard is not None:
+                self._heard(lost, counts)
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -370,7 +383,7 @@ class Descent:
             self._active = [t[:k] for t in self._lanes]
         each = self._program.step(self._active, x, y, share, self._lr)
         lost = torch.bmm(rows, each.unsqueeze(2))[:k]
-        self.loss[:k] += lost
+        self._lost[:k] += lost
         return lost.view(k)
 
     @torch.no_grad()

@@ -1,12 +1,13 @@
 """A task: a model, its loss and its metrics, one value for each example.
 
 Everything that touches the user's module is here, written once for many clients: `gradient` and `measure` take
-θ `[K, d]` and a batch `[K, B, …]` and have three bodies.
+θ `[K, d]` and a batch `[K, B, …]` and have four bodies.
 
-    lanes   all K at once, by `torch.func`: `vmap(grad(loss))`; always at least two lanes, since a single one
-            takes other kernels and so other bits
-    loop    one after another, by autograd, on a module whose parameters and gradients are views of flat vectors
-    fused   all K at once, by hand (`atoll.fused`), for stacks of known layers; it can make the step on its way back
+    lanes     all K at once, by `torch.func`: `vmap(grad(loss))`; always at least two lanes, since a single one
+              takes other kernels and so other bits
+    loop      one after another, by autograd, on a module whose parameters and gradients are views of flat vectors
+    fused     all K at once, by hand (`atoll.fused`), for stacks of known layers; it can make the step on its way back
+    compiled  the same in native code (`atoll.compiled`): each client's steps at one core
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map, tree_map_only
 
+from atoll import compiled, fused
 from atoll.errors import UsageError, unknown_name
-from atoll.fused import Descent, Program, Unserved, shares, total_of
+from atoll.fused import Heard, Program, Unserved, shares, total_of
 from atoll.intercept import InLanes, KeyedDropout
 from atoll.layout import Layout
 from atoll.loss import LOSSES, METRICS, Metric, PerExample
@@ -100,7 +102,7 @@ class Task:
         start: its numbers before any pass; the module's own move, since every pass goes through it.
         loss: one value a row, `(output, y) → [B]`.
         metrics: what evaluation reports beside the loss.
-        numerics: the body in use, `"lanes"`, `"loop"` or `"fused"`.
+        numerics: the body in use, `"lanes"`, `"loop"`, `"fused"` or `"compiled"`.
         noisy: whether the model draws other random numbers than dropout's, so that every pass must seed the global
             generators.
         precision: `"full"`, or `"bf16"`: what the model says of its rows is computed in bfloat16, as far as torch's
@@ -205,8 +207,8 @@ class Task:
             batch: x, y `[K, B, …]`, counts K numbers in 1 … B; with batch statistics all equal B.
             key: of the K clients and of this step.
         """
-        if self.numerics == "fused":
-            return self._fused_gradient(model, batch)
+        if self.by_hand:
+            return self._gradient_by_hand(model, batch)
         if self.numerics != "lanes":
             return self._loop_gradient(model, batch, key)
         if not self.batch_statistics:
@@ -219,8 +221,8 @@ class Task:
         with torch.no_grad():
             if self.numerics == "lanes" and len(batch.counts) > 1:
                 return self._lanes_measure(model, batch)
-            if self.numerics == "fused" and len(batch.counts) > 1:
-                return self._fused_measure(model, batch)
+            if self.by_hand and len(batch.counts) > 1:
+                return self._measure_by_hand(model, batch)
             rows = [self._loop_measure(model, batch, k) for k in range(len(batch.counts))]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -300,10 +302,15 @@ class Task:
 
         return {n: s.double() for n, s in vmap(lane)(model.theta, model.buffers, batch.x, batch.y, mask).items()}
 
-    # fused
+    # fused and compiled
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether the layers are known, and worked out one by one."""
+        return self.numerics in ("fused", "compiled")
 
     @cached_property
-    def fused(self) -> Program:
+    def program(self) -> Program:
         """The model written out as layers.
 
         Raises:
@@ -313,27 +320,33 @@ class Task:
             return Program.of(self.module, self.loss, self.layout)
         except Unserved as why:
             raise UsageError(
-                f"numerics = 'fused' for a model that is not served: {why}.",
+                f"numerics = {self.numerics!r} for a model that is not served: {why}.",
                 "a Sequential of Linear, Conv2d, ReLU, MaxPool2d and Flatten, with cross_entropy or mse.",
                 "forward and backward are written by hand, layer by layer.",
                 "--numerics auto",
             ) from why
 
-    def descent(self, model: Model, lanes: int, lr: float) -> Descent:
-        """Plain gradient descent of K lanes that all begin at a single model (θ `[d]`), in place."""
-        return Descent(self.fused, model.theta, lanes, lr)
+    def descent(
+        self, model: Model, lanes: int, lr: float, heard: Heard | None = None
+    ) -> fused.Descent | compiled.Descent:
+        """Plain gradient descent of K lanes that all begin at a single model (θ `[d]`)."""
+        kind = compiled.Descent if self.numerics == "compiled" else fused.Descent
+        return kind(self.program, model.theta, lanes, lr, heard)
 
     @torch.no_grad()
-    def _fused_gradient(self, model: Model, batch: Batch) -> Gradient:
+    def _gradient_by_hand(self, model: Model, batch: Batch) -> Gradient:
+        if self.numerics == "compiled":
+            grad, loss = compiled.gradient(self.program, model.theta, batch.x, batch.y, batch.counts)
+            return Gradient(grad, model.buffers, dict(model.counters), loss)
         lanes = len(batch.counts)
         theta, x, y, share = _at_least_two((model.theta, batch.x, batch.y, shares(batch.counts, batch.y, model.theta)))
-        parts, each = self.fused.gradient(self.fused.split(theta), x, y, share)
+        parts, each = self.program.gradient(self.program.split(theta), x, y, share)
         grad = torch.cat([part.flatten(1) for part in parts], 1)[:lanes]
         return Gradient(grad, model.buffers, dict(model.counters), total_of(each, share)[:lanes])
 
-    def _fused_measure(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+    def _measure_by_hand(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         mask, _ = _mask(batch, model.theta)
-        output = self.fused.output(batch.x, self.fused.split(model.theta)).flatten(0, 1)
+        output = self.program.output(batch.x, self.program.split(model.theta)).flatten(0, 1)
         y = batch.y.flatten(0, 1)
         each = {name: of(output, y).view(mask.shape) for name, of in self._measures().items()}
         return {name: (values * mask).sum(1).double() for name, values in each.items()}

@@ -60,7 +60,7 @@ class Settings:
         metrics: names or `Metric`s; None chooses by the kind of data.
         stop: further rules that end the training; `Diverged()` is always on.
         evaluate_every: rounds between two looks at the held-out rows; 0 never looks.
-        numerics: "auto", "fused", "lanes" or "loop".
+        numerics: "auto", "compiled", "fused", "lanes" or "loop".
         precision: "full", or "bf16": the model's products in bfloat16 by torch's autocast; θ and sums as ever.
         device: "auto", a GPU where there is one and else the CPU; "cpu"; "cuda" or "cuda:1". Worker processes
             compute on the CPU, an actor on the GPU that `gpus` gives it.
@@ -145,7 +145,7 @@ class Rounds:
         if settings.engine == "torchrun":
             refuse_pace(plan)
             self.ranks = Ranks.join(settings.workers, settings.backend, device)
-        self.task, self.reason = _chosen(task, data, plan, settings.numerics, self.ranks)
+        self.task, self.reason = _chosen(task, data, plan, settings, self.ranks)
         near = nearby(data, device)  # the fingerprint is taken of what the host has
         self.engine = self._engine(model, near)
         self.judge = None
@@ -258,15 +258,16 @@ def identity(training: Rounds) -> dict[str, Any]:
     }
 
 
-def _chosen(task: Task, data: Clients, plan: Plan, wanted: str, ranks: Ranks | None) -> Choice:
+def _chosen(task: Task, data: Clients, plan: Plan, settings: Settings, ranks: Ranks | None) -> Choice:
     """The body that computes; at every rank that of rank 0."""
+    wanted, rounds = settings.numerics, settings.rounds
     if ranks is not None and wanted == "auto" and data_parallel(plan):
         return Choice(choose(task, data, plan, "loop").task, "its gradient is added up within the backward pass")
-    choice = choose(task, data, plan, wanted)
+    choice = choose(task, data, plan, wanted, rounds)
     if ranks is None:
         return choice
     first = ranks.told(choice.task.numerics.encode()).decode()
-    return choice if first == choice.task.numerics else choose(task, data, plan, first)
+    return choice if first == choice.task.numerics else choose(task, data, plan, first, rounds)
 
 
 def judge(state: State, engine: InProcess) -> dict[str, float]:

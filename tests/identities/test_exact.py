@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import threads
+from problems import needs_native, threads
 
 from atoll import grammar
 from atoll.errors import UsageError
@@ -29,6 +29,14 @@ BLOCK = exact.BLOCK
 USUAL, ALL32, ALL64 = (-12.0, 19.0), (-46.0, 38.5), (-324.0, math.log10(exact.LARGEST))
 
 seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module", autouse=True, params=["torch", pytest.param("native", marks=needs_native)])
+def reads(request):
+    """Digits are read by torch's operations, or in native code, however few they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "_MANY", 0 if request.param == "native" else 1 << 60)
+        yield request.param
 
 
 @st.composite
@@ -88,6 +96,22 @@ def test_same_bits_for_every_order_and_grouping(aggregator, problem):
     whole = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))))
     expected = bits(whole, aggregator)
     assert bits(grouped(aggregator, rows, weights, rng), aggregator) == expected
+
+
+@needs_native
+@given(problems())
+def test_native_code_reads_the_same_digits(problem):
+    """And what one has begun, the other may go on with."""
+    rows, weights, _ = problem
+    sums = []
+    for first, second in ((0, 0), (1 << 60, 1 << 60), (0, 1 << 60)):
+        digits = {}
+        for part, many in ((slice(1), first), (slice(1, None), second)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(exact, "_MANY", many)
+                digits = exact.add(digits, rows[part], weights[part]) if len(rows[part]) else digits
+        sums.append(exact.total(digits).numpy().tobytes())
+    assert sums[0] == sums[1] == sums[2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

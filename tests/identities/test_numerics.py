@@ -6,19 +6,23 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from problems import classification, federation, regression, run, task_of
+from problems import COMPILED, classification, federation, needs_native, regression, run, task_of
 from torch import nn
 
-from atoll import models
+from atoll import compiled, models, native
+from atoll.data.rows import DatasetRows
 from atoll.engine.inprocess import InProcess
 from atoll.engine.probe import choose
 from atoll.errors import UsageError
+from atoll.fused import Unserved
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.plan import Plan
 from atoll.rng import Key, global_scope
 from atoll.task import Batch, Task
+
+bodies = pytest.mark.parametrize("body", ["fused", COMPILED])
 
 PLAN = Plan(Train(sgd(0.1), epochs=1, batch=4), Mean())
 SEED = st.integers(0, 2**32)
@@ -58,9 +62,10 @@ def passed(task, lanes, x, y, counts):
     return task.gradient(model, Batch(x, y, counts), Key(0).of(torch.arange(lanes)))
 
 
+@bodies
 @settings(max_examples=25)
 @given(architectures(), st.sampled_from(["cross_entropy", "mse"]), SEED, st.integers(2, 4), st.integers(1, 40))
-def test_fused_is_lanes(architecture, loss, seed, lanes, rows):
+def test_by_hand_is_lanes(body, architecture, loss, seed, lanes, rows):
     layers, shape = architecture
     with global_scope(Key(seed)):
         for layer in layers:
@@ -68,61 +73,83 @@ def test_fused_is_lanes(architecture, loss, seed, lanes, rows):
         x = torch.randn(lanes, rows, *shape)
         y = torch.randint(3, (lanes, rows)) if loss == "cross_entropy" else torch.randn(lanes, rows, 3)
     task = Task.of(nn.Sequential(*layers), loss, (), torch.float64)  # in float32 a near tie may go either way
+    if body == "compiled":
+        try:
+            compiled.stages(task.program, shape)
+        except Unserved:
+            assume(False)
     counts = tuple(max(1, rows - k) for k in range(lanes))
     y = y if loss == "cross_entropy" else y.double()
-    ours, theirs = (passed(replace(task, numerics=body), lanes, x.double(), y, counts) for body in ("fused", "lanes"))
+    ours, theirs = (passed(replace(task, numerics=body), lanes, x.double(), y, counts) for body in (body, "lanes"))
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-9, atol=1e-12)
 
 
+@bodies
 @pytest.mark.parametrize("name", ["softmax", "mlp", "cnn", "niid-cnn", "mcmahan-cnn"])
-def test_named_models_after_a_round(name):
+def test_named_models_after_a_round(name, body):
     """1e-5 relative of lanes in float32: a whole round of local training."""
     data = classification((9, 7, 7, 3), shape=(16, 16), classes=4)
     module = models.build(name, (16, 16), 4, "classification", Key(3))
     ends = [
         run(PLAN, InProcess(task_of(module, data, body, torch.float32), data), 1)[0].model.theta
-        for body in ("fused", "lanes", "loop")
+        for body in (body, "lanes", "loop")
     ]
     moved = (ends[1] - task_of(module, data, "loop", torch.float32).initial().theta).norm()
     assert all((end - ends[1]).norm() <= 1e-5 * moved for end in ends)
 
 
+@bodies
 @settings(max_examples=12)
 @given(st.lists(st.integers(1, 13), min_size=2, max_size=9), st.integers(1, 9), st.sampled_from(["mlp", "cnn"]))
-def test_a_chunk_changes_no_bit(sizes, chunk, name):
+def test_a_chunk_changes_no_bit(body, sizes, chunk, name):
     data = classification(sizes, shape=(6, 6))
     module = models.build(name, (6, 6), 3, "classification", Key(3))
-    task = task_of(module, data, "fused", torch.float32)
+    task = task_of(module, data, body, torch.float32)
     one, other = (run(PLAN, InProcess(task, data, size), 2)[0].model.theta for size in (None, chunk))
     assert torch.equal(one, other)
 
 
+@bodies
 @pytest.mark.parametrize("local", [Gradient(), Gradient(3), Train(adam(0.01), steps=3, batch=2), Train(sgd(0.1), 2)])
-def test_every_local_part_is_served(local):
+def test_every_local_part_is_served(local, body):
     data = classification((9, 7, 7, 3), shape=(6, 6))
     module = models.build("cnn", (6, 6), 3, "classification", Key(3))
     plan = Plan(local, Mean())
-    engines = [InProcess(task_of(module, data, body), data, 3) for body in ("fused", "loop")]
+    engines = [InProcess(task_of(module, data, body), data, 3) for body in (body, "loop")]
     ours, theirs = (run(plan, engine)[0].model.theta for engine in engines)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_more_rows_than_fit_in_one_pass():
+@bodies
+def test_more_rows_than_fit_in_one_pass(body):
     """Maps go by at most so many rows at once; then the gradient is gathered before the step."""
     data = classification((70, 33), shape=(6, 6))
     module = models.build("cnn", (6, 6), 3, "classification", Key(3))
     plan = Plan(Train(sgd(0.1), epochs=2), Mean())
-    engines = [InProcess(task_of(module, data, body), data, 3) for body in ("fused", "loop")]
+    engines = [InProcess(task_of(module, data, body), data, 3) for body in (body, "loop")]
     ours, theirs = (run(plan, engine)[0].model.theta for engine in engines)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_equal_pixels_of_a_pool_go_to_the_first():
+POOL = [nn.MaxPool2d(2, 1), nn.Conv2d(1, 2, 2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)]
+BEHIND = [nn.Conv2d(1, 2, 2), nn.MaxPool2d(2, 1), nn.ReLU(), nn.Conv2d(2, 2, 2), nn.MaxPool2d(2), nn.Flatten()]
+BEHIND.append(nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("body", "layers"),
+    [
+        ("fused", POOL),
+        ("fused", BEHIND),
+        pytest.param("compiled", BEHIND, marks=needs_native),
+    ],
+)
+def test_equal_pixels_of_a_pool_go_to_the_first(body, layers):
     """As torch does it: constant pictures are nothing but ties."""
     data = federation(torch.ones(6, 1, 6, 6), torch.tensor([0, 1, 2, 0, 1, 2]), [3, 3])
-    module = nn.Sequential(nn.MaxPool2d(2, 1), nn.Conv2d(1, 2, 2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3))
-    ends = [run(PLAN, InProcess(task_of(module, data, body), data))[0].model.theta for body in ("fused", "loop")]
+    module = nn.Sequential(*layers)
+    ends = [run(PLAN, InProcess(task_of(module, data, body), data))[0].model.theta for body in (body, "loop")]
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
 
 
@@ -171,3 +198,124 @@ def test_what_is_not_served_is_refused_with_the_reason(layer, why):
     with pytest.raises(UsageError, match=why):
         choose(Task.of(nn.Sequential(nn.Flatten(), layer()), "cross_entropy"), data, PLAN, "fused")
     assert choose(Task.of(nn.Sequential(nn.Flatten(), layer()), "cross_entropy"), data, PLAN).task.numerics != "fused"
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_threads_change_no_bit(name):
+    data = classification((90, 60, 31, 7, 7, 1), shape=(12, 12))
+    task = task_of(models.build(name, (12, 12), 3, "classification", Key(3)), data, "compiled", torch.float32)
+    ends, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        ends.append(run(PLAN, InProcess(task, data))[0].model.theta)
+    torch.set_num_threads(before)
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+@needs_native
+def test_where_rows_lie_changes_no_bit(monkeypatch):
+    """Read where they are stored, as bytes too; or copied, some steps at a time, where they are not in memory."""
+    images = (256 * Key(1).uniform(40 * 36).reshape(40, 6, 6)).to(torch.uint8)
+    labels = Key(2).integers(40, 3)
+    labels[:3] = torch.arange(3)
+    stored = federation(images, labels, [23, 9, 8])
+    floats = federation(images.float() / 255, labels, [23, 9, 8])
+    items = [(x, int(y)) for x, y in zip(images, labels, strict=True)]
+    behind = replace(stored, rows=DatasetRows(items))
+    task = task_of(models.build("cnn", (6, 6), 3, "classification", Key(3)), stored, "compiled", torch.float32)
+    plan = Plan(Train(sgd(0.1), epochs=3, batch=4), Mean())
+    monkeypatch.setattr(compiled, "_AHEAD", 36 * 30)
+    ends = [run(plan, InProcess(task, data))[0].model.theta for data in (stored, floats, behind)]
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+@needs_native
+def test_a_class_without_a_logit_is_an_error():
+    task = task_of(nn.Sequential(nn.Linear(4, 2)), classification((5, 5)), "compiled")
+    with pytest.raises(IndexError, match="out of bounds"):
+        passed(task, 2, torch.zeros(2, 3, 4).double(), torch.full((2, 3), 2), (3, 3))
+
+
+@needs_native
+def test_a_long_run_is_worth_native_code():
+    data = classification((30, 30), shape=(28, 28))
+    task = Task.of(models.build("mlp", (28, 28), 3, "classification", Key(0)), "cross_entropy")
+    assert choose(task, data, PLAN, rounds=1).task.numerics == "fused"
+    choice = choose(task, data, PLAN, rounds=10_000)
+    assert choice.task.numerics == "compiled" and "native code" in choice.reason
+    assert choose(task, data, PLAN, "fused", rounds=10_000).task.numerics == "fused"
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing has been built yet, and nothing is remembered of a compiler."""
+    remembered = (native.library, native.compiler, native._kept_at)
+    monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / "own"))
+    for each in remembered:
+        each.cache_clear()
+    yield tmp_path / "own"
+    for each in remembered:
+        each.cache_clear()
+
+
+def no_compiler(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    return "no C compiler no-such-compiler"
+
+
+def compiler_that_fails(fresh, monkeypatch):
+    broken = fresh.parent / "cc"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo cc 1 && exit\necho no stdlib.h >&2\nexit 1\n')
+    broken.chmod(0o700)
+    monkeypatch.setenv("CC", str(broken))
+    return "no stdlib.h"
+
+
+def folder_of_others(fresh, monkeypatch):
+    fresh.mkdir()
+    fresh.chmod(0o777)
+    return "others can write"
+
+
+@pytest.mark.parametrize("trouble", [no_compiler, compiler_that_fails, folder_of_others])
+def test_without_native_code(trouble, fresh, monkeypatch):
+    """Asked for, it is refused with the line that helps; otherwise layers go by hand, and the reason says why."""
+    said = trouble(fresh, monkeypatch)
+    data = classification((9, 7), shape=(6, 6))
+    task = Task.of(models.build("mlp", (6, 6), 3, "classification", Key(0)), "cross_entropy")
+    with pytest.raises(UsageError, match=said) as caught:
+        choose(task, data, PLAN, "compiled")
+    assert caught.value.write.startswith(("apt-get install", "export ATOLL_CACHE="))
+    choice = choose(task, data, PLAN, rounds=10**9)
+    assert choice.task.numerics == "fused" and said in choice.reason
+
+
+@needs_native
+def test_what_is_built_is_kept(fresh):
+    first = native._kept_at("exact", ())
+    assert native.present("exact") is None and not first.exists()
+    native.library("exact")
+    assert native.present("exact") is not None and first.exists() and [*fresh.iterdir()] == [first]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("layers", "why"),
+    [
+        ([nn.Conv2d(1, 2, 2, dilation=2), nn.Flatten(), nn.Linear(32, 3)], "dilation"),
+        ([nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)], "before its first"),
+        ([nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9, 3)], "before its first"),
+        ([nn.Conv2d(1, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(8, 3)], "behind a pool"),
+        ([nn.Flatten(), nn.Linear(36, 9), nn.Unflatten(1, (1, 3, 3)), nn.Conv2d(1, 3, 3), nn.Flatten()], "an image"),
+        ([nn.Conv2d(1, 3, 6), nn.ReLU(), nn.Flatten()], "end in a Linear"),
+        ([nn.Conv2d(1, 3, 5, stride=5), nn.Flatten()], "end in a Linear"),
+    ],
+)
+def test_what_native_code_does_not_serve_goes_by_hand(layers, why):
+    data = classification((9, 7), shape=(1, 6, 6))
+    task = Task.of(nn.Sequential(*layers), "cross_entropy")
+    with pytest.raises(UsageError, match=why) as caught:
+        choose(task, data, PLAN, "compiled")
+    assert caught.value.write == "--numerics fused"
+    assert choose(task, data, PLAN, "fused").task.numerics == "fused"

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from problems import classification, federation, run, seeded, task_of
+from problems import NO_NATIVE, classification, federation, run, seeded, task_of
 from torch import nn
 
 from atoll import recipes, train
@@ -71,6 +71,8 @@ def cases():
         yield name, plain, "fused", plan, {}
     for numerics in ("loop", "lanes"):
         yield f"batch norm, {numerics}", norm, numerics, plans()["memory"], {}
+    if not NO_NATIVE:
+        yield "native code", plain, "compiled", plans()["fedavg"], {}
     fleet = Fleet(HalfNormal(), dropout=0.05)
     yield "fleet", plain, "fused", plans()["over-selection"], {"fleet": fleet}
     yield "chunk", plain, "fused", plans()["fedavg"], {"chunk": 2}

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from problems import classification, far, federation, regression, run, seeded, task_of
+from problems import COMPILED, classification, far, federation, regression, run, seeded, task_of
 from torch import nn
 
 import atoll
@@ -124,7 +124,7 @@ def test_contract_of_engines(nursery):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("numerics", ["lanes", "loop", "fused"])
+@pytest.mark.parametrize("numerics", ["lanes", "loop", "fused", COMPILED])
 def test_number_of_workers_and_chunks_change_no_bit(workers, numerics, nursery, mlp):
     task, data = mlp[1].task, mlp[1].data
     task = replace(task, numerics=numerics)

@@ -19,7 +19,7 @@ import elsewhere
 import numpy as np
 import pytest
 import torch
-from problems import classification, far, federation, regression, run, seeded, task_of
+from problems import COMPILED, classification, far, federation, regression, run, seeded, task_of
 from torch import nn
 
 import atoll
@@ -153,7 +153,7 @@ def test_one_actor_has_the_bits_of_one_process_under_every_pace(pace, alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "chunk"), [(1, 3), (3, 1)])
-@pytest.mark.parametrize("numerics", ["lanes", "loop", "fused"])
+@pytest.mark.parametrize("numerics", ["lanes", "loop", "fused", COMPILED])
 def test_number_of_actors_and_chunks_change_no_bit(workers, chunk, numerics, mlp):
     task, data = replace(mlp.theirs.task, numerics=numerics), mlp.theirs.data
     with Ray(task, data, workers, chunk, cpus=0.1) as engine:

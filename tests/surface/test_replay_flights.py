@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from problems import needs_native
 
 import atoll.data
 from atoll import recipes
@@ -137,3 +138,15 @@ def test_from_a_checkpoint_in_flight(data, tmp_path):
     far = replay(cut.path, 5, client, training=rounds("softmax", data, plan, rounds=6, fleet=fleet))
     assert (near.first, far.first) == (5, 0) and near.checked == 1
     assert (near.losses, near.update_norm, near.share) == (far.losses, far.update_norm, far.share)
+
+
+@needs_native
+def test_steps_in_native_code_are_heard(data, tmp_path):
+    """The loss of every step, as layers by hand tell it, and the update as the run had it."""
+    heard = []
+    for numerics in ("fused", "compiled"):
+        done = train("softmax", data, BASE, rounds=2, out=tmp_path, report=False, numerics=numerics, evaluate_every=0)
+        again = rounds("softmax", data, BASE, rounds=2, numerics=numerics, evaluate_every=0)
+        client = events(done.path, "clients")[1]["id"][0]
+        heard.append(replay(done.path, 1, client, training=again).losses)
+    assert len(heard[0]) > 1 and heard[0] == pytest.approx(heard[1], rel=1e-5)

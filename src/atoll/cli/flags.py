@@ -79,7 +79,7 @@ class Told:
     fleet: Annotated[
         str | None, flag(RUNNING, 'How long clients and links take, on a virtual clock: "Fleet(HalfNormal())".')
     ] = None
-    numerics: Annotated[str | None, flag(RUNNING, "auto, fused, lanes or loop. Default: auto.")] = None
+    numerics: Annotated[str | None, flag(RUNNING, "auto, compiled, fused, lanes or loop. Default: auto.")] = None
     precision: Annotated[
         str | None, flag(RUNNING, "full or bf16: the model's products in bfloat16. Default: full.")
     ] = None

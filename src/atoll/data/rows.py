@@ -295,6 +295,30 @@ class PickedRows:
         return self.rows.targets()[self.index]
 
 
+def in_memory(rows: Rows) -> bool:
+    """Whether rows are those of one array in the host's memory, which can be read without a copy."""
+    if isinstance(rows, PickedRows):
+        return in_memory(rows.rows)
+    held = isinstance(rows, ArrayRows) and isinstance(rows.x, Tensor) and isinstance(rows.y, Tensor)
+    return held and rows.x.is_cpu and rows.x.is_contiguous()  # type: ignore[attr-defined]
+
+
+def stored(rows: Rows, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The array that rows in memory are stored in, where in it those of `index` lie, and their targets.
+
+    Example:
+        >>> array = ArrayRows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0]))
+        >>> x, at, y = stored(PickedRows(array, torch.tensor([2, 1])), torch.tensor([1]))
+        >>> x[at], y
+        (tensor([[2.]]), tensor([1]))
+    """
+    if isinstance(rows, PickedRows):
+        return stored(rows.rows, rows.index[index])
+    if not isinstance(rows, ArrayRows) or not isinstance(rows.x, Tensor) or not in_memory(rows):
+        raise UsageError(f"Rows of kind {type(rows).__name__}.", "rows of one array in memory.")
+    return rows.x, index, answers(_pick(rows.y, index), rows.real)
+
+
 def on_device(rows: Rows, device: torch.device, room: float) -> Rows:
     """Rows that lie in memory, on a device, as far as there is room; all others stay where they are.
 

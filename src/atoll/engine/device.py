@@ -80,9 +80,9 @@ def check_precision(precision: str, dtype: str, numerics: str, device: torch.dev
             "what is computed in 16 bits does not need a model of 64.",
             "--dtype float32",
         )
-    if numerics == "fused":
+    if numerics in ("fused", "compiled"):
         raise UsageError(
-            f"precision = {precision!r} with numerics = 'fused'.",
+            f"precision = {precision!r} with numerics = {numerics!r}.",
             "lanes or loop.",
             "layers by hand make a step out of their products, in the type of θ.",
             "--numerics auto",

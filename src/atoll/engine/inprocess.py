@@ -101,11 +101,11 @@ def threads_for(task: Task, lanes: int = 1) -> Iterator[None]:
     """Let torch use one thread for a small model, and then as many as before. It changes no bit.
 
     A kernel of a small model is over before a second thread has woken; on a busy machine the first then waits for it.
-    By hand, one kernel goes through all lanes, of which there are so many.
+    By hand, one kernel goes through all lanes, of which there are so many; native code counts its threads itself.
     """
     before = torch.get_num_threads()
     size = task.layout.d * lanes // 4 if task.numerics == "fused" else task.layout.d
-    if before == 1 or size >= _SMALL or task.slow_in_lanes:
+    if before == 1 or size >= _SMALL or task.slow_in_lanes or task.numerics == "compiled":
         yield
         return
     torch.set_num_threads(1)

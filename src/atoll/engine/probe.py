@@ -10,16 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atoll.compiled import build, products, stages
 from atoll.data.clients import Clients
 from atoll.engine.elementwise import Elementwise
 from atoll.errors import AtollError, UsageError
+from atoll.fused import Unserved
 from atoll.loss import cross_entropy
+from atoll.native import Unbuilt
 from atoll.plan.lanes import Lanes
 from atoll.plan.plan import Plan
+from atoll.plan.slots import Population
 from atoll.rng import Key, global_scope
 from atoll.task import Gradient, Task
 
-BODIES = ("auto", "lanes", "loop", "fused")
+BODIES = ("auto", "lanes", "loop", "fused", "compiled")
+_WORTH = 2e10  # products of a run from which on a library is built for it: what takes fused layers about as long
 _FAR = {"full": 1e-3, "bf16": 0.2}  # of a gradient's largest number: more is not rounding
 
 
@@ -30,14 +35,18 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto") -> Choice:
-    """Choose the body for a run: `lanes` where it takes the model, keeps every lane's bits to itself, and is quicker.
+def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: int = 1) -> Choice:
+    """Choose the body for a run: known layers by hand, and in native code where the run is long enough to be worth it;
+    `lanes` where they take the model, keep every lane's bits to themselves, and are quicker; or the loop.
+
+    The choice is made by the model, the data, the plan and what is installed, never by a timing.
 
     Args:
         task: the task; its `numerics` are not looked at.
         data: the clients; a few rows of one are computed.
         plan: the plan; a local part may ask for a body of its own.
         wanted: `"auto"`, or a body that is taken or refused.
+        rounds: how many there will be.
     Raises:
         UsageError: the model or the loss does not fit the data, or the wanted body cannot take the model.
     """
@@ -60,28 +69,64 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto") -> Choic
         return Choice(task, "asked for")
     if wanted == "auto" and data.count == 1:
         return Choice(task, "one client: there is none to put beside it")
-    if wanted in ("auto", "fused") and task.precision == "full":
-        trouble = _trouble(replace(task, numerics="fused"), task, data, rows)
+    if wanted in ("auto", "fused", "compiled") and task.precision == "full":
+        body = "compiled" if wanted == "compiled" else "fused"
+        trouble = _trouble(replace(task, numerics=body), task, data, rows)
+        if trouble and wanted != "auto":
+            raise _refused(wanted, *trouble)
+        if wanted != "auto":
+            return Choice(replace(task, numerics=wanted), "asked for")
         if not trouble:
-            reason = "a stack of known layers, by hand: many clients in one pass"
-            return Choice(replace(task, numerics="fused"), "asked for" if wanted == "fused" else reason)
-        if wanted == "fused":
-            raise _refused(wanted, trouble)
+            return _by_hand(task, data, plan, rows, rounds)
     if task.slow_in_lanes and wanted == "auto":
         return Choice(task, task.slow_in_lanes)
     trouble = _trouble(replace(task, numerics="lanes"), task, data, rows)
     if trouble and wanted == "lanes":
-        raise _refused(wanted, trouble)
+        raise _refused(wanted, *trouble)
     if trouble:
-        return Choice(task, trouble)
+        return Choice(task, trouble.why)
     return Choice(replace(task, numerics="lanes"), "asked for" if wanted == "lanes" else "many clients in one pass")
 
 
-def _refused(wanted: str, trouble: str) -> UsageError:
+class Trouble(NamedTuple):
+    """Why a body cannot take a model, and what would help."""
+
+    why: str
+    write: str = "--numerics loop"
+
+
+def _by_hand(task: Task, data: Clients, plan: Plan, rows: int, rounds: int) -> Choice:
+    """Known layers: in native code where the run is worth building it."""
+    fused, native = (replace(task, numerics=body) for body in ("fused", "compiled"))
+    reason = "a stack of known layers, by hand: many clients in one pass"
+    if task.device.type != "cpu" or _products(native, data, plan) * rounds < _WORTH:
+        return Choice(fused, reason)
+    trouble = _trouble(native, task, data, rows)
+    if trouble is None:
+        return Choice(native, "a stack of known layers, in native code: a client's steps at one core")
+    return Choice(fused, f"{reason}; not in native code: {trouble.why}{f' ({trouble.write})' if trouble.write else ''}")
+
+
+def _products(task: Task, data: Clients, plan: Plan) -> float:
+    """Multiplications of a round; those of the first one."""
+    try:
+        each = products(task.program, data.features)
+    except Unserved:
+        return 0.0
+    sizes = data.sizes[plan.sampler(Population(data.count, data.sizes), 0, Key(0)).ids]
+    visits = getattr(plan.local, "visits", None)
+    return each * float((sizes if visits is None else visits(sizes)).sum())
+
+
+def _refused(wanted: str, why: str, write: str) -> UsageError:
     return UsageError(
-        f"numerics = {wanted!r}, and {trouble}.",
-        "a model that runs for many clients side by side.",
-        write="--numerics loop",
+        f"numerics = {wanted!r}, and {why}.",
+        "a model that runs for many clients side by side."
+        if wanted == "lanes"
+        else "known layers in the host's memory, and a C compiler."
+        if wanted == "compiled"
+        else "a stack of known layers.",
+        write=write,
     )
 
 
@@ -116,17 +161,27 @@ def _drawn() -> tuple[object, ...]:
     return *on_host, kind, rest, [state.numpy().tobytes() for state in gpus]
 
 
-def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> str:
-    """Why a body for many clients at once cannot take this model; empty where it can. `task` is the loop's."""
-    if lanes.numerics == "fused":
+def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Trouble | None:
+    """Why a body for many clients at once cannot take this model; None where it can. `task` is the loop's."""
+    if lanes.by_hand:
         try:
-            _ = lanes.fused
+            _ = lanes.program
         except UsageError as error:
-            return error.given.rstrip(".").partition(": ")[2]
+            return Trouble(error.given.rstrip(".").partition(": ")[2])
+    if lanes.numerics == "compiled":
+        if lanes.device.type != "cpu":
+            return Trouble("native code computes on the CPU", "--device cpu")
+        try:
+            stages(lanes.program, data.features)
+            build(lanes.layout.dtype)
+        except Unserved as why:
+            return Trouble(str(why), "--numerics fused")
+        except Unbuilt as why:
+            return Trouble(str(why), why.write)
     if task.noisy:
-        return "the model draws random numbers of its own, which lanes cannot key"
-    if not _steady(task.device):
-        return (
+        return Trouble("the model draws random numbers of its own, which lanes cannot key")
+    if lanes.numerics != "compiled" and not _steady(task.device):
+        return Trouble(
             "a matrix product's bits depend on its place in memory: import atoll before the first, or set MKL_CBWR=AUTO"
         )
     some = tuple(torch.argsort(data.sizes, descending=True, stable=True)[:3].tolist())
@@ -135,22 +190,24 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> str:
         alone, three = _gradient(lanes, data, rows, some[:1]), _gradient(lanes, data, rows, some)
         moved = _gradient(lanes, data, rows, (some[1], some[2], some[0]))
     except Exception as error:
-        return (
+        return Trouble(
             f"the model cannot be vectorised over clients ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
         )
     first = [alone.grad[0], three.grad[0], moved.grad[2]]
     if not all(torch.equal(first[0], other) for other in first):
-        return "a lane's bits would depend on its neighbours"
+        return Trouble("a lane's bits would depend on its neighbours")
     reference = _gradient(task, data, rows, some[:1]).grad[0]
     with Elementwise(min(rows, int(data.sizes[some[0]]))) as watch:
-        _ = _gradient(lanes if lanes.numerics == "fused" else task, data, rows, some[:1])
+        _ = _gradient(lanes if lanes.by_hand else task, data, rows, some[:1])
     if watch.restless:
         names = ", ".join(sorted(watch.restless))
-        return f"torch rounds {names} differently at the end of a tensor, so a lane's bits would depend on its place"
+        return Trouble(
+            f"torch rounds {names} differently at the end of a tensor, so a lane's bits would depend on its place"
+        )
     scale = reference.abs().max().clamp(min=1e-30)
     if float((first[0] - reference).abs().max() / scale) > _FAR[task.precision]:
-        return "its gradient in lanes differs from autograd's"
-    return ""
+        return Trouble("its gradient in lanes differs from autograd's")
+    return None
 
 
 def _steady(device: torch.device) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
+
 from atoll.data.clients import Clients
 from atoll.errors import RunError
 from atoll.plan.lanes import ROWS
@@ -71,7 +73,9 @@ def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None,
         return most
     width, size = min(plan.local.width(rows), ROWS), task.layout.dtype.itemsize
     if task.numerics == "fused":
-        each, near = task.fused.room(data.features, width) * size, _FUSED_BYTES
+        each, near = task.program.room(data.features, width) * size, _FUSED_BYTES
+    elif task.numerics == "compiled":  # of a client at work there is one a core; what they came to is what is held
+        return max(2 * torch.get_num_threads(), _LEAST, min(_MOST, _LANE_BYTES // (task.layout.d * size)))
     else:
         each, near = _HELD * task.layout.d * size, _LANE_BYTES
     if room is None:

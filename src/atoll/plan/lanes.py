@@ -14,7 +14,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from atoll.compiled import Stored
 from atoll.data.clients import Clients
+from atoll.data.rows import in_memory, stored
 from atoll.rng import Key
 from atoll.task import Batch, Gradient, Model, Task
 
@@ -79,12 +81,33 @@ class Lanes:
         x, y = self.clients.take(self.clients.order[places])
         if self.device != HOST:
             x, y = x.to(self.device), y.to(self.device)
-        x = x.to(self.dtype) if x.is_floating_point() else x
-        return Batch(x, y.to(self.dtype) if y.is_floating_point() else y, counts)
+        return Batch(self._typed(x), self._typed(y), counts)
+
+    @cached_property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return prod(self.clients.features)
+
+    @cached_property
+    def in_memory(self) -> bool:
+        """Whether rows can be read where they are stored, in the type that they are stored in."""
+        return in_memory(self.clients.rows)
+
+    def stored(self, places: Tensor) -> Stored:
+        """The rows at these places `[n]`, where they are stored, or copied where that cannot be read."""
+        if self.in_memory:
+            found = Stored(*stored(self.clients.rows, self.clients.order[places]))
+            if found.x.dtype in (torch.uint8, self.dtype):
+                return found._replace(y=self._typed(found.y))
+        x, y, _ = self.take(places, ())
+        return Stored(x, torch.arange(len(x)), y)
+
+    def _typed(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype) if values.is_floating_point() else values
 
     def batches(self, steps: Iterable[tuple[Tensor, tuple[int, ...]]]) -> Iterator[Batch]:
         """The batch of each step, from places `[k, B]` and counts; the rows of several steps are read at once."""
-        most, held = max(1, _AHEAD // max(1, prod(self.clients.features))), 0
+        most, held = max(1, _AHEAD // max(1, self.width)), 0
         some: list[tuple[Tensor, tuple[int, ...]]] = []
         for places, counts in steps:
             some.append((places, counts))

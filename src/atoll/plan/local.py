@@ -67,6 +67,10 @@ class Gradient(Part):
         """How wide this client's batch is padded: a function of its own size."""
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
+    def visits(self, sizes: Tensor) -> Tensor:
+        """Rows that clients who hold so many go through in a round."""
+        return sizes if self.batch is None else sizes.clamp(max=self.batch)
+
     def contribute(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
@@ -199,13 +203,19 @@ class Train(Part):
         """How wide this client's batches are padded: a function of its own size."""
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
+    def visits(self, sizes: Tensor) -> Tensor:
+        """Rows that clients who hold so many go through in a round, the first one."""
+        if self.epochs is not None:
+            return sizes * self.epochs
+        return sizes.clamp(max=self.batch) * (self.steps_at(0) or 0)
+
     def contribute(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """θ − θᵢ of K clients, trained side by side; a lane that has finished is left alone."""
         lanes_count = len(lanes.sizes)
-        if task.numerics == "fused" and self._plain() and self.width(lanes.sizes[0]) <= ROWS:
-            return self._fused(broadcast, lanes, memory, key, task)
+        if task.by_hand and self._plain() and self.width(lanes.sizes[0]) <= ROWS:
+            return self._descended(broadcast, lanes, memory, key, task)
         model = broadcast.model.lanes(lanes_count)
         state = self.optimizer.slots(model.theta)
         if "optimizer" in self.keep:
@@ -245,23 +255,23 @@ class Train(Part):
         """Whether a step may be part of the backward pass: the optimizer does no more than go down."""
         return bool(getattr(self.optimizer, "plain", bool)())
 
-    def _fused(
+    def _descended(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """θ − θᵢ of K clients by steps that are part of the backward pass: no gradient is ever stored."""
         lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
         descent = task.descent(broadcast.model, len(lanes.sizes), lr)
         steps = self.steps_at(broadcast.round)
-        known = self.epochs is not None and lanes.share == 1
-        rows = lanes.rows * (self.epochs or 0) if known else torch.zeros_like(lanes.rows)
-        for batch in lanes.batches(self._batches(lanes, memory, key, task, steps)):
-            descent.step(batch.x, batch.y, batch.counts)
-            if not known:
-                rows[: len(batch.counts)] += torch.tensor(batch.counts, device=rows.device)
-        loss = descent.loss.flatten()[: len(rows)]
+        batches = self._batches(lanes, memory, key, task, steps)
+        if self.epochs is not None and lanes.share == 1:
+            rows = lanes.rows * self.epochs
+        else:
+            rows = torch.zeros_like(lanes.rows)
+            batches = _counted(batches, rows)
+        descent.follow(lanes, batches)
         after = {"taken": self._taken(lanes, memory, steps)} if "order" in self.keep else {}
-        nothing = loss.new_empty(len(loss), 0)  # a model with buffers is not served
-        return _contribution(lanes, descent.update(), nothing, {}, {"loss": loss, "rows": rows}), after
+        nothing = descent.loss.new_empty(len(rows), 0)  # a model with buffers is not served
+        return _contribution(lanes, descent.update(), nothing, {}, {"loss": descent.loss, "rows": rows}), after
 
     def _batches(
         self, lanes: Lanes, memory: Tensors, key: Key, task: Task, steps_each: int | None
@@ -305,6 +315,13 @@ class Train(Part):
                 else:
                     span = torch.arange(max(*own, width), device=rows.device)
                     yield order[:k].gather(1, (at[i, :k, None] * width + span).clamp_(max=reach - 1)), own
+
+
+def _counted(steps: Iterator[tuple[Tensor, tuple[int, ...]]], rows: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """The same steps; the rows of each that count are added up, in place."""
+    for places, counts in steps:
+        rows[: len(counts)] += torch.tensor(counts, device=rows.device)
+        yield places, counts
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:

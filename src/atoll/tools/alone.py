@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from atoll.engine.work import rest_of
-from atoll.fused import Descent
+from atoll.fused import Heard
 from atoll.plan.flight import Flight
 from atoll.plan.lanes import Lanes
 from atoll.plan.plan import Plan, State, part_of
@@ -31,17 +31,6 @@ class _Steps(Lanes):
         return got
 
 
-class _Heard(Descent):
-    """Steps that keep the mean loss of each."""
-
-    losses: list[float]
-
-    def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> Tensor:
-        lost = super().step(x, y, counts)
-        self.losses.append(float(lost[0]) / max(1, counts[0]))
-        return lost
-
-
 @dataclass(frozen=True)
 class _Watched(Task):
     """A task whose steps are heard where they are part of the backward pass."""
@@ -52,10 +41,11 @@ class _Watched(Task):
     def of(cls, task: Task, losses: list[float]) -> _Watched:  # type: ignore[override]
         return cls(**{f.name: getattr(task, f.name) for f in fields(Task) if f.init}, losses=losses)
 
-    def descent(self, model: Model, lanes: int, lr: float) -> Descent:
-        heard = _Heard(self.fused, model.theta, lanes, lr)
-        heard.losses = self.losses
-        return heard
+    def descent(self, model: Model, lanes: int, lr: float, heard: Heard | None = None) -> Any:
+        def listen(lost: Tensor, counts: tuple[int, ...]) -> None:
+            self.losses.append(float(lost[0]) / max(1, counts[0]))
+
+        return super().descent(model, lanes, lr, listen)
 
 
 class Given(NamedTuple):

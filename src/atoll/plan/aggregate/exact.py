@@ -20,6 +20,7 @@ and anywhere by 2^−1067, where float64 itself ends.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
 from dataclasses import replace
@@ -29,11 +30,14 @@ import torch
 from torch import Tensor
 
 from atoll.errors import UsageError
+from atoll.native import present
 
 WIDTH = 26
 BLOCK = 4096
 _TILE = 1 << 18  # numbers worked on at once: with their digits they stay near a core
 _FAR_TILE = 1 << 24  # the same where a kernel is only worth its start for many numbers
+_MANY = 1 << 17  # numbers from which on native code is asked for
+_EMPTY = -128  # the place of a block of zeros
 CAPACITY = 1 << 28
 LARGEST = 2.0**900
 _LOWEST = -41  # 2^(26·−41) = 2^−1066: below it float64 has only the last bits of its subnormal numbers
@@ -63,12 +67,57 @@ def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
     Reference: Demmel and Nguyen, Parallel Reproducible Summation, 2015: sums in fixed bins of exponents.
     """
     d = rows.shape[1]
+    native = present("exact") if _fits(rows) else None
+    if native is not None:
+        return _add_natively(native, digits, rows, weights)
     whole = d - d % BLOCK  # the last block stands by itself where it is shorter than the others
     for start, end in ((0, whole), (whole, d)):
         if start < end:
             _add_blocks(digits, rows, start, end, weights.to(rows.device, torch.int64))
     if not digits:  # nothing but zeros so far: a sum of zeros still has a length
         digits[_LOWEST] = rows.new_zeros(d, dtype=torch.float64)
+    return digits
+
+
+def _fits(rows: Tensor) -> bool:
+    """Whether native code reads these rows, and there are so many that it is worth asking for."""
+    return rows.dtype == torch.float32 and rows.is_cpu and rows.numel() >= _MANY and rows.stride(1) == 1
+
+
+class _Job(ctypes.Structure):
+    """What native/exact.c is told."""
+
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        ("clients", ctypes.c_int64),
+        ("d", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("lowest", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("tops", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("digits", ctypes.c_void_p),
+    ]
+
+
+def _add_natively(native: ctypes.CDLL, digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
+    """The same digits, read in one pass over the rows."""
+    (k, d), whole = rows.shape, weights.to(torch.float64)
+    tops = torch.empty(-(-d // BLOCK), k, dtype=torch.int8)
+    told = (rows.data_ptr(), k, d, rows.stride(0), _LOWEST, torch.get_num_threads())
+    job = _Job(*told, tops.data_ptr(), whole.data_ptr(), None)
+    native.tops(ctypes.byref(job))
+    first = tops.unique().tolist()
+    used = {place for top in first if top != _EMPTY for place in (top, top - 1) if place >= _LOWEST}
+    for place in used - digits.keys():
+        digits[place] = rows.new_zeros(d, dtype=torch.float64)
+    if not digits:
+        digits[_LOWEST] = rows.new_zeros(d, dtype=torch.float64)
+    table = (ctypes.c_void_p * (max(digits) - _LOWEST + 1))()
+    for place, digit in digits.items():
+        table[place - _LOWEST] = digit.data_ptr()
+    job.digits = ctypes.addressof(table)
+    native.add(ctypes.byref(job))
     return digits
 
 
