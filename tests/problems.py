@@ -20,12 +20,13 @@ from atoll.task import Task
 
 
 def _no_native() -> str:
-    """Why there is no native code on this machine; empty where there is."""
+    """Why there is no native code on this machine; empty where there is. What a compiler does not take is a failure."""
     try:
-        for dtype in (torch.float32, torch.float64):
-            compiled.build(dtype)
+        native.compiler()
     except native.Unbuilt as why:
         return f"no native code: {why}"
+    for dtype in (torch.float32, torch.float64):
+        compiled.build(dtype)
     return ""
 
 

@@ -81,6 +81,7 @@ typedef struct {
     /* Where a pixel of the output goes: the next stage's input. */
     I to, to_y, to_x, to_c, to_stride;
     I in, grad, won; /* places of buffers */
+    I spare;         /* from one input of the first stage to the other */
 } Stage;
 
 typedef struct {
@@ -123,45 +124,71 @@ INLINE V load(const REAL *p) {
 
 INLINE void store(REAL *p, V v) { memcpy(p, &v, BYTES); }
 
+#ifdef WIDE
+typedef int64_t M __attribute__((vector_size(BYTES)));
+#else
+typedef int32_t M __attribute__((vector_size(BYTES)));
+#endif
+
+INLINE V chosen(M where, V a, V b) { return (V)((where & (M)a) | (~where & (M)b)); }
+
+/* n ≤ VL numbers, `step` apart; what is not there is 0. */
+INLINE V gathered(const REAL *p, I n, I step) {
+    if (n == VL && step == 1) return load(p);
+    REAL some[BYTES / sizeof(REAL)] = {0};
+    for (I i = 0; i < n; i++) some[i] = p[i * step];
+    return load(some);
+}
+
+INLINE void scattered(REAL *p, I n, I step, V v) {
+    if (n == VL && step == 1) {
+        store(p, v);
+        return;
+    }
+    REAL some[BYTES / sizeof(REAL)];
+    store(some, v);
+    for (I i = 0; i < n; i++) p[i * step] = some[i];
+}
+
 INLINE I least(I a, I b) { return a < b ? a : b; }
 
-/* Σ over `runs` runs of `n` terms of a[m][…] · b[…], for m rows and NR columns. */
-INLINE void tile(const int mr, const REAL *const *a, I a_run, I a_step, const REAL *b, I b_run, I b_step, I runs, I n,
-                 V c[MR][2]) {
-    V s[MR][2];
+/* Where the factors of a tile lie: `runs` runs of `n` terms, and from one to the next. */
+typedef struct {
+    I runs, n;
+    I a_run, a_step, b_run, b_step;
+} Terms;
+
+/* s = Σ a[m][…] · b[…] for m rows and NR columns; `beside`: row m of a begins at a[0] + m. */
+INLINE void tile(const int mr, const int beside, const REAL *const *a, const REAL *b, const Terms t, V s[MR][2]) {
 #pragma GCC unroll 6
     for (int m = 0; m < mr; m++) s[m][0] = s[m][1] = (V){0};
-    for (I i = 0; i < runs; i++) {
-        const REAL *p = b + i * b_run;
-        I at = i * a_run;
-        for (I r = 0; r < n; r++, p += b_step, at += a_step) {
+    for (I i = 0; i < t.runs; i++) {
+        const REAL *p = b + i * t.b_run;
+        I at = i * t.a_run;
+        for (I r = 0; r < t.n; r++, p += t.b_step, at += t.a_step) {
             V b0 = load(p), b1 = load(p + VL);
             HELD(b0);
             HELD(b1);
 #pragma GCC unroll 6
             for (int m = 0; m < mr; m++) {
-                const REAL x = a[m][at];
+                const REAL x = beside ? a[0][at + m] : a[m][at];
                 s[m][0] += x * b0;
                 s[m][1] += x * b1;
             }
         }
     }
-#pragma GCC unroll 6
-    for (int m = 0; m < mr; m++) c[m][0] = s[m][0], c[m][1] = s[m][1];
 }
 
-/* The same for any number of rows up to MR: a case each, so that the sums stay in registers. */
-static __attribute__((noinline)) void tiles(I mr, const REAL *const *a, I a_run, I a_step, const REAL *b, I b_run, I b_step, I runs, I n,
-                  V c[MR][2]) {
-    switch (mr) {
-    case 6: tile(6, a, a_run, a_step, b, b_run, b_step, runs, n, c); break;
-    case 5: tile(5, a, a_run, a_step, b, b_run, b_step, runs, n, c); break;
-    case 4: tile(4, a, a_run, a_step, b, b_run, b_step, runs, n, c); break;
-    case 3: tile(3, a, a_run, a_step, b, b_run, b_step, runs, n, c); break;
-    case 2: tile(2, a, a_run, a_step, b, b_run, b_step, runs, n, c); break;
-    default: tile(1, a, a_run, a_step, b, b_run, b_step, runs, n, c);
+/* A case for each number of rows, so that the sums stay in registers until they are where they belong. */
+#define CASES(mr, call)                                                                                               \
+    switch (mr) {                                                                                                     \
+    case 6: call(6); break;                                                                                           \
+    case 5: call(5); break;                                                                                           \
+    case 4: call(4); break;                                                                                           \
+    case 3: call(3); break;                                                                                           \
+    case 2: call(2); break;                                                                                           \
+    default: call(1);                                                                                                 \
     }
-}
 
 /* n in parts as equal as can be, of at most MR: the end of part i. */
 INLINE I part(I n, I parts, I i) { return n * (i + 1) / parts; }
@@ -279,171 +306,170 @@ static void turn(const Stage *s, const REAL *w, REAL *turned) {
 
 /* ---- a stage forward ---- */
 
-/* Outputs of some rows that stand side by side, [pixel][wide]. */
-static void forward(const Stage *s, const REAL *in, I rows, const REAL *w, const REAL *bias, REAL *out) {
+/* Where the outputs of a stage are, one after the other: row, y and x, and where in the input their kernels begin. */
+typedef struct {
+    I row, y, x, at;
+} Place;
+
+INLINE Place next(const Stage *s, Place p) {
     const Told *t = &s->t;
-    const I n = rows * s->pixels, parts = (n + MR - 1) / MR;
-    for (I p = 0; p < s->wide / NR; p++) {
-        const REAL *panel = w + p * s->taps * NR;
-        const V b0 = load(bias + p * NR), b1 = load(bias + p * NR + VL);
-        for (I i = 0, q = 0; i < parts; i++) {
-            const I end = part(n, parts, i), mr = end - q;
-            const REAL *a[MR];
-            V c[MR][2];
-            for (I m = 0; m < mr; m++) {
-                const I row = (q + m) / s->pixels, pixel = (q + m) % s->pixels;
-                const I y = pixel / t->out_x * t->stride_y, x = pixel % t->out_x * t->stride_x;
-                a[m] = in + row * s->in_stride + (y * s->frame_x + x) * t->channels;
-            }
-            tiles(mr, a, s->frame_x * t->channels, 1, panel, s->run * NR, NR, s->runs, s->run, c);
-            for (I m = 0; m < mr; m++) {
-                store(out + (q + m) * s->wide + p * NR, c[m][0] + b0);
-                store(out + (q + m) * s->wide + p * NR + VL, c[m][1] + b1);
-            }
-            q = end;
-        }
+    p.at += t->stride_x * t->channels;
+    if (++p.x < t->out_x) return p;
+    p.x = 0;
+    if (++p.y == t->out_y) p.y = 0, p.row++;
+    p.at = p.row * s->in_stride + p.y * t->stride_y * s->frame_x * t->channels;
+    return p;
+}
+
+INLINE void outputs(const int mr, const REAL *const *a, const REAL *b, const Terms t, V b0, V b1, REAL *out, I wide) {
+    V c[MR][2];
+    tile(mr, 0, a, b, t, c);
+#pragma GCC unroll 6
+    for (int m = 0; m < mr; m++) {
+        store(out + m * wide, c[m][0] + b0);
+        store(out + m * wide + VL, c[m][1] + b1);
     }
 }
 
-/* Pool and ReLU of one row, into the next stage's input; which neighbour won is kept. */
-static void passed(const Stage *s, const REAL *restrict from, REAL *restrict to, REAL *restrict won) {
+/* A panel of the outputs of some rows that stand side by side, [pixel][wide]. */
+static void forward(const Stage *s, I p, const REAL *in, I rows, const REAL *w, const REAL *bias, REAL *out) {
+    const I n = rows * s->pixels, parts = (n + MR - 1) / MR;
+    const REAL *panel = w + p * s->taps * NR;
+    const V b0 = load(bias + p * NR), b1 = load(bias + p * NR + VL);
+    const Terms t = {s->runs, s->run, s->frame_x * s->t.channels, 1, s->run * NR, NR};
+    Place place = {0};
+    for (I i = 0, q = 0; i < parts; i++) {
+        const I end = part(n, parts, i), mr = end - q;
+        const REAL *a[MR];
+        for (I m = 0; m < mr; m++, place = next(s, place)) a[m] = in + place.at;
+#define CALL(mr) outputs(mr, a, panel, t, b0, b1, out + q * s->wide + p * NR, s->wide)
+        CASES(mr, CALL)
+#undef CALL
+        q = end;
+    }
+}
+
+/* Pool and ReLU of one row, into the next stage's input; which neighbour won is kept. NaN wins. */
+static void passed(const Stage *s, const REAL *from, REAL *to, REAL *won) {
     const Told *t = &s->t;
-    const REAL floor = t->relu ? 0 : -INFINITY;
     const int pools = t->pool_y * t->pool_x > 1;
-    REAL best[t->out], which[t->out];
     for (I y = 0; y < t->last_y; y++)
         for (I x = 0; x < t->last_x; x++) {
             const REAL *first = from + (y * t->hop_y * t->out_x + x * t->hop_x) * s->wide;
             REAL *at = to + s->to + y * s->to_y + x * s->to_x;
-            if (!pools) {
-                for (I c = 0; c < t->out; c++) best[c] = first[c] > floor || first[c] != first[c] ? first[c] : floor;
-            } else {
-                for (I c = 0; c < t->out; c++) best[c] = first[c], which[c] = 0;
+            for (I c = 0; c < t->out; c += VL) {
+                V best = load(first + c), which = {0};
                 for (I j = 0; j < t->pool_y; j++)
                     for (I i = !j; i < t->pool_x; i++) {
-                        const REAL *next = first + (j * t->out_x + i) * s->wide, number = j * t->pool_x + i;
-                        for (I c = 0; c < t->out; c++) {
-                            const int more = next[c] > best[c] || next[c] != next[c];
-                            best[c] = more ? next[c] : best[c];
-                            which[c] = more ? number : which[c];
-                        }
+                        const V other = load(first + (j * t->out_x + i) * s->wide + c);
+                        const M more = (other > best) | (other != other);
+                        best = chosen(more, other, best);
+                        which = chosen(more, (V){0} + (REAL)(j * t->pool_x + i), which);
                     }
-                memcpy(won + (y * t->last_x + x) * s->wide, which, sizeof which);
-                for (I c = 0; c < t->out; c++) best[c] = best[c] > floor || best[c] != best[c] ? best[c] : floor;
+                if (pools) store(won + (y * t->last_x + x) * s->wide + c, which);
+                if (t->relu) best = chosen((best > 0) | (best != best), best, (V){0});
+                scattered(at + c * s->to_c, least(VL, t->out - c), s->to_c, best);
             }
-            if (s->to_c == 1)
-                memcpy(at, best, sizeof best);
-            else
-                for (I c = 0; c < t->out; c++) at[c * s->to_c] = best[c];
         }
 }
 
 /* ---- a stage backward ---- */
 
 /* The gradient of one row's outputs before pool and ReLU, [pixel][wide]. */
-static void returned(const Stage *s, const REAL *restrict grad, const REAL *restrict act, const REAL *restrict won,
-                     REAL *restrict dy) {
+static void returned(const Stage *s, const REAL *grad, const REAL *act, const REAL *won, REAL *dy) {
     const Told *t = &s->t;
-    const int pools = t->pool_y * t->pool_x > 1;
-    const int whole = t->hop_y == t->pool_y && t->hop_x == t->pool_x;
-    REAL g[t->out];
-    if (pools || s->wide > t->out || t->last_y * t->last_x < s->pixels) memset(dy, 0, sizeof(REAL) * s->pixels * s->wide);
+    const int apart = t->hop_y >= t->pool_y && t->hop_x >= t->pool_x; /* no two pools have a neighbour in common */
+    const int all = apart && t->last_y * t->pool_y * t->last_x * t->pool_x == s->pixels && s->wide - t->out < VL;
+    if (!all) memset(dy, 0, sizeof(REAL) * s->pixels * s->wide);
     for (I y = 0; y < t->last_y; y++)
         for (I x = 0; x < t->last_x; x++) {
             const I at = s->to + y * s->to_y + x * s->to_x;
-            if (t->relu)
-                for (I c = 0; c < t->out; c++) g[c] = act[at + c * s->to_c] > 0 ? grad[at + c * s->to_c] : 0;
-            else
-                for (I c = 0; c < t->out; c++) g[c] = grad[at + c * s->to_c];
             REAL *first = dy + (y * t->hop_y * t->out_x + x * t->hop_x) * s->wide;
-            if (!pools) {
-                memcpy(first, g, sizeof g);
-                continue;
-            }
-            const REAL *which = won + (y * t->last_x + x) * s->wide;
-            for (I j = 0; j < t->pool_y; j++)
-                for (I i = 0; i < t->pool_x; i++) {
-                    REAL *into = first + (j * t->out_x + i) * s->wide, number = j * t->pool_x + i;
-                    if (whole)
-                        for (I c = 0; c < t->out; c++) into[c] = which[c] == number ? g[c] : 0;
-                    else
-                        for (I c = 0; c < t->out; c++) into[c] += which[c] == number ? g[c] : 0;
+            for (I c = 0; c < t->out; c += VL) {
+                const I n = least(VL, t->out - c);
+                V g = gathered(grad + at + c * s->to_c, n, s->to_c);
+                if (t->relu) g = chosen(gathered(act + at + c * s->to_c, n, s->to_c) > 0, g, (V){0});
+                if (t->pool_y * t->pool_x == 1) {
+                    store(first + c, g);
+                    continue;
                 }
+                const V which = load(won + (y * t->last_x + x) * s->wide + c);
+                for (I j = 0; j < t->pool_y; j++)
+                    for (I i = 0; i < t->pool_x; i++) {
+                        REAL *into = first + (j * t->out_x + i) * s->wide + c;
+                        const V mine = chosen(which == (V){0} + (REAL)(j * t->pool_x + i), g, (V){0});
+                        store(into, apart ? mine : load(into) + mine);
+                    }
+            }
         }
+}
+
+INLINE void inputs(const int mr, const REAL *const *a, const REAL *b, const Terms t, REAL *const *to, int adds) {
+    V c[MR][2];
+    tile(mr, 0, a, b, t, c);
+#pragma GCC unroll 6
+    for (int m = 0; m < mr; m++) { /* in turn: kernels side by side overlap */
+        store(to[m], adds ? load(to[m]) + c[m][0] : c[m][0]);
+        store(to[m] + VL, adds ? load(to[m] + VL) + c[m][1] : c[m][1]);
+    }
 }
 
 /* The gradient of some rows' inputs: of a linear layer it is written, of a convolution added up. */
 static void to_input(const Stage *s, const REAL *dy, I rows, const REAL *turned, REAL *grad) {
-    const Told *t = &s->t;
-    const I taps = up(s->run, NR);
-    const I lines = s->flat ? rows : t->out_y; /* what a tile goes through: its places never meet */
-    const I a_line = s->flat ? s->wide : t->out_x * s->wide;
-    const I parts = (lines + MR - 1) / MR, columns = s->flat ? 1 : t->out_x;
+    const I taps = up(s->run, NR), n = rows * s->pixels, parts = (n + MR - 1) / MR;
+    const Terms t = {1, s->t.out, 0, 1, 0, NR};
     for (I i = 0; i < s->runs; i++)
         for (I r = 0; r < taps; r += NR) {
             const REAL *panel = turned + (i * taps + r) * s->wide;
-            for (I x = 0; x < columns; x++)
-                for (I k = 0, q = 0; k < parts; k++) {
-                    const I end = part(lines, parts, k), mr = end - q;
-                    const REAL *a[MR];
-                    V c[MR][2];
-                    for (I m = 0; m < mr; m++) a[m] = dy + (q + m) * a_line + x * s->wide;
-                    tiles(mr, a, 0, 1, panel, 0, NR, 1, t->out, c);
-                    for (I m = 0; m < mr; m++) {
-                        if (s->flat) {
-                            REAL *to = grad + (q + m) * s->in_stride + r;
-                            store(to, c[m][0]);
-                            store(to + VL, c[m][1]);
-                            continue;
-                        }
-                        const I y = (q + m) * t->stride_y + i;
-                        REAL *to = grad + (y * s->frame_x + x * t->stride_x) * t->channels + r;
-                        store(to, load(to) + c[m][0]);
-                        store(to + VL, load(to + VL) + c[m][1]);
-                    }
-                    q = end;
-                }
+            REAL *first = grad + i * s->frame_x * s->t.channels + r;
+            Place place = {0};
+            for (I k = 0, q = 0; k < parts; k++) {
+                const I end = part(n, parts, k), mr = end - q;
+                const REAL *a[MR];
+                REAL *to[MR];
+                for (I m = 0; m < mr; m++, place = next(s, place))
+                    a[m] = dy + (q + m) * s->wide, to[m] = first + place.at;
+#define CALL(mr) inputs(mr, a, panel, t, to, !s->flat)
+                CASES(mr, CALL)
+#undef CALL
+                q = end;
+            }
         }
 }
 
-/* sink ← keep · sink + factor · gradient of the weights, from some rows; dy [pixel][wide]. */
-static void to_weights(const Stage *s, const REAL *in, const REAL *dy, I rows, REAL keep, REAL factor, REAL *sink,
+INLINE void weights(const int mr, const REAL *a, const REAL *b, const Terms t, REAL factor, int keep, REAL *to) {
+    V c[MR][2];
+    tile(mr, 1, &a, b, t, c);
+#pragma GCC unroll 6
+    for (int m = 0; m < mr; m++, to += NR) {
+        store(to, keep ? load(to) + factor * c[m][0] : factor * c[m][0]);
+        store(to + VL, keep ? load(to + VL) + factor * c[m][1] : factor * c[m][1]);
+    }
+}
+
+/* A panel of sink ← keep · sink + factor · gradient of the weights, from some rows; keep is 0 or 1; dy [pixel][wide]. */
+static void to_weights(const Stage *s, I p, const REAL *in, const REAL *dy, I rows, int keep, REAL factor, REAL *sink,
                        REAL *bias) {
     const Told *t = &s->t;
-    const int flat = s->flat;
-    const I runs = flat ? 1 : t->out_y, n = flat ? rows : t->out_x;
-    const I a_run = t->stride_y * s->frame_x * t->channels, a_step = flat ? s->in_stride : t->stride_x * t->channels;
+    const I line = s->frame_x * t->channels, runs = s->flat ? 1 : t->out_y, n = s->flat ? rows : t->out_x;
+    const I step = s->flat ? s->in_stride : t->stride_x * t->channels;
+    const Terms terms = {runs, n, t->stride_y * line, step, n * s->wide, s->wide};
     const I parts = (s->run + MR - 1) / MR;
-    for (I p = 0; p < s->wide / NR; p++) {
-        const REAL *b = dy + p * NR;
-        REAL *panel = sink + p * s->taps * NR;
-        for (I i = 0; i < s->runs; i++)
-            for (I k = 0, q = 0; k < parts; k++) {
-                const I end = part(s->run, parts, k), mr = end - q;
-                const REAL *a[MR];
-                V c[MR][2];
-                for (I m = 0; m < mr; m++) a[m] = in + i * s->frame_x * t->channels + q + m;
-                tiles(mr, a, a_run, a_step, b, n * s->wide, s->wide, runs, n, c);
-                REAL *to = panel + (i * s->run + q) * NR;
-                if (keep == 0)
-                    for (I m = 0; m < mr; m++, to += NR) {
-                        store(to, factor * c[m][0]);
-                        store(to + VL, factor * c[m][1]);
-                    }
-                else
-                    for (I m = 0; m < mr; m++, to += NR) {
-                        store(to, load(to) + factor * c[m][0]);
-                        store(to + VL, load(to + VL) + factor * c[m][1]);
-                    }
-                q = end;
-            }
-        if (t->bias < 0) continue;
-        for (I v = 0; v < NR; v += VL) {
-            V c = {0};
-            for (I q = 0; q < runs * n; q++) c += load(b + q * s->wide + v);
-            c *= factor;
-            store(bias + p * NR + v, keep == 0 ? c : load(bias + p * NR + v) + c);
+    const REAL *b = dy + p * NR;
+    REAL *to = sink + p * s->taps * NR;
+    for (I i = 0; i < s->runs; i++)
+        for (I k = 0, q = 0; k < parts; k++) {
+            const I end = part(s->run, parts, k), mr = end - q;
+            const REAL *a = in + i * line + q;
+#define CALL(mr) weights(mr, a, b, terms, factor, keep, to)
+            CASES(mr, CALL)
+#undef CALL
+            to += mr * NR, q = end;
         }
+    for (I v = p * NR; t->bias >= 0 && v < (p + 1) * NR; v += VL) {
+        V c = {0};
+        for (I q = 0; q < runs * n; q++) c += load(dy + q * s->wide + v);
+        store(bias + v, keep ? load(bias + v) + factor * c : factor * c);
     }
 }
 
@@ -482,7 +508,22 @@ static void down(REAL *restrict w, const REAL *restrict g, REAL lr, I n) {
 
 typedef struct {
     REAL *w, *g, *turned, *flat, *room; /* packed weights, their gradient, scratch, buffers of all stages */
+    /* The step of a first linear layer waits for the next batch: each panel is then read once for both. */
+    I late;            /* rows of the batch that it was made on; 0: none */
+    I turn;            /* which of two inputs the rows are read into */
+    REAL *late_dy;
 } Bench;
+
+INLINE REAL *input(const Stage *s, const Bench *bench, I turn) {
+    return bench->room + s->in + (turn ? s->spare : 0);
+}
+
+/* The step that was left waiting, of one panel. */
+static void caught_up(const Stage *s, Bench *bench, I p, REAL lr) {
+    if (bench->late)
+        to_weights(s, p, input(s, bench, !bench->turn), bench->late_dy, bench->late, 1, -lr, bench->w + s->at,
+                   bench->w + s->bias_at);
+}
 
 /* n numbers of the data, `step` apart where they go. */
 INLINE void read_line(const Job *job, I at, I n, REAL *to, I step) {
@@ -516,18 +557,23 @@ static I pass(const Crew *crew, Bench *bench, const I *rows, const REAL *y, cons
     const I stages = job->stages;
     const Stage *s = crew->stages;
     REAL *room = bench->room;
-    for (I b = 0; b < n; b++) read_row(job, s, rows[b], room + s->in + b * s->in_stride);
+    REAL *rows_in = input(s, bench, bench->turn);
+    for (I b = 0; b < n; b++) read_row(job, s, rows[b], rows_in + b * s->in_stride);
     for (I k = 0; k < stages; k++, s++) {
-        const REAL *in = room + s->in, *w = bench->w + s->at, *bias = bench->w + s->bias_at;
-        if (k == stages - 1 || s->flat) {
-            forward(s, in, n, w, bias, bench->flat);
+        const REAL *in = k ? room + s->in : rows_in, *w = bench->w + s->at, *bias = bench->w + s->bias_at;
+        const I panels = s->wide / NR;
+        if (s->flat) {
+            for (I p = 0; p < panels; p++) {
+                if (!k) caught_up(s, bench, p, lr);
+                forward(s, p, in, n, w, bias, bench->flat);
+            }
             for (I b = 0; k < stages - 1 && b < n; b++)
                 passed(s, bench->flat + b * s->wide, room + s[1].in + b * s[1].in_stride, 0);
             continue;
         }
         const I kept = s->t.last_y * s->t.last_x * s->wide;
         for (I b = 0; b < n; b++) {
-            forward(s, in + b * s->in_stride, 1, w, bias, bench->flat);
+            for (I p = 0; p < panels; p++) forward(s, p, in + b * s->in_stride, 1, w, bias, bench->flat);
             passed(s, bench->flat, room + s[1].in + b * s[1].in_stride, room + s->won + b * kept);
         }
     }
@@ -544,34 +590,58 @@ static I pass(const Crew *crew, Bench *bench, const I *rows, const REAL *y, cons
         }
         memset(z + classes_of, 0, sizeof(REAL) * (top->wide - classes_of));
     }
+    bench->late = 0;
     for (I k = stages - 1; k >= 0; k--, s--) {
-        const REAL *in = room + s->in, *next = room + s[1].grad, *act = room + s[1].in;
+        const REAL *in = k ? room + s->in : rows_in, *next = room + s[1].grad, *act = room + s[1].in;
         REAL *grad = k ? room + s->grad : 0, *g = bench->g + s->at, *gb = bench->g + s->bias_at;
+        const I panels = s->wide / NR;
         if (k) turn(s, bench->w + s->at, bench->turned);
         if (s->flat) {
-            if (k < stages - 1)
-                for (I b = 0; b < n; b++)
-                    returned(s, next + b * s[1].in_stride, act + b * s[1].in_stride, 0, dy + b * s->wide);
-            if (k) to_input(s, dy, n, bench->turned, grad);
-            if (steps)
-                to_weights(s, in, dy, n, 1, -lr, bench->w + s->at, bench->w + s->bias_at);
-            else
-                to_weights(s, in, dy, n, !first, 1, g, gb);
+            REAL *own = k ? dy : bench->late_dy;
+            for (I b = 0; b < n; b++)
+                if (k < stages - 1)
+                    returned(s, next + b * s[1].in_stride, act + b * s[1].in_stride, 0, own + b * s->wide);
+                else if (!k)
+                    memcpy(own + b * s->wide, dy + b * s->wide, sizeof(REAL) * s->wide);
+            if (k) to_input(s, own, n, bench->turned, grad);
+            if (steps && !k) {
+                bench->late = n, bench->turn = !bench->turn;
+                continue;
+            }
+            for (I p = 0; p < panels; p++)
+                if (steps)
+                    to_weights(s, p, in, own, n, 1, -lr, bench->w + s->at, bench->w + s->bias_at);
+                else
+                    to_weights(s, p, in, own, n, !first, 1, g, gb);
             continue;
         }
         const I kept = s->t.last_y * s->t.last_x * s->wide;
         for (I b = 0; b < n; b++) {
-            if (k < stages - 1)
-                returned(s, next + b * s[1].in_stride, act + b * s[1].in_stride, room + s->won + b * kept, dy);
+            returned(s, next + b * s[1].in_stride, act + b * s[1].in_stride, room + s->won + b * kept, dy);
             if (k) {
                 memset(grad + b * s->in_stride, 0, sizeof(REAL) * s->in_stride);
                 to_input(s, dy, 1, bench->turned, grad + b * s->in_stride);
             }
-            to_weights(s, in + b * s->in_stride, dy, 1, !(first && b == 0), 1, g, gb);
+            for (I p = 0; p < panels; p++)
+                to_weights(s, p, in + b * s->in_stride, dy, 1, !(first && b == 0), 1, g, gb);
         }
         if (steps) down(bench->w + s->at, g, lr, s->bias_at + s->wide - s->at);
     }
     return DONE;
+}
+
+/* Have the rows of a step near before they are needed. */
+static void ahead(const Job *job, const I *rows, I n) {
+    const I size = job->features * (job->bytes ? 1 : (I)sizeof(REAL));
+    for (I b = 0; b < least(n, ROWS); b++)
+        for (I i = 0; i < size; i += 64) __builtin_prefetch((const char *)job->x + rows[b] * size + i);
+}
+
+/* The step that was left waiting, whole. */
+static void settled(const Crew *crew, Bench *bench) {
+    const Stage *s = crew->stages;
+    for (I p = 0; p < s->wide / NR; p++) caught_up(s, bench, p, (REAL)crew->job->lr);
+    bench->late = 0;
 }
 
 /* All steps of one client, or its gradient. */
@@ -586,7 +656,11 @@ static I client(const Crew *crew, Bench *bench, I k) {
         const I at = job->offsets[i] + k * job->widths[i], n = job->counts[job->count_offsets[i] + k];
         REAL *loss = job->losses + job->count_offsets[i] + k;
         *loss = 0;
+        if (i + 1 < job->steps && k < job->lanes[i + 1])
+            ahead(job, job->rows + job->offsets[i + 1] + k * job->widths[i + 1],
+                  job->counts[job->count_offsets[i + 1] + k]);
         const I parts = (n + ROWS - 1) / ROWS;
+        if (parts > 1) settled(crew, bench);
         if (!n && !descends) memset(bench->g, 0, sizeof(REAL) * crew->packed);
         for (I p = 0, q = 0; p < parts; p++) {
             const I end = part(n, parts, p);
@@ -597,6 +671,7 @@ static I client(const Crew *crew, Bench *bench, I k) {
         }
         if (descends && parts > 1) down(bench->w, bench->g, (REAL)job->lr, crew->packed);
     }
+    settled(crew, bench);
     unpack(crew->stages, job->stages, descends ? bench->w : bench->g,
            job->asked == UPDATE ? job->theta + k * job->theta_stride : 0, job->out + k * job->d);
     return DONE;
@@ -617,8 +692,9 @@ static void *work(void *given) {
         turned = t > turned ? t : turned;
         flat = f > flat ? f : flat;
     }
-    Bench bench = {numbers(crew->packed), numbers(crew->packed), numbers(turned), numbers(flat), numbers(crew->room)};
-    if (bench.w && bench.g && bench.turned && bench.flat && bench.room) {
+    Bench bench = {numbers(crew->packed), numbers(crew->packed), numbers(turned), numbers(flat), numbers(crew->room),
+                   .late_dy = numbers(crew->rows * crew->stages->wide)};
+    if (bench.w && bench.g && bench.turned && bench.flat && bench.room && bench.late_dy) {
         memset(bench.g, 0, sizeof(REAL) * crew->packed);  /* what no parameter stands for stays zero */
         memset(bench.room, 0, sizeof(REAL) * crew->room); /* and so do frames */
         for (I k; !atomic_load(&crew->trouble) && (k = atomic_fetch_add(&crew->next, 1)) < crew->job->clients;) {
@@ -628,6 +704,7 @@ static void *work(void *given) {
     } else
         atomic_store(&crew->trouble, NO_MEMORY);
     free(bench.w), free(bench.g), free(bench.turned), free(bench.flat), free(bench.room);
+    free(bench.late_dy);
     return 0;
 }
 
@@ -649,7 +726,8 @@ static void laid(Crew *crew) {
         s->wide = up(t->out, NR);
         s->at = at, at += s->wide * s->taps;
         s->bias_at = at, at += s->wide;
-        s->in = room, room += crew->rows * s->in_stride + NR;
+        s->spare = crew->rows * s->in_stride + NR;
+        s->in = room, room += k ? s->spare : 2 * s->spare;
         s->grad = room, room += crew->rows * s->in_stride + NR;
         s->won = room, room += t->pool_y * t->pool_x > 1 ? crew->rows * t->last_y * t->last_x * s->wide : 0;
         if (k + 1 == job->stages) break;
