@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from atoll import data, models, recipes
+from atoll.compiled import build
 from atoll.data.named import NAMED
 from atoll.errors import AtollError
+from atoll.native import Unbuilt, compiler, folder
 from atoll.plan.aggregate import exact
 from atoll.rng import Key, philox
 from atoll.task import Batch, Task
@@ -73,6 +75,7 @@ def checks(out: str | Path = "runs") -> Iterator[Check]:
         ("random numbers", _random_numbers),
         ("exact sum", _exact_sum),
         ("safetensors", _safetensors),
+        ("native code", _native_code),
         *((f"lanes: {name}", partial(_lanes, name)) for name in SMALL),
         ("one round", _one_round),
     ]
@@ -270,6 +273,15 @@ def _lanes(name: str) -> Check:
     )
     told = "a client's bits are its own for 1, 2, 3 and 8 lanes" if ok else "bits depend on the neighbours"
     return Check(f"lanes: {name}", ok, told, "" if ok else "atoll run --numerics loop")
+
+
+def _native_code() -> Check:
+    """Whether this machine builds it; without, known layers go by hand through torch, which is slower."""
+    try:
+        build(torch.float32)
+        return Check("native code", True, f"built by {compiler()[1]}, kept in {folder()}")
+    except Unbuilt as why:
+        return Check("native code", not why.write, f"none: {why}; numerics are fused in its place", why.write)
 
 
 def _one_round() -> Check:
