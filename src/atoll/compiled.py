@@ -91,9 +91,9 @@ def stages(program: Program, features: tuple[int, ...]) -> tuple[Stage, ...]:
     Raises:
         Unserved: with the reason.
     """
-    theta = [torch.empty(1, *shape, device="meta") for shape in program.shapes]
+    theta = [torch.zeros(1, *shape) for shape in program.shapes]  # for a product of meta tensors torch imports sympy
     begins = [sum(map(prod, program.shapes[:i])) for i in range(len(program.shapes))]
-    x, out = torch.empty(1, 1, *features, device="meta"), list[Stage]()
+    x, out = torch.zeros(1, 1, *features), list[Stage]()
     for layer in program.layers:
         before, (x, _) = x, layer.forward(x, theta)
         if isinstance(layer, Dense):

@@ -322,8 +322,9 @@ class Program:
 
 @lru_cache(256)
 def _room(program: Program, features: tuple[int, ...], rows: int) -> int:
-    theta = [torch.empty(1, *shape, device="meta") for shape in program.shapes]
-    x = torch.empty(1, min(rows, MAPS) if program.maps else rows, *features, device="meta")
+    # Of zeros on the host, not of meta tensors: for a product of those torch imports sympy, which takes half a second.
+    theta = [torch.zeros(1, *shape) for shape in program.shapes]
+    x = torch.zeros(1, min(rows, MAPS) if program.maps else rows, *features)
     held = sum(t.numel() for t in theta) + x.numel()
     for layer in program.layers:
         x, kept = layer.forward(x, theta)

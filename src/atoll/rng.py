@@ -37,7 +37,7 @@ def _signed(word: int) -> int:
 
 def _shift(x: Tensor, by: int) -> Tensor:
     """Logical right shift of int64 words; torch's own keeps the sign."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def mix64(x: Tensor) -> Tensor:
@@ -55,9 +55,10 @@ def mix64(x: Tensor) -> Tensor:
 
     Reference: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014.
     """
-    x = (x ^ _shift(x, 30)) * _signed(_M1)
-    x = (x ^ _shift(x, 27)) * _signed(_M2)
-    return x ^ _shift(x, 31)
+    # In place but for the shifts: of a long draw, fresh memory would cost more than the arithmetic.
+    x = _shift(x, 30).bitwise_xor_(x).mul_(_signed(_M1))
+    x = _shift(x, 27).bitwise_xor_(x).mul_(_signed(_M2))
+    return _shift(x, 31).bitwise_xor_(x)
 
 
 def _mix(x: int) -> int:

@@ -1,4 +1,7 @@
-"""A training, gone through round by round: the state between two rounds, the judging, the rules that end it."""
+"""A training, gone through round by round: the state between two rounds, the judging, the rules that end it.
+
+Engines of several processes are imported where one is asked for: most trainings begin without.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -17,17 +20,12 @@ from atoll import models, runs
 from atoll.data.clients import Clients
 from atoll.engine import ENGINES
 from atoll.engine.arrivals import check_clock
-from atoll.engine.dealer import Dealer
 from atoll.engine.device import check_precision, found, gpu, local_rank, nearby
 from atoll.engine.fleet import FLEET, Fleet
 from atoll.engine.inprocess import InProcess
 from atoll.engine.memory import Memory
-from atoll.engine.overlap import data_parallel
 from atoll.engine.probe import Choice, choose
-from atoll.engine.processes import Processes
 from atoll.engine.ranks import Ranks
-from atoll.engine.ray import Ray, check_share
-from atoll.engine.torchrun import Torchrun, agreed, alike, refuse_pace
 from atoll.errors import UsageError, unknown_name
 from atoll.grammar import parse
 from atoll.loss import Metric, PerExample
@@ -42,6 +40,9 @@ from atoll.plan.sampler import Everyone
 from atoll.rng import Key
 from atoll.saved import share
 from atoll.task import Model, Task
+
+if TYPE_CHECKING:
+    from atoll.engine.dealer import Dealer
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
@@ -143,6 +144,8 @@ class Rounds:
         self.fleet = settings.fleet if isinstance(settings.fleet, Fleet) else None
         self.ranks: Ranks | None = None
         if settings.engine == "torchrun":
+            from atoll.engine.torchrun import refuse_pace
+
             refuse_pace(plan)
             self.ranks = Ranks.join(settings.workers, settings.backend, device)
         self.task, self.reason = _chosen(task, data, plan, settings, self.ranks)
@@ -169,6 +172,8 @@ class Rounds:
         self.seconds = 0.0
         self.bytes_up = self.bytes_down = 0
         if self.ranks is not None:
+            from atoll.engine.torchrun import alike
+
             alike(self.ranks, identity(self))
             share(self, self.ranks)
             self.first = self.state.model
@@ -178,17 +183,23 @@ class Rounds:
         if settings.engine == "inprocess":
             return InProcess(self.task, near, settings.chunk, self.fleet)
         if self.ranks is not None:
+            from atoll.engine.torchrun import Torchrun
+
             return Torchrun(self.task, near, settings.chunk, self.fleet, self.ranks)
         name = model if isinstance(model, str) else None
         told: dict[str, Any] = {"model": name, "seed": settings.seed}
         if settings.engine == "processes":
+            from atoll.engine.processes import Processes
+
             return Processes(self.task, self.data, settings.workers, settings.chunk, **told)
+        from atoll.engine.ray import Ray
+
         told |= {"cpus": settings.cpus, "gpus": settings.gpus, "device": settings.device, "address": settings.address}
         return Ray(self.task, self.data, settings.workers, settings.chunk, **told)
 
     def where(self) -> dict[str, Any]:
         """Where clients run, to be written down."""
-        if isinstance(self.engine, Dealer):
+        if not isinstance(self.engine, InProcess):
             return {
                 "engine": self.settings.engine,
                 "workers": self.engine.workers,
@@ -198,7 +209,7 @@ class Rounds:
 
     def close(self) -> None:
         """End what the engine runs beside this process, if anything; the state stays."""
-        if isinstance(self.engine, Dealer):
+        if not isinstance(self.engine, InProcess):
             self.engine.close()
 
     def __iter__(self) -> Iterator[Report]:
@@ -223,6 +234,8 @@ class Rounds:
             metrics |= self.evaluate()
         report = report.to(metrics=metrics, seconds=spent, fingerprint=runs.fingerprint(self.state.model.theta))
         if self.ranks is not None:
+            from atoll.engine.torchrun import agreed
+
             report = agreed(self.ranks, report)
         self.seconds += report.seconds
         self.bytes_up += report.bytes_up
@@ -261,11 +274,13 @@ def identity(training: Rounds) -> dict[str, Any]:
 def _chosen(task: Task, data: Clients, plan: Plan, settings: Settings, ranks: Ranks | None) -> Choice:
     """The body that computes; at every rank that of rank 0."""
     wanted, rounds = settings.numerics, settings.rounds
-    if ranks is not None and wanted == "auto" and data_parallel(plan):
+    if ranks is None:
+        return choose(task, data, plan, wanted, rounds)
+    from atoll.engine.overlap import data_parallel
+
+    if wanted == "auto" and data_parallel(plan):
         return Choice(choose(task, data, plan, "loop").task, "its gradient is added up within the backward pass")
     choice = choose(task, data, plan, wanted, rounds)
-    if ranks is None:
-        return choice
     first = ranks.told(choice.task.numerics.encode()).decode()
     return choice if first == choice.task.numerics else choose(task, data, plan, first, rounds)
 
@@ -330,6 +345,8 @@ def _refuse_mixed(settings: Settings) -> None:
             "--engine ray",
         )
     if settings.engine == "ray":
+        from atoll.engine.ray import check_share
+
         check_share(settings.cpus, settings.gpus, settings.device)
     if settings.engine in ("processes", "ray") and settings.fleet is not None:
         raise UsageError(

@@ -91,6 +91,20 @@ def test_torch_is_not_imported_for_a_quick_answer(words):
         assert done.stdout.splitlines()[0] == importlib.metadata.version("atoll")
 
 
+def test_rounds_import_nothing_heavy(tmp_path):
+    """Of torch neither the compiler nor what it reasons about shapes with, and no library of plots or of data sets."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 5), np.float32))
+    np.save(tmp_path / "y.npy", np.arange(40) % 2)
+    words = ["run", "--data", ".", "--clients", "4", "--model", "softmax", "--rounds", "2", "--set", "report=false"]
+    code = f"import sys; from atoll.cli import main; code = main({words!r}); print(code, sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    code, _, modules = done.stdout.splitlines()[-1].partition(" ")
+    assert code == "0"
+    assert "numerics fused" in done.stderr
+    heavy = {"torch._dynamo", "sympy", "sklearn", "scipy", "matplotlib", "pandas", "ray", "rich.live"}
+    assert heavy & set(ast.literal_eval(modules)) == set()
+
+
 def test_help_names_every_command_and_every_flag(atoll):
     text = atoll("--help").out
     commands = ["run", "resume", "plan", "runs", "show", "compare", "replay", "lr", "export", "doctor"]

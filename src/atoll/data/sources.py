@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atoll.data.clients import Clients, offsets_of
-from atoll.data.partition import IID, ByColumn, Partition, Pool, fill_up, shuffled
+from atoll.data.partition import IID, ByColumn, Partition, Pool, fill_up, in_groups, shuffled
 from atoll.data.rows import PickedRows, Rows
 from atoll.data.scale import scaled
 from atoll.errors import UsageError, unknown_name
@@ -131,7 +131,7 @@ class Source:
         return Clients(
             name=self.name,
             rows=partition.view(rows, whose, count, key.fold("shift")),
-            order=train[owner.argsort(stable=True)],
+            order=train[in_groups(owner)],
             offsets=offsets_of(owner.bincount(minlength=count)),
             held_out=judge,
             kind=self.kind,

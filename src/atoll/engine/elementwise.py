@@ -7,9 +7,11 @@ behind those of its neighbours: whether they are in a vector or left over then d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +42,14 @@ class Elementwise(TorchDispatchMode):
         self.restless: set[str] = set()
         self._tried: set[Any] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's own question to a mode: to keep the compiler away from it, it would import all of the compiler.
+
+        That takes longer than anything else before the first round, and nothing is compiled here.
+        """
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -47,7 +57,8 @@ class Elementwise(TorchDispatchMode):
         plain = torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags
         floats = [a for a in args if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
         if plain and floats and func not in self._tried:
-            size = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor))).numel()
+            # numpy's: torch's own imports what it computes symbolic shapes with, which takes half a second.
+            size = math.prod(np.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor))))
             if size % (VECTOR * self.rows):
                 self._tried.add(func)
                 if not _same_anywhere(func, args, kwargs):

@@ -1,0 +1,160 @@
+"""How long it takes until a first round has ended, beside what no program could do without.
+
+    python benchmarks/startup.py                     both tables, some minutes
+    python benchmarks/startup.py --only run --times 9
+
+run: a process that imports torch and reads Fashion-MNIST with gzip and numpy, beside `atoll run` of the softmax model
+on it with 1,000 clients, up to the row of its first round in metrics.jsonl. registered: a process that imports torch
+and makes arrays, beside one that also makes a client of every row and trains a cohort of 100 for a round; and what a
+later round takes. Every time is that of a whole process, seen from outside from its start on. The processes of a table
+take turns, so that what else the machine does meets them alike, and after one turn to warm up the medians are told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = "/usr/share/datasets/fashion-mnist"
+READ = """
+import gzip, sys, torch, numpy as np
+for part in ("train", "t10k"):
+    for name, head in (("images-idx3", 16), ("labels-idx1", 8)):
+        with gzip.open(f"{sys.argv[1]}/{part}-{name}-ubyte.gz") as file:
+            np.frombuffer(file.read(), np.uint8)[head:].astype(np.float32)
+"""
+MODEL = ("--clients", "1000", "--model", "softmax", "--recipe", "fedavg(lr=0.05, batch=10, cohort=100)")
+ARRAYS = """
+import json, sys, time, torch
+n = int(sys.argv[1])
+x, y = torch.rand(n, 64), torch.randint(10, (n,))
+"""
+FIRST_ROUND = """
+from torch import nn
+import atoll
+data = atoll.data.arrays(x, y).split(n, held_out=0.0, min_rows=1)
+model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+plan = atoll.recipes.fedavg(0.05, batch=3, cohort=100)
+training = atoll.rounds(model, data, plan, rounds=1000, evaluate_every=0)
+training.next()
+"""
+TELL = "print(json.dumps(time.process_time()), flush=True)\n"
+LATER = """
+seconds = []
+for _ in range(15):
+    began = time.perf_counter()
+    training.next()
+    seconds.append(time.perf_counter() - began)
+print(json.dumps(sorted(seconds)[7]))
+"""
+REGISTERED = (1_000, 1_000_000)
+
+
+class Spent(NamedTuple):
+    """Seconds from the start of a process on: on the wall, of its cores, and of a later round."""
+
+    wall: float
+    cpu: float
+    later: float = 0.0
+
+
+def read(folder: str) -> Spent:
+    """Import torch, and read the data: the whole process."""
+    began = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-c", READ, folder]) as process:
+        return Spent(*_ended(process, began))
+
+
+def run(folder: str) -> Spent:
+    """`atoll run` up to the row of its first round; then it is stopped."""
+    words = ("-m", "atoll", "run", "--data", "fashion_mnist", "--folder", folder, *MODEL, "--quiet")
+    with tempfile.TemporaryDirectory() as out:
+        began = time.perf_counter()
+        with subprocess.Popen([sys.executable, *words, "--out", out]) as process:
+            while not any(log.stat().st_size for log in Path(out).glob("*/metrics.jsonl")):
+                if process.poll() is not None:
+                    raise SystemExit("atoll run ended before its first round.")
+                time.sleep(0.005)
+            wall = time.perf_counter() - began
+            process.kill()
+            return Spent(wall, _ended(process, began, killed=True)[1])
+
+
+def _ended(process: subprocess.Popen[bytes], began: float, killed: bool = False) -> tuple[float, float]:
+    """Wait for a process: seconds since it began, and seconds of the cores that it took."""
+    _, status, used = os.wait4(process.pid, 0)
+    wall, process.returncode = time.perf_counter() - began, os.waitstatus_to_exitcode(status)
+    if process.returncode and not killed:
+        raise SystemExit(f"A process ended with {process.returncode}.")
+    return wall, used.ru_utime + used.ru_stime
+
+
+def told(code: str, rows: int) -> Spent:
+    """A process that tells when it has come to its end, and then may tell what a later round takes."""
+    began = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-c", code, str(rows)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        cpu = process.stdout.readline()
+        wall, rest = time.perf_counter() - began, process.stdout.read()
+    if process.returncode:
+        raise SystemExit(f"A process ended with {process.returncode}.")
+    return Spent(wall, json.loads(cpu), json.loads(rest or "0"))
+
+
+def turns(who: Mapping[str, Callable[[], Spent]], times: int) -> dict[str, Spent]:
+    """The medians of each, which take turns."""
+    found: dict[str, list[Spent]] = {name: [] for name in who}
+    for turn in range(times + 1):
+        for name, measure in who.items():
+            spent = measure()
+            if turn:
+                found[name].append(spent)
+    return {n: Spent(*map(statistics.median, zip(*rows, strict=True))) for n, rows in found.items()}
+
+
+def first_round(folder: str, times: int) -> None:
+    """The table of `atoll run`."""
+    found = turns({"torch, and the data": lambda: read(folder), "atoll run": lambda: run(folder)}, times)
+    floor, ours = found.values()
+    print(f"{'up to the first round':>24}{'wall [s]':>11}{'CPU [s]':>11}")
+    for name, spent in found.items():
+        print(f"{name:>24}{spent.wall:11.3f}{spent.cpu:11.3f}")
+    print(f"{'ratio':>24}{ours.wall / floor.wall:11.2f}{ours.cpu / floor.cpu:11.2f}", flush=True)
+
+
+def registered(times: int) -> None:
+    """The table of clients who are merely registered."""
+    whole = ARRAYS + FIRST_ROUND + TELL + LATER
+    codes = {(n, what): code for n in REGISTERED for what, code in (("floor", ARRAYS + TELL), ("whole", whole))}
+    found = turns({f"{n} {what}": lambda n=n, c=c: told(c, n) for (n, what), c in codes.items()}, times)  # type: ignore[misc]
+    print(f"{'registered':>24}{'wall [s]':>11}{'CPU [s]':>11}{'beyond':>11}{'CPU beyond':>11}{'a round':>11}")
+    for n in REGISTERED:
+        floor, spent = found[f"{n} floor"], found[f"{n} whole"]
+        more = f"{spent.wall - floor.wall:11.3f}{spent.cpu - floor.cpu:11.3f}"
+        print(f"{n:24,}{spent.wall:11.3f}{spent.cpu:11.3f}{more}{spent.later:11.4f}", flush=True)
+
+
+def main() -> None:
+    """Read the options, print the tables."""
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--only", choices=["run", "registered"])
+    ask.add_argument("--times", type=int, default=5, help="turns, after one to warm up")
+    ask.add_argument("--folder", default=FOLDER, help="of the gzipped files of Fashion-MNIST")
+    asked = ask.parse_args()
+    if asked.only in (None, "run"):
+        first_round(asked.folder, asked.times)
+    if asked.only in (None, "registered"):
+        registered(asked.times)
+
+
+if __name__ == "__main__":
+    main()
