@@ -200,17 +200,33 @@ def test_what_is_not_served_is_refused_with_the_reason(layer, why):
     assert choose(Task.of(nn.Sequential(nn.Flatten(), layer()), "cross_entropy"), data, PLAN).task.numerics != "fused"
 
 
-@needs_native
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_threads_change_no_bit(name):
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        pytest.param("mlp", "compiled", marks=needs_native),
+        pytest.param("cnn", "compiled", marks=needs_native),
+        ("mlp", "fused"),
+        ("mlp", "lanes"),
+    ],
+)
+def test_threads_change_no_bit(name, body):
     data = classification((90, 60, 31, 7, 7, 1), shape=(12, 12))
-    task = task_of(models.build(name, (12, 12), 3, "classification", Key(3)), data, "compiled", torch.float32)
+    task = task_of(models.build(name, (12, 12), 3, "classification", Key(3)), data, body, torch.float32)
     ends, before = [], torch.get_num_threads()
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         ends.append(run(PLAN, InProcess(task, data))[0].model.theta)
     torch.set_num_threads(before)
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+def test_trying_chunks_and_threads_changes_no_bit():
+    """An engine that tries them, round by round, and one whose chunk is given."""
+    data = classification([7] * 24, shape=(6, 6))
+    task = task_of(models.build("mlp", (6, 6), 3, "classification", Key(3)), data, "fused", torch.float32)
+    tries = InProcess(task, data)
+    ends = [run(PLAN, engine, 30)[0].model.theta for engine in (tries, InProcess(task, data, 5))]
+    assert len(tries.tuning._rates) >= 3 and torch.equal(*ends)
 
 
 @needs_native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -15,15 +16,18 @@ from atoll.engine.device import free
 from atoll.engine.fleet import Fleet
 from atoll.engine.memory import Pending
 from atoll.engine.room import Room
+from atoll.engine.tuning import Setting, Tuning
 from atoll.engine.work import Haul, Work, births, chunks, cut, gathered, own_task
 from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.flight import Flight, waves
+from atoll.plan.lanes import HOST
 from atoll.plan.plan import Gathered, Plan, State
 from atoll.plan.slots import Broadcast, Cohort, Population, Tensors
 from atoll.rng import Key
 from atoll.task import Task
 
+_ENOUGH = 16  # clients in a round, from which on chunks are worth a trial
 _SMALL = 100_000  # parameters below which one thread is quickest
 
 
@@ -42,6 +46,7 @@ class InProcess:
     data: Clients
     chunk: int | None = None
     fleet: Fleet | None = None
+    tuning: Tuning = field(default_factory=Tuning, init=False, repr=False, compare=False)  # it learns what is quick
     room: Room = field(default_factory=Room, init=False, repr=False, compare=False)  # it learns what does not fit
 
     def __post_init__(self) -> None:
@@ -73,21 +78,47 @@ class InProcess:
 
         kept, shares = Pending(state.memory), cut(flown.arrived, self.data.count)
         work = Work(plan, task, self.data, start, kept, state.round, shares, self.room)
-        with threads_for(task, cohort.ids.shape[0]):
-            haul = self._haul(work, flown.arrived, state.memory.first)
+        if self._tries(task, len(flown.arrived)):
+            haul = self._timed(work, flown.arrived, state.memory.first)
+        else:
+            with threads_for(task, cohort.ids.shape[0]):
+                haul = self._haul(work, flown.arrived, state.memory.first)
         return gathered(plan, state, flown, haul, self.room)
 
-    def _haul(self, work: Work, arrived: list[Flight], first: Tensors) -> Haul:
+    def _tries(self, task: Task, many: int) -> bool:
+        """Whether the size of chunks is this engine's to choose, and there are clients enough for it to matter."""
+        return self.chunk is None and many >= _ENOUGH and task.numerics != "loop" and task.device == HOST
+
+    def _timed(self, work: Work, arrived: list[Flight], first: Tensors) -> Haul:
+        """The same work by the setting that is to be tried, or that was quickest."""
+        before, began = torch.get_num_threads(), time.perf_counter()
+        with threads_for(work.task, len(arrived)):
+            usual = torch.get_num_threads()
+        others = () if work.task.numerics == "compiled" or work.task.slow_in_lanes else (1, before)
+        setting = self.tuning.setting(Setting(1.0, usual), others)
+        torch.set_num_threads(setting.threads)
+        try:
+            haul = self._haul(work, arrived, first, setting.chunk)
+        finally:
+            torch.set_num_threads(before)
+        if not self.tuning.over:
+            rows = int(self.data.sizes[torch.tensor([flight.client for flight in arrived])].sum())
+            self.tuning.heard(rows, time.perf_counter() - began)
+        return haul
+
+    def _haul(self, work: Work, arrived: list[Flight], first: Tensors, scale: float = 1.0) -> Haul:
         """Do the work of everybody who arrived, chunk by chunk; `first` is what one client keeps at first."""
         for wave in waves(arrived) if first else [arrived]:
             for birth, codes, down in births(wave, self.data.count):
-                for chunk, sent in self._chunks(work.plan, work.task, codes, down):
+                for chunk, sent in self._chunks(work.plan, work.task, codes, down, scale):
                     work.run(birth, chunk, sent)
             work.landed()
         return work.haul
 
-    def _chunks(self, plan: Plan, task: Task, codes: Tensor, down: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return chunks(plan, task, self.data, codes, down, self.chunk, free(task.device))
+    def _chunks(
+        self, plan: Plan, task: Task, codes: Tensor, down: Tensor, scale: float = 1.0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        return chunks(plan, task, self.data, codes, down, self.chunk, free(task.device), scale)
 
 
 def check_chunk(chunk: int | None) -> None:

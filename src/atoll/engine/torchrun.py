@@ -57,7 +57,7 @@ class Torchrun(InProcess):
         refuse_pace(plan)
         return super().gather(plan, state, cohort, key)
 
-    def _haul(self, work: Work, arrived: list[Flight], first: Tensors) -> Haul:
+    def _haul(self, work: Work, arrived: list[Flight], first: Tensors, scale: float = 1.0) -> Haul:
         trouble = None
         if work.task.numerics == "loop" and self._overlap.serves(work, arrived):
             codes = torch.tensor([f.client + self.data.count * f.again for f in arrived])
@@ -65,7 +65,7 @@ class Torchrun(InProcess):
             if quick is not None:
                 return quick
         try:
-            super()._haul(work, arrived, first)
+            super()._haul(work, arrived, first, scale)
         except (AtollError, MemoryError) as error:
             trouble = error  # the others are waiting: they hear of it, and all of them stop
         return merged(self.ranks, work.haul, first, trouble, self.task.device)
@@ -74,9 +74,11 @@ class Torchrun(InProcess):
     def _overlap(self) -> Overlap:
         return Overlap(self.task, self.ranks)
 
-    def _chunks(self, plan: Plan, task: Task, codes: Tensor, down: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _chunks(
+        self, plan: Plan, task: Task, codes: Tensor, down: Tensor, scale: float = 1.0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         mine = dealt(codes, self.data, self.ranks)
-        return super()._chunks(plan, task, codes[mine], down[mine])
+        return super()._chunks(plan, task, codes[mine], down[mine], scale)
 
 
 def dealt(codes: Tensor, data: Clients, ranks: Ranks) -> Tensor:

@@ -104,7 +104,14 @@ def cut(flights: list[Flight], clients: int) -> dict[int, float]:
 
 
 def chunks(
-    plan: Plan, task: Task, data: Clients, codes: Tensor, down: Tensor, most: int | None, room: int | None = None
+    plan: Plan,
+    task: Task,
+    data: Clients,
+    codes: Tensor,
+    down: Tensor,
+    most: int | None,
+    room: int | None = None,
+    scale: float = 1.0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Clients of one width together, largest first, a chunk of at most `most` at a time; None chooses by the model.
 
@@ -112,6 +119,7 @@ def chunks(
         plan, task, data: what is computed.
         codes, down: who, and the bytes that each was sent, int64 `[K]`.
         most, room: see `lanes_of`.
+        scale: how many times as many as that.
     Yields:
         The codes of a chunk, and the bytes that each was sent, int64 `[K]`.
     """
@@ -121,7 +129,7 @@ def chunks(
         return
     sizes = data.sizes[codes % data.count]
     largest = int(sizes.max())
-    chunk = lanes_of(plan, task, data, largest, most, room)
+    chunk = max(1, int(scale * lanes_of(plan, task, data, largest, most, room)))
     if largest == int(sizes.min()):
         yield from zip(codes.split(chunk), down.split(chunk), strict=True)
         return
