@@ -118,6 +118,7 @@ def written(folder: str, model: str, told: argparse.Namespace) -> None:
         offsets=clients.offsets.numpy(),
     )
     work = {"model": model, "cohort": told.cohort, "batch": 10, "lr": 0.05, "rounds": told.rounds + 2}
+    work["numerics"] = told.numerics
     (Path(folder) / "work.json").write_text(json.dumps(work))
 
 
@@ -176,6 +177,7 @@ def main() -> None:
     ask.add_argument("--rounds", type=int, default=5, help="timed rounds of each, after two that warm up")
     ask.add_argument("--clients", type=int, default=1000)
     ask.add_argument("--cohort", type=int, default=100)
+    ask.add_argument("--numerics", default="compiled", help="of atoll: what auto takes for a run of some 100 rounds")
     ask.add_argument("--target", type=float, default=0.7, help="accuracy")
     for name in ("fedjax", "pfl", "flower"):
         ask.add_argument(f"--{name}", metavar="PYTHON", help=f"of an environment that has {name}")

@@ -20,12 +20,12 @@ import numpy as np
 
 class Workload:
     """`x` float32 `[n, 1, 28, 28]` in [0, 1], `y` int64 `[n]`, `held_x`, `held_y`; `parts`, each client's rows; and
-    `model`, `cohort`, `batch`, `lr`, `rounds`."""
+    `model`, `cohort`, `batch`, `lr`, `rounds`, `numerics`."""
 
     def __init__(self, folder: str) -> None:
         work = json.loads((Path(folder) / "work.json").read_text())
         self.model, self.cohort, self.batch, self.lr = (work[n] for n in ("model", "cohort", "batch", "lr"))
-        self.rounds = work["rounds"]
+        self.rounds, self.numerics = work["rounds"], work["numerics"]
         arrays = np.load(Path(folder) / "data.npz")
         self.x, self.held_x = (arrays[n].astype(np.float32)[:, None] / 255 for n in ("x", "held_x"))
         self.y, self.held_y = arrays["y"].astype(np.int64), arrays["held_y"].astype(np.int64)

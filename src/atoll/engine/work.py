@@ -241,8 +241,10 @@ class Work:
         many = ids.shape[0]
         good = None
         for name, rows in (*contribution.means.items(), *contribution.sums.items()):
-            if rows.numel() and float(rows.amax()) <= LARGEST and float(rows.amin()) >= -LARGEST:
-                continue
+            if rows.numel():
+                low, high = torch.aminmax(rows)  # one NaN makes both of them NaN
+                if float(high) <= LARGEST and float(low) >= -LARGEST:
+                    continue
             flat = rows.reshape(many, -1)
             finite = ((flat.amax(1) <= LARGEST) & (flat.amin(1) >= -LARGEST)).to(ids.device)
             good = torch.ones_like(finite) if good is None else good
