@@ -124,7 +124,7 @@ def normed_dense() -> nn.Module:
 
 def normed_maps() -> nn.Module:
     """Batch statistics of maps."""
-    first = nn.Unflatten(1, (1, 28)), nn.Conv2d(1, 16, 5), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)
+    first = nn.Conv2d(1, 16, 5), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)
     second = nn.Conv2d(16, 32, 5), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10))
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from atoll.rng import mix64
+from atoll.rng import mix64, stir64
 
 
 class KeyedDropout(TorchFunctionMode):
@@ -38,10 +38,13 @@ class KeyedDropout(TorchFunctionMode):
         self.calls += 1
         whole = input.dim() - 2 if channels else 0
         shape = (*input.shape[: input.dim() - whole], *(1,) * whole)
-        index = torch.arange(prod(shape), device=input.device)
-        bits = mix64(mix64(self.word() + self.calls) + index * -7046029254386353131)
-        kept = ((bits >> 40) & 0xFFFFFF) >= int(p * 2**24)
-        return input * (kept.view(shape).to(input.dtype) / (1.0 - p) if p < 1.0 else 0.0)
+        if p >= 1.0:
+            return input * 0.0
+        index = torch.arange(prod(shape), device=input.device).mul_(-7046029254386353131)
+        # The upper 24 bits, read without a sign, are at least p: with the first bit turned over that is plain order.
+        bits = stir64(mix64(self.word() + self.calls) + index).bitwise_xor_(-(1 << 63))
+        kept = bits >= (int(p * 2**24) << 40) - (1 << 63)
+        return input * kept.view(shape).to(input.dtype).div_(1.0 - p)
 
 
 _DROPOUTS: Mapping[Any, bool] = {
