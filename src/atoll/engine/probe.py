@@ -20,6 +20,7 @@ from atoll.rng import Key, global_scope
 from atoll.task import Gradient, Task
 
 BODIES = ("auto", "lanes", "loop", "fused")
+_WORTH = 100_000  # parameters from which a client's kernels are worth their start: lanes then only move more memory
 _FAR = {"full": 1e-3, "bf16": 0.2}  # of a gradient's largest number: more is not rounding
 
 
@@ -69,12 +70,20 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto") -> Choic
             raise _refused(wanted, trouble)
     if task.slow_in_lanes and wanted == "auto":
         return Choice(task, task.slow_in_lanes)
+    if wanted == "auto" and _large(task, data, plan):
+        return Choice(task, "a step of one client is work enough by itself, and made without a gradient in one piece")
     trouble = _trouble(replace(task, numerics="lanes"), task, data, rows)
     if trouble and wanted == "lanes":
         raise _refused(wanted, trouble)
     if trouble:
         return Choice(task, trouble)
     return Choice(replace(task, numerics="lanes"), "asked for" if wanted == "lanes" else "many clients in one pass")
+
+
+def _large(task: Task, data: Clients, plan: Plan) -> bool:
+    """Whether the loop has nothing to gain from a second client: on the host, where it takes one after the other."""
+    apart = getattr(plan.local, "apart", lambda rows: False)(int(data.sizes.max()))
+    return apart and task.device.type == "cpu" and task.layout.d >= _WORTH
 
 
 def _refused(wanted: str, trouble: str) -> UsageError:

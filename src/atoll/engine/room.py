@@ -13,6 +13,8 @@ from atoll.task import Task
 _FUSED_BYTES = 7 << 20  # by hand there is no gradient to hold, and a step goes through all of it three times
 _LANE_BYTES = 16 << 20  # what a chunk's θ, gradients and updates take together: they stay near the cores
 _LEAST, _MOST, _FAR_MOST = 4, 1024, 1 << 14
+_APART_BYTES = 64 << 20  # updates of clients in turn: written once, read once
+_APART = 4  # an update, and its digits, in lengths of θ
 _HELD = 6  # θ, gradient and update of a lane, and what an optimizer and a codec make of them, in lengths of θ
 
 
@@ -65,13 +67,17 @@ def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None,
         most: that were asked for; None chooses.
         room: free bytes of a device; None on the host.
     """
-    if task.numerics == "loop":
+    if task.numerics == "loop" and not getattr(plan.local, "apart", lambda rows: False)(rows):
         return 1
     if most is not None:
         return most
     width, size = min(plan.local.width(rows), ROWS), task.layout.dtype.itemsize
     if task.numerics == "fused":
         each, near = task.fused.room(data.features, width) * size, _FUSED_BYTES
+    elif task.numerics == "loop":
+        return max(
+            1, min(_MOST, _APART_BYTES // (_APART * task.layout.d * size))
+        )  # nothing but updates lies side by side
     else:
         each, near = _HELD * task.layout.d * size, _LANE_BYTES
     if room is None:

@@ -14,7 +14,7 @@ from atoll.layout import Layout
 from atoll.plan.lanes import ROWS, Lanes, padded
 from atoll.plan.part import Part
 from atoll.plan.slots import Broadcast, Contribution, Optimizer, Tensors
-from atoll.plan.steps import check_steps, steps_at
+from atoll.plan.steps import check_steps, lengths_of, quotient, steps_at
 from atoll.rng import Key, global_scope
 from atoll.schedule import Schedule, constant
 from atoll.task import Task
@@ -206,6 +206,8 @@ class Train(Part):
         lanes_count = len(lanes.sizes)
         if task.numerics == "fused" and self._plain() and self.width(lanes.sizes[0]) <= ROWS:
             return self._fused(broadcast, lanes, memory, key, task)
+        if task.numerics == "loop" and self.apart(lanes.sizes[0]):
+            return self._apart(broadcast, lanes, memory, key, task)
         model = broadcast.model.lanes(lanes_count)
         state = self.optimizer.slots(model.theta)
         if "optimizer" in self.keep:
@@ -263,6 +265,30 @@ class Train(Part):
         nothing = loss.new_empty(len(loss), 0)  # a model with buffers is not served
         return _contribution(lanes, descent.update(), nothing, {}, {"loss": loss, "rows": rows}), after
 
+    def apart(self, rows: int) -> bool:
+        """Whether the loop takes each client of a chunk to its end before the next, where one has so many rows."""
+        return self._plain() and self.width(rows) <= ROWS
+
+    def _apart(
+        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+    ) -> tuple[Contribution, Tensors]:
+        """θ − θᵢ of K clients, all steps of one before those of the next."""
+        lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
+        steps, rows = self.steps_at(broadcast.round), [0] * len(lanes.sizes)
+        batches = list(self._batches(lanes, memory, key, task, steps))
+        keys = [key.fold("pass", s) for s in range(len(batches))]
+        walk = task.walk(broadcast.model, len(rows), lr)
+        for k in range(len(rows)):
+            own = [(places[k : k + 1], counts[k : k + 1]) for places, counts in batches if k < len(counts)]
+            walk.begin()
+            for step, (x, y, (count,)) in zip(keys, lanes.batches(own), strict=False):
+                task.stride(walk, x[0, :count], y[0, :count], step, k)
+                rows[k] += count
+            walk.end()
+        after = {"taken": self._taken(lanes, memory, steps)} if "order" in self.keep else {}
+        sums = {"loss": walk.loss, "rows": torch.tensor(rows, device=lanes.ids.device)}
+        return _contribution(lanes, walk.update, *walk.moved, sums), after
+
     def _batches(
         self, lanes: Lanes, memory: Tensors, key: Key, task: Task, steps_each: int | None
     ) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
@@ -271,7 +297,7 @@ class Train(Part):
         Each lane is at its own place in its own pass, so that its draws do not depend on how many batches others have.
         """
         width, rows = self.width(lanes.sizes[0]), lanes.rows
-        lengths, joined = _lengths(rows, self.batch, task.batch_statistics)
+        lengths, joined = lengths_of(rows, self.batch, task.batch_statistics)
         steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
         steps = self._done(steps, lanes.share)
         keeps = "order" in self.keep
@@ -286,7 +312,7 @@ class Train(Part):
         for first in range(0, int(steps[0]), _AHEAD):
             ahead = torch.arange(first, min(first + _AHEAD, int(steps[0])), device=rows.device)[:, None]
             active = (steps > ahead).sum(1).tolist()
-            epoch, at = (f(taken + ahead, lengths) for f in (_quotient, torch.remainder))
+            epoch, at = (f(taken + ahead, lengths) for f in (quotient, torch.remainder))
             left = rows - at * full  # of the pass, this batch and all after it
             counts = torch.where(joined & (at == lengths - 1), left, torch.minimum(left, full)).tolist()
             new = (at == 0) | (ahead == 0)
@@ -305,25 +331,6 @@ class Train(Part):
                 else:
                     span = torch.arange(max(*own, width), device=rows.device)
                     yield order[:k].gather(1, (at[i, :k, None] * width + span).clamp_(max=reach - 1)), own
-
-
-def _quotient(a: Tensor, b: Tensor) -> Tensor:
-    return torch.div(a, b, rounding_mode="floor")
-
-
-def _lengths(rows: Tensor, batch: int | None, joins: bool) -> tuple[Tensor, Tensor]:
-    """How many batches a pass over so many rows has, and whether its last one holds a row more than `batch`.
-
-    For batch statistics, which one row has none of, a tail of one joins the batch before.
-
-    Example:
-        >>> _lengths(torch.tensor([25, 21, 7]), 10, True)
-        (tensor([3, 2, 1]), tensor([False,  True, False]))
-    """
-    if batch is None:
-        return torch.ones_like(rows), torch.zeros_like(rows, dtype=torch.bool)
-    joined = (rows % batch == 1) & (rows > batch) & (joins and batch > 1)
-    return _quotient(rows + batch - 1, torch.tensor(batch)).clamp(min=1) - joined.long(), joined
 
 
 @dataclass(frozen=True)
@@ -354,7 +361,7 @@ class Loader:
     def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
         self._lanes = Lanes(lanes.clients, lanes.ids[k : k + 1], lanes.dtype, device=lanes.device)
         self._key, self._passes, self.rows = key, 0, lanes.sizes[k]
-        count = int(_lengths(torch.tensor(self.rows), batch, joins)[0])
+        count = int(lengths_of(torch.tensor(self.rows), batch, joins)[0])
         full = [min(batch or self.rows, self.rows)] * (count - 1)
         self._lengths = [*full, self.rows - sum(full)]
 
