@@ -8,10 +8,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from atoll.rng import mix64, stir64
+
+
+def may_drop(module: nn.Module) -> bool:
+    """Whether a pass through it may drop something: not where all of it is torch's own layers, none of them of dropout.
+
+    Example:
+        >>> may_drop(nn.Sequential(nn.Linear(2, 2), nn.ReLU())), may_drop(nn.Sequential(nn.Dropout(0.1)))
+        (False, True)
+    """
+    return any(
+        not type(m).__module__.startswith("torch.nn.modules.")
+        or isinstance(m, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention))
+        or bool(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m))
+        for m in module.modules()
+    )
 
 
 class KeyedDropout(TorchFunctionMode):

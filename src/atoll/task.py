@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from atoll.bound import Bound, Walk
 from atoll.errors import UsageError, unknown_name
 from atoll.fused import Descent, Program, Unserved, shares, total_of
-from atoll.intercept import InLanes, KeyedDropout
+from atoll.intercept import InLanes, KeyedDropout, may_drop
 from atoll.layout import Layout
 from atoll.loss import LOSSES, METRICS, Metric, PerExample
 from atoll.rng import Key, global_scope
@@ -357,7 +357,7 @@ class Task:
             return _still(model.select(torch.tensor([k], device=model.theta.device)))
         gradient = self.bound.bind(model, k)
         gradient.zero_()
-        keyed = KeyedDropout(lambda: key.state().to(self.device).expand(len(batch.counts))[k])
+        keyed = self._keyed(lambda: key.state().to(self.device).expand(len(batch.counts))[k])
         with global_scope(key.only(k)) if self.noisy else contextlib.nullcontext(), keyed:
             output = self._answer(batch.x[k, : batch.counts[k]])
         loss = self.loss(output, batch.y[k, : batch.counts[k]]).sum()
@@ -365,6 +365,14 @@ class Task:
         buffers, counters = self.bound.buffers()
         keep = gradient if len(batch.counts) == 1 else gradient.clone()
         return Gradient(keep[None], buffers[None], counters, loss.detach()[None])
+
+    def _keyed(self, word: Callable[[], Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """What draws dropout by a key; nothing where nothing drops, since whoever looks at every call costs time."""
+        return KeyedDropout(word) if self._drops else contextlib.nullcontext()
+
+    @cached_property
+    def _drops(self) -> bool:
+        return may_drop(self.module)
 
     def walk(self, model: Model, lanes: int, lr: float) -> Walk:
         """Plain gradient descent of K clients that all begin at a single model (θ `[d]`), one after the other."""
@@ -375,7 +383,7 @@ class Task:
         """One step of the k-th client, which is at work, on its rows `[n, …]`; the key is that of all clients."""
         if not len(y):
             return
-        keyed = KeyedDropout(lambda: key.state().to(self.device).expand(len(walk.loss))[k])
+        keyed = self._keyed(lambda: key.state().to(self.device).expand(len(walk.loss))[k])
         with global_scope(key.only(k)) if self.noisy else contextlib.nullcontext(), keyed:
             output = self._answer(x)
         walk.step(self.loss(output, y).sum(), len(y))
