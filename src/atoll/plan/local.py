@@ -306,31 +306,33 @@ class Train(Part):
         who = lanes.ids if keeps or key.clients is None else key.clients
         taken = memory["taken"].to(rows.device) if keeps else torch.zeros_like(lengths)
         reach = width * int(lengths.max()) + 1
-        order = torch.zeros(len(rows), reach, dtype=torch.int64, device=rows.device)
         full = rows if self.batch is None else rows.clamp(max=self.batch)
-        alike = not keeps and lanes.sizes[0] == lanes.sizes[-1]  # all at the same place: no place has to be looked up
+        if not keeps and lanes.sizes[0] == lanes.sizes[-1]:  # all at the same place: none has to be looked up
+            of_pass, size, count = int(lengths[0]), int(full[0]), len(lanes.sizes)
+            last = lanes.sizes[0] - (of_pass - 1) * size
+            for s in range(int(steps[0])):
+                epoch, place = divmod(s, of_pass)
+                if not place:
+                    order = lanes.places(draw.of(who, rows.new_tensor(epoch)).permutations(rows, reach))
+                own = size if place < of_pass - 1 else last
+                yield order[:, place * width : place * width + max(own, width)], (own,) * count
+            return
+        order = torch.zeros(len(rows), reach, dtype=torch.int64, device=rows.device)
         for first in range(0, int(steps[0]), _AHEAD):
             ahead = torch.arange(first, min(first + _AHEAD, int(steps[0])), device=rows.device)[:, None]
             active = (steps > ahead).sum(1).tolist()
-            epoch, at = (f(taken + ahead, lengths) for f in (quotient, torch.remainder))
+            epoch_of, at = (f(taken + ahead, lengths) for f in (quotient, torch.remainder))
             left = rows - at * full  # of the pass, this batch and all after it
             counts = torch.where(joined & (at == lengths - 1), left, torch.minimum(left, full)).tolist()
             new = (at == 0) | (ahead == 0)
             for i, (k, some) in enumerate(zip(active, new.any(1).tolist(), strict=True)):
                 if some and bool(new[i, :k].any()):
                     index = new[i, :k].nonzero().squeeze(1)
-                    drawn = draw.of(who[index], epoch[i, index]).permutations(rows[index], reach)
-                    if alike:
-                        order = lanes.places(drawn)  # a new one: views of the old may not have been read yet
-                    else:
-                        order[index] = lanes.places(drawn, index)
-                own = tuple(counts[i][:k])
-                if alike:
-                    begin = (first + i) % int(lengths[0]) * width
-                    yield order[:, begin : begin + max(own[0], width)], own
-                else:
-                    span = torch.arange(max(*own, width), device=rows.device)
-                    yield order[:k].gather(1, (at[i, :k, None] * width + span).clamp_(max=reach - 1)), own
+                    drawn = draw.of(who[index], epoch_of[i, index]).permutations(rows[index], reach)
+                    order[index] = lanes.places(drawn, index)
+                mine = tuple(counts[i][:k])
+                span = torch.arange(max(*mine, width), device=rows.device)
+                yield order[:k].gather(1, (at[i, :k, None] * width + span).clamp_(max=reach - 1)), mine
 
 
 @dataclass(frozen=True)
