@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from bare import Bare, accuracy, images, seconds
 from torch import Tensor, nn
 
 import atoll
@@ -32,65 +29,8 @@ LR, BATCH = 0.05, 10
 
 
 def dataset(clients: int, rows: str) -> Clients:
-    """Fashion-MNIST, or noise of its shape where it is not installed; equal shares, or sizes far apart."""
-    try:
-        source = atoll.data.load("fashion_mnist")
-    except atoll.UsageError as error:
-        print(f"noise in place of the images: {error.given}")
-        images = torch.randint(256, (60_000, 28, 28), dtype=torch.uint8)
-        source = atoll.data.arrays(images, torch.randint(10, (60_000,)))
-    return source.split(clients, atoll.data.IID() if rows == "equal" else atoll.data.Quantity(0.8))
-
-
-@dataclass
-class Bare:
-    """FedAvg as one writes it by hand."""
-
-    module: nn.Module
-    data: Clients
-    cohort: int
-
-    def __post_init__(self) -> None:
-        self.x, self.y = self.data.take(self.data.order)
-        self.generator = torch.Generator().manual_seed(0)
-        self.theta = {n: t.clone() for n, t in self.module.state_dict().items()}
-
-    def round(self) -> None:
-        """One round: clients in turn, then their mean by rows."""
-        total, rows = {n: torch.zeros_like(t) for n, t in self.theta.items()}, 0
-        for client in torch.randperm(self.data.count, generator=self.generator)[: self.cohort].tolist():
-            begin, end = self.data.offsets[client : client + 2].tolist()
-            x, y = self.x[begin:end], self.y[begin:end]
-            self.module.load_state_dict(self.theta)
-            optimizer = torch.optim.SGD(self.module.parameters(), LR)
-            for batch in torch.randperm(end - begin, generator=self.generator).split(BATCH):
-                optimizer.zero_grad()
-                F.cross_entropy(self.module(x[batch]), y[batch]).backward()
-                optimizer.step()
-            rows += end - begin
-            for name, tensor in self.module.state_dict().items():
-                total[name] += tensor * (end - begin)
-        self.theta = {n: t / rows for n, t in total.items()}
-
-    def accuracy(self) -> float:
-        """On the held-out rows."""
-        self.module.load_state_dict(self.theta)
-        return accuracy(self.module, self.data)
-
-
-def accuracy(module: nn.Module, data: Clients) -> float:
-    """The part of the held-out rows that a model gets right."""
-    held = data.held()
-    x, y = held.take(held.order)
-    with torch.no_grad():
-        return float((module(x).argmax(1) == y).double().mean())
-
-
-def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall-clock seconds, and seconds of all cores."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    """The images in equal shares, or in sizes far apart."""
+    return images().split(clients, atoll.data.IID() if rows == "equal" else atoll.data.Quantity(0.8))
 
 
 def limits() -> tuple[float, float]:
@@ -132,9 +72,13 @@ def compare(name: str, data: Clients, options: argparse.Namespace) -> None:
     ours = atoll.rounds(
         fresh(), data, plan, rounds=rounds, evaluate_every=0, numerics=options.numerics, chunk=options.chunk
     )
-    bare = Bare(fresh(), data, options.cohort)
-    ours.next(), bare.round()  # the first round of both warms up
-    pairs = [(seconds(ours.next), seconds(bare.round)) for _ in range(options.rounds)]
+    bare = Bare(fresh(), data, LR, BATCH)
+
+    def theirs_next() -> None:
+        bare.round(bare.drawn(options.cohort))
+
+    ours.next(), theirs_next()  # the first round of both warms up
+    pairs = [(seconds(ours.next), seconds(theirs_next)) for _ in range(options.rounds)]
     mine, theirs = ([statistics.median(c) for c in zip(*side, strict=True)] for side in zip(*pairs, strict=True))
     flops, stream = limits()
     rows = BATCH * -(-float(data.sizes.double().mean()) // BATCH) * options.cohort
@@ -148,7 +92,7 @@ def compare(name: str, data: Clients, options: argparse.Namespace) -> None:
     )
     if options.accuracy:
         for _ in range(options.accuracy - options.rounds - 1):
-            ours.next(), bare.round()
+            ours.next(), theirs_next()
         print(f"{'':8s} after {ours.state.round} rounds: {accuracy(ours.model, data):.4f} and {bare.accuracy():.4f}")
 
 

@@ -8,10 +8,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from atoll.rng import mix64
+from atoll.rng import mix64, stir64
+
+
+def may_drop(module: nn.Module) -> bool:
+    """Whether a pass through it may drop something: not where all of it is torch's own layers, none of them of dropout.
+
+    Example:
+        >>> may_drop(nn.Sequential(nn.Linear(2, 2), nn.ReLU())), may_drop(nn.Sequential(nn.Dropout(0.1)))
+        (False, True)
+    """
+    return any(
+        not type(m).__module__.startswith("torch.nn.modules.")
+        or isinstance(m, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention))
+        or bool(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m))
+        for m in module.modules()
+    )
 
 
 class KeyedDropout(TorchFunctionMode):
@@ -38,10 +53,13 @@ class KeyedDropout(TorchFunctionMode):
         self.calls += 1
         whole = input.dim() - 2 if channels else 0
         shape = (*input.shape[: input.dim() - whole], *(1,) * whole)
-        index = torch.arange(prod(shape), device=input.device)
-        bits = mix64(mix64(self.word() + self.calls) + index * -7046029254386353131)
-        kept = ((bits >> 40) & 0xFFFFFF) >= int(p * 2**24)
-        return input * (kept.view(shape).to(input.dtype) / (1.0 - p) if p < 1.0 else 0.0)
+        if p >= 1.0:
+            return input * 0.0
+        index = torch.arange(prod(shape), device=input.device).mul_(-7046029254386353131)
+        # The upper 24 bits, read without a sign, are at least p: with the first bit turned over that is plain order.
+        bits = stir64(mix64(self.word() + self.calls) + index).bitwise_xor_(-(1 << 63))
+        kept = bits >= (int(p * 2**24) << 40) - (1 << 63)
+        return input * kept.view(shape).to(input.dtype).div_(1.0 - p)
 
 
 _DROPOUTS: Mapping[Any, bool] = {

@@ -27,6 +27,7 @@ _U64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _U32 = 0xFFFFFFFF
+_FEW = 64  # numbers below which Python is quicker than the start of a kernel
 
 
 def _signed(word: int) -> int:
@@ -55,10 +56,22 @@ def mix64(x: Tensor) -> Tensor:
 
     Reference: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014.
     """
-    # In place but for the shifts: of a long draw, fresh memory would cost more than the arithmetic.
-    x = _shift(x, 30).bitwise_xor_(x).mul_(_signed(_M1))
-    x = _shift(x, 27).bitwise_xor_(x).mul_(_signed(_M2))
+    x = stir64(x)
     return _shift(x, 31).bitwise_xor_(x)
+
+
+def stir64(x: Tensor) -> Tensor:
+    """`mix64` without its last shift, which only changes the lower 33 bits: all that is needed of the upper 31.
+
+    Example:
+        >>> x = torch.arange(3)
+        >>> torch.equal(stir64(x) >> 33, mix64(x) >> 33)
+        True
+    """
+    # In place but for the shifts: of a long draw, fresh memory would cost more than the arithmetic.
+    for by, factor in ((30, _M1), (27, _M2)):
+        x = _shift(x, by).bitwise_xor_(x).mul_(_signed(factor))
+    return x
 
 
 def _mix(x: int) -> int:
@@ -97,6 +110,16 @@ def philox(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
             p0 & _U32,
         )
     return torch.stack((c0, c1, c2, c3), -1)
+
+
+def _philox(block: int, word: int) -> tuple[int, int, int, int]:
+    """`philox` of one block under a key of one 64-bit word, on Python integers."""
+    c0, c1, c2, c3, k0, k1 = block & _U32, block >> 32, 0, 0, word & _U32, word >> 32
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _U32, (p0 >> 32) ^ c3 ^ k1, p0 & _U32
+        k0, k1 = k0 + 0x9E3779B9 & _U32, k1 + 0xBB67AE85 & _U32
+    return c0, c1, c2, c3
 
 
 def _word(data: int | str) -> int:
@@ -178,6 +201,9 @@ class Key:
 
     def bits(self, n: int) -> Tensor:
         """n careful 32-bit words by Philox, int64 `[..., n]` in [0, 2³²)."""
+        if self.clients is None and n <= _FEW:
+            word = self.word()
+            return torch.tensor([c for block in range(-(-n // 4)) for c in _philox(block, word)], dtype=torch.int64)[:n]
         state = self.state()
         key = torch.stack((state & _U32, _shift(state, 32)), -1)[..., None, :]
         block = torch.arange(-(-n // 4), device=state.device)
@@ -225,9 +251,12 @@ class Key:
         found = torch.empty(0, dtype=torch.int64)
         for attempt in range(64):
             draw = torch.cat((found, self.fold("distinct", attempt).integers(2 * n + 16, high)))
-            values, inverse = torch.unique(draw, return_inverse=True)
-            first = torch.full_like(values, len(draw)).scatter_reduce_(0, inverse, torch.arange(len(draw)), "amin")
-            found = draw[first.sort().values]
+            if len(draw) <= _FEW:
+                found = torch.tensor(list(dict.fromkeys(draw.tolist())))
+            else:
+                values, inverse = torch.unique(draw, return_inverse=True)
+                first = torch.full_like(values, len(draw)).scatter_reduce_(0, inverse, torch.arange(len(draw)), "amin")
+                found = draw[first.sort().values]
             if len(found) >= n:
                 break
         return found[:n]

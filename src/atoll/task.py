@@ -6,6 +6,7 @@ Everything that touches the user's module is here, written once for many clients
     lanes     all K at once, by `torch.func`: `vmap(grad(loss))`; always at least two lanes, since a single one
               takes other kernels and so other bits
     loop      one after another, by autograd, on a module whose parameters and gradients are views of flat vectors
+              (`atoll.bound`); plain local training takes each client to its end before the next begins
     fused     all K at once, by hand (`atoll.fused`), for stacks of known layers; it can make the step on its way back
     compiled  the same in native code (`atoll.compiled`): each client's steps at one core
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -25,14 +26,13 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map, tree_map_only
 
 from atoll import compiled, fused
+from atoll.bound import Bound, Walk
 from atoll.errors import UsageError, unknown_name
 from atoll.fused import Heard, Program, Unserved, shares, total_of
-from atoll.intercept import InLanes, KeyedDropout
+from atoll.intercept import InLanes, KeyedDropout, may_drop
 from atoll.layout import Layout
 from atoll.loss import LOSSES, METRICS, Metric, PerExample
 from atoll.rng import Key, global_scope
-
-MARGIN = 1024  # numbers of room before the loop's flat gradient
 
 
 class Gradient(NamedTuple):
@@ -370,7 +370,7 @@ class Task:
             return _still(model.select(torch.tensor([k], device=model.theta.device)))
         gradient = self.bound.bind(model, k)
         gradient.zero_()
-        keyed = KeyedDropout(lambda: key.state().to(self.device).expand(len(batch.counts))[k])
+        keyed = self._keyed(lambda: key.state().to(self.device).expand(len(batch.counts))[k])
         with global_scope(key.only(k)) if self.noisy else contextlib.nullcontext(), keyed:
             output = self._answer(batch.x[k, : batch.counts[k]])
         loss = self.loss(output, batch.y[k, : batch.counts[k]]).sum()
@@ -378,6 +378,28 @@ class Task:
         buffers, counters = self.bound.buffers()
         keep = gradient if len(batch.counts) == 1 else gradient.clone()
         return Gradient(keep[None], buffers[None], counters, loss.detach()[None])
+
+    def _keyed(self, word: Callable[[], Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """What draws dropout by a key; nothing where nothing drops, since whoever looks at every call costs time."""
+        return KeyedDropout(word) if self._drops else contextlib.nullcontext()
+
+    @cached_property
+    def _drops(self) -> bool:
+        return may_drop(self.module)
+
+    def walk(self, model: Model, lanes: int, lr: float) -> Walk:
+        """Plain gradient descent of K clients that all begin at a single model (θ `[d]`), one after the other."""
+        self.module.train()
+        return Walk(self.bound, model, lanes, lr)
+
+    def stride(self, walk: Walk, x: Tensor, y: Tensor, key: Key, k: int) -> None:
+        """One step of the k-th client, which is at work, on its rows `[n, …]`; the key is that of all clients."""
+        if not len(y):
+            return
+        keyed = self._keyed(lambda: key.state().to(self.device).expand(len(walk.loss))[k])
+        with global_scope(key.only(k)) if self.noisy else contextlib.nullcontext(), keyed:
+            output = self._answer(x)
+        walk.step(self.loss(output, y).sum(), len(y))
 
     def _loop_measure(self, model: Model, batch: Batch, k: int) -> dict[str, Tensor]:
         self.bound.bind(model, k)
@@ -412,55 +434,3 @@ def _at_least_two(columns: tuple[Any, ...]) -> tuple[Any, ...]:
     if columns[0].shape[0] > 1:
         return columns
     return tree_map(lambda t: t.expand(2, *t.shape[1:]), columns)  # type: ignore[no-any-return]
-
-
-class Bound:
-    """A module whose parameters, their gradients and its float buffers are views of flat vectors.
-
-    Before the gradient there is room for `MARGIN` numbers: what is sent with it lies beside it. It is `scale` times the
-    gradient of the loss, where somebody sets that.
-    """
-
-    scale: Tensor | None = None
-
-    def __init__(self, module: nn.Module, layout: Layout) -> None:
-        self.module, self.layout = module, layout
-        theta, buffers, _ = layout.flatten(module.state_dict())
-        self.room, self.flat_buffers, self.row = theta.new_zeros(MARGIN + len(theta)), buffers, theta
-        self.gradient = self.room[MARGIN:]
-        named = dict(module.named_parameters(remove_duplicate=False))
-        self.parameters = [named[e.name] for e in layout.segment("params")]
-        for p, view in zip(self.parameters, layout.params(self.gradient).values(), strict=True):
-            p.grad = view
-        self.fixed = {e.name: dict(module.state_dict(keep_vars=True))[e.name] for e in layout.segment("fixed")}
-        moving = layout.buffers(buffers) | {e.name: self.fixed[e.name] for e in layout.counters}
-        self.moving = [
-            (module.get_submodule(owner)._buffers, leaf, moving[e.alias or e.name])
-            for e in layout.entries
-            for owner, _, leaf in [e.name.rpartition(".")]
-            if (e.alias or e.name) in moving and leaf in module.get_submodule(owner)._buffers
-        ]
-
-    def bind(self, model: Model, k: int) -> Tensor:
-        """Give the module client k's numbers: θ as views, the rest copied. Returns the flat gradient."""
-        row = model.theta[k]
-        if row.data_ptr() != self.row.data_ptr():
-            for p, view in zip(self.parameters, self.layout.params(row).values(), strict=True):
-                p.data = view
-            self.row = row
-        for table, leaf, tensor in self.moving:
-            table[leaf] = tensor
-        with torch.no_grad():
-            self.flat_buffers.copy_(model.buffers[k])
-            for name, tensor in self.fixed.items():
-                tensor.copy_(model.counters[name][k] if name in model.counters else model.fixed[name])
-        return self.gradient
-
-    def buffers(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Copies of the float buffers `[b]` and of the counters `[1, …]`, as the last pass left them."""
-        for table, leaf, tensor in self.moving:
-            now = table[leaf]
-            if now is not None and now is not tensor:  # the pass put another tensor in its place
-                tensor.copy_(now.detach())
-        counters = {e.name: self.fixed[e.name].detach().clone()[None] for e in self.layout.counters}
-        return self.flat_buffers.clone(), counters

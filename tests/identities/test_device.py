@@ -274,4 +274,5 @@ def test_chunks_fill_a_device():
         each = 6 * task.layout.d * 4
         assert sizes[2] * each <= 50_000 < (sizes[2] + 1) * (each + 4 * 4 * 4 + 200)
         assert lanes_of(plan, task, data, 9, 7, 1 << 40) == 7
-        assert lanes_of(plan, replace(task, numerics="loop"), data, 9, None, 1 << 40) == 1
+        momentum = replace(plan, local=replace(plan.local, optimizer=rules.sgd(0.1, momentum=0.9)))
+        assert lanes_of(momentum, replace(task, numerics="loop"), data, 9, None, 1 << 40) == 1

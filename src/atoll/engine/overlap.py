@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoll.bound import MARGIN
 from atoll.engine.arrivals import message
 from atoll.engine.ranks import Ranks, together
 from atoll.engine.work import Haul, Work, births
@@ -24,7 +25,7 @@ from atoll.plan.lanes import ROWS
 from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan
 from atoll.plan.slots import Contribution
-from atoll.task import MARGIN, Task
+from atoll.task import Task
 
 _STRETCH = 1 << 20  # numbers that go together: fewer wait sooner, more cost less each
 _SUMS = ("loss", "rows")

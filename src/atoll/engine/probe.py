@@ -25,6 +25,7 @@ from atoll.task import Gradient, Task
 
 BODIES = ("auto", "lanes", "loop", "fused", "compiled")
 _WORTH = 2e10  # products of a run from which on a library is built for it: what takes fused layers about as long
+_LARGE = 100_000  # parameters from which a client's kernels are worth their start: lanes then only move more memory
 _FAR = {"full": 1e-3, "bf16": 0.2}  # of a gradient's largest number: more is not rounding
 
 
@@ -80,12 +81,20 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: 
             return _by_hand(task, data, plan, rows, rounds)
     if task.slow_in_lanes and wanted == "auto":
         return Choice(task, task.slow_in_lanes)
+    if wanted == "auto" and _large(task, data, plan):
+        return Choice(task, "a step of one client is work enough by itself, and made without a gradient in one piece")
     trouble = _trouble(replace(task, numerics="lanes"), task, data, rows)
     if trouble and wanted == "lanes":
         raise _refused(wanted, *trouble)
     if trouble:
         return Choice(task, trouble.why)
     return Choice(replace(task, numerics="lanes"), "asked for" if wanted == "lanes" else "many clients in one pass")
+
+
+def _large(task: Task, data: Clients, plan: Plan) -> bool:
+    """Whether the loop has nothing to gain from a second client: on the host, where it takes one after the other."""
+    apart = getattr(plan.local, "apart", lambda rows: False)(int(data.sizes.max()))
+    return apart and task.device.type == "cpu" and task.layout.d >= _LARGE
 
 
 class Trouble(NamedTuple):

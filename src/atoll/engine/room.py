@@ -15,6 +15,8 @@ from atoll.task import Task
 _FUSED_BYTES = 7 << 20  # by hand there is no gradient to hold, and a step goes through all of it three times
 _LANE_BYTES = 16 << 20  # what a chunk's θ, gradients and updates take together: they stay near the cores
 _LEAST, _MOST, _FAR_MOST = 4, 1024, 1 << 14
+_APART_BYTES = 64 << 20  # updates of clients in turn: written once, read once
+_APART = 4  # an update, and its digits, in lengths of θ
 _HELD = 6  # θ, gradient and update of a lane, and what an optimizer and a codec make of them, in lengths of θ
 
 
@@ -67,7 +69,7 @@ def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None,
         most: that were asked for; None chooses.
         room: free bytes of a device; None on the host.
     """
-    if task.numerics == "loop":
+    if task.numerics == "loop" and not getattr(plan.local, "apart", lambda rows: False)(rows):
         return 1
     if most is not None:
         return most
@@ -76,6 +78,8 @@ def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None,
         each, near = task.program.room(data.features, width) * size, _FUSED_BYTES
     elif task.numerics == "compiled":  # of a client at work there is one a core; what they came to is what is held
         return max(2 * torch.get_num_threads(), _LEAST, min(_MOST, _LANE_BYTES // (task.layout.d * size)))
+    elif task.numerics == "loop":  # nothing but updates lies side by side
+        return max(1, min(_MOST, _APART_BYTES // (_APART * task.layout.d * size)))
     else:
         each, near = _HELD * task.layout.d * size, _LANE_BYTES
     if room is None:

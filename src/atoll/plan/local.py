@@ -14,7 +14,7 @@ from atoll.layout import Layout
 from atoll.plan.lanes import ROWS, Lanes, padded
 from atoll.plan.part import Part
 from atoll.plan.slots import Broadcast, Contribution, Optimizer, Tensors
-from atoll.plan.steps import check_steps, steps_at
+from atoll.plan.steps import check_steps, counted, lengths_of, quotient, steps_at
 from atoll.rng import Key, global_scope
 from atoll.schedule import Schedule, constant
 from atoll.task import Task
@@ -216,6 +216,8 @@ class Train(Part):
         lanes_count = len(lanes.sizes)
         if task.by_hand and self._plain() and self.width(lanes.sizes[0]) <= ROWS:
             return self._descended(broadcast, lanes, memory, key, task)
+        if task.numerics == "loop" and self.apart(lanes.sizes[0]):
+            return self._apart(broadcast, lanes, memory, key, task)
         model = broadcast.model.lanes(lanes_count)
         state = self.optimizer.slots(model.theta)
         if "optimizer" in self.keep:
@@ -267,11 +269,35 @@ class Train(Part):
             rows = lanes.rows * self.epochs
         else:
             rows = torch.zeros_like(lanes.rows)
-            batches = _counted(batches, rows)
+            batches = counted(batches, rows)
         descent.follow(lanes, batches)
         after = {"taken": self._taken(lanes, memory, steps)} if "order" in self.keep else {}
         nothing = descent.loss.new_empty(len(rows), 0)  # a model with buffers is not served
         return _contribution(lanes, descent.update(), nothing, {}, {"loss": descent.loss, "rows": rows}), after
+
+    def apart(self, rows: int) -> bool:
+        """Whether the loop takes each client of a chunk to its end before the next, where one has so many rows."""
+        return self._plain() and self.width(rows) <= ROWS
+
+    def _apart(
+        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+    ) -> tuple[Contribution, Tensors]:
+        """θ − θᵢ of K clients, all steps of one before those of the next."""
+        lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
+        steps, rows = self.steps_at(broadcast.round), [0] * len(lanes.sizes)
+        batches = list(self._batches(lanes, memory, key, task, steps))
+        keys = [key.fold("pass", s) for s in range(len(batches))]
+        walk = task.walk(broadcast.model, len(rows), lr)
+        for k in range(len(rows)):
+            own = [(places[k : k + 1], counts[k : k + 1]) for places, counts in batches if k < len(counts)]
+            walk.begin()
+            for step, (x, y, (count,)) in zip(keys, lanes.batches(own), strict=False):
+                task.stride(walk, x[0, :count], y[0, :count], step, k)
+                rows[k] += count
+            walk.end()
+        after = {"taken": self._taken(lanes, memory, steps)} if "order" in self.keep else {}
+        sums = {"loss": walk.loss, "rows": torch.tensor(rows, device=lanes.ids.device)}
+        return _contribution(lanes, walk.update, *walk.moved, sums), after
 
     def _batches(
         self, lanes: Lanes, memory: Tensors, key: Key, task: Task, steps_each: int | None
@@ -281,7 +307,7 @@ class Train(Part):
         Each lane is at its own place in its own pass, so that its draws do not depend on how many batches others have.
         """
         width, rows = self.width(lanes.sizes[0]), lanes.rows
-        lengths, joined = _lengths(rows, self.batch, task.batch_statistics)
+        lengths, joined = lengths_of(rows, self.batch, task.batch_statistics)
         steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
         steps = self._done(steps, lanes.share)
         keeps = "order" in self.keep
@@ -290,57 +316,33 @@ class Train(Part):
         who = lanes.ids if keeps or key.clients is None else key.clients
         taken = memory["taken"].to(rows.device) if keeps else torch.zeros_like(lengths)
         reach = width * int(lengths.max()) + 1
-        order = torch.zeros(len(rows), reach, dtype=torch.int64, device=rows.device)
         full = rows if self.batch is None else rows.clamp(max=self.batch)
-        alike = not keeps and lanes.sizes[0] == lanes.sizes[-1]  # all at the same place: no place has to be looked up
+        if not keeps and lanes.sizes[0] == lanes.sizes[-1]:  # all at the same place: none has to be looked up
+            of_pass, size, count = int(lengths[0]), int(full[0]), len(lanes.sizes)
+            last = lanes.sizes[0] - (of_pass - 1) * size
+            for s in range(int(steps[0])):
+                epoch, place = divmod(s, of_pass)
+                if not place:
+                    order = lanes.places(draw.of(who, rows.new_tensor(epoch)).permutations(rows, reach))
+                own = size if place < of_pass - 1 else last
+                yield order[:, place * width : place * width + max(own, width)], (own,) * count
+            return
+        order = torch.zeros(len(rows), reach, dtype=torch.int64, device=rows.device)
         for first in range(0, int(steps[0]), _AHEAD):
             ahead = torch.arange(first, min(first + _AHEAD, int(steps[0])), device=rows.device)[:, None]
             active = (steps > ahead).sum(1).tolist()
-            epoch, at = (f(taken + ahead, lengths) for f in (_quotient, torch.remainder))
+            epoch_of, at = (f(taken + ahead, lengths) for f in (quotient, torch.remainder))
             left = rows - at * full  # of the pass, this batch and all after it
             counts = torch.where(joined & (at == lengths - 1), left, torch.minimum(left, full)).tolist()
             new = (at == 0) | (ahead == 0)
             for i, (k, some) in enumerate(zip(active, new.any(1).tolist(), strict=True)):
                 if some and bool(new[i, :k].any()):
                     index = new[i, :k].nonzero().squeeze(1)
-                    drawn = draw.of(who[index], epoch[i, index]).permutations(rows[index], reach)
-                    if alike:
-                        order = lanes.places(drawn)  # a new one: views of the old may not have been read yet
-                    else:
-                        order[index] = lanes.places(drawn, index)
-                own = tuple(counts[i][:k])
-                if alike:
-                    begin = (first + i) % int(lengths[0]) * width
-                    yield order[:, begin : begin + max(own[0], width)], own
-                else:
-                    span = torch.arange(max(*own, width), device=rows.device)
-                    yield order[:k].gather(1, (at[i, :k, None] * width + span).clamp_(max=reach - 1)), own
-
-
-def _counted(steps: Iterator[tuple[Tensor, tuple[int, ...]]], rows: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """The same steps; the rows of each that count are added up, in place."""
-    for places, counts in steps:
-        rows[: len(counts)] += torch.tensor(counts, device=rows.device)
-        yield places, counts
-
-
-def _quotient(a: Tensor, b: Tensor) -> Tensor:
-    return torch.div(a, b, rounding_mode="floor")
-
-
-def _lengths(rows: Tensor, batch: int | None, joins: bool) -> tuple[Tensor, Tensor]:
-    """How many batches a pass over so many rows has, and whether its last one holds a row more than `batch`.
-
-    For batch statistics, which one row has none of, a tail of one joins the batch before.
-
-    Example:
-        >>> _lengths(torch.tensor([25, 21, 7]), 10, True)
-        (tensor([3, 2, 1]), tensor([False,  True, False]))
-    """
-    if batch is None:
-        return torch.ones_like(rows), torch.zeros_like(rows, dtype=torch.bool)
-    joined = (rows % batch == 1) & (rows > batch) & (joins and batch > 1)
-    return _quotient(rows + batch - 1, torch.tensor(batch)).clamp(min=1) - joined.long(), joined
+                    drawn = draw.of(who[index], epoch_of[i, index]).permutations(rows[index], reach)
+                    order[index] = lanes.places(drawn, index)
+                mine = tuple(counts[i][:k])
+                span = torch.arange(max(*mine, width), device=rows.device)
+                yield order[:k].gather(1, (at[i, :k, None] * width + span).clamp_(max=reach - 1)), mine
 
 
 @dataclass(frozen=True)
@@ -371,7 +373,7 @@ class Loader:
     def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
         self._lanes = Lanes(lanes.clients, lanes.ids[k : k + 1], lanes.dtype, device=lanes.device)
         self._key, self._passes, self.rows = key, 0, lanes.sizes[k]
-        count = int(_lengths(torch.tensor(self.rows), batch, joins)[0])
+        count = int(lengths_of(torch.tensor(self.rows), batch, joins)[0])
         full = [min(batch or self.rows, self.rows)] * (count - 1)
         self._lengths = [*full, self.rows - sum(full)]
 

@@ -1,8 +1,12 @@
-"""Numbers of local steps that follow a schedule of the round."""
+"""Numbers of local steps: of a pass over the rows, and by a schedule of the round."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
 
 from atoll.errors import RunError, UsageError
 from atoll.schedule import Schedule, led
@@ -51,3 +55,30 @@ def steps_at(schedule: Schedule, t: int) -> int:
             "Train(sgd(0.1), steps=10, batch=10)",
         )
     return steps
+
+
+def quotient(a: Tensor, b: Tensor) -> Tensor:
+    """⌊a / b⌋."""
+    return torch.div(a, b, rounding_mode="floor")
+
+
+def lengths_of(rows: Tensor, batch: int | None, joins: bool) -> tuple[Tensor, Tensor]:
+    """How many batches a pass over so many rows has, and whether its last one holds a row more than `batch`.
+
+    For batch statistics, which one row has none of, a tail of one joins the batch before.
+
+    Example:
+        >>> lengths_of(torch.tensor([25, 21, 7]), 10, True)
+        (tensor([3, 2, 1]), tensor([False,  True, False]))
+    """
+    if batch is None:
+        return torch.ones_like(rows), torch.zeros_like(rows, dtype=torch.bool)
+    joined = (rows % batch == 1) & (rows > batch) & (joins and batch > 1)
+    return quotient(rows + batch - 1, torch.tensor(batch)).clamp(min=1) - joined.long(), joined
+
+
+def counted(steps: Iterator[tuple[Tensor, tuple[int, ...]]], rows: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """The same steps, places and counts of each; the rows of each client that count are added up, in place."""
+    for places, counts in steps:
+        rows[: len(counts)] += torch.tensor(counts, device=rows.device)
+        yield places, counts

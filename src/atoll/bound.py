@@ -1,0 +1,149 @@
+"""The user's module as the loop computes on it: tensors are views of flat vectors, clients walk one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from atoll.layout import Layout
+
+if TYPE_CHECKING:
+    from atoll.task import Model
+
+MARGIN = 1024  # numbers of room before the loop's flat gradient
+
+
+class Bound:
+    """A module whose parameters, their gradients and its float buffers are views of flat vectors.
+
+    Before the gradient there is room for `MARGIN` numbers: what is sent with it lies beside it. It is `scale` times the
+    gradient of the loss, where somebody sets that.
+    """
+
+    scale: Tensor | None = None
+    flat: bool = True  # whether the gradients are views now
+
+    def __init__(self, module: nn.Module, layout: Layout) -> None:
+        self.module, self.layout = module, layout
+        theta, buffers, _ = layout.flatten(module.state_dict())
+        self.room, self.flat_buffers, self.row = theta.new_zeros(MARGIN + len(theta)), buffers, theta
+        self.gradient = self.room[MARGIN:]
+        named = dict(module.named_parameters(remove_duplicate=False))
+        self.parameters = [named[e.name] for e in layout.segment("params")]
+        self.gradients = list(layout.params(self.gradient).values())
+        for p, view in zip(self.parameters, self.gradients, strict=True):
+            p.grad = view
+        self.fixed = {e.name: dict(module.state_dict(keep_vars=True))[e.name] for e in layout.segment("fixed")}
+        moving = layout.buffers(buffers) | {e.name: self.fixed[e.name] for e in layout.counters}
+        self.moving = [
+            (module.get_submodule(owner)._buffers, leaf, moving[e.alias or e.name])
+            for e in layout.entries
+            for owner, _, leaf in [e.name.rpartition(".")]
+            if (e.alias or e.name) in moving and leaf in module.get_submodule(owner)._buffers
+        ]
+
+    def bind(self, model: Model, k: int) -> Tensor:
+        """Give the module client k's numbers: θ as views, the rest copied. Returns the flat gradient."""
+        if not self.flat:
+            for p, view in zip(self.parameters, self.gradients, strict=True):
+                p.grad = view
+            self.flat = True
+        self.place(model.theta[k])
+        counted = {n: t[k] for n, t in model.counters.items()}
+        self.fill(model.buffers[k], {**model.fixed, **counted})
+        return self.gradient
+
+    def free(self) -> None:
+        """Let every pass leave gradients of its own: what nobody adds to need not be emptied before."""
+        for p in self.parameters:
+            p.grad = None
+        self.flat = False
+
+    def place(self, row: Tensor) -> None:
+        """θ `[d]`, as views."""
+        if row.data_ptr() != self.row.data_ptr():
+            for p, view in zip(self.parameters, self.layout.params(row).values(), strict=True):
+                p.data = view
+            self.row = row
+
+    def fill(self, buffers: Tensor, fixed: Mapping[str, Tensor]) -> None:
+        """Copies of float buffers `[b]`, and of all that is counted or fixed, by name."""
+        for table, leaf, tensor in self.moving:
+            table[leaf] = tensor
+        with torch.no_grad():
+            self.flat_buffers.copy_(buffers)
+            for name, tensor in self.fixed.items():
+                tensor.copy_(fixed[name])
+
+    def settle(self) -> None:
+        """Where a pass put another tensor in place of a buffer, take over its numbers."""
+        for table, leaf, tensor in self.moving:
+            now = table[leaf]
+            if now is not tensor:
+                if now is not None:
+                    tensor.copy_(now.detach())
+                table[leaf] = tensor
+
+    def buffers(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Copies of the float buffers `[b]` and of the counters `[1, …]`, as the last pass left them."""
+        self.settle()
+        counters = {e.name: self.fixed[e.name].detach().clone()[None] for e in self.layout.counters}
+        return self.flat_buffers.clone(), counters
+
+
+class Walk:
+    """Plain gradient descent of K clients from one θ, one client after the other: θ_k ← θ_k − lr ∇ℓ_k.
+
+    Each step is made from the gradients as autograd leaves them: nothing is emptied before a pass, added to in it, or
+    gathered after it, and the module is given a client's numbers once.
+
+    Args:
+        bound: the module.
+        model: where all begin, θ `[d]`.
+        lanes: K.
+        lr: the rate.
+    """
+
+    def __init__(self, bound: Bound, model: Model, lanes: int, lr: float) -> None:
+        self._bound, self._start, self._lr = bound, model, lr
+        self._fixed = {**model.fixed, **model.counters}
+        self._theta = model.theta.clone()
+        self._views = list(bound.layout.params(self._theta).values())
+        self.update = model.theta.new_empty(lanes, len(model.theta))
+        self.loss = self._lost = model.theta.new_zeros(lanes)
+        self._buffers: list[Tensor] = []
+        self._counters: list[dict[str, Tensor]] = []
+
+    def begin(self) -> None:
+        """The next client is at the start."""
+        self._theta.copy_(self._start.theta)
+        self._bound.place(self._theta)
+        self._bound.free()
+        self._bound.fill(self._start.buffers, self._fixed)
+        self._lost = self.loss[len(self._buffers)]
+
+    def step(self, loss: Tensor, rows: int) -> None:
+        """One step, from the sum of the losses of so many rows."""
+        (loss / rows).backward()
+        for view, p in zip(self._views, self._bound.parameters, strict=True):
+            if p.grad is not None:
+                view.add_(p.grad, alpha=-self._lr)
+                p.grad = None
+        self._bound.settle()
+        self._lost.add_(loss.detach())
+
+    def end(self) -> None:
+        """This client has come to its end."""
+        torch.sub(self._start.theta, self._theta, out=self.update[len(self._buffers)])
+        buffers, counters = self._bound.buffers()
+        self._buffers.append(buffers)
+        self._counters.append(counters)
+
+    @property
+    def moved(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The buffers `[K, b]` and the counters `[K, …]` of all clients."""
+        first, *_ = self._counters
+        return torch.stack(self._buffers), {n: torch.cat([c[n] for c in self._counters]) for n in first}

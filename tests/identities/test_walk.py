@@ -1,0 +1,60 @@
+"""Clients that walk one after the other come to the same bits as clients that make their steps in turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from architectures import MODELS
+from problems import classification, run, seeded, task_of
+from torch import nn
+
+from atoll import recipes
+from atoll.engine.inprocess import InProcess
+from atoll.engine.probe import choose
+from atoll.plan.local import Train
+from atoll.plan.optimizer import sgd
+from atoll.task import Task
+
+SIZES = (9, 3, 21, 8, 1, 14)
+
+
+class Moving(nn.Module):
+    """A buffer that each pass puts another tensor in place of, with a history of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        self.mean = 0.5 * self.mean + 0.5 * (x * self.last.weight.mean()).mean(0)
+        return self.last(x - self.mean)
+
+
+CASES = {**MODELS, "moving buffer": (lambda: seeded(Moving), classification)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_walking_changes_no_bit(name, monkeypatch):
+    make, data = CASES[name]
+    data = data([n for n in SIZES if n > 1])
+    plan = recipes.fedavg(0.1, epochs=2, batch=4)
+    task = task_of(make(), data, "loop", torch.float32)
+    walked = [run(plan, InProcess(task, data, chunk))[0] for chunk in (1, 3, None)]
+    monkeypatch.setattr(Train, "apart", lambda self, rows: False)
+    stepped, _ = run(plan, InProcess(task, data))
+    for state in walked:
+        assert torch.equal(state.model.theta, stepped.model.theta)
+        assert torch.equal(state.model.buffers, stepped.model.buffers)
+        assert all(torch.equal(t, stepped.model.counters[n]) for n, t in state.model.counters.items())
+
+
+@pytest.mark.parametrize(
+    ("wide", "momentum", "body"), [(20_000, 0.0, "loop"), (20_000, 0.9, "lanes"), (20, 0.0, "lanes")]
+)
+def test_large_models_walk_where_they_can(wide, momentum, body):
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, wide), nn.Tanh(), nn.Linear(wide, 3)))
+    plan = replace(recipes.fedavg(), local=Train(sgd(0.1, momentum=momentum), epochs=1, batch=4))
+    assert choose(Task.of(model, "cross_entropy"), classification(SIZES), plan).task.numerics == body
