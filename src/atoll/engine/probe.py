@@ -148,6 +148,13 @@ def _passes(task: Task, data: Clients, rows: int) -> bool:
         except AtollError:
             raise
         except Exception as error:
+            if task.precision != "full" and _takes(replace(task, precision="full"), data, rows):
+                raise UsageError(
+                    f"precision = {task.precision!r}, in which the model fails: {type(error).__name__}: {error}",
+                    "a model whose layers torch computes in bfloat16 on this processor.",
+                    "in full precision it takes the same rows.",
+                    "--precision full",
+                ) from error
             lanes = _lanes(task, data, (0,))
             x = lanes.take(lanes.places(torch.zeros(1, 1, dtype=torch.int64)), (1,)).x
             raise UsageError(
@@ -160,6 +167,14 @@ def _passes(task: Task, data: Clients, rows: int) -> bool:
     if gradient.grad.shape != (1, task.layout.d):
         raise UsageError("The model's gradient has another length than its parameters.", "one number a parameter.")
     return drew
+
+
+def _takes(task: Task, data: Clients, rows: int) -> bool:
+    try:
+        _gradient(task, data, rows, (0,))
+    except Exception:
+        return False
+    return True
 
 
 def _drawn() -> tuple[object, ...]:
