@@ -175,7 +175,7 @@ def build(dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         atoll.native.Unbuilt: it cannot be had on this machine.
     """
-    library("exact")
+    library("exact"), library("exact", "WIDE")  # of metrics in double
     return library("descent", *(("WIDE",) if dtype == torch.float64 else ()))
 
 

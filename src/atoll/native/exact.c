@@ -1,7 +1,8 @@
-/* The exact sum of plan/aggregate/exact.py for float32: the same digits, read in one pass.
+/* The exact sum of plan/aggregate/exact.py: the same digits, read in one pass. Built for float, and for double (WIDE).
 
-   A contribution keeps two digits of each block of coordinates, at the place of the block's largest number and at the
-   one below; x + 1.5·2^(52 + 26 j) − 1.5·2^(52 + 26 j) is the digit of place j. Sums of digits are exact in double. */
+   A contribution keeps the leading digits of each block of coordinates, two in float and three in double, from the place
+   of the block's largest number on. What is left of x, plus 1.5·2^(52 + 26 j) and minus it again, is the digit of place j.
+   Sums of weighted digits are exact in double. */
 
 #include <math.h>
 #include <pthread.h>
@@ -14,10 +15,24 @@
 #define PIECE 512 /* coordinates whose two sums stay in the nearest memory */
 #define EMPTY (-128)
 
+#ifdef WIDE
+#define REAL double
+#define BITS uint64_t
+#define SIGNLESS (~0ull >> 1)
+#define FREXP frexp
+#define KEPT 3
+#else
+#define REAL float
+#define BITS uint32_t
+#define SIGNLESS (~0u >> 1)
+#define FREXP frexpf
+#define KEPT 2
+#endif
+
 typedef int64_t I;
 
 typedef struct {
-    const float *rows;
+    const REAL *rows;
     I clients, d, stride;
     I lowest, threads;
     int8_t *tops;            /* [block][client]: the place of the largest number, EMPTY for zeros */
@@ -41,18 +56,18 @@ static void find(const Job *job, I block) {
     I n;
     const I at = begins(job, block, &n);
     for (I k = 0; k < job->clients; k++) {
-        const float *x = job->rows + k * job->stride + at;
-        uint32_t most = 0; /* without their signs, floats are in the order of their bits */
+        const REAL *x = job->rows + k * job->stride + at;
+        BITS most = 0; /* without their signs, numbers are in the order of their bits */
         for (I i = 0; i < n; i++) {
-            uint32_t bits;
-            memcpy(&bits, x + i, 4);
-            bits &= 0x7fffffff;
+            BITS bits;
+            memcpy(&bits, x + i, sizeof bits);
+            bits &= SIGNLESS;
             most = bits > most ? bits : most;
         }
-        float largest;
+        REAL largest;
         int exponent;
-        memcpy(&largest, &most, 4);
-        frexpf(largest, &exponent);
+        memcpy(&largest, &most, sizeof largest);
+        FREXP(largest, &exponent);
         I top = exponent >= 0 ? exponent / WIDTH : -((WIDTH - 1 - exponent) / WIDTH);
         top = top < job->lowest ? job->lowest : top;
         job->tops[block * job->clients + k] = (int8_t)(most ? top : EMPTY);
@@ -70,30 +85,33 @@ static void fold(const Job *job, I block) {
             high = tops[k] > high ? tops[k] : high;
         }
     for (int top = high; top >= low && top != EMPTY; top--) {
-        const double upper = ldexp(1.5, 52 + WIDTH * top), lower = ldexp(1.5, 52 + WIDTH * (top - 1));
-        const int two = top > job->lowest;
+        const int kept = top - KEPT >= job->lowest ? KEPT : (int)(top - job->lowest) + 1;
+        double anchor[KEPT];
+        for (int j = 0; j < KEPT; j++) anchor[j] = ldexp(1.5, 52 + WIDTH * (top - j < job->lowest ? top : top - j));
         for (I from = 0; from < n; from += PIECE) {
             const I m = n - from < PIECE ? n - from : PIECE;
-            double a[PIECE], b[PIECE];
+            double sum[KEPT][PIECE];
             int some = 0;
             for (I k = 0; k < job->clients; k++) {
                 if (tops[k] != top) continue;
-                if (!some) memset(a, 0, sizeof a), memset(b, 0, sizeof b);
+                if (!some) memset(sum, 0, sizeof sum);
                 some = 1;
-                const float *x = job->rows + k * job->stride + at + from;
+                const REAL *x = job->rows + k * job->stride + at + from;
                 const double w = job->weights[k];
                 for (I i = 0; i < m; i++) {
-                    const double y = x[i], first = y + upper - upper;
-                    a[i] += w * first;
-                    b[i] += w * (y - first + lower - lower);
+                    double left = x[i];
+#pragma GCC unroll 3
+                    for (int j = 0; j < KEPT; j++) {
+                        const double digit = left + anchor[j] - anchor[j];
+                        sum[j][i] += w * digit;
+                        left -= digit;
+                    }
                 }
             }
-            if (!some) continue;
-            double *high_digit = job->digits[top - job->lowest] + at + from;
-            for (I i = 0; i < m; i++) high_digit[i] += a[i];
-            if (!two) continue;
-            double *low_digit = job->digits[top - 1 - job->lowest] + at + from;
-            for (I i = 0; i < m; i++) low_digit[i] += b[i];
+            for (int j = 0; some && j < kept; j++) {
+                double *digit = job->digits[top - j - job->lowest] + at + from;
+                for (I i = 0; i < m; i++) digit[i] += sum[j][i];
+            }
         }
     }
 }

@@ -36,7 +36,8 @@ WIDTH = 26
 BLOCK = 4096
 _TILE = 1 << 18  # numbers worked on at once: with their digits they stay near a core
 _FAR_TILE = 1 << 24  # the same where a kernel is only worth its start for many numbers
-_MANY = 1 << 17  # numbers from which on native code is asked for
+_NATIVE = True  # tests look at both ways
+_MANY = 1 << 17  # numbers from which on a second thread is worth its start
 _EMPTY = -128  # the place of a block of zeros
 CAPACITY = 1 << 28
 LARGEST = 2.0**900
@@ -67,7 +68,7 @@ def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
     Reference: Demmel and Nguyen, Parallel Reproducible Summation, 2015: sums in fixed bins of exponents.
     """
     d = rows.shape[1]
-    native = present("exact") if _fits(rows) else None
+    native = present("exact", *(("WIDE",) if rows.dtype == torch.float64 else ())) if _fits(rows) else None
     if native is not None:
         return _add_natively(native, digits, rows, weights)
     whole = d - d % BLOCK  # the last block stands by itself where it is shorter than the others
@@ -80,8 +81,8 @@ def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
 
 
 def _fits(rows: Tensor) -> bool:
-    """Whether native code reads these rows, and there are so many that it is worth asking for."""
-    return rows.dtype == torch.float32 and rows.is_cpu and rows.numel() >= _MANY and rows.stride(1) == 1
+    """Whether native code reads these rows."""
+    return _NATIVE and rows.dtype in (torch.float32, torch.float64) and rows.is_cpu and rows.stride(1) == 1
 
 
 class _Job(ctypes.Structure):
@@ -104,11 +105,13 @@ def _add_natively(native: ctypes.CDLL, digits: Digits, rows: Tensor, weights: Te
     """The same digits, read in one pass over the rows."""
     (k, d), whole = rows.shape, weights.to(torch.float64)
     tops = torch.empty(-(-d // BLOCK), k, dtype=torch.int8)
-    told = (rows.data_ptr(), k, d, rows.stride(0), _LOWEST, torch.get_num_threads())
+    threads = torch.get_num_threads() if rows.numel() >= _MANY else 1
+    told = (rows.data_ptr(), k, d, rows.stride(0), _LOWEST, threads)
     job = _Job(*told, tops.data_ptr(), whole.data_ptr(), None)
     native.tops(ctypes.byref(job))
     first = tops.unique().tolist()
-    used = {place for top in first if top != _EMPTY for place in (top, top - 1) if place >= _LOWEST}
+    kept = range(places(rows.dtype))
+    used = {top - j for top in first if top != _EMPTY for j in kept if top - j >= _LOWEST}
     for place in used - digits.keys():
         digits[place] = rows.new_zeros(d, dtype=torch.float64)
     if not digits:
