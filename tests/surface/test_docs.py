@@ -19,7 +19,7 @@ import io
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,18 +56,20 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def named(pages: list[Path]) -> dict[str, list]:
-    return {"argvalues": pages, "ids": [str(page.relative_to(ROOT)) for page in pages]}
+def named(pages: list[Path], slow: Collection[str] = ()) -> dict[str, list]:
+    marked = [pytest.param(page, marks=pytest.mark.slow) if page.name in slow else page for page in pages]
+    return {"argvalues": marked, "ids": [str(page.relative_to(ROOT)) for page in pages]}
 
 
 RUN = [page for page in PAGES if any(block.word == "python" for block in blocks(page))]
+LONG = {"asynchrony.md", "compression.md", "formula.md"}  # pages that train for many rounds
 TYPED = [page for page in PAGES if any(block.word == "sh" for block in blocks(page))]
 
 
 # python
 
 
-@pytest.mark.parametrize("page", **named(RUN))
+@pytest.mark.parametrize("page", **named(RUN, LONG))
 def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
