@@ -1,6 +1,6 @@
 """What every rank does in tests/parity/test_torchrun.py: all cases one after the other, and what each came to.
 
-torchrun --max-restarts 1 --nproc-per-node 2 ranks.py FOLDER [all]
+torchrun --max-restarts 1 --nproc-per-node 2 ranks.py FOLDER [all] [dies]
 """
 
 import json
@@ -142,8 +142,8 @@ def floats(module, plan, data, engine):
 
 
 def descends(model, loader, ctx):
-    """A user's own loop; the second rank dies in it, once, in round 3."""
-    first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    """A user's own loop; the second rank dies in it, once, in round 3, where it is told to."""
+    first = "dies" in sys.argv and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if first and os.environ["RANK"] == "1" and ctx.round == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     for x, y in loader:

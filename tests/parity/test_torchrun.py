@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from parity import ranks as theirs
+from thinned import only
 
 from atoll import recipes, rounds, runs
 from atoll.engine.inprocess import InProcess
@@ -32,7 +33,7 @@ def torchrun(words, folder):
 
 
 def outcomes(folder, ranks, *which):
-    """What each rank wrote of the cases; the second one dies once on the way."""
+    """What each rank wrote of the cases; where it is told to, the second one dies once on the way."""
     words = ["--max-restarts", "1", "--nproc-per-node", str(ranks), theirs.__file__, str(folder), *which]
     done = torchrun(words, folder)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -47,6 +48,16 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
     return outcomes(folder, 2)
+
+
+# A death makes torchrun start every rank anew, and importing torch again is longer than all else.
+@pytest.fixture(scope="module", params=only(["everybody lives"], ["everybody lives", "one dies"]))
+def lived(request, tmp_path_factory):
+    """How often ranks were started anew, what each wrote, and where."""
+    if request.param == "everybody lives":
+        return "0", request.getfixturevalue("two"), request.getfixturevalue("folder")
+    grave = tmp_path_factory.mktemp("dying")
+    return "1", outcomes(grave, 2, "dies"), grave
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +89,16 @@ def test_gradients_are_added_up_within_the_backward_pass(case, two):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_in_every_body(ranks, clients, tmp_path):
-    each = outcomes(tmp_path, ranks, "all")
+    each = outcomes(tmp_path, ranks, "all", "dies")
     for name, module, numerics, plan, words in theirs.cases():
         alone = theirs.outcome(module, numerics, plan, clients, InProcess, **words)
         assert [rank[name] for rank in each] == [alone] * ranks, name
 
 
-def test_a_rank_that_dies_changes_no_bit_and_no_row(two, folder, clients):
+def test_a_rank_that_dies_changes_no_bit_and_no_row(lived, clients):
     """The second rank was killed in round 3; torchrun started both anew, and they went on with the run of this job."""
-    assert [rank["run"]["restarts"] for rank in two] == ["1", "1"]
+    restarts, two, folder = lived
+    assert [rank["run"]["restarts"] for rank in two] == [restarts] * 2
     (path,) = runs.list_runs(folder / "runs")
     assert [rank["run"]["path"] for rank in two] == [path.name, None], "rank 0 alone writes"
     rows = runs.read_rows(path / "metrics.jsonl")
