@@ -1,4 +1,4 @@
-"""Which of many cases that take the same path the quick run takes; the others are slow, and `make test-all` runs all."""
+"""Which of many cases on the same path the quick run takes; the others are slow, and `make test-all` runs all."""
 
 from __future__ import annotations
 

@@ -522,14 +522,18 @@ def watch():
     paths, examples = [str(Path(__file__).parents[1])], 16 * settings().max_examples
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED.format(paths=paths, examples=examples)], capture_output=True, text=True, env=env, timeout=110
+        [sys.executable, "-c", WATCHED.format(paths=paths, examples=examples)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=110,
     )
     assert done.stdout.count("\n") == 2, done.stdout + done.stderr
     return done.stdout.splitlines()
 
 
 def test_reading_a_text_runs_nothing(watch):
-    """Of what Python tells its auditors, reading hundreds of texts causes the parsing of an expression, and nothing else."""
+    """Of what Python tells its auditors, reading some hundred texts causes the parsing of an expression, no more."""
     assert watch[0] == "seen []"
 
 

@@ -169,6 +169,7 @@ def test_the_servers_rate_scales_the_step_and_moves_no_fixed_point(server_lr):
     )
 
 
+@pytest.mark.slow
 def test_a_falling_local_rate_takes_the_drift_away():
     """The drift is proportional to lr: with lr = c/(t + t₀) FedAvg comes to the lowest point of the mean."""
     data = bowl(*zip(CURVES, LOWS, strict=True))
