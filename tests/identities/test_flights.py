@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import classification, far, regression, run, seeded, task_of
+from thinned import by_turns
 from torch import nn
 
 import atoll
@@ -59,9 +60,9 @@ def log(reports):
     return [(r.now, r.trips, r.clients["id"].tolist(), r.failures) for r in reports]
 
 
-@pytest.mark.parametrize("fleet", FLEETS, ids=["even", "uneven"])
-@pytest.mark.parametrize("cohort", [Everyone(), Uniform(4), Weighted(3)], ids=repr)
-@pytest.mark.parametrize("local", [Gradient(), KEEPING], ids=["gradient", "keeping"])
+@pytest.mark.parametrize(
+    ("cohort", "local", "fleet"), by_turns([Everyone(), Uniform(4), Weighted(3)], [Gradient(), KEEPING], FLEETS)
+)
 def test_bounded_0_is_sync_bit_for_bit(local, cohort, fleet):
     sync = Plan(local, Mean(), rules.sgd(0.05, momentum=0.5), cohort, max_failed=1)
     plans = (sync, replace(sync, pace=Bounded(0)))
@@ -187,16 +188,16 @@ def test_ages_are_bounded(s, seed):
             assert sum(1 for c, birth in set(begun) if c == client and birth > oldest) <= s
 
 
-@pytest.mark.parametrize("pace", [Sync(1.5), Buffered(3), Buffered(11), Bounded(2)], ids=repr)
-@pytest.mark.parametrize("body", ["lanes", "loop"])
+@pytest.mark.parametrize(
+    ("pace", "body"), by_turns([Sync(1.5), Buffered(3), Buffered(11), Bounded(2)], ["lanes", "loop"])
+)
 def test_chunks_change_no_bit_and_no_event(pace, body):
     plan = Plan(KEEPING, Mean(), rules.sgd(0.5), cohort=5, codec=Feedback(TopK(0.5)), pace=pace, max_failed=1)
     (a, reports), (b, others) = (run(plan, engine_of(FLEETS[1], chunk, body=body), 6) for chunk in (None, 2))
     assert bits(a) == bits(b) and log(reports) == log(others)
 
 
-@pytest.mark.parametrize("pace", [Sync(), Buffered(3), Buffered(11), Bounded(2)], ids=repr)
-@pytest.mark.parametrize("cohort", [None, 5])
+@pytest.mark.parametrize(("pace", "cohort"), by_turns([Sync(), Buffered(3), Buffered(11), Bounded(2)], [5, None]))
 def test_a_state_put_down_in_flight_flies_on_the_same(pace, cohort):
     plan = Plan(KEEPING, Mean(), rules.sgd(0.5), cohort, Feedback(TopK(0.5)), pace, Quantize(8), max_failed=1)
     engine = engine_of(FLEETS[1])

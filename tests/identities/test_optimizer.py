@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from thinned import only
+from thinned import by_turns, only
 from torch import Tensor
 
 import atoll.plan.stepper
@@ -116,9 +116,9 @@ def test_is_torch_to_the_bit(optimizer, cls, words, d, dtype):
     assert same(ours, p.detach())
 
 
-@pytest.mark.parametrize("d", [1, 7, 33, 1001])
-@pytest.mark.parametrize("lanes", [1, 2, 3, 4, 5])
-@EACH
+@pytest.mark.parametrize(
+    ("optimizer", "lanes", "d"), by_turns([row[0] for row in TABLE], [1, 2, 3, 4, 5], [1, 7, 33, 1001])
+)
 def test_a_lane_is_the_single_run(optimizer, lanes, d):
     """Also where the lanes make different numbers of steps, longest first."""
     steps = [STEPS - 4 * lane for lane in range(lanes)]

@@ -25,11 +25,14 @@ ROOT = Path(__file__).parents[2]
 RANKS = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
 
 
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
+
+
 def torchrun(words, folder):
     """Start ranks in a folder, by the line that people write."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
-    return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=110)
+    return subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=110)
 
 
 def outcomes(folder, ranks, *which):
@@ -37,6 +40,10 @@ def outcomes(folder, ranks, *which):
     words = ["--max-restarts", "1", "--nproc-per-node", str(ranks), theirs.__file__, str(folder), *which]
     done = torchrun(words, folder)
     assert done.returncode == 0, done.stderr[-4000:]
+    return written(folder, ranks)
+
+
+def written(folder, ranks):
     return [json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -47,10 +54,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    return outcomes(folder, 2)
+    """Two ranks as torchrun starts them, but of one process that imported torch for both."""
+    line = [sys.executable, theirs.__file__, str(folder), "forked"]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return written(folder, 2)
 
 
-# A death makes torchrun start every rank anew, and importing torch again is longer than all else.
+# Importing torch is longer than all else, and torchrun, which starts every rank anew after a death, does it five times.
 @pytest.fixture(scope="module", params=only(["everybody lives"], ["everybody lives", "one dies"]))
 def lived(request, tmp_path_factory):
     """How often ranks were started anew, what each wrote, and where."""

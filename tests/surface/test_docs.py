@@ -63,7 +63,7 @@ def named(pages: list[Path], slow: Collection[str] = ()) -> dict[str, list]:
 
 
 RUN = [page for page in PAGES if any(block.word == "python" for block in blocks(page))]
-LONG = {"asynchrony.md", "compression.md", "formula.md"}  # pages that train for many rounds
+LONG = {"asynchrony.md", "compression.md", "formula.md", "models.md", "runs.md"}  # pages that train much
 TYPED = [page for page in PAGES if any(block.word == "sh" for block in blocks(page))]
 
 
