@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 FAR, HERE = torch.device("meta"), torch.device("cpu")
 _COPIES = ("aten::_to_copy", "aten::copy_", "aten::to.other", "aten::to.device", "aten::to.dtype_layout")
@@ -71,6 +70,11 @@ class _Made(TorchFunctionMode):
 
 
 class _Computed(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled: to be kept from the compiler would load all of it first."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         return _computed(func, args, kwargs or {})
 
@@ -97,32 +101,44 @@ def _forget() -> None:
 
 def _computed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     name = func.name()
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    far = [t for t in tensors if isinstance(t, FarTensor)]
-    if far and name not in _COPIES:
-        _refuse_mixed(name, args, tensors)
-    asked = [d for d in tree_leaves((args, kwargs)) if isinstance(d, torch.device)]
-    goes_far = asked[0] == FAR if asked else bool(far)
-    args, kwargs = tree_map_only(torch.device, lambda d: HERE, (args, kwargs))
-    out = func(
-        *tree_map_only(FarTensor, lambda t: t.inner, args), **tree_map_only(FarTensor, lambda t: t.inner, kwargs)
-    )
+    far: dict[int, FarTensor] = {}  # by the tensor within: what is changed in place is the same tensor
+    near: list[Tensor] = []
+    asked: list[torch.device] = []
+
+    def here(value: Any) -> Any:
+        """An argument as the CPU's operation takes it, and beside it what was met on the way."""
+        if isinstance(value, FarTensor):
+            far[id(value.inner)] = value
+            return value.inner
+        if isinstance(value, Tensor):
+            near.append(value)
+        elif isinstance(value, torch.device):
+            asked.append(value)
+            return HERE
+        elif isinstance(value, (tuple, list)):
+            return type(value)([here(item) for item in value])
+        return value
+
+    inner, words = [here(value) for value in args], {word: here(value) for word, value in kwargs.items()}
+    if far and near and name not in _COPIES:
+        _refuse_mixed(name, args, near, list(far.values()))
+    out = func(*inner, **words)
     if name == "aten::copy_":
         return args[0]
-    if not goes_far:
-        return out
-    known = {id(t.inner): t for t in far}  # what was changed in place is the same tensor
-    return tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else FarTensor(t), out) if _any(out) else out
+    goes_far = asked[0] == FAR if asked else bool(far)
+    return _there(out, far) if goes_far else out
 
 
-def _any(out: Any) -> bool:
-    return any(isinstance(t, Tensor) for t in tree_leaves(out))
+def _there(out: Any, far: Mapping[int, FarTensor]) -> Any:
+    if isinstance(out, Tensor):
+        return far[id(out)] if id(out) in far else FarTensor(out)
+    return type(out)([_there(item, far) for item in out]) if isinstance(out, (tuple, list)) else out
 
 
-def _refuse_mixed(name: str, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
-    near = [t for t in tensors if not isinstance(t, FarTensor) and (t.dim() or name in _JOINED)]
+def _refuse_mixed(name: str, args: tuple[Any, ...], near: list[Tensor], far: list[FarTensor]) -> None:
+    wrong = [t for t in near if t.dim() or name in _JOINED]
     if name in _INDEXED and isinstance(args[0], FarTensor):
-        near = [t for t in near if t.is_floating_point()]
-    if near:
-        shapes = [(list(t.shape), "far" if isinstance(t, FarTensor) else "here") for t in tensors]
+        wrong = [t for t in wrong if t.is_floating_point()]
+    if wrong:
+        shapes = [*((list(t.shape), "far") for t in far), *((list(t.shape), "here") for t in wrong)]
         raise RuntimeError(f"Expected all tensors to be on the same device: {name} was given {shapes}")

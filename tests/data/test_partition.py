@@ -89,6 +89,7 @@ def test_iid_is_uniform():
     assert chi2 < 40  # 9 degrees of freedom: P(χ² > 40) < 10⁻⁵
 
 
+@pytest.mark.slow
 def test_dirichlet_grows_even_with_alpha():
     """More alpha is less skew, in the mean over seeds: from nearly one class a client to the same mix for all."""
     data = source(2000, classes=10)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from thinned import by_turns
 from torch import nn
 
 import atoll
@@ -141,8 +142,7 @@ def writes(tmp_path_factory):
     return disk.count
 
 
-@pytest.mark.parametrize("times", [1, 10**6], ids=["for a moment", "for good"])
-@pytest.mark.parametrize("tenth", range(10))
+@pytest.mark.parametrize(("tenth", "times"), by_turns(range(10), [1, 10**6]))  # for a moment, for good
 def test_full_at_any_write(tmp_path, whole, writes, monkeypatch, tenth, times):
     """What is committed is whole, also where there is room again for the checkpoint of the failed run itself."""
     at = writes * tenth // 10 + random.Random(tenth).randrange(writes // 10) + 1

@@ -80,9 +80,10 @@ def test_points_are_many(undisturbed):
     assert undisturbed["everyone"][1] != undisturbed["some"][1]
 
 
+# Quick: two sixths of each plan, and each sixth of one of them.
 POINTS = [
-    pytest.param(name, sixth, marks=[pytest.mark.slow] if name == "flying" and sixth % 2 else [])
-    for name in PLANS
+    pytest.param(name, sixth, marks=[] if sixth % 3 == place else [pytest.mark.slow])
+    for place, name in enumerate(PLANS)
     for sixth in range(6)
 ]
 

@@ -73,11 +73,18 @@ LOCALS = {
     "keeps": Train(rules.adam(0.01), steps=3, batch=4, keep=("optimizer", "order")),
 }
 
+# Quick: every two of a part, a way to fail and a body once.
+KILLED = [
+    pytest.param(name, how, *where, marks=[] if (i + j + k) % 3 == 0 else [pytest.mark.slow])
+    for i, name in enumerate(LOCALS)
+    for j, how in enumerate(("raises", "nan", "inf"))
+    for k, where in enumerate((("lanes", None), ("lanes", 2), ("loop", None)))
+]
 
-@pytest.mark.parametrize("how", ["raises", "nan", "inf"])
-@pytest.mark.parametrize(("body", "chunk"), [("lanes", None), ("lanes", 2), ("loop", None)])
-@pytest.mark.parametrize("local", LOCALS.values(), ids=LOCALS)
-def test_a_killed_client_is_one_not_heard(local, how, body, chunk):
+
+@pytest.mark.parametrize(("name", "how", "body", "chunk"), KILLED)
+def test_a_killed_client_is_one_not_heard(name, how, body, chunk):
+    local = LOCALS[name]
     data, who = classification(SIZES), frozenset((0, 4, 5))
     engine = InProcess(task_of(mlp(), data, body), data, chunk)
     plan = Plan(local, Mean(), rules.sgd(1.0, momentum=0.5))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from thinned import only
 from torch import nn
 
 from atoll import baselines, recipes
@@ -72,7 +73,7 @@ def test_pooled_gradient_descent_is_the_distributed_one(digits):
     ],
     ids=range(4),
 )
-@pytest.mark.parametrize("normed", [False, True], ids=["mlp", "batch norm"])
+@pytest.mark.parametrize("normed", only([True], [False, True]), ids=["mlp", "batch norm"])
 def test_lanes_are_each_client_alone_to_the_bit(digits, plan, normed):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))

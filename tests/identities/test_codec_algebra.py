@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import classification, far, run, seeded, task_of
+from thinned import by_turns
 from torch import nn
 
 from atoll import grammar
@@ -123,9 +124,10 @@ def setting(dtype=torch.float64, body="lanes"):
 ROTATIONS = [Flip(), Shuffle(), Flip() >> Shuffle(), Shuffle() >> Flip() >> Shuffle() >> Identity()]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("aggregator", [Mean(), Mean(weights="equal"), Sum()], ids=repr)
-@pytest.mark.parametrize("codec", ROTATIONS, ids=repr)
+@pytest.mark.parametrize(
+    ("codec", "aggregator", "dtype"),
+    by_turns(ROTATIONS, [Mean(), Mean(weights="equal"), Sum()], [torch.float32, torch.float64]),
+)
 def test_a_rotation_changes_no_bit_of_a_training(codec, aggregator, dtype):
     engine = setting(dtype)
     for local in (Gradient(), Train(rules.sgd(0.1), epochs=2, batch=4)):
@@ -197,8 +199,7 @@ def test_a_stage_that_decodes_behind_one_that_opens_is_refused_with_a_line_that_
     run(Plan(Gradient(), Mean(), rules.sgd(0.1), codec=instead), setting(), 1)
 
 
-@pytest.mark.parametrize("how", ["raises", "nan"])
-@pytest.mark.parametrize("body", ["lanes", "loop"])
+@pytest.mark.parametrize(("body", "how"), by_turns(["lanes", "loop"], ["raises", "nan"]))
 @settings(max_examples=15)
 @given(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=10))
 def test_all_that_was_sent_and_what_is_kept_is_all_that_was_meant(body, how, lost):

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from problems import classification, far, regression, run, seeded, task_of
+from thinned import by_turns
 from torch import nn
 
 import atoll
@@ -59,9 +60,9 @@ def log(reports):
     return [(r.now, r.trips, r.clients["id"].tolist(), r.failures) for r in reports]
 
 
-@pytest.mark.parametrize("fleet", FLEETS, ids=["even", "uneven"])
-@pytest.mark.parametrize("cohort", [Everyone(), Uniform(4), Weighted(3)], ids=repr)
-@pytest.mark.parametrize("local", [Gradient(), KEEPING], ids=["gradient", "keeping"])
+@pytest.mark.parametrize(
+    ("cohort", "local", "fleet"), by_turns([Everyone(), Uniform(4), Weighted(3)], [Gradient(), KEEPING], FLEETS)
+)
 def test_bounded_0_is_sync_bit_for_bit(local, cohort, fleet):
     sync = Plan(local, Mean(), rules.sgd(0.05, momentum=0.5), cohort, max_failed=1)
     plans = (sync, replace(sync, pace=Bounded(0)))
@@ -149,7 +150,6 @@ class Watched:
                 yield start < end
 
 
-@settings(max_examples=25)
 @given(paces, st.integers(1, 8), st.integers(0, 99), st.sampled_from([*FLEETS[1:], Fleet(HalfNormal(per="flight"))]))
 def test_nobody_is_at_work_twice_and_nobody_is_missing(pace, n, seed, fleet):
     asked = pace.asks(n)
@@ -172,14 +172,13 @@ def test_nobody_is_at_work_twice_and_nobody_is_missing(pace, n, seed, fleet):
     assert not any(watched.overlap())
 
 
-@settings(max_examples=15)
 @given(st.integers(0, 4), st.integers(0, 99))
 def test_ages_are_bounded(s, seed):
     """While the oldest is in the air, nobody has started more than s times since."""
     plan = Plan(Gradient(), Mean(), rules.sgd(0.01), pace=Bounded(s))
     engine = engine_of(Fleet(HalfNormal(per="flight")))
     state, starts = first(plan, engine, seed), []
-    for t in range(40):
+    for t in range(20):
         before = {f.number for f in state.air.flights}
         state, report = step(plan, state, engine)
         starts += [(trip.client, trip.birth) for trip in report.trips if trip.number not in before]
@@ -189,16 +188,16 @@ def test_ages_are_bounded(s, seed):
             assert sum(1 for c, birth in set(begun) if c == client and birth > oldest) <= s
 
 
-@pytest.mark.parametrize("pace", [Sync(1.5), Buffered(3), Buffered(11), Bounded(2)], ids=repr)
-@pytest.mark.parametrize("body", ["lanes", "loop"])
+@pytest.mark.parametrize(
+    ("pace", "body"), by_turns([Sync(1.5), Buffered(3), Buffered(11), Bounded(2)], ["lanes", "loop"])
+)
 def test_chunks_change_no_bit_and_no_event(pace, body):
     plan = Plan(KEEPING, Mean(), rules.sgd(0.5), cohort=5, codec=Feedback(TopK(0.5)), pace=pace, max_failed=1)
     (a, reports), (b, others) = (run(plan, engine_of(FLEETS[1], chunk, body=body), 6) for chunk in (None, 2))
     assert bits(a) == bits(b) and log(reports) == log(others)
 
 
-@pytest.mark.parametrize("pace", [Sync(), Buffered(3), Buffered(11), Bounded(2)], ids=repr)
-@pytest.mark.parametrize("cohort", [None, 5])
+@pytest.mark.parametrize(("pace", "cohort"), by_turns([Sync(), Buffered(3), Buffered(11), Bounded(2)], [5, None]))
 def test_a_state_put_down_in_flight_flies_on_the_same(pace, cohort):
     plan = Plan(KEEPING, Mean(), rules.sgd(0.5), cohort, Feedback(TopK(0.5)), pace, Quantize(8), max_failed=1)
     engine = engine_of(FLEETS[1])
@@ -262,7 +261,7 @@ def test_waves_keep_a_clients_order():
 def test_a_straggler_costs_the_fast_ones_little(pace):
     """One of four workers takes five times as long: the three others keep nine tenths of what they could do alone."""
     engine = engine_of(Fleet(Each((1.0, 1.0, 1.0, 5.0))), sizes=SIZES[:4])
-    _, reports = run(Plan(Gradient(), Mean(), rules.sgd(0.01), pace=pace), engine, 300)
+    _, reports = run(Plan(Gradient(), Mean(), rules.sgd(0.01), pace=pace), engine, 100)
     fast = sum(int((r.clients["id"] < 3).sum()) for r in reports)
     assert fast / reports[-1].now >= 0.9 * 3
 

@@ -72,6 +72,7 @@ def test_plain_descent_brings_every_split_to_least_squares(example, known):
         assert farthest(path, paths[0]) < 1e-12
 
 
+@pytest.mark.slow
 def test_the_error_shrinks_as_the_condition_number_says(example, data, known):
     """In the flattest direction each step multiplies the error by (κ−1)/(κ+1); it is all that is left after a while."""
     best, low, high = known

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import classification, far, regression, run, seeded, task_of
+from thinned import by_turns
 from torch import nn
 
 from atoll import baselines, grammar, recipes
@@ -44,8 +45,7 @@ def in_turn(*lengths):
     return hold(first, rounds=1) >> in_turn(*rest) if rest else constant(first)
 
 
-@pytest.mark.parametrize("keep", [(), ("order",), KEEP], ids=str)
-@pytest.mark.parametrize("body", ["lanes", "loop", "fused"])
+@pytest.mark.parametrize(("body", "keep"), by_turns(["lanes", "loop", "fused"], [(), ("order",), KEEP]))
 def test_a_schedule_that_never_changes_is_its_number_bit_for_bit(body, keep):
     rule = rules.sgd(0.1) if body == "fused" else ADAM  # sgd: so that steps are part of the backward pass
     same = [Train(rule, steps=s, batch=3, keep=keep) for s in (3, hold(3, rounds=2) >> 3, cosine(3, rounds=9, end=3))]

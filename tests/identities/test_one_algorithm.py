@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import classification, far, federation, regression, run, seeded, task_of
+from thinned import by_turns
 from torch import nn
 
 from atoll import recipes
@@ -165,8 +166,7 @@ def test_sgd_takes_the_first_rows_of_a_keyed_order(seed, rows, batch, dtype, bod
     assert far(state.model.theta, expected) < CLOSE[dtype]
 
 
-@pytest.mark.parametrize("body", ["lanes", "loop"])
-@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize(("statistics", "body"), by_turns([True, False], ["lanes", "loop"]))
 def test_a_large_client_in_many_passes_is_one_gradient(monkeypatch, body, statistics):
     """However many passes the rows of a client take, no pass is short of rows, and their mean is the gradient."""
     norm = nn.BatchNorm1d(6) if statistics else nn.Identity()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import KEY, MODELS, Transformer
 from problems import classification, far, regression, run, seeded, task_of, threads, tokens
+from thinned import by_turns
 from torch import nn
 
 from atoll import recipes
@@ -29,6 +30,7 @@ PLANS = {
     "batch norm": Plan(Train(rules.sgd(0.1, momentum=0.9), epochs=2, batch=4), Mean()),
 }
 USUAL = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean(), rules.sgd(1.0, momentum=0.5))
+DTYPES = by_turns(MODELS, [torch.float32, torch.float64])
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,7 @@ def engines(task, data):
     yield from (Workers(task, data, None, workers=workers) for workers in (2,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dtype"), DTYPES)
 def test_chunks_order_and_workers_change_no_bit(name, dtype):
     make, data_of = MODELS[name]
     data = data_of(SIZES)
@@ -90,8 +91,7 @@ def test_chunks_order_and_workers_change_no_bit(name, dtype):
 LOCAL = (recipes.diloco, recipes.local_sgd, recipes.post_local_sgd)
 
 
-@pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda recipe: recipe.__name__)
-@pytest.mark.parametrize("body", ["lanes", "loop"])
+@pytest.mark.parametrize(("recipe", "body"), by_turns(recipes.RECIPES, ["lanes", "loop"]))
 def test_no_recipe_knows_an_order(recipe, body):
     data = regression(SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), data, body)
@@ -164,8 +164,7 @@ def test_lanes_are_left_where_products_depend_on_memory(monkeypatch):
     assert choice.task.numerics == "loop" and "MKL_CBWR" in choice.reason
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dtype"), DTYPES)
 def test_lanes_are_the_loop_to_rounding(name, dtype):
     make, data_of = MODELS[name]
     data = data_of(SIZES)

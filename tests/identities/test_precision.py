@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import MODELS
 from problems import classification, run, seeded, task_of, tokens
+from thinned import by_turns, only
 from torch import nn
 
 import atoll
@@ -35,9 +36,13 @@ def _no_lstm() -> str:
 
 
 NO_LSTM = _no_lstm()
-SERVED = [
-    pytest.param(name, marks=pytest.mark.skipif(name == "lstm" and bool(NO_LSTM), reason=NO_LSTM)) for name in MODELS
-]
+
+
+def models(name):
+    """A model and its data, where this processor computes it in bfloat16."""
+    if name == "lstm" and NO_LSTM:
+        pytest.skip(NO_LSTM)
+    return MODELS[name]
 
 
 def bf16(task):
@@ -57,11 +62,10 @@ def test_digits_in_bfloat16_come_to_the_loss_of_float32():
     assert {p.dtype for p in ends[1].model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("body", ["lanes", "loop"])
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize(("name", "body"), by_turns(MODELS, ["lanes", "loop"]))
 def test_the_model_stays_in_float32(name, body):
     """θ, buffers, the server's optimizer and the loss are float32; so is the gradient, to what 8 bits are."""
-    make, make_data = MODELS[name]
+    make, make_data = models(name)
     module, data = make(), make_data(SIZES)
     task = task_of(module, data, body, torch.float32)
     plan = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean(), rules.adam(0.1))
@@ -76,14 +80,14 @@ def test_the_model_stays_in_float32(name, body):
     assert a.buffers.shape == b.buffers.shape and torch.allclose(a.buffers, b.buffers, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", only(MODELS.keys() - {"transformer"}, MODELS))
 def test_a_chunk_changes_no_bit(name):
     """Where lanes in bfloat16 depend on their neighbours the start of a run finds it, and takes the loop."""
-    make, make_data = MODELS[name]
+    make, make_data = models(name)
     data = make_data(SIZES)
     choice = choose(bf16(task_of(make(), data, dtype=torch.float32)), data, USUAL)
     assert choice.task.precision == "bf16" and choice.task.numerics in ("lanes", "loop")
-    ends = [run(USUAL, InProcess(choice.task, data, chunk))[0].model for chunk in (None, 1, 2, 3, 5, 9)]
+    ends = [run(USUAL, InProcess(choice.task, data, chunk))[0].model for chunk in (None, 1, 2, 5)]
     assert all(torch.equal(ends[0].theta, other.theta) for other in ends[1:]), choice
     assert all(torch.equal(ends[0].buffers, other.buffers) for other in ends[1:])
 

@@ -1,11 +1,13 @@
 """What every rank does in tests/parity/test_torchrun.py: all cases one after the other, and what each came to.
 
-torchrun --max-restarts 1 --nproc-per-node 2 ranks.py FOLDER [all]
+torchrun --max-restarts 1 --nproc-per-node 2 ranks.py FOLDER [all] [dies]
+python ranks.py FOLDER forked
 """
 
 import json
 import os
 import signal
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -144,8 +146,8 @@ def floats(module, plan, data, engine):
 
 
 def descends(model, loader, ctx):
-    """A user's own loop; the second rank dies in it, once, in round 3."""
-    first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    """A user's own loop; the second rank dies in it, once, in round 3, where it is told to."""
+    first = "dies" in sys.argv and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if first and os.environ["RANK"] == "1" and ctx.round == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     for x, y in loader:
@@ -174,5 +176,24 @@ def main(folder, cases):
     (folder / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(out))
 
 
+def fork(ranks):
+    """Start so many ranks, as torchrun does, and return in each; the process that they come from waits and exits."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    told["TORCHELASTIC_RESTART_COUNT"] = 0
+    pids = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update({name: str(value) for name, value in {**told, "RANK": rank, "LOCAL_RANK": rank}.items()})
+            return
+        pids.append(pid)
+    sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))
+
+
 if __name__ == "__main__":
+    if "forked" in sys.argv:
+        fork(2)
     main(Path(sys.argv[1]), list(cases()) if "all" in sys.argv else quick())

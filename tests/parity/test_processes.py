@@ -284,7 +284,7 @@ for report in training:
 @pytest.mark.parametrize(
     ("then", "signals"),
     [
-        pytest.param("pass", signal.SIGINT, id="Ctrl-C"),
+        pytest.param("pass", signal.SIGINT, id="Ctrl-C", marks=pytest.mark.slow),
         pytest.param("pass", signal.SIGKILL, id="kill -9", marks=pytest.mark.slow),
         pytest.param("raise SystemExit(3)", None, id="exit", marks=pytest.mark.slow),
     ],

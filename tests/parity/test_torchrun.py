@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from parity import ranks as theirs
+from thinned import only
 
 from atoll import recipes, rounds, runs
 from atoll.engine.inprocess import InProcess
@@ -24,18 +25,25 @@ ROOT = Path(__file__).parents[2]
 RANKS = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
 
 
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
+
+
 def torchrun(words, folder):
     """Start ranks in a folder, by the line that people write."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
-    return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=110)
+    return subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=110)
 
 
 def outcomes(folder, ranks, *which):
-    """What each rank wrote of the cases; the second one dies once on the way."""
+    """What each rank wrote of the cases; where it is told to, the second one dies once on the way."""
     words = ["--max-restarts", "1", "--nproc-per-node", str(ranks), theirs.__file__, str(folder), *which]
     done = torchrun(words, folder)
     assert done.returncode == 0, done.stderr[-4000:]
+    return written(folder, ranks)
+
+
+def written(folder, ranks):
     return [json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -46,7 +54,21 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    return outcomes(folder, 2)
+    """Two ranks as torchrun starts them, but of one process that imported torch for both."""
+    line = [sys.executable, theirs.__file__, str(folder), "forked"]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return written(folder, 2)
+
+
+# Importing torch is longer than all else, and torchrun, which starts every rank anew after a death, does it five times.
+@pytest.fixture(scope="module", params=only(["everybody lives"], ["everybody lives", "one dies"]))
+def lived(request, tmp_path_factory):
+    """How often ranks were started anew, what each wrote, and where."""
+    if request.param == "everybody lives":
+        return "0", request.getfixturevalue("two"), request.getfixturevalue("folder")
+    grave = tmp_path_factory.mktemp("dying")
+    return "1", outcomes(grave, 2, "dies"), grave
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +100,16 @@ def test_gradients_are_added_up_within_the_backward_pass(case, two):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_in_every_body(ranks, clients, tmp_path):
-    each = outcomes(tmp_path, ranks, "all")
+    each = outcomes(tmp_path, ranks, "all", "dies")
     for name, module, numerics, plan, words in theirs.cases():
         alone = theirs.outcome(module, numerics, plan, clients, InProcess, **words)
         assert [rank[name] for rank in each] == [alone] * ranks, name
 
 
-def test_a_rank_that_dies_changes_no_bit_and_no_row(two, folder, clients):
+def test_a_rank_that_dies_changes_no_bit_and_no_row(lived, clients):
     """The second rank was killed in round 3; torchrun started both anew, and they went on with the run of this job."""
-    assert [rank["run"]["restarts"] for rank in two] == ["1", "1"]
+    restarts, two, folder = lived
+    assert [rank["run"]["restarts"] for rank in two] == [restarts] * 2
     (path,) = runs.list_runs(folder / "runs")
     assert [rank["run"]["path"] for rank in two] == [path.name, None], "rank 0 alone writes"
     rows = runs.read_rows(path / "metrics.jsonl")

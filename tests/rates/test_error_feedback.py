@@ -16,6 +16,7 @@ from itertools import pairwise
 import pytest
 import torch
 from problems import federation, task_of
+from thinned import only
 from torch import nn
 
 from atoll.engine.inprocess import InProcess
@@ -85,12 +86,13 @@ class Lossy(Part):
 ONE = {TopK(0.1): 300, TopK(0.2) >> Quantize(8): 300, Sign(): 600}
 
 
-@pytest.mark.parametrize(("inner", "rounds"), ONE.items(), ids=map(repr, ONE))
-def test_feedback_reaches_the_optimum_of_one_client_at_a_constant_step(inner, rounds):
+@pytest.mark.parametrize("inner", only([TopK(0.1)], ONE), ids=repr)
+def test_feedback_reaches_the_optimum_of_one_client_at_a_constant_step(inner):
     """The gradient vanishes at θ*, and with it all that is kept."""
-    assert Bowls(1, 40).distances(Feedback(inner), 0.1, [rounds])[0] < 1e-6
+    assert Bowls(1, 40).distances(Feedback(inner), 0.1, [ONE[inner]])[0] < 1e-6
 
 
+@pytest.mark.slow  # that plain top-k stands still is shown below as well
 def test_top_k_alone_stalls_where_feedback_goes_on():
     """At a constant step: alone it stays where the kept coordinates balance; with feedback as far as the step is."""
     four = Bowls(4, 20)
@@ -100,7 +102,7 @@ def test_top_k_alone_stalls_where_feedback_goes_on():
     assert near < 0.35 * far and far < 0.5 * after
 
 
-@pytest.mark.parametrize("inner", [TopK(0.5), TopK(0.5) >> Quantize(8)], ids=repr)
+@pytest.mark.parametrize("inner", only([TopK(0.5)], [TopK(0.5), TopK(0.5) >> Quantize(8)]), ids=repr)
 def test_the_distance_of_unlike_clients_falls_with_a_falling_step(inner):
     """θ stays at about γ ē from a path that reaches θ*, and the mean memory ē does not grow: |θ − θ*| ~ γ ~ 1/t, and
     J − J* ~ 1/t², below 1e-6 where plain top-k stands still.
@@ -128,8 +130,8 @@ def test_feedback_reaches_the_optimum_of_unlike_clients_at_a_falling_step():
 WAYS = {"all": (None, 0.0, 0.3, 150), "lost": (None, 0.3, 0.3, 200), "part": (0.25, 0.0, 0.1, 600)}
 
 
-@pytest.mark.parametrize("inner", [TopK(0.2), TopK(0.2) >> Quantize(8)], ids=repr)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("inner", only([TopK(0.2) >> Quantize(8)], [TopK(0.2), TopK(0.2) >> Quantize(8)]), ids=repr)
+@pytest.mark.parametrize("way", only(["all", "lost"], WAYS))
 def test_a_shift_reaches_the_optimum_of_unlike_clients_at_a_constant_step(inner, way):
     cohort, lost, lr, rounds = WAYS[way]
     assert Bowls(8, 20).distances(Shift(inner), lr, [rounds], cohort, lost)[0] < 1e-6

@@ -20,6 +20,7 @@ from atoll.cli import main
 from atoll.cli.app import app
 from atoll.cli.spoken import as_flags
 from atoll.errors import AtollError
+from atoll.plan.plan import step
 
 
 def base(**told):
@@ -505,6 +506,36 @@ def test_traceback_is_shown_on_demand(atoll, monkeypatch):
 # Ctrl-C
 
 
+def went_on(atoll, out):
+    """What an interrupted command told is what is in its folder, and another command goes on from there."""
+    told = json.loads(out)
+    assert told["status"] == "interrupted"
+    rows = runs.read_rows(only_run() / "metrics.jsonl")
+    assert [row["round"] for row in rows] == list(range(told["rounds"]))
+    done = atoll("resume", "latest", "--rounds", told["rounds"] + 2, "--json", "--quiet")
+    assert json.loads(done.out)["rounds"] == told["rounds"] + 2
+    return told["rounds"]
+
+
+def test_first_interrupt_finishes_the_round(atoll, monkeypatch):
+    """In the middle of the third round, which counts."""
+    begun = []
+
+    def interrupted(plan, state, engine):
+        begun.append(state.round)
+        if state.round == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(plan, state, engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("atoll.training.step", interrupted)
+        done = atoll("run", *quick(rounds=100), "--json")
+    assert done.code == 130, done.err
+    assert begun == [0, 1, 2]
+    assert went_on(atoll, done.out) == 3
+
+
+@pytest.mark.slow
 def test_first_interrupt_finishes_the_round_and_second_command_goes_on(atoll):
     words = [*base(rounds=100000), "--set", "evaluate_every=0", "--json"]
     started = subprocess.Popen(
@@ -519,12 +550,7 @@ def test_first_interrupt_finishes_the_round_and_second_command_goes_on(atoll):
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=60)
     assert started.returncode == 130, err
-    told = json.loads(out)
-    assert told["status"] == "interrupted"
-    rows = runs.read_rows(only_run() / "metrics.jsonl")
-    assert [row["round"] for row in rows] == list(range(told["rounds"]))
-    done = atoll("resume", "latest", "--rounds", told["rounds"] + 2, "--json", "--quiet")
-    assert json.loads(done.out)["rounds"] == told["rounds"] + 2
+    went_on(atoll, out)
 
 
 def test_interrupt_while_data_is_read_exits_130(atoll, monkeypatch):

@@ -19,13 +19,14 @@ import io
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import atoll
+from atoll import report
 from atoll.cli.app import app
 from atoll.plan.names import PARTS
 from atoll.plan.plan import step
@@ -56,24 +57,35 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def named(pages: list[Path]) -> dict[str, list]:
-    return {"argvalues": pages, "ids": [str(page.relative_to(ROOT)) for page in pages]}
+def named(pages: list[Path], slow: Collection[str] = ()) -> dict[str, list]:
+    marked = [pytest.param(page, marks=pytest.mark.slow) if page.name in slow else page for page in pages]
+    return {"argvalues": marked, "ids": [str(page.relative_to(ROOT)) for page in pages]}
 
 
 RUN = [page for page in PAGES if any(block.word == "python" for block in blocks(page))]
+LONG = {"asynchrony.md", "compression.md", "formula.md", "models.md", "runs.md"}  # pages that train much
 TYPED = [page for page in PAGES if any(block.word == "sh" for block in blocks(page))]
 
 
 # python
 
 
-@pytest.mark.parametrize("page", **named(RUN))
+@pytest.mark.parametrize("page", **named(RUN, LONG))
 def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for variable in ("ATOLL_DATA", "ATOLL_DATASET", "ATOLL_OUT"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(canvas, "DPI", 40)  # pictures of few dots are drawn sooner
+    draw, drawn = report.draw, []
+
+    def once(folder, data=None):
+        """The report of a page's first run; that any run can be drawn has tests of its own."""
+        if not drawn:
+            draw(folder, data)
+        drawn.append(folder)
+
+    monkeypatch.setattr(report, "draw", once)
     space: dict[str, object] = {"__name__": "__main__"}
     printed = ""
     for word, code, line, behind in blocks(page):

@@ -148,7 +148,8 @@ MACHINE = re.compile(r"(?<![\w.:/~})-])/(?:root|work|opt|Users|home/\w+)/")
 
 
 def texts() -> Iterator[Path]:
-    yield from (path for path in ROOT.iterdir() if path.is_file() and path.suffix in TEXT)
+    # Where there are several working trees, .git is a file, and git writes a path into it.
+    yield from (path for path in ROOT.iterdir() if path.is_file() and path.suffix in TEXT and path.name != ".git")
     for folder in ("src", "tests", "docs", "examples", "benchmarks", "decisions", "changes", ".ci"):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and path.suffix in TEXT and not {"__pycache__", "_build"} & set(path.parts):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from problems import needs_native
+from thinned import only
 
 import atoll.data
 from atoll import recipes
@@ -38,6 +39,7 @@ RUNS = {
     "until the deadline": (replace(BASE, pace=Sync(deadline_s=1.2)), FLEET),
     "what there is": (replace(BASE, pace=Sync(deadline_s=1.2, partial=True)), FLEET),
 }
+QUICK = ["everyone again", "several times a round", "by age", "more than are wanted", "until the deadline"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def data():
     return atoll.data.load("wine").split(6)
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=only(QUICK, RUNS))
 def run(request, data, tmp_path_factory):
     plan, fleet = RUNS[request.param]
     out = tmp_path_factory.mktemp("runs")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from thinned import only
 
 import atoll.data
 from atoll import recipes
@@ -144,7 +145,11 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+# Drawn in the quick run: those that leave most out, and those that have most in them.
+EXTREME = ["no round", "no clients given", "not finite", "one client", "many clients", "many classes", "nobody at work"]
+
+
+@pytest.mark.parametrize("shape", only(EXTREME, SHAPES))
 def test_every_shape_of_run_is_drawn(shape, tmp_path):
     rows, events, data = SHAPES[shape]
     page = drawn(written(tmp_path / "run", rows, [*events, STOP]), data)

@@ -123,15 +123,15 @@ def data():
     return atoll.data.load("wine").split(4)
 
 
-def flew(data, tmp_path, pace, fleet=STRAGGLER, count=12, recipe=None):
+def flew(data, tmp_path, pace, fleet=STRAGGLER, count=12, recipe=None, **words):
     plan = replace(recipe or recipes.fedavg(lr=0.1), pace=pace)
-    return train("softmax", data, plan, rounds=count, out=tmp_path, fleet=fleet, numerics="lanes")
+    return train("softmax", data, plan, rounds=count, out=tmp_path, fleet=fleet, numerics="lanes", **words)
 
 
 def test_everybody_waits_for_the_straggler_or_nobody_does(data, tmp_path):
     parts = {}
     for pace in (Sync(), Bounded(5)):
-        record = Record.read(flew(data, tmp_path, pace, count=20).path)
+        record = Record.read(flew(data, tmp_path, pace, count=20, report=False).path)
         flights = record.events.flights
         until = flights.window(record.series("clock")[1], flying=pace.flies_on)
         shown = flights.among(until)
