@@ -26,7 +26,6 @@ import struct
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +38,6 @@ _TILE = 1 << 18  # numbers worked on at once: with their digits they stay near a
 _FAR_TILE = 1 << 24  # the same where a kernel is only worth its start for many numbers
 _NATIVE = True  # tests look at both ways
 _MANY = 1 << 17  # numbers from which on a second thread is worth its start
-_FEW = 256  # numbers of a sum that are finished by NumPy
 _EMPTY = -128  # the place of a block of zeros
 CAPACITY = 1 << 28
 LARGEST = 2.0**900
@@ -220,46 +218,38 @@ def total(digits: Digits) -> Tensor:
     Two digits round once, whatever they are. The same sum may stand as other digits, so of three and more, what a place
     has too much is carried to the next first; and by its absolute value, so that a sum of opposites is the opposite.
     """
-    some = next(iter(digits.values()))
-    if some.numel() <= _FEW and some.is_cpu:  # a call of NumPy's takes a fifth of one of torch's
-        return torch.from_numpy(_total(np, {place: digit.numpy() for place, digit in digits.items()}))
-    return _total(torch, digits)  # type: ignore[no-any-return]
-
-
-def _total(xp: Any, digits: dict[int, Any]) -> Any:
-    """`total`, in arrays of NumPy's or torch's: whichever `xp` is."""
     if len(digits) < 3:
         return _added(digits)
-    sign = _sign(xp, _carried(xp, digits))
-    return sign * _added(_carried(xp, {place: digit * sign for place, digit in digits.items()}))
+    sign = _sign(_carried(digits))
+    return _added(_carried({place: digit * sign for place, digit in digits.items()})).mul_(sign)
 
 
-def _added(digits: dict[int, Any]) -> Any:
+def _added(digits: Digits) -> Tensor:
     first, *rest = (digits[place] for place in sorted(digits, reverse=True))
-    out = 1.0 * first
+    out = first.to(torch.float64, copy=True)
     for digit in rest:
         out += digit
     return out
 
 
-def _carried(xp: Any, digits: dict[int, Any]) -> dict[int, Any]:
+def _carried(digits: Digits) -> Digits:
     """The same sum with every digit but the largest in [−2²⁵, 2²⁵) of its place."""
     top, out = max(digits), {}
-    carry = xp.zeros_like(digits[top])
+    carry = torch.zeros_like(digits[top])
     for place in range(min(digits), top):
         digit, unit = digits[place] + carry if place in digits else carry, 2.0 ** (WIDTH * (place + 1))
-        carry = xp.floor(digit / unit + 0.5) * unit
+        carry = torch.floor(digit / unit + 0.5).mul_(unit)
         out[place] = digit - carry
     out[top] = digits[top] + carry
     return out
 
 
-def _sign(xp: Any, carried: dict[int, Any]) -> Any:
+def _sign(carried: Digits) -> Tensor:
     """The sign of a sum whose digits are carried, 1 or −1: that of the first digit which is not 0."""
-    lead = xp.zeros_like(next(iter(carried.values())))
+    lead = torch.zeros_like(next(iter(carried.values())))
     for place in sorted(carried):
-        lead = xp.where(carried[place] == 0, lead, carried[place])
-    return 1.0 - 2.0 * (lead < 0)
+        lead = torch.where(carried[place] == 0, lead, carried[place])
+    return torch.where(lead < 0, -1.0, 1.0).to(lead.dtype)
 
 
 def check_capacity(weight: int, rule: Any) -> None:
