@@ -39,7 +39,7 @@ class Shuffled(InProcess):
 
     by: int = 0
 
-    def _chunks(self, plan, task, codes, down):
+    def _chunks(self, plan, task, codes, down, scale=1.0):
         key = Key(self.by)
         order = key.permutation(len(codes))
         chunks = list(super()._chunks(plan, task, codes[order], down[order]))

@@ -440,10 +440,12 @@ static void to_input(const Stage *s, const REAL *dy, I rows, const REAL *turned,
 INLINE void weights(const int mr, const REAL *a, const REAL *b, const Terms t, REAL factor, int keep, REAL *to) {
     V c[MR][2];
     tile(mr, 1, &a, b, t, c);
+    REAL f = factor;
+    __asm__("" : "+m"(f)); /* read again: while sums are taken, no register is left for it */
 #pragma GCC unroll 6
     for (int m = 0; m < mr; m++, to += NR) {
-        store(to, keep ? load(to) + factor * c[m][0] : factor * c[m][0]);
-        store(to + VL, keep ? load(to + VL) + factor * c[m][1] : factor * c[m][1]);
+        store(to, keep ? load(to) + f * c[m][0] : f * c[m][0]);
+        store(to + VL, keep ? load(to + VL) + f * c[m][1] : f * c[m][1]);
     }
 }
 
@@ -631,7 +633,7 @@ static I pass(const Crew *crew, Bench *bench, const I *rows, const REAL *y, cons
 }
 
 /* Have the rows of a step near before they are needed. */
-static void ahead(const Job *job, const I *rows, I n) {
+INLINE void ahead(const Job *job, const I *rows, I n) {
     const I size = job->features * (job->bytes ? 1 : (I)sizeof(REAL));
     for (I b = 0; b < least(n, ROWS); b++)
         for (I i = 0; i < size; i += 64) __builtin_prefetch((const char *)job->x + rows[b] * size + i);

@@ -36,13 +36,13 @@ typedef struct {
     I clients, d, stride;
     I lowest, threads;
     int8_t *tops;            /* [block][client]: the place of the largest number, EMPTY for zeros */
+    int8_t *done;            /* [block]: whether it has been added; not where a place had no digits yet */
     const double *weights;   /* [client] */
-    double *const *digits;   /* of places lowest … */
+    double *const *digits;   /* of places lowest …, as far as there are any */
 } Job;
 
 typedef struct {
     const Job *job;
-    void (*each)(const Job *, I block);
     _Atomic I next;
 } Crew;
 
@@ -77,6 +77,7 @@ static void find(const Job *job, I block) {
 static void fold(const Job *job, I block) {
     I n;
     const I at = begins(job, block, &n);
+    find(job, block);
     const int8_t *tops = job->tops + block * job->clients;
     int low = 127, high = EMPTY;
     for (I k = 0; k < job->clients; k++)
@@ -84,6 +85,10 @@ static void fold(const Job *job, I block) {
             low = tops[k] < low ? tops[k] : low;
             high = tops[k] > high ? tops[k] : high;
         }
+    for (I k = 0; k < job->clients; k++)
+        for (int j = 0; tops[k] != EMPTY && j < KEPT && tops[k] - j >= job->lowest; j++)
+            if (!job->digits[tops[k] - j - job->lowest]) return;
+    job->done[block] = 1;
     for (int top = high; top >= low && top != EMPTY; top--) {
         const int kept = top - KEPT >= job->lowest ? KEPT : (int)(top - job->lowest) + 1;
         double anchor[KEPT];
@@ -97,6 +102,8 @@ static void fold(const Job *job, I block) {
                 if (!some) memset(sum, 0, sizeof sum);
                 some = 1;
                 const REAL *x = job->rows + k * job->stride + at + from;
+                if (k + 1 < job->clients) /* the next client's begin elsewhere, where nobody expects a reader */
+                    for (I i = 0; i < m; i += 64 / (I)sizeof(REAL)) __builtin_prefetch(x + job->stride + i);
                 const double w = job->weights[k];
                 for (I i = 0; i < m; i++) {
                     double left = x[i];
@@ -119,12 +126,14 @@ static void fold(const Job *job, I block) {
 static void *work(void *given) {
     Crew *crew = given;
     const I blocks = (crew->job->d + BLOCK - 1) / BLOCK;
-    for (I b; (b = atomic_fetch_add(&crew->next, 1)) < blocks;) crew->each(crew->job, b);
+    for (I b; (b = atomic_fetch_add(&crew->next, 1)) < blocks;)
+        if (!crew->job->done[b]) fold(crew->job, b);
     return 0;
 }
 
-static void all(const Job *job, void (*each)(const Job *, I)) {
-    Crew crew = {.job = job, .each = each};
+/* Add every block whose places have digits already, and has not been added yet. */
+void add(const Job *job) {
+    Crew crew = {.job = job};
     const I more = job->threads - 1;
     pthread_t threads[more > 0 ? more : 1];
     I begun = 0;
@@ -132,6 +141,3 @@ static void all(const Job *job, void (*each)(const Job *, I)) {
     work(&crew);
     for (I i = 0; i < begun; i++) pthread_join(threads[i], 0);
 }
-
-void tops(const Job *job) { all(job, find); }
-void add(const Job *job) { all(job, fold); }

@@ -41,6 +41,7 @@ _MANY = 1 << 17  # numbers from which on a second thread is worth its start
 _EMPTY = -128  # the place of a block of zeros
 CAPACITY = 1 << 28
 LARGEST = 2.0**900
+_HIGHEST = 1024 // WIDTH
 _LOWEST = -41  # 2^(26·−41) = 2^−1066: below it float64 has only the last bits of its subnormal numbers
 
 Digits = dict[int, Tensor]  # place → float64 [d], multiples of 2^(26·place)
@@ -96,6 +97,7 @@ class _Job(ctypes.Structure):
         ("lowest", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("tops", ctypes.c_void_p),
+        ("done", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("digits", ctypes.c_void_p),
     ]
@@ -104,23 +106,23 @@ class _Job(ctypes.Structure):
 def _add_natively(native: ctypes.CDLL, digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
     """The same digits, read in one pass over the rows."""
     (k, d), whole = rows.shape, weights.to(torch.float64)
-    tops = torch.empty(-(-d // BLOCK), k, dtype=torch.int8)
-    threads = torch.get_num_threads() if rows.numel() >= _MANY else 1
-    told = (rows.data_ptr(), k, d, rows.stride(0), _LOWEST, threads)
-    job = _Job(*told, tops.data_ptr(), whole.data_ptr(), None)
-    native.tops(ctypes.byref(job))
-    first = tops.unique().tolist()
-    kept = range(places(rows.dtype))
-    used = {top - j for top in first if top != _EMPTY for j in kept if top - j >= _LOWEST}
-    for place in used - digits.keys():
-        digits[place] = rows.new_zeros(d, dtype=torch.float64)
-    if not digits:
-        digits[_LOWEST] = rows.new_zeros(d, dtype=torch.float64)
-    table = (ctypes.c_void_p * (max(digits) - _LOWEST + 1))()
+    tops, done = torch.empty(-(-d // BLOCK), k, dtype=torch.int8), torch.zeros(-(-d // BLOCK), dtype=torch.int8)
+    table = (ctypes.c_void_p * (_HIGHEST - _LOWEST + 1))()
     for place, digit in digits.items():
         table[place - _LOWEST] = digit.data_ptr()
-    job.digits = ctypes.addressof(table)
+    threads = torch.get_num_threads() if rows.numel() >= _MANY else 1
+    told = (rows.data_ptr(), k, d, rows.stride(0), _LOWEST, threads, tops.data_ptr(), done.data_ptr())
+    job = _Job(*told, whole.data_ptr(), ctypes.addressof(table))
     native.add(ctypes.byref(job))
+    if not bool(done.all()):  # a place is met for the first time
+        met = tops[done == 0].unique().tolist()
+        used = {top - j for top in met if top != _EMPTY for j in range(places(rows.dtype)) if top - j >= _LOWEST}
+        for place in used - digits.keys():
+            digits[place] = rows.new_zeros(d, dtype=torch.float64)
+            table[place - _LOWEST] = digits[place].data_ptr()
+        native.add(ctypes.byref(job))
+    if not digits:
+        digits[_LOWEST] = rows.new_zeros(d, dtype=torch.float64)
     return digits
 
 
