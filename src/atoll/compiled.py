@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from atoll.fused import Bias, Convolution, Dense, Heard, Pool, Program, Relu, Shape, Steps, ToMaps, ToRows, Unserved
-from atoll.native import library
+from atoll.native import library, threads_now
 
 _AHEAD = 1 << 22  # numbers of rows that are read at once where they do not lie in memory
 _ALONE = 1 << 21  # products that are over before a second thread has begun
@@ -230,7 +230,7 @@ def _run(
         count_offsets=count_offsets.data_ptr(),
         steps=len(steps),
         clients=lanes[0],
-        threads=1 if work < _ALONE else torch.get_num_threads(),
+        threads=1 if work < _ALONE else threads_now(torch.get_num_threads()),
         theta=theta.data_ptr(),
         theta_stride=theta.shape[-1] if theta.dim() == 2 else 0,
         asked=asked,

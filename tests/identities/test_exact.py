@@ -98,6 +98,18 @@ def test_same_bits_for_every_order_and_grouping(aggregator, problem):
     assert bits(grouped(aggregator, rows, weights, rng), aggregator) == expected
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2.0**901, None])
+def test_what_cannot_be_added_is_found(dtype, bad, monkeypatch):
+    monkeypatch.setattr(exact, "_MANY", 1)
+    rows = torch.ones(3, BLOCK + 7, dtype=dtype)
+    rows[0, 0] = -float(min(exact.LARGEST, torch.finfo(dtype).max))
+    assert exact.bounded(rows)
+    if bad is not None:
+        rows[1, BLOCK + 2] = bad  # 2^901 is infinite in float32
+        assert not exact.bounded(rows)
+
+
 @needs_native
 @given(problems())
 def test_native_code_reads_the_same_digits(problem):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from atoll import native
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import fly, message
 from atoll.engine.device import free
@@ -20,6 +21,7 @@ from atoll.engine.tuning import Setting, Tuning
 from atoll.engine.work import Haul, Work, births, chunks, cut, gathered, own_task
 from atoll.errors import UsageError
 from atoll.layout import Layout
+from atoll.plan.codec import Identity
 from atoll.plan.flight import Flight, waves
 from atoll.plan.lanes import HOST
 from atoll.plan.plan import Gathered, Plan, State
@@ -81,7 +83,7 @@ class InProcess:
         if self._tries(task, len(flown.arrived)):
             haul = self._timed(work, flown.arrived, state.memory.first)
         else:
-            with threads_for(task, cohort.ids.shape[0]):
+            with threads_for(task, cohort.ids.shape[0], plan):
                 haul = self._haul(work, flown.arrived, state.memory.first)
         return gathered(plan, state, flown, haul, self.room)
 
@@ -92,15 +94,15 @@ class InProcess:
     def _timed(self, work: Work, arrived: list[Flight], first: Tensors) -> Haul:
         """The same work by the setting that is to be tried, or that was quickest."""
         before, began = torch.get_num_threads(), time.perf_counter()
-        with threads_for(work.task, len(arrived)):
+        with threads_for(work.task, len(arrived), work.plan):
             usual = torch.get_num_threads()
-        others = () if work.task.numerics == "compiled" or work.task.slow_in_lanes else (1, before)
-        setting = self.tuning.setting(Setting(1.0, usual), others)
-        torch.set_num_threads(setting.threads)
-        try:
-            haul = self._haul(work, arrived, first, setting.chunk)
-        finally:
-            torch.set_num_threads(before)
+            others = () if work.task.numerics == "compiled" or work.task.slow_in_lanes else (1, before)
+            setting = self.tuning.setting(Setting(1.0, usual), others)
+            torch.set_num_threads(setting.threads)
+            try:
+                haul = self._haul(work, arrived, first, setting.chunk)
+            finally:
+                torch.set_num_threads(usual)
         if not self.tuning.over:
             rows = int(self.data.sizes[torch.tensor([flight.client for flight in arrived])].sum())
             self.tuning.heard(rows, time.perf_counter() - began)
@@ -128,19 +130,25 @@ def check_chunk(chunk: int | None) -> None:
 
 
 @contextlib.contextmanager
-def threads_for(task: Task, lanes: int = 1) -> Iterator[None]:
+def threads_for(task: Task, lanes: int = 1, plan: Plan | None = None) -> Iterator[None]:
     """Let torch use one thread for a small model, and then as many as before. It changes no bit.
 
     A kernel of a small model is over before a second thread has woken; on a busy machine the first then waits for it.
-    By hand, one kernel goes through all lanes, of which there are so many; native code counts its threads itself.
+    By hand, one kernel goes through all lanes, of which there are so many. Native code takes all threads for itself,
+    where no codec wants them.
     """
     before = torch.get_num_threads()
-    size = task.layout.d * lanes // 4 if task.numerics == "fused" else task.layout.d
-    if before == 1 or size >= _SMALL or task.slow_in_lanes or task.numerics == "compiled":
+    if task.numerics == "compiled":
+        small = plan is not None and isinstance(plan.codec, Identity)
+    else:
+        size = task.layout.d * lanes // 4 if task.numerics == "fused" else task.layout.d
+        small = size < _SMALL and not task.slow_in_lanes
+    if before == 1 or not small:
         yield
         return
     torch.set_num_threads(1)
     try:
-        yield
+        with native.threads(before):
+            yield
     finally:
         torch.set_num_threads(before)

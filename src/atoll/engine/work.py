@@ -22,7 +22,7 @@ from atoll.engine.arrivals import Flown, nbytes
 from atoll.engine.device import give_back, out_of_memory
 from atoll.engine.room import Room, lanes_of, no_sum, too_large
 from atoll.errors import AtollError, RunError
-from atoll.plan.aggregate.exact import LARGEST
+from atoll.plan.aggregate.exact import LARGEST, bounded
 from atoll.plan.flight import Flight
 from atoll.plan.lanes import HOST, Lanes
 from atoll.plan.plan import Failure, Gathered, Plan, State, part_of
@@ -241,10 +241,8 @@ class Work:
         many = ids.shape[0]
         good = None
         for name, rows in (*contribution.means.items(), *contribution.sums.items()):
-            if rows.numel():
-                low, high = torch.aminmax(rows)  # one NaN makes both of them NaN
-                if float(high) <= LARGEST and float(low) >= -LARGEST:
-                    continue
+            if rows.numel() and bounded(rows.reshape(many, -1)):
+                continue
             flat = rows.reshape(many, -1)
             finite = ((flat.amax(1) <= LARGEST) & (flat.amin(1) >= -LARGEST)).to(ids.device)
             good = torch.ones_like(finite) if good is None else good

@@ -16,12 +16,36 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 _OWN = "export ATOLL_CACHE=/folder/of/your/own"
 _LINK = ("-shared", "-fPIC", "-pthread")
+
+
+_THREADS: ContextVar[int] = ContextVar("threads of native code", default=0)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Let native code use n threads for a while, whatever torch uses.
+
+    Threads of torch's that have nothing to do go on spinning for milliseconds, on the cores that ours would need.
+    """
+    before = _THREADS.set(n)
+    try:
+        yield
+    finally:
+        _THREADS.reset(before)
+
+
+def threads_now(otherwise: int) -> int:
+    """How many threads native code uses; `otherwise` where nobody has said."""
+    return _THREADS.get() or otherwise
 
 
 class Unbuilt(Exception):

@@ -13,7 +13,9 @@
 #define WIDTH 26
 #define BLOCK 4096
 #define PIECE 512 /* coordinates whose two sums stay in the nearest memory */
+#define TOGETHER 4 /* clients read side by side */
 #define EMPTY (-128)
+#define BEYOND 127 /* the place of a number that is not finite, or so large that it cannot be added */
 
 #ifdef WIDE
 #define REAL double
@@ -21,12 +23,14 @@
 #define SIGNLESS (~0ull >> 1)
 #define FREXP frexp
 #define KEPT 3
+#define MOST 0x7830000000000000ull /* 2^900 */
 #else
 #define REAL float
 #define BITS uint32_t
 #define SIGNLESS (~0u >> 1)
 #define FREXP frexpf
 #define KEPT 2
+#define MOST 0x7f7fffffu /* the largest of all */
 #endif
 
 typedef int64_t I;
@@ -43,12 +47,15 @@ typedef struct {
 
 typedef struct {
     const Job *job;
+    void (*each)(const Job *, I block);
     _Atomic I next;
 } Crew;
 
+static I least(I a, I b) { return a < b ? a : b; }
+
 static I begins(const Job *job, I block, I *length) {
     const I at = block * BLOCK;
-    *length = job->d - at < BLOCK ? job->d - at : BLOCK;
+    *length = least(job->d - at, BLOCK);
     return at;
 }
 
@@ -70,7 +77,29 @@ static void find(const Job *job, I block) {
         FREXP(largest, &exponent);
         I top = exponent >= 0 ? exponent / WIDTH : -((WIDTH - 1 - exponent) / WIDTH);
         top = top < job->lowest ? job->lowest : top;
-        job->tops[block * job->clients + k] = (int8_t)(most ? top : EMPTY);
+        job->tops[block * job->clients + k] = most > MOST ? BEYOND : (int8_t)(most ? top : EMPTY);
+    }
+}
+
+/* Add the digits of some clients' weighted numbers, read side by side, to the sums of each place. */
+static inline __attribute__((always_inline)) void taken(const int many, const REAL *const *x, const double *w,
+                                                        const double *anchor, double sum[KEPT][PIECE], I m) {
+    for (I i = 0; i < m; i++) {
+        double s[KEPT];
+#pragma GCC unroll 3
+        for (int j = 0; j < KEPT; j++) s[j] = sum[j][i];
+#pragma GCC unroll 4
+        for (int c = 0; c < many; c++) {
+            double left = x[c][i];
+#pragma GCC unroll 3
+            for (int j = 0; j < KEPT; j++) {
+                const double digit = left + anchor[j] - anchor[j];
+                s[j] += w[c] * digit;
+                left -= digit;
+            }
+        }
+#pragma GCC unroll 3
+        for (int j = 0; j < KEPT; j++) sum[j][i] = s[j];
     }
 }
 
@@ -94,26 +123,27 @@ static void fold(const Job *job, I block) {
         double anchor[KEPT];
         for (int j = 0; j < KEPT; j++) anchor[j] = ldexp(1.5, 52 + WIDTH * (top - j < job->lowest ? top : top - j));
         for (I from = 0; from < n; from += PIECE) {
-            const I m = n - from < PIECE ? n - from : PIECE;
+            const I m = least(n - from, PIECE);
             double sum[KEPT][PIECE];
             int some = 0;
-            for (I k = 0; k < job->clients; k++) {
-                if (tops[k] != top) continue;
+            for (I k = 0, n_at; k < job->clients; k = n_at) {
+                const REAL *x[TOGETHER];
+                double w[TOGETHER];
+                int many = 0;
+                for (n_at = k; n_at < job->clients && many < TOGETHER; n_at++) {
+                    if (tops[n_at] != top) continue;
+                    x[many] = job->rows + n_at * job->stride + at + from, w[many++] = job->weights[n_at];
+                }
+                if (!many) break;
                 if (!some) memset(sum, 0, sizeof sum);
                 some = 1;
-                const REAL *x = job->rows + k * job->stride + at + from;
-                if (k + 1 < job->clients) /* the next client's begin elsewhere, where nobody expects a reader */
-                    for (I i = 0; i < m; i += 64 / (I)sizeof(REAL)) __builtin_prefetch(x + job->stride + i);
-                const double w = job->weights[k];
-                for (I i = 0; i < m; i++) {
-                    double left = x[i];
-#pragma GCC unroll 3
-                    for (int j = 0; j < KEPT; j++) {
-                        const double digit = left + anchor[j] - anchor[j];
-                        sum[j][i] += w * digit;
-                        left -= digit;
-                    }
-                }
+                for (I j = n_at; j < least(n_at + TOGETHER, job->clients); j++) /* where nobody expects a reader */
+                    for (I i = 0; i < m; i += 64 / (I)sizeof(REAL))
+                        __builtin_prefetch(job->rows + j * job->stride + at + from + i);
+                if (many == TOGETHER)
+                    taken(TOGETHER, x, w, anchor, sum, m);
+                else
+                    for (int c = 0; c < many; c++) taken(1, x + c, w + c, anchor, sum, m);
             }
             for (int j = 0; some && j < kept; j++) {
                 double *digit = job->digits[top - j - job->lowest] + at + from;
@@ -123,17 +153,19 @@ static void fold(const Job *job, I block) {
     }
 }
 
+static void fold_once(const Job *job, I block) {
+    if (!job->done[block]) fold(job, block);
+}
+
 static void *work(void *given) {
     Crew *crew = given;
     const I blocks = (crew->job->d + BLOCK - 1) / BLOCK;
-    for (I b; (b = atomic_fetch_add(&crew->next, 1)) < blocks;)
-        if (!crew->job->done[b]) fold(crew->job, b);
+    for (I b; (b = atomic_fetch_add(&crew->next, 1)) < blocks;) crew->each(crew->job, b);
     return 0;
 }
 
-/* Add every block whose places have digits already, and has not been added yet. */
-void add(const Job *job) {
-    Crew crew = {.job = job};
+static void all(const Job *job, void (*each)(const Job *, I)) {
+    Crew crew = {.job = job, .each = each};
     const I more = job->threads - 1;
     pthread_t threads[more > 0 ? more : 1];
     I begun = 0;
@@ -141,3 +173,9 @@ void add(const Job *job) {
     work(&crew);
     for (I i = 0; i < begun; i++) pthread_join(threads[i], 0);
 }
+
+/* The place of the largest number of every block. */
+void tops(const Job *job) { all(job, find); }
+
+/* Add every block whose places have digits already, and has not been added yet. */
+void add(const Job *job) { all(job, fold_once); }

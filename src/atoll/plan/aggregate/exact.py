@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import UsageError
-from atoll.native import present
+from atoll.native import present, threads_now
 
 WIDTH = 26
 BLOCK = 4096
@@ -38,6 +38,7 @@ _TILE = 1 << 18  # numbers worked on at once: with their digits they stay near a
 _FAR_TILE = 1 << 24  # the same where a kernel is only worth its start for many numbers
 _NATIVE = True  # tests look at both ways
 _MANY = 1 << 17  # numbers from which on a second thread is worth its start
+_BEYOND = 127  # the place of a block that cannot be added
 _EMPTY = -128  # the place of a block of zeros
 CAPACITY = 1 << 28
 LARGEST = 2.0**900
@@ -69,7 +70,7 @@ def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
     Reference: Demmel and Nguyen, Parallel Reproducible Summation, 2015: sums in fixed bins of exponents.
     """
     d = rows.shape[1]
-    native = present("exact", *(("WIDE",) if rows.dtype == torch.float64 else ())) if _fits(rows) else None
+    native = _library(rows)
     if native is not None:
         return _add_natively(native, digits, rows, weights)
     whole = d - d % BLOCK  # the last block stands by itself where it is shorter than the others
@@ -81,9 +82,11 @@ def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
     return digits
 
 
-def _fits(rows: Tensor) -> bool:
-    """Whether native code reads these rows."""
-    return _NATIVE and rows.dtype in (torch.float32, torch.float64) and rows.is_cpu and rows.stride(1) == 1
+def _library(rows: Tensor) -> ctypes.CDLL | None:
+    """Native code for these rows, where there is any."""
+    if not _NATIVE or not rows.is_cpu or rows.dtype not in (torch.float32, torch.float64) or rows.stride(-1) != 1:
+        return None
+    return present("exact", *(("WIDE",) if rows.dtype == torch.float64 else ()))
 
 
 class _Job(ctypes.Structure):
@@ -103,26 +106,43 @@ class _Job(ctypes.Structure):
     ]
 
 
-def _add_natively(native: ctypes.CDLL, digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
-    """The same digits, read in one pass over the rows."""
-    (k, d), whole = rows.shape, weights.to(torch.float64)
+def bounded(rows: Tensor) -> bool:
+    """Whether all numbers of rows `[K, d]` are finite, and at most `LARGEST`: whether they can be added."""
+    native = _library(rows)
+    if native is not None and rows.numel() >= _MANY:
+        job, (tops, *_) = _job(rows)
+        native.tops(ctypes.byref(job))
+        return not bool((tops == _BEYOND).any())
+    low, high = torch.aminmax(rows)  # one NaN makes both of them NaN
+    return float(high) <= LARGEST and float(low) >= -LARGEST
+
+
+def _job(rows: Tensor, weights: Tensor | None = None) -> tuple[_Job, tuple[Any, ...]]:
+    """A job, and what must live as long: places of blocks, blocks that are done, and the table of digits."""
+    k, d = rows.shape
     tops, done = torch.empty(-(-d // BLOCK), k, dtype=torch.int8), torch.zeros(-(-d // BLOCK), dtype=torch.int8)
     table = (ctypes.c_void_p * (_HIGHEST - _LOWEST + 1))()
+    threads = threads_now(torch.get_num_threads()) if rows.numel() >= _MANY else 1
+    told = (rows.data_ptr(), k, d, rows.stride(0), _LOWEST, threads, tops.data_ptr(), done.data_ptr())
+    return _Job(*told, None if weights is None else weights.data_ptr(), ctypes.addressof(table)), (tops, done, table)
+
+
+def _add_natively(native: ctypes.CDLL, digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
+    """The same digits, read in one pass over the rows."""
+    whole = weights.to(torch.float64)
+    job, (tops, done, table) = _job(rows, whole)
     for place, digit in digits.items():
         table[place - _LOWEST] = digit.data_ptr()
-    threads = torch.get_num_threads() if rows.numel() >= _MANY else 1
-    told = (rows.data_ptr(), k, d, rows.stride(0), _LOWEST, threads, tops.data_ptr(), done.data_ptr())
-    job = _Job(*told, whole.data_ptr(), ctypes.addressof(table))
     native.add(ctypes.byref(job))
     if not bool(done.all()):  # a place is met for the first time
         met = tops[done == 0].unique().tolist()
         used = {top - j for top in met if top != _EMPTY for j in range(places(rows.dtype)) if top - j >= _LOWEST}
         for place in used - digits.keys():
-            digits[place] = rows.new_zeros(d, dtype=torch.float64)
+            digits[place] = rows.new_zeros(rows.shape[1], dtype=torch.float64)
             table[place - _LOWEST] = digits[place].data_ptr()
         native.add(ctypes.byref(job))
     if not digits:
-        digits[_LOWEST] = rows.new_zeros(d, dtype=torch.float64)
+        digits[_LOWEST] = rows.new_zeros(rows.shape[1], dtype=torch.float64)
     return digits
 
 
