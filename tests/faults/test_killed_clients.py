@@ -103,6 +103,16 @@ def test_a_killed_client_is_one_not_heard(name, how, body, chunk):
     assert set(state.memory.touched().tolist()) == (set(range(7)) - who if keeps else set())
 
 
+@pytest.mark.parametrize("how", ["nan", "inf", "-inf"])
+def test_in_float32_too(how):
+    """Where the bound itself, 2^900, is infinite."""
+    data, who, local = classification(SIZES), frozenset((0, 4, 5)), LOCALS["gradient"]
+    engine = InProcess(task_of(mlp(), data, "lanes", torch.float32), data)
+    state, reports = run(Plan(Sick(local, who, how), Mean()), engine, 2)
+    assert {f.client for report in reports for f in report.failures} == set(who)
+    assert bool(torch.isfinite(state.model.theta).all())
+
+
 def test_what_a_lost_client_keeps_stands_still():
     data, local = classification(SIZES), LOCALS["keeps"]
     engine = InProcess(task_of(mlp(), data), data)

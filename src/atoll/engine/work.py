@@ -244,7 +244,8 @@ class Work:
             if rows.numel() and bounded(rows.reshape(many, -1)):
                 continue
             flat = rows.reshape(many, -1)
-            finite = ((flat.amax(1) <= LARGEST) & (flat.amin(1) >= -LARGEST)).to(ids.device)
+            high, low = flat.amax(1).double(), flat.amin(1).double()  # in float32 the bound itself is infinite
+            finite = ((high <= LARGEST) & (low >= -LARGEST)).to(ids.device)
             good = torch.ones_like(finite) if good is None else good
             for i in ids[good & ~finite].tolist():
                 self._fail(i, birth, "check", f"{name} is not finite")

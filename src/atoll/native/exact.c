@@ -114,6 +114,7 @@ static void fold(const Job *job, I block) {
             low = tops[k] < low ? tops[k] : low;
             high = tops[k] > high ? tops[k] : high;
         }
+    if (high == BEYOND) return;
     for (I k = 0; k < job->clients; k++)
         for (int j = 0; tops[k] != EMPTY && j < KEPT && tops[k] - j >= job->lowest; j++)
             if (!job->digits[tops[k] - j - job->lowest]) return;

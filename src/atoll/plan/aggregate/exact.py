@@ -136,6 +136,13 @@ def _add_natively(native: ctypes.CDLL, digits: Digits, rows: Tensor, weights: Te
     native.add(ctypes.byref(job))
     if not bool(done.all()):  # a place is met for the first time
         met = tops[done == 0].unique().tolist()
+        if _BEYOND in met:
+            raise UsageError(
+                "An exact sum was given a number that is not finite, or beyond 2^900.",
+                "finite numbers, at most 2^900.",
+                "no digits stand for others. What was added of the rows in part stays.",
+                "Mean(sum='float')",
+            )
         used = {top - j for top in met if top != _EMPTY for j in range(places(rows.dtype)) if top - j >= _LOWEST}
         for place in used - digits.keys():
             digits[place] = rows.new_zeros(rows.shape[1], dtype=torch.float64)
