@@ -199,9 +199,12 @@ def _run(
     Returns:
         What was asked for, `[K, d]`, and Σ of losses of every client in every step, one after the other.
     """
-    x, at, y = rows.x, rows.at.contiguous(), rows.y.contiguous()
+    x, at = rows.x.contiguous(), rows.at.contiguous()
     features = tuple(x.shape[1:])
     held = stages(program, features)
+    y = _targets(program, held[-1].out, rows.y, theta.dtype)
+    if x.dtype not in (torch.uint8, theta.dtype):
+        raise TypeError(f"rows of {x.dtype} for a model of {theta.dtype}")
     told = torch.tensor(held, dtype=torch.int64)
     lanes = [len(counts) for _, counts in steps]
     sizes = torch.tensor([(width * k, k, width) for (width, _), k in zip(steps, lanes, strict=True)])
@@ -244,6 +247,16 @@ def _run(
     if trouble == _NO_CLASS:
         raise IndexError(f"Target {int(y.min())} or {int(y.max())} is out of bounds.")
     return out, losses
+
+
+def _targets(program: Program, out: int, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Targets as native code reads them, which looks at no shape or type: as many numbers as outputs, or one class."""
+    if program.squares and prod(y.shape[1:]) == out:
+        return y.to(dtype).contiguous()
+    if not program.squares and y.dim() == 1 and not y.is_floating_point():
+        return y.long().contiguous()
+    kind = "numbers" if program.squares else "a class"
+    raise ValueError(f"targets of shape {list(y.shape)} ({y.dtype}) for {out} outputs, where each row has {kind}")
 
 
 def gradient(program: Program, theta: Tensor, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:

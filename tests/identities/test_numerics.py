@@ -254,6 +254,31 @@ def test_a_class_without_a_logit_is_an_error():
 
 
 @needs_native
+@pytest.mark.parametrize(
+    ("loss", "x", "y", "said"),
+    [
+        ("cross_entropy", torch.zeros(2, 3, 4).long(), torch.zeros(2, 3).long(), "rows of torch.int64"),
+        ("cross_entropy", torch.zeros(2, 3, 4), torch.zeros(2, 3).long(), "rows of torch.float32"),
+        ("cross_entropy", torch.zeros(2, 3, 4).double(), torch.zeros(2, 3, 2).long(), "targets of shape"),
+        ("cross_entropy", torch.zeros(2, 3, 4).double(), torch.zeros(2, 3), "targets of shape"),
+        ("mse", torch.zeros(2, 3, 4).double(), torch.zeros(2, 3, 5), "targets of shape"),
+    ],
+)
+def test_what_native_code_would_misread_is_refused(loss, x, y, said):
+    task = task_of(nn.Sequential(nn.Linear(4, 2)), classification((5, 5)), "compiled", loss=loss)
+    with pytest.raises((TypeError, ValueError), match=said):
+        passed(task, 2, x, y, (3, 3))
+
+
+@needs_native
+def test_whole_numbers_to_predict_are_numbers():
+    task = task_of(nn.Sequential(nn.Linear(4, 1)), classification((5, 5)), "compiled", loss="mse")
+    x, y = torch.ones(2, 3, 4).double(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    ours, theirs = (passed(replace(task, numerics=body), 2, x, y, (3, 3)) for body in ("compiled", "fused"))
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+
+
+@needs_native
 def test_a_long_run_is_worth_native_code():
     data = classification((30, 30), shape=(28, 28))
     task = Task.of(models.build("mlp", (28, 28), 3, "classification", Key(0)), "cross_entropy")
