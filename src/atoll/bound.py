@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.layout import Layout
+from atoll.shelf import empty
 
 if TYPE_CHECKING:
     from atoll.task import Model
@@ -112,7 +113,7 @@ class Walk:
         self._fixed = {**model.fixed, **model.counters}
         self._theta = model.theta.clone()
         self._views = list(bound.layout.params(self._theta).values())
-        self.update = model.theta.new_empty(lanes, len(model.theta))
+        self.update = empty(model.theta, (lanes, len(model.theta)))
         self.loss = self._lost = model.theta.new_zeros(lanes)
         self._buffers: list[Tensor] = []
         self._counters: list[dict[str, Tensor]] = []
@@ -127,11 +128,15 @@ class Walk:
 
     def step(self, loss: Tensor, rows: int) -> None:
         """One step, from the sum of the losses of so many rows."""
-        (loss / rows).backward()
+        loss.backward(loss.new_tensor(1.0 / rows))
+        views, grads = list[Tensor](), list[Tensor]()
         for view, p in zip(self._views, self._bound.parameters, strict=True):
-            if p.grad is not None:
-                view.add_(p.grad, alpha=-self._lr)
+            if p.grad is not None:  # the pass has led there
+                views.append(view)
+                grads.append(p.grad)
                 p.grad = None
+        if grads:
+            torch._foreach_add_(views, grads, alpha=-self._lr)
         self._bound.settle()
         self._lost.add_(loss.detach())
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atoll.fused import Bias, Convolution, Dense, Heard, Pool, Program, Relu, Shape, Steps, ToMaps, ToRows, Unserved
 from atoll.native import library, threads_now
+from atoll.shelf import empty
 
 _AHEAD = 1 << 22  # numbers of rows that are read at once where they do not lie in memory
 _ALONE = 1 << 21  # products that are over before a second thread has begun
@@ -170,13 +171,14 @@ class _Job(ctypes.Structure):
 
 
 def build(dtype: torch.dtype) -> ctypes.CDLL:
-    """The library for numbers of this type; and that of the exact sum, which comes to the same bits without.
+    """The library for numbers of this type; and those for what comes to the same bits without: sums, dropout.
 
     Raises:
         atoll.native.Unbuilt: it cannot be had on this machine.
     """
-    library("exact"), library("exact", "WIDE")  # of metrics in double
-    return library("descent", *(("WIDE",) if dtype == torch.float64 else ()))
+    own = ("WIDE",) if dtype == torch.float64 else ()
+    library("exact"), library("exact", "WIDE"), library("dropout", *own)  # metrics are in double
+    return library("descent", *own)
 
 
 def _run(
@@ -212,7 +214,7 @@ def _run(
     offsets, count_offsets = (ends - sizes)[:, :2].t().contiguous()
     widths, many = sizes[:, 2].contiguous(), sizes[:, 1].contiguous()
     counts = torch.tensor([n for _, own in steps for n in own])
-    out = theta.new_empty(lanes[0], theta.shape[-1])
+    out = empty(theta, (lanes[0], theta.shape[-1]))
     losses = theta.new_empty(len(counts))
     work = products(program, features) * len(at)
     job = _Job(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
@@ -11,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from atoll.native import present
 from atoll.rng import mix64, stir64
+
+_NATIVE = True  # tests look at both ways
 
 
 def may_drop(module: nn.Module) -> bool:
@@ -32,6 +36,8 @@ def may_drop(module: nn.Module) -> bool:
 class KeyedDropout(TorchFunctionMode):
     """Draws dropout masks from a keyed word, not the global generator: the n-th dropout of a pass, by element."""
 
+    alone = True  # whether a tensor in a pass is one client's, with numbers that can be read
+
     def __init__(self, word: Callable[[], Tensor]) -> None:
         super().__init__()
         self.word, self.calls = word, 0  # asked for only where something is dropped: most models drop nothing
@@ -39,11 +45,9 @@ class KeyedDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _DROPOUTS:
-            return func(*args, **kwargs)
-        channels = _DROPOUTS[func]
-        return self._drop(channels, *args, **kwargs)
+        if func in _DROPOUTS:
+            return self._drop(_DROPOUTS[func], *args, **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def _drop(
         self, channels: bool, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -55,11 +59,26 @@ class KeyedDropout(TorchFunctionMode):
         shape = (*input.shape[: input.dim() - whole], *(1,) * whole)
         if p >= 1.0:
             return input * 0.0
+        word = self.word() + self.calls
+        native = _library(input) if self.alone else None
+        if native is not None:
+            mask = input.new_empty(shape)
+            kept = 1 / torch.tensor(1.0 - p, dtype=input.dtype)
+            told = ctypes.c_uint64(int(word)), ctypes.c_int64(mask.numel()), ctypes.c_uint64(int(p * 2**24))
+            native.keep(*told, ctypes.c_double(float(kept)), ctypes.c_void_p(mask.data_ptr()))
+            return input * mask
         index = torch.arange(prod(shape), device=input.device).mul_(-7046029254386353131)
         # The upper 24 bits, read without a sign, are at least p: with the first bit turned over that is plain order.
-        bits = stir64(mix64(self.word() + self.calls) + index).bitwise_xor_(-(1 << 63))
-        kept = bits >= (int(p * 2**24) << 40) - (1 << 63)
-        return input * kept.view(shape).to(input.dtype).div_(1.0 - p)
+        bits = stir64(mix64(word) + index).bitwise_xor_(-(1 << 63))
+        least = bits >= (int(p * 2**24) << 40) - (1 << 63)
+        return input * least.view(shape).to(input.dtype).div_(1.0 - p)
+
+
+def _library(x: Tensor) -> ctypes.CDLL | None:
+    """Native code for the masks of such tensors, where there is any."""
+    if not _NATIVE or not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
+        return None
+    return present("dropout", *(("WIDE",) if x.dtype == torch.float64 else ()))
 
 
 _DROPOUTS: Mapping[Any, bool] = {
@@ -73,6 +92,8 @@ _DROPOUTS: Mapping[Any, bool] = {
 
 class InLanes(KeyedDropout):
     """Batch norm too: torch lays the channels of all lanes side by side, and their bits depend on their place there."""
+
+    alone = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -29,7 +29,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _U32 = 0xFFFFFFFF
 _FEW = 64  # numbers below which Python is quicker than the start of a kernel
-_SHORT = 1 << 14  # words below which NumPy is
+_SHORT = 1 << 14  # words below which NumPy, or a dictionary, is
 
 
 def _signed(word: int) -> int:
@@ -261,7 +261,7 @@ class Key:
         found = torch.empty(0, dtype=torch.int64)
         for attempt in range(64):
             draw = torch.cat((found, self.fold("distinct", attempt).integers(2 * n + 16, high)))
-            if len(draw) <= _FEW:
+            if len(draw) <= _SHORT:
                 found = torch.tensor(list(dict.fromkeys(draw.tolist())))
             else:
                 values, inverse = torch.unique(draw, return_inverse=True)

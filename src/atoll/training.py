@@ -39,6 +39,7 @@ from atoll.plan.plan import Plan, Report, State, opening, per_row, step
 from atoll.plan.sampler import Everyone
 from atoll.rng import Key
 from atoll.saved import share
+from atoll.shelf import Shelf, lent_from
 from atoll.task import Model, Task
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ class Rounds:
             # Nothing else adds metrics of its own, so all names are known.
             judged = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.judge else ()
             stops.refuse_unknown(self.rules, ("loss", "gradient_norm", "lr", *judged))
+        self._shelf = Shelf()
         self.watch: dict[str, Any] = {}
         self.outcome: stops.Outcome | None = None
         self.seconds = 0.0
@@ -224,7 +226,8 @@ class Rounds:
             RunError: the round could not be run; the state is that of the round before.
         """
         began = time.perf_counter()
-        self.state, report = step(self.plan, self.state, self.engine)
+        with lent_from(self._shelf):
+            self.state, report = step(self.plan, self.state, self.engine)
         spent = time.perf_counter() - began
         last = self.state.round >= self.settings.rounds
         every = self.settings.evaluate_every

@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import needs_native, threads
 
-from atoll import grammar
+import atoll.shelf
+from atoll import grammar, native
 from atoll.errors import UsageError
 from atoll.plan.aggregate import Mean, Partial, Sum, exact
 from atoll.plan.names import PARTS
 from atoll.plan.slots import Contribution
+from atoll.shelf import Shelf, lent_from
 
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 BELOW = {torch.float32: 27, torch.float64: 53}
@@ -127,7 +129,33 @@ def test_native_code_reads_the_same_digits(problem):
                 patch.setattr(exact, "_NATIVE", natively)
                 digits = exact.add(digits, rows[part], weights[part]) if len(rows[part]) else digits
         sums.append(exact.total(digits).numpy().tobytes())
+        totals = []
+        for natively in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(exact, "_NATIVE", natively)
+                totals.append(exact.total(digits).numpy().tobytes())
+        assert totals[0] == totals[1]
     assert sums[0] == sums[1] == sums[2]
+
+
+@given(problems(), st.booleans())
+def test_memory_that_held_something_else_changes_no_bit(problem, spoiled):
+    rows, weights, rng = problem
+    rows, shelf = torch.cat([rows] * 64, 1), Shelf()
+    alone = exact.total(exact.add({}, rows, weights))
+    if spoiled:
+        rows[rng.integers(len(rows)), rng.integers(rows.shape[1])] = math.nan
+    with pytest.MonkeyPatch.context() as patch, lent_from(shelf):
+        patch.setattr(atoll.shelf, "_LARGE", 1)
+        for size in (8, 16, 32, 64, 128):  # for each of them a piece that will be lent again
+            shelf.empty(size * len(rows[0])).fill_(255)
+        digits = {}
+        if not spoiled:
+            assert torch.equal(exact.total(exact.add(digits, rows, weights)), alone)
+        elif exact._library(rows) is not None:
+            with pytest.raises(UsageError, match="not finite"):
+                exact.add(digits, rows, weights)
+            assert all(digit.isfinite().all() for digit in digits.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,7 +164,8 @@ def test_same_bits_for_every_number_of_threads(dtype):
     weights = torch.arange(1, 65)
     totals = []
     for n in (1, 2):
-        with threads(n):
+        with threads(n), native.threads(n), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exact, "_MANY", 1)
             totals.append(exact.total(exact.add({}, rows, weights)))
     for piece in (rows[:1], rows[:33]):  # other shapes of a matrix product
         totals.append(

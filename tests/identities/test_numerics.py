@@ -291,7 +291,7 @@ def test_a_long_run_is_worth_native_code():
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """Nothing has been built yet, and nothing is remembered of a compiler."""
-    remembered = (native.library, native.compiler, native._kept_at)
+    remembered = (native.library, native._found, native.compiler, native._kept_at)
     monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / "own"))
     for each in remembered:
         each.cache_clear()

@@ -33,6 +33,7 @@ from atoll.plan.names import PARTS
 from atoll.plan.plan import Failure, Plan, part_of
 from atoll.plan.slots import Aggregator, Broadcast
 from atoll.rng import Key
+from atoll.shelf import Shelf, lent_from
 from atoll.task import Model, Task
 
 
@@ -217,6 +218,7 @@ class Worker:
         self._tasks: dict[str, Task] = {}
         self._told: dict[int, tuple[Told, Broadcast]] = {}
         self._group: _Group | None = None
+        self._shelf = Shelf()
 
     @property
     def most(self) -> int | None:
@@ -237,7 +239,8 @@ class Worker:
             codes = torch.tensor(run.codes)
             if rows is not None:
                 work.kept.put(codes % self._engine.data.count, rows)
-            work.run(self._told[run.told][0].birth, codes, torch.tensor(run.down))
+            with lent_from(self._shelf):
+                work.run(self._told[run.told][0].birth, codes, torch.tensor(run.down))
             work.landed()
         if not run.deliver:
             return None

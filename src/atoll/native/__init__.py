@@ -78,9 +78,17 @@ def library(name: str, *defines: str) -> ctypes.CDLL:
 def present(name: str, *defines: str) -> ctypes.CDLL | None:
     """The library, where it has been built before; for what comes to the same bits without it."""
     try:
-        return library(name, *defines) if _kept_at(name, defines).exists() else None
+        return _found(name, *defines)
     except Unbuilt:
         return None
+
+
+@lru_cache
+def _found(name: str, *defines: str) -> ctypes.CDLL:
+    """The library that is there; whether it is, is looked up until it is."""
+    if not _kept_at(name, defines).exists():
+        raise Unbuilt("it has not been built yet")
+    return library(name, *defines)
 
 
 @lru_cache

@@ -35,14 +35,22 @@
 #define BYTES 32
 #endif
 #define VL ((int64_t)(BYTES / sizeof(REAL)))
-#define NR (2 * VL)
+#ifdef __AVX512F__
+#define NV 1
+#define MR 12
+#else
+#define NV 2
 #define MR 6
+#endif
+#define NR (NV * VL)
 #define ROWS 32  /* of one client, worked on at once */
+#define LINE 64  /* bytes that come from memory together */
+#define AT_ONCE 8 /* lines asked for beside a tile of products */
 #define TURN 128 /* numbers of a weight's row that are turned at once: a multiple of NR */
 
 /* Read once into a register, not once for every product: two reads a product is all that a core has. */
 #ifdef __x86_64__
-#define HELD(v) __asm__("" : "+x"(v))
+#define HELD(v) __asm__("" : "+v"(v))
 #else
 #define HELD(v) (void)(v)
 #endif
@@ -159,29 +167,47 @@ typedef struct {
 } Terms;
 
 /* s = Σ a[m][…] · b[…] for m rows and NR columns; `beside`: row m of a begins at a[0] + m. */
-INLINE void tile(const int mr, const int beside, const REAL *const *a, const REAL *b, const Terms t, V s[MR][2]) {
-#pragma GCC unroll 6
-    for (int m = 0; m < mr; m++) s[m][0] = s[m][1] = (V){0};
+INLINE void tile(const int mr, const int beside, const REAL *const *a, const REAL *b, const Terms t, V s[MR][NV]) {
+#pragma GCC unroll 12
+    for (int m = 0; m < mr; m++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) s[m][v] = (V){0};
     for (I i = 0; i < t.runs; i++) {
         const REAL *p = b + i * t.b_run;
         I at = i * t.a_run;
         for (I r = 0; r < t.n; r++, p += t.b_step, at += t.a_step) {
-            V b0 = load(p), b1 = load(p + VL);
-            HELD(b0);
-            HELD(b1);
-#pragma GCC unroll 6
+            V read[NV];
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) {
+                read[v] = load(p + v * VL);
+                HELD(read[v]);
+            }
+#pragma GCC unroll 12
             for (int m = 0; m < mr; m++) {
                 const REAL x = beside ? a[0][at + m] : a[m][at];
-                s[m][0] += x * b0;
-                s[m][1] += x * b1;
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; v++) s[m][v] += x * read[v];
             }
         }
     }
 }
 
+#if MR > 6
+#define MORE_CASES(call)                                                                                              \
+    case 12: call(12); break;                                                                                         \
+    case 11: call(11); break;                                                                                         \
+    case 10: call(10); break;                                                                                         \
+    case 9: call(9); break;                                                                                           \
+    case 8: call(8); break;                                                                                           \
+    case 7: call(7); break;
+#else
+#define MORE_CASES(call)
+#endif
+
 /* A case for each number of rows, so that the sums stay in registers until they are where they belong. */
 #define CASES(mr, call)                                                                                               \
     switch (mr) {                                                                                                     \
+    MORE_CASES(call)                                                                                                  \
     case 6: call(6); break;                                                                                           \
     case 5: call(5); break;                                                                                           \
     case 4: call(4); break;                                                                                           \
@@ -321,28 +347,27 @@ INLINE Place next(const Stage *s, Place p) {
     return p;
 }
 
-INLINE void outputs(const int mr, const REAL *const *a, const REAL *b, const Terms t, V b0, V b1, REAL *out, I wide) {
-    V c[MR][2];
+INLINE void outputs(const int mr, const REAL *const *a, const REAL *b, const Terms t, const REAL *bias, REAL *out,
+                    I wide) {
+    V c[MR][NV];
     tile(mr, 0, a, b, t, c);
-#pragma GCC unroll 6
-    for (int m = 0; m < mr; m++) {
-        store(out + m * wide, c[m][0] + b0);
-        store(out + m * wide + VL, c[m][1] + b1);
-    }
+#pragma GCC unroll 12
+    for (int m = 0; m < mr; m++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) store(out + m * wide + v * VL, c[m][v] + load(bias + v * VL));
 }
 
 /* A panel of the outputs of some rows that stand side by side, [pixel][wide]. */
 static void forward(const Stage *s, I p, const REAL *in, I rows, const REAL *w, const REAL *bias, REAL *out) {
     const I n = rows * s->pixels, parts = (n + MR - 1) / MR;
     const REAL *panel = w + p * s->taps * NR;
-    const V b0 = load(bias + p * NR), b1 = load(bias + p * NR + VL);
     const Terms t = {s->runs, s->run, s->frame_x * s->t.channels, 1, s->run * NR, NR};
     Place place = {0};
     for (I i = 0, q = 0; i < parts; i++) {
         const I end = part(n, parts, i), mr = end - q;
         const REAL *a[MR];
         for (I m = 0; m < mr; m++, place = next(s, place)) a[m] = in + place.at;
-#define CALL(mr) outputs(mr, a, panel, t, b0, b1, out + q * s->wide + p * NR, s->wide)
+#define CALL(mr) outputs(mr, a, panel, t, bias + p * NR, out + q * s->wide + p * NR, s->wide)
         CASES(mr, CALL)
 #undef CALL
         q = end;
@@ -405,13 +430,12 @@ static void returned(const Stage *s, const REAL *grad, const REAL *act, const RE
 }
 
 INLINE void inputs(const int mr, const REAL *const *a, const REAL *b, const Terms t, REAL *const *to, int adds) {
-    V c[MR][2];
+    V c[MR][NV];
     tile(mr, 0, a, b, t, c);
-#pragma GCC unroll 6
-    for (int m = 0; m < mr; m++) { /* in turn: kernels side by side overlap */
-        store(to[m], adds ? load(to[m]) + c[m][0] : c[m][0]);
-        store(to[m] + VL, adds ? load(to[m] + VL) + c[m][1] : c[m][1]);
-    }
+#pragma GCC unroll 12
+    for (int m = 0; m < mr; m++) /* in turn: kernels side by side overlap */
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) store(to[m] + v * VL, adds ? load(to[m] + v * VL) + c[m][v] : c[m][v]);
 }
 
 /* The gradient of some rows' inputs: of a linear layer it is written, of a convolution added up. */
@@ -437,21 +461,45 @@ static void to_input(const Stage *s, const REAL *dy, I rows, const REAL *turned,
         }
 }
 
+/* Rows of the data that are fetched while others are worked on. */
+typedef struct {
+    const char *data;
+    const I *rows;
+    I n, size, at;
+} Coming;
+
+typedef struct {
+    REAL *w, *g, *turned, *flat, *room; /* packed weights, their gradient, scratch, buffers of all stages */
+    /* The step of a first linear layer waits for the next batch: each panel is then read once for both. */
+    I late;            /* rows of the batch that it was made on; 0: none */
+    I turn;            /* which of two inputs the rows are read into */
+    REAL *late_dy;
+    Coming coming;
+} Bench;
+
+/* Fetch so many lines: few at a time, since a core waits for no more than some of them without standing still. */
+INLINE void fetch(Coming *c, I lines) {
+    for (; c->n && lines; lines--) {
+        __builtin_prefetch(c->data + *c->rows * c->size + c->at);
+        c->at += LINE;
+        if (c->at >= c->size) c->at = 0, c->rows++, c->n--;
+    }
+}
+
 INLINE void weights(const int mr, const REAL *a, const REAL *b, const Terms t, REAL factor, int keep, REAL *to) {
-    V c[MR][2];
+    V c[MR][NV];
     tile(mr, 1, &a, b, t, c);
     REAL f = factor;
     __asm__("" : "+m"(f)); /* read again: while sums are taken, no register is left for it */
-#pragma GCC unroll 6
-    for (int m = 0; m < mr; m++, to += NR) {
-        store(to, keep ? load(to) + f * c[m][0] : f * c[m][0]);
-        store(to + VL, keep ? load(to + VL) + f * c[m][1] : f * c[m][1]);
-    }
+#pragma GCC unroll 12
+    for (int m = 0; m < mr; m++, to += NR)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) store(to + v * VL, (keep ? load(to + v * VL) : (V){0}) + f * c[m][v]);
 }
 
 /* A panel of sink ← keep · sink + factor · gradient of the weights, from some rows; keep is 0 or 1; dy [pixel][wide]. */
 static void to_weights(const Stage *s, I p, const REAL *in, const REAL *dy, I rows, int keep, REAL factor, REAL *sink,
-                       REAL *bias) {
+                       REAL *bias, Coming *coming) {
     const Told *t = &s->t;
     const I line = s->frame_x * t->channels, runs = s->flat ? 1 : t->out_y, n = s->flat ? rows : t->out_x;
     const I step = s->flat ? s->in_stride : t->stride_x * t->channels;
@@ -467,6 +515,7 @@ static void to_weights(const Stage *s, I p, const REAL *in, const REAL *dy, I ro
             CASES(mr, CALL)
 #undef CALL
             to += mr * NR, q = end;
+            if (coming) fetch(coming, AT_ONCE);
         }
     for (I v = p * NR; t->bias >= 0 && v < (p + 1) * NR; v += VL) {
         V c = {0};
@@ -508,14 +557,6 @@ static void down(REAL *restrict w, const REAL *restrict g, REAL lr, I n) {
     for (I i = 0; i < n; i++) w[i] -= lr * g[i];
 }
 
-typedef struct {
-    REAL *w, *g, *turned, *flat, *room; /* packed weights, their gradient, scratch, buffers of all stages */
-    /* The step of a first linear layer waits for the next batch: each panel is then read once for both. */
-    I late;            /* rows of the batch that it was made on; 0: none */
-    I turn;            /* which of two inputs the rows are read into */
-    REAL *late_dy;
-} Bench;
-
 INLINE REAL *input(const Stage *s, const Bench *bench, I turn) {
     return bench->room + s->in + (turn ? s->spare : 0);
 }
@@ -524,7 +565,7 @@ INLINE REAL *input(const Stage *s, const Bench *bench, I turn) {
 static void caught_up(const Stage *s, Bench *bench, I p, REAL lr) {
     if (bench->late)
         to_weights(s, p, input(s, bench, !bench->turn), bench->late_dy, bench->late, 1, -lr, bench->w + s->at,
-                   bench->w + s->bias_at);
+                   bench->w + s->bias_at, &bench->coming);
 }
 
 /* n numbers of the data, `step` apart where they go. */
@@ -612,9 +653,9 @@ static I pass(const Crew *crew, Bench *bench, const I *rows, const REAL *y, cons
             }
             for (I p = 0; p < panels; p++)
                 if (steps)
-                    to_weights(s, p, in, own, n, 1, -lr, bench->w + s->at, bench->w + s->bias_at);
+                    to_weights(s, p, in, own, n, 1, -lr, bench->w + s->at, bench->w + s->bias_at, 0);
                 else
-                    to_weights(s, p, in, own, n, !first, 1, g, gb);
+                    to_weights(s, p, in, own, n, !first, 1, g, gb, 0);
             continue;
         }
         const I kept = s->t.last_y * s->t.last_x * s->wide;
@@ -625,18 +666,11 @@ static I pass(const Crew *crew, Bench *bench, const I *rows, const REAL *y, cons
                 to_input(s, dy, 1, bench->turned, grad + b * s->in_stride);
             }
             for (I p = 0; p < panels; p++)
-                to_weights(s, p, in + b * s->in_stride, dy, 1, !(first && b == 0), 1, g, gb);
+                to_weights(s, p, in + b * s->in_stride, dy, 1, !(first && b == 0), 1, g, gb, 0);
         }
         if (steps) down(bench->w + s->at, g, lr, s->bias_at + s->wide - s->at);
     }
     return DONE;
-}
-
-/* Have the rows of a step near before they are needed. */
-INLINE void ahead(const Job *job, const I *rows, I n) {
-    const I size = job->features * (job->bytes ? 1 : (I)sizeof(REAL));
-    for (I b = 0; b < least(n, ROWS); b++)
-        for (I i = 0; i < size; i += 64) __builtin_prefetch((const char *)job->x + rows[b] * size + i);
 }
 
 /* The step that was left waiting, whole. */
@@ -646,8 +680,18 @@ static void settled(const Crew *crew, Bench *bench) {
     bench->late = 0;
 }
 
-/* All steps of one client, or its gradient. */
-static I client(const Crew *crew, Bench *bench, I k) {
+/* The first rows of a client in a step, if it makes it: to be fetched. */
+static Coming coming(const Job *job, I k, I i) {
+    Coming c = {.data = job->x, .size = job->features * (job->bytes ? 1 : (I)sizeof(REAL))};
+    if (k < job->clients && i < job->steps && k < job->lanes[i]) {
+        c.rows = job->rows + job->offsets[i] + k * job->widths[i];
+        c.n = least(job->counts[job->count_offsets[i] + k], ROWS);
+    }
+    return c;
+}
+
+/* All steps of one client, or its gradient; who is next is asked for in time to fetch its first rows. */
+static I client(Crew *crew, Bench *bench, I k, I *next) {
     const Job *job = crew->job;
     const int descends = job->asked != GRADIENT;
     if (job->theta_stride)
@@ -658,9 +702,10 @@ static I client(const Crew *crew, Bench *bench, I k) {
         const I at = job->offsets[i] + k * job->widths[i], n = job->counts[job->count_offsets[i] + k];
         REAL *loss = job->losses + job->count_offsets[i] + k;
         *loss = 0;
-        if (i + 1 < job->steps && k < job->lanes[i + 1])
-            ahead(job, job->rows + job->offsets[i + 1] + k * job->widths[i + 1],
-                  job->counts[job->count_offsets[i + 1] + k]);
+        const int ends = i + 1 == job->steps || k >= job->lanes[i + 1];
+        if (ends) *next = atomic_fetch_add(&crew->next, 1);
+        bench->coming = ends ? coming(job, *next, 0) : coming(job, k, i + 1);
+        if (!bench->late) fetch(&bench->coming, INT64_MAX); /* nothing comes by that could fetch them bit by bit */
         const I parts = (n + ROWS - 1) / ROWS;
         if (parts > 1) settled(crew, bench);
         if (!n && !descends) memset(bench->g, 0, sizeof(REAL) * crew->packed);
@@ -681,9 +726,30 @@ static I client(const Crew *crew, Bench *bench, I k) {
 
 /* ---- threads ---- */
 
-static REAL *numbers(I n) {
-    void *p = aligned_alloc(64, up(n * (I)sizeof(REAL), 64));
-    return p;
+/* Memory is kept from one job to the next: what is new the kernel clears page by page, which takes as long as a job. */
+#define SHELVES 64
+static _Atomic(I *) shelves[SHELVES]; /* of numbers, how many there are, a line before them */
+
+static REAL *borrowed(I n) {
+    for (int i = 0; i < SHELVES; i++) {
+        I *found = atomic_exchange(shelves + i, 0);
+        if (found && *found >= n) return (REAL *)((char *)found + LINE);
+        free(found);
+    }
+    I *made = aligned_alloc(LINE, LINE + up(n * (I)sizeof(REAL), LINE));
+    if (!made) return 0;
+    *made = n;
+    return (REAL *)((char *)made + LINE);
+}
+
+static void brought_back(REAL *numbers) {
+    if (!numbers) return;
+    I *own = (I *)((char *)numbers - LINE);
+    for (int i = 0; i < SHELVES; i++) {
+        I *empty = 0;
+        if (atomic_compare_exchange_strong(shelves + i, &empty, own)) return;
+    }
+    free(own);
 }
 
 static void *work(void *given) {
@@ -694,19 +760,23 @@ static void *work(void *given) {
         turned = t > turned ? t : turned;
         flat = f > flat ? f : flat;
     }
-    Bench bench = {numbers(crew->packed), numbers(crew->packed), numbers(turned), numbers(flat), numbers(crew->room),
-                   .late_dy = numbers(crew->rows * crew->stages->wide)};
-    if (bench.w && bench.g && bench.turned && bench.flat && bench.room && bench.late_dy) {
-        memset(bench.g, 0, sizeof(REAL) * crew->packed);  /* what no parameter stands for stays zero */
-        memset(bench.room, 0, sizeof(REAL) * crew->room); /* and so do frames */
-        for (I k; !atomic_load(&crew->trouble) && (k = atomic_fetch_add(&crew->next, 1)) < crew->job->clients;) {
-            const I got = client(crew, &bench, k);
-            if (got) atomic_store(&crew->trouble, got);
-        }
-    } else
+    const I unit = LINE / sizeof(REAL), packed = up(crew->packed, unit), dy = crew->rows * crew->stages->wide;
+    turned = up(turned, unit), flat = up(flat, unit);
+    REAL *all = borrowed(2 * packed + turned + flat + up(dy, unit) + crew->room);
+    if (!all) {
         atomic_store(&crew->trouble, NO_MEMORY);
-    free(bench.w), free(bench.g), free(bench.turned), free(bench.flat), free(bench.room);
-    free(bench.late_dy);
+        return 0;
+    }
+    Bench bench = {.w = all, .g = all + packed, .turned = all + 2 * packed};
+    bench.flat = bench.turned + turned, bench.late_dy = bench.flat + flat, bench.room = bench.late_dy + up(dy, unit);
+    memset(bench.g, 0, sizeof(REAL) * crew->packed);  /* what no parameter stands for stays zero */
+    memset(bench.room, 0, sizeof(REAL) * crew->room); /* and so do frames */
+    I next = 0;
+    for (I k = atomic_fetch_add(&crew->next, 1); k < crew->job->clients && !atomic_load(&crew->trouble); k = next) {
+        const I got = client(crew, &bench, k, &next);
+        if (got) atomic_store(&crew->trouble, got);
+    }
+    brought_back(all);
     return 0;
 }
 
@@ -755,7 +825,7 @@ int run(const Job *job) {
     laid(&crew);
     REAL *start = 0;
     if (!job->theta_stride) {
-        if (!(start = numbers(crew.packed))) {
+        if (!(start = borrowed(crew.packed))) {
             free(crew.stages);
             return NO_MEMORY;
         }
@@ -768,6 +838,6 @@ int run(const Job *job) {
     while (begun < more && !pthread_create(&threads[begun], 0, work, &crew)) begun++;
     work(&crew); /* whoever could not be begun is not missed */
     for (I i = 0; i < begun; i++) pthread_join(threads[i], 0);
-    free(start), free(crew.stages);
+    brought_back(start), free(crew.stages);
     return (int)crew.trouble;
 }

@@ -1,4 +1,5 @@
-/* The exact sum of plan/aggregate/exact.py: the same digits, read in one pass. Built for float, and for double (WIDE).
+/* The exact sum of plan/aggregate/exact.py: the same digits, read in one pass; and what they come to. Built for float,
+   and for double (WIDE).
 
    A contribution keeps the leading digits of each block of coordinates, two in float and three in double, from the place
    of the block's largest number on. What is left of x, plus 1.5·2^(52 + 26 j) and minus it again, is the digit of place j.
@@ -10,10 +11,13 @@
 #include <stdint.h>
 #include <string.h>
 
+enum { ADDED = 1, REFUSED = 2 };
+
 #define WIDTH 26
 #define BLOCK 4096
 #define PIECE 512 /* coordinates whose two sums stay in the nearest memory */
 #define TOGETHER 4 /* clients read side by side */
+#define PLACES 81 /* there can be */
 #define EMPTY (-128)
 #define BEYOND 127 /* the place of a number that is not finite, or so large that it cannot be added */
 
@@ -40,15 +44,17 @@ typedef struct {
     I clients, d, stride;
     I lowest, threads;
     int8_t *tops;            /* [block][client]: the place of the largest number, EMPTY for zeros */
-    int8_t *done;            /* [block]: whether it has been added; not where a place had no digits yet */
+    int8_t *done;            /* [block]: ADDED, or REFUSED where a place had no digits yet or a number is BEYOND */
     const double *weights;   /* [client] */
     double *const *digits;   /* of places lowest …, as far as there are any */
+    const int8_t *fresh;     /* of places lowest …: whether nothing stands there yet, not even zeros */
 } Job;
 
 typedef struct {
     const Job *job;
-    void (*each)(const Job *, I block);
+    int (*each)(const Job *, I block);
     _Atomic I next;
+    _Atomic int over;
 } Crew;
 
 static I least(I a, I b) { return a < b ? a : b; }
@@ -59,7 +65,7 @@ static I begins(const Job *job, I block, I *length) {
     return at;
 }
 
-static void find(const Job *job, I block) {
+static int find(const Job *job, I block) {
     I n;
     const I at = begins(job, block, &n);
     for (I k = 0; k < job->clients; k++) {
@@ -79,6 +85,7 @@ static void find(const Job *job, I block) {
         top = top < job->lowest ? job->lowest : top;
         job->tops[block * job->clients + k] = most > MOST ? BEYOND : (int8_t)(most ? top : EMPTY);
     }
+    return 0;
 }
 
 /* Add the digits of some clients' weighted numbers, read side by side, to the sums of each place. */
@@ -103,9 +110,12 @@ static inline __attribute__((always_inline)) void taken(const int many, const RE
     }
 }
 
-static void fold(const Job *job, I block) {
+/* Whether all is over: nothing is gained by going on where a place is missing. */
+static int fold(const Job *job, I block) {
     I n;
     const I at = begins(job, block, &n);
+    if (job->done[block]) return 0;
+    job->done[block] = REFUSED;
     find(job, block);
     const int8_t *tops = job->tops + block * job->clients;
     int low = 127, high = EMPTY;
@@ -114,11 +124,13 @@ static void fold(const Job *job, I block) {
             low = tops[k] < low ? tops[k] : low;
             high = tops[k] > high ? tops[k] : high;
         }
-    if (high == BEYOND) return;
+    if (high == BEYOND) return 1;
     for (I k = 0; k < job->clients; k++)
         for (int j = 0; tops[k] != EMPTY && j < KEPT && tops[k] - j >= job->lowest; j++)
-            if (!job->digits[tops[k] - j - job->lowest]) return;
-    job->done[block] = 1;
+            if (!job->digits[tops[k] - j - job->lowest]) return 1;
+    job->done[block] = ADDED;
+    for (I p = 0; p < PLACES; p++)
+        if (job->fresh[p]) memset(job->digits[p] + at, 0, sizeof(double) * n);
     for (int top = high; top >= low && top != EMPTY; top--) {
         const int kept = top - KEPT >= job->lowest ? KEPT : (int)(top - job->lowest) + 1;
         double anchor[KEPT];
@@ -152,20 +164,18 @@ static void fold(const Job *job, I block) {
             }
         }
     }
-}
-
-static void fold_once(const Job *job, I block) {
-    if (!job->done[block]) fold(job, block);
+    return 0;
 }
 
 static void *work(void *given) {
     Crew *crew = given;
     const I blocks = (crew->job->d + BLOCK - 1) / BLOCK;
-    for (I b; (b = atomic_fetch_add(&crew->next, 1)) < blocks;) crew->each(crew->job, b);
+    for (I b; !atomic_load(&crew->over) && (b = atomic_fetch_add(&crew->next, 1)) < blocks;)
+        if (crew->each(crew->job, b)) atomic_store(&crew->over, 1);
     return 0;
 }
 
-static void all(const Job *job, void (*each)(const Job *, I)) {
+static void all(const Job *job, int (*each)(const Job *, I)) {
     Crew crew = {.job = job, .each = each};
     const I more = job->threads - 1;
     pthread_t threads[more > 0 ? more : 1];
@@ -178,5 +188,42 @@ static void all(const Job *job, void (*each)(const Job *, I)) {
 /* The place of the largest number of every block. */
 void tops(const Job *job) { all(job, find); }
 
-/* Add every block whose places have digits already, and has not been added yet. */
-void add(const Job *job) { all(job, fold_once); }
+/* Add every block that has not been, until one of them is refused. */
+void add(const Job *job) { all(job, fold); }
+
+#ifdef WIDE
+
+#define SHARE 64 /* coordinates whose digits, of all places there are, stay in the nearest memory */
+
+/* out = Σ of digits of some places side by side, from `lowest` on; a pointer of 0 is a place without any.
+
+   What a place has too much is carried to the next, then they are added from the largest place down: first as they
+   are, for the sign of the sum, which is that of its first digit; then by absolute value. */
+void total(const double *const *digits, I places, I lowest, I d, double *out) {
+    for (I from = 0; from < d; from += SHARE) {
+        const I m = least(d - from, SHARE);
+        double kept[places][SHARE], sign[SHARE];
+        for (I i = 0; i < SHARE; i++) sign[i] = 1;
+        for (int signless = 0; signless < 2; signless++) {
+            double carry[SHARE] = {0}, lead[SHARE] = {0};
+            for (I p = 0; p < places; p++) {
+                const double unit = ldexp(1, WIDTH * (int)(lowest + p + 1));
+                const double *digit = digits[p] ? digits[p] + from : 0;
+                const int last = p + 1 == places;
+                for (I i = 0; i < m; i++) {
+                    const double now = digit ? digit[i] * sign[i] + carry[i] : carry[i];
+                    carry[i] = last ? 0 : floor(now / unit + 0.5) * unit;
+                    kept[p][i] = now - carry[i];
+                    lead[i] = kept[p][i] == 0 ? lead[i] : kept[p][i];
+                }
+            }
+            for (I i = 0; !signless && i < m; i++) sign[i] = lead[i] < 0 ? -1 : 1;
+        }
+        for (I i = 0; i < m; i++) out[from + i] = kept[places - 1][i];
+        for (I p = places - 2; p >= 0; p--)
+            for (I i = 0; i < m; i++) out[from + i] += kept[p][i];
+        for (I i = 0; i < m; i++) out[from + i] *= sign[i];
+    }
+}
+
+#endif

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from atoll.errors import UsageError
 from atoll.native import present, threads_now
+from atoll.shelf import empty
 
 WIDTH = 26
 BLOCK = 4096
@@ -38,12 +39,16 @@ _TILE = 1 << 18  # numbers worked on at once: with their digits they stay near a
 _FAR_TILE = 1 << 24  # the same where a kernel is only worth its start for many numbers
 _NATIVE = True  # tests look at both ways
 _MANY = 1 << 19  # numbers from which on a second thread is worth its start
+_BUSY_MANY = 1 << 24  # the same where torch's own threads may still spin on the cores, for some milliseconds
 _BEYOND = 127  # the place of a block that cannot be added
 _EMPTY = -128  # the place of a block of zeros
+_ADDED, _REFUSED = 1, 2  # what became of a block; refused: a place has no digits yet, or it cannot be added
 CAPACITY = 1 << 28
 LARGEST = 2.0**900
 _HIGHEST = 1024 // WIDTH
 _LOWEST = -41  # 2^(26·−41) = 2^−1066: below it float64 has only the last bits of its subnormal numbers
+
+_PLACES = _HIGHEST - _LOWEST + 1
 
 Digits = dict[int, Tensor]  # place → float64 [d], multiples of 2^(26·place)
 
@@ -103,6 +108,7 @@ class _Job(ctypes.Structure):
         ("done", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("digits", ctypes.c_void_p),
+        ("fresh", ctypes.c_void_p),
     ]
 
 
@@ -118,25 +124,32 @@ def bounded(rows: Tensor) -> bool:
 
 
 def _job(rows: Tensor, weights: Tensor | None = None) -> tuple[_Job, tuple[Any, ...]]:
-    """A job, and what must live as long: places of blocks, blocks that are done, and the table of digits."""
+    """A job, and what must live as long: places of blocks, what became of them, digits, which to write."""
     k, d = rows.shape
     tops, done = torch.empty(-(-d // BLOCK), k, dtype=torch.int8), torch.zeros(-(-d // BLOCK), dtype=torch.int8)
-    table = (ctypes.c_void_p * (_HIGHEST - _LOWEST + 1))()
-    threads = threads_now(torch.get_num_threads()) if rows.numel() >= _MANY else 1
+    table, fresh = (ctypes.c_void_p * _PLACES)(), (ctypes.c_int8 * _PLACES)()
+    own = threads_now(0)
+    threads = own or torch.get_num_threads()
+    if rows.numel() < (_MANY if own else _BUSY_MANY):
+        threads = 1
     told = (rows.data_ptr(), k, d, rows.stride(0), _LOWEST, threads, tops.data_ptr(), done.data_ptr())
-    return _Job(*told, None if weights is None else weights.data_ptr(), ctypes.addressof(table)), (tops, done, table)
+    where = None if weights is None else weights.data_ptr(), ctypes.addressof(table), ctypes.addressof(fresh)
+    return _Job(*told, *where), (tops, done, table, fresh)
 
 
 def _add_natively(native: ctypes.CDLL, digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
     """The same digits, read in one pass over the rows."""
     whole = weights.to(torch.float64)
-    job, (tops, done, table) = _job(rows, whole)
+    job, (tops, done, table, fresh) = _job(rows, whole)
     for place, digit in digits.items():
         table[place - _LOWEST] = digit.data_ptr()
     native.add(ctypes.byref(job))
-    if not bool(done.all()):  # a place is met for the first time
-        met = tops[done == 0].unique().tolist()
+    while bool((refused := done == _REFUSED).any()):  # a place is met for the first time
+        met = set(tops[refused].flatten().tolist())
         if _BEYOND in met:
+            nothing = (done != _ADDED).repeat_interleave(BLOCK)[: rows.shape[1]]
+            for place in (place for place in digits if fresh[place - _LOWEST]):
+                digits[place].masked_fill_(nothing, 0)
             raise UsageError(
                 "An exact sum was given a number that is not finite, or beyond 2^900.",
                 "finite numbers, at most 2^900.",
@@ -144,9 +157,13 @@ def _add_natively(native: ctypes.CDLL, digits: Digits, rows: Tensor, weights: Te
                 "Mean(sum='float')",
             )
         used = {top - j for top in met if top != _EMPTY for j in range(places(rows.dtype)) if top - j >= _LOWEST}
-        for place in used - digits.keys():
-            digits[place] = rows.new_zeros(rows.shape[1], dtype=torch.float64)
-            table[place - _LOWEST] = digits[place].data_ptr()
+        begun = bool((done == _ADDED).any())
+        for place in used - digits.keys():  # while nothing has been added, zeros are written block by block
+            digits[place] = empty(rows, rows.shape[1:], torch.float64)
+            if begun:
+                digits[place].zero_()
+            table[place - _LOWEST], fresh[place - _LOWEST] = digits[place].data_ptr(), not begun
+        done[refused] = 0
         native.add(ctypes.byref(job))
     if not digits:
         digits[_LOWEST] = rows.new_zeros(rows.shape[1], dtype=torch.float64)
@@ -249,13 +266,22 @@ def total(digits: Digits) -> Tensor:
     """
     if len(digits) < 3:
         return _added(digits)
+    first = next(iter(digits.values()))
+    native = _library(first[None])
+    if native is not None and all(digit.is_contiguous() for digit in digits.values()):
+        lowest, out = min(digits), empty(first, first.shape)
+        table = (ctypes.c_void_p * (max(digits) - lowest + 1))()
+        for place, digit in digits.items():
+            table[place - lowest] = digit.data_ptr()
+        native.total(table, *map(ctypes.c_int64, (len(table), lowest, len(first))), ctypes.c_void_p(out.data_ptr()))
+        return out
     sign = _sign(_carried(digits))
     return _added(_carried({place: digit * sign for place, digit in digits.items()})).mul_(sign)
 
 
 def _added(digits: Digits) -> Tensor:
     first, *rest = (digits[place] for place in sorted(digits, reverse=True))
-    out = first.to(torch.float64, copy=True)
+    out = empty(first, first.shape, torch.float64).copy_(first)
     for digit in rest:
         out += digit
     return out
