@@ -31,6 +31,7 @@ from atoll.engine.torchrun import Torchrun
 from atoll.plan.plan import State, step
 from atoll.recipes import distributed_gd
 from atoll.rng import Key
+from atoll.shelf import Shelf, lent_from
 from atoll.task import Task
 
 LR, SEED = 0.05, 0
@@ -64,10 +65,11 @@ class Atoll:
         task = replace(Task.of(model(widths), "cross_entropy"), numerics="loop")
         self.plan = distributed_gd(LR, batch=batch, sum=sum_)
         self.engine = Torchrun(task, data, ranks=ranks)
-        self.state = State.first(self.plan, task, SEED, Memory({}))
+        self.state, self.shelf = State.first(self.plan, task, SEED, Memory({})), Shelf()
 
     def step(self) -> float:
-        self.state, report = step(self.plan, self.state, self.engine)
+        with lent_from(self.shelf):  # as a training does
+            self.state, report = step(self.plan, self.state, self.engine)
         return report.metrics["loss"]
 
 

@@ -25,6 +25,7 @@ class Bound:
     """
 
     scale: Tensor | None = None
+    taken: bool = False  # whether somebody takes the gradients of a pass as they come, and writes down each
     flat: bool = True  # whether the gradients are views now
 
     def __init__(self, module: nn.Module, layout: Layout) -> None:

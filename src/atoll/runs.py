@@ -457,7 +457,7 @@ def list_runs(parent: Path) -> list[Path]:
 
 def fingerprint(theta: Tensor) -> str:
     """The first 12 hex digits of SHA-256(θ): equal for equal bits."""
-    return sha256(theta.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
+    return sha256(theta.detach().cpu().contiguous().numpy().data).hexdigest()[:12]
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:

@@ -57,8 +57,13 @@ class Model(NamedTuple):
 
     def lanes(self, k: int) -> Model:
         """This one model for k clients, each with a copy of its own."""
+        alike = self.read_by(k)
+        return alike._replace(theta=alike.theta.clone()) if k == 1 else alike
+
+    def read_by(self, k: int) -> Model:
+        """The same for clients that leave θ as it is: one alone needs no copy."""
         return Model(
-            self.theta.repeat(k, 1),
+            self.theta[None] if k == 1 else self.theta.repeat(k, 1),
             self.buffers.repeat(k, 1),
             {n: t.expand(k, *t.shape).clone() for n, t in self.counters.items()},
             self.fixed,
@@ -369,7 +374,10 @@ class Task:
         if not batch.counts[k]:
             return _still(model.select(torch.tensor([k], device=model.theta.device)))
         gradient = self.bound.bind(model, k)
-        gradient.zero_()
+        if self.bound.taken:
+            self.bound.free()
+        else:
+            gradient.zero_()
         keyed = self._keyed(lambda: key.state().to(self.device).expand(len(batch.counts))[k])
         with global_scope(key.only(k)) if self.noisy else contextlib.nullcontext(), keyed:
             output = self._answer(batch.x[k, : batch.counts[k]])

@@ -63,8 +63,8 @@ class Overlap:
     task: Task
     ranks: Ranks
     _awaited: list[int] = field(default_factory=list)  # of each stretch, parameters whose gradient is not there yet
-    _sent: list[tuple[Tensor, Any]] = field(default_factory=list)
-    _sends: bool = False  # whether a pass is under way that sends its gradient
+    _missing: set[int] = field(default_factory=set)  # those parameters
+    _sent: list[Any] = field(default_factory=list)
     _all: int = 1  # what its weight is divided by
     _before: Tensor | None = None  # Σ w·g of this rank's earlier clients
 
@@ -82,7 +82,7 @@ class Overlap:
             at -= parameters[i].numel()
             self._members[-1] += 1
             self._stretches[-1] = (at, end)
-            parameters[i].register_post_accumulate_grad_hook(self._hook(len(self._members) - 1))
+            parameters[i].register_post_accumulate_grad_hook(self._hook(i, len(self._members) - 1))
 
     def serves(self, work: Work, arrived: Sequence[Flight]) -> bool:
         """Whether what a round gives is one flat gradient, and beside it no more than there is room for."""
@@ -92,12 +92,18 @@ class Overlap:
         room &= self.flat.device == self.ranks.device  # what is sent in place must lie where it can be sent
         return room and work.task is self.task and nothing_else and data_parallel(work.plan)
 
-    def _hook(self, stretch: int) -> Any:
-        def arrived(_: Tensor) -> None:
-            if not self._sends:
+    def _hook(self, i: int, stretch: int) -> Any:
+        view = self.bound.gradients[i]
+
+        def arrived(parameter: Tensor) -> None:
+            if not self.bound.taken:
                 return
-            if not self._awaited[stretch]:
+            if i not in self._missing:
                 raise RuntimeError("A parameter has two gradients in one pass.")  # as with reentrant checkpoints
+            if parameter.grad is not None:
+                view.copy_(parameter.grad)
+                parameter.grad = None
+            self._missing.remove(i)
             self._awaited[stretch] -= 1
             # In their order, which must be the same everywhere, whichever gradients come first here; the last one
             # waits for what is sent beside it.
@@ -117,7 +123,7 @@ class Overlap:
         if beside is not None:
             piece = self.bound.room[MARGIN - len(beside) : MARGIN + end]
             piece[: len(beside)] = beside
-        self._sent.append((piece, distributed.all_reduce(piece, async_op=True)))
+        self._sent.append(distributed.all_reduce(piece, async_op=True))
 
     def haul(self, work: Work, arrived: list[Flight], mine: Tensor) -> Haul | None:
         """A round's gradient, added up over all ranks; None, at every rank alike, where some client failed.
@@ -147,10 +153,10 @@ class Overlap:
             while len(self._sent) < len(self._stretches):
                 last = len(self._sent) + 1 == len(self._stretches)
                 self._send(table.flatten() if last else None)
-            finite = True
-            for piece, sent in self._sent:
+            for sent in self._sent:
                 sent.wait()
-                finite = finite and bool(torch.isfinite(piece.sum()))
+        # Beyond the root of the largest number squares overflow: then all of it is done with care, which takes longer.
+        finite = bool(torch.linalg.vector_norm(self.flat).isfinite())
         table = self.bound.room[MARGIN - table.numel() : MARGIN].view_as(table).clone()
         return self._told(work, birth, codes, down, table[1:]) if finite and not table[0, 0] else None
 
@@ -160,11 +166,14 @@ class Overlap:
         rows = work.data.sizes[ids]
         weight = float(_weights(work.plan, rows)) / self._all
         if last and rows and work.plan.local.width(int(rows)) <= ROWS:
-            self._awaited, self._sends, self.bound.scale = list(self._members), True, self.flat.new_tensor(weight)
+            self._awaited, self._missing = list(self._members), set(range(len(self.bound.gradients)))
+            self.bound.taken, self.bound.scale = True, self.flat.new_tensor(weight)
         try:
             contribution, _, _ = work.contribute(birth, ids, code)
         finally:
-            sent, self._sends, self.bound.scale = self._sends, False, None
+            sent, self.bound.taken, self.bound.scale = self.bound.taken, False, None
+        for i in self._missing if sent else ():  # no way of this pass led there
+            self.bound.gradients[i].zero_()
         update = contribution.means["update"][0]
         if not last:
             self._before = update * weight if self._before is None else self._before.add_(update, alpha=weight)

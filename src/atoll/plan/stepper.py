@@ -31,6 +31,7 @@ from atoll.errors import UsageError
 from atoll.fields import check
 from atoll.grammar import constructor
 from atoll.schedule import NOTHING, Schedule, as_schedule, constant
+from atoll.shelf import empty
 
 Tensors = Mapping[str, Tensor]
 Counters = Mapping[str, tuple[float, torch.dtype]]
@@ -106,7 +107,8 @@ class Optimizer:
         """
         memory = _memory(state)
         if self.plain():  # what most servers are, without the bookkeeping of a stepper
-            step = theta.detach().add(g.to(theta.dtype), alpha=-self.schedule(round, memory))
+            room, rate = empty(theta, theta.shape), self.schedule(round, memory)
+            step = torch.add(theta.detach(), g.to(theta.dtype), alpha=-rate, out=room)
             return step, _named(self.schedule.observe(memory, sums["loss"]) if "loss" in sums else memory)
         theta = theta.detach().clone(memory_format=torch.contiguous_format)
         after = {
