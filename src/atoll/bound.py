@@ -129,7 +129,7 @@ class Walk:
 
     def step(self, loss: Tensor, rows: int) -> None:
         """One step, from the sum of the losses of so many rows."""
-        loss.backward(loss.new_tensor(1.0 / rows))
+        loss.backward(loss.new_tensor(1.0 / rows))  # the bits of (loss / rows).backward(), without its two operations
         views, grads = list[Tensor](), list[Tensor]()
         for view, p in zip(self._views, self._bound.parameters, strict=True):
             if p.grad is not None:  # the pass has led there

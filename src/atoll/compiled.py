@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from atoll.fused import Bias, Convolution, Dense, Heard, Pool, Program, Relu, Shape, Steps, ToMaps, ToRows, Unserved
-from atoll.native import library, threads_now
+from atoll.native import library, threads_now, widths
 from atoll.shelf import empty
 
 _AHEAD = 1 << 22  # numbers of rows that are read at once where they do not lie in memory
@@ -176,9 +176,8 @@ def build(dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         atoll.native.Unbuilt: it cannot be had on this machine.
     """
-    own = ("WIDE",) if dtype == torch.float64 else ()
-    library("exact"), library("exact", "WIDE"), library("dropout", *own)  # metrics are in double
-    return library("descent", *own)
+    library("exact"), library("exact", "WIDE"), library("dropout", *widths(dtype))  # metrics are in double
+    return library("descent", *widths(dtype))
 
 
 def _run(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from atoll.native import present
+from atoll.native import serving
 from atoll.rng import mix64, stir64
 
 _NATIVE = True  # tests look at both ways
@@ -60,25 +60,18 @@ class KeyedDropout(TorchFunctionMode):
         if p >= 1.0:
             return input * 0.0
         word = self.word() + self.calls
-        native = _library(input) if self.alone else None
-        if native is not None:
+        library = serving("dropout", input) if _NATIVE and self.alone else None
+        if library is not None:
             mask = input.new_empty(shape)
-            kept = 1 / torch.tensor(1.0 - p, dtype=input.dtype)
+            scale = float(1 / torch.tensor(1.0 - p, dtype=input.dtype))
             told = ctypes.c_uint64(int(word)), ctypes.c_int64(mask.numel()), ctypes.c_uint64(int(p * 2**24))
-            native.keep(*told, ctypes.c_double(float(kept)), ctypes.c_void_p(mask.data_ptr()))
+            library.keep(*told, ctypes.c_double(scale), ctypes.c_void_p(mask.data_ptr()))
             return input * mask
         index = torch.arange(prod(shape), device=input.device).mul_(-7046029254386353131)
         # The upper 24 bits, read without a sign, are at least p: with the first bit turned over that is plain order.
         bits = stir64(mix64(word) + index).bitwise_xor_(-(1 << 63))
-        least = bits >= (int(p * 2**24) << 40) - (1 << 63)
-        return input * least.view(shape).to(input.dtype).div_(1.0 - p)
-
-
-def _library(x: Tensor) -> ctypes.CDLL | None:
-    """Native code for the masks of such tensors, where there is any."""
-    if not _NATIVE or not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
-        return None
-    return present("dropout", *(("WIDE",) if x.dtype == torch.float64 else ()))
+        kept = bits >= (int(p * 2**24) << 40) - (1 << 63)
+        return input * kept.view(shape).to(input.dtype).div_(1.0 - p)
 
 
 _DROPOUTS: Mapping[Any, bool] = {

@@ -21,7 +21,13 @@ from torch import Tensor
 _LARGE = 1 << 20  # bytes from which on memory is kept
 _MOST = 32  # pieces
 _ROOM = 2  # times as large as what is asked for, at most
-_NOBODY = 3  # references to a piece that is not lent: the list's, the loop's, and that of who counts
+
+
+def _references(pieces: list[npt.NDArray[np.uint8]], i: int) -> int:
+    return sys.getrefcount(pieces[i])
+
+
+_NOBODY = _references([np.empty(1, np.uint8)], 0)  # to a piece that is not lent; counted, since Pythons differ
 
 _SHELF: ContextVar[Shelf | None] = ContextVar("where large tensors get their memory", default=None)
 
@@ -48,12 +54,11 @@ class Shelf:
             True
         """
         with self._lock:
-            for piece in self._pieces:
-                if size <= piece.nbytes <= _ROOM * size and sys.getrefcount(piece) == _NOBODY:
-                    return torch.from_numpy(piece)[:size]
-            piece = np.empty(size, np.uint8)
-            self._pieces = [*self._pieces[1 - _MOST :], piece]
-            return torch.from_numpy(piece)
+            for i, length in enumerate([piece.nbytes for piece in self._pieces]):
+                if size <= length <= _ROOM * size and _references(self._pieces, i) == _NOBODY:
+                    return torch.from_numpy(self._pieces[i])[:size]
+            self._pieces = [*self._pieces[1 - _MOST :], np.empty(size, np.uint8)]
+            return torch.from_numpy(self._pieces[-1])
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from atoll.intercept import InLanes, KeyedDropout, may_drop
 from atoll.layout import Layout
 from atoll.loss import LOSSES, METRICS, Metric, PerExample
 from atoll.rng import Key, global_scope
+from atoll.shelf import empty
 
 
 class Gradient(NamedTuple):
@@ -57,13 +58,8 @@ class Model(NamedTuple):
 
     def lanes(self, k: int) -> Model:
         """This one model for k clients, each with a copy of its own."""
-        alike = self.read_by(k)
-        return alike._replace(theta=alike.theta.clone()) if k == 1 else alike
-
-    def read_by(self, k: int) -> Model:
-        """The same for clients that leave θ as it is: one alone needs no copy."""
         return Model(
-            self.theta[None] if k == 1 else self.theta.repeat(k, 1),
+            empty(self.theta, (k, len(self.theta))).copy_(self.theta),
             self.buffers.repeat(k, 1),
             {n: t.expand(k, *t.shape).clone() for n, t in self.counters.items()},
             self.fixed,

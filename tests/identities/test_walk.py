@@ -13,8 +13,10 @@ from torch import nn
 from atoll import recipes
 from atoll.engine.inprocess import InProcess
 from atoll.engine.probe import choose
-from atoll.plan.local import Train
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.optimizer import sgd
+from atoll.plan.plan import Plan
 from atoll.task import Task
 
 SIZES = (9, 3, 21, 8, 1, 14)
@@ -31,6 +33,19 @@ class Moving(nn.Module):
     def forward(self, x):
         self.mean = 0.5 * self.mean + 0.5 * (x * self.last.weight.mean()).mean(0)
         return self.last(x - self.mean)
+
+
+class Bounded(nn.Module):
+    """Weights that each pass cuts off where they are too large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.last.weight.clamp_(-0.1, 0.1)
+        return self.last(x)
 
 
 CASES = {**MODELS, "moving buffer": (lambda: seeded(Moving), classification)}
@@ -58,3 +73,15 @@ def test_large_models_walk_where_they_can(wide, momentum, body):
     model = seeded(lambda: nn.Sequential(nn.Linear(4, wide), nn.Tanh(), nn.Linear(wide, 3)))
     plan = replace(recipes.fedavg(), local=Train(sgd(0.1, momentum=momentum), epochs=1, batch=4))
     assert choose(Task.of(model, "cross_entropy"), classification(SIZES), plan).task.numerics == body
+
+
+@pytest.mark.parametrize("local", [Gradient(), Train(sgd(0.1), steps=2, batch=3), Evaluate()], ids=repr)
+def test_a_pass_that_changes_weights_changes_no_state(local):
+    """A lone client too works on numbers of its own."""
+    data = classification((9,))
+    task = task_of(seeded(Bounded), data, "loop", torch.float32)
+    first = task.initial()
+    before = first.theta.clone()
+    assert before.abs().max() > 0.1
+    run(Plan(local, Mean(), sgd(1.0)), InProcess(task, data), rounds=1, init=first.theta)
+    assert torch.equal(first.theta, before)

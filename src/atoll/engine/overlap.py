@@ -62,8 +62,7 @@ class Overlap:
 
     task: Task
     ranks: Ranks
-    _awaited: list[int] = field(default_factory=list)  # of each stretch, parameters whose gradient is not there yet
-    _missing: set[int] = field(default_factory=set)  # those parameters
+    _missing: set[int] = field(default_factory=set)  # parameters whose gradient is not there yet
     _sent: list[Any] = field(default_factory=list)
     _all: int = 1  # what its weight is divided by
     _before: Tensor | None = None  # Σ w·g of this rank's earlier clients
@@ -72,17 +71,17 @@ class Overlap:
         self.bound = self.task.bound
         parameters, self.flat = self.bound.parameters, self.bound.gradient
         self._stretches: list[tuple[int, int]] = []
-        self._members: list[int] = []
+        self._members: list[set[int]] = []  # parameters of each stretch
         at = end = self.flat.numel()
         for i in reversed(range(len(parameters))):
             if not self._members or end - at >= _STRETCH:
                 end = at
-                self._members.append(0)
+                self._members.append(set())
                 self._stretches.append((at, at))
             at -= parameters[i].numel()
-            self._members[-1] += 1
+            self._members[-1].add(i)
             self._stretches[-1] = (at, end)
-            parameters[i].register_post_accumulate_grad_hook(self._hook(i, len(self._members) - 1))
+            parameters[i].register_post_accumulate_grad_hook(self._hook(i))
 
     def serves(self, work: Work, arrived: Sequence[Flight]) -> bool:
         """Whether what a round gives is one flat gradient, and beside it no more than there is room for."""
@@ -92,7 +91,7 @@ class Overlap:
         room &= self.flat.device == self.ranks.device  # what is sent in place must lie where it can be sent
         return room and work.task is self.task and nothing_else and data_parallel(work.plan)
 
-    def _hook(self, i: int, stretch: int) -> Any:
+    def _hook(self, i: int) -> Any:
         view = self.bound.gradients[i]
 
         def arrived(parameter: Tensor) -> None:
@@ -104,10 +103,9 @@ class Overlap:
                 view.copy_(parameter.grad)
                 parameter.grad = None
             self._missing.remove(i)
-            self._awaited[stretch] -= 1
             # In their order, which must be the same everywhere, whichever gradients come first here; the last one
             # waits for what is sent beside it.
-            while len(self._sent) < len(self._members) - 1 and not self._awaited[len(self._sent)]:
+            while len(self._sent) < len(self._members) - 1 and self._members[len(self._sent)].isdisjoint(self._missing):
                 self._send()
 
         return arrived
@@ -156,7 +154,7 @@ class Overlap:
             for sent in self._sent:
                 sent.wait()
         # Beyond the root of the largest number squares overflow: then all of it is done with care, which takes longer.
-        finite = bool(torch.linalg.vector_norm(self.flat).isfinite())
+        finite = bool(torch.linalg.vector_norm(self.bound.room[MARGIN - table.numel() :]).isfinite())
         table = self.bound.room[MARGIN - table.numel() : MARGIN].view_as(table).clone()
         return self._told(work, birth, codes, down, table[1:]) if finite and not table[0, 0] else None
 
@@ -166,7 +164,7 @@ class Overlap:
         rows = work.data.sizes[ids]
         weight = float(_weights(work.plan, rows)) / self._all
         if last and rows and work.plan.local.width(int(rows)) <= ROWS:
-            self._awaited, self._missing = list(self._members), set(range(len(self.bound.gradients)))
+            self._missing = set(range(len(self.bound.gradients)))
             self.bound.taken, self.bound.scale = True, self.flat.new_tensor(weight)
         try:
             contribution, _, _ = work.contribute(birth, ids, code)

@@ -21,6 +21,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
 
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 _OWN = "export ATOLL_CACHE=/folder/of/your/own"
@@ -81,6 +85,18 @@ def present(name: str, *defines: str) -> ctypes.CDLL | None:
         return _found(name, *defines)
     except Unbuilt:
         return None
+
+
+def serving(name: str, x: Tensor) -> ctypes.CDLL | None:
+    """The library for numbers like these, single or double, where it has been built and they are in its reach."""
+    if not x.is_cpu or not x.is_floating_point() or x.dtype.itemsize not in (4, 8):
+        return None
+    return present(name, *widths(x.dtype))
+
+
+def widths(dtype: dtype) -> tuple[str, ...]:
+    """What a source is built with for numbers of this type."""
+    return ("WIDE",) if dtype.itemsize == 8 else ()
 
 
 @lru_cache

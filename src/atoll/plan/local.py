@@ -82,7 +82,7 @@ class Gradient(Part):
         else:
             wide = max(width, lanes.sizes[0])
             positions = key.fold("order").permutations(lanes.rows, wide)[:, :width]
-        model = broadcast.model.read_by(len(counts))
+        model = broadcast.model.lanes(len(counts))
         g = lanes.gradient(task, model, lanes.places(positions), counts, key.fold("pass"))
         sums = {"loss": g.loss, "rows": torch.tensor(counts, device=lanes.ids.device)}
         return _contribution(lanes, g.grad, g.buffers, g.counters, sums), {}
@@ -482,7 +482,7 @@ class Evaluate(Part):
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """Σ loss, Σ metrics and rows of K clients, at most `ROWS` rows of each in a pass."""
-        model = broadcast.model.read_by(len(lanes.sizes))
+        model = broadcast.model.lanes(len(lanes.sizes))
         positions = torch.arange(self.width(lanes.sizes[0]), device=lanes.ids.device).expand(len(lanes.sizes), -1)
         sums: dict[str, Tensor] = {}
         start = 0

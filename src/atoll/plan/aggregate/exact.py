@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import UsageError
-from atoll.native import present, threads_now
+from atoll.native import serving, threads_now
 from atoll.shelf import empty
 
 WIDTH = 26
@@ -89,9 +89,7 @@ def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
 
 def _library(rows: Tensor) -> ctypes.CDLL | None:
     """Native code for these rows, where there is any."""
-    if not _NATIVE or not rows.is_cpu or rows.dtype not in (torch.float32, torch.float64) or rows.stride(-1) != 1:
-        return None
-    return present("exact", *(("WIDE",) if rows.dtype == torch.float64 else ()))
+    return serving("exact", rows) if _NATIVE and rows.stride(-1) == 1 else None
 
 
 class _Job(ctypes.Structure):
