@@ -13,7 +13,6 @@ from atoll.errors import UsageError
 from atoll.grammar import Value
 from atoll.plan.aggregate import exact
 from atoll.plan.slots import Cohort, Contribution, Population, Tensors, Total
-from atoll.shelf import empty
 
 _NONE = torch.zeros((), dtype=torch.int64)
 
@@ -178,7 +177,7 @@ class Sum(_Folded):
 
 
 def _divided(means: Tensors, by: float) -> dict[str, Tensor]:
-    return dict(means) if by == 1 else {n: torch.div(t, by, out=empty(t, t.shape)) for n, t in means.items()}
+    return dict(means) if by == 1 else {n: t / by for n, t in means.items()}
 
 
 def _keep_largest(table: dict[str, Tensor], name: str, rows: Tensor) -> None:
