@@ -6,9 +6,11 @@
 
 Each framework runs by itself, in the Python of its own environment (fedjax 0.0.17 with jax < 0.5; pfl 0.6;
 flwr[simulation] 1.41), on one workload: Fashion-MNIST in the hands of 1,000 clients of 60 images; in a round 100 of
-them make one epoch of SGD, batch 10, lr .05. Whoever is not at work waits. Rounds alternate, two of each warm up;
-the table has medians, how many times longer than atoll, accuracy on held-out images after the last round, seconds to
-an accuracy, by the rounds that it takes, and the memory of all processes (proportional shares) after the last round.
+them make one epoch of SGD, batch 10, lr .05. Whoever is not at work waits. Two rounds of each warm up; then they take
+turns of some rounds, one after the other as in a training (`--turn 1`: a single round, after which a core has gone to
+sleep and the caches are somebody else's). The table has medians, how many times longer than atoll, accuracy on
+held-out images after the last round, seconds to an accuracy, by the rounds that it takes, and the memory of all
+processes (proportional shares) after the last round.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Peer:
     python: str
     folder: str
     seconds: list[float] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
+    accuracy: dict[int, float] = field(default_factory=dict)  # by rounds made
     memory: float = 0.0
 
     def __post_init__(self) -> None:
@@ -79,15 +81,16 @@ class Peer:
         self.ask.write(text + "\n")
         self.ask.flush()
 
-    def round(self, timed: bool) -> None:
-        """One round, and then the accuracy, outside of its time."""
-        began = time.perf_counter()
-        self._say("go")
-        self._heard()
-        if timed:
-            self.seconds.append(time.perf_counter() - began)
+    def turn(self, rounds: int, made: int, timed: bool) -> None:
+        """Some rounds after so many, and then the accuracy, outside of their time."""
+        for _ in range(rounds):
+            began = time.perf_counter()
+            self._say("go")
+            self._heard()
+            if timed:
+                self.seconds.append(time.perf_counter() - began)
         self._say("judge")
-        self.accuracy.append(float(self._heard()))
+        self.accuracy[made + rounds] = float(self._heard())
 
     def end(self) -> None:
         """Take the memory, and let it go."""
@@ -129,9 +132,10 @@ def compared(model: str, pythons: dict[str, str], told: argparse.Namespace) -> l
         peers: list[Peer] = []
         try:
             peers.extend(Peer(name, python, folder) for name, python in pythons.items())
-            for number in range(told.rounds + 2):
+            turns = [2, *(min(told.turn, told.rounds - i) for i in range(0, told.rounds, told.turn))]
+            for number, rounds in enumerate(turns):
                 for peer in peers:
-                    peer.round(timed=number >= 2)
+                    peer.turn(rounds, sum(turns[:number]), timed=number > 0)
             for peer in peers:
                 peer.end()
         finally:
@@ -145,11 +149,11 @@ def printed(model: str, peers: list[Peer], target: float) -> None:
     ours = statistics.median(peers[0].seconds)
     for peer in peers:
         median = statistics.median(peer.seconds)
-        reached = next((i + 1 for i, a in enumerate(peer.accuracy) if a >= target), None)
+        reached = next((rounds for rounds, a in peer.accuracy.items() if a >= target), None)
+        last = peer.accuracy[max(peer.accuracy)]
         until = f"{reached * median:10.2f}" if reached else f"{'–':>10}"
         print(
-            f"{model:8} {peer.name:14}{median:10.4f}{median / ours:9.2f}x{peer.accuracy[-1]:10.4f}{until}"
-            f"{peer.memory:10.0f}",
+            f"{model:8} {peer.name:14}{median:10.4f}{median / ours:9.2f}x{last:10.4f}{until}{peer.memory:10.0f}",
             flush=True,
         )
 
@@ -175,6 +179,7 @@ def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--models", nargs="+", default=["softmax", "mlp", "cnn"])
     ask.add_argument("--rounds", type=int, default=5, help="timed rounds of each, after two that warm up")
+    ask.add_argument("--turn", type=int, default=4, help="rounds that a framework makes one after the other")
     ask.add_argument("--clients", type=int, default=1000)
     ask.add_argument("--cohort", type=int, default=100)
     ask.add_argument("--numerics", default="compiled", help="of atoll: what auto takes for a run of some 100 rounds")

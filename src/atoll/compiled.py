@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atoll.fused import Bias, Convolution, Dense, Heard, Pool, Program, Relu, Shape, Steps, ToMaps, ToRows, Unserved
 from atoll.native import library, threads_now, widths
+from atoll.peaks import BLOCK, blocks, tell
 from atoll.shelf import empty
 
 _AHEAD = 1 << 22  # numbers of rows that are read at once where they do not lie in memory
@@ -167,6 +168,8 @@ class _Job(ctypes.Structure):
         ("lr", _REAL),
         ("out", _AT),
         ("losses", _AT),
+        ("peaks", _AT),
+        ("block", _INT),
     ]
 
 
@@ -207,20 +210,19 @@ def _run(
     if x.dtype not in (torch.uint8, theta.dtype):
         raise TypeError(f"rows of {x.dtype} for a model of {theta.dtype}")
     told = torch.tensor(held, dtype=torch.int64)
-    lanes = [len(counts) for _, counts in steps]
-    sizes = torch.tensor([(width * k, k, width) for (width, _), k in zip(steps, lanes, strict=True)])
+    sizes = torch.tensor([(width * len(own), len(own), width) for width, own in steps])
     ends = sizes.cumsum(0)
     offsets, count_offsets = (ends - sizes)[:, :2].t().contiguous()
-    widths, many = sizes[:, 2].contiguous(), sizes[:, 1].contiguous()
+    widths, lanes = sizes[:, 2].contiguous(), sizes[:, 1].contiguous()
     counts = torch.tensor([n for _, own in steps for n in own])
-    out = empty(theta, (lanes[0], theta.shape[-1]))
-    losses = theta.new_empty(len(counts))
+    clients, d = len(steps[0][1]), theta.shape[-1]
+    out, losses, peaks = empty(theta, (clients, d)), theta.new_empty(len(counts)), theta.new_empty(clients, blocks(d))
     work = products(program, features) * len(at)
     job = _Job(
         told=told.data_ptr(),
         stages=len(held),
         squares=program.squares,
-        d=theta.shape[-1],
+        d=d,
         x=x.data_ptr(),
         bytes=x.dtype == torch.uint8,
         features=prod(features),
@@ -229,24 +231,27 @@ def _run(
         rows=at.data_ptr(),
         offsets=offsets.data_ptr(),
         widths=widths.data_ptr(),
-        lanes=many.data_ptr(),
+        lanes=lanes.data_ptr(),
         counts=counts.data_ptr(),
         count_offsets=count_offsets.data_ptr(),
         steps=len(steps),
-        clients=lanes[0],
+        clients=clients,
         threads=1 if work < _ALONE else threads_now(torch.get_num_threads()),
         theta=theta.data_ptr(),
-        theta_stride=theta.shape[-1] if theta.dim() == 2 else 0,
+        theta_stride=d if theta.dim() == 2 else 0,
         asked=asked,
         lr=lr,
         out=out.data_ptr(),
         losses=losses.data_ptr(),
+        peaks=peaks.data_ptr(),
+        block=BLOCK,
     )
     trouble = build(theta.dtype).run(ctypes.byref(job))
     if trouble == _NO_MEMORY:
         raise MemoryError("no memory for the buffers of a client's layers")
     if trouble == _NO_CLASS:
         raise IndexError(f"Target {int(y.min())} or {int(y.max())} is out of bounds.")
+    tell(out, peaks)
     return out, losses
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,7 @@ from atoll.engine import ENGINES
 from atoll.engine.arrivals import check_clock
 from atoll.engine.device import check_precision, found, gpu, local_rank, nearby
 from atoll.engine.fleet import FLEET, Fleet
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcess, threads_for
 from atoll.engine.memory import Memory
 from atoll.engine.probe import Choice, choose
 from atoll.engine.ranks import Ranks
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
 JUDGES = {"classification": ("accuracy",), "regression": ("rmse",), "tokens": ("accuracy",)}
+_WORTH_A_THREAD = 1 << 20  # parameters, from which on one pass over the model is worth a second thread
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ class Rounds:
             RunError: the round could not be run; the state is that of the round before.
         """
         began = time.perf_counter()
-        with lent_from(self._shelf):
+        with lent_from(self._shelf), self._threads():
             self.state, report = step(self.plan, self.state, self.engine)
         spent = time.perf_counter() - began
         last = self.state.round >= self.settings.rounds
@@ -245,6 +247,12 @@ class Rounds:
         self.bytes_down += report.bytes_down
         self.watch, self.outcome = stops.update(self.rules, self.watch, report)
         return report
+
+    def _threads(self) -> AbstractContextManager[None]:
+        """What torch does around native code is short: threads that it woke would spin where native code has to run."""
+        small = isinstance(self.engine, InProcess) and self.task.layout.d < _WORTH_A_THREAD
+        native = self.task.numerics == "compiled"
+        return threads_for(self.task, plan=self.plan) if small and native else nullcontext()
 
     def evaluate(self, engine: InProcess | None = None) -> dict[str, float]:
         """The held-out loss and metrics of the model as it stands, or those on another engine's clients."""

@@ -18,6 +18,7 @@ from problems import needs_native, threads
 import atoll.shelf
 from atoll import grammar, native
 from atoll.errors import UsageError
+from atoll.peaks import tell
 from atoll.plan.aggregate import Mean, Partial, Sum, exact
 from atoll.plan.names import PARTS
 from atoll.plan.slots import Contribution
@@ -105,7 +106,7 @@ def test_same_bits_for_every_order_and_grouping(aggregator, problem):
     [*((dtype, bad) for dtype in DTYPES for bad in (math.nan, math.inf, -math.inf)), (torch.float64, -(2.0**901))],
 )
 def test_what_cannot_be_added_is_found(dtype, bad, monkeypatch):
-    monkeypatch.setattr(exact, "_MANY", 1)
+    monkeypatch.setattr(exact, "_SOME", 1)
     rows = torch.ones(3, BLOCK + 7, dtype=dtype)
     rows[0, 0] = -float(min(exact.LARGEST, torch.finfo(dtype).max))
     assert exact.bounded(rows)
@@ -136,6 +137,37 @@ def test_native_code_reads_the_same_digits(problem):
                 totals.append(exact.total(digits).numpy().tobytes())
         assert totals[0] == totals[1]
     assert sums[0] == sums[1] == sums[2]
+
+
+@given(problems(), st.integers(1, 2**20), st.integers(1, 40))
+def test_clients_of_one_weight_are_added_as_if_each_came_alone(problem, weight, times):
+    """Their digits are read together, two at once where they are of single precision."""
+    rows, _, rng = problem
+    rows = rows[torch.from_numpy(rng.integers(0, len(rows), times))]
+    weights, alone = torch.full((times,), min(weight, exact.CAPACITY // times)), {}
+    for row, own in zip(rows, weights, strict=True):
+        exact.add(alone, row[None], own[None])
+    assert torch.equal(exact.total(exact.add({}, rows, weights)), exact.total(alone))
+
+
+@pytest.mark.parametrize("many", [4096, 4097])
+def test_as_many_as_there_can_be_of_the_largest_digits(many):
+    largest = np.nextafter(np.float32(2.0**25), np.float32(0))  # just below the next place
+    rows = torch.full((many, 1), float(largest))
+    got = exact.total(exact.add({}, rows, torch.full((many,), exact.CAPACITY // many)))
+    assert Fraction(got.item()) == Fraction(float(largest)) * many * (exact.CAPACITY // many)
+
+
+@given(problems())
+def test_what_is_told_of_blocks_changes_no_bit(problem):
+    rows, weights, _ = problem
+    found, finite = exact.total(exact.add({}, rows, weights)), exact.bounded(rows)
+    whole = torch.nn.functional.pad(rows.abs(), (0, -rows.shape[1] % BLOCK))
+    tell(rows, whole.unflatten(1, (-1, BLOCK)).amax(2).contiguous())
+    assert exact.bounded(rows) == finite
+    assert torch.equal(exact.total(exact.add({}, rows, weights)), found)
+    rows[0, 0] = math.inf  # what was told no longer holds
+    assert not exact.bounded(rows)
 
 
 @given(problems(), st.booleans())

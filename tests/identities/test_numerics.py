@@ -15,7 +15,9 @@ from atoll.engine.inprocess import InProcess
 from atoll.engine.probe import choose
 from atoll.errors import UsageError
 from atoll.fused import Unserved
+from atoll.peaks import BLOCK, told
 from atoll.plan.aggregate import Mean
+from atoll.plan.lanes import Lanes
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.plan import Plan
@@ -244,6 +246,40 @@ def test_where_rows_lie_changes_no_bit(monkeypatch):
     monkeypatch.setattr(compiled, "_AHEAD", 36 * 30)
     ends = [run(plan, InProcess(task, data))[0].model.theta for data in (stored, floats, behind)]
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 80.0, 1e4, 1e30, float("nan")])
+def test_logits_far_apart(scale, dtype):
+    """e^x from 1 to where it is nothing."""
+    data = classification((60,), shape=(5,), classes=21)
+    task = task_of(nn.Sequential(nn.Linear(5, 21)), data, "compiled", dtype)
+    x = (scale * Key(4).normal(2 * 30 * 5).reshape(2, 30, 5)).to(dtype)
+    y = Key(5).integers(60, 21).view(2, 30)
+    ours, theirs = (passed(replace(task, numerics=body), 2, x, y, (30, 30)) for body in ("compiled", "lanes"))
+    off = 1e-6 if dtype == torch.float32 else 1e-13
+    for got, want in ((ours.grad, theirs.grad), (ours.loss, theirs.loss)):
+        torch.testing.assert_close(got, want, rtol=0, atol=off * float(want.nan_to_num().abs().max()), equal_nan=True)
+
+
+@needs_native
+def test_an_update_is_told_with_its_largest_numbers():
+    """And how many there are, of which most go past the caches, changes no bit."""
+    data = classification([3] * 20, shape=(28, 28))
+    task = task_of(models.build("mlp", (28, 28), 3, "classification", Key(3)), data, "compiled", torch.float32)
+    model = task.initial()
+
+    def led(clients):
+        descent = task.descent(model, clients, 0.1)
+        places = torch.arange(3 * clients).view(clients, 3)
+        descent.follow(Lanes(data, torch.arange(clients), torch.float32), [(places, (3,) * clients)] * 2)
+        return descent.update()
+
+    many, few = led(20), led(2)
+    assert many.nbytes > 2**23 > few.nbytes and torch.equal(many[:2], few)
+    whole = nn.functional.pad(many.abs(), (0, -many.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).amax(2)
+    assert torch.equal(told(many), whole) and torch.equal(told(few), whole[:2])
 
 
 @needs_native

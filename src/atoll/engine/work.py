@@ -241,9 +241,9 @@ class Work:
         many = ids.shape[0]
         good = None
         for name, rows in (*contribution.means.items(), *contribution.sums.items()):
-            if rows.numel() and bounded(rows.reshape(many, -1)):
+            flat = rows if rows.dim() == 2 else rows.reshape(many, -1)
+            if rows.numel() and bounded(flat):
                 continue
-            flat = rows.reshape(many, -1)
             high, low = flat.amax(1).double(), flat.amin(1).double()  # in float32 the bound itself is infinite
             finite = ((high <= LARGEST) & (low >= -LARGEST)).to(ids.device)
             good = torch.ones_like(finite) if good is None else good

@@ -18,14 +18,15 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 #ifdef WIDE
 #define REAL double
-#define EXP exp
 #define LOG log
 #else
 #define REAL float
-#define EXP expf
 #define LOG logf
 #endif
 
@@ -38,21 +39,36 @@
 #ifdef __AVX512F__
 #define NV 1
 #define MR 12
+#define TALL 24 /* rows of a tile whose sums take nearly all registers */
 #else
 #define NV 2
 #define MR 6
+#define TALL 6
 #endif
 #define NR (NV * VL)
 #define ROWS 32  /* of one client, worked on at once */
 #define LINE 64  /* bytes that come from memory together */
+#define NEAR (1 << 23) /* bytes that are still in a cache when they are read again */
 #define AT_ONCE 8 /* lines asked for beside a tile of products */
 #define TURN 128 /* numbers of a weight's row that are turned at once: a multiple of NR */
 
 /* Read once into a register, not once for every product: two reads a product is all that a core has. */
-#ifdef __x86_64__
+#ifdef __AVX__
 #define HELD(v) __asm__("" : "+v"(v))
 #else
 #define HELD(v) (void)(v)
+#endif
+
+/* Write a vector past the caches, and see to it that other threads see what was so written. */
+#if defined(__AVX512F__)
+#define STREAM(p, v) _mm512_stream_si512((void *)(p), (__m512i)(v))
+#define STREAMED _mm_sfence()
+#elif defined(__AVX__)
+#define STREAM(p, v) _mm256_stream_si256((void *)(p), (__m256i)(v))
+#define STREAMED _mm_sfence()
+#else
+#define STREAM(p, v) store(p, v)
+#define STREAMED
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -111,6 +127,8 @@ typedef struct {
     double lr;
     REAL *out;
     REAL *losses; /* Σ of a client's rows in a step, as the counts stand */
+    REAL *peaks;  /* of a client the largest number, without its sign, of every `block` of `out` */
+    I block;
 } Job;
 
 typedef struct {
@@ -133,10 +151,21 @@ INLINE V load(const REAL *p) {
 INLINE void store(REAL *p, V v) { memcpy(p, &v, BYTES); }
 
 #ifdef WIDE
-typedef int64_t M __attribute__((vector_size(BYTES)));
+typedef int64_t Z;
+typedef uint64_t U;
+#define SIGNLESS INT64_MAX
+#define FRACTION 52
+#define LEAST -708 /* below it e^x is no normal number */
+#define TERMS 13
 #else
-typedef int32_t M __attribute__((vector_size(BYTES)));
+typedef int32_t Z;
+typedef uint32_t U;
+#define SIGNLESS INT32_MAX
+#define FRACTION 23
+#define LEAST -87
+#define TERMS 7
 #endif
+typedef Z M __attribute__((vector_size(BYTES)));
 
 INLINE V chosen(M where, V a, V b) { return (V)((where & (M)a) | (~where & (M)b)); }
 
@@ -160,31 +189,50 @@ INLINE void scattered(REAL *p, I n, I step, V v) {
 
 INLINE I least(I a, I b) { return a < b ? a : b; }
 
+/* e^x for x ≤ 0, or NaN: 2^n Σ r^i / i!, x = n ln 2 + r, |r| ≤ ln 2 / 2. What would be no normal number is 0. */
+INLINE V exponential(V x) {
+    static const REAL each[] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320,
+                                1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+    const REAL ln2 = 0.693359375, rest = -2.1219444005469058e-4; /* n · ln2 has so few bits that it is exact */
+    const REAL anchor = (REAL)1.5 * ((Z)1 << FRACTION);
+    const V moved = x * (REAL)1.4426950408889634 + anchor;
+    const V n = moved - anchor, r = (x - n * ln2) - n * rest;
+    V sum = (V){0} + each[TERMS];
+#pragma GCC unroll 13
+    for (int i = TERMS - 1; i >= 0; i--) sum = each[i] + sum * r;
+    const M power = ((M)moved - (M)((V){0} + anchor)) << FRACTION;
+    return chosen(x != x, x, chosen(x < LEAST, (V){0}, (V)((M)sum + power)));
+}
+
 /* Where the factors of a tile lie: `runs` runs of `n` terms, and from one to the next. */
 typedef struct {
     I runs, n;
     I a_run, a_step, b_run, b_step;
 } Terms;
 
-/* s = Σ a[m][…] · b[…] for m rows and NR columns; `beside`: row m of a begins at a[0] + m. */
-INLINE void tile(const int mr, const int beside, const REAL *const *a, const REAL *b, const Terms t, V s[MR][NV]) {
-#pragma GCC unroll 12
+/* How the rows of a lie: each begins at a[m]; or at a[0] + m; or its terms are at a[term] + a_run + m. */
+enum { APART = 0, BESIDE = 1, ACROSS = 2 };
+
+/* s = Σ a[m][…] · b[…] for m rows and NR columns. */
+INLINE void tile(const int mr, const int lie, const REAL *const *a, const REAL *b, const Terms t, V (*s)[NV]) {
+#pragma GCC unroll 24
     for (int m = 0; m < mr; m++)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; v++) s[m][v] = (V){0};
     for (I i = 0; i < t.runs; i++) {
         const REAL *p = b + i * t.b_run;
-        I at = i * t.a_run;
+        I at = lie == ACROSS ? t.a_run : i * t.a_run;
         for (I r = 0; r < t.n; r++, p += t.b_step, at += t.a_step) {
+            const REAL *own = lie == ACROSS ? a[r] + at : a[0] + at;
             V read[NV];
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) {
                 read[v] = load(p + v * VL);
                 HELD(read[v]);
             }
-#pragma GCC unroll 12
+#pragma GCC unroll 24
             for (int m = 0; m < mr; m++) {
-                const REAL x = beside ? a[0][at + m] : a[m][at];
+                const REAL x = lie == APART ? a[m][at] : own[m];
 #pragma GCC unroll 2
                 for (int v = 0; v < NV; v++) s[m][v] += x * read[v];
             }
@@ -216,8 +264,8 @@ INLINE void tile(const int mr, const int beside, const REAL *const *a, const REA
     default: call(1);                                                                                                 \
     }
 
-/* n in parts as equal as can be, of at most MR: the end of part i. */
-INLINE I part(I n, I parts, I i) { return n * (i + 1) / parts; }
+/* How many of n rows are the next tile: MR, and the last two are as equal as can be, since a low tile waits for sums. */
+INLINE I portion(I n) { return n >= 2 * MR ? MR : n > MR ? (n + 1) / 2 : n; }
 
 /* dst[j][i] = src[i][j], 8 × 8. */
 INLINE void flip8(const REAL *src, I from, REAL *dst, I to) {
@@ -259,19 +307,67 @@ static void pack(const Stage *s, I stages, const REAL *theta, REAL *packed) {
         const I area = t->kernel_y * t->kernel_x;
         REAL *w = packed + s->at;
         memset(w, 0, sizeof(REAL) * s->wide * s->taps);
-        for (I o = 0; o < t->out; o++) {
-            const REAL *from = theta + t->weight + o * s->taps;
-            REAL *to = w + o / NR * s->taps * NR + o % NR;
-            for (I i = 0; i < area; i++)
-                for (I c = 0; c < t->channels; c++) to[(i * t->channels + c) * NR] = from[c * area + i];
+        for (I p = 0; p < s->wide / NR; p++) {
+            const I outs = least(NR, t->out - p * NR);
+            const REAL *from = theta + t->weight + p * NR * s->taps;
+            REAL *to = w + p * s->taps * NR;
+            I turned = 0;
+            for (; area == 1 && outs == NR && turned + NR <= s->taps; turned += NR)
+                flip(from + turned, s->taps, to + turned * NR, NR);
+            for (I o = 0; o < outs; o++)
+                for (I c = turned; c < t->channels; c++)
+                    for (I i = 0; i < area; i++) to[(i * t->channels + c) * NR + o] = from[o * s->taps + c * area + i];
         }
         memset(packed + s->bias_at, 0, sizeof(REAL) * s->wide);
         if (t->bias >= 0) memcpy(packed + s->bias_at, theta + t->bias, sizeof(REAL) * t->out);
     }
 }
 
-/* out = θ − packed, or packed alone where there is no θ. */
-static void unpack(const Stage *s, I stages, const REAL *packed, const REAL *theta, REAL *out) {
+/* Where what a client comes to goes. */
+typedef struct {
+    const REAL *theta; /* that it is told from; 0: from nothing */
+    REAL *to;
+    U *peaks; /* the largest number of each block, without its sign: in the order of their bits NaN is above all */
+    I block;
+    int far;  /* more is written than the caches hold: memory need not be read to be written over */
+} Out;
+
+INLINE U larger(U most, REAL x) {
+    U bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits &= SIGNLESS;
+    return bits > most ? bits : most;
+}
+
+/* n numbers from `at` on. */
+INLINE void put(const Out *out, I at, const REAL *now, I n) {
+    for (I end; n; at += end, now += end, n -= end) {
+        REAL *restrict to = out->to + at;
+        const REAL *theta = out->theta ? out->theta + at : 0;
+        const I block = at / out->block;
+        end = least(n, (block + 1) * out->block - at);
+        U most = out->peaks[block];
+        I i = 0;
+        if (out->far && end > 2 * VL) {
+            for (; (uintptr_t)(to + i) % BYTES; i++) to[i] = theta ? theta[i] - now[i] : now[i], most = larger(most, to[i]);
+            M top = {0};
+            for (; i + VL <= end; i += VL) {
+                const V x = theta ? load(theta + i) - load(now + i) : load(now + i);
+                const M bits = (M)x & (Z)SIGNLESS;
+                top = (M)chosen(bits > top, (V)bits, (V)top);
+                STREAM(to + i, x);
+            }
+            for (I j = 0; j < VL; j++) most = (U)top[j] > most ? (U)top[j] : most;
+        }
+        if (theta)
+            for (; i < end; i++) to[i] = theta[i] - now[i], most = larger(most, to[i]);
+        else
+            for (; i < end; i++) to[i] = now[i], most = larger(most, to[i]);
+        out->peaks[block] = most;
+    }
+}
+
+static void unpack(const Stage *s, I stages, const REAL *packed, const Out *out) {
     for (I k = 0; k < stages; k++, s++) {
         const Told *t = &s->t;
         const I area = t->kernel_y * t->kernel_x, taps = s->taps;
@@ -279,37 +375,27 @@ static void unpack(const Stage *s, I stages, const REAL *packed, const REAL *the
         for (I p = 0; p < s->wide / NR; p++) {
             const I outs = least(NR, t->out - p * NR);
             const REAL *panel = w + p * taps * NR;
+            REAL block[NR * TURN];
             if (area == 1) {
-                REAL block[NR * TURN];
                 for (I r = 0; r < taps; r += TURN) {
                     const I n = least(TURN, taps - r);
                     I i = 0;
                     for (; i + NR <= n; i += NR) flip(panel + (r + i) * NR, NR, block + i, TURN);
                     for (; i < n; i++)
                         for (I o = 0; o < outs; o++) block[o * TURN + i] = panel[(r + i) * NR + o];
-                    for (I o = 0; o < outs; o++) {
-                        const I at = t->weight + (p * NR + o) * taps + r;
-                        if (theta)
-                            for (i = 0; i < n; i++) out[at + i] = theta[at + i] - block[o * TURN + i];
-                        else
-                            memcpy(out + at, block + o * TURN, sizeof(REAL) * n);
-                    }
+                    for (I o = 0; o < outs; o++) put(out, t->weight + (p * NR + o) * taps + r, block + o * TURN, n);
                 }
                 continue;
             }
             for (I o = 0; o < outs; o++)
                 for (I c = 0; c < t->channels; c++)
-                    for (I i = 0; i < area; i++) {
-                        const I at = t->weight + ((p * NR + o) * t->channels + c) * area + i;
-                        const REAL now = panel[(i * t->channels + c) * NR + o];
-                        out[at] = theta ? theta[at] - now : now;
+                    for (I i = 0; i < area; i += TURN) {
+                        const I n = least(TURN, area - i);
+                        for (I j = 0; j < n; j++) block[j] = panel[((i + j) * t->channels + c) * NR + o];
+                        put(out, t->weight + ((p * NR + o) * t->channels + c) * area + i, block, n);
                     }
         }
-        if (t->bias >= 0)
-            for (I o = 0; o < t->out; o++) {
-                const REAL now = packed[s->bias_at + o];
-                out[t->bias + o] = theta ? theta[t->bias + o] - now : now;
-            }
+        if (t->bias >= 0) put(out, t->bias, packed + s->bias_at, t->out);
     }
 }
 
@@ -332,7 +418,7 @@ static void turn(const Stage *s, const REAL *w, REAL *turned) {
 
 /* ---- a stage forward ---- */
 
-/* Where the outputs of a stage are, one after the other: row, y and x, and where in the input their kernels begin. */
+/* Where the outputs of a stage are, one after the other: row, y and x, and where in the row their kernels begin. */
 typedef struct {
     I row, y, x, at;
 } Place;
@@ -343,34 +429,33 @@ INLINE Place next(const Stage *s, Place p) {
     if (++p.x < t->out_x) return p;
     p.x = 0;
     if (++p.y == t->out_y) p.y = 0, p.row++;
-    p.at = p.row * s->in_stride + p.y * t->stride_y * s->frame_x * t->channels;
+    p.at = p.y * t->stride_y * s->frame_x * t->channels;
     return p;
 }
 
 INLINE void outputs(const int mr, const REAL *const *a, const REAL *b, const Terms t, const REAL *bias, REAL *out,
                     I wide) {
     V c[MR][NV];
-    tile(mr, 0, a, b, t, c);
-#pragma GCC unroll 12
+    tile(mr, APART, a, b, t, c);
+#pragma GCC unroll 24
     for (int m = 0; m < mr; m++)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; v++) store(out + m * wide + v * VL, c[m][v] + load(bias + v * VL));
 }
 
-/* A panel of the outputs of some rows that stand side by side, [pixel][wide]. */
-static void forward(const Stage *s, I p, const REAL *in, I rows, const REAL *w, const REAL *bias, REAL *out) {
-    const I n = rows * s->pixels, parts = (n + MR - 1) / MR;
+/* A panel of the outputs of some rows, [pixel][wide]. */
+static void forward(const Stage *s, I p, const REAL *const *in, I rows, const REAL *w, const REAL *bias, REAL *out) {
+    const I n = rows * s->pixels;
     const REAL *panel = w + p * s->taps * NR;
     const Terms t = {s->runs, s->run, s->frame_x * s->t.channels, 1, s->run * NR, NR};
     Place place = {0};
-    for (I i = 0, q = 0; i < parts; i++) {
-        const I end = part(n, parts, i), mr = end - q;
+    for (I q = 0, mr; q < n; q += mr) {
+        mr = portion(n - q);
         const REAL *a[MR];
-        for (I m = 0; m < mr; m++, place = next(s, place)) a[m] = in + place.at;
+        for (I m = 0; m < mr; m++, place = next(s, place)) a[m] = in[place.row] + place.at;
 #define CALL(mr) outputs(mr, a, panel, t, bias + p * NR, out + q * s->wide + p * NR, s->wide)
         CASES(mr, CALL)
 #undef CALL
-        q = end;
     }
 }
 
@@ -431,8 +516,8 @@ static void returned(const Stage *s, const REAL *grad, const REAL *act, const RE
 
 INLINE void inputs(const int mr, const REAL *const *a, const REAL *b, const Terms t, REAL *const *to, int adds) {
     V c[MR][NV];
-    tile(mr, 0, a, b, t, c);
-#pragma GCC unroll 12
+    tile(mr, APART, a, b, t, c);
+#pragma GCC unroll 24
     for (int m = 0; m < mr; m++) /* in turn: kernels side by side overlap */
 #pragma GCC unroll 2
         for (int v = 0; v < NV; v++) store(to[m] + v * VL, adds ? load(to[m] + v * VL) + c[m][v] : c[m][v]);
@@ -440,23 +525,22 @@ INLINE void inputs(const int mr, const REAL *const *a, const REAL *b, const Term
 
 /* The gradient of some rows' inputs: of a linear layer it is written, of a convolution added up. */
 static void to_input(const Stage *s, const REAL *dy, I rows, const REAL *turned, REAL *grad) {
-    const I taps = up(s->run, NR), n = rows * s->pixels, parts = (n + MR - 1) / MR;
+    const I taps = up(s->run, NR), n = rows * s->pixels;
     const Terms t = {1, s->t.out, 0, 1, 0, NR};
     for (I i = 0; i < s->runs; i++)
         for (I r = 0; r < taps; r += NR) {
             const REAL *panel = turned + (i * taps + r) * s->wide;
             REAL *first = grad + i * s->frame_x * s->t.channels + r;
             Place place = {0};
-            for (I k = 0, q = 0; k < parts; k++) {
-                const I end = part(n, parts, k), mr = end - q;
+            for (I q = 0, mr; q < n; q += mr) {
+                mr = portion(n - q);
                 const REAL *a[MR];
                 REAL *to[MR];
                 for (I m = 0; m < mr; m++, place = next(s, place))
-                    a[m] = dy + (q + m) * s->wide, to[m] = first + place.at;
+                    a[m] = dy + (q + m) * s->wide, to[m] = first + place.row * s->in_stride + place.at;
 #define CALL(mr) inputs(mr, a, panel, t, to, !s->flat)
                 CASES(mr, CALL)
 #undef CALL
-                q = end;
             }
         }
 }
@@ -472,8 +556,10 @@ typedef struct {
     REAL *w, *g, *turned, *flat, *room; /* packed weights, their gradient, scratch, buffers of all stages */
     /* The step of a first linear layer waits for the next batch: each panel is then read once for both. */
     I late;            /* rows of the batch that it was made on; 0: none */
-    I turn;            /* which of two inputs the rows are read into */
+    I turn;            /* which of two tables the rows of a batch stand in */
+    const REAL *lines[2][ROWS];
     REAL *late_dy;
+    int fresh;         /* the first layer's weights are still where all begin: its first step brings them here */
     Coming coming;
 } Bench;
 
@@ -486,56 +572,70 @@ INLINE void fetch(Coming *c, I lines) {
     }
 }
 
-INLINE void weights(const int mr, const REAL *a, const REAL *b, const Terms t, REAL factor, int keep, REAL *to) {
-    V c[MR][NV];
-    tile(mr, 1, &a, b, t, c);
+INLINE void weights(const int mr, const int lie, const REAL *const *a, const REAL *b, const Terms t, REAL factor,
+                    const REAL *from, REAL *to) {
+    V c[TALL][NV];
+    tile(mr, lie, a, b, t, c);
     REAL f = factor;
     __asm__("" : "+m"(f)); /* read again: while sums are taken, no register is left for it */
-#pragma GCC unroll 12
-    for (int m = 0; m < mr; m++, to += NR)
+#pragma GCC unroll 24
+    for (int m = 0; m < mr; m++, to += NR, from += from ? NR : 0)
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) store(to + v * VL, (keep ? load(to + v * VL) : (V){0}) + f * c[m][v]);
+        for (int v = 0; v < NV; v++) store(to + v * VL, (from ? load(from + v * VL) : (V){0}) + f * c[m][v]);
 }
 
-/* A panel of sink ← keep · sink + factor · gradient of the weights, from some rows; keep is 0 or 1; dy [pixel][wide]. */
-static void to_weights(const Stage *s, I p, const REAL *in, const REAL *dy, I rows, int keep, REAL factor, REAL *sink,
-                       REAL *bias, Coming *coming) {
+/* Where the numbers of one stage go, weights and biases; and what they are added to, if anything. */
+typedef struct {
+    const REAL *from, *bias_from;
+    REAL *to, *bias_to;
+} Sink;
+
+/* A panel of to ← from + factor · gradient of the weights, from some rows; dy [pixel][wide]. */
+static void to_weights(const Stage *s, I p, const REAL *const *in, const REAL *dy, I rows, REAL factor, Sink sink,
+                       Coming *coming) {
     const Told *t = &s->t;
     const I line = s->frame_x * t->channels, runs = s->flat ? 1 : t->out_y, n = s->flat ? rows : t->out_x;
-    const I step = s->flat ? s->in_stride : t->stride_x * t->channels;
-    const Terms terms = {runs, n, t->stride_y * line, step, n * s->wide, s->wide};
-    const I parts = (s->run + MR - 1) / MR;
+    Terms terms = {runs, n, t->stride_y * line, s->flat ? 0 : t->stride_x * t->channels, n * s->wide, s->wide};
     const REAL *b = dy + p * NR;
-    REAL *to = sink + p * s->taps * NR;
+    const REAL *from = sink.from ? sink.from + p * s->taps * NR : 0;
+    REAL *to = sink.to + p * s->taps * NR;
     for (I i = 0; i < s->runs; i++)
-        for (I k = 0, q = 0; k < parts; k++) {
-            const I end = part(s->run, parts, k), mr = end - q;
-            const REAL *a = in + i * line + q;
-#define CALL(mr) weights(mr, a, b, terms, factor, keep, to)
-            CASES(mr, CALL)
+        for (I q = 0, mr; q < s->run; q += mr) {
+            const I left = s->run - q;
+            mr = TALL > MR && left >= TALL ? TALL : portion(left);
+            const REAL *a = in[0] + i * line + q;
+            if (s->flat) {
+                terms.a_run = i * line + q;
+#define CALL(mr) weights(mr, ACROSS, in, b, terms, factor, from, to)
+                if (mr > MR) CALL(TALL);
+                else CASES(mr, CALL)
 #undef CALL
-            to += mr * NR, q = end;
+            } else {
+#define CALL(mr) weights(mr, BESIDE, &a, b, terms, factor, from, to)
+                if (mr > MR) CALL(TALL);
+                else CASES(mr, CALL)
+#undef CALL
+            }
+            to += mr * NR, from += from ? mr * NR : 0;
             if (coming) fetch(coming, AT_ONCE);
         }
     for (I v = p * NR; t->bias >= 0 && v < (p + 1) * NR; v += VL) {
         V c = {0};
         for (I q = 0; q < runs * n; q++) c += load(dy + q * s->wide + v);
-        store(bias + v, keep ? load(bias + v) + factor * c : factor * c);
+        store(sink.bias_to + v, sink.from ? load(sink.bias_from + v) + factor * c : factor * c);
     }
 }
 
 /* ---- the loss ---- */
 
-/* −log softmax(z)[y] of a row, and share · its gradient in place. */
+/* −log softmax(z)[y] of a row, and share · its gradient in place; what stands behind the classes is anything. */
 static REAL entropy(REAL *z, I classes, I y, REAL share) {
     REAL top = z[0], sum = 0;
     for (I c = 1; c < classes; c++) top = z[c] > top || z[c] != z[c] ? z[c] : top;
     const REAL given = z[y] - top;
-    for (I c = 0; c < classes; c++) {
-        z[c] = EXP(z[c] - top);
-        sum += z[c];
-    }
-    for (I c = 0; c < classes; c++) z[c] = z[c] / sum * share;
+    for (I c = 0; c < classes; c += VL) store(z + c, exponential(load(z + c) - top));
+    for (I c = 0; c < classes; c++) sum += z[c];
+    for (I c = 0; c < classes; c += VL) store(z + c, load(z + c) / sum * share);
     z[y] -= share;
     return LOG(sum) - given;
 }
@@ -557,15 +657,15 @@ static void down(REAL *restrict w, const REAL *restrict g, REAL lr, I n) {
     for (I i = 0; i < n; i++) w[i] -= lr * g[i];
 }
 
-INLINE REAL *input(const Stage *s, const Bench *bench, I turn) {
-    return bench->room + s->in + (turn ? s->spare : 0);
-}
+INLINE const REAL *weights_of(const Crew *crew, const Bench *bench) { return bench->fresh ? crew->start : bench->w; }
 
 /* The step that was left waiting, of one panel. */
-static void caught_up(const Stage *s, Bench *bench, I p, REAL lr) {
+static void caught_up(const Crew *crew, Bench *bench, I p) {
+    const Stage *s = crew->stages;
+    const REAL *from = weights_of(crew, bench);
     if (bench->late)
-        to_weights(s, p, input(s, bench, !bench->turn), bench->late_dy, bench->late, 1, -lr, bench->w + s->at,
-                   bench->w + s->bias_at, &bench->coming);
+        to_weights(s, p, bench->lines[!bench->turn], bench->late_dy, bench->late, -(REAL)crew->job->lr,
+                   (Sink){from + s->at, from + s->bias_at, bench->w + s->at, bench->w + s->bias_at}, &bench->coming);
 }
 
 /* n numbers of the data, `step` apart where they go. */
@@ -579,17 +679,20 @@ INLINE void read_line(const Job *job, I at, I n, REAL *to, I step) {
     }
 }
 
-static void read_row(const Job *job, const Stage *s, I row, REAL *to) {
+/* A row of the data where it lies, or, if no stage can read it there, in a buffer. */
+static const REAL *read_row(const Job *job, const Stage *s, I row, REAL *to) {
     const Told *t = &s->t;
     const I area = t->height * t->width, whole = s->frame_x == t->width && (t->channels == 1 || area == 1);
     if (whole && !t->pad_y) {
+        if (!job->bytes) return (const REAL *)job->x + row * job->features;
         read_line(job, row * job->features, job->features, to, 1);
-        return;
+        return to;
     }
     for (I c = 0; c < t->channels; c++)
         for (I y = 0; y < t->height; y++)
             read_line(job, row * job->features + c * area + y * t->width, t->width,
                       to + ((y + t->pad_y) * s->frame_x + t->pad_x) * t->channels + c, t->channels);
+    return to;
 }
 
 /* Forward and back on n rows of at most ROWS: the gradient into g, or where they are the whole step, the step. */
@@ -600,23 +703,28 @@ static I pass(const Crew *crew, Bench *bench, const I *rows, const REAL *y, cons
     const I stages = job->stages;
     const Stage *s = crew->stages;
     REAL *room = bench->room;
-    REAL *rows_in = input(s, bench, bench->turn);
-    for (I b = 0; b < n; b++) read_row(job, s, rows[b], rows_in + b * s->in_stride);
+    const REAL *lines[ROWS], **first_lines = bench->lines[bench->turn];
+    for (I b = 0; b < n; b++)
+        first_lines[b] = read_row(job, s, rows[b], room + s->in + bench->turn * s->spare + b * s->in_stride);
     for (I k = 0; k < stages; k++, s++) {
-        const REAL *in = k ? room + s->in : rows_in, *w = bench->w + s->at, *bias = bench->w + s->bias_at;
+        const REAL **in = k ? lines : first_lines;
         const I panels = s->wide / NR;
+        for (I b = 0; k && b < n; b++) lines[b] = room + s->in + b * s->in_stride;
         if (s->flat) {
             for (I p = 0; p < panels; p++) {
-                if (!k) caught_up(s, bench, p, lr);
-                forward(s, p, in, n, w, bias, bench->flat);
+                if (!k) caught_up(crew, bench, p);
+                const REAL *w = k || bench->late ? bench->w : weights_of(crew, bench);
+                forward(s, p, in, n, w + s->at, w + s->bias_at, bench->flat);
             }
+            if (!k) bench->fresh = bench->fresh && !bench->late;
             for (I b = 0; k < stages - 1 && b < n; b++)
                 passed(s, bench->flat + b * s->wide, room + s[1].in + b * s[1].in_stride, 0);
             continue;
         }
         const I kept = s->t.last_y * s->t.last_x * s->wide;
         for (I b = 0; b < n; b++) {
-            for (I p = 0; p < panels; p++) forward(s, p, in + b * s->in_stride, 1, w, bias, bench->flat);
+            for (I p = 0; p < panels; p++)
+                forward(s, p, in + b, 1, bench->w + s->at, bench->w + s->bias_at, bench->flat);
             passed(s, bench->flat, room + s[1].in + b * s[1].in_stride, room + s->won + b * kept);
         }
     }
@@ -635,10 +743,12 @@ static I pass(const Crew *crew, Bench *bench, const I *rows, const REAL *y, cons
     }
     bench->late = 0;
     for (I k = stages - 1; k >= 0; k--, s--) {
-        const REAL *in = k ? room + s->in : rows_in, *next = room + s[1].grad, *act = room + s[1].in;
+        const REAL **in = k ? lines : first_lines, *next = room + s[1].grad, *act = room + s[1].in;
         REAL *grad = k ? room + s->grad : 0, *g = bench->g + s->at, *gb = bench->g + s->bias_at;
+        REAL *w = bench->w + s->at, *wb = bench->w + s->bias_at;
         const I panels = s->wide / NR;
-        if (k) turn(s, bench->w + s->at, bench->turned);
+        for (I b = 0; k && b < n; b++) lines[b] = room + s->in + b * s->in_stride;
+        if (k) turn(s, w, bench->turned);
         if (s->flat) {
             REAL *own = k ? dy : bench->late_dy;
             for (I b = 0; b < n; b++)
@@ -651,11 +761,8 @@ static I pass(const Crew *crew, Bench *bench, const I *rows, const REAL *y, cons
                 bench->late = n, bench->turn = !bench->turn;
                 continue;
             }
-            for (I p = 0; p < panels; p++)
-                if (steps)
-                    to_weights(s, p, in, own, n, 1, -lr, bench->w + s->at, bench->w + s->bias_at, 0);
-                else
-                    to_weights(s, p, in, own, n, !first, 1, g, gb, 0);
+            const Sink sink = steps ? (Sink){w, wb, w, wb} : (Sink){first ? 0 : g, gb, g, gb};
+            for (I p = 0; p < panels; p++) to_weights(s, p, in, own, n, steps ? -lr : 1, sink, 0);
             continue;
         }
         const I kept = s->t.last_y * s->t.last_x * s->wide;
@@ -665,19 +772,21 @@ static I pass(const Crew *crew, Bench *bench, const I *rows, const REAL *y, cons
                 memset(grad + b * s->in_stride, 0, sizeof(REAL) * s->in_stride);
                 to_input(s, dy, 1, bench->turned, grad + b * s->in_stride);
             }
-            for (I p = 0; p < panels; p++)
-                to_weights(s, p, in + b * s->in_stride, dy, 1, !(first && b == 0), 1, g, gb, 0);
+            const Sink sink = {first && b == 0 ? 0 : g, gb, g, gb};
+            for (I p = 0; p < panels; p++) to_weights(s, p, in + b, dy, 1, 1, sink, 0);
         }
-        if (steps) down(bench->w + s->at, g, lr, s->bias_at + s->wide - s->at);
+        if (steps) down(w, g, lr, s->bias_at + s->wide - s->at);
     }
     return DONE;
 }
 
-/* The step that was left waiting, whole. */
+/* All of a client's weights, and with them the step that was left waiting. */
 static void settled(const Crew *crew, Bench *bench) {
     const Stage *s = crew->stages;
-    for (I p = 0; p < s->wide / NR; p++) caught_up(s, bench, p, (REAL)crew->job->lr);
-    bench->late = 0;
+    const REAL *from = weights_of(crew, bench);
+    for (I p = 0; p < s->wide / NR; p++) caught_up(crew, bench, p);
+    if (!bench->late && bench->fresh) memcpy(bench->w, from, sizeof(REAL) * (s->bias_at + s->wide));
+    bench->late = bench->fresh = 0;
 }
 
 /* The first rows of a client in a step, if it makes it: to be fetched. */
@@ -694,10 +803,13 @@ static Coming coming(const Job *job, I k, I i) {
 static I client(Crew *crew, Bench *bench, I k, I *next) {
     const Job *job = crew->job;
     const int descends = job->asked != GRADIENT;
+    const Stage *s = crew->stages;
+    const I later = s->flat ? s->bias_at + s->wide : 0; /* from where on weights are needed now */
+    bench->fresh = !job->theta_stride && s->flat;
     if (job->theta_stride)
-        pack(crew->stages, job->stages, job->theta + k * job->theta_stride, bench->w);
+        pack(s, job->stages, job->theta + k * job->theta_stride, bench->w);
     else
-        memcpy(bench->w, crew->start, sizeof(REAL) * crew->packed);
+        memcpy(bench->w + later, crew->start + later, sizeof(REAL) * (crew->packed - later));
     for (I i = 0; i < job->steps && k < job->lanes[i]; i++) {
         const I at = job->offsets[i] + k * job->widths[i], n = job->counts[job->count_offsets[i] + k];
         REAL *loss = job->losses + job->count_offsets[i] + k;
@@ -706,11 +818,11 @@ static I client(Crew *crew, Bench *bench, I k, I *next) {
         if (ends) *next = atomic_fetch_add(&crew->next, 1);
         bench->coming = ends ? coming(job, *next, 0) : coming(job, k, i + 1);
         if (!bench->late) fetch(&bench->coming, INT64_MAX); /* nothing comes by that could fetch them bit by bit */
-        const I parts = (n + ROWS - 1) / ROWS;
+        const I parts = (n + ROWS - 1) / ROWS; /* as equal as can be */
         if (parts > 1) settled(crew, bench);
         if (!n && !descends) memset(bench->g, 0, sizeof(REAL) * crew->packed);
         for (I p = 0, q = 0; p < parts; p++) {
-            const I end = part(n, parts, p);
+            const I end = n * (p + 1) / parts;
             const I got = pass(crew, bench, job->rows + at + q, (const REAL *)job->y + (at + q) * job->targets,
                                (const I *)job->y + at + q, end - q, (REAL)1 / n, p == 0, descends && parts == 1, loss);
             if (got) return got;
@@ -718,9 +830,15 @@ static I client(Crew *crew, Bench *bench, I k, I *next) {
         }
         if (descends && parts > 1) down(bench->w, bench->g, (REAL)job->lr, crew->packed);
     }
-    settled(crew, bench);
-    unpack(crew->stages, job->stages, descends ? bench->w : bench->g,
-           job->asked == UPDATE ? job->theta + k * job->theta_stride : 0, job->out + k * job->d);
+    if (descends) settled(crew, bench);
+    const I blocks = (job->d + job->block - 1) / job->block;
+    const Out out = {.theta = job->asked == UPDATE ? job->theta + k * job->theta_stride : 0,
+                     .to = job->out + k * job->d,
+                     .peaks = (U *)(job->peaks + k * blocks),
+                     .block = job->block,
+                     .far = job->clients * job->d * (I)sizeof(REAL) > NEAR};
+    memset(out.peaks, 0, sizeof(U) * blocks);
+    unpack(s, job->stages, descends ? bench->w : bench->g, &out);
     return DONE;
 }
 
@@ -777,6 +895,7 @@ static void *work(void *given) {
         if (got) atomic_store(&crew->trouble, got);
     }
     brought_back(all);
+    STREAMED;
     return 0;
 }
 

@@ -31,14 +31,15 @@ from torch import Tensor
 
 from atoll.errors import UsageError
 from atoll.native import serving, threads_now
+from atoll.peaks import BLOCK, blocks, told
 from atoll.shelf import empty
 
 WIDTH = 26
-BLOCK = 4096
 _TILE = 1 << 18  # numbers worked on at once: with their digits they stay near a core
 _FAR_TILE = 1 << 24  # the same where a kernel is only worth its start for many numbers
 _NATIVE = True  # tests look at both ways
-_MANY = 1 << 19  # numbers from which on a second thread is worth its start
+_SOME = 1 << 19  # numbers from which on native code finds the largest sooner than torch
+_MANY = 1 << 22  # numbers from which on a second thread is worth its start
 _BUSY_MANY = 1 << 24  # the same where torch's own threads may still spin on the cores, for some milliseconds
 _BEYOND = 127  # the place of a block that cannot be added
 _EMPTY = -128  # the place of a block of zeros
@@ -107,13 +108,17 @@ class _Job(ctypes.Structure):
         ("weights", ctypes.c_void_p),
         ("digits", ctypes.c_void_p),
         ("fresh", ctypes.c_void_p),
+        ("peaks", ctypes.c_void_p),
     ]
 
 
 def bounded(rows: Tensor) -> bool:
     """Whether all numbers of rows `[K, d]` are finite, and at most `LARGEST`: whether they can be added."""
+    peaks = told(rows)
+    if peaks is not None:
+        return float(peaks.max()) <= LARGEST  # NaN is not
     native = _library(rows)
-    if native is not None and rows.numel() >= _MANY:
+    if native is not None and rows.numel() >= _SOME:
         job, (tops, *_) = _job(rows)
         native.tops(ctypes.byref(job))
         return not bool((tops == _BEYOND).any())
@@ -124,21 +129,21 @@ def bounded(rows: Tensor) -> bool:
 def _job(rows: Tensor, weights: Tensor | None = None) -> tuple[_Job, tuple[Any, ...]]:
     """A job, and what must live as long: places of blocks, what became of them, digits, which to write."""
     k, d = rows.shape
-    tops, done = torch.empty(-(-d // BLOCK), k, dtype=torch.int8), torch.zeros(-(-d // BLOCK), dtype=torch.int8)
+    tops, done = torch.empty(blocks(d), k, dtype=torch.int8), torch.zeros(blocks(d), dtype=torch.int8)
     table, fresh = (ctypes.c_void_p * _PLACES)(), (ctypes.c_int8 * _PLACES)()
-    own = threads_now(0)
+    own, peaks = threads_now(0), told(rows)
     threads = own or torch.get_num_threads()
     if rows.numel() < (_MANY if own else _BUSY_MANY):
         threads = 1
-    told = (rows.data_ptr(), k, d, rows.stride(0), _LOWEST, threads, tops.data_ptr(), done.data_ptr())
+    what = (rows.data_ptr(), k, d, rows.stride(0), _LOWEST, threads, tops.data_ptr(), done.data_ptr())
     where = None if weights is None else weights.data_ptr(), ctypes.addressof(table), ctypes.addressof(fresh)
-    return _Job(*told, *where), (tops, done, table, fresh)
+    return _Job(*what, *where, None if peaks is None else peaks.data_ptr()), (tops, done, table, fresh, peaks)
 
 
 def _add_natively(native: ctypes.CDLL, digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
     """The same digits, read in one pass over the rows."""
     whole = weights.to(torch.float64)
-    job, (tops, done, table, fresh) = _job(rows, whole)
+    job, (tops, done, table, fresh, _) = _job(rows, whole)
     for place, digit in digits.items():
         table[place - _LOWEST] = digit.data_ptr()
     native.add(ctypes.byref(job))
