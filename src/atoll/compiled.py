@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from atoll.fused import Bias, Convolution, Dense, Heard, Pool, Program, Relu, Shape, Steps, ToMaps, ToRows, Unserved
+from atoll.known import BLOCK, blocks, tell
 from atoll.native import library, threads_now, widths
-from atoll.peaks import BLOCK, blocks, tell
 from atoll.shelf import empty
 
 _AHEAD = 1 << 22  # numbers of rows that are read at once where they do not lie in memory
@@ -251,7 +251,7 @@ def _run(
         raise MemoryError("no memory for the buffers of a client's layers")
     if trouble == _NO_CLASS:
         raise IndexError(f"Target {int(y.min())} or {int(y.max())} is out of bounds.")
-    tell(out, peaks)
+    tell(out, "peaks", peaks)
     return out, losses
 
 

@@ -18,7 +18,7 @@ from problems import needs_native, threads
 import atoll.shelf
 from atoll import grammar, native
 from atoll.errors import UsageError
-from atoll.peaks import tell
+from atoll.known import tell
 from atoll.plan.aggregate import Mean, Partial, Sum, exact
 from atoll.plan.names import PARTS
 from atoll.plan.slots import Contribution
@@ -163,7 +163,7 @@ def test_what_is_told_of_blocks_changes_no_bit(problem):
     rows, weights, _ = problem
     found, finite = exact.total(exact.add({}, rows, weights)), exact.bounded(rows)
     whole = torch.nn.functional.pad(rows.abs(), (0, -rows.shape[1] % BLOCK))
-    tell(rows, whole.unflatten(1, (-1, BLOCK)).amax(2).contiguous())
+    tell(rows, "peaks", whole.unflatten(1, (-1, BLOCK)).amax(2).contiguous())
     assert exact.bounded(rows) == finite
     assert torch.equal(exact.total(exact.add({}, rows, weights)), found)
     rows[0, 0] = math.inf  # what was told no longer holds

@@ -15,7 +15,7 @@ from atoll.engine.inprocess import InProcess
 from atoll.engine.probe import choose
 from atoll.errors import UsageError
 from atoll.fused import Unserved
-from atoll.peaks import BLOCK, told
+from atoll.known import BLOCK, told
 from atoll.plan.aggregate import Mean
 from atoll.plan.lanes import Lanes
 from atoll.plan.local import Gradient, Train
@@ -279,7 +279,7 @@ def test_an_update_is_told_with_its_largest_numbers():
     many, few = led(20), led(2)
     assert many.nbytes > 2**23 > few.nbytes and torch.equal(many[:2], few)
     whole = nn.functional.pad(many.abs(), (0, -many.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).amax(2)
-    assert torch.equal(told(many), whole) and torch.equal(told(few), whole[:2])
+    assert torch.equal(told(many, "peaks"), whole) and torch.equal(told(few, "peaks"), whole[:2])
 
 
 @needs_native

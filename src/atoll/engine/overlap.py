@@ -7,17 +7,20 @@ is `sum="float"`: the quick sum, whose last bits depend on how many ranks there 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from atoll.bound import MARGIN
 from atoll.engine.arrivals import message
 from atoll.engine.ranks import Ranks, together
 from atoll.engine.work import Haul, Work, births
+from atoll.known import tell
 from atoll.plan.aggregate.mean import Mean, Partial, Sum
 from atoll.plan.codec import Identity
 from atoll.plan.flight import Flight
@@ -154,9 +157,11 @@ class Overlap:
             for sent in self._sent:
                 sent.wait()
         # Beyond the root of the largest number squares overflow: then all of it is done with care, which takes longer.
-        finite = bool(torch.linalg.vector_norm(self.bound.room[MARGIN - table.numel() :]).isfinite())
-        table = self.bound.room[MARGIN - table.numel() : MARGIN].view_as(table).clone()
-        return self._told(work, birth, codes, down, table[1:]) if finite and not table[0, 0] else None
+        table, norm = self.bound.room[MARGIN - table.numel() : MARGIN].view_as(table).clone(), vector_norm(self.flat)
+        if table[0, 0] or not math.isfinite(float(norm) + float(table.sum())):
+            return None
+        tell(self.flat, "norm", norm)
+        return self._told(work, birth, codes, down, table[1:])
 
     def _one(self, work: Work, birth: int, code: Tensor, last: bool, table: Tensor, codes: Tensor) -> None:
         """One client's pass; that of the last one sends the sum of all as it comes."""

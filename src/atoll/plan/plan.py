@@ -25,6 +25,7 @@ from torch import Tensor
 from atoll.errors import UsageError
 from atoll.fields import repaired
 from atoll.grammar import Value
+from atoll.known import norm
 from atoll.layout import Layout
 from atoll.plan.clash import refuse
 from atoll.plan.codec.stage import Identity, arrived
@@ -480,7 +481,7 @@ def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
     """What people are told of a round."""
     metrics = {n: float(t) for n, t in mean.sums.items() if t.numel() == 1}
     if "update" in mean.means:
-        metrics["gradient_norm"] = float(torch.linalg.vector_norm(mean.means["update"]))
+        metrics["gradient_norm"] = float(norm(mean.means["update"]))
     metrics["lr"] = plan.optimizer.lr_at(state.round, state.optimizer)
     return Report(
         state.round,

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from atoll.errors import UsageError
+from atoll.known import BLOCK, blocks, told
 from atoll.native import serving, threads_now
-from atoll.peaks import BLOCK, blocks, told
 from atoll.shelf import empty
 
 WIDTH = 26
@@ -114,7 +114,7 @@ class _Job(ctypes.Structure):
 
 def bounded(rows: Tensor) -> bool:
     """Whether all numbers of rows `[K, d]` are finite, and at most `LARGEST`: whether they can be added."""
-    peaks = told(rows)
+    peaks = told(rows, "peaks")
     if peaks is not None:
         return float(peaks.max()) <= LARGEST  # NaN is not
     native = _library(rows)
@@ -131,7 +131,7 @@ def _job(rows: Tensor, weights: Tensor | None = None) -> tuple[_Job, tuple[Any, 
     k, d = rows.shape
     tops, done = torch.empty(blocks(d), k, dtype=torch.int8), torch.zeros(blocks(d), dtype=torch.int8)
     table, fresh = (ctypes.c_void_p * _PLACES)(), (ctypes.c_int8 * _PLACES)()
-    own, peaks = threads_now(0), told(rows)
+    own, peaks = threads_now(0), told(rows, "peaks")
     threads = own or torch.get_num_threads()
     if rows.numel() < (_MANY if own else _BUSY_MANY):
         threads = 1
