@@ -455,11 +455,6 @@ def list_runs(parent: Path) -> list[Path]:
     return sorted(found, key=lambda p: ((p / "config.toml").stat().st_mtime, p.name))
 
 
-def fingerprint(theta: Tensor) -> str:
-    """The first 12 hex digits of SHA-256(θ): equal for equal bits."""
-    return sha256(theta.detach().cpu().contiguous().numpy().data).hexdigest()[:12]
-
-
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:
     return save({n: t.detach().cpu().contiguous().clone() for n, t in sorted(tensors.items())})
 

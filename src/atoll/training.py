@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from atoll import models, runs
+from atoll import models
 from atoll.data.clients import Clients
+from atoll.digest import fingerprint
 from atoll.engine import ENGINES
 from atoll.engine.arrivals import check_clock
 from atoll.engine.device import check_precision, found, gpu, local_rank, nearby
@@ -237,7 +238,7 @@ class Rounds:
         metrics = {f"training_{n}" if n in judged else n: v for n, v in report.metrics.items()}
         if self.judge is not None and (last or self.state.round % every == 0):
             metrics |= self.evaluate()
-        report = report.to(metrics=metrics, seconds=spent, fingerprint=runs.fingerprint(self.state.model.theta))
+        report = report.to(metrics=metrics, seconds=spent, fingerprint=fingerprint(self.state.model.theta))
         if self.ranks is not None:
             from atoll.engine.torchrun import agreed
 

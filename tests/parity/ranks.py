@@ -17,6 +17,7 @@ from problems import NO_NATIVE, classification, federation, run, seeded, task_of
 from torch import nn
 
 from atoll import recipes, train
+from atoll.digest import fingerprint
 from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.engine.ranks import Ranks
 from atoll.engine.torchrun import Torchrun
@@ -27,7 +28,6 @@ from atoll.plan.optimizer import adam, adamw, sgd
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.sampler import Poisson
-from atoll.runs import fingerprint
 
 ROUNDS = 2
 

@@ -301,7 +301,7 @@ def _rounds(record: Record) -> Html | None:
 
 def _round_head(record: Record) -> Html:
     more = [name for name, _ in _more(record)]
-    heads = ["", "round", *map(word, record.columns), "clients", "failed", *more, "up", "down", "time", "SHA-256(θ)"]
+    heads = ["", "round", *map(word, record.columns), "clients", "failed", *more, "up", "down", "time", "fingerprint"]
     return tag("tr", *(tag("th", h, class_="n" if h else "") for h in heads))
 
 

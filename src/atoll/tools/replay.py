@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from atoll import runs
+from atoll.digest import fingerprint
 from atoll.engine.arrivals import Flown, fly, message
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.plan.flight import Flight
@@ -178,7 +179,7 @@ def replay(
     checked = 0
     for t in range(start, round):
         training.state, _ = step(training.plan, training.state, training.engine)
-        checked += _check(folder, rows, t, runs.fingerprint(training.state.model.theta))
+        checked += _check(folder, rows, t, fingerprint(training.state.model.theta))
     opened = _open(training)
     flights = _flights(opened, training, client)
     if not flights:
@@ -378,7 +379,7 @@ def _whole(training: Rounds, opened: _Opened) -> _Whole:
     total, server = settle(plan, decode(plan, state, gathered), state, key)
     mean = finish(plan, total, cohort, engine.population)
     after = descend(plan, state, mean, server, gathered.air)
-    return _Whole(mean.means.get("update"), float(total.weight), runs.fingerprint(after.model.theta), "")
+    return _Whole(mean.means.get("update"), float(total.weight), fingerprint(after.model.theta), "")
 
 
 def _alone(
