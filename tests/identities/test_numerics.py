@@ -341,6 +341,11 @@ def no_compiler(fresh, monkeypatch):
     return "no C compiler no-such-compiler"
 
 
+def compiler_that_says_nothing(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "/bin/false")
+    return "false --version fails"
+
+
 def compiler_that_fails(fresh, monkeypatch):
     broken = fresh.parent / "cc"
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo cc 1 && exit\necho no stdlib.h >&2\nexit 1\n')
@@ -355,7 +360,7 @@ def folder_of_others(fresh, monkeypatch):
     return "others can write"
 
 
-@pytest.mark.parametrize("trouble", [no_compiler, compiler_that_fails, folder_of_others])
+@pytest.mark.parametrize("trouble", [no_compiler, compiler_that_says_nothing, compiler_that_fails, folder_of_others])
 def test_without_native_code(trouble, fresh, monkeypatch):
     """Asked for, it is refused with the line that helps; otherwise layers go by hand, and the reason says why."""
     said = trouble(fresh, monkeypatch)
@@ -363,7 +368,7 @@ def test_without_native_code(trouble, fresh, monkeypatch):
     task = Task.of(models.build("mlp", (6, 6), 3, "classification", Key(0)), "cross_entropy")
     with pytest.raises(UsageError, match=said) as caught:
         choose(task, data, PLAN, "compiled")
-    assert caught.value.write.startswith(("apt-get install", "export ATOLL_CACHE="))
+    assert caught.value.write.startswith(("apt-get install", "unset CC", "export ATOLL_CACHE="))
     choice = choose(task, data, PLAN, rounds=10**9)
     assert choice.task.numerics == "fused" and said in choice.reason
 

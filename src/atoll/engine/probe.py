@@ -109,7 +109,7 @@ def _by_hand(task: Task, data: Clients, plan: Plan, rows: int, rounds: int) -> C
     fused, native = (replace(task, numerics=body) for body in ("fused", "compiled"))
     reason = "a stack of known layers, by hand: many clients in one pass"
     if task.device.type != "cpu" or _products(native, data, plan) * rounds < _WORTH:
-        return Choice(fused, reason)
+        return Choice(fused, f"{reason}; native code is for longer runs")
     trouble = _trouble(native, task, data, rows)
     if trouble is None:
         return Choice(native, "a stack of known layers, in native code: a client's steps at one core")
@@ -127,15 +127,19 @@ def _products(task: Task, data: Clients, plan: Plan) -> float:
     return each * float((sizes if visits is None else visits(sizes)).sum())
 
 
+_REQUIRED = {
+    "lanes": "a model that runs for many clients side by side.",
+    "fused": "a stack of known layers.",
+    "compiled": "known layers in the host's memory, and a C compiler.",
+}
+
+
 def _refused(wanted: str, why: str, write: str) -> UsageError:
     return UsageError(
         f"numerics = {wanted!r}, and {why}.",
-        "a model that runs for many clients side by side."
-        if wanted == "lanes"
-        else "known layers in the host's memory, and a C compiler."
-        if wanted == "compiled"
-        else "a stack of known layers.",
-        write=write,
+        _REQUIRED[wanted],
+        "another way would come to other last digits than those that were asked for.",
+        write or "--numerics auto",
     )
 
 

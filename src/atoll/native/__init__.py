@@ -126,11 +126,12 @@ def compiler() -> tuple[str, str]:
     """
     asked = os.environ.get("CC", "")
     found = next((path for name in ((asked,) if asked else ("cc", "gcc", "clang")) if (path := shutil.which(name))), "")
+    install = "apt-get install gcc libc6-dev"
     if not found:
-        raise Unbuilt(f"there is no C compiler{f' {asked}' if asked else ''}", "apt-get install gcc libc6-dev")
+        raise Unbuilt(f"there is no C compiler{f' {asked}' if asked else ''}", "unset CC" if asked else install)
     got = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
     if got.returncode:
-        raise Unbuilt(f"{found} --version fails")
+        raise Unbuilt(f"{found} --version fails", "unset CC" if asked else install)
     return found, got.stdout.splitlines()[0]
 
 
