@@ -272,7 +272,8 @@ def test_a_client_that_raises_is_a_failure_under_every_pace(nursery):
 PROGRAM = """
 import sys, atoll
 data = atoll.data.load("digits").split(clients=20)
-training = atoll.rounds("softmax", data, atoll.recipes.fedavg(lr=0.1), rounds=10**6, engine="processes", workers=2)
+plan, told = atoll.recipes.fedavg(lr=0.1), dict(rounds=10**6, numerics="fused")  # auto looks at the rounds
+training = atoll.rounds("softmax", data, plan, **told, engine="processes", workers=2)
 for report in training:
     if report.round == 1:
         print(report.fingerprint, *training.engine._nursery.folders)
@@ -310,7 +311,7 @@ def test_nothing_is_left_behind(then, signals, request):
     assert not alive
     assert not any(Path(folder).exists() for folder in folders)
     data = atoll.data.load("digits").split(clients=20)
-    *_, last = atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), rounds=2)
+    *_, last = atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), rounds=2, numerics="fused")
     assert fingerprint == last.fingerprint
 
 

@@ -161,7 +161,8 @@ def test_tensors_lie_as_they_were():
 PROGRAM = """
 import sys, atoll
 data = atoll.data.load("digits").split(clients=20)
-training = atoll.rounds("softmax", data, atoll.recipes.fedavg(lr=0.1), rounds=10**6, engine="ray", workers=1, ADDRESS)
+plan, told = atoll.recipes.fedavg(lr=0.1), dict(rounds=10**6, numerics="fused")  # auto looks at the rounds
+training = atoll.rounds("softmax", data, plan, **told, engine="ray", workers=1, ADDRESS)
 if __name__ == "__main__":
     for report in training:
         if report.round == 1:
@@ -194,7 +195,7 @@ def test_nothing_is_left_behind(sent):
         assert not Path(folder).exists()
     shutil.rmtree(folder, ignore_errors=True)
     data = atoll.data.load("digits").split(clients=20)
-    *_, last = atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), rounds=2)
+    *_, last = atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), rounds=2, numerics="fused")
     assert fingerprint == last.fingerprint
 
 
