@@ -44,6 +44,20 @@ def told(x: Tensor, what: What) -> Tensor | None:
     return value if version == x._version else None
 
 
+def forget(x: Tensor) -> None:
+    """Know nothing more of a tensor that was in the hands of who may write past torch, which counts no such change.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.tensor([[1.0, -3.0]])
+        >>> tell(rows, "peaks", torch.tensor([[3.0]]))
+        >>> forget(rows)
+        >>> told(rows, "peaks")
+    """
+    held: Any = x
+    held.known = {}
+
+
 def norm(x: Tensor) -> Tensor:
     """√Σx², as it was told, or taken now.
 

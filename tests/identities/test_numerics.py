@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -17,6 +18,7 @@ from atoll.errors import UsageError
 from atoll.fused import Unserved
 from atoll.known import BLOCK, told
 from atoll.plan.aggregate import Mean
+from atoll.plan.codec.stage import Codec, Identity
 from atoll.plan.lanes import Lanes
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer import adam, sgd
@@ -280,6 +282,25 @@ def test_an_update_is_told_with_its_largest_numbers():
     assert many.nbytes > 2**23 > few.nbytes and torch.equal(many[:2], few)
     whole = nn.functional.pad(many.abs(), (0, -many.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).amax(2)
     assert torch.equal(told(many, "peaks"), whole) and torch.equal(told(few, "peaks"), whole[:2])
+
+
+class Larger(Codec):
+    """A stage that writes where torch does not see it."""
+
+    def encode(self, x, memory, shared, key):
+        x.numpy()[:] *= np.float32(2.0**40)
+        return x, {}, {}, memory
+
+
+@needs_native
+def test_what_was_told_of_an_update_does_not_hold_behind_a_stage():
+    data = classification([5] * 4, shape=(6, 6))
+    task = task_of(models.build("mlp", (6, 6), 3, "classification", Key(3)), data, "compiled", torch.float32)
+    plain, larger = (
+        run(replace(PLAN, codec=codec, optimizer=sgd(rate)), InProcess(task, data), 1)[0].model.theta
+        for codec, rate in ((Identity(), 1.0), (Larger(), 2.0**-40))
+    )
+    assert torch.equal(plain, larger)
 
 
 @needs_native

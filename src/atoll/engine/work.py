@@ -22,7 +22,9 @@ from atoll.engine.arrivals import Flown, nbytes
 from atoll.engine.device import give_back, out_of_memory
 from atoll.engine.room import Room, lanes_of, no_sum, too_large
 from atoll.errors import AtollError, RunError
+from atoll.known import forget
 from atoll.plan.aggregate.exact import LARGEST, bounded
+from atoll.plan.codec import Identity
 from atoll.plan.flight import Flight
 from atoll.plan.lanes import HOST, Lanes
 from atoll.plan.plan import Failure, Gathered, Plan, State, part_of
@@ -312,6 +314,8 @@ class Work:
             contribution = contribution._replace(sums={**contribution.sums, **sums})
             rest = rest_of(contribution)
         opened = {**contribution.means, "update": self.plan.codec.open(payload, side)}
+        if self.plan.codec != Identity():
+            forget(opened["update"])
         sizes = self.plan.codec.sizes(payload, side)
         return contribution._replace(means=opened), memory, (sizes.to(HOST) if self.far else sizes) + rest
 
