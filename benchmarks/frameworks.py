@@ -81,8 +81,8 @@ class Peer:
         self.ask.write(text + "\n")
         self.ask.flush()
 
-    def turn(self, rounds: int, made: int, timed: bool) -> None:
-        """Some rounds after so many, and then the accuracy, outside of their time."""
+    def turn(self, rounds: int, timed: bool) -> None:
+        """Some rounds, and then the accuracy, outside of their time."""
         for _ in range(rounds):
             began = time.perf_counter()
             self._say("go")
@@ -90,7 +90,7 @@ class Peer:
             if timed:
                 self.seconds.append(time.perf_counter() - began)
         self._say("judge")
-        self.accuracy[made + rounds] = float(self._heard())
+        self.accuracy[max(self.accuracy, default=0) + rounds] = float(self._heard())
 
     def end(self) -> None:
         """Take the memory, and let it go."""
@@ -135,7 +135,7 @@ def compared(model: str, pythons: dict[str, str], told: argparse.Namespace) -> l
             turns = [2, *(min(told.turn, told.rounds - i) for i in range(0, told.rounds, told.turn))]
             for number, rounds in enumerate(turns):
                 for peer in peers:
-                    peer.turn(rounds, sum(turns[:number]), timed=number > 0)
+                    peer.turn(rounds, timed=number > 0)
             for peer in peers:
                 peer.end()
         finally:

@@ -243,7 +243,7 @@ class Work:
         many = ids.shape[0]
         good = None
         for name, rows in (*contribution.means.items(), *contribution.sums.items()):
-            flat = rows if rows.dim() == 2 else rows.reshape(many, -1)
+            flat = rows if rows.dim() == 2 else rows.reshape(many, -1)  # a view would not know what was told of it
             if rows.numel() and bounded(flat):
                 continue
             high, low = flat.amax(1).double(), flat.amin(1).double()  # in float32 the bound itself is infinite

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 _OWN = "export ATOLL_CACHE=/folder/of/your/own"
+_INSTALL = "apt-get install gcc libc6-dev"
 _LINK = ("-shared", "-fPIC", "-pthread")
 
 
@@ -126,12 +127,11 @@ def compiler() -> tuple[str, str]:
     """
     asked = os.environ.get("CC", "")
     found = next((path for name in ((asked,) if asked else ("cc", "gcc", "clang")) if (path := shutil.which(name))), "")
-    install = "apt-get install gcc libc6-dev"
     if not found:
-        raise Unbuilt(f"there is no C compiler{f' {asked}' if asked else ''}", "unset CC" if asked else install)
+        raise Unbuilt(f"there is no C compiler{f' {asked}' if asked else ''}", "unset CC" if asked else _INSTALL)
     got = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
     if got.returncode:
-        raise Unbuilt(f"{found} --version fails", "unset CC" if asked else install)
+        raise Unbuilt(f"{found} --version fails", "unset CC" if asked else _INSTALL)
     return found, got.stdout.splitlines()[0]
 
 
@@ -149,9 +149,7 @@ def folder() -> Path:
     except OSError as error:
         raise Unbuilt(f"{path} cannot be made ({error.strerror})", _OWN) from error
     if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Unbuilt(
-            f"others can write to {path}, and what lies there is run", "export ATOLL_CACHE=/folder/of/your/own"
-        )
+        raise Unbuilt(f"others can write to {path}, and what lies there is run", _OWN)
     return path
 
 
@@ -164,7 +162,7 @@ def _build(name: str, defines: tuple[str, ...], built: Path) -> None:
         got = subprocess.run([command, *flags, text, "-o", made, "-lm"], capture_output=True, text=True, check=False)
         if got.returncode:
             said = (got.stderr.strip().splitlines() or ["nothing"])[0]
-            raise Unbuilt(f"{command} fails on {name}.c and says: {said[:200]}", "apt-get install gcc libc6-dev")
+            raise Unbuilt(f"{command} fails on {name}.c and says: {said[:200]}", _INSTALL)
         made.replace(built)
 
 

@@ -359,10 +359,7 @@ INLINE void put(const Out *out, I at, const REAL *now, I n) {
             }
             for (I j = 0; j < VL; j++) most = (U)top[j] > most ? (U)top[j] : most;
         }
-        if (theta)
-            for (; i < end; i++) to[i] = theta[i] - now[i], most = larger(most, to[i]);
-        else
-            for (; i < end; i++) to[i] = now[i], most = larger(most, to[i]);
+        for (; i < end; i++) to[i] = theta ? theta[i] - now[i] : now[i], most = larger(most, to[i]);
         out->peaks[block] = most;
     }
 }
@@ -604,18 +601,12 @@ static void to_weights(const Stage *s, I p, const REAL *const *in, const REAL *d
             const I left = s->run - q;
             mr = TALL > MR && left >= TALL ? TALL : portion(left);
             const REAL *a = in[0] + i * line + q;
-            if (s->flat) {
-                terms.a_run = i * line + q;
-#define CALL(mr) weights(mr, ACROSS, in, b, terms, factor, from, to)
-                if (mr > MR) CALL(TALL);
-                else CASES(mr, CALL)
+            if (s->flat) terms.a_run = q;
+#define CALL(mr) s->flat ? weights(mr, ACROSS, in, b, terms, factor, from, to)                                        \
+                         : weights(mr, BESIDE, &a, b, terms, factor, from, to)
+            if (mr > MR) CALL(TALL);
+            else CASES(mr, CALL)
 #undef CALL
-            } else {
-#define CALL(mr) weights(mr, BESIDE, &a, b, terms, factor, from, to)
-                if (mr > MR) CALL(TALL);
-                else CASES(mr, CALL)
-#undef CALL
-            }
             to += mr * NR, from += from ? mr * NR : 0;
             if (coming) fetch(coming, AT_ONCE);
         }
