@@ -1,4 +1,7 @@
-"""The user's module as the loop computes on it: tensors are views of flat vectors, clients walk one after another."""
+"""The module of the loop backend: its tensors are views of flat vectors, and clients train one after another.
+
+Tests: tests/identities/test_walk.py, tests/identities/test_numerics.py.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,19 @@ from atoll.shelf import empty
 if TYPE_CHECKING:
     from atoll.task import Model
 
-MARGIN = 1024  # numbers of room before the loop's flat gradient
+MARGIN = 1024  # spare numbers before the flat gradient of the loop backend
 
 
 class Bound:
-    """A module whose parameters, their gradients and its float buffers are views of flat vectors.
+    """A module whose parameters, gradients and float buffers are views of flat vectors.
 
-    Before the gradient there is room for `MARGIN` numbers: what is sent with it lies beside it. It is `scale` times the
-    gradient of the loss, where somebody sets that.
+    The flat gradient has `MARGIN` spare numbers before it, so that values sent with it are in the same block of
+    memory. If `scale` is set, the gradient is multiplied by it.
     """
 
     scale: Tensor | None = None
-    taken: bool = False  # whether somebody takes the gradients of a pass as they come, and writes down each
-    flat: bool = True  # whether the gradients are views now
+    taken: bool = False  # whether a hook copies each parameter's gradient during the backward pass
+    flat: bool = True  # whether the gradients are views at this moment
 
     def __init__(self, module: nn.Module, layout: Layout) -> None:
         self.module, self.layout = module, layout
@@ -48,7 +51,7 @@ class Bound:
         ]
 
     def bind(self, model: Model, k: int) -> Tensor:
-        """Give the module client k's numbers: θ as views, the rest copied. Returns the flat gradient."""
+        """Load client k's tensors into the module: θ as views, the rest as copies. Return the flat gradient."""
         if not self.flat:
             for p, view in zip(self.parameters, self.gradients, strict=True):
                 p.grad = view
@@ -59,20 +62,20 @@ class Bound:
         return self.gradient
 
     def free(self) -> None:
-        """Let every pass leave gradients of its own: what nobody adds to need not be emptied before."""
+        """Set `p.grad = None`, so that autograd allocates gradients and no zeroing is needed."""
         for p in self.parameters:
             p.grad = None
         self.flat = False
 
     def place(self, row: Tensor) -> None:
-        """θ `[d]`, as views."""
+        """Make the parameters views of θ `[d]`."""
         if row.data_ptr() != self.row.data_ptr():
             for p, view in zip(self.parameters, self.layout.params(row).values(), strict=True):
                 p.data = view
             self.row = row
 
     def fill(self, buffers: Tensor, fixed: Mapping[str, Tensor]) -> None:
-        """Copies of float buffers `[b]`, and of all that is counted or fixed, by name."""
+        """Copy float buffers `[b]`, and counters and fixed tensors by name, into the module."""
         for table, leaf, tensor in self.moving:
             table[leaf] = tensor
         with torch.no_grad():
@@ -81,7 +84,7 @@ class Bound:
                 tensor.copy_(fixed[name])
 
     def settle(self) -> None:
-        """Where a pass put another tensor in place of a buffer, take over its numbers."""
+        """If a pass replaced a buffer by another tensor, copy its values and restore the original tensor."""
         for table, leaf, tensor in self.moving:
             now = table[leaf]
             if now is not tensor:
@@ -90,23 +93,23 @@ class Bound:
                 table[leaf] = tensor
 
     def buffers(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Copies of the float buffers `[b]` and of the counters `[1, …]`, as the last pass left them."""
+        """Copy the float buffers `[b]` and the counters `[1, …]` after the last pass."""
         self.settle()
         counters = {e.name: self.fixed[e.name].detach().clone()[None] for e in self.layout.counters}
         return self.flat_buffers.clone(), counters
 
 
 class Walk:
-    """Plain gradient descent of K clients from one θ, one client after the other: θ_k ← θ_k − lr ∇ℓ_k.
+    """Plain gradient descent of K clients from one θ, one client after another: θ_k ← θ_k − lr ∇ℓ_k.
 
-    Each step is made from the gradients as autograd leaves them: nothing is emptied before a pass, added to in it, or
-    gathered after it, and the module is given a client's numbers once.
+    Each step uses the gradients that autograd allocates: they are not zeroed before a pass, not accumulated, and not
+    copied into a flat vector. The module loads a client's tensors once.
 
     Args:
         bound: the module.
-        model: where all begin, θ `[d]`.
+        model: the starting point of all clients, θ `[d]`.
         lanes: K.
-        lr: the rate.
+        lr: learning rate.
     """
 
     def __init__(self, bound: Bound, model: Model, lanes: int, lr: float) -> None:
@@ -120,7 +123,7 @@ class Walk:
         self._counters: list[dict[str, Tensor]] = []
 
     def begin(self) -> None:
-        """The next client is at the start."""
+        """Reset the module to the starting point for the next client."""
         self._theta.copy_(self._start.theta)
         self._bound.place(self._theta)
         self._bound.free()
@@ -128,11 +131,11 @@ class Walk:
         self._lost = self.loss[len(self._buffers)]
 
     def step(self, loss: Tensor, rows: int) -> None:
-        """One step, from the sum of the losses of so many rows."""
-        loss.backward(loss.new_tensor(1.0 / rows))  # the bits of (loss / rows).backward(), without its two operations
+        """Make one step from the sum of the losses of n = `rows` rows."""
+        loss.backward(loss.new_tensor(1.0 / rows))  # same bits as (loss / rows).backward(), two operations fewer
         views, grads = list[Tensor](), list[Tensor]()
         for view, p in zip(self._views, self._bound.parameters, strict=True):
-            if p.grad is not None:  # the pass has led there
+            if p.grad is not None:  # None: the loss does not depend on this parameter
                 views.append(view)
                 grads.append(p.grad)
                 p.grad = None
@@ -142,7 +145,7 @@ class Walk:
         self._lost.add_(loss.detach())
 
     def end(self) -> None:
-        """This client has come to its end."""
+        """Store the update, buffers and counters of the current client."""
         torch.sub(self._start.theta, self._theta, out=self.update[len(self._buffers)])
         buffers, counters = self._bound.buffers()
         self._buffers.append(buffers)

@@ -1,8 +1,10 @@
-"""Errors that say what was given, what is required, why, and the line to write instead.
+"""Errors in four parts: the given value, the requirement, the reason, and the line to write instead.
 
-AtollError              everything atoll raises on purpose
-├── UsageError          what was asked for cannot be done; exit code 2, nothing was started
-└── RunError            a run that had started could not go on; exit code 1, what was written stays
+AtollError              base class of all errors that atoll raises deliberately
+├── UsageError          the request cannot be carried out; exit code 2, nothing was started
+└── RunError            a run had started and could not continue; exit code 1, written files are kept
+
+Tests: tests/faults/test_bad_input.py, tests/surface/test_cli.py.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ from collections.abc import Iterable
 
 
 class AtollError(Exception):
-    """An error in four parts: what was given, what is required, why, and what to write instead.
+    """An error in four parts: the given value, the requirement, the reason, and the line to write instead.
 
     Args:
-        given: what was given: value, place, client, round.
-        required: what is required of it; may be empty.
-        why: the reason, in the mathematics or the mechanics; may be empty.
-        write: the line to write instead; may be empty. Where it is an expression or a command, it works as it stands.
+        given: the value that was given, with its place, client and round.
+        required: the requirement; may be empty.
+        why: the mathematical or technical reason; may be empty.
+        write: the line to write instead; may be empty. An expression or a command works without changes.
     Example:
         >>> print(AtollError("lr = -1.", "lr > 0.", "a step of negative length climbs.", "sgd(0.1)"))
         lr = -1.
@@ -35,20 +37,25 @@ class AtollError(Exception):
 
 
 class UsageError(AtollError, ValueError):
-    """What was asked for cannot be done as it was written. Nothing was started; exit code 2."""
+    """The request cannot be carried out as written. Nothing was started; exit code 2."""
 
     exit_code = 2
 
 
 class RunError(AtollError, RuntimeError):
-    """A run that had started could not go on. The last good state is kept; exit code 1."""
+    """A run had started and could not continue. The last good state is kept; exit code 1."""
 
     exit_code = 1
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The closest known name to `name`, or the first in order where none is close.
+    """Return the known name closest to `name`; if none is close, the first in alphabetical order.
 
+    Args:
+        name: the name that was given.
+        known: the valid names.
+    Returns:
+        One of `known`; an empty text if `known` is empty.
     Example:
         >>> did_you_mean("fedavgg", ["sgd", "fedavg"])
         'fedavg'
@@ -59,8 +66,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UsageError:
-    """A `UsageError` for a name that is in no table, with the nearest known one.
+    """Build the `UsageError` for an unknown name; it suggests the closest known name.
 
+    Args:
+        what: the kind of thing that the name denotes, such as "model".
+        name: the name that was given.
+        known: the valid names.
     Example:
         >>> print(unknown_name("model", "cn", ["cnn", "mlp"]))
         No model is called 'cn'.

@@ -1,9 +1,11 @@
-"""Fields of frozen dataclasses that know their range: what cannot work is refused where it is written.
+"""Number fields of frozen dataclasses with a range that the constructor checks.
 
-    lr: float = number(above=0)          the range stands beside the name
-    check(self)                          in __post_init__: reads every number, refuses what lies outside
+    lr: float = number(above=0)          declares the field and its range
+    check(self)                          in __post_init__: converts every number and refuses values outside the range
 
-A refusal shows the whole constructor again, with each wrong number replaced by one that works.
+The error repeats the whole constructor call, with each wrong number replaced by a valid one.
+
+Tests: tests/faults/test_bad_input.py, tests/identities/test_schedule.py.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from atoll.grammar import constructor
 
 @dataclass(frozen=True)
 class Number:
-    """The numbers that a field takes; every bound is optional, and infinity is outside all of them."""
+    """The range of a number field. Every bound is optional; infinity and NaN are never valid."""
 
     above: float | None
     least: float | None
@@ -32,10 +34,10 @@ class Number:
     why: str
 
     def read(self, raw: Any) -> Any:
-        """The number meant by `raw`, as the float or int that the field holds.
+        """Convert `raw` to the float or int that the field stores.
 
         Raises:
-            ValueError: it is not a number of this range.
+            ValueError: `raw` is not a number in this range.
         """
         if self.also is not None and isinstance(raw, self.also):
             return raw
@@ -84,19 +86,19 @@ def number(
     why: str = "",
     kw_only: bool = False,
 ) -> Any:
-    """A dataclass field for a number within a range; `check` reads and refuses it.
+    """Declare a dataclass field for a number within a range; `check` validates it.
 
     Args:
-        default: the value where none is given; None makes the field optional.
-        above, least, below, most: > above, ≥ least, < below, ≤ most; infinity and NaN are never inside.
-        whole: an integer.
-        size: 0 for one number, n for a tuple of n.
-        also: a class whose values are taken as they are.
-        example: a value inside, for the line that a refusal suggests; the default where there is one.
-        why: why the bounds are what they are.
-        kw_only: given by name alone.
+        default: the default value; None makes the field optional.
+        above, least, below, most: value > above, ≥ least, < below, ≤ most; infinity and NaN are never valid.
+        whole: whether the value must be an integer.
+        size: 0 for one number, n for a tuple of n numbers.
+        also: a class whose instances are accepted without conversion.
+        example: a valid value, which the error suggests; None: the default.
+        why: the reason for the bounds.
+        kw_only: whether the field is keyword-only.
     Returns:
-        What `dataclasses.field` returns.
+        The result of `dataclasses.field`.
     """
     example = default if example is None and default is not MISSING else example
     rule = Number(above, least, below, most, whole, size, also, example, why)
@@ -104,10 +106,12 @@ def number(
 
 
 def check(value: Any) -> None:
-    """Read every `number` field of a frozen dataclass into its type, every flag as a bool, or refuse them.
+    """Convert every `number` field of a frozen dataclass to its type, and refuse invalid numbers and flags.
 
+    Args:
+        value: the instance; its fields are replaced in place.
     Raises:
-        UsageError: numbers outside their ranges, all of them named; the line to write keeps what was right.
+        UsageError: some fields are invalid. The error names all of them; its line keeps the valid fields.
     Example:
         >>> @dataclass(frozen=True)
         ... class Shrink:
@@ -141,10 +145,13 @@ def check(value: Any) -> None:
 
 
 def repaired(value: Any, /, **changes: Any) -> str:
-    """The constructor call of a value with some fields changed, for a refusal to suggest: it can be built.
+    """Return a valid constructor call with some fields changed, for the last part of an error.
 
-    Where the change alone is refused for another reason, the line is the one which that refusal suggests.
+    If the changed value is refused for another reason, return the line that this second error suggests.
 
+    Args:
+        value: an instance of a frozen dataclass.
+        changes: the new values by field name.
     Example:
         >>> @dataclass(frozen=True)
         ... class Shrink:

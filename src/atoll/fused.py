@@ -1,15 +1,18 @@
-"""Gradients of many clients by hand, for stacks of layers that are known: forward, backward and the step in one pass.
+"""Explicit gradients of many clients, for stacks of known layers: forward, backward and SGD step in one pass.
 
-Serves an `nn.Sequential` of Linear, Conv2d, ReLU, MaxPool2d, Flatten (and Unflatten, Identity, Sequential) with
-cross-entropy or mean squared error. Nothing looks at a model's name or size. Each client's matrices are one item of
-batched matrix products. On its way back a layer hands its gradient on with the weights it had, and adds its own to a
-sink in one product: with the sink θ itself and the factor −lr that is the step, and no gradient is ever stored.
+Supports an `nn.Sequential` of Linear, Conv2d, ReLU, MaxPool2d, Flatten (and Unflatten, Identity, Sequential) with
+cross-entropy or mean squared error. Support does not depend on a model's name or size. Each client's matrices are
+one item of batched matrix products. In the backward pass each layer first propagates the gradient with the old
+weights, then adds its weight gradient to a sink with one matrix product. If the sink is θ and the factor is −lr,
+this product is the SGD step, and no gradient is stored.
 
-Two arrangements of a layer's numbers:
+Activations have one of two memory layouts:
 
-    rows     [K, B, …]          what Linear takes: a row's numbers side by side
-    maps     [K, C, H, W, B]    what Conv2d and MaxPool2d take: the same pixel of all rows side by side, so that every
-                                shifted copy runs through B · W numbers at a stretch
+    rows     [K, B, …]          for Linear: the numbers of a row are adjacent
+    maps     [K, C, H, W, B]    for Conv2d and MaxPool2d: the same pixel of all rows is adjacent, so that every
+                                shifted copy reads B · W contiguous numbers
+
+Tests: tests/identities/test_numerics.py, tests/identities/test_walk.py.
 """
 
 from __future__ import annotations
@@ -26,17 +29,17 @@ from torch import Tensor, nn
 from atoll.layout import Layout
 from atoll.loss import cross_entropy, mse
 
-Steps = Iterable[tuple[Tensor, tuple[int, ...]]]  # of each: places of rows [k, B], and how many of each client's count
-Heard = Callable[[Tensor, tuple[int, ...]], None]  # of a step: Σ of losses [k], and the rows that counted
-MAPS = 32  # the most rows of one client in one pass where there are maps: bounds the memory of shifted copies
+Steps = Iterable[tuple[Tensor, tuple[int, ...]]]  # per step: row positions [k, B], and each client's number of rows
+Heard = Callable[[Tensor, tuple[int, ...]], None]  # per step: sum of the losses [k], and each client's number of rows
+MAPS = 32  # with maps, the most rows of one client in one pass: bounds the memory of shifted copies
 
 
 class Unserved(Exception):
-    """Why a model is not served, in words that follow its name."""
+    """The model is not supported. The message is a clause that gives the reason."""
 
 
 class Sink(NamedTuple):
-    """Where gradients go: sink ← keep · sink + factor · gradient, for one tensor of each parameter; keep is 0 or 1."""
+    """The target of gradients, one tensor per parameter: sink ← keep · sink + factor · gradient; keep is 0 or 1."""
 
     tensors: Sequence[Tensor]
     keep: float
@@ -55,7 +58,7 @@ class Sink(NamedTuple):
 
 
 class Layer(Protocol):
-    """One step of the way: what it gives, with what it must remember to go back."""
+    """One layer. `forward` returns the output and the tensors that `backward` needs (`kept`)."""
 
     def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, Any]: ...
     def backward(self, dy: Tensor, kept: Any, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor: ...
@@ -63,7 +66,7 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """y = x Wᵀ + b on rows `[K, B, in]`; W is parameter `weight`, b parameter `bias` or none (−1)."""
+    """y = x Wᵀ + b on rows `[K, B, in]`; `weight` and `bias` are parameter indices, `bias` is −1 without b."""
 
     weight: int
     bias: int
@@ -71,7 +74,7 @@ class Dense:
     def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         w = theta[self.weight]
         if x.dim() != 3:
-            raise Unserved("a Linear layer is given rows of more than one axis")
+            raise Unserved("a Linear layer gets rows with more than one axis")
         y = torch.bmm(x, w.mT)
         return (y if self.bias < 0 else y.add_(theta[self.bias][:, None])), x
 
@@ -85,7 +88,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Bias:
-    """y = x + b, a number a channel, on maps. It stands behind the pools that follow its convolution."""
+    """y = x + b, one number per channel, on maps. It is applied after the pools that follow its convolution."""
 
     bias: int
     in_place: bool = False
@@ -101,7 +104,7 @@ class Bias:
 
 @dataclass(frozen=True)
 class Convolution:
-    """Maps `[K, C, H, W, B]` → `[K, O, H', W', B]`: shifted copies of the input, then one product a client."""
+    """Maps `[K, C, H, W, B]` → `[K, O, H', W', B]`: shifted copies of the input, then one product per client."""
 
     weight: int
     kernel: tuple[int, int]
@@ -124,15 +127,15 @@ class Convolution:
     def backward(self, dy: Tensor, kept: Any, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
         columns, shape = kept
         flat = dy.reshape(*dy.shape[:2], -1)
-        weight = None if last else theta[self.weight].flatten(2).clone()  # as it was, and small
+        weight = None if last else theta[self.weight].flatten(2).clone()  # the old weights; a small copy
         sink.add(self.weight, flat, columns.mT)
         if weight is None:
             return dy
-        # Back into the memory of the copies, which is near and no longer needed.
+        # Write into the memory of the shifted copies: it is in the cache and no longer needed.
         return self._folded(torch.bmm(weight.mT, flat, out=columns), dy, shape)
 
     def _folded(self, columns: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
-        """The shifted copies added up where they came from."""
+        """Add the gradients of the shifted copies at the positions of their sources (the transpose of the shifts)."""
         (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
         (k, c, h, w, b), (oh, ow) = shape, dy.shape[2:4]
         copies = columns.view(k, c, kh, kw, oh, ow, b)
@@ -161,7 +164,10 @@ class Relu:
 
 @dataclass(frozen=True)
 class Pool:
-    """The largest of `size` neighbours, every `stride`, along one axis of maps; of equal ones the first is passed."""
+    """The maximum of `size` neighbours, every `stride`, along one axis of maps.
+
+    The first of several equal maxima receives the gradient.
+    """
 
     axis: int
     size: int
@@ -181,9 +187,9 @@ class Pool:
         *others, last_view = zip(self._views(x), self._views(dx), strict=True)
         won = torch.empty_like(y)
         for view, into in others:
-            torch.ge(view, y, out=won)  # 1 or 0 at once: a choice by truth values takes ten times as long
+            torch.ge(view, y, out=won)  # floats 1 and 0: a selection by booleans takes ten times longer
             passed = torch.mul(dy, won, out=into if whole else None)
-            dy = dy - passed  # exact: it is all of dy, or nothing
+            dy = dy - passed  # exact: each number of `passed` is that of dy, or 0
             if not whole:
                 into.add_(passed)
         _ = last_view[1].copy_(dy) if whole else last_view[1].add_(dy)
@@ -198,7 +204,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows `[K, B, …]` in another shape of their own."""
+    """Rows `[K, B, …]` with another shape of each row."""
 
     change: Callable[[Tensor], Tensor]
 
@@ -215,7 +221,7 @@ class ToMaps:
 
     def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, None]:
         if x.dim() != 5:
-            raise Unserved("a convolution or a pool is given rows that are no images with channels")
+            raise Unserved("a convolution or a pool gets rows that are not images with channels")
         return x.permute(0, 2, 3, 4, 1).contiguous(), None
 
     def backward(self, dy: Tensor, kept: None, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
@@ -235,13 +241,13 @@ class ToRows:
 
 @dataclass(frozen=True)
 class Program:
-    """A model written out as layers, forward and back, with its loss.
+    """A model as a list of layers, with its loss.
 
     Args:
         layers: in the order of the forward pass.
-        shapes: of the parameters, in the order of θ.
-        squares: whether the loss is the squared error; otherwise cross-entropy.
-        maps: whether there are maps, whose shifted copies are many times the input.
+        shapes: shapes of the parameters, in the order of θ.
+        squares: whether the loss is the squared error; otherwise it is cross-entropy.
+        maps: whether some layers use maps. Their shifted copies are many times larger than the input.
     """
 
     layers: tuple[Layer, ...]
@@ -251,10 +257,10 @@ class Program:
 
     @classmethod
     def of(cls, module: nn.Module, loss: Any, layout: Layout) -> Program:
-        """The program of a model and a loss.
+        """Build the program of a model and a loss.
 
         Raises:
-            Unserved: with the reason.
+            Unserved: the model or the loss is not supported.
         """
         if loss not in (cross_entropy, mse):
             raise Unserved("its loss is neither cross_entropy nor mse")
@@ -266,28 +272,30 @@ class Program:
         return cls(tuple(layers), tuple(e.shape for e in layout.segment("params")), loss is mse, maps)
 
     def room(self, features: tuple[int, ...], rows: int) -> int:
-        """How many numbers one client takes while it is at work on so many rows: θ, and what the way back needs."""
+        """Return how many numbers of memory one client needs for a pass over n = `rows` rows: θ and activations."""
         return _room(self, features, rows)
 
     def split(self, theta: Tensor) -> list[Tensor]:
-        """Views of θ `[K, d]`, one a parameter, `[K, *shape]`."""
+        """Return views of θ `[K, d]`, one per parameter, `[K, *shape]`."""
         parts = theta.split([prod(shape) for shape in self.shapes], 1)
         return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def output(self, x: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        """What the model says of rows x `[K, B, …]`."""
+        """Compute the model's output for rows x `[K, B, …]`."""
         for layer in self.layers:
             x, _ = layer.forward(x, theta)
         return x
 
     def run(self, theta: Sequence[Tensor], x: Tensor, y: Tensor, share: Tensor, sink: Sink) -> Tensor:
-        """Σ of each row's loss `[K, B]`, and its gradient, each row's times its share, into the sink.
+        """Compute each row's loss, and add Σ share · gradient over the rows to the sink.
 
         Args:
-            theta: one tensor a parameter, `[K, *shape]`.
+            theta: one tensor per parameter, `[K, *shape]`.
             x, y: rows `[K, B, …]`.
-            share: `[K, B]`: 1/n for each row of n that count, 0 for padding.
-            sink: of contiguous tensors; it may be θ itself.
+            share: `[K, B]`: 1/n for each of a client's n valid rows, 0 for padding.
+            sink: contiguous tensors; it may be θ itself.
+        Returns:
+            The losses `[K, B]`.
         """
         kept = []
         for layer in self.layers:
@@ -301,7 +309,7 @@ class Program:
         return each
 
     def gradient(self, theta: Sequence[Tensor], x: Tensor, y: Tensor, share: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The gradient, a tensor a parameter `[K, *shape]`, and each row's loss `[K, B]`."""
+        """Compute the gradient, one tensor per parameter `[K, *shape]`, and each row's loss `[K, B]`."""
         sinks = [t.new_empty(t.shape) for t in theta]
         width = MAPS if self.maps else x.shape[1]
         each = []
@@ -311,7 +319,7 @@ class Program:
         return sinks, torch.cat(each, 1)
 
     def step(self, theta: Sequence[Tensor], x: Tensor, y: Tensor, share: Tensor, lr: float) -> Tensor:
-        """One step of gradient descent in place, θ contiguous; each row's loss `[K, B]`."""
+        """Make one step of gradient descent in place on contiguous θ; return each row's loss `[K, B]`."""
         if not self.maps or x.shape[1] <= MAPS:
             return self.run(theta, x, y, share, Sink(theta, 1.0, -lr))
         gradient, each = self.gradient(theta, x, y, share)
@@ -322,7 +330,7 @@ class Program:
 
 @lru_cache(256)
 def _room(program: Program, features: tuple[int, ...], rows: int) -> int:
-    # Of zeros on the host, not of meta tensors: for a product of those torch imports sympy, which takes half a second.
+    # Zeros on the host, not meta tensors: for a product of meta tensors torch imports sympy, which takes half a second.
     theta = [torch.zeros(1, *shape) for shape in program.shapes]
     x = torch.zeros(1, min(rows, MAPS) if program.maps else rows, *features)
     held = sum(t.numel() for t in theta) + x.numel()
@@ -336,32 +344,32 @@ def _room(program: Program, features: tuple[int, ...], rows: int) -> int:
 class Descent:
     """Plain gradient descent of K lanes from one θ, in place: θ_k ← θ_k − lr ∇ℓ_k.
 
-    Lanes stand in order of how many steps they make, longest first: the active ones are always the first k.
+    Lanes are sorted by their number of steps, largest first, so that the active lanes are always the first k.
 
     Args:
-        program: of the model.
-        theta: where all begin, `[d]`.
+        program: the model's program.
+        theta: the starting point of all lanes, `[d]`.
         lanes: K.
-        lr: the rate.
-        heard: told of every step, where somebody listens.
+        lr: learning rate.
+        heard: optional callback that receives the losses and row counts of every step.
     """
 
     def __init__(self, program: Program, theta: Tensor, lanes: int, lr: float, heard: Heard | None = None) -> None:
         self._program, self._start, self._lr, self._heard = program, program.split(theta[None]), lr, heard
         self._lanes = [t.expand(max(2, lanes), *t.shape[1:]).contiguous() for t in self._start]
         self._active = self._lanes if lanes > 1 else []
-        self._pair: list[Tensor] | None = None  # the one lane that is left, and its copy: one alone has other bits
+        self._pair: list[Tensor] | None = None  # the last active lane and its copy: a single lane rounds differently
         self._share: tuple[tuple[int, ...], Tensor, Tensor] | None = None
         self._lost = theta.new_zeros(max(2, lanes), 1, 1)
         self.count = lanes
 
     @property
     def loss(self) -> Tensor:
-        """What the rows of all steps lost so far, `[K]`."""
+        """Sum of the losses over the rows of all steps so far, `[K]`."""
         return self._lost.flatten()[: self.count]
 
     def follow(self, rows: Any, steps: Steps) -> None:
-        """Make these steps, on rows read by `rows.batches(steps)`."""
+        """Make these steps on the batches of `rows.batches(steps)`."""
         for x, y, counts in rows.batches(steps):
             lost = self.step(x, y, counts)
             if self._heard is not None:
@@ -369,7 +377,10 @@ class Descent:
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """One step of the first k lanes on rows `[k, B, …]`, the first counts[k] of which count: Σ of losses `[k]`."""
+        """Make one step of the first k lanes on rows `[k, B, …]`; return the sum of each lane's losses `[k]`.
+
+        Only the first counts[i] rows of lane i are valid; the rest is padding.
+        """
         k = len(counts)
         if self._share is None or self._share[0] != counts or self._share[1].shape[1] != x.shape[1]:
             share = shares(counts, y, self._start[0])
@@ -389,7 +400,7 @@ class Descent:
 
     @torch.no_grad()
     def update(self) -> Tensor:
-        """How far each lane has come, uphill: θ − θ_k, `[K, d]`."""
+        """Compute each lane's update θ − θ_k, `[K, d]`."""
         if self._pair is not None:
             for t, pair in zip(self._lanes, self._pair, strict=True):
                 t[0].copy_(pair[0])
@@ -400,21 +411,21 @@ class Descent:
 
 
 def shares(counts: tuple[int, ...], y: Tensor, like: Tensor) -> Tensor:
-    """1/n for each row of n that count, 0 for padding, `[K, B]`, in the type of `like`."""
+    """Return 1/n for each of a client's n valid rows and 0 for padding, `[K, B]`, in the dtype of `like`."""
     held = torch.tensor(counts, device=like.device)[:, None]
     rows = torch.arange(y.shape[1], device=like.device)
     return (rows < held).to(like.dtype) / held.clamp(min=1).to(like.dtype)
 
 
 def total_of(each: Tensor, share: Tensor) -> Tensor:
-    """Σ over the rows that count of one number a row, `[K]`."""
+    """Sum one number per row over each client's valid rows, `[K]`."""
     return (each * (share > 0)).sum(1)
 
 
 def _entropy(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """−log softmax(output)[y], and its gradient softmax(output) − 1[y]."""
+    """Compute −log softmax(output)[y] and its gradient softmax(output) − 1[y]."""
     if output.dim() != 3:
-        raise Unserved("its output is not one number a class")
+        raise Unserved("its output is not one number per class")
     logs, at = output.log_softmax(-1), y.unsqueeze(-1)
     each = logs.gather(-1, at).squeeze(-1).neg_()
     dy = logs.exp_()
@@ -422,7 +433,7 @@ def _entropy(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _squared(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over a row's targets of (output − y)², and its gradient."""
+    """Compute the mean over a row's targets of (output − y)², and its gradient."""
     off = (output.reshape(y.shape) - y).reshape(output.shape)
     wide = off.flatten(2)
     return wide.square().mean(2), off * (2 / wide.shape[2])
@@ -432,9 +443,9 @@ def _squared(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of a stack of stacks, in order, with their names."""
+    """Yield the layers of nested Sequentials in order, with their names."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
-        raise Unserved(f"its layer {name or 'itself'} carries hooks of its own")
+        raise Unserved(f"its layer {name or 'itself'} has hooks or its own forward")
     if type(module) is nn.Sequential:
         for leaf, child in module.named_children():
             yield from _leaves(child, f"{name}.{leaf}" if name else leaf)
@@ -443,19 +454,19 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _layers(module: nn.Module, name: str, names: Mapping[str, int]) -> list[Layer]:
-    """One layer of torch as layers of ours."""
+    """Convert one torch layer to layers of this module."""
     weight, bias = (names.get(f"{name}.{n}" if name else n, -1) for n in ("weight", "bias"))
     kind = type(module)
     if kind is nn.Linear:
         return [Dense(weight, bias)]
     if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
         if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise Unserved(f"its convolution {name} has groups, or a border of its own kind")
+            raise Unserved(f"its convolution {name} has groups, or padding other than zeros of a given width")
         sides = (_pair(module.kernel_size), _pair(module.stride), _pair(module.padding), _pair(module.dilation))
         return [Convolution(weight, *sides), *([Bias(bias)] if bias >= 0 else [])]
     if isinstance(module, nn.MaxPool2d) and kind is nn.MaxPool2d:
         if any((*_pair(module.padding), *(n - 1 for n in _pair(module.dilation)))) or module.ceil_mode:
-            raise Unserved(f"its pool {name} looks beyond the border")
+            raise Unserved(f"its pool {name} uses padding, dilation or ceil_mode")
         size, stride = _pair(module.kernel_size), _pair(module.stride)
         return [Pool(3, size[1], stride[1]), Pool(2, size[0], stride[0])]
     if kind is nn.ReLU:
@@ -466,7 +477,7 @@ def _layers(module: nn.Module, name: str, names: Mapping[str, int]) -> list[Laye
         return [Shape(partial(torch.unflatten, dim=2, sizes=module.unflattened_size))]
     if kind is nn.Identity:
         return []
-    raise Unserved(f"it has a layer of kind {kind.__name__}")
+    raise Unserved(f"it has a layer of type {kind.__name__}")
 
 
 def _pair(n: Any) -> tuple[int, int]:
@@ -474,9 +485,10 @@ def _pair(n: Any) -> tuple[int, int]:
 
 
 def _arranged(layers: list[Layer]) -> list[Layer]:
-    """The same function with less to do: a bias and a ReLU behind the pools that follow them, which they commute with.
+    """Reorder the layers so that they compute the same function with less work.
 
-    What a layer computed anew, and nobody has to remember, the next one may write over.
+    A bias and a ReLU commute with max pooling, so they move after the pools that follow them. They work in place if
+    the layer before them has allocated its output and does not need it for the backward pass.
     """
     out: list[Layer] = []
     maps = False

@@ -1,11 +1,13 @@
 """One grammar for a value as Python, as a flag, in a TOML file and on the wire.
 
-    value  =  number | text | True | False | None | (value, …) | [value, …] | name(value, …, word=value, …) | value
-    >> value
+    value  =  number | text | True | False | None | (value, …) | [value, …]
+            | name(value, …, word=value, …) | value >> value
 
-A text is read by `ast` and walked node by node: nothing in it is run but constructors out of a table. A name
-outside the
-table, `module:name(…)`, is honoured only where the caller says that a person at this machine typed the text.
+A text is parsed by `ast` and evaluated node by node. Only constructors from a table are called. A name outside
+the table, `module:name(…)`, is imported only if the caller sets `trust`, that is, if a person at this machine
+typed the text.
+
+Tests: tests/conformance/test_parts.py, tests/faults/test_bad_input.py.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ _EXTERNAL = re.compile(r"(?<![\w.])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
 def constructor(value: Any) -> str:
-    """The constructor call that builds a frozen dataclass again: defaults left out, the first field without its name.
+    """Return the constructor call that rebuilds a frozen dataclass.
 
+    Fields with their default value are omitted. The first field is positional, all others are keywords.
+
+    Args:
+        value: an instance of a frozen dataclass.
     Example:
         >>> @dataclasses.dataclass(frozen=True)
         ... class Shrink:
@@ -52,7 +58,7 @@ def constructor(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """The text of a value; a function or class goes by `module:name`."""
+    """Return the text of a value; a function or class becomes `module:name`."""
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}:{value.__qualname__}"
     if isinstance(value, tuple):
@@ -61,7 +67,7 @@ def _text(value: Any) -> str:
 
 
 class Value:
-    """Gives a frozen dataclass its constructor as `repr`: what is printed can be read back."""
+    """Base of frozen dataclasses: `repr` is the constructor call, which `parse` can read back."""
 
     def __repr__(self) -> str:
         return constructor(self)
@@ -74,22 +80,25 @@ def parse(
     inner: Mapping[str, Callable[..., Any]] | None = None,
     trust: bool = False,
 ) -> Any:
-    """The value that a text of the grammar stands for.
+    """Parse a text of the grammar and return its value.
 
     Args:
         text: at most 4096 characters, at most 16 calls deep.
         names: the constructors that the text may call.
-        inner: those that it may call as arguments, where these are others.
-        trust: whether `module:name` may import; true only for what a person at this machine typed or a file they named.
+        inner: the constructors that it may call as arguments; None: `names`.
+        trust: whether `module:name` may import. Set it only for text that a person at this machine typed, or for a
+            file that they named.
+    Returns:
+        The value that the constructors build.
     Raises:
-        UsageError: the text is no value of the grammar, names something unknown, or a constructor refused.
-            Nothing outside the table was run.
+        UsageError: the text is not a value of the grammar, uses an unknown name, or a constructor refused its
+            arguments. Nothing outside the table was run.
     Example:
         >>> parse("dict(rate=0.5, sizes=(1, 2))", {"dict": dict})
         {'rate': 0.5, 'sizes': (1, 2)}
     """
     if len(text) > LONGEST:
-        raise UsageError(f"A value of {len(text)} characters.", f"at most {LONGEST}.")
+        raise UsageError(f"The value has {len(text)} characters.", f"at most {LONGEST}.")
     external: dict[str, tuple[str, str]] = {}
 
     def stand_in(match: re.Match[str]) -> str:
@@ -109,7 +118,7 @@ def parse(
 
 
 def _bare_call(make: Callable[..., Any]) -> str:
-    """A call without arguments, where that builds something; empty where not."""
+    """Return the call without arguments if it builds a value; otherwise an empty text."""
     try:
         make()
     except (AtollError, TypeError):
@@ -157,7 +166,7 @@ class _Reader:
                 raise UsageError(
                     f"{name} is the name of a constructor, in {self.text!r}.",
                     "a call.",
-                    "a value is written as its constructor.",
+                    "a value is written as a call of its constructor.",
                     _bare_call(made),
                 )
             case _:
@@ -175,7 +184,7 @@ class _Reader:
         return names[name]
 
     def _restored(self, text: str) -> str:
-        """A quoted text as it was written: a colon in it names no code."""
+        """Restore a quoted text: a colon inside quotes does not name code."""
         return re.sub(r"_external_\d+", lambda found: ":".join(self.external.get(found[0], (found[0],))), text)
 
     def _call(self, make: Callable[..., Any], args: list[Any], words: dict[str, Any]) -> Any:
@@ -193,24 +202,24 @@ class _Reader:
             raise UsageError(
                 f"{module}:{attribute} names code outside atoll.",
                 "a name of atoll's own table.",
-                "this text did not come from the person at this machine, so it may not import.",
+                "the text was not typed at this machine, so it may not import code.",
                 "--trust",
             )
         return import_name(module, attribute)
 
     def _refusal(self, what: str) -> UsageError:
         return UsageError(
-            f"{self.text!r} holds {what}.",
+            f"{self.text!r} contains {what}.",
             "constants, tuples, lists, calls of known names, and >>.",
-            "a plan is a value: reading it must not run anything else.",
+            "a plan text is data: reading it must not run other code.",
         )
 
 
 def import_name(module: str, attribute: str) -> Any:
-    """What `module:attribute` names, imported; the working folder is searched last.
+    """Import `module` and return its `attribute`; the working folder is searched last.
 
     Raises:
-        UsageError: the module or the attribute is not there.
+        UsageError: the module cannot be imported, or it has no such attribute.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -219,6 +228,6 @@ def import_name(module: str, attribute: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"{module}:{attribute} cannot be imported: {error}.",
-            "a module in the working folder or installed, and a name in it.",
+            "an installed module or one in the working folder, and a name in it.",
             write=f'python -c "from {module} import {attribute}"',
         ) from None

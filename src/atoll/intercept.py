@@ -1,4 +1,7 @@
-"""What a pass finds in place of some functions of torch: dropout by a key, and batch norm that lanes can share."""
+"""Replacements for some torch functions during a pass: keyed dropout, and batch norm for lanes under vmap.
+
+Tests: tests/identities/test_dropout.py, tests/identities/test_numerics.py.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,14 @@ from torch.overrides import TorchFunctionMode
 from atoll.native import serving
 from atoll.rng import mix64, stir64
 
-_NATIVE = True  # tests look at both ways
+_NATIVE = True  # tests set it to False, to compare the native and the torch implementation
 
 
 def may_drop(module: nn.Module) -> bool:
-    """Whether a pass through it may drop something: not where all of it is torch's own layers, none of them of dropout.
+    """Return whether a pass may call dropout. It cannot if all layers are torch's own, without hooks or dropout.
 
+    Args:
+        module: the model; all its submodules are inspected.
     Example:
         >>> may_drop(nn.Sequential(nn.Linear(2, 2), nn.ReLU())), may_drop(nn.Sequential(nn.Dropout(0.1)))
         (False, True)
@@ -34,13 +39,16 @@ def may_drop(module: nn.Module) -> bool:
 
 
 class KeyedDropout(TorchFunctionMode):
-    """Draws dropout masks from a keyed word, not the global generator: the n-th dropout of a pass, by element."""
+    """Draw dropout masks from a keyed word instead of the global generator.
 
-    alone = True  # whether a tensor in a pass is one client's, with numbers that can be read
+    The mask of an element is a function of (word, n, index of the element) for the n-th dropout call of the pass.
+    """
+
+    alone = True  # whether tensors belong to one client and have readable values; False under vmap
 
     def __init__(self, word: Callable[[], Tensor]) -> None:
         super().__init__()
-        self.word, self.calls = word, 0  # asked for only where something is dropped: most models drop nothing
+        self.word, self.calls = word, 0  # called only if dropout occurs, since most models have none
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -68,7 +76,8 @@ class KeyedDropout(TorchFunctionMode):
             library.keep(*told, ctypes.c_double(scale), ctypes.c_void_p(mask.data_ptr()))
             return input * mask
         index = torch.arange(prod(shape), device=input.device).mul_(-7046029254386353131)
-        # The upper 24 bits, read without a sign, are at least p: with the first bit turned over that is plain order.
+        # Keep an element if its upper 24 bits, unsigned, are at least p·2²⁴. Flipping the sign bit makes the signed
+        # comparison equal to the unsigned one.
         bits = stir64(mix64(word) + index).bitwise_xor_(-(1 << 63))
         kept = bits >= (int(p * 2**24) << 40) - (1 << 63)
         return input * kept.view(shape).to(input.dtype).div_(1.0 - p)
@@ -84,7 +93,7 @@ _DROPOUTS: Mapping[Any, bool] = {
 
 
 class InLanes(KeyedDropout):
-    """Batch norm too: torch lays the channels of all lanes side by side, and their bits depend on their place there."""
+    """Also replace batch norm: torch joins the channels of all lanes, so rounding would depend on the position."""
 
     alone = False
 
@@ -106,13 +115,13 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm`, written out: (x − mean) / √(var + eps) · weight + bias, channel by channel."""
+    """Compute batch norm from elementary operations: (x − mean) / √(var + eps) · weight + bias, per channel."""
     axes, shape, given = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2)), x.dtype
-    x = x.to(torch.promote_types(given, torch.float32))  # a short type is not for statistics
+    x = x.to(torch.promote_types(given, torch.float32))  # 16-bit floats are too short for statistics
     mean, var, rows = running_mean, running_var, prod(x.shape) // x.shape[1]
     if training or mean is None or var is None:
         if rows == 1:
-            raise ValueError(f"Batch statistics of one value in each of {x.shape[1]} channels.")
+            raise ValueError(f"Batch statistics need at least 2 values per channel; {x.shape[1]} channels have 1 each.")
         mean = x.mean(axes)
         var = (x - mean.view(shape)).square().mean(axes)
         if running_mean is not None and running_var is not None:

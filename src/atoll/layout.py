@@ -1,10 +1,12 @@
-"""A model is a vector: how the tensors of an `nn.Module` lie in flat ones.
+"""The model vector: the positions of the tensors of an `nn.Module` in flat vectors.
 
-    params    trainable floats: θ, the only thing a codec, a clip or an optimizer sees
-    buffers   floats that are computed, not trained (running means and variances): replaced by their mean
-    fixed     everything else, frozen or whole numbers: sent once; a counter takes its largest increment
+    params    trainable floats: θ, the only segment that codecs, clipping and optimizers read
+    buffers   floats that are computed, not trained (running means and variances): the server averages them
+    fixed     all other tensors, frozen or integer: sent once; a counter takes its largest increment
 
-Tied weights lie in the vector once. `state_dict` keys, shapes and types come back as they were.
+Tied weights are stored once. `state_dict` restores the module's own keys, shapes and dtypes.
+
+Tests: tests/identities/test_numerics.py, tests/identities/test_codecs_memory.py, tests/golden/test_golden.py.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ SEGMENTS = ("params", "buffers", "fixed")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the module: its name, shape and type, its segment, and the first name it is tied to."""
+    """One tensor of the module: its name, shape, dtype and segment, and for a tied tensor the first name (`alias`)."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,11 +41,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each tensor of a module lies in the flat vectors of its segments.
+    """The positions of a module's tensors in the flat vectors of its segments.
 
     Args:
-        entries: every key of the module's `state_dict`, in its order.
-        dtype: the type of θ and of float buffers in a run, float32 or float64.
+        entries: one entry for every key of the module's `state_dict`, in its order.
+        dtype: dtype of θ and of float buffers in a run, float32 or float64.
     Example:
         >>> layout = Layout.of(nn.Linear(3, 2))
         >>> layout.d, [entry.name for entry in layout.entries]
@@ -58,10 +60,10 @@ class Layout:
 
     @classmethod
     def of(cls, module: nn.Module, dtype: torch.dtype = torch.float32) -> Layout:
-        """The layout of a module.
+        """Build the layout of a module.
 
         Raises:
-            UsageError: a tensor is neither float nor a whole number or truth value, or nothing is trainable.
+            UsageError: a tensor is complex, or the module has no trainable parameter.
         """
         trainable = {id(p) for p in module.parameters() if p.requires_grad}
         state = module.state_dict(keep_vars=True)
@@ -73,7 +75,7 @@ class Layout:
                 raise UsageError(
                     f"The model's {name} is {tensor.dtype}.",
                     "real numbers.",
-                    "θ is a vector of reals.",
+                    "θ is a real vector.",
                     "torch.view_as_real(tensor)",
                 )
             if tensor.is_floating_point() and id(tensor) in trainable:
@@ -89,13 +91,13 @@ class Layout:
             raise UsageError(
                 "The model has no trainable parameter.",
                 "at least one float parameter with requires_grad.",
-                "θ would be empty: there is nothing to learn.",
+                "θ would be empty, so training could not change the model.",
                 "model.requires_grad_(True)",
             )
         return layout
 
     def segment(self, name: str) -> tuple[Entry, ...]:
-        """The entries that lie in a segment, tied ones once."""
+        """Return the entries of a segment; tied tensors appear once."""
         return self._segments[name]
 
     @cached_property
@@ -114,15 +116,15 @@ class Layout:
 
     @cached_property
     def counters(self) -> tuple[Entry, ...]:
-        """Whole-number buffers such as a batch counter: what a client may raise."""
+        """Integer buffers, such as a batch counter, that training on a client may increase."""
         return tuple(e for e in self._segments["fixed"] if not e.dtype.is_floating_point)
 
     def params(self, theta: Tensor) -> dict[str, Tensor]:
-        """Views of θ `[..., d]` by name, `[..., *shape]`; nothing is copied."""
+        """Return views of θ `[..., d]` by name, each `[..., *shape]`, without a copy."""
         return self._views("params", theta)
 
     def buffers(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views of the float buffers `[..., b]` by name, `[..., *shape]`; nothing is copied."""
+        """Return views of the float buffers `[..., b]` by name, each `[..., *shape]`, without a copy."""
         return self._views("buffers", vector)
 
     def _views(self, segment: str, vector: Tensor) -> dict[str, Tensor]:
@@ -134,17 +136,17 @@ class Layout:
         return {e.name: part.view(*lead, *e.shape) for e, part in zip(entries, parts, strict=True)}
 
     def flatten(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(θ `[d]`, buffers `[b]`, fixed by name) from a `state_dict`; copies.
+        """Copy a `state_dict` into (θ `[d]`, buffers `[b]`, fixed tensors by name).
 
         Raises:
-            UsageError: a key is missing, unknown, or has another shape.
+            UsageError: a key is missing or unknown, or a tensor has another shape.
         """
         ours = {e.name: e for e in self.entries}
         odd = sorted(set(ours) ^ set(state))
         odd += [n for n, e in ours.items() if n in state and tuple(state[n].shape) != e.shape]
         if odd:
             raise UsageError(
-                f"A state_dict that does not fit the model: {', '.join(odd[:5])}.",
+                f"The state_dict does not fit the model at {', '.join(odd[:5])}.",
                 "the model's own keys and shapes.",
                 "θ is read by name and shape.",
                 "model.load_state_dict(state)",
@@ -160,7 +162,7 @@ class Layout:
         return theta, buffers, {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in fixed.items()}
 
     def state_dict(self, theta: Tensor, buffers: Tensor, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The module's `state_dict` in its own order and types; copies, tied weights shared."""
+        """Return copies as the module's `state_dict`, in its order and dtypes; tied weights share one tensor."""
         flat = {**self.params(theta), **self.buffers(buffers), **fixed}
         own: dict[str, Tensor] = {}
         for e in self.entries:

@@ -1,4 +1,7 @@
-"""Losses and metrics: functions of a model's output and the target, one value for each example."""
+"""Losses and metrics: functions of a model's output and the target, with one value per example.
+
+Tests: tests/identities/test_one_algorithm.py, tests/identities/test_numerics.py.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +16,62 @@ PerExample = Callable[[Tensor, Tensor], Tensor]
 
 
 def _rows(values: Tensor) -> Tensor:
-    """One number a row: the mean over whatever axes an example has."""
+    """Reduce `[B, …]` to one number per row: the mean over all other axes."""
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
 def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
-    """−log softmax(output)[y], one value a row; output `[B, C]` or `[B, T, C]`, y int64 `[B]` or `[B, T]`."""
+    """Compute −log softmax(output)[y], one value per row `[B]`.
+
+    Args:
+        output: logits `[B, C]` or `[B, T, C]`; for sequences the result is the mean over T.
+        y: class ids, int64 `[B]` or `[B, T]`, in [0, C).
+    Example:
+        >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
+        tensor([0.6931])
+    """
     picked = F.log_softmax(output, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
     return _rows(-picked)
 
 
 def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
-    """−log σ(±output), one value a row; output `[B]` or `[B, 1]` in logits, y in {0, 1}."""
+    """Compute −log σ(±output), with the sign + for y = 1 and − for y = 0, one value per row `[B]`.
+
+    Args:
+        output: logits `[B]` or `[B, 1]`.
+        y: 0 or 1, `[B]`.
+    Example:
+        >>> binary_cross_entropy(torch.zeros(1, 1), torch.tensor([1]))
+        tensor([0.6931])
+    """
     logits = output.reshape(y.shape)
-    # softplus would be shorter, and rounds differently at the end of a tensor: see engine/elementwise.py.
+    # softplus would be shorter, but it rounds differently at the end of a tensor: see engine/elementwise.py.
     return _rows(-F.logsigmoid(-logits) - logits * y)
 
 
 def mse(output: Tensor, y: Tensor) -> Tensor:
-    """(output − y)², one value a row: the mean over an example's targets."""
+    """Compute (output − y)², one value per row `[B]`: the mean over the example's targets.
+
+    Args:
+        output: predictions with the element count of `y`.
+        y: targets `[B]` or `[B, n]`.
+    Example:
+        >>> mse(torch.tensor([[3.0]]), torch.tensor([1.0]))
+        tensor([4.])
+    """
     return _rows((output.reshape(y.shape) - y).square())
 
 
 def mae(output: Tensor, y: Tensor) -> Tensor:
-    """|output − y|, one value a row."""
+    """Compute |output − y|, one value per row `[B]`: the mean over the example's targets.
+
+    Args:
+        output: predictions with the element count of `y`.
+        y: targets `[B]` or `[B, n]`.
+    Example:
+        >>> mae(torch.tensor([[3.0]]), torch.tensor([1.0]))
+        tensor([2.])
+    """
     return _rows((output.reshape(y.shape) - y).abs())
 
 
@@ -48,7 +83,14 @@ def _hits(output: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number about many rows that is the function of a mean over them: value = finish(mean of per-example values)."""
+    """A metric over many rows: value = finish(mean of per-example values).
+
+    Args:
+        name: the name in reports.
+        each: (output, y) → one value per row `[B]`.
+        finish: applied to the mean over all rows.
+        higher_is_better: whether a larger value is an improvement.
+    """
 
     name: str
     each: PerExample

@@ -1,12 +1,15 @@
 """Keyed randomness: every draw is a pure function of (seed, round, client, purpose).
 
-Two counter generators, both in integer tensor operations, so that a draw has the same bits on every engine,
-for any number of clients drawn together, and at any place among them:
+Two counter-based generators use integer tensor operations only. A client's draw therefore has the same bits on
+every engine, for any number of clients in the call, and at any position among them:
 
-    mix64       a 64-bit finaliser, for permutations, coin flips and dropout: one multiply-xor chain a number
-    Philox      Philox4x32-10, for long and careful draws: uniform and normal numbers
+    mix64       a 64-bit finaliser for permutations, coin flips and dropout: one multiply-xor chain per number
+    Philox      Philox4x32-10 for uniform and normal numbers: slower, with better statistical quality
 
-Nothing here protects anybody: noise for privacy, masks and secure rounding come from the operating system.
+These generators give no privacy and no security: noise for privacy, masks and secure rounding come from the
+operating system.
+
+Tests: tests/golden/test_rng.py, tests/identities/test_order.py.
 """
 
 from __future__ import annotations
@@ -28,28 +31,28 @@ _U64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _U32 = 0xFFFFFFFF
-_FEW = 64  # numbers below which Python is quicker than the start of a kernel
-_SHORT = 1 << 14  # words below which NumPy, or a dictionary, is
+_FEW = 64  # for at most this count of numbers, Python integers are faster than starting a torch kernel
+_SHORT = 1 << 14  # for at most this count of words, NumPy or a dictionary is faster than torch
 
 
 def _signed(word: int) -> int:
-    """The two's-complement value of an unsigned 64-bit word: torch has no arithmetic on uint64."""
+    """Return the two's-complement value of an unsigned 64-bit word: torch has no arithmetic on uint64."""
     word &= _U64
     return word - (1 << 64) if word >> 63 else word
 
 
 def _shift(x: Tensor, by: int) -> Tensor:
-    """Logical right shift of int64 words; torch's own keeps the sign."""
+    """Shift int64 words right and fill with zeros; torch's own shift keeps the sign."""
     return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def mix64(x: Tensor) -> Tensor:
-    """Scramble 64-bit words, one to one: the finaliser of SplitMix64.
+    """Scramble 64-bit words by a bijection: the finaliser of SplitMix64.
 
     z ← (x ⊕ x≫30)·M₁ ; z ← (z ⊕ z≫27)·M₂ ; z ⊕ z≫31   (mod 2⁶⁴)
 
     Args:
-        x: int64 tensor, any shape, read as unsigned words.
+        x: int64 tensor of any shape, interpreted as unsigned words.
     Returns:
         int64 tensor of the same shape.
     Example:
@@ -63,21 +66,25 @@ def mix64(x: Tensor) -> Tensor:
 
 
 def stir64(x: Tensor) -> Tensor:
-    """`mix64` without its last shift, which only changes the lower 33 bits: all that is needed of the upper 31.
+    """Compute `mix64` without its last shift. The upper 31 bits are equal, because that shift changes the lower 33.
 
+    Args:
+        x: int64 tensor of any shape, interpreted as unsigned words.
+    Returns:
+        int64 tensor of the same shape.
     Example:
         >>> x = torch.arange(3)
         >>> torch.equal(stir64(x) >> 33, mix64(x) >> 33)
         True
     """
-    # In place but for the shifts: of a long draw, fresh memory would cost more than the arithmetic.
+    # Everything except the shifts is in place: for a long draw, new memory would cost more than the arithmetic.
     for by, factor in ((30, _M1), (27, _M2)):
         x = _shift(x, by).bitwise_xor_(x).mul_(_signed(factor))
     return x
 
 
 def _mix(x: int) -> int:
-    """`mix64` on a Python integer."""
+    """Compute `mix64` of a Python integer."""
     x &= _U64
     x = (x ^ (x >> 30)) * _M1 & _U64
     x = (x ^ (x >> 27)) * _M2 & _U64
@@ -85,7 +92,7 @@ def _mix(x: int) -> int:
 
 
 def philox(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
-    """Philox4x32: four 32-bit words of each counter block under a 64-bit key.
+    """Compute Philox4x32: four 32-bit words for each counter block under a 64-bit key.
 
     Args:
         counter: int64 `[..., 4]`, words in [0, 2³²).
@@ -99,10 +106,10 @@ def philox(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
 
     Reference: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
     """
-    # The keys of all rounds at once: a short draw takes as long as it has operations.
+    # Compute the keys of all rounds together: the time of a short draw depends on the number of operations.
     steps = torch.tensor([(r * 0x9E3779B9, r * 0xBB67AE85) for r in range(rounds)], device=key.device)
     keys = (key[..., None, :] + steps) & _U32
-    if counter.is_cpu and counter.numel() <= _SHORT:  # the same words; an operation of NumPy's takes a fifth as long
+    if counter.is_cpu and counter.numel() <= _SHORT:  # same words; a NumPy operation takes a fifth of torch's time
         with np.errstate(over="ignore"):
             words = _rounds(np.moveaxis(counter.numpy(), -1, 0), np.moveaxis(keys.numpy(), (-2, -1), (0, 1)))
         return torch.from_numpy(np.stack(words, -1))
@@ -123,7 +130,7 @@ def _rounds(words: Any, keys: Any) -> Any:
 
 
 def _philox(block: int, word: int) -> tuple[int, int, int, int]:
-    """`philox` of one block under a key of one 64-bit word, on Python integers."""
+    """Compute `philox` of one block under a key of one 64-bit word, with Python integers."""
     c0, c1, c2, c3, k0, k1 = block & _U32, block >> 32, 0, 0, word & _U32, word >> 32
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -143,15 +150,16 @@ def _name(text: str) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """What a draw depends on: (seed, round, purpose), and the clients it is drawn for.
+    """The input of a draw: seed, purpose, round, and optionally client ids.
 
-    A key is a value: folding gives a new one, drawing changes nothing. A key with clients draws one row a client,
-    `[K, n]`; without, one row, `[n]`. A client's row depends on its id alone, never on who is drawn beside it.
+    A key is immutable: `fold` returns a new key, and drawing does not change the key. A key with clients draws one
+    row per client, `[K, n]`; a key without clients draws one row, `[n]`. A client's row depends only on its id, not
+    on the other clients of the key.
 
     Args:
         seed: any integer.
-        path: what was folded in so far, as 64-bit words, in order.
-        clients: int64 `[K]` ids, or None for a draw shared by all.
+        path: the folded values, as 64-bit words, in order.
+        clients: int64 `[K]` ids, or None for a draw shared by all clients.
     Example:
         >>> key = Key(7).fold("order", 3)
         >>> both = key.of(torch.tensor([4, 9])).uniform(2)
@@ -164,53 +172,53 @@ class Key:
     clients: Tensor | None = field(default=None, compare=False)
 
     def fold(self, *data: int | str) -> Key:
-        """A new key: the same, with purpose names or indices folded in, in order."""
+        """Return a new key with purpose names or indices folded in, in order."""
         return Key(self.seed, (*self.path, *map(_word, data)), self.clients)
 
     def of(self, clients: Tensor, *also: Tensor) -> Key:
-        """The same key for these clients, int64 ids `[K]`; what else a client's draw depends on may follow, `[K]`."""
+        """Return this key for the clients with ids int64 `[K]`; each of `also`, int64 `[K]`, is mixed into the ids."""
         for more in also:
             clients = mix64(clients + _signed(_GOLDEN)) ^ more
         return Key(self.seed, self.path, clients)
 
     def select(self, index: Tensor | slice) -> Key:
-        """The same key for some of its clients, by position; a shared key stays shared."""
+        """Return this key for some of its clients, by position; a shared key is returned unchanged."""
         return self if self.clients is None else Key(self.seed, self.path, self.clients[index])
 
     def to(self, device: torch.device) -> Key:
-        """The same key, whose clients' draws lie on a device; what all share is drawn on the host."""
+        """Return this key with the client ids on a device; a shared key draws on the host and is returned unchanged."""
         return self if self.clients is None else Key(self.seed, self.path, self.clients.to(device))
 
     def only(self, k: int) -> Key:
-        """The key of its k-th client alone, for what a generator that knows no lanes draws for that client."""
+        """Return a shared key for the k-th client only, to seed a generator that has no per-client draws."""
         return self.fold(k) if self.clients is None else self.shared().fold(int(self.clients[k]))
 
     def shared(self) -> Key:
-        """The same key for all clients together: one draw that everybody knows."""
+        """Return this key without its clients: one draw for all of them."""
         return Key(self.seed, self.path)
 
     def word(self) -> int:
-        """The key without its clients, as one unsigned 64-bit word."""
+        """Return the key without its clients as one unsigned 64-bit word."""
         state = _mix(self.seed ^ _GOLDEN)
         for step in self.path:
             state = _mix((state + _GOLDEN & _U64) ^ _mix(step + _GOLDEN))
         return state
 
     def state(self) -> Tensor:
-        """The key as int64 words: `[K]` with clients, `[]` without."""
+        """Return the key as int64 words: `[K]` with clients, `[]` without."""
         word = _signed(self.word())
         if self.clients is None:
             return torch.tensor(word, dtype=torch.int64)
         return mix64(mix64(self.clients + _signed(_GOLDEN)) ^ word)
 
     def hash(self, n: int) -> Tensor:
-        """n cheap 64-bit words, int64 `[..., n]`."""
+        """Draw n 64-bit words by `mix64`, int64 `[..., n]`; faster than `bits`."""
         state = self.state()
         index = torch.arange(n, device=state.device)
         return mix64(state[..., None] + (index + 1) * _signed(_GOLDEN))
 
     def bits(self, n: int) -> Tensor:
-        """n careful 32-bit words by Philox, int64 `[..., n]` in [0, 2³²)."""
+        """Draw n 32-bit words by Philox, int64 `[..., n]` in [0, 2³²)."""
         if self.clients is None and n <= _FEW:
             word = self.word()
             return torch.tensor([c for block in range(-(-n // 4)) for c in _philox(block, word)], dtype=torch.int64)[:n]
@@ -222,7 +230,7 @@ class Key:
         return philox(counter, key).flatten(-2)[..., :n]
 
     def uniform(self, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """n numbers uniform in [0, 1), `[..., n]`: 53 random bits in float64, 24 in float32."""
+        """Draw n numbers uniform in [0, 1), `[..., n]`: 53 random bits in float64, 24 in float32."""
         if dtype == torch.float32:
             return (self.bits(n) >> 8).to(dtype) * 2.0**-24
         hi, lo = self.bits(2 * n).unflatten(-1, (n, 2)).unbind(-1)
@@ -230,7 +238,7 @@ class Key:
         return (word.to(torch.float64) * 2.0**-53).to(dtype)
 
     def normal(self, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """n standard normal numbers, `[..., n]`, by Box–Muller in float64."""
+        """Draw n standard normal numbers, `[..., n]`, by Box–Muller in float64."""
         half = -(-n // 2)
         u, v = self.uniform(2 * half).unflatten(-1, (half, 2)).unbind(-1)
         radius, angle = torch.sqrt(-2.0 * torch.log1p(-u)), 2.0 * math.pi * v
@@ -238,24 +246,24 @@ class Key:
         return pair.flatten(-2)[..., :n].to(dtype)
 
     def integers(self, n: int, high: int) -> Tensor:
-        """n integers uniform in [0, high), int64 `[..., n]`; high ≤ 2⁵³ (bias below high/2⁵³)."""
+        """Draw n integers uniform in [0, high), int64 `[..., n]`; high ≤ 2⁵³ (bias below high/2⁵³)."""
         return (self.uniform(n) * high).long().clamp_(max=high - 1)
 
     def permutation(self, n: int) -> Tensor:
-        """A permutation of 0 … n−1, int64 `[..., n]`, uniform up to ties of 64-bit words."""
+        """Draw a permutation of 0 … n−1, int64 `[..., n]`, uniform up to ties of 64-bit words."""
         return torch.argsort(self.hash(n), dim=-1, stable=True)
 
     def permutations(self, sizes: Tensor, width: int) -> Tensor:
-        """One permutation a client of its own 0 … sizes[k]−1, padded by its own tail, int64 `[K, width]`.
+        """Draw for each client k a permutation of 0 … sizes[k]−1, followed by sizes[k] … width−1, int64 `[K, width]`.
 
-        The first sizes[k] entries of row k equal `permutation(sizes[k])` of that client alone.
+        The first sizes[k] entries of row k equal `permutation(sizes[k])` of a key with only that client.
         """
         words = self.hash(width)
         index = torch.arange(width, device=words.device)
         return torch.argsort(words.masked_fill(index >= sizes[:, None], 2**63 - 1), dim=-1, stable=True)
 
     def distinct(self, n: int, high: int) -> Tensor:
-        """n different integers out of [0, high), int64 `[n]`, in random order: work grows with n, not with high."""
+        """Draw n distinct integers of [0, high), int64 `[n]`, in random order; the work grows with n, not with high."""
         if 4 * n >= high:
             return self.permutation(high)[:n]
         found = torch.empty(0, dtype=torch.int64)
@@ -272,18 +280,21 @@ class Key:
         return found[:n]
 
     def torch_seed(self) -> int:
-        """A seed in [0, 2⁶³) for torch's, numpy's or a user's own generator."""
+        """Return a seed in [0, 2⁶³) for a generator of torch, numpy or the user."""
         return self.word() >> 1
 
 
 @contextmanager
 def global_scope(key: Key) -> Iterator[None]:
-    """Seed the global generators of torch, numpy and Python from a key, and put them back as they were.
+    """Seed the global generators of torch, numpy and Python from a key, and restore their states on exit.
 
-    For code that is not ours and draws where it likes: initial weights, a user's own loop. What is drawn inside
-    depends on the key alone; what is drawn after, only on what was drawn before. Generators of CUDA devices are
-    included once CUDA is in use. Not for two threads at once: the generators belong to the process.
+    It serves code outside atoll that draws from global generators: initial weights, a user's own loop. Draws inside
+    the block depend only on the key; draws after the block do not depend on it. Generators of CUDA devices are
+    included if CUDA is initialized. Two threads must not use it at the same time, because the generators belong to
+    the process.
 
+    Args:
+        key: the source of the seed.
     Example:
         >>> def draw():
         ...     with global_scope(Key(7).fold("model")):
@@ -296,7 +307,7 @@ def global_scope(key: Key) -> Iterator[None]:
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
         with torch.random.fork_rng(gpus):
-            # Not torch.manual_seed: that would also seed devices which are not in use yet, and for good.
+            # torch.manual_seed would also seed devices that are not initialized yet, and that could not be restored.
             torch.default_generator.manual_seed(seed)
             if gpus:
                 torch.cuda.manual_seed_all(seed)

@@ -2,13 +2,15 @@
 
     lr_t = schedule(t, memory)        t = 0, 1, 2, … counts rounds
 
-A schedule is a value: a pure function of t. Only `plateau` also looks at the loss; what it remembers is a few
-plain tensors on the host, kept by whoever asks: `init` makes them, `observe` returns the next ones.
+A schedule is a value: a pure function of t. Only `plateau` also uses the loss. Its memory is a few tensors on the
+host, which the caller keeps: `init` creates them, `observe` returns the next ones.
 
     warmup(5) >> cosine(0.1, rounds=100)      five rounds up to 0.1, then the cosine from its own t = 0
     hold(0.1, rounds=50) >> 0.01              0.1 for fifty rounds, then 0.01
 
-The same values say how many steps a client makes, where that is another number in every round: `Train(steps=...)`.
+A schedule can also set the number of local steps in each round: `Train(steps=...)`.
+
+Tests: tests/identities/test_schedule.py, tests/rates/test_rates.py.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from atoll.grammar import constructor
 Tensors = Mapping[str, Tensor]
 NOTHING: Tensors = {}
 
-_STEP = "a step that is not positive stands still or climbs."
-_FALL = "a factor above 1 makes every step longer than the one before."
+_STEP = "a learning rate of 0 makes no step, and a negative one increases the loss."
+_FALL = "a factor above 1 increases the learning rate."
 
 
 def _rate() -> Any:
@@ -39,15 +41,15 @@ def _rate() -> Any:
 
 
 def _rounds(example: int = 100) -> Any:
-    return number(least=1, whole=True, example=example, why="rounds are counted one by one.")
+    return number(least=1, whole=True, example=example, why="rounds are counted in whole numbers.")
 
 
 def _end() -> Any:
-    return number(0.0, least=0, why="a step of negative length climbs.")
+    return number(0.0, least=0, why="a negative learning rate increases the loss.")
 
 
 class Schedule:
-    """What every schedule is: a function of the round and of its own memory; final classes derive from it."""
+    """Base of all schedules: a function of the round and of the schedule's own memory."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -56,15 +58,15 @@ class Schedule:
         return constructor(self)
 
     def init(self) -> dict[str, Tensor]:
-        """The memory before the first round; empty for a pure function of t."""
+        """Return the memory before the first round; empty for a pure function of t."""
         return {}
 
     def observe(self, memory: Tensors, loss: Tensor) -> dict[str, Tensor]:
-        """The memory after a round of mean training loss `loss`, a tensor of one number."""
+        """Return the memory after a round with mean training loss `loss`, a tensor of one number."""
         return dict(memory)
 
     def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
-        """The learning rate of round t ≥ 0."""
+        """Return the learning rate of round t ≥ 0."""
         raise NotImplementedError
 
     def __rshift__(self, other: object) -> Schedule:
@@ -72,7 +74,7 @@ class Schedule:
         raise UsageError(
             f"{self!r} >> {other!r}.",
             "a warm-up or a hold before >>.",
-            "any other schedule has no last round, so it never hands over.",
+            "any other schedule has no last round, so no schedule can follow it.",
             f"{after!r}" if isinstance(after, led) else f"warmup(5) >> {after!r}",
         )
 
@@ -98,13 +100,13 @@ class constant(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class step(Schedule):
-    """Stairs: the learning rate is multiplied by a factor once in so many rounds.
+    """Multiply the learning rate by a factor every `every` rounds.
 
     lr_t = lr · factor^⌊t / every⌋
 
     Args:
-        lr: learning rate of the first stair, > 0.
-        every: rounds on one stair, ≥ 1.
+        lr: learning rate of the first `every` rounds, > 0.
+        every: rounds with the same learning rate, ≥ 1.
         factor: 0 < factor ≤ 1.
     Example:
         >>> [step(1, every=2, factor=0.5)(t) for t in range(5)]
@@ -142,11 +144,11 @@ class exponential(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class inverse(Schedule):
-    """The step of stochastic approximation.
+    """The learning rate of stochastic approximation.
 
     lr_t = c / (t + t0)
 
-    ∑ lr_t = ∞: no point is out of reach; ∑ lr_t² < ∞: the noise averages out.
+    ∑ lr_t = ∞, so every point can be reached. ∑ lr_t² < ∞, so the noise averages out.
     With c > 1/(2μ) on a μ-strongly convex loss, E‖θ_t − θ*‖² falls as 1/t.
 
     Args:
@@ -168,7 +170,7 @@ class inverse(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class inverse_sqrt(Schedule):
-    """The step for convex losses that are not strongly convex.
+    """The learning rate for convex losses that are not strongly convex.
 
     lr_t = c / √(t + t0)
 
@@ -189,7 +191,7 @@ class inverse_sqrt(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class cosine(Schedule):
-    """Half a cosine from lr down to `end`, and `end` from then on.
+    """Half a cosine from `lr` down to `end`, then constant at `end`.
 
     lr_t = end + (lr − end) · (1 + cos(π · min(t / rounds, 1))) / 2
 
@@ -214,7 +216,7 @@ class cosine(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class polynomial(Schedule):
-    """A power of the rounds that are left, down to `end`; power 1 is a straight line.
+    """A power of the remaining fraction of rounds, down to `end`; power 1 is a straight line.
 
     lr_t = end + (lr − end) · (1 − min(t / rounds, 1))^power
 
@@ -239,19 +241,19 @@ class polynomial(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class plateau(Schedule):
-    """Lower the learning rate whenever the training loss has stopped falling.
+    """Lower the learning rate when the training loss has stopped decreasing.
 
-    lr = max(lr · factorⁿ, end), n = how often so far: after more than `patience` rounds in a row with
-    loss ≥ (1 − threshold) · best.
+    lr_t = max(lr · factorⁿ, end), n = number of drops so far. A drop follows more than `patience` consecutive
+    rounds with loss ≥ (1 − threshold) · best.
 
-    Memory, all `[]` on the host: `best` float64; int64 `bad` (rounds without a new best), `rest` (rounds of
-    cooldown left), `drops` (n). A loss that is NaN is no new best.
+    The memory consists of scalars `[]` on the host: `best` float64; int64 `bad` (rounds without a new best), `rest`
+    (remaining cooldown rounds), `drops` (n). A NaN loss is never a new best.
 
     Args:
         lr: first learning rate, > 0.
         factor: 0 < factor < 1.
-        patience: rounds without a new best that are forgiven, ≥ 0.
-        threshold: relative fall that makes a new best, 0 ≤ threshold < 1.
+        patience: tolerated consecutive rounds without a new best, ≥ 0.
+        threshold: relative decrease that counts as a new best, 0 ≤ threshold < 1.
         cooldown: rounds after a drop that are not counted, ≥ 0.
         end: lowest learning rate, ≥ 0.
     Example:
@@ -266,7 +268,7 @@ class plateau(Schedule):
     """
 
     lr: float = _rate()
-    factor: float = number(0.1, above=0, below=1, why="only a factor below 1 lowers anything.")
+    factor: float = number(0.1, above=0, below=1, why="only a factor below 1 lowers the learning rate.")
     patience: int = number(10, least=0, whole=True)
     threshold: float = number(1e-4, least=0, below=1)
     cooldown: int = number(0, least=0, whole=True)
@@ -278,7 +280,7 @@ class plateau(Schedule):
             raise UsageError(
                 f"{self!r} ends above its first learning rate.",
                 f"end ≤ lr = {self.lr!r}.",
-                "it only ever lowers.",
+                "plateau never raises the learning rate.",
                 repaired(self, end=0.0),
             )
 
@@ -305,7 +307,7 @@ class plateau(Schedule):
 
 
 class _Lead:
-    """What stands before a schedule for some rounds: no schedule by itself; final classes derive from it."""
+    """Base of prefixes: a prefix sets the values of some rounds before a schedule. It is not a schedule itself."""
 
     rounds: int
 
@@ -316,7 +318,7 @@ class _Lead:
         return constructor(self)
 
     def at(self, t: int, foot: float) -> float:
-        """The value of round t < rounds, where the next schedule begins at `foot`."""
+        """Return the value of round t < rounds; `foot` is the first value of the next schedule."""
         raise NotImplementedError
 
     def __rshift__(self, other: object) -> Schedule:
@@ -325,7 +327,7 @@ class _Lead:
             raise UsageError(
                 f"{self!r} >> {other!r}.",
                 "a schedule after both, and parentheses.",
-                "neither of the two says what comes after its rounds.",
+                "neither of the two has a learning rate for the rounds after its own.",
                 repr(alone) if _both_rise(self, other) else f"{self!r} >> ({alone!r})",
             )
         then = as_schedule(other)
@@ -333,7 +335,7 @@ class _Lead:
             raise UsageError(
                 f"{self!r} >> ({then!r}).",
                 "one warm-up.",
-                "the first would rise to the foot of the second.",
+                "the first would rise to the start of the second, not to the learning rate.",
                 f"{self!r} >> {then.then!r}",
             )
         return led(self, then)
@@ -345,14 +347,14 @@ def _both_rise(*leads: _Lead) -> bool:
 
 @dataclass(frozen=True, repr=False)
 class warmup(_Lead):
-    """Before a schedule: rise in equal steps from `start` to where the schedule begins.
+    """A prefix that rises in equal steps from `start` to the first value of the next schedule.
 
     lr_t = start + (next(0) − start) · (t + 1) / (rounds + 1) for t < rounds, then next(t − rounds)
 
-    No round is spent at `start` itself, and the first round of what follows is one equal step up again.
+    No round uses `start` itself. The first round of the next schedule is one equal step higher.
 
     Args:
-        rounds: rounds of rising, ≥ 1.
+        rounds: length of the warm-up, ≥ 1.
         start: learning rate to rise from, ≥ 0.
     Example:
         >>> rate = warmup(3) >> constant(1)
@@ -369,13 +371,13 @@ class warmup(_Lead):
 
 @dataclass(frozen=True, repr=False)
 class hold(_Lead):
-    """Before a schedule: one value for some rounds.
+    """A prefix with one constant value.
 
     lr_t = lr for t < rounds, then next(t − rounds)
 
     Args:
-        lr: the value that is held, > 0.
-        rounds: for how many rounds, ≥ 1.
+        lr: the value, > 0.
+        rounds: length of the prefix, ≥ 1.
     Example:
         >>> steps = hold(1, rounds=3) >> constant(16)
         >>> [steps(t) for t in range(5)]
@@ -391,7 +393,7 @@ class hold(_Lead):
 
 @dataclass(frozen=True, repr=False)
 class led(Schedule):
-    """A schedule and what comes before it: what `first >> then` makes; the memory is that of `then`."""
+    """A prefix followed by a schedule: the result of `first >> then`. The memory is that of `then`."""
 
     first: _Lead
     then: Schedule
@@ -417,10 +419,12 @@ def _constant(lr: float) -> Schedule:
 
 
 def as_schedule(given: object) -> Schedule:
-    """The schedule that is meant: a schedule is itself, a number is `constant`.
+    """Return a schedule unchanged; convert a number to `constant`.
 
+    Args:
+        given: a schedule, or a number > 0.
     Raises:
-        UsageError: it is neither, or a learning rate of 0 or below, or a warm-up that leads nowhere.
+        UsageError: it is neither, the number is ≤ 0, or it is a prefix without a schedule after it.
     Example:
         >>> as_schedule(0.1)
         constant(0.1)
@@ -429,15 +433,15 @@ def as_schedule(given: object) -> Schedule:
         return given
     if isinstance(given, _Lead):
         raise UsageError(
-            f"{given!r} stands alone.",
+            f"{given!r} has no schedule after it.",
             "a schedule after it.",
-            "it says nothing of the rounds after its own.",
+            "it has no learning rate for the rounds after its own.",
             f"{given!r} >> constant(0.1)",
         )
     if not isinstance(given, bool) and isinstance(given, Real):
         return _constant(float(given))
     raise UsageError(
-        f"{given!r} is no learning rate.",
+        f"{given!r} is not a learning rate.",
         "a positive number or a schedule.",
         _STEP,
         "cosine(0.1, rounds=100)",

@@ -1,14 +1,17 @@
-"""A task: a model, its loss and its metrics, one value for each example.
+"""A task: a model, its loss and its metrics, with one value per example.
 
-Everything that touches the user's module is here, written once for many clients: `gradient` and `measure` take
-θ `[K, d]` and a batch `[K, B, …]` and have four bodies.
+This module contains all computation on the user's module. A lane is one client's row in a batch of clients.
+`gradient` and `measure` take θ `[K, d]` and a batch `[K, B, …]` of K lanes, and have four backends:
 
-    lanes     all K at once, by `torch.func`: `vmap(grad(loss))`; always at least two lanes, since a single one
-              takes other kernels and so other bits
-    loop      one after another, by autograd, on a module whose parameters and gradients are views of flat vectors
-              (`atoll.bound`); plain local training takes each client to its end before the next begins
-    fused     all K at once, by hand (`atoll.fused`), for stacks of known layers; it can make the step on its way back
-    compiled  the same in native code (`atoll.compiled`): each client's steps at one core
+    lanes     all K clients together by `torch.func`: `vmap(grad(loss))`; always at least two lanes, because a
+              single lane uses other kernels and rounds differently
+    loop      one client after another by autograd, on a module whose parameters and gradients are views of flat
+              vectors (`atoll.bound`); plain SGD finishes one client before it starts the next
+    fused     all K clients together with explicit layer formulas (`atoll.fused`), for stacks of known layers; it
+              can apply the SGD step inside the backward pass
+    compiled  the same formulas in native code (`atoll.compiled`): one core makes all steps of a client
+
+Tests: tests/identities/test_numerics.py, tests/identities/test_one_algorithm.py, tests/identities/test_precision.py.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from atoll.shelf import empty
 
 
 class Gradient(NamedTuple):
-    """What a pass over a batch gives: mean gradient `[K, d]`, buffers `[K, b]`, counters by name, Σ of losses `[K]`."""
+    """Result of a pass: mean gradient `[K, d]`, buffers `[K, b]`, counters by name, sum of the losses `[K]`."""
 
     grad: Tensor
     buffers: Tensor
@@ -46,9 +49,9 @@ class Gradient(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model's numbers for K clients: θ `[K, d]`, float buffers `[K, b]`, counters `[K, …]` and fixed tensors by name.
+    """The tensors of K models: θ `[K, d]`, float buffers `[K, b]`, counters `[K, …]` and fixed tensors by name.
 
-    Without the leading axis it is one model: what the server holds.
+    Without the leading axis it is a single model, such as the server's.
     """
 
     theta: Tensor
@@ -57,7 +60,7 @@ class Model(NamedTuple):
     fixed: Mapping[str, Tensor]
 
     def lanes(self, k: int) -> Model:
-        """This one model for k clients, each with a copy of its own."""
+        """Copy this single model for k clients."""
         return Model(
             empty(self.theta, (k, len(self.theta))).copy_(self.theta),
             self.buffers.repeat(k, 1),
@@ -66,15 +69,15 @@ class Model(NamedTuple):
         )
 
     def to(self, device: torch.device) -> Model:
-        """The same numbers on another device; itself where they are there already."""
+        """Move the tensors to a device; return `self` if they are already on it."""
         return self if self.theta.device == device else tree_map(lambda t: t.to(device), self)
 
     def first(self, k: int) -> Model:
-        """Views of the first k clients."""
+        """Return views of the first k clients."""
         return Model(self.theta[:k], self.buffers[:k], {n: t[:k] for n, t in self.counters.items()}, self.fixed)
 
     def select(self, index: Tensor) -> Model:
-        """Copies of some clients."""
+        """Copy the clients at these positions."""
         return Model(
             self.theta[index],
             self.buffers[index],
@@ -84,7 +87,10 @@ class Model(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows of K clients: x `[K, B, …]`, y `[K, B, …]`, and how many of each client's B rows count, the first ones."""
+    """Rows of K clients: x `[K, B, …]`, y `[K, B, …]`.
+
+    The first counts[k] of client k's B rows are valid; the rest is padding.
+    """
 
     x: Tensor
     y: Tensor
@@ -93,21 +99,21 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its loss and its metrics, ready to be computed for K clients at once.
+    """A model, its loss and its metrics, computed for K clients together.
 
-    loss(θ; rows) = (1/n) Σ ℓ(f_θ(x), y),  ℓ one value a row.
+    loss(θ; rows) = (1/n) Σ ℓ(f_θ(x), y),  with one value ℓ per row.
 
     Args:
         module: the model; a private copy, never the user's own object.
-        layout: how its tensors lie in flat vectors.
-        start: its numbers before any pass; the module's own move, since every pass goes through it.
-        loss: one value a row, `(output, y) → [B]`.
-        metrics: what evaluation reports beside the loss.
-        numerics: the body in use, `"lanes"`, `"loop"`, `"fused"` or `"compiled"`.
-        noisy: whether the model draws other random numbers than dropout's, so that every pass must seed the global
+        layout: positions of its tensors in flat vectors.
+        start: the initial tensors. The tensors of `module` change with every pass.
+        loss: `(output, y) → [B]`, one value per row.
+        metrics: reported by evaluation in addition to the loss.
+        numerics: the backend, `"lanes"`, `"loop"`, `"fused"` or `"compiled"`.
+        noisy: whether the model draws random numbers other than dropout masks. If so, every pass seeds the global
             generators.
-        precision: `"full"`, or `"bf16"`: what the model says of its rows is computed in bfloat16, as far as torch's
-            autocast holds that to be safe. θ, its gradient, the loss and every sum stay in the type of the run.
+        precision: `"full"` or `"bf16"`. With `"bf16"` the model's output is computed under torch's bfloat16
+            autocast. θ, its gradient, the loss and every sum keep the dtype of the run.
     """
 
     module: nn.Module
@@ -127,7 +133,16 @@ class Task:
         metrics: tuple[str | Metric, ...] = (),
         dtype: torch.dtype = torch.float32,
     ) -> Task:
-        """A task on a private copy of a module, loss and metrics by name or as functions of one value a row."""
+        """Build a task on a private copy of a module.
+
+        Args:
+            module: the model.
+            loss: a name in `LOSSES`, or a function `(output, y) → [B]`.
+            metrics: names in `METRICS`, or `Metric` values.
+            dtype: dtype of θ and of float buffers, float32 or float64.
+        Raises:
+            UsageError: an unknown name, a complex tensor, or no trainable parameter.
+        """
         if isinstance(loss, str) and loss not in LOSSES:
             raise unknown_name("loss", loss, LOSSES)
         for m in metrics:
@@ -146,11 +161,11 @@ class Task:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device on which the model computes."""
         return self.start.theta.device
 
     def on(self, device: torch.device) -> Task:
-        """The same task on another device; itself where it is there already."""
+        """Copy the task to a device; return `self` if it is already on it."""
         if device == self.device:
             return self
         return replace(self, module=copy.deepcopy(self.module).to(device), start=self.start.to(device))
@@ -162,20 +177,20 @@ class Task:
 
     @property
     def slow_in_lanes(self) -> str:
-        """Why the loop is quicker for this model; empty where it is not."""
+        """The reason why `loop` is faster than `lanes` for this model; empty if it is not."""
         kinds = {type(m) for m in self.module.modules()}
         if any(issubclass(kind, nn.modules.conv._ConvNd) for kind in kinds):
             return "the convolutions of many clients become one grouped convolution, slower than one by one"
         if any(issubclass(kind, nn.RNNBase) for kind in kinds):
-            return "torch runs a recurrent layer lane by lane anyway"
+            return "torch runs a recurrent layer one lane at a time in any case"
         return ""
 
     def initial(self) -> Model:
-        """The module's numbers as they were given, one model."""
+        """Copy the initial tensors of the module, as a single model."""
         return tree_map(torch.clone, self.start)  # type: ignore[no-any-return]
 
     def rebuilt(self, model: Model) -> nn.Module:
-        """A fresh module that holds the numbers of a single model (θ `[d]`), in the type of the run: to go on with."""
+        """Build a new module from a single model (θ `[d]`), in the dtype of the run, for further training."""
         module = copy.deepcopy(self.module)
         flat = {
             **self.layout.params(model.theta),
@@ -187,9 +202,9 @@ class Task:
         return module
 
     def result(self, model: Model) -> nn.Module:
-        """A fresh module that holds the numbers of a single model (θ `[d]`), in the types it came with: to hand out.
+        """Build a new module from a single model (θ `[d]`), in the user's original dtypes.
 
-        It lies in the host's memory, whichever device computed it.
+        The module is in host memory, independent of the device that computed it.
         """
         host = torch.device("cpu")
         module, model = self.rebuilt(model).to(host), model.to(host)
@@ -199,14 +214,14 @@ class Task:
         return module
 
     def gradient(self, model: Model, batch: Batch, key: Key) -> Gradient:
-        """Mean gradient of the loss over each client's rows, and what the pass changed.
+        """Compute the mean gradient of the loss over each client's rows, and the new buffers and counters.
 
         g_k = ∇θ (1/n_k) Σ_{i<n_k} ℓ(f_θk(x_ki), y_ki)
 
         Args:
-            model: θ `[K, d]`, buffers `[K, b]`; unchanged.
-            batch: x, y `[K, B, …]`, counts K numbers in 1 … B; with batch statistics all equal B.
-            key: of the K clients and of this step.
+            model: θ `[K, d]`, buffers `[K, b]`; not changed.
+            batch: x, y `[K, B, …]`; counts n_k in 0 … B. A client without rows gets a zero gradient.
+            key: key of this step, with the K clients.
         """
         if self.by_hand:
             return self._gradient_by_hand(model, batch)
@@ -217,7 +232,7 @@ class Task:
         return self._by_length(model, batch, key)
 
     def measure(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Σ over each client's rows of the loss and every metric, float64 `[K]` by name, in evaluation mode."""
+        """Sum the loss and every metric over each client's rows in evaluation mode, float64 `[K]` by name."""
         self.module.eval()
         with torch.no_grad():
             if self.numerics == "lanes" and len(batch.counts) > 1:
@@ -228,11 +243,11 @@ class Task:
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _answer(self, x: Tensor, tensors: dict[str, Tensor] | None = None) -> Any:
-        """What the model says of rows x, with these numbers or with its own; in the type of the run."""
+        """Compute the model's output for rows x with these tensors, or with its own, in the dtype of the run."""
         call = self.module if tensors is None else partial(functional_call, self.module, tensors)
         if self.precision == "full":
             return call(x)
-        # Nothing is kept of a cast: it would be remembered by a parameter whose numbers we change under it.
+        # No cast is cached: the cache is keyed by the parameter, whose storage we replace between passes.
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
             output = call(x)
         return tree_map_only(Tensor, lambda t: t.to(self.layout.dtype) if t.is_floating_point() else t, output)
@@ -240,7 +255,7 @@ class Task:
     # lanes
 
     def _by_length(self, model: Model, batch: Batch, key: Key) -> Gradient:
-        """Batch statistics admit no padding: lanes of one exact length go together."""
+        """Compute lanes of equal batch length together, because batch statistics allow no padding."""
         out: Gradient | None = None
         for length in sorted(set(batch.counts)):
             lanes = torch.tensor([k for k, n in enumerate(batch.counts) if n == length])
@@ -254,7 +269,7 @@ class Task:
                 out = tree_map(lambda t: t.new_empty(len(batch.counts), *t.shape[1:]), got)
             tree_map(lambda whole, rows, at=index: whole.index_copy_(0, at, rows), out, got)
         if out is None:
-            raise UsageError("A batch of no client.", "at least one.")
+            raise UsageError("The batch has no client.", "at least one client.")
         return out
 
     def _lanes_gradient(self, model: Model, batch: Batch, key: Key) -> Gradient:
@@ -279,13 +294,13 @@ class Task:
         count: Tensor,
         word: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
-        """The loss of one lane, and what its pass changed: pure, since the changed tensors are its own copies."""
+        """Compute the loss of one lane and its changed tensors; a pure function, since it changes only copies."""
         moving = {n: t.clone() for n, t in (self.layout.buffers(buffers) | counters).items()}
         with InLanes(lambda: word):
             tensors = {**self.layout.params(theta), **fixed, **moving}
             output = self._answer(x, tensors)
         loss = (self.loss(output, y) * mask).sum()
-        moving = {n: tensors[n] for n in moving}  # a buffer may have been put in place of another
+        moving = {n: tensors[n] for n in moving}  # the pass may have replaced a buffer by another tensor
         after = [moving[e.name].reshape(-1) for e in self.layout.segment("buffers")]
         return loss / count, (
             torch.cat(after) if after else buffers,
@@ -307,30 +322,30 @@ class Task:
 
     @property
     def by_hand(self) -> bool:
-        """Whether the layers are known, and worked out one by one."""
+        """Whether the backend uses explicit layer formulas: `fused` or `compiled`."""
         return self.numerics in ("fused", "compiled")
 
     @cached_property
     def program(self) -> Program:
-        """The model written out as layers.
+        """The model as a list of known layers.
 
         Raises:
-            UsageError: it is no stack of layers that are known.
+            UsageError: the model is not a stack of known layers.
         """
         try:
             return Program.of(self.module, self.loss, self.layout)
         except Unserved as why:
             raise UsageError(
-                f"numerics = {self.numerics!r} for a model that is not served: {why}.",
+                f"numerics = {self.numerics!r} does not support this model: {why}.",
                 "a Sequential of Linear, Conv2d, ReLU, MaxPool2d and Flatten, with cross_entropy or mse.",
-                "forward and backward are written by hand, layer by layer.",
+                "forward and backward passes are implemented for these layers only.",
                 "--numerics auto",
             ) from why
 
     def descent(
         self, model: Model, lanes: int, lr: float, heard: Heard | None = None
     ) -> fused.Descent | compiled.Descent:
-        """Plain gradient descent of K lanes that all begin at a single model (θ `[d]`)."""
+        """Start plain gradient descent of K lanes from a single model (θ `[d]`)."""
         kind = compiled.Descent if self.numerics == "compiled" else fused.Descent
         return kind(self.program, model.theta, lanes, lr, heard)
 
@@ -384,7 +399,7 @@ class Task:
         return Gradient(keep[None], buffers[None], counters, loss.detach()[None])
 
     def _keyed(self, word: Callable[[], Tensor]) -> contextlib.AbstractContextManager[Any]:
-        """What draws dropout by a key; nothing where nothing drops, since whoever looks at every call costs time."""
+        """Return the context that draws dropout from a key; without dropout a null context, which costs no time."""
         return KeyedDropout(word) if self._drops else contextlib.nullcontext()
 
     @cached_property
@@ -392,12 +407,12 @@ class Task:
         return may_drop(self.module)
 
     def walk(self, model: Model, lanes: int, lr: float) -> Walk:
-        """Plain gradient descent of K clients that all begin at a single model (θ `[d]`), one after the other."""
+        """Start plain gradient descent of K clients, one after another, from a single model (θ `[d]`)."""
         self.module.train()
         return Walk(self.bound, model, lanes, lr)
 
     def stride(self, walk: Walk, x: Tensor, y: Tensor, key: Key, k: int) -> None:
-        """One step of the k-th client, which is at work, on its rows `[n, …]`; the key is that of all clients."""
+        """Make one step of the k-th client, the active one, on its rows `[n, …]`; `key` is that of all clients."""
         if not len(y):
             return
         keyed = self._keyed(lambda: key.state().to(self.device).expand(len(walk.loss))[k])
@@ -416,25 +431,25 @@ class Task:
 
     @cached_property
     def bound(self) -> Bound:
-        """The module as the loop computes on it."""
+        """The module of the loop backend, with parameters and gradients as views of flat vectors."""
         return Bound(self.module, self.layout)
 
 
 def _still(model: Model) -> Gradient:
-    """What a pass over no row gives: no gradient, and nothing moves."""
+    """Return the result of a pass over no rows: a zero gradient and unchanged buffers."""
     loss = model.theta.new_zeros(len(model.theta))
     return Gradient(torch.zeros_like(model.theta), model.buffers, dict(model.counters), loss)
 
 
 def _mask(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows count, `[K, B]`, and how many, `[K]`, in the type of θ."""
+    """Return the mask of valid rows `[K, B]` and their number per client, at least 1, `[K]`, in the dtype of θ."""
     counts = torch.tensor(batch.counts, device=like.device)
     rows = torch.arange(batch.y.shape[1], device=like.device)
     return (rows < counts[:, None]).to(like.dtype), counts.clamp(min=1).to(like.dtype)
 
 
 def _at_least_two(columns: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Columns of one lane become two of the same; more stay as they are."""
+    """Duplicate a single lane, so that every call has at least two; leave more lanes unchanged."""
     if columns[0].shape[0] > 1:
         return columns
     return tree_map(lambda t: t.expand(2, *t.shape[1:]), columns)  # type: ignore[no-any-return]
