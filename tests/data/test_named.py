@@ -134,7 +134,7 @@ def test_idx_files(fashion, monkeypatch):
         ("train-images-idx3-ubyte", idx(np.zeros((7, 6, 6), np.uint8)) + b"\0", "253 bytes follow"),
         ("train-images-idx3-ubyte", struct.pack(">HBB3I", 0, 8, 3, 2**31, 2**31, 4), "0 bytes follow"),
         ("train-labels-idx1-ubyte", idx(np.zeros(6, np.uint8)), "with labels"),
-        ("train-labels-idx1-ubyte", idx(np.full(7, 10, np.uint8)), "label 10 where 0 to 9"),
+        ("train-labels-idx1-ubyte", idx(np.full(7, 10, np.uint8)), "label 10, outside 0 to 9"),
         ("t10k-images-idx3-ubyte.gz", b"not gzip", "malformed"),
         ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((2, 6, 6), np.uint8)), mtime=0)[:-12], "malformed"),
     ],
@@ -156,7 +156,7 @@ def test_files_that_are_missing(tmp_path, monkeypatch):
     for name in ("mnist", "heart"):
         with pytest.raises(UsageError, match=f"{name} needs .* nothing says where"):
             load(name)
-        with pytest.raises(UsageError, match="which is not there"):
+        with pytest.raises(UsageError, match="which does not exist"):
             load(name, folder=tmp_path)
     with pytest.raises(UsageError, match="apt-get install dataset-fashion-mnist"):
         load("fashion_mnist", folder=tmp_path)

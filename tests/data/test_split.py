@@ -193,7 +193,7 @@ def test_natural_clients_are_counted_by_the_data():
 def test_classes_need_classes():
     data = arrays(torch.zeros(40, 1), torch.zeros(40))
     for by in (Dirichlet(1.0), Shards()):
-        with pytest.raises(UsageError, match="one class a row") as error:
+        with pytest.raises(UsageError, match="one class per row") as error:
             data.split(5, by)
         assert eval(error.value.write, {"data": data, "IID": IID, "Quantity": Quantity}).count == 5
 

@@ -35,7 +35,7 @@ def test_columns_levels_and_what_was_guessed(flats):
     assert data.notes == (
         "Target guessed: the last column, 'price'.",
         "3 rows lack a value: filled with the train rows' means.",
-        "Column 'city' holds texts: one column for each of 2 levels, found in all rows.",
+        "Column 'city' contains texts: one column for each of 2 levels, found in all rows.",
         "Task guessed from numbers in column 'price': regression.",
         "The target 'price' stays in its own units.",
     )
@@ -137,7 +137,7 @@ def test_rows_without_a_target_are_left_out_and_said(tmp_path):
         ("a,b\n1,2\n3\n", {}, r"Line 3 of .* has 1 cells"),
         ("a,b\n", {}, "has 0 rows"),
         ("", {}, "has 0 rows"),
-        ("1,2\n3,4\n", {}, "holds numbers only"),
+        ("1,2\n3,4\n", {}, "contains only numbers"),
         ("a,a\n1,2\n", {}, "Two columns are called 'a'"),
         ("a,b\n1,inf\n", {}, "Column 'b' holds inf at row 0"),
         ("a,b\n1,2\n-Infinity,3\n", {}, "Column 'a' holds -inf at row 1"),
@@ -149,7 +149,7 @@ def test_rows_without_a_target_are_left_out_and_said(tmp_path):
         ("a,b\n1,2\n", {"missing": "median"}, "drop, mean"),
         ("a,b\n1,2\n", {"scale": "minmax"}, "No scale is called 'minmax'"),
         ("a,b\n1,2\n", {"task": "ranking"}, "No task is called 'ranking'"),
-        ("a,b\n1,x\n", {"task": "regression"}, "Column 'b' holds texts, such as 'x'"),
+        ("a,b\n1,x\n", {"task": "regression"}, "Column 'b' contains texts, such as 'x'"),
         ("a\n1\n", {}, "a target, and at least one feature"),
         ("a,b\n1,2\n", {"by": "a"}, "a target, and at least one feature"),
         ("a,s,b\n1,,2\n3,x,4\n", {"by": "s"}, "column 's' has no value at row 0"),

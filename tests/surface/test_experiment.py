@@ -233,7 +233,7 @@ def test_bad_settings_are_refused(settings, parts):
         ({"split": "Dirichlett(0.3)"}, "data", ("'Dirichlett'", "Write: Dirichlet")),
         ({"data": "digitss"}, "data", ("'digitss'", "Write: digits")),
         ({"data": "absent.csv"}, "data", ("absent.csv",)),
-        ({"clients": 5000}, "data", ("5000", "each row is in exactly one client")),
+        ({"clients": 5000}, "data", ("5000", "each row belongs to exactly one client")),
         ({"model": "mpl"}, "module", ("'mpl'", "Write: mlp")),
         ({"engine": "inproces"}, "training", ("'inproces'", "Write: inprocess")),
         ({"stop": ("Patience('accuracy', 0)",)}, "training", ("Patience",)),
