@@ -1,10 +1,10 @@
-"""How fast codecs are on one long update, in GB/s of float32 and as a share of what memory can be read at.
+"""Speed of codecs on one long update, in GB/s of float32 and as a fraction of the memory's read speed.
 
     python benchmarks/codecs.py [length] [--compiled] [--best]
 
-Each figure is the median of seven runs, or with --best the best of forty, for a machine that does other things too.
-`encode` is the client's half, `open` the server's for every message, `decode` the server's for every sum. A star marks
-a figure below its target on two cores (encode: Quantize 0.3, compiled 1.0, Eden 0.3, TopK 0.6 and three times
+Each number is the median of seven runs. With --best it is the best of forty, for a machine that is not idle.
+`encode` runs on the client, `open` on the server for every message, `decode` on the server for every sum. A star
+marks a number below its target on two cores (encode: Quantize 0.3, compiled 1.0, Eden 0.3, TopK 0.6 and three times
 torch.topk; open and decode: 1.0).
 """
 
@@ -47,7 +47,7 @@ CODECS = [
 
 
 class Watch:
-    """Speeds in GB/s, after one run that does not count."""
+    """Measure speeds in GB/s, after one warm-up run."""
 
     def __init__(self, best: bool) -> None:
         self.repeats, self.of = (40, min) if best else (7, statistics.median)
@@ -64,7 +64,7 @@ class Watch:
 
 def cell(value: float, read: float, target: float) -> str:
     if value > read:
-        return f"{'–':>14}"  # nothing is done
+        return f"{'–':>14}"  # the codec has no such half
     return f"{value:7.2f}{'*' if value < target else ' '} {value / read:4.0%} "
 
 
@@ -82,12 +82,12 @@ def row(codec: Codec, target: float, x: Tensor, read: float, speed: Watch) -> st
 
 
 def compiled(x: Tensor, read: float, speed: Watch) -> str:
-    """`Quantize(8)` fused by torch.compile, on all whole groups at once; the bits are those of the eager one."""
+    """Measure `Quantize(8)` fused by torch.compile, on all whole groups together; its bits equal the eager ones."""
     codec = Quantize(8)
     rows = x[0, : x.shape[1] // grid.GROUP * grid.GROUP].view(1, -1, grid.GROUP)
     state = grid.words(torch.tensor([7]), rows.shape[1])
     fused = torch.compile(codec.quantise, dynamic=False)
-    with warnings.catch_warnings():  # it warns of a cache that it looks through
+    with warnings.catch_warnings():  # torch.compile warns about a cache
         warnings.simplefilter("ignore")
         same = all(map(torch.equal, fused(rows, state), codec.quantise(rows, state)))
     if not same:

@@ -1,4 +1,4 @@
-"""A federation as offsets into a list of row numbers, and how its unevenness is measured."""
+"""`Clients`: offsets into an array of row numbers, its measures of imbalance, and its fingerprint."""
 
 from dataclasses import replace
 
@@ -81,7 +81,7 @@ def test_extremes_of_imbalance():
     even = torch.tensor([[4, 4], [2, 2]])
     apart = torch.tensor([[6, 0], [0, 6]])
     assert label_divergence(even) == 0
-    assert label_divergence(apart) == pytest.approx(0.3112781, abs=1e-6)  # JS of a coin and a certainty
+    assert label_divergence(apart) == pytest.approx(0.3112781, abs=1e-6)  # JS of (1/2, 1/2) and (1, 0)
     assert size_gini(torch.tensor([5, 5, 5])) == 0 and effective_clients(torch.tensor([5, 5, 5])) == 3
 
 

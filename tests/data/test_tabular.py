@@ -1,4 +1,4 @@
-"""Tables: what is read, what is guessed and said, and what is refused."""
+"""Tables: columns that are read, guesses with their notes, and files that are refused."""
 
 import gzip
 
@@ -48,7 +48,7 @@ def test_missing_values_are_the_train_rows_means(flats):
     raw = csv(flats, target="price", scale="none").rows.take(torch.arange(6))[0]
     train = raw[data.pooled().order]
     assert x[2, 0] == train[:, 0].nanmean()
-    assert x[3, 1] == train[:, 1].nanmean()  # a missing text: each level's share
+    assert x[3, 1] == train[:, 1].nanmean()  # a missing text is filled with the mean of each level
     assert not x.isnan().any()
     scaled = csv(flats, target="price").split(2, held_out=0.3).rows.take(torch.arange(6))[0]
     assert scaled[2, 0] == 0 and scaled[3, 1] == 0
@@ -139,8 +139,8 @@ def test_rows_without_a_target_are_left_out_and_said(tmp_path):
         ("", {}, "has 0 rows"),
         ("1,2\n3,4\n", {}, "contains only numbers"),
         ("a,a\n1,2\n", {}, "Two columns are called 'a'"),
-        ("a,b\n1,inf\n", {}, "Column 'b' holds inf at row 0"),
-        ("a,b\n1,2\n-Infinity,3\n", {}, "Column 'a' holds -inf at row 1"),
+        ("a,b\n1,inf\n", {}, "Column 'b' contains inf at row 0"),
+        ("a,b\n1,2\n-Infinity,3\n", {}, "Column 'a' contains -inf at row 1"),
         ("a,b\n1,\n", {}, "Of 1 rows, 1 have no target"),
         ("a,b\n?,1\n", {"missing": "drop"}, "1 lack another value"),
         ("a,b\n1,2\n", {"target": "c"}, "No column is called 'c'"),

@@ -1,4 +1,4 @@
-"""The bytes of small messages, written down: a format that moved is a new version of the wire."""
+"""The recorded bytes of small messages: a changed format requires a new version of the wire format."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_messages(text):
 
 
 def test_a_compressed_message_reads_back():
-    """Another version of zstd may write other bytes; these have to mean the same for ever."""
+    """Another version of zstd may write other bytes, but it must read these bytes to the same values."""
     sent = [
         "28b52ffd641800fd00006800ffffff00800040c03fc040bf06000112c94ea28e4bb082014b1e0d0e0b4616e72d",
         "28b52ffd641800b501004402c0bf60dfb06fd0bfac23579ca9475ea12b5694ab4f54a12f00800040c03f3f3fc1c140c006003a66a484a5"
@@ -75,11 +75,11 @@ def test_a_compressed_message_reads_back():
 
 
 def test_codes_lie_in_runs():
-    """Byte j of a plane holds codes j, W + j, …; 5 bits are a plane of one and a plane of four; 5 trits are a byte."""
+    """Byte j of a plane contains codes j, W + j, …; 5 bits are planes of 1 and 4 bits; 5 trits are one byte."""
     codes = torch.arange(10, dtype=torch.int32)
     assert bytes(pack(codes, 4).tolist()).hex() == "5061728394"
     assert bytes(pack(torch.tensor([1, 0, 1, 1], dtype=torch.int32), 1).tolist()).hex() == "0d"
-    # Lowest bits: 0 0 0 0 0 and 1 1 1 1 1 in runs of two; the rest is 8 8 9 9 10 | 10 11 11 12 12.
+    # The lowest bits are 0 0 0 0 0 and 1 1 1 1 1 in runs of two; the other bits are 8 8 9 9 10 | 10 11 11 12 12.
     assert bytes(pack(codes + 16, 5).tolist()).hex() == "001f" + "a8b8b9c9ca"
     assert bytes(pack(codes + 0x1230, 16).tolist()).hex() == "30313233343536373839" + "12" * 10
     assert pack(torch.tensor([2, 1, 0, 1, 2, 2], dtype=torch.int32), 0).tolist() == [
@@ -97,7 +97,7 @@ def test_codes_read_back(bits, n):
 
 
 def test_rising_places_lie_as_elias_and_fano_have_them():
-    """k = 3 of d = 1,000: the lowest 8 bits of each, then 1s at (place ≫ 8) + i."""
+    """For k = 3 of d = 1,000: the lowest 8 bits of each position, then a 1 at bit (position ≫ 8) + i."""
     packed = pack_index(torch.tensor([[3, 500, 998]]), 1000)
     # 3, 500 & 255, 998 & 255; ones at 0 + 0, 1 + 1, 3 + 2
     assert bytes(packed[0].tolist()).hex() == "03f4e6" + "25"
@@ -113,7 +113,7 @@ def test_rising_places_read_back(d):
 
 
 def test_centroids_and_errors_of_the_normal_quantiser():
-    """The published numbers (Max 1960; EDEN 2022), to their last digit."""
+    """They equal the published numbers (Max 1960; EDEN 2022) to the last published digit."""
     table = {
         1: ([0.79788], 0.36338, 0.57080),
         2: ([0.45278, 1.51042], 0.11748, 0.13312),
@@ -133,7 +133,7 @@ def test_centroids_and_errors_of_the_normal_quantiser():
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_centroids_are_means_of_their_cells(bits):
-    """The conditions of the optimum, with an integral of its own."""
+    """The optimality conditions hold, checked by an independent integral."""
     best = lloyd_max(bits)
     edges = [0.0, *best.thresholds, 9.0]
     for i, c in enumerate(best.centroids):

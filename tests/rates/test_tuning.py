@@ -1,4 +1,4 @@
-"""A climb ends at the quickest setting of a machine with one peak, whatever noise there is on top."""
+"""Tuning ends at the fastest setting of a machine with one optimum, also with noise in the measured times."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +18,7 @@ def climbed(seconds, rounds=120):
 
 @given(st.sampled_from(CHUNKS), st.sampled_from([1, 2]), st.lists(st.floats(0, 9), min_size=7, max_size=7))
 def test_it_ends_at_the_peak(peak, threads, noise):
-    """Noise only ever takes time away, and leaves one round in three alone."""
+    """Noise only slows rounds down, and one round in three has no noise."""
 
     def seconds(setting, t):
         away = abs(CHUNKS.index(setting.chunk) - CHUNKS.index(peak))

@@ -1,4 +1,4 @@
-"""The whole stack in seconds: three clients, least squares, two rounds of every recipe."""
+"""The whole package in seconds: three clients, least squares, two rounds of every recipe."""
 
 from dataclasses import replace
 
@@ -13,12 +13,12 @@ from atoll.plan.flight import Air
 from atoll.plan.local import Evaluate
 from atoll.plan.plan import Plan, State, step
 
-# Recipes whose usual steps are many or small; the others run as they come.
+# Recipes whose default steps are too many or too small for this test; the others run with their defaults.
 ARGUMENTS = {"gd": {"lr": 0.05}, "sgd": {"batch": 16}, "diloco": {"lr": 0.05, "steps": 5}}
 
 
 def loss(state: State, engine: InProcess) -> float:
-    """The mean loss over every row, by a round of the plan that only evaluates."""
+    """Compute the mean loss over all rows, with one round of a plan that only evaluates."""
     plan = Plan(Evaluate(), recipes.gd().aggregator)
     return step(plan, replace(state, air=Air(), versions={}), engine)[1].metrics["loss"]
 
@@ -54,7 +54,7 @@ def test_report_tells_the_round(recipe):
     assert (first.cohort, first.arrived, first.failures) == (3, 3, ())
     assert first.clients["id"].tolist() == [0, 1, 2] and first.clients["rows"].tolist() == [12, 20, 7]
     assert {"loss", "gradient_norm", "lr"} <= first.metrics.keys()
-    # θ and the weight go up, beside the loss and the rows of it; θ goes down: 8 bytes a number, three clients.
+    # Up: θ, the weight, the loss and its row count; down: θ. 8 bytes per number, three clients.
     d = 4
     assert first.bytes_up == 3 * 8 * (d + 3) and first.bytes_down == 3 * 8 * d
 
