@@ -85,7 +85,7 @@ def test_a_server_that_is_no_cluster_is_refused(strangers, monkeypatch):
                 caller.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
         threading.Thread(target=refuse, daemon=True).start()
-        with pytest.raises(UsageError, match="something else"):
+        with pytest.raises(UsageError, match="not a Ray head node"):
             module._reach(f"127.0.0.1:{web.getsockname()[1]}")
 
 
