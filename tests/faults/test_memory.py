@@ -68,7 +68,7 @@ def test_the_chunk_halves_and_no_bit_changes(told, most, kind):
     assert engine.room.most == {1: 1, 3: 2, 4: 4, 12: 7}[most]
     (note,) = reports[0].notes
     some = "1 client" if engine.room.most == 1 else f"{engine.room.most} clients"
-    assert note.startswith(f"More than {some} side by side") and "No bit changes" in note
+    assert note.startswith(f"More than {some} at once") and "No bit changes" in note
     assert [r.notes for r in reports[1:]] == [(), ()]
 
 
@@ -152,7 +152,7 @@ def test_no_room_for_the_sum_is_told(told):
     task, data = told
     with pytest.raises(RunError) as error:
         run(Plan(Gradient(), Heavy()), InProcess(task, data))
-    assert error.value.write == "--chunk 6" and "beside their sum: MemoryError" in error.value.given
+    assert error.value.write == "--chunk 6" and "together with their sum: MemoryError" in error.value.given
     assert run(Plan(Gradient(), Heavy()), InProcess(task, data, 3))[1][0].arrived == 13
 
 
