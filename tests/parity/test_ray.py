@@ -70,7 +70,7 @@ class Both(NamedTuple):
 
 @pytest.fixture(scope="module")
 def crosses(tmp_path_factory):
-    """The file of `elsewhere.Deadly` for the actors of `mlp`: each missing byte kills one actor during a round."""
+    """The counter file of the deadly row for the actors of `mlp`: each missing byte kills one actor during a round."""
     path = tmp_path_factory.mktemp("ray") / "crosses"
     path.write_bytes(b"+")
     return path
@@ -403,7 +403,7 @@ def test_the_command_line_runs_on_a_cluster(cluster, tmp_path, capsys):
     assert told[0] == told[1]
 
 
-# what crosses
+# serialization
 
 
 @pytest.mark.slow

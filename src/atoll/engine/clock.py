@@ -10,7 +10,7 @@ link is never idle while a transfer waits.
 The key of every draw is (seed, client) or (seed, ordinal of the flight). Events at equal times are ordered by the
 ordinal, so the order of calls does not matter.
 
-Tests: tests/identities/test_clock.py, tests/identities/test_flights.py.
+Tests: tests/identities/test_clock.py.
 """
 
 from __future__ import annotations

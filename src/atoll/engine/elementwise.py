@@ -4,7 +4,7 @@ A kernel processes a tensor in vectors of up to 64 numbers, and the remainder on
 (sigmoid, SiLU, ELU, softplus) the two paths round differently, in 4 to 15 of 100 numbers. In lanes, the numbers of
 several clients lie in one tensor. So the position of the remainder depends on the other clients of the chunk.
 
-Tests: tests/conformance/test_bodies.py, tests/identities/test_numerics.py.
+Tests: tests/conformance/test_bodies.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Client state between rounds: a store that allocates the row of a client when it is first written.
 
-Tests: tests/identities/test_codecs_memory.py, tests/identities/test_models_kept.py.
+Tests: tests/identities/test_codecs_memory.py, tests/faults/test_killed_clients.py.
 """
 
 from __future__ import annotations
