@@ -1,4 +1,4 @@
-"""Models of every kind that torch computes in another way, small, each with data that it takes."""
+"""Small models of each kind of layer that torch computes in a special way, each with data that fits it."""
 
 from __future__ import annotations
 

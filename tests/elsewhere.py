@@ -1,4 +1,4 @@
-"""What worker processes import by name in the tests of engines: parts, loops and losses of somebody else's."""
+"""Custom parts, loops, losses and data sets that worker processes import by name in the tests of engines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from atoll.plan.codec.stage import Codec
 
 @dataclass(frozen=True, repr=False)
 class Halve(Codec):
-    """A codec that is not atoll's own: half of every number."""
+    """A custom codec: half of every number."""
 
     def encode(
         self, x: Tensor, memory: Mapping[str, Tensor], shared: Mapping[str, Tensor], key: object
@@ -26,7 +26,7 @@ class Halve(Codec):
 
 
 def descend(model: nn.Module, loader: object, ctx: object) -> dict[str, float]:
-    """One pass of plain descent, and a draw from the global generator."""
+    """One pass of plain gradient descent, with a draw from the global generator at each step."""
     for x, y in loader:  # type: ignore[attr-defined]
         model.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)
@@ -38,19 +38,19 @@ def descend(model: nn.Module, loader: object, ctx: object) -> dict[str, float]:
 
 
 def huber(output: Tensor, y: Tensor) -> Tensor:
-    """A loss of somebody's own."""
+    """A custom loss."""
     return nn.functional.huber_loss(output.reshape(y.shape), y, reduction="none")
 
 
 @dataclass(frozen=True, eq=False)
 class Deadly:
-    """Rows that kill the process which reads one of them, as often as the file of crosses has room.
+    """Rows that kill the process that reads one of them, until `crosses` has `times` bytes.
 
     Args:
         rows: the rows.
-        row: the one.
-        times: how often it kills.
-        crosses: a file; it grows by one byte a death.
+        row: the index of the deadly row.
+        times: the number of kills.
+        crosses: a file that grows by one byte at each kill.
     """
 
     rows: Rows
@@ -74,12 +74,12 @@ class Deadly:
 
 @dataclass(frozen=True, eq=False)
 class Waiting:
-    """Rows of which one is never read to its end.
+    """Rows of which one blocks its reader forever.
 
     Args:
         rows: the rows.
-        row: the one.
-        gate: a pipe with a name, that nobody writes to.
+        row: the index of that row.
+        gate: a named pipe without a writer.
     """
 
     rows: Rows
@@ -100,14 +100,16 @@ class Waiting:
 
 @dataclass(frozen=True, eq=False)
 class Knocking:
-    """Rows that say who reads them, and then wait for the end, so many times; on some nodes they are plain rows.
+    """Rows that report the process id of their reader and then block it, `times` times.
+
+    On the nodes in `spared` they are plain rows.
 
     Args:
         rows: the rows.
-        spared: the ids of those nodes.
-        times: how often somebody waits.
-        crosses: a file; it grows by one byte each time.
-        door: a pipe with a name, on which the process id is told.
+        spared: node ids.
+        times: the number of readers that block.
+        crosses: a file that grows by one byte for each of them.
+        door: a named pipe to which the process id is written.
     """
 
     rows: Rows

@@ -1,9 +1,9 @@
-"""A second device on a machine that has one: tensors that say they are elsewhere, and hold their numbers here.
+"""A fake second device: tensors that report another device and store their numbers on the CPU.
 
-`FAR` is the `meta` device, which computes nothing. Inside `far_device()` a tensor that is moved or made there is a
-`FarTensor`: every operation on it is the CPU's, so its numbers are real and must come to the CPU's bits; and an
-operation that is given tensors of both devices raises, as it would on a GPU. What a GPU allows is allowed: a single
-number of the host, whole numbers or truth values of the host as an index, and copies.
+`FAR` is the `meta` device, which computes nothing. Inside `far_device()`, a tensor that is moved to it or made on it is
+a `FarTensor`. Every operation on it runs on the CPU, so its bits must equal the CPU's. An operation on tensors of both
+devices raises an error, as on a GPU. The exceptions are those of a GPU: a single number of the host, integers or
+booleans of the host as an index, and copies.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ _INDEXED = ("aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::
 
 
 class FarTensor(Tensor):
-    """A tensor that says it is elsewhere. Args: inner: its numbers, here."""
+    """A tensor that reports the device `FAR`.
+
+    Args:
+        inner: its numbers, on the CPU.
+    """
 
     inner: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -42,7 +46,7 @@ class FarTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         return _computed(func, args, kwargs or {})
 
-    # What a wrapper cannot answer by itself.
+    # Attributes that a wrapper subclass does not forward.
 
     is_meta = property(lambda self: False)
     data = property(lambda self: self.detach(), lambda self, other: setattr(self, "inner", other.inner))
@@ -58,7 +62,7 @@ class FarTensor(Tensor):
 
 
 class _Made(TorchFunctionMode):
-    """`torch.tensor` and its like make a tensor before anybody hears of it: it is made here, and moved."""
+    """`torch.tensor` and similar functions make a tensor before dispatch sees it. So make it on the CPU and move it."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -72,7 +76,7 @@ class _Made(TorchFunctionMode):
 class _Computed(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing here is compiled: to be kept from the compiler would load all of it first."""
+        """Whether torch must keep its compiler away from this mode. True would import the whole compiler."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -81,7 +85,7 @@ class _Computed(TorchDispatchMode):
 
 @contextmanager
 def far_device() -> Iterator[None]:
-    """While it is on, the device `FAR` exists; what is remembered of `meta` tensors is not of its tensors."""
+    """Context in which the device `FAR` exists. Caches for `meta` tensors are cleared before and after."""
     _forget()
     try:
         with _Made(), _Computed():
@@ -91,7 +95,7 @@ def far_device() -> Iterator[None]:
 
 
 def _forget() -> None:
-    """Empty the tables that parts keep by device."""
+    """Clear the per-device caches of atoll's modules."""
     for name, module in list(sys.modules.items()):
         if name.startswith("atoll."):
             for remembered in list(vars(module).values()):
@@ -101,12 +105,12 @@ def _forget() -> None:
 
 def _computed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     name = func.name()
-    far: dict[int, FarTensor] = {}  # by the tensor within: what is changed in place is the same tensor
+    far: dict[int, FarTensor] = {}  # by the inner tensor, so that an in-place operation returns the same wrapper
     near: list[Tensor] = []
     asked: list[torch.device] = []
 
     def here(value: Any) -> Any:
-        """An argument as the CPU's operation takes it, and beside it what was met on the way."""
+        """Unwrap an argument for the CPU's operation, and record the tensors and devices in it."""
         if isinstance(value, FarTensor):
             far[id(value.inner)] = value
             return value.inner

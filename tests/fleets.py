@@ -1,4 +1,4 @@
-"""Fleets of every kind, for hypothesis."""
+"""Random fleets of every kind, for hypothesis."""
 
 import torch
 from hypothesis import strategies as st
@@ -37,4 +37,4 @@ FLEETS = st.builds(
     dropout=st.sampled_from([0.0, 0.3]),
     latency=st.one_of(st.just(0.0), TIMES),
 )
-SIZES = torch.tensor([1, 2, 3, 4, 10])  # the population that FLEETS fit
+SIZES = torch.tensor([1, 2, 3, 4, 10])  # the rows of the clients for which FLEETS are built

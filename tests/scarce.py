@@ -1,4 +1,4 @@
-"""A local part that has memory for so many clients side by side; in its own file, so that a worker can import it."""
+"""A local part that simulates full memory. It has a module of its own, so that workers can import it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAYS = {
 
 @dataclass(frozen=True, repr=False)
 class Scarce(Part):
-    """What `inner` computes, for at most `most` clients at once."""
+    """The results of `inner`, for at most `most` clients at once. More clients raise an error of full memory."""
 
     most: int = 4
     kind: str = "host"

@@ -1,16 +1,19 @@
-"""A run on disk: one folder that people can read and a killed run can go on from.
+"""A run on disk: one folder that people can read and from which an interrupted run resumes.
 
-    config.toml          what was asked for, every setting
+    config.toml          every setting of the run
     environment.json     versions, machine, numerics
     metrics.jsonl .csv   one row a round
-    events.jsonl         what else happened: failures, clients, notes, why it stopped
+    events.jsonl         failures, clients, notes, the reason for the end
     model.safetensors    the model at the end;  best.safetensors  the best one so far
-    checkpoint/          everything needed to go on, behind one pointer that is replaced in one step
-    plots/  report.html  what people look at
+    checkpoint/          the state to resume from, and one pointer file that is replaced atomically
+    plots/  report.html  figures and a page
 
-A checkpoint is written beside the last one, made durable, and only then pointed to. The pointer holds the digest of
-every file, its own included, and the lengths of the logs, so that going on cuts off what came after it: no row stands
-twice, and nothing damaged is taken for a state.
+The files of a new checkpoint are written next to those of the last one and flushed to disk. Then the pointer is
+replaced. The pointer contains the SHA-256 digest of every file and of itself, and the lengths of the logs. On resume,
+logs are truncated to these lengths and every file's digest is verified. So no row appears twice, and a damaged file is
+never loaded.
+
+Tests: tests/faults/test_folder.py, tests/surface/test_tools.py.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from atoll.errors import RunError, UsageError
 
 FORMAT = 1
 LOGS = ("metrics.jsonl", "events.jsonl")
-COUNTS = (  # the columns of a row that say what it cost and who was there; every other one is a metric
+COUNTS = (  # the columns of a row that describe its cost and its clients; every other column is a metric
     *("round", "fingerprint", "cohort", "arrived", "failed", "late", "flying", "staleness", "versions"),
     *("bytes_up", "bytes_down", "seconds", "clock"),
 )
@@ -54,13 +57,13 @@ _WORDS = (
 
 
 def versions() -> dict[str, str]:
-    """The versions on which equal bits depend."""
+    """The versions of Python, atoll, torch and NumPy. Bits are equal only between equal versions."""
     return {"python": platform.python_version(), **_installed()}
 
 
 @lru_cache(maxsize=1)
 def _installed() -> dict[str, str]:
-    """Read once: a checkpoint states them, and finding them takes longer than writing a small one."""
+    """The versions of the packages, cached: the lookup takes longer than writing a small checkpoint."""
     out = {}
     for package in ("atoll", "torch", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
@@ -69,7 +72,11 @@ def _installed() -> dict[str, str]:
 
 
 def environment(**more: Any) -> dict[str, Any]:
-    """What a run was made on: versions, kind of machine, threads, and whatever else is told."""
+    """The environment of a run: versions, machine, system, CPU, number of threads.
+
+    Args:
+        more: further entries, JSON values by name.
+    """
     return {
         **versions(),
         "machine": platform.machine(),
@@ -82,7 +89,7 @@ def environment(**more: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turn what the system says of a write into what people can act on."""
+    """Turn an OSError of a write into an error that names the cause and a command."""
     try:
         yield
     except OSError as error:
@@ -93,35 +100,35 @@ def _writing(path: Path) -> Iterator[None]:
         }
         raise RunError(
             f"{path} could not be written: {cause.get(error.errno or 0, error.strerror)}.",
-            "room on the disk, and the right to write.",
-            "the last checkpoint is whole, and the run goes on from it.",
+            "space on the disk, and permission to write.",
+            "the last checkpoint is intact, and the run can resume from it.",
             f"atoll resume {_run_of(path).name}",
         ) from error
 
 
 def _run_of(path: Path) -> Path:
-    """The run's folder that a file or a folder of a run lies in."""
+    """The run folder that contains this file or folder."""
     folder = path.parent if path.suffix else path
     return folder.parent if folder.name == "checkpoint" else folder
 
 
 @contextlib.contextmanager
 def _beginning(parent: Path) -> Iterator[None]:
-    """Turn what the system says of a new run's folder into what people can act on: nothing was started yet."""
+    """Turn an error about a new run folder into a UsageError, since the run has not started yet."""
     try:
         yield
     except (OSError, RunError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         raise UsageError(
             f"No run can be made in {parent}: {getattr(cause, 'strerror', cause)}.",
-            "a folder that may be written to, with room on its disk.",
-            "a run is written down as it goes.",
+            "a folder with permission to write, and space on its disk.",
+            "every round of a run is written to its folder.",
             "--out runs",
         ) from error
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace a file in one step: written beside, made durable, renamed."""
+    """Replace a file atomically: write a temporary file in the same folder, flush it to disk, rename it."""
     beside = path.with_name(path.name + ".new")
     with _writing(path):
         with open(beside, "wb") as file:
@@ -142,7 +149,7 @@ def _sync(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run stood: tensors by name, what clients keep, the best model so far if there is one, and plain facts."""
+    """A saved state of a run: tensors by name, client memory, the best model so far or None, and JSON values."""
 
     tensors: Mapping[str, Tensor]
     memory: tuple[Mapping[str, Tensor], ...]
@@ -152,7 +159,7 @@ class Checkpoint:
 
 @dataclass
 class Folder:
-    """One run's folder, held by one process at a time.
+    """One run's folder. At most one process has it locked.
 
     Args:
         path: the folder.
@@ -161,13 +168,23 @@ class Folder:
     path: Path
     _lock: IO[str] | None = None
     _logs: dict[str, IO[bytes]] = field(default_factory=dict)
-    _files: dict[str, str] = field(default_factory=dict)  # what the last pointer names, with digests
-    _alive: dict[str, set[int]] = field(default_factory=dict)  # segment → clients whose newest row it holds
+    _files: dict[str, str] = field(default_factory=dict)  # files that the last pointer names → their digests
+    _alive: dict[str, set[int]] = field(default_factory=dict)  # segment → clients whose newest row it contains
     _lengths: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(LOGS, 0))
 
     @classmethod
     def create(cls, parent: Path, config: str, about: Mapping[str, Any]) -> Folder:
-        """A new folder `parent/<date>-<two words>`, and `parent/latest` pointing to it."""
+        """Create and lock a folder `parent/<date>-<two words>`, and point the link `parent/latest` to it.
+
+        Args:
+            parent: the folder of all runs; it is created if it does not exist.
+            config: the text of config.toml.
+            about: the content of environment.json.
+        Returns:
+            The locked folder.
+        Raises:
+            UsageError: the folder cannot be written.
+        """
         with _beginning(parent):
             parent.mkdir(parents=True, exist_ok=True)
             while True:
@@ -184,7 +201,7 @@ class Folder:
                 write(path / "environment.json", _json(about, indent=2))
                 for name in LOGS:
                     folder._open(name)
-                # Last, since a folder that holds it is a run.
+                # Last, since this file marks a folder as a run.
                 write(path / "config.toml", config.encode())
                 _point(parent / "latest", path.name)
             except BaseException:
@@ -194,11 +211,15 @@ class Folder:
 
     @classmethod
     def open(cls, path: Path) -> Folder:
-        """An existing run's folder, to go on in."""
+        """Lock the folder of an existing run, to resume it.
+
+        Raises:
+            UsageError: the folder has no config.toml, or another process has locked it.
+        """
         if not (path / "config.toml").is_file():
             raise UsageError(
                 f"{path} is not the folder of a run.",
-                "a folder that holds a config.toml.",
+                "a folder that contains a config.toml.",
                 write="atoll runs",
             )
         folder = cls(path)
@@ -206,23 +227,27 @@ class Folder:
         return folder
 
     def lock(self) -> None:
-        """Hold the folder, or refuse because another process does; the system lets go when a process ends."""
+        """Lock the folder. The system releases the lock when the process ends.
+
+        Raises:
+            UsageError: another process has locked the folder.
+        """
         with _writing(self.path):
-            handle = open(self.path / "lock", "a")  # noqa: SIM115  held as long as the folder
+            handle = open(self.path / "lock", "a")  # noqa: SIM115  open until `close`
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.close()
             raise UsageError(
                 f"{self.path} is in use by another process.",
-                "one process on a run folder.",
-                "two writers would mix two trainings.",
+                "one process for each run folder.",
+                "two processes would mix the rows of two trainings.",
                 f"atoll show {self.path.name}",
             ) from None
         self._lock = handle
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the logs and release the lock."""
         for log in self._logs.values():
             log.close()
         self._logs.clear()
@@ -251,7 +276,7 @@ class Folder:
                 line = line[log.write(line) :]
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors as safetensors, in one step; equal tensors give equal bytes."""
+        """Write tensors as safetensors, atomically. Equal tensors give equal bytes."""
         write(self.path / name, _packed(tensors))
 
     def checkpoint(
@@ -261,13 +286,15 @@ class Folder:
         facts: Mapping[str, Any],
         best: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Commit where the run stands: what changed is written, then one pointer is replaced.
+        """Save the state of the run: write the changed tensors, then replace the pointer.
 
         Args:
             tensors: the state, by name.
-            memory: rows that clients changed since the last checkpoint, with their `ids`; {} for none.
-            facts: plain values; `round` names the files.
-            best: the best model so far, where that is another than at the last checkpoint.
+            memory: client memory that changed since the last checkpoint, with the client `ids`, int64 [n]; {} for none.
+            facts: JSON values by name; `round` names the files.
+            best: the best model so far; None if it has not changed since the last checkpoint.
+        Raises:
+            RunError: a file cannot be written. The last checkpoint is intact.
         """
         folder, digests = self.path / "checkpoint", dict(self._files)
         with _writing(folder):
@@ -303,11 +330,11 @@ class Folder:
                 old.unlink(missing_ok=True)
 
     def _named(self, kind: str) -> str:
-        """The file of a kind that the last pointer names, or nothing."""
+        """The file of this kind that the last pointer names, or "" if there is none."""
         return next((name for name in self._files if name.startswith(f"{kind}-")), "")
 
     def _add_segment(self, memory: Mapping[str, Tensor], digests: dict[str, str]) -> dict[str, set[int]]:
-        """Write changed rows as a new segment; one whose rows have all been written again is no longer named."""
+        """Write changed rows as a new segment. A segment is dropped once newer segments contain all its clients."""
         if not memory:
             return self._alive
         ids = set(memory["ids"].tolist())
@@ -323,11 +350,15 @@ class Folder:
         return sha256(data).hexdigest()
 
     def restore(self, *, any_version: bool = False) -> Checkpoint | None:
-        """The last checkpoint; None where none was taken. Nothing in the folder is changed.
+        """Read the last checkpoint. Nothing in the folder changes.
 
+        Args:
+            any_version: whether to accept a checkpoint of other versions of torch, NumPy or atoll.
+        Returns:
+            The checkpoint; None if the run has none.
         Raises:
-            UsageError: it was written by other versions.
-            RunError: it is damaged.
+            UsageError: the checkpoint was written with other versions.
+            RunError: the checkpoint is damaged.
         """
         if not (self.path / "checkpoint" / "pointer.json").exists():
             return None
@@ -355,7 +386,7 @@ class Folder:
             raise _damaged(path) from error
 
     def go_on(self) -> None:
-        """Write again from the checkpoint that `restore` gave: logs are cut back to it, the best model is its own."""
+        """Resume from the checkpoint that `restore` returned: truncate the logs, and restore best.safetensors."""
         for name, length in self._lengths.items():
             log = self._open(name)
             with _writing(self.path / name):
@@ -371,12 +402,12 @@ class Folder:
             raise UsageError(
                 f"{self.path.name} was written with {', '.join(other)}.",
                 f"the versions of this machine: {', '.join(f'{n} {ours.get(n)}' for n in ours if n != 'python')}.",
-                "other versions may compute other bits, and the run would no longer be the one it began as.",
+                "other versions may compute other bits, so the second half of the run would not match the first.",
                 f"atoll resume {self.path.name} --any-version",
             )
 
     def finish(self) -> None:
-        """Write metrics.csv from the rows."""
+        """Write metrics.csv from the rows of metrics.jsonl."""
         rows = read_rows(self.path / "metrics.jsonl")
         columns = list(dict.fromkeys(name for row in rows for name in row))
         beside = self.path / "metrics.csv.new"
@@ -389,7 +420,16 @@ class Folder:
 
 
 def read_pointer(path: Path) -> dict[str, Any]:
-    """The pointer of a run's checkpoint."""
+    """Read and verify the pointer of a run's checkpoint.
+
+    Args:
+        path: the run folder.
+    Returns:
+        The content of pointer.json, without its own digest.
+    Raises:
+        UsageError: the checkpoint has another format.
+        RunError: the pointer is missing, or its digest does not match.
+    """
     file = path / "checkpoint" / "pointer.json"
     try:
         pointer = json.loads(file.read_bytes())
@@ -402,7 +442,7 @@ def read_pointer(path: Path) -> dict[str, Any]:
                 f"pip install atoll=={pointer['versions'].get('atoll', '')}",
             )
         if sha256(_json(pointer)).hexdigest() != digest:
-            raise ValueError("other bytes than were written")
+            raise ValueError("the digest does not match")
         return dict(pointer)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UsageError):
@@ -411,14 +451,14 @@ def read_pointer(path: Path) -> dict[str, Any]:
 
 
 def read_environment(path: Path) -> dict[str, Any]:
-    """What a run was made on; empty where that cannot be read."""
+    """The content of environment.json; {} if it cannot be read."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads((path / "environment.json").read_bytes()))
     return {}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a last line that was cut off is left out."""
+    """The rows of a log, without an incomplete last line."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -427,10 +467,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def find(run: str | Path, parent: Path) -> Path:
-    """The folder that is meant: a path, the name of a run under `parent`, the beginning of one, its words, or `latest`.
+    """Find a run by its path, its name, the first characters of its name, a part of its two words, or `latest`.
 
+    Args:
+        run: the path or the name.
+        parent: the folder of all runs.
+    Returns:
+        The run folder.
     Raises:
-        UsageError: no run, or several, fit.
+        UsageError: no run matches, or several match.
     """
     for path in (Path(run), parent / str(run)):
         if (path / "config.toml").is_file():
@@ -442,13 +487,13 @@ def find(run: str | Path, parent: Path) -> Path:
     names = ", ".join(p.name for p in (fits or known)[-5:])
     raise UsageError(
         f"{'Several runs are' if fits else 'No run is'} called {str(run)!r} in {parent}.",
-        f"one of {names}." if names else "a run; there is none yet.",
+        f"one of {names}." if names else "the name of a run. This folder has no runs.",
         write=f"atoll show {(fits or known)[-1].name}" if known else "atoll run",
     )
 
 
 def list_runs(parent: Path) -> list[Path]:
-    """The folders of runs under a parent, oldest first."""
+    """The run folders in a parent folder, oldest first."""
     if not parent.is_dir():
         return []
     found = [p for p in parent.iterdir() if not p.is_symlink() and (p / "config.toml").is_file()]
@@ -468,7 +513,7 @@ def _damaged(path: Path) -> RunError:
     return RunError(
         f"{path} is damaged or missing.",
         "the bytes that were written.",
-        "a state that is not whole would train something else.",
+        "training from a damaged state would give another result.",
         f"atoll show {path.parent.parent.name}",
     )
 

@@ -1,9 +1,8 @@
-"""Runs in processes of their own, which may be killed at any point; as a program, the one that they are forked from.
+"""Runs in child processes that can be killed at any point. Run as a program, this file is their fork server.
 
-Importing torch, and what it imports when it is first used, takes longer than the run. So it is done once: the nursery
-trains for a round, then forks a child for each order.
-A *point* is a moment at which what is on disk is about to change, or has just changed. Points are counted, and an order
-says at which one the child kills itself; `half` says that what was being written is on disk by half.
+Importing torch and its lazily loaded modules takes longer than the run. So it is done once: the fork server trains for
+one round, then forks a child for each order. A *point* is a moment just before or just after a change on disk. Points
+are counted. An order names the point at which the child kills itself. `half` leaves half of the current write on disk.
 
     {"folder": ..., "plan": ..., "rounds": 6, "kill": 17, "half": true}  →  {"killed": true, "points": null}
 """
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 
 
 class Nursery:
-    """The parent's end: one order, one answer."""
+    """The parent's handle of the fork server: one order, one answer."""
 
     def __init__(self):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
@@ -42,7 +41,7 @@ class Nursery:
 
 
 def failpoints(kill, half):
-    """Count the points of this process, and die at the given one. Returns how many there were so far."""
+    """Count the points of this process, and kill it at point `kill`. Return a function that gives the count."""
     from atoll import runs
 
     seen = [0]
@@ -84,14 +83,14 @@ def failpoints(kill, half):
 
 
 def work(order, data):
-    """Begin the run of this folder, or go on with it."""
+    """Start the run of this folder, or resume it."""
     from atoll import recorder, runs, train
     from atoll.grammar import parse
     from atoll.plan.names import PARTS
 
     if order.get("every"):
         ticks = iter(range(10**9))
-        recorder.time = SimpleNamespace(monotonic=lambda: next(ticks))  # a checkpoint in every so many rounds
+        recorder.time = SimpleNamespace(monotonic=lambda: next(ticks))  # a checkpoint every `every` rounds
     seen = failpoints(order.get("kill"), order.get("half"))
     folder = Path(order["folder"])
     begun = runs.list_runs(folder)

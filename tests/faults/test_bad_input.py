@@ -1,4 +1,4 @@
-"""What cannot work is refused: one error that says what was given, what is required, why, and a line that works."""
+"""Bad input is refused with one error that has four parts, and its line to write works."""
 
 import ast
 import functools
@@ -33,7 +33,7 @@ COMMANDS = ("atoll ", "--", "ls ", "apt-get ", "load(", "keep = ", "python ")
 
 @pytest.fixture(autouse=True)
 def refusals(monkeypatch):
-    """Every error of atoll's that the test met, wherever it was caught: the line it suggests is tried."""
+    """Collect every error of atoll in the test, also caught ones, and try the line that each suggests."""
     met = []
     init = AtollError.__init__
 
@@ -45,12 +45,12 @@ def refusals(monkeypatch):
     yield met
     monkeypatch.undo()
     for error in met:
-        assert error.given.strip(), "an error that does not say what was given"
+        assert error.given.strip(), "an error without its first part, the given value"
         try_line(error.write)
 
 
 def try_line(text):
-    """A value is built, a name is known, a split is made; a command is one of those that people have."""
+    """Try a suggested line: build the value, look up the name, make the split, or parse the command."""
     if not text or text.startswith(COMMANDS):
         return
     if text in NAMES:
@@ -150,7 +150,7 @@ def test_number_that_is_none(bad):
 
 
 def test_number_that_is_none_in_a_file_read_by_rows(tmp_path):
-    """What is never in memory is checked as it is read: the run ends, and what it had is kept."""
+    """Rows that are never all in memory are checked when they are read. The run ends and keeps its results so far."""
     x = np.ones((60, 3), np.float32)
     x[37, 2] = np.nan
     np.save(tmp_path / "x.npy", x)
@@ -160,7 +160,7 @@ def test_number_that_is_none_in_a_file_read_by_rows(tmp_path):
 
 
 def test_more_clients_than_rows():
-    """The suggested split is made (by the fixture above): its numbers are possible ones."""
+    """The suggested split works (the fixture above makes it)."""
     assert refused(lambda: DIGITS.split(1500), "1438 train rows").write
     assert refused(lambda: DIGITS.split(1000), "at least 2 each").write
     assert refused(lambda: DIGITS.split(20, min_rows=100), "at least 100 each").write
@@ -173,7 +173,10 @@ def test_label_that_training_never_sees():
 
 @pytest.mark.parametrize("cohort", [11, 10**9, local.Gradient(), "ten", True, 0, -1, 1.5, 0.0, float("nan")], ids=str)
 def test_cohort(tmp_path, cohort):
-    """More than there are, or no number of clients: refused before a folder is made; the line instead is a sampler."""
+    """A cohort larger than the population, or not a number of clients, is refused before a folder is made.
+
+    The suggested line is a sampler.
+    """
     error = refused(lambda: train(plan=recipes.fedavg(0.1, cohort=cohort), out=tmp_path))
     assert not list(tmp_path.iterdir())
     sampler = parse(error.write, PARTS)
@@ -238,7 +241,7 @@ def test_learning_rate(make, lr):
     ],
 )
 def test_number_out_of_range(act):
-    """Refused, and the line instead works (by the fixture above)."""
+    """The number is refused, and the suggested line works (the fixture above tries it)."""
     error = refused(act)
     assert error.required
 
@@ -264,7 +267,7 @@ class Pair(nn.Linear):
     ids=["five logits for ten classes", "63 features", "a logit too many axes", "a pair", "no rows"],
 )
 def test_model_of_the_wrong_shape(tmp_path, module, numerics):
-    """Refused before the first round: nothing is begun."""
+    """The model is refused before the first round, and no run is started."""
     error = refused(lambda: train(module, out=tmp_path, numerics=numerics))
     assert error.required and error.why
     assert not list(tmp_path.iterdir())
@@ -284,7 +287,7 @@ def test_loss_of_one_number():
 
 
 class Broken(nn.Module):
-    """Fine for a few rows, which the start tries; then NaN, or an exception."""
+    """Works for a few rows, as in the test before the first round; then gives NaN or raises."""
 
     def __init__(self, how):
         super().__init__()
@@ -299,7 +302,7 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("numerics", ["lanes", "loop"])
 def test_loss_that_is_nan_everywhere(tmp_path, numerics):
-    """All clients fail alike: that is no client's fault, and the learning rate is the first suspect."""
+    """All clients fail in the same way, so the error names the learning rate, not a client."""
     error = refused(lambda: train(Broken("nan"), numerics=numerics, out=tmp_path), "Every client", kind=RunError)
     assert error.write == "atoll lr" and "learning rate" in error.why
     (path,) = (p for p in tmp_path.iterdir() if not p.is_symlink())
@@ -308,7 +311,7 @@ def test_loss_that_is_nan_everywhere(tmp_path, numerics):
 
 @pytest.mark.parametrize("numerics", ["lanes", "loop"])
 def test_model_that_raises_everywhere(numerics):
-    """The user's own exception is where the error came from."""
+    """The user's exception is the cause of the error."""
     error = refused(lambda: train(Broken("raises"), numerics=numerics), "ValueError: of mine", kind=RunError)
     assert isinstance(error.__cause__, ValueError)
 
@@ -326,7 +329,7 @@ def test_diverged():
 
 
 def test_too_many_failures():
-    """Half of the clients may fail, not more: then the round is another one than the sampler drew."""
+    """Half of the clients may fail, not more: then the round would differ too much from the drawn cohort."""
 
     def each(model, loader, ctx):
         if ctx.client % 3:
@@ -419,13 +422,13 @@ def test_depth_is_counted():
 
 
 def test_a_colon_in_a_text_names_no_code():
-    """A quoted text comes back as it was written."""
+    """A quoted text with a colon is read back unchanged."""
     rule = parse("Patience('val:loss', rounds=3, better='lower')", PARTS)
     assert rule.metric == "val:loss" and parse(repr(rule), PARTS) == rule
 
 
 def plain(value):
-    """Whether a value is made of constants and parts alone."""
+    """Whether a value consists of constants and parts only."""
     if isinstance(value, (tuple, list)):
         return all(map(plain, value))
     return value is None or isinstance(value, (bool, int, float, str, *PARTS.values(), *EXTRA))
@@ -464,7 +467,7 @@ texts = st.one_of(st.text(max_size=80), st.lists(token, max_size=20).map("".join
 
 
 def only_values(text):
-    """parse gives a value of the grammar, or refuses."""
+    """parse returns a value of the grammar, or raises UsageError."""
     try:
         value = parse(text, PARTS)
     except UsageError:
@@ -477,7 +480,7 @@ def test_any_text_is_a_value_or_refused(text):
     only_values(text)
 
 
-# For a process of its own: what is watched there cannot be unwatched.
+# This runs in a child process, since an audit hook cannot be removed.
 WATCHED = """
 import sys
 sys.path[:0] = {paths!r}
@@ -518,7 +521,7 @@ print("then", seen)
 
 @pytest.fixture(scope="module")
 def watch():
-    """What the watch saw while texts were read, and then of a reader that does import: a line for each."""
+    """Audit events while texts were parsed, and then of a parser that does import: one line for each."""
     paths, examples = [str(Path(__file__).parents[1])], 16 * settings().max_examples
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -533,7 +536,7 @@ def watch():
 
 
 def test_reading_a_text_runs_nothing(watch):
-    """Of what Python tells its auditors, reading some hundred texts causes the parsing of an expression, no more."""
+    """Of all audit events, parsing some hundred texts causes only the compilation of an expression."""
     assert watch[0] == "seen []"
 
 

@@ -1,4 +1,4 @@
-"""A device that is not there, or that is none: one clear error each, with a line to write that works."""
+"""A device that does not exist, or an unknown name: one clear error each, with a line to write that works."""
 
 import json
 
@@ -18,7 +18,7 @@ HOST = torch.device("cpu")
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A machine that has, for whoever asks, so many GPUs."""
+    """Return a function that lets torch report n GPUs."""
 
     def have(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -78,7 +78,7 @@ def test_refused_before_anything_is_started(gpus, data, tmp_path):
 
 
 def test_at_the_command_line(gpus, tmp_path, monkeypatch, capsys):
-    """The error, and the line that it says to write."""
+    """The command line prints the error with its line to write."""
     monkeypatch.chdir(tmp_path)
     line = ["run", "--rounds", "1", "--clients", "5", "--model", "softmax", "--json", "--quiet"]
     assert main([*line, "--device", "cuda:3"]) == 2
@@ -111,7 +111,7 @@ def test_worker_processes_compute_on_the_cpu(gpus, data):
 
 
 def test_a_run_goes_on_where_it_began(gpus, data, tmp_path):
-    """On the CPU although there is a GPU by now; on another kind of device only where that is asked for."""
+    """A run resumes on its own device, even if a GPU is available now. Without that device, the resume is refused."""
     plan, told = recipes.fedavg(0.1), {"out": tmp_path, "report": False}
     first = atoll.train("softmax", data, plan, rounds=1, **told)
     gpus(1)

@@ -1,4 +1,4 @@
-"""A run that is killed at any point, and resumed until it is done, ends in the bytes of the run that nobody touched."""
+"""A run that is killed at any point and resumed until it is finished ends in the same bytes as an undisturbed run."""
 
 import json
 import random
@@ -8,7 +8,7 @@ import pytest
 from faults.nursery import Nursery
 
 ROUNDS = 6
-# Clients keep their optimizer and their place in the rows; so the segments of their memory are in play.
+# Clients keep their optimizer and their position in the rows, so checkpoints contain segments of client memory.
 PLANS = {
     "everyone": {
         "plan": "Plan(Train(adamw(0.01), steps=3, batch=8, keep=('optimizer', 'order')), aggregator=Mean(), "
@@ -19,7 +19,7 @@ PLANS = {
         "plan": "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=3)",
         "every": 3,
     },
-    # Two are still in the air where a round closes, from older models, with what they lost and what they know of θ.
+    # When a round closes, two flights from older models are in progress, with error feedback and downlink state.
     "flying": {
         "plan": "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=5, "
         "codec=Feedback(TopK(0.05) >> Quantize(8)), downlink=TopK(0.2), pace=Buffered(3), max_failed=1)",
@@ -38,7 +38,7 @@ def nursery():
 
 @pytest.fixture(scope="module")
 def undisturbed(nursery, tmp_path_factory):
-    """Each plan's run, left alone: what every other must come to, and how many points it has."""
+    """An undisturbed run of each plan, and the number of its points."""
     out = {}
     for name, words in PLANS.items():
         folder = tmp_path_factory.mktemp(name)
@@ -48,7 +48,7 @@ def undisturbed(nursery, tmp_path_factory):
 
 
 def result(path):
-    """What must not depend on kills: the models' bytes, each round's numbers but for its seconds, and who did what."""
+    """The results that must not depend on kills: bytes of models, metrics without seconds, and client ids of events."""
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_bytes().splitlines()]
     events = [json.loads(line) for line in (path / "events.jsonl").read_bytes().splitlines()]
     assert [row["round"] for row in rows] == list(range(len(rows)))
@@ -65,7 +65,7 @@ def without(row, name):
 
 
 def survive(nursery, folder, name, kills, rounds=ROUNDS):
-    """Kill the run at these points, one after the other; then let it finish. Returns its result."""
+    """Kill the run at these points in turn, then let it finish. Return its result."""
     words = {**PLANS[name], "folder": str(folder), "rounds": rounds}
     for kill, half in kills:
         nursery.order(**words, kill=kill, half=half)
@@ -75,12 +75,12 @@ def survive(nursery, folder, name, kills, rounds=ROUNDS):
 
 
 def test_points_are_many(undisturbed):
-    """What is killed below is killed in the middle of things: rows, states, segments, pointers."""
+    """Runs have enough points that kills fall between rows, states, segments and pointers."""
     assert all(points > 60 for points, _ in undisturbed.values())
     assert undisturbed["everyone"][1] != undisturbed["some"][1]
 
 
-# Quick: two sixths of each plan, and each sixth of one of them.
+# Quick: two sixths of each plan, and each sixth of at least one plan.
 POINTS = [
     pytest.param(name, sixth, marks=[] if sixth % 3 == place else [pytest.mark.slow])
     for place, name in enumerate(PLANS)
@@ -89,7 +89,7 @@ POINTS = [
 
 
 def test_somebody_flies_when_it_is_killed(undisturbed):
-    """What the kills of the third plan disturb: contributions of older births, drop-outs, small deltas."""
+    """The third plan has flights of older model versions, dropouts and compressed downlinks at the kills."""
     _, (_, rows, told) = undisturbed["flying"]
     clients = [e for e in told if e["event"] == "clients"]
     assert sum(max(e["staleness"]) > 0 for e in clients) >= ROUNDS // 2
@@ -100,7 +100,7 @@ def test_somebody_flies_when_it_is_killed(undisturbed):
 
 @pytest.mark.parametrize(("name", "sixth"), POINTS)
 def test_killed_once(nursery, undisturbed, tmp_path, name, sixth):
-    """A point in every sixth of each run, drawn once."""
+    """One random point in each sixth of the run."""
     points, expected = undisturbed[name]
     draw = random.Random(f"{name} {sixth}")
     kill = points * sixth // 6 + draw.randrange(points // 6) + 1
@@ -108,7 +108,7 @@ def test_killed_once(nursery, undisturbed, tmp_path, name, sixth):
 
 
 def test_killed_again_and_again(nursery, undisturbed, tmp_path):
-    """A run that is killed a few points after each resume, where it cuts its logs and writes its first checkpoint."""
+    """Kill a run a few points after each resume, while it truncates its logs and writes its first checkpoint."""
     _, expected = undisturbed["some"]
     assert survive(nursery, tmp_path, "some", [(55, True), (3, False), (20, True), (2, False), (33, True)]) == expected
 
@@ -118,7 +118,7 @@ def test_killed_again_and_again(nursery, undisturbed, tmp_path):
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("half", [False, True])
 def test_killed_at_many_points(nursery, undisturbed, tmp_path, name, half):
-    """Every seventh point from the first, or from the fourth, where half of what is being written is on disk."""
+    """Every seventh point from the first; or from the fourth, with half of the current write on disk."""
     points, expected = undisturbed[name]
     for kill in range(4 if half else 1, points + 1, 7):
         folder = tmp_path / str(kill)
@@ -130,7 +130,7 @@ def test_killed_at_many_points(nursery, undisturbed, tmp_path, name, half):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", PLANS)
 def test_thirty_kills_at_random_moments(nursery, tmp_path, name):
-    """`kill -9` after so many milliseconds, thirty times; a run that got through is compared, and another begun."""
+    """Thirty times `kill -9` after a random time. A run that finishes earlier is compared, and another one starts."""
     words = {**PLANS[name], "rounds": 60}
     expected = result(Path(nursery.order(**words, folder=str(tmp_path / "alone"))["path"]))
     draw, kills, runs = random.Random(7), 0, 0

@@ -1,4 +1,4 @@
-"""A killed client equals a client not heard, to the bit, and the report names it (identity 9)."""
+"""A round with a failed client has the same bits as one without it, and the report names the client (identity 9)."""
 
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ SIZES = (9, 5, 9, 3, 9, 5, 9)
 
 @dataclass(frozen=True)
 class Without:
-    """Everyone but these."""
+    """A sampler that selects all clients except these."""
 
     ids: frozenset[int]
 
@@ -35,7 +35,7 @@ class Without:
 
 @dataclass(frozen=True, repr=False)
 class Sick(Part):
-    """A local part that some clients do not survive: they raise, or give what is not finite."""
+    """A local part that fails for some clients: it raises, or returns numbers that are not finite."""
 
     inner: Part
     who: frozenset[int]
@@ -73,7 +73,7 @@ LOCALS = {
     "keeps": Train(rules.adam(0.01), steps=3, batch=4, keep=("optimizer", "order")),
 }
 
-# Quick: every two of a part, a way to fail and a body once.
+# Quick: each pair of a part, a way to fail and a backend once.
 KILLED = [
     pytest.param(name, how, *where, marks=[] if (i + j + k) % 3 == 0 else [pytest.mark.slow])
     for i, name in enumerate(LOCALS)
@@ -99,13 +99,13 @@ def test_a_killed_client_is_one_not_heard(name, how, body, chunk):
             ("local", "ConnectionError: the site is gone") if how == "raises" else ("check", "update is not finite")
         )
         assert {(f.stage, f.cause) for f in report.failures} == {expected}
-    keeps = getattr(local, "keep", ())  # what a client keeps moves only when it was heard
+    keeps = getattr(local, "keep", ())  # client state changes only if the contribution arrived
     assert set(state.memory.touched().tolist()) == (set(range(7)) - who if keeps else set())
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "-inf"])
 def test_in_float32_too(how):
-    """Where the bound itself, 2^900, is infinite."""
+    """In float32 the bound of the exact sum, 2^900, is infinite."""
     data, who, local = classification(SIZES), frozenset((0, 4, 5)), LOCALS["gradient"]
     engine = InProcess(task_of(mlp(), data, "lanes", torch.float32), data)
     state, reports = run(Plan(Sick(local, who, how), Mean()), engine, 2)
@@ -153,7 +153,7 @@ def test_a_client_whose_data_cannot_be_read(body):
 
 @pytest.mark.parametrize("body", ["lanes", "loop"])
 def test_a_client_whose_own_training_diverges(body):
-    """Features a thousand times too large: its loss overflows, and nobody else's does."""
+    """Features of one client are a thousand times too large. Its loss overflows, and no other client's does."""
     good = regression(SIZES, dtype=torch.float32)
     x = good.rows.x.clone()
     x[good.client_rows(3)] *= 1e15
@@ -214,7 +214,7 @@ def test_more_failures_than_allowed_end_the_run():
 
 
 def test_a_round_nobody_is_heard_in_changes_nothing():
-    """Everybody fails, each in its own way, and the plan allows it: θ stays, and so does the optimizer."""
+    """All clients fail, each with another error, and the plan allows it: θ and the optimizer stay unchanged."""
 
     def fail(model, loader, ctx):
         raise ValueError(f"client {ctx.client}")

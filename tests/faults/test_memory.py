@@ -1,4 +1,4 @@
-"""Out of memory: the chunk halves, the run goes on, it is said once, and no bit changes."""
+"""If memory is full, the chunk is halved, the run continues, one note is reported, and no bit changes."""
 
 import json
 from dataclasses import dataclass, replace
@@ -45,7 +45,7 @@ def plan_of(most, kind="host", **more):
 
 
 def test_what_the_system_says_is_known():
-    """The host's own words for it, asked for more than there can be."""
+    """Real errors of the host for impossible allocations are recognised."""
     for ask in (lambda: torch.empty(1 << 58, dtype=torch.uint8), lambda: bytearray(1 << 60)):
         with pytest.raises((RuntimeError, MemoryError)) as error:
             ask()
@@ -68,12 +68,12 @@ def test_the_chunk_halves_and_no_bit_changes(told, most, kind):
     assert engine.room.most == {1: 1, 3: 2, 4: 4, 12: 7}[most]
     (note,) = reports[0].notes
     some = "1 client" if engine.room.most == 1 else f"{engine.room.most} clients"
-    assert note.startswith(f"More than {some} side by side") and "No bit changes" in note
+    assert note.startswith(f"More than {some} at once") and "No bit changes" in note
     assert [r.notes for r in reports[1:]] == [(), ()]
 
 
 def test_what_did_not_fit_is_not_tried_again(told):
-    """One chunk of 13 and one of 7 fail, once in the whole run."""
+    """One chunk of 13 clients and one of 7 fail, once in the whole run."""
     task, data = told
     plan = plan_of(4)
     Scarce.tried.clear()
@@ -114,7 +114,7 @@ def test_a_client_that_does_not_fit_by_itself_ends_the_run(told, body):
 
 
 def test_the_line_to_write_asks_for_less_and_works(monkeypatch):
-    """`--set plan.local.batch=…` of the error, given to the experiment that raised it."""
+    """The error suggests `--set plan.local.batch=…`. The experiment that raised it works with this setting."""
     it = Experiment().told(clients=5, rounds=1, model="softmax", recipe="fedavg(lr=0.1, batch=10)", numerics="lanes")
     gradient = Task.gradient
 
@@ -137,7 +137,7 @@ def test_the_line_to_write_asks_for_less_and_works(monkeypatch):
 
 @dataclass(frozen=True, repr=False)
 class Heavy(Mean):
-    """A sum that has no room for more than `most` at once."""
+    """An aggregator whose sum raises for more than `most` clients at once."""
 
     most: int = 4
 
@@ -148,17 +148,17 @@ class Heavy(Mean):
 
 
 def test_no_room_for_the_sum_is_told(told):
-    """What was added in part cannot be taken back: the run ends, and says how many would do."""
+    """A partly added chunk cannot be subtracted: the run ends, and the error suggests a smaller chunk."""
     task, data = told
     with pytest.raises(RunError) as error:
         run(Plan(Gradient(), Heavy()), InProcess(task, data))
-    assert error.value.write == "--chunk 6" and "beside their sum: MemoryError" in error.value.given
+    assert error.value.write == "--chunk 6" and "together with their sum: MemoryError" in error.value.given
     assert run(Plan(Gradient(), Heavy()), InProcess(task, data, 3))[1][0].arrived == 13
 
 
 @pytest.mark.parametrize("workers", only([2], [1, 2]))
 def test_worker_processes_halve_too(told, workers):
-    """Each worker finds out, the program hears of it, says it once, and deals smaller chunks."""
+    """Each worker reports the largest chunk that fits. The engine reports one note and assigns smaller chunks."""
     task, data = told
     expected, _ = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcess(task, data), 3)
     with Processes(task, data, workers=workers) as engine:
@@ -171,7 +171,7 @@ def test_worker_processes_halve_too(told, workers):
 
 
 def test_it_is_written_down_and_shown(tmp_path, capsys):
-    """An event of the run, in its report, and a line of the live table."""
+    """The note is an event of the run, in its report, and a line of the live table."""
     data = atoll.data.load("digits").split(clients=8)
     plan = plan_of(2)
     with LiveTable(plain=True) as table:
@@ -193,7 +193,7 @@ def test_room_is_a_limit_that_only_falls():
 
 
 def test_recipes_are_as_they_were(told):
-    """Nothing of this is asked where everything fits."""
+    """If all chunks fit, no chunk is halved and no note is reported."""
     task, data = told
     _, reports = run(recipes.fedavg(0.1), InProcess(task, data))
     assert [r.notes for r in reports] == [(), ()]

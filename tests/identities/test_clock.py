@@ -453,10 +453,10 @@ def test_a_clock_of_something_else_is_refused(tmp_path):
     saved = Clock(fleet, ones(2), 7).tensors()
     Clock.of(fleet, ones(2), 7, saved)
     for other in ((Fleet(), ones(2), 7), (fleet, ones(2) + 1, 7), (fleet, ones(2), 8)):
-        with pytest.raises(RunError, match="saved under something else"):
+        with pytest.raises(RunError, match="The clock was not saved with"):
             Clock.of(*other, saved)
     path.write_text("client,value\n0,1\n1,3\n")
-    with pytest.raises(RunError, match="saved under something else"):
+    with pytest.raises(RunError, match="The clock was not saved with"):
         Clock.of(fleet, ones(2), 7, saved)
 
 
@@ -466,5 +466,5 @@ def test_a_clock_of_other_windows_is_refused(tmp_path):
     fleet = Fleet(availability=Windows(str(path)))
     saved = Clock(fleet, ones(1), 7).tensors()
     path.write_text("client,start,end\n0,0,2\n")
-    with pytest.raises(RunError, match="saved under something else"):
+    with pytest.raises(RunError, match="The clock was not saved with"):
         Clock.of(fleet, ones(1), 7, saved)

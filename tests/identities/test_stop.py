@@ -140,7 +140,7 @@ def test_other_rules_on_resume():
     longer = (Patience("loss", 9), Rounds(5))
     memory, outcome = update(longer, memory, Report(3, {"loss": 1.0}))
     assert outcome is None
-    assert update(longer, memory, Report(4, {"loss": 1.0}))[1] == Outcome("5 rounds are done.")
+    assert update(longer, memory, Report(4, {"loss": 1.0}))[1] == Outcome("Finished 5 rounds.")
 
 
 EVERY = [

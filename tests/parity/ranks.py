@@ -1,4 +1,4 @@
-"""What every rank does in tests/parity/test_torchrun.py: all cases one after the other, and what each came to.
+"""The program of each rank in tests/parity/test_torchrun.py: it runs all cases and writes their results.
 
 torchrun --max-restarts 1 --nproc-per-node 2 ranks.py FOLDER [all] [dies]
 python ranks.py FOLDER forked
@@ -41,7 +41,7 @@ def norm():
 
 
 def plans():
-    """Every recipe, and every part that has something to say between ranks: memory, server state, counters, facts."""
+    """Every recipe, and every part that ranks exchange data for: client memory, server state, counters, metrics."""
     out = {
         "gd": recipes.gd(0.1),
         "sgd": recipes.sgd(0.1),
@@ -68,7 +68,7 @@ def plans():
 
 
 def cases():
-    """(name, module, numerics, plan, words of the engine) of each case."""
+    """Yield each case: name, module, numerics, plan, options of the engine."""
     for name, plan in plans().items():
         yield name, plain, "fused", plan, {}
     for numerics in ("loop", "lanes"):
@@ -81,17 +81,17 @@ def cases():
 
 
 def quick():
-    """The cases that do not import what torch.func needs."""
+    """The cases that do not import torch.func."""
     return [case for case in cases() if case[2] != "lanes"]
 
 
 def clients():
-    """Twelve clients of uneven sizes."""
+    """Twelve clients of different sizes."""
     return classification((30, 2, 9, 21, 14, 5, 14, 3, 17, 40, 8, 11))
 
 
 def outcome(module, numerics, plan, data, engine, **words):
-    """What some rounds come to: the model and a report of each, and what clients keep."""
+    """The results of some rounds: the fingerprint of the model, the report of each round, and client memory."""
     engine = engine(task_of(seeded(module), data, numerics, torch.float32), data, **words)
     state, reports = run(plan, engine, ROUNDS)
     ids = state.memory.touched()
@@ -102,7 +102,7 @@ def outcome(module, numerics, plan, data, engine, **words):
 
 
 class Unused(nn.Module):
-    """Half of its parameters are in no pass."""
+    """A model of which half of the parameters have no gradient."""
 
     def __init__(self):
         super().__init__()
@@ -113,14 +113,14 @@ class Unused(nn.Module):
 
 
 def broken(data):
-    """The same clients, of which the third holds a row that is not finite."""
+    """The same clients; the third one has a row that is not finite."""
     x, y = data.rows.take(torch.arange(len(data.rows)))
     x[data.offsets[2]] = torch.nan
     return federation(x, y, data.sizes.tolist())
 
 
 def float_cases():
-    """(name, module, plan, clients) of gradients in the quick sum, which are added up within the backward pass."""
+    """Yield (name, module, plan, clients) of plans with the float sum, which is reduced during the backward pass."""
     descent = recipes.distributed_gd(0.1, sum="float")
     yield "one client a rank", plain, descent, classification((40, 24))
     yield "many clients", plain, Plan(Gradient(4), Sum(sum="float"), sgd(0.001)), clients()
@@ -135,7 +135,7 @@ def float_cases():
 
 
 def floats(module, plan, data, engine):
-    """What some rounds in the quick sum come to: numbers, failures, and whether the backward pass sent them."""
+    """The results of some rounds with the float sum: numbers, failures, and whether the backward pass reduced them."""
     engine = engine(task_of(seeded(module), data, "loop", torch.float32), data)
     state, reports = run(plan, engine, 3)
     told = [[*r.failures, r.arrived, r.bytes_up, r.bytes_down, r.clients["id"].tolist()] for r in reports]
@@ -146,7 +146,7 @@ def floats(module, plan, data, engine):
 
 
 def descends(model, loader, ctx):
-    """A user's own loop; the second rank dies in it, once, in round 3, where it is told to."""
+    """A custom loop. In round 3 it kills the second rank once, if the argument `dies` is present."""
     first = "dies" in sys.argv and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if first and os.environ["RANK"] == "1" and ctx.round == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -165,7 +165,7 @@ def main(folder, cases):
     ranks, here = Ranks.join(), clients()
     words = {"engine": "torchrun", "numerics": "loop"}
     ended = train("mlp", here, KILLED, rounds=6, out=folder / "runs", checkpoint_s=0.0, report=False, **words)
-    torch.manual_seed(ranks.rank)  # a model made here is another at each rank: that of rank 0 is everybody's
+    torch.manual_seed(ranks.rank)  # each rank builds another model; the one of rank 0 is broadcast
     mine = train(norm(), here, recipes.fedavg(0.1), rounds=1, out=None, **words)
     out = {"one model": mine.reports[-1].fingerprint}
     out["run"] = {"path": ended.path and ended.path.name, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
@@ -177,7 +177,7 @@ def main(folder, cases):
 
 
 def fork(ranks):
-    """Start so many ranks, as torchrun does, and return in each; the process that they come from waits and exits."""
+    """Fork this number of ranks, as torchrun does, and return in each. The parent process waits for them and exits."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Worker processes: the bits of the engine in this process, real arrivals, deaths, and what cannot cross."""
+"""Worker processes: the same bits as in one process, real arrivals, deaths of workers, and serialization."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def nursery():
 
 @pytest.fixture(scope="module")
 def mlp(nursery):
-    """An engine of two workers for a small classifier, and the engine in this process."""
+    """An engine with two workers for a small classifier, and an in-process engine."""
     data = classification(SIZES)
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
     task = task_of(module, data, dtype=torch.float32)
@@ -67,7 +67,7 @@ def alone(mlp, nursery):
 
 
 def same(plan: Plan, ours, theirs, rounds: int = 2) -> None:
-    """The same model, memory and reports, bit for bit."""
+    """Check that model, memory and reports are equal, bit for bit."""
     (a, told), (b, expected) = run(plan, ours, rounds), run(plan, theirs, rounds)
     assert torch.equal(a.model.theta, b.model.theta)
     assert torch.equal(a.model.buffers, b.model.buffers)
@@ -97,7 +97,7 @@ def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
 
 @pytest.mark.parametrize("pace", [Buffered(3), Bounded(2), Sync(over_select=1.5)], ids=repr)
 def test_one_worker_has_the_bits_of_one_process_under_every_pace(pace, alone):
-    """It computes flights in the order of their starts, as if everybody took as long as everybody else."""
+    """One worker computes flights in the order of their starts, as in a simulation with equal durations."""
     local = Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order"))
     same(Plan(local, Mean(), cohort=4, pace=pace), *alone, rounds=5)
 
@@ -148,7 +148,7 @@ def test_the_front_door_runs_on_processes(tmp_path):
 
 
 def deadly(tmp_path: Path, times: int):
-    """A federation in which one row of client 2 kills who reads it, so many times."""
+    """Clients of which one row kills its reader, this number of times. The row belongs to client 2."""
     data = classification(SIZES)
     crosses = tmp_path / "crosses"
     crosses.touch()
@@ -173,7 +173,7 @@ def test_a_client_that_kills_every_worker_is_a_failure(tmp_path, nursery, mlp):
     assert [(f.client, f.stage) for f in report.failures] == [(2, "local")]
     assert "died" in report.failures[0].cause
     assert report.arrived == len(SIZES) - 1
-    assert far(state.model.theta, run(plan, mlp[1], 1)[0].model.theta) < 1  # and the others' sum is one
+    assert far(state.model.theta, run(plan, mlp[1], 1)[0].model.theta) < 1  # the sum of the other clients is valid
 
 
 def test_workers_killed_between_rounds_are_replaced(mlp):
@@ -207,7 +207,7 @@ def test_every_pace_comes_to_least_squares(pace, nursery):
     task = task_of(seeded(nn.Linear, 3, 1), data, "loop")
     x, y = data.take(data.order)
     best = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y).solution
-    # A step of one client's gradient alone does not rest at the minimum: the rate falls.
+    # The gradient of a single client does not vanish at the minimum, so the learning rate decreases.
     rate = atoll.schedule.inverse(12.0, t0=60) if not isinstance(pace, Sync) else 0.2
     cohort = 2 if isinstance(pace, Sync) else None
     plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=cohort)
@@ -231,7 +231,7 @@ def test_flights_in_the_air_are_computed_anew_where_a_state_comes_from_elsewhere
 
 
 def test_memory_goes_on_within_an_open_round(nursery):
-    """One client that arrives over and over in a round keeps what it had at its last arrival."""
+    """A client that arrives several times in one round reads the memory of its last arrival."""
     data = classification((6,))
     task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
     plan = Plan(Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), pace=Buffered(3))
@@ -242,7 +242,7 @@ def test_memory_goes_on_within_an_open_round(nursery):
 def test_a_client_that_hangs_costs_its_rounds_a_contribution_and_its_worker(tmp_path, nursery):
     data = classification(SIZES)
     gate = tmp_path / "gate"
-    os.mkfifo(gate)  # who opens it to read waits for somebody who writes, and nobody does
+    os.mkfifo(gate)  # a reader that opens it waits forever, since it has no writer
     rows = elsewhere.Waiting(data.rows, int(data.order[int(data.offsets[2])]), str(gate))
     task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
     plan = Plan(Gradient(), Mean(), pace=Sync(deadline_s=0.5))
@@ -267,7 +267,7 @@ def test_a_client_that_raises_is_a_failure_under_every_pace(nursery):
     assert {f.client for r in reports for f in r.failures} == {3}
 
 
-# nothing stays behind
+# cleanup
 
 PROGRAM = """
 import sys, atoll
@@ -305,7 +305,7 @@ def test_nothing_is_left_behind(then, signals, request):
     assert len(pids) == 3 and folders
     workers = [psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))]
     if signals is not None:
-        os.killpg(program.pid, signals)  # as a terminal does: to everybody in the foreground
+        os.killpg(program.pid, signals)  # as a terminal does: to all processes of the foreground
     program.communicate(timeout=60)
     _gone, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
@@ -315,7 +315,7 @@ def test_nothing_is_left_behind(then, signals, request):
     assert fingerprint == last.fingerprint
 
 
-# what crosses
+# serialization
 
 
 def crossed(value, tmp_path: Path):
@@ -386,7 +386,7 @@ def test_a_loop_that_a_worker_cannot_import_is_refused(mlp):
     engine, reference = mlp
     with pytest.raises(UsageError, match="no name that can be imported"):
         run(Plan(Custom(lambda model, loader, ctx: None), Mean()), engine, 1)
-    same(Plan(Gradient(), Mean()), engine, reference)  # and the engine goes on
+    same(Plan(Gradient(), Mean()), engine, reference)  # the engine still works
 
 
 def test_settings_of_one_engine_beside_another_are_refused():

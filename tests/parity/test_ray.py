@@ -1,4 +1,4 @@
-"""Actors on a cluster of two nodes: the bits of the engine in this process, whoever dies, and what cannot run there."""
+"""Actors on a cluster of two nodes: the same bits as in one process, deaths of actors and nodes, and refusals."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")
 
 SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
 STORE = 100 << 20
-# Ray takes seconds for an actor, and runs it behind everything else; a slow machine may start its head too late.
+# Ray needs seconds to start an actor, at low priority. On a slow machine its head node may start too late.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes of one core, the second with a GPU that it only says it has; this program is connected to the first."""
+    """A cluster with two nodes of one core. The second has a simulated GPU. This program is connected to the first."""
     from ray.cluster_utils import Cluster
 
-    folder = tempfile.mkdtemp(prefix="atoll-test-")  # sockets lie there: its name must be short
+    folder = tempfile.mkdtemp(prefix="atoll-test-")  # short, since paths of sockets are limited
     first = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "temp_dir": folder}
     nodes = Cluster(initialize_head=True, head_node_args=first)
     nodes.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
@@ -70,7 +70,7 @@ class Both(NamedTuple):
 
 @pytest.fixture(scope="module")
 def crosses(tmp_path_factory):
-    """A file that the actors of `mlp` look into: one of them is killed in mid-round for every byte that is missing."""
+    """The counter file of the deadly row for the actors of `mlp`: each missing byte kills one actor during a round."""
     path = tmp_path_factory.mktemp("ray") / "crosses"
     path.write_bytes(b"+")
     return path
@@ -78,7 +78,7 @@ def crosses(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mlp(cluster, crosses):
-    """An engine of two actors for a small classifier, and the engine in this process."""
+    """An engine with two actors for a small classifier, and an in-process engine."""
     data = classification(SIZES)
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
     task = task_of(module, data, dtype=torch.float32)
@@ -87,7 +87,7 @@ def mlp(cluster, crosses):
 
 
 def deadly(data: Clients, crosses: Path, times: int) -> Clients:
-    """The same clients; one row of client 2 kills who reads it until so many crosses are in the file."""
+    """The same clients; one row of client 2 kills its reader until the file has `times` bytes."""
     row = int(data.order[int(data.offsets[2])])
     return replace(data, rows=elsewhere.Deadly(data.rows, row, times, str(crosses)))
 
@@ -100,7 +100,7 @@ def alone(cluster, mlp):
 
 
 def same(plan: Plan, both: Both, rounds: int = 2) -> None:
-    """The same model, memory and reports, bit for bit."""
+    """Check that model, memory and reports are equal, bit for bit."""
     (a, told), (b, expected) = run(plan, both.ours, rounds), run(plan, both.theirs, rounds)
     assert torch.equal(a.model.theta, b.model.theta)
     assert torch.equal(a.model.buffers, b.model.buffers)
@@ -167,7 +167,7 @@ def test_contract_of_engines(cluster):
 
     def make(task: Task, data: Clients) -> Ray:
         for engine in made:
-            engine.close()  # one after the other is asked
+            engine.close()  # the contract checks one engine at a time
         made.append(Ray(task, data, workers=2, cpus=0.1))
         return made[-1]
 
@@ -281,7 +281,7 @@ def test_actors_killed_between_rounds_are_replaced(mlp):
     ],
 )
 def test_a_node_lost_in_mid_round_changes_no_bit(plan, workers, gpus, tmp_path, cluster, mlp):
-    """There is no room for all actors without it, so that one of them is there."""
+    """Without the third node there is no room for all actors, so one of them runs on it."""
     before = tuple(node["NodeID"] for node in ray.nodes() if node["Alive"])
     node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
     cluster.wait_for_nodes()
@@ -294,16 +294,16 @@ def test_a_node_lost_in_mid_round_changes_no_bit(plan, workers, gpus, tmp_path, 
     finally:
         if node in cluster.worker_nodes:
             cluster.remove_node(node)
-        cluster.wait_for_nodes()  # until everybody knows
+        cluster.wait_for_nodes()  # until all nodes know
 
 
 def here() -> str:
-    """The node that this program is connected to."""
+    """The node to which this program is connected."""
     return ray.get_runtime_context().get_node_id()
 
 
 def struck(tmp_path: Path, both: Both, plan: Plan, end, spared: tuple[str, ...], **room) -> None:
-    """The bits are those of one process when `end` strikes who is first at work on a node that is not spared."""
+    """Check that bits do not change if `end` hits the first actor that works on a node outside `spared`."""
     door, crosses = tmp_path / "door", tmp_path / "crosses"
     os.mkfifo(door)
     crosses.touch()
@@ -319,7 +319,7 @@ def struck(tmp_path: Path, both: Both, plan: Plan, end, spared: tuple[str, ...],
     assert crosses.stat().st_size == 1
 
 
-# room
+# resources
 
 
 @pytest.mark.slow
@@ -403,12 +403,12 @@ def test_the_command_line_runs_on_a_cluster(cluster, tmp_path, capsys):
     assert told[0] == told[1]
 
 
-# what crosses
+# serialization
 
 
 @pytest.mark.slow
 def test_code_that_is_here_alone_is_an_error_that_says_so(cluster):
-    """As where a node has another set of packages."""
+    """The error for code that this program can import and the nodes cannot."""
 
     class Local(nn.Linear):
         pass

@@ -1,4 +1,4 @@
-"""The engine on Ray where there is no cluster yet: what is refused before one is asked, and what is left behind."""
+"""The engine on Ray without an existing cluster: refusals before a start, and cleanup after the end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(400)
 
 @pytest.fixture()
 def strangers(monkeypatch):
-    """A program that is not connected."""
+    """A program that is not connected to Ray."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", lambda *a, **k: pytest.fail("Ray would have been started"))
@@ -85,7 +85,7 @@ def test_a_server_that_is_no_cluster_is_refused(strangers, monkeypatch):
                 caller.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
         threading.Thread(target=refuse, daemon=True).start()
-        with pytest.raises(UsageError, match="something else"):
+        with pytest.raises(UsageError, match="not a Ray head node"):
             module._reach(f"127.0.0.1:{web.getsockname()[1]}")
 
 
@@ -174,7 +174,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
 def test_nothing_is_left_behind(sent):
-    """Of a cluster that the engine started: no process, and after Ctrl-C no file."""
+    """A cluster that the engine started leaves no process, and no file after Ctrl-C."""
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.replace("ADDRESS", "address=None")],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Under torchrun every plan comes to the bits of the engine in this process, and a rank that dies changes none."""
+"""Under torchrun every plan has the same bits as in one process, also if a rank dies and is restarted."""
 
 import json
 import os
@@ -30,13 +30,13 @@ def environment():
 
 
 def torchrun(words, folder):
-    """Start ranks in a folder, by the line that people write."""
+    """Start ranks in a folder, with the command that users write."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
     return subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=110)
 
 
 def outcomes(folder, ranks, *which):
-    """What each rank wrote of the cases; where it is told to, the second one dies once on the way."""
+    """The results that each rank wrote. On request, the second rank dies once."""
     words = ["--max-restarts", "1", "--nproc-per-node", str(ranks), theirs.__file__, str(folder), *which]
     done = torchrun(words, folder)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -54,17 +54,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """Two ranks as torchrun starts them, but of one process that imported torch for both."""
+    """Two ranks as torchrun starts them, forked from one process that has imported torch."""
     line = [sys.executable, theirs.__file__, str(folder), "forked"]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr[-4000:]
     return written(folder, 2)
 
 
-# Importing torch is longer than all else, and torchrun, which starts every rank anew after a death, does it five times.
+# Importing torch takes most of the time. After a death, torchrun restarts all ranks, so it happens five times.
 @pytest.fixture(scope="module", params=only(["everybody lives"], ["everybody lives", "one dies"]))
 def lived(request, tmp_path_factory):
-    """How often ranks were started anew, what each wrote, and where."""
+    """The number of restarts, the results of each rank, and the folder."""
     if request.param == "everybody lives":
         return "0", request.getfixturevalue("two"), request.getfixturevalue("folder")
     grave = tmp_path_factory.mktemp("dying")
@@ -86,7 +86,7 @@ def test_every_rank_comes_to_the_bits_of_one_process(case, two, clients):
 
 @pytest.mark.parametrize("case", list(theirs.float_cases()), ids=lambda case: case[0])
 def test_gradients_are_added_up_within_the_backward_pass(case, two):
-    """To rounding what one process adds; the same bits at every rank, and the same words where a client fails."""
+    """The results equal those of one process up to rounding. All ranks have the same bits and the same failures."""
     name, module, plan, data = case
     alone = theirs.floats(module, plan, data, InProcess)
     first, second = (rank[name] for rank in two)
@@ -107,11 +107,11 @@ def test_any_number_of_ranks_in_every_body(ranks, clients, tmp_path):
 
 
 def test_a_rank_that_dies_changes_no_bit_and_no_row(lived, clients):
-    """The second rank was killed in round 3; torchrun started both anew, and they went on with the run of this job."""
+    """The second rank was killed in round 3. torchrun restarted both ranks, and they resumed the run of this job."""
     restarts, two, folder = lived
     assert [rank["run"]["restarts"] for rank in two] == [restarts] * 2
     (path,) = runs.list_runs(folder / "runs")
-    assert [rank["run"]["path"] for rank in two] == [path.name, None], "rank 0 alone writes"
+    assert [rank["run"]["path"] for rank in two] == [path.name, None], "only rank 0 writes"
     rows = runs.read_rows(path / "metrics.jsonl")
     alone = [r.fingerprint for r in rounds("mlp", clients, theirs.KILLED, rounds=6, numerics="loop")]
     assert [(row["round"], row["fingerprint"]) for row in rows] == list(enumerate(alone))
@@ -126,7 +126,7 @@ def test_the_model_of_rank_0_is_everybodys(two, clients):
 
 @pytest.mark.slow
 def test_the_line_to_write_works(tmp_path):
-    """`--engine torchrun` alone is refused with the line that starts it; the run it makes is that of one process."""
+    """`--engine torchrun` without torchrun is refused. The suggested command gives the same run as one process."""
     words = shlex.split(
         "run --data wine --clients 5 --rounds 2 --quiet --engine torchrun --out theirs --set report=false"
     )
@@ -153,7 +153,7 @@ def test_the_line_to_write_works(tmp_path):
     assert both[0] == both[1]
 
 
-# what is asked wrongly
+# bad input
 
 
 def refused(environ, monkeypatch, workers=None, backend="auto"):
@@ -204,7 +204,7 @@ def test_workers_that_cannot_be(told, clients):
 
 
 class Two:
-    """Two ranks, of which this is one, and the other says what it is told to."""
+    """A fake group of two ranks: this one, and one that sends the values of `other`."""
 
     first = True
 
@@ -223,6 +223,6 @@ def test_ranks_of_other_data_are_refused():
 
 def test_ranks_that_drift_apart_end_the_run():
     report = Report(7, {"loss": 0.1}, 2, 2, (), 0, 0, 1.5, "abc")
-    assert agreed(Two(seconds=9.0), report) == report, "what rank 0 says counts"
+    assert agreed(Two(seconds=9.0), report) == report, "the report of rank 0 counts"
     with pytest.raises(RunError, match="After round 7 rank 1 has another model"):
         agreed(Two(model="xyz"), report)

@@ -289,7 +289,7 @@ def test_training_draws_its_report(data, tmp_path):
     again = train("softmax", data, recipes.fedavg(lr=0.1), rounds=4, out=tmp_path, resume=run.path)
     assert again.path == run.path
     text = (run.path / "report.html").read_text(encoding="utf-8")
-    assert "4 rounds are done" in text and not Page(text).open
+    assert "Finished 4 rounds" in text and not Page(text).open
     assert [r["round"] for r in Record.read(run.path).rows] == [0, 1, 2, 3]
 
 
@@ -393,7 +393,7 @@ def test_training_is_shown_as_it_goes(data):
     file = io.StringIO()
     with LiveTable(plain=True, file=file) as table:
         train("softmax", data, recipes.fedavg(lr=0.1), rounds=3, out=None, watchers=[table])
-    assert lines(file.getvalue())[-1][0] == "2" and "3 rounds are done" in file.getvalue()
+    assert lines(file.getvalue())[-1][0] == "2" and "Finished 3 rounds" in file.getvalue()
 
 
 def test_columns_that_fit(data, training):

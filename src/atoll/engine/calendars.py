@@ -1,8 +1,10 @@
-"""When clients are there: three answers to the same three questions, each a pure function of client and time.
+"""Availability of clients over time. Each calendar has the same three methods, pure functions of client and time.
 
-available(client, now)      whether the client may be started now
-present(now)                the same for everybody, bool [C]
-next_change(now)            the first moment after now at which an answer can be another one
+available(client, now)      whether the client is available
+present(now)                the same for all clients, bool [C]
+next_change(now)            the first time after now at which availability can change, in seconds
+
+Tests: tests/identities/test_fleet.py, tests/identities/test_clock.py.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from torch import Tensor
 
 from atoll.rng import Key
 
-_BLOCK = 10  # coins are tossed for 2¹⁰ clients at once
-_KEPT = 4096
+_BLOCK = 10  # draws are made for 2¹⁰ clients at once
+_KEPT = 4096  # blocks in the cache
 
 
 class Calendar(Protocol):
@@ -27,13 +29,17 @@ class Calendar(Protocol):
 
 
 def turn(now: float, length: float) -> int:
-    """The whole number i with i·length ≤ now < (i+1)·length, as float64 computes these products.
+    """The index i of the window that contains `now`: i·length ≤ now < (i+1)·length, with products in float64.
+
+    Args:
+        now: seconds, ≥ 0.
+        length: length of a window in seconds, > 0.
 
     Example:
         >>> turn(2.0, 0.5), turn(0.3, 0.1)
         (4, 2)
     """
-    # Division and multiplication round differently: 0.3 / 0.1 < 3, and elsewhere the other way round.
+    # Division and multiplication round differently: 0.3 / 0.1 < 3. For other values the quotient is too large.
     i = math.floor(now / length)
     if (i + 1) * length <= now:
         return i + 1
@@ -41,7 +47,7 @@ def turn(now: float, length: float) -> int:
 
 
 class Always:
-    """Everybody, at any time."""
+    """Every client is available at any time."""
 
     def __init__(self, clients: int) -> None:
         self._clients = clients
@@ -57,7 +63,7 @@ class Always:
 
 
 class Coins:
-    """A coin for each client and window of time: there with this chance, for the whole window."""
+    """One Bernoulli draw for each client and window: the client is available for the whole window or not at all."""
 
     def __init__(self, chance: float, window: float, key: Key, clients: int) -> None:
         self._chance, self._window, self._key, self._clients = chance, window, key, clients
@@ -86,7 +92,7 @@ class Coins:
 
 
 class Repeating:
-    """Windows of each client, in order; after the latest end of all, everything begins again."""
+    """Windows of each client, in order of time. All windows repeat; the period is the latest end of a window."""
 
     def __init__(self, windows: list[list[tuple[float, float]]]) -> None:
         self.windows = windows
@@ -95,7 +101,7 @@ class Repeating:
         self._period = self._edges[-1]
 
     def available(self, client: int, now: float) -> bool:
-        # Edges are compared as they stand in this turn, as next_change gives them: to the bit.
+        # Compare base + edge, the value that next_change returns, so that both methods agree to the bit.
         base = turn(now, self._period) * self._period
         spans = self.windows[client]
         at = bisect_right(self._starts[client], now - base)

@@ -1,14 +1,16 @@
-"""The virtual clock: an event queue that says which flight arrives next, and when.
+"""The virtual clock: an event queue that returns the next arrival or dropout and its time.
 
     start ──download──▶ loaded ──compute──▶ computed ──upload──▶ end
 
-A transfer is over when both its own link has carried its bytes and its share of the server's link has: the server's
-link serves all transfers of a direction at once and in equal parts, n of them at rate/n each, and buffers what a slower
-own link has not taken yet. So a lone transfer takes max(bytes/own, bytes/server), and the server's link never idles
-while it has something to carry.
+A transfer passes through two links: the client's own link and the server's link. It ends when both have carried its
+bytes. The server's link serves all n transfers of one direction at the same time, at rate/n each. It buffers the bytes
+that a slower client link has not taken yet. So a single transfer takes max(bytes/own, bytes/server), and the server's
+link is never idle while a transfer waits.
 
-Every draw is keyed by (seed, client) or (seed, ordinal of the flight). Nothing depends on the order of calls at equal
-times; ties are broken by the ordinal.
+The key of every draw is (seed, client) or (seed, ordinal of the flight). Events at equal times are ordered by the
+ordinal, so the order of calls does not matter.
+
+Tests: tests/identities/test_clock.py.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from atoll.errors import RunError, UsageError
 
 _DOWN, _WORK, _UP, _ARRIVE, _DROP = range(5)
 _FATES = ("arrive", "drop", "cancel")
-_new = tuple.__new__  # half the time of the constructors that NamedTuple writes, in the loop that counts
+_new = tuple.__new__  # twice as fast as the generated constructor; used in the inner loop
 
 
 class Event(NamedTuple):
-    """What the server hears: a flight arrived ("arrive"), or was lost ("drop")."""
+    """An event at the server: a flight arrived ("arrive") or was lost ("drop")."""
 
     time: float
     kind: str
@@ -40,7 +42,7 @@ class Event(NamedTuple):
 
 
 class Trip(NamedTuple):
-    """The times of one finished flight: downloaded, computed, ended; fate is "arrive", "drop" or "cancel"."""
+    """The times of one ended flight, in seconds. `fate` is "arrive", "drop" or "cancel"."""
 
     number: int
     client: int
@@ -52,16 +54,16 @@ class Trip(NamedTuple):
 
 
 class _Flight(NamedTuple):
-    """A flight on its way. Never changed, only replaced: copies of a clock share them."""
+    """A flight in progress. Immutable, since copies of a clock share flights."""
 
-    time: float  # of its next event; in a pool: when its own link is done
+    time: float  # of the next event; in a pool: the end of the transfer on the client's own link
     number: int
     stage: int
     client: int
     start: float
     loaded: float
     computed: float
-    target: float  # of the pool's service; see `_Pool`
+    target: float  # the value of the pool's `served` at which the transfer ends; see `_Pool`
     up: int
     work: float
 
@@ -69,8 +71,9 @@ class _Flight(NamedTuple):
 class _Pool:
     """The server's link in one direction: processor sharing by virtual service.
 
-    served(t) is what each transfer that was there all along has got: d served/dt = rate/n. Who joins with b bytes is
-    done when served reaches served(join) + b, whoever else comes and goes: one heap, and O(log n) an event.
+    served(t) is the number of bytes that a transfer present since time 0 has received: d served/dt = rate/n. A transfer
+    of b bytes that joins at time s ends when served reaches served(s) + b, whichever transfers join or leave meanwhile.
+    So one heap suffices, and an event costs O(log n).
 
     Reference: Parekh, Gallager, A Generalized Processor Sharing Approach to Flow Control, 1993.
     """
@@ -82,7 +85,7 @@ class _Pool:
         self._heap = [(flight.target, flight.number, flight) for flight in inside]
         heapify(self._heap)
         self._n = len(self._heap)
-        self._due: float | None = None  # kept until somebody comes or goes
+        self._due: float | None = None  # cached until a transfer joins or leaves
 
     def copy(self) -> _Pool:
         other = _Pool(self._rate, self._served, self._at)
@@ -96,7 +99,7 @@ class _Pool:
         self._due = None
 
     def target(self, now: float, size: int) -> float:
-        """What `served` will have reached when a transfer that joins now is done."""
+        """The value of `served` at which a transfer of `size` bytes ends if it joins now."""
         self._serve(now)
         return self._served + size
 
@@ -105,7 +108,7 @@ class _Pool:
         heappush(self._heap, (flight.target, flight.number, flight))
 
     def due(self, flights: Mapping[int, _Flight]) -> float:
-        """When the next transfer is done, if nobody comes or goes; inf where there is none."""
+        """The end of the next transfer if no transfer joins or leaves; inf if there is none."""
         if self._due is None:
             heap = self._heap
             while heap and flights.get(heap[0][1]) is not heap[0][2]:
@@ -116,14 +119,14 @@ class _Pool:
         return self._due
 
     def pop(self, now: float) -> _Flight:
-        """The transfer that is done now."""
+        """Remove the transfer that ends now and return it."""
         self._served, _, flight = heappop(self._heap)
         self._at, self._due = now, None
         self._n -= 1
         return flight
 
     def leave(self, now: float) -> None:
-        """A transfer is given up: the others have its share from now on."""
+        """Cancel a transfer: the others share its part of the rate from now on."""
         self._serve(now)
         self._n -= 1
 
@@ -132,14 +135,14 @@ class _Pool:
 
 
 class Clock:
-    """Virtual time of a fleet: flights start, arrive and drop.
+    """Simulated time of a fleet: flights start, arrive and drop.
 
     Args:
-        fleet: what time costs.
-        sizes: int64 `[C]`, the rows of each client.
-        seed: of every draw.
+        fleet: durations, availability and dropout.
+        sizes: int64 `[C]`, the rows of each client, ≥ 0.
+        seed: the key of every draw.
     Raises:
-        UsageError: the fleet does not fit the population: values or a trace for other clients.
+        UsageError: values or a trace of the fleet are for another number of clients.
     Example:
         >>> from atoll.engine.fleet import Each
         >>> clock = Clock(Fleet(compute=Each((3, 1))), torch.tensor([10, 10]), seed=7)
@@ -163,19 +166,19 @@ class Clock:
             self._pools = (_Pool(draws.server), _Pool(draws.server))
 
     def __len__(self) -> int:
-        """How many flights are on their way."""
+        """The number of flights in progress."""
         return len(self._flights)
 
     def start(self, number: int, client: int, down: int, up: int, work: float = 1.0) -> None:
-        """A flight begins now.
+        """Start a flight now.
 
         Args:
-            number: the start's ordinal, from 0, never given twice.
-            client: its id, in [0, C).
-            down, up: bytes of the two transfers.
-            work: what its compute time is multiplied by: its share of a full job.
+            number: the ordinal of the flight, ≥ 0, not used before.
+            client: the client's id, in [0, C).
+            down, up: bytes of the download and the upload, ≥ 0.
+            work: the factor of the compute time, ≥ 0 and finite; 1 is a full job.
         Raises:
-            UsageError: the number is in flight, or one of the others outside its range. Nothing began.
+            UsageError: the number is in flight, or a value is outside its range. No flight was started.
         """
         draws = self._draws
         if (
@@ -202,12 +205,11 @@ class Clock:
         twice = f"{number} is in flight. " if number in self._flights else ""
         return UsageError(
             f"start({number}, {client}, {down}, {up}, {work}) at {self.now:g} s. {twice}".rstrip(),
-            f"a number ≥ 0 that was not given before, a client in [0, {self._draws.clients}), bytes ≥ 0, "
-            "finite work ≥ 0.",
+            f"a number ≥ 0 that is not in use, a client in [0, {self._draws.clients}), bytes ≥ 0, finite work ≥ 0.",
         )
 
     def _loaded(self, carried: float, number: int, client: int, start: float, up: int, work: float) -> None:
-        """The links have carried a flight's download: it is heard, and computed on."""
+        """The links have carried a flight's download. After the latency, the client computes."""
         draws = self._draws
         wait = draws.latency.at(client, number)
         loaded = carried + wait
@@ -227,7 +229,7 @@ class Clock:
         heappush(self._heap, flight)
 
     def _send(self, flight: _Flight) -> None:
-        """A flight has computed: its upload joins the server's link."""
+        """A client has computed: its upload joins the server's link."""
         own = flight.time + flight.up / self._draws.up.at(flight.client, flight.number)
         pool = self._pools[1]
         flight = flight._replace(stage=_UP, target=pool.target(flight.time, flight.up), time=own)
@@ -235,7 +237,7 @@ class Clock:
         pool.join(flight)
 
     def _served(self, which: int, now: float) -> None:
-        """The server's link has carried a transfer; its own link may need longer."""
+        """The server's link has carried a transfer. The client's own link may need longer."""
         flight = self._pools[which].pop(now)
         carried = max(now, flight.time)
         number, client = flight.number, flight.client
@@ -247,25 +249,25 @@ class Clock:
             heappush(self._heap, flight)
 
     def next(self, until: float | None = None) -> Event | None:
-        """Go on to the next arrival or drop, or to `until`.
+        """Advance to the next arrival or drop, or to `until`.
 
         Args:
-            until: seconds, not before now; what happens at `until` itself still comes first. None: without end.
+            until: seconds, ≥ `now`. Events at exactly this time are returned first. None: no limit.
         Returns:
-            The event, and `now` is its time; None at `until`, or where nothing flies and there is no `until`.
+            The event; `now` is then its time. None if `until` was reached, or if no flight is in progress.
         Raises:
-            UsageError: `until` lies in the past.
+            UsageError: `until` < `now`.
         """
         last = math.inf if until is None else until
         if not last >= self.now:
             raise UsageError(
-                f"next(until={until}) at {self.now} s.", "a time not before now.", "time does not run back."
+                f"next(until={until}) at {self.now} s.", "until ≥ now.", "events before now have been returned already."
             )
         heap, flights = self._heap, self._flights
         while True:
             flight = heap[0] if heap else None
             if flight is not None and flights.get(flight[1]) is not flight:
-                heappop(heap)  # cancelled, or gone on to its next stage
+                heappop(heap)  # cancelled, or already in its next stage
                 continue
             due = math.inf if flight is None else flight[0]
             if self._pools:
@@ -292,14 +294,14 @@ class Clock:
         self._trips.append(_new(Trip, (number, client, start, loaded, computed, end, fate)))
 
     def cancel(self, number: int) -> None:
-        """The server lost interest in a flight: it ends now, and its transfer frees the link at once.
+        """End a flight now. Its transfer leaves the server's link at once.
 
         Raises:
-            UsageError: it is not in flight.
+            UsageError: no flight with this number is in progress.
         """
         flight = self._flights.get(number)
         if flight is None:
-            raise UsageError(f"cancel({number}) at {self.now} s.", "the number of a flight on its way.")
+            raise UsageError(f"cancel({number}) at {self.now} s.", "the number of a flight in progress.")
         now = self.now
         if flight.stage in (_DOWN, _UP):
             self._pools[flight.stage == _UP].leave(now)
@@ -307,11 +309,11 @@ class Clock:
         self._end(flight._replace(loaded=loaded, computed=max(loaded, min(flight.computed, now))), now, "cancel")
 
     def cut(self, number: int) -> float:
-        """A flight that is computing stops now, and sends what it has.
+        """Stop the computation of a flight now and send the work done so far.
 
         Returns:
-            The part of its work that it has done: 0 where it has not begun, 1 where it is sending already. One that
-            is to be lost stays so.
+            The fraction of the work that is done: 0 before the computation, 1 if the upload has started. A flight that
+            will be lost is still lost.
         """
         flight, now, draws = self._flights[number], self.now, self._draws
         if flight.stage == _DOWN or flight.loaded >= now:
@@ -327,25 +329,31 @@ class Clock:
         return (now - flight.loaded) / (flight.computed - flight.loaded)
 
     def available(self, client: int) -> bool:
-        """Whether a client may be started now."""
+        """Whether a client is available now."""
         return self._draws.calendar.available(client, self.now)
 
     def present(self) -> Tensor:
-        """Which clients may be started now, bool `[C]`."""
+        """Which clients are available now, bool `[C]`."""
         return self._draws.calendar.present(self.now)
 
     def next_change(self) -> float:
-        """The first time after now at which another client may be available; inf where that never changes."""
+        """The first time after now at which availability can change; inf if it never changes."""
         return self._draws.calendar.next_change(self.now)
 
     def compute_seconds(self, client: int, number: int) -> float:
-        """Seconds of a full job of this client in this flight."""
+        """Seconds that a full job of this client takes in this flight."""
         return self._draws.compute.at(client, number)
 
     def predict(self, client: int, down: int, up: int, work: float = 1.0, number: int = 0) -> float:
-        """Seconds that a flight takes which flies alone and is not lost.
+        """Seconds of a flight that shares the server's link with no other flight and is not lost.
 
         max(down/own, down/server) + compute·work + max(up/own, up/server) + 2·latency
+
+        Args:
+            client: the client's id, in [0, C).
+            down, up: bytes of the download and the upload, ≥ 0.
+            work: the factor of the compute time.
+            number: the ordinal of the flight.
         """
         draws = self._draws
         server = math.inf if draws.server is None else draws.server
@@ -353,11 +361,11 @@ class Clock:
         return links + draws.compute.at(client, number) * work + 2 * draws.latency.at(client, number)
 
     def fastest(self, down: int, up: int, work: float | Tensor = 1.0) -> float:
-        """Seconds in which no flight of any client can be back: what a deadline must exceed.
+        """A lower bound for the seconds of any flight of any client. A deadline must be longer than this.
 
         Args:
-            down, up: bytes.
-            work: a number, or float `[C]` with one for each client.
+            down, up: bytes of the download and the upload, ≥ 0.
+            work: the factor of the compute time: a number, or float `[C]`, one for each client.
         """
         draws = self._draws
         server = math.inf if draws.server is None else draws.server
@@ -365,12 +373,12 @@ class Clock:
         return float((links + draws.compute.extreme(0) * work + 2 * draws.latency.extreme(0)).min())
 
     def trips(self) -> list[Trip]:
-        """The flights that ended since the last call, in the order of their ends."""
+        """Flights that ended since the last call, in order of their ends."""
         ended, self._trips = self._trips, []
         return ended
 
     def copy(self) -> Clock:
-        """A clock that goes on from here by itself."""
+        """An independent copy of this clock."""
         other = object.__new__(Clock)
         other.now, other._draws = self.now, self._draws
         other._flights, other._heap, other._trips = self._flights.copy(), self._heap.copy(), self._trips.copy()
@@ -378,7 +386,7 @@ class Clock:
         return other
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint needs, exactly.
+        """The state of the clock for a checkpoint, without rounding.
 
         Returns:
             now float64 `[]`; fleet int64 `[]`, a fingerprint; flights int64 `[F, 4]` and flight_times float64
@@ -398,18 +406,21 @@ class Clock:
 
     @classmethod
     def of(cls, fleet: Fleet, sizes: Tensor, seed: int, tensors: Mapping[str, Tensor]) -> Clock:
-        """The clock whose `tensors()` these are: it goes on with the same bits.
+        """Restore a clock from its `tensors()`. It continues with the same bits.
 
+        Args:
+            fleet, sizes, seed: the arguments with which the saved clock was built.
+            tensors: the result of `tensors()`.
         Raises:
-            RunError: they were saved under another fleet, trace, population or seed.
+            RunError: the clock was saved with another fleet, trace, population or seed.
         """
         clock = cls(fleet, sizes, seed)
         draws = clock._draws
         if int(tensors["fleet"]) != draws.fingerprint:
             raise RunError(
-                f"A clock that was saved under something else than {fleet!r}, {len(sizes)} clients and seed {seed}.",
-                "the fleet, traces, rows and seed that it was saved under.",
-                "what is in flight would arrive at other times.",
+                f"The clock was not saved with {fleet!r}, {len(sizes)} clients and seed {seed}.",
+                "the fleet, traces, rows and seed with which it was saved.",
+                "flights in progress would arrive at other times.",
             )
         clock.now = float(tensors["now"])
         rows = zip(tensors["flights"].tolist(), tensors["flight_times"].tolist(), strict=True)

@@ -1,4 +1,7 @@
-"""A crew of workers: jobs are dealt to whoever is free, and dealt again when somebody dies over them."""
+"""A pool of workers: the pool assigns jobs to idle workers, and assigns them again if a worker dies.
+
+Tests: tests/faults/test_killed_clients.py, tests/parity/test_processes.py, tests/parity/test_ray.py.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,26 @@ from atoll.errors import RunError, UsageError
 from atoll.plan.plan import Failure
 from atoll.plan.slots import Aggregator
 
-_DEADLY = 3  # deaths over the same clients that are no accident
+_DEADLY = 3  # deaths of workers during the same job after which the job counts as the cause
 
 Rows = Callable[[], dict[str, Tensor]]
 
 
 @dataclass(eq=False)
 class Job:
-    """Clients of one birth to compute; without clients, the wish for what was computed before.
+    """Clients that train from one model version. A job without clients only requests the results of earlier jobs.
 
     Args:
-        group: jobs whose results are added up by the worker.
-        told: what their clients may know.
-        codes, clients, down: who, and the bytes that each was sent.
-        rows: what they keep; asked for when the job is dealt.
-        deliver: whether the worker hands over its haul when it has done this.
-        wanted: whether somebody still waits for it.
-        deaths: workers that died over it.
+        group: the worker adds up the results of all jobs with the same group.
+        told: the broadcast for these clients.
+        codes: client id + repeat · number of clients, one for each client.
+        clients: the ids of the clients.
+        down: bytes of the download of each client.
+        rows: reads the client state; called when the job is assigned. None: the clients have no state.
+        deliver: whether the worker returns its results after this job.
+        wanted: whether the engine still needs the results.
+        deaths: the number of workers that died during this job.
+        unwanted_since: the time at which `wanted` became False, in seconds of `time.monotonic`.
     """
 
     group: int
@@ -51,7 +57,10 @@ class Job:
 
 
 class Catch(NamedTuple):
-    """A haul, the jobs that are in it, and how many clients fit side by side where more did not."""
+    """Results of one worker, and the jobs that they contain.
+
+    `most` is the largest chunk that fits into memory, if a larger one did not; else None.
+    """
 
     jobs: list[Job]
     haul: Haul
@@ -59,60 +68,64 @@ class Catch(NamedTuple):
 
 
 class Gone(Exception):
-    """A worker has ended, whatever it was at; with what is known of the reason."""
+    """A worker has ended. The text is the known reason, possibly empty."""
 
 
 class Line(Protocol):
-    """How one speaks with a worker. It answers every `give`, in turn, once it has said that it is ready."""
+    """A connection to one worker. After `Ready`, the worker answers requests in order."""
 
     def give(self, told: Told | None, run: Run, rows: Mapping[str, Tensor] | None) -> None:
-        """An order, with what its clients keep, and what they may know where the worker does not have it yet."""
+        """Send a request, with client state, and with the broadcast if the worker does not have it yet."""
 
     def hear(self) -> tuple[Answer, Mapping[str, Tensor]]:
-        """What it says, and the tensors of a haul, as they are until it is given more. Raises `Gone`."""
+        """Receive the next answer and the tensors of its results; they are valid until the next request.
+
+        Raises:
+            Gone: the worker has ended.
+        """
 
     def close(self) -> None:
-        """End it at once, whatever it is at."""
+        """End the worker at once, also during a job."""
 
 
 class Office(Protocol):
-    """Where workers come from, and where what all of them may read is laid out."""
+    """Starts workers, and publishes tensors that all workers read."""
 
     def hire(self) -> Line:
-        """A line to a new worker, which is being set up."""
+        """Start a worker and return the connection to it. The worker is not ready yet."""
 
     def wait(self, lines: Sequence[Line], timeout: float | None) -> Sequence[Line]:
-        """Lines on which something can be heard; none once `timeout` seconds have passed, None is for ever."""
+        """Wait for answers and return the connections that have one; () after `timeout` seconds, None waits forever."""
 
     def publish(self, number: int, tensors: Mapping[str, Tensor]) -> tuple[str, list[Place]]:
-        """Lay tensors out where every worker can read them, and say where."""
+        """Copy tensors to memory that every worker can read. Return the name of that memory and their places in it."""
 
     def withdraw(self, number: int) -> None:
-        """Nobody reads any more what was published under this number."""
+        """Free the memory of the tensors that were published under this number."""
 
     def close(self) -> None:
-        """Give back whatever it has."""
+        """Release all resources."""
 
 
 @dataclass(eq=False)
 class _Hand:
-    """A worker, as the crew sees it."""
+    """The pool's record of one worker."""
 
     line: Line
     pid: int | None = None
-    sent: deque[Job] = field(default_factory=deque)  # not yet answered
-    done: list[Job] = field(default_factory=list)  # computed, and not yet handed over
-    known: set[int] = field(default_factory=set)
-    forget: list[int] = field(default_factory=list)
+    sent: deque[Job] = field(default_factory=deque)  # jobs without an answer
+    done: list[Job] = field(default_factory=list)  # computed jobs of which the results are not returned yet
+    known: set[int] = field(default_factory=set)  # numbers of the broadcasts that the worker has
+    forget: list[int] = field(default_factory=list)  # numbers of the broadcasts that the worker shall free
 
 
 class Crew:
-    """Workers, the jobs that wait, and what came of those that were done.
+    """Workers, the queue of jobs, and the results that have arrived.
 
     Args:
-        office: where workers come from.
-        workers: how many.
-        stillborn: workers that may end one after the other before the first is ready.
+        office: starts workers.
+        workers: the number of workers, ≥ 1.
+        stillborn: after this number of consecutive failed starts, the run ends with an error.
     """
 
     def __init__(self, office: Office, workers: int, stillborn: int = 3) -> None:
@@ -134,16 +147,16 @@ class Crew:
             hand.line.close()
 
     def ready(self) -> None:
-        """Wait until every worker has said that it is ready."""
+        """Wait until every worker is ready."""
         while any(hand.pid is None for hand in self._hands):
             self._listen(None, None)
 
     def busy(self, group: int) -> bool:
-        """Whether some job of a group is still waited for, or its haul not yet taken."""
+        """Whether a job of this group is unfinished, or its results have not been taken yet."""
         return any(job.group == group and job.wanted for job in self._jobs())
 
     def _jobs(self) -> Iterator[Job]:
-        """All jobs: those that wait, those that workers have, and those whose haul is here."""
+        """All jobs: in the queue, at a worker, or in results that have arrived."""
         yield from self.queue
         for hand in self._hands:
             yield from (*hand.sent, *hand.done)
@@ -151,18 +164,18 @@ class Crew:
             yield from catch.jobs
 
     def forget(self, numbers: Iterable[int]) -> None:
-        """Nobody asks any more for what these births were told."""
+        """Let workers free these broadcasts. They receive the numbers with their next broadcast."""
         for hand in self._hands:
             gone = hand.known & set(numbers)
             hand.known -= gone
             hand.forget += sorted(gone)
 
     def told(self) -> set[int]:
-        """The births that some job, dealt or not, still reads."""
+        """The numbers of the broadcasts that a job still needs."""
         return {job.told.number for job in self._jobs()}
 
     def drop(self, unwanted: Callable[[Job], bool]) -> None:
-        """Nobody waits any more for some jobs; a worker that is at one finishes it, and nobody looks."""
+        """Cancel jobs for which `unwanted` is true. A worker finishes its current job, and the result is ignored."""
         now = time.monotonic()
         for job in self._jobs():
             if job.wanted and unwanted(job):
@@ -171,21 +184,21 @@ class Crew:
         self._caught = deque(catch for catch in self._caught if any(job.wanted for job in catch.jobs))
 
     def replace_stuck(self, seconds: float) -> None:
-        """Replace workers that are still at something nobody has waited for since so many seconds."""
+        """Replace workers that still compute a job that was cancelled more than `seconds` ago."""
         for hand in self._hands:
             first = hand.sent[0] if hand.sent else None
             if first and not first.wanted and time.monotonic() - first.unwanted_since > seconds:
                 self._replace(hand)
 
     def next(self, rule: Aggregator, ahead: int, timeout: float | None = None) -> Catch | None:
-        """Deal what waits, and the next haul; None once `timeout` seconds have passed.
+        """Assign queued jobs until results arrive, and return the results; None after `timeout` seconds.
 
         Args:
-            rule: whose partial sums the hauls hold.
-            ahead: jobs that a worker has in hand at most.
-            timeout: seconds; None waits as long as it takes.
+            rule: the aggregator that reads the partial sums in the results.
+            ahead: the largest number of unfinished jobs at one worker.
+            timeout: seconds; None: no limit.
         Raises:
-            RunError: a worker cannot go on, or no worker can be started.
+            RunError: a worker stopped with an error, or no worker can be started.
         """
         until = None if timeout is None else time.monotonic() + timeout
         while not self._caught:
@@ -198,7 +211,7 @@ class Crew:
     # the workers
 
     def _replace(self, hand: _Hand, reason: str = "") -> None:
-        """Another worker in its place; what it had not handed over waits again, first of all."""
+        """Start another worker in place of this one. Jobs without returned results go to the front of the queue."""
         hand.line.close()
         self.deaths += 1
         lost = [job for job in (*hand.done, *hand.sent) if job.codes and job.wanted]
@@ -212,19 +225,22 @@ class Crew:
             self._stillborn += 1
             if self._stillborn >= self._most_stillborn:
                 raise RunError(
-                    f"{self._stillborn} workers ended one after the other before they were ready.",
-                    "a worker that starts.",
-                    reason or "what they printed above says why.",
+                    f"{self._stillborn} workers in a row ended before they were ready.",
+                    "a worker process that starts.",
+                    reason or "their output above contains the reason.",
                     "--engine inprocess",
                 )
         self._hands[self._hands.index(hand)] = _Hand(self._office.hire())
 
     def _retried(self, job: Job) -> list[Job]:
-        """A job over which a worker died: again as it is, then in halves; a client that goes on killing has failed."""
+        """The jobs that replace one during which a worker died: the job itself, and after three deaths its two halves.
+
+        After three deaths, a job with a single client becomes a failure of that client.
+        """
         if job.deaths < _DEADLY:
             return [job]
         if len(job.codes) == 1:
-            cause = f"{_DEADLY} workers died over it"
+            cause = f"{_DEADLY} workers died while they trained it"
             failure = Failure(job.clients[0], job.told.birth, "local", cause)
             self._caught.append(Catch([job], Haul.none()._replace(failures=[failure], errors=[RuntimeError(cause)])))
             return []
@@ -240,7 +256,7 @@ class Crew:
     # the jobs
 
     def _deal(self, ahead: int) -> None:
-        """Give every worker that is there what it has room for, and ask for its haul once nothing is left to give."""
+        """Assign jobs to ready workers, at most `ahead` to each. With an empty queue, request their results."""
         hands = [hand for hand in self._hands if hand.pid is not None]
         while self.queue and hands:
             hand = min(hands, key=lambda hand: len(hand.sent))
@@ -263,7 +279,7 @@ class Crew:
         hand.line.give(told, Run(job.group, job.told.number, job.codes, job.down, None, job.deliver), rows)
 
     def _listen(self, rule: Aggregator | None, timeout: float | None) -> bool:
-        """Take in what workers say; False where nobody said anything in time."""
+        """Process the answers of workers. Return False if none arrived within `timeout` seconds."""
         heard = self._office.wait([hand.line for hand in self._hands], timeout)
         for hand in [hand for hand in self._hands if hand.line in heard]:
             try:
@@ -289,7 +305,7 @@ class Crew:
             self._caught.append(Catch(jobs, haul, answer.most))
 
     def _broken(self, hand: _Hand, answer: Broke) -> None:
-        """A worker cannot go on: what it says is raised here, and another one stands by."""
+        """Raise the error of a worker here, and start another worker in its place."""
         hand.sent.clear()
         hand.done.clear()
         if hand.pid is None:
@@ -306,5 +322,5 @@ class Crew:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

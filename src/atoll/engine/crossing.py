@@ -1,12 +1,16 @@
-"""What crosses between processes: values as plain trees and arrays, and arrays in memory that both map.
+"""Rebuilds any class by its name: a module that serves a network (`atoll.net`) must never import this one.
 
-    None, truth values, numbers, texts, bytes, torch's dtypes, devices and sizes      as they are
+Serialization for worker processes: values as plain trees and arrays, and arrays in memory that both processes map.
+
+    None, bool, numbers, str, bytes, torch's dtypes, devices and sizes                unchanged
     tuples, lists, sets, dicts                                                        item by item
     tensors, numpy arrays                                                             in a shared block or mapped file
     functions and classes                                                             by name, module:name
-    modules, data sets and other objects that are their `__dict__`                    name of the class, and the dict
+    modules, data sets and other objects whose state is their `__dict__`              name of the class, and the dict
 
-Nothing else crosses, and nothing is run on the way but the import of what is named.
+No other value can be serialized. Deserialization imports the named modules and runs no other code of the sender.
+
+Tests: tests/parity/test_processes.py, tests/parity/test_ray_alone.py.
 """
 
 from __future__ import annotations
@@ -29,21 +33,21 @@ from torch import Tensor, nn
 
 from atoll.errors import UsageError
 
-_ALIGN = 64  # bytes: where a tensor may begin
-_WRITTEN_IN_PYTHON = 1 << 9  # CPython's flag of classes that are objects themselves; those of C come without
-_HOMES = ("torch", "torch.nn.functional", "builtins")  # of functions that do not say where they live
+_ALIGN = 64  # bytes; a tensor starts at a multiple
+_WRITTEN_IN_PYTHON = 1 << 9  # CPython's flag for heap types; static types of C lack it
+_HOMES = ("torch", "torch.nn.functional", "builtins")  # modules to search for functions without `__module__`
 Place = tuple[str, str, tuple[int, ...], int]  # name, dtype, shape, first byte
 Arrays = list[np.ndarray[Any, Any]]
 
 
 class Block:
-    """A file that several processes map, and tensors in it.
+    """A file with tensors that several processes map into memory.
 
     Args:
-        path: the file; it is made, of `size` bytes, where a size is given, and there already where none is.
-        size: bytes.
+        path: the file.
+        size: bytes of a new file, ≥ 0; None: the file exists.
     Raises:
-        OSError: there is no room for it.
+        OSError: the file system is full.
     """
 
     def __init__(self, path: str | Path, size: int | None = None) -> None:
@@ -51,7 +55,9 @@ class Block:
         if size is not None:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
-                os.posix_fallocate(handle, 0, max(size, _ALIGN))  # a hole that cannot be filled later kills the process
+                os.posix_fallocate(
+                    handle, 0, max(size, _ALIGN)
+                )  # a sparse file on a full disk would kill the process at the write
             except OSError:
                 os.unlink(self.path)
                 raise
@@ -61,7 +67,11 @@ class Block:
         self._bytes = torch.from_file(self.path, shared=True, size=self.size, dtype=torch.uint8)
 
     def write(self, tensors: Mapping[str, Tensor]) -> list[Place]:
-        """Put tensors into the block, and say where they are."""
+        """Copy tensors into the block.
+
+        Returns:
+            The place of each tensor: name, dtype, shape, first byte.
+        """
         places = list(_places(tensors))
         for (_, _, _, start), t in zip(places, tensors.values(), strict=True):
             if t.numel():
@@ -69,7 +79,7 @@ class Block:
         return places
 
     def read(self, places: Iterable[Place]) -> dict[str, Tensor]:
-        """The tensors at these places: views, which change when the block does."""
+        """The tensors at these places, as views of the shared memory."""
         out = {}
         for name, dtype, shape, start in places:
             kind: torch.dtype = getattr(torch, dtype)
@@ -86,13 +96,15 @@ def _places(tensors: Mapping[str, Tensor]) -> Iterator[Place]:
 
 
 def room(tensors: Mapping[str, Tensor]) -> int:
-    """The bytes that a block for these tensors has."""
+    """Bytes of a block for these tensors, each aligned to 64 bytes."""
     return sum(-(-t.numel() * t.element_size() // _ALIGN) * _ALIGN for t in tensors.values())
 
 
 def laid(tensors: Mapping[str, Tensor]) -> tuple[list[Place], Arrays]:
-    """Tensors as arrays of bytes, and what each of them is; a place ends with the number of its array.
+    """Convert tensors to arrays of bytes.
 
+    Returns:
+        The place of each tensor: name, dtype, shape, index of its array; and the arrays, uint8.
     Example:
         >>> places, arrays = laid({"a": torch.ones(2, 3), "b": torch.tensor(7)})
         >>> [(name, shape, len(arrays[k])) for name, _, shape, k in places]
@@ -109,7 +121,7 @@ def laid(tensors: Mapping[str, Tensor]) -> tuple[list[Place], Arrays]:
 
 
 def lying(places: Sequence[Place], arrays: Arrays) -> dict[str, Tensor]:
-    """The tensors that were laid out: views, of memory that several processes may read and none may write."""
+    """The inverse of `laid`: tensors as views of the arrays. The caller must not write to them."""
     out = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writ")
@@ -122,29 +134,33 @@ def lying(places: Sequence[Place], arrays: Arrays) -> dict[str, Tensor]:
 
 
 class Blocks:
-    """Blocks in a folder of shared memory, and where that has no room, in one on the disk.
+    """Blocks in a folder of shared memory, or on disk if shared memory is full.
 
     Args:
-        folders: the first one that has room takes a block.
-        name: what the names of the files begin with.
+        folders: folders in order of preference; a block is made in the first one with enough space.
+        name: the prefix of the file names.
     """
 
     def __init__(self, folders: tuple[str, ...], name: str) -> None:
         self._folders, self._name, self._made = folders, name, 0
 
     def block(self, size: int) -> Block:
-        """A new block."""
+        """Make a new block.
+
+        Raises:
+            OSError: all folders are full.
+        """
         self._made += 1
         *some, last = (Path(folder) / f"{self._name}-{self._made}" for folder in self._folders)
         for path in some:
             try:
                 return Block(path, size)
-            except OSError:  # full: the disk takes it
+            except OSError:  # full: use the next folder
                 continue
         return Block(last, size)
 
     def fitting(self, block: Block | None, tensors: Mapping[str, Tensor]) -> Block:
-        """The same block where the tensors fit into it, otherwise a larger one, and the file of the old one goes."""
+        """Return the same block if the tensors fit into it. Otherwise remove its file and return a larger block."""
         need = room(tensors)
         if block is not None and block.size >= need:
             return block
@@ -153,43 +169,45 @@ class Blocks:
         return self.block(need + need // 4)
 
     def remove(self) -> None:
-        """Remove the files; whoever still maps one keeps what is in it."""
+        """Remove the files. A process that has mapped a file can still read it."""
         for folder in self._folders:
             for path in Path(folder).glob(f"{self._name}-*"):
                 path.unlink(missing_ok=True)
 
     def path(self) -> Path:
-        """Where a file on the disk may be made."""
+        """A path for a new file on disk."""
         self._made += 1
         return Path(self._folders[-1]) / f"{self._name}-{self._made}"
 
 
 class Packed(NamedTuple):
-    """A value as a tree of plain items, and the tensors that it names by their number."""
+    """A serialized value: a tree of plain items, and the tensors that the tree refers to by number."""
 
     tree: Any
     tensors: dict[str, Tensor]
 
 
 def pack(value: Any, what: str, write: str, spill: Callable[[], Path] | None) -> Packed:
-    """A value as it crosses.
+    """Serialize a value.
 
     Args:
         value: the value.
-        what: it is, for the error.
-        write: what the error says to write instead, where no better line is known.
-        spill: where a mapped array without a file of its own is written to; None: it crosses as if it were not mapped.
+        what: its name, for errors.
+        write: the line to write in an error, if no better one is known.
+        spill: gives a path to which a mapped array without a file is written; None: such an array is sent as a tensor.
+    Returns:
+        The tree and its tensors.
     Raises:
-        UsageError: it holds something that cannot cross, and where.
+        UsageError: a part of the value cannot be serialized. The error names the part.
     """
     packer = _Packer(write, spill)
     return Packed(packer.pack(value, what), packer.tensors)
 
 
 def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that was packed; what stands in it twice is one object again.
+    """Deserialize a value. An object that occurs twice in the value is one object again.
 
-    A module gets copies of its tensors, since it changes them; everything else reads the shared ones.
+    A module receives copies of its tensors, since it changes them. All other objects read the shared tensors.
     """
     return _Unpacker(tensors).unpack(tree)
 
@@ -197,8 +215,11 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 def name_of(thing: Any, what: str) -> str:
     """The name, `module:name`, by which another process can import a function or class.
 
+    Args:
+        thing: the function or class.
+        what: its role, for errors.
     Raises:
-        UsageError: there is none.
+        UsageError: no module has it at its top level.
     Example:
         >>> name_of(nn.Linear, "the model")
         'torch.nn.modules.linear:Linear'
@@ -208,8 +229,8 @@ def name_of(thing: Any, what: str) -> str:
     if module == "__main__":
         raise UsageError(
             f"{what}: the {kind} {name} is defined in __main__: a script, a notebook or a prompt.",
-            f"a {kind} in a file of its own, imported from there.",
-            "a worker is another process: it is sent numbers, and imports code by its name.",
+            f"a {kind} in a separate file, imported from there.",
+            "a worker is another process: it receives numbers, and imports code by its name.",
             f"from my_{name.split('.')[0].strip('<>').lower()} import {name.split('.')[0].strip('<>')}",
         )
     for home in (module,) if module else _HOMES:
@@ -221,13 +242,13 @@ def name_of(thing: Any, what: str) -> str:
     raise UsageError(
         f"{what}: the {kind} {name or thing!r} of {module} has no name that can be imported.",
         f"a {kind} at the top of a module.",
-        "a worker is another process: it is sent numbers, and imports code by its name.",
+        "a worker is another process: it receives numbers, and imports code by its name.",
         "--engine inprocess",
     )
 
 
 def named(name: str) -> Any:
-    """What `module:name` names, imported."""
+    """Import the object that `module:name` names."""
     module, _, path = name.partition(":")
     return functools.reduce(getattr, path.split("."), importlib.import_module(module))
 
@@ -236,7 +257,7 @@ class _Packer:
     def __init__(self, write: str, spill: Callable[[], Path] | None) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._write, self._spill = write, spill
-        self._seen: dict[int, tuple[int, Any]] = {}  # with the thing itself: an id belongs to whoever is alive
+        self._seen: dict[int, tuple[int, Any]] = {}  # also keeps the value alive, since ids of dead objects are reused
 
     def pack(self, value: Any, at: str) -> Any:
         match value:
@@ -288,7 +309,7 @@ class _Packer:
         return ["array", name]
 
     def _mapped(self, array: np.memmap[Any, Any]) -> Any:
-        """A mapped array by its file; one whose file has no name any more is written to another."""
+        """Serialize a mapped array as the name of its file. If that file was removed, write the array to a new one."""
         base = array
         while isinstance(base.base, np.memmap):
             base = base.base
@@ -305,7 +326,7 @@ class _Packer:
         return ["mapped", os.path.abspath(path), array.dtype.str, list(array.shape), offset]
 
     def _state(self, value: Any, at: str) -> dict[str, Any]:
-        """The `__dict__` of an object that is nothing beside it; of a dataclass its fields alone."""
+        """The `__dict__` of an object without other state; the fields of a dataclass."""
         kind: Any = type(value)
         if dataclasses.is_dataclass(value) and not hasattr(kind, "__setstate__"):
             return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
@@ -317,7 +338,7 @@ class _Packer:
         raise UsageError(
             f"{at} is a {kind.__module__}.{kind.__qualname__}.",
             "numbers, texts, tensors, arrays, code that can be imported, and objects made of them.",
-            "a worker is another process: nothing else can be sent to it.",
+            "a worker is another process, and other values cannot be sent to it.",
             self._write,
         )
 
@@ -326,7 +347,7 @@ class _Unpacker:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
         self._made: dict[int, Any] = {}
-        self._copies = 0  # how deep inside a module
+        self._copies = 0  # > 0 inside a module
 
     def unpack(self, tree: Any) -> Any:
         if not isinstance(tree, list):
@@ -355,7 +376,7 @@ class _Unpacker:
             case ["new", number, thing]:
                 self._made[number] = self._thing(thing)
                 return self._made[number]
-        raise ValueError(f"No value is written {tree!r:.80}.")
+        raise ValueError(f"No serialized value has the form {tree!r:.80}.")
 
     def _thing(self, tree: Any) -> Any:
         match tree:
@@ -370,7 +391,7 @@ class _Unpacker:
                 return np.memmap(path, np.dtype(dtype), "r", offset, tuple(shape))
             case ["code", name]:
                 return named(name)
-        raise ValueError(f"No value is written {tree!r:.80}.")
+        raise ValueError(f"No serialized value has the form {tree!r:.80}.")
 
     def _object(self, number: int, kind: type, state: Any) -> Any:
         made: Any = object.__new__(kind)
@@ -387,6 +408,6 @@ class _Unpacker:
 
 
 def removed(folders: Iterable[str]) -> None:
-    """Remove folders of blocks; whoever still maps one keeps what is in it."""
+    """Remove folders of blocks. A process that has mapped a file can still read it."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,7 @@
-"""The device that a training computes on: found by its name, how much memory it has left, and what says it has none."""
+"""The device of a training: its name, its free memory, and errors that report that memory is full.
+
+Tests: tests/faults/test_device_asked.py, tests/faults/test_memory.py, tests/identities/test_device.py.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,32 @@ from atoll.errors import UsageError
 from atoll.plan.lanes import HOST
 
 PRECISIONS = ("full", "bf16")
-_DATA_PART = 0.25  # of a GPU's free memory that the data may take for good
+_DATA_PART = 0.25  # largest part of a GPU's free memory that the data may occupy during the run
 _TEXT = re.compile(r"auto|cpu|cuda(:\d+)?")
-# What torch says in a plain RuntimeError where the system gives no memory.
+# Texts of torch's RuntimeError if an allocation fails.
 _SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "not enough memory")
 
 
 def found(text: str, rank: int | None = None) -> torch.device:
-    """The device of a name.
+    """Resolve the name of a device.
 
     Args:
-        text: `"auto"`, a GPU where there is one and else the CPU; `"cpu"`; `"cuda"` or `"cuda:1"`.
-        rank: of `torchrun` on this machine, each of which takes the GPU of its number where none is named; None: the
-            first one.
+        text: `"auto"`, a GPU if there is one and else the CPU; `"cpu"`; `"cuda"` or `"cuda:1"`.
+        rank: the local rank of this process under `torchrun`. If the name has no number, rank r takes GPU r modulo the
+            number of GPUs. None: GPU 0.
+    Returns:
+        The device.
     Raises:
-        UsageError: no such device, or not here.
+        UsageError: the name is unknown, or this machine does not have the device.
     Example:
         >>> found("cpu")
         device(type='cpu')
     """
     why = ""
     if text.partition(":")[0] == "mps":
-        why = "exact sums are held in float64, which mps does not have."
+        why = "exact sums need float64, which mps does not have."
     if not _TEXT.fullmatch(text):
-        raise UsageError(f"device = {text!r}.", "auto, cpu, cuda, or cuda: and a number.", why, "--device auto")
+        raise UsageError(f"device = {text!r}.", "auto, cpu, cuda, or cuda:N with a number N.", why, "--device auto")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text == "cpu" or (text == "auto" and not gpus):
         return HOST
@@ -44,7 +49,7 @@ def found(text: str, rank: int | None = None) -> torch.device:
         raise UsageError(
             f"device = {text!r}, and torch finds no GPU.",
             "a GPU, its driver, and a torch that was built for it.",
-            "" if built else f"this is torch {torch.__version__}, built for CPUs.",
+            "" if built else f"torch {torch.__version__} was built for CPUs.",
             "--device cpu",
         )
     index = int(text.partition(":")[2] or (rank or 0) % gpus)
@@ -52,22 +57,27 @@ def found(text: str, rank: int | None = None) -> torch.device:
         raise UsageError(
             f"device = {text!r}, and there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'}.",
             f"cuda:0{f' to cuda:{gpus - 1}' if gpus > 1 else ''}.",
-            "they are counted from 0.",
+            "GPUs are counted from 0.",
             f"--device cuda:{gpus - 1}",
         )
     return torch.device("cuda", index)
 
 
 def local_rank() -> int:
-    """The number of this process among those that `torchrun` started on this machine."""
+    """The local rank of this process under `torchrun`; 0 without torchrun."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def check_precision(precision: str, dtype: str, numerics: str, device: torch.device) -> None:
-    """Refuse a precision that is none, or that cannot be had.
+    """Refuse an unknown precision, or one that dtype, numerics or device do not support.
 
+    Args:
+        precision: "full" or "bf16".
+        dtype: the dtype of the model, "float32" or "float64".
+        numerics: the backend, or "auto".
+        device: the device of the training.
     Raises:
-        UsageError: which, and what to write instead.
+        UsageError: the precision is not supported.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"precision = {precision!r}.", f"one of {', '.join(PRECISIONS)}.", write="--precision full")
@@ -77,30 +87,30 @@ def check_precision(precision: str, dtype: str, numerics: str, device: torch.dev
         raise UsageError(
             f"precision = {precision!r} with dtype = {dtype!r}.",
             "dtype = 'float32'.",
-            "what is computed in 16 bits does not need a model of 64.",
+            "products in 16 bits do not need a model in 64 bits.",
             "--dtype float32",
         )
     if numerics in ("fused", "compiled"):
         raise UsageError(
             f"precision = {precision!r} with numerics = {numerics!r}.",
             "lanes or loop.",
-            "layers by hand make a step out of their products, in the type of θ.",
+            "these backends compute products and steps in the dtype of θ.",
             "--numerics auto",
         )
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UsageError(
             f"precision = {precision!r} on {torch.cuda.get_device_name(device)}.",
             "a GPU that computes in bfloat16.",
-            "without it every product would go through float32, and take longer.",
+            "this GPU would convert every product to float32, which is slower.",
             "--precision full",
         )
 
 
 def free(device: torch.device) -> int | None:
-    """Bytes that are free on a device of its own memory, those included that torch holds and does not use.
+    """Free memory of a device in bytes, including memory that torch has reserved and does not use.
 
     Returns:
-        None on the host, where what counts is not how much there is but how much stays near the cores.
+        Bytes; None on the host, where the size of the caches limits a chunk, not the size of the memory.
     """
     if device.type != "cuda":
         return None
@@ -109,23 +119,23 @@ def free(device: torch.device) -> int | None:
 
 
 def nearby(data: Clients, device: torch.device) -> Clients:
-    """The clients, their rows on a device for good where they leave most of its memory free."""
+    """The clients, with their rows on the device if the rows take at most a quarter of its free memory."""
     return data.on(device, _DATA_PART * (free(device) or 0))
 
 
 def gpu(device: torch.device) -> dict[str, str]:
-    """The kind of GPU, to be written down; nothing for the host."""
+    """The model of the GPU, for environment.json; {} for the host."""
     return {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
 
 
 def give_back(device: torch.device) -> None:
-    """Give back what torch holds of a device's memory and does not use: in one piece it may be enough."""
+    """Release memory that torch has reserved and does not use, so that a large allocation can succeed."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no memory for something.
+    """Whether an error reports that memory is full.
 
     Example:
         >>> out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."))

@@ -1,4 +1,7 @@
-"""What a fleet draws for one population and seed: tables that are filled in blocks, when somebody asks."""
+"""Random numbers of a fleet for one population and seed: tables that are filled in blocks at first use.
+
+Tests: tests/identities/test_fleet.py, tests/identities/test_clock.py.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,17 @@ from atoll.errors import UsageError
 from atoll.rng import Key
 
 _BLOCK = 12  # draws are made for 2¹² clients or flights at once
-_KEPT = 64  # blocks of flights kept: ordinals grow, and who is far behind is drawn again
+_KEPT = 64  # blocks of flights in the cache: ordinals grow, and a draw for an old ordinal is computed again
 
 
 class Table:
-    """One number for each client or flight, drawn in blocks when first asked for. Copies of a clock share it."""
+    """One number for each client or flight, drawn in blocks at first use. Copies of a clock share the table.
+
+    Args:
+        given: a constant or a distribution.
+        key: the key of the draws.
+        sizes: int64 `[C]`, the rows of each client.
+    """
 
     def __init__(self, given: float | Distribution, key: Key, sizes: Tensor) -> None:
         self._clients = len(sizes)
@@ -55,7 +64,7 @@ class Table:
         return values
 
     def extreme(self, which: int) -> Tensor:
-        """The least (0) or the largest (1) that each client can draw, float64 `[C]`."""
+        """The smallest (`which` = 0) or largest (1) possible value of each client, float64 `[C]`."""
         if self._same is not None:
             return torch.full((self._clients,), self._same, dtype=torch.float64)
         if self._flight:
@@ -66,7 +75,10 @@ class Table:
 
 
 class Lost(NamedTuple):
-    """At what share of its compute time a flight is lost: uniform in [0, 1) with this chance, else 2 (never)."""
+    """The fraction of its compute time at which a flight is lost: uniform in [0, 1) with probability `chance`, else 2.
+
+    A value of 2 means that the flight is not lost.
+    """
 
     chance: float
     per: str = "flight"
@@ -81,13 +93,21 @@ class Lost(NamedTuple):
 
 
 class Draws:
-    """All that a fleet draws for one population and seed: pure functions, kept as they are asked for."""
+    """All random numbers of a fleet for one population and seed. They are pure functions; results are cached.
+
+    Args:
+        fleet: durations, availability and dropout.
+        sizes: int64 `[C]`, the rows of each client, ≥ 0; C ≥ 1.
+        seed: the key of every draw.
+    Raises:
+        UsageError: `sizes` is not of this form, or a distribution of the fleet is for another number of clients.
+    """
 
     def __init__(self, fleet: Fleet, sizes: Tensor, seed: int) -> None:
         if sizes.ndim != 1 or sizes.is_floating_point() or not len(sizes) or int(sizes.min()) < 0:
             raise UsageError(
                 f"Sizes of shape {tuple(sizes.shape)} and type {sizes.dtype}.",
-                "int64 [C]: the rows of each of at least one client, none below 0.",
+                "int64 [C] with C ≥ 1: the rows of each client, each ≥ 0.",
             )
         key = Key(seed).fold("clock")
 
@@ -109,7 +129,7 @@ class Draws:
 
     @cached_property
     def fingerprint(self) -> int:
-        """63 bits of SHA-256 over the fleet, what its traces say, the population and the seed."""
+        """63 bits of SHA-256 over the fleet, the contents of its traces, the population and the seed."""
         fleet, sizes, seed = self._what
         whole = hashlib.sha256(repr((fleet, seed)).encode())
         whole.update(sizes.to(torch.int64).numpy().tobytes())

@@ -1,8 +1,10 @@
-"""Elementwise operations whose bits depend on where in a tensor a number lies.
+"""Detection of elementwise operations whose bits depend on the position of a number in a tensor.
 
-A kernel works through a tensor by vectors of up to 64 numbers, and through what is left one by one. For some functions
-(sigmoid, SiLU, ELU, softplus) the two round differently, in 4 to 15 of 100 numbers. In lanes a client's numbers lie
-behind those of its neighbours: whether they are in a vector or left over then depends on who is computed beside it.
+A kernel processes a tensor in vectors of up to 64 numbers, and the remainder one number at a time. For some functions
+(sigmoid, SiLU, ELU, softplus) the two paths round differently, in 4 to 15 of 100 numbers. In lanes, the numbers of
+several clients lie in one tensor. So the position of the remainder depends on the other clients of the chunk.
+
+Tests: tests/conformance/test_bodies.py.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from atoll.rng import Key
 
 VECTOR = 64
-_TRIED = 7 * 146  # numbers, in pieces of 7: nothing in them but what is left over
+_TRIED = 7 * 146  # numbers to try; a piece of 7 numbers has no full vector
 
 
 class Elementwise(TorchDispatchMode):
-    """Tries every elementwise operation of a pass at other places; what differs is in `restless`.
+    """Test every elementwise operation of a pass at other positions. `restless` collects the names of failing ones.
 
-    An operation that gives a multiple of `VECTOR` numbers for each row is left out: no row begins inside a vector.
+    An operation with a multiple of `VECTOR` results for each row is not tested, since no row starts inside a vector.
 
     Args:
-        rows: rows in the pass.
+        rows: the rows in the pass, ≥ 1.
     Example:
         >>> with Elementwise(rows=3) as watch:
         ...     _ = torch.sigmoid(torch.linspace(-3, 3, 15)).exp()
@@ -44,9 +46,10 @@ class Elementwise(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Torch's own question to a mode: to keep the compiler away from it, it would import all of the compiler.
+        """Whether torch must keep its compiler away from this mode.
 
-        That takes longer than anything else before the first round, and nothing is compiled here.
+        With True, torch imports the whole compiler. This is the slowest step before the first round, and atoll does not
+        use torch's compiler here.
         """
         return False
 
@@ -57,7 +60,7 @@ class Elementwise(TorchDispatchMode):
         plain = torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags
         floats = [a for a in args if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
         if plain and floats and func not in self._tried:
-            # numpy's: torch's own imports what it computes symbolic shapes with, which takes half a second.
+            # NumPy's function: torch's one imports the modules for symbolic shapes, which takes half a second.
             size = math.prod(np.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor))))
             if size % (VECTOR * self.rows):
                 self._tried.add(func)
@@ -67,13 +70,13 @@ class Elementwise(TorchDispatchMode):
 
 
 def _same_anywhere(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operation gives the same bits for many numbers at once as for a few at a time."""
+    """Whether an operation has the same bits on one long tensor and on pieces of 7 numbers."""
     tensors = torch.broadcast_tensors(*(a for a in args if isinstance(a, Tensor)))
     columns = iter([_spread(t, i) for i, t in enumerate(tensors)])
     wide = [next(columns) if isinstance(a, Tensor) else a for a in args]
 
     def over(start: int, end: int) -> Tensor:
-        fresh = {n: a.new_empty(0) if isinstance(a, Tensor) else a for n, a in kwargs.items()}  # what goes to `out`
+        fresh = {n: a.new_empty(0) if isinstance(a, Tensor) else a for n, a in kwargs.items()}  # for `out=`
         part: Tensor = func(*(a[start:end].clone() if isinstance(a, Tensor) else a for a in wide), **fresh)
         return part.nan_to_num()
 
@@ -81,12 +84,12 @@ def _same_anywhere(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         whole = over(0, _TRIED)
         pieces = torch.cat([over(start, start + 7) for start in range(0, _TRIED, 7)])
     except (RuntimeError, TypeError, AttributeError):
-        return True  # no function of numbers alone; the comparison of whole lanes has to do
+        return True  # not a function of numbers only; the comparison of whole lanes covers it
     return torch.equal(whole, pieces)
 
 
 def _spread(t: Tensor, i: int) -> Tensor:
-    """Numbers like those of t, as many as are tried: its own, each times something between 1 and 2."""
+    """`_TRIED` numbers similar to those of t: the numbers of t, repeated, each times a random factor in [1, 2)."""
     flat = t.detach().reshape(-1)[torch.arange(_TRIED, device=t.device) % t.numel()]
     if not flat.is_floating_point():
         return flat

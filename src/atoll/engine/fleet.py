@@ -1,8 +1,11 @@
-"""Fleets as values: how fast clients compute, what their links carry, when they are there, how often they are lost.
+"""Fleets as values: compute times and link rates of simulated clients, their availability, and the rate of dropout.
 
     Fleet(compute=HalfNormal(), uplink=LogNormal(1.25e6, 0.5), server="1 Gb/s", availability=0.8, dropout=0.05)
 
-Every number that a client or a flight draws is keyed by the seed, and by the client or the flight's ordinal alone.
+A flight is one trip of a client: it downloads the model, computes, and uploads its update. The key of every random
+number is the seed together with the client's id or the flight's ordinal. The number depends on nothing else.
+
+Tests: tests/identities/test_fleet.py, tests/identities/test_clock.py.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from atoll.grammar import Value
 from atoll.rng import Key
 
 LARGEST = 1e15
-_TOO_LARGE = "above 1e15, float64 no longer tells tenths of a second apart."
-_SMALLEST = 1e-12  # of the scale: the laws that reach 0 do so with chance 2⁻⁵³, and a rate of 0 would never arrive
+_TOO_LARGE = "above 1e15, float64 does not resolve tenths of a second."
+_SMALLEST = 1e-12  # in units of the scale: some laws give 0 with probability 2⁻⁵³, and a transfer at rate 0 never ends
 _MOST_RANK = 10**6
 _RATE = re.compile(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kKMGT]?)(i?)([bB])/s")
 _PREFIX = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -37,10 +40,11 @@ Draw = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class Distribution(Protocol):
-    """A positive number for each client or flight.
+    """A positive random number for each client or for each flight.
 
-    `draws` is bound to a population, int64 `[C]` rows a client; it gives a function of int64 `[K]` ids (clients, or
-    ordinals of flights) to float64 `[K]`. `bounds` are the least and the largest that it can give.
+    `per` is "client" or "flight". `bounds` are the smallest and the largest possible value. `draws(key, sizes)` takes
+    the rows of each client, int64 `[C]`. It returns a function from ids, int64 `[K]`, to values, float64 `[K]`. The ids
+    are clients or ordinals of flights, as `per` names.
     """
 
     @property
@@ -51,13 +55,15 @@ class Distribution(Protocol):
 
 
 def rate(text: str | float) -> float:
-    """Bytes per second, out of a text or a number.
+    """Convert a rate to bytes per second.
 
     Args:
-        text: a number, a prefix k M G T (of 1000) or Ki Mi Gi Ti (of 1024), and b/s (bits) or B/s (bytes); a plain
-            number is bytes per second.
+        text: a text made of a number, a prefix k M G T (of 1000) or Ki Mi Gi Ti (of 1024), and b/s (bits) or B/s
+            (bytes); or a number of bytes per second.
+    Returns:
+        Bytes per second, in (0, 1e15].
     Raises:
-        UsageError: it is none of these, or not above 0.
+        UsageError: the text has another form, or the rate is outside (0, 1e15].
     Example:
         >>> rate("100 Mb/s"), rate("1.5 MB/s"), rate(2000)
         (12500000.0, 1500000.0, 2000.0)
@@ -83,12 +89,12 @@ def rate(text: str | float) -> float:
 
 
 def _per(value: Any) -> None:
-    """Read the numbers of a distribution and refuse a `per` that is neither word."""
+    """Validate the numbers of a distribution and its `per`."""
     check(value)
     if value.per not in ("client", "flight"):
         raise UsageError(
-            f"{type(value).__name__} was given per = {value.per!r}.",
-            "'client' (one draw, kept for all its flights) or 'flight' (drawn anew for each).",
+            f"{type(value).__name__} has per = {value.per!r}.",
+            "'client' (one draw for all flights of a client) or 'flight' (one draw for each flight).",
             write=repaired(value, per="client"),
         )
 
@@ -99,11 +105,11 @@ def _scale(default: Any = 1.0) -> Any:
 
 @dataclass(frozen=True, repr=False)
 class HalfNormal(Value):
-    """scale·|N(0, 1)|: mean .798 scale. Among 100 clients the slowest takes 3.44 means.
+    """scale·|N(0, 1)|. The mean is 0.798·scale. The slowest of 100 clients takes 3.44 times the mean.
 
     Args:
-        scale: above 0.
-        per: "client" or "flight".
+        scale: in (0, 1e15].
+        per: "client", one draw for each client; or "flight", one draw for each flight.
     Example:
         >>> HalfNormal(2.0).draws(Key(7), torch.ones(3))(torch.arange(3)).shape
         torch.Size([3])
@@ -127,12 +133,12 @@ class HalfNormal(Value):
 
 @dataclass(frozen=True, repr=False)
 class LogNormal(Value):
-    """median·exp(sigma·N(0, 1)).
+    """median·exp(sigma·N(0, 1)), the log-normal law.
 
     Args:
-        median: above 0.
+        median: in (0, 1e15].
         sigma: standard deviation of the logarithm, in [0, 20].
-        per: "client" or "flight".
+        per: "client", one draw for each client; or "flight", one draw for each flight.
     """
 
     median: float = _scale()
@@ -152,11 +158,11 @@ class LogNormal(Value):
 
 @dataclass(frozen=True, repr=False)
 class Exponential(Value):
-    """Exponential law: P(x > t) = exp(−t/mean).
+    """The exponential law: P(x > t) = exp(−t/mean).
 
     Args:
-        mean: above 0.
-        per: "client" or "flight".
+        mean: in (0, 1e15].
+        per: "client", one draw for each client; or "flight", one draw for each flight.
     """
 
     mean: float = _scale()
@@ -175,19 +181,18 @@ class Exponential(Value):
 
 @dataclass(frozen=True, repr=False)
 class Zipf(Value):
-    """scale·k with P(k) ∝ k⁻ᵃ for k = 1 … 10⁶: most are as fast as the fastest, a few are slower by magnitudes.
+    """scale·k with P(k) ∝ k⁻ᵃ for k = 1 … 10⁶: most values equal `scale`, and a few are larger by orders of magnitude.
 
-    Each client (or flight) draws its own k; there are no ranks to share out. What the law without an end puts above
-    10⁶ is drawn again.
+    Each client or flight draws its own k, independently. Draws of the untruncated law above 10⁶ are repeated.
 
     Args:
-        a: in (1, 10], at least 1.01.
-        scale: the value of k = 1, above 0.
-        per: "client" or "flight".
+        a: the exponent, in [1.01, 10].
+        scale: the value for k = 1, in (0, 1e15].
+        per: "client", one draw for each client; or "flight", one draw for each flight.
     Reference: Devroye, Non-Uniform Random Variate Generation, 1986, X.6.1.
     """
 
-    a: float = number(2.0, least=1.01, most=10, why="the sum of k⁻ᵃ is finite for a > 1 alone.")
+    a: float = number(2.0, least=1.01, most=10, why="the sum of k⁻ᵃ is finite only if a > 1.")
     scale: float = _scale()
     per: str = "client"
 
@@ -220,12 +225,12 @@ class Zipf(Value):
 
 @dataclass(frozen=True, repr=False)
 class Between(Value):
-    """Uniform in [low, high).
+    """The uniform law in [low, high).
 
     Args:
-        low: above 0.
-        high: above low.
-        per: "client" or "flight".
+        low: in (0, 1e15].
+        high: in (low, 1e15].
+        per: "client", one draw for each client; or "flight", one draw for each flight.
     """
 
     low: float = number(above=0, most=LARGEST, example=0.5)
@@ -252,12 +257,13 @@ class Between(Value):
 
 @dataclass(frozen=True, repr=False)
 class Each(Value):
-    """Client i has values[i].
+    """Explicit values: client i has values[i].
 
     Args:
-        values: a number above 0 for each client.
+        values: one number for each client, in (0, 1e15].
     Raises:
-        UsageError: a value is no number above 0; or, when a clock is made, there are not as many as clients.
+        UsageError: a value is outside its range; or, when a clock is built, the number of values differs from the
+            number of clients.
     Example:
         >>> Each((1, 1, 5))
         Each((1.0, 1.0, 5.0))
@@ -271,8 +277,8 @@ class Each(Value):
         if not isinstance(self.values, (tuple, list)) or not values or not all(good):
             mended = tuple(float(v) if fine else 1.0 for v, fine in zip(values, good, strict=True)) or (1.0,)
             raise UsageError(
-                f"Each was given {self.values!r}.",
-                "a tuple with a number for each client, 0 < it ≤ 1e15.",
+                f"Each({self.values!r}).",
+                "a tuple with one number for each client, each in (0, 1e15].",
                 write=repr(Each(mended)),
             )
         object.__setattr__(self, "values", tuple(map(float, values)))
@@ -299,13 +305,13 @@ class Each(Value):
 
 @dataclass(frozen=True, repr=False)
 class Trace(Value):
-    """A number for each client out of a CSV file with a header: the columns `client` (0 … C−1) and `column`.
+    """Values from a CSV file with a header: one line for each client, with the columns `client` (0 … C−1) and `column`.
 
-    The file is read when a clock is made, not when the value is: reading a plan opens no file.
+    The file is read when a clock is built, not when this value is built. So parsing a text opens no file.
 
     Args:
-        path: of the file.
-        column: the column of numbers, each above 0.
+        path: the CSV file.
+        column: the name of the column of values, each above 0.
     """
 
     path: str
@@ -331,7 +337,7 @@ def _path(value: Any) -> str:
     """The path of a value that names a file."""
     if not isinstance(value.path, (str, os.PathLike)) or not os.fspath(value.path):
         raise UsageError(
-            f"{type(value).__name__} was given path = {value.path!r}.",
+            f"{type(value).__name__} has path = {value.path!r}.",
             "the path of a CSV file.",
             write=repr(replace(value, path="fleet.csv")),
         )
@@ -340,10 +346,11 @@ def _path(value: Any) -> str:
 
 @dataclass(frozen=True, repr=False)
 class ByRows(Value):
-    """A distribution times rows / mean rows of the client: who holds more computes longer.
+    """A distribution scaled by the client's rows: value · rows / mean rows. Clients with more rows compute longer.
 
     Args:
-        distribution: of seconds, for a client with the mean number of rows; a number is a constant.
+        distribution: seconds of a client with the mean number of rows; a number in (0, 1e15], or a distribution other
+            than `ByRows`.
     Example:
         >>> ByRows(HalfNormal())
         ByRows(HalfNormal())
@@ -355,7 +362,7 @@ class ByRows(Value):
         check(self)
         if isinstance(self.distribution, ByRows):
             raise UsageError(
-                "ByRows of ByRows.", "a distribution that does not know of rows.", write=repr(self.distribution)
+                "ByRows of ByRows.", "a distribution that is not scaled by rows.", write=repr(self.distribution)
             )
 
     @property
@@ -367,7 +374,7 @@ class ByRows(Value):
         return (self.distribution,) * 2 if isinstance(self.distribution, float) else self.distribution.bounds
 
     def draws(self, key: Key, sizes: Tensor) -> Draw:
-        """The draws before they are multiplied: a flight's ordinal does not tell its client; see `share`."""
+        """Draws before scaling. A flight's ordinal does not identify its client, so the caller scales by `share`."""
         given = self.distribution
         if isinstance(given, float):
             return lambda ids: torch.full((len(ids),), given, dtype=torch.float64)
@@ -378,21 +385,21 @@ class ByRows(Value):
         """rows / mean rows, float64 `[C]`."""
         if not int(sizes.sum()):
             raise UsageError(
-                "ByRows, and no client holds a row.", "at least one row.", "the mean is what divides.", "1.0"
+                "ByRows, and no client holds a row.", "at least one row.", "values are divided by the mean rows.", "1.0"
             )
         return sizes.to(torch.float64) / sizes.to(torch.float64).mean()
 
 
 @dataclass(frozen=True, repr=False)
 class Chance(Value):
-    """In each window of time a client is there with this chance, by its own keyed coin, for the whole window.
+    """Random availability: a client is available for a whole window with this probability, independently of others.
 
     Args:
-        chance: in (0, 1].
-        window: seconds, above 0.
+        chance: the probability, in (0, 1]. The key of a draw is the client and the window.
+        window: length of a window in seconds, in (0, 1e15].
     """
 
-    chance: float = number(0.5, above=0, most=1, why="somebody must be there to be started.")
+    chance: float = number(0.5, above=0, most=1, why="a round can only start clients that are available.")
     window: float = _scale()
 
     def __post_init__(self) -> None:
@@ -406,13 +413,13 @@ class Chance(Value):
 
 @dataclass(frozen=True, repr=False)
 class Windows(Value):
-    """When each client is there, out of a CSV file with a header: the columns client, start, end (seconds).
+    """Availability from a CSV file with a header: the columns client, start, end, in seconds.
 
-    A client is there for start ≤ t < end; the whole repeats with the latest end of all as its period. The file is
-    read when a clock is made.
+    A client is available for start ≤ t < end. All windows repeat. The period is the latest end in the file. The file is
+    read when a clock is built.
 
     Args:
-        path: of the file.
+        path: the CSV file.
     """
 
     path: str
@@ -426,28 +433,29 @@ class Windows(Value):
 
 @runtime_checkable
 class Presence(Protocol):
-    """When clients are there: bound to a population, a calendar."""
+    """Availability of clients. `calendar(key, clients)` gives the availability of a population over time."""
 
     def calendar(self, key: Key, clients: int) -> calendars.Calendar: ...
 
 
 @dataclass(frozen=True, repr=False)
 class Fleet(Value):
-    """What time costs: a flight is download, compute, upload; the default takes one second, and links cost nothing.
+    """Durations of simulated flights: download, compute, upload. By default a flight takes 1 s and links are free.
 
     Args:
-        compute: seconds of one flight's work, a number or a distribution. Where a client's steps follow a schedule,
-            those of round 0; other rounds take in proportion.
-        uplink, downlink: each client's own link: a rate ("10 Mb/s", or bytes per second) or a distribution of bytes
-            per second; None: infinitely fast.
-        server: rate of the server's own link, shared by all transfers, one pool down and one up; None: no limit.
-        availability: the chance that a client may be started, by windows of one second; `Chance(q, window=60)` for
-            others; or `Windows(path)`. Who is in flight when its window ends flies on.
-        dropout: the chance that a flight never arrives, in [0, 1): it ends at a keyed moment, uniform in its compute
-            time.
-        latency: seconds before a transfer is heard at the other end, each way; a number or a distribution.
+        compute: seconds that one flight computes, a number in [0, 1e15] or a distribution. If a client's steps follow a
+            schedule, this is the time of round 0, and the times of other rounds are in proportion to their steps.
+        uplink, downlink: the client's own link: a rate ("10 Mb/s", or bytes per second) or a distribution of bytes per
+            second; None: infinitely fast.
+        server: the rate of the server's link, shared by all transfers of one direction; None: no limit.
+        availability: the probability that a client is available, in (0, 1], drawn for windows of one second;
+            `Chance(q, window=60)` for other windows; or `Windows(path)`. A client that is in flight when its window
+            ends finishes its flight.
+        dropout: the probability that a flight is lost, in [0, 1). A lost flight ends at a uniform time of its compute
+            phase.
+        latency: seconds that each transfer takes in addition, each way; a number in [0, 1e15] or a distribution.
     Raises:
-        UsageError: a number outside its range, a text that is no rate, a rate by rows.
+        UsageError: a number is outside its range, a text is not a rate, or a rate is scaled by rows.
     Example:
         >>> Fleet(HalfNormal(), server="100 Mb/s", dropout=0.1)
         Fleet(HalfNormal(), server='100 Mb/s', dropout=0.1)
@@ -457,7 +465,7 @@ class Fleet(Value):
     uplink: str | float | Distribution | None = None
     downlink: str | float | Distribution | None = None
     server: str | float | None = None
-    availability: float | Presence = number(1.0, above=0, most=1, also=Presence, why="somebody must be there.")
+    availability: float | Presence = number(1.0, above=0, most=1, also=Presence, why="no client could be started.")
     dropout: float = number(0.0, least=0, below=1, why="if every flight were lost, no round would close.")
     latency: float | Distribution = number(0.0, least=0, most=LARGEST, also=Distribution, why=_TOO_LARGE)
 
@@ -467,9 +475,9 @@ class Fleet(Value):
             given = getattr(self, name)
             if isinstance(given, ByRows) or (name == "server" and isinstance(given, Distribution)):
                 raise UsageError(
-                    f"Fleet was given {name} = {given!r}.",
+                    f"Fleet has {name} = {given!r}.",
                     "a rate." if name == "server" else "a rate, or a distribution of rates.",
-                    "there is one server." if name == "server" else "who holds no rows would never arrive.",
+                    "there is one server." if name == "server" else "a client without rows would have rate 0.",
                     repaired(self, **{name: "100 Mb/s"}),
                 )
             if given is not None and not isinstance(given, Distribution):
@@ -477,7 +485,7 @@ class Fleet(Value):
                     read = rate(given)
                 except UsageError as error:
                     raise UsageError(
-                        f"Fleet was given {name} = {given!r}.",
+                        f"Fleet has {name} = {given!r}.",
                         error.required,
                         write=repaired(self, **{name: "100 Mb/s"}),
                     ) from None

@@ -1,4 +1,7 @@
-"""What clients keep between rounds: a store of rows that appear on first touch."""
+"""Client state between rounds: a store that allocates the row of a client when it is first written.
+
+Tests: tests/identities/test_codecs_memory.py, tests/faults/test_killed_clients.py.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from atoll.plan.plan import Store
 
 
 class Memory:
-    """Rows by client id; a client that was never at work has none, and reads the first row that all share.
+    """State of clients by id. A client that has not participated reads the initial state, which all clients share.
 
-    A million clients cost nothing until they are touched. What was written since the last `written` call can be
-    taken out, so that a checkpoint writes what changed.
+    Clients use no memory before their first write. `changed` returns the rows written since its last call, so that a
+    checkpoint writes only these.
 
     Args:
-        first: one client's tensors before its first round.
+        first: the initial state of a client, tensors by name; {} if clients have no state.
     Example:
         >>> memory = Memory({"v": torch.zeros(2)})
         >>> memory.put(torch.tensor([7]), {"v": torch.ones(1, 2)})
@@ -46,21 +49,25 @@ class Memory:
             self._changed.add(i)
 
     def touched(self) -> Tensor:
-        """Ids of the clients that have rows, ascending, int64."""
+        """Ids of the clients that have rows, int64 `[n]`, ascending."""
         return torch.tensor(sorted(self._rows), dtype=torch.int64)
 
     def changed(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Ids and rows written since the last call, and from now on no longer counted as changed."""
+        """Ids and rows that were written since the last call. The call marks them as unchanged.
+
+        Returns:
+            The ids, int64 `[n]`, ascending, and copies of their rows, `[n, …]` by name.
+        """
         ids = torch.tensor(sorted(self._changed), dtype=torch.int64)
         self._changed.clear()
         return ids, self.take(ids)
 
 
 class Pending:
-    """Rows of a store as they will be once a round is accepted: what is put here leaves the store as it is.
+    """Rows of a store as they will be once the round is accepted. A write here does not change the store.
 
     Args:
-        store: read where nothing was put.
+        store: the source of rows that have not been written here.
     """
 
     def __init__(self, store: Store) -> None:

@@ -1,9 +1,11 @@
-"""Where workers come from: one process that has imported everything, and forks.
+"""A fork server: one process that has imported all modules and forks workers.
 
-A worker that is forked from it starts in milliseconds, and shares what was imported. Nothing of the program that asked
-for it is inherited but the connection: neither its memory, nor its threads, nor its open files. The nursery and its
-workers are a process group of their own, so Ctrl-C does not reach them; they end when the program does, however it
-ends: the kernel then closes its connections.
+A forked worker starts in milliseconds and shares the memory of the imported modules. A worker inherits only the
+connection from the program, not its memory, its threads or its open files. The fork server and its workers are a
+separate process group, so Ctrl-C does not reach them. They end when the program ends, also after a crash, since the
+kernel then closes the program's connections.
+
+Tests: tests/parity/test_processes.py, tests/faults/test_kill.py.
 """
 
 from __future__ import annotations
@@ -24,16 +26,17 @@ from typing import NamedTuple
 from atoll.engine.crossing import removed
 from atoll.errors import UsageError
 
-_ORDER = struct.Struct("<cq")  # b"f" fork, with a connection; b"k" kill, with a process id; b"w" warm up
+_ORDER = struct.Struct("<cq")  # b"f" fork, with a connection; b"k" kill, with a process id; b"w" preload
 _START = "from atoll.engine.nursery import main; main({fd}, {folders!r})"
-_GRACE_S = 1.0  # to end by itself
-_SHARED = "/dev/shm"  # memory that looks like a folder, where there is such a thing
+_GRACE_S = 1.0  # seconds to end before SIGKILL
+_SHARED = "/dev/shm"  # a file system in memory; not every system has it
 
 
 class Nursery:
-    """The process that forks workers, seen from the program that wants them; it is started when it is first needed.
+    """The program's handle of the fork server. The server process starts at first use.
 
-    It may serve several engines. Folders for what they share with their workers go when it does.
+    Several engines may share one. Its folders contain the memory that engines share with their workers. `close` removes
+    the folders.
     """
 
     def __init__(self) -> None:
@@ -44,18 +47,22 @@ class Nursery:
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether `close` was called."""
         return not self._end.alive
 
     @property
     def pids(self) -> list[int]:
-        """The process id of the nursery itself, where it runs."""
+        """The process id of the fork server if it runs, else []."""
         return [life.process.pid for life in self._lives if life.process.poll() is None]
 
     def start(self) -> None:
-        """Start it, or start it again where somebody killed it."""
+        """Start the fork server if it does not run.
+
+        Raises:
+            UsageError: it was closed.
+        """
         if self.closed:
-            raise UsageError("The nursery was closed.", "one that is open.", write="Nursery()")
+            raise UsageError("The fork server was closed.", "an open one.", write="Nursery()")
         if self._lives and self._lives[-1].process.poll() is None:
             return
         ours, theirs = socket.socketpair()
@@ -71,7 +78,7 @@ class Nursery:
         self._lives.append(_Life(process, ours))
 
     def worker(self) -> Connection:
-        """A connection to a new worker; who reads from it reads its end where the worker could not be made."""
+        """Start a worker and return its connection. If the fork fails, reading from the connection raises EOFError."""
         self.start()
         ours, theirs = socket.socketpair()
         with theirs, contextlib.suppress(OSError):
@@ -79,19 +86,19 @@ class Nursery:
         return Connection(ours.detach())
 
     def warm(self) -> None:
-        """Load what torch loads at the first use of lanes, once for all workers to come instead of in each."""
+        """Preload the modules that torch imports at the first use of lanes, once for all later workers."""
         self.start()
         with contextlib.suppress(OSError):
             self._lives[-1].control.sendall(_ORDER.pack(b"w", 0))
 
     def kill(self, pid: int) -> None:
-        """End a worker at once, whatever it is at."""
+        """Kill a worker with SIGKILL."""
         for life in self._lives:
             with contextlib.suppress(OSError):
                 life.control.sendall(_ORDER.pack(b"k", pid))
 
     def close(self) -> None:
-        """End the nursery and all its workers, wait until they are gone, and remove the folders."""
+        """End the fork server and all its workers, wait for their end, and remove the folders."""
         self._end()
 
 
@@ -102,20 +109,20 @@ class _Life(NamedTuple):
 
 def _ended(lives: list[_Life], folders: tuple[str, ...]) -> None:
     for _, control in lives:
-        control.close()  # it ends its workers, and then itself
+        control.close()  # the server then kills its workers and exits
     for process, _ in lives:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_S)
-        if process.poll() is None:  # it is still importing, or somebody stopped it
+        if process.poll() is None:  # it still imports modules, or it was stopped by a signal
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     removed(folders)
 
 
 def main(fd: int, folders: tuple[str, ...]) -> None:
-    """The nursery's own life: import, then fork at every order, until whoever gives the orders is gone."""
+    """The main function of the fork server: import modules, then fork on request until the connection closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from atoll.engine import worker  # torch and everything: the orders wait meanwhile
+    from atoll.engine import worker  # imports torch; requests wait in the socket meanwhile
 
     control = socket.socket(fileno=fd)
     children: set[int] = set()
@@ -147,7 +154,7 @@ def main(fd: int, folders: tuple[str, ...]) -> None:
 
 
 def _live(run: Callable[..., None], fd: int, folders: tuple[str, ...]) -> None:
-    """A worker's life, from which there is no way back into the nursery's."""
+    """Run a worker in the forked process, then exit. The process never returns to the server's code."""
     code = 1
     try:
         run(Connection(fd), *folders)
@@ -158,5 +165,5 @@ def _live(run: Callable[..., None], fd: int, folders: tuple[str, ...]) -> None:
 
 
 def _gone(children: set[int]) -> set[int]:
-    """Those that have ended, reaped."""
+    """Reap the children that have ended and return them."""
     return {child for child in children if os.waitpid(child, os.WNOHANG)[0]}

@@ -1,4 +1,8 @@
-"""Which body computes the clients: tried on the model at hand before the first round, and said why."""
+"""Choice of the backend that computes the clients. Before the first round, each backend is tested on the model.
+
+Tests: tests/conformance/test_bodies.py, tests/identities/test_numerics.py, tests/identities/test_order.py,
+tests/identities/test_precision.py.
+"""
 
 from __future__ import annotations
 
@@ -24,32 +28,36 @@ from atoll.rng import Key, global_scope
 from atoll.task import Gradient, Task
 
 BODIES = ("auto", "lanes", "loop", "fused", "compiled")
-_WORTH = 2e10  # products of a run from which on a library is built for it: what takes fused layers about as long
-_LARGE = 100_000  # parameters from which a client's kernels are worth their start: lanes then only move more memory
-_FAR = {"full": 1e-3, "bf16": 0.2}  # of a gradient's largest number: more is not rounding
+_WORTH = 2e10  # multiplications of a run from which a library is built: fused takes about as long for them as the build
+_LARGE = 100_000  # parameters from which a kernel takes longer than its launch: lanes then only move more memory
+_FAR = {"full": 1e-3, "bf16": 0.2}  # largest error of a gradient by rounding, relative to its largest number
 
 
 class Choice(NamedTuple):
-    """A task with its body chosen, and the reason in words."""
+    """A task with the chosen backend, and the reason as text."""
 
     task: Task
     reason: str
 
 
 def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: int = 1) -> Choice:
-    """Choose the body for a run: known layers by hand, and in native code where the run is long enough to be worth it;
-    `lanes` where they take the model, keep every lane's bits to themselves, and are quicker; or the loop.
+    """Choose the backend for a run.
 
-    The choice is made by the model, the data, the plan and what is installed, never by a timing.
+    The first of these that supports the model is chosen. `compiled`: known layers in C, if the run is long enough to
+    repay the build. `fused`: known layers by batched products. `lanes`: any model whose lanes have bits that do not
+    depend on other lanes, if lanes are faster. `loop`: any model. The choice depends on the model, the data, the plan
+    and the installed compiler, never on a timing.
 
     Args:
-        task: the task; its `numerics` are not looked at.
-        data: the clients; a few rows of one are computed.
-        plan: the plan; a local part may ask for a body of its own.
-        wanted: `"auto"`, or a body that is taken or refused.
-        rounds: how many there will be.
+        task: the model, loss and metrics; its `numerics` are ignored.
+        data: the clients; the tests use a few rows of up to three of them.
+        plan: the plan; a local part may require the loop.
+        wanted: `"auto"`, or the backend to use.
+        rounds: the number of rounds of the run, ≥ 1.
+    Returns:
+        The task with the backend, and the reason.
     Raises:
-        UsageError: the model or the loss does not fit the data, or the wanted body cannot take the model.
+        UsageError: the model or the loss does not fit the data, or the wanted backend does not support the model.
     """
     if wanted not in BODIES:
         raise UsageError(f"numerics = {wanted!r}.", f"one of {', '.join(BODIES)}.", write="--numerics auto")
@@ -60,64 +68,64 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: 
     if own == "loop" and task.precision != "full":
         raise UsageError(
             f"precision = {task.precision!r} with {plan.local!r:.80}.",
-            "a local part of atoll's own.",
-            "a loop of your own computes as it is written: torch.autocast belongs in there.",
+            "a local part of atoll.",
+            "a custom loop chooses its own precision: torch.autocast belongs in there.",
             "--precision full",
         )
     if own == "loop":
-        return Choice(task, "the plan's own loop runs client by client")
+        return Choice(task, "the plan's own loop trains one client at a time")
     if wanted == "loop":
-        return Choice(task, "asked for")
+        return Choice(task, "requested")
     if wanted == "auto" and data.count == 1:
-        return Choice(task, "one client: there is none to put beside it")
+        return Choice(task, "one client: there is no batch of clients")
     if wanted in ("auto", "fused", "compiled") and task.precision == "full":
         body = "compiled" if wanted == "compiled" else "fused"
         trouble = _trouble(replace(task, numerics=body), task, data, rows)
         if trouble and wanted != "auto":
             raise _refused(wanted, *trouble)
         if wanted != "auto":
-            return Choice(replace(task, numerics=wanted), "asked for")
+            return Choice(replace(task, numerics=wanted), "requested")
         if not trouble:
             return _by_hand(task, data, plan, rows, rounds)
     if task.slow_in_lanes and wanted == "auto":
         return Choice(task, task.slow_in_lanes)
     if wanted == "auto" and _large(task, data, plan):
-        return Choice(task, "a step of one client is work enough by itself, and made without a gradient in one piece")
+        return Choice(task, "large model: a step of one client fills the machine, and the loop needs no flat gradient")
     trouble = _trouble(replace(task, numerics="lanes"), task, data, rows)
     if trouble and wanted == "lanes":
         raise _refused(wanted, *trouble)
     if trouble:
         return Choice(task, trouble.why)
-    return Choice(replace(task, numerics="lanes"), "asked for" if wanted == "lanes" else "many clients in one pass")
+    return Choice(replace(task, numerics="lanes"), "requested" if wanted == "lanes" else "many clients in one pass")
 
 
 def _large(task: Task, data: Clients, plan: Plan) -> bool:
-    """Whether the loop has nothing to gain from a second client: on the host, where it takes one after the other."""
+    """Whether a single client uses the machine fully, so that a batch of clients is not faster. Only on the host."""
     apart = getattr(plan.local, "apart", lambda rows: False)(int(data.sizes.max()))
     return apart and task.device.type == "cpu" and task.layout.d >= _LARGE
 
 
 class Trouble(NamedTuple):
-    """Why a body cannot take a model, and what would help."""
+    """The reason why a backend does not support a model, and a line to write instead."""
 
     why: str
     write: str = "--numerics loop"
 
 
 def _by_hand(task: Task, data: Clients, plan: Plan, rows: int, rounds: int) -> Choice:
-    """Known layers: in native code where the run is worth building it."""
+    """The choice for known layers: native code if the run is long enough to repay the build, else fused."""
     fused, native = (replace(task, numerics=body) for body in ("fused", "compiled"))
-    reason = "a stack of known layers, by hand: many clients in one pass"
+    reason = "a stack of known layers: fused operations train many clients in one pass"
     if task.device.type != "cpu" or _products(native, data, plan) * rounds < _WORTH:
         return Choice(fused, f"{reason}; native code is for longer runs")
     trouble = _trouble(native, task, data, rows)
     if trouble is None:
-        return Choice(native, "a stack of known layers, in native code: a client's steps at one core")
+        return Choice(native, "a stack of known layers: native code runs all steps of a client on one core")
     return Choice(fused, f"{reason}; not in native code: {trouble.why}{f' ({trouble.write})' if trouble.write else ''}")
 
 
 def _products(task: Task, data: Clients, plan: Plan) -> float:
-    """Multiplications of a round; those of the first one."""
+    """The number of multiplications in the first round, an estimate for every round."""
     try:
         each = products(task.program, data.features)
     except Unserved:
@@ -128,7 +136,7 @@ def _products(task: Task, data: Clients, plan: Plan) -> float:
 
 
 _REQUIRED = {
-    "lanes": "a model that runs for many clients side by side.",
+    "lanes": "a model that torch.func can vectorise over clients.",
     "fused": "a stack of known layers.",
     "compiled": "known layers in the host's memory, and a C compiler.",
 }
@@ -138,13 +146,17 @@ def _refused(wanted: str, why: str, write: str) -> UsageError:
     return UsageError(
         f"numerics = {wanted!r}, and {why}.",
         _REQUIRED[wanted],
-        "another way would come to other last digits than those that were asked for.",
+        "another backend would round differently.",
         write or "--numerics auto",
     )
 
 
 def _passes(task: Task, data: Clients, rows: int) -> bool:
-    """One pass in the loop, which every model must survive; whether it drew from the global generators."""
+    """Run one pass in the loop, which must work for every model.
+
+    Returns:
+        Whether the pass drew from a global random generator.
+    """
     with global_scope(Key(0).fold("probe")):
         before = _drawn()
         try:
@@ -156,15 +168,15 @@ def _passes(task: Task, data: Clients, rows: int) -> bool:
                 raise UsageError(
                     f"precision = {task.precision!r}, in which the model fails: {type(error).__name__}: {error}",
                     "a model whose layers torch computes in bfloat16 on this processor.",
-                    "in full precision it takes the same rows.",
+                    "the model works in full precision on the same rows.",
                     "--precision full",
                 ) from error
             lanes = _lanes(task, data, (0,))
             x = lanes.take(lanes.places(torch.zeros(1, 1, dtype=torch.int64)), (1,)).x
             raise UsageError(
                 f"The model or its loss does not take a batch of this data: {type(error).__name__}: {error}",
-                f"a model for rows of shape {tuple(x.shape[2:])} ({x.dtype}), and a loss of one value a row.",
-                "one pass over a few rows was tried before the first round.",
+                f"a model for rows of shape {tuple(x.shape[2:])} ({x.dtype}), and a loss with one value a row.",
+                "one pass over a few rows was tested before the first round.",
                 "atoll doctor",
             ) from error
         drew = before != _drawn()
@@ -182,7 +194,7 @@ def _takes(task: Task, data: Clients, rows: int) -> bool:
 
 
 def _drawn() -> tuple[object, ...]:
-    """Where the global generators stand: torch's on every device in use, Python's and numpy's."""
+    """The states of the global random generators: torch's on every device in use, Python's and NumPy's."""
     kind, words, *rest = np.random.get_state(legacy=True)
     on_host = torch.random.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(words).tobytes()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -190,7 +202,7 @@ def _drawn() -> tuple[object, ...]:
 
 
 def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Trouble | None:
-    """Why a body for many clients at once cannot take this model; None where it can. `task` is the loop's."""
+    """The reason why the backend of `lanes` does not support this model; None if it does. `task` has the loop."""
     if lanes.by_hand:
         try:
             _ = lanes.program
@@ -207,10 +219,10 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Trouble | Non
         except Unbuilt as why:
             return Trouble(str(why), why.write)
     if task.noisy:
-        return Trouble("the model draws random numbers of its own, which lanes cannot key")
+        return Trouble("the model draws from a global random generator, which lanes cannot key by client")
     if lanes.numerics != "compiled" and not _steady(task.device):
         return Trouble(
-            "a matrix product's bits depend on its place in memory: import atoll before the first, or set MKL_CBWR=AUTO"
+            "the bits of a matrix product depend on its address: import atoll before the first, or set MKL_CBWR=AUTO"
         )
     some = tuple(torch.argsort(data.sizes, descending=True, stable=True)[:3].tolist())
     some = (some * 3)[:3]
@@ -230,7 +242,7 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Trouble | Non
     if watch.restless:
         names = ", ".join(sorted(watch.restless))
         return Trouble(
-            f"torch rounds {names} differently at the end of a tensor, so a lane's bits would depend on its place"
+            f"torch rounds {names} differently at the end of a tensor, so a lane's bits would depend on its position"
         )
     scale = reference.abs().max().clamp(min=1e-30)
     if float((first[0] - reference).abs().max() / scale) > _FAR[task.precision]:
@@ -239,7 +251,7 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Trouble | Non
 
 
 def _steady(device: torch.device) -> bool:
-    """Whether the bits of a matrix product are the same wherever its factors lie: in a batch of odd sizes, anywhere."""
+    """Whether the bits of a matrix product do not depend on the addresses of its factors, tested on odd sizes."""
     for dtype in (torch.float32, torch.float64):
         for n, k, m in ((33, 5, 4), (33, 9, 65)):
             a, b = (Key(0).fold(size).normal(size * k, dtype).reshape(size, k).to(device) for size in (n, m))
@@ -259,7 +271,7 @@ def _gradient(task: Task, data: Clients, rows: int, ids: tuple[int, ...]) -> Gra
 
 
 def _check_loss(task: Task, data: Clients, x: Tensor, y: Tensor) -> None:
-    """One value a row, or the loss is not what the mean over clients needs; and an output for every class."""
+    """Check that the loss has one value for each row, and that the model has one output for each class."""
     task.module.eval()
     with torch.no_grad():
         output = task.module(x)
@@ -267,7 +279,7 @@ def _check_loss(task: Task, data: Clients, x: Tensor, y: Tensor) -> None:
             raise UsageError(
                 f"The model returned {tuple(output.shape)} for {len(x)} rows of {len(data.classes)} classes.",
                 f"shape ({len(x)}, {len(data.classes)}): one logit a class.",
-                "a row of a class without a logit has no loss.",
+                "the loss of a row is undefined if its class has no logit.",
                 "--model mlp",
             )
         each = task.loss(output, y)
@@ -276,7 +288,7 @@ def _check_loss(task: Task, data: Clients, x: Tensor, y: Tensor) -> None:
         raise UsageError(
             f"The loss of {len(x)} rows has shape {tuple(each.shape)}; the model returned {shape}.",
             f"one value a row: shape ({len(x)},).",
-            "clients are weighted and averaged example by example.",
+            "clients are averaged with the number of their rows as weights.",
             'torch.nn.functional.cross_entropy(output, y, reduction="none")',
         )
 

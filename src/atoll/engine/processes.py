@@ -1,7 +1,9 @@
 """Clients in worker processes on this machine.
 
-Workers are given bytes, arrays and names of code, never pickled objects. θ lies in memory that all of them map, written
-once a round; partial sums come back the same way.
+Messages to a worker contain bytes, arrays and names of code. They never contain pickled objects. The engine writes θ
+once a round into shared memory that every worker maps. Partial sums return through shared memory too.
+
+Tests: tests/parity/test_processes.py, tests/faults/test_killed_clients.py, tests/faults/test_kill.py.
 """
 
 from __future__ import annotations
@@ -28,22 +30,23 @@ from atoll.task import Task
 class Processes(Dealer):
     """An engine that runs clients in worker processes on this machine.
 
-    A worker that dies is replaced, and what it had not handed over is computed again. Close the engine, or use it in a
-    `with` statement; left open, it ends with the program, however that ends.
+    If a worker dies, the engine starts another one and repeats the work of which it has no result. Close the engine, or
+    use it in a `with` statement. An open engine ends when the program ends, also after a crash.
 
     Args:
-        task: the model, loss and metrics; its `numerics` say which body computes.
+        task: the model, loss and metrics; its `numerics` select the backend.
         data: the clients.
-        workers: how many; None: one a core.
-        chunk: clients computed together; None chooses by the model's size. It changes no bit.
-        threads: of each worker; None: this process' own, shared out.
-        model: the name that the model was made by, a name or `module:factory`, where it has one: workers make it anew.
-            Without a name they are sent its classes' names and its tensors.
-        seed: that it was made with.
-        nursery: where workers come from; None: one of the engine's own. One that several engines share is yours to
-            close.
+        workers: the number of worker processes, ≥ 1; None: one for each core.
+        chunk: clients computed together, ≥ 1; None chooses by the size of the model. It changes no bit.
+        threads: threads of each worker, ≥ 1; None: the threads of this process, divided by `workers`.
+        model: the name from which the model was built, a name or `module:factory`; workers build the model from it.
+            None: workers receive the names of the model's classes and its tensors.
+        seed: the seed with which the model was built.
+        nursery: the fork server that starts the workers; None: the engine makes its own. If engines share one, the
+            caller closes it.
     Raises:
-        UsageError: fewer than one worker, or a model, loss or data set that another process cannot import.
+        UsageError: `workers`, `threads` or `chunk` is less than 1, or another process cannot import the model, the loss
+            or the data set.
     Example:
         >>> from atoll.testing.locals import clients, problem
         >>> with Processes(problem(), clients(), workers=2) as engine:
@@ -66,9 +69,13 @@ class Processes(Dealer):
         workers = cores() if workers is None else workers
         threads = max(1, torch.get_num_threads() // max(1, workers)) if threads is None else threads
         if workers < 1 or threads < 1:
-            raise UsageError(f"workers = {workers}, threads = {threads}.", "at least one of each.", write="--workers 2")
+            raise UsageError(
+                f"workers = {workers}, threads = {threads}.",
+                "at least 1 worker and at least 1 thread for each worker.",
+                write="--workers 2",
+            )
         self._nursery = nursery or Nursery()
-        self._nursery.start()  # it imports while the data is packed
+        self._nursery.start()  # it imports modules while this process serializes the data
         if task.numerics == "lanes":
             self._nursery.warm()
         pipes = _Pipes(self._nursery, nursery is None)
@@ -86,11 +93,11 @@ class Processes(Dealer):
 
 
 class _Pipes:
-    """Workers forked from a nursery, and blocks of memory that all of them map.
+    """Worker processes that a fork server starts, and the shared memory that all of them map.
 
     Args:
-        nursery: where they are forked.
-        own: whether it ends with them.
+        nursery: the fork server.
+        own: whether `close` also closes the fork server.
     """
 
     def __init__(self, nursery: Nursery, own: bool) -> None:
@@ -101,7 +108,7 @@ class _Pipes:
         self._setup: Setup | None = None
 
     def prepare(self, task: Task, data: Clients, model: str | None, seed: int, threads: int) -> None:
-        """Pack what every worker is given first."""
+        """Serialize the first message to every worker: task and data."""
         setup, tensors = packed(task, data, model, seed, threads, self._blocks.path)
         block = self._blocks.block(room(tensors))
         self._setup = structs.replace(setup, block=block.path, places=block.write(tensors))
@@ -134,7 +141,7 @@ class _Pipes:
 
 
 class _Pipe:
-    """A connection to a worker process, and the blocks in which it is given rows."""
+    """A connection to a worker process, and the shared memory through which rows of client state reach it."""
 
     def __init__(self, nursery: Nursery, blocks: Blocks) -> None:
         self.connection = nursery.worker()
@@ -143,14 +150,14 @@ class _Pipe:
         self._pid: int | None = None
 
     def send(self, order: Setup | Told | Run) -> None:
-        with contextlib.suppress(OSError):  # it is dead, which is seen where its answers are read
+        with contextlib.suppress(OSError):  # the worker is dead; the next read of its answers reports this
             self.connection.send_bytes(encode(order))
 
     def give(self, told: Told | None, run: Run, rows: Mapping[str, Tensor] | None) -> None:
         if told is not None:
             self.send(told)
         if rows is not None:
-            # Two blocks in turn, one for each order that the worker has in hand.
+            # Two blocks in turn: a worker has at most two unfinished requests.
             block = self._blocks.fitting(self._rows[0], rows)
             self._rows = [self._rows[1], block]
             run = structs.replace(run, rows=(block.path, block.write(rows)))
@@ -168,7 +175,7 @@ class _Pipe:
         return answer, {}
 
     def close(self) -> None:
-        """A worker whose connection is closed ends by itself; one that is stuck is helped."""
+        """A worker ends when its connection closes. A worker that hangs is killed."""
         self.connection.close()
         if self._pid is not None:
             self._nursery.kill(self._pid)

@@ -1,7 +1,10 @@
-"""The processes that `torchrun` started, and what they tell each other: plain tensors and bytes, never objects.
+"""The process group of `torchrun`, and its collectives. They transport tensors and bytes, never objects.
 
-`torch.distributed` is imported when a group is joined, not before. A collective waits for every rank, so all ranks call
-the same ones in the same order: whoever cannot go on says so in what it sends, and then all of them raise alike.
+`torch.distributed` is imported when a process joins a group, not earlier. A collective waits for every rank, so all
+ranks call the same collectives in the same order. A rank with an error sends it to the others, and then all ranks raise
+the same error.
+
+Tests: tests/parity/test_torchrun.py.
 """
 
 from __future__ import annotations
@@ -24,17 +27,17 @@ from torch import Tensor
 from atoll.errors import RunError, UsageError
 
 BACKENDS = ("auto", "gloo", "nccl")
-_GATHERED = 1 << 12  # bytes that everybody sends at once where it is not known how long the longest message is
-_JOINT = 1 << 14  # numbers below which tensors are added side by side, as one
+_GATHERED = 1 << 12  # bytes that every rank sends first, while the length of the longest message is unknown
+_JOINT = 1 << 14  # tensors with fewer numbers are concatenated and reduced together
 
 
 def started(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether `torchrun`, or somebody who sets the same variables, started this process."""
+    """Whether the environment variables of `torchrun` are set."""
     return all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def command(ranks: int) -> str:
-    """The line that starts this program on so many ranks."""
+    """The command that starts this program with this number of ranks."""
     script, *words = sys.argv
     path = Path(script)
     ours = path.name == "atoll" or (path.name == "__main__.py" and path.parent.name == "atoll")
@@ -42,13 +45,13 @@ def command(ranks: int) -> str:
 
 
 def job(environ: Mapping[str, str] = os.environ) -> str:
-    """What names a start of `torchrun` over its restarts: its run id, or the process that restarts this one."""
+    """An identifier of one `torchrun` job, the same after its restarts: the run id, or host and parent process id."""
     told = environ.get("TORCHELASTIC_RUN_ID", "none")
     return told if told != "none" else f"{socket.gethostname()}:{os.getppid()}"
 
 
 def restarts(environ: Mapping[str, str] = os.environ) -> int:
-    """How often `torchrun` has started the ranks anew."""
+    """The number of times that `torchrun` has restarted the ranks."""
     return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -57,9 +60,9 @@ class Ranks:
     """A group of processes that compute one training.
 
     Args:
-        rank: which of them this one is, from 0.
-        size: how many there are.
-        device: where tensors must lie to be sent.
+        rank: the number of this process, in [0, size).
+        size: the number of processes, ≥ 1.
+        device: the device on which the collectives expect tensors.
     """
 
     rank: int
@@ -68,15 +71,18 @@ class Ranks:
 
     @classmethod
     def join(cls, workers: int | None = None, backend: str = "auto", device: torch.device | None = None) -> Ranks:
-        """Join the ranks that `torchrun` started, or the group that the program itself has joined.
+        """Join the ranks that `torchrun` started, or use the group that the program has joined already.
 
         Args:
-            workers: how many there must be; None: as many as there are.
-            backend: `"gloo"`, `"nccl"`, or `"auto"`: the program's own, else nccl where every rank has a GPU of its own
-                to compute on, and gloo.
-            device: where this rank computes.
+            workers: the required number of ranks; None accepts any number.
+            backend: `"gloo"`, `"nccl"` or `"auto"`. With `"auto"`, a group that the program has joined keeps its
+                backend. Otherwise the backend is nccl if every rank computes on a GPU of its own, else gloo.
+            device: the device on which this rank computes.
+        Returns:
+            The group.
         Raises:
-            UsageError: this process is no rank, there are more or fewer ranks than asked for, or `nccl` has no GPU.
+            UsageError: `torchrun` did not start this process, the number of ranks differs from `workers`, or `nccl`
+                does not have a GPU for each rank.
         """
         from torch import distributed
         from torch.distributed.distributed_c10d import PrefixStore
@@ -100,11 +106,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which writes and speaks."""
+        """Whether this is rank 0, which writes the run and prints."""
         return self.rank == 0
 
     def told(self, data: bytes) -> bytes:
-        """What rank 0 says; what the others give is not looked at."""
+        """Broadcast the bytes of rank 0 and return them. The argument of other ranks is ignored."""
         from torch import distributed
 
         length = torch.tensor([len(data)], device=self.device)
@@ -115,7 +121,7 @@ class Ranks:
         return sent.cpu().numpy().tobytes()
 
     def all(self, data: bytes, most: int = _GATHERED) -> list[bytes]:
-        """What everybody says, by rank: one collective where nobody says more than `most` bytes."""
+        """Gather the bytes of every rank, in order of ranks. One collective suffices if none is longer than `most`."""
         length = torch.tensor([len(data)]).view(torch.uint8)
         heads = self._gather(torch.cat((length, _bytes(data[:most], most))))
         lengths = [int(h[:8].view(torch.int64)) for h in heads]
@@ -132,7 +138,14 @@ class Ranks:
         return [t.cpu() for t in out]
 
     def rows(self, mine: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """One tensor of each rank, whose shapes are known; all bits as they are."""
+        """Gather one tensor of each rank, bit for bit.
+
+        Args:
+            mine: the tensor of this rank.
+            shapes: the shape of each rank's tensor.
+        Returns:
+            The tensors in order of ranks.
+        """
         from torch import distributed
 
         out = []
@@ -146,15 +159,15 @@ class Ranks:
         return out
 
     def add(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sum over all ranks of each tensor, in place where that can be; the same bits everywhere."""
+        """The sum of each tensor over all ranks, with the same bits on every rank. It may overwrite its arguments."""
         return self._reduce(tensors, "SUM")
 
     def largest(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The largest over all ranks of each number of each tensor."""
+        """The elementwise maximum of each tensor over all ranks. It may overwrite its arguments."""
         return self._reduce(tensors, "MAX")
 
     def _reduce(self, tensors: Sequence[Tensor], name: str) -> list[Tensor]:
-        """Long tensors each by itself, all of them under way at once; short ones of a type as one."""
+        """Reduce long tensors in one asynchronous collective each, and all short tensors of one dtype in one."""
         from torch import distributed
 
         how = getattr(distributed.ReduceOp, name)
@@ -174,11 +187,12 @@ class Ranks:
 
 
 def _meeting(store: Any, rank: int, size: int) -> str:
-    """A word that all ranks of this start know, and none of an earlier one.
+    """A rendezvous token that all ranks of this start agree on, and that no earlier start has used.
 
-    `torchrun` may keep its store from one start to the next, with what the ranks wrote there: whoever reads it then
-    looks for ranks that are dead (pytorch issue 135712). So rank 0 says a new word, and says that everybody has heard
-    it only once it can no longer be read: a word of an earlier start that is still there was never heard by all.
+    `torchrun` may keep its store after a restart, with the entries of the previous start. A rank that reads them then
+    looks for dead ranks (pytorch issue 135712). So rank 0 publishes a random token and waits until every rank has read
+    it. Then it deletes the token, and only after that confirms it. A token of an earlier start that can still be read
+    was therefore never confirmed.
     """
     if rank == 0:
         word = secrets.token_hex(8)
@@ -190,42 +204,42 @@ def _meeting(store: Any, rank: int, size: int) -> str:
     while True:
         word = store.get("atoll/word").decode()
         store.set(f"atoll/{word}/{rank}", "")
-        with contextlib.suppress(RuntimeError):  # nobody else is there: the word is an old one
+        with contextlib.suppress(RuntimeError):  # not confirmed within 1 s: the token is of an earlier start
             store.wait([f"atoll/{word}/all"], timedelta(seconds=1))
             return str(word)
 
 
 def _bytes(data: bytes, length: int) -> Tensor:
-    """Bytes as a tensor of so many, padded by zeros."""
+    """Bytes as a uint8 tensor of this length, padded with zeros."""
     return torch.frombuffer(bytearray(data.ljust(max(length, 1), b"\0")[: max(length, 1)]), dtype=torch.uint8)[:length]
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Turn what a collective says when a rank is gone into what people can act on."""
+    """Turn the error of a collective after the loss of a rank into a RunError with a command."""
     try:
         yield
     except RuntimeError as error:
         raise RunError(
-            f"Another rank is gone: {str(error).strip().splitlines()[0][:200]}",
-            "every rank, in every round.",
-            "what one rank would have added is in no sum. The last checkpoint is whole.",
+            f"Another rank has ended: {str(error).strip().splitlines()[0][:200]}",
+            "all ranks in every round.",
+            "the sum would lack the clients of that rank. The last checkpoint is intact.",
             command_with_restarts(),
         ) from error
 
 
 def command_with_restarts() -> str:
-    """The line that starts this program so that it goes on by itself after a rank has died."""
+    """The command that starts this program with automatic restarts after a rank has died."""
     return command(int(os.environ.get("LOCAL_WORLD_SIZE", "2"))).replace("torchrun", "torchrun --max-restarts 3", 1)
 
 
 def _local(what: str, unsaid: int) -> int:
-    """What `torchrun` says of the ranks on this machine."""
+    """A variable `LOCAL_…` of `torchrun` as a number, or `unsaid` if it is not set."""
     return int(os.environ.get(f"LOCAL_{what}", unsaid))
 
 
 def _usual(device: torch.device | None) -> str:
-    """By what ranks tell each other tensors where nobody said."""
+    """The default backend of torch.distributed: nccl if every rank of this machine has its own GPU, else gloo."""
     own = device is not None and device.type == "cuda" and torch.cuda.device_count() >= _local("WORLD_SIZE", 1)
     if own:
         torch.cuda.set_device(device)
@@ -249,12 +263,14 @@ def _refuse(available: bool, workers: int | None, backend: str) -> None:
     if backend not in BACKENDS:
         raise UsageError(f"backend = {backend!r}.", f"one of {', '.join(BACKENDS)}.", write="--set backend=auto")
     if not available:
-        raise UsageError("This torch was built without torch.distributed.", "one with it.", write="--engine inprocess")
+        raise UsageError(
+            "This torch was built without torch.distributed.", "a build with it.", write="--engine inprocess"
+        )
     if not started():
         raise UsageError(
             "The engine torchrun in a process that torchrun did not start.",
-            "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torchrun sets.",
-            "the ranks find each other by them.",
+            "the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torchrun sets.",
+            "the ranks find each other through them.",
             command(workers or 2),
         )
     if workers is not None and int(os.environ["WORLD_SIZE"]) != workers:
@@ -274,7 +290,7 @@ def _refuse(available: bool, workers: int | None, backend: str) -> None:
 def _other_size(workers: int, size: int) -> UsageError:
     return UsageError(
         f"workers = {workers}, and torchrun started {size} rank{'' if size == 1 else 's'}.",
-        "as many ranks as are asked for.",
-        "a rank that is awaited and was never started would be awaited for ever.",
+        "equal numbers of workers and ranks.",
+        "the ranks would wait forever for a rank that was not started.",
         command(workers),
     )

@@ -1,8 +1,11 @@
-"""Clients on the nodes of a Ray cluster: actors that each compute chunks of clients, and hand over one sum a round.
+"""Clients on the nodes of a Ray cluster: each actor computes chunks of clients and returns one sum a round.
 
-Task and data are put into the cluster once, what a round's clients may know once a round; every node that asks for
-them has them once, and its actors read them there. Across Ray go bytes, arrays, numbers and names of code: the plan as
-its text, a module as the name of its class and its tensors. Ray is imported where an engine is made, and not before.
+The engine puts task and data into Ray's object store once, and the broadcast of a round once a round. Each node that
+needs them fetches one copy, and all its actors read that copy. The objects that Ray transports are bytes, arrays,
+numbers and names of code: a plan is sent as its text, a module as the name of its class and its tensors. Ray is
+imported when an engine is built, not earlier.
+
+Tests: tests/parity/test_ray.py, tests/parity/test_ray_alone.py.
 """
 
 from __future__ import annotations
@@ -47,44 +50,44 @@ from atoll.engine.worker import (
 from atoll.errors import RunError, UsageError
 from atoll.task import Task
 
-OLDEST = (2, 40)  # of Ray, that this was written for
-_REACH_S = 3.0  # for a server to answer at all
-_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # what HTTP/2 begins with
-_SETTINGS = 4  # the kind of frame that its server answers with
-_TINY = 1e-9  # of a fraction that is asked for
+OLDEST = (2, 40)  # the oldest version of Ray that the engine supports
+_REACH_S = 3.0  # seconds for a server to answer
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # the client preface of HTTP/2
+_SETTINGS = 4  # the type of the first frame of an HTTP/2 server
+_TINY = 1e-9  # tolerance for the rounding of fractions of a resource
 
 
 class Ray(Dealer):
     """An engine that runs clients in actors on a Ray cluster.
 
-    An actor that dies, alone or with its node, is replaced, and what it had not handed over is computed again: no bit
-    of a synchronous round changes. A program that is connected to Ray already uses that connection, and keeps it;
-    otherwise the engine connects, or starts a cluster on this machine, and ends that when it is closed.
+    If an actor dies, or its node, the engine starts another actor and repeats the work of which it has no result. The
+    bits of a synchronous round do not change. If the program is already connected to Ray, the engine uses that
+    connection and leaves it open. Otherwise the engine connects to a cluster, or starts one on this machine. `close`
+    then disconnects and stops a cluster that the engine started.
 
     Args:
-        task: the model, loss and metrics; its `numerics` say which body computes.
-        data: the clients. Memory-mapped files are read by their names, which every node must be able to do.
-        workers: how many actors; None: as many as the cluster has room for.
-        chunk: clients computed together; None chooses by the model's size. It changes no bit.
-        cpus: cores of each actor, > 0; it uses as many threads as they are whole.
-        gpus: of each actor, a fraction of one or a whole number.
-        device: what an actor computes on: "auto", the GPU that it is given where there is one and else the CPU; "cpu";
-            or "cuda".
-        address: of the cluster, "host:port", or "auto" for one on this machine; None: RAY_ADDRESS where that is set,
-            else a cluster of the engine's own on this machine.
-        model: the name that the model was made by, a name or `module:factory`, where it has one.
-        seed: that it was made with.
-        patience_s: seconds to wait for an actor to be placed while none is at work.
+        task: the model, loss and metrics; its `numerics` select the backend.
+        data: the clients. An actor opens a memory-mapped file by its path, so every node must have that path.
+        workers: the number of actors, ≥ 1; None: all that the cluster can place.
+        chunk: clients computed together, ≥ 1; None chooses by the size of the model. It changes no bit.
+        cpus: cores of each actor, > 0; an actor uses max(1, ⌊cpus⌋) threads.
+        gpus: GPUs of each actor, ≥ 0: a fraction of one GPU or a whole number.
+        device: the device of an actor: "auto", the actor's GPU if it has one and else the CPU; "cpu"; or "cuda".
+        address: the cluster, "host:port", or "auto" for one on this machine; None: RAY_ADDRESS if that is set, else a
+            new cluster on this machine.
+        model: the name from which the model was built, a name or `module:factory`; None: it has no name.
+        seed: the seed with which the model was built.
+        patience_s: seconds to wait until Ray places an actor, counted only while no actor is working.
     Raises:
-        UsageError: no Ray or too old a one, no cluster at the address or one of another version, less room than is
-            asked for, or a model, loss or data set that an actor cannot import.
+        UsageError: Ray is missing or too old; no cluster answers at the address, or one of another version; the cluster
+            has too few resources; or an actor cannot import the model, the loss or the data set.
         RunError: Ray does not start on this machine.
     Example:
         >>> from atoll.testing.locals import clients, problem
         >>> Ray(problem(), clients(), gpus=1.5)
         Traceback (most recent call last):
         atoll.errors.UsageError: gpus = 1.5.
-        Required: a fraction of one GPU, or a whole number of them.   Why: Ray shares one GPU, or gives several whole.
+        Required: a fraction of one GPU, or a whole number.   Why: Ray shares one GPU or assigns several whole ones.
         Write: --gpus 0.5
 
     Reference: Moritz et al., Ray: A Distributed Framework for Emerging AI Applications, 2018.
@@ -115,7 +118,7 @@ class Ray(Dealer):
             places, arrays = laid(tensors)
             office = _Actors(ray, cpus, gpus, patience_s, end)
             office.prepare(encode(structs.replace(setup, places=places, device=device if gpus else "cpu")), arrays)
-            # A node may be lost with all its actors, and those that replace them too, before it is known to be lost.
+            # If a node fails, all its actors fail. Ray may place their replacements on the same node before it notices.
             super().__init__(task, data, chunk, workers, threads, office, stillborn=2 * workers + 2)
         except BaseException:
             end()
@@ -124,19 +127,19 @@ class Ray(Dealer):
         self._ray = ray
 
     def _ready(self) -> None:
-        if not self._ray.is_initialized():  # somebody ended the connection that all of it hangs on
+        if not self._ray.is_initialized():  # the program called ray.shutdown(): no actor can be reached
             self.close()
         super()._ready()
 
 
 class Actor:
-    """A worker in a process of Ray's."""
+    """A Ray actor that contains one worker."""
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
 
     def setup(self, order: bytes, arrays: Arrays, paths: list[str]) -> tuple[bytes, Arrays]:
-        """Take task and data; `paths` are where code lies that they name."""
+        """Build the worker from task and data. `paths` is the caller's module search path."""
         try:
             sys.path.extend(path for path in paths if path not in sys.path and os.path.exists(path))
             told: Any = orders.decode(order)
@@ -147,10 +150,10 @@ class Actor:
             return encode(broken(error)), []
 
     def run(self, order: bytes, rows: Arrays, news: bytes | None, arrays: Arrays | None) -> tuple[bytes, Arrays]:
-        """Compute some clients, after the news of what they may know; a haul where one is wanted."""
+        """Take the broadcast of the round if there is one, then compute clients. Return results if the order asks."""
         try:
             if self._worker is None:
-                raise RunError("An actor was given work before it was set up.")
+                raise RunError("An actor received clients before it received task and data.")
             if news is not None and arrays is not None:
                 told: Any = orders.decode(news)
                 self._worker.tell(told, lying(told.places, arrays))
@@ -166,14 +169,14 @@ class Actor:
 
 @contextlib.contextmanager
 def _found_here() -> Iterator[None]:
-    """Say on which node something is missing that is there where the program runs."""
+    """Name the node on which code or a file is missing."""
     try:
         yield
     except (ImportError, FileNotFoundError) as error:
         raise RunError(
-            f"The node {socket.gethostname()} has not what the task needs: {error}.",
+            f"The node {socket.gethostname()} does not have code or a file that the task needs: {error}.",
             "the same code and files on every node.",
-            "an actor imports code by its name, and reads memory-mapped files by theirs.",
+            "an actor imports code by its name and opens memory-mapped files by their paths.",
             "--engine processes",
         ) from error
 
@@ -182,13 +185,13 @@ def _found_here() -> Iterator[None]:
 
 
 class _Actors:
-    """Actors on a cluster, and what they may read, put once for all of them.
+    """Actors on a cluster, and the objects that they read. Each object is put once for all actors.
 
     Args:
         ray: the library.
-        cpus, gpus: of each actor.
-        patience_s: seconds to wait for one to be placed while none is at work.
-        end: gives back the connection.
+        cpus, gpus: resources of each actor.
+        patience_s: seconds to wait until Ray places an actor, counted only while no actor is working.
+        end: closes the connection to the cluster.
     """
 
     def __init__(self, ray: Any, cpus: float, gpus: float, patience_s: float, end: weakref.finalize[Any, Any]) -> None:
@@ -201,7 +204,7 @@ class _Actors:
         self._first: tuple[Any, ...] = ()
 
     def prepare(self, order: bytes, arrays: Arrays) -> None:
-        """Put what every actor is given first."""
+        """Put the first message to every actor: task and data."""
         self._first = order, self.ray.put(arrays), [os.path.abspath(path) for path in sys.path]
 
     def hire(self) -> _Call:
@@ -220,7 +223,7 @@ class _Actors:
                 raise RunError(
                     f"{len(calls)} of {len(lines)} actors waited {self._patience_s:g} s for a place.",
                     "nodes with free cores and GPUs.",
-                    "other work holds what the cluster has, or its nodes are gone.",
+                    "the cluster's resources are in use, or nodes have left.",
                     f"--workers {placed}" if placed else "ray status",
                 )
         if heard:
@@ -242,7 +245,7 @@ class _Actors:
 
 
 class _Call:
-    """An actor, and its answers that are due."""
+    """An actor, and the futures of the answers that it owes."""
 
     def __init__(self, ray: Any, actor: Any, first: tuple[Any, ...], published: Mapping[int, Any]) -> None:
         self._ray, self._actor, self._published = ray, actor, published
@@ -276,13 +279,15 @@ class _Call:
 
 
 def installed() -> Any:
-    """The library, imported; it counts nobody's use of it.
+    """Import Ray, with its usage statistics turned off.
 
+    Returns:
+        The module `ray`.
     Raises:
-        UsageError: it is not installed, or too old.
+        UsageError: Ray is not installed, or it is too old.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of what it will do one day
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # suppresses a warning about a future default
     oldest = ".".join(map(str, OLDEST))
     try:
         import ray
@@ -290,52 +295,56 @@ def installed() -> Any:
         raise UsageError(
             "Ray is not installed.",
             f"Ray {oldest} or newer.",
-            "the engine ray runs clients in its actors.",
+            "the engine `ray` runs clients in Ray actors.",
             "pip install 'atoll[ray]'",
         ) from error
     if tuple(int(part) for part in ray.__version__.split(".")[:2]) < OLDEST:
         raise UsageError(
             f"Ray {ray.__version__} is installed.",
             f"Ray {oldest} or newer.",
-            "older ones have not all that the engine calls.",
+            "an older Ray lacks functions that the engine calls.",
             f"pip install 'ray>={oldest}'",
         )
     return ray
 
 
 def check_share(cpus: float, gpus: float, device: str = "auto") -> None:
-    """Refuse parts of a machine that Ray does not give, and a GPU to compute on without one to have.
+    """Check the resources of one actor.
 
+    Args:
+        cpus: cores, > 0 and finite.
+        gpus: GPUs, a fraction of one or a whole number ≥ 0.
+        device: "auto", "cpu" or "cuda"; "cuda" needs `gpus` > 0.
     Raises:
-        UsageError: which.
+        UsageError: a value is outside its range.
     """
     if not 0 < cpus < float("inf"):
-        raise UsageError(f"cpus = {cpus}.", "more than none.", "an actor computes on something.", "--cpus 1")
+        raise UsageError(f"cpus = {cpus}.", "cpus > 0 and finite.", "an actor needs a share of a core.", "--cpus 1")
     if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
         raise UsageError(
             f"gpus = {gpus}.",
-            "a fraction of one GPU, or a whole number of them.",
-            "Ray shares one GPU, or gives several whole.",
+            "a fraction of one GPU, or a whole number.",
+            "Ray shares one GPU or assigns several whole ones.",
             "--gpus 0.5",
         )
     if device == "cuda" and not gpus:
         raise UsageError(
             "device = 'cuda' and gpus = 0.0.",
-            "a GPU, or a part of one, for each actor.",
-            "an actor sees no GPU but those that Ray gives it.",
+            "a GPU, or a fraction of one, for each actor.",
+            "an actor sees only the GPUs that Ray assigns to it.",
             "--device cuda --gpus 1",
         )
 
 
 def _connected(engine: object, ray: Any, address: str | None) -> weakref.finalize[Any, Any]:
-    """Connect, where the program is not connected already; what is returned undoes it, at the latest at the end."""
+    """Connect to Ray if the program is not connected. The returned finalizer disconnects, at exit at the latest."""
     if ray.is_initialized():
         there = ray.get_runtime_context().gcs_address
         if address not in (None, "auto", "local", there) and _resolved(str(address)) != _resolved(there):
             raise UsageError(
                 f"address = {address!r}, but this program is connected to Ray at {there}.",
-                "one cluster a program.",
-                "Ray connects a program once.",
+                "the cluster to which the program is connected.",
+                "a program has at most one connection to Ray.",
                 "ray.shutdown()",
             )
         return weakref.finalize(engine, _left, None, None)
@@ -343,7 +352,7 @@ def _connected(engine: object, ray: Any, address: str | None) -> weakref.finaliz
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     folder: str | None = None
     if address == "local":
-        # Logs and sockets go with the cluster, but where somebody said where they shall lie.
+        # Logs and sockets are removed with the cluster, unless the user named a folder for them.
         if "RAY_TMPDIR" not in os.environ:
             folder = told["_temp_dir"] = tempfile.mkdtemp(prefix="atoll-ray-")
     else:
@@ -360,7 +369,7 @@ def _connected(engine: object, ray: Any, address: str | None) -> weakref.finaliz
 
 
 def _left(ray: Any, folder: str | None) -> None:
-    """Disconnect, and end the cluster that was started, where there is one."""
+    """Disconnect. A cluster that this connection started ends with it."""
     if ray is not None:
         ray.shutdown()
     if folder is not None:
@@ -368,12 +377,12 @@ def _left(ray: Any, folder: str | None) -> None:
 
 
 def _refused(ray: Any, address: str, error: Exception) -> UsageError | RunError:
-    """Why Ray could not be connected to or started, in our words."""
+    """An error in four parts for a failed connection or start of Ray."""
     if address == "local":
         return RunError(
             f"Ray did not start on this machine: {' '.join(str(error).split())}",
-            "a machine on which its own processes start in time.",
-            "each of them has 15 s, and an overloaded machine may need more.",
+            "a machine on which each process of Ray starts within 15 s.",
+            "Ray gives up after that time. An overloaded machine may need longer.",
             "--engine processes",
         )
     if "mismatch" in str(error).lower():
@@ -381,35 +390,35 @@ def _refused(ray: Any, address: str, error: Exception) -> UsageError | RunError:
         (wanted,) = [w for w in said.partition("started with: Ray: ")[2].split()[:1]] or [ray.__version__]
         return UsageError(
             f"The cluster at {address} is of another version: {said.rstrip('.')}.",
-            "the same Ray and the same Python here as there.",
-            "they tell each other Python's objects in their own way.",
+            "the same versions of Ray and Python in this program and on the cluster.",
+            "the format of their messages depends on both versions.",
             f"pip install ray=={wanted}" if wanted != ray.__version__ else "--engine processes",
         )
     return UsageError(
         f"Ray at {address}: {' '.join(str(error).split())}",
-        "a cluster that runs.",
-        "actors need nodes to be on.",
+        "the address of a running cluster.",
+        "actors run on the nodes of a cluster.",
         "ray start --head" if address == "auto" else "--address auto",
     )
 
 
 def _reach(address: str) -> None:
-    """Refuse an address where no cluster answers: Ray itself would wait for minutes, and then end the program.
+    """Refuse an address at which no cluster answers. Ray itself would wait for minutes and then exit the program.
 
     Raises:
-        UsageError: why.
+        UsageError: the address is malformed, or no cluster answers within 3 s.
     """
     if address == "auto":
         known = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
         address = os.environ.get("RAY_ADDRESS") or (known.read_text() if known.is_file() else address)
         if address == "auto":
-            return  # it looks among the processes of this machine, and says at once that there is none
+            return  # Ray searches the processes of this machine, and reports at once if there is no cluster
     host, _, port = address.strip().rpartition(":")
     if "://" in address or not host or not port.isdecimal():
         raise UsageError(
             f"address = {address!r}.",
             "host:port, as `ray start --head` prints it, or auto.",
-            "actors are spoken with directly, and not through a proxy.",
+            "the engine connects to actors directly, not through a proxy.",
             "--address 127.0.0.1:6379",
         )
     trouble = ""
@@ -419,20 +428,20 @@ def _reach(address: str) -> None:
                 server.settimeout(_REACH_S)
                 server.sendall(_HELLO)
                 frame = server.recv(9)
-                trouble = "" if frame[3:4] == bytes((_SETTINGS,)) else "what answers there is something else"
+                trouble = "" if frame[3:4] == bytes((_SETTINGS,)) else "the server there is not a Ray head node"
     except (OSError, OverflowError) as error:
         trouble = str(error)
     if trouble:
         raise UsageError(
             f"No Ray cluster answers at {address}: {trouble}.",
             "the address of a cluster's head node.",
-            "without it there is nowhere to run.",
+            "the engine runs clients on the nodes of that cluster.",
             "ray start --head --port 6379",
         )
 
 
 def _resolved(address: str) -> tuple[str, str]:
-    """An address as numbers, where its name is known."""
+    """Host and port of an address. The host is an IP address if the name can be resolved."""
     host, _, port = address.rpartition(":")
     with contextlib.suppress(OSError):
         host = socket.gethostbyname(host)
@@ -440,17 +449,17 @@ def _resolved(address: str) -> tuple[str, str]:
 
 
 def _placed(ray: Any, workers: int | None, cpus: float, gpus: float) -> int:
-    """How many actors there shall be: those asked for, or all that there is room for.
+    """The number of actors: `workers`, or all that the nodes can place.
 
     Raises:
-        UsageError: there is no room for them, whoever else is at work.
+        UsageError: the nodes cannot place them, even without other work on the cluster.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(_room(node, cpus, gpus) for node in nodes)
     if 0 < (room if workers is None else workers) <= room:
         return room if workers is None else workers
     if workers is not None and workers < 1:
-        raise UsageError(f"workers = {workers}.", "at least one.", "somebody has to compute.", "--workers 2")
+        raise UsageError(f"workers = {workers}.", "at least 1.", "actors compute the clients.", "--workers 2")
     has = "; ".join(f"{node.get('CPU', 0.0):g} CPU, {node.get('GPU', 0.0):g} GPU" for node in nodes)
     if room:
         write = f"--workers {room}"
@@ -459,14 +468,14 @@ def _placed(ray: Any, workers: int | None, cpus: float, gpus: float) -> int:
     else:
         write = "--cpus 1"
     raise UsageError(
-        f"{workers or 'Some'} actors of {cpus:g} CPU and {gpus:g} GPU each.",
-        f"nodes that have room for them; this cluster has {has or 'none'}, which is room for {room}.",
-        "Ray would wait for ever for what no node has.",
+        f"{workers or 'Some'} actors with {cpus:g} CPU and {gpus:g} GPU each.",
+        f"nodes with room for them. This cluster has {has or 'no node'}, which is room for {room}.",
+        "Ray would wait forever for resources that no node has.",
         write,
     )
 
 
 def _room(node: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """Actors that a node has room for, if nobody else is on it."""
+    """The number of actors that a node can place if it does no other work."""
     wanted = [("CPU", cpus), *([("GPU", gpus)] if gpus else [])]
     return min(int(node.get(name, 0.0) / each + _TINY) for name, each in wanted)

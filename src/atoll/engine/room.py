@@ -1,4 +1,7 @@
-"""How many clients are computed side by side: by the model and the memory, and by what did not fit."""
+"""The chunk size: the number of clients computed together, limited by the model, the memory and earlier failures.
+
+Tests: tests/faults/test_memory.py, tests/identities/test_device.py.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,24 @@ from atoll.plan.lanes import ROWS
 from atoll.plan.plan import Plan
 from atoll.task import Task
 
-_FUSED_BYTES = 7 << 20  # by hand there is no gradient to hold, and a step goes through all of it three times
-_LANE_BYTES = 16 << 20  # what a chunk's θ, gradients and updates take together: they stay near the cores
-_LEAST, _MOST, _FAR_MOST = 4, 1024, 1 << 14
-_APART_BYTES = 64 << 20  # updates of clients in turn: written once, read once
-_APART = 4  # an update, and its digits, in lengths of θ
-_HELD = 6  # θ, gradient and update of a lane, and what an optimizer and a codec make of them, in lengths of θ
+_FUSED_BYTES = 7 << 20  # per chunk: the fused backend stores no gradient, and a step reads all of it three times
+_LANE_BYTES = 16 << 20  # θ, gradients and updates of a chunk together, so that they stay in the caches of the cores
+_LEAST, _MOST, _FAR_MOST = 4, 1024, 1 << 14  # limits of a chunk: least, most on the host, most on a device
+_APART_BYTES = 64 << 20  # updates of clients that are computed one after another: each is written and read once
+_APART = 4  # memory of such a client in lengths of θ: its update and the digits of the exact sum
+_HELD = 6  # memory of a lane in lengths of θ: θ, gradient, update, and temporaries of optimizer and codec
 
 
 class Room:
-    """What an engine has learned of its memory: no more clients at once than fitted.
+    """A limit for chunks, lowered each time a chunk does not fit into memory.
 
     Args:
-        most: that fit side by side; None: nothing has gone wrong yet.
+        most: the largest chunk that fits, ≥ 1; None: no chunk has failed yet.
     Example:
         >>> room = Room()
         >>> room.learn(50)
         >>> room.said()
-        ('More than 50 clients side by side did not fit into memory: no chunk is larger from now on. No bit changes.',)
+        ('More than 50 clients at once did not fit into memory: no chunk is larger from now on. No bit changes.',)
         >>> room.said()
         ()
     """
@@ -39,35 +42,37 @@ class Room:
         self._said = most
 
     def learn(self, most: int | None) -> None:
-        """So many fit; more did not."""
+        """Lower the limit to `most` clients; None changes nothing."""
         if most is not None and (self.most is None or most < self.most):
             self.most = most
 
     def said(self) -> tuple[str, ...]:
-        """What has been learned since the last call, in words."""
+        """A message if the limit was lowered since the last call, else ()."""
         if self.most == self._said:
             return ()
         self._said = self.most
         some = "1 client" if self.most == 1 else f"{self.most} clients"
-        told = f"More than {some} side by side did not fit into memory: no chunk is larger from now on. No bit changes."
+        told = f"More than {some} at once did not fit into memory: no chunk is larger from now on. No bit changes."
         return (told,)
 
     def within(self, most: int | None) -> int | None:
-        """What was asked for, as far as it fits."""
+        """The smaller of `most` and the limit; None if neither is set."""
         return min((n for n in (most, self.most) if n is not None), default=None)
 
 
 def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None, room: int | None = None) -> int:
-    """How many clients are computed together: at most `most`, or what the size of model and batch allows.
+    """Choose the number of clients that are computed together: `most`, or a number by the size of model and batch.
 
-    On the host that is as much as stays near the cores; on a device of its own memory it is as much as half of what is
-    free there takes, since activations are not counted.
+    On the host, a chunk should stay in the caches of the cores. On a device with its own memory, a chunk may take half
+    of the free memory, since activations are not counted.
 
     Args:
-        plan, task, data: what is computed.
-        rows: of the largest client.
-        most: that were asked for; None chooses.
+        plan, task, data: the algorithm, the model and the clients.
+        rows: rows of the largest client.
+        most: the number that the user asked for, ≥ 1; None chooses.
         room: free bytes of a device; None on the host.
+    Returns:
+        The size of a chunk, ≥ 1.
     """
     if task.numerics == "loop" and not getattr(plan.local, "apart", lambda rows: False)(rows):
         return 1
@@ -76,25 +81,25 @@ def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None,
     width, size = min(plan.local.width(rows), ROWS), task.layout.dtype.itemsize
     if task.numerics == "fused":
         each, near = task.program.room(data.features, width) * size, _FUSED_BYTES
-    elif task.numerics == "compiled":  # of a client at work there is one a core; what they came to is what is held
+    elif task.numerics == "compiled":  # one client a core is active; its update is the memory to count
         return max(2 * torch.get_num_threads(), _LEAST, min(_MOST, _LANE_BYTES // (task.layout.d * size)))
-    elif task.numerics == "loop":  # nothing but updates lies side by side
+    elif task.numerics == "loop":  # a chunk only stores updates
         return max(1, min(_MOST, _APART_BYTES // (_APART * task.layout.d * size)))
     else:
         each, near = _HELD * task.layout.d * size, _LANE_BYTES
     if room is None:
         return max(_LEAST, min(_MOST, near // each))
-    # An update and the digits of its sum are held in any body; rows of several steps are read ahead.
+    # Every backend stores an update and the digits of its sum. Rows of several steps are read ahead.
     each = max(each, _HELD * task.layout.d * size) + width * max(1, prod(data.features)) * size
     return max(1, min(_FAR_MOST, room // 2 // each))
 
 
 def no_sum(task: Task, many: int, error: BaseException) -> RunError:
-    """The error for a chunk whose contributions cannot be added up for want of memory."""
+    """The error for a chunk whose contributions cannot be added up because memory is full."""
     return RunError(
-        f"The updates of {many} clients do not fit into memory beside their sum: {_first_line(error)}",
+        f"The updates of {many} clients do not fit into memory together with their sum: {_first_line(error)}",
         "memory for the sum of one chunk.",
-        "what was added of it in part cannot be taken back. The state is that of the round before.",
+        "a partly added chunk cannot be subtracted. The state is that of the round before.",
         f"--chunk {many // 2}" if many > 1 else "--model linear" if task.device.type == "cpu" else "--device cpu",
     )
 
@@ -104,7 +109,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def too_large(plan: Plan, task: Task, client: int, rows: int, error: BaseException) -> RunError:
-    """The error for a client that does not fit into memory by itself."""
+    """The error for a single client that does not fit into memory."""
     return RunError(
         f"Client {client} does not fit into memory by itself: {_first_line(error)}",
         "memory for the model, its gradient and one batch of one client.",
@@ -114,7 +119,7 @@ def too_large(plan: Plan, task: Task, client: int, rows: int, error: BaseExcepti
 
 
 def _smaller(plan: Plan, task: Task, rows: int) -> str:
-    """The line that asks for less memory."""
+    """A setting that needs less memory."""
     if task.device.type != "cpu":
         return "--device cpu"
     batch = getattr(plan.local, "batch", 0)

@@ -1,4 +1,7 @@
-"""Traces of fleets: CSV files with a header, read whole and refused at the first line that leaves something open."""
+"""Traces of fleets: CSV files with a header. A file is read completely, and the first invalid line raises an error.
+
+Tests: tests/identities/test_fleet.py.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ from atoll.errors import UsageError
 
 
 def values(path: str, column: str, clients: int) -> Tensor:
-    """One positive number for each client, out of the columns `client` and `column`.
+    """Read one positive number for each client from the columns `client` and `column`.
 
     Args:
-        path: of a CSV file in UTF-8 with a header; other columns are not looked at, blank lines are skipped.
+        path: a CSV file in UTF-8 with a header. Other columns and blank lines are ignored.
         column: the name of the column of numbers.
-        clients: how many there are; the file names each of 0 … clients−1 once.
+        clients: the number of clients, ≥ 1; the file names each of 0 … clients−1 once.
     Returns:
         float64 `[clients]`.
     Raises:
-        UsageError: no such file or column, a client that is missing, unknown or there twice, a number that is not
-            finite and positive; with the number of the line.
+        UsageError: the file or the column does not exist; a client is missing, unknown or named twice; or a number is
+            not finite and positive. The error names the line.
     """
     found: dict[int, float] = {}
     for line, (name, text) in _rows(path, ("client", column)):
@@ -39,15 +42,16 @@ def values(path: str, column: str, clients: int) -> Tensor:
 
 
 def windows(path: str, clients: int) -> list[list[tuple[float, float]]]:
-    """When each client is there, out of the columns `client`, `start` and `end`, in seconds.
+    """Read the windows of availability of each client from the columns `client`, `start` and `end`, in seconds.
 
     Args:
-        path: of a CSV file in UTF-8 with a header; lines in any order.
-        clients: how many there are; each of 0 … clients−1 has at least one line.
+        path: a CSV file in UTF-8 with a header. The lines may have any order.
+        clients: the number of clients, ≥ 1; each of 0 … clients−1 has at least one line.
     Returns:
-        For each client its windows (start, end) in order, 0 ≤ start < end, none over another.
+        For each client its windows (start, end) in order of time, 0 ≤ start < end, without overlap.
     Raises:
-        UsageError: as in `values`; also a window that ends before it starts, or overlaps another of its client.
+        UsageError: as in `values`; also if a window does not end after its start, or overlaps another window of the
+            same client.
     """
     found: dict[int, list[tuple[float, float, int]]] = {}
     for line, (name, first, last) in _rows(path, ("client", "start", "end")):
@@ -61,12 +65,12 @@ def windows(path: str, clients: int) -> list[list[tuple[float, float]]]:
         for (_, before, _), (start, _, line) in pairwise(spans):
             if start < before:
                 overlap = f"has client {client} start at {start:g}, inside its window that ends at {before:g}"
-                raise _wrong(path, line, overlap, "windows of a client that do not overlap.")
+                raise _wrong(path, line, overlap, "windows of one client that do not overlap.")
     return [[(start, end) for start, end, _ in found[client]] for client in range(clients)]
 
 
 def _rows(path: str, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    """The number of each line that is not blank, and its cells in these columns."""
+    """Yield the number of each line that is not blank, and its cells in these columns."""
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, strict=True)
@@ -75,14 +79,16 @@ def _rows(path: str, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]
                 if header.count(column) != 1:
                     raise UsageError(
                         f"The header of {path} has {header.count(column)} columns {column!r}: {','.join(header)}.",
-                        f"a header line with {', '.join(columns)}.",
-                        "numbers are found by the names of their columns.",
+                        f"a header line that names each of {', '.join(columns)} once.",
+                        "a column is found by its name.",
                         f"head -n 1 {shlex.quote(path)}" if header else f"cat {shlex.quote(path)}",
                     )
             places = [header.index(column) for column in columns]
             for cells in lines:
                 if cells and len(cells) != len(header):
-                    raise _wrong(path, lines.line_num, f"has {len(cells)} cells", f"{len(header)}, as the header has.")
+                    raise _wrong(
+                        path, lines.line_num, f"has {len(cells)} cells", f"{len(header)} cells, as in the header."
+                    )
                 if cells:
                     yield lines.line_num, [cells[place].strip() for place in places]
     except FileNotFoundError:
@@ -98,7 +104,7 @@ def _wrong(path: str, line: int, what: str, required: str) -> UsageError:
     return UsageError(
         f"Line {line} of {path} {what}.",
         required,
-        "a trace says one thing for each client, or nothing is simulated from it.",
+        "a simulation needs one well-defined trace for each client.",
         f"sed -n {line}p {shlex.quote(path)}",
     )
 
@@ -115,7 +121,7 @@ def _number(path: str, line: int, text: str, least: float, required: str) -> flo
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value < least:
-        raise _wrong(path, line, f"holds {text!r}", f"{required}, a finite number.")
+        raise _wrong(path, line, f"contains {text!r}", f"{required}, a finite number.")
     return value
 
 
@@ -126,6 +132,6 @@ def _everyone(path: str, found: Container[int], clients: int) -> None:
         raise UsageError(
             f"{path} has no line for {len(missing)} of {clients} clients: {few}.",
             f"a line for each of the clients 0 … {clients - 1}.",
-            "what a trace does not say is not made up.",
+            "missing values are not filled in.",
             f"head {shlex.quote(path)}",
         )

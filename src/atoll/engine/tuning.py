@@ -1,7 +1,10 @@
-"""How many clients side by side, and on how many threads: tried while a training runs, since neither changes a bit.
+"""Autotuning of the chunk size and the number of threads during training. Neither changes a bit of the result.
 
-A climb: the setting that is best so far, and those beside it, each timed over some rounds. One that is clearly quicker
-becomes the best, and those beside it are tried next; when none is, the climb is over and costs nothing more.
+The method is hill climbing. The best setting so far and its neighbours are each timed over some rounds. A neighbour
+that is clearly faster becomes the best, and its neighbours are timed next. If no neighbour is faster, the search ends
+and has no further cost.
+
+Tests: tests/rates/test_tuning.py.
 """
 
 from __future__ import annotations
@@ -10,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-ROUNDS = 3  # that a setting is timed over; the quickest counts, since others only ever take time away
-_CLEARLY = 1.03  # times as quick: less may be noise, and is not worth a move
-_FURTHEST = 8.0  # times what the model's size says, either way
+ROUNDS = 3  # rounds for which a setting is timed; the fastest counts, since other programs can only slow a round down
+_CLEARLY = 1.03  # ratio of speeds from which a neighbour counts as faster; a smaller ratio may be noise
+_FURTHEST = 8.0  # largest factor between a tried chunk and the chunk for the model's size, up or down
 
 
 class Setting(NamedTuple):
-    """The size of a chunk, in parts of what the model's size says, and threads."""
+    """The chunk size, as a multiple of the size chosen for the model, and the number of threads."""
 
     chunk: float
     threads: int
@@ -27,7 +30,7 @@ _USUAL = Setting(1.0, 1)
 
 @dataclass
 class Tuning:
-    """A climb from one setting to the quickest beside it.
+    """Hill climbing from a first setting to a local optimum of speed.
 
     Example:
         >>> climb = Tuning()
@@ -45,11 +48,11 @@ class Tuning:
     _warm: bool = False
 
     def setting(self, first: Setting, threads: Sequence[int] = ()) -> Setting:
-        """What the next round is to be run by.
+        """The setting for the next round.
 
         Args:
-            first: where the climb begins.
-            threads: other numbers of threads that may be tried.
+            first: the start of the search.
+            threads: other numbers of threads to try.
         """
         if self._now is None:
             self.best = self._now = first
@@ -58,14 +61,19 @@ class Tuning:
 
     @property
     def over(self) -> bool:
-        """Whether every setting beside the best has been tried."""
+        """Whether the best setting and all its neighbours have been timed."""
         return self._rate(self.best) is not None and self._untried() is None
 
     def heard(self, rows: int, seconds: float) -> None:
-        """A round of so many rows, by the setting that was told, took so long."""
+        """Record the time of a round with the current setting.
+
+        Args:
+            rows: the rows that the round processed.
+            seconds: its duration.
+        """
         if self._now is None or self.over or rows == 0:
             return
-        if not self._warm:  # of the first one much is spent on what is done once
+        if not self._warm:  # the first round includes one-time costs
             self._warm = True
             return
         self._rates.setdefault(self._now, []).append(rows / max(seconds, 1e-9))
@@ -77,7 +85,7 @@ class Tuning:
         self._now = self._untried() or self.best
 
     def _rate(self, setting: Setting) -> float | None:
-        """Rows a second; None where it has not been timed over enough rounds."""
+        """Rows per second; None before the setting was timed for `ROUNDS` rounds."""
         rates = self._rates.get(setting, ())
         return max(rates) if len(rates) >= ROUNDS else None
 

@@ -1,9 +1,11 @@
-"""Stop rules: when a run has done what it was asked to do, or can no longer.
+"""Stop rules: conditions that end a run, as finished or as failed.
 
-    memory, outcome = rule.update(memory, report)        after each round; outcome is None while the run goes on
+    memory, outcome = rule.update(memory, report)        after each round; outcome is None while the run continues
 
-A rule is a value; what it remembers is a plain dict of numbers, saved with the run. Several rules stand side by side in
-a tuple, and the first that is met ends the run: `(Rounds(100), Target("accuracy", 0.95))`.
+A rule is a value. Its memory is a dict of numbers, texts and None, saved with the run. A tuple combines rules, and the
+first rule that is met ends the run: `(Rounds(100), Target("accuracy", 0.95))`.
+
+Tests: tests/identities/test_stop.py.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _LOWER = {"loss", "error", "mse", "rmse", "mae", "perplexity", "norm"}
 
 
 class Report(Protocol):
-    """What a rule reads of a round."""
+    """The properties of a round that rules read."""
 
     @property
     def round(self) -> int: ...
@@ -41,12 +43,12 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why a run ended.
+    """The reason for the end of a run.
 
     Args:
-        reason: a sentence for people.
-        failed: whether the run could not go on: exit code 1; otherwise it is done: exit code 0.
-        required, why, write: the other parts of an error, where it failed.
+        reason: one sentence.
+        failed: whether the run failed, with exit code 1; otherwise it finished, with exit code 0.
+        required, why, write: the other parts of the error if the run failed.
     """
 
     reason: str
@@ -56,12 +58,12 @@ class Outcome:
     write: str = ""
 
     def error(self) -> RunError:
-        """The error that a failed run ends with."""
+        """The error of a failed run."""
         return RunError(self.reason, self.required, self.why, self.write)
 
 
 class Stop:
-    """What every stop rule is; final classes derive from it."""
+    """The base class of stop rules. Only final classes derive from it."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -71,24 +73,27 @@ class Stop:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Names of the metrics without which the rule can never be met."""
+        """Names of the metrics that the rule needs."""
         return ()
 
     def init(self) -> Memory:
-        """The memory before the first round: numbers, texts and None by name, as JSON has them."""
+        """The memory before the first round: numbers, texts and None by name, values of JSON."""
         return {}
 
     def update(self, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
-        """The memory after a round, and why the run ends, or None. `memory` is unchanged.
+        """Process the report of a round. The argument `memory` is not changed.
 
-        A round whose report lacks the metric (nobody at work, no evaluation) leaves the memory as it was.
+        If the report lacks the metric (no client participated, or no evaluation), the memory stays the same.
+
+        Returns:
+            The memory after the round, and the outcome if the run ends, else None.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True, repr=False)
 class Rounds(Stop):
-    """Stop after so many rounds, counted from the start of the run.
+    """Stop after n rounds, counted from the start of the run.
 
     Args:
         n: rounds, ≥ 1.
@@ -105,15 +110,15 @@ class Rounds(Stop):
     def update(self, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
         done = memory["done"] + 1
         met = done >= self.n
-        return {"done": done}, Outcome(f"{done} rounds are done.") if met else None
+        return {"done": done}, Outcome(f"Finished {done} round{'' if done == 1 else 's'}.") if met else None
 
 
 @dataclass(frozen=True, repr=False)
 class Seconds(Stop):
-    """Stop after so many seconds of rounds; the round that crosses the line is finished.
+    """Stop at the end of the round in which the total duration of rounds reaches s seconds.
 
     Args:
-        s: seconds, > 0; rounds before a resume count, pauses do not.
+        s: seconds, > 0. Rounds before a resume count; pauses between rounds do not.
     Example:
         >>> Seconds(60)
         Seconds(60.0)
@@ -127,47 +132,50 @@ class Seconds(Stop):
     def update(self, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
         spent = memory["seconds"] + report.seconds
         met = spent >= self.s
-        return {"seconds": spent}, Outcome(f"{spent:.1f} s of {self.s:g} s are spent.") if met else None
+        return {"seconds": spent}, Outcome(f"The rounds took {spent:.1f} s of {self.s:g} s.") if met else None
 
 
 @dataclass(frozen=True, repr=False)
 class Bytes(Stop):
-    """Stop after so many bytes, up and down together; the round that crosses the line is finished.
+    """Stop at the end of the round in which the total traffic reaches n bytes.
 
     Args:
-        n: bytes, ≥ 1.
+        n: bytes of uploads and downloads together, ≥ 1.
     Example:
         >>> Bytes(10**9)
         Bytes(1000000000)
     """
 
-    n: int = number(least=1, whole=True, example=10**9, why="a round moves bytes.")
+    n: int = number(least=1, whole=True, example=10**9, why="every round transfers bytes.")
 
     def init(self) -> Memory:
         return {"bytes": 0}
 
     def update(self, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
         moved = memory["bytes"] + report.bytes_up + report.bytes_down
-        return {"bytes": moved}, Outcome(f"{moved:,} bytes are moved.") if moved >= self.n else None
+        return {"bytes": moved}, Outcome(f"Transferred {moved:,} bytes.") if moved >= self.n else None
 
 
 @dataclass(frozen=True, repr=False)
 class Tolerance(Stop):
-    """Stop when training has converged: the update has all but vanished, or the training loss all but stands still.
+    """Stop when training has converged: the update is small, or the training loss hardly changes.
 
     ‖g_t‖ ≤ gradient,   or   |ℓ_{t−1} − ℓ_t| ≤ loss · max(|ℓ_{t−1}|, |ℓ_t|, 1),   in `patience` rounds in a row
 
     Args:
-        gradient: Euclidean norm of the round's update, ≥ 0, or None.
-        loss: change of the mean training loss, relative above 1 and absolute below, ≥ 0, or None.
-        patience: rounds in a row, ≥ 1; more than one where minibatches make the loss rough.
+        gradient: the largest Euclidean norm of the round's update, ≥ 0; None: not checked.
+        loss: the largest change of the mean training loss, relative for a loss above 1 and absolute below, ≥ 0; None:
+            not checked.
+        patience: rounds in a row, ≥ 1; use more than one if minibatches make the loss noisy.
+    Raises:
+        UsageError: a value is outside its range, or both tolerances are None.
     Example:
         >>> Tolerance(gradient=1e-6)
         Tolerance(1e-06)
     """
 
     gradient: float | None = number(None, least=0, example=1e-6, why="a norm is not negative.")
-    loss: float | None = number(None, least=0, example=1e-6, why="a change is measured without its sign.")
+    loss: float | None = number(None, least=0, example=1e-6, why="the size of a change is not negative.")
     patience: int = number(1, least=1, whole=True)
 
     def __post_init__(self) -> None:
@@ -176,7 +184,7 @@ class Tolerance(Stop):
             raise UsageError(
                 repr(self),
                 "a tolerance for the gradient or for the loss.",
-                "without either it is never met.",
+                "without a tolerance the rule is never met.",
                 repaired(self, gradient=1e-6),
             )
 
@@ -206,13 +214,15 @@ class Tolerance(Stop):
 
 @dataclass(frozen=True, repr=False)
 class Target(Stop):
-    """Stop when a metric has reached a value.
+    """Stop when a metric has reached a value. Exactly one of `value`, `above` and `below` is set.
 
     Args:
         metric: its name in the report.
-        value: what to reach; up or down is known from the name (accuracy up, loss down). Or, for any name,
-        above: reached from below, metric ≥ above; or
-        below: reached from above, metric ≤ below. One of the three.
+        value: the target; the direction follows from the name: metric ≥ value for accuracy, metric ≤ value for loss.
+        above: the target for any name: metric ≥ above.
+        below: the target for any name: metric ≤ below.
+    Raises:
+        UsageError: none or several targets are set, or `value` is set and the direction is unknown for this name.
     Example:
         >>> Target("accuracy", 0.95), Target("margin", above=2)
         (Target('accuracy', value=0.95), Target('margin', above=2.0))
@@ -232,10 +242,10 @@ class Target(Stop):
             aim = {"value": given[0] if given else 0.9} if known else {"above": given[0] if given else 0.9}
             raise UsageError(
                 repr(self),
-                "one of value, above and below; above or below where the name does not say which way is better.",
-                f"better is {'higher' if direction(self.metric) == 1 else 'lower'} for {self.metric}."
+                "one of value, above and below. For a name without a known direction, one of above and below.",
+                f"{'higher' if direction(self.metric) == 1 else 'lower'} values of {self.metric} are better."
                 if known
-                else f"nobody can tell from the name {self.metric!r} whether more of it is better.",
+                else f"it is unknown whether higher values of {self.metric!r} are better.",
                 repaired(self, **{"value": None, "above": None, "below": None, **aim}),
             )
 
@@ -256,23 +266,25 @@ class Target(Stop):
 
 @dataclass(frozen=True, repr=False)
 class Patience(Stop):
-    """Stop when a metric has not improved for so many rounds.
+    """Stop when a metric has not improved for a number of rounds.
 
-    An improvement is a value better than the best so far by more than min_delta.
+    An improvement is a value that is better than the best so far by more than min_delta.
 
     Args:
         metric: its name in the report.
-        rounds: rounds since the best one, ≥ 1.
-        min_delta: ≥ 0, in the units of the metric.
-        better: "higher" or "lower", where the name does not say it.
+        rounds: rounds since the best value, ≥ 1.
+        min_delta: the smallest improvement, ≥ 0, in the unit of the metric.
+        better: "higher" or "lower"; None: it follows from the name.
+    Raises:
+        UsageError: a value is outside its range, or `better` is None and the direction is unknown for this name.
     Example:
         >>> Patience("loss", 10)
         Patience('loss', rounds=10)
     """
 
     metric: str
-    rounds: int = number(least=1, whole=True, example=10, why="the best round itself has no round since.")
-    min_delta: float = number(0.0, least=0, why="a fall is no improvement.")
+    rounds: int = number(least=1, whole=True, example=10, why="rounds are counted after the best one.")
+    min_delta: float = number(0.0, least=0, why="a worse value is not an improvement.")
     better: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -282,7 +294,7 @@ class Patience(Stop):
             raise UsageError(
                 repr(self),
                 "better='higher' or better='lower'.",
-                f"nobody can tell from the name {self.metric!r} whether more of it is better.",
+                f"it is unknown whether higher values of {self.metric!r} are better.",
                 repaired(self, better="higher"),
             )
 
@@ -310,19 +322,19 @@ class Patience(Stop):
 
 @dataclass(frozen=True, repr=False)
 class Diverged(Stop):
-    """End a run as failed when its training loss is not finite, or far above where it began.
+    """End a run as failed when the training loss is not finite, or far above the first loss.
 
     ℓ_t or ‖g_t‖ not finite,   or   ℓ_t > ℓ_0 + (factor − 1)·|ℓ_0| in `rounds` rounds in a row
 
     Args:
-        factor: > 1; for a positive ℓ_0 the loss may be `factor` times as large.
+        factor: the largest ratio of ℓ_t to a positive ℓ_0, > 1.
         rounds: rounds in a row, ≥ 1.
     Example:
         >>> Diverged()
         Diverged()
     """
 
-    factor: float = number(10.0, above=1, why="a loss is not below itself.")
+    factor: float = number(10.0, above=1, why="with factor = 1 every increase of the loss would end the run.")
     rounds: int = number(5, least=1, whole=True)
 
     def init(self) -> Memory:
@@ -337,7 +349,7 @@ class Diverged(Stop):
         if loss is None:
             return dict(memory), None
         first = loss if memory["first"] is None else memory["first"]
-        # At a loss of exactly 0 every rounding error would be infinitely many times as large.
+        # If the first loss is exactly 0, no multiple of it bounds a rounding error.
         limit = first + (self.factor - 1) * max(abs(first), 1e-12)
         above = memory["above"] + 1 if loss > limit else 0
         after = {"first": first, "above": above}
@@ -353,14 +365,18 @@ class Diverged(Stop):
             f"The training diverged: {reason}",
             True,
             f"a finite loss, at most {self.factor:g} times the first.",
-            "the usual cause is a learning rate lr that is too large: each step lands higher than it started.",
+            "the usual cause is a learning rate lr that is too large: each step then increases the loss.",
             "atoll lr",
         )
 
 
 def direction(metric: str) -> int | None:
-    """+1 where more of a metric is better, −1 where less is, None where its name does not say; the last word decides.
+    """The direction in which a metric improves, by the last word of its name.
 
+    Args:
+        metric: the name of the metric.
+    Returns:
+        +1 if higher values are better, −1 if lower values are better, None if the word is unknown.
     Example:
         >>> direction("held_out_accuracy"), direction("loss"), direction("margin")
         (1, -1, None)
@@ -372,7 +388,7 @@ def direction(metric: str) -> int | None:
 def _named(rule: Any, metric: object) -> None:
     if not isinstance(metric, str) or not metric:
         raise UsageError(
-            f"{type(rule).__name__} was given metric = {metric!r}.",
+            f"{type(rule).__name__} has metric = {metric!r}.",
             "the name of a metric in the report.",
             write=repaired(rule, metric="loss"),
         )
@@ -382,7 +398,13 @@ Rules = Stop | Iterable["Rules"]
 
 
 def each(rules: Rules) -> Iterator[tuple[str, Stop]]:
-    """The rules one by one, each under a name of its own: its class, and a number where there are several."""
+    """Yield each rule with a unique name: the name of its class, and a number from the second rule of a class on.
+
+    Args:
+        rules: a rule, or nested tuples and lists of rules.
+    Raises:
+        UsageError: an element is not a stop rule.
+    """
     seen: dict[str, int] = {}
     pending: list[Any] = [rules]
     while pending:
@@ -391,27 +413,30 @@ def each(rules: Rules) -> Iterator[tuple[str, Stop]]:
             pending[:0] = rule
             continue
         if isinstance(rule, type) or not hasattr(rule, "update"):
-            raise UsageError(f"{rule!r} is no stop rule.", "a stop rule, or a tuple of them.", write="Rounds(100)")
+            raise UsageError(f"{rule!r} is not a stop rule.", "a stop rule, or a tuple of them.", write="Rounds(100)")
         kind = type(rule).__name__
         seen[kind] = seen.get(kind, 0) + 1
         yield (kind if seen[kind] == 1 else f"{kind} {seen[kind]}"), rule
 
 
 def update(rules: Rules, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
-    """The memory of all rules after a round, and why the run ends, or None: a failure first, else the first rule met.
+    """Update all rules with the report of a round.
 
     Args:
         rules: a rule, or a tuple of them.
-        memory: what the last call returned; `{}` before the first round. A rule that is new to it begins afresh,
-            and one whose numbers have changed goes on, so that a resumed run may be given other rules.
-        report: of the round.
+        memory: the memory that the last call returned; `{}` before the first round. A rule without an entry starts from
+            `init`. A rule with other parameters continues from its entry. So a resumed run may have other rules.
+        report: the report of the round.
+    Returns:
+        The memory of all rules, by name; and the outcome of the first failed rule, else of the first rule that is met,
+        else None.
     Example:
         >>> from types import SimpleNamespace as Report
         >>> memory, rules = {}, (Rounds(2), Diverged())
         >>> for t in range(2):
         ...     memory, outcome = update(rules, memory, Report(round=t, metrics={"loss": 1.0}))
         >>> outcome.reason, memory
-        ('2 rounds are done.', {'Rounds': {'done': 2}, 'Diverged': {'first': 1.0, 'above': 0}})
+        ('Finished 2 rounds.', {'Rounds': {'done': 2}, 'Diverged': {'first': 1.0, 'above': 0}})
     """
     after: Memory = {}
     outcomes = []
@@ -423,13 +448,13 @@ def update(rules: Rules, memory: Memory, report: Report) -> tuple[Memory, Outcom
 
 
 def refuse_unknown(rules: Rules, metrics: Iterable[str]) -> None:
-    """Refuse a rule that waits for a metric which no round will report.
+    """Refuse a rule that needs a metric which no round will report.
 
     Args:
         rules: a rule, or a tuple of them.
-        metrics: the names that reports will have.
+        metrics: the names of the metrics in reports.
     Raises:
-        UsageError: with the same rule for the nearest name.
+        UsageError: a metric is not reported; the error has the same rule for the nearest name.
     """
     known = sorted(metrics)
     for _, rule in each(rules):
@@ -437,9 +462,9 @@ def refuse_unknown(rules: Rules, metrics: Iterable[str]) -> None:
             if metric not in known:
                 near = did_you_mean(metric, [n for n in known if direction(n) is not None] or ["loss"])
                 raise UsageError(
-                    f"{rule!r} waits for {metric!r}.",
+                    f"{rule!r} needs the metric {metric!r}.",
                     f"a metric that is reported: {', '.join(known)}.",
-                    "it would never be met.",
+                    "without the metric the rule would never be met.",
                     repaired(rule, metric=near) if hasattr(rule, "metric") else "Rounds(100)",
                 )
 
