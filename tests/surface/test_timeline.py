@@ -145,7 +145,7 @@ def test_everybody_waits_for_the_straggler_or_nobody_does(data, tmp_path):
 def test_a_run_with_a_clock_says_so_everywhere(data, tmp_path):
     run = flew(data, tmp_path, Buffered(2))
     text = (run.path / "report.html").read_text(encoding="utf-8")
-    for said in ("time on the clock", "versions of θ kept", "staleness", "up, a client", "Timeline of 4 clients"):
+    for said in ("virtual time", "model versions kept", "staleness", "up, per client", "Timeline of 4 clients"):
         assert said in text, said
     assert {"timeline", "staleness", "clock", "client_bytes"} <= {p.stem for p in (run.path / "plots").iterdir()}
     record = Record.read(run.path)
@@ -169,7 +169,7 @@ def test_what_did_not_count_is_marked(data, tmp_path):
     run = flew(data, tmp_path, Sync(deadline_s=2), fleet, recipe=replace(recipes.fedavg(lr=0.1), max_failed=1.0))
     record = Record.read(run.path)
     assert {FATES[f] for f in record.events.flights.fate} == {"arrived", "dropped", "late"}
-    assert "no longer awaited" in (run.path / "report.html").read_text(encoding="utf-8")
+    assert "late contributions" in (run.path / "report.html").read_text(encoding="utf-8")
     words = timeline.says(record)
     assert "4 clients" in words and " 0 % in flights" not in words
 
@@ -184,7 +184,7 @@ def test_many_clients_are_places(tmp_path):
     record = Record.read(tmp_path)
     row, clients = record.events.flights.lanes()
     assert clients == () and int(row.max()) + 1 == 60 > MOST_LANES
-    assert "60 places at work" in timeline.says(record)
+    assert "60 concurrent flights" in timeline.says(record)
     draw(tmp_path)
     assert (tmp_path / "plots" / "timeline.png").stat().st_size > 1000
 
@@ -210,4 +210,4 @@ def test_columns_stand_where_they_say_something(data, pace, fleet, more):
     with LiveTable(plain=True, file=file) as table:
         run = train("softmax", data, plan, rounds=2, fleet=fleet, numerics="lanes", out=None, watchers=[table])
     last = file.getvalue().splitlines()[-1]
-    assert f"↑ {size(run.bytes_up)}" in last and ("on the clock" in last) == (fleet is not None)
+    assert f"↑ {size(run.bytes_up)}" in last and ("of virtual time" in last) == (fleet is not None)
