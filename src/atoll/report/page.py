@@ -178,7 +178,7 @@ def _traffic(record: Record) -> Html | None:
     """Tiles on the bytes that each client sent and received in the whole run: median, smallest and largest."""
     tally = record.events.tally
     pairs = []
-    for words, of in (("up, per client", tally.up), ("down, per client", tally.down)):
+    for words, of in (("bytes up, per client", tally.up), ("bytes down, per client", tally.down)):
         if of:
             middle = size(sorted(of.values())[len(of) // 2])
             pairs.append((words, middle, f"{size(min(of.values()))} to {size(max(of.values()))}"))
