@@ -1,4 +1,4 @@
-"""The tools beside a run say what was, and nothing else."""
+"""Tools for finished runs: replay, compare, export, lr and doctor report the facts of a run."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def copy(run, tmp_path):
 
 
 def clients_of(folder):
-    """Who gave what, round by round, as events.jsonl says it."""
+    """The "clients" events of events.jsonl: the contributions of each round."""
     return [e for e in read_rows(folder / "events.jsonl") if e["event"] == "clients"]
 
 
@@ -173,7 +173,7 @@ def test_compare_finds_the_round(run, copy):
 
 
 def costing(folder, accuracy, each, clock=None):
-    """A run's folder in which every round cost so many bytes and seconds."""
+    """A run folder in which every round has the given cost in bytes and seconds."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("")
     told = {"bytes_up": each, "bytes_down": each, "seconds": 2.0}
