@@ -1,4 +1,4 @@
-"""Whatever body the start of a run chooses for a model, a client's bits are its own: no chunk size changes one."""
+"""For every backend that the start of a run chooses for a model, the chunk size changes no bit of a client."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ NORMS = {"layer norm": nn.LayerNorm, "batch norm": nn.BatchNorm1d}
 
 
 def bits(module, loss="cross_entropy", data=DATA):
-    """The reason of the choice, and θ after two rounds by chunks of several sizes."""
+    """The reason of the choice, and θ after two rounds with several chunk sizes."""
     out = []
     for local in (Gradient(), Train(sgd(0.1), epochs=1, batch=5)):
         plan = Plan(local, Mean(), sgd(0.5))
@@ -66,7 +66,7 @@ def test_logistic():
 
 
 def test_what_is_rounded_by_place_is_found():
-    """Sigmoid is: in vectors, and in what is left over; but not where every row fills whole vectors."""
+    """Sigmoid differs between vectors and the remainder, so it depends on position if rows do not fill vectors."""
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     for width, found in ((64, set()), (63, {"sigmoid"})):
         with Elementwise(rows=3) as watch:

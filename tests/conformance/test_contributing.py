@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md shows works as it stands, outside the package: a new rule, a new recipe, a run, a check."""
+"""The examples of CONTRIBUTING.md work unchanged outside the package: a new rule, a new recipe, a run, a check."""
 
 import ast
 import importlib
@@ -26,7 +26,7 @@ def lines_of(name):
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
-    """The blocks as modules in a folder of their own, imported by name; forgotten afterwards."""
+    """Write the blocks as modules to a folder and import them by name; the imports are undone afterwards."""
     for name, code in BLOCKS.items():
         (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
@@ -48,14 +48,14 @@ def test_rule_keeps_its_contract(modules):
 
 
 def test_recipe_trains(modules, capsys):
-    """The example's run, and what its paper claims of it: sign steps reach what gradient steps reach."""
+    """The example's run reaches the accuracy of gradient steps with sign steps, as its paper claims."""
     run = modules("train").run
     assert float(capsys.readouterr().out) == run.metrics["accuracy"] >= 0.93
     assert run.rounds == 50 and run.reports[0].metrics["loss"] > 2 * run.metrics["loss"]
 
 
 def test_text_of_the_rule(modules):
-    """`vote:Vote()` is honoured for the person at this machine, and for nobody else."""
+    """`vote:Vote()` is accepted from a trusted source and refused from any other."""
     assert parse("vote:Vote()", PARTS, trust=True) == modules("vote").Vote()
     with pytest.raises(UsageError, match="names code outside atoll"):
         parse("vote:Vote()", PARTS)
@@ -76,7 +76,7 @@ def test_refused_beside_what_is_undone_on_the_sum(modules):
 
 
 def test_names_in_the_page_exist():
-    """Files, verbs, checks and tables that the page sends people to."""
+    """The files, commands, checks and tables that the page mentions exist."""
     import atoll.testing
 
     for name in re.findall(r"`(check_\w+)[`(]", TEXT):

@@ -1,7 +1,7 @@
 """Every recipe × codec × aggregator × pace × downlink × engine: it runs, or is refused with a line that builds.
 
-A pace, an engine, a codec or an aggregator that is new is one more row in its table; no test is written for it. What
-cannot stand together is a pair of names in `REFUSED`.
+A new pace, engine, codec or aggregator is one more row in its table; no test is added. A pair of parts that exclude
+each other is a pair of names in `REFUSED`.
 """
 
 import itertools
@@ -45,9 +45,9 @@ from atoll.testing import check_aggregator, check_stage
 
 @dataclass(frozen=True, repr=False)
 class Halve(Codec):
-    """Half as many bits, and what that loses is kept by the client for the next round; the server counts the rounds.
+    """Half the bits; the client stores the error for the next round, and the server counts the rounds.
 
-    It asks for a sum over clients of its own, which none of ours does.
+    It requires its own sum over clients, as no codec of atoll does.
     """
 
     opens = True
@@ -72,7 +72,7 @@ class Halve(Codec):
 
 @dataclass(frozen=True, repr=False)
 class Vote(Value):
-    """The sign that most rows vote for: a rule that is not linear."""
+    """The sign of most rows: a rule that is not linear."""
 
     linear = False
 
@@ -164,7 +164,7 @@ DOWNLINKS = {
     "down-feedback": lambda: Feedback(TopK(0.3)),
     "down-random": lambda: RandomK(0.5),
 }
-# name: (the body, an engine for a chunk size, chunk sizes to compare)
+# name: (the backend, an engine for a chunk size, chunk sizes to compare)
 ENGINES = {"lanes": ("lanes", InProcess, (None, 5)), "loop": ("loop", InProcess, (None,))}
 TABLES = RECIPES, CODECS, AGGREGATORS, PACES, DOWNLINKS, ENGINES
 
@@ -172,7 +172,7 @@ EXPECTED = {"mean-expected", "mean-equal-expected"}
 FLYING = {"buffered", "buffered-hinge", "bounded"}
 DECODED = {"rotate", "rotate-quantize", "random", "random-eden", "feedback-rotate-sign"}
 SHIFTED = {"shift", "shift-top-quantize"}
-SOME = {"fedsgd", "fedavgm", "fedadam", "fedbuff", "fedasync"}  # of all clients
+SOME = {"fedsgd", "fedavgm", "fedadam", "fedbuff", "fedasync"}  # recipes with a cohort of some clients
 ALONE = {"quantize-rotate", "rotate-feedback", "feedback-random", "down-feedback", "down-factors", "down-random"}
 REFUSED = {
     frozenset(pair)
@@ -195,7 +195,7 @@ def refuses(names):
 
 
 def covering():
-    """Rows in which every two entries of different tables meet: recipes by codecs, and beside them what is new."""
+    """Rows that cover every pair of entries: recipes by codecs, with the entries that add most new pairs."""
     met = set()
     for count, start in enumerate(itertools.product(RECIPES, CODECS)):
         names = list(start)
@@ -207,7 +207,7 @@ def covering():
 
 
 def thinned():
-    """Quick: every two entries. Slow: each codec by aggregator by pace, the rest as it comes."""
+    """Quick: every two entries. Slow: each codec by aggregator by pace, with random other entries."""
     quick, draw = set(covering()), random.Random(7)
     triples = itertools.product(*TABLES[1:4])
     slow = [(draw.choice([*RECIPES]), *three, *(draw.choice([*table]) for table in TABLES[4:])) for three in triples]
@@ -235,7 +235,7 @@ def build(recipe, codec, aggregator, pace, downlink):
 
 
 def after(plan, engine, chunk, rounds=2):
-    """θ after two rounds, in which everyone who started arrived, failed, was late or is in the air."""
+    """θ after two rounds; each started client arrived, failed, was late or is still in flight."""
     body, make, _ = ENGINES[engine]
     task = TASKS[body]
     running = make(task, DATA, chunk, FLEET)
@@ -271,7 +271,7 @@ def test_pair(recipe, codec, aggregator, pace, downlink, engine):
 
 
 def instead(recipe, codec, aggregator, pace, downlink):
-    """The plan with what the refusals say to write, one after the other, until it is built."""
+    """Apply the line to write of each refusal in turn, until the plan builds."""
     makes = {
         "cohort": lambda: RECIPES[recipe]().cohort,
         "codec": CODECS[codec],
@@ -295,11 +295,11 @@ def instead(recipe, codec, aggregator, pace, downlink):
         else:
             assert attempt, "it had to be refused"
             return plan
-    raise AssertionError("what the refusals say to write is refused again and again")
+    raise AssertionError("the plan is still refused after six lines to write")
 
 
 def slot_of(part, given):
-    """Where a part belongs that a plan's refusal names."""
+    """The slot of the part that the line to write contains."""
     if isinstance(part, Stage):
         return "downlink" if given.startswith("downlink=") else "codec"
     slots = ("aggregator", Aggregator), ("pace", Pace), ("cohort", Sampler)
@@ -323,7 +323,7 @@ def test_every_two_parts_meet_in_the_quick_rows():
 
 
 def test_tables_are_whole():
-    """A recipe or a codec that is new has a row here."""
+    """A new recipe or codec has a row here."""
     assert set(RECIPES) == {recipe.__name__ for recipe in recipes.RECIPES}
     assert all(isinstance(make(), Plan) for make in RECIPES.values())
     told = [repr(make()) for name, make in CODECS.items() if name not in ALONE]

@@ -1,4 +1,4 @@
-"""Every part of ours keeps the contract of its slot; and each check refuses a part that does not."""
+"""Every part of atoll satisfies the contract of its slot, and each check refuses a part that breaks it."""
 
 from dataclasses import dataclass, field, fields, is_dataclass
 
@@ -29,7 +29,7 @@ from atoll.testing import (
 
 
 def user_loop(model, loader, ctx):
-    """What somebody writes for `Custom`: dropout-like noise from the global generator, a batch order, a metric."""
+    """A user's function for `Custom`: noise from the global generator, a batch order, a metric."""
     total = 0.0
     for x, y in loader:
         model.zero_grad()
@@ -157,7 +157,7 @@ def test_our_engine_conforms(chunk):
 
 
 def named(part):
-    """The names in a part's text: its own, and those of the parts that it holds."""
+    """The names in a part's text: its own, and those of the parts that it contains."""
     if isinstance(part, (tuple, list)):
         return {name for each in part for name in named(each)}
     if not is_dataclass(part):
@@ -166,7 +166,7 @@ def named(part):
 
 
 def test_every_part_of_the_table_is_checked():
-    """A stop rule is no part of a plan, and a plan has its own test."""
+    """A stop rule is not part of a plan, and plans have their own test."""
     from atoll.plan.names import PARTS
 
     others = {"Plan"} | {name for name, part in PARTS.items() if part.__module__ == "atoll.plan.stop"}
@@ -180,7 +180,7 @@ def test_plans_are_values():
         check_value(recipe())
 
 
-# Parts that break their contract, each in one way, with a word of what the check must say.
+# Parts that break their contract in one way each, with a word of the expected message.
 
 
 @dataclass(repr=False)
@@ -194,7 +194,7 @@ class Changeable(Value):
 
 @dataclass(frozen=True)
 class Unread:
-    """A part whose repr is no constructor."""
+    """A part whose repr is not a constructor call."""
 
     n: int = 3
 
@@ -301,7 +301,7 @@ class Coding(Codec):
 
 @dataclass(frozen=True, repr=False)
 class Squaring(Codec):
-    """Says that it decodes; what it does is not linear."""
+    """A codec that declares a per-sum half, which is not linear."""
 
     decodes = True
 
@@ -310,7 +310,7 @@ class Squaring(Codec):
 
 
 class Delegating(Value):
-    """An aggregator that is `Mean` but for what a subclass changes."""
+    """An aggregator like `Mean`, except for the method that a subclass changes."""
 
     linear = True
 
@@ -395,7 +395,7 @@ class Dealing(partition.Partition):
 
 @dataclass(frozen=True, repr=False)
 class Waiting(Value):
-    """A pace that is `Sync()`, or `Buffered(2)` where it refills, but for one thing."""
+    """A pace like `Sync()`, or like `Buffered(2)` if it replaces arrivals, with one error."""
 
     way: str
 
@@ -448,7 +448,7 @@ class Waiting(Value):
 
 @dataclass(frozen=True, repr=False)
 class Counting(Value):
-    """A pace that keeps count of what it was asked."""
+    """A pace that is not pure: it counts its calls."""
 
     asked: list = field(default_factory=list, compare=False)
     flies_on = refills = False
@@ -465,7 +465,7 @@ class Counting(Value):
 
 
 class Stubborn(InProcess):
-    """An engine that is ours but for one thing."""
+    """An engine like `InProcess`, with one error."""
 
     way: str
 
@@ -483,7 +483,7 @@ class Stubborn(InProcess):
                 return super().gather(plan, state, cohort, key)._replace(failures=())
             case "no empty cohorts":
                 if not len(cohort.ids):
-                    raise ValueError("nobody is here")
+                    raise ValueError("the cohort is empty")
             case "another key":
                 key = key.fold("mine")
         return super().gather(plan, state, cohort, key)
@@ -551,7 +551,7 @@ BROKEN = [
     (check_engine, stubborn("in the order of arrival"), "rising id"),
     (check_engine, stubborn("commits by itself"), "on acceptance"),
     (check_engine, stubborn("silent"), "one failure"),
-    (check_engine, stubborn("no empty cohorts"), "nobody is here"),
+    (check_engine, stubborn("no empty cohorts"), "the cohort is empty"),
     (check_engine, stubborn("another key"), "one plan means one thing"),
 ]
 

@@ -1,4 +1,4 @@
-"""What a federation is compared with is what it says: one client with all rows, and each client by itself."""
+"""The baselines equal their definitions: one client with all rows, and each client trained by itself."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def digits():
 
 
 def few(data, rows=12, clients=3):
-    """Some clients with some rows of each: enough to train on in no time."""
+    """A few clients with a few rows each, so that training is quick."""
     some = data.only(torch.arange(clients))
     sizes = some.sizes.clamp(max=rows)
     order = torch.cat([some.client_rows(i)[:n] for i, n in enumerate(sizes.tolist())])
@@ -40,7 +40,7 @@ def ran(model, data, plan, count=3, **settings):
 
 
 def last(model, data, plan, count, **settings):
-    """Metrics of plain training after so many rounds."""
+    """The metrics of plain training after a number of rounds."""
     *_, report = rounds(model, data, plan, rounds=count, **settings)
     return {n: report.metrics[n] for n in ("accuracy", "held_out_loss") if n in report.metrics}
 

@@ -1,4 +1,4 @@
-"""The virtual clock: laws of arrival, of a shared link, of loss and of saving, for any fleet."""
+"""The virtual clock: laws of arrivals, of a shared link, of losses and of checkpoints, for any fleet."""
 
 import math
 import random
@@ -79,7 +79,7 @@ def test_equal_transfers_end_together(n, size, speed):
 
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(0, 0.999)), min_size=1, max_size=30), st.booleans())
 def test_the_link_never_idles_while_something_waits(transfers, upward):
-    """Each transfer joins before the link has run dry: all are carried after (all bytes)/rate."""
+    """If each transfer joins before the link is empty, all transfers are finished after (all bytes)/rate."""
     speed = 1000.0
     clock = Clock(Fleet(0.0, server=speed), ones(1), 0)
     whole = 0
@@ -121,7 +121,7 @@ def test_fastest_is_least_over_the_clients():
 
 
 def fluid(joins, sizes, speed):
-    """When each transfer is over: what is left of all, step by step, n of them at speed/n each."""
+    """The end of each transfer by stepwise simulation: n transfers in progress run at speed/n each."""
     left, ends, now = {}, {}, 0.0
     waiting = sorted(range(len(joins)), key=joins.__getitem__)
     while waiting or left:
@@ -169,7 +169,7 @@ def test_a_cancelled_transfer_frees_the_link_at_once():
     clock = Clock(Fleet(0.0, server=10.0), ones(2), 0)
     clock.start(0, 0, 100, 0)
     clock.start(1, 1, 100, 0)
-    assert clock.next(until=10.0) is None  # half of each is carried
+    assert clock.next(until=10.0) is None  # half of each transfer is done
     clock.cancel(1)
     assert clock.next() == Event(15.0, "arrive", 0, 0)
     assert clock.next() is None
@@ -188,7 +188,7 @@ def test_ties_are_broken_by_the_ordinal_whatever_ends():
 
 @pytest.mark.parametrize(("started", "kept", "means"), [(100, 100, 3.44), (130, 100, 1.49)])
 def test_what_stragglers_cost(started, kept, means):
-    """Half-normal durations: the wait for `kept` of `started`, in mean durations, is its exact expectation."""
+    """Half-normal durations: the wait for `kept` of `started`, in mean durations, equals its exact expectation."""
     x = torch.linspace(0, 8, 100_001, dtype=torch.float64)
     f = torch.erf(x / math.sqrt(2))
     log_choose = [math.lgamma(started + 1) - math.lgamma(k + 1) - math.lgamma(started - k + 1) for k in range(kept)]
@@ -209,7 +209,7 @@ def test_what_stragglers_cost(started, kept, means):
         for number in set(numbers) - arrived:
             clock.cancel(number)
     waits = torch.tensor(rounds, dtype=torch.float64)
-    # Five standard errors: a false alarm once in two million.
+    # Five standard errors: one false alarm in two million runs.
     assert abs(float(waits.mean()) - exact) < 5 * float(waits.std()) / math.sqrt(len(rounds))
 
 
@@ -227,7 +227,7 @@ def test_flights_are_lost_at_the_rate_and_all_along_their_work():
 
 
 def test_blocks_do_not_show(monkeypatch):
-    """What is drawn for a flight depends neither on its block nor on what was drawn and forgotten between."""
+    """The draw of a flight depends neither on its block nor on earlier draws that were dropped."""
     fleet = Fleet(HalfNormal(per="flight"), dropout=0.5)
     numbers = [0, 1, 4095, 4096, 10**6, 0, 4096, 10**12]
     whole = [Clock(fleet, ones(1), 9).compute_seconds(0, number) for number in numbers]
@@ -238,7 +238,7 @@ def test_blocks_do_not_show(monkeypatch):
 
 
 def test_draws_stay_what_they_are():
-    """A run that was saved goes on under a later version: these numbers are part of the format."""
+    """A checkpoint continues under a later version, so these numbers are part of its format."""
     clock = Clock(Fleet(HalfNormal(), uplink=LogNormal(2.0, per="flight"), dropout=0.5), ones(4), 7)
     for number in range(4):
         clock.start(number, number, 1, 1)
@@ -289,7 +289,7 @@ def test_a_plain_chance_is_one_of_windows_of_a_second():
 
 
 def test_no_edge_of_a_window_is_missed(tmp_path):
-    """Edges that binary fractions do not hold: each is met once a turn, and the answer changes there."""
+    """Edges without an exact binary fraction: each occurs once a period, and availability changes there."""
     path = tmp_path / "windows.csv"
     path.write_text("client,start,end\n0,0.1,0.2\n0,0.3,0.7\n1,0,0.1\n1,0.2,0.3\n")
     clock = Clock(Fleet(availability=Windows(str(path))), ones(2), 0)
@@ -336,7 +336,7 @@ OPERATIONS = st.lists(
 
 
 def act(clock, number, operation):
-    """One operation on a clock, and what came of it."""
+    """Apply one operation to a clock and return its result."""
     match operation:
         case ("start", client, down, up):
             clock.start(number, client, down, up, work=1 + number / 8)

@@ -1,6 +1,6 @@
-"""What codecs promise (identity 6): decode∘Σ∘encode = Σ exactly for a rotation, in the limit with error feedback.
+"""The algebra of codecs (identity 6): decode∘Σ∘encode = Σ, exactly for a rotation and in the limit for error feedback.
 
-The stages are toys, written here, with one property each.
+This file defines toy stages with one property each.
 """
 
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ SIZES = (9, 5, 9, 3, 7)
 
 @dataclass(frozen=True, repr=False)
 class Flip(Codec):
-    """A rotation: each coordinate by a keyed sign that everybody knows. Its own inverse, undone once, on the sum."""
+    """A rotation: each coordinate times a keyed sign that all clients share. It is its own inverse on the sum."""
 
     decodes = True
 
@@ -59,7 +59,7 @@ class Shuffle(Codec):
 
 @dataclass(frozen=True, repr=False)
 class Round(Codec):
-    """Whole numbers of a step of each message's own, in 8 bits; opened one by one. Counts its extremes."""
+    """Integer multiples of a step in 8 bits; each message has its own step. The server state counts the extremes."""
 
     levels: int = 100
     opens = True
@@ -75,7 +75,7 @@ class Round(Codec):
 
 @dataclass(frozen=True, repr=False)
 class Feedback(Codec):
-    """A coarse rounding that keeps what it did not send, and adds it to what it means next time.
+    """A coarse rounding with error feedback: it stores the error and adds it to the next vector.
 
     sent = step · round((x + e) / step),  e ← x + e − sent
     """
@@ -93,7 +93,7 @@ class Feedback(Codec):
 
 @dataclass(frozen=True, repr=False)
 class Says(Part):
-    """Clients that say what they are told to, whole multiples of 1/64, and are not heard in some rounds."""
+    """Clients that send given vectors, whole multiples of 1/64; some messages do not arrive."""
 
     lost: frozenset[tuple[int, int]] = frozenset()
     how: str = "raises"
@@ -171,9 +171,9 @@ def test_what_opens_is_close_and_small():
     plain, rounded = Plan(Gradient(), Mean(), rules.sgd(0.1)), Plan(Gradient(), Mean(), rules.sgd(0.1), codec=Round())
     (one, (exact, _)), (other, (report, _)) = (run(plan, engine) for plan in (plain, rounded))
     d = engine.task.layout.d
-    # at most half a step of 1/100 of the largest coordinate, in each
+    # in each message at most half a step of 1/100 of the largest coordinate
     assert 0 < far(other.model.theta, one.model.theta) < 2 * 0.1 * 0.005 * d**0.5
-    # a byte a coordinate and 8 for the step, instead of 8 a coordinate; and one more sum, of 8
+    # a byte per coordinate and 8 for the step, instead of 8 per coordinate; and one more sum, of 8
     assert report.bytes_up == exact.bytes_up + len(SIZES) * (d + 8 + 8 - 8 * d)
     assert report.metrics["at_most"] * sum(SIZES) >= len(SIZES)
 
@@ -182,7 +182,7 @@ def test_rotating_before_rounding_is_legal_and_undone():
     engine = setting()
     plan = Plan(Gradient(), Mean(), rules.sgd(0.1), codec=Flip() >> Shuffle() >> Round())
     plain = run(replace(plan, codec=Round()), engine)[0].model.theta
-    assert torch.equal(run(plan, engine)[0].model.theta, plain)  # rounding knows neither signs nor places
+    assert torch.equal(run(plan, engine)[0].model.theta, plain)  # rounding depends neither on signs nor on positions
 
 
 @pytest.mark.parametrize(
@@ -203,9 +203,9 @@ def test_a_stage_that_decodes_behind_one_that_opens_is_refused_with_a_line_that_
 @settings(max_examples=15)
 @given(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=10))
 def test_all_that_was_sent_and_what_is_kept_is_all_that_was_meant(body, how, lost):
-    """Σ sent + Σ e = Σ meant, over the rounds in which a client was heard; what was sent is what θ moved by.
+    """Σ sent + Σ e = Σ meant, over the rounds in which a client's message arrived; θ moved by the sum of the messages.
 
-    All numbers are multiples of 1/64, so that nothing is rounded but by the stage itself.
+    All numbers are multiples of 1/64, so that only the stage itself rounds.
     """
     engine, rounds = setting(body=body), 5
     plan = Plan(Says(frozenset(lost), how), Sum(weights="equal"), rules.sgd(1.0), codec=Feedback(), max_failed=1.0)
@@ -219,7 +219,7 @@ def test_all_that_was_sent_and_what_is_kept_is_all_that_was_meant(body, how, los
     kept = state.memory.take(everyone)["codec/e"]
     assert kept.abs().max() <= 0.125
     assert torch.equal(-state.model.theta + kept.sum(0), meant.sum(0))
-    for i in range(len(SIZES)):  # and client by client: what one lost did not touch another's
+    for i in range(len(SIZES)):  # a lost message of one client does not change the memory of another
         alone = torch.zeros(1, d, dtype=torch.float64)
         for r in range(rounds):
             if heard[r][i]:

@@ -1,4 +1,4 @@
-"""The laws that every codec keeps, for any vector; a table of codecs by a list of laws."""
+"""The laws of codecs, for any vector: every codec of a table satisfies every law of a list."""
 
 import math
 
@@ -79,14 +79,14 @@ def draw(k: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> t
 
 
 def start(codec: Codec, d: int, k: int, dtype: torch.dtype = torch.float32) -> tuple:
-    """(the codec in its place, first memories, first server state)."""
+    """(the bound codec, first memories, first server state)."""
     layout = flat(d, dtype)
     memory = {n: t.expand(k, *t.shape) for n, t in codec.memory(layout).items()}
     return codec.at(layout, k), memory, codec.server(layout)
 
 
 def send(codec: Codec, x: Tensor, key: Key, memory=None) -> Tensor:
-    """What arrives of each row, by itself."""
+    """Send each row by itself and return the decoded vectors."""
     codec, zero, shared = start(codec, x.shape[-1], len(x), x.dtype)
     payload, side, *_ = codec.encode(x, memory or zero, shared, key)
     return arrived(codec, payload, side, key)
@@ -137,7 +137,7 @@ def test_messages_of_another_length_are_refused(codec):
 
 @EVERY
 def test_a_message_is_refused_or_means_what_it_says(codec):
-    """Whatever bytes of the right length come: what is read back writes the same bytes, and can be opened."""
+    """Any bytes of the right length decode to a message that encodes to the same bytes, or they are refused."""
     x, key = draw(1, 70)
     codec, memory, shared = start(codec, 70, 1)
     payload, side, *_ = codec.encode(x, memory, shared, key)
@@ -156,7 +156,7 @@ def test_a_message_is_refused_or_means_what_it_says(codec):
             assert "Message 0" in str(error)
             refused += 1
             continue
-        # A frame has a bit or two that nobody reads: behind a checksum all is as it was sent.
+        # A frame has one or two unused bits. With a checksum any accepted message is the one that was sent.
         assert codec.to_bytes(*read) == [good if codec.sealer and len(good) < codec.nbytes(flat(70)) else bytes(bad)]
         assert codec.decode(codec.open(*read), key).shape == x.shape
     assert refused or not side
@@ -251,7 +251,7 @@ def test_decoding_is_linear_and_the_same_for_all(codec):
 
 @EVERY
 def test_parts_run_on_any_device(codec):
-    """On the `meta` device nothing can be read, so a part that leaves its device fails here."""
+    """On the `meta` device no number can be read, so a part that leaves its device fails here."""
     key = Key(0).of(torch.arange(2))
     codec, memory, shared = start(codec, 70_000, 2)
     memory, shared = ({n: t.to("meta") for n, t in table.items()} for table in (memory, shared))
@@ -375,7 +375,7 @@ def test_a_chain_of_nothing_but_stages_is_refused_otherwise():
         Chain((Identity(), 3))
 
 
-# ---- what each one does
+# ---- single codecs
 
 
 def test_rotation_keeps_length_and_comes_back():
@@ -391,7 +391,7 @@ def test_rotation_keeps_length_and_comes_back():
 
 
 def test_rotation_makes_a_hard_vector_normal():
-    """A vector with one number in fifty, the rest tiny: kurtosis 3 and the block's size everywhere after."""
+    """A vector with one large number in fifty: the rotation gives kurtosis 3 and the block's size everywhere."""
     d = 1 << 17
     x = torch.full((1, d), 1e-3)
     x[0, Key(6).permutation(d)[: d // 50]] = 1.0
@@ -416,8 +416,8 @@ def test_top_k_is_exact_and_takes_the_earliest_of_equals(data):
 def test_top_k_by_sample_is_top_k(share, d):
     x, _ = draw(2, d)
     k = max(1, int(share * d))
-    x[0, ::7] = 0.25  # many equals
-    x[1] = torch.where(torch.arange(d) % 16 == 1, 100.0 + x[1], 0.0)  # what a regular sample may miss
+    x[0, ::7] = 0.25  # many equal numbers
+    x[1] = torch.where(torch.arange(d) % 16 == 1, 100.0 + x[1], 0.0)  # numbers that a regular sample may miss
     for row in x:
         order = torch.sort(row.abs(), descending=True, stable=True).indices[:k].sort().values
         assert torch.equal(largest(row[None], k, magnitude)[0], order)
@@ -457,10 +457,10 @@ def test_random_k_has_error_d_over_k_minus_one_on_average_over_all_supports(frac
         errors.append((send(codec, x, key) - x).square().sum() / x.square().sum())
         counts[codec.support(key, d, x.device)] += 1
     errors = torch.stack(errors)
-    # 4.9 standard errors: a false alarm in 10⁶.
+    # 4.9 standard errors: one false alarm in 10⁶.
     assert abs(errors.mean() - (1 / fraction - 1)) < 4.9 * errors.std() / rounds**0.5 + 1e-12
     z = (counts - rounds * fraction) / (rounds * fraction * (1 - fraction)) ** 0.5
-    assert z.abs().max() < 5.5  # 200 counts: a false alarm in 10⁵
+    assert z.abs().max() < 5.5  # 200 counts: one false alarm in 10⁵
 
 
 def test_random_k_is_one_support_for_all_clients_of_a_round():
@@ -483,7 +483,7 @@ def test_ternary_sends_three_values():
 @pytest.mark.parametrize("norm", ["max", "l2"])
 @pytest.mark.parametrize("levels", [1, 2, 7, 15])
 def test_what_error_feedback_takes_contracts(levels, norm):
-    """The hardest vector for rounding: one number of full size among many of a fraction f of a step."""
+    """The worst vector for rounding: one number of full size among many of a fraction f of a step."""
     tame = Quantize(levels=levels, bucket=1024, norm=norm).contraction()
     if not isinstance(tame, Quantize):
         assert levels == 1
@@ -519,8 +519,9 @@ UNBIASED = [
 @pytest.mark.parametrize("codec", UNBIASED, ids=repr)
 @pytest.mark.parametrize("kind", ["normal", "log-normal"])
 def test_mean_of_many_draws_is_the_vector(codec, kind):
-    """Errors of 800 clients with one vector, along that vector and 29 random directions: each mean is a normal
-    number. The largest of 30 passes 5.4 standard errors once in 500,000 tests.
+    """The error of 800 clients with one vector, along that vector and 29 random directions: each mean is normal.
+
+    The largest of 30 exceeds 5.4 standard errors once in 500,000 tests.
     """
     clients, d = 800, 3000
     row = Key(2).fold(kind).normal(d, torch.float32)
@@ -543,7 +544,7 @@ def test_random_k_has_no_bias_over_rounds():
 
 
 def test_a_vector_of_few_numbers_stays_biased_behind_a_hadamard_rotation():
-    """The stated limit of Eden, and what has none for the same vector."""
+    """The documented limit of Eden, and a codec without this limit on the same vector."""
     x = torch.zeros(400, 4096)
     x[:, 7], x[:, 99] = 1.0, 0.5
     key = Key(1).of(torch.arange(400))

@@ -1,4 +1,4 @@
-"""Entropy changes bytes and nothing else; what it opens is bounded before it is opened."""
+"""Entropy coding changes only the number of bytes, and a decoder bounds the output before it decompresses."""
 
 import importlib
 import re
@@ -44,7 +44,7 @@ EACH = pytest.mark.parametrize("codec", PLAIN, ids=repr)
 
 
 def encoded(codec: Codec, d: int, k: int = 3, seed: int = 0) -> tuple:
-    """(the codec in its place, payload, side, what arrives) of normal updates."""
+    """(the bound codec, payload, side, decoded vectors) of normal updates."""
     layout, key = flat(d), Key(seed).fold("codec").of(torch.arange(k))
     codec = codec.at(layout, k)
     x = key.fold("x").normal(d, torch.float32)
@@ -62,7 +62,7 @@ def bits(codec: Codec, d: int) -> float:
 @given(st.integers(1, 300), st.integers(0, 99))
 @settings(max_examples=20)
 def test_numbers_are_as_without(codec, d, seed):
-    # A chain of one stage draws what that stage draws before another.
+    # A chain of one stage has the same draws as that stage followed by another.
     plain, _, _, numbers = encoded(codec if isinstance(codec, Chain) else Chain((codec,)), d, seed=seed)
     placed, payload, side, same = encoded(codec >> Entropy(), d, seed=seed)
     assert all(torch.equal(a, b) for a, b in zip(numbers, same, strict=True))
@@ -80,7 +80,7 @@ def test_numbers_are_as_without(codec, d, seed):
     ids=repr,
 )
 def test_codes_take_their_entropy(codec, entropy):
-    """The published entropies of the normal quantiser; scales take .009 bits each and 1 of 40 is lost to whole bits."""
+    """The published entropies of the normal quantizer. Scales take .009 bits each; whole bits waste 1 of 40."""
     assert entropy <= bits(codec >> Entropy(), 200_000) < 1.026 * entropy + 0.009
 
 
@@ -97,7 +97,7 @@ def test_codes_take_their_entropy(codec, entropy):
     ids=repr,
 )
 def test_messages_shrink(codec, share):
-    """Measured on 200,000 normal numbers, and rounded up."""
+    """The limits were measured on 200,000 normal numbers and rounded up."""
     assert bits(codec >> Entropy(), 200_000) < share * bits(codec, 200_000)
 
 
@@ -131,10 +131,10 @@ def frame(data: bytes, **options: int) -> bytes:
 
 
 def hostile(n: int) -> dict[str, bytes]:
-    """Messages for a codec whose form has n bytes."""
+    """Invalid messages for a codec whose layout has n bytes."""
     good = frame(bytes(n), checksum_flag=1)
     stream = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 27})
-    wide = stream.compress(bytes(n)) + stream.flush()  # of unknown length, so that it asks for the whole window
+    wide = stream.compress(bytes(n)) + stream.flush()  # unknown length: a decoder would allocate the window
     return {
         "empty": b"",
         "no frame": b"\1" * 20,
@@ -164,7 +164,7 @@ def test_hostile_messages_are_refused(codec, name):
 
 
 def test_a_bomb_is_not_unpacked(monkeypatch):
-    """What a frame of a few bytes says it holds is not what is made room for."""
+    """The decoder does not allocate the length that the header of a frame of a few bytes states."""
     asked = []
 
     class Opener:

@@ -1,4 +1,4 @@
-"""Codecs that remember: what is sent and what is kept add up to what was meant, whatever gets lost."""
+"""Codecs with memory: sent and stored vectors add up to the updates, whichever messages get lost."""
 
 import math
 
@@ -34,7 +34,7 @@ D, CLIENTS, ROUNDS = 700, 6, 30
 
 
 class Federation:
-    """Some clients and a server that use a codec, without an engine: memories move only on acceptance."""
+    """Some clients and a server that use a codec, without an engine. Memories change only on acceptance."""
 
     def __init__(self, codec: Codec, weights: Tensor, layout: Layout) -> None:
         self.codec, self.weights = codec.at(layout, weights.sum()), weights
@@ -42,7 +42,7 @@ class Federation:
         self.server = codec.server(layout)
 
     def round(self, r: int, x: Tensor, who: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
-        """(what arrived of each accepted client, the settled mean)."""
+        """(decoded vector of each accepted client, mean after the per-sum half)."""
         key = Key(9).fold("round", r, "codec")
         own = {n: t[who] for n, t in self.memory.items()}
         shared = {n: t for n, t in self.server.items() if not n.rpartition(".")[2].startswith("_")}
@@ -63,7 +63,7 @@ def updates(r: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def draw(r: int, keep: float) -> tuple[Tensor, Tensor]:
-    """Who is at work, and whose message is accepted."""
+    """The participating clients, and those whose messages are accepted."""
     who = Key(2).fold(r).permutation(CLIENTS)[:4].sort().values
     accepted = Key(3).fold(r).uniform(4) < keep
     accepted[0] = True

@@ -1,4 +1,4 @@
-"""A training on another device: nothing is mixed, nothing falls back, and the numbers are the same."""
+"""Training on another device: no operation mixes devices, none falls back to the host, and the numbers are equal."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def everything(state, count):
 
 
 def same(a, b):
-    """Equal to the bit, wherever they are."""
+    """Whether two tensors are bit-identical, on any devices."""
     left, right = (torch.utils._pytree.tree_flatten(tree) for tree in (a, b))
     assert left[1] == right[1]
     for x, y in zip(left[0], right[0], strict=True):
@@ -52,7 +52,7 @@ def same(a, b):
 
 
 def check(plan, module, data, body, dtype=torch.float32, rounds=2, **engine):
-    """Two rounds here and two elsewhere come to the same; θ never leaves its device."""
+    """Two rounds on the CPU and two on the fake device are equal, and θ never leaves its device."""
     task = task_of(module, data, body, dtype)
     here, expected = run(plan, InProcess(task, data, **engine), rounds)
     with far_device():
@@ -68,7 +68,7 @@ def check(plan, module, data, body, dtype=torch.float32, rounds=2, **engine):
 
 
 def test_the_device_of_these_tests_can_fail():
-    """A tensor made on the host and used elsewhere is found; what a GPU allows is allowed."""
+    """The fake device refuses a tensor of the host, and it allows the operations that a GPU allows."""
     with far_device():
         x = torch.arange(6.0, device=FAR).view(2, 3)
         assert isinstance(x, FarTensor) and x.device == FAR
@@ -143,7 +143,7 @@ def test_every_codec_is_here():
 
 @pytest.mark.parametrize("name", [name for name in CODECS if name != "entropy"])
 def test_every_codec(name):
-    """Up, and where it keeps nothing of a client, down as well."""
+    """Every codec on the uplink, and on the downlink if it has no client memory."""
     data, codec = classification(SIZES), CODECS[name]
     check(Plan(Gradient(), Mean(), rules.sgd(0.5), codec=codec), mlp(), data, "lanes")
     if name not in ("feedback", "shift", "lowrank"):
@@ -196,7 +196,7 @@ def by_hand(model, loader, ctx):
 
 def test_a_loop_of_your_own(monkeypatch):
     generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))  # the device of these tests has none
+    monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))  # the fake device does not support it
     check(Plan(Custom(by_hand, batch=4), Mean()), mlp(), classification(SIZES), "loop")
 
 
@@ -217,7 +217,7 @@ def far(monkeypatch):
     ],
 )
 def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
-    """Probe, rounds, judging, a checkpoint, going on from it, baselines: on the device, to the CPU's bits."""
+    """Backend choice, rounds, evaluation, checkpoint, resume, baselines: on the device, with the CPU's bits."""
     free = (1 << 30) if resident else None
     monkeypatch.setattr("atoll.engine.device.free", lambda device: free)
     monkeypatch.setattr(inprocess, "free", lambda device: free)
@@ -238,7 +238,7 @@ def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
 
 @pytest.mark.slow
 def test_what_looks_at_a_run(far, monkeypatch, tmp_path):
-    """A client's part replayed, and the model written small and judged."""
+    """Replay of one client's contribution, and export and evaluation of the model."""
     told = {"clients": 6, "rounds": 2, "model": "softmax", "recipe": "fedavg(lr=0.1, batch=10)", "numerics": "lanes"}
     it = Experiment().told(**told, out=str(tmp_path), report=False)
     path = it.train().path
@@ -264,7 +264,7 @@ def test_rows_that_fit_are_moved_once():
 
 
 def test_chunks_fill_a_device():
-    """On a device of its own memory it is the memory that says how many clients go together: half of what is free."""
+    """A device with memory of its own determines the chunk size: half of its free memory."""
     data, plan = classification(SIZES), recipes.fedavg(0.1, batch=4)
     for body in ("lanes", "fused"):
         task = task_of(mlp(), data, body, torch.float32)

@@ -1,4 +1,4 @@
-"""A fingerprint stands for all bits of a model, and for nothing else."""
+"""A fingerprint depends on all bits of a model, and on nothing else."""
 
 import hashlib
 import struct
@@ -17,7 +17,7 @@ dtypes = st.sampled_from([torch.float32, torch.float64])
 
 
 def model(seed, d, dtype):
-    """Any bits: NaN of every kind, infinities and subnormal numbers too."""
+    """A model with any bits, including all kinds of NaN, infinities and subnormal numbers."""
     raw = np.random.default_rng(seed).bytes(d * dtype.itemsize)
     return torch.frombuffer(bytearray(raw), dtype=dtype)
 

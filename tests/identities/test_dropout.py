@@ -1,4 +1,4 @@
-"""Keyed dropout: the same mask from torch's operations and from native code, and the share that is kept."""
+"""Keyed dropout: torch operations and native code draw the same mask, and its share of kept numbers is right."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from atoll.intercept import KeyedDropout
 
 
 def dropped(natively, word, p, shape, dtype, whole=False):
-    """What comes through two dropouts in turn, and the gradient of its input."""
+    """The output of two dropout layers in a row, and the gradient of the input."""
     x = torch.linspace(-3, 3, torch.Size(shape).numel(), dtype=dtype).view(shape).requires_grad_()
     drop = F.dropout2d if whole else F.dropout
     with pytest.MonkeyPatch.context() as patch, KeyedDropout(lambda: torch.tensor(word)):

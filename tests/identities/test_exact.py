@@ -1,8 +1,8 @@
 """The sum does not depend on order: same bits for every order, grouping, chunk and thread count (identity 4).
 
-The bound of `atoll.plan.aggregate.exact`: with 2^e above the largest number of a contribution's block, what is kept of
-it is off by at most 2^(e−27) in float32 and 2^(e−53) in float64, anywhere by 2^−1067, and the finished digits are added
-with the relative error of a float64 or two.
+The bound of `atoll.plan.aggregate.exact`, with 2^e above the largest number of a contribution's block: the digits of a
+number are off by at most 2^(e−27) in float32 and 2^(e−53) in float64, or by 2^−1067 if that is larger. The finished
+digits are added with the relative error of a float64 or two.
 """
 
 import math
@@ -28,7 +28,7 @@ DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 BELOW = {torch.float32: 27, torch.float64: 53}
 BLOCK = exact.BLOCK
 
-# log10 of the smallest and the largest magnitude: updates as they occur, and all there is
+# log10 of the smallest and the largest magnitude: typical updates, and the full range
 USUAL, ALL32, ALL64 = (-12.0, 19.0), (-46.0, 38.5), (-324.0, math.log10(exact.LARGEST))
 
 seeds = st.integers(0, 2**32 - 1)
@@ -36,7 +36,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @pytest.fixture(scope="module", autouse=True, params=["torch", pytest.param("native", marks=needs_native)])
 def reads(request):
-    """Digits are read by torch's operations, or in native code, however few they are."""
+    """Read digits by torch operations or in native code, however few they are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exact, "_NATIVE", request.param == "native")
         yield request.param
@@ -53,7 +53,7 @@ def problems(draw, width=st.sampled_from([1, 2, 7, 300, BLOCK - 1, BLOCK + 1, 2 
     with np.errstate(under="ignore", over="ignore"):
         rows = (10.0 ** rng.uniform(low, high, (n, d)) * rng.choice([-1, 1], (n, d))).astype(DTYPES[dtype])
     rows[rng.random((n, d)) < draw(st.sampled_from([0.0, 0.5]))] = 0
-    if draw(st.booleans()):  # what cancels: every row but one has its opposite
+    if draw(st.booleans()):  # cancellation: every row but one has its opposite
         rows[n - n // 2 :] = -rows[: n // 2]
     largest = min(exact.LARGEST, float(np.finfo(DTYPES[dtype]).max))
     rows = torch.from_numpy(np.clip(rows, -largest, largest))
@@ -67,20 +67,20 @@ def contribution(rows, weights, index):
 
 
 def bits(partial, aggregator):
-    """A total as bytes, so that equal means equal to the bit, signs of zeros included."""
+    """A total as bytes, so that equality is bit-identity, including the signs of zeros."""
     total = aggregator.total(partial)
     tensors = {**total.means, **total.sums, **total.largest, "weight": total.weight, "arrived": total.arrived}
     return {name: t.numpy().tobytes() for name, t in tensors.items()}
 
 
 def pieces(rng, n):
-    """0 … n−1 in a random order, cut at random places."""
+    """0 … n−1 in a random order, cut at random positions."""
     cuts = np.sort(rng.integers(0, n + 1, rng.integers(0, n)))
     return [piece for piece in np.split(rng.permutation(n), cuts) if len(piece)]
 
 
 def grouped(aggregator, rows, weights, rng):
-    """The total by another way: workers take clients in any order and chunks, partials cross a wire and are merged."""
+    """The total by another way: workers take clients in any order and chunks; partials are serialized and merged."""
     workers = [aggregator.zero() for _ in range(rng.integers(1, 4))]
     for piece in pieces(rng, len(rows)):
         w = rng.integers(len(workers))
@@ -120,7 +120,7 @@ def test_what_cannot_be_added_is_found(dtype, bad, monkeypatch):
 @needs_native
 @given(problems())
 def test_native_code_reads_the_same_digits(problem):
-    """And what one has begun, the other may go on with."""
+    """A sum that one implementation has begun can be continued by the other."""
     rows, weights, _ = problem
     sums = []
     for first, second in ((True, True), (False, False), (True, False)):
@@ -141,7 +141,7 @@ def test_native_code_reads_the_same_digits(problem):
 
 @given(problems(), st.integers(1, 2**20), st.integers(1, 40))
 def test_clients_of_one_weight_are_added_as_if_each_came_alone(problem, weight, times):
-    """Their digits are read together, two at once where they are of single precision."""
+    """In single precision the digits of two clients of equal weight are read at once."""
     rows, _, rng = problem
     rows = rows[torch.from_numpy(rng.integers(0, len(rows), times))]
     weights, alone = torch.full((times,), min(weight, exact.CAPACITY // times)), {}
@@ -166,7 +166,7 @@ def test_what_is_told_of_blocks_changes_no_bit(problem):
     tell(rows, "peaks", whole.unflatten(1, (-1, BLOCK)).amax(2).contiguous())
     assert exact.bounded(rows) == finite
     assert torch.equal(exact.total(exact.add({}, rows, weights)), found)
-    rows[0, 0] = math.inf  # what was told no longer holds
+    rows[0, 0] = math.inf  # the cached maxima are no longer valid
     assert not exact.bounded(rows)
 
 
@@ -179,7 +179,7 @@ def test_memory_that_held_something_else_changes_no_bit(problem, spoiled):
         rows[rng.integers(len(rows)), rng.integers(rows.shape[1])] = math.nan
     with pytest.MonkeyPatch.context() as patch, lent_from(shelf):
         patch.setattr(atoll.shelf, "_LARGE", 1)
-        for size in (8, 16, 32, 64, 128):  # for each of them a piece that will be lent again
+        for size in (8, 16, 32, 64, 128):  # for each of them a buffer that will be reused
             shelf.empty(size * len(rows[0])).fill_(255)
         digits = {}
         if not spoiled:
@@ -217,7 +217,7 @@ def test_within_the_bound_of_the_true_sum(problem):
     rows, weights, _ = problem
     total = exact.total(exact.add({}, rows, weights))
     assert total.isfinite().all()
-    # one block: 2^e is above everything in the row
+    # one block: 2^e is above all numbers of the row
     exponents = [math.frexp(float(row.abs().max()))[1] for row in rows]
     weighted = list(zip(weights.tolist(), exponents, strict=True))
     kept = sum(w * Fraction(2) ** (e - BELOW[rows.dtype]) for w, e in weighted)
@@ -230,7 +230,7 @@ def test_within_the_bound_of_the_true_sum(problem):
 
 @given(seeds, st.integers(1, 40), st.sampled_from(list(DTYPES)))
 def test_numbers_of_like_size_are_summed_without_any_error(seed, n, dtype):
-    """20 bits each, on one grid: nothing is rounded, not even where everything cancels."""
+    """20 bits each, on one grid: no number is rounded, even if all cancel."""
     rng = np.random.default_rng(seed)
     scale = 2.0 ** rng.integers(-60, 60)
     whole = rng.integers(-(2**20), 2**20, (n, 3))
@@ -244,14 +244,14 @@ def test_numbers_of_like_size_are_summed_without_any_error(seed, n, dtype):
 
 @given(problems(width=st.just(2 * BLOCK)))
 def test_a_block_is_rounded_by_its_own_numbers(problem):
-    """What lies in another block changes no bit, however large it is."""
+    """The numbers of another block change no bit, however large they are."""
     rows, weights, _ = problem
     first = exact.total(exact.add({}, rows[:, :BLOCK].contiguous(), weights))
     assert torch.equal(exact.total(exact.add({}, rows, weights))[:BLOCK], first)
 
 
 def test_the_fixed_grid_would_have_lost_this():
-    """1e19 + 1 − 1e19 = 1, and 1e-12 beside 1e19 in other clients is still there."""
+    """1e19 + 1 − 1e19 = 1, and 1e-12 survives although other clients have 1e19."""
     rows = torch.tensor([[1e19], [1.0], [-1e19], [1e-12]], dtype=torch.float64)
     total = exact.total(exact.add({}, rows, torch.ones(4)))
     assert total.item() == 1.0 + 1e-12
@@ -297,7 +297,7 @@ def test_the_float_sum_is_close(problem):
     rows, weights, _ = problem
     scale = (weights[:, None].double() * rows.double().abs()).sum(0)
     if not scale.le(torch.finfo(rows.dtype).max / 4).all():
-        return  # the float sum overflows where the exact one does not: it is the fast choice, and says so
+        return  # the float sum is the fast choice: it overflows here, with an error, and the exact sum does not
     sums = {}
     for how in ("exact", "float"):
         aggregator = Mean(sum=how)
@@ -311,7 +311,7 @@ def test_the_float_sum_is_close(problem):
 
 
 def by_places(rows, weights):
-    """The sum as it is defined: digit after digit of each contribution's block, from its own largest number down."""
+    """The sum by its definition: digit after digit of each contribution's block, from its own largest number down."""
     digits, keep = {}, exact.places(rows.dtype)
     for row, weight in zip(rows.double(), weights.double(), strict=True):
         for start in range(0, len(row), BLOCK):
@@ -330,10 +330,10 @@ def by_places(rows, weights):
 
 @given(problems())
 def test_the_sum_is_that_of_the_definition(problem):
-    """Read off as whole numbers, many blocks and two places at a time, digits add up to the same as one by one."""
+    """Digits that are read as integers, many blocks and two places at a time, have the same sum as single digits."""
     rows, weights, _ = problem
     ours, theirs = exact.add({}, rows, weights), by_places(rows, weights)
-    for place, digit in ours.items():  # whole numbers of their place, with room left in float64
+    for place, digit in ours.items():  # integers of their place, with room left in float64
         whole = digit * 2.0 ** (-13 * place) * 2.0 ** (-13 * place)
         assert torch.equal(whole, whole.round()) and whole.abs().le(2.0**53).all()
     for j in {0, rows.shape[1] // 2, rows.shape[1] - 1}:

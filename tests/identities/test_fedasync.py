@@ -1,4 +1,4 @@
-"""FedAsync: clients that send their models, mixed into the server's as they come."""
+"""FedAsync: clients send their models, and the server mixes each into its own when it arrives."""
 
 from dataclasses import dataclass, replace
 
@@ -47,9 +47,9 @@ def trained(engine, client, theta, lr, steps):
 
 
 def by_hand(engine, lr, steps, alpha, staleness, rounds, k=1):
-    """Algorithm 1, by a list of events: whoever is done first is mixed in, and starts from the model that comes of it.
+    """Algorithm 1 as a list of events: the server mixes in the first arrival, and that client restarts from the result.
 
-    x ← (1 − α s(τ)) x + α s(τ) xᵢ for one at a time; for k of them the mean of the mixings, by rows.
+    x ← (1 − α s(τ)) x + α s(τ) xᵢ for one arrival at a time; for k arrivals the mean of the mixtures, weighted by rows.
     """
     theta, born = engine.task.initial().theta, [0] * len(DURATIONS)
     began = [theta] * len(DURATIONS)
@@ -119,7 +119,7 @@ def test_where_nothing_is_late_models_and_updates_are_the_same_bits(rule, seed):
 
 @pytest.mark.parametrize("pace", [Sync(), Buffered(1, polynomial(0)), Bounded(2)], ids=repr)
 def test_a_model_is_what_a_client_made_of_the_one_it_knew(pace):
-    """Under a compressed downlink clients begin at θ̂, not θ: with α = 1 the new model is still the mean of theirs."""
+    """Under a compressed downlink clients start at θ̂, not θ. With α = 1 the new model is still the mean of theirs."""
     part = Train(rules.sgd(0.05), steps=2, sends="model")
     plan = Plan(part, Mean(), pace=pace, downlink=TopK(0.5))
     engine = engine_of()
@@ -155,7 +155,7 @@ def test_a_run_of_models_that_is_resumed_in_flight_ends_in_the_same_bits(codec):
 
 @dataclass(frozen=True, repr=False)
 class Median(Mean):
-    """Stands for a rule that forms no sum."""
+    """An example of a rule that forms no sum."""
 
     linear = False
 
@@ -167,7 +167,7 @@ def halfway(model, loader, ctx):
 
 
 def test_a_users_own_loop_may_send_its_model_too():
-    """Everybody halves the model it got: alone and alternating by α = 1 the server's is what came, whoever was late."""
+    """Each client halves its model. With α = 1 the server's model is then the sent model, for every staleness."""
     part = Custom(halfway, sends="model")
     plan = Plan(part, Mean(), pace=Buffered(1, polynomial(0)))
     engine = engine_of(durations=(1.0, 1.5, 2.2, 3.1))

@@ -1,4 +1,4 @@
-"""Fleets as values: printed, read back, drawn by the laws they name, and refused where they say nothing clear."""
+"""Fleets as values: they print, parse back, draw by the laws that they name, and refuse ambiguous settings."""
 
 import math
 import shlex
@@ -82,7 +82,7 @@ def test_means_of_the_laws(law, mean, sd):
     assert bool((x > 0).all())
     low, high = law.bounds
     assert low <= float(x.min()) and float(x.max()) <= high
-    # Six standard errors: a false alarm once in 10⁹.
+    # Six standard errors: one false alarm in 10⁹.
     assert abs(float(x.mean()) - mean) < 6 * sd / math.sqrt(N)
     assert abs(float(x.std()) / sd - 1) < 0.1
 

@@ -1,4 +1,4 @@
-"""Asynchrony: what is in the air, who starts, what a late update counts, and that a resumed run flies on the same."""
+"""Asynchronous rounds: flights in progress, starts, staleness weights, and equal flights after a resume."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -73,13 +73,13 @@ def test_bounded_0_is_sync_bit_for_bit(local, cohort, fleet):
 
 
 def by_hand(engine, k, durations, lr, rounds, staleness):
-    """Asynchronous gradient descent, by a list of events: who is done first takes θ as it then is, and starts again."""
+    """Asynchronous gradient descent as a list of events: the first to finish updates θ and restarts from it."""
     x, y = engine.data.rows.take(engine.data.order)
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     y = y.reshape(-1)
     start, end = engine.data.offsets[:-1].tolist(), engine.data.offsets[1:].tolist()
     theta = engine.task.initial().theta
-    work = [(d, i, i, theta, 0) for i, d in enumerate(durations)]  # time, order of start, client, θ, born
+    work = [(d, i, i, theta, 0) for i, d in enumerate(durations)]  # time, order of start, client, θ, version
     number, buffer = len(work), []
     for t in range(rounds):
         while len(buffer) < k:
@@ -101,7 +101,7 @@ def by_hand(engine, k, durations, lr, rounds, staleness):
 @pytest.mark.parametrize("staleness", [polynomial(0.5), polynomial(0), hinge(1.0, grace=1)], ids=repr)
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_an_asynchronous_run_is_the_one_done_by_hand(k, staleness):
-    """Durations apart by no multiple of each other; one client laps the others inside a buffer."""
+    """The durations have no common multiple. One client is faster by more than a whole buffer."""
     durations = (1.0, 2.3, 0.21, 1.7)
     engine = engine_of(Fleet(Each(durations)), sizes=SIZES[:4])
     plan = Plan(Gradient(), Mean(), rules.sgd(0.05), pace=Buffered(k, staleness=staleness))
@@ -135,7 +135,7 @@ class Only:
 
 
 class Watched:
-    """The clients at work, replayed from the reports' trips."""
+    """The participating clients, replayed from the reports' trips."""
 
     def __init__(self):
         self.spans = {}
@@ -174,7 +174,7 @@ def test_nobody_is_at_work_twice_and_nobody_is_missing(pace, n, seed, fleet):
 
 @given(st.integers(0, 4), st.integers(0, 99))
 def test_ages_are_bounded(s, seed):
-    """While the oldest is in the air, nobody has started more than s times since."""
+    """While the oldest flight is in progress, each client starts at most s times."""
     plan = Plan(Gradient(), Mean(), rules.sgd(0.01), pace=Bounded(s))
     engine = engine_of(Fleet(HalfNormal(per="flight")))
     state, starts = first(plan, engine, seed), []
@@ -229,7 +229,7 @@ def test_a_run_that_is_resumed_in_flight_ends_in_the_same_bits(tmp_path):
 
 
 def test_what_a_client_keeps_moves_once_for_each_time_it_is_heard():
-    """Twelve contributions from three clients in one round: each starts from what it kept the time before."""
+    """Twelve contributions from three clients in one round: each starts from the client's state after the last."""
     plan = Plan(KEEPING, Mean(), pace=Buffered(12))
     engine = engine_of(Fleet(Each((1.0, 0.4, 0.7))), sizes=SIZES[:3])
     state, reports = run(plan, engine, 4)
@@ -259,7 +259,7 @@ def test_waves_keep_a_clients_order():
 
 @pytest.mark.parametrize("pace", [Buffered(1), Bounded(5)], ids=repr)
 def test_a_straggler_costs_the_fast_ones_little(pace):
-    """One of four workers takes five times as long: the three others keep nine tenths of what they could do alone."""
+    """One of four workers takes five times as long: the three others reach nine tenths of their full throughput."""
     engine = engine_of(Fleet(Each((1.0, 1.0, 1.0, 5.0))), sizes=SIZES[:4])
     _, reports = run(Plan(Gradient(), Mean(), rules.sgd(0.01), pace=pace), engine, 100)
     fast = sum(int((r.clients["id"] < 3).sum()) for r in reports)
@@ -288,7 +288,7 @@ def test_who_is_late_keeps_what_it_had():
 
 
 def test_the_downlink_tells_what_it_says():
-    """θ̂ moves by what the codec let through of θ − θ̂, and a fine enough codec loses next to nothing."""
+    """θ̂ moves by the codec's output for θ − θ̂, and a fine codec loses almost nothing."""
     plan = Plan(Gradient(), Mean(), rules.sgd(0.1), downlink=TopK(0.25))
     engine = engine_of()
     state, _ = run(plan, engine, 1)
@@ -301,7 +301,7 @@ def test_the_downlink_tells_what_it_says():
 
 
 def test_a_compressed_downlink_still_comes_to_least_squares():
-    """The stream keeps what it lost: at a constant step to the optimum itself."""
+    """The downlink includes the lost part in later messages: at a constant step θ̂ reaches the optimum itself."""
     engine = engine_of(sizes=(6, 6, 6, 6))
     plain, thin = (Plan(Gradient(), Mean(), rules.sgd(0.2), downlink=codec) for codec in (Quantize(8), TopK(0.25)))
     x, y = engine.data.rows.take(engine.data.order)
@@ -332,7 +332,7 @@ def test_who_missed_rounds_is_sent_what_is_missing_or_the_whole():
         assert report.bytes_down == int(report.clients["bytes_down"].sum())
 
 
-# what is refused
+# Refusals
 
 
 REFUSED = [
@@ -399,7 +399,7 @@ def test_paces_read_back():
 
 
 def test_at_the_deadline_a_client_sends_the_steps_that_it_has_made():
-    """Ten steps in five seconds and a deadline after two: as if it had been asked for four. Who is quick makes all."""
+    """Ten steps in five seconds and a deadline after two: equal to four steps. A fast client makes all steps."""
     fleet = Fleet(Each((1.0, 5.0)))
     keeping = Train(rules.sgd(0.1), steps=10, batch=2, keep=("order",))
     pace = Sync(deadline_s=2.0, partial=True)

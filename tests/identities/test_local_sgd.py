@@ -1,4 +1,4 @@
-"""Local SGD and its family: steps that change from round to round, post-local SGD, DiLoCo and its outer gradients."""
+"""Local SGD and its family: steps that change by round, post-local SGD, DiLoCo and its outer gradients."""
 
 from dataclasses import dataclass, replace
 
@@ -40,7 +40,7 @@ def bits(state):
 
 
 def in_turn(*lengths):
-    """A schedule that says these numbers, one a round, and the last one from then on."""
+    """A schedule with the given values, one per round; the last value stays."""
     first, *rest = lengths
     return hold(first, rounds=1) >> in_turn(*rest) if rest else constant(first)
 
@@ -59,7 +59,7 @@ def test_a_schedule_that_never_changes_is_its_number_bit_for_bit(body, keep):
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.sampled_from([None, 1, 2, 4]), st.integers(0, 9))
 def test_one_client_goes_on_where_it_was_however_its_steps_are_cut_into_rounds(lengths, batch, seed):
-    """Rounds cut a client's walk through its rows, and change nothing of it: θ after the same number of steps."""
+    """Round boundaries do not change the order of a client's rows: θ is the same after the same number of steps."""
     part = Train(rules.sgd(0.05), steps=in_turn(*lengths), batch=batch, keep=("order",))
     cut, _ = run(Plan(part, Mean()), engine_of(sizes=(9,)), len(lengths), seed)
     whole, _ = run(Plan(replace(part, steps=sum(lengths)), Mean()), engine_of(sizes=(9,)), 1, seed)
@@ -71,7 +71,7 @@ def test_one_client_goes_on_where_it_was_however_its_steps_are_cut_into_rounds(l
 @pytest.mark.parametrize("body", ["lanes", "loop"])
 @pytest.mark.parametrize("switch", [1, 3])
 def test_post_local_sgd_switches_at_its_round_exactly(switch, body):
-    """The bits of single steps before, and those of local SGD that begins where they ended after."""
+    """Before the switch the bits equal those of single steps, after it those of local SGD from the same state."""
     plan, engine = recipes.post_local_sgd(0.05, switch=switch, steps=4, batch=3), engine_of(body)
     before, after = (recipes.local_sgd(0.05, steps=n, batch=3) for n in (1, 4))
     state, _ = run(plan, engine, switch)
@@ -144,7 +144,7 @@ def test_a_schedule_that_comes_below_one_step_is_refused_with_a_line_that_builds
 
 @dataclass(frozen=True, repr=False)
 class Dips(Schedule):
-    """Four steps, but in round 2, in which there are none."""
+    """Four steps, except for round 2, which has none."""
 
     def __call__(self, t, memory=None):
         return 0.2 if t == 2 else 4.0
@@ -158,7 +158,7 @@ def test_a_schedule_that_dips_below_one_step_ends_the_run_there():
 
 
 def test_baselines_make_as_many_steps_as_the_schedule_says():
-    """Two clients of equal size: the pooled one makes their steps, twice as many in a round."""
+    """Two clients of equal size: the pooled baseline makes the steps of both, twice the number per round."""
     data = regression((8, 8))
     plan = Plan(Train(rules.sgd(0.05), steps=hold(1, rounds=2) >> 3, batch=4, keep=("order",)), Mean())
     pooled, share = baselines._gathered(plan, data.sizes, torch.ones(2, dtype=torch.float64))
@@ -166,7 +166,7 @@ def test_baselines_make_as_many_steps_as_the_schedule_says():
 
 
 def diloco_by_hand(engine, rounds, steps, lr):
-    """Each worker an AdamW of torch's own that is never reset; the server torch's SGD with Nesterov momentum."""
+    """Each worker has an AdamW of torch that is never reset; the server has torch's SGD with Nesterov momentum."""
     theta = nn.Parameter(engine.task.initial().theta.clone())
     outer = torch.optim.SGD([theta], 0.7, momentum=0.9, nesterov=True)
     data, sizes = engine.data, engine.data.sizes.tolist()
@@ -197,7 +197,7 @@ def test_diloco_is_torchs_optimizers_worker_by_worker():
 @settings(max_examples=8)
 @given(st.integers(0, 99))
 def test_eight_bits_change_an_outer_gradient_by_no_more_than_their_step_and_nothing_else(seed):
-    """The round's first step: workers are alike, so θ is apart by at most 1.9 · 0.7 levels of the largest number."""
+    """In the first step all workers are equal, so θ differs by at most 1.9 · 0.7 levels of the largest number."""
     whole, coarse = (recipes.diloco(0.05, steps=3, batch=2, codec=c) for c in (Identity(), Quantize(8)))
     (a, _), (b, _) = (run(plan, engine_of(), 1, seed) for plan in (whole, coarse))
     kept = [s.memory.take(torch.arange(4)) for s in (a, b)]
@@ -215,13 +215,13 @@ def test_outer_gradients_in_eight_bits_train_as_well_at_a_quarter_of_the_bytes()
     first, last, other = (r.metrics["loss"] for r in (whole[0], whole[-1], coarse[-1]))
     assert last < 0.5 * first and abs(other - last) < 0.05 * first
     d = engines[0].layout.d
-    beside = whole[0].bytes_up - 4 * 4 * d  # what is not the update: the loss, its rows, the weight
+    beside = whole[0].bytes_up - 4 * 4 * d  # the fields other than the update: the loss, its rows, the weight
     assert coarse[0].bytes_up == 4 * Quantize(8).at(engines[0].layout).nbytes(engines[0].layout) + beside
     assert coarse[0].bytes_up < 0.27 * whole[0].bytes_up
 
 
 def test_one_step_a_round_by_the_schedule_of_a_gradient():
-    """`Train(sgd(1), steps=1)` and `Gradient()` are one step of the server's, whatever its rate does."""
+    """`Train(sgd(1), steps=1)` and `Gradient()` are both one step of the server, for every schedule of its rate."""
     rate = cosine(0.1, rounds=4, end=0.01)
     a, _ = run(Plan(Train(rules.sgd(rate), steps=hold(1, rounds=4) >> 3), Mean()), engine_of(), 4)
     b, _ = run(Plan(Gradient(), Mean(), rules.sgd(rate)), engine_of(), 4)

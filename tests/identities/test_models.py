@@ -1,4 +1,4 @@
-"""Models by name: as large as published, sized from the data, made from the key, and refused where unfit."""
+"""Models by name: they have their published size, fit the data, are drawn from the key, and are refused if unfit."""
 
 import random
 import sys
@@ -16,7 +16,7 @@ from atoll.rng import Key
 
 KEY = Key(7).fold("model")
 
-# name, features, outputs, parameters: the published ones, and what `conv`, `fc` and `d` say for the others
+# name, features, outputs, parameters: as published, or by the formulas `conv`, `fc` and `d`
 SIZES = [
     ("linear", (13,), 1, 14),
     ("logistic", (30,), 2, 31),
@@ -119,7 +119,7 @@ def test_what_is_written_instead(name, rows, instead):
     assert repr(name) in str(caught.value) or repr(rows[2]) in str(caught.value)
 
 
-# one rows for each name, which the name fits
+# for each name the rows that it fits
 FIT = {
     "linear": ((13,), 1, "regression", None),
     "logistic": ((30,), 2, "classification", None),

@@ -1,4 +1,4 @@
-"""A model is a vector, and comes back as the model it was: frozen, tied, counted, typed; the user's is untouched."""
+"""A model is a vector and is restored exactly: frozen, tied, counted, typed. The user's module stays unchanged."""
 
 import random
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ def bits_of(module):
 
 
 def trained(module, data, body="lanes", plan=TRAIN, rounds=2, dtype=torch.float32):
-    """The module that a training comes to."""
+    """The module at the end of a training."""
     engine = InProcess(task_of(module, data, body, dtype), data)
     return engine.task.result(run(plan, engine, rounds)[0].model)
 
@@ -51,7 +51,7 @@ class Tied(nn.Module):
 
 
 class Average(nn.Module):
-    """Keeps an average and a count by putting new tensors in the place of the old ones."""
+    """Stores an average and a count by replacing its buffers with new tensors."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ def test_tied_weights_stay_tied_and_lie_in_the_vector_once(body):
     assert after.last.weight is after.embedding.weight
     assert list(after.state_dict()) == ["embedding.weight", "last.weight"]
 
-    # One step of the whole batch is what torch does to the tied weights, from both ends of the model.
+    # One step on the whole batch equals torch's step on the tied weights, with gradients from both uses.
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     pooled = data.pooled()
     nn.functional.cross_entropy(module(pooled.rows.x), pooled.rows.y).backward()
@@ -109,7 +109,7 @@ class Only:
 
 
 def batches(rows, batch=4):
-    """How many batches a client makes of its rows, a last one of one row joined to the one before."""
+    """The number of batches of a client; a last batch of one row is joined to the previous batch."""
     return max(1, rows // batch + (rows % batch > 1))
 
 
@@ -121,7 +121,7 @@ def test_buffers_become_their_mean_and_counters_take_the_largest_increment(body)
     state, _ = run(TRAIN, InProcess(task, data), 1)
     alone = []
     for i in range(3):
-        # Client i by itself, with the rows and the number that it has among the others.
+        # Client i by itself, with the same rows and the same id.
         one, _ = run(Plan(TRAIN.local, Mean(), cohort=Only(i)), InProcess(task, data), 1)
         alone.append(one.model)
         assert one.model.counters["1.num_batches_tracked"] == 40 + batches(SIZES[i])
@@ -133,7 +133,7 @@ def test_buffers_become_their_mean_and_counters_take_the_largest_increment(body)
 
 @bodies
 def test_batch_norm_moves_as_it_does_in_torch(body):
-    """One client, one step a round: running statistics and all are those of a plain loop."""
+    """One client, one step per round: running statistics and all other state equal those of a plain loop."""
     data, module = classification((16,)), norm().double()
     after = trained(module, data, body, recipes.gd(0.1), 3, torch.float64)
     module = norm().double().train()
@@ -148,7 +148,7 @@ def test_batch_norm_moves_as_it_does_in_torch(body):
 
 @bodies
 def test_a_buffer_that_is_put_in_place_of_another(body):
-    """self.average = …: it reaches the server, and no client sees another's."""
+    """self.average = …: the new tensor reaches the server, and no client sees another client's."""
     data = classification(SIZES)
     module = seeded(Average)
     after = trained(module, data, body, recipes.distributed_gd(0.1), 1, torch.float64)
@@ -248,7 +248,7 @@ def test_dropout_in_lanes_is_dropout_in_the_loop(dtype):
 
 
 def test_dropout_drops_as_often_as_it_says():
-    """51,200 coins of chance .3: further off than 6 standard deviations once in 5·10⁸ times."""
+    """51,200 coin flips of probability .3: further off than 6 standard deviations once in 5·10⁸ runs."""
     data, inputs = classification((2,) * 64, (400,)), []
 
     class Spy(nn.Module):
@@ -266,7 +266,7 @@ def test_dropout_drops_as_often_as_it_says():
     n = kept.numel()
     assert set(kept.unique().tolist()) == {0.0, 1 / (1 - 0.3)}
     assert abs(int((kept == 0).sum()) - 0.3 * n) < 6 * (n * 0.3 * 0.7) ** 0.5
-    # Client by client and row by row, another mask.
+    # By client and by row, another mask.
     assert len({row.numpy().tobytes() for row in kept}) == len(kept)
 
 

@@ -1,4 +1,4 @@
-"""One gradient, several bodies: what is computed by hand is what autograd computes, and a lane's bits are its own."""
+"""One gradient, several backends: layers by hand equal autograd, and a lane's bits do not depend on other lanes."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ SEED = st.integers(0, 2**32)
 
 @st.composite
 def architectures(draw):
-    """A random stack of served layers, and the shape of a row for it."""
+    """A random stack of supported layers, and the shape of a row for it."""
     row = shape = (draw(st.integers(1, 3)), draw(st.integers(5, 9)), draw(st.integers(5, 9)))
     layers = []
     for kind in draw(st.lists(st.sampled_from(["conv", "relu", "pool"]), max_size=5)):
@@ -49,7 +49,7 @@ def architectures(draw):
             layers.append(nn.ReLU())
         try:
             shape = tuple(nn.Sequential(*layers)(torch.zeros(1, *row)).shape[1:])
-        except RuntimeError:  # nothing is left of the image
+        except RuntimeError:  # the image is reduced to nothing
             assume(False)
     layers.append(nn.Flatten())
     width = torch.Size(shape).numel()
@@ -60,7 +60,7 @@ def architectures(draw):
 
 
 def passed(task, lanes, x, y, counts):
-    """One gradient of some lanes: of the second model on, each lane's θ is another one."""
+    """One gradient of some lanes: from the second model on, each lane has another θ."""
     model = task.initial().lanes(lanes)
     model.theta.add_(0.1 * Key(5).normal(model.theta.numel(), model.theta.dtype).view(model.theta.shape))
     return task.gradient(model, Batch(x, y, counts), Key(0).of(torch.arange(lanes)))
@@ -76,7 +76,7 @@ def test_by_hand_is_lanes(body, architecture, loss, seed, lanes, rows):
             getattr(layer, "reset_parameters", int)()
         x = torch.randn(lanes, rows, *shape)
         y = torch.randint(3, (lanes, rows)) if loss == "cross_entropy" else torch.randn(lanes, rows, 3)
-    task = Task.of(nn.Sequential(*layers), loss, (), torch.float64)  # in float32 a near tie may go either way
+    task = Task.of(nn.Sequential(*layers), loss, (), torch.float64)  # in float32 a near tie may resolve to either
     if body == "compiled":
         try:
             compiled.stages(task.program, shape)
@@ -92,7 +92,7 @@ def test_by_hand_is_lanes(body, architecture, loss, seed, lanes, rows):
 @bodies
 @pytest.mark.parametrize("name", ["softmax", "mlp", "cnn", "niid-cnn", "mcmahan-cnn"])
 def test_named_models_after_a_round(name, body):
-    """1e-5 relative of lanes in float32: a whole round of local training."""
+    """1e-5 relative to lanes in float32: a whole round of local training."""
     data = classification((9, 7, 7, 3), shape=(16, 16), classes=4)
     module = models.build(name, (16, 16), 4, "classification", Key(3))
     ends = [
@@ -127,7 +127,7 @@ def test_every_local_part_is_served(local, body):
 
 @bodies
 def test_more_rows_than_fit_in_one_pass(body):
-    """Maps go by at most so many rows at once; then the gradient is gathered before the step."""
+    """Convolutions take a bounded number of rows at once. With more rows gradients add up before the step."""
     data = classification((70, 33), shape=(6, 6))
     module = models.build("cnn", (6, 6), 3, "classification", Key(3))
     plan = Plan(Train(sgd(0.1), epochs=2), Mean())
@@ -150,7 +150,7 @@ BEHIND.append(nn.Linear(2, 3))
     ],
 )
 def test_equal_pixels_of_a_pool_go_to_the_first(body, layers):
-    """As torch does it: constant pictures are nothing but ties."""
+    """As in torch: constant images consist of ties only."""
     data = federation(torch.ones(6, 1, 6, 6), torch.tensor([0, 1, 2, 0, 1, 2]), [3, 3])
     module = nn.Sequential(*layers)
     ends = [run(PLAN, InProcess(task_of(module, data, body), data))[0].model.theta for body in (body, "loop")]
@@ -168,7 +168,7 @@ def test_auto_takes_what_is_served():
 
 
 class Squashed(nn.Linear):
-    """A layer that only looks like one that is known."""
+    """A layer that only looks like a known one."""
 
     def forward(self, x):
         return super().forward(x).tanh()
@@ -225,7 +225,7 @@ def test_threads_change_no_bit(name, body):
 
 
 def test_trying_chunks_and_threads_changes_no_bit():
-    """An engine that tries them, round by round, and one whose chunk is given."""
+    """An engine that tunes chunks and threads round by round equals one with a fixed chunk."""
     data = classification([7] * 24, shape=(6, 6))
     task = task_of(models.build("mlp", (6, 6), 3, "classification", Key(3)), data, "fused", torch.float32)
     tries = InProcess(task, data)
@@ -235,7 +235,7 @@ def test_trying_chunks_and_threads_changes_no_bit():
 
 @needs_native
 def test_where_rows_lie_changes_no_bit(monkeypatch):
-    """Read where they are stored, as bytes too; or copied, some steps at a time, where they are not in memory."""
+    """Rows are read in place, bytes too; or copied, some steps at a time, if they are not in memory."""
     images = (256 * Key(1).uniform(40 * 36).reshape(40, 6, 6)).to(torch.uint8)
     labels = Key(2).integers(40, 3)
     labels[:3] = torch.arange(3)
@@ -254,7 +254,7 @@ def test_where_rows_lie_changes_no_bit(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 80.0, 1e4, 1e30, float("nan")])
 def test_logits_far_apart(scale, dtype):
-    """e^x from 1 to where it is nothing."""
+    """e^x from 1 to underflow."""
     data = classification((60,), shape=(5,), classes=21)
     task = task_of(nn.Sequential(nn.Linear(5, 21)), data, "compiled", dtype)
     x = (scale * Key(4).normal(2 * 30 * 5).reshape(2, 30, 5)).to(dtype)
@@ -267,7 +267,7 @@ def test_logits_far_apart(scale, dtype):
 
 @needs_native
 def test_an_update_is_told_with_its_largest_numbers():
-    """And how many there are, of which most go past the caches, changes no bit."""
+    """The number of clients changes no bit, also if the update is so large that it bypasses the caches."""
     data = classification([3] * 20, shape=(28, 28))
     task = task_of(models.build("mlp", (28, 28), 3, "classification", Key(3)), data, "compiled", torch.float32)
     model = task.initial()
@@ -285,7 +285,7 @@ def test_an_update_is_told_with_its_largest_numbers():
 
 
 class Larger(Codec):
-    """A stage that writes where torch does not see it."""
+    """A stage that writes through NumPy, which torch's version counter does not see."""
 
     def encode(self, x, memory, shared, key):
         x.numpy()[:] *= np.float32(2.0**40)
@@ -347,7 +347,7 @@ def test_a_long_run_is_worth_native_code():
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """Nothing has been built yet, and nothing is remembered of a compiler."""
+    """No library is built yet, and no compiler is cached."""
     remembered = (native.library, native._found, native.compiler, native._kept_at)
     monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / "own"))
     for each in remembered:
@@ -383,7 +383,7 @@ def folder_of_others(fresh, monkeypatch):
 
 @pytest.mark.parametrize("trouble", [no_compiler, compiler_that_says_nothing, compiler_that_fails, folder_of_others])
 def test_without_native_code(trouble, fresh, monkeypatch):
-    """Asked for, it is refused with the line that helps; otherwise layers go by hand, and the reason says why."""
+    """If requested, it is refused with a line to write. Otherwise `auto` takes fused layers and gives the reason."""
     said = trouble(fresh, monkeypatch)
     data = classification((9, 7), shape=(6, 6))
     task = Task.of(models.build("mlp", (6, 6), 3, "classification", Key(0)), "cross_entropy")

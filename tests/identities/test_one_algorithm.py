@@ -40,7 +40,7 @@ MODELS = {
 
 @st.composite
 def problems(draw):
-    """A model, the rows in one place, and the same rows split over clients in some way."""
+    """A model, all rows as one client, and the same rows split over clients in some way."""
     make, loss = MODELS[draw(st.sampled_from(list(MODELS)))]
     seed, dtype = draw(seeds), draw(dtypes)
     owners = torch.tensor(draw(st.lists(st.integers(0, 5), min_size=2, max_size=30)))
@@ -92,7 +92,7 @@ def test_fedavg_of_one_full_step_is_distributed_gradient_descent(drawn, lr, reci
     assert far(theta(problem, split, recipe(lr)), distributed) < CLOSE[distributed.dtype]
 
 
-# What atoll says of an optimizer, beside what a torch user would write.
+# The optimizer of atoll, and its counterpart in torch.
 OPTIMIZERS = [
     (rules.sgd(0.1), lambda p: torch.optim.SGD(p, 0.1)),
     (rules.sgd(0.05, momentum=0.9), lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)),
@@ -111,7 +111,7 @@ def one_pass(key, epoch, rows, batch):
 
 
 def by_hand(module, data, make, orders, dtype, fresh):
-    """Local SGD as anybody would write it: `orders` has, for each round, its batches of row numbers."""
+    """Local SGD as a plain loop: `orders` has, for each round, its batches of row numbers."""
     module = copy.deepcopy(module).to(dtype)
     optimizer = make(module.parameters())
     for batches in orders:
@@ -142,7 +142,7 @@ def test_fedavg_of_one_client_is_local_sgd(optimizer, seed, rows, batch, epochs,
 @settings(max_examples=8)
 @given(seeds, st.integers(2, 25), st.integers(1, 8), st.integers(1, 7), dtypes, bodies)
 def test_rounds_are_no_breaks_for_what_a_client_keeps(optimizer, seed, rows, batch, steps, dtype, body):
-    """Three rounds of `steps` batches with `keep` are one training of 3·steps: optimizer and order run on."""
+    """Three rounds of `steps` batches with `keep` equal one training of 3·steps: optimizer and order continue."""
     ours, theirs = optimizer
     data, module = classification([rows], seed=seed, dtype=dtype), seeded(mlp, seed=seed)
     plan = Plan(Train(ours, steps=steps, batch=batch, keep=("optimizer", "order")), Mean())
@@ -168,7 +168,7 @@ def test_sgd_takes_the_first_rows_of_a_keyed_order(seed, rows, batch, dtype, bod
 
 @pytest.mark.parametrize(("statistics", "body"), by_turns([True, False], ["lanes", "loop"]))
 def test_a_large_client_in_many_passes_is_one_gradient(monkeypatch, body, statistics):
-    """However many passes the rows of a client take, no pass is short of rows, and their mean is the gradient."""
+    """For any number of passes over the rows of a client, no pass is short of rows, and their mean is the gradient."""
     norm = nn.BatchNorm1d(6) if statistics else nn.Identity()
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, 3)))
     for rows in (60, 64, 65, 66, 71, 73, 131):

@@ -1,4 +1,4 @@
-"""Every optimizer is torch's own, or its paper's; a lane is the single run to the bit."""
+"""Every optimizer equals torch's or that of its paper, and a lane equals the single run bit for bit."""
 
 import math
 import types
@@ -29,7 +29,7 @@ from atoll.plan.optimizer import (
 from atoll.plan.stepper import Optimizer
 from atoll.schedule import SCHEDULES, cosine, plateau, warmup
 
-# ours, torch's class, its arguments; None: torch has none
+# atoll's, torch's class, its arguments; None: torch has none
 TABLE = [
     (sgd(0.1), torch.optim.SGD, {}),
     (sgd(0.1, weight_decay=0.01), torch.optim.SGD, {"weight_decay": 0.01}),
@@ -81,7 +81,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit, the sign of zero included."""
+    """Whether two tensors are bit-identical, including the sign of zero."""
     whole = torch.int32 if a.dtype == torch.float32 else torch.int64
     return a.shape == b.shape and torch.equal(a.contiguous().view(whole), b.contiguous().view(whole))
 
@@ -120,7 +120,7 @@ def test_is_torch_to_the_bit(optimizer, cls, words, d, dtype):
     ("optimizer", "lanes", "d"), by_turns([row[0] for row in TABLE], [1, 2, 3, 4, 5], [1, 7, 33, 1001])
 )
 def test_a_lane_is_the_single_run(optimizer, lanes, d):
-    """Also where the lanes make different numbers of steps, longest first."""
+    """Also if the lanes make different numbers of steps, longest first."""
     steps = [STEPS - 4 * lane for lane in range(lanes)]
     theta = draw(lanes, d)
     gs = [draw(sum(n > s for n in steps), d, seed=s + 1) for s in range(STEPS)]
@@ -134,7 +134,7 @@ def test_a_lane_is_the_single_run(optimizer, lanes, d):
 
 @EACH
 def test_lanes_that_kept_their_state_go_on_where_they_were(optimizer):
-    """Different counts side by side: each lane is one run that was never interrupted."""
+    """Lanes with different step counts: each equals one run without interruption."""
     before, d = (3, 3, 0, 5, 5, 5), 33
     theta, first = draw(len(before), d), [draw(len(before), d, seed=s) for s in range(5)]
     second = [draw(k, d, seed=100 + k) for k in (6, 6, 4, 1)]
@@ -219,7 +219,7 @@ def test_slots_of_lanes_are_slots_of_each(optimizer):
     ids=lambda value: "by hand" if isinstance(value, types.FunctionType) else repr(value),
 )
 def test_adaptive_federated_optimization(optimizer, square):
-    """Algorithm 2 of Reddi et al., number by number; their Δ points downhill."""
+    """Algorithm 2 of Reddi et al., number by number; their Δ is the negative gradient."""
     d = 9
     theta, gs = draw(d, dtype=torch.float64), [draw(d, seed=s, dtype=torch.float64) for s in range(1, 30)]
     ours, _ = run(optimizer, theta, gs)
@@ -234,7 +234,7 @@ def test_adaptive_federated_optimization(optimizer, square):
 
 @given(st.integers(0, 10**6))
 def test_fedyogi_is_fedadagrad_while_v_is_small(seed):
-    """√v grows by √(1 − β₂) as fast, and the rates make up for it."""
+    """√v grows by a factor √(1 − β₂) more slowly, and the rates compensate."""
     shrink = math.sqrt(1 - 0.999)
     slow = yogi(0.01, betas=(0.9, 0.999), eps=1e-8)
     fast = adagrad(0.01 / shrink, beta=0.9, eps=1e-8 / shrink)

@@ -1,4 +1,4 @@
-"""Order of clients, chunks, threads and workers change no bit; two bodies agree to rounding (identity 4)."""
+"""Order of clients, chunks, threads and workers changes no bit; two backends agree up to rounding (identity 4)."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from atoll.plan.plan import Plan
 from atoll.plan.slots import Broadcast, Cohort
 from atoll.rng import Key
 
-# Where a lane begins in memory must not matter: widths of 33 and 65, which no vector register divides, are among them.
+# The memory address of a lane must not matter. Widths of 33 and 65 are included, which no vector register divides.
 SIZES = (9, 5, 9, 3, 9, 5)
 
 
@@ -35,7 +35,7 @@ DTYPES = by_turns(MODELS, [torch.float32, torch.float64])
 
 @dataclass(frozen=True)
 class Shuffled(InProcess):
-    """Chunks arrive in another order; in a chunk, clients of one size stand in another order."""
+    """Chunks arrive in another order, and clients of one size have another order inside a chunk."""
 
     by: int = 0
 
@@ -97,14 +97,14 @@ def test_no_recipe_knows_an_order(recipe, body):
     task = task_of(seeded(nn.Linear, 3, 1), data, body)
     plan = recipe(steps=3, batch=4) if recipe in LOCAL else recipe()
     expected = everything(run(plan, InProcess(task, data))[0])
-    # Workers share out a cohort, and a recipe that flies on opens its later rounds without one.
+    # Workers share a cohort. An asynchronous recipe opens its later rounds without a cohort.
     several = () if plan.pace.flies_on else (Workers(task, data, 1, workers=3),)
     for engine in (Shuffled(task, data, 2, by=5), *several):
         assert everything(run(plan, engine)[0]) == expected
 
 
 def wide(name, dtype, body):
-    """A round of a model wide enough for torch to share the work among threads, by 1 thread and by 2."""
+    """A round of a model that is wide enough for torch to use several threads, with 1 thread and with 2."""
     shape, sizes = ((64,), (40,) * 8) if name == "mlp" else ((1, 16, 16), (24,) * 4)
     data = tokens(sizes, 32) if name == "transformer" else classification(sizes, shape)
     module = Transformer() if name == "transformer" else build(name, shape, 3, "classification", KEY)
@@ -124,13 +124,13 @@ def test_threads_change_no_bit(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("name", "body"), [("mlp", "loop"), ("cnn", "loop"), ("cnn", "lanes")])
 def test_threads_change_nothing_but_rounding(name, body, dtype):
-    """torch itself cuts a lone matrix product, and the weight gradient of a convolution, by threads: no bits there."""
+    """torch splits a single matrix product and the weight gradient of a convolution by threads: bits differ."""
     one, two = wide(name, dtype, body)
     assert far(one.model.theta, two.model.theta) < (1e-5 if dtype == torch.float32 else 1e-12)
 
 
 def test_numbering_of_clients_changes_no_bit_of_what_is_not_drawn():
-    """Full gradients draw nothing: clients may be numbered in any way."""
+    """Full gradients draw no random numbers, so that client ids may be permuted."""
     data = regression(SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), data)
     expected = everything(run(recipes.distributed_gd(0.1), InProcess(task, data))[0])

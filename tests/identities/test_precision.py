@@ -26,7 +26,7 @@ USUAL = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean(), rules.sgd(1.0, mo
 
 
 def _no_lstm() -> str:
-    """Why torch has no LSTM in bfloat16 for this processor; empty where it has."""
+    """The reason why torch has no LSTM in bfloat16 for this processor; empty if it has."""
     try:
         with torch.autocast("cpu", torch.bfloat16):
             nn.LSTM(3, 4)(torch.zeros(2, 1, 3))
@@ -39,7 +39,7 @@ NO_LSTM = _no_lstm()
 
 
 def models(name):
-    """A model and its data, where this processor computes it in bfloat16."""
+    """A model and its data, if this processor supports it in bfloat16."""
     if name == "lstm" and NO_LSTM:
         pytest.skip(NO_LSTM)
     return MODELS[name]
@@ -50,7 +50,7 @@ def bf16(task):
 
 
 def test_digits_in_bfloat16_come_to_the_loss_of_float32():
-    """Eight bits a product cost less than 0.2 % of the loss after ten rounds, and no accuracy to speak of."""
+    """Eight bits per product cost less than 0.2 % of the loss after ten rounds, and almost no accuracy."""
     data = atoll.data.load("digits").split(clients=20)
     ends = [
         atoll.train("mlp", data, recipes.fedavg(0.3, batch=10), rounds=10, out=None, precision=p, numerics="lanes")
@@ -64,7 +64,7 @@ def test_digits_in_bfloat16_come_to_the_loss_of_float32():
 
 @pytest.mark.parametrize(("name", "body"), by_turns(MODELS, ["lanes", "loop"]))
 def test_the_model_stays_in_float32(name, body):
-    """θ, buffers, the server's optimizer and the loss are float32; so is the gradient, to what 8 bits are."""
+    """θ, buffers, the server's optimizer and the loss are float32; so is the gradient, up to 8 bits."""
     make, make_data = models(name)
     module, data = make(), make_data(SIZES)
     task = task_of(module, data, body, torch.float32)
@@ -72,17 +72,17 @@ def test_the_model_stays_in_float32(name, body):
     short, _ = run(plan, InProcess(bf16(task), data))
     assert {t.dtype for t in (short.model.theta, short.model.buffers)} == {torch.float32}
     assert {t.dtype for t in short.optimizer.values() if t.dim()} == {torch.float32}
-    data = make_data(tuple(n + 8 for n in SIZES))  # batch norm makes a small difference of two rows a large one
+    data = make_data(tuple(n + 8 for n in SIZES))  # batch norm amplifies a small difference of two rows
     a, b = (run(Plan(Gradient(), Mean()), InProcess(t, data), 1)[0].model for t in (bf16(task), task))
     step = b.theta - task.initial().theta
-    # A product has eight bits; a ReLU or a pool may choose otherwise where two are nearly equal.
+    # A product has eight bits; a ReLU or a pool may choose differently between two nearly equal numbers.
     assert 0 < float((a.theta - b.theta).norm() / step.norm()) < (2**-3 if name == "cnn" else 2**-5)
     assert a.buffers.shape == b.buffers.shape and torch.allclose(a.buffers, b.buffers, rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("name", only(MODELS.keys() - {"transformer"}, MODELS))
 def test_a_chunk_changes_no_bit(name):
-    """Where lanes in bfloat16 depend on their neighbours the start of a run finds it, and takes the loop."""
+    """If lanes in bfloat16 depend on other lanes, the start of a run detects it and chooses the loop."""
     make, make_data = models(name)
     data = make_data(SIZES)
     choice = choose(bf16(task_of(make(), data, dtype=torch.float32)), data, USUAL)
@@ -93,7 +93,7 @@ def test_a_chunk_changes_no_bit(name):
 
 
 class Neighbourly(nn.Module):
-    """In bfloat16 alone, a lane's numbers would depend on how many lanes there are."""
+    """In bfloat16 only, a lane's numbers depend on the number of lanes."""
 
     def __init__(self):
         super().__init__()
@@ -104,7 +104,7 @@ class Neighbourly(nn.Module):
 
 
 def test_what_depends_on_neighbours_in_bfloat16_is_found(monkeypatch):
-    """The probe computes as the run will: a kernel that looks beside it in bfloat16 alone costs the lanes."""
+    """The probe uses the precision of the run: a kernel that depends on other lanes only in bfloat16 excludes lanes."""
     data, gradient = classification(SIZES), Task._lanes_gradient
 
     def beside(self, model, batch, key):
@@ -119,7 +119,7 @@ def test_what_depends_on_neighbours_in_bfloat16_is_found(monkeypatch):
 
 
 def test_it_is_written_down_and_kept(tmp_path):
-    """A run goes on in the precision it began with; in another one it is refused."""
+    """A run is resumed in its precision; another precision is refused."""
     data, plan = atoll.data.load("digits").split(clients=5), recipes.fedavg(0.1)
     told = {"out": tmp_path, "report": False}
     first = atoll.train("mlp", data, plan, rounds=1, precision="bf16", **told)

@@ -1,7 +1,7 @@
-"""Who is at work: the chances that a sampler states are the chances that it has.
+"""Samplers: the stated selection probabilities are the actual ones.
 
-A frequency over so many independent draws may be off by t where Bernstein's inequality gives at most 1e-9 for more;
-with fewer than a hundred frequencies in a test, a right sampler fails one once in ten million seeds.
+A frequency over independent draws may be off by t if Bernstein's inequality gives at most 1e-9 for more. With fewer
+than a hundred frequencies in a test, a correct sampler fails one once in ten million seeds.
 """
 
 import itertools
@@ -35,7 +35,7 @@ SAMPLERS += [RoundRobin(2), RoundRobin(4)]
 
 
 def band(p, draws, alarm=1e-9):
-    """How far a frequency of chance p may be off: P(|f − p| ≥ t) ≤ 2 exp(−draws t² / (2 (p(1−p) + t/3)))."""
+    """The tolerance of a frequency of chance p: P(|f − p| ≥ t) ≤ 2 exp(−draws t² / (2 (p(1−p) + t/3)))."""
     a = math.log(2 / alarm) / draws
     return a / 3 + math.sqrt((a / 3) ** 2 + 2 * a * p * (1 - p))
 
@@ -76,7 +76,7 @@ def test_every_set_of_two_is_as_likely():
 
 
 def test_a_few_of_many_are_as_likely_as_each_other():
-    """Fewer than a quarter: drawn one by one. No client, no place and no pair is preferred."""
+    """Fewer than a quarter: drawn one by one. No client, no position and no pair is preferred."""
     many = Population(40, torch.ones(40, dtype=torch.int64))
     drawn = torch.stack([cohort.ids for cohort in cohorts(Uniform(3), many, DRAWS)])
     assert ((drawn.flatten().bincount(minlength=40) / DRAWS - 3 / 40).abs() <= band(3 / 40, DRAWS)).all()
@@ -136,7 +136,7 @@ def test_in_turn_everybody_works_in_every_lap(clients, n, lap):
 @pytest.mark.parametrize("weights", ["examples", "equal"])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 def test_over_expected_is_unbiased(sampler, weights):
-    """E Σ wᵢgᵢ / E Σ wᵢ = Σ πᵢwᵢgᵢ / Σ πᵢwᵢ, the mean of all clients where all chances are equal; |g| ≤ 1."""
+    """E Σ wᵢgᵢ / E Σ wᵢ = Σ πᵢwᵢgᵢ / Σ πᵢwᵢ, the mean of all clients if all chances are equal; |g| ≤ 1."""
     mean = Mean(weights=weights, over="expected")
     g = torch.tensor([[1.0], [-1.0], [0.5], [1.0], [-0.5], [0.25]], dtype=torch.float64)
     w = SIZES.double() if weights == "examples" else torch.ones(6, dtype=torch.float64)
@@ -160,7 +160,7 @@ def test_over_expected_is_unbiased(sampler, weights):
 
 
 def test_over_expected_divides_by_the_same_number_whoever_came():
-    """So a client's influence does not depend on who else was drawn: what its sensitivity is computed from."""
+    """The influence of a client does not depend on the rest of the cohort. A bound on sensitivity needs this."""
     mean, g = Mean(over="expected"), torch.ones(6, 1, dtype=torch.float64)
     for cohort in cohorts(Poisson(0.5), SMALL, 50):
         if not len(cohort.ids):
@@ -184,7 +184,7 @@ MILLION = Population(10**6, torch.arange(10**6) % 50 + 1)
     "sampler", [Uniform(100), Poisson(1e-4), Weighted(100), RoundRobin(100), Fraction(1e-4)], ids=repr
 )
 def test_a_million_clients_are_cheap(sampler):
-    """At most a sort of a million numbers: a second of a processor, where walking through them in Python takes many."""
+    """At most a sort of a million numbers: one second of CPU time, while a loop in Python takes many."""
     began = time.process_time()
     cohort = sampler(MILLION, 3, Key(0))
     assert time.process_time() - began < 3.0

@@ -1,4 +1,4 @@
-"""Every schedule is its closed form, and torch's scheduler where there is one."""
+"""Every schedule equals its closed form, and torch's scheduler if torch has one."""
 
 import math
 import types

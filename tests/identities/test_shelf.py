@@ -1,4 +1,4 @@
-"""Memory from a shelf is lent to one tensor at a time, and to whoever holds a view of it."""
+"""A buffer of the pool is lent to one tensor at a time, and stays lent while a view of it exists."""
 
 import torch
 from hypothesis import given
@@ -30,7 +30,7 @@ def test_what_nobody_holds_is_lent_again():
     assert own.empty(1 << 20).data_ptr() != where
     del view
     assert own.empty(1 << 20).data_ptr() == where
-    assert own.empty(1 << 10).data_ptr() != where  # much smaller: another has a use for this one
+    assert own.empty(1 << 10).data_ptr() != where  # a much smaller request does not use this buffer
 
 
 def test_large_tensors_come_from_the_shelf_that_is_there():

@@ -1,4 +1,4 @@
-"""Clients that walk one after the other come to the same bits as clients that make their steps in turn."""
+"""Clients that train one after the other have the same bits as clients that make their steps in turn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = (9, 3, 21, 8, 1, 14)
 
 
 class Moving(nn.Module):
-    """A buffer that each pass puts another tensor in place of, with a history of its own."""
+    """A buffer that each pass replaces with another tensor, with a history of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Moving(nn.Module):
 
 
 class Bounded(nn.Module):
-    """Weights that each pass cuts off where they are too large."""
+    """Weights that each pass clips."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_large_models_walk_where_they_can(wide, momentum, body):
 
 @pytest.mark.parametrize("local", [Gradient(), Train(sgd(0.1), steps=2, batch=3), Evaluate()], ids=repr)
 def test_a_pass_that_changes_weights_changes_no_state(local):
-    """A lone client too works on numbers of its own."""
+    """A single client also works on a copy of the numbers."""
     data = classification((9,))
     task = task_of(seeded(Bounded), data, "loop", torch.float32)
     first = task.initial()

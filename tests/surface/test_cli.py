@@ -1,4 +1,4 @@
-"""The command line: what it prints where, its exit codes, and everything that it refuses."""
+"""The command line: output streams, exit codes, and all refusals."""
 
 import ast
 import importlib.metadata
@@ -24,19 +24,19 @@ from atoll.plan.plan import step
 
 
 def base(**told):
-    """The flags of a quick run, some of them told otherwise."""
+    """The flags of a quick run; arguments replace or add flags."""
     values = {"data": "diabetes", "model": "linear", "recipe": "distributed_gd(0.1)", "clients": 5, **told}
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def quick(**told):
-    """The flags of a quick run that says nothing on its way."""
+    """The flags of a quick run without progress output."""
     return [*base(**{"rounds": 2, **told}), "--quiet"]
 
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
-    """A folder and an environment of its own; no pictures, which take a second."""
+    """Each test has its own folder and environment. Plots are off, because they take a second."""
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
         if name.startswith("ATOLL_"):
@@ -58,7 +58,7 @@ def atoll(capsys):
 
 @pytest.fixture
 def refused(atoll):
-    """Run a command that must be refused in one clear text on stderr, with nothing on stdout."""
+    """Run a command that must be refused by one error on stderr, with nothing on stdout."""
 
     def call(*words, code=2, parts=()):
         done = atoll(*words)
@@ -76,7 +76,7 @@ def only_run():
     return path
 
 
-# Answers at once
+# Commands that answer at once
 
 
 @pytest.mark.parametrize("words", [["--version"], ["--help"], ["run", "--help"], ["--install-completion", "--help"]])
@@ -93,7 +93,7 @@ def test_torch_is_not_imported_for_a_quick_answer(words):
 
 
 def test_rounds_import_nothing_heavy(tmp_path):
-    """Of torch neither the compiler nor what it reasons about shapes with, and no library of plots or of data sets."""
+    """A run imports neither torch's compiler nor sympy, and no library for plots or data sets."""
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 5), np.float32))
     np.save(tmp_path / "y.npy", np.arange(40) % 2)
     words = ["run", "--data", ".", "--clients", "4", "--model", "softmax", "--rounds", "2", "--set", "report=false"]
@@ -209,7 +209,7 @@ def test_stop_rules_end_a_run(atoll):
     assert "bytes" in told["reason"]
 
 
-# Who says it
+# Sources of settings
 
 
 def test_flags_win_over_set_over_environment_over_file(atoll, monkeypatch):
@@ -318,7 +318,7 @@ def test_the_other_commands_reach_their_tools(atoll, monkeypatch):
     assert "Write: pip install torch" in done.out
 
 
-# Bad input: exit 2, one text
+# Bad input: exit 2, one error
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_code_of_a_run_folder_is_not_imported(refused, atoll, tmp_path, monkeypa
     assert atoll("resume", "latest", "--rounds", "3", "--quiet", "--trust").code == 0
 
 
-# Bad input about runs: what was written stays
+# Bad input about runs: files that exist stay
 
 
 def snapshot(path):
@@ -507,7 +507,7 @@ def test_traceback_is_shown_on_demand(atoll, monkeypatch):
 
 
 def went_on(atoll, out):
-    """What an interrupted command told is what is in its folder, and another command goes on from there."""
+    """The output of an interrupted command agrees with its run folder, and another command resumes from it."""
     told = json.loads(out)
     assert told["status"] == "interrupted"
     rows = runs.read_rows(only_run() / "metrics.jsonl")
@@ -518,7 +518,7 @@ def went_on(atoll, out):
 
 
 def test_first_interrupt_finishes_the_round(atoll, monkeypatch):
-    """In the middle of the third round, which counts."""
+    """Ctrl-C in the middle of the third round; this round still counts."""
     begun = []
 
     def interrupted(plan, state, engine):

@@ -1,4 +1,4 @@
-"""An experiment as values, as a TOML file, as --set and as environment; and who may name code."""
+"""Sources of an experiment: values, a TOML file, --set and the environment. Also which of them may name code."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ def refused(call, *parts):
     return caught.value
 
 
-# What it means
+# Meaning
 
 
 def test_defaults_are_the_demonstration():
@@ -266,7 +266,7 @@ def test_a_plan_text_calls_nothing_else(text):
     assert not Path("pwned").exists()
 
 
-# Trust: whose words may import
+# Trust: sources that may import code
 
 
 CODE = """
@@ -280,7 +280,7 @@ def make(features, outputs):
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A module in the working folder that leaves a trace when it is imported."""
+    """A module in the working folder that creates a file when it is imported."""
     monkeypatch.syspath_prepend(tmp_path)
     name = f"own_{tmp_path.name}".replace("-", "_")
     Path(f"{name}.py").write_text(CODE)
@@ -330,7 +330,7 @@ def test_what_is_typed_over_an_untrusted_file_is_trusted(module):
     refused(it.plan, "--trust")
 
 
-# Order of what is told
+# Order of sources
 
 
 def test_environment_says_every_setting():

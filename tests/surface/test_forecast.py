@@ -1,4 +1,4 @@
-"""`atoll plan`: what it predicts is what happens, to the byte and to the second, and nothing happens meanwhile."""
+"""`atoll plan`: the forecast equals the run to the byte and to the second, and it trains nothing."""
 
 import json
 import shlex
@@ -57,7 +57,7 @@ CODECS = [
 
 
 def module():
-    """A model with buffers and a counter of its own: BatchNorm's."""
+    """A model with buffers and a counter: those of BatchNorm."""
     return seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)))
 
 
@@ -66,7 +66,7 @@ def training(plan, fleet=None, rounds=3, data=DATA, model=module):
 
 
 def compared(plan, fleet=None, rounds=3):
-    """The forecast and the reports of a run; whatever is exact in the one is in the other."""
+    """The forecast and the reports of a run; every exact value of the forecast equals that of the run."""
     it = training(plan, fleet, rounds)
     told, reports = predict(it), list(it)
     assert told.flights.down == tuple(r.bytes_down for r in reports)
@@ -103,7 +103,7 @@ def test_bytes_of_every_codec(codec):
     ids=repr,
 )
 def test_bytes_and_seconds_of_every_pace(slots, fleet):
-    """Drawn fleets too: every draw is keyed, so the rounds that are flown are those that will be."""
+    """Also with random fleets: every draw is keyed, so the forecast simulates the flights of the run."""
     plan = Plan(**{"local": Gradient(), "aggregator": Mean(), "optimizer": sgd(0.1), "max_failed": 1, **slots})
     told, reports, _ = compared(plan, fleet, rounds=6)
     assert told.flights.up == tuple(r.bytes_up for r in reports)
@@ -155,7 +155,7 @@ def test_rounds_that_are_not_flown_are_like_the_others():
 
 
 def test_the_parts_of_a_round_by_hand():
-    """Equal transfers share the link and end together; who is quicker waits for who is slower."""
+    """Equal transfers share the link and end together; faster clients wait for slower ones."""
     fleet = Fleet(Each(tuple(float(i + 1) for i in range(len(SIZES)))), server="1 kB/s")
     told = predict(training(Plan(Gradient(), Mean(), sgd(0.1)), fleet))
     parts, n = told.flights.parts, len(SIZES)
@@ -169,7 +169,7 @@ def test_the_parts_of_a_round_by_hand():
 
 @pytest.mark.parametrize("pace", [Sync(), Buffered(2), Bounded(3)], ids=repr)
 def test_a_clients_time_is_all_accounted_for(pace):
-    """The share of computing, times the time of the whole cohort, is what was computed."""
+    """The share of computing, times the time of the whole cohort, equals the computing time."""
     fleet = Fleet(Each((0.5,) * len(SIZES)))
     told = predict(training(Plan(Gradient(), Mean(), sgd(0.1), pace=pace), fleet, rounds=8))
     parts = told.flights.parts
@@ -236,7 +236,7 @@ def test_who_waits_is_told_not_to():
 
 
 def test_a_change_that_does_not_fit_is_not_proposed():
-    """A mean over those expected stands beside `Sync()` alone."""
+    """A mean over the expected clients is valid with `Sync()` only."""
     plan = Plan(Gradient(), Mean(over="expected"), sgd(0.1), cohort=4)
     told = predict(training(plan, Fleet(Between(0.01, 9.0))))
     assert told.help is None and told.told()["time"]["help"] is None

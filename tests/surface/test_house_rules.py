@@ -1,4 +1,4 @@
-"""The rules of the house that no general tool knows. Each is tried on a line that breaks it."""
+"""Rules of this project that no general tool checks. Each is tested on a line that breaks it."""
 
 import ast
 import re
@@ -22,7 +22,7 @@ def keywords(call: ast.Call) -> dict[str | None, str]:
 
 
 def calls(tree: ast.Module) -> Iterator[tuple[ast.Call, str, str]]:
-    """Every call, with its whole dotted name and the last word of it."""
+    """Every call, with its whole dotted name and the last part of it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             last = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
@@ -38,7 +38,7 @@ def imported(nodes: Iterator[ast.AST]) -> Iterator[tuple[int, str]]:
 
 
 def on_import(node: ast.AST) -> Iterator[ast.AST]:
-    """What runs on import: not the bodies of functions, nor what only type checkers read."""
+    """The statements that run on import, without function bodies and imports for type checkers."""
     for child in ast.iter_child_nodes(node):
         typing = isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
         if not isinstance(child, FUNCTIONS) and not typing:
@@ -97,7 +97,7 @@ def too_long(tree: ast.Module) -> Found:
                 yield node.lineno, f"{node.name} has {given} parameters, more than 12"
 
 
-# rule, where it holds, a line that breaks it, a line that does not
+# rule, its folders, a line that breaks it, a line that does not
 RULES = [
     (leaves_the_device, ["src/atoll/plan"], "x.sum().item()", "x.items(); device('cpu')"),
     (asserts, ["src"], "assert x > 0", "raise ValueError(x)"),
@@ -143,12 +143,12 @@ def test_no_file_is_long():
     assert not {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > 500}
 
 
-# A folder of one machine; the lookbehind keeps addresses and relative paths out.
+# A folder of one machine; the lookbehind excludes addresses and relative paths.
 MACHINE = re.compile(r"(?<![\w.:/~})-])/(?:root|work|opt|Users|home/\w+)/")
 
 
 def texts() -> Iterator[Path]:
-    # Where there are several working trees, .git is a file, and git writes a path into it.
+    # In a linked working tree .git is a file that contains a path of the machine.
     yield from (path for path in ROOT.iterdir() if path.is_file() and path.suffix in TEXT and path.name != ".git")
     for folder in ("src", "tests", "docs", "examples", "benchmarks", "decisions", "changes", ".ci"):
         for path in (ROOT / folder).rglob("*"):

@@ -1,4 +1,4 @@
-"""What `import atoll` shows: sorted, complete, late."""
+"""The public names of `import atoll`: sorted, complete, lazy."""
 
 import importlib.metadata
 import subprocess
@@ -23,7 +23,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 
 def fresh(code):
-    """What a new interpreter prints."""
+    """The output of a new interpreter."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 

@@ -1,4 +1,4 @@
-"""A client's contribution computed again under every pace, on a clock, with memory and both directions compressed."""
+"""Replay of a client's contribution under every pace, on a virtual clock, with memory and two-way compression."""
 
 from collections import Counter
 from dataclasses import replace
@@ -61,7 +61,7 @@ def events(path, name):
 
 
 def test_what_is_replayed_is_what_was_told(run):
-    """Loss, rows, bytes and lateness of every contribution of a round as the log has them, and shares that sum to 1."""
+    """Loss, rows, bytes and staleness of each contribution of a round equal the log, and shares sum to 1."""
     done, again = run
     rows = read_rows(done.path / "metrics.jsonl")
     clients = events(done.path, "clients")
@@ -71,7 +71,7 @@ def test_what_is_replayed_is_what_was_told(run):
             found = replay(done.path, t, client, training=again(), nth=seen[client])
             seen[client] += 1
             assert found.fingerprint == rows[t]["fingerprint"] and found.checked == t + 1
-            if found.of == 1:  # of several, the log has no order
+            if found.of == 1:  # with several, the log has no order
                 assert found.metrics["loss"] == pytest.approx(told["loss"][at], abs=2e-6)
                 assert found.bytes_up == told["bytes_up"][at] and found.bytes_down == told["bytes_down"][at]
                 assert found.round - found.birth == told.get("staleness", [0] * 99)[at]
@@ -91,7 +91,7 @@ def test_who_gave_nothing_is_told_when_it_did(run):
         ended = trips.get(t, {"client": (), "fate": ()})
         late = {c for c, fate in zip(ended["client"], ended["fate"], strict=True) if fate == "late"}
         absent = sorted(set(range(6)) - set(told["id"]) - late - lost)
-        if not absent or (t not in trips and again().plan.pace.asks(10) > 10):  # nobody wrote down who was late
+        if not absent or (t not in trips and again().plan.pace.asks(10) > 10):  # late clients are not in the log
             continue
         with pytest.raises(UsageError) as error:
             replay(done.path, t, absent[0], training=again())
@@ -144,7 +144,7 @@ def test_from_a_checkpoint_in_flight(data, tmp_path):
 
 @needs_native
 def test_steps_in_native_code_are_heard(data, tmp_path):
-    """The loss of every step, as layers by hand tell it, and the update as the run had it."""
+    """The loss of every step equals that of fused layers, and the update equals that of the run."""
     heard = []
     for numerics in ("fused", "compiled"):
         done = train("softmax", data, BASE, rounds=2, out=tmp_path, report=False, numerics=numerics, evaluate_every=0)

@@ -1,4 +1,4 @@
-"""The live table, the plots and the page: whatever a run looks like, and whatever the people in it are called."""
+"""The live table, the plots and the page, for runs of every shape and for hostile names."""
 
 import io
 import json
@@ -70,13 +70,13 @@ def federation(sizes, classes=3, names=None, held=4):
 
 @pytest.fixture(autouse=True)
 def coarse(request, monkeypatch):
-    """Pictures of few dots, which are drawn sooner, but where the time is what is tested."""
+    """Draw with few dots, which is faster, except in tests of drawing time."""
     if "seconds" not in request.node.name:
         monkeypatch.setattr(canvas, "DPI", 40)
 
 
 class Page(HTMLParser):
-    """A page, read: its text, every attribute, and whether each element is closed."""
+    """A parsed page: its text, every attribute, and whether each element is closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -104,7 +104,7 @@ class Page(HTMLParser):
 
 
 def drawn(folder, data=None):
-    """Draw, and check what is true of every report."""
+    """Draw, and check the properties of every report."""
     draw(folder, data)
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -145,7 +145,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-# Drawn in the quick run: those that leave most out, and those that have most in them.
+# The quick run draws these: those that omit most and those that contain most.
 EXTREME = ["no round", "no clients given", "not finite", "one client", "many clients", "many classes", "nobody at work"]
 
 
@@ -274,7 +274,7 @@ def test_hundred_rounds_are_drawn_in_three_seconds(tmp_path):
     assert time.process_time() - began < 3
 
 
-# A training, as it goes
+# A training in progress
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +306,7 @@ def told(t, failures=(), **metrics):
 
 
 def shown(training, reports, each=0.1, **options):
-    """What the table writes for these reports, `each` seconds apart."""
+    """The output of the table for these reports, `each` seconds between them."""
     file, clock = io.StringIO(), Clock()
     options = {"plain": True, "file": file, "clock": clock} | options
     with LiveTable(**options) as table:

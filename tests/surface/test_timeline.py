@@ -1,4 +1,4 @@
-"""Who waited for whom: flights of a run's log in rows, and the numbers beside them."""
+"""Timelines: flights of a run's log in rows, and the numbers of the report about them."""
 
 import io
 import json
@@ -26,13 +26,13 @@ STRAGGLER = "Fleet(Each((1, 1, 1, 5)), uplink='1 Mb/s', downlink='1 Mb/s')"
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    """Pictures of few dots, which are drawn sooner."""
+    """Draw with few dots, which is faster."""
     monkeypatch.setattr(canvas, "DPI", 40)
 
 
 @st.composite
 def flown(draw_, clients=st.integers(1, 70)):
-    """Flights of clients who each fly one at a time, with pauses, as a log has them: in the order of their ends."""
+    """Flights of clients, one at a time for each client, with pauses, as in a log: in the order of their ends."""
     rows, ends = [], {}
     many = draw_(clients)
     for _ in range(draw_(st.integers(1, 120))):
@@ -60,7 +60,7 @@ def test_nobody_flies_beside_another_in_one_row(rows):
     if clients:
         assert [clients[i] for i in row] == flights.client.tolist()
     elif (flights.end > flights.start).all():
-        assert int(row.max()) + 1 == max(above)  # no more places than were ever taken at once
+        assert int(row.max()) + 1 == max(above)  # no more rows than concurrent flights
 
 
 @given(flown(st.integers(1, 8)), st.floats(0.1, 30))
@@ -83,12 +83,12 @@ def test_the_window_ends_where_somebody_is_missing():
 
     whole = Flights.of([flight(n, float(n), n + 1.0) for n in range(10)])
     assert whole.window(np.arange(1.0, 11), flying=False) == 10
-    assert whole.window(np.arange(1.0, 11), flying=True) == 9  # whoever is not here started after the last who is
-    assert whole.window(np.arange(1.0, 11), flying=False, flights=2.0) == 3  # three rounds at least
+    assert whole.window(np.arange(1.0, 11), flying=True) == 9  # later flights may be missing
+    assert whole.window(np.arange(1.0, 11), flying=False, flights=2.0) == 3  # at least three rounds
     holes = Flights.of([flight(n, float(n), n + 1.0) for n in range(10) if n != 7])
     assert holes.window(np.empty(0), flying=True) == 8
     early = Flights.of([flight(n, float(n), n + 1.0) for n in range(10) if n != 1])
-    assert early.window(np.empty(0), flying=True) == 10  # a straggler does not take the picture away
+    assert early.window(np.empty(0), flying=True) == 10  # a straggler does not shorten the window
 
 
 def test_lines_that_are_no_flights_are_left_out():
@@ -145,7 +145,7 @@ def test_everybody_waits_for_the_straggler_or_nobody_does(data, tmp_path):
 def test_a_run_with_a_clock_says_so_everywhere(data, tmp_path):
     run = flew(data, tmp_path, Buffered(2))
     text = (run.path / "report.html").read_text(encoding="utf-8")
-    for said in ("time on the clock", "versions of θ kept", "staleness", "up, a client", "Timeline of 4 clients"):
+    for said in ("virtual time", "model versions kept", "staleness", "up, per client", "Timeline of 4 clients"):
         assert said in text, said
     assert {"timeline", "staleness", "clock", "client_bytes"} <= {p.stem for p in (run.path / "plots").iterdir()}
     record = Record.read(run.path)
@@ -158,7 +158,7 @@ def test_a_run_with_a_clock_says_so_everywhere(data, tmp_path):
 
 
 def _flying(folder, closed):
-    """(birth, round of arrival) of flights that started up to a round and ended after it."""
+    """(version, round of arrival) of flights that started up to a round and ended after it."""
     for event in read_rows(folder / "events.jsonl"):
         if event["event"] == "trips" and event["round"] > closed:
             yield from ((b, event["round"]) for b in event["birth"] if b <= closed)
@@ -169,7 +169,7 @@ def test_what_did_not_count_is_marked(data, tmp_path):
     run = flew(data, tmp_path, Sync(deadline_s=2), fleet, recipe=replace(recipes.fedavg(lr=0.1), max_failed=1.0))
     record = Record.read(run.path)
     assert {FATES[f] for f in record.events.flights.fate} == {"arrived", "dropped", "late"}
-    assert "no longer awaited" in (run.path / "report.html").read_text(encoding="utf-8")
+    assert "late contributions" in (run.path / "report.html").read_text(encoding="utf-8")
     words = timeline.says(record)
     assert "4 clients" in words and " 0 % in flights" not in words
 
@@ -184,12 +184,12 @@ def test_many_clients_are_places(tmp_path):
     record = Record.read(tmp_path)
     row, clients = record.events.flights.lanes()
     assert clients == () and int(row.max()) + 1 == 60 > MOST_LANES
-    assert "60 places at work" in timeline.says(record)
+    assert "60 concurrent flights" in timeline.says(record)
     draw(tmp_path)
     assert (tmp_path / "plots" / "timeline.png").stat().st_size > 1000
 
 
-# As it goes
+# A training in progress
 
 
 @pytest.mark.parametrize(
@@ -210,4 +210,4 @@ def test_columns_stand_where_they_say_something(data, pace, fleet, more):
     with LiveTable(plain=True, file=file) as table:
         run = train("softmax", data, plan, rounds=2, fleet=fleet, numerics="lanes", out=None, watchers=[table])
     last = file.getvalue().splitlines()[-1]
-    assert f"↑ {size(run.bytes_up)}" in last and ("on the clock" in last) == (fleet is not None)
+    assert f"↑ {size(run.bytes_up)}" in last and ("of virtual time" in last) == (fleet is not None)

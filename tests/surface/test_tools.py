@@ -1,4 +1,4 @@
-"""The tools beside a run say what was, and nothing else."""
+"""Tools for finished runs: replay, compare, export, lr and doctor report the facts of a run."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def copy(run, tmp_path):
 
 
 def clients_of(folder):
-    """Who gave what, round by round, as events.jsonl says it."""
+    """The "clients" events of events.jsonl: the contributions of each round."""
     return [e for e in read_rows(folder / "events.jsonl") if e["event"] == "clients"]
 
 
@@ -146,7 +146,7 @@ def test_the_failed_round_is_replayed_from_its_checkpoint(tmp_path):
 def test_compare_says_where_runs_part(run, copy, tmp_path):
     same = compare.compare(run, copy)
     assert (same.settings, same.through, same.parted, same.tensors) == ((), 3, False, ())
-    assert same.verdict == "identical in all 4 rounds that both have; the final models are equal to the bit"
+    assert same.verdict == "identical in all 4 shared rounds; the final models are bit-identical"
     other = told(tmp_path, recipe=None, rounds=5).told(recipe=RECIPE.replace("0.5", "0.4"))
     found = compare.compare(run, other.train(report=False).path)
     assert found.verdict.startswith("different from round 0 on, first differs in fc1.weight (by up to ")
@@ -165,15 +165,15 @@ def test_compare_finds_the_round(run, copy):
     file.write_text("\n".join(map(json.dumps, rows)) + '\n{"cut of')
     found = compare.compare(run, copy)
     assert (found.through, found.parted) == (1, True)
-    assert found.verdict.startswith("identical through round 1; the final models are equal")
+    assert found.verdict.startswith("identical through round 1; the final models are bit-identical")
     (copy / "model.safetensors").unlink()
-    assert compare.compare(copy, run).verdict == "identical through round 1; the final models are not both there"
+    assert compare.compare(copy, run).verdict == "identical through round 1; a final model is missing"
     with pytest.raises(UsageError, match="not the folder of a run"):
         compare.compare(run, copy / "nowhere")
 
 
 def costing(folder, accuracy, each, clock=None):
-    """A run's folder in which every round cost so many bytes and seconds."""
+    """A run folder in which every round has the given cost in bytes and seconds."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("")
     told = {"bytes_up": each, "bytes_down": each, "seconds": 2.0}
@@ -204,7 +204,7 @@ def test_both_reach_the_target_and_not_before(mine, theirs, clocked):
     assert found.beside.target == target
     first = [next(t for t, v in enumerate(values) if v >= target) + 1 for values in (mine, theirs)]
     lines = {line.name: (line.a, line.b) for line in found.reached}
-    time = "time on the clock" if clocked else "seconds of computing"
+    time = "seconds of virtual time" if clocked else "seconds of computing"
     assert lines["rounds"] == tuple(first)
     assert lines["bytes"] == (20 * first[0], 2000 * first[1])
     assert lines[time] == pytest.approx((1 * first[0], 100 * first[1]) if clocked else (2 * first[0], 2 * first[1]))

@@ -1,4 +1,7 @@
-"""What people look at: the live table while a run goes, plots and one page when it has ended."""
+"""Views of a run: the live table during training, and the plots and the report page at its end.
+
+Tests: tests/surface/test_report.py, tests/surface/test_timeline.py.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ __all__ = ["LiveTable", "draw"]
 
 
 def draw(folder: Path, data: Clients | None = None) -> None:
-    """Draw a run: `plots/*.png` and `report.html`, out of the files in its folder.
+    """Draw `plots/*.png` and `report.html` from the files of a run folder.
 
     Args:
-        folder: a run's folder, ended or not.
-        data: its clients, for who holds what; None leaves that out.
+        folder: a run folder. The run may still be in progress.
+        data: the clients of the run, for their names and the section on their rows. None omits both.
     Raises:
-        RunError: a file could not be written. What was there is still there.
+        RunError: a file cannot be written. The files of an earlier report stay.
     """
     from atoll.report.canvas import DARK, LIGHT, png
     from atoll.report.federation import look
@@ -34,9 +37,9 @@ def draw(folder: Path, data: Clients | None = None) -> None:
         (folder / "plots").mkdir(exist_ok=True)
     except OSError as error:
         raise RunError(
-            f"{folder / 'plots'} could not be made: {error.strerror}.",
-            "room on the disk, and the right to write.",
-            "the run itself is whole; only its pictures are missing.",
+            f"The folder {folder / 'plots'} cannot be created: {error.strerror}.",
+            "free disk space and permission to write.",
+            "the report needs a folder for its plots. The run itself is complete.",
             f"atoll show {folder.name}",
         ) from error
     pictures = []

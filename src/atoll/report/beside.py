@@ -1,4 +1,7 @@
-"""Two runs' metric against what it cost: bytes up and down, and time; and what each paid for a value both reach."""
+"""Compare a metric of two runs at equal cost: by bytes, by time, and at a value that both runs reach.
+
+Tests: tests/surface/test_tools.py.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +31,18 @@ from atoll.report.text import better, number, rises, word
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CLOCK, SECONDS = "time on the clock", "seconds of computing"
+CLOCK, SECONDS = "seconds of virtual time", "seconds of computing"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric over the rounds in which it was measured, and what had been spent by then.
+    """A metric over the rounds in which it was measured, and the cost up to each of these rounds.
 
     Args:
-        name: of the run.
-        rounds, values: `[measured]`.
-        bytes: up and down, of all rounds so far, `[measured]`.
-        times: seconds so far, on the clock or of computing, `[measured]`.
+        name: the name of the run.
+        rounds, values: the rounds and the metric, float64 `[measured]`.
+        bytes: bytes up and down from the first round to each of these rounds, float64 `[measured]`.
+        times: seconds from the first round to each of these rounds, float64 `[measured]`: virtual or computing time.
     """
 
     name: str
@@ -50,7 +53,7 @@ class Curve:
 
     @classmethod
     def of(cls, record: Record, metric: str, time: str) -> Curve:
-        """Out of a run's rows; `time` is `CLOCK` or `SECONDS`."""
+        """Build the curve from the rows of a run; `time` is `CLOCK` or `SECONDS`."""
         at = {row["round"]: i for i, row in enumerate(record.rows)}
         spent = np.cumsum([_amount(r.get("bytes_up")) + _amount(r.get("bytes_down")) for r in record.rows])
         clock = time == CLOCK
@@ -61,12 +64,12 @@ class Curve:
         return cls(record.name, rounds, values, spent[where], times[where])
 
     def best(self, rising: bool) -> float | None:
-        """The best finite value."""
+        """The best finite value; None if no value is finite."""
         good = self.values[np.isfinite(self.values)]
         return None if not len(good) else float(good.max() if rising else good.min())
 
     def reaches(self, target: float, rising: bool) -> int | None:
-        """Where a value is first as good as the target; None where none is."""
+        """The index of the first value that is at least as good as the target; None if no value is."""
         with np.errstate(invalid="ignore"):
             found = np.flatnonzero(self.values >= target if rising else self.values <= target)
         return int(found[0]) if len(found) else None
@@ -74,13 +77,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Beside:
-    """Two runs against each other in one metric.
+    """One metric of two runs.
 
     Args:
-        metric: that judges both.
-        time: what the time is: `CLOCK` where both have one, else `SECONDS`.
-        target: the value that is to be reached; by default the worse of their best values, which both reach.
-        curves: of both.
+        metric: the metric that both runs are compared by.
+        time: the kind of time: `CLOCK` if both runs have a virtual clock, else `SECONDS`.
+        target: the value to reach. The default is the worse of the two best values, because both runs reach it.
+        curves: the curves of the two runs.
     """
 
     metric: str
@@ -90,18 +93,18 @@ class Beside:
 
     @property
     def rising(self) -> bool:
-        """Whether more is better."""
+        """Whether a higher value is better."""
         return bool(rises(self.metric))
 
     @property
     def at(self) -> tuple[int | None, int | None]:
-        """Where each reaches the target."""
+        """For each run, the index at which it reaches the target; None if it does not."""
         first, second = (curve.reaches(self.target, self.rising) for curve in self.curves)
         return first, second
 
     @classmethod
     def of(cls, a: Record, b: Record, target: float | None = None) -> Beside | None:
-        """The two, in the metric that judges them; None where they have none in common with finite values."""
+        """Compare two runs by their selection metric; None if they share no metric with finite values."""
         shared = [n for n in (a.judged, b.judged, *a.columns) if n in a.columns and n in b.columns]
         clock = all(r.last("clock") is not None for r in (a, b))
         time = CLOCK if clock else SECONDS
@@ -118,13 +121,13 @@ class Beside:
 
 
 def _amount(value: object) -> float:
-    """A number of a row, 0 where it has none."""
+    """The number in a cell of a row; 0 if the cell contains no finite number."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if good else 0.0  # type: ignore[arg-type]
 
 
 def draw(found: Beside) -> bytes:
-    """A PNG: the metric against bytes, and against time, with a ring where each reaches the target."""
+    """Draw a PNG: the metric by bytes and by time. A ring marks the point at which a run reaches the target."""
     made = figure(LIGHT, 11.0, 3.5)
     colours = (LIGHT.series[0], LIGHT.series[1])
     name = _titled(found.metric)
@@ -147,7 +150,7 @@ def draw(found: Beside) -> bytes:
 
 
 def apart(costs: Sequence[Numbers]) -> bool:
-    """Whether one run spent so much more than the other that its line would hide the other's."""
+    """Whether the costs differ by more than a factor of 8, so that a linear axis would squeeze one line."""
     ends = [float(c[-1]) for c in costs if len(c)]
     return len(ends) == 2 and min(ends) > 0 and max(ends) > 8 * min(ends)
 

@@ -1,6 +1,8 @@
-"""Figures in the house's style, for light and for dark pages: no global state, and nothing is drawn that says nothing.
+"""Helpers for figures in the style of atoll, on light and dark pages. They use no global state of matplotlib.
 
-The colours are those of Okabe and Ito, which stay apart for colour-blind people; on dark paper the lighter ones.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish. Dark pages use lighter variants.
+
+Tests: tests/surface/test_report.py, tests/surface/test_timeline.py.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ DPI = 168
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one kind of paper: text, its softer shade, grid lines, four series, and the ramp of a heat map."""
+    """The colours of a light or dark page: background, text, secondary text, grid, four series, heat map."""
 
     paper: str
     ink: str
@@ -56,7 +58,7 @@ DARK = Theme(
 
 
 class Line(NamedTuple):
-    """One line of a chart: its name, points, colour, and how it is drawn."""
+    """One line of a chart: its name, points `[n]`, colour and matplotlib line style."""
 
     name: str
     x: Numbers
@@ -66,7 +68,7 @@ class Line(NamedTuple):
 
 
 def figure(theme: Theme, width: float = 5.4, height: float = 3.1) -> Figure:
-    """An empty figure, in inches."""
+    """Create an empty figure; width and height are in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -76,11 +78,14 @@ def figure(theme: Theme, width: float = 5.4, height: float = 3.1) -> Figure:
 
 
 def axes(made: Figure, theme: Theme, box: Sequence[float], title: str = "", x: str = "", y: str = "") -> Axes:
-    """A pair of axes in a figure.
+    """Add axes to a figure.
 
     Args:
+        made: the figure.
+        theme: the colours.
         box: left, bottom, right and top edge, as fractions of the figure.
-        title: what is shown, above the left edge.
+        title: the title, above the left edge.
+        x, y: the labels of the axes.
     """
     left, bottom, right, top = box
     ax = made.add_axes((left, bottom, right - left, top - bottom), facecolor=theme.paper)
@@ -95,7 +100,7 @@ def axes(made: Figure, theme: Theme, box: Sequence[float], title: str = "", x: s
     ax.set_axisbelow(True)
     if title:
         ax.text(0, 1 + 9 / high, title, fontsize=9.5, fontweight="bold", color=theme.ink, transform=ax.transAxes)
-    # Places that are given need not be found, which is half the work of drawing.
+    # Fixed positions: the search for positions takes half of the drawing time.
     ax.set_title("", y=1.0)
     ax.xaxis.set_label_coords(0.5, -18 / high)
     ax.yaxis.set_label_coords(-30 / wide, 0.5)
@@ -105,12 +110,12 @@ def axes(made: Figure, theme: Theme, box: Sequence[float], title: str = "", x: s
 
 
 def text(words: str, most: int = 28) -> str:
-    """Text as matplotlib draws it as it stands: a dollar sign begins no formula."""
+    """Escape text for matplotlib, so that a dollar sign does not start a formula."""
     return plain(words, most).replace("$", r"\$")
 
 
 def png(made: Figure) -> bytes:
-    """The figure as a PNG; a letter that the font lacks is a box, not a warning."""
+    """Render a figure as a PNG; a character that the font lacks becomes a box without a warning."""
     from PIL import Image
 
     canvas: Any = made.canvas
@@ -118,21 +123,21 @@ def png(made: Figure) -> bytes:
         warnings.simplefilter("ignore")
         canvas.draw()
     file = io.BytesIO()
-    # Opaque, so that a third of the bytes need not be written.
+    # Opaque RGB needs three quarters of the bytes of RGBA.
     image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
     image.convert("RGB").save(file, "png")
     return file.getvalue()
 
 
 def ramp(theme: Theme) -> Colormap:
-    """The colours of a heat map, from nothing to all."""
+    """The colour map of a heat map, from a share of 0 upwards."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("atoll", theme.heat)
 
 
 def plot(ax: Axes, lines: Sequence[Line], *, log: bool = False) -> None:
-    """Draw lines; few points are dots as well, and rounds without a finite number are marked at the foot."""
+    """Draw lines. At most 40 points also get dots. A cross at the bottom marks a round without a finite value."""
     for at, line in enumerate(lines):
         finite = np.isfinite(line.y) & ((line.y > 0) | (not log))
         y = np.where(finite, line.y, np.nan)
@@ -151,7 +156,7 @@ def plot(ax: Axes, lines: Sequence[Line], *, log: bool = False) -> None:
 
 
 def logarithmic(ax: Axes) -> None:
-    """A logarithmic scale with plain numbers at its ticks; where it spans less than a decade, at 2 and 5 as well."""
+    """Make the y axis logarithmic, with plain numbers at its ticks; below 2.5 decades also at 2 and 5."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     ax.set_yscale("log")
@@ -164,7 +169,7 @@ def logarithmic(ax: Axes) -> None:
 
 
 def logarithmic_x(ax: Axes) -> None:
-    """A logarithmic scale below, its ticks written as they were on the other."""
+    """Make the x axis logarithmic and keep the format of its tick labels."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     told = ax.xaxis.get_major_formatter()
@@ -177,14 +182,14 @@ def logarithmic_x(ax: Axes) -> None:
 
 
 def wants_log(values: Sequence[Numbers]) -> bool:
-    """Whether values are better read on a logarithmic scale: all positive, and more than 10 times apart."""
+    """Whether a logarithmic scale suits the values: all are positive, and the largest exceeds 10 times the smallest."""
     all_values = np.concatenate(values) if values else np.empty(0)
     good = all_values[np.isfinite(all_values)]
     return len(good) > 1 and bool(good.min() > 0) and bool(good.max() > 10 * good.min())
 
 
 def whole_rounds(ax: Axes, x: Numbers) -> None:
-    """Ticks at whole rounds only; a single round has room on both sides."""
+    """Put ticks at whole rounds only; a single round gets a margin on both sides."""
     from matplotlib.ticker import MaxNLocator
 
     if len(x) and np.ptp(x) == 0:
@@ -193,7 +198,7 @@ def whole_rounds(ax: Axes, x: Numbers) -> None:
 
 
 def of_bytes(ax: Axes) -> None:
-    """Ticks that read as bytes."""
+    """Format the ticks of the x axis as bytes."""
     from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(5))
@@ -201,7 +206,7 @@ def of_bytes(ax: Axes) -> None:
 
 
 def of_seconds(axis: Axis, most: float) -> None:
-    """Ticks that read as lengths of time, all in the unit of the longest."""
+    """Format ticks as durations, all in the unit that suits the longest one, `most` seconds."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     units = ((1, 1000, "ms"), (120, 1, "s"), (7200, 1 / 60, "min"), (172_800, 1 / 3600, "h"))
@@ -211,10 +216,11 @@ def of_seconds(axis: Axis, most: float) -> None:
 
 
 def name_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write each line's name at the right edge, at its height, pushed apart where they would overlap.
+    """Write the name of each line at the right edge, at the height of its end; names that overlap are moved.
 
     Args:
-        ends: height in data, words, colour.
+        ax: the axes.
+        ends: for each line its last value in data coordinates, its name and its colour.
     """
     inside = [(float(y), words, colour) for y, words, colour in ends if np.isfinite(y)]
     if not inside:

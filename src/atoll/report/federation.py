@@ -1,7 +1,10 @@
-"""What the clients hold, in numbers small enough to draw: for 3 clients or 10⁶.
+"""Summarize the rows and labels of all clients for a plot of bounded size, for 3 clients or 10⁶.
 
-At most `MOST_DRAWN` clients are drawn, evenly apart in an order in which like stands beside like; at most
-`MOST_COUNTED` are counted class by class, evenly apart by size. What was left out is said.
+The order puts similar clients next to each other. At most `MOST_DRAWN` clients are drawn, at equal distances in this
+order. Labels are counted for at most `MOST_COUNTED` clients, at equal distances in the order by size. The summary
+states its omissions.
+
+Tests: tests/surface/test_report.py.
 """
 
 from __future__ import annotations
@@ -27,19 +30,20 @@ _BINS = 10
 
 @dataclass(frozen=True)
 class Federation:
-    """Who holds what.
+    """A summary of the rows and labels of the clients.
 
     Args:
-        ids: of the clients that are drawn, in the order in which they are.
-        labels: what they are called.
-        sizes: rows each of those holds, `[drawn]`.
-        shares: of those rows in each class, or in each tenth of the targets, `[drawn, classes]`, rows sum to 1;
-            None where neither can be counted.
-        classes: what the columns of `shares` are called.
-        of: what the columns are: "class" or "target".
-        every: rows of every client, ascending, at most `MOST_COUNTED` of them.
-        measures: the imbalance, by words.
-        said: what was left out.
+        ids: the ids of the drawn clients, in drawing order.
+        labels: the names of the drawn clients.
+        sizes: the number of rows of each drawn client, int64 `[drawn]`.
+        shares: the share of a client's rows in each class or in each tenth of the targets, float64
+            `[drawn, classes]`; each row sums to 1. None if the targets have more than one dimension.
+        classes: the names of the columns of `shares`.
+        of: the kind of the columns: "class" or "target"; "" without `shares`.
+        every: the numbers of rows of at most `MOST_COUNTED` clients of the population, ascending, int64.
+        count: the number of clients of the population.
+        measures: the measures of imbalance: name and value as text.
+        said: the omissions, as sentences.
     """
 
     ids: tuple[int, ...]
@@ -55,23 +59,23 @@ class Federation:
 
 
 def look(data: Clients) -> Federation:
-    """Look at the clients: measure how uneven they are, and choose which to draw."""
+    """Measure the imbalance of the clients and choose the clients to draw."""
     sizes = data.sizes
     by_size = torch.argsort(sizes, descending=True, stable=True)
     few = data.count <= MOST_COUNTED or (len(data.order) <= _CHEAP and data.count * _width(data) <= _CHEAP)
     ids = torch.arange(data.count) if few else by_size[torch.tensor(spread(data.count, MOST_COUNTED))]
     table, classes, of = _table(data if few else data.only(ids))
-    said = [] if few else [f"Labels of {whole(len(ids))} of the {whole(data.count)} clients were counted."]
+    said = [] if few else [f"The labels of {whole(len(ids))} of the {whole(data.count)} clients are counted."]
     measures = {} if table is None or of != "class" else {"label divergence": _divergence(data, few, ids)}
     measures |= {
         "size Gini": number(size_gini(sizes)),
         "effective clients": f"{effective_clients(sizes):,.1f} of {whole(data.count)}",
-        "rows a client": _range(sizes),
+        "rows per client": _range(sizes),
     }
     order = _order(table, of, sizes[ids])
     if len(order) > MOST_DRAWN:
         order = order[torch.tensor(spread(len(order), MOST_DRAWN))]
-        said.append(f"{len(order)} of the {whole(data.count)} clients are drawn, evenly apart in this order.")
+        said.append(f"{len(order)} of the {whole(data.count)} clients are drawn, at equal distances in this order.")
     drawn = ids[order]
     shares = None
     if table is not None:
@@ -99,7 +103,7 @@ def _width(data: Clients) -> int:
 
 def _divergence(data: Clients, few: bool, ids: Tensor) -> str:
     value = (data if few else data.only(ids)).imbalance()["label_divergence"]
-    return f"{value:.3f} bits of 1"
+    return f"{value:.3f} bits, at most 1"
 
 
 def _range(sizes: Tensor) -> str:
@@ -108,7 +112,7 @@ def _range(sizes: Tensor) -> str:
 
 
 def _table(data: Clients) -> tuple[Tensor | None, tuple[str, ...], str]:
-    """Rows counted for each client by class, or by tenth of the targets where these are numbers."""
+    """Count the rows of each client by class, or by tenth of the targets if they are numbers."""
     if data.classes is not None:
         return data.histogram(), tuple(plain(c, 20) for c in data.classes), "class"
     y = data.rows.targets()[data.order]
@@ -127,7 +131,7 @@ def _table(data: Clients) -> tuple[Tensor | None, tuple[str, ...], str]:
 
 
 def _order(table: Tensor | None, of: str, sizes: Tensor) -> Tensor:
-    """Few clients as they are; many by the class they are richest in, by their mean target, or by size."""
+    """The drawing order: by id up to `FEW` clients, else by most overrepresented class, mean target or size."""
     if len(sizes) <= FEW:
         return torch.arange(len(sizes))
     if table is None:
@@ -142,11 +146,11 @@ def _order(table: Tensor | None, of: str, sizes: Tensor) -> Tensor:
 
 
 def _folded(table: Tensor, classes: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...], list[str]]:
-    """The classes with most rows, and all others as one, where there are more than can be drawn."""
+    """Merge all but the largest classes into one column if there are more than `MOST_CLASSES`."""
     if len(classes) <= MOST_CLASSES:
         return table, classes, []
     order = torch.argsort(table.sum(0), descending=True, stable=True)
     kept, rest = order[: MOST_CLASSES - 1].sort().values, order[MOST_CLASSES - 1 :]
     folded = torch.cat((table[:, kept], table[:, rest].sum(1, keepdim=True)), 1)
     names = (*(classes[i] for i in kept.tolist()), f"{len(rest)} others")
-    return folded, names, [f"The {len(kept)} classes with most rows are drawn, and the others as one."]
+    return folded, names, [f"The {len(kept)} classes with the most rows are drawn. The others share one column."]

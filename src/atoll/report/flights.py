@@ -1,4 +1,9 @@
-"""Who was in the air when, and what each client sent: read out of events.jsonl, in a bounded size."""
+"""Flights and message sizes of clients, read from events.jsonl into a table of bounded size.
+
+A flight is one training task of a client: download, computing, upload.
+
+Tests: tests/surface/test_timeline.py.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +28,13 @@ MOST_LANES = 40
 
 @dataclass
 class Tally:
-    """What clients told of the bytes of their messages and of their lateness, added up.
+    """Totals over the contributions in the log: bytes of each client, and the distribution of staleness.
 
     Args:
-        up, down: bytes of each client.
-        staleness: how many contributions were so many rounds late.
-        rounds: that were read, of so many.
+        up, down: bytes sent and received, by client id.
+        staleness: the number of contributions, by staleness in rounds.
+        rounds: the number of rounds that were read.
+        of: the number of rounds in the log.
     """
 
     up: dict[int, int] = field(default_factory=dict)
@@ -38,7 +44,7 @@ class Tally:
     of: int = 0
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Count one round; columns of another length than the ids are left out."""
+        """Add one round; a column whose length differs from that of the ids is ignored."""
         ids = event.get("id")
         if not isinstance(ids, list):
             return
@@ -57,12 +63,15 @@ def _pairs(ids: list[Any], values: Any) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Flights:
-    """Flights that ended, in the order of their starts: columns `[flights]`, times in seconds of the run's clock.
+    """Flights that have ended, in the order of their starts.
 
     Args:
-        number, client, birth: the start's ordinal, who, and from which round's model.
-        times: start, loaded, computed, end: `[4, flights]`, none before the one in front of it.
-        fate: 0 arrived, 1 dropped, 2 late.
+        number: the index of the start, from 0, int64 `[flights]`.
+        client: the id of the client, int64 `[flights]`.
+        birth: the round of the model that the client started from, int64 `[flights]`.
+        times: start, end of the download, end of computing, end; float64 `[4, flights]`, in seconds of virtual time,
+            each at least as large as the previous one.
+        fate: the outcome, int64 `[flights]`: 0 arrived, 1 dropped, 2 late (abandoned).
     """
 
     number: Whole
@@ -73,7 +82,7 @@ class Flights:
 
     @classmethod
     def of(cls, rows: list[Row]) -> Flights:
-        """Out of rows: number, client, birth, the four times, fate."""
+        """Build the columns from rows of number, client, birth, four times and fate."""
         table = np.array(rows, dtype=np.float64).reshape(-1, 8)
         table = table[np.argsort(table[:, 0], kind="stable")]
         number, client, birth, fate = (table[:, at].astype(np.int64) for at in (0, 1, 2, 7))
@@ -93,18 +102,18 @@ class Flights:
         return found
 
     def known(self) -> float:
-        """The time up to which nobody flies who is not here: who has not ended yet is missing from the numbers."""
+        """The time up to which all flights are in the table; a flight in progress leaves a gap in the numbers."""
         missing = np.flatnonzero(self.number != np.arange(len(self)))
         return float(self.start[missing[0]] if len(missing) else self.start[-1])
 
     def window(self, closings: Numbers, flying: bool, flights: float = 24.0, rounds: int = 3) -> float:
-        """How many seconds from the start of the run are shown: all, or so many flights of the usual length.
+        """The end of the drawn window, in seconds: the whole run, or `flights` times the median flight.
 
         Args:
-            closings: when rounds closed, ascending.
-            flying: whether some have not ended.
-            flights: of the median length that follow each other in the window.
-            rounds: that must have closed in it.
+            closings: the times at which rounds closed, ascending.
+            flying: whether some flights have not ended.
+            flights: the length of the window in median flights.
+            rounds: the number of rounds that must close in the window.
         """
         last = float(self.end.max(initial=0.0))
         if flying and self.known() > last / 2:
@@ -115,17 +124,17 @@ class Flights:
         return last if wanted <= 0 or last <= 1.3 * wanted else wanted
 
     def among(self, until: float) -> Flights:
-        """Those that had started before."""
+        """The flights that started before a time."""
         there = self.start < until
         number, client, birth, fate = (c[there] for c in (self.number, self.client, self.birth, self.fate))
         return Flights(number, client, birth, self.times[:, there], fate)
 
     def lanes(self) -> tuple[Whole, tuple[int, ...]]:
-        """A row for each flight in which nothing else flies at that time, from 0.
+        """Assign each flight to a row of the timeline, so that flights in one row do not overlap.
 
         Returns:
-            rows `[flights]`, and the clients whose rows these are; `()` where there are more than 40, and a row is a
-            place at work that one client takes after the other.
+            the rows, int64 `[flights]`, from 0, and the ids of the clients, one per row. With more than 40 clients the
+            ids are `()`, and each flight takes the lowest free row.
         """
         clients = np.unique(self.client)
         if len(clients) <= MOST_LANES:
@@ -142,14 +151,14 @@ class Flights:
         return rows, ()
 
     def at_work(self, until: float, rows: Whole, count: int, fate: int | None = 0) -> Numbers:
-        """The part of the time up to `until` in which each row was in the air, in flights of a fate (None: of any)."""
+        """The fraction of the time up to `until` in which each row is busy with flights of a fate; None: any fate."""
         there = np.ones(len(self), dtype=bool) if fate is None else self.fate == fate
         spent = np.minimum(self.end, until) - np.minimum(self.start, until)
         return np.bincount(rows[there], weights=spent[there], minlength=count) / until
 
 
 def read_trips(event: Mapping[str, Any], room: int) -> list[Row]:
-    """The flights of one line of the log, at most so many; what is no flight is left out."""
+    """Read at most `room` flights from one line of the log; malformed entries are ignored."""
     columns: list[Any] = [event.get(name) for name in ("number", "client", "birth", *TIMES, "fate")]
     if not all(isinstance(c, list) for c in columns) or len(set(map(len, columns))) != 1:
         return []

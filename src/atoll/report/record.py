@@ -1,7 +1,9 @@
-"""What a run's folder tells: rounds, failures, what each client gave, how it ended. Only files are read.
+"""The data of a run for reports, read from the files of its folder: rounds, failures, client results, outcome.
 
-A log may be long, cut off, or written by somebody else: lines that cannot be read are left out, values that are no
-numbers count as missing, and of what clients gave only some rounds are kept.
+A log may be long, truncated or untrusted. Lines that cannot be parsed are skipped. Values that are no numbers count as
+missing. Client results are kept for a bounded number of rounds.
+
+Tests: tests/surface/test_report.py, tests/surface/test_timeline.py.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ Row = Mapping[str, Any]
 
 OTHER = ("loss", "held_out_loss", "gradient_norm", "lr")
 _SPREAD, _LAST = 80, 40
-_MOST_READ = 32 << 20  # bytes of the lines of clients that are read
+_MOST_READ = 32 << 20  # bytes of "clients" lines that are read at most
 
 
 @dataclass(frozen=True)
 class ClientRound:
-    """What clients gave in one round: ids, training loss and rows, each `[arrived]`."""
+    """The clients whose contributions arrived in one round: their ids and training losses, each `[arrived]`."""
 
     round: int
     ids: npt.NDArray[np.int64]
@@ -44,7 +46,7 @@ class ClientRound:
 
 @dataclass
 class Lost:
-    """The contributions that one client did not give."""
+    """The missed contributions of one client: their number, the last round, and the causes by stage."""
 
     count: int = 0
     last: int = 0
@@ -53,7 +55,7 @@ class Lost:
 
 @dataclass
 class Events:
-    """What stands in events.jsonl, in a size that does not grow with the run."""
+    """The contents of events.jsonl, in a size that does not grow with the run."""
 
     began: str = ""
     ended: str = ""
@@ -70,15 +72,15 @@ class Events:
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its folder tells it.
+    """The data of a run, read from its folder.
 
     Args:
-        name: of the folder.
-        rows: one a round, in order.
-        config: config.toml, flat; `{}` where it cannot be read.
-        config_text: the same as it stands.
-        environment: environment.json.
-        events: events.jsonl.
+        name: the name of the folder.
+        rows: the rows of metrics.jsonl, one per round, in order.
+        config: the settings of config.toml without their tables; `{}` if the file is not valid TOML.
+        config_text: the text of config.toml.
+        environment: the contents of environment.json.
+        events: the contents of events.jsonl.
     """
 
     name: str
@@ -90,7 +92,7 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record:
-        """Read a run's folder; a file that is missing is an empty one."""
+        """Read a run folder; a missing file counts as empty."""
         rows = (r for r in runs.read_rows(folder / "metrics.jsonl") if isinstance(r, dict))
         text = _text(folder / "config.toml")
         return cls(
@@ -103,24 +105,24 @@ class Record:
         )
 
     def series(self, name: str) -> tuple[Numbers, Numbers]:
-        """The rounds in which a column has a number, and the numbers; NaN and infinity are numbers here."""
+        """The rounds in which a column has a number, and the numbers, float64 `[n]`; NaN and infinity count too."""
         found = [(row["round"], v) for row in self.rows if (v := _number(row.get(name))) is not None]
         pairs = np.array(found, dtype=np.float64).reshape(-1, 2)
         return pairs[:, 0], pairs[:, 1]
 
     def total(self, name: str) -> float:
-        """The sum of a column."""
+        """The sum of the finite numbers of a column."""
         values = self.series(name)[1]
         return float(values[np.isfinite(values)].sum())
 
     def last(self, name: str) -> float | None:
-        """The last number of a column."""
+        """The last number of a column; None if it has none."""
         values = self.series(name)[1]
         return float(values[-1]) if len(values) else None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column with numbers that was measured, in the order of people: losses, metrics, the rest."""
+        """The measured columns that contain numbers, in reading order: losses, metrics, the rest."""
         names = dict.fromkeys(n for row in self.rows for n in row)
         there = [n for n in names if n not in runs.COUNTS and any(_number(r.get(n)) is not None for r in self.rows)]
         metrics = [n for n in there if n not in OTHER]
@@ -129,17 +131,17 @@ class Record:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics beside the losses."""
+        """The columns of task metrics, without losses, gradient norm and learning rate."""
         return tuple(n for n in self.columns if n not in OTHER)
 
     @property
     def judged(self) -> str:
-        """The column that says which round is best."""
+        """The column of the selection metric, which determines the best round."""
         found = [*self.metrics, "held_out_loss"]
         return next((n for n in found if n in self.columns), "loss")
 
     def best(self, name: str) -> Row | None:
-        """The row with the best finite value, the earliest of equals; none where nobody knows what is better."""
+        """The first row with the best finite value; None if there is none or the metric's direction is unknown."""
         best, rising = None, rises(name)
         for row in self.rows if rising is not None else ():
             value = _number(row.get(name))
@@ -151,7 +153,7 @@ class Record:
 
     @property
     def formula(self) -> str:
-        """The plan's formula with its slots filled in; its text where it names code that is not ours to import."""
+        """The formula of the plan; if the plan names code outside atoll, its text, since that code is not imported."""
         text = str(self.environment.get("plan") or self.config.get("plan") or "")
         try:
             return str(parse(text, PARTS)) if text else ""
@@ -159,7 +161,7 @@ class Record:
             return text
 
     def baseline(self, name: str, metric: str) -> float | None:
-        """What a baseline reached in a metric."""
+        """The value of a metric of a baseline; None if it is missing."""
         return _number(self.events.baselines.get(name, {}).get(metric))
 
 
@@ -186,7 +188,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _config(text: str) -> dict[str, Any]:
-    """Every setting by its own name, out of whichever table it stands in."""
+    """The settings by name, without the TOML tables that contain them."""
     flat: dict[str, Any] = {}
 
     def walk(table: Mapping[str, Any]) -> None:
@@ -204,7 +206,7 @@ def _config(text: str) -> dict[str, Any]:
 
 
 def _events(path: Path) -> Events:
-    """Read the log line by line; lines of clients are only found, and as many read afterwards as time allows."""
+    """Read the log line by line. Lines of clients are first located; a bounded selection of them is then parsed."""
     events, places, total, trips = Events(), list[int](), 0, list[Any]()
     if not path.is_file():
         return events

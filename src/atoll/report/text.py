@@ -1,4 +1,7 @@
-"""Numbers as people read them, and the words for them, the same in the live table, the plots and the page."""
+"""Format numbers and label metrics, in the same way in the live table, the plots and the report page.
+
+Tests: tests/surface/test_report.py.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ WORDS = {
 
 
 def word(name: str) -> str:
-    """What people call a column of metrics.jsonl.
+    """The label of a column of metrics.jsonl.
 
     Example:
         >>> word("held_out_loss"), word("rmse"), word("top_5")
@@ -30,7 +33,7 @@ def word(name: str) -> str:
 
 
 def rises(name: str) -> bool | None:
-    """Whether more of a metric is better; None where nobody can tell from its name.
+    """Whether a higher value of a metric is better; None if the name is unknown.
 
     Example:
         >>> rises("accuracy"), rises("held_out_loss"), rises("lr")
@@ -44,12 +47,12 @@ def rises(name: str) -> bool | None:
 
 
 def better(a: float, b: float, rising: bool) -> bool:
-    """Whether `a` is better than `b`; NaN is never."""
+    """Whether `a` is better than `b`; False if either is NaN."""
     return a > b if rising else a < b
 
 
 def number(value: float | None) -> str:
-    """A measured number in about five digits; a dash where there is none.
+    """Format a measured number with four or five significant digits; None becomes a dash.
 
     Example:
         >>> number(0.95281), number(56.31824), number(1.5e-9), number(None), number(math.nan)
@@ -65,7 +68,7 @@ def number(value: float | None) -> str:
 
 
 def whole(value: float) -> str:
-    """A count, in groups of three.
+    """Format a count with digits in groups of three.
 
     Example:
         >>> whole(1438)
@@ -75,7 +78,7 @@ def whole(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, in powers of 1000 and three digits.
+    """Format a number of bytes with three digits and a decimal unit.
 
     Example:
         >>> size(999), size(2408), size(1_210_000_000)
@@ -90,7 +93,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time, in the unit people would say it in.
+    """Format a duration, given in seconds, in ms, s, min or h.
 
     Example:
         >>> duration(0.0042), duration(0.73), duration(42.34), duration(75), duration(7384)
@@ -107,7 +110,7 @@ def duration(seconds: float) -> str:
 
 
 def plain(text: object, most: int = 200) -> str:
-    """One line of printable text, cut to at most so many characters: control characters draw nothing and move nothing.
+    """Make one printable line of at most `most` characters; each unprintable character becomes a dot.
 
     Example:
         >>> plain("a\\x1b[31mb\\nc"), plain("x" * 9, 5)
@@ -118,7 +121,7 @@ def plain(text: object, most: int = 200) -> str:
 
 
 def client_name(client: int, names: Sequence[str] | None, most: int = 28) -> str:
-    """What a client is called: its own name, or its number.
+    """The name of a client, or `client` and its id if it has no name.
 
     Example:
         >>> client_name(3, None), client_name(0, ("Cleveland",))
@@ -130,7 +133,7 @@ def client_name(client: int, names: Sequence[str] | None, most: int = 28) -> str
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most so many of the numbers 0 … count − 1, evenly apart, with the first and the last.
+    """Choose at most `most` of the numbers 0 … count − 1 at equal distances, including the first and the last.
 
     Example:
         >>> spread(5, 10), spread(100, 4)

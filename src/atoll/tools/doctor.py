@@ -1,6 +1,8 @@
-"""Whether this machine is fit: versions, room, data, and the properties on which equal bits rest.
+"""Check this machine: versions, disk space, data sets, and the properties that bit-identical results depend on.
 
-atoll doctor
+    atoll doctor
+
+Tests: tests/surface/test_tools.py.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ PHILOX = ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
-        name: what.
-        ok: whether it is as it should be.
-        text: what was found.
-        fix: what to do about it, where something can be done; never empty where `ok` is false.
+        name: the name of the check.
+        ok: whether the check passed.
+        text: the finding.
+        fix: the command that fixes or improves it; may be empty if the check passed, never if it failed.
     """
 
     name: str
@@ -54,10 +56,12 @@ class Check:
 
 
 def examine(out: str | Path = "runs") -> list[Check]:
-    """Look at everything, in a few seconds; a check that raises is one that failed.
+    """Run all checks, in a few seconds. A check that raises an exception has failed.
 
     Args:
-        out: the parent of run folders.
+        out: the parent folder of run folders.
+    Returns:
+        the results, in order.
     Example:
         >>> [check.ok for check in examine() if check.name == "random numbers"]
         [True]
@@ -66,7 +70,7 @@ def examine(out: str | Path = "runs") -> list[Check]:
 
 
 def checks(out: str | Path = "runs") -> Iterator[Check]:
-    """The same, one after the other, for whoever wants to show them as they come."""
+    """Run the checks of `examine` and yield each result when it is ready, so that a caller can show progress."""
     looks: list[tuple[str, Callable[[], Check]]] = [
         ("versions", _versions),
         ("processor", _processor),
@@ -82,7 +86,7 @@ def checks(out: str | Path = "runs") -> Iterator[Check]:
     for name, look in looks:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an LSTM in lanes is slower than it could be, which is no fault
+                warnings.simplefilter("ignore")  # torch warns that an LSTM under vmap is slow; that is no fault
                 found = look()
             yield found
         except Exception as error:
@@ -91,7 +95,7 @@ def checks(out: str | Path = "runs") -> Iterator[Check]:
 
 
 def text(found: list[Check]) -> str:
-    """The checks, line by line, each failing one with its fix."""
+    """Format the results, one line each, followed by the fix if there is one."""
     wide = max(len(check.name) for check in found)
     lines = []
     for check in found:
@@ -102,7 +106,7 @@ def text(found: list[Check]) -> str:
 
 
 def _versions() -> Check:
-    """Every package that atoll requires, against the lower bound that it states."""
+    """Compare the version of each required package with the lower bound of atoll's metadata."""
     found, old = [], []
     for line in requires("atoll") or []:
         parts = re.match(r"([\w.-]+)\s*>=\s*([\d.]+)[^;]*$", line)
@@ -138,7 +142,7 @@ def _processor() -> Check:
 
 
 def _room(out: Path) -> Check:
-    """Whether a run's folder could be made where it should be, and has room."""
+    """Check that the parent of run folders is writable and that the disk has free space."""
     here = out.resolve()
     while not here.exists():
         here = here.parent
@@ -153,7 +157,7 @@ def _room(out: Path) -> Check:
 
 
 def _data_sets() -> Check:
-    """Those with scikit-learn must be there; the others are said."""
+    """Check that the data sets of scikit-learn load; list the other data sets that are missing."""
     here, away = [], []
     for name in sorted(NAMED):
         try:
@@ -168,7 +172,7 @@ def _data_sets() -> Check:
     if "fashion_mnist" in away:
         fixes.append("apt-get install dataset-fashion-mnist")
     if {"mnist", "heart"} & set(away):
-        fixes.append("export ATOLL_DATA=FOLDER with their files")
+        fixes.append("export ATOLL_DATA=FOLDER, the folder of their files")
     told = f"{', '.join(here) or 'none'}" + (f"; not found: {', '.join(away)}" if away else "")
     return Check("data sets", ok, told, "; ".join(fixes))
 
@@ -181,7 +185,9 @@ def _random_numbers() -> Check:
     return Check(
         "random numbers",
         ok,
-        "Philox gives the published words, a client's draw is its own" if ok else "Philox gives other words",
+        "Philox matches its published test vector; a client's draws do not depend on other clients"
+        if ok
+        else "Philox differs from its published test vector, or a client's draws depend on other clients",
         "" if ok else _REINSTALL,
     )
 
@@ -190,7 +196,7 @@ _REINSTALL = 'pip install --force-reinstall "torch>=2.6"'
 
 
 def _exact_sum() -> Check:
-    """The same total for every order and grouping, over 30 powers of ten."""
+    """Check that the exact sum has the same total for every order and grouping, over 30 powers of ten."""
     key = Key(7).fold("doctor sum")
     rows = key.normal(40 * 5000).reshape(40, 5000) * 10 ** (30 * key.fold("scale").uniform(40)[:, None] - 12)
     weights = key.fold("weights").integers(40, 1000)
@@ -202,7 +208,7 @@ def _exact_sum() -> Check:
             exact.add(digits, rows[piece], weights[piece])
         totals.append(exact.total(digits))
     ok = all(torch.equal(totals[0], t) for t in totals)
-    told = "one total for every order and grouping" if ok else "the total depends on the order"
+    told = "the same total for every order and grouping" if ok else "the total depends on the order"
     return Check("exact sum", ok, told, "" if ok else _REINSTALL)
 
 
@@ -220,7 +226,7 @@ def _safetensors() -> Check:
         t.dtype == back[n].dtype and torch.equal(t, back[n]) for n, t in tensors.items()
     )
     ok = same and save(tensors) == save(dict(reversed(tensors.items())))
-    told = "tensors come back as they were, in equal bytes" if ok else "tensors do not come back as they were"
+    told = "tensors are read back unchanged, from equal bytes" if ok else "tensors are not read back unchanged"
     return Check("safetensors", ok, told, "" if ok else 'pip install --force-reinstall "safetensors>=0.4.5"')
 
 
@@ -241,7 +247,7 @@ SMALL: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
 
 
 def _lanes(name: str) -> Check:
-    """Whether a client's bits depend on how many are computed beside it, on which, and on its place."""
+    """Check that a client's bits depend neither on the other clients of its batch nor on its position in it."""
     features, make = SMALL[name]
     torch_state = torch.random.get_rng_state()
     task = replace(Task.of(make(), "cross_entropy"), numerics="lanes")
@@ -271,17 +277,17 @@ def _lanes(name: str) -> Check:
             tuple(reversed(range(8))),
         )
     )
-    told = "a client's bits are its own for 1, 2, 3 and 8 lanes" if ok else "bits depend on the neighbours"
+    told = "a client's bits are equal in batches of 1, 2, 3 and 8 clients" if ok else "bits depend on other clients"
     return Check(f"lanes: {name}", ok, told, "" if ok else "atoll run --numerics loop")
 
 
 def _native_code() -> Check:
-    """Whether this machine builds it; without, known layers go by hand through torch, which is slower."""
+    """Check that the native code can be built. Without it, atoll uses fused layers in torch, which are slower."""
     try:
         build(torch.float32)
-        return Check("native code", True, f"built by {compiler()[1]}, kept in {folder()}")
+        return Check("native code", True, f"built by {compiler()[1]}, cached in {folder()}")
     except Unbuilt as why:
-        return Check("native code", not why.write, f"none: {why}; numerics are fused in its place", why.write)
+        return Check("native code", not why.write, f"none: {why}; runs use fused numerics instead", why.write)
 
 
 def _one_round() -> Check:
@@ -291,5 +297,5 @@ def _one_round() -> Check:
     began = time.perf_counter()
     training.next()
     spent = time.perf_counter() - began
-    told = f"{spent:.3f} s for 100 clients of digits by fedavg, {training.task.numerics}"
+    told = f"{spent:.3f} s for fedavg with 100 clients of digits, {training.task.numerics} numerics"
     return Check("one round", spent < SLOW, told, "" if spent < SLOW else "export OMP_NUM_THREADS=1")
