@@ -360,7 +360,9 @@ def test_a_healthy_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     checks = doctor.examine(tmp_path / "runs")
     assert [check.name for check in checks if not check.ok and check.name not in ("processor", "one round")] == []
-    assert {"versions", "room", "data sets", "lanes: mlp", "lanes: batch norm", "exact sum"} <= {c.name for c in checks}
+    assert {"versions", "disk space", "data sets", "lanes: mlp", "lanes: batch norm", "exact sum"} <= {
+        c.name for c in checks
+    }
     assert not (tmp_path / "runs").exists()
     assert all(check.text for check in checks)
 
@@ -377,7 +379,7 @@ def test_each_failing_check_has_a_fix(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "SMALL", {"odd": ((2,), lambda: nn.Linear(3, 3))})
     monkeypatch.setattr(doctor, "NAMED", {})
     failed = {check.name: check for check in doctor.examine(tmp_path) if not check.ok}
-    names = {"versions", "room", "data sets", "random numbers", "exact sum", "lanes: odd", "one round"}
+    names = {"versions", "disk space", "data sets", "random numbers", "exact sum", "lanes: odd", "one round"}
     assert names <= failed.keys()
     assert all(check.fix for check in failed.values())
     assert failed["versions"].fix == 'pip install "torch>=99.0" "no-such-package>=1"'

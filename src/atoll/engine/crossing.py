@@ -8,7 +8,7 @@ Serialization for worker processes: values as plain trees and arrays, and arrays
     functions and classes                                                             by name, module:name
     modules, data sets and other objects whose state is their `__dict__`              name of the class, and the dict
 
-No other value can be serialized. Deserialization imports the named modules and runs no other code of the sender.
+No other value can be serialized. Deserialization imports the named modules. It runs no code from the message.
 
 Tests: tests/parity/test_processes.py, tests/parity/test_ray_alone.py.
 """

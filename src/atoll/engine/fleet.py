@@ -139,6 +139,9 @@ class LogNormal(Value):
         median: in (0, 1e15].
         sigma: standard deviation of the logarithm, in [0, 20].
         per: "client", one draw for each client; or "flight", one draw for each flight.
+    Example:
+        >>> LogNormal(2, sigma=0.5)
+        LogNormal(2.0, sigma=0.5)
     """
 
     median: float = _scale()
@@ -163,6 +166,9 @@ class Exponential(Value):
     Args:
         mean: in (0, 1e15].
         per: "client", one draw for each client; or "flight", one draw for each flight.
+    Example:
+        >>> Exponential(3)
+        Exponential(3.0)
     """
 
     mean: float = _scale()
@@ -181,7 +187,7 @@ class Exponential(Value):
 
 @dataclass(frozen=True, repr=False)
 class Zipf(Value):
-    """scale·k with P(k) ∝ k⁻ᵃ for k = 1 … 10⁶: most values equal `scale`, and a few are larger by orders of magnitude.
+    """scale·k with P(k) ∝ k⁻ᵃ for k = 1 … 10⁶: many values equal `scale`, and a few are larger by orders of magnitude.
 
     Each client or flight draws its own k, independently. Draws of the untruncated law above 10⁶ are repeated.
 
@@ -189,6 +195,10 @@ class Zipf(Value):
         a: the exponent, in [1.01, 10].
         scale: the value for k = 1, in (0, 1e15].
         per: "client", one draw for each client; or "flight", one draw for each flight.
+    Example:
+        >>> Zipf(1.8).draws(Key(7), torch.ones(3))(torch.arange(3)).min() >= 1
+        tensor(True)
+
     Reference: Devroye, Non-Uniform Random Variate Generation, 1986, X.6.1.
     """
 
@@ -231,6 +241,11 @@ class Between(Value):
         low: in (0, 1e15].
         high: in (low, 1e15].
         per: "client", one draw for each client; or "flight", one draw for each flight.
+    Raises:
+        UsageError: a value is outside its range, or low ≥ high.
+    Example:
+        >>> Between(0.5, 2).bounds
+        (0.5, 2.0)
     """
 
     low: float = number(above=0, most=LARGEST, example=0.5)
@@ -312,6 +327,9 @@ class Trace(Value):
     Args:
         path: the CSV file.
         column: the name of the column of values, each above 0.
+    Example:
+        >>> Trace("fleet.csv", column="seconds")
+        Trace('fleet.csv', column='seconds')
     """
 
     path: str
@@ -397,6 +415,9 @@ class Chance(Value):
     Args:
         chance: the probability, in (0, 1]. The key of a draw is the client and the window.
         window: length of a window in seconds, in (0, 1e15].
+    Example:
+        >>> Chance(0.8, window=60)
+        Chance(0.8, window=60.0)
     """
 
     chance: float = number(0.5, above=0, most=1, why="a round can only start clients that are available.")
@@ -420,6 +441,9 @@ class Windows(Value):
 
     Args:
         path: the CSV file.
+    Example:
+        >>> Windows("windows.csv")
+        Windows('windows.csv')
     """
 
     path: str

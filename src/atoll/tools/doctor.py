@@ -74,7 +74,7 @@ def checks(out: str | Path = "runs") -> Iterator[Check]:
     looks: list[tuple[str, Callable[[], Check]]] = [
         ("versions", _versions),
         ("processor", _processor),
-        ("room", lambda: _room(Path(out))),
+        ("disk space", lambda: _room(Path(out))),
         ("data sets", _data_sets),
         ("random numbers", _random_numbers),
         ("exact sum", _exact_sum),
@@ -132,7 +132,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _processor() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
-    told = f"{cores} cores, torch uses {threads} threads, {torch.backends.cpu.get_cpu_capability()}"
+    uses = f"{threads} thread{'' if threads == 1 else 's'}"
+    told = f"{cores} cores, torch uses {uses}, {torch.backends.cpu.get_cpu_capability()}"
     return Check(
         "processor",
         threads <= cores,
@@ -150,10 +151,10 @@ def _room(out: Path) -> Check:
         with tempfile.NamedTemporaryFile(dir=here, prefix=".atoll-doctor-"):
             pass
     except OSError as error:
-        return Check("room", False, f"{here} cannot be written: {error.strerror}", "atoll run --out ~/runs")
+        return Check("disk space", False, f"{here} cannot be written: {error.strerror}", "atoll run --out ~/runs")
     free = shutil.disk_usage(here).free
     told = f"{free / 2**30:.1f} GiB free in {here}"
-    return Check("room", free >= ROOM, told, "" if free >= ROOM else "atoll run --out ~/runs")
+    return Check("disk space", free >= ROOM, told, "" if free >= ROOM else "atoll run --out ~/runs")
 
 
 def _data_sets() -> Check:

@@ -152,7 +152,7 @@ def pack(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
             raise UsageError(
                 f"The tensor {name} of the model contains NaN or infinity in float32.",
                 "finite numbers.",
-                "the training diverged, and neither value can be scaled to int8. A lower learning rate may help.",
+                "these values usually mean that the training diverged. A lower learning rate may help.",
                 "atoll lr",
             )
         if dtype == "int8" and plain.dim() >= 2 and plain.numel():

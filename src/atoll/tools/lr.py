@@ -393,7 +393,7 @@ def draw(found: Finding, out: Path) -> Path:
     axes.semilogx(found.rates, [min(loss, top) for loss in found.losses], marker="o", color="#0072b2")
     axes.axhline(found.start, color="#999999", linestyle=":", label="loss before")
     axes.axvline(found.suggestion, color="#d55e00", label=f"suggested {found.suggestion:g}")
-    axes.axvline(found.now, color="#999999", linestyle="--", label=f"the plan's {found.now:g}")
+    axes.axvline(found.now, color="#999999", linestyle="--", label=f"rate of the plan {found.now:g}")
     if found.edge is not None:
         right = max(found.rates[-1], found.edge * 1.01)
         axes.axvspan(found.edge, right, color="#d55e00", alpha=0.15, label="too large")
