@@ -22,7 +22,7 @@ from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Buffered, Sync
 from atoll.plan.part import Part
 from atoll.plan.plan import Plan, step
-from atoll.plan.slots import Contribution, Pace
+from atoll.plan.protocols import Contribution, Pace
 from atoll.training import rounds
 
 
@@ -30,7 +30,7 @@ from atoll.training import rounds
 class Null(Part):
     """A client that computes nothing: its update is nought."""
 
-    def width(self, rows):
+    def padded_batch(self, rows):
         return 0
 
     def contribute(self, broadcast, lanes, memory, key, task):

@@ -50,8 +50,8 @@ class Paced(Part):
 
     times_s: tuple[float, ...]
 
-    def width(self, rows):
-        return Gradient().width(rows)
+    def padded_batch(self, rows):
+        return Gradient().padded_batch(rows)
 
     def contribute(self, broadcast, lanes, memory, key, task):
         began = time.perf_counter()

@@ -28,8 +28,8 @@ class Scarce(Part):
 
     tried: ClassVar[list[int]] = []
 
-    def width(self, rows):
-        return self.inner.width(rows)
+    def padded_batch(self, rows):
+        return self.inner.padded_batch(rows)
 
     def memory(self, layout):
         return self.inner.memory(layout)
@@ -37,8 +37,8 @@ class Scarce(Part):
     def server(self, layout):
         return self.inner.server(layout)
 
-    def settle(self, total, server, key):
-        return self.inner.settle(total, server, key)
+    def server_update(self, total, server, key):
+        return self.inner.server_update(total, server, key)
 
     def contribute(self, broadcast, lanes, memory, key, task):
         self.tried.append(len(lanes.ids))

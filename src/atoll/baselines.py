@@ -30,8 +30,8 @@ from atoll.plan.lanes import ROWS, Lanes
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.plan import Plan, State, step
-from atoll.plan.slots import Broadcast, Cohort, Population
-from atoll.plan.stepper import Optimizer
+from atoll.plan.protocols import Broadcast, Cohort, Population
+from atoll.plan.stepper import OptimizerBase
 from atoll.rng import Key
 from atoll.schedule import NOTHING, Schedule, Tensors
 from atoll.task import Model, Task
@@ -188,7 +188,7 @@ def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
     if isinstance(local, Train) and local.steps is not None:
         steps = _Times(local.steps, ratio) if isinstance(local.steps, Schedule) else round(local.steps * ratio)
         return replace(plan, local=replace(local, steps=steps)), 1.0
-    if isinstance(local, Gradient) and isinstance(plan.optimizer, Optimizer) and round(ratio) > 1:
+    if isinstance(local, Gradient) and isinstance(plan.optimizer, OptimizerBase) and round(ratio) > 1:
         local = Train(plan.optimizer, steps=round(ratio), batch=local.batch, keep=("optimizer", "order"))
         return Plan(local, Mean(weights="equal", sum="float"), sgd(1.0)), 1.0
     return plan, 1.0
@@ -224,7 +224,7 @@ def _in_lanes(training: Rounds, plan: Plan) -> bool:
         and isinstance(plan.local, (Train, Gradient))
         and not plan.local.server(training.task.layout)
         and isinstance(plan.aggregator, Mean)
-        and isinstance(rule, Optimizer)
+        and isinstance(rule, OptimizerBase)
         and not rule.schedule.init()
     )
 
@@ -245,7 +245,7 @@ def _many(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[
     each = 8 * training.task.layout.d * training.task.layout.dtype.itemsize
     most = max(2, min(64, _LANE_BYTES // each))
     order = torch.argsort(training.data.sizes[ids], descending=True, stable=True)
-    widths = torch.tensor([plan.local.width(n) for n in training.data.sizes[ids[order]].tolist()])
+    widths = torch.tensor([plan.local.padded_batch(n) for n in training.data.sizes[ids[order]].tolist()])
     held = training.data.held()
     for width in widths.unique().tolist():
         for at in order[widths == width].split(most):
@@ -297,7 +297,7 @@ def _round(training: Rounds, plan: Plan, ids: Tensor, t: int, before: Groups) ->
         good &= (rows.reshape(len(ids), -1).abs().amax(1) <= LARGEST).to(good.device)
     theta, state = plan.optimizer.update(start.theta, given.means["update"], {}, before["optimizer"], t)
     model = {"theta": theta} | ({"buffers": given.means["buffers"]} if "buffers" in given.means else {})
-    after = {"model": model, "counters": given.largest, "optimizer": state, "kept": kept}
+    after = {"model": model, "counters": given.counters, "optimizer": state, "kept": kept}
     return {g: dict(group) for g, group in after.items()}, good
 
 

@@ -14,7 +14,7 @@ from atoll.engine.ranks import Ranks
 from atoll.plan import stop as stops
 from atoll.plan.flight import Air, Flight
 from atoll.plan.plan import Sent, State
-from atoll.plan.slots import Broadcast, Shared
+from atoll.plan.protocols import Broadcast, Shared
 from atoll.task import Model
 
 if TYPE_CHECKING:

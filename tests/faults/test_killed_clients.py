@@ -17,7 +17,7 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.part import Part
 from atoll.plan.plan import Plan, State, step
-from atoll.plan.slots import Cohort
+from atoll.plan.protocols import Cohort
 
 SIZES = (9, 5, 9, 3, 9, 5, 9)
 
@@ -42,8 +42,8 @@ class Sick(Part):
     how: str
     since: int = 0
 
-    def width(self, rows):
-        return self.inner.width(rows)
+    def padded_batch(self, rows):
+        return self.inner.padded_batch(rows)
 
     def memory(self, layout):
         return self.inner.memory(layout)

@@ -21,7 +21,7 @@ from atoll.errors import UsageError
 from atoll.known import tell
 from atoll.plan.aggregate import Mean, Partial, Sum, exact
 from atoll.plan.names import PARTS
-from atoll.plan.slots import Contribution
+from atoll.plan.protocols import Contribution
 from atoll.shelf import Shelf, lent_from
 
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
@@ -69,7 +69,7 @@ def contribution(rows, weights, index):
 def bits(partial, aggregator):
     """A total as bytes, so that equal means equal to the bit, signs of zeros included."""
     total = aggregator.total(partial)
-    tensors = {**total.means, **total.sums, **total.largest, "weight": total.weight, "arrived": total.arrived}
+    tensors = {**total.means, **total.sums, **total.counters, "weight": total.weight, "arrived": total.arrived}
     return {name: t.numpy().tobytes() for name, t in tensors.items()}
 
 

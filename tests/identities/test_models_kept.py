@@ -16,7 +16,7 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Evaluate, Gradient, Train
 from atoll.plan.plan import Plan, step
-from atoll.plan.slots import Cohort
+from atoll.plan.protocols import Cohort
 from atoll.task import Task
 
 SIZES = (9, 5, 4)

@@ -23,8 +23,8 @@ from atoll.errors import UsageError
 from atoll.plan.aggregate import Mean
 from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Contribution, Population
 from atoll.plan.sampler import Everyone, Fraction, Poisson, RoundRobin, Uniform, Weighted
-from atoll.plan.slots import Contribution, Population
 from atoll.rng import Key
 
 DRAWS = 1000
@@ -148,7 +148,7 @@ def test_over_expected_is_unbiased(sampler, weights):
             if len(ids)
             else mean.zero()
         )
-        means = mean.finish(mean.total(partial), cohort, SMALL).means
+        means = mean.finalize(mean.total(partial), cohort, SMALL).means
         total += float(means["update"]) if means else 0.0
     chance = cohort.chance.expand(6)
     expected = float((chance * w * g[:, 0]).sum() / (chance * w).sum())
@@ -166,7 +166,7 @@ def test_over_expected_divides_by_the_same_number_whoever_came():
         if not len(cohort.ids):
             continue
         contribution = Contribution({"update": g[cohort.ids]}, {}, SIZES[cohort.ids], {}, {})
-        got = mean.finish(mean.total(mean.fold(mean.zero(), contribution)), cohort, SMALL).means["update"]
+        got = mean.finalize(mean.total(mean.fold(mean.zero(), contribution)), cohort, SMALL).means["update"]
         assert math.isclose(float(got), int(SIZES[cohort.ids].sum()) / (0.5 * 60))
 
 

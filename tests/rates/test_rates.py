@@ -23,7 +23,7 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan, State, step
-from atoll.plan.slots import Cohort
+from atoll.plan.protocols import Cohort
 from atoll.schedule import inverse
 
 

@@ -15,7 +15,7 @@ from atoll.layout import Layout
 from atoll.plan.flight import Air, Flight, Traffic
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan, State, Trip
-from atoll.plan.slots import Cohort, Population
+from atoll.plan.protocols import Cohort, Population
 from atoll.task import Model
 
 _FATES = {"arrive": "arrived", "drop": "dropped", "cancel": "late"}
@@ -157,7 +157,7 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
     while traffic.target and not traffic.flying and not traffic.arrived:
         _wait(clock)
         start()
-    waits, refills = True, plan.pace.refills
+    waits, refills = True, plan.pace.replaces_arrivals
     while waits and traffic.flying:
         event = clock.next(until if until is not None and clock.now < until else None)
         if event is not None:

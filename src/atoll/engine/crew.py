@@ -17,7 +17,7 @@ from atoll.engine.work import Haul
 from atoll.engine.worker import Answer, Broke, Done, Hauled, Ready, Run, Told, haul_of
 from atoll.errors import RunError, UsageError
 from atoll.plan.plan import Failure
-from atoll.plan.slots import Aggregator
+from atoll.plan.protocols import Aggregator
 
 _DEADLY = 3  # deaths over the same clients that are no accident
 

@@ -30,7 +30,7 @@ from atoll.layout import Layout
 from atoll.plan.flight import Flight, Traffic
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Gathered, Plan, State
-from atoll.plan.slots import Broadcast, Cohort, Population
+from atoll.plan.protocols import Broadcast, Cohort, Population
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -229,7 +229,7 @@ class _Arrivals:
             if catch is not None:
                 self._arrive(catch)
             waits = traffic.goes_on(time.perf_counter() - began)
-            if pace.refills and waits:
+            if pace.replaces_arrivals and waits:
                 self._start()
         late = traffic.late()
         for flight in late:
@@ -299,7 +299,7 @@ class _Arrivals:
         self._traffic.arrive(number)
         for ids, rows in haul.memory:
             self._kept.put(ids, rows)
-        if self.plan.pace.flies_on:
+        if self.plan.pace.asynchronous:
             late = torch.tensor([self.state.round - flight.birth])
             facts: list[Mapping[str, Tensor]] = [{**f, "staleness": late} for f in haul.facts]
             haul = haul._replace(facts=facts)

@@ -25,7 +25,7 @@ from atoll.plan.codec import Identity
 from atoll.plan.flight import Flight, waves
 from atoll.plan.lanes import HOST
 from atoll.plan.plan import Gathered, Plan, State
-from atoll.plan.slots import Broadcast, Cohort, Population, Tensors
+from atoll.plan.protocols import Broadcast, Cohort, Population, Tensors
 from atoll.rng import Key
 from atoll.task import Task
 

@@ -27,7 +27,7 @@ from atoll.plan.flight import Flight
 from atoll.plan.lanes import ROWS
 from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Contribution
+from atoll.plan.protocols import Contribution
 from atoll.task import Task
 
 _STRETCH = 1 << 20  # numbers that go together: fewer wait sooner, more cost less each
@@ -168,7 +168,7 @@ class Overlap:
         ids = code % work.data.count
         rows = work.data.sizes[ids]
         weight = float(_weights(work.plan, rows)) / self._all
-        if last and rows and work.plan.local.width(int(rows)) <= ROWS:
+        if last and rows and work.plan.local.padded_batch(int(rows)) <= ROWS:
             self._missing = set(range(len(self.bound.gradients)))
             self.bound.taken, self.bound.scale = True, self.flat.new_tensor(weight)
         try:

@@ -19,7 +19,7 @@ from atoll.loss import cross_entropy
 from atoll.native import Unbuilt
 from atoll.plan.lanes import Lanes
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Population
+from atoll.plan.protocols import Population
 from atoll.rng import Key, global_scope
 from atoll.task import Gradient, Task
 

@@ -73,7 +73,7 @@ def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None,
         return 1
     if most is not None:
         return most
-    width, size = min(plan.local.width(rows), ROWS), task.layout.dtype.itemsize
+    width, size = min(plan.local.padded_batch(rows), ROWS), task.layout.dtype.itemsize
     if task.numerics == "fused":
         each, near = task.program.room(data.features, width) * size, _FUSED_BYTES
     elif task.numerics == "compiled":  # of a client at work there is one a core; what they came to is what is held

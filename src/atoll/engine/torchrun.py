@@ -28,7 +28,7 @@ from atoll.plan.aggregate.mean import Partial
 from atoll.plan.flight import Flight
 from atoll.plan.lanes import HOST
 from atoll.plan.plan import Failure, Gathered, Plan, Report, State
-from atoll.plan.slots import Cohort, Tensors
+from atoll.plan.protocols import Cohort, Tensors
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -101,7 +101,7 @@ def refuse_pace(plan: Plan) -> None:
     Raises:
         UsageError: which.
     """
-    if plan.pace.flies_on:
+    if plan.pace.asynchronous:
         raise UsageError(
             f"{plan.pace!r} on the engine torchrun.",
             "Sync().",
@@ -201,7 +201,7 @@ def _parts(partials: Mapping[int, Any]) -> dict[tuple[int, str, str, int], Tenso
         out[birth, "weight", "", 0], out[birth, "arrived", "", 0] = partial.weight, partial.arrived
         for kind, table in (("means", partial.means), ("sums", partial.sums)):
             out |= {(birth, kind, n, place): t for n, digits in table.items() for place, t in digits.items()}
-        out |= {(birth, "largest", n, 0): t for n, t in partial.largest.items()}
+        out |= {(birth, "largest", n, 0): t for n, t in partial.counters.items()}
     return out
 
 
@@ -219,7 +219,7 @@ def _added(
             if kind in ("weight", "arrived"):
                 setattr(out[birth], kind, tensor)
             elif kind == "largest":
-                out[birth].largest[n] = tensor
+                out[birth].counters[n] = tensor
             else:
                 getattr(out[birth], kind).setdefault(n, {})[place] = tensor
     return out

@@ -28,7 +28,7 @@ from atoll.plan.codec import Identity
 from atoll.plan.flight import Flight
 from atoll.plan.lanes import HOST, Lanes
 from atoll.plan.plan import Failure, Gathered, Plan, State, part_of
-from atoll.plan.slots import Aggregator, Broadcast, Contribution
+from atoll.plan.protocols import Aggregator, Broadcast, Contribution
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -137,7 +137,7 @@ def chunks(
         return
     sizes, order = torch.sort(sizes, descending=True, stable=True)
     values, counts = (t.tolist() for t in torch.unique_consecutive(sizes, return_counts=True))
-    alike = groupby(zip(map(plan.local.width, values), counts, strict=True), key=itemgetter(0))
+    alike = groupby(zip(map(plan.local.padded_batch, values), counts, strict=True), key=itemgetter(0))
     runs = [sum(count for _, count in group) for _, group in alike]
     for run in order.split(runs):
         for some in run.split(chunk):
@@ -252,10 +252,10 @@ class Work:
             for i in ids[good & ~finite].tolist():
                 self._fail(i, birth, "check", f"{name} is not finite")
             good &= finite
-        facts = {**contribution.facts, "rows": contribution.weight, "bytes_up": sizes, "bytes_down": down}
-        if self.plan.pace.flies_on:
+        facts = {**contribution.per_client, "rows": contribution.weight, "bytes_up": sizes, "bytes_down": down}
+        if self.plan.pace.asynchronous:
             facts["staleness"] = torch.full_like(ids, self.now - birth)
-        self._accept(birth, ids, good, contribution._replace(facts=facts), memory)
+        self._accept(birth, ids, good, contribution._replace(per_client=facts), memory)
 
     def _accept(
         self, birth: int, ids: Tensor, good: Tensor | None, contribution: Contribution, memory: Mapping[str, Tensor]
@@ -264,7 +264,7 @@ class Work:
             ids, memory = ids[good], {n: t[good] for n, t in memory.items()}
             picked = (
                 {n: t[good] for n, t in part.items()}
-                for part in (contribution.means, contribution.sums, contribution.largest, contribution.facts)
+                for part in (contribution.means, contribution.sums, contribution.counters, contribution.per_client)
             )
             means, sums, largest, facts = picked
             contribution = Contribution(means, sums, contribution.weight[good], largest, facts)
@@ -272,13 +272,13 @@ class Work:
             return
         if self.far:  # sums are taken where they were computed; what is told of single clients comes to the host
             sums = {n: t.to(self.task.device) for n, t in contribution.sums.items()}
-            facts = {n: t.to(HOST) for n, t in contribution.facts.items()}
+            facts = {n: t.to(HOST) for n, t in contribution.per_client.items()}
             memory = {n: t.to(HOST) for n, t in memory.items()}
-            contribution = contribution._replace(sums=sums, weight=contribution.weight.to(HOST), facts=facts)
+            contribution = contribution._replace(sums=sums, weight=contribution.weight.to(HOST), per_client=facts)
         rule, partials = self.plan.aggregator, self.haul.partials
         partials[birth] = rule.fold(partials.get(birth) or rule.zero(), contribution)
         self.haul.arrived.append(ids)
-        self.haul.facts.append(contribution.facts)
+        self.haul.facts.append(contribution.per_client)
         if memory:
             self._wave.append((ids, memory))
 
@@ -313,7 +313,7 @@ class Work:
         if sums:
             contribution = contribution._replace(sums={**contribution.sums, **sums})
             rest = rest_of(contribution)
-        opened = {**contribution.means, "update": self.plan.codec.open(payload, side)}
+        opened = {**contribution.means, "update": self.plan.codec.decode(payload, side)}
         if self.plan.codec != Identity():
             forget(opened["update"])
         sizes = self.plan.codec.sizes(payload, side)
@@ -394,7 +394,7 @@ def _all_failed(failures: list[Failure], errors: list[Exception]) -> None:
 
 def rest_of(contribution: Contribution) -> int:
     """The bytes of one client's message beside the encoded update: other means, sums, counters, 8 for the weight."""
-    whole = nbytes(contribution.means) + nbytes(contribution.sums) + nbytes(contribution.largest)
+    whole = nbytes(contribution.means) + nbytes(contribution.sums) + nbytes(contribution.counters)
     if "update" in contribution.means:
         update = contribution.means["update"]
         whole -= update.numel() * update.element_size()

@@ -31,7 +31,7 @@ from atoll.errors import AtollError, RunError, UsageError
 from atoll.plan.lanes import HOST
 from atoll.plan.names import PARTS
 from atoll.plan.plan import Failure, Plan, part_of
-from atoll.plan.slots import Aggregator, Broadcast
+from atoll.plan.protocols import Aggregator, Broadcast
 from atoll.rng import Key
 from atoll.shelf import Shelf, lent_from
 from atoll.task import Model, Task

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from atoll.plan.protocols import Cohort, Pace, Population
 from atoll.plan.sampler import Fraction, Uniform
-from atoll.plan.slots import Cohort, Pace, Population
 from atoll.rng import Key
 
 if TYPE_CHECKING:
@@ -102,10 +102,10 @@ class Traffic:
         self._again: dict[int, int] = {}
         self._started, (self._block, self._offset) = air.started, air.place
         self._queue = air.queue
-        self._ages = plan.pace.flies_on and not plan.pace.refills
-        self._quick = plan.pace.refills and away is None and not self._everyone
+        self._ages = plan.pace.asynchronous and not plan.pace.replaces_arrivals
+        self._quick = plan.pace.replaces_arrivals and away is None and not self._everyone
         self.down = 0  # bytes that each is sent, where it is the same for all
-        self.wanted = plan.pace.wants(self.target)
+        self.wanted = plan.pace.required(self.target)
 
     # what a pace sees
 
@@ -125,7 +125,7 @@ class Traffic:
     def goes_on(self, elapsed: float) -> bool:
         """Whether the pace waits for more, so many seconds after the round opened."""
         self.elapsed = elapsed
-        return not self.pace.closes(self)
+        return not self.pace.should_close(self)
 
     # who starts
 
@@ -181,7 +181,7 @@ class Traffic:
 
     def _done(self) -> int:
         """Places of the cohort that stay empty until the round closes: those of whoever arrived or failed in it."""
-        return 0 if self.pace.refills else len(self.arrivals) + len(self.failed)
+        return 0 if self.pace.replaces_arrivals else len(self.arrivals) + len(self.failed)
 
     def _start(self, client: int) -> Flight:
         again = self._again.get(client, 0)
@@ -265,11 +265,11 @@ class Traffic:
 
     def late(self) -> tuple[Flight, ...]:
         """Those who are not awaited once the round has closed."""
-        return (*self._left, *(() if self.pace.flies_on else self._air.values()))
+        return (*self._left, *(() if self.pace.asynchronous else self._air.values()))
 
     def after(self, known: Tensor | None, clock: Any) -> Air:
         """What is in the air once the round has closed."""
-        flights = tuple(self._air.values()) if self.pace.flies_on else ()
+        flights = tuple(self._air.values()) if self.pace.asynchronous else ()
         recent: tuple[tuple[int, int], ...] = ()
         if self._ages and flights:
             oldest = min(f.birth for f in flights)

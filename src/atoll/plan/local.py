@@ -13,7 +13,7 @@ from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.lanes import ROWS, Lanes, padded
 from atoll.plan.part import Part
-from atoll.plan.slots import Broadcast, Contribution, Optimizer, Tensors
+from atoll.plan.protocols import Broadcast, Contribution, Optimizer, Tensors
 from atoll.plan.steps import check_steps, counted, lengths_of, quotient, steps_at
 from atoll.rng import Key, global_scope
 from atoll.schedule import Schedule, constant
@@ -63,11 +63,11 @@ class Gradient(Part):
     def __post_init__(self) -> None:
         _check_batch("Gradient", self.batch)
 
-    def width(self, rows: int) -> int:
+    def padded_batch(self, rows: int) -> int:
         """How wide this client's batch is padded: a function of its own size."""
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
-    def visits(self, sizes: Tensor) -> Tensor:
+    def examples_per_round(self, sizes: Tensor) -> Tensor:
         """Rows that clients who hold so many go through in a round."""
         return sizes if self.batch is None else sizes.clamp(max=self.batch)
 
@@ -75,7 +75,7 @@ class Gradient(Part):
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """The gradient of K clients at once."""
-        width = self.width(lanes.sizes[0])
+        width = self.padded_batch(lanes.sizes[0])
         counts = tuple(min(n, self.batch or n) for n in lanes.sizes)
         if self.batch is None:
             positions = torch.arange(width, device=lanes.ids.device).expand(len(counts), -1)
@@ -175,7 +175,7 @@ class Train(Part):
         """
         return steps_at(self.steps, t) if isinstance(self.steps, Schedule) else self.steps
 
-    def work(self, t: int) -> float:
+    def relative_work(self, t: int) -> float:
         """How much a client has to do in round t, by what it had in round 0."""
         return steps_at(self.steps, t) / steps_at(self.steps, 0) if isinstance(self.steps, Schedule) else 1.0
 
@@ -193,17 +193,17 @@ class Train(Part):
         """What a plateau schedule of the clients remembers; nothing for the others."""
         return dict(self.optimizer.schedule.init())
 
-    def settle(self, total: Any, server: Tensors, key: Key) -> tuple[Any, Tensors]:
+    def server_update(self, total: Any, server: Tensors, key: Key) -> tuple[Any, Tensors]:
         """Tell the clients' schedule the round's loss."""
         if not server or "loss" not in total.sums:
             return total, server
         return total, self.optimizer.schedule.observe(server, (total.sums["loss"] / total.sums["rows"]).squeeze())
 
-    def width(self, rows: int) -> int:
+    def padded_batch(self, rows: int) -> int:
         """How wide this client's batches are padded: a function of its own size."""
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
-    def visits(self, sizes: Tensor) -> Tensor:
+    def examples_per_round(self, sizes: Tensor) -> Tensor:
         """Rows that clients who hold so many go through in a round, the first one."""
         if self.epochs is not None:
             return sizes * self.epochs
@@ -214,9 +214,9 @@ class Train(Part):
     ) -> tuple[Contribution, Tensors]:
         """θ − θᵢ of K clients, trained side by side; a lane that has finished is left alone."""
         lanes_count = len(lanes.sizes)
-        if task.by_hand and self._plain() and self.width(lanes.sizes[0]) <= ROWS:
+        if task.by_hand and self._plain() and self.padded_batch(lanes.sizes[0]) <= ROWS:
             return self._descended(broadcast, lanes, memory, key, task)
-        if task.numerics == "loop" and self.apart(lanes.sizes[0]):
+        if task.numerics == "loop" and self.sequential(lanes.sizes[0]):
             return self._apart(broadcast, lanes, memory, key, task)
         model = broadcast.model.lanes(lanes_count)
         state = self.optimizer.slots(model.theta)
@@ -275,9 +275,9 @@ class Train(Part):
         nothing = descent.loss.new_empty(len(rows), 0)  # a model with buffers is not served
         return _contribution(lanes, descent.update(), nothing, {}, {"loss": descent.loss, "rows": rows}), after
 
-    def apart(self, rows: int) -> bool:
+    def sequential(self, rows: int) -> bool:
         """Whether the loop takes each client of a chunk to its end before the next, where one has so many rows."""
-        return self._plain() and self.width(rows) <= ROWS
+        return self._plain() and self.padded_batch(rows) <= ROWS
 
     def _apart(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
@@ -306,7 +306,7 @@ class Train(Part):
 
         Each lane is at its own place in its own pass, so that its draws do not depend on how many batches others have.
         """
-        width, rows = self.width(lanes.sizes[0]), lanes.rows
+        width, rows = self.padded_batch(lanes.sizes[0]), lanes.rows
         lengths, joined = lengths_of(rows, self.batch, task.batch_statistics)
         steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
         steps = self._done(steps, lanes.share)
@@ -425,7 +425,7 @@ class Custom(Part):
                 "a function (model, loader, ctx); in a text, module:name.",
             )
 
-    def width(self, rows: int) -> int:
+    def padded_batch(self, rows: int) -> int:
         """No padding: each client runs by itself."""
         return rows
 
@@ -474,7 +474,7 @@ class Evaluate(Part):
         Evaluate()
     """
 
-    def width(self, rows: int) -> int:
+    def padded_batch(self, rows: int) -> int:
         """How wide this client's batches are padded: a function of its own size."""
         return padded(rows)
 
@@ -483,7 +483,9 @@ class Evaluate(Part):
     ) -> tuple[Contribution, Tensors]:
         """Σ loss, Σ metrics and rows of K clients, at most `ROWS` rows of each in a pass."""
         model = broadcast.model.lanes(len(lanes.sizes))
-        positions = torch.arange(self.width(lanes.sizes[0]), device=lanes.ids.device).expand(len(lanes.sizes), -1)
+        positions = torch.arange(self.padded_batch(lanes.sizes[0]), device=lanes.ids.device).expand(
+            len(lanes.sizes), -1
+        )
         sums: dict[str, Tensor] = {}
         start = 0
         for piece in positions.split(ROWS, 1):

@@ -14,7 +14,7 @@ class polynomial:
 
     def __new__(cls, *args: Any, **words: Any) -> Any:
         late = (len(args) == 1 and not words) or set(words) == {"power"}
-        return (pace.polynomial if late else schedule.polynomial)(*args, **words)
+        return (pace.staleness_polynomial if late else schedule.polynomial)(*args, **words)
 
 
 PARTS: Mapping[str, Callable[..., Any]] = {

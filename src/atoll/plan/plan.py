@@ -27,13 +27,12 @@ from atoll.fields import repaired
 from atoll.grammar import Value
 from atoll.known import norm
 from atoll.layout import Layout
-from atoll.plan.clash import refuse
-from atoll.plan.codec.stage import Identity, arrived
+from atoll.plan.codec.stage import Identity, roundtrip
+from atoll.plan.conflicts import check
 from atoll.plan.flight import Air
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Sync
-from atoll.plan.sampler import Everyone, Uniform, enlarged, fraction
-from atoll.plan.slots import (
+from atoll.plan.protocols import (
     Aggregator,
     Broadcast,
     Cohort,
@@ -47,6 +46,7 @@ from atoll.plan.slots import (
     Tensors,
     Total,
 )
+from atoll.plan.sampler import Everyone, Uniform, fraction
 from atoll.rng import Key
 from atoll.task import Model, Task
 
@@ -146,23 +146,6 @@ class Plan(Value):
     max_failed: float = 0.5
 
     def __post_init__(self) -> None:
-        slots = (
-            ("local", Local, "Gradient()"),
-            ("aggregator", Aggregator, "Mean()"),
-            ("optimizer", Optimizer, "sgd(0.1)"),
-            ("codec", Stage, "Identity()"),
-            ("pace", Pace, "Sync()"),
-            ("downlink", Stage, "Identity()"),
-        )
-        for slot, protocol, example in slots:
-            part = getattr(self, slot)
-            if isinstance(part, type) or not isinstance(part, protocol):
-                raise UsageError(
-                    f"The slot {slot} of the plan holds {part!r}.",
-                    f"a part with the methods of {protocol.__name__}.",
-                    "every slot of the formula is filled by one kind of part.",
-                    example,
-                )
         if not isinstance(self.max_failed, (int, float)) or not 0 <= self.max_failed <= 1:
             raise UsageError(
                 f"max_failed = {self.max_failed!r}.",
@@ -171,7 +154,7 @@ class Plan(Value):
                 repaired(self, max_failed=0.5),
             )
         object.__setattr__(self, "cohort", _sampler(self.cohort))
-        refuse(self)
+        check(self)
 
     @property
     def sampler(self) -> Sampler:
@@ -203,8 +186,8 @@ class Plan(Value):
 
     def _placed(self, engine: Engine) -> Plan:
         sizes = engine.population.sizes
-        weights = torch.ones_like(sizes) if getattr(self.aggregator, "weights", "") == "equal" else sizes
-        codec, downlink = self.codec.at(engine.layout, weights.sum()), self.downlink.at(engine.layout)
+        weights = torch.ones_like(sizes) if self.aggregator.weights == "equal" else sizes
+        codec, downlink = self.codec.bind(engine.layout, weights.sum()), self.downlink.bind(engine.layout)
         return dataclasses.replace(self, codec=codec, downlink=downlink)
 
     def memory(self, layout: Layout) -> dict[str, Tensor]:
@@ -361,9 +344,10 @@ def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
     state = tell(plan, state, key)
     cohort = opening(plan, state, engine.population, key)
     gathered = engine.gather(plan, state, cohort, key)
-    total = decode(plan, state, gathered)
-    total, server = settle(plan, total, state, key)
-    mean = finish(plan, total, cohort, engine.population)
+    total = decode_sums(plan, state, gathered)
+    info = round_info(state, engine, cohort, gathered.started)
+    total, server = server_update(plan, total, state, info, key)
+    mean = finalize(plan, total, info)
     after = descend(plan, state, mean, server, gathered.air)
     for ids, rows in gathered.memory:
         state.memory.put(ids, rows)
@@ -380,7 +364,7 @@ def tell(plan: Plan, state: State, key: Key) -> State:
     delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(theta.new_zeros(1, dtype=torch.int64))
     payload, side, _, _ = plan.downlink.encode(delta, {}, {}, key)
     length = int(plan.downlink.sizes(payload, side)[0])
-    known = state.sent.theta + arrived(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
+    known = state.sent.theta + roundtrip(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
     return dataclasses.replace(state, sent=state.sent.after(known, length))
 
 
@@ -391,7 +375,7 @@ def opening(plan: Plan, state: State, population: Population, key: Key) -> Cohor
     """Who starts as a round opens with nothing in the air; with something in it, traffic starts what is missing."""
     if state.air.flights:
         return _NOBODY
-    sampler: Sampler = enlarged(plan.sampler, plan.pace.asks)
+    sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
     return sampler(population, state.round, key.fold("cohort"))
 
 
@@ -405,7 +389,7 @@ def versions(state: State, air: Air) -> dict[int, Broadcast]:
     return kept
 
 
-def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
+def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
     """Σ_b s(b) · decode_b(partial_b): each birth's sum is decoded with its own key and discounted by its staleness.
 
     Where clients send their models, Σ wᵢ (θ_b − θᵢ) becomes Σ wᵢ (θ − θᵢ): the server has θ_b, and the weights' sum.
@@ -415,11 +399,13 @@ def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
         total = plan.aggregator.total(partial)
         if "update" in total.means:
             update = total.means["update"]
-            if plan.codec.decodes:
-                update = plan.codec.decode(update, state.key(birth).fold("codec"))  # the key that clients encoded with
-            if getattr(plan.local, "sends", "update") == "model":
+            if plan.codec.per_sum:
+                update = plan.codec.decode_sum(
+                    update, state.key(birth).fold("codec")
+                )  # the key that clients encoded with
+            if plan.local.sends == "model":
                 update = update + total.weight * since(state, birth)
-            factor = plan.pace.discount(state.round - birth)
+            factor = plan.pace.staleness_weight(state.round - birth)
             update = update if factor == 1 else update * factor
             total = total._replace(means={**total.means, "update": update})
         totals.append(total)
@@ -440,21 +426,27 @@ def sum_totals(totals: list[Total]) -> Total:
             {n: t + other.sums[n] for n, t in first.sums.items()},
             first.weight + other.weight,
             first.arrived + other.arrived,
-            {n: torch.maximum(t, other.largest[n]) for n, t in first.largest.items()},
+            {n: torch.maximum(t, other.counters[n]) for n, t in first.counters.items()},
+            {n: torch.cat((t, other.per_client[n])) for n, t in first.per_client.items() if n in other.per_client},
         )
     return first
 
 
-def settle(plan: Plan, total: Total, state: State, key: Key) -> tuple[Total, Shared]:
+def round_info(state: State, engine: Engine, cohort: Cohort, started: int) -> RoundInfo:
+    """The facts of a round for the server's half of the parts."""
+    return RoundInfo(state.round, engine.population, started, cohort.chance, entropy_of(engine))
+
+
+def server_update(plan: Plan, total: Total, state: State, info: RoundInfo, key: Key) -> tuple[Total, Shared]:
     """Once a round, on the exact total: the server's half of the codec, then of the local part."""
-    total, codec = plan.codec.settle(total, state.server["codec"], key.fold("settle codec"))
-    total, local = plan.local.settle(total, state.server["local"], key.fold("settle local"))
+    total, codec = plan.codec.server_update(total, state.server["codec"], info, key.fold("settle codec"))
+    total, local = plan.local.server_update(total, state.server["local"], info, key.fold("settle local"))
     return total, {"local": local, "codec": codec}
 
 
-def finish(plan: Plan, total: Total, cohort: Cohort, population: Population) -> Total:
-    """The round's mean; of what is summed, each row's share."""
-    mean = plan.aggregator.finish(total, cohort, population)
+def finalize(plan: Plan, total: Total, info: RoundInfo) -> Total:
+    """The aggregate of the round; every sum divided by the rows that it is about."""
+    mean = plan.aggregator.finalize(total, info)
     return mean._replace(sums=per_row(mean.sums))
 
 
@@ -466,7 +458,7 @@ def descend(plan: Plan, state: State, mean: Total, server: Shared, air: Air) -> 
         g = g if g.shape == model.theta.shape else g.expand_as(model.theta)
         theta, optimizer = plan.optimizer.update(model.theta, g, mean.sums, optimizer, state.round)
         buffers = mean.means["buffers"].to(model.buffers.dtype) if "buffers" in mean.means else model.buffers
-        model = Model(theta, buffers, {**model.counters, **mean.largest}, model.fixed)
+        model = Model(theta, buffers, {**model.counters, **mean.counters}, model.fixed)
     return State(state.round + 1, state.seed, model, optimizer, server, state.memory, air, flying, state.sent)
 
 
@@ -475,6 +467,23 @@ def per_row(sums: Tensors) -> dict[str, Tensor]:
     if "rows" not in sums:
         return {}
     return {n: t / sums["rows"].clamp(min=1) for n, t in sums.items() if n != "rows"}
+
+
+def _columns(arrived: Tensor, per_client: Tensors) -> dict[str, Tensor]:
+    """The aggregator's columns, one row per contribution; a client that the aggregator does not list has 0."""
+    columns = {n: t for n, t in per_client.items() if n != "id"}
+    if not columns:
+        return {}
+    ids, order = per_client["id"].to(arrived.device).sort(stable=True)
+    at = torch.searchsorted(ids, arrived).clamp(max=max(len(ids) - 1, 0))
+    out = {}
+    for name, column in columns.items():
+        values = column.to(arrived.device)
+        out[name] = values.new_zeros(len(arrived), *values.shape[1:])
+        if len(ids):
+            found = ids[at] == arrived
+            out[name][found] = values[order[at[found]]]
+    return out
 
 
 def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
@@ -491,7 +500,7 @@ def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
         gathered.failures,
         gathered.bytes_up,
         gathered.bytes_down,
-        clients={"id": gathered.arrived, **gathered.facts},
+        clients={"id": gathered.arrived, **gathered.facts, **_columns(gathered.arrived, mean.per_client)},
         late=gathered.late,
         flying=len(gathered.air.flights),
         now=gathered.now,

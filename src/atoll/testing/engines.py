@@ -18,8 +18,8 @@ from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.plan import Engine, Gathered, Plan, State, step
+from atoll.plan.protocols import Cohort
 from atoll.plan.sampler import Everyone, Uniform
-from atoll.plan.slots import Cohort
 from atoll.task import Task
 from atoll.testing.contract import copied, refused, require, same
 from atoll.testing.locals import clients, problem

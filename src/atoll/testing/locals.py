@@ -14,7 +14,7 @@ from atoll.data.rows import ArrayRows
 from atoll.layout import Layout
 from atoll.plan.aggregate import Mean
 from atoll.plan.lanes import Lanes
-from atoll.plan.slots import Broadcast, Contribution, Tensors, Total
+from atoll.plan.protocols import Broadcast, Contribution, Tensors, Total
 from atoll.rng import Key, global_scope
 from atoll.task import Task
 from atoll.testing.contract import check_value, lanes, leading, pure, require, row, same, same_names
@@ -65,10 +65,10 @@ def check_local(part: Any) -> None:
 
 def _chunks(part: Any, data: Clients) -> list[Tensor]:
     """Clients of one width, as an engine computes them together."""
-    widths = [part.width(n) for n in data.sizes.tolist()]
+    widths = [part.padded_batch(n) for n in data.sizes.tolist()]
     require(
         all(isinstance(w, int) and w >= 1 for w in widths),
-        f"{part!r}.width gave {widths}.",
+        f"{part!r}.padded_batch gave {widths}.",
         "a positive int for each size.",
         "it is how wide a client's batch is padded.",
     )
@@ -106,9 +106,9 @@ def _lanes(task: Task, data: Clients, ids: Tensor) -> Lanes:
 def _check_contribution(who: str, given: Contribution, sizes: Tensor, layout: Layout) -> None:
     k = len(sizes)
     require(isinstance(given, Contribution), f"{who} gave {given!r}.", "a Contribution.", "everything goes one way.")
-    for name in ("means", "sums", "facts"):
+    for name in ("means", "sums", "per_client"):
         leading(f"{who}: {name}", getattr(given, name), k)
-    leading(f"{who}: largest", given.largest, k, whole=True)
+    leading(f"{who}: counters", given.counters, k, whole=True)
     for name, length in (("update", layout.d), ("buffers", layout.b)):
         mean = given.means.get(name)
         require(
@@ -141,6 +141,6 @@ def _check_finite(who: str, tensors: Mapping[str, Tensor]) -> None:
 def _check_settle(part: Any, given: Contribution, server: Tensors) -> None:
     rule = Mean()
     total: Total = rule.total(rule.fold(rule.zero(), given))
-    settled, after = pure(f"{part!r}.settle", part.settle, total, server, Key(7).fold("settle"))
-    same_names(f"{part!r}.settle: server", server, after)
-    same_names(f"{part!r}.settle: means", total.means, settled.means)
+    settled, after = pure(f"{part!r}.server_update", part.server_update, total, server, Key(7).fold("settle"))
+    same_names(f"{part!r}.server_update: server", server, after)
+    same_names(f"{part!r}.server_update: means", total.means, settled.means)

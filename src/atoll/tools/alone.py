@@ -13,7 +13,7 @@ from atoll.fused import Heard
 from atoll.plan.flight import Flight
 from atoll.plan.lanes import Lanes
 from atoll.plan.plan import Plan, State, part_of
-from atoll.plan.slots import Contribution, Tensors
+from atoll.plan.protocols import Contribution, Tensors
 from atoll.rng import Key
 from atoll.task import Gradient, Model, Task
 from atoll.training import Rounds
@@ -88,7 +88,7 @@ def compute(training: Rounds, plan: Plan, state: State, flight: Flight, kept: Te
     payload, side, _, codec = plan.codec.encode(
         update, part_of(kept, "codec"), broadcast.shared["codec"], key.fold("codec").to(task.device)
     )
-    sent = plan.codec.decode(plan.codec.open(payload, side), round_key.fold("codec"))
+    sent = plan.codec.decode_sum(plan.codec.decode(payload, side), round_key.fold("codec"))
     bytes_ += int(plan.codec.sizes(payload, side)[0])
     return Given(contribution, sent[0], bytes_, {**after, **{f"codec/{n}": t for n, t in codec.items()}})
 

@@ -22,7 +22,7 @@ from atoll.engine.room import lanes_of
 from atoll.errors import UsageError
 from atoll.experiment import Experiment
 from atoll.plan.aggregate.exact import places
-from atoll.plan.codec import Cast, Codec, Eden, Feedback, Identity, Quantize, TopK
+from atoll.plan.codec import Cast, Codec, Eden, ErrorFeedback, Identity, Quantize, TopK
 from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan, Sent, State, opening
@@ -39,8 +39,8 @@ LADDER: tuple[Codec, ...] = (
     Eden(4),
     Eden(2),
     Eden(1),
-    Feedback(TopK(0.01) >> Quantize(8)),
-    Feedback(TopK(0.001) >> Quantize(8)),
+    ErrorFeedback(TopK(0.01) >> Quantize(8)),
+    ErrorFeedback(TopK(0.001) >> Quantize(8)),
 )
 
 
@@ -284,7 +284,7 @@ def predict(training: Rounds) -> Forecast:
         layout.d,
         flights,
         message(plan, layout),
-        getattr(plan.codec, "sealer", None) is None and isinstance(plan.local, (Gradient, Train)),
+        getattr(plan.codec, "compressor", None) is None and isinstance(plan.local, (Gradient, Train)),
         _memory(plan, state, engine, flights, lanes, rounds),
         lanes,
         links,
@@ -381,7 +381,7 @@ def _help(training: Rounds, flights: Flights) -> Help | None:
         return None
     if parts.waiting > max(parts.link, parts.compute):
         k = max(1, round(_mean(flights.started) / 10))
-        return None if training.plan.pace.flies_on else _tried(training, pace=Buffered(k))
+        return None if training.plan.pace.asynchronous else _tried(training, pace=Buffered(k))
     if parts.link <= parts.compute:
         return None
     mostly = "codec" if parts.upload >= parts.download else "downlink"
@@ -398,7 +398,7 @@ def _help(training: Rounds, flights: Flights) -> Help | None:
 
 def _for(slot: str, codec: Codec) -> Codec:
     """The codec as a slot takes it: what a downlink loses is in its next delta without a memory."""
-    return codec.codec if slot == "downlink" and isinstance(codec, Feedback) else codec
+    return codec.codec if slot == "downlink" and isinstance(codec, ErrorFeedback) else codec
 
 
 def _tried(training: Rounds, **slots: Any) -> Help | None:

@@ -26,8 +26,19 @@ from atoll.engine.arrivals import Flown, fly, message
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.plan.flight import Flight
 from atoll.plan.pace import Sync
-from atoll.plan.plan import Plan, State, decode, descend, finish, opening, settle, step, tell
-from atoll.plan.slots import Cohort
+from atoll.plan.plan import (
+    Plan,
+    State,
+    decode_sums,
+    descend,
+    finalize,
+    opening,
+    round_info,
+    server_update,
+    step,
+    tell,
+)
+from atoll.plan.protocols import Cohort
 from atoll.report.text import size
 from atoll.rng import Key
 from atoll.saved import unpack
@@ -256,7 +267,7 @@ def _check_asked(folder: Path, training: Rounds, rows: Mapping[int, Any], round:
     else:
         ended, listed = _ended(folder)
         # Who is late stands in no list, nor does who came after the thousandth.
-        unknown = round == last or listed.get(round, _TOLD) >= _TOLD or not training.plan.pace.flies_on
+        unknown = round == last or listed.get(round, _TOLD) >= _TOLD or not training.plan.pace.asynchronous
         there = unknown or client in ended.get(round, ())
     if not there:
         raise _was_not_there(folder, training, rows, round, client)
@@ -299,7 +310,7 @@ def _was_not_there(folder: Path, training: Rounds, rows: Mapping[int, Any], roun
         write = f"atoll replay {name} --round {nearest} --client {client}"
     else:
         write = f"atoll replay {name} --round {round} --client {here[0]}" if here else f"atoll show {name}"
-    flies = training.plan.pace.flies_on
+    flies = training.plan.pace.asynchronous
     return UsageError(
         f"Client {client} was not at work in round {round} of {name}."
         if not flies
@@ -376,8 +387,9 @@ def _whole(training: Rounds, opened: _Opened) -> _Whole:
         gathered = engine.gather(plan, state, cohort, key)
     except RunError as error:
         return _Whole(None, 0.0, "", f"the round could not be run: {error.given}")
-    total, server = settle(plan, decode(plan, state, gathered), state, key)
-    mean = finish(plan, total, cohort, engine.population)
+    info = round_info(state, engine, cohort, gathered.started)
+    total, server = server_update(plan, decode_sums(plan, state, gathered), state, info, key)
+    mean = finalize(plan, total, info)
     after = descend(plan, state, mean, server, gathered.air)
     return _Whole(mean.means.get("update"), float(total.weight), fingerprint(after.model.theta), "")
 
@@ -419,7 +431,7 @@ def _alone(
         length = float(torch.linalg.vector_norm(mean))
         cosine = float(update[0].double() @ mean) / (norm * length) if norm and length else None
         part = (1 if getattr(plan.aggregator, "weights", "examples") == "equal" else rows) / whole.weight
-        part *= plan.pace.discount(state.round - flight.birth)
+        part *= plan.pace.staleness_weight(state.round - flight.birth)
         share = part * float(sent.double() @ mean) / length**2 if length and plan.aggregator.linear else None
     return Replay(
         client=flight.client,
