@@ -20,14 +20,14 @@ from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Buffered, Sync
-from atoll.plan.part import Part
-from atoll.plan.plan import Plan, step
-from atoll.plan.protocols import Contribution, Pace
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Contribution, Local, Pace
+from atoll.plan.round import step
 from atoll.training import rounds
 
 
 @dataclass(frozen=True, repr=False)
-class Null(Part):
+class Null(Local):
     """A client that computes nothing: its update is nought."""
 
     def padded_batch(self, rows):

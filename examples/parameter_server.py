@@ -31,8 +31,8 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
-from atoll.plan.part import Part
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Local
 
 TIMES_S = (0.04, 0.04, 0.04, 0.2)  # a gradient of each worker
 FAST = 3
@@ -41,7 +41,7 @@ ROWS, FEATURES = 40_000, 8
 
 
 @dataclass(frozen=True, repr=False)
-class Paced(Part):
+class Paced(Local):
     """The gradient, on machines that take so long for it.
 
     Args:

@@ -23,14 +23,15 @@ from atoll.data.clients import Clients
 from atoll.engine.inprocess import InProcess, threads_for
 from atoll.engine.memory import Memory
 from atoll.errors import RunError
-from atoll.grammar import Value
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.aggregate.exact import LARGEST
 from atoll.plan.lanes import ROWS, Lanes
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.optimizer import sgd
-from atoll.plan.plan import Plan, State, step
-from atoll.plan.protocols import Broadcast, Cohort, Population
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Broadcast, Cohort, Local, Population, Sampler
+from atoll.plan.round import bind, step
+from atoll.plan.state import State
 from atoll.plan.stepper import OptimizerBase
 from atoll.rng import Key
 from atoll.schedule import NOTHING, Schedule, Tensors
@@ -125,7 +126,7 @@ class _Judged:
 
 
 @dataclass(frozen=True, repr=False)
-class _Only(Value):
+class _Only(Sampler):
     """One client, every round."""
 
     client: int
@@ -158,13 +159,13 @@ def _turns(chance: Tensor, rounds: int) -> Tensor:
     return (t + 1) * works // rounds > t * works // rounds
 
 
-def _seen(local: Any, rows: Tensor) -> Tensor:
+def _seen(local: Local, rows: Tensor) -> Tensor:
     """How many samples somebody with so many rows sees in one round at work."""
     if isinstance(local, Gradient):
         return rows if local.batch is None else rows.clamp(max=local.batch)
     if isinstance(local, Train) and local.steps is not None:
         return (local.steps_at(0) or 1) * (rows if local.batch is None else rows / (rows / local.batch).ceil())
-    return rows * (getattr(local, "epochs", None) or 1)
+    return local.examples_per_round(rows)
 
 
 @dataclass(frozen=True, repr=False)
@@ -196,7 +197,7 @@ def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
 
 def _train(training: Rounds, engine: InProcess, plan: Plan, turns: Tensor, client: int) -> tuple[State, int | None]:
     """One client's training, and the round in which it stopped being finite or raised; the state before it is kept."""
-    plan = replace(plan, cohort=_Only(client))
+    plan = bind(replace(plan, cohort=_Only(client)), engine)
     memory = Memory(plan.memory(training.task.layout))
     state = State.first(plan, training.task, training.settings.seed, memory, training.first)
     for t in turns.nonzero().squeeze(1).tolist():

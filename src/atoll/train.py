@@ -18,7 +18,8 @@ from atoll import runs
 from atoll.data.clients import Clients
 from atoll.engine.ranks import Ranks
 from atoll.errors import UsageError
-from atoll.plan.plan import Plan, Report
+from atoll.plan.plan import Plan
+from atoll.plan.round import Report
 from atoll.recorder import Recorder, Run, begun, judged_by, row_of
 from atoll.training import Rounds, Settings, judge, rounds
 
@@ -152,7 +153,7 @@ def _config(model: Any, data: Clients, plan: Plan, settings: Settings) -> str:
 def _asked(interrupt: _Interrupt, ranks: Ranks | None) -> bool:
     """Whether Ctrl-C was heard, at this rank or at another: all of them end after the same round."""
     if ranks is not None:
-        interrupt.asked = bool(ranks.largest([torch.tensor(int(interrupt.asked))])[0])
+        interrupt.asked = bool(ranks.all_reduce_max([torch.tensor(int(interrupt.asked))])[0])
     return interrupt.asked
 
 
@@ -192,6 +193,6 @@ def load(path: str | Path, model: Any = None, *, best: bool = False) -> nn.Modul
     file = folder / ("best.safetensors" if best else "model.safetensors")
     if not file.is_file():
         raise UsageError(f"{file} does not exist.", "a run that has ended.", write=f"atoll resume {folder.name}")
-    module = Experiment.read(folder / "config.toml").module() if model is None else model
+    module = Experiment.read(folder / "config.toml", old_names=True).module() if model is None else model
     module.load_state_dict(load_file(file))
     return module.eval()

@@ -38,8 +38,10 @@ from atoll.plan.codec import (
 )
 from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Pace, Sampler, Stage
+from atoll.plan.round import bind, step
+from atoll.plan.state import State
 from atoll.testing import check_aggregator, check_stage
 
 
@@ -66,7 +68,7 @@ class Halve(Codec):
     def decode(self, x, side):
         return x.to(torch.float32)
 
-    def server_update(self, total, server, key):
+    def server_update(self, total, server, info, key):
         return total, {"rounds": server["rounds"] + 1}
 
 
@@ -79,9 +81,9 @@ class Vote(Value):
     def zero(self):
         return Mean().zero()
 
-    def fold(self, partial, contribution):
+    def fold(self, partial, contribution, ids):
         signs = contribution.means["update"].sign()
-        return Mean().fold(partial, contribution._replace(means={**contribution.means, "update": signs}))
+        return Mean().fold(partial, contribution._replace(means={**contribution.means, "update": signs}), ids)
 
     def merge(self, a, b):
         return Mean().merge(a, b)
@@ -89,8 +91,8 @@ class Vote(Value):
     def total(self, partial):
         return Mean().total(partial)
 
-    def finalize(self, total, cohort, population):
-        mean = Mean().finalize(total, cohort, population)
+    def finalize(self, total, info):
+        mean = Mean().finalize(total, info)
         if "update" not in mean.means:
             return mean
         return mean._replace(means={**mean.means, "update": mean.means["update"].sign()})
@@ -240,9 +242,9 @@ def after(plan, engine, chunk, rounds=2):
     task = TASKS[body]
     running = make(task, DATA, chunk, FLEET)
     state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
-    flying = 0
+    bound, flying = bind(plan, running), 0
     for _ in range(rounds):
-        state, report = step(plan, state, running)
+        state, report = step(bound, state, running)
         assert flying + report.cohort == report.arrived + len(report.failures) + report.late + report.flying
         assert report.arrived == 0 or report.bytes_up > 0
         flying = report.flying

@@ -11,7 +11,7 @@ from atoll.engine.inprocess import InProcess
 from atoll.grammar import Value
 from atoll.plan import aggregate, codec, local, optimizer, pace, sampler
 from atoll.plan.codec.stage import Codec
-from atoll.plan.protocols import Cohort
+from atoll.plan.protocols import Aggregator, Cohort, Local, Optimizer, Pace, Sampler
 from atoll.schedule import constant, cosine, hold, plateau, warmup
 from atoll.testing import (
     Nonconformity,
@@ -184,7 +184,7 @@ def test_plans_are_values():
 
 
 @dataclass(repr=False)
-class Changeable(Value):
+class Changeable(Sampler):
     n: int = 3
     __hash__ = object.__hash__
 
@@ -193,7 +193,7 @@ class Changeable(Value):
 
 
 @dataclass(frozen=True)
-class Unread:
+class Unread(Sampler):
     """A part whose repr is no constructor."""
 
     n: int = 3
@@ -205,7 +205,7 @@ class Unread:
 
 
 @dataclass(frozen=True, repr=False)
-class Sampling(Value):
+class Sampling(Sampler):
     way: str
 
     def __call__(self, population, round, key):
@@ -239,7 +239,7 @@ class Falling(Value):
 
 
 @dataclass(frozen=True, repr=False)
-class Stepping(Value):
+class Stepping(Optimizer):
     way: str
 
     def init(self, theta):
@@ -295,7 +295,7 @@ class Coding(Codec):
                 return x[..., :-1]
         return x
 
-    def server_update(self, total, server, key):
+    def server_update(self, total, server, info, key):
         return total, {} if self.way == "forgets its server state" else server
 
 
@@ -309,7 +309,7 @@ class Squaring(Codec):
         return x.square()
 
 
-class Delegating(Value):
+class Delegating(Aggregator):
     """An aggregator that is `Mean` but for what a subclass changes."""
 
     linear = True
@@ -317,8 +317,8 @@ class Delegating(Value):
     def zero(self):
         return aggregate.Mean().zero()
 
-    def fold(self, partial, contribution):
-        return aggregate.Mean().fold(partial, contribution)
+    def fold(self, partial, contribution, ids):
+        return aggregate.Mean().fold(partial, contribution, ids)
 
     def merge(self, a, b):
         return aggregate.Mean().merge(a, b)
@@ -326,36 +326,36 @@ class Delegating(Value):
     def total(self, partial):
         return aggregate.Mean().total(partial)
 
-    def finalize(self, total, cohort, population):
-        return aggregate.Mean().finalize(total, cohort, population)
+    def finalize(self, total, info):
+        return aggregate.Mean().finalize(total, info)
 
 
 @dataclass(frozen=True, repr=False)
 class Adding(Delegating):
     way: str
 
-    def fold(self, partial, contribution):
+    def fold(self, partial, contribution, ids):
         update = contribution.means["update"]
         match self.way:
             case "by the largest of all":
                 contribution.means["update"] = update / update.abs().amax()
             case "signs":
                 return super().fold(
-                    partial, contribution._replace(means={**contribution.means, "update": update.sign()})
+                    partial, contribution._replace(means={**contribution.means, "update": update.sign()}), ids
                 )
-        return super().fold(partial, contribution)
+        return super().fold(partial, contribution, ids)
 
     def merge(self, a, b):
         return a if self.way == "drops" else super().merge(a, b)
 
-    def finalize(self, total, cohort, population):
+    def finalize(self, total, info):
         if self.way == "never empty":
             total = total._replace(means={**total.means, "update": total.means["update"] * 1.0})
-        return super().finalize(total, cohort, population)
+        return super().finalize(total, info)
 
 
 @dataclass(frozen=True, repr=False)
-class Computing(local.Part):
+class Computing(Local):
     way: str
 
     def padded_batch(self, rows):
@@ -394,7 +394,7 @@ class Dealing(partition.Partition):
 
 
 @dataclass(frozen=True, repr=False)
-class Waiting(Value):
+class Waiting(Pace):
     """A pace that is `Sync()`, or `Buffered(2)` where it refills, but for one thing."""
 
     way: str
@@ -447,7 +447,7 @@ class Waiting(Value):
 
 
 @dataclass(frozen=True, repr=False)
-class Counting(Value):
+class Counting(Pace):
     """A pace that keeps count of what it was asked."""
 
     asked: list = field(default_factory=list, compare=False)

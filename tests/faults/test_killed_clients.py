@@ -15,9 +15,10 @@ from atoll.errors import RunError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.part import Part
-from atoll.plan.plan import Plan, State, step
-from atoll.plan.protocols import Cohort
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort, Local
+from atoll.plan.round import step
+from atoll.plan.state import State
 
 SIZES = (9, 5, 9, 3, 9, 5, 9)
 
@@ -34,10 +35,10 @@ class Without:
 
 
 @dataclass(frozen=True, repr=False)
-class Sick(Part):
+class Sick(Local):
     """A local part that some clients do not survive: they raise, or give what is not finite."""
 
-    inner: Part
+    inner: Local
     who: frozenset[int]
     how: str
     since: int = 0

@@ -20,9 +20,8 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import Codec, Identity
 from atoll.plan.local import Gradient, Train
-from atoll.plan.part import Part
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Contribution
+from atoll.plan.protocols import Contribution, Ids, Local
 from atoll.rng import Key
 
 SIZES = (9, 5, 9, 3, 7)
@@ -92,7 +91,7 @@ class ErrorFeedback(Codec):
 
 
 @dataclass(frozen=True, repr=False)
-class Says(Part):
+class Says(Local):
     """Clients that say what they are told to, whole multiples of 1/64, and are not heard in some rounds."""
 
     lost: frozenset[tuple[int, int]] = frozenset()
@@ -149,8 +148,9 @@ def test_decoded_sum_of_encoded_is_the_sum(seed, clients, d, dtype, codec):
     weight = key.fold("weight").integers(clients, 1000) + 1
     encode = key.of(torch.arange(clients)).fold("codec")
     payload, side, _, _ = codec.encode(x, {}, {}, encode)
+    starts = Ids(torch.arange(clients), torch.zeros(clients, dtype=torch.int64))
     sums = [
-        mean.total(mean.fold(mean.zero(), Contribution({"update": rows}, {}, weight, {}, {}))).means["update"]
+        mean.total(mean.fold(mean.zero(), Contribution({"update": rows}, {}, weight, {}, {}), starts)).means["update"]
         for rows in (codec.decode(payload, side), x)
     ]
     assert torch.equal(codec.decode_sum(sums[0], key.fold("codec")), sums[1])

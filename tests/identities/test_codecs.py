@@ -22,6 +22,7 @@ from atoll.plan.codec.stage import Chain, Codec, Identity, flat_layout, roundtri
 from atoll.plan.codec.wire import MessageError
 from atoll.plan.protocols import Total
 from atoll.rng import Key
+from atoll.testing import round_info
 
 PARTS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, Entropy, ErrorFeedback, EF21)
 NAMES = {part.__name__: part for part in PARTS}
@@ -357,9 +358,9 @@ def test_a_shift_that_was_not_told_who_there_is_says_so():
     codec, layout, total_weight = EF21(TopK(0.1)), flat_layout(10), 3
     total = Total({"update": torch.zeros(10)}, {}, torch.tensor(1), torch.tensor(1), {})
     with pytest.raises(RunError, match="does not know how much all clients weigh") as caught:
-        codec.bind(layout).server_update(total, codec.server(layout), Key(0))
+        codec.bind(layout).server_update(total, codec.server(layout), round_info(), Key(0))
     assert caught.value.write == "codec.bind(layout, total_weight)"
-    codec.bind(layout, total_weight).server_update(total, codec.server(layout), Key(0))
+    codec.bind(layout, total_weight).server_update(total, codec.server(layout), round_info(), Key(0))
 
 
 @pytest.mark.parametrize("codec", [Entropy(), TopK(0.1) >> Entropy(), LowRank(1), ErrorFeedback(Eden(1))], ids=repr)

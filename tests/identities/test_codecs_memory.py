@@ -17,6 +17,7 @@ from atoll.plan.codec.sparse import RandomK, TopK
 from atoll.plan.codec.stage import Codec, Identity, flat_layout, roundtrip
 from atoll.plan.protocols import Total
 from atoll.rng import Key
+from atoll.testing import round_info
 
 INNER = [
     Identity(),
@@ -54,7 +55,7 @@ class Federation:
         weight = self.weights[ids].double()
         update = self.codec.decode_sum(weight @ opened.double(), key)
         total = Total({"update": update}, {}, weight.sum(), torch.tensor(len(ids)), {})
-        total, self.server = self.codec.server_update(total, self.server, key)
+        total, self.server = self.codec.server_update(total, self.server, round_info(), key)
         return self.codec.decode_sum(opened, key), total.means["update"] / weight.sum()
 
 

@@ -27,10 +27,12 @@ from atoll.engine.work import Haul, births, chunks, gathered, own_task
 from atoll.engine.worker import Setup, Told, plan_of, spoken, written
 from atoll.errors import UsageError
 from atoll.layout import Layout
-from atoll.plan.flight import Flight, Traffic
+from atoll.plan.in_flight import Flight, Traffic
 from atoll.plan.pace import Sync
-from atoll.plan.plan import Gathered, Plan, State
+from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Cohort, Population
+from atoll.plan.round import Gathered
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -98,6 +100,10 @@ class Dealer:
         """How the model lies in its vector."""
         return self.task.layout
 
+    def agree(self, value: bytes) -> bytes:
+        """The value of the first process of a training: this one."""
+        return value
+
     @property
     def pids(self) -> list[int]:
         """The process ids of the workers."""
@@ -132,7 +138,6 @@ class Dealer:
             RunError: the same error struck every client, more failed than the plan allows, or a worker cannot go on.
         """
         self._ready()
-        plan = plan.at(self)
         if self._plan is None or self._plan[0] is not plan:
             self._plan = plan, *_checked(plan)
         _, text, own = self._plan
@@ -209,7 +214,7 @@ class _Arrivals:
     ) -> None:
         self.engine, self.plan, self.text, self.state, self.now = engine, plan, text, state, now
         self._sending = Sending(state, engine.data.count)
-        self._traffic = Traffic(plan, state, engine.population, cohort)
+        self._traffic = Traffic(plan.pace, plan.sampler, state.seed, state.round, state.air, engine.population, cohort)
         self._kept = Pending(state.memory)
         self._tolds: dict[int, Told] = {}
         self._tell, self._haul = tell, Haul.none()
@@ -218,7 +223,7 @@ class _Arrivals:
     def fly(self) -> tuple[Flown, Haul]:
         """Start who is missing, take arrivals as they come, until the pace closes the round."""
         began, traffic, pace = time.perf_counter(), self._traffic, self.plan.pace
-        deadline = getattr(pace, "deadline_s", None)
+        deadline = pace.deadline_s
         self._adopt()
         self._start()
         waits = True
@@ -283,7 +288,7 @@ class _Arrivals:
 
     def _next(self, left: float | None) -> Catch | None:
         """The next arrival. Workers that stay at what nobody waits for are given up, or no one would be left."""
-        crew, deadline = self.engine._crew, getattr(self.plan.pace, "deadline_s", None)
+        crew, deadline = self.engine._crew, self.plan.pace.deadline_s
         if deadline is None:
             return crew.next(self.plan.aggregator, 1, left)
         crew.replace_stuck(deadline + _PATIENCE_S)
@@ -334,7 +339,7 @@ def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
     Raises:
         UsageError: it needs what workers do not have.
     """
-    if getattr(plan.pace, "partial", False):
+    if plan.pace.partial:
         raise UsageError(
             f"{plan.pace!r} with workers.",
             "a pace that hears those who have finished.",

@@ -22,10 +22,12 @@ from atoll.engine.work import Haul, Work, births, chunks, cut, gathered, own_tas
 from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.codec import Identity
-from atoll.plan.flight import Flight, waves
+from atoll.plan.in_flight import Flight, waves
 from atoll.plan.lanes import HOST
-from atoll.plan.plan import Gathered, Plan, State
+from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Cohort, Population, Tensors
+from atoll.plan.round import Gathered
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -70,7 +72,6 @@ class InProcess:
         Raises:
             RunError: the same error struck every client, or more failed than the plan allows.
         """
-        plan = plan.at(self)
         task = own_task(plan, self.task)
         up = 0 if self.fleet is None else message(plan, task.layout)
         flown = fly(plan, state, self.population, cohort, self.fleet, up)
@@ -86,6 +87,10 @@ class InProcess:
             with threads_for(task, cohort.ids.shape[0], plan):
                 haul = self._haul(work, flown.arrived, state.memory.first)
         return gathered(plan, state, flown, haul, self.room)
+
+    def agree(self, value: bytes) -> bytes:
+        """The value of the first process of a training: this one."""
+        return value
 
     def _tries(self, task: Task, many: int) -> bool:
         """Whether the size of chunks is this engine's to choose, and there are clients enough for it to matter."""

@@ -21,13 +21,12 @@ from atoll.engine.arrivals import message
 from atoll.engine.ranks import Ranks, together
 from atoll.engine.work import Haul, Work, births
 from atoll.known import tell
-from atoll.plan.aggregate.mean import Mean, Partial, Sum
+from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
 from atoll.plan.codec import Identity
-from atoll.plan.flight import Flight
+from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import ROWS
 from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Contribution
 from atoll.task import Task
 
 _STRETCH = 1 << 20  # numbers that go together: fewer wait sooner, more cost less each
@@ -50,8 +49,8 @@ def data_parallel(plan: Plan) -> bool:
 
 
 def _weights(plan: Plan, rows: Tensor) -> Tensor:
-    """What the gradients of clients with so many rows are added with."""
-    return plan.aggregator.lift(Contribution({}, {}, rows, {}, {}))  # type: ignore[attr-defined, no-any-return]
+    """The weights of clients with these numbers of rows."""
+    return torch.ones_like(rows) if plan.aggregator.weights == "equal" else rows
 
 
 @dataclass
@@ -141,7 +140,7 @@ class Overlap:
         self._sent, self._before = [], None
         # A mean is weighted on its way, by parts of one, and need not be divided again.
         rule, held = work.plan.aggregator, _weights(work.plan, work.data.sizes[codes % work.data.count])
-        self._all = int(held.sum()) if getattr(rule, "over", "") == "arrived" else 1
+        self._all = int(held.sum()) if (rule.over == "arrived" and not rule.forms_sum) else 1
         with together():
             try:
                 for at in range(len(mine)):
@@ -191,7 +190,7 @@ class Overlap:
         sums = {n: {0: table[:, i].double().sum()[None]} for i, n in enumerate(_SUMS)}
         means = {"update": {0: self.flat}}
         weight = _weights(work.plan, held).sum() if self._all == 1 else torch.tensor(1)
-        partial = Partial(means, sums, {}, weight, torch.tensor(len(ids)))
+        partial = PartialSum(means, sums, {}, weight, torch.tensor(len(ids)))
         facts = {
             "loss": (table[:, 0] / table[:, 1].clamp(min=1)).to(ids.device),
             "rows": held,

@@ -24,11 +24,12 @@ from atoll.engine.overlap import Overlap
 from atoll.engine.ranks import Ranks, command
 from atoll.engine.work import Haul, Work
 from atoll.errors import AtollError, RunError, UsageError
-from atoll.plan.aggregate.mean import Partial
-from atoll.plan.flight import Flight
+from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import HOST
-from atoll.plan.plan import Failure, Gathered, Plan, Report, State
-from atoll.plan.protocols import Cohort, Tensors
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Aggregator, Cohort, Partial, Tensors
+from atoll.plan.round import Failure, Gathered, Report
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -55,7 +56,12 @@ class Torchrun(InProcess):
             RunError: as for `InProcess`, at every rank alike; or a rank is gone.
         """
         refuse_pace(plan)
+        refuse_partial(plan)
         return super().gather(plan, state, cohort, key)
+
+    def agree(self, value: bytes) -> bytes:
+        """The value of rank 0, at every rank."""
+        return self.ranks.told(value)
 
     def _haul(self, work: Work, arrived: list[Flight], first: Tensors, scale: float = 1.0) -> Haul:
         trouble = None
@@ -68,7 +74,7 @@ class Torchrun(InProcess):
             super()._haul(work, arrived, first, scale)
         except (AtollError, MemoryError) as error:
             trouble = error  # the others are waiting: they hear of it, and all of them stop
-        return merged(self.ranks, work.haul, first, trouble, self.task.device)
+        return merged(self.ranks, work.plan.aggregator, work.haul, first, trouble, self.task.device)
 
     @cached_property
     def _overlap(self) -> Overlap:
@@ -110,6 +116,22 @@ def refuse_pace(plan: Plan) -> None:
         )
 
 
+def refuse_partial(plan: Plan) -> None:
+    """Refuse an aggregator whose partial cannot be reduced over processes.
+
+    Raises:
+        UsageError: names the aggregator and its partial.
+    """
+    partial = plan.aggregator.zero()
+    if not isinstance(partial, Partial):
+        raise UsageError(
+            f"{plan.aggregator!r} on the engine torchrun: its partial is a {type(partial).__name__}.",
+            "a partial with `tensors`, `of` and `reduce`, as atoll.plan.protocols.Partial declares them.",
+            "each rank has a part of the aggregate, and `reduce` combines them.",
+            "--engine inprocess",
+        )
+
+
 def alike(ranks: Ranks, identity: Mapping[str, Any]) -> None:
     """Refuse ranks that would not compute the same training.
 
@@ -148,25 +170,30 @@ def agreed(ranks: Ranks, report: Report) -> Report:
 
 
 def merged(
-    ranks: Ranks, haul: Haul, first: Tensors, trouble: Exception | None = None, device: torch.device = HOST
+    ranks: Ranks,
+    rule: Aggregator,
+    haul: Haul,
+    first: Tensors,
+    trouble: Exception | None = None,
+    device: torch.device = HOST,
 ) -> Haul:
     """What all ranks have, at each of them.
 
     Args:
         ranks: who tell each other.
+        rule: the aggregator of the plan.
         haul: what this rank has.
         first: what one client keeps at first: the shape of a row.
         trouble: why this rank cannot go on.
-        device: where sums lie.
+        device: the device of sums.
     Raises:
         RunError: some rank cannot go on.
     """
-    parts = _parts(haul.partials)
     ids, rows = _kept(haul)
     told: dict[str, Any] = {
         "trouble": _said(trouble),
         "failures": [tuple(f) for f in haul.failures],
-        "parts": [[*name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in parts.items()],
+        "births": sorted(haul.partials),
         "rows": {n: list(t.shape) for n, t in rows.items()},
     }
     names = set.intersection(*(set(f) for f in haul.facts)) if haul.facts else set()
@@ -178,7 +205,7 @@ def merged(
     _raise([s["trouble"] for s in said])
     came = [h for h in heard if len(h["arrived"])]
     return Haul(
-        _added(ranks, parts, [s["parts"] for s in said], device),
+        _reduced(ranks, rule, haul.partials, {birth for s in said for birth in s["births"]}, device),
         [Failure(*f) for s in said for f in s["failures"]],
         haul.errors,
         [h["arrived"] for h in came],
@@ -187,50 +214,17 @@ def merged(
     )
 
 
-def _parts(partials: Mapping[int, Any]) -> dict[tuple[int, str, str, int], Tensor]:
-    """The tensors of some partial sums by birth, kind, name and place."""
-    out: dict[tuple[int, str, str, int], Tensor] = {}
-    for birth, partial in partials.items():
-        if not isinstance(partial, Partial):
-            raise UsageError(
-                f"A partial sum that is a {type(partial).__name__}, on the engine torchrun.",
-                "atoll.plan.aggregate.mean.Partial.",
-                "ranks add up digit by digit, and know no other sum.",
-                "Mean()",
-            )
-        out[birth, "weight", "", 0], out[birth, "arrived", "", 0] = partial.weight, partial.arrived
-        for kind, table in (("means", partial.means), ("sums", partial.sums)):
-            out |= {(birth, kind, n, place): t for n, digits in table.items() for place, t in digits.items()}
-        out |= {(birth, "largest", n, 0): t for n, t in partial.counters.items()}
-    return out
-
-
-def _added(
-    ranks: Ranks, mine: Mapping[tuple[int, str, str, int], Tensor], said: list[list[Any]], device: torch.device
+def _reduced(
+    ranks: Ranks, rule: Aggregator, mine: Mapping[int, Any], births: set[int], device: torch.device
 ) -> dict[int, Any]:
-    """The partial sum of all ranks, for each birth: a place that a rank has not is nought there."""
-    specs = {(b, kind, n, place): (dtype, shape) for part in said for b, kind, n, place, dtype, shape in part}
-    out: dict[int, Any] = {birth: Partial() for birth, *_ in sorted(specs)}
-    for largest in (False, True):
-        names = [name for name in sorted(specs) if (name[1] == "largest") is largest]
-        tensors = [_or_nothing(mine.get(name), *specs[name], largest, device) for name in names]
-        added = ranks.largest(tensors) if largest else ranks.add(tensors)
-        for (birth, kind, n, place), tensor in zip(names, added, strict=True):
-            if kind in ("weight", "arrived"):
-                setattr(out[birth], kind, tensor)
-            elif kind == "largest":
-                out[birth].counters[n] = tensor
-            else:
-                getattr(out[birth], kind).setdefault(n, {})[place] = tensor
+    """The aggregate of all ranks, for each model version. Every rank calls `reduce` for every version."""
+    out = {}
+    for birth in sorted(births):
+        partial = (mine[birth] if birth in mine else rule.zero()).reduce(ranks)
+        if device != HOST:  # a rank without clients has a partial on the host
+            partial = partial.of({n: t.to(device) if t.dim() else t for n, t in partial.tensors().items()})
+        out[birth] = partial
     return out
-
-
-def _or_nothing(tensor: Tensor | None, dtype: str, shape: list[int], largest: bool, device: torch.device) -> Tensor:
-    """A tensor, or what changes no sum and no maximum where this rank has none."""
-    if tensor is not None:
-        return tensor
-    type_ = getattr(torch, dtype)
-    return torch.full(shape, torch.iinfo(type_).min if largest else 0, dtype=type_, device=device if shape else HOST)
 
 
 def _kept(haul: Haul) -> tuple[Tensor, dict[str, Tensor]]:

@@ -25,10 +25,13 @@ from atoll.errors import AtollError, RunError
 from atoll.known import forget
 from atoll.plan.aggregate.exact import LARGEST, bounded
 from atoll.plan.codec import Identity
-from atoll.plan.flight import Flight
+from atoll.plan.conflicts import check_contribution, check_partials
+from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import HOST, Lanes
-from atoll.plan.plan import Failure, Gathered, Plan, State, part_of
-from atoll.plan.protocols import Aggregator, Broadcast, Contribution
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Aggregator, Broadcast, Contribution, Ids, Tensors
+from atoll.plan.round import Failure, Gathered
+from atoll.plan.state import State, part_of
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -72,7 +75,7 @@ class Haul(NamedTuple):
         """Add what other work came to, in place."""
         for birth, partial in other.partials.items():
             mine = self.partials.get(birth)
-            self.partials[birth] = partial if mine is None else rule.merge(mine, partial)
+            self.partials[birth] = partial if mine is None else _merged(rule, mine, partial)
         self.failures.extend(other.failures)
         self.errors.extend(other.errors)
         self.arrived.extend(other.arrived)
@@ -80,10 +83,16 @@ class Haul(NamedTuple):
         self.memory.extend(other.memory)
 
 
+def _merged(rule: Aggregator, a: Any, b: Any) -> Any:
+    """The partial of both."""
+    check_partials(rule, a, b)
+    return rule.merge(a, b)
+
+
 def own_task(plan: Plan, task: Task) -> Task:
     """The task in the body that a local part asks for, where it asks for one of its own."""
-    own = getattr(plan.local, "numerics", task.numerics)
-    return task if own == task.numerics else replace(task, numerics=own)
+    own = plan.local.numerics
+    return task if own is None or own == task.numerics else replace(task, numerics=own)
 
 
 def births(flights: list[Flight], clients: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -148,7 +157,7 @@ class Work:
     """Work under way: what has been computed so far.
 
     Args:
-        plan: told where it works, `plan.at(engine)`.
+        plan: the algorithm, bound to the engine.
         task: in the body that computes, `own_task`.
         data: all clients.
         start: what the clients of a birth were told, and their key.
@@ -172,6 +181,7 @@ class Work:
         self.plan, self.task, self.data, self.start, self.kept, self.now = plan, task, data, start, kept, now
         self.cut, self.room = cut, room or Room()
         self.far = task.device != HOST
+        self._compared = False
         self.haul = Haul.none()
         self._wave: list[tuple[Tensor, Mapping[str, Tensor]]] = []
 
@@ -223,7 +233,7 @@ class Work:
                 return ()
             return slice(half), slice(half, None)
         try:
-            self._check(birth, ids, down, contribution, memory, sizes)
+            self._check(birth, Ids(ids, codes // self.data.count), down, contribution, memory, sizes)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -233,13 +243,14 @@ class Work:
     def _check(
         self,
         birth: int,
-        ids: Tensor,
+        starts: Ids,
         down: Tensor,
         contribution: Contribution,
         memory: Mapping[str, Tensor],
         sizes: Tensor,
     ) -> None:
         """Accept what is finite of a chunk."""
+        ids = starts.client
         many = ids.shape[0]
         good = None
         for name, rows in (*contribution.means.items(), *contribution.sums.items()):
@@ -255,19 +266,20 @@ class Work:
         facts = {**contribution.per_client, "rows": contribution.weight, "bytes_up": sizes, "bytes_down": down}
         if self.plan.pace.asynchronous:
             facts["staleness"] = torch.full_like(ids, self.now - birth)
-        self._accept(birth, ids, good, contribution._replace(per_client=facts), memory)
+        self._accept(birth, starts, good, contribution._replace(per_client=facts), memory)
 
     def _accept(
-        self, birth: int, ids: Tensor, good: Tensor | None, contribution: Contribution, memory: Mapping[str, Tensor]
+        self, birth: int, starts: Ids, good: Tensor | None, contribution: Contribution, memory: Mapping[str, Tensor]
     ) -> None:
         if good is not None:
-            ids, memory = ids[good], {n: t[good] for n, t in memory.items()}
+            starts, memory = Ids(starts.client[good], starts.repeat[good]), {n: t[good] for n, t in memory.items()}
             picked = (
                 {n: t[good] for n, t in part.items()}
                 for part in (contribution.means, contribution.sums, contribution.counters, contribution.per_client)
             )
             means, sums, largest, facts = picked
             contribution = Contribution(means, sums, contribution.weight[good], largest, facts)
+        ids = starts.client
         if not ids.shape[0]:
             return
         if self.far:  # sums are taken where they were computed; what is told of single clients comes to the host
@@ -276,7 +288,8 @@ class Work:
             memory = {n: t.to(HOST) for n, t in memory.items()}
             contribution = contribution._replace(sums=sums, weight=contribution.weight.to(HOST), per_client=facts)
         rule, partials = self.plan.aggregator, self.haul.partials
-        partials[birth] = rule.fold(partials.get(birth) or rule.zero(), contribution)
+        partial = partials.get(birth)
+        partials[birth] = rule.fold(rule.zero() if partial is None else partial, contribution, starts)
         self.haul.arrived.append(ids)
         self.haul.facts.append(contribution.per_client)
         if memory:
@@ -305,11 +318,13 @@ class Work:
         rest = rest_of(contribution)
         update = contribution.means.get("update")
         if update is None:
+            self._compare(contribution, {}, ids, birth)
             return contribution, memory, torch.full(ids.shape, rest)
         payload, side, sums, codec = self.plan.codec.encode(
             update, part_of(kept, "codec"), broadcast.shared["codec"], self._key(key.fold("codec"))
         )
         memory |= {f"codec/{n}": t for n, t in codec.items()}
+        self._compare(contribution, sums, ids, birth)
         if sums:
             contribution = contribution._replace(sums={**contribution.sums, **sums})
             rest = rest_of(contribution)
@@ -318,6 +333,12 @@ class Work:
             forget(opened["update"])
         sizes = self.plan.codec.sizes(payload, side)
         return contribution._replace(means=opened), memory, (sizes.to(HOST) if self.far else sizes) + rest
+
+    def _compare(self, contribution: Contribution, sums: Tensors, ids: Tensor, birth: int) -> None:
+        """Compare the first contribution with the declarations of the local part and the codec."""
+        if not self._compared:
+            check_contribution(self.plan, self.task, contribution, sums, int(ids[0]), birth)
+            self._compared = True
 
     def _key(self, key: Key) -> Key:
         """A key whose draws meet what was computed."""

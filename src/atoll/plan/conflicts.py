@@ -9,7 +9,7 @@ Tests: tests/surface/test_contract.py, tests/faults/test_bad_input.py
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,16 +17,21 @@ from atoll.errors import UsageError
 from atoll.plan import protocols
 from atoll.plan.codec.stage import flat_layout
 from atoll.plan.protocols import (
+    OPEN,
     Aggregator,
     Conflict,
+    Contribution,
+    Declared,
     Local,
     Optimizer,
     Pace,
     Sampler,
     Slots,
     Stage,
+    Tensors,
     default,
 )
+from atoll.task import Task
 
 # slot: its protocol, the class to inherit, a part that fills the slot
 SLOTS: dict[str, tuple[type, str, str]] = {
@@ -111,7 +116,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return callable(value)
     origin = get_origin(hint)
     if origin is Literal:
-        return any(value is a or (type(value) is type(a) and value == a) for a in get_args(hint))
+        return any(type(value) is type(a) and bool(value == a) for a in get_args(hint))
     if origin in (Union, types.UnionType):
         return any(_fits(value, a) for a in get_args(hint))
     if hint is float:
@@ -120,7 +125,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin is tuple:
         return isinstance(value, tuple)
-    return isinstance(value, hint) if isinstance(hint, type) else True
+    return bool(isinstance(value, hint)) if isinstance(hint, type) else True
 
 
 def _named(hint: Any) -> str:
@@ -215,3 +220,74 @@ def _sends(slots: Slots) -> Iterator[Conflict]:
     if codec.averages_all_clients:
         required, why = "a codec whose server keeps no updates.", "the kept updates are relative to an older θ."
         yield Conflict(f"{local!r} with {codec!r}.", required, why, _stateless(codec))
+
+
+def undeclared(declared: Mapping[str, Declared], means: Tensors, sums: Tensors) -> tuple[str, str]:
+    """The first name of a contribution that differs from its declaration, and the difference; empty if there is none.
+
+    Args:
+        declared: by name; `"*"` admits further names.
+        means: `[K, m]` by name.
+        sums: `[K]` or `[K, s]` by name.
+    Example:
+        >>> import torch
+        >>> undeclared({"update": Declared(3, torch.float32, "mean")}, {"update": torch.zeros(2, 4)}, {})
+        ('update', 'it has length 4, and the declared length is 3')
+    """
+    free = declared.get(OPEN)
+    for kind, given in (("mean", means), ("sum", sums)):
+        for name, tensor in given.items():
+            known = declared.get(name, free if free is not None and free.kind == kind else None)
+            length = tensor[0].numel() if len(tensor) else 0
+            if known is None:
+                return name, f"no {kind} of this name is declared"
+            if known.kind != kind:
+                return name, f"it is a {kind}, and a {known.kind} is declared"
+            if len(tensor) and length != known.length:
+                return name, f"it has length {length}, and the declared length is {known.length}"
+    for name in declared:
+        if name != OPEN and name not in means and name not in sums:
+            return name, "it is declared, and the contribution lacks it"
+    return "", ""
+
+
+def check_contribution(
+    slots: Slots, task: Task, contribution: Contribution, sums: Tensors, client: int, round: int
+) -> None:
+    """Refuse a contribution with names or lengths that its local part or its codec does not declare.
+
+    Args:
+        slots: the plan, its codec bound.
+        task: the task of the run.
+        contribution: of some clients, before the codec adds its sums.
+        sums: the sums that the codec adds.
+        client, round: the first of the clients, and the round in which it started, for the error.
+    Raises:
+        UsageError: names the part, the name, the client and the round.
+    """
+    codec = {n: d for n, d in slots.codec.declare(task.layout).items() if n != "update"}
+    for part, declared, means, added in (
+        (slots.local, slots.local.declare(task), contribution.means, contribution.sums),
+        (slots.codec, codec, {}, sums),
+    ):
+        name, difference = undeclared(declared, means, added)
+        if name:
+            raise UsageError(
+                f"{part!r}, client {client}, round {round}, {name}: {difference}.",
+                f"the names and lengths that {type(part).__name__}.declare gives.",
+                "the server adds contributions by name.",
+            )
+
+
+def check_partials(rule: Aggregator, a: object, b: object) -> None:
+    """Refuse to merge partials of two kinds.
+
+    Raises:
+        UsageError: names the aggregator and both kinds.
+    """
+    if type(a) is not type(b):
+        raise UsageError(
+            f"{rule!r} has a partial of type {type(a).__name__} and one of type {type(b).__name__}.",
+            "one type of partial for `zero`, `fold`, `merge` and `reduce`.",
+            "partials of two kinds have no common aggregate.",
+        )

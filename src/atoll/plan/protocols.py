@@ -277,7 +277,8 @@ class Local(Protocol):
         18
     """
 
-    __repr__ = _text
+    def __repr__(self) -> str:
+        return _text(self)
 
     @abstractmethod
     def contribute(
@@ -384,12 +385,11 @@ class Stage(Protocol):
     each model version if `per_sum`, and `server_update` on the total of the round.
     """
 
-    __repr__ = _text
+    def __repr__(self) -> str:
+        return _text(self)
 
     @abstractmethod
-    def encode(
-        self, x: Tensor, memory: Tensors, shared: Tensors, key: Key
-    ) -> tuple[Tensor, Tensors, Tensors, Tensors]:
+    def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> tuple[Tensor, Tensors, Tensors, Tensors]:
         """(payload `[K, …]`, side tensors `[K, …]`, sums `[K]` or `[K, s]`, memory after) for updates x `[K, d]`."""
 
     @default
@@ -536,7 +536,8 @@ class Partial(Protocol):
 class Aggregator(Protocol):
     """The combination of contributions. `fold` and `merge` are associative and commutative to the bit."""
 
-    __repr__ = _text
+    def __repr__(self) -> str:
+        return _text(self)
 
     @abstractmethod
     def zero(self) -> Any:
@@ -597,7 +598,8 @@ class Aggregator(Protocol):
 class Sampler(Protocol):
     """The selection of the clients of a round."""
 
-    __repr__ = _text
+    def __repr__(self) -> str:
+        return _text(self)
 
     @abstractmethod
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
@@ -621,7 +623,8 @@ class Sampler(Protocol):
 class Pace(Protocol):
     """The decision when a round closes. It is a pure function of an `Open` round."""
 
-    __repr__ = _text
+    def __repr__(self) -> str:
+        return _text(self)
 
     @abstractmethod
     def should_close(self, open: Open) -> bool:
@@ -680,7 +683,8 @@ class Stepper(Protocol):
 class Optimizer(Protocol):
     """A rule for steps down. `atoll.plan.stepper.OptimizerBase` also steps in place: inherit it to train clients."""
 
-    __repr__ = _text
+    def __repr__(self) -> str:
+        return _text(self)
 
     @abstractmethod
     def init(self, theta: Tensor) -> Tensors:

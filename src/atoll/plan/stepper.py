@@ -29,7 +29,7 @@ from torch import Tensor
 
 from atoll.errors import UsageError
 from atoll.fields import check
-from atoll.grammar import constructor
+from atoll.plan.protocols import Optimizer
 from atoll.schedule import NOTHING, Schedule, as_schedule, constant
 from atoll.shelf import empty
 
@@ -45,18 +45,19 @@ _LR = "lr."
 BLOCK = 1 << 17
 
 
-class OptimizerBase:
-    """What every optimizer is: a value, its slots of state, and a rule; final classes derive from it."""
+class OptimizerBase(Optimizer):
+    """The base of optimizers that step in place: a value with slots of state and a rule.
+
+    A rule is `apply`, or a class of `torch.optim` in `_torch`.
+    """
 
     lr: float | Schedule
+    trains_clients = True
 
     def __post_init__(self) -> None:
         check(self)
         if isinstance(self.lr, constant):
             object.__setattr__(self, "lr", self.lr.lr)  # one value, one text
-
-    def __repr__(self) -> str:
-        return constructor(self)
 
     @property
     def schedule(self) -> Schedule:
@@ -130,10 +131,6 @@ class OptimizerBase:
             lr: learning rate; `lr_at(round, …)` of the round.
         """
         return Stepper(self, theta, state, lr)
-
-    def is_plain_sgd(self) -> bool:
-        """Whether a step is θ ← θ − lr·g and nothing else, so that it may be part of the backward pass."""
-        return False
 
     # What a rule says of itself: the class of `torch.optim` that has it, and the state that starts at zero.
     _torch: ClassVar[type[torch.optim.Optimizer] | None] = None

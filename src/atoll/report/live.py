@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from atoll.plan.plan import Report
+from atoll.plan.round import Report
 from atoll.report.text import better, client_name, duration, number, plain, size, spread, whole, word
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def columns(training: Rounds) -> tuple[Column, ...]:
 def _of_time(training: Rounds) -> Iterator[Column]:
     """The columns of a run in which somebody may be late, flies on, or which has a clock."""
     pace = training.plan.pace
-    if not pace.asynchronous and (pace.cohort_size(1000) > 1000 or getattr(pace, "deadline_s", None) is not None):
+    if not pace.asynchronous and (pace.cohort_size(1000) > 1000 or pace.deadline_s is not None):
         yield Column("late", "late", 4, 48)
     if pace.asynchronous:
         yield Column("flying", "flying", 6, 44)

@@ -13,12 +13,14 @@ import torch
 
 from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean
-from atoll.plan.flight import Traffic
+from atoll.plan.in_flight import Traffic
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd
-from atoll.plan.plan import Plan, State, opening
+from atoll.plan.plan import Plan
 from atoll.plan.protocols import Pace, Population, Sampler
+from atoll.plan.round import opening
 from atoll.plan.sampler import Everyone, Uniform
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Model
 from atoll.testing.contract import check_value, pure, require
@@ -44,13 +46,14 @@ class _Seen:
 def check_pace(part: Any) -> None:
     """The contract of a pace.
 
-    All answers are functions of what is asked. asks(n) is n or more, and wants(asks(n)) = n. discount(0) = 1, and
+    All answers are functions of the question. cohort_size(n) is n or more, and required(cohort_size(n)) = n.
+    staleness_weight(0) = 1, and
     what is later counts no more, and never less than 0. Who has started more often may not start sooner; a round that
     closes would also close with one more arrival, or later; none closes as it opens. And no round waits for ever: with
     everyone arriving, in any order, each comes to an end that somebody contributed to.
 
     Args:
-        part: a pace: `cohort_size`, `required`, `may_start`, `should_close`, `staleness_weight`, and the flags `asynchronous` and `replaces_arrivals`.
+        part: a pace, as `atoll.plan.protocols.Pace` declares it.
     Raises:
         Nonconformity: it breaks the contract.
     Example:
@@ -59,8 +62,7 @@ def check_pace(part: Any) -> None:
     """
     check_value(part)
     who = repr(part)
-    for flag in ("asynchronous", "replaces_arrivals"):
-        given = getattr(part, flag, None)
+    for flag, given in (("asynchronous", part.asynchronous), ("replaces_arrivals", part.replaces_arrivals)):
         require(isinstance(given, bool), f"{who}.{flag} is {given!r}.", "True or False.", "traffic is ruled by it.")
     _check_counts(who, part)
     _check_discount(who, part)
@@ -87,19 +89,20 @@ def _check_counts(who: str, part: Pace) -> None:
         back = _asked(who, part.required, m)
         require(
             isinstance(back, int) and back == n and part.cohort_size(n) == m,
-            f"{who}.required({m}) is {back!r}, where asks({n}) was {m}.",
+            f"{who}.required({m}) is {back!r}, where cohort_size({n}) was {m}.",
             f"{n}, each time.",
             "who is asked is told by one, and how many are waited for by the other.",
         )
 
 
 def _check_discount(who: str, part: Pace) -> None:
-    factors = [_asked(who, part.staleness_weight, s) for s in range(64)] + [part.staleness_weight(10**6)]
+    weight = part.staleness_weight
+    factors = [_asked(who, weight, s) for s in range(64)] + [weight(10**6)]
     good = all(isinstance(f, float) and math.isfinite(f) and f >= 0 for f in factors) and factors[0] == 1
     falls = good and all(b <= a for a, b in pairwise(factors))
     require(
-        falls and [part.staleness_weight(s) for s in reversed(range(64))] == factors[63::-1],
-        f"{who}.staleness_weight gave {', '.join(f'{f}' for f in factors[:4])}, … for 0, 1, 2, 3, … rounds of lateness.",
+        falls and [weight(s) for s in reversed(range(64))] == factors[63::-1],
+        f"{who}.staleness_weight gave {', '.join(map(str, factors[:4]))}, … for 0, 1, 2, 3, … rounds of lateness.",
         "floats from 1 for what is not late, never rising, never below 0.",
         "a late update may shrink the step; it never turns it round or enlarges it.",
     )
@@ -119,9 +122,8 @@ def _check_closing(who: str, part: Pace) -> None:
     key, times = Key(7).fold("pace"), (0.0, 1.0, 59.5, 1e4, 1e9)
     for wanted in (1, 2, 5, 40):
         ages = tuple((key.fold(wanted).uniform(wanted + 3) * 6).floor().long().tolist())
-        table = [
-            [_asked(who, part.should_close, _Seen(wanted, n, t, ages[:n])) for n in range(wanted + 4)] for t in times
-        ]
+        seen = [[_Seen(wanted, n, t, ages[:n]) for n in range(wanted + 4)] for t in times]
+        table = [[_asked(who, part.should_close, each) for each in row] for row in seen]
         require(
             all(isinstance(c, bool) for row in table for c in row),
             f"{who}.should_close.",
@@ -146,11 +148,9 @@ def _check_closing(who: str, part: Pace) -> None:
 def _check_end(who: str, part: Pace) -> None:
     """Play rounds in which everyone arrives: the first to start first, the last to start first, or as a key says."""
     needed = 1
-    while (
-        part.replaces_arrivals
-        and needed <= _MOST
-        and not part.should_close(_Seen(5, needed, 0.0, (0,) * min(needed, 99)))
-    ):
+    while part.replaces_arrivals and needed <= _MOST:
+        if part.should_close(_Seen(5, needed, 0.0, (0,) * min(needed, 99))):
+            break
         needed *= 2
     require(
         needed <= _MOST,
@@ -174,7 +174,8 @@ def _play(who: str, part: Pace, sampler: Sampler, order: str) -> None:
     state = State(0, 7, Model(none, none, {}, {}), {}, {}, Memory({}))
     for t in range(_ROUNDS):
         state = dataclasses.replace(state, round=t)
-        traffic = Traffic(plan, state, population, opening(plan, state, population, state.key()))
+        cohort = opening(plan, state, population, state.key())
+        traffic = Traffic(part, sampler, state.seed, t, state.air, population, cohort)
         flying = [*state.air.flights, *traffic.fill()]
         waits = True
         while waits and flying:

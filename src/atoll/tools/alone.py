@@ -10,10 +10,11 @@ from torch import Tensor
 
 from atoll.engine.work import rest_of
 from atoll.fused import Heard
-from atoll.plan.flight import Flight
+from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import Lanes
-from atoll.plan.plan import Plan, State, part_of
+from atoll.plan.plan import Plan
 from atoll.plan.protocols import Contribution, Tensors
+from atoll.plan.state import State, part_of
 from atoll.rng import Key
 from atoll.task import Gradient, Model, Task
 from atoll.training import Rounds
@@ -70,7 +71,7 @@ def compute(training: Rounds, plan: Plan, state: State, flight: Flight, kept: Te
         losses: takes the mean loss of each step.
     """
     data = training.data
-    own = getattr(plan.local, "numerics", training.task.numerics)
+    own = plan.local.numerics or training.task.numerics
     task = _Watched.of(replace(training.task, numerics=own), losses)
     ids = torch.tensor([flight.client])
     lanes = _Steps(data, ids, task.layout.dtype, flight.share, task.device, losses)

@@ -24,11 +24,11 @@ from atoll import runs
 from atoll.digest import fingerprint
 from atoll.engine.arrivals import Flown, fly, message
 from atoll.errors import AtollError, RunError, UsageError
-from atoll.plan.flight import Flight
+from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
-from atoll.plan.plan import (
-    Plan,
-    State,
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort
+from atoll.plan.round import (
     decode_sums,
     descend,
     finalize,
@@ -38,7 +38,7 @@ from atoll.plan.plan import (
     step,
     tell,
 )
-from atoll.plan.protocols import Cohort
+from atoll.plan.state import State
 from atoll.report.text import size
 from atoll.rng import Key
 from atoll.saved import unpack
@@ -184,6 +184,7 @@ def replay(
         training = training_in(folder, trust=trust)
     else:
         same_data(folder, training)
+    _refuse_entropy(training.plan, folder.resolve().name)
     rows = {row["round"]: row for row in runs.read_rows(folder / "metrics.jsonl") if "round" in row}
     _check_asked(folder, training, rows, round, client)
     start = _checkpoint(folder, training, round)
@@ -210,6 +211,18 @@ def replay(
     })  # fmt: skip
 
 
+def _refuse_entropy(plan: Plan, run: str) -> None:
+    """Refuse a plan with a part that draws noise which no seed determines."""
+    for part in (plan.local, plan.codec, plan.aggregator):
+        if part.uses_entropy:
+            raise UsageError(
+                f"A replay of {run}, whose plan has {part!r}.",
+                "a plan in which every draw comes from the seed.",
+                "this part released noise from the operating system, and released noise is not drawn twice.",
+                f"atoll show {run}",
+            )
+
+
 class _Opened(NamedTuple):
     """A round as it is about to be computed, and what came of its flights."""
 
@@ -222,7 +235,7 @@ class _Opened(NamedTuple):
 def _open(training: Rounds) -> _Opened:
     """What `step` and the engine do before they compute."""
     engine, state = here(training), training.state
-    plan, key = training.plan.at(engine), state.key()
+    plan, key = training.plan, state.key()
     state = tell(plan, state, key)
     cohort = opening(plan, state, engine.population, key)
     up = 0 if engine.fleet is None else message(plan, training.task.layout)
@@ -430,7 +443,7 @@ def _alone(
         mean = whole.mean.double()
         length = float(torch.linalg.vector_norm(mean))
         cosine = float(update[0].double() @ mean) / (norm * length) if norm and length else None
-        part = (1 if getattr(plan.aggregator, "weights", "examples") == "equal" else rows) / whole.weight
+        part = (1 if plan.aggregator.weights == "equal" else rows) / whole.weight
         part *= plan.pace.staleness_weight(state.round - flight.birth)
         share = part * float(sent.double() @ mean) / length**2 if length and plan.aggregator.linear else None
     return Replay(

@@ -30,7 +30,7 @@ from atoll.errors import RunError, UsageError
 from atoll.layout import Entry, Layout
 from atoll.plan.codec import wire
 from atoll.plan.codec.wire import Field, Form
-from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Stage, Tensors, Total
+from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Stage, Tensors, Total, default
 from atoll.rng import Key
 
 T = TypeVar("T")
@@ -67,7 +67,6 @@ class Codec(Stage):
     Every method works on the last axis of `[K, d]`, one row per client.
     """
 
-    packs = False  # the payload is packed: no other stage can compute with its numbers
     compresses = False  # the stage works on the bytes of the whole message, not on numbers
     binding: Binding | None = None
 
@@ -84,6 +83,11 @@ class Codec(Stage):
         before = before or Declared(layout.d, layout.dtype, "mean")
         object.__setattr__(bound, "binding", Binding(layout, weight, before))
         return bound
+
+    @default
+    def packs(self) -> bool:
+        """Whether the payload is packed, so that no other stage can compute with its numbers."""
+        return False
 
     @property
     def layout(self) -> Layout:
@@ -118,6 +122,11 @@ class Codec(Stage):
             why = f"the message itself does not carry the {fact}."
             raise RunError(f"{self!r} has no {fact}.", f"a call of {write}.", why, write)
         return value
+
+    @default
+    def parts(self) -> tuple[Codec, ...]:
+        """The codecs that this one contains, in the order in which a client runs them."""
+        return ()
 
     def contraction(self) -> Codec:
         """This codec if E|x − C(x)|² < |x|² for every x, as error feedback needs it; else the nearest one like it."""
