@@ -4,7 +4,7 @@
         [--model 784,1024,1024,1024,10] [--batch 64]           # --model 10: convolutions, 10 classes
 
 The same model, the same rows in every step, plain SGD, gloo, one thread a rank; the ways take turns, some steps each.
-A step of DDP is `zero_grad`, forward, backward, `step`; one of atoll is `atoll.plan.plan.step`, report included.
+A step of DDP is `zero_grad`, forward, backward, `step`; one of atoll is `atoll.plan.round.step`, report included.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from atoll.data import arrays
 from atoll.engine.memory import Memory
 from atoll.engine.ranks import Ranks
 from atoll.engine.torchrun import TorchrunEngine
-from atoll.plan.plan import State, step
+from atoll.plan.round import step
+from atoll.plan.state import State
 from atoll.recipes import distributed_gd
 from atoll.rng import Key
 from atoll.shelf import Shelf, lent_from

@@ -21,7 +21,8 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Buffered, Sync
 from atoll.plan.part import Part
-from atoll.plan.plan import Plan, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import step
 from atoll.plan.slots import Contribution, Pace
 from atoll.training import rounds
 

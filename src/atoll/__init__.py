@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from atoll.errors import AtollError, RunError, UsageError
     from atoll.experiment import Experiment
     from atoll.loss import Metric
-    from atoll.plan.plan import Plan, Report, State, step
+    from atoll.plan.plan import Plan
+    from atoll.plan.round import Report, step
+    from atoll.plan.state import State
     from atoll.recorder import Run
     from atoll.rng import Key
     from atoll.task import Task
@@ -68,7 +70,9 @@ _MODULES = {"data", "models", "recipes"}
 _WHERE = {
     "atoll.errors": ("AtollError", "RunError", "UsageError"),
     "atoll.experiment": ("Experiment",),
-    "atoll.plan.plan": ("Plan", "Report", "State", "step"),
+    "atoll.plan.plan": ("Plan",),
+    "atoll.plan.round": ("Report", "step"),
+    "atoll.plan.state": ("State",),
     "atoll.recorder": ("Run",),
     "atoll.rng": ("Key",),
     "atoll.loss": ("Metric",),

@@ -29,8 +29,10 @@ from atoll.plan.aggregate.exact import LARGEST
 from atoll.plan.lanes import ROWS, Lanes
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.optimizer import sgd
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, step
 from atoll.plan.slots import Broadcast, Cohort, Population
+from atoll.plan.state import State
 from atoll.plan.stepper import Optimizer
 from atoll.rng import Key
 from atoll.schedule import NOTHING, Schedule, Tensors
@@ -196,7 +198,7 @@ def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
 
 def _train(training: Rounds, engine: InProcessEngine, plan: Plan, turns: Tensor, client: int) -> tuple[State, int | None]:
     """One client's training, and the round in which it stopped being finite or raised; the state before it is kept."""
-    plan = replace(plan, cohort=_Only(client))
+    plan = bind(replace(plan, cohort=_Only(client)), engine)
     memory = Memory(plan.memory(training.task.layout))
     state = State.first(plan, training.task, training.settings.seed, memory, training.first)
     for t in turns.nonzero().squeeze(1).tolist():

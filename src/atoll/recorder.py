@@ -15,7 +15,7 @@ from atoll import runs
 from atoll.engine.ranks import job, restarts
 from atoll.errors import RunError, UsageError
 from atoll.plan import stop as stops
-from atoll.plan.plan import Failure, Report, Trip
+from atoll.plan.round import Failure, Report, Trip
 from atoll.saved import pack, share, unpack
 from atoll.task import Model
 from atoll.training import Rounds, identity, start_from

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from atoll.engine.ranks import Ranks
 from atoll.plan import stop as stops
-from atoll.plan.flight import Air, Flight
-from atoll.plan.plan import Sent, State
+from atoll.plan.in_flight import Air, Flight
 from atoll.plan.slots import Broadcast, Shared
+from atoll.plan.state import Sent, State
 from atoll.task import Model
 
 if TYPE_CHECKING:

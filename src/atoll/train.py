@@ -18,7 +18,8 @@ from atoll import runs
 from atoll.data.clients import Clients
 from atoll.engine.ranks import Ranks
 from atoll.errors import UsageError
-from atoll.plan.plan import Plan, Report
+from atoll.plan.plan import Plan
+from atoll.plan.round import Report
 from atoll.recorder import Recorder, Run, begun, judged_by, row_of
 from atoll.training import Rounds, Settings, judge, rounds
 

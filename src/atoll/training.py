@@ -34,11 +34,13 @@ from atoll.loss import Metric, PerExample
 from atoll.plan import stop as stops
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
-from atoll.plan.flight import Air
+from atoll.plan.in_flight import Air
 from atoll.plan.lanes import HOST
 from atoll.plan.local import Evaluate, Gradient, Train
-from atoll.plan.plan import Plan, Report, State, opening, per_row, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import Report, bind, opening, per_row, step
 from atoll.plan.sampler import Everyone
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.saved import share
 from atoll.shelf import Shelf, lent_from
@@ -131,7 +133,7 @@ class Settings:
 class Rounds:
     """A training that is gone through round by round: `for report in atoll.rounds(model, data, plan): ...`.
 
-    Each step is `atoll.plan.plan.step`. Between two rounds everything is open: `state`, `model`, `evaluate()`.
+    Each step is `atoll.plan.round.step`. Between two rounds everything is open: `state`, `model`, `evaluate()`.
     """
 
     def __init__(self, model: Any, data: Clients, plan: Plan, settings: Settings) -> None:
@@ -144,7 +146,7 @@ class Rounds:
         device = _device(settings)
         check_precision(settings.precision, settings.dtype, settings.numerics, device)
         task = replace(Task.of(module, loss, metrics, dtype), precision=settings.precision).on(device)
-        self.data, self.plan, self.settings = data, plan, settings
+        self.data, self.settings = data, settings
         self.fleet = settings.fleet if isinstance(settings.fleet, Fleet) else None
         self.ranks: Ranks | None = None
         if settings.engine == "torchrun":
@@ -162,9 +164,9 @@ class Rounds:
         start = None if settings.init is None else start_from(settings.init, self.task)
         self.state = State.first(plan, self.task, settings.seed, self.memory, start)
         opening(plan, self.state, self.engine.population, self.state.key())  # what cannot be drawn is refused now
-        here, layout = plan.at(self.engine), self.task.layout
+        self.plan = plan = bind(plan, self.engine)
         if isinstance(self.engine, InProcessEngine):
-            check_clock(here, self.fleet, self.engine.population, self.state.model, layout, settings.seed)
+            check_clock(plan, self.fleet, self.engine.population, self.state.model, self.task.layout, settings.seed)
         self.first = self.state.model  # where the training began; the loop body writes into the module itself
         self.rules = (stops.Rounds(settings.rounds), stops.Diverged(), settings.stop)
         if isinstance(plan.local, (Gradient, Train)) and isinstance(plan.codec, Identity):

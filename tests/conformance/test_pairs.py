@@ -38,8 +38,10 @@ from atoll.plan.codec import (
 )
 from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, step
 from atoll.plan.slots import Aggregator, Pace, Sampler, Stage
+from atoll.plan.state import State
 from atoll.testing import check_aggregator, check_stage
 
 
@@ -240,9 +242,9 @@ def after(plan, engine, chunk, rounds=2):
     task = TASKS[body]
     running = make(task, DATA, chunk, FLEET)
     state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
-    flying = 0
+    bound, flying = bind(plan, running), 0
     for _ in range(rounds):
-        state, report = step(plan, state, running)
+        state, report = step(bound, state, running)
         assert flying + report.cohort == report.arrived + len(report.failures) + report.late + report.flying
         assert report.arrived == 0 or report.bytes_up > 0
         flying = report.flying

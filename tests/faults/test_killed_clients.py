@@ -16,8 +16,10 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.part import Part
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import step
 from atoll.plan.slots import Cohort
+from atoll.plan.state import State
 
 SIZES = (9, 5, 9, 3, 9, 5, 9)
 

@@ -20,7 +20,9 @@ from atoll.plan.codec import Feedback, Quantize, Shift, TopK
 from atoll.plan.local import Custom, Train
 from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge, polynomial
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, step
+from atoll.plan.state import State
 from atoll.saved import pack, unpack
 from atoll.schedule import cosine
 
@@ -97,7 +99,7 @@ def test_models_of_a_buffer_are_mixed_by_rows(k):
 def test_without_a_discount_alpha_1_is_the_model_that_came_last():
     plan = recipes.fedasync(0.05, epochs=3, batch=None, alpha=1.0, staleness=polynomial(0))
     engine = engine_of()
-    state = State.first(plan, engine.task, 0, Memory({}))
+    plan, state = bind(plan, engine), State.first(plan, engine.task, 0, Memory({}))
     for _ in range(15):
         births = {f.client: state.versions[f.birth] for f in state.air.flights}
         before = state.broadcast
@@ -123,7 +125,7 @@ def test_a_model_is_what_a_client_made_of_the_one_it_knew(pace):
     part = Train(rules.sgd(0.05), steps=2, sends="model")
     plan = Plan(part, Mean(), pace=pace, downlink=TopK(0.5))
     engine = engine_of()
-    state = State.first(plan, engine.task, 0, Memory({}))
+    plan, state = bind(plan, engine), State.first(plan, engine.task, 0, Memory({}))
     apart = 0.0
     for _ in range(8):
         births = {f.client: state.versions[f.birth].model.theta for f in state.air.flights}
@@ -142,6 +144,7 @@ def test_a_model_is_what_a_client_made_of_the_one_it_knew(pace):
 def test_a_run_of_models_that_is_resumed_in_flight_ends_in_the_same_bits(codec):
     plan = replace(recipes.fedasync(0.05, batch=3, cohort=3), codec=codec, downlink=TopK(0.5))
     engine = engine_of(fleet=Fleet(HalfNormal(), dropout=0.1))
+    plan = bind(plan, engine)
     state, _ = run(plan, engine, 9)
     saved, kept = pack(state), state.memory.take(torch.arange(len(SIZES)))
     fresh = State.first(plan, engine.task, 0, Memory(plan.memory(engine.task.layout)))

@@ -20,13 +20,15 @@ from atoll.grammar import parse
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Feedback, Quantize, TopK
-from atoll.plan.flight import Flight, waves
+from atoll.plan.in_flight import Flight, waves
 from atoll.plan.local import Gradient, Train
 from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge, polynomial
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, step
 from atoll.plan.sampler import Everyone, Uniform, Weighted
 from atoll.plan.slots import Cohort
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.saved import pack, unpack
 
@@ -201,6 +203,7 @@ def test_chunks_change_no_bit_and_no_event(pace, body):
 def test_a_state_put_down_in_flight_flies_on_the_same(pace, cohort):
     plan = Plan(KEEPING, Mean(), rules.sgd(0.5), cohort, Feedback(TopK(0.5)), pace, Quantize(8), max_failed=1)
     engine = engine_of(FLEETS[1])
+    plan = bind(plan, engine)
     state, _ = run(plan, engine, 4)
     saved = {n: t.clone() for n, t in pack(state).items()}
     kept = state.memory.take(torch.arange(len(SIZES)))
@@ -293,7 +296,7 @@ def test_the_downlink_tells_what_it_says():
     engine = engine_of()
     state, _ = run(plan, engine, 1)
     known, theta = state.sent.theta, state.model.theta
-    after, _ = step(plan, state, engine)
+    after, _ = step(bind(plan, engine), state, engine)
     moved = after.sent.theta - known
     assert int((moved != 0).sum()) == 1  # a quarter of four
     largest = (theta - known).abs().argmax()
@@ -317,13 +320,14 @@ def test_who_missed_rounds_is_sent_what_is_missing_or_the_whole():
     data = regression(sizes, features=199)
     engine = InProcessEngine(task_of(seeded(nn.Linear, 199, 1), data), data)
     plan = Plan(Gradient(), Mean(), rules.sgd(0.001), cohort=10, downlink=TopK(0.1))
+    plan = bind(plan, engine)
     state, known, deltas = first(plan, engine), {}, []
     whole = state.model.theta.numel() * 8
     for t in range(12):
         state, report = step(plan, state, engine)
         if t:
-            payload, side, _, _ = plan.at(engine).downlink.encode(state.sent.theta[None], {}, {}, Key(0))
-            deltas.append(int(plan.at(engine).downlink.sizes(payload, side)[0]))
+            payload, side, _, _ = plan.downlink.encode(state.sent.theta[None], {}, {}, Key(0))
+            deltas.append(int(plan.downlink.sizes(payload, side)[0]))
         for client, down in zip(report.clients["id"].tolist(), report.clients["bytes_down"].tolist(), strict=True):
             missing = sum(deltas[known[client] :]) if client in known else whole
             assert down == min(whole, missing)

@@ -20,7 +20,8 @@ from atoll.plan.codec import Identity, Quantize
 from atoll.plan.local import Gradient, Train
 from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync
-from atoll.plan.plan import Plan, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import step
 from atoll.schedule import Schedule, constant, cosine, exponential, hold, inverse, plateau, polynomial, warmup
 from atoll.schedule import step as stairs
 

@@ -15,7 +15,8 @@ from atoll.engine.probe import choose
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Evaluate, Gradient, Train
-from atoll.plan.plan import Plan, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import step
 from atoll.plan.slots import Cohort
 from atoll.task import Task
 

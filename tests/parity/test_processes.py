@@ -32,7 +32,9 @@ from atoll.plan.codec import Feedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.pace import Bounded, Buffered, Sync, polynomial
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import step
+from atoll.plan.state import State
 from atoll.testing import check_engine
 
 SIZES = (9, 9, 7, 4, 4, 3, 2, 1)

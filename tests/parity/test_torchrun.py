@@ -19,7 +19,7 @@ from atoll.engine.ranks import Ranks
 from atoll.engine.torchrun import agreed, alike
 from atoll.errors import RunError, UsageError
 from atoll.plan.pace import Bounded, Buffered
-from atoll.plan.plan import Report
+from atoll.plan.round import Report
 
 ROOT = Path(__file__).parents[2]
 RANKS = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}

@@ -26,7 +26,9 @@ from atoll.plan.codec import Codec, Entropy, Feedback, Identity, Quantize, Shift
 from atoll.plan.local import Gradient
 from atoll.plan.optimizer import sgd
 from atoll.plan.part import Part
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, step
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.schedule import Schedule, inverse
 
@@ -50,6 +52,7 @@ class Bowls:
     ) -> list[float]:
         """|θ − θ*|/|θ₀ − θ*| after so many rounds, θ₀ = 0."""
         plan = Plan(Lossy(lost) if lost else Gradient(), Mean(), sgd(lr), cohort=cohort, codec=codec, max_failed=1.0)
+        plan = bind(plan, self.engine)
         task, out, failed, asked = self.engine.task, [], 0, 0
         state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
         for r in range(1, max(rounds) + 1):

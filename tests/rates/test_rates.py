@@ -22,8 +22,10 @@ from atoll.engine.memory import Memory
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, step
 from atoll.plan.slots import Cohort
+from atoll.plan.state import State
 from atoll.schedule import inverse
 
 
@@ -45,7 +47,7 @@ def engine_of(data, body="lanes"):
 
 def path(plan, engine, rounds, start=None):
     """θ before the first round and after each."""
-    model = engine.task.initial()
+    plan, model = bind(plan, engine), engine.task.initial()
     model = model if start is None else model._replace(theta=torch.tensor(start, dtype=torch.float64))
     state = State.first(plan, engine.task, 0, Memory(plan.memory(engine.task.layout)), model)
     out = [state.model.theta]

@@ -20,7 +20,7 @@ from atoll.cli import main
 from atoll.cli.app import app
 from atoll.cli.spoken import as_flags
 from atoll.errors import AtollError
-from atoll.plan.plan import step
+from atoll.plan.round import step
 
 
 def base(**told):

@@ -140,7 +140,7 @@ def test_a_forecast_changes_nothing():
 
 def test_rounds_that_are_not_flown_are_like_the_others():
     it = training(Plan(Gradient(), Mean(), sgd(0.1), cohort=4, pace=Buffered(2)), SLOW, rounds=400)
-    plan = it.plan.at(it.engine)
+    plan = it.plan
     whole = predict(it)
     assert len(whole.flights.up) == 400
     part = flown(plan, it.state, it.engine, 400, most=300)

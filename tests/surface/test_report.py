@@ -17,7 +17,7 @@ from atoll import recipes
 from atoll.data import IID, Clients
 from atoll.data.clients import offsets_of
 from atoll.data.rows import ArrayRows
-from atoll.plan.plan import Failure, Report
+from atoll.plan.round import Failure, Report
 from atoll.report import LiveTable, canvas, draw
 from atoll.report.federation import MOST_COUNTED, MOST_DRAWN, look
 from atoll.report.live import Best, columns, that_fit, without_terminal

@@ -9,9 +9,11 @@ from torch import nn
 
 from atoll import recipes
 from atoll.engine.inprocess import InProcessEngine
-from atoll.plan.flight import Air
+from atoll.plan.in_flight import Air
 from atoll.plan.local import Evaluate
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import step
+from atoll.plan.state import State
 
 # Recipes whose usual steps are many or small; the others run as they come.
 ARGUMENTS = {"gd": {"lr": 0.05}, "sgd": {"batch": 16}, "diloco": {"lr": 0.05, "steps": 5}}

@@ -12,10 +12,12 @@ from atoll.engine.clock import Clock
 from atoll.engine.fleet import Fleet
 from atoll.errors import RunError, UsageError
 from atoll.layout import Layout
-from atoll.plan.flight import Air, Flight, Traffic
+from atoll.plan.in_flight import Air, Flight, Traffic
 from atoll.plan.pace import Sync
-from atoll.plan.plan import Plan, State, Trip
+from atoll.plan.plan import Plan
+from atoll.plan.round import Trip
 from atoll.plan.slots import Cohort, Population
+from atoll.plan.state import State
 from atoll.task import Model
 
 _FATES = {"arrive": "arrived", "drop": "dropped", "cancel": "late"}
@@ -131,8 +133,8 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
     if fleet is None and plan.pace == _PLAIN:
         return _at_once(state, cohort, sending)
     clock = clock_of(state, population, fleet or _STEPS)
-    always = fleet is None or fleet.availability == 1.0
-    traffic = Traffic(plan, state, population, cohort, None if always else lambda i: not clock.available(i))
+    away = None if fleet is None or fleet.availability == 1.0 else lambda i: not clock.available(i)
+    traffic = Traffic(plan.pace, plan.sampler, state.seed, state.round, state.air, population, cohort, away)
     began, births, started, total = clock.now, dict[int, int](), 0, 0
     each = traffic.down = sending.each
     work = plan.local.work(state.round) if hasattr(plan.local, "work") else 1.0
@@ -169,8 +171,8 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
         if refills and waits:
             start()
     late = traffic.late()
+    births |= {flight.number: flight.birth for flight in late}
     for flight in late:
-        births[flight.number] = flight.birth
         clock.cancel(flight.number)
     ended = clock.trips()
     trips = () if fleet is None else tuple(Trip(*t[:2], births[t.number], *t[2:-1], _FATES[t.fate]) for t in ended)

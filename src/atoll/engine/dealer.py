@@ -28,10 +28,12 @@ from atoll.engine.work import Haul, births, chunks, gathered, own_task
 from atoll.engine.worker import Setup, Told, plan_of, spoken, written
 from atoll.errors import UsageError
 from atoll.layout import Layout
-from atoll.plan.flight import Flight, Traffic
+from atoll.plan.in_flight import Flight, Traffic
 from atoll.plan.pace import Sync
-from atoll.plan.plan import Gathered, Plan, State
+from atoll.plan.plan import Plan
+from atoll.plan.round import Gathered
 from atoll.plan.slots import Broadcast, Cohort, Population
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -143,7 +145,6 @@ class Dealer(Engine):
             RunError: the same error struck every client, more failed than the plan allows, or a worker cannot go on.
         """
         self._ready()
-        plan = plan.at(self)
         if self._plan is None or self._plan[0] is not plan:
             self._plan = plan, *_checked(plan)
         _, text, own = self._plan
@@ -220,7 +221,7 @@ class _Arrivals:
     ) -> None:
         self.engine, self.plan, self.text, self.state, self.now = engine, plan, text, state, now
         self._sending = Sending(state, engine.data.count)
-        self._traffic = Traffic(plan, state, engine.population, cohort)
+        self._traffic = Traffic(plan.pace, plan.sampler, state.seed, state.round, state.air, engine.population, cohort)
         self._kept = Pending(state.memory)
         self._tolds: dict[int, Told] = {}
         self._tell, self._haul = tell, Haul.none()

@@ -23,10 +23,12 @@ from atoll.engine.work import Haul, Work, births, chunks, cut, gathered, own_tas
 from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.codec import Identity
-from atoll.plan.flight import Flight, waves
+from atoll.plan.in_flight import Flight, waves
 from atoll.plan.lanes import HOST
-from atoll.plan.plan import Gathered, Plan, State
+from atoll.plan.plan import Plan
+from atoll.plan.round import Gathered
 from atoll.plan.slots import Broadcast, Cohort, Population, Tensors
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -89,7 +91,6 @@ class InProcessEngine(Engine):
         Raises:
             RunError: the same error struck every client, or more failed than the plan allows.
         """
-        plan = plan.at(self)
         task = own_task(plan, self.task)
         up = 0 if self.fleet is None else message(plan, task.layout)
         flown = fly(plan, state, self.population, cohort, self.fleet, up)

@@ -23,7 +23,7 @@ from atoll.engine.work import Haul, Work, births
 from atoll.known import tell
 from atoll.plan.aggregate.mean import Mean, Partial, Sum
 from atoll.plan.codec import Identity
-from atoll.plan.flight import Flight
+from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import ROWS
 from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan

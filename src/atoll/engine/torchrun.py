@@ -25,10 +25,12 @@ from atoll.engine.ranks import Ranks, job, restarts
 from atoll.engine.work import Haul, Work
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.plan.aggregate.mean import Partial
-from atoll.plan.flight import Flight
+from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import HOST
-from atoll.plan.plan import Failure, Gathered, Plan, State
+from atoll.plan.plan import Plan
+from atoll.plan.round import Failure, Gathered
 from atoll.plan.slots import Cohort, Tensors
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
 

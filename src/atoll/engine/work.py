@@ -25,10 +25,12 @@ from atoll.errors import AtollError, RunError
 from atoll.known import forget
 from atoll.plan.aggregate.exact import LARGEST, bounded
 from atoll.plan.codec import Identity
-from atoll.plan.flight import Flight
+from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import HOST, Lanes
-from atoll.plan.plan import Failure, Gathered, Plan, State, part_of
+from atoll.plan.plan import Plan
+from atoll.plan.round import Failure, Gathered
 from atoll.plan.slots import Aggregator, Broadcast, Contribution
+from atoll.plan.state import State, part_of
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -148,7 +150,7 @@ class Work:
     """Work under way: what has been computed so far.
 
     Args:
-        plan: told where it works, `plan.at(engine)`.
+        plan: the algorithm, bound to the engine.
         task: in the body that computes, `own_task`.
         data: all clients.
         start: what the clients of a birth were told, and their key.

@@ -31,8 +31,10 @@ from atoll.names import load
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.plan.lanes import HOST
 from atoll.plan.names import PARTS
-from atoll.plan.plan import Failure, Plan, part_of
+from atoll.plan.plan import Plan
+from atoll.plan.round import Failure, bind
 from atoll.plan.slots import Aggregator, Broadcast
+from atoll.plan.state import part_of
 from atoll.rng import Key
 from atoll.shelf import Shelf, lent_from
 from atoll.task import Model, Task
@@ -217,6 +219,7 @@ class Worker:
         self._device = found(setup.device)
         self._engine = InProcessEngine(task.on(self._device), nearby(data, self._device))
         self._tasks: dict[str, Task] = {}
+        self._plans: dict[tuple[str, tuple[tuple[str, str], ...]], Plan] = {}
         self._told: dict[int, tuple[Told, Broadcast]] = {}
         self._group: _Group | None = None
         self._shelf = Shelf()
@@ -251,7 +254,7 @@ class Worker:
     def _work(self, run: Run) -> Work:
         if self._group is None or self._group.number != run.group:
             told, broadcast = self._told[run.told]
-            plan = plan_of(told.plan, tuple(told.own.items())).at(self._engine)
+            plan = self._plan(told.plan, tuple(told.own.items()))
             task = own_task(plan, self._engine.task)
             task = self._tasks.setdefault(task.numerics, task)
             key = Key(int(told.seed), tuple(told.path))
@@ -260,6 +263,12 @@ class Worker:
             work = Work(plan, task, self._engine.data, lambda birth: (broadcast, key), kept, told.birth, room=room)
             self._group = _Group(run.group, work)
         return self._group.work
+
+    def _plan(self, text: str, own: tuple[tuple[str, str], ...]) -> Plan:
+        """The plan of a text, bound to the engine of this worker once."""
+        if (text, own) not in self._plans:
+            self._plans[text, own] = bind(plan_of(text, own), self._engine)
+        return self._plans[text, own]
 
 
 def _rebuilt(task: Task, data: Clients, name: str, seed: str) -> Task:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from atoll.plan.plan import Report
+from atoll.plan.round import Report
 from atoll.report.text import better, client_name, duration, number, plain, size, spread, whole, word
 
 if TYPE_CHECKING:

@@ -17,9 +17,11 @@ from atoll.errors import RunError
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer import adam, sgd
-from atoll.plan.plan import Engine, Gathered, Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import Engine, Gathered, bind, step
 from atoll.plan.sampler import Everyone, Uniform
 from atoll.plan.slots import Cohort
+from atoll.plan.state import State
 from atoll.task import Task
 from atoll.testing.contract import copied, refused, require, same
 from atoll.testing.locals import clients, problem
@@ -76,6 +78,7 @@ def _check_rounds(make_engine: Make, plan: Plan, task: Task, data: Clients) -> N
         f"{data.count} clients of {data.sizes.tolist()} rows.",
         "samplers draw from it.",
     )
+    plan = bind(plan, engine)
     ours, theirs = _first(plan, task), _first(plan, task)
     for t in range(2):
         ours, report = refused(f"The engine, in round {t} of {plan!r}", step, plan, ours, engine)

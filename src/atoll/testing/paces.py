@@ -13,12 +13,14 @@ import torch
 
 from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean
-from atoll.plan.flight import Traffic
+from atoll.plan.in_flight import Traffic
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd
-from atoll.plan.plan import Plan, State, opening
+from atoll.plan.plan import Plan
+from atoll.plan.round import opening
 from atoll.plan.sampler import Everyone, Uniform
 from atoll.plan.slots import Pace, Population, Sampler
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Model
 from atoll.testing.contract import check_value, pure, require
@@ -168,7 +170,8 @@ def _play(who: str, part: Pace, sampler: Sampler, order: str) -> None:
     state = State(0, 7, Model(none, none, {}, {}), {}, {}, Memory({}))
     for t in range(_ROUNDS):
         state = dataclasses.replace(state, round=t)
-        traffic = Traffic(plan, state, population, opening(plan, state, population, state.key()))
+        cohort = opening(plan, state, population, state.key())
+        traffic = Traffic(part, sampler, state.seed, t, state.air, population, cohort)
         flying = [*state.air.flights, *traffic.fill()]
         waits = True
         while waits and flying:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from atoll.engine.work import rest_of
 from atoll.fused import Heard
-from atoll.plan.flight import Flight
+from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import Lanes
-from atoll.plan.plan import Plan, State, part_of
+from atoll.plan.plan import Plan
 from atoll.plan.slots import Contribution, Tensors
+from atoll.plan.state import State, part_of
 from atoll.rng import Key
 from atoll.task import Gradient, Model, Task
 from atoll.training import Rounds

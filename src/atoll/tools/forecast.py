@@ -25,7 +25,9 @@ from atoll.plan.aggregate.exact import places
 from atoll.plan.codec import Cast, Codec, Eden, Feedback, Identity, Quantize, TopK
 from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered
-from atoll.plan.plan import Plan, Sent, State, opening
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, opening
+from atoll.plan.state import Sent, State
 from atoll.report.text import duration, size, whole
 from atoll.tools.again import here, training_of
 from atoll.training import Rounds
@@ -271,7 +273,7 @@ def predict(training: Rounds) -> Forecast:
         (960, 960)
     """
     engine, state, rounds = here(training), training.state, training.settings.rounds
-    plan, layout = training.plan.at(engine), training.task.layout
+    plan, layout = training.plan, training.task.layout
     flights = flown(plan, state, engine, rounds)
     lanes = lanes_of(plan, training.task, training.data, int(training.data.sizes.max()), engine.chunk)
     links = {}
@@ -405,10 +407,10 @@ def _tried(training: Rounds, **slots: Any) -> Help | None:
     """Rounds of the plan with other parts in some slots; None where they do not fit it, or are no shorter."""
     engine, layout = here(training), training.task.layout
     for slot in slots.keys() - {"pace"}:
-        if slots[slot].nbytes(layout) >= getattr(training.plan.at(engine), slot).nbytes(layout):
+        if slots[slot].nbytes(layout) >= getattr(training.plan, slot).nbytes(layout):
             return None
     try:
-        plan = dataclasses.replace(training.plan, **slots).at(engine)
+        plan = bind(dataclasses.replace(training.plan, **slots), engine)
         server = {**training.state.server, "codec": plan.codec.server(layout)}
         state = dataclasses.replace(training.state, server=server)
         flights = flown(plan, state, engine, training.settings.rounds, TRIED)

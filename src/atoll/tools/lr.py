@@ -23,7 +23,9 @@ from atoll.engine.memory import Memory
 from atoll.errors import RunError, UsageError, unknown_name
 from atoll.experiment import Experiment
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, step
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.schedule import Schedule
 from atoll.tools.again import training_of, write
@@ -282,6 +284,7 @@ def _after(training: Rounds, engine: InProcessEngine, plan: Plan, rounds: int) -
     """The loss on the rows trained on, after some rounds from the first model; infinite where it is not finite."""
     memory = Memory(plan.memory(training.task.layout))
     state = State.first(plan, training.task, training.settings.seed, memory, training.first)
+    plan = bind(plan, engine)
     try:
         for _ in range(rounds):
             state, _ = step(plan, state, engine)

@@ -24,10 +24,12 @@ from atoll import runs
 from atoll.digest import fingerprint
 from atoll.engine.arrivals import Flown, fly, message
 from atoll.errors import AtollError, RunError, UsageError
-from atoll.plan.flight import Flight
+from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
-from atoll.plan.plan import Plan, State, decode, descend, finish, opening, settle, step, tell
+from atoll.plan.plan import Plan
+from atoll.plan.round import decode, descend, finish, opening, settle, step, tell
 from atoll.plan.slots import Cohort
+from atoll.plan.state import State
 from atoll.report.text import size
 from atoll.rng import Key
 from atoll.saved import unpack
@@ -211,7 +213,7 @@ class _Opened(NamedTuple):
 def _open(training: Rounds) -> _Opened:
     """What `step` and the engine do before they compute."""
     engine, state = here(training), training.state
-    plan, key = training.plan.at(engine), state.key()
+    plan, key = training.plan, state.key()
     state = tell(plan, state, key)
     cohort = opening(plan, state, engine.population, key)
     up = 0 if engine.fleet is None else message(plan, training.task.layout)
