@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,11 @@ from torch import Tensor
 from atoll import native
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import fly, message
-from atoll.engine.device import free
+from atoll.engine.device import free, gpu
 from atoll.engine.fleet import Fleet
 from atoll.engine.memory import Pending
 from atoll.engine.room import Room
+from atoll.engine.spec import Engine
 from atoll.engine.tuning import Setting, Tuning
 from atoll.engine.work import Haul, Work, births, chunks, cut, gathered, own_task
 from atoll.errors import UsageError
@@ -35,26 +36,44 @@ _ENOUGH = 16  # clients in a round, from which on chunks are worth a trial
 _SMALL = 100_000  # parameters below which one thread is quickest
 
 
-@dataclass(frozen=True)
-class InProcess:
-    """An engine that runs clients in this process.
+class InProcessEngine(Engine):
+    """An engine that trains the clients in this process.
 
     Args:
-        task: the model, loss and metrics; its `numerics` say which body computes.
+        task: the model, loss and metrics; `task.numerics` names the backend. With `task` and `data` the engine is open
+            at once; otherwise `open` passes them.
         data: the clients.
-        chunk: clients computed together; None chooses by the model's size. It changes no bit.
-        fleet: how long clients and links take, on a virtual clock; None: everybody as long as everybody else.
+        chunk: clients computed together; None chooses by the size of the model. It changes no bit.
+        fleet: the simulated durations of clients and links; None simulates none.
+    Example:
+        >>> from atoll.testing.locals import clients, problem
+        >>> InProcessEngine(problem(), clients()).population.clients
+        7
     """
 
     task: Task
     data: Clients
-    chunk: int | None = None
-    fleet: Fleet | None = None
-    tuning: Tuning = field(default_factory=Tuning, init=False, repr=False, compare=False)  # it learns what is quick
-    room: Room = field(default_factory=Room, init=False, repr=False, compare=False)  # it learns what does not fit
 
-    def __post_init__(self) -> None:
-        check_chunk(self.chunk)
+    def __init__(
+        self,
+        task: Task | None = None,
+        data: Clients | None = None,
+        chunk: int | None = None,
+        fleet: Fleet | None = None,
+    ) -> None:
+        check_chunk(chunk)
+        self.chunk, self.fleet = chunk, fleet
+        self.tuning, self.room = Tuning(), Room()  # they learn the chunk size that is fast, and the one that fits
+        if task is not None and data is not None:
+            self.open(task, data)
+
+    def open(self, task: Task, data: Clients) -> None:
+        """Take the task and the clients."""
+        self.task, self.data = task, data
+
+    def describe(self) -> Mapping[str, Any]:
+        """The kind of GPU, if the model is on one."""
+        return gpu(self.task.device)
 
     @property
     def population(self) -> Population:

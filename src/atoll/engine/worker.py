@@ -22,11 +22,12 @@ from torch import Tensor
 
 from atoll import grammar, models
 from atoll.data.clients import Clients
-from atoll.engine.crossing import Block, Blocks, Place, name_of, named, unpack
+from atoll.engine.crossing import Block, Blocks, Place, name_of, unpack
 from atoll.engine.device import found, nearby
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.engine.work import Haul, Work, own_task
+from atoll.names import load
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.plan.lanes import HOST
 from atoll.plan.names import PARTS
@@ -191,7 +192,7 @@ def _parts(value: Any) -> list[Any]:
 @cache
 def plan_of(text: str, own: tuple[tuple[str, str], ...]) -> Plan:
     """The plan that a text of `written` stands for."""
-    names = {**PARTS, **{name: named(where) for name, where in own}}
+    names = {**PARTS, **{name: load(where) for name, where in own}}
     plan: Plan = grammar.parse(text, names, trust=True)
     return plan
 
@@ -217,7 +218,7 @@ class Worker:
         if setup.model is not None:
             task = _rebuilt(task, data, *setup.model)
         self._device = found(setup.device)
-        self._engine = InProcess(task.on(self._device), nearby(data, self._device))
+        self._engine = InProcessEngine(task.on(self._device), nearby(data, self._device))
         self._tasks: dict[str, Task] = {}
         self._plans: dict[tuple[str, tuple[tuple[str, str], ...]], Plan] = {}
         self._told: dict[int, tuple[Told, Broadcast]] = {}
