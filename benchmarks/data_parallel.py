@@ -27,7 +27,7 @@ from torch import nn
 from atoll.data import arrays
 from atoll.engine.memory import Memory
 from atoll.engine.ranks import Ranks
-from atoll.engine.torchrun import Torchrun
+from atoll.engine.torchrun import TorchrunEngine
 from atoll.plan.round import step
 from atoll.plan.state import State
 from atoll.recipes import distributed_gd
@@ -65,7 +65,7 @@ class Atoll:
     def __init__(self, widths, data, batch: int, ranks: Ranks, sum_: str) -> None:
         task = replace(Task.of(model(widths), "cross_entropy"), numerics="loop")
         self.plan = distributed_gd(LR, batch=batch, sum=sum_)
-        self.engine = Torchrun(task, data, ranks=ranks)
+        self.engine = TorchrunEngine(task, data, ranks=ranks)
         self.state, self.shelf = State.first(self.plan, task, SEED, Memory({})), Shelf()
 
     def step(self) -> float:

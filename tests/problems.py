@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from atoll import compiled, native
 from atoll.data import ArrayRows, Clients
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.plan.plan import Plan
 from atoll.plan.round import Report, bind, step
@@ -108,7 +108,7 @@ def seeded(make: type[nn.Module] | object, *args: object, seed: int = 0) -> nn.M
 
 
 def run(
-    plan: Plan, engine: InProcess, rounds: int = 2, seed: int = 0, init: Tensor | None = None
+    plan: Plan, engine: InProcessEngine, rounds: int = 2, seed: int = 0, init: Tensor | None = None
 ) -> tuple[State, list[Report]]:
     """Some rounds from the beginning: the state after them and their reports."""
     plan, task = bind(plan, engine), engine.task

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from atoll.data.clients import Clients
-from atoll.engine.inprocess import InProcess, threads_for
+from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.memory import Memory
 from atoll.errors import RunError
 from atoll.plan.aggregate import Mean, Sum
@@ -83,8 +83,8 @@ def pooled(training: Rounds) -> dict[str, Any]:
     plan, share = _gathered(_solo(training.plan), training.data.sizes, _chances(training))
     # One client alone is quicker in the loop, and the body changes what it computes in the last bits only.
     task = replace(training.task, module=copy.deepcopy(training.task.module), numerics="loop")
-    state, failed = _train(training, InProcess(task, data), plan, _turns(torch.tensor([share]), count)[:, 0], 0)
-    told: dict[str, Any] = judge(state, InProcess(task, data.held()))
+    state, failed = _train(training, InProcessEngine(task, data), plan, _turns(torch.tensor([share]), count)[:, 0], 0)
+    told: dict[str, Any] = judge(state, InProcessEngine(task, data.held()))
     turns = float(_turns(torch.tensor([share]), count).sum())
     told["samples"] = round(turns * float(_seen(plan.local, data.sizes.double())))
     return told | ({} if failed is None else {"diverged": failed})
@@ -195,7 +195,9 @@ def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
     return plan, 1.0
 
 
-def _train(training: Rounds, engine: InProcess, plan: Plan, turns: Tensor, client: int) -> tuple[State, int | None]:
+def _train(
+    training: Rounds, engine: InProcessEngine, plan: Plan, turns: Tensor, client: int
+) -> tuple[State, int | None]:
     """One client's training, and the round in which it stopped being finite or raised; the state before it is kept."""
     plan = bind(replace(plan, cohort=_Only(client)), engine)
     memory = Memory(plan.memory(training.task.layout))
@@ -210,8 +212,8 @@ def _train(training: Rounds, engine: InProcess, plan: Plan, turns: Tensor, clien
 
 def _one_by_one(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Judged]:
     """Each client through `step`: for any local part."""
-    engine = InProcess(training.task, training.data)
-    judges = InProcess(training.task, training.data.held())
+    engine = InProcessEngine(training.task, training.data)
+    judges = InProcessEngine(training.task, training.data.held())
     for at, client in enumerate(ids.tolist()):
         state, failed = _train(training, engine, plan, turns[:, at], client)
         yield _Judged(judge(state, judges), failed is not None)

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
 import operator
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from atoll.errors import AtollError, UsageError, unknown_name
+from atoll.names import load_from_user
 
 LONGEST = 4096
 DEEPEST = 16
@@ -73,6 +71,7 @@ def parse(
     *,
     inner: Mapping[str, Callable[..., Any]] | None = None,
     trust: bool = False,
+    kind: str = "part",
 ) -> Any:
     """The value that a text of the grammar stands for.
 
@@ -80,7 +79,9 @@ def parse(
         text: at most 4096 characters, at most 16 calls deep.
         names: the constructors that the text may call.
         inner: those that it may call as arguments, where these are others.
-        trust: whether `module:name` may import; true only for what a person at this machine typed or a file they named.
+        trust: whether `module:name` may import; true only for a text that a person at this machine typed, or for a file
+            that they named.
+        kind: the word for a constructor in the error about an unknown name.
     Raises:
         UsageError: the text is no value of the grammar, names something unknown, or a constructor refused.
             Nothing outside the table was run.
@@ -105,7 +106,7 @@ def parse(
             "one value: a number, a text, or name(argument, word=argument).",
             write=next(filter(None, map(_bare_call, names.values())), ""),
         ) from None
-    return _Reader(text, names, names if inner is None else inner, external, trust).read(tree, 0)
+    return _Reader(text, names, names if inner is None else inner, external, trust, kind).read(tree, 0)
 
 
 def _bare_call(make: Callable[..., Any]) -> str:
@@ -124,6 +125,7 @@ class _Reader:
     inner: Mapping[str, Callable[..., Any]]
     external: Mapping[str, tuple[str, str]]
     trust: bool
+    kind: str
 
     def read(self, node: ast.expr, depth: int) -> Any:
         if depth > DEEPEST:
@@ -171,7 +173,7 @@ class _Reader:
             return found  # type: ignore[no-any-return]
         names = self.inner if depth else self.names
         if name not in names:
-            raise unknown_name("part", name, names)
+            raise unknown_name(self.kind, name, names)
         return names[name]
 
     def _restored(self, text: str) -> str:
@@ -196,7 +198,7 @@ class _Reader:
                 "this text did not come from the person at this machine, so it may not import.",
                 "--trust",
             )
-        return import_name(module, attribute)
+        return load_from_user(f"{module}:{attribute}")
 
     def _refusal(self, what: str) -> UsageError:
         return UsageError(
@@ -204,21 +206,3 @@ class _Reader:
             "constants, tuples, lists, calls of known names, and >>.",
             "a plan is a value: reading it must not run anything else.",
         )
-
-
-def import_name(module: str, attribute: str) -> Any:
-    """What `module:attribute` names, imported; the working folder is searched last.
-
-    Raises:
-        UsageError: the module or the attribute is not there.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"{module}:{attribute} cannot be imported: {error}.",
-            "a module in the working folder or installed, and a name in it.",
-            write=f'python -c "from {module} import {attribute}"',
-        ) from None

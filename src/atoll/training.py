@@ -24,7 +24,7 @@ from atoll.engine import ENGINES
 from atoll.engine.arrivals import check_clock
 from atoll.engine.device import check_precision, found, gpu, local_rank, nearby
 from atoll.engine.fleet import FLEET, Fleet
-from atoll.engine.inprocess import InProcess, threads_for
+from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.memory import Memory
 from atoll.engine.probe import Choice, choose
 from atoll.engine.ranks import Ranks
@@ -159,13 +159,13 @@ class Rounds:
         self.engine = self._engine(model, near)
         self.judge = None
         if data.held_out is not None and settings.evaluate_every:
-            self.judge = InProcess(self.task, near.held(), settings.chunk)
+            self.judge = InProcessEngine(self.task, near.held(), settings.chunk)
         self.memory = Memory(plan.memory(self.task.layout))
         start = None if settings.init is None else start_from(settings.init, self.task)
         self.state = State.first(plan, self.task, settings.seed, self.memory, start)
         opening(plan, self.state, self.engine.population, self.state.key())  # what cannot be drawn is refused now
         self.plan = plan = bind(plan, self.engine)
-        if isinstance(self.engine, InProcess):
+        if isinstance(self.engine, InProcessEngine):
             check_clock(plan, self.fleet, self.engine.population, self.state.model, self.task.layout, settings.seed)
         self.first = self.state.model  # where the training began; the loop body writes into the module itself
         self.rules = (stops.Rounds(settings.rounds), stops.Diverged(), settings.stop)
@@ -185,28 +185,28 @@ class Rounds:
             share(self, self.ranks)
             self.first = self.state.model
 
-    def _engine(self, model: Any, near: Clients) -> InProcess | Dealer:
+    def _engine(self, model: Any, near: Clients) -> InProcessEngine | Dealer:
         settings = self.settings
         if settings.engine == "inprocess":
-            return InProcess(self.task, near, settings.chunk, self.fleet)
+            return InProcessEngine(self.task, near, settings.chunk, self.fleet)
         if self.ranks is not None:
-            from atoll.engine.torchrun import Torchrun
+            from atoll.engine.torchrun import TorchrunEngine
 
-            return Torchrun(self.task, near, settings.chunk, self.fleet, self.ranks)
+            return TorchrunEngine(self.task, near, settings.chunk, self.fleet, self.ranks)
         name = model if isinstance(model, str) else None
         told: dict[str, Any] = {"model": name, "seed": settings.seed}
         if settings.engine == "processes":
-            from atoll.engine.processes import Processes
+            from atoll.engine.processes import ProcessesEngine
 
-            return Processes(self.task, self.data, settings.workers, settings.chunk, **told)
-        from atoll.engine.ray import Ray
+            return ProcessesEngine(self.task, self.data, settings.workers, settings.chunk, **told)
+        from atoll.engine.ray import RayEngine
 
         told |= {"cpus": settings.cpus, "gpus": settings.gpus, "device": settings.device, "address": settings.address}
-        return Ray(self.task, self.data, settings.workers, settings.chunk, **told)
+        return RayEngine(self.task, self.data, settings.workers, settings.chunk, **told)
 
     def where(self) -> dict[str, Any]:
         """Where clients run, to be written down."""
-        if not isinstance(self.engine, InProcess):
+        if not isinstance(self.engine, InProcessEngine):
             return {
                 "engine": self.settings.engine,
                 "workers": self.engine.workers,
@@ -216,7 +216,7 @@ class Rounds:
 
     def close(self) -> None:
         """End what the engine runs beside this process, if anything; the state stays."""
-        if not isinstance(self.engine, InProcess):
+        if not isinstance(self.engine, InProcessEngine):
             self.engine.close()
 
     def __iter__(self) -> Iterator[Report]:
@@ -253,11 +253,11 @@ class Rounds:
 
     def _threads(self) -> AbstractContextManager[None]:
         """What torch does around native code is short: threads that it woke would spin where native code has to run."""
-        small = isinstance(self.engine, InProcess) and self.task.layout.d < _WORTH_A_THREAD
+        small = isinstance(self.engine, InProcessEngine) and self.task.layout.d < _WORTH_A_THREAD
         native = self.task.numerics == "compiled"
         return threads_for(self.task, plan=self.plan) if small and native else nullcontext()
 
-    def evaluate(self, engine: InProcess | None = None) -> dict[str, float]:
+    def evaluate(self, engine: InProcessEngine | None = None) -> dict[str, float]:
         """The held-out loss and metrics of the model as it stands, or those on another engine's clients."""
         engine = engine or self.judge
         if engine is None:
@@ -299,7 +299,7 @@ def _chosen(task: Task, data: Clients, plan: Plan, settings: Settings, ranks: Ra
     return choice if first == choice.task.numerics else choose(task, data, plan, first, rounds)
 
 
-def judge(state: State, engine: InProcess) -> dict[str, float]:
+def judge(state: State, engine: InProcessEngine) -> dict[str, float]:
     """The loss, as `held_out_loss`, and the metrics of a state's model on an engine's clients: a gather."""
     plan, state = Plan(Evaluate(), Mean()), replace(state, air=Air(), versions={}, sent=None)
     key = state.key().fold("evaluate")

@@ -15,7 +15,7 @@ from torch import nn
 
 from atoll import recipes
 from atoll.engine.fleet import Fleet, HalfNormal
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.errors import UsageError
 from atoll.grammar import Value, parse
@@ -167,7 +167,7 @@ DOWNLINKS = {
     "down-random": lambda: RandomK(0.5),
 }
 # name: (the body, an engine for a chunk size, chunk sizes to compare)
-ENGINES = {"lanes": ("lanes", InProcess, (None, 5)), "loop": ("loop", InProcess, (None,))}
+ENGINES = {"lanes": ("lanes", InProcessEngine, (None, 5)), "loop": ("loop", InProcessEngine, (None,))}
 TABLES = RECIPES, CODECS, AGGREGATORS, PACES, DOWNLINKS, ENGINES
 
 EXPECTED = {"mean-expected", "mean-equal-expected"}

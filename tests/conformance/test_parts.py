@@ -7,7 +7,7 @@ import torch
 
 from atoll import schedule
 from atoll.data import partition
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.grammar import Value
 from atoll.plan import aggregate, codec, local, optimizer, pace, sampler
 from atoll.plan.codec.stage import Codec
@@ -153,7 +153,7 @@ def test_ours_conform(check, part):
 
 @pytest.mark.parametrize("chunk", [None, 2], ids=str)
 def test_our_engine_conforms(chunk):
-    check_engine(lambda task, data: InProcess(task, data, chunk))
+    check_engine(lambda task, data: InProcessEngine(task, data, chunk))
 
 
 def named(part):
@@ -464,7 +464,7 @@ class Counting(Pace):
         return 1.0 if len(self.asked) < 50 else 0.5
 
 
-class Stubborn(InProcess):
+class Stubborn(InProcessEngine):
     """An engine that is ours but for one thing."""
 
     way: str

@@ -14,7 +14,7 @@ from thinned import by_turns
 from torch import nn
 
 from atoll import grammar
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.errors import UsageError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
@@ -117,7 +117,7 @@ def said(ids, round, d):
 def setting(dtype=torch.float64, body="lanes"):
     data = classification(SIZES)
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 33), nn.Tanh(), nn.Linear(33, 3)))
-    return InProcess(task_of(module, data, body, dtype), data)
+    return InProcessEngine(task_of(module, data, body, dtype), data)
 
 
 ROTATIONS = [Flip(), Shuffle(), Flip() >> Shuffle(), Shuffle() >> Flip() >> Shuffle() >> Identity()]

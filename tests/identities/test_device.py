@@ -12,7 +12,7 @@ from torch import nn
 import atoll
 from atoll import recipes, runs
 from atoll.engine import inprocess
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.room import lanes_of
 from atoll.experiment import Experiment
 from atoll.plan import codec as codecs
@@ -54,9 +54,9 @@ def same(a, b):
 def check(plan, module, data, body, dtype=torch.float32, rounds=2, **engine):
     """Two rounds here and two elsewhere come to the same; θ never leaves its device."""
     task = task_of(module, data, body, dtype)
-    here, expected = run(plan, InProcess(task, data, **engine), rounds)
+    here, expected = run(plan, InProcessEngine(task, data, **engine), rounds)
     with far_device():
-        there, told = run(plan, InProcess(task.on(FAR), data, **engine), rounds)
+        there, told = run(plan, InProcessEngine(task.on(FAR), data, **engine), rounds)
         assert there.model.theta.device == FAR
         assert {t.device for t in there.model if isinstance(t, torch.Tensor)} == {FAR}
         same(everything(there, data.count), everything(here, data.count))

@@ -11,7 +11,7 @@ from torch import nn
 
 from atoll import grammar, recipes
 from atoll.engine.fleet import Each, Fleet, HalfNormal
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.errors import UsageError
 from atoll.plan import optimizer as rules
@@ -35,7 +35,7 @@ LATE = [staleness_polynomial(0.5), staleness_polynomial(0), hinge(10.0, grace=1)
 def engine_of(durations=DURATIONS, fleet=None):
     data = regression(SIZES)
     fleet = fleet or Fleet(Each(durations))
-    return InProcess(task_of(seeded(nn.Linear, 3, 1), data, "lanes"), data, None, fleet)
+    return InProcessEngine(task_of(seeded(nn.Linear, 3, 1), data, "lanes"), data, None, fleet)
 
 
 def trained(engine, client, theta, lr, steps):

@@ -13,7 +13,7 @@ from torch import nn
 
 import atoll
 from atoll.engine.fleet import Each, Fleet, HalfNormal, Trace
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.errors import UsageError
 from atoll.grammar import parse
@@ -45,7 +45,7 @@ paces = st.one_of(
 def engine_of(fleet=None, chunk=None, sizes=SIZES, body="lanes"):
     data = regression(sizes)
     module = seeded(nn.Linear, 3, 1)
-    return InProcess(task_of(module, data, body), data, chunk, fleet)
+    return InProcessEngine(task_of(module, data, body), data, chunk, fleet)
 
 
 def first(plan, engine, seed=0):
@@ -321,7 +321,7 @@ def test_a_compressed_downlink_still_comes_to_least_squares():
 def test_who_missed_rounds_is_sent_what_is_missing_or_the_whole():
     sizes = (4,) * 40
     data = regression(sizes, features=199)
-    engine = InProcess(task_of(seeded(nn.Linear, 199, 1), data), data)
+    engine = InProcessEngine(task_of(seeded(nn.Linear, 199, 1), data), data)
     plan = Plan(Gradient(), Mean(), rules.sgd(0.001), cohort=10, downlink=TopK(0.1))
     plan = bind(plan, engine)
     state, known, deltas = first(plan, engine), {}, []

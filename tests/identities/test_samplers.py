@@ -18,7 +18,7 @@ from problems import federation, run, seeded, task_of
 from torch import nn
 
 from atoll import grammar, recipes
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.errors import UsageError
 from atoll.plan.aggregate import Mean
 from atoll.plan.names import PARTS
@@ -204,7 +204,7 @@ def test_a_million_clients_are_cheap(sampler):
 def test_a_round_of_five_out_of_a_million_is_cheap():
     x = torch.randn(10**6, 2, generator=torch.Generator().manual_seed(0))
     data = federation(x, x.sum(1), [1] * 10**6)
-    engine = InProcess(task_of(seeded(nn.Linear, 2, 1), data, "lanes", torch.float32), data)
+    engine = InProcessEngine(task_of(seeded(nn.Linear, 2, 1), data, "lanes", torch.float32), data)
     plan = Plan(recipes.local_sgd(0.1, 3, 1).local, Mean(), cohort=5)
     began = time.process_time()
     state, reports = run(plan, engine, 2)

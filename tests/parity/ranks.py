@@ -20,7 +20,7 @@ from atoll import recipes, train
 from atoll.digest import fingerprint
 from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.engine.ranks import Ranks
-from atoll.engine.torchrun import Torchrun
+from atoll.engine.torchrun import TorchrunEngine
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import EF21, ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Custom, Gradient, Train
@@ -170,9 +170,9 @@ def main(folder, cases):
     out = {"one model": mine.reports[-1].fingerprint}
     out["run"] = {"path": ended.path and ended.path.name, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
     for name, module, numerics, plan, told in cases:
-        out[name] = outcome(module, numerics, plan, here, partial(Torchrun, ranks=ranks), **told)
+        out[name] = outcome(module, numerics, plan, here, partial(TorchrunEngine, ranks=ranks), **told)
     for name, module, plan, data in float_cases():
-        out[name] = floats(module, plan, data, partial(Torchrun, ranks=ranks))
+        out[name] = floats(module, plan, data, partial(TorchrunEngine, ranks=ranks))
     (folder / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(out))
 
 

@@ -19,7 +19,7 @@ from problems import federation, task_of
 from thinned import only
 from torch import nn
 
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import EF21, Codec, Entropy, ErrorFeedback, Identity, Quantize, Sign, TopK
@@ -45,7 +45,7 @@ class Bowls:
         data = federation(torch.diag_embed(root).view(-1, d), (root * lowest).flatten(), [d] * clients)
         module = nn.Linear(d, 1, bias=False)
         nn.init.zeros_(module.weight)
-        self.engine = InProcess(task_of(module, data), data)
+        self.engine = InProcessEngine(task_of(module, data), data)
 
     def distances(
         self, codec: Codec, lr: float | Schedule, rounds: Sequence[int], cohort: float | None = None, lost: float = 0.0

@@ -17,7 +17,7 @@ from thinned import by_turns, only
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
@@ -42,7 +42,7 @@ def bowl(*clients):
 def engine_of(data, body="lanes"):
     module = nn.Linear(data.features[0], 1, bias=False)
     nn.init.zeros_(module.weight)
-    return InProcess(task_of(module, data, body), data)
+    return InProcessEngine(task_of(module, data, body), data)
 
 
 def path(plan, engine, rounds, start=None):

@@ -1,4 +1,6 @@
-"""What crosses between processes: values as plain trees and arrays, and arrays in memory that both map.
+"""Rebuilds any class by its name: a module that serves a network (`atoll.net`) must never import this one.
+
+Values that go to worker processes, as plain trees and arrays, and arrays in memory that both processes map.
 
     None, truth values, numbers, texts, bytes, torch's dtypes, devices and sizes      as they are
     tuples, lists, sets, dicts                                                        item by item
@@ -13,8 +15,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-import importlib
 import math
 import os
 import shutil
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.errors import UsageError
+from atoll.names import load
 
 _ALIGN = 64  # bytes: where a tensor may begin
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's flag of classes that are objects themselves; those of C come without
@@ -214,7 +215,7 @@ def name_of(thing: Any, what: str) -> str:
         )
     for home in (module,) if module else _HOMES:
         try:
-            if named(f"{home}:{name}") is thing:
+            if load(f"{home}:{name}") is thing:
                 return f"{home}:{name}"
         except (ImportError, AttributeError):
             continue
@@ -224,12 +225,6 @@ def name_of(thing: Any, what: str) -> str:
         "a worker is another process: it is sent numbers, and imports code by its name.",
         "--engine inprocess",
     )
-
-
-def named(name: str) -> Any:
-    """What `module:name` names, imported."""
-    module, _, path = name.partition(":")
-    return functools.reduce(getattr, path.split("."), importlib.import_module(module))
 
 
 class _Packer:
@@ -341,7 +336,7 @@ class _Unpacker:
             case ["size", items]:
                 return torch.Size(items)
             case ["named", kind, items]:
-                return named(kind)(*map(self.unpack, items))
+                return load(kind)(*map(self.unpack, items))
             case ["dict" | "OrderedDict" as kind, pairs]:
                 made = ((self.unpack(k), self.unpack(v)) for k, v in pairs)
                 return dict(made) if kind == "dict" else collections.OrderedDict(made)
@@ -351,7 +346,7 @@ class _Unpacker:
             case ["again", number]:
                 return self._made[number]
             case ["new", number, ["object", kind, state]]:
-                return self._object(number, named(kind), state)
+                return self._object(number, load(kind), state)
             case ["new", number, thing]:
                 self._made[number] = self._thing(thing)
                 return self._made[number]
@@ -369,7 +364,7 @@ class _Unpacker:
             case ["mapped", path, dtype, shape, offset]:
                 return np.memmap(path, np.dtype(dtype), "r", offset, tuple(shape))
             case ["code", name]:
-                return named(name)
+                return load(name)
         raise ValueError(f"No value is written {tree!r:.80}.")
 
     def _object(self, number: int, kind: type, state: Any) -> Any:

@@ -18,23 +18,23 @@ from atoll.data.clients import Clients
 from atoll.engine.crew import Gone, Line, cores
 from atoll.engine.crossing import Block, Blocks, Place, room
 from atoll.engine.dealer import Dealer, packed
-from atoll.engine.inprocess import check_chunk
 from atoll.engine.nursery import Nursery
 from atoll.engine.worker import Answer, Hauled, Ready, Run, Setup, Told, answers, encode
 from atoll.errors import UsageError
 from atoll.task import Task
 
 
-class Processes(Dealer):
+class ProcessesEngine(Dealer):
     """An engine that runs clients in worker processes on this machine.
 
     A worker that dies is replaced, and what it had not handed over is computed again. Close the engine, or use it in a
     `with` statement; left open, it ends with the program, however that ends.
 
     Args:
-        task: the model, loss and metrics; its `numerics` say which body computes.
+        task: the model, loss and metrics; `task.numerics` names the backend. With `task` and `data` the engine is open
+            at once; otherwise `open` passes them.
         data: the clients.
-        workers: how many; None: one a core.
+        workers: number of worker processes; None starts one for each core.
         chunk: clients computed together; None chooses by the model's size. It changes no bit.
         threads: of each worker; None: this process' own, shared out.
         model: the name that the model was made by, a name or `module:factory`, where it has one: workers make it anew.
@@ -46,15 +46,15 @@ class Processes(Dealer):
         UsageError: fewer than one worker, or a model, loss or data set that another process cannot import.
     Example:
         >>> from atoll.testing.locals import clients, problem
-        >>> with Processes(problem(), clients(), workers=2) as engine:
+        >>> with ProcessesEngine(problem(), clients(), workers=2) as engine:
         ...     engine.population.clients
         7
     """
 
     def __init__(
         self,
-        task: Task,
-        data: Clients,
+        task: Task | None = None,
+        data: Clients | None = None,
         workers: int | None = None,
         chunk: int | None = None,
         threads: int | None = None,
@@ -62,19 +62,30 @@ class Processes(Dealer):
         seed: int = 0,
         nursery: Nursery | None = None,
     ) -> None:
-        check_chunk(chunk)
+        super().__init__(chunk)
         workers = cores() if workers is None else workers
         threads = max(1, torch.get_num_threads() // max(1, workers)) if threads is None else threads
         if workers < 1 or threads < 1:
             raise UsageError(f"workers = {workers}, threads = {threads}.", "at least one of each.", write="--workers 2")
-        self._nursery = nursery or Nursery()
+        self.workers, self.threads = workers, threads
+        self._made = model, seed
+        self._nursery, self._own = nursery or Nursery(), nursery is None
+        if task is not None and data is not None:
+            self.open(task, data)
+
+    def open(self, task: Task, data: Clients) -> None:
+        """Start the worker processes.
+
+        Raises:
+            UsageError: a model, loss or data set that another process cannot import.
+        """
         self._nursery.start()  # it imports while the data is packed
         if task.numerics == "lanes":
             self._nursery.warm()
-        pipes = _Pipes(self._nursery, nursery is None)
+        pipes = _Pipes(self._nursery, self._own)
         try:
-            pipes.prepare(task, data, model, seed, threads)
-            super().__init__(task, data, chunk, workers, threads, pipes)
+            pipes.prepare(task, data, *self._made, self.threads)
+            self._open(task, data, self.workers, self.threads, pipes)
         except BaseException:
             pipes.close()
             raise

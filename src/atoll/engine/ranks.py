@@ -24,7 +24,6 @@ from torch import Tensor
 
 from atoll.errors import RunError, UsageError
 
-BACKENDS = ("auto", "gloo", "nccl")
 _GATHERED = 1 << 12  # bytes that everybody sends at once where it is not known how long the longest message is
 _JOINT = 1 << 14  # numbers below which tensors are added side by side, as one
 
@@ -83,9 +82,8 @@ class Ranks:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        joined = distributed.is_available() and distributed.is_initialized()
-        if not joined:
-            _refuse(distributed.is_available(), workers, backend)
+        check_ranks(workers, backend)
+        if not _joined():
             with together():
                 store, rank, size = next(rendezvous("env://"))
                 store = PrefixStore(_meeting(store, rank, size), store)
@@ -249,11 +247,28 @@ def _leave_at_exit() -> None:
     atexit.register(leave)
 
 
-def _refuse(available: bool, workers: int | None, backend: str) -> None:
-    """Refuse what could only end in ranks that wait for each other."""
-    if backend not in BACKENDS:
-        raise UsageError(f"backend = {backend!r}.", f"one of {', '.join(BACKENDS)}.", write="--set backend=auto")
-    if not available:
+def _joined() -> bool:
+    """Whether the program itself has joined a process group."""
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def check_ranks(workers: int | None, backend: str) -> None:
+    """Refuse a process that cannot join other ranks: each rank would wait for the others forever.
+
+    Args:
+        workers: required number of ranks; None accepts any number.
+        backend: "gloo", "nccl" or "auto".
+    Raises:
+        UsageError: `torchrun` did not start this process, it started another number of ranks, or `nccl` has too few
+            GPUs.
+    """
+    from torch import distributed
+
+    if _joined():
+        return
+    if not distributed.is_available():
         raise UsageError("This torch was built without torch.distributed.", "one with it.", write="--engine inprocess")
     if not started():
         raise UsageError(

@@ -25,10 +25,10 @@ from msgspec import structs
 from torch import Tensor
 
 from atoll.data.clients import Clients
+from atoll.engine import spec as specs
 from atoll.engine.crew import Gone, Line
 from atoll.engine.crossing import Arrays, Place, laid, lying
 from atoll.engine.dealer import Dealer, packed
-from atoll.engine.inprocess import check_chunk
 from atoll.engine.worker import (
     Answer,
     Done,
@@ -54,7 +54,7 @@ _SETTINGS = 4  # the kind of frame that its server answers with
 _TINY = 1e-9  # of a fraction that is asked for
 
 
-class Ray(Dealer):
+class RayEngine(Dealer):
     """An engine that runs clients in actors on a Ray cluster.
 
     An actor that dies, alone or with its node, is replaced, and what it had not handed over is computed again: no bit
@@ -62,7 +62,8 @@ class Ray(Dealer):
     otherwise the engine connects, or starts a cluster on this machine, and ends that when it is closed.
 
     Args:
-        task: the model, loss and metrics; its `numerics` say which body computes.
+        task: the model, loss and metrics; `task.numerics` names the backend. With `task` and `data` the engine is open
+            at once; otherwise `open` passes them.
         data: the clients. Memory-mapped files are read by their names, which every node must be able to do.
         workers: how many actors; None: as many as the cluster has room for.
         chunk: clients computed together; None chooses by the model's size. It changes no bit.
@@ -81,19 +82,19 @@ class Ray(Dealer):
         RunError: Ray does not start on this machine.
     Example:
         >>> from atoll.testing.locals import clients, problem
-        >>> Ray(problem(), clients(), gpus=1.5)
+        >>> RayEngine(problem(), clients(), gpus=1.5)
         Traceback (most recent call last):
         atoll.errors.UsageError: gpus = 1.5.
-        Required: a fraction of one GPU, or a whole number of them.   Why: Ray shares one GPU, or gives several whole.
-        Write: --gpus 0.5
+        Required: a fraction of one GPU, or an integer.   Why: Ray shares one GPU between actors, or gives whole GPUs to one actor.
+        Write: Ray(gpus=0.5)
 
     Reference: Moritz et al., Ray: A Distributed Framework for Emerging AI Applications, 2018.
     """
 
     def __init__(
         self,
-        task: Task,
-        data: Clients,
+        task: Task | None = None,
+        data: Clients | None = None,
         workers: int | None = None,
         chunk: int | None = None,
         cpus: float = 1.0,
@@ -104,23 +105,37 @@ class Ray(Dealer):
         seed: int = 0,
         patience_s: float = 60.0,
     ) -> None:
-        check_chunk(chunk)
-        check_share(cpus, gpus, device)
-        threads = max(1, int(cpus))
-        setup, tensors = packed(task, data, model, seed, threads, None)
+        super().__init__(chunk)
+        specs.Ray(address, workers=workers, cpus=cpus, gpus=gpus).check(specs.RunOptions(device=device))
+        self.cpus, self.gpus = cpus, gpus
+        self._wanted, self._address, self._device, self._patience_s = workers, address, device, patience_s
+        self._made = model, seed
+        if task is not None and data is not None:
+            self.open(task, data)
+
+    def open(self, task: Task, data: Clients) -> None:
+        """Connect to the cluster and start the actors.
+
+        Raises:
+            UsageError: no cluster at the address or one of another version, less room than is asked for, or a model,
+                loss or data set that an actor cannot import.
+            RunError: Ray does not start on this machine.
+        """
+        threads = max(1, int(self.cpus))
+        setup, tensors = packed(task, data, *self._made, threads, None)
         ray = installed()
-        end = _connected(self, ray, address)
+        end = _connected(self, ray, self._address)
         try:
-            workers = _placed(ray, workers, cpus, gpus)
+            workers = _placed(ray, self._wanted, self.cpus, self.gpus)
             places, arrays = laid(tensors)
-            office = _Actors(ray, cpus, gpus, patience_s, end)
-            office.prepare(encode(structs.replace(setup, places=places, device=device if gpus else "cpu")), arrays)
+            office = _Actors(ray, self.cpus, self.gpus, self._patience_s, end)
+            device = self._device if self.gpus else "cpu"
+            office.prepare(encode(structs.replace(setup, places=places, device=device)), arrays)
             # A node may be lost with all its actors, and those that replace them too, before it is known to be lost.
-            super().__init__(task, data, chunk, workers, threads, office, stillborn=2 * workers + 2)
+            self._open(task, data, workers, threads, office, stillborn=2 * workers + 2)
         except BaseException:
             end()
             raise
-        self.cpus, self.gpus = cpus, gpus
         self._ray = ray
 
     def _ready(self) -> None:
@@ -303,30 +318,6 @@ def installed() -> Any:
     return ray
 
 
-def check_share(cpus: float, gpus: float, device: str = "auto") -> None:
-    """Refuse parts of a machine that Ray does not give, and a GPU to compute on without one to have.
-
-    Raises:
-        UsageError: which.
-    """
-    if not 0 < cpus < float("inf"):
-        raise UsageError(f"cpus = {cpus}.", "more than none.", "an actor computes on something.", "--cpus 1")
-    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-        raise UsageError(
-            f"gpus = {gpus}.",
-            "a fraction of one GPU, or a whole number of them.",
-            "Ray shares one GPU, or gives several whole.",
-            "--gpus 0.5",
-        )
-    if device == "cuda" and not gpus:
-        raise UsageError(
-            "device = 'cuda' and gpus = 0.0.",
-            "a GPU, or a part of one, for each actor.",
-            "an actor sees no GPU but those that Ray gives it.",
-            "--device cuda --gpus 1",
-        )
-
-
 def _connected(engine: object, ray: Any, address: str | None) -> weakref.finalize[Any, Any]:
     """Connect, where the program is not connected already; what is returned undoes it, at the latest at the end."""
     if ray.is_initialized():
@@ -449,8 +440,6 @@ def _placed(ray: Any, workers: int | None, cpus: float, gpus: float) -> int:
     room = sum(_room(node, cpus, gpus) for node in nodes)
     if 0 < (room if workers is None else workers) <= room:
         return room if workers is None else workers
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers = {workers}.", "at least one.", "somebody has to compute.", "--workers 2")
     has = "; ".join(f"{node.get('CPU', 0.0):g} CPU, {node.get('GPU', 0.0):g} GPU" for node in nodes)
     if room:
         write = f"--workers {room}"

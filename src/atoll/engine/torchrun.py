@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,55 +18,86 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from atoll.data.clients import Clients
-from atoll.engine.inprocess import InProcess
-from atoll.engine.overlap import Overlap
-from atoll.engine.ranks import Ranks, command
+from atoll.engine.fleet import Fleet
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.overlap import Overlap, data_parallel
+from atoll.engine.ranks import Ranks, job, restarts
 from atoll.engine.work import Haul, Work
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import HOST
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Aggregator, Cohort, Partial, Tensors
-from atoll.plan.round import Failure, Gathered, Report
+from atoll.plan.protocols import Aggregator, Cohort, Ids, Partial, Tensors
+from atoll.plan.round import Failure, Gathered
 from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
 
 
-@dataclass(frozen=True)
-class Torchrun(InProcess):
+class TorchrunEngine(InProcessEngine):
     """An engine that runs each client on one of the ranks that `torchrun` started.
 
-    Every rank calls `gather` with the same plan, state and cohort, and gets the same sum: that of `InProcess`, to the
+    Every rank calls `gather` with the same plan, state and cohort, and gets the same sum: that of `InProcessEngine`, to the
     bit, for any number of ranks.
 
     Args:
-        task, data, chunk, fleet: as for `InProcess`.
-        ranks: who computes.
+        task, data, chunk, fleet: as for `InProcessEngine`.
+        ranks: the processes of the training.
     """
 
-    ranks: Ranks = field(default_factory=Ranks.join)
+    def __init__(
+        self,
+        task: Task | None = None,
+        data: Clients | None = None,
+        chunk: int | None = None,
+        fleet: Fleet | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = Ranks.join() if ranks is None else ranks
+        super().__init__(task, data, chunk, fleet)
+
+    @property
+    def primary(self) -> bool:
+        """Whether this process is rank 0."""
+        return self.ranks.first
+
+    @property
+    def restart_of(self) -> str | None:
+        """The job of `torchrun`, if it has restarted the ranks."""
+        return job() if restarts() else None
+
+    def numerics_for(self, plan: Plan) -> tuple[str, str] | None:
+        """The loop for a data-parallel plan: gradients are then added during the backward pass."""
+        return ("loop", "its gradient is added up within the backward pass") if data_parallel(plan) else None
+
+    def agree(self, value: bytes) -> bytes:
+        """The value of rank 0."""
+        return self.ranks.told(value)
+
+    def exchange(self, value: bytes) -> list[bytes]:
+        """The values of all ranks, by rank."""
+        return self.ranks.all(value)
+
+    def describe(self) -> Mapping[str, Any]:
+        """The kind of GPU, the job of `torchrun` and the number of ranks."""
+        return {**super().describe(), "job": job(), "ranks": self.ranks.size}
 
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
         """Run this rank's part of the cohort, and add up what all ranks have.
 
         Raises:
             UsageError: a pace under which something flies on.
-            RunError: as for `InProcess`, at every rank alike; or a rank is gone.
+            RunError: as for `InProcessEngine`, at every rank alike; or a rank is gone.
         """
         refuse_pace(plan)
         refuse_partial(plan)
         return super().gather(plan, state, cohort, key)
 
-    def agree(self, value: bytes) -> bytes:
-        """The value of rank 0, at every rank."""
-        return self.ranks.told(value)
-
     def _haul(self, work: Work, arrived: list[Flight], first: Tensors, scale: float = 1.0) -> Haul:
         trouble = None
         if work.task.numerics == "loop" and self._overlap.serves(work, arrived):
-            codes = torch.tensor([f.client + self.data.count * f.again for f in arrived])
-            quick = self._overlap.haul(work, arrived, codes[dealt(codes, self.data, self.ranks)])
+            clients = torch.tensor([f.client for f in arrived])
+            quick = self._overlap.haul(work, arrived, dealt(clients, self.data, self.ranks))
             if quick is not None:
                 return quick
         try:
@@ -81,22 +111,22 @@ class Torchrun(InProcess):
         return Overlap(self.task, self.ranks)
 
     def _chunks(
-        self, plan: Plan, task: Task, codes: Tensor, down: Tensor, scale: float = 1.0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        mine = dealt(codes, self.data, self.ranks)
-        return super()._chunks(plan, task, codes[mine], down[mine], scale)
+        self, plan: Plan, task: Task, ids: Ids, down: Tensor, scale: float = 1.0
+    ) -> Iterator[tuple[Ids, Tensor]]:
+        mine = dealt(ids.client, self.data, self.ranks)
+        return super()._chunks(plan, task, ids.select(mine), down[mine], scale)
 
 
-def dealt(codes: Tensor, data: Clients, ranks: Ranks) -> Tensor:
+def dealt(clients: Tensor, data: Clients, ranks: Ranks) -> Tensor:
     """The places of this rank's clients: dealt by size, forth and back, so that all ranks hold nearly as many rows.
 
     Example:
-        >>> from atoll.testing.locals import clients
-        >>> [dealt(torch.arange(7), clients(), Ranks(rank, 2, torch.device("cpu"))).tolist() for rank in range(2)]
+        >>> from atoll.testing.locals import clients as data
+        >>> [dealt(torch.arange(7), data(), Ranks(rank, 2, torch.device("cpu"))).tolist() for rank in range(2)]
         [[0, 3, 4], [1, 2, 5, 6]]
     """
-    order = torch.argsort(data.sizes[codes % data.count], descending=True, stable=True)
-    turn = torch.arange(len(codes))
+    order = torch.argsort(data.sizes[clients], descending=True, stable=True)
+    turn = torch.arange(len(clients))
     place, back = turn % ranks.size, turn // ranks.size % 2 == 1
     return order[torch.where(back, ranks.size - 1 - place, place) == ranks.rank]
 
@@ -130,43 +160,6 @@ def refuse_partial(plan: Plan) -> None:
             "each rank has a part of the aggregate, and `reduce` combines them.",
             "--engine inprocess",
         )
-
-
-def alike(ranks: Ranks, identity: Mapping[str, Any]) -> None:
-    """Refuse ranks that would not compute the same training.
-
-    Raises:
-        UsageError: which rank has what otherwise than rank 0.
-    """
-    told = [json.loads(data) for data in ranks.all(json.dumps(identity).encode())]
-    for rank, theirs in enumerate(told):
-        for name, ours in told[0].items():
-            if theirs.get(name) != ours:
-                raise UsageError(
-                    f"Rank {rank} has another {name} than rank 0: {theirs.get(name)}, and not {ours}.",
-                    f"the same {name} at every rank.",
-                    "each of them makes every step by itself.",
-                    f"--seed {ours}" if name == "seed" else "atoll doctor",
-                )
-
-
-def agreed(ranks: Ranks, report: Report) -> Report:
-    """The report of rank 0, which every rank goes on by: rules that end a training must end it everywhere.
-
-    Raises:
-        RunError: the ranks have come to different models.
-    """
-    mine = {"seconds": report.seconds, "metrics": report.metrics if ranks.first else {}, "model": report.fingerprint}
-    told = [json.loads(data) for data in ranks.all(json.dumps(mine).encode())]
-    for rank, theirs in enumerate(told):
-        if theirs["model"] != told[0]["model"]:
-            raise RunError(
-                f"After round {report.round} rank {rank} has another model than rank 0.",
-                "ranks of one kind of machine.",
-                "every rank makes the server's step by itself, and other processors may round otherwise.",
-                command(1),
-            )
-    return report.to(seconds=told[0]["seconds"], metrics=told[0]["metrics"])
 
 
 def merged(

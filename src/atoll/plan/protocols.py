@@ -104,6 +104,10 @@ class Ids(NamedTuple):
     client: Tensor
     repeat: Tensor
 
+    def select(self, index: Tensor | slice) -> Ids:
+        """Some of the starts, by position."""
+        return Ids(self.client[index], self.repeat[index])
+
 
 class Contribution(NamedTuple):
     """The results of K clients. Every field except `per_client` goes through the aggregator.

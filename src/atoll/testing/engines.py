@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atoll.data.clients import Clients
 from atoll.data.rows import Rows
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.errors import RunError
 from atoll.plan.aggregate import Mean, Sum
@@ -49,7 +49,7 @@ def check_engine(make_engine: Make) -> None:
     Raises:
         Nonconformity: it breaks the contract.
     Example:
-        >>> check_engine(InProcess)
+        >>> check_engine(InProcessEngine)
     """
     data = clients()
     plain, norm = problem(), problem(norm=True)
@@ -71,7 +71,7 @@ def _kept(state: State, count: int) -> Any:
 
 
 def _check_rounds(make_engine: Make, plan: Plan, task: Task, data: Clients) -> None:
-    engine, reference = make_engine(task, data), InProcess(task, data)
+    engine, reference = make_engine(task, data), InProcessEngine(task, data)
     require(
         engine.population.clients == data.count and same(engine.population.sizes, data.sizes),
         f"The engine has the population {engine.population}.",

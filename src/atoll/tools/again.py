@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll import runs
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.errors import RunError, UsageError
 from atoll.experiment import Experiment
 from atoll.training import Rounds, Settings
@@ -29,11 +29,11 @@ def training_of(experiment: Experiment, **changes: Any) -> Rounds:
     return Rounds(it._model(), it.data(), it.plan(), settings)
 
 
-def here(training: Rounds) -> InProcess:
+def here(training: Rounds) -> InProcessEngine:
     """The clients of a training in this process, wherever they run otherwise: the bits are the same."""
-    if isinstance(training.engine, InProcess):
+    if isinstance(training.engine, InProcessEngine):
         return training.engine
-    return InProcess(training.task, training.data, training.settings.chunk)
+    return InProcessEngine(training.task, training.data, training.settings.chunk)
 
 
 def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Rounds:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from atoll.engine.arrivals import Flown, fly, message, nbytes
 from atoll.engine.fleet import rate
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.room import lanes_of
 from atoll.errors import UsageError
 from atoll.experiment import Experiment
@@ -294,7 +294,7 @@ def predict(training: Rounds) -> Forecast:
     )
 
 
-def flown(plan: Plan, state: State, engine: InProcess, rounds: int, most: int = FLIGHTS) -> Flights:
+def flown(plan: Plan, state: State, engine: InProcessEngine, rounds: int, most: int = FLIGHTS) -> Flights:
     """Fly rounds of a plan without computing anything.
 
     Args:
@@ -352,7 +352,9 @@ def _parts(rows: list[Flown]) -> Parts:
     return Parts(*used, max(0.0, now[-1] / len(rows) - sum(used)))
 
 
-def _memory(plan: Plan, state: State, engine: InProcess, flights: Flights, lanes: int, rounds: int) -> dict[str, int]:
+def _memory(
+    plan: Plan, state: State, engine: InProcessEngine, flights: Flights, lanes: int, rounds: int
+) -> dict[str, int]:
     """Bytes by what they are for. The sum: float64, one more digit than are kept, for blocks of unlike size."""
     model, layout = state.model, engine.layout
     theta = layout.d * layout.dtype.itemsize

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from atoll.data.clients import Clients, offsets_of
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.errors import RunError, UsageError, unknown_name
 from atoll.experiment import Experiment
@@ -210,7 +210,7 @@ def with_rate(plan: Plan, which: Which, rate: float, *, keep_schedule: bool = Fa
 def _swept(training: Rounds, which: Which, tried: tuple[float, ...]) -> Finding:
     now = rate_of(training.plan, which)
     data = _few(training.data, training.plan, Key(training.settings.seed).fold("lr"))
-    engine = InProcess(training.task, data, training.settings.chunk)
+    engine = InProcessEngine(training.task, data, training.settings.chunk)
     plan = _short(training.plan)
     rounds = _rounds(plan, data)
     start = _after(training, engine, plan, 0)
@@ -279,7 +279,7 @@ def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     return rate if slope < 0 else None
 
 
-def _after(training: Rounds, engine: InProcess, plan: Plan, rounds: int) -> float:
+def _after(training: Rounds, engine: InProcessEngine, plan: Plan, rounds: int) -> float:
     """The loss on the rows trained on, after some rounds from the first model; infinite where it is not finite."""
     memory = Memory(plan.memory(training.task.layout))
     state = State.first(plan, training.task, training.settings.seed, memory, training.first)
