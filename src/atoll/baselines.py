@@ -37,7 +37,7 @@ from atoll.plan.stepper import Optimizer
 from atoll.rng import Key
 from atoll.schedule import NOTHING, Schedule, Tensors
 from atoll.task import Model, Task
-from atoll.training import Rounds, judge
+from atoll.training.rounds import Rounds, judge
 
 MOST = 200  # clients trained alone, at most
 _LANE_BYTES = 256 << 20
@@ -196,7 +196,9 @@ def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
     return plan, 1.0
 
 
-def _train(training: Rounds, engine: InProcessEngine, plan: Plan, turns: Tensor, client: int) -> tuple[State, int | None]:
+def _train(
+    training: Rounds, engine: InProcessEngine, plan: Plan, turns: Tensor, client: int
+) -> tuple[State, int | None]:
     """One client's training, and the round in which it stopped being finite or raised; the state before it is kept."""
     plan = bind(replace(plan, cohort=_Only(client)), engine)
     memory = Memory(plan.memory(training.task.layout))

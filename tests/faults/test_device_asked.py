@@ -11,7 +11,7 @@ from atoll.cli import main
 from atoll.engine import device as devices
 from atoll.engine.device import check_precision, found, free
 from atoll.errors import UsageError
-from atoll.experiment import Experiment
+from atoll.training.experiment import Experiment
 
 HOST = torch.device("cpu")
 

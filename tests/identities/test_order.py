@@ -170,7 +170,9 @@ def test_lanes_are_the_loop_to_rounding(name, dtype):
     data = data_of(SIZES)
     for plan in (USUAL, recipes.distributed_gd(0.1)):
         lanes, loop = (
-            run(plan, InProcessEngine(task_of(make(), data, body, dtype), data), 1)[0].model for body in ("lanes", "loop")
+            run(plan, InProcessEngine(task_of(make(), data, body, dtype), data), 1)[0].model
+            for body in ("lanes", "loop")
+            for body in ("lanes", "loop")
         )
         close = 1e-5 if dtype == torch.float32 else 1e-12
         assert far(lanes.theta, loop.theta) < close and far(lanes.buffers, loop.buffers) < close

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import atoll
 from atoll.errors import UsageError
-from atoll.experiment import Experiment
-from atoll.experiment.texts import toml
 from atoll.plan.optimizer import adam
 from atoll.plan.sampler import Uniform
+from atoll.training.experiment import Experiment
+from atoll.training.setting_texts import toml
 
 QUICK = {"data": "diabetes", "model": "linear", "recipe": "distributed_gd(0.1)", "clients": 5, "rounds": 2}
 

@@ -72,9 +72,7 @@ class Dealer(Engine):
         self.chunk = chunk
         self.closed, self._opened = False, False
 
-    def _open(
-        self, task: Task, data: Clients, workers: int, threads: int, office: Office, stillborn: int = 3
-    ) -> None:
+    def _open(self, task: Task, data: Clients, workers: int, threads: int, office: Office, stillborn: int = 3) -> None:
         """Start the workers.
 
         Args:

@@ -18,8 +18,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from atoll.data.clients import Clients
-from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.fleet import Fleet
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.overlap import Overlap, data_parallel
 from atoll.engine.ranks import Ranks, job, restarts
 from atoll.engine.work import Haul, Work
@@ -38,8 +38,8 @@ from atoll.task import Task
 class TorchrunEngine(InProcessEngine):
     """An engine that runs each client on one of the ranks that `torchrun` started.
 
-    Every rank calls `gather` with the same plan, state and cohort, and gets the same sum: that of `InProcessEngine`, to the
-    bit, for any number of ranks.
+    Every rank calls `gather` with the same plan, state and cohort, and gets the same sum. For any number of ranks its
+    bits are those of `InProcessEngine`.
 
     Args:
         task, data, chunk, fleet: as for `InProcessEngine`.

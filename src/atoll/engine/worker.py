@@ -27,8 +27,8 @@ from atoll.engine.device import found, nearby
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.engine.work import Haul, Work, own_task
-from atoll.names import load
 from atoll.errors import AtollError, RunError, UsageError
+from atoll.names import load
 from atoll.plan.lanes import HOST
 from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
