@@ -31,7 +31,7 @@ class Job:
     Args:
         group: jobs whose results are added up by the worker.
         told: what their clients may know.
-        codes, clients, down: who, and the bytes that each was sent.
+        clients, repeats, down: the starts, and the bytes that each client was sent.
         rows: what they keep; asked for when the job is dealt.
         deliver: whether the worker hands over its haul when it has done this.
         wanted: whether somebody still waits for it.
@@ -40,8 +40,8 @@ class Job:
 
     group: int
     told: Told
-    codes: list[int]
     clients: list[int]
+    repeats: list[int]
     down: list[int]
     rows: Rows | None
     deliver: bool
@@ -201,7 +201,7 @@ class Crew:
         """Another worker in its place; what it had not handed over waits again, first of all."""
         hand.line.close()
         self.deaths += 1
-        lost = [job for job in (*hand.done, *hand.sent) if job.codes and job.wanted]
+        lost = [job for job in (*hand.done, *hand.sent) if job.clients and job.wanted]
         at_work = hand.sent[0] if hand.sent else None
         if at_work in lost:
             lost.remove(at_work)
@@ -223,19 +223,19 @@ class Crew:
         """A job over which a worker died: again as it is, then in halves; a client that goes on killing has failed."""
         if job.deaths < _DEADLY:
             return [job]
-        if len(job.codes) == 1:
+        if len(job.clients) == 1:
             cause = f"{_DEADLY} workers died over it"
             failure = Failure(job.clients[0], job.told.birth, "local", cause)
             self._caught.append(Catch([job], Haul.none()._replace(failures=[failure], errors=[RuntimeError(cause)])))
             return []
-        half = len(job.codes) // 2
+        half = len(job.clients) // 2
         return [self._part(job, slice(None, half)), self._part(job, slice(half, None))]
 
     def _part(self, job: Job, part: slice) -> Job:
         rows = job.rows
         some = None if rows is None else lambda: {n: t[part] for n, t in rows().items()}
-        codes, clients, down = job.codes[part], job.clients[part], job.down[part]
-        return Job(job.group, job.told, codes, clients, down, some, job.deliver, deaths=_DEADLY - 1)
+        clients, repeats, down = job.clients[part], job.repeats[part], job.down[part]
+        return Job(job.group, job.told, clients, repeats, down, some, job.deliver, deaths=_DEADLY - 1)
 
     # the jobs
 
@@ -260,7 +260,8 @@ class Crew:
             told = structs.replace(job.told, forget=forget)
         rows = None if job.rows is None else job.rows()
         hand.sent.append(job)
-        hand.line.give(told, Run(job.group, job.told.number, job.codes, job.down, None, job.deliver), rows)
+        run = Run(job.group, job.told.number, job.clients, job.repeats, job.down, None, job.deliver)
+        hand.line.give(told, run, rows)
 
     def _listen(self, rule: Aggregator | None, timeout: float | None) -> bool:
         """Take in what workers say; False where nobody said anything in time."""
@@ -284,7 +285,7 @@ class Crew:
 
     def _take(self, hand: _Hand, answer: Hauled, tensors: Mapping[str, Tensor], rule: Aggregator) -> None:
         jobs, hand.done = [*hand.done, hand.sent.popleft()], []
-        if any(job.wanted and job.codes for job in jobs):
+        if any(job.wanted and job.clients for job in jobs):
             haul = haul_of(tensors, answer.failures, answer.errors, rule)
             self._caught.append(Catch(jobs, haul, answer.most))
 

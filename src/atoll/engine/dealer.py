@@ -32,7 +32,7 @@ from atoll.plan.in_flight import Flight, Traffic
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.round import Gathered
-from atoll.plan.slots import Broadcast, Cohort, Population
+from atoll.plan.slots import Broadcast, Cohort, Ids, Population
 from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
@@ -174,10 +174,10 @@ class Dealer(Engine):
         flown = fly(plan, state, self.population, cohort, None, 0)
         task, kept, group = own_task(plan, self.task), Pending(state.memory), next(self._numbers)
         most = -(-len(flown.arrived) // (_DEALS * self.workers)) or 1
-        for _, codes, down in births(flown.arrived, self.data.count):
-            for chunk in chunks(plan, task, self.data, codes, down, self.room.within(self.chunk)):
-                for some, sent in zip(*(column.split(most) for column in chunk), strict=True):
-                    job = self.job(group, told, some, sent, kept, deliver=bool(state.memory.first))
+        for _, ids, down in births(flown.arrived):
+            for chunk, sent in chunks(plan, task, self.data, ids, down, self.room.within(self.chunk)):
+                for at in torch.arange(len(sent)).split(most):
+                    job = self.job(group, told, chunk.select(at), sent[at], kept, deliver=bool(state.memory.first))
                     self._crew.queue.append(job)
         haul = Haul.none()
         while self._crew.busy(group):
@@ -187,11 +187,10 @@ class Dealer(Engine):
                 self.room.learn(catch.most)
         return flown, haul
 
-    def job(self, group: int, told: Told, codes: Tensor, down: Tensor, kept: Pending, *, deliver: bool) -> Job:
+    def job(self, group: int, told: Told, ids: Ids, down: Tensor, kept: Pending, *, deliver: bool) -> Job:
         """The job to compute these clients."""
-        ids = codes % self.data.count
-        rows = (lambda: kept.take(ids)) if kept.first else None
-        return Job(group, told, codes.tolist(), ids.tolist(), down.tolist(), rows, deliver)
+        rows = (lambda: kept.take(ids.client)) if kept.first else None
+        return Job(group, told, ids.client.tolist(), ids.repeat.tolist(), down.tolist(), rows, deliver)
 
     def _ready(self) -> None:
         if self.closed or not self._opened:
@@ -280,9 +279,8 @@ class _Arrivals:
         engine, birth = self.engine, flight.birth
         if birth not in self._tolds:
             self._tolds[birth] = self._tell(birth)
-        code = flight.client + engine.data.count * flight.again
-        codes, down = torch.tensor([code]), torch.tensor([flight.down])
-        job = engine.job(next(engine._numbers), self._tolds[birth], codes, down, self._kept, deliver=True)
+        ids, down = Ids(torch.tensor([flight.client]), torch.tensor([flight.again])), torch.tensor([flight.down])
+        job = engine.job(next(engine._numbers), self._tolds[birth], ids, down, self._kept, deliver=True)
         engine._aloft[flight.number] = _Aloft(flight, job, theta, self.text)
         engine._crew.queue.append(job)
 

@@ -27,7 +27,7 @@ from atoll.plan.in_flight import Flight, waves
 from atoll.plan.lanes import HOST
 from atoll.plan.plan import Plan
 from atoll.plan.round import Gathered
-from atoll.plan.slots import Broadcast, Cohort, Population, Tensors
+from atoll.plan.slots import Broadcast, Cohort, Ids, Population, Tensors
 from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
@@ -102,7 +102,7 @@ class InProcessEngine(Engine):
         def start(birth: int) -> tuple[Broadcast, Key]:
             return state.version(birth), key if birth == state.round else state.key(birth)
 
-        kept, shares = Pending(state.memory), cut(flown.arrived, self.data.count)
+        kept, shares = Pending(state.memory), cut(flown.arrived)
         work = Work(plan, task, self.data, start, kept, state.round, shares, self.room)
         if self._tries(task, len(flown.arrived)):
             haul = self._timed(work, flown.arrived, state.memory.first)
@@ -135,16 +135,16 @@ class InProcessEngine(Engine):
     def _haul(self, work: Work, arrived: list[Flight], first: Tensors, scale: float = 1.0) -> Haul:
         """Do the work of everybody who arrived, chunk by chunk; `first` is what one client keeps at first."""
         for wave in waves(arrived) if first else [arrived]:
-            for birth, codes, down in births(wave, self.data.count):
-                for chunk, sent in self._chunks(work.plan, work.task, codes, down, scale):
+            for birth, ids, down in births(wave):
+                for chunk, sent in self._chunks(work.plan, work.task, ids, down, scale):
                     work.run(birth, chunk, sent)
             work.landed()
         return work.haul
 
     def _chunks(
-        self, plan: Plan, task: Task, codes: Tensor, down: Tensor, scale: float = 1.0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        return chunks(plan, task, self.data, codes, down, self.chunk, free(task.device), scale)
+        self, plan: Plan, task: Task, ids: Ids, down: Tensor, scale: float = 1.0
+    ) -> Iterator[tuple[Ids, Tensor]]:
+        return chunks(plan, task, self.data, ids, down, self.chunk, free(task.device), scale)
 
 
 def check_chunk(chunk: int | None) -> None:

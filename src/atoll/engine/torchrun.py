@@ -29,7 +29,7 @@ from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import HOST
 from atoll.plan.plan import Plan
 from atoll.plan.round import Failure, Gathered
-from atoll.plan.slots import Cohort, Tensors
+from atoll.plan.slots import Cohort, Ids, Tensors
 from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
@@ -96,8 +96,8 @@ class TorchrunEngine(InProcessEngine):
     def _haul(self, work: Work, arrived: list[Flight], first: Tensors, scale: float = 1.0) -> Haul:
         trouble = None
         if work.task.numerics == "loop" and self._overlap.serves(work, arrived):
-            codes = torch.tensor([f.client + self.data.count * f.again for f in arrived])
-            quick = self._overlap.haul(work, arrived, codes[dealt(codes, self.data, self.ranks)])
+            clients = torch.tensor([f.client for f in arrived])
+            quick = self._overlap.haul(work, arrived, dealt(clients, self.data, self.ranks))
             if quick is not None:
                 return quick
         try:
@@ -111,22 +111,22 @@ class TorchrunEngine(InProcessEngine):
         return Overlap(self.task, self.ranks)
 
     def _chunks(
-        self, plan: Plan, task: Task, codes: Tensor, down: Tensor, scale: float = 1.0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        mine = dealt(codes, self.data, self.ranks)
-        return super()._chunks(plan, task, codes[mine], down[mine], scale)
+        self, plan: Plan, task: Task, ids: Ids, down: Tensor, scale: float = 1.0
+    ) -> Iterator[tuple[Ids, Tensor]]:
+        mine = dealt(ids.client, self.data, self.ranks)
+        return super()._chunks(plan, task, ids.select(mine), down[mine], scale)
 
 
-def dealt(codes: Tensor, data: Clients, ranks: Ranks) -> Tensor:
+def dealt(clients: Tensor, data: Clients, ranks: Ranks) -> Tensor:
     """The places of this rank's clients: dealt by size, forth and back, so that all ranks hold nearly as many rows.
 
     Example:
-        >>> from atoll.testing.locals import clients
-        >>> [dealt(torch.arange(7), clients(), Ranks(rank, 2, torch.device("cpu"))).tolist() for rank in range(2)]
+        >>> from atoll.testing.locals import clients as data
+        >>> [dealt(torch.arange(7), data(), Ranks(rank, 2, torch.device("cpu"))).tolist() for rank in range(2)]
         [[0, 3, 4], [1, 2, 5, 6]]
     """
-    order = torch.argsort(data.sizes[codes % data.count], descending=True, stable=True)
-    turn = torch.arange(len(codes))
+    order = torch.argsort(data.sizes[clients], descending=True, stable=True)
+    turn = torch.arange(len(clients))
     place, back = turn % ranks.size, turn // ranks.size % 2 == 1
     return order[torch.where(back, ranks.size - 1 - place, place) == ranks.rank]
 

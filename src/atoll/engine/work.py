@@ -29,7 +29,7 @@ from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import HOST, Lanes
 from atoll.plan.plan import Plan
 from atoll.plan.round import Failure, Gathered
-from atoll.plan.slots import Aggregator, Broadcast, Contribution
+from atoll.plan.slots import Aggregator, Broadcast, Contribution, Ids
 from atoll.plan.state import State, part_of
 from atoll.rng import Key
 from atoll.task import Task
@@ -88,54 +88,54 @@ def own_task(plan: Plan, task: Task) -> Task:
     return task if own == task.numerics else replace(task, numerics=own)
 
 
-def births(flights: list[Flight], clients: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The codes of these flights, by the round whose model they started from, and the bytes that each was sent.
+def births(flights: list[Flight]) -> Iterator[tuple[int, Ids, Tensor]]:
+    """The starts of these flights by model version, and the bytes that each client was sent, int64 `[K]`.
 
-    A start is told by its code, client + clients·again: a client may be at work more than once in a round, and each
-    time draws anew.
+    A client may start more than once in a round. The pair (client, repeat) names a start of a round.
     """
-    by: dict[int, list[tuple[int, int]]] = {}
+    by: dict[int, list[tuple[int, int, int]]] = {}
     for client, birth, again, _, size, _ in flights:
-        by.setdefault(birth, []).append((client + clients * again, size))
+        by.setdefault(birth, []).append((client, again, size))
     for birth in sorted(by):
-        codes, down = torch.tensor(list(zip(*by[birth], strict=True))).unbind()
-        yield birth, codes, down
+        clients, repeats, down = torch.tensor(list(zip(*by[birth], strict=True))).unbind()
+        yield birth, Ids(clients, repeats), down
 
 
-def cut(flights: list[Flight], clients: int) -> dict[int, float]:
-    """The part of its work that a start, by its code, had time for, where that is not all."""
-    return {f.client + clients * f.again: f.share for f in flights if f.share < 1}
+def cut(flights: list[Flight]) -> dict[tuple[int, int], float]:
+    """The fraction of its work that a start (client, repeat) had time for, if that is less than 1."""
+    return {(f.client, f.again): f.share for f in flights if f.share < 1}
 
 
 def chunks(
     plan: Plan,
     task: Task,
     data: Clients,
-    codes: Tensor,
+    ids: Ids,
     down: Tensor,
     most: int | None,
     room: int | None = None,
     scale: float = 1.0,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Ids, Tensor]]:
     """Clients of one width together, largest first, a chunk of at most `most` at a time; None chooses by the model.
 
     Args:
         plan, task, data: what is computed.
-        codes, down: who, and the bytes that each was sent, int64 `[K]`.
+        ids, down: the starts, and the bytes that each client was sent, int64 `[K]`.
         most, room: see `lanes_of`.
         scale: how many times as many as that.
     Yields:
-        The codes of a chunk, and the bytes that each was sent, int64 `[K]`.
+        The starts of a chunk, and the bytes that each client was sent, int64 `[K]`.
     """
-    if codes.shape[0] < 2:
-        if codes.shape[0]:
-            yield codes, down
+    if down.shape[0] < 2:
+        if down.shape[0]:
+            yield ids, down
         return
-    sizes = data.sizes[codes % data.count]
+    sizes = data.sizes[ids.client]
     largest = int(sizes.max())
     chunk = max(1, int(scale * lanes_of(plan, task, data, largest, most, room)))
     if largest == int(sizes.min()):
-        yield from zip(codes.split(chunk), down.split(chunk), strict=True)
+        for *pair, sent in zip(ids.client.split(chunk), ids.repeat.split(chunk), down.split(chunk), strict=True):
+            yield Ids(*pair), sent
         return
     sizes, order = torch.sort(sizes, descending=True, stable=True)
     values, counts = (t.tolist() for t in torch.unique_consecutive(sizes, return_counts=True))
@@ -143,7 +143,7 @@ def chunks(
     runs = [sum(count for _, count in group) for _, group in alike]
     for run in order.split(runs):
         for some in run.split(chunk):
-            yield codes[some], down[some]
+            yield ids.select(some), down[some]
 
 
 class Work:
@@ -156,7 +156,7 @@ class Work:
         start: what the clients of a birth were told, and their key.
         kept: what clients keep.
         now: the round that is open.
-        cut: the part of its work that a start, by its code, had time for, where that is not all.
+        cut: the fraction of its work that a start (client, repeat) had time for, if that is less than 1.
         room: what is known of the memory; what does not fit is learned here.
     """
 
@@ -168,7 +168,7 @@ class Work:
         start: Start,
         kept: Kept,
         now: int,
-        cut: Mapping[int, float] = MappingProxyType({}),
+        cut: Mapping[tuple[int, int], float] = MappingProxyType({}),
         room: Room | None = None,
     ) -> None:
         self.plan, self.task, self.data, self.start, self.kept, self.now = plan, task, data, start, kept, now
@@ -177,40 +177,40 @@ class Work:
         self.haul = Haul.none()
         self._wave: list[tuple[Tensor, Mapping[str, Tensor]]] = []
 
-    def run(self, birth: int, codes: Tensor, down: Tensor) -> None:
+    def run(self, birth: int, ids: Ids, down: Tensor) -> None:
         """Compute a chunk and fold what it gives; a client that raises is found by halving the chunk.
 
         Args:
             birth: the round whose model the clients started from.
-            codes: who, int64 `[K]`.
+            ids: the starts.
             down: the bytes that each was sent, int64 `[K]`.
         """
         if not self.cut:
-            return self._run_chunk(birth, codes, down)
+            return self._run_chunk(birth, ids, down)
         # Those who had time for all their work together, each of the others by itself.
-        short = torch.tensor([code in self.cut for code in codes.tolist()])
+        short = torch.tensor([pair in self.cut for pair in zip(*(t.tolist() for t in ids), strict=True)])
         for part in ((~short).nonzero()[:, 0], *short.nonzero()):
             if len(part):
-                self._run_chunk(birth, codes[part], down[part])
+                self._run_chunk(birth, ids.select(part), down[part])
 
-    def _run_chunk(self, birth: int, codes: Tensor, down: Tensor) -> None:
+    def _run_chunk(self, birth: int, ids: Ids, down: Tensor) -> None:
         most = self.room.most
-        if most is not None and codes.shape[0] > most:
-            for some, sent in zip(codes.split(most), down.split(most), strict=True):
-                self._run_chunk(birth, some, sent)
+        if most is not None and down.shape[0] > most:
+            for at in torch.arange(down.shape[0]).split(most):
+                self._run_chunk(birth, ids.select(at), down[at])
             return
-        halves = self._try_chunk(birth, codes, down)
+        halves = self._try_chunk(birth, ids, down)
         if halves:  # by now nothing holds what the whole chunk had computed
             give_back(self.task.device)
         for half in halves:
-            self._run_chunk(birth, codes[half], down[half])
+            self._run_chunk(birth, ids.select(half), down[half])
 
-    def _try_chunk(self, birth: int, codes: Tensor, down: Tensor) -> tuple[slice, ...]:
+    def _try_chunk(self, birth: int, starts: Ids, down: Tensor) -> tuple[slice, ...]:
         """Compute a chunk and fold what it gives; or the halves of it that are to be tried instead."""
-        ids = codes % self.data.count
+        ids = starts.client
         many, half = ids.shape[0], -(-ids.shape[0] // 2)
         try:
-            contribution, memory, sizes = self.contribute(birth, ids, codes)
+            contribution, memory, sizes = self.contribute(birth, starts)
         except AtollError:
             raise
         except Exception as error:
@@ -291,15 +291,16 @@ class Work:
         self.haul.memory.extend(self._wave)
         self._wave = []
 
-    def contribute(self, birth: int, ids: Tensor, codes: Tensor) -> tuple[Contribution, Mapping[str, Tensor], Tensor]:
+    def contribute(self, birth: int, starts: Ids) -> tuple[Contribution, Mapping[str, Tensor], Tensor]:
         """The contributions of a chunk, opened, with the size of each message in bytes, int64 `[K]`."""
-        share = self.cut.get(int(codes[0]), 1.0) if self.cut else 1.0
+        ids, repeats = starts
+        share = self.cut.get((int(ids[0]), int(repeats[0])), 1.0) if self.cut else 1.0
         lanes = Lanes(self.data, ids, self.task.layout.dtype, share, self.task.device)
         kept = self.kept.take(ids)
         if self.far:
             kept = {n: t.to(self.task.device) for n, t in kept.items()}
         broadcast, key = self.start(birth)
-        key = key.of(codes)
+        key = key.starts(ids, repeats)
         contribution, local = self.plan.local.contribute(
             broadcast, lanes, part_of(kept, "local"), key.fold("clients", "local"), self.task
         )

@@ -33,7 +33,7 @@ from atoll.plan.lanes import HOST
 from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
 from atoll.plan.round import Failure, bind
-from atoll.plan.slots import Aggregator, Broadcast
+from atoll.plan.slots import Aggregator, Broadcast, Ids
 from atoll.plan.state import part_of
 from atoll.rng import Key
 from atoll.shelf import Shelf, lent_from
@@ -71,7 +71,8 @@ class Run(msgspec.Struct, frozen=True, tag=True):
 
     group: int
     told: int
-    codes: list[int]
+    clients: list[int]
+    repeats: list[int]
     down: list[int]
     rows: tuple[str, list[Place]] | None
     deliver: bool
@@ -238,13 +239,13 @@ class Worker:
 
     def run(self, run: Run, rows: Mapping[str, Tensor] | None) -> Haul | None:
         """Compute some clients, with what they keep; a haul where one is wanted."""
-        if run.codes:
+        if run.clients:
             work = self._work(run)
-            codes = torch.tensor(run.codes)
+            ids = Ids(torch.tensor(run.clients), torch.tensor(run.repeats))
             if rows is not None:
-                work.kept.put(codes % self._engine.data.count, rows)
+                work.kept.put(ids.client, rows)
             with lent_from(self._shelf):
-                work.run(self._told[run.told][0].birth, codes, torch.tensor(run.down))
+                work.run(self._told[run.told][0].birth, ids, torch.tensor(run.down))
             work.landed()
         if not run.deliver:
             return None

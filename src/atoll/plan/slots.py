@@ -33,6 +33,22 @@ class Cohort(NamedTuple):
     chance: Tensor
 
 
+class Ids(NamedTuple):
+    """The starts that K rows of a contribution belong to, in the order of the rows.
+
+    Args:
+        client: client ids, int64 `[K]`.
+        repeat: 0 for the first start of a client in the round that it started in, then 1, 2, …; int64 `[K]`.
+    """
+
+    client: Tensor
+    repeat: Tensor
+
+    def select(self, index: Tensor | slice) -> Ids:
+        """Some of the starts, by position."""
+        return Ids(self.client[index], self.repeat[index])
+
+
 class Contribution(NamedTuple):
     """What K clients give. Everything but `facts` goes through the same sum."""
 

@@ -78,7 +78,7 @@ def compute(training: Rounds, plan: Plan, state: State, flight: Flight, kept: Te
     kept = {n: t.to(task.device) for n, t in kept.items()}
     broadcast = state.version(flight.birth)
     round_key = state.key(flight.birth)
-    key = round_key.of(ids + data.count * flight.again)
+    key = round_key.starts(ids, torch.tensor([flight.again]))
     contribution, local = plan.local.contribute(
         broadcast, lanes, part_of(kept, "local"), key.fold("clients", "local"), task
     )
