@@ -23,7 +23,7 @@ from atoll.plan.pace import Buffered, Sync
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Contribution, Local, Pace
 from atoll.plan.round import step
-from atoll.training import rounds
+from atoll.training.rounds import rounds
 
 
 @dataclass(frozen=True, repr=False)

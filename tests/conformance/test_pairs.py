@@ -252,7 +252,7 @@ def after(plan, engine, chunk, rounds=2):
 
 
 def exact(plan):
-    return getattr(plan.aggregator, "sum", "exact") == "exact"
+    return plan.aggregator.sum == "exact"
 
 
 @pytest.mark.parametrize(("recipe", "codec", "aggregator", "pace", "downlink", "engine"), ROWS)

@@ -37,8 +37,8 @@ from atoll.task import Task
 class TorchrunEngine(InProcessEngine):
     """An engine that runs each client on one of the ranks that `torchrun` started.
 
-    Every rank calls `gather` with the same plan, state and cohort, and gets the same sum: that of `InProcessEngine`, to the
-    bit, for any number of ranks.
+    Every rank calls `gather` with the same plan, state and cohort, and gets the same sum. For any number of ranks its
+    bits are those of `InProcessEngine`.
 
     Args:
         task, data, chunk, fleet: as for `InProcessEngine`.

@@ -17,7 +17,7 @@ from atoll.plan.protocols import Contribution, Tensors
 from atoll.plan.state import State, part_of
 from atoll.rng import Key
 from atoll.task import Gradient, Model, Task
-from atoll.training import Rounds
+from atoll.training.rounds import Rounds
 
 
 @dataclass(frozen=True)
