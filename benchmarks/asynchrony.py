@@ -16,7 +16,7 @@ from pathlib import Path
 
 import atoll
 from atoll.engine.fleet import Fleet, HalfNormal
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd
@@ -28,7 +28,7 @@ def curve(plan: Plan, data: atoll.data.Clients, model: str, seed: int, target: f
     """Return (virtual seconds, accuracy, updates arrived) of each evaluation, up to target or limit."""
     looks = max(1, 20 // getattr(plan.pace, "k", 20))
     training = atoll.rounds(model, data, plan, rounds=10**6, seed=seed, fleet=Fleet(HalfNormal()), evaluate_every=0)
-    judge = InProcess(training.task, data.held())
+    judge = InProcessEngine(training.task, data.held())
     points: list = []
     arrived = 0
     for report in training:

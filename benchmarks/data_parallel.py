@@ -5,7 +5,7 @@
 
 The same model, the same rows in every step, plain SGD, gloo, one thread per rank; the programs take turns of some
 steps each.
-A step of DDP is `zero_grad`, forward, backward, `step`; one of atoll is `atoll.plan.plan.step`, report included.
+A step of DDP is `zero_grad`, forward, backward, `step`; one of atoll is `atoll.plan.round.step`, report included.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from torch import nn
 from atoll.data import arrays
 from atoll.engine.memory import Memory
 from atoll.engine.ranks import Ranks
-from atoll.engine.torchrun import Torchrun
-from atoll.plan.plan import State, step
+from atoll.engine.torchrun import TorchrunEngine
+from atoll.plan.round import step
+from atoll.plan.state import State
 from atoll.recipes import distributed_gd
 from atoll.rng import Key
 from atoll.shelf import Shelf, lent_from
@@ -65,7 +66,7 @@ class Atoll:
     def __init__(self, widths, data, batch: int, ranks: Ranks, sum_: str) -> None:
         task = replace(Task.of(model(widths), "cross_entropy"), numerics="loop")
         self.plan = distributed_gd(LR, batch=batch, sum=sum_)
-        self.engine = Torchrun(task, data, ranks=ranks)
+        self.engine = TorchrunEngine(task, data, ranks=ranks)
         self.state, self.shelf = State.first(self.plan, task, SEED, Memory({})), Shelf()
 
     def step(self) -> float:
@@ -98,7 +99,7 @@ class Ddp:
 
     def mean(self, losses: list[torch.Tensor]) -> list[float]:
         """Average the losses over all ranks; DDP has a separate loss on each rank."""
-        return (self.ranks.add([torch.stack(losses).double()])[0] / self.ranks.size).tolist()
+        return (self.ranks.all_reduce_sum([torch.stack(losses).double()])[0] / self.ranks.size).tolist()
 
 
 def work(told: argparse.Namespace) -> None:

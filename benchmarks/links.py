@@ -17,7 +17,7 @@ from torch import nn
 
 import atoll
 from atoll.engine.fleet import Fleet, rate
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.grammar import parse
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Train
@@ -30,7 +30,7 @@ COMPUTE = 0.2
 CODECS = (
     ("Identity()", "Identity()"),
     ("Eden(1)", "Eden(2)"),
-    ("Feedback(TopK(0.02) >> Quantize(8))", "TopK(0.05) >> Quantize(8)"),
+    ("ErrorFeedback(TopK(0.02) >> Quantize(8))", "TopK(0.05) >> Quantize(8)"),
 )
 
 
@@ -55,7 +55,7 @@ def run(up: str, down: str, data: atoll.data.Clients, told: argparse.Namespace) 
     )
     fleet = Fleet(COMPUTE, server="100 Mb/s")
     training = atoll.rounds(cnn, data, plan, rounds=told.limit, seed=told.seed, fleet=fleet, evaluate_every=0)
-    judge = InProcess(training.task, data.held())
+    judge = InProcessEngine(training.task, data.held())
     total = {"rounds": 0, "up": 0, "down": 0, "clock": 0.0, "accuracy": 0.0}
     for report in training:
         total["rounds"] += 1

@@ -32,7 +32,7 @@ from torch import Tensor
 import atoll
 from atoll.data import Clients
 from atoll.data.clients import offsets_of
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Quantize
 from atoll.plan.local import Gradient, Train
@@ -121,7 +121,7 @@ def trained(plan: Plan, every: int, data: Clients, whole: Clients, iterations: i
         curve.loss.append(report.metrics["held_out_loss"])
         print(f"   {curve.iterations[-1]:5}  {curve.loss[-1]:.4f}", file=sys.stderr, flush=True)
     curve.seconds = time.perf_counter() - began
-    curve.last = training.evaluate(InProcess(training.task, whole.held()))["held_out_loss"]
+    curve.last = training.evaluate(InProcessEngine(training.task, whole.held()))["held_out_loss"]
     return curve
 
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from atoll import compiled, native
 from atoll.data import ArrayRows, Clients
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
-from atoll.plan.plan import Plan, Report, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import Report, bind, step
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -106,10 +108,10 @@ def seeded(make: type[nn.Module] | object, *args: object, seed: int = 0) -> nn.M
 
 
 def run(
-    plan: Plan, engine: InProcess, rounds: int = 2, seed: int = 0, init: Tensor | None = None
+    plan: Plan, engine: InProcessEngine, rounds: int = 2, seed: int = 0, init: Tensor | None = None
 ) -> tuple[State, list[Report]]:
     """Run some rounds from the start. Return the state after them and their reports."""
-    task = engine.task
+    plan, task = bind(plan, engine), engine.task
     model = task.initial() if init is None else task.initial()._replace(theta=init)
     state, reports = State.first(plan, task, seed, Memory(plan.memory(task.layout)), model), []
     for _ in range(rounds):

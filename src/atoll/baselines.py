@@ -20,22 +20,23 @@ import torch
 from torch import Tensor
 
 from atoll.data.clients import Clients
-from atoll.engine.inprocess import InProcess, threads_for
+from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.memory import Memory
 from atoll.errors import RunError
-from atoll.grammar import Value
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.aggregate.exact import LARGEST
 from atoll.plan.lanes import ROWS, Lanes
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.optimizer import sgd
-from atoll.plan.plan import Plan, State, step
-from atoll.plan.slots import Broadcast, Cohort, Population
-from atoll.plan.stepper import Optimizer
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Broadcast, Cohort, Local, Population, Sampler
+from atoll.plan.round import bind, step
+from atoll.plan.state import State
+from atoll.plan.stepper import OptimizerBase
 from atoll.rng import Key
 from atoll.schedule import NOTHING, Schedule, Tensors
 from atoll.task import Model, Task
-from atoll.training import Rounds, judge
+from atoll.training.rounds import Rounds, judge
 
 MOST = 200  # clients trained alone, at most
 _LANE_BYTES = 256 << 20
@@ -82,8 +83,8 @@ def pooled(training: Rounds) -> dict[str, Any]:
     plan, share = _gathered(_solo(training.plan), training.data.sizes, _chances(training))
     # One client alone is quicker in the loop, and the body changes what it computes in the last bits only.
     task = replace(training.task, module=copy.deepcopy(training.task.module), numerics="loop")
-    state, failed = _train(training, InProcess(task, data), plan, _turns(torch.tensor([share]), count)[:, 0], 0)
-    told: dict[str, Any] = judge(state, InProcess(task, data.held()))
+    state, failed = _train(training, InProcessEngine(task, data), plan, _turns(torch.tensor([share]), count)[:, 0], 0)
+    told: dict[str, Any] = judge(state, InProcessEngine(task, data.held()))
     turns = float(_turns(torch.tensor([share]), count).sum())
     told["samples"] = round(turns * float(_seen(plan.local, data.sizes.double())))
     return told | ({} if failed is None else {"diverged": failed})
@@ -125,7 +126,7 @@ class _Judged:
 
 
 @dataclass(frozen=True, repr=False)
-class _Only(Value):
+class _Only(Sampler):
     """One client, every round."""
 
     client: int
@@ -158,13 +159,13 @@ def _turns(chance: Tensor, rounds: int) -> Tensor:
     return (t + 1) * works // rounds > t * works // rounds
 
 
-def _seen(local: Any, rows: Tensor) -> Tensor:
+def _seen(local: Local, rows: Tensor) -> Tensor:
     """How many samples somebody with so many rows sees in one round at work."""
     if isinstance(local, Gradient):
         return rows if local.batch is None else rows.clamp(max=local.batch)
     if isinstance(local, Train) and local.steps is not None:
         return (local.steps_at(0) or 1) * (rows if local.batch is None else rows / (rows / local.batch).ceil())
-    return rows * (getattr(local, "epochs", None) or 1)
+    return local.examples_per_round(rows)
 
 
 @dataclass(frozen=True, repr=False)
@@ -188,15 +189,17 @@ def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
     if isinstance(local, Train) and local.steps is not None:
         steps = _Times(local.steps, ratio) if isinstance(local.steps, Schedule) else round(local.steps * ratio)
         return replace(plan, local=replace(local, steps=steps)), 1.0
-    if isinstance(local, Gradient) and isinstance(plan.optimizer, Optimizer) and round(ratio) > 1:
+    if isinstance(local, Gradient) and isinstance(plan.optimizer, OptimizerBase) and round(ratio) > 1:
         local = Train(plan.optimizer, steps=round(ratio), batch=local.batch, keep=("optimizer", "order"))
         return Plan(local, Mean(weights="equal", sum="float"), sgd(1.0)), 1.0
     return plan, 1.0
 
 
-def _train(training: Rounds, engine: InProcess, plan: Plan, turns: Tensor, client: int) -> tuple[State, int | None]:
+def _train(
+    training: Rounds, engine: InProcessEngine, plan: Plan, turns: Tensor, client: int
+) -> tuple[State, int | None]:
     """One client's training, and the round in which it stopped being finite or raised; the state before it is kept."""
-    plan = replace(plan, cohort=_Only(client))
+    plan = bind(replace(plan, cohort=_Only(client)), engine)
     memory = Memory(plan.memory(training.task.layout))
     state = State.first(plan, training.task, training.settings.seed, memory, training.first)
     for t in turns.nonzero().squeeze(1).tolist():
@@ -209,8 +212,8 @@ def _train(training: Rounds, engine: InProcess, plan: Plan, turns: Tensor, clien
 
 def _one_by_one(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Judged]:
     """Each client through `step`: for any local part."""
-    engine = InProcess(training.task, training.data)
-    judges = InProcess(training.task, training.data.held())
+    engine = InProcessEngine(training.task, training.data)
+    judges = InProcessEngine(training.task, training.data.held())
     for at, client in enumerate(ids.tolist()):
         state, failed = _train(training, engine, plan, turns[:, at], client)
         yield _Judged(judge(state, judges), failed is not None)
@@ -224,7 +227,7 @@ def _in_lanes(training: Rounds, plan: Plan) -> bool:
         and isinstance(plan.local, (Train, Gradient))
         and not plan.local.server(training.task.layout)
         and isinstance(plan.aggregator, Mean)
-        and isinstance(rule, Optimizer)
+        and isinstance(rule, OptimizerBase)
         and not rule.schedule.init()
     )
 
@@ -245,7 +248,7 @@ def _many(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[
     each = 8 * training.task.layout.d * training.task.layout.dtype.itemsize
     most = max(2, min(64, _LANE_BYTES // each))
     order = torch.argsort(training.data.sizes[ids], descending=True, stable=True)
-    widths = torch.tensor([plan.local.width(n) for n in training.data.sizes[ids[order]].tolist()])
+    widths = torch.tensor([plan.local.padded_batch(n) for n in training.data.sizes[ids[order]].tolist()])
     held = training.data.held()
     for width in widths.unique().tolist():
         for at in order[widths == width].split(most):
@@ -297,7 +300,7 @@ def _round(training: Rounds, plan: Plan, ids: Tensor, t: int, before: Groups) ->
         good &= (rows.reshape(len(ids), -1).abs().amax(1) <= LARGEST).to(good.device)
     theta, state = plan.optimizer.update(start.theta, given.means["update"], {}, before["optimizer"], t)
     model = {"theta": theta} | ({"buffers": given.means["buffers"]} if "buffers" in given.means else {})
-    after = {"model": model, "counters": given.largest, "optimizer": state, "kept": kept}
+    after = {"model": model, "counters": given.counters, "optimizer": state, "kept": kept}
     return {g: dict(group) for g, group in after.items()}, good
 
 

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
 import operator
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from atoll.errors import AtollError, UsageError, unknown_name
+from atoll.names import load_from_user
 
 LONGEST = 4096
 DEEPEST = 16
@@ -45,7 +43,8 @@ def constructor(value: Any) -> str:
         'Shrink(0.5, times=2)'
     """
     words = []
-    for at, f in enumerate(f for f in dataclasses.fields(value) if f.init):
+    ordered = sorted((f for f in dataclasses.fields(value) if f.init), key=lambda f: bool(f.kw_only))
+    for at, f in enumerate(ordered):
         given = getattr(value, f.name)
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if not required:
@@ -79,6 +78,7 @@ def parse(
     *,
     inner: Mapping[str, Callable[..., Any]] | None = None,
     trust: bool = False,
+    kind: str = "part",
 ) -> Any:
     """Parse a text of the grammar and return its value.
 
@@ -88,6 +88,7 @@ def parse(
         inner: the constructors that it may call as arguments; None: `names`.
         trust: whether `module:name` may import. Set it only for text that a person at this machine typed, or for a
             file that they named.
+        kind: the word for a constructor in the error about an unknown name.
     Returns:
         The value that the constructors build.
     Raises:
@@ -114,7 +115,7 @@ def parse(
             "one value: a number, a text, or name(argument, word=argument).",
             write=next(filter(None, map(_bare_call, names.values())), ""),
         ) from None
-    return _Reader(text, names, names if inner is None else inner, external, trust).read(tree, 0)
+    return _Reader(text, names, names if inner is None else inner, external, trust, kind).read(tree, 0)
 
 
 def _bare_call(make: Callable[..., Any]) -> str:
@@ -133,6 +134,7 @@ class _Reader:
     inner: Mapping[str, Callable[..., Any]]
     external: Mapping[str, tuple[str, str]]
     trust: bool
+    kind: str
 
     def read(self, node: ast.expr, depth: int) -> Any:
         if depth > DEEPEST:
@@ -180,7 +182,7 @@ class _Reader:
             return found  # type: ignore[no-any-return]
         names = self.inner if depth else self.names
         if name not in names:
-            raise unknown_name("part", name, names)
+            raise unknown_name(self.kind, name, names)
         return names[name]
 
     def _restored(self, text: str) -> str:
@@ -205,7 +207,7 @@ class _Reader:
                 "the text was not typed at this machine, so it may not import code.",
                 "--trust",
             )
-        return import_name(module, attribute)
+        return load_from_user(f"{module}:{attribute}")
 
     def _refusal(self, what: str) -> UsageError:
         return UsageError(
@@ -213,21 +215,3 @@ class _Reader:
             "constants, tuples, lists, calls of known names, and >>.",
             "a plan text is data: reading it must not run other code.",
         )
-
-
-def import_name(module: str, attribute: str) -> Any:
-    """Import `module` and return its `attribute`; the working folder is searched last.
-
-    Raises:
-        UsageError: the module cannot be imported, or it has no such attribute.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"{module}:{attribute} cannot be imported: {error}.",
-            "an installed module or one in the working folder, and a name in it.",
-            write=f'python -c "from {module} import {attribute}"',
-        ) from None

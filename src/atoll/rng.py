@@ -181,6 +181,25 @@ class Key:
             clients = mix64(clients + _signed(_GOLDEN)) ^ more
         return Key(self.seed, self.path, clients)
 
+    def starts(self, clients: Tensor, repeats: Tensor) -> Key:
+        """The same key for starts of clients. The first start of a client in a round draws as `of(clients)` does.
+
+        A further start draws other numbers. They depend on the client and on the repeat, not on the number of clients.
+
+        Args:
+            clients: client ids, int64 `[K]`.
+            repeats: 0 for the first start of a client in a round, then 1, 2, …; int64 `[K]`.
+        Example:
+            >>> ids, key = torch.tensor([4, 4]), Key(7)
+            >>> first, second = key.starts(ids, torch.tensor([0, 1])).uniform(1)
+            >>> bool(first == key.of(ids).uniform(1)[0]), bool(first == second)
+            (True, False)
+        """
+        if not bool(repeats.any()):
+            return self.of(clients)
+        further = mix64(mix64(clients + _signed(_GOLDEN)) ^ repeats)
+        return self.of(torch.where(repeats > 0, further, clients))
+
     def select(self, index: Tensor | slice) -> Key:
         """Return this key for some of its clients, by position; a shared key is returned unchanged."""
         return self if self.clients is None else Key(self.seed, self.path, self.clients[index])

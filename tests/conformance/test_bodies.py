@@ -7,7 +7,7 @@ from thinned import by_turns, only
 from torch import nn
 
 from atoll.engine.elementwise import Elementwise
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
@@ -38,7 +38,7 @@ def bits(module, loss="cross_entropy", data=DATA):
         plan = Plan(local, Mean(), sgd(0.5))
         choice = choose(task_of(module, data, "loop", torch.float32, loss), data, plan)
         for chunk in (None, 1, 2, 3):
-            state, _ = run(plan, InProcess(choice.task, data, chunk))
+            state, _ = run(plan, InProcessEngine(choice.task, data, chunk))
             out.append(state.model.theta)
         first, *others = out[-4:]
         assert all(torch.equal(first, other) for other in others), choice.reason

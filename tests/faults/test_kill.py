@@ -22,7 +22,7 @@ PLANS = {
     # When a round closes, two flights from older models are in progress, with error feedback and downlink state.
     "flying": {
         "plan": "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=5, "
-        "codec=Feedback(TopK(0.05) >> Quantize(8)), downlink=TopK(0.2), pace=Buffered(3), max_failed=1)",
+        "codec=ErrorFeedback(TopK(0.05) >> Quantize(8)), downlink=TopK(0.2), pace=Buffered(3), max_failed=1)",
         "every": 2,
         "fleet": "Fleet(HalfNormal(), uplink='10 kB/s', server='50 kB/s', availability=Chance(0.8), dropout=0.2)",
     },

@@ -13,11 +13,10 @@ from torch import nn
 import atoll
 from atoll import recipes
 from atoll.engine.device import out_of_memory
-from atoll.engine.inprocess import InProcess
-from atoll.engine.processes import Processes
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.processes import ProcessesEngine
 from atoll.engine.room import Room
 from atoll.errors import RunError
-from atoll.experiment import Experiment
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
@@ -25,6 +24,7 @@ from atoll.plan.plan import Plan
 from atoll.report.live import LiveTable
 from atoll.report.record import Record
 from atoll.task import Task
+from atoll.training.experiment import Experiment
 
 SIZES = (9,) * 13
 KINDS = ("host", "python", "gpu")
@@ -59,8 +59,8 @@ def test_what_the_system_says_is_known():
 @pytest.mark.parametrize(("most", "kind"), by_turns([1, 3, 4, 12], KINDS))
 def test_the_chunk_halves_and_no_bit_changes(told, most, kind):
     task, data = told
-    expected, plain = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcess(task, data), 3)
-    engine = InProcess(task, data)
+    expected, plain = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcessEngine(task, data), 3)
+    engine = InProcessEngine(task, data)
     state, reports = run(plan_of(most, kind), engine, 3)
     assert torch.equal(state.model.theta, expected.model.theta)
     assert [r.metrics for r in reports] == [r.metrics for r in plain]
@@ -77,16 +77,16 @@ def test_what_did_not_fit_is_not_tried_again(told):
     task, data = told
     plan = plan_of(4)
     Scarce.tried.clear()
-    run(plan, InProcess(task, data), 3)
+    run(plan, InProcessEngine(task, data), 3)
     assert [n for n in Scarce.tried if n > 4] == [13, 7]
     assert sum(n for n in Scarce.tried if n <= 4) == 3 * 13
 
 
 def test_asked_for_larger_chunks_or_for_others_stay(told):
     task, data = told
-    expected, _ = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcess(task, data))
+    expected, _ = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcessEngine(task, data))
     for chunk in (2, 4, 100):
-        engine = InProcess(task, data, chunk)
+        engine = InProcessEngine(task, data, chunk)
         assert torch.equal(run(plan_of(4), engine)[0].model.theta, expected.model.theta)
         assert engine.room.most == (None if chunk <= 4 else 4)
 
@@ -94,9 +94,9 @@ def test_asked_for_larger_chunks_or_for_others_stay(told):
 def test_memory_that_clients_keep_survives_halving(told):
     task, data = told
     local = Train(rules.adam(0.01), steps=2, batch=4, keep=("optimizer", "order"))
-    expected, _ = run(Plan(local, Mean()), InProcess(task, data), 3)
+    expected, _ = run(Plan(local, Mean()), InProcessEngine(task, data), 3)
 
-    state, _ = run(Plan(Scarce(most=3, inner=local), Mean()), InProcess(task, data), 3)
+    state, _ = run(Plan(Scarce(most=3, inner=local), Mean()), InProcessEngine(task, data), 3)
     everyone = torch.arange(data.count)
     kept, wanted = state.memory.take(everyone), expected.memory.take(everyone)
     assert torch.equal(state.model.theta, expected.model.theta)
@@ -106,7 +106,7 @@ def test_memory_that_clients_keep_survives_halving(told):
 @pytest.mark.parametrize("body", ["lanes", "loop"])
 def test_a_client_that_does_not_fit_by_itself_ends_the_run(told, body):
     task, data = told
-    engine = InProcess(replace(task, numerics=body), data)
+    engine = InProcessEngine(replace(task, numerics=body), data)
     with pytest.raises(RunError) as error:
         run(plan_of(0), engine)
     assert error.value.given.startswith("Client ") and "can't allocate memory" in error.value.given
@@ -141,27 +141,27 @@ class Heavy(Mean):
 
     most: int = 4
 
-    def fold(self, partial, contribution):
+    def fold(self, partial, contribution, ids):
         if len(contribution.weight) > self.most:
             raise MemoryError
-        return super().fold(partial, contribution)
+        return super().fold(partial, contribution, ids)
 
 
 def test_no_room_for_the_sum_is_told(told):
     """A partly added chunk cannot be subtracted: the run ends, and the error suggests a smaller chunk."""
     task, data = told
     with pytest.raises(RunError) as error:
-        run(Plan(Gradient(), Heavy()), InProcess(task, data))
+        run(Plan(Gradient(), Heavy()), InProcessEngine(task, data))
     assert error.value.write == "--chunk 6" and "together with their sum: MemoryError" in error.value.given
-    assert run(Plan(Gradient(), Heavy()), InProcess(task, data, 3))[1][0].arrived == 13
+    assert run(Plan(Gradient(), Heavy()), InProcessEngine(task, data, 3))[1][0].arrived == 13
 
 
 @pytest.mark.parametrize("workers", only([2], [1, 2]))
 def test_worker_processes_halve_too(told, workers):
     """Each worker reports the largest chunk that fits. The engine reports one note and assigns smaller chunks."""
     task, data = told
-    expected, _ = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcess(task, data), 3)
-    with Processes(task, data, workers=workers) as engine:
+    expected, _ = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcessEngine(task, data), 3)
+    with ProcessesEngine(task, data, workers=workers) as engine:
         state, reports = run(plan_of(1), engine, 3)
         assert torch.equal(state.model.theta, expected.model.theta)
         assert engine.room.most == 1 and engine.deaths == 0
@@ -195,5 +195,5 @@ def test_room_is_a_limit_that_only_falls():
 def test_recipes_are_as_they_were(told):
     """If all chunks fit, no chunk is halved and no note is reported."""
     task, data = told
-    _, reports = run(recipes.fedavg(0.1), InProcess(task, data))
+    _, reports = run(recipes.fedavg(0.1), InProcessEngine(task, data))
     assert [r.notes for r in reports] == [(), ()]

@@ -12,20 +12,20 @@ from torch import nn
 import atoll
 from atoll import recipes, runs
 from atoll.engine import inprocess
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.room import lanes_of
-from atoll.experiment import Experiment
 from atoll.plan import codec as codecs
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
-from atoll.plan.codec import Cast, Eden, Entropy, Feedback, LowRank, Quantize, RandomK, Rotate, Shift, Sign, TopK
+from atoll.plan.codec import EF21, Cast, Eden, Entropy, ErrorFeedback, LowRank, Quantize, RandomK, Rotate, Sign, TopK
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.pace import Bounded, Buffered, polynomial
+from atoll.plan.pace import Bounded, Buffered, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.sampler import Poisson, RoundRobin, Weighted
 from atoll.schedule import plateau
 from atoll.tools.export import export
 from atoll.tools.replay import replay
+from atoll.training.experiment import Experiment
 
 SIZES = (9, 9, 4, 4, 1)
 BODIES = ("lanes", "loop", "fused")
@@ -54,9 +54,9 @@ def same(a, b):
 def check(plan, module, data, body, dtype=torch.float32, rounds=2, **engine):
     """Two rounds on the CPU and two on the fake device are equal, and θ never leaves its device."""
     task = task_of(module, data, body, dtype)
-    here, expected = run(plan, InProcess(task, data, **engine), rounds)
+    here, expected = run(plan, InProcessEngine(task, data, **engine), rounds)
     with far_device():
-        there, told = run(plan, InProcess(task.on(FAR), data, **engine), rounds)
+        there, told = run(plan, InProcessEngine(task.on(FAR), data, **engine), rounds)
         assert there.model.theta.device == FAR
         assert {t.device for t in there.model if isinstance(t, torch.Tensor)} == {FAR}
         same(everything(there, data.count), everything(here, data.count))
@@ -130,8 +130,8 @@ CODECS = {
     "sign": Sign(),
     "lowrank": LowRank(1),
     "entropy": Entropy(),
-    "feedback": Feedback(TopK(0.2)),
-    "shift": Shift(RandomK(0.3, unbiased=False)),
+    "feedback": ErrorFeedback(TopK(0.2)),
+    "shift": EF21(RandomK(0.3, unbiased=False)),
 }
 
 
@@ -164,7 +164,7 @@ def test_local_parts(name, body):
     data = (
         regression((1500, 40, 3), dtype=torch.float32) if name == "wide" else regression((9, 9, 5), dtype=torch.float32)
     )
-    pace = Buffered(2, polynomial(0.5)) if name == "models" else Bounded(1)
+    pace = Buffered(2, staleness_polynomial(0.5)) if name == "models" else Bounded(1)
     check(Plan(LOCALS[name], Mean(), pace=pace), seeded(nn.Linear, 3, 1), data, body, rounds=4)
 
 
@@ -203,7 +203,7 @@ def test_a_loop_of_your_own(monkeypatch):
 @pytest.fixture
 def far(monkeypatch):
     """A machine whose GPU is `FAR`."""
-    monkeypatch.setattr("atoll.training.found", lambda text, rank: FAR)
+    monkeypatch.setattr("atoll.training.rounds.found", lambda text, rank: FAR)
     with far_device():
         yield
 
@@ -229,7 +229,7 @@ def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
     assert all(p.device.type == "cpu" for p in whole.model.parameters())
     about = runs.read_environment(whole.path)
     assert (about["device"], about["precision"], about["numerics"]) == ("meta", "full", numerics)
-    monkeypatch.setattr("atoll.training.found", lambda text, rank: torch.device("cpu"))
+    monkeypatch.setattr("atoll.training.rounds.found", lambda text, rank: torch.device("cpu"))
     expected = atoll.train("mlp", data, plan, rounds=2, **{**told, "out": None})
     assert {n: v for n, v in whole.metrics.items()} == dict(expected.metrics)
     assert dict(whole.baselines) == dict(expected.baselines)
@@ -245,7 +245,7 @@ def test_what_looks_at_a_run(far, monkeypatch, tmp_path):
     small = tmp_path / "small.safetensors"
     looks = [lambda: replay(path, 1, 2), lambda: export(path, "int8", small)]
     there = [look() for look in looks]
-    monkeypatch.setattr("atoll.training.found", lambda text, rank: torch.device("cpu"))
+    monkeypatch.setattr("atoll.training.rounds.found", lambda text, rank: torch.device("cpu"))
     for pair in zip(there, [look() for look in looks], strict=True):
         one, other = ({n: v for n, v in vars(seen).items() if n not in ("path", "seconds")} for seen in pair)
         assert one == other

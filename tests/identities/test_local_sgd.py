@@ -12,7 +12,7 @@ from torch import nn
 
 from atoll import baselines, grammar, recipes
 from atoll.engine.fleet import Fleet
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.errors import RunError, UsageError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
@@ -20,7 +20,8 @@ from atoll.plan.codec import Identity, Quantize
 from atoll.plan.local import Gradient, Train
 from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync
-from atoll.plan.plan import Plan, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import step
 from atoll.schedule import Schedule, constant, cosine, exponential, hold, inverse, plateau, polynomial, warmup
 from atoll.schedule import step as stairs
 
@@ -30,7 +31,7 @@ ADAM, KEEP = rules.adam(0.01), ("optimizer", "order")
 
 def engine_of(body="lanes", sizes=SIZES):
     data = regression(sizes)
-    return InProcess(task_of(seeded(nn.Linear, 3, 1), data, body), data)
+    return InProcessEngine(task_of(seeded(nn.Linear, 3, 1), data, body), data)
 
 
 def bits(state):
@@ -52,7 +53,7 @@ def test_a_schedule_that_never_changes_is_its_number_bit_for_bit(body, keep):
     data = classification(SIZES, dtype=torch.float64) if body == "fused" else regression(SIZES)
     module = seeded(nn.Linear, 4, 3) if body == "fused" else seeded(nn.Linear, 3, 1)
     module = nn.Sequential(module)
-    number, *schedules = [run(Plan(p, Mean()), InProcess(task_of(module, data, body), data), 4)[0] for p in same]
+    number, *schedules = [run(Plan(p, Mean()), InProcessEngine(task_of(module, data, body), data), 4)[0] for p in same]
     assert all(bits(number) == bits(other) for other in schedules)
     assert Train(rule, steps=constant(3), batch=3) == Train(rule, steps=3, batch=3)
 
@@ -209,14 +210,14 @@ def test_eight_bits_change_an_outer_gradient_by_no_more_than_their_step_and_noth
 def test_outer_gradients_in_eight_bits_train_as_well_at_a_quarter_of_the_bytes():
     data = classification((40, 40, 40, 40), (20,), 4)
     module = nn.Sequential(seeded(nn.Linear, 20, 64), nn.ReLU(), seeded(nn.Linear, 64, 4))
-    engines = [InProcess(task_of(module, data, "loop", torch.float32), data) for _ in range(2)]
+    engines = [InProcessEngine(task_of(module, data, "loop", torch.float32), data) for _ in range(2)]
     plans = (recipes.diloco(0.01, 5, 8, 0.4, codec=c) for c in (Identity(), Quantize(8)))
     whole, coarse = (run(plan, engine, 12)[1] for plan, engine in zip(plans, engines, strict=True))
     first, last, other = (r.metrics["loss"] for r in (whole[0], whole[-1], coarse[-1]))
     assert last < 0.5 * first and abs(other - last) < 0.05 * first
     d = engines[0].layout.d
     beside = whole[0].bytes_up - 4 * 4 * d  # the fields other than the update: the loss, its rows, the weight
-    assert coarse[0].bytes_up == 4 * Quantize(8).at(engines[0].layout).nbytes(engines[0].layout) + beside
+    assert coarse[0].bytes_up == 4 * Quantize(8).bind(engines[0].layout).nbytes(engines[0].layout) + beside
     assert coarse[0].bytes_up < 0.27 * whole[0].bytes_up
 
 
@@ -231,7 +232,7 @@ def test_one_step_a_round_by_the_schedule_of_a_gradient():
 @pytest.mark.parametrize("pace", [Sync(), Sync(deadline_s=100), Bounded(0)], ids=str)
 def test_a_round_of_more_steps_takes_as_many_times_longer_on_the_clock(pace):
     data = regression(SIZES)
-    engine = InProcess(task_of(seeded(nn.Linear, 3, 1), data), data, fleet=Fleet(compute=2.0))
+    engine = InProcessEngine(task_of(seeded(nn.Linear, 3, 1), data), data, fleet=Fleet(compute=2.0))
     plan = Plan(Train(rules.sgd(0.1), steps=in_turn(2, 4, 1), batch=3), Mean(), pace=pace)
     _, reports = run(plan, engine, 4)
     assert [report.now for report in reports] == [2.0, 6.0, 7.0, 8.0]

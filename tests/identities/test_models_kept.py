@@ -10,13 +10,14 @@ from problems import classification, far, run, seeded, task_of, tokens
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Evaluate, Gradient, Train
-from atoll.plan.plan import Plan, step
-from atoll.plan.slots import Cohort
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort
+from atoll.plan.round import step
 from atoll.task import Task
 
 SIZES = (9, 5, 4)
@@ -30,7 +31,7 @@ def bits_of(module):
 
 def trained(module, data, body="lanes", plan=TRAIN, rounds=2, dtype=torch.float32):
     """The module at the end of a training."""
-    engine = InProcess(task_of(module, data, body, dtype), data)
+    engine = InProcessEngine(task_of(module, data, body, dtype), data)
     return engine.task.result(run(plan, engine, rounds)[0].model)
 
 
@@ -118,11 +119,11 @@ def test_buffers_become_their_mean_and_counters_take_the_largest_increment(body)
     data, module = classification(SIZES), norm()
     module[1].num_batches_tracked += 40
     task = task_of(module, data, body)
-    state, _ = run(TRAIN, InProcess(task, data), 1)
+    state, _ = run(TRAIN, InProcessEngine(task, data), 1)
     alone = []
     for i in range(3):
         # Client i by itself, with the same rows and the same id.
-        one, _ = run(Plan(TRAIN.local, Mean(), cohort=Only(i)), InProcess(task, data), 1)
+        one, _ = run(Plan(TRAIN.local, Mean(), cohort=Only(i)), InProcessEngine(task, data), 1)
         alone.append(one.model)
         assert one.model.counters["1.num_batches_tracked"] == 40 + batches(SIZES[i])
     mean = sum(n * model.buffers for n, model in zip(SIZES, alone, strict=True)) / sum(SIZES)
@@ -177,7 +178,7 @@ def test_keys_order_and_types_come_back_verbatim(body, dtype):
     module, data = Mixed(), classification(SIZES)
     before = module.state_dict()
     task = task_of(module, data, body, dtype)
-    state, _ = run(TRAIN, InProcess(task, data))
+    state, _ = run(TRAIN, InProcessEngine(task, data))
     model = state.model
     assert model.theta.dtype == model.buffers.dtype == dtype
     for after in (
@@ -204,7 +205,7 @@ def test_the_users_module_is_left_alone(body, plan):
     module.eval()
     module[0].weight.grad = torch.ones(6, 4)
     before = bits_of(module)
-    engine = InProcess(choose(Task.of(module, "cross_entropy"), data, plan, body).task, data)
+    engine = InProcessEngine(choose(Task.of(module, "cross_entropy"), data, plan, body).task, data)
     run(plan, engine)
     assert bits_of(module) == before
     assert not module.training and torch.equal(module[0].weight.grad, torch.ones(6, 4))
@@ -217,7 +218,7 @@ def test_the_first_model_is_the_one_that_was_given():
     module, data = norm(), classification(SIZES)
     for wanted in ("auto", "loop"):
         task = choose(Task.of(module, "cross_entropy"), data, TRAIN, wanted).task
-        engine = InProcess(task, data)
+        engine = InProcessEngine(task, data)
         state, _ = run(TRAIN, engine, 0)
         step(Plan(Evaluate(), Mean()), state, engine)
         for model in (state.model, task.initial()):
@@ -261,7 +262,7 @@ def test_dropout_drops_as_often_as_it_says():
             inputs.append(dropped.detach())
             return self.linear(dropped)
 
-    run(recipes.distributed_gd(0.1), InProcess(task_of(seeded(Spy), data, "loop"), data), 1)
+    run(recipes.distributed_gd(0.1), InProcessEngine(task_of(seeded(Spy), data, "loop"), data), 1)
     kept = torch.cat(inputs)
     n = kept.numel()
     assert set(kept.unique().tolist()) == {0.0, 1 / (1 - 0.3)}
@@ -311,11 +312,11 @@ def test_global_generators_are_untouched_and_change_nothing(make, plan):
         np.random.seed(seed)
         before = generators()
         task = choose(Task.of(module, "cross_entropy"), data, plan).task
-        state, _ = run(plan, InProcess(task, data))
+        state, _ = run(plan, InProcessEngine(task, data))
         assert generators() == before
         thetas.append(state.model.theta)
     assert torch.equal(*thetas)
-    other, _ = run(plan, InProcess(task, data), seed=1)
+    other, _ = run(plan, InProcessEngine(task, data), seed=1)
     assert not torch.equal(other.model.theta, thetas[0])
 
 
@@ -323,5 +324,5 @@ def test_noise_of_a_clients_own_depends_on_the_client_and_the_round():
     data = classification(SIZES)
     task = choose(Task.of(seeded(Noisy), "cross_entropy"), data, TRAIN).task
     assert task.noisy and task.numerics == "loop"
-    updates = [run(recipes.gd(0.1), InProcess(task, data), 1, seed)[0].model.theta for seed in (0, 0, 1)]
+    updates = [run(recipes.gd(0.1), InProcessEngine(task, data), 1, seed)[0].model.theta for seed in (0, 0, 1)]
     assert torch.equal(updates[0], updates[1]) and not torch.equal(updates[0], updates[2])

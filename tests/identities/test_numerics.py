@@ -12,7 +12,7 @@ from torch import nn
 
 from atoll import compiled, models, native
 from atoll.data.rows import DatasetRows
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.errors import UsageError
 from atoll.fused import Unserved
@@ -96,7 +96,7 @@ def test_named_models_after_a_round(name, body):
     data = classification((9, 7, 7, 3), shape=(16, 16), classes=4)
     module = models.build(name, (16, 16), 4, "classification", Key(3))
     ends = [
-        run(PLAN, InProcess(task_of(module, data, body, torch.float32), data), 1)[0].model.theta
+        run(PLAN, InProcessEngine(task_of(module, data, body, torch.float32), data), 1)[0].model.theta
         for body in (body, "lanes", "loop")
     ]
     moved = (ends[1] - task_of(module, data, "loop", torch.float32).initial().theta).norm()
@@ -110,7 +110,7 @@ def test_a_chunk_changes_no_bit(body, sizes, chunk, name):
     data = classification(sizes, shape=(6, 6))
     module = models.build(name, (6, 6), 3, "classification", Key(3))
     task = task_of(module, data, body, torch.float32)
-    one, other = (run(PLAN, InProcess(task, data, size), 2)[0].model.theta for size in (None, chunk))
+    one, other = (run(PLAN, InProcessEngine(task, data, size), 2)[0].model.theta for size in (None, chunk))
     assert torch.equal(one, other)
 
 
@@ -120,7 +120,7 @@ def test_every_local_part_is_served(local, body):
     data = classification((9, 7, 7, 3), shape=(6, 6))
     module = models.build("cnn", (6, 6), 3, "classification", Key(3))
     plan = Plan(local, Mean())
-    engines = [InProcess(task_of(module, data, body), data, 3) for body in (body, "loop")]
+    engines = [InProcessEngine(task_of(module, data, body), data, 3) for body in (body, "loop")]
     ours, theirs = (run(plan, engine)[0].model.theta for engine in engines)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
@@ -131,7 +131,7 @@ def test_more_rows_than_fit_in_one_pass(body):
     data = classification((70, 33), shape=(6, 6))
     module = models.build("cnn", (6, 6), 3, "classification", Key(3))
     plan = Plan(Train(sgd(0.1), epochs=2), Mean())
-    engines = [InProcess(task_of(module, data, body), data, 3) for body in (body, "loop")]
+    engines = [InProcessEngine(task_of(module, data, body), data, 3) for body in (body, "loop")]
     ours, theirs = (run(plan, engine)[0].model.theta for engine in engines)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
@@ -153,7 +153,7 @@ def test_equal_pixels_of_a_pool_go_to_the_first(body, layers):
     """As in torch: constant images consist of ties only."""
     data = federation(torch.ones(6, 1, 6, 6), torch.tensor([0, 1, 2, 0, 1, 2]), [3, 3])
     module = nn.Sequential(*layers)
-    ends = [run(PLAN, InProcess(task_of(module, data, body), data))[0].model.theta for body in (body, "loop")]
+    ends = [run(PLAN, InProcessEngine(task_of(module, data, body), data))[0].model.theta for body in (body, "loop")]
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
 
 
@@ -219,7 +219,7 @@ def test_threads_change_no_bit(name, body):
     ends, before = [], torch.get_num_threads()
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        ends.append(run(PLAN, InProcess(task, data))[0].model.theta)
+        ends.append(run(PLAN, InProcessEngine(task, data))[0].model.theta)
     torch.set_num_threads(before)
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
@@ -228,8 +228,8 @@ def test_trying_chunks_and_threads_changes_no_bit():
     """An engine that tunes chunks and threads round by round equals one with a fixed chunk."""
     data = classification([7] * 24, shape=(6, 6))
     task = task_of(models.build("mlp", (6, 6), 3, "classification", Key(3)), data, "fused", torch.float32)
-    tries = InProcess(task, data)
-    ends = [run(PLAN, engine, 30)[0].model.theta for engine in (tries, InProcess(task, data, 5))]
+    tries = InProcessEngine(task, data)
+    ends = [run(PLAN, engine, 30)[0].model.theta for engine in (tries, InProcessEngine(task, data, 5))]
     assert len(tries.tuning._rates) >= 3 and torch.equal(*ends)
 
 
@@ -246,7 +246,7 @@ def test_where_rows_lie_changes_no_bit(monkeypatch):
     task = task_of(models.build("cnn", (6, 6), 3, "classification", Key(3)), stored, "compiled", torch.float32)
     plan = Plan(Train(sgd(0.1), epochs=3, batch=4), Mean())
     monkeypatch.setattr(compiled, "_AHEAD", 36 * 30)
-    ends = [run(plan, InProcess(task, data))[0].model.theta for data in (stored, floats, behind)]
+    ends = [run(plan, InProcessEngine(task, data))[0].model.theta for data in (stored, floats, behind)]
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
 
@@ -297,7 +297,7 @@ def test_what_was_told_of_an_update_does_not_hold_behind_a_stage():
     data = classification([5] * 4, shape=(6, 6))
     task = task_of(models.build("mlp", (6, 6), 3, "classification", Key(3)), data, "compiled", torch.float32)
     plain, larger = (
-        run(replace(PLAN, codec=codec, optimizer=sgd(rate)), InProcess(task, data), 1)[0].model.theta
+        run(replace(PLAN, codec=codec, optimizer=sgd(rate)), InProcessEngine(task, data), 1)[0].model.theta
         for codec, rate in ((Identity(), 1.0), (Larger(), 2.0**-40))
     )
     assert torch.equal(plain, larger)

@@ -12,7 +12,7 @@ from thinned import by_turns
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Gradient, Train
@@ -56,7 +56,7 @@ def problems(draw):
 
 def theta(problem, data, plan, rounds=2):
     module, loss, dtype, body = problem
-    return run(plan, InProcess(task_of(module, data, body, dtype, loss), data), rounds)[0].model.theta
+    return run(plan, InProcessEngine(task_of(module, data, body, dtype, loss), data), rounds)[0].model.theta
 
 
 SPLIT = [recipes.distributed_gd, recipes.fedsgd, lambda lr: recipes.distributed_gd(lr, sum="float")]
@@ -131,7 +131,7 @@ def test_fedavg_of_one_client_is_local_sgd(optimizer, seed, rows, batch, epochs,
     ours, theirs = optimizer
     data, module = classification([rows], seed=seed, dtype=dtype), seeded(mlp, seed=seed)
     plan = Plan(Train(ours, epochs=epochs, batch=batch), Mean())
-    state, _ = run(plan, InProcess(task_of(module, data, body, dtype), data), 2, seed)
+    state, _ = run(plan, InProcessEngine(task_of(module, data, body, dtype), data), 2, seed)
 
     keys = [Key(seed).fold("round", r, "clients", "local", "order") for r in range(2)]
     orders = [[piece for e in range(epochs) for piece in one_pass(key, e, rows, batch)] for key in keys]
@@ -146,7 +146,7 @@ def test_rounds_are_no_breaks_for_what_a_client_keeps(optimizer, seed, rows, bat
     ours, theirs = optimizer
     data, module = classification([rows], seed=seed, dtype=dtype), seeded(mlp, seed=seed)
     plan = Plan(Train(ours, steps=steps, batch=batch, keep=("optimizer", "order")), Mean())
-    state, _ = run(plan, InProcess(task_of(module, data, body, dtype), data), 3, seed)
+    state, _ = run(plan, InProcessEngine(task_of(module, data, body, dtype), data), 3, seed)
 
     key, batches, epoch = Key(seed).fold("kept order"), [], 0
     while len(batches) < 3 * steps:
@@ -159,7 +159,7 @@ def test_rounds_are_no_breaks_for_what_a_client_keeps(optimizer, seed, rows, bat
 @given(seeds, st.integers(2, 40), st.integers(1, 50), dtypes, bodies)
 def test_sgd_takes_the_first_rows_of_a_keyed_order(seed, rows, batch, dtype, body):
     data, module = classification([rows], seed=seed, dtype=dtype), seeded(mlp, seed=seed)
-    state, _ = run(recipes.sgd(0.1, batch), InProcess(task_of(module, data, body, dtype), data), 3, seed)
+    state, _ = run(recipes.sgd(0.1, batch), InProcessEngine(task_of(module, data, body, dtype), data), 3, seed)
     keys = [Key(seed).fold("round", r, "clients", "local", "order") for r in range(3)]
     orders = [[key.of(torch.tensor([0])).permutation(rows)[0, :batch]] for key in keys]
     expected = by_hand(module, data, lambda p: torch.optim.SGD(p, 0.1), orders, dtype, fresh=True)
@@ -173,10 +173,10 @@ def test_a_large_client_in_many_passes_is_one_gradient(monkeypatch, body, statis
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, 3)))
     for rows in (60, 64, 65, 66, 71, 73, 131):
         data = classification([rows, 9])
-        whole = run(recipes.gd(0.1), InProcess(task_of(module, data, body), data), 2)[0].model
+        whole = run(recipes.gd(0.1), InProcessEngine(task_of(module, data, body), data), 2)[0].model
         with monkeypatch.context() as patch:
             patch.setattr("atoll.plan.lanes.ROWS", 8)
-            pieces = run(recipes.gd(0.1), InProcess(task_of(module, data, body), data), 2)[0].model
+            pieces = run(recipes.gd(0.1), InProcessEngine(task_of(module, data, body), data), 2)[0].model
             assert pieces.theta.isfinite().all()
             if not statistics:
                 assert far(pieces.theta, whole.theta) < 1e-12

@@ -10,7 +10,7 @@ from thinned import by_turns
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.models import build
 from atoll.plan import optimizer as rules
@@ -18,7 +18,7 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.lanes import Lanes
 from atoll.plan.local import Train
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Broadcast, Cohort
+from atoll.plan.protocols import Broadcast, Cohort
 from atoll.rng import Key
 
 # The memory address of a lane must not matter. Widths of 33 and 65 are included, which no vector register divides.
@@ -34,7 +34,7 @@ DTYPES = by_turns(MODELS, [torch.float32, torch.float64])
 
 
 @dataclass(frozen=True)
-class Shuffled(InProcess):
+class Shuffled(InProcessEngine):
     """Chunks arrive in another order, and clients of one size have another order inside a chunk."""
 
     by: int = 0
@@ -47,7 +47,7 @@ class Shuffled(InProcess):
 
 
 @dataclass(frozen=True)
-class Workers(InProcess):
+class Workers(InProcessEngine):
     """Each worker has a part of the cohort; their partial sums are merged, the last one first."""
 
     workers: int = 2
@@ -73,7 +73,7 @@ def everything(state):
 
 
 def engines(task, data):
-    yield from (InProcess(task, data, chunk) for chunk in (1, 2))
+    yield from (InProcessEngine(task, data, chunk) for chunk in (1, 2))
     yield from (Shuffled(task, data, chunk, by=by) for by, chunk in enumerate((3,)))
     yield from (Workers(task, data, None, workers=workers) for workers in (2,))
 
@@ -83,7 +83,7 @@ def test_chunks_order_and_workers_change_no_bit(name, dtype):
     make, data_of = MODELS[name]
     data = data_of(SIZES)
     task, plan = task_of(make(), data, "lanes", dtype), PLANS.get(name, USUAL)
-    expected = everything(run(plan, InProcess(task, data))[0])
+    expected = everything(run(plan, InProcessEngine(task, data))[0])
     for engine in engines(task, data):
         assert everything(run(plan, engine)[0]) == expected, engine
 
@@ -96,9 +96,9 @@ def test_no_recipe_knows_an_order(recipe, body):
     data = regression(SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), data, body)
     plan = recipe(steps=3, batch=4) if recipe in LOCAL else recipe()
-    expected = everything(run(plan, InProcess(task, data))[0])
+    expected = everything(run(plan, InProcessEngine(task, data))[0])
     # Workers share a cohort. An asynchronous recipe opens its later rounds without a cohort.
-    several = () if plan.pace.flies_on else (Workers(task, data, 1, workers=3),)
+    several = () if plan.pace.asynchronous else (Workers(task, data, 1, workers=3),)
     for engine in (Shuffled(task, data, 2, by=5), *several):
         assert everything(run(plan, engine)[0]) == expected
 
@@ -111,7 +111,7 @@ def wide(name, dtype, body):
     task, plan = task_of(module, data, body, dtype), Plan(Train(rules.sgd(0.1), steps=2, batch=20), Mean())
     for n in (1, 2):
         with threads(n):
-            yield run(plan, InProcess(task, data), 1)[0]
+            yield run(plan, InProcessEngine(task, data), 1)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -133,10 +133,10 @@ def test_numbering_of_clients_changes_no_bit_of_what_is_not_drawn():
     """Full gradients draw no random numbers, so that client ids may be permuted."""
     data = regression(SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), data)
-    expected = everything(run(recipes.distributed_gd(0.1), InProcess(task, data))[0])
+    expected = everything(run(recipes.distributed_gd(0.1), InProcessEngine(task, data))[0])
     for seed in range(5):
         other = data.only(Key(seed).permutation(len(SIZES)))
-        assert everything(run(recipes.distributed_gd(0.1), InProcess(task, other))[0]) == expected
+        assert everything(run(recipes.distributed_gd(0.1), InProcessEngine(task, other))[0]) == expected
 
 
 @pytest.mark.parametrize("name", ["mlp", "batch norm", "dropout"])
@@ -170,7 +170,8 @@ def test_lanes_are_the_loop_to_rounding(name, dtype):
     data = data_of(SIZES)
     for plan in (USUAL, recipes.distributed_gd(0.1)):
         lanes, loop = (
-            run(plan, InProcess(task_of(make(), data, body, dtype), data), 1)[0].model for body in ("lanes", "loop")
+            run(plan, InProcessEngine(task_of(make(), data, body, dtype), data), 1)[0].model
+            for body in ("lanes", "loop")
         )
         close = 1e-5 if dtype == torch.float32 else 1e-12
         assert far(lanes.theta, loop.theta) < close and far(lanes.buffers, loop.buffers) < close
@@ -183,6 +184,6 @@ def test_the_float_sum_is_the_exact_one_to_rounding(dtype):
     data = classification(SIZES)
     task = task_of(MODELS["mlp"][0](), data, "lanes", dtype)
     exact, fast = (
-        run(Plan(USUAL.local, Mean(sum=how)), InProcess(task, data))[0].model.theta for how in ("exact", "float")
+        run(Plan(USUAL.local, Mean(sum=how)), InProcessEngine(task, data))[0].model.theta for how in ("exact", "float")
     )
     assert far(fast, exact) < (1e-6 if dtype == torch.float32 else 1e-14)

@@ -11,7 +11,7 @@ from torch import nn
 
 import atoll
 from atoll import recipes, runs
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.errors import UsageError
 from atoll.plan import optimizer as rules
@@ -69,11 +69,11 @@ def test_the_model_stays_in_float32(name, body):
     module, data = make(), make_data(SIZES)
     task = task_of(module, data, body, torch.float32)
     plan = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean(), rules.adam(0.1))
-    short, _ = run(plan, InProcess(bf16(task), data))
+    short, _ = run(plan, InProcessEngine(bf16(task), data))
     assert {t.dtype for t in (short.model.theta, short.model.buffers)} == {torch.float32}
     assert {t.dtype for t in short.optimizer.values() if t.dim()} == {torch.float32}
     data = make_data(tuple(n + 8 for n in SIZES))  # batch norm amplifies a small difference of two rows
-    a, b = (run(Plan(Gradient(), Mean()), InProcess(t, data), 1)[0].model for t in (bf16(task), task))
+    a, b = (run(Plan(Gradient(), Mean()), InProcessEngine(t, data), 1)[0].model for t in (bf16(task), task))
     step = b.theta - task.initial().theta
     # A product has eight bits; a ReLU or a pool may choose differently between two nearly equal numbers.
     assert 0 < float((a.theta - b.theta).norm() / step.norm()) < (2**-3 if name == "cnn" else 2**-5)
@@ -87,7 +87,7 @@ def test_a_chunk_changes_no_bit(name):
     data = make_data(SIZES)
     choice = choose(bf16(task_of(make(), data, dtype=torch.float32)), data, USUAL)
     assert choice.task.precision == "bf16" and choice.task.numerics in ("lanes", "loop")
-    ends = [run(USUAL, InProcess(choice.task, data, chunk))[0].model for chunk in (None, 1, 2, 5)]
+    ends = [run(USUAL, InProcessEngine(choice.task, data, chunk))[0].model for chunk in (None, 1, 2, 5)]
     assert all(torch.equal(ends[0].theta, other.theta) for other in ends[1:]), choice
     assert all(torch.equal(ends[0].buffers, other.buffers) for other in ends[1:])
 
@@ -143,7 +143,7 @@ def test_the_table_says_so():
 def test_tokens_and_outputs_that_are_no_floats_stay():
     data = tokens(SIZES)
     model = seeded(lambda: nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(20, 3)))
-    state, (report,) = run(USUAL, InProcess(bf16(task_of(model, data, "lanes", torch.float32)), data), 1)
+    state, (report,) = run(USUAL, InProcessEngine(bf16(task_of(model, data, "lanes", torch.float32)), data), 1)
     assert state.model.theta.dtype == torch.float32 and not report.failures
 
 

@@ -11,7 +11,7 @@ from problems import classification, run, seeded, task_of
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Evaluate, Gradient, Train
@@ -57,9 +57,9 @@ def test_walking_changes_no_bit(name, monkeypatch):
     data = data([n for n in SIZES if n > 1])
     plan = recipes.fedavg(0.1, epochs=2, batch=4)
     task = task_of(make(), data, "loop", torch.float32)
-    walked = [run(plan, InProcess(task, data, chunk))[0] for chunk in (1, 3, None)]
+    walked = [run(plan, InProcessEngine(task, data, chunk))[0] for chunk in (1, 3, None)]
     monkeypatch.setattr(Train, "apart", lambda self, rows: False)
-    stepped, _ = run(plan, InProcess(task, data))
+    stepped, _ = run(plan, InProcessEngine(task, data))
     for state in walked:
         assert torch.equal(state.model.theta, stepped.model.theta)
         assert torch.equal(state.model.buffers, stepped.model.buffers)
@@ -83,5 +83,5 @@ def test_a_pass_that_changes_weights_changes_no_state(local):
     first = task.initial()
     before = first.theta.clone()
     assert before.abs().max() > 0.1
-    run(Plan(local, Mean(), sgd(1.0)), InProcess(task, data), rounds=1, init=first.theta)
+    run(Plan(local, Mean(), sgd(1.0)), InProcessEngine(task, data), rounds=1, init=first.theta)
     assert torch.equal(first.theta, before)

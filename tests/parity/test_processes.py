@@ -22,17 +22,19 @@ import atoll
 from atoll import recipes
 from atoll.data import ArrayRows, DatasetRows
 from atoll.engine.crossing import Block, Blocks, pack, room, unpack
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.engine.nursery import Nursery
-from atoll.engine.processes import Processes
+from atoll.engine.processes import ProcessesEngine
 from atoll.errors import RunError, UsageError
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Feedback, Quantize, Rotate, TopK
+from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer import adam, sgd
-from atoll.plan.pace import Bounded, Buffered, Sync, polynomial
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.pace import Bounded, Buffered, Sync, staleness_polynomial
+from atoll.plan.plan import Plan
+from atoll.plan.round import step
+from atoll.plan.state import State
 from atoll.testing import check_engine
 
 SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
@@ -54,15 +56,15 @@ def mlp(nursery):
     data = classification(SIZES)
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
     task = task_of(module, data, dtype=torch.float32)
-    with Processes(task, data, workers=2, nursery=nursery) as engine:
-        yield engine, InProcess(task, data)
+    with ProcessesEngine(task, data, workers=2, nursery=nursery) as engine:
+        yield engine, InProcessEngine(task, data)
 
 
 @pytest.fixture(scope="module")
 def alone(mlp, nursery):
     """The same with one worker."""
     _, reference = mlp
-    with Processes(reference.task, reference.data, workers=1, nursery=nursery) as engine:
+    with ProcessesEngine(reference.task, reference.data, workers=1, nursery=nursery) as engine:
         yield engine, reference
 
 
@@ -92,7 +94,7 @@ def same(plan: Plan, ours, theirs, rounds: int = 2) -> None:
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda r: r.__name__)
 def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
     plan = recipe(steps=3, batch=4) if recipe is recipes.diloco else recipe()
-    same(plan, *(alone if plan.pace.flies_on else mlp))
+    same(plan, *(alone if plan.pace.asynchronous else mlp))
 
 
 @pytest.mark.parametrize("pace", [Buffered(3), Bounded(2), Sync(over_select=1.5)], ids=repr)
@@ -105,7 +107,7 @@ def test_one_worker_has_the_bits_of_one_process_under_every_pace(pace, alone):
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Feedback(TopK(0.3))),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.3))),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Rotate() >> Quantize(4), downlink=Quantize(8)),
         Plan(Custom(elsewhere.descend, batch=4), Mean()),
         Plan(Gradient(batch=3), Mean(), adam(0.01), codec=elsewhere.Halve(), cohort=0.5),
@@ -119,7 +121,7 @@ def test_parts_have_the_bits_of_one_process(plan, mlp):
 
 @pytest.mark.slow
 def test_contract_of_engines(nursery):
-    check_engine(lambda task, data: Processes(task, data, workers=2, nursery=nursery))
+    check_engine(lambda task, data: ProcessesEngine(task, data, workers=2, nursery=nursery))
 
 
 @pytest.mark.slow
@@ -129,8 +131,8 @@ def test_number_of_workers_and_chunks_change_no_bit(workers, numerics, nursery, 
     task, data = mlp[1].task, mlp[1].data
     task = replace(task, numerics=numerics)
     for chunk in (1, 3, None):
-        with Processes(task, data, workers, chunk, threads=workers, nursery=nursery) as engine:
-            same(recipes.fedadam(), engine, InProcess(task, data))
+        with ProcessesEngine(task, data, workers, chunk, threads=workers, nursery=nursery) as engine:
+            same(recipes.fedadam(), engine, InProcessEngine(task, data))
 
 
 @pytest.mark.slow
@@ -158,8 +160,8 @@ def deadly(tmp_path: Path, times: int):
 def test_a_worker_killed_in_mid_round_changes_no_bit(tmp_path, nursery, mlp):
     data, mined, crosses = deadly(tmp_path, times=1)
     task = mlp[1].task
-    with Processes(task, mined, workers=2, nursery=nursery) as engine:
-        same(recipes.fedavg(lr=0.1, batch=4), engine, InProcess(task, data))
+    with ProcessesEngine(task, mined, workers=2, nursery=nursery) as engine:
+        same(recipes.fedavg(lr=0.1, batch=4), engine, InProcessEngine(task, data))
         assert crosses.stat().st_size == 1
         assert engine.deaths == 1
         assert len(set(engine.pids)) == 2
@@ -168,7 +170,7 @@ def test_a_worker_killed_in_mid_round_changes_no_bit(tmp_path, nursery, mlp):
 def test_a_client_that_kills_every_worker_is_a_failure(tmp_path, nursery, mlp):
     _, mined, _ = deadly(tmp_path, times=100)
     plan = recipes.fedavg(lr=0.1, batch=4)
-    with Processes(mlp[1].task, mined, workers=2, nursery=nursery) as engine:
+    with ProcessesEngine(mlp[1].task, mined, workers=2, nursery=nursery) as engine:
         state, (report,) = run(plan, engine, 1)
     assert [(f.client, f.stage) for f in report.failures] == [(2, "local")]
     assert "died" in report.failures[0].cause
@@ -198,7 +200,7 @@ def test_a_killed_nursery_is_started_again(mlp):
 
 @pytest.mark.parametrize(
     "pace",
-    [Sync(over_select=1.5, deadline_s=30.0), Buffered(1, staleness=polynomial(0.0)), Buffered(3), Bounded(2)],
+    [Sync(over_select=1.5, deadline_s=30.0), Buffered(1, staleness=staleness_polynomial(0.0)), Buffered(3), Bounded(2)],
     ids=repr,
 )
 def test_every_pace_comes_to_least_squares(pace, nursery):
@@ -211,11 +213,11 @@ def test_every_pace_comes_to_least_squares(pace, nursery):
     rate = atoll.schedule.inverse(12.0, t0=60) if not isinstance(pace, Sync) else 0.2
     cohort = 2 if isinstance(pace, Sync) else None
     plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=cohort)
-    with Processes(task, data, workers=2, nursery=nursery) as engine:
+    with ProcessesEngine(task, data, workers=2, nursery=nursery) as engine:
         state, reports = run(plan, engine, 100)
     assert far(state.model.theta, best) < 0.02
     assert sum(r.arrived for r in reports) >= 100
-    if pace.flies_on:
+    if pace.asynchronous:
         assert reports[-1].flying > 0
         assert {0} < {int(s) for r in reports for s in r.clients["staleness"]}
 
@@ -235,8 +237,8 @@ def test_memory_goes_on_within_an_open_round(nursery):
     data = classification((6,))
     task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
     plan = Plan(Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), pace=Buffered(3))
-    with Processes(task, data, workers=1, nursery=nursery) as engine:
-        same(plan, engine, InProcess(task, data))
+    with ProcessesEngine(task, data, workers=1, nursery=nursery) as engine:
+        same(plan, engine, InProcessEngine(task, data))
 
 
 def test_a_client_that_hangs_costs_its_rounds_a_contribution_and_its_worker(tmp_path, nursery):
@@ -247,7 +249,7 @@ def test_a_client_that_hangs_costs_its_rounds_a_contribution_and_its_worker(tmp_
     task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
     plan = Plan(Gradient(), Mean(), pace=Sync(deadline_s=0.5))
     state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
-    with Processes(task, replace(data, rows=rows), workers=2, nursery=nursery) as engine:
+    with ProcessesEngine(task, replace(data, rows=rows), workers=2, nursery=nursery) as engine:
         heard: set[int] = set()
         while not engine.deaths:
             state, report = step(plan, state, engine)
@@ -262,7 +264,7 @@ def test_a_client_that_raises_is_a_failure_under_every_pace(nursery):
     x, y = data.rows.take(torch.arange(sum(SIZES)))
     x[data.order[int(data.offsets[3])]] = torch.inf
     broken = federation(x, y, SIZES)
-    with Processes(task, broken, workers=2, nursery=nursery) as engine:
+    with ProcessesEngine(task, broken, workers=2, nursery=nursery) as engine:
         _, reports = run(Plan(Gradient(), Mean(), pace=Buffered(8), max_failed=1.0), engine, 2)
     assert {f.client for r in reports for f in r.failures} == {3}
 
@@ -378,7 +380,7 @@ def test_what_a_worker_cannot_import_is_refused(nursery, monkeypatch):
     for make, words in ((Local, "top of a module"), (Notebook, "from my_notebook import Notebook")):
         task = task_of(seeded(make, 4, 3), data, dtype=torch.float32)
         with pytest.raises(UsageError, match=words) as told:
-            Processes(task, data, workers=2, nursery=nursery)
+            ProcessesEngine(task, data, workers=2, nursery=nursery)
         assert make.__name__ in str(told.value)
 
 
@@ -404,7 +406,7 @@ def test_settings_of_one_engine_beside_another_are_refused():
 
 def test_a_closed_engine_says_so(nursery):
     data = classification(SIZES)
-    engine = Processes(task_of(seeded(nn.Linear, 4, 3), data), data, workers=1, nursery=nursery)
+    engine = ProcessesEngine(task_of(seeded(nn.Linear, 4, 3), data), data, workers=1, nursery=nursery)
     engine.close()
     engine.close()
     with pytest.raises(UsageError, match="closed"):
@@ -425,8 +427,8 @@ def test_an_error_of_the_data_ends_the_run_as_in_one_process(nursery):
     x[0, 0] = np.nan
     broken = replace(data, rows=DatasetRows(torch.utils.data.TensorDataset(torch.from_numpy(x), y)))
     told = []
-    with Processes(task, broken, workers=2, nursery=nursery) as engine:
-        for one in (engine, InProcess(task, broken)):
+    with ProcessesEngine(task, broken, workers=2, nursery=nursery) as engine:
+        for one in (engine, InProcessEngine(task, broken)):
             state = State.first(plan := Plan(Gradient(), Mean()), task, 0, Memory({}))
             with pytest.raises(RunError) as error:
                 step(plan, state, one)

@@ -26,11 +26,11 @@ import atoll
 from atoll import recipes
 from atoll.cli.app import answer
 from atoll.data import ArrayRows, Clients
-from atoll.engine.inprocess import InProcess
-from atoll.engine.ray import Ray
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.ray import RayEngine
 from atoll.errors import RunError, UsageError
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Feedback, Quantize, Rotate, TopK
+from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
@@ -64,8 +64,8 @@ def cluster():
 
 
 class Both(NamedTuple):
-    ours: Ray
-    theirs: InProcess
+    ours: RayEngine
+    theirs: InProcessEngine
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,8 @@ def mlp(cluster, crosses):
     data = classification(SIZES)
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
     task = task_of(module, data, dtype=torch.float32)
-    with Ray(task, deadly(data, crosses, 1), workers=2, cpus=0.1) as engine:
-        yield Both(engine, InProcess(task, data))
+    with RayEngine(task, deadly(data, crosses, 1), workers=2, cpus=0.1) as engine:
+        yield Both(engine, InProcessEngine(task, data))
 
 
 def deadly(data: Clients, crosses: Path, times: int) -> Clients:
@@ -95,7 +95,7 @@ def deadly(data: Clients, crosses: Path, times: int) -> Clients:
 @pytest.fixture(scope="module")
 def alone(cluster, mlp):
     """The same with one actor."""
-    with Ray(mlp.theirs.task, mlp.theirs.data, workers=1, cpus=0.1) as engine:
+    with RayEngine(mlp.theirs.task, mlp.theirs.data, workers=1, cpus=0.1) as engine:
         yield Both(engine, mlp.theirs)
 
 
@@ -126,14 +126,14 @@ def same(plan: Plan, both: Both, rounds: int = 2) -> None:
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda r: r.__name__)
 def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
     plan = recipe(steps=3, batch=4) if recipe is recipes.diloco else recipe()
-    same(plan, alone if plan.pace.flies_on else mlp)
+    same(plan, alone if plan.pace.asynchronous else mlp)
 
 
 @pytest.mark.parametrize(
     "plan",
     [
         Plan(Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), cohort=4),
-        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Feedback(TopK(0.3))),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.3))),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Rotate() >> Quantize(4), downlink=Quantize(8)),
         Plan(Custom(elsewhere.descend, batch=4), Mean()),
         Plan(Gradient(batch=3), Mean(), adam(0.01), codec=elsewhere.Halve(), cohort=0.5),
@@ -156,19 +156,19 @@ def test_one_actor_has_the_bits_of_one_process_under_every_pace(pace, alone):
 @pytest.mark.parametrize("numerics", ["lanes", "loop", "fused", COMPILED])
 def test_number_of_actors_and_chunks_change_no_bit(workers, chunk, numerics, mlp):
     task, data = replace(mlp.theirs.task, numerics=numerics), mlp.theirs.data
-    with Ray(task, data, workers, chunk, cpus=0.1) as engine:
+    with RayEngine(task, data, workers, chunk, cpus=0.1) as engine:
         assert len(set(engine.pids)) == workers
-        same(recipes.fedadam(), Both(engine, InProcess(task, data)))
+        same(recipes.fedadam(), Both(engine, InProcessEngine(task, data)))
 
 
 @pytest.mark.slow
 def test_contract_of_engines(cluster):
-    made: list[Ray] = []
+    made: list[RayEngine] = []
 
-    def make(task: Task, data: Clients) -> Ray:
+    def make(task: Task, data: Clients) -> RayEngine:
         for engine in made:
             engine.close()  # the contract checks one engine at a time
-        made.append(Ray(task, data, workers=2, cpus=0.1))
+        made.append(RayEngine(task, data, workers=2, cpus=0.1))
         return made[-1]
 
     check_engine(make)
@@ -182,12 +182,12 @@ def test_arrivals_of_two_actors_come_to_least_squares(pace, cluster):
     task = task_of(seeded(nn.Linear, 3, 1), data, "loop")
     x, y = data.take(data.order)
     best = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y).solution
-    rate = atoll.schedule.inverse(12.0, t0=60) if pace.flies_on else 0.2
-    plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=None if pace.flies_on else 2)
-    with Ray(task, data, workers=2, cpus=0.1) as engine:
+    rate = atoll.schedule.inverse(12.0, t0=60) if pace.asynchronous else 0.2
+    plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=None if pace.asynchronous else 2)
+    with RayEngine(task, data, workers=2, cpus=0.1) as engine:
         state, reports = run(plan, engine, 100)
     assert far(state.model.theta, best) < 0.02
-    if pace.flies_on:
+    if pace.asynchronous:
         assert {0} < {int(s) for r in reports for s in r.clients["staleness"]}
 
 
@@ -214,8 +214,8 @@ def test_clients_that_fail_are_the_failures_of_one_process(cluster, mlp):
     x, y = mlp.theirs.data.rows.take(torch.arange(sum(SIZES)))
     x[mlp.theirs.data.order[int(mlp.theirs.data.offsets[3])]] = torch.inf
     broken = federation(x, y, SIZES)
-    with Ray(mlp.theirs.task, broken, workers=2, cpus=0.1) as engine:
-        both = Both(engine, InProcess(mlp.theirs.task, broken))
+    with RayEngine(mlp.theirs.task, broken, workers=2, cpus=0.1) as engine:
+        both = Both(engine, InProcessEngine(mlp.theirs.task, broken))
         same(Plan(Gradient(), Mean(), max_failed=0.5), both)
         _, (report,) = run(Plan(Gradient(), Mean(), max_failed=0.5), engine, 1)
         told = []
@@ -245,7 +245,7 @@ def test_a_client_that_kills_every_actor_is_a_failure_and_ends_a_run_that_allows
     crosses.touch()
     mined = deadly(mlp.theirs.data, crosses, times=100)
     plan = recipes.fedavg(lr=0.1, batch=4)
-    with Ray(mlp.theirs.task, mined, workers=2, cpus=0.1) as engine:
+    with RayEngine(mlp.theirs.task, mined, workers=2, cpus=0.1) as engine:
         _, (report,) = run(plan, engine, 1)
         assert [(f.client, f.stage) for f in report.failures] == [(2, "local")]
         assert "died" in report.failures[0].cause and report.arrived == len(SIZES) - 1
@@ -256,7 +256,7 @@ def test_a_client_that_kills_every_actor_is_a_failure_and_ends_a_run_that_allows
 
 @pytest.mark.slow
 def test_an_actor_that_ray_kills_in_mid_round_is_replaced(tmp_path, mlp):
-    def kill(engine: Ray, pid: int) -> None:
+    def kill(engine: RayEngine, pid: int) -> None:
         (hand,) = [hand for hand in engine._crew._hands if hand.pid == pid]
         ray.kill(hand.line._actor)
 
@@ -265,7 +265,7 @@ def test_an_actor_that_ray_kills_in_mid_round_is_replaced(tmp_path, mlp):
 
 @pytest.mark.slow
 def test_actors_killed_between_rounds_are_replaced(mlp):
-    with Ray(mlp.theirs.task, mlp.theirs.data, workers=2, cpus=0.1) as engine:
+    with RayEngine(mlp.theirs.task, mlp.theirs.data, workers=2, cpus=0.1) as engine:
         for pid in engine.pids:
             os.kill(pid, signal.SIGKILL)
         same(recipes.fedavg(lr=0.1, batch=4), Both(engine, mlp.theirs))
@@ -286,7 +286,7 @@ def test_a_node_lost_in_mid_round_changes_no_bit(plan, workers, gpus, tmp_path, 
     node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
     cluster.wait_for_nodes()
 
-    def lose(engine: Ray, pid: int) -> None:
+    def lose(engine: RayEngine, pid: int) -> None:
         cluster.remove_node(node, allow_graceful=False)
 
     try:
@@ -309,7 +309,7 @@ def struck(tmp_path: Path, both: Both, plan: Plan, end, spared: tuple[str, ...],
     crosses.touch()
     data = both.theirs.data
     mined = replace(data, rows=elsewhere.Knocking(data.rows, spared, 1, str(crosses), str(door)))
-    with Ray(both.theirs.task, mined, **room) as engine:
+    with RayEngine(both.theirs.task, mined, **room) as engine:
         assert len(engine.pids) == engine.workers
         striker = threading.Thread(target=lambda: end(engine, int(door.read_text())), daemon=True)
         striker.start()
@@ -324,11 +324,11 @@ def struck(tmp_path: Path, both: Both, plan: Plan, end, spared: tuple[str, ...],
 
 @pytest.mark.slow
 def test_actors_share_a_gpu_that_only_pretends_to_be_one(cluster, mlp):
-    with Ray(mlp.theirs.task, mlp.theirs.data, cpus=0.1, gpus=0.5) as engine:
+    with RayEngine(mlp.theirs.task, mlp.theirs.data, cpus=0.1, gpus=0.5) as engine:
         assert engine.workers == 2
         same(recipes.fedavg(lr=0.1, batch=4), Both(engine, mlp.theirs), rounds=1)
     there_is_none = pytest.raises(UsageError, match="device = 'cuda'")
-    with Ray(mlp.theirs.task, mlp.theirs.data, 1, cpus=0.1, gpus=0.5, device="cuda") as engine, there_is_none:
+    with RayEngine(mlp.theirs.task, mlp.theirs.data, 1, cpus=0.1, gpus=0.5, device="cuda") as engine, there_is_none:
         run(recipes.fedavg(lr=0.1), engine, 1)
 
 
@@ -345,7 +345,7 @@ def test_actors_share_a_gpu_that_only_pretends_to_be_one(cluster, mlp):
 )
 def test_more_than_the_cluster_has_is_refused(settings, write, mlp):
     with pytest.raises(UsageError) as told:
-        Ray(mlp.theirs.task, mlp.theirs.data, **settings)
+        RayEngine(mlp.theirs.task, mlp.theirs.data, **settings)
     assert told.value.write == write
     assert ray.is_initialized()
 
@@ -353,9 +353,9 @@ def test_more_than_the_cluster_has_is_refused(settings, write, mlp):
 @pytest.mark.slow
 def test_actors_that_find_no_place_end_the_run(mlp):
     task, data = mlp.theirs.task, mlp.theirs.data
-    with Ray(task, data, workers=1, cpus=0.1, gpus=0.5) as first:
+    with RayEngine(task, data, workers=1, cpus=0.1, gpus=0.5) as first:
         first._ready()
-        with Ray(task, data, workers=2, cpus=0.1, gpus=0.5, patience_s=20.0) as second:
+        with RayEngine(task, data, workers=2, cpus=0.1, gpus=0.5, patience_s=20.0) as second:
             with pytest.raises(RunError, match="1 of 2 actors waited 20 s for a place") as told:
                 run(recipes.fedavg(lr=0.1), second, 1)
             assert told.value.write == "--workers 1"
@@ -365,14 +365,14 @@ def test_actors_that_find_no_place_end_the_run(mlp):
 
 
 def test_the_connection_of_the_program_stays(cluster, mlp):
-    engine = Ray(mlp.theirs.task, mlp.theirs.data, workers=1, cpus=0.1, address=cluster.address)
+    engine = RayEngine(mlp.theirs.task, mlp.theirs.data, workers=1, cpus=0.1, address=cluster.address)
     engine.close()
     engine.close()
     assert ray.is_initialized()
     with pytest.raises(UsageError, match="closed"):
         run(Plan(Gradient(), Mean()), engine, 1)
     with pytest.raises(UsageError, match="connected to Ray at"):
-        Ray(mlp.theirs.task, mlp.theirs.data, address="127.0.0.1:6")
+        RayEngine(mlp.theirs.task, mlp.theirs.data, address="127.0.0.1:6")
 
 
 @pytest.mark.slow
@@ -419,7 +419,7 @@ def test_code_that_is_here_alone_is_an_error_that_says_so(cluster):
     sys.modules["only_here"].Local = Local
     try:
         task = task_of(seeded(Local, 4, 3), data, dtype=torch.float32)
-        with Ray(task, data, workers=1, cpus=0.1) as engine, pytest.raises(RunError, match="No module") as told:
+        with RayEngine(task, data, workers=1, cpus=0.1) as engine, pytest.raises(RunError, match="No module") as told:
             run(Plan(Gradient(), Mean()), engine, 1)
     finally:
         del sys.modules["only_here"]
@@ -441,5 +441,5 @@ def test_mapped_files_are_read_by_their_names(cluster, tmp_path):
     np.save(tmp_path / "x.npy", x.numpy())
     mapped = replace(data, rows=ArrayRows(np.load(tmp_path / "x.npy", mmap_mode="r"), y))
     task = task_of(seeded(nn.Linear, 4, 3), data, dtype=torch.float32)
-    with Ray(task, mapped, workers=1, cpus=0.1) as engine:
-        same(recipes.fedavg(lr=0.1, batch=4), Both(engine, InProcess(task, data)))
+    with RayEngine(task, mapped, workers=1, cpus=0.1) as engine:
+        same(recipes.fedavg(lr=0.1, batch=4), Both(engine, InProcessEngine(task, data)))

@@ -23,7 +23,7 @@ import atoll
 from atoll import recipes
 from atoll.cli.app import answer
 from atoll.engine import ray as module
-from atoll.engine.ray import Ray, laid, lying
+from atoll.engine.ray import RayEngine, laid, lying
 from atoll.errors import RunError, UsageError
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
@@ -69,14 +69,14 @@ def test_parts_of_a_machine_that_there_are_not_are_refused(settings):
 def test_an_address_where_nobody_answers_is_refused_within_seconds(address, words, strangers):
     began = time.monotonic()
     with pytest.raises(UsageError, match=words):
-        Ray(*small(), address=address)
+        RayEngine(*small(), address=address)
     assert time.monotonic() - began < 15
 
 
 def test_a_server_that_is_no_cluster_is_refused(strangers, monkeypatch):
     monkeypatch.setattr(module, "_REACH_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(UsageError, match="timed out"):
-        Ray(*small(), address=f"127.0.0.1:{mute.getsockname()[1]}")
+        RayEngine(*small(), address=f"127.0.0.1:{mute.getsockname()[1]}")
     monkeypatch.undo()
     with socket.create_server(("127.0.0.1", 0)) as web:
 
@@ -94,7 +94,7 @@ def test_a_cluster_that_is_gone_is_refused_where_its_address_was_left(strangers,
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with pytest.raises(UsageError, match=r"No Ray cluster answers at 127\.0\.0\.1:1"):
-        Ray(*small(), address="auto")
+        RayEngine(*small(), address="auto")
 
 
 def test_a_ray_that_does_not_start_is_an_error_that_says_so(strangers, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_ray_that_does_not_start_is_an_error_that_says_so(strangers, monkeypat
     monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     with pytest.raises(RunError, match="did not start on this machine: The current node timed out") as told:
-        Ray(*small())
+        RayEngine(*small())
     assert told.value.write == "--engine processes"
     assert not folders[0].exists()
 
@@ -118,11 +118,11 @@ def test_no_ray_and_an_old_one_are_refused(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ray, "__version__", "2.3.1")
         with pytest.raises(UsageError, match=r"Ray 2\.3\.1 is installed") as told:
-            Ray(*small())
+            RayEngine(*small())
         assert told.value.write == "pip install 'ray>=2.40'"
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match="not installed") as told:
-        Ray(*small())
+        RayEngine(*small())
     assert told.value.write == "pip install 'atoll[ray]'"
 
 
@@ -141,7 +141,7 @@ def test_what_an_actor_cannot_import_is_refused_before_anything_starts(strangers
     Notebook.__module__, Notebook.__qualname__ = "__main__", "Notebook"
     data = classification((3, 2))
     with pytest.raises(UsageError, match="from my_notebook import Notebook"):
-        Ray(task_of(seeded(Notebook, 4, 3), data, dtype=torch.float32), data)
+        RayEngine(task_of(seeded(Notebook, 4, 3), data, dtype=torch.float32), data)
 
 
 def test_tensors_lie_as_they_were():

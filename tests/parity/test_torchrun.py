@@ -14,12 +14,12 @@ from parity import ranks as theirs
 from thinned import only
 
 from atoll import recipes, rounds, runs
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.ranks import Ranks
 from atoll.engine.torchrun import agreed, alike
 from atoll.errors import RunError, UsageError
 from atoll.plan.pace import Bounded, Buffered
-from atoll.plan.plan import Report
+from atoll.plan.round import Report
 
 ROOT = Path(__file__).parents[2]
 RANKS = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -79,7 +79,7 @@ def clients():
 @pytest.mark.parametrize("case", theirs.quick(), ids=lambda case: case[0])
 def test_every_rank_comes_to_the_bits_of_one_process(case, two, clients):
     name, module, numerics, plan, words = case
-    alone = theirs.outcome(module, numerics, plan, clients, InProcess, **words)
+    alone = theirs.outcome(module, numerics, plan, clients, InProcessEngine, **words)
     for rank in two:
         assert rank[name] == alone
 
@@ -88,7 +88,7 @@ def test_every_rank_comes_to_the_bits_of_one_process(case, two, clients):
 def test_gradients_are_added_up_within_the_backward_pass(case, two):
     """The results equal those of one process up to rounding. All ranks have the same bits and the same failures."""
     name, module, plan, data = case
-    alone = theirs.floats(module, plan, data, InProcess)
+    alone = theirs.floats(module, plan, data, InProcessEngine)
     first, second = (rank[name] for rank in two)
     assert first == second
     assert first["told"] == alone["told"]
@@ -102,7 +102,7 @@ def test_gradients_are_added_up_within_the_backward_pass(case, two):
 def test_any_number_of_ranks_in_every_body(ranks, clients, tmp_path):
     each = outcomes(tmp_path, ranks, "all", "dies")
     for name, module, numerics, plan, words in theirs.cases():
-        alone = theirs.outcome(module, numerics, plan, clients, InProcess, **words)
+        alone = theirs.outcome(module, numerics, plan, clients, InProcessEngine, **words)
         assert [rank[name] for rank in each] == [alone] * ranks, name
 
 

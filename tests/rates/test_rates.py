@@ -17,13 +17,15 @@ from thinned import by_turns, only
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
-from atoll.plan.plan import Plan, State, step
-from atoll.plan.slots import Cohort
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort
+from atoll.plan.round import bind, step
+from atoll.plan.state import State
 from atoll.schedule import inverse
 
 
@@ -40,12 +42,12 @@ def bowl(*clients):
 def engine_of(data, body="lanes"):
     module = nn.Linear(data.features[0], 1, bias=False)
     nn.init.zeros_(module.weight)
-    return InProcess(task_of(module, data, body), data)
+    return InProcessEngine(task_of(module, data, body), data)
 
 
 def path(plan, engine, rounds, start=None):
     """Return θ before the first round and after each round."""
-    model = engine.task.initial()
+    plan, model = bind(plan, engine), engine.task.initial()
     model = model if start is None else model._replace(theta=torch.tensor(start, dtype=torch.float64))
     state = State.first(plan, engine.task, 0, Memory(plan.memory(engine.task.layout)), model)
     out = [state.model.theta]

@@ -29,7 +29,7 @@ import atoll
 from atoll import report
 from atoll.cli.app import app
 from atoll.plan.names import PARTS
-from atoll.plan.plan import step
+from atoll.plan.round import step
 from atoll.recipes import RECIPES
 from atoll.report import canvas
 
@@ -201,7 +201,7 @@ def without_docstring(function) -> str:
 
 
 def test_readme_shows_step_verbatim():
-    """One block of the README equals `atoll.plan.plan.step`, character by character, without its docstring."""
+    """One block of the README equals `atoll.plan.round.step`, character by character, without its docstring."""
     shown = [block.code for block in blocks(ROOT / "README.md") if block.code.startswith(QUOTED)]
     assert shown == [without_docstring(step)]
 

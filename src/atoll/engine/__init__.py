@@ -1,3 +1,10 @@
-"""Where clients run."""
+"""Engines: where the clients of a round are trained. The specs of this package load without torch.
 
-ENGINES = ("inprocess", "processes", "torchrun", "ray")
+Tests: tests/surface/test_engines.py
+"""
+
+from __future__ import annotations
+
+from atoll.engine.spec import Engine, EngineSpec, InProcess, Processes, Ray, RunOptions, Torchrun
+
+__all__ = ["Engine", "EngineSpec", "InProcess", "Processes", "Ray", "RunOptions", "Torchrun"]

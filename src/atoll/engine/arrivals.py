@@ -12,10 +12,12 @@ from atoll.engine.clock import Clock
 from atoll.engine.fleet import Fleet
 from atoll.errors import RunError, UsageError
 from atoll.layout import Layout
-from atoll.plan.flight import Air, Flight, Traffic
+from atoll.plan.in_flight import Air, Flight, Traffic
 from atoll.plan.pace import Sync
-from atoll.plan.plan import Plan, State, Trip
-from atoll.plan.slots import Cohort, Population
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort, Population
+from atoll.plan.round import Trip
+from atoll.plan.state import State
 from atoll.task import Model
 
 _FATES = {"arrive": "arrived", "drop": "dropped", "cancel": "late"}
@@ -93,7 +95,7 @@ def check_clock(
         UsageError: which, and what to write instead.
     """
     clock = None if fleet is None else Clock(fleet, population.sizes, seed)
-    deadline = getattr(plan.pace, "deadline_s", None)
+    deadline = plan.pace.deadline_s
     if deadline is None:
         return
     if clock is None:
@@ -105,7 +107,7 @@ def check_clock(
         )
     down = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters, **model.fixed})
     quickest = clock.fastest(down, message(plan, layout))
-    if quickest > deadline and not getattr(plan.pace, "partial", False):
+    if quickest > deadline and not plan.pace.partial:
         raise UsageError(
             f"{plan.pace!r} with {fleet!r}.",
             f"at least {quickest:.4g} seconds, which the quickest client takes.",
@@ -131,11 +133,11 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
     if fleet is None and plan.pace == _PLAIN:
         return _at_once(state, cohort, sending)
     clock = clock_of(state, population, fleet or _STEPS)
-    always = fleet is None or fleet.availability == 1.0
-    traffic = Traffic(plan, state, population, cohort, None if always else lambda i: not clock.available(i))
+    away = None if fleet is None or fleet.availability == 1.0 else lambda i: not clock.available(i)
+    traffic = Traffic(plan.pace, plan.sampler, state.seed, state.round, state.air, population, cohort, away)
     began, births, started, total = clock.now, dict[int, int](), 0, 0
     each = traffic.down = sending.each
-    work = plan.local.work(state.round) if hasattr(plan.local, "work") else 1.0
+    work = plan.local.relative_work(state.round)
 
     def start() -> None:
         nonlocal started, total
@@ -152,25 +154,25 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
             total += size
 
     start()
-    deadline = getattr(plan.pace, "deadline_s", None)
+    deadline = plan.pace.deadline_s
     until = None if deadline is None else began + deadline
     while traffic.target and not traffic.flying and not traffic.arrived:
         _wait(clock)
         start()
-    waits, refills = True, plan.pace.refills
+    waits, refills = True, plan.pace.replaces_arrivals
     while waits and traffic.flying:
         event = clock.next(until if until is not None and clock.now < until else None)
         if event is not None:
             flight = traffic.arrive(event.number) if event.kind == "arrive" else traffic.fail(event.number)
             births[event.number] = flight.birth
-        elif plan.pace.partial:  # type: ignore[attr-defined]  # the deadline has come: only `Sync` has one
+        elif plan.pace.partial:  # the deadline has come: only `Sync` has one
             _stop(clock, traffic)
         waits = traffic.goes_on(clock.now - began)
         if refills and waits:
             start()
     late = traffic.late()
+    births |= {flight.number: flight.birth for flight in late}
     for flight in late:
-        births[flight.number] = flight.birth
         clock.cancel(flight.number)
     ended = clock.trips()
     trips = () if fleet is None else tuple(Trip(*t[:2], births[t.number], *t[2:-1], _FATES[t.fate]) for t in ended)

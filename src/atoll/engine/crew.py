@@ -19,8 +19,8 @@ from atoll.engine.crossing import Place
 from atoll.engine.work import Haul
 from atoll.engine.worker import Answer, Broke, Done, Hauled, Ready, Run, Told, haul_of
 from atoll.errors import RunError, UsageError
-from atoll.plan.plan import Failure
-from atoll.plan.slots import Aggregator
+from atoll.plan.protocols import Aggregator
+from atoll.plan.round import Failure
 
 _DEADLY = 3  # deaths of workers during the same job after which the job counts as the cause
 
@@ -34,8 +34,8 @@ class Job:
     Args:
         group: the worker adds up the results of all jobs with the same group.
         told: the broadcast for these clients.
-        codes: client id + repeat · number of clients, one for each client.
         clients: the ids of the clients.
+        repeats: earlier starts of each client in its round.
         down: bytes of the download of each client.
         rows: reads the client state; called when the job is assigned. None: the clients have no state.
         deliver: whether the worker returns its results after this job.
@@ -46,8 +46,8 @@ class Job:
 
     group: int
     told: Told
-    codes: list[int]
     clients: list[int]
+    repeats: list[int]
     down: list[int]
     rows: Rows | None
     deliver: bool
@@ -214,7 +214,7 @@ class Crew:
         """Start another worker in place of this one. Jobs without returned results go to the front of the queue."""
         hand.line.close()
         self.deaths += 1
-        lost = [job for job in (*hand.done, *hand.sent) if job.codes and job.wanted]
+        lost = [job for job in (*hand.done, *hand.sent) if job.clients and job.wanted]
         at_work = hand.sent[0] if hand.sent else None
         if at_work in lost:
             lost.remove(at_work)
@@ -239,19 +239,19 @@ class Crew:
         """
         if job.deaths < _DEADLY:
             return [job]
-        if len(job.codes) == 1:
+        if len(job.clients) == 1:
             cause = f"{_DEADLY} workers died while they trained it"
             failure = Failure(job.clients[0], job.told.birth, "local", cause)
             self._caught.append(Catch([job], Haul.none()._replace(failures=[failure], errors=[RuntimeError(cause)])))
             return []
-        half = len(job.codes) // 2
+        half = len(job.clients) // 2
         return [self._part(job, slice(None, half)), self._part(job, slice(half, None))]
 
     def _part(self, job: Job, part: slice) -> Job:
         rows = job.rows
         some = None if rows is None else lambda: {n: t[part] for n, t in rows().items()}
-        codes, clients, down = job.codes[part], job.clients[part], job.down[part]
-        return Job(job.group, job.told, codes, clients, down, some, job.deliver, deaths=_DEADLY - 1)
+        clients, repeats, down = job.clients[part], job.repeats[part], job.down[part]
+        return Job(job.group, job.told, clients, repeats, down, some, job.deliver, deaths=_DEADLY - 1)
 
     # the jobs
 
@@ -276,7 +276,8 @@ class Crew:
             told = structs.replace(job.told, forget=forget)
         rows = None if job.rows is None else job.rows()
         hand.sent.append(job)
-        hand.line.give(told, Run(job.group, job.told.number, job.codes, job.down, None, job.deliver), rows)
+        run = Run(job.group, job.told.number, job.clients, job.repeats, job.down, None, job.deliver)
+        hand.line.give(told, run, rows)
 
     def _listen(self, rule: Aggregator | None, timeout: float | None) -> bool:
         """Process the answers of workers. Return False if none arrived within `timeout` seconds."""
@@ -300,7 +301,7 @@ class Crew:
 
     def _take(self, hand: _Hand, answer: Hauled, tensors: Mapping[str, Tensor], rule: Aggregator) -> None:
         jobs, hand.done = [*hand.done, hand.sent.popleft()], []
-        if any(job.wanted and job.codes for job in jobs):
+        if any(job.wanted and job.clients for job in jobs):
             haul = haul_of(tensors, answer.failures, answer.errors, rule)
             self._caught.append(Catch(jobs, haul, answer.most))
 

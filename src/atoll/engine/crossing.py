@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-import importlib
 import math
 import os
 import shutil
@@ -32,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.errors import UsageError
+from atoll.names import load
 
 _ALIGN = 64  # bytes; a tensor starts at a multiple
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's flag for heap types; static types of C lack it
@@ -235,7 +234,7 @@ def name_of(thing: Any, what: str) -> str:
         )
     for home in (module,) if module else _HOMES:
         try:
-            if named(f"{home}:{name}") is thing:
+            if load(f"{home}:{name}") is thing:
                 return f"{home}:{name}"
         except (ImportError, AttributeError):
             continue
@@ -245,12 +244,6 @@ def name_of(thing: Any, what: str) -> str:
         "a worker is another process: it receives numbers, and imports code by its name.",
         "--engine inprocess",
     )
-
-
-def named(name: str) -> Any:
-    """Import the object that `module:name` names."""
-    module, _, path = name.partition(":")
-    return functools.reduce(getattr, path.split("."), importlib.import_module(module))
 
 
 class _Packer:
@@ -362,7 +355,7 @@ class _Unpacker:
             case ["size", items]:
                 return torch.Size(items)
             case ["named", kind, items]:
-                return named(kind)(*map(self.unpack, items))
+                return load(kind)(*map(self.unpack, items))
             case ["dict" | "OrderedDict" as kind, pairs]:
                 made = ((self.unpack(k), self.unpack(v)) for k, v in pairs)
                 return dict(made) if kind == "dict" else collections.OrderedDict(made)
@@ -372,7 +365,7 @@ class _Unpacker:
             case ["again", number]:
                 return self._made[number]
             case ["new", number, ["object", kind, state]]:
-                return self._object(number, named(kind), state)
+                return self._object(number, load(kind), state)
             case ["new", number, thing]:
                 self._made[number] = self._thing(thing)
                 return self._made[number]
@@ -390,7 +383,7 @@ class _Unpacker:
             case ["mapped", path, dtype, shape, offset]:
                 return np.memmap(path, np.dtype(dtype), "r", offset, tuple(shape))
             case ["code", name]:
-                return named(name)
+                return load(name)
         raise ValueError(f"No serialized value has the form {tree!r:.80}.")
 
     def _object(self, number: int, kind: type, state: Any) -> Any:

@@ -23,14 +23,17 @@ from atoll.engine.crossing import pack
 from atoll.engine.inprocess import check_chunk
 from atoll.engine.memory import Pending
 from atoll.engine.room import Room
+from atoll.engine.spec import Engine
 from atoll.engine.work import Haul, births, chunks, gathered, own_task
 from atoll.engine.worker import Setup, Told, plan_of, spoken, written
 from atoll.errors import UsageError
 from atoll.layout import Layout
-from atoll.plan.flight import Flight, Traffic
+from atoll.plan.in_flight import Flight, Traffic
 from atoll.plan.pace import Sync
-from atoll.plan.plan import Gathered, Plan, State
-from atoll.plan.slots import Broadcast, Cohort, Population
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Broadcast, Cohort, Ids, Population
+from atoll.plan.round import Gathered
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -49,43 +52,46 @@ class _Aloft(NamedTuple):
     plan: str
 
 
-class Dealer:
-    """An engine that deals clients to workers; `Processes` and `Ray` say where those are.
+class Dealer(Engine):
+    """An engine that distributes clients to workers; `ProcessesEngine` and `RayEngine` start the workers.
 
-    A worker that dies is replaced, and what it had not handed over is computed again. Close the engine, or use it in a
-    `with` statement; left open, it ends with the program, however that ends.
+    A worker that dies is replaced, and its unfinished clients are computed again. Close the engine, or use it in a
+    `with` statement; an open engine ends with the program.
 
     Args:
-        task: the model, loss and metrics; its `numerics` say which body computes.
-        data: the clients.
         chunk: clients computed together; None chooses by the model's size. It changes no bit.
-        workers: how many, at least one.
-        threads: of each worker.
-        office: where workers come from; it is closed with the engine.
-        stillborn: workers that may end one after the other before the first is ready.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        data: Clients,
-        chunk: int | None,
-        workers: int,
-        threads: int,
-        office: Office,
-        stillborn: int = 3,
-    ) -> None:
+    task: Task
+    data: Clients
+    workers: int
+    threads: int
+
+    def __init__(self, chunk: int | None) -> None:
         check_chunk(chunk)
-        self.task, self.data, self.chunk = task, data, chunk
+        self.chunk = chunk
+        self.closed, self._opened = False, False
+
+    def _open(self, task: Task, data: Clients, workers: int, threads: int, office: Office, stillborn: int = 3) -> None:
+        """Start the workers.
+
+        Args:
+            task: the model, loss and metrics; `task.numerics` names the backend.
+            data: the clients.
+            workers: number of workers, ≥ 1.
+            threads: of each worker.
+            office: starts workers; it is closed with the engine.
+            stillborn: workers that may end one after the other before the first is ready.
+        """
+        self.task, self.data = task, data
         self.workers, self.threads = workers, threads
         self._office = office
         self._numbers: Iterator[int] = iter(range(1, 1 << 62))
         self._tolds: set[int] = set()
         self._aloft: dict[int, _Aloft] = {}
         self._plan: tuple[Plan, str, dict[str, str]] | None = None  # the last one, and how it crosses
-        self.closed = False
         self._crew = Crew(office, workers, stillborn)
-        self._fresh = True
+        self._opened = self._fresh = True
         self.room = Room()
 
     @property
@@ -97,6 +103,10 @@ class Dealer:
     def layout(self) -> Layout:
         """How the model lies in its vector."""
         return self.task.layout
+
+    def agree(self, value: bytes) -> bytes:
+        """The value of the first process of a training: this one."""
+        return value
 
     @property
     def pids(self) -> list[int]:
@@ -121,8 +131,13 @@ class Dealer:
         """End the workers and give back their memory. Nothing is left behind; closing twice is closing."""
         if not self.closed:
             self.closed = True
-            self._crew.close()
-            self._office.close()
+            if self._opened:
+                self._crew.close()
+                self._office.close()
+
+    def describe(self) -> Mapping[str, Any]:
+        """The number of workers, and the threads of each."""
+        return {"workers": self.workers, "threads_per_worker": self.threads}
 
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
         """Run the cohort: one partial sum for each birth, and the record of who gave it.
@@ -132,7 +147,6 @@ class Dealer:
             RunError: the same error struck every client, more failed than the plan allows, or a worker cannot go on.
         """
         self._ready()
-        plan = plan.at(self)
         if self._plan is None or self._plan[0] is not plan:
             self._plan = plan, *_checked(plan)
         _, text, own = self._plan
@@ -164,10 +178,10 @@ class Dealer:
         flown = fly(plan, state, self.population, cohort, None, 0)
         task, kept, group = own_task(plan, self.task), Pending(state.memory), next(self._numbers)
         most = -(-len(flown.arrived) // (_DEALS * self.workers)) or 1
-        for _, codes, down in births(flown.arrived, self.data.count):
-            for chunk in chunks(plan, task, self.data, codes, down, self.room.within(self.chunk)):
-                for some, sent in zip(*(column.split(most) for column in chunk), strict=True):
-                    job = self.job(group, told, some, sent, kept, deliver=bool(state.memory.first))
+        for _, ids, down in births(flown.arrived):
+            for chunk, sent in chunks(plan, task, self.data, ids, down, self.room.within(self.chunk)):
+                for at in torch.arange(len(sent)).split(most):
+                    job = self.job(group, told, chunk.select(at), sent[at], kept, deliver=bool(state.memory.first))
                     self._crew.queue.append(job)
         haul = Haul.none()
         while self._crew.busy(group):
@@ -177,14 +191,13 @@ class Dealer:
                 self.room.learn(catch.most)
         return flown, haul
 
-    def job(self, group: int, told: Told, codes: Tensor, down: Tensor, kept: Pending, *, deliver: bool) -> Job:
+    def job(self, group: int, told: Told, ids: Ids, down: Tensor, kept: Pending, *, deliver: bool) -> Job:
         """The job to compute these clients."""
-        ids = codes % self.data.count
-        rows = (lambda: kept.take(ids)) if kept.first else None
-        return Job(group, told, codes.tolist(), ids.tolist(), down.tolist(), rows, deliver)
+        rows = (lambda: kept.take(ids.client)) if kept.first else None
+        return Job(group, told, ids.client.tolist(), ids.repeat.tolist(), down.tolist(), rows, deliver)
 
     def _ready(self) -> None:
-        if self.closed:
+        if self.closed or not self._opened:
             kind = type(self).__name__
             raise UsageError(
                 "The engine was closed.", "an engine that is open.", write=f"{kind}(task, data, workers=2)"
@@ -209,7 +222,7 @@ class _Arrivals:
     ) -> None:
         self.engine, self.plan, self.text, self.state, self.now = engine, plan, text, state, now
         self._sending = Sending(state, engine.data.count)
-        self._traffic = Traffic(plan, state, engine.population, cohort)
+        self._traffic = Traffic(plan.pace, plan.sampler, state.seed, state.round, state.air, engine.population, cohort)
         self._kept = Pending(state.memory)
         self._tolds: dict[int, Told] = {}
         self._tell, self._haul = tell, Haul.none()
@@ -218,7 +231,7 @@ class _Arrivals:
     def fly(self) -> tuple[Flown, Haul]:
         """Start who is missing, take arrivals as they come, until the pace closes the round."""
         began, traffic, pace = time.perf_counter(), self._traffic, self.plan.pace
-        deadline = getattr(pace, "deadline_s", None)
+        deadline = pace.deadline_s
         self._adopt()
         self._start()
         waits = True
@@ -229,7 +242,7 @@ class _Arrivals:
             if catch is not None:
                 self._arrive(catch)
             waits = traffic.goes_on(time.perf_counter() - began)
-            if pace.refills and waits:
+            if pace.replaces_arrivals and waits:
                 self._start()
         late = traffic.late()
         for flight in late:
@@ -270,9 +283,8 @@ class _Arrivals:
         engine, birth = self.engine, flight.birth
         if birth not in self._tolds:
             self._tolds[birth] = self._tell(birth)
-        code = flight.client + engine.data.count * flight.again
-        codes, down = torch.tensor([code]), torch.tensor([flight.down])
-        job = engine.job(next(engine._numbers), self._tolds[birth], codes, down, self._kept, deliver=True)
+        ids, down = Ids(torch.tensor([flight.client]), torch.tensor([flight.again])), torch.tensor([flight.down])
+        job = engine.job(next(engine._numbers), self._tolds[birth], ids, down, self._kept, deliver=True)
         engine._aloft[flight.number] = _Aloft(flight, job, theta, self.text)
         engine._crew.queue.append(job)
 
@@ -283,7 +295,7 @@ class _Arrivals:
 
     def _next(self, left: float | None) -> Catch | None:
         """The next arrival. Workers that stay at what nobody waits for are given up, or no one would be left."""
-        crew, deadline = self.engine._crew, getattr(self.plan.pace, "deadline_s", None)
+        crew, deadline = self.engine._crew, self.plan.pace.deadline_s
         if deadline is None:
             return crew.next(self.plan.aggregator, 1, left)
         crew.replace_stuck(deadline + _PATIENCE_S)
@@ -299,7 +311,7 @@ class _Arrivals:
         self._traffic.arrive(number)
         for ids, rows in haul.memory:
             self._kept.put(ids, rows)
-        if self.plan.pace.flies_on:
+        if self.plan.pace.asynchronous:
             late = torch.tensor([self.state.round - flight.birth])
             facts: list[Mapping[str, Tensor]] = [{**f, "staleness": late} for f in haul.facts]
             haul = haul._replace(facts=facts)
@@ -334,7 +346,7 @@ def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
     Raises:
         UsageError: it needs what workers do not have.
     """
-    if getattr(plan.pace, "partial", False):
+    if plan.pace.partial:
         raise UsageError(
             f"{plan.pace!r} with workers.",
             "a pace that hears those who have finished.",

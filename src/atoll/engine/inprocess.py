@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from atoll import native
 from atoll.data.clients import Clients
-from atoll.engine.arrivals import fly, message
-from atoll.engine.device import free
+from atoll.engine.arrivals import check_clock, fly, message
+from atoll.engine.device import free, gpu
 from atoll.engine.fleet import Fleet
 from atoll.engine.memory import Pending
 from atoll.engine.room import Room
+from atoll.engine.spec import Engine
 from atoll.engine.tuning import Setting, Tuning
 from atoll.engine.work import Haul, Work, births, chunks, cut, gathered, own_task
 from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.codec import Identity
-from atoll.plan.flight import Flight, waves
+from atoll.plan.in_flight import Flight, waves
 from atoll.plan.lanes import HOST
-from atoll.plan.plan import Gathered, Plan, State
-from atoll.plan.slots import Broadcast, Cohort, Population, Tensors
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Broadcast, Cohort, Ids, Population, Tensors
+from atoll.plan.round import Gathered
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -33,26 +36,48 @@ _ENOUGH = 16  # clients in a round, from which on chunks are worth a trial
 _SMALL = 100_000  # parameters below which one thread is quickest
 
 
-@dataclass(frozen=True)
-class InProcess:
-    """An engine that runs clients in this process.
+class InProcessEngine(Engine):
+    """An engine that trains the clients in this process.
 
     Args:
-        task: the model, loss and metrics; its `numerics` say which body computes.
+        task: the model, loss and metrics; `task.numerics` names the backend. With `task` and `data` the engine is open
+            at once; otherwise `open` passes them.
         data: the clients.
-        chunk: clients computed together; None chooses by the model's size. It changes no bit.
-        fleet: how long clients and links take, on a virtual clock; None: everybody as long as everybody else.
+        chunk: clients computed together; None chooses by the size of the model. It changes no bit.
+        fleet: the simulated durations of clients and links; None simulates none.
+    Example:
+        >>> from atoll.testing.locals import clients, problem
+        >>> InProcessEngine(problem(), clients()).population.clients
+        7
     """
 
     task: Task
     data: Clients
-    chunk: int | None = None
-    fleet: Fleet | None = None
-    tuning: Tuning = field(default_factory=Tuning, init=False, repr=False, compare=False)  # it learns what is quick
-    room: Room = field(default_factory=Room, init=False, repr=False, compare=False)  # it learns what does not fit
 
-    def __post_init__(self) -> None:
-        check_chunk(self.chunk)
+    def __init__(
+        self,
+        task: Task | None = None,
+        data: Clients | None = None,
+        chunk: int | None = None,
+        fleet: Fleet | None = None,
+    ) -> None:
+        check_chunk(chunk)
+        self.chunk, self.fleet = chunk, fleet
+        self.tuning, self.room = Tuning(), Room()  # they learn the chunk size that is fast, and the one that fits
+        if task is not None and data is not None:
+            self.open(task, data)
+
+    def open(self, task: Task, data: Clients) -> None:
+        """Take the task and the clients."""
+        self.task, self.data = task, data
+
+    def check_start(self, plan: Plan, state: State) -> None:
+        """Refuse a fleet or a deadline that does not fit the clients, and a deadline without a simulated clock."""
+        check_clock(plan, self.fleet, self.population, state.model, self.layout, state.seed)
+
+    def describe(self) -> Mapping[str, Any]:
+        """The kind of GPU, if the model is on one."""
+        return gpu(self.task.device)
 
     @property
     def population(self) -> Population:
@@ -70,7 +95,6 @@ class InProcess:
         Raises:
             RunError: the same error struck every client, or more failed than the plan allows.
         """
-        plan = plan.at(self)
         task = own_task(plan, self.task)
         up = 0 if self.fleet is None else message(plan, task.layout)
         flown = fly(plan, state, self.population, cohort, self.fleet, up)
@@ -78,7 +102,7 @@ class InProcess:
         def start(birth: int) -> tuple[Broadcast, Key]:
             return state.version(birth), key if birth == state.round else state.key(birth)
 
-        kept, shares = Pending(state.memory), cut(flown.arrived, self.data.count)
+        kept, shares = Pending(state.memory), cut(flown.arrived)
         work = Work(plan, task, self.data, start, kept, state.round, shares, self.room)
         if self._tries(task, len(flown.arrived)):
             haul = self._timed(work, flown.arrived, state.memory.first)
@@ -86,6 +110,10 @@ class InProcess:
             with threads_for(task, cohort.ids.shape[0], plan):
                 haul = self._haul(work, flown.arrived, state.memory.first)
         return gathered(plan, state, flown, haul, self.room)
+
+    def agree(self, value: bytes) -> bytes:
+        """The value of the first process of a training: this one."""
+        return value
 
     def _tries(self, task: Task, many: int) -> bool:
         """Whether the size of chunks is this engine's to choose, and there are clients enough for it to matter."""
@@ -111,16 +139,16 @@ class InProcess:
     def _haul(self, work: Work, arrived: list[Flight], first: Tensors, scale: float = 1.0) -> Haul:
         """Do the work of everybody who arrived, chunk by chunk; `first` is what one client keeps at first."""
         for wave in waves(arrived) if first else [arrived]:
-            for birth, codes, down in births(wave, self.data.count):
-                for chunk, sent in self._chunks(work.plan, work.task, codes, down, scale):
+            for birth, ids, down in births(wave):
+                for chunk, sent in self._chunks(work.plan, work.task, ids, down, scale):
                     work.run(birth, chunk, sent)
             work.landed()
         return work.haul
 
     def _chunks(
-        self, plan: Plan, task: Task, codes: Tensor, down: Tensor, scale: float = 1.0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        return chunks(plan, task, self.data, codes, down, self.chunk, free(task.device), scale)
+        self, plan: Plan, task: Task, ids: Ids, down: Tensor, scale: float = 1.0
+    ) -> Iterator[tuple[Ids, Tensor]]:
+        return chunks(plan, task, self.data, ids, down, self.chunk, free(task.device), scale)
 
 
 def check_chunk(chunk: int | None) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from atoll.plan.plan import Store
+from atoll.plan.state import Store
 
 
 class Memory:

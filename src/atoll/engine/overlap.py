@@ -21,13 +21,13 @@ from atoll.engine.arrivals import message
 from atoll.engine.ranks import Ranks, together
 from atoll.engine.work import Haul, Work, births
 from atoll.known import tell
-from atoll.plan.aggregate.mean import Mean, Partial, Sum
+from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
 from atoll.plan.codec import Identity
-from atoll.plan.flight import Flight
+from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import ROWS
 from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Contribution
+from atoll.plan.protocols import Ids
 from atoll.task import Task
 
 _STRETCH = 1 << 20  # numbers that go together: fewer wait sooner, more cost less each
@@ -50,8 +50,8 @@ def data_parallel(plan: Plan) -> bool:
 
 
 def _weights(plan: Plan, rows: Tensor) -> Tensor:
-    """What the gradients of clients with so many rows are added with."""
-    return plan.aggregator.lift(Contribution({}, {}, rows, {}, {}))  # type: ignore[attr-defined, no-any-return]
+    """The weights of clients with these numbers of rows."""
+    return torch.ones_like(rows) if plan.aggregator.weights == "equal" else rows
 
 
 @dataclass
@@ -134,18 +134,18 @@ class Overlap:
         Args:
             work: the round's.
             arrived: everybody.
-            mine: the codes of this rank's clients.
+            mine: the positions of this rank's clients.
         """
-        ((birth, codes, down),) = births(arrived, work.data.count)
-        table = self.flat.new_zeros(1 + len(codes), len(_SUMS))  # row 0: whether somebody failed
+        ((birth, ids, down),) = births(arrived)
+        table = self.flat.new_zeros(1 + len(down), len(_SUMS))  # row 0: whether somebody failed
         self._sent, self._before = [], None
         # A mean is weighted on its way, by parts of one, and need not be divided again.
-        rule, held = work.plan.aggregator, _weights(work.plan, work.data.sizes[codes % work.data.count])
-        self._all = int(held.sum()) if getattr(rule, "over", "") == "arrived" else 1
+        rule, held = work.plan.aggregator, _weights(work.plan, work.data.sizes[ids.client])
+        self._all = int(held.sum()) if rule.over == "arrived" and not rule.forms_sum else 1
         with together():
             try:
-                for at in range(len(mine)):
-                    self._one(work, birth, mine[at : at + 1], at + 1 == len(mine), table, codes)
+                for i, at in enumerate(mine.tolist()):
+                    self._one(work, birth, ids.select(slice(at, at + 1)), i + 1 == len(mine), table[1 + at])
             except Exception:
                 table[0, 0] = 1.0  # the others are waiting for this rank's stretches; then all of them do it with care
             if not len(mine) or table[0, 0]:
@@ -161,18 +161,17 @@ class Overlap:
         if table[0, 0] or not math.isfinite(float(norm) + float(table.sum())):
             return None
         tell(self.flat, "norm", norm)
-        return self._told(work, birth, codes, down, table[1:])
+        return self._told(work, birth, ids.client, down, table[1:])
 
-    def _one(self, work: Work, birth: int, code: Tensor, last: bool, table: Tensor, codes: Tensor) -> None:
+    def _one(self, work: Work, birth: int, start: Ids, last: bool, row: Tensor) -> None:
         """One client's pass; that of the last one sends the sum of all as it comes."""
-        ids = code % work.data.count
-        rows = work.data.sizes[ids]
+        rows = work.data.sizes[start.client]
         weight = float(_weights(work.plan, rows)) / self._all
-        if last and rows and work.plan.local.width(int(rows)) <= ROWS:
+        if last and rows and work.plan.local.padded_batch(int(rows)) <= ROWS:
             self._missing = set(range(len(self.bound.gradients)))
             self.bound.taken, self.bound.scale = True, self.flat.new_tensor(weight)
         try:
-            contribution, _, _ = work.contribute(birth, ids, code)
+            contribution, _, _ = work.contribute(birth, start)
         finally:
             sent, self.bound.taken, self.bound.scale = self.bound.taken, False, None
         for i in self._missing if sent else ():  # no way of this pass led there
@@ -182,16 +181,15 @@ class Overlap:
             self._before = update * weight if self._before is None else self._before.add_(update, alpha=weight)
         elif not sent:  # several passes, or none: the gradient lies elsewhere
             torch.mul(update, weight, out=self.flat)
-        table[1 + codes.tolist().index(int(code))] = torch.tensor([float(contribution.sums[n]) for n in _SUMS])
+        row[:] = torch.tensor([float(contribution.sums[n]) for n in _SUMS])
 
-    def _told(self, work: Work, birth: int, codes: Tensor, down: Tensor, table: Tensor) -> Haul:
+    def _told(self, work: Work, birth: int, ids: Tensor, down: Tensor, table: Tensor) -> Haul:
         """What the ranks came to, as every engine says it."""
-        ids = codes % work.data.count
         held = work.data.sizes[ids]
         sums = {n: {0: table[:, i].double().sum()[None]} for i, n in enumerate(_SUMS)}
         means = {"update": {0: self.flat}}
         weight = _weights(work.plan, held).sum() if self._all == 1 else torch.tensor(1)
-        partial = Partial(means, sums, {}, weight, torch.tensor(len(ids)))
+        partial = PartialSum(means, sums, {}, weight, torch.tensor(len(ids)))
         facts = {
             "loss": (table[:, 0] / table[:, 1].clamp(min=1)).to(ids.device),
             "rows": held,

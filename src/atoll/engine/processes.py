@@ -20,21 +20,21 @@ from atoll.data.clients import Clients
 from atoll.engine.crew import Gone, Line, cores
 from atoll.engine.crossing import Block, Blocks, Place, room
 from atoll.engine.dealer import Dealer, packed
-from atoll.engine.inprocess import check_chunk
 from atoll.engine.nursery import Nursery
 from atoll.engine.worker import Answer, Hauled, Ready, Run, Setup, Told, answers, encode
 from atoll.errors import UsageError
 from atoll.task import Task
 
 
-class Processes(Dealer):
+class ProcessesEngine(Dealer):
     """An engine that runs clients in worker processes on this machine.
 
     If a worker dies, the engine starts another one and repeats the work of which it has no result. Close the engine, or
     use it in a `with` statement. An open engine ends when the program ends, also after a crash.
 
     Args:
-        task: the model, loss and metrics; its `numerics` select the backend.
+        task: the model, loss and metrics; its `numerics` select the backend. With `task` and `data` the engine is open
+            at once; otherwise `open` receives them.
         data: the clients.
         workers: the number of worker processes, ≥ 1; None: one for each core.
         chunk: clients computed together, ≥ 1; None chooses by the size of the model. It changes no bit.
@@ -49,15 +49,15 @@ class Processes(Dealer):
             or the data set.
     Example:
         >>> from atoll.testing.locals import clients, problem
-        >>> with Processes(problem(), clients(), workers=2) as engine:
+        >>> with ProcessesEngine(problem(), clients(), workers=2) as engine:
         ...     engine.population.clients
         7
     """
 
     def __init__(
         self,
-        task: Task,
-        data: Clients,
+        task: Task | None = None,
+        data: Clients | None = None,
         workers: int | None = None,
         chunk: int | None = None,
         threads: int | None = None,
@@ -65,7 +65,7 @@ class Processes(Dealer):
         seed: int = 0,
         nursery: Nursery | None = None,
     ) -> None:
-        check_chunk(chunk)
+        super().__init__(chunk)
         workers = cores() if workers is None else workers
         threads = max(1, torch.get_num_threads() // max(1, workers)) if threads is None else threads
         if workers < 1 or threads < 1:
@@ -74,14 +74,25 @@ class Processes(Dealer):
                 "at least 1 worker and at least 1 thread for each worker.",
                 write="--workers 2",
             )
-        self._nursery = nursery or Nursery()
+        self.workers, self.threads = workers, threads
+        self._made = model, seed
+        self._nursery, self._own = nursery or Nursery(), nursery is None
+        if task is not None and data is not None:
+            self.open(task, data)
+
+    def open(self, task: Task, data: Clients) -> None:
+        """Start the worker processes.
+
+        Raises:
+            UsageError: a model, loss or data set that another process cannot import.
+        """
         self._nursery.start()  # it imports modules while this process serializes the data
         if task.numerics == "lanes":
             self._nursery.warm()
-        pipes = _Pipes(self._nursery, nursery is None)
+        pipes = _Pipes(self._nursery, self._own)
         try:
-            pipes.prepare(task, data, model, seed, threads)
-            super().__init__(task, data, chunk, workers, threads, pipes)
+            pipes.prepare(task, data, *self._made, self.threads)
+            self._open(task, data, self.workers, self.threads, pipes)
         except BaseException:
             pipes.close()
             raise

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from atoll.errors import RunError, UsageError
 
-BACKENDS = ("auto", "gloo", "nccl")
 _GATHERED = 1 << 12  # bytes that every rank sends first, while the length of the longest message is unknown
 _JOINT = 1 << 14  # tensors with fewer numbers are concatenated and reduced together
 
@@ -88,9 +88,8 @@ class Ranks:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        joined = distributed.is_available() and distributed.is_initialized()
-        if not joined:
-            _refuse(distributed.is_available(), workers, backend)
+        check_ranks(workers, backend)
+        if not _joined():
             with together():
                 store, rank, size = next(rendezvous("env://"))
                 store = PrefixStore(_meeting(store, rank, size), store)
@@ -158,11 +157,15 @@ class Ranks:
                 out.append(flat.cpu().view(mine.dtype).view(tuple(shape)))
         return out
 
-    def add(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sum of each tensor over all ranks, with the same bits on every rank. It may overwrite its arguments."""
+    def all_gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The tensors of every rank, in the order of ranks, on the host. Names and shapes may differ."""
+        return [load(data) for data in self.all(save({n: t.cpu().contiguous() for n, t in tensors.items()}))]
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sum over all ranks of each tensor, in place if possible; the same bits at every rank."""
         return self._reduce(tensors, "SUM")
 
-    def largest(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def all_reduce_max(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The elementwise maximum of each tensor over all ranks. It may overwrite its arguments."""
         return self._reduce(tensors, "MAX")
 
@@ -258,11 +261,28 @@ def _leave_at_exit() -> None:
     atexit.register(leave)
 
 
-def _refuse(available: bool, workers: int | None, backend: str) -> None:
-    """Refuse what could only end in ranks that wait for each other."""
-    if backend not in BACKENDS:
-        raise UsageError(f"backend = {backend!r}.", f"one of {', '.join(BACKENDS)}.", write="--set backend=auto")
-    if not available:
+def _joined() -> bool:
+    """Whether the program itself has joined a process group."""
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def check_ranks(workers: int | None, backend: str) -> None:
+    """Refuse a process that cannot join other ranks: each rank would wait for the others forever.
+
+    Args:
+        workers: required number of ranks; None accepts any number.
+        backend: "gloo", "nccl" or "auto".
+    Raises:
+        UsageError: `torchrun` did not start this process, it started another number of ranks, or `nccl` has too few
+            GPUs.
+    """
+    from torch import distributed
+
+    if _joined():
+        return
+    if not distributed.is_available():
         raise UsageError(
             "This torch was built without torch.distributed.", "a build with it.", write="--engine inprocess"
         )

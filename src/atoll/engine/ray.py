@@ -28,10 +28,10 @@ from msgspec import structs
 from torch import Tensor
 
 from atoll.data.clients import Clients
+from atoll.engine import spec as specs
 from atoll.engine.crew import Gone, Line
 from atoll.engine.crossing import Arrays, Place, laid, lying
 from atoll.engine.dealer import Dealer, packed
-from atoll.engine.inprocess import check_chunk
 from atoll.engine.worker import (
     Answer,
     Done,
@@ -57,7 +57,7 @@ _SETTINGS = 4  # the type of the first frame of an HTTP/2 server
 _TINY = 1e-9  # tolerance for the rounding of fractions of a resource
 
 
-class Ray(Dealer):
+class RayEngine(Dealer):
     """An engine that runs clients in actors on a Ray cluster.
 
     If an actor dies, or its node, the engine starts another actor and repeats the work of which it has no result. The
@@ -66,7 +66,8 @@ class Ray(Dealer):
     then disconnects and stops a cluster that the engine started.
 
     Args:
-        task: the model, loss and metrics; its `numerics` select the backend.
+        task: the model, loss and metrics; its `numerics` select the backend. With `task` and `data` the engine is open
+            at once; otherwise `open` receives them.
         data: the clients. An actor opens a memory-mapped file by its path, so every node must have that path.
         workers: the number of actors, ≥ 1; None: all that the cluster can place.
         chunk: clients computed together, ≥ 1; None chooses by the size of the model. It changes no bit.
@@ -84,19 +85,19 @@ class Ray(Dealer):
         RunError: Ray does not start on this machine.
     Example:
         >>> from atoll.testing.locals import clients, problem
-        >>> Ray(problem(), clients(), gpus=1.5)
+        >>> RayEngine(problem(), clients(), gpus=1.5)
         Traceback (most recent call last):
         atoll.errors.UsageError: gpus = 1.5.
-        Required: a fraction of one GPU, or a whole number.   Why: Ray shares one GPU or assigns several whole ones.
-        Write: --gpus 0.5
+        Required: a fraction of one GPU, or an integer.   Why: Ray gives an actor a part of one GPU, or whole GPUs.
+        Write: Ray(gpus=0.5)
 
     Reference: Moritz et al., Ray: A Distributed Framework for Emerging AI Applications, 2018.
     """
 
     def __init__(
         self,
-        task: Task,
-        data: Clients,
+        task: Task | None = None,
+        data: Clients | None = None,
         workers: int | None = None,
         chunk: int | None = None,
         cpus: float = 1.0,
@@ -107,23 +108,37 @@ class Ray(Dealer):
         seed: int = 0,
         patience_s: float = 60.0,
     ) -> None:
-        check_chunk(chunk)
-        check_share(cpus, gpus, device)
-        threads = max(1, int(cpus))
-        setup, tensors = packed(task, data, model, seed, threads, None)
+        super().__init__(chunk)
+        specs.Ray(address, workers=workers, cpus=cpus, gpus=gpus).check(specs.RunOptions(device=device))
+        self.cpus, self.gpus = cpus, gpus
+        self._wanted, self._address, self._device, self._patience_s = workers, address, device, patience_s
+        self._made = model, seed
+        if task is not None and data is not None:
+            self.open(task, data)
+
+    def open(self, task: Task, data: Clients) -> None:
+        """Connect to the cluster and start the actors.
+
+        Raises:
+            UsageError: no cluster at the address or one of another version, less room than is asked for, or a model,
+                loss or data set that an actor cannot import.
+            RunError: Ray does not start on this machine.
+        """
+        threads = max(1, int(self.cpus))
+        setup, tensors = packed(task, data, *self._made, threads, None)
         ray = installed()
-        end = _connected(self, ray, address)
+        end = _connected(self, ray, self._address)
         try:
-            workers = _placed(ray, workers, cpus, gpus)
+            workers = _placed(ray, self._wanted, self.cpus, self.gpus)
             places, arrays = laid(tensors)
-            office = _Actors(ray, cpus, gpus, patience_s, end)
-            office.prepare(encode(structs.replace(setup, places=places, device=device if gpus else "cpu")), arrays)
+            office = _Actors(ray, self.cpus, self.gpus, self._patience_s, end)
+            device = self._device if self.gpus else "cpu"
+            office.prepare(encode(structs.replace(setup, places=places, device=device)), arrays)
             # If a node fails, all its actors fail. Ray may place their replacements on the same node before it notices.
-            super().__init__(task, data, chunk, workers, threads, office, stillborn=2 * workers + 2)
+            self._open(task, data, workers, threads, office, stillborn=2 * workers + 2)
         except BaseException:
             end()
             raise
-        self.cpus, self.gpus = cpus, gpus
         self._ray = ray
 
     def _ready(self) -> None:
@@ -308,34 +323,6 @@ def installed() -> Any:
     return ray
 
 
-def check_share(cpus: float, gpus: float, device: str = "auto") -> None:
-    """Check the resources of one actor.
-
-    Args:
-        cpus: cores, > 0 and finite.
-        gpus: GPUs, a fraction of one or a whole number ≥ 0.
-        device: "auto", "cpu" or "cuda"; "cuda" needs `gpus` > 0.
-    Raises:
-        UsageError: a value is outside its range.
-    """
-    if not 0 < cpus < float("inf"):
-        raise UsageError(f"cpus = {cpus}.", "cpus > 0 and finite.", "an actor needs a share of a core.", "--cpus 1")
-    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-        raise UsageError(
-            f"gpus = {gpus}.",
-            "a fraction of one GPU, or a whole number.",
-            "Ray shares one GPU or assigns several whole ones.",
-            "--gpus 0.5",
-        )
-    if device == "cuda" and not gpus:
-        raise UsageError(
-            "device = 'cuda' and gpus = 0.0.",
-            "a GPU, or a fraction of one, for each actor.",
-            "an actor sees only the GPUs that Ray assigns to it.",
-            "--device cuda --gpus 1",
-        )
-
-
 def _connected(engine: object, ray: Any, address: str | None) -> weakref.finalize[Any, Any]:
     """Connect to Ray if the program is not connected. The returned finalizer disconnects, at exit at the latest."""
     if ray.is_initialized():
@@ -458,8 +445,6 @@ def _placed(ray: Any, workers: int | None, cpus: float, gpus: float) -> int:
     room = sum(_room(node, cpus, gpus) for node in nodes)
     if 0 < (room if workers is None else workers) <= room:
         return room if workers is None else workers
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers = {workers}.", "at least 1.", "actors compute the clients.", "--workers 2")
     has = "; ".join(f"{node.get('CPU', 0.0):g} CPU, {node.get('GPU', 0.0):g} GPU" for node in nodes)
     if room:
         write = f"--workers {room}"

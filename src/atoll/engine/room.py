@@ -74,11 +74,11 @@ def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None,
     Returns:
         The size of a chunk, ≥ 1.
     """
-    if task.numerics == "loop" and not getattr(plan.local, "apart", lambda rows: False)(rows):
+    if task.numerics == "loop" and not plan.local.sequential(rows):
         return 1
     if most is not None:
         return most
-    width, size = min(plan.local.width(rows), ROWS), task.layout.dtype.itemsize
+    width, size = min(plan.local.padded_batch(rows), ROWS), task.layout.dtype.itemsize
     if task.numerics == "fused":
         each, near = task.program.room(data.features, width) * size, _FUSED_BYTES
     elif task.numerics == "compiled":  # one client a core is active; its update is the memory to count
@@ -122,6 +122,6 @@ def _smaller(plan: Plan, task: Task, rows: int) -> str:
     """A setting that needs less memory."""
     if task.device.type != "cpu":
         return "--device cpu"
-    batch = getattr(plan.local, "batch", 0)
+    batch = plan.local.batch
     wide = min(rows, ROWS) if batch is None else min(rows, int(batch))
     return f"--set plan.local.batch={max(1, wide // 2)}" if wide > 1 else "--model linear"

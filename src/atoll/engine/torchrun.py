@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,78 +18,115 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from atoll.data.clients import Clients
-from atoll.engine.inprocess import InProcess
-from atoll.engine.overlap import Overlap
-from atoll.engine.ranks import Ranks, command
+from atoll.engine.fleet import Fleet
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.overlap import Overlap, data_parallel
+from atoll.engine.ranks import Ranks, job, restarts
 from atoll.engine.work import Haul, Work
 from atoll.errors import AtollError, RunError, UsageError
-from atoll.plan.aggregate.mean import Partial
-from atoll.plan.flight import Flight
+from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import HOST
-from atoll.plan.plan import Failure, Gathered, Plan, Report, State
-from atoll.plan.slots import Cohort, Tensors
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Aggregator, Cohort, Ids, Partial, Tensors
+from atoll.plan.round import Failure, Gathered
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
 
 
-@dataclass(frozen=True)
-class Torchrun(InProcess):
+class TorchrunEngine(InProcessEngine):
     """An engine that runs each client on one of the ranks that `torchrun` started.
 
-    Every rank calls `gather` with the same plan, state and cohort, and gets the same sum: that of `InProcess`, to the
-    bit, for any number of ranks.
+    Every rank calls `gather` with the same plan, state and cohort, and gets the same sum. For any number of ranks its
+    bits are those of `InProcessEngine`.
 
     Args:
-        task, data, chunk, fleet: as for `InProcess`.
-        ranks: who computes.
+        task, data, chunk, fleet: as for `InProcessEngine`.
+        ranks: the processes of the training.
     """
 
-    ranks: Ranks = field(default_factory=Ranks.join)
+    def __init__(
+        self,
+        task: Task | None = None,
+        data: Clients | None = None,
+        chunk: int | None = None,
+        fleet: Fleet | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = Ranks.join() if ranks is None else ranks
+        super().__init__(task, data, chunk, fleet)
+
+    @property
+    def primary(self) -> bool:
+        """Whether this process is rank 0."""
+        return self.ranks.first
+
+    @property
+    def restart_of(self) -> str | None:
+        """The job of `torchrun`, if it has restarted the ranks."""
+        return job() if restarts() else None
+
+    def numerics_for(self, plan: Plan) -> tuple[str, str] | None:
+        """The loop for a data-parallel plan: gradients are then added during the backward pass."""
+        return ("loop", "its gradient is added up within the backward pass") if data_parallel(plan) else None
+
+    def agree(self, value: bytes) -> bytes:
+        """The value of rank 0."""
+        return self.ranks.told(value)
+
+    def exchange(self, value: bytes) -> list[bytes]:
+        """The values of all ranks, by rank."""
+        return self.ranks.all(value)
+
+    def describe(self) -> Mapping[str, Any]:
+        """The kind of GPU, the job of `torchrun` and the number of ranks."""
+        return {**super().describe(), "job": job(), "ranks": self.ranks.size}
 
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
         """Run this rank's part of the cohort, and add up what all ranks have.
 
         Raises:
             UsageError: a pace under which something flies on.
-            RunError: as for `InProcess`, at every rank alike; or a rank is gone.
+            RunError: as for `InProcessEngine`, at every rank alike; or a rank is gone.
         """
         refuse_pace(plan)
+        refuse_partial(plan)
         return super().gather(plan, state, cohort, key)
 
     def _haul(self, work: Work, arrived: list[Flight], first: Tensors, scale: float = 1.0) -> Haul:
         trouble = None
         if work.task.numerics == "loop" and self._overlap.serves(work, arrived):
-            codes = torch.tensor([f.client + self.data.count * f.again for f in arrived])
-            quick = self._overlap.haul(work, arrived, codes[dealt(codes, self.data, self.ranks)])
+            clients = torch.tensor([f.client for f in arrived])
+            quick = self._overlap.haul(work, arrived, dealt(clients, self.data, self.ranks))
             if quick is not None:
                 return quick
         try:
             super()._haul(work, arrived, first, scale)
         except (AtollError, MemoryError) as error:
             trouble = error  # the others are waiting: they hear of it, and all of them stop
-        return merged(self.ranks, work.haul, first, trouble, self.task.device)
+        return merged(self.ranks, work.plan.aggregator, work.haul, first, trouble, self.task.device)
 
     @cached_property
     def _overlap(self) -> Overlap:
         return Overlap(self.task, self.ranks)
 
     def _chunks(
-        self, plan: Plan, task: Task, codes: Tensor, down: Tensor, scale: float = 1.0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        mine = dealt(codes, self.data, self.ranks)
-        return super()._chunks(plan, task, codes[mine], down[mine], scale)
+        self, plan: Plan, task: Task, ids: Ids, down: Tensor, scale: float = 1.0
+    ) -> Iterator[tuple[Ids, Tensor]]:
+        mine = dealt(ids.client, self.data, self.ranks)
+        return super()._chunks(plan, task, ids.select(mine), down[mine], scale)
 
 
-def dealt(codes: Tensor, data: Clients, ranks: Ranks) -> Tensor:
+def dealt(clients: Tensor, data: Clients, ranks: Ranks) -> Tensor:
     """The places of this rank's clients: dealt by size, forth and back, so that all ranks hold nearly as many rows.
 
     Example:
-        >>> from atoll.testing.locals import clients
-        >>> [dealt(torch.arange(7), clients(), Ranks(rank, 2, torch.device("cpu"))).tolist() for rank in range(2)]
+        >>> from atoll.testing.locals import clients as data
+        >>> [dealt(torch.arange(7), data(), Ranks(rank, 2, torch.device("cpu"))).tolist() for rank in range(2)]
         [[0, 3, 4], [1, 2, 5, 6]]
     """
-    order = torch.argsort(data.sizes[codes % data.count], descending=True, stable=True)
-    turn = torch.arange(len(codes))
+    order = torch.argsort(data.sizes[clients], descending=True, stable=True)
+    turn = torch.arange(len(clients))
     place, back = turn % ranks.size, turn // ranks.size % 2 == 1
     return order[torch.where(back, ranks.size - 1 - place, place) == ranks.rank]
 
@@ -101,7 +137,7 @@ def refuse_pace(plan: Plan) -> None:
     Raises:
         UsageError: which.
     """
-    if plan.pace.flies_on:
+    if plan.pace.asynchronous:
         raise UsageError(
             f"{plan.pace!r} on the engine torchrun.",
             "Sync().",
@@ -110,63 +146,47 @@ def refuse_pace(plan: Plan) -> None:
         )
 
 
-def alike(ranks: Ranks, identity: Mapping[str, Any]) -> None:
-    """Refuse ranks that would not compute the same training.
+def refuse_partial(plan: Plan) -> None:
+    """Refuse an aggregator whose partial cannot be reduced over processes.
 
     Raises:
-        UsageError: which rank has what otherwise than rank 0.
+        UsageError: names the aggregator and its partial.
     """
-    told = [json.loads(data) for data in ranks.all(json.dumps(identity).encode())]
-    for rank, theirs in enumerate(told):
-        for name, ours in told[0].items():
-            if theirs.get(name) != ours:
-                raise UsageError(
-                    f"Rank {rank} has another {name} than rank 0: {theirs.get(name)}, and not {ours}.",
-                    f"the same {name} at every rank.",
-                    "each of them makes every step by itself.",
-                    f"--seed {ours}" if name == "seed" else "atoll doctor",
-                )
-
-
-def agreed(ranks: Ranks, report: Report) -> Report:
-    """The report of rank 0, which every rank goes on by: rules that end a training must end it everywhere.
-
-    Raises:
-        RunError: the ranks have come to different models.
-    """
-    mine = {"seconds": report.seconds, "metrics": report.metrics if ranks.first else {}, "model": report.fingerprint}
-    told = [json.loads(data) for data in ranks.all(json.dumps(mine).encode())]
-    for rank, theirs in enumerate(told):
-        if theirs["model"] != told[0]["model"]:
-            raise RunError(
-                f"After round {report.round} rank {rank} has another model than rank 0.",
-                "ranks of one kind of machine.",
-                "every rank makes the server's step by itself, and other processors may round otherwise.",
-                command(1),
-            )
-    return report.to(seconds=told[0]["seconds"], metrics=told[0]["metrics"])
+    partial = plan.aggregator.zero()
+    if not isinstance(partial, Partial):
+        raise UsageError(
+            f"{plan.aggregator!r} on the engine torchrun: its partial is a {type(partial).__name__}.",
+            "a partial with `tensors`, `of` and `reduce`, as atoll.plan.protocols.Partial declares them.",
+            "each rank has a part of the aggregate, and `reduce` combines them.",
+            "--engine inprocess",
+        )
 
 
 def merged(
-    ranks: Ranks, haul: Haul, first: Tensors, trouble: Exception | None = None, device: torch.device = HOST
+    ranks: Ranks,
+    rule: Aggregator,
+    haul: Haul,
+    first: Tensors,
+    trouble: Exception | None = None,
+    device: torch.device = HOST,
 ) -> Haul:
     """What all ranks have, at each of them.
 
     Args:
         ranks: who tell each other.
+        rule: the aggregator of the plan.
         haul: what this rank has.
         first: what one client keeps at first: the shape of a row.
         trouble: why this rank cannot go on.
-        device: where sums lie.
+        device: the device of sums.
     Raises:
         RunError: some rank cannot go on.
     """
-    parts = _parts(haul.partials)
     ids, rows = _kept(haul)
     told: dict[str, Any] = {
         "trouble": _said(trouble),
         "failures": [tuple(f) for f in haul.failures],
-        "parts": [[*name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in parts.items()],
+        "births": sorted(haul.partials),
         "rows": {n: list(t.shape) for n, t in rows.items()},
     }
     names = set.intersection(*(set(f) for f in haul.facts)) if haul.facts else set()
@@ -178,7 +198,7 @@ def merged(
     _raise([s["trouble"] for s in said])
     came = [h for h in heard if len(h["arrived"])]
     return Haul(
-        _added(ranks, parts, [s["parts"] for s in said], device),
+        _reduced(ranks, rule, haul.partials, {birth for s in said for birth in s["births"]}, device),
         [Failure(*f) for s in said for f in s["failures"]],
         haul.errors,
         [h["arrived"] for h in came],
@@ -187,50 +207,17 @@ def merged(
     )
 
 
-def _parts(partials: Mapping[int, Any]) -> dict[tuple[int, str, str, int], Tensor]:
-    """The tensors of some partial sums by birth, kind, name and place."""
-    out: dict[tuple[int, str, str, int], Tensor] = {}
-    for birth, partial in partials.items():
-        if not isinstance(partial, Partial):
-            raise UsageError(
-                f"A partial sum that is a {type(partial).__name__}, on the engine torchrun.",
-                "atoll.plan.aggregate.mean.Partial.",
-                "ranks add up digit by digit, and know no other sum.",
-                "Mean()",
-            )
-        out[birth, "weight", "", 0], out[birth, "arrived", "", 0] = partial.weight, partial.arrived
-        for kind, table in (("means", partial.means), ("sums", partial.sums)):
-            out |= {(birth, kind, n, place): t for n, digits in table.items() for place, t in digits.items()}
-        out |= {(birth, "largest", n, 0): t for n, t in partial.largest.items()}
-    return out
-
-
-def _added(
-    ranks: Ranks, mine: Mapping[tuple[int, str, str, int], Tensor], said: list[list[Any]], device: torch.device
+def _reduced(
+    ranks: Ranks, rule: Aggregator, mine: Mapping[int, Any], births: set[int], device: torch.device
 ) -> dict[int, Any]:
-    """The partial sum of all ranks, for each birth: a place that a rank has not is nought there."""
-    specs = {(b, kind, n, place): (dtype, shape) for part in said for b, kind, n, place, dtype, shape in part}
-    out: dict[int, Any] = {birth: Partial() for birth, *_ in sorted(specs)}
-    for largest in (False, True):
-        names = [name for name in sorted(specs) if (name[1] == "largest") is largest]
-        tensors = [_or_nothing(mine.get(name), *specs[name], largest, device) for name in names]
-        added = ranks.largest(tensors) if largest else ranks.add(tensors)
-        for (birth, kind, n, place), tensor in zip(names, added, strict=True):
-            if kind in ("weight", "arrived"):
-                setattr(out[birth], kind, tensor)
-            elif kind == "largest":
-                out[birth].largest[n] = tensor
-            else:
-                getattr(out[birth], kind).setdefault(n, {})[place] = tensor
+    """The aggregate of all ranks, for each model version. Every rank calls `reduce` for every version."""
+    out = {}
+    for birth in sorted(births):
+        partial = (mine[birth] if birth in mine else rule.zero()).reduce(ranks)
+        if device != HOST:  # a rank without clients has a partial on the host
+            partial = partial.of({n: t.to(device) if t.dim() else t for n, t in partial.tensors().items()})
+        out[birth] = partial
     return out
-
-
-def _or_nothing(tensor: Tensor | None, dtype: str, shape: list[int], largest: bool, device: torch.device) -> Tensor:
-    """A tensor, or what changes no sum and no maximum where this rank has none."""
-    if tensor is not None:
-        return tensor
-    type_ = getattr(torch, dtype)
-    return torch.full(shape, torch.iinfo(type_).min if largest else 0, dtype=type_, device=device if shape else HOST)
 
 
 def _kept(haul: Haul) -> tuple[Tensor, dict[str, Tensor]]:

@@ -25,10 +25,13 @@ from atoll.errors import AtollError, RunError
 from atoll.known import forget
 from atoll.plan.aggregate.exact import LARGEST, bounded
 from atoll.plan.codec import Identity
-from atoll.plan.flight import Flight
+from atoll.plan.conflicts import check_contribution, check_partials
+from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import HOST, Lanes
-from atoll.plan.plan import Failure, Gathered, Plan, State, part_of
-from atoll.plan.slots import Aggregator, Broadcast, Contribution
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Aggregator, Broadcast, Contribution, Ids, Tensors
+from atoll.plan.round import Failure, Gathered
+from atoll.plan.state import State, part_of
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -72,7 +75,7 @@ class Haul(NamedTuple):
         """Add what other work came to, in place."""
         for birth, partial in other.partials.items():
             mine = self.partials.get(birth)
-            self.partials[birth] = partial if mine is None else rule.merge(mine, partial)
+            self.partials[birth] = partial if mine is None else _merged(rule, mine, partial)
         self.failures.extend(other.failures)
         self.errors.extend(other.errors)
         self.arrived.extend(other.arrived)
@@ -80,81 +83,87 @@ class Haul(NamedTuple):
         self.memory.extend(other.memory)
 
 
+def _merged(rule: Aggregator, a: Any, b: Any) -> Any:
+    """The partial of both."""
+    check_partials(rule, a, b)
+    return rule.merge(a, b)
+
+
 def own_task(plan: Plan, task: Task) -> Task:
     """The task in the body that a local part asks for, where it asks for one of its own."""
-    own = getattr(plan.local, "numerics", task.numerics)
-    return task if own == task.numerics else replace(task, numerics=own)
+    own = plan.local.numerics
+    return task if own is None or own == task.numerics else replace(task, numerics=own)
 
 
-def births(flights: list[Flight], clients: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The codes of these flights, by the round whose model they started from, and the bytes that each was sent.
+def births(flights: list[Flight]) -> Iterator[tuple[int, Ids, Tensor]]:
+    """The starts of these flights by model version, and the bytes that each client was sent, int64 `[K]`.
 
-    A start is told by its code, client + clients·again: a client may be at work more than once in a round, and each
-    time draws anew.
+    A client may start more than once in a round. The pair (client, repeat) names a start of a round.
     """
-    by: dict[int, list[tuple[int, int]]] = {}
+    by: dict[int, list[tuple[int, int, int]]] = {}
     for client, birth, again, _, size, _ in flights:
-        by.setdefault(birth, []).append((client + clients * again, size))
+        by.setdefault(birth, []).append((client, again, size))
     for birth in sorted(by):
-        codes, down = torch.tensor(list(zip(*by[birth], strict=True))).unbind()
-        yield birth, codes, down
+        clients, repeats, down = torch.tensor(list(zip(*by[birth], strict=True))).unbind()
+        yield birth, Ids(clients, repeats), down
 
 
-def cut(flights: list[Flight], clients: int) -> dict[int, float]:
-    """The part of its work that a start, by its code, had time for, where that is not all."""
-    return {f.client + clients * f.again: f.share for f in flights if f.share < 1}
+def cut(flights: list[Flight]) -> dict[tuple[int, int], float]:
+    """The fraction of its work that a start (client, repeat) had time for, if that is less than 1."""
+    return {(f.client, f.again): f.share for f in flights if f.share < 1}
 
 
 def chunks(
     plan: Plan,
     task: Task,
     data: Clients,
-    codes: Tensor,
+    ids: Ids,
     down: Tensor,
     most: int | None,
     room: int | None = None,
     scale: float = 1.0,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Ids, Tensor]]:
     """Clients of one width together, largest first, a chunk of at most `most` at a time; None chooses by the model.
 
     Args:
         plan, task, data: what is computed.
-        codes, down: who, and the bytes that each was sent, int64 `[K]`.
+        ids, down: the starts, and the bytes that each client was sent, int64 `[K]`.
         most, room: see `lanes_of`.
         scale: how many times as many as that.
     Yields:
-        The codes of a chunk, and the bytes that each was sent, int64 `[K]`.
+        The starts of a chunk, and the bytes that each client was sent, int64 `[K]`.
     """
-    if codes.shape[0] < 2:
-        if codes.shape[0]:
-            yield codes, down
+    if down.shape[0] < 2:
+        if down.shape[0]:
+            yield ids, down
         return
-    sizes = data.sizes[codes % data.count]
+    sizes = data.sizes[ids.client]
     largest = int(sizes.max())
     chunk = max(1, int(scale * lanes_of(plan, task, data, largest, most, room)))
     if largest == int(sizes.min()):
-        yield from zip(codes.split(chunk), down.split(chunk), strict=True)
+        for *pair, sent in zip(ids.client.split(chunk), ids.repeat.split(chunk), down.split(chunk), strict=True):
+            yield Ids(*pair), sent
         return
     sizes, order = torch.sort(sizes, descending=True, stable=True)
     values, counts = (t.tolist() for t in torch.unique_consecutive(sizes, return_counts=True))
-    alike = groupby(zip(map(plan.local.width, values), counts, strict=True), key=itemgetter(0))
+    alike = groupby(zip(map(plan.local.padded_batch, values), counts, strict=True), key=itemgetter(0))
     runs = [sum(count for _, count in group) for _, group in alike]
     for run in order.split(runs):
         for some in run.split(chunk):
-            yield codes[some], down[some]
+            yield ids.select(some), down[some]
 
 
 class Work:
     """Work under way: what has been computed so far.
 
     Args:
-        plan: told where it works, `plan.at(engine)`.
+        plan: the algorithm, bound to the engine.
         task: in the body that computes, `own_task`.
         data: all clients.
         start: what the clients of a birth were told, and their key.
         kept: what clients keep.
         now: the round that is open.
-        cut: the part of its work that a start, by its code, had time for, where that is not all.
+        cut: the fraction of its work that a start (client, repeat) had time for, if that is less than 1.
         room: what is known of the memory; what does not fit is learned here.
     """
 
@@ -166,49 +175,50 @@ class Work:
         start: Start,
         kept: Kept,
         now: int,
-        cut: Mapping[int, float] = MappingProxyType({}),
+        cut: Mapping[tuple[int, int], float] = MappingProxyType({}),
         room: Room | None = None,
     ) -> None:
         self.plan, self.task, self.data, self.start, self.kept, self.now = plan, task, data, start, kept, now
         self.cut, self.room = cut, room or Room()
         self.far = task.device != HOST
+        self._compared = False
         self.haul = Haul.none()
         self._wave: list[tuple[Tensor, Mapping[str, Tensor]]] = []
 
-    def run(self, birth: int, codes: Tensor, down: Tensor) -> None:
+    def run(self, birth: int, ids: Ids, down: Tensor) -> None:
         """Compute a chunk and fold what it gives; a client that raises is found by halving the chunk.
 
         Args:
             birth: the round whose model the clients started from.
-            codes: who, int64 `[K]`.
+            ids: the starts.
             down: the bytes that each was sent, int64 `[K]`.
         """
         if not self.cut:
-            return self._run_chunk(birth, codes, down)
+            return self._run_chunk(birth, ids, down)
         # Those who had time for all their work together, each of the others by itself.
-        short = torch.tensor([code in self.cut for code in codes.tolist()])
+        short = torch.tensor([pair in self.cut for pair in zip(*(t.tolist() for t in ids), strict=True)])
         for part in ((~short).nonzero()[:, 0], *short.nonzero()):
             if len(part):
-                self._run_chunk(birth, codes[part], down[part])
+                self._run_chunk(birth, ids.select(part), down[part])
 
-    def _run_chunk(self, birth: int, codes: Tensor, down: Tensor) -> None:
+    def _run_chunk(self, birth: int, ids: Ids, down: Tensor) -> None:
         most = self.room.most
-        if most is not None and codes.shape[0] > most:
-            for some, sent in zip(codes.split(most), down.split(most), strict=True):
-                self._run_chunk(birth, some, sent)
+        if most is not None and down.shape[0] > most:
+            for at in torch.arange(down.shape[0]).split(most):
+                self._run_chunk(birth, ids.select(at), down[at])
             return
-        halves = self._try_chunk(birth, codes, down)
+        halves = self._try_chunk(birth, ids, down)
         if halves:  # by now nothing holds what the whole chunk had computed
             give_back(self.task.device)
         for half in halves:
-            self._run_chunk(birth, codes[half], down[half])
+            self._run_chunk(birth, ids.select(half), down[half])
 
-    def _try_chunk(self, birth: int, codes: Tensor, down: Tensor) -> tuple[slice, ...]:
+    def _try_chunk(self, birth: int, starts: Ids, down: Tensor) -> tuple[slice, ...]:
         """Compute a chunk and fold what it gives; or the halves of it that are to be tried instead."""
-        ids = codes % self.data.count
+        ids = starts.client
         many, half = ids.shape[0], -(-ids.shape[0] // 2)
         try:
-            contribution, memory, sizes = self.contribute(birth, ids, codes)
+            contribution, memory, sizes = self.contribute(birth, starts)
         except AtollError:
             raise
         except Exception as error:
@@ -223,7 +233,7 @@ class Work:
                 return ()
             return slice(half), slice(half, None)
         try:
-            self._check(birth, ids, down, contribution, memory, sizes)
+            self._check(birth, starts, down, contribution, memory, sizes)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -233,13 +243,14 @@ class Work:
     def _check(
         self,
         birth: int,
-        ids: Tensor,
+        starts: Ids,
         down: Tensor,
         contribution: Contribution,
         memory: Mapping[str, Tensor],
         sizes: Tensor,
     ) -> None:
         """Accept what is finite of a chunk."""
+        ids = starts.client
         many = ids.shape[0]
         good = None
         for name, rows in (*contribution.means.items(), *contribution.sums.items()):
@@ -252,33 +263,35 @@ class Work:
             for i in ids[good & ~finite].tolist():
                 self._fail(i, birth, "check", f"{name} is not finite")
             good &= finite
-        facts = {**contribution.facts, "rows": contribution.weight, "bytes_up": sizes, "bytes_down": down}
-        if self.plan.pace.flies_on:
+        facts = {**contribution.per_client, "rows": contribution.weight, "bytes_up": sizes, "bytes_down": down}
+        if self.plan.pace.asynchronous:
             facts["staleness"] = torch.full_like(ids, self.now - birth)
-        self._accept(birth, ids, good, contribution._replace(facts=facts), memory)
+        self._accept(birth, starts, good, contribution._replace(per_client=facts), memory)
 
     def _accept(
-        self, birth: int, ids: Tensor, good: Tensor | None, contribution: Contribution, memory: Mapping[str, Tensor]
+        self, birth: int, starts: Ids, good: Tensor | None, contribution: Contribution, memory: Mapping[str, Tensor]
     ) -> None:
         if good is not None:
-            ids, memory = ids[good], {n: t[good] for n, t in memory.items()}
+            starts, memory = starts.select(good), {n: t[good] for n, t in memory.items()}
             picked = (
                 {n: t[good] for n, t in part.items()}
-                for part in (contribution.means, contribution.sums, contribution.largest, contribution.facts)
+                for part in (contribution.means, contribution.sums, contribution.counters, contribution.per_client)
             )
             means, sums, largest, facts = picked
             contribution = Contribution(means, sums, contribution.weight[good], largest, facts)
+        ids = starts.client
         if not ids.shape[0]:
             return
         if self.far:  # sums are taken where they were computed; what is told of single clients comes to the host
             sums = {n: t.to(self.task.device) for n, t in contribution.sums.items()}
-            facts = {n: t.to(HOST) for n, t in contribution.facts.items()}
+            facts = {n: t.to(HOST) for n, t in contribution.per_client.items()}
             memory = {n: t.to(HOST) for n, t in memory.items()}
-            contribution = contribution._replace(sums=sums, weight=contribution.weight.to(HOST), facts=facts)
+            contribution = contribution._replace(sums=sums, weight=contribution.weight.to(HOST), per_client=facts)
         rule, partials = self.plan.aggregator, self.haul.partials
-        partials[birth] = rule.fold(partials.get(birth) or rule.zero(), contribution)
+        partial = partials.get(birth)
+        partials[birth] = rule.fold(rule.zero() if partial is None else partial, contribution, starts)
         self.haul.arrived.append(ids)
-        self.haul.facts.append(contribution.facts)
+        self.haul.facts.append(contribution.per_client)
         if memory:
             self._wave.append((ids, memory))
 
@@ -289,15 +302,16 @@ class Work:
         self.haul.memory.extend(self._wave)
         self._wave = []
 
-    def contribute(self, birth: int, ids: Tensor, codes: Tensor) -> tuple[Contribution, Mapping[str, Tensor], Tensor]:
+    def contribute(self, birth: int, starts: Ids) -> tuple[Contribution, Mapping[str, Tensor], Tensor]:
         """The contributions of a chunk, opened, with the size of each message in bytes, int64 `[K]`."""
-        share = self.cut.get(int(codes[0]), 1.0) if self.cut else 1.0
+        ids, repeats = starts
+        share = self.cut.get((int(ids[0]), int(repeats[0])), 1.0) if self.cut else 1.0
         lanes = Lanes(self.data, ids, self.task.layout.dtype, share, self.task.device)
         kept = self.kept.take(ids)
         if self.far:
             kept = {n: t.to(self.task.device) for n, t in kept.items()}
         broadcast, key = self.start(birth)
-        key = key.of(codes)
+        key = key.starts(ids, repeats)
         contribution, local = self.plan.local.contribute(
             broadcast, lanes, part_of(kept, "local"), key.fold("clients", "local"), self.task
         )
@@ -305,19 +319,27 @@ class Work:
         rest = rest_of(contribution)
         update = contribution.means.get("update")
         if update is None:
+            self._compare(contribution, {}, ids, birth)
             return contribution, memory, torch.full(ids.shape, rest)
         payload, side, sums, codec = self.plan.codec.encode(
             update, part_of(kept, "codec"), broadcast.shared["codec"], self._key(key.fold("codec"))
         )
         memory |= {f"codec/{n}": t for n, t in codec.items()}
+        self._compare(contribution, sums, ids, birth)
         if sums:
             contribution = contribution._replace(sums={**contribution.sums, **sums})
             rest = rest_of(contribution)
-        opened = {**contribution.means, "update": self.plan.codec.open(payload, side)}
+        opened = {**contribution.means, "update": self.plan.codec.decode(payload, side)}
         if self.plan.codec != Identity():
             forget(opened["update"])
         sizes = self.plan.codec.sizes(payload, side)
         return contribution._replace(means=opened), memory, (sizes.to(HOST) if self.far else sizes) + rest
+
+    def _compare(self, contribution: Contribution, sums: Tensors, ids: Tensor, birth: int) -> None:
+        """Compare the first contribution with the declarations of the local part and the codec."""
+        if not self._compared:
+            check_contribution(self.plan, self.task, contribution, sums, int(ids[0]), birth)
+            self._compared = True
 
     def _key(self, key: Key) -> Key:
         """A key whose draws meet what was computed."""
@@ -394,7 +416,7 @@ def _all_failed(failures: list[Failure], errors: list[Exception]) -> None:
 
 def rest_of(contribution: Contribution) -> int:
     """The bytes of one client's message beside the encoded update: other means, sums, counters, 8 for the weight."""
-    whole = nbytes(contribution.means) + nbytes(contribution.sums) + nbytes(contribution.largest)
+    whole = nbytes(contribution.means) + nbytes(contribution.sums) + nbytes(contribution.counters)
     if "update" in contribution.means:
         update = contribution.means["update"]
         whole -= update.numel() * update.element_size()

@@ -22,16 +22,19 @@ from torch import Tensor
 
 from atoll import grammar, models
 from atoll.data.clients import Clients
-from atoll.engine.crossing import Block, Blocks, Place, name_of, named, unpack
+from atoll.engine.crossing import Block, Blocks, Place, name_of, unpack
 from atoll.engine.device import found, nearby
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.engine.work import Haul, Work, own_task
 from atoll.errors import AtollError, RunError, UsageError
+from atoll.names import load
 from atoll.plan.lanes import HOST
 from atoll.plan.names import PARTS
-from atoll.plan.plan import Failure, Plan, part_of
-from atoll.plan.slots import Aggregator, Broadcast
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Aggregator, Broadcast, Ids
+from atoll.plan.round import Failure, bind
+from atoll.plan.state import part_of
 from atoll.rng import Key
 from atoll.shelf import Shelf, lent_from
 from atoll.task import Model, Task
@@ -68,7 +71,8 @@ class Run(msgspec.Struct, frozen=True, tag=True):
 
     group: int
     told: int
-    codes: list[int]
+    clients: list[int]
+    repeats: list[int]
     down: list[int]
     rows: tuple[str, list[Place]] | None
     deliver: bool
@@ -188,7 +192,7 @@ def _parts(value: Any) -> list[Any]:
 @cache
 def plan_of(text: str, own: tuple[tuple[str, str], ...]) -> Plan:
     """The plan that a text of `written` stands for."""
-    names = {**PARTS, **{name: named(where) for name, where in own}}
+    names = {**PARTS, **{name: load(where) for name, where in own}}
     plan: Plan = grammar.parse(text, names, trust=True)
     return plan
 
@@ -214,8 +218,9 @@ class Worker:
         if setup.model is not None:
             task = _rebuilt(task, data, *setup.model)
         self._device = found(setup.device)
-        self._engine = InProcess(task.on(self._device), nearby(data, self._device))
+        self._engine = InProcessEngine(task.on(self._device), nearby(data, self._device))
         self._tasks: dict[str, Task] = {}
+        self._plans: dict[tuple[str, tuple[tuple[str, str], ...]], Plan] = {}
         self._told: dict[int, tuple[Told, Broadcast]] = {}
         self._group: _Group | None = None
         self._shelf = Shelf()
@@ -234,13 +239,13 @@ class Worker:
 
     def run(self, run: Run, rows: Mapping[str, Tensor] | None) -> Haul | None:
         """Compute some clients, with what they keep; a haul where one is wanted."""
-        if run.codes:
+        if run.clients:
             work = self._work(run)
-            codes = torch.tensor(run.codes)
+            ids = Ids(torch.tensor(run.clients), torch.tensor(run.repeats))
             if rows is not None:
-                work.kept.put(codes % self._engine.data.count, rows)
+                work.kept.put(ids.client, rows)
             with lent_from(self._shelf):
-                work.run(self._told[run.told][0].birth, codes, torch.tensor(run.down))
+                work.run(self._told[run.told][0].birth, ids, torch.tensor(run.down))
             work.landed()
         if not run.deliver:
             return None
@@ -250,7 +255,7 @@ class Worker:
     def _work(self, run: Run) -> Work:
         if self._group is None or self._group.number != run.group:
             told, broadcast = self._told[run.told]
-            plan = plan_of(told.plan, tuple(told.own.items())).at(self._engine)
+            plan = self._plan(told.plan, tuple(told.own.items()))
             task = own_task(plan, self._engine.task)
             task = self._tasks.setdefault(task.numerics, task)
             key = Key(int(told.seed), tuple(told.path))
@@ -259,6 +264,12 @@ class Worker:
             work = Work(plan, task, self._engine.data, lambda birth: (broadcast, key), kept, told.birth, room=room)
             self._group = _Group(run.group, work)
         return self._group.work
+
+    def _plan(self, text: str, own: tuple[tuple[str, str], ...]) -> Plan:
+        """The plan of a text, bound to the engine of this worker once."""
+        if (text, own) not in self._plans:
+            self._plans[text, own] = bind(plan_of(text, own), self._engine)
+        return self._plans[text, own]
 
 
 def _rebuilt(task: Task, data: Clients, name: str, seed: str) -> Task:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from atoll.plan.plan import Report
+from atoll.plan.round import Report
 from atoll.report.text import better, client_name, duration, number, plain, size, spread, whole, word
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-    from atoll.train import Rounds, Run
+    from atoll.training import Rounds, Run
 
 Cells = Mapping[str, str]
 
@@ -77,9 +77,9 @@ def columns(training: Rounds) -> tuple[Column, ...]:
 def _of_time(training: Rounds) -> Iterator[Column]:
     """The columns on lateness, flights in progress, staleness and virtual time, if plan and fleet need them."""
     pace = training.plan.pace
-    if not pace.flies_on and (pace.asks(1000) > 1000 or getattr(pace, "deadline_s", None) is not None):
+    if not pace.asynchronous and (pace.cohort_size(1000) > 1000 or pace.deadline_s is not None):
         yield Column("late", "late", 4, 48)
-    if pace.flies_on:
+    if pace.asynchronous:
         yield Column("flying", "flying", 6, 44)
         yield Column("staleness", "staleness", 9, 46)
     if training.fleet is not None:
@@ -92,13 +92,6 @@ def that_fit(all_columns: Sequence[Column], width: int) -> list[Column]:
     while len(kept) > 1 and sum(max(c.width, len(c.head)) + 3 for c in kept) > width:
         kept.remove(min(kept, key=lambda c: c.rank))
     return kept
-
-
-def judged_by(training: Rounds) -> str:
-    """The name of the selection metric, which determines the best round."""
-    if training.judge is None:
-        return "loss"
-    return next((m.name for m in training.task.metrics), "held_out_loss")
 
 
 def cells(report: Report) -> dict[str, str]:
@@ -226,7 +219,7 @@ class LiveTable:
         self.training = training
         self.columns = columns(training)
         measured = {"loss": False, "held_out_loss": False} | {m.name: m.higher_is_better for m in training.task.metrics}
-        self._judged = judged_by(training)
+        self._judged = training.judged_by[0]
         self.best = Best({c.key: measured[c.key] for c in self.columns if c.key in measured})
         self.recent: deque[Cells] = deque(maxlen=self.most)
         self.kept: list[Cells] = []

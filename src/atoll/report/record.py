@@ -22,8 +22,7 @@ import numpy.typing as npt
 
 from atoll import runs
 from atoll.errors import AtollError
-from atoll.grammar import parse
-from atoll.plan.names import PARTS
+from atoll.plan.names import read_part, renamed
 from atoll.report.flights import MOST_FLIGHTS, Flights, Tally, read_trips
 from atoll.report.text import better, rises, spread
 
@@ -156,7 +155,7 @@ class Record:
         """The formula of the plan; if the plan names code outside atoll, its text, since that code is not imported."""
         text = str(self.environment.get("plan") or self.config.get("plan") or "")
         try:
-            return str(parse(text, PARTS)) if text else ""
+            return str(read_part(renamed(text))) if text else ""
         except AtollError:
             return text
 

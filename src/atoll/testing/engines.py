@@ -11,15 +11,17 @@ from torch import Tensor
 
 from atoll.data.clients import Clients
 from atoll.data.rows import Rows
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.errors import RunError
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer import adam, sgd
-from atoll.plan.plan import Engine, Gathered, Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort
+from atoll.plan.round import Engine, Gathered, bind, step
 from atoll.plan.sampler import Everyone, Uniform
-from atoll.plan.slots import Cohort
+from atoll.plan.state import State
 from atoll.task import Task
 from atoll.testing.contract import copied, refused, require, same
 from atoll.testing.locals import clients, problem
@@ -47,7 +49,7 @@ def check_engine(make_engine: Make) -> None:
     Raises:
         Nonconformity: it breaks the contract.
     Example:
-        >>> check_engine(InProcess)
+        >>> check_engine(InProcessEngine)
     """
     data = clients()
     plain, norm = problem(), problem(norm=True)
@@ -69,13 +71,14 @@ def _kept(state: State, count: int) -> Any:
 
 
 def _check_rounds(make_engine: Make, plan: Plan, task: Task, data: Clients) -> None:
-    engine, reference = make_engine(task, data), InProcess(task, data)
+    engine, reference = make_engine(task, data), InProcessEngine(task, data)
     require(
         engine.population.clients == data.count and same(engine.population.sizes, data.sizes),
         f"The engine has the population {engine.population}.",
         f"{data.count} clients of {data.sizes.tolist()} rows.",
         "samplers draw from it.",
     )
+    plan = bind(plan, engine)
     ours, theirs = _first(plan, task), _first(plan, task)
     for t in range(2):
         ours, report = refused(f"The engine, in round {t} of {plan!r}", step, plan, ours, engine)

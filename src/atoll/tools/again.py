@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from atoll import runs
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.errors import RunError, UsageError
-from atoll.experiment import Experiment
-from atoll.training import Rounds, Settings
+from atoll.training.experiment import Experiment
+from atoll.training.rounds import Rounds
 
 
 def training_of(experiment: Experiment, **changes: Any) -> Rounds:
@@ -23,17 +23,12 @@ def training_of(experiment: Experiment, **changes: Any) -> Rounds:
     Raises:
         UsageError: its model, data and plan do not fit.
     """
-    it = experiment.settled()
-    here = {"engine": "inprocess", "workers": None, "address": None, "cpus": 1.0, "gpus": 0.0}
-    settings = Settings(**{**it._settings(), **here, **changes})
-    return Rounds(it._model(), it.data(), it.plan(), settings)
+    return experiment.training(engine="inprocess", **changes)
 
 
-def here(training: Rounds) -> InProcess:
-    """The clients of a training in this process, wherever they run otherwise: the bits are the same."""
-    if isinstance(training.engine, InProcess):
-        return training.engine
-    return InProcess(training.task, training.data, training.settings.chunk)
+def here(training: Rounds) -> InProcessEngine:
+    """An engine in this process for the clients of a training; it computes the same bits as every engine."""
+    return InProcessEngine(training.task, training.data, training.settings.chunk, training.fleet)
 
 
 def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Rounds:
@@ -51,7 +46,7 @@ def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Rou
         raise UsageError(
             f"{folder} is not the folder of a run.", "a folder that holds a config.toml.", write="atoll runs"
         )
-    experiment = Experiment.read(config, trust=trust)
+    experiment = Experiment.read(config, trust=trust, old_names=True)
     if not start:
         experiment = replace(experiment, init=None)
     about = runs.read_environment(folder)

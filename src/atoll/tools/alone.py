@@ -10,13 +10,14 @@ from torch import Tensor
 
 from atoll.engine.work import rest_of
 from atoll.fused import Heard
-from atoll.plan.flight import Flight
+from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import Lanes
-from atoll.plan.plan import Plan, State, part_of
-from atoll.plan.slots import Contribution, Tensors
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Contribution, Tensors
+from atoll.plan.state import State, part_of
 from atoll.rng import Key
 from atoll.task import Gradient, Model, Task
-from atoll.training import Rounds
+from atoll.training.rounds import Rounds
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ def compute(training: Rounds, plan: Plan, state: State, flight: Flight, kept: Te
         losses: takes the mean loss of each step.
     """
     data = training.data
-    own = getattr(plan.local, "numerics", training.task.numerics)
+    own = plan.local.numerics or training.task.numerics
     task = _Watched.of(replace(training.task, numerics=own), losses)
     ids = torch.tensor([flight.client])
     lanes = _Steps(data, ids, task.layout.dtype, flight.share, task.device, losses)
     kept = {n: t.to(task.device) for n, t in kept.items()}
     broadcast = state.version(flight.birth)
     round_key = state.key(flight.birth)
-    key = round_key.of(ids + data.count * flight.again)
+    key = round_key.starts(ids, torch.tensor([flight.again]))
     contribution, local = plan.local.contribute(
         broadcast, lanes, part_of(kept, "local"), key.fold("clients", "local"), task
     )
@@ -88,7 +89,7 @@ def compute(training: Rounds, plan: Plan, state: State, flight: Flight, kept: Te
     payload, side, _, codec = plan.codec.encode(
         update, part_of(kept, "codec"), broadcast.shared["codec"], key.fold("codec").to(task.device)
     )
-    sent = plan.codec.decode(plan.codec.open(payload, side), round_key.fold("codec"))
+    sent = plan.codec.decode_sum(plan.codec.decode(payload, side), round_key.fold("codec"))
     bytes_ += int(plan.codec.sizes(payload, side)[0])
     return Given(contribution, sent[0], bytes_, {**after, **{f"codec/{n}": t for n, t in codec.items()}})
 

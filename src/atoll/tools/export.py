@@ -28,11 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.errors import UsageError, unknown_name
 from atoll.plan.stop import direction
 from atoll.tools.again import training_in, write
-from atoll.training import Rounds, judge, start_from
+from atoll.training.rounds import Rounds, judge, start_from
 
 FORMAT = "atoll export 1"
 DTYPES = ("float32", "bf16", "int8")
@@ -209,7 +209,7 @@ def _measured(training: Rounds, state: Mapping[str, Tensor]) -> dict[str, float]
     if training.data.held_out is None:
         return {}
     at = replace(training.state, model=start_from(state, training.task))
-    return judge(at, InProcess(training.task, training.data.held(), training.settings.chunk))
+    return judge(at, InProcessEngine(training.task, training.data.held(), training.settings.chunk))
 
 
 def _moved(was: Tensor, now: Tensor) -> float:

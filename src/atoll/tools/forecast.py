@@ -17,18 +17,20 @@ from typing import Any, NamedTuple
 
 from atoll.engine.arrivals import Flown, fly, message, nbytes
 from atoll.engine.fleet import rate
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.room import lanes_of
 from atoll.errors import UsageError
-from atoll.experiment import Experiment
 from atoll.plan.aggregate.exact import places
-from atoll.plan.codec import Cast, Codec, Eden, Feedback, Identity, Quantize, TopK
+from atoll.plan.codec import Cast, Codec, Eden, ErrorFeedback, Identity, Quantize, TopK
 from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered
-from atoll.plan.plan import Plan, Sent, State, opening
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, opening
+from atoll.plan.state import Sent, State
 from atoll.report.text import duration, size, whole
 from atoll.tools.again import here, training_of
-from atoll.training import Rounds
+from atoll.training.experiment import Experiment
+from atoll.training.rounds import Rounds
 
 FLIGHTS = 200_000  # how many are flown at most; what comes after them is taken to be like the last half of them
 TRIED = 20_000  # the same, for each change that is tried
@@ -39,8 +41,8 @@ LADDER: tuple[Codec, ...] = (
     Eden(4),
     Eden(2),
     Eden(1),
-    Feedback(TopK(0.01) >> Quantize(8)),
-    Feedback(TopK(0.001) >> Quantize(8)),
+    ErrorFeedback(TopK(0.01) >> Quantize(8)),
+    ErrorFeedback(TopK(0.001) >> Quantize(8)),
 )
 
 
@@ -271,7 +273,7 @@ def predict(training: Rounds) -> Forecast:
         (960, 960)
     """
     engine, state, rounds = here(training), training.state, training.settings.rounds
-    plan, layout = training.plan.at(engine), training.task.layout
+    plan, layout = training.plan, training.task.layout
     flights = flown(plan, state, engine, rounds)
     lanes = lanes_of(plan, training.task, training.data, int(training.data.sizes.max()), engine.chunk)
     links = {}
@@ -284,7 +286,7 @@ def predict(training: Rounds) -> Forecast:
         layout.d,
         flights,
         message(plan, layout),
-        getattr(plan.codec, "sealer", None) is None and isinstance(plan.local, (Gradient, Train)),
+        plan.codec.compressor is None and isinstance(plan.local, (Gradient, Train)),
         _memory(plan, state, engine, flights, lanes, rounds),
         lanes,
         links,
@@ -292,7 +294,7 @@ def predict(training: Rounds) -> Forecast:
     )
 
 
-def flown(plan: Plan, state: State, engine: InProcess, rounds: int, most: int = FLIGHTS) -> Flights:
+def flown(plan: Plan, state: State, engine: InProcessEngine, rounds: int, most: int = FLIGHTS) -> Flights:
     """Fly rounds of a plan without computing anything.
 
     Args:
@@ -350,12 +352,14 @@ def _parts(rows: list[Flown]) -> Parts:
     return Parts(*used, max(0.0, now[-1] / len(rows) - sum(used)))
 
 
-def _memory(plan: Plan, state: State, engine: InProcess, flights: Flights, lanes: int, rounds: int) -> dict[str, int]:
+def _memory(
+    plan: Plan, state: State, engine: InProcessEngine, flights: Flights, lanes: int, rounds: int
+) -> dict[str, int]:
     """Bytes by what they are for. The sum: float64, one more digit than are kept, for blocks of unlike size."""
     model, layout = state.model, engine.layout
     theta = layout.d * layout.dtype.itemsize
     births = max(flights.versions) + 1
-    digits = 1 if getattr(plan.aggregator, "sum", "exact") == "float" else places(layout.dtype) + 1
+    digits = 1 if plan.aggregator.sum == "float" else places(layout.dtype) + 1
     told = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters})
     parts = sum(nbytes(tensors) for tensors in state.server.values())
     row = nbytes(plan.memory(layout))
@@ -381,7 +385,7 @@ def _help(training: Rounds, flights: Flights) -> Help | None:
         return None
     if parts.waiting > max(parts.link, parts.compute):
         k = max(1, round(_mean(flights.started) / 10))
-        return None if training.plan.pace.flies_on else _tried(training, pace=Buffered(k))
+        return None if training.plan.pace.asynchronous else _tried(training, pace=Buffered(k))
     if parts.link <= parts.compute:
         return None
     mostly = "codec" if parts.upload >= parts.download else "downlink"
@@ -398,17 +402,17 @@ def _help(training: Rounds, flights: Flights) -> Help | None:
 
 def _for(slot: str, codec: Codec) -> Codec:
     """The codec as a slot takes it: what a downlink loses is in its next delta without a memory."""
-    return codec.codec if slot == "downlink" and isinstance(codec, Feedback) else codec
+    return codec.codec if slot == "downlink" and isinstance(codec, ErrorFeedback) else codec
 
 
 def _tried(training: Rounds, **slots: Any) -> Help | None:
     """Rounds of the plan with other parts in some slots; None where they do not fit it, or are no shorter."""
     engine, layout = here(training), training.task.layout
     for slot in slots.keys() - {"pace"}:
-        if slots[slot].nbytes(layout) >= getattr(training.plan.at(engine), slot).nbytes(layout):
+        if slots[slot].nbytes(layout) >= getattr(training.plan, slot).nbytes(layout):
             return None
     try:
-        plan = dataclasses.replace(training.plan, **slots).at(engine)
+        plan = bind(dataclasses.replace(training.plan, **slots), engine)
         server = {**training.state.server, "codec": plan.codec.server(layout)}
         state = dataclasses.replace(training.state, server=server)
         flights = flown(plan, state, engine, training.settings.rounds, TRIED)

@@ -20,16 +20,19 @@ from typing import Any, Literal
 import torch
 
 from atoll.data.clients import Clients, offsets_of
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.errors import RunError, UsageError, unknown_name
-from atoll.experiment import Experiment
-from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.local import Gradient, Train
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, step
+from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.schedule import Schedule
 from atoll.tools.again import training_of, write
-from atoll.training import Rounds, Settings, judge
+from atoll.training.experiment import Experiment
+from atoll.training.rounds import Rounds, judge
+from atoll.training.settings import Settings
 
 Which = Literal["local", "server"]
 
@@ -182,10 +185,9 @@ def rate_of(plan: Plan, which: Which) -> float:
     """
     if which not in ("local", "server"):
         raise unknown_name("rate", which, ("local", "server"))
-    holder: Any = plan.optimizer if which == "server" else plan.local
-    if which == "local" and not isinstance(plan.local, Custom):
-        holder = getattr(plan.local, "optimizer", None)
-    lr = getattr(holder, "lr", None)
+    local = plan.local
+    holder: Any = plan.optimizer if which == "server" else local if local.optimizer is None else local.optimizer
+    lr = holder.lr
     if lr is None:
         raise UsageError(
             f"{holder if which == 'server' else plan.local!r} has no learning rate.",
@@ -212,14 +214,14 @@ def with_rate(plan: Plan, which: Which, rate: float, *, keep_schedule: bool = Fa
     local: Any = plan.local
     return replace(
         plan,
-        local=put(local) if isinstance(local, Custom) else replace(local, optimizer=put(local.optimizer)),
+        local=put(local) if local.optimizer is None else replace(local, optimizer=put(local.optimizer)),
     )
 
 
 def _swept(training: Rounds, which: Which, tried: tuple[float, ...]) -> Finding:
     now = rate_of(training.plan, which)
     data = _few(training.data, training.plan, Key(training.settings.seed).fold("lr"))
-    engine = InProcess(training.task, data, training.settings.chunk)
+    engine = InProcessEngine(training.task, data, training.settings.chunk)
     plan = _short(training.plan)
     rounds = _rounds(plan, data)
     start = _after(training, engine, plan, 0)
@@ -294,10 +296,11 @@ def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     return rate if slope < 0 else None
 
 
-def _after(training: Rounds, engine: InProcess, plan: Plan, rounds: int) -> float:
+def _after(training: Rounds, engine: InProcessEngine, plan: Plan, rounds: int) -> float:
     """The loss on the training rows after some rounds from the first model; infinite if it is not finite."""
     memory = Memory(plan.memory(training.task.layout))
     state = State.first(plan, training.task, training.settings.seed, memory, training.first)
+    plan = bind(plan, engine)
     try:
         for _ in range(rounds):
             state, _ = step(plan, state, engine)
@@ -311,8 +314,8 @@ def _few(data: Clients, plan: Plan, key: Key) -> Clients:
     """Select at most 8 clients and, of each, the rows of about ten batches, at most 256."""
     ids = torch.arange(data.count) if data.count <= CLIENTS else key.distinct(CLIENTS, data.count).sort().values
     some = data.only(ids)
-    batch = getattr(plan.local, "batch", None)
-    sizes = some.sizes.clamp(max=ROWS if batch is None else min(ROWS, max(32, 10 * batch)))
+    batch = plan.local.batch
+    sizes = some.sizes.clamp(max=ROWS if not batch else min(ROWS, max(32, 10 * batch)))
     picked = [some.client_rows(i)[:n] for i, n in enumerate(sizes.tolist())]
     return replace(some, order=torch.cat(picked), offsets=offsets_of(sizes), held_out=None)
 
@@ -343,7 +346,7 @@ def _flag(experiment: Experiment, found: Finding) -> str:
     """The flag that turns the experiment's plan into the suggested one: `--recipe` if possible, else `--set`."""
     holder: Any = found.plan.optimizer if found.which == "server" else found.plan.local
     slot = "plan.optimizer.lr" if found.which == "server" else "plan.local.lr"
-    if found.which == "local" and not isinstance(holder, Custom):
+    if found.which == "local" and holder.optimizer is not None:
         holder, slot = holder.optimizer, "plan.local.optimizer.lr"
     value = repr(holder.lr)
     try:

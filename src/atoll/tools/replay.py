@@ -24,16 +24,28 @@ from atoll import runs
 from atoll.digest import fingerprint
 from atoll.engine.arrivals import Flown, fly, message
 from atoll.errors import AtollError, RunError, UsageError
-from atoll.plan.flight import Flight
+from atoll.names import without_prefix
+from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
-from atoll.plan.plan import Plan, State, decode, descend, finish, opening, settle, step, tell
-from atoll.plan.slots import Cohort
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort
+from atoll.plan.round import (
+    decode_sums,
+    descend,
+    finalize,
+    opening,
+    round_info,
+    server_update,
+    step,
+    tell,
+)
+from atoll.plan.state import State
 from atoll.report.text import size
 from atoll.rng import Key
 from atoll.saved import unpack
 from atoll.tools.again import here, same_data, training_in
 from atoll.tools.alone import compute, odd
-from atoll.training import Rounds
+from atoll.training.rounds import Rounds
 
 _TOLD = 1000  # clients of a round that events.jsonl lists
 
@@ -173,6 +185,7 @@ def replay(
         training = training_in(folder, trust=trust)
     else:
         same_data(folder, training)
+    _refuse_entropy(training.plan, folder.resolve().name)
     rows = {row["round"]: row for row in runs.read_rows(folder / "metrics.jsonl") if "round" in row}
     _check_asked(folder, training, rows, round, client)
     start = _checkpoint(folder, training, round)
@@ -199,6 +212,18 @@ def replay(
     })  # fmt: skip
 
 
+def _refuse_entropy(plan: Plan, run: str) -> None:
+    """Refuse a plan with a part that draws noise which no seed determines."""
+    for part in (plan.local, plan.codec, plan.aggregator):
+        if part.uses_entropy:
+            raise UsageError(
+                f"A replay of {run}, whose plan has {part!r}.",
+                "a plan in which every draw comes from the seed.",
+                "this part released noise from the operating system, and released noise is not drawn twice.",
+                f"atoll show {run}",
+            )
+
+
 class _Opened(NamedTuple):
     """A round as it is about to be computed, and what came of its flights."""
 
@@ -211,7 +236,7 @@ class _Opened(NamedTuple):
 def _open(training: Rounds) -> _Opened:
     """What `step` and the engine do before they compute."""
     engine, state = here(training), training.state
-    plan, key = training.plan.at(engine), state.key()
+    plan, key = training.plan, state.key()
     state = tell(plan, state, key)
     cohort = opening(plan, state, engine.population, key)
     up = 0 if engine.fleet is None else message(plan, training.task.layout)
@@ -256,7 +281,7 @@ def _check_asked(folder: Path, training: Rounds, rows: Mapping[int, Any], round:
     else:
         ended, listed = _ended(folder)
         # Who is late stands in no list, nor does who came after the thousandth.
-        unknown = round == last or listed.get(round, _TOLD) >= _TOLD or not training.plan.pace.flies_on
+        unknown = round == last or listed.get(round, _TOLD) >= _TOLD or not training.plan.pace.asynchronous
         there = unknown or client in ended.get(round, ())
     if not there:
         raise _was_not_there(folder, training, rows, round, client)
@@ -299,7 +324,7 @@ def _was_not_there(folder: Path, training: Rounds, rows: Mapping[int, Any], roun
         write = f"atoll replay {name} --round {nearest} --client {client}"
     else:
         write = f"atoll replay {name} --round {round} --client {here[0]}" if here else f"atoll show {name}"
-    flies = training.plan.pace.flies_on
+    flies = training.plan.pace.asynchronous
     return UsageError(
         f"Client {client} was not at work in round {round} of {name}."
         if not flies
@@ -332,10 +357,9 @@ def _checkpoint(folder: Path, training: Rounds, round: int) -> int:
         return 0
     if checkpoint is None:
         return 0
-    training.state = unpack(checkpoint.tensors, checkpoint.facts["round"], training)
+    training.state = unpack(checkpoint.tensors, checkpoint.facts["round"], training.state)
     for segment in checkpoint.memory:
-        rows = {n.removeprefix("rows/"): r for n, r in segment.items() if n != "ids"}
-        training.memory.put(segment["ids"], rows)
+        training.memory.put(segment["ids"], without_prefix(segment, "rows/"))
     return int(checkpoint.facts["round"])
 
 
@@ -376,8 +400,9 @@ def _whole(training: Rounds, opened: _Opened) -> _Whole:
         gathered = engine.gather(plan, state, cohort, key)
     except RunError as error:
         return _Whole(None, 0.0, "", f"the round could not be run: {error.given}")
-    total, server = settle(plan, decode(plan, state, gathered), state, key)
-    mean = finish(plan, total, cohort, engine.population)
+    info = round_info(state, engine, cohort, gathered.started)
+    total, server = server_update(plan, decode_sums(plan, state, gathered), state, info, key)
+    mean = finalize(plan, total, info)
     after = descend(plan, state, mean, server, gathered.air)
     return _Whole(mean.means.get("update"), float(total.weight), fingerprint(after.model.theta), "")
 
@@ -418,8 +443,8 @@ def _alone(
         mean = whole.mean.double()
         length = float(torch.linalg.vector_norm(mean))
         cosine = float(update[0].double() @ mean) / (norm * length) if norm and length else None
-        part = (1 if getattr(plan.aggregator, "weights", "examples") == "equal" else rows) / whole.weight
-        part *= plan.pace.discount(state.round - flight.birth)
+        part = (1 if plan.aggregator.weights == "equal" else rows) / whole.weight
+        part *= plan.pace.staleness_weight(state.round - flight.birth)
         share = part * float(sent.double() @ mean) / length**2 if length and plan.aggregator.linear else None
     return Replay(
         client=flight.client,

@@ -10,17 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from atoll.plan.sampler import Fraction, Uniform
-from atoll.plan.slots import Cohort, Pace, Population
+from atoll.plan.protocols import Cohort, Pace, Population, Sampler
+from atoll.plan.sampler import Uniform
 from atoll.rng import Key
-
-if TYPE_CHECKING:
-    from atoll.plan.plan import Plan, State
-
 
 _BLOCK = 1024  # candidates drawn at once
 _client, _number = itemgetter(0), itemgetter(3)  # of a flight; half the time of its names
@@ -69,8 +65,10 @@ class Traffic:
     """One open round: who starts, arrives and fails, until the pace closes it.
 
     Args:
-        plan: whose sampler draws and whose pace closes.
-        state: with what is in the air.
+        pace: decides when the round closes.
+        sampler: draws the candidates.
+        seed, round: of the training.
+        air: flights that started in earlier rounds.
         population: all clients.
         cohort: those who start as the round opens, where nothing is in the air; empty otherwise.
         away: whether a client cannot be started now; None: everybody always can.
@@ -78,20 +76,22 @@ class Traffic:
 
     def __init__(
         self,
-        plan: Plan,
-        state: State,
+        pace: Pace,
+        sampler: Sampler,
+        seed: int,
+        round: int,
+        air: Air,
         population: Population,
         cohort: Cohort,
         away: Callable[[int], bool] | None = None,
     ) -> None:
-        air = state.air
-        self.pace: Pace = plan.pace
-        self.round = state.round
+        self.pace = pace
+        self.round = round
         self.arrivals: list[Flight] = []
         self.failed: list[Flight] = []
         self._left: list[Flight] = []
         self.elapsed = 0.0
-        self._plan, self._seed, self._population, self._away = plan, state.seed, population, away
+        self._sampler, self._seed, self._population, self._away = sampler, seed, population, away
         self._air: dict[int, Flight] = dict(zip(map(_number, air.flights), air.flights, strict=True))
         self._busy: set[int] = set(map(_client, air.flights))
         self._opening = cohort.ids.tolist()
@@ -102,10 +102,10 @@ class Traffic:
         self._again: dict[int, int] = {}
         self._started, (self._block, self._offset) = air.started, air.place
         self._queue = air.queue
-        self._ages = plan.pace.flies_on and not plan.pace.refills
-        self._quick = plan.pace.refills and away is None and not self._everyone
+        self._ages = pace.asynchronous and not pace.replaces_arrivals
+        self._quick = pace.replaces_arrivals and away is None and not self._everyone
         self.down = 0  # bytes that each is sent, where it is the same for all
-        self.wanted = plan.pace.wants(self.target)
+        self.wanted = pace.required(self.target)
 
     # what a pace sees
 
@@ -125,7 +125,7 @@ class Traffic:
     def goes_on(self, elapsed: float) -> bool:
         """Whether the pace waits for more, so many seconds after the round opened."""
         self.elapsed = elapsed
-        return not self.pace.closes(self)
+        return not self.pace.should_close(self)
 
     # who starts
 
@@ -181,7 +181,7 @@ class Traffic:
 
     def _done(self) -> int:
         """Places of the cohort that stay empty until the round closes: those of whoever arrived or failed in it."""
-        return 0 if self.pace.refills else len(self.arrivals) + len(self.failed)
+        return 0 if self.pace.replaces_arrivals else len(self.arrivals) + len(self.failed)
 
     def _start(self, client: int) -> Flight:
         again = self._again.get(client, 0)
@@ -215,8 +215,8 @@ class Traffic:
         if self._queue:
             self._block, self._offset = self._block + 1, 0
         key = Key(self._seed).fold("stream", self._block)
-        sampler = self._plan.sampler
-        if isinstance(sampler, (Uniform, Fraction)):  # any number of them in a keyed order is the same stream
+        sampler = self._sampler
+        if sampler.interchangeable:
             sampler = Uniform(min(self._population.clients, max(self.target, _BLOCK)))
         ids = sampler(self._population, self._block, key).ids
         self._queue = tuple(ids[key.fold("order").permutation(len(ids))].tolist())
@@ -265,11 +265,11 @@ class Traffic:
 
     def late(self) -> tuple[Flight, ...]:
         """Those who are not awaited once the round has closed."""
-        return (*self._left, *(() if self.pace.flies_on else self._air.values()))
+        return (*self._left, *(() if self.pace.asynchronous else self._air.values()))
 
     def after(self, known: Tensor | None, clock: Any) -> Air:
         """What is in the air once the round has closed."""
-        flights = tuple(self._air.values()) if self.pace.flies_on else ()
+        flights = tuple(self._air.values()) if self.pace.asynchronous else ()
         recent: tuple[tuple[int, int], ...] = ()
         if self._ages and flights:
             oldest = min(f.birth for f in flights)

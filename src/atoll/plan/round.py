@@ -1,0 +1,311 @@
+"""One round of any algorithm on any engine.
+
+    cohort = sampler(clients, round)                     who is at work
+    gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
+    mᵢ     = encode(gᵢ)                                  clip, compress
+    total  = Σ_b s(b) · decode_b( Σ_{i born b} lift(open(mᵢ), wᵢ) )
+    g      = finish(settle(total))                       the mean, or a robust rule
+    θ⁺     = optimizer(θ, g, round)                      the server always descends
+
+`step` is this, once, for every algorithm and every engine. An algorithm is a `Plan`: a value with a part in each slot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from atoll.known import norm
+from atoll.layout import Layout
+from atoll.plan.codec.stage import Identity, roundtrip
+from atoll.plan.entropy import current_entropy
+from atoll.plan.in_flight import Air
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort, Population, RoundInfo, Shared, Tensors, Total
+from atoll.plan.state import Sent, State, versions
+from atoll.rng import Key
+from atoll.task import Model
+
+
+class Failure(NamedTuple):
+    """One contribution that was lost: whose, in which round, at which stage, and why."""
+
+    client: int
+    round: int
+    stage: str
+    cause: str
+
+
+class Trip(NamedTuple):
+    """One flight on the clock, in seconds of the run: it started, had the model, had computed, and ended, and how."""
+
+    number: int
+    client: int
+    birth: int
+    start: float
+    loaded: float
+    computed: float
+    end: float
+    fate: str  # "arrived", "dropped", or "late": no longer awaited
+
+
+class Gathered(NamedTuple):
+    """What an engine brings back: a partial sum for each birth, and the record of who gave it."""
+
+    partials: Mapping[int, Any]
+    arrived: Tensor  # int64 ids, rising
+    memory: tuple[tuple[Tensor, Tensors], ...]  # what the accepted clients keep: (ids [K], rows [K, …])
+    facts: Tensors  # one row an arrived client
+    failures: tuple[Failure, ...]
+    bytes_up: int
+    bytes_down: int
+    air: Air = Air()  # what flies on
+    started: int = 0
+    late: int = 0  # no longer awaited
+    now: float | None = None  # seconds of the run, where there is a clock
+    trips: tuple[Trip, ...] = ()
+    notes: tuple[str, ...] = ()  # what is said once, when it happens
+
+
+class Engine(Protocol):
+    """Where clients run and how the sum is taken."""
+
+    @property
+    def population(self) -> Population: ...
+    @property
+    def layout(self) -> Layout: ...
+    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered: ...
+    def agree(self, value: bytes) -> bytes: ...  # the value of the first process
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened in a round.
+
+    Args:
+        round: from 0.
+        metrics: by name.
+        cohort: how many started.
+        arrived: how many contributions are in the step.
+        failures: contributions that were lost.
+        bytes_up, bytes_down: of all messages.
+        seconds: that the round took to compute.
+        fingerprint: 12 hex digits that stand for all bits of θ: `atoll.digest`.
+        clients: columns, one row a contribution: who, and what it told in the clear.
+        late: how many were no longer awaited.
+        flying: how many are at work when the round has closed.
+        now: seconds of the run on the clock, where there is one.
+        trips: flights that ended in the round, on the clock.
+        notes: what is said once, when it happens.
+    """
+
+    round: int
+    metrics: Mapping[str, float]
+    cohort: int
+    arrived: int
+    failures: tuple[Failure, ...]
+    bytes_up: int
+    bytes_down: int
+    seconds: float = 0.0
+    fingerprint: str = ""
+    clients: Mapping[str, Any] = field(default_factory=dict)
+    late: int = 0
+    flying: int = 0
+    now: float | None = None
+    trips: tuple[Trip, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to(self, **changes: Any) -> Report:
+        """The same report with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+
+def bind(plan: Plan, engine: Engine) -> Plan:
+    """The same plan for one engine: its codecs know the layout of the model and the total weight of all clients.
+
+    A plan is bound once for each training. As a value the bound plan equals the plan that was given. It holds no
+    engine, data or model.
+
+    Args:
+        plan: the algorithm.
+        engine: an engine that is open.
+    """
+    sizes = engine.population.sizes
+    weights = torch.ones_like(sizes) if plan.aggregator.weights == "equal" else sizes
+    codec, downlink = plan.codec.bind(engine.layout, weights.sum()), plan.downlink.bind(engine.layout)
+    return dataclasses.replace(plan, codec=codec, downlink=downlink)
+
+
+def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
+    """One round of any algorithm on any engine.
+
+    Args:
+        plan: the algorithm, bound to the engine.
+        state: where it stands; unchanged but for what accepted clients keep.
+        engine: where the clients run.
+    Returns:
+        The state after the round, and the report of it.
+    Raises:
+        RunError: more clients failed than the plan allows, or the same error struck all of them. The state is
+            still good.
+    """
+    key = state.key()
+    state = tell(plan, state, key)
+    cohort = opening(plan, state, engine.population, key)
+    gathered = engine.gather(plan, state, cohort, key)
+    total = decode_sums(plan, state, gathered)
+    info = round_info(state, engine, cohort, gathered.started)
+    total, server = server_update(plan, total, state, info, key)
+    mean = finalize(plan, total, info)
+    after = descend(plan, state, mean, server, gathered.air)
+    for ids, rows in gathered.memory:
+        state.memory.put(ids, rows)
+    return after, report(plan, state, gathered, mean)
+
+
+def tell(plan: Plan, state: State, key: Key) -> State:
+    """What clients know of θ moves by a compressed delta: θ̂⁺ = θ̂ + C(θ − θ̂). What it lost is in the next one."""
+    if plan.downlink == Identity():
+        return state
+    theta = state.model.theta
+    if state.sent is None:
+        return dataclasses.replace(state, sent=Sent(theta, ()))
+    delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(theta.new_zeros(1, dtype=torch.int64))
+    payload, side, _, _ = plan.downlink.encode(delta, {}, {}, key)
+    length = int(plan.downlink.sizes(payload, side)[0])
+    known = state.sent.theta + roundtrip(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
+    return dataclasses.replace(state, sent=state.sent.after(known, length))
+
+
+_NOBODY = Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.float64))
+
+
+def opening(plan: Plan, state: State, population: Population, key: Key) -> Cohort:
+    """Who starts as a round opens with nothing in the air; with something in it, traffic starts what is missing."""
+    if state.air.flights:
+        return _NOBODY
+    sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
+    return sampler(population, state.round, key.fold("cohort"))
+
+
+def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
+    """Σ_b s(b) · decode_b(partial_b): each birth's sum is decoded with its own key and discounted by its staleness.
+
+    Where clients send their models, Σ wᵢ (θ_b − θᵢ) becomes Σ wᵢ (θ − θᵢ): the server has θ_b, and the weights' sum.
+    """
+    totals = []
+    for birth, partial in sorted(gathered.partials.items()):
+        total = plan.aggregator.total(partial)
+        if "update" in total.means:
+            update = total.means["update"]
+            if plan.codec.per_sum:
+                # with the key that the clients encoded with
+                update = plan.codec.decode_sum(update, state.key(birth).fold("codec"))
+            if plan.local.sends == "model":
+                update = update + total.weight * since(state, birth)
+            factor = plan.pace.staleness_weight(state.round - birth)
+            update = update if factor == 1 else update * factor
+            total = total._replace(means={**total.means, "update": update})
+        totals.append(total)
+    return sum_totals(totals)
+
+
+def since(state: State, birth: int) -> Tensor:
+    """θ − θ_b, float64 `[d]`: how far the model has come from what clients of this birth began at."""
+    return state.model.theta.double() - state.version(birth).model.theta.double()
+
+
+def sum_totals(totals: list[Total]) -> Total:
+    """The totals of several births as one."""
+    first, *rest = totals
+    for other in rest:
+        first = Total(
+            {n: t + other.means[n] for n, t in first.means.items()},
+            {n: t + other.sums[n] for n, t in first.sums.items()},
+            first.weight + other.weight,
+            first.arrived + other.arrived,
+            {n: torch.maximum(t, other.counters[n]) for n, t in first.counters.items()},
+            {n: torch.cat((t, other.per_client[n])) for n, t in first.per_client.items() if n in other.per_client},
+        )
+    return first
+
+
+def round_info(state: State, engine: Engine, cohort: Cohort, started: int) -> RoundInfo:
+    """The facts of a round that the server's half of a part receives."""
+    return RoundInfo(state.round, engine.population, started, cohort.chance, current_entropy(engine.agree))
+
+
+def server_update(plan: Plan, total: Total, state: State, info: RoundInfo, key: Key) -> tuple[Total, Shared]:
+    """Once a round, on the exact total: the server's half of the codec, then of the local part."""
+    total, codec = plan.codec.server_update(total, state.server["codec"], info, key.fold("settle codec"))
+    total, local = plan.local.server_update(total, state.server["local"], info, key.fold("settle local"))
+    return total, {"local": local, "codec": codec}
+
+
+def finalize(plan: Plan, total: Total, info: RoundInfo) -> Total:
+    """The aggregate of the round, and every sum divided by the rows that it is about."""
+    mean = plan.aggregator.finalize(total, info)
+    return mean._replace(sums=per_row(mean.sums))
+
+
+def descend(plan: Plan, state: State, mean: Total, server: Shared, air: Air) -> State:
+    """θ⁺ = optimizer(θ, g): buffers are replaced by their mean, counters by the largest; without an update θ stays."""
+    model, optimizer, flying = state.model, state.optimizer, versions(state, air)
+    if "update" in mean.means:
+        g = mean.means["update"].to(model.theta)
+        g = g if g.shape == model.theta.shape else g.expand_as(model.theta)
+        theta, optimizer = plan.optimizer.update(model.theta, g, mean.sums, optimizer, state.round)
+        buffers = mean.means["buffers"].to(model.buffers.dtype) if "buffers" in mean.means else model.buffers
+        model = Model(theta, buffers, {**model.counters, **mean.counters}, model.fixed)
+    return State(state.round + 1, state.seed, model, optimizer, server, state.memory, air, flying, state.sent)
+
+
+def per_row(sums: Tensors) -> dict[str, Tensor]:
+    """Each sum divided by the rows it is about."""
+    if "rows" not in sums:
+        return {}
+    return {n: t / sums["rows"].clamp(min=1) for n, t in sums.items() if n != "rows"}
+
+
+def _columns(arrived: Tensor, per_client: Tensors) -> dict[str, Tensor]:
+    """The aggregator's columns, one row per contribution. A client that the aggregator does not list has 0."""
+    names = per_client.keys() - {"id"}
+    if not names:
+        return {}
+    ids, order = per_client["id"].to(arrived.device).sort(stable=True)
+    at = torch.searchsorted(ids, arrived).clamp(max=max(len(ids) - 1, 0))
+    found = ids[at] == arrived if len(ids) else torch.zeros_like(arrived, dtype=torch.bool)
+    out = {}
+    for name in sorted(names):
+        column = per_client[name].to(arrived.device)
+        out[name] = column.new_zeros(len(arrived), *column.shape[1:])
+        out[name][found] = column[order[at[found]]]
+    return out
+
+
+def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
+    """What people are told of a round."""
+    metrics = {n: float(t) for n, t in mean.sums.items() if t.numel() == 1}
+    if "update" in mean.means:
+        metrics["gradient_norm"] = float(norm(mean.means["update"]))
+    metrics["lr"] = plan.optimizer.lr_at(state.round, state.optimizer)
+    return Report(
+        state.round,
+        metrics,
+        gathered.started,
+        gathered.arrived.shape[0],
+        gathered.failures,
+        gathered.bytes_up,
+        gathered.bytes_down,
+        clients={"id": gathered.arrived, **gathered.facts, **_columns(gathered.arrived, mean.per_client)},
+        late=gathered.late,
+        flying=len(gathered.air.flights),
+        now=gathered.now,
+        trips=gathered.trips,
+        notes=gathered.notes,
+    )
