@@ -24,6 +24,7 @@ from atoll.engine.overlap import Overlap, data_parallel
 from atoll.engine.ranks import Ranks, job, restarts
 from atoll.engine.work import Haul, Work
 from atoll.errors import AtollError, RunError, UsageError
+from atoll.names import without_prefix
 from atoll.plan.aggregate.mean import Partial
 from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import HOST
@@ -181,7 +182,7 @@ def merged(
         [Failure(*f) for s in said for f in s["failures"]],
         haul.errors,
         [h["arrived"] for h in came],
-        [{n.removeprefix("facts/"): t for n, t in h.items() if n.startswith("facts/")} for h in came],
+        [without_prefix(h, "facts/") for h in came],
         _everybody(ranks, rows, heard, [s["rows"] for s in said], first),
     )
 
