@@ -395,9 +395,9 @@ def test_settings_of_one_engine_beside_another_are_refused():
     data = atoll.data.load("digits").split(clients=4)
     plan = recipes.fedavg(lr=0.1)
     for settings, words in (
-        ({"workers": 2}, "--engine processes"),
+        ({"workers": 2}, "Processes"),
         ({"engine": "processes", "fleet": "Fleet(HalfNormal())"}, "--engine inprocess"),
-        ({"engine": "processes", "workers": 0}, "--workers 2"),
+        ({"engine": "Processes(workers=0)"}, "Processes"),
         ({"engine": "proceses"}, "Write: processes"),
     ):
         with pytest.raises(UsageError, match=words):
