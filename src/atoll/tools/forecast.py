@@ -352,7 +352,9 @@ def _parts(rows: list[Flown]) -> Parts:
     return Parts(*used, max(0.0, now[-1] / len(rows) - sum(used)))
 
 
-def _memory(plan: Plan, state: State, engine: InProcessEngine, flights: Flights, lanes: int, rounds: int) -> dict[str, int]:
+def _memory(
+    plan: Plan, state: State, engine: InProcessEngine, flights: Flights, lanes: int, rounds: int
+) -> dict[str, int]:
     """Bytes by what they are for. The sum: float64, one more digit than are kept, for blocks of unlike size."""
     model, layout = state.model, engine.layout
     theta = layout.d * layout.dtype.itemsize
