@@ -24,7 +24,7 @@ from atoll.plan.part import Part
 from atoll.plan.plan import Plan
 from atoll.plan.round import step
 from atoll.plan.slots import Contribution, Pace
-from atoll.training import rounds
+from atoll.training.rounds import rounds
 
 
 @dataclass(frozen=True, repr=False)

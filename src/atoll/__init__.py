@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from types import ModuleType
 
 TYPE_CHECKING = False  # importing typing for it would be a third of the time that `atoll --version` takes
 if TYPE_CHECKING:
@@ -22,16 +21,17 @@ if TYPE_CHECKING:
 
     from atoll import data, models, recipes
     from atoll.errors import AtollError, RunError, UsageError
-    from atoll.experiment import Experiment
     from atoll.loss import Metric
     from atoll.plan.plan import Plan
     from atoll.plan.round import Report, step
     from atoll.plan.state import State
-    from atoll.recorder import Run
     from atoll.rng import Key
     from atoll.task import Task
-    from atoll.train import Watcher, load, train
-    from atoll.training import Settings, rounds
+    from atoll.training.experiment import Experiment
+    from atoll.training.recorder import Run
+    from atoll.training.rounds import rounds
+    from atoll.training.settings import Settings
+    from atoll.training.train import Watcher, load, train
 
 # Otherwise the bits of Intel MKL's matrix products depend on where in memory a matrix begins, and so a client's on its
 # place among others. It is as fast; it must be said before the first product.
@@ -69,16 +69,17 @@ __all__ = [
 _MODULES = {"data", "models", "recipes"}
 _WHERE = {
     "atoll.errors": ("AtollError", "RunError", "UsageError"),
-    "atoll.experiment": ("Experiment",),
     "atoll.plan.plan": ("Plan",),
     "atoll.plan.round": ("Report", "step"),
     "atoll.plan.state": ("State",),
-    "atoll.recorder": ("Run",),
     "atoll.rng": ("Key",),
     "atoll.loss": ("Metric",),
     "atoll.task": ("Task",),
-    "atoll.train": ("Watcher", "load", "train"),
-    "atoll.training": ("Settings", "rounds"),
+    "atoll.training.experiment": ("Experiment",),
+    "atoll.training.recorder": ("Run",),
+    "atoll.training.rounds": ("rounds",),
+    "atoll.training.settings": ("Settings",),
+    "atoll.training.train": ("Watcher", "load", "train"),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -96,15 +97,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Importing the module `atoll.train` would put it where the function of that name belongs: the function stays."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "train" and isinstance(value, ModuleType):
-            value = value.train
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -38,7 +38,7 @@ from atoll.plan.stepper import Optimizer
 from atoll.rng import Key
 from atoll.schedule import NOTHING, Schedule, Tensors
 from atoll.task import Model, Task
-from atoll.training import Rounds, judge
+from atoll.training.rounds import Rounds, judge
 
 MOST = 200  # clients trained alone, at most
 _LANE_BYTES = 256 << 20

@@ -37,7 +37,8 @@ def constructor(value: Any) -> str:
         'Shrink(0.5, times=2)'
     """
     words = []
-    for at, f in enumerate(f for f in dataclasses.fields(value) if f.init):
+    ordered = sorted((f for f in dataclasses.fields(value) if f.init), key=lambda f: bool(f.kw_only))
+    for at, f in enumerate(ordered):
         given = getattr(value, f.name)
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if not required:

@@ -3,6 +3,7 @@
 import ast
 import functools
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from atoll.plan import local, optimizer
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
+from atoll.training import Settings
 
 PARTITIONS = {c.__name__: c for c in vars(partition).values() if isinstance(c, type) and c is not partition.Partition}
 KNOWN = {**{r.__name__: r for r in recipes.RECIPES}, **PARTS, **PARTITIONS}
@@ -54,6 +56,9 @@ def try_line(text):
     if not text or text.startswith(COMMANDS):
         return
     if text in NAMES:
+        return
+    if (setting := re.fullmatch(r"(\w+)=(.+)", text)) and setting[1] in Settings.__dataclass_fields__:
+        Settings(**{setting[1]: ast.literal_eval(setting[2])})
         return
     tree = ast.parse(text, mode="eval").body
     if isinstance(tree, ast.Call) and ast.unparse(tree.func) == "data.split":

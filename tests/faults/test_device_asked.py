@@ -11,7 +11,7 @@ from atoll.cli import main
 from atoll.engine import device as devices
 from atoll.engine.device import check_precision, found, free
 from atoll.errors import UsageError
-from atoll.experiment import Experiment
+from atoll.training.experiment import Experiment
 
 HOST = torch.device("cpu")
 
@@ -102,10 +102,10 @@ def test_in_a_file_and_in_the_environment(tmp_path):
 
 def test_worker_processes_compute_on_the_cpu(gpus, data):
     gpus(2)
-    with pytest.raises(UsageError, match="engine processes") as refusal:
+    with pytest.raises(UsageError, match="engine Processes") as refusal:
         atoll.rounds("mlp", data, recipes.fedavg(0.1), engine="processes", device="cuda:0")
     assert refusal.value.write == "--engine inprocess"
-    training = atoll.rounds("softmax", data, recipes.fedavg(0.1), engine="processes", workers=1)
+    training = atoll.rounds("softmax", data, recipes.fedavg(0.1), engine="Processes(workers=1)")
     assert training.task.device == HOST
     training.close()
 

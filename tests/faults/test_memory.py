@@ -17,7 +17,6 @@ from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.processes import ProcessesEngine
 from atoll.engine.room import Room
 from atoll.errors import RunError
-from atoll.experiment import Experiment
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
@@ -25,6 +24,7 @@ from atoll.plan.plan import Plan
 from atoll.report.live import LiveTable
 from atoll.report.record import Record
 from atoll.task import Task
+from atoll.training.experiment import Experiment
 
 SIZES = (9,) * 13
 KINDS = ("host", "python", "gpu")

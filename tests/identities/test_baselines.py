@@ -14,7 +14,7 @@ from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.plan import Plan
 from atoll.schedule import cosine, plateau
-from atoll.training import rounds
+from atoll.training.rounds import rounds
 
 ALONE = Mean(weights="equal", sum="float")
 

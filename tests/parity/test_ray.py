@@ -64,7 +64,7 @@ def cluster():
 
 
 class Both(NamedTuple):
-    ours: Ray
+    ours: RayEngine
     theirs: InProcessEngine
 
 
@@ -163,9 +163,9 @@ def test_number_of_actors_and_chunks_change_no_bit(workers, chunk, numerics, mlp
 
 @pytest.mark.slow
 def test_contract_of_engines(cluster):
-    made: list[Ray] = []
+    made: list[RayEngine] = []
 
-    def make(task: Task, data: Clients) -> Ray:
+    def make(task: Task, data: Clients) -> RayEngine:
         for engine in made:
             engine.close()  # one after the other is asked
         made.append(RayEngine(task, data, workers=2, cpus=0.1))
@@ -256,7 +256,7 @@ def test_a_client_that_kills_every_actor_is_a_failure_and_ends_a_run_that_allows
 
 @pytest.mark.slow
 def test_an_actor_that_ray_kills_in_mid_round_is_replaced(tmp_path, mlp):
-    def kill(engine: Ray, pid: int) -> None:
+    def kill(engine: RayEngine, pid: int) -> None:
         (hand,) = [hand for hand in engine._crew._hands if hand.pid == pid]
         ray.kill(hand.line._actor)
 
@@ -286,7 +286,7 @@ def test_a_node_lost_in_mid_round_changes_no_bit(plan, workers, gpus, tmp_path, 
     node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
     cluster.wait_for_nodes()
 
-    def lose(engine: Ray, pid: int) -> None:
+    def lose(engine: RayEngine, pid: int) -> None:
         cluster.remove_node(node, allow_graceful=False)
 
     try:

@@ -528,7 +528,7 @@ def test_first_interrupt_finishes_the_round(atoll, monkeypatch):
         return step(plan, state, engine)
 
     with monkeypatch.context() as patch:
-        patch.setattr("atoll.training.step", interrupted)
+        patch.setattr("atoll.training.rounds.step", interrupted)
         done = atoll("run", *quick(rounds=100), "--json")
     assert done.code == 130, done.err
     assert begun == [0, 1, 2]

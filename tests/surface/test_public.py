@@ -32,8 +32,8 @@ def test_import_is_late_and_train_is_the_function():
     code = """
 import sys, atoll
 print("torch" in sys.modules, "typing" in sys.modules)
-import atoll.train
+import atoll.training.train
 from atoll import train
-print(atoll.train is train, train.__name__, callable(train), sys.modules["atoll.train"].Watcher.__name__)
+print(atoll.train is train, train.__name__, callable(train), atoll.training.train.Watcher.__name__)
 """
     assert fresh(code).splitlines() == ["False False", "True train True Watcher"]

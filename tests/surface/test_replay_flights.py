@@ -9,7 +9,7 @@ from problems import needs_native
 from thinned import only
 
 import atoll.data
-from atoll import recipes
+from atoll import recipes, rounds, train
 from atoll.errors import UsageError
 from atoll.plan.codec import Feedback, Quantize, TopK
 from atoll.plan.local import Train
@@ -17,7 +17,6 @@ from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.runs import read_rows
 from atoll.tools.replay import replay
-from atoll.train import rounds, train
 
 FLEET = "Fleet(Each((1, 1, 0.3, 4, 1, 2)), uplink='1 Mb/s')"
 DROPPING = "Fleet(HalfNormal(), dropout=0.25)"

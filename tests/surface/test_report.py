@@ -13,7 +13,7 @@ import torch
 from thinned import only
 
 import atoll.data
-from atoll import recipes
+from atoll import recipes, rounds, train
 from atoll.data import IID, Clients
 from atoll.data.clients import offsets_of
 from atoll.data.rows import ArrayRows
@@ -23,7 +23,6 @@ from atoll.report.federation import MOST_COUNTED, MOST_DRAWN, look
 from atoll.report.live import Best, columns, that_fit, without_terminal
 from atoll.report.page import tag
 from atoll.report.record import Record
-from atoll.train import rounds, train
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PLAN = "Plan(Train(sgd(0.5), epochs=1, batch=10), aggregator=Mean())"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atoll.data
-from atoll import recipes
+from atoll import recipes, rounds, train
 from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.report import LiveTable, canvas, draw, timeline
 from atoll.report.flights import FATES, MOST_LANES, Flights, Tally, read_trips
@@ -18,7 +18,6 @@ from atoll.report.live import columns
 from atoll.report.record import Record
 from atoll.report.text import size
 from atoll.runs import read_rows
-from atoll.train import rounds, train
 
 FIELDS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
 STRAGGLER = "Fleet(Each((1, 1, 1, 5)), uplink='1 Mb/s', downlink='1 Mb/s')"

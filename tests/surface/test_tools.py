@@ -16,7 +16,6 @@ from torch import nn
 from atoll import grammar, recipes
 from atoll.data import arrays
 from atoll.errors import RunError, UsageError
-from atoll.experiment import Experiment
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom
 from atoll.plan.names import PARTS
@@ -26,8 +25,9 @@ from atoll.rng import Key
 from atoll.runs import read_rows
 from atoll.schedule import cosine
 from atoll.tools import compare, doctor, export, lr, replay
-from atoll.train import train
 from atoll.training import Settings, rounds
+from atoll.training.experiment import Experiment
+from atoll.training.train import train
 
 RECIPE = "fedavg(lr=0.5, batch=10, cohort=3)"
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from atoll import __version__
-from atoll.cli.flags import RUNNING, SHOWN, Told, flag, switch
+from atoll.cli.flags import GROUPS, ExperimentFlags, Json, Out, Quiet, Trust, flag, switch
 from atoll.errors import AtollError, UsageError
+from atoll.training.settings import OUTPUT, RUNNING
 
 if TYPE_CHECKING:
-    from atoll.experiment import Experiment
+    from atoll.training.experiment import Experiment
 
 TRAIN, LOOK, HELP = (Group.create_ordered(name) for name in ("Train", "Look", "Help"))
 EXAMPLES = """
@@ -50,20 +51,13 @@ app = App(
 )
 app.register_install_completion_command(help="Make the shell complete atoll's commands and flags.")
 
-Out = Annotated[str | None, flag(SHOWN, "The parent of run folders. Default: runs.")]
-Json = Annotated[bool, switch(SHOWN, "One JSON object on stdout.", "ATOLL_JSON", "--json")]
-Quiet = Annotated[bool, switch(SHOWN, "No progress, only the result.", "ATOLL_QUIET")]
-Trust = Annotated[
-    bool, switch(RUNNING, "Import code that a found file or a run folder names as module:name.", "ATOLL_TRUST")
-]
-
 
 @app.command(group=TRAIN, sort_key=0, help_epilogue=SOURCES)
 def run(
     experiment: str | None = None,
     /,
     *,
-    told: Told = Told(),
+    flags: ExperimentFlags = ExperimentFlags(),
     seeds: Annotated[int, switch(RUNNING, "Train with so many seeds, and tell mean ± sd.", "ATOLL_SEEDS")] = 1,
     smoke: Annotated[bool, switch(RUNNING, "Try every stage once, in a temporary folder.", "ATOLL_SMOKE")] = False,
     trust: Trust = False,
@@ -79,7 +73,7 @@ def run(
     """
     from atoll.cli import work
 
-    it = told.experiment(experiment, trust)
+    it = flags.experiment(experiment, trust)
     look = work.Look(as_json, quiet)
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}.", "at least one.", write="--seeds 5")
@@ -110,7 +104,7 @@ def resume(
         Its name, the end or the beginning of it, a path, or latest.
     """
     from atoll.cli import work
-    from atoll.experiment import Experiment
+    from atoll.training.experiment import Experiment
 
     path = _find(run, out)
     it = Experiment.read(path, trust=trust).told(rounds=rounds)
@@ -123,9 +117,9 @@ def lr(
     /,
     *,
     which: Annotated[
-        Literal["local", "server"], Parameter(group=RUNNING, help="Whose: the clients', or the server's.")
+        Literal["local", "server"], Parameter(group=GROUPS[RUNNING], help="Whose: the clients', or the server's.")
     ] = "local",
-    told: Told = Told(),
+    flags: ExperimentFlags = ExperimentFlags(),
     trust: Trust = False,
     as_json: Json = False,
 ) -> int:
@@ -139,7 +133,7 @@ def lr(
     from atoll.cli import words
     from atoll.tools.lr import find
 
-    it = told.experiment(experiment, trust)
+    it = flags.experiment(experiment, trust)
     finding = find(it, which, Path(it.out))
     if as_json:
         words.tell({"which": which, "suggestion": finding.suggestion, "plot": str(finding.plot)})
@@ -153,7 +147,7 @@ def plan(
     experiment: str | None = None,
     /,
     *,
-    told: Told = Told(),
+    flags: ExperimentFlags = ExperimentFlags(),
     trust: Trust = False,
     as_json: Json = False,
 ) -> int:
@@ -167,7 +161,7 @@ def plan(
     from atoll.cli import words
     from atoll.tools.forecast import forecast
 
-    foreseen = forecast(told.experiment(experiment, trust))
+    foreseen = forecast(flags.experiment(experiment, trust))
     if as_json:
         words.tell(foreseen.told())
     else:
@@ -216,9 +210,10 @@ def compare(
     /,
     *,
     target: Annotated[
-        float | None, flag(SHOWN, "A value of the metric: what did each pay for it? Default: the best that both reach.")
+        float | None,
+        flag(OUTPUT, "Compare the costs at this value of the metric. Default: the best that both reach."),
     ] = None,
-    to: Annotated[Path | None, flag(SHOWN, "The picture to write. Default: compare-A-B.png beside the runs.")] = None,
+    to: Annotated[Path | None, flag(OUTPUT, "The picture to write. Default: compare-A-B.png beside the runs.")] = None,
     out: Out = None,
 ) -> int:
     """Set two runs beside each other: settings, metrics, what they cost in bytes and time, and what first differs.
@@ -241,8 +236,8 @@ def replay(
     run: str,
     /,
     *,
-    round: Annotated[int, Parameter(group=RUNNING, help="Which round, from 0.")],
-    client: Annotated[int, Parameter(group=RUNNING, help="Which client, from 0.")],
+    round: Annotated[int, Parameter(group=GROUPS[RUNNING], help="Which round, from 0.")],
+    client: Annotated[int, Parameter(group=GROUPS[RUNNING], help="Which client, from 0.")],
     nth: Annotated[int, flag(RUNNING, "Which contribution, where several arrived. Default: the first.")] = 0,
     trust: Trust = False,
     out: Out = None,
@@ -266,9 +261,9 @@ def export(
     /,
     *,
     dtype: Annotated[
-        Literal["float32", "bf16", "int8"], Parameter(group=RUNNING, help="How numbers are kept.")
+        Literal["float32", "bf16", "int8"], Parameter(group=GROUPS[RUNNING], help="How numbers are kept.")
     ] = "float32",
-    to: Annotated[Path | None, flag(SHOWN, "The file to write. Default: in the run's folder.")] = None,
+    to: Annotated[Path | None, flag(OUTPUT, "The file to write. Default: in the run's folder.")] = None,
     trust: Trust = False,
     out: Out = None,
 ) -> int:
@@ -298,7 +293,7 @@ def doctor() -> int:
 
 def _settings() -> Experiment:
     """What environment and found file say, for commands that need no more than where runs are."""
-    from atoll.experiment import Experiment
+    from atoll.training.experiment import Experiment
 
     return Experiment.found().with_environment()
 

@@ -1,4 +1,7 @@
-"""An error as the command line says it: where its last line is Python, the flags that do the same."""
+"""The text of an error at the command line: a last line of Python about settings or data becomes flags.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import ast
 import shlex
 
 from atoll.errors import AtollError
+from atoll.training.experiment import key_of, settings
+from atoll.training.settings import declared
 
-_FLAGS = ("by", "clients", "folder", "held_out", "missing", "scale", "target", "task")
 _FIRST = {"split": "clients", "load": "data"}
 _NAMES = {("split", "by"): "split"}
 
 
 def as_flags(error: AtollError) -> str:
-    """The text of an error, with the line to write as flags where it was Python about data.
+    """The text of an error, with flags as the line to write if that was Python about settings or data.
 
     Example:
         >>> print(as_flags(AtollError("Too many.", write="data.split(71, by=Dirichlet(0.3), min_rows=1)")))
@@ -25,27 +29,26 @@ def as_flags(error: AtollError) -> str:
 
 
 def _flags(line: str) -> str | None:
-    """`data.split(…)`, `load(…)` or a lone `word=value` as flags; None where it is something else."""
+    """`data.split(…)`, `load(…)` or `word=value` as flags; None for every other line."""
     try:
-        tree = ast.parse(line if "(" in line.partition("=")[0] else f"alone({line})", mode="eval").body
+        tree = ast.parse(line if "(" in line.partition("=")[0] else f"setting({line})", mode="eval").body
     except (SyntaxError, ValueError):
         return None
     if not isinstance(tree, ast.Call):
         return None
     name = tree.func.attr if isinstance(tree.func, ast.Attribute) else getattr(tree.func, "id", "")
-    told = {word.arg: word.value for word in tree.keywords if word.arg}
+    words = {word.arg: word.value for word in tree.keywords if word.arg}
     if tree.args and name in _FIRST:
-        told = {_FIRST[name]: tree.args[0], **told}
-    elif tree.args or name not in ("split", "load", "alone") or not told:
+        words = {_FIRST[name]: tree.args[0], **words}
+    elif tree.args or name not in ("split", "load", "setting") or not words:
         return None
-    words = []
-    for key, node in told.items():
+    known = {key_of(f.name): declared(f).flag for f in settings()}
+    out = []
+    for key, node in words.items():
         value = str(node.value) if isinstance(node, ast.Constant) else ast.unparse(node)
         key = _NAMES.get((name, key), key)
-        if key in _FLAGS or key in ("data", "split"):
-            words.append(f"--{key.replace('_', '-')} {shlex.quote(value)}")
-        elif key in ("seed", "min_rows"):
-            words.append(f"--set {key}={shlex.quote(value)}")
-        else:
+        if key not in known:
             return None
-    return " ".join(words)
+        quoted = shlex.quote(value)
+        out.append(f"--{key.replace('_', '-')} {quoted}" if known[key] else f"--set {key}={quoted}")
+    return " ".join(out)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from atoll.report.text import duration, number, size, whole, word
 
 if TYPE_CHECKING:
-    from atoll.recorder import Run
+    from atoll.training.recorder import Run
 
 ASIDE = ("gradient_norm", "lr")
 COMPARED = {"pooled": "pooled", "local": "local only"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from atoll.cli import words
 from atoll.errors import RunError
 
 if TYPE_CHECKING:
-    from atoll.experiment import Experiment
-    from atoll.recorder import Run
-    from atoll.train import Watcher
+    from atoll.training.experiment import Experiment
+    from atoll.training.recorder import Run
+    from atoll.training.train import Watcher
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Look:
 
 
 def speaks(it: Experiment) -> bool:
-    """Whether this process is the one that people hear: of the ranks of `torchrun` it is the first."""
-    return it.engine != "torchrun" or os.environ.get("RANK", "0") == "0"
+    """Whether this process prints: one process of a training does."""
+    return it.spec().primary
 
 
 def train(it: Experiment, look: Look, **more: Any) -> int:

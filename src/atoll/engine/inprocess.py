@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atoll import native
 from atoll.data.clients import Clients
-from atoll.engine.arrivals import fly, message
+from atoll.engine.arrivals import check_clock, fly, message
 from atoll.engine.chunks import ChunkRunner, Results, by_version, chunks, gathered, partial_work, task_for
 from atoll.engine.device import free, gpu
 from atoll.engine.fleet import Fleet
@@ -77,6 +77,10 @@ class InProcessEngine(Engine):
     def open(self, task: Task, data: Clients) -> None:
         """Take the task and the clients."""
         self.task, self.data = task, data
+
+    def check_start(self, plan: Plan, state: State) -> None:
+        """Refuse a fleet or a deadline that does not fit the clients, and a deadline without a simulated clock."""
+        check_clock(plan, self.fleet, self.population, state.model, self.layout, state.seed)
 
     def describe(self) -> Mapping[str, Any]:
         """The kind of GPU, if the model is on one."""

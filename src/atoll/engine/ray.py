@@ -85,7 +85,7 @@ class RayEngine(Dealer):
         >>> RayEngine(problem(), clients(), gpus=1.5)
         Traceback (most recent call last):
         atoll.errors.UsageError: gpus = 1.5.
-        Required: a fraction of one GPU, or an integer.   Why: Ray shares one GPU between actors, or gives whole GPUs to one actor.
+        Required: a fraction of one GPU, or an integer.   Why: Ray gives an actor a part of one GPU, or whole GPUs.
         Write: Ray(gpus=0.5)
 
     Reference: Moritz et al., Ray: A Distributed Framework for Emerging AI Applications, 2018.

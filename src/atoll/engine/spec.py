@@ -41,7 +41,14 @@ ENGINES: Mapping[str, str] = {  # short name → "module:Class" of the spec; a p
     "torchrun": "atoll.engine.spec:Torchrun",
     "ray": "atoll.engine.spec:Ray",
 }
-SHORTHANDS: Mapping[str, Any] = {"workers": None, "backend": "auto", "address": None, "cpus": 1.0, "gpus": 0.0}
+SHORTHANDS: Mapping[str, Any] = {  # flags that set a field of the named engine, and their types
+    "workers": int | None,
+    "backend": str,
+    "address": str | None,
+    "cpus": float,
+    "gpus": float,
+}
+DEFAULTS: Mapping[str, Any] = {"workers": None, "backend": "auto", "address": None, "cpus": 1.0, "gpus": 0.0}
 BACKENDS = ("auto", "gloo", "nccl")
 
 
@@ -115,6 +122,14 @@ class Engine(Protocol):
             UsageError: the engine cannot run this model or this data.
         """
 
+    def check_start(self, plan: Plan, state: State) -> None:
+        """Refuse a plan that this engine cannot run, before the first round; `plan` is bound.
+
+        Raises:
+            UsageError: the part of the plan, and the line to write.
+        """
+        return None  # a method of a protocol without a statement counts as abstract
+
     @abstractmethod
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
         """Train the cohort.
@@ -132,6 +147,7 @@ class Engine(Protocol):
 
     def commit(self, round: int) -> None:
         """Take note that the state after this round was accepted. A failed round is never committed."""
+        return None
 
     def agree(self, value: bytes) -> bytes:
         """The value of the primary process, in every process of the training."""
@@ -147,6 +163,7 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End the workers and free their memory. A second call does nothing."""
+        return None
 
 
 @runtime_checkable
@@ -164,6 +181,7 @@ class EngineSpec(Protocol):
         Raises:
             UsageError: a device, fleet, precision or pace that the engine does not support.
         """
+        return None
 
     def device(self, wanted: str) -> torch.device:
         """The device of this process for a name such as "auto", "cpu" or "cuda:1"."""
@@ -317,7 +335,7 @@ class Ray(grammar.Value, EngineSpec):
             raise UsageError(
                 f"gpus = {self.gpus}.",
                 "a fraction of one GPU, or an integer.",
-                "Ray shares one GPU between actors, or gives whole GPUs to one actor.",
+                "Ray gives an actor a part of one GPU, or whole GPUs.",
                 "Ray(gpus=0.5)",
             )
 

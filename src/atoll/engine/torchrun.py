@@ -95,6 +95,10 @@ class TorchrunEngine(Engine):
         """The loop for a data-parallel plan: gradients are then added during the backward pass."""
         return ("loop", "its gradient is added up within the backward pass") if data_parallel(plan) else None
 
+    def check_start(self, plan: Plan, state: State) -> None:
+        """Refuse a fleet or a deadline, as `InProcessEngine` does."""
+        self._local.check_start(plan, state)
+
     def agree(self, value: bytes) -> bytes:
         """The value of rank 0."""
         return self.ranks.told(value)

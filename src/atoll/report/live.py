@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-    from atoll.train import Rounds, Run
+    from atoll.training import Rounds, Run
 
 Cells = Mapping[str, str]
 
@@ -89,13 +89,6 @@ def that_fit(all_columns: Sequence[Column], width: int) -> list[Column]:
     while len(kept) > 1 and sum(max(c.width, len(c.head)) + 3 for c in kept) > width:
         kept.remove(min(kept, key=lambda c: c.rank))
     return kept
-
-
-def judged_by(training: Rounds) -> str:
-    """The metric that says which round is best."""
-    if training.judge is None:
-        return "loss"
-    return next((m.name for m in training.task.metrics), "held_out_loss")
 
 
 def cells(report: Report) -> dict[str, str]:
@@ -219,7 +212,7 @@ class LiveTable:
         self.training = training
         self.columns = columns(training)
         measured = {"loss": False, "held_out_loss": False} | {m.name: m.higher_is_better for m in training.task.metrics}
-        self._judged = judged_by(training)
+        self._judged = training.judged_by[0]
         self.best = Best({c.key: measured[c.key] for c in self.columns if c.key in measured})
         self.recent: deque[Cells] = deque(maxlen=self.most)
         self.kept: list[Cells] = []

@@ -10,8 +10,8 @@ from typing import Any
 from atoll import runs
 from atoll.engine.inprocess import InProcessEngine
 from atoll.errors import RunError, UsageError
-from atoll.experiment import Experiment
-from atoll.training import Rounds, Settings
+from atoll.training.experiment import Experiment
+from atoll.training.rounds import Rounds
 
 
 def training_of(experiment: Experiment, **changes: Any) -> Rounds:
@@ -23,17 +23,12 @@ def training_of(experiment: Experiment, **changes: Any) -> Rounds:
     Raises:
         UsageError: its model, data and plan do not fit.
     """
-    it = experiment.settled()
-    here = {"engine": "inprocess", "workers": None, "address": None, "cpus": 1.0, "gpus": 0.0}
-    settings = Settings(**{**it._settings(), **here, **changes})
-    return Rounds(it._model(), it.data(), it.plan(), settings)
+    return experiment.training(engine="inprocess", **changes)
 
 
 def here(training: Rounds) -> InProcessEngine:
-    """The clients of a training in this process, wherever they run otherwise: the bits are the same."""
-    if isinstance(training.engine, InProcessEngine):
-        return training.engine
-    return InProcessEngine(training.task, training.data, training.settings.chunk)
+    """An engine in this process for the clients of a training; it computes the same bits as every engine."""
+    return InProcessEngine(training.task, training.data, training.settings.chunk, training.fleet)
 
 
 def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Rounds:

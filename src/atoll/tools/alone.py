@@ -18,7 +18,7 @@ from atoll.plan.in_flight import Flight
 from atoll.plan.plan import Plan
 from atoll.plan.slots import Contribution, Ids, Tensors
 from atoll.plan.state import State
-from atoll.training import Rounds
+from atoll.training.rounds import Rounds
 
 
 class Given(NamedTuple):

@@ -29,7 +29,7 @@ from atoll.native import Unbuilt, compiler, folder
 from atoll.plan.aggregate import exact
 from atoll.rng import Key, philox
 from atoll.task import Batch, Task
-from atoll.training import rounds
+from atoll.training.rounds import rounds
 
 ROOM = 1 << 30
 SLOW = 5.0  # seconds for one round of digits

@@ -29,7 +29,7 @@ from atoll.engine.inprocess import InProcessEngine
 from atoll.errors import UsageError, unknown_name
 from atoll.plan.stop import direction
 from atoll.tools.again import training_in, write
-from atoll.training import Rounds, judge, start_from
+from atoll.training.rounds import Rounds, judge, start_from
 
 FORMAT = "atoll export 1"
 DTYPES = ("float32", "bf16", "int8")

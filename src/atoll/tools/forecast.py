@@ -20,7 +20,6 @@ from atoll.engine.fleet import rate
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.room import lanes_of
 from atoll.errors import UsageError
-from atoll.experiment import Experiment
 from atoll.plan.aggregate.exact import places
 from atoll.plan.codec import Cast, Codec, Eden, Feedback, Identity, Quantize, TopK
 from atoll.plan.local import Gradient, Train
@@ -30,7 +29,8 @@ from atoll.plan.round import bind, opening
 from atoll.plan.state import Sent, State
 from atoll.report.text import duration, size, whole
 from atoll.tools.again import here, training_of
-from atoll.training import Rounds
+from atoll.training.experiment import Experiment
+from atoll.training.rounds import Rounds
 
 FLIGHTS = 200_000  # how many are flown at most; what comes after them is taken to be like the last half of them
 TRIED = 20_000  # the same, for each change that is tried

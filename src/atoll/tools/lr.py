@@ -21,7 +21,6 @@ from atoll.data.clients import Clients, offsets_of
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.errors import RunError, UsageError, unknown_name
-from atoll.experiment import Experiment
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, step
@@ -29,7 +28,9 @@ from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.schedule import Schedule
 from atoll.tools.again import training_of, write
-from atoll.training import Rounds, Settings, judge
+from atoll.training.experiment import Experiment
+from atoll.training.rounds import Rounds, judge
+from atoll.training.settings import Settings
 
 Which = Literal["local", "server"]
 

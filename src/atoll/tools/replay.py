@@ -24,6 +24,7 @@ from atoll import runs
 from atoll.digest import fingerprint
 from atoll.engine.arrivals import Flown, fly, message
 from atoll.errors import AtollError, RunError, UsageError
+from atoll.names import without_prefix
 from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
 from atoll.plan.round import Opened, close_round, open_round, step
@@ -32,7 +33,7 @@ from atoll.rng import Key
 from atoll.saved import unpack
 from atoll.tools.again import here, same_data, training_in
 from atoll.tools.alone import compute, odd
-from atoll.training import Rounds
+from atoll.training.rounds import Rounds
 
 _TOLD = 1000  # clients of a round that events.jsonl lists
 
@@ -321,10 +322,9 @@ def _checkpoint(folder: Path, training: Rounds, round: int) -> int:
         return 0
     if checkpoint is None:
         return 0
-    training.state = unpack(checkpoint.tensors, checkpoint.facts["round"], training)
+    training.state = unpack(checkpoint.tensors, checkpoint.facts["round"], training.state)
     for segment in checkpoint.memory:
-        rows = {n.removeprefix("rows/"): r for n, r in segment.items() if n != "ids"}
-        training.memory.put(segment["ids"], rows)
+        training.memory.put(segment["ids"], without_prefix(segment, "rows/"))
     return int(checkpoint.facts["round"])
 
 

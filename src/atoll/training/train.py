@@ -1,4 +1,7 @@
-"""The front door: `train` goes through a training into a run folder; `rounds` does so in your own loop."""
+"""`train` runs a training and writes its run folder; `load` reads the model of a run.
+
+Tests: tests/surface/test_engines.py
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,19 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
-import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from atoll import runs
 from atoll.data.clients import Clients
-from atoll.engine.ranks import Ranks
 from atoll.errors import UsageError
 from atoll.plan.plan import Plan
 from atoll.plan.round import Report
-from atoll.recorder import Recorder, Run, begun, judged_by, row_of
-from atoll.training import Rounds, Settings, judge, rounds
-
-__all__ = [
-    "Recorder",
-    "Rounds",
-    "Run",
-    "Settings",
-    "Watcher",
-    "judge",
-    "judged_by",
-    "load",
-    "rounds",
-    "row_of",
-    "train",
-]
+from atoll.training.recorder import Recorder, Run, begun
+from atoll.training.rounds import Rounds
+from atoll.training.settings import Settings, SettingsDict, listed
 
 
 class Watcher(Protocol):
@@ -46,6 +34,7 @@ class Watcher(Protocol):
     def end(self, run: Run) -> None: ...
 
 
+@listed
 def train(
     model: Any,
     data: Clients,
@@ -59,28 +48,28 @@ def train(
     any_version: bool = False,
     checkpoint_s: float = 15.0,
     report: bool = True,
-    **settings: Any,
+    **settings: Unpack[SettingsDict],
 ) -> Run:
-    """Train, and write the run down.
+    """Train a model and write the run into a folder.
 
     Args:
         model: a name, an `nn.Module`, or a function that makes one.
         data: the clients.
         plan: the algorithm.
-        out: the parent of the run's folder; None writes nothing.
-        baselines: also train pooled and local-only, and compare.
-        watchers: told of every round.
+        out: the parent of the run folder; None writes no file.
+        baselines: whether pooled and local-only models are trained for comparison.
+        watchers: are called at the start, after every round and at the end.
         config: the text of config.toml; None writes one from the arguments.
-        resume: a run folder to go on in; model, data and plan must be those it began with.
-        any_version: go on although the run was written by other versions.
-        checkpoint_s: seconds between two checkpoints; the last round is always one.
+        resume: the folder of a run to continue; model, data and plan must be those of the run.
+        any_version: whether a run of other versions may be continued.
+        checkpoint_s: seconds between two checkpoints; the last round always writes one.
         report: whether plots and report.html are drawn at the end.
-        settings: the fields of `Settings`: rounds, seed, dtype, stop, …
+        settings: the fields of `Settings`: rounds, seed, dtype, stop, engine, …
     Returns:
         The run: metrics, model, path.
     Raises:
-        UsageError: model, data and plan do not fit, or the folder to go on in is of something else.
-        RunError: the training diverged or could not go on; the folder holds the last good state.
+        UsageError: model, data, plan and settings do not fit, or the folder belongs to another training.
+        RunError: the training diverged or failed; the folder contains the last good state.
     Example:
         >>> import atoll
         >>> data = atoll.data.load("digits").split(clients=10)
@@ -88,17 +77,18 @@ def train(
         >>> run.rounds, sorted(run.metrics)
         (2, ['accuracy', 'gradient_norm', 'held_out_loss', 'loss', 'lr'])
     """
-    if resume is not None:
-        settings = kept(Path(resume), settings)
-    training = Rounds(model, data, plan, Settings.told(settings))
-    ranks = training.ranks
-    if ranks is not None and not ranks.first:
-        out, resume, watchers, baselines = None, None, (), False  # rank 0 alone writes and speaks
-    elif ranks is not None and resume is None and out is not None:
-        resume = begun(training, out)
-    recorder = Recorder(training, out, config or _config(model, data, plan, training.settings), checkpoint_s)
-    recorder.begin(resume, any_version)
-    interrupted = _walk(training, recorder, watchers)
+    wanted: Mapping[str, Any] = settings if resume is None else kept(Path(resume), settings)
+    training = Rounds(model, data, plan, Settings.told(wanted))
+    try:
+        if not training.engine.primary:
+            out, resume, watchers, baselines = None, None, (), False  # the primary process writes and prints
+        elif resume is None and out is not None:
+            resume = begun(training, out)
+        recorder = Recorder(training, out, config or _config(model, data, plan, training.settings), checkpoint_s)
+        recorder.begin(resume, any_version)
+        interrupted = _walk(training, recorder, watchers)
+    finally:
+        training.close()
     run = recorder.end(interrupted, baselines=baselines, report=report)
     for watcher in watchers:
         watcher.end(run)
@@ -124,15 +114,13 @@ def _walk(training: Rounds, recorder: Recorder, watchers: Sequence[Watcher]) -> 
         for watcher in watchers:
             watcher.start(training, path)
         with _Interrupt() as interrupt:
-            while training.outcome is None and not _asked(interrupt, training.ranks):
+            while training.outcome is None and not _asked(interrupt, training):
                 row = recorder.round(training.next())
                 for watcher in watchers:
                     watcher.round(row)
     except BaseException as error:
         recorder.fail(error)
         raise
-    finally:
-        training.close()
     return interrupt.asked
 
 
@@ -150,10 +138,9 @@ def _config(model: Any, data: Clients, plan: Plan, settings: Settings) -> str:
     return "\n".join(lines + [f"{n} = {json.dumps(v, ensure_ascii=False)}" for n, v in told.items()]) + "\n"
 
 
-def _asked(interrupt: _Interrupt, ranks: Ranks | None) -> bool:
-    """Whether Ctrl-C was heard, at this rank or at another: all of them end after the same round."""
-    if ranks is not None:
-        interrupt.asked = bool(ranks.largest([torch.tensor(int(interrupt.asked))])[0])
+def _asked(interrupt: _Interrupt, training: Rounds) -> bool:
+    """Whether any process of the training received Ctrl-C: all of them end after the same round."""
+    interrupt.asked = b"1" in training.engine.exchange(b"1" if interrupt.asked else b"0")
     return interrupt.asked
 
 
@@ -187,7 +174,7 @@ def load(path: str | Path, model: Any = None, *, best: bool = False) -> nn.Modul
         model: the module it was trained as, where it was no name; None rebuilds it from config.toml.
         best: the best model instead of the last.
     """
-    from atoll.experiment import Experiment
+    from atoll.training.experiment import Experiment
 
     folder = Path(path)
     file = folder / ("best.safetensors" if best else "model.safetensors")

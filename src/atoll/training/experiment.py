@@ -1,10 +1,12 @@
-"""An experiment: everything that `atoll run` can be told, as plain values, and as a TOML file.
+"""An experiment: the settings of `atoll run` as plain values, and as a TOML file.
 
-    flag  >  --set  >  environment, ATOLL_…  >  file  >  default            the first that says something wins
+    flag  >  --set  >  environment, ATOLL_…  >  file  >  default            the first that gives a value wins
 
-The file is the one that is named, else atoll.toml or [tool.atoll] of pyproject.toml in the working folder. A plan, a
-split and a stop rule are texts of the one grammar. `module:name` is code, and is imported only where somebody at this
-machine typed it or named the file it stands in: a file that was merely found, or a run folder, needs `--trust`.
+The file is the named one, else atoll.toml or [tool.atoll] of pyproject.toml in the working folder. A plan, a split, an
+engine and a stop rule are texts of the grammar. `module:name` is code. It is imported only if a person at this machine
+typed it or named its file: a file that was found, or a run folder, needs `--trust`.
+
+Tests: tests/surface/test_experiment.py
 """
 
 from __future__ import annotations
@@ -18,8 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from atoll import grammar
+from atoll.engine import spec as engines
+from atoll.engine.spec import EngineSpec
 from atoll.errors import UsageError, unknown_name
-from atoll.experiment.texts import checked, flat, of_text, read_toml, toml
+from atoll.names import dotted
+from atoll.training.setting_texts import checked, of_text, read_toml, toml
+from atoll.training.settings import DATA, GROUPS, METHOD, OUTPUT, Settings, TrainingFields, declared, setting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,8 +33,8 @@ if TYPE_CHECKING:
     from atoll.data import Clients, Source
     from atoll.data.partition import Partition
     from atoll.plan.plan import Plan
-    from atoll.recorder import Run
-    from atoll.training import Rounds
+    from atoll.training.recorder import Run
+    from atoll.training.rounds import Rounds
 
 CLIENTS, ROWS_EACH = 100, 10
 RECIPE = "fedavg(lr=0.5, batch=10)"
@@ -38,75 +44,59 @@ _ABOUT_DATA = {"dataset", "folder", "target", "by", "task", "missing", "scale"}
 
 
 @dataclass(frozen=True, repr=False)
-class Experiment(grammar.Value):
-    """What `atoll run` can be told, as plain values; the defaults are the demonstration.
+class Experiment(grammar.Value, TrainingFields):
+    """The settings of `atoll run` as plain values; the defaults are the demonstration.
 
-    In files and flags the fields go by their own names, but for `data` (`dataset` here) and `plan` (`overrides` here).
+    In files and flags each field has its own name, except for `data` (`dataset` here) and `plan` (`overrides` here).
+    The settings of the training are those of `atoll.Settings`, in the form of texts.
 
     Args:
         dataset: the name of a data set, or the path of a CSV file or of a folder of arrays.
         folder, target, by, task, missing, scale: of the data, see `atoll.data.load`.
-        clients: how many; None: the natural ones, else 100, or fewer so that each has ten rows.
-        split: a partition; None: the natural clients, else `Dirichlet(0.3)` where rows have classes, else `IID()`.
-        held_out: part of the rows that no client gets, in [0, 1).
+        clients: number of clients; None: the natural ones, else 100, or fewer so that each has ten rows.
+        split: a partition; None: the natural clients, else `Dirichlet(0.3)` if rows have classes, else `IID()`.
+        held_out: fraction of the rows that no client gets, in [0, 1).
         min_rows: rows that each client has at least.
         model: a name, or `module:factory`; None: "mlp", and "lstm" for tokens.
         recipe: a recipe or a whole plan; None: `fedavg`, with a learning rate by the kind of data.
-        overrides: what to put into the plan instead, text by slot: `{"pace": "Sync()", "optimizer.lr": "0.5"}`.
-        loss, metrics: names; None: by the kind of data.
-        rounds, seed, dtype, evaluate_every, numerics, precision, device, chunk: see `atoll.Settings`.
-        stop: texts of stop rules.
-        engine, workers, backend, address, cpus, gpus: where clients run, see `atoll.Settings`.
-        fleet: how long clients and links take, on a virtual clock: the text of a `Fleet`.
-        init: a run or a safetensors file to start from.
-        baselines: whether to train pooled and local-only beside it.
+        baselines: whether pooled and local-only models are trained for comparison.
         checkpoint_s: seconds between two checkpoints.
         report: whether plots and report.html are drawn at the end.
         out: the parent of run folders.
-        untrusted: names of what may not import code, because nobody here typed it.
+        overrides: parts that replace those of the recipe, as text by slot: `{"pace": "Sync()", "optimizer.lr": "0.5"}`.
+        engine_fields: fields of the engine from `--workers`, `--gpus` and so on.
+        untrusted: names of settings that must not import code, because their text was not typed at this machine.
     Example:
-        >>> told = Experiment().with_settings({"rounds": "5", "plan.optimizer": "adam(0.01)"})
-        >>> told.rounds, told.plan().optimizer
+        >>> it = Experiment().with_settings({"rounds": "5", "plan.optimizer": "adam(0.01)"})
+        >>> it.rounds, it.plan().optimizer
         (5, adam(0.01))
     """
 
-    dataset: str = "digits"
-    folder: str | None = None
-    target: str | None = None
-    by: str | None = None
-    task: str | None = None
-    missing: str | None = None
-    scale: str | None = None
-    clients: int | None = None
-    split: str | None = None
-    held_out: float = 0.2
-    min_rows: int = 2
-    model: str | None = None
-    recipe: str | None = None
-    loss: str | None = None
-    metrics: tuple[str, ...] | None = None
-    rounds: int = 100
-    seed: int = 0
-    dtype: str = "float32"
-    evaluate_every: int = 1
-    stop: tuple[str, ...] = ()
-    engine: str = "inprocess"
-    workers: int | None = None
-    backend: str = "auto"
-    address: str | None = None
-    cpus: float = 1.0
-    gpus: float = 0.0
-    fleet: str | None = None
-    numerics: str = "auto"
-    precision: str = "full"
-    device: str = "auto"
-    chunk: int | None = None
-    init: str | None = None
-    baselines: bool = False
-    checkpoint_s: float = 15.0
-    report: bool = True
-    out: str = "runs"
+    dataset: str = setting("digits", "A name, a CSV file, or a folder of x.npy and y.npy. Default: digits.", group=DATA)
+    clients: int | None = setting(
+        None, "Number of clients. Default: the natural ones, else 100, or fewer for small data.", group=DATA
+    )
+    split: str | None = setting(
+        None,
+        "Rows of each client: IID(), Pathological(2), … Default: Dirichlet(0.3) if rows have classes.",
+        group=DATA,
+    )
+    held_out: float = setting(0.2, "Fraction of the rows that no client gets. Default: 0.2.", group=DATA)
+    target: str | None = setting(None, "The column of a CSV file to predict. Default: the last.", group=DATA)
+    by: str | None = setting(None, "The column of a CSV file that names the client of a row.", group=DATA)
+    task: str | None = setting(None, "classification or regression. Default: guessed, and reported.", group=DATA)
+    missing: str | None = setting(None, "Treatment of missing numbers: mean or drop.", group=DATA)
+    scale: str | None = setting(None, "standard, client or none. Default: standard for tables.", group=DATA)
+    folder: str | None = setting(None, "Folder of the files of mnist, fashion_mnist and heart.", group=DATA)
+    min_rows: int = setting(2, "Smallest number of rows of a client.", group=DATA, flag=False)
+    model: str | None = setting(None, "A name, or module:factory. Default: mlp.", group=METHOD)
+    recipe: str | None = setting(None, "A recipe or a whole plan. Default: fedavg(lr=0.5, batch=10).", group=METHOD)
+    baselines: bool = setting(False, "Also train pooled and local-only models, and compare. Default: no.")
+    checkpoint_s: float = setting(15.0, "Seconds between two checkpoints.", flag=False)
+    report: bool = setting(True, "Whether plots and report.html are drawn.", group=OUTPUT, flag=False)
+    out: str = setting("runs", "The parent of run folders. Default: runs.", group=OUTPUT)
     overrides: Mapping[str, str] = field(default_factory=dict)
+    engine_fields: Mapping[str, Any] = field(default_factory=dict)
     untrusted: frozenset[str] = field(default=frozenset(), compare=False)
 
     # what is told
@@ -134,7 +124,7 @@ class Experiment(grammar.Value):
                 f"atoll.train(model, data, plan, resume={str(file.parent)!r})",
             )
         trust = file.name != "config.toml" if trust is None else trust
-        return cls()._with(flat(values), str(file), trust=trust)
+        return cls()._with(_from_file(values), str(file), trust=trust)
 
     @classmethod
     def found(cls, folder: str | Path = ".", *, trust: bool = False) -> Experiment:
@@ -142,7 +132,7 @@ class Experiment(grammar.Value):
         for name in ("atoll.toml", "pyproject.toml"):
             file = Path(folder) / name
             if file.is_file() and (values := read_toml(file)) is not None:
-                return cls()._with(flat(values), name, trust=trust)
+                return cls()._with(_from_file(values), name, trust=trust)
         return cls()
 
     def with_settings(self, texts: Mapping[str, str], where: str = "--set") -> Experiment:
@@ -154,7 +144,7 @@ class Experiment(grammar.Value):
             >>> Experiment().with_settings({"held_out": "0.1", "plan.pace": "Sync()"})
             Experiment(held_out=0.1, overrides={'pace': 'Sync()'})
         """
-        hints = {key: _hints()[name] for name, key in _fields().items()}
+        hints = {key_of(name): kind for name, kind in types().items()} | dict(engines.SHORTHANDS)
         values = {k: of_text(text, hints.get(k.replace("-", "_"), str)) for k, text in texts.items()}
         return self._with(values, where, trust=True)
 
@@ -166,9 +156,10 @@ class Experiment(grammar.Value):
             0.1
         """
         it = self
-        for name, key in _fields().items():
+        keys = {name: key for name, key in _fields().items() if name != "overrides"}
+        for name, key in {**keys, **{name: name for name in engines.SHORTHANDS}}.items():
             variable = f"ATOLL_{name.upper()}"
-            if variable in environ and name != "overrides":
+            if variable in environ:
                 it = it.with_settings({key: environ[variable]}, variable)
         for variable in sorted(environ):
             if variable.startswith("ATOLL_PLAN_"):
@@ -186,20 +177,52 @@ class Experiment(grammar.Value):
         return self._with({k: v for k, v in values.items() if v is not None}, "", trust=True)
 
     def _with(self, values: Mapping[str, Any], where: str, *, trust: bool) -> Experiment:
-        overrides, changes, names = dict(self.overrides), {}, set()
+        overrides, changes, names = dict(self.overrides), dict[str, Any](), set[str]()
+        shorthands: dict[str, Any] = {}
         known = {key: name for name, key in _fields().items()}
         for told, value in values.items():
             key = told.replace("-", "_")
             if key.startswith("plan."):
                 _refuse_unknown("slot", key, _slots(), ".".join(key.split(".")[:2]), where)
                 overrides[key[5:]] = value if isinstance(value, str) else repr(value)
+            elif key in engines.SHORTHANDS:
+                shorthands[key] = checked(key, value, engines.SHORTHANDS[key], engines.DEFAULTS[key], where)
             else:
-                _refuse_unknown("setting", key, known.keys() - {"plan"}, key, where)
+                _refuse_unknown("setting", key, (known.keys() - {"plan"}) | engines.SHORTHANDS.keys(), key, where)
                 name = known[key]
-                changes[name] = checked(key, value, _hints()[name], getattr(_DEFAULT, name), where)
+                changes[name] = checked(key, value, types()[name], getattr(_DEFAULT, name), where)
             names.add(key)
         untrusted = self.untrusted - names if trust else self.untrusted | names
-        return self._to(**changes, overrides=overrides, untrusted=untrusted)
+        it = self._to(**changes, overrides=overrides, untrusted=untrusted)
+        return it._filled(shorthands, "engine" in changes)
+
+    def _filled(self, shorthands: Mapping[str, Any], engine_too: bool) -> Experiment:
+        """The same with fields of the engine from shorthands; the source that gave them may also name the engine.
+
+        Raises:
+            UsageError: the source gives a field twice, in the text of the engine and as a shorthand.
+        """
+        written = "(" in str(self.engine)  # a call, such as Processes(workers=2), not a short name
+        if engine_too and written:
+            twice = engines.given_twice(self._named_engine(), shorthands) if shorthands else None
+            if twice is not None:
+                raise twice
+            return self._to(engine_fields=dict(shorthands))
+        return self._to(engine_fields={**self.engine_fields, **shorthands})
+
+    def _named_engine(self) -> EngineSpec:
+        return engines.engine(self.engine, trust=self._trusts("engine"))
+
+    def spec(self) -> EngineSpec:
+        """The engine, with the fields that `--workers`, `--gpus` and so on set.
+
+        Raises:
+            UsageError: an unknown engine, or a field that it does not have.
+        Example:
+            >>> Experiment(engine="processes", engine_fields={"workers": 2}).spec()
+            Processes(2)
+        """
+        return engines.fill(self._named_engine(), self.engine_fields)
 
     def _to(self, **changes: Any) -> Experiment:
         """A copy with some fields replaced, which need not read the data again where that stays the same."""
@@ -210,11 +233,14 @@ class Experiment(grammar.Value):
 
     def toml(self) -> str:
         """The experiment as the text of a TOML file, every setting written out; `read` gives an equal one back."""
-        lines = ["# What `atoll run` was told, defaults included. `atoll run` of this file does the same again."]
+        lines = ["# All settings of the run, with defaults. `atoll run` of this file does the same again."]
+        written = "(" in str(self.engine) and bool(self.engine_fields)
+        it = self._to(engine=repr(self.spec()), engine_fields={}) if written else self
         for name, key in _fields().items():
-            value = getattr(self, name)
+            value = getattr(it, name)
             if value is not None and name != "overrides":
                 lines.append(f"{key} = {toml(value)}")
+        lines += [f"{name} = {toml(value)}" for name, value in it.engine_fields.items()]
         if self.overrides:
             lines += ["", "[plan]"]
             lines += [f"{toml(slot)} = {toml(text)}" for slot, text in self.overrides.items()]
@@ -303,7 +329,7 @@ class Experiment(grammar.Value):
         """The model as it was before the first round, to load numbers into."""
         from atoll import models
         from atoll.rng import Key
-        from atoll.training import DTYPES
+        from atoll.training.rounds import DTYPES
 
         dtype = DTYPES[self.dtype]
         model = self.settled()._model()
@@ -321,8 +347,8 @@ class Experiment(grammar.Value):
             )
         return model
 
-    def _settings(self) -> dict[str, Any]:
-        """What `atoll.Settings` is given."""
+    def _settings(self, **changes: Any) -> dict[str, Any]:
+        """The keyword arguments of `atoll.Settings`; `changes` replace some of them."""
         from atoll import runs
         from atoll.plan.names import PARTS
 
@@ -330,13 +356,20 @@ class Experiment(grammar.Value):
         for text in self.stop:
             rule = grammar.parse(text, PARTS, trust=self._trusts("stop"))
             rules += rule if isinstance(rule, (tuple, list)) else [rule]
-        computed = ("dtype", "loss", "metrics", "numerics", "precision", "device", "chunk", "fleet")
-        where = ("engine", "workers", "backend", "address", "cpus", "gpus")
-        names = ("rounds", "seed", "evaluate_every", *computed, *where)
         init = self.init
-        if init is not None and not Path(init).exists():
+        if isinstance(init, str) and not Path(init).exists():
             init = str(runs.find(init, Path(self.out)))
-        return {n: getattr(self, n) for n in names} | {"stop": tuple(rules), "init": init}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainingFields)}
+        values |= {"stop": tuple(rules), "init": init}
+        if "engine" not in changes:
+            values["engine"] = self.spec()
+        return {**values, **changes}
+
+    def _checked(self, **changes: Any) -> dict[str, Any]:
+        """The keyword arguments of `atoll.Settings`, after a check that reads no data."""
+        values = self._settings(**changes)
+        Settings(**values)
+        return values
 
     def training(self, **changes: Any) -> Rounds:
         """The training before its first round, to go through by hand; nothing is written.
@@ -344,10 +377,11 @@ class Experiment(grammar.Value):
         Args:
             changes: fields of `atoll.Settings` to have otherwise.
         """
-        from atoll import rounds
+        from atoll.training.rounds import Rounds
 
+        settings = Settings.told(self._checked(**changes))
         it = self.settled()
-        return rounds(it._model(), it.data(), it.plan(), **{**it._settings(), **changes})
+        return Rounds(it._model(), it.data(), it.plan(), settings)
 
     def train(self, **more: Any) -> Run:
         """Train it: `atoll.train` with everything that was told.
@@ -355,15 +389,17 @@ class Experiment(grammar.Value):
         Args:
             more: further arguments of `atoll.train`, which win; with `resume=`, what a run must keep is kept.
         """
-        from atoll import train
+        from atoll.training.train import train
 
+        changes = {name: value for name, value in more.items() if name in Settings.__dataclass_fields__}
+        self._checked(**changes)
         it = self.settled()
         if more.get("resume") is not None:
             it = it._kept(Path(more["resume"]))
             more["watchers"] = (*more.get("watchers", ()), _Rewrites(it.toml()))
         told: dict[str, Any] = {n: getattr(it, n) for n in ("out", "baselines", "checkpoint_s", "report")}
         told["config"] = it.toml()
-        plan, settings = it.plan(), it._settings()
+        plan, settings = it.plan(), it._settings(**changes)
         return train(it._model(), it.data(), plan, **{**told, **settings, **more})
 
     def _kept(self, run: Path) -> Experiment:
@@ -398,15 +434,35 @@ class _Rewrites:
 _DEFAULT = Experiment()
 
 
+def settings() -> list[dataclasses.Field[Any]]:
+    """The fields of `Experiment` that are settings, in the order of their groups."""
+    found = [f for f in dataclasses.fields(Experiment) if "setting" in f.metadata]
+    return sorted(found, key=lambda f: GROUPS.index(declared(f).group))
+
+
+def key_of(name: str) -> str:
+    """The key of a field in files and flags."""
+    return _KEYS.get(name, name)
+
+
 @cache
 def _fields() -> dict[str, str]:
-    """The fields that can be told, and the keys they go by."""
-    return {f.name: _KEYS.get(f.name, f.name) for f in dataclasses.fields(Experiment) if f.name != "untrusted"}
+    """The settings and their keys; `plan` is the table of overrides."""
+    return {**{f.name: key_of(f.name) for f in settings()}, "overrides": "plan"}
 
 
 @cache
-def _hints() -> dict[str, Any]:
-    return get_type_hints(Experiment, localns={"Mapping": Mapping})
+def types() -> dict[str, Any]:
+    """The type of each setting in a file."""
+    unknown = dict.fromkeys(("Tensor", "Fleet", "Metric", "PerExample", "EngineSpec"), Any)  # their modules load torch
+    hints = get_type_hints(Experiment, localns={"Mapping": Mapping, "Path": Path, **unknown})
+    return {f.name: declared(f).text or hints[f.name] for f in settings()}
+
+
+def _from_file(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a TOML file; fields of an engine with the default that older run folders contain are skipped."""
+    flat = dotted(values)
+    return {k: v for k, v in flat.items() if k not in engines.DEFAULTS or v != engines.DEFAULTS[k]}
 
 
 def _slots() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -37,24 +37,6 @@ def read_toml(file: Path) -> dict[str, Any] | None:
         return values
     section = values.get("tool", {}).get("atoll")
     return section if isinstance(section, dict) else None
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Tables in tables as dotted keys.
-
-    Example:
-        >>> flat({"rounds": 3, "plan": {"pace": "Sync()"}})
-        {'rounds': 3, 'plan.pace': 'Sync()'}
-    """
-    return dict(_walk(values, prefix))
-
-
-def _walk(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _walk(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def kinds(hint: Any) -> tuple[Any, ...]:

@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from atoll import runs
-from atoll.engine.ranks import job, restarts
 from atoll.errors import RunError, UsageError
+from atoll.names import under, without_prefix
 from atoll.plan import stop as stops
 from atoll.plan.round import Failure, Report, Trip
-from atoll.saved import pack, share, unpack
+from atoll.saved import pack, unpack
 from atoll.task import Model
-from atoll.training import Rounds, identity, start_from
+from atoll.training.rounds import Rounds, identity, start_from
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Recorder:
         """The run's folder; made on first use."""
         if self.folder is None and self.out is not None:
             t = self.training
-            about = runs.environment(why=t.reason, **identity(t), **t.where(), **_job(t))
+            about = runs.environment(why=t.reason, **identity(t), **t.where())
             self.folder = runs.Folder.create(Path(self.out), self.config, about)
             self.folder.event(
                 "start", plan=repr(t.plan), numerics=t.task.numerics, why=t.reason, notes=list(t.data.notes)
@@ -78,11 +78,10 @@ class Recorder:
         return None if self.folder is None else self.folder.path
 
     def begin(self, resume: str | Path | None, any_version: bool) -> None:
-        """Take up the run that is to go on, if one is; then all ranks stand where rank 0 stands."""
+        """Load the last checkpoint of the run to resume, if there is one, in every process of the training."""
         if resume is not None:
             self.go_on(Path(resume), any_version)
-        if self.training.ranks is not None:
-            share(self.training, self.training.ranks)
+        self.training.share()
 
     def go_on(self, path: Path, any_version: bool) -> None:
         """Take up a run where its last checkpoint left it; a folder that is refused stays as it was."""
@@ -111,9 +110,9 @@ class Recorder:
 
     def _take_up(self, checkpoint: runs.Checkpoint) -> None:
         t, facts = self.training, checkpoint.facts
-        t.state = unpack(checkpoint.tensors, facts["round"], t)
+        t.state = unpack(checkpoint.tensors, facts["round"], t.state)
         for segment in checkpoint.memory:
-            t.memory.put(segment["ids"], {n.removeprefix("rows/"): r for n, r in segment.items() if n != "ids"})
+            t.memory.put(segment["ids"], without_prefix(segment, "rows/"))
         t.memory.changed()
         t.watch = dict(facts["watch"])
         t.seconds, t.bytes_up, t.bytes_down = facts["seconds"], facts["bytes_up"], facts["bytes_down"]
@@ -144,7 +143,7 @@ class Recorder:
         return report
 
     def _keep_best(self, report: Report) -> None:
-        metric, higher = judged_by(self.training)
+        metric, higher = self.training.judged_by
         value = report.metrics.get(metric)
         if value is None or value != value:
             return
@@ -161,7 +160,7 @@ class Recorder:
         if self.best_model is not None and self.best["round"] != self._saved_best:
             best = _state_dict(t, self.best_model)
         ids, rows = t.memory.changed()
-        memory = {"ids": ids, **{f"rows/{n}": r for n, r in rows.items()}} if len(ids) else {}
+        memory = {"ids": ids, **under("rows/", rows)} if len(ids) else {}
         facts = {
             "round": t.state.round,
             **identity(t),
@@ -246,15 +245,6 @@ class Recorder:
         return out
 
 
-def judged_by(training: Rounds) -> tuple[str, bool]:
-    """The metric that says which round is best, and whether more is better."""
-    if training.judge is None:
-        return "loss", False
-    for metric in training.task.metrics:
-        return metric.name, metric.higher_is_better
-    return "held_out_loss", False
-
-
 def row_of(report: Report, versions: int = 0) -> dict[str, Any]:
     """A round as one flat row.
 
@@ -295,16 +285,12 @@ def _state_dict(training: Rounds, model: Model) -> dict[str, Tensor]:
 
 
 def begun(training: Rounds, out: str | Path) -> Path | None:
-    """The run of this very training that `torchrun` began before it started the ranks anew, if there is one."""
-    if restarts():
-        ours = {**identity(training), **_job(training)}
+    """The interrupted run of this training, if a supervisor such as `torchrun` has restarted its processes."""
+    job = training.engine.restart_of
+    if job is not None:
+        ours = {**identity(training), "job": job}
         for path in reversed(runs.list_runs(Path(out))):
-            told = runs.read_environment(path)
-            if all(told.get(name) == value for name, value in ours.items() if name != "ranks"):
+            facts = runs.read_environment(path)
+            if all(facts.get(name) == value for name, value in ours.items()):
                 return path
     return None
-
-
-def _job(training: Rounds) -> dict[str, Any]:
-    """Which start of `torchrun` this is, and of how many ranks."""
-    return {} if training.ranks is None else {"job": job(), "ranks": training.ranks.size}

@@ -1,0 +1,43 @@
+"""Training: settings, rounds, the recorder of a run, baselines and experiments.
+
+The names of this package are imported at their first use, so that settings and the command line load without torch.
+`atoll.train` and `atoll.rounds` are functions; here `train` and `rounds` are their modules.
+
+Tests: tests/surface/test_public.py
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from atoll.names import load
+
+if TYPE_CHECKING:
+    from atoll.training.experiment import Experiment
+    from atoll.training.recorder import Recorder, Run
+    from atoll.training.rounds import Rounds
+    from atoll.training.settings import Settings, SettingsDict
+    from atoll.training.train import Watcher
+
+__all__ = ["Experiment", "Recorder", "Rounds", "Run", "Settings", "SettingsDict", "Watcher"]
+
+_HOME = {
+    "Experiment": "experiment",
+    "Recorder": "recorder",
+    "Rounds": "rounds",
+    "Run": "recorder",
+    "Settings": "settings",
+    "SettingsDict": "settings",
+    "Watcher": "train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'atoll.training' has no attribute {name!r}", name=name)
+    found = globals()[name] = load(f"atoll.training.{_HOME[name]}:{name}")
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
