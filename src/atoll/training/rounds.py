@@ -37,8 +37,7 @@ from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Air
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.plan import Plan
-from atoll.plan.round import Report, bind, opening, per_row, step
-from atoll.plan.sampler import Everyone
+from atoll.plan.round import Report, bind, close_round, open_round, opening, step
 from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.saved import pack, unpack
@@ -49,6 +48,7 @@ from atoll.training.settings import Settings, SettingsDict, listed
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
 JUDGES = {"classification": ("accuracy",), "regression": ("rmse",), "tokens": ("accuracy",)}
+_JUDGE = Plan(Evaluate(), Mean())
 _WORTH_A_THREAD = 1 << 20  # parameters, from which on one pass over the model is worth a second thread
 
 
@@ -292,12 +292,10 @@ def sync_report(engine: Engine, report: Report) -> Report:
 
 
 def judge(state: State, engine: InProcessEngine) -> dict[str, float]:
-    """The loss, as `held_out_loss`, and the metrics of a state's model on an engine's clients: a gather."""
-    plan, state = Plan(Evaluate(), Mean()), replace(state, air=Air(), versions={}, sent=None)
-    key = state.key().fold("evaluate")
-    gathered = engine.gather(plan, state, Everyone()(engine.population, state.round, key), key)
-    (partial,) = gathered.partials.values()
-    each = {n: float(t) for n, t in per_row(plan.aggregator.total(partial).sums).items()}
+    """The loss, as `held_out_loss`, and the metrics of the model of a state on the clients of an engine: one round."""
+    opened = open_round(_JUDGE, replace(state, air=Air(), versions={}, sent=None), engine)
+    gathered = engine.gather(_JUDGE, opened.state, opened.cohort, opened.key)
+    each = {n: float(t) for n, t in close_round(opened, gathered).mean.sums.items()}
     out = {"held_out_loss": each.pop("loss")}
     finish = {m.name: m.finish for m in engine.task.metrics}
     return out | {n: finish[n](v) for n, v in each.items()}
