@@ -1,19 +1,28 @@
-"""What a client computes: a gradient, local training, the user's own loop, or an evaluation."""
+"""Local training: several optimizer steps of each client between two rounds.
+
+Tests: tests/identities/test_local_sgd.py
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.lanes import ROWS, Lanes, padded
+from atoll.plan.local.contribution import (
+    Keep,
+    check_batch,
+    check_sends,
+    contribution_of,
+    declared_update,
+)
+from atoll.plan.local.steps import check_steps, counted, lengths_of, quotient, steps_at
 from atoll.plan.protocols import (
-    OPEN,
     Broadcast,
     Conflict,
     Contribution,
@@ -26,104 +35,11 @@ from atoll.plan.protocols import (
     Tensors,
     Total,
 )
-from atoll.plan.steps import check_steps, counted, lengths_of, quotient, steps_at
-from atoll.rng import Key, global_scope
+from atoll.rng import Key
 from atoll.schedule import Schedule, constant
 from atoll.task import Task
 
 _AHEAD = 64  # steps planned at once
-
-
-def _contribution(lanes: Lanes, update: Tensor, buffers: Tensor, counters: Tensors, sums: Tensors) -> Contribution:
-    """A contribution of an update; buffers go beside it where the model has any."""
-    means = {"update": update} | ({"buffers": buffers} if buffers.shape[-1] else {})
-    facts = {"loss": _each(sums["loss"], sums["rows"])} if "loss" in sums else {}
-    return Contribution(means, sums, lanes.rows, counters, facts)
-
-
-def _declared(task: Task) -> dict[str, Declared]:
-    """The declaration of a contribution with an update, the loss and the rows."""
-    layout = task.layout
-    buffers = {"buffers": Declared(layout.b, layout.dtype, "mean")} if layout.b else {}
-    return {
-        "update": Declared(layout.d, layout.dtype, "mean"),
-        **buffers,
-        "loss": Declared(1, layout.dtype, "sum"),
-        "rows": Declared(1, torch.int64, "sum"),
-    }
-
-
-def _each(total: Tensor, rows: Tensor) -> Tensor:
-    """What comes to a row, on the device of the total."""
-    return total / rows.to(total.device).clamp(min=1)
-
-
-def _check_batch(part: str, batch: Any) -> None:
-    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        raise UsageError(
-            f"{part}: batch = {batch!r}.",
-            "a whole number of rows, at least 1, or None for all rows at once.",
-            write={"Gradient": "Gradient(batch=32)", "Train": "Train(sgd(0.1), epochs=1, batch=10)"}.get(part, ""),
-        )
-
-
-@dataclass(frozen=True, repr=False)
-class Gradient(Local):
-    """The gradient of a client's own loss at θ.
-
-    gᵢ = ∇θ (1/|B|) Σ_{rows in B} ℓ(f_θ(x), y),  B all rows, or `batch` of them drawn without replacement each round.
-
-    Args:
-        batch: rows in B, or None for all. A client that holds fewer takes all it holds.
-    Example:
-        >>> Gradient(batch=32)
-        Gradient(32)
-
-    Reference: Robbins and Monro, A Stochastic Approximation Method, 1951.
-    """
-
-    batch: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_batch("Gradient", self.batch)
-
-    def padded_batch(self, rows: int) -> int:
-        """How wide this client's batch is padded: a function of its own size."""
-        return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
-
-    def examples_per_round(self, sizes: Tensor) -> Tensor:
-        """Rows that clients who hold so many go through in a round."""
-        return sizes if self.batch is None else sizes.clamp(max=self.batch)
-
-    def declare(self, task: Task) -> Mapping[str, Declared]:
-        """The gradient, buffers if the model has any, the loss and the rows."""
-        return _declared(task)
-
-    def contribute(
-        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
-    ) -> tuple[Contribution, Tensors]:
-        """The gradient of K clients at once."""
-        width = self.padded_batch(lanes.sizes[0])
-        counts = tuple(min(n, self.batch or n) for n in lanes.sizes)
-        if self.batch is None:
-            positions = torch.arange(width, device=lanes.ids.device).expand(len(counts), -1)
-        else:
-            wide = max(width, lanes.sizes[0])
-            positions = key.fold("order").permutations(lanes.rows, wide)[:, :width]
-        model = broadcast.model.lanes(len(counts))
-        g = lanes.gradient(task, model, lanes.places(positions), counts, key.fold("pass"))
-        if lanes.on_step is not None:
-            lanes.stepped(0, g.loss, counts)
-        sums = {"loss": g.loss, "rows": torch.tensor(counts, device=lanes.ids.device)}
-        return _contribution(lanes, g.grad, g.buffers, g.counters, sums), {}
-
-
-Keep = Literal["optimizer", "order"]
-
-
-def _check_sends(part: str, sends: Any, write: str) -> None:
-    if sends not in ("update", "model"):
-        raise UsageError(f"{part}(sends={sends!r}).", "'update' or 'model'.", write=write)
 
 
 @dataclass(frozen=True, repr=False)
@@ -160,8 +76,8 @@ class Train(Local):
     can_stop_early = True
 
     def __post_init__(self) -> None:
-        _check_batch("Train", self.batch)
-        _check_sends("Train", self.sends, 'Train(sgd(0.1), epochs=1, batch=10, sends="model")')
+        check_batch("Train", self.batch)
+        check_sends("Train", self.sends, 'Train(sgd(0.1), epochs=1, batch=10, sends="model")')
         if isinstance(self.steps, constant) and self.steps.lr.is_integer():
             object.__setattr__(self, "steps", int(self.steps.lr))  # one value, one text
         lengths = [n for n in (self.epochs, self.steps) if n is not None]
@@ -231,7 +147,7 @@ class Train(Local):
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
         """The update, buffers if the model has any, the loss and the rows."""
-        return _declared(task)
+        return declared_update(task)
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         """The schedule of the clients observes the loss of the round."""
@@ -268,7 +184,7 @@ class Train(Local):
         descent.follow(lanes, batches)
         after = {"taken": self._taken(lanes, memory, steps)} if "order" in self.keep else {}
         sums = {"loss": descent.loss, "rows": rows}
-        return _contribution(lanes, descent.update(), *descent.moved, sums), after
+        return contribution_of(lanes, descent.update(), *descent.moved, sums), after
 
     def _any_rule(
         self,
@@ -304,7 +220,7 @@ class Train(Local):
         if "order" in self.keep:
             after["taken"] = self._taken(lanes, memory, self.steps_at(broadcast.round))
         update = broadcast.model.theta - model.theta
-        return _contribution(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
+        return contribution_of(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
 
     def _taken(self, lanes: Lanes, memory: Tensors, steps: int | None) -> Tensor:
         taken = memory["taken"].to(lanes.ids.device)
@@ -363,165 +279,3 @@ class Train(Local):
                 mine = tuple(counts[i][:k])
                 span = torch.arange(max(*mine, width), device=rows.device)
                 yield order[:k].gather(1, (at[i, :k, None] * width + span).clamp_(max=reach - 1)), mine
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a user's own loop is told: the round, the client, the server's learning rate, the device, keyed generators.
-
-    Args:
-        round: from 0.
-        client: the client's number.
-        lr: the rate that the plan suggests, `Custom(fn, lr=...)`; None without.
-        device: where the model is.
-        generator: torch's, seeded by (seed, round, client).
-    """
-
-    round: int
-    client: int
-    lr: float | None
-    device: torch.device
-    generator: torch.Generator
-
-
-class Loader:
-    """Batches `(x, y)` of one client, in a new keyed order each time it is walked through.
-
-    Where the model has batch statistics, a tail of one row joins the batch before it, as in `Train`.
-    """
-
-    def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
-        self._lanes = Lanes(lanes.clients, lanes.ids[k : k + 1], lanes.dtype, device=lanes.device)
-        self._key, self._passes, self.rows = key, 0, lanes.sizes[k]
-        count = int(lengths_of(torch.tensor(self.rows), batch, joins)[0])
-        full = [min(batch or self.rows, self.rows)] * (count - 1)
-        self._lengths = [*full, self.rows - sum(full)]
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = self._key.fold(self._passes).permutation(self.rows)[None]
-        self._passes += 1
-        for piece in order.split(self._lengths, 1):
-            x, y, _ = self._lanes.take(self._lanes.places(piece), (piece.shape[1],))
-            yield x[0], y[0]
-
-
-@dataclass(frozen=True, repr=False)
-class Custom(Local):
-    """Your own training loop, called once for each client at work.
-
-    gᵢ = θ − θᵢ,  θᵢ what `fn` left in the model.
-
-    Args:
-        fn: `fn(model, loader, ctx) -> metrics | None`: trains the model in place; `loader` yields `(x, y)`; the
-            metrics, numbers by name, are averaged by rows. In a text it is written `module:name`.
-        batch: rows in the loader's batches; None is all of them.
-        lr: handed on as `ctx.lr`; a number or None.
-        sends: `"update"` or `"model"`, as for `Train`.
-    Example:
-        >>> def train(model, loader, ctx):
-        ...     optimizer = torch.optim.SGD(model.parameters(), ctx.lr)
-        ...     for x, y in loader:
-        ...         optimizer.zero_grad()
-        ...         nn.functional.cross_entropy(model(x), y).backward()
-        ...         optimizer.step()
-        >>> part = Custom(train, batch=10, lr=0.1)
-    """
-
-    fn: Callable[[nn.Module, Loader, Context], Mapping[str, float] | None]
-    batch: int | None = None
-    lr: float | None = None
-    sends: Sends = "update"
-    numerics = "loop"
-
-    def __post_init__(self) -> None:
-        _check_batch("Custom", self.batch)
-        _check_sends("Custom", self.sends, "")
-        if not callable(self.fn):
-            raise UsageError(
-                f"Custom({self.fn!r}).",
-                "a function (model, loader, ctx); in a text, module:name.",
-            )
-
-    def padded_batch(self, rows: int) -> int:
-        """No padding: each client runs by itself."""
-        return rows
-
-    def declare(self, task: Task) -> Mapping[str, Declared]:
-        """The update, buffers if the model has any, the rows, and any metric: clients may return different names."""
-        means = {n: d for n, d in _declared(task).items() if d.kind == "mean"}
-        return {**means, "rows": Declared(1, torch.float64, "sum"), OPEN: Declared(1, torch.float64, "sum")}
-
-    def contribute(
-        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
-    ) -> tuple[Contribution, Tensors]:
-        """Call the user's loop for each client, on a fresh module, its randomness keyed."""
-        out = [self._one(broadcast, lanes, k, key.only(k), task) for k in range(len(lanes.sizes))]
-        theta, buffers, counters, sums = zip(*out, strict=True)
-        names = sorted(set().union(*sums))
-        nothing = torch.zeros((), dtype=torch.float64)
-        stacked = {n: torch.stack([s.get(n, nothing) for s in sums]) for n in names}
-        count = {n: torch.stack([c[n] for c in counters]) for n in counters[0]}
-        update = broadcast.model.theta - torch.stack(theta)
-        return _contribution(lanes, update, torch.stack(buffers), count, stacked), {}
-
-    def _one(
-        self, broadcast: Broadcast, lanes: Lanes, k: int, key: Key, task: Task
-    ) -> tuple[Tensor, Tensor, Tensors, dict[str, Tensor]]:
-        module = task.rebuilt(broadcast.model.of(k)).train()
-        device = broadcast.model.theta.device
-        generator = torch.Generator(device).manual_seed(key.fold("generator").torch_seed())
-        ctx = Context(broadcast.round, int(lanes.ids[k]), self.lr, device, generator)
-        with global_scope(key.fold("custom")):
-            loader = Loader(lanes, k, self.batch, key.fold("order"), task.batch_statistics)
-            metrics = self.fn(module, loader, ctx) or {}
-        if not isinstance(metrics, Mapping):
-            raise UsageError(
-                f"{self!r} returned {type(metrics).__name__}.",
-                "metrics by name, or None.",
-                write='return {"loss": loss}',
-            )
-        rows = lanes.sizes[k]
-        sums = {n: torch.tensor(float(v) * rows, dtype=torch.float64) for n, v in metrics.items()}
-        sums["rows"] = torch.tensor(float(rows), dtype=torch.float64)
-        theta, buffers, fixed = task.layout.flatten(module.state_dict())
-        return theta, buffers, {e.name: fixed[e.name] for e in task.layout.counters}, sums
-
-
-@dataclass(frozen=True, repr=False)
-class Evaluate(Local):
-    """The loss and the metrics of θ on a client's rows: sums only, no update.
-
-    Example:
-        >>> Evaluate()
-        Evaluate()
-    """
-
-    def padded_batch(self, rows: int) -> int:
-        """How wide this client's batches are padded: a function of its own size."""
-        return padded(rows)
-
-    def declare(self, task: Task) -> Mapping[str, Declared]:
-        """Sums alone: the rows, the loss and each metric of the task."""
-        return {"rows": Declared(1, torch.int64, "sum"), OPEN: Declared(1, task.layout.dtype, "sum")}
-
-    def contribute(
-        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
-    ) -> tuple[Contribution, Tensors]:
-        """Σ loss, Σ metrics and rows of K clients, at most `ROWS` rows of each in a pass."""
-        model = broadcast.model.lanes(len(lanes.sizes))
-        positions = torch.arange(self.padded_batch(lanes.sizes[0]), device=lanes.ids.device).expand(
-            len(lanes.sizes), -1
-        )
-        sums: dict[str, Tensor] = {}
-        start = 0
-        for piece in positions.split(ROWS, 1):
-            counts = tuple(max(0, min(n - start, piece.shape[1])) for n in lanes.sizes)
-            for name, value in task.measure(model, lanes.take(lanes.places(piece), counts)).items():
-                sums[name] = sums[name] + value if name in sums else value
-            start += piece.shape[1]
-        sums["rows"] = lanes.rows
-        facts = {n: s / lanes.rows.to(s.device) for n, s in sums.items() if n != "rows"}
-        return Contribution({}, sums, lanes.rows, {}, facts), {}
