@@ -1,13 +1,15 @@
 """Compare two versions of atoll bit by bit: the same trainings in two environments, on every engine and numerics.
 
-    python benchmarks/bits.py --before ENV/bin/python                  all cases, all engines
+    python benchmarks/bits.py --before ENV/bin/python                  all cases on all engines
     python benchmarks/bits.py --before ENV/bin/python --cases quick    a subset, under two minutes
     python benchmarks/bits.py --out before.jsonl                       only write the results of this environment
     python benchmarks/bits.py --before before.jsonl                    compare with results that were written earlier
 
 The cases are in `trainings.py`: every recipe, every codec, every pace, and further parts of a plan, 3 rounds each, on 4
 numerics (loop, lanes, fused, compiled) and 4 engines (inprocess; processes with 2 workers; torchrun with 2 ranks; ray
-with 2 actors, if Ray is installed). For each environment and engine, one process runs all cases.
+with 2 actors, if Ray is installed). For each environment and engine, one process runs all cases. Processes and Ray take
+seconds to start their workers for each training: there, each case runs on one numerics, in rotation. `--cases all` runs
+the whole product.
 
 The program compares the fingerprint, bytes, metrics, counts, failures, client columns and flight times of each round,
 and the tensors of the final model. It ignores wall-clock times and the texts of errors and notes. It reports a training
@@ -95,7 +97,7 @@ def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--before", help="the Python of the other environment, or its results (.jsonl)")
     ask.add_argument("--out", help="a .jsonl file for the results of this environment")
-    ask.add_argument("--cases", choices=["quick", "full"], default="full")
+    ask.add_argument("--cases", choices=["quick", "full", "all"], default="full")
     ask.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     ask.add_argument("--only", default="", help="a part of the names of the cases to run")
     options = ask.parse_args()

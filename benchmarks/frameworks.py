@@ -110,7 +110,7 @@ class Peer:
 
 def written(folder: str, model: str, told: argparse.Namespace) -> None:
     """The workload, for every framework alike."""
-    data = atoll.data.load("fashion_mnist")
+    data = atoll.data.load(told.data)
     clients = data.split(told.clients, atoll.data.IID())
     x, y = (t.numpy() for t in clients.rows.take(torch.arange(len(clients.rows))))
     held = clients.held()
@@ -188,6 +188,7 @@ def main() -> None:
     ask.add_argument("--models", nargs="+", default=["softmax", "mlp", "cnn"])
     ask.add_argument("--rounds", type=int, default=5, help="timed rounds of each, after two that warm up")
     ask.add_argument("--turn", type=int, default=4, help="rounds that a framework makes one after the other")
+    ask.add_argument("--data", default="fashion_mnist", help="or mnist, which has the same shapes")
     ask.add_argument("--clients", type=int, default=1000)
     ask.add_argument("--cohort", type=int, default=100)
     ask.add_argument("--numerics", default="compiled", help="of atoll: what auto takes for a run of some 100 rounds")

@@ -1,6 +1,6 @@
 """The trainings that `bits.py` compares: it runs this program in each environment, once for each engine.
 
-    ENV/bin/python benchmarks/trainings.py ENGINE OUT [quick|full] [ONLY]
+    ENV/bin/python benchmarks/trainings.py ENGINE OUT [quick|full|all] [ONLY]
 
 A case is a recipe, a codec, a pace or another part of a plan. It trains 3 rounds of a small network on 480 digits,
 split over 12 clients. The program appends a line of JSON to OUT for each case and numerics.
@@ -29,6 +29,7 @@ ROUNDS = 3
 ROWS = 480
 NUMERICS = ("loop", "lanes", "fused", "compiled")
 ENGINES = {"inprocess": "InProcess", "processes": "Processes", "torchrun": "Torchrun", "ray": "Ray"}
+SLOW_START = ("processes", "ray")
 BY_ARRIVAL = ("processes", "ray")  # here an asynchronous round follows real arrivals, which no seed repeats
 # The old text and the new text of a renamed part.
 RENAMED = (
@@ -108,12 +109,17 @@ def texts(block: str) -> list[str]:
     return block.strip().replace("\n", "; ").split("; ")
 
 
-def quick(engine: str, numerics: str, name: str) -> bool:
-    """Whether the quick subset contains a case: all of them in this process, a few on worker processes and ranks."""
-    few = name.startswith(("fedavg", "codec F")) or "keep" in name
-    if engine == "inprocess":
-        return numerics == "compiled" or few
-    return numerics == "fused" and few
+def included(which: str, engine: str, numerics: str, number: int, name: str) -> bool:
+    """Whether a selection contains a case, the n-th of all.
+
+    "all" is every case on every engine and numerics. "full" runs each case on one numerics only, in rotation, if the
+    engine takes seconds to start its workers. "quick" runs in this process and on ranks, and once on worker processes.
+    """
+    if which == "quick":
+        some = name.startswith(("fedavg", "codec F")) or "keep" in name
+        few = {"inprocess": numerics == "compiled" or some, "torchrun": numerics == "fused" and some}
+        return few.get(engine, engine == "processes" and numerics == "fused" and name.startswith("fedavg("))
+    return which == "all" or engine not in SLOW_START or NUMERICS[number % len(NUMERICS)] == numerics
 
 
 def own_loop(model: Any, loader: Any, context: Any) -> None:
@@ -201,10 +207,10 @@ def main(engine: str, out: str, which: str = "full", only: str = "") -> None:
     data = atoll.data.arrays(*rows, task="classification").split(12, atoll.data.Dirichlet(0.5))
     settings = engine_settings(engine)
     with open(out if os.environ.get("RANK", "0") == "0" else os.devnull, "a", buffering=1) as file:
-        for name, case in cases().items():
+        for number, (name, case) in enumerate(cases().items()):
             for numerics in NUMERICS:
                 left_out = only not in name or (case.overlaps and engine in BY_ARRIVAL)
-                if left_out or (which == "quick" and not quick(engine, numerics, name)):
+                if left_out or not included(which, engine, numerics, number, name):
                     continue
                 try:
                     found = trained(case, data, {**settings, "numerics": numerics})
