@@ -35,14 +35,14 @@ from atoll.task import Task
 
 @dataclass(frozen=True)
 class Context:
-    """What a user's own loop is told: the round, the client, the server's learning rate, the device, keyed generators.
+    """The arguments of a user's loop: the round, the client, the learning rate, the device and a keyed generator.
 
     Args:
         round: from 0.
-        client: the client's number.
-        lr: the rate that the plan suggests, `Custom(fn, lr=...)`; None without.
-        device: where the model is.
-        generator: torch's, seeded by (seed, round, client).
+        client: its id.
+        lr: the `lr` of `Custom(fn, lr=...)`, or None.
+        device: of the model.
+        generator: of torch, seeded by (seed, round, client).
     """
 
     round: int
@@ -53,9 +53,9 @@ class Context:
 
 
 class Loader:
-    """Batches `(x, y)` of one client, in a new keyed order each time it is walked through.
+    """Batches `(x, y)` of one client, in a new keyed order in each pass.
 
-    Where the model has batch statistics, a tail of one row joins the batch before it, as in `Train`.
+    If the model has batch statistics, a tail of one row joins the batch before it, as in `Train`.
     """
 
     def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
@@ -78,15 +78,15 @@ class Loader:
 
 @dataclass(frozen=True, repr=False)
 class Custom(Local):
-    """Your own training loop, called once for each client at work.
+    """Your own training loop, called once for each client of a round.
 
-    gᵢ = θ − θᵢ,  θᵢ what `fn` left in the model.
+    gᵢ = θ − θᵢ,  θᵢ the parameters of the model after `fn`.
 
     Args:
         fn: `fn(model, loader, ctx) -> metrics | None`: trains the model in place; `loader` yields `(x, y)`; the
             metrics, numbers by name, are averaged by rows. In a text it is written `module:name`.
         batch: rows in the loader's batches; None is all of them.
-        lr: handed on as `ctx.lr`; a number or None.
+        lr: is passed on as `ctx.lr`; a number or None.
         sends: `"update"` or `"model"`, as for `Train`.
     Example:
         >>> def train(model, loader, ctx):
@@ -114,7 +114,7 @@ class Custom(Local):
             )
 
     def padded_batch(self, rows: int) -> int:
-        """No padding: each client runs by itself."""
+        """No padding: clients run one after the other."""
         return rows
 
     def declare(self, task: Task) -> Mapping[str, Declared]:

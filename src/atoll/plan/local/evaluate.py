@@ -34,11 +34,11 @@ class Evaluate(Local):
     """
 
     def padded_batch(self, rows: int) -> int:
-        """How wide this client's batches are padded: a function of its own size."""
+        """The padded length of a client's batches: a function of its own number of rows."""
         return padded(rows)
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
-        """Sums alone: the rows, the loss and each metric of the task."""
+        """Sums only: the rows, the loss and each metric of the task."""
         return {"rows": Declared(1, torch.int64, "sum"), OPEN: Declared(1, task.layout.dtype, "sum")}
 
     def contribute(

@@ -44,21 +44,21 @@ _AHEAD = 64  # steps planned at once
 
 @dataclass(frozen=True, repr=False)
 class Train(Local):
-    """Local training: some steps of an optimizer from θ, on the client's own rows in a keyed order.
+    """Local training: steps of an optimizer from θ, on the client's own rows in a keyed order.
 
-    gᵢ = θ − θᵢ,  θᵢ from θ by `epochs` passes over the rows, or by `steps` batches that run on across passes.
+    gᵢ = θ − θᵢ,  θᵢ from θ by `epochs` passes over the rows, or by `steps` batches, which continue across passes.
 
     Args:
-        optimizer: the client's own, such as `sgd(0.1)`; its schedule counts rounds.
+        optimizer: of the client, such as `sgd(0.1)`; its schedule counts rounds.
         epochs: passes over the rows, at least 1; or
         steps: batches, at least 1, or a schedule of them by the round, to the nearest whole number. One of the two.
-        batch: rows in a batch; None is all of them. A client that holds fewer trains on all it holds at once.
-        keep: what a client keeps between rounds: `"optimizer"` its state, `"order"` its place in the rows.
-        sends: what counts at the server: the `"update"`, or the `"model"` θᵢ itself. Then the update is θ − θᵢ with the
-            θ of the server when it arrives, not the one that the client began at: models are mixed, as in FedAsync.
-            The message is the same, since the server still has both θ; only what arrives late counts otherwise.
+        batch: rows in a batch; None: all. A client with fewer rows trains on all of them at once.
+        keep: client state that lasts between rounds: `"optimizer"`, or `"order"`, the place in the rows.
+        sends: the `"update"`, or the `"model"` θᵢ itself. The update is then θ − θᵢ with the server's θ when it
+            arrives, not with the θ that the client started from: models are mixed, as in FedAsync. The message is the
+            same, since the server has both θ; only late contributions differ.
     Raises:
-        UsageError: neither or both of epochs and steps, a number out of range, or a schedule that comes below one step.
+        UsageError: neither or both of epochs and steps, a number out of range, or a schedule below one step.
     Example:
         >>> from atoll.plan.optimizer import sgd
         >>> Train(sgd(0.1), epochs=1, batch=10)
@@ -87,7 +87,7 @@ class Train(Local):
             raise UsageError(
                 f"Train(epochs={self.epochs!r}, steps={self.steps!r}).",
                 "one of epochs and steps, a whole number, at least 1.",
-                "it says how long a client trains between two rounds.",
+                "it is the length of local training between two rounds.",
                 "Train(sgd(0.1), epochs=1, batch=10)",
             )
         if isinstance(self.steps, Schedule):
@@ -110,25 +110,25 @@ class Train(Local):
         if "order" in self.keep and self.steps is None:
             raise UsageError(
                 "Train(epochs=..., keep=('order',)).",
-                "steps, where the place in the rows is kept.",
-                "whole passes end where they began: there is no place to keep.",
+                "steps, to keep the place in the rows.",
+                "whole passes end at the first row: there is no place to keep.",
                 'Train(sgd(0.1), steps=10, batch=10, keep=("order",))',
             )
 
     def steps_at(self, t: int) -> int | None:
-        """The batches of round t; None where passes are counted.
+        """The batches of round t; None if passes are counted.
 
         Raises:
-            RunError: a schedule of the user's own says less than one.
+            RunError: a schedule of the user is below one.
         """
         return steps_at(self.steps, t) if isinstance(self.steps, Schedule) else self.steps
 
     def relative_work(self, t: int) -> float:
-        """How much a client has to do in round t, by what it had in round 0."""
+        """The work of a client in round t, relative to round 0."""
         return steps_at(self.steps, t) / steps_at(self.steps, 0) if isinstance(self.steps, Schedule) else 1.0
 
     def memory(self, layout: Layout) -> Tensors:
-        """The optimizer's state and the number of batches taken so far, as `keep` says."""
+        """The optimizer's state and the number of batches taken so far, if `keep` names them."""
         kept: dict[str, Tensor] = {}
         if "optimizer" in self.keep:
             fresh = self.optimizer.slots(torch.zeros(layout.d, dtype=layout.dtype))
@@ -138,7 +138,7 @@ class Train(Local):
         return kept
 
     def server(self, layout: Layout) -> Tensors:
-        """What a plateau schedule of the clients remembers; nothing for the others."""
+        """The memory of a plateau schedule of the clients; empty for other schedules."""
         return dict(self.optimizer.schedule.init())
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
@@ -156,11 +156,11 @@ class Train(Local):
         return total, self.optimizer.schedule.observe(server, (total.sums["loss"] / total.sums["rows"]).squeeze())
 
     def padded_batch(self, rows: int) -> int:
-        """How wide this client's batches are padded: a function of its own size."""
+        """The padded length of a client's batches: a function of its own number of rows."""
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
     def examples_per_round(self, sizes: Tensor) -> Tensor:
-        """Rows that clients who hold so many go through in a round, the first one."""
+        """Rows that clients of these sizes process in the first round."""
         if self.epochs is not None:
             return sizes * self.epochs
         return sizes.clamp(max=self.batch) * (self.steps_at(0) or 0)
@@ -168,7 +168,7 @@ class Train(Local):
     def contribute(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """θ − θᵢ of K clients, trained side by side; a lane that has finished is left alone."""
+        """θ − θᵢ of K clients, trained in lanes; a lane that has finished does not change."""
         count, steps = len(lanes.sizes), self.steps_at(broadcast.round)
         lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
         batches = self._batches(lanes, memory, key, task, steps)
@@ -228,11 +228,11 @@ class Train(Local):
 
     @staticmethod
     def _done(steps: Tensor, share: float) -> Tensor:
-        """The steps that somebody makes who has time for a part of them: the first is always made."""
+        """The steps of a client with time for a fraction of them, at least one."""
         return steps if share == 1 else (steps * share).long().clamp(min=1)
 
     def sequential(self, rows: int) -> bool:
-        """Whether the loop takes each client of a chunk to its end before the next, where one has so many rows."""
+        """Whether the loop trains each client of a chunk to its end before the next one."""
         return self.optimizer.is_plain_sgd() and self.padded_batch(rows) <= ROWS
 
     def _batches(
@@ -247,7 +247,7 @@ class Train(Local):
         steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
         steps = self._done(steps, lanes.share)
         keeps = "order" in self.keep
-        # Who starts twice in a round draws anew, which its key knows; a kept order goes on where it was.
+        # The key of a repeated start draws another order; a kept order continues at its place.
         draw = Key(key.seed).fold("kept order") if keeps else key.fold("order")
         who = lanes.ids if keeps or key.clients is None else key.clients
         taken = memory["taken"].to(rows.device) if keeps else torch.zeros_like(lengths)
