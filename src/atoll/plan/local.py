@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,8 +12,20 @@ from torch import Tensor, nn
 from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.lanes import ROWS, Lanes, padded
-from atoll.plan.part import Part
-from atoll.plan.slots import Broadcast, Contribution, Optimizer, Tensors
+from atoll.plan.protocols import (
+    OPEN,
+    Broadcast,
+    Conflict,
+    Contribution,
+    Declared,
+    Local,
+    Optimizer,
+    RoundInfo,
+    Sends,
+    Slots,
+    Tensors,
+    Total,
+)
 from atoll.plan.steps import check_steps, counted, lengths_of, quotient, steps_at
 from atoll.rng import Key, global_scope
 from atoll.schedule import Schedule, constant
@@ -27,6 +39,18 @@ def _contribution(lanes: Lanes, update: Tensor, buffers: Tensor, counters: Tenso
     means = {"update": update} | ({"buffers": buffers} if buffers.shape[-1] else {})
     facts = {"loss": _each(sums["loss"], sums["rows"])} if "loss" in sums else {}
     return Contribution(means, sums, lanes.rows, counters, facts)
+
+
+def _declared(task: Task) -> dict[str, Declared]:
+    """The declaration of a contribution with an update, the loss and the rows."""
+    layout = task.layout
+    buffers = {"buffers": Declared(layout.b, layout.dtype, "mean")} if layout.b else {}
+    return {
+        "update": Declared(layout.d, layout.dtype, "mean"),
+        **buffers,
+        "loss": Declared(1, layout.dtype, "sum"),
+        "rows": Declared(1, torch.int64, "sum"),
+    }
 
 
 def _each(total: Tensor, rows: Tensor) -> Tensor:
@@ -44,7 +68,7 @@ def _check_batch(part: str, batch: Any) -> None:
 
 
 @dataclass(frozen=True, repr=False)
-class Gradient(Part):
+class Gradient(Local):
     """The gradient of a client's own loss at θ.
 
     gᵢ = ∇θ (1/|B|) Σ_{rows in B} ℓ(f_θ(x), y),  B all rows, or `batch` of them drawn without replacement each round.
@@ -63,19 +87,23 @@ class Gradient(Part):
     def __post_init__(self) -> None:
         _check_batch("Gradient", self.batch)
 
-    def width(self, rows: int) -> int:
+    def padded_batch(self, rows: int) -> int:
         """How wide this client's batch is padded: a function of its own size."""
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
-    def visits(self, sizes: Tensor) -> Tensor:
+    def examples_per_round(self, sizes: Tensor) -> Tensor:
         """Rows that clients who hold so many go through in a round."""
         return sizes if self.batch is None else sizes.clamp(max=self.batch)
+
+    def declare(self, task: Task) -> Mapping[str, Declared]:
+        """The gradient, buffers if the model has any, the loss and the rows."""
+        return _declared(task)
 
     def contribute(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """The gradient of K clients at once."""
-        width = self.width(lanes.sizes[0])
+        width = self.padded_batch(lanes.sizes[0])
         counts = tuple(min(n, self.batch or n) for n in lanes.sizes)
         if self.batch is None:
             positions = torch.arange(width, device=lanes.ids.device).expand(len(counts), -1)
@@ -91,7 +119,6 @@ class Gradient(Part):
 
 
 Keep = Literal["optimizer", "order"]
-Sends = Literal["update", "model"]
 
 
 def _check_sends(part: str, sends: Any, write: str) -> None:
@@ -100,7 +127,7 @@ def _check_sends(part: str, sends: Any, write: str) -> None:
 
 
 @dataclass(frozen=True, repr=False)
-class Train(Part):
+class Train(Local):
     """Local training: some steps of an optimizer from θ, on the client's own rows in a keyed order.
 
     gᵢ = θ − θᵢ,  θᵢ from θ by `epochs` passes over the rows, or by `steps` batches that run on across passes.
@@ -124,12 +151,13 @@ class Train(Part):
     Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
     """
 
-    optimizer: Any
+    optimizer: Optimizer
     epochs: int | None = None
     steps: int | Schedule | None = None
     batch: int | None = None
     keep: tuple[Keep, ...] = ()
     sends: Sends = "update"
+    can_stop_early = True
 
     def __post_init__(self) -> None:
         _check_batch("Train", self.batch)
@@ -148,11 +176,13 @@ class Train(Part):
             )
         if isinstance(self.steps, Schedule):
             check_steps(self.steps)
-        if not isinstance(self.optimizer, Optimizer) or isinstance(self.optimizer, type):
+        known = isinstance(self.optimizer, Optimizer) and not isinstance(self.optimizer, type)
+        if not known or not self.optimizer.trains_clients:
             raise UsageError(
                 f"Train(optimizer={self.optimizer!r}).",
-                "an optimizer.",
-                write="Train(sgd(0.1), epochs=1, batch=10)",
+                "an optimizer that inherits atoll.plan.stepper.OptimizerBase." if known else "an optimizer.",
+                "local training makes steps in place." if known else "",
+                "Train(sgd(0.1), epochs=1, batch=10)",
             )
         odd = set(self.keep) - {"optimizer", "order"}
         if odd or isinstance(self.keep, str):
@@ -177,7 +207,7 @@ class Train(Part):
         """
         return steps_at(self.steps, t) if isinstance(self.steps, Schedule) else self.steps
 
-    def work(self, t: int) -> float:
+    def relative_work(self, t: int) -> float:
         """How much a client has to do in round t, by what it had in round 0."""
         return steps_at(self.steps, t) / steps_at(self.steps, 0) if isinstance(self.steps, Schedule) else 1.0
 
@@ -195,17 +225,25 @@ class Train(Part):
         """What a plateau schedule of the clients remembers; nothing for the others."""
         return dict(self.optimizer.schedule.init())
 
-    def settle(self, total: Any, server: Tensors, key: Key) -> tuple[Any, Tensors]:
-        """Tell the clients' schedule the round's loss."""
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        """The conflicts of the clients' optimizer."""
+        return self.optimizer.conflicts(slots)
+
+    def declare(self, task: Task) -> Mapping[str, Declared]:
+        """The update, buffers if the model has any, the loss and the rows."""
+        return _declared(task)
+
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
+        """The schedule of the clients observes the loss of the round."""
         if not server or "loss" not in total.sums:
             return total, server
         return total, self.optimizer.schedule.observe(server, (total.sums["loss"] / total.sums["rows"]).squeeze())
 
-    def width(self, rows: int) -> int:
+    def padded_batch(self, rows: int) -> int:
         """How wide this client's batches are padded: a function of its own size."""
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
-    def visits(self, sizes: Tensor) -> Tensor:
+    def examples_per_round(self, sizes: Tensor) -> Tensor:
         """Rows that clients who hold so many go through in a round, the first one."""
         if self.epochs is not None:
             return sizes * self.epochs
@@ -218,7 +256,7 @@ class Train(Part):
         count, steps = len(lanes.sizes), self.steps_at(broadcast.round)
         lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
         batches = self._batches(lanes, memory, key, task, steps)
-        if task.numerics == "lanes" or broadcast.model.theta.dim() == 2 or not self.apart(lanes.sizes[0]):
+        if task.numerics == "lanes" or broadcast.model.theta.dim() == 2 or not self.sequential(lanes.sizes[0]):
             return self._any_rule(broadcast, lanes, memory, key, task, lr, batches)
         # Plain SGD: a step is part of the backward pass, and no gradient is stored.
         if self.epochs is not None and lanes.share == 1:
@@ -277,13 +315,9 @@ class Train(Part):
         """The steps that somebody makes who has time for a part of them: the first is always made."""
         return steps if share == 1 else (steps * share).long().clamp(min=1)
 
-    def _plain(self) -> bool:
-        """Whether a step may be part of the backward pass: the optimizer does no more than go down."""
-        return bool(getattr(self.optimizer, "plain", bool)())
-
-    def apart(self, rows: int) -> bool:
+    def sequential(self, rows: int) -> bool:
         """Whether the loop takes each client of a chunk to its end before the next, where one has so many rows."""
-        return self._plain() and self.width(rows) <= ROWS
+        return self.optimizer.is_plain_sgd() and self.padded_batch(rows) <= ROWS
 
     def _batches(
         self, lanes: Lanes, memory: Tensors, key: Key, task: Task, steps_each: int | None
@@ -292,7 +326,7 @@ class Train(Part):
 
         Each lane is at its own place in its own pass, so that its draws do not depend on how many batches others have.
         """
-        width, rows = self.width(lanes.sizes[0]), lanes.rows
+        width, rows = self.padded_batch(lanes.sizes[0]), lanes.rows
         lengths, joined = lengths_of(rows, self.batch, task.batch_statistics)
         steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
         steps = self._done(steps, lanes.share)
@@ -375,7 +409,7 @@ class Loader:
 
 
 @dataclass(frozen=True, repr=False)
-class Custom(Part):
+class Custom(Local):
     """Your own training loop, called once for each client at work.
 
     gᵢ = θ − θᵢ,  θᵢ what `fn` left in the model.
@@ -411,9 +445,14 @@ class Custom(Part):
                 "a function (model, loader, ctx); in a text, module:name.",
             )
 
-    def width(self, rows: int) -> int:
+    def padded_batch(self, rows: int) -> int:
         """No padding: each client runs by itself."""
         return rows
+
+    def declare(self, task: Task) -> Mapping[str, Declared]:
+        """The update, buffers if the model has any, the rows, and any metric: clients may return different names."""
+        means = {n: d for n, d in _declared(task).items() if d.kind == "mean"}
+        return {**means, "rows": Declared(1, torch.float64, "sum"), OPEN: Declared(1, torch.float64, "sum")}
 
     def contribute(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
@@ -440,7 +479,7 @@ class Custom(Part):
             metrics = self.fn(module, loader, ctx) or {}
         if not isinstance(metrics, Mapping):
             raise UsageError(
-                f"{getattr(self.fn, '__name__', self.fn)} returned {type(metrics).__name__}.",
+                f"{self!r} returned {type(metrics).__name__}.",
                 "metrics by name, or None.",
                 write='return {"loss": loss}',
             )
@@ -452,7 +491,7 @@ class Custom(Part):
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluate(Part):
+class Evaluate(Local):
     """The loss and the metrics of θ on a client's rows: sums only, no update.
 
     Example:
@@ -460,16 +499,22 @@ class Evaluate(Part):
         Evaluate()
     """
 
-    def width(self, rows: int) -> int:
+    def padded_batch(self, rows: int) -> int:
         """How wide this client's batches are padded: a function of its own size."""
         return padded(rows)
+
+    def declare(self, task: Task) -> Mapping[str, Declared]:
+        """Sums alone: the rows, the loss and each metric of the task."""
+        return {"rows": Declared(1, torch.int64, "sum"), OPEN: Declared(1, task.layout.dtype, "sum")}
 
     def contribute(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """Σ loss, Σ metrics and rows of K clients, at most `ROWS` rows of each in a pass."""
         model = broadcast.model.lanes(len(lanes.sizes))
-        positions = torch.arange(self.width(lanes.sizes[0]), device=lanes.ids.device).expand(len(lanes.sizes), -1)
+        positions = torch.arange(self.padded_batch(lanes.sizes[0]), device=lanes.ids.device).expand(
+            len(lanes.sizes), -1
+        )
         sums: dict[str, Tensor] = {}
         start = 0
         for piece in positions.split(ROWS, 1):

@@ -8,24 +8,13 @@ the air any more is over under every pace.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from atoll.errors import UsageError
 from atoll.grammar import Value
-
-
-class Open(Protocol):
-    """An open round, as a pace sees it."""
-
-    wanted: int  # contributions that make a full round
-    arrived: int
-    elapsed: float  # seconds since the round opened
-
-    def starts(self) -> Iterable[int]:
-        """How often each arrived client has started while the oldest flight has been in the air."""
-        ...
+from atoll.plan.protocols import Open, Pace
 
 
 def _check(part: str, name: str, value: Any, good: bool, required: str, why: str, write: str) -> None:
@@ -39,7 +28,7 @@ def _whole(value: Any) -> bool:
 
 
 @dataclass(frozen=True, repr=False)
-class Sync(Value):
+class Sync(Pace):
     """A round closes when its whole cohort has arrived or failed; nothing stays in the air.
 
     With `over_select`, ⌈over_select·n⌉ clients start and the first n to arrive count. With `deadline_s` the round
@@ -54,7 +43,7 @@ class Sync(Value):
     Raises:
         UsageError: a number out of range, or a quorum or partial work without a deadline.
     Example:
-        >>> Sync(over_select=1.3).asks(100)
+        >>> Sync(over_select=1.3).cohort_size(100)
         130
 
     Reference: Bonawitz et al., Towards Federated Learning at Scale: System Design, 2019.
@@ -64,9 +53,6 @@ class Sync(Value):
     deadline_s: float | None = None
     quorum: float = 0.0
     partial: bool = False
-
-    flies_on = False  # whether what is in the air when a round closes is still awaited
-    refills = False  # whether somebody else starts, in the open round, for each one that arrived
 
     def __post_init__(self) -> None:
         over, quorum, deadline = self.over_select, self.quorum, self.deadline_s
@@ -94,38 +80,30 @@ class Sync(Value):
     def _number(x: Any) -> bool:
         return isinstance(x, (int, float)) and math.isfinite(x)
 
-    def asks(self, n: int) -> int:
+    def cohort_size(self, n: int) -> int:
         """How many start for a cohort of n."""
         return math.ceil(self.over_select * n - 1e-9)
 
-    def wants(self, started: int) -> int:
+    def required(self, started: int) -> int:
         """How many of those that started make a full round."""
         return int(started / self.over_select + 1e-9)
 
-    def may_start(self, starts: int) -> bool:
-        """Whether a client may start that has started so often while the oldest flight has been in the air."""
-        return True
-
-    def closes(self, open: Open) -> bool:
+    def should_close(self, open: Open) -> bool:
         """Whether the round is over, although somebody is still in the air."""
         if open.arrived >= open.wanted:
             return True
         late = self.deadline_s is not None and open.elapsed >= self.deadline_s
         return late and not self.partial and open.arrived >= self.quorum * open.wanted
 
-    def discount(self, staleness: int) -> float:
-        """The factor on what started `staleness` rounds ago: always 1, since nothing is ever late."""
-        return 1.0
-
 
 @dataclass(frozen=True, repr=False)
-class polynomial(Value):
+class staleness_polynomial(Value):
     """The weight of what is s rounds late: (1 + s)^−power.
 
     Args:
         power: ≥ 0; 0 takes no notice of lateness.
     Example:
-        >>> [polynomial(0.5)(s) for s in (0, 3, 8)]
+        >>> [staleness_polynomial(0.5)(s) for s in (0, 3, 8)]
         [1.0, 0.5, 0.3333333333333333]
 
     Reference: Xie, Koyejo and Gupta, Asynchronous Federated Optimization, 2019.
@@ -136,7 +114,7 @@ class polynomial(Value):
     def __post_init__(self) -> None:
         good = isinstance(self.power, (int, float)) and math.isfinite(self.power) and self.power >= 0
         why = "what is older must not count for more."
-        _check("polynomial", "power", self.power, good, "0 or more.", why, "polynomial(0.5)")
+        _check("staleness_polynomial", "power", self.power, good, "0 or more.", why, "staleness_polynomial(0.5)")
 
     def __call__(self, staleness: int) -> float:
         return float((1 + staleness) ** -self.power)
@@ -172,7 +150,7 @@ class hinge(Value):
 
 
 @dataclass(frozen=True, repr=False)
-class Buffered(Value):
+class Buffered(Pace):
     """A round closes when k contributions have arrived, whoever they are from; everybody else flies on.
 
     Whoever arrives makes room for another start at once, so that as many are at work as the cohort says. An update
@@ -181,23 +159,24 @@ class Buffered(Value):
 
     Args:
         k: contributions a round, at least 1.
-        staleness: the factor by rounds of lateness: `polynomial(0.5)`, `hinge(0.5, grace=4)`, or any function of it.
+        staleness: the factor by rounds of lateness: `staleness_polynomial(0.5)`, `hinge(0.5, grace=4)`, or any
+            function of it.
     Raises:
         UsageError: k is no whole number of at least 1, or the staleness no function.
     Example:
         >>> Buffered(10)
         Buffered(10)
-        >>> Buffered(1).discount(3)
+        >>> Buffered(1).staleness_weight(3)
         0.5
 
     Reference: Nguyen et al., Federated Learning with Buffered Asynchronous Aggregation, 2022.
     """
 
     k: int
-    staleness: Callable[[int], float] = field(default_factory=lambda: polynomial(0.5))
+    staleness: Callable[[int], float] = field(default_factory=lambda: staleness_polynomial(0.5))
 
-    flies_on = True
-    refills = True
+    asynchronous = True
+    replaces_arrivals = True
 
     def __post_init__(self) -> None:
         good, why = _whole(self.k) and self.k >= 1, "a round needs something to step by."
@@ -207,32 +186,20 @@ class Buffered(Value):
                 f"Buffered(staleness={self.staleness!r}).",
                 "a function of the rounds of lateness.",
                 "it says what a late update still counts.",
-                f"Buffered({self.k}, staleness=polynomial(0.5))",
+                f"Buffered({self.k}, staleness=staleness_polynomial(0.5))",
             )
 
-    def asks(self, n: int) -> int:
-        """How many start for a cohort of n."""
-        return n
-
-    def wants(self, started: int) -> int:
-        """How many of those that started make a full round."""
-        return started
-
-    def may_start(self, starts: int) -> bool:
-        """Whether a client may start that has started so often while the oldest flight has been in the air."""
-        return True
-
-    def closes(self, open: Open) -> bool:
+    def should_close(self, open: Open) -> bool:
         """Whether the round is over, although somebody is still in the air."""
         return open.arrived >= self.k
 
-    def discount(self, staleness: int) -> float:
+    def staleness_weight(self, staleness: int) -> float:
         """The factor on what started `staleness` rounds ago."""
         return float(self.staleness(staleness))
 
 
 @dataclass(frozen=True, repr=False)
-class Bounded(Value):
+class Bounded(Pace):
     """Stale-synchronous by age: a client may start at most s times while the oldest contribution is in the air.
 
     A round closes when an arrived client may start again. s = 0 is `Sync()`, bit for bit; with a large s every
@@ -252,29 +219,16 @@ class Bounded(Value):
 
     staleness: int
 
-    flies_on = True
-    refills = False
+    asynchronous = True
 
     def __post_init__(self) -> None:
         good, why = _whole(self.staleness) and self.staleness >= 0, "it counts starts."
         _check("Bounded", "staleness", self.staleness, good, "a whole number, at least 0.", why, "Bounded(4)")
 
-    def asks(self, n: int) -> int:
-        """How many start for a cohort of n."""
-        return n
-
-    def wants(self, started: int) -> int:
-        """How many of those that started make a full round."""
-        return started
-
     def may_start(self, starts: int) -> bool:
         """Whether a client may start that has started so often while the oldest flight has been in the air."""
         return starts < self.staleness
 
-    def closes(self, open: Open) -> bool:
+    def should_close(self, open: Open) -> bool:
         """Whether the round is over, although somebody is still in the air."""
         return any(self.may_start(n) for n in open.starts())
-
-    def discount(self, staleness: int) -> float:
-        """The factor on what started `staleness` rounds ago: 1."""
-        return 1.0

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from atoll.errors import UsageError
 from atoll.fields import check
-from atoll.grammar import constructor
+from atoll.plan.protocols import Optimizer
 from atoll.schedule import NOTHING, Schedule, as_schedule, constant
 from atoll.shelf import empty
 
@@ -45,18 +45,19 @@ _LR = "lr."
 BLOCK = 1 << 17
 
 
-class Optimizer:
-    """What every optimizer is: a value, its slots of state, and a rule; final classes derive from it."""
+class OptimizerBase(Optimizer):
+    """The base of optimizers that step in place: a value with slots of state and a rule.
+
+    A rule is `apply`, or a class of `torch.optim` in `_torch`.
+    """
 
     lr: float | Schedule
+    trains_clients = True
 
     def __post_init__(self) -> None:
         check(self)
         if isinstance(self.lr, constant):
             object.__setattr__(self, "lr", self.lr.lr)  # one value, one text
-
-    def __repr__(self) -> str:
-        return constructor(self)
 
     @property
     def schedule(self) -> Schedule:
@@ -106,7 +107,7 @@ class Optimizer:
             (tensor([0.8000]), {})
         """
         memory = _memory(state)
-        if self.plain():  # what most servers are, without the bookkeeping of a stepper
+        if self.is_plain_sgd():  # what most servers are, without the bookkeeping of a stepper
             room, rate = empty(theta, theta.shape), self.schedule(round, memory)
             step = torch.add(theta.detach(), g.to(theta.dtype), alpha=-rate, out=room)
             return step, _named(self.schedule.observe(memory, sums["loss"]) if "loss" in sums else memory)
@@ -131,10 +132,6 @@ class Optimizer:
         """
         return Stepper(self, theta, state, lr)
 
-    def plain(self) -> bool:
-        """Whether a step is θ ← θ − lr·g and nothing else, so that it may be part of the backward pass."""
-        return False
-
     # What a rule says of itself: the class of `torch.optim` that has it, and the state that starts at zero.
     _torch: ClassVar[type[torch.optim.Optimizer] | None] = None
     _zeros: ClassVar[tuple[str, ...]] = ()
@@ -148,21 +145,21 @@ class Optimizer:
         return STEP if self.inner() else {}
 
     def in_place(self) -> bool:
-        """Whether `move` makes no temporaries, so that cutting gains nothing."""
+        """Whether `apply` makes no temporaries, so that cutting gains nothing."""
         return False
 
     def inner(self) -> Inner | None:
-        """The class of `torch.optim` that has the rule, with its arguments; None where `move` is the rule."""
+        """The class of `torch.optim` that has the rule, with its arguments; None where `apply` is the rule."""
         words = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lr"}  # type: ignore[arg-type]
         return None if self._torch is None else (self._torch, words)
 
-    def move(self, block: Block, g: Tensor, lr: float) -> None:
+    def apply(self, block: LaneGroup, g: Tensor, lr: float) -> None:
         """One step of one block, in place."""
         raise NotImplementedError
 
 
 @dataclass
-class Block:
+class LaneGroup:
     """A stretch of θ whose lanes have made equally many steps: what a rule works on at once.
 
     Args:
@@ -199,7 +196,7 @@ class Stepper:
                 [-0.5000, -0.5000, -0.5000]])
     """
 
-    def __init__(self, optimizer: Optimizer, theta: Tensor, state: Tensors, lr: float) -> None:
+    def __init__(self, optimizer: OptimizerBase, theta: Tensor, state: Tensors, lr: float) -> None:
         self._optimizer, self._lr = optimizer, lr
         self._theta, self._state = theta.detach(), state
         self._bind(self._theta.shape)
@@ -244,7 +241,7 @@ class Stepper:
         cut = theta.device.type == "cpu" and not self._optimizer.in_place()
         size = BLOCK if cut else max(theta.numel(), 1)
         self._blocks = [
-            Block(i, j, first, theta[i:j], {name: slot[i:j] for name, slot in slots.items()}, count)
+            LaneGroup(i, j, first, theta[i:j], {name: slot[i:j] for name, slot in slots.items()}, count)
             for first, end, count in self._runs
             for i in range(first * width, end * width, size)
             for j in (min(i + size, end * width),)
@@ -257,7 +254,7 @@ class Stepper:
 
     def _by_rule(self, gs: list[Tensor]) -> None:
         for block, g in zip(self._blocks, gs, strict=True):
-            self._optimizer.move(block, g, self._lr)
+            self._optimizer.apply(block, g, self._lr)
             block.count += 1
 
     def _by_torch(
