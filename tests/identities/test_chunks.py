@@ -8,7 +8,6 @@ import weakref
 
 import pytest
 import torch
-from atoll.plan.protocols import Broadcast, Ids
 from problems import classification, run, seeded, task_of
 from torch import nn
 
@@ -25,6 +24,7 @@ from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Broadcast, Ids
 from atoll.plan.round import bind, close_round, open_round
 from atoll.plan.state import State
 from atoll.rng import Key

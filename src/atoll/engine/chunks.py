@@ -180,8 +180,9 @@ def by_version(flights: list[Flight]) -> Iterator[tuple[int, Ids, Tensor]]:
     for client, version, repeat, _, size, _ in flights:
         by.setdefault(version, []).append((client, repeat, size))
     for version in sorted(by):
-        clients, repeats, down = torch.tensor(list(zip(*by[version], strict=True))).unbind()
-        yield version, Ids(clients, repeats), down
+        clients, repeats, sizes = zip(*by[version], strict=True)
+        client, down = torch.tensor((clients, sizes)).unbind()
+        yield version, Ids(client, torch.tensor(repeats) if any(repeats) else torch.zeros_like(client)), down
 
 
 def partial_work(flights: list[Flight]) -> dict[tuple[int, int], float]:
@@ -242,6 +243,7 @@ class ChunkRunner:
         shares: of `partial_work`.
         room: the largest chunk that fits into memory; the runner lowers it.
         keep: ids of clients whose contributions are kept.
+        compare: whether the first contribution is compared with the declarations of the plan's parts; False after it.
     """
 
     def __init__(
@@ -255,11 +257,12 @@ class ChunkRunner:
         shares: Mapping[tuple[int, int], float] = MappingProxyType({}),
         room: Room | None = None,
         keep: Collection[int] = (),
+        compare: bool = True,
     ) -> None:
         self.plan, self.task, self.data, self.start, self.memory, self.now = plan, task, data, start, memory, now
-        self.shares, self.room, self.keep = shares, room or Room(), frozenset(keep)
+        self.shares, self.room, self.keep, self.compare = shares, room or Room(), frozenset(keep), compare
         self.far = task.device != HOST
-        self.results, self._compared = Results.empty(), False
+        self.results = Results.empty()
         self._wave: list[tuple[Tensor, Tensors]] = []
 
     def run(self, version: int, ids: Ids, down: Tensor) -> None:
@@ -288,7 +291,7 @@ class ChunkRunner:
                 if not self._fits_in_halves(version, ids, error):
                     continue
             else:
-                if not self._compared:
+                if self.compare:
                     self._compare(version, ids, chunk)
                 if not self.keep:
                     chunk = chunk._replace(contribution=chunk.decoded)  # frees the updates as they were before encoding
@@ -304,7 +307,7 @@ class ChunkRunner:
         given, received = chunk.contribution, chunk.decoded.sums
         added = {} if received is given.sums else {n: t for n, t in received.items() if n not in given.sums}
         check_contribution(self.plan, self.task, given, added, int(ids.client[0]), version)
-        self._compared = True
+        self.compare = False
 
     def _by_share(self, ids: Ids, down: Tensor) -> list[tuple[Ids, Tensor]]:
         """The clients that make all their steps together, then each of the others by itself; the first is last."""
