@@ -21,7 +21,7 @@ from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import Codec, Identity
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Contribution, Ids, Local
+from atoll.plan.protocols import Contribution, Declared, Ids, Local
 from atoll.rng import Key
 
 SIZES = (9, 5, 9, 3, 7)
@@ -70,6 +70,9 @@ class Round(Codec):
 
     def decode(self, x, side):
         return x.to(side["step"].dtype) * side["step"]
+
+    def declare(self, layout):
+        return {**super().declare(layout), "at_most": Declared(1, torch.int64, "sum")}
 
 
 @dataclass(frozen=True, repr=False)
@@ -189,7 +192,7 @@ def test_rotating_before_rounding_is_legal_and_undone():
     "wrong", [(Round(7), Flip()), (Identity(), Round(), Identity(), Shuffle()), (Round(), Round(), Flip())]
 )
 def test_a_stage_that_decodes_behind_one_that_opens_is_refused_with_a_line_that_works(wrong):
-    with pytest.raises(UsageError, match="stages that decode before stages that open") as caught:
+    with pytest.raises(UsageError, match="stages with per_sum before stages with per_message") as caught:
         codec = wrong[0]
         for stage in wrong[1:]:
             codec = codec >> stage

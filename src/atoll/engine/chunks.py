@@ -181,8 +181,8 @@ def by_version(flights: list[Flight]) -> Iterator[tuple[int, Ids, Tensor]]:
         by.setdefault(version, []).append((client, repeat, size))
     for version in sorted(by):
         clients, repeats, sizes = zip(*by[version], strict=True)
-        client, down = torch.tensor((clients, sizes)).unbind()
-        yield version, Ids(client, torch.tensor(repeats) if any(repeats) else torch.zeros_like(client)), down
+        ids, down = torch.tensor((clients, sizes)).unbind()
+        yield version, Ids(ids, torch.tensor(repeats) if any(repeats) else torch.zeros_like(ids)), down
 
 
 def partial_work(flights: list[Flight]) -> dict[tuple[int, int], float]:

@@ -31,7 +31,7 @@ from atoll.layout import Layout
 from atoll.plan.in_flight import Flight, Traffic
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Broadcast, Cohort, Ids, Population
+from atoll.plan.protocols import Broadcast, Cohort, Ids, Partial, Population
 from atoll.plan.round import Gathered
 from atoll.plan.state import State
 from atoll.rng import Key
@@ -374,10 +374,10 @@ def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
             "a real computation cannot be cut short at a deadline and still be repeated.",
             repr(replace(plan.pace, partial=False)),  # type: ignore[type-var]
         )
-    if not hasattr(plan.aggregator.zero(), "tensors"):
+    if not isinstance(plan.aggregator.zero(), Partial):
         raise UsageError(
             f"{plan.aggregator!r} with workers.",
-            "an aggregator whose partial sum has `tensors()` and `of(tensors)`.",
+            "a partial with `tensors`, `of` and `reduce`, as atoll.plan.protocols.Partial declares them.",
             "a partial sum comes back as plain tensors.",
             "--engine inprocess",
         )

@@ -26,7 +26,7 @@ from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight, waves
 from atoll.plan.lanes import HOST
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Broadcast, Cohort, Population, Tensors
+from atoll.plan.protocols import Aggregator, Broadcast, Cohort, Population, Tensors
 from atoll.plan.round import Gathered
 from atoll.plan.state import State
 from atoll.rng import Key
@@ -36,7 +36,7 @@ _ENOUGH = 16  # clients in a round, from which on chunks are worth a trial
 _SMALL = 100_000  # parameters below which one thread is quickest
 
 Assign = Callable[[Tensor], Tensor]
-Reduce = Callable[[Plan, Results, Tensors, Exception | None], Results]
+Reduce = Callable[[Aggregator, Results, Tensors, Exception | None], Results]
 
 
 class InProcessEngine(Engine):
@@ -130,7 +130,7 @@ class InProcessEngine(Engine):
                 trouble = error  # the other processes wait for this one: all of them raise it
             results, self._compared = runner.results, None if runner.compare else plan
             if self.reduce is not None:
-                results = self.reduce(plan, results, first, trouble)
+                results = self.reduce(plan.aggregator, results, first, trouble)
         return gathered(plan, state, flown, results, self.room, keep)
 
     @contextlib.contextmanager

@@ -286,9 +286,9 @@ class Torchrun(grammar.Value, EngineSpec):
         from atoll.engine.ranks import check_ranks
         from atoll.engine.torchrun import refuse_pace
 
-        check_ranks(self.workers, self.backend)
         if options.plan is not None:
             refuse_pace(options.plan)
+        check_ranks(self.workers, self.backend)
 
     def device(self, wanted: str) -> torch.device:
         """The device of this rank: the GPU of its local number, if no other is named."""

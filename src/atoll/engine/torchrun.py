@@ -27,6 +27,7 @@ from atoll.engine.ranks import Ranks, job, restarts
 from atoll.engine.spec import Engine
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.layout import Layout
+from atoll.names import without_prefix
 from atoll.plan.lanes import HOST
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Cohort, Partial, Population, Tensors
@@ -147,8 +148,8 @@ class TorchrunEngine(Engine):
     def _assign(self, clients: Tensor) -> Tensor:
         return dealt(clients, self.data, self.ranks)
 
-    def _reduce(self, plan: Plan, results: Results, first: Tensors, trouble: Exception | None) -> Results:
-        return merged(self.ranks, plan.aggregator, results, first, trouble, self.task.device)
+    def _reduce(self, rule: Aggregator, results: Results, first: Tensors, trouble: Exception | None) -> Results:
+        return merged(self.ranks, rule, results, first, trouble, self.task.device)
 
 
 def dealt(clients: Tensor, data: Clients, ranks: Ranks) -> Tensor:
@@ -220,7 +221,7 @@ def merged(
     told: dict[str, Any] = {
         "trouble": _said(trouble),
         "failures": [tuple(f) for f in results.failures],
-        "births": sorted(results.partials),
+        "versions": sorted(results.partials),
         "rows": {n: list(t.shape) for n, t in rows.items()},
     }
     names = set.intersection(*(set(f) for f in results.facts)) if results.facts else set()
@@ -233,26 +234,26 @@ def merged(
     _raise([s["trouble"] for s in said])
     came = [h for h in heard if len(h["arrived"])]
     return Results(
-        _reduced(ranks, rule, results.partials, {birth for s in said for birth in s["births"]}, device),
+        _reduced(ranks, rule, results.partials, {version for s in said for version in s["versions"]}, device),
         [Failure(*f) for s in said for f in s["failures"]],
         results.errors,
         [h["arrived"] for h in came],
-        [{n.removeprefix("facts/"): t for n, t in h.items() if n.startswith("facts/")} for h in came],
+        [without_prefix(h, "facts/") for h in came],
         _everybody(ranks, rows, heard, [s["rows"] for s in said], first),
         [kept for h in heard for kept in kept_from_tensors(part_of(h, "keep"))],
     )
 
 
 def _reduced(
-    ranks: Ranks, rule: Aggregator, mine: Mapping[int, Any], births: set[int], device: torch.device
+    ranks: Ranks, rule: Aggregator, mine: Mapping[int, Any], versions: set[int], device: torch.device
 ) -> dict[int, Any]:
     """The aggregate of all ranks, for each model version. Every rank calls `reduce` for every version."""
     out = {}
-    for birth in sorted(births):
-        partial = (mine[birth] if birth in mine else rule.zero()).reduce(ranks)
+    for version in sorted(versions):
+        partial = (mine[version] if version in mine else rule.zero()).reduce(ranks)
         if device != HOST:  # a rank without clients has a partial on the host
             partial = partial.of({n: t.to(device) if t.dim() else t for n, t in partial.tensors().items()})
-        out[birth] = partial
+        out[version] = partial
     return out
 
 

@@ -3,8 +3,8 @@
     cohort = sampler(clients, round)                     who is at work
     gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
     mᵢ     = encode(gᵢ)                                  clip, compress
-    total  = Σ_b s(b) · decode_b( Σ_{i born b} lift(open(mᵢ), wᵢ) )
-    g      = finish(settle(total))                       the mean, or a robust rule
+    total  = Σ_b s(b) · decode_sum( Σ_{i born b} wᵢ · decode(mᵢ) )
+    g      = finalize(server_update(total))               the mean, or a robust rule
     θ⁺     = optimizer(θ, g, round)                      the server always descends
 
 `step` is this, once, for every algorithm and every engine. An algorithm is a `Plan`: a value with a part in each slot.
@@ -189,7 +189,7 @@ class Opened(NamedTuple):
         key: of all draws of the round.
         plan: the algorithm, bound.
         population: all clients.
-        entropy: for draws that no seed determines.
+        entropy: random numbers that no key determines; every process of the training draws the same ones.
     """
 
     state: State
@@ -206,12 +206,12 @@ def open_round(plan: Plan, state: State, engine: Engine) -> Opened:
     Args:
         plan: the algorithm, bound to the engine.
         state: after the round before; it stays as it is.
-        engine: the engine that will train the cohort; nothing is computed on it.
+        engine: its population is read, and its processes agree on entropy.
     """
     key, population = state.key(), engine.population
     state = tell(plan, state, key)
-    cohort, entropy = opening(plan, state, population, key), current_entropy(engine.agree)
-    return Opened(state, cohort, key, plan, population, entropy)
+    cohort = opening(plan, state, population, key)
+    return Opened(state, cohort, key, plan, population, current_entropy(engine.agree))
 
 
 class Closed(NamedTuple):
@@ -231,9 +231,9 @@ class Closed(NamedTuple):
 
 
 def close_round(opened: Opened, gathered: Gathered) -> Closed:
-    """Decode the sum, aggregate, and make the server's step. This is a pure function.
+    """Decode the sum, aggregate, and make the server's step. Except for entropy this is a pure function.
 
-    g = finalize(server_update(Σ_b s(b) · decode_sum_b(partial_b))) ;  θ⁺ = optimizer(θ, g, round)
+    g = finalize(server_update(Σ_b s(b) · decode_b(partial_b))) ;  θ⁺ = optimizer(θ, g, round)
 
     Args:
         opened: of `open_round`.

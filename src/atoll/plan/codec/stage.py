@@ -28,6 +28,7 @@ from torch import Tensor
 
 from atoll.errors import RunError, UsageError
 from atoll.layout import Entry, Layout
+from atoll.names import under, without_prefix
 from atoll.plan.codec import wire
 from atoll.plan.codec.wire import Field, Form
 from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Stage, Tensors, Total, default
@@ -353,29 +354,29 @@ class Chain(Codec):
 
 
 def _join(many: list[Tensors]) -> dict[str, Tensor]:
-    return {f"{i}.{name}": t for i, tensors in enumerate(many) for name, t in tensors.items()}
+    return {name: t for i, tensors in enumerate(many) for name, t in under(f"{i}.", tensors).items()}
 
 
 def _of(tensors: Tensors, i: int) -> dict[str, Tensor]:
-    return {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
+    return without_prefix(tensors, f"{i}.")
 
 
 def _clash(a: Codec, b: Codec) -> tuple[str, str] | None:
     """(required, why) if b cannot follow a anywhere in a chain."""
     if b.needs_model_coordinates and (a.per_message or a.per_sum):
         return (
-            f"{type(b).__name__} before what changes coordinates.",
-            "what it keeps belongs to the model's own coordinates; those behind are others, for every client or round.",
+            f"{type(b).__name__} before any stage that changes coordinates.",
+            "its state is in the model's own coordinates, and the coordinates after the other stage differ.",
         )
     if a.compressor or (a.packs and not b.compresses):
         return (
-            "what packs at the end of a codec.",
-            "packed codes are no numbers that another stage could work on.",
+            "a stage that packs at the end of a codec.",
+            "another stage cannot compute with packed codes.",
         )
     if a.per_message and b.per_sum:
         return (
-            "stages that decode before stages that open.",
-            "the sum is decoded once, after each message was opened: what is done last is undone first.",
+            "stages with per_sum before stages with per_message.",
+            "the sum is decoded after each message, so the last stage of the client is decoded first.",
         )
     return None
 
