@@ -25,7 +25,7 @@ from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.quantize import Cast, Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
-from atoll.plan.codec.stage import Codec, flat
+from atoll.plan.codec.stage import Codec, flat_layout
 from atoll.rng import Key
 
 CODECS = [
@@ -69,13 +69,13 @@ def cell(value: float, read: float, target: float) -> str:
 
 
 def row(codec: Codec, target: float, x: Tensor, read: float, speed: Watch) -> str:
-    layout, key, nbytes = flat(x.shape[1]), Key(1).of(torch.arange(1)), 4 * x.numel()
-    codec = codec.at(layout)
+    layout, key, nbytes = flat_layout(x.shape[1]), Key(1).of(torch.arange(1)), 4 * x.numel()
+    codec = codec.bind(layout)
     payload, side, *_ = codec.encode(x, {}, {}, key)
-    opened = codec.open(payload, side)
+    opened = codec.decode(payload, side)
     encode = speed(lambda: codec.encode(x, {}, {}, key), nbytes)
-    open_ = speed(lambda: codec.open(payload, side), nbytes) if codec.opens else read * 2
-    decode = speed(lambda: codec.decode(opened, key), nbytes) if codec.decodes else read * 2
+    open_ = speed(lambda: codec.decode(payload, side), nbytes) if codec.per_message else read * 2
+    decode = speed(lambda: codec.decode_sum(opened, key), nbytes) if codec.per_sum else read * 2
     bits = 8 * codec.nbytes(layout) / layout.d
     cells = (cell(encode, read, target), cell(open_, read, 1.0), cell(decode, read, 1.0))
     return f"{codec!r:28} {bits:8.3f} {''.join(cells)}"
@@ -113,7 +113,7 @@ def main() -> None:
     if given.compiled:
         print(compiled(x, read, speed))
     plain = speed(lambda: torch.topk(x.abs(), max(1, given.length // 100)), 4 * x.numel())
-    top = TopK(0.01).at(flat(given.length))
+    top = TopK(0.01).bind(flat_layout(given.length))
     ours = speed(lambda: top.encode(x, {}, {}, Key(1)), 4 * x.numel())
     print(f"\ntorch.topk {plain:.2f} GB/s; TopK(0.01) is {ours / plain:.1f} times as fast{' *' * (ours < 3 * plain)}")
 

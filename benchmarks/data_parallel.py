@@ -98,7 +98,7 @@ class Ddp:
 
     def mean(self, losses: list[torch.Tensor]) -> list[float]:
         """Of all ranks: DDP itself leaves each rank its own."""
-        return (self.ranks.add([torch.stack(losses).double()])[0] / self.ranks.size).tolist()
+        return (self.ranks.all_reduce_sum([torch.stack(losses).double()])[0] / self.ranks.size).tolist()
 
 
 def work(told: argparse.Namespace) -> None:

@@ -20,18 +20,17 @@ from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Buffered, Sync
-from atoll.plan.part import Part
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Contribution, Local, Pace
 from atoll.plan.round import step
-from atoll.plan.slots import Contribution, Pace
 from atoll.training.rounds import rounds
 
 
 @dataclass(frozen=True, repr=False)
-class Null(Part):
+class Null(Local):
     """A client that computes nothing: its update is nought."""
 
-    def width(self, rows):
+    def padded_batch(self, rows):
         return 0
 
     def contribute(self, broadcast, lanes, memory, key, task):

@@ -30,7 +30,7 @@ COMPUTE = 0.2
 CODECS = (
     ("Identity()", "Identity()"),
     ("Eden(1)", "Eden(2)"),
-    ("Feedback(TopK(0.02) >> Quantize(8))", "TopK(0.05) >> Quantize(8)"),
+    ("ErrorFeedback(TopK(0.02) >> Quantize(8))", "TopK(0.05) >> Quantize(8)"),
 )
 
 

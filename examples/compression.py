@@ -26,7 +26,7 @@ from atoll.plan.names import PARTS
 from atoll.recipes import local_sgd
 from atoll.schedule import cosine
 
-CODEC = "Feedback(TopK(0.06) >> Quantize(4, bucket=256) >> Entropy())"
+CODEC = "ErrorFeedback(TopK(0.06) >> Quantize(4, bucket=256) >> Entropy())"
 
 
 def small() -> nn.Module:

@@ -32,8 +32,8 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
-from atoll.plan.part import Part
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Local
 
 TIMES_S = (0.04, 0.04, 0.04, 0.2)  # a gradient of each worker
 FAST = 3
@@ -42,7 +42,7 @@ ROWS, FEATURES = 40_000, 8
 
 
 @dataclass(frozen=True, repr=False)
-class Paced(Part):
+class Paced(Local):
     """The gradient, on machines that take so long for it.
 
     Args:
@@ -51,8 +51,8 @@ class Paced(Part):
 
     times_s: tuple[float, ...]
 
-    def width(self, rows):
-        return Gradient().width(rows)
+    def padded_batch(self, rows):
+        return Gradient().padded_batch(rows)
 
     def contribute(self, broadcast, lanes, memory, key, task):
         began = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from atoll.plan.local import Gradient
-from atoll.plan.part import Part
+from atoll.plan.protocols import Local
 
 _SAYS = {
     "host": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."),
@@ -18,7 +18,7 @@ _SAYS = {
 
 
 @dataclass(frozen=True, repr=False)
-class Scarce(Part):
+class Scarce(Local):
     """What `inner` computes, for at most `most` clients at once."""
 
     most: int = 4
@@ -28,8 +28,8 @@ class Scarce(Part):
 
     tried: ClassVar[list[int]] = []
 
-    def width(self, rows):
-        return self.inner.width(rows)
+    def padded_batch(self, rows):
+        return self.inner.padded_batch(rows)
 
     def memory(self, layout):
         return self.inner.memory(layout)
@@ -37,8 +37,8 @@ class Scarce(Part):
     def server(self, layout):
         return self.inner.server(layout)
 
-    def settle(self, total, server, key):
-        return self.inner.settle(total, server, key)
+    def server_update(self, total, server, info, key):
+        return self.inner.server_update(total, server, info, key)
 
     def contribute(self, broadcast, lanes, memory, key, task):
         self.tried.append(len(lanes.ids))

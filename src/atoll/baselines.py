@@ -24,17 +24,16 @@ from atoll.engine.chunks import contribute_chunk
 from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.memory import Memory
 from atoll.errors import RunError
-from atoll.grammar import Value
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.aggregate.exact import LARGEST
 from atoll.plan.lanes import ROWS
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Broadcast, Cohort, Ids, Local, Population, Sampler
 from atoll.plan.round import bind, step
-from atoll.plan.slots import Broadcast, Cohort, Ids, Population
 from atoll.plan.state import State
-from atoll.plan.stepper import Optimizer
+from atoll.plan.stepper import OptimizerBase
 from atoll.rng import Key
 from atoll.schedule import NOTHING, Schedule, Tensors
 from atoll.task import Model, Task
@@ -129,7 +128,7 @@ class _Judged:
 
 
 @dataclass(frozen=True, repr=False)
-class _Only(Value):
+class _Only(Sampler):
     """One client, every round."""
 
     client: int
@@ -162,13 +161,13 @@ def _turns(chance: Tensor, rounds: int) -> Tensor:
     return (t + 1) * works // rounds > t * works // rounds
 
 
-def _seen(local: Any, rows: Tensor) -> Tensor:
+def _seen(local: Local, rows: Tensor) -> Tensor:
     """How many samples somebody with so many rows sees in one round at work."""
     if isinstance(local, Gradient):
         return rows if local.batch is None else rows.clamp(max=local.batch)
     if isinstance(local, Train) and local.steps is not None:
         return (local.steps_at(0) or 1) * (rows if local.batch is None else rows / (rows / local.batch).ceil())
-    return rows * (getattr(local, "epochs", None) or 1)
+    return local.examples_per_round(rows)
 
 
 @dataclass(frozen=True, repr=False)
@@ -192,7 +191,7 @@ def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
     if isinstance(local, Train) and local.steps is not None:
         steps = _Times(local.steps, ratio) if isinstance(local.steps, Schedule) else round(local.steps * ratio)
         return replace(plan, local=replace(local, steps=steps)), 1.0
-    if isinstance(local, Gradient) and isinstance(plan.optimizer, Optimizer) and round(ratio) > 1:
+    if isinstance(local, Gradient) and isinstance(plan.optimizer, OptimizerBase) and round(ratio) > 1:
         local = Train(plan.optimizer, steps=round(ratio), batch=local.batch, keep=("optimizer", "order"))
         return Plan(local, Mean(weights="equal", sum="float"), sgd(1.0)), 1.0
     return plan, 1.0
@@ -230,7 +229,7 @@ def _in_lanes(training: Rounds, plan: Plan) -> bool:
         and isinstance(plan.local, (Train, Gradient))
         and not plan.local.server(training.task.layout)
         and isinstance(plan.aggregator, Mean)
-        and isinstance(rule, Optimizer)
+        and isinstance(rule, OptimizerBase)
         and not rule.schedule.init()
     )
 
@@ -240,7 +239,7 @@ def _many(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[
     each = 8 * training.task.layout.d * training.task.layout.dtype.itemsize
     most = max(2, min(64, _LANE_BYTES // each))
     order = torch.argsort(training.data.sizes[ids], descending=True, stable=True)
-    widths = torch.tensor([plan.local.width(n) for n in training.data.sizes[ids[order]].tolist()])
+    widths = torch.tensor([plan.local.padded_batch(n) for n in training.data.sizes[ids[order]].tolist()])
     held = training.data.held()
     for width in widths.unique().tolist():
         for at in order[widths == width].split(most):
@@ -292,7 +291,7 @@ def _round(training: Rounds, plan: Plan, ids: Tensor, t: int, before: Groups) ->
         good &= (rows.reshape(len(ids), -1).abs().amax(1) <= LARGEST).to(good.device)
     theta, state = plan.optimizer.update(start.theta, given.means["update"], {}, before["optimizer"], t)
     model = {"theta": theta} | ({"buffers": given.means["buffers"]} if "buffers" in given.means else {})
-    after = {"model": model, "counters": given.largest, "optimizer": state, "kept": chunk.memory}
+    after = {"model": model, "counters": given.counters, "optimizer": state, "kept": chunk.memory}
     return {g: dict(group) for g, group in after.items()}, good
 
 

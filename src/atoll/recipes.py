@@ -29,9 +29,9 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
 from atoll.plan.local import Gradient, Train
-from atoll.plan.pace import Buffered, polynomial
+from atoll.plan.pace import Buffered, staleness_polynomial
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Stage
+from atoll.plan.protocols import Stage
 from atoll.schedule import Schedule, hold
 
 Rate = float | Schedule
@@ -215,7 +215,7 @@ def fedbuff(
     cohort: Cohort = None,
     k: int = 10,
     server_lr: Rate = 1.0,
-    staleness: Staleness = polynomial(0.5),
+    staleness: Staleness = staleness_polynomial(0.5),
 ) -> Plan:
     """Buffered asynchrony: the server steps as soon as k updates are there; late ones count less.
 
@@ -237,7 +237,7 @@ def fedasync(
     batch: int | None = 10,
     cohort: Cohort = None,
     alpha: Rate = 0.6,
-    staleness: Staleness = polynomial(0.5),
+    staleness: Staleness = staleness_polynomial(0.5),
 ) -> Plan:
     """Asynchronous federated optimization: whoever arrives is mixed into the model, the later the less.
 
@@ -245,7 +245,7 @@ def fedasync(
 
     Args:
         alpha: α, in (0, 1], or a schedule of it.
-        staleness: s: `polynomial(0.5)`, the paper's, or its `hinge(10, grace=4)`.
+        staleness: s: `staleness_polynomial(0.5)`, the paper's, or its `hinge(10, grace=4)`.
     Raises:
         UsageError: α is no share.
     Example:

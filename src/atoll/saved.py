@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atoll.names import under, without_prefix
 from atoll.plan.in_flight import Air, Flight
-from atoll.plan.slots import Broadcast, Shared
+from atoll.plan.protocols import Broadcast, Shared
 from atoll.plan.state import Sent, State
 from atoll.task import Model
 

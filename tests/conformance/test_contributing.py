@@ -68,7 +68,7 @@ def test_refused_beside_what_is_undone_on_the_sum(modules):
 
     @dataclass(frozen=True, repr=False)
     class Undone(Codec):
-        decodes = True
+        per_sum = True
 
     with pytest.raises(UsageError) as refusal:
         Plan(Gradient(), aggregator=modules("vote").Vote(), codec=Undone())

@@ -22,25 +22,25 @@ from atoll.grammar import Value, parse
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import CODECS as KINDS
 from atoll.plan.codec import (
+    EF21,
     Cast,
     Codec,
     Eden,
     Entropy,
-    Feedback,
+    ErrorFeedback,
     Identity,
     LowRank,
     Quantize,
     RandomK,
     Rotate,
-    Shift,
     Sign,
     TopK,
 )
 from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Aggregator, Pace, Sampler, Stage
 from atoll.plan.round import bind, step
-from atoll.plan.slots import Aggregator, Pace, Sampler, Stage
 from atoll.plan.state import State
 from atoll.testing import check_aggregator, check_stage
 
@@ -52,7 +52,7 @@ class Halve(Codec):
     It asks for a sum over clients of its own, which none of ours does.
     """
 
-    opens = True
+    per_message = True
 
     def memory(self, layout):
         return {"error": torch.zeros(layout.d, dtype=layout.dtype)}
@@ -65,10 +65,10 @@ class Halve(Codec):
         sent = whole.to(torch.bfloat16)
         return sent, {}, {"clients": torch.ones_like(x[:, 0])}, {"error": whole - sent}
 
-    def open(self, x, side):
+    def decode(self, x, side):
         return x.to(torch.float32)
 
-    def settle(self, total, server, key):
+    def server_update(self, total, server, info, key):
         return total, {"rounds": server["rounds"] + 1}
 
 
@@ -81,9 +81,9 @@ class Vote(Value):
     def zero(self):
         return Mean().zero()
 
-    def fold(self, partial, contribution):
+    def fold(self, partial, contribution, ids):
         signs = contribution.means["update"].sign()
-        return Mean().fold(partial, contribution._replace(means={**contribution.means, "update": signs}))
+        return Mean().fold(partial, contribution._replace(means={**contribution.means, "update": signs}), ids)
 
     def merge(self, a, b):
         return Mean().merge(a, b)
@@ -91,8 +91,8 @@ class Vote(Value):
     def total(self, partial):
         return Mean().total(partial)
 
-    def finish(self, total, cohort, population):
-        mean = Mean().finish(total, cohort, population)
+    def finalize(self, total, info):
+        mean = Mean().finalize(total, info)
         if "update" not in mean.means:
             return mean
         return mean._replace(means={**mean.means, "update": mean.means["update"].sign()})
@@ -126,18 +126,18 @@ CODECS = {
     "random": lambda: RandomK(0.5),
     "sign": lambda: Sign(),
     "factors": lambda: LowRank(1),
-    "feedback": lambda: Feedback(TopK(0.3)),
-    "shift": lambda: Shift(TopK(0.3)),
+    "feedback": lambda: ErrorFeedback(TopK(0.3)),
+    "shift": lambda: EF21(TopK(0.3)),
     "top-quantize": lambda: TopK(0.5) >> Quantize(8),
     "rotate-quantize": lambda: Rotate() >> Quantize(8),
     "random-eden": lambda: RandomK(0.5) >> Eden(2),
-    "feedback-rotate-sign": lambda: Feedback(Rotate() >> Sign()),
-    "shift-top-quantize": lambda: Shift(TopK(0.3)) >> Quantize(8),
+    "feedback-rotate-sign": lambda: ErrorFeedback(Rotate() >> Sign()),
+    "shift-top-quantize": lambda: EF21(TopK(0.3)) >> Quantize(8),
     "quantize-entropy": lambda: Quantize(8) >> Entropy(),
     "halve": lambda: Halve(),
     "quantize-rotate": lambda: Quantize(8) >> Rotate(),
-    "rotate-feedback": lambda: Rotate() >> Feedback(TopK(0.3)),
-    "feedback-random": lambda: Feedback(RandomK(0.5)),
+    "rotate-feedback": lambda: Rotate() >> ErrorFeedback(TopK(0.3)),
+    "feedback-random": lambda: ErrorFeedback(RandomK(0.5)),
 }
 AGGREGATORS = {
     "mean": lambda: Mean(),
@@ -163,7 +163,7 @@ DOWNLINKS = {
     "down-quantize": lambda: Quantize(8),
     "down-factors": lambda: LowRank(1),
     "down-entropy": lambda: Rotate() >> Quantize(8) >> Entropy(),
-    "down-feedback": lambda: Feedback(TopK(0.3)),
+    "down-feedback": lambda: ErrorFeedback(TopK(0.3)),
     "down-random": lambda: RandomK(0.5),
 }
 # name: (the body, an engine for a chunk size, chunk sizes to compare)
@@ -252,7 +252,7 @@ def after(plan, engine, chunk, rounds=2):
 
 
 def exact(plan):
-    return getattr(plan.aggregator, "sum", "exact") == "exact"
+    return plan.aggregator.sum == "exact"
 
 
 @pytest.mark.parametrize(("recipe", "codec", "aggregator", "pace", "downlink", "engine"), ROWS)

@@ -11,7 +11,7 @@ from atoll.engine.inprocess import InProcessEngine
 from atoll.grammar import Value
 from atoll.plan import aggregate, codec, local, optimizer, pace, sampler
 from atoll.plan.codec.stage import Codec
-from atoll.plan.slots import Cohort
+from atoll.plan.protocols import Aggregator, Cohort, Local, Optimizer, Pace, Sampler
 from atoll.schedule import constant, cosine, hold, plateau, warmup
 from atoll.testing import (
     Nonconformity,
@@ -80,8 +80,8 @@ OURS = {
         codec.RandomK(0.3),
         codec.Sign(),
         codec.LowRank(1),
-        codec.Feedback(codec.TopK(0.1)),
-        codec.Shift(codec.TopK(0.1) >> codec.Quantize(8)),
+        codec.ErrorFeedback(codec.TopK(0.1)),
+        codec.EF21(codec.TopK(0.1) >> codec.Quantize(8)),
         codec.TopK(0.1) >> codec.Quantize(8),
         codec.RandomK(0.25) >> codec.Eden(1),
         codec.Rotate() >> codec.Quantize(4),
@@ -128,7 +128,7 @@ OURS = {
         pace.Buffered(1),
         pace.Buffered(10),
         pace.Buffered(10**6),
-        pace.Buffered(3, staleness=pace.polynomial(0)),
+        pace.Buffered(3, staleness=pace.staleness_polynomial(0)),
         pace.Buffered(7, staleness=pace.hinge(0.5, grace=4)),
         *(pace.Bounded(s) for s in (0, 1, 4, 1000)),
     ],
@@ -184,7 +184,7 @@ def test_plans_are_values():
 
 
 @dataclass(repr=False)
-class Changeable(Value):
+class Changeable(Sampler):
     n: int = 3
     __hash__ = object.__hash__
 
@@ -193,7 +193,7 @@ class Changeable(Value):
 
 
 @dataclass(frozen=True)
-class Unread:
+class Unread(Sampler):
     """A part whose repr is no constructor."""
 
     n: int = 3
@@ -205,7 +205,7 @@ class Unread:
 
 
 @dataclass(frozen=True, repr=False)
-class Sampling(Value):
+class Sampling(Sampler):
     way: str
 
     def __call__(self, population, round, key):
@@ -239,7 +239,7 @@ class Falling(Value):
 
 
 @dataclass(frozen=True, repr=False)
-class Stepping(Value):
+class Stepping(Optimizer):
     way: str
 
     def init(self, theta):
@@ -284,10 +284,10 @@ class Coding(Codec):
                 return x, {}, {}, {"error": x}
         return x, {}, {}, memory
 
-    def open(self, x, side):
+    def decode(self, x, side):
         return 2 * x if self.way == "opens in secret" else x
 
-    def decode(self, x, key):
+    def decode_sum(self, x, key):
         match self.way:
             case "decodes in secret":
                 return 2 * x
@@ -295,7 +295,7 @@ class Coding(Codec):
                 return x[..., :-1]
         return x
 
-    def settle(self, total, server, key):
+    def server_update(self, total, server, info, key):
         return total, {} if self.way == "forgets its server state" else server
 
 
@@ -303,13 +303,13 @@ class Coding(Codec):
 class Squaring(Codec):
     """Says that it decodes; what it does is not linear."""
 
-    decodes = True
+    per_sum = True
 
-    def decode(self, x, key):
+    def decode_sum(self, x, key):
         return x.square()
 
 
-class Delegating(Value):
+class Delegating(Aggregator):
     """An aggregator that is `Mean` but for what a subclass changes."""
 
     linear = True
@@ -317,8 +317,8 @@ class Delegating(Value):
     def zero(self):
         return aggregate.Mean().zero()
 
-    def fold(self, partial, contribution):
-        return aggregate.Mean().fold(partial, contribution)
+    def fold(self, partial, contribution, ids):
+        return aggregate.Mean().fold(partial, contribution, ids)
 
     def merge(self, a, b):
         return aggregate.Mean().merge(a, b)
@@ -326,40 +326,37 @@ class Delegating(Value):
     def total(self, partial):
         return aggregate.Mean().total(partial)
 
-    def finish(self, total, cohort, population):
-        return aggregate.Mean().finish(total, cohort, population)
+    def finalize(self, total, info):
+        return aggregate.Mean().finalize(total, info)
 
 
 @dataclass(frozen=True, repr=False)
 class Adding(Delegating):
     way: str
 
-    def fold(self, partial, contribution):
+    def fold(self, partial, contribution, ids):
         update = contribution.means["update"]
         match self.way:
             case "by the largest of all":
                 contribution.means["update"] = update / update.abs().amax()
             case "signs":
                 return super().fold(
-                    partial, contribution._replace(means={**contribution.means, "update": update.sign()})
+                    partial, contribution._replace(means={**contribution.means, "update": update.sign()}), ids
                 )
-        return super().fold(partial, contribution)
+        return super().fold(partial, contribution, ids)
 
     def merge(self, a, b):
         return a if self.way == "drops" else super().merge(a, b)
 
-    def finish(self, total, cohort, population):
+    def finalize(self, total, info):
         if self.way == "never empty":
             total = total._replace(means={**total.means, "update": total.means["update"] * 1.0})
-        return super().finish(total, cohort, population)
+        return super().finalize(total, info)
 
 
 @dataclass(frozen=True, repr=False)
-class Computing(local.Part):
+class Computing(Local):
     way: str
-
-    def width(self, rows):
-        return local.padded(rows)
 
     def contribute(self, broadcast, lanes, memory, key, task):
         given, after = local.Gradient().contribute(broadcast, lanes, memory, key, task)
@@ -394,20 +391,20 @@ class Dealing(partition.Partition):
 
 
 @dataclass(frozen=True, repr=False)
-class Waiting(Value):
+class Waiting(Pace):
     """A pace that is `Sync()`, or `Buffered(2)` where it refills, but for one thing."""
 
     way: str
 
     @property
-    def flies_on(self):
-        return 1 if self.way == "no flag" else self.refills
+    def asynchronous(self):
+        return 1 if self.way == "no flag" else self.replaces_arrivals
 
     @property
-    def refills(self):
+    def replaces_arrivals(self):
         return self.way in ("never closes", "only as a whole")
 
-    def asks(self, n):
+    def cohort_size(self, n):
         match self.way:
             case "asks for fewer":
                 return n - 1
@@ -415,13 +412,13 @@ class Waiting(Value):
                 return 2 * n
         return n
 
-    def wants(self, started):
+    def required(self, started):
         return started
 
     def may_start(self, starts):
         return starts != 3 if self.way == "forgives" else True
 
-    def closes(self, open):
+    def should_close(self, open):
         match self.way:
             case "never closes":
                 return False
@@ -433,9 +430,9 @@ class Waiting(Value):
                 return open.arrived >= open.wanted and open.elapsed < 30
             case "by a coin":
                 return open.arrived > 0 and bool(torch.rand(()) < 0.5)
-        return open.arrived >= (2 if self.refills else open.wanted)
+        return open.arrived >= (2 if self.replaces_arrivals else open.wanted)
 
-    def discount(self, staleness):
+    def staleness_weight(self, staleness):
         match self.way:
             case "never whole":
                 return 0.5
@@ -447,19 +444,19 @@ class Waiting(Value):
 
 
 @dataclass(frozen=True, repr=False)
-class Counting(Value):
+class Counting(Pace):
     """A pace that keeps count of what it was asked."""
 
     asked: list = field(default_factory=list, compare=False)
-    flies_on = refills = False
+    asynchronous = replaces_arrivals = False
 
-    asks = wants = lambda self, n: n
+    cohort_size = required = lambda self, n: n
     may_start = lambda self, starts: True  # noqa: E731
 
-    def closes(self, open):
+    def should_close(self, open):
         return open.arrived >= open.wanted
 
-    def discount(self, staleness):
+    def staleness_weight(self, staleness):
         self.asked.append(staleness)
         return 1.0 if len(self.asked) < 50 else 0.5
 
@@ -517,8 +514,8 @@ BROKEN = [
     (check_stage, Coding("side without rows"), "for 4 clients"),
     (check_stage, Coding("on the host"), "without numbers"),
     (check_stage, Coding("keeps more"), "tensors named"),
-    (check_stage, Coding("opens in secret"), "opens = True"),
-    (check_stage, Coding("decodes in secret"), "decodes = True"),
+    (check_stage, Coding("opens in secret"), "per_message = True"),
+    (check_stage, Coding("decodes in secret"), "per_sum = True"),
     (check_stage, Coding("cuts"), "floats [63]"),
     (check_stage, Coding("forgets its server state"), "tensors named"),
     (check_stage, Squaring(), "linear decode"),

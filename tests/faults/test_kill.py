@@ -22,7 +22,7 @@ PLANS = {
     # Two are still in the air where a round closes, from older models, with what they lost and what they know of θ.
     "flying": {
         "plan": "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=5, "
-        "codec=Feedback(TopK(0.05) >> Quantize(8)), downlink=TopK(0.2), pace=Buffered(3), max_failed=1)",
+        "codec=ErrorFeedback(TopK(0.05) >> Quantize(8)), downlink=TopK(0.2), pace=Buffered(3), max_failed=1)",
         "every": 2,
         "fleet": "Fleet(HalfNormal(), uplink='10 kB/s', server='50 kB/s', availability=Chance(0.8), dropout=0.2)",
     },

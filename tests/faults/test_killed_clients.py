@@ -15,10 +15,9 @@ from atoll.errors import RunError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.part import Part
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort, Local
 from atoll.plan.round import step
-from atoll.plan.slots import Cohort
 from atoll.plan.state import State
 
 SIZES = (9, 5, 9, 3, 9, 5, 9)
@@ -36,16 +35,16 @@ class Without:
 
 
 @dataclass(frozen=True, repr=False)
-class Sick(Part):
+class Sick(Local):
     """A local part that some clients do not survive: they raise, or give what is not finite."""
 
-    inner: Part
+    inner: Local
     who: frozenset[int]
     how: str
     since: int = 0
 
-    def width(self, rows):
-        return self.inner.width(rows)
+    def padded_batch(self, rows):
+        return self.inner.padded_batch(rows)
 
     def memory(self, layout):
         return self.inner.memory(layout)

@@ -141,10 +141,10 @@ class Heavy(Mean):
 
     most: int = 4
 
-    def fold(self, partial, contribution):
+    def fold(self, partial, contribution, ids):
         if len(contribution.weight) > self.most:
             raise MemoryError
-        return super().fold(partial, contribution)
+        return super().fold(partial, contribution, ids)
 
 
 def test_no_room_for_the_sum_is_told(told):

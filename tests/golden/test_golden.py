@@ -81,7 +81,7 @@ def test_normal_draws():
 
 def test_cohorts():
     from atoll.plan import sampler
-    from atoll.plan.slots import Population
+    from atoll.plan.protocols import Population
 
     population = Population(20, torch.arange(1, 21))
     parts = (

@@ -19,13 +19,13 @@ from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.errors import UsageError
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Feedback, TopK
+from atoll.plan.codec import ErrorFeedback, TopK
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Broadcast, Ids
 from atoll.plan.round import bind, close_round, open_round
-from atoll.plan.slots import Broadcast, Ids
 from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Model
@@ -130,7 +130,7 @@ def opened(plan, task, data, **words):
 def test_kept_contributions_add_up_to_the_mean(chunk):
     data = DATA
     task = task_of(mlp(), data, "lanes", torch.float64)
-    plan = Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Feedback(TopK(0.3)))
+    plan = Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.3)))
     engine, start = opened(plan, task, data, chunk=chunk)
     gathered = engine.gather(start.plan, start.state, start.cohort, start.key, keep=range(len(SIZES)))
     closed = close_round(start, gathered)

@@ -20,9 +20,8 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import Codec, Identity
 from atoll.plan.local import Gradient, Train
-from atoll.plan.part import Part
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Contribution
+from atoll.plan.protocols import Contribution, Declared, Ids, Local
 from atoll.rng import Key
 
 SIZES = (9, 5, 9, 3, 7)
@@ -32,12 +31,12 @@ SIZES = (9, 5, 9, 3, 7)
 class Flip(Codec):
     """A rotation: each coordinate by a keyed sign that everybody knows. Its own inverse, undone once, on the sum."""
 
-    decodes = True
+    per_sum = True
 
     def encode(self, x, memory, shared, key):
         return x * self._signs(x, key), {}, {}, memory
 
-    def decode(self, x, key):
+    def decode_sum(self, x, key):
         return x * self._signs(x, key)
 
     def _signs(self, x, key):
@@ -48,12 +47,12 @@ class Flip(Codec):
 class Shuffle(Codec):
     """A rotation: the coordinates in a keyed order."""
 
-    decodes = True
+    per_sum = True
 
     def encode(self, x, memory, shared, key):
         return x[..., key.shared().permutation(x.shape[-1])], {}, {}, memory
 
-    def decode(self, x, key):
+    def decode_sum(self, x, key):
         return x[..., key.shared().permutation(x.shape[-1]).argsort()]
 
 
@@ -62,19 +61,22 @@ class Round(Codec):
     """Whole numbers of a step of each message's own, in 8 bits; opened one by one. Counts its extremes."""
 
     levels: int = 100
-    opens = True
+    per_message = True
 
     def encode(self, x, memory, shared, key):
         step = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / self.levels
         whole = (x / step).round()
         return whole.to(torch.int8), {"step": step}, {"at_most": (whole.abs() == self.levels).sum(-1)}, memory
 
-    def open(self, x, side):
+    def decode(self, x, side):
         return x.to(side["step"].dtype) * side["step"]
+
+    def declare(self, layout):
+        return {**super().declare(layout), "at_most": Declared(1, torch.int64, "sum")}
 
 
 @dataclass(frozen=True, repr=False)
-class Feedback(Codec):
+class ErrorFeedback(Codec):
     """A coarse rounding that keeps what it did not send, and adds it to what it means next time.
 
     sent = step · round((x + e) / step),  e ← x + e − sent
@@ -92,13 +94,13 @@ class Feedback(Codec):
 
 
 @dataclass(frozen=True, repr=False)
-class Says(Part):
+class Says(Local):
     """Clients that say what they are told to, whole multiples of 1/64, and are not heard in some rounds."""
 
     lost: frozenset[tuple[int, int]] = frozenset()
     how: str = "raises"
 
-    def width(self, rows):
+    def padded_batch(self, rows):
         return 1
 
     def contribute(self, broadcast, lanes, memory, key, task):
@@ -149,11 +151,12 @@ def test_decoded_sum_of_encoded_is_the_sum(seed, clients, d, dtype, codec):
     weight = key.fold("weight").integers(clients, 1000) + 1
     encode = key.of(torch.arange(clients)).fold("codec")
     payload, side, _, _ = codec.encode(x, {}, {}, encode)
+    starts = Ids(torch.arange(clients), torch.zeros(clients, dtype=torch.int64))
     sums = [
-        mean.total(mean.fold(mean.zero(), Contribution({"update": rows}, {}, weight, {}, {}))).means["update"]
-        for rows in (codec.open(payload, side), x)
+        mean.total(mean.fold(mean.zero(), Contribution({"update": rows}, {}, weight, {}, {}), starts)).means["update"]
+        for rows in (codec.decode(payload, side), x)
     ]
-    assert torch.equal(codec.decode(sums[0], key.fold("codec")), sums[1])
+    assert torch.equal(codec.decode_sum(sums[0], key.fold("codec")), sums[1])
 
 
 def test_keys_of_two_stages_and_two_rounds_differ():
@@ -189,13 +192,13 @@ def test_rotating_before_rounding_is_legal_and_undone():
     "wrong", [(Round(7), Flip()), (Identity(), Round(), Identity(), Shuffle()), (Round(), Round(), Flip())]
 )
 def test_a_stage_that_decodes_behind_one_that_opens_is_refused_with_a_line_that_works(wrong):
-    with pytest.raises(UsageError, match="stages that decode before stages that open") as caught:
+    with pytest.raises(UsageError, match="stages with per_sum before stages with per_message") as caught:
         codec = wrong[0]
         for stage in wrong[1:]:
             codec = codec >> stage
     names = {part.__name__: part for part in (Flip, Shuffle, Round, Identity)}
     instead = grammar.parse(caught.value.write, names)
-    assert instead.opens and instead.decodes
+    assert instead.per_message and instead.per_sum
     run(Plan(Gradient(), Mean(), rules.sgd(0.1), codec=instead), setting(), 1)
 
 
@@ -208,7 +211,7 @@ def test_all_that_was_sent_and_what_is_kept_is_all_that_was_meant(body, how, los
     All numbers are multiples of 1/64, so that nothing is rounded but by the stage itself.
     """
     engine, rounds = setting(body=body), 5
-    plan = Plan(Says(frozenset(lost), how), Sum(weights="equal"), rules.sgd(1.0), codec=Feedback(), max_failed=1.0)
+    plan = Plan(Says(frozenset(lost), how), Sum(weights="equal"), rules.sgd(1.0), codec=ErrorFeedback(), max_failed=1.0)
     d = engine.task.layout.d
     state, reports = run(plan, engine, rounds, init=torch.zeros(d, dtype=torch.float64))
 
@@ -223,5 +226,5 @@ def test_all_that_was_sent_and_what_is_kept_is_all_that_was_meant(body, how, los
         alone = torch.zeros(1, d, dtype=torch.float64)
         for r in range(rounds):
             if heard[r][i]:
-                alone = Feedback().encode(said(torch.tensor([i]), r, d), {"e": alone}, {}, Key(0))[3]["e"]
+                alone = ErrorFeedback().encode(said(torch.tensor([i]), r, d), {"e": alone}, {}, Key(0))[3]["e"]
         assert torch.equal(alone[0], kept[i])

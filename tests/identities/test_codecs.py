@@ -13,17 +13,18 @@ from atoll.errors import RunError, UsageError
 from atoll.grammar import parse
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy
-from atoll.plan.codec.feedback import Feedback, Shift
+from atoll.plan.codec.feedback import EF21, ErrorFeedback
 from atoll.plan.codec.lowrank import LowRank
 from atoll.plan.codec.quantize import Cast, Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK, largest, magnitude
-from atoll.plan.codec.stage import Chain, Codec, Identity, arrived, flat
+from atoll.plan.codec.stage import Chain, Codec, Identity, flat_layout, roundtrip
 from atoll.plan.codec.wire import MessageError
-from atoll.plan.slots import Total
+from atoll.plan.protocols import Total
 from atoll.rng import Key
+from atoll.testing import round_info
 
-PARTS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, Entropy, Feedback, Shift)
+PARTS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, Entropy, ErrorFeedback, EF21)
 NAMES = {part.__name__: part for part in PARTS}
 PLAIN = [
     Identity(),
@@ -59,15 +60,15 @@ CHAINS = [
     Rotate() >> Quantize(4),
     Rotate() >> RandomK(0.5) >> Quantize(8),
     TopK(0.1) >> Eden(2),
-    Feedback(TopK(0.05) >> Cast("bf16")),
-    Feedback(Rotate() >> Sign()),
-    Feedback(TopK(0.1)) >> Quantize(8),
-    Shift(TopK(0.1)),
-    Shift(RandomK(0.1, unbiased=False)),
-    Feedback(LowRank(1)),
+    ErrorFeedback(TopK(0.05) >> Cast("bf16")),
+    ErrorFeedback(Rotate() >> Sign()),
+    ErrorFeedback(TopK(0.1)) >> Quantize(8),
+    EF21(TopK(0.1)),
+    EF21(RandomK(0.1, unbiased=False)),
+    ErrorFeedback(LowRank(1)),
     TopK(0.1) >> Quantize(8) >> Entropy(),
-    Feedback(Rotate() >> Quantize(6) >> Entropy(19)),
-    Shift(TopK(0.1)) >> Entropy(1),
+    ErrorFeedback(Rotate() >> Quantize(6) >> Entropy(19)),
+    EF21(TopK(0.1)) >> Entropy(1),
 ]
 EVERY = pytest.mark.parametrize("codec", PLAIN + CHAINS, ids=repr)
 
@@ -80,16 +81,16 @@ def draw(k: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> t
 
 def start(codec: Codec, d: int, k: int, dtype: torch.dtype = torch.float32) -> tuple:
     """(the codec in its place, first memories, first server state)."""
-    layout = flat(d, dtype)
+    layout = flat_layout(d, dtype)
     memory = {n: t.expand(k, *t.shape) for n, t in codec.memory(layout).items()}
-    return codec.at(layout, k), memory, codec.server(layout)
+    return codec.bind(layout, k), memory, codec.server(layout)
 
 
 def send(codec: Codec, x: Tensor, key: Key, memory=None) -> Tensor:
     """What arrives of each row, by itself."""
     codec, zero, shared = start(codec, x.shape[-1], len(x), x.dtype)
     payload, side, *_ = codec.encode(x, memory or zero, shared, key)
-    return arrived(codec, payload, side, key)
+    return roundtrip(codec, payload, side, key)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -109,17 +110,17 @@ def test_a_message_is_as_long_as_its_form_and_reads_back(d, dtype):
             placed, memory, shared = start(codec, d, k, dtype)
             payload, side, _, after = placed.encode(x, memory, shared, key)
             assert same(x, before), f"{codec} changed its input"
-            size = codec.nbytes(flat(d, dtype))
+            size = codec.nbytes(flat_layout(d, dtype))
             assert sum(t.numel() * t.element_size() for t in (payload, *side.values())) == k * size
             messages = placed.to_bytes(payload, side)
             assert [len(m) for m in messages] == placed.sizes(payload, side).tolist()
-            assert all(len(m) <= size if placed.sealer else len(m) == size for m in messages)
+            assert all(len(m) <= size if placed.compressor else len(m) == size for m in messages)
             again, sides = placed.from_bytes(messages)
             assert same(payload, again) and side.keys() == sides.keys()
             assert all(same(side[n], sides[n]) for n in side)
-            opened = placed.open(payload, side)
-            assert same(opened, placed.open(again, sides))
-            decoded = placed.decode(opened, key)
+            opened = placed.decode(payload, side)
+            assert same(opened, placed.decode(again, sides))
+            decoded = placed.decode_sum(opened, key)
             assert decoded.shape == x.shape and decoded.dtype == dtype and decoded.isfinite().all(), codec
             assert after.keys() == memory.keys() and all(after[n].shape == memory[n].shape for n in after)
 
@@ -157,8 +158,10 @@ def test_a_message_is_refused_or_means_what_it_says(codec):
             refused += 1
             continue
         # A frame has a bit or two that nobody reads: behind a checksum all is as it was sent.
-        assert codec.to_bytes(*read) == [good if codec.sealer and len(good) < codec.nbytes(flat(70)) else bytes(bad)]
-        assert codec.decode(codec.open(*read), key).shape == x.shape
+        assert codec.to_bytes(*read) == [
+            good if codec.compressor and len(good) < codec.nbytes(flat_layout(70)) else bytes(bad)
+        ]
+        assert codec.decode_sum(codec.decode(*read), key).shape == x.shape
     assert refused or not side
 
 
@@ -202,8 +205,8 @@ def test_a_lane_depends_on_its_own_client_alone(codec, d):
     def run(rows):
         mine, own = key.select(rows), {n: t[rows] for n, t in memory.items()}
         payload, side, sums, after = codec.encode(x[rows], own, shared, mine)
-        opened = codec.open(payload, side)
-        return [payload, *side.values(), *sums.values(), *after.values(), opened, codec.decode(opened, mine)]
+        opened = codec.decode(payload, side)
+        return [payload, *side.values(), *sums.values(), *after.values(), opened, codec.decode_sum(opened, mine)]
 
     together = run(torch.arange(5))
     for rows in (torch.tensor([3]), torch.tensor([4, 1]), torch.arange(4, -1, -1)):
@@ -241,10 +244,10 @@ def test_decoding_is_linear_and_the_same_for_all(codec):
     x, key = draw(3, 5000, torch.float64)
     codec, memory, shared = start(codec, 5000, 3, torch.float64)
     payload, side, *_ = codec.encode(x, memory, shared, key)
-    opened = codec.open(payload, side)
+    opened = codec.decode(payload, side)
     weights = torch.tensor([[1.0], [5.0], [0.5]], dtype=torch.float64)
-    sum_first = codec.decode((weights * opened).sum(0), key.shared())
-    sum_last = (weights * codec.decode(opened, key)).sum(0)
+    sum_first = codec.decode_sum((weights * opened).sum(0), key.shared())
+    sum_last = (weights * codec.decode_sum(opened, key)).sum(0)
     assert sum_first.shape == (5000,)
     torch.testing.assert_close(sum_first, sum_last, rtol=0, atol=1e-12)
 
@@ -256,8 +259,8 @@ def test_parts_run_on_any_device(codec):
     codec, memory, shared = start(codec, 70_000, 2)
     memory, shared = ({n: t.to("meta") for n, t in table.items()} for table in (memory, shared))
     payload, side, *_ = codec.encode(torch.empty(2, 70_000, device="meta"), memory, shared, key)
-    opened = codec.open(payload, side)
-    assert codec.decode(opened, key).shape == (2, 70_000)
+    opened = codec.decode(payload, side)
+    assert codec.decode_sum(opened, key).shape == (2, 70_000)
     assert payload.is_meta and all(t.is_meta for t in side.values())
 
 
@@ -298,31 +301,34 @@ REFUSED = [
     ("Entropy(0)", "a level of zstd"),
     ("Entropy(23)", "a level of zstd"),
     ("Entropy(3.0)", "a level of zstd"),
-    ("Feedback(3)", "a codec"),
-    ("Shift('TopK')", "a codec"),
-    ("Feedback(RandomK(0.1))", "less error than it was given"),
-    ("Feedback(TopK(0.1) >> Quantize(levels=1))", "less error than it was given"),
-    ("Shift(Quantize(4))", "less error than it was given"),
-    ("Shift(Quantize(8, bucket=None))", "less error than it was given"),
-    ("Feedback(Feedback(TopK(0.1)))", "without a memory of its own"),
-    ("Shift(Feedback(TopK(0.1)))", "without a memory of its own"),
-    ("TopK(0.1) >> Rotate()", "stages that decode before stages that open"),
-    ("TopK(0.1) >> RandomK(0.1)", "stages that decode before stages that open"),
-    ("Feedback(TopK(0.1)) >> RandomK(0.5)", "stages that decode before stages that open"),
-    ("Quantize(8) >> TopK(0.1)", "what packs at the end"),
-    ("Eden(2) >> Rotate()", "what packs at the end"),
-    ("Quantize(8) >> Sign()", "what packs at the end"),
-    ("Entropy() >> Quantize(8)", "what packs at the end"),
-    ("Entropy() >> Entropy()", "what packs at the end"),
-    ("Feedback(TopK(0.1) >> Entropy()) >> Quantize(8)", "what packs at the end"),
-    ("Feedback(TopK(0.1) >> Entropy()) >> Entropy()", "what packs at the end"),
-    ("Entropy() >> Feedback(TopK(0.1))", "before what changes coordinates"),
-    ("Feedback(Quantize(8)) >> TopK(0.1)", "what packs at the end"),
-    ("Rotate() >> Feedback(TopK(0.1))", "Feedback before what changes coordinates"),
-    ("RandomK(0.1) >> Shift(TopK(0.1))", "Shift before what changes coordinates"),
-    ("TopK(0.1) >> LowRank(2)", "LowRank before what changes coordinates"),
-    ("Feedback(TopK(0.1)) >> Feedback(Sign())", "Feedback before what changes coordinates"),
-    ("Feedback(RandomK(0.1, unbiased=False) >> Shift(TopK(0.1)))", "Shift before what changes coordinates"),
+    ("ErrorFeedback(3)", "a codec"),
+    ("EF21('TopK')", "a codec"),
+    ("ErrorFeedback(RandomK(0.1))", "whose error is less than its input"),
+    ("ErrorFeedback(TopK(0.1) >> Quantize(levels=1))", "whose error is less than its input"),
+    ("EF21(Quantize(4))", "whose error is less than its input"),
+    ("EF21(Quantize(8, bucket=None))", "whose error is less than its input"),
+    ("ErrorFeedback(ErrorFeedback(TopK(0.1)))", "without a memory of its own"),
+    ("EF21(ErrorFeedback(TopK(0.1)))", "without a memory of its own"),
+    ("TopK(0.1) >> Rotate()", "stages with per_sum before stages with per_message"),
+    ("TopK(0.1) >> RandomK(0.1)", "stages with per_sum before stages with per_message"),
+    ("ErrorFeedback(TopK(0.1)) >> RandomK(0.5)", "stages with per_sum before stages with per_message"),
+    ("Quantize(8) >> TopK(0.1)", "a stage that packs at the end"),
+    ("Eden(2) >> Rotate()", "a stage that packs at the end"),
+    ("Quantize(8) >> Sign()", "a stage that packs at the end"),
+    ("Entropy() >> Quantize(8)", "a stage that packs at the end"),
+    ("Entropy() >> Entropy()", "a stage that packs at the end"),
+    ("ErrorFeedback(TopK(0.1) >> Entropy()) >> Quantize(8)", "a stage that packs at the end"),
+    ("ErrorFeedback(TopK(0.1) >> Entropy()) >> Entropy()", "a stage that packs at the end"),
+    ("Entropy() >> ErrorFeedback(TopK(0.1))", "before any stage that changes coordinates"),
+    ("ErrorFeedback(Quantize(8)) >> TopK(0.1)", "a stage that packs at the end"),
+    ("Rotate() >> ErrorFeedback(TopK(0.1))", "ErrorFeedback before any stage that changes coordinates"),
+    ("RandomK(0.1) >> EF21(TopK(0.1))", "EF21 before any stage that changes coordinates"),
+    ("TopK(0.1) >> LowRank(2)", "LowRank before any stage that changes coordinates"),
+    ("ErrorFeedback(TopK(0.1)) >> ErrorFeedback(Sign())", "ErrorFeedback before any stage that changes coordinates"),
+    (
+        "ErrorFeedback(RandomK(0.1, unbiased=False) >> EF21(TopK(0.1)))",
+        "EF21 before any stage that changes coordinates",
+    ),
 ]
 
 
@@ -340,27 +346,27 @@ def test_what_cannot_be_is_refused_with_a_line_that_can(text, required):
 @EVERY
 def test_a_codec_that_was_not_told_its_place_says_so_and_works_once_it_is(codec):
     x, key = draw(2, 300)
-    layout = flat(300)
+    layout = flat_layout(300)
     placed, memory, shared = start(codec, 300, 2)
     payload, side, *_ = placed.encode(x, memory, shared, key)
     for ask in (lambda c: c.to_bytes(payload, side), lambda c: c.from_bytes(placed.to_bytes(payload, side))):
         with pytest.raises(RunError, match="does not know how long its vector is") as caught:
             ask(codec)
-        assert caught.value.write == "codec.at(layout)"
-        ask(codec.at(layout))
-    assert codec.at(layout) == codec and hash(codec.at(layout)) == hash(codec)
+        assert caught.value.write == "codec.bind(layout)"
+        ask(codec.bind(layout))
+    assert codec.bind(layout) == codec and hash(codec.bind(layout)) == hash(codec)
 
 
 def test_a_shift_that_was_not_told_who_there_is_says_so():
-    codec, layout, everyone = Shift(TopK(0.1)), flat(10), 3
+    codec, layout, total_weight = EF21(TopK(0.1)), flat_layout(10), 3
     total = Total({"update": torch.zeros(10)}, {}, torch.tensor(1), torch.tensor(1), {})
     with pytest.raises(RunError, match="does not know how much all clients weigh") as caught:
-        codec.at(layout).settle(total, codec.server(layout), Key(0))
-    assert caught.value.write == "codec.at(layout, everyone)"
-    codec.at(layout, everyone).settle(total, codec.server(layout), Key(0))
+        codec.bind(layout).server_update(total, codec.server(layout), round_info(), Key(0))
+    assert caught.value.write == "codec.bind(layout, total_weight)"
+    codec.bind(layout, total_weight).server_update(total, codec.server(layout), round_info(), Key(0))
 
 
-@pytest.mark.parametrize("codec", [Entropy(), TopK(0.1) >> Entropy(), LowRank(1), Feedback(Eden(1))], ids=repr)
+@pytest.mark.parametrize("codec", [Entropy(), TopK(0.1) >> Entropy(), LowRank(1), ErrorFeedback(Eden(1))], ids=repr)
 def test_a_message_cut_anywhere_is_refused(codec):
     x, key = draw(1, 70)
     codec, memory, shared = start(codec, 70, 1)
@@ -383,7 +389,7 @@ def test_rotation_keeps_length_and_comes_back():
         for block in (None, 2, 64, 4096, 65_536):
             x, key = draw(2, d)
             y, *_ = Rotate(block).encode(x, {}, {}, key)
-            back = Rotate(block).decode(y, key)
+            back = Rotate(block).decode_sum(y, key)
             assert (back - x).norm() <= 1e-6 * x.norm()
             assert abs(y.double().norm() / x.double().norm() - 1) < 1e-6
             products = (y.double()[0] @ y.double()[1], x.double()[0] @ x.double()[1])
@@ -468,10 +474,10 @@ def test_random_k_is_one_support_for_all_clients_of_a_round():
     codec, _, _ = start(RandomK(0.1), 1000, 4)
     payload, side, *_ = codec.encode(x, {}, {}, key)
     assert not side and payload.shape == (4, 100)
-    summed = codec.decode(payload.double().sum(0), key.shared())
-    alone = codec.decode(payload.double(), key).sum(0)
+    summed = codec.decode_sum(payload.double().sum(0), key.shared())
+    alone = codec.decode_sum(payload.double(), key).sum(0)
     assert torch.equal(summed, alone) and (summed != 0).sum() == 100
-    assert not torch.equal(summed != 0, codec.decode(payload.double().sum(0), key.fold(1)) != 0)
+    assert not torch.equal(summed != 0, codec.decode_sum(payload.double().sum(0), key.fold(1)) != 0)
 
 
 def test_ternary_sends_three_values():

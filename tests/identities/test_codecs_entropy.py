@@ -16,11 +16,11 @@ from atoll.errors import UsageError
 from atoll.plan.codec import entropy
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy
-from atoll.plan.codec.feedback import Feedback, Shift
+from atoll.plan.codec.feedback import EF21, ErrorFeedback
 from atoll.plan.codec.quantize import Cast, Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
-from atoll.plan.codec.stage import Chain, Codec, Identity, arrived, flat
+from atoll.plan.codec.stage import Chain, Codec, Identity, flat_layout, roundtrip
 from atoll.plan.codec.wire import MessageError
 from atoll.rng import Key
 
@@ -37,20 +37,20 @@ PLAIN = [
     TopK(0.01) >> Quantize(8),
     RandomK(0.2),
     Rotate() >> Quantize(4),
-    Feedback(TopK(0.1)),
-    Shift(TopK(0.1) >> Cast("fp16")),
+    ErrorFeedback(TopK(0.1)),
+    EF21(TopK(0.1) >> Cast("fp16")),
 ]
 EACH = pytest.mark.parametrize("codec", PLAIN, ids=repr)
 
 
 def encoded(codec: Codec, d: int, k: int = 3, seed: int = 0) -> tuple:
     """(the codec in its place, payload, side, what arrives) of normal updates."""
-    layout, key = flat(d), Key(seed).fold("codec").of(torch.arange(k))
-    codec = codec.at(layout, k)
+    layout, key = flat_layout(d), Key(seed).fold("codec").of(torch.arange(k))
+    codec = codec.bind(layout, k)
     x = key.fold("x").normal(d, torch.float32)
     memory = {n: t.expand(k, -1) for n, t in codec.memory(layout).items()}
     payload, side, _, after = codec.encode(x, memory, codec.server(layout), key)
-    return codec, payload, side, [arrived(codec, payload, side, key), *after.values()]
+    return codec, payload, side, [roundtrip(codec, payload, side, key), *after.values()]
 
 
 def bits(codec: Codec, d: int) -> float:
@@ -69,9 +69,9 @@ def test_numbers_are_as_without(codec, d, seed):
     messages = placed.to_bytes(payload, side)
     again = placed.from_bytes(messages)
     assert placed.to_bytes(*again) == messages
-    assert torch.equal(placed.open(*again), placed.open(payload, side))
+    assert torch.equal(placed.decode(*again), placed.decode(payload, side))
     assert placed.sizes(payload, side).tolist() == [len(m) for m in messages]
-    assert placed.nbytes(flat(d)) == plain.nbytes(flat(d)) >= max(map(len, messages))
+    assert placed.nbytes(flat_layout(d)) == plain.nbytes(flat_layout(d)) >= max(map(len, messages))
 
 
 @pytest.mark.parametrize(
@@ -103,22 +103,22 @@ def test_messages_shrink(codec, share):
 
 def test_what_cannot_be_compressed_is_sent_as_it_is():
     codec, payload, side, _ = encoded(Sign() >> Entropy(), 4096)
-    plain = Chain((Sign(),)).at(flat(4096))
+    plain = Chain((Sign(),)).bind(flat_layout(4096))
     assert codec.to_bytes(payload, side) == plain.to_bytes(payload, side)
 
 
 def test_lengths_differ_by_client():
     d, key = 20_000, Key(0).of(torch.arange(3))
-    codec = (Quantize(8) >> Entropy()).at(flat(d))
+    codec = (Quantize(8) >> Entropy()).bind(flat_layout(d))
     x = torch.stack((torch.zeros(d), torch.ones(d), key.shared().normal(d, torch.float32)))
     payload, side, *_ = codec.encode(x, {}, {}, key)
     sizes = codec.sizes(payload, side).tolist()
-    assert sizes[0] < sizes[1] < 100 < 18_000 < sizes[2] <= codec.nbytes(flat(d))
+    assert sizes[0] < sizes[1] < 100 < 18_000 < sizes[2] <= codec.nbytes(flat_layout(d))
 
 
 def test_a_level_is_only_a_matter_of_size():
     quick, *sent, _ = encoded(Identity() >> Entropy(1), 5000)
-    small = (Identity() >> Entropy(22)).at(flat(5000))
+    small = (Identity() >> Entropy(22)).bind(flat_layout(5000))
     assert quick.to_bytes(*sent) != small.to_bytes(*sent)
     assert torch.equal(quick.from_bytes(small.to_bytes(*sent))[0], sent[0])
 
@@ -158,7 +158,7 @@ HOSTILE = list(hostile(1000))
 def test_hostile_messages_are_refused(codec, name):
     codec, payload, side, _ = encoded(codec >> Entropy(), 50_000, 1)
     good = codec.to_bytes(payload, side)[0]
-    bad = hostile(codec.nbytes(flat(50_000)))[name]
+    bad = hostile(codec.nbytes(flat_layout(50_000)))[name]
     with pytest.raises(MessageError, match=r"Message 1\b"):
         codec.from_bytes([good, bad])
 
@@ -177,8 +177,8 @@ def test_a_bomb_is_not_unpacked(monkeypatch):
             return out
 
     monkeypatch.setattr(entropy, "_zstd", lambda: type("zstd", (), {**vars(zstd), "ZstdDecompressor": Opener}))
-    codec = (Sign() >> Entropy()).at(flat(80_000))
-    plain = codec.nbytes(flat(80_000))
+    codec = (Sign() >> Entropy()).bind(flat_layout(80_000))
+    plain = codec.nbytes(flat_layout(80_000))
     with pytest.raises(MessageError):
         codec.from_bytes([frame(bytes(1 << 28), window_log=10)])
     assert not asked  # longer than any message
@@ -190,12 +190,12 @@ def test_a_bomb_is_not_unpacked(monkeypatch):
 @settings(max_examples=200)
 @given(st.binary(max_size=400), st.booleans())
 def test_any_bytes_are_refused_or_are_a_message(data, framed):
-    codec = (TopK(0.5) >> Entropy()).at(flat(100))
+    codec = (TopK(0.5) >> Entropy()).bind(flat_layout(100))
     try:
         payload, side = codec.from_bytes([frame(data) if framed else data])
     except MessageError:
         return
-    assert codec.open(payload, side).shape == (1, 100)
+    assert codec.decode(payload, side).shape == (1, 100)
 
 
 # ---- without the extra
@@ -207,7 +207,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(entropy.importlib, "import_module", missing)
     with pytest.raises(UsageError, match=r"the extra atoll\[zstd\]") as caught:
-        (TopK(0.1) >> Entropy()).at(flat(10))
+        (TopK(0.1) >> Entropy()).bind(flat_layout(10))
     name, extra = re.fullmatch(r"pip install '(\w+)\[(\w+)\]'", caught.value.write).groups()
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["name"] == name

@@ -17,9 +17,9 @@ from atoll.engine.room import lanes_of
 from atoll.plan import codec as codecs
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
-from atoll.plan.codec import Cast, Eden, Entropy, Feedback, LowRank, Quantize, RandomK, Rotate, Shift, Sign, TopK
+from atoll.plan.codec import EF21, Cast, Eden, Entropy, ErrorFeedback, LowRank, Quantize, RandomK, Rotate, Sign, TopK
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.pace import Bounded, Buffered, polynomial
+from atoll.plan.pace import Bounded, Buffered, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.sampler import Poisson, RoundRobin, Weighted
 from atoll.schedule import plateau
@@ -130,8 +130,8 @@ CODECS = {
     "sign": Sign(),
     "lowrank": LowRank(1),
     "entropy": Entropy(),
-    "feedback": Feedback(TopK(0.2)),
-    "shift": Shift(RandomK(0.3, unbiased=False)),
+    "feedback": ErrorFeedback(TopK(0.2)),
+    "shift": EF21(RandomK(0.3, unbiased=False)),
 }
 
 
@@ -164,7 +164,7 @@ def test_local_parts(name, body):
     data = (
         regression((1500, 40, 3), dtype=torch.float32) if name == "wide" else regression((9, 9, 5), dtype=torch.float32)
     )
-    pace = Buffered(2, polynomial(0.5)) if name == "models" else Bounded(1)
+    pace = Buffered(2, staleness_polynomial(0.5)) if name == "models" else Bounded(1)
     check(Plan(LOCALS[name], Mean(), pace=pace), seeded(nn.Linear, 3, 1), data, body, rounds=4)
 
 

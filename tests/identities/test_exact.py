@@ -19,9 +19,9 @@ import atoll.shelf
 from atoll import grammar, native
 from atoll.errors import UsageError
 from atoll.known import tell
-from atoll.plan.aggregate import Mean, Partial, Sum, exact
+from atoll.plan.aggregate import Mean, PartialSum, Sum, exact
 from atoll.plan.names import PARTS
-from atoll.plan.slots import Contribution
+from atoll.plan.protocols import Contribution, Ids
 from atoll.shelf import Shelf, lent_from
 
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
@@ -60,6 +60,9 @@ def problems(draw, width=st.sampled_from([1, 2, 7, 300, BLOCK - 1, BLOCK + 1, 2 
     return rows, torch.from_numpy(rng.integers(1, draw(st.sampled_from([2, 1000, 2**25])), n)), rng
 
 
+STARTS = Ids(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))  # a mean does not read them
+
+
 def contribution(rows, weights, index):
     index = torch.as_tensor(index, dtype=torch.int64)
     some, weight = rows[index], weights[index]
@@ -69,7 +72,7 @@ def contribution(rows, weights, index):
 def bits(partial, aggregator):
     """A total as bytes, so that equal means equal to the bit, signs of zeros included."""
     total = aggregator.total(partial)
-    tensors = {**total.means, **total.sums, **total.largest, "weight": total.weight, "arrived": total.arrived}
+    tensors = {**total.means, **total.sums, **total.counters, "weight": total.weight, "arrived": total.arrived}
     return {name: t.numpy().tobytes() for name, t in tensors.items()}
 
 
@@ -84,10 +87,10 @@ def grouped(aggregator, rows, weights, rng):
     workers = [aggregator.zero() for _ in range(rng.integers(1, 4))]
     for piece in pieces(rng, len(rows)):
         w = rng.integers(len(workers))
-        workers[w] = aggregator.fold(workers[w], contribution(rows, weights, piece))
+        workers[w] = aggregator.fold(workers[w], contribution(rows, weights, piece), STARTS)
     while len(workers) > 1:
         one, other = (workers.pop(rng.integers(len(workers))) for _ in range(2))
-        other = Partial.of({name: t.clone() for name, t in other.tensors().items()})
+        other = PartialSum.of({name: t.clone() for name, t in other.tensors().items()})
         workers.append(aggregator.merge(one, other))
     return workers[0]
 
@@ -96,7 +99,7 @@ def grouped(aggregator, rows, weights, rng):
 @given(problems())
 def test_same_bits_for_every_order_and_grouping(aggregator, problem):
     rows, weights, rng = problem
-    whole = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))))
+    whole = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))), STARTS)
     expected = bits(whole, aggregator)
     assert bits(grouped(aggregator, rows, weights, rng), aggregator) == expected
 
@@ -268,10 +271,10 @@ def test_zeros_have_a_sum(dtype):
 def test_partial_is_plain_tensors_and_back(problem):
     rows, weights, _ = problem
     aggregator = Mean()
-    partial = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))))
+    partial = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))), STARTS)
     tensors = partial.tensors()
     assert all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in tensors.items())
-    again = Partial.of(tensors)
+    again = PartialSum.of(tensors)
     assert bits(again, aggregator) == bits(partial, aggregator)
     assert again.tensors().keys() == tensors.keys()
 
@@ -282,13 +285,13 @@ def test_too_much_weight_is_refused_with_a_line_that_works(make):
     both = contribution(rows, weights, [0, 1])
     aggregator = make()
     with pytest.raises(UsageError, match="2\\^28") as caught:
-        aggregator.total(aggregator.fold(aggregator.zero(), both))
+        aggregator.total(aggregator.fold(aggregator.zero(), both, STARTS))
     instead = grammar.parse(caught.value.write, PARTS)
     assert isinstance(instead, make)
-    total = instead.total(instead.fold(instead.zero(), both))
+    total = instead.total(instead.fold(instead.zero(), both, STARTS))
     assert total.means["update"].tolist() == [float(exact.CAPACITY + 1)] * 3
 
-    allowed = aggregator.total(aggregator.fold(aggregator.zero(), contribution(rows, weights, [0])))
+    allowed = aggregator.total(aggregator.fold(aggregator.zero(), contribution(rows, weights, [0]), STARTS))
     assert allowed.means["update"].tolist() == [float(exact.CAPACITY)] * 3
 
 
@@ -301,7 +304,7 @@ def test_the_float_sum_is_close(problem):
     sums = {}
     for how in ("exact", "float"):
         aggregator = Mean(sum=how)
-        partial = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))))
+        partial = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))), STARTS)
         sums[how] = aggregator.total(partial).means["update"]
     eps = torch.finfo(rows.dtype).eps
     block = torch.cat([b.abs().amax(1, keepdim=True).expand_as(b) for b in rows.double().split(BLOCK, 1)], 1)

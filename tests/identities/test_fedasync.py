@@ -16,10 +16,10 @@ from atoll.engine.memory import Memory
 from atoll.errors import UsageError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
-from atoll.plan.codec import Feedback, Quantize, Shift, TopK
+from atoll.plan.codec import EF21, ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Custom, Train
 from atoll.plan.names import PARTS
-from atoll.plan.pace import Bounded, Buffered, Sync, hinge, polynomial
+from atoll.plan.pace import Bounded, Buffered, Sync, hinge, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, step
 from atoll.plan.state import State
@@ -29,7 +29,7 @@ from atoll.schedule import cosine
 SIZES = (9, 5, 7, 4)
 DURATIONS = (1.0, 2.3, 0.21, 1.7)
 MODEL = Train(rules.sgd(0.1), epochs=1, sends="model")
-LATE = [polynomial(0.5), polynomial(0), hinge(10.0, grace=1)]
+LATE = [staleness_polynomial(0.5), staleness_polynomial(0), hinge(10.0, grace=1)]
 
 
 def engine_of(durations=DURATIONS, fleet=None):
@@ -93,11 +93,11 @@ def test_models_of_a_buffer_are_mixed_by_rows(k):
     plan = recipes.fedasync(0.05, epochs=2, batch=None, alpha=0.7)
     engine = engine_of()
     state, _ = run(replace(plan, pace=Buffered(k)), engine, 12)
-    assert far(state.model.theta, by_hand(engine, 0.05, 2, lambda t: 0.7, polynomial(0.5), 12, k)) < 1e-12
+    assert far(state.model.theta, by_hand(engine, 0.05, 2, lambda t: 0.7, staleness_polynomial(0.5), 12, k)) < 1e-12
 
 
 def test_without_a_discount_alpha_1_is_the_model_that_came_last():
-    plan = recipes.fedasync(0.05, epochs=3, batch=None, alpha=1.0, staleness=polynomial(0))
+    plan = recipes.fedasync(0.05, epochs=3, batch=None, alpha=1.0, staleness=staleness_polynomial(0))
     engine = engine_of()
     plan, state = bind(plan, engine), State.first(plan, engine.task, 0, Memory({}))
     for _ in range(15):
@@ -119,7 +119,7 @@ def test_where_nothing_is_late_models_and_updates_are_the_same_bits(rule, seed):
     assert [(r.bytes_up, r.metrics) for r in one] == [(r.bytes_up, r.metrics) for r in other]
 
 
-@pytest.mark.parametrize("pace", [Sync(), Buffered(1, polynomial(0)), Bounded(2)], ids=repr)
+@pytest.mark.parametrize("pace", [Sync(), Buffered(1, staleness_polynomial(0)), Bounded(2)], ids=repr)
 def test_a_model_is_what_a_client_made_of_the_one_it_knew(pace):
     """Under a compressed downlink clients begin at θ̂, not θ: with α = 1 the new model is still the mean of theirs."""
     part = Train(rules.sgd(0.05), steps=2, sends="model")
@@ -140,7 +140,7 @@ def test_a_model_is_what_a_client_made_of_the_one_it_knew(pace):
     assert apart > 1e-3
 
 
-@pytest.mark.parametrize("codec", [Quantize(8), Feedback(TopK(0.5))], ids=repr)
+@pytest.mark.parametrize("codec", [Quantize(8), ErrorFeedback(TopK(0.5))], ids=repr)
 def test_a_run_of_models_that_is_resumed_in_flight_ends_in_the_same_bits(codec):
     plan = replace(recipes.fedasync(0.05, batch=3, cohort=3), codec=codec, downlink=TopK(0.5))
     engine = engine_of(fleet=Fleet(HalfNormal(), dropout=0.1))
@@ -148,7 +148,7 @@ def test_a_run_of_models_that_is_resumed_in_flight_ends_in_the_same_bits(codec):
     state, _ = run(plan, engine, 9)
     saved, kept = pack(state), state.memory.take(torch.arange(len(SIZES)))
     fresh = State.first(plan, engine.task, 0, Memory(plan.memory(engine.task.layout)))
-    again = unpack(saved, state.round, type("Training", (), {"state": fresh}))
+    again = unpack(saved, state.round, fresh)
     again.memory.put(torch.arange(len(SIZES)), kept)
     for _ in range(6):
         state, _ = step(plan, state, engine)
@@ -172,7 +172,7 @@ def halfway(model, loader, ctx):
 def test_a_users_own_loop_may_send_its_model_too():
     """Everybody halves the model it got: alone and alternating by α = 1 the server's is what came, whoever was late."""
     part = Custom(halfway, sends="model")
-    plan = Plan(part, Mean(), pace=Buffered(1, polynomial(0)))
+    plan = Plan(part, Mean(), pace=Buffered(1, staleness_polynomial(0)))
     engine = engine_of(durations=(1.0, 1.5, 2.2, 3.1))
     theta = engine.task.initial().theta
     state, _ = run(plan, engine, 1)
@@ -195,7 +195,7 @@ def test_it_reads_back():
         lambda: Train(rules.sgd(0.1), epochs=1, sends="models"),
         lambda: recipes.fedasync(0.1, alpha=0.0),
         lambda: recipes.fedasync(0.1, alpha=1.5),
-        lambda: Plan(MODEL, Mean(), codec=Shift(TopK(0.1))),
+        lambda: Plan(MODEL, Mean(), codec=EF21(TopK(0.1))),
         lambda: Plan(MODEL, Median()),
     ],
 )

@@ -19,15 +19,15 @@ from atoll.errors import UsageError
 from atoll.grammar import parse
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Feedback, Quantize, TopK
+from atoll.plan.codec import ErrorFeedback, Quantize, TopK
 from atoll.plan.in_flight import Flight, waves
 from atoll.plan.local import Gradient, Train
 from atoll.plan.names import PARTS
-from atoll.plan.pace import Bounded, Buffered, Sync, hinge, polynomial
+from atoll.plan.pace import Bounded, Buffered, Sync, hinge, staleness_polynomial
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort
 from atoll.plan.round import bind, step
 from atoll.plan.sampler import Everyone, Uniform, Weighted
-from atoll.plan.slots import Cohort
 from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.saved import pack, unpack
@@ -100,7 +100,9 @@ def by_hand(engine, k, durations, lr, rounds, staleness):
     return theta
 
 
-@pytest.mark.parametrize("staleness", [polynomial(0.5), polynomial(0), hinge(1.0, grace=1)], ids=repr)
+@pytest.mark.parametrize(
+    "staleness", [staleness_polynomial(0.5), staleness_polynomial(0), hinge(1.0, grace=1)], ids=repr
+)
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_an_asynchronous_run_is_the_one_done_by_hand(k, staleness):
     """Durations apart by no multiple of each other; one client laps the others inside a buffer."""
@@ -115,7 +117,8 @@ def test_one_at_a_time_and_three_rounds_late_halves_the_step():
     """Four workers of one speed under Buffered(1): (1 + 3)^−½."""
     engine = engine_of(sizes=SIZES[:4])
     whole, half = (
-        Plan(Gradient(), Mean(), rules.sgd(0.1), pace=Buffered(1, staleness=polynomial(p))) for p in (0.0, 0.5)
+        Plan(Gradient(), Mean(), rules.sgd(0.1), pace=Buffered(1, staleness=staleness_polynomial(p)))
+        for p in (0.0, 0.5)
     )
     state = first(half, engine)
     for _ in range(6):
@@ -154,7 +157,7 @@ class Watched:
 
 @given(paces, st.integers(1, 8), st.integers(0, 99), st.sampled_from([*FLEETS[1:], Fleet(HalfNormal(per="flight"))]))
 def test_nobody_is_at_work_twice_and_nobody_is_missing(pace, n, seed, fleet):
-    asked = pace.asks(n)
+    asked = pace.cohort_size(n)
     if asked > len(SIZES):
         return
     plan = Plan(Gradient(batch=2), Mean(), rules.sgd(0.01), cohort=n, pace=pace, max_failed=1.0)
@@ -165,7 +168,7 @@ def test_nobody_is_at_work_twice_and_nobody_is_missing(pace, n, seed, fleet):
         watched.take(report.trips)
         busy = [f.client for f in state.air.flights]
         assert len(busy) == len(set(busy))
-        assert report.arrived <= asked if pace.refills is False else report.arrived <= pace.k
+        assert report.arrived <= asked if pace.replaces_arrivals is False else report.arrived <= pace.k
         if isinstance(pace, Buffered):
             assert len(busy) == n - 1 and report.arrived == pace.k  # the last to arrive is replaced next round
         if isinstance(pace, Sync):
@@ -194,22 +197,21 @@ def test_ages_are_bounded(s, seed):
     ("pace", "body"), by_turns([Sync(1.5), Buffered(3), Buffered(11), Bounded(2)], ["lanes", "loop"])
 )
 def test_chunks_change_no_bit_and_no_event(pace, body):
-    plan = Plan(KEEPING, Mean(), rules.sgd(0.5), cohort=5, codec=Feedback(TopK(0.5)), pace=pace, max_failed=1)
+    plan = Plan(KEEPING, Mean(), rules.sgd(0.5), cohort=5, codec=ErrorFeedback(TopK(0.5)), pace=pace, max_failed=1)
     (a, reports), (b, others) = (run(plan, engine_of(FLEETS[1], chunk, body=body), 6) for chunk in (None, 2))
     assert bits(a) == bits(b) and log(reports) == log(others)
 
 
 @pytest.mark.parametrize(("pace", "cohort"), by_turns([Sync(), Buffered(3), Buffered(11), Bounded(2)], [5, None]))
 def test_a_state_put_down_in_flight_flies_on_the_same(pace, cohort):
-    plan = Plan(KEEPING, Mean(), rules.sgd(0.5), cohort, Feedback(TopK(0.5)), pace, Quantize(8), max_failed=1)
+    plan = Plan(KEEPING, Mean(), rules.sgd(0.5), cohort, ErrorFeedback(TopK(0.5)), pace, Quantize(8), max_failed=1)
     engine = engine_of(FLEETS[1])
     plan = bind(plan, engine)
     state, _ = run(plan, engine, 4)
     saved = {n: t.clone() for n, t in pack(state).items()}
     kept = state.memory.take(torch.arange(len(SIZES)))
     again = first(plan, engine)
-    holder = type("Training", (), {"state": again})
-    again = unpack(saved, state.round, holder)
+    again = unpack(saved, state.round, again)
     again.memory.put(torch.arange(len(SIZES)), kept)
     for _ in range(5):
         state, report = step(plan, state, engine)
@@ -221,7 +223,7 @@ def test_a_state_put_down_in_flight_flies_on_the_same(pace, cohort):
 def test_a_run_that_is_resumed_in_flight_ends_in_the_same_bits(tmp_path):
     data = atoll.data.load("digits").split(clients=20)
     plan = atoll.recipes.fedavg(lr=0.1, batch=10)
-    plan = replace(plan, cohort=8, pace=Buffered(3), codec=Feedback(TopK(0.1)), downlink=TopK(0.2))
+    plan = replace(plan, cohort=8, pace=Buffered(3), codec=ErrorFeedback(TopK(0.1)), downlink=TopK(0.2))
     how = {"out": tmp_path, "report": False, "checkpoint_s": 0.0, "evaluate_every": 0}
     how["fleet"] = "Fleet(HalfNormal(), server='1 Mb/s', dropout=0.1)"
     whole = atoll.train("softmax", data, plan, rounds=9, **how)
@@ -345,10 +347,10 @@ REFUSED = [
     "Plan(Gradient(), Mean(), cohort=Poisson(0.5), pace=Bounded(2))",
     "Plan(Gradient(), Mean(), cohort=Everyone(), pace=Sync(1.3))",
     "Plan(Gradient(), Mean(), pace=Sync(deadline_s=5, partial=True))",
-    "Plan(Gradient(), Mean(), downlink=Feedback(TopK(0.1)))",
-    "Plan(Gradient(), Mean(), downlink=Feedback(TopK(0.1)) >> Quantize(8))",
+    "Plan(Gradient(), Mean(), downlink=ErrorFeedback(TopK(0.1)))",
+    "Plan(Gradient(), Mean(), downlink=ErrorFeedback(TopK(0.1)) >> Quantize(8))",
     "Plan(Gradient(), Mean(), downlink=LowRank(2))",
-    "Plan(Gradient(), Mean(), downlink=Feedback(LowRank(2)) >> Entropy())",
+    "Plan(Gradient(), Mean(), downlink=ErrorFeedback(LowRank(2)) >> Entropy())",
     "Plan(Gradient(), Mean(), downlink=RandomK(0.1))",
     "Buffered(0)",
     "Buffered(2.5)",
@@ -360,7 +362,7 @@ REFUSED = [
     "Sync(deadline_s=0)",
     "Sync(deadline_s=5, quorum=1.5)",
     "hinge(-1.0)",
-    "polynomial(-0.5)",
+    "staleness_polynomial(-0.5)",
 ]
 
 
@@ -396,9 +398,14 @@ def test_a_fleet_of_other_clients_is_refused_before_the_first_round(tmp_path):
 
 
 def test_paces_read_back():
-    for text in ("Buffered(10)", "Buffered(1, staleness=polynomial(1.0))", "Bounded(4)", "Sync(1.3, deadline_s=60)"):
+    for text in (
+        "Buffered(10)",
+        "Buffered(1, staleness=staleness_polynomial(1.0))",
+        "Bounded(4)",
+        "Sync(1.3, deadline_s=60)",
+    ):
         assert repr(parse(text, PARTS)) == text
-    assert parse("Buffered(10, staleness=polynomial(0.5))", PARTS) == Buffered(10)
+    assert parse("Buffered(10, staleness=staleness_polynomial(0.5))", PARTS) == Buffered(10)
     assert parse("sgd(polynomial(0.1, rounds=9))", PARTS).lr.rounds == 9
 
 

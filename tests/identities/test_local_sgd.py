@@ -217,7 +217,7 @@ def test_outer_gradients_in_eight_bits_train_as_well_at_a_quarter_of_the_bytes()
     assert last < 0.5 * first and abs(other - last) < 0.05 * first
     d = engines[0].layout.d
     beside = whole[0].bytes_up - 4 * 4 * d  # what is not the update: the loss, its rows, the weight
-    assert coarse[0].bytes_up == 4 * Quantize(8).at(engines[0].layout).nbytes(engines[0].layout) + beside
+    assert coarse[0].bytes_up == 4 * Quantize(8).bind(engines[0].layout).nbytes(engines[0].layout) + beside
     assert coarse[0].bytes_up < 0.27 * whole[0].bytes_up
 
 

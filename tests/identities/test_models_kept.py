@@ -16,8 +16,8 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Evaluate, Gradient, Train
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort
 from atoll.plan.round import step
-from atoll.plan.slots import Cohort
 from atoll.task import Task
 
 SIZES = (9, 5, 4)

@@ -26,7 +26,7 @@ from atoll.plan.optimizer import (
     sgd,
     yogi,
 )
-from atoll.plan.stepper import Optimizer
+from atoll.plan.stepper import OptimizerBase
 from atoll.schedule import SCHEDULES, cosine, plateau, warmup
 
 # ours, torch's class, its arguments; None: torch has none
@@ -86,7 +86,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.contiguous().view(whole), b.contiguous().view(whole))
 
 
-def run(optimizer: Optimizer, theta: Tensor, gs: list[Tensor], state=None) -> tuple[Tensor, dict[str, Tensor]]:
+def run(optimizer: OptimizerBase, theta: Tensor, gs: list[Tensor], state=None) -> tuple[Tensor, dict[str, Tensor]]:
     """In place on copies: θ and the slots after a step along each g."""
     theta = theta.clone()
     state = optimizer.slots(theta) if state is None else {name: value.clone() for name, value in state.items()}

@@ -19,7 +19,7 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.lanes import Lanes
 from atoll.plan.local import Train
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Broadcast, Cohort
+from atoll.plan.protocols import Broadcast, Cohort
 from atoll.rng import Key
 
 # Where a lane begins in memory must not matter: widths of 33 and 65, which no vector register divides, are among them.
@@ -104,7 +104,7 @@ def test_no_recipe_knows_an_order(recipe, body):
     plan = recipe(steps=3, batch=4) if recipe in LOCAL else recipe()
     expected = everything(run(plan, InProcessEngine(task, data))[0])
     # Workers share out a cohort, and a recipe that flies on opens its later rounds without one.
-    several = () if plan.pace.flies_on else (Workers(task, data, 1, workers=3),)
+    several = () if plan.pace.asynchronous else (Workers(task, data, 1, workers=3),)
     for engine in (Shuffled(task, data, 2, by=5), *several):
         assert everything(run(plan, engine)[0]) == expected
 

@@ -23,9 +23,10 @@ from atoll.errors import UsageError
 from atoll.plan.aggregate import Mean
 from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Contribution, Ids, Population
 from atoll.plan.sampler import Everyone, Fraction, Poisson, RoundRobin, Uniform, Weighted
-from atoll.plan.slots import Contribution, Population
 from atoll.rng import Key
+from atoll.testing import round_info
 
 DRAWS = 1000
 SIZES = torch.tensor([1, 2, 3, 4, 10, 40])
@@ -133,6 +134,14 @@ def test_in_turn_everybody_works_in_every_lap(clients, n, lap):
         assert (count == 1).all()
 
 
+def starts(cohort):
+    return Ids(cohort.ids, torch.zeros_like(cohort.ids))
+
+
+def facts(cohort):
+    return round_info(SMALL)._replace(chance=cohort.chance, cohort_size=len(cohort.ids))
+
+
 @pytest.mark.parametrize("weights", ["examples", "equal"])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 def test_over_expected_is_unbiased(sampler, weights):
@@ -144,11 +153,11 @@ def test_over_expected_is_unbiased(sampler, weights):
     for cohort in small(sampler)[:draws]:
         ids = cohort.ids
         partial = (
-            mean.fold(mean.zero(), Contribution({"update": g[ids]}, {}, SIZES[ids], {}, {}))
+            mean.fold(mean.zero(), Contribution({"update": g[ids]}, {}, SIZES[ids], {}, {}), starts(cohort))
             if len(ids)
             else mean.zero()
         )
-        means = mean.finish(mean.total(partial), cohort, SMALL).means
+        means = mean.finalize(mean.total(partial), facts(cohort)).means
         total += float(means["update"]) if means else 0.0
     chance = cohort.chance.expand(6)
     expected = float((chance * w * g[:, 0]).sum() / (chance * w).sum())
@@ -166,7 +175,8 @@ def test_over_expected_divides_by_the_same_number_whoever_came():
         if not len(cohort.ids):
             continue
         contribution = Contribution({"update": g[cohort.ids]}, {}, SIZES[cohort.ids], {}, {})
-        got = mean.finish(mean.total(mean.fold(mean.zero(), contribution)), cohort, SMALL).means["update"]
+        total = mean.total(mean.fold(mean.zero(), contribution, starts(cohort)))
+        got = mean.finalize(total, facts(cohort)).means["update"]
         assert math.isclose(float(got), int(SIZES[cohort.ids].sum()) / (0.5 * 60))
 
 

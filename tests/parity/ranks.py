@@ -22,7 +22,7 @@ from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.engine.ranks import Ranks
 from atoll.engine.torchrun import TorchrunEngine
 from atoll.plan.aggregate import Mean, Sum
-from atoll.plan.codec import Feedback, Quantize, Shift, TopK
+from atoll.plan.codec import EF21, ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer import adam, adamw, sgd
 from atoll.plan.pace import Sync
@@ -59,8 +59,8 @@ def plans():
         "now and then nobody": Plan(Gradient(), Mean(over="expected"), sgd(0.1), cohort=Poisson(0.02)),
         "sum": Plan(Gradient(4), Sum(), sgd(0.001)),
         "memory": Plan(Train(adam(0.01), steps=2, batch=8, keep=("optimizer", "order")), Mean(), adam(0.01), 7),
-        "error feedback": Plan(some, Mean(), cohort=7, codec=Feedback(TopK(0.1))),
-        "shift": Plan(some, Mean(), codec=Shift(TopK(0.1))),
+        "error feedback": Plan(some, Mean(), cohort=7, codec=ErrorFeedback(TopK(0.1))),
+        "shift": Plan(some, Mean(), codec=EF21(TopK(0.1))),
         "quantised": Plan(some, Mean(), cohort=7, codec=Quantize(8), downlink=TopK(0.2)),
         "over-selection": Plan(some, Mean(), adamw(0.01), cohort=6, pace=Sync(over_select=1.5)),
     }

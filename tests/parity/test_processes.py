@@ -28,10 +28,10 @@ from atoll.engine.nursery import Nursery
 from atoll.engine.processes import ProcessesEngine
 from atoll.errors import RunError, UsageError
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Feedback, Quantize, Rotate, TopK
+from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer import adam, sgd
-from atoll.plan.pace import Bounded, Buffered, Sync, polynomial
+from atoll.plan.pace import Bounded, Buffered, Sync, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.round import step
 from atoll.plan.state import State
@@ -94,7 +94,7 @@ def same(plan: Plan, ours, theirs, rounds: int = 2) -> None:
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda r: r.__name__)
 def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
     plan = recipe(steps=3, batch=4) if recipe is recipes.diloco else recipe()
-    same(plan, *(alone if plan.pace.flies_on else mlp))
+    same(plan, *(alone if plan.pace.asynchronous else mlp))
 
 
 @pytest.mark.parametrize("pace", [Buffered(3), Bounded(2), Sync(over_select=1.5)], ids=repr)
@@ -107,7 +107,7 @@ def test_one_worker_has_the_bits_of_one_process_under_every_pace(pace, alone):
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Feedback(TopK(0.3))),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.3))),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Rotate() >> Quantize(4), downlink=Quantize(8)),
         Plan(Custom(elsewhere.descend, batch=4), Mean()),
         Plan(Gradient(batch=3), Mean(), adam(0.01), codec=elsewhere.Halve(), cohort=0.5),
@@ -200,7 +200,7 @@ def test_a_killed_nursery_is_started_again(mlp):
 
 @pytest.mark.parametrize(
     "pace",
-    [Sync(over_select=1.5, deadline_s=30.0), Buffered(1, staleness=polynomial(0.0)), Buffered(3), Bounded(2)],
+    [Sync(over_select=1.5, deadline_s=30.0), Buffered(1, staleness=staleness_polynomial(0.0)), Buffered(3), Bounded(2)],
     ids=repr,
 )
 def test_every_pace_comes_to_least_squares(pace, nursery):
@@ -217,7 +217,7 @@ def test_every_pace_comes_to_least_squares(pace, nursery):
         state, reports = run(plan, engine, 100)
     assert far(state.model.theta, best) < 0.02
     assert sum(r.arrived for r in reports) >= 100
-    if pace.flies_on:
+    if pace.asynchronous:
         assert reports[-1].flying > 0
         assert {0} < {int(s) for r in reports for s in r.clients["staleness"]}
 

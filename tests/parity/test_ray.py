@@ -30,7 +30,7 @@ from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.ray import RayEngine
 from atoll.errors import RunError, UsageError
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Feedback, Quantize, Rotate, TopK
+from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
@@ -126,14 +126,14 @@ def same(plan: Plan, both: Both, rounds: int = 2) -> None:
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda r: r.__name__)
 def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
     plan = recipe(steps=3, batch=4) if recipe is recipes.diloco else recipe()
-    same(plan, alone if plan.pace.flies_on else mlp)
+    same(plan, alone if plan.pace.asynchronous else mlp)
 
 
 @pytest.mark.parametrize(
     "plan",
     [
         Plan(Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), cohort=4),
-        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Feedback(TopK(0.3))),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.3))),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Rotate() >> Quantize(4), downlink=Quantize(8)),
         Plan(Custom(elsewhere.descend, batch=4), Mean()),
         Plan(Gradient(batch=3), Mean(), adam(0.01), codec=elsewhere.Halve(), cohort=0.5),
@@ -182,12 +182,12 @@ def test_arrivals_of_two_actors_come_to_least_squares(pace, cluster):
     task = task_of(seeded(nn.Linear, 3, 1), data, "loop")
     x, y = data.take(data.order)
     best = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y).solution
-    rate = atoll.schedule.inverse(12.0, t0=60) if pace.flies_on else 0.2
-    plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=None if pace.flies_on else 2)
+    rate = atoll.schedule.inverse(12.0, t0=60) if pace.asynchronous else 0.2
+    plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=None if pace.asynchronous else 2)
     with RayEngine(task, data, workers=2, cpus=0.1) as engine:
         state, reports = run(plan, engine, 100)
     assert far(state.model.theta, best) < 0.02
-    if pace.flies_on:
+    if pace.asynchronous:
         assert {0} < {int(s) for r in reports for s in r.clients["staleness"]}
 
 

@@ -11,7 +11,7 @@ from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.quantize import Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
-from atoll.plan.codec.stage import Codec, arrived, flat
+from atoll.plan.codec.stage import Codec, flat_layout, roundtrip
 from atoll.rng import Key, global_scope
 
 # Published: mean square error of the unbiased quantiser, of |x|² (EDEN, DRIVE), by bits.
@@ -54,10 +54,10 @@ def real(clients: int = 24) -> Tensor:
 
 def sent(codec: Codec, x: Tensor, round: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """What arrives of each client's row, by itself."""
-    key, layout = Key(11).fold("round", round).of(torch.arange(len(x))), flat(x.shape[-1], dtype)
-    codec = codec.at(layout)
+    key, layout = Key(11).fold("round", round).of(torch.arange(len(x))), flat_layout(x.shape[-1], dtype)
+    codec = codec.bind(layout)
     payload, side, *_ = codec.encode(x, {}, codec.server(layout), key)
-    return arrived(codec, payload, side, key)
+    return roundtrip(codec, payload, side, key)
 
 
 def error(codec: Codec, x: Tensor) -> float:
@@ -66,7 +66,7 @@ def error(codec: Codec, x: Tensor) -> float:
 
 
 def bits_each(codec: Codec, d: int) -> float:
-    return codec.nbytes(flat(d)) * 8 / d
+    return codec.nbytes(flat_layout(d)) * 8 / d
 
 
 # ---- Eden

@@ -22,11 +22,11 @@ from torch import nn
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Codec, Entropy, Feedback, Identity, Quantize, Shift, Sign, TopK
+from atoll.plan.codec import EF21, Codec, Entropy, ErrorFeedback, Identity, Quantize, Sign, TopK
 from atoll.plan.local import Gradient
 from atoll.plan.optimizer import sgd
-from atoll.plan.part import Part
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Local
 from atoll.plan.round import bind, step
 from atoll.plan.state import State
 from atoll.rng import Key
@@ -69,13 +69,13 @@ class Bowls:
 
 
 @dataclass(frozen=True, repr=False)
-class Lossy(Part):
+class Lossy(Local):
     """Whole gradients, of which a fraction never arrives."""
 
     fraction: float
 
-    def width(self, rows: int) -> int:
-        return Gradient().width(rows)
+    def padded_batch(self, rows: int) -> int:
+        return Gradient().padded_batch(rows)
 
     def contribute(self, broadcast, lanes, memory, key, task):
         contribution, after = Gradient().contribute(broadcast, lanes, memory, key, task)
@@ -84,7 +84,7 @@ class Lossy(Part):
         return contribution._replace(means={**contribution.means, "update": update}), after
 
 
-# ---- Feedback
+# ---- ErrorFeedback
 
 ONE = {TopK(0.1): 300, TopK(0.2) >> Quantize(8): 300, Sign(): 600}
 
@@ -92,7 +92,7 @@ ONE = {TopK(0.1): 300, TopK(0.2) >> Quantize(8): 300, Sign(): 600}
 @pytest.mark.parametrize("inner", only([TopK(0.1)], ONE), ids=repr)
 def test_feedback_reaches_the_optimum_of_one_client_at_a_constant_step(inner):
     """The gradient vanishes at θ*, and with it all that is kept."""
-    assert Bowls(1, 40).distances(Feedback(inner), 0.1, [ONE[inner]])[0] < 1e-6
+    assert Bowls(1, 40).distances(ErrorFeedback(inner), 0.1, [ONE[inner]])[0] < 1e-6
 
 
 @pytest.mark.slow  # that plain top-k stands still is shown below as well
@@ -101,7 +101,7 @@ def test_top_k_alone_stalls_where_feedback_goes_on():
     four = Bowls(4, 20)
     before, after = four.distances(TopK(0.2), 0.2, [100, 200])
     assert after > 0.2 and after > 0.95 * before
-    (far,), (near,) = (four.distances(Feedback(TopK(0.2)), lr, [round(20 / lr)]) for lr in (0.2, 0.04))
+    (far,), (near,) = (four.distances(ErrorFeedback(TopK(0.2)), lr, [round(20 / lr)]) for lr in (0.2, 0.04))
     assert near < 0.35 * far and far < 0.5 * after
 
 
@@ -111,7 +111,7 @@ def test_the_distance_of_unlike_clients_falls_with_a_falling_step(inner):
     J − J* ~ 1/t², below 1e-6 where plain top-k stands still.
     """
     four = Bowls(4, 10, spread=0.1, bend=0.2)
-    early, late = four.distances(Feedback(inner), inverse(4.0, t0=10), [75, 600])
+    early, late = four.distances(ErrorFeedback(inner), inverse(4.0, t0=10), [75, 600])
     assert math.log(late / early, 8) == pytest.approx(-1, abs=0.35)
     assert four.gap(late) < 1e-6
     assert four.distances(inner, inverse(4.0, t0=10), [150])[0] > 20 * late
@@ -124,11 +124,11 @@ def test_feedback_reaches_the_optimum_of_unlike_clients_at_a_falling_step():
     of 4,000 rounds, of 400,000 for those that differ by all of it.
     """
     four = Bowls(4, 10, spread=0.01, bend=0.2)
-    assert four.distances(Feedback(TopK(0.5)), inverse(2.0, t0=5), [8000])[0] < 1e-6
+    assert four.distances(ErrorFeedback(TopK(0.5)), inverse(2.0, t0=5), [8000])[0] < 1e-6
     assert four.distances(TopK(0.5), inverse(2.0, t0=5), [1000])[0] > 1e-4
 
 
-# ---- Shift
+# ---- EF21
 
 WAYS = {"all": (None, 0.0, 0.3, 150), "lost": (None, 0.3, 0.3, 200), "part": (0.25, 0.0, 0.1, 600)}
 
@@ -137,12 +137,12 @@ WAYS = {"all": (None, 0.0, 0.3, 150), "lost": (None, 0.3, 0.3, 200), "part": (0.
 @pytest.mark.parametrize("way", only(["all", "lost"], WAYS))
 def test_a_shift_reaches_the_optimum_of_unlike_clients_at_a_constant_step(inner, way):
     cohort, lost, lr, rounds = WAYS[way]
-    assert Bowls(8, 20).distances(Shift(inner), lr, [rounds], cohort, lost)[0] < 1e-6
+    assert Bowls(8, 20).distances(EF21(inner), lr, [rounds], cohort, lost)[0] < 1e-6
 
 
 def test_a_shift_of_nothing_lost_is_plain_descent():
     four = Bowls(4, 20)
-    plain, shifted = (four.distances(codec, 0.3, [30])[0] for codec in (Identity(), Shift(Identity())))
+    plain, shifted = (four.distances(codec, 0.3, [30])[0] for codec in (Identity(), EF21(Identity())))
     assert shifted == pytest.approx(plain, rel=1e-9)
 
 
@@ -151,7 +151,7 @@ def test_a_shift_falls_at_a_steady_rate():
     eight = Bowls(8, 20)
     plain, packed = (
         eight.distances(codec, 0.3, [40, 80, 120])
-        for codec in (Shift(Identity() >> TopK(0.2)), Shift(Identity() >> TopK(0.2) >> Entropy()))
+        for codec in (EF21(Identity() >> TopK(0.2)), EF21(Identity() >> TopK(0.2) >> Entropy()))
     )
     first, second = (math.log(b / a) for a, b in pairwise(plain))
     assert plain == packed

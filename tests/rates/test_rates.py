@@ -23,8 +23,8 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort
 from atoll.plan.round import bind, step
-from atoll.plan.slots import Cohort
 from atoll.plan.state import State
 from atoll.schedule import inverse
 

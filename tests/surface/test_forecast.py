@@ -16,16 +16,16 @@ from atoll.engine.fleet import Between, Chance, Each, Fleet, HalfNormal
 from atoll.grammar import parse
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import (
+    EF21,
     Cast,
     Eden,
     Entropy,
-    Feedback,
+    ErrorFeedback,
     Identity,
     LowRank,
     Quantize,
     RandomK,
     Rotate,
-    Shift,
     Sign,
     TopK,
 )
@@ -51,8 +51,8 @@ CODECS = [
     RandomK(0.25) >> Eden(1),
     Sign(),
     LowRank(1),
-    Feedback(TopK(0.1) >> Quantize(8)),
-    Shift(TopK(0.1)),
+    ErrorFeedback(TopK(0.1) >> Quantize(8)),
+    EF21(TopK(0.1)),
 ]
 
 
@@ -132,7 +132,7 @@ def test_what_a_loop_of_ones_own_sends_is_not_known():
 
 
 def test_a_forecast_changes_nothing():
-    plan = Plan(KEEPING, Mean(), codec=Feedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
+    plan = Plan(KEEPING, Mean(), codec=ErrorFeedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
     alone, watched = training(plan, SLOW), training(plan, SLOW)
     predict(watched)
     assert [r.fingerprint for r in alone] == [r.fingerprint for r in watched]
@@ -247,7 +247,7 @@ def test_a_change_that_does_not_fit_is_not_proposed():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_memory_is_what_is_kept(dtype):
-    plan = Plan(KEEPING, Mean(), adam(0.01), codec=Feedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
+    plan = Plan(KEEPING, Mean(), adam(0.01), codec=ErrorFeedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
     it = atoll.rounds(module(), DATA, plan, rounds=12, fleet=SLOW, dtype=dtype, evaluate_every=0)
     told, versions = predict(it).memory, []
     for _ in it:

@@ -11,7 +11,7 @@ from thinned import only
 import atoll.data
 from atoll import recipes, rounds, train
 from atoll.errors import UsageError
-from atoll.plan.codec import Feedback, Quantize, TopK
+from atoll.plan.codec import ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
@@ -24,7 +24,7 @@ BASE = replace(recipes.fedavg(lr=0.3, batch=10, cohort=3), max_failed=1.0)
 KEPT = replace(
     BASE,
     local=Train(sgd(0.3, momentum=0.9), steps=2, batch=8, keep=("optimizer", "order")),
-    codec=Feedback(TopK(0.25)),
+    codec=ErrorFeedback(TopK(0.25)),
     downlink=TopK(0.5),
 )
 RUNS = {
@@ -90,7 +90,7 @@ def test_who_gave_nothing_is_told_when_it_did(run):
         ended = trips.get(t, {"client": (), "fate": ()})
         late = {c for c, fate in zip(ended["client"], ended["fate"], strict=True) if fate == "late"}
         absent = sorted(set(range(6)) - set(told["id"]) - late - lost)
-        if not absent or (t not in trips and again().plan.pace.asks(10) > 10):  # nobody wrote down who was late
+        if not absent or (t not in trips and again().plan.pace.cohort_size(10) > 10):  # nobody wrote down who was late
             continue
         with pytest.raises(UsageError) as error:
             replay(done.path, t, absent[0], training=again())

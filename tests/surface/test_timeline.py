@@ -132,7 +132,7 @@ def test_everybody_waits_for_the_straggler_or_nobody_does(data, tmp_path):
     for pace in (Sync(), Bounded(5)):
         record = Record.read(flew(data, tmp_path, pace, count=20, report=False).path)
         flights = record.events.flights
-        until = flights.window(record.series("clock")[1], flying=pace.flies_on)
+        until = flights.window(record.series("clock")[1], flying=pace.asynchronous)
         shown = flights.among(until)
         row, clients = shown.lanes()
         assert clients == (0, 1, 2, 3)

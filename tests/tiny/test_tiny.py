@@ -45,7 +45,7 @@ def test_loss_falls(recipe, numerics):
 
 
 @pytest.mark.parametrize(
-    "recipe", [r for r in recipes.RECIPES if not r().pace.flies_on], ids=lambda recipe: recipe.__name__
+    "recipe", [r for r in recipes.RECIPES if not r().pace.asynchronous], ids=lambda recipe: recipe.__name__
 )
 def test_report_tells_the_round(recipe):
     data = regression((12, 20, 7))

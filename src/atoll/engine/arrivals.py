@@ -15,8 +15,8 @@ from atoll.layout import Layout
 from atoll.plan.in_flight import Air, Flight, Traffic
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort, Population
 from atoll.plan.round import Trip
-from atoll.plan.slots import Cohort, Population
 from atoll.plan.state import State
 from atoll.task import Model
 
@@ -95,7 +95,7 @@ def check_clock(
         UsageError: which, and what to write instead.
     """
     clock = None if fleet is None else Clock(fleet, population.sizes, seed)
-    deadline = getattr(plan.pace, "deadline_s", None)
+    deadline = plan.pace.deadline_s
     if deadline is None:
         return
     if clock is None:
@@ -107,7 +107,7 @@ def check_clock(
         )
     down = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters, **model.fixed})
     quickest = clock.fastest(down, message(plan, layout))
-    if quickest > deadline and not getattr(plan.pace, "partial", False):
+    if quickest > deadline and not plan.pace.partial:
         raise UsageError(
             f"{plan.pace!r} with {fleet!r}.",
             f"at least {quickest:.4g} seconds, which the quickest client takes.",
@@ -137,7 +137,7 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
     traffic = Traffic(plan.pace, plan.sampler, state.seed, state.round, state.air, population, cohort, away)
     began, births, started, total = clock.now, dict[int, int](), 0, 0
     each = traffic.down = sending.each
-    work = plan.local.work(state.round) if hasattr(plan.local, "work") else 1.0
+    work = plan.local.relative_work(state.round)
 
     def start() -> None:
         nonlocal started, total
@@ -154,18 +154,18 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
             total += size
 
     start()
-    deadline = getattr(plan.pace, "deadline_s", None)
+    deadline = plan.pace.deadline_s
     until = None if deadline is None else began + deadline
     while traffic.target and not traffic.flying and not traffic.arrived:
         _wait(clock)
         start()
-    waits, refills = True, plan.pace.refills
+    waits, refills = True, plan.pace.replaces_arrivals
     while waits and traffic.flying:
         event = clock.next(until if until is not None and clock.now < until else None)
         if event is not None:
             flight = traffic.arrive(event.number) if event.kind == "arrive" else traffic.fail(event.number)
             births[event.number] = flight.birth
-        elif plan.pace.partial:  # type: ignore[attr-defined]  # the deadline has come: only `Sync` has one
+        elif plan.pace.partial:  # the deadline has come: only `Sync` has one
             _stop(clock, traffic)
         waits = traffic.goes_on(clock.now - began)
         if refills and waits:

@@ -28,11 +28,12 @@ from atoll.errors import AtollError, RunError, UsageError
 from atoll.known import forget
 from atoll.plan.aggregate.exact import LARGEST, bounded
 from atoll.plan.codec import Identity
+from atoll.plan.conflicts import check_contribution, check_partials
 from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import HOST, Lanes, OnStep
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Aggregator, Broadcast, Contribution, Ids, Tensors
 from atoll.plan.round import Failure, Gathered, Kept
-from atoll.plan.slots import Aggregator, Broadcast, Contribution, Ids, Tensors
 from atoll.plan.state import State, part_of
 from atoll.rng import Key
 from atoll.task import Task
@@ -104,7 +105,7 @@ def contribute_chunk(
         update, part_of(memory, "codec"), broadcast.shared["codec"], key.to(task.device) if far else key
     )
     after |= {f"codec/{n}": t for n, t in codec.items()}
-    opened = plan.codec.open(payload, side)
+    opened = plan.codec.decode(payload, side)
     if plan.codec != Identity():
         forget(opened)
     decoded = contribution._replace(means={**contribution.means, "update": opened})
@@ -152,7 +153,10 @@ class Results(NamedTuple):
         """Add the results of other clients, in place."""
         for version, partial in other.partials.items():
             mine = self.partials.get(version)
-            self.partials[version] = partial if mine is None else rule.merge(mine, partial)
+            if mine is not None:
+                check_partials(rule, mine, partial)
+                partial = rule.merge(mine, partial)
+            self.partials[version] = partial
         self.failures.extend(other.failures)
         self.errors.extend(other.errors)
         self.arrived.extend(other.arrived)
@@ -163,8 +167,8 @@ class Results(NamedTuple):
 
 def task_for(plan: Plan, task: Task) -> Task:
     """The task with the backend that the local part requires, if it requires one."""
-    own = getattr(plan.local, "numerics", task.numerics)
-    return task if own == task.numerics else replace(task, numerics=own)
+    own = plan.local.numerics
+    return task if own is None or own == task.numerics else replace(task, numerics=own)
 
 
 def by_version(flights: list[Flight]) -> Iterator[tuple[int, Ids, Tensor]]:
@@ -176,8 +180,9 @@ def by_version(flights: list[Flight]) -> Iterator[tuple[int, Ids, Tensor]]:
     for client, version, repeat, _, size, _ in flights:
         by.setdefault(version, []).append((client, repeat, size))
     for version in sorted(by):
-        clients, repeats, down = torch.tensor(list(zip(*by[version], strict=True))).unbind()
-        yield version, Ids(clients, repeats), down
+        clients, repeats, sizes = zip(*by[version], strict=True)
+        ids, down = torch.tensor((clients, sizes)).unbind()
+        yield version, Ids(ids, torch.tensor(repeats) if any(repeats) else torch.zeros_like(ids)), down
 
 
 def partial_work(flights: list[Flight]) -> dict[tuple[int, int], float]:
@@ -218,7 +223,7 @@ def chunks(
         return
     sizes, order = torch.sort(sizes, descending=True, stable=True)
     values, counts = (t.tolist() for t in torch.unique_consecutive(sizes, return_counts=True))
-    equal = groupby(zip(map(plan.local.width, values), counts, strict=True), key=itemgetter(0))
+    equal = groupby(zip(map(plan.local.padded_batch, values), counts, strict=True), key=itemgetter(0))
     runs = [sum(count for _, count in group) for _, group in equal]
     for run in order.split(runs):
         for some in run.split(chunk):
@@ -238,6 +243,7 @@ class ChunkRunner:
         shares: of `partial_work`.
         room: the largest chunk that fits into memory; the runner lowers it.
         keep: ids of clients whose contributions are kept.
+        compare: whether the first contribution is compared with the declarations of the plan's parts; False after it.
     """
 
     def __init__(
@@ -251,9 +257,10 @@ class ChunkRunner:
         shares: Mapping[tuple[int, int], float] = MappingProxyType({}),
         room: Room | None = None,
         keep: Collection[int] = (),
+        compare: bool = True,
     ) -> None:
         self.plan, self.task, self.data, self.start, self.memory, self.now = plan, task, data, start, memory, now
-        self.shares, self.room, self.keep = shares, room or Room(), frozenset(keep)
+        self.shares, self.room, self.keep, self.compare = shares, room or Room(), frozenset(keep), compare
         self.far = task.device != HOST
         self.results = Results.empty()
         self._wave: list[tuple[Tensor, Tensors]] = []
@@ -284,6 +291,8 @@ class ChunkRunner:
                 if not self._fits_in_halves(version, ids, error):
                     continue
             else:
+                if self.compare:
+                    self._compare(version, ids, chunk)
                 if not self.keep:
                     chunk = chunk._replace(contribution=chunk.decoded)  # frees the updates as they were before encoding
                 self._fold(version, ids, down, chunk)
@@ -292,6 +301,13 @@ class ChunkRunner:
             give_back(self.task.device)  # the error and all tensors of the chunk are gone by now
             half = -(-count // 2)
             todo += [(ids.select(at), down[at]) for at in (slice(half, None), slice(half))]
+
+    def _compare(self, version: int, ids: Ids, chunk: Chunk) -> None:
+        """Compare the first contribution with the declarations of the local part and the codec."""
+        given, received = chunk.contribution, chunk.decoded.sums
+        added = {} if received is given.sums else {n: t for n, t in received.items() if n not in given.sums}
+        check_contribution(self.plan, self.task, given, added, int(ids.client[0]), version)
+        self.compare = False
 
     def _by_share(self, ids: Ids, down: Tensor) -> list[tuple[Ids, Tensor]]:
         """The clients that make all their steps together, then each of the others by itself; the first is last."""
@@ -339,10 +355,10 @@ class ChunkRunner:
 
     def _accept(self, version: int, ids: Ids, down: Tensor, chunk: Chunk, good: Tensor | None) -> None:
         _, contribution, sizes, memory = chunk
-        facts = {**contribution.facts, "rows": contribution.weight, "bytes_up": sizes, "bytes_down": down}
-        if self.plan.pace.flies_on:
+        facts = {**contribution.per_client, "rows": contribution.weight, "bytes_up": sizes, "bytes_down": down}
+        if self.plan.pace.asynchronous:
             facts["staleness"] = torch.full_like(ids.client, self.now - version)
-        contribution = contribution._replace(facts=facts)
+        contribution = contribution._replace(per_client=facts)
         if good is not None:
             ids, contribution = ids.select(good), rows_of(contribution, good)
             memory = {n: t[good] for n, t in memory.items()}
@@ -350,13 +366,14 @@ class ChunkRunner:
             return
         if self.far:  # sums stay on the device; per-client values go to the host
             sums = {n: t.to(self.task.device) for n, t in contribution.sums.items()}
-            facts = {n: t.to(HOST) for n, t in contribution.facts.items()}
+            facts = {n: t.to(HOST) for n, t in contribution.per_client.items()}
             memory = {n: t.to(HOST) for n, t in memory.items()}
-            contribution = contribution._replace(sums=sums, weight=contribution.weight.to(HOST), facts=facts)
+            contribution = contribution._replace(sums=sums, weight=contribution.weight.to(HOST), per_client=facts)
         rule, partials = self.plan.aggregator, self.results.partials
-        partials[version] = rule.fold(partials.get(version) or rule.zero(), contribution)
+        partial = partials.get(version)
+        partials[version] = rule.fold(rule.zero() if partial is None else partial, contribution, ids)
         self.results.arrived.append(ids.client)
-        self.results.facts.append(contribution.facts)
+        self.results.facts.append(contribution.per_client)
         if memory:
             self._wave.append((ids.client, memory))
         if self.keep:
@@ -387,8 +404,8 @@ def rows_of(contribution: Contribution, index: Tensor) -> Contribution:
     def some(tensors: Tensors) -> dict[str, Tensor]:
         return {n: t[index.to(t.device)] for n, t in tensors.items()}
 
-    means, sums, weight, largest, facts = contribution
-    return Contribution(some(means), some(sums), weight[index.to(weight.device)], some(largest), some(facts))
+    means, sums, weight, counters, columns = contribution
+    return Contribution(some(means), some(sums), weight[index.to(weight.device)], some(counters), some(columns))
 
 
 def kept_to_tensors(kept: list[Kept]) -> dict[str, Tensor]:
@@ -499,7 +516,7 @@ def _all_failed(failures: list[Failure], errors: list[Exception]) -> None:
 
 def overhead_bytes(contribution: Contribution) -> int:
     """The bytes of a client's message without the encoded update: other means, sums, counters, and 8 for the weight."""
-    whole = nbytes(contribution.means) + nbytes(contribution.sums) + nbytes(contribution.largest)
+    whole = nbytes(contribution.means) + nbytes(contribution.sums) + nbytes(contribution.counters)
     if "update" in contribution.means:
         update = contribution.means["update"]
         whole -= update.numel() * update.element_size()

@@ -16,8 +16,8 @@ from atoll.engine.chunks import Results
 from atoll.engine.crossing import Place
 from atoll.engine.worker import Answer, Broke, Done, Hauled, Ready, Run, Told, haul_of
 from atoll.errors import RunError, UsageError
+from atoll.plan.protocols import Aggregator
 from atoll.plan.round import Failure
-from atoll.plan.slots import Aggregator
 
 _DEADLY = 3  # deaths over the same clients that are no accident
 

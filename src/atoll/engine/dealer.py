@@ -31,8 +31,8 @@ from atoll.layout import Layout
 from atoll.plan.in_flight import Flight, Traffic
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Broadcast, Cohort, Ids, Partial, Population
 from atoll.plan.round import Gathered
-from atoll.plan.slots import Broadcast, Cohort, Ids, Population
 from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
@@ -103,6 +103,10 @@ class Dealer(Engine):
     def layout(self) -> Layout:
         """How the model lies in its vector."""
         return self.task.layout
+
+    def agree(self, value: bytes) -> bytes:
+        """The value of the first process of a training: this one."""
+        return value
 
     @property
     def pids(self) -> list[int]:
@@ -241,7 +245,7 @@ class _Arrivals:
     def fly(self) -> tuple[Flown, Results]:
         """Start who is missing, take arrivals as they come, until the pace closes the round."""
         began, traffic, pace = time.perf_counter(), self._traffic, self.plan.pace
-        deadline = getattr(pace, "deadline_s", None)
+        deadline = pace.deadline_s
         self._adopt()
         self._start()
         waits = True
@@ -252,7 +256,7 @@ class _Arrivals:
             if catch is not None:
                 self._arrive(catch)
             waits = traffic.goes_on(time.perf_counter() - began)
-            if pace.refills and waits:
+            if pace.replaces_arrivals and waits:
                 self._start()
         late = traffic.late()
         for flight in late:
@@ -312,7 +316,7 @@ class _Arrivals:
 
     def _next(self, left: float | None) -> Catch | None:
         """The next arrival. Workers that stay at what nobody waits for are given up, or no one would be left."""
-        crew, deadline = self.engine._crew, getattr(self.plan.pace, "deadline_s", None)
+        crew, deadline = self.engine._crew, self.plan.pace.deadline_s
         if deadline is None:
             return crew.next(self.plan.aggregator, 1, left)
         crew.replace_stuck(deadline + _PATIENCE_S)
@@ -328,7 +332,7 @@ class _Arrivals:
         self._traffic.arrive(number)
         for ids, rows in results.memory:
             self._kept.put(ids, rows)
-        if self.plan.pace.flies_on:
+        if self.plan.pace.asynchronous:
             late = torch.tensor([self.state.round - flight.birth])
             facts: list[Mapping[str, Tensor]] = [{**f, "staleness": late} for f in results.facts]
             results = results._replace(facts=facts)
@@ -363,17 +367,17 @@ def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
     Raises:
         UsageError: it needs what workers do not have.
     """
-    if getattr(plan.pace, "partial", False):
+    if plan.pace.partial:
         raise UsageError(
             f"{plan.pace!r} with workers.",
             "a pace that hears those who have finished.",
             "a real computation cannot be cut short at a deadline and still be repeated.",
             repr(replace(plan.pace, partial=False)),  # type: ignore[type-var]
         )
-    if not hasattr(plan.aggregator.zero(), "tensors"):
+    if not isinstance(plan.aggregator.zero(), Partial):
         raise UsageError(
             f"{plan.aggregator!r} with workers.",
-            "an aggregator whose partial sum has `tensors()` and `of(tensors)`.",
+            "a partial with `tensors`, `of` and `reduce`, as atoll.plan.protocols.Partial declares them.",
             "a partial sum comes back as plain tensors.",
             "--engine inprocess",
         )

@@ -26,8 +26,8 @@ from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight, waves
 from atoll.plan.lanes import HOST
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Aggregator, Broadcast, Cohort, Population, Tensors
 from atoll.plan.round import Gathered
-from atoll.plan.slots import Broadcast, Cohort, Population, Tensors
 from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Task
@@ -36,7 +36,7 @@ _ENOUGH = 16  # clients in a round, from which on chunks are worth a trial
 _SMALL = 100_000  # parameters below which one thread is quickest
 
 Assign = Callable[[Tensor], Tensor]
-Reduce = Callable[[Results, Tensors, Exception | None], Results]
+Reduce = Callable[[Aggregator, Results, Tensors, Exception | None], Results]
 
 
 class InProcessEngine(Engine):
@@ -70,6 +70,7 @@ class InProcessEngine(Engine):
     ) -> None:
         check_chunk(chunk)
         self.chunk, self.fleet, self.assign, self.reduce = chunk, fleet, assign, reduce
+        self._compared: Plan | None = None  # a contribution to this plan has been compared with its declarations
         self.tuning, self.room = Tuning(), Room()  # they learn the chunk size that is fast, and the one that fits
         if task is not None and data is not None:
             self.open(task, data)
@@ -111,7 +112,8 @@ class InProcessEngine(Engine):
             return state.version(version), key if version == state.round else state.key(version)
 
         shares, memory, trouble = partial_work(flown.arrived), Pending(state.memory), None
-        runner = ChunkRunner(plan, task, data, start, memory, state.round, shares, self.room, keep)
+        compare = self._compared is not plan
+        runner = ChunkRunner(plan, task, data, start, memory, state.round, shares, self.room, keep, compare)
         with self._tuned(plan, task, flown.arrived, cohort) as scale:
             try:
                 for wave in waves(flown.arrived) if first else [flown.arrived]:
@@ -126,9 +128,9 @@ class InProcessEngine(Engine):
                 if self.reduce is None:
                     raise
                 trouble = error  # the other processes wait for this one: all of them raise it
-            results = runner.results
+            results, self._compared = runner.results, None if runner.compare else plan
             if self.reduce is not None:
-                results = self.reduce(results, first, trouble)
+                results = self.reduce(plan.aggregator, results, first, trouble)
         return gathered(plan, state, flown, results, self.room, keep)
 
     @contextlib.contextmanager

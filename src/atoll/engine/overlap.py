@@ -22,13 +22,13 @@ from atoll.engine.arrivals import message
 from atoll.engine.chunks import Results, by_version, contribute_chunk
 from atoll.engine.ranks import Ranks, together
 from atoll.known import tell
-from atoll.plan.aggregate.mean import Mean, Partial, Sum
+from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import ROWS
 from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Broadcast, Contribution, Ids
+from atoll.plan.protocols import Broadcast, Ids
 from atoll.rng import Key
 from atoll.task import Task
 
@@ -52,8 +52,8 @@ def data_parallel(plan: Plan) -> bool:
 
 
 def _weights(plan: Plan, rows: Tensor) -> Tensor:
-    """What the gradients of clients with so many rows are added with."""
-    return plan.aggregator.lift(Contribution({}, {}, rows, {}, {}))  # type: ignore[attr-defined, no-any-return]
+    """The weights of clients with these numbers of rows."""
+    return torch.ones_like(rows) if plan.aggregator.weights == "equal" else rows
 
 
 @dataclass
@@ -147,7 +147,7 @@ class Overlap:
         self._sent, self._before = [], None
         # A mean is weighted on its way, by parts of one, and need not be divided again.
         rule, held = plan.aggregator, _weights(plan, data.sizes[ids.client])
-        self._all = int(held.sum()) if getattr(rule, "over", "") == "arrived" else 1
+        self._all = int(held.sum()) if rule.over == "arrived" and not rule.forms_sum else 1
         with together():
             try:
                 for i, at in enumerate(mine.tolist()):
@@ -172,7 +172,7 @@ class Overlap:
         held = data.sizes[ids.client]
         sums = {n: {0: column.double().sum()[None]} for n, column in zip(_SUMS, (loss, rows), strict=True)}
         weight = _weights(plan, held).sum() if self._all == 1 else torch.tensor(1)
-        partial = Partial({"update": {0: self.flat}}, sums, {}, weight, torch.tensor(len(down)))
+        partial = PartialSum({"update": {0: self.flat}}, sums, {}, weight, torch.tensor(len(down)))
         facts = {
             "loss": (loss / rows.clamp(min=1)).to(down.device),
             "rows": held,
@@ -187,7 +187,7 @@ class Overlap:
         """One client's pass; that of the last one sends the sum of all as it comes."""
         rows = data.sizes[start.client]
         weight = float(_weights(plan, rows)) / self._all
-        if last and rows and plan.local.width(int(rows)) <= ROWS:
+        if last and rows and plan.local.padded_batch(int(rows)) <= ROWS:
             self._missing = set(range(len(self.bound.gradients)))
             self.bound.taken, self.bound.scale = True, self.flat.new_tensor(weight)
         try:

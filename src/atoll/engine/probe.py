@@ -17,7 +17,7 @@ from atoll.loss import cross_entropy
 from atoll.native import Unbuilt
 from atoll.plan.lanes import Lanes
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Population
+from atoll.plan.protocols import Population
 from atoll.rng import Key, generator_states, global_scope
 from atoll.task import Gradient, Task
 
@@ -54,7 +54,7 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: 
     rows = min(4, int(data.sizes.max()))
     task = replace(task, numerics="loop", noisy=False)
     task = replace(task, noisy=_passes(task, data, rows))
-    own = getattr(plan.local, "numerics", None)
+    own = plan.local.numerics
     if own == "loop" and task.precision != "full":
         raise UsageError(
             f"precision = {task.precision!r} with {plan.local!r:.80}.",
@@ -91,7 +91,7 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: 
 
 def _large(task: Task, data: Clients, plan: Plan) -> bool:
     """Whether the loop has nothing to gain from a second client: on the host, where it takes one after the other."""
-    apart = getattr(plan.local, "apart", lambda rows: False)(int(data.sizes.max()))
+    apart = plan.local.sequential(int(data.sizes.max()))
     return apart and task.device.type == "cpu" and task.layout.d >= _LARGE
 
 
@@ -121,8 +121,7 @@ def _products(task: Task, data: Clients, plan: Plan) -> float:
     except Unserved:
         return 0.0
     sizes = data.sizes[plan.sampler(Population(data.count, data.sizes), 0, Key(0)).ids]
-    visits = getattr(plan.local, "visits", None)
-    return each * float((sizes if visits is None else visits(sizes)).sum())
+    return each * float(plan.local.examples_per_round(sizes).sum())
 
 
 _REQUIRED = {

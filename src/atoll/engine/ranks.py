@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from atoll.errors import RunError, UsageError
@@ -143,11 +144,15 @@ class Ranks:
                 out.append(flat.cpu().view(mine.dtype).view(tuple(shape)))
         return out
 
-    def add(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sum over all ranks of each tensor, in place where that can be; the same bits everywhere."""
+    def all_gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The tensors of every rank, in the order of ranks, on the host. Names and shapes may differ."""
+        return [load(data) for data in self.all(save({n: t.cpu().contiguous() for n, t in tensors.items()}))]
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sum over all ranks of each tensor, in place if possible; the same bits at every rank."""
         return self._reduce(tensors, "SUM")
 
-    def largest(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def all_reduce_max(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The largest over all ranks of each number of each tensor."""
         return self._reduce(tensors, "MAX")
 

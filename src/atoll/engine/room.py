@@ -69,11 +69,11 @@ def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None,
         most: that were asked for; None chooses.
         room: free bytes of a device; None on the host.
     """
-    if task.numerics == "loop" and not getattr(plan.local, "apart", lambda rows: False)(rows):
+    if task.numerics == "loop" and not plan.local.sequential(rows):
         return 1
     if most is not None:
         return most
-    width, size = min(plan.local.width(rows), ROWS), task.layout.dtype.itemsize
+    width, size = min(plan.local.padded_batch(rows), ROWS), task.layout.dtype.itemsize
     if task.numerics == "fused":
         each, near = task.program.room(data.features, width) * size, _FUSED_BYTES
     elif task.numerics == "compiled":  # of a client at work there is one a core; what they came to is what is held
@@ -117,6 +117,6 @@ def _smaller(plan: Plan, task: Task, rows: int) -> str:
     """The line that asks for less memory."""
     if task.device.type != "cpu":
         return "--device cpu"
-    batch = getattr(plan.local, "batch", 0)
+    batch = plan.local.batch
     wide = min(rows, ROWS) if batch is None else min(rows, int(batch))
     return f"--set plan.local.batch={max(1, wide // 2)}" if wide > 1 else "--model linear"

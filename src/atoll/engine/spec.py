@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from atoll.engine.fleet import Fleet
     from atoll.layout import Layout
     from atoll.plan.plan import Plan
+    from atoll.plan.protocols import Cohort, Population
     from atoll.plan.round import Gathered
-    from atoll.plan.slots import Cohort, Population
     from atoll.plan.state import State
     from atoll.rng import Key
     from atoll.task import Task

@@ -28,11 +28,10 @@ from atoll.engine.spec import Engine
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.layout import Layout
 from atoll.names import without_prefix
-from atoll.plan.aggregate.mean import Partial
 from atoll.plan.lanes import HOST
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Aggregator, Cohort, Partial, Population, Tensors
 from atoll.plan.round import Failure, Gathered
-from atoll.plan.slots import Cohort, Population, Tensors
 from atoll.plan.state import State, part_of
 from atoll.rng import Key
 from atoll.task import Task
@@ -120,6 +119,7 @@ class TorchrunEngine(Engine):
             RunError: as for `InProcessEngine`, at every rank; or a rank is gone.
         """
         refuse_pace(plan)
+        refuse_partial(plan)
         quick = None if keep else self._overlapped(plan, state, cohort, key)
         return self._local.gather(plan, state, cohort, key, keep) if quick is None else quick
 
@@ -148,8 +148,8 @@ class TorchrunEngine(Engine):
     def _assign(self, clients: Tensor) -> Tensor:
         return dealt(clients, self.data, self.ranks)
 
-    def _reduce(self, results: Results, first: Tensors, trouble: Exception | None) -> Results:
-        return merged(self.ranks, results, first, trouble, self.task.device)
+    def _reduce(self, rule: Aggregator, results: Results, first: Tensors, trouble: Exception | None) -> Results:
+        return merged(self.ranks, rule, results, first, trouble, self.task.device)
 
 
 def dealt(clients: Tensor, data: Clients, ranks: Ranks) -> Tensor:
@@ -172,7 +172,7 @@ def refuse_pace(plan: Plan) -> None:
     Raises:
         UsageError: which.
     """
-    if plan.pace.flies_on:
+    if plan.pace.asynchronous:
         raise UsageError(
             f"{plan.pace!r} on the engine torchrun.",
             "Sync().",
@@ -181,13 +181,35 @@ def refuse_pace(plan: Plan) -> None:
         )
 
 
+def refuse_partial(plan: Plan) -> None:
+    """Refuse an aggregator whose partial cannot be reduced over processes.
+
+    Raises:
+        UsageError: names the aggregator and its partial.
+    """
+    partial = plan.aggregator.zero()
+    if not isinstance(partial, Partial):
+        raise UsageError(
+            f"{plan.aggregator!r} on the engine torchrun: its partial is a {type(partial).__name__}.",
+            "a partial with `tensors`, `of` and `reduce`, as atoll.plan.protocols.Partial declares them.",
+            "each rank has a part of the aggregate, and `reduce` combines them.",
+            "--engine inprocess",
+        )
+
+
 def merged(
-    ranks: Ranks, results: Results, first: Tensors, trouble: Exception | None = None, device: torch.device = HOST
+    ranks: Ranks,
+    rule: Aggregator,
+    results: Results,
+    first: Tensors,
+    trouble: Exception | None = None,
+    device: torch.device = HOST,
 ) -> Results:
     """The results of all ranks, at each rank.
 
     Args:
         ranks: the processes of the training.
+        rule: the aggregator of the plan.
         results: of this rank.
         first: the client state of one client before its first round: the shape of a row.
         trouble: the error of this rank.
@@ -195,12 +217,11 @@ def merged(
     Raises:
         RunError: a rank has an error.
     """
-    parts = _parts(results.partials)
     ids, rows = _memory(results)
     told: dict[str, Any] = {
         "trouble": _said(trouble),
         "failures": [tuple(f) for f in results.failures],
-        "parts": [[*name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in parts.items()],
+        "versions": sorted(results.partials),
         "rows": {n: list(t.shape) for n, t in rows.items()},
     }
     names = set.intersection(*(set(f) for f in results.facts)) if results.facts else set()
@@ -213,7 +234,7 @@ def merged(
     _raise([s["trouble"] for s in said])
     came = [h for h in heard if len(h["arrived"])]
     return Results(
-        _added(ranks, parts, [s["parts"] for s in said], device),
+        _reduced(ranks, rule, results.partials, {version for s in said for version in s["versions"]}, device),
         [Failure(*f) for s in said for f in s["failures"]],
         results.errors,
         [h["arrived"] for h in came],
@@ -223,50 +244,17 @@ def merged(
     )
 
 
-def _parts(partials: Mapping[int, Any]) -> dict[tuple[int, str, str, int], Tensor]:
-    """The tensors of some partial sums by birth, kind, name and place."""
-    out: dict[tuple[int, str, str, int], Tensor] = {}
-    for birth, partial in partials.items():
-        if not isinstance(partial, Partial):
-            raise UsageError(
-                f"A partial sum that is a {type(partial).__name__}, on the engine torchrun.",
-                "atoll.plan.aggregate.mean.Partial.",
-                "ranks add up digit by digit, and know no other sum.",
-                "Mean()",
-            )
-        out[birth, "weight", "", 0], out[birth, "arrived", "", 0] = partial.weight, partial.arrived
-        for kind, table in (("means", partial.means), ("sums", partial.sums)):
-            out |= {(birth, kind, n, place): t for n, digits in table.items() for place, t in digits.items()}
-        out |= {(birth, "largest", n, 0): t for n, t in partial.largest.items()}
-    return out
-
-
-def _added(
-    ranks: Ranks, mine: Mapping[tuple[int, str, str, int], Tensor], said: list[list[Any]], device: torch.device
+def _reduced(
+    ranks: Ranks, rule: Aggregator, mine: Mapping[int, Any], versions: set[int], device: torch.device
 ) -> dict[int, Any]:
-    """The partial sum of all ranks, for each birth: a place that a rank has not is nought there."""
-    specs = {(b, kind, n, place): (dtype, shape) for part in said for b, kind, n, place, dtype, shape in part}
-    out: dict[int, Any] = {birth: Partial() for birth, *_ in sorted(specs)}
-    for largest in (False, True):
-        names = [name for name in sorted(specs) if (name[1] == "largest") is largest]
-        tensors = [_or_nothing(mine.get(name), *specs[name], largest, device) for name in names]
-        added = ranks.largest(tensors) if largest else ranks.add(tensors)
-        for (birth, kind, n, place), tensor in zip(names, added, strict=True):
-            if kind in ("weight", "arrived"):
-                setattr(out[birth], kind, tensor)
-            elif kind == "largest":
-                out[birth].largest[n] = tensor
-            else:
-                getattr(out[birth], kind).setdefault(n, {})[place] = tensor
+    """The aggregate of all ranks, for each model version. Every rank calls `reduce` for every version."""
+    out = {}
+    for version in sorted(versions):
+        partial = (mine[version] if version in mine else rule.zero()).reduce(ranks)
+        if device != HOST:  # a rank without clients has a partial on the host
+            partial = partial.of({n: t.to(device) if t.dim() else t for n, t in partial.tensors().items()})
+        out[version] = partial
     return out
-
-
-def _or_nothing(tensor: Tensor | None, dtype: str, shape: list[int], largest: bool, device: torch.device) -> Tensor:
-    """A tensor, or what changes no sum and no maximum where this rank has none."""
-    if tensor is not None:
-        return tensor
-    type_ = getattr(torch, dtype)
-    return torch.full(shape, torch.iinfo(type_).min if largest else 0, dtype=type_, device=device if shape else HOST)
 
 
 def _memory(results: Results) -> tuple[Tensor, dict[str, Tensor]]:

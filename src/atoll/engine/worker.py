@@ -32,8 +32,8 @@ from atoll.names import load
 from atoll.plan.lanes import HOST
 from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Aggregator, Broadcast, Ids
 from atoll.plan.round import Failure, bind
-from atoll.plan.slots import Aggregator, Broadcast, Ids
 from atoll.plan.state import part_of
 from atoll.rng import Key
 from atoll.shelf import Shelf, lent_from

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from atoll.plan.sampler import Fraction, Uniform
-from atoll.plan.slots import Cohort, Pace, Population, Sampler
+from atoll.plan.protocols import Cohort, Pace, Population, Sampler
+from atoll.plan.sampler import Uniform
 from atoll.rng import Key
 
 _BLOCK = 1024  # candidates drawn at once
@@ -102,10 +102,10 @@ class Traffic:
         self._again: dict[int, int] = {}
         self._started, (self._block, self._offset) = air.started, air.place
         self._queue = air.queue
-        self._ages = pace.flies_on and not pace.refills
-        self._quick = pace.refills and away is None and not self._everyone
+        self._ages = pace.asynchronous and not pace.replaces_arrivals
+        self._quick = pace.replaces_arrivals and away is None and not self._everyone
         self.down = 0  # bytes that each is sent, where it is the same for all
-        self.wanted = pace.wants(self.target)
+        self.wanted = pace.required(self.target)
 
     # what a pace sees
 
@@ -125,7 +125,7 @@ class Traffic:
     def goes_on(self, elapsed: float) -> bool:
         """Whether the pace waits for more, so many seconds after the round opened."""
         self.elapsed = elapsed
-        return not self.pace.closes(self)
+        return not self.pace.should_close(self)
 
     # who starts
 
@@ -181,7 +181,7 @@ class Traffic:
 
     def _done(self) -> int:
         """Places of the cohort that stay empty until the round closes: those of whoever arrived or failed in it."""
-        return 0 if self.pace.refills else len(self.arrivals) + len(self.failed)
+        return 0 if self.pace.replaces_arrivals else len(self.arrivals) + len(self.failed)
 
     def _start(self, client: int) -> Flight:
         again = self._again.get(client, 0)
@@ -216,7 +216,7 @@ class Traffic:
             self._block, self._offset = self._block + 1, 0
         key = Key(self._seed).fold("stream", self._block)
         sampler = self._sampler
-        if isinstance(sampler, (Uniform, Fraction)):  # any number of them in a keyed order is the same stream
+        if sampler.interchangeable:
             sampler = Uniform(min(self._population.clients, max(self.target, _BLOCK)))
         ids = sampler(self._population, self._block, key).ids
         self._queue = tuple(ids[key.fold("order").permutation(len(ids))].tolist())
@@ -265,11 +265,11 @@ class Traffic:
 
     def late(self) -> tuple[Flight, ...]:
         """Those who are not awaited once the round has closed."""
-        return (*self._left, *(() if self.pace.flies_on else self._air.values()))
+        return (*self._left, *(() if self.pace.asynchronous else self._air.values()))
 
     def after(self, known: Tensor | None, clock: Any) -> Air:
         """What is in the air once the round has closed."""
-        flights = tuple(self._air.values()) if self.pace.flies_on else ()
+        flights = tuple(self._air.values()) if self.pace.asynchronous else ()
         recent: tuple[tuple[int, int], ...] = ()
         if self._ages and flights:
             oldest = min(f.birth for f in flights)

@@ -1,21 +1,18 @@
-"""The table of names that a plan's text may call."""
+"""The table of names that a plan's text may call, and the names that were renamed.
+
+Tests: tests/surface/test_renamed.py
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from atoll import schedule
+from atoll.errors import UsageError
+from atoll.grammar import parse
 from atoll.plan import aggregate, codec, local, optimizer, pace, plan, sampler, stop
-
-
-class polynomial:
-    """In a text: with one number alone the factor of a late update, `(1 + s)^−power`; otherwise a schedule."""
-
-    def __new__(cls, *args: Any, **words: Any) -> Any:
-        late = (len(args) == 1 and not words) or set(words) == {"power"}
-        return (pace.polynomial if late else schedule.polynomial)(*args, **words)
-
 
 PARTS: Mapping[str, Callable[..., Any]] = {
     part.__name__: part
@@ -37,6 +34,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         pace.Sync,
         pace.Buffered,
         pace.Bounded,
+        pace.staleness_polynomial,
         pace.hinge,
         optimizer.sgd,
         optimizer.adam,
@@ -54,7 +52,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         schedule.inverse,
         schedule.inverse_sqrt,
         schedule.cosine,
-        polynomial,
+        schedule.polynomial,
         schedule.warmup,
         schedule.hold,
         schedule.plateau,
@@ -67,3 +65,41 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         stop.Diverged,
     )
 }
+
+RENAMED = {"Feedback": "ErrorFeedback", "Shift": "EF21", "polynomial": "staleness_polynomial"}
+_OLD = re.compile(
+    r"(?<![\w.:])(?:(Feedback|Shift)(?=\()"  # any call
+    r"|(polynomial)(?=\(\s*(?:power\s*=\s*)?[-+.\w]+\s*\)))"  # with one number alone it was no schedule
+)
+
+
+def renamed(text: str) -> str:
+    """A plan text with the present names of its parts.
+
+    Example:
+        >>> renamed("Buffered(10, staleness=polynomial(1.0))"), renamed("sgd(polynomial(0.1, rounds=9))")
+        ('Buffered(10, staleness=staleness_polynomial(1.0))', 'sgd(polynomial(0.1, rounds=9))')
+    """
+    return _OLD.sub(lambda found: RENAMED[found[0]], text)
+
+
+def read_part(text: str, names: Mapping[str, Callable[..., Any]] = PARTS, *, trust: bool = False) -> Any:
+    """The part that a plan text describes.
+
+    Args:
+        text: of the grammar, with the present names of parts.
+        names: constructors that the text may call first; its arguments may call all parts.
+        trust: whether `module:name` may import.
+    Raises:
+        UsageError: the text has an old name, or it describes no part.
+    """
+    now = renamed(text)
+    if now != text:
+        old = " and ".join(sorted({found[0] for found in _OLD.finditer(text)}))
+        raise UsageError(
+            f"{text}: the name {old} is no longer in use.",
+            f"the text {now}.",
+            "parts are named by the terms of their papers.",
+            now,
+        )
+    return parse(text, names, inner=PARTS, trust=trust)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atoll.errors import UsageError
 from atoll.fields import number, repaired
-from atoll.plan.stepper import STEP, Block, Counters, Inner, Optimizer
+from atoll.plan.stepper import STEP, Counters, Inner, LaneGroup, OptimizerBase
 from atoll.schedule import Schedule
 
 
@@ -45,7 +45,7 @@ def _initial() -> Any:
 
 
 @dataclass(frozen=True, repr=False)
-class sgd(Optimizer):
+class sgd(OptimizerBase):
     """Gradient descent, with momentum and weight decay if asked for: `torch.optim.SGD`.
 
     g ← g + weight_decay·θ ;  b ← momentum·b + (1 − dampening)·g, but b = g in the first step
@@ -91,14 +91,14 @@ class sgd(Optimizer):
     def per_lane(self) -> Counters:
         return STEP if self.momentum else {}
 
-    def plain(self) -> bool:
+    def is_plain_sgd(self) -> bool:
         return not (self.momentum or self.weight_decay)
 
     def in_place(self) -> bool:
         return not (self.weight_decay or self.nesterov)
 
     # Written out, though torch has it: most local loops use it, and bookkeeping would cost more than a step.
-    def move(self, block: Block, g: Tensor, lr: float) -> None:
+    def apply(self, block: LaneGroup, g: Tensor, lr: float) -> None:
         if self.weight_decay:
             g = g.add(block.theta, alpha=self.weight_decay)
         if self.momentum:
@@ -112,7 +112,7 @@ class sgd(Optimizer):
 
 
 def _adaptive(
-    block: Block, g: Tensor, lr: float, beta: float, eps: float, square: Callable[[Tensor, Tensor], Any]
+    block: LaneGroup, g: Tensor, lr: float, beta: float, eps: float, square: Callable[[Tensor, Tensor], Any]
 ) -> None:
     """m ← βm + (1 − β)g ; v ← square(v, g) ; θ ← θ − lr·m / (√v + τ): Reddi et al., Algorithm 2."""
     m, v = block.slots["exp_avg"], block.slots["exp_avg_sq"]
@@ -122,7 +122,7 @@ def _adaptive(
 
 
 @dataclass(frozen=True, repr=False)
-class adam(Optimizer):
+class adam(OptimizerBase):
     """Steps of about lr in every coordinate: `torch.optim.Adam`, or FedAdam with `correct=False`.
 
     g ← g + weight_decay·θ ;  m ← β₁m + (1 − β₁)g ;  v ← β₂v + (1 − β₂)g²
@@ -169,7 +169,7 @@ class adam(Optimizer):
         words = {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
         return (torch.optim.Adam, words) if self.correct else None
 
-    def move(self, block: Block, g: Tensor, lr: float) -> None:
+    def apply(self, block: LaneGroup, g: Tensor, lr: float) -> None:
         if self.weight_decay:
             g = g.add(block.theta, alpha=self.weight_decay)
         beta1, beta2 = self.betas
@@ -177,7 +177,7 @@ class adam(Optimizer):
 
 
 @dataclass(frozen=True, repr=False)
-class adamw(Optimizer):
+class adamw(OptimizerBase):
     """Adam with the weight decay taken from θ directly: `torch.optim.AdamW`.
 
     θ ← (1 − lr·weight_decay)·θ, then Adam's step on g alone
@@ -204,7 +204,7 @@ class adamw(Optimizer):
 
 
 @dataclass(frozen=True, repr=False)
-class adagrad(Optimizer):
+class adagrad(OptimizerBase):
     """Steps shrink with all the squares so far: `torch.optim.Adagrad`, or FedAdagrad with `beta` > 0.
 
     g ← g + weight_decay·θ ;  v ← v + g² ;  m ← beta·m + (1 − beta)·g ;  θ ← θ − lr·m / (√v + eps)
@@ -237,14 +237,14 @@ class adagrad(Optimizer):
     def inner(self) -> Inner | None:
         return None if self.beta else (torch.optim.Adagrad, {"eps": self.eps, "weight_decay": self.weight_decay})
 
-    def move(self, block: Block, g: Tensor, lr: float) -> None:
+    def apply(self, block: LaneGroup, g: Tensor, lr: float) -> None:
         if self.weight_decay:
             g = g.add(block.theta, alpha=self.weight_decay)
         _adaptive(block, g, lr, self.beta, self.eps, lambda v, g: v.addcmul_(g, g))
 
 
 @dataclass(frozen=True, repr=False)
-class yogi(Optimizer):
+class yogi(OptimizerBase):
     """Adam whose v moves by a bounded amount, so that one large update is not soon forgotten; torch has none.
 
     g ← g + weight_decay·θ ;  m ← β₁m + (1 − β₁)g ;  v ← v − (1 − β₂)·g²·sign(v − g²)
@@ -274,7 +274,7 @@ class yogi(Optimizer):
     def per_coordinate(self) -> Mapping[str, float]:
         return {"exp_avg": 0.0, "exp_avg_sq": self.initial}
 
-    def move(self, block: Block, g: Tensor, lr: float) -> None:
+    def apply(self, block: LaneGroup, g: Tensor, lr: float) -> None:
         if self.weight_decay:
             g = g.add(block.theta, alpha=self.weight_decay)
         beta1, beta2 = self.betas
@@ -287,7 +287,7 @@ class yogi(Optimizer):
 
 
 @dataclass(frozen=True, repr=False)
-class rmsprop(Optimizer):
+class rmsprop(OptimizerBase):
     """The gradient over the root of its recent mean square: `torch.optim.RMSprop`.
 
     g ← g + weight_decay·θ ;  v ← alpha·v + (1 − alpha)·g² ;  s = √v + eps, or √(v − ḡ²) + eps when centered
@@ -320,7 +320,7 @@ class rmsprop(Optimizer):
 
 
 @dataclass(frozen=True, repr=False)
-class adadelta(Optimizer):
+class adadelta(OptimizerBase):
     """Steps in the units of θ: `torch.optim.Adadelta`.
 
     g ← g + weight_decay·θ ;  v ← rho·v + (1 − rho)·g² ;  δ = g·√(u + eps)/√(v + eps)
@@ -348,7 +348,7 @@ class adadelta(Optimizer):
 
 
 @dataclass(frozen=True, repr=False)
-class adamax(Optimizer):
+class adamax(OptimizerBase):
     """Adam with the largest recent size in place of the mean square: `torch.optim.Adamax`.
 
     g ← g + weight_decay·θ ;  m ← β₁m + (1 − β₁)g ;  u ← max(β₂u, |g| + eps) ;  θ ← θ − lr·m / ((1 − β₁ᵗ)·u)
@@ -375,7 +375,7 @@ class adamax(Optimizer):
 
 
 @dataclass(frozen=True, repr=False)
-class nadam(Optimizer):
+class nadam(OptimizerBase):
     """Adam that looks ahead as Nesterov does: `torch.optim.NAdam`.
 
     μₜ = β₁·(1 − ½·0.96^(t·momentum_decay)) ;  m, v as Adam's
@@ -408,7 +408,7 @@ class nadam(Optimizer):
 
 
 @dataclass(frozen=True, repr=False)
-class radam(Optimizer):
+class radam(OptimizerBase):
     """Adam that waits until v can be trusted: `torch.optim.RAdam`.
 
     ρ∞ = 2/(1 − β₂) − 1 ;  ρₜ = ρ∞ − 2t·β₂ᵗ/(1 − β₂ᵗ) ;  θ ← θ − lr·m̂·r/(√v + eps) if ρₜ > 5, else θ − lr·m̂
@@ -435,6 +435,6 @@ class radam(Optimizer):
     _zeros = ("exp_avg", "exp_avg_sq")
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {
+OPTIMIZERS: dict[str, type[OptimizerBase]] = {
     c.__name__: c for c in (sgd, adam, adamw, adagrad, yogi, rmsprop, adadelta, adamax, nadam, radam)
 }

@@ -13,12 +13,11 @@ from atoll.fields import repaired
 from atoll.grammar import Value
 from atoll.layout import Layout
 from atoll.names import under
-from atoll.plan.clash import refuse
 from atoll.plan.codec.stage import Identity
+from atoll.plan.conflicts import check
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Sync
-from atoll.plan.sampler import Everyone, Uniform, fraction
-from atoll.plan.slots import (
+from atoll.plan.protocols import (
     Aggregator,
     Local,
     Optimizer,
@@ -27,13 +26,14 @@ from atoll.plan.slots import (
     Stage,
     Tensors,
 )
+from atoll.plan.sampler import Everyone, Uniform, fraction
 
 
 @dataclass(frozen=True, repr=False)
 class Plan(Value):
     """An algorithm, as a value: a part in each slot of the formula.
 
-    θ⁺ = optimizer(θ, finish(settle(Σ lift(open(encode(local(θ, dataᵢ))), wᵢ))))
+    θ⁺ = optimizer(θ, finalize(server_update(Σ wᵢ · decode(encode(local(θ, dataᵢ))))))
 
     Args:
         local: what a client computes.
@@ -63,23 +63,6 @@ class Plan(Value):
     max_failed: float = 0.5
 
     def __post_init__(self) -> None:
-        slots = (
-            ("local", Local, "Gradient()"),
-            ("aggregator", Aggregator, "Mean()"),
-            ("optimizer", Optimizer, "sgd(0.1)"),
-            ("codec", Stage, "Identity()"),
-            ("pace", Pace, "Sync()"),
-            ("downlink", Stage, "Identity()"),
-        )
-        for slot, protocol, example in slots:
-            part = getattr(self, slot)
-            if isinstance(part, type) or not isinstance(part, protocol):
-                raise UsageError(
-                    f"The slot {slot} of the plan holds {part!r}.",
-                    f"a part with the methods of {protocol.__name__}.",
-                    "every slot of the formula is filled by one kind of part.",
-                    example,
-                )
         if not isinstance(self.max_failed, (int, float)) or not 0 <= self.max_failed <= 1:
             raise UsageError(
                 f"max_failed = {self.max_failed!r}.",
@@ -88,7 +71,7 @@ class Plan(Value):
                 repaired(self, max_failed=0.5),
             )
         object.__setattr__(self, "cohort", _sampler(self.cohort))
-        refuse(self)
+        check(self)
 
     @property
     def sampler(self) -> Sampler:

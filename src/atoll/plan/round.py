@@ -3,8 +3,8 @@
     cohort = sampler(clients, round)                     who is at work
     gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
     mᵢ     = encode(gᵢ)                                  clip, compress
-    total  = Σ_b s(b) · decode_b( Σ_{i born b} lift(open(mᵢ), wᵢ) )
-    g      = finish(settle(total))                       the mean, or a robust rule
+    total  = Σ_b s(b) · decode_sum( Σ_{i born b} wᵢ · decode(mᵢ) )
+    g      = finalize(server_update(total))               the mean, or a robust rule
     θ⁺     = optimizer(θ, g, round)                      the server always descends
 
 `step` is this, once, for every algorithm and every engine. An algorithm is a `Plan`: a value with a part in each slot.
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from atoll.known import norm
 from atoll.layout import Layout
-from atoll.plan.codec.stage import Identity, arrived
+from atoll.plan.codec.stage import Identity, roundtrip
+from atoll.plan.entropy import current_entropy
 from atoll.plan.in_flight import Air
 from atoll.plan.plan import Plan
-from atoll.plan.sampler import enlarged
-from atoll.plan.slots import Cohort, Contribution, Population, Sampler, Shared, Tensors, Total
+from atoll.plan.protocols import Cohort, Contribution, EntropySource, Population, RoundInfo, Shared, Tensors, Total
 from atoll.plan.state import Sent, State, versions
 from atoll.rng import Key
 from atoll.task import Model
@@ -98,6 +98,7 @@ class Engine(Protocol):
     @property
     def layout(self) -> Layout: ...
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered: ...
+    def agree(self, value: bytes) -> bytes: ...  # the value of the first process
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,8 @@ def bind(plan: Plan, engine: Engine) -> Plan:
         engine: an engine that is open.
     """
     sizes = engine.population.sizes
-    weights = torch.ones_like(sizes) if getattr(plan.aggregator, "weights", "") == "equal" else sizes
-    codec, downlink = plan.codec.at(engine.layout, weights.sum()), plan.downlink.at(engine.layout)
+    weights = torch.ones_like(sizes) if plan.aggregator.weights == "equal" else sizes
+    codec, downlink = plan.codec.bind(engine.layout, weights.sum()), plan.downlink.bind(engine.layout)
     return dataclasses.replace(plan, codec=codec, downlink=downlink)
 
 
@@ -188,6 +189,7 @@ class Opened(NamedTuple):
         key: of all draws of the round.
         plan: the algorithm, bound.
         population: all clients.
+        entropy: random numbers that no key determines; every process of the training draws the same ones.
     """
 
     state: State
@@ -195,6 +197,7 @@ class Opened(NamedTuple):
     key: Key
     plan: Plan
     population: Population
+    entropy: EntropySource
 
 
 def open_round(plan: Plan, state: State, engine: Engine) -> Opened:
@@ -203,11 +206,12 @@ def open_round(plan: Plan, state: State, engine: Engine) -> Opened:
     Args:
         plan: the algorithm, bound to the engine.
         state: after the round before; it stays as it is.
-        engine: only its population is read.
+        engine: its population is read, and its processes agree on entropy.
     """
     key, population = state.key(), engine.population
     state = tell(plan, state, key)
-    return Opened(state, opening(plan, state, population, key), key, plan, population)
+    cohort = opening(plan, state, population, key)
+    return Opened(state, cohort, key, plan, population, current_entropy(engine.agree))
 
 
 class Closed(NamedTuple):
@@ -227,17 +231,18 @@ class Closed(NamedTuple):
 
 
 def close_round(opened: Opened, gathered: Gathered) -> Closed:
-    """Decode the sum, aggregate, and make the server's step. This is a pure function.
+    """Decode the sum, aggregate, and make the server's step. Except for entropy this is a pure function.
 
-    g = finish(settle(Σ_b s(b) · decode_b(partial_b))) ;  θ⁺ = optimizer(θ, g, round)
+    g = finalize(server_update(Σ_b s(b) · decode_b(partial_b))) ;  θ⁺ = optimizer(θ, g, round)
 
     Args:
         opened: of `open_round`.
         gathered: of `engine.gather`.
     """
-    state, cohort, key, plan, population = opened
-    total, server = settle(plan, decode(plan, state, gathered), state, key)
-    mean = finish(plan, total, cohort, population)
+    state, cohort, key, plan, population, entropy = opened
+    info = RoundInfo(state.round, population, gathered.started, cohort.chance, entropy)
+    total, server = server_update(plan, decode_sums(plan, state, gathered), state, info, key)
+    mean = finalize(plan, total, info)
     after = descend(plan, state, mean, server, gathered.air)
     return Closed(total, mean, after, report(plan, state, gathered, mean))
 
@@ -252,7 +257,7 @@ def tell(plan: Plan, state: State, key: Key) -> State:
     delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(theta.new_zeros(1, dtype=torch.int64))
     payload, side, _, _ = plan.downlink.encode(delta, {}, {}, key)
     length = int(plan.downlink.sizes(payload, side)[0])
-    known = state.sent.theta + arrived(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
+    known = state.sent.theta + roundtrip(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
     return dataclasses.replace(state, sent=state.sent.after(known, length))
 
 
@@ -263,11 +268,11 @@ def opening(plan: Plan, state: State, population: Population, key: Key) -> Cohor
     """Who starts as a round opens with nothing in the air; with something in it, traffic starts what is missing."""
     if state.air.flights:
         return _NOBODY
-    sampler: Sampler = enlarged(plan.sampler, plan.pace.asks)
+    sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
     return sampler(population, state.round, key.fold("cohort"))
 
 
-def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
+def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
     """Σ_b s(b) · decode_b(partial_b): each birth's sum is decoded with its own key and discounted by its staleness.
 
     Where clients send their models, Σ wᵢ (θ_b − θᵢ) becomes Σ wᵢ (θ − θᵢ): the server has θ_b, and the weights' sum.
@@ -277,11 +282,12 @@ def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
         total = plan.aggregator.total(partial)
         if "update" in total.means:
             update = total.means["update"]
-            if plan.codec.decodes:
-                update = plan.codec.decode(update, state.key(birth).fold("codec"))  # the key that clients encoded with
-            if getattr(plan.local, "sends", "update") == "model":
+            if plan.codec.per_sum:
+                # with the key that the clients encoded with
+                update = plan.codec.decode_sum(update, state.key(birth).fold("codec"))
+            if plan.local.sends == "model":
                 update = update + total.weight * since(state, birth)
-            factor = plan.pace.discount(state.round - birth)
+            factor = plan.pace.staleness_weight(state.round - birth)
             update = update if factor == 1 else update * factor
             total = total._replace(means={**total.means, "update": update})
         totals.append(total)
@@ -302,21 +308,22 @@ def sum_totals(totals: list[Total]) -> Total:
             {n: t + other.sums[n] for n, t in first.sums.items()},
             first.weight + other.weight,
             first.arrived + other.arrived,
-            {n: torch.maximum(t, other.largest[n]) for n, t in first.largest.items()},
+            {n: torch.maximum(t, other.counters[n]) for n, t in first.counters.items()},
+            {n: torch.cat((t, other.per_client[n])) for n, t in first.per_client.items() if n in other.per_client},
         )
     return first
 
 
-def settle(plan: Plan, total: Total, state: State, key: Key) -> tuple[Total, Shared]:
+def server_update(plan: Plan, total: Total, state: State, info: RoundInfo, key: Key) -> tuple[Total, Shared]:
     """Once a round, on the exact total: the server's half of the codec, then of the local part."""
-    total, codec = plan.codec.settle(total, state.server["codec"], key.fold("settle codec"))
-    total, local = plan.local.settle(total, state.server["local"], key.fold("settle local"))
+    total, codec = plan.codec.server_update(total, state.server["codec"], info, key.fold("settle codec"))
+    total, local = plan.local.server_update(total, state.server["local"], info, key.fold("settle local"))
     return total, {"local": local, "codec": codec}
 
 
-def finish(plan: Plan, total: Total, cohort: Cohort, population: Population) -> Total:
-    """The round's mean; of what is summed, each row's share."""
-    mean = plan.aggregator.finish(total, cohort, population)
+def finalize(plan: Plan, total: Total, info: RoundInfo) -> Total:
+    """The aggregate of the round, and every sum divided by the rows that it is about."""
+    mean = plan.aggregator.finalize(total, info)
     return mean._replace(sums=per_row(mean.sums))
 
 
@@ -328,7 +335,7 @@ def descend(plan: Plan, state: State, mean: Total, server: Shared, air: Air) -> 
         g = g if g.shape == model.theta.shape else g.expand_as(model.theta)
         theta, optimizer = plan.optimizer.update(model.theta, g, mean.sums, optimizer, state.round)
         buffers = mean.means["buffers"].to(model.buffers.dtype) if "buffers" in mean.means else model.buffers
-        model = Model(theta, buffers, {**model.counters, **mean.largest}, model.fixed)
+        model = Model(theta, buffers, {**model.counters, **mean.counters}, model.fixed)
     return State(state.round + 1, state.seed, model, optimizer, server, state.memory, air, flying, state.sent)
 
 
@@ -337,6 +344,22 @@ def per_row(sums: Tensors) -> dict[str, Tensor]:
     if "rows" not in sums:
         return {}
     return {n: t / sums["rows"].clamp(min=1) for n, t in sums.items() if n != "rows"}
+
+
+def _columns(arrived: Tensor, per_client: Tensors) -> dict[str, Tensor]:
+    """The aggregator's columns, one row per contribution. A client that the aggregator does not list has 0."""
+    names = per_client.keys() - {"id"}
+    if not names:
+        return {}
+    ids, order = per_client["id"].to(arrived.device).sort(stable=True)
+    at = torch.searchsorted(ids, arrived).clamp(max=max(len(ids) - 1, 0))
+    found = ids[at] == arrived if len(ids) else torch.zeros_like(arrived, dtype=torch.bool)
+    out = {}
+    for name in sorted(names):
+        column = per_client[name].to(arrived.device)
+        out[name] = column.new_zeros(len(arrived), *column.shape[1:])
+        out[name][found] = column[order[at[found]]]
+    return out
 
 
 def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
@@ -353,7 +376,7 @@ def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
         gathered.failures,
         gathered.bytes_up,
         gathered.bytes_down,
-        clients={"id": gathered.arrived, **gathered.facts},
+        clients={"id": gathered.arrived, **gathered.facts, **_columns(gathered.arrived, mean.per_client)},
         late=gathered.late,
         flying=len(gathered.air.flights),
         now=gathered.now,

@@ -1,23 +1,25 @@
-"""Who is at work in a round.
+"""Samplers: the selection of the clients of a round.
 
-A sampler is called with the population, the round and a key. It gives the cohort's ids and every client's chance
-of being there, from which `over="expected"` computes what it divides by.
+A sampler is called with the population, the round and a key. It returns the ids of the cohort and the probability that
+each client is selected, from which `over="expected"` computes the weight that divides.
+
+Tests: tests/identities/test_samplers.py
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from atoll.errors import UsageError
-from atoll.grammar import Value
-from atoll.plan.slots import Cohort, Population
+from atoll.plan.pace import Sync
+from atoll.plan.protocols import Cohort, Conflict, Population, Sampler, Slots
 from atoll.rng import Key
 
 
@@ -41,7 +43,7 @@ def _enough(name: str, n: int, population: Population) -> None:
 
 
 @dataclass(frozen=True, repr=False)
-class Everyone(Value):
+class Everyone(Sampler):
     """Every client, every round.
 
     Example:
@@ -54,19 +56,24 @@ class Everyone(Value):
 
 
 @dataclass(frozen=True, repr=False)
-class Uniform(Value):
+class Uniform(Sampler):
     """n clients, every set of n equally likely: chance n/C each.
 
     Args:
-        n: how many, 1 … C.
+        n: clients, 1 … C.
     Raises:
-        UsageError: n is no whole number, or larger than the population.
+        UsageError: n is not a whole number, or it exceeds the population.
     """
 
     n: int
+    interchangeable = True
 
     def __post_init__(self) -> None:
         _count("Uniform", self.n)
+
+    def resized(self, ask: Callable[[int], int]) -> Uniform:
+        """The same draw of ask(n) clients."""
+        return _with_n(self, ask)
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         _enough("Uniform", self.n, population)
@@ -74,7 +81,7 @@ class Uniform(Value):
 
 
 @dataclass(frozen=True, repr=False)
-class Fraction(Value):
+class Fraction(Sampler):
     """The fraction q of the clients, rounded to the nearest whole number, at least one.
 
     Args:
@@ -82,13 +89,18 @@ class Fraction(Value):
     """
 
     q: float
+    interchangeable = True
 
     def __post_init__(self) -> None:
         if not 0 < self.q <= 1:
             raise UsageError(f"Fraction({self.q!r}).", "a fraction in (0, 1].", write="Fraction(0.1)")
 
+    def resized(self, ask: Callable[[int], int]) -> Sampler:
+        """A draw of ask(n) clients, n the number that this fraction selects."""
+        return _Resized(self, ask) if ask(1000) > 1000 else self
+
     def count(self, clients: int) -> int:
-        """How many of so many."""
+        """The number that the fraction selects out of all clients."""
         return max(1, math.floor(self.q * clients + 0.5))
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
@@ -101,8 +113,8 @@ def fraction(q: float) -> Fraction:
 
 
 @dataclass(frozen=True, repr=False)
-class Poisson(Value):
-    """Each client by its own coin: chance q, independently. A cohort may be empty.
+class Poisson(Sampler):
+    """Each client independently, with probability q. A cohort may be empty.
 
     Args:
         q: in (0, 1].
@@ -119,16 +131,22 @@ class Poisson(Value):
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         return _cohort((key.uniform(population.clients) < self.q).nonzero().squeeze(1), self.q)
 
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        """Every pace except `Sync()` counts starts, and this sampler fixes no number of them."""
+        if slots.pace != Sync():
+            why = "every client is selected independently, so the number of clients at work is not fixed."
+            yield Conflict(f"{self!r} with {slots.pace!r}.", "Sync(), or a cohort of n clients.", why, "Sync()")
+
 
 @dataclass(frozen=True, repr=False)
-class Weighted(Value):
+class Weighted(Sampler):
     """n clients without replacement, each with a chance in proportion to the rows it holds: n·wᵢ/Σw, at most 1.
 
-    The clients stand in a keyed random order, each as long as its rows; n marks at equal distances fall on n of them.
-    Beside it, `Mean(weights="equal")` is the mean over all rows, unbiased as long as no chance is cut at 1.
+    The clients are in a keyed random order, each as long as its rows; n marks at equal distances fall on n of them.
+    With it, `Mean(weights="equal")` is the mean over all rows, unbiased if no probability is cut at 1.
 
     Args:
-        n: how many, 1 … number of clients that hold rows.
+        n: clients, 1 … number of clients that hold rows.
     Reference: Madow, On the Theory of Systematic Sampling, II, 1949.
     """
 
@@ -136,6 +154,10 @@ class Weighted(Value):
 
     def __post_init__(self) -> None:
         _count("Weighted", self.n)
+
+    def resized(self, ask: Callable[[int], int]) -> Weighted:
+        """The same draw of ask(n) clients."""
+        return _with_n(self, ask)
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         sizes = population.sizes
@@ -154,7 +176,7 @@ class Weighted(Value):
 
 
 def _certain(sizes: Tensor, n: int) -> Tensor:
-    """The clients so large that they are always drawn, bool `[C]`: those whose share of what is left comes to 1."""
+    """The clients that are always drawn, bool `[C]`: their share of the remaining draws is 1 or more."""
     certain = torch.zeros_like(sizes, dtype=torch.bool)
     while True:
         left, whole = n - int(certain.sum()), int(sizes.masked_fill(certain, 0).sum())
@@ -165,19 +187,23 @@ def _certain(sizes: Tensor, n: int) -> Tensor:
 
 
 @dataclass(frozen=True, repr=False)
-class RoundRobin(Value):
-    """n clients in turn, in a keyed order that is drawn anew each time all have had their turn.
+class RoundRobin(Sampler):
+    """n clients in turn, in a keyed order that is drawn again when all clients have participated.
 
-    Over any C/n rounds that start together every client works once (n dividing C).
+    If n divides C, every client participates once in C/n consecutive rounds from a multiple of C/n on.
 
     Args:
-        n: how many, 1 … C.
+        n: clients, 1 … C.
     """
 
     n: int
 
     def __post_init__(self) -> None:
         _count("RoundRobin", self.n)
+
+    def resized(self, ask: Callable[[int], int]) -> RoundRobin:
+        """The same order with ask(n) clients in turn."""
+        return _with_n(self, ask)
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         _enough("RoundRobin", self.n, population)
@@ -188,27 +214,21 @@ class RoundRobin(Value):
         return _cohort(order[start : start + self.n].sort().values, self.n / population.clients)
 
 
-def enlarged(sampler: Any, asks: Callable[[int], int]) -> Any:
-    """The sampler of as many clients as a pace asks, for the n that it draws; itself where the pace asks n.
-
-    Example:
-        >>> enlarged(Uniform(10), lambda n: 13 * n // 10)
-        Uniform(13)
-    """
-    if hasattr(sampler, "n"):
-        return sampler if asks(sampler.n) == sampler.n else dataclasses.replace(sampler, n=asks(sampler.n))
-    if isinstance(sampler, Fraction) and asks(1000) > 1000:
-        return _AtLeast(sampler, asks)
-    return sampler
+S = TypeVar("S", Uniform, Weighted, RoundRobin)
 
 
-@dataclass(frozen=True)
-class _AtLeast:
-    """As many as a pace asks for a fraction of the clients."""
+def _with_n(sampler: S, ask: Callable[[int], int]) -> S:
+    """The sampler with ask(n) in place of n."""
+    n = ask(sampler.n)
+    return sampler if n == sampler.n else dataclasses.replace(sampler, n=n)
+
+
+@dataclass(frozen=True, repr=False)
+class _Resized(Sampler):
+    """A draw of ask(n) clients for the n that a fraction selects."""
 
     sampler: Fraction
-    asks: Callable[[int], int]
+    ask: Callable[[int], int]
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
-        n = self.asks(self.sampler.count(population.clients))
-        return Uniform(n)(population, round, key)
+        return Uniform(self.ask(self.sampler.count(population.clients)))(population, round, key)

@@ -13,7 +13,7 @@ from torch import Tensor
 from atoll.names import without_prefix
 from atoll.plan.in_flight import Air
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Broadcast, Shared, Tensors
+from atoll.plan.protocols import Broadcast, Shared, Tensors
 from atoll.rng import Key
 from atoll.task import Model, Task
 

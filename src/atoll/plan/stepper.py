@@ -1,4 +1,4 @@
-"""What every optimizer is, and how it makes steps: at the server once a round, in local training in place.
+"""The base of optimizers, and their steps: at the server once per round, in local training in place.
 
     θ⁺, state⁺ = optimizer.update(θ, g, sums, state, round)       nothing given changes
     stepper = optimizer.stepper(θ, state, lr); stepper.step(g)    θ and state change
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from atoll.errors import UsageError
 from atoll.fields import check
-from atoll.grammar import constructor
+from atoll.plan.protocols import Optimizer
 from atoll.schedule import NOTHING, Schedule, as_schedule, constant
 from atoll.shelf import empty
 
@@ -45,18 +45,19 @@ _LR = "lr."
 BLOCK = 1 << 17
 
 
-class Optimizer:
-    """What every optimizer is: a value, its slots of state, and a rule; final classes derive from it."""
+class OptimizerBase(Optimizer):
+    """The base of optimizers that step in place: a value with slots of state and a rule.
+
+    A rule is `apply`, or a class of `torch.optim` in `_torch`.
+    """
 
     lr: float | Schedule
+    trains_clients = True
 
     def __post_init__(self) -> None:
         check(self)
         if isinstance(self.lr, constant):
             object.__setattr__(self, "lr", self.lr.lr)  # one value, one text
-
-    def __repr__(self) -> str:
-        return constructor(self)
 
     @property
     def schedule(self) -> Schedule:
@@ -68,7 +69,7 @@ class Optimizer:
         return self.schedule(round, _memory(state))
 
     def slots(self, theta: Tensor) -> dict[str, Tensor]:
-        """The state of lanes that have made no step: what a client keeps when it keeps its optimizer.
+        """The state of lanes before their first step: the client state of `keep=("optimizer",)`.
 
         Args:
             theta: float `[d]` or `[K, d]`.
@@ -84,19 +85,19 @@ class Optimizer:
         return state
 
     def init(self, theta: Tensor) -> dict[str, Tensor]:
-        """The state before the first `update`: the slots, and under `lr.…` what the schedule remembers."""
+        """The state before the first `update`: the slots, and the memory of the schedule under `lr.…`."""
         return {**self.slots(theta), **_named(self.schedule.init())}
 
     def update(
         self, theta: Tensor, g: Tensor, sums: Tensors, state: Tensors, round: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step down: θ⁺ and the state after it. Nothing given is changed.
+        """One step down: θ⁺ and the state after it. No argument is changed.
 
         Args:
             theta: float `[d]` or `[K, d]`.
             g: the update, uphill, same shape.
             sums: means of the round; `loss`, of one number, moves a `plateau` from the next round on.
-            state: what `init` or the last `update` returned.
+            state: of `init` or of the last `update`.
             round: t ≥ 0.
         Returns:
             (θ⁺, state⁺), tensors of their own.
@@ -106,7 +107,7 @@ class Optimizer:
             (tensor([0.8000]), {})
         """
         memory = _memory(state)
-        if self.plain():  # what most servers are, without the bookkeeping of a stepper
+        if self.is_plain_sgd():  # most servers; no stepper is needed
             room, rate = empty(theta, theta.shape), self.schedule(round, memory)
             step = torch.add(theta.detach(), g.to(theta.dtype), alpha=-rate, out=room)
             return step, _named(self.schedule.observe(memory, sums["loss"]) if "loss" in sums else memory)
@@ -122,7 +123,7 @@ class Optimizer:
         return theta, {**after, **_named(memory)}
 
     def stepper(self, theta: Tensor, state: Tensors, lr: float) -> Stepper:
-        """What makes steps in place on θ and its state, at one learning rate.
+        """A stepper that makes steps in place on θ and its state, at one learning rate.
 
         Args:
             theta: float `[d]` or `[K, d]`, contiguous, the caller's own: it is changed.
@@ -131,11 +132,7 @@ class Optimizer:
         """
         return Stepper(self, theta, state, lr)
 
-    def plain(self) -> bool:
-        """Whether a step is θ ← θ − lr·g and nothing else, so that it may be part of the backward pass."""
-        return False
-
-    # What a rule says of itself: the class of `torch.optim` that has it, and the state that starts at zero.
+    # The class of `torch.optim` with the same rule, and the names of the state that starts at zero.
     _torch: ClassVar[type[torch.optim.Optimizer] | None] = None
     _zeros: ClassVar[tuple[str, ...]] = ()
 
@@ -148,25 +145,25 @@ class Optimizer:
         return STEP if self.inner() else {}
 
     def in_place(self) -> bool:
-        """Whether `move` makes no temporaries, so that cutting gains nothing."""
+        """Whether `apply` makes no temporaries, so that cutting gains nothing."""
         return False
 
     def inner(self) -> Inner | None:
-        """The class of `torch.optim` that has the rule, with its arguments; None where `move` is the rule."""
+        """The class of `torch.optim` with the rule, and its arguments; None if `apply` is the rule."""
         words = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lr"}  # type: ignore[arg-type]
         return None if self._torch is None else (self._torch, words)
 
-    def move(self, block: Block, g: Tensor, lr: float) -> None:
+    def apply(self, block: LaneGroup, g: Tensor, lr: float) -> None:
         """One step of one block, in place."""
         raise NotImplementedError
 
 
 @dataclass
-class Block:
-    """A stretch of θ whose lanes have made equally many steps: what a rule works on at once.
+class LaneGroup:
+    """A part of θ whose lanes have made the same number of steps: `apply` computes on it at once.
 
     Args:
-        start, stop: where it lies in the lanes laid end to end.
+        start, stop: its range in the concatenated lanes.
         lane: the first of the equal lanes that it belongs to.
         theta: float view `[stop − start]`.
         slots: views of the state, same shape.
@@ -199,7 +196,7 @@ class Stepper:
                 [-0.5000, -0.5000, -0.5000]])
     """
 
-    def __init__(self, optimizer: Optimizer, theta: Tensor, state: Tensors, lr: float) -> None:
+    def __init__(self, optimizer: OptimizerBase, theta: Tensor, state: Tensors, lr: float) -> None:
         self._optimizer, self._lr = optimizer, lr
         self._theta, self._state = theta.detach(), state
         self._bind(self._theta.shape)
@@ -244,7 +241,7 @@ class Stepper:
         cut = theta.device.type == "cpu" and not self._optimizer.in_place()
         size = BLOCK if cut else max(theta.numel(), 1)
         self._blocks = [
-            Block(i, j, first, theta[i:j], {name: slot[i:j] for name, slot in slots.items()}, count)
+            LaneGroup(i, j, first, theta[i:j], {name: slot[i:j] for name, slot in slots.items()}, count)
             for first, end, count in self._runs
             for i in range(first * width, end * width, size)
             for j in (min(i + size, end * width),)
@@ -257,7 +254,7 @@ class Stepper:
 
     def _by_rule(self, gs: list[Tensor]) -> None:
         for block, g in zip(self._blocks, gs, strict=True):
-            self._optimizer.move(block, g, self._lr)
+            self._optimizer.apply(block, g, self._lr)
             block.count += 1
 
     def _by_torch(

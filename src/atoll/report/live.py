@@ -74,9 +74,9 @@ def columns(training: Rounds) -> tuple[Column, ...]:
 def _of_time(training: Rounds) -> Iterator[Column]:
     """The columns of a run in which somebody may be late, flies on, or which has a clock."""
     pace = training.plan.pace
-    if not pace.flies_on and (pace.asks(1000) > 1000 or getattr(pace, "deadline_s", None) is not None):
+    if not pace.asynchronous and (pace.cohort_size(1000) > 1000 or pace.deadline_s is not None):
         yield Column("late", "late", 4, 48)
-    if pace.flies_on:
+    if pace.asynchronous:
         yield Column("flying", "flying", 6, 44)
         yield Column("staleness", "staleness", 9, 46)
     if training.fleet is not None:

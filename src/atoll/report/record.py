@@ -20,8 +20,7 @@ import numpy.typing as npt
 
 from atoll import runs
 from atoll.errors import AtollError
-from atoll.grammar import parse
-from atoll.plan.names import PARTS
+from atoll.plan.names import read_part, renamed
 from atoll.report.flights import MOST_FLIGHTS, Flights, Tally, read_trips
 from atoll.report.text import better, rises, spread
 
@@ -154,7 +153,7 @@ class Record:
         """The plan's formula with its slots filled in; its text where it names code that is not ours to import."""
         text = str(self.environment.get("plan") or self.config.get("plan") or "")
         try:
-            return str(parse(text, PARTS)) if text else ""
+            return str(read_part(renamed(text))) if text else ""
         except AtollError:
             return text
 

@@ -8,7 +8,8 @@ nothing. Checks draw from fixed keys: the same part gives the same answer every 
 `tests/conformance`, where there is also a part that fails each of them.
 """
 
-from atoll.testing.contract import Nonconformity, check_value
+from atoll.plan.entropy import entropy_source
+from atoll.testing.contract import Nonconformity, check_value, known_entropy, round_info
 from atoll.testing.draws import check_partition, check_sampler
 from atoll.testing.engines import check_engine
 from atoll.testing.locals import check_local
@@ -28,4 +29,7 @@ __all__ = [
     "check_schedule",
     "check_stage",
     "check_value",
+    "entropy_source",
+    "known_entropy",
+    "round_info",
 ]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +16,10 @@ from torch import Tensor
 
 from atoll.errors import AtollError, UsageError
 from atoll.grammar import parse
+from atoll.plan.conflicts import undeclared
+from atoll.plan.entropy import BytesEntropy
 from atoll.plan.names import PARTS
+from atoll.plan.protocols import OPEN, Declared, EntropySource, Group, Population, RoundInfo, Tensors
 from atoll.rng import generator_states
 
 T = TypeVar("T")
@@ -209,3 +217,117 @@ def _names(part: Any) -> dict[str, Callable[..., Any]]:
         elif isinstance(value, Sequence) and not isinstance(value, str):
             held += value
     return names
+
+
+def known_entropy(seed: int = 0) -> EntropySource:
+    """An entropy source with known numbers: two sources with the same seed draw the same numbers.
+
+    Example:
+        >>> known_entropy(7).integers((3,), 10).equal(known_entropy(7).integers((3,), 10))
+        True
+    """
+    blocks = itertools.count()
+
+    def draw(n: int) -> bytes:
+        words = (hashlib.sha256(f"{seed}/{next(blocks)}".encode()).digest() for _ in range(-(-n // 32)))
+        return b"".join(words)[:n]
+
+    return BytesEntropy(draw)
+
+
+def round_info(population: Population | None = None, round: int = 0, seed: int = 0) -> RoundInfo:
+    """The facts of a round in which every client participates, with known entropy.
+
+    Args:
+        population: all clients; None: seven clients that hold 3, 6, …, 21 rows.
+        round: from 0.
+        seed: of the entropy.
+    Example:
+        >>> round_info().cohort_size
+        7
+    """
+    population = population or Population(7, torch.arange(1, 8) * 3)
+    chance = torch.ones((), dtype=torch.float64)
+    return RoundInfo(round, population, population.clients, chance, known_entropy(seed))
+
+
+def check_declared(who: str, declared: Mapping[str, Declared], means: Tensors, sums: Tensors) -> None:
+    """Refuse a contribution whose names, lengths, dtypes or bounds differ from their declaration.
+
+    Args:
+        who: the part and its method, for the error.
+        declared: by name.
+        means: `[K, m]` by name.
+        sums: `[K]` or `[K, s]` by name.
+    """
+    name, difference = undeclared(declared, means, sums)
+    require(
+        not name,
+        f"{who} gave {name}: {difference}.",
+        "the names and lengths that `declare` gives.",
+        "the server adds contributions by name.",
+    )
+    for name, tensor in {**means, **sums}.items():
+        known = declared.get(name) or declared[OPEN]
+        require(
+            name not in declared or known.kind == "sum" or tensor.dtype == known.dtype,
+            f"{who} gave {name} in {tensor.dtype}.",
+            f"{known.dtype}, as declared.",
+            "the exact sum keeps more digits of float64.",
+        )
+        norm = float(tensor.double().reshape(len(tensor), -1).norm(dim=1).max()) if tensor.numel() else 0.0
+        require(
+            known.bound is None or norm <= known.bound * (1 + 1e-6),
+            f"{who} gave {name} with the norm {norm:.6g}.",
+            f"at most {known.bound}, as declared.",
+            "noise is scaled by the declared bound.",
+        )
+
+
+@dataclass
+class _Threads:
+    """A group of threads that stand for processes."""
+
+    rank: int
+    size: int
+    barrier: threading.Barrier
+    board: list[Any]
+
+    def _exchange(self, value: T) -> list[T]:
+        self.board[self.rank] = value
+        self.barrier.wait()
+        out = list(self.board)
+        self.barrier.wait()
+        return out
+
+    def all_gather(self, tensors: Tensors) -> list[dict[str, Tensor]]:
+        return self._exchange({n: t.clone() for n, t in tensors.items()})
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        each = self._exchange([t.clone() for t in tensors])
+        return [torch.stack(same_tensor).sum(0).to(same_tensor[0].dtype) for same_tensor in zip(*each, strict=True)]
+
+    def all_reduce_max(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        each = self._exchange([t.clone() for t in tensors])
+        return [torch.stack(same_tensor).amax(0) for same_tensor in zip(*each, strict=True)]
+
+
+def in_group(functions: Sequence[Callable[[Group], T]]) -> list[T]:
+    """The results of functions that run at once, one per member of a group, as processes of torchrun would.
+
+    Example:
+        >>> in_group([lambda group: int(group.all_reduce_sum([torch.tensor(group.rank)])[0])] * 3)
+        [3, 3, 3]
+    """
+    size = len(functions)
+    barrier, board = threading.Barrier(size), [None] * size
+
+    def member(rank: int) -> T:
+        try:
+            return functions[rank](_Threads(rank, size, barrier, board))
+        except BaseException:
+            barrier.abort()  # the other members would wait for this one
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(member, range(size)))

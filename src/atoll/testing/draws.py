@@ -12,7 +12,7 @@ from atoll.data.partition import IID, Pool
 from atoll.data.rows import ArrayRows
 from atoll.data.sources import Source
 from atoll.errors import UsageError
-from atoll.plan.slots import Cohort, Population
+from atoll.plan.protocols import Cohort, Population
 from atoll.rng import Key
 from atoll.testing.contract import check_value, pure, refused, require, same
 

@@ -18,9 +18,9 @@ from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort
 from atoll.plan.round import Engine, Gathered, bind, step
 from atoll.plan.sampler import Everyone, Uniform
-from atoll.plan.slots import Cohort
 from atoll.plan.state import State
 from atoll.task import Task
 from atoll.testing.contract import copied, refused, require, same

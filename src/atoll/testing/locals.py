@@ -14,10 +14,21 @@ from atoll.data.rows import ArrayRows
 from atoll.layout import Layout
 from atoll.plan.aggregate import Mean
 from atoll.plan.lanes import Lanes
-from atoll.plan.slots import Broadcast, Contribution, Tensors, Total
+from atoll.plan.protocols import Broadcast, Contribution, Ids, Tensors, Total
 from atoll.rng import Key, global_scope
 from atoll.task import Task
-from atoll.testing.contract import check_value, lanes, leading, pure, require, row, same, same_names
+from atoll.testing.contract import (
+    check_declared,
+    check_value,
+    lanes,
+    leading,
+    pure,
+    require,
+    round_info,
+    row,
+    same,
+    same_names,
+)
 
 SIZES = (18, 18, 17, 5, 5, 4, 2)  # 18 and 17 rows share a width
 
@@ -48,7 +59,7 @@ def check_local(part: Any) -> None:
     without batch statistics, by the body that the part asks for (`numerics`), or in lanes.
 
     Args:
-        part: a local part: `contribute`, `width`, `memory`, `server`, `settle`.
+        part: a local part, as `atoll.plan.protocols.Local` declares it.
     Raises:
         Nonconformity: it breaks the contract.
     Example:
@@ -58,17 +69,17 @@ def check_local(part: Any) -> None:
     check_value(part)
     data = clients()
     for norm in (False, True):
-        task = replace(problem(norm=norm), numerics=getattr(part, "numerics", "lanes"))
+        task = replace(problem(norm=norm), numerics=part.numerics or "lanes")
         for ids in _chunks(part, data):
             _check_chunk(part, task, data, ids)
 
 
 def _chunks(part: Any, data: Clients) -> list[Tensor]:
     """Clients of one width, as an engine computes them together."""
-    widths = [part.width(n) for n in data.sizes.tolist()]
+    widths = [part.padded_batch(n) for n in data.sizes.tolist()]
     require(
         all(isinstance(w, int) and w >= 1 for w in widths),
-        f"{part!r}.width gave {widths}.",
+        f"{part!r}.padded_batch gave {widths}.",
         "a positive int for each size.",
         "it is how wide a client's batch is padded.",
     )
@@ -85,6 +96,7 @@ def _check_chunk(part: Any, task: Task, data: Clients, ids: Tensor) -> None:
         key = Key(7).fold("round", t, "clients", "local")
         given, after = pure(who, part.contribute, broadcast, _lanes(task, data, ids), memory, key.of(ids), task)
         _check_contribution(who, given, data.sizes[ids], layout)
+        check_declared(who, part.declare(task), given.means, given.sums)
         same_names(f"{who}: memory", first, after, (k,))
         for i in range(k if t == 0 else 0):
             one = ids[i : i + 1]
@@ -106,9 +118,9 @@ def _lanes(task: Task, data: Clients, ids: Tensor) -> Lanes:
 def _check_contribution(who: str, given: Contribution, sizes: Tensor, layout: Layout) -> None:
     k = len(sizes)
     require(isinstance(given, Contribution), f"{who} gave {given!r}.", "a Contribution.", "everything goes one way.")
-    for name in ("means", "sums", "facts"):
+    for name in ("means", "sums", "per_client"):
         leading(f"{who}: {name}", getattr(given, name), k)
-    leading(f"{who}: largest", given.largest, k, whole=True)
+    leading(f"{who}: counters", given.counters, k, whole=True)
     for name, length in (("update", layout.d), ("buffers", layout.b)):
         mean = given.means.get(name)
         require(
@@ -140,7 +152,12 @@ def _check_finite(who: str, tensors: Mapping[str, Tensor]) -> None:
 
 def _check_settle(part: Any, given: Contribution, server: Tensors) -> None:
     rule = Mean()
-    total: Total = rule.total(rule.fold(rule.zero(), given))
-    settled, after = pure(f"{part!r}.settle", part.settle, total, server, Key(7).fold("settle"))
-    same_names(f"{part!r}.settle: server", server, after)
-    same_names(f"{part!r}.settle: means", total.means, settled.means)
+    starts = Ids(torch.arange(len(given.weight)), torch.zeros_like(given.weight))
+    total: Total = rule.total(rule.fold(rule.zero(), given, starts))
+
+    def updated(total: Total, server: Tensors) -> tuple[Total, Tensors]:
+        return part.server_update(total, server, round_info(), Key(7).fold("settle"))  # type: ignore[no-any-return]
+
+    settled, after = pure(f"{part!r}.server_update", updated, total, server)
+    same_names(f"{part!r}.server_update: server", server, after)
+    same_names(f"{part!r}.server_update: means", total.means, settled.means)

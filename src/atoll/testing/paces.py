@@ -17,9 +17,9 @@ from atoll.plan.in_flight import Traffic
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Pace, Population, Sampler
 from atoll.plan.round import opening
 from atoll.plan.sampler import Everyone, Uniform
-from atoll.plan.slots import Pace, Population, Sampler
 from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.task import Model
@@ -46,13 +46,14 @@ class _Seen:
 def check_pace(part: Any) -> None:
     """The contract of a pace.
 
-    All answers are functions of what is asked. asks(n) is n or more, and wants(asks(n)) = n. discount(0) = 1, and
+    All answers are functions of the question. cohort_size(n) is n or more, and required(cohort_size(n)) = n.
+    staleness_weight(0) = 1, and
     what is later counts no more, and never less than 0. Who has started more often may not start sooner; a round that
     closes would also close with one more arrival, or later; none closes as it opens. And no round waits for ever: with
     everyone arriving, in any order, each comes to an end that somebody contributed to.
 
     Args:
-        part: a pace: `asks`, `wants`, `may_start`, `closes`, `discount`, and the flags `flies_on` and `refills`.
+        part: a pace, as `atoll.plan.protocols.Pace` declares it.
     Raises:
         Nonconformity: it breaks the contract.
     Example:
@@ -61,8 +62,7 @@ def check_pace(part: Any) -> None:
     """
     check_value(part)
     who = repr(part)
-    for flag in ("flies_on", "refills"):
-        given = getattr(part, flag, None)
+    for flag, given in (("asynchronous", part.asynchronous), ("replaces_arrivals", part.replaces_arrivals)):
         require(isinstance(given, bool), f"{who}.{flag} is {given!r}.", "True or False.", "traffic is ruled by it.")
     _check_counts(who, part)
     _check_discount(who, part)
@@ -78,30 +78,31 @@ def _asked(who: str, method: Callable[..., Any], *given: Any) -> Any:
 
 
 def _check_counts(who: str, part: Pace) -> None:
-    asked = {n: _asked(who, part.asks, n) for n in _COUNTS}
+    asked = {n: _asked(who, part.cohort_size, n) for n in _COUNTS}
     for n, m in reversed(asked.items()):
         require(
             isinstance(m, int) and m >= n,
-            f"{who}.asks({n}) is {m!r}.",
+            f"{who}.cohort_size({n}) is {m!r}.",
             f"a whole number, at least {n}.",
             "a round needs as many starts as it wants contributions.",
         )
-        back = _asked(who, part.wants, m)
+        back = _asked(who, part.required, m)
         require(
-            isinstance(back, int) and back == n and part.asks(n) == m,
-            f"{who}.wants({m}) is {back!r}, where asks({n}) was {m}.",
+            isinstance(back, int) and back == n and part.cohort_size(n) == m,
+            f"{who}.required({m}) is {back!r}, where cohort_size({n}) was {m}.",
             f"{n}, each time.",
             "who is asked is told by one, and how many are waited for by the other.",
         )
 
 
 def _check_discount(who: str, part: Pace) -> None:
-    factors = [_asked(who, part.discount, s) for s in range(64)] + [part.discount(10**6)]
+    weight = part.staleness_weight
+    factors = [_asked(who, weight, s) for s in range(64)] + [weight(10**6)]
     good = all(isinstance(f, float) and math.isfinite(f) and f >= 0 for f in factors) and factors[0] == 1
     falls = good and all(b <= a for a, b in pairwise(factors))
     require(
-        falls and [part.discount(s) for s in reversed(range(64))] == factors[63::-1],
-        f"{who}.discount gave {', '.join(f'{f}' for f in factors[:4])}, … for 0, 1, 2, 3, … rounds of lateness.",
+        falls and [weight(s) for s in reversed(range(64))] == factors[63::-1],
+        f"{who}.staleness_weight gave {', '.join(map(str, factors[:4]))}, … for 0, 1, 2, 3, … rounds of lateness.",
         "floats from 1 for what is not late, never rising, never below 0.",
         "a late update may shrink the step; it never turns it round or enlarges it.",
     )
@@ -121,23 +122,24 @@ def _check_closing(who: str, part: Pace) -> None:
     key, times = Key(7).fold("pace"), (0.0, 1.0, 59.5, 1e4, 1e9)
     for wanted in (1, 2, 5, 40):
         ages = tuple((key.fold(wanted).uniform(wanted + 3) * 6).floor().long().tolist())
-        table = [[_asked(who, part.closes, _Seen(wanted, n, t, ages[:n])) for n in range(wanted + 4)] for t in times]
+        seen = [[_Seen(wanted, n, t, ages[:n]) for n in range(wanted + 4)] for t in times]
+        table = [[_asked(who, part.should_close, each) for each in row] for row in seen]
         require(
             all(isinstance(c, bool) for row in table for c in row),
-            f"{who}.closes.",
+            f"{who}.should_close.",
             "True or False.",
             "it is asked whether.",
         )
         require(
             not table[0][0],
-            f"{who}.closes a round of {wanted} as it opens, with nobody there.",
+            f"{who}.should_close a round of {wanted} as it opens, with nobody there.",
             "to wait, for a contribution or for time to pass.",
             "rounds without end would go by, and no time.",
         )
         for way, rows in (("more arrivals", table), ("more time", list(map(list, zip(*table, strict=True))))):
             require(
                 all(b or not a for row in rows for a, b in pairwise(row)),
-                f"{who}.closes a round of {wanted}, and with {way} keeps it open.",
+                f"{who}.should_close a round of {wanted}, and with {way} keeps it open.",
                 "what was enough to stay enough.",
                 "arrivals that come at one moment are heard one after the other.",
             )
@@ -146,7 +148,9 @@ def _check_closing(who: str, part: Pace) -> None:
 def _check_end(who: str, part: Pace) -> None:
     """Play rounds in which everyone arrives: the first to start first, the last to start first, or as a key says."""
     needed = 1
-    while part.refills and needed <= _MOST and not part.closes(_Seen(5, needed, 0.0, (0,) * min(needed, 99))):
+    while part.replaces_arrivals and needed <= _MOST:
+        if part.should_close(_Seen(5, needed, 0.0, (0,) * min(needed, 99))):
+            break
         needed *= 2
     require(
         needed <= _MOST,
@@ -156,14 +160,14 @@ def _check_end(who: str, part: Pace) -> None:
     )
     if needed > _WATCHED:
         return
-    over = part.asks(1000) > 1000
+    over = part.cohort_size(1000) > 1000
     for sampler in (Uniform(5), *(() if over else (Everyone(),))):
         for order in ("first", "last", "any"):
             _play(who, part, sampler, order)
 
 
 def _play(who: str, part: Pace, sampler: Sampler, order: str) -> None:
-    clients = max(_CLIENTS, part.asks(5) + 1)
+    clients = max(_CLIENTS, part.cohort_size(5) + 1)
     population = Population(clients, torch.ones(clients, dtype=torch.int64))
     plan = Plan(Train(sgd(0.1), epochs=1), Mean(), cohort=sampler, pace=part)
     none = torch.empty(0)
@@ -185,7 +189,7 @@ def _play(who: str, part: Pace, sampler: Sampler, order: str) -> None:
                 "a round that closes.",
                 "it would wait for ever.",
             )
-            flying += traffic.fill() if part.refills and waits else []
+            flying += traffic.fill() if part.replaces_arrivals and waits else []
         require(
             traffic.arrived > 0,
             f"{who} has nobody arrive in round {t}, although everyone who starts does.",

@@ -92,7 +92,7 @@ def _check_lanes(part: Any, d: int, dtype: torch.dtype, k: int = 5, steps: int =
         )
         rate = part.lr_at(t, state)
         _check_rate(who, t, rate)
-        if hasattr(part, "stepper"):
+        if part.trains_clients:
             inside, slots = now.clone(), {n: s.clone() for n, s in state.items()}
             part.stepper(inside, slots, rate).step(g)
             require(
@@ -101,7 +101,7 @@ def _check_lanes(part: Any, d: int, dtype: torch.dtype, k: int = 5, steps: int =
                 "the bits of update.",
                 "local training steps in place, the server does not; both are one rule.",
             )
-    if hasattr(part, "slots"):
+    if part.trains_clients:
         _check_uneven(part, who, theta)
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from atoll.layout import Layout
-from atoll.plan.sampler import Everyone
-from atoll.plan.slots import Contribution, Population, Tensors, Total
+from atoll.plan.protocols import Contribution, Ids, Partial, Tensors, Total
 from atoll.rng import Key
 from atoll.testing.contract import (
+    check_declared,
     check_value,
+    in_group,
     lanes,
     leading,
     on_meta,
     pure,
     refused,
     require,
+    round_info,
     row,
     same,
     same_names,
@@ -31,12 +33,13 @@ _K = 4
 def check_stage(part: Any) -> None:
     """The contract of a codec stage.
 
-    Encode, open and decode keep K rows of length d; a client's message depends neither on its neighbours nor on
-    their number; its flags say which server halves do something; decode is linear; memory and server state keep
-    their templates; all of it depends on the key and its arguments alone, and runs on tensors without numbers.
+    `encode`, `decode` and `decode_sum` keep K rows; a client's message depends neither on its neighbours nor on their
+    number; `per_message` and `per_sum` name the halves of the server that do something; `decode_sum` is linear; sums
+    and payload are as declared; memory and server state keep their templates. Results depend on the key and the
+    arguments alone, and the stage runs on tensors without numbers.
 
     Args:
-        part: a stage: `encode`, `open`, `decode`, `settle`, `memory`, `server`, and the flags `opens` and `decodes`.
+        part: a stage, as `atoll.plan.protocols.Stage` declares it.
     Raises:
         Nonconformity: it breaks the contract.
     Example:
@@ -50,7 +53,7 @@ def check_stage(part: Any) -> None:
 
 
 def _check_stage(part: Any, layout: Layout) -> None:
-    who, d, part = repr(part), layout.d, part.at(layout, 9)
+    who, d, part = repr(part), layout.d, part.bind(layout, 9)
     first, shared = part.memory(layout), part.server(layout)
     key, ids = Key(7).fold("round", 0, "codec"), torch.tensor([5, 0, 11, 3])
     x = Key(7).fold("x").normal(_K * d, layout.dtype).reshape(_K, d) * torch.tensor([[1e-6], [1.0], [0.0], [1e6]])
@@ -61,17 +64,21 @@ def _check_stage(part: Any, layout: Layout) -> None:
     leading(f"{who}: side tensors", side, _K)
     leading(f"{who}: sums", sums, _K)
     same_names(f"{who}.encode: memory", first, after, (_K,))
-    opened = pure(f"{who}.open", part.open, payload, side)
+    opened = pure(f"{who}.decode", part.decode, payload, side)
     require(
         opened.dim() == 2 and len(opened) == _K and opened.is_floating_point() and bool(opened.isfinite().all()),
-        f"{who}.open gave {opened.dtype} {list(opened.shape)}, finite: {bool(opened.isfinite().all())}.",
+        f"{who}.decode gave {opened.dtype} {list(opened.shape)}, finite: {bool(opened.isfinite().all())}.",
         f"finite floats [{_K}, …]; the updates are of sizes up to 10⁶.",
         "opened messages are what is summed.",
     )
+    declared = dict(part.declare(layout))
+    if payload.dtype != layout.dtype:  # a packed payload holds codes, and no stage can follow
+        declared.pop("update")
+    check_declared(f"{who}.encode", declared, {"update": payload} if "update" in declared else {}, sums)
     for k in range(_K):
         alone = part.encode(x[k : k + 1], row(memory, k), shared, key.of(ids[k : k + 1]))
         require(
-            same(alone, row((payload, side, sums, after), k)) and same(part.open(alone[0], alone[1]), row(opened, k)),
+            same(alone, row((payload, side, sums, after), k)) and same(part.decode(alone[0], alone[1]), row(opened, k)),
             f"{who} encodes or opens client {int(ids[k])} differently beside {_K - 1} others than alone.",
             "the same bits.",
             "how many clients are computed together must change no bit.",
@@ -83,26 +90,26 @@ def _check_stage(part: Any, layout: Layout) -> None:
 def _check_decode(part: Any, opened: Tensor, payload: Tensor, key: Key, d: int) -> None:
     who = repr(part)
     total = opened.to(torch.float64).sum(0)
-    decoded = pure(f"{who}.decode", part.decode, total, key)
+    decoded = pure(f"{who}.decode_sum", part.decode_sum, total, key)
     require(
         decoded.shape == (d,) and decoded.is_floating_point(),
-        f"{who}.decode gave {decoded.dtype} {list(decoded.shape)} for updates of length {d}.",
+        f"{who}.decode_sum gave {decoded.dtype} {list(decoded.shape)} for updates of length {d}.",
         f"floats [{d}].",
         "the sum of updates is an update.",
     )
     require(
-        part.opens or same(opened, payload),
-        f"{who} says opens = False, and open changes a message.",
-        "opens = True.",
-        "a >> b is checked by the flags: what is opened may not be decoded inside.",
+        part.per_message or same(opened, payload),
+        f"{who} says per_message = False, and decode changes a message.",
+        "per_message = True.",
+        "a >> b is checked by these flags: a stage with per_sum may not follow one with per_message.",
     )
     require(
-        part.decodes or same(decoded, total),
-        f"{who} says decodes = False, and decode changes a sum.",
-        "decodes = True.",
+        part.per_sum or same(decoded, total),
+        f"{who} says per_sum = False, and decode_sum changes a sum.",
+        "per_sum = True.",
         "a >> b and the aggregator are checked by the flags.",
     )
-    apart = torch.stack([part.decode(t, key) for t in opened.to(torch.float64)]).sum(0)
+    apart = torch.stack([part.decode_sum(t, key) for t in opened.to(torch.float64)]).sum(0)
     require(
         _close(decoded, apart),
         f"{who} decodes a sum to something else than the sum of what it decodes.",
@@ -116,19 +123,24 @@ def _check_settle(part: Any, d: int, sums: Tensors, shared: Tensors) -> None:
     added = {n: t.to(torch.float64).reshape(_K, -1).sum(0) for n, t in sums.items()}
     one = torch.ones((), dtype=torch.int64)
     total = Total({"update": torch.ones(d, dtype=torch.float64)}, added, one * 9, one * _K, {})
-    settled, after = pure(f"{who}.settle", part.settle, total, shared, Key(7).fold("settle"))
-    same_names(f"{who}.settle: server", shared, after)
-    same_names(f"{who}.settle: means", total.means, settled.means)
+    settled, after = pure(f"{who}.server_update", _updated(part), total, shared)
+    same_names(f"{who}.server_update: server", shared, after)
+    same_names(f"{who}.server_update: means", total.means, settled.means)
+
+
+def _updated(part: Any) -> Callable[[Total, Tensors], tuple[Total, Tensors]]:
+    """The server's half, with the same known entropy at each call."""
+    return lambda total, server: part.server_update(total, server, round_info(), Key(7).fold("settle"))
 
 
 def _check_meta(part: Any, layout: Layout) -> None:
-    who, part = repr(part), part.at(layout, 9)
+    who, part = repr(part), part.bind(layout, 9)
     first, shared = _meta(part.memory(layout)), _meta(part.server(layout))
     key = Key(7).fold("round", 0, "codec")
     x, ids = torch.empty(_K, layout.d, device="meta"), torch.empty(_K, dtype=torch.int64, device="meta")
     payload, side, _, _ = on_meta(f"{who}.encode", part.encode, x, lanes(first, _K), shared, key.of(ids))
-    opened = on_meta(f"{who}.open", part.open, payload, side)
-    on_meta(f"{who}.decode", part.decode, opened.sum(0), key)
+    opened = on_meta(f"{who}.decode", part.decode, payload, side)
+    on_meta(f"{who}.decode_sum", part.decode_sum, opened.sum(0), key)
 
 
 def _meta(tensors: Tensors) -> dict[str, Tensor]:
@@ -176,40 +188,56 @@ def _contribution(rows: Tensor) -> Contribution:
     )
 
 
+def _starts(contribution: Contribution) -> Ids:
+    """The client of each row, which its weight names."""
+    client = contribution.weight // 3 - 1
+    return Ids(client, torch.zeros_like(client))
+
+
 def _of(contribution: Contribution, index: slice | Tensor) -> Contribution:
-    tables = (contribution.means, contribution.sums, contribution.largest, contribution.facts)
+    tables = (contribution.means, contribution.sums, contribution.counters, contribution.per_client)
     means, sums, largest, facts = ({n: t[index] for n, t in table.items()} for table in tables)
     return Contribution(means, sums, contribution.weight[index], largest, facts)
 
 
 def _result(part: Any, partial: Any) -> tuple[Total, Total]:
     """The total of a partial and what becomes of it, with all seven clients at work."""
-    population = Population(7, torch.arange(1, 8) * 3)
     total = part.total(partial)
-    return total, part.finish(total, Everyone()(population, 0, Key(0)), population)
+    return total, part.finalize(total, round_info())
 
 
 def _check_order(part: Any, dtype: torch.dtype, k: int = 7, d: int = 40) -> None:
     who, key = repr(part), Key(7).fold("aggregate")
     sizes = 10.0 ** (31 * key.fold("size").uniform(k * d) - 12).reshape(k, d)
     given = _contribution((key.fold("rows").normal(k * d).reshape(k, d) * sizes).to(dtype))
-    whole = pure(f"{who}.fold", lambda c: _result(part, part.fold(part.zero(), c)), given)
+    whole = pure(f"{who}.fold", lambda c: _result(part, part.fold(part.zero(), c, _starts(c))), given)
     _check_total(who, *whole, k, d)
     one = [_of(given, slice(i, i + 1)) for i in range(k)]
 
     def fold(*contributions: Contribution) -> Any:
         partial = part.zero()
         for contribution in contributions:
-            partial = part.fold(partial, contribution)
+            partial = part.fold(partial, contribution, _starts(contribution))
         return partial
+
+    kinds = {type(part.zero()).__name__, type(fold(*one)).__name__}
+    require(
+        isinstance(part.zero(), Partial) and len(kinds) == 1,
+        f"{who} has partials of the types {', '.join(sorted(kinds))}.",
+        "one type with tensors(), of(tensors) and reduce(group), as atoll.plan.protocols.Partial declares them.",
+        "a partial leaves the process of a worker, and ranks reduce theirs.",
+    )
 
     def wired(partial: Any) -> Any:
         """The partial as another process receives it."""
-        tensors = partial if isinstance(partial, Mapping) else refused(f"{who}: tensors()", lambda: partial.tensors())
+        tensors = refused(f"{who}: tensors()", lambda: partial.tensors())
         leaves = all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
         require(leaves, f"{who} has a partial of {tensors!r}.", "tensors by name.", "partials cross a wire.")
-        plain = {n: t.clone() for n, t in tensors.items()}
-        return plain if isinstance(partial, Mapping) else type(partial).of(plain)
+        return type(partial).of({n: t.clone() for n, t in tensors.items()})
+
+    def reduced(*partials: Any) -> Any:
+        """The partial that every process of a group has after `reduce`."""
+        return in_group([partial.reduce for partial in partials])[-1]
 
     ways = {
         "one by one, backwards": lambda: fold(*reversed(one)),
@@ -220,6 +248,7 @@ def _check_order(part: Any, dtype: torch.dtype, k: int = 7, d: int = 40) -> None
         "shuffled": lambda: fold(_of(given, torch.tensor([3, 0, 6, 1, 5, 2, 4]))),
         "with zero before": lambda: part.merge(part.zero(), fold(given)),
         "with zero after": lambda: part.merge(fold(given), part.zero()),
+        "reduced over processes": lambda: reduced(fold(*one[:4]), part.zero(), fold(*one[4:])),
         "over the wire": lambda: part.merge(wired(fold(*one[:4])), wired(fold(*one[4:]))),
     }
     for how, way in ways.items():
@@ -235,13 +264,13 @@ def _check_total(who: str, total: Total, mean: Total, k: int, d: int) -> None:
     update = mean.means.get("update")
     require(
         update is not None and update.shape == (d,) and update.is_floating_point(),
-        f"{who}.finish gave the update {update!r}.",
+        f"{who}.finalize gave the update {update!r}.",
         f"floats [{d}].",
         "the optimizer moves θ along it.",
     )
     require(
-        int(total.arrived) == k and same(total.largest.get("counter"), torch.tensor(k - 1)),
-        f"{who} counted {int(total.arrived)} of {k} contributions, largest counter {total.largest}.",
+        int(total.arrived) == k and same(total.counters.get("counter"), torch.tensor(k - 1)),
+        f"{who} counted {int(total.arrived)} of {k} contributions, largest counter {total.counters}.",
         "each contribution counted once, and of each counter the largest.",
         "the report says how many arrived, and a model's counters follow them.",
     )
@@ -254,16 +283,15 @@ def _check_total(who: str, total: Total, mean: Total, k: int, d: int) -> None:
 
 
 def _check_empty(part: Any) -> None:
-    who, population = repr(part), Population(7, torch.arange(1, 8) * 3)
-    cohort = Everyone()(population, 0, Key(0))
-    refused(f"{who} with no contribution", lambda: part.finish(part.total(part.zero()), cohort, population))
+    refused(f"{part!r} with no contribution", lambda: part.finalize(part.total(part.zero()), round_info()))
 
 
 def _check_linear(part: Any, k: int = 7, d: int = 40) -> None:
     a, b = (Key(7).fold("linear", i).normal(k * d).reshape(k, d) for i in range(2))
 
     def rule(rows: Tensor) -> Tensor:
-        update: Tensor = _result(part, part.fold(part.zero(), _contribution(rows)))[1].means["update"]
+        given = _contribution(rows)
+        update: Tensor = _result(part, part.fold(part.zero(), given, _starts(given)))[1].means["update"]
         return update
 
     require(

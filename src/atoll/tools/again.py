@@ -46,7 +46,7 @@ def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Rou
         raise UsageError(
             f"{folder} is not the folder of a run.", "a folder that holds a config.toml.", write="atoll runs"
         )
-    experiment = Experiment.read(config, trust=trust)
+    experiment = Experiment.read(config, trust=trust, old_names=True)
     if not start:
         experiment = replace(experiment, init=None)
     about = runs.read_environment(folder)

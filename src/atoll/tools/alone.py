@@ -16,7 +16,7 @@ from torch import Tensor
 from atoll.engine.chunks import Chunk, contribute_chunk, task_for
 from atoll.plan.in_flight import Flight
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Contribution, Ids, Tensors
+from atoll.plan.protocols import Contribution, Ids, Tensors
 from atoll.plan.state import State
 from atoll.training.rounds import Rounds
 
@@ -61,7 +61,7 @@ def compute(training: Rounds, plan: Plan, state: State, flight: Flight, kept: Te
         share=flight.share,
     )
     update = chunk.decoded.means.get("update")
-    sent = None if update is None else plan.codec.decode(update, key.fold("codec"))[0]
+    sent = None if update is None else plan.codec.decode_sum(update, key.fold("codec"))[0]
     return Given(chunk.contribution, sent, int(chunk.bytes[0]), chunk.memory)
 
 

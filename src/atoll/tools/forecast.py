@@ -21,7 +21,7 @@ from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.room import lanes_of
 from atoll.errors import UsageError
 from atoll.plan.aggregate.exact import places
-from atoll.plan.codec import Cast, Codec, Eden, Feedback, Identity, Quantize, TopK
+from atoll.plan.codec import Cast, Codec, Eden, ErrorFeedback, Identity, Quantize, TopK
 from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan
@@ -41,8 +41,8 @@ LADDER: tuple[Codec, ...] = (
     Eden(4),
     Eden(2),
     Eden(1),
-    Feedback(TopK(0.01) >> Quantize(8)),
-    Feedback(TopK(0.001) >> Quantize(8)),
+    ErrorFeedback(TopK(0.01) >> Quantize(8)),
+    ErrorFeedback(TopK(0.001) >> Quantize(8)),
 )
 
 
@@ -286,7 +286,7 @@ def predict(training: Rounds) -> Forecast:
         layout.d,
         flights,
         message(plan, layout),
-        getattr(plan.codec, "sealer", None) is None and isinstance(plan.local, (Gradient, Train)),
+        plan.codec.compressor is None and isinstance(plan.local, (Gradient, Train)),
         _memory(plan, state, engine, flights, lanes, rounds),
         lanes,
         links,
@@ -359,7 +359,7 @@ def _memory(
     model, layout = state.model, engine.layout
     theta = layout.d * layout.dtype.itemsize
     births = max(flights.versions) + 1
-    digits = 1 if getattr(plan.aggregator, "sum", "exact") == "float" else places(layout.dtype) + 1
+    digits = 1 if plan.aggregator.sum == "float" else places(layout.dtype) + 1
     told = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters})
     parts = sum(nbytes(tensors) for tensors in state.server.values())
     row = nbytes(plan.memory(layout))
@@ -385,7 +385,7 @@ def _help(training: Rounds, flights: Flights) -> Help | None:
         return None
     if parts.waiting > max(parts.link, parts.compute):
         k = max(1, round(_mean(flights.started) / 10))
-        return None if training.plan.pace.flies_on else _tried(training, pace=Buffered(k))
+        return None if training.plan.pace.asynchronous else _tried(training, pace=Buffered(k))
     if parts.link <= parts.compute:
         return None
     mostly = "codec" if parts.upload >= parts.download else "downlink"
@@ -402,7 +402,7 @@ def _help(training: Rounds, flights: Flights) -> Help | None:
 
 def _for(slot: str, codec: Codec) -> Codec:
     """The codec as a slot takes it: what a downlink loses is in its next delta without a memory."""
-    return codec.codec if slot == "downlink" and isinstance(codec, Feedback) else codec
+    return codec.codec if slot == "downlink" and isinstance(codec, ErrorFeedback) else codec
 
 
 def _tried(training: Rounds, **slots: Any) -> Help | None:

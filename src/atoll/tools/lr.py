@@ -21,7 +21,7 @@ from atoll.data.clients import Clients, offsets_of
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.errors import RunError, UsageError, unknown_name
-from atoll.plan.local import Custom, Gradient, Train
+from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, step
 from atoll.plan.state import State
@@ -175,10 +175,9 @@ def rate_of(plan: Plan, which: Which) -> float:
     """
     if which not in ("local", "server"):
         raise unknown_name("rate", which, ("local", "server"))
-    holder: Any = plan.optimizer if which == "server" else plan.local
-    if which == "local" and not isinstance(plan.local, Custom):
-        holder = getattr(plan.local, "optimizer", None)
-    lr = getattr(holder, "lr", None)
+    local = plan.local
+    holder: Any = plan.optimizer if which == "server" else local if local.optimizer is None else local.optimizer
+    lr = holder.lr
     if lr is None:
         raise UsageError(
             f"{holder if which == 'server' else plan.local!r} has no learning rate.",
@@ -205,7 +204,7 @@ def with_rate(plan: Plan, which: Which, rate: float, *, keep_schedule: bool = Fa
     local: Any = plan.local
     return replace(
         plan,
-        local=put(local) if isinstance(local, Custom) else replace(local, optimizer=put(local.optimizer)),
+        local=put(local) if local.optimizer is None else replace(local, optimizer=put(local.optimizer)),
     )
 
 
@@ -299,8 +298,8 @@ def _few(data: Clients, plan: Plan, key: Key) -> Clients:
     """Some clients, and some rows of each: as many as about ten batches, at most 256."""
     ids = torch.arange(data.count) if data.count <= CLIENTS else key.distinct(CLIENTS, data.count).sort().values
     some = data.only(ids)
-    batch = getattr(plan.local, "batch", None)
-    sizes = some.sizes.clamp(max=ROWS if batch is None else min(ROWS, max(32, 10 * batch)))
+    batch = plan.local.batch
+    sizes = some.sizes.clamp(max=ROWS if not batch else min(ROWS, max(32, 10 * batch)))
     picked = [some.client_rows(i)[:n] for i, n in enumerate(sizes.tolist())]
     return replace(some, order=torch.cat(picked), offsets=offsets_of(sizes), held_out=None)
 
@@ -331,7 +330,7 @@ def _flag(experiment: Experiment, found: Finding) -> str:
     """The flag that makes the experiment's plan the suggested one: the recipe with the rate in it, else the slot."""
     holder: Any = found.plan.optimizer if found.which == "server" else found.plan.local
     slot = "plan.optimizer.lr" if found.which == "server" else "plan.local.lr"
-    if found.which == "local" and not isinstance(holder, Custom):
+    if found.which == "local" and holder.optimizer is not None:
         holder, slot = holder.optimizer, "plan.local.optimizer.lr"
     value = repr(holder.lr)
     try:

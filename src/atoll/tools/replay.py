@@ -27,6 +27,7 @@ from atoll.errors import AtollError, RunError, UsageError
 from atoll.names import without_prefix
 from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
+from atoll.plan.plan import Plan
 from atoll.plan.round import Opened, close_round, open_round, step
 from atoll.report.text import size
 from atoll.rng import Key
@@ -173,6 +174,7 @@ def replay(
         training = training_in(folder, trust=trust)
     else:
         same_data(folder, training)
+    _refuse_entropy(training.plan, folder.resolve().name)
     rows = {row["round"]: row for row in runs.read_rows(folder / "metrics.jsonl") if "round" in row}
     _check_asked(folder, training, rows, round, client)
     start = _checkpoint(folder, training, round)
@@ -198,6 +200,18 @@ def replay(
         "cohort": len(opened.state.air.flights) + flown.started,
         "fingerprint": whole.fingerprint, "notes": (whole.note,) if whole.note else (),
     })  # fmt: skip
+
+
+def _refuse_entropy(plan: Plan, run: str) -> None:
+    """Refuse a plan with a part that draws noise which no seed determines."""
+    for part in (plan.local, plan.codec, plan.aggregator):
+        if part.uses_entropy:
+            raise UsageError(
+                f"A replay of {run}, whose plan has {part!r}.",
+                "a plan in which every draw comes from the seed.",
+                "this part released noise from the operating system, and released noise is not drawn twice.",
+                f"atoll show {run}",
+            )
 
 
 def _open(training: Rounds) -> tuple[Opened, Flown]:
@@ -246,7 +260,7 @@ def _check_asked(folder: Path, training: Rounds, rows: Mapping[int, Any], round:
     else:
         ended, listed = _ended(folder)
         # Who is late stands in no list, nor does who came after the thousandth.
-        unknown = round == last or listed.get(round, _TOLD) >= _TOLD or not training.plan.pace.flies_on
+        unknown = round == last or listed.get(round, _TOLD) >= _TOLD or not training.plan.pace.asynchronous
         there = unknown or client in ended.get(round, ())
     if not there:
         raise _was_not_there(folder, training, rows, round, client)
@@ -289,7 +303,7 @@ def _was_not_there(folder: Path, training: Rounds, rows: Mapping[int, Any], roun
         write = f"atoll replay {name} --round {nearest} --client {client}"
     else:
         write = f"atoll replay {name} --round {round} --client {here[0]}" if here else f"atoll show {name}"
-    flies = training.plan.pace.flies_on
+    flies = training.plan.pace.asynchronous
     return UsageError(
         f"Client {client} was not at work in round {round} of {name}."
         if not flies
@@ -403,8 +417,8 @@ def _alone(
         mean = whole.mean.double()
         length = float(torch.linalg.vector_norm(mean))
         cosine = float(update[0].double() @ mean) / (norm * length) if norm and length else None
-        part = (1 if getattr(plan.aggregator, "weights", "examples") == "equal" else rows) / whole.weight
-        part *= plan.pace.discount(state.round - flight.birth)
+        part = (1 if plan.aggregator.weights == "equal" else rows) / whole.weight
+        part *= plan.pace.staleness_weight(state.round - flight.birth)
         share = part * float(sent.double() @ mean) / length**2 if length and plan.aggregator.linear else None
     return Replay(
         client=flight.client,

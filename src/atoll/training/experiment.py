@@ -101,12 +101,13 @@ class Experiment(grammar.Value, TrainingFields):
     # what is told
 
     @classmethod
-    def read(cls, path: str | Path, *, trust: bool | None = None) -> Experiment:
+    def read(cls, path: str | Path, *, trust: bool | None = None, old_names: bool = False) -> Experiment:
         """The experiment that a TOML file describes: a file of its own, pyproject.toml, or a run's config.toml.
 
         Args:
             path: the file, or a run's folder.
             trust: whether the file may name code; None: yes, but for a config.toml, which may be somebody else's.
+            old_names: whether plan texts may have names of parts from before they were renamed.
         Raises:
             UsageError: the file is missing or malformed, or holds an unknown key or a value of another type.
         """
@@ -123,7 +124,13 @@ class Experiment(grammar.Value, TrainingFields):
                 f"atoll.train(model, data, plan, resume={str(file.parent)!r})",
             )
         trust = file.name != "config.toml" if trust is None else trust
-        return cls()._with(_from_file(values), str(file), trust=trust)
+        given = _from_file(values)
+        if old_names:
+            from atoll.plan.names import renamed
+
+            parts = {n: text for n, text in given.items() if n.startswith(("plan.", "recipe"))}
+            given |= {n: renamed(text) for n, text in parts.items() if isinstance(text, str)}
+        return cls()._with(given, str(file), trust=trust)
 
     @classmethod
     def found(cls, folder: str | Path = ".", *, trust: bool = False) -> Experiment:
@@ -315,18 +322,18 @@ class Experiment(grammar.Value, TrainingFields):
         Raises:
             UsageError: a text that is no plan or no part, or that names code and is not trusted.
         """
-        from atoll.plan.names import PARTS
+        from atoll.plan.names import read_part
         from atoll.plan.plan import Plan
         from atoll.recipes import RECIPES
 
         text = self.recipe or self.settled().recipe or RECIPE
         names = {r.__name__: r for r in RECIPES} | {"Plan": Plan}
-        told = grammar.parse(text, names, inner=PARTS, trust=self._trusts("recipe"))
+        told = read_part(text, names, trust=self._trusts("recipe"))
         if not isinstance(told, Plan):
             raise UsageError(f"{text!r} is a {type(told).__name__}.", "a recipe, or a whole plan.", write=RECIPE)
         plan: Plan = told
         for slot, text in sorted(self.overrides.items(), key=lambda item: item[0].count(".")):
-            part = grammar.parse(text, PARTS, trust=self._trusts(f"plan.{slot}"))
+            part = read_part(text, trust=self._trusts(f"plan.{slot}"))
             plan = _put(plan, slot.split("."), part, slot)
         return plan
 

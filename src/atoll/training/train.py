@@ -180,6 +180,6 @@ def load(path: str | Path, model: Any = None, *, best: bool = False) -> nn.Modul
     file = folder / ("best.safetensors" if best else "model.safetensors")
     if not file.is_file():
         raise UsageError(f"{file} does not exist.", "a run that has ended.", write=f"atoll resume {folder.name}")
-    module = Experiment.read(folder / "config.toml").module() if model is None else model
+    module = Experiment.read(folder / "config.toml", old_names=True).module() if model is None else model
     module.load_state_dict(load_file(file))
     return module.eval()

@@ -1,5 +1,5 @@
 """How contributions become one."""
 
-from atoll.plan.aggregate.mean import Mean, Partial, Sum
+from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
 
-__all__ = ["Mean", "Partial", "Sum"]
+__all__ = ["Mean", "PartialSum", "Sum"]

@@ -13,12 +13,12 @@ from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.lloyd import lloyd_max
-from atoll.plan.codec.pack import pack, packed_length, unpack
+from atoll.plan.codec.pack import pack_bits, packed_length, unpack_bits
 from atoll.plan.codec.quantize import refuse_codes
 from atoll.plan.codec.rotate import BLOCK, TILE, Geometry, Rotation, check_block
 from atoll.plan.codec.stage import Codec, Encoded
-from atoll.plan.codec.wire import Field, Form, refuse
-from atoll.plan.slots import Tensors
+from atoll.plan.codec.wire import Field, Form, reject
+from atoll.plan.protocols import Tensors
 from atoll.rng import Key
 
 CELLS = 4096  # magnitudes are looked up by cell; a threshold is off by half a cell at most, and the error by 1e-7
@@ -111,17 +111,17 @@ class Eden(Codec):
     Raises:
         UsageError: bits or block are out of range.
     Example:
-        >>> from atoll.plan.codec.stage import flat
-        >>> x, codec = Key(7).normal(10_000, torch.float32)[None], Eden(4).at(flat(10_000))
+        >>> from atoll.plan.codec.stage import flat_layout
+        >>> x, codec = Key(7).normal(10_000, torch.float32)[None], Eden(4).bind(flat_layout(10_000))
         >>> payload, side, *_ = codec.encode(x, {}, {}, Key(7))
-        >>> error = codec.open(payload, side) - x
+        >>> error = codec.decode(payload, side) - x
         >>> payload.numel(), round(float(error.square().sum() / x.square().sum()), 3)
         (5000, 0.01)
 
     Reference: Vargaftik et al., DRIVE, 2021, and EDEN, 2022.
     """
 
-    opens = True
+    per_message = True
     packs = True
 
     bits: int
@@ -189,10 +189,10 @@ class Eden(Codec):
             product.mul_(z)
         z.mul_(z)
         square, dot = at.sums(both.flatten(0, 1)).chunk(2)
-        codes.copy_(pack(code, self.bits).view_as(codes))
+        codes.copy_(pack_bits(code, self.bits).view_as(codes))
         scales.copy_((unit * (square / _positive(dot))).view_as(scales))
 
-    def open(self, x: Tensor, side: Tensors) -> Tensor:
+    def decode(self, x: Tensor, side: Tensors) -> Tensor:
         scale, d = side["scale"], self.layout.d
         centroid = _tables(self.bits, scale.dtype, scale.device)[3]
         rotation = Rotation(side["seed"][:, 0], d, self.block, scale)
@@ -202,7 +202,7 @@ class Eden(Codec):
         for i, lanes, target, codes, scales in grid.batches(*cuts, groups=TILE):
             into = rotation.turned(target, i) if self.block else torch.empty_like(target)
             for _, _, y, code, size in grid.batches([into], [codes], [scales]):
-                index = unpack(code, y.shape[-1], self.bits)
+                index = unpack_bits(code, y.shape[-1], self.bits)
                 if self.bits == 1:
                     y.copy_(index.mul_(-2).add_(1)).mul_(centroid[0])
                 else:
@@ -218,7 +218,7 @@ class Eden(Codec):
             rotation.inverse(into, out[:, None], slice(None), 0)
         return out
 
-    def flaws(self, payload: Tensor | None, side: Tensors) -> None:
-        refuse((side["scale"] < 0).any(-1), "a scale is negative", "scales ≥ 0")
+    def validate(self, payload: Tensor | None, side: Tensors) -> None:
+        reject((side["scale"] < 0).any(-1), "a scale is negative", "scales ≥ 0")
         if payload is not None:
             refuse_codes(payload, self.layout.d, self.bits, (1 << self.bits) - 1)

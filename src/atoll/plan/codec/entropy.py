@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.codec.stage import Codec
 from atoll.plan.codec.wire import Form, MessageError
+from atoll.plan.protocols import Declared
 
 _MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 
@@ -54,18 +55,18 @@ class Entropy(Codec):
     Example:
         >>> import torch
         >>> from atoll.plan.codec.quantize import Quantize
-        >>> from atoll.plan.codec.stage import flat
+        >>> from atoll.plan.codec.stage import flat_layout
         >>> from atoll.rng import Key
-        >>> codec = (Quantize(8) >> Entropy()).at(flat(1000))
+        >>> codec = (Quantize(8) >> Entropy()).bind(flat_layout(1000))
         >>> payload, side, *_ = codec.encode(torch.zeros(1, 1000), {}, {}, Key(0))
-        >>> codec.sizes(payload, side).tolist(), codec.nbytes(flat(1000))
+        >>> codec.sizes(payload, side).tolist(), codec.nbytes(flat_layout(1000))
         ([26], 1008)
 
     Reference: RFC 8878, Zstandard Compression, 2021.
     """
 
-    opens = True
-    seals = True
+    per_message = True
+    compresses = True
 
     level: int = 3
 
@@ -75,18 +76,21 @@ class Entropy(Codec):
                 f"Entropy({self.level!r}).", "a level of zstd, 1 to 22, a whole number.", write="Entropy(3)"
             )
 
-    def at(self, layout: Layout, everyone: Tensor | int | None = None) -> Self:
-        _zstd()  # not when the value is made: reading a text imports nothing
-        return super().at(layout, everyone)
+    def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Self:
+        _zstd()  # not in the constructor: reading a plan text imports nothing
+        return super().bind(layout, total_weight, before)
 
-    def seal(self, form: Form, messages: Sequence[bytes]) -> list[bytes]:
+    def declare(self, layout: Layout) -> Mapping[str, Declared]:
+        return {"update": self.before} if self.binding else super().declare(layout)
+
+    def compress(self, form: Form, messages: Sequence[bytes]) -> list[bytes]:
         zstd = _zstd()
         parameter = zstd.CompressionParameter
         options = {parameter.compression_level: self.level, parameter.checksum_flag: 1}
         frames = [zstd.compress(_transposed(form, whole), options=options) for whole in messages]
         return [frame if len(frame) < len(whole) else whole for frame, whole in zip(frames, messages, strict=True)]
 
-    def unseal(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
+    def decompress(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
         # One of another length is no frame either: the form will refuse it.
         return [self._opened(form, one, i) if len(one) < form.nbytes else one for i, one in enumerate(data)]
 

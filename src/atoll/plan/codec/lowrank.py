@@ -12,9 +12,9 @@ from torch import Tensor
 from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.codec import grid
-from atoll.plan.codec.stage import Codec, Encoded, flat
+from atoll.plan.codec.stage import Codec, Encoded, flat_layout
 from atoll.plan.codec.wire import Field, Form
-from atoll.plan.slots import Tensors, Total
+from atoll.plan.protocols import RoundInfo, Tensors, Total
 from atoll.rng import Key
 
 
@@ -63,8 +63,8 @@ class LowRank(Codec):
     P = orth(M Q),   Q' = Mᵀ P,   M̂ = P Q'ᵀ: the projection of M onto r directions;   Q from the last round's mean
 
     One step of the power method a round, begun where the last one ended: on a matrix that stays, the error tends to
-    the energy of the singular values behind the r-th. A contraction, to be written `Feedback(LowRank(2))`. A kernel
-    of more than two axes is a matrix of its first axis by the others. A matrix goes whole where that is shorter.
+    the energy of the singular values behind the r-th. A contraction, to be written `ErrorFeedback(LowRank(2))`. A
+    kernel of more than two axes is a matrix of its first axis by the others. A matrix goes whole where that is shorter.
 
     Message: for each tensor in the model's order P, m × r, then Q', n × r, or the tensor itself, in the run's type.
 
@@ -82,8 +82,8 @@ class LowRank(Codec):
     Reference: Vogels, Karimireddy and Jaggi, PowerSGD, 2019.
     """
 
-    opens = True
-    native = True
+    per_message = True
+    needs_model_coordinates = True
 
     rank: int
 
@@ -96,8 +96,8 @@ class LowRank(Codec):
     def _length(self, layout: Layout) -> int:
         return sum(self.rank * (p.m + p.n) if p.n else p.m for p in pieces(layout, self.rank))
 
-    def after(self, layout: Layout) -> Layout:
-        return flat(self._length(layout), layout.dtype)
+    def output_layout(self, layout: Layout) -> Layout:
+        return flat_layout(self._length(layout), layout.dtype)
 
     def form(self, layout: Layout) -> Form:
         return Form({}, Field(layout.dtype, self._length(layout)))
@@ -126,7 +126,7 @@ class LowRank(Codec):
             rows.append(torch.cat(out))
         return torch.stack(rows), {}, {}, memory
 
-    def open(self, x: Tensor, side: Tensors) -> Tensor:
+    def decode(self, x: Tensor, side: Tensors) -> Tensor:
         out = x.new_empty(len(x), self.layout.d)
         for lane, target in zip(x, out, strict=True):
             start = 0
@@ -142,7 +142,7 @@ class LowRank(Codec):
                 start += length
         return out
 
-    def settle(self, total: Total, server: Tensors, key: Key) -> tuple[Total, Tensors]:  # type: ignore[override]
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         update = total.means.get("update")
         if update is None:
             return total, server

@@ -42,7 +42,7 @@ def packed_length(n: int, bits: int) -> int:
     return sum(-(-n * width // 8) for _, width in planes(bits))
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes in few bits.
 
     Args:
@@ -51,7 +51,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 `[..., packed_length(n, bits)]`.
     Example:
-        >>> pack(torch.tensor([1, 2, 3, 0, 1], dtype=torch.int32), 2).tolist()
+        >>> pack_bits(torch.tensor([1, 2, 3, 0, 1], dtype=torch.int32), 2).tolist()
         [29, 2]
     """
     if bits == TERNARY:
@@ -70,7 +70,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return out[0] if len(out) == 1 else torch.cat(out, -1)
 
 
-def unpack(packed: Tensor, n: int, bits: int) -> Tensor:
+def unpack_bits(packed: Tensor, n: int, bits: int) -> Tensor:
     """The n codes that were packed, int32 `[..., n]`."""
     if bits == TERNARY:
         byte = packed.to(torch.int32).flatten()
@@ -141,25 +141,25 @@ def pack_index(index: Tensor, d: int) -> Tensor:
     low, length = _split(k, d)
     row = index.new_zeros((len(index), length), dtype=torch.int32)
     row.scatter_(1, (index >> low) + torch.arange(k, device=index.device), 1)
-    high = pack(row, 1)
-    return torch.cat((pack((index & ((1 << low) - 1)).to(torch.int32), low), high), -1) if low else high
+    high = pack_bits(row, 1)
+    return torch.cat((pack_bits((index & ((1 << low) - 1)).to(torch.int32), low), high), -1) if low else high
 
 
 def unpack_index(packed: Tensor, k: int, d: int) -> Tensor:
     """The indices that were packed, int64 `[K, k]`."""
     low, length = _split(k, d)
     size = packed_length(k, low) if low else 0
-    row = unpack(packed[..., size:], length, 1)
+    row = unpack_bits(packed[..., size:], length, 1)
     place = torch.nonzero_static(row, size=len(packed) * k)[:, 1].view(-1, k)
     high = place - torch.arange(k, device=packed.device)
-    return (high << low) | unpack(packed[..., :size], k, low).long() if low else high
+    return (high << low) | unpack_bits(packed[..., :size], k, low).long() if low else high
 
 
 def index_flaws(packed: Tensor, k: int, d: int) -> Tensor:
     """Which rows are not k rising indices below d, bool `[K]`."""
     low, length = _split(k, d)
     size = packed_length(k, low) if low else 0
-    bad = unpack(packed[..., size:], length, 1).sum(-1) != k
+    bad = unpack_bits(packed[..., size:], length, 1).sum(-1) != k
     first = torch.arange(k, device=packed.device)[None]
     index = unpack_index(torch.where(bad[:, None], pack_index(first, d), packed), k, d)
     bad |= (index.diff(dim=-1) <= 0).any(-1) | (index >= d).any(-1)

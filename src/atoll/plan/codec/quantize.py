@@ -11,10 +11,10 @@ from torch import Tensor
 from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.codec import grid
-from atoll.plan.codec.pack import TERNARY, pack, packed_length, unpack
+from atoll.plan.codec.pack import TERNARY, pack_bits, packed_length, unpack_bits
 from atoll.plan.codec.stage import Codec, Encoded
-from atoll.plan.codec.wire import Field, Form, refuse
-from atoll.plan.slots import Tensors
+from atoll.plan.codec.wire import Field, Form, reject
+from atoll.plan.protocols import Tensors
 from atoll.rng import Key
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -37,14 +37,14 @@ class Cast(Codec):
     Raises:
         UsageError: another type.
     Example:
-        >>> from atoll.plan.codec.stage import flat
-        >>> codec = Cast("bf16").at(flat(1))
+        >>> from atoll.plan.codec.stage import flat_layout
+        >>> codec = Cast("bf16").bind(flat_layout(1))
         >>> payload, side, *_ = codec.encode(torch.tensor([[1.003]]), {}, {}, Key(0))
-        >>> codec.open(payload, side)
+        >>> codec.decode(payload, side)
         tensor([[1.]])
     """
 
-    opens = True
+    per_message = True
     packs = True
 
     to: Literal["bf16", "fp16", "fp8"]
@@ -68,12 +68,12 @@ class Cast(Codec):
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         return (x / scale).to(_TYPES[self.to]), {"scale": scale}, {}, memory
 
-    def open(self, x: Tensor, side: Tensors) -> Tensor:
+    def decode(self, x: Tensor, side: Tensors) -> Tensor:
         return x.to(self.layout.dtype) * side["scale"] if self.to in _TOP else x.to(self.layout.dtype)
 
-    def flaws(self, payload: Tensor | None, side: Tensors) -> None:
+    def validate(self, payload: Tensor | None, side: Tensors) -> None:
         if "scale" in side:
-            refuse((side["scale"] <= 0).any(-1), "the scale is not positive", "a scale > 0")
+            reject((side["scale"] <= 0).any(-1), "the scale is not positive", "a scale > 0")
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,16 +95,16 @@ class Quantize(Codec):
     Raises:
         UsageError: neither or both of bits and levels, or one out of range.
     Example:
-        >>> from atoll.plan.codec.stage import flat
-        >>> codec, key = Quantize(levels=4).at(flat(4)), Key(7).of(torch.tensor([0]))
+        >>> from atoll.plan.codec.stage import flat_layout
+        >>> codec, key = Quantize(levels=4).bind(flat_layout(4)), Key(7).of(torch.tensor([0]))
         >>> payload, side, *_ = codec.encode(torch.tensor([[1.0, -0.5, 0.25, 0.0]]), {}, {}, key)
-        >>> codec.open(payload, side)
+        >>> codec.decode(payload, side)
         tensor([[ 1.0000, -0.5000,  0.2500,  0.0000]])
 
     Reference: Alistarh et al., QSGD, 2017; Wen et al., TernGrad, 2017.
     """
 
-    opens = True
+    per_message = True
     packs = True
 
     bits: int | None = None
@@ -193,7 +193,7 @@ class Quantize(Codec):
         y = x / torch.where(step == 0, torch.ones_like(step), step)[..., None]
         y = y.flatten(-2)[..., :n] + grid.dither(state, n, rows.dtype)
         code = y.round_().clamp_(-self.s, self.s).add_(self.s).to(torch.int32)
-        return pack(code, self._width), step
+        return pack_bits(code, self._width), step
 
     def _norm(self, x: Tensor) -> Tensor:
         """The norm along the last axis."""
@@ -211,20 +211,20 @@ class Quantize(Codec):
             out[..., 0] = self._norm(rows)
         return self._norm(norms)[:, None]
 
-    def open(self, x: Tensor, side: Tensors) -> Tensor:
+    def decode(self, x: Tensor, side: Tensors) -> Tensor:
         step = side["step"]
         out = step.new_empty(len(x), self.layout.d)
         for _, lanes, target, codes, *steps in grid.batches(*self._cuts(out, x), *self._steps(step, self.layout.d)):
             n = target.shape[-1]
-            q = unpack(codes, n, self._width).sub_(self.s).to(step.dtype)
+            q = unpack_bits(codes, n, self._width).sub_(self.s).to(step.dtype)
             if self.bucket:
                 target.copy_((grid.buckets(q, self.bucket) * steps[0][..., None]).flatten(-2)[..., :n])
             else:
                 torch.mul(q, step[lanes, None], out=target)
         return out
 
-    def flaws(self, payload: Tensor | None, side: Tensors) -> None:
-        refuse((side["step"] < 0).any(-1), "a step is negative", "steps ≥ 0")
+    def validate(self, payload: Tensor | None, side: Tensors) -> None:
+        reject((side["step"] < 0).any(-1), "a step is negative", "steps ≥ 0")
         if payload is not None:
             refuse_codes(payload, self.layout.d, self._width, 2 * self.s)
 
@@ -234,9 +234,9 @@ def refuse_codes(payload: Tensor, d: int, bits: int, highest: int) -> None:
     for part, (_, n) in zip(
         grid.split(payload, d, lambda n: packed_length(n, bits)), grid.group_lengths(d), strict=True
     ):
-        codes = unpack(part, n, bits)
-        refuse((codes > highest).flatten(1).any(-1), f"a code is above {highest}", "codes of this many levels")
-        refuse((pack(codes, bits) != part).flatten(1).any(-1), "there is more behind the last code", "zeros there")
+        codes = unpack_bits(part, n, bits)
+        reject((codes > highest).flatten(1).any(-1), f"a code is above {highest}", "codes of this many levels")
+        reject((pack_bits(codes, bits) != part).flatten(1).any(-1), "there is more behind the last code", "zeros there")
 
 
 def _one_bit(n: int) -> int:
@@ -249,21 +249,21 @@ class Sign(Codec):
 
     x̂ = (|x|₁/d) · sign(x),   sign(0) = 1
 
-    |x̂ − x|² = |x|² − |x|₁²/d, always less than |x|²: a contraction, to be written `Feedback(Sign())`.
+    |x̂ − x|² = |x|² − |x|₁²/d, always less than |x|²: a contraction, to be written `ErrorFeedback(Sign())`.
 
     Message: the mean size in the run's type, then the signs, 1 for negative.
 
     Example:
-        >>> from atoll.plan.codec.stage import flat
-        >>> codec = Sign().at(flat(2))
+        >>> from atoll.plan.codec.stage import flat_layout
+        >>> codec = Sign().bind(flat_layout(2))
         >>> payload, side, *_ = codec.encode(torch.tensor([[3.0, -1.0]]), {}, {}, Key(0))
-        >>> codec.open(payload, side)
+        >>> codec.decode(payload, side)
         tensor([[ 2., -2.]])
 
     Reference: Karimireddy et al., Error Feedback Fixes SignSGD, 2019.
     """
 
-    opens = True
+    per_message = True
     packs = True
 
     def form(self, layout: Layout) -> Form:
@@ -273,18 +273,18 @@ class Sign(Codec):
         scale = grid.lane_sum(x, torch.abs) / x.shape[-1]
         payload = x.new_empty(len(x), self.form(self.layout).payload.length, dtype=torch.uint8)
         for _, _, rows, codes in grid.batches(grid.parts(x), grid.split(payload, x.shape[-1], _one_bit)):
-            codes.copy_(pack((rows < 0).to(torch.int32), 1))
+            codes.copy_(pack_bits((rows < 0).to(torch.int32), 1))
         return payload, {"scale": scale}, {}, memory
 
-    def open(self, x: Tensor, side: Tensors) -> Tensor:
+    def decode(self, x: Tensor, side: Tensors) -> Tensor:
         scale = side["scale"]
         out = scale.new_empty(len(x), self.layout.d)
         for _, lanes, target, codes in grid.batches(grid.parts(out), grid.split(x, self.layout.d, _one_bit)):
-            sign = unpack(codes, target.shape[-1], 1).mul_(-2).add_(1).to(scale.dtype)
+            sign = unpack_bits(codes, target.shape[-1], 1).mul_(-2).add_(1).to(scale.dtype)
             torch.mul(sign, scale[lanes, None], out=target)
         return out
 
-    def flaws(self, payload: Tensor | None, side: Tensors) -> None:
-        refuse((side["scale"] < 0).any(-1), "the scale is negative", "a scale ≥ 0")
+    def validate(self, payload: Tensor | None, side: Tensors) -> None:
+        reject((side["scale"] < 0).any(-1), "the scale is negative", "a scale ≥ 0")
         if payload is not None:
             refuse_codes(payload, self.layout.d, 1, 1)

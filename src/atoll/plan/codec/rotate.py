@@ -11,7 +11,7 @@ from torch import Tensor
 from atoll.errors import UsageError
 from atoll.plan.codec import grid
 from atoll.plan.codec.stage import Codec, Encoded
-from atoll.plan.slots import Tensors
+from atoll.plan.protocols import Tensors
 from atoll.rng import Key
 
 BLOCK = 4096
@@ -160,14 +160,14 @@ class Rotate(Codec):
         UsageError: the block is no such number.
     Example:
         >>> y, *_ = Rotate().encode(torch.tensor([[4.0, 0.0, 0.0, 0.0]]), {}, {}, Key(7))
-        >>> y.abs(), Rotate().decode(y, Key(7)).abs()
+        >>> y.abs(), Rotate().decode_sum(y, Key(7)).abs()
         (tensor([[2., 2., 2., 2.]]), tensor([[4., 0., 0., 0.]]))
 
     Reference: Ailon and Chazelle, The Fast Johnson–Lindenstrauss Transform, 2009; Suresh et al., Distributed Mean
         Estimation with Limited Communication, 2017.
     """
 
-    decodes = True
+    per_sum = True
 
     block: int | None = BLOCK
 
@@ -181,7 +181,7 @@ class Rotate(Codec):
             target.copy_(rotation.forward(rows, lanes, i))
         return out, {}, {}, memory
 
-    def decode(self, x: Tensor, key: Key) -> Tensor:
+    def decode_sum(self, x: Tensor, key: Key) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         rotation = Rotation(key.shared().state(), x.shape[-1], self.block, rows)
         out = torch.empty_like(rows)

@@ -13,9 +13,9 @@ from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.pack import index_flaws, index_length, pack_index, unpack_index
-from atoll.plan.codec.stage import Codec, Encoded, flat
-from atoll.plan.codec.wire import Field, Form, refuse
-from atoll.plan.slots import Tensors
+from atoll.plan.codec.stage import Codec, Encoded, flat_layout
+from atoll.plan.codec.wire import Field, Form, reject
+from atoll.plan.protocols import Tensors
 from atoll.rng import Key
 
 
@@ -91,7 +91,7 @@ class TopK(Codec):
     x̂ⱼ = xⱼ for the k largest |xⱼ|, else 0;   k = max(1, round(fraction · d)), exactly; the earliest among equals
 
     |x̂ − x|² is the energy of the tail, at most (1 − k/d)|x|²: a contraction with a bias, to be written
-    `Feedback(TopK(0.01))` or `Shift(TopK(0.01))`.
+    `ErrorFeedback(TopK(0.01))` or `EF21(TopK(0.01))`.
 
     Message: the k places, rising, in at most log₂(d/k) + 2 bits each; then the k numbers, which a next stage may pack:
     `TopK(0.01) >> Quantize(8)`.
@@ -101,23 +101,23 @@ class TopK(Codec):
     Raises:
         UsageError: the fraction is out of range.
     Example:
-        >>> codec = TopK(0.5).at(flat(4))
+        >>> codec = TopK(0.5).bind(flat_layout(4))
         >>> payload, side, *_ = codec.encode(torch.tensor([[0.1, -3.0, 2.0, 0.0]]), {}, {}, Key(0))
-        >>> payload, codec.open(payload, side)
+        >>> payload, codec.decode(payload, side)
         (tensor([[-3.,  2.]]), tensor([[ 0., -3.,  2.,  0.]]))
 
     Reference: Stich, Cordonnier and Jaggi, Sparsified SGD with Memory, 2018.
     """
 
-    opens = True
+    per_message = True
 
     fraction: float
 
     def __post_init__(self) -> None:
         _check_fraction("TopK", self.fraction)
 
-    def after(self, layout: Layout) -> Layout:
-        return flat(_count(self.fraction, layout.d), layout.dtype)
+    def output_layout(self, layout: Layout) -> Layout:
+        return flat_layout(_count(self.fraction, layout.d), layout.dtype)
 
     def form(self, layout: Layout) -> Form:
         k = _count(self.fraction, layout.d)
@@ -127,13 +127,13 @@ class TopK(Codec):
         index = largest(x, _count(self.fraction, x.shape[-1]), magnitude)
         return x.gather(-1, index), {"index": pack_index(index, x.shape[-1])}, {}, memory
 
-    def open(self, x: Tensor, side: Tensors) -> Tensor:
+    def decode(self, x: Tensor, side: Tensors) -> Tensor:
         index = unpack_index(side["index"], x.shape[-1], self.layout.d)
         return x.new_zeros(len(x), self.layout.d).scatter_(-1, index, x)
 
-    def flaws(self, payload: Tensor | None, side: Tensors) -> None:
+    def validate(self, payload: Tensor | None, side: Tensors) -> None:
         k, d = _count(self.fraction, self.layout.d), self.layout.d
-        refuse(
+        reject(
             index_flaws(side["index"], k, d),
             f"the places are not {k} different ones below {d}",
             "rising places inside the vector",
@@ -153,19 +153,20 @@ class RandomK(Codec):
 
     Args:
         fraction: of the coordinates, in (0, 1].
-        unbiased: whether to scale by d/k. Error feedback needs a contraction: `Feedback(RandomK(0.1, unbiased=False))`.
+        unbiased: whether to scale by d/k. Error feedback needs a contraction:
+            `ErrorFeedback(RandomK(0.1, unbiased=False))`.
     Raises:
         UsageError: the fraction is out of range.
     Example:
-        >>> codec = RandomK(0.5).at(flat(4))
+        >>> codec = RandomK(0.5).bind(flat_layout(4))
         >>> payload, *_ = codec.encode(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), {}, {}, Key(1))
-        >>> payload, codec.decode(payload, Key(1))
+        >>> payload, codec.decode_sum(payload, Key(1))
         (tensor([[8., 6.]]), tensor([[0., 0., 6., 8.]]))
 
     Reference: Konečný and Richtárik, Randomized Distributed Mean Estimation, 2018.
     """
 
-    decodes = True
+    per_sum = True
 
     fraction: float
     unbiased: bool = True
@@ -176,8 +177,8 @@ class RandomK(Codec):
     def contraction(self) -> Codec:
         return replace(self, unbiased=False)
 
-    def after(self, layout: Layout) -> Layout:
-        return flat(_count(self.fraction, layout.d), layout.dtype)
+    def output_layout(self, layout: Layout) -> Layout:
+        return flat_layout(_count(self.fraction, layout.d), layout.dtype)
 
     def form(self, layout: Layout) -> Form:
         return Form({}, Field(layout.dtype, _count(self.fraction, layout.d)))
@@ -189,7 +190,7 @@ class RandomK(Codec):
         kept = torch.where(worst.isfinite(), kept, worst)
         return (kept * (x.shape[-1] / kept.shape[-1]) if self.unbiased else kept), {}, {}, memory
 
-    def decode(self, x: Tensor, key: Key) -> Tensor:
+    def decode_sum(self, x: Tensor, key: Key) -> Tensor:
         out = x.new_zeros(*x.shape[:-1], self.layout.d)
         return out.index_copy_(-1, self.support(key, self.layout.d, x.device), x)
 

@@ -96,11 +96,11 @@ def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Ten
         out[name] = rows.clone(memory_format=torch.contiguous_format).view(field.dtype)
         if field.dtype.is_floating_point:
             bad = (~out[name].to(torch.float64).isfinite()).any(-1)
-            refuse(bad, f"{name} is not finite", "finite numbers")
+            reject(bad, f"{name} is not finite", "finite numbers")
     return out.pop("payload"), out
 
 
-def refuse(bad: Tensor, what: str, required: str) -> None:
+def reject(bad: Tensor, what: str, required: str) -> None:
     """Raise for the first lane that is marked, bool `[K]`."""
     if bool(bad.any()):
         raise MessageError(
