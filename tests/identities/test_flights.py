@@ -211,8 +211,7 @@ def test_a_state_put_down_in_flight_flies_on_the_same(pace, cohort):
     saved = {n: t.clone() for n, t in pack(state).items()}
     kept = state.memory.take(torch.arange(len(SIZES)))
     again = first(plan, engine)
-    holder = type("Training", (), {"state": again})
-    again = unpack(saved, state.round, holder)
+    again = unpack(saved, state.round, again)
     again.memory.put(torch.arange(len(SIZES)), kept)
     for _ in range(5):
         state, report = step(plan, state, engine)
