@@ -166,6 +166,7 @@ typedef uint32_t U;
 #define TERMS 7
 #endif
 typedef Z M __attribute__((vector_size(BYTES)));
+typedef U N __attribute__((vector_size(BYTES)));
 
 INLINE V chosen(M where, V a, V b) { return (V)((where & (M)a) | (~where & (M)b)); }
 
@@ -200,8 +201,9 @@ INLINE V exponential(V x) {
     V sum = (V){0} + each[TERMS];
 #pragma GCC unroll 13
     for (int i = TERMS - 1; i >= 0; i--) sum = each[i] + sum * r;
-    const M power = ((M)moved - (M)((V){0} + anchor)) << FRACTION;
-    return chosen(x != x, x, chosen(x < LEAST, (V){0}, (V)((M)sum + power)));
+    /* Lanes below LEAST overflow and are discarded afterwards. Unsigned lanes wrap; in signed ones it is undefined. */
+    const N power = ((N)moved - (N)((V){0} + anchor)) << FRACTION;
+    return chosen(x != x, x, chosen(x < LEAST, (V){0}, (V)((N)sum + power)));
 }
 
 /* Where the factors of a tile lie: `runs` runs of `n` terms, and from one to the next. */
