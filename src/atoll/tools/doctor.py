@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll import data, models, recipes
-from atoll.compiled import build
+from atoll.compiled import load_libraries
 from atoll.data.named import NAMED
 from atoll.errors import AtollError
 from atoll.native import Unbuilt, compiler, folder
@@ -278,7 +278,7 @@ def _lanes(name: str) -> Check:
 def _native_code() -> Check:
     """Whether this machine builds it; without, known layers go by hand through torch, which is slower."""
     try:
-        build(torch.float32)
+        load_libraries(torch.float32)
         return Check("native code", True, f"built by {compiler()[1]}, kept in {folder()}")
     except Unbuilt as why:
         return Check("native code", not why.write, f"none: {why}; numerics are fused in its place", why.write)
