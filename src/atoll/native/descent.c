@@ -1,8 +1,8 @@
 /* Gradient descent of many clients in one call, for stacks of convolutions and linear layers.
 
-   One thread runs all steps of one client, writes the result and takes the next client, so the client's weights stay in
-   the caches of one core. Each number is one chain of multiplications and additions in a fixed order. Its bits therefore
-   do not depend on the vector width, on the other clients or on the threads.
+   One thread runs all steps of one client, writes the result and takes the next client. The client's weights therefore
+   stay in the caches of one core. Each number is one chain of multiplications and additions in a fixed order, so its
+   bits do not depend on the vector width, on the other clients or on the threads.
 
    A linear layer is treated as a convolution whose kernel covers the whole input. A layer here is a convolution with an
    optional bias, an optional ReLU and an optional max pool. ReLU and max pool commute.
@@ -115,8 +115,9 @@ SHARED_STRUCT(LayerSpec, LAYER_FIELDS)
     F(I, features)       /* numbers in a row of x */                                                                  \
     F(const void *, y)                                                                                                \
     F(I, targets)        /* numbers in a row of y */                                                                  \
-    F(const I *, rows)   /* row numbers in x, of all clients in all steps; y has this order already */                \
-    F(const I *, offsets) F(const I *, widths) F(const I *, lanes) /* of a step: first row, rows of a client, clients */ \
+    F(const I *, rows)   /* row numbers in x, of all clients in all steps; y is in this order already */              \
+    F(const I *, offsets) /* of a step: first row */                                                                  \
+    F(const I *, widths) F(const I *, lanes) /* of a step: rows of a client, clients */                               \
     F(const I *, counts) /* rows that count, of each client in each step */                                           \
     F(const I *, count_offsets) /* of a step: first count */                                                          \
     F(I, steps) F(I, clients) F(I, threads)                                                                           \
@@ -214,7 +215,7 @@ INLINE I smaller(I a, I b) { return a < b ? a : b; }
 INLINE V exponential(V x) {
     static const REAL inverse[] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320,
                                    1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
-    const REAL ln2 = 0.693359375, rest = -2.1219444005469058e-4; /* ln2 has 10 bits, so n · ln2 is exact */
+    const REAL ln2 = 0.693359375, rest = -2.1219444005469058e-4; /* ln2 has 9 bits, so n · ln2 is exact */
     const REAL anchor = (REAL)1.5 * ((Z)1 << MANTISSA_BITS);
     const V moved = x * (REAL)1.4426950408889634 + anchor;
     const V n = moved - anchor, r = (x - n * ln2) - n * rest;
@@ -606,9 +607,12 @@ INLINE void weight_tile(const int mr, const int layout, const REAL *const *a, co
     REAL f = factor;
     __asm__("" : "+m"(f)); /* reload it here: the sums occupy all registers */
 #pragma GCC unroll 24
-    for (int m = 0; m < mr; m++, to += NR, from += from ? NR : 0)
+    for (int m = 0; m < mr; m++)
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) store(to + v * VL, (from ? load(from + v * VL) : (V){0}) + f * c[m][v]);
+        for (int v = 0; v < NV; v++) {
+            const I at = m * NR + v * VL;
+            store(to + at, (from ? load(from + at) : (V){0}) + f * c[m][v]);
+        }
 }
 
 /* Destination of one layer's weights and biases, and the numbers that are added; from = 0: none. */
@@ -633,12 +637,13 @@ static void weight_gradient(const Layer *s, I p, const REAL *const *in, const RE
             mr = TALL > MR && left >= TALL ? TALL : tile_height(left);
             const REAL *a = in[0] + i * line + q;
             if (s->flat) terms.a_run = q;
-#define CALL(mr) s->flat ? weight_tile(mr, STRIDED_TERMS, in, b, terms, factor, from, to)                                 \
+#define CALL(mr) s->flat ? weight_tile(mr, STRIDED_TERMS, in, b, terms, factor, from, to)                              \
                          : weight_tile(mr, ADJACENT_ROWS, &a, b, terms, factor, from, to)
             if (mr > MR) CALL(TALL);
             else CASES(mr, CALL)
 #undef CALL
-            to += mr * NR, from += from ? mr * NR : 0;
+            to += mr * NR;
+            if (from) from += mr * NR; /* 0 + 0 is undefined in C */
             if (prefetch) prefetch_lines(prefetch, PREFETCH_LINES);
         }
     for (I v = p * NR; t->bias >= 0 && v < (p + 1) * NR; v += VL) {
@@ -833,7 +838,7 @@ static I run_client(JobThreads *shared, Scratch *scratch, I k, I *next) {
     const Job *job = shared->job;
     const int descends = job->result != GRADIENT;
     const Layer *s = shared->layers;
-    const I copied = s->flat ? s->bias_at + s->padded_out : 0; /* the first step copies the weights before it */
+    const I copied = s->flat ? s->bias_at + s->padded_out : 0; /* the first layer follows in its first step */
     scratch->fresh = !job->theta_stride && s->flat;
     if (job->theta_stride)
         pack(s, job->layer_count, job->theta + k * job->theta_stride, scratch->w);
@@ -874,9 +879,10 @@ static I run_client(JobThreads *shared, Scratch *scratch, I k, I *next) {
 
 /* ---- threads ---- */
 
-/* Buffers are kept from one job to the next. The kernel clears new pages on first use, which can take as long as a job. */
+/* Buffers are kept from one job to the next. The kernel clears new pages on first use, which can take as long as a
+   job. The capacity of a buffer stands in the cache line before its numbers. */
 #define FREE_LIST_SIZE 64
-static _Atomic(I *) free_list[FREE_LIST_SIZE]; /* the capacity of a buffer stands in the cache line before its numbers */
+static _Atomic(I *) free_list[FREE_LIST_SIZE];
 
 /* n numbers, or 0 if memory is exhausted. */
 static REAL *buffer_acquire(I n) {
@@ -923,7 +929,8 @@ static void *thread_main(void *argument) {
     memset(scratch.g, 0, sizeof(REAL) * shared->packed);  /* padding stays zero */
     memset(scratch.room, 0, sizeof(REAL) * shared->room); /* and so do the frames */
     I next = 0;
-    for (I k = atomic_fetch_add(&shared->next, 1); k < shared->job->clients && !atomic_load(&shared->status); k = next) {
+    const I clients = shared->job->clients;
+    for (I k = atomic_fetch_add(&shared->next, 1); k < clients && !atomic_load(&shared->status); k = next) {
         const I got = run_client(shared, &scratch, k, &next);
         if (got) atomic_store(&shared->status, got);
     }

@@ -2,8 +2,8 @@
    float, and for double (WIDE).
 
    A contribution keeps the leading digits of each block of coordinates: two digits for float, three for double,
-   counted from the place of the block's largest number. With x the rest so far, x + 1.5·2^(52 + 26 j) − 1.5·2^(52 + 26 j)
-   is the digit of place j. Sums of weighted digits are exact in double. */
+   counted from the place of the block's largest number. If r is the rest of a number after its higher digits, then
+   r + 1.5·2^(52 + 26 j) − 1.5·2^(52 + 26 j) is its digit of place j. Sums of weighted digits are exact in double. */
 
 #include <math.h>
 #include <pthread.h>
@@ -176,7 +176,7 @@ static void split_digits(const uint64_t *sum, I count, double anchor, double wei
     }
 }
 
-/* Add one block. If it is refused, the result 1 stops all threads, because the caller must first create the missing place. */
+/* Add one block. If it is refused, the result 1 stops all threads: the caller must first create the missing place. */
 static int add_block(const Job *job, I block, I next) {
     I n;
     const I at = block_start(job, block, &n);
@@ -206,7 +206,7 @@ static int add_block(const Job *job, I block, I next) {
         const int whole = equal_weights && kept == DIGITS;
         for (I from = 0; from < n; from += TILE) {
             const I m = smaller(n - from, TILE), later = from + TILE < n ? at + from + TILE : next * BLOCK;
-            const I further = later - at - from, ahead = smaller(TILE, job->d - later); /* the numbers of the next tile */
+            const I further = later - at - from, ahead = smaller(TILE, job->d - later); /* of the next tile */
             double sum[DIGITS][TILE];
             uint64_t both[TILE];
             I added = 0;
