@@ -10,7 +10,7 @@ ifneq ($(wildcard ../shared/data),)
 export ATOLL_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup demo test test-all check docs bench
+.PHONY: help setup demo test test-all sanitize check docs bench
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,9 @@ test: .venv/.dev ## install what tests need, run the quick tests and the example
 test-all: .venv/.dev ## the same with the slow tests
 	$(PYTEST) -n $(WORKERS)
 	$(PYTEST) --doctest-modules src/atoll
+
+sanitize: .venv/.dev ## run the tests of native code under the address and undefined-behaviour sanitizers
+	tests/sanitize.sh $(PY)
 
 check: .venv/.dev ## style, types, layers, house rules
 	$(PY) -m ruff check .

@@ -28,7 +28,7 @@ def _no_native() -> str:
     except native.Unbuilt as why:
         return f"no native code: {why}"
     for dtype in (torch.float32, torch.float64):
-        compiled.build(dtype)
+        compiled.load_libraries(dtype)
     return ""
 
 

@@ -1,4 +1,7 @@
-"""Few digits that stand for all bits of a model."""
+"""A short digest of all bits of a model.
+
+Tests: tests/identities/test_digest.py
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from atoll.rng import Key
 
-BLOCK = 2048  # words that are added up together
+BLOCK = 2048  # 32-bit words in one sum
 
 
 @lru_cache
@@ -20,18 +23,20 @@ def _factors() -> npt.NDArray[np.uint64]:
 
 
 def fingerprint(theta: Tensor) -> str:
-    """The same for the same bits; for others, other digits.
+    """A digest of the bits of θ, to compare models.
 
-    Of θ's 32-bit words w, block by block of 2,048: SHA-256(length, s₀, s₁, …),  s = Σᵢ kᵢ wᵢ mod 2⁶⁴,  kᵢ fixed, odd
+    SHA-256(length, s₀, s₁, …) with one sum for each block of 2,048 32-bit words w of θ:
 
-    A round is over sooner than SHA-256 has read a large model: the sums take a quarter of its time. Two models that
-    differ in one word of a block have other sums, since an odd k has an inverse; others have the same by a chance of
-    2⁻³² at most, were k drawn at random. No proof against who looks for two models that have them.
+        s = Σᵢ kᵢ wᵢ mod 2⁶⁴,   kᵢ fixed and odd
+
+    SHA-256 of a large model takes longer than a round; the sums take a quarter of its time. If two models differ in one
+    word of a block, the sums differ, because an odd k is invertible. For other differences and random k the sums are
+    equal with probability at most 2⁻³². The digest does not resist an attacker: k is public.
 
     Args:
-        theta: of numbers of four or eight bytes, any shape, which does not enter.
+        theta: numbers of four or eight bytes, any shape; the shape is ignored.
     Returns:
-        12 hex digits.
+        12 hexadecimal digits.
     Example:
         >>> import torch
         >>> zeros = torch.zeros(5000)
@@ -42,8 +47,8 @@ def fingerprint(theta: Tensor) -> str:
     """
     words = theta.detach().cpu().contiguous().view(-1).numpy().view("<u4")
     whole = len(words) // BLOCK * BLOCK
-    told = sha256(len(words).to_bytes(8, "little"))
+    digest = sha256(len(words).to_bytes(8, "little"))
     for block in (words[:whole].reshape(-1, BLOCK), words[None, whole:]):
         factors = _factors()[: block.shape[1]]
-        told.update(np.einsum("bi,i->b", block, factors, dtype=np.uint64, casting="unsafe").astype("<u8").data)
-    return told.hexdigest()[:12]
+        digest.update(np.einsum("bi,i->b", block, factors, dtype=np.uint64, casting="unsafe").astype("<u8").data)
+    return digest.hexdigest()[:12]

@@ -1,10 +1,12 @@
-"""What who writes a tensor knows of its numbers, told with it: nobody has to look for it again.
+"""Facts that the producer of a tensor already knows, cached on the tensor so that consumers need not recompute them.
 
-It holds for the numbers as they were written. A tensor that is made of them knows nothing, and where a number is
-changed in place, which a tensor counts, what was told is forgotten.
+A fact holds for the numbers that the tensor had when it was cached. Torch counts in-place changes of a tensor; a fact
+from before the last change is ignored. A tensor computed from another one has no facts.
 
-    peaks   of rows [K, d] the largest |x| of each block of `BLOCK` numbers, [K, blocks(d)], of their dtype; NaN wins
+    peaks   of rows [K, d]: the largest |x| of each block of `BLOCK` numbers, [K, blocks(d)], in their dtype, NaN if any
     norm    √Σx², []
+
+Tests: tests/identities/test_exact.py, tests/identities/test_numerics.py
 """
 
 from __future__ import annotations
@@ -14,25 +16,45 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-BLOCK = 4096  # numbers of a row side by side
+BLOCK = 4096  # adjacent numbers of a row
 
-What = Literal["peaks", "norm"]
+Fact = Literal["peaks", "norm"]
 
 
 def blocks(d: int) -> int:
-    """How many blocks d numbers are."""
+    """The number of blocks of a row of d numbers.
+
+    Example:
+        >>> blocks(4096), blocks(4097)
+        (1, 2)
+    """
     return -(-d // BLOCK)
 
 
-def tell(x: Tensor, what: What, value: Tensor) -> None:
-    """Tell this of the numbers that the tensor has now."""
+def tell(x: Tensor, fact: Fact, value: Tensor) -> None:
+    """Cache a fact about the numbers that the tensor has now.
+
+    Args:
+        x: the tensor.
+        fact: the name of the fact.
+        value: the fact; see the module for shape and dtype.
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([3.0, 4.0])
+        >>> tell(x, "norm", torch.tensor(5.0))
+        >>> told(x, "norm")
+        tensor(5.)
+    """
     held: Any = x
-    held.known = {**_of(x), what: (x._version, value)}
+    held.known = {**_of(x), fact: (x._version, value)}
 
 
-def told(x: Tensor, what: What) -> Tensor | None:
-    """What was told of these numbers, as long as they are as they were.
+def told(x: Tensor, fact: Fact) -> Tensor | None:
+    """A cached fact, or None if there is none or the numbers have changed since.
 
+    Args:
+        x: the tensor.
+        fact: the name of the fact.
     Example:
         >>> import torch
         >>> rows = torch.tensor([[1.0, -3.0]])
@@ -40,13 +62,17 @@ def told(x: Tensor, what: What) -> Tensor | None:
         >>> told(rows, "peaks"), told(rows * 2, "peaks"), told(rows.mul_(2), "peaks")
         (tensor([[3.]]), None, None)
     """
-    version, value = _of(x).get(what, (None, None))
+    version, value = _of(x).get(fact, (None, None))
     return value if version == x._version else None
 
 
 def forget(x: Tensor) -> None:
-    """Know nothing more of a tensor that was in the hands of who may write past torch, which counts no such change.
+    """Drop all facts of a tensor.
 
+    It is required after foreign code had access to the tensor: torch does not count writes through NumPy.
+
+    Args:
+        x: the tensor.
     Example:
         >>> import torch
         >>> rows = torch.tensor([[1.0, -3.0]])
@@ -59,8 +85,12 @@ def forget(x: Tensor) -> None:
 
 
 def norm(x: Tensor) -> Tensor:
-    """√Σx², as it was told, or taken now.
+    """√Σx²: the cached value, or computed now.
 
+    Args:
+        x: any shape.
+    Returns:
+        A tensor `[]` of the dtype of x.
     Example:
         >>> import torch
         >>> norm(torch.tensor([3.0, 4.0]))
@@ -70,5 +100,5 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) if value is None else value
 
 
-def _of(x: Tensor) -> dict[What, tuple[int, Tensor]]:
+def _of(x: Tensor) -> dict[Fact, tuple[int, Tensor]]:
     return getattr(x, "known", {})

@@ -1,7 +1,10 @@
-"""Large tensors in memory that is lent again once nobody refers to it.
+"""A pool of memory for large tensors, reused when no tensor refers to a piece any more.
 
-What is freed goes back to the system, and what is new the system clears page by page when it is first written to: for a
-tensor of some megabytes that can take longer than the work on it. While an engine works, memory comes from its shelf.
+The allocator returns freed memory to the system, and the system clears each new page on its first use. For a tensor of
+some megabytes this can take longer than the work on it. During a training, large tensors therefore take their memory
+from a pool.
+
+Tests: tests/identities/test_shelf.py, tests/identities/test_exact.py
 """
 
 from __future__ import annotations
@@ -18,33 +21,40 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_LARGE = 1 << 20  # bytes from which on memory is kept
-_MOST = 32  # pieces
-_ROOM = 2  # times as large as what is asked for, at most
+_LARGE = 1 << 20  # bytes of the smallest tensor that uses the pool
+_MOST = 32  # pieces in a pool
+_ROOM = 2  # a piece serves a request of at least 1/_ROOM of its size
 
 
 def _references(pieces: list[npt.NDArray[np.uint8]], i: int) -> int:
     return sys.getrefcount(pieces[i])
 
 
-_NOBODY = _references([np.empty(1, np.uint8)], 0)  # to a piece that is not lent; counted, since Pythons differ
+_NOBODY = _references(
+    [np.empty(1, np.uint8)], 0
+)  # references to an unused piece; measured, because it depends on the Python version
 
-_SHELF: ContextVar[Shelf | None] = ContextVar("where large tensors get their memory", default=None)
+_SHELF: ContextVar[Shelf | None] = ContextVar("pool for large tensors", default=None)
 
 
 class Shelf:
-    """Pieces of memory, each lent to one tensor and its views at a time."""
+    """Pieces of memory, each used by one tensor and its views at a time."""
 
     def __init__(self) -> None:
-        # glibc gives back what is freed at the end of the heap, and keeps twice the largest piece that was ever freed,
-        # of at most 32 MB. This one is never written to; after it what torch frees in a pass is there for the next.
+        # glibc returns free memory at the end of the heap to the system if it exceeds twice the largest piece freed so
+        # far (at most 32 MB). Freeing this piece raises the limit, so memory that torch frees in one pass stays for the
+        # next one. The piece is never written to, so it takes no pages.
         np.empty((32 << 20) - 8192, np.uint8)
         self._pieces: list[npt.NDArray[np.uint8]] = []
         self._lock = threading.Lock()
 
     def empty(self, size: int) -> Tensor:
-        """So many bytes, as they are.
+        """A uint8 tensor of `size` bytes, not initialised.
 
+        Args:
+            size: bytes, at least 1.
+        Returns:
+            uint8 `[size]`. Its piece becomes free when the tensor and its views are gone.
         Example:
             >>> shelf = Shelf()
             >>> once = shelf.empty(1 << 20)
@@ -63,7 +73,15 @@ class Shelf:
 
 @contextmanager
 def lent_from(shelf: Shelf) -> Iterator[None]:
-    """Let large tensors take their memory from this shelf for a while."""
+    """Let `empty` use this pool for large tensors inside the block.
+
+    Args:
+        shelf: the pool.
+    Example:
+        >>> with lent_from(Shelf()):
+        ...     empty(torch.zeros(1), (2, 3)).shape
+        torch.Size([2, 3])
+    """
     before = _SHELF.set(shelf)
     try:
         yield
@@ -72,7 +90,18 @@ def lent_from(shelf: Shelf) -> Iterator[None]:
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """`like.new_empty(shape, dtype=dtype)`, in memory from the shelf where there is one and the tensor is large."""
+    """`like.new_empty(shape, dtype=dtype)`, with memory from the pool if one is in use and the tensor is large.
+
+    Args:
+        like: its device and dtype are used; only CPU tensors use the pool.
+        shape: of the result.
+        dtype: of the result; None: that of `like`.
+    Returns:
+        A tensor of this shape, not initialised.
+    Example:
+        >>> empty(torch.zeros(1), (2, 3), torch.float64).dtype
+        torch.float64
+    """
     dtype, shelf = dtype or like.dtype, _SHELF.get()
     size = prod(shape) * dtype.itemsize
     if shelf is None or size < _LARGE or not like.is_cpu:

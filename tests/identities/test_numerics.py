@@ -378,7 +378,7 @@ def compiler_that_fails(fresh, monkeypatch):
 def folder_of_others(fresh, monkeypatch):
     fresh.mkdir()
     fresh.chmod(0o777)
-    return "others can write"
+    return "other users can write"
 
 
 @pytest.mark.parametrize("trouble", [no_compiler, compiler_that_says_nothing, compiler_that_fails, folder_of_others])
@@ -407,10 +407,13 @@ def test_what_is_built_is_kept(fresh):
     ("layers", "why"),
     [
         ([nn.Conv2d(1, 2, 2, dilation=2), nn.Flatten(), nn.Linear(32, 3)], "dilation"),
-        ([nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)], "before its first"),
-        ([nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9, 3)], "before its first"),
-        ([nn.Conv2d(1, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(8, 3)], "behind a pool"),
-        ([nn.Flatten(), nn.Linear(36, 9), nn.Unflatten(1, (1, 3, 3)), nn.Conv2d(1, 3, 3), nn.Flatten()], "an image"),
+        ([nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)], "precedes its first"),
+        ([nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9, 3)], "precedes its first"),
+        ([nn.Conv2d(1, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(8, 3)], "follows a pool"),
+        (
+            [nn.Flatten(), nn.Linear(36, 9), nn.Unflatten(1, (1, 3, 3)), nn.Conv2d(1, 3, 3), nn.Flatten()],
+            "Unflatten",
+        ),
         ([nn.Conv2d(1, 3, 6), nn.ReLU(), nn.Flatten()], "end in a Linear"),
         ([nn.Conv2d(1, 3, 5, stride=5), nn.Flatten()], "end in a Linear"),
     ],

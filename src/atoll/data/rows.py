@@ -335,12 +335,33 @@ def stored(rows: Rows, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         >>> x, at, y = stored(PickedRows(array, torch.tensor([2, 1])), torch.tensor([1]))
         >>> x[at], y
         (tensor([[2.]]), tensor([1]))
+
+    Raises:
+        UsageError: the rows are not in memory, or a row number is outside them.
     """
     if isinstance(rows, PickedRows):
         return stored(rows.rows, rows.index[index])
     if not isinstance(rows, ArrayRows) or not isinstance(rows.x, Tensor) or not in_memory(rows):
         raise UsageError(f"The rows have type {type(rows).__name__}.", "rows of one array in memory.")
-    return rows.x, index, answers(_pick(rows.y, index), rows.real)
+    try:
+        return rows.x, index, answers(_pick(rows.y, index), rows.real)
+    except IndexError as error:
+        raise outside(index, len(rows.x)) from error
+
+
+def outside(index: Tensor, rows: int) -> UsageError:
+    """The error for row numbers of which one is not in 0 … rows − 1.
+
+    Args:
+        index: row numbers, int64, any shape.
+        rows: the number of rows.
+    """
+    wrong = index[(index < 0) | (index >= rows)]
+    return UsageError(
+        f"Row {int(wrong[0])} of a data set with {rows} rows.",
+        f"row numbers from 0 to {rows - 1}.",
+        "native code reads a row by its address, so another number would read foreign memory.",
+    )
 
 
 def on_device(rows: Rows, device: torch.device, room: float) -> Rows:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.compiled import build, products, stages
+from atoll.compiled import load_libraries, products, stages
 from atoll.data.clients import Clients
 from atoll.engine.elementwise import Elementwise
 from atoll.errors import AtollError, UsageError
@@ -202,7 +202,7 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Trouble | Non
             return Trouble("native code computes on the CPU", "--device cpu")
         try:
             stages(lanes.program, data.features)
-            build(lanes.layout.dtype)
+            load_libraries(lanes.layout.dtype)
         except Unserved as why:
             return Trouble(str(why), "--numerics fused")
         except Unbuilt as why:

@@ -1,9 +1,11 @@
-"""Native code: C sources of this package, built by the machine's own compiler when first asked for, and kept.
+"""Native code: the C sources of this package, compiled on first use and cached on disk.
 
-A library is named by what went into it: the source, the flags, the compiler and the kind of CPU. It is written beside
-and moved into place, so processes that build at the same time do no harm, and nothing is built twice.
+The name of a library is a digest of its source, flags, compiler and CPU. A library is written to a temporary folder and
+then renamed, so processes can build at the same time, and later processes load the cached file.
 
-    $ATOLL_CACHE, or $XDG_CACHE_HOME/atoll, or ~/.cache/atoll
+    cache folder:  $ATOLL_CACHE, or $XDG_CACHE_HOME/atoll, or ~/.cache/atoll
+
+Tests: tests/identities/test_native.py, tests/identities/test_numerics.py
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from atoll.errors import UsageError
+from atoll.native.structs import STRUCTS, StructLayout, exported
+
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
@@ -30,16 +35,23 @@ FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-
 _OWN = "export ATOLL_CACHE=/folder/of/your/own"
 _INSTALL = "apt-get install gcc libc6-dev"
 _LINK = ("-shared", "-fPIC", "-pthread")
-
+_LOADED: list[tuple[str, ctypes.CDLL]] = []
 
 _THREADS: ContextVar[int] = ContextVar("threads of native code", default=0)
 
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Let native code use n threads for a while, whatever torch uses.
+    """Let native code use n threads inside the block, independent of the number that torch uses.
 
-    Threads of torch's that have nothing to do go on spinning for milliseconds, on the cores that ours would need.
+    Idle threads of torch spin for milliseconds and occupy the cores that native code needs.
+
+    Args:
+        n: number of threads, at least 1.
+    Example:
+        >>> with threads(2):
+        ...     threads_now(1)
+        2
     """
     before = _THREADS.set(n)
     try:
@@ -49,12 +61,17 @@ def threads(n: int) -> Iterator[None]:
 
 
 def threads_now(otherwise: int) -> int:
-    """How many threads native code uses; `otherwise` where nobody has said."""
+    """The number of threads of native code: the number set by `threads`, or `otherwise` outside of it."""
     return _THREADS.get() or otherwise
 
 
 class Unbuilt(Exception):
-    """Why there is no library, in words that follow "native code: "; `write` is the command that helps, if one does."""
+    """A library cannot be built or loaded.
+
+    Args:
+        reason: the cause, as a clause that follows "native code: ".
+        write: the command that helps; may be empty.
+    """
 
     def __init__(self, reason: str, write: str = "") -> None:
         super().__init__(reason)
@@ -63,25 +80,58 @@ class Unbuilt(Exception):
 
 @lru_cache
 def library(name: str, *defines: str) -> ctypes.CDLL:
-    """The library of one C source, built where it is not there yet.
+    """Load the library of one C source, and build it first if it is not in the cache.
 
     Args:
-        name: of the source, without its ending.
-        defines: names that it is built with.
+        name: file name of the source, without its ending.
+        defines: preprocessor names that are defined.
     Raises:
-        Unbuilt: no compiler, one that fails, or no folder of one's own to keep the library in.
+        Unbuilt: there is no compiler, it fails, or no private cache folder can be made.
+        UsageError: a struct of the library differs from its declaration in Python.
     """
     built = _kept_at(name, defines)
     if not built.exists():
         _build(name, defines, built)
     try:
-        return ctypes.CDLL(str(built))
+        loaded = ctypes.CDLL(str(built))
     except OSError as error:
         raise Unbuilt(f"{built} does not load ({error})", f"rm {built}") from error
+    for struct, declared in STRUCTS.get(name, {}).items():
+        _check_struct(struct, exported(loaded, struct), declared, built)
+    _LOADED.append((name, loaded))
+    return loaded
+
+
+def _check_struct(struct: str, found: StructLayout | None, declared: StructLayout, built: Path) -> None:
+    if found == declared:
+        return
+    if found is None:
+        given = "does not export it"
+    else:
+        pairs = zip((*found.fields, "none"), (*declared.fields, "none"), strict=False)
+        differ = next((f"; {a!r} stands in the place of {b!r}" for a, b in pairs if a != b), "")
+        given = f"has {len(found.fields)} fields and {found.size} bytes{differ}"
+    raise UsageError(
+        f"Struct {struct} in the native library {built}: the library {given}.",
+        f"{len(declared.fields)} fields and {declared.size} bytes, as declared in atoll/native/structs.py.",
+        "C reads a struct by position, so a different layout leads to wrong addresses.",
+        f"rm {built}",
+    )
+
+
+def release_buffers() -> None:
+    """Free the memory that native code keeps for its next call.
+
+    Each library of descent.c keeps at most 64 buffers, because new pages cost as much time as a short call. It is safe
+    at any time: buffers in use are not freed.
+    """
+    for name, loaded in _LOADED:
+        if name == "descent":
+            loaded.release_buffers()
 
 
 def present(name: str, *defines: str) -> ctypes.CDLL | None:
-    """The library, where it has been built before; for what comes to the same bits without it."""
+    """Load the library if it is in the cache, otherwise None: for callers that have a path of equal bits without it."""
     try:
         return _found(name, *defines)
     except Unbuilt:
@@ -89,20 +139,20 @@ def present(name: str, *defines: str) -> ctypes.CDLL | None:
 
 
 def serving(name: str, x: Tensor) -> ctypes.CDLL | None:
-    """The library for numbers like these, single or double, where it has been built and they are in its reach."""
+    """The library for the dtype of x, if it is in the cache and x is a float32 or float64 tensor on the CPU."""
     if not x.is_cpu or not x.is_floating_point() or x.dtype.itemsize not in (4, 8):
         return None
     return present(name, *widths(x.dtype))
 
 
 def widths(dtype: dtype) -> tuple[str, ...]:
-    """What a source is built with for numbers of this type."""
+    """The preprocessor names for this dtype."""
     return ("WIDE",) if dtype.itemsize == 8 else ()
 
 
 @lru_cache
 def _found(name: str, *defines: str) -> ctypes.CDLL:
-    """The library that is there; whether it is, is looked up until it is."""
+    """The cached library. `lru_cache` stores no exception, so a missing library is looked up again."""
     if not _kept_at(name, defines).exists():
         raise Unbuilt("it has not been built yet")
     return library(name, *defines)
@@ -110,8 +160,8 @@ def _found(name: str, *defines: str) -> ctypes.CDLL:
 
 @lru_cache
 def _kept_at(name: str, defines: tuple[str, ...]) -> Path:
-    told = "\0".join((compiler()[1], *FLAGS, *defines, *_LINK, _cpu())).encode()
-    return folder() / f"{name}-{hashlib.sha256(told + _source(name)).hexdigest()[:20]}.so"
+    inputs = "\0".join((compiler()[1], *FLAGS, *defines, *_LINK, _cpu())).encode()
+    return folder() / f"{name}-{hashlib.sha256(inputs + _source(name)).hexdigest()[:20]}.so"
 
 
 def _source(name: str) -> bytes:
@@ -120,10 +170,10 @@ def _source(name: str) -> bytes:
 
 @lru_cache
 def compiler() -> tuple[str, str]:
-    """The C compiler, $CC or cc, gcc or clang, and what it says of its version.
+    """Path and version line of the C compiler: $CC, or the first of cc, gcc and clang.
 
     Raises:
-        Unbuilt: there is none.
+        Unbuilt: there is no compiler, or `--version` fails.
     """
     asked = os.environ.get("CC", "")
     found = next((path for name in ((asked,) if asked else ("cc", "gcc", "clang")) if (path := shutil.which(name))), "")
@@ -136,10 +186,10 @@ def compiler() -> tuple[str, str]:
 
 
 def folder() -> Path:
-    """Where libraries are kept: a folder that nobody else can write to, since what lies there is run.
+    """The cache folder. Only its owner may write to it, because its files are executed.
 
     Raises:
-        Unbuilt: it cannot be made, or it is somebody else's.
+        Unbuilt: it cannot be made, or other users can write to it.
     """
     own = os.environ.get("ATOLL_CACHE")
     path = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atoll"
@@ -149,7 +199,7 @@ def folder() -> Path:
     except OSError as error:
         raise Unbuilt(f"{path} cannot be made ({error.strerror})", _OWN) from error
     if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Unbuilt(f"others can write to {path}, and what lies there is run", _OWN)
+        raise Unbuilt(f"other users can write to {path}, and its files are executed", _OWN)
     return path
 
 
@@ -161,14 +211,14 @@ def _build(name: str, defines: tuple[str, ...], built: Path) -> None:
         flags = (*FLAGS, *(f"-D{define}" for define in defines), *_LINK)
         got = subprocess.run([command, *flags, text, "-o", made, "-lm"], capture_output=True, text=True, check=False)
         if got.returncode:
-            said = (got.stderr.strip().splitlines() or ["nothing"])[0]
-            raise Unbuilt(f"{command} fails on {name}.c and says: {said[:200]}", _INSTALL)
+            message = (got.stderr.strip().splitlines() or ["no message"])[0]
+            raise Unbuilt(f"{command} fails on {name}.c: {message[:200]}", _INSTALL)
         made.replace(built)
 
 
 @lru_cache
 def _cpu() -> str:
-    """The kind of this CPU, which `-march=native` builds for."""
+    """Model and instruction sets of this CPU: `-march=native` compiles for them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,84 +1,102 @@
-/* The exact sum of plan/aggregate/exact.py: the same digits, read in one pass; and what they come to. Built for float,
-   and for double (WIDE).
+/* The exact sum of plan/aggregate/exact.py: the same digits from one pass over the rows, and their total. Compiled for
+   float, and for double (WIDE).
 
-   A contribution keeps the leading digits of each block of coordinates, two in float and three in double, from the place
-   of the block's largest number on. What is left of x, plus 1.5·2^(52 + 26 j) and minus it again, is the digit of place j.
-   Sums of weighted digits are exact in double. */
+   A contribution keeps the leading digits of each block of coordinates: two digits for float, three for double,
+   counted from the place of the block's largest number. If r is the rest of a number after its higher digits, then
+   r + 1.5·2^(52 + 26 j) − 1.5·2^(52 + 26 j) is its digit of place j. Sums of weighted digits are exact in double. */
 
 #include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
+enum { DONE = 0, NO_MEMORY = 1 };
 enum { ADDED = 1, REFUSED = 2 };
 
 #define WIDTH 26
 #define BLOCK 4096
-#define PIECE 512 /* coordinates whose two sums stay in the nearest memory */
-#define TOGETHER 4 /* clients read side by side */
-#define LINE 64    /* bytes that come from memory together */
-#define PLACES 81 /* there can be */
-#define EMPTY (-128)
-#define BEYOND 127 /* the place of a number that is not finite, or so large that it cannot be added */
+#define TILE 512 /* coordinates whose sums stay in the L1 cache */
+#define CLIENTS_AT_ONCE 4 /* clients in one pass over the sums */
+#define CACHE_LINE 64 /* bytes */
+#define MAX_PLACES 81 /* places of a float64 */
+#define EMPTY (-128) /* the place of a block of zeros */
+#define NOT_ADDABLE 127 /* the place of a block with NaN, infinity or a number above the limit */
 
 #ifdef WIDE
 #define REAL double
 #define BITS uint64_t
-#define SIGNLESS (~0ull >> 1)
+#define ABS_MASK (~0ull >> 1)
 #define FREXP frexp
-#define KEPT 3
-#define MOST 0x7830000000000000ull /* 2^900 */
+#define DIGITS 3
+#define MAX_BITS 0x7830000000000000ull /* 2^900 */
 #else
 #define REAL float
 #define BITS uint32_t
-#define SIGNLESS (~0u >> 1)
+#define ABS_MASK (~0u >> 1)
 #define FREXP frexpf
-#define KEPT 2
-#define MOST 0x7f7fffffu /* the largest of all */
+#define DIGITS 2
+#define MAX_BITS 0x7f7fffffu /* the largest finite float */
 #endif
 
 typedef int64_t I;
 
-typedef struct {
-    const REAL *rows;
-    I clients, d, stride;
-    I lowest, threads;
-    int8_t *tops;            /* [block][client]: the place of the largest number, EMPTY for zeros */
-    int8_t *done;            /* [block]: ADDED, or REFUSED where a place had no digits yet or a number is BEYOND */
-    const double *weights;   /* [client] */
-    double *const *digits;   /* of places lowest …, as far as there are any */
-    const int8_t *fresh;     /* of places lowest …: whether nothing stands there yet, not even zeros */
-    const REAL *peaks;       /* [client][block]: the largest number without its sign, where it is known; or 0 */
-} Job;
+/* The struct that Python fills, declared as a list of fields, so that size, field count and field names are exported
+   from the declaration itself. The loader compares them with the Python declaration. */
+#define MEMBER(type, name) type name;
+#define COUNT(type, name) +1
+#define NAME(type, name) " " #name
+#define SHARED_STRUCT(Struct, FIELDS)                                                                                 \
+    typedef struct {                                                                                                  \
+        FIELDS(MEMBER)                                                                                                \
+    } Struct;                                                                                                         \
+    const int64_t Struct##_size = sizeof(Struct), Struct##_count = FIELDS(COUNT);                                     \
+    const char Struct##_fields[] = FIELDS(NAME);
 
+#define JOB_FIELDS(F)                                                                                                 \
+    F(const REAL *, rows)                                                                                             \
+    F(I, clients) F(I, d) F(I, stride)                                                                                \
+    F(I, lowest)             /* the lowest place */                                                                   \
+    F(I, threads)                                                                                                     \
+    F(int8_t *, tops)        /* [block][client]: place of the largest number, EMPTY or NOT_ADDABLE */                 \
+    F(int8_t *, done)        /* [block]: ADDED, or REFUSED if a place has no digits or a number is NOT_ADDABLE */     \
+    F(const double *, weights) /* [client] */                                                                         \
+    F(double *const *, digits) /* [place from `lowest` on]: sums, or 0 */                                             \
+    F(const int8_t *, fresh) /* [place from `lowest` on]: whether its sums are not initialised */                     \
+    F(const REAL *, peaks)   /* [client][block]: the largest |number|; or 0 if it is not known */
+SHARED_STRUCT(Job, JOB_FIELDS)
+
+/* State that the threads of a job share. */
 typedef struct {
     const Job *job;
-    int (*each)(const Job *, I block, I next);
+    int (*step)(const Job *, I block, I next); /* not 0: stop */
     _Atomic I next;
-    _Atomic int over;
-} Crew;
+    _Atomic int stopped;
+} JobThreads;
 
-static I least(I a, I b) { return a < b ? a : b; }
+static I smaller(I a, I b) { return a < b ? a : b; }
 
-static I begins(const Job *job, I block, I *length) {
+/* The first coordinate of a block, and its length. */
+static I block_start(const Job *job, I block, I *length) {
     const I at = block * BLOCK;
-    *length = least(job->d - at, BLOCK);
+    *length = smaller(job->d - at, BLOCK);
     return at;
 }
 
-static int find(const Job *job, I block, I next) {
+/* Find the place of the largest number of a block, for each client. */
+static int find_places(const Job *job, I block, I next) {
     I n;
     (void)next;
-    const I at = begins(job, block, &n), blocks = (job->d + BLOCK - 1) / BLOCK;
+    const I at = block_start(job, block, &n), blocks = (job->d + BLOCK - 1) / BLOCK;
     for (I k = 0; k < job->clients; k++) {
         const REAL *x = job->rows + k * job->stride + at;
-        BITS most = 0; /* without their signs, numbers are in the order of their bits */
+        BITS most = 0; /* absolute values have the order of their bits */
         if (job->peaks) memcpy(&most, job->peaks + k * blocks + block, sizeof most);
         for (I i = 0; !job->peaks && i < n; i++) {
             BITS bits;
             memcpy(&bits, x + i, sizeof bits);
-            bits &= SIGNLESS;
+            bits &= ABS_MASK;
             most = bits > most ? bits : most;
         }
         REAL largest;
@@ -87,43 +105,43 @@ static int find(const Job *job, I block, I next) {
         FREXP(largest, &exponent);
         I top = exponent >= 0 ? exponent / WIDTH : -((WIDTH - 1 - exponent) / WIDTH);
         top = top < job->lowest ? job->lowest : top;
-        job->tops[block * job->clients + k] = most > MOST ? BEYOND : (int8_t)(most ? top : EMPTY);
+        job->tops[block * job->clients + k] = most > MAX_BITS ? NOT_ADDABLE : (int8_t)(most ? top : EMPTY);
     }
     return 0;
 }
 
-/* Add the digits of some clients' weighted numbers, read side by side, to the sums of each place. */
-static inline __attribute__((always_inline)) void taken(const int many, const REAL *const *x, const double *w,
-                                                        const double *anchor, double sum[KEPT][PIECE], I m) {
+/* Add the weighted digits of `count` clients to the sum of each place. */
+static inline __attribute__((always_inline)) void add_digits(const int count, const REAL *const *x, const double *w,
+                                                             const double *anchor, double sum[DIGITS][TILE], I m) {
     for (I i = 0; i < m; i++) {
-        double s[KEPT];
+        double s[DIGITS];
 #pragma GCC unroll 3
-        for (int j = 0; j < KEPT; j++) s[j] = sum[j][i];
+        for (int j = 0; j < DIGITS; j++) s[j] = sum[j][i];
 #pragma GCC unroll 4
-        for (int c = 0; c < many; c++) {
-            double left = x[c][i];
+        for (int c = 0; c < count; c++) {
+            double rest = x[c][i];
 #pragma GCC unroll 3
-            for (int j = 0; j < KEPT; j++) {
-                const double digit = left + anchor[j] - anchor[j];
+            for (int j = 0; j < DIGITS; j++) {
+                const double digit = rest + anchor[j] - anchor[j];
                 s[j] += w[c] * digit;
-                left -= digit;
+                rest -= digit;
             }
         }
 #pragma GCC unroll 3
-        for (int j = 0; j < KEPT; j++) sum[j][i] = s[j];
+        for (int j = 0; j < DIGITS; j++) sum[j][i] = s[j];
     }
 }
 
-#define ALIKE (KEPT == 2) /* two digits together are a whole number of 51 bits and a sign: one addition, not two */
-#define MOST_ALIKE 4096   /* such numbers have a sum of 63 bits */
+#define HAS_PAIRS (DIGITS == 2) /* two digits form an integer of 51 bits and a sign, so one addition adds both */
+#define MAX_PAIRS 4096          /* the sum of this number of pairs fits 63 bits */
 
-/* Add both digits at once of some clients' numbers to whole sums: what is left of x + 1.5·2^(52 + 26 j) are its bits. */
-static inline __attribute__((always_inline)) void counted(const int many, const REAL *const *x, double anchor,
-                                                          uint64_t sum[PIECE], I m) {
+/* Add both digits of `count` clients to integer sums: the low bits of x + 1.5·2^(52 + 26 j) are the pair of digits. */
+static inline __attribute__((always_inline)) void add_pairs(const int count, const REAL *const *x, double anchor,
+                                                            uint64_t sum[TILE], I m) {
     for (I i = 0; i < m; i++) {
         uint64_t s = sum[i];
 #pragma GCC unroll 4
-        for (int c = 0; c < many; c++) {
+        for (int c = 0; c < count; c++) {
             const double moved = x[c][i] + anchor;
             uint64_t bits;
             memcpy(&bits, &moved, sizeof bits);
@@ -133,7 +151,8 @@ static inline __attribute__((always_inline)) void counted(const int many, const 
     }
 }
 
-static inline double real(int64_t n) { /* |n| < 2^51; not every machine has an instruction for vectors of them */
+/* n as a double, |n| < 2^51. Vectorised, unlike a cast: AVX2 cannot convert vectors of int64. */
+static inline double to_double(int64_t n) {
     const double anchor = 0x1.8p52;
     int64_t bits;
     memcpy(&bits, &anchor, sizeof bits);
@@ -143,26 +162,27 @@ static inline double real(int64_t n) { /* |n| < 2^51; not every machine has an i
     return moved - anchor;
 }
 
-/* Digits of `many` clients who weigh the same, out of their whole sum, into those of two places. */
-static void parted(const uint64_t *sum, I many, double anchor, double weight, I place, double *high, double *low, I m) {
-    uint64_t nothing;
-    memcpy(&nothing, &anchor, sizeof nothing);
-    nothing *= (uint64_t)many;
+/* Split the integer sum of `count` clients of equal weight into the digits of two places. */
+static void split_digits(const uint64_t *sum, I count, double anchor, double weight, I place, double *high, double *low,
+                         I m) {
+    uint64_t anchors;
+    memcpy(&anchors, &anchor, sizeof anchors);
+    anchors *= (uint64_t)count;
     const double unit = ldexp(weight, WIDTH * (int)(place - 1)), above = ldexp(weight, WIDTH * (int)place);
     for (I i = 0; i < m; i++) {
-        const int64_t all = (int64_t)(sum[i] - nothing), most = (all + (1 << (WIDTH - 1))) >> WIDTH;
-        high[i] += real(most) * above;
-        low[i] += real(all - most * (1 << WIDTH)) * unit;
+        const int64_t pair = (int64_t)(sum[i] - anchors), upper = (pair + (1 << (WIDTH - 1))) >> WIDTH;
+        high[i] += to_double(upper) * above;
+        low[i] += to_double(pair - upper * (1 << WIDTH)) * unit;
     }
 }
 
-/* Whether all is over: nothing is gained by going on where a place is missing. */
-static int fold(const Job *job, I block, I next) {
+/* Add one block. If it is refused, the result 1 stops all threads: the caller must first create the missing place. */
+static int add_block(const Job *job, I block, I next) {
     I n;
-    const I at = begins(job, block, &n);
+    const I at = block_start(job, block, &n);
     if (job->done[block]) return 0;
     job->done[block] = REFUSED;
-    find(job, block, next);
+    find_places(job, block, next);
     const int8_t *tops = job->tops + block * job->clients;
     int low = 127, high = EMPTY;
     for (I k = 0; k < job->clients; k++)
@@ -170,55 +190,57 @@ static int fold(const Job *job, I block, I next) {
             low = tops[k] < low ? tops[k] : low;
             high = tops[k] > high ? tops[k] : high;
         }
-    if (high == BEYOND) return 1;
+    if (high == NOT_ADDABLE) return 1;
     for (I k = 0; k < job->clients; k++)
-        for (int j = 0; tops[k] != EMPTY && j < KEPT && tops[k] - j >= job->lowest; j++)
+        for (int j = 0; tops[k] != EMPTY && j < DIGITS && tops[k] - j >= job->lowest; j++)
             if (!job->digits[tops[k] - j - job->lowest]) return 1;
     job->done[block] = ADDED;
-    int alike = ALIKE && job->clients <= MOST_ALIKE;
-    for (I k = 1; alike && k < job->clients; k++) alike = job->weights[k] == job->weights[0];
-    for (I p = 0; p < PLACES; p++)
+    int equal_weights = HAS_PAIRS && job->clients <= MAX_PAIRS;
+    for (I k = 1; equal_weights && k < job->clients; k++) equal_weights = job->weights[k] == job->weights[0];
+    for (I p = 0; p < MAX_PLACES; p++)
         if (job->fresh[p]) memset(job->digits[p] + at, 0, sizeof(double) * n);
     for (int top = high; top >= low && top != EMPTY; top--) {
-        const int kept = top - KEPT >= job->lowest ? KEPT : (int)(top - job->lowest) + 1;
-        double anchor[KEPT];
-        for (int j = 0; j < KEPT; j++) anchor[j] = ldexp(1.5, 52 + WIDTH * (top - j < job->lowest ? top : top - j));
-        const int whole = alike && kept == KEPT;
-        for (I from = 0; from < n; from += PIECE) {
-            const I m = least(n - from, PIECE), later = from + PIECE < n ? at + from + PIECE : next * BLOCK;
-            const I further = later - at - from, ahead = least(PIECE, job->d - later); /* what is read after all of this */
-            double sum[KEPT][PIECE];
-            uint64_t both[PIECE];
-            I some = 0;
+        const int kept = top - DIGITS >= job->lowest ? DIGITS : (int)(top - job->lowest) + 1;
+        double anchor[DIGITS];
+        for (int j = 0; j < DIGITS; j++) anchor[j] = ldexp(1.5, 52 + WIDTH * (top - j < job->lowest ? top : top - j));
+        const int whole = equal_weights && kept == DIGITS;
+        for (I from = 0; from < n; from += TILE) {
+            const I m = smaller(n - from, TILE), later = from + TILE < n ? at + from + TILE : next * BLOCK;
+            const I further = later - at - from, ahead = smaller(TILE, job->d - later); /* of the next tile */
+            double sum[DIGITS][TILE];
+            uint64_t both[TILE];
+            I added = 0;
             for (I k = 0, n_at; k < job->clients; k = n_at) {
-                const REAL *x[TOGETHER];
-                double w[TOGETHER];
-                int many = 0;
-                for (n_at = k; n_at < job->clients && many < TOGETHER; n_at++) {
+                const REAL *x[CLIENTS_AT_ONCE];
+                double w[CLIENTS_AT_ONCE];
+                int got = 0;
+                for (n_at = k; n_at < job->clients && got < CLIENTS_AT_ONCE; n_at++) {
                     if (tops[n_at] != top) continue;
-                    x[many] = job->rows + n_at * job->stride + at + from, w[many++] = job->weights[n_at];
+                    x[got] = job->rows + n_at * job->stride + at + from, w[got++] = job->weights[n_at];
                 }
-                if (!many) break;
-                if (!some && whole) memset(both, 0, sizeof both);
-                if (!some && !whole) memset(sum, 0, sizeof sum);
-                some += many;
-                for (int c = 0; c < many; c++) /* where nobody expects a reader */
-                    for (I i = 0; i < ahead; i += LINE / (I)sizeof(REAL)) __builtin_prefetch(x[c] + further + i, 0, 2);
-                if (whole && many == TOGETHER)
-                    counted(TOGETHER, x, anchor[KEPT - 1], both, m);
+                if (!got) break;
+                if (!added && whole) memset(both, 0, sizeof both);
+                if (!added && !whole) memset(sum, 0, sizeof sum);
+                added += got;
+                for (int c = 0; c < got; c++) /* beyond the range of the hardware prefetcher */
+                    for (I i = 0; i < ahead; i += CACHE_LINE / (I)sizeof(REAL))
+                        __builtin_prefetch(x[c] + further + i, 0, 2);
+                if (whole && got == CLIENTS_AT_ONCE)
+                    add_pairs(CLIENTS_AT_ONCE, x, anchor[DIGITS - 1], both, m);
                 else if (whole)
-                    for (int c = 0; c < many; c++) counted(1, x + c, anchor[KEPT - 1], both, m);
-                else if (many == TOGETHER)
-                    taken(TOGETHER, x, w, anchor, sum, m);
+                    for (int c = 0; c < got; c++) add_pairs(1, x + c, anchor[DIGITS - 1], both, m);
+                else if (got == CLIENTS_AT_ONCE)
+                    add_digits(CLIENTS_AT_ONCE, x, w, anchor, sum, m);
                 else
-                    for (int c = 0; c < many; c++) taken(1, x + c, w + c, anchor, sum, m);
+                    for (int c = 0; c < got; c++) add_digits(1, x + c, w + c, anchor, sum, m);
             }
-            if (some && whole) {
+            if (added && whole) {
                 double *const *digits = job->digits + top - job->lowest;
-                parted(both, some, anchor[KEPT - 1], job->weights[0], top, digits[0] + at + from, digits[-1] + at + from, m);
+                split_digits(both, added, anchor[DIGITS - 1], job->weights[0], top, digits[0] + at + from,
+                             digits[-1] + at + from, m);
                 continue;
             }
-            for (int j = 0; some && j < kept; j++) {
+            for (int j = 0; added && j < kept; j++) {
                 double *digit = job->digits[top - j - job->lowest] + at + from;
                 for (I i = 0; i < m; i++) digit[i] += sum[j][i];
             }
@@ -227,48 +249,53 @@ static int fold(const Job *job, I block, I next) {
     return 0;
 }
 
-static void *work(void *given) {
-    Crew *crew = given;
-    const I blocks = (crew->job->d + BLOCK - 1) / BLOCK;
-    I next = atomic_fetch_add(&crew->next, 1);
-    for (I block; (block = next) < blocks && !atomic_load(&crew->over);) {
-        next = atomic_fetch_add(&crew->next, 1);
-        if (crew->each(crew->job, block, next)) atomic_store(&crew->over, 1);
+static void *thread_main(void *argument) {
+    JobThreads *shared = argument;
+    const I blocks = (shared->job->d + BLOCK - 1) / BLOCK;
+    I next = atomic_fetch_add(&shared->next, 1);
+    for (I block; (block = next) < blocks && !atomic_load(&shared->stopped);) {
+        next = atomic_fetch_add(&shared->next, 1);
+        if (shared->step(shared->job, block, next)) atomic_store(&shared->stopped, 1);
     }
     return 0;
 }
 
-static void all(const Job *job, int (*each)(const Job *, I, I)) {
-    Crew crew = {.job = job, .each = each};
-    const I more = job->threads - 1;
-    pthread_t threads[more > 0 ? more : 1];
-    I begun = 0;
-    while (begun < more && !pthread_create(&threads[begun], 0, work, &crew)) begun++;
-    work(&crew);
-    for (I i = 0; i < begun; i++) pthread_join(threads[i], 0);
+/* Run a step on all blocks. After NO_MEMORY no block has been touched. */
+static int run_threads(const Job *job, int (*step)(const Job *, I, I)) {
+    JobThreads shared = {.job = job, .step = step};
+    const I more = smaller(job->threads, (job->d + BLOCK - 1) / BLOCK) - 1;
+    pthread_t *threads = more > 0 ? calloc(more, sizeof(pthread_t)) : 0;
+    if (more > 0 && !threads) return NO_MEMORY;
+    I started = 0;
+    while (started < more && !pthread_create(&threads[started], 0, thread_main, &shared)) started++;
+    thread_main(&shared); /* if a thread cannot be created, the others run its blocks */
+    for (I i = 0; i < started; i++) pthread_join(threads[i], 0);
+    free(threads);
+    return DONE;
 }
 
-/* The place of the largest number of every block. */
-void tops(const Job *job) { all(job, find); }
+/* Find the place of the largest number of every block. */
+int tops(const Job *job) { return run_threads(job, find_places); }
 
-/* Add every block that has not been, until one of them is refused. */
-void add(const Job *job) { all(job, fold); }
+/* Add every block that is not added yet, until one of them is refused. */
+int add(const Job *job) { return run_threads(job, add_block); }
 
 #ifdef WIDE
 
-#define SHARE 64 /* coordinates whose digits, of all places there are, stay in the nearest memory */
+#define TOTAL_TILE 64 /* coordinates whose digits of all places stay in the L1 cache */
 
-/* out = Σ of digits of some places side by side, from `lowest` on; a pointer of 0 is a place without any.
+/* out = Σ of the digits of adjacent places, from `lowest` on; a pointer of 0 is a place without digits.
 
-   What a place has too much is carried to the next, then they are added from the largest place down: first as they
-   are, for the sign of the sum, which is that of its first digit; then by absolute value. */
-void total(const double *const *digits, I places, I lowest, I d, double *out) {
-    for (I from = 0; from < d; from += SHARE) {
-        const I m = least(d - from, SHARE);
-        double kept[places][SHARE], sign[SHARE];
-        for (I i = 0; i < SHARE; i++) sign[i] = 1;
-        for (int signless = 0; signless < 2; signless++) {
-            double carry[SHARE] = {0}, lead[SHARE] = {0};
+   The excess of a place is carried to the next place; then the digits are added from the largest place down. The first
+   pass finds the sign of each sum, which is the sign of its first digit. The second pass sums absolute values. */
+int total(const double *const *digits, I places, I lowest, I d, double *out) {
+    double(*kept)[TOTAL_TILE] = calloc(places, sizeof *kept), sign[TOTAL_TILE];
+    if (!kept) return NO_MEMORY;
+    for (I from = 0; from < d; from += TOTAL_TILE) {
+        const I m = smaller(d - from, TOTAL_TILE);
+        for (I i = 0; i < TOTAL_TILE; i++) sign[i] = 1;
+        for (int pass = 0; pass < 2; pass++) {
+            double carry[TOTAL_TILE] = {0}, lead[TOTAL_TILE] = {0};
             for (I p = 0; p < places; p++) {
                 const double unit = ldexp(1, WIDTH * (int)(lowest + p + 1));
                 const double *digit = digits[p] ? digits[p] + from : 0;
@@ -280,13 +307,15 @@ void total(const double *const *digits, I places, I lowest, I d, double *out) {
                     lead[i] = kept[p][i] == 0 ? lead[i] : kept[p][i];
                 }
             }
-            for (I i = 0; !signless && i < m; i++) sign[i] = lead[i] < 0 ? -1 : 1;
+            for (I i = 0; !pass && i < m; i++) sign[i] = lead[i] < 0 ? -1 : 1;
         }
         for (I i = 0; i < m; i++) out[from + i] = kept[places - 1][i];
         for (I p = places - 2; p >= 0; p--)
             for (I i = 0; i < m; i++) out[from + i] += kept[p][i];
         for (I i = 0; i < m; i++) out[from + i] *= sign[i];
     }
+    free(kept);
+    return DONE;
 }
 
 #endif

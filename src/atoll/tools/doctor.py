@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll import data, models, recipes
-from atoll.compiled import build
+from atoll.compiled import load_libraries
 from atoll.data.named import NAMED
 from atoll.errors import AtollError
 from atoll.native import Unbuilt, compiler, folder
@@ -285,7 +285,7 @@ def _lanes(name: str) -> Check:
 def _native_code() -> Check:
     """Check that the native code can be built. Without it, atoll uses fused layers in torch, which are slower."""
     try:
-        build(torch.float32)
+        load_libraries(torch.float32)
         return Check("native code", True, f"built by {compiler()[1]}, cached in {folder()}")
     except Unbuilt as why:
         return Check("native code", not why.write, f"none: {why}; runs use fused numerics instead", why.write)
