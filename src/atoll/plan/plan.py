@@ -32,19 +32,24 @@ from atoll.plan.sampler import Everyone, Uniform, fraction
 class Plan(Value):
     """An algorithm, as a value: a part in each slot of the formula.
 
-    θ⁺ = optimizer(θ, finish(settle(Σ lift(open(encode(local(θ, dataᵢ))), wᵢ))))
+    cohort = sampler(clients, round)                     the clients that participate in the round
+    gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
+    mᵢ     = encode(gᵢ)                                  clip, compress
+    total  = Σ_b s(b) · decode_sum_b( Σ_{i from b} lift(decode(mᵢ), wᵢ) )
+    g      = finalize(server_update(total))              the codec's server part, then the mean or a robust rule
+    θ⁺     = optimizer(θ, g, round)                      the server always descends
 
     Args:
-        local: what a client computes.
-        aggregator: how contributions become one.
-        optimizer: how the server descends.
-        cohort: who is at work: a sampler; None is everyone, an int that many, a float that fraction.
-        codec: what happens to an update on its way.
-        pace: when a round closes.
-        downlink: what happens to the model's change on its way to the clients; the server keeps what was lost of it.
+        local: the computation of a client: from θ and its own rows to a contribution.
+        aggregator: the combination of contributions: an exact sum, then a mean.
+        optimizer: the step of the server.
+        cohort: the clients of a round: a sampler, a number of clients (int), a fraction of them (float), or None for all.
+        codec: the compression of an update on its way to the server.
+        pace: the rule that closes a round.
+        downlink: the compression of the model's change on its way to the clients. The next change includes the error.
         max_failed: the largest fraction of a cohort that may fail before the run ends, in [0, 1].
     Raises:
-        UsageError: a slot holds something else than a part for it, or two parts cannot stand beside each other.
+        UsageError: a slot holds a value that is not a part for it, or two parts cannot be combined.
     Example:
         >>> from atoll.plan.local import Gradient
         >>> from atoll.plan.aggregate import Mean
