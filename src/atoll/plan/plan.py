@@ -43,7 +43,7 @@ class Plan(Value):
         local: the computation of a client: from θ and its own rows to a contribution.
         aggregator: the combination of contributions: an exact sum, then a mean.
         optimizer: the step of the server.
-        cohort: the clients of a round: a sampler, a number of clients (int), a fraction of them (float), or None for all.
+        cohort: the clients of a round: a sampler, their number (int), their fraction (float), or None for all clients.
         codec: the compression of an update on its way to the server.
         pace: the rule that closes a round.
         downlink: the compression of the model's change on its way to the clients. The next change includes the error.
