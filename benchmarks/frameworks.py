@@ -3,6 +3,7 @@
     python benchmarks/frameworks.py                                      atoll and the bare loop
     python benchmarks/frameworks.py --fedjax ENV/bin/python --pfl ENV/bin/python --flower ENV/bin/python
     python benchmarks/frameworks.py --models mlp --rounds 9 --out frameworks.png
+    python benchmarks/frameworks.py --before ENV/bin/python --rounds 9   also another version of atoll, and the ratio
 
 Each framework runs by itself, in the Python of its own environment (fedjax 0.0.17 with jax < 0.5; pfl 0.6;
 flwr[simulation] 1.41), on one workload: Fashion-MNIST in the hands of 1,000 clients of 60 images; in a round 100 of
@@ -33,8 +34,11 @@ import torch
 import atoll
 
 HERE = Path(__file__).parent / "peers"
+SOURCE = Path(atoll.__file__).parents[1]
+BEFORE = "atoll before"
 SCRIPTS = {
     "atoll": "ours.py",
+    BEFORE: "ours.py",
     "bare loop": "bare.py",
     "FedJAX": "fedjax_peer.py",
     "pfl-research": "pfl_peer.py",
@@ -57,13 +61,14 @@ class Peer:
         asked, ask = os.pipe()
         hear, told = os.pipe()
         script = str(HERE / SCRIPTS[self.name])
-        self.log = open(Path(self.folder) / f"{SCRIPTS[self.name]}.log", "w")  # noqa: SIM115 - as long as the process
+        paths = [HERE, SOURCE] if self.name == "atoll" else [HERE]  # the other version is in its own environment
+        self.log = open(Path(self.folder) / f"{self.name}.log", "w")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(
             [self.python, script, self.folder, str(asked), str(told)],
             pass_fds=(asked, told),
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONDONTWRITEBYTECODE": "1"},
         )
         os.close(asked), os.close(told)
         self.ask, self.hear = os.fdopen(ask, "w"), os.fdopen(hear)
@@ -105,7 +110,7 @@ class Peer:
 
 def written(folder: str, model: str, told: argparse.Namespace) -> None:
     """The workload, for every framework alike."""
-    data = atoll.data.load("fashion_mnist")
+    data = atoll.data.load(told.data)
     clients = data.split(told.clients, atoll.data.IID())
     x, y = (t.numpy() for t in clients.rows.take(torch.arange(len(clients.rows))))
     held = clients.held()
@@ -156,6 +161,9 @@ def printed(model: str, peers: list[Peer], target: float) -> None:
             f"{model:8} {peer.name:14}{median:10.4f}{median / ours:9.2f}x{last:10.4f}{until}{peer.memory:10.0f}",
             flush=True,
         )
+    before = next((peer for peer in peers if peer.name == BEFORE), None)
+    if before is not None:
+        print(f"{model:8} after / before: {ours / statistics.median(before.seconds):.3f}", flush=True)
 
 
 def drawn(tables: dict[str, list[Peer]], out: Path) -> None:
@@ -180,15 +188,17 @@ def main() -> None:
     ask.add_argument("--models", nargs="+", default=["softmax", "mlp", "cnn"])
     ask.add_argument("--rounds", type=int, default=5, help="timed rounds of each, after two that warm up")
     ask.add_argument("--turn", type=int, default=4, help="rounds that a framework makes one after the other")
+    ask.add_argument("--data", default="fashion_mnist", help="or mnist, which has the same shapes")
     ask.add_argument("--clients", type=int, default=1000)
     ask.add_argument("--cohort", type=int, default=100)
     ask.add_argument("--numerics", default="compiled", help="of atoll: what auto takes for a run of some 100 rounds")
     ask.add_argument("--target", type=float, default=0.7, help="accuracy")
     for name in ("fedjax", "pfl", "flower"):
         ask.add_argument(f"--{name}", metavar="PYTHON", help=f"of an environment that has {name}")
+    ask.add_argument("--before", metavar="PYTHON", help="of an environment that has another version of atoll")
     ask.add_argument("--out", type=Path, help="where to draw")
     told = ask.parse_args()
-    given = {"FedJAX": told.fedjax, "pfl-research": told.pfl, "Flower": told.flower}
+    given = {BEFORE: told.before, "FedJAX": told.fedjax, "pfl-research": told.pfl, "Flower": told.flower}
     pythons = {"atoll": sys.executable, "bare loop": sys.executable} | {n: p for n, p in given.items() if p}
     print(f"{'':23}{'s/round':>10}{'of ours':>10}{'accuracy':>10}{f's to {told.target}':>10}{'MB':>10}")
     tables = {}

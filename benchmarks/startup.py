@@ -2,12 +2,15 @@
 
     python benchmarks/startup.py                     both tables, some minutes
     python benchmarks/startup.py --only run --times 9
+    python benchmarks/startup.py --before ENV/bin/python --times 20      only the third table, with another version
 
 run: a process that imports torch and reads Fashion-MNIST with gzip and numpy, beside `atoll run` of the softmax model
 on it with 1,000 clients, up to the row of its first round in metrics.jsonl. registered: a process that imports torch
 and makes arrays, beside one that also makes a client of every row and trains a cohort of 100 for a round; and what a
-later round takes. Every time is that of a whole process, seen from outside from its start on. The processes of a table
-take turns, so that what else the machine does meets them alike, and after one turn to warm up the medians are told.
+later round takes. before: the CPU time and the peak memory of short programs, in this environment and in that of
+another version of atoll, and the ratio after / before. Every time is that of a whole process, seen from outside from
+its start on. The processes of a table take turns, so that what else the machine does meets them alike, and after one
+turn to warm up the medians are told.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,14 +61,21 @@ for _ in range(15):
 print(json.dumps(sorted(seconds)[7]))
 """
 REGISTERED = (1_000, 1_000_000)
+COMMANDS = {
+    "import atoll": ("-c", "import atoll"),
+    "atoll --version": ("-m", "atoll", "--version"),
+    "atoll --help": ("-m", "atoll", "--help"),
+    "a first round": ("-c", ARRAYS + FIRST_ROUND, "1000"),
+}
 
 
 class Spent(NamedTuple):
-    """Seconds from the start of a process on: on the wall, of its cores, and of a later round."""
+    """Seconds from the start of a process on: on the wall, of its cores, and of a later round; and its peak, in MiB."""
 
     wall: float
     cpu: float
     later: float = 0.0
+    peak: float = 0.0
 
 
 def read(folder: str) -> Spent:
@@ -91,11 +102,30 @@ def run(folder: str) -> Spent:
 
 def _ended(process: subprocess.Popen[bytes], began: float, killed: bool = False) -> tuple[float, float]:
     """Wait for a process: seconds since it began, and seconds of the cores that it took."""
+    wall, used = _waited(process, began, killed)
+    return wall, used.ru_utime + used.ru_stime
+
+
+def _waited(
+    process: subprocess.Popen[bytes], began: float, killed: bool = False
+) -> tuple[float, resource.struct_rusage]:
+    """Wait for a process: seconds since it began, and the resources that it used."""
     _, status, used = os.wait4(process.pid, 0)
     wall, process.returncode = time.perf_counter() - began, os.waitstatus_to_exitcode(status)
     if process.returncode and not killed:
         raise SystemExit(f"A process ended with {process.returncode}.")
-    return wall, used.ru_utime + used.ru_stime
+    return wall, used
+
+
+def command(python: str, words: Sequence[str]) -> Spent:
+    """A whole process of the Python of an environment."""
+    environment = dict(os.environ)
+    if python != sys.executable:
+        environment.pop("PYTHONPATH", None)  # it would hide the atoll of that environment
+    began = time.perf_counter()
+    with subprocess.Popen([python, *words], stdout=subprocess.DEVNULL, env=environment) as process:
+        wall, used = _waited(process, began)
+        return Spent(wall, used.ru_utime + used.ru_stime, peak=used.ru_maxrss / 1024)
 
 
 def told(code: str, rows: int) -> Spent:
@@ -143,13 +173,29 @@ def registered(times: int) -> None:
         print(f"{n:24,}{spent.wall:11.3f}{spent.cpu:11.3f}{more}{spent.later:11.4f}", flush=True)
 
 
+def versions(before: str, times: int) -> None:
+    """The table of two versions."""
+    pythons = {"before": before, "after": sys.executable}
+    who = {(name, when): (python, words) for name, words in COMMANDS.items() for when, python in pythons.items()}
+    found = turns({f"{n} {w}": lambda each=each: command(*each) for (n, w), each in who.items()}, times)  # type: ignore[misc]
+    print(f"{'':>24}{'CPU [s]':>11}{'before':>11}{'ratio':>11}{'peak [MiB]':>11}{'before':>11}{'ratio':>11}")
+    for name in COMMANDS:
+        a, b = found[f"{name} after"], found[f"{name} before"]
+        cpu = f"{a.cpu:11.3f}{b.cpu:11.3f}{a.cpu / b.cpu:11.3f}"
+        print(f"{name:>24}{cpu}{a.peak:11.1f}{b.peak:11.1f}{a.peak / b.peak:11.3f}", flush=True)
+
+
 def main() -> None:
     """Read the options, print the tables."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--only", choices=["run", "registered"])
     ask.add_argument("--times", type=int, default=5, help="turns, after one to warm up")
     ask.add_argument("--folder", default=FOLDER, help="of the gzipped files of Fashion-MNIST")
+    ask.add_argument("--before", metavar="PYTHON", help="of an environment that has another version of atoll")
     asked = ask.parse_args()
+    if asked.before:
+        versions(asked.before, asked.times)
+        return
     if asked.only in (None, "run"):
         first_round(asked.folder, asked.times)
     if asked.only in (None, "registered"):

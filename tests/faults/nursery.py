@@ -84,9 +84,10 @@ def failpoints(kill, half):
 
 def work(order, data):
     """Start the run of this folder, or resume it."""
-    from atoll import recorder, runs, train
+    from atoll import runs, train
     from atoll.grammar import parse
     from atoll.plan.names import PARTS
+    from atoll.training import recorder
 
     if order.get("every"):
         ticks = iter(range(10**9))

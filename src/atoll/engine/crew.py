@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 from msgspec import structs
 from torch import Tensor
 
+from atoll.engine.chunks import Results
 from atoll.engine.crossing import Place
-from atoll.engine.work import Haul
 from atoll.engine.worker import Answer, Broke, Done, Hauled, Ready, Run, Told, haul_of
 from atoll.errors import RunError, UsageError
 from atoll.plan.protocols import Aggregator
@@ -38,6 +38,7 @@ class Job:
         repeats: earlier starts of each client in its round.
         down: bytes of the download of each client.
         rows: reads the client state; called when the job is assigned. None: the clients have no state.
+        keep: ids of clients whose contributions are returned.
         deliver: whether the worker returns its results after this job.
         wanted: whether the engine still needs the results.
         deaths: the number of workers that died during this job.
@@ -51,6 +52,7 @@ class Job:
     down: list[int]
     rows: Rows | None
     deliver: bool
+    keep: Sequence[int] = ()
     wanted: bool = True
     deaths: int = 0
     unwanted_since: float = 0.0
@@ -63,7 +65,7 @@ class Catch(NamedTuple):
     """
 
     jobs: list[Job]
-    haul: Haul
+    haul: Results
     most: int | None = None
 
 
@@ -242,7 +244,9 @@ class Crew:
         if len(job.clients) == 1:
             cause = f"{_DEADLY} workers died while they trained it"
             failure = Failure(job.clients[0], job.told.birth, "local", cause)
-            self._caught.append(Catch([job], Haul.none()._replace(failures=[failure], errors=[RuntimeError(cause)])))
+            self._caught.append(
+                Catch([job], Results.empty()._replace(failures=[failure], errors=[RuntimeError(cause)]))
+            )
             return []
         half = len(job.clients) // 2
         return [self._part(job, slice(None, half)), self._part(job, slice(half, None))]
@@ -251,7 +255,7 @@ class Crew:
         rows = job.rows
         some = None if rows is None else lambda: {n: t[part] for n, t in rows().items()}
         clients, repeats, down = job.clients[part], job.repeats[part], job.down[part]
-        return Job(job.group, job.told, clients, repeats, down, some, job.deliver, deaths=_DEADLY - 1)
+        return Job(job.group, job.told, clients, repeats, down, some, job.deliver, job.keep, deaths=_DEADLY - 1)
 
     # the jobs
 
@@ -276,7 +280,7 @@ class Crew:
             told = structs.replace(job.told, forget=forget)
         rows = None if job.rows is None else job.rows()
         hand.sent.append(job)
-        run = Run(job.group, job.told.number, job.clients, job.repeats, job.down, None, job.deliver)
+        run = Run(job.group, job.told.number, job.clients, job.repeats, job.down, None, job.deliver, list(job.keep))
         hand.line.give(told, run, rows)
 
     def _listen(self, rule: Aggregator | None, timeout: float | None) -> bool:

@@ -6,11 +6,9 @@ tests/identities/test_precision.py.
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from atoll.native import Unbuilt
 from atoll.plan.lanes import Lanes
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Population
-from atoll.rng import Key, global_scope
+from atoll.rng import Key, generator_states, global_scope
 from atoll.task import Gradient, Task
 
 BODIES = ("auto", "lanes", "loop", "fused", "compiled")
@@ -157,7 +155,7 @@ def _passes(task: Task, data: Clients, rows: int) -> bool:
         Whether the pass drew from a global random generator.
     """
     with global_scope(Key(0).fold("probe")):
-        before = _drawn()
+        before = generator_states()
         try:
             gradient = _gradient(task, data, rows, (0,))
         except AtollError:
@@ -178,7 +176,7 @@ def _passes(task: Task, data: Clients, rows: int) -> bool:
                 "one pass over a few rows was tested before the first round.",
                 "atoll doctor",
             ) from error
-        drew = before != _drawn()
+        drew = before != generator_states()
     if gradient.grad.shape != (1, task.layout.d):
         raise UsageError("The model's gradient has another length than its parameters.", "one number a parameter.")
     return drew
@@ -190,14 +188,6 @@ def _takes(task: Task, data: Clients, rows: int) -> bool:
     except Exception:
         return False
     return True
-
-
-def _drawn() -> tuple[object, ...]:
-    """The states of the global random generators: torch's on every device in use, Python's and NumPy's."""
-    kind, words, *rest = np.random.get_state(legacy=True)
-    on_host = torch.random.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(words).tobytes()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return *on_host, kind, rest, [state.numpy().tobytes() for state in gpus]
 
 
 def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Trouble | None:
