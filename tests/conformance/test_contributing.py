@@ -15,7 +15,7 @@ from atoll.plan.names import PARTS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-SECTION = TEXT.partition("## Adding an algorithm is small\n")[2].partition("\n## ")[0]
+SECTION = TEXT.partition("## An algorithm in one class\n")[2].partition("\n## ")[0]
 # Each block names its file in its first line.
 BLOCKS = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", SECTION, re.DOTALL | re.MULTILINE))
 

@@ -33,19 +33,24 @@ from atoll.plan.sampler import Everyone, Uniform, fraction
 class Plan(Value):
     """An algorithm, as a value: a part in each slot of the formula.
 
-    θ⁺ = optimizer(θ, finalize(server_update(Σ wᵢ · decode(encode(local(θ, dataᵢ))))))
+    cohort = sampler(clients, round)                     the clients that participate in the round
+    gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
+    mᵢ     = encode(gᵢ)                                  clip, compress
+    total  = Σ_b s(b) · decode_sum_b( Σ_{i from b} lift(decode(mᵢ), wᵢ) )
+    g      = finalize(server_update(total))              the codec's server part, then the mean or a robust rule
+    θ⁺     = optimizer(θ, g, round)                      the server always descends
 
     Args:
-        local: the computation of a client.
-        aggregator: the combination of contributions.
-        optimizer: the server's steps.
-        cohort: the clients of a round: a sampler; None: all; an int: that number; a float: that fraction.
-        codec: the compression of updates.
-        pace: when a round closes.
-        downlink: the compression of the model's change; the next change contains the error of the last one.
+        local: the computation of a client: from θ and its own rows to a contribution.
+        aggregator: the combination of contributions: an exact sum, then a mean.
+        optimizer: the step of the server.
+        cohort: the clients of a round: a sampler, their number (int), their fraction (float), or None for all clients.
+        codec: the compression of an update on its way to the server.
+        pace: the rule that closes a round.
+        downlink: the compression of the model's change on its way to the clients. The next change includes the error.
         max_failed: the largest fraction of a cohort that may fail before the run ends, in [0, 1].
     Raises:
-        UsageError: a slot holds no part of its kind, or two parts exclude each other.
+        UsageError: a slot holds a value that is not a part for it, or two parts cannot be combined.
     Example:
         >>> from atoll.plan.local import Gradient
         >>> from atoll.plan.aggregate import Mean

@@ -1,13 +1,17 @@
 """One round of any algorithm on any engine.
 
-    cohort = sampler(clients, round)                     who is at work
+    cohort = sampler(clients, round)                     the clients that participate in the round
     gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
     mᵢ     = encode(gᵢ)                                  clip, compress
-    total  = Σ_b s(b) · decode_sum( Σ_{i born b} wᵢ · decode(mᵢ) )
-    g      = finalize(server_update(total))               the mean, or a robust rule
+    total  = Σ_b s(b) · decode_sum_b( Σ_{i from b} lift(decode(mᵢ), wᵢ) )
+    g      = finalize(server_update(total))              the codec's server part, then the mean or a robust rule
     θ⁺     = optimizer(θ, g, round)                      the server always descends
 
-`step` is this, once, for every algorithm and every engine. An algorithm is a `Plan`: a value with a part in each slot.
+b is the model version: the round whose θ client i started from. s(b) is its staleness weight, 1 in synchronous rounds.
+wᵢ is the weight of client i, usually the number of its training rows. `lift` multiplies by wᵢ and makes the sum exact.
+
+`step` computes this formula for every algorithm on every engine. An algorithm is a `Plan`: a value with a part in each
+slot.
 """
 
 from __future__ import annotations
