@@ -27,6 +27,7 @@ from torch import Tensor
 
 import atoll
 from atoll.data import IID, Clients
+from atoll.engine import Processes
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient
 from atoll.plan.optimizer import sgd
@@ -97,7 +98,7 @@ def run(data: Clients, pace, seconds: float) -> Ran:
 
     plan = Plan(Paced(TIMES_S), Mean(), sgd(0.1), pace=pace)
     told = {"dtype": "float64", "numerics": "loop", "evaluate_every": 0, "rounds": 10**6}
-    training = atoll.rounds("linear", data, plan, engine="processes", workers=data.count, **told)
+    training = atoll.rounds("linear", data, plan, engine=Processes(workers=data.count), **told)
     ends, thetas, fast = [], [], 0
     for report in training:
         ends.append(time.perf_counter())

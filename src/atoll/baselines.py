@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from atoll.data.clients import Clients
+from atoll.engine.chunks import contribute_chunk
 from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.memory import Memory
 from atoll.errors import RunError
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.aggregate.exact import LARGEST
-from atoll.plan.lanes import ROWS, Lanes
+from atoll.plan.lanes import ROWS
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Broadcast, Cohort, Local, Population, Sampler
+from atoll.plan.protocols import Broadcast, Cohort, Ids, Local, Population, Sampler
 from atoll.plan.round import bind, step
 from atoll.plan.state import State
 from atoll.plan.stepper import OptimizerBase
@@ -40,6 +41,7 @@ from atoll.training.rounds import Rounds, judge
 
 MOST = 200  # clients trained alone, at most
 _LANE_BYTES = 256 << 20
+_JUDGE = Plan(Evaluate(), Mean())
 _ROW_NUMBERS = 1 << 24  # of held-out rows, repeated for the models that are judged together
 
 
@@ -232,17 +234,6 @@ def _in_lanes(training: Rounds, plan: Plan) -> bool:
     )
 
 
-class _Each(Model):
-    """Models of K clients where a part expects one model to start all of them from."""
-
-    __slots__ = ()
-
-    def lanes(self, k: int) -> Model:
-        """Copies, to train on in place."""
-        counters = {n: t.clone() for n, t in self.counters.items()}
-        return Model(self.theta.clone(), self.buffers.clone(), counters, self.fixed)
-
-
 def _many(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Judged]:
     """Clients in lanes, as many at once as the engine would take."""
     each = 8 * training.task.layout.d * training.task.layout.dtype.itemsize
@@ -263,7 +254,7 @@ Groups = dict[str, dict[str, Tensor]]  # tensors `[K, …]` of K clients: model,
 def _side_by_side(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> tuple[Model, Tensor]:
     """The models of clients that trained alone, largest first, and which stayed finite: lane by lane as `step`."""
     first = training.first.lanes(len(ids))
-    kept = plan.local.memory(training.task.layout)
+    kept = plan.memory(training.task.layout)
     now: Groups = {
         "model": {"theta": first.theta, "buffers": first.buffers},
         "counters": dict(first.counters),
@@ -291,17 +282,22 @@ def _side_by_side(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> t
 def _round(training: Rounds, plan: Plan, ids: Tensor, t: int, before: Groups) -> tuple[Groups, Tensor]:
     """One round of each client by itself: what is new, and whose numbers are all finite."""
     task, data = training.task, training.data
-    start = _Each(before["model"]["theta"], before["model"]["buffers"], before["counters"], training.first.fixed)
-    lanes = Lanes(data, ids, task.layout.dtype, device=task.device)
-    key = Key(training.settings.seed).fold("round", t, "clients").of(ids).fold("local")
-    given, kept = plan.local.contribute(Broadcast(t, start, {"local": {}}), lanes, before["kept"], key, task)
+    start = Model(before["model"]["theta"], before["model"]["buffers"], before["counters"], training.first.fixed)
+    broadcast, key = Broadcast(t, start, {"local": {}, "codec": {}}), Key(training.settings.seed).fold("round", t)
+    chunk = contribute_chunk(plan, task, data, broadcast, _starts(ids), key, before["kept"])
+    given = chunk.decoded
     good = torch.ones(len(ids), dtype=torch.bool)
     for rows in (*given.means.values(), *given.sums.values()):
         good &= (rows.reshape(len(ids), -1).abs().amax(1) <= LARGEST).to(good.device)
     theta, state = plan.optimizer.update(start.theta, given.means["update"], {}, before["optimizer"], t)
     model = {"theta": theta} | ({"buffers": given.means["buffers"]} if "buffers" in given.means else {})
-    after = {"model": model, "counters": given.counters, "optimizer": state, "kept": kept}
+    after = {"model": model, "counters": given.counters, "optimizer": state, "kept": chunk.memory}
     return {g: dict(group) for g, group in after.items()}, good
+
+
+def _starts(clients: Tensor) -> Ids:
+    """The first start of each of these clients."""
+    return Ids(clients, torch.zeros_like(clients))
 
 
 def _judged(task: Task, held: Clients, model: Model) -> Iterator[dict[str, float]]:
@@ -313,9 +309,8 @@ def _judged(task: Task, held: Clients, model: Model) -> Iterator[dict[str, float
     for at in torch.arange(k).split(most):
         # A single lane would go through other kernels than many: it is judged beside a copy of itself.
         picked = at if len(at) > 1 else at.repeat(2)
-        lanes = Lanes(held, torch.zeros_like(picked), task.layout.dtype, device=task.device)
-        each = _Each(*model.select(picked))
-        given, _ = Evaluate().contribute(Broadcast(0, each, {}), lanes, {}, Key(0).of(lanes.ids), task)
+        broadcast = Broadcast(0, model.select(picked), {})
+        chunk = contribute_chunk(_JUDGE, task, held, broadcast, _starts(torch.zeros_like(picked)), Key(0), {})
         for i in range(len(at)):
-            told = {n: float(s[i]) / rows for n, s in given.sums.items() if n != "rows"}
+            told = {n: float(s[i]) / rows for n, s in chunk.decoded.sums.items() if n != "rows"}
             yield {"held_out_loss": told.pop("loss")} | {n: finish[n](v) for n, v in told.items()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from atoll.shelf import empty
 
 if TYPE_CHECKING:
     from atoll.task import Model
+
+LossOf = Callable[[Tensor, Tensor, int, int], Tensor]
 
 MARGIN = 1024  # numbers of room before the loop's flat gradient
 
@@ -107,17 +109,35 @@ class Walk:
         model: where all begin, θ `[d]`.
         lanes: K.
         lr: the rate.
+        loss: `loss(x, y, step, k)`, Σ of the losses of the rows x, y of client k in a step, by the bound module.
     """
 
-    def __init__(self, bound: Bound, model: Model, lanes: int, lr: float) -> None:
-        self._bound, self._start, self._lr = bound, model, lr
+    def __init__(self, bound: Bound, model: Model, lanes: int, lr: float, loss: LossOf) -> None:
+        self._bound, self._start, self._lr, self._loss = bound, model, lr, loss
         self._fixed = {**model.fixed, **model.counters}
         self._theta = model.theta.clone()
         self._views = list(bound.layout.params(self._theta).values())
-        self.update = empty(model.theta, (lanes, len(model.theta)))
+        self._update = empty(model.theta, (lanes, len(model.theta)))
         self.loss = self._lost = model.theta.new_zeros(lanes)
         self._buffers: list[Tensor] = []
         self._counters: list[dict[str, Tensor]] = []
+
+    def follow(self, rows: Any, steps: Iterable[tuple[Tensor, tuple[int, ...]]]) -> None:
+        """Make these steps: all steps of one client before those of the next.
+
+        Args:
+            rows: of the clients, a `Lanes`.
+            steps: places of rows `[k, B]` and counts of the first k clients, for each step.
+        """
+        steps = list(steps)
+        for k in range(len(self.loss)):
+            own = [(places[k : k + 1], counts[k : k + 1]) for places, counts in steps if k < len(counts)]
+            self.begin()
+            for number, (x, y, (count,)) in enumerate(rows.batches(own)):
+                lost = self.step(x[0, :count], y[0, :count], number, k) if count else None
+                if rows.on_step is not None:
+                    rows.on_step(k, number, 0.0 if lost is None else float(lost) / count)
+            self.end()
 
     def begin(self) -> None:
         """The next client is at the start."""
@@ -127,9 +147,10 @@ class Walk:
         self._bound.fill(self._start.buffers, self._fixed)
         self._lost = self.loss[len(self._buffers)]
 
-    def step(self, loss: Tensor, rows: int) -> None:
-        """One step, from the sum of the losses of so many rows."""
-        loss.backward(loss.new_tensor(1.0 / rows))  # the bits of (loss / rows).backward(), without its two operations
+    def step(self, x: Tensor, y: Tensor, number: int, k: int) -> Tensor:
+        """One step of client k on its rows `[n, …]`: Σ of their losses, `[]`."""
+        loss = self._loss(x, y, number, k)
+        loss.backward(loss.new_tensor(1.0 / len(y)))  # the bits of (loss / rows).backward(), without its two operations
         views, grads = list[Tensor](), list[Tensor]()
         for view, p in zip(self._views, self._bound.parameters, strict=True):
             if p.grad is not None:  # the pass has led there
@@ -139,14 +160,20 @@ class Walk:
         if grads:
             torch._foreach_add_(views, grads, alpha=-self._lr)
         self._bound.settle()
-        self._lost.add_(loss.detach())
+        lost = loss.detach()
+        self._lost.add_(lost)
+        return lost
 
     def end(self) -> None:
         """This client has come to its end."""
-        torch.sub(self._start.theta, self._theta, out=self.update[len(self._buffers)])
+        torch.sub(self._start.theta, self._theta, out=self._update[len(self._buffers)])
         buffers, counters = self._bound.buffers()
         self._buffers.append(buffers)
         self._counters.append(counters)
+
+    def update(self) -> Tensor:
+        """How far each client has come, uphill: θ − θ_k, `[K, d]`."""
+        return self._update
 
     @property
     def moved(self) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,12 +12,12 @@ import ctypes
 from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from atoll.fused import Bias, Convolution, Dense, Heard, Pool, Program, Relu, Shape, Steps, ToMaps, ToRows, Unserved
+from atoll.fused import Bias, Convolution, Dense, Pool, Program, Relu, Shape, Steps, ToMaps, ToRows, Unserved
 from atoll.known import BLOCK, blocks, tell
 from atoll.native import library, threads_now, widths
 from atoll.shelf import empty
@@ -44,6 +44,9 @@ class Source(Protocol):
     def in_memory(self) -> bool: ...
     @property
     def width(self) -> int: ...
+    @property
+    def on_step(self) -> Any: ...
+    def stepped(self, step: int, losses: Tensor, counts: tuple[int, ...]) -> None: ...
     def stored(self, places: Tensor) -> Stored: ...
 
 
@@ -286,38 +289,44 @@ class Descent:
         theta: where all begin, `[d]`.
         lanes: K.
         lr: the rate.
-        heard: told of every step, where somebody listens.
 
     `loss`, `[K]`, is what the rows of all steps lost.
     """
 
-    def __init__(self, program: Program, theta: Tensor, lanes: int, lr: float, heard: Heard | None = None) -> None:
-        self._program, self._start, self._lr, self._heard = program, theta.contiguous(), lr, heard
+    def __init__(self, program: Program, theta: Tensor, lanes: int, lr: float) -> None:
+        self._program, self._start, self._lr, self._steps = program, theta.contiguous(), lr, 0
         self.loss, self._update = theta.new_zeros(lanes), theta.new_zeros(lanes, 0)
 
     def update(self) -> Tensor:
         """How far each has come, uphill: θ − θ_k, `[K, d]`."""
         return self._update
 
+    @property
+    def moved(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Buffers `[K, 0]` and no counters: a model with buffers is not served."""
+        return self.loss.new_empty(len(self.loss), 0), {}
+
     def follow(self, rows: Source, steps: Steps) -> None:
         """Make these steps; rows that do not lie in memory are read some steps at a time."""
         first, *others = _portions(list(steps), None if rows.in_memory else _AHEAD // max(1, rows.width))
         if not others:
-            self._update = self._made(rows, first, self._start, _UPDATE)
+            self._update = self.step(rows, first, self._start, _UPDATE)
             return
         theta = self._start.repeat(len(self.loss), 1)
         for portion in (first, *others):
-            theta[: len(portion[0][1])] = self._made(rows, portion, theta[: len(portion[0][1])], _MODEL)
+            theta[: len(portion[0][1])] = self.step(rows, portion, theta[: len(portion[0][1])], _MODEL)
         self._update = self._start - theta
 
-    def _made(self, rows: Source, steps: list[tuple[Tensor, tuple[int, ...]]], theta: Tensor, asked: int) -> Tensor:
+    def step(self, rows: Source, steps: list[tuple[Tensor, tuple[int, ...]]], theta: Tensor, asked: int) -> Tensor:
+        """Make some steps of all lanes in one call of native code: the updates, or the models, `[K, d]`."""
         stored = rows.stored(torch.cat([places.reshape(-1) for places, _ in steps]))
         shapes = [(places.shape[1], counts) for places, counts in steps]
         out, losses = _run(self._program, theta, stored, shapes, asked, self._lr)
         for (_, counts), lost in zip(steps, losses.split([len(counts) for _, counts in steps]), strict=True):
             self.loss[: len(counts)] += lost
-            if self._heard is not None:
-                self._heard(lost, counts)
+            if rows.on_step is not None:
+                rows.stepped(self._steps, lost, counts)
+            self._steps += 1
         return out
 
 

@@ -27,7 +27,6 @@ from atoll.layout import Layout
 from atoll.loss import cross_entropy, mse
 
 Steps = Iterable[tuple[Tensor, tuple[int, ...]]]  # of each: places of rows [k, B], and how many of each client's count
-Heard = Callable[[Tensor, tuple[int, ...]], None]  # of a step: Σ of losses [k], and the rows that counted
 MAPS = 32  # the most rows of one client in one pass where there are maps: bounds the memory of shifted copies
 
 
@@ -343,11 +342,10 @@ class Descent:
         theta: where all begin, `[d]`.
         lanes: K.
         lr: the rate.
-        heard: told of every step, where somebody listens.
     """
 
-    def __init__(self, program: Program, theta: Tensor, lanes: int, lr: float, heard: Heard | None = None) -> None:
-        self._program, self._start, self._lr, self._heard = program, program.split(theta[None]), lr, heard
+    def __init__(self, program: Program, theta: Tensor, lanes: int, lr: float) -> None:
+        self._program, self._start, self._lr = program, program.split(theta[None]), lr
         self._lanes = [t.expand(max(2, lanes), *t.shape[1:]).contiguous() for t in self._start]
         self._active = self._lanes if lanes > 1 else []
         self._pair: list[Tensor] | None = None  # the one lane that is left, and its copy: one alone has other bits
@@ -361,11 +359,11 @@ class Descent:
         return self._lost.flatten()[: self.count]
 
     def follow(self, rows: Any, steps: Steps) -> None:
-        """Make these steps, on rows read by `rows.batches(steps)`."""
-        for x, y, counts in rows.batches(steps):
+        """Make these steps, on rows read by `rows.batches(steps)`; `rows.stepped` receives the losses of each."""
+        for number, (x, y, counts) in enumerate(rows.batches(steps)):
             lost = self.step(x, y, counts)
-            if self._heard is not None:
-                self._heard(lost, counts)
+            if rows.on_step is not None:
+                rows.stepped(number, lost, counts)
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -397,6 +395,11 @@ class Descent:
         for start, t, part in zip(self._start, self._lanes, self._program.split(out), strict=True):
             torch.sub(start, t[: self.count], out=part)
         return out
+
+    @property
+    def moved(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Buffers `[K, 0]` and no counters: a model with buffers is not served."""
+        return self._lost.new_empty(self.count, 0), {}
 
 
 def shares(counts: tuple[int, ...], y: Tensor, like: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, TypeVar
 
-from atoll.errors import UsageError
+from atoll.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
 
@@ -35,19 +36,39 @@ def load_from_user(name: str) -> Any:
     """The object of a name that a user typed. The working folder is searched last.
 
     Raises:
-        UsageError: the module or the name does not exist.
+        UsageError: the module or the name does not exist. The module has been executed if it exists.
     """
+    module, _, path = name.partition(":")
+    found = _module_of_user(module, path)
+    try:
+        return functools.reduce(getattr, path.split("."), found)
+    except AttributeError:
+        known = [each for each, value in vars(found).items() if callable(value) and each[0] != "_"]
+        raise UsageError(
+            f"The module {module} has no class or function {path!r}.",
+            "module:name.",
+            write=f"{module}:{did_you_mean(path, known)}" if known else "",
+        ) from None
+
+
+def _module_of_user(module: str, path: str) -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
-        return load(name)
-    except (ImportError, AttributeError) as error:
-        module, _, path = name.partition(":")
-        raise UsageError(
-            f"{name} cannot be imported: {error}.",
-            "a module that is installed or in the working folder, and a name in it.",
-            write=f'python -c "from {module} import {path}"',
-        ) from None
+    cause = None
+    if all(part.isidentifier() for part in module.split(".")):
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            # If the module itself imports a package that is missing, the error names that package.
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise
+            cause = error
+    spelled = module.removesuffix(".py").replace("/", ".").strip(".")
+    raise UsageError(
+        f"No module is called {module!r}.",
+        "module:name, the module in the working folder or installed.",
+        write=f"{spelled}:{path}" if spelled != module else "",
+    ) from cause
 
 
 def under(prefix: str, values: Mapping[str, T]) -> dict[str, T]:

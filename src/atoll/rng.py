@@ -325,3 +325,20 @@ def global_scope(key: Key) -> Iterator[None]:
     finally:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+def generator_states() -> tuple[object, ...]:
+    """The states of the global generators of torch on every device in use, of numpy and of Python.
+
+    Two equal results mean that nothing was drawn in between.
+
+    Example:
+        >>> before = generator_states()
+        >>> _ = torch.rand(1)
+        >>> before == generator_states()
+        False
+    """
+    kind, words, *rest = np.random.get_state(legacy=True)
+    on_host = torch.random.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(words).tobytes()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return *on_host, kind, rest, [state.numpy().tobytes() for state in gpus]

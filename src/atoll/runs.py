@@ -19,6 +19,7 @@ import contextlib
 import csv
 import errno
 import fcntl
+import io
 import json
 import os
 import platform
@@ -38,6 +39,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from atoll.errors import RunError, UsageError
+from atoll.files import atomic_write
 
 FORMAT = 1
 LOGS = ("metrics.jsonl", "events.jsonl")
@@ -121,23 +123,13 @@ def _beginning(parent: Path) -> Iterator[None]:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace a file in one step: written beside, made durable, renamed."""
-    beside = path.with_name(path.name + ".new")
+    """Replace a file of a run in one step.
+
+    Raises:
+        RunError: the file could not be written.
+    """
     with _writing(path):
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        atomic_write(path, data)
 
 
 @dataclass(frozen=True)
@@ -379,13 +371,11 @@ class Folder:
         """Write metrics.csv from the rows."""
         rows = read_rows(self.path / "metrics.jsonl")
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        beside = self.path / "metrics.csv.new"
-        with _writing(self.path / "metrics.csv"):
-            with open(beside, "w", newline="") as file:
-                table = csv.DictWriter(file, columns)
-                table.writeheader()
-                table.writerows(rows)
-            os.replace(beside, self.path / "metrics.csv")
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, columns)
+        table.writeheader()
+        table.writerows(rows)
+        write(self.path / "metrics.csv", text.getvalue().encode())
 
 
 def read_pointer(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from atoll import compiled, fused
 from atoll.bound import Bound, Walk
 from atoll.errors import UsageError, unknown_name
-from atoll.fused import Heard, Program, Unserved, shares, total_of
+from atoll.fused import Program, Unserved, shares, total_of
 from atoll.intercept import InLanes, KeyedDropout, may_drop
 from atoll.layout import Layout
 from atoll.loss import LOSSES, METRICS, Metric, PerExample
@@ -57,13 +57,22 @@ class Model(NamedTuple):
     fixed: Mapping[str, Tensor]
 
     def lanes(self, k: int) -> Model:
-        """This one model for k clients, each with a copy of its own."""
+        """A copy for each of k clients: of this one model, or of the model of each lane if there are k already."""
+        if self.theta.dim() == 2:
+            counters = {n: t.clone() for n, t in self.counters.items()}
+            return Model(self.theta.clone(), self.buffers.clone(), counters, self.fixed)
         return Model(
             empty(self.theta, (k, len(self.theta))).copy_(self.theta),
             self.buffers.repeat(k, 1),
             {n: t.expand(k, *t.shape).clone() for n, t in self.counters.items()},
             self.fixed,
         )
+
+    def of(self, k: int) -> Model:
+        """The model of lane k: this one model, or views of the k-th if there is one for each lane."""
+        if self.theta.dim() == 1:
+            return self
+        return Model(self.theta[k], self.buffers[k], {n: t[k] for n, t in self.counters.items()}, self.fixed)
 
     def to(self, device: torch.device) -> Model:
         """The same numbers on another device; itself where they are there already."""
@@ -328,11 +337,21 @@ class Task:
             ) from why
 
     def descent(
-        self, model: Model, lanes: int, lr: float, heard: Heard | None = None
-    ) -> fused.Descent | compiled.Descent:
-        """Plain gradient descent of K lanes that all begin at a single model (θ `[d]`)."""
+        self, model: Model, lanes: int, lr: float, key: Key | None = None
+    ) -> fused.Descent | compiled.Descent | Walk:
+        """Plain gradient descent of K clients that all start at one model (θ `[d]`), by the backend; not for "lanes".
+
+        Args:
+            model: the start.
+            lanes: K.
+            lr: the learning rate.
+            key: of the K clients; the loop draws dropout by it.
+        """
+        if self.numerics == "loop":
+            self.module.train()
+            return Walk(self.bound, model, lanes, lr, partial(self._lane_loss, key or Key(0), lanes))
         kind = compiled.Descent if self.numerics == "compiled" else fused.Descent
-        return kind(self.program, model.theta, lanes, lr, heard)
+        return kind(self.program, model.theta, lanes, lr)
 
     @torch.no_grad()
     def _gradient_by_hand(self, model: Model, batch: Batch) -> Gradient:
@@ -391,19 +410,15 @@ class Task:
     def _drops(self) -> bool:
         return may_drop(self.module)
 
-    def walk(self, model: Model, lanes: int, lr: float) -> Walk:
-        """Plain gradient descent of K clients that all begin at a single model (θ `[d]`), one after the other."""
-        self.module.train()
-        return Walk(self.bound, model, lanes, lr)
-
-    def stride(self, walk: Walk, x: Tensor, y: Tensor, key: Key, k: int) -> None:
-        """One step of the k-th client, which is at work, on its rows `[n, …]`; the key is that of all clients."""
-        if not len(y):
-            return
-        keyed = self._keyed(lambda: key.state().to(self.device).expand(len(walk.loss))[k])
+    def _lane_loss(self, key: Key, lanes: int, x: Tensor, y: Tensor, step: int, k: int) -> Tensor:
+        """Σ of the losses of rows `[n, …]` of client k in a step, by the bound module; the key is of all clients."""
+        if not self.noisy and not self._drops:
+            return self.loss(self._answer(x), y).sum()
+        key = key.fold("pass", step)
+        keyed = self._keyed(lambda: key.state().to(self.device).expand(lanes)[k])
         with global_scope(key.only(k)) if self.noisy else contextlib.nullcontext(), keyed:
             output = self._answer(x)
-        walk.step(self.loss(output, y).sum(), len(y))
+        return self.loss(output, y).sum()
 
     def _loop_measure(self, model: Model, batch: Batch, k: int) -> dict[str, Tensor]:
         self.bound.bind(model, k)

@@ -85,9 +85,10 @@ def failpoints(kill, half):
 
 def work(order, data):
     """Begin the run of this folder, or go on with it."""
-    from atoll import recorder, runs, train
+    from atoll import runs, train
     from atoll.grammar import parse
     from atoll.plan.names import PARTS
+    from atoll.training import recorder
 
     if order.get("every"):
         ticks = iter(range(10**9))

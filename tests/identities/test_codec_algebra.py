@@ -21,7 +21,7 @@ from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import Codec, Identity
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Contribution, Ids, Local
+from atoll.plan.protocols import Contribution, Declared, Ids, Local
 from atoll.rng import Key
 
 SIZES = (9, 5, 9, 3, 7)
@@ -70,6 +70,9 @@ class Round(Codec):
 
     def decode(self, x, side):
         return x.to(side["step"].dtype) * side["step"]
+
+    def declare(self, layout):
+        return {**super().declare(layout), "at_most": Declared(1, torch.int64, "sum")}
 
 
 @dataclass(frozen=True, repr=False)

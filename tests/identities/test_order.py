@@ -1,6 +1,6 @@
 """Order of clients, chunks, threads and workers change no bit; two bodies agree to rounding (identity 4)."""
 
-from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from thinned import by_turns
 from torch import nn
 
 from atoll import recipes
+from atoll.engine.chunks import chunks
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.models import build
@@ -33,24 +34,29 @@ USUAL = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean(), rules.sgd(1.0, mo
 DTYPES = by_turns(MODELS, [torch.float32, torch.float64])
 
 
-@dataclass(frozen=True)
 class Shuffled(InProcessEngine):
     """Chunks arrive in another order; in a chunk, clients of one size stand in another order."""
 
-    by: int = 0
+    def __init__(self, task, data, chunk=None, by=0):
+        super().__init__(task, data, chunk)
+        self.by = by
 
-    def _chunks(self, plan, task, codes, down, scale=1.0):
-        key = Key(self.by)
-        order = key.permutation(len(codes))
-        chunks = list(super()._chunks(plan, task, codes[order], down[order]))
-        return iter([chunks[i] for i in key.fold("chunks").permutation(len(chunks)).tolist()])
+    def gather(self, plan, state, cohort, key):
+        def shuffled(plan, task, data, ids, down, *limits):
+            order = Key(self.by).permutation(len(down))
+            parts = list(chunks(plan, task, data, ids.select(order), down[order], *limits))
+            return iter([parts[i] for i in Key(self.by).fold("chunks").permutation(len(parts)).tolist()])
+
+        with patch("atoll.engine.inprocess.chunks", shuffled):
+            return super().gather(plan, state, cohort, key)
 
 
-@dataclass(frozen=True)
 class Workers(InProcessEngine):
     """Each worker has a part of the cohort; their partial sums are merged, the last one first."""
 
-    workers: int = 2
+    def __init__(self, task, data, chunk=None, workers=2):
+        super().__init__(task, data, chunk)
+        self.workers = workers
 
     def gather(self, plan, state, cohort, key):
         parts = [cohort.ids[w :: self.workers] for w in range(self.workers)]

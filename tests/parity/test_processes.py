@@ -139,7 +139,7 @@ def test_number_of_workers_and_chunks_change_no_bit(workers, numerics, nursery, 
 def test_the_front_door_runs_on_processes(tmp_path):
     data = atoll.data.load("digits").split(clients=6)
     told = {"rounds": 2, "numerics": "lanes", "report": False, "out": tmp_path}
-    ours = atoll.train("softmax", data, recipes.fedavg(lr=0.1), engine="processes", workers=2, **told)
+    ours = atoll.train("softmax", data, recipes.fedavg(lr=0.1), engine="Processes(workers=2)", **told)
     theirs = atoll.train("softmax", data, recipes.fedavg(lr=0.1), **told)
     assert ours.metrics == theirs.metrics
     about = (ours.path / "environment.json").read_text(encoding="utf-8")
@@ -275,7 +275,7 @@ PROGRAM = """
 import sys, atoll
 data = atoll.data.load("digits").split(clients=20)
 plan, told = atoll.recipes.fedavg(lr=0.1), dict(rounds=10**6, numerics="fused")  # auto looks at the rounds
-training = atoll.rounds("softmax", data, plan, **told, engine="processes", workers=2)
+training = atoll.rounds("softmax", data, plan, **told, engine="Processes(workers=2)")
 for report in training:
     if report.round == 1:
         print(report.fingerprint, *training.engine._nursery.folders)
@@ -395,9 +395,9 @@ def test_settings_of_one_engine_beside_another_are_refused():
     data = atoll.data.load("digits").split(clients=4)
     plan = recipes.fedavg(lr=0.1)
     for settings, words in (
-        ({"workers": 2}, "--engine processes"),
+        ({"workers": 2}, "Processes"),
         ({"engine": "processes", "fleet": "Fleet(HalfNormal())"}, "--engine inprocess"),
-        ({"engine": "processes", "workers": 0}, "--workers 2"),
+        ({"engine": "Processes(workers=0)"}, "Processes"),
         ({"engine": "proceses"}, "Write: processes"),
     ):
         with pytest.raises(UsageError, match=words):

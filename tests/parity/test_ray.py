@@ -195,12 +195,12 @@ def test_arrivals_of_two_actors_come_to_least_squares(pace, cluster):
 def test_a_run_on_ray_goes_on_in_this_process_and_the_other_way_round(cluster, tmp_path):
     data = atoll.data.load("digits").split(clients=6)
     plan = recipes.diloco(steps=3, batch=8)
-    told, there = {"numerics": "lanes", "report": False}, {"engine": "ray", "workers": 2, "cpus": 0.1}
+    told, there = {"numerics": "lanes", "report": False}, {"engine": "Ray(workers=2, cpus=0.1)"}
     whole = atoll.train("softmax", data, plan, rounds=4, out=tmp_path / "whole", **told)
     for first, then in ((there, {}), ({}, there)):
         half = atoll.train("softmax", data, plan, rounds=2, out=tmp_path / "halves", **told, **first)
         about = json.loads((half.path / "environment.json").read_text(encoding="utf-8"))
-        assert about["engine"] == first.get("engine", "inprocess")
+        assert about["engine"] == ("ray" if first else "inprocess")
         again = atoll.train("softmax", data, plan, rounds=4, resume=half.path, **told, **then)
         assert again.reports[-1].fingerprint == whole.reports[-1].fingerprint
         assert again.metrics == whole.metrics

@@ -22,8 +22,10 @@ from torch import nn
 import atoll
 from atoll import recipes
 from atoll.cli.app import answer
+from atoll.engine import Ray
 from atoll.engine import ray as module
 from atoll.engine.ray import RayEngine, laid, lying
+from atoll.engine.spec import engine
 from atoll.errors import RunError, UsageError
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
@@ -45,15 +47,18 @@ def small() -> tuple:
     return task_of(seeded(nn.Linear, 4, 3), data, dtype=torch.float32), data
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"cpus": 0.0}, {"gpus": -1.0}, {"gpus": 1.5}, {"cpus": float("nan")}, {"device": "cuda"}],
-    ids=str,
-)
-def test_parts_of_a_machine_that_there_are_not_are_refused(settings):
+@pytest.mark.parametrize("fields", [{"cpus": 0.0}, {"gpus": -1.0}, {"gpus": 1.5}, {"cpus": float("nan")}], ids=str)
+def test_parts_of_a_machine_that_there_are_not_are_refused(fields):
+    with pytest.raises(UsageError, match="pus = ") as refusal:
+        Ray(**fields)
+    assert isinstance(engine(refusal.value.write), Ray)
+
+
+def test_a_gpu_that_no_actor_has_is_refused():
     data = atoll.data.load("digits").split(clients=4)
-    with pytest.raises(UsageError, match="pus = "):
-        atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="ray", **settings)
+    with pytest.raises(UsageError, match="device = 'cuda' with the engine Ray") as refusal:
+        atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="ray", device="cuda")
+    assert refusal.value.write == "--device cuda --gpus 1"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +136,7 @@ def test_the_command_line_refuses_what_it_cannot_reach(strangers, capsys, tmp_pa
     assert answer(words) == 2
     assert "Write: ray start --head --port 6379" in capsys.readouterr().err
     assert answer(["run", "--gpus", "1"]) == 2
-    assert "--engine ray" in capsys.readouterr().err
+    assert '--engine "Ray(gpus=1.0)"' in capsys.readouterr().err
 
 
 def test_what_an_actor_cannot_import_is_refused_before_anything_starts(strangers):
@@ -162,7 +167,7 @@ PROGRAM = """
 import sys, atoll
 data = atoll.data.load("digits").split(clients=20)
 plan, told = atoll.recipes.fedavg(lr=0.1), dict(rounds=10**6, numerics="fused")  # auto looks at the rounds
-training = atoll.rounds("softmax", data, plan, **told, engine="ray", workers=1, ADDRESS)
+training = atoll.rounds("softmax", data, plan, **told, engine=Ray(ADDRESS, workers=1))
 if __name__ == "__main__":
     for report in training:
         if report.round == 1:
@@ -201,5 +206,5 @@ def test_nothing_is_left_behind(sent):
 
 def test_a_gpu_by_its_number_is_refused():
     data = atoll.data.load("digits").split(clients=4)
-    with pytest.raises(UsageError, match="device = 'cuda:1' with the engine ray"):
-        atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="ray", gpus=1.0, device="cuda:1")
+    with pytest.raises(UsageError, match="device = 'cuda:1' with the engine Ray"):
+        atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="Ray(gpus=1.0)", device="cuda:1")

@@ -14,12 +14,13 @@ from parity import ranks as theirs
 from thinned import only
 
 from atoll import recipes, rounds, runs
+from atoll.engine import RunOptions, Torchrun
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.ranks import Ranks
-from atoll.engine.torchrun import agreed, alike
 from atoll.errors import RunError, UsageError
 from atoll.plan.pace import Bounded, Buffered
 from atoll.plan.round import Report
+from atoll.training.rounds import check_same, sync_report
 
 ROOT = Path(__file__).parents[2]
 RANKS = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -185,19 +186,15 @@ def test_nccl_without_a_gpu(monkeypatch):
     assert "nccl" in str(error) and error.write == "--set backend=gloo"
 
 
-def test_unknown_backend(monkeypatch):
-    assert refused(RANKS, monkeypatch, backend="glo").write == "--set backend=auto"
-
-
 @pytest.mark.parametrize("pace", [Buffered(2), Bounded(1)], ids=repr)
 def test_a_pace_that_flies_on(pace, clients):
     plan = replace(recipes.fedavg(0.1, cohort=5), pace=pace)
     with pytest.raises(UsageError, match="Sync") as caught:
-        rounds("softmax", clients, plan, engine="torchrun")
+        Torchrun().check(RunOptions(plan=plan))
     assert caught.value.write == '--set "plan.pace=Sync()"'
 
 
-@pytest.mark.parametrize("told", [{"workers": 2}, {"workers": 0, "engine": "torchrun"}], ids=repr)
+@pytest.mark.parametrize("told", [{"workers": 2}, {"engine": "Torchrun(workers=0)"}], ids=repr)
 def test_workers_that_cannot_be(told, clients):
     with pytest.raises(UsageError, match="workers"):
         rounds("softmax", clients, recipes.fedavg(0.1), **told)
@@ -206,23 +203,23 @@ def test_workers_that_cannot_be(told, clients):
 class Two:
     """Two ranks, of which this is one, and the other says what it is told to."""
 
-    first = True
+    primary = True
 
     def __init__(self, **other):
         self.other = other
 
-    def all(self, data):
+    def exchange(self, data):
         return [data, json.dumps({**json.loads(data), **self.other}).encode()]
 
 
 def test_ranks_of_other_data_are_refused():
-    alike(Two(), {"data": "a", "seed": 1})
+    check_same(Two(), {"data": "a", "seed": 1})
     with pytest.raises(UsageError, match="Rank 1 has another data than rank 0: b, and not a"):
-        alike(Two(data="b"), {"data": "a", "seed": 1})
+        check_same(Two(data="b"), {"data": "a", "seed": 1})
 
 
 def test_ranks_that_drift_apart_end_the_run():
     report = Report(7, {"loss": 0.1}, 2, 2, (), 0, 0, 1.5, "abc")
-    assert agreed(Two(seconds=9.0), report) == report, "what rank 0 says counts"
+    assert sync_report(Two(seconds=9.0), report) == report, "what rank 0 says counts"
     with pytest.raises(RunError, match="After round 7 rank 1 has another model"):
-        agreed(Two(model="xyz"), report)
+        sync_report(Two(model="xyz"), report)

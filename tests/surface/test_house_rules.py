@@ -138,11 +138,6 @@ def test_rule_finds_what_it_forbids(rule, where, bad, good):
     assert not list(rule(ast.parse(good)))
 
 
-def test_no_file_is_long():
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in python(["src"])}
-    assert not {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > 500}
-
-
 # A folder of one machine; the lookbehind keeps addresses and relative paths out.
 MACHINE = re.compile(r"(?<![\w.:/~})-])/(?:root|work|opt|Users|home/\w+)/")
 

@@ -21,9 +21,11 @@ def test_another_prefix_is_left_out():
 
 def test_code_by_name():
     assert load("pathlib:Path.home").__name__ == "home"
-    with pytest.raises(UsageError, match="absent:x cannot be imported") as refusal:
+    with pytest.raises(UsageError, match="No module is called 'absent'"):
         load_from_user("absent:x")
-    assert refusal.value.write == 'python -c "from absent import x"'
+    with pytest.raises(UsageError, match="has no class or function 'Pth'") as refusal:
+        load_from_user("pathlib:Pth")
+    assert refusal.value.write == "pathlib:Path"
 
 
 def test_nested_tables():

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 from msgspec import structs
 from torch import Tensor
 
+from atoll.engine.chunks import Results
 from atoll.engine.crossing import Place
-from atoll.engine.work import Haul
 from atoll.engine.worker import Answer, Broke, Done, Hauled, Ready, Run, Told, haul_of
 from atoll.errors import RunError, UsageError
 from atoll.plan.protocols import Aggregator
@@ -33,6 +33,7 @@ class Job:
         told: what their clients may know.
         clients, repeats, down: the starts, and the bytes that each client was sent.
         rows: what they keep; asked for when the job is dealt.
+        keep: ids of clients whose contributions are returned.
         deliver: whether the worker hands over its haul when it has done this.
         wanted: whether somebody still waits for it.
         deaths: workers that died over it.
@@ -45,6 +46,7 @@ class Job:
     down: list[int]
     rows: Rows | None
     deliver: bool
+    keep: Sequence[int] = ()
     wanted: bool = True
     deaths: int = 0
     unwanted_since: float = 0.0
@@ -54,7 +56,7 @@ class Catch(NamedTuple):
     """A haul, the jobs that are in it, and how many clients fit side by side where more did not."""
 
     jobs: list[Job]
-    haul: Haul
+    haul: Results
     most: int | None = None
 
 
@@ -226,7 +228,9 @@ class Crew:
         if len(job.clients) == 1:
             cause = f"{_DEADLY} workers died over it"
             failure = Failure(job.clients[0], job.told.birth, "local", cause)
-            self._caught.append(Catch([job], Haul.none()._replace(failures=[failure], errors=[RuntimeError(cause)])))
+            self._caught.append(
+                Catch([job], Results.empty()._replace(failures=[failure], errors=[RuntimeError(cause)]))
+            )
             return []
         half = len(job.clients) // 2
         return [self._part(job, slice(None, half)), self._part(job, slice(half, None))]
@@ -235,7 +239,7 @@ class Crew:
         rows = job.rows
         some = None if rows is None else lambda: {n: t[part] for n, t in rows().items()}
         clients, repeats, down = job.clients[part], job.repeats[part], job.down[part]
-        return Job(job.group, job.told, clients, repeats, down, some, job.deliver, deaths=_DEADLY - 1)
+        return Job(job.group, job.told, clients, repeats, down, some, job.deliver, job.keep, deaths=_DEADLY - 1)
 
     # the jobs
 
@@ -260,7 +264,7 @@ class Crew:
             told = structs.replace(job.told, forget=forget)
         rows = None if job.rows is None else job.rows()
         hand.sent.append(job)
-        run = Run(job.group, job.told.number, job.clients, job.repeats, job.down, None, job.deliver)
+        run = Run(job.group, job.told.number, job.clients, job.repeats, job.down, None, job.deliver, list(job.keep))
         hand.line.give(told, run, rows)
 
     def _listen(self, rule: Aggregator | None, timeout: float | None) -> bool:

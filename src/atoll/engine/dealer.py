@@ -7,7 +7,7 @@ come back one a worker and round, not one a client.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,20 +18,20 @@ from torch import Tensor
 
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import Flown, Sending, fly
+from atoll.engine.chunks import Results, by_version, chunks, gathered, task_for
 from atoll.engine.crew import Catch, Crew, Job, Office
 from atoll.engine.crossing import pack
 from atoll.engine.inprocess import check_chunk
 from atoll.engine.memory import Pending
 from atoll.engine.room import Room
 from atoll.engine.spec import Engine
-from atoll.engine.work import Haul, births, chunks, gathered, own_task
 from atoll.engine.worker import Setup, Told, plan_of, spoken, written
 from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.in_flight import Flight, Traffic
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Broadcast, Cohort, Ids, Population
+from atoll.plan.protocols import Broadcast, Cohort, Ids, Partial, Population
 from atoll.plan.round import Gathered
 from atoll.plan.state import State
 from atoll.rng import Key
@@ -139,7 +139,7 @@ class Dealer(Engine):
         """The number of workers, and the threads of each."""
         return {"workers": self.workers, "threads_per_worker": self.threads}
 
-    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
+    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
         """Run the cohort: one partial sum for each birth, and the record of who gave it.
 
         Raises:
@@ -162,39 +162,45 @@ class Dealer(Engine):
 
         try:
             if plan.pace == _PLAIN:
-                flown, haul = self._together(plan, state, cohort, tell(state.round))
+                flown, results = self._together(plan, state, cohort, tell(state.round), keep)
             else:
-                flown, haul = _Arrivals(self, plan, text, state, cohort, now, tell).fly()
+                flown, results = _Arrivals(self, plan, text, state, cohort, now, tell, keep).fly()
         except BaseException:
             self._crew.drop(lambda job: True)
             self._aloft.clear()
             raise
-        return gathered(plan, state, flown, haul, self.room)
+        return gathered(plan, state, flown, results, self.room, keep)
 
-    def _together(self, plan: Plan, state: State, cohort: Cohort, told: Told) -> tuple[Flown, Haul]:
-        """A round that waits for everybody: chunks dealt to whoever is free, one haul a worker."""
+    def _together(
+        self, plan: Plan, state: State, cohort: Cohort, told: Told, keep: Collection[int]
+    ) -> tuple[Flown, Results]:
+        """A synchronous round: free workers receive chunks, and each returns its results once."""
         self._crew.drop(lambda job: True)
         self._aloft.clear()
         flown = fly(plan, state, self.population, cohort, None, 0)
-        task, kept, group = own_task(plan, self.task), Pending(state.memory), next(self._numbers)
+        task, kept, group = task_for(plan, self.task), Pending(state.memory), next(self._numbers)
         most = -(-len(flown.arrived) // (_DEALS * self.workers)) or 1
-        for _, ids, down in births(flown.arrived):
+        for _, ids, down in by_version(flown.arrived):
             for chunk, sent in chunks(plan, task, self.data, ids, down, self.room.within(self.chunk)):
                 for at in torch.arange(len(sent)).split(most):
-                    job = self.job(group, told, chunk.select(at), sent[at], kept, deliver=bool(state.memory.first))
+                    job = self.job(
+                        group, told, chunk.select(at), sent[at], kept, keep, deliver=bool(state.memory.first)
+                    )
                     self._crew.queue.append(job)
-        haul = Haul.none()
+        results = Results.empty()
         while self._crew.busy(group):
             catch = self._crew.next(plan.aggregator, _AHEAD)
             if catch is not None:
-                haul.add(plan.aggregator, catch.haul)
+                results.add(plan.aggregator, catch.haul)
                 self.room.learn(catch.most)
-        return flown, haul
+        return flown, results
 
-    def job(self, group: int, told: Told, ids: Ids, down: Tensor, kept: Pending, *, deliver: bool) -> Job:
-        """The job to compute these clients."""
-        rows = (lambda: kept.take(ids.client)) if kept.first else None
-        return Job(group, told, ids.client.tolist(), ids.repeat.tolist(), down.tolist(), rows, deliver)
+    def job(
+        self, group: int, told: Told, ids: Ids, down: Tensor, kept: Pending, keep: Collection[int], *, deliver: bool
+    ) -> Job:
+        """The job to compute these clients; it returns the contributions of those in `keep`."""
+        rows, clients = (lambda: kept.take(ids.client)) if kept.first else None, ids.client.tolist()
+        return Job(group, told, clients, ids.repeat.tolist(), down.tolist(), rows, deliver, sorted(keep))
 
     def _ready(self) -> None:
         if self.closed or not self._opened:
@@ -218,17 +224,25 @@ class _Arrivals:
     """An open round of a pace that does not wait for everybody: a flight arrives when a worker has computed it."""
 
     def __init__(
-        self, engine: Dealer, plan: Plan, text: str, state: State, cohort: Cohort, now: Broadcast, tell: Any
+        self,
+        engine: Dealer,
+        plan: Plan,
+        text: str,
+        state: State,
+        cohort: Cohort,
+        now: Broadcast,
+        tell: Any,
+        keep: Collection[int],
     ) -> None:
         self.engine, self.plan, self.text, self.state, self.now = engine, plan, text, state, now
         self._sending = Sending(state, engine.data.count)
         self._traffic = Traffic(plan.pace, plan.sampler, state.seed, state.round, state.air, engine.population, cohort)
         self._kept = Pending(state.memory)
         self._tolds: dict[int, Told] = {}
-        self._tell, self._haul = tell, Haul.none()
+        self._tell, self._results, self._keep = tell, Results.empty(), keep
         self._started = self._sent = 0
 
-    def fly(self) -> tuple[Flown, Haul]:
+    def fly(self) -> tuple[Flown, Results]:
         """Start who is missing, take arrivals as they come, until the pace closes the round."""
         began, traffic, pace = time.perf_counter(), self._traffic, self.plan.pace
         deadline = pace.deadline_s
@@ -257,7 +271,7 @@ class _Arrivals:
             None,
             (),
         )
-        return flown, self._haul
+        return flown, self._results
 
     def _adopt(self) -> None:
         """Flights that are in the air already: those that workers are at, and those of a state from elsewhere anew."""
@@ -267,7 +281,8 @@ class _Arrivals:
         for number, flight in flights.items():
             known = self.engine._aloft.get(number)
             theta = self.state.versions[flight.birth].model.theta
-            if known is None or known.flight != flight or known.theta is not theta or known.plan != self.text:
+            same = known is not None and known.flight == flight and known.theta is theta and known.plan == self.text
+            if known is None or not same or known.job.keep != self._named(flight):
                 self._forget(number)
                 self._post(flight, theta)
 
@@ -284,9 +299,15 @@ class _Arrivals:
         if birth not in self._tolds:
             self._tolds[birth] = self._tell(birth)
         ids, down = Ids(torch.tensor([flight.client]), torch.tensor([flight.again])), torch.tensor([flight.down])
-        job = engine.job(next(engine._numbers), self._tolds[birth], ids, down, self._kept, deliver=True)
+        job = engine.job(
+            next(engine._numbers), self._tolds[birth], ids, down, self._kept, self._named(flight), deliver=True
+        )
         engine._aloft[flight.number] = _Aloft(flight, job, theta, self.text)
         engine._crew.queue.append(job)
+
+    def _named(self, flight: Flight) -> list[int]:
+        """The client of a flight, if the caller asked for its contribution."""
+        return [flight.client] if flight.client in self._keep else []
 
     def _forget(self, number: int) -> None:
         known = self.engine._aloft.pop(number, None)
@@ -306,16 +327,16 @@ class _Arrivals:
         number = next((n for n, known in self.engine._aloft.items() if known.job is job), None)
         if number is None:
             return
-        flight, haul = self.engine._aloft.pop(number).flight, catch.haul
+        flight, results = self.engine._aloft.pop(number).flight, catch.haul
         self.engine.room.learn(catch.most)
         self._traffic.arrive(number)
-        for ids, rows in haul.memory:
+        for ids, rows in results.memory:
             self._kept.put(ids, rows)
         if self.plan.pace.asynchronous:
             late = torch.tensor([self.state.round - flight.birth])
-            facts: list[Mapping[str, Tensor]] = [{**f, "staleness": late} for f in haul.facts]
-            haul = haul._replace(facts=facts)
-        self._haul.add(self.plan.aggregator, haul)
+            facts: list[Mapping[str, Tensor]] = [{**f, "staleness": late} for f in results.facts]
+            results = results._replace(facts=facts)
+        self._results.add(self.plan.aggregator, results)
 
 
 def packed(
@@ -353,10 +374,10 @@ def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
             "a real computation cannot be cut short at a deadline and still be repeated.",
             repr(replace(plan.pace, partial=False)),  # type: ignore[type-var]
         )
-    if not hasattr(plan.aggregator.zero(), "tensors"):
+    if not isinstance(plan.aggregator.zero(), Partial):
         raise UsageError(
             f"{plan.aggregator!r} with workers.",
-            "an aggregator whose partial sum has `tensors()` and `of(tensors)`.",
+            "a partial with `tensors`, `of` and `reduce`, as atoll.plan.protocols.Partial declares them.",
             "a partial sum comes back as plain tensors.",
             "--engine inprocess",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,20 +13,20 @@ from torch import Tensor
 from atoll import native
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import check_clock, fly, message
+from atoll.engine.chunks import ChunkRunner, Results, by_version, chunks, gathered, partial_work, task_for
 from atoll.engine.device import free, gpu
 from atoll.engine.fleet import Fleet
 from atoll.engine.memory import Pending
 from atoll.engine.room import Room
 from atoll.engine.spec import Engine
 from atoll.engine.tuning import Setting, Tuning
-from atoll.engine.work import Haul, Work, births, chunks, cut, gathered, own_task
-from atoll.errors import UsageError
+from atoll.errors import AtollError, UsageError
 from atoll.layout import Layout
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight, waves
 from atoll.plan.lanes import HOST
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Broadcast, Cohort, Ids, Population, Tensors
+from atoll.plan.protocols import Aggregator, Broadcast, Cohort, Population, Tensors
 from atoll.plan.round import Gathered
 from atoll.plan.state import State
 from atoll.rng import Key
@@ -34,6 +34,9 @@ from atoll.task import Task
 
 _ENOUGH = 16  # clients in a round, from which on chunks are worth a trial
 _SMALL = 100_000  # parameters below which one thread is quickest
+
+Assign = Callable[[Tensor], Tensor]
+Reduce = Callable[[Aggregator, Results, Tensors, Exception | None], Results]
 
 
 class InProcessEngine(Engine):
@@ -45,6 +48,8 @@ class InProcessEngine(Engine):
         data: the clients.
         chunk: clients computed together; None chooses by the size of the model. It changes no bit.
         fleet: the simulated durations of clients and links; None simulates none.
+        assign: the positions of the clients that this process trains, out of client ids `[K]`; None: all.
+        reduce: adds the results of all processes; None: this process is the only one.
     Example:
         >>> from atoll.testing.locals import clients, problem
         >>> InProcessEngine(problem(), clients()).population.clients
@@ -60,9 +65,11 @@ class InProcessEngine(Engine):
         data: Clients | None = None,
         chunk: int | None = None,
         fleet: Fleet | None = None,
+        assign: Assign | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
         check_chunk(chunk)
-        self.chunk, self.fleet = chunk, fleet
+        self.chunk, self.fleet, self.assign, self.reduce = chunk, fleet, assign, reduce
         self.tuning, self.room = Tuning(), Room()  # they learn the chunk size that is fast, and the one that fits
         if task is not None and data is not None:
             self.open(task, data)
@@ -89,66 +96,66 @@ class InProcessEngine(Engine):
         """How the model lies in its vector."""
         return self.task.layout
 
-    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
-        """Run the cohort: one partial sum, and the record of who gave it.
+    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
+        """Train the cohort: one partial sum for each model version, and the ids of the clients that arrived.
 
         Raises:
-            RunError: the same error struck every client, or more failed than the plan allows.
+            RunError: all clients failed with the same error, or more failed than the plan allows.
+            UsageError: a client of `keep` did not arrive.
         """
-        task = own_task(plan, self.task)
+        task, data, first = task_for(plan, self.task), self.data, state.memory.first
         up = 0 if self.fleet is None else message(plan, task.layout)
         flown = fly(plan, state, self.population, cohort, self.fleet, up)
 
-        def start(birth: int) -> tuple[Broadcast, Key]:
-            return state.version(birth), key if birth == state.round else state.key(birth)
+        def start(version: int) -> tuple[Broadcast, Key]:
+            return state.version(version), key if version == state.round else state.key(version)
 
-        kept, shares = Pending(state.memory), cut(flown.arrived)
-        work = Work(plan, task, self.data, start, kept, state.round, shares, self.room)
-        if self._tries(task, len(flown.arrived)):
-            haul = self._timed(work, flown.arrived, state.memory.first)
-        else:
+        shares, memory, trouble = partial_work(flown.arrived), Pending(state.memory), None
+        runner = ChunkRunner(plan, task, data, start, memory, state.round, shares, self.room, keep)
+        with self._tuned(plan, task, flown.arrived, cohort) as scale:
+            try:
+                for wave in waves(flown.arrived) if first else [flown.arrived]:
+                    for version, ids, down in by_version(wave):
+                        if self.assign is not None:
+                            mine = self.assign(ids.client)
+                            ids, down = ids.select(mine), down[mine]
+                        for chunk, sent in chunks(plan, task, data, ids, down, self.chunk, free(task.device), scale):
+                            runner.run(version, chunk, sent)
+                    runner.commit_wave()
+            except (AtollError, MemoryError) as error:
+                if self.reduce is None:
+                    raise
+                trouble = error  # the other processes wait for this one: all of them raise it
+            results = runner.results
+            if self.reduce is not None:
+                results = self.reduce(plan.aggregator, results, first, trouble)
+        return gathered(plan, state, flown, results, self.room, keep)
+
+    @contextlib.contextmanager
+    def _tuned(self, plan: Plan, task: Task, arrived: list[Flight], cohort: Cohort) -> Iterator[float]:
+        """Set the number of threads for a round, and give the factor on the size of a chunk.
+
+        The factor and the threads are tried out over the first rounds, if the engine chooses the size of a chunk and
+        the round has enough clients for it to matter.
+        """
+        count = len(arrived)
+        if self.chunk is not None or count < _ENOUGH or task.numerics == "loop" or task.device != HOST:
             with threads_for(task, cohort.ids.shape[0], plan):
-                haul = self._haul(work, flown.arrived, state.memory.first)
-        return gathered(plan, state, flown, haul, self.room)
-
-    def agree(self, value: bytes) -> bytes:
-        """The value of the first process of a training: this one."""
-        return value
-
-    def _tries(self, task: Task, many: int) -> bool:
-        """Whether the size of chunks is this engine's to choose, and there are clients enough for it to matter."""
-        return self.chunk is None and many >= _ENOUGH and task.numerics != "loop" and task.device == HOST
-
-    def _timed(self, work: Work, arrived: list[Flight], first: Tensors) -> Haul:
-        """The same work by the setting that is to be tried, or that was quickest."""
+                yield 1.0
+            return
         before, began = torch.get_num_threads(), time.perf_counter()
-        with threads_for(work.task, len(arrived), work.plan):
+        with threads_for(task, count, plan):
             usual = torch.get_num_threads()
-            others = () if work.task.numerics == "compiled" or work.task.slow_in_lanes else (1, before)
+            others = () if task.numerics == "compiled" or task.slow_in_lanes else (1, before)
             setting = self.tuning.setting(Setting(1.0, usual), others)
             torch.set_num_threads(setting.threads)
             try:
-                haul = self._haul(work, arrived, first, setting.chunk)
+                yield setting.chunk
             finally:
                 torch.set_num_threads(usual)
         if not self.tuning.over:
             rows = int(self.data.sizes[torch.tensor([flight.client for flight in arrived])].sum())
             self.tuning.heard(rows, time.perf_counter() - began)
-        return haul
-
-    def _haul(self, work: Work, arrived: list[Flight], first: Tensors, scale: float = 1.0) -> Haul:
-        """Do the work of everybody who arrived, chunk by chunk; `first` is what one client keeps at first."""
-        for wave in waves(arrived) if first else [arrived]:
-            for birth, ids, down in births(wave):
-                for chunk, sent in self._chunks(work.plan, work.task, ids, down, scale):
-                    work.run(birth, chunk, sent)
-            work.landed()
-        return work.haul
-
-    def _chunks(
-        self, plan: Plan, task: Task, ids: Ids, down: Tensor, scale: float = 1.0
-    ) -> Iterator[tuple[Ids, Tensor]]:
-        return chunks(plan, task, self.data, ids, down, self.chunk, free(task.device), scale)
 
 
 def check_chunk(chunk: int | None) -> None:

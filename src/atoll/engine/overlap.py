@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from atoll.bound import MARGIN
+from atoll.data.clients import Clients
 from atoll.engine.arrivals import message
+from atoll.engine.chunks import Results, by_version, contribute_chunk
 from atoll.engine.ranks import Ranks, together
-from atoll.engine.work import Haul, Work, births
 from atoll.known import tell
 from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
 from atoll.plan.codec import Identity
@@ -27,7 +28,8 @@ from atoll.plan.in_flight import Flight
 from atoll.plan.lanes import ROWS
 from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Ids
+from atoll.plan.protocols import Broadcast, Ids
+from atoll.rng import Key
 from atoll.task import Task
 
 _STRETCH = 1 << 20  # numbers that go together: fewer wait sooner, more cost less each
@@ -86,13 +88,13 @@ class Overlap:
             self._stretches[-1] = (at, end)
             parameters[i].register_post_accumulate_grad_hook(self._hook(i))
 
-    def serves(self, work: Work, arrived: Sequence[Flight]) -> bool:
-        """Whether what a round gives is one flat gradient, and beside it no more than there is room for."""
-        layout, most = work.task.layout, int(work.data.sizes.max())
-        nothing_else = not layout.b and not layout.counters and not work.cut
+    def serves(self, data: Clients, arrived: Sequence[Flight]) -> bool:
+        """Whether the result of a round of a data-parallel plan is one flat gradient, with sums that fit before it."""
+        layout, most = self.task.layout, int(data.sizes.max())
+        nothing_else = not layout.b and not layout.counters and all(flight.share == 1 for flight in arrived)
         room = 0 < len(arrived) <= _MOST and most <= _WHOLE
-        room &= self.flat.device == self.ranks.device  # what is sent in place must lie where it can be sent
-        return room and work.task is self.task and nothing_else and data_parallel(work.plan)
+        room &= self.flat.device == self.ranks.device  # it is sent in place, so it must be on the device that sends
+        return room and nothing_else
 
     def _hook(self, i: int) -> Any:
         view = self.bound.gradients[i]
@@ -126,26 +128,31 @@ class Overlap:
             piece[: len(beside)] = beside
         self._sent.append(distributed.all_reduce(piece, async_op=True))
 
-    def haul(self, work: Work, arrived: list[Flight], mine: Tensor) -> Haul | None:
+    def results(
+        self, plan: Plan, data: Clients, broadcast: Broadcast, key: Key, arrived: list[Flight], mine: Tensor
+    ) -> Results | None:
         """A round's gradient, added up over all ranks; None, at every rank alike, where some client failed.
 
         Its partial sum lies in the task's own gradient: it holds until the next pass.
 
         Args:
-            work: the round's.
-            arrived: everybody.
+            plan: the algorithm, bound; `data_parallel`.
+            data: all clients.
+            broadcast, key: of the round.
+            arrived: the flights of all ranks.
             mine: the positions of this rank's clients.
         """
-        ((birth, ids, down),) = births(arrived)
+        ((version, ids, down),) = by_version(arrived)
         table = self.flat.new_zeros(1 + len(down), len(_SUMS))  # row 0: whether somebody failed
         self._sent, self._before = [], None
         # A mean is weighted on its way, by parts of one, and need not be divided again.
-        rule, held = work.plan.aggregator, _weights(work.plan, work.data.sizes[ids.client])
+        rule, held = plan.aggregator, _weights(plan, data.sizes[ids.client])
         self._all = int(held.sum()) if rule.over == "arrived" and not rule.forms_sum else 1
         with together():
             try:
                 for i, at in enumerate(mine.tolist()):
-                    self._one(work, birth, ids.select(slice(at, at + 1)), i + 1 == len(mine), table[1 + at])
+                    start, last = ids.select(slice(at, at + 1)), i + 1 == len(mine)
+                    self._one(plan, data, broadcast, key, start, last, table[1 + at])
             except Exception:
                 table[0, 0] = 1.0  # the others are waiting for this rank's stretches; then all of them do it with care
             if not len(mine) or table[0, 0]:
@@ -161,17 +168,30 @@ class Overlap:
         if table[0, 0] or not math.isfinite(float(norm) + float(table.sum())):
             return None
         tell(self.flat, "norm", norm)
-        return self._told(work, birth, ids.client, down, table[1:])
+        loss, rows = table[1:].unbind(1)
+        held = data.sizes[ids.client]
+        sums = {n: {0: column.double().sum()[None]} for n, column in zip(_SUMS, (loss, rows), strict=True)}
+        weight = _weights(plan, held).sum() if self._all == 1 else torch.tensor(1)
+        partial = PartialSum({"update": {0: self.flat}}, sums, {}, weight, torch.tensor(len(down)))
+        facts = {
+            "loss": (loss / rows.clamp(min=1)).to(down.device),
+            "rows": held,
+            "bytes_up": torch.full_like(down, message(plan, self.task.layout)),
+            "bytes_down": down,
+        }
+        return Results({version: partial}, [], [], [ids.client], [facts], [], [])
 
-    def _one(self, work: Work, birth: int, start: Ids, last: bool, row: Tensor) -> None:
+    def _one(
+        self, plan: Plan, data: Clients, broadcast: Broadcast, key: Key, start: Ids, last: bool, row: Tensor
+    ) -> None:
         """One client's pass; that of the last one sends the sum of all as it comes."""
-        rows = work.data.sizes[start.client]
-        weight = float(_weights(work.plan, rows)) / self._all
-        if last and rows and work.plan.local.padded_batch(int(rows)) <= ROWS:
+        rows = data.sizes[start.client]
+        weight = float(_weights(plan, rows)) / self._all
+        if last and rows and plan.local.padded_batch(int(rows)) <= ROWS:
             self._missing = set(range(len(self.bound.gradients)))
             self.bound.taken, self.bound.scale = True, self.flat.new_tensor(weight)
         try:
-            contribution, _, _ = work.contribute(birth, start)
+            contribution = contribute_chunk(plan, self.task, data, broadcast, start, key, {}).decoded
         finally:
             sent, self.bound.taken, self.bound.scale = self.bound.taken, False, None
         for i in self._missing if sent else ():  # no way of this pass led there
@@ -182,18 +202,3 @@ class Overlap:
         elif not sent:  # several passes, or none: the gradient lies elsewhere
             torch.mul(update, weight, out=self.flat)
         row[:] = torch.tensor([float(contribution.sums[n]) for n in _SUMS])
-
-    def _told(self, work: Work, birth: int, ids: Tensor, down: Tensor, table: Tensor) -> Haul:
-        """What the ranks came to, as every engine says it."""
-        held = work.data.sizes[ids]
-        sums = {n: {0: table[:, i].double().sum()[None]} for i, n in enumerate(_SUMS)}
-        means = {"update": {0: self.flat}}
-        weight = _weights(work.plan, held).sum() if self._all == 1 else torch.tensor(1)
-        partial = PartialSum(means, sums, {}, weight, torch.tensor(len(ids)))
-        facts = {
-            "loss": (table[:, 0] / table[:, 1].clamp(min=1)).to(ids.device),
-            "rows": held,
-            "bytes_up": torch.full_like(ids, message(work.plan, work.task.layout)),
-            "bytes_down": down,
-        }
-        return Haul({birth: partial}, [], [], [ids], [facts], [])

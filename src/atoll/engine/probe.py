@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from atoll.native import Unbuilt
 from atoll.plan.lanes import Lanes
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Population
-from atoll.rng import Key, global_scope
+from atoll.rng import Key, generator_states, global_scope
 from atoll.task import Gradient, Task
 
 BODIES = ("auto", "lanes", "loop", "fused", "compiled")
@@ -145,7 +143,7 @@ def _refused(wanted: str, why: str, write: str) -> UsageError:
 def _passes(task: Task, data: Clients, rows: int) -> bool:
     """One pass in the loop, which every model must survive; whether it drew from the global generators."""
     with global_scope(Key(0).fold("probe")):
-        before = _drawn()
+        before = generator_states()
         try:
             gradient = _gradient(task, data, rows, (0,))
         except AtollError:
@@ -166,7 +164,7 @@ def _passes(task: Task, data: Clients, rows: int) -> bool:
                 "one pass over a few rows was tried before the first round.",
                 "atoll doctor",
             ) from error
-        drew = before != _drawn()
+        drew = before != generator_states()
     if gradient.grad.shape != (1, task.layout.d):
         raise UsageError("The model's gradient has another length than its parameters.", "one number a parameter.")
     return drew
@@ -178,14 +176,6 @@ def _takes(task: Task, data: Clients, rows: int) -> bool:
     except Exception:
         return False
     return True
-
-
-def _drawn() -> tuple[object, ...]:
-    """Where the global generators stand: torch's on every device in use, Python's and numpy's."""
-    kind, words, *rest = np.random.get_state(legacy=True)
-    on_host = torch.random.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(words).tobytes()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return *on_host, kind, rest, [state.numpy().tobytes() for state in gpus]
 
 
 def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Trouble | None:

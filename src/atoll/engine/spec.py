@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -131,11 +131,18 @@ class Engine(Protocol):
         return None  # a method of a protocol without a statement counts as abstract
 
     @abstractmethod
-    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
+    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
         """Train the cohort.
 
+        Args:
+            plan: the algorithm, bound to this engine.
+            state: after `open_round`; it stays as it is.
+            cohort: the clients that start.
+            key: of the round.
+            keep: ids of clients whose contributions are returned in `Gathered.kept`.
         Raises:
             RunError: all clients failed with the same error, or more failed than the plan allows.
+            UsageError: a client of `keep` did not arrive.
         """
 
     def commit(self, round: int) -> None:
@@ -279,9 +286,9 @@ class Torchrun(grammar.Value, EngineSpec):
         from atoll.engine.ranks import check_ranks
         from atoll.engine.torchrun import refuse_pace
 
-        check_ranks(self.workers, self.backend)
         if options.plan is not None:
             refuse_pace(options.plan)
+        check_ranks(self.workers, self.backend)
 
     def device(self, wanted: str) -> torch.device:
         """The device of this rank: the GPU of its local number, if no other is named."""

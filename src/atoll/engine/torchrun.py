@@ -9,7 +9,7 @@ every rank makes the same step. No rank is a server: θ is never sent.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -18,32 +18,38 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from atoll.data.clients import Clients
+from atoll.engine.arrivals import fly, message
+from atoll.engine.chunks import Results, gathered, kept_from_tensors, kept_to_tensors
 from atoll.engine.fleet import Fleet
-from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.overlap import Overlap, data_parallel
 from atoll.engine.ranks import Ranks, job, restarts
-from atoll.engine.work import Haul, Work
+from atoll.engine.spec import Engine
 from atoll.errors import AtollError, RunError, UsageError
-from atoll.plan.in_flight import Flight
+from atoll.layout import Layout
+from atoll.names import without_prefix
 from atoll.plan.lanes import HOST
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Aggregator, Cohort, Ids, Partial, Tensors
+from atoll.plan.protocols import Aggregator, Cohort, Partial, Population, Tensors
 from atoll.plan.round import Failure, Gathered
-from atoll.plan.state import State
+from atoll.plan.state import State, part_of
 from atoll.rng import Key
 from atoll.task import Task
 
 
-class TorchrunEngine(InProcessEngine):
+class TorchrunEngine(Engine):
     """An engine that runs each client on one of the ranks that `torchrun` started.
 
-    Every rank calls `gather` with the same plan, state and cohort, and gets the same sum. For any number of ranks its
-    bits are those of `InProcessEngine`.
+    Every rank calls `gather` with the same plan, state and cohort, and gets the same sum. For any number of ranks it
+    has the bits of the sum of `InProcessEngine`.
 
     Args:
         task, data, chunk, fleet: as for `InProcessEngine`.
         ranks: the processes of the training.
     """
+
+    task: Task
+    data: Clients
 
     def __init__(
         self,
@@ -54,7 +60,26 @@ class TorchrunEngine(InProcessEngine):
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = Ranks.join() if ranks is None else ranks
-        super().__init__(task, data, chunk, fleet)
+        self.chunk, self.fleet = chunk, fleet
+        self._local = InProcessEngine(None, None, chunk, fleet, self._assign, self._reduce)
+        self.room = self._local.room
+        if task is not None and data is not None:
+            self.open(task, data)
+
+    def open(self, task: Task, data: Clients) -> None:
+        """Take the task and the clients."""
+        self.task, self.data = task, data
+        self._local.open(task, data)
+
+    @property
+    def population(self) -> Population:
+        """All clients, and the rows of each."""
+        return self._local.population
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the model vector."""
+        return self._local.layout
 
     @property
     def primary(self) -> bool:
@@ -70,6 +95,10 @@ class TorchrunEngine(InProcessEngine):
         """The loop for a data-parallel plan: gradients are then added during the backward pass."""
         return ("loop", "its gradient is added up within the backward pass") if data_parallel(plan) else None
 
+    def check_start(self, plan: Plan, state: State) -> None:
+        """Refuse a fleet or a deadline, as `InProcessEngine` does."""
+        self._local.check_start(plan, state)
+
     def agree(self, value: bytes) -> bytes:
         """The value of rank 0."""
         return self.ranks.told(value)
@@ -80,41 +109,47 @@ class TorchrunEngine(InProcessEngine):
 
     def describe(self) -> Mapping[str, Any]:
         """The kind of GPU, the job of `torchrun` and the number of ranks."""
-        return {**super().describe(), "job": job(), "ranks": self.ranks.size}
+        return {**self._local.describe(), "job": job(), "ranks": self.ranks.size}
 
-    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
-        """Run this rank's part of the cohort, and add up what all ranks have.
+    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
+        """Train this rank's clients of the cohort, and add the results of all ranks.
 
         Raises:
-            UsageError: a pace under which something flies on.
-            RunError: as for `InProcessEngine`, at every rank alike; or a rank is gone.
+            UsageError: the pace lets clients arrive in a later round, or a client of `keep` did not arrive.
+            RunError: as for `InProcessEngine`, at every rank; or a rank is gone.
         """
         refuse_pace(plan)
         refuse_partial(plan)
-        return super().gather(plan, state, cohort, key)
+        quick = None if keep else self._overlapped(plan, state, cohort, key)
+        return self._local.gather(plan, state, cohort, key, keep) if quick is None else quick
 
-    def _haul(self, work: Work, arrived: list[Flight], first: Tensors, scale: float = 1.0) -> Haul:
-        trouble = None
-        if work.task.numerics == "loop" and self._overlap.serves(work, arrived):
-            clients = torch.tensor([f.client for f in arrived])
-            quick = self._overlap.haul(work, arrived, dealt(clients, self.data, self.ranks))
-            if quick is not None:
-                return quick
-        try:
-            super()._haul(work, arrived, first, scale)
-        except (AtollError, MemoryError) as error:
-            trouble = error  # the others are waiting: they hear of it, and all of them stop
-        return merged(self.ranks, work.plan.aggregator, work.haul, first, trouble, self.task.device)
+    def _overlapped(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered | None:
+        """The round with gradients added during the backward pass; None if the plan is no such plan or a client fails.
+
+        The round is then computed again with care. Simulated durations come out as before, since they are keyed.
+        """
+        task, data = self.task, self.data
+        if task.numerics != "loop" or not data_parallel(plan):
+            return None
+        up = 0 if self.fleet is None else message(plan, task.layout)
+        flown = fly(plan, state, self.population, cohort, self.fleet, up)
+        arrived = flown.arrived
+        if not self._overlap.serves(data, arrived):
+            return None
+        with threads_for(task, cohort.ids.shape[0], plan):
+            mine = self._assign(torch.tensor([flight.client for flight in arrived]))
+            results = self._overlap.results(plan, data, state.broadcast, key, arrived, mine)
+        return None if results is None else gathered(plan, state, flown, results, self.room)
 
     @cached_property
     def _overlap(self) -> Overlap:
         return Overlap(self.task, self.ranks)
 
-    def _chunks(
-        self, plan: Plan, task: Task, ids: Ids, down: Tensor, scale: float = 1.0
-    ) -> Iterator[tuple[Ids, Tensor]]:
-        mine = dealt(ids.client, self.data, self.ranks)
-        return super()._chunks(plan, task, ids.select(mine), down[mine], scale)
+    def _assign(self, clients: Tensor) -> Tensor:
+        return dealt(clients, self.data, self.ranks)
+
+    def _reduce(self, rule: Aggregator, results: Results, first: Tensors, trouble: Exception | None) -> Results:
+        return merged(self.ranks, rule, results, first, trouble, self.task.device)
 
 
 def dealt(clients: Tensor, data: Clients, ranks: Ranks) -> Tensor:
@@ -165,67 +200,69 @@ def refuse_partial(plan: Plan) -> None:
 def merged(
     ranks: Ranks,
     rule: Aggregator,
-    haul: Haul,
+    results: Results,
     first: Tensors,
     trouble: Exception | None = None,
     device: torch.device = HOST,
-) -> Haul:
-    """What all ranks have, at each of them.
+) -> Results:
+    """The results of all ranks, at each rank.
 
     Args:
-        ranks: who tell each other.
+        ranks: the processes of the training.
         rule: the aggregator of the plan.
-        haul: what this rank has.
-        first: what one client keeps at first: the shape of a row.
-        trouble: why this rank cannot go on.
-        device: the device of sums.
+        results: of this rank.
+        first: the client state of one client before its first round: the shape of a row.
+        trouble: the error of this rank.
+        device: of the sums.
     Raises:
-        RunError: some rank cannot go on.
+        RunError: a rank has an error.
     """
-    ids, rows = _kept(haul)
+    ids, rows = _memory(results)
     told: dict[str, Any] = {
         "trouble": _said(trouble),
-        "failures": [tuple(f) for f in haul.failures],
-        "births": sorted(haul.partials),
+        "failures": [tuple(f) for f in results.failures],
+        "versions": sorted(results.partials),
         "rows": {n: list(t.shape) for n, t in rows.items()},
     }
-    names = set.intersection(*(set(f) for f in haul.facts)) if haul.facts else set()
-    facts = {f"facts/{n}": torch.cat([f[n] for f in haul.facts]) for n in sorted(names)}
-    arrived = torch.cat(haul.arrived) if haul.arrived else torch.empty(0, dtype=torch.int64)
+    names = set.intersection(*(set(f) for f in results.facts)) if results.facts else set()
+    facts = {f"facts/{n}": torch.cat([f[n] for f in results.facts]) for n in sorted(names)}
+    arrived = torch.cat(results.arrived) if results.arrived else torch.empty(0, dtype=torch.int64)
+    kept = {f"keep/{n}": t.contiguous() for n, t in kept_to_tensors(results.kept).items()}
     words = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
-    heard = [load(data) for data in ranks.all(save({"told": words, "arrived": arrived, "kept": ids, **facts}))]
+    heard = [load(data) for data in ranks.all(save({"told": words, "arrived": arrived, "kept": ids, **facts, **kept}))]
     said = [json.loads(h["told"].numpy().tobytes()) for h in heard]
     _raise([s["trouble"] for s in said])
     came = [h for h in heard if len(h["arrived"])]
-    return Haul(
-        _reduced(ranks, rule, haul.partials, {birth for s in said for birth in s["births"]}, device),
+    return Results(
+        _reduced(ranks, rule, results.partials, {version for s in said for version in s["versions"]}, device),
         [Failure(*f) for s in said for f in s["failures"]],
-        haul.errors,
+        results.errors,
         [h["arrived"] for h in came],
-        [{n.removeprefix("facts/"): t for n, t in h.items() if n.startswith("facts/")} for h in came],
+        [without_prefix(h, "facts/") for h in came],
         _everybody(ranks, rows, heard, [s["rows"] for s in said], first),
+        [kept for h in heard for kept in kept_from_tensors(part_of(h, "keep"))],
     )
 
 
 def _reduced(
-    ranks: Ranks, rule: Aggregator, mine: Mapping[int, Any], births: set[int], device: torch.device
+    ranks: Ranks, rule: Aggregator, mine: Mapping[int, Any], versions: set[int], device: torch.device
 ) -> dict[int, Any]:
     """The aggregate of all ranks, for each model version. Every rank calls `reduce` for every version."""
     out = {}
-    for birth in sorted(births):
-        partial = (mine[birth] if birth in mine else rule.zero()).reduce(ranks)
+    for version in sorted(versions):
+        partial = (mine[version] if version in mine else rule.zero()).reduce(ranks)
         if device != HOST:  # a rank without clients has a partial on the host
             partial = partial.of({n: t.to(device) if t.dim() else t for n, t in partial.tensors().items()})
-        out[birth] = partial
+        out[version] = partial
     return out
 
 
-def _kept(haul: Haul) -> tuple[Tensor, dict[str, Tensor]]:
-    """What this rank's clients keep, as one table."""
-    if not haul.memory:
+def _memory(results: Results) -> tuple[Tensor, dict[str, Tensor]]:
+    """The client state of this rank's clients, as one table."""
+    if not results.memory:
         return torch.empty(0, dtype=torch.int64), {}
-    ids = torch.cat([ids for ids, _ in haul.memory])
-    return ids, {n: torch.cat([rows[n] for _, rows in haul.memory]) for n in haul.memory[0][1]}
+    ids = torch.cat([ids for ids, _ in results.memory])
+    return ids, {n: torch.cat([rows[n] for _, rows in results.memory]) for n in results.memory[0][1]}
 
 
 def _everybody(

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from atoll import grammar, models
 from atoll.data.clients import Clients
+from atoll.engine.chunks import ChunkRunner, Results, kept_from_tensors, kept_to_tensors, task_for
 from atoll.engine.crossing import Block, Blocks, Place, name_of, unpack
 from atoll.engine.device import found, nearby
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
-from atoll.engine.work import Haul, Work, own_task
 from atoll.errors import AtollError, RunError, UsageError
 from atoll.names import load
 from atoll.plan.lanes import HOST
@@ -76,6 +76,7 @@ class Run(msgspec.Struct, frozen=True, tag=True):
     down: list[int]
     rows: tuple[str, list[Place]] | None
     deliver: bool
+    keep: list[int] = []  # ids of clients whose contributions are returned
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -112,19 +113,22 @@ orders = msgspec.msgpack.Decoder(Order)
 answers = msgspec.msgpack.Decoder(Answer)
 
 
-def flat(haul: Haul) -> dict[str, Tensor]:
+def flat(haul: Results) -> dict[str, Tensor]:
     """A haul as named plain tensors, but for its failures and errors."""
     out = {f"partial/{b}/{n}": t for b, partial in haul.partials.items() for n, t in partial.tensors().items()}
     for i, (ids, facts) in enumerate(zip(haul.arrived, haul.facts, strict=True)):
         out |= {f"arrived/{i}": ids} | {f"facts/{i}/{n}": t for n, t in facts.items()}
     for i, (ids, rows) in enumerate(haul.memory):
         out |= {f"kept/{i}": ids} | {f"memory/{i}/{n}": t for n, t in rows.items()}
+    out |= {f"keep/0/{n}": t for n, t in kept_to_tensors(haul.kept).items()}
     return {name: t.to(HOST) for name, t in out.items()}
 
 
-def haul_of(tensors: Mapping[str, Tensor], failures: list[Failure], errors: list[str], rule: Aggregator) -> Haul:
+def haul_of(tensors: Mapping[str, Tensor], failures: list[Failure], errors: list[str], rule: Aggregator) -> Results:
     """The haul that `flat` was called on; copies."""
-    tables: dict[str, dict[int, Any]] = {"partial": {}, "arrived": {}, "facts": {}, "kept": {}, "memory": {}}
+    tables: dict[str, dict[int, Any]] = {
+        "partial": {}, "arrived": {}, "facts": {}, "kept": {}, "memory": {}, "keep": {},
+    }  # fmt: skip
     for path, t in tensors.items():
         kind, number, *rest = path.split("/", 2)
         if rest:
@@ -132,13 +136,14 @@ def haul_of(tensors: Mapping[str, Tensor], failures: list[Failure], errors: list
         else:
             tables[kind][int(number)] = t.clone()
     ids, facts = tables["arrived"], tables["facts"]
-    return Haul(
+    return Results(
         {birth: type(rule.zero()).of(partial) for birth, partial in tables["partial"].items()},
         failures,
         [RuntimeError(text) for text in errors],
         [ids[i] for i in sorted(ids)],
         [facts.get(i, {}) for i in sorted(ids)],
         [(tables["kept"][i], tables["memory"][i]) for i in sorted(tables["kept"])],
+        kept_from_tensors(tables["keep"].get(0, {})),
     )
 
 
@@ -200,7 +205,7 @@ def plan_of(text: str, own: tuple[tuple[str, str], ...]) -> Plan:
 @dataclass
 class _Group:
     number: int
-    work: Work
+    runner: ChunkRunner
 
 
 class Worker:
@@ -237,33 +242,42 @@ class Worker:
         here = {n: t.to(self._device) for n, t in tensors.items()}
         self._told[told.number] = told, heard(told.birth, here)
 
-    def run(self, run: Run, rows: Mapping[str, Tensor] | None) -> Haul | None:
+    def run(self, run: Run, rows: Mapping[str, Tensor] | None) -> Results | None:
         """Compute some clients, with what they keep; a haul where one is wanted."""
         if run.clients:
-            work = self._work(run)
+            runner = self._runner(run)
             ids = Ids(torch.tensor(run.clients), torch.tensor(run.repeats))
             if rows is not None:
-                work.kept.put(ids.client, rows)
+                runner.memory.put(ids.client, rows)
             with lent_from(self._shelf):
-                work.run(self._told[run.told][0].birth, ids, torch.tensor(run.down))
-            work.landed()
+                runner.run(self._told[run.told][0].birth, ids, torch.tensor(run.down))
+            runner.commit_wave()
         if not run.deliver:
             return None
         group, self._group = self._group, None
-        return Haul.none() if group is None or group.number != run.group else group.work.haul
+        return Results.empty() if group is None or group.number != run.group else group.runner.results
 
-    def _work(self, run: Run) -> Work:
+    def _runner(self, run: Run) -> ChunkRunner:
         if self._group is None or self._group.number != run.group:
             told, broadcast = self._told[run.told]
             plan = self._plan(told.plan, tuple(told.own.items()))
-            task = own_task(plan, self._engine.task)
+            task = task_for(plan, self._engine.task)
             task = self._tasks.setdefault(task.numerics, task)
-            key = Key(int(told.seed), tuple(told.path))
-            kept = Memory(plan.memory(task.layout))
-            room = self._engine.room
-            work = Work(plan, task, self._engine.data, lambda birth: (broadcast, key), kept, told.birth, room=room)
-            self._group = _Group(run.group, work)
-        return self._group.work
+            key, memory = Key(int(told.seed), tuple(told.path)), Memory(plan.memory(task.layout))
+            self._group = _Group(
+                run.group,
+                ChunkRunner(
+                    plan,
+                    task,
+                    self._engine.data,
+                    lambda version: (broadcast, key),
+                    memory,
+                    told.birth,
+                    room=self._engine.room,
+                    keep=run.keep,
+                ),
+            )
+        return self._group.runner
 
     def _plan(self, text: str, own: tuple[tuple[str, str], ...]) -> Plan:
         """The plan of a text, bound to the engine of this worker once."""
@@ -285,7 +299,7 @@ def _rebuilt(task: Task, data: Clients, name: str, seed: str) -> Task:
     return replace(task, module=fresh.module)
 
 
-def hauled(haul: Haul, block: str, places: list[Place], most: int | None) -> Hauled:
+def hauled(haul: Results, block: str, places: list[Place], most: int | None) -> Hauled:
     """The message that says where a haul lies, and how many clients fit side by side."""
     errors = ["".join(traceback.format_exception(e)) for e in haul.errors[:1]]
     return Hauled(block, places, haul.failures, errors, most)

@@ -18,21 +18,18 @@ Li et al., Federated Learning on Non-IID Data Silos, 2022; Granqvist et al., pfl
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from atoll.errors import UsageError, did_you_mean
+from atoll.errors import UsageError
 from atoll.models.named import KINDS, build, names
+from atoll.names import load_from_user
 from atoll.rng import Key, global_scope
 
 __all__ = ["KINDS", "Sized", "build", "factory", "names", "resolve"]
@@ -65,38 +62,10 @@ def factory(text: str) -> Callable[..., Any]:
         >>> factory("torch.nn:Bilinear").__name__
         'Bilinear'
     """
-    where, _, name = text.partition(":")
-    module = _imported(where, name)
-    found = getattr(module, name, None)
-    if callable(found):
-        return found  # type: ignore[no-any-return]
-    known = [each for each, value in vars(module).items() if callable(value) and each[0] != "_"]
-    raise UsageError(
-        f"The module {where} has no class or function {name!r}.",
-        "module:name.",
-        write=f"{where}:{did_you_mean(name, known)}" if known else "",
-    )
-
-
-def _imported(where: str, name: str) -> ModuleType:
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
-    cause = None
-    if all(part.isidentifier() for part in where.split(".")):
-        try:
-            return importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            # A package that the module itself wants and does not find is another fault, and says so itself.
-            if error.name is None or not f"{where}.".startswith(f"{error.name}."):
-                raise
-            cause = error
-    module = where.removesuffix(".py").replace("/", ".").strip(".")
-    raise UsageError(
-        f"No module is called {where!r}.",
-        "module:name, the module in the working folder or installed.",
-        write=f"{module}:{name}" if module != where else "",
-    ) from cause
+    found = load_from_user(text)
+    if not callable(found):
+        raise UsageError(f"{text} is not callable.", "a class or a function.", write="")
+    return found  # type: ignore[no-any-return]
 
 
 def resolve(

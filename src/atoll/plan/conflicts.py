@@ -113,7 +113,7 @@ def _members(protocol: type) -> dict[str, Any]:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a declared type; a type that no rule here covers admits every value."""
     if hint is callable:
-        return callable(value)
+        return bool(callable(value))
     origin = get_origin(hint)
     if origin is Literal:
         return any(type(value) is type(a) and bool(value == a) for a in get_args(hint))
@@ -150,6 +150,7 @@ def _asked(slot: str, part: Any, slots: Slots) -> Iterator[Conflict]:
             f"{type(part).__name__}.conflicts of {part!r} raised {type(error).__name__}: {error}.",
             "an iterable of atoll.plan.protocols.Conflict.",
             f"the plan asks the part in its slot {slot} for the parts that it excludes.",
+            SLOTS[slot][2],
         ) from error
     for conflict in found:
         if not isinstance(conflict, Conflict) or not all(isinstance(text, str) for text in conflict):
@@ -157,7 +158,7 @@ def _asked(slot: str, part: Any, slots: Slots) -> Iterator[Conflict]:
                 f"{type(part).__name__}.conflicts of {part!r} gave {conflict!r}.",
                 "atoll.plan.protocols.Conflict, four texts.",
                 f"the plan asks the part in its slot {slot} for the parts that it excludes.",
-                'Conflict("given.", "required.", "why.", "Sync()")',
+                SLOTS[slot][2],
             )
         yield conflict
 

@@ -6,7 +6,7 @@ depends on each client's own size alone, so that neither neighbours nor their nu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -21,6 +21,8 @@ from atoll.rng import Key
 from atoll.task import Batch, Gradient, Model, Task
 
 HOST = torch.device("cpu")
+OnStep = Callable[[int, int, float], None]  # lane, step from 0, mean loss of the lane's batch
+
 _AHEAD = 1 << 19  # numbers of rows that are read at once for several steps
 ROWS = 1024  # the most rows of one client in one pass: bounds the memory of activations
 
@@ -48,6 +50,7 @@ class Lanes:
         dtype: the type of the run, which float features and targets take.
         share: the part of its work that each had time for, in (0, 1].
         device: where batches are computed on. Who is at work, on which of their rows, is decided on the host.
+        on_step: receives lane, step and the mean loss of the lane's batch, after each step.
     """
 
     clients: Clients
@@ -55,6 +58,19 @@ class Lanes:
     dtype: torch.dtype
     share: float = 1.0
     device: torch.device = HOST
+    on_step: OnStep | None = None
+
+    def stepped(self, step: int, losses: Tensor, counts: tuple[int, ...]) -> None:
+        """Report a step of the first k lanes to `on_step`.
+
+        Args:
+            step: from 0.
+            losses: Σ of the losses of each lane's rows, `[k]`.
+            counts: the rows of each lane in this step.
+        """
+        if self.on_step is not None:
+            for lane, (loss, count) in enumerate(zip(losses.tolist(), counts, strict=True)):
+                self.on_step(lane, step, loss / max(1, count))
 
     @cached_property
     def rows(self) -> Tensor:

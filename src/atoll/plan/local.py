@@ -112,6 +112,8 @@ class Gradient(Local):
             positions = key.fold("order").permutations(lanes.rows, wide)[:, :width]
         model = broadcast.model.lanes(len(counts))
         g = lanes.gradient(task, model, lanes.places(positions), counts, key.fold("pass"))
+        if lanes.on_step is not None:
+            lanes.stepped(0, g.loss, counts)
         sums = {"loss": g.loss, "rows": torch.tensor(counts, device=lanes.ids.device)}
         return _contribution(lanes, g.grad, g.buffers, g.counters, sums), {}
 
@@ -251,21 +253,41 @@ class Train(Local):
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """θ − θᵢ of K clients, trained side by side; a lane that has finished is left alone."""
-        lanes_count = len(lanes.sizes)
-        if task.by_hand and self.optimizer.is_plain_sgd() and self.padded_batch(lanes.sizes[0]) <= ROWS:
-            return self._descended(broadcast, lanes, memory, key, task)
-        if task.numerics == "loop" and self.sequential(lanes.sizes[0]):
-            return self._apart(broadcast, lanes, memory, key, task)
-        model = broadcast.model.lanes(lanes_count)
+        count, steps = len(lanes.sizes), self.steps_at(broadcast.round)
+        lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
+        batches = self._batches(lanes, memory, key, task, steps)
+        if task.numerics == "lanes" or broadcast.model.theta.dim() == 2 or not self.sequential(lanes.sizes[0]):
+            return self._any_rule(broadcast, lanes, memory, key, task, lr, batches)
+        # Plain SGD: a step is part of the backward pass, and no gradient is stored.
+        if self.epochs is not None and lanes.share == 1:
+            rows = lanes.rows * self.epochs
+        else:
+            rows = torch.zeros_like(lanes.rows)
+            batches = counted(batches, rows)
+        descent = task.descent(broadcast.model, count, lr, key)
+        descent.follow(lanes, batches)
+        after = {"taken": self._taken(lanes, memory, steps)} if "order" in self.keep else {}
+        sums = {"loss": descent.loss, "rows": rows}
+        return _contribution(lanes, descent.update(), *descent.moved, sums), after
+
+    def _any_rule(
+        self,
+        broadcast: Broadcast,
+        lanes: Lanes,
+        memory: Tensors,
+        key: Key,
+        task: Task,
+        lr: float,
+        batches: Iterator[tuple[Tensor, tuple[int, ...]]],
+    ) -> tuple[Contribution, Tensors]:
+        """θ − θᵢ of K clients by steps of any optimizer, from one model or from one of each lane."""
+        model = broadcast.model.lanes(len(lanes.sizes))
         state = self.optimizer.slots(model.theta)
         if "optimizer" in self.keep:
             state = {n: memory[f"optimizer.{n}"].clone() for n in state}
-        lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
         stepper = self.optimizer.stepper(model.theta, state, lr)
-        loss = model.theta.new_zeros(lanes_count)
-        rows = torch.zeros_like(lanes.rows)
-        steps = self.steps_at(broadcast.round)
-        for s, (places, counts) in enumerate(self._batches(lanes, memory, key, task, steps)):
+        loss, rows = model.theta.new_zeros(len(lanes.sizes)), torch.zeros_like(lanes.rows)
+        for s, (places, counts) in enumerate(batches):
             k = len(counts)
             g = lanes.gradient(task, model.first(k), places, counts, key.fold("pass", s).select(slice(k)))
             stepper.step(g.grad)
@@ -274,11 +296,13 @@ class Train(Local):
                 model.counters[name][:k] = counter
             loss[:k] += g.loss
             rows[:k] += torch.tensor(counts, device=rows.device)
+            if lanes.on_step is not None:
+                lanes.stepped(s, g.loss, counts)
         after: dict[str, Tensor] = {}
         if "optimizer" in self.keep:
             after |= {f"optimizer.{n}": t for n, t in state.items()}
         if "order" in self.keep:
-            after["taken"] = self._taken(lanes, memory, steps)
+            after["taken"] = self._taken(lanes, memory, self.steps_at(broadcast.round))
         update = broadcast.model.theta - model.theta
         return _contribution(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
 
@@ -291,47 +315,9 @@ class Train(Local):
         """The steps that somebody makes who has time for a part of them: the first is always made."""
         return steps if share == 1 else (steps * share).long().clamp(min=1)
 
-    def _descended(
-        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
-    ) -> tuple[Contribution, Tensors]:
-        """θ − θᵢ of K clients by steps that are part of the backward pass: no gradient is ever stored."""
-        lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
-        descent = task.descent(broadcast.model, len(lanes.sizes), lr)
-        steps = self.steps_at(broadcast.round)
-        batches = self._batches(lanes, memory, key, task, steps)
-        if self.epochs is not None and lanes.share == 1:
-            rows = lanes.rows * self.epochs
-        else:
-            rows = torch.zeros_like(lanes.rows)
-            batches = counted(batches, rows)
-        descent.follow(lanes, batches)
-        after = {"taken": self._taken(lanes, memory, steps)} if "order" in self.keep else {}
-        nothing = descent.loss.new_empty(len(rows), 0)  # a model with buffers is not served
-        return _contribution(lanes, descent.update(), nothing, {}, {"loss": descent.loss, "rows": rows}), after
-
     def sequential(self, rows: int) -> bool:
         """Whether the loop takes each client of a chunk to its end before the next, where one has so many rows."""
         return self.optimizer.is_plain_sgd() and self.padded_batch(rows) <= ROWS
-
-    def _apart(
-        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
-    ) -> tuple[Contribution, Tensors]:
-        """θ − θᵢ of K clients, all steps of one before those of the next."""
-        lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
-        steps, rows = self.steps_at(broadcast.round), [0] * len(lanes.sizes)
-        batches = list(self._batches(lanes, memory, key, task, steps))
-        keys = [key.fold("pass", s) for s in range(len(batches))]
-        walk = task.walk(broadcast.model, len(rows), lr)
-        for k in range(len(rows)):
-            own = [(places[k : k + 1], counts[k : k + 1]) for places, counts in batches if k < len(counts)]
-            walk.begin()
-            for step, (x, y, (count,)) in zip(keys, lanes.batches(own), strict=False):
-                task.stride(walk, x[0, :count], y[0, :count], step, k)
-                rows[k] += count
-            walk.end()
-        after = {"taken": self._taken(lanes, memory, steps)} if "order" in self.keep else {}
-        sums = {"loss": walk.loss, "rows": torch.tensor(rows, device=lanes.ids.device)}
-        return _contribution(lanes, walk.update, *walk.moved, sums), after
 
     def _batches(
         self, lanes: Lanes, memory: Tensors, key: Key, task: Task, steps_each: int | None
@@ -484,7 +470,7 @@ class Custom(Local):
     def _one(
         self, broadcast: Broadcast, lanes: Lanes, k: int, key: Key, task: Task
     ) -> tuple[Tensor, Tensor, Tensors, dict[str, Tensor]]:
-        module = task.rebuilt(broadcast.model).train()
+        module = task.rebuilt(broadcast.model.of(k)).train()
         device = broadcast.model.theta.device
         generator = torch.Generator(device).manual_seed(key.fold("generator").torch_seed())
         ctx = Context(broadcast.round, int(lanes.ids[k]), self.lr, device, generator)

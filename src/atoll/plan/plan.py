@@ -12,6 +12,7 @@ from atoll.errors import UsageError
 from atoll.fields import repaired
 from atoll.grammar import Value
 from atoll.layout import Layout
+from atoll.names import under
 from atoll.plan.codec.stage import Identity
 from atoll.plan.conflicts import check
 from atoll.plan.optimizer import sgd
@@ -115,4 +116,4 @@ def _sampler(cohort: Any) -> Sampler:
 
 
 def _joined(parts: Mapping[str, Tensors]) -> dict[str, Tensor]:
-    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+    return {name: t for part, tensors in parts.items() for name, t in under(f"{part}/", tensors).items()}

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +26,7 @@ from atoll.plan.codec.stage import Identity, roundtrip
 from atoll.plan.entropy import current_entropy
 from atoll.plan.in_flight import Air
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort, Population, RoundInfo, Shared, Tensors, Total
+from atoll.plan.protocols import Cohort, Contribution, EntropySource, Population, RoundInfo, Shared, Tensors, Total
 from atoll.plan.state import Sent, State, versions
 from atoll.rng import Key
 from atoll.task import Model
@@ -54,6 +54,23 @@ class Trip(NamedTuple):
     fate: str  # "arrived", "dropped", or "late": no longer awaited
 
 
+class Kept(NamedTuple):
+    """The contribution of one client, for a caller of `gather` that asked for it.
+
+    Args:
+        client, repeat: the start.
+        version: the round whose model the client started from.
+        contribution: as the local part gave it, `[1, …]`.
+        decoded: as the server received it, `[1, …]`.
+    """
+
+    client: int
+    repeat: int
+    version: int
+    contribution: Contribution
+    decoded: Contribution
+
+
 class Gathered(NamedTuple):
     """What an engine brings back: a partial sum for each birth, and the record of who gave it."""
 
@@ -70,6 +87,7 @@ class Gathered(NamedTuple):
     now: float | None = None  # seconds of the run, where there is a clock
     trips: tuple[Trip, ...] = ()
     notes: tuple[str, ...] = ()  # what is said once, when it happens
+    kept: tuple[Kept, ...] = ()  # the contributions that the caller asked for, by version, repeat and client
 
 
 class Engine(Protocol):
@@ -79,7 +97,7 @@ class Engine(Protocol):
     def population(self) -> Population: ...
     @property
     def layout(self) -> Layout: ...
-    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered: ...
+    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered: ...
     def agree(self, value: bytes) -> bytes: ...  # the value of the first process
 
 
@@ -154,18 +172,79 @@ def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
         RunError: more clients failed than the plan allows, or the same error struck all of them. The state is
             still good.
     """
-    key = state.key()
-    state = tell(plan, state, key)
-    cohort = opening(plan, state, engine.population, key)
-    gathered = engine.gather(plan, state, cohort, key)
-    total = decode_sums(plan, state, gathered)
-    info = round_info(state, engine, cohort, gathered.started)
-    total, server = server_update(plan, total, state, info, key)
-    mean = finalize(plan, total, info)
-    after = descend(plan, state, mean, server, gathered.air)
+    opened = open_round(plan, state, engine)
+    gathered = engine.gather(plan, opened.state, opened.cohort, opened.key)
+    closed = close_round(opened, gathered)
     for ids, rows in gathered.memory:
         state.memory.put(ids, rows)
-    return after, report(plan, state, gathered, mean)
+    return closed.state, closed.report
+
+
+class Opened(NamedTuple):
+    """A round before its clients train.
+
+    Args:
+        state: with θ as the clients of this round know it.
+        cohort: the clients that start; empty if clients of earlier rounds are in flight.
+        key: of all draws of the round.
+        plan: the algorithm, bound.
+        population: all clients.
+        entropy: random numbers that no key determines; every process of the training draws the same ones.
+    """
+
+    state: State
+    cohort: Cohort
+    key: Key
+    plan: Plan
+    population: Population
+    entropy: EntropySource
+
+
+def open_round(plan: Plan, state: State, engine: Engine) -> Opened:
+    """Update the downlink and select the cohort. Nothing is computed by clients yet.
+
+    Args:
+        plan: the algorithm, bound to the engine.
+        state: after the round before; it stays as it is.
+        engine: its population is read, and its processes agree on entropy.
+    """
+    key, population = state.key(), engine.population
+    state = tell(plan, state, key)
+    cohort = opening(plan, state, population, key)
+    return Opened(state, cohort, key, plan, population, current_entropy(engine.agree))
+
+
+class Closed(NamedTuple):
+    """A round after its clients have trained.
+
+    Args:
+        total: the exact sum of all contributions, after the server's half of the codec and of the local part.
+        mean: the aggregate that the server optimizer receives; its sums are divided by rows.
+        state: after the round. Client memory is not stored yet.
+        report: of the round.
+    """
+
+    total: Total
+    mean: Total
+    state: State
+    report: Report
+
+
+def close_round(opened: Opened, gathered: Gathered) -> Closed:
+    """Decode the sum, aggregate, and make the server's step. Except for entropy this is a pure function.
+
+    g = finalize(server_update(Σ_b s(b) · decode_b(partial_b))) ;  θ⁺ = optimizer(θ, g, round)
+
+    Args:
+        opened: of `open_round`.
+        gathered: of `engine.gather`.
+    """
+    state, cohort, key, plan, population, entropy = opened
+    info = RoundInfo(state.round, population, gathered.started, cohort.chance, entropy)
+    total, server = server_update(plan, decode_sums(plan, state, gathered), state, info, key)
+    mean = finalize(plan, total, info)
+    after = descend(plan, state, mean, server, gathered.air)
+    return Closed(total, mean, after, report(plan, state, gathered, mean))
 
 
 def tell(plan: Plan, state: State, key: Key) -> State:
@@ -233,11 +312,6 @@ def sum_totals(totals: list[Total]) -> Total:
             {n: torch.cat((t, other.per_client[n])) for n, t in first.per_client.items() if n in other.per_client},
         )
     return first
-
-
-def round_info(state: State, engine: Engine, cohort: Cohort, started: int) -> RoundInfo:
-    """The facts of a round that the server's half of a part receives."""
-    return RoundInfo(state.round, engine.population, started, cohort.chance, current_entropy(engine.agree))
 
 
 def server_update(plan: Plan, total: Total, state: State, info: RoundInfo, key: Key) -> tuple[Total, Shared]:

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from atoll.names import without_prefix
 from atoll.plan.in_flight import Air
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Shared, Tensors
@@ -30,7 +31,7 @@ class Store(Protocol):
 
 def part_of(tensors: Tensors, part: str) -> dict[str, Tensor]:
     """The tensors of one part, out of those of all parts."""
-    return {n.removeprefix(f"{part}/"): t for n, t in tensors.items() if n.startswith(f"{part}/")}
+    return without_prefix(tensors, f"{part}/")
 
 
 def public(tensors: Tensors) -> dict[str, Tensor]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from atoll.plan.conflicts import undeclared
 from atoll.plan.entropy import BytesEntropy
 from atoll.plan.names import PARTS
 from atoll.plan.protocols import OPEN, Declared, EntropySource, Group, Population, RoundInfo, Tensors
+from atoll.rng import generator_states
 
 T = TypeVar("T")
 
@@ -81,12 +80,6 @@ def lanes(template: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     return {n: t.expand(k, *t.shape).clone() for n, t in template.items()}
 
 
-def _drawn() -> tuple[object, ...]:
-    """Where the global generators stand: torch's, Python's and numpy's."""
-    kind, words, *rest = np.random.get_state(legacy=True)
-    return torch.random.get_rng_state().numpy().tobytes(), random.getstate(), kind, np.asarray(words).tobytes(), rest
-
-
 def pure(who: str, function: Callable[..., T], *given: Any) -> T:
     """What a function of the part gives for `given`: it must depend on that alone, and leave it as it was.
 
@@ -95,7 +88,7 @@ def pure(who: str, function: Callable[..., T], *given: Any) -> T:
         function: is called twice.
         given: its arguments.
     """
-    before, drawn = copied(given), _drawn()
+    before, drawn = copied(given), generator_states()
     first = copied(refused(who, function, *given))
     require(
         same(given, before),
@@ -104,7 +97,7 @@ def pure(who: str, function: Callable[..., T], *given: Any) -> T:
         "the same tensors go to other clients, and back to where they are kept if this round fails.",
     )
     require(
-        _drawn() == drawn,
+        generator_states() == drawn,
         f"{who} drew from a global generator.",
         "every draw from the key.",
         "a run killed and resumed must draw the same numbers, on every engine.",

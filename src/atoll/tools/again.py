@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from atoll import runs
 from atoll.engine.inprocess import InProcessEngine
 from atoll.errors import RunError, UsageError
+from atoll.files import atomic_write
 from atoll.training.experiment import Experiment
 from atoll.training.rounds import Rounds
 
@@ -69,19 +69,15 @@ def same_data(folder: Path, training: Rounds) -> None:
 
 
 def write(file: Path, data: bytes) -> None:
-    """Write a file that was asked for, its folder made where it is missing.
+    """Write a file that a user asked for, and make its folder.
 
     Raises:
-        RunError: it could not be written; a file that was there before still is.
+        RunError: it could not be written; the old file is unchanged.
     """
-    beside = file.with_name(file.name + ".new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
-        beside.replace(file)
+        atomic_write(file, data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise RunError(
             f"{file} could not be written: {error.strerror}.",
             "room on the disk, and the right to write.",

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from atoll import runs
 from atoll.errors import UsageError
 from atoll.loss import METRICS
+from atoll.names import dotted
 from atoll.plan.stop import direction
 from atoll.report.beside import CLOCK, SECONDS, Beside, draw
 from atoll.report.record import Events, Record
@@ -196,20 +197,13 @@ def _drawn(beside: Beside, out: Path) -> Path:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        return dict(_flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))))
+        return dotted(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
     except OSError:
         raise UsageError(
             f"{folder} is not the folder of a run.", "a folder that holds a config.toml.", write="atoll runs"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{folder / 'config.toml'} is malformed: {error}.", "TOML.", write="atoll runs") from None
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    out: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        out += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return out
 
 
 def _metrics(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[Line, ...]:

@@ -28,18 +28,7 @@ from atoll.names import without_prefix
 from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort
-from atoll.plan.round import (
-    decode_sums,
-    descend,
-    finalize,
-    opening,
-    round_info,
-    server_update,
-    step,
-    tell,
-)
-from atoll.plan.state import State
+from atoll.plan.round import Opened, close_round, open_round, step
 from atoll.report.text import size
 from atoll.rng import Key
 from atoll.saved import unpack
@@ -193,8 +182,8 @@ def replay(
     for t in range(start, round):
         training.state, _ = step(training.plan, training.state, training.engine)
         checked += _check(folder, rows, t, fingerprint(training.state.model.theta))
-    opened = _open(training)
-    flights = _flights(opened, training, client)
+    opened, flown = _open(training)
+    flights = _flights(opened, flown, training, client)
     if not flights:
         raise _was_not_there(folder, training, rows, round, client)
     if not 0 <= nth < len(flights):
@@ -208,6 +197,7 @@ def replay(
         checked += _check(folder, rows, round, whole.fingerprint)
     return _alone(training, opened, flights, nth, whole, {
         "run": folder.resolve().name, "round": round, "first": start, "checked": checked,
+        "cohort": len(opened.state.air.flights) + flown.started,
         "fingerprint": whole.fingerprint, "notes": (whole.note,) if whole.note else (),
     })  # fmt: skip
 
@@ -224,31 +214,20 @@ def _refuse_entropy(plan: Plan, run: str) -> None:
             )
 
 
-class _Opened(NamedTuple):
-    """A round as it is about to be computed, and what came of its flights."""
-
-    plan: Plan
-    state: State
-    cohort: Cohort
-    flown: Flown
-
-
-def _open(training: Rounds) -> _Opened:
-    """What `step` and the engine do before they compute."""
-    engine, state = here(training), training.state
-    plan, key = training.plan, state.key()
-    state = tell(plan, state, key)
-    cohort = opening(plan, state, engine.population, key)
-    up = 0 if engine.fleet is None else message(plan, training.task.layout)
-    return _Opened(plan, state, cohort, fly(plan, state, engine.population, cohort, engine.fleet, up))
+def _open(training: Rounds) -> tuple[Opened, Flown]:
+    """The open round, and the flights of it."""
+    engine = here(training)
+    opened = open_round(training.plan, training.state, engine)
+    up = 0 if engine.fleet is None else message(opened.plan, training.task.layout)
+    return opened, fly(opened.plan, opened.state, opened.population, opened.cohort, engine.fleet, up)
 
 
-def _flights(opened: _Opened, training: Rounds, client: int) -> list[tuple[Flight, str]]:
+def _flights(opened: Opened, flown: Flown, training: Rounds, client: int) -> list[tuple[Flight, str]]:
     """The flights of a client that ended in the round, in the order of their starts, and how each was lost if it was.
 
     Whoever was no longer awaited has started in this round: under a pace that flies on, everybody is awaited.
     """
-    flown, round = opened.flown, opened.state.round
+    round = opened.state.round
     found = [(f, "") for f in flown.arrived if f.client == client]
     found += [(f, "it dropped out: what it computed never arrived") for f in flown.dropped if f.client == client]
     late = "no longer awaited: the round had closed"
@@ -393,23 +372,18 @@ class _Whole(NamedTuple):
     note: str
 
 
-def _whole(training: Rounds, opened: _Opened) -> _Whole:
-    plan, state, cohort, _ = opened
-    engine, key = here(training), state.key()
+def _whole(training: Rounds, opened: Opened) -> _Whole:
     try:
-        gathered = engine.gather(plan, state, cohort, key)
+        gathered = here(training).gather(opened.plan, opened.state, opened.cohort, opened.key)
     except RunError as error:
         return _Whole(None, 0.0, "", f"the round could not be run: {error.given}")
-    info = round_info(state, engine, cohort, gathered.started)
-    total, server = server_update(plan, decode_sums(plan, state, gathered), state, info, key)
-    mean = finalize(plan, total, info)
-    after = descend(plan, state, mean, server, gathered.air)
+    total, mean, after, _ = close_round(opened, gathered)
     return _Whole(mean.means.get("update"), float(total.weight), fingerprint(after.model.theta), "")
 
 
 def _alone(
     training: Rounds,
-    opened: _Opened,
+    opened: Opened,
     flights: list[tuple[Flight, str]],
     nth: int,
     whole: _Whole,
@@ -450,7 +424,6 @@ def _alone(
         client=flight.client,
         name=data.names[flight.client] if data.names else "",
         rows=rows,
-        cohort=len(state.air.flights) + opened.flown.started,
         birth=flight.birth,
         of=len(flights),
         work=flight.share,

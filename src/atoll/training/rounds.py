@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -29,6 +29,7 @@ from atoll.engine.memory import Memory
 from atoll.engine.probe import Choice, choose
 from atoll.engine.spec import Engine, name_of
 from atoll.errors import RunError, UsageError
+from atoll.loss import Metric
 from atoll.names import under, without_prefix
 from atoll.plan import stop as stops
 from atoll.plan.aggregate import Mean
@@ -36,8 +37,7 @@ from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Air
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.plan import Plan
-from atoll.plan.round import Report, bind, opening, per_row, step
-from atoll.plan.sampler import Everyone
+from atoll.plan.round import Report, bind, close_round, open_round, opening, step
 from atoll.plan.state import State
 from atoll.rng import Key
 from atoll.saved import pack, unpack
@@ -48,6 +48,7 @@ from atoll.training.settings import Settings, SettingsDict, listed
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
 JUDGES = {"classification": ("accuracy",), "regression": ("rmse",), "tokens": ("accuracy",)}
+_JUDGE = Plan(Evaluate(), Mean())
 _WORTH_A_THREAD = 1 << 20  # parameters, from which on one pass over the model is worth a second thread
 
 
@@ -106,7 +107,7 @@ class Rounds:
         self.outcome: stops.Outcome | None = None
         self.seconds = 0.0
         self.bytes_up = self.bytes_down = 0
-        self._check_same()
+        check_same(self.engine, identity(self))
         self.share()
         self.first = self.state.model
 
@@ -147,7 +148,7 @@ class Rounds:
         if self.judge is not None and (last or self.state.round % every == 0):
             metrics |= self.evaluate()
         report = report.to(metrics=metrics, seconds=spent, fingerprint=fingerprint(self.state.model.theta))
-        report = _synchronized(report, self.engine)
+        report = sync_report(self.engine, report)
         self.seconds += report.seconds
         self.bytes_up += report.bytes_up
         self.bytes_down += report.bytes_down
@@ -206,23 +207,6 @@ class Rounds:
         for name, value in told["facts"].items():
             setattr(self, name, value)
 
-    def _check_same(self) -> None:
-        """Refuse processes that would not compute the same training.
-
-        Raises:
-            UsageError: the process, and the fact that differs from the primary process.
-        """
-        each = [json.loads(data) for data in self.engine.exchange(json.dumps(identity(self)).encode())]
-        for rank, theirs in enumerate(each):
-            for name, first in each[0].items():
-                if theirs.get(name) != first:
-                    raise UsageError(
-                        f"Rank {rank} has another {name} than rank 0: {theirs.get(name)}, and not {first}.",
-                        f"the same {name} in every process.",
-                        "each process computes every step of the server.",
-                        f"--seed {first}" if name == "seed" else "atoll doctor",
-                    )
-
 
 def identity(training: Rounds) -> dict[str, Any]:
     """What a run must still be to go on, and what it must be at every rank."""
@@ -245,8 +229,8 @@ def _task(model: Any, data: Clients, settings: Settings) -> Task:
     module = models.resolve(model, data, Key(settings.seed).fold("model"), dtype)
     kind = "binary" if _binary(module, data) else data.kind
     loss = settings.loss or ("binary_cross_entropy" if kind == "binary" else LOSSES[data.kind])
-    metrics = JUDGES[data.kind] if settings.metrics is None else settings.metrics
-    assert isinstance(metrics, (tuple, list))  # Settings has put a single one into a tuple
+    # Settings has put a single metric into a tuple.
+    metrics = JUDGES[data.kind] if settings.metrics is None else cast("tuple[str | Metric, ...]", settings.metrics)
     device = settings.spec.device(settings.device)
     check_precision(settings.precision, settings.dtype, settings.numerics, device)
     return replace(Task.of(module, loss, metrics, dtype), precision=settings.precision).on(device)
@@ -264,7 +248,28 @@ def _chosen(task: Task, data: Clients, plan: Plan, settings: Settings, engine: E
     return choice if first == choice.task.numerics else choose(task, data, plan, first, rounds)
 
 
-def _synchronized(report: Report, engine: Engine) -> Report:
+def check_same(engine: Engine, facts: Mapping[str, Any]) -> None:
+    """Refuse processes that would not compute the same training.
+
+    Args:
+        engine: that connects the processes.
+        facts: the facts of this process.
+    Raises:
+        UsageError: the process, and the fact that differs from the primary process.
+    """
+    each = [json.loads(data) for data in engine.exchange(json.dumps(facts).encode())]
+    for rank, theirs in enumerate(each):
+        for name, first in each[0].items():
+            if theirs.get(name) != first:
+                raise UsageError(
+                    f"Rank {rank} has another {name} than rank 0: {theirs.get(name)}, and not {first}.",
+                    f"the same {name} in every process.",
+                    "each process computes every step of the server.",
+                    f"--seed {first}" if name == "seed" else "atoll doctor",
+                )
+
+
+def sync_report(engine: Engine, report: Report) -> Report:
     """The report with the metrics and the duration of the primary process, so that a rule ends every process.
 
     Raises:
@@ -287,12 +292,10 @@ def _synchronized(report: Report, engine: Engine) -> Report:
 
 
 def judge(state: State, engine: InProcessEngine) -> dict[str, float]:
-    """The loss, as `held_out_loss`, and the metrics of a state's model on an engine's clients: a gather."""
-    plan, state = Plan(Evaluate(), Mean()), replace(state, air=Air(), versions={}, sent=None)
-    key = state.key().fold("evaluate")
-    gathered = engine.gather(plan, state, Everyone()(engine.population, state.round, key), key)
-    (partial,) = gathered.partials.values()
-    each = {n: float(t) for n, t in per_row(plan.aggregator.total(partial).sums).items()}
+    """The loss, as `held_out_loss`, and the metrics of the model of a state on the clients of an engine: one round."""
+    opened = open_round(_JUDGE, replace(state, air=Air(), versions={}, sent=None), engine)
+    gathered = engine.gather(_JUDGE, opened.state, opened.cohort, opened.key)
+    each = {n: float(t) for n, t in close_round(opened, gathered).mean.sums.items()}
     out = {"held_out_loss": each.pop("loss")}
     finish = {m.name: m.finish for m in engine.task.metrics}
     return out | {n: finish[n](v) for n, v in each.items()}

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
 from atoll.engine import spec as engines
 from atoll.errors import UsageError, unknown_name
@@ -177,8 +177,7 @@ class Settings(TrainingFields):
     @property
     def spec(self) -> EngineSpec:
         """The engine as a spec."""
-        assert not isinstance(self.engine, str)  # __post_init__ has replaced a text
-        return self.engine
+        return cast("EngineSpec", self.engine)  # __post_init__ has replaced a text
 
     def options(self, plan: Any = None, model: str | None = None) -> engines.RunOptions:
         """The settings that an engine reads, with the plan and the name of the model when they are known."""

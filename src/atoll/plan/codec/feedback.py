@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atoll.errors import UsageError
 from atoll.layout import Layout
+from atoll.names import under, without_prefix
 from atoll.plan.codec.stage import Chain, Codec, Encoded, roundtrip
 from atoll.plan.codec.wire import Form
 from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Tensors, Total
@@ -84,11 +85,11 @@ class _Wrapper(Codec):
 
 
 def _inner(tensors: Tensors) -> dict[str, Tensor]:
-    return {f"codec.{name}": t for name, t in tensors.items()}
+    return under("codec.", tensors)
 
 
 def _outer(tensors: Tensors) -> dict[str, Tensor]:
-    return {n.removeprefix("codec."): t for n, t in tensors.items() if n.startswith("codec.")}
+    return without_prefix(tensors, "codec.")
 
 
 def _check_inner(part: str, codec: Any) -> None:

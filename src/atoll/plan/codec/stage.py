@@ -28,6 +28,7 @@ from torch import Tensor
 
 from atoll.errors import RunError, UsageError
 from atoll.layout import Entry, Layout
+from atoll.names import under, without_prefix
 from atoll.plan.codec import wire
 from atoll.plan.codec.wire import Field, Form
 from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Stage, Tensors, Total, default
@@ -353,11 +354,11 @@ class Chain(Codec):
 
 
 def _join(many: list[Tensors]) -> dict[str, Tensor]:
-    return {f"{i}.{name}": t for i, tensors in enumerate(many) for name, t in tensors.items()}
+    return {name: t for i, tensors in enumerate(many) for name, t in under(f"{i}.", tensors).items()}
 
 
 def _of(tensors: Tensors, i: int) -> dict[str, Tensor]:
-    return {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
+    return without_prefix(tensors, f"{i}.")
 
 
 def _clash(a: Codec, b: Codec) -> tuple[str, str] | None:
