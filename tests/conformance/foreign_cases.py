@@ -8,8 +8,8 @@ from parity.ranks import fork
 from problems import classification
 
 import atoll
-from atoll.training.experiment import Experiment
 from atoll.testing import entropy_source, known_entropy
+from atoll.training.experiment import Experiment
 
 RECIPE = "fedavg(0.1, batch=5, cohort=8)"
 PLANS = {

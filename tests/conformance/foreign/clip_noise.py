@@ -43,10 +43,8 @@ class Clip(Codec):
 
     def declare(self, layout):
         """A bounded update, and the count of clipped ones."""
-        return {
-            "update": Declared(layout.d, layout.dtype, "mean", self.bound),
-            "clipped": Declared(1, layout.dtype, "sum"),
-        }
+        d, dtype = layout.d, layout.dtype
+        return {"update": Declared(d, dtype, "mean", self.bound), "clipped": Declared(1, dtype, "sum")}
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,11 +82,9 @@ class Noise(Codec):
 
     def server_update(self, total, server, info, key):
         """The sum with noise. A round without a contribution has no sum."""
-        means = dict(total.means)
-        if (update := means.get("update")) is not None:
-            noise = info.entropy.normal(update.shape, update.dtype).to(update.device)
-            means["update"] = update + self.multiplier * self.before.bound * noise
-        return total._replace(means=means), server
+        draw, scale = info.entropy.normal, self.multiplier * self.before.bound
+        noisy = {n: t + scale * draw(t.shape, t.dtype).to(t.device) for n, t in total.means.items() if n == "update"}
+        return total._replace(means={**total.means, **noisy}), server
 
     def conflicts(self, slots):
         """Weights that change the bound of an update."""
