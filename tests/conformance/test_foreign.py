@@ -17,7 +17,7 @@ from clip_noise import Clip, Noise
 from conformance import foreign_cases as cases
 from fedprox import fedprox
 from krum import Krum
-from problems import COMPILED, federation, run, seeded, task_of
+from problems import NO_NATIVE, federation, run, seeded, task_of
 from scaffold import Scaffold, corrected
 from thinned import by_turns, only
 from torch import nn
@@ -52,7 +52,7 @@ from atoll.training.experiment import Experiment
 FOLDER = Path(cases.__file__).parent / "foreign"
 LINES = {"fedprox": 25, "scaffold": 45, "krum": 50, "clip_noise": 40}
 BASES = {"Local", "Aggregator", "Partial", "OptimizerBase", "Codec", "dict"}
-NUMERICS = ["fused", COMPILED, "lanes", "loop"]
+NUMERICS = ["fused", "compiled", "lanes", "loop"]
 EQUAL = Mean(weights="equal")
 CHECKS = [
     (check_optimizer, fedprox(0.1, mu=0.5)),
@@ -142,6 +142,8 @@ def test_ranks_change_no_bit(found, tmp_path):
 
 def trained(plan, numerics="fused", rounds=3, module=None, data=None, dtype=torch.float32):
     """The state and the reports after some rounds of a plan."""
+    if numerics == "compiled" and NO_NATIVE:
+        pytest.skip(NO_NATIVE)
     data = data or cases.clients()
     module = module or seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
     return run(plan, InProcessEngine(task_of(module, data, numerics, dtype), data), rounds)
@@ -234,7 +236,7 @@ def test_scaffold_with_other_parts(numerics, which):
     """It trains, and c stays the mean of all cᵢ."""
     plan = Plan(Scaffold(0.3, steps=3, batch=5), EQUAL, cohort=6, **SCAFFOLDS[which])
     state, reports = trained(plan, numerics, rounds=10)
-    assert reports[-1].metrics["loss"] < 0.9 * reports[0].metrics["loss"]
+    assert reports[-1].metrics["loss"] < 0.95 * reports[0].metrics["loss"]
     assert "control" not in reports[0].metrics
     mine = state.memory.take(torch.arange(10))["local/control"]
     assert mine.abs().max() > 1e-3
