@@ -358,9 +358,6 @@ class Adding(Delegating):
 class Computing(Local):
     way: str
 
-    def padded_batch(self, rows):
-        return local.padded(rows)
-
     def contribute(self, broadcast, lanes, memory, key, task):
         given, after = local.Gradient().contribute(broadcast, lanes, memory, key, task)
         update = given.means["update"]

@@ -19,7 +19,7 @@ import atoll.shelf
 from atoll import grammar, native
 from atoll.errors import UsageError
 from atoll.known import tell
-from atoll.plan.aggregate import Mean, Partial, Sum, exact
+from atoll.plan.aggregate import Mean, PartialSum, Sum, exact
 from atoll.plan.names import PARTS
 from atoll.plan.protocols import Contribution, Ids
 from atoll.shelf import Shelf, lent_from
@@ -90,7 +90,7 @@ def grouped(aggregator, rows, weights, rng):
         workers[w] = aggregator.fold(workers[w], contribution(rows, weights, piece), STARTS)
     while len(workers) > 1:
         one, other = (workers.pop(rng.integers(len(workers))) for _ in range(2))
-        other = Partial.of({name: t.clone() for name, t in other.tensors().items()})
+        other = PartialSum.of({name: t.clone() for name, t in other.tensors().items()})
         workers.append(aggregator.merge(one, other))
     return workers[0]
 
@@ -274,7 +274,7 @@ def test_partial_is_plain_tensors_and_back(problem):
     partial = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))), STARTS)
     tensors = partial.tensors()
     assert all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in tensors.items())
-    again = Partial.of(tensors)
+    again = PartialSum.of(tensors)
     assert bits(again, aggregator) == bits(partial, aggregator)
     assert again.tensors().keys() == tensors.keys()
 

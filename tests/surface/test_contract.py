@@ -5,6 +5,7 @@ that break the contract are refused by an error that names the part and the memb
 """
 
 import ast
+import runpy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -395,3 +396,8 @@ def test_every_protocol_is_documented():
                 assert member.__doc__, f"{protocol.__name__}.{name}"
     assert isinstance(Total({}, {}, torch.tensor(0), torch.tensor(0), {}).per_client, dict)
     assert protocols.OPEN == "*" and atoll.__name__ == "atoll"
+
+
+def test_foreign_parts_that_mypy_checks_also_run():
+    parts = runpy.run_path(str(Path(__file__).parents[1] / "typing" / "foreign_parts.py"))
+    assert repr(parts["plan"].codec) == "Clip(1.0) >> TopK(0.1)"

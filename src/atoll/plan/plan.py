@@ -33,7 +33,7 @@ from atoll.plan.sampler import Everyone, Uniform, fraction
 class Plan(Value):
     """An algorithm, as a value: a part in each slot of the formula.
 
-    θ⁺ = optimizer(θ, finish(settle(Σ lift(open(encode(local(θ, dataᵢ))), wᵢ))))
+    θ⁺ = optimizer(θ, finalize(server_update(Σ wᵢ · decode(encode(local(θ, dataᵢ))))))
 
     Args:
         local: what a client computes.

@@ -3,8 +3,8 @@
     cohort = sampler(clients, round)                     who is at work
     gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
     mᵢ     = encode(gᵢ)                                  clip, compress
-    total  = Σ_b s(b) · decode_b( Σ_{i born b} lift(open(mᵢ), wᵢ) )
-    g      = finish(settle(total))                       the mean, or a robust rule
+    total  = Σ_b s(b) · decode_sum( Σ_{i born b} wᵢ · decode(mᵢ) )
+    g      = finalize(server_update(total))               the mean, or a robust rule
     θ⁺     = optimizer(θ, g, round)                      the server always descends
 
 `step` is this, once, for every algorithm and every engine. An algorithm is a `Plan`: a value with a part in each slot.

@@ -1,7 +1,9 @@
-"""Who is at work in a round.
+"""Samplers: the selection of the clients of a round.
 
-A sampler is called with the population, the round and a key. It gives the cohort's ids and every client's chance
-of being there, from which `over="expected"` computes what it divides by.
+A sampler is called with the population, the round and a key. It returns the ids of the cohort and the probability that
+each client is selected, from which `over="expected"` computes the weight that divides.
+
+Tests: tests/identities/test_samplers.py
 """
 
 from __future__ import annotations
@@ -58,9 +60,9 @@ class Uniform(Sampler):
     """n clients, every set of n equally likely: chance n/C each.
 
     Args:
-        n: how many, 1 … C.
+        n: clients, 1 … C.
     Raises:
-        UsageError: n is no whole number, or larger than the population.
+        UsageError: n is not a whole number, or it exceeds the population.
     """
 
     n: int
@@ -98,7 +100,7 @@ class Fraction(Sampler):
         return _Resized(self, ask) if ask(1000) > 1000 else self
 
     def count(self, clients: int) -> int:
-        """How many of so many."""
+        """The number that the fraction selects out of all clients."""
         return max(1, math.floor(self.q * clients + 0.5))
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
@@ -112,7 +114,7 @@ def fraction(q: float) -> Fraction:
 
 @dataclass(frozen=True, repr=False)
 class Poisson(Sampler):
-    """Each client by its own coin: chance q, independently. A cohort may be empty.
+    """Each client independently, with probability q. A cohort may be empty.
 
     Args:
         q: in (0, 1].
@@ -140,11 +142,11 @@ class Poisson(Sampler):
 class Weighted(Sampler):
     """n clients without replacement, each with a chance in proportion to the rows it holds: n·wᵢ/Σw, at most 1.
 
-    The clients stand in a keyed random order, each as long as its rows; n marks at equal distances fall on n of them.
-    Beside it, `Mean(weights="equal")` is the mean over all rows, unbiased as long as no chance is cut at 1.
+    The clients are in a keyed random order, each as long as its rows; n marks at equal distances fall on n of them.
+    With it, `Mean(weights="equal")` is the mean over all rows, unbiased if no probability is cut at 1.
 
     Args:
-        n: how many, 1 … number of clients that hold rows.
+        n: clients, 1 … number of clients that hold rows.
     Reference: Madow, On the Theory of Systematic Sampling, II, 1949.
     """
 
@@ -174,7 +176,7 @@ class Weighted(Sampler):
 
 
 def _certain(sizes: Tensor, n: int) -> Tensor:
-    """The clients so large that they are always drawn, bool `[C]`: those whose share of what is left comes to 1."""
+    """The clients that are always drawn, bool `[C]`: their share of the remaining draws is 1 or more."""
     certain = torch.zeros_like(sizes, dtype=torch.bool)
     while True:
         left, whole = n - int(certain.sum()), int(sizes.masked_fill(certain, 0).sum())
@@ -186,12 +188,12 @@ def _certain(sizes: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class RoundRobin(Sampler):
-    """n clients in turn, in a keyed order that is drawn anew each time all have had their turn.
+    """n clients in turn, in a keyed order that is drawn again when all clients have participated.
 
-    Over any C/n rounds that start together every client works once (n dividing C).
+    If n divides C, every client participates once in C/n consecutive rounds from a multiple of C/n on.
 
     Args:
-        n: how many, 1 … C.
+        n: clients, 1 … C.
     """
 
     n: int

@@ -1,4 +1,4 @@
-"""What every optimizer is, and how it makes steps: at the server once a round, in local training in place.
+"""The base of optimizers, and their steps: at the server once per round, in local training in place.
 
     θ⁺, state⁺ = optimizer.update(θ, g, sums, state, round)       nothing given changes
     stepper = optimizer.stepper(θ, state, lr); stepper.step(g)    θ and state change
@@ -69,7 +69,7 @@ class OptimizerBase(Optimizer):
         return self.schedule(round, _memory(state))
 
     def slots(self, theta: Tensor) -> dict[str, Tensor]:
-        """The state of lanes that have made no step: what a client keeps when it keeps its optimizer.
+        """The state of lanes before their first step: the client state of `keep=("optimizer",)`.
 
         Args:
             theta: float `[d]` or `[K, d]`.
@@ -87,19 +87,19 @@ class OptimizerBase(Optimizer):
         return state
 
     def init(self, theta: Tensor) -> dict[str, Tensor]:
-        """The state before the first `update`: the slots, and under `lr.…` what the schedule remembers."""
+        """The state before the first `update`: the slots, and the memory of the schedule under `lr.…`."""
         return {**self.slots(theta), **_named(self.schedule.init())}
 
     def update(
         self, theta: Tensor, g: Tensor, sums: Tensors, state: Tensors, round: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step down: θ⁺ and the state after it. Nothing given is changed.
+        """One step down: θ⁺ and the state after it. No argument is changed.
 
         Args:
             theta: float `[d]` or `[K, d]`.
             g: the update, uphill, same shape.
             sums: means of the round; `loss`, of one number, moves a `plateau` from the next round on.
-            state: what `init` or the last `update` returned.
+            state: of `init` or of the last `update`.
             round: t ≥ 0.
         Returns:
             (θ⁺, state⁺), tensors of their own.
@@ -109,7 +109,7 @@ class OptimizerBase(Optimizer):
             (tensor([0.8000]), {})
         """
         memory = _memory(state)
-        if self.is_plain_sgd():  # what most servers are, without the bookkeeping of a stepper
+        if self.is_plain_sgd():  # most servers; no stepper is needed
             room, rate = empty(theta, theta.shape), self.schedule(round, memory)
             step = torch.add(theta.detach(), g.to(theta.dtype), alpha=-rate, out=room)
             return step, _named(self.schedule.observe(memory, sums["loss"]) if "loss" in sums else memory)
@@ -125,7 +125,7 @@ class OptimizerBase(Optimizer):
         return theta, {**after, **_named(memory)}
 
     def stepper(self, theta: Tensor, state: Tensors, lr: float) -> Stepper:
-        """What makes steps in place on θ and its state, at one learning rate.
+        """A stepper that makes steps in place on θ and its state, at one learning rate.
 
         Args:
             theta: float `[d]` or `[K, d]`, contiguous, the caller's own: it is changed.
@@ -134,7 +134,7 @@ class OptimizerBase(Optimizer):
         """
         return Stepper(self, theta, state, lr)
 
-    # What a rule says of itself: the class of `torch.optim` that has it, and the state that starts at zero.
+    # The class of `torch.optim` with the same rule, and the names of the state that starts at zero.
     _torch: ClassVar[type[torch.optim.Optimizer] | None] = None
     _zeros: ClassVar[tuple[str, ...]] = ()
 
@@ -151,7 +151,7 @@ class OptimizerBase(Optimizer):
         return False
 
     def inner(self) -> Inner | None:
-        """The class of `torch.optim` that has the rule, with its arguments; None where `apply` is the rule."""
+        """The class of `torch.optim` with the rule, and its arguments; None if `apply` is the rule."""
         words = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lr"}  # type: ignore[arg-type]
         return None if self._torch is None else (self._torch, words)
 
@@ -162,10 +162,10 @@ class OptimizerBase(Optimizer):
 
 @dataclass
 class LaneGroup:
-    """A stretch of θ whose lanes have made equally many steps: what a rule works on at once.
+    """A part of θ whose lanes have made the same number of steps: `apply` computes on it at once.
 
     Args:
-        start, stop: where it lies in the lanes laid end to end.
+        start, stop: its range in the concatenated lanes.
         lane: the first of the equal lanes that it belongs to.
         theta: float view `[stop − start]`.
         slots: views of the state, same shape.

@@ -1,4 +1,7 @@
-"""How contributions become one: the mean and the sum, each contribution folded once, in O(model) memory."""
+"""The mean and the sum of contributions; each contribution is folded once, in O(model) memory.
+
+Tests: tests/identities/test_exact.py
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,7 @@ def _neutral(dtype: int, *shape: int, largest: bool, device: torch.device) -> Te
 
 
 class _Folded(Aggregator):
-    """Folding and merging, shared by the mean and the sum."""
+    """Folding and merging of the mean and the sum."""
 
     linear = True
 
@@ -146,7 +149,7 @@ class _Folded(Aggregator):
         return a
 
     def total(self, partial: PartialSum) -> Total:
-        """The finished sums: float64, or what `sum="float"` has added up, as it is."""
+        """The finished sums: float64, or the float sum with `sum="float"`."""
         if self.sum == "exact":
             exact.check_capacity(int(partial.weight), self)
         total = exact.total if self.sum == "exact" else _float
@@ -163,12 +166,12 @@ class _Folded(Aggregator):
 class Mean(_Folded):
     """The mean of the updates.
 
-    g = Σ wᵢ gᵢ / Σ wᵢ  over what arrived, or divided by what the sampler led one to expect, E Σ wᵢ = Σ chanceᵢ wᵢ
+    g = Σ wᵢ gᵢ / Σ wᵢ  over the contributions that arrived, or divided by the expected weight, E Σ wᵢ = Σ chanceᵢ wᵢ
 
     Args:
         weights: `"examples"`, wᵢ is the number of rows a client holds; `"equal"`, wᵢ = 1.
-        over: `"arrived"` divides by the weight that arrived; `"expected"` by the expected one, so that a client's
-            influence does not depend on who else came (an unbiased sum, and the one whose sensitivity is bounded).
+        over: `"arrived"` divides by the weight that arrived; `"expected"` by the expected one, so that the influence
+            of a client does not depend on the other clients of the cohort (unbiased, and of bounded sensitivity).
         sum: `"exact"`, the same bits for every order, grouping and number of workers; `"float"`, fast, order-dependent.
     Example:
         >>> mean = Mean(weights="equal")
@@ -206,7 +209,7 @@ class Mean(_Folded):
         """The expected weight is unknown if the pace decides which clients count."""
         if self.over == "expected" and slots.pace != Sync():
             why = "fast clients count more often, and the chance of that is not known."
-            yield Conflict(f"{self!r} with {slots.pace!r}.", "Sync(), or a mean over what arrived.", why, "Sync()")
+            yield Conflict(f"{self!r} with {slots.pace!r}.", 'Sync(), or over="arrived".', why, "Sync()")
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,4 +1,7 @@
-"""Codecs with a memory: what was lost on the way is made good later."""
+"""Codecs with client memory that correct the error of a compressor: error feedback and EF21.
+
+Tests: tests/rates/test_error_feedback.py, tests/identities/test_codecs_memory.py
+"""
 
 from __future__ import annotations
 
@@ -93,33 +96,33 @@ def _outer(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _check_inner(part: str, codec: Any) -> None:
-    """Refuse what is no codec, is no contraction, or has a memory of its own."""
+    """Refuse a value that is no codec, and a codec that is no contraction or has client memory."""
     if not isinstance(codec, Codec):
         raise UsageError(f"{part}({codec!r}).", "a codec.", write=f"{part}(TopK(0.01))")
     if (contraction := codec.contraction()) != codec:
         raise UsageError(
             f"{part}({codec!r}).",
-            "a codec that brings back less error than it was given.",
-            "its error can be larger than the update, and what is kept for later would grow without end.",
+            "a codec whose error is less than its input.",
+            "its error can be larger than the update, and the kept error would grow without bound.",
             f"{part}({contraction!r})",
         )
     if any(isinstance(stage, _Wrapper) for stage in (codec.stages if isinstance(codec, Chain) else (codec,))):
         raise UsageError(
             f"{part}({codec!r}).",
             "a codec without a memory of its own.",
-            "one memory makes good what the other has already made good.",
+            "two memories would correct the same error twice.",
             f"{part}(TopK(0.01))",
         )
 
 
 @dataclass(frozen=True, repr=False)
 class ErrorFeedback(_Wrapper):
-    """Error feedback: what a codec loses of an update is added to the client's next one.
+    """Error feedback: the compression error of an update is added to the client's next update.
 
     p = x + e,   send C(p),   e⁺ = p − Ĉ(p),   e = 0 at first
 
-    Ĉ is what the server will read. The sum of all that was sent and of e equals the sum of all that was meant; e
-    moves only if the message was accepted. With clients whose optima differ, the step has to shrink; `EF21` stands
+    Ĉ is the decoded message. The sum of all decoded messages and of e equals the sum of all updates; e changes only if
+    the message was accepted. If the optima of clients differ, the learning rate has to decrease; `EF21` converges with
     a constant one.
 
     Args:
@@ -161,11 +164,12 @@ class EF21(_Wrapper):
 
     send C(x − h),   h⁺ = h + Ĉ(x − h);      g = Σ over all clients of w h⁺ / Σ over all clients of w
 
-    h follows x, so the error vanishes as updates settle, for clients however different and at a constant step. A
-    client that is away, or whose message is lost, stands in the mean with its last h. It needs a mean over what
-    arrived, born in the round in which it arrives: not `Sum`, not `over="expected"`, nothing stale.
+    h follows x, so the error vanishes when updates converge, for clients with different optima and at a constant
+    learning rate. A client that does not participate, or whose message is lost, is in the mean with its last h. EF21
+    requires the mean over the contributions that arrived, of the current round: not `Sum`, not `over="expected"`, and
+    no late contribution.
 
-    Server state: `_sum`, float64 `[d]`, Σ w h over all clients; no client sees it.
+    Server state: `_sum`, float64 `[d]`, Σ w h over all clients; it is not broadcast.
 
     Args:
         codec: a contraction, as for `ErrorFeedback`.
@@ -207,7 +211,7 @@ class EF21(_Wrapper):
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         """Only the mean over all clients that arrive in their own round divides the server's sum correctly."""
-        rule, required = slots.aggregator, "Mean() over what arrived, and a pace without late contributions."
+        rule, required = slots.aggregator, "Mean() over the contributions that arrived, and a pace without late ones."
         why = "the server keeps the mean of all clients' last updates, and no other rule divides it correctly."
         if rule.forms_sum or not rule.linear or rule.over == "expected":
             yield Conflict(f"{slots.codec!r} with {rule!r}.", required, why, "Mean()")

@@ -365,18 +365,18 @@ def _clash(a: Codec, b: Codec) -> tuple[str, str] | None:
     """(required, why) if b cannot follow a anywhere in a chain."""
     if b.needs_model_coordinates and (a.per_message or a.per_sum):
         return (
-            f"{type(b).__name__} before what changes coordinates.",
-            "what it keeps belongs to the model's own coordinates; those behind are others, for every client or round.",
+            f"{type(b).__name__} before any stage that changes coordinates.",
+            "its state is in the model's own coordinates, and the coordinates after the other stage differ.",
         )
     if a.compressor or (a.packs and not b.compresses):
         return (
-            "what packs at the end of a codec.",
-            "packed codes are no numbers that another stage could work on.",
+            "a stage that packs at the end of a codec.",
+            "another stage cannot compute with packed codes.",
         )
     if a.per_message and b.per_sum:
         return (
-            "stages that decode before stages that open.",
-            "the sum is decoded once, after each message was opened: what is done last is undone first.",
+            "stages with per_sum before stages with per_message.",
+            "the sum is decoded after each message, so the last stage of the client is decoded first.",
         )
     return None
 

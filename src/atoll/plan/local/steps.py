@@ -1,4 +1,7 @@
-"""Numbers of local steps: of a pass over the rows, and by a schedule of the round."""
+"""Numbers of local steps: of a pass over the rows, and by a schedule of the round.
+
+Tests: tests/identities/test_local_sgd.py
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ _FAR = 10**9  # a round in which every schedule that falls has fallen
 
 
 def _whole(schedule: Schedule, t: int) -> int:
-    """How many steps a schedule says for round t; 0 for what is no number of steps."""
+    """The steps of a schedule in round t; 0 if its value is not finite."""
     value = schedule(t)
     return max(0, round(value)) if math.isfinite(value) else 0
 
 
 def check_steps(schedule: Schedule) -> None:
-    """Refuse a schedule of steps that looks at the loss, or that comes below 1: where a piece begins or in the end."""
+    """Refuse a schedule of steps that observes the loss, or that is below 1 at the start of a piece or in the end."""
     steps, looks = _whole(schedule, 0), bool(schedule.init())
     turns, rest = [0], schedule
     while isinstance(rest, led):
@@ -30,8 +33,10 @@ def check_steps(schedule: Schedule) -> None:
     if looks or not all(_whole(schedule, t) for t in (*turns, _FAR)):
         raise UsageError(
             f"Train(steps={schedule!r}).",
-            "a schedule of the round alone." if looks else "at least 1 step in every round.",
-            "what says how long clients work is known before the round." if looks else "no step is no update.",
+            "a schedule that does not observe the loss." if looks else "at least 1 step in every round.",
+            "the number of steps is fixed before the round."
+            if looks
+            else "a client that makes no step sends no update.",
             f"Train(sgd(0.1), steps=cosine({max(1, steps)}.0, rounds=100, end=1.0), batch=10)",
         )
 
@@ -40,7 +45,7 @@ def steps_at(schedule: Schedule, t: int) -> int:
     """The steps of round t.
 
     Raises:
-        RunError: a schedule of the user's own says less than one.
+        RunError: a schedule of the user is below one.
     Example:
         >>> from atoll.schedule import cosine
         >>> [steps_at(cosine(8.0, rounds=2, end=1.0), t) for t in range(3)]
@@ -49,9 +54,9 @@ def steps_at(schedule: Schedule, t: int) -> int:
     steps = _whole(schedule, t)
     if not steps:
         raise RunError(
-            f"{schedule!r} says {schedule(t)!r} steps for round {t}.",
+            f"{schedule!r} gives {schedule(t)!r} steps in round {t}.",
             "at least 1 step in every round.",
-            "no step is no update. The state is that of the round before.",
+            "a client that makes no step sends no update. The state is that of the round before.",
             "Train(sgd(0.1), steps=10, batch=10)",
         )
     return steps
@@ -63,9 +68,9 @@ def quotient(a: Tensor, b: Tensor) -> Tensor:
 
 
 def lengths_of(rows: Tensor, batch: int | None, joins: bool) -> tuple[Tensor, Tensor]:
-    """How many batches a pass over so many rows has, and whether its last one holds a row more than `batch`.
+    """The batches of a pass over these rows, and whether the last batch has one row more than `batch`.
 
-    For batch statistics, which one row has none of, a tail of one joins the batch before.
+    One row has no batch statistics. For a model with batch statistics a tail of one row joins the batch before it.
 
     Example:
         >>> lengths_of(torch.tensor([25, 21, 7]), 10, True)
@@ -78,7 +83,7 @@ def lengths_of(rows: Tensor, batch: int | None, joins: bool) -> tuple[Tensor, Te
 
 
 def counted(steps: Iterator[tuple[Tensor, tuple[int, ...]]], rows: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """The same steps, places and counts of each; the rows of each client that count are added up, in place."""
+    """The same steps, with places and counts; adds the processed rows of each client to `rows`, in place."""
     for places, counts in steps:
         rows[: len(counts)] += torch.tensor(counts, device=rows.device)
         yield places, counts

@@ -1,0 +1,158 @@
+"""A training loop of the user, called once for each client.
+
+Tests: tests/identities/test_local_sgd.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from atoll.errors import UsageError
+from atoll.plan.lanes import Lanes
+from atoll.plan.local.contribution import (
+    check_batch,
+    check_sends,
+    contribution_of,
+    declared_update,
+)
+from atoll.plan.local.steps import lengths_of
+from atoll.plan.protocols import (
+    OPEN,
+    Broadcast,
+    Contribution,
+    Declared,
+    Local,
+    Sends,
+    Tensors,
+)
+from atoll.rng import Key, global_scope
+from atoll.task import Task
+
+
+@dataclass(frozen=True)
+class Context:
+    """The arguments of a user's loop: the round, the client, the learning rate, the device and a keyed generator.
+
+    Args:
+        round: from 0.
+        client: its id.
+        lr: the `lr` of `Custom(fn, lr=...)`, or None.
+        device: of the model.
+        generator: of torch, seeded by (seed, round, client).
+    """
+
+    round: int
+    client: int
+    lr: float | None
+    device: torch.device
+    generator: torch.Generator
+
+
+class Loader:
+    """Batches `(x, y)` of one client, in a new keyed order in each pass.
+
+    If the model has batch statistics, a tail of one row joins the batch before it, as in `Train`.
+    """
+
+    def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
+        self._lanes = Lanes(lanes.clients, lanes.ids[k : k + 1], lanes.dtype, device=lanes.device)
+        self._key, self._passes, self.rows = key, 0, lanes.sizes[k]
+        count = int(lengths_of(torch.tensor(self.rows), batch, joins)[0])
+        full = [min(batch or self.rows, self.rows)] * (count - 1)
+        self._lengths = [*full, self.rows - sum(full)]
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self._key.fold(self._passes).permutation(self.rows)[None]
+        self._passes += 1
+        for piece in order.split(self._lengths, 1):
+            x, y, _ = self._lanes.take(self._lanes.places(piece), (piece.shape[1],))
+            yield x[0], y[0]
+
+
+@dataclass(frozen=True, repr=False)
+class Custom(Local):
+    """Your own training loop, called once for each client of a round.
+
+    gᵢ = θ − θᵢ,  θᵢ the parameters of the model after `fn`.
+
+    Args:
+        fn: `fn(model, loader, ctx) -> metrics | None`: trains the model in place; `loader` yields `(x, y)`; the
+            metrics, numbers by name, are averaged by rows. In a text it is written `module:name`.
+        batch: rows in the loader's batches; None is all of them.
+        lr: is passed on as `ctx.lr`; a number or None.
+        sends: `"update"` or `"model"`, as for `Train`.
+    Example:
+        >>> def train(model, loader, ctx):
+        ...     optimizer = torch.optim.SGD(model.parameters(), ctx.lr)
+        ...     for x, y in loader:
+        ...         optimizer.zero_grad()
+        ...         nn.functional.cross_entropy(model(x), y).backward()
+        ...         optimizer.step()
+        >>> part = Custom(train, batch=10, lr=0.1)
+    """
+
+    fn: Callable[[nn.Module, Loader, Context], Mapping[str, float] | None]
+    batch: int | None = None
+    lr: float | None = None
+    sends: Sends = "update"
+    numerics = "loop"
+
+    def __post_init__(self) -> None:
+        check_batch("Custom", self.batch)
+        check_sends("Custom", self.sends, "")
+        if not callable(self.fn):
+            raise UsageError(
+                f"Custom({self.fn!r}).",
+                "a function (model, loader, ctx); in a text, module:name.",
+            )
+
+    def padded_batch(self, rows: int) -> int:
+        """No padding: clients run one after the other."""
+        return rows
+
+    def declare(self, task: Task) -> Mapping[str, Declared]:
+        """The update, buffers if the model has any, the rows, and any metric: clients may return different names."""
+        means = {n: d for n, d in declared_update(task).items() if d.kind == "mean"}
+        return {**means, "rows": Declared(1, torch.float64, "sum"), OPEN: Declared(1, torch.float64, "sum")}
+
+    def contribute(
+        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+    ) -> tuple[Contribution, Tensors]:
+        """Call the user's loop for each client, on a fresh module, its randomness keyed."""
+        out = [self._one(broadcast, lanes, k, key.only(k), task) for k in range(len(lanes.sizes))]
+        theta, buffers, counters, sums = zip(*out, strict=True)
+        names = sorted(set().union(*sums))
+        nothing = torch.zeros((), dtype=torch.float64)
+        stacked = {n: torch.stack([s.get(n, nothing) for s in sums]) for n in names}
+        count = {n: torch.stack([c[n] for c in counters]) for n in counters[0]}
+        update = broadcast.model.theta - torch.stack(theta)
+        return contribution_of(lanes, update, torch.stack(buffers), count, stacked), {}
+
+    def _one(
+        self, broadcast: Broadcast, lanes: Lanes, k: int, key: Key, task: Task
+    ) -> tuple[Tensor, Tensor, Tensors, dict[str, Tensor]]:
+        module = task.rebuilt(broadcast.model.of(k)).train()
+        device = broadcast.model.theta.device
+        generator = torch.Generator(device).manual_seed(key.fold("generator").torch_seed())
+        ctx = Context(broadcast.round, int(lanes.ids[k]), self.lr, device, generator)
+        with global_scope(key.fold("custom")):
+            loader = Loader(lanes, k, self.batch, key.fold("order"), task.batch_statistics)
+            metrics = self.fn(module, loader, ctx) or {}
+        if not isinstance(metrics, Mapping):
+            raise UsageError(
+                f"{self!r} returned {type(metrics).__name__}.",
+                "metrics by name, or None.",
+                write='return {"loss": loss}',
+            )
+        rows = lanes.sizes[k]
+        sums = {n: torch.tensor(float(v) * rows, dtype=torch.float64) for n, v in metrics.items()}
+        sums["rows"] = torch.tensor(float(rows), dtype=torch.float64)
+        theta, buffers, fixed = task.layout.flatten(module.state_dict())
+        return theta, buffers, {e.name: fixed[e.name] for e in task.layout.counters}, sums
