@@ -100,7 +100,7 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             out |= dotted(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value

@@ -76,10 +76,12 @@ class OptimizerBase(Optimizer):
         Returns:
             Tensors of θ's shape, type and device, and counters of shape `[]` or `[K]` on the host.
         """
-        state = {
-            name: torch.full_like(theta, value, memory_format=torch.contiguous_format)
-            for name, value in self.per_coordinate().items()
-        }
+        state: dict[str, Tensor] = {}
+        for name, value in self.per_coordinate().items():
+            if value is None:
+                state[name] = theta.detach().clone(memory_format=torch.contiguous_format)
+            else:
+                state[name] = torch.full_like(theta, value, memory_format=torch.contiguous_format)
         for name, (value, dtype) in self.per_lane().items():
             state[name] = torch.full(theta.shape[:-1], value, dtype=dtype, device="cpu")
         return state
@@ -136,8 +138,8 @@ class OptimizerBase(Optimizer):
     _torch: ClassVar[type[torch.optim.Optimizer] | None] = None
     _zeros: ClassVar[tuple[str, ...]] = ()
 
-    def per_coordinate(self) -> Mapping[str, float]:
-        """Names of the state tensors shaped like θ, with their first values."""
+    def per_coordinate(self) -> Mapping[str, float | None]:
+        """Names of the state tensors shaped like θ, with their first values. None: θ before the first step."""
         return dict.fromkeys(self._zeros, 0.0)
 
     def per_lane(self) -> Counters:

@@ -332,10 +332,12 @@ class Experiment(grammar.Value, TrainingFields):
         if not isinstance(told, Plan):
             raise UsageError(f"{text!r} is a {type(told).__name__}.", "a recipe, or a whole plan.", write=RECIPE)
         plan: Plan = told
+        parts: dict[str, Any] = {}  # all slots change at once: two parts that exclude each other may change together
         for slot, text in sorted(self.overrides.items(), key=lambda item: item[0].count(".")):
             part = read_part(text, trust=self._trusts(f"plan.{slot}"))
-            plan = _put(plan, slot.split("."), part, slot)
-        return plan
+            first, *path = slot.split(".")
+            parts[first] = _put(parts.get(first, getattr(plan, first)), path, part, slot)
+        return dataclasses.replace(plan, **parts)
 
     def module(self) -> nn.Module:
         """The model as it was before the first round, to load numbers into."""
