@@ -21,7 +21,12 @@ from atoll.schedule import Schedule
 
 
 def _rate() -> Any:
-    return number(above=0, also=Schedule, example=0.1, why="a step that is not positive stands still or climbs.")
+    return number(
+        above=0,
+        also=Schedule,
+        example=0.1,
+        why="a learning rate of 0 makes no step, and a negative one increases the loss.",
+    )
 
 
 def _betas() -> Any:

@@ -8,7 +8,8 @@
     θ⁺     = optimizer(θ, g, round)                      the server always descends
 
 b is the model version: the round whose θ client i started from. s(b) is its staleness weight, 1 in synchronous rounds.
-wᵢ is the weight of client i, usually the number of its training rows. `lift` multiplies by wᵢ and makes the sum exact.
+wᵢ is the weight of client i, usually the number of its training rows. `lift` multiplies by wᵢ and represents the
+product so that it can be added without rounding.
 
 `step` computes this formula for every algorithm on every engine. An algorithm is a `Plan`: a value with a part in each
 slot.
