@@ -42,7 +42,6 @@ SRC = Path(__file__).parents[2] / "src" / "atoll"
 # file, function: the reason for `getattr` or `hasattr` in it
 ALLOWED = {
     ("plan/conflicts.py", "check_part"): "the check that a part has every declared member",
-    ("plan/conflicts.py", "_named"): "the name of a type",
     ("plan/stepper.py", "inner"): "fields of the optimizer itself, listed by dataclasses",
     ("plan/stop.py", "*"): "a stop rule, which is no part of a plan",
     ("engine/worker.py", "written"): "whether a value is a function",
