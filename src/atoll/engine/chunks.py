@@ -180,8 +180,9 @@ def by_version(flights: list[Flight]) -> Iterator[tuple[int, Ids, Tensor]]:
     for client, version, repeat, _, size, _ in flights:
         by.setdefault(version, []).append((client, repeat, size))
     for version in sorted(by):
-        clients, repeats, down = torch.tensor(list(zip(*by[version], strict=True))).unbind()
-        yield version, Ids(clients, repeats), down
+        clients, repeats, sizes = zip(*by[version], strict=True)
+        ids, down = torch.tensor((clients, sizes)).unbind()
+        yield version, Ids(ids, torch.tensor(repeats) if any(repeats) else torch.zeros_like(ids)), down
 
 
 def partial_work(flights: list[Flight]) -> dict[tuple[int, int], float]:
@@ -242,6 +243,7 @@ class ChunkRunner:
         shares: of `partial_work`.
         room: the largest chunk that fits into memory; the runner lowers it.
         keep: ids of clients whose contributions are kept.
+        compare: whether the first contribution is compared with the declarations of the plan's parts; False after it.
     """
 
     def __init__(
@@ -255,12 +257,12 @@ class ChunkRunner:
         shares: Mapping[tuple[int, int], float] = MappingProxyType({}),
         room: Room | None = None,
         keep: Collection[int] = (),
+        compare: bool = True,
     ) -> None:
         self.plan, self.task, self.data, self.start, self.memory, self.now = plan, task, data, start, memory, now
-        self.shares, self.room, self.keep = shares, room or Room(), frozenset(keep)
+        self.shares, self.room, self.keep, self.compare = shares, room or Room(), frozenset(keep), compare
         self.far = task.device != HOST
         self.results = Results.empty()
-        self._compared = False
         self._wave: list[tuple[Tensor, Tensors]] = []
 
     def run(self, version: int, ids: Ids, down: Tensor) -> None:
@@ -289,7 +291,7 @@ class ChunkRunner:
                 if not self._fits_in_halves(version, ids, error):
                     continue
             else:
-                if not self._compared:
+                if self.compare:
                     self._compare(version, ids, chunk)
                 if not self.keep:
                     chunk = chunk._replace(contribution=chunk.decoded)  # frees the updates as they were before encoding
@@ -302,9 +304,10 @@ class ChunkRunner:
 
     def _compare(self, version: int, ids: Ids, chunk: Chunk) -> None:
         """Compare the first contribution with the declarations of the local part and the codec."""
-        sums = {n: t for n, t in chunk.decoded.sums.items() if n not in chunk.contribution.sums}
-        check_contribution(self.plan, self.task, chunk.contribution, sums, int(ids.client[0]), version)
-        self._compared = True
+        given, received = chunk.contribution, chunk.decoded.sums
+        added = {} if received is given.sums else {n: t for n, t in received.items() if n not in given.sums}
+        check_contribution(self.plan, self.task, given, added, int(ids.client[0]), version)
+        self.compare = False
 
     def _by_share(self, ids: Ids, down: Tensor) -> list[tuple[Ids, Tensor]]:
         """The clients that make all their steps together, then each of the others by itself; the first is last."""
@@ -401,8 +404,8 @@ def rows_of(contribution: Contribution, index: Tensor) -> Contribution:
     def some(tensors: Tensors) -> dict[str, Tensor]:
         return {n: t[index.to(t.device)] for n, t in tensors.items()}
 
-    means, sums, weight, largest, facts = contribution
-    return Contribution(some(means), some(sums), weight[index.to(weight.device)], some(largest), some(facts))
+    means, sums, weight, counters, columns = contribution
+    return Contribution(some(means), some(sums), weight[index.to(weight.device)], some(counters), some(columns))
 
 
 def kept_to_tensors(kept: list[Kept]) -> dict[str, Tensor]:

@@ -70,6 +70,7 @@ class InProcessEngine(Engine):
     ) -> None:
         check_chunk(chunk)
         self.chunk, self.fleet, self.assign, self.reduce = chunk, fleet, assign, reduce
+        self._compared: Plan | None = None  # a contribution to this plan has been compared with its declarations
         self.tuning, self.room = Tuning(), Room()  # they learn the chunk size that is fast, and the one that fits
         if task is not None and data is not None:
             self.open(task, data)
@@ -111,7 +112,8 @@ class InProcessEngine(Engine):
             return state.version(version), key if version == state.round else state.key(version)
 
         shares, memory, trouble = partial_work(flown.arrived), Pending(state.memory), None
-        runner = ChunkRunner(plan, task, data, start, memory, state.round, shares, self.room, keep)
+        compare = self._compared is not plan
+        runner = ChunkRunner(plan, task, data, start, memory, state.round, shares, self.room, keep, compare)
         with self._tuned(plan, task, flown.arrived, cohort) as scale:
             try:
                 for wave in waves(flown.arrived) if first else [flown.arrived]:
@@ -126,7 +128,7 @@ class InProcessEngine(Engine):
                 if self.reduce is None:
                     raise
                 trouble = error  # the other processes wait for this one: all of them raise it
-            results = runner.results
+            results, self._compared = runner.results, None if runner.compare else plan
             if self.reduce is not None:
                 results = self.reduce(plan.aggregator, results, first, trouble)
         return gathered(plan, state, flown, results, self.room, keep)
