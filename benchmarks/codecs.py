@@ -20,13 +20,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from atoll.base.random import Key
 from atoll.plan.codec import grid
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.quantize import Cast, Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
 from atoll.plan.codec.stage import Codec, flat_layout
-from atoll.rng import Key
 
 CODECS = [
     (Cast("bf16"), 0.0),

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from atoll.base.random import Key
 from atoll.data import arrays
 from atoll.engine.memory import Memory
 from atoll.engine.ranks import Ranks
@@ -32,7 +33,6 @@ from atoll.engine.torchrun import TorchrunEngine
 from atoll.plan.round import step
 from atoll.plan.state import State
 from atoll.recipes import distributed_gd
-from atoll.rng import Key
 from atoll.shelf import Shelf, lent_from
 from atoll.task import Task
 

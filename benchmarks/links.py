@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import atoll
+from atoll.base.grammar import parse
 from atoll.engine.fleet import Fleet, rate
 from atoll.engine.inprocess import InProcessEngine
-from atoll.grammar import parse
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Train
 from atoll.plan.names import PARTS

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 import atoll
 from atoll import models, recipes
+from atoll.base.random import Key, global_scope
 from atoll.data import Clients
 from atoll.data.clients import offsets_of
-from atoll.rng import Key, global_scope
 
 LR, LEAST = 0.05, 0.95
 VOCAB, LENGTH = 65, 32

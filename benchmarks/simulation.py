@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import atoll
 from atoll import models, recipes
+from atoll.base.random import Key
 from atoll.data import Clients
-from atoll.rng import Key
 
 LR, BATCH = 0.05, 10
 

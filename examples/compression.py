@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import atoll
+from atoll.base.grammar import parse
 from atoll.data import Clients, Dirichlet
-from atoll.grammar import parse
 from atoll.plan.names import PARTS
 from atoll.recipes import local_sgd
 from atoll.schedule import cosine

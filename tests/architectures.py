@@ -5,8 +5,8 @@ from __future__ import annotations
 from problems import classification, seeded, tokens
 from torch import nn
 
+from atoll.base.random import Key
 from atoll.models import build
-from atoll.rng import Key
 
 KEY = Key(3).fold("model")
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from atoll.base.grammar import Value
 from atoll.engine import Engine, EngineSpec
 from atoll.engine.inprocess import InProcessEngine
-from atoll.grammar import Value
 
 CALLS: list[object] = []
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from atoll import compiled, native
+from atoll.base.random import Key
 from atoll.data import ArrayRows, Clients
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.plan.plan import Plan
 from atoll.plan.round import Report, bind, step
 from atoll.plan.state import State
-from atoll.rng import Key
 from atoll.task import Task
 
 

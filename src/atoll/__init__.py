@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from typing import Any
 
     from atoll import data, models, recipes
-    from atoll.errors import AtollError, RunError, UsageError
+    from atoll.base.errors import AtollError, RunError, UsageError
+    from atoll.base.random import Key
     from atoll.loss import Metric
     from atoll.plan.plan import Plan
     from atoll.plan.round import Report, step
     from atoll.plan.state import State
-    from atoll.rng import Key
     from atoll.task import Task
     from atoll.training.experiment import Experiment
     from atoll.training.recorder import Run
@@ -68,11 +68,11 @@ __all__ = [
 
 _MODULES = {"data", "models", "recipes"}
 _WHERE = {
-    "atoll.errors": ("AtollError", "RunError", "UsageError"),
+    "atoll.base.errors": ("AtollError", "RunError", "UsageError"),
     "atoll.plan.plan": ("Plan",),
     "atoll.plan.round": ("Report", "step"),
     "atoll.plan.state": ("State",),
-    "atoll.rng": ("Key",),
+    "atoll.base.random": ("Key",),
     "atoll.loss": ("Metric",),
     "atoll.task": ("Task",),
     "atoll.training.experiment": ("Experiment",),

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoll.base.errors import RunError
+from atoll.base.random import Key
 from atoll.data.clients import Clients
 from atoll.engine.chunks import contribute_chunk
 from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.memory import Memory
-from atoll.errors import RunError
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.aggregate.exact import LARGEST
 from atoll.plan.lanes import ROWS
@@ -34,7 +35,6 @@ from atoll.plan.protocols import Broadcast, Cohort, Ids, Local, Population, Samp
 from atoll.plan.round import bind, step
 from atoll.plan.state import State
 from atoll.plan.stepper import OptimizerBase
-from atoll.rng import Key
 from atoll.schedule import NOTHING, Schedule, Tensors
 from atoll.task import Model, Task
 from atoll.training.rounds import Rounds, judge

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from atoll.rng import Key
+from atoll.base.random import Key
 
 BLOCK = 2048  # 32-bit words in one sum
 

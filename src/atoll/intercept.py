@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from atoll.base.random import mix64, stir64
 from atoll.native import serving
-from atoll.rng import mix64, stir64
 
 _NATIVE = True  # tests set it to False, to compare the native and the torch implementation
 

@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 
 SEGMENTS = ("params", "buffers", "fixed")
 

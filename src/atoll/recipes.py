@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity

@@ -41,8 +41,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from atoll.errors import RunError, UsageError
-from atoll.files import atomic_write
+from atoll.base.errors import RunError, UsageError
+from atoll.base.files import atomic_write
 
 FORMAT = 1
 LOGS = ("metrics.jsonl", "events.jsonl")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from atoll.names import under, without_prefix
+from atoll.base.names import under, without_prefix
 from atoll.plan.in_flight import Air, Flight
 from atoll.plan.protocols import Broadcast, Shared
 from atoll.plan.state import Sent, State

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
-from atoll.fields import check, number, repaired
-from atoll.grammar import constructor
+from atoll.base.errors import UsageError
+from atoll.base.grammar import constructor
+from atoll.base.validation import check, number, repaired
 
 Tensors = Mapping[str, Tensor]
 NOTHING: Tensors = {}

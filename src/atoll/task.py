@@ -29,13 +29,13 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map, tree_map_only
 
 from atoll import compiled, fused
+from atoll.base.errors import UsageError, unknown_name
+from atoll.base.random import Key, global_scope
 from atoll.bound import Bound, Walk
-from atoll.errors import UsageError, unknown_name
 from atoll.fused import Program, Unserved, shares, total_of
 from atoll.intercept import InLanes, KeyedDropout, may_drop
 from atoll.layout import Layout
 from atoll.loss import LOSSES, METRICS, Metric, PerExample
-from atoll.rng import Key, global_scope
 from atoll.shelf import empty
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from atoll.errors import UsageError
-from atoll.grammar import parse
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
 from atoll.plan.names import PARTS
 
 ROOT = Path(__file__).parents[2]

@@ -24,9 +24,10 @@ from torch import nn
 
 import atoll
 from atoll import runs
+from atoll.base.errors import RunError, UsageError
+from atoll.base.grammar import parse
+from atoll.base.random import Key
 from atoll.engine.inprocess import InProcessEngine
-from atoll.errors import RunError, UsageError
-from atoll.grammar import parse
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Codec, ErrorFeedback, Identity, TopK
 from atoll.plan.codec.stage import flat_layout
@@ -36,7 +37,6 @@ from atoll.plan.optimizer import adam, sgd
 from atoll.plan.pace import Buffered, Sync
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Contribution, Ids, Total
-from atoll.rng import Key
 from atoll.testing import (
     check_aggregator,
     check_local,

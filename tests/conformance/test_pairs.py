@@ -14,11 +14,11 @@ from problems import classification, seeded, task_of
 from torch import nn
 
 from atoll import recipes
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
 from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
-from atoll.errors import UsageError
-from atoll.grammar import Value, parse
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import CODECS as KINDS
 from atoll.plan.codec import (
@@ -73,7 +73,7 @@ class Halve(Codec):
 
 
 @dataclass(frozen=True, repr=False)
-class Vote(Value):
+class Vote(Aggregator):
     """The sign of most rows: a rule that is not linear."""
 
     linear = False

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from atoll import schedule
+from atoll.base.grammar import Value
 from atoll.data import partition
 from atoll.engine.inprocess import InProcessEngine
-from atoll.grammar import Value
 from atoll.plan import aggregate, codec, local, optimizer, pace, sampler
 from atoll.plan.codec.stage import Codec
 from atoll.plan.protocols import Aggregator, Cohort, Local, Optimizer, Pace, Sampler

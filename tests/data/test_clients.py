@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
+from atoll.base.errors import UsageError
 from atoll.data import IID, ArrayRows, Clients, Dirichlet, Quantity, arrays, load
 from atoll.data.clients import offsets_of
 from atoll.data.measure import effective_clients, label_divergence, size_gini
-from atoll.errors import UsageError
 
 sizes_of = st.lists(st.integers(1, 50), min_size=1, max_size=15).map(torch.tensor)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from sklearn.model_selection import train_test_split
 
+from atoll.base.errors import UsageError
 from atoll.data import IID, load
 from atoll.data.named import DEBIAN_FASHION, FASHION, NAMED, read_idx
-from atoll.errors import UsageError
 
 
 def given(name):

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import gamma, kstest
 
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.data import (
     IID,
     ArrayRows,
@@ -23,8 +25,6 @@ from atoll.data import (
     Source,
 )
 from atoll.data.partition import fill_up, log_gamma_draws
-from atoll.errors import UsageError
-from atoll.rng import Key
 
 DRAWN = [IID(), Dirichlet(0.1), Dirichlet(5.0), Pathological(2), Shards(), Shards(3), Quantity(1.5), Quantity(0)]
 keys = st.integers(0, 2**32).map(Key)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from atoll.base.errors import RunError, UsageError
 from atoll.data import (
     IID,
     ArrayRows,
@@ -24,7 +25,6 @@ from atoll.data import (
     federate,
     load,
 )
-from atoll.errors import RunError, UsageError
 
 X = torch.arange(60.0).reshape(20, 3)
 Y = torch.arange(20) % 3

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atoll.base.random import Key
 from atoll.data import FeatureShift, arrays, load
 from atoll.data.shift import rotate
-from atoll.rng import Key
 
 sides = st.integers(1, 9)
 

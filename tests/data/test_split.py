@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.data import (
     IID,
     ArrayRows,
@@ -19,8 +21,6 @@ from atoll.data import (
     load,
 )
 from atoll.data.sources import draw_held_out
-from atoll.errors import UsageError
-from atoll.rng import Key
 
 
 def source(labels, **more):

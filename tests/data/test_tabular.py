@@ -7,8 +7,8 @@ import pandas
 import pytest
 import torch
 
+from atoll.base.errors import UsageError
 from atoll.data import csv, frame, load
-from atoll.errors import UsageError
 
 FLATS = """area,city,floor,site,price
 60,Oslo,1,north,3.5

@@ -85,7 +85,7 @@ def failpoints(kill, half):
 def work(order, data):
     """Start the run of this folder, or resume it."""
     from atoll import runs, train
-    from atoll.grammar import parse
+    from atoll.base.grammar import parse
     from atoll.plan.names import PARTS
     from atoll.training import recorder
 

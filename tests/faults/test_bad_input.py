@@ -18,9 +18,9 @@ from torch import nn
 
 import atoll
 from atoll import models, recipes, schedule
+from atoll.base.errors import AtollError, RunError, UsageError
+from atoll.base.grammar import DEEPEST, LONGEST, Value, parse
 from atoll.data import partition
-from atoll.errors import AtollError, RunError, UsageError
-from atoll.grammar import DEEPEST, LONGEST, Value, parse
 from atoll.plan import local, optimizer
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.names import PARTS

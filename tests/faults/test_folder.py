@@ -19,9 +19,9 @@ from torch import nn
 
 import atoll
 from atoll import runs
+from atoll.base.errors import AtollError, RunError, UsageError
+from atoll.base.grammar import parse
 from atoll.engine.memory import Memory
-from atoll.errors import AtollError, RunError, UsageError
-from atoll.grammar import parse
 from atoll.plan.names import PARTS
 
 PLAN = parse(

@@ -8,15 +8,15 @@ from problems import classification, federation, regression, run, seeded, task_o
 from torch import nn
 
 from atoll import recipes
+from atoll.base.errors import RunError
 from atoll.data import DatasetRows
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
-from atoll.errors import RunError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort, Local
+from atoll.plan.protocols import Cohort, Local, Sampler
 from atoll.plan.round import step
 from atoll.plan.state import State
 
@@ -24,7 +24,7 @@ SIZES = (9, 5, 9, 3, 9, 5, 9)
 
 
 @dataclass(frozen=True)
-class Without:
+class Without(Sampler):
     """A sampler that selects all clients except these."""
 
     ids: frozenset[int]

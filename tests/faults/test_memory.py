@@ -12,11 +12,11 @@ from torch import nn
 
 import atoll
 from atoll import recipes
+from atoll.base.errors import RunError
 from atoll.engine.device import out_of_memory
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.processes import ProcessesEngine
 from atoll.engine.room import Room
-from atoll.errors import RunError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from atoll.grammar import parse
+from atoll.base.grammar import parse
+from atoll.base.random import Key
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy
 from atoll.plan.codec.feedback import EF21, ErrorFeedback
@@ -14,7 +15,6 @@ from atoll.plan.codec.quantize import Cast, Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
 from atoll.plan.codec.stage import Identity, flat_layout
-from atoll.rng import Key
 
 PARTS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, ErrorFeedback, EF21)
 NAMES = {part.__name__: part for part in PARTS}

@@ -16,9 +16,9 @@ from torch import nn
 
 import atoll
 from atoll import recipes, runs
+from atoll.base.random import Key
 from atoll.layout import Layout
 from atoll.plan.names import PARTS
-from atoll.rng import Key
 
 FILE = Path(__file__).with_name("golden.json")
 

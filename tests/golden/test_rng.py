@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from atoll.rng import Key, mix64, philox
+from atoll.base.random import Key, mix64, philox
 
 # Random123's known answers for Philox4x32-10: (counter, key) → words.
 PHILOX = [

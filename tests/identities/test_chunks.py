@@ -13,11 +13,12 @@ from torch import nn
 
 import atoll
 from atoll import bound, compiled, fused, recipes
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.engine.chunks import contribute_chunk, kept_from_tensors, kept_to_tensors
 from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
-from atoll.errors import UsageError
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, TopK
 from atoll.plan.local import Custom, Gradient, Train
@@ -27,7 +28,6 @@ from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids
 from atoll.plan.round import bind, close_round, open_round
 from atoll.plan.state import State
-from atoll.rng import Key
 from atoll.task import Model
 
 SIZES = (9, 9, 7, 5)

@@ -9,10 +9,10 @@ from fleets import FLEETS, SIZES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atoll.base.errors import RunError, UsageError
 from atoll.engine import draws
 from atoll.engine.clock import Clock, Event, Trip
 from atoll.engine.fleet import Between, ByRows, Chance, Each, Fleet, HalfNormal, LogNormal, Trace, Windows
-from atoll.errors import RunError, UsageError
 
 
 def ones(clients):

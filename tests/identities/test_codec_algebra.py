@@ -13,16 +13,16 @@ from problems import classification, far, run, seeded, task_of
 from thinned import by_turns
 from torch import nn
 
-from atoll import grammar
+from atoll.base import grammar
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.engine.inprocess import InProcessEngine
-from atoll.errors import UsageError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import Codec, Identity
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Contribution, Declared, Ids, Local
-from atoll.rng import Key
 
 SIZES = (9, 5, 9, 3, 7)
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from thinned import by_turns, only
 from torch import Tensor
 
-from atoll.errors import RunError, UsageError
-from atoll.grammar import parse
+from atoll.base.errors import RunError, UsageError
+from atoll.base.grammar import parse
+from atoll.base.random import Key
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy
 from atoll.plan.codec.feedback import EF21, ErrorFeedback
@@ -21,7 +22,6 @@ from atoll.plan.codec.sparse import RandomK, TopK, largest, magnitude
 from atoll.plan.codec.stage import Chain, Codec, Identity, flat_layout, roundtrip
 from atoll.plan.codec.wire import MessageError
 from atoll.plan.protocols import Total
-from atoll.rng import Key
 from atoll.testing import round_info
 
 PARTS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, Entropy, ErrorFeedback, EF21)

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.plan.codec import entropy
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy
@@ -22,7 +23,6 @@ from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
 from atoll.plan.codec.stage import Chain, Codec, Identity, flat_layout, roundtrip
 from atoll.plan.codec.wire import MessageError
-from atoll.rng import Key
 
 zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from atoll.base.random import Key
 from atoll.layout import Layout
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy
@@ -16,7 +17,6 @@ from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
 from atoll.plan.codec.stage import Codec, Identity, flat_layout, roundtrip
 from atoll.plan.protocols import Total
-from atoll.rng import Key
 from atoll.testing import round_info
 
 INNER = [

@@ -7,8 +7,8 @@ import pytest
 import torch
 from problems import run
 
+from atoll.base.errors import UsageError
 from atoll.engine.inprocess import InProcessEngine
-from atoll.errors import UsageError
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Codec
 from atoll.plan.entropy import BytesEntropy, current_entropy, entropy_source

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from problems import needs_native, threads
 
 import atoll.shelf
-from atoll import grammar, native
-from atoll.errors import UsageError
+from atoll import native
+from atoll.base import grammar
+from atoll.base.errors import UsageError
 from atoll.known import tell
 from atoll.plan.aggregate import Mean, PartialSum, Sum, exact
 from atoll.plan.names import PARTS

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from problems import far, regression, run, seeded, task_of
 from torch import nn
 
-from atoll import grammar, recipes
+from atoll import recipes
+from atoll.base import grammar
+from atoll.base.errors import UsageError
 from atoll.engine.fleet import Each, Fleet, HalfNormal
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
-from atoll.errors import UsageError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import EF21, ErrorFeedback, Quantize, TopK

@@ -10,6 +10,9 @@ from fleets import FLEETS, LAWS, SIZES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
+from atoll.base.random import Key
 from atoll.engine.calendars import turn
 from atoll.engine.clock import Clock
 from atoll.engine.fleet import (
@@ -27,9 +30,6 @@ from atoll.engine.fleet import (
     Zipf,
     rate,
 )
-from atoll.errors import UsageError
-from atoll.grammar import parse
-from atoll.rng import Key
 
 
 @given(FLEETS)

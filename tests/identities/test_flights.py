@@ -12,11 +12,12 @@ from thinned import by_turns
 from torch import nn
 
 import atoll
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
+from atoll.base.random import Key
 from atoll.engine.fleet import Each, Fleet, HalfNormal, Trace
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
-from atoll.errors import UsageError
-from atoll.grammar import parse
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, Quantize, TopK
@@ -25,11 +26,10 @@ from atoll.plan.local import Gradient, Train
 from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge, staleness_polynomial
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort
+from atoll.plan.protocols import Cohort, Sampler
 from atoll.plan.round import bind, step
 from atoll.plan.sampler import Everyone, Uniform, Weighted
 from atoll.plan.state import State
-from atoll.rng import Key
 from atoll.saved import pack, unpack
 
 SIZES = (9, 5, 5, 3, 7, 4, 8, 6)
@@ -130,7 +130,7 @@ def test_one_at_a_time_and_three_rounds_late_halves_the_step():
 
 
 @dataclass(frozen=True)
-class Only:
+class Only(Sampler):
     """A cohort of one certain client."""
 
     client: int

@@ -10,10 +10,11 @@ from problems import classification, far, regression, run, seeded, task_of
 from thinned import by_turns
 from torch import nn
 
-from atoll import baselines, grammar, recipes
+from atoll import baselines, recipes
+from atoll.base import grammar
+from atoll.base.errors import RunError, UsageError
 from atoll.engine.fleet import Fleet
 from atoll.engine.inprocess import InProcessEngine
-from atoll.errors import RunError, UsageError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity, Quantize

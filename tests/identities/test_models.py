@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.models import build, factory, names, resolve
-from atoll.rng import Key
 
 KEY = Key(7).fold("model")
 

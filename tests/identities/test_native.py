@@ -13,14 +13,14 @@ from problems import classification, needs_native, run, task_of
 from torch import nn
 
 from atoll import compiled, models, native
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.engine.inprocess import InProcess
-from atoll.errors import UsageError
 from atoll.native.structs import STRUCTS, DescentJob, SumJob, exported
 from atoll.plan.aggregate import Mean, exact
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.plan import Plan
-from atoll.rng import Key
 
 pytestmark = needs_native
 PLAN = Plan(Train(sgd(0.1), epochs=1, batch=4), Mean())

@@ -11,10 +11,11 @@ from problems import COMPILED, classification, federation, needs_native, regress
 from torch import nn
 
 from atoll import compiled, models, native
+from atoll.base.errors import UsageError
+from atoll.base.random import Key, global_scope
 from atoll.data.rows import DatasetRows
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
-from atoll.errors import UsageError
 from atoll.fused import Unserved
 from atoll.known import BLOCK, told
 from atoll.plan.aggregate import Mean
@@ -23,7 +24,6 @@ from atoll.plan.lanes import Lanes
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.plan import Plan
-from atoll.rng import Key, global_scope
 from atoll.task import Batch, Task
 
 bodies = pytest.mark.parametrize("body", ["fused", COMPILED])

@@ -12,12 +12,12 @@ from thinned import by_turns
 from torch import nn
 
 from atoll import recipes
+from atoll.base.random import Key
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
-from atoll.rng import Key
 
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-6}
 

@@ -11,8 +11,8 @@ from thinned import by_turns, only
 from torch import Tensor
 
 import atoll.plan.stepper
-from atoll.errors import UsageError
-from atoll.grammar import parse
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
 from atoll.plan.optimizer import (
     OPTIMIZERS,
     adadelta,

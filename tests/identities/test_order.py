@@ -10,6 +10,7 @@ from thinned import by_turns
 from torch import nn
 
 from atoll import recipes
+from atoll.base.random import Key
 from atoll.engine.chunks import chunks
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
@@ -20,7 +21,6 @@ from atoll.plan.lanes import Lanes
 from atoll.plan.local import Train
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Cohort
-from atoll.rng import Key
 
 # The memory address of a lane must not matter. Widths of 33 and 65 are included, which no vector register divides.
 SIZES = (9, 5, 9, 3, 9, 5)

@@ -11,9 +11,9 @@ from torch import nn
 
 import atoll
 from atoll import recipes, runs
+from atoll.base.errors import UsageError
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
-from atoll.errors import UsageError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Gradient, Train

@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from problems import federation, run, seeded, task_of
 from torch import nn
 
-from atoll import grammar, recipes
+from atoll import recipes
+from atoll.base import grammar
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.engine.inprocess import InProcessEngine
-from atoll.errors import UsageError
 from atoll.plan.aggregate import Mean
 from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Contribution, Ids, Population
 from atoll.plan.sampler import Everyone, Fraction, Poisson, RoundRobin, Uniform, Weighted
-from atoll.rng import Key
 from atoll.testing import round_info
 
 DRAWS = 1000

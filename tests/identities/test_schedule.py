@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from atoll.errors import UsageError
-from atoll.grammar import parse
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
 from atoll.schedule import (
     SCHEDULES,
     as_schedule,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.errors import RunError, UsageError
-from atoll.grammar import parse
+from atoll.base.errors import RunError, UsageError
+from atoll.base.grammar import parse
 from atoll.plan.stop import (
     RULES,
     Bytes,

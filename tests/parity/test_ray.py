@@ -24,11 +24,11 @@ from torch import nn
 
 import atoll
 from atoll import recipes
+from atoll.base.errors import RunError, UsageError
 from atoll.cli.app import answer
 from atoll.data import ArrayRows, Clients
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.ray import RayEngine
-from atoll.errors import RunError, UsageError
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train

@@ -21,12 +21,12 @@ from torch import nn
 
 import atoll
 from atoll import recipes
+from atoll.base.errors import RunError, UsageError
 from atoll.cli.app import answer
 from atoll.engine import Ray
 from atoll.engine import ray as module
 from atoll.engine.ray import RayEngine, laid, lying
 from atoll.engine.spec import engine
-from atoll.errors import RunError, UsageError
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
 ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")

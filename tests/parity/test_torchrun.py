@@ -14,10 +14,10 @@ from parity import ranks as theirs
 from thinned import only
 
 from atoll import recipes, rounds, runs
+from atoll.base.errors import RunError, UsageError
 from atoll.engine import RunOptions, Torchrun
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.ranks import Ranks
-from atoll.errors import RunError, UsageError
 from atoll.plan.pace import Bounded, Buffered
 from atoll.plan.round import Report
 from atoll.training.rounds import check_same, sync_report

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from atoll.base.random import Key, global_scope
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.quantize import Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
 from atoll.plan.codec.stage import Codec, flat_layout, roundtrip
-from atoll.rng import Key, global_scope
 
 # Published mean square error of the unbiased quantiser, relative to |x|², by bits (EDEN, DRIVE).
 UNBIASED = {1: 0.57080, 2: 0.13312, 3: 0.03578, 4: 0.009592, 5: 0.002511, 6: 0.000645}

@@ -19,6 +19,7 @@ from problems import federation, task_of
 from thinned import only
 from torch import nn
 
+from atoll.base.random import Key
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean
@@ -29,7 +30,6 @@ from atoll.plan.plan import Plan
 from atoll.plan.protocols import Local
 from atoll.plan.round import bind, step
 from atoll.plan.state import State
-from atoll.rng import Key
 from atoll.schedule import Schedule, inverse
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from atoll import runs
+from atoll.base.errors import AtollError
 from atoll.cli import main
 from atoll.cli.app import app
 from atoll.cli.spoken import as_flags
-from atoll.errors import AtollError
 from atoll.plan.round import step
 
 

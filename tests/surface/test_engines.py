@@ -10,12 +10,12 @@ import pytest
 
 import atoll
 from atoll import recipes, runs
+from atoll.base.errors import AtollError, UsageError
 from atoll.cli import main
 from atoll.cli.spoken import as_flags
 from atoll.data import named
 from atoll.engine import InProcess, Processes, Ray, Torchrun
 from atoll.engine.spec import ENGINES, engine, fill, name_of
-from atoll.errors import AtollError, UsageError
 from atoll.training import Experiment, Settings
 
 DATA = atoll.data.load("digits").split(clients=5)

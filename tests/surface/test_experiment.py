@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import atoll
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 from atoll.plan.optimizer import adam
 from atoll.plan.sampler import Uniform
 from atoll.training.experiment import Experiment

@@ -11,9 +11,9 @@ from torch import nn
 
 import atoll
 from atoll import recipes
+from atoll.base.grammar import parse
 from atoll.cli import main
 from atoll.engine.fleet import Between, Chance, Each, Fleet, HalfNormal
-from atoll.grammar import parse
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import (
     EF21,

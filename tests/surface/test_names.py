@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.errors import UsageError
-from atoll.names import dotted, load, load_from_user, under, without_prefix
+from atoll.base.errors import UsageError
+from atoll.base.names import dotted, load, load_from_user, under, without_prefix
 
 words = st.text("abc/.", min_size=1, max_size=5)
 

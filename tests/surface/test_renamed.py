@@ -2,7 +2,7 @@
 
 import pytest
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 from atoll.plan.names import PARTS, read_part, renamed
 from atoll.training.experiment import Experiment
 

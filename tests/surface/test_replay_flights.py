@@ -10,7 +10,7 @@ from thinned import only
 
 import atoll.data
 from atoll import recipes, rounds, train
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 from atoll.plan.codec import ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd

@@ -10,8 +10,8 @@ import pytest
 
 import atoll
 from atoll import recipes
+from atoll.base.errors import UsageError
 from atoll.cli.flags import ExperimentFlags
-from atoll.errors import UsageError
 from atoll.loss import Metric
 from atoll.plan.stop import Target
 from atoll.training import Experiment, Settings, SettingsDict

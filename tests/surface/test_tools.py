@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from atoll import grammar, recipes, rounds
+from atoll import recipes, rounds
+from atoll.base import grammar
+from atoll.base.errors import RunError, UsageError
+from atoll.base.random import Key
 from atoll.data import arrays
-from atoll.errors import RunError, UsageError
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom
 from atoll.plan.names import PARTS
 from atoll.plan.optimizer import sgd
 from atoll.plan.plan import Plan
-from atoll.rng import Key
 from atoll.runs import read_rows
 from atoll.schedule import cosine
 from atoll.tools import compare, doctor, export, lr, replay

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from atoll.base.random import Key
 from atoll.layout import Layout
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Codec, ErrorFeedback, TopK
@@ -33,7 +34,6 @@ from atoll.plan.protocols import (
     Tensors,
     Total,
 )
-from atoll.rng import Key
 from atoll.task import Task
 
 

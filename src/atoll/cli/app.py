@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from atoll import __version__
+from atoll.base.errors import AtollError, UsageError
 from atoll.cli.options import GROUPS, Json, Out, Quiet, Trust, flag, switch
-from atoll.errors import AtollError, UsageError
 from atoll.training.setting_texts import OUTPUT, RUNNING
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 
+from atoll.base.errors import UsageError
 from atoll.cli.options import flag
-from atoll.errors import UsageError
 from atoll.training.experiment import Experiment, key_of, settings, types
 from atoll.training.setting_texts import RUNNING, TEXTS, kinds
 from atoll.training.settings import ENGINE_FIELDS, declared

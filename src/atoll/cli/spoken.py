@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import shlex
 
-from atoll.errors import AtollError
+from atoll.base.errors import AtollError
 from atoll.training.experiment import key_of, settings
 from atoll.training.settings import declared
 

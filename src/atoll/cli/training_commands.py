@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from atoll.base.errors import UsageError
 from atoll.cli.flags import ExperimentFlags
 from atoll.cli.options import GROUPS, Json, Quiet, Trust, switch
-from atoll.errors import UsageError
 from atoll.training.setting_texts import RUNNING
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atoll.base.errors import RunError
 from atoll.cli import words
-from atoll.errors import RunError
 
 if TYPE_CHECKING:
     from atoll.training.experiment import Experiment

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
+from atoll.base.errors import UsageError, unknown_name
 from atoll.data.clients import Clients
 from atoll.data.partition import ByColumn
 from atoll.data.rows import (
@@ -28,7 +29,6 @@ from atoll.data.rows import (
     spill,
 )
 from atoll.data.sources import Source, unseen
-from atoll.errors import UsageError, unknown_name
 
 TASKS = ("classification", "regression")
 Pair = tuple[Any, Any]

@@ -13,10 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.data.measure import effective_clients, label_divergence, size_gini
 from atoll.data.rows import ConcatRows, Rows, on_device, pieces
-from atoll.errors import UsageError
-from atoll.rng import Key
 
 
 def offsets_of(sizes: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from atoll.base.errors import UsageError, unknown_name
 from atoll.data.arrays import arrays, tensor_of
 from atoll.data.rows import Array, ArrayRows
 from atoll.data.sources import Source
 from atoll.data.tabular import column, csv, table
-from atoll.errors import UsageError, unknown_name
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
@@ -61,7 +61,7 @@ def load(
         Source('digits', classification, rows=1797, features=(1, 8, 8))
         >>> load("digit")
         Traceback (most recent call last):
-        atoll.errors.UsageError: No data set is called 'digit'.
+        atoll.base.errors.UsageError: No data set is called 'digit'.
         Required: one of breast_cancer, diabetes, digits, fashion_mnist, heart, mnist, wine, or the path of a
             CSV file.
         Write: digits

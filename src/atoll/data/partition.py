@@ -14,12 +14,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from atoll.base.errors import UsageError
+from atoll.base.grammar import constructor
+from atoll.base.random import Key
+from atoll.base.validation import check, number
 from atoll.data.rows import Rows
 from atoll.data.shift import ShiftedRows
-from atoll.errors import UsageError
-from atoll.fields import check, number
-from atoll.grammar import constructor
-from atoll.rng import Key
 
 
 class Pool(NamedTuple):

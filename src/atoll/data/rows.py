@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atoll.errors import RunError, UsageError
+from atoll.base.errors import RunError, UsageError
 
 Array = npt.NDArray[Any]
 

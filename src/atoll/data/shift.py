@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atoll.base.random import Key
 from atoll.data.rows import Rows
-from atoll.rng import Key
 
 
 def rotate(x: Tensor, degrees: Tensor) -> Tensor:

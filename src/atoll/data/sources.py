@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atoll.base.errors import UsageError, unknown_name
+from atoll.base.random import Key
 from atoll.data.clients import Clients, offsets_of
 from atoll.data.partition import IID, ByColumn, Partition, Pool, fill_up, in_groups, shuffled
 from atoll.data.rows import PickedRows, Rows
 from atoll.data.scale import scaled
-from atoll.errors import UsageError, unknown_name
-from atoll.rng import Key
 
 SCALES = ("none", "standard", "client")
 

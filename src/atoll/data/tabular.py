@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from atoll.base.errors import UsageError, unknown_name
 from atoll.data.arrays import distinct, encode, name_of
 from atoll.data.rows import Array, ArrayRows
 from atoll.data.sources import Source
-from atoll.errors import UsageError, unknown_name
 
 MISSING = frozenset({"", "?", "na", "n/a", "nan", "null", "none"})
 MOST_LEVELS = 100

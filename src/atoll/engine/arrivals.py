@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from atoll.base.errors import RunError, UsageError
 from atoll.engine.clock import Clock
 from atoll.engine.fleet import Fleet
-from atoll.errors import RunError, UsageError
 from atoll.layout import Layout
 from atoll.plan.in_flight import Air, Flight, Traffic
 from atoll.plan.pace import Sync

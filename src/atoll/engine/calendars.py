@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from atoll.rng import Key
+from atoll.base.random import Key
 
 _BLOCK = 10  # draws are made for 2¹⁰ clients at once
 _KEPT = 4096  # blocks in the cache

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from atoll.base.errors import AtollError, RunError, UsageError
+from atoll.base.random import Key
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import Flown, nbytes
 from atoll.engine.device import give_back, out_of_memory
 from atoll.engine.room import Room, lanes_of, no_sum, too_large
-from atoll.errors import AtollError, RunError, UsageError
 from atoll.known import forget
 from atoll.plan.aggregate.exact import LARGEST, bounded
 from atoll.plan.codec import Identity
@@ -35,7 +36,6 @@ from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Contribution, Ids, Tensors
 from atoll.plan.round import Failure, Gathered, Kept
 from atoll.plan.state import State, part_of
-from atoll.rng import Key
 from atoll.task import Task
 
 _DROPPED = "dropped out"

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from atoll.base.errors import RunError, UsageError
 from atoll.engine.draws import Draws
 from atoll.engine.fleet import Fleet
-from atoll.errors import RunError, UsageError
 
 _DOWN, _WORK, _UP, _ARRIVE, _DROP = range(5)
 _FATES = ("arrive", "drop", "cancel")

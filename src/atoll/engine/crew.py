@@ -15,10 +15,10 @@ from typing import NamedTuple, Protocol
 from msgspec import structs
 from torch import Tensor
 
+from atoll.base.errors import RunError, UsageError
 from atoll.engine.chunks import Results
 from atoll.engine.crossing import Place
 from atoll.engine.worker import Answer, Broke, Done, Hauled, Ready, Run, Told, haul_of
-from atoll.errors import RunError, UsageError
 from atoll.plan.protocols import Aggregator
 from atoll.plan.round import Failure
 

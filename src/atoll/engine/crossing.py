@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atoll.errors import UsageError
-from atoll.names import load
+from atoll.base.errors import UsageError
+from atoll.base.names import load
 
 _ALIGN = 64  # bytes; a tensor starts at a multiple
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's flag for heap types; static types of C lack it

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import Flown, Sending, fly
 from atoll.engine.chunks import Results, by_version, chunks, gathered, task_for
@@ -26,7 +28,6 @@ from atoll.engine.memory import Pending
 from atoll.engine.room import Room
 from atoll.engine.spec import Engine
 from atoll.engine.worker import Setup, Told, plan_of, spoken, written
-from atoll.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.in_flight import Flight, Traffic
 from atoll.plan.pace import Sync
@@ -34,7 +35,6 @@ from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Cohort, Ids, Partial, Population
 from atoll.plan.round import Gathered
 from atoll.plan.state import State
-from atoll.rng import Key
 from atoll.task import Task
 
 _PLAIN = Sync()

@@ -10,8 +10,8 @@ import re
 
 import torch
 
+from atoll.base.errors import UsageError
 from atoll.data.clients import Clients
-from atoll.errors import UsageError
 from atoll.plan.lanes import HOST
 
 PRECISIONS = ("full", "bf16")

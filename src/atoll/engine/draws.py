@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.engine import calendars
 from atoll.engine.fleet import ByRows, Chance, Distribution, Draw, Fleet, Presence, Trace, rate
-from atoll.errors import UsageError
-from atoll.rng import Key
 
 _BLOCK = 12  # draws are made for 2¹² clients or flights at once
 _KEPT = 64  # blocks of flights in the cache: ordinals grow, and a draw for an old ordinal is computed again

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atoll.rng import Key
+from atoll.base.random import Key
 
 VECTOR = 64
 _TRIED = 7 * 146  # numbers to try; a piece of 7 numbers has no full vector

@@ -22,11 +22,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from atoll.base.errors import UsageError
+from atoll.base.grammar import Value
+from atoll.base.random import Key
+from atoll.base.validation import check, number, repaired
 from atoll.engine import calendars, traces
-from atoll.errors import UsageError
-from atoll.fields import check, number, repaired
-from atoll.grammar import Value
-from atoll.rng import Key
 
 LARGEST = 1e15
 _TOO_LARGE = "above 1e15, float64 does not resolve tenths of a second."

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from atoll import native
+from atoll.base.errors import AtollError, UsageError
+from atoll.base.random import Key
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import check_clock, fly, message
 from atoll.engine.chunks import ChunkRunner, Results, by_version, chunks, gathered, partial_work, task_for
@@ -20,7 +22,6 @@ from atoll.engine.memory import Pending
 from atoll.engine.room import Room
 from atoll.engine.spec import Engine
 from atoll.engine.tuning import Setting, Tuning
-from atoll.errors import AtollError, UsageError
 from atoll.layout import Layout
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight, waves
@@ -29,7 +30,6 @@ from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Cohort, Population, Tensors
 from atoll.plan.round import Gathered
 from atoll.plan.state import State
-from atoll.rng import Key
 from atoll.task import Task
 
 _ENOUGH = 16  # clients in a round, from which on chunks are worth a trial

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
+from atoll.base.errors import UsageError
 from atoll.engine.crossing import removed
-from atoll.errors import UsageError
 
 _ORDER = struct.Struct("<cq")  # b"f" fork, with a connection; b"k" kill, with a process id; b"w" preload
 _START = "from atoll.engine.nursery import main; main({fd}, {folders!r})"

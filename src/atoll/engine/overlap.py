@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from atoll.base.random import Key
 from atoll.bound import MARGIN
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import message
@@ -29,7 +30,6 @@ from atoll.plan.lanes import ROWS
 from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids
-from atoll.rng import Key
 from atoll.task import Task
 
 _STRETCH = 1 << 20  # numbers that go together: fewer wait sooner, more cost less each

@@ -12,17 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from atoll.base.errors import AtollError, UsageError
+from atoll.base.random import Key, generator_states, global_scope
 from atoll.compiled import load_libraries, products, stages
 from atoll.data.clients import Clients
 from atoll.engine.elementwise import Elementwise
-from atoll.errors import AtollError, UsageError
 from atoll.fused import Unserved
 from atoll.loss import cross_entropy
 from atoll.native import Unbuilt
 from atoll.plan.lanes import Lanes
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Population
-from atoll.rng import Key, generator_states, global_scope
 from atoll.task import Gradient, Task
 
 BODIES = ("auto", "lanes", "loop", "fused", "compiled")

@@ -16,13 +16,13 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
+from atoll.base.errors import UsageError
 from atoll.data.clients import Clients
 from atoll.engine.crew import Gone, Line, cores
 from atoll.engine.crossing import Block, Blocks, Place, room
 from atoll.engine.dealer import Dealer, packed
 from atoll.engine.nursery import Nursery
 from atoll.engine.worker import Answer, Hauled, Ready, Run, Setup, Told, answers, encode
-from atoll.errors import UsageError
 from atoll.task import Task
 
 

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from atoll.errors import RunError, UsageError
+from atoll.base.errors import RunError, UsageError
 
 _GATHERED = 1 << 12  # bytes that every rank sends first, while the length of the longest message is unknown
 _JOINT = 1 << 14  # tensors with fewer numbers are concatenated and reduced together

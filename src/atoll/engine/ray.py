@@ -27,6 +27,7 @@ from typing import Any
 from msgspec import structs
 from torch import Tensor
 
+from atoll.base.errors import RunError, UsageError
 from atoll.data.clients import Clients
 from atoll.engine import spec as specs
 from atoll.engine.crew import Gone, Line
@@ -47,7 +48,6 @@ from atoll.engine.worker import (
     hauled,
     orders,
 )
-from atoll.errors import RunError, UsageError
 from atoll.task import Task
 
 OLDEST = (2, 40)  # the oldest version of Ray that the engine supports
@@ -87,7 +87,7 @@ class RayEngine(Dealer):
         >>> from atoll.testing.locals import clients, problem
         >>> RayEngine(problem(), clients(), gpus=1.5)
         Traceback (most recent call last):
-        atoll.errors.UsageError: gpus = 1.5.
+        atoll.base.errors.UsageError: gpus = 1.5.
         Required: a fraction of one GPU, or an integer.   Why: Ray gives an actor a part of one GPU, or whole GPUs.
         Write: Ray(gpus=0.5)
 

@@ -9,8 +9,8 @@ from math import prod
 
 import torch
 
+from atoll.base.errors import RunError
 from atoll.data.clients import Clients
-from atoll.errors import RunError
 from atoll.plan.lanes import ROWS
 from atoll.plan.plan import Plan
 from atoll.task import Task

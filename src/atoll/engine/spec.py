@@ -16,15 +16,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from atoll import grammar
-from atoll.errors import UsageError, unknown_name
-from atoll.fields import check as check_numbers
-from atoll.fields import number
-from atoll.names import load
+from atoll.base import grammar
+from atoll.base.errors import UsageError, unknown_name
+from atoll.base.names import load
+from atoll.base.validation import check as check_numbers
+from atoll.base.validation import number
 
 if TYPE_CHECKING:
     import torch
 
+    from atoll.base.random import Key
     from atoll.data.clients import Clients
     from atoll.engine.fleet import Fleet
     from atoll.layout import Layout
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from atoll.plan.protocols import Cohort, Population
     from atoll.plan.round import Gathered
     from atoll.plan.state import State
-    from atoll.rng import Key
     from atoll.task import Task
 
 ENGINES: Mapping[str, str] = {  # short name → "module:Class" of the spec; a package above adds no import here

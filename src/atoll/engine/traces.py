@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 
 
 def values(path: str, column: str, clients: int) -> Tensor:

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.names import load_from_user
+from atoll.base.random import Key, global_scope
 from atoll.models.named import KINDS, build, names
-from atoll.names import load_from_user
-from atoll.rng import Key, global_scope
 
 __all__ = ["KINDS", "Sized", "build", "factory", "names", "resolve"]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from atoll.errors import UsageError, unknown_name
+from atoll.base.errors import UsageError, unknown_name
+from atoll.base.random import Key, global_scope
 from atoll.models.sequence import Lstm, Transformer
-from atoll.rng import Key, global_scope
 
 KINDS = ("classification", "regression", "tokens")
 

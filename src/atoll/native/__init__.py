@@ -25,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 from atoll.native.structs import STRUCTS, StructLayout, exported
 
 if TYPE_CHECKING:

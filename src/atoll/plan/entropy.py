@@ -1,6 +1,6 @@
 """Random numbers of the operating system, for noise that is released and must not be predictable.
 
-Keyed randomness (`atoll.rng`) draws the same numbers again for a replay or after a crash. Noise that protects data
+Keyed randomness (`atoll.base.random`) draws the same numbers again for a replay or after a crash. Noise that protects data
 must not be drawn twice, so it comes from an `EntropySource` that no seed determines.
 
 Tests: tests/identities/test_entropy.py
@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 from atoll.plan.protocols import EntropySource
 
 _MOST = 1 << 62

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from atoll.base.random import Key
 from atoll.plan.protocols import Cohort, Pace, Population, Sampler
 from atoll.plan.sampler import Uniform
-from atoll.rng import Key
 
 _BLOCK = 1024  # candidates drawn at once
 _client, _number = itemgetter(0), itemgetter(3)  # of a flight; half the time of its names

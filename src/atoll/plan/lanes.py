@@ -14,10 +14,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from atoll.base.random import Key
 from atoll.compiled import Stored
 from atoll.data.clients import Clients
 from atoll.data.rows import in_memory, stored
-from atoll.rng import Key
 from atoll.task import Batch, Gradient, Model, Task
 
 HOST = torch.device("cpu")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from atoll import schedule
-from atoll.errors import UsageError
-from atoll.grammar import parse
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
 from atoll.plan import aggregate, codec, local, optimizer, pace, plan, sampler, stop
 
 PARTS: Mapping[str, Callable[..., Any]] = {

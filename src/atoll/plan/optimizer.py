@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
-from atoll.fields import number, repaired
+from atoll.base.errors import UsageError
+from atoll.base.validation import number, repaired
 from atoll.plan.stepper import STEP, Counters, Inner, LaneGroup, OptimizerBase
 from atoll.schedule import Schedule
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from atoll.errors import UsageError
-from atoll.grammar import Value
+from atoll.base.errors import UsageError
+from atoll.base.grammar import Value
 from atoll.plan.protocols import Open, Pace
 
 

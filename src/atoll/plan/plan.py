@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from atoll.errors import UsageError
-from atoll.fields import repaired
-from atoll.grammar import Value
+from atoll.base.errors import UsageError
+from atoll.base.grammar import Value
+from atoll.base.names import under
+from atoll.base.validation import repaired
 from atoll.layout import Layout
-from atoll.names import under
 from atoll.plan.codec.stage import Identity
-from atoll.plan.conflicts import check
+from atoll.plan.conflicts import check, check_part
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Sync
 from atoll.plan.protocols import (
@@ -113,6 +113,8 @@ def _sampler(cohort: Any) -> Sampler:
             return fraction(cohort)
         case Sampler() if not isinstance(cohort, type):
             return cohort
+        case _ if callable(cohort) and not isinstance(cohort, type):
+            check_part("cohort", cohort)  # names the member that is missing
     raise UsageError(
         f"cohort = {cohort!r}.",
         "a sampler, a number of clients, a fraction of them, or None for everyone.",

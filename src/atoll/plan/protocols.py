@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, runt
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
-from atoll.grammar import constructor
+from atoll.base.errors import UsageError
+from atoll.base.grammar import constructor
+from atoll.base.random import Key
 from atoll.layout import Layout
 from atoll.plan.lanes import Lanes, padded
-from atoll.rng import Key
 from atoll.schedule import NOTHING, Schedule, as_schedule
 from atoll.task import Model, Task
 

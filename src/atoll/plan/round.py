@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from atoll.base.random import Key
 from atoll.known import norm
 from atoll.layout import Layout
 from atoll.plan.codec.stage import Identity, roundtrip
@@ -33,7 +34,6 @@ from atoll.plan.in_flight import Air
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Cohort, Contribution, EntropySource, Population, RoundInfo, Shared, Tensors, Total
 from atoll.plan.state import Sent, State, versions
-from atoll.rng import Key
 from atoll.task import Model
 
 

@@ -17,10 +17,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.plan.pace import Sync
 from atoll.plan.protocols import Cohort, Conflict, Population, Sampler, Slots
-from atoll.rng import Key
 
 
 def _cohort(ids: Tensor, chance: Tensor | float) -> Cohort:

@@ -10,11 +10,11 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from atoll.names import without_prefix
+from atoll.base.names import without_prefix
+from atoll.base.random import Key
 from atoll.plan.in_flight import Air
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Shared, Tensors
-from atoll.rng import Key
 from atoll.task import Model, Task
 
 _birth = operator.itemgetter(1)  # of a flight; half the time of its name

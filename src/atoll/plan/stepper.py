@@ -27,8 +27,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
-from atoll.fields import check
+from atoll.base.errors import UsageError
+from atoll.base.validation import check
 from atoll.plan.protocols import Optimizer
 from atoll.schedule import NOTHING, Schedule, as_schedule, constant
 from atoll.shelf import empty

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from atoll.errors import RunError, UsageError, did_you_mean
-from atoll.fields import check, number, repaired
-from atoll.grammar import constructor
+from atoll.base.errors import RunError, UsageError, did_you_mean
+from atoll.base.grammar import constructor
+from atoll.base.validation import check, number, repaired
 
 Memory = dict[str, Any]
 

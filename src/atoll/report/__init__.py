@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from atoll import runs
+from atoll.base.errors import RunError
 from atoll.data.clients import Clients
-from atoll.errors import RunError
 from atoll.report.live import LiveTable
 
 __all__ = ["LiveTable", "draw"]

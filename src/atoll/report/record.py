@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atoll import runs
-from atoll.errors import AtollError
+from atoll.base.errors import AtollError
 from atoll.plan.names import read_part, renamed
 from atoll.report.flights import MOST_FLIGHTS, Flights, Tally, read_trips
 from atoll.report.text import better, rises, spread

@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from atoll.errors import AtollError, UsageError
-from atoll.grammar import parse
+from atoll.base.errors import AtollError, UsageError
+from atoll.base.grammar import parse
+from atoll.base.random import generator_states
 from atoll.plan.conflicts import undeclared
 from atoll.plan.entropy import BytesEntropy
 from atoll.plan.names import PARTS
 from atoll.plan.protocols import OPEN, Declared, EntropySource, Group, Population, RoundInfo, Tensors
-from atoll.rng import generator_states
 
 T = TypeVar("T")
 
@@ -202,7 +202,7 @@ def check_value(part: Any) -> None:
     except UsageError as error:
         raise Nonconformity(
             f"The repr of a {type(part).__name__} cannot be read: {error.given}",
-            "a constructor call of the grammar, such as the mixin atoll.grammar.Value gives.",
+            "a constructor call of the grammar, such as the mixin atoll.base.grammar.Value gives.",
             "a run's config.toml, a flag and the wire hold a part as its text.",
         ) from error
     require(again == part, f"{who} reads back as {again!r}.", "an equal part.", "what is saved must be what ran.")

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.data.partition import IID, Pool
 from atoll.data.rows import ArrayRows
 from atoll.data.sources import Source
-from atoll.errors import UsageError
 from atoll.plan.protocols import Cohort, Population
-from atoll.rng import Key
 from atoll.testing.contract import check_value, pure, refused, require, same
 
 _ROUNDS = 1000

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoll.base.errors import RunError
 from atoll.data.clients import Clients
 from atoll.data.rows import Rows
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
-from atoll.errors import RunError
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer import adam, sgd

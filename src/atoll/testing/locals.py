@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atoll.base.random import Key, global_scope
 from atoll.data.clients import Clients, offsets_of
 from atoll.data.rows import ArrayRows
 from atoll.layout import Layout
 from atoll.plan.aggregate import Mean
 from atoll.plan.lanes import Lanes
 from atoll.plan.protocols import Broadcast, Contribution, Ids, Tensors, Total
-from atoll.rng import Key, global_scope
 from atoll.task import Task
 from atoll.testing.contract import (
     check_declared,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from atoll.base.random import Key
 from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean
 from atoll.plan.in_flight import Traffic
@@ -21,7 +22,6 @@ from atoll.plan.protocols import Pace, Population, Sampler
 from atoll.plan.round import opening
 from atoll.plan.sampler import Everyone, Uniform
 from atoll.plan.state import State
-from atoll.rng import Key
 from atoll.task import Model
 from atoll.testing.contract import check_value, pure, require
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from atoll.rng import Key
+from atoll.base.random import Key
 from atoll.testing.contract import check_value, lanes, on_meta, pure, refused, require, row, same, same_names
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atoll.base.random import Key
 from atoll.layout import Layout
 from atoll.plan.protocols import Contribution, Ids, Partial, Tensors, Total
-from atoll.rng import Key
 from atoll.testing.contract import (
     check_declared,
     check_value,

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from atoll import runs
+from atoll.base.errors import RunError, UsageError
+from atoll.base.files import atomic_write
 from atoll.engine.inprocess import InProcessEngine
-from atoll.errors import RunError, UsageError
-from atoll.files import atomic_write
 from atoll.training.experiment import Experiment
 from atoll.training.rounds import Rounds
 

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from atoll import data, models, recipes
+from atoll.base.errors import AtollError
+from atoll.base.random import Key, philox
 from atoll.compiled import load_libraries
 from atoll.data.named import NAMED
-from atoll.errors import AtollError
 from atoll.native import Unbuilt, compiler, folder
 from atoll.plan.aggregate import exact
-from atoll.rng import Key, philox
 from atoll.task import Batch, Task
 from atoll.training.rounds import rounds
 

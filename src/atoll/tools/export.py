@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from atoll.base.errors import UsageError, unknown_name
 from atoll.engine.inprocess import InProcessEngine
-from atoll.errors import UsageError, unknown_name
 from atoll.plan.stop import direction
 from atoll.tools.again import training_in, write
 from atoll.training.rounds import Rounds, judge, start_from

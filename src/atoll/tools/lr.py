@@ -19,15 +19,15 @@ from typing import Any, Literal
 
 import torch
 
+from atoll.base.errors import RunError, UsageError, unknown_name
+from atoll.base.random import Key
 from atoll.data.clients import Clients, offsets_of
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
-from atoll.errors import RunError, UsageError, unknown_name
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, step
 from atoll.plan.state import State
-from atoll.rng import Key
 from atoll.schedule import Schedule
 from atoll.tools.again import training_of, write
 from atoll.training.experiment import Experiment

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from atoll import runs
+from atoll.base.errors import AtollError, RunError, UsageError
+from atoll.base.names import without_prefix
+from atoll.base.random import Key
 from atoll.digest import fingerprint
 from atoll.engine.arrivals import Flown, fly, message
-from atoll.errors import AtollError, RunError, UsageError
-from atoll.names import without_prefix
 from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.round import Opened, close_round, open_round, step
 from atoll.report.text import size
-from atoll.rng import Key
 from atoll.saved import unpack
 from atoll.tools.again import here, same_data, training_in
 from atoll.tools.alone import compute, odd

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from atoll.names import load
+from atoll.base.names import load
 
 if TYPE_CHECKING:
     from atoll.training.experiment import Experiment

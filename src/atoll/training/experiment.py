@@ -19,9 +19,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from atoll import grammar
-from atoll.errors import UsageError, unknown_name
-from atoll.names import dotted
+from atoll.base import grammar
+from atoll.base.errors import UsageError, unknown_name
+from atoll.base.names import dotted
 from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, checked, of_text, read_toml, toml
 from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, setting
 
@@ -342,7 +342,7 @@ class Experiment(grammar.Value, TrainingFields):
     def module(self) -> nn.Module:
         """The model as it was before the first round, to load numbers into."""
         from atoll import models
-        from atoll.rng import Key
+        from atoll.base.random import Key
         from atoll.training.rounds import DTYPES
 
         dtype = DTYPES[self.dtype]

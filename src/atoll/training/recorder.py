@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from atoll import runs
-from atoll.errors import RunError, UsageError
-from atoll.names import under, without_prefix
+from atoll.base.errors import RunError, UsageError
+from atoll.base.names import under, without_prefix
 from atoll.plan import stop as stops
 from atoll.plan.round import Failure, Report, Trip
 from atoll.saved import pack, unpack

@@ -20,6 +20,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from atoll import models
+from atoll.base.errors import RunError, UsageError
+from atoll.base.names import under, without_prefix
+from atoll.base.random import Key
 from atoll.data.clients import Clients
 from atoll.digest import fingerprint
 from atoll.engine.device import check_precision, nearby
@@ -28,9 +31,7 @@ from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.memory import Memory
 from atoll.engine.probe import Choice, choose
 from atoll.engine.spec import Engine, name_of
-from atoll.errors import RunError, UsageError
 from atoll.loss import Metric
-from atoll.names import under, without_prefix
 from atoll.plan import stop as stops
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
@@ -39,7 +40,6 @@ from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.round import Report, bind, close_round, open_round, opening, step
 from atoll.plan.state import State
-from atoll.rng import Key
 from atoll.saved import pack, unpack
 from atoll.shelf import Shelf, lent_from
 from atoll.task import Model, Task

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 
 TEXTS = tuple[str, ...]
 DATA, METHOD, RUNNING, OUTPUT = "Data", "Model and plan", "Running", "Output"
@@ -60,7 +60,7 @@ def of_text(text: str, hint: Any) -> Any:
         return text
     if wanted == (TEXTS,) and text[:1] != "[":
         return [text]
-    from atoll.grammar import parse
+    from atoll.base.grammar import parse
 
     try:
         return parse(text, {})

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
-from atoll.errors import UsageError, unknown_name
+from atoll.base.errors import UsageError, unknown_name
 from atoll.training.setting_texts import METHOD, RUNNING, TEXTS
 
 if TYPE_CHECKING:
@@ -169,8 +169,8 @@ class Settings(TrainingFields):
 
         self._set("engine", engine(self.engine))
         if isinstance(self.fleet, str):
+            from atoll.base.grammar import parse
             from atoll.engine.fleet import FLEET
-            from atoll.grammar import parse
 
             self._set("fleet", parse(self.fleet, FLEET))
         if self.fleet is not None:

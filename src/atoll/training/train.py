@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from atoll import runs
+from atoll.base.errors import UsageError
 from atoll.data.clients import Clients
-from atoll.errors import UsageError
 from atoll.plan.plan import Plan
 from atoll.plan.round import Report
 from atoll.training.recorder import Recorder, Run, begun

@@ -5,8 +5,8 @@ Tests: tests/conformance/test_foreign.py
 
 from dataclasses import dataclass
 
-from atoll.errors import UsageError
-from atoll.fields import check, number
+from atoll.base.errors import UsageError
+from atoll.base.validation import check, number
 from atoll.plan.codec import Codec
 from atoll.plan.codec.grid import ordered_sum
 from atoll.plan.protocols import Conflict, Declared

@@ -5,7 +5,7 @@ Tests: tests/conformance/test_foreign.py
 
 from dataclasses import dataclass
 
-from atoll.fields import number
+from atoll.base.validation import number
 from atoll.plan.protocols import Conflict
 from atoll.plan.stepper import OptimizerBase
 from atoll.schedule import Schedule

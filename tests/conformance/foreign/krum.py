@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from atoll.errors import RunError
-from atoll.fields import check, number
-from atoll.names import dotted, without_prefix
+from atoll.base.errors import RunError
+from atoll.base.names import dotted, without_prefix
+from atoll.base.validation import check, number
 from atoll.plan.protocols import Aggregator, Conflict, Partial, Total
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from atoll.fields import number
+from atoll.base.validation import number
 from atoll.plan.local import Train
 from atoll.plan.protocols import Conflict, Declared, Local
 from atoll.plan.stepper import OptimizerBase

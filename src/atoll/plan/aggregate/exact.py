@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 from atoll.known import BLOCK, blocks, told
 from atoll.native import serving, threads_now
 from atoll.native.structs import SumJob

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 from atoll.plan.aggregate import exact
 from atoll.plan.pace import Sync
 from atoll.plan.protocols import (

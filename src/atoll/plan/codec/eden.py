@@ -9,7 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.lloyd import lloyd_max
@@ -19,7 +20,6 @@ from atoll.plan.codec.rotate import BLOCK, TILE, Geometry, Rotation, check_block
 from atoll.plan.codec.stage import Codec, Encoded
 from atoll.plan.codec.wire import Field, Form, reject
 from atoll.plan.protocols import Tensors
-from atoll.rng import Key
 
 CELLS = 4096  # magnitudes are looked up by cell; a threshold is off by half a cell at most, and the error by 1e-7
 

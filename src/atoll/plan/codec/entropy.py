@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 from atoll.layout import Layout
 from atoll.plan.codec.stage import Codec
 from atoll.plan.codec.wire import Form, MessageError
@@ -56,7 +56,7 @@ class Entropy(Codec):
         >>> import torch
         >>> from atoll.plan.codec.quantize import Quantize
         >>> from atoll.plan.codec.stage import flat_layout
-        >>> from atoll.rng import Key
+        >>> from atoll.base.random import Key
         >>> codec = (Quantize(8) >> Entropy()).bind(flat_layout(1000))
         >>> payload, side, *_ = codec.encode(torch.zeros(1, 1000), {}, {}, Key(0))
         >>> codec.sizes(payload, side).tolist(), codec.nbytes(flat_layout(1000))

@@ -12,13 +12,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.names import under, without_prefix
+from atoll.base.random import Key
 from atoll.layout import Layout
-from atoll.names import under, without_prefix
 from atoll.plan.codec.stage import Chain, Codec, Encoded, roundtrip
 from atoll.plan.codec.wire import Form
 from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Tensors, Total
-from atoll.rng import Key
 
 
 class _Wrapper(Codec):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from atoll.rng import Key, mix64
+from atoll.base.random import Key, mix64
 
 GROUP = 1 << 16
 LEAST = 1 << 12

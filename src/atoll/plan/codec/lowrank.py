@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.stage import Codec, Encoded, flat_layout
 from atoll.plan.codec.wire import Field, Form
 from atoll.plan.protocols import RoundInfo, Tensors, Total
-from atoll.rng import Key
 
 
 class Piece(NamedTuple):

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.pack import TERNARY, pack_bits, packed_length, unpack_bits
 from atoll.plan.codec.stage import Codec, Encoded
 from atoll.plan.codec.wire import Field, Form, reject
 from atoll.plan.protocols import Tensors
-from atoll.rng import Key
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 _TOP = {"fp16": 15, "fp8": 8}  # the exponent that the largest number is brought to

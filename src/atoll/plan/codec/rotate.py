@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.plan.codec import grid
 from atoll.plan.codec.stage import Codec, Encoded
 from atoll.plan.protocols import Tensors
-from atoll.rng import Key
 
 BLOCK = 4096
 TILE = 2  # groups turned at a time: a step works on half of the numbers

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.pack import index_flaws, index_length, pack_index, unpack_index
 from atoll.plan.codec.stage import Codec, Encoded, flat_layout
 from atoll.plan.codec.wire import Field, Form, reject
 from atoll.plan.protocols import Tensors
-from atoll.rng import Key
 
 
 def magnitude(x: Tensor) -> Tensor:

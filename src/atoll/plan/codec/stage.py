@@ -26,13 +26,13 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from atoll.errors import RunError, UsageError
+from atoll.base.errors import RunError, UsageError
+from atoll.base.names import under, without_prefix
+from atoll.base.random import Key
 from atoll.layout import Entry, Layout
-from atoll.names import under, without_prefix
 from atoll.plan.codec import wire
 from atoll.plan.codec.wire import Field, Form
 from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Stage, Tensors, Total, default
-from atoll.rng import Key
 
 T = TypeVar("T")
 Encoded = tuple[Tensor, Tensors, Tensors, Tensors]

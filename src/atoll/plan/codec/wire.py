@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.errors import AtollError
+from atoll.base.errors import AtollError
 
 
 class MessageError(AtollError):

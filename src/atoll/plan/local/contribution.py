@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 from atoll.plan.lanes import Lanes
 from atoll.plan.protocols import (
     Contribution,

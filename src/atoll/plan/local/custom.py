@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key, global_scope
 from atoll.plan.lanes import Lanes
 from atoll.plan.local.contribution import (
     check_batch,
@@ -29,7 +30,6 @@ from atoll.plan.protocols import (
     Sends,
     Tensors,
 )
-from atoll.rng import Key, global_scope
 from atoll.task import Task
 
 

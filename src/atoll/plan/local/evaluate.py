@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atoll.base.random import Key
 from atoll.plan.lanes import ROWS, Lanes, padded
 from atoll.plan.protocols import (
     OPEN,
@@ -20,7 +21,6 @@ from atoll.plan.protocols import (
     Local,
     Tensors,
 )
-from atoll.rng import Key
 from atoll.task import Task
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atoll.base.random import Key
 from atoll.plan.lanes import Lanes, padded
 from atoll.plan.local.contribution import (
     check_batch,
@@ -24,7 +25,6 @@ from atoll.plan.protocols import (
     Local,
     Tensors,
 )
-from atoll.rng import Key
 from atoll.task import Task
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from atoll.errors import RunError, UsageError
+from atoll.base.errors import RunError, UsageError
 from atoll.schedule import Schedule, led
 
 _FAR = 10**9  # a round in which every schedule that falls has fallen

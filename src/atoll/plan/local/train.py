@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.layout import Layout
 from atoll.plan.lanes import ROWS, Lanes, padded
 from atoll.plan.local.contribution import (
@@ -35,7 +36,6 @@ from atoll.plan.protocols import (
     Tensors,
     Total,
 )
-from atoll.rng import Key
 from atoll.schedule import Schedule, constant
 from atoll.task import Task
 

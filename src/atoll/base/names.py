@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, TypeVar
 
-from atoll.errors import UsageError, did_you_mean
+from atoll.base.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
-from atoll.errors import UsageError
-from atoll.grammar import constructor
+from atoll.base.errors import UsageError
+from atoll.base.grammar import constructor
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def check(value: Any) -> None:
         ...     def __post_init__(self): check(self)
         >>> Shrink(2)
         Traceback (most recent call last):
-        atoll.errors.UsageError: Shrink was given by = 2.
+        atoll.base.errors.UsageError: Shrink was given by = 2.
         Required: by: a finite number, 0 < it < 1.   Why: only a factor below 1 shrinks.
         Write: Shrink(0.5)
     """

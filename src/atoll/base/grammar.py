@@ -19,8 +19,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from atoll.errors import AtollError, UsageError, unknown_name
-from atoll.names import load_from_user
+from atoll.base.errors import AtollError, UsageError, unknown_name
+from atoll.base.names import load_from_user
 
 LONGEST = 4096
 DEEPEST = 16
