@@ -26,6 +26,8 @@ import torch
 from torch import nn
 
 from atoll.base.random import Key
+from atoll.compute.buffer_pool import Shelf, lent_from
+from atoll.compute.task import Task
 from atoll.data import arrays
 from atoll.engine.memory import Memory
 from atoll.engine.ranks import Ranks
@@ -33,8 +35,6 @@ from atoll.engine.torchrun import TorchrunEngine
 from atoll.plan.round import step
 from atoll.plan.state import State
 from atoll.recipes import distributed_gd
-from atoll.shelf import Shelf, lent_from
-from atoll.task import Task
 
 LR, SEED = 0.05, 0
 CYCLE = 128  # the rows of DDP are drawn in advance for this number of steps

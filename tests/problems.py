@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atoll import compiled, native
 from atoll.base.random import Key
+from atoll.compute import compiled, native
+from atoll.compute.task import Task
 from atoll.data import ArrayRows, Clients
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.plan.plan import Plan
 from atoll.plan.round import Report, bind, step
 from atoll.plan.state import State
-from atoll.task import Task
 
 
 def _no_native() -> str:

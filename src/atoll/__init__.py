@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from atoll import data, models, recipes
     from atoll.base.errors import AtollError, RunError, UsageError
     from atoll.base.random import Key
-    from atoll.loss import Metric
+    from atoll.compute.loss import Metric
+    from atoll.compute.task import Task
     from atoll.plan.plan import Plan
     from atoll.plan.round import Report, step
     from atoll.plan.state import State
-    from atoll.task import Task
     from atoll.training.experiment import Experiment
     from atoll.training.recorder import Run
     from atoll.training.rounds import rounds
@@ -73,8 +73,8 @@ _WHERE = {
     "atoll.plan.round": ("Report", "step"),
     "atoll.plan.state": ("State",),
     "atoll.base.random": ("Key",),
-    "atoll.loss": ("Metric",),
-    "atoll.task": ("Task",),
+    "atoll.compute.loss": ("Metric",),
+    "atoll.compute.task": ("Task",),
     "atoll.training.experiment": ("Experiment",),
     "atoll.training.recorder": ("Run",),
     "atoll.training.rounds": ("rounds",),

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from atoll.base.errors import RunError
 from atoll.base.random import Key
+from atoll.compute.batches import ROWS
+from atoll.compute.task import Model, Task
 from atoll.data.clients import Clients
 from atoll.engine.chunks import contribute_chunk
 from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.aggregate.exact import LARGEST
-from atoll.plan.lanes import ROWS
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.plan import Plan
@@ -36,7 +37,6 @@ from atoll.plan.round import bind, step
 from atoll.plan.state import State
 from atoll.plan.stepper import OptimizerBase
 from atoll.schedule import NOTHING, Schedule, Tensors
-from atoll.task import Model, Task
 from atoll.training.rounds import Rounds, judge
 
 MOST = 200  # clients trained alone, at most

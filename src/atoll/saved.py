@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from atoll.base.names import under, without_prefix
+from atoll.compute.task import Model
 from atoll.plan.in_flight import Air, Flight
 from atoll.plan.protocols import Broadcast, Shared
 from atoll.plan.state import Sent, State
-from atoll.task import Model
 
 _WHOLE = torch.int64
 

@@ -9,8 +9,8 @@ import atoll
 from atoll import recipes, runs
 from atoll.base.errors import UsageError
 from atoll.cli import main
-from atoll.engine import device as devices
-from atoll.engine.device import check_precision, found, free
+from atoll.compute import device as devices
+from atoll.compute.device import check_precision, found, free
 from atoll.training.experiment import Experiment
 
 HOST = torch.device("cpu")

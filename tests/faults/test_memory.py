@@ -13,7 +13,8 @@ from torch import nn
 import atoll
 from atoll import recipes
 from atoll.base.errors import RunError
-from atoll.engine.device import out_of_memory
+from atoll.compute.device import out_of_memory
+from atoll.compute.task import Task
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.processes import ProcessesEngine
 from atoll.engine.room import Room
@@ -23,7 +24,6 @@ from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.report.live import LiveTable
 from atoll.report.record import Record
-from atoll.task import Task
 from atoll.training.experiment import Experiment
 
 SIZES = (9,) * 13

@@ -17,7 +17,7 @@ from torch import nn
 import atoll
 from atoll import recipes, runs
 from atoll.base.random import Key
-from atoll.layout import Layout
+from atoll.compute.layout import Layout
 from atoll.plan.names import PARTS
 
 FILE = Path(__file__).with_name("golden.json")

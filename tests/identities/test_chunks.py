@@ -12,9 +12,11 @@ from problems import classification, run, seeded, task_of
 from torch import nn
 
 import atoll
-from atoll import bound, compiled, fused, recipes
+from atoll import recipes
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
+from atoll.compute import autograd, compiled, fused
+from atoll.compute.task import Model
 from atoll.engine.chunks import contribute_chunk, kept_from_tensors, kept_to_tensors
 from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.engine.inprocess import InProcessEngine
@@ -28,7 +30,6 @@ from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids
 from atoll.plan.round import bind, close_round, open_round
 from atoll.plan.state import State
-from atoll.task import Model
 
 SIZES = (9, 9, 7, 5)
 MORE = classification((*SIZES, 6, 4))
@@ -177,7 +178,7 @@ def test_a_plan_keeps_no_engine_data_or_model_alive():
     assert len(reports) == 2 and bound_plan == plan
 
 
-BACKENDS = {"loop": (bound.Walk, "step"), "fused": (fused.Descent, "step"), "compiled": (compiled.Descent, "step")}
+BACKENDS = {"loop": (autograd.Walk, "step"), "fused": (fused.Descent, "step"), "compiled": (compiled.Descent, "step")}
 
 
 @pytest.mark.parametrize("body", BACKENDS)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.base.random import Key
-from atoll.layout import Layout
+from atoll.compute.layout import Layout
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy
 from atoll.plan.codec.feedback import EF21, ErrorFeedback

@@ -219,7 +219,7 @@ def far(monkeypatch):
 def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
     """Backend choice, rounds, evaluation, checkpoint, resume, baselines: on the device, with the CPU's bits."""
     free = (1 << 30) if resident else None
-    monkeypatch.setattr("atoll.engine.device.free", lambda device: free)
+    monkeypatch.setattr("atoll.compute.device.free", lambda device: free)
     monkeypatch.setattr(inprocess, "free", lambda device: free)
     data = atoll.data.load("digits").split(clients=6)
     plan = Plan(Train(rules.adam(0.01), steps=2, batch=8, keep=("optimizer", "order")), Mean(), rules.adam(0.01))

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import needs_native, threads
 
-import atoll.shelf
-from atoll import native
+import atoll.compute.buffer_pool
 from atoll.base import grammar
 from atoll.base.errors import UsageError
-from atoll.known import tell
+from atoll.compute import native
+from atoll.compute.buffer_pool import Shelf, lent_from
+from atoll.compute.tensor_notes import tell
 from atoll.plan.aggregate import Mean, PartialSum, Sum, exact
 from atoll.plan.names import PARTS
 from atoll.plan.protocols import Contribution, Ids
-from atoll.shelf import Shelf, lent_from
 
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 BELOW = {torch.float32: 27, torch.float64: 53}
@@ -182,7 +182,7 @@ def test_memory_that_held_something_else_changes_no_bit(problem, spoiled):
     if spoiled:
         rows[rng.integers(len(rows)), rng.integers(rows.shape[1])] = math.nan
     with pytest.MonkeyPatch.context() as patch, lent_from(shelf):
-        patch.setattr(atoll.shelf, "_LARGE", 1)
+        patch.setattr(atoll.compute.buffer_pool, "_LARGE", 1)
         for size in (8, 16, 32, 64, 128):  # for each of them a buffer that will be reused
             shelf.empty(size * len(rows[0])).fill_(255)
         digits = {}

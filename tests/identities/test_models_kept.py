@@ -10,6 +10,7 @@ from problems import classification, far, run, seeded, task_of, tokens
 from torch import nn
 
 from atoll import recipes
+from atoll.compute.task import Task
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.plan import optimizer as rules
@@ -18,7 +19,6 @@ from atoll.plan.local import Custom, Evaluate, Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Cohort, Sampler
 from atoll.plan.round import step
-from atoll.task import Task
 
 SIZES = (9, 5, 4)
 TRAIN = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean())

@@ -12,11 +12,12 @@ import torch
 from problems import classification, needs_native, run, task_of
 from torch import nn
 
-from atoll import compiled, models, native
+from atoll import models
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
+from atoll.compute import compiled, native
+from atoll.compute.native.structs import STRUCTS, DescentJob, SumJob, exported
 from atoll.engine.inprocess import InProcess
-from atoll.native.structs import STRUCTS, DescentJob, SumJob, exported
 from atoll.plan.aggregate import Mean, exact
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd

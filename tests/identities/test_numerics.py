@@ -10,21 +10,22 @@ from hypothesis import strategies as st
 from problems import COMPILED, classification, federation, needs_native, regression, run, task_of
 from torch import nn
 
-from atoll import compiled, models, native
+from atoll import models
 from atoll.base.errors import UsageError
 from atoll.base.random import Key, global_scope
+from atoll.compute import compiled, native
+from atoll.compute.batches import Lanes
+from atoll.compute.fused import Unserved
+from atoll.compute.task import Batch, Task
+from atoll.compute.tensor_notes import BLOCK, told
 from atoll.data.rows import DatasetRows
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
-from atoll.fused import Unserved
-from atoll.known import BLOCK, told
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec.stage import Codec, Identity
-from atoll.plan.lanes import Lanes
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.plan import Plan
-from atoll.task import Batch, Task
 
 bodies = pytest.mark.parametrize("body", ["fused", COMPILED])
 

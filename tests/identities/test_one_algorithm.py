@@ -175,7 +175,7 @@ def test_a_large_client_in_many_passes_is_one_gradient(monkeypatch, body, statis
         data = classification([rows, 9])
         whole = run(recipes.gd(0.1), InProcessEngine(task_of(module, data, body), data), 2)[0].model
         with monkeypatch.context() as patch:
-            patch.setattr("atoll.plan.lanes.ROWS", 8)
+            patch.setattr("atoll.compute.batches.ROWS", 8)
             pieces = run(recipes.gd(0.1), InProcessEngine(task_of(module, data, body), data), 2)[0].model
             assert pieces.theta.isfinite().all()
             if not statistics:

@@ -11,13 +11,13 @@ from torch import nn
 
 from atoll import recipes
 from atoll.base.random import Key
+from atoll.compute.batches import Lanes
 from atoll.engine.chunks import chunks
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.models import build
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
-from atoll.plan.lanes import Lanes
 from atoll.plan.local import Train
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Cohort

@@ -12,6 +12,7 @@ from torch import nn
 import atoll
 from atoll import recipes, runs
 from atoll.base.errors import UsageError
+from atoll.compute.task import Task
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.plan import optimizer as rules
@@ -19,7 +20,6 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.report.live import header
-from atoll.task import Task
 
 SIZES = (9, 5, 9, 3, 9, 5, 2, 7, 7)
 USUAL = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean(), rules.sgd(1.0, momentum=0.5))

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll import shelf
-from atoll.shelf import Shelf, lent_from
+from atoll.compute import buffer_pool
+from atoll.compute.buffer_pool import Shelf, lent_from
 
 sizes = st.integers(1, 64).map(lambda n: n << 10)
 
@@ -36,10 +36,10 @@ def test_what_nobody_holds_is_lent_again():
 def test_large_tensors_come_from_the_shelf_that_is_there():
     like, own = torch.zeros(1, dtype=torch.float32), Shelf()
     with lent_from(own):
-        large = shelf.empty(like, (3, 1 << 18), torch.float64)
+        large = buffer_pool.empty(like, (3, 1 << 18), torch.float64)
         assert large.shape == (3, 1 << 18) and large.dtype == torch.float64
         where = large.data_ptr()
         del large
-        assert shelf.empty(like, (1 << 20,)).data_ptr() == where
-        assert shelf.empty(like.to("meta"), (1 << 20,)).is_meta
-    assert shelf.empty(like, (1 << 20,)).data_ptr() != where
+        assert buffer_pool.empty(like, (1 << 20,)).data_ptr() == where
+        assert buffer_pool.empty(like.to("meta"), (1 << 20,)).is_meta
+    assert buffer_pool.empty(like, (1 << 20,)).data_ptr() != where

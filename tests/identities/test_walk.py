@@ -11,13 +11,13 @@ from problems import classification, run, seeded, task_of
 from torch import nn
 
 from atoll import recipes
+from atoll.compute.task import Task
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.plan import Plan
-from atoll.task import Task
 
 SIZES = (9, 3, 21, 8, 1, 14)
 

@@ -26,6 +26,7 @@ import atoll
 from atoll import recipes
 from atoll.base.errors import RunError, UsageError
 from atoll.cli.app import answer
+from atoll.compute.task import Task
 from atoll.data import ArrayRows, Clients
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.ray import RayEngine
@@ -35,7 +36,6 @@ from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer import adam, sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.plan.plan import Plan
-from atoll.task import Task
 from atoll.testing import check_engine
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported

@@ -48,7 +48,7 @@ ALLOWED = {
     ("engine/worker.py", "_parts"): "fields of a value, listed by dataclasses",
     ("engine/crew.py", "*"): "a function that some operating systems lack",
     ("engine/crossing.py", "*"): "values of any class, rebuilt by name",
-    ("engine/device.py", "*"): "attributes of torch that depend on its version",
+    ("compute/device.py", "*"): "attributes of torch that depend on its version",
     ("engine/ranks.py", "*"): "a reduction of torch, by name",
     ("engine/torchrun.py", "*"): "a dtype of torch, by name",
     ("engine/fleet.py", "*"): "fields of a fleet",

@@ -12,7 +12,7 @@ import atoll
 from atoll import recipes
 from atoll.base.errors import UsageError
 from atoll.cli.flags import ExperimentFlags
-from atoll.loss import Metric
+from atoll.compute.loss import Metric
 from atoll.plan.stop import Target
 from atoll.training import Experiment, Settings, SettingsDict
 from atoll.training.setting_texts import GROUP_NAMES

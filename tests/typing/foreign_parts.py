@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
-from atoll.layout import Layout
+from atoll.compute.batches import Lanes
+from atoll.compute.layout import Layout
+from atoll.compute.task import Task
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Codec, ErrorFeedback, TopK
-from atoll.plan.lanes import Lanes
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.plan import Plan
@@ -34,7 +35,6 @@ from atoll.plan.protocols import (
     Tensors,
     Total,
 )
-from atoll.task import Task
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 
 from atoll.base.errors import RunError, UsageError
+from atoll.compute.layout import Layout
+from atoll.compute.task import Model
 from atoll.engine.clock import Clock
 from atoll.engine.fleet import Fleet
-from atoll.layout import Layout
 from atoll.plan.in_flight import Air, Flight, Traffic
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Cohort, Population
 from atoll.plan.round import Trip
 from atoll.plan.state import State
-from atoll.task import Model
 
 _FATES = {"arrive": "arrived", "drop": "dropped", "cancel": "late"}
 _PLAIN = Sync()

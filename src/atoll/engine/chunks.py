@@ -22,21 +22,21 @@ from torch import Tensor
 
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.random import Key
+from atoll.compute.batches import HOST, Lanes, OnStep
+from atoll.compute.device import give_back, out_of_memory
+from atoll.compute.task import Task
+from atoll.compute.tensor_notes import forget
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import Flown, nbytes
-from atoll.engine.device import give_back, out_of_memory
 from atoll.engine.room import Room, lanes_of, no_sum, too_large
-from atoll.known import forget
 from atoll.plan.aggregate.exact import LARGEST, bounded
 from atoll.plan.codec import Identity
 from atoll.plan.conflicts import check_contribution, check_partials
 from atoll.plan.in_flight import Flight
-from atoll.plan.lanes import HOST, Lanes, OnStep
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Contribution, Ids, Tensors
 from atoll.plan.round import Failure, Gathered, Kept
 from atoll.plan.state import State, part_of
-from atoll.task import Task
 
 _DROPPED = "dropped out"
 

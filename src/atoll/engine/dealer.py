@@ -18,6 +18,8 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
+from atoll.compute.layout import Layout
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import Flown, Sending, fly
 from atoll.engine.chunks import Results, by_version, chunks, gathered, task_for
@@ -28,14 +30,12 @@ from atoll.engine.memory import Pending
 from atoll.engine.room import Room
 from atoll.engine.spec import Engine
 from atoll.engine.worker import Setup, Told, plan_of, spoken, written
-from atoll.layout import Layout
 from atoll.plan.in_flight import Flight, Traffic
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Cohort, Ids, Partial, Population
 from atoll.plan.round import Gathered
 from atoll.plan.state import State
-from atoll.task import Task
 
 _PLAIN = Sync()
 _AHEAD = 2  # chunks that a worker has in hand in a synchronous round; of flights it has one

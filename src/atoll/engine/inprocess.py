@@ -10,27 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll import native
 from atoll.base.errors import AtollError, UsageError
 from atoll.base.random import Key
+from atoll.compute import native
+from atoll.compute.batches import HOST
+from atoll.compute.device import free, gpu
+from atoll.compute.layout import Layout
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import check_clock, fly, message
 from atoll.engine.chunks import ChunkRunner, Results, by_version, chunks, gathered, partial_work, task_for
-from atoll.engine.device import free, gpu
 from atoll.engine.fleet import Fleet
 from atoll.engine.memory import Pending
 from atoll.engine.room import Room
 from atoll.engine.spec import Engine
 from atoll.engine.tuning import Setting, Tuning
-from atoll.layout import Layout
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight, waves
-from atoll.plan.lanes import HOST
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Cohort, Population, Tensors
 from atoll.plan.round import Gathered
 from atoll.plan.state import State
-from atoll.task import Task
 
 _ENOUGH = 16  # clients in a round, from which on chunks are worth a trial
 _SMALL = 100_000  # parameters below which one thread is quickest

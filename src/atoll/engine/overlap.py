@@ -17,20 +17,20 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from atoll.base.random import Key
-from atoll.bound import MARGIN
+from atoll.compute.autograd import MARGIN
+from atoll.compute.batches import ROWS
+from atoll.compute.task import Task
+from atoll.compute.tensor_notes import tell
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import message
 from atoll.engine.chunks import Results, by_version, contribute_chunk
 from atoll.engine.ranks import Ranks, together
-from atoll.known import tell
 from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight
-from atoll.plan.lanes import ROWS
 from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids
-from atoll.task import Task
 
 _STRETCH = 1 << 20  # numbers that go together: fewer wait sooner, more cost less each
 _SUMS = ("loss", "rows")

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from atoll.base.errors import AtollError, UsageError
 from atoll.base.random import Key, generator_states, global_scope
-from atoll.compiled import load_libraries, products, stages
+from atoll.compute.batches import Lanes
+from atoll.compute.compiled import load_libraries, products, stages
+from atoll.compute.fused import Unserved
+from atoll.compute.loss import cross_entropy
+from atoll.compute.native import Unbuilt
+from atoll.compute.task import Gradient, Task
 from atoll.data.clients import Clients
 from atoll.engine.elementwise import Elementwise
-from atoll.fused import Unserved
-from atoll.loss import cross_entropy
-from atoll.native import Unbuilt
-from atoll.plan.lanes import Lanes
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Population
-from atoll.task import Gradient, Task
 
 BODIES = ("auto", "lanes", "loop", "fused", "compiled")
 _WORTH = 2e10  # multiplications of a run from which a library is built: fused takes about as long for them as the build

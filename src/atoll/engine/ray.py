@@ -28,6 +28,7 @@ from msgspec import structs
 from torch import Tensor
 
 from atoll.base.errors import RunError, UsageError
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine import spec as specs
 from atoll.engine.crew import Gone, Line
@@ -48,7 +49,6 @@ from atoll.engine.worker import (
     hauled,
     orders,
 )
-from atoll.task import Task
 
 OLDEST = (2, 40)  # the oldest version of Ray that the engine supports
 _REACH_S = 3.0  # seconds for a server to answer

@@ -10,10 +10,10 @@ from math import prod
 import torch
 
 from atoll.base.errors import RunError
+from atoll.compute.batches import ROWS
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.plan.lanes import ROWS
 from atoll.plan.plan import Plan
-from atoll.task import Task
 
 _FUSED_BYTES = 7 << 20  # per chunk: the fused backend stores no gradient, and a step reads all of it three times
 _LANE_BYTES = 16 << 20  # θ, gradients and updates of a chunk together, so that they stay in the caches of the cores

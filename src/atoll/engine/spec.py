@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     import torch
 
     from atoll.base.random import Key
+    from atoll.compute.layout import Layout
+    from atoll.compute.task import Task
     from atoll.data.clients import Clients
     from atoll.engine.fleet import Fleet
-    from atoll.layout import Layout
     from atoll.plan.plan import Plan
     from atoll.plan.protocols import Cohort, Population
     from atoll.plan.round import Gathered
     from atoll.plan.state import State
-    from atoll.task import Task
 
 ENGINES: Mapping[str, str] = {  # short name → "module:Class" of the spec; a package above adds no import here
     "inprocess": "atoll.engine.spec:InProcess",
@@ -177,7 +177,7 @@ class EngineSpec(Protocol):
 
     def device(self, wanted: str) -> torch.device:
         """The device of this process for a name such as "auto", "cpu" or "cuda:1"."""
-        from atoll.engine.device import found
+        from atoll.compute.device import found
 
         return found(wanted)
 
@@ -233,7 +233,7 @@ class Processes(grammar.Value, EngineSpec):
 
     def device(self, wanted: str) -> torch.device:
         """The CPU."""
-        from atoll.plan.lanes import HOST
+        from atoll.compute.batches import HOST
 
         return HOST
 
@@ -284,7 +284,7 @@ class Torchrun(grammar.Value, EngineSpec):
 
     def device(self, wanted: str) -> torch.device:
         """The device of this rank: the GPU of its local number, if no other is named."""
-        from atoll.engine.device import found, local_rank
+        from atoll.compute.device import found, local_rank
 
         return found(wanted, local_rank())
 
@@ -357,7 +357,7 @@ class Ray(grammar.Value, EngineSpec):
 
     def device(self, wanted: str) -> torch.device:
         """The CPU: this process computes no client."""
-        from atoll.plan.lanes import HOST
+        from atoll.compute.batches import HOST
 
         return HOST
 

@@ -20,6 +20,9 @@ from torch import Tensor
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.names import without_prefix
 from atoll.base.random import Key
+from atoll.compute.batches import HOST
+from atoll.compute.layout import Layout
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.arrivals import fly, message
 from atoll.engine.chunks import Results, gathered, kept_from_tensors, kept_to_tensors
@@ -28,13 +31,10 @@ from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.overlap import Overlap, data_parallel
 from atoll.engine.ranks import Ranks, job, restarts
 from atoll.engine.spec import Engine
-from atoll.layout import Layout
-from atoll.plan.lanes import HOST
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Cohort, Partial, Population, Tensors
 from atoll.plan.round import Failure, Gathered
 from atoll.plan.state import State, part_of
-from atoll.task import Task
 
 
 class TorchrunEngine(Engine):

@@ -25,20 +25,20 @@ from atoll.base import grammar
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.names import load
 from atoll.base.random import Key
+from atoll.compute.batches import HOST
+from atoll.compute.buffer_pool import Shelf, lent_from
+from atoll.compute.device import found, nearby
+from atoll.compute.task import Model, Task
 from atoll.data.clients import Clients
 from atoll.engine.chunks import ChunkRunner, Results, kept_from_tensors, kept_to_tensors, task_for
 from atoll.engine.crossing import Block, Blocks, Place, name_of, unpack
-from atoll.engine.device import found, nearby
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
-from atoll.plan.lanes import HOST
 from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Ids
 from atoll.plan.round import Failure, bind
 from atoll.plan.state import part_of
-from atoll.shelf import Shelf, lent_from
-from atoll.task import Model, Task
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, get_args
 
 from atoll.base.errors import UsageError
+from atoll.compute.task import Task
 from atoll.plan import protocols
 from atoll.plan.codec.stage import flat_layout
 from atoll.plan.protocols import (
@@ -31,7 +32,6 @@ from atoll.plan.protocols import (
     default,
 )
 from atoll.schedule import Schedule
-from atoll.task import Task
 
 # slot: its protocol, the class to inherit, a part that fills the slot
 SLOTS: dict[str, tuple[type, str, str]] = {

@@ -12,7 +12,7 @@ from atoll.base.errors import UsageError
 from atoll.base.grammar import Value
 from atoll.base.names import under
 from atoll.base.validation import repaired
-from atoll.layout import Layout
+from atoll.compute.layout import Layout
 from atoll.plan.codec.stage import Identity
 from atoll.plan.conflicts import check, check_part
 from atoll.plan.optimizer import sgd

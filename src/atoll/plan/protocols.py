@@ -28,10 +28,10 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.grammar import constructor
 from atoll.base.random import Key
-from atoll.layout import Layout
-from atoll.plan.lanes import Lanes, padded
+from atoll.compute.batches import Lanes, padded
+from atoll.compute.layout import Layout
+from atoll.compute.task import Model, Task
 from atoll.schedule import NOTHING, Schedule, as_schedule
-from atoll.task import Model, Task
 
 Tensors = Mapping[str, Tensor]
 Shared = Mapping[str, Tensors]

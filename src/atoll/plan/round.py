@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
-from atoll.known import norm
-from atoll.layout import Layout
+from atoll.compute.layout import Layout
+from atoll.compute.task import Model
+from atoll.compute.tensor_notes import norm
 from atoll.plan.codec.stage import Identity, roundtrip
 from atoll.plan.entropy import current_entropy
 from atoll.plan.in_flight import Air
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Cohort, Contribution, EntropySource, Population, RoundInfo, Shared, Tensors, Total
 from atoll.plan.state import Sent, State, versions
-from atoll.task import Model
 
 
 class Failure(NamedTuple):

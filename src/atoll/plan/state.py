@@ -12,10 +12,10 @@ from torch import Tensor
 
 from atoll.base.names import without_prefix
 from atoll.base.random import Key
+from atoll.compute.task import Model, Task
 from atoll.plan.in_flight import Air
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Shared, Tensors
-from atoll.task import Model, Task
 
 _birth = operator.itemgetter(1)  # of a flight; half the time of its name
 

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.validation import check
+from atoll.compute.buffer_pool import empty
 from atoll.plan.protocols import Optimizer
 from atoll.schedule import NOTHING, Schedule, as_schedule, constant
-from atoll.shelf import empty
 
 Tensors = Mapping[str, Tensor]
 Counters = Mapping[str, tuple[float, torch.dtype]]

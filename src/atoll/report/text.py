@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from atoll.loss import METRICS
+from atoll.compute.loss import METRICS
 from atoll.plan.stop import direction
 
 WORDS = {

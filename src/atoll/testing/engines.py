@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import RunError
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.data.rows import Rows
 from atoll.engine.inprocess import InProcessEngine
@@ -22,7 +23,6 @@ from atoll.plan.protocols import Cohort
 from atoll.plan.round import Engine, Gathered, bind, step
 from atoll.plan.sampler import Everyone, Uniform
 from atoll.plan.state import State
-from atoll.task import Task
 from atoll.testing.contract import copied, refused, require, same
 from atoll.testing.locals import clients, problem
 

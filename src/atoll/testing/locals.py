@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from atoll.base.random import Key, global_scope
+from atoll.compute.batches import Lanes
+from atoll.compute.layout import Layout
+from atoll.compute.task import Task
 from atoll.data.clients import Clients, offsets_of
 from atoll.data.rows import ArrayRows
-from atoll.layout import Layout
 from atoll.plan.aggregate import Mean
-from atoll.plan.lanes import Lanes
 from atoll.plan.protocols import Broadcast, Contribution, Ids, Tensors, Total
-from atoll.task import Task
 from atoll.testing.contract import (
     check_declared,
     check_value,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from atoll.base.random import Key
+from atoll.compute.task import Model
 from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean
 from atoll.plan.in_flight import Traffic
@@ -22,7 +23,6 @@ from atoll.plan.protocols import Pace, Population, Sampler
 from atoll.plan.round import opening
 from atoll.plan.sampler import Everyone, Uniform
 from atoll.plan.state import State
-from atoll.task import Model
 from atoll.testing.contract import check_value, pure, require
 
 _CLIENTS, _ROUNDS, _MOST = 12, 24, 2**40

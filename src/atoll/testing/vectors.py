@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.base.random import Key
-from atoll.layout import Layout
+from atoll.compute.layout import Layout
 from atoll.plan.protocols import Contribution, Ids, Partial, Tensors, Total
 from atoll.testing.contract import (
     check_declared,

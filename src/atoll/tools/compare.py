@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from atoll import runs
 from atoll.base.errors import UsageError
 from atoll.base.names import dotted
-from atoll.loss import METRICS
+from atoll.compute.loss import METRICS
 from atoll.plan.stop import direction
 from atoll.report.beside import CLOCK, SECONDS, Beside, draw
 from atoll.report.record import Events, Record

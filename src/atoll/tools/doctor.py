@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from atoll import data, models, recipes
 from atoll.base.errors import AtollError
 from atoll.base.random import Key, philox
-from atoll.compiled import load_libraries
+from atoll.compute.compiled import load_libraries
+from atoll.compute.native import Unbuilt, compiler, folder
+from atoll.compute.task import Batch, Task
 from atoll.data.named import NAMED
-from atoll.native import Unbuilt, compiler, folder
 from atoll.plan.aggregate import exact
-from atoll.task import Batch, Task
 from atoll.training.rounds import rounds
 
 ROOM = 1 << 30

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from atoll import runs
 from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
+from atoll.compute.task import Model
 from atoll.plan import stop as stops
 from atoll.plan.round import Failure, Report, Trip
 from atoll.saved import pack, unpack
-from atoll.task import Model
 from atoll.training.rounds import Rounds, identity, start_from
 
 

@@ -23,15 +23,17 @@ from atoll import models
 from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
+from atoll.compute.buffer_pool import Shelf, lent_from
+from atoll.compute.device import check_precision, nearby
+from atoll.compute.loss import Metric
+from atoll.compute.task import Model, Task
 from atoll.data.clients import Clients
 from atoll.digest import fingerprint
-from atoll.engine.device import check_precision, nearby
 from atoll.engine.fleet import Fleet
 from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.memory import Memory
 from atoll.engine.probe import Choice, choose
 from atoll.engine.spec import Engine, name_of
-from atoll.loss import Metric
 from atoll.plan import stop as stops
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
@@ -41,8 +43,6 @@ from atoll.plan.plan import Plan
 from atoll.plan.round import Report, bind, close_round, open_round, opening, step
 from atoll.plan.state import State
 from atoll.saved import pack, unpack
-from atoll.shelf import Shelf, lent_from
-from atoll.task import Model, Task
 from atoll.training.settings import Settings, SettingsDict, listed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from atoll.compute.loss import Metric, PerExample
     from atoll.engine.fleet import Fleet
     from atoll.engine.spec import EngineSpec, RunOptions
-    from atoll.loss import Metric, PerExample
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
-from atoll.known import BLOCK, blocks, told
-from atoll.native import serving, threads_now
-from atoll.native.structs import SumJob
-from atoll.shelf import empty
+from atoll.compute.buffer_pool import empty
+from atoll.compute.native import serving, threads_now
+from atoll.compute.native.structs import SumJob
+from atoll.compute.tensor_notes import BLOCK, blocks, told
 
 WIDTH = 26
 _TILE = 1 << 18  # numbers in one tile on the CPU: with their digits they stay in the caches

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from atoll.base.errors import UsageError
-from atoll.layout import Layout
+from atoll.compute.layout import Layout
 from atoll.plan.codec.stage import Codec
 from atoll.plan.codec.wire import Form, MessageError
 from atoll.plan.protocols import Declared

@@ -15,7 +15,7 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
-from atoll.layout import Layout
+from atoll.compute.layout import Layout
 from atoll.plan.codec.stage import Chain, Codec, Encoded, roundtrip
 from atoll.plan.codec.wire import Form
 from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Tensors, Total

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
-from atoll.layout import Layout
+from atoll.compute.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.stage import Codec, Encoded, flat_layout
 from atoll.plan.codec.wire import Field, Form

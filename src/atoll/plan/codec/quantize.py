@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
-from atoll.layout import Layout
+from atoll.compute.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.pack import TERNARY, pack_bits, packed_length, unpack_bits
 from atoll.plan.codec.stage import Codec, Encoded

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
-from atoll.layout import Layout
+from atoll.compute.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.pack import index_flaws, index_length, pack_index, unpack_index
 from atoll.plan.codec.stage import Codec, Encoded, flat_layout

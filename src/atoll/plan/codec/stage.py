@@ -29,7 +29,7 @@ from torch import Tensor
 from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
-from atoll.layout import Entry, Layout
+from atoll.compute.layout import Entry, Layout
 from atoll.plan.codec import wire
 from atoll.plan.codec.wire import Field, Form
 from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Stage, Tensors, Total, default

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
-from atoll.plan.lanes import Lanes
+from atoll.compute.batches import Lanes
+from atoll.compute.task import Task
 from atoll.plan.protocols import (
     Contribution,
     Declared,
     Tensors,
 )
-from atoll.task import Task
 
 Keep = Literal["optimizer", "order"]
 

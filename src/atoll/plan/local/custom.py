@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key, global_scope
-from atoll.plan.lanes import Lanes
+from atoll.compute.batches import Lanes
+from atoll.compute.task import Task
 from atoll.plan.local.contribution import (
     check_batch,
     check_sends,
@@ -30,7 +31,6 @@ from atoll.plan.protocols import (
     Sends,
     Tensors,
 )
-from atoll.task import Task
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
-from atoll.plan.lanes import ROWS, Lanes, padded
+from atoll.compute.batches import ROWS, Lanes, padded
+from atoll.compute.task import Task
 from atoll.plan.protocols import (
     OPEN,
     Broadcast,
@@ -21,7 +22,6 @@ from atoll.plan.protocols import (
     Local,
     Tensors,
 )
-from atoll.task import Task
 
 
 @dataclass(frozen=True, repr=False)

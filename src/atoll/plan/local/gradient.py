@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
-from atoll.plan.lanes import Lanes, padded
+from atoll.compute.batches import Lanes, padded
+from atoll.compute.task import Task
 from atoll.plan.local.contribution import (
     check_batch,
     contribution_of,
@@ -25,7 +26,6 @@ from atoll.plan.protocols import (
     Local,
     Tensors,
 )
-from atoll.task import Task
 
 
 @dataclass(frozen=True, repr=False)

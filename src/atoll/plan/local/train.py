@@ -13,8 +13,9 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
-from atoll.layout import Layout
-from atoll.plan.lanes import ROWS, Lanes, padded
+from atoll.compute.batches import ROWS, Lanes, padded
+from atoll.compute.layout import Layout
+from atoll.compute.task import Task
 from atoll.plan.local.contribution import (
     Keep,
     check_batch,
@@ -37,7 +38,6 @@ from atoll.plan.protocols import (
     Total,
 )
 from atoll.schedule import Schedule, constant
-from atoll.task import Task
 
 _AHEAD = 64  # steps planned at once
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from atoll.base.random import mix64, stir64
-from atoll.native import serving
+from atoll.compute.native import serving
 
 _NATIVE = True  # tests set it to False, to compare the native and the torch implementation
 

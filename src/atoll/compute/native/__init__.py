@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atoll.base.errors import UsageError
-from atoll.native.structs import STRUCTS, StructLayout, exported
+from atoll.compute.native.structs import STRUCTS, StructLayout, exported
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from atoll.layout import Layout
-from atoll.loss import cross_entropy, mse
+from atoll.compute.layout import Layout
+from atoll.compute.loss import cross_entropy, mse
 
 Steps = Iterable[tuple[Tensor, tuple[int, ...]]]  # per step: row positions [k, B], and each client's number of rows
 MAPS = 32  # with maps, the most rows of one client in one pass: bounds the memory of shifted copies

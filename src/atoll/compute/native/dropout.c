@@ -1,4 +1,4 @@
-/* The mask of the keyed dropout in intercept.py: the same bits, in one pass. Compiled for float, and for double (WIDE).
+/* The mask of the keyed dropout in compute/overrides.py: the same bits, in one pass. Compiled for float, and for double (WIDE).
 
    Element i is kept if the upper 24 bits of a scrambled word are at least p · 2²⁴. Words are scrambled as in SplitMix64
    (mix64 and stir64 in base/random.py), without the last shift. */

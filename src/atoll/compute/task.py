@@ -6,10 +6,10 @@ This module contains all computation on the user's module. A lane is one client'
     lanes     all K clients together by `torch.func`: `vmap(grad(loss))`; always at least two lanes, because a
               single lane uses other kernels and rounds differently
     loop      one client after another by autograd, on a module whose parameters and gradients are views of flat
-              vectors (`atoll.bound`); plain SGD finishes one client before it starts the next
-    fused     all K clients together with explicit layer formulas (`atoll.fused`), for stacks of known layers; it
+              vectors (`atoll.compute.autograd`); plain SGD finishes one client before it starts the next
+    fused     all K clients together with explicit layer formulas (`atoll.compute.fused`), for stacks of known layers; it
               can apply the SGD step inside the backward pass
-    compiled  the same formulas in native code (`atoll.compiled`): one core makes all steps of a client
+    compiled  the same formulas in native code (`atoll.compute.compiled`): one core makes all steps of a client
 
 Tests: tests/identities/test_numerics.py, tests/identities/test_one_algorithm.py, tests/identities/test_precision.py.
 """
@@ -28,15 +28,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map, tree_map_only
 
-from atoll import compiled, fused
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.random import Key, global_scope
-from atoll.bound import Bound, Walk
-from atoll.fused import Program, Unserved, shares, total_of
-from atoll.intercept import InLanes, KeyedDropout, may_drop
-from atoll.layout import Layout
-from atoll.loss import LOSSES, METRICS, Metric, PerExample
-from atoll.shelf import empty
+from atoll.compute import compiled, fused
+from atoll.compute.autograd import Bound, Walk
+from atoll.compute.buffer_pool import empty
+from atoll.compute.fused import Program, Unserved, shares, total_of
+from atoll.compute.layout import Layout
+from atoll.compute.loss import LOSSES, METRICS, Metric, PerExample
+from atoll.compute.overrides import InLanes, KeyedDropout, may_drop
 
 
 class Gradient(NamedTuple):

@@ -11,8 +11,8 @@ import re
 import torch
 
 from atoll.base.errors import UsageError
+from atoll.compute.batches import HOST
 from atoll.data.clients import Clients
-from atoll.plan.lanes import HOST
 
 PRECISIONS = ("full", "bf16")
 _DATA_PART = 0.25  # largest part of a GPU's free memory that the data may occupy during the run

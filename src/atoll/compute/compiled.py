@@ -1,4 +1,4 @@
-"""Gradients and gradient descent of many clients in native code, for the layer stacks that `atoll.fused` supports.
+"""Gradients and gradient descent of many clients in native code, for the layer stacks that `atoll.compute.fused` supports.
 
 One thread runs all steps of a client, so the client's weights stay in the caches of one core. There is no tensor
 operation for each step, no copy of a batch if the rows are in memory, and no padding. Each number is one chain of
@@ -19,12 +19,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from atoll.compute.buffer_pool import empty
+from atoll.compute.fused import Bias, Convolution, Dense, Pool, Program, Relu, Shape, Steps, ToMaps, ToRows, Unserved
+from atoll.compute.native import library, threads_now, widths
+from atoll.compute.native.structs import DescentJob, LayerSpec
+from atoll.compute.tensor_notes import BLOCK, blocks, tell
 from atoll.data.rows import outside
-from atoll.fused import Bias, Convolution, Dense, Pool, Program, Relu, Shape, Steps, ToMaps, ToRows, Unserved
-from atoll.known import BLOCK, blocks, tell
-from atoll.native import library, threads_now, widths
-from atoll.native.structs import DescentJob, LayerSpec
-from atoll.shelf import empty
 
 _AHEAD = 1 << 22  # features that are read at once if the rows are not in memory
 _ALONE = 1 << 21  # below this number of products the work ends before a second thread has started
@@ -41,7 +41,7 @@ class Stored(NamedTuple):
 
 
 class StepRows(Protocol):
-    """The rows of the clients' steps: `atoll.plan.lanes.Lanes`."""
+    """The rows of the clients' steps: `atoll.compute.batches.Lanes`."""
 
     @property
     def in_memory(self) -> bool: ...
@@ -116,7 +116,7 @@ def load_libraries(dtype: torch.dtype) -> ctypes.CDLL:
     The sum and the dropout mask have slower paths of equal bits, which use these libraries if they are in the cache.
 
     Raises:
-        atoll.native.Unbuilt: this machine cannot build them.
+        atoll.compute.native.Unbuilt: this machine cannot build them.
     """
     library("exact"), library("exact", "WIDE"), library("dropout", *widths(dtype))  # WIDE: metrics are float64
     return library("descent", *widths(dtype))

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
-from atoll.compiled import Stored
+from atoll.compute.compiled import Stored
+from atoll.compute.task import Batch, Gradient, Model, Task
 from atoll.data.clients import Clients
 from atoll.data.rows import in_memory, stored
-from atoll.task import Batch, Gradient, Model, Task
 
 HOST = torch.device("cpu")
 OnStep = Callable[[int, int, float], None]  # lane, step from 0, mean loss of the lane's batch

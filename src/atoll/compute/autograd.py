@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from atoll.layout import Layout
-from atoll.shelf import empty
+from atoll.compute.buffer_pool import empty
+from atoll.compute.layout import Layout
 
 if TYPE_CHECKING:
-    from atoll.task import Model
+    from atoll.compute.task import Model
 
 LossOf = Callable[[Tensor, Tensor, int, int], Tensor]
 
