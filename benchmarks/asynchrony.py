@@ -19,7 +19,7 @@ from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Buffered, Sync
 from atoll.plan.plan import Plan
 

@@ -18,7 +18,7 @@ from atoll.data import arrays
 from atoll.engine.clock import Clock
 from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Buffered, Sync
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Contribution, Local, Pace

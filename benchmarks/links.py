@@ -21,9 +21,9 @@ from atoll.engine.fleet import Fleet, rate
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Train
-from atoll.plan.names import PARTS
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS
 
 RATES = ("10 Mb/s", "100 Mb/s", "1 Gb/s", "10 Gb/s")
 COMPUTE = 0.2

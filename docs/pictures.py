@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import atoll
-from atoll import schedule
 from atoll.data import IID, Dirichlet, Pathological, Quantity, Shards, arrays
+from atoll.plan import schedule
 from atoll.plan.pace import Buffered, Sync
 from atoll.recipes import fedavg
 from atoll.recipes import sgd as sgd_recipe

@@ -22,9 +22,9 @@ from torch import nn
 import atoll
 from atoll.base.grammar import parse
 from atoll.data import Clients, Dirichlet
-from atoll.plan.names import PARTS
+from atoll.plan.registry import PARTS
+from atoll.plan.schedule import cosine
 from atoll.recipes import local_sgd
-from atoll.schedule import cosine
 
 CODEC = "ErrorFeedback(TopK(0.06) >> Quantize(4, bucket=256) >> Entropy())"
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 import atoll
 from atoll.data import IID, Clients, Quantity
-from atoll.plan.optimizer import sgd as step_of
+from atoll.plan.optimizer.rules import sgd as step_of
+from atoll.plan.schedule import inverse
 from atoll.recipes import distributed_gd, fedsgd, gd, sgd
-from atoll.schedule import inverse
 
 
 def least_squares(data: Clients) -> tuple[Tensor, float, float]:

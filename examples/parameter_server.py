@@ -31,7 +31,7 @@ from atoll.data import IID, Clients
 from atoll.engine import Processes
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Local

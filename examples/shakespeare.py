@@ -36,9 +36,9 @@ from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Quantize
 from atoll.plan.local import Gradient, Train
-from atoll.plan.optimizer import adamw, sgd
+from atoll.plan.optimizer.rules import adamw, sgd
 from atoll.plan.plan import Plan
-from atoll.schedule import cosine, warmup
+from atoll.plan.schedule import cosine, warmup
 
 STRIDE = 16  # characters between the starts of two training windows
 

@@ -30,13 +30,13 @@ from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.aggregate.exact import LARGEST
 from atoll.plan.local import Evaluate, Gradient, Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.base import OptimizerBase
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Cohort, Ids, Local, Population, Sampler
 from atoll.plan.round import bind, step
+from atoll.plan.schedule import NOTHING, Schedule, Tensors
 from atoll.plan.state import State
-from atoll.plan.stepper import OptimizerBase
-from atoll.schedule import NOTHING, Schedule, Tensors
 from atoll.training.rounds import Rounds, judge
 
 MOST = 200  # clients trained alone, at most

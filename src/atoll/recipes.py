@@ -32,7 +32,7 @@ from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Stage
-from atoll.schedule import Schedule, hold
+from atoll.plan.schedule import Schedule, hold
 
 Rate = float | Schedule
 Steps = int | Schedule

@@ -11,7 +11,7 @@ from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 
 DATA = classification((17, 17, 16, 10, 7, 7, 7, 5, 4), (5,), 3)

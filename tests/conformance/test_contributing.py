@@ -11,7 +11,7 @@ import pytest
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
-from atoll.plan.names import PARTS
+from atoll.plan.registry import PARTS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

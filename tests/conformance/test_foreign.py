@@ -32,11 +32,11 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Codec, ErrorFeedback, Identity, TopK
 from atoll.plan.codec.stage import flat_layout
 from atoll.plan.local import Gradient, Train
-from atoll.plan.names import PARTS
-from atoll.plan.optimizer import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.pace import Buffered, Sync
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Contribution, Ids, Total
+from atoll.plan.registry import PARTS
 from atoll.testing import (
     check_aggregator,
     check_local,

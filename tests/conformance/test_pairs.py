@@ -36,10 +36,10 @@ from atoll.plan.codec import (
     Sign,
     TopK,
 )
-from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Pace, Sampler, Stage
+from atoll.plan.registry import PARTS
 from atoll.plan.round import bind, step
 from atoll.plan.state import State
 from atoll.testing import check_aggregator, check_stage

@@ -5,14 +5,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 import pytest
 import torch
 
-from atoll import schedule
 from atoll.base.grammar import Value
 from atoll.data import partition
 from atoll.engine.inprocess import InProcessEngine
-from atoll.plan import aggregate, codec, local, optimizer, pace, sampler
+from atoll.plan import aggregate, codec, local, optimizer, pace, sampler, schedule
 from atoll.plan.codec.stage import Codec
 from atoll.plan.protocols import Aggregator, Cohort, Local, Optimizer, Pace, Sampler
-from atoll.schedule import constant, cosine, hold, plateau, warmup
+from atoll.plan.schedule import constant, cosine, hold, plateau, warmup
 from atoll.testing import (
     Nonconformity,
     check_aggregator,
@@ -167,7 +166,7 @@ def named(part):
 
 def test_every_part_of_the_table_is_checked():
     """A stop rule is not part of a plan, and plans have their own test."""
-    from atoll.plan.names import PARTS
+    from atoll.plan.registry import PARTS
 
     others = {"Plan"} | {name for name, part in PARTS.items() if part.__module__ == "atoll.plan.stop"}
     assert set(PARTS) - named(list(OURS.values())) == others

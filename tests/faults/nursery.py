@@ -86,7 +86,7 @@ def work(order, data):
     """Start the run of this folder, or resume it."""
     from atoll import runs, train
     from atoll.base.grammar import parse
-    from atoll.plan.names import PARTS
+    from atoll.plan.registry import PARTS
     from atoll.training import recorder
 
     if order.get("every"):

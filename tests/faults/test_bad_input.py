@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import atoll
-from atoll import models, recipes, schedule
+from atoll import models, recipes
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.grammar import DEEPEST, LONGEST, Value, parse
 from atoll.data import partition
-from atoll.plan import local, optimizer
+from atoll.plan import local, optimizer, schedule
 from atoll.plan.aggregate import Mean, Sum
-from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS
 from atoll.training import Settings
 
 PARTITIONS = {c.__name__: c for c in vars(partition).values() if isinstance(c, type) and c is not partition.Partition}

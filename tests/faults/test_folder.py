@@ -22,7 +22,7 @@ from atoll import runs
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.grammar import parse
 from atoll.engine.memory import Memory
-from atoll.plan.names import PARTS
+from atoll.plan.registry import PARTS
 
 PLAN = parse(
     "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=3)", PARTS

@@ -18,7 +18,7 @@ import atoll
 from atoll import recipes, runs
 from atoll.base.random import Key
 from atoll.compute.layout import Layout
-from atoll.plan.names import PARTS
+from atoll.plan.registry import PARTS
 
 FILE = Path(__file__).with_name("golden.json")
 

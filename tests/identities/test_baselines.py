@@ -11,9 +11,9 @@ from atoll import baselines, recipes
 from atoll.data import IID, Quantity, arrays, load
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.optimizer import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.plan import Plan
-from atoll.schedule import cosine, plateau
+from atoll.plan.schedule import cosine, plateau
 from atoll.training.rounds import rounds
 
 ALONE = Mean(weights="equal", sum="float")

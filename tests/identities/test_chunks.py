@@ -24,7 +24,7 @@ from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, TopK
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.optimizer import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids

@@ -22,7 +22,7 @@ from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.pace import Bounded, Buffered, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.sampler import Poisson, RoundRobin, Weighted
-from atoll.schedule import plateau
+from atoll.plan.schedule import plateau
 from atoll.tools.export import export
 from atoll.tools.replay import replay
 from atoll.training.experiment import Experiment

@@ -13,7 +13,7 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Codec
 from atoll.plan.entropy import BytesEntropy, current_entropy, entropy_source
 from atoll.plan.local import Gradient
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 from atoll.testing import known_entropy
 from atoll.testing.locals import clients, problem

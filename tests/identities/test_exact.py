@@ -22,8 +22,8 @@ from atoll.compute import native
 from atoll.compute.buffer_pool import Shelf, lent_from
 from atoll.compute.tensor_notes import tell
 from atoll.plan.aggregate import Mean, PartialSum, Sum, exact
-from atoll.plan.names import PARTS
 from atoll.plan.protocols import Contribution, Ids
+from atoll.plan.registry import PARTS
 
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 BELOW = {torch.float32: 27, torch.float64: 53}

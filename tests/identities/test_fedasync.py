@@ -19,13 +19,13 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import EF21, ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Custom, Train
-from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge, staleness_polynomial
 from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS
 from atoll.plan.round import bind, step
+from atoll.plan.schedule import cosine
 from atoll.plan.state import State
 from atoll.saved import pack, unpack
-from atoll.schedule import cosine
 
 SIZES = (9, 5, 7, 4)
 DURATIONS = (1.0, 2.3, 0.21, 1.7)

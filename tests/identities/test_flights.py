@@ -23,10 +23,10 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, Quantize, TopK
 from atoll.plan.in_flight import Flight, waves
 from atoll.plan.local import Gradient, Train
-from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Cohort, Sampler
+from atoll.plan.registry import PARTS
 from atoll.plan.round import bind, step
 from atoll.plan.sampler import Everyone, Uniform, Weighted
 from atoll.plan.state import State

@@ -19,12 +19,12 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity, Quantize
 from atoll.plan.local import Gradient, Train
-from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS
 from atoll.plan.round import step
-from atoll.schedule import Schedule, constant, cosine, exponential, hold, inverse, plateau, polynomial, warmup
-from atoll.schedule import step as stairs
+from atoll.plan.schedule import Schedule, constant, cosine, exponential, hold, inverse, plateau, polynomial, warmup
+from atoll.plan.schedule import step as stairs
 
 SIZES = (9, 5, 7, 4)
 ADAM, KEEP = rules.adam(0.01), ("optimizer", "order")

@@ -20,7 +20,7 @@ from atoll.compute.native.structs import STRUCTS, DescentJob, SumJob, exported
 from atoll.engine.inprocess import InProcess
 from atoll.plan.aggregate import Mean, exact
 from atoll.plan.local import Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 
 pytestmark = needs_native

@@ -24,7 +24,7 @@ from atoll.engine.probe import choose
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec.stage import Codec, Identity
 from atoll.plan.local import Gradient, Train
-from atoll.plan.optimizer import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.plan import Plan
 
 bodies = pytest.mark.parametrize("body", ["fused", COMPILED])

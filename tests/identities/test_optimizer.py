@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from thinned import by_turns, only
 from torch import Tensor
 
-import atoll.plan.stepper
+import atoll.plan.optimizer.base
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
-from atoll.plan.optimizer import (
+from atoll.plan.optimizer.base import OptimizerBase
+from atoll.plan.optimizer.rules import (
     OPTIMIZERS,
     adadelta,
     adagrad,
@@ -26,8 +27,7 @@ from atoll.plan.optimizer import (
     sgd,
     yogi,
 )
-from atoll.plan.stepper import OptimizerBase
-from atoll.schedule import SCHEDULES, cosine, plateau, warmup
+from atoll.plan.schedule import SCHEDULES, cosine, plateau, warmup
 
 # atoll's, torch's class, its arguments; None: torch has none
 TABLE = [
@@ -156,7 +156,7 @@ def test_bits_do_not_depend_on_blocks_threads_or_neighbours(optimizer, monkeypat
     try:
         for count, block in ((1, 1 << 17), (2, 1 << 17), (2, 1 << 30), (1, 1003), (2, 40001)):
             torch.set_num_threads(count)
-            monkeypatch.setattr(atoll.plan.stepper, "BLOCK", block)
+            monkeypatch.setattr(atoll.plan.optimizer.base, "BLOCK", block)
             assert same(run(optimizer, theta, gs)[0], alone), (count, block)
     finally:
         torch.set_num_threads(threads)

@@ -23,9 +23,9 @@ from atoll.base.errors import UsageError
 from atoll.base.random import Key
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
-from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Contribution, Ids, Population
+from atoll.plan.registry import PARTS
 from atoll.plan.sampler import Everyone, Fraction, Poisson, RoundRobin, Uniform, Weighted
 from atoll.testing import round_info
 

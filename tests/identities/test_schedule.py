@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
-from atoll.schedule import (
+from atoll.plan.schedule import (
     SCHEDULES,
     as_schedule,
     constant,

@@ -16,7 +16,7 @@ from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import choose
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Evaluate, Gradient, Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 
 SIZES = (9, 3, 21, 8, 1, 14)

@@ -24,7 +24,7 @@ from atoll.engine.torchrun import TorchrunEngine
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import EF21, ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.optimizer import adam, adamw, sgd
+from atoll.plan.optimizer.rules import adam, adamw, sgd
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.sampler import Poisson

@@ -30,7 +30,7 @@ from atoll.engine.processes import ProcessesEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.optimizer import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.pace import Bounded, Buffered, Sync, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.round import step
@@ -210,7 +210,7 @@ def test_every_pace_comes_to_least_squares(pace, nursery):
     x, y = data.take(data.order)
     best = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y).solution
     # The gradient of a single client does not vanish at the minimum, so the learning rate decreases.
-    rate = atoll.schedule.inverse(12.0, t0=60) if not isinstance(pace, Sync) else 0.2
+    rate = atoll.plan.schedule.inverse(12.0, t0=60) if not isinstance(pace, Sync) else 0.2
     cohort = 2 if isinstance(pace, Sync) else None
     plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=cohort)
     with ProcessesEngine(task, data, workers=2, nursery=nursery) as engine:

@@ -33,7 +33,7 @@ from atoll.engine.ray import RayEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.optimizer import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.plan.plan import Plan
 from atoll.testing import check_engine
@@ -182,7 +182,7 @@ def test_arrivals_of_two_actors_come_to_least_squares(pace, cluster):
     task = task_of(seeded(nn.Linear, 3, 1), data, "loop")
     x, y = data.take(data.order)
     best = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y).solution
-    rate = atoll.schedule.inverse(12.0, t0=60) if pace.asynchronous else 0.2
+    rate = atoll.plan.schedule.inverse(12.0, t0=60) if pace.asynchronous else 0.2
     plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=None if pace.asynchronous else 2)
     with RayEngine(task, data, workers=2, cpus=0.1) as engine:
         state, reports = run(plan, engine, 100)

@@ -25,12 +25,12 @@ from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import EF21, Codec, Entropy, ErrorFeedback, Identity, Quantize, Sign, TopK
 from atoll.plan.local import Gradient
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Local
 from atoll.plan.round import bind, step
+from atoll.plan.schedule import Schedule, inverse
 from atoll.plan.state import State
-from atoll.schedule import Schedule, inverse
 
 
 class Bowls:

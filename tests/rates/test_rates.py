@@ -25,8 +25,8 @@ from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Cohort, Sampler
 from atoll.plan.round import bind, step
+from atoll.plan.schedule import inverse
 from atoll.plan.state import State
-from atoll.schedule import inverse
 
 
 def bowl(*clients):

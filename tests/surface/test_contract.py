@@ -20,7 +20,7 @@ from atoll.plan import conflicts, protocols
 from atoll.plan.aggregate import Mean, PartialSum
 from atoll.plan.codec import Codec, Identity
 from atoll.plan.local import Gradient, Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import (
     Aggregator,
@@ -42,7 +42,7 @@ SRC = Path(__file__).parents[2] / "src" / "atoll"
 # file, function: the reason for `getattr` or `hasattr` in it
 ALLOWED = {
     ("plan/conflicts.py", "check_part"): "the check that a part has every declared member",
-    ("plan/stepper.py", "inner"): "fields of the optimizer itself, listed by dataclasses",
+    ("plan/optimizer/base.py", "inner"): "fields of the optimizer itself, listed by dataclasses",
     ("plan/stop.py", "*"): "a stop rule, which is no part of a plan",
     ("engine/worker.py", "written"): "whether a value is a function",
     ("engine/worker.py", "_parts"): "fields of a value, listed by dataclasses",

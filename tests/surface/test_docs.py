@@ -28,7 +28,7 @@ import pytest
 import atoll
 from atoll import report
 from atoll.cli.app import app
-from atoll.plan.names import PARTS
+from atoll.plan.registry import PARTS
 from atoll.plan.round import step
 from atoll.recipes import RECIPES
 from atoll.report import canvas

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import atoll
 from atoll.base.errors import UsageError
-from atoll.plan.optimizer import adam
+from atoll.plan.optimizer.rules import adam
 from atoll.plan.sampler import Uniform
 from atoll.training.experiment import Experiment
 from atoll.training.setting_texts import toml

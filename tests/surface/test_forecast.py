@@ -30,10 +30,10 @@ from atoll.plan.codec import (
     TopK,
 )
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.names import PARTS
-from atoll.plan.optimizer import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS
 from atoll.plan.sampler import Poisson, Uniform
 from atoll.tools.forecast import LINKS, flown, predict
 

@@ -3,7 +3,7 @@
 import pytest
 
 from atoll.base.errors import UsageError
-from atoll.plan.names import PARTS, read_part, renamed
+from atoll.plan.registry import PARTS, read_part, renamed
 from atoll.training.experiment import Experiment
 
 TEXTS = [

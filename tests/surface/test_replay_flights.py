@@ -13,7 +13,7 @@ from atoll import recipes, rounds, train
 from atoll.base.errors import UsageError
 from atoll.plan.codec import ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.runs import read_rows
 from atoll.tools.replay import replay

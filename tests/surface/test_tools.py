@@ -20,11 +20,11 @@ from atoll.base.random import Key
 from atoll.data import arrays
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom
-from atoll.plan.names import PARTS
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS
+from atoll.plan.schedule import cosine
 from atoll.runs import read_rows
-from atoll.schedule import cosine
 from atoll.tools import compare, doctor, export, lr, replay
 from atoll.training import Settings
 from atoll.training.experiment import Experiment

@@ -15,7 +15,7 @@ from atoll.compute.task import Task
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Codec, ErrorFeedback, TopK
 from atoll.plan.local import Gradient, Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import (
     Aggregator,

@@ -34,9 +34,9 @@ from atoll.engine.chunks import ChunkRunner, Results, kept_from_tensors, kept_to
 from atoll.engine.crossing import Block, Blocks, Place, name_of, unpack
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
-from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Ids
+from atoll.plan.registry import PARTS
 from atoll.plan.round import Failure, bind
 from atoll.plan.state import part_of
 

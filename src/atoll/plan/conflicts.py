@@ -31,13 +31,13 @@ from atoll.plan.protocols import (
     Tensors,
     default,
 )
-from atoll.schedule import Schedule
+from atoll.plan.schedule import Schedule
 
 # slot: its protocol, the class to inherit, a part that fills the slot
 SLOTS: dict[str, tuple[type, str, str]] = {
     "local": (Local, "atoll.plan.protocols.Local", "Gradient()"),
     "aggregator": (Aggregator, "atoll.plan.protocols.Aggregator", "Mean()"),
-    "optimizer": (Optimizer, "atoll.plan.stepper.OptimizerBase", "sgd(0.1)"),
+    "optimizer": (Optimizer, "atoll.plan.optimizer.base.OptimizerBase", "sgd(0.1)"),
     "cohort": (Sampler, "atoll.plan.protocols.Sampler", "Uniform(10)"),
     "codec": (Stage, "atoll.plan.codec.Codec", "Identity()"),
     "pace": (Pace, "atoll.plan.protocols.Pace", "Sync()"),

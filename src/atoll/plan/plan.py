@@ -15,7 +15,7 @@ from atoll.base.validation import repaired
 from atoll.compute.layout import Layout
 from atoll.plan.codec.stage import Identity
 from atoll.plan.conflicts import check, check_part
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Sync
 from atoll.plan.protocols import (
     Aggregator,

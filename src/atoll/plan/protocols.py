@@ -31,7 +31,7 @@ from atoll.base.random import Key
 from atoll.compute.batches import Lanes, padded
 from atoll.compute.layout import Layout
 from atoll.compute.task import Model, Task
-from atoll.schedule import NOTHING, Schedule, as_schedule
+from atoll.plan.schedule import NOTHING, Schedule, as_schedule
 
 Tensors = Mapping[str, Tensor]
 Shared = Mapping[str, Tensors]
@@ -685,7 +685,7 @@ class Stepper(Protocol):
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """A rule for steps down. `atoll.plan.stepper.OptimizerBase` also steps in place: inherit it to train clients."""
+    """A rule for steps down. `atoll.plan.optimizer.base.OptimizerBase` also steps in place: inherit it to train clients."""
 
     def __repr__(self) -> str:
         return _text(self)
@@ -733,7 +733,7 @@ class Optimizer(Protocol):
         """
         raise UsageError(
             f"{self!r} as the optimizer of clients.",
-            "an optimizer with `trains_clients`, which inherits atoll.plan.stepper.OptimizerBase.",
+            "an optimizer with `trains_clients`, which inherits atoll.plan.optimizer.base.OptimizerBase.",
             "local training makes steps in place.",
             "sgd(0.1)",
         )

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from atoll import runs
 from atoll.base.errors import AtollError
-from atoll.plan.names import read_part, renamed
+from atoll.plan.registry import read_part, renamed
 from atoll.report.flights import MOST_FLIGHTS, Flights, Tally, read_trips
 from atoll.report.text import better, rises, spread
 

@@ -22,8 +22,8 @@ from atoll.base.grammar import parse
 from atoll.base.random import generator_states
 from atoll.plan.conflicts import undeclared
 from atoll.plan.entropy import BytesEntropy
-from atoll.plan.names import PARTS
 from atoll.plan.protocols import OPEN, Declared, EntropySource, Group, Population, RoundInfo, Tensors
+from atoll.plan.registry import PARTS
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Gradient, Train
-from atoll.plan.optimizer import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Cohort
 from atoll.plan.round import Engine, Gathered, bind, step

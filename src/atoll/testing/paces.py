@@ -17,7 +17,7 @@ from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean
 from atoll.plan.in_flight import Traffic
 from atoll.plan.local import Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Pace, Population, Sampler
 from atoll.plan.round import opening

@@ -22,7 +22,7 @@ def check_schedule(part: Any) -> None:
     Raises:
         Nonconformity: it breaks the contract.
     Example:
-        >>> from atoll.schedule import cosine
+        >>> from atoll.plan.schedule import cosine
         >>> check_schedule(cosine(0.1, rounds=100))
     """
     check_value(part)
@@ -59,7 +59,7 @@ def check_optimizer(part: Any) -> None:
     Raises:
         Nonconformity: it breaks the contract.
     Example:
-        >>> from atoll.plan.optimizer import adam
+        >>> from atoll.plan.optimizer.rules import adam
         >>> check_optimizer(adam(0.01))
     """
     check_value(part)

@@ -27,8 +27,8 @@ from atoll.engine.memory import Memory
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, step
+from atoll.plan.schedule import Schedule
 from atoll.plan.state import State
-from atoll.schedule import Schedule
 from atoll.tools.again import training_of, write
 from atoll.training.experiment import Experiment
 from atoll.training.rounds import Rounds, judge

@@ -126,7 +126,7 @@ class Experiment(grammar.Value, TrainingFields):
         trust = file.name != "config.toml" if trust is None else trust
         given = _from_file(values)
         if old_names:
-            from atoll.plan.names import renamed
+            from atoll.plan.registry import renamed
 
             parts = {n: text for n, text in given.items() if n.startswith(("plan.", "recipe"))}
             given |= {n: renamed(text) for n, text in parts.items() if isinstance(text, str)}
@@ -322,8 +322,8 @@ class Experiment(grammar.Value, TrainingFields):
         Raises:
             UsageError: a text that is no plan or no part, or that names code and is not trusted.
         """
-        from atoll.plan.names import read_part
         from atoll.plan.plan import Plan
+        from atoll.plan.registry import read_part
         from atoll.recipes import RECIPES
 
         text = self.recipe or self.settled().recipe or RECIPE
@@ -364,7 +364,7 @@ class Experiment(grammar.Value, TrainingFields):
     def _settings(self, **changes: Any) -> dict[str, Any]:
         """The keyword arguments of `atoll.Settings`; `changes` replace some of them."""
         from atoll import runs
-        from atoll.plan.names import PARTS
+        from atoll.plan.registry import PARTS
 
         rules: list[Any] = []
         for text in self.stop:

@@ -6,9 +6,9 @@ Tests: tests/conformance/test_foreign.py
 from dataclasses import dataclass
 
 from atoll.base.validation import number
+from atoll.plan.optimizer.base import OptimizerBase
 from atoll.plan.protocols import Conflict
-from atoll.plan.stepper import OptimizerBase
-from atoll.schedule import Schedule
+from atoll.plan.schedule import Schedule
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,8 +9,8 @@ import torch
 
 from atoll.base.validation import number
 from atoll.plan.local import Train
+from atoll.plan.optimizer.base import OptimizerBase
 from atoll.plan.protocols import Conflict, Declared, Local
-from atoll.plan.stepper import OptimizerBase
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import RunError, UsageError
-from atoll.schedule import Schedule, led
+from atoll.plan.schedule import Schedule, led
 
 _FAR = 10**9  # a round in which every schedule that falls has fallen
 
@@ -47,7 +47,7 @@ def steps_at(schedule: Schedule, t: int) -> int:
     Raises:
         RunError: a schedule of the user is below one.
     Example:
-        >>> from atoll.schedule import cosine
+        >>> from atoll.plan.schedule import cosine
         >>> [steps_at(cosine(8.0, rounds=2, end=1.0), t) for t in range(3)]
         [8, 4, 1]
     """

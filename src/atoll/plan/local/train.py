@@ -37,7 +37,7 @@ from atoll.plan.protocols import (
     Tensors,
     Total,
 )
-from atoll.schedule import Schedule, constant
+from atoll.plan.schedule import Schedule, constant
 
 _AHEAD = 64  # steps planned at once
 
@@ -60,7 +60,7 @@ class Train(Local):
     Raises:
         UsageError: neither or both of epochs and steps, a number out of range, or a schedule below one step.
     Example:
-        >>> from atoll.plan.optimizer import sgd
+        >>> from atoll.plan.optimizer.rules import sgd
         >>> Train(sgd(0.1), epochs=1, batch=10)
         Train(sgd(0.1), epochs=1, batch=10)
 
@@ -96,7 +96,7 @@ class Train(Local):
         if not known or not self.optimizer.trains_clients:
             raise UsageError(
                 f"Train(optimizer={self.optimizer!r}).",
-                "an optimizer that inherits atoll.plan.stepper.OptimizerBase." if known else "an optimizer.",
+                "an optimizer that inherits atoll.plan.optimizer.base.OptimizerBase." if known else "an optimizer.",
                 "local training makes steps in place." if known else "",
                 "Train(sgd(0.1), epochs=1, batch=10)",
             )

@@ -31,7 +31,7 @@ from atoll.base.errors import UsageError
 from atoll.base.validation import check
 from atoll.compute.buffer_pool import empty
 from atoll.plan.protocols import Optimizer
-from atoll.schedule import NOTHING, Schedule, as_schedule, constant
+from atoll.plan.schedule import NOTHING, Schedule, as_schedule, constant
 
 Tensors = Mapping[str, Tensor]
 Counters = Mapping[str, tuple[float, torch.dtype]]
@@ -104,7 +104,7 @@ class OptimizerBase(Optimizer):
         Returns:
             (θ⁺, state⁺), tensors of their own.
         Example:
-            >>> from atoll.plan.optimizer import sgd
+            >>> from atoll.plan.optimizer.rules import sgd
             >>> sgd(0.1).update(torch.tensor([1.0]), torch.tensor([2.0]), {}, {}, 0)
             (tensor([0.8000]), {})
         """
@@ -188,7 +188,7 @@ class Stepper:
     had made equally many steps before are worked on together, others in turn.
 
     Example:
-        >>> from atoll.plan.optimizer import sgd
+        >>> from atoll.plan.optimizer.rules import sgd
         >>> theta = torch.zeros(2, 3)
         >>> stepper = sgd(0.5).stepper(theta, {}, lr=0.5)
         >>> stepper.step(torch.ones(2, 3))

@@ -9,10 +9,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from atoll import schedule
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
-from atoll.plan import aggregate, codec, local, optimizer, pace, plan, sampler, stop
+from atoll.plan import aggregate, codec, local, optimizer, pace, plan, sampler, schedule, stop
 
 PARTS: Mapping[str, Callable[..., Any]] = {
     part.__name__: part

@@ -2,7 +2,7 @@
 
 One object serves one θ `[d]` and lanes `[K, d]`. The rules are those of `torch.optim` that act on each
 coordinate by itself (its own code, run on views of our tensors), and the three of Adaptive Federated
-Optimization. A plan holds the values below; `atoll.plan.stepper` says what all of them can do.
+Optimization. A plan holds the values below; `atoll.plan.optimizer.base` says what all of them can do.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.validation import number, repaired
-from atoll.plan.stepper import STEP, Counters, Inner, LaneGroup, OptimizerBase
-from atoll.schedule import Schedule
+from atoll.plan.optimizer.base import STEP, Counters, Inner, LaneGroup, OptimizerBase
+from atoll.plan.schedule import Schedule
 
 
 def _rate() -> Any:
