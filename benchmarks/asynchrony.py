@@ -15,8 +15,8 @@ import argparse
 from pathlib import Path
 
 import atoll
-from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Train
 from atoll.plan.optimizer.rules import sgd

@@ -29,9 +29,9 @@ from atoll.base.random import Key
 from atoll.compute.buffer_pool import Shelf, lent_from
 from atoll.compute.task import Task
 from atoll.data import arrays
-from atoll.engine.memory import Memory
-from atoll.engine.ranks import Ranks
-from atoll.engine.torchrun import TorchrunEngine
+from atoll.engine.client_state import Memory
+from atoll.engine.ranks.process_group import Ranks
+from atoll.engine.ranks.torchrun import TorchrunEngine
 from atoll.plan.round import step
 from atoll.plan.state import State
 from atoll.recipes import distributed_gd

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from atoll.data import arrays
-from atoll.engine.clock import Clock
-from atoll.engine.fleet import Fleet, HalfNormal
+from atoll.engine.simulation.clock import Clock
+from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean
 from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Buffered, Sync

@@ -17,8 +17,8 @@ from torch import nn
 
 import atoll
 from atoll.base.grammar import parse
-from atoll.engine.fleet import Fleet, rate
 from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.simulation.fleet import Fleet, rate
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Train
 from atoll.plan.optimizer.rules import sgd

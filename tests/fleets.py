@@ -3,17 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from atoll.engine.fleet import (
-    Between,
-    ByRows,
-    Chance,
-    Each,
-    Exponential,
-    Fleet,
-    HalfNormal,
-    LogNormal,
-    Zipf,
-)
+from atoll.engine.simulation.fleet import Between, ByRows, Chance, Each, Exponential, Fleet, HalfNormal, LogNormal, Zipf
 
 POSITIVE = st.floats(1e-3, 1e3)
 PER = st.sampled_from(["client", "flight"])

@@ -14,8 +14,8 @@ from atoll.base.random import Key
 from atoll.compute import compiled, native
 from atoll.compute.task import Task
 from atoll.data import ArrayRows, Clients
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.memory import Memory
 from atoll.plan.plan import Plan
 from atoll.plan.round import Report, bind, step
 from atoll.plan.state import State

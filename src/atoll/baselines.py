@@ -25,8 +25,8 @@ from atoll.compute.batches import ROWS
 from atoll.compute.task import Model, Task
 from atoll.data.clients import Clients
 from atoll.engine.chunks import contribute_chunk
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine, threads_for
-from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.aggregate.exact import LARGEST
 from atoll.plan.local import Evaluate, Gradient, Train

@@ -40,7 +40,7 @@ def fingerprints(plan, rounds=3, **settings):
 
 if __name__ == "__main__":
     fork(2)
-    from atoll.engine.ranks import Ranks
+    from atoll.engine.ranks.process_group import Ranks
 
     rank = Ranks.join().rank
     found = {name: fingerprints(plan_of(name), engine="Torchrun()") for name in PLANS}

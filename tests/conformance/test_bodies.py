@@ -6,9 +6,9 @@ from problems import classification, run, seeded, task_of
 from thinned import by_turns, only
 from torch import nn
 
-from atoll.engine.elementwise import Elementwise
+from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.probe import choose
+from atoll.engine.position_check import Elementwise
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer.rules import sgd

@@ -16,9 +16,9 @@ from torch import nn
 from atoll import recipes
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
-from atoll.engine.fleet import Fleet, HalfNormal
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.memory import Memory
+from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import CODECS as KINDS
 from atoll.plan.codec import (

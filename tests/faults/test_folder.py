@@ -21,7 +21,7 @@ import atoll
 from atoll import runs
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.grammar import parse
-from atoll.engine.memory import Memory
+from atoll.engine.client_state import Memory
 from atoll.plan.registry import PARTS
 
 PLAN = parse(

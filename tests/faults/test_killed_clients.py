@@ -10,8 +10,8 @@ from torch import nn
 from atoll import recipes
 from atoll.base.errors import RunError
 from atoll.data import DatasetRows
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.memory import Memory
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Gradient, Train

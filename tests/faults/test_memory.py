@@ -15,9 +15,9 @@ from atoll import recipes
 from atoll.base.errors import RunError
 from atoll.compute.device import out_of_memory
 from atoll.compute.task import Task
+from atoll.engine.chunk_limit import Room
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.processes import ProcessesEngine
-from atoll.engine.room import Room
+from atoll.engine.workers.processes import ProcessesEngine
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train

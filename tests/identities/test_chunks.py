@@ -18,9 +18,9 @@ from atoll.base.random import Key
 from atoll.compute import autograd, compiled, fused
 from atoll.compute.task import Model
 from atoll.engine.chunks import contribute_chunk, kept_from_tensors, kept_to_tensors
-from atoll.engine.fleet import Fleet, HalfNormal
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.memory import Memory
+from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, TopK
 from atoll.plan.local import Custom, Gradient, Train

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.base.errors import RunError, UsageError
-from atoll.engine import draws
-from atoll.engine.clock import Clock, Event, Trip
-from atoll.engine.fleet import Between, ByRows, Chance, Each, Fleet, HalfNormal, LogNormal, Trace, Windows
+from atoll.engine.simulation import samples
+from atoll.engine.simulation.clock import Clock, Event, Trip
+from atoll.engine.simulation.fleet import Between, ByRows, Chance, Each, Fleet, HalfNormal, LogNormal, Trace, Windows
 
 
 def ones(clients):
@@ -231,8 +231,8 @@ def test_blocks_do_not_show(monkeypatch):
     fleet = Fleet(HalfNormal(per="flight"), dropout=0.5)
     numbers = [0, 1, 4095, 4096, 10**6, 0, 4096, 10**12]
     whole = [Clock(fleet, ones(1), 9).compute_seconds(0, number) for number in numbers]
-    monkeypatch.setattr(draws, "_BLOCK", 3)
-    monkeypatch.setattr(draws, "_KEPT", 1)
+    monkeypatch.setattr(samples, "_BLOCK", 3)
+    monkeypatch.setattr(samples, "_KEPT", 1)
     clock = Clock(fleet, ones(1), 9)
     assert [clock.compute_seconds(0, number) for number in numbers] == whole
 

@@ -12,8 +12,8 @@ from torch import nn
 import atoll
 from atoll import recipes, runs
 from atoll.engine import inprocess
+from atoll.engine.chunk_limit import lanes_of
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.room import lanes_of
 from atoll.plan import codec as codecs
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum

@@ -12,9 +12,9 @@ from torch import nn
 from atoll import recipes
 from atoll.base import grammar
 from atoll.base.errors import UsageError
-from atoll.engine.fleet import Each, Fleet, HalfNormal
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.memory import Memory
+from atoll.engine.simulation.fleet import Each, Fleet, HalfNormal
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import EF21, ErrorFeedback, Quantize, TopK

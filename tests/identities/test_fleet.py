@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
 from atoll.base.random import Key
-from atoll.engine.calendars import turn
-from atoll.engine.clock import Clock
-from atoll.engine.fleet import (
+from atoll.engine.simulation.availability import turn
+from atoll.engine.simulation.clock import Clock
+from atoll.engine.simulation.fleet import (
     FLEET,
     Between,
     ByRows,

@@ -15,9 +15,9 @@ import atoll
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
 from atoll.base.random import Key
-from atoll.engine.fleet import Each, Fleet, HalfNormal, Trace
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.memory import Memory
+from atoll.engine.simulation.fleet import Each, Fleet, HalfNormal, Trace
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, Quantize, TopK

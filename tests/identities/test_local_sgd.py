@@ -13,8 +13,8 @@ from torch import nn
 from atoll import baselines, recipes
 from atoll.base import grammar
 from atoll.base.errors import RunError, UsageError
-from atoll.engine.fleet import Fleet
 from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.simulation.fleet import Fleet
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity, Quantize

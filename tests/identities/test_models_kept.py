@@ -11,8 +11,8 @@ from torch import nn
 
 from atoll import recipes
 from atoll.compute.task import Task
+from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.probe import choose
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Evaluate, Gradient, Train

@@ -19,8 +19,8 @@ from atoll.compute.fused import Unserved
 from atoll.compute.task import Batch, Task
 from atoll.compute.tensor_notes import BLOCK, told
 from atoll.data.rows import DatasetRows
+from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.probe import choose
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec.stage import Codec, Identity
 from atoll.plan.local import Gradient, Train

@@ -12,9 +12,9 @@ from torch import nn
 from atoll import recipes
 from atoll.base.random import Key
 from atoll.compute.batches import Lanes
+from atoll.engine.choose_backend import choose
 from atoll.engine.chunks import chunks
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.probe import choose
 from atoll.models import build
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
@@ -165,7 +165,7 @@ def test_lanes_are_left_where_products_depend_on_memory(monkeypatch):
     data = classification(SIZES)
     task = task_of(MODELS["mlp"][0](), data)
     assert choose(task, data, USUAL).task.numerics == "lanes"
-    monkeypatch.setattr("atoll.engine.probe._steady", lambda device: False)
+    monkeypatch.setattr("atoll.engine.choose_backend._steady", lambda device: False)
     choice = choose(task, data, USUAL)
     assert choice.task.numerics == "loop" and "MKL_CBWR" in choice.reason
 

@@ -13,8 +13,8 @@ import atoll
 from atoll import recipes, runs
 from atoll.base.errors import UsageError
 from atoll.compute.task import Task
+from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.probe import choose
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Gradient, Train

@@ -12,8 +12,8 @@ from torch import nn
 
 from atoll import recipes
 from atoll.compute.task import Task
+from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.probe import choose
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.optimizer.rules import sgd

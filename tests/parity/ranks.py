@@ -18,9 +18,9 @@ from torch import nn
 
 from atoll import recipes, train
 from atoll.digest import fingerprint
-from atoll.engine.fleet import Fleet, HalfNormal
-from atoll.engine.ranks import Ranks
-from atoll.engine.torchrun import TorchrunEngine
+from atoll.engine.ranks.process_group import Ranks
+from atoll.engine.ranks.torchrun import TorchrunEngine
+from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import EF21, ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Custom, Gradient, Train

@@ -22,11 +22,11 @@ import atoll
 from atoll import recipes
 from atoll.base.errors import RunError, UsageError
 from atoll.data import ArrayRows, DatasetRows
-from atoll.engine.crossing import Block, Blocks, pack, room, unpack
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.memory import Memory
-from atoll.engine.nursery import Nursery
-from atoll.engine.processes import ProcessesEngine
+from atoll.engine.workers.forkserver import Nursery
+from atoll.engine.workers.processes import ProcessesEngine
+from atoll.engine.workers.serialize import Block, Blocks, pack, room, unpack
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train

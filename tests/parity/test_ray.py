@@ -29,7 +29,7 @@ from atoll.cli.app import answer
 from atoll.compute.task import Task
 from atoll.data import ArrayRows, Clients
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.ray import RayEngine
+from atoll.engine.workers.ray import RayEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train

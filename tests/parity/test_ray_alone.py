@@ -24,9 +24,9 @@ from atoll import recipes
 from atoll.base.errors import RunError, UsageError
 from atoll.cli.app import answer
 from atoll.engine import Ray
-from atoll.engine import ray as module
-from atoll.engine.ray import RayEngine, laid, lying
 from atoll.engine.spec import engine
+from atoll.engine.workers import ray as module
+from atoll.engine.workers.ray import RayEngine, laid, lying
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
 ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")

@@ -17,7 +17,7 @@ from atoll import recipes, rounds, runs
 from atoll.base.errors import RunError, UsageError
 from atoll.engine import RunOptions, Torchrun
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.ranks import Ranks
+from atoll.engine.ranks.process_group import Ranks
 from atoll.plan.pace import Bounded, Buffered
 from atoll.plan.round import Report
 from atoll.training.rounds import check_same, sync_report

@@ -20,8 +20,8 @@ from thinned import only
 from torch import nn
 
 from atoll.base.random import Key
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import EF21, Codec, Entropy, ErrorFeedback, Identity, Quantize, Sign, TopK
 from atoll.plan.local import Gradient

@@ -17,8 +17,8 @@ from thinned import by_turns, only
 from torch import nn
 
 from atoll import recipes
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.memory import Memory
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train

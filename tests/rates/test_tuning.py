@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.engine.tuning import Setting, Tuning
+from atoll.engine.autotune import Setting, Tuning
 
 CHUNKS = [2.0**k for k in range(-3, 4)]
 

@@ -44,14 +44,14 @@ ALLOWED = {
     ("plan/conflicts.py", "check_part"): "the check that a part has every declared member",
     ("plan/optimizer/base.py", "inner"): "fields of the optimizer itself, listed by dataclasses",
     ("plan/stop.py", "*"): "a stop rule, which is no part of a plan",
-    ("engine/worker.py", "written"): "whether a value is a function",
-    ("engine/worker.py", "_parts"): "fields of a value, listed by dataclasses",
-    ("engine/crew.py", "*"): "a function that some operating systems lack",
-    ("engine/crossing.py", "*"): "values of any class, rebuilt by name",
+    ("engine/workers/worker.py", "written"): "whether a value is a function",
+    ("engine/workers/worker.py", "_parts"): "fields of a value, listed by dataclasses",
+    ("engine/workers/pool.py", "*"): "a function that some operating systems lack",
+    ("engine/workers/serialize.py", "*"): "values of any class, rebuilt by name",
     ("compute/device.py", "*"): "attributes of torch that depend on its version",
-    ("engine/ranks.py", "*"): "a reduction of torch, by name",
-    ("engine/torchrun.py", "*"): "a dtype of torch, by name",
-    ("engine/fleet.py", "*"): "fields of a fleet",
+    ("engine/ranks/process_group.py", "*"): "a reduction of torch, by name",
+    ("engine/ranks/torchrun.py", "*"): "a dtype of torch, by name",
+    ("engine/simulation/fleet.py", "*"): "fields of a fleet",
     ("engine/spec.py", "*"): "fields of an engine's spec, listed by dataclasses",
     ("tools/alone.py", "of"): "fields of a task, listed by dataclasses",
     ("tools/doctor.py", "*"): "a function that some operating systems lack",
@@ -343,7 +343,7 @@ def test_partials_of_two_kinds_are_not_merged():
 
 
 def test_a_partial_without_reduce_is_refused_on_torchrun():
-    from atoll.engine.torchrun import refuse_partial
+    from atoll.engine.ranks.torchrun import refuse_partial
 
     @dataclass(frozen=True, repr=False)
     class Bare(LeastAggregator):

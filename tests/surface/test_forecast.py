@@ -13,7 +13,7 @@ import atoll
 from atoll import recipes
 from atoll.base.grammar import parse
 from atoll.cli import main
-from atoll.engine.fleet import Between, Chance, Each, Fleet, HalfNormal
+from atoll.engine.simulation.fleet import Between, Chance, Each, Fleet, HalfNormal
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import (
     EF21,

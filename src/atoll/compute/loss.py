@@ -45,7 +45,7 @@ def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
         tensor([0.6931])
     """
     logits = output.reshape(y.shape)
-    # softplus would be shorter, but it rounds differently at the end of a tensor: see engine/elementwise.py.
+    # softplus would be shorter, but it rounds differently at the end of a tensor: see engine/position_check.py.
     return _rows(-F.logsigmoid(-logits) - logits * y)
 
 

@@ -27,8 +27,8 @@ from atoll.compute.device import give_back, out_of_memory
 from atoll.compute.task import Task
 from atoll.compute.tensor_notes import forget
 from atoll.data.clients import Clients
-from atoll.engine.arrivals import Flown, nbytes
-from atoll.engine.room import Room, lanes_of, no_sum, too_large
+from atoll.engine.chunk_limit import Room, lanes_of, no_sum, too_large
+from atoll.engine.simulation.arrivals import Flown, nbytes
 from atoll.plan.aggregate.exact import LARGEST, bounded
 from atoll.plan.codec import Identity
 from atoll.plan.conflicts import check_contribution, check_partials

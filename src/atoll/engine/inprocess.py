@@ -18,13 +18,13 @@ from atoll.compute.device import free, gpu
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.arrivals import check_clock, fly, message
+from atoll.engine.autotune import Setting, Tuning
+from atoll.engine.chunk_limit import Room
 from atoll.engine.chunks import ChunkRunner, Results, by_version, chunks, gathered, partial_work, task_for
-from atoll.engine.fleet import Fleet
-from atoll.engine.memory import Pending
-from atoll.engine.room import Room
+from atoll.engine.client_state import Pending
+from atoll.engine.simulation.arrivals import check_clock, fly, message
+from atoll.engine.simulation.fleet import Fleet
 from atoll.engine.spec import Engine
-from atoll.engine.tuning import Setting, Tuning
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight, waves
 from atoll.plan.plan import Plan

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from atoll.compute.layout import Layout
     from atoll.compute.task import Task
     from atoll.data.clients import Clients
-    from atoll.engine.fleet import Fleet
+    from atoll.engine.simulation.fleet import Fleet
     from atoll.plan.plan import Plan
     from atoll.plan.protocols import Cohort, Population
     from atoll.plan.round import Gathered
@@ -239,7 +239,7 @@ class Processes(grammar.Value, EngineSpec):
 
     def build(self, options: RunOptions) -> Engine:
         """The engine; its workers start in `open`."""
-        from atoll.engine.processes import ProcessesEngine
+        from atoll.engine.workers.processes import ProcessesEngine
 
         return ProcessesEngine(workers=self.workers, chunk=options.chunk, model=options.model, seed=options.seed)
 
@@ -275,8 +275,8 @@ class Torchrun(grammar.Value, EngineSpec):
 
     def check(self, options: RunOptions) -> None:
         """Refuse a process that is no rank, and a pace that does not wait for all clients."""
-        from atoll.engine.ranks import check_ranks
-        from atoll.engine.torchrun import refuse_pace
+        from atoll.engine.ranks.process_group import check_ranks
+        from atoll.engine.ranks.torchrun import refuse_pace
 
         if options.plan is not None:
             refuse_pace(options.plan)
@@ -290,8 +290,8 @@ class Torchrun(grammar.Value, EngineSpec):
 
     def build(self, options: RunOptions) -> Engine:
         """The engine of this rank, after it has joined the other ranks."""
-        from atoll.engine.ranks import Ranks
-        from atoll.engine.torchrun import TorchrunEngine
+        from atoll.engine.ranks.process_group import Ranks
+        from atoll.engine.ranks.torchrun import TorchrunEngine
 
         ranks = Ranks.join(self.workers, self.backend, self.device(options.device))
         return TorchrunEngine(chunk=options.chunk, fleet=options.fleet, ranks=ranks)
@@ -363,7 +363,7 @@ class Ray(grammar.Value, EngineSpec):
 
     def build(self, options: RunOptions) -> Engine:
         """The engine; it connects to the cluster in `open`."""
-        from atoll.engine.ray import RayEngine
+        from atoll.engine.workers.ray import RayEngine
 
         return RayEngine(
             address=self.address,

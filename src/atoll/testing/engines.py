@@ -13,8 +13,8 @@ from atoll.base.errors import RunError
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.data.rows import Rows
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.memory import Memory
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer.rules import adam, sgd

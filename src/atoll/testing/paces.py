@@ -13,7 +13,7 @@ import torch
 
 from atoll.base.random import Key
 from atoll.compute.task import Model
-from atoll.engine.memory import Memory
+from atoll.engine.client_state import Memory
 from atoll.plan.aggregate import Mean
 from atoll.plan.in_flight import Traffic
 from atoll.plan.local import Train

@@ -16,10 +16,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from atoll.base.errors import UsageError
-from atoll.engine.arrivals import Flown, fly, message, nbytes
-from atoll.engine.fleet import rate
+from atoll.engine.chunk_limit import lanes_of
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.room import lanes_of
+from atoll.engine.simulation.arrivals import Flown, fly, message, nbytes
+from atoll.engine.simulation.fleet import rate
 from atoll.plan.aggregate.exact import places
 from atoll.plan.codec import Cast, Codec, Eden, ErrorFeedback, Identity, Quantize, TopK
 from atoll.plan.local import Gradient, Train

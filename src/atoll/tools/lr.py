@@ -22,8 +22,8 @@ import torch
 from atoll.base.errors import RunError, UsageError, unknown_name
 from atoll.base.random import Key
 from atoll.data.clients import Clients, offsets_of
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.memory import Memory
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, step

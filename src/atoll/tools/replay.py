@@ -25,7 +25,7 @@ from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.names import without_prefix
 from atoll.base.random import Key
 from atoll.digest import fingerprint
-from atoll.engine.arrivals import Flown, fly, message
+from atoll.engine.simulation.arrivals import Flown, fly, message
 from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan

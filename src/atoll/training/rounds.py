@@ -29,10 +29,10 @@ from atoll.compute.loss import Metric
 from atoll.compute.task import Model, Task
 from atoll.data.clients import Clients
 from atoll.digest import fingerprint
-from atoll.engine.fleet import Fleet
+from atoll.engine.choose_backend import Choice, choose
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine, threads_for
-from atoll.engine.memory import Memory
-from atoll.engine.probe import Choice, choose
+from atoll.engine.simulation.fleet import Fleet
 from atoll.engine.spec import Engine, name_of
 from atoll.plan import stop as stops
 from atoll.plan.aggregate import Mean

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from atoll.compute.loss import Metric, PerExample
-    from atoll.engine.fleet import Fleet
+    from atoll.engine.simulation.fleet import Fleet
     from atoll.engine.spec import EngineSpec, RunOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -170,11 +170,11 @@ class Settings(TrainingFields):
         self._set("engine", engine(self.engine))
         if isinstance(self.fleet, str):
             from atoll.base.grammar import parse
-            from atoll.engine.fleet import FLEET
+            from atoll.engine.simulation.fleet import FLEET
 
             self._set("fleet", parse(self.fleet, FLEET))
         if self.fleet is not None:
-            from atoll.engine.fleet import Fleet
+            from atoll.engine.simulation.fleet import Fleet
 
             if not isinstance(self.fleet, Fleet):
                 raise UsageError(

@@ -24,10 +24,10 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from atoll.base.errors import UsageError
-from atoll.engine.crossing import removed
+from atoll.engine.workers.serialize import removed
 
 _ORDER = struct.Struct("<cq")  # b"f" fork, with a connection; b"k" kill, with a process id; b"w" preload
-_START = "from atoll.engine.nursery import main; main({fd}, {folders!r})"
+_START = "from atoll.engine.workers.forkserver import main; main({fd}, {folders!r})"
 _GRACE_S = 1.0  # seconds to end before SIGKILL
 _SHARED = "/dev/shm"  # a file system in memory; not every system has it
 
@@ -122,7 +122,7 @@ def _ended(lives: list[_Life], folders: tuple[str, ...]) -> None:
 def main(fd: int, folders: tuple[str, ...]) -> None:
     """The main function of the fork server: import modules, then fork on request until the connection closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from atoll.engine import worker  # imports torch; requests wait in the socket meanwhile
+    from atoll.engine.workers import worker  # imports torch; requests wait in the socket meanwhile
 
     control = socket.socket(fileno=fd)
     children: set[int] = set()

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import RunError, UsageError
-from atoll.engine.draws import Draws
-from atoll.engine.fleet import Fleet
+from atoll.engine.simulation.fleet import Fleet
+from atoll.engine.simulation.samples import Draws
 
 _DOWN, _WORK, _UP, _ARRIVE, _DROP = range(5)
 _FATES = ("arrive", "drop", "cancel")
@@ -144,7 +144,7 @@ class Clock:
     Raises:
         UsageError: values or a trace of the fleet are for another number of clients.
     Example:
-        >>> from atoll.engine.fleet import Each
+        >>> from atoll.engine.simulation.fleet import Each
         >>> clock = Clock(Fleet(compute=Each((3, 1))), torch.tensor([10, 10]), seed=7)
         >>> clock.start(0, client=0, down=0, up=0)
         >>> clock.start(1, client=1, down=0, up=0)

@@ -31,9 +31,9 @@ from atoll.compute.device import found, nearby
 from atoll.compute.task import Model, Task
 from atoll.data.clients import Clients
 from atoll.engine.chunks import ChunkRunner, Results, kept_from_tensors, kept_to_tensors, task_for
-from atoll.engine.crossing import Block, Blocks, Place, name_of, unpack
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.memory import Memory
+from atoll.engine.workers.serialize import Block, Blocks, Place, name_of, unpack
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Ids
 from atoll.plan.registry import PARTS

@@ -26,7 +26,7 @@ from atoll.base.errors import UsageError
 from atoll.base.grammar import Value
 from atoll.base.random import Key
 from atoll.base.validation import check, number, repaired
-from atoll.engine import calendars, traces
+from atoll.engine.simulation import availability, traces
 
 LARGEST = 1e15
 _TOO_LARGE = "above 1e15, float64 does not resolve tenths of a second."
@@ -426,10 +426,10 @@ class Chance(Value):
     def __post_init__(self) -> None:
         check(self)
 
-    def calendar(self, key: Key, clients: int) -> calendars.Calendar:
+    def calendar(self, key: Key, clients: int) -> availability.Calendar:
         if self.chance == 1:
-            return calendars.Always(clients)
-        return calendars.Coins(self.chance, self.window, key, clients)
+            return availability.Always(clients)
+        return availability.Coins(self.chance, self.window, key, clients)
 
 
 @dataclass(frozen=True, repr=False)
@@ -451,15 +451,15 @@ class Windows(Value):
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", _path(self))
 
-    def calendar(self, key: Key, clients: int) -> calendars.Calendar:
-        return calendars.Repeating(traces.windows(self.path, clients))
+    def calendar(self, key: Key, clients: int) -> availability.Calendar:
+        return availability.Repeating(traces.windows(self.path, clients))
 
 
 @runtime_checkable
 class Presence(Protocol):
     """Availability of clients. `calendar(key, clients)` gives the availability of a population over time."""
 
-    def calendar(self, key: Key, clients: int) -> calendars.Calendar: ...
+    def calendar(self, key: Key, clients: int) -> availability.Calendar: ...
 
 
 @dataclass(frozen=True, repr=False)

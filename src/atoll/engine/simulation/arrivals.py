@@ -11,8 +11,8 @@ import torch
 from atoll.base.errors import RunError, UsageError
 from atoll.compute.layout import Layout
 from atoll.compute.task import Model
-from atoll.engine.clock import Clock
-from atoll.engine.fleet import Fleet
+from atoll.engine.simulation.clock import Clock
+from atoll.engine.simulation.fleet import Fleet
 from atoll.plan.in_flight import Air, Flight, Traffic
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan

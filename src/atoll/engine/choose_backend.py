@@ -21,7 +21,7 @@ from atoll.compute.loss import cross_entropy
 from atoll.compute.native import Unbuilt
 from atoll.compute.task import Gradient, Task
 from atoll.data.clients import Clients
-from atoll.engine.elementwise import Elementwise
+from atoll.engine.position_check import Elementwise
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Population
 

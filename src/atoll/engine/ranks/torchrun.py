@@ -24,12 +24,12 @@ from atoll.compute.batches import HOST
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.arrivals import fly, message
 from atoll.engine.chunks import Results, gathered, kept_from_tensors, kept_to_tensors
-from atoll.engine.fleet import Fleet
 from atoll.engine.inprocess import InProcessEngine, threads_for
-from atoll.engine.overlap import Overlap, data_parallel
-from atoll.engine.ranks import Ranks, job, restarts
+from atoll.engine.ranks.overlap import Overlap, data_parallel
+from atoll.engine.ranks.process_group import Ranks, job, restarts
+from atoll.engine.simulation.arrivals import fly, message
+from atoll.engine.simulation.fleet import Fleet
 from atoll.engine.spec import Engine
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Cohort, Partial, Population, Tensors

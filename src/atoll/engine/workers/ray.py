@@ -31,10 +31,10 @@ from atoll.base.errors import RunError, UsageError
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine import spec as specs
-from atoll.engine.crew import Gone, Line
-from atoll.engine.crossing import Arrays, Place, laid, lying
-from atoll.engine.dealer import Dealer, packed
-from atoll.engine.worker import (
+from atoll.engine.workers.pool import Gone, Line
+from atoll.engine.workers.scheduler import Dealer, packed
+from atoll.engine.workers.serialize import Arrays, Place, laid, lying
+from atoll.engine.workers.worker import (
     Answer,
     Done,
     Hauled,

@@ -21,15 +21,15 @@ from atoll.base.random import Key
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.arrivals import Flown, Sending, fly
+from atoll.engine.chunk_limit import Room
 from atoll.engine.chunks import Results, by_version, chunks, gathered, task_for
-from atoll.engine.crew import Catch, Crew, Job, Office
-from atoll.engine.crossing import pack
+from atoll.engine.client_state import Pending
 from atoll.engine.inprocess import check_chunk
-from atoll.engine.memory import Pending
-from atoll.engine.room import Room
+from atoll.engine.simulation.arrivals import Flown, Sending, fly
 from atoll.engine.spec import Engine
-from atoll.engine.worker import Setup, Told, plan_of, spoken, written
+from atoll.engine.workers.pool import Catch, Crew, Job, Office
+from atoll.engine.workers.serialize import pack
+from atoll.engine.workers.worker import Setup, Told, plan_of, spoken, written
 from atoll.plan.in_flight import Flight, Traffic
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan

@@ -22,9 +22,9 @@ from atoll.compute.batches import ROWS
 from atoll.compute.task import Task
 from atoll.compute.tensor_notes import tell
 from atoll.data.clients import Clients
-from atoll.engine.arrivals import message
 from atoll.engine.chunks import Results, by_version, contribute_chunk
-from atoll.engine.ranks import Ranks, together
+from atoll.engine.ranks.process_group import Ranks, together
+from atoll.engine.simulation.arrivals import message
 from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight

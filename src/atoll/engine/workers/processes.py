@@ -19,11 +19,11 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.crew import Gone, Line, cores
-from atoll.engine.crossing import Block, Blocks, Place, room
-from atoll.engine.dealer import Dealer, packed
-from atoll.engine.nursery import Nursery
-from atoll.engine.worker import Answer, Hauled, Ready, Run, Setup, Told, answers, encode
+from atoll.engine.workers.forkserver import Nursery
+from atoll.engine.workers.pool import Gone, Line, cores
+from atoll.engine.workers.scheduler import Dealer, packed
+from atoll.engine.workers.serialize import Block, Blocks, Place, room
+from atoll.engine.workers.worker import Answer, Hauled, Ready, Run, Setup, Told, answers, encode
 
 
 class ProcessesEngine(Dealer):

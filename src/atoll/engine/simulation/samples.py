@@ -15,8 +15,8 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
-from atoll.engine import calendars
-from atoll.engine.fleet import ByRows, Chance, Distribution, Draw, Fleet, Presence, Trace, rate
+from atoll.engine.simulation import availability
+from atoll.engine.simulation.fleet import ByRows, Chance, Distribution, Draw, Fleet, Presence, Trace, rate
 
 _BLOCK = 12  # draws are made for 2¹² clients or flights at once
 _KEPT = 64  # blocks of flights in the cache: ordinals grow, and a draw for an old ordinal is computed again
@@ -141,6 +141,6 @@ class Draws:
         ):
             if isinstance(given.distribution if isinstance(given, ByRows) else given, Trace):
                 whole.update(repr(table.extreme(0).tolist()).encode())
-        if isinstance(self.calendar, calendars.Repeating):
+        if isinstance(self.calendar, availability.Repeating):
             whole.update(repr(self.calendar.windows).encode())
         return int.from_bytes(whole.digest()[:8], "little") >> 1
