@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.base.random import Key
-from atoll.digest import BLOCK, fingerprint
+from atoll.runs.fingerprint import BLOCK, fingerprint
 
 lengths = st.one_of(st.integers(1, 40), st.sampled_from([BLOCK // 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5]))
 dtypes = st.sampled_from([torch.float32, torch.float64])

@@ -25,7 +25,7 @@ from atoll.plan.registry import PARTS
 from atoll.plan.round import bind, step
 from atoll.plan.schedule import cosine
 from atoll.plan.state import State
-from atoll.saved import pack, unpack
+from atoll.runs.checkpoint import pack, unpack
 
 SIZES = (9, 5, 7, 4)
 DURATIONS = (1.0, 2.3, 0.21, 1.7)

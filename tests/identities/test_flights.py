@@ -30,7 +30,7 @@ from atoll.plan.registry import PARTS
 from atoll.plan.round import bind, step
 from atoll.plan.sampler import Everyone, Uniform, Weighted
 from atoll.plan.state import State
-from atoll.saved import pack, unpack
+from atoll.runs.checkpoint import pack, unpack
 
 SIZES = (9, 5, 5, 3, 7, 4, 8, 6)
 KEEPING = Train(rules.adam(0.01), steps=2, batch=3, keep=("optimizer", "order"))

@@ -17,7 +17,6 @@ from problems import NO_NATIVE, classification, federation, run, seeded, task_of
 from torch import nn
 
 from atoll import recipes, train
-from atoll.digest import fingerprint
 from atoll.engine.ranks.process_group import Ranks
 from atoll.engine.ranks.torchrun import TorchrunEngine
 from atoll.engine.simulation.fleet import Fleet, HalfNormal
@@ -28,6 +27,7 @@ from atoll.plan.optimizer.rules import adam, adamw, sgd
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.sampler import Poisson
+from atoll.runs.fingerprint import fingerprint
 
 ROUNDS = 2
 

@@ -15,7 +15,7 @@ from atoll.plan.codec import ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Train
 from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
-from atoll.runs import read_rows
+from atoll.runs.folder import read_rows
 from atoll.tools.replay import replay
 
 FLEET = "Fleet(Each((1, 1, 0.3, 4, 1, 2)), uplink='1 Mb/s')"

@@ -17,7 +17,7 @@ from atoll.report.flights import FATES, MOST_LANES, Flights, Tally, read_trips
 from atoll.report.live import columns
 from atoll.report.record import Record
 from atoll.report.text import size
-from atoll.runs import read_rows
+from atoll.runs.folder import read_rows
 
 FIELDS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
 STRAGGLER = "Fleet(Each((1, 1, 1, 5)), uplink='1 Mb/s', downlink='1 Mb/s')"

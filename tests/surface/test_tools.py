@@ -24,7 +24,7 @@ from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 from atoll.plan.registry import PARTS
 from atoll.plan.schedule import cosine
-from atoll.runs import read_rows
+from atoll.runs.folder import read_rows
 from atoll.tools import compare, doctor, export, lr, replay
 from atoll.training import Settings
 from atoll.training.experiment import Experiment

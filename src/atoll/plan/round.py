@@ -118,7 +118,7 @@ class Report:
         failures: contributions that were lost.
         bytes_up, bytes_down: of all messages.
         seconds: that the round took to compute.
-        fingerprint: 12 hex digits that stand for all bits of θ: `atoll.digest`.
+        fingerprint: 12 hex digits that stand for all bits of θ: `atoll.runs.fingerprint`.
         clients: columns, one row a contribution: who, and what it told in the clear.
         late: how many were no longer awaited.
         flying: how many are at work when the round has closed.

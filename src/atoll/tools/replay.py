@@ -24,14 +24,14 @@ from atoll import runs
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.names import without_prefix
 from atoll.base.random import Key
-from atoll.digest import fingerprint
 from atoll.engine.simulation.arrivals import Flown, fly, message
 from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.round import Opened, close_round, open_round, step
 from atoll.report.text import size
-from atoll.saved import unpack
+from atoll.runs.checkpoint import unpack
+from atoll.runs.fingerprint import fingerprint
 from atoll.tools.again import here, same_data, training_in
 from atoll.tools.alone import compute, odd
 from atoll.training.rounds import Rounds

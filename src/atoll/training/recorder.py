@@ -17,7 +17,7 @@ from atoll.base.names import under, without_prefix
 from atoll.compute.task import Model
 from atoll.plan import stop as stops
 from atoll.plan.round import Failure, Report, Trip
-from atoll.saved import pack, unpack
+from atoll.runs.checkpoint import pack, unpack
 from atoll.training.rounds import Rounds, identity, start_from
 
 

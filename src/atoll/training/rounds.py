@@ -28,7 +28,6 @@ from atoll.compute.device import check_precision, nearby
 from atoll.compute.loss import Metric
 from atoll.compute.task import Model, Task
 from atoll.data.clients import Clients
-from atoll.digest import fingerprint
 from atoll.engine.choose_backend import Choice, choose
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine, threads_for
@@ -42,7 +41,8 @@ from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.round import Report, bind, close_round, open_round, opening, step
 from atoll.plan.state import State
-from atoll.saved import pack, unpack
+from atoll.runs.checkpoint import pack, unpack
+from atoll.runs.fingerprint import fingerprint
 from atoll.training.settings import Settings, SettingsDict, listed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
