@@ -168,7 +168,7 @@ def test_every_part_of_the_table_is_checked():
     """A stop rule is not part of a plan, and plans have their own test."""
     from atoll.plan.registry import PARTS
 
-    others = {"Plan"} | {name for name, part in PARTS.items() if part.__module__ == "atoll.plan.stop"}
+    others = {"Plan"} | {name for name, part in PARTS.items() if part.__module__ == "atoll.training.stop"}
     assert set(PARTS) - named(list(OURS.values())) == others
 
 

@@ -7,13 +7,14 @@ import torch
 from thinned import only
 from torch import nn
 
-from atoll import baselines, recipes
+from atoll import recipes
 from atoll.data import IID, Quantity, arrays, load
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.plan import Plan
 from atoll.plan.schedule import cosine, plateau
+from atoll.training import baselines
 from atoll.training.rounds import rounds
 
 ALONE = Mean(weights="equal", sum="float")

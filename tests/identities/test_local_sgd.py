@@ -10,7 +10,7 @@ from problems import classification, far, regression, run, seeded, task_of
 from thinned import by_turns
 from torch import nn
 
-from atoll import baselines, recipes
+from atoll import recipes
 from atoll.base import grammar
 from atoll.base.errors import RunError, UsageError
 from atoll.engine.inprocess import InProcessEngine
@@ -25,6 +25,7 @@ from atoll.plan.registry import PARTS
 from atoll.plan.round import step
 from atoll.plan.schedule import Schedule, constant, cosine, exponential, hold, inverse, plateau, polynomial, warmup
 from atoll.plan.schedule import step as stairs
+from atoll.training import baselines
 
 SIZES = (9, 5, 7, 4)
 ADAM, KEEP = rules.adam(0.01), ("optimizer", "order")

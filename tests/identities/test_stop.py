@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from atoll.base.errors import RunError, UsageError
 from atoll.base.grammar import parse
-from atoll.plan.stop import (
+from atoll.training.stop import (
     RULES,
     Bytes,
     Diverged,

@@ -43,7 +43,7 @@ SRC = Path(__file__).parents[2] / "src" / "atoll"
 ALLOWED = {
     ("plan/conflicts.py", "check_part"): "the check that a part has every declared member",
     ("plan/optimizer/base.py", "inner"): "fields of the optimizer itself, listed by dataclasses",
-    ("plan/stop.py", "*"): "a stop rule, which is no part of a plan",
+    ("training/stop.py", "*"): "a stop rule, which is no part of a plan",
     ("engine/workers/worker.py", "written"): "whether a value is a function",
     ("engine/workers/worker.py", "_parts"): "fields of a value, listed by dataclasses",
     ("engine/workers/pool.py", "*"): "a function that some operating systems lack",

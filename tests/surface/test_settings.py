@@ -13,10 +13,10 @@ from atoll import recipes
 from atoll.base.errors import UsageError
 from atoll.cli.flags import ExperimentFlags
 from atoll.compute.loss import Metric
-from atoll.plan.stop import Target
 from atoll.training import Experiment, Settings, SettingsDict
 from atoll.training.setting_texts import GROUP_NAMES
 from atoll.training.settings import ENGINE_FIELDS, declared
+from atoll.training.stop import Target
 
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
-from atoll.plan import aggregate, codec, local, optimizer, pace, plan, sampler, schedule, stop
+from atoll.plan import aggregate, codec, local, optimizer, pace, plan, sampler, schedule
+from atoll.training import stop
 
 PARTS: Mapping[str, Callable[..., Any]] = {
     part.__name__: part

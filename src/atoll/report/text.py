@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from atoll.compute.loss import METRICS
-from atoll.plan.stop import direction
+from atoll.training.stop import direction
 
 WORDS = {
     "loss": "training loss",

@@ -21,11 +21,11 @@ from atoll import runs
 from atoll.base.errors import UsageError
 from atoll.base.names import dotted
 from atoll.compute.loss import METRICS
-from atoll.plan.stop import direction
 from atoll.report.beside import CLOCK, SECONDS, Beside, draw
 from atoll.report.record import Events, Record
 from atoll.report.text import number, word
 from atoll.tools.again import write
+from atoll.training.stop import direction
 
 _LONG = 48  # characters; a longer setting is printed on separate lines
 PLAIN = ("gradient_norm", "lr")  # shown without a mark, because neither direction is better

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError, unknown_name
 from atoll.engine.inprocess import InProcessEngine
-from atoll.plan.stop import direction
 from atoll.tools.again import training_in, write
 from atoll.training.rounds import Rounds, judge, start_from
+from atoll.training.stop import direction
 
 FORMAT = "atoll export 1"
 DTYPES = ("float32", "bf16", "int8")

@@ -15,9 +15,9 @@ from atoll import runs
 from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
 from atoll.compute.task import Model
-from atoll.plan import stop as stops
 from atoll.plan.round import Failure, Report, Trip
 from atoll.runs.checkpoint import pack, unpack
+from atoll.training import stop as stops
 from atoll.training.rounds import Rounds, identity, start_from
 
 
@@ -199,7 +199,7 @@ class Recorder:
         status = "interrupted" if t.outcome is None and interrupted else "failed" if outcome.failed else "done"
         compared: Mapping[str, Mapping[str, Any]] = {}
         if baselines and status == "done":
-            from atoll.baselines import compare
+            from atoll.training.baselines import compare
 
             compared = compare(t)
         run = Run(

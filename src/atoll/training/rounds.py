@@ -33,7 +33,6 @@ from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.simulation.fleet import Fleet
 from atoll.engine.spec import Engine, name_of
-from atoll.plan import stop as stops
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Air
@@ -43,6 +42,7 @@ from atoll.plan.round import Report, bind, close_round, open_round, opening, ste
 from atoll.plan.state import State
 from atoll.runs.checkpoint import pack, unpack
 from atoll.runs.fingerprint import fingerprint
+from atoll.training import stop as stops
 from atoll.training.settings import Settings, SettingsDict, listed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
