@@ -22,8 +22,8 @@ from atoll.plan import schedule
 from atoll.plan.pace import Buffered, Sync
 from atoll.recipes import fedavg
 from atoll.recipes import sgd as sgd_recipe
-from atoll.report.canvas import DARK, LIGHT, Theme, axes, figure, logarithmic, name_ends, png, ramp
-from atoll.report.record import Record
+from atoll.report.figures import DARK, LIGHT, Theme, axes, figure, logarithmic, name_ends, png, ramp
+from atoll.report.run_data import Record
 from atoll.report.timeline import timeline
 
 FOLDER = Path(__file__).parent / "pictures"

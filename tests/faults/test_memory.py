@@ -23,7 +23,7 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.report.live import LiveTable
-from atoll.report.record import Record
+from atoll.report.run_data import Record
 from atoll.training.experiment import Experiment
 
 SIZES = (9,) * 13

@@ -195,7 +195,7 @@ def test_seeds_give_mean_and_sd(atoll):
 
 def test_smoke_tries_every_stage_and_leaves_nothing(atoll, monkeypatch):
     monkeypatch.setenv("ATOLL_REPORT", "1")
-    monkeypatch.setattr("atoll.report.canvas.DPI", 40)
+    monkeypatch.setattr("atoll.report.figures.DPI", 40)
     done = atoll("run", *quick(), "--smoke", "--baselines")
     assert done.code == 0
     for stage in ("a round", "an evaluation", "a checkpoint", "going on", "the report", "the baselines"):

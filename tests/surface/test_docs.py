@@ -31,7 +31,7 @@ from atoll.cli.app import app
 from atoll.plan.registry import PARTS
 from atoll.plan.round import step
 from atoll.recipes import RECIPES
-from atoll.report import canvas
+from atoll.report import figures
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").glob("*.md")])
@@ -76,7 +76,7 @@ def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for variable in ("ATOLL_DATA", "ATOLL_DATASET", "ATOLL_OUT"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(canvas, "DPI", 40)  # few dots, so that plots are drawn faster
+    monkeypatch.setattr(figures, "DPI", 40)  # few dots, so that plots are drawn faster
     draw, drawn = report.draw, []
 
     def once(folder, data=None):

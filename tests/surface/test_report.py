@@ -18,11 +18,11 @@ from atoll.data import IID, Clients
 from atoll.data.clients import offsets_of
 from atoll.data.rows import ArrayRows
 from atoll.plan.round import Failure, Report
-from atoll.report import LiveTable, canvas, draw
-from atoll.report.federation import MOST_COUNTED, MOST_DRAWN, look
+from atoll.report import LiveTable, draw, figures
+from atoll.report.clients import MOST_COUNTED, MOST_DRAWN, look
 from atoll.report.live import Best, columns, that_fit, without_terminal
 from atoll.report.page import tag
-from atoll.report.record import Record
+from atoll.report.run_data import Record
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PLAN = "Plan(Train(sgd(0.5), epochs=1, batch=10), aggregator=Mean())"
@@ -71,7 +71,7 @@ def federation(sizes, classes=3, names=None, held=4):
 def coarse(request, monkeypatch):
     """Draw with few dots, which is faster, except in tests of drawing time."""
     if "seconds" not in request.node.name:
-        monkeypatch.setattr(canvas, "DPI", 40)
+        monkeypatch.setattr(figures, "DPI", 40)
 
 
 class Page(HTMLParser):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 import atoll.data
 from atoll import recipes, rounds, train
 from atoll.plan.pace import Bounded, Buffered, Sync
-from atoll.report import LiveTable, canvas, draw, timeline
-from atoll.report.flights import FATES, MOST_LANES, Flights, Tally, read_trips
+from atoll.report import LiveTable, draw, figures, timeline
+from atoll.report.flight_log import FATES, MOST_LANES, Flights, Tally, read_trips
+from atoll.report.format import size
 from atoll.report.live import columns
-from atoll.report.record import Record
-from atoll.report.text import size
+from atoll.report.run_data import Record
 from atoll.runs.folder import read_rows
 
 FIELDS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
@@ -26,7 +26,7 @@ STRAGGLER = "Fleet(Each((1, 1, 1, 5)), uplink='1 Mb/s', downlink='1 Mb/s')"
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Draw with few dots, which is faster."""
-    monkeypatch.setattr(canvas, "DPI", 40)
+    monkeypatch.setattr(figures, "DPI", 40)
 
 
 @st.composite

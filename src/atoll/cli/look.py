@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from atoll.cli.words import called, comparison, grid, judged, near, spent
-from atoll.report.record import Record
-from atoll.report.text import duration, number, plain, spread, word
+from atoll.report.format import duration, number, plain, spread, word
+from atoll.report.run_data import Record
 
 
 def brief(path: Path) -> dict[str, Any]:

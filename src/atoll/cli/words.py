@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atoll.report.text import duration, number, size, whole, word
+from atoll.report.format import duration, number, size, whole, word
 
 if TYPE_CHECKING:
     from atoll.training.recorder import Run

@@ -24,11 +24,11 @@ def draw(folder: Path, data: Clients | None = None) -> None:
     Raises:
         RunError: a file cannot be written. The files of an earlier report stay.
     """
-    from atoll.report.canvas import DARK, LIGHT, png
-    from atoll.report.federation import look
+    from atoll.report.clients import look
+    from atoll.report.figures import DARK, LIGHT, png
     from atoll.report.page import Picture, page
     from atoll.report.plots import charts
-    from atoll.report.record import Record
+    from atoll.report.run_data import Record
 
     record = Record.read(folder)
     federation = None if data is None else look(data)

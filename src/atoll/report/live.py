@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from atoll.plan.round import Report
-from atoll.report.text import better, client_name, duration, number, plain, size, spread, whole, word
+from atoll.report.format import better, client_name, duration, number, plain, size, spread, whole, word
 
 if TYPE_CHECKING:
     from types import TracebackType

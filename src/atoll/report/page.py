@@ -16,9 +16,9 @@ from importlib.resources import files
 from typing import Any
 
 from atoll.data.clients import Clients
-from atoll.report.federation import Federation
-from atoll.report.record import Record, Row
-from atoll.report.text import client_name, duration, number, plain, rises, size, spread, whole, word
+from atoll.report.clients import Federation
+from atoll.report.format import client_name, duration, number, plain, rises, size, spread, whole, word
+from atoll.report.run_data import Record, Row
 
 _VOID = {"meta", "img", "source", "br"}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from atoll.report import timeline
-from atoll.report.canvas import (
+from atoll.report.clients import Federation
+from atoll.report.figures import (
     Line,
     Theme,
     axes,
@@ -28,9 +29,8 @@ from atoll.report.canvas import (
     wants_log,
     whole_rounds,
 )
-from atoll.report.federation import Federation
-from atoll.report.record import Numbers, Record
-from atoll.report.text import client_name, duration, number, rises, size, whole, word
+from atoll.report.format import client_name, duration, number, rises, size, whole, word
+from atoll.report.run_data import Numbers, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

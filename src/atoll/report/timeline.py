@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from atoll.report.canvas import Theme, axes, figure, of_seconds, text
-from atoll.report.flights import FATES, Flights, Whole
-from atoll.report.record import Numbers, Record
-from atoll.report.text import client_name, duration, whole
+from atoll.report.figures import Theme, axes, figure, of_seconds, text
+from atoll.report.flight_log import FATES, Flights, Whole
+from atoll.report.format import client_name, duration, whole
+from atoll.report.run_data import Numbers, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

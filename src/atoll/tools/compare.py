@@ -21,9 +21,9 @@ from atoll import runs
 from atoll.base.errors import UsageError
 from atoll.base.names import dotted
 from atoll.compute.loss import METRICS
-from atoll.report.beside import CLOCK, SECONDS, Beside, draw
-from atoll.report.record import Events, Record
-from atoll.report.text import number, word
+from atoll.report.comparison import CLOCK, SECONDS, Beside, draw
+from atoll.report.format import number, word
+from atoll.report.run_data import Events, Record
 from atoll.tools.again import write
 from atoll.training.stop import direction
 

@@ -27,7 +27,7 @@ from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, opening
 from atoll.plan.state import Sent, State
-from atoll.report.text import duration, size, whole
+from atoll.report.format import duration, size, whole
 from atoll.tools.again import here, training_of
 from atoll.training.experiment import Experiment
 from atoll.training.rounds import Rounds

@@ -29,7 +29,7 @@ from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.round import Opened, close_round, open_round, step
-from atoll.report.text import size
+from atoll.report.format import size
 from atoll.runs.checkpoint import unpack
 from atoll.runs.fingerprint import fingerprint
 from atoll.tools.again import here, same_data, training_in

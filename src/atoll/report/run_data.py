@@ -23,8 +23,8 @@ import numpy.typing as npt
 from atoll import runs
 from atoll.base.errors import AtollError
 from atoll.plan.registry import read_part, renamed
-from atoll.report.flights import MOST_FLIGHTS, Flights, Tally, read_trips
-from atoll.report.text import better, rises, spread
+from atoll.report.flight_log import MOST_FLIGHTS, Flights, Tally, read_trips
+from atoll.report.format import better, rises, spread
 
 Numbers = npt.NDArray[np.float64]
 Row = Mapping[str, Any]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from atoll.report.canvas import (
+from atoll.report.figures import (
     LIGHT,
     Line,
     axes,
@@ -25,8 +25,8 @@ from atoll.report.canvas import (
     text,
     wants_log,
 )
-from atoll.report.record import Numbers, Record
-from atoll.report.text import better, number, rises, word
+from atoll.report.format import better, number, rises, word
+from atoll.report.run_data import Numbers, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

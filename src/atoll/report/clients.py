@@ -18,7 +18,7 @@ from torch import Tensor
 
 from atoll.data.clients import Clients
 from atoll.data.measure import effective_clients, size_gini
-from atoll.report.text import client_name, number, plain, spread, whole
+from atoll.report.format import client_name, number, plain, spread, whole
 
 FEW = 12
 MOST_DRAWN = 100
