@@ -16,7 +16,7 @@ from atoll.plan.local import Gradient
 from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 from atoll.testing import known_entropy
-from atoll.testing.locals import clients, problem
+from atoll.testing.local import clients, problem
 
 
 @dataclass(frozen=True, repr=False)

@@ -35,7 +35,7 @@ from atoll.plan.protocols import (
     Total,
 )
 from atoll.plan.sampler import Everyone, Uniform
-from atoll.testing.locals import clients, problem
+from atoll.testing.local import clients, problem
 
 SRC = Path(__file__).parents[2] / "src" / "atoll"
 

@@ -51,7 +51,7 @@ class InProcessEngine(Engine):
         assign: the positions of the clients that this process trains, out of client ids `[K]`; None: all.
         reduce: adds the results of all processes; None: this process is the only one.
     Example:
-        >>> from atoll.testing.locals import clients, problem
+        >>> from atoll.testing.local import clients, problem
         >>> InProcessEngine(problem(), clients()).population.clients
         7
     """

@@ -9,13 +9,13 @@ None. Checks draw from fixed keys: the same part gives the same result every tim
 """
 
 from atoll.plan.entropy import entropy_source
+from atoll.testing.codecs import check_aggregator, check_stage
 from atoll.testing.contract import Nonconformity, check_value, known_entropy, round_info
-from atoll.testing.draws import check_partition, check_sampler
 from atoll.testing.engines import check_engine
-from atoll.testing.locals import check_local
+from atoll.testing.local import check_local
+from atoll.testing.optimizers import check_optimizer, check_schedule
 from atoll.testing.paces import check_pace
-from atoll.testing.rates import check_optimizer, check_schedule
-from atoll.testing.vectors import check_aggregator, check_stage
+from atoll.testing.samplers import check_partition, check_sampler
 
 __all__ = [
     "Nonconformity",

@@ -24,7 +24,7 @@ from atoll.plan.round import Engine, Gathered, bind, step
 from atoll.plan.sampler import Everyone, Uniform
 from atoll.plan.state import State
 from atoll.testing.contract import copied, refused, require, same
-from atoll.testing.locals import clients, problem
+from atoll.testing.local import clients, problem
 
 Make = Callable[[Task, Clients], Engine]
 

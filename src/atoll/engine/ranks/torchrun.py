@@ -156,7 +156,7 @@ def dealt(clients: Tensor, data: Clients, ranks: Ranks) -> Tensor:
     """The places of this rank's clients: dealt by size, forth and back, so that all ranks hold nearly as many rows.
 
     Example:
-        >>> from atoll.testing.locals import clients as data
+        >>> from atoll.testing.local import clients as data
         >>> [dealt(torch.arange(7), data(), Ranks(rank, 2, torch.device("cpu"))).tolist() for rank in range(2)]
         [[0, 3, 4], [1, 2, 5, 6]]
     """

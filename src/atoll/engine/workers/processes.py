@@ -48,7 +48,7 @@ class ProcessesEngine(Dealer):
         UsageError: `workers`, `threads` or `chunk` is less than 1, or another process cannot import the model, the loss
             or the data set.
     Example:
-        >>> from atoll.testing.locals import clients, problem
+        >>> from atoll.testing.local import clients, problem
         >>> with ProcessesEngine(problem(), clients(), workers=2) as engine:
         ...     engine.population.clients
         7

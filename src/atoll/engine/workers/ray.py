@@ -84,7 +84,7 @@ class RayEngine(Dealer):
             has too few resources; or an actor cannot import the model, the loss or the data set.
         RunError: Ray does not start on this machine.
     Example:
-        >>> from atoll.testing.locals import clients, problem
+        >>> from atoll.testing.local import clients, problem
         >>> RayEngine(problem(), clients(), gpus=1.5)
         Traceback (most recent call last):
         atoll.base.errors.UsageError: gpus = 1.5.
