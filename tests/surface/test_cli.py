@@ -19,7 +19,7 @@ from atoll import runs
 from atoll.base.errors import AtollError
 from atoll.cli import main
 from atoll.cli.app import app
-from atoll.cli.spoken import as_flags
+from atoll.cli.error_text import as_flags
 from atoll.plan.round import step
 
 

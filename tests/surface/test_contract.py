@@ -53,7 +53,7 @@ ALLOWED = {
     ("engine/ranks/torchrun.py", "*"): "a dtype of torch, by name",
     ("engine/simulation/fleet.py", "*"): "fields of a fleet",
     ("engine/spec.py", "*"): "fields of an engine's spec, listed by dataclasses",
-    ("tools/alone.py", "of"): "fields of a task, listed by dataclasses",
+    ("tools/single_client.py", "of"): "fields of a task, listed by dataclasses",
     ("tools/doctor.py", "*"): "a function that some operating systems lack",
     ("tools/forecast.py", "_tried"): "a slot of a plan, by name",
     ("training/settings.py", "*"): "fields of the settings, listed by dataclasses",

@@ -12,7 +12,7 @@ import atoll
 from atoll import recipes, runs
 from atoll.base.errors import AtollError, UsageError
 from atoll.cli import main
-from atoll.cli.spoken import as_flags
+from atoll.cli.error_text import as_flags
 from atoll.data import named
 from atoll.engine import InProcess, Processes, Ray, Torchrun
 from atoll.engine.spec import ENGINES, engine, fill, name_of

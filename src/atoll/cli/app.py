@@ -91,26 +91,26 @@ def resume(
     run
         Its name, the end or the beginning of it, a path, or latest.
     """
-    from atoll.cli import work
+    from atoll.cli import run
     from atoll.training.experiment import Experiment
 
     path = _find(run, out)
     it = Experiment.read(path, trust=trust).told(rounds=rounds)
-    return work.train(it, work.Look(as_json, quiet), resume=path, any_version=any_version)
+    return run.train(it, run.Look(as_json, quiet), resume=path, any_version=any_version)
 
 
 @app.command(group=LOOK, sort_key=3, help_epilogue="")
 def runs(*, out: Out = None, as_json: Json = False) -> int:
     """List the runs, oldest first."""
     from atoll import runs as folders
-    from atoll.cli import look, words
+    from atoll.cli import output, show
 
     parent = _parent(out)
-    found = [look.brief(path) for path in folders.list_runs(parent)]
+    found = [show.brief(path) for path in folders.list_runs(parent)]
     if as_json:
-        words.tell(found)
+        output.tell(found)
     else:
-        print(look.listing(found) if found else f"No runs in {parent} yet.  Write: atoll run")
+        print(show.listing(found) if found else f"No runs in {parent} yet.  Write: atoll run")
     return 0
 
 
@@ -123,13 +123,13 @@ def show(run: str, /, *, out: Out = None, as_json: Json = False) -> int:
     run
         Its name, the end or the beginning of it, a path, or latest.
     """
-    from atoll.cli import look, words
+    from atoll.cli import output, show
 
     path = _find(run, out)
     if as_json:
-        words.tell(look.brief(path))
+        output.tell(show.brief(path))
     else:
-        print(look.record(path))
+        print(show.record(path))
     return 0
 
 
@@ -213,11 +213,11 @@ def export(
 @app.command(group=HELP, sort_key=8, help_epilogue="")
 def doctor() -> int:
     """Check this machine and this installation, and tell what to do about what is wrong."""
-    from atoll.cli import words
+    from atoll.cli import output
     from atoll.tools.doctor import examine
 
     checks = examine()
-    print(words.checks(checks))
+    print(output.checks(checks))
     return 0 if all(check.ok for check in checks) else 1
 
 
@@ -241,11 +241,11 @@ def _find(run: str, out: str | None) -> Path:
 def answer(words: Sequence[str]) -> int:
     """Run one command; errors become a text on stderr and an exit code."""
     try:
-        code = app(list(words), exit_on_error=False, print_error=False, result_action="return_value")
+        code = app(list(output), exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except CycloptsError as error:
-        command = "".join(f" {word}" for word in words[:1] if word in app)
+        command = "".join(f" {word}" for word in output[:1] if word in app)
         return _refused(UsageError(str(error).strip(), write=f"atoll{command} --help"))
     except AtollError as error:
         return _refused(error)
@@ -260,7 +260,7 @@ def answer(words: Sequence[str]) -> int:
 
 def _refused(error: AtollError) -> int:
     """Say what went wrong: the four parts of the error; ATOLL_TRACEBACK=1 also says where."""
-    from atoll.cli.spoken import as_flags
+    from atoll.cli.error_text import as_flags
 
     if os.environ.get("ATOLL_TRACEBACK"):
         import traceback

@@ -34,15 +34,15 @@ def run(
     experiment
         A TOML file with settings; [tool.atoll] where it is a pyproject.toml.
     """
-    from atoll.cli import work
+    from atoll.cli import run
 
     it = flags.experiment(experiment, trust)
-    look = work.Look(as_json, quiet)
+    look = run.Look(as_json, quiet)
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}.", "at least one.", write="--seeds 5")
     if smoke:
-        return work.smoke(it, look)
-    return work.train(it, look) if seeds == 1 else work.several(it, seeds, look)
+        return run.smoke(it, look)
+    return run.train(it, look) if seeds == 1 else run.several(it, seeds, look)
 
 
 def lr(
@@ -63,13 +63,13 @@ def lr(
     experiment
         A TOML file with settings.
     """
-    from atoll.cli import words
+    from atoll.cli import output
     from atoll.tools.lr import find
 
     it = flags.experiment(experiment, trust)
     finding = find(it, which, Path(it.out))
     if as_json:
-        words.tell({"which": which, "suggestion": finding.suggestion, "plot": str(finding.plot)})
+        output.tell({"which": which, "suggestion": finding.suggestion, "plot": str(finding.plot)})
     else:
         print(finding.text())
     return 0
@@ -90,12 +90,12 @@ def plan(
     experiment
         A TOML file with settings.
     """
-    from atoll.cli import words
+    from atoll.cli import output
     from atoll.tools.forecast import forecast
 
     foreseen = forecast(flags.experiment(experiment, trust))
     if as_json:
-        words.tell(foreseen.told())
+        output.tell(foreseen.told())
     else:
         print(foreseen.text())
     return 0

@@ -24,7 +24,7 @@ from atoll.compute.loss import METRICS
 from atoll.report.comparison import CLOCK, SECONDS, Beside, draw
 from atoll.report.format import number, word
 from atoll.report.run_data import Events, Record
-from atoll.tools.again import write
+from atoll.tools.rebuild import write
 from atoll.training.stop import direction
 
 _LONG = 48  # characters; a longer setting is printed on separate lines

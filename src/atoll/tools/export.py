@@ -30,7 +30,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError, unknown_name
 from atoll.engine.inprocess import InProcessEngine
-from atoll.tools.again import training_in, write
+from atoll.tools.rebuild import training_in, write
 from atoll.training.rounds import Rounds, judge, start_from
 from atoll.training.stop import direction
 

@@ -28,7 +28,7 @@ from atoll.plan.plan import Plan
 from atoll.plan.round import bind, opening
 from atoll.plan.state import Sent, State
 from atoll.report.format import duration, size, whole
-from atoll.tools.again import here, training_of
+from atoll.tools.rebuild import here, training_of
 from atoll.training.experiment import Experiment
 from atoll.training.rounds import Rounds
 

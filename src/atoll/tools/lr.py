@@ -29,7 +29,7 @@ from atoll.plan.plan import Plan
 from atoll.plan.round import bind, step
 from atoll.plan.schedule import Schedule
 from atoll.plan.state import State
-from atoll.tools.again import training_of, write
+from atoll.tools.rebuild import training_of, write
 from atoll.training.experiment import Experiment
 from atoll.training.rounds import Rounds, judge
 from atoll.training.settings import Settings

@@ -32,8 +32,8 @@ from atoll.plan.round import Opened, close_round, open_round, step
 from atoll.report.format import size
 from atoll.runs.checkpoint import unpack
 from atoll.runs.fingerprint import fingerprint
-from atoll.tools.again import here, same_data, training_in
-from atoll.tools.alone import compute, odd
+from atoll.tools.rebuild import here, same_data, training_in
+from atoll.tools.single_client import compute, odd
 from atoll.training.rounds import Rounds
 
 _TOLD = 1000  # clients of a round that events.jsonl lists

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.base.errors import RunError
-from atoll.cli import words
+from atoll.cli import output
 
 if TYPE_CHECKING:
     from atoll.training.experiment import Experiment
@@ -48,9 +48,9 @@ def train(it: Experiment, look: Look, **more: Any) -> int:
     if not speaks(it):
         pass
     elif look.as_json:
-        words.tell(words.outcome(run))
+        output.tell(output.outcome(run))
     else:
-        print(words.summary(run))
+        print(output.summary(run))
     return 130 if run.status == "interrupted" else 0
 
 
@@ -72,9 +72,9 @@ def several(it: Experiment, seeds: int, look: Look) -> int:
     if not speaks(it):
         pass
     elif look.as_json:
-        words.tell(words.outcomes(done))
+        output.tell(output.outcomes(done))
     else:
-        print(words.seeds(done))
+        print(output.seeds(done))
     return 130 if done[-1][1].status == "interrupted" else 0
 
 
@@ -100,7 +100,7 @@ def smoke(it: Experiment, look: Look) -> int:
     if not speaks(it):
         pass
     elif look.as_json:
-        words.tell(words.outcome(again) | {"smoke": stages, "run": None, "path": None})
+        output.tell(output.outcome(again) | {"smoke": stages, "run": None, "path": None})
     else:
         print("\n".join(f"ok  {stage}" for stage in stages))
         print("The folder was removed.  Next: the same without --smoke.")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atoll.cli.words import called, comparison, grid, judged, near, spent
+from atoll.cli.output import called, comparison, grid, judged, near, spent
 from atoll.report.format import duration, number, plain, spread, word
 from atoll.report.run_data import Record
 
