@@ -3,7 +3,7 @@
 import pytest
 import torch
 from problems import classification, run, seeded, task_of
-from thinned import by_turns, only
+from quick_cases import by_turns, only
 from torch import nn
 
 from atoll.engine.choose_backend import choose

@@ -18,8 +18,8 @@ from conformance import foreign_cases as cases
 from fedprox import fedprox
 from krum import Krum
 from problems import NO_NATIVE, federation, run, seeded, task_of
+from quick_cases import by_turns, only
 from scaffold import Scaffold, corrected
-from thinned import by_turns, only
 from torch import nn
 
 import atoll

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick_cases import by_turns
 from safetensors.torch import load_file
-from thinned import by_turns
 from torch import nn
 
 import atoll

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from limited_memory import Scarce
 from problems import classification, run, seeded, task_of
-from scarce import Scarce
-from thinned import by_turns, only
+from quick_cases import by_turns, only
 from torch import nn
 
 import atoll

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from thinned import only
+from quick_cases import only
 from torch import nn
 
 from atoll import recipes

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from elsewhere_device import FAR, FarTensor, far_device
+from fake_device import FAR, FarTensor, far_device
 from problems import classification, regression, run, seeded, task_of
-from thinned import by_turns
+from quick_cases import by_turns
 from torch import nn
 
 import atoll

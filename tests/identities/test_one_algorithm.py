@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import classification, far, federation, regression, run, seeded, task_of
-from thinned import by_turns
+from quick_cases import by_turns
 from torch import nn
 
 from atoll import recipes

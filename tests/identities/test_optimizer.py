@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from thinned import by_turns, only
+from quick_cases import by_turns, only
 from torch import Tensor
 
 import atoll.plan.optimizer.base

@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import KEY, MODELS, Transformer
 from problems import classification, far, regression, run, seeded, task_of, threads, tokens
-from thinned import by_turns
+from quick_cases import by_turns
 from torch import nn
 
 from atoll import recipes

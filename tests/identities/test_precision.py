@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import MODELS
 from problems import classification, run, seeded, task_of, tokens
-from thinned import by_turns, only
+from quick_cases import by_turns, only
 from torch import nn
 
 import atoll

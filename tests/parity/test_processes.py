@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import elsewhere
+import importable_parts
 import numpy as np
 import psutil
 import pytest
@@ -109,8 +109,8 @@ def test_one_worker_has_the_bits_of_one_process_under_every_pace(pace, alone):
     [
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.3))),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Rotate() >> Quantize(4), downlink=Quantize(8)),
-        Plan(Custom(elsewhere.descend, batch=4), Mean()),
-        Plan(Gradient(batch=3), Mean(), adam(0.01), codec=elsewhere.Halve(), cohort=0.5),
+        Plan(Custom(importable_parts.descend, batch=4), Mean()),
+        Plan(Gradient(batch=3), Mean(), adam(0.01), codec=importable_parts.Halve(), cohort=0.5),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), pace=Bounded(0)),
     ],
     ids=lambda plan: repr(plan.codec) + repr(plan.pace),
@@ -154,7 +154,11 @@ def deadly(tmp_path: Path, times: int):
     data = classification(SIZES)
     crosses = tmp_path / "crosses"
     crosses.touch()
-    return data, replace(data, rows=elsewhere.Deadly(data.rows, int(data.offsets[2]), times, str(crosses))), crosses
+    return (
+        data,
+        replace(data, rows=importable_parts.Deadly(data.rows, int(data.offsets[2]), times, str(crosses))),
+        crosses,
+    )
 
 
 def test_a_worker_killed_in_mid_round_changes_no_bit(tmp_path, nursery, mlp):
@@ -245,7 +249,7 @@ def test_a_client_that_hangs_costs_its_rounds_a_contribution_and_its_worker(tmp_
     data = classification(SIZES)
     gate = tmp_path / "gate"
     os.mkfifo(gate)  # a reader that opens it waits forever, since it has no writer
-    rows = elsewhere.Waiting(data.rows, int(data.order[int(data.offsets[2])]), str(gate))
+    rows = importable_parts.Waiting(data.rows, int(data.order[int(data.offsets[2])]), str(gate))
     task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
     plan = Plan(Gradient(), Mean(), pace=Sync(deadline_s=0.5))
     state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import elsewhere
+import importable_parts
 import numpy as np
 import pytest
 import torch
@@ -89,7 +89,7 @@ def mlp(cluster, crosses):
 def deadly(data: Clients, crosses: Path, times: int) -> Clients:
     """The same clients; one row of client 2 kills its reader until the file has `times` bytes."""
     row = int(data.order[int(data.offsets[2])])
-    return replace(data, rows=elsewhere.Deadly(data.rows, row, times, str(crosses)))
+    return replace(data, rows=importable_parts.Deadly(data.rows, row, times, str(crosses)))
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +135,8 @@ def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
         Plan(Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), cohort=4),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.3))),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Rotate() >> Quantize(4), downlink=Quantize(8)),
-        Plan(Custom(elsewhere.descend, batch=4), Mean()),
-        Plan(Gradient(batch=3), Mean(), adam(0.01), codec=elsewhere.Halve(), cohort=0.5),
+        Plan(Custom(importable_parts.descend, batch=4), Mean()),
+        Plan(Gradient(batch=3), Mean(), adam(0.01), codec=importable_parts.Halve(), cohort=0.5),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), pace=Bounded(0)),
     ],
     ids=lambda plan: repr(plan.local)[:8] + repr(plan.codec) + repr(plan.pace),
@@ -308,7 +308,7 @@ def struck(tmp_path: Path, both: Both, plan: Plan, end, spared: tuple[str, ...],
     os.mkfifo(door)
     crosses.touch()
     data = both.theirs.data
-    mined = replace(data, rows=elsewhere.Knocking(data.rows, spared, 1, str(crosses), str(door)))
+    mined = replace(data, rows=importable_parts.Knocking(data.rows, spared, 1, str(crosses), str(door)))
     with RayEngine(both.theirs.task, mined, **room) as engine:
         assert len(engine.pids) == engine.workers
         striker = threading.Thread(target=lambda: end(engine, int(door.read_text())), daemon=True)

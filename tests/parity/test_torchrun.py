@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from parity import ranks as theirs
-from thinned import only
+from quick_cases import only
 
 from atoll import recipes, rounds, runs
 from atoll.base.errors import RunError, UsageError

@@ -16,7 +16,7 @@ from itertools import pairwise
 import pytest
 import torch
 from problems import federation, task_of
-from thinned import only
+from quick_cases import only
 from torch import nn
 
 from atoll.base.random import Key

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import federation, run, task_of
-from thinned import by_turns, only
+from quick_cases import by_turns, only
 from torch import nn
 
 from atoll import recipes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from problems import needs_native
-from thinned import only
+from quick_cases import only
 
 import atoll.data
 from atoll import recipes, rounds, train

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from thinned import only
+from quick_cases import only
 
 import atoll.data
 from atoll import recipes, rounds, train
