@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from atoll.plan.plan import Plan
     from atoll.plan.round import Report, step
     from atoll.plan.state import State
-    from atoll.training.experiment import Experiment
-    from atoll.training.recorder import Run
+    from atoll.runs.events import Run, Watcher
+    from atoll.training.experiment import Experiment, load
     from atoll.training.rounds import rounds
     from atoll.training.settings import Settings
-    from atoll.training.train import Watcher, load, train
+    from atoll.training.train import train
 
 # Otherwise the bits of Intel MKL's matrix products depend on where in memory a matrix begins, and so a client's on its
 # place among others. It is as fast; it must be said before the first product.

@@ -16,7 +16,7 @@ from atoll import recipes
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
 from atoll.compute import autograd, compiled, fused
-from atoll.compute.task import Model
+from atoll.compute.model_state import Model
 from atoll.engine.chunks import contribute_chunk, kept_from_tensors, kept_to_tensors
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine

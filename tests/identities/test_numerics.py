@@ -16,7 +16,8 @@ from atoll.base.random import Key, global_scope
 from atoll.compute import compiled, native
 from atoll.compute.batches import Lanes
 from atoll.compute.fused import Unserved
-from atoll.compute.task import Batch, Task
+from atoll.compute.model_state import Batch
+from atoll.compute.task import Task
 from atoll.compute.tensor_notes import BLOCK, told
 from atoll.data.rows import DatasetRows
 from atoll.engine.choose_backend import choose

@@ -26,7 +26,8 @@ from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.workers.forkserver import Nursery
 from atoll.engine.workers.processes import ProcessesEngine
-from atoll.engine.workers.serialize import Block, Blocks, pack, room, unpack
+from atoll.engine.workers.serialize import pack, unpack
+from atoll.engine.workers.shared_memory import Block, Blocks, room
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train

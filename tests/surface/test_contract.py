@@ -60,7 +60,6 @@ ALLOWED = {
     ("training/experiment.py", "*"): "fields of the experiment, listed by dataclasses",
     ("training/rounds.py", "share"): "fields of the settings, by name",
     ("training/recorder.py", "*"): "fields of a training",
-    ("training/stop.py", "*"): "a stop rule, which is no part of a plan",
 }
 
 

@@ -18,8 +18,9 @@ from atoll.data import IID, Clients
 from atoll.data.clients import offsets_of
 from atoll.data.rows import ArrayRows
 from atoll.plan.round import Failure, Report
-from atoll.report import LiveTable, draw, figures
+from atoll.report import LiveTable, figures
 from atoll.report.clients import MOST_COUNTED, MOST_DRAWN, look
+from atoll.report.draw import draw
 from atoll.report.live import Best, columns, that_fit, without_terminal
 from atoll.report.page import tag
 from atoll.report.run_data import Record

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import atoll.data
 from atoll import recipes, rounds, train
 from atoll.plan.pace import Bounded, Buffered, Sync
-from atoll.report import LiveTable, draw, figures, timeline
+from atoll.report import LiveTable, figures, timeline
+from atoll.report.draw import draw
 from atoll.report.flight_log import FATES, MOST_LANES, Flights, Tally, read_trips
 from atoll.report.format import size
 from atoll.report.live import columns

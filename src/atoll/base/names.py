@@ -9,7 +9,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -30,6 +30,30 @@ def load(name: str) -> Any:
     """
     module, _, path = name.partition(":")
     return functools.reduce(getattr, path.split("."), importlib.import_module(module))
+
+
+def lazy(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package that imports each of its public names at the first use.
+
+    Args:
+        package: the name of the package, its `__name__`.
+        homes: the module of each name, relative to the package.
+    Returns:
+        The two functions, to be assigned in the package.
+    Example:
+        >>> get, names = lazy("json", {"JSONDecoder": "decoder"})
+        >>> get("JSONDecoder").__name__, names()
+        ('JSONDecoder', ['JSONDecoder'])
+    """
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name)
+        found = load(f"{package}.{homes[name]}:{name}")
+        setattr(sys.modules[package], name, found)
+        return found
+
+    return get, lambda: sorted(homes)
 
 
 def load_from_user(name: str) -> Any:

@@ -91,12 +91,12 @@ def resume(
     run
         Its name, the end or the beginning of it, a path, or latest.
     """
-    from atoll.cli import run
+    from atoll.cli.run import Look, train
     from atoll.training.experiment import Experiment
 
     path = _find(run, out)
     it = Experiment.read(path, trust=trust).told(rounds=rounds)
-    return run.train(it, run.Look(as_json, quiet), resume=path, any_version=any_version)
+    return train(it, Look(as_json, quiet), resume=path, any_version=any_version)
 
 
 @app.command(group=LOOK, sort_key=3, help_epilogue="")
@@ -241,11 +241,11 @@ def _find(run: str, out: str | None) -> Path:
 def answer(words: Sequence[str]) -> int:
     """Run one command; errors become a text on stderr and an exit code."""
     try:
-        code = app(list(output), exit_on_error=False, print_error=False, result_action="return_value")
+        code = app(list(words), exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except CycloptsError as error:
-        command = "".join(f" {word}" for word in output[:1] if word in app)
+        command = "".join(f" {word}" for word in words[:1] if word in app)
         return _refused(UsageError(str(error).strip(), write=f"atoll{command} --help"))
     except AtollError as error:
         return _refused(error)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from atoll.report.format import duration, number, size, whole, word
 
 if TYPE_CHECKING:
-    from atoll.training.recorder import Run
+    from atoll.runs.events import Run
 
 ASIDE = ("gradient_norm", "lr")
 COMPARED = {"pooled": "pooled", "local": "local only"}

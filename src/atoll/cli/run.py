@@ -13,9 +13,8 @@ from atoll.base.errors import RunError
 from atoll.cli import output
 
 if TYPE_CHECKING:
+    from atoll.runs.events import Run, Watcher
     from atoll.training.experiment import Experiment
-    from atoll.training.recorder import Run
-    from atoll.training.train import Watcher
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from atoll.compute.buffer_pool import empty
 from atoll.compute.layout import Layout
 
 if TYPE_CHECKING:
-    from atoll.compute.task import Model
+    from atoll.compute.model_state import Model
 
 LossOf = Callable[[Tensor, Tensor, int, int], Tensor]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
-from atoll.compute.compiled import Stored
-from atoll.compute.task import Batch, Gradient, Model, Task
+from atoll.compute.model_state import Batch, Gradient, Model, Stored
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.data.rows import in_memory, stored
 

@@ -1,4 +1,4 @@
-"""Gradients and gradient descent of many clients in native code, for the layer stacks that `atoll.compute.fused` supports.
+"""Gradients and gradient descent of many clients in native code, for the layer stacks of `atoll.compute.fused`.
 
 One thread runs all steps of a client, so the client's weights stay in the caches of one core. There is no tensor
 operation for each step, no copy of a batch if the rows are in memory, and no padding. Each number is one chain of
@@ -14,13 +14,14 @@ import ctypes
 from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from atoll.compute.buffer_pool import empty
 from atoll.compute.fused import Bias, Convolution, Dense, Pool, Program, Relu, Shape, Steps, ToMaps, ToRows, Unserved
+from atoll.compute.model_state import Stored
 from atoll.compute.native import library, threads_now, widths
 from atoll.compute.native.structs import DescentJob, LayerSpec
 from atoll.compute.tensor_notes import BLOCK, blocks, tell
@@ -30,14 +31,6 @@ _AHEAD = 1 << 22  # features that are read at once if the rows are not in memory
 _ALONE = 1 << 21  # below this number of products the work ends before a second thread has started
 _GRADIENT, _UPDATE, _MODEL = 0, 1, 2
 _NO_MEMORY, _NO_CLASS = 1, 2
-
-
-class Stored(NamedTuple):
-    """Rows for native code: all rows `[N, …]`, the row number of each example, int64 `[n]`, and its target `[n, …]`."""
-
-    x: Tensor
-    at: Tensor
-    y: Tensor
 
 
 class StepRows(Protocol):

@@ -5,6 +5,7 @@ Tests: tests/identities/test_one_algorithm.py, tests/identities/test_numerics.py
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -112,3 +113,24 @@ METRICS: Mapping[str, Metric] = {
         Metric("mae", mae),
     )
 }
+
+
+_HIGHER = {"accuracy", "auc", "recall", "precision", "f1", "r2", "score"}
+
+
+_LOWER = {"loss", "error", "mse", "rmse", "mae", "perplexity", "norm"}
+
+
+def direction(metric: str) -> int | None:
+    """The direction in which a metric improves, by the last word of its name.
+
+    Args:
+        metric: the name of the metric.
+    Returns:
+        +1 if higher values are better, −1 if lower values are better, None if the word is unknown.
+    Example:
+        >>> direction("held_out_accuracy"), direction("loss"), direction("margin")
+        (1, -1, None)
+    """
+    word = re.split(r"[^a-z0-9]+", metric.lower())[-1]
+    return 1 if word in _HIGHER else -1 if word in _LOWER else None

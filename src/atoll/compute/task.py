@@ -7,8 +7,8 @@ This module contains all computation on the user's module. A lane is one client'
               single lane uses other kernels and rounds differently
     loop      one client after another by autograd, on a module whose parameters and gradients are views of flat
               vectors (`atoll.compute.autograd`); plain SGD finishes one client before it starts the next
-    fused     all K clients together with explicit layer formulas (`atoll.compute.fused`), for stacks of known layers; it
-              can apply the SGD step inside the backward pass
+    fused     all K clients together with explicit layer formulas (`atoll.compute.fused`), for stacks of known layers;
+              it can apply the SGD step inside the backward pass
     compiled  the same formulas in native code (`atoll.compute.compiled`): one core makes all steps of a client
 
 Tests: tests/identities/test_numerics.py, tests/identities/test_one_algorithm.py, tests/identities/test_precision.py.
@@ -21,7 +21,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,78 +32,11 @@ from atoll.base.errors import UsageError, unknown_name
 from atoll.base.random import Key, global_scope
 from atoll.compute import compiled, fused
 from atoll.compute.autograd import Bound, Walk
-from atoll.compute.buffer_pool import empty
 from atoll.compute.fused import Program, Unserved, shares, total_of
 from atoll.compute.layout import Layout
 from atoll.compute.loss import LOSSES, METRICS, Metric, PerExample
+from atoll.compute.model_state import Batch, Gradient, Model
 from atoll.compute.overrides import InLanes, KeyedDropout, may_drop
-
-
-class Gradient(NamedTuple):
-    """Result of a pass: mean gradient `[K, d]`, buffers `[K, b]`, counters by name, sum of the losses `[K]`."""
-
-    grad: Tensor
-    buffers: Tensor
-    counters: dict[str, Tensor]
-    loss: Tensor
-
-
-class Model(NamedTuple):
-    """The tensors of K models: θ `[K, d]`, float buffers `[K, b]`, counters `[K, …]` and fixed tensors by name.
-
-    Without the leading axis it is a single model, such as the server's.
-    """
-
-    theta: Tensor
-    buffers: Tensor
-    counters: Mapping[str, Tensor]
-    fixed: Mapping[str, Tensor]
-
-    def lanes(self, k: int) -> Model:
-        """A copy for each of k clients: of this one model, or of the model of each lane if there are k already."""
-        if self.theta.dim() == 2:
-            counters = {n: t.clone() for n, t in self.counters.items()}
-            return Model(self.theta.clone(), self.buffers.clone(), counters, self.fixed)
-        return Model(
-            empty(self.theta, (k, len(self.theta))).copy_(self.theta),
-            self.buffers.repeat(k, 1),
-            {n: t.expand(k, *t.shape).clone() for n, t in self.counters.items()},
-            self.fixed,
-        )
-
-    def of(self, k: int) -> Model:
-        """The model of lane k: this one model, or views of the k-th if there is one for each lane."""
-        if self.theta.dim() == 1:
-            return self
-        return Model(self.theta[k], self.buffers[k], {n: t[k] for n, t in self.counters.items()}, self.fixed)
-
-    def to(self, device: torch.device) -> Model:
-        """Move the tensors to a device; return `self` if they are already on it."""
-        return self if self.theta.device == device else tree_map(lambda t: t.to(device), self)
-
-    def first(self, k: int) -> Model:
-        """Return views of the first k clients."""
-        return Model(self.theta[:k], self.buffers[:k], {n: t[:k] for n, t in self.counters.items()}, self.fixed)
-
-    def select(self, index: Tensor) -> Model:
-        """Copy the clients at these positions."""
-        return Model(
-            self.theta[index],
-            self.buffers[index],
-            {n: t[index] for n, t in self.counters.items()},
-            self.fixed,
-        )
-
-
-class Batch(NamedTuple):
-    """Rows of K clients: x `[K, B, …]`, y `[K, B, …]`.
-
-    The first counts[k] of client k's B rows are valid; the rest is padding.
-    """
-
-    x: Tensor
-    y: Tensor
-    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from atoll.compute.batches import Lanes
 from atoll.compute.compiled import load_libraries, products, stages
 from atoll.compute.fused import Unserved
 from atoll.compute.loss import cross_entropy
+from atoll.compute.model_state import Gradient
 from atoll.compute.native import Unbuilt
-from atoll.compute.task import Gradient, Task
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.position_check import Elementwise
 from atoll.plan.plan import Plan

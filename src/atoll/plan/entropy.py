@@ -1,7 +1,7 @@
 """Random numbers of the operating system, for noise that is released and must not be predictable.
 
-Keyed randomness (`atoll.base.random`) draws the same numbers again for a replay or after a crash. Noise that protects data
-must not be drawn twice, so it comes from an `EntropySource` that no seed determines.
+Keyed randomness (`atoll.base.random`) draws the same numbers again for a replay or after a crash. Noise that protects
+data must not be drawn twice, so it comes from an `EntropySource` that no seed determines.
 
 Tests: tests/identities/test_entropy.py
 """

@@ -30,7 +30,8 @@ from atoll.base.grammar import constructor
 from atoll.base.random import Key
 from atoll.compute.batches import Lanes, padded
 from atoll.compute.layout import Layout
-from atoll.compute.task import Model, Task
+from atoll.compute.model_state import Model
+from atoll.compute.task import Task
 from atoll.plan.schedule import NOTHING, Schedule, as_schedule
 
 Tensors = Mapping[str, Tensor]
@@ -685,7 +686,7 @@ class Stepper(Protocol):
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """A rule for steps down. `atoll.plan.optimizer.base.OptimizerBase` also steps in place: inherit it to train clients."""
+    """A rule for steps down. To train clients, inherit `atoll.plan.optimizer.OptimizerBase`: it also steps in place."""
 
     def __repr__(self) -> str:
         return _text(self)

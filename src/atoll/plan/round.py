@@ -27,7 +27,7 @@ from torch import Tensor
 
 from atoll.base.random import Key
 from atoll.compute.layout import Layout
-from atoll.compute.task import Model
+from atoll.compute.model_state import Model
 from atoll.compute.tensor_notes import norm
 from atoll.plan.codec.stage import Identity, roundtrip
 from atoll.plan.entropy import current_entropy

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from atoll.base.names import without_prefix
 from atoll.base.random import Key
-from atoll.compute.task import Model, Task
+from atoll.compute.model_state import Model
+from atoll.compute.task import Task
 from atoll.plan.in_flight import Air
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Shared, Tensors

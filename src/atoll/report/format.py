@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from atoll.compute.loss import METRICS
-from atoll.training.stop import direction
+from atoll.compute.loss import METRICS, direction
 
 WORDS = {
     "loss": "training loss",

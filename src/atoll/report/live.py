@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-    from atoll.training import Rounds, Run
+    from atoll.runs.events import Run, TrainingView
 
 Cells = Mapping[str, str]
 
@@ -54,7 +54,7 @@ class Column:
     rank: int
 
 
-def columns(training: Rounds) -> tuple[Column, ...]:
+def columns(training: TrainingView) -> tuple[Column, ...]:
     """The columns of a training. Its metrics are known before the first round."""
     names = ["loss"]
     if training.judge is not None:
@@ -74,7 +74,7 @@ def columns(training: Rounds) -> tuple[Column, ...]:
     )
 
 
-def _of_time(training: Rounds) -> Iterator[Column]:
+def _of_time(training: TrainingView) -> Iterator[Column]:
     """The columns on lateness, flights in progress, staleness and virtual time, if plan and fleet need them."""
     pace = training.plan.pace
     if not pace.asynchronous and (pace.cohort_size(1000) > 1000 or pace.deadline_s is not None):
@@ -153,7 +153,7 @@ class Best:
         return {name for name, at in self.round.items() if str(at) == told["round"]}
 
 
-def header(training: Rounds, path: Path | None) -> list[tuple[str, str]]:
+def header(training: TrainingView, path: Path | None) -> list[tuple[str, str]]:
     """The lines above the table, as pairs of label and text: data, model, plan, numerics, device, run folder."""
     data, layout = training.data, training.task.layout
     held = "no held-out rows" if data.held_out is None else f"{whole(len(data.held_out))} held out"
@@ -213,7 +213,7 @@ class LiveTable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def start(self, training: Rounds, path: Path | None) -> None:
+    def start(self, training: TrainingView, path: Path | None) -> None:
         """Print the lines above the table and start the table."""
         self.close()
         self.training = training

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.names import under, without_prefix
-from atoll.compute.task import Model
+from atoll.compute.model_state import Model
 from atoll.plan.in_flight import Air, Flight
 from atoll.plan.protocols import Broadcast, Shared
 from atoll.plan.state import Sent, State

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from atoll.base.random import Key
-from atoll.compute.task import Model
+from atoll.compute.model_state import Model
 from atoll.engine.client_state import Memory
 from atoll.plan.aggregate import Mean
 from atoll.plan.in_flight import Traffic

@@ -20,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 from atoll import runs
 from atoll.base.errors import UsageError
 from atoll.base.names import dotted
-from atoll.compute.loss import METRICS
+from atoll.compute.loss import METRICS, direction
 from atoll.report.comparison import CLOCK, SECONDS, Beside, draw
 from atoll.report.format import number, word
 from atoll.report.run_data import Events, Record
 from atoll.tools.rebuild import write
-from atoll.training.stop import direction
 
 _LONG = 48  # characters; a longer setting is printed on separate lines
 PLAIN = ("gradient_norm", "lr")  # shown without a mark, because neither direction is better

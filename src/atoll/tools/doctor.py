@@ -27,8 +27,9 @@ from atoll import data, models, recipes
 from atoll.base.errors import AtollError
 from atoll.base.random import Key, philox
 from atoll.compute.compiled import load_libraries
+from atoll.compute.model_state import Batch
 from atoll.compute.native import Unbuilt, compiler, folder
-from atoll.compute.task import Batch, Task
+from atoll.compute.task import Task
 from atoll.data.named import NAMED
 from atoll.plan.aggregate import exact
 from atoll.training.rounds import rounds

@@ -29,10 +29,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from atoll.base.errors import UsageError, unknown_name
+from atoll.compute.loss import direction
 from atoll.engine.inprocess import InProcessEngine
 from atoll.tools.rebuild import training_in, write
 from atoll.training.rounds import Rounds, judge, start_from
-from atoll.training.stop import direction
 
 FORMAT = "atoll export 1"
 DTYPES = ("float32", "bf16", "int8")

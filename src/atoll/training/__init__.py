@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from atoll.base.names import load
 
 if TYPE_CHECKING:
+    from atoll.runs.events import Run, Watcher
     from atoll.training.experiment import Experiment
-    from atoll.training.recorder import Recorder, Run
+    from atoll.training.recorder import Recorder
     from atoll.training.rounds import Rounds
     from atoll.training.settings import Settings, SettingsDict
-    from atoll.training.train import Watcher
 
 __all__ = ["Experiment", "Recorder", "Rounds", "Run", "Settings", "SettingsDict", "Watcher"]
 

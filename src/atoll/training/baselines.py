@@ -22,7 +22,8 @@ from torch import Tensor
 from atoll.base.errors import RunError
 from atoll.base.random import Key
 from atoll.compute.batches import ROWS
-from atoll.compute.task import Model, Task
+from atoll.compute.model_state import Model
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.chunks import contribute_chunk
 from atoll.engine.client_state import Memory

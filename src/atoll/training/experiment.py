@@ -19,9 +19,16 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from safetensors.torch import load_file
+from torch import nn
+
 from atoll.base import grammar
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.names import dotted
+from atoll.data.clients import Clients
+from atoll.plan.plan import Plan
+from atoll.runs.events import Run
+from atoll.training.rounds import Rounds
 from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, checked, of_text, read_toml, toml
 from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, setting
 
@@ -32,7 +39,7 @@ if TYPE_CHECKING:
     from atoll.data.partition import Partition
     from atoll.engine.spec import EngineSpec
     from atoll.plan.plan import Plan
-    from atoll.training.recorder import Run
+    from atoll.runs.events import Run
     from atoll.training.rounds import Rounds
 
 CLIENTS, ROWS_EACH = 100, 10
@@ -512,3 +519,22 @@ def _put(value: Any, path: list[str], part: Any, slot: str) -> Any:
             )
         )
     return dataclasses.replace(value, **{path[0]: _put(getattr(value, path[0]), path[1:], part, slot)})
+
+
+def load(path: str | Path, model: Any = None, *, best: bool = False) -> nn.Module:
+    """The model of a run, as a fresh module in evaluation mode.
+
+    Args:
+        path: a run's folder.
+        model: the module it was trained as, where it was no name; None rebuilds it from config.toml.
+        best: the best model instead of the last.
+    """
+    from atoll.training.experiment import Experiment
+
+    folder = Path(path)
+    file = folder / ("best.safetensors" if best else "model.safetensors")
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist.", "a run that has ended.", write=f"atoll resume {folder.name}")
+    module = Experiment.read(folder / "config.toml", old_names=True).module() if model is None else model
+    module.load_state_dict(load_file(file))
+    return module.eval()

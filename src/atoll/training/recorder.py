@@ -5,51 +5,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from atoll import runs
 from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
-from atoll.compute.task import Model
-from atoll.plan.round import Failure, Report, Trip
+from atoll.compute.model_state import Model
+from atoll.plan.round import Report, Trip
 from atoll.runs.checkpoint import pack, unpack
+from atoll.runs.events import Run
 from atoll.training import stop as stops
 from atoll.training.rounds import Rounds, identity, start_from
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a training came to.
-
-    Args:
-        path: its folder; None where nothing was written.
-        rounds: rounds that were run.
-        metrics: the last value of each metric.
-        best: the best judged round: metric, value, round.
-        reason: why it stopped.
-        status: "done", "failed" or "interrupted".
-        reports: one a round of this process.
-        model: a fresh module with the result.
-        baselines: metrics of pooled and local-only training, where they were asked for.
-    """
-
-    path: Path | None
-    rounds: int
-    metrics: Mapping[str, float]
-    best: Mapping[str, Any]
-    reason: str
-    status: str
-    seconds: float
-    bytes_up: int
-    bytes_down: int
-    failures: tuple[Failure, ...]
-    reports: tuple[Report, ...]
-    model: nn.Module
-    baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class Recorder:
@@ -228,7 +197,7 @@ class Recorder:
                 self.folder.save("model.safetensors", _state_dict(t, t.state.model))
             self.folder.finish()
             if report:
-                from atoll.report import draw
+                from atoll.report.draw import draw
 
                 draw(self.folder.path, t.data)
         finally:

@@ -26,7 +26,8 @@ from atoll.base.random import Key
 from atoll.compute.buffer_pool import Shelf, lent_from
 from atoll.compute.device import check_precision, nearby
 from atoll.compute.loss import Metric
-from atoll.compute.task import Model, Task
+from atoll.compute.model_state import Model
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.choose_backend import Choice, choose
 from atoll.engine.client_state import Memory

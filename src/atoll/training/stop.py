@@ -11,7 +11,6 @@ Tests: tests/identities/test_stop.py.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,11 +18,9 @@ from typing import Any, Protocol
 from atoll.base.errors import RunError, UsageError, did_you_mean
 from atoll.base.grammar import constructor
 from atoll.base.validation import check, number, repaired
+from atoll.compute.loss import direction
 
 Memory = dict[str, Any]
-
-_HIGHER = {"accuracy", "auc", "recall", "precision", "f1", "r2", "score"}
-_LOWER = {"loss", "error", "mse", "rmse", "mae", "perplexity", "norm"}
 
 
 class Report(Protocol):
@@ -368,21 +365,6 @@ class Diverged(Stop):
             "the usual cause is a learning rate lr that is too large: each step then increases the loss.",
             "atoll lr",
         )
-
-
-def direction(metric: str) -> int | None:
-    """The direction in which a metric improves, by the last word of its name.
-
-    Args:
-        metric: the name of the metric.
-    Returns:
-        +1 if higher values are better, −1 if lower values are better, None if the word is unknown.
-    Example:
-        >>> direction("held_out_accuracy"), direction("loss"), direction("margin")
-        (1, -1, None)
-    """
-    word = re.split(r"[^a-z0-9]+", metric.lower())[-1]
-    return 1 if word in _HIGHER else -1 if word in _LOWER else None
 
 
 def _named(rule: Any, metric: object) -> None:

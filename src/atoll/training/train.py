@@ -11,27 +11,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, Unpack
-
-from safetensors.torch import load_file
-from torch import nn
+from typing import Any, Unpack
 
 from atoll import runs
-from atoll.base.errors import UsageError
 from atoll.data.clients import Clients
 from atoll.plan.plan import Plan
-from atoll.plan.round import Report
-from atoll.training.recorder import Recorder, Run, begun
+from atoll.runs.events import Run, Watcher
+from atoll.training.recorder import Recorder, begun
 from atoll.training.rounds import Rounds
 from atoll.training.settings import Settings, SettingsDict, listed
-
-
-class Watcher(Protocol):
-    """Somebody who is told of a run as it goes."""
-
-    def start(self, training: Rounds, path: Path | None) -> None: ...
-    def round(self, report: Report) -> None: ...
-    def end(self, run: Run) -> None: ...
 
 
 @listed
@@ -164,22 +152,3 @@ class _Interrupt:
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
-
-
-def load(path: str | Path, model: Any = None, *, best: bool = False) -> nn.Module:
-    """The model of a run, as a fresh module in evaluation mode.
-
-    Args:
-        path: a run's folder.
-        model: the module it was trained as, where it was no name; None rebuilds it from config.toml.
-        best: the best model instead of the last.
-    """
-    from atoll.training.experiment import Experiment
-
-    folder = Path(path)
-    file = folder / ("best.safetensors" if best else "model.safetensors")
-    if not file.is_file():
-        raise UsageError(f"{file} does not exist.", "a run that has ended.", write=f"atoll resume {folder.name}")
-    module = Experiment.read(folder / "config.toml", old_names=True).module() if model is None else model
-    module.load_state_dict(load_file(file))
-    return module.eval()

@@ -10,7 +10,7 @@ import torch
 
 from atoll.base.errors import RunError, UsageError
 from atoll.compute.layout import Layout
-from atoll.compute.task import Model
+from atoll.compute.model_state import Model
 from atoll.engine.simulation.clock import Clock
 from atoll.engine.simulation.fleet import Fleet
 from atoll.plan.in_flight import Air, Flight, Traffic

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from atoll.base.errors import UsageError
-from atoll.engine.workers.serialize import removed
+from atoll.engine.workers.shared_memory import removed
 
 _ORDER = struct.Struct("<cq")  # b"f" fork, with a connection; b"k" kill, with a process id; b"w" preload
 _START = "from atoll.engine.workers.forkserver import main; main({fd}, {folders!r})"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from atoll.base.errors import RunError, UsageError
 from atoll.engine.chunks import Results
-from atoll.engine.workers.serialize import Place
-from atoll.engine.workers.worker import Answer, Broke, Done, Hauled, Ready, Run, Told, haul_of
+from atoll.engine.workers.messages import Answer, Broke, Done, Hauled, Ready, Run, Told, haul_of
+from atoll.engine.workers.shared_memory import Place
 from atoll.plan.protocols import Aggregator
 from atoll.plan.round import Failure
 

@@ -20,10 +20,10 @@ from atoll.base.errors import UsageError
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.workers.forkserver import Nursery
+from atoll.engine.workers.messages import Answer, Hauled, Ready, Run, Setup, Told, answers, encode
 from atoll.engine.workers.pool import Gone, Line, cores
 from atoll.engine.workers.scheduler import Dealer, packed
-from atoll.engine.workers.serialize import Block, Blocks, Place, room
-from atoll.engine.workers.worker import Answer, Hauled, Ready, Run, Setup, Told, answers, encode
+from atoll.engine.workers.shared_memory import Block, Blocks, Place, room
 
 
 class ProcessesEngine(Dealer):

@@ -31,24 +31,11 @@ from atoll.base.errors import RunError, UsageError
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine import spec as specs
+from atoll.engine.workers.messages import Answer, Done, Hauled, Ready, Run, Told, answers, encode, flat, orders
 from atoll.engine.workers.pool import Gone, Line
 from atoll.engine.workers.scheduler import Dealer, packed
-from atoll.engine.workers.serialize import Arrays, Place, laid, lying
-from atoll.engine.workers.worker import (
-    Answer,
-    Done,
-    Hauled,
-    Ready,
-    Run,
-    Told,
-    Worker,
-    answers,
-    broken,
-    encode,
-    flat,
-    hauled,
-    orders,
-)
+from atoll.engine.workers.shared_memory import Arrays, Place, laid, lying
+from atoll.engine.workers.worker import Worker, broken, hauled
 
 OLDEST = (2, 40)  # the oldest version of Ray that the engine supports
 _REACH_S = 3.0  # seconds for a server to answer

@@ -27,9 +27,9 @@ from atoll.engine.client_state import Pending
 from atoll.engine.inprocess import check_chunk
 from atoll.engine.simulation.arrivals import Flown, Sending, fly
 from atoll.engine.spec import Engine
+from atoll.engine.workers.messages import Setup, Told, plan_of, spoken, written
 from atoll.engine.workers.pool import Catch, Crew, Job, Office
 from atoll.engine.workers.serialize import pack
-from atoll.engine.workers.worker import Setup, Told, plan_of, spoken, written
 from atoll.plan.in_flight import Flight, Traffic
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan

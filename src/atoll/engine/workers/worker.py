@@ -12,195 +12,42 @@ import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from multiprocessing.connection import Connection
-from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
 from atoll import models
-from atoll.base import grammar
 from atoll.base.errors import AtollError, RunError, UsageError
-from atoll.base.names import load
 from atoll.base.random import Key
-from atoll.compute.batches import HOST
 from atoll.compute.buffer_pool import Shelf, lent_from
 from atoll.compute.device import found, nearby
-from atoll.compute.task import Model, Task
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.chunks import ChunkRunner, Results, kept_from_tensors, kept_to_tensors, task_for
+from atoll.engine.chunks import ChunkRunner, Results, task_for
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.workers.serialize import Block, Blocks, Place, name_of, unpack
+from atoll.engine.workers.messages import (
+    Answer,
+    Broke,
+    Done,
+    Hauled,
+    Ready,
+    Run,
+    Setup,
+    Told,
+    encode,
+    flat,
+    heard,
+    orders,
+    plan_of,
+)
+from atoll.engine.workers.serialize import unpack
+from atoll.engine.workers.shared_memory import Block, Blocks, Place
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Aggregator, Broadcast, Ids
-from atoll.plan.registry import PARTS
-from atoll.plan.round import Failure, bind
+from atoll.plan.protocols import Broadcast, Ids
+from atoll.plan.round import bind
 from atoll.plan.state import part_of
-
-
-class Setup(msgspec.Struct, frozen=True, tag=True):
-    """Once, at the start: the task and the data, with a block's name and places; a model that has a name goes by it."""
-
-    block: str
-    places: list[Place]
-    task: Any
-    data: Any
-    model: tuple[str, str] | None  # name, seed
-    threads: int
-    device: str = "cpu"
-
-
-class Told(msgspec.Struct, frozen=True, tag=True):
-    """What the clients of a birth may know: the plan's text, the key, the model and what parts share, in a block."""
-
-    number: int
-    birth: int
-    plan: str
-    own: dict[str, str]
-    seed: str
-    path: list[int]
-    block: str
-    places: list[Place]
-    forget: list[int]
-
-
-class Run(msgspec.Struct, frozen=True, tag=True):
-    """Compute these clients; with `deliver` hand over all that was computed for the group."""
-
-    group: int
-    told: int
-    clients: list[int]
-    repeats: list[int]
-    down: list[int]
-    rows: tuple[str, list[Place]] | None
-    deliver: bool
-    keep: list[int] = []  # ids of clients whose contributions are returned
-
-
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The worker has everything it needs."""
-
-    pid: int
-
-
-class Done(msgspec.Struct, frozen=True, tag=True):
-    """A run is computed, and kept for the haul."""
-
-
-class Hauled(msgspec.Struct, frozen=True, tag=True):
-    """A haul, in a block; and how many clients fit side by side, where more did not."""
-
-    block: str
-    places: list[Place]
-    failures: list[Failure]
-    errors: list[str]
-    most: int | None = None
-
-
-class Broke(msgspec.Struct, frozen=True, tag=True):
-    """The worker cannot go on: an error of atoll's, in its four parts, or any other as text."""
-
-    kind: str
-    parts: list[str]
-
-
-Order = Setup | Told | Run
-Answer = Ready | Done | Hauled | Broke
-encode = msgspec.msgpack.Encoder().encode
-orders = msgspec.msgpack.Decoder(Order)
-answers = msgspec.msgpack.Decoder(Answer)
-
-
-def flat(haul: Results) -> dict[str, Tensor]:
-    """A haul as named plain tensors, but for its failures and errors."""
-    out = {f"partial/{b}/{n}": t for b, partial in haul.partials.items() for n, t in partial.tensors().items()}
-    for i, (ids, facts) in enumerate(zip(haul.arrived, haul.facts, strict=True)):
-        out |= {f"arrived/{i}": ids} | {f"facts/{i}/{n}": t for n, t in facts.items()}
-    for i, (ids, rows) in enumerate(haul.memory):
-        out |= {f"kept/{i}": ids} | {f"memory/{i}/{n}": t for n, t in rows.items()}
-    out |= {f"keep/0/{n}": t for n, t in kept_to_tensors(haul.kept).items()}
-    return {name: t.to(HOST) for name, t in out.items()}
-
-
-def haul_of(tensors: Mapping[str, Tensor], failures: list[Failure], errors: list[str], rule: Aggregator) -> Results:
-    """The haul that `flat` was called on; copies."""
-    tables: dict[str, dict[int, Any]] = {
-        "partial": {}, "arrived": {}, "facts": {}, "kept": {}, "memory": {}, "keep": {},
-    }  # fmt: skip
-    for path, t in tensors.items():
-        kind, number, *rest = path.split("/", 2)
-        if rest:
-            tables[kind].setdefault(int(number), {})[rest[0]] = t.clone()
-        else:
-            tables[kind][int(number)] = t.clone()
-    ids, facts = tables["arrived"], tables["facts"]
-    return Results(
-        {birth: type(rule.zero()).of(partial) for birth, partial in tables["partial"].items()},
-        failures,
-        [RuntimeError(text) for text in errors],
-        [ids[i] for i in sorted(ids)],
-        [facts.get(i, {}) for i in sorted(ids)],
-        [(tables["kept"][i], tables["memory"][i]) for i in sorted(tables["kept"])],
-        kept_from_tensors(tables["keep"].get(0, {})),
-    )
-
-
-def spoken(told: Broadcast) -> dict[str, Tensor]:
-    """A broadcast as named plain tensors."""
-    model = told.model
-    out = {"theta": model.theta, "buffers": model.buffers}
-    out |= {f"counter/{n}": t for n, t in model.counters.items()} | {f"fixed/{n}": t for n, t in model.fixed.items()}
-    return out | {f"shared/{part}/{n}": t for part, tensors in told.shared.items() for n, t in tensors.items()}
-
-
-def heard(round: int, tensors: Mapping[str, Tensor]) -> Broadcast:
-    """The broadcast that `spoken` was called on; views."""
-    groups: dict[str, dict[str, Tensor]] = {"counter": {}, "fixed": {}}
-    shared: dict[str, dict[str, Tensor]] = {"local": {}, "codec": {}}
-    for path, t in tensors.items():
-        kind, _, name = path.partition("/")
-        if kind in groups:
-            groups[kind][name] = t
-        elif kind == "shared":
-            part, _, name = name.partition("/")
-            shared[part][name] = t
-    return Broadcast(round, Model(tensors["theta"], tensors["buffers"], groups["counter"], groups["fixed"]), shared)
-
-
-def written(plan: Plan) -> tuple[str, dict[str, str]]:
-    """A plan as the text that prints it, and where the parts are that are not atoll's own.
-
-    Raises:
-        UsageError: a part or a function of it cannot be imported, or does not print as what builds it.
-    """
-    text, own = repr(plan), {}
-    for part in _parts(plan):
-        if isinstance(part, type) or (callable(part) and hasattr(part, "__qualname__")):
-            name_of(part, f"The plan {text}")
-        elif PARTS.get(type(part).__name__) is not type(part):
-            own[type(part).__name__] = name_of(type(part), f"The plan {text}")
-    return text, own
-
-
-def _parts(value: Any) -> list[Any]:
-    """Everything in a plan that its text names: parts and functions, at any depth."""
-    if isinstance(value, (tuple, list)):
-        return [part for item in value for part in _parts(item)]
-    if isinstance(value, grammar.Value) or hasattr(value, "__dataclass_fields__"):
-        inner = [getattr(value, name) for name, f in value.__dataclass_fields__.items() if f.init]
-        return [value, *(part for item in inner for part in _parts(item))]
-    return [value] if callable(value) else []
-
-
-@cache
-def plan_of(text: str, own: tuple[tuple[str, str], ...]) -> Plan:
-    """The plan that a text of `written` stands for."""
-    names = {**PARTS, **{name: load(where) for name, where in own}}
-    plan: Plan = grammar.parse(text, names, trust=True)
-    return plan
 
 
 @dataclass

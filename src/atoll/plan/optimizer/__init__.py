@@ -1,0 +1,33 @@
+"""Optimizers: the server's rule and the rule of clients, as values.
+
+Tests: tests/identities/test_optimizer.py
+"""
+
+from atoll.plan.optimizer.base import LaneGroup, OptimizerBase
+from atoll.plan.optimizer.rules import (
+    adadelta,
+    adagrad,
+    adam,
+    adamax,
+    adamw,
+    nadam,
+    radam,
+    rmsprop,
+    sgd,
+    yogi,
+)
+
+__all__ = [
+    "LaneGroup",
+    "OptimizerBase",
+    "adadelta",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "nadam",
+    "radam",
+    "rmsprop",
+    "sgd",
+    "yogi",
+]
