@@ -19,11 +19,9 @@ atoll.train("mlp", data, plan, seed=None)  # error: Argument "seed" to "train" h
 atoll.train("mlp", data, plan, workers=2)  # error: Unexpected keyword argument "workers" for "train" [call-arg]
 atoll.train("mlp", data, plan, round=3)  # error: Unexpected keyword argument "round" for "train" [call-arg]
 atoll.rounds("mlp", data, plan, out="runs")  # error: Unexpected keyword argument "out" for "rounds" [call-arg]
-atoll.train(
-    "mlp", plan, plan
-)  # error: Argument 2 to "train" has incompatible type "Plan"; expected "Clients" [arg-type]
-atoll.train("mlp", data, plan, engine=Processes)  # error: incompatible type "type[Processes]" [arg-type]
+atoll.train("mlp", plan, plan)  # error: incompatible type "Plan"; expected "Clients" [arg-type]
 atoll.train("mlp", data, plan, metrics=3)  # error: Argument "metrics" to "train" has incompatible type [arg-type]
+atoll.train("mlp", data, plan, engine=3)  # error: Argument "engine" to "train" has incompatible type [arg-type]
 Processes(workers="2")  # error: Argument "workers" to "Processes" has incompatible type "str" [arg-type]
 atoll.Settings(rounds="5")  # error: Argument "rounds" to "Settings" has incompatible type "str" [arg-type]
 
