@@ -25,7 +25,7 @@ from atoll.plan.codec import Cast, Codec, Eden, ErrorFeedback, Identity, Quantiz
 from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan
-from atoll.plan.round import bind, opening
+from atoll.plan.round import bind, open_round
 from atoll.plan.state import Sent, State
 from atoll.report.format import duration, size, whole
 from atoll.tools.rebuild import here, training_of
@@ -304,15 +304,16 @@ def flown(plan: Plan, state: State, engine: InProcessEngine, rounds: int, most: 
         rounds: so many, or fewer where that is more than `most` flights.
         most: flights.
     """
-    population, up = engine.population, message(plan, engine.layout)
+    up = message(plan, engine.layout)
     delta = 0 if plan.downlink == Identity() else plan.downlink.nbytes(engine.layout)
+    plain = dataclasses.replace(plan, downlink=Identity())  # no delta is encoded here: its length is enough
     rows: list[Flown] = []
     heard: set[int] = set()
     while len(rows) < rounds and (len(rows) < 3 or sum(r.started for r in rows) < most):
         if delta:
             state = dataclasses.replace(state, sent=_next(state, delta))
-        key = state.key()
-        row = fly(plan, state, population, opening(plan, state, population, key), engine.fleet, up)
+        opened = open_round(plain, state, engine)
+        row = fly(plan, state, opened.population, opened.cohort, engine.fleet, up)
         heard.update(f.client for f in row.arrived)
         state = dataclasses.replace(state, round=state.round + 1, air=row.air)
         rows.append(row)
