@@ -210,6 +210,7 @@ def test_a_part_without_a_member_is_refused_by_its_name():
     error = refused(local=Foreign())
     assert "Foreign has no member numerics" in error.given and "atoll.plan.protocols.Local" in error.required
     assert "int has no member zero" in refused(aggregator=3).given
+    assert "has no member interchangeable" in refused(cohort=lambda population, round, key: None).given
     assert "holds <class" in refused(codec=Identity).given
 
 
