@@ -243,6 +243,16 @@ def test_scaffold_with_other_parts(numerics, which):
     assert torch.allclose(state.server["local"]["control"], mine.mean(0), atol=1e-6)
 
 
+def test_scaffold_sends_the_control_variates():
+    """Both ways a message is longer by one vector of θ's length."""
+    (_, (ours,)), (_, (plain,)) = (
+        trained(Plan(local, EQUAL, cohort=6), rounds=1)
+        for local in (Scaffold(0.1, steps=3, batch=5), Train(corrected(0.1), steps=3, batch=5))
+    )
+    d = 4 * 5 + 5 + 5 * 3 + 3
+    assert ours.bytes_up - plain.bytes_up == ours.bytes_down - plain.bytes_down == 6 * 4 * d
+
+
 def test_scaffold_resumes(tmp_path):
     data, plan = cases.clients(), cases.plan_of("scaffold")
     settings = {"numerics": "fused", "report": False}

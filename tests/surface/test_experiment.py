@@ -85,6 +85,15 @@ def test_slots_are_replaced_then_their_fields():
     assert plan.local == atoll.recipes.fedavg(lr=0.5, batch=10).local
 
 
+@pytest.mark.parametrize("first", ["codec", "aggregator"])
+def test_slots_change_at_once(first):
+    """Two parts that exclude each other change together, in either order. The plan between them is never checked."""
+    both = {"codec": "EF21(TopK(0.1))", "aggregator": 'Mean("equal")'}
+    second = next(slot for slot in both if slot != first)
+    before = Experiment().told(recipe="Plan(Gradient(), Sum())", **{f"plan.{s}": both[s] for s in (first, second)})
+    assert repr(before.plan()) == "Plan(Gradient(), aggregator=Mean('equal'), codec=EF21(TopK(0.1)))"
+
+
 def test_a_whole_plan_can_be_written():
     plan = atoll.recipes.fedadam(lr=0.1, cohort=3)
     assert Experiment().told(recipe=repr(plan)).plan() == plan

@@ -42,7 +42,7 @@ class Krum(Aggregator):
     g = g_k,   k = argminᵢ Σⱼ |gᵢ − gⱼ|²,   j one of the n − f − 2 updates that are nearest to gᵢ
 
     All clients have the weight 1. Of two equal sums the one of the smaller client id is selected. The model's buffers
-    are those of the selected client. `Report.clients["selected"]` is true for this client alone.
+    are those of the selected client. `Report.clients["selected"]` is true for the selected client only.
 
     Args:
         f: the largest number of clients that may send an arbitrary update, ≥ 0.
