@@ -192,7 +192,7 @@ def test_rotating_before_rounding_is_legal_and_undone():
     "wrong", [(Round(7), Flip()), (Identity(), Round(), Identity(), Shuffle()), (Round(), Round(), Flip())]
 )
 def test_a_stage_that_decodes_behind_one_that_opens_is_refused_with_a_line_that_works(wrong):
-    with pytest.raises(UsageError, match="stages that decode before stages that open") as caught:
+    with pytest.raises(UsageError, match="stages with per_sum before stages with per_message") as caught:
         codec = wrong[0]
         for stage in wrong[1:]:
             codec = codec >> stage

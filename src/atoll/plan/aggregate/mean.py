@@ -1,4 +1,7 @@
-"""How contributions become one: the mean and the sum, each contribution folded once, in O(model) memory."""
+"""The mean and the sum of contributions. Each contribution is added once, in O(model) memory.
+
+Tests: tests/identities/test_order.py, tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,8 @@ class PartialSum(Partial):
     """The sum of some contributions as plain tensors.
 
     Args:
-        means: Σ w·x by name, as digits of an exact sum; with `sum="float"` one float sum under place 0.
-        sums: Σ x by name, likewise.
+        means: Σ w·x by name, as digits of an exact sum; with `sum="float"` one float sum at place 0.
+        sums: Σ x by name, in the same form.
         counters: the largest of each counter by name.
         weight: Σ w, int64 `[]`.
         arrived: number of contributions, int64 `[]`.
@@ -49,7 +52,7 @@ class PartialSum(Partial):
     arrived: Tensor = _NONE
 
     def tensors(self) -> dict[str, Tensor]:
-        """The partial as named plain tensors, for another process."""
+        """The partial as plain tensors by name, for another process."""
         out = {"weight": self.weight, "arrived": self.arrived}
         for kind, table in (("means", self.means), ("sums", self.sums)):
             out |= {f"{kind}/{n}/{place}": t for n, digits in table.items() for place, t in digits.items()}
@@ -57,7 +60,7 @@ class PartialSum(Partial):
 
     @classmethod
     def of(cls, tensors: Tensors) -> PartialSum:
-        """The partial that `tensors()` was called on."""
+        """The partial whose `tensors()` these are."""
         out = cls(weight=tensors["weight"], arrived=tensors["arrived"])
         tables = {"means": out.means, "sums": out.sums}
         for path, t in tensors.items():
@@ -70,7 +73,7 @@ class PartialSum(Partial):
         return out
 
     def reduce(self, group: Group) -> PartialSum:
-        """The sum over all processes. A place that a process does not have is 0 there."""
+        """The sum over all processes. A digit that one process does not have counts as 0."""
         mine = self.tensors()
         spec = {n: torch.tensor([_DTYPES.index(t.dtype), *t.shape]) for n, t in mine.items()}
         specs: dict[str, list[int]] = {}
@@ -90,7 +93,7 @@ _DTYPES = (torch.int64, torch.float64, torch.float32, torch.int32, torch.int16, 
 
 
 def _neutral(dtype: int, *shape: int, largest: bool, device: torch.device) -> Tensor:
-    """A tensor that changes no sum, or no maximum."""
+    """The neutral element of a sum, or of a maximum."""
     kind = _DTYPES[dtype]
     value = torch.iinfo(kind).min if largest else 0
     return torch.full(shape, value, dtype=kind, device=device if shape else "cpu")
@@ -106,7 +109,7 @@ class _Folded(Aggregator):
         return PartialSum()
 
     def lift(self, contribution: Contribution) -> Tensor:
-        """The weight each contribution is added with, int64 `[K]`."""
+        """The weight of each contribution in the sum, int64 `[K]`."""
         return torch.ones_like(contribution.weight) if self.weights == "equal" else contribution.weight
 
     def fold(self, partial: PartialSum, contribution: Contribution, ids: Ids) -> PartialSum:
@@ -125,7 +128,7 @@ class _Folded(Aggregator):
         return partial
 
     def merge(self, a: PartialSum, b: PartialSum) -> PartialSum:
-        """The sum of two partials; `a` is added to in place.
+        """The sum of two partials. `b` is added to `a` in place.
 
         Raises:
             UsageError: one of them belongs to another aggregator.
@@ -146,7 +149,7 @@ class _Folded(Aggregator):
         return a
 
     def total(self, partial: PartialSum) -> Total:
-        """The finished sums: float64, or what `sum="float"` has added up, as it is."""
+        """The finished sums in float64; with `sum="float"` in the dtype in which they were added."""
         if self.sum == "exact":
             exact.check_capacity(int(partial.weight), self)
         total = exact.total if self.sum == "exact" else _float
@@ -163,13 +166,17 @@ class _Folded(Aggregator):
 class Mean(_Folded):
     """The mean of the updates.
 
-    g = Σ wᵢ gᵢ / Σ wᵢ  over what arrived, or divided by what the sampler led one to expect, E Σ wᵢ = Σ chanceᵢ wᵢ
+    g = Σ wᵢ gᵢ / Σ wᵢ  over the contributions that arrived, or  g = Σ wᵢ gᵢ / E Σ wᵢ,  E Σ wᵢ = Σ chanceᵢ wᵢ
 
     Args:
-        weights: `"examples"`, wᵢ is the number of rows a client holds; `"equal"`, wᵢ = 1.
-        over: `"arrived"` divides by the weight that arrived; `"expected"` by the expected one, so that a client's
-            influence does not depend on who else came (an unbiased sum, and the one whose sensitivity is bounded).
-        sum: `"exact"`, the same bits for every order, grouping and number of workers; `"float"`, fast, order-dependent.
+        weights: `"examples"`: wᵢ is the number of rows that the client holds; `"equal"`: wᵢ = 1.
+        over: `"arrived"` divides by the weight that arrived. `"expected"` divides by the expected weight, so a client's
+            influence does not depend on which other clients participate: the sum is unbiased and has a bounded
+            sensitivity.
+        sum: `"exact"` gives the same bits for every order, grouping and number of workers; `"float"` is faster and
+            depends on the order.
+    Raises:
+        UsageError: an argument is not one of these words.
     Example:
         >>> mean = Mean(weights="equal")
         >>> from atoll.testing import round_info
@@ -192,7 +199,7 @@ class Mean(_Folded):
         _one_of("Mean", "sum", self.sum, ("exact", "float"))
 
     def finalize(self, total: Total, info: RoundInfo) -> Total:
-        """Divide the means. Without a contribution there are none, except if the expected weight divides."""
+        """Divide the means by the weight. A round without contributions has no mean, except with `over="expected"`."""
         means = _divided(total.means, float(total.weight))
         if self.over == "expected":
             sizes, chance = info.population.sizes, info.chance
@@ -205,20 +212,32 @@ class Mean(_Folded):
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         """The expected weight is unknown if the pace decides which clients count."""
         if self.over == "expected" and slots.pace != Sync():
-            why = "fast clients count more often, and the chance of that is not known."
-            yield Conflict(f"{self!r} with {slots.pace!r}.", "Sync(), or a mean over what arrived.", why, "Sync()")
+            why = "fast clients contribute more often, and the probability of that is unknown."
+            yield Conflict(f"{self!r} with {slots.pace!r}.", 'Sync(), or over="arrived".', why, "Sync()")
 
 
 @dataclass(frozen=True, repr=False)
 class Sum(_Folded):
     """The sum of the updates, as a parameter server adds gradients.
 
-    g = Σ wᵢ gᵢ.  With `Gradient()` and `"examples"` this is the gradient of the summed loss: lr must shrink as
-    data grows.
+    g = Σ wᵢ gᵢ
+
+    With `Gradient()` and `"examples"` this is the gradient of the summed loss, so the learning rate must decrease as
+    the number of rows grows.
 
     Args:
-        weights: `"examples"`, wᵢ is the number of rows a client holds; `"equal"`, wᵢ = 1.
+        weights: `"examples"`: wᵢ is the number of rows that the client holds; `"equal"`: wᵢ = 1.
         sum: `"exact"` or `"float"`, as for `Mean`.
+    Raises:
+        UsageError: an argument is not one of these words.
+    Example:
+        >>> from atoll.testing import round_info
+        >>> rows = Contribution({"update": torch.tensor([[1.0], [3.0]])}, {}, torch.tensor([10, 30]), {}, {})
+        >>> rule, ids = Sum(weights="equal"), Ids(torch.tensor([0, 1]), torch.tensor([0, 0]))
+        >>> rule.finalize(rule.total(rule.fold(rule.zero(), rows, ids)), round_info()).means["update"]
+        tensor([4.], dtype=torch.float64)
+
+    Reference: Li et al., Scaling Distributed Machine Learning with the Parameter Server, 2014.
     """
 
     forms_sum = True
@@ -231,7 +250,7 @@ class Sum(_Folded):
         _one_of("Sum", "sum", self.sum, ("exact", "float"))
 
     def finalize(self, total: Total, info: RoundInfo) -> Total:
-        """The update's sum as it is; everything else, such as a running mean, is still averaged."""
+        """The update remains a sum. Everything else, such as a running mean, is averaged."""
         means = _divided(total.means, float(total.weight))
         return total._replace(means=means | {n: t for n, t in total.means.items() if n == "update"})
 
@@ -245,7 +264,7 @@ def _keep_largest(table: dict[str, Tensor], name: str, rows: Tensor) -> None:
 
 
 def _add_floats(digits: exact.Digits, rows: Tensor, weights: Tensor) -> exact.Digits:
-    """Σ w·x in the rows' own type, in whatever order it comes."""
+    """Σ w·x in the dtype of the rows, in the order of arrival."""
     batch = weights.to(rows) @ rows
     if 0 in digits:
         digits[0] += batch

@@ -1,4 +1,7 @@
-"""Codecs with a memory: what was lost on the way is made good later."""
+"""Codecs with client memory: the compression error of one round is corrected in later rounds.
+
+Tests: tests/identities/test_codecs_memory.py, tests/rates/test_error_feedback.py
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class _Wrapper(Codec):
     codec: Codec
 
     def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Self:
-        # The inner codec encodes an update with an error or a shift added, so the bound of `before` does not hold.
+        # The inner codec encodes the update plus an error or minus a shift, so the bound of `before` does not hold.
         bound = super().bind(layout, total_weight, before)
         object.__setattr__(bound, "codec", self.codec.bind(layout, total_weight))
         return bound
@@ -93,40 +96,42 @@ def _outer(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _check_inner(part: str, codec: Any) -> None:
-    """Refuse what is no codec, is no contraction, or has a memory of its own."""
+    """Refuse a value that is no codec, a codec that is no contraction, and a codec that has its own memory."""
     if not isinstance(codec, Codec):
         raise UsageError(f"{part}({codec!r}).", "a codec.", write=f"{part}(TopK(0.01))")
     if (contraction := codec.contraction()) != codec:
         raise UsageError(
             f"{part}({codec!r}).",
-            "a codec that brings back less error than it was given.",
-            "its error can be larger than the update, and what is kept for later would grow without end.",
+            "a codec whose error is less than its input.",
+            "its error can be larger than the update, and the kept error would grow without bound.",
             f"{part}({contraction!r})",
         )
     if any(isinstance(stage, _Wrapper) for stage in (codec.stages if isinstance(codec, Chain) else (codec,))):
         raise UsageError(
             f"{part}({codec!r}).",
             "a codec without a memory of its own.",
-            "one memory makes good what the other has already made good.",
+            "two memories would correct the same error twice.",
             f"{part}(TopK(0.01))",
         )
 
 
 @dataclass(frozen=True, repr=False)
 class ErrorFeedback(_Wrapper):
-    """Error feedback: what a codec loses of an update is added to the client's next one.
+    """Error feedback: the compression error of an update is added to the client's next update.
 
     p = x + e,   send C(p),   e⁺ = p − Ĉ(p),   e = 0 at first
 
-    Ĉ is what the server will read. The sum of all that was sent and of e equals the sum of all that was meant; e
-    moves only if the message was accepted. With clients whose optima differ, the step has to shrink; `EF21` stands
-    a constant one.
+    Ĉ(p) is the vector that the server decodes. Σ (sent vectors) + e = Σ (updates x) at any time. e changes only if the
+    server accepts the message. If the optima of the clients differ, the learning rate has to decrease; `EF21`
+    converges with a constant one.
+
+    Client memory: `error`, e, `[d]` in the run's dtype.
 
     Args:
         codec: a contraction: `TopK`, `Sign`, `LowRank`, `Quantize`, `Eden`, `RandomK(..., unbiased=False)`, or a
             chain of them.
     Raises:
-        UsageError: the codec may enlarge an update, or has a memory of its own.
+        UsageError: the codec is no contraction, or it has its own memory.
     Example:
         >>> from atoll.plan.codec.stage import flat_layout
         >>> from atoll.plan.codec.sparse import TopK
@@ -157,20 +162,23 @@ class ErrorFeedback(_Wrapper):
 
 @dataclass(frozen=True, repr=False)
 class EF21(_Wrapper):
-    """EF21: a client sends the compressed change of its update; the server keeps the mean of all clients' last ones.
+    """EF21: a client sends the compressed change of its update; the server averages the last updates of all clients.
 
     send C(x − h),   h⁺ = h + Ĉ(x − h);      g = Σ over all clients of w h⁺ / Σ over all clients of w
 
-    h follows x, so the error vanishes as updates settle, for clients however different and at a constant step. A
-    client that is away, or whose message is lost, stands in the mean with its last h. It needs a mean over what
-    arrived, born in the round in which it arrives: not `Sum`, not `over="expected"`, nothing stale.
+    h follows x, so the error vanishes as the updates converge. This holds for any difference between the clients, and
+    for a constant learning rate. A client that does not participate, or whose message is lost, contributes its last h
+    to the mean. EF21 needs a mean over the contributions that arrived, each in the round in which it started: not
+    `Sum`, not `over="expected"`, no late contributions.
 
-    Server state: `_sum`, float64 `[d]`, Σ w h over all clients; no client sees it.
+    Client memory: `shift`, h, `[d]` in the run's dtype.
+
+    Server state: `_sum`, float64 `[d]`, Σ w h over all clients. It is not sent to clients.
 
     Args:
         codec: a contraction, as for `ErrorFeedback`.
     Raises:
-        UsageError: the codec may enlarge an update, or has a memory of its own.
+        UsageError: the codec is no contraction, or it has its own memory.
     Example:
         >>> from atoll.plan.codec.sparse import TopK
         >>> EF21(TopK(0.01))
@@ -207,7 +215,7 @@ class EF21(_Wrapper):
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         """Only the mean over all clients that arrive in their own round divides the server's sum correctly."""
-        rule, required = slots.aggregator, "Mean() over what arrived, and a pace without late contributions."
+        rule, required = slots.aggregator, "Mean() over the contributions that arrived, and a pace without late ones."
         why = "the server keeps the mean of all clients' last updates, and no other rule divides it correctly."
         if rule.forms_sum or not rule.linear or rule.over == "expected":
             yield Conflict(f"{slots.codec!r} with {rule!r}.", required, why, "Mean()")

@@ -158,10 +158,10 @@ class Codec(Stage):
         return list(messages)
 
     def decompress(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
-        """The messages that were sealed.
+        """The messages before `compress`.
 
         Raises:
-            MessageError: the bytes cannot have been sealed.
+            MessageError: `compress` cannot have made the bytes.
         """
         return list(data)
 
@@ -182,7 +182,7 @@ class Codec(Stage):
         return self.compressor.compress(form, messages) if self.compressor else messages
 
     def from_bytes(self, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(payload, side) of some messages, a row each.
+        """(payload, side) of some messages, one row per message.
 
         Raises:
             MessageError: the bytes are no message of this codec for this layout.
@@ -365,24 +365,24 @@ def _clash(a: Codec, b: Codec) -> tuple[str, str] | None:
     """(required, why) if b cannot follow a anywhere in a chain."""
     if b.needs_model_coordinates and (a.per_message or a.per_sum):
         return (
-            f"{type(b).__name__} before what changes coordinates.",
-            "what it keeps belongs to the model's own coordinates; those behind are others, for every client or round.",
+            f"{type(b).__name__} before any stage that changes coordinates.",
+            "its memory belongs to the model's coordinates, and those after the stage differ by client or by round.",
         )
     if a.compressor or (a.packs and not b.compresses):
         return (
-            "what packs at the end of a codec.",
-            "packed codes are no numbers that another stage could work on.",
+            "a stage that packs at the end of a codec.",
+            "another stage cannot compute with packed codes.",
         )
     if a.per_message and b.per_sum:
         return (
-            "stages that decode before stages that open.",
-            "the sum is decoded once, after each message was opened: what is done last is undone first.",
+            "stages with per_sum before stages with per_message.",
+            "the sum is decoded after each message, so the last stage of the client is decoded first.",
         )
     return None
 
 
 def _instead(a: Codec, b: Codec) -> str:
-    """A codec that can be built, as near as possible to a >> b, which cannot."""
+    """The text of a codec that can be built, as near as possible to a >> b, which cannot be built."""
     for outer, other in ((b, a), (a, b)):
         for inner in outer.parts if outer.needs_model_coordinates and not isinstance(outer, Chain) else ():
             if not _clash(other, inner) and not other.needs_model_coordinates:
