@@ -35,14 +35,14 @@ from atoll.task import Task
 
 @dataclass(frozen=True)
 class Context:
-    """What a user's own loop is told: the round, the client, the server's learning rate, the device, keyed generators.
+    """The facts that a user's loop receives: round, client, learning rate, device and a keyed generator.
 
     Args:
         round: from 0.
-        client: the client's number.
-        lr: the rate that the plan suggests, `Custom(fn, lr=...)`; None without.
-        device: where the model is.
-        generator: torch's, seeded by (seed, round, client).
+        client: the id of the client.
+        lr: the `lr` of `Custom(fn, lr=...)`, or None.
+        device: of the model.
+        generator: of torch, seeded by (seed, round, client).
     """
 
     round: int
@@ -53,9 +53,9 @@ class Context:
 
 
 class Loader:
-    """Batches `(x, y)` of one client, in a new keyed order each time it is walked through.
+    """Batches `(x, y)` of one client, in a new keyed order in each pass.
 
-    Where the model has batch statistics, a tail of one row joins the batch before it, as in `Train`.
+    If the model uses batch statistics, a tail of one row joins the batch before it, as in `Train`.
     """
 
     def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
@@ -78,16 +78,18 @@ class Loader:
 
 @dataclass(frozen=True, repr=False)
 class Custom(Local):
-    """Your own training loop, called once for each client at work.
+    """Your own training loop, called once for each client of a round.
 
-    gᵢ = θ − θᵢ,  θᵢ what `fn` left in the model.
+    gᵢ = θ − θᵢ,  θᵢ the parameters of the model after `fn`.
 
     Args:
-        fn: `fn(model, loader, ctx) -> metrics | None`: trains the model in place; `loader` yields `(x, y)`; the
-            metrics, numbers by name, are averaged by rows. In a text it is written `module:name`.
-        batch: rows in the loader's batches; None is all of them.
-        lr: handed on as `ctx.lr`; a number or None.
+        fn: `fn(model, loader, ctx) -> metrics | None`. It trains the model in place. `loader` yields batches `(x, y)`.
+            The metrics, numbers by name, are averaged with the rows as weights. In a plan text, `fn` is `module:name`.
+        batch: rows in a batch of the loader; None: all.
+        lr: passed to `fn` as `ctx.lr`; a number or None.
         sends: `"update"` or `"model"`, as for `Train`.
+    Raises:
+        UsageError: `fn` is not a function, or another argument is out of range.
     Example:
         >>> def train(model, loader, ctx):
         ...     optimizer = torch.optim.SGD(model.parameters(), ctx.lr)
@@ -110,11 +112,11 @@ class Custom(Local):
         if not callable(self.fn):
             raise UsageError(
                 f"Custom({self.fn!r}).",
-                "a function (model, loader, ctx); in a text, module:name.",
+                "a function (model, loader, ctx), or module:name in a plan text.",
             )
 
     def padded_batch(self, rows: int) -> int:
-        """No padding: each client runs by itself."""
+        """No padding: clients train one after another."""
         return rows
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
@@ -125,7 +127,7 @@ class Custom(Local):
     def contribute(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """Call the user's loop for each client, on a fresh module, its randomness keyed."""
+        """Call the user's loop for each client, with a new module and keyed randomness."""
         out = [self._one(broadcast, lanes, k, key.only(k), task) for k in range(len(lanes.sizes))]
         theta, buffers, counters, sums = zip(*out, strict=True)
         names = sorted(set().union(*sums))

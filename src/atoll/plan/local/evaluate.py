@@ -34,17 +34,17 @@ class Evaluate(Local):
     """
 
     def padded_batch(self, rows: int) -> int:
-        """How wide this client's batches are padded: a function of its own size."""
+        """The padded length of this client's batches, a function of its own number of rows."""
         return padded(rows)
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
-        """Sums alone: the rows, the loss and each metric of the task."""
+        """Only sums: the rows, the loss and each metric of the task."""
         return {"rows": Declared(1, torch.int64, "sum"), OPEN: Declared(1, task.layout.dtype, "sum")}
 
     def contribute(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """Σ loss, Σ metrics and rows of K clients, at most `ROWS` rows of each in a pass."""
+        """Σ loss, Σ metrics and the number of rows of K clients, with at most `ROWS` rows of each client per pass."""
         model = broadcast.model.lanes(len(lanes.sizes))
         positions = torch.arange(self.padded_batch(lanes.sizes[0]), device=lanes.ids.device).expand(
             len(lanes.sizes), -1

@@ -1,4 +1,7 @@
-"""Numbers of local steps: of a pass over the rows, and by a schedule of the round."""
+"""The number of local steps: in a pass over the rows, and by a schedule of the round.
+
+Tests: tests/identities/test_local_sgd.py, tests/identities/test_schedule.py
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,17 @@ from torch import Tensor
 from atoll.errors import RunError, UsageError
 from atoll.schedule import Schedule, led
 
-_FAR = 10**9  # a round in which every schedule that falls has fallen
+_FAR = 10**9  # a round in which every decreasing schedule has reached its end
 
 
 def _whole(schedule: Schedule, t: int) -> int:
-    """How many steps a schedule says for round t; 0 for what is no number of steps."""
+    """The number of steps of a schedule in round t; 0 if its value is not finite or rounds to less than 1."""
     value = schedule(t)
     return max(0, round(value)) if math.isfinite(value) else 0
 
 
 def check_steps(schedule: Schedule) -> None:
-    """Refuse a schedule of steps that looks at the loss, or that comes below 1: where a piece begins or in the end."""
+    """Refuse a schedule of steps that observes the loss, or that is below 1 at the start of a piece or at the end."""
     steps, looks = _whole(schedule, 0), bool(schedule.init())
     turns, rest = [0], schedule
     while isinstance(rest, led):
@@ -30,17 +33,22 @@ def check_steps(schedule: Schedule) -> None:
     if looks or not all(_whole(schedule, t) for t in (*turns, _FAR)):
         raise UsageError(
             f"Train(steps={schedule!r}).",
-            "a schedule of the round alone." if looks else "at least 1 step in every round.",
-            "what says how long clients work is known before the round." if looks else "no step is no update.",
+            "a schedule that does not observe the loss." if looks else "at least 1 step in every round.",
+            "the number of steps is fixed before the round."
+            if looks
+            else "a client that makes no step sends no update.",
             f"Train(sgd(0.1), steps=cosine({max(1, steps)}.0, rounds=100, end=1.0), batch=10)",
         )
 
 
 def steps_at(schedule: Schedule, t: int) -> int:
-    """The steps of round t.
+    """The number of steps of round t.
 
+    Args:
+        schedule: of the number of steps, rounded to the nearest integer.
+        t: the round, ≥ 0.
     Raises:
-        RunError: a schedule of the user's own says less than one.
+        RunError: a schedule that the user wrote gives less than one step.
     Example:
         >>> from atoll.schedule import cosine
         >>> [steps_at(cosine(8.0, rounds=2, end=1.0), t) for t in range(3)]
@@ -49,9 +57,9 @@ def steps_at(schedule: Schedule, t: int) -> int:
     steps = _whole(schedule, t)
     if not steps:
         raise RunError(
-            f"{schedule!r} says {schedule(t)!r} steps for round {t}.",
+            f"{schedule!r} gives {schedule(t)!r} steps in round {t}.",
             "at least 1 step in every round.",
-            "no step is no update. The state is that of the round before.",
+            "a client that makes no step sends no update. The state is that of the round before.",
             "Train(sgd(0.1), steps=10, batch=10)",
         )
     return steps
@@ -63,9 +71,15 @@ def quotient(a: Tensor, b: Tensor) -> Tensor:
 
 
 def lengths_of(rows: Tensor, batch: int | None, joins: bool) -> tuple[Tensor, Tensor]:
-    """How many batches a pass over so many rows has, and whether its last one holds a row more than `batch`.
+    """(the number of batches in a pass over each client's rows, whether the last batch has `batch` + 1 rows).
 
-    For batch statistics, which one row has none of, a tail of one joins the batch before.
+    A single row has no batch statistics. If the model uses batch statistics, a tail of one row therefore joins the
+    batch before it.
+
+    Args:
+        rows: int64 `[K]`.
+        batch: rows in a batch; None: all.
+        joins: whether a tail of one row joins the batch before it.
 
     Example:
         >>> lengths_of(torch.tensor([25, 21, 7]), 10, True)
@@ -78,7 +92,7 @@ def lengths_of(rows: Tensor, batch: int | None, joins: bool) -> tuple[Tensor, Te
 
 
 def counted(steps: Iterator[tuple[Tensor, tuple[int, ...]]], rows: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """The same steps, places and counts of each; the rows of each client that count are added up, in place."""
+    """The same steps. The number of rows that each client processes is added to `rows` in place."""
     for places, counts in steps:
         rows[: len(counts)] += torch.tensor(counts, device=rows.device)
         yield places, counts

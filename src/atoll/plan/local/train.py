@@ -44,21 +44,22 @@ _AHEAD = 64  # steps planned at once
 
 @dataclass(frozen=True, repr=False)
 class Train(Local):
-    """Local training: some steps of an optimizer from θ, on the client's own rows in a keyed order.
+    """Local training: steps of an optimizer from θ, on the client's own rows in a keyed order.
 
-    gᵢ = θ − θᵢ,  θᵢ from θ by `epochs` passes over the rows, or by `steps` batches that run on across passes.
+    gᵢ = θ − θᵢ,  θᵢ from θ by `epochs` passes over the rows, or by `steps` batches, which continue across passes.
 
     Args:
-        optimizer: the client's own, such as `sgd(0.1)`; its schedule counts rounds.
-        epochs: passes over the rows, at least 1; or
-        steps: batches, at least 1, or a schedule of them by the round, to the nearest whole number. One of the two.
-        batch: rows in a batch; None is all of them. A client that holds fewer trains on all it holds at once.
-        keep: what a client keeps between rounds: `"optimizer"` its state, `"order"` its place in the rows.
-        sends: what counts at the server: the `"update"`, or the `"model"` θᵢ itself. Then the update is θ − θᵢ with the
-            θ of the server when it arrives, not the one that the client began at: models are mixed, as in FedAsync.
-            The message is the same, since the server still has both θ; only what arrives late counts otherwise.
+        optimizer: of the client, such as `sgd(0.1)`. Its schedule counts rounds.
+        epochs: passes over the rows, ≥ 1. Pass either `epochs` or `steps`.
+        steps: batches, ≥ 1, or a schedule of their number by the round, rounded to the nearest integer.
+        batch: rows in a batch; None: all. A client with fewer rows trains on all of them at once.
+        keep: client memory between rounds: `"optimizer"`, its state; `"order"`, its position in the order of the rows.
+        sends: `"update"`, or `"model"` for θᵢ itself. With `"model"` the update is θ − θᵢ with the θ of the server when
+            the contribution arrives, not the θ that the client started from: models are mixed, as in FedAsync. The
+            message is the same, since the server has both θ. Only late contributions differ.
     Raises:
-        UsageError: neither or both of epochs and steps, a number out of range, or a schedule that comes below one step.
+        UsageError: neither or both of epochs and steps are given, a number is out of range, or a schedule has less than
+            one step.
     Example:
         >>> from atoll.plan.optimizer import sgd
         >>> Train(sgd(0.1), epochs=1, batch=10)
@@ -79,7 +80,7 @@ class Train(Local):
         check_batch("Train", self.batch)
         check_sends("Train", self.sends, 'Train(sgd(0.1), epochs=1, batch=10, sends="model")')
         if isinstance(self.steps, constant) and self.steps.lr.is_integer():
-            object.__setattr__(self, "steps", int(self.steps.lr))  # one value, one text
+            object.__setattr__(self, "steps", int(self.steps.lr))  # equal parts have the same text
         lengths = [n for n in (self.epochs, self.steps) if n is not None]
         numbers = [n for n in lengths if not (n is self.steps and isinstance(n, Schedule))]
         whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
@@ -87,7 +88,7 @@ class Train(Local):
             raise UsageError(
                 f"Train(epochs={self.epochs!r}, steps={self.steps!r}).",
                 "one of epochs and steps, a whole number, at least 1.",
-                "it says how long a client trains between two rounds.",
+                "it is the length of local training between two rounds.",
                 "Train(sgd(0.1), epochs=1, batch=10)",
             )
         if isinstance(self.steps, Schedule):
@@ -110,25 +111,25 @@ class Train(Local):
         if "order" in self.keep and self.steps is None:
             raise UsageError(
                 "Train(epochs=..., keep=('order',)).",
-                "steps, where the place in the rows is kept.",
-                "whole passes end where they began: there is no place to keep.",
+                "steps, to keep the place in the rows.",
+                "a client that makes whole passes always starts at its first row, so there is no place to keep.",
                 'Train(sgd(0.1), steps=10, batch=10, keep=("order",))',
             )
 
     def steps_at(self, t: int) -> int | None:
-        """The batches of round t; None where passes are counted.
+        """The number of batches in round t; None if passes are counted.
 
         Raises:
-            RunError: a schedule of the user's own says less than one.
+            RunError: a schedule that the user wrote gives less than one step.
         """
         return steps_at(self.steps, t) if isinstance(self.steps, Schedule) else self.steps
 
     def relative_work(self, t: int) -> float:
-        """How much a client has to do in round t, by what it had in round 0."""
+        """The work of a client in round t, relative to its work in round 0."""
         return steps_at(self.steps, t) / steps_at(self.steps, 0) if isinstance(self.steps, Schedule) else 1.0
 
     def memory(self, layout: Layout) -> Tensors:
-        """The optimizer's state and the number of batches taken so far, as `keep` says."""
+        """The optimizer's state, and the number of batches processed so far, if `keep` names them."""
         kept: dict[str, Tensor] = {}
         if "optimizer" in self.keep:
             fresh = self.optimizer.slots(torch.zeros(layout.d, dtype=layout.dtype))
@@ -138,7 +139,7 @@ class Train(Local):
         return kept
 
     def server(self, layout: Layout) -> Tensors:
-        """What a plateau schedule of the clients remembers; nothing for the others."""
+        """The memory of a plateau schedule of the clients; empty for other schedules."""
         return dict(self.optimizer.schedule.init())
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
@@ -156,11 +157,11 @@ class Train(Local):
         return total, self.optimizer.schedule.observe(server, (total.sums["loss"] / total.sums["rows"]).squeeze())
 
     def padded_batch(self, rows: int) -> int:
-        """How wide this client's batches are padded: a function of its own size."""
+        """The padded length of this client's batches, a function of its own number of rows."""
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
     def examples_per_round(self, sizes: Tensor) -> Tensor:
-        """Rows that clients who hold so many go through in a round, the first one."""
+        """The number of rows that clients of these sizes process in the first round."""
         if self.epochs is not None:
             return sizes * self.epochs
         return sizes.clamp(max=self.batch) * (self.steps_at(0) or 0)
@@ -168,7 +169,7 @@ class Train(Local):
     def contribute(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """θ − θᵢ of K clients, trained side by side; a lane that has finished is left alone."""
+        """θ − θᵢ of K clients, trained in lanes. A lane that has finished does not change."""
         count, steps = len(lanes.sizes), self.steps_at(broadcast.round)
         lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
         batches = self._batches(lanes, memory, key, task, steps)
@@ -228,32 +229,32 @@ class Train(Local):
 
     @staticmethod
     def _done(steps: Tensor, share: float) -> Tensor:
-        """The steps that somebody makes who has time for a part of them: the first is always made."""
+        """The number of steps of a client with time for a fraction of them, at least one."""
         return steps if share == 1 else (steps * share).long().clamp(min=1)
 
     def sequential(self, rows: int) -> bool:
-        """Whether the loop takes each client of a chunk to its end before the next, where one has so many rows."""
+        """Whether the loop trains each client of a chunk to its end before the next one. `rows`: of one client."""
         return self.optimizer.is_plain_sgd() and self.padded_batch(rows) <= ROWS
 
     def _batches(
         self, lanes: Lanes, memory: Tensors, key: Key, task: Task, steps_each: int | None
     ) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-        """Places of rows `[k, B]` and counts of each step, for the k lanes that still train: always the first ones.
+        """Places of rows `[k, B]` and counts of each step, for the k lanes that still train, always the first k.
 
-        Each lane is at its own place in its own pass, so that its draws do not depend on how many batches others have.
+        Each lane has its own position in its own pass, so its draws do not depend on the number of batches of others.
         """
         width, rows = self.padded_batch(lanes.sizes[0]), lanes.rows
         lengths, joined = lengths_of(rows, self.batch, task.batch_statistics)
         steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
         steps = self._done(steps, lanes.share)
         keeps = "order" in self.keep
-        # Who starts twice in a round draws anew, which its key knows; a kept order goes on where it was.
+        # The key of a second start in a round draws another order; a kept order continues at its position.
         draw = Key(key.seed).fold("kept order") if keeps else key.fold("order")
         who = lanes.ids if keeps or key.clients is None else key.clients
         taken = memory["taken"].to(rows.device) if keeps else torch.zeros_like(lengths)
         reach = width * int(lengths.max()) + 1
         full = rows if self.batch is None else rows.clamp(max=self.batch)
-        if not keeps and lanes.sizes[0] == lanes.sizes[-1]:  # all at the same place: none has to be looked up
+        if not keeps and lanes.sizes[0] == lanes.sizes[-1]:  # all lanes are at the same position in a pass
             of_pass, size, count = int(lengths[0]), int(full[0]), len(lanes.sizes)
             last = lanes.sizes[0] - (of_pass - 1) * size
             for s in range(int(steps[0])):
@@ -268,7 +269,7 @@ class Train(Local):
             ahead = torch.arange(first, min(first + _AHEAD, int(steps[0])), device=rows.device)[:, None]
             active = (steps > ahead).sum(1).tolist()
             epoch_of, at = (f(taken + ahead, lengths) for f in (quotient, torch.remainder))
-            left = rows - at * full  # of the pass, this batch and all after it
+            left = rows - at * full  # rows of the pass that remain, this batch included
             counts = torch.where(joined & (at == lengths - 1), left, torch.minimum(left, full)).tolist()
             new = (at == 0) | (ahead == 0)
             for i, (k, some) in enumerate(zip(active, new.any(1).tolist(), strict=True)):
