@@ -1,4 +1,7 @@
-"""An algorithm as a value: a part in each slot of the formula that `round.py` computes."""
+"""A plan: an algorithm as a value, with a part in each slot of the formula that `round.py` computes.
+
+Tests: tests/surface/test_contract.py, tests/identities/test_one_algorithm.py
+"""
 
 from __future__ import annotations
 
@@ -33,19 +36,29 @@ from atoll.plan.sampler import Everyone, Uniform, fraction
 class Plan(Value):
     """An algorithm, as a value: a part in each slot of the formula.
 
-    θ⁺ = optimizer(θ, finalize(server_update(Σ wᵢ · decode(encode(local(θ, dataᵢ))))))
+    cohort = sampler(clients, round)                     the clients at work
+    gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
+    mᵢ     = encode(gᵢ)                                  clip, compress
+    total  = Σ_b s(b) · decode_sum_b( Σ_{i from b} lift(decode(mᵢ), wᵢ) )
+    g      = finalize(server_update(total))              server halves on the exact sum, then the mean or a robust rule
+    θ⁺     = optimizer(θ, g, round)                      the server always descends
+
+    b is the model version: the round whose θ the client started from. s(b) is its staleness weight, 1 in synchronous
+    rounds. wᵢ is the number of training rows that client i holds, or 1. `lift` multiplies by wᵢ and rounds to the grid
+    of the sum.
 
     Args:
-        local: what a client computes.
-        aggregator: how contributions become one.
-        optimizer: how the server descends.
-        cohort: who is at work: a sampler; None is everyone, an int that many, a float that fraction.
-        codec: what happens to an update on its way.
-        pace: when a round closes.
-        downlink: what happens to the model's change on its way to the clients; the server keeps what was lost of it.
+        local: computes the contribution of a client from θ and its rows.
+        aggregator: combines the contributions: an exact sum, then a mean.
+        optimizer: makes the step of the server.
+        cohort: selects the clients of a round: a sampler; None for all clients, an int for their number, a float for
+            their fraction.
+        codec: compresses an update on its way to the server.
+        pace: decides when a round closes.
+        downlink: compresses the change of the model on its way to the clients. The next change contains the error.
         max_failed: the largest fraction of a cohort that may fail before the run ends, in [0, 1].
     Raises:
-        UsageError: a slot holds something else than a part for it, or two parts cannot stand beside each other.
+        UsageError: a slot holds a value that is no part for it, or two parts cannot be combined.
     Example:
         >>> from atoll.plan.local import Gradient
         >>> from atoll.plan.aggregate import Mean
@@ -67,7 +80,7 @@ class Plan(Value):
             raise UsageError(
                 f"max_failed = {self.max_failed!r}.",
                 "a fraction in [0, 1].",
-                "it is the part of a cohort that may fail before the round is given up.",
+                "it is the fraction of a cohort that may fail before the run ends.",
                 repaired(self, max_failed=0.5),
             )
         object.__setattr__(self, "cohort", _sampler(self.cohort))
@@ -75,7 +88,7 @@ class Plan(Value):
 
     @property
     def sampler(self) -> Sampler:
-        """Who is at work in a round, as a part."""
+        """The sampler that selects the cohort of a round."""
         return self.cohort  # type: ignore[return-value]
 
     def __str__(self) -> str:
@@ -92,7 +105,11 @@ class Plan(Value):
         )
 
     def memory(self, layout: Layout) -> dict[str, Tensor]:
-        """What one client keeps before its first round, by `part/name`."""
+        """The memory of one client before its first round, by `part/name`.
+
+        Args:
+            layout: of the model.
+        """
         return _joined({"local": self.local.memory(layout), "codec": self.codec.memory(layout)})
 
 

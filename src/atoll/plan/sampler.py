@@ -1,7 +1,9 @@
-"""Who is at work in a round.
+"""Samplers: the selection of the clients of a round.
 
-A sampler is called with the population, the round and a key. It gives the cohort's ids and every client's chance
-of being there, from which `over="expected"` computes what it divides by.
+A sampler is called with the population, the round and a key. It returns the ids of the cohort, and the probability that
+each client is selected. `over="expected"` computes its divisor from these probabilities.
+
+Tests: tests/identities/test_samplers.py
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def _enough(name: str, n: int, population: Population) -> None:
         raise UsageError(
             f"A cohort of {n} clients out of {population.clients}.",
             f"at most {population.clients}.",
-            "a client can be at work once in a round.",
+            "a client can be selected at most once in a round.",
             f"{name}({population.clients})",
         )
 
@@ -55,12 +57,15 @@ class Everyone(Sampler):
 
 @dataclass(frozen=True, repr=False)
 class Uniform(Sampler):
-    """n clients, every set of n equally likely: chance n/C each.
+    """n of C clients, each set of n with the same probability. Each client is selected with probability n/C.
 
     Args:
-        n: how many, 1 … C.
+        n: number of clients, 1 … C.
     Raises:
-        UsageError: n is no whole number, or larger than the population.
+        UsageError: n is not an integer ≥ 1, or it exceeds the population.
+    Example:
+        >>> len(Uniform(2)(Population(5, torch.ones(5, dtype=torch.int64)), 0, Key(0)).ids)
+        2
     """
 
     n: int
@@ -80,10 +85,15 @@ class Uniform(Sampler):
 
 @dataclass(frozen=True, repr=False)
 class Fraction(Sampler):
-    """The fraction q of the clients, rounded to the nearest whole number, at least one.
+    """The fraction q of the clients, rounded to the nearest integer, at least one. They are drawn as by `Uniform`.
 
     Args:
         q: in (0, 1].
+    Raises:
+        UsageError: q is out of range.
+    Example:
+        >>> Fraction(0.1).count(25)
+        3
     """
 
     q: float
@@ -98,7 +108,7 @@ class Fraction(Sampler):
         return _Resized(self, ask) if ask(1000) > 1000 else self
 
     def count(self, clients: int) -> int:
-        """How many of so many."""
+        """The number of clients that the fraction selects out of all clients."""
         return max(1, math.floor(self.q * clients + 0.5))
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
@@ -112,10 +122,16 @@ def fraction(q: float) -> Fraction:
 
 @dataclass(frozen=True, repr=False)
 class Poisson(Sampler):
-    """Each client by its own coin: chance q, independently. A cohort may be empty.
+    """Each client independently with probability q. A cohort may be empty.
 
     Args:
         q: in (0, 1].
+    Raises:
+        UsageError: q is out of range.
+    Example:
+        >>> Poisson(1.0)(Population(3, torch.ones(3, dtype=torch.int64)), 0, Key(0)).ids.tolist()
+        [0, 1, 2]
+
     Reference: Abadi et al., Deep Learning with Differential Privacy, 2016: the sampling that privacy accounting
         assumes.
     """
@@ -138,13 +154,20 @@ class Poisson(Sampler):
 
 @dataclass(frozen=True, repr=False)
 class Weighted(Sampler):
-    """n clients without replacement, each with a chance in proportion to the rows it holds: n·wᵢ/Σw, at most 1.
+    """n clients without replacement, each with a probability proportional to its rows: n·wᵢ/Σw, at most 1.
 
-    The clients stand in a keyed random order, each as long as its rows; n marks at equal distances fall on n of them.
-    Beside it, `Mean(weights="equal")` is the mean over all rows, unbiased as long as no chance is cut at 1.
+    Systematic sampling: the clients form a line in a keyed random order, each with a length equal to its rows. Marks at
+    n equal distances select n clients. Combined with this sampler, `Mean(weights="equal")` estimates the mean over all
+    rows. The estimate is unbiased if no probability is cut at 1.
 
     Args:
-        n: how many, 1 … number of clients that hold rows.
+        n: number of clients, 1 … number of clients that hold rows.
+    Raises:
+        UsageError: n is not an integer ≥ 1, or it exceeds the number of clients that hold rows.
+    Example:
+        >>> Weighted(2)(Population(3, torch.tensor([9, 1, 0])), 0, Key(0)).ids.tolist()
+        [0, 1]
+
     Reference: Madow, On the Theory of Systematic Sampling, II, 1949.
     """
 
@@ -164,7 +187,7 @@ class Weighted(Sampler):
         rest = sizes.masked_fill(certain, 0)
         left, whole = self.n - int(certain.sum()), int(rest.sum())
         order = key.permutation(population.clients).to(sizes.device)
-        # In whole numbers, and no length reaches the distance of two marks: none falls on a client twice.
+        # Integers, so no rounding. Each length is below the distance of two marks, so no client is selected twice.
         edges = (rest[order] * left).cumsum(0)
         start = (key.fold("start").hash(1) & (2**62 - 1)) % max(whole, 1)
         marks = start.to(edges) + whole * torch.arange(left, device=edges.device)
@@ -174,7 +197,7 @@ class Weighted(Sampler):
 
 
 def _certain(sizes: Tensor, n: int) -> Tensor:
-    """The clients so large that they are always drawn, bool `[C]`: those whose share of what is left comes to 1."""
+    """The clients that are always drawn, bool `[C]`: their share of the remaining draws is 1 or more."""
     certain = torch.zeros_like(sizes, dtype=torch.bool)
     while True:
         left, whole = n - int(certain.sum()), int(sizes.masked_fill(certain, 0).sum())
@@ -186,12 +209,18 @@ def _certain(sizes: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class RoundRobin(Sampler):
-    """n clients in turn, in a keyed order that is drawn anew each time all have had their turn.
+    """n clients in turn, in a keyed order. A new order is drawn after all clients have participated.
 
-    Over any C/n rounds that start together every client works once (n dividing C).
+    If n divides C, each client participates exactly once in rounds 0 … C/n − 1, and again in every later C/n rounds.
 
     Args:
-        n: how many, 1 … C.
+        n: number of clients, 1 … C.
+    Raises:
+        UsageError: n is not an integer ≥ 1, or it exceeds the population.
+    Example:
+        >>> population = Population(4, torch.ones(4, dtype=torch.int64))
+        >>> sorted(i for t in (0, 1) for i in RoundRobin(2)(population, t, Key(0)).ids.tolist())
+        [0, 1, 2, 3]
     """
 
     n: int
