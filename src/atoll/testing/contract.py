@@ -1,4 +1,7 @@
-"""What every check is written on: a refusal, equality to the bit, and a call that must be pure."""
+"""Common code of the checks: the error, equality to the bit, and calls that must be pure.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ T = TypeVar("T")
 
 
 class Nonconformity(AtollError):
-    """A part does not keep the contract of its slot: what it did, what is required, and why.
+    """A part breaks the contract of its slot. The error states its behaviour, the requirement and the reason.
 
     Example:
         >>> from atoll.testing import check_sampler
@@ -38,13 +41,13 @@ class Nonconformity(AtollError):
 
 
 def require(holds: bool, given: str, required: str, why: str) -> None:
-    """Refuse a part unless something holds of it."""
+    """Raise Nonconformity unless `holds` is True."""
     if not holds:
         raise Nonconformity(given, required, why)
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two results are equal to the bit: tensors in type, shape and every bit of every number.
+    """Whether two results are equal to the bit: tensors of equal dtype, shape, device and bits.
 
     Example:
         >>> same({"x": torch.tensor([0.0])}, {"x": torch.tensor([-0.0])})
@@ -65,59 +68,63 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def copied(tree: T) -> T:
-    """The same tree with every tensor copied."""
+    """The same tree of containers with every tensor copied."""
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)  # type: ignore[no-any-return]
 
 
 def row(tree: Any, k: int | slice) -> Any:
-    """Client k of K, in every tensor of a tree; the leading axis stays."""
+    """Client k out of K, in every tensor of a tree. The leading axis remains, with length 1."""
     index = slice(k, k + 1) if isinstance(k, int) else k
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[index], tree)
 
 
 def lanes(template: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
-    """What one client keeps, for k clients: `[k, …]` by name."""
+    """The memory of one client repeated for k clients: `[k, …]` by name."""
     return {n: t.expand(k, *t.shape).clone() for n, t in template.items()}
 
 
 def pure(who: str, function: Callable[..., T], *given: Any) -> T:
-    """What a function of the part gives for `given`: it must depend on that alone, and leave it as it was.
+    """The result of a function of the part, which must be pure: it depends only on its arguments and changes none.
 
     Args:
-        who: the part and its method, for the refusal.
+        who: the part and its method, for the error.
         function: is called twice.
         given: its arguments.
+    Returns:
+        The result of the first call.
+    Raises:
+        Nonconformity: the function changes an argument, draws from a global generator, or gives two results.
     """
     before, drawn = copied(given), generator_states()
     first = copied(refused(who, function, *given))
     require(
         same(given, before),
-        f"{who} changed what it was given.",
-        "a function of its arguments; what it returns may be new, what it was given stays.",
-        "the same tensors go to other clients, and back to where they are kept if this round fails.",
+        f"{who} changed its arguments.",
+        "a pure function, which returns new tensors.",
+        "the same tensors are passed to other clients, and they are used again if this round fails.",
     )
     require(
         generator_states() == drawn,
         f"{who} drew from a global generator.",
         "every draw from the key.",
-        "a run killed and resumed must draw the same numbers, on every engine.",
+        "a run that is killed and resumed must draw the same numbers on every engine.",
     )
     require(
         same(function(*given), first),
         f"{who} gave two results for the same arguments.",
         "equal bits for equal arguments.",
-        "a round that is computed again, after a kill or for a replay, must come out the same.",
+        "a round that is computed again, after a crash or for a replay, must give the same bits.",
     )
     return first
 
 
 def same_names(who: str, template: Mapping[str, Tensor], got: Any, lead: tuple[int, ...] = ()) -> None:
-    """Refuse tensors that differ from their template in names, shapes or types."""
+    """Refuse tensors whose names, shapes or dtypes differ from their template."""
     require(
         isinstance(got, Mapping) and got.keys() == template.keys(),
         f"{who} gave {sorted(got) if isinstance(got, Mapping) else type(got).__name__}.",
         f"tensors named {sorted(template)}.",
-        "what is kept was announced, with its names, before the first round.",
+        "the names of state are fixed before the first round.",
     )
     for name, first in template.items():
         tensor = got[name]
@@ -125,7 +132,7 @@ def same_names(who: str, template: Mapping[str, Tensor], got: Any, lead: tuple[i
             isinstance(tensor, Tensor) and tensor.shape == (*lead, *first.shape) and tensor.dtype == first.dtype,
             f"{who} gave {name} as {_seen(tensor)}.",
             f"{first.dtype} {[*lead, *first.shape]}.",
-            "rows are kept by name in one shape and type from the first round to the last.",
+            "state is stored by name, with one shape and dtype from the first round to the last.",
         )
 
 
@@ -134,20 +141,20 @@ def _seen(x: Any) -> str:
 
 
 def leading(who: str, tensors: Any, k: int, whole: bool = False) -> None:
-    """Refuse tensors by name whose first axis is not the k clients; `whole` asks for whole numbers, else floats."""
-    require(isinstance(tensors, Mapping), f"{who} is {type(tensors).__name__}.", "tensors by name.", "names are kept.")
+    """Refuse tensors by name whose first axis has not the length k, or, with `whole`, that are no integers."""
+    require(isinstance(tensors, Mapping), f"{who} is {type(tensors).__name__}.", "tensors by name.", "names are used.")
     for name, tensor in tensors.items():
         good = isinstance(tensor, Tensor) and tensor.dim() >= 1 and len(tensor) == k
         require(
             good and (not whole or not tensor.is_floating_point()),
             f"{who}[{name!r}] is {_seen(tensor)}.",
             f"{'whole numbers' if whole else 'a tensor'} [{k}, …] for {k} clients.",
-            "a client that fails is taken out by its row.",
+            "if a client fails, its row is removed.",
         )
 
 
 def refused(who: str, function: Callable[..., T], *given: Any) -> T:
-    """What a function of the part gives; whatever it raises is the part's fault."""
+    """The result of a function of the part. Every exception becomes a Nonconformity."""
     try:
         return function(*given)
     except Nonconformity:
@@ -156,30 +163,30 @@ def refused(who: str, function: Callable[..., T], *given: Any) -> T:
         raise Nonconformity(
             f"{who} raised {type(error).__name__}: {error}.",
             "a result.",
-            "the slot calls it so.",
+            "the loop calls the slot with these arguments.",
         ) from error
 
 
 def on_meta(who: str, function: Callable[..., T], *given: Any) -> T:
-    """What a function of the part gives for tensors without numbers: it looks at none and stays there."""
+    """The result of a function of the part for meta tensors: it must not read numbers or move tensors."""
     try:
         return function(*given)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise Nonconformity(
             f"{who} failed on tensors without numbers: {str(error).splitlines()[0]}",
-            "tensor operations alone, on the device of what it is given: no .item(), no branch on a number, "
-            "and what is drawn from a shared key moved by .to(x.device).",
-            "on a GPU every look at a number waits for all work before it.",
+            "tensor operations on the device of the arguments: no .item(), no branch on a number, "
+            "and draws from a shared key moved by .to(x.device).",
+            "on a GPU each read of a number waits for all earlier work.",
         ) from None
 
 
 def check_value(part: Any) -> None:
-    """A part is a value: frozen, hashable, equal to its copy, and its repr reads back to an equal part.
+    """Check that a part is a value: frozen, hashable, equal to its copy, and rebuilt by parsing its repr.
 
     Args:
         part: any part of a plan.
     Raises:
-        Nonconformity: it is not.
+        Nonconformity: the part is no value.
     Example:
         >>> from atoll.plan.sampler import Uniform
         >>> check_value(Uniform(3))
@@ -199,14 +206,14 @@ def check_value(part: Any) -> None:
     except UsageError as error:
         raise Nonconformity(
             f"The repr of a {type(part).__name__} cannot be read: {error.given}",
-            "a constructor call of the grammar, such as the mixin atoll.grammar.Value gives.",
-            "a run's config.toml, a flag and the wire hold a part as its text.",
+            "a constructor call of the grammar, as the mixin atoll.grammar.Value prints it.",
+            "config.toml, flags and messages contain a part as its text.",
         ) from error
-    require(again == part, f"{who} reads back as {again!r}.", "an equal part.", "what is saved must be what ran.")
+    require(again == part, f"{who} reads back as {again!r}.", "an equal part.", "the saved plan must be the run plan.")
 
 
 def _names(part: Any) -> dict[str, Callable[..., Any]]:
-    """The constructors that a part's text may call: its own class and those of what it holds."""
+    """The constructors that a part's text may call: its own class and the classes of the parts that it contains."""
     names: dict[str, Callable[..., Any]] = {}
     held: list[Any] = [part]
     while held:
@@ -222,6 +229,8 @@ def _names(part: Any) -> dict[str, Callable[..., Any]]:
 def known_entropy(seed: int = 0) -> EntropySource:
     """An entropy source with known numbers: two sources with the same seed draw the same numbers.
 
+    Args:
+        seed: any integer.
     Example:
         >>> known_entropy(7).integers((3,), 10).equal(known_entropy(7).integers((3,), 10))
         True
@@ -241,7 +250,7 @@ def round_info(population: Population | None = None, round: int = 0, seed: int =
     Args:
         population: all clients; None: seven clients that hold 3, 6, …, 21 rows.
         round: from 0.
-        seed: of the entropy.
+        seed: of `known_entropy`.
     Example:
         >>> round_info().cohort_size
         7
@@ -259,6 +268,8 @@ def check_declared(who: str, declared: Mapping[str, Declared], means: Tensors, s
         declared: by name.
         means: `[K, m]` by name.
         sums: `[K]` or `[K, s]` by name.
+    Raises:
+        Nonconformity: a name, a length, a dtype or a norm differs.
     """
     name, difference = undeclared(declared, means, sums)
     require(
@@ -313,8 +324,10 @@ class _Threads:
 
 
 def in_group(functions: Sequence[Callable[[Group], T]]) -> list[T]:
-    """The results of functions that run at once, one per member of a group, as processes of torchrun would.
+    """The results of functions that run in parallel, one per member of a group, like processes of torchrun.
 
+    Args:
+        functions: one per member; each receives the group.
     Example:
         >>> in_group([lambda group: int(group.all_reduce_sum([torch.tensor(group.rank)])[0])] * 3)
         [3, 3, 3]
