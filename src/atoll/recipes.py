@@ -1,19 +1,19 @@
-"""Named algorithms: each is a constructor call, nothing else.
+"""Recipes: named algorithms. Each recipe is a function that returns a plan by one constructor call.
 
 | recipe | cohort | local | aggregator | optimizer |
 |---|---|---|---|---|
 | `gd` | one client | `Gradient()` | `Mean()` | `sgd(lr)` |
 | `sgd` | one client | `Gradient(batch)` | `Mean()` | `sgd(lr)` |
-| `distributed_gd` | everyone | `Gradient()` | `Mean()` | `sgd(lr)` |
-| `fedsgd` | some | `Gradient()` | `Mean()` | `sgd(lr)` |
-| `fedavg` | some | `Train(sgd(lr), epochs, batch)` | `Mean()` | `sgd(1.0)` |
-| `local_sgd` | everyone | `Train(sgd(lr), steps, batch)` | `Mean()` | `sgd(1.0)` |
-| `fedavgm` | some | as `fedavg` | `Mean()` | `sgd(server_lr, momentum)` |
-| `fedadam`, `fedyogi`, `fedadagrad` | some | as `fedavg` | `Mean()` | `adam`, `yogi`, `adagrad`, uncorrected |
-| `diloco` | everyone | `Train(adamw(lr), steps, keep)` | `Mean()` | `sgd(0.7, momentum=0.9, nesterov=True)` |
-| `post_local_sgd` | everyone | `local_sgd`'s, one step a round at first | `Mean()` | `sgd(1.0)` |
-| `fedbuff` | some, all the time | as `fedavg` | `Mean()` | `sgd(server_lr)`, pace `Buffered(k)` |
-| `fedasync` | some, all the time | as `fedavg`, sending its model | `Mean()` | `sgd(alpha)`, pace `Buffered(1)` |
+| `distributed_gd` | all | `Gradient()` | `Mean()` | `sgd(lr)` |
+| `fedsgd` | a sample | `Gradient()` | `Mean()` | `sgd(lr)` |
+| `fedavg` | a sample | `Train(sgd(lr), epochs, batch)` | `Mean()` | `sgd(1.0)` |
+| `local_sgd` | all | `Train(sgd(lr), steps, batch)` | `Mean()` | `sgd(1.0)` |
+| `fedavgm` | a sample | as `fedavg` | `Mean()` | `sgd(server_lr, momentum)` |
+| `fedadam`, `fedyogi`, `fedadagrad` | a sample | as `fedavg` | `Mean()` | `adam`, `yogi`, `adagrad`, uncorrected |
+| `diloco` | all | `Train(adamw(lr), steps, keep)` | `Mean()` | `sgd(0.7, momentum=0.9, nesterov=True)` |
+| `post_local_sgd` | all | as `local_sgd`, one step per round at first | `Mean()` | `sgd(1.0)` |
+| `fedbuff` | n active clients | as `fedavg` | `Mean()` | `sgd(server_lr)`, pace `Buffered(k)` |
+| `fedasync` | n active clients | as `fedavg`, `sends="model"` | `Mean()` | `sgd(alpha)`, pace `Buffered(1)` |
 
 Parameters of the same name mean the same in every recipe:
 
@@ -48,7 +48,9 @@ Batch = int | None
 
 
 def gd(lr: Rate = 0.1) -> Plan:
-    """Gradient descent: θ ← θ − lr ∇J(θ), on one client that holds every row.
+    """Gradient descent on one client that holds all rows.
+
+    θ ← θ − lr ∇J(θ)
 
     Example:
         >>> gd(0.1)
@@ -60,7 +62,13 @@ def gd(lr: Rate = 0.1) -> Plan:
 
 
 def sgd(lr: Rate = 0.1, batch: int = 32) -> Plan:
-    """Stochastic gradient descent: the gradient of `batch` rows drawn anew each round.
+    """Stochastic gradient descent on one client that holds all rows. Each round draws `batch` new rows B.
+
+    θ ← θ − lr (1/|B|) Σ_{rows in B} ∇ℓ(θ)
+
+    Example:
+        >>> sgd(0.1)
+        Plan(Gradient(32), aggregator=Mean(), optimizer=sgd(0.1))
 
     Reference: Robbins and Monro, A Stochastic Approximation Method, 1951.
     """
@@ -70,13 +78,28 @@ def sgd(lr: Rate = 0.1, batch: int = 32) -> Plan:
 def distributed_gd(lr: Rate = 0.1, batch: Batch = None, sum: SumKind = "exact") -> Plan:
     """Distributed gradient descent over a parameter server: workers send gradients, the server adds and updates.
 
-    θ ← θ − lr Σ_k (n_k/n) ∇J_k(θ), which is ∇J for any split of the rows. With `batch`, each worker takes that many.
+    θ ← θ − lr Σ_k (n_k/n) ∇J_k(θ),  and the sum equals ∇J for any split of the rows
+
+    Args:
+        batch: rows that each worker uses per round; None: all.
+        sum: `"exact"` or `"float"`, as for `Mean`.
+    Example:
+        >>> distributed_gd(0.1)
+        Plan(Gradient(), aggregator=Mean(), optimizer=sgd(0.1))
+
+    Reference: Li et al., Scaling Distributed Machine Learning with the Parameter Server, 2014.
     """
     return Plan(Gradient(batch), Mean(sum=sum), rules.sgd(lr))
 
 
 def fedsgd(lr: Rate = 0.1, cohort: Cohort = None) -> Plan:
-    """Federated gradient descent: the clients at work send the gradient of all their rows.
+    """Federated gradient descent: each client of the cohort sends the gradient of all its rows.
+
+    θ ← θ − lr Σᵢ nᵢ ∇Jᵢ(θ) / Σᵢ nᵢ,  i in the cohort
+
+    Example:
+        >>> fedsgd(0.1, cohort=10)
+        Plan(Gradient(), aggregator=Mean(), optimizer=sgd(0.1), cohort=Uniform(10))
 
     Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
     """
@@ -106,6 +129,9 @@ def local_sgd(lr: Rate = 0.1, steps: Steps = 10, batch: Batch = 32) -> Plan:
 def post_local_sgd(lr: Rate = 0.1, switch: int = 100, steps: Steps = 16, batch: Batch = 32) -> Plan:
     """Post-local SGD: a step a round, which is distributed SGD, for `switch` rounds; local SGD from then on.
 
+    Args:
+        switch: number of rounds with one step, ≥ 1.
+        steps: per round after the switch.
     Example:
         >>> post_local_sgd(0.1, switch=50, steps=8).local
         Train(sgd(0.1), steps=hold(1.0, rounds=50) >> constant(8.0), batch=32, keep=('order',))
@@ -124,6 +150,14 @@ def fedavgm(
     momentum: float = 0.9,
 ) -> Plan:
     """Federated averaging with momentum at the server.
+
+    b ← momentum·b + g ;  θ ← θ − server_lr·b,  g the mean update of the clients
+
+    Args:
+        momentum: of the server, 0 ≤ momentum < 1.
+    Example:
+        >>> fedavgm(0.1, cohort=10).optimizer
+        sgd(1.0, momentum=0.9)
 
     Reference: Hsu, Qi, Brown, Measuring the Effects of Non-Identical Data Distribution, 2019.
     """
@@ -144,7 +178,16 @@ def fedadam(
     betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-3,
 ) -> Plan:
-    """Adam at the server, as published: without bias correction.
+    """Federated averaging with Adam at the server, without bias correction, as in the paper.
+
+    m ← β₁m + (1 − β₁)g ;  v ← β₂v + (1 − β₂)g² ;  θ ← θ − server_lr·m / (√v + eps)
+
+    Args:
+        betas: (β₁, β₂) of the server, each in [0, 1).
+        eps: τ of the paper, > 0.
+    Example:
+        >>> fedadam(0.1).optimizer
+        adam(0.01, betas=(0.9, 0.99), eps=0.001, correct=False)
 
     Reference: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
     """
@@ -161,7 +204,16 @@ def fedyogi(
     betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-3,
 ) -> Plan:
-    """Yogi at the server.
+    """Federated averaging with Yogi at the server.
+
+    m ← β₁m + (1 − β₁)g ;  v ← v − (1 − β₂)·g²·sign(v − g²) ;  θ ← θ − server_lr·m / (√v + eps)
+
+    Args:
+        betas: (β₁, β₂) of the server, each in [0, 1).
+        eps: τ of the paper, > 0.
+    Example:
+        >>> fedyogi(0.1).optimizer
+        yogi(0.01, betas=(0.9, 0.99))
 
     Reference: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
     """
@@ -178,7 +230,16 @@ def fedadagrad(
     beta: float = 0.9,
     eps: float = 1e-3,
 ) -> Plan:
-    """Adagrad at the server, with momentum `beta`.
+    """Federated averaging with Adagrad at the server.
+
+    v ← v + g² ;  m ← beta·m + (1 − beta)·g ;  θ ← θ − server_lr·m / (√v + eps)
+
+    Args:
+        beta: momentum of the server, 0 ≤ beta < 1.
+        eps: τ of the paper, > 0.
+    Example:
+        >>> fedadagrad(0.1).optimizer
+        adagrad(0.1, eps=0.001, beta=0.9)
 
     Reference: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
     """
@@ -196,8 +257,12 @@ def diloco(
 ) -> Plan:
     """DiLoCo: workers make many AdamW steps and keep their optimizer; the server steps with Nesterov momentum.
 
-    What a worker moved, the outer gradient, goes through `codec`: `Quantize(8)` sends a quarter of the bytes.
+    Each worker sends its update θ − θᵢ, the outer gradient, compressed by `codec`. `Quantize(8)` sends a quarter of the
+    bytes.
 
+    Args:
+        momentum: of the server, 0 < momentum < 1.
+        codec: compresses the outer gradient.
     Example:
         >>> from atoll.plan.codec import Quantize
         >>> diloco(codec=Quantize(8)).codec
@@ -222,10 +287,14 @@ def fedbuff(
     server_lr: Rate = 1.0,
     staleness: Staleness = staleness_polynomial(0.5),
 ) -> Plan:
-    """Buffered asynchrony: the server steps as soon as k updates are there; late ones count less.
+    """Buffered asynchronous averaging: the server steps when k updates have arrived. Late updates have less weight.
 
-    θ⁺ = θ − server_lr · Σ wᵢ s(τᵢ) (θ_birth − θᵢ) / Σ wᵢ,  over k arrivals, τ rounds after they began
+    θ⁺ = θ − server_lr · Σ wᵢ s(τᵢ) (θ_b − θᵢ) / Σ wᵢ,  over k arrivals; client i started from θ_b, τᵢ rounds earlier
 
+    Args:
+        cohort: number of clients that train at any time.
+        k: updates per step of the server, ≥ 1.
+        staleness: s, a function from rounds of lateness to a weight.
     Example:
         >>> fedbuff(0.1, cohort=100).pace
         Buffered(10)
@@ -244,15 +313,16 @@ def fedasync(
     alpha: Rate = 0.6,
     staleness: Staleness = staleness_polynomial(0.5),
 ) -> Plan:
-    """Asynchronous federated optimization: whoever arrives is mixed into the model, the later the less.
+    """Asynchronous federated optimization: each arriving model is mixed into θ. Late models have less weight.
 
-    θ⁺ = (1 − α s(τ)) θ + α s(τ) θᵢ,  τ rounds after θᵢ began; without the paper's proximal term
+    θ⁺ = (1 − α s(τ)) θ + α s(τ) θᵢ,  client i started τ rounds earlier; without the paper's proximal term
 
     Args:
+        cohort: number of clients that train at any time.
         alpha: α, in (0, 1], or a schedule of it.
-        staleness: s: `staleness_polynomial(0.5)`, the paper's, or its `hinge(10, grace=4)`.
+        staleness: s, such as the paper's `staleness_polynomial(0.5)` or `hinge(10, grace=4)`.
     Raises:
-        UsageError: α is no share.
+        UsageError: α is out of range.
     Example:
         >>> fedasync(0.1, cohort=100)
         Plan(Train(sgd(0.1), epochs=1, batch=10, sends='model'), aggregator=Mean(), optimizer=sgd(0.6), \
@@ -264,7 +334,7 @@ cohort=Uniform(100), pace=Buffered(1))
         raise UsageError(
             f"fedasync(alpha={alpha!r}).",
             "a number in (0, 1], or a schedule.",
-            "it is the share of the model that arrives.",
+            "it is the weight of the arriving model in the mixture.",
             "fedasync(0.1, alpha=0.6)",
         )
     local = Train(rules.sgd(lr), epochs=epochs, batch=batch, sends="model")

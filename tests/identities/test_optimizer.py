@@ -279,7 +279,7 @@ def test_lanes_never_come_back(shape):
     with pytest.raises(UsageError, match="An update of shape"):
         stepper.step(torch.ones(shape))
     stepper.step(torch.ones(2, 5))
-    with pytest.raises(UsageError, match="stays so"):
+    with pytest.raises(UsageError, match="stays finished"):
         stepper.step(torch.ones(3, 5))
     assert theta[2].eq(0).all() and theta[:2].eq(-0.1).all()
 

@@ -1,7 +1,10 @@
-"""The rows of K clients side by side, and gradients over them: what local parts are written on.
+"""Lanes: the rows of K clients in one batch, and gradients over them. Local parts are written with them.
 
-A client's rows are addressed by position, 0 … n−1, in its own order. A batch of K clients is padded to one width, which
-depends on each client's own size alone, so that neither neighbours nor their number can change a client's bits.
+A lane is one client's row in a batch of clients. The rows of a client are addressed by position, 0 … n−1, in its own
+order. A batch of K clients is padded to one width. The width depends only on the size of each client, so the bits of a
+client depend neither on the other clients of the batch nor on their number.
+
+Tests: tests/identities/test_local_sgd.py, tests/identities/test_chunks.py
 """
 
 from __future__ import annotations
@@ -23,14 +26,14 @@ from atoll.data.rows import in_memory, stored
 HOST = torch.device("cpu")
 OnStep = Callable[[int, int, float], None]  # lane, step from 0, mean loss of the lane's batch
 
-_AHEAD = 1 << 19  # numbers of rows that are read at once for several steps
-ROWS = 1024  # the most rows of one client in one pass: bounds the memory of activations
+_AHEAD = 1 << 19  # numbers that are read at once, for several steps
+ROWS = 1024  # maximum rows of one client in one pass: bounds the memory of activations
 
 
 def padded(rows: int) -> int:
-    """The width of a full batch of `rows` rows: the next multiple of a sixteenth to an eighth of it.
+    """The padded width of a batch of `rows` rows: the next multiple of a grain, 1/16 to 1/8 of `rows`.
 
-    Few enough widths that clients of like sizes share one, and at most 1/8 of the work is padding.
+    Clients of similar sizes share a width, and at most 1/8 of the work is padding.
 
     Example:
         >>> [padded(n) for n in (7, 17, 100, 1000)]
@@ -42,14 +45,14 @@ def padded(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Lanes:
-    """K clients at work together, largest first.
+    """K clients that are computed together, largest first.
 
     Args:
-        clients: the federation they belong to.
-        ids: int64 `[K]`.
-        dtype: the type of the run, which float features and targets take.
-        share: the part of its work that each had time for, in (0, 1].
-        device: where batches are computed on. Who is at work, on which of their rows, is decided on the host.
+        clients: all clients, with their rows.
+        ids: of the K clients, int64 `[K]`.
+        dtype: of the run. Float features and targets are converted to it.
+        share: the fraction of its work for which each client has time, in (0, 1].
+        device: of the computation. Clients and rows are selected on the host.
         on_step: receives lane, step and the mean loss of the lane's batch, after each step.
     """
 
@@ -74,26 +77,26 @@ class Lanes:
 
     @cached_property
     def rows(self) -> Tensor:
-        """The rows each holds, int64 `[K]`."""
+        """The number of rows of each client, int64 `[K]`."""
         return self.clients.sizes[self.ids]
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """The rows each holds, falling."""
+        """The number of rows of each client, in decreasing order."""
         return tuple(self.rows.tolist())
 
     @cached_property
     def _ends(self) -> tuple[Tensor, Tensor]:
-        """Where each client's rows begin, and the last position among them, int64 `[K]`."""
+        """The place of each client's first row, and the last position of its rows, int64 `[K]`."""
         return self.clients.offsets[self.ids], self.rows - 1
 
     def places(self, positions: Tensor, index: Tensor | slice = slice(None)) -> Tensor:
-        """Where in the list of all rows these positions `[k, B]` of some clients are; one past the end is the last."""
+        """The places of positions `[k, B]` in the list of all rows. A position past the end means the last row."""
         starts, lasts = (column[index, None] for column in self._ends)
         return torch.minimum(positions, lasts[: len(positions)]) + starts[: len(positions)]
 
     def take(self, places: Tensor, counts: tuple[int, ...]) -> Batch:
-        """The rows at these places `[k, B]`, of the first k clients."""
+        """The rows of the first k clients at these places `[k, B]`."""
         x, y = self.clients.take(self.clients.order[places])
         if self.device != HOST:
             x, y = x.to(self.device), y.to(self.device)
@@ -101,16 +104,16 @@ class Lanes:
 
     @cached_property
     def width(self) -> int:
-        """Numbers in a row."""
+        """The count of numbers in a row."""
         return prod(self.clients.features)
 
     @cached_property
     def in_memory(self) -> bool:
-        """Whether rows can be read where they are stored, in the type that they are stored in."""
+        """Whether rows can be read without a copy, in the dtype in which they are stored."""
         return in_memory(self.clients.rows)
 
     def stored(self, places: Tensor) -> Stored:
-        """The rows at these places `[n]`, where they are stored, or copied where that cannot be read."""
+        """The rows at these places `[n]`, without a copy if they can be read in place."""
         if self.in_memory:
             found = Stored(*stored(self.clients.rows, self.clients.order[places]))
             if found.x.dtype in (torch.uint8, self.dtype):
@@ -122,7 +125,7 @@ class Lanes:
         return values.to(self.dtype) if values.is_floating_point() else values
 
     def batches(self, steps: Iterable[tuple[Tensor, tuple[int, ...]]]) -> Iterator[Batch]:
-        """The batch of each step, from places `[k, B]` and counts; the rows of several steps are read at once."""
+        """The batch of each step, from places `[k, B]` and counts. The rows of several steps are read together."""
         most, held = max(1, _AHEAD // max(1, self.width)), 0
         some: list[tuple[Tensor, tuple[int, ...]]] = []
         for places, counts in steps:
@@ -142,15 +145,23 @@ class Lanes:
             yield Batch(xs.view(*shape, *xs.shape[1:]), ys.view(*shape, *ys.shape[1:]), counts)
 
     def gradient(self, task: Task, model: Model, places: Tensor, counts: tuple[int, ...], key: Key) -> Gradient:
-        """The mean gradient of each client's loss over the rows at these places; at most `ROWS` of them in a pass.
+        """The mean gradient of each client's loss over the rows at these places, at most `ROWS` rows per pass.
 
-        More rows go in sub-batches, as equal as can be (batch statistics want no short tail), whose gradients are
-        averaged by the rows they hold.
+        More rows are split into sub-batches of nearly equal size, since a short one would have poor batch statistics.
+        Their gradients are averaged with their numbers of rows as weights.
+
+        Args:
+            task: computes the gradients.
+            model: of each lane.
+            places: int64 `[k, B]`.
+            counts: the number of valid rows of each lane, ≤ B.
+            key: of the draws inside the model, such as dropout.
         """
         wide = places.shape[1]
         if wide <= ROWS:
             return task.gradient(model, self.take(places, counts), key)
-        # Without padding a lane is cut by its own rows alone; with it, by the width that its neighbours share.
+        # With batch statistics there is no padding, so the cut depends on the lane's own rows. Otherwise it depends on
+        # the padded width, which all lanes of the batch share.
         size = ROWS if task.batch_statistics else -(-wide // -(-wide // ROWS))
         rows = torch.tensor(counts, device=places.device)
         own = (-(-rows // size)).clamp(min=1)

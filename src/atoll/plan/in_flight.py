@@ -1,8 +1,10 @@
-"""Who is at work: flights that have started and not yet arrived, across rounds.
+"""Clients in flight: they have started and not yet arrived, possibly in earlier rounds.
 
-A cohort is a number of clients at work, so a round starts only what is missing. Everything here is a function of the
-plan, the seed and the order of arrivals. When somebody arrives is said by whoever drives it: a virtual clock, worker
-processes, a network.
+A cohort is a number of active clients, so a round starts only the missing ones. Everything here is a function of the
+plan, the seed and the order of arrivals. The caller decides when a client arrives: a virtual clock, worker processes
+or a network.
+
+Tests: tests/identities/test_flights.py, tests/identities/test_clock.py
 """
 
 from __future__ import annotations
@@ -19,13 +21,21 @@ from atoll.plan.protocols import Cohort, Pace, Population, Sampler
 from atoll.plan.sampler import Uniform
 
 _BLOCK = 1024  # candidates drawn at once
-_client, _number = itemgetter(0), itemgetter(3)  # of a flight; half the time of its names
-_new = tuple.__new__  # half the time of the constructor that NamedTuple writes, where every start passes
+_client, _number = itemgetter(0), itemgetter(3)  # of a flight; half the time of attribute access
+_new = tuple.__new__  # half the time of the constructor of NamedTuple; it is called for every start
 
 
 class Flight(NamedTuple):
-    """A client at work: who, from which round's model, how often it had started in that round before, which start of
-    the whole run this is, how many bytes it was sent, and the part of its work that it had time for."""
+    """A start of a client that has not yet arrived.
+
+    Args:
+        client: its id.
+        birth: the model version: the round whose model the client started from.
+        again: the number of earlier starts of this client in that round.
+        number: of this start in the run, from 0.
+        down: bytes that the client was sent.
+        share: the fraction of its work for which it has time, in (0, 1].
+    """
 
     client: int
     birth: int
@@ -36,18 +46,18 @@ class Flight(NamedTuple):
 
 
 class Air(NamedTuple):
-    """What is in the air between two rounds, and what drawing the next start needs.
+    """The clients in flight between two rounds, and the state of the draws of further starts.
 
     Args:
-        flights: started and not yet arrived, by number.
-        target: how many are at work when nothing is missing.
-        started: how many starts there have been.
-        place: where in the stream of candidates the next draw is: block, offset.
-        queue: that block, where it is drawn already.
-        idle: those to start first, where the cohort is everyone.
-        recent: (client, round) of each start after the birth of the oldest flight.
-        known: the round whose model each client has last been sent, int64 `[C]`, −1 none; None where nobody asks.
-        clock: what the engine keeps of time; the plan does not look into it.
+        flights: started and not yet arrived, in order of their numbers.
+        target: number of active clients of a full cohort.
+        started: number of starts so far.
+        place: of the next draw in the stream of candidates: block, offset.
+        queue: that block, if it is drawn already.
+        idle: clients to start first, if the cohort contains all clients.
+        recent: (client, round) of each start after the model version of the oldest flight.
+        known: the round whose model each client was last sent, int64 `[C]`, −1 for none; None if it is not used.
+        clock: state of the engine's clock. The plan does not read it.
     """
 
     flights: tuple[Flight, ...] = ()
@@ -62,7 +72,7 @@ class Air(NamedTuple):
 
 
 class Traffic:
-    """One open round: who starts, arrives and fails, until the pace closes it.
+    """One open round: starts, arrivals and failures of clients, until the pace closes the round.
 
     Args:
         pace: decides when the round closes.
@@ -70,8 +80,8 @@ class Traffic:
         seed, round: of the training.
         air: flights that started in earlier rounds.
         population: all clients.
-        cohort: those who start as the round opens, where nothing is in the air; empty otherwise.
-        away: whether a client cannot be started now; None: everybody always can.
+        cohort: clients that start when the round opens; empty if clients of earlier rounds are in flight.
+        away: whether a client cannot start now; None: each client can always start.
     """
 
     def __init__(
@@ -104,10 +114,10 @@ class Traffic:
         self._queue = air.queue
         self._ages = pace.asynchronous and not pace.replaces_arrivals
         self._quick = pace.replaces_arrivals and away is None and not self._everyone
-        self.down = 0  # bytes that each is sent, where it is the same for all
+        self.down = 0  # bytes that each client is sent, if they are equal for all
         self.wanted = pace.required(self.target)
 
-    # what a pace sees
+    # read by the pace
 
     @property
     def arrived(self) -> int:
@@ -118,19 +128,19 @@ class Traffic:
         return len(self._air)
 
     def starts(self) -> Iterable[int]:
-        """How often each arrived client has started while the oldest flight has been in the air."""
+        """The number of starts of each arrived client since the start of the oldest flight."""
         counts = self._counts()
         return (counts[f.client] for f in self.arrivals)
 
     def goes_on(self, elapsed: float) -> bool:
-        """Whether the pace waits for more, so many seconds after the round opened."""
+        """Whether the pace waits for more arrivals, `elapsed` seconds after the round opened."""
         self.elapsed = elapsed
         return not self.pace.should_close(self)
 
-    # who starts
+    # starts
 
     def fill(self) -> list[Flight]:
-        """Start those who are missing; they are in the air from now on."""
+        """Start the missing clients and return their flights."""
         begun: list[Flight] = []
         if self._opening:
             opening, self._opening = self._opening, []
@@ -159,7 +169,7 @@ class Traffic:
         return begun
 
     def _refill(self) -> list[Flight]:
-        """`fill` where all that is asked of a candidate is that it is free: once for each arrival, so written out."""
+        """`fill` for the case that each free candidate may start. It runs once per arrival, so its loop is inlined."""
         begun, air, busy, again = [], self._air, self._busy, self._again
         for _ in range(2 * self._population.clients + 1):
             if len(air) >= self.target:
@@ -180,7 +190,7 @@ class Traffic:
         return begun
 
     def _done(self) -> int:
-        """Places of the cohort that stay empty until the round closes: those of whoever arrived or failed in it."""
+        """The number of clients of the cohort that arrived or failed and are not replaced until the round closes."""
         return 0 if self.pace.replaces_arrivals else len(self.arrivals) + len(self.failed)
 
     def _start(self, client: int) -> Flight:
@@ -195,9 +205,9 @@ class Traffic:
         return flight
 
     def _draw(self, counts: Counter[int] | None) -> int | None:
-        """The next candidate who is free: the sampler's own cohorts, one after the other, in a keyed order.
+        """The next candidate that may start, from successive cohorts of the sampler, each in a keyed order.
 
-        None where a whole population was passed over: nobody can start now.
+        None after 2C + 1 candidates, for a population of C, of which none may start now.
         """
         for _ in range(2 * self._population.clients + 1):
             while self._offset >= len(self._queue):
@@ -211,7 +221,7 @@ class Traffic:
         return None
 
     def _next_block(self) -> None:
-        """Draw another block of candidates, or the one whose place a state remembers."""
+        """Draw the next block of candidates, or the block at the place of a restored state."""
         if self._queue:
             self._block, self._offset = self._block + 1, 0
         key = Key(self._seed).fold("stream", self._block)
@@ -222,32 +232,32 @@ class Traffic:
         self._queue = tuple(ids[key.fold("order").permutation(len(ids))].tolist())
 
     def _counts(self) -> Counter[int]:
-        """How often each client has started since the oldest flight in the air did."""
+        """The number of starts of each client since the start of the oldest flight."""
         oldest = min((f.birth for f in self._air.values()), default=self.round)
         return Counter(client for client, birth in self._recent if birth > oldest)
 
     def sent(self, flight: Flight, down: int) -> None:
-        """A flight was sent so many bytes when it started."""
+        """Record the bytes that a client was sent when it started."""
         self._air[flight.number] = flight._replace(down=down)
 
     def cut(self, number: int, share: float) -> None:
-        """A flight stops its work here, and sends what it has."""
+        """Record that a client stops after this fraction of its work, and sends the result."""
         self._air[number] = self._air[number]._replace(share=share)
 
     def in_the_air(self) -> tuple[int, ...]:
-        """The numbers of the flights that have not come back, rising."""
+        """The numbers of the flights that have not arrived, increasing."""
         return tuple(self._air)
 
-    # who comes back
+    # arrivals
 
     def arrive(self, number: int) -> Flight:
-        """A contribution is here."""
+        """Record that a contribution has arrived."""
         flight = self._land(number)
         self.arrivals.append(flight)
         return flight
 
     def fail(self, number: int) -> Flight:
-        """A flight will not arrive."""
+        """Record that a flight has failed and will not arrive."""
         flight = self._land(number)
         self.failed.append(flight)
         return flight
@@ -260,15 +270,15 @@ class Traffic:
         return flight
 
     def leave(self, number: int) -> None:
-        """A flight is no longer awaited."""
+        """Stop waiting for a flight."""
         self._left.append(self._land(number))
 
     def late(self) -> tuple[Flight, ...]:
-        """Those who are not awaited once the round has closed."""
+        """The flights that the training no longer waits for after the round has closed."""
         return (*self._left, *(() if self.pace.asynchronous else self._air.values()))
 
     def after(self, known: Tensor | None, clock: Any) -> Air:
-        """What is in the air once the round has closed."""
+        """The clients in flight after the round has closed."""
         flights = tuple(self._air.values()) if self.pace.asynchronous else ()
         recent: tuple[tuple[int, int], ...] = ()
         if self._ages and flights:
@@ -279,7 +289,7 @@ class Traffic:
 
 
 def waves(flights: Iterable[Flight]) -> Iterator[list[Flight]]:
-    """Flights in groups in which nobody stands twice, each client's own in the order of its starts.
+    """Flights in groups without a repeated client. The flights of a client keep the order of its starts.
 
     Example:
         >>> first, second = Flight(3, 0, 0, 0), Flight(3, 0, 1, 5)

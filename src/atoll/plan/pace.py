@@ -43,7 +43,7 @@ class Sync(Pace):
         quorum: the fraction of n without which no deadline closes the round, in [0, 1].
         partial: whether a client that is still computing at the deadline stops and sends the steps that it has made.
     Raises:
-        UsageError: a number out of range, or a quorum or partial work without a deadline.
+        UsageError: a number is out of range, or a quorum or partial work is given without a deadline.
     Example:
         >>> Sync(over_select=1.3).cohort_size(100)
         130
@@ -208,7 +208,7 @@ class Bounded(Pace):
     arrival is a round. A slow client delays the others only when each is s rounds ahead of its start.
 
     Args:
-        staleness: s, at least 0.
+        staleness: s ≥ 0.
     Raises:
         UsageError: s is not a whole number ≥ 0.
     Example:

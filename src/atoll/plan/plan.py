@@ -1,4 +1,7 @@
-"""An algorithm as a value: a part in each slot of the formula that `round.py` computes."""
+"""A plan: an algorithm as a value, with a part in each slot of the formula that `round.py` computes.
+
+Tests: tests/surface/test_contract.py, tests/identities/test_one_algorithm.py
+"""
 
 from __future__ import annotations
 

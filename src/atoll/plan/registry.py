@@ -69,13 +69,15 @@ PARTS: Mapping[str, Callable[..., Any]] = {
 RENAMED = {"Feedback": "ErrorFeedback", "Shift": "EF21", "polynomial": "staleness_polynomial"}
 _OLD = re.compile(
     r"(?<![\w.:])(?:(Feedback|Shift)(?=\()"  # any call
-    r"|(polynomial)(?=\(\s*(?:power\s*=\s*)?[-+.\w]+\s*\)))"  # with one number alone it was no schedule
+    r"|(polynomial)(?=\(\s*(?:power\s*=\s*)?[-+.\w]+\s*\)))"  # a call with a single number was no schedule
 )
 
 
 def renamed(text: str) -> str:
-    """A plan text with the present names of its parts.
+    """A plan text with old names of parts replaced by the present ones.
 
+    Args:
+        text: of the grammar.
     Example:
         >>> renamed("Buffered(10, staleness=polynomial(1.0))"), renamed("sgd(polynomial(0.1, rounds=9))")
         ('Buffered(10, staleness=staleness_polynomial(1.0))', 'sgd(polynomial(0.1, rounds=9))')
@@ -88,10 +90,13 @@ def read_part(text: str, names: Mapping[str, Callable[..., Any]] = PARTS, *, tru
 
     Args:
         text: of the grammar, with the present names of parts.
-        names: constructors that the text may call first; its arguments may call all parts.
-        trust: whether `module:name` may import.
+        names: constructors that the outermost call may name; its arguments may name all parts.
+        trust: whether `module:name` may be imported.
     Raises:
-        UsageError: the text has an old name, or it describes no part.
+        UsageError: the text contains an old name, or it describes no part.
+    Example:
+        >>> read_part("sgd(0.1)")
+        sgd(0.1)
     """
     now = renamed(text)
     if now != text:

@@ -38,7 +38,7 @@ from atoll.plan.state import Sent, State, versions
 
 
 class Failure(NamedTuple):
-    """One contribution that was lost: whose, in which round, at which stage, and why."""
+    """A lost contribution: its client, its round, the stage that failed, and the cause."""
 
     client: int
     round: int
@@ -47,7 +47,7 @@ class Failure(NamedTuple):
 
 
 class Trip(NamedTuple):
-    """One flight on the clock, in seconds of the run: it started, had the model, had computed, and ended, and how."""
+    """The times of one flight, in seconds of the run: start, model received, computation finished, end; its outcome."""
 
     number: int
     client: int
@@ -60,12 +60,12 @@ class Trip(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The contribution of one client, for a caller of `gather` that asked for it.
+    """The contribution of one client that the caller of `gather` requested.
 
     Args:
         client, repeat: the start.
         version: the round whose model the client started from.
-        contribution: as the local part gave it, `[1, …]`.
+        contribution: as the local part returned it, `[1, …]`.
         decoded: as the server received it, `[1, …]`.
     """
 
@@ -77,26 +77,26 @@ class Kept(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """What an engine brings back: a partial sum for each birth, and the record of who gave it."""
+    """Results of `gather`: a partial sum for each model version, and the record of the clients that contributed."""
 
     partials: Mapping[int, Any]
-    arrived: Tensor  # int64 ids, rising
-    memory: tuple[tuple[Tensor, Tensors], ...]  # what the accepted clients keep: (ids [K], rows [K, …])
-    facts: Tensors  # one row an arrived client
+    arrived: Tensor  # int64 ids, increasing
+    memory: tuple[tuple[Tensor, Tensors], ...]  # next memory of the accepted clients: (ids [K], rows [K, …])
+    facts: Tensors  # one row per arrived client
     failures: tuple[Failure, ...]
     bytes_up: int
     bytes_down: int
-    air: Air = Air()  # what flies on
+    air: Air = Air()  # clients that stay in flight
     started: int = 0
-    late: int = 0  # no longer awaited
-    now: float | None = None  # seconds of the run, where there is a clock
+    late: int = 0  # number of flights no longer awaited
+    now: float | None = None  # seconds of the run, if there is a clock
     trips: tuple[Trip, ...] = ()
-    notes: tuple[str, ...] = ()  # what is said once, when it happens
-    kept: tuple[Kept, ...] = ()  # the contributions that the caller asked for, by version, repeat and client
+    notes: tuple[str, ...] = ()  # messages to print once
+    kept: tuple[Kept, ...] = ()  # the contributions that the caller requested, by version, repeat and client
 
 
 class Engine(Protocol):
-    """Where clients run and how the sum is taken."""
+    """Runs clients and adds their contributions."""
 
     @property
     def population(self) -> Population: ...
@@ -108,13 +108,13 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What happened in a round.
+    """The report of a round.
 
     Args:
         round: from 0.
         metrics: by name.
-        cohort: how many started.
-        arrived: how many contributions are in the step.
+        cohort: number of clients that started.
+        arrived: number of contributions in the step.
         failures: contributions that were lost.
         bytes_up, bytes_down: of all messages.
         seconds: that the round took to compute.
@@ -169,13 +169,13 @@ def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
 
     Args:
         plan: the algorithm, bound to the engine.
-        state: where it stands; unchanged but for what accepted clients keep.
-        engine: where the clients run.
+        state: before the round. It does not change, except for the memory of accepted clients.
+        engine: runs the clients.
     Returns:
-        The state after the round, and the report of it.
+        The state after the round, and its report.
     Raises:
-        RunError: more clients failed than the plan allows, or the same error struck all of them. The state is
-            still good.
+        RunError: more clients failed than the plan allows, or all failed with the same error. The state before the
+            round remains valid.
     """
     opened = open_round(plan, state, engine)
     gathered = engine.gather(plan, opened.state, opened.cohort, opened.key)
@@ -189,9 +189,9 @@ class Opened(NamedTuple):
     """A round before its clients train.
 
     Args:
-        state: with θ as the clients of this round know it.
+        state: with θ as the clients of this round have it.
         cohort: the clients that start; empty if clients of earlier rounds are in flight.
-        key: of all draws of the round.
+        key: of all draws in the round.
         plan: the algorithm, bound.
         population: all clients.
         entropy: random numbers that no key determines; every process of the training draws the same ones.
@@ -210,8 +210,10 @@ def open_round(plan: Plan, state: State, engine: Engine) -> Opened:
 
     Args:
         plan: the algorithm, bound to the engine.
-        state: after the round before; it stays as it is.
+        state: after the round before. It does not change.
         engine: its population is read, and its processes agree on entropy.
+    Returns:
+        The opened round, for `engine.gather` and `close_round`.
     """
     key, population = state.key(), engine.population
     state = tell(plan, state, key)
@@ -238,11 +240,13 @@ class Closed(NamedTuple):
 def close_round(opened: Opened, gathered: Gathered) -> Closed:
     """Decode the sum, aggregate, and make the server's step. Except for entropy this is a pure function.
 
-    g = finalize(server_update(Σ_b s(b) · decode_b(partial_b))) ;  θ⁺ = optimizer(θ, g, round)
+    g = finalize(server_update(Σ_b s(b) · decode_sum_b(partial_b))) ;  θ⁺ = optimizer(θ, g, round)
 
     Args:
         opened: of `open_round`.
         gathered: of `engine.gather`.
+    Returns:
+        The total, the mean, the state after the round, and the report.
     """
     state, cohort, key, plan, population, entropy = opened
     info = RoundInfo(state.round, population, gathered.started, cohort.chance, entropy)
@@ -253,7 +257,7 @@ def close_round(opened: Opened, gathered: Gathered) -> Closed:
 
 
 def tell(plan: Plan, state: State, key: Key) -> State:
-    """What clients know of θ moves by a compressed delta: θ̂⁺ = θ̂ + C(θ − θ̂). What it lost is in the next one."""
+    """Update the downlink by a compressed delta: θ̂⁺ = θ̂ + C(θ − θ̂). The next delta contains the error of C."""
     if plan.downlink == Identity():
         return state
     theta = state.model.theta
@@ -270,7 +274,7 @@ _NOBODY = Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.f
 
 
 def opening(plan: Plan, state: State, population: Population, key: Key) -> Cohort:
-    """Who starts as a round opens with nothing in the air; with something in it, traffic starts what is missing."""
+    """The cohort of a round that opens with no client in flight; otherwise empty, and only missing clients start."""
     if state.air.flights:
         return _NOBODY
     sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
@@ -278,9 +282,9 @@ def opening(plan: Plan, state: State, population: Population, key: Key) -> Cohor
 
 
 def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
-    """Σ_b s(b) · decode_b(partial_b): each birth's sum is decoded with its own key and discounted by its staleness.
+    """Σ_b s(b) · decode_sum_b(partial_b): each model version's sum is decoded with its own key and weighted.
 
-    Where clients send their models, Σ wᵢ (θ_b − θᵢ) becomes Σ wᵢ (θ − θᵢ): the server has θ_b, and the weights' sum.
+    If clients send their models, Σ wᵢ (θ_b − θᵢ) becomes Σ wᵢ (θ − θᵢ). The server knows θ_b and Σ wᵢ.
     """
     totals = []
     for birth, partial in sorted(gathered.partials.items()):
@@ -288,7 +292,7 @@ def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
         if "update" in total.means:
             update = total.means["update"]
             if plan.codec.per_sum:
-                # with the key that the clients encoded with
+                # with the key that the clients used to encode
                 update = plan.codec.decode_sum(update, state.key(birth).fold("codec"))
             if plan.local.sends == "model":
                 update = update + total.weight * since(state, birth)
@@ -300,12 +304,12 @@ def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
 
 
 def since(state: State, birth: int) -> Tensor:
-    """θ − θ_b, float64 `[d]`: how far the model has come from what clients of this birth began at."""
+    """θ − θ_b, float64 `[d]`: the change of the model since the version that these clients started from."""
     return state.model.theta.double() - state.version(birth).model.theta.double()
 
 
 def sum_totals(totals: list[Total]) -> Total:
-    """The totals of several births as one."""
+    """The sum of the totals of several model versions."""
     first, *rest = totals
     for other in rest:
         first = Total(
@@ -320,20 +324,20 @@ def sum_totals(totals: list[Total]) -> Total:
 
 
 def server_update(plan: Plan, total: Total, state: State, info: RoundInfo, key: Key) -> tuple[Total, Shared]:
-    """Once a round, on the exact total: the server's half of the codec, then of the local part."""
+    """Apply the server half of the codec, then that of the local part, once per round, to the exact total."""
     total, codec = plan.codec.server_update(total, state.server["codec"], info, key.fold("settle codec"))
     total, local = plan.local.server_update(total, state.server["local"], info, key.fold("settle local"))
     return total, {"local": local, "codec": codec}
 
 
 def finalize(plan: Plan, total: Total, info: RoundInfo) -> Total:
-    """The aggregate of the round, and every sum divided by the rows that it is about."""
+    """The aggregate of the round. Every sum is divided by the number of rows that it covers."""
     mean = plan.aggregator.finalize(total, info)
     return mean._replace(sums=per_row(mean.sums))
 
 
 def descend(plan: Plan, state: State, mean: Total, server: Shared, air: Air) -> State:
-    """θ⁺ = optimizer(θ, g): buffers are replaced by their mean, counters by the largest; without an update θ stays."""
+    """θ⁺ = optimizer(θ, g, round). Buffers become their mean, counters their maximum. Without an update θ stays."""
     model, optimizer, flying = state.model, state.optimizer, versions(state, air)
     if "update" in mean.means:
         g = mean.means["update"].to(model.theta)
@@ -345,7 +349,7 @@ def descend(plan: Plan, state: State, mean: Total, server: Shared, air: Air) -> 
 
 
 def per_row(sums: Tensors) -> dict[str, Tensor]:
-    """Each sum divided by the rows it is about."""
+    """Each sum divided by the number of rows that it covers."""
     if "rows" not in sums:
         return {}
     return {n: t / sums["rows"].clamp(min=1) for n, t in sums.items() if n != "rows"}
@@ -368,7 +372,7 @@ def _columns(arrived: Tensor, per_client: Tensors) -> dict[str, Tensor]:
 
 
 def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
-    """What people are told of a round."""
+    """The report of a round."""
     metrics = {n: float(t) for n, t in mean.sums.items() if t.numel() == 1}
     if "update" in mean.means:
         metrics["gradient_norm"] = float(norm(mean.means["update"]))

@@ -37,7 +37,7 @@ def _enough(name: str, n: int, population: Population) -> None:
         raise UsageError(
             f"A cohort of {n} clients out of {population.clients}.",
             f"at most {population.clients}.",
-            "a client can be at work once in a round.",
+            "a client can be selected at most once in a round.",
             f"{name}({population.clients})",
         )
 
@@ -57,7 +57,7 @@ class Everyone(Sampler):
 
 @dataclass(frozen=True, repr=False)
 class Uniform(Sampler):
-    """n clients, every set of n equally likely: chance n/C each.
+    """n of C clients, each set of n with the same probability. Each client is selected with probability n/C.
 
     Args:
         n: clients, 1 … C.
@@ -82,10 +82,15 @@ class Uniform(Sampler):
 
 @dataclass(frozen=True, repr=False)
 class Fraction(Sampler):
-    """The fraction q of the clients, rounded to the nearest whole number, at least one.
+    """The fraction q of the clients, rounded to the nearest integer, at least one. They are drawn as by `Uniform`.
 
     Args:
         q: in (0, 1].
+    Raises:
+        UsageError: q is out of range.
+    Example:
+        >>> Fraction(0.1).count(25)
+        3
     """
 
     q: float
@@ -118,6 +123,12 @@ class Poisson(Sampler):
 
     Args:
         q: in (0, 1].
+    Raises:
+        UsageError: q is out of range.
+    Example:
+        >>> Poisson(1.0)(Population(3, torch.ones(3, dtype=torch.int64)), 0, Key(0)).ids.tolist()
+        [0, 1, 2]
+
     Reference: Abadi et al., Deep Learning with Differential Privacy, 2016: the sampling that privacy accounting
         assumes.
     """
@@ -140,7 +151,7 @@ class Poisson(Sampler):
 
 @dataclass(frozen=True, repr=False)
 class Weighted(Sampler):
-    """n clients without replacement, each with a chance in proportion to the rows it holds: n·wᵢ/Σw, at most 1.
+    """n clients without replacement, each with a probability proportional to its rows: n·wᵢ/Σw, at most 1.
 
     The clients are in a keyed random order, each as long as its rows; n marks at equal distances fall on n of them.
     With it, `Mean(weights="equal")` is the mean over all rows, unbiased if no probability is cut at 1.
@@ -166,7 +177,7 @@ class Weighted(Sampler):
         rest = sizes.masked_fill(certain, 0)
         left, whole = self.n - int(certain.sum()), int(rest.sum())
         order = key.permutation(population.clients).to(sizes.device)
-        # In whole numbers, and no length reaches the distance of two marks: none falls on a client twice.
+        # Integers, so no rounding. Each length is below the distance of two marks, so no client is selected twice.
         edges = (rest[order] * left).cumsum(0)
         start = (key.fold("start").hash(1) & (2**62 - 1)) % max(whole, 1)
         marks = start.to(edges) + whole * torch.arange(left, device=edges.device)

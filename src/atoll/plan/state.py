@@ -1,4 +1,7 @@
-"""The state of a training between two rounds."""
+"""The state of a training between two rounds.
+
+Tests: tests/faults/test_kill.py, tests/identities/test_flights.py
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ from atoll.plan.in_flight import Air
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Shared, Tensors
 
-_birth = operator.itemgetter(1)  # of a flight; half the time of its name
+_birth = operator.itemgetter(1)  # of a flight; half the time of attribute access
 
 
 class Store(Protocol):
-    """What clients keep between rounds: rows appear on first touch. `first` is what a client keeps before that."""
+    """Client memory. A row exists after its first write; `first` is the memory of a client without a row."""
 
     first: dict[str, Tensor]
 
@@ -31,28 +34,29 @@ class Store(Protocol):
 
 
 def part_of(tensors: Tensors, part: str) -> dict[str, Tensor]:
-    """The tensors of one part, out of those of all parts."""
+    """The tensors of one part, selected from those of all parts."""
     return without_prefix(tensors, f"{part}/")
 
 
 def public(tensors: Tensors) -> dict[str, Tensor]:
-    """What clients are told of a part's server state: names that begin with an underscore stay at the server."""
+    """The server state of a part that is broadcast: tensors whose names begin with an underscore stay at the server."""
     return {n: t for n, t in tensors.items() if not n.rpartition(".")[2].startswith("_")}
 
 
 class Sent(NamedTuple):
-    """θ as clients know it under a compressed downlink, and the length in bytes of the last rounds' deltas.
+    """θ as clients have it with a compressed downlink, and the lengths of the latest deltas.
 
     Args:
-        theta: `[d]`.
-        deltas: of the rounds up to the last one; of older ones the whole θ is sent, which is no longer.
+        theta: θ̂, `[d]`.
+        deltas: lengths in bytes of the latest rounds' deltas. A client that needs an older delta is sent the whole θ,
+            which is not longer.
     """
 
     theta: Tensor
     deltas: tuple[int, ...]
 
     def after(self, theta: Tensor, length: int) -> Sent:
-        """With one more delta: what is kept of the stream is no longer than θ whole."""
+        """The same with one more delta. Old deltas are dropped until all together are not longer than θ."""
         deltas, whole = (*self.deltas, length), theta.numel() * theta.element_size()
         while sum(deltas) > whole:
             deltas = deltas[1:]
@@ -61,8 +65,19 @@ class Sent(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """Everything needed to go on: the next round's number, the model, what the server's half of each part keeps, what
-    is in the air, the models that it started from, and θ as the clients know it where that is another."""
+    """The complete state of a training between two rounds.
+
+    Args:
+        round: number of the next round.
+        seed: of all keyed draws.
+        model: θ, buffers, counters and fixed tensors.
+        optimizer: state of the server optimizer.
+        server: server state of the local part and of the codec.
+        memory: client memory.
+        air: clients in flight.
+        versions: the broadcast of each model version that a client in flight started from.
+        sent: θ as clients have it, if the downlink is compressed.
+    """
 
     round: int
     seed: int
@@ -83,22 +98,22 @@ class State:
         return cls(0, seed, model, plan.optimizer.init(model.theta), server, memory)
 
     def key(self, round: int | None = None) -> Key:
-        """The key of everything drawn in the coming round, or in another one."""
+        """The key of all draws in the next round, or in the given round."""
         return Key(self.seed).fold("round", self.round if round is None else round)
 
     @cached_property
     def broadcast(self) -> Broadcast:
-        """What clients that start in the coming round may know."""
+        """The broadcast to clients that start in the next round."""
         model = self.model if self.sent is None else self.model._replace(theta=self.sent.theta)
         return Broadcast(self.round, model, {part: public(tensors) for part, tensors in self.server.items()})
 
     def version(self, birth: int) -> Broadcast:
-        """What clients were told that started in this round, which is the coming one or an earlier one."""
+        """The broadcast to clients that started in this round, the next one or an earlier one."""
         return self.broadcast if birth == self.round else self.versions[birth]
 
 
 def versions(state: State, air: Air) -> dict[int, Broadcast]:
-    """The models that somebody still works from who is in the air when the round has closed."""
+    """The model versions that clients in flight started from, after the round has closed."""
     if not air.flights:
         return {}
     kept, births = {**state.versions, state.round: state.broadcast}, set(map(_birth, air.flights))

@@ -34,17 +34,17 @@ _K = 4
 
 
 def check_stage(part: Any) -> None:
-    """The contract of a codec stage.
+    """Check the contract of a codec stage.
 
-    `encode`, `decode` and `decode_sum` keep K rows; a client's message depends neither on its neighbours nor on their
-    number; `per_message` and `per_sum` name the halves of the server that do something; `decode_sum` is linear; sums
-    and payload are as declared; memory and server state keep their templates. Results depend on the key and the
-    arguments alone, and the stage runs on tensors without numbers.
+    `encode` and `decode` return one row per client. The message of a client depends neither on the other clients of
+    the chunk nor on their number. `per_message` is True if `decode` changes a message, and `per_sum` is True if
+    `decode_sum` changes a sum. `decode_sum` is linear. Sums and payload are as declared. Memory and server state keep
+    names, shapes and dtypes. Results depend only on the key and the arguments. The stage runs on meta tensors.
 
     Args:
         part: a stage, as `atoll.plan.protocols.Stage` declares it.
     Raises:
-        Nonconformity: it breaks the contract.
+        Nonconformity: the stage breaks the contract.
     Example:
         >>> from atoll.plan.codec import Identity
         >>> check_stage(Identity() >> Identity())
@@ -72,7 +72,7 @@ def _check_stage(part: Any, layout: Layout) -> None:
         opened.dim() == 2 and len(opened) == _K and opened.is_floating_point() and bool(opened.isfinite().all()),
         f"{who}.decode gave {opened.dtype} {list(opened.shape)}, finite: {bool(opened.isfinite().all())}.",
         f"finite floats [{_K}, …]; the updates are of sizes up to 10⁶.",
-        "opened messages are what is summed.",
+        "the server adds decoded messages.",
     )
     declared = dict(part.declare(layout))
     if payload.dtype != layout.dtype:  # a packed payload holds codes, and no stage can follow
@@ -82,9 +82,9 @@ def _check_stage(part: Any, layout: Layout) -> None:
         alone = part.encode(x[k : k + 1], row(memory, k), shared, key.of(ids[k : k + 1]))
         require(
             same(alone, row((payload, side, sums, after), k)) and same(part.decode(alone[0], alone[1]), row(opened, k)),
-            f"{who} encodes or opens client {int(ids[k])} differently beside {_K - 1} others than alone.",
+            f"{who} encodes or decodes client {int(ids[k])} differently if {_K - 1} other clients are in the batch.",
             "the same bits.",
-            "how many clients are computed together must change no bit.",
+            "the number of clients that are computed together must change no bit.",
         )
     _check_decode(part, opened, payload, key, d)
     _check_settle(part, d, sums, shared)
@@ -102,21 +102,21 @@ def _check_decode(part: Any, opened: Tensor, payload: Tensor, key: Key, d: int) 
     )
     require(
         part.per_message or same(opened, payload),
-        f"{who} says per_message = False, and decode changes a message.",
+        f"{who} declares per_message = False, and decode changes a message.",
         "per_message = True.",
         "a >> b is checked by these flags: a stage with per_sum may not follow one with per_message.",
     )
     require(
         part.per_sum or same(decoded, total),
-        f"{who} says per_sum = False, and decode_sum changes a sum.",
+        f"{who} declares per_sum = False, and decode_sum changes a sum.",
         "per_sum = True.",
-        "a >> b and the aggregator are checked by the flags.",
+        "a >> b and the aggregator are checked by these flags.",
     )
     apart = torch.stack([part.decode_sum(t, key) for t in opened.to(torch.float64)]).sum(0)
     require(
         _close(decoded, apart),
-        f"{who} decodes a sum to something else than the sum of what it decodes.",
-        "a linear decode: decode(a + b) = decode(a) + decode(b).",
+        f"{who} decodes a sum differently from the sum of the decoded vectors.",
+        "a linear decode: decode_sum(a + b) = decode_sum(a) + decode_sum(b).",
         "it is called once, on the sum of a round.",
     )
 
@@ -151,22 +151,23 @@ def _meta(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding, on the scale of the largest number."""
+    """Whether a equals b up to rounding, relative to the largest number."""
     return bool((a - b).abs().max() <= 1e-9 * b.abs().max().clamp(min=1e-30))
 
 
 def check_aggregator(part: Any) -> None:
-    """The contract of an aggregator.
+    """Check the contract of an aggregator.
 
-    `fold` and `merge` are associative and commutative: the same bits for every order and grouping of contributions
-    between 10⁻¹² and 10¹⁹ in size. `zero()` is the sum of none and is never changed by others. A partial is plain
-    tensors, by name, or gives them (`tensors()`) and comes back from them (`of`). A rule that says `linear = True` is
-    linear in the updates. An empty round is legal. Counters keep their largest.
+    `fold` and `merge` are associative and commutative: they give the same bits for every order and grouping of
+    contributions with numbers between 10⁻¹² and 10¹⁹ in size. `zero()` is the sum of no contribution, and no other call
+    changes it. `tensors()` of a partial gives plain tensors by name, `of` rebuilds the partial from them, and `reduce`
+    adds the partials of a group of processes. A rule with `linear = True` is linear in the updates. An empty round is
+    legal. Of each counter the largest is kept.
 
     Args:
-        part: an aggregator: `zero`, `fold`, `merge`, `total`, `finish`, and the flag `linear`.
+        part: an aggregator: `zero`, `fold`, `merge`, `total`, `finalize`, and the flag `linear`.
     Raises:
-        Nonconformity: it breaks the contract.
+        Nonconformity: the aggregator breaks the contract.
     Example:
         >>> from atoll.plan.aggregate import Mean
         >>> check_aggregator(Mean())
@@ -192,7 +193,7 @@ def _contribution(rows: Tensor) -> Contribution:
 
 
 def _starts(contribution: Contribution) -> Ids:
-    """The client of each row, which its weight names."""
+    """The start of each row. The weight of a row determines its client."""
     client = contribution.weight // 3 - 1
     return Ids(client, torch.zeros_like(client))
 
@@ -228,14 +229,16 @@ def _check_order(part: Any, dtype: torch.dtype, k: int = 7, d: int = 40) -> None
         isinstance(part.zero(), Partial) and len(kinds) == 1,
         f"{who} has partials of the types {', '.join(sorted(kinds))}.",
         "one type with tensors(), of(tensors) and reduce(group), as atoll.plan.protocols.Partial declares them.",
-        "a partial leaves the process of a worker, and ranks reduce theirs.",
+        "workers send partials to another process, and ranks reduce theirs.",
     )
 
     def wired(partial: Any) -> Any:
-        """The partial as another process receives it."""
+        """The partial after it was sent to another process."""
         tensors = refused(f"{who}: tensors()", lambda: partial.tensors())
         leaves = all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
-        require(leaves, f"{who} has a partial of {tensors!r}.", "tensors by name.", "partials cross a wire.")
+        require(
+            leaves, f"{who} has a partial of {tensors!r}.", "tensors by name.", "partials are sent to other processes."
+        )
         return type(partial).of({n: t.clone() for n, t in tensors.items()})
 
     def reduced(*partials: Any) -> Any:
@@ -259,7 +262,7 @@ def _check_order(part: Any, dtype: torch.dtype, k: int = 7, d: int = 40) -> None
             same(_result(part, refused(f"{who}, {how}", way)), whole),
             f"{who} gave another result in {dtype} when the contributions came {how}.",
             "the same bits for every order and grouping.",
-            "how many workers there are, and who is quicker, must not change the model.",
+            "neither the number of workers nor their speed may change the model.",
         )
 
 
@@ -275,13 +278,13 @@ def _check_total(who: str, total: Total, mean: Total, k: int, d: int) -> None:
         int(total.arrived) == k and same(total.counters.get("counter"), torch.tensor(k - 1)),
         f"{who} counted {int(total.arrived)} of {k} contributions, largest counter {total.counters}.",
         "each contribution counted once, and of each counter the largest.",
-        "the report says how many arrived, and a model's counters follow them.",
+        "the report states the number that arrived, and the counters of the model become the largest ones.",
     )
     require(
         total.sums.keys() == {"loss", "rows"} and abs(float(total.sums["rows"].sum()) - k * (k + 1) / 2) < 1e-6,
         f"{who} gave the sums {total.sums}.",
-        "Σ over clients of every sum, as it is.",
-        "metrics are sums divided by the rows they are about.",
+        "Σ over clients of every sum, unchanged.",
+        "metrics are sums divided by the number of rows that they cover.",
     )
 
 
@@ -299,7 +302,7 @@ def _check_linear(part: Any, k: int = 7, d: int = 40) -> None:
 
     require(
         _close(rule(a + 3.0 * b), rule(a) + 3.0 * rule(b)),
-        f"{part!r} says linear = True, and rule(a + 3b) ≠ rule(a) + 3·rule(b).",
+        f"{part!r} declares linear = True, and rule(a + 3b) ≠ rule(a) + 3·rule(b).",
         "linear = False.",
-        "beside a linear rule a codec is undone once, on the sum.",
+        "with a linear rule the server decodes only the sum.",
     )

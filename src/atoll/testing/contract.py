@@ -47,7 +47,7 @@ def require(holds: bool, given: str, required: str, why: str) -> None:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two results are equal to the bit: tensors in type, shape and every bit of every number.
+    """Whether two results are equal to the bit: tensors of equal dtype, shape, device and bits.
 
     Example:
         >>> same({"x": torch.tensor([0.0])}, {"x": torch.tensor([-0.0])})
@@ -68,12 +68,12 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def copied(tree: T) -> T:
-    """The same tree with every tensor copied."""
+    """The same tree of containers with every tensor copied."""
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)  # type: ignore[no-any-return]
 
 
 def row(tree: Any, k: int | slice) -> Any:
-    """Client k of K, in every tensor of a tree; the leading axis stays."""
+    """Client k out of K, in every tensor of a tree. The leading axis remains, with length 1."""
     index = slice(k, k + 1) if isinstance(k, int) else k
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[index], tree)
 
@@ -90,6 +90,10 @@ def pure(who: str, function: Callable[..., T], *given: Any) -> T:
         who: the part and its method, for the error.
         function: is called twice.
         given: its arguments.
+    Returns:
+        The result of the first call.
+    Raises:
+        Nonconformity: the function changes an argument, draws from a global generator, or gives two results.
     """
     before, drawn = copied(given), generator_states()
     first = copied(refused(who, function, *given))
@@ -103,7 +107,7 @@ def pure(who: str, function: Callable[..., T], *given: Any) -> T:
         generator_states() == drawn,
         f"{who} drew from a global generator.",
         "every draw from the key.",
-        "a run killed and resumed must draw the same numbers, on every engine.",
+        "a run that is killed and resumed must draw the same numbers on every engine.",
     )
     require(
         same(function(*given), first),
@@ -115,7 +119,7 @@ def pure(who: str, function: Callable[..., T], *given: Any) -> T:
 
 
 def same_names(who: str, template: Mapping[str, Tensor], got: Any, lead: tuple[int, ...] = ()) -> None:
-    """Refuse tensors that differ from their template in names, shapes or types."""
+    """Refuse tensors whose names, shapes or dtypes differ from their template."""
     require(
         isinstance(got, Mapping) and got.keys() == template.keys(),
         f"{who} gave {sorted(got) if isinstance(got, Mapping) else type(got).__name__}.",
@@ -128,7 +132,7 @@ def same_names(who: str, template: Mapping[str, Tensor], got: Any, lead: tuple[i
             isinstance(tensor, Tensor) and tensor.shape == (*lead, *first.shape) and tensor.dtype == first.dtype,
             f"{who} gave {name} as {_seen(tensor)}.",
             f"{first.dtype} {[*lead, *first.shape]}.",
-            "rows are kept by name in one shape and type from the first round to the last.",
+            "state is stored by name, with one shape and dtype from the first round to the last.",
         )
 
 
@@ -137,15 +141,15 @@ def _seen(x: Any) -> str:
 
 
 def leading(who: str, tensors: Any, k: int, whole: bool = False) -> None:
-    """Refuse tensors by name whose first axis is not the k clients; `whole` asks for whole numbers, else floats."""
-    require(isinstance(tensors, Mapping), f"{who} is {type(tensors).__name__}.", "tensors by name.", "names are kept.")
+    """Refuse tensors by name whose first axis has not the length k, or, with `whole`, that are no integers."""
+    require(isinstance(tensors, Mapping), f"{who} is {type(tensors).__name__}.", "tensors by name.", "names are used.")
     for name, tensor in tensors.items():
         good = isinstance(tensor, Tensor) and tensor.dim() >= 1 and len(tensor) == k
         require(
             good and (not whole or not tensor.is_floating_point()),
             f"{who}[{name!r}] is {_seen(tensor)}.",
             f"{'whole numbers' if whole else 'a tensor'} [{k}, …] for {k} clients.",
-            "a client that fails is taken out by its row.",
+            "if a client fails, its row is removed.",
         )
 
 
@@ -159,7 +163,7 @@ def refused(who: str, function: Callable[..., T], *given: Any) -> T:
         raise Nonconformity(
             f"{who} raised {type(error).__name__}: {error}.",
             "a result.",
-            "the slot calls it so.",
+            "the loop calls the slot with these arguments.",
         ) from error
 
 
@@ -177,12 +181,12 @@ def on_meta(who: str, function: Callable[..., T], *given: Any) -> T:
 
 
 def check_value(part: Any) -> None:
-    """A part is a value: frozen, hashable, equal to its copy, and its repr reads back to an equal part.
+    """Check that a part is a value: frozen, hashable, equal to its copy, and rebuilt by parsing its repr.
 
     Args:
         part: any part of a plan.
     Raises:
-        Nonconformity: it is not.
+        Nonconformity: the part is no value.
     Example:
         >>> from atoll.plan.sampler import Uniform
         >>> check_value(Uniform(3))
@@ -205,7 +209,7 @@ def check_value(part: Any) -> None:
             "a constructor call of the grammar, such as the mixin atoll.base.grammar.Value gives.",
             "a run's config.toml, a flag and the wire hold a part as its text.",
         ) from error
-    require(again == part, f"{who} reads back as {again!r}.", "an equal part.", "what is saved must be what ran.")
+    require(again == part, f"{who} reads back as {again!r}.", "an equal part.", "the saved plan must be the run plan.")
 
 
 def _names(part: Any) -> dict[str, Callable[..., Any]]:
@@ -225,6 +229,8 @@ def _names(part: Any) -> dict[str, Callable[..., Any]]:
 def known_entropy(seed: int = 0) -> EntropySource:
     """An entropy source with known numbers: two sources with the same seed draw the same numbers.
 
+    Args:
+        seed: any integer.
     Example:
         >>> known_entropy(7).integers((3,), 10).equal(known_entropy(7).integers((3,), 10))
         True
@@ -244,7 +250,7 @@ def round_info(population: Population | None = None, round: int = 0, seed: int =
     Args:
         population: all clients; None: seven clients that hold 3, 6, …, 21 rows.
         round: from 0.
-        seed: of the entropy.
+        seed: of `known_entropy`.
     Example:
         >>> round_info().cohort_size
         7
@@ -262,6 +268,8 @@ def check_declared(who: str, declared: Mapping[str, Declared], means: Tensors, s
         declared: by name.
         means: `[K, m]` by name.
         sums: `[K]` or `[K, s]` by name.
+    Raises:
+        Nonconformity: a name, a length, a dtype or a norm differs.
     """
     name, difference = undeclared(declared, means, sums)
     require(
@@ -316,8 +324,10 @@ class _Threads:
 
 
 def in_group(functions: Sequence[Callable[[Group], T]]) -> list[T]:
-    """The results of functions that run at once, one per member of a group, as processes of torchrun would.
+    """The results of functions that run in parallel, one per member of a group, like processes of torchrun.
 
+    Args:
+        functions: one per member; each receives the group.
     Example:
         >>> in_group([lambda group: int(group.all_reduce_sum([torch.tensor(group.rank)])[0])] * 3)
         [3, 3, 3]

@@ -1,4 +1,7 @@
-"""The contract of an engine: the bits of the one in this process, and failures as data."""
+"""The contract of an engine: it gives the bits of `InProcess()`, and failures are data.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ PLANS = (
 
 
 def check_engine(make_engine: Make) -> None:
-    """The contract of an engine.
+    """Check the contract of an engine.
 
     For every plan and both backends two rounds give the bits of the engine in this process: model, memory, metrics,
     bytes. The order of a cohort changes nothing, an empty one is legal, and `gather` leaves the state alone. A client
@@ -47,7 +50,7 @@ def check_engine(make_engine: Make) -> None:
     Args:
         make_engine: `make_engine(task, data) -> Engine`.
     Raises:
-        Nonconformity: it breaks the contract.
+        Nonconformity: the engine breaks the contract.
     Example:
         >>> check_engine(InProcessEngine)
     """
@@ -76,7 +79,7 @@ def _check_rounds(make_engine: Make, plan: Plan, task: Task, data: Clients) -> N
         engine.population.clients == data.count and same(engine.population.sizes, data.sizes),
         f"The engine has the population {engine.population}.",
         f"{data.count} clients of {data.sizes.tolist()} rows.",
-        "samplers draw from it.",
+        "samplers draw from the population.",
     )
     plan = bind(plan, engine)
     ours, theirs = _first(plan, task), _first(plan, task)
@@ -87,14 +90,14 @@ def _check_rounds(make_engine: Make, plan: Plan, task: Task, data: Clients) -> N
             same(_kept(ours, data.count), _kept(theirs, data.count)),
             f"After round {t} of {plan!r} in {task.numerics} the engine's state differs from the serial one.",
             "the same bits.",
-            "one plan means one thing in every engine.",
+            "a plan gives the same result on every engine.",
         )
         told = [(r.metrics, r.arrived, r.failures, r.bytes_up, r.bytes_down, r.clients) for r in (report, expected)]
         require(
             same(*told),
             f"The engine's report of round {t} of {plan!r} is {told[0]}.",
             f"{told[1]}.",
-            "metrics are sums, and a message has the length that it has.",
+            "metrics are sums over clients, and a message has a fixed length; neither depends on the engine.",
         )
 
 
@@ -113,19 +116,19 @@ def _check_cohorts(engine: Engine, task: Task, data: Clients) -> None:
     require(
         same(_kept(state, data.count), before),
         "gather changed the state.",
-        "a state that step alone moves on, and memory that moves on acceptance.",
+        "no change: step creates the next state, and stores memory after acceptance.",
         "a round that fails must leave the state of the round before.",
     )
     back = engine.gather(plan, state, Cohort(ids.flip(0), chance), key)
     require(
         same(forth.arrived, ids),
         f"The engine was given clients {ids.tolist()} and gathered {forth.arrived.tolist()}.",
-        "everyone who did not fail, by rising id.",
-        "the report names them.",
+        "all clients that did not fail, in order of their ids.",
+        "the report lists them in this order.",
     )
     require(
         same(_result(plan, forth), _result(plan, back)),
-        "The engine gathers another sum when the cohort comes in another order.",
+        "The engine gathers another sum if the cohort is in another order.",
         "the same bits.",
         "a cohort is a set.",
     )
@@ -134,15 +137,15 @@ def _check_cohorts(engine: Engine, task: Task, data: Clients) -> None:
     counted = sum(int(plan.aggregator.total(partial).arrived) for partial in empty.partials.values())
     require(
         len(empty.arrived) == 0 and not empty.failures and counted == 0,
-        f"The engine gathered {empty} from nobody.",
+        f"The engine gathered {empty} from an empty cohort.",
         "the sum of no contribution.",
-        "a cohort may be empty: Poisson sampling must be allowed to draw nobody.",
+        "Poisson sampling can draw an empty cohort.",
     )
 
 
 @dataclass(frozen=True, eq=False)
 class _Faulty:
-    """Rows of which some cannot be read, or are not finite."""
+    """Rows of which some raise when they are read, or are not finite."""
 
     rows: Rows
     fails: tuple[int, int]
@@ -179,13 +182,13 @@ def _check_failures(make_engine: Make, task: Task, data: Clients) -> None:
             [f.client for f in gathered.failures] == [victim] and all(f.cause and f.stage for f in gathered.failures),
             f"Client {victim} {what}; the engine reports the failures {gathered.failures}.",
             f"one failure, of client {victim}, with its stage and cause.",
-            "a failure is data: people must find the client.",
+            "a failure is data: the user must be able to find the client.",
         )
         require(
             same(_result(plan, gathered), _result(plan, expected)),
-            f"Client {victim} {what}, and the others' sum is not what it is without that client.",
+            f"Client {victim} {what}, and the sum of the others differs from a round without that client.",
             "the same bits.",
-            "a client that failed equals a client that was not heard.",
+            "a client that failed equals a client that did not participate.",
         )
     broken = replace(data, rows=_Faulty(data.rows, (0, len(data.rows)), True))
     try:
@@ -194,7 +197,7 @@ def _check_failures(make_engine: Make, task: Task, data: Clients) -> None:
         return
     require(
         False,
-        "Every client raised the same error, and the engine went on.",
+        "Every client raised the same error, and the engine continued.",
         "a RunError.",
-        "what strikes every client alike is a fault of the program.",
+        "if all clients fail with the same error, the cause is the program, not a client.",
     )

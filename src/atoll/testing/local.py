@@ -37,7 +37,7 @@ SIZES = (18, 18, 17, 5, 5, 4, 2)  # 18 and 17 rows share a width
 
 
 def problem(norm: bool = False, dtype: torch.dtype = torch.float32) -> Task:
-    """A classifier of three features into three classes, with or without batch statistics, for `clients()`."""
+    """A classifier with three features and three classes for `clients()`, with or without batch statistics."""
     with global_scope(Key(7).fold("model")):
         middle: nn.Module = nn.BatchNorm1d(4) if norm else nn.Tanh()
         module = nn.Sequential(nn.Linear(3, 4), middle, nn.Linear(4, 3))
@@ -54,7 +54,7 @@ def clients(sizes: tuple[int, ...] = SIZES) -> Clients:
 
 
 def check_local(part: Any) -> None:
-    """The contract of a local part.
+    """Check the contract of a local part.
 
     It gives one row a client: means of floats, sums with the rows they are about, and as weight the rows that the
     client holds; a client's row depends neither on its neighbours nor on their number; memory and server
@@ -64,7 +64,7 @@ def check_local(part: Any) -> None:
     Args:
         part: a local part, as `atoll.plan.protocols.Local` declares it.
     Raises:
-        Nonconformity: it breaks the contract.
+        Nonconformity: the part breaks the contract.
     Example:
         >>> from atoll.plan.local import Gradient
         >>> check_local(Gradient(batch=4))
@@ -78,13 +78,13 @@ def check_local(part: Any) -> None:
 
 
 def _chunks(part: Any, data: Clients) -> list[Tensor]:
-    """Clients of one width, as an engine computes them together."""
+    """The ids of the clients of each width. An engine computes clients of one width together."""
     widths = [part.padded_batch(n) for n in data.sizes.tolist()]
     require(
         all(isinstance(w, int) and w >= 1 for w in widths),
         f"{part!r}.padded_batch gave {widths}.",
         "a positive int for each size.",
-        "it is how wide a client's batch is padded.",
+        "it is the padded length of a client's batch.",
     )
     ids = torch.arange(data.count)
     return [ids[torch.tensor([w == width for w in widths])] for width in sorted(set(widths))]
@@ -106,9 +106,9 @@ def _check_chunk(part: Any, task: Task, data: Clients, ids: Tensor) -> None:
             alone = part.contribute(broadcast, _lanes(task, data, one), row(memory, i), key.of(one), task)
             require(
                 same(alone, row((given, after), i)),
-                f"{who} gave client {int(one)} other numbers beside {k - 1} others than alone.",
+                f"{who} gave client {int(one)} other numbers if {k - 1} other clients are in the batch.",
                 "the same bits.",
-                "how many clients are computed together must change no bit.",
+                "the number of clients that are computed together must change no bit.",
             )
         _check_settle(part, given, server)
         memory = dict(after)
@@ -120,7 +120,7 @@ def _lanes(task: Task, data: Clients, ids: Tensor) -> Lanes:
 
 def _check_contribution(who: str, given: Contribution, sizes: Tensor, layout: Layout) -> None:
     k = len(sizes)
-    require(isinstance(given, Contribution), f"{who} gave {given!r}.", "a Contribution.", "everything goes one way.")
+    require(isinstance(given, Contribution), f"{who} gave {given!r}.", "a Contribution.", "the server adds it.")
     for name in ("means", "sums", "per_client"):
         leading(f"{who}: {name}", getattr(given, name), k)
     leading(f"{who}: counters", given.counters, k, whole=True)
@@ -130,27 +130,27 @@ def _check_contribution(who: str, given: Contribution, sizes: Tensor, layout: La
             mean is None or (mean.shape == (k, length) and mean.dtype == layout.dtype),
             f"{who} gave {name} as {None if mean is None else (mean.dtype, list(mean.shape))}.",
             f"{layout.dtype} [{k}, {length}].",
-            "the model is a vector, and an update is one of its kind.",
+            "an update is a vector of the same kind as the model.",
         )
     _check_finite(who, {**given.means, **given.sums})
     require(
         same(given.weight, sizes),
         f"{who} gave the weights {given.weight.tolist()}.",
         f"int64, the rows that each client holds: {sizes.tolist()}.",
-        "a client that used fewer rows still speaks for all of its own.",
+        "the weight counts all rows of a client, also if it used fewer in this round.",
     )
     require(
         not given.sums or "rows" in given.sums,
         f"{who} gave the sums {sorted(given.sums)}.",
-        "rows among them: how many rows the others are about.",
-        "a metric is a sum divided by its rows.",
+        "a sum named rows: the number of rows that the other sums cover.",
+        "a metric is a sum divided by its number of rows.",
     )
 
 
 def _check_finite(who: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         good = bool(torch.isfinite(tensor).all())
-        require(good, f"{who}: {name} is not finite.", "finite numbers.", "the data are, and the step is small.")
+        require(good, f"{who}: {name} is not finite.", "finite numbers.", "the data are finite and the step is small.")
 
 
 def _check_settle(part: Any, given: Contribution, server: Tensors) -> None:

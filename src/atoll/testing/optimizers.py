@@ -1,4 +1,7 @@
-"""The contracts of how far a step goes: schedules and optimizers."""
+"""The contracts of schedules and optimizers.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from atoll.testing.contract import check_value, lanes, on_meta, pure, refused, r
 
 
 def check_schedule(part: Any) -> None:
-    """The contract of a schedule.
+    """Check the contract of a schedule.
 
-    A finite learning rate, never negative and positive in round 0, for every round up to 10⁶; a function of the
-    round and the memory; memory that keeps its names, shapes and types whatever losses it is told, NaN included.
+    For every round up to 10⁶ the learning rate is finite and not negative; in round 0 it is positive. It is a function
+    of the round and the memory. The memory keeps its names, shapes and dtypes for all observed losses, also for NaN.
 
     Args:
         part: a schedule, `part(t, memory) -> float` with `init` and `observe`.
     Raises:
-        Nonconformity: it breaks the contract.
+        Nonconformity: the schedule breaks the contract.
     Example:
         >>> from atoll.plan.schedule import cosine
         >>> check_schedule(cosine(0.1, rounds=100))
@@ -43,21 +46,21 @@ def _check_rate(who: str, t: int, rate: Any) -> None:
         isinstance(rate, float) and math.isfinite(rate) and (rate > 0 or (t > 0 and rate == 0)),
         f"{who} gave {rate!r} in round {t}.",
         "a finite float, not negative, and positive in round 0.",
-        "a step that is not positive stands still or climbs.",
+        "a learning rate of 0 makes no step, and a negative one increases the loss.",
     )
 
 
 def check_optimizer(part: Any) -> None:
-    """The contract of an optimizer.
+    """Check the contract of an optimizer.
 
     It descends, and changes no argument. K lanes `[K, d]` give the bits of K single θ `[d]`, also if the lanes have
     made different numbers of steps. Its state keeps names, shapes and types. Steps in place, if it has them, give the
     same bits. It runs on tensors without numbers.
 
     Args:
-        part: an optimizer, `init`, `update` and `lr_at`.
+        part: an optimizer with `init`, `update` and `lr_at`.
     Raises:
-        Nonconformity: it breaks the contract.
+        Nonconformity: the optimizer breaks the contract.
     Example:
         >>> from atoll.plan.optimizer.rules import adam
         >>> check_optimizer(adam(0.01))
@@ -88,7 +91,7 @@ def _check_lanes(part: Any, d: int, dtype: torch.dtype, k: int = 5, steps: int =
             all(same(together[0][i], x) for i, (x, _) in enumerate(singles)),
             f"{who} moved {k} lanes of {d} {dtype} differently than one at a time, in step {t}.",
             "the same bits.",
-            "a client's training must not depend on who is computed beside it.",
+            "the training of a client must not depend on the other clients of its batch.",
         )
         rate = part.lr_at(t, state)
         _check_rate(who, t, rate)
@@ -99,14 +102,14 @@ def _check_lanes(part: Any, d: int, dtype: torch.dtype, k: int = 5, steps: int =
                 same(inside, together[0]),
                 f"{who} moved differently in place, in step {t}.",
                 "the bits of update.",
-                "local training steps in place, the server does not; both are one rule.",
+                "local training steps in place, the server calls update, and both must apply one rule.",
             )
     if part.trains_clients:
         _check_uneven(part, who, theta)
 
 
 def _check_uneven(part: Any, who: str, theta: torch.Tensor) -> None:
-    """Lanes that kept their optimizer have made unequally many steps: 2, 1 and 0 of them."""
+    """Check lanes whose optimizers have made different numbers of steps: 2, 1 and 0."""
     g = theta.flip(0)
     kept = []
     for i, done in enumerate((2, 1, 0)):
@@ -121,9 +124,9 @@ def _check_uneven(part: Any, who: str, theta: torch.Tensor) -> None:
         part.stepper(x, state, 0.01).step(g[i : i + 1])
         require(
             same((row(whole, i), row(slots, i)), (x, state)),
-            f"{who} moved a lane differently beside lanes that had made other numbers of steps.",
+            f"{who} moved a lane differently in a batch with lanes that had made other numbers of steps.",
             "the same bits.",
-            "clients keep their optimizers, and are not at work equally often.",
+            "clients keep their optimizers, and they do not participate equally often.",
         )
 
 

@@ -1,4 +1,7 @@
-"""The contract of when a round closes: paces."""
+"""The contract of paces.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from atoll.plan.state import State
 from atoll.testing.contract import check_value, pure, require
 
 _CLIENTS, _ROUNDS, _MOST = 12, 24, 2**40
-_WATCHED = 500  # arrivals of a round up to which whole rounds are played
+_WATCHED = 500  # whole rounds are simulated for a pace that closes after at most this number of arrivals
 _COUNTS = (*range(1, 41), 1000, 10**5)
 
 
@@ -44,7 +47,7 @@ class _Seen:
 
 
 def check_pace(part: Any) -> None:
-    """The contract of a pace.
+    """Check the contract of a pace.
 
     All answers are functions of the question. cohort_size(n) is n or more, and required(cohort_size(n)) = n.
     staleness_weight(0) = 1, and
@@ -55,7 +58,7 @@ def check_pace(part: Any) -> None:
     Args:
         part: a pace, as `atoll.plan.protocols.Pace` declares it.
     Raises:
-        Nonconformity: it breaks the contract.
+        Nonconformity: the pace breaks the contract.
     Example:
         >>> from atoll.plan.pace import Buffered
         >>> check_pace(Buffered(10))
@@ -63,7 +66,7 @@ def check_pace(part: Any) -> None:
     check_value(part)
     who = repr(part)
     for flag, given in (("asynchronous", part.asynchronous), ("replaces_arrivals", part.replaces_arrivals)):
-        require(isinstance(given, bool), f"{who}.{flag} is {given!r}.", "True or False.", "traffic is ruled by it.")
+        require(isinstance(given, bool), f"{who}.{flag} is {given!r}.", "True or False.", "the loop branches on it.")
     _check_counts(who, part)
     _check_discount(who, part)
     _check_starts(who, part)
@@ -84,14 +87,14 @@ def _check_counts(who: str, part: Pace) -> None:
             isinstance(m, int) and m >= n,
             f"{who}.cohort_size({n}) is {m!r}.",
             f"a whole number, at least {n}.",
-            "a round needs as many starts as it wants contributions.",
+            "a round that requires n contributions needs at least n starts.",
         )
         back = _asked(who, part.required, m)
         require(
             isinstance(back, int) and back == n and part.cohort_size(n) == m,
-            f"{who}.required({m}) is {back!r}, where cohort_size({n}) was {m}.",
+            f"{who}.required({m}) is {back!r}, and cohort_size({n}) is {m}.",
             f"{n}, each time.",
-            "who is asked is told by one, and how many are waited for by the other.",
+            "cohort_size gives the number of starts, and required the number of arrivals that the round waits for.",
         )
 
 
@@ -103,8 +106,8 @@ def _check_discount(who: str, part: Pace) -> None:
     require(
         falls and [weight(s) for s in reversed(range(64))] == factors[63::-1],
         f"{who}.staleness_weight gave {', '.join(map(str, factors[:4]))}, … for 0, 1, 2, 3, … rounds of lateness.",
-        "floats from 1 for what is not late, never rising, never below 0.",
-        "a late update may shrink the step; it never turns it round or enlarges it.",
+        "floats that start at 1, never increase and are never below 0.",
+        "lateness may make an update smaller; it must not reverse or enlarge it.",
     )
 
 
@@ -114,7 +117,7 @@ def _check_starts(who: str, part: Pace) -> None:
         all(isinstance(m, bool) for m in may) and all(a or not b for a, b in pairwise(may)),
         f"{who}.may_start gave {may[:8]}, … for 0, 1, 2, … starts.",
         "True, then False from some number on.",
-        "a client that has gone further ahead is held back no less.",
+        "a client that is further ahead must wait at least as long.",
     )
 
 
@@ -128,20 +131,20 @@ def _check_closing(who: str, part: Pace) -> None:
             all(isinstance(c, bool) for row in table for c in row),
             f"{who}.should_close.",
             "True or False.",
-            "it is asked whether.",
+            "the loop branches on it.",
         )
         require(
             not table[0][0],
-            f"{who}.should_close a round of {wanted} as it opens, with nobody there.",
-            "to wait, for a contribution or for time to pass.",
-            "rounds without end would go by, and no time.",
+            f"{who}.should_close is True for a round of {wanted} that has just opened, without a contribution.",
+            "False, until a contribution arrives or time passes.",
+            "an endless number of rounds would pass in no time.",
         )
         for way, rows in (("more arrivals", table), ("more time", list(map(list, zip(*table, strict=True))))):
             require(
                 all(b or not a for row in rows for a, b in pairwise(row)),
-                f"{who}.should_close a round of {wanted}, and with {way} keeps it open.",
-                "what was enough to stay enough.",
-                "arrivals that come at one moment are heard one after the other.",
+                f"{who}.should_close is True for a round of {wanted}, and False with {way}.",
+                "True also with more arrivals and more time.",
+                "arrivals of one moment are counted one after another.",
             )
 
 
@@ -156,7 +159,7 @@ def _check_end(who: str, part: Pace) -> None:
         needed <= _MOST,
         f"{who} keeps a round open after {_MOST:.0e} arrivals, and starts another client for each.",
         "a round that closes.",
-        "it would wait for ever.",
+        "it would wait forever.",
     )
     if needed > _WATCHED:
         return
@@ -187,13 +190,13 @@ def _play(who: str, part: Pace, sampler: Sampler, order: str) -> None:
                 traffic.arrived <= 4 * _WATCHED,
                 f"{who} keeps round {t} open after {traffic.arrived} arrivals.",
                 "a round that closes.",
-                "it would wait for ever.",
+                "it would wait forever.",
             )
             flying += traffic.fill() if part.replaces_arrivals and waits else []
         require(
             traffic.arrived > 0,
-            f"{who} has nobody arrive in round {t}, although everyone who starts does.",
-            "somebody who may start.",
-            "a round without contributions makes no step, and the next would be like it.",
+            f"{who} lets no client start in round {t}, so none arrives.",
+            "at least one start.",
+            "a round without contributions makes no step, and the next round would be the same.",
         )
         state = dataclasses.replace(state, air=traffic.after(None, None))

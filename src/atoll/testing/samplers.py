@@ -20,12 +20,12 @@ from atoll.plan.protocols import Cohort, Population
 from atoll.testing.contract import check_value, pure, refused, require, same
 
 _ROUNDS = 1000
-# In standard deviations, on each side: a right sampler of 1000 clients is refused by mistake for one key in 10⁴.
+# In standard deviations, on each side: a correct sampler of 1000 clients is refused by mistake for one key in 10⁴.
 _FAR = 5.5
 
 
 def check_sampler(part: Any) -> None:
-    """The contract of a sampler.
+    """Check the contract of a sampler.
 
     Ids are different clients of the population, a function of the key and the round; and each client is selected as
     often as its `chance` predicts, over 1000 rounds: |count − Σ chance| ≤ 5.5 standard deviations.
@@ -33,7 +33,7 @@ def check_sampler(part: Any) -> None:
     Args:
         part: a sampler, `part(population, round, key) -> Cohort`.
     Raises:
-        Nonconformity: it breaks the contract.
+        Nonconformity: the sampler breaks the contract.
     Example:
         >>> from atoll.plan.sampler import Uniform
         >>> check_sampler(Uniform(3))
@@ -61,14 +61,14 @@ def check_sampler(part: Any) -> None:
     worst = int(far.argmax())
     require(
         bool(far[worst] <= 1e-6),
-        f"{who} had client {worst} at work in {int(counts[worst])} of {_ROUNDS} rounds.",
+        f"{who} selected client {worst} in {int(counts[worst])} of {_ROUNDS} rounds.",
         f"{expected[worst]:.1f} ± {_FAR * spread[worst].sqrt():.1f}, by the chances that it gave.",
-        'over="expected" divides by the chances, and privacy is accounted by them.',
+        'over="expected" divides by the chances, and privacy accounting uses them.',
     )
 
 
 def _population(part: Any) -> Population:
-    """The smallest population that the sampler takes, with clients of many sizes."""
+    """The smallest population that the sampler accepts, with clients of several sizes."""
     for clients in (12, 100, 1000):
         population = Population(clients, torch.arange(clients) % 9 + 1)
         try:
@@ -92,7 +92,7 @@ def _check_ids(who: str, ids: Tensor, clients: int) -> None:
         inside and len(ids.unique()) == len(ids),
         f"{who} gave the ids {ids.tolist()} of {clients} clients.",
         f"different numbers in 0 … {clients - 1}.",
-        "a client can be at work once in a round.",
+        "a client can be selected at most once in a round.",
     )
 
 
@@ -104,20 +104,20 @@ def _check_cohort(who: str, cohort: Cohort, clients: int) -> None:
         shaped and bool(((chance >= 0) & (chance <= 1)).all()),
         f"{who} gave the chance {chance!r}.",
         f"float64 [] or [{clients}], in [0, 1].",
-        "it is each client's probability of being at work.",
+        "it is the probability that a client is selected.",
     )
 
 
 def check_partition(part: Any) -> None:
-    """The contract of a partition.
+    """Check the contract of a partition.
 
-    Every train row has one owner among the clients, a function of the key; a split by it holds the same rows out as
-    any other, and a row that is taken looks the same in any batch.
+    Every training row has one owner among the clients, and the owners are a function of the key. A split by this
+    partition holds out the same rows as any other split. A row has the same numbers in every batch.
 
     Args:
         part: a partition, `part(pool, clients, key) -> owner int64 [rows]`.
     Raises:
-        Nonconformity: it breaks the contract.
+        Nonconformity: the partition breaks the contract.
     Example:
         >>> from atoll.data import Dirichlet
         >>> check_partition(Dirichlet(0.3))
@@ -133,13 +133,13 @@ def check_partition(part: Any) -> None:
         good and bool(((owner >= 0) & (owner < clients)).all()),
         f"{who} gave owners {owner!r}.",
         f"int64 [{rows}], each in 0 … {clients - 1}.",
-        "each row is in exactly one client.",
+        "each row belongs to exactly one client.",
     )
     require(
         not part.natural or same(owner, by),
         f"{who} is natural and moved a row.",
         "the owners that the data names.",
-        "natural clients are given by the data.",
+        "the data determine natural clients.",
     )
     x = key.fold("x").uniform(rows * 16, torch.float32).reshape(rows, 1, 4, 4)
     source = Source(
@@ -157,7 +157,7 @@ def check_partition(part: Any) -> None:
     together, alone = split.take(some), [split.take(i[None]) for i in some]
     require(
         same(together[0], torch.cat([x for x, _ in alone])) and same(together[1], torch.cat([y for _, y in alone])),
-        f"{who} shows a row differently beside other rows.",
+        f"{who} changes a row that is read together with other rows.",
         "a row as a function of the seed, its client and its number.",
-        "how many rows are read at once must change no bit.",
+        "the number of rows that are read together must change no bit.",
     )

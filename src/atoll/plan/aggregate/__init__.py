@@ -1,4 +1,7 @@
-"""How contributions become one."""
+"""Aggregation: how the contributions of a round become one update.
+
+Tests: tests/identities/test_order.py, tests/conformance/test_parts.py
+"""
 
 from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
 

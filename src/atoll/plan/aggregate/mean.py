@@ -38,8 +38,8 @@ class PartialSum(Partial):
     """The sum of some contributions as plain tensors.
 
     Args:
-        means: Σ w·x by name, as digits of an exact sum; with `sum="float"` one float sum under place 0.
-        sums: Σ x by name, likewise.
+        means: Σ w·x by name, as digits of an exact sum; with `sum="float"` one float sum at place 0.
+        sums: Σ x by name, in the same form.
         counters: the largest of each counter by name.
         weight: Σ w, int64 `[]`.
         arrived: number of contributions, int64 `[]`.
@@ -52,7 +52,7 @@ class PartialSum(Partial):
     arrived: Tensor = _NONE
 
     def tensors(self) -> dict[str, Tensor]:
-        """The partial as named plain tensors, for another process."""
+        """The partial as plain tensors by name, for another process."""
         out = {"weight": self.weight, "arrived": self.arrived}
         for kind, table in (("means", self.means), ("sums", self.sums)):
             out |= {f"{kind}/{n}/{place}": t for n, digits in table.items() for place, t in digits.items()}
@@ -60,7 +60,7 @@ class PartialSum(Partial):
 
     @classmethod
     def of(cls, tensors: Tensors) -> PartialSum:
-        """The partial that `tensors()` was called on."""
+        """The partial whose `tensors()` these are."""
         out = cls(weight=tensors["weight"], arrived=tensors["arrived"])
         tables = {"means": out.means, "sums": out.sums}
         for path, t in tensors.items():
@@ -73,7 +73,7 @@ class PartialSum(Partial):
         return out
 
     def reduce(self, group: Group) -> PartialSum:
-        """The sum over all processes. A place that a process does not have is 0 there."""
+        """The sum over all processes. A digit that one process does not have counts as 0."""
         mine = self.tensors()
         spec = {n: torch.tensor([_DTYPES.index(t.dtype), *t.shape]) for n, t in mine.items()}
         specs: dict[str, list[int]] = {}
@@ -93,7 +93,7 @@ _DTYPES = (torch.int64, torch.float64, torch.float32, torch.int32, torch.int16, 
 
 
 def _neutral(dtype: int, *shape: int, largest: bool, device: torch.device) -> Tensor:
-    """A tensor that changes no sum, or no maximum."""
+    """The neutral element of a sum, or of a maximum."""
     kind = _DTYPES[dtype]
     value = torch.iinfo(kind).min if largest else 0
     return torch.full(shape, value, dtype=kind, device=device if shape else "cpu")
@@ -109,7 +109,7 @@ class _Folded(Aggregator):
         return PartialSum()
 
     def lift(self, contribution: Contribution) -> Tensor:
-        """The weight each contribution is added with, int64 `[K]`."""
+        """The weight of each contribution in the sum, int64 `[K]`."""
         return torch.ones_like(contribution.weight) if self.weights == "equal" else contribution.weight
 
     def fold(self, partial: PartialSum, contribution: Contribution, ids: Ids) -> PartialSum:
@@ -128,7 +128,7 @@ class _Folded(Aggregator):
         return partial
 
     def merge(self, a: PartialSum, b: PartialSum) -> PartialSum:
-        """The sum of two partials; `a` is added to in place.
+        """The sum of two partials. `b` is added to `a` in place.
 
         Raises:
             UsageError: one of them belongs to another aggregator.
@@ -195,7 +195,7 @@ class Mean(_Folded):
         _one_of("Mean", "sum", self.sum, ("exact", "float"))
 
     def finalize(self, total: Total, info: RoundInfo) -> Total:
-        """Divide the means. Without a contribution there are none, except if the expected weight divides."""
+        """Divide the means by the weight. A round without contributions has no mean, except with `over="expected"`."""
         means = _divided(total.means, float(total.weight))
         if self.over == "expected":
             sizes, chance = info.population.sizes, info.chance
@@ -216,12 +216,24 @@ class Mean(_Folded):
 class Sum(_Folded):
     """The sum of the updates, as a parameter server adds gradients.
 
-    g = Σ wᵢ gᵢ.  With `Gradient()` and `"examples"` this is the gradient of the summed loss: lr must shrink as
-    data grows.
+    g = Σ wᵢ gᵢ
+
+    With `Gradient()` and `"examples"` this is the gradient of the summed loss, so the learning rate must decrease as
+    the number of rows grows.
 
     Args:
-        weights: `"examples"`, wᵢ is the number of rows a client holds; `"equal"`, wᵢ = 1.
+        weights: `"examples"`: wᵢ is the number of rows that the client holds; `"equal"`: wᵢ = 1.
         sum: `"exact"` or `"float"`, as for `Mean`.
+    Raises:
+        UsageError: an argument is not one of these words.
+    Example:
+        >>> from atoll.testing import round_info
+        >>> rows = Contribution({"update": torch.tensor([[1.0], [3.0]])}, {}, torch.tensor([10, 30]), {}, {})
+        >>> rule, ids = Sum(weights="equal"), Ids(torch.tensor([0, 1]), torch.tensor([0, 0]))
+        >>> rule.finalize(rule.total(rule.fold(rule.zero(), rows, ids)), round_info()).means["update"]
+        tensor([4.], dtype=torch.float64)
+
+    Reference: Li et al., Scaling Distributed Machine Learning with the Parameter Server, 2014.
     """
 
     forms_sum = True
@@ -234,7 +246,7 @@ class Sum(_Folded):
         _one_of("Sum", "sum", self.sum, ("exact", "float"))
 
     def finalize(self, total: Total, info: RoundInfo) -> Total:
-        """The update's sum as it is; everything else, such as a running mean, is still averaged."""
+        """The update remains a sum. Everything else, such as a running mean, is averaged."""
         means = _divided(total.means, float(total.weight))
         return total._replace(means=means | {n: t for n, t in total.means.items() if n == "update"})
 
@@ -248,7 +260,7 @@ def _keep_largest(table: dict[str, Tensor], name: str, rows: Tensor) -> None:
 
 
 def _add_floats(digits: exact.Digits, rows: Tensor, weights: Tensor) -> exact.Digits:
-    """Σ w·x in the rows' own type, in whatever order it comes."""
+    """Σ w·x in the dtype of the rows, in the order of arrival."""
     batch = weights.to(rows) @ rows
     if 0 in digits:
         digits[0] += batch

@@ -1,4 +1,7 @@
-"""Lossless: the bytes of a message, compressed by zstd."""
+"""Lossless compression of a message's bytes by zstd.
+
+Tests: tests/identities/test_codecs_entropy.py
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd
 
 
 def _zstd() -> Any:
-    """The module of Python 3.14, or the same one for those before."""
+    """The zstd module of Python 3.14, or its backport for earlier versions."""
     try:
         return importlib.import_module(_MODULE)
     except ImportError:
@@ -35,7 +38,7 @@ def _zstd() -> Any:
 
 @dataclass(frozen=True, repr=False)
 class Entropy(Codec):
-    """Compresses the message without loss; the last stage of a codec.
+    """Compresses the message without loss, as the last stage of a codec.
 
     message = zstd(bytes of all stages before), or these bytes unchanged if they are not longer
 
@@ -44,14 +47,14 @@ class Entropy(Codec):
     32 for normal numbers. Lengths differ from client to client and depend on the content; `nbytes` is the
     longest.
 
-    Message: as long as the form of the stages before, and then it is that message; or shorter, and then it is one zstd
-    frame with a checksum, of the fields one after another, each as rows of the first bytes of its numbers, the second
-    bytes, and so on.
+    Message: if it has the length of the preceding stages' form, it is their message, unchanged. If it is shorter, it is
+    one zstd frame with a checksum. The frame contains the fields one after another. Each field is transposed: the first
+    bytes of all its numbers, then the second bytes, and so on.
 
     Args:
-        level: zstd's, 1 (quick) to 22 (small).
+        level: of zstd, 1 (fastest) to 22 (smallest).
     Raises:
-        UsageError: the level is out of range; or zstd is not installed, which is seen once a training is built.
+        UsageError: the level is out of range. Or zstd is not installed; this is checked when a training is built.
     Example:
         >>> import torch
         >>> from atoll.plan.codec.quantize import Quantize
@@ -77,7 +80,7 @@ class Entropy(Codec):
             )
 
     def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Self:
-        _zstd()  # not in the constructor: reading a plan text imports nothing
+        _zstd()  # not in the constructor, since reading a plan text must import nothing
         return super().bind(layout, total_weight, before)
 
     def declare(self, layout: Layout) -> Mapping[str, Declared]:
@@ -91,7 +94,7 @@ class Entropy(Codec):
         return [frame if len(frame) < len(whole) else whole for frame, whole in zip(frames, messages, strict=True)]
 
     def decompress(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
-        # One of another length is no frame either: the form will refuse it.
+        # Data of the full length or longer is no frame; the check of its length follows in `from_bytes`.
         return [self._opened(form, one, i) if len(one) < form.nbytes else one for i, one in enumerate(data)]
 
     def _opened(self, form: Form, frame: bytes, i: int) -> bytes:
@@ -102,9 +105,9 @@ class Entropy(Codec):
         try:
             whole = opener.decompress(frame, max_length=form.nbytes + 1)
         except zstd.ZstdError as error:
-            raise _refused(i, form, f"zstd refuses it: {error}") from None
+            raise _refused(i, form, f"zstd cannot decompress it: {error}") from None
         if len(whole) > form.nbytes:
-            raise _refused(i, form, f"it holds more than {form.nbytes} bytes")
+            raise _refused(i, form, f"it contains more than {form.nbytes} bytes")
         if not opener.eof:
             raise _refused(i, form, "it ends too early")
         if opener.unused_data or len(whole) != form.nbytes:
@@ -121,7 +124,10 @@ def _refused(i: int, form: Form, what: str) -> MessageError:
 
 
 def _transposed(form: Form, whole: bytes, back: bool = False) -> bytes:
-    """The fields with the first bytes of all numbers together, then the second: exponents repeat, last bits do not."""
+    """The fields with the first bytes of all numbers, then the second bytes, and so on.
+
+    Bytes that contain exponents repeat often. Separated from the last bits, which do not repeat, they compress better.
+    """
     out, start = [], 0
     for field in (*form.side.values(), form.payload):
         part = np.frombuffer(whole, np.uint8, field.nbytes, start)

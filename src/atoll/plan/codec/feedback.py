@@ -29,7 +29,7 @@ class _Wrapper(Codec):
     codec: Codec
 
     def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Self:
-        # The inner codec encodes an update with an error or a shift added, so the bound of `before` does not hold.
+        # The inner codec encodes the update plus an error or minus a shift, so the bound of `before` does not hold.
         bound = super().bind(layout, total_weight, before)
         object.__setattr__(bound, "codec", self.codec.bind(layout, total_weight))
         return bound
@@ -129,7 +129,7 @@ class ErrorFeedback(_Wrapper):
         codec: a contraction: `TopK`, `Sign`, `LowRank`, `Quantize`, `Eden`, `RandomK(..., unbiased=False)`, or a
             chain of them.
     Raises:
-        UsageError: the codec may enlarge an update, or has a memory of its own.
+        UsageError: the codec is no contraction, or it has its own memory.
     Example:
         >>> from atoll.plan.codec.stage import flat_layout
         >>> from atoll.plan.codec.sparse import TopK
@@ -160,7 +160,7 @@ class ErrorFeedback(_Wrapper):
 
 @dataclass(frozen=True, repr=False)
 class EF21(_Wrapper):
-    """EF21: a client sends the compressed change of its update; the server keeps the mean of all clients' last ones.
+    """EF21: a client sends the compressed change of its update; the server averages the last updates of all clients.
 
     send C(x − h),   h⁺ = h + Ĉ(x − h);      g = Σ over all clients of w h⁺ / Σ over all clients of w
 
@@ -174,7 +174,7 @@ class EF21(_Wrapper):
     Args:
         codec: a contraction, as for `ErrorFeedback`.
     Raises:
-        UsageError: the codec may enlarge an update, or has a memory of its own.
+        UsageError: the codec is no contraction, or it has its own memory.
     Example:
         >>> from atoll.plan.codec.sparse import TopK
         >>> EF21(TopK(0.01))

@@ -37,7 +37,7 @@ def group_lengths(d: int) -> tuple[tuple[int, int], ...]:
 
 
 def groups_of(d: int) -> int:
-    """How many groups there are."""
+    """The number of groups."""
     return sum(count for count, _ in group_lengths(d))
 
 
@@ -67,10 +67,10 @@ def room(groups: int = 1) -> int:
 
 
 def batches(*cuts: list[Tensor], groups: int = 1) -> Iterator[tuple[Any, ...]]:
-    """Go through several cuts of the same lanes together, about `room(groups)` numbers at a time, or all off the CPU.
+    """Iterate over several cuts of the same lanes: on the CPU about `room(groups)` numbers at a time, else all at once.
 
     Yields:
-        (number of the part, which lanes, then the views `[k, g, …]` of each cut); on the CPU k or g is 1.
+        (number of the part, slice of the lanes, then the views `[k, g, …]` of each cut); on the CPU k or g is 1.
     """
     for i, views in enumerate(zip(*cuts, strict=True)):
         lanes, length, n = views[0].shape
@@ -86,7 +86,7 @@ def batches(*cuts: list[Tensor], groups: int = 1) -> Iterator[tuple[Any, ...]]:
 
 
 def words(state: Tensor, n: int) -> Tensor:
-    """n 64-bit words of the stream of each state, int64 `[..., n]`: SplitMix64, as `Key.hash` draws them."""
+    """n 64-bit words of the stream of each state, int64 `[..., n]`: SplitMix64, as in `Key.hash`."""
     return mix64(state[..., None] + _steps(n, state.device))
 
 
@@ -108,7 +108,7 @@ def dither(state: Tensor, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def signs(state: Tensor, n: int) -> Tensor:
-    """n fair signs, int8 `[..., n]`: the top bits of the bytes of n/8 words."""
+    """n signs ±1 of equal probability, int8 `[..., n]`: the top bits of the bytes of n/8 words."""
     fair: Tensor = (words(state, -(-n // 8)).view(torch.int8)[..., :n] >> 7) | 1
     return fair
 

@@ -158,10 +158,10 @@ class Codec(Stage):
         return list(messages)
 
     def decompress(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
-        """The messages that were sealed.
+        """The messages before `compress`.
 
         Raises:
-            MessageError: the bytes cannot have been sealed.
+            MessageError: `compress` cannot have made the bytes.
         """
         return list(data)
 
@@ -182,7 +182,7 @@ class Codec(Stage):
         return self.compressor.compress(form, messages) if self.compressor else messages
 
     def from_bytes(self, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(payload, side) of some messages, a row each.
+        """(payload, side) of some messages, one row per message.
 
         Raises:
             MessageError: the bytes are no message of this codec for this layout.
@@ -382,7 +382,7 @@ def _clash(a: Codec, b: Codec) -> tuple[str, str] | None:
 
 
 def _instead(a: Codec, b: Codec) -> str:
-    """A codec that can be built, as near as possible to a >> b, which cannot."""
+    """The text of a codec that can be built, as near as possible to a >> b, which cannot be built."""
     for outer, other in ((b, a), (a, b)):
         for inner in outer.parts if outer.needs_model_coordinates and not isinstance(outer, Chain) else ():
             if not _clash(other, inner) and not other.needs_model_coordinates:

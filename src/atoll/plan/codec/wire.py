@@ -16,11 +16,11 @@ from atoll.base.errors import AtollError
 
 
 class MessageError(AtollError):
-    """Bytes that are no message of this codec. Nothing was taken from them; the client's contribution is lost."""
+    """The bytes are no message of this codec. None of them are used, and the client's contribution is lost."""
 
 
 class Field(NamedTuple):
-    """One row of numbers a message: their type, and how many."""
+    """One field of a message: the dtype and the count of its numbers."""
 
     dtype: torch.dtype
     length: int
@@ -67,12 +67,15 @@ def to_bytes(form: Form, payload: Tensor, side: Mapping[str, Tensor]) -> list[by
 
 
 def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The tensors of some messages, by their form.
+    """The tensors in some messages of one form.
 
+    Args:
+        form: the fields of a message.
+        data: the messages.
     Returns:
-        The payload and the side tensors, a row each message.
+        The payload and the side tensors, one row per message.
     Raises:
-        MessageError: a message has another length than the form, or holds a number that is not finite.
+        MessageError: the length of a message differs from the form, or a message contains a number that is not finite.
     Example:
         >>> form = Form({}, Field(torch.float32, 1))
         >>> from_bytes(form, to_bytes(form, torch.tensor([[0.5]]), {}))[0]
@@ -92,7 +95,7 @@ def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Ten
     sizes = [field.nbytes for field in fields.values()]
     out: dict[str, Tensor] = {}
     for (name, field), rows in zip(fields.items(), whole.split(sizes, -1), strict=True):
-        # A copy, since a float may not begin at an odd byte.
+        # A copy, since a view as floats needs an aligned start.
         out[name] = rows.clone(memory_format=torch.contiguous_format).view(field.dtype)
         if field.dtype.is_floating_point:
             bad = (~out[name].to(torch.float64).isfinite()).any(-1)
@@ -101,8 +104,8 @@ def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Ten
 
 
 def reject(bad: Tensor, what: str, required: str) -> None:
-    """Raise for the first lane that is marked, bool `[K]`."""
+    """Raise MessageError for the first marked lane; `bad` is bool `[K]`."""
     if bool(bad.any()):
         raise MessageError(
-            f"Message {bad.tolist().index(True)}: {what}.", f"{required}.", "no client of this codec sends that."
+            f"Message {bad.tolist().index(True)}: {what}.", f"{required}.", "no client of this codec sends this."
         )

@@ -88,6 +88,8 @@ class Custom(Local):
         batch: rows in the loader's batches; None is all of them.
         lr: is passed on as `ctx.lr`; a number or None.
         sends: `"update"` or `"model"`, as for `Train`.
+    Raises:
+        UsageError: `fn` is not a function, or another argument is out of range.
     Example:
         >>> def train(model, loader, ctx):
         ...     optimizer = torch.optim.SGD(model.parameters(), ctx.lr)
@@ -110,7 +112,7 @@ class Custom(Local):
         if not callable(self.fn):
             raise UsageError(
                 f"Custom({self.fn!r}).",
-                "a function (model, loader, ctx); in a text, module:name.",
+                "a function (model, loader, ctx), or module:name in a plan text.",
             )
 
     def padded_batch(self, rows: int) -> int:
@@ -125,7 +127,7 @@ class Custom(Local):
     def contribute(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """Call the user's loop for each client, on a fresh module, its randomness keyed."""
+        """Call the user's loop for each client, with a new module and keyed randomness."""
         out = [self._one(broadcast, lanes, k, key.only(k), task) for k in range(len(lanes.sizes))]
         theta, buffers, counters, sums = zip(*out, strict=True)
         names = sorted(set().union(*sums))

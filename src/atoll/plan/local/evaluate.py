@@ -44,7 +44,7 @@ class Evaluate(Local):
     def contribute(
         self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """Σ loss, Σ metrics and rows of K clients, at most `ROWS` rows of each in a pass."""
+        """Σ loss, Σ metrics and the number of rows of K clients, with at most `ROWS` rows of each client per pass."""
         model = broadcast.model.lanes(len(lanes.sizes))
         positions = torch.arange(self.padded_batch(lanes.sizes[0]), device=lanes.ids.device).expand(
             len(lanes.sizes), -1

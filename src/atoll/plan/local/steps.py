@@ -14,7 +14,7 @@ from torch import Tensor
 from atoll.base.errors import RunError, UsageError
 from atoll.plan.schedule import Schedule, led
 
-_FAR = 10**9  # a round in which every schedule that falls has fallen
+_FAR = 10**9  # a round in which every decreasing schedule has reached its end
 
 
 def _whole(schedule: Schedule, t: int) -> int:
@@ -42,8 +42,11 @@ def check_steps(schedule: Schedule) -> None:
 
 
 def steps_at(schedule: Schedule, t: int) -> int:
-    """The steps of round t.
+    """The number of steps of round t.
 
+    Args:
+        schedule: of the number of steps, rounded to the nearest integer.
+        t: the round, ≥ 0.
     Raises:
         RunError: a schedule of the user is below one.
     Example:

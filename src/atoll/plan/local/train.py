@@ -79,7 +79,7 @@ class Train(Local):
         check_batch("Train", self.batch)
         check_sends("Train", self.sends, 'Train(sgd(0.1), epochs=1, batch=10, sends="model")')
         if isinstance(self.steps, constant) and self.steps.lr.is_integer():
-            object.__setattr__(self, "steps", int(self.steps.lr))  # one value, one text
+            object.__setattr__(self, "steps", int(self.steps.lr))  # equal parts have the same text
         lengths = [n for n in (self.epochs, self.steps) if n is not None]
         numbers = [n for n in lengths if not (n is self.steps and isinstance(n, Schedule))]
         whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
@@ -238,9 +238,9 @@ class Train(Local):
     def _batches(
         self, lanes: Lanes, memory: Tensors, key: Key, task: Task, steps_each: int | None
     ) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-        """Places of rows `[k, B]` and counts of each step, for the k lanes that still train: always the first ones.
+        """Places of rows `[k, B]` and counts of each step, for the k lanes that still train, always the first k.
 
-        Each lane is at its own place in its own pass, so that its draws do not depend on how many batches others have.
+        Each lane has its own position in its own pass, so its draws do not depend on the number of batches of others.
         """
         width, rows = self.padded_batch(lanes.sizes[0]), lanes.rows
         lengths, joined = lengths_of(rows, self.batch, task.batch_statistics)
@@ -253,7 +253,7 @@ class Train(Local):
         taken = memory["taken"].to(rows.device) if keeps else torch.zeros_like(lengths)
         reach = width * int(lengths.max()) + 1
         full = rows if self.batch is None else rows.clamp(max=self.batch)
-        if not keeps and lanes.sizes[0] == lanes.sizes[-1]:  # all at the same place: none has to be looked up
+        if not keeps and lanes.sizes[0] == lanes.sizes[-1]:  # all lanes are at the same position in a pass
             of_pass, size, count = int(lengths[0]), int(full[0]), len(lanes.sizes)
             last = lanes.sizes[0] - (of_pass - 1) * size
             for s in range(int(steps[0])):
@@ -268,7 +268,7 @@ class Train(Local):
             ahead = torch.arange(first, min(first + _AHEAD, int(steps[0])), device=rows.device)[:, None]
             active = (steps > ahead).sum(1).tolist()
             epoch_of, at = (f(taken + ahead, lengths) for f in (quotient, torch.remainder))
-            left = rows - at * full  # of the pass, this batch and all after it
+            left = rows - at * full  # rows of the pass that remain, this batch included
             counts = torch.where(joined & (at == lengths - 1), left, torch.minimum(left, full)).tolist()
             new = (at == 0) | (ahead == 0)
             for i, (k, some) in enumerate(zip(active, new.any(1).tolist(), strict=True)):

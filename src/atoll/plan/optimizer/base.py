@@ -1,19 +1,22 @@
 """The base of optimizers, and their steps: at the server once per round, in local training in place.
 
-    θ⁺, state⁺ = optimizer.update(θ, g, sums, state, round)       nothing given changes
+    θ⁺, state⁺ = optimizer.update(θ, g, sums, state, round)       no argument changes
     stepper = optimizer.stepper(θ, state, lr); stepper.step(g)    θ and state change
 
-A rule acts on each coordinate by itself, so it may be worked out on any stretch of θ. The lanes are laid end
-to end and cut into blocks: where the count of steps changes from one lane to the next, since a rule's scalars
-depend on it, and once in `BLOCK` numbers, since its temporaries should stay small. A rule of `torch.optim`
-gets the blocks as its parameters, and views of our state as its state.
+A rule acts on each coordinate independently, so it can be computed on any part of θ. The lanes are concatenated and
+cut into blocks. A cut is made between lanes with different step counts, since the scalars of a rule depend on the
+count. A cut is also made after every `BLOCK` numbers, so that temporaries stay small. A rule of `torch.optim` receives
+the blocks as its parameters, and views of the state here as its state.
 
-A lane's bits depend on nothing beside it, because no elementwise kernel used here depends on where in memory
-a number lies: tests/identities/test_optimizer.py measures it for every rule, over lengths, places and
-threads. torch's `fused` kernels fail there (their vector and scalar parts round differently): never used.
+The bits of a lane do not depend on its neighbours, because no elementwise kernel used here depends on the position of a
+number in memory. tests/identities/test_optimizer.py measures this for every rule, over lengths, positions and threads.
+The `fused` kernels of torch do not have this property, since their vector and scalar parts round differently; they are
+never used.
 
-Counters (`step`, int64) live on the host, as torch's own do: they decide scalars, and reading one must not
-wait for a device.
+Counters (`step`, int64) stay on the host, as in torch. They determine scalars, and reading one must not wait for a
+device.
+
+Tests: tests/identities/test_optimizer.py
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ Inner = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 STEP: Counters = {"step": (0, torch.int64)}
 _LR = "lr."
 
-# In numbers. The allocator keeps temporaries of this size; those of whole [100, 7850] lanes it may give back
-# and ask for again at every operation (1500 page faults a step): Adam then takes three times as long.
+# In numbers. The allocator reuses temporaries of this size. It may return those of whole [100, 7850] lanes to the
+# system and request them again at every operation (1500 page faults per step): Adam then takes three times as long.
 BLOCK = 1 << 17
 
 
@@ -57,7 +60,7 @@ class OptimizerBase(Optimizer):
     def __post_init__(self) -> None:
         check(self)
         if isinstance(self.lr, constant):
-            object.__setattr__(self, "lr", self.lr.lr)  # one value, one text
+            object.__setattr__(self, "lr", self.lr.lr)  # equal optimizers have the same text
 
     @property
     def schedule(self) -> Schedule:
@@ -65,7 +68,12 @@ class OptimizerBase(Optimizer):
         return as_schedule(self.lr)
 
     def lr_at(self, round: int, state: Tensors = NOTHING) -> float:
-        """The learning rate that `update` uses in this round with this state."""
+        """The learning rate that `update` uses in this round with this state.
+
+        Args:
+            round: t ≥ 0.
+            state: of `init` or of the last `update`; only its memory of the schedule is read.
+        """
         return self.schedule(round, _memory(state))
 
     def slots(self, theta: Tensor) -> dict[str, Tensor]:
@@ -74,7 +82,7 @@ class OptimizerBase(Optimizer):
         Args:
             theta: float `[d]` or `[K, d]`.
         Returns:
-            Tensors of θ's shape, type and device, and counters of shape `[]` or `[K]` on the host.
+            Tensors with the shape, dtype and device of θ, and counters of shape `[]` or `[K]` on the host.
         """
         state: dict[str, Tensor] = {}
         for name, value in self.per_coordinate().items():
@@ -102,7 +110,7 @@ class OptimizerBase(Optimizer):
             state: of `init` or of the last `update`.
             round: t ≥ 0.
         Returns:
-            (θ⁺, state⁺), tensors of their own.
+            (θ⁺, state⁺), new tensors.
         Example:
             >>> from atoll.plan.optimizer.rules import sgd
             >>> sgd(0.1).update(torch.tensor([1.0]), torch.tensor([2.0]), {}, {}, 0)
@@ -128,9 +136,9 @@ class OptimizerBase(Optimizer):
         """A stepper that makes steps in place on θ and its state, at one learning rate.
 
         Args:
-            theta: float `[d]` or `[K, d]`, contiguous, the caller's own: it is changed.
-            state: the lanes' slots, contiguous, the caller's own: they are changed; other names are not.
-            lr: learning rate; `lr_at(round, …)` of the round.
+            theta: float `[d]` or `[K, d]`, contiguous. It is changed.
+            state: the slots of the lanes, contiguous. They are changed; tensors with other names are not.
+            lr: learning rate, such as `lr_at(round, …)`.
         """
         return Stepper(self, theta, state, lr)
 
@@ -143,11 +151,11 @@ class OptimizerBase(Optimizer):
         return dict.fromkeys(self._zeros, 0.0)
 
     def per_lane(self) -> Counters:
-        """Names of the numbers in a lane's state, with first values and types; `step` counts its steps."""
+        """Names of the numbers in the state of a lane, with initial values and dtypes; `step` counts its steps."""
         return STEP if self.inner() else {}
 
     def in_place(self) -> bool:
-        """Whether `apply` makes no temporaries, so that cutting gains nothing."""
+        """Whether `apply` makes no temporaries, so that smaller blocks are not faster."""
         return False
 
     def inner(self) -> Inner | None:
@@ -183,9 +191,9 @@ class LaneGroup:
 class Stepper:
     """Steps of one optimizer on lanes that the caller owns, in place.
 
-    Lanes stand in order of how many steps they make, longest first: the active ones are always the first k,
-    and the shape of g says how many. A lane that has finished is not touched again. Lanes side by side that
-    had made equally many steps before are worked on together, others in turn.
+    Lanes are sorted by the number of steps that they will make, largest first. So the active lanes are always the first
+    k, and k is the length of g. A lane that has finished does not change again. Neighbouring lanes with the same number
+    of earlier steps are computed together, all others one after another.
 
     Example:
         >>> from atoll.plan.optimizer.rules import sgd
@@ -225,12 +233,12 @@ class Stepper:
             raise UsageError(
                 f"An update of shape {list(shape)} for lanes of shape {list(now)}.",
                 "the same shape, or fewer lanes of the same length.",
-                "the first lanes are the active ones, and one that has finished stays so.",
+                "the first lanes are the active ones, and a lane that has finished stays finished.",
             )
         self._bind(shape)
 
     def _bind(self, shape: torch.Size) -> None:
-        """Cut the active lanes into blocks. All there is stands in θ and the state."""
+        """Cut the active lanes into blocks. θ and the state contain everything that the blocks need."""
         self._shape = shape
         lanes, width = prod(shape[:-1]), shape[-1]
         theta = self._theta.view(-1)
@@ -262,7 +270,7 @@ class Stepper:
     def _by_torch(
         self, cls: type[torch.optim.Optimizer], words: dict[str, Any], counters: Tensors
     ) -> Callable[[list[Tensor]], None]:
-        """A step by a `torch.optim` object whose parameters are the blocks and whose state is ours."""
+        """A step by a `torch.optim` object. Its parameters are the blocks, and its state is views of the state here."""
         thetas = [block.theta for block in self._blocks]
         inner: Any = cls(thetas, lr=self._lr, foreach=False, **words)  # type: ignore[call-arg]
         numbers = {name: _numbers(values) for name, values in counters.items()}
@@ -271,7 +279,7 @@ class Stepper:
             for name, values in numbers.items():
                 number = torch.tensor(values[block.lane], dtype=torch.float32, device="cpu")
                 inner.state[block.theta][name] = number
-        # torch counts for itself; `step` is counted here too, any other number is copied out to the lanes.
+        # torch has counters of its own. `step` is counted here too; every other number is copied to the lanes.
         leads = {block.lane: block.theta for block in reversed(self._blocks)}
         copied = [
             (values[first:end], inner.state[leads[first]][name])
@@ -285,7 +293,7 @@ class Stepper:
                 theta.grad = g
             inner.step()
             for theta in thetas:
-                theta.grad = None  # g is the caller's to free
+                theta.grad = None  # so that the caller can free g
             for ours, theirs in copied:
                 ours.copy_(theirs)
 
@@ -293,7 +301,7 @@ class Stepper:
 
 
 def _numbers(counters: Tensor) -> list[float]:
-    """Counters as numbers; a meta tensor has a shape and no numbers, and any will do."""
+    """Counters as Python numbers. A meta tensor has no numbers, so zeros are used."""
     return [0.0] * counters.numel() if counters.is_meta else counters.tolist()
 
 

@@ -1,4 +1,4 @@
-"""Optimizers: how θ moves along an update. The update points uphill; every optimizer descends.
+"""Optimizers: rules that move θ along an update. The update points uphill; every optimizer descends.
 
 One object serves one θ `[d]` and lanes `[K, d]`. The rules are those of `torch.optim` that act on each
 coordinate by itself (its own code, run on views of our tensors), and the three of Adaptive Federated
@@ -30,11 +30,11 @@ def _rate() -> Any:
 
 
 def _betas() -> Any:
-    return number((0.9, 0.999), least=0, below=1, size=2, why="an average that forgets nothing never moves.")
+    return number((0.9, 0.999), least=0, below=1, size=2, why="with a factor of 1 the average never changes.")
 
 
 def _average(default: float) -> Any:
-    return number(default, least=0, below=1, why="an average that forgets nothing never moves.")
+    return number(default, least=0, below=1, why="with a factor of 1 the average never changes.")
 
 
 def _eps(default: float) -> Any:
@@ -42,16 +42,16 @@ def _eps(default: float) -> Any:
 
 
 def _decay(default: float = 0.0) -> Any:
-    return number(default, least=0, why="a negative decay drives the parameters apart.")
+    return number(default, least=0, why="a negative decay makes the parameters grow.")
 
 
 def _initial() -> Any:
-    return number(0.0, least=0, why="it stands for a sum of squares.")
+    return number(0.0, least=0, why="it is a sum of squares.")
 
 
 @dataclass(frozen=True, repr=False)
 class sgd(OptimizerBase):
-    """Gradient descent, with momentum and weight decay if asked for: `torch.optim.SGD`.
+    """Gradient descent with optional momentum and weight decay: `torch.optim.SGD`.
 
     g ← g + weight_decay·θ ;  b ← momentum·b + (1 − dampening)·g, but b = g in the first step
     θ ← θ − lr·g without momentum, θ − lr·b with it, θ − lr·(g + momentum·b) with Nesterov's
@@ -59,16 +59,22 @@ class sgd(OptimizerBase):
     Args:
         lr: learning rate, > 0, or a schedule.
         momentum: 0 ≤ momentum < 1.
-        nesterov: look ahead; needs momentum and no dampening.
+        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening = 0.
         weight_decay: ≥ 0, per unit of θ.
         dampening: 0 ≤ dampening < 1.
+    Raises:
+        UsageError: a number is out of range; Nesterov's momentum without momentum or with dampening; or dampening
+            without momentum.
     Example:
         >>> sgd(0.1, momentum=0.9, nesterov=True)
         sgd(0.1, momentum=0.9, nesterov=True)
+
+    Reference: Robbins, Monro, A Stochastic Approximation Method, 1951; Sutskever et al., On the Importance of
+        Initialization and Momentum in Deep Learning, 2013.
     """
 
     lr: float | Schedule = _rate()
-    momentum: float = number(0.0, least=0, below=1, why="momentum of 1 or more never comes to rest.")
+    momentum: float = number(0.0, least=0, below=1, why="with a momentum of 1 or more the steps do not decay.")
     nesterov: bool = False
     weight_decay: float = _decay()
     dampening: float = _average(0.0)
@@ -78,15 +84,15 @@ class sgd(OptimizerBase):
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise UsageError(
                 repr(self),
-                "Nesterov's step needs momentum > 0 and dampening = 0.",
-                "it looks ahead along the momentum.",
+                "momentum > 0 and dampening = 0 with nesterov=True.",
+                "Nesterov's step continues along the undamped momentum, so there must be one.",
                 repaired(self, momentum=self.momentum or 0.9, dampening=0.0),
             )
         if self.dampening and not self.momentum:
             raise UsageError(
                 repr(self),
-                "dampening needs momentum > 0.",
-                "it weighs what enters the momentum.",
+                "momentum > 0 with dampening.",
+                "dampening scales the gradient that is added to the momentum.",
                 repaired(self, dampening=0.0),
             )
 
@@ -102,7 +108,7 @@ class sgd(OptimizerBase):
     def in_place(self) -> bool:
         return not (self.weight_decay or self.nesterov)
 
-    # Written out, though torch has it: most local loops use it, and bookkeeping would cost more than a step.
+    # Not by `torch.optim.SGD`: most local loops use SGD, and torch's bookkeeping would cost more than the step.
     def apply(self, block: LaneGroup, g: Tensor, lr: float) -> None:
         if self.weight_decay:
             g = g.add(block.theta, alpha=self.weight_decay)
@@ -128,7 +134,7 @@ def _adaptive(
 
 @dataclass(frozen=True, repr=False)
 class adam(OptimizerBase):
-    """Steps of about lr in every coordinate: `torch.optim.Adam`, or FedAdam with `correct=False`.
+    """Adam: steps of size about lr in every coordinate. `torch.optim.Adam`, or FedAdam with `correct=False`.
 
     g ← g + weight_decay·θ ;  m ← β₁m + (1 − β₁)g ;  v ← β₂v + (1 − β₂)g²
     θ ← θ − lr·m̂ / (√v̂ + eps),  m̂ = m/(1 − β₁ᵗ), v̂ = v/(1 − β₂ᵗ);  with `correct=False` m̂ = m, v̂ = v
@@ -136,10 +142,12 @@ class adam(OptimizerBase):
     Args:
         lr: learning rate, > 0, or a schedule.
         betas: (β₁, β₂), each in [0, 1).
-        eps: > 0; τ of the paper, the degree of adaptivity, with `correct=False`.
+        eps: > 0; with `correct=False` it is τ of the paper, the degree of adaptivity.
         weight_decay: ≥ 0, per unit of θ.
-        correct: whether the averages are corrected for having started at 0.
-        initial: v before the first step, ≥ 0; only with `correct=False`. The paper's bounds ask for eps².
+        correct: whether to correct the bias of the averages, which start at 0.
+        initial: v before the first step, ≥ 0; only with `correct=False`. The bounds of the paper assume eps².
+    Raises:
+        UsageError: a number is out of range, or `initial` with `correct=True`.
     Example:
         >>> adam(0.01, eps=1e-3, correct=False)
         adam(0.01, eps=0.001, correct=False)
@@ -159,8 +167,8 @@ class adam(OptimizerBase):
         if self.correct and self.initial:
             raise UsageError(
                 repr(self),
-                "initial = 0 where the averages are corrected.",
-                "the correction undoes a start at 0, and no other.",
+                "initial = 0 with correct=True.",
+                "the bias correction is right only for averages that start at 0.",
                 repaired(self, correct=False),
             )
 
@@ -183,9 +191,9 @@ class adam(OptimizerBase):
 
 @dataclass(frozen=True, repr=False)
 class adamw(OptimizerBase):
-    """Adam with the weight decay taken from θ directly: `torch.optim.AdamW`.
+    """Adam with decoupled weight decay: `torch.optim.AdamW`.
 
-    θ ← (1 − lr·weight_decay)·θ, then Adam's step on g alone
+    θ ← (1 − lr·weight_decay)·θ, then the step of Adam on g
 
     Args:
         lr: learning rate, > 0, or a schedule.
@@ -210,13 +218,13 @@ class adamw(OptimizerBase):
 
 @dataclass(frozen=True, repr=False)
 class adagrad(OptimizerBase):
-    """Steps shrink with all the squares so far: `torch.optim.Adagrad`, or FedAdagrad with `beta` > 0.
+    """Adagrad: steps shrink as squared gradients add up. `torch.optim.Adagrad`, or FedAdagrad with `beta` > 0.
 
     g ← g + weight_decay·θ ;  v ← v + g² ;  m ← beta·m + (1 − beta)·g ;  θ ← θ − lr·m / (√v + eps)
 
     Args:
         lr: learning rate, > 0, or a schedule.
-        eps: > 0; τ of the paper with `beta`.
+        eps: > 0; with `beta` it is τ of the paper.
         beta: momentum, 0 ≤ beta < 1.
         weight_decay: ≥ 0, per unit of θ.
         initial: v before the first step, ≥ 0.
@@ -224,7 +232,8 @@ class adagrad(OptimizerBase):
         >>> adagrad(0.1, beta=0.9)
         adagrad(0.1, beta=0.9)
 
-    Reference: Duchi, Hazan, Singer, 2011; Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
+    Reference: Duchi, Hazan, Singer, Adaptive Subgradient Methods, 2011; Reddi et al., Adaptive Federated Optimization,
+        2021, Algorithm 2.
     """
 
     lr: float | Schedule = _rate()
@@ -250,7 +259,7 @@ class adagrad(OptimizerBase):
 
 @dataclass(frozen=True, repr=False)
 class yogi(OptimizerBase):
-    """Adam whose v moves by a bounded amount, so that one large update is not soon forgotten; torch has none.
+    """Yogi: Adam whose v changes by a bounded amount, so one large update has a lasting effect. torch has no Yogi.
 
     g ← g + weight_decay·θ ;  m ← β₁m + (1 − β₁)g ;  v ← v − (1 − β₂)·g²·sign(v − g²)
     θ ← θ − lr·m / (√v + eps)
@@ -262,12 +271,13 @@ class yogi(OptimizerBase):
         betas: (β₁, β₂), each in [0, 1).
         eps: τ of the paper, > 0.
         weight_decay: ≥ 0, per unit of θ.
-        initial: v before the first step, ≥ 0. The paper's bounds ask for eps².
+        initial: v before the first step, ≥ 0. The bounds of the paper assume eps².
     Example:
         >>> yogi(0.01, betas=(0.9, 0.99))
         yogi(0.01, betas=(0.9, 0.99))
 
-    Reference: Zaheer et al., 2018; Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
+    Reference: Zaheer et al., Adaptive Methods for Nonconvex Optimization, 2018; Reddi et al., Adaptive Federated
+        Optimization, 2021, Algorithm 2.
     """
 
     lr: float | Schedule = _rate()
@@ -293,7 +303,7 @@ class yogi(OptimizerBase):
 
 @dataclass(frozen=True, repr=False)
 class rmsprop(OptimizerBase):
-    """The gradient over the root of its recent mean square: `torch.optim.RMSprop`.
+    """RMSprop: the gradient divided by the root of its recent mean square. `torch.optim.RMSprop`.
 
     g ← g + weight_decay·θ ;  v ← alpha·v + (1 − alpha)·g² ;  s = √v + eps, or √(v − ḡ²) + eps when centered
     θ ← θ − lr·g/s, or with momentum  b ← momentum·b + g/s ;  θ ← θ − lr·b
@@ -308,12 +318,14 @@ class rmsprop(OptimizerBase):
     Example:
         >>> rmsprop(0.01, momentum=0.9)
         rmsprop(0.01, momentum=0.9)
+
+    Reference: Tieleman, Hinton, Neural Networks for Machine Learning, Lecture 6.5, 2012.
     """
 
     lr: float | Schedule = _rate()
     alpha: float = _average(0.99)
     eps: float = _eps(1e-8)
-    momentum: float = number(0.0, least=0, below=1, why="momentum of 1 or more never comes to rest.")
+    momentum: float = number(0.0, least=0, below=1, why="with a momentum of 1 or more the steps do not decay.")
     centered: bool = False
     weight_decay: float = _decay()
 
@@ -326,13 +338,13 @@ class rmsprop(OptimizerBase):
 
 @dataclass(frozen=True, repr=False)
 class adadelta(OptimizerBase):
-    """Steps in the units of θ: `torch.optim.Adadelta`.
+    """Adadelta: steps in the units of θ. `torch.optim.Adadelta`.
 
     g ← g + weight_decay·θ ;  v ← rho·v + (1 − rho)·g² ;  δ = g·√(u + eps)/√(v + eps)
     u ← rho·u + (1 − rho)·δ² ;  θ ← θ − lr·δ
 
     Args:
-        lr: factor of the step, > 0, or a schedule; 1 is the paper's.
+        lr: factor of the step, > 0, or a schedule; the paper uses 1.
         rho: 0 ≤ rho < 1.
         eps: > 0.
         weight_decay: ≥ 0, per unit of θ.
@@ -354,7 +366,7 @@ class adadelta(OptimizerBase):
 
 @dataclass(frozen=True, repr=False)
 class adamax(OptimizerBase):
-    """Adam with the largest recent size in place of the mean square: `torch.optim.Adamax`.
+    """Adamax: Adam with the largest recent |g| in place of the root mean square. `torch.optim.Adamax`.
 
     g ← g + weight_decay·θ ;  m ← β₁m + (1 − β₁)g ;  u ← max(β₂u, |g| + eps) ;  θ ← θ − lr·m / ((1 − β₁ᵗ)·u)
 
@@ -381,7 +393,7 @@ class adamax(OptimizerBase):
 
 @dataclass(frozen=True, repr=False)
 class nadam(OptimizerBase):
-    """Adam that looks ahead as Nesterov does: `torch.optim.NAdam`.
+    """NAdam: Adam with Nesterov's momentum. `torch.optim.NAdam`.
 
     μₜ = β₁·(1 − ½·0.96^(t·momentum_decay)) ;  m, v as Adam's
     θ ← θ − lr·( (1 − μₜ)·g/(1 − ∏ᵢ≤ₜ μᵢ) + μₜ₊₁·m/(1 − ∏ᵢ≤ₜ₊₁ μᵢ) ) / (√(v/(1 − β₂ᵗ)) + eps)
@@ -414,7 +426,7 @@ class nadam(OptimizerBase):
 
 @dataclass(frozen=True, repr=False)
 class radam(OptimizerBase):
-    """Adam that waits until v can be trusted: `torch.optim.RAdam`.
+    """RAdam: Adam that uses v only after its variance is small enough. `torch.optim.RAdam`.
 
     ρ∞ = 2/(1 − β₂) − 1 ;  ρₜ = ρ∞ − 2t·β₂ᵗ/(1 − β₂ᵗ) ;  θ ← θ − lr·m̂·r/(√v + eps) if ρₜ > 5, else θ − lr·m̂
     r = √(1 − β₂ᵗ)·√( (ρₜ − 4)(ρₜ − 2)ρ∞ / ((ρ∞ − 4)(ρ∞ − 2)ρₜ) )
