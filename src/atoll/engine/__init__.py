@@ -5,6 +5,7 @@ Tests: tests/surface/test_engines.py
 
 from __future__ import annotations
 
-from atoll.engine.spec import Engine, EngineSpec, InProcess, Processes, Ray, RunOptions, Torchrun
+from atoll.engine.protocols import Engine, EngineSpec, RunOptions
+from atoll.engine.spec import InProcess, Processes, Ray, Torchrun
 
 __all__ = ["Engine", "EngineSpec", "InProcess", "Processes", "Ray", "RunOptions", "Torchrun"]

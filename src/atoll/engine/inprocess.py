@@ -22,9 +22,9 @@ from atoll.engine.autotune import Setting, Tuning
 from atoll.engine.chunk_limit import Room
 from atoll.engine.chunks import ChunkRunner, Results, by_version, chunks, gathered, partial_work, task_for
 from atoll.engine.client_state import Pending
+from atoll.engine.protocols import Engine
 from atoll.engine.simulation.arrivals import check_clock, fly, message
 from atoll.engine.simulation.fleet import Fleet
-from atoll.engine.spec import Engine
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight, waves
 from atoll.plan.plan import Plan

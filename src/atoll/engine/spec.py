@@ -11,29 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from atoll.base import grammar
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.names import load
 from atoll.base.validation import check as check_numbers
 from atoll.base.validation import number
+from atoll.engine.protocols import Engine, EngineSpec, RunOptions
+from atoll.engine.workers.resources import check_actor, check_installed
 
 if TYPE_CHECKING:
     import torch
 
-    from atoll.base.random import Key
-    from atoll.compute.layout import Layout
-    from atoll.compute.task import Task
-    from atoll.data.clients import Clients
-    from atoll.engine.simulation.fleet import Fleet
-    from atoll.plan.plan import Plan
-    from atoll.plan.protocols import Cohort, Population
-    from atoll.plan.round import Gathered
-    from atoll.plan.state import State
 
 ENGINES: Mapping[str, str] = {  # short name → "module:Class" of the spec; a package above adds no import here
     "inprocess": "atoll.engine.spec:InProcess",
@@ -42,148 +34,6 @@ ENGINES: Mapping[str, str] = {  # short name → "module:Class" of the spec; a p
     "ray": "atoll.engine.spec:Ray",
 }
 BACKENDS = ("auto", "gloo", "nccl")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """The settings of a training that an engine reads.
-
-    Args:
-        device: the name of the device, as in `Settings`.
-        numerics: the backend that the user asked for, or "auto".
-        precision: "full" or "bf16".
-        chunk: clients computed together; None lets the engine choose.
-        fleet: the simulated durations; None simulates none.
-        seed: of the training.
-        plan: the algorithm; None before it is known.
-        model: the name of the model, if it was made by a name; workers build it from this name.
-    """
-
-    device: str = "auto"
-    numerics: str = "auto"
-    precision: str = "full"
-    chunk: int | None = None
-    fleet: Fleet | None = None
-    seed: int = 0
-    plan: Plan | None = None
-    model: str | None = None
-
-
-class Engine(Protocol):
-    """A running engine: it trains the clients of a cohort and returns one sum for each model version.
-
-    A class that inherits from this protocol gets the defaults and defines `open`, `gather`, `population` and `layout`.
-    `open` is called once, before the first `gather`. `close` is called once at the end, also after an error.
-    """
-
-    @property
-    @abstractmethod
-    def population(self) -> Population:
-        """The number of clients and the rows of each; valid after `open`."""
-
-    @property
-    @abstractmethod
-    def layout(self) -> Layout:
-        """The layout of the model vector; valid after `open`."""
-
-    @property
-    def primary(self) -> bool:
-        """Whether this process writes the run and prints."""
-        return True
-
-    @property
-    def restart_of(self) -> str | None:
-        """The job that a supervisor restarted as this process; None if this is a first start.
-
-        The primary process resumes the run whose `environment.json` holds this `job`.
-        """
-        return None
-
-    def numerics_for(self, plan: Plan) -> tuple[str, str] | None:
-        """The backend that this engine prefers for a plan, and the reason; None leaves the choice to the model."""
-        return None
-
-    @abstractmethod
-    def open(self, task: Task, data: Clients) -> None:
-        """Start the workers, if the engine has any.
-
-        Args:
-            task: the model, loss and metrics; `task.numerics` names the backend.
-            data: the clients.
-        Raises:
-            UsageError: the engine cannot run this model or this data.
-        """
-
-    def check_start(self, plan: Plan, state: State) -> None:
-        """Refuse a plan that this engine cannot run, before the first round; `plan` is bound.
-
-        Raises:
-            UsageError: the part of the plan, and the line to write.
-        """
-        return None  # a method of a protocol without a statement counts as abstract
-
-    @abstractmethod
-    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
-        """Train the cohort.
-
-        Args:
-            plan: the algorithm, bound to this engine.
-            state: after `open_round`; it stays as it is.
-            cohort: the clients that start.
-            key: of the round.
-            keep: ids of clients whose contributions are returned in `Gathered.kept`.
-        Raises:
-            RunError: all clients failed with the same error, or more failed than the plan allows.
-            UsageError: a client of `keep` did not arrive.
-        """
-
-    def commit(self, round: int) -> None:
-        """Take note that the state after this round was accepted. A failed round is never committed."""
-        return None
-
-    def agree(self, value: bytes) -> bytes:
-        """The value of the primary process, in every process of the training."""
-        return self.exchange(value)[0]
-
-    def exchange(self, value: bytes) -> list[bytes]:
-        """The values of all processes of the training; the primary process is first."""
-        return [value]
-
-    def describe(self) -> Mapping[str, Any]:
-        """Facts for `environment.json` and `atoll show`."""
-        return {}
-
-    def close(self) -> None:
-        """End the workers and free their memory. A second call does nothing."""
-        return None
-
-
-@runtime_checkable
-class EngineSpec(Protocol):
-    """An engine as a user writes it: a frozen value of the grammar. A class that inherits gets the defaults."""
-
-    @property
-    def primary(self) -> bool:
-        """Whether this process prints; known before the engine is built."""
-        return True
-
-    def check(self, options: RunOptions) -> None:
-        """Refuse options that the engine cannot serve. It is called before data is loaded, and again with the plan.
-
-        Raises:
-            UsageError: a device, fleet, precision or pace that the engine does not support.
-        """
-        return None
-
-    def device(self, wanted: str) -> torch.device:
-        """The device of this process for a name such as "auto", "cpu" or "cuda:1"."""
-        from atoll.compute.device import found
-
-        return found(wanted)
-
-    @abstractmethod
-    def build(self, options: RunOptions) -> Engine:
-        """The engine. It joins a process group if there is one, and starts nothing else."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -323,22 +173,11 @@ class Ray(grammar.Value, EngineSpec):
         check_numbers(self)
         if self.address is not None and not isinstance(self.address, str):
             raise UsageError(f"address = {self.address!r}.", "a text, host:port or auto.", write="Ray('auto')")
-        if self.gpus > 1 and self.gpus != int(self.gpus):
-            raise UsageError(
-                f"gpus = {self.gpus}.",
-                "a fraction of one GPU, or an integer.",
-                "Ray gives an actor a part of one GPU, or whole GPUs.",
-                "Ray(gpus=0.5)",
-            )
+        check_actor(self.cpus, self.gpus)
 
     def check(self, options: RunOptions) -> None:
         """Refuse a machine without Ray, a fleet, a numbered GPU, and a GPU that no actor has."""
-        from importlib.util import find_spec
-
-        if find_spec("ray") is None:
-            raise UsageError(
-                "Ray is not installed.", "Ray 2.40 or newer.", "the engine trains in its actors.", INSTALL_RAY
-            )
+        check_installed()
         _refuse_fleet(self, options)
         if options.device not in ("auto", "cpu", "cuda"):
             raise UsageError(
@@ -347,13 +186,7 @@ class Ray(grammar.Value, EngineSpec):
                 "Ray chooses the GPU of each actor.",
                 "--device cuda --gpus 1",
             )
-        if options.device == "cuda" and not self.gpus:
-            raise UsageError(
-                f"device = 'cuda' with the engine {self!r}.",
-                "a GPU, or a part of one, for each actor.",
-                "an actor sees only the GPUs that Ray gives it.",
-                "--device cuda --gpus 1",
-            )
+        check_actor(self.cpus, self.gpus, options.device)
 
     def device(self, wanted: str) -> torch.device:
         """The CPU: this process computes no client."""
@@ -375,9 +208,6 @@ class Ray(grammar.Value, EngineSpec):
             model=options.model,
             seed=options.seed,
         )
-
-
-INSTALL_RAY = "pip install 'atoll[ray]'"
 
 
 def _refuse_fleet(spec: EngineSpec, options: RunOptions) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
 from atoll.plan import aggregate, codec, local, optimizer, pace, plan, sampler, schedule
-from atoll.training import stop
 
 PARTS: Mapping[str, Callable[..., Any]] = {
     part.__name__: part
@@ -56,13 +55,6 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         schedule.warmup,
         schedule.hold,
         schedule.plateau,
-        stop.Rounds,
-        stop.Tolerance,
-        stop.Target,
-        stop.Patience,
-        stop.Seconds,
-        stop.Bytes,
-        stop.Diverged,
     )
 }
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from atoll.data import Clients, Source
     from atoll.data.partition import Partition
-    from atoll.engine.spec import EngineSpec
+    from atoll.engine.protocols import EngineSpec
     from atoll.plan.plan import Plan
     from atoll.runs.events import Run
     from atoll.training.rounds import Rounds
@@ -371,11 +371,11 @@ class Experiment(grammar.Value, TrainingFields):
     def _settings(self, **changes: Any) -> dict[str, Any]:
         """The keyword arguments of `atoll.Settings`; `changes` replace some of them."""
         from atoll import runs
-        from atoll.plan.registry import PARTS
+        from atoll.training.stop import RULES
 
         rules: list[Any] = []
         for text in self.stop:
-            rule = grammar.parse(text, PARTS, trust=self._trusts("stop"))
+            rule = grammar.parse(text, RULES, trust=self._trusts("stop"))
             rules += rule if isinstance(rule, (tuple, list)) else [rule]
         init = self.init
         if isinstance(init, str) and not Path(init).exists():

@@ -32,8 +32,9 @@ from atoll.data.clients import Clients
 from atoll.engine.choose_backend import Choice, choose
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine, threads_for
+from atoll.engine.protocols import Engine
 from atoll.engine.simulation.fleet import Fleet
-from atoll.engine.spec import Engine, name_of
+from atoll.engine.spec import name_of
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Air

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from atoll.compute.loss import Metric, PerExample
+    from atoll.engine.protocols import EngineSpec, RunOptions
     from atoll.engine.simulation.fleet import Fleet
-    from atoll.engine.spec import EngineSpec, RunOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -209,7 +209,7 @@ class Settings(TrainingFields):
 
     def options(self, plan: Any = None, model: str | None = None) -> RunOptions:
         """The settings that an engine reads, with the plan and the name of the model when they are known."""
-        from atoll.engine.spec import RunOptions
+        from atoll.engine.protocols import RunOptions
 
         fleet = None if isinstance(self.fleet, str) else self.fleet
         return RunOptions(self.device, self.numerics, self.precision, self.chunk, fleet, self.seed, plan, model)

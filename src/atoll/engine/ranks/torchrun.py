@@ -26,11 +26,11 @@ from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.chunks import Results, gathered, kept_from_tensors, kept_to_tensors
 from atoll.engine.inprocess import InProcessEngine, threads_for
+from atoll.engine.protocols import Engine
 from atoll.engine.ranks.overlap import Overlap, data_parallel
 from atoll.engine.ranks.process_group import Ranks, job, restarts
 from atoll.engine.simulation.arrivals import fly, message
 from atoll.engine.simulation.fleet import Fleet
-from atoll.engine.spec import Engine
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Cohort, Partial, Population, Tensors
 from atoll.plan.round import Failure, Gathered

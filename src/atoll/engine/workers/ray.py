@@ -30,9 +30,9 @@ from torch import Tensor
 from atoll.base.errors import RunError, UsageError
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine import spec as specs
 from atoll.engine.workers.messages import Answer, Done, Hauled, Ready, Run, Told, answers, encode, flat, orders
 from atoll.engine.workers.pool import Gone, Line
+from atoll.engine.workers.resources import check_actor, check_installed
 from atoll.engine.workers.scheduler import Dealer, packed
 from atoll.engine.workers.shared_memory import Arrays, Place, laid, lying
 from atoll.engine.workers.worker import Worker, broken, hauled
@@ -96,7 +96,8 @@ class RayEngine(Dealer):
         patience_s: float = 60.0,
     ) -> None:
         super().__init__(chunk)
-        specs.Ray(address, workers=workers, cpus=cpus, gpus=gpus).check(specs.RunOptions(device=device))
+        check_installed()
+        check_actor(cpus, gpus, device)
         self.cpus, self.gpus = cpus, gpus
         self._wanted, self._address, self._device, self._patience_s = workers, address, device, patience_s
         self._made = model, seed

@@ -25,8 +25,8 @@ from atoll.engine.chunk_limit import Room
 from atoll.engine.chunks import Results, by_version, chunks, gathered, task_for
 from atoll.engine.client_state import Pending
 from atoll.engine.inprocess import check_chunk
+from atoll.engine.protocols import Engine
 from atoll.engine.simulation.arrivals import Flown, Sending, fly
-from atoll.engine.spec import Engine
 from atoll.engine.workers.messages import Setup, Told, plan_of, spoken, written
 from atoll.engine.workers.pool import Catch, Crew, Job, Office
 from atoll.engine.workers.serialize import pack
