@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from atoll.base.random import Key
-from atoll.compute.buffer_pool import Shelf, lent_from
+from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.task import Task
 from atoll.data import arrays
 from atoll.engine.client_state import Memory
@@ -67,10 +67,10 @@ class Atoll:
         task = replace(Task.of(model(widths), "cross_entropy"), numerics="loop")
         self.plan = distributed_gd(LR, batch=batch, sum=sum_)
         self.engine = TorchrunEngine(task, data, ranks=ranks)
-        self.state, self.shelf = State.first(self.plan, task, SEED, Memory({})), Shelf()
+        self.state, self.shelf = State.first(self.plan, task, SEED, Memory({})), BufferPool()
 
     def step(self) -> float:
-        with lent_from(self.shelf):  # as in a training
+        with use_pool(self.shelf):  # as in a training
             self.state, report = step(self.plan, self.state, self.engine)
         return report.metrics["loss"]
 

@@ -25,7 +25,7 @@ def _no_native() -> str:
     """The reason why this machine has no native code; "" if it has. A compiler error on our source raises."""
     try:
         native.compiler()
-    except native.Unbuilt as why:
+    except native.BuildError as why:
         return f"no native code: {why}"
     for dtype in (torch.float32, torch.float64):
         compiled.load_libraries(dtype)

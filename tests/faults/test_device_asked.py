@@ -10,7 +10,7 @@ from atoll import recipes, runs
 from atoll.base.errors import UsageError
 from atoll.cli import main
 from atoll.compute import device as devices
-from atoll.compute.device import check_precision, found, free
+from atoll.compute.device import check_precision, free, resolve_device
 from atoll.training.experiment import Experiment
 
 HOST = torch.device("cpu")
@@ -36,16 +36,16 @@ def data():
 
 
 def test_auto_takes_what_there_is(gpus):
-    assert found("auto") == found("cpu") == HOST
+    assert resolve_device("auto") == resolve_device("cpu") == HOST
     gpus(2)
-    assert found("auto") == found("cuda") == found("cuda:0") == torch.device("cuda", 0)
-    assert found("cuda:1") == torch.device("cuda", 1) and found("cpu") == HOST
+    assert resolve_device("auto") == resolve_device("cuda") == resolve_device("cuda:0") == torch.device("cuda", 0)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1) and resolve_device("cpu") == HOST
 
 
 def test_each_rank_of_a_machine_takes_its_own(gpus):
     gpus(2)
-    assert [found("auto", rank).index for rank in range(4)] == [0, 1, 0, 1]
-    assert found("cuda:1", 0).index == 1
+    assert [resolve_device("auto", rank).index for rank in range(4)] == [0, 1, 0, 1]
+    assert resolve_device("cuda:1", 0).index == 1
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_each_rank_of_a_machine_takes_its_own(gpus):
 def test_refused(gpus, asked, count, given, why, write):
     gpus(count)
     with pytest.raises(UsageError) as refusal:
-        found(asked)
+        resolve_device(asked)
     assert given in refusal.value.given and why in refusal.value.why and refusal.value.write == write
-    found(write.removeprefix("--device "))
+    resolve_device(write.removeprefix("--device "))
 
 
 def test_refused_before_anything_is_started(gpus, data, tmp_path):

@@ -178,7 +178,11 @@ def test_a_plan_keeps_no_engine_data_or_model_alive():
     assert len(reports) == 2 and bound_plan == plan
 
 
-BACKENDS = {"loop": (autograd.Walk, "step"), "fused": (fused.Descent, "step"), "compiled": (compiled.Descent, "step")}
+BACKENDS = {
+    "loop": (autograd.SequentialDescent, "step"),
+    "fused": (fused.FusedDescent, "step"),
+    "compiled": (compiled.CompiledDescent, "step"),
+}
 
 
 @pytest.mark.parametrize("body", BACKENDS)

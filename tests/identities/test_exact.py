@@ -19,8 +19,8 @@ import atoll.compute.buffer_pool
 from atoll.base import grammar
 from atoll.base.errors import UsageError
 from atoll.compute import native
-from atoll.compute.buffer_pool import Shelf, lent_from
-from atoll.compute.tensor_notes import tell
+from atoll.compute.buffer_pool import BufferPool, use_pool
+from atoll.compute.tensor_notes import attach
 from atoll.plan.aggregate import Mean, PartialSum, Sum, exact
 from atoll.plan.protocols import Contribution, Ids
 from atoll.plan.registry import PARTS
@@ -167,7 +167,7 @@ def test_what_is_told_of_blocks_changes_no_bit(problem):
     rows, weights, _ = problem
     found, finite = exact.total(exact.add({}, rows, weights)), exact.bounded(rows)
     whole = torch.nn.functional.pad(rows.abs(), (0, -rows.shape[1] % BLOCK))
-    tell(rows, "peaks", whole.unflatten(1, (-1, BLOCK)).amax(2).contiguous())
+    attach(rows, "peaks", whole.unflatten(1, (-1, BLOCK)).amax(2).contiguous())
     assert exact.bounded(rows) == finite
     assert torch.equal(exact.total(exact.add({}, rows, weights)), found)
     rows[0, 0] = math.inf  # the cached maxima are no longer valid
@@ -177,11 +177,11 @@ def test_what_is_told_of_blocks_changes_no_bit(problem):
 @given(problems(), st.booleans())
 def test_memory_that_held_something_else_changes_no_bit(problem, spoiled):
     rows, weights, rng = problem
-    rows, shelf = torch.cat([rows] * 64, 1), Shelf()
+    rows, shelf = torch.cat([rows] * 64, 1), BufferPool()
     alone = exact.total(exact.add({}, rows, weights))
     if spoiled:
         rows[rng.integers(len(rows)), rng.integers(rows.shape[1])] = math.nan
-    with pytest.MonkeyPatch.context() as patch, lent_from(shelf):
+    with pytest.MonkeyPatch.context() as patch, use_pool(shelf):
         patch.setattr(atoll.compute.buffer_pool, "_LARGE", 1)
         for size in (8, 16, 32, 64, 128):  # for each of them a buffer that will be reused
             shelf.empty(size * len(rows[0])).fill_(255)

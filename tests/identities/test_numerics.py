@@ -14,11 +14,11 @@ from atoll import models
 from atoll.base.errors import UsageError
 from atoll.base.random import Key, global_scope
 from atoll.compute import compiled, native
-from atoll.compute.batches import Lanes
-from atoll.compute.fused import Unserved
+from atoll.compute.batches import ClientBatch
+from atoll.compute.fused import UnsupportedModel
 from atoll.compute.model_state import Batch
 from atoll.compute.task import Task
-from atoll.compute.tensor_notes import BLOCK, told
+from atoll.compute.tensor_notes import BLOCK, lookup
 from atoll.data.rows import DatasetRows
 from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
@@ -82,7 +82,7 @@ def test_by_hand_is_lanes(body, architecture, loss, seed, lanes, rows):
     if body == "compiled":
         try:
             compiled.stages(task.program, shape)
-        except Unserved:
+        except UnsupportedModel:
             assume(False)
     counts = tuple(max(1, rows - k) for k in range(lanes))
     y = y if loss == "cross_entropy" else y.double()
@@ -277,13 +277,13 @@ def test_an_update_is_told_with_its_largest_numbers():
     def led(clients):
         descent = task.descent(model, clients, 0.1)
         places = torch.arange(3 * clients).view(clients, 3)
-        descent.follow(Lanes(data, torch.arange(clients), torch.float32), [(places, (3,) * clients)] * 2)
+        descent.follow(ClientBatch(data, torch.arange(clients), torch.float32), [(places, (3,) * clients)] * 2)
         return descent.update()
 
     many, few = led(20), led(2)
     assert many.nbytes > 2**23 > few.nbytes and torch.equal(many[:2], few)
     whole = nn.functional.pad(many.abs(), (0, -many.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).amax(2)
-    assert torch.equal(told(many, "peaks"), whole) and torch.equal(told(few, "peaks"), whole[:2])
+    assert torch.equal(lookup(many, "peaks"), whole) and torch.equal(lookup(few, "peaks"), whole[:2])
 
 
 class Larger(Codec):

@@ -11,7 +11,7 @@ from torch import nn
 
 from atoll import recipes
 from atoll.base.random import Key
-from atoll.compute.batches import Lanes
+from atoll.compute.batches import ClientBatch
 from atoll.engine.choose_backend import choose
 from atoll.engine.chunks import chunks
 from atoll.engine.inprocess import InProcessEngine
@@ -153,7 +153,7 @@ def test_a_client_gives_the_same_whoever_is_beside_it(name):
 
     def given(*ids):
         index = torch.tensor(ids)
-        lanes = Lanes(data, index, torch.float64)
+        lanes = ClientBatch(data, index, torch.float64)
         return local.contribute(broadcast, lanes, {}, KEY.of(index), task)[0].means["update"]
 
     alone = given(1)
@@ -165,7 +165,7 @@ def test_lanes_are_left_where_products_depend_on_memory(monkeypatch):
     data = classification(SIZES)
     task = task_of(MODELS["mlp"][0](), data)
     assert choose(task, data, USUAL).task.numerics == "lanes"
-    monkeypatch.setattr("atoll.engine.choose_backend._steady", lambda device: False)
+    monkeypatch.setattr("atoll.engine.choose_backend.matmul_is_position_independent", lambda device: False)
     choice = choose(task, data, USUAL)
     assert choice.task.numerics == "loop" and "MKL_CBWR" in choice.reason
 

@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.compute import buffer_pool
-from atoll.compute.buffer_pool import Shelf, lent_from
+from atoll.compute.buffer_pool import BufferPool, use_pool
 
 sizes = st.integers(1, 64).map(lambda n: n << 10)
 
 
 @given(st.lists(st.tuples(sizes, st.booleans(), st.booleans()), max_size=60))
 def test_no_two_tensors_share_memory(asked):
-    own, held = Shelf(), []
+    own, held = BufferPool(), []
     for size, keep, by_view in asked:
         piece = own.empty(size)
         assert piece.numel() == size
@@ -23,7 +23,7 @@ def test_no_two_tensors_share_memory(asked):
 
 
 def test_what_nobody_holds_is_lent_again():
-    own = Shelf()
+    own = BufferPool()
     first = own.empty(1 << 20)
     where, view = first.data_ptr(), first.view(torch.float32)[7:]
     del first
@@ -34,8 +34,8 @@ def test_what_nobody_holds_is_lent_again():
 
 
 def test_large_tensors_come_from_the_shelf_that_is_there():
-    like, own = torch.zeros(1, dtype=torch.float32), Shelf()
-    with lent_from(own):
+    like, own = torch.zeros(1, dtype=torch.float32), BufferPool()
+    with use_pool(own):
         large = buffer_pool.empty(like, (3, 1 << 18), torch.float64)
         assert large.shape == (3, 1 << 18) and large.dtype == torch.float64
         where = large.data_ptr()

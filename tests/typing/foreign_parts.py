@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
-from atoll.compute.batches import Lanes
+from atoll.compute.batches import ClientBatch
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.plan.aggregate import Mean
@@ -44,7 +44,7 @@ class Halved(Local):
     numerics = "loop"
 
     def contribute(
-        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+        self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         return Gradient(self.batch).contribute(broadcast, lanes, memory, key, task)
 

@@ -72,7 +72,7 @@ class Number:
         return f"{text}; or a {self.also.__name__.lower()}" if self.also is not None else text
 
 
-def number(
+def bounded_number(
     default: Any = MISSING,
     *,
     above: float | None = None,

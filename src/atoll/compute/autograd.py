@@ -22,7 +22,7 @@ LossOf = Callable[[Tensor, Tensor, int, int], Tensor]
 MARGIN = 1024  # spare numbers before the flat gradient of the loop backend
 
 
-class Bound:
+class FlatModule:
     """A module whose parameters, gradients and float buffers are views of flat vectors.
 
     The flat gradient has `MARGIN` spare numbers before it, so that values sent with it are in the same block of
@@ -85,7 +85,7 @@ class Bound:
             for name, tensor in self.fixed.items():
                 tensor.copy_(fixed[name])
 
-    def settle(self) -> None:
+    def write_buffers_back(self) -> None:
         """If a pass replaced a buffer by another tensor, copy its values and restore the original tensor."""
         for table, leaf, tensor in self.moving:
             now = table[leaf]
@@ -96,12 +96,12 @@ class Bound:
 
     def buffers(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Copy the float buffers `[b]` and the counters `[1, …]` after the last pass."""
-        self.settle()
+        self.write_buffers_back()
         counters = {e.name: self.fixed[e.name].detach().clone()[None] for e in self.layout.counters}
         return self.flat_buffers.clone(), counters
 
 
-class Walk:
+class SequentialDescent:
     """Plain gradient descent of K clients from one θ, one client after another: θ_k ← θ_k − lr ∇ℓ_k.
 
     Each step uses the gradients that autograd allocates: they are not zeroed before a pass, not accumulated, and not
@@ -115,7 +115,7 @@ class Walk:
         loss: `loss(x, y, step, k)`, Σ of the losses of the rows x, y of client k in a step, by the bound module.
     """
 
-    def __init__(self, bound: Bound, model: Model, lanes: int, lr: float, loss: LossOf) -> None:
+    def __init__(self, bound: FlatModule, model: Model, lanes: int, lr: float, loss: LossOf) -> None:
         self._bound, self._start, self._lr, self._loss = bound, model, lr, loss
         self._fixed = {**model.fixed, **model.counters}
         self._theta = model.theta.clone()
@@ -135,14 +135,14 @@ class Walk:
         steps = list(steps)
         for k in range(len(self.loss)):
             own = [(places[k : k + 1], counts[k : k + 1]) for places, counts in steps if k < len(counts)]
-            self.begin()
+            self.start()
             for number, (x, y, (count,)) in enumerate(rows.batches(own)):
                 lost = self.step(x[0, :count], y[0, :count], number, k) if count else None
                 if rows.on_step is not None:
                     rows.on_step(k, number, 0.0 if lost is None else float(lost) / count)
-            self.end()
+            self.finish()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Reset the module to the starting point for the next client."""
         self._theta.copy_(self._start.theta)
         self._bound.place(self._theta)
@@ -162,12 +162,12 @@ class Walk:
                 p.grad = None
         if grads:
             torch._foreach_add_(views, grads, alpha=-self._lr)
-        self._bound.settle()
+        self._bound.write_buffers_back()
         lost = loss.detach()
         self._lost.add_(lost)
         return lost
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Store the update, buffers and counters of the current client."""
         torch.sub(self._start.theta, self._theta, out=self._update[len(self._buffers)])
         buffers, counters = self._bound.buffers()

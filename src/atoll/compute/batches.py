@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
-from atoll.compute.model_state import Batch, Gradient, Model, Stored
+from atoll.compute.model_state import Batch, GradientResult, Model, Stored
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.data.rows import in_memory, stored
@@ -44,7 +44,7 @@ def padded(rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class Lanes:
+class ClientBatch:
     """K clients that are computed together, largest first.
 
     Args:
@@ -144,7 +144,7 @@ class Lanes:
         for xs, ys, shape, (_, counts) in rows:
             yield Batch(xs.view(*shape, *xs.shape[1:]), ys.view(*shape, *ys.shape[1:]), counts)
 
-    def gradient(self, task: Task, model: Model, places: Tensor, counts: tuple[int, ...], key: Key) -> Gradient:
+    def gradient(self, task: Task, model: Model, places: Tensor, counts: tuple[int, ...], key: Key) -> GradientResult:
         """The mean gradient of each client's loss over the rows at these places, at most `ROWS` rows per pass.
 
         More rows are split into sub-batches of nearly equal size, since a short one would have poor batch statistics.
@@ -175,6 +175,6 @@ class Lanes:
             if whole is None:
                 whole = got._replace(grad=got.grad * share, loss=got.loss.clone())
             else:
-                whole = Gradient(whole.grad + got.grad * share, got.buffers, got.counters, whole.loss + got.loss)
+                whole = GradientResult(whole.grad + got.grad * share, got.buffers, got.counters, whole.loss + got.loss)
             model = model._replace(buffers=whole.buffers, counters=whole.counters)
         return whole  # type: ignore[return-value]

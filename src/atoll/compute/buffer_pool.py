@@ -34,10 +34,10 @@ _NOBODY = _references(
     [np.empty(1, np.uint8)], 0
 )  # references to an unused piece; measured, because it depends on the Python version
 
-_SHELF: ContextVar[Shelf | None] = ContextVar("pool for large tensors", default=None)
+_SHELF: ContextVar[BufferPool | None] = ContextVar("pool for large tensors", default=None)
 
 
-class Shelf:
+class BufferPool:
     """Pieces of memory, each used by one tensor and its views at a time."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Shelf:
 
 
 @contextmanager
-def lent_from(shelf: Shelf) -> Iterator[None]:
+def use_pool(shelf: BufferPool) -> Iterator[None]:
     """Let `empty` use this pool for large tensors inside the block.
 
     Args:

@@ -20,11 +20,23 @@ import torch
 from torch import Tensor
 
 from atoll.compute.buffer_pool import empty
-from atoll.compute.fused import Bias, Convolution, Dense, Pool, Program, Relu, Shape, Steps, ToMaps, ToRows, Unserved
+from atoll.compute.fused import (
+    Bias,
+    Convolution,
+    Dense,
+    MaxPool,
+    Program,
+    Relu,
+    Shape,
+    Steps,
+    ToMaps,
+    ToRows,
+    UnsupportedModel,
+)
 from atoll.compute.model_state import Stored
 from atoll.compute.native import library, threads_now, widths
 from atoll.compute.native.structs import DescentJob, LayerSpec
-from atoll.compute.tensor_notes import BLOCK, blocks, tell
+from atoll.compute.tensor_notes import BLOCK, attach, blocks
 from atoll.data.rows import outside
 
 _AHEAD = 1 << 22  # features that are read at once if the rows are not in memory
@@ -34,7 +46,7 @@ _NO_MEMORY, _NO_CLASS = 1, 2
 
 
 class StepRows(Protocol):
-    """The rows of the clients' steps: `atoll.compute.batches.Lanes`."""
+    """The rows of the clients' steps: `atoll.compute.batches.ClientBatch`."""
 
     @property
     def in_memory(self) -> bool: ...
@@ -66,30 +78,30 @@ def stages(program: Program, features: tuple[int, ...]) -> tuple[LayerSpec, ...]
             out[-1] = out[-1]._replace(weight=begins[layer.weight], bias=_begin(begins, layer.bias))
         elif isinstance(layer, Convolution):
             if any(step != 1 for step in layer.dilation):
-                raise Unserved("a convolution has a dilation")
+                raise UnsupportedModel("a convolution has a dilation")
             (channels, height, width), (y_out, x_out) = before.shape[1:4], x.shape[2:4]
             into, step = (channels, height, width, *layer.padding), (*layer.kernel, *layer.stride)
             sizes = (*into, x.shape[1], *step, y_out, x_out, 1, 1, 1, 1, y_out, x_out)
             out.append(LayerSpec(0, *sizes, begins[layer.weight]))
         elif isinstance(layer, (ToMaps, ToRows, Shape)):
             if isinstance(layer, Shape) and out and x.dim() > 3:
-                raise Unserved("an Unflatten follows its first layer")
+                raise UnsupportedModel("an Unflatten follows its first layer")
         elif not out:
-            raise Unserved("another layer precedes its first Linear or Conv2d")
+            raise UnsupportedModel("another layer precedes its first Linear or Conv2d")
         elif isinstance(layer, Bias):
             out[-1] = out[-1]._replace(bias=begins[layer.bias])
         elif isinstance(layer, Relu):
             out[-1] = out[-1]._replace(relu=1)
-        elif isinstance(layer, Pool):
+        elif isinstance(layer, MaxPool):
             across = layer.axis == 3
             pool = (out[-1].pool_x, out[-1].pool_stride_x) if across else (out[-1].pool_y, out[-1].pool_stride_y)
             if pool != (1, 1):
-                raise Unserved("a pool follows a pool")
+                raise UnsupportedModel("a pool follows a pool")
             names = ("pool_x", "pool_stride_x", "last_x") if across else ("pool_y", "pool_stride_y", "last_y")
             out[-1] = out[-1]._replace(**dict(zip(names, (layer.size, layer.stride, x.shape[layer.axis]), strict=True)))
     last = out[-1] if out else None
     if last is None or last.relu or not last.flat:
-        raise Unserved("it does not end in a Linear layer")
+        raise UnsupportedModel("it does not end in a Linear layer")
     return tuple(out)
 
 
@@ -109,7 +121,7 @@ def load_libraries(dtype: torch.dtype) -> ctypes.CDLL:
     The sum and the dropout mask have slower paths of equal bits, which use these libraries if they are in the cache.
 
     Raises:
-        atoll.compute.native.Unbuilt: this machine cannot build them.
+        atoll.compute.native.BuildError: this machine cannot build them.
     """
     library("exact"), library("exact", "WIDE"), library("dropout", *widths(dtype))  # WIDE: metrics are float64
     return library("descent", *widths(dtype))
@@ -182,7 +194,7 @@ def _run(
         block=BLOCK,
     )
     _check_status(load_libraries(theta.dtype).run(ctypes.byref(job)), y)
-    tell(out, "peaks", peaks)
+    attach(out, "peaks", peaks)
     return out, losses
 
 
@@ -234,7 +246,7 @@ def gradient(program: Program, theta: Tensor, x: Tensor, y: Tensor, counts: tupl
     return _run(program, theta.contiguous(), rows, [(wide, counts)], _GRADIENT)
 
 
-class Descent:
+class CompiledDescent:
     """Plain gradient descent of K clients from one start: θ_k ← θ_k − lr ∇ℓ_k.
 
     Args:

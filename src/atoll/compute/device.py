@@ -21,7 +21,7 @@ _TEXT = re.compile(r"auto|cpu|cuda(:\d+)?")
 _SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "not enough memory")
 
 
-def found(text: str, rank: int | None = None) -> torch.device:
+def resolve_device(text: str, rank: int | None = None) -> torch.device:
     """Resolve the name of a device.
 
     Args:
@@ -118,7 +118,7 @@ def free(device: torch.device) -> int | None:
     return there + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def nearby(data: Clients, device: torch.device) -> Clients:
+def move_rows(data: Clients, device: torch.device) -> Clients:
     """The clients, with their rows on the device if the rows take at most a quarter of its free memory."""
     return data.on(device, _DATA_PART * (free(device) or 0))
 
@@ -128,7 +128,7 @@ def gpu(device: torch.device) -> dict[str, str]:
     return {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
 
 
-def give_back(device: torch.device) -> None:
+def empty_cache(device: torch.device) -> None:
     """Release memory that torch has reserved and does not use, so that a large allocation can succeed."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -33,7 +33,7 @@ Steps = Iterable[tuple[Tensor, tuple[int, ...]]]  # per step: row positions [k, 
 MAPS = 32  # with maps, the most rows of one client in one pass: bounds the memory of shifted copies
 
 
-class Unserved(Exception):
+class UnsupportedModel(Exception):
     """The model is not supported. The message is a clause that gives the reason."""
 
 
@@ -73,7 +73,7 @@ class Dense:
     def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         w = theta[self.weight]
         if x.dim() != 3:
-            raise Unserved("a Linear layer gets rows with more than one axis")
+            raise UnsupportedModel("a Linear layer gets rows with more than one axis")
         y = torch.bmm(x, w.mT)
         return (y if self.bias < 0 else y.add_(theta[self.bias][:, None])), x
 
@@ -162,7 +162,7 @@ class Relu:
 
 
 @dataclass(frozen=True)
-class Pool:
+class MaxPool:
     """The maximum of `size` neighbours, every `stride`, along one axis of maps.
 
     The first of several equal maxima receives the gradient.
@@ -220,7 +220,7 @@ class ToMaps:
 
     def forward(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, None]:
         if x.dim() != 5:
-            raise Unserved("a convolution or a pool gets rows that are not images with channels")
+            raise UnsupportedModel("a convolution or a pool gets rows that are not images with channels")
         return x.permute(0, 2, 3, 4, 1).contiguous(), None
 
     def backward(self, dy: Tensor, kept: None, theta: Sequence[Tensor], sink: Sink, last: bool) -> Tensor:
@@ -262,12 +262,12 @@ class Program:
             Unserved: the model or the loss is not supported.
         """
         if loss not in (cross_entropy, mse):
-            raise Unserved("its loss is neither cross_entropy nor mse")
+            raise UnsupportedModel("its loss is neither cross_entropy nor mse")
         if any(e.segment != "params" or e.alias for e in layout.entries):
-            raise Unserved("it has tied, frozen or computed tensors")
+            raise UnsupportedModel("it has tied, frozen or computed tensors")
         names = {e.name: i for i, e in enumerate(layout.segment("params"))}
         layers = _arranged([layer for name, m in _leaves(module, "") for layer in _layers(m, name, names)])
-        maps = any(isinstance(layer, (Convolution, Pool)) for layer in layers)
+        maps = any(isinstance(layer, (Convolution, MaxPool)) for layer in layers)
         return cls(tuple(layers), tuple(e.shape for e in layout.segment("params")), loss is mse, maps)
 
     def room(self, features: tuple[int, ...], rows: int) -> int:
@@ -340,7 +340,7 @@ def _room(program: Program, features: tuple[int, ...], rows: int) -> int:
     return held
 
 
-class Descent:
+class FusedDescent:
     """Plain gradient descent of K lanes from one θ, in place: θ_k ← θ_k − lr ∇ℓ_k.
 
     Lanes are sorted by their number of steps, largest first, so that the active lanes are always the first k.
@@ -428,7 +428,7 @@ def total_of(each: Tensor, share: Tensor) -> Tensor:
 def _entropy(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Compute −log softmax(output)[y] and its gradient softmax(output) − 1[y]."""
     if output.dim() != 3:
-        raise Unserved("its output is not one number per class")
+        raise UnsupportedModel("its output is not one number per class")
     logs, at = output.log_softmax(-1), y.unsqueeze(-1)
     each = logs.gather(-1, at).squeeze(-1).neg_()
     dy = logs.exp_()
@@ -448,7 +448,7 @@ def _squared(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers of nested Sequentials in order, with their names."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
-        raise Unserved(f"its layer {name or 'itself'} has hooks or its own forward")
+        raise UnsupportedModel(f"its layer {name or 'itself'} has hooks or its own forward")
     if type(module) is nn.Sequential:
         for leaf, child in module.named_children():
             yield from _leaves(child, f"{name}.{leaf}" if name else leaf)
@@ -464,14 +464,14 @@ def _layers(module: nn.Module, name: str, names: Mapping[str, int]) -> list[Laye
         return [Dense(weight, bias)]
     if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
         if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise Unserved(f"its convolution {name} has groups, or padding other than zeros of a given width")
+            raise UnsupportedModel(f"its convolution {name} has groups, or padding other than zeros of a given width")
         sides = (_pair(module.kernel_size), _pair(module.stride), _pair(module.padding), _pair(module.dilation))
         return [Convolution(weight, *sides), *([Bias(bias)] if bias >= 0 else [])]
     if isinstance(module, nn.MaxPool2d) and kind is nn.MaxPool2d:
         if any((*_pair(module.padding), *(n - 1 for n in _pair(module.dilation)))) or module.ceil_mode:
-            raise Unserved(f"its pool {name} uses padding, dilation or ceil_mode")
+            raise UnsupportedModel(f"its pool {name} uses padding, dilation or ceil_mode")
         size, stride = _pair(module.kernel_size), _pair(module.stride)
-        return [Pool(3, size[1], stride[1]), Pool(2, size[0], stride[0])]
+        return [MaxPool(3, size[1], stride[1]), MaxPool(2, size[0], stride[0])]
     if kind is nn.ReLU:
         return [Relu()]
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
@@ -480,7 +480,7 @@ def _layers(module: nn.Module, name: str, names: Mapping[str, int]) -> list[Laye
         return [Shape(partial(torch.unflatten, dim=2, sizes=module.unflattened_size))]
     if kind is nn.Identity:
         return []
-    raise Unserved(f"it has a layer of type {kind.__name__}")
+    raise UnsupportedModel(f"it has a layer of type {kind.__name__}")
 
 
 def _pair(n: Any) -> tuple[int, int]:
@@ -496,12 +496,12 @@ def _arranged(layers: list[Layer]) -> list[Layer]:
     out: list[Layer] = []
     maps = False
     for layer in layers:
-        wants = isinstance(layer, (Convolution, Pool)) or (maps and isinstance(layer, (Bias, Relu)))
+        wants = isinstance(layer, (Convolution, MaxPool)) or (maps and isinstance(layer, (Bias, Relu)))
         if wants != maps:
             out.append(ToMaps() if wants else ToRows())
         maps = wants
         at = len(out)
-        while isinstance(layer, Pool) and at and isinstance(out[at - 1], (Bias, Relu)):
+        while isinstance(layer, MaxPool) and at and isinstance(out[at - 1], (Bias, Relu)):
             at -= 1
         out.insert(at, layer)
     if maps:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from atoll.compute.buffer_pool import empty
 
 
-class Gradient(NamedTuple):
+class GradientResult(NamedTuple):
     """Result of a pass: mean gradient `[K, d]`, buffers `[K, b]`, counters by name, sum of the losses `[K]`."""
 
     grad: Tensor

@@ -92,7 +92,7 @@ _DROPOUTS: Mapping[Any, bool] = {
 }
 
 
-class InLanes(KeyedDropout):
+class VmapOverrides(KeyedDropout):
     """Also replace batch norm: torch joins the channels of all lanes, so rounding would depend on the position."""
 
     alone = False

@@ -31,12 +31,12 @@ from torch.utils._pytree import tree_map, tree_map_only
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.random import Key, global_scope
 from atoll.compute import compiled, fused
-from atoll.compute.autograd import Bound, Walk
-from atoll.compute.fused import Program, Unserved, shares, total_of
+from atoll.compute.autograd import FlatModule, SequentialDescent
+from atoll.compute.fused import Program, UnsupportedModel, shares, total_of
 from atoll.compute.layout import Layout
 from atoll.compute.loss import LOSSES, METRICS, Metric, PerExample
-from atoll.compute.model_state import Batch, Gradient, Model
-from atoll.compute.overrides import InLanes, KeyedDropout, may_drop
+from atoll.compute.model_state import Batch, GradientResult, Model
+from atoll.compute.overrides import KeyedDropout, VmapOverrides, may_drop
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Task:
             tensor.data = own[name]
         return module
 
-    def gradient(self, model: Model, batch: Batch, key: Key) -> Gradient:
+    def gradient(self, model: Model, batch: Batch, key: Key) -> GradientResult:
         """Compute the mean gradient of the loss over each client's rows, and the new buffers and counters.
 
         g_k = ∇θ (1/n_k) Σ_{i<n_k} ℓ(f_θk(x_ki), y_ki)
@@ -196,9 +196,9 @@ class Task:
 
     # lanes
 
-    def _by_length(self, model: Model, batch: Batch, key: Key) -> Gradient:
+    def _by_length(self, model: Model, batch: Batch, key: Key) -> GradientResult:
         """Compute lanes of equal batch length together, because batch statistics allow no padding."""
-        out: Gradient | None = None
+        out: GradientResult | None = None
         for length in sorted(set(batch.counts)):
             lanes = torch.tensor([k for k, n in enumerate(batch.counts) if n == length])
             index = lanes.to(self.device)
@@ -214,7 +214,7 @@ class Task:
             raise UsageError("The batch has no client.", "at least one client.")
         return out
 
-    def _lanes_gradient(self, model: Model, batch: Batch, key: Key) -> Gradient:
+    def _lanes_gradient(self, model: Model, batch: Batch, key: Key) -> GradientResult:
         self.module.train()
         lanes = len(batch.counts)
         words = key.state().to(self.device).expand(lanes)
@@ -222,7 +222,7 @@ class Task:
         columns = (model.theta, model.buffers, dict(model.counters), batch.x, batch.y, mask, count, words)
         step = vmap(grad(partial(self._lane, model.fixed), has_aux=True))
         g, (buffers, counters, loss) = step(*_at_least_two(columns))
-        return Gradient(g[:lanes], buffers[:lanes], {n: c[:lanes] for n, c in counters.items()}, loss[:lanes])
+        return GradientResult(g[:lanes], buffers[:lanes], {n: c[:lanes] for n, c in counters.items()}, loss[:lanes])
 
     def _lane(
         self,
@@ -238,7 +238,7 @@ class Task:
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
         """Compute the loss of one lane and its changed tensors; a pure function, since it changes only copies."""
         moving = {n: t.clone() for n, t in (self.layout.buffers(buffers) | counters).items()}
-        with InLanes(lambda: word):
+        with VmapOverrides(lambda: word):
             tensors = {**self.layout.params(theta), **fixed, **moving}
             output = self._answer(x, tensors)
         loss = (self.loss(output, y) * mask).sum()
@@ -276,7 +276,7 @@ class Task:
         """
         try:
             return Program.of(self.module, self.loss, self.layout)
-        except Unserved as why:
+        except UnsupportedModel as why:
             raise UsageError(
                 f"numerics = {self.numerics!r} does not support this model: {why}.",
                 "a Sequential of Linear, Conv2d, ReLU, MaxPool2d and Flatten, with cross_entropy or mse.",
@@ -286,7 +286,7 @@ class Task:
 
     def descent(
         self, model: Model, lanes: int, lr: float, key: Key | None = None
-    ) -> fused.Descent | compiled.Descent | Walk:
+    ) -> fused.FusedDescent | compiled.CompiledDescent | SequentialDescent:
         """Plain gradient descent of K clients that all start at one model (θ `[d]`), by the backend; not for "lanes".
 
         Args:
@@ -297,20 +297,20 @@ class Task:
         """
         if self.numerics == "loop":
             self.module.train()
-            return Walk(self.bound, model, lanes, lr, partial(self._lane_loss, key or Key(0), lanes))
-        kind = compiled.Descent if self.numerics == "compiled" else fused.Descent
+            return SequentialDescent(self.bound, model, lanes, lr, partial(self._lane_loss, key or Key(0), lanes))
+        kind = compiled.CompiledDescent if self.numerics == "compiled" else fused.FusedDescent
         return kind(self.program, model.theta, lanes, lr)
 
     @torch.no_grad()
-    def _gradient_by_hand(self, model: Model, batch: Batch) -> Gradient:
+    def _gradient_by_hand(self, model: Model, batch: Batch) -> GradientResult:
         if self.numerics == "compiled":
             grad, loss = compiled.gradient(self.program, model.theta, batch.x, batch.y, batch.counts)
-            return Gradient(grad, model.buffers, dict(model.counters), loss)
+            return GradientResult(grad, model.buffers, dict(model.counters), loss)
         lanes = len(batch.counts)
         theta, x, y, share = _at_least_two((model.theta, batch.x, batch.y, shares(batch.counts, batch.y, model.theta)))
         parts, each = self.program.gradient(self.program.split(theta), x, y, share)
         grad = torch.cat([part.flatten(1) for part in parts], 1)[:lanes]
-        return Gradient(grad, model.buffers, dict(model.counters), total_of(each, share)[:lanes])
+        return GradientResult(grad, model.buffers, dict(model.counters), total_of(each, share)[:lanes])
 
     def _measure_by_hand(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         mask, _ = _mask(batch, model.theta)
@@ -321,19 +321,19 @@ class Task:
 
     # loop
 
-    def _loop_gradient(self, model: Model, batch: Batch, key: Key) -> Gradient:
+    def _loop_gradient(self, model: Model, batch: Batch, key: Key) -> GradientResult:
         self.module.train()
         out = [self._loop_one(model, batch, key, k) for k in range(len(batch.counts))]
         if len(out) == 1:
             return out[0]
-        return Gradient(
+        return GradientResult(
             torch.cat([o.grad for o in out]),
             torch.cat([o.buffers for o in out]),
             {n: torch.cat([o.counters[n] for o in out]) for n in out[0].counters},
             torch.cat([o.loss for o in out]),
         )
 
-    def _loop_one(self, model: Model, batch: Batch, key: Key, k: int) -> Gradient:
+    def _loop_one(self, model: Model, batch: Batch, key: Key, k: int) -> GradientResult:
         if not batch.counts[k]:
             return _still(model.select(torch.tensor([k], device=model.theta.device)))
         gradient = self.bound.bind(model, k)
@@ -348,7 +348,7 @@ class Task:
         (loss / max(batch.counts[k], 1)).backward(self.bound.scale)
         buffers, counters = self.bound.buffers()
         keep = gradient if len(batch.counts) == 1 else gradient.clone()
-        return Gradient(keep[None], buffers[None], counters, loss.detach()[None])
+        return GradientResult(keep[None], buffers[None], counters, loss.detach()[None])
 
     def _keyed(self, word: Callable[[], Tensor]) -> contextlib.AbstractContextManager[Any]:
         """Return the context that draws dropout from a key; without dropout a null context, which costs no time."""
@@ -378,15 +378,15 @@ class Task:
         return {"loss": self.loss, **{m.name: m.each for m in self.metrics}}
 
     @cached_property
-    def bound(self) -> Bound:
+    def bound(self) -> FlatModule:
         """The module of the loop backend, with parameters and gradients as views of flat vectors."""
-        return Bound(self.module, self.layout)
+        return FlatModule(self.module, self.layout)
 
 
-def _still(model: Model) -> Gradient:
+def _still(model: Model) -> GradientResult:
     """Return the result of a pass over no rows: a zero gradient and unchanged buffers."""
     loss = model.theta.new_zeros(len(model.theta))
-    return Gradient(torch.zeros_like(model.theta), model.buffers, dict(model.counters), loss)
+    return GradientResult(torch.zeros_like(model.theta), model.buffers, dict(model.counters), loss)
 
 
 def _mask(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def blocks(d: int) -> int:
     return -(-d // BLOCK)
 
 
-def tell(x: Tensor, fact: Fact, value: Tensor) -> None:
+def attach(x: Tensor, fact: Fact, value: Tensor) -> None:
     """Cache a fact about the numbers that the tensor has now.
 
     Args:
@@ -49,7 +49,7 @@ def tell(x: Tensor, fact: Fact, value: Tensor) -> None:
     held.known = {**_of(x), fact: (x._version, value)}
 
 
-def told(x: Tensor, fact: Fact) -> Tensor | None:
+def lookup(x: Tensor, fact: Fact) -> Tensor | None:
     """A cached fact, or None if there is none or the numbers have changed since.
 
     Args:
@@ -66,7 +66,7 @@ def told(x: Tensor, fact: Fact) -> Tensor | None:
     return value if version == x._version else None
 
 
-def forget(x: Tensor) -> None:
+def drop(x: Tensor) -> None:
     """Drop all facts of a tensor.
 
     It is required after foreign code had access to the tensor: torch does not count writes through NumPy.
@@ -96,7 +96,7 @@ def norm(x: Tensor) -> Tensor:
         >>> norm(torch.tensor([3.0, 4.0]))
         tensor(5.)
     """
-    value = told(x, "norm")
+    value = lookup(x, "norm")
     return torch.linalg.vector_norm(x) if value is None else value
 
 

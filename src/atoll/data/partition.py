@@ -17,7 +17,7 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.grammar import constructor
 from atoll.base.random import Key
-from atoll.base.validation import check, number
+from atoll.base.validation import bounded_number, check
 from atoll.data.rows import Rows
 from atoll.data.shift import ShiftedRows
 
@@ -194,7 +194,7 @@ class Dirichlet(Partition):
     Reference: Li et al., Federated Learning on Non-IID Data Silos: An Experimental Study, 2022, section IV-A.
     """
 
-    alpha: float = number(above=0, example=0.3, why="it is the concentration of the proportions.")
+    alpha: float = bounded_number(above=0, example=0.3, why="it is the concentration of the proportions.")
     draws: ClassVar[int] = 10
 
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
@@ -235,7 +235,7 @@ class Pathological(Partition):
         2017, named it; the draw is that of Li et al., 2022, "#C = k".
     """
 
-    classes_per_client: int = number(least=1, whole=True, example=2, why="a client holds whole classes.")
+    classes_per_client: int = bounded_number(least=1, whole=True, example=2, why="a client holds whole classes.")
     draws: ClassVar[int] = 10
 
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
@@ -278,7 +278,7 @@ class Shards(Partition):
         2017, section 3.
     """
 
-    shards_per_client: int = number(2, least=1, whole=True, why="a client gets whole shards.")
+    shards_per_client: int = bounded_number(2, least=1, whole=True, why="a client gets whole shards.")
 
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
         shards = clients * self.shards_per_client
@@ -309,7 +309,7 @@ class Quantity(Partition):
         [6, 3, 2]
     """
 
-    power: float = number(least=0, example=1.5, why="sizes fall as (i + 1)^(−power).")
+    power: float = bounded_number(least=0, example=1.5, why="sizes fall as (i + 1)^(−power).")
 
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
         edge = torch.arange(1, clients + 1, dtype=torch.float64).pow(-self.power).cumsum(0)
@@ -336,8 +336,8 @@ class FeatureShift(Partition):
         IV-B. There noise · (i + 1) / C is the variance; here it is the standard deviation.
     """
 
-    noise: float = number(0.0, least=0, kw_only=True, example=0.1, why="a standard deviation is not negative.")
-    rotation: float = number(0.0, kw_only=True, example=90.0)
+    noise: float = bounded_number(0.0, least=0, kw_only=True, example=0.1, why="a standard deviation is not negative.")
+    rotation: float = bounded_number(0.0, kw_only=True, example=90.0)
 
     def __post_init__(self) -> None:
         check(self)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from atoll.base.errors import AtollError, UsageError
 from atoll.base.random import Key, generator_states, global_scope
-from atoll.compute.batches import Lanes
+from atoll.compute.batches import ClientBatch
 from atoll.compute.compiled import load_libraries, products, stages
-from atoll.compute.fused import Unserved
+from atoll.compute.fused import UnsupportedModel
 from atoll.compute.loss import cross_entropy
-from atoll.compute.model_state import Gradient
-from atoll.compute.native import Unbuilt
+from atoll.compute.model_state import GradientResult
+from atoll.compute.native import BuildError
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.position_check import Elementwise
@@ -127,7 +127,7 @@ def _products(task: Task, data: Clients, plan: Plan) -> float:
     """The number of multiplications in the first round, an estimate for every round."""
     try:
         each = products(task.program, data.features)
-    except Unserved:
+    except UnsupportedModel:
         return 0.0
     sizes = data.sizes[plan.sampler(Population(data.count, data.sizes), 0, Key(0)).ids]
     return each * float(plan.local.examples_per_round(sizes).sum())
@@ -204,13 +204,13 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Trouble | Non
         try:
             stages(lanes.program, data.features)
             load_libraries(lanes.layout.dtype)
-        except Unserved as why:
+        except UnsupportedModel as why:
             return Trouble(str(why), "--numerics fused")
-        except Unbuilt as why:
+        except BuildError as why:
             return Trouble(str(why), why.write)
     if task.noisy:
         return Trouble("the model draws from a global random generator, which lanes cannot key by client")
-    if lanes.numerics != "compiled" and not _steady(task.device):
+    if lanes.numerics != "compiled" and not matmul_is_position_independent(task.device):
         return Trouble(
             "the bits of a matrix product depend on its address: import atoll before the first, or set MKL_CBWR=AUTO"
         )
@@ -240,7 +240,7 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Trouble | Non
     return None
 
 
-def _steady(device: torch.device) -> bool:
+def matmul_is_position_independent(device: torch.device) -> bool:
     """Whether the bits of a matrix product do not depend on the addresses of its factors, tested on odd sizes."""
     for dtype in (torch.float32, torch.float64):
         for n, k, m in ((33, 5, 4), (33, 9, 65)):
@@ -251,7 +251,7 @@ def _steady(device: torch.device) -> bool:
     return True
 
 
-def _gradient(task: Task, data: Clients, rows: int, ids: tuple[int, ...]) -> Gradient:
+def _gradient(task: Task, data: Clients, rows: int, ids: tuple[int, ...]) -> GradientResult:
     lanes = _lanes(task, data, ids)
     counts = tuple(min(rows, n) for n in lanes.sizes)
     positions = torch.arange(max(counts)).expand(len(ids), -1)
@@ -283,5 +283,5 @@ def _check_loss(task: Task, data: Clients, x: Tensor, y: Tensor) -> None:
         )
 
 
-def _lanes(task: Task, data: Clients, ids: tuple[int, ...]) -> Lanes:
-    return Lanes(data, torch.tensor(ids), task.layout.dtype, device=task.device)
+def _lanes(task: Task, data: Clients, ids: tuple[int, ...]) -> ClientBatch:
+    return ClientBatch(data, torch.tensor(ids), task.layout.dtype, device=task.device)

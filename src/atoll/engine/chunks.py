@@ -22,10 +22,10 @@ from torch import Tensor
 
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.random import Key
-from atoll.compute.batches import HOST, Lanes, OnStep
-from atoll.compute.device import give_back, out_of_memory
+from atoll.compute.batches import HOST, ClientBatch, OnStep
+from atoll.compute.device import empty_cache, out_of_memory
 from atoll.compute.task import Task
-from atoll.compute.tensor_notes import forget
+from atoll.compute.tensor_notes import drop
 from atoll.data.clients import Clients
 from atoll.engine.chunk_limit import Room, lanes_of, no_sum, too_large
 from atoll.engine.simulation.arrivals import Flown, nbytes
@@ -88,7 +88,7 @@ def contribute_chunk(
         Exception: the error of the client that failed. It does not name the client: run a chunk of one client.
     """
     far = task.device != HOST
-    lanes = Lanes(data, ids.client, task.layout.dtype, share, task.device, on_step)
+    lanes = ClientBatch(data, ids.client, task.layout.dtype, share, task.device, on_step)
     if far:
         memory = {n: t.to(task.device) for n, t in memory.items()}
     key = key.starts(ids.client, ids.repeat)
@@ -107,7 +107,7 @@ def contribute_chunk(
     after |= {f"codec/{n}": t for n, t in codec.items()}
     opened = plan.codec.decode(payload, side)
     if plan.codec != Identity():
-        forget(opened)
+        drop(opened)
     decoded = contribution._replace(means={**contribution.means, "update": opened})
     if sums:
         decoded = decoded._replace(sums={**contribution.sums, **sums})
@@ -298,7 +298,7 @@ class ChunkRunner:
                 self._fold(version, ids, down, chunk)
                 del chunk
                 continue
-            give_back(self.task.device)  # the error and all tensors of the chunk are gone by now
+            empty_cache(self.task.device)  # the error and all tensors of the chunk are gone by now
             half = -(-count // 2)
             todo += [(ids.select(at), down[at]) for at in (slice(half, None), slice(half))]
 

@@ -159,9 +159,9 @@ class EngineSpec(Protocol):
 
     def device(self, wanted: str) -> torch.device:
         """The device of this process for a name such as "auto", "cpu" or "cuda:1"."""
-        from atoll.compute.device import found
+        from atoll.compute.device import resolve_device
 
-        return found(wanted)
+        return resolve_device(wanted)
 
     @abstractmethod
     def build(self, options: RunOptions) -> Engine:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from atoll.base import grammar
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.names import load
+from atoll.base.validation import bounded_number
 from atoll.base.validation import check as check_numbers
-from atoll.base.validation import number
 from atoll.engine.protocols import Engine, EngineSpec, RunOptions
 from atoll.engine.workers.resources import check_actor, check_installed
 
@@ -65,7 +65,7 @@ class Processes(grammar.Value, EngineSpec):
         Processes(2)
     """
 
-    workers: int | None = number(None, least=1, whole=True, example=2)
+    workers: int | None = bounded_number(None, least=1, whole=True, example=2)
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -108,7 +108,7 @@ class Torchrun(grammar.Value, EngineSpec):
         Torchrun(backend='gloo')
     """
 
-    workers: int | None = number(None, least=1, whole=True, example=2)
+    workers: int | None = bounded_number(None, least=1, whole=True, example=2)
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -134,9 +134,9 @@ class Torchrun(grammar.Value, EngineSpec):
 
     def device(self, wanted: str) -> torch.device:
         """The device of this rank: the GPU of its local number, if no other is named."""
-        from atoll.compute.device import found, local_rank
+        from atoll.compute.device import local_rank, resolve_device
 
-        return found(wanted, local_rank())
+        return resolve_device(wanted, local_rank())
 
     def build(self, options: RunOptions) -> Engine:
         """The engine of this rank, after it has joined the other ranks."""
@@ -165,9 +165,9 @@ class Ray(grammar.Value, EngineSpec):
     """
 
     address: str | None = None
-    workers: int | None = number(None, least=1, whole=True, example=2, kw_only=True)
-    cpus: float = number(1.0, above=0, kw_only=True, why="an actor needs a part of a core.")
-    gpus: float = number(0.0, least=0, kw_only=True)
+    workers: int | None = bounded_number(None, least=1, whole=True, example=2, kw_only=True)
+    cpus: float = bounded_number(1.0, above=0, kw_only=True, why="an actor needs a part of a core.")
+    gpus: float = bounded_number(0.0, least=0, kw_only=True)
 
     def __post_init__(self) -> None:
         check_numbers(self)

@@ -28,7 +28,7 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.grammar import constructor
 from atoll.base.random import Key
-from atoll.compute.batches import Lanes, padded
+from atoll.compute.batches import ClientBatch, padded
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
 from atoll.compute.task import Task
@@ -287,7 +287,7 @@ class Local(Protocol):
 
     @abstractmethod
     def contribute(
-        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+        self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """The contribution of K clients and their memory after it.
 

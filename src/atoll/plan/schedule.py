@@ -27,7 +27,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import constructor
-from atoll.base.validation import check, number, repaired
+from atoll.base.validation import bounded_number, check, repaired
 
 Tensors = Mapping[str, Tensor]
 NOTHING: Tensors = {}
@@ -37,15 +37,15 @@ _FALL = "a factor above 1 increases the learning rate."
 
 
 def _rate() -> Any:
-    return number(above=0, example=0.1, why=_STEP)
+    return bounded_number(above=0, example=0.1, why=_STEP)
 
 
 def _rounds(example: int = 100) -> Any:
-    return number(least=1, whole=True, example=example, why="rounds are counted in whole numbers.")
+    return bounded_number(least=1, whole=True, example=example, why="rounds are counted in whole numbers.")
 
 
 def _end() -> Any:
-    return number(0.0, least=0, why="a negative learning rate increases the loss.")
+    return bounded_number(0.0, least=0, why="a negative learning rate increases the loss.")
 
 
 class Schedule:
@@ -115,7 +115,7 @@ class step(Schedule):
 
     lr: float = _rate()
     every: int = _rounds(30)
-    factor: float = number(0.1, above=0, most=1, why=_FALL)
+    factor: float = bounded_number(0.1, above=0, most=1, why=_FALL)
 
     def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
         return self.lr * self.factor ** (t // self.every)
@@ -136,7 +136,7 @@ class exponential(Schedule):
     """
 
     lr: float = _rate()
-    decay: float = number(above=0, most=1, example=0.99, why=_FALL)
+    decay: float = bounded_number(above=0, most=1, example=0.99, why=_FALL)
 
     def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
         return float(self.lr * self.decay**t)
@@ -162,7 +162,7 @@ class inverse(Schedule):
     """
 
     c: float = _rate()
-    t0: float = number(1.0, above=0, why="round 0 divides by it.")
+    t0: float = bounded_number(1.0, above=0, why="round 0 divides by it.")
 
     def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
         return self.c / (t + self.t0)
@@ -183,7 +183,7 @@ class inverse_sqrt(Schedule):
     """
 
     c: float = _rate()
-    t0: float = number(1.0, above=0, why="round 0 divides by it.")
+    t0: float = bounded_number(1.0, above=0, why="round 0 divides by it.")
 
     def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
         return self.c / math.sqrt(t + self.t0)
@@ -232,7 +232,7 @@ class polynomial(Schedule):
 
     lr: float = _rate()
     rounds: int = _rounds()
-    power: float = number(1.0, above=0, why="a power of 0 or below does not fall.")
+    power: float = bounded_number(1.0, above=0, why="a power of 0 or below does not fall.")
     end: float = _end()
 
     def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
@@ -268,10 +268,10 @@ class plateau(Schedule):
     """
 
     lr: float = _rate()
-    factor: float = number(0.1, above=0, below=1, why="only a factor below 1 lowers the learning rate.")
-    patience: int = number(10, least=0, whole=True)
-    threshold: float = number(1e-4, least=0, below=1)
-    cooldown: int = number(0, least=0, whole=True)
+    factor: float = bounded_number(0.1, above=0, below=1, why="only a factor below 1 lowers the learning rate.")
+    patience: int = bounded_number(10, least=0, whole=True)
+    threshold: float = bounded_number(1e-4, least=0, below=1)
+    cooldown: int = bounded_number(0, least=0, whole=True)
     end: float = _end()
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.base.random import Key, global_scope
-from atoll.compute.batches import Lanes
+from atoll.compute.batches import ClientBatch
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients, offsets_of
@@ -114,8 +114,8 @@ def _check_chunk(part: Any, task: Task, data: Clients, ids: Tensor) -> None:
         memory = dict(after)
 
 
-def _lanes(task: Task, data: Clients, ids: Tensor) -> Lanes:
-    return Lanes(data, ids, task.layout.dtype)
+def _lanes(task: Task, data: Clients, ids: Tensor) -> ClientBatch:
+    return ClientBatch(data, ids, task.layout.dtype)
 
 
 def _check_contribution(who: str, given: Contribution, sizes: Tensor, layout: Layout) -> None:

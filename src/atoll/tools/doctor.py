@@ -28,7 +28,7 @@ from atoll.base.errors import AtollError
 from atoll.base.random import Key, philox
 from atoll.compute.compiled import load_libraries
 from atoll.compute.model_state import Batch
-from atoll.compute.native import Unbuilt, compiler, folder
+from atoll.compute.native import BuildError, compiler, folder
 from atoll.compute.task import Task
 from atoll.data.named import NAMED
 from atoll.plan.aggregate import exact
@@ -288,7 +288,7 @@ def _native_code() -> Check:
     try:
         load_libraries(torch.float32)
         return Check("native code", True, f"built by {compiler()[1]}, cached in {folder()}")
-    except Unbuilt as why:
+    except BuildError as why:
         return Check("native code", not why.write, f"none: {why}; runs use fused numerics instead", why.write)
 
 

@@ -23,8 +23,8 @@ from atoll import models
 from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
-from atoll.compute.buffer_pool import Shelf, lent_from
-from atoll.compute.device import check_precision, nearby
+from atoll.compute.buffer_pool import BufferPool, use_pool
+from atoll.compute.device import check_precision, move_rows
 from atoll.compute.loss import Metric
 from atoll.compute.model_state import Model
 from atoll.compute.task import Task
@@ -87,7 +87,7 @@ class Rounds:
         """Open the engine and set the state before the first round."""
         settings = self.settings
         self.task, self.reason = _chosen(task, self.data, plan, settings, self.engine)
-        near = nearby(self.data, task.device)  # the fingerprint of the data is taken from the rows on the host
+        near = move_rows(self.data, task.device)  # the fingerprint of the data is taken from the rows on the host
         self.engine.open(self.task, near)
         self.judge = None
         if self.data.held_out is not None and settings.evaluate_every:
@@ -104,7 +104,7 @@ class Rounds:
             # No other part adds metrics, so all names are known.
             judged = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.judge else ()
             stops.refuse_unknown(self.rules, ("loss", "gradient_norm", "lr", *judged))
-        self._shelf = Shelf()
+        self._shelf = BufferPool()
         self.watch: dict[str, Any] = {}
         self.outcome: stops.Outcome | None = None
         self.seconds = 0.0
@@ -140,7 +140,7 @@ class Rounds:
             RunError: the round failed; the state is that of the round before.
         """
         began = time.perf_counter()
-        with lent_from(self._shelf), self._threads():
+        with use_pool(self._shelf), self._threads():
             self.state, report = step(self.plan, self.state, self.engine)
         spent = time.perf_counter() - began
         last = self.state.round >= self.settings.rounds

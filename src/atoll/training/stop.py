@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from atoll.base.errors import RunError, UsageError, did_you_mean
 from atoll.base.grammar import constructor
-from atoll.base.validation import check, number, repaired
+from atoll.base.validation import bounded_number, check, repaired
 from atoll.compute.loss import direction
 
 Memory = dict[str, Any]
@@ -99,7 +99,7 @@ class Rounds(Stop):
         Rounds(100)
     """
 
-    n: int = number(least=1, whole=True, example=100, why="a run makes at least one round.")
+    n: int = bounded_number(least=1, whole=True, example=100, why="a run makes at least one round.")
 
     def init(self) -> Memory:
         return {"done": 0}
@@ -121,7 +121,7 @@ class Seconds(Stop):
         Seconds(60.0)
     """
 
-    s: float = number(above=0, example=60.0, why="a round takes time.")
+    s: float = bounded_number(above=0, example=60.0, why="a round takes time.")
 
     def init(self) -> Memory:
         return {"seconds": 0.0}
@@ -143,7 +143,7 @@ class Bytes(Stop):
         Bytes(1000000000)
     """
 
-    n: int = number(least=1, whole=True, example=10**9, why="every round transfers bytes.")
+    n: int = bounded_number(least=1, whole=True, example=10**9, why="every round transfers bytes.")
 
     def init(self) -> Memory:
         return {"bytes": 0}
@@ -171,9 +171,9 @@ class Tolerance(Stop):
         Tolerance(1e-06)
     """
 
-    gradient: float | None = number(None, least=0, example=1e-6, why="a norm is not negative.")
-    loss: float | None = number(None, least=0, example=1e-6, why="the size of a change is not negative.")
-    patience: int = number(1, least=1, whole=True)
+    gradient: float | None = bounded_number(None, least=0, example=1e-6, why="a norm is not negative.")
+    loss: float | None = bounded_number(None, least=0, example=1e-6, why="the size of a change is not negative.")
+    patience: int = bounded_number(1, least=1, whole=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,9 +226,9 @@ class Target(Stop):
     """
 
     metric: str
-    value: float | None = number(None, example=0.9)
-    above: float | None = number(None, example=0.9, kw_only=True)
-    below: float | None = number(None, example=0.1, kw_only=True)
+    value: float | None = bounded_number(None, example=0.9)
+    above: float | None = bounded_number(None, example=0.9, kw_only=True)
+    below: float | None = bounded_number(None, example=0.1, kw_only=True)
 
     def __post_init__(self) -> None:
         _named(self, self.metric)
@@ -280,8 +280,8 @@ class Patience(Stop):
     """
 
     metric: str
-    rounds: int = number(least=1, whole=True, example=10, why="rounds are counted after the best one.")
-    min_delta: float = number(0.0, least=0, why="a worse value is not an improvement.")
+    rounds: int = bounded_number(least=1, whole=True, example=10, why="rounds are counted after the best one.")
+    min_delta: float = bounded_number(0.0, least=0, why="a worse value is not an improvement.")
     better: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -331,8 +331,8 @@ class Diverged(Stop):
         Diverged()
     """
 
-    factor: float = number(10.0, above=1, why="with factor = 1 every increase of the loss would end the run.")
-    rounds: int = number(5, least=1, whole=True)
+    factor: float = bounded_number(10.0, above=1, why="with factor = 1 every increase of the loss would end the run.")
+    rounds: int = bounded_number(5, least=1, whole=True)
 
     def init(self) -> Memory:
         return {"first": None, "above": 0}

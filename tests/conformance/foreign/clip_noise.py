@@ -6,7 +6,7 @@ Tests: tests/conformance/test_foreign.py
 from dataclasses import dataclass
 
 from atoll.base.errors import UsageError
-from atoll.base.validation import check, number
+from atoll.base.validation import bounded_number, check
 from atoll.plan.codec import Codec
 from atoll.plan.codec.grid import ordered_sum
 from atoll.plan.protocols import Conflict, Declared
@@ -31,7 +31,7 @@ class Clip(Codec):
     Reference: McMahan et al., Learning Differentially Private Recurrent Language Models, 2018.
     """
 
-    bound: float = number(above=0, example=1.0)
+    bound: float = bounded_number(above=0, example=1.0)
 
     def __post_init__(self):
         check(self)
@@ -64,7 +64,7 @@ class Noise(Codec):
     Reference: Abadi et al., Deep Learning with Differential Privacy, 2016.
     """
 
-    multiplier: float = number(above=0, example=1.0)
+    multiplier: float = bounded_number(above=0, example=1.0)
     uses_entropy = True
 
     def __post_init__(self):

@@ -5,7 +5,7 @@ Tests: tests/conformance/test_foreign.py
 
 from dataclasses import dataclass
 
-from atoll.base.validation import number
+from atoll.base.validation import bounded_number
 from atoll.plan.optimizer.base import OptimizerBase
 from atoll.plan.protocols import Conflict
 from atoll.plan.schedule import Schedule
@@ -29,8 +29,8 @@ class fedprox(OptimizerBase):
     Reference: Li et al., Federated Optimization in Heterogeneous Networks, 2020.
     """
 
-    lr: float | Schedule = number(above=0, also=Schedule, example=0.1)
-    mu: float = number(least=0, example=0.01)
+    lr: float | Schedule = bounded_number(above=0, also=Schedule, example=0.1)
+    mu: float = bounded_number(least=0, example=0.01)
 
     def per_coordinate(self):
         """The anchor θ₀, which starts as θ."""

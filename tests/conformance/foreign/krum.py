@@ -9,7 +9,7 @@ import torch
 
 from atoll.base.errors import RunError
 from atoll.base.names import dotted, without_prefix
-from atoll.base.validation import check, number
+from atoll.base.validation import bounded_number, check
 from atoll.plan.protocols import Aggregator, Conflict, Partial, Total
 
 
@@ -56,7 +56,7 @@ class Krum(Aggregator):
     Reference: Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, 2017.
     """
 
-    f: int = number(least=0, whole=True, example=1)
+    f: int = bounded_number(least=0, whole=True, example=1)
     weights = "equal"
 
     def __post_init__(self):

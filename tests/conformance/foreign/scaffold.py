@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from atoll.base.validation import number
+from atoll.base.validation import bounded_number
 from atoll.plan.local import Train
 from atoll.plan.optimizer.base import OptimizerBase
 from atoll.plan.protocols import Conflict, Declared, Local
@@ -26,7 +26,7 @@ class corrected(OptimizerBase):
         corrected(0.1)
     """
 
-    lr: float = number(above=0, example=0.1)
+    lr: float = bounded_number(above=0, example=0.1)
 
     def per_coordinate(self):
         """The correction, which the local part sets."""

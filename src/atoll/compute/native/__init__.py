@@ -65,7 +65,7 @@ def threads_now(otherwise: int) -> int:
     return _THREADS.get() or otherwise
 
 
-class Unbuilt(Exception):
+class BuildError(Exception):
     """A library cannot be built or loaded.
 
     Args:
@@ -95,7 +95,7 @@ def library(name: str, *defines: str) -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(built))
     except OSError as error:
-        raise Unbuilt(f"{built} does not load ({error})", f"rm {built}") from error
+        raise BuildError(f"{built} does not load ({error})", f"rm {built}") from error
     for struct, declared in STRUCTS.get(name, {}).items():
         _check_struct(struct, exported(loaded, struct), declared, built)
     _LOADED.append((name, loaded))
@@ -134,7 +134,7 @@ def present(name: str, *defines: str) -> ctypes.CDLL | None:
     """Load the library if it is in the cache, otherwise None: for callers that have a path of equal bits without it."""
     try:
         return _found(name, *defines)
-    except Unbuilt:
+    except BuildError:
         return None
 
 
@@ -154,7 +154,7 @@ def widths(dtype: dtype) -> tuple[str, ...]:
 def _found(name: str, *defines: str) -> ctypes.CDLL:
     """The cached library. `lru_cache` stores no exception, so a missing library is looked up again."""
     if not _kept_at(name, defines).exists():
-        raise Unbuilt("it has not been built yet")
+        raise BuildError("it has not been built yet")
     return library(name, *defines)
 
 
@@ -178,10 +178,10 @@ def compiler() -> tuple[str, str]:
     asked = os.environ.get("CC", "")
     found = next((path for name in ((asked,) if asked else ("cc", "gcc", "clang")) if (path := shutil.which(name))), "")
     if not found:
-        raise Unbuilt(f"there is no C compiler{f' {asked}' if asked else ''}", "unset CC" if asked else _INSTALL)
+        raise BuildError(f"there is no C compiler{f' {asked}' if asked else ''}", "unset CC" if asked else _INSTALL)
     got = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
     if got.returncode:
-        raise Unbuilt(f"{found} --version fails", "unset CC" if asked else _INSTALL)
+        raise BuildError(f"{found} --version fails", "unset CC" if asked else _INSTALL)
     return found, got.stdout.splitlines()[0]
 
 
@@ -197,9 +197,9 @@ def folder() -> Path:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
     except OSError as error:
-        raise Unbuilt(f"{path} cannot be made ({error.strerror})", _OWN) from error
+        raise BuildError(f"{path} cannot be made ({error.strerror})", _OWN) from error
     if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Unbuilt(f"other users can write to {path}, and its files are executed", _OWN)
+        raise BuildError(f"other users can write to {path}, and its files are executed", _OWN)
     return path
 
 
@@ -212,7 +212,7 @@ def _build(name: str, defines: tuple[str, ...], built: Path) -> None:
         got = subprocess.run([command, *flags, text, "-o", made, "-lm"], capture_output=True, text=True, check=False)
         if got.returncode:
             message = (got.stderr.strip().splitlines() or ["no message"])[0]
-            raise Unbuilt(f"{command} fails on {name}.c: {message[:200]}", _INSTALL)
+            raise BuildError(f"{command} fails on {name}.c: {message[:200]}", _INSTALL)
         made.replace(built)
 
 

@@ -20,7 +20,7 @@ from atoll.base.random import Key
 from atoll.compute.autograd import MARGIN
 from atoll.compute.batches import ROWS
 from atoll.compute.task import Task
-from atoll.compute.tensor_notes import tell
+from atoll.compute.tensor_notes import attach
 from atoll.data.clients import Clients
 from atoll.engine.chunks import Results, by_version, contribute_chunk
 from atoll.engine.ranks.process_group import Ranks, together
@@ -167,7 +167,7 @@ class Overlap:
         table, norm = self.bound.room[MARGIN - table.numel() : MARGIN].view_as(table).clone(), vector_norm(self.flat)
         if table[0, 0] or not math.isfinite(float(norm) + float(table.sum())):
             return None
-        tell(self.flat, "norm", norm)
+        attach(self.flat, "norm", norm)
         loss, rows = table[1:].unbind(1)
         held = data.sizes[ids.client]
         sums = {n: {0: column.double().sum()[None]} for n, column in zip(_SUMS, (loss, rows), strict=True)}

@@ -25,7 +25,7 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.grammar import Value
 from atoll.base.random import Key
-from atoll.base.validation import check, number, repaired
+from atoll.base.validation import bounded_number, check, repaired
 from atoll.engine.simulation import availability, traces
 
 LARGEST = 1e15
@@ -100,7 +100,7 @@ def _per(value: Any) -> None:
 
 
 def _scale(default: Any = 1.0) -> Any:
-    return number(default, above=0, most=LARGEST, example=1.0, why=_TOO_LARGE)
+    return bounded_number(default, above=0, most=LARGEST, example=1.0, why=_TOO_LARGE)
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,7 +145,7 @@ class LogNormal(Value):
     """
 
     median: float = _scale()
-    sigma: float = number(1.0, least=0, most=20)
+    sigma: float = bounded_number(1.0, least=0, most=20)
     per: str = "client"
 
     def __post_init__(self) -> None:
@@ -202,7 +202,7 @@ class Zipf(Value):
     Reference: Devroye, Non-Uniform Random Variate Generation, 1986, X.6.1.
     """
 
-    a: float = number(2.0, least=1.01, most=10, why="the sum of k⁻ᵃ is finite only if a > 1.")
+    a: float = bounded_number(2.0, least=1.01, most=10, why="the sum of k⁻ᵃ is finite only if a > 1.")
     scale: float = _scale()
     per: str = "client"
 
@@ -248,8 +248,8 @@ class Between(Value):
         (0.5, 2.0)
     """
 
-    low: float = number(above=0, most=LARGEST, example=0.5)
-    high: float = number(above=0, most=LARGEST, example=1.5, why=_TOO_LARGE)
+    low: float = bounded_number(above=0, most=LARGEST, example=0.5)
+    high: float = bounded_number(above=0, most=LARGEST, example=1.5, why=_TOO_LARGE)
     per: str = "client"
 
     def __post_init__(self) -> None:
@@ -374,7 +374,7 @@ class ByRows(Value):
         ByRows(HalfNormal())
     """
 
-    distribution: float | Distribution = number(1.0, above=0, most=LARGEST, also=Distribution, why=_TOO_LARGE)
+    distribution: float | Distribution = bounded_number(1.0, above=0, most=LARGEST, also=Distribution, why=_TOO_LARGE)
 
     def __post_init__(self) -> None:
         check(self)
@@ -420,7 +420,7 @@ class Chance(Value):
         Chance(0.8, window=60.0)
     """
 
-    chance: float = number(0.5, above=0, most=1, why="a round can only start clients that are available.")
+    chance: float = bounded_number(0.5, above=0, most=1, why="a round can only start clients that are available.")
     window: float = _scale()
 
     def __post_init__(self) -> None:
@@ -485,13 +485,15 @@ class Fleet(Value):
         Fleet(HalfNormal(), server='100 Mb/s', dropout=0.1)
     """
 
-    compute: float | Distribution = number(1.0, least=0, most=LARGEST, also=Distribution, why=_TOO_LARGE)
+    compute: float | Distribution = bounded_number(1.0, least=0, most=LARGEST, also=Distribution, why=_TOO_LARGE)
     uplink: str | float | Distribution | None = None
     downlink: str | float | Distribution | None = None
     server: str | float | None = None
-    availability: float | Presence = number(1.0, above=0, most=1, also=Presence, why="no client could be started.")
-    dropout: float = number(0.0, least=0, below=1, why="if every flight were lost, no round would close.")
-    latency: float | Distribution = number(0.0, least=0, most=LARGEST, also=Distribution, why=_TOO_LARGE)
+    availability: float | Presence = bounded_number(
+        1.0, above=0, most=1, also=Presence, why="no client could be started."
+    )
+    dropout: float = bounded_number(0.0, least=0, below=1, why="if every flight were lost, no round would close.")
+    latency: float | Distribution = bounded_number(0.0, least=0, most=LARGEST, also=Distribution, why=_TOO_LARGE)
 
     def __post_init__(self) -> None:
         check(self)

@@ -20,8 +20,8 @@ from torch import Tensor
 from atoll import models
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.random import Key
-from atoll.compute.buffer_pool import Shelf, lent_from
-from atoll.compute.device import found, nearby
+from atoll.compute.buffer_pool import BufferPool, use_pool
+from atoll.compute.device import move_rows, resolve_device
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.chunks import ChunkRunner, Results, task_for
@@ -70,13 +70,13 @@ class Worker:
         task: Task = unpack(setup.task, part_of(tensors, "task"))
         if setup.model is not None:
             task = _rebuilt(task, data, *setup.model)
-        self._device = found(setup.device)
-        self._engine = InProcessEngine(task.on(self._device), nearby(data, self._device))
+        self._device = resolve_device(setup.device)
+        self._engine = InProcessEngine(task.on(self._device), move_rows(data, self._device))
         self._tasks: dict[str, Task] = {}
         self._plans: dict[tuple[str, tuple[tuple[str, str], ...]], Plan] = {}
         self._told: dict[int, tuple[Told, Broadcast]] = {}
         self._group: _Group | None = None
-        self._shelf = Shelf()
+        self._shelf = BufferPool()
 
     @property
     def most(self) -> int | None:
@@ -97,7 +97,7 @@ class Worker:
             ids = Ids(torch.tensor(run.clients), torch.tensor(run.repeats))
             if rows is not None:
                 runner.memory.put(ids.client, rows)
-            with lent_from(self._shelf):
+            with use_pool(self._shelf):
                 runner.run(self._told[run.told][0].birth, ids, torch.tensor(run.down))
             runner.commit_wave()
         if not run.deliver:

@@ -36,7 +36,7 @@ from atoll.base.errors import UsageError
 from atoll.compute.buffer_pool import empty
 from atoll.compute.native import serving, threads_now
 from atoll.compute.native.structs import SumJob
-from atoll.compute.tensor_notes import BLOCK, blocks, told
+from atoll.compute.tensor_notes import BLOCK, blocks, lookup
 
 WIDTH = 26
 _TILE = 1 << 18  # numbers in one tile on the CPU: with their digits they stay in the caches
@@ -106,7 +106,7 @@ def _library(rows: Tensor) -> ctypes.CDLL | None:
 
 def bounded(rows: Tensor) -> bool:
     """Whether `add` accepts rows `[K, d]`: all numbers are finite and at most `LARGEST` in absolute value."""
-    peaks = told(rows, "peaks")
+    peaks = lookup(rows, "peaks")
     if peaks is not None:
         return float(peaks.max()) <= LARGEST  # False for NaN
     native = _library(rows)
@@ -128,7 +128,7 @@ def _job(rows: Tensor, weights: Tensor | None = None) -> tuple[SumJob, tuple[Any
     k, d = rows.shape
     tops, done = torch.empty(blocks(d), k, dtype=torch.int8), torch.zeros(blocks(d), dtype=torch.int8)
     table, fresh = (ctypes.c_void_p * _PLACES)(), (ctypes.c_int8 * _PLACES)()
-    own, peaks = threads_now(0), told(rows, "peaks")
+    own, peaks = threads_now(0), lookup(rows, "peaks")
     threads = own or torch.get_num_threads()
     if rows.numel() < (_MANY if own else _BUSY_MANY):
         threads = 1

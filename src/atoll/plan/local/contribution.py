@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
-from atoll.compute.batches import Lanes
+from atoll.compute.batches import ClientBatch
 from atoll.compute.task import Task
 from atoll.plan.protocols import (
     Contribution,
@@ -22,7 +22,9 @@ from atoll.plan.protocols import (
 Keep = Literal["optimizer", "order"]
 
 
-def contribution_of(lanes: Lanes, update: Tensor, buffers: Tensor, counters: Tensors, sums: Tensors) -> Contribution:
+def contribution_of(
+    lanes: ClientBatch, update: Tensor, buffers: Tensor, counters: Tensors, sums: Tensors
+) -> Contribution:
     """A contribution with an update, and with buffers if the model has any."""
     means = {"update": update} | ({"buffers": buffers} if buffers.shape[-1] else {})
     facts = {"loss": _each(sums["loss"], sums["rows"])} if "loss" in sums else {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key, global_scope
-from atoll.compute.batches import Lanes
+from atoll.compute.batches import ClientBatch
 from atoll.compute.task import Task
 from atoll.plan.local.contribution import (
     check_batch,
@@ -58,8 +58,8 @@ class Loader:
     If the model has batch statistics, a tail of one row joins the batch before it, as in `Train`.
     """
 
-    def __init__(self, lanes: Lanes, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
-        self._lanes = Lanes(lanes.clients, lanes.ids[k : k + 1], lanes.dtype, device=lanes.device)
+    def __init__(self, lanes: ClientBatch, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
+        self._lanes = ClientBatch(lanes.clients, lanes.ids[k : k + 1], lanes.dtype, device=lanes.device)
         self._key, self._passes, self.rows = key, 0, lanes.sizes[k]
         count = int(lengths_of(torch.tensor(self.rows), batch, joins)[0])
         full = [min(batch or self.rows, self.rows)] * (count - 1)
@@ -125,7 +125,7 @@ class Custom(Local):
         return {**means, "rows": Declared(1, torch.float64, "sum"), OPEN: Declared(1, torch.float64, "sum")}
 
     def contribute(
-        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+        self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """Call the user's loop for each client, with a new module and keyed randomness."""
         out = [self._one(broadcast, lanes, k, key.only(k), task) for k in range(len(lanes.sizes))]
@@ -138,7 +138,7 @@ class Custom(Local):
         return contribution_of(lanes, update, torch.stack(buffers), count, stacked), {}
 
     def _one(
-        self, broadcast: Broadcast, lanes: Lanes, k: int, key: Key, task: Task
+        self, broadcast: Broadcast, lanes: ClientBatch, k: int, key: Key, task: Task
     ) -> tuple[Tensor, Tensor, Tensors, dict[str, Tensor]]:
         module = task.rebuilt(broadcast.model.of(k)).train()
         device = broadcast.model.theta.device

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
-from atoll.compute.batches import ROWS, Lanes, padded
+from atoll.compute.batches import ROWS, ClientBatch, padded
 from atoll.compute.task import Task
 from atoll.plan.protocols import (
     OPEN,
@@ -42,7 +42,7 @@ class Evaluate(Local):
         return {"rows": Declared(1, torch.int64, "sum"), OPEN: Declared(1, task.layout.dtype, "sum")}
 
     def contribute(
-        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+        self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """Σ loss, Σ metrics and the number of rows of K clients, with at most `ROWS` rows of each client per pass."""
         model = broadcast.model.lanes(len(lanes.sizes))

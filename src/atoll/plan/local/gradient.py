@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
-from atoll.compute.batches import Lanes, padded
+from atoll.compute.batches import ClientBatch, padded
 from atoll.compute.task import Task
 from atoll.plan.local.contribution import (
     check_batch,
@@ -61,7 +61,7 @@ class Gradient(Local):
         return declared_update(task)
 
     def contribute(
-        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+        self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """The gradient of K clients at once."""
         width = self.padded_batch(lanes.sizes[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
-from atoll.compute.batches import ROWS, Lanes, padded
+from atoll.compute.batches import ROWS, ClientBatch, padded
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.plan.local.contribution import (
@@ -166,7 +166,7 @@ class Train(Local):
         return sizes.clamp(max=self.batch) * (self.steps_at(0) or 0)
 
     def contribute(
-        self, broadcast: Broadcast, lanes: Lanes, memory: Tensors, key: Key, task: Task
+        self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """θ − θᵢ of K clients, trained in lanes; a lane that has finished does not change."""
         count, steps = len(lanes.sizes), self.steps_at(broadcast.round)
@@ -189,7 +189,7 @@ class Train(Local):
     def _any_rule(
         self,
         broadcast: Broadcast,
-        lanes: Lanes,
+        lanes: ClientBatch,
         memory: Tensors,
         key: Key,
         task: Task,
@@ -222,7 +222,7 @@ class Train(Local):
         update = broadcast.model.theta - model.theta
         return contribution_of(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
 
-    def _taken(self, lanes: Lanes, memory: Tensors, steps: int | None) -> Tensor:
+    def _taken(self, lanes: ClientBatch, memory: Tensors, steps: int | None) -> Tensor:
         taken = memory["taken"].to(lanes.ids.device)
         return taken + self._done(torch.full_like(taken, steps or 0), lanes.share)
 
@@ -236,7 +236,7 @@ class Train(Local):
         return self.optimizer.is_plain_sgd() and self.padded_batch(rows) <= ROWS
 
     def _batches(
-        self, lanes: Lanes, memory: Tensors, key: Key, task: Task, steps_each: int | None
+        self, lanes: ClientBatch, memory: Tensors, key: Key, task: Task, steps_each: int | None
     ) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """Places of rows `[k, B]` and counts of each step, for the k lanes that still train, always the first k.
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
-from atoll.base.validation import number, repaired
+from atoll.base.validation import bounded_number, repaired
 from atoll.plan.optimizer.base import STEP, Counters, Inner, LaneGroup, OptimizerBase
 from atoll.plan.schedule import Schedule
 
 
 def _rate() -> Any:
-    return number(
+    return bounded_number(
         above=0,
         also=Schedule,
         example=0.1,
@@ -30,23 +30,23 @@ def _rate() -> Any:
 
 
 def _betas() -> Any:
-    return number((0.9, 0.999), least=0, below=1, size=2, why="with a factor of 1 the average never changes.")
+    return bounded_number((0.9, 0.999), least=0, below=1, size=2, why="with a factor of 1 the average never changes.")
 
 
 def _average(default: float) -> Any:
-    return number(default, least=0, below=1, why="with a factor of 1 the average never changes.")
+    return bounded_number(default, least=0, below=1, why="with a factor of 1 the average never changes.")
 
 
 def _eps(default: float) -> Any:
-    return number(default, above=0, why="a coordinate whose update is 0 would be divided by 0.")
+    return bounded_number(default, above=0, why="a coordinate whose update is 0 would be divided by 0.")
 
 
 def _decay(default: float = 0.0) -> Any:
-    return number(default, least=0, why="a negative decay makes the parameters grow.")
+    return bounded_number(default, least=0, why="a negative decay makes the parameters grow.")
 
 
 def _initial() -> Any:
-    return number(0.0, least=0, why="it is a sum of squares.")
+    return bounded_number(0.0, least=0, why="it is a sum of squares.")
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +74,7 @@ class sgd(OptimizerBase):
     """
 
     lr: float | Schedule = _rate()
-    momentum: float = number(0.0, least=0, below=1, why="with a momentum of 1 or more the steps do not decay.")
+    momentum: float = bounded_number(0.0, least=0, below=1, why="with a momentum of 1 or more the steps do not decay.")
     nesterov: bool = False
     weight_decay: float = _decay()
     dampening: float = _average(0.0)
@@ -325,7 +325,7 @@ class rmsprop(OptimizerBase):
     lr: float | Schedule = _rate()
     alpha: float = _average(0.99)
     eps: float = _eps(1e-8)
-    momentum: float = number(0.0, least=0, below=1, why="with a momentum of 1 or more the steps do not decay.")
+    momentum: float = bounded_number(0.0, least=0, below=1, why="with a momentum of 1 or more the steps do not decay.")
     centered: bool = False
     weight_decay: float = _decay()
 
@@ -415,7 +415,7 @@ class nadam(OptimizerBase):
     betas: tuple[float, float] = _betas()
     eps: float = _eps(1e-8)
     weight_decay: float = _decay()
-    momentum_decay: float = number(4e-3, least=0, why="μ would grow past β₁.")
+    momentum_decay: float = bounded_number(4e-3, least=0, why="μ would grow past β₁.")
 
     _torch = torch.optim.NAdam
     _zeros = ("exp_avg", "exp_avg_sq")
