@@ -102,7 +102,7 @@ def test_without_a_discount_alpha_1_is_the_model_that_came_last():
     engine = engine_of()
     plan, state = bind(plan, engine), State.first(plan, engine.task, 0, Memory({}))
     for _ in range(15):
-        births = {f.client: state.versions[f.birth] for f in state.air.flights}
+        births = {f.client: state.versions[f.version] for f in state.air.flights}
         before = state.broadcast
         state, report = step(plan, state, engine)
         client = int(report.clients["id"])
@@ -129,7 +129,7 @@ def test_a_model_is_what_a_client_made_of_the_one_it_knew(pace):
     plan, state = bind(plan, engine), State.first(plan, engine.task, 0, Memory({}))
     apart = 0.0
     for _ in range(8):
-        births = {f.client: state.versions[f.birth].model.theta for f in state.air.flights}
+        births = {f.client: state.versions[f.version].model.theta for f in state.air.flights}
         before = state.model.theta
         state, report = step(plan, state, engine)
         apart = max(apart, far(state.sent.theta, before))

@@ -21,7 +21,7 @@ from atoll.engine.simulation.fleet import Each, Fleet, HalfNormal, Trace
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, Quantize, TopK
-from atoll.plan.in_flight import Flight, waves
+from atoll.plan.in_flight import Flight, split_repeats
 from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge, staleness_polynomial
 from atoll.plan.plan import Plan
@@ -173,7 +173,7 @@ def test_nobody_is_at_work_twice_and_nobody_is_missing(pace, n, seed, fleet):
             assert len(busy) == n - 1 and report.arrived == pace.k  # the last to arrive is replaced next round
         if isinstance(pace, Sync):
             assert not busy and report.arrived + report.late + len(report.failures) == asked
-        assert set(state.versions) == {f.birth for f in state.air.flights}
+        assert set(state.versions) == {f.version for f in state.air.flights}
     assert not any(watched.overlap())
 
 
@@ -187,8 +187,8 @@ def test_ages_are_bounded(s, seed):
         before = {f.number for f in state.air.flights}
         state, report = step(plan, state, engine)
         starts += [(trip.client, trip.birth) for trip in report.trips if trip.number not in before]
-        begun = starts + [(f.client, f.birth) for f in state.air.flights]
-        oldest = min((f.birth for f in state.air.flights), default=t)
+        begun = starts + [(f.client, f.version) for f in state.air.flights]
+        oldest = min((f.version for f in state.air.flights), default=t)
         for client in range(len(SIZES)):
             assert sum(1 for c, birth in set(begun) if c == client and birth > oldest) <= s
 
@@ -256,7 +256,7 @@ def test_a_second_start_in_one_round_draws_anew(local):
 
 def test_waves_keep_a_clients_order():
     flights = [Flight(c, 0, 0, n) for n, c in enumerate([3, 1, 3, 3, 1])]
-    assert [[f.number for f in wave] for wave in waves(reversed(flights))] == [[0, 1], [2, 4], [3]]
+    assert [[f.number for f in wave] for wave in split_repeats(reversed(flights))] == [[0, 1], [2, 4], [3]]
 
 
 # time
@@ -428,4 +428,4 @@ def test_who_has_not_begun_at_the_deadline_sends_nothing():
     fleet = Fleet(Each((1.0, 1.0)), downlink=Each((1e9, 1.0)))
     plan = Plan(Train(rules.sgd(0.1), steps=10, batch=2), Mean(), pace=Sync(deadline_s=0.5, partial=True))
     _, (report,) = run(plan, engine_of(fleet, sizes=(4, 4)), 1)
-    assert (report.arrived, report.late, [t.fate for t in report.trips]) == (1, 1, ["arrived", "late"])
+    assert (report.arrived, report.late, [t.outcome for t in report.trips]) == (1, 1, ["arrived", "late"])

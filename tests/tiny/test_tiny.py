@@ -9,7 +9,7 @@ from torch import nn
 
 from atoll import recipes
 from atoll.engine.inprocess import InProcessEngine
-from atoll.plan.in_flight import Air
+from atoll.plan.in_flight import InFlight
 from atoll.plan.local import Evaluate
 from atoll.plan.plan import Plan
 from atoll.plan.round import step
@@ -22,7 +22,7 @@ ARGUMENTS = {"gd": {"lr": 0.05}, "sgd": {"batch": 16}, "diloco": {"lr": 0.05, "s
 def loss(state: State, engine: InProcessEngine) -> float:
     """Compute the mean loss over all rows, with one round of a plan that only evaluates."""
     plan = Plan(Evaluate(), recipes.gd().aggregator)
-    return step(plan, replace(state, air=Air(), versions={}), engine)[1].metrics["loss"]
+    return step(plan, replace(state, air=InFlight(), versions={}), engine)[1].metrics["loss"]
 
 
 def linear() -> nn.Module:

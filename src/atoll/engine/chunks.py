@@ -447,7 +447,7 @@ def gathered(
     """
     # All clients that participated: those that started in this round, and those that started earlier.
     asked = len(state.air.flights) + flown.started - flown.late
-    dropped = [Failure(f.client, f.birth, "network", _DROPPED) for f in flown.dropped]
+    dropped = [Failure(f.client, f.version, "network", _DROPPED) for f in flown.dropped]
     failures = sorted([*dropped, *results.failures])  # by client: the order of chunks carries no information
     if failures and len(failures) == asked:
         _all_failed(failures, results.errors)

@@ -26,7 +26,7 @@ from atoll.engine.protocols import Engine
 from atoll.engine.simulation.arrivals import check_clock, fly, message
 from atoll.engine.simulation.fleet import Fleet
 from atoll.plan.codec import Identity
-from atoll.plan.in_flight import Flight, waves
+from atoll.plan.in_flight import Flight, split_repeats
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Cohort, Population, Tensors
 from atoll.plan.round import Gathered
@@ -116,7 +116,7 @@ class InProcessEngine(Engine):
         runner = ChunkRunner(plan, task, data, start, memory, state.round, shares, self.room, keep, compare)
         with self._tuned(plan, task, flown.arrived, cohort) as scale:
             try:
-                for wave in waves(flown.arrived) if first else [flown.arrived]:
+                for wave in split_repeats(flown.arrived) if first else [flown.arrived]:
                     for version, ids, down in by_version(wave):
                         if self.assign is not None:
                             mine = self.assign(ids.client)

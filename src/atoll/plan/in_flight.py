@@ -38,14 +38,14 @@ class Flight(NamedTuple):
     """
 
     client: int
-    birth: int
+    version: int
     again: int
     number: int
     down: int = 0
     share: float = 1.0
 
 
-class Air(NamedTuple):
+class InFlight(NamedTuple):
     """The clients in flight between two rounds, and the state of the draws of further starts.
 
     Args:
@@ -71,7 +71,7 @@ class Air(NamedTuple):
     clock: Any = None
 
 
-class Traffic:
+class OpenRound:
     """One open round: starts, arrivals and failures of clients, until the pace closes the round.
 
     Args:
@@ -90,7 +90,7 @@ class Traffic:
         sampler: Sampler,
         seed: int,
         round: int,
-        air: Air,
+        air: InFlight,
         population: Population,
         cohort: Cohort,
         away: Callable[[int], bool] | None = None,
@@ -139,7 +139,7 @@ class Traffic:
 
     # starts
 
-    def fill(self) -> list[Flight]:
+    def start_missing(self) -> list[Flight]:
         """Start the missing clients and return their flights."""
         begun: list[Flight] = []
         if self._opening:
@@ -233,7 +233,7 @@ class Traffic:
 
     def _counts(self) -> Counter[int]:
         """The number of starts of each client since the start of the oldest flight."""
-        oldest = min((f.birth for f in self._air.values()), default=self.round)
+        oldest = min((f.version for f in self._air.values()), default=self.round)
         return Counter(client for client, birth in self._recent if birth > oldest)
 
     def sent(self, flight: Flight, down: int) -> None:
@@ -269,26 +269,26 @@ class Traffic:
             self._idle.append(flight.client)
         return flight
 
-    def leave(self, number: int) -> None:
+    def abandon(self, number: int) -> None:
         """Stop waiting for a flight."""
         self._left.append(self._land(number))
 
-    def late(self) -> tuple[Flight, ...]:
+    def abandoned(self) -> tuple[Flight, ...]:
         """The flights that the training no longer waits for after the round has closed."""
         return (*self._left, *(() if self.pace.asynchronous else self._air.values()))
 
-    def after(self, known: Tensor | None, clock: Any) -> Air:
+    def in_flight(self, known: Tensor | None, clock: Any) -> InFlight:
         """The clients in flight after the round has closed."""
         flights = tuple(self._air.values()) if self.pace.asynchronous else ()
         recent: tuple[tuple[int, int], ...] = ()
         if self._ages and flights:
-            oldest = min(f.birth for f in flights)
+            oldest = min(f.version for f in flights)
             recent = tuple(r for r in self._recent if r[1] > oldest)
         idle, place = tuple(self._idle) if flights else (), (self._block, self._offset)
-        return Air(flights, self.target, self._started, place, self._queue, idle, recent, known, clock)
+        return InFlight(flights, self.target, self._started, place, self._queue, idle, recent, known, clock)
 
 
-def waves(flights: Iterable[Flight]) -> Iterator[list[Flight]]:
+def split_repeats(flights: Iterable[Flight]) -> Iterator[list[Flight]]:
     """Flights in groups without a repeated client. The flights of a client keep the order of its starts.
 
     Example:

@@ -31,10 +31,10 @@ from atoll.compute.model_state import Model
 from atoll.compute.tensor_notes import norm
 from atoll.plan.codec.stage import Identity, roundtrip
 from atoll.plan.entropy import current_entropy
-from atoll.plan.in_flight import Air
+from atoll.plan.in_flight import InFlight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Cohort, Contribution, EntropySource, Population, RoundInfo, Shared, Tensors, Total
-from atoll.plan.state import Sent, State, versions
+from atoll.plan.state import DownlinkState, State, versions
 
 
 class Failure(NamedTuple):
@@ -46,7 +46,7 @@ class Failure(NamedTuple):
     cause: str
 
 
-class Trip(NamedTuple):
+class FlightTimes(NamedTuple):
     """The times of one flight, in seconds of the run: start, model received, computation finished, end; its outcome."""
 
     number: int
@@ -56,7 +56,7 @@ class Trip(NamedTuple):
     loaded: float
     computed: float
     end: float
-    fate: str  # "arrived", "dropped", or "late": no longer awaited
+    outcome: str  # "arrived", "dropped", or "late": no longer awaited
 
 
 class Kept(NamedTuple):
@@ -86,11 +86,11 @@ class Gathered(NamedTuple):
     failures: tuple[Failure, ...]
     bytes_up: int
     bytes_down: int
-    air: Air = Air()  # clients that stay in flight
+    air: InFlight = InFlight()  # clients that stay in flight
     started: int = 0
     late: int = 0  # number of flights no longer awaited
     now: float | None = None  # seconds of the run, if there is a clock
-    trips: tuple[Trip, ...] = ()
+    trips: tuple[FlightTimes, ...] = ()
     notes: tuple[str, ...] = ()  # messages to print once
     kept: tuple[Kept, ...] = ()  # the contributions that the caller requested, by version, repeat and client
 
@@ -140,7 +140,7 @@ class Report:
     late: int = 0
     flying: int = 0
     now: float | None = None
-    trips: tuple[Trip, ...] = ()
+    trips: tuple[FlightTimes, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to(self, **changes: Any) -> Report:
@@ -216,8 +216,8 @@ def open_round(plan: Plan, state: State, engine: Engine) -> Opened:
         The opened round, for `engine.gather` and `close_round`.
     """
     key, population = state.key(), engine.population
-    state = tell(plan, state, key)
-    cohort = opening(plan, state, population, key)
+    state = update_downlink(plan, state, key)
+    cohort = draw_cohort(plan, state, population, key)
     return Opened(state, cohort, key, plan, population, current_entropy(engine.agree))
 
 
@@ -256,24 +256,24 @@ def close_round(opened: Opened, gathered: Gathered) -> Closed:
     return Closed(total, mean, after, report(plan, state, gathered, mean))
 
 
-def tell(plan: Plan, state: State, key: Key) -> State:
+def update_downlink(plan: Plan, state: State, key: Key) -> State:
     """Update the downlink by a compressed delta: θ̂⁺ = θ̂ + C(θ − θ̂). The next delta contains the error of C."""
     if plan.downlink == Identity():
         return state
     theta = state.model.theta
     if state.sent is None:
-        return dataclasses.replace(state, sent=Sent(theta, ()))
+        return dataclasses.replace(state, sent=DownlinkState(theta, ()))
     delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(theta.new_zeros(1, dtype=torch.int64))
     payload, side, _, _ = plan.downlink.encode(delta, {}, {}, key)
     length = int(plan.downlink.sizes(payload, side)[0])
     known = state.sent.theta + roundtrip(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
-    return dataclasses.replace(state, sent=state.sent.after(known, length))
+    return dataclasses.replace(state, sent=state.sent.append(known, length))
 
 
 _NOBODY = Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.float64))
 
 
-def opening(plan: Plan, state: State, population: Population, key: Key) -> Cohort:
+def draw_cohort(plan: Plan, state: State, population: Population, key: Key) -> Cohort:
     """The cohort of a round that opens with no client in flight; otherwise empty, and only missing clients start."""
     if state.air.flights:
         return _NOBODY
@@ -295,7 +295,7 @@ def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
                 # with the key that the clients used to encode
                 update = plan.codec.decode_sum(update, state.key(birth).fold("codec"))
             if plan.local.sends == "model":
-                update = update + total.weight * since(state, birth)
+                update = update + total.weight * model_drift(state, birth)
             factor = plan.pace.staleness_weight(state.round - birth)
             update = update if factor == 1 else update * factor
             total = total._replace(means={**total.means, "update": update})
@@ -303,7 +303,7 @@ def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
     return sum_totals(totals)
 
 
-def since(state: State, birth: int) -> Tensor:
+def model_drift(state: State, birth: int) -> Tensor:
     """θ − θ_b, float64 `[d]`: the change of the model since the version that these clients started from."""
     return state.model.theta.double() - state.version(birth).model.theta.double()
 
@@ -336,7 +336,7 @@ def finalize(plan: Plan, total: Total, info: RoundInfo) -> Total:
     return mean._replace(sums=per_row(mean.sums))
 
 
-def descend(plan: Plan, state: State, mean: Total, server: Shared, air: Air) -> State:
+def descend(plan: Plan, state: State, mean: Total, server: Shared, air: InFlight) -> State:
     """θ⁺ = optimizer(θ, g, round). Buffers become their mean, counters their maximum. Without an update θ stays."""
     model, optimizer, flying = state.model, state.optimizer, versions(state, air)
     if "update" in mean.means:

@@ -75,7 +75,7 @@ class Schedule:
             f"{self!r} >> {other!r}.",
             "a warm-up or a hold before >>.",
             "any other schedule has no last round, so no schedule can follow it.",
-            f"{after!r}" if isinstance(after, led) else f"warmup(5) >> {after!r}",
+            f"{after!r}" if isinstance(after, join) else f"warmup(5) >> {after!r}",
         )
 
 
@@ -306,7 +306,7 @@ class plateau(Schedule):
         return float(max(self.lr * self.factor**drops, self.end))
 
 
-class _Lead:
+class _Prefix:
     """Base of prefixes: a prefix sets the values of some rounds before a schedule. It is not a schedule itself."""
 
     rounds: int
@@ -322,8 +322,8 @@ class _Lead:
         raise NotImplementedError
 
     def __rshift__(self, other: object) -> Schedule:
-        if isinstance(other, _Lead):
-            alone = led(other, constant(0.1))
+        if isinstance(other, _Prefix):
+            alone = join(other, constant(0.1))
             raise UsageError(
                 f"{self!r} >> {other!r}.",
                 "a schedule after both, and parentheses.",
@@ -331,22 +331,22 @@ class _Lead:
                 repr(alone) if _both_rise(self, other) else f"{self!r} >> ({alone!r})",
             )
         then = as_schedule(other)
-        if isinstance(then, led) and _both_rise(self, then.first):
+        if isinstance(then, join) and _both_rise(self, then.first):
             raise UsageError(
                 f"{self!r} >> ({then!r}).",
                 "one warm-up.",
                 "the first would rise to the start of the second, not to the learning rate.",
                 f"{self!r} >> {then.then!r}",
             )
-        return led(self, then)
+        return join(self, then)
 
 
-def _both_rise(*leads: _Lead) -> bool:
+def _both_rise(*leads: _Prefix) -> bool:
     return all(isinstance(lead, warmup) for lead in leads)
 
 
 @dataclass(frozen=True, repr=False)
-class warmup(_Lead):
+class warmup(_Prefix):
     """A prefix that rises in equal steps from `start` to the first value of the next schedule.
 
     lr_t = start + (next(0) − start) · (t + 1) / (rounds + 1) for t < rounds, then next(t − rounds)
@@ -370,7 +370,7 @@ class warmup(_Lead):
 
 
 @dataclass(frozen=True, repr=False)
-class hold(_Lead):
+class hold(_Prefix):
     """A prefix with one constant value.
 
     lr_t = lr for t < rounds, then next(t − rounds)
@@ -392,14 +392,14 @@ class hold(_Lead):
 
 
 @dataclass(frozen=True, repr=False)
-class led(Schedule):
+class join(Schedule):
     """A prefix followed by a schedule: the result of `first >> then`. The memory is that of `then`."""
 
-    first: _Lead
+    first: _Prefix
     then: Schedule
 
     def __repr__(self) -> str:
-        then = f"({self.then!r})" if isinstance(self.then, led) else repr(self.then)
+        then = f"({self.then!r})" if isinstance(self.then, join) else repr(self.then)
         return f"{self.first!r} >> {then}"
 
     def init(self) -> dict[str, Tensor]:
@@ -431,7 +431,7 @@ def as_schedule(given: object) -> Schedule:
     """
     if isinstance(given, Schedule):
         return given
-    if isinstance(given, _Lead):
+    if isinstance(given, _Prefix):
         raise UsageError(
             f"{given!r} has no schedule after it.",
             "a schedule after it.",

@@ -17,7 +17,7 @@ from atoll.base.names import without_prefix
 from atoll.base.random import Key
 from atoll.compute.model_state import Model
 from atoll.compute.task import Task
-from atoll.plan.in_flight import Air
+from atoll.plan.in_flight import InFlight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Shared, Tensors
 
@@ -43,7 +43,7 @@ def public(tensors: Tensors) -> dict[str, Tensor]:
     return {n: t for n, t in tensors.items() if not n.rpartition(".")[2].startswith("_")}
 
 
-class Sent(NamedTuple):
+class DownlinkState(NamedTuple):
     """θ as clients have it with a compressed downlink, and the lengths of the latest deltas.
 
     Args:
@@ -55,12 +55,12 @@ class Sent(NamedTuple):
     theta: Tensor
     deltas: tuple[int, ...]
 
-    def after(self, theta: Tensor, length: int) -> Sent:
+    def append(self, theta: Tensor, length: int) -> DownlinkState:
         """The same with one more delta. Old deltas are dropped until all together are not longer than θ."""
         deltas, whole = (*self.deltas, length), theta.numel() * theta.element_size()
         while sum(deltas) > whole:
             deltas = deltas[1:]
-        return Sent(theta, deltas)
+        return DownlinkState(theta, deltas)
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class State:
     optimizer: Tensors
     server: Shared
     memory: Store
-    air: Air = Air()
+    air: InFlight = InFlight()
     versions: Mapping[int, Broadcast] = field(default_factory=dict)
-    sent: Sent | None = None
+    sent: DownlinkState | None = None
 
     @classmethod
     def first(cls, plan: Plan, task: Task, seed: int, memory: Store, model: Model | None = None) -> State:
@@ -112,7 +112,7 @@ class State:
         return self.broadcast if birth == self.round else self.versions[birth]
 
 
-def versions(state: State, air: Air) -> dict[int, Broadcast]:
+def versions(state: State, air: InFlight) -> dict[int, Broadcast]:
     """The model versions that clients in flight started from, after the round has closed."""
     if not air.flights:
         return {}

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from atoll.base.names import under, without_prefix
 from atoll.compute.model_state import Model
-from atoll.plan.in_flight import Air, Flight
+from atoll.plan.in_flight import Flight, InFlight
 from atoll.plan.protocols import Broadcast, Shared
-from atoll.plan.state import Sent, State
+from atoll.plan.state import DownlinkState, State
 
 _WHOLE = torch.int64
 
@@ -60,7 +60,7 @@ def unpack(tensors: Mapping[str, Tensor], round: int, at: State) -> State:
     }
     sent = None
     if "sent/theta" in tensors:
-        sent = Sent(tensors["sent/theta"], tuple(tensors["sent/deltas"].tolist()))
+        sent = DownlinkState(tensors["sent/theta"], tuple(tensors["sent/deltas"].tolist()))
     return State(
         round,
         at.seed,
@@ -85,9 +85,9 @@ def _computed(name: str, tensor: Tensor) -> bool:
     return group != "air" and (tensor.dim() > 0 or group in ("model", "version", "counters", "fixed"))
 
 
-def _air(tensors: Mapping[str, Tensor]) -> Air:
+def _air(tensors: Mapping[str, Tensor]) -> InFlight:
     target, started, *place = tensors["air/counts"].tolist()
-    return Air(
+    return InFlight(
         tuple(Flight(*row) for row in tensors["air/flights"].tolist()),
         target,
         started,

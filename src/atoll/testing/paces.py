@@ -18,12 +18,12 @@ from atoll.base.random import Key
 from atoll.compute.model_state import Model
 from atoll.engine.client_state import Memory
 from atoll.plan.aggregate import Mean
-from atoll.plan.in_flight import Traffic
+from atoll.plan.in_flight import OpenRound
 from atoll.plan.local import Train
 from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Pace, Population, Sampler
-from atoll.plan.round import opening
+from atoll.plan.round import draw_cohort
 from atoll.plan.sampler import Everyone, Uniform
 from atoll.plan.state import State
 from atoll.testing.contract import check_value, pure, require
@@ -177,9 +177,9 @@ def _play(who: str, part: Pace, sampler: Sampler, order: str) -> None:
     state = State(0, 7, Model(none, none, {}, {}), {}, {}, Memory({}))
     for t in range(_ROUNDS):
         state = dataclasses.replace(state, round=t)
-        cohort = opening(plan, state, population, state.key())
-        traffic = Traffic(part, sampler, state.seed, t, state.air, population, cohort)
-        flying = [*state.air.flights, *traffic.fill()]
+        cohort = draw_cohort(plan, state, population, state.key())
+        traffic = OpenRound(part, sampler, state.seed, t, state.air, population, cohort)
+        flying = [*state.air.flights, *traffic.start_missing()]
         waits = True
         while waits and flying:
             draw = int(state.key().fold("next", traffic.arrived).hash(1)[0]) % len(flying)
@@ -192,11 +192,11 @@ def _play(who: str, part: Pace, sampler: Sampler, order: str) -> None:
                 "a round that closes.",
                 "it would wait forever.",
             )
-            flying += traffic.fill() if part.replaces_arrivals and waits else []
+            flying += traffic.start_missing() if part.replaces_arrivals and waits else []
         require(
             traffic.arrived > 0,
             f"{who} lets no client start in round {t}, so none arrives.",
             "at least one start.",
             "a round without contributions makes no step, and the next round would be the same.",
         )
-        state = dataclasses.replace(state, air=traffic.after(None, None))
+        state = dataclasses.replace(state, air=traffic.in_flight(None, None))

@@ -26,7 +26,7 @@ from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, open_round
-from atoll.plan.state import Sent, State
+from atoll.plan.state import DownlinkState, State
 from atoll.report.format import duration, size, whole
 from atoll.tools.rebuild import here, training_of
 from atoll.training.experiment import Experiment
@@ -322,16 +322,16 @@ def flown(plan: Plan, state: State, engine: InProcessEngine, rounds: int, most: 
         tuple(r.sent for r in rows),
         tuple(r.started for r in rows),
         tuple(len(r.arrived) for r in rows),
-        tuple(len({f.birth for f in r.air.flights}) for r in rows),
+        tuple(len({f.version for f in r.air.flights}) for r in rows),
         tuple(r.now for r in rows if r.now is not None),
         _parts(rows) if engine.fleet is not None else None,
         len(heard),
     )
 
 
-def _next(state: State, delta: int) -> Sent:
+def _next(state: State, delta: int) -> DownlinkState:
     """What clients have been told of θ as a round opens: nothing before the first, then a delta of each."""
-    return Sent(state.model.theta, ()) if state.sent is None else state.sent.after(state.sent.theta, delta)
+    return DownlinkState(state.model.theta, ()) if state.sent is None else state.sent.append(state.sent.theta, delta)
 
 
 def _parts(rows: list[Flown]) -> Parts:

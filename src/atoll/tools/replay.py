@@ -232,7 +232,7 @@ def _flights(opened: Opened, flown: Flown, training: Rounds, client: int) -> lis
     found += [(f, "it dropped out: what it computed never arrived") for f in flown.dropped if f.client == client]
     late = "no longer awaited: the round had closed"
     if training.fleet is not None:
-        gone = [t for t in flown.trips if t.fate == "late" and t.client == client]
+        gone = [t for t in flown.trips if t.outcome == "late" and t.client == client]
         found += [(Flight(client, round, 0, t.number), late) for t in gone]
     elif flown.late and not found and client in opened.cohort.ids.tolist():
         found.append((Flight(client, round, 0, opened.state.air.started), late))
@@ -418,13 +418,13 @@ def _alone(
         length = float(torch.linalg.vector_norm(mean))
         cosine = float(update[0].double() @ mean) / (norm * length) if norm and length else None
         part = (1 if plan.aggregator.weights == "equal" else rows) / whole.weight
-        part *= plan.pace.staleness_weight(state.round - flight.birth)
+        part *= plan.pace.staleness_weight(state.round - flight.version)
         share = part * float(sent.double() @ mean) / length**2 if length and plan.aggregator.linear else None
     return Replay(
         client=flight.client,
         name=data.names[flight.client] if data.names else "",
         rows=rows,
-        birth=flight.birth,
+        birth=flight.version,
         of=len(flights),
         work=flight.share,
         bytes_up=bytes_up,

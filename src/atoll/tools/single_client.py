@@ -48,12 +48,12 @@ def compute(training: Rounds, plan: Plan, state: State, flight: Flight, kept: Te
         kept: client state before the flight, rows `[1, …]` by `part/name`.
         losses: receives the mean loss of each step.
     """
-    ids, key = Ids(torch.tensor([flight.client]), torch.tensor([flight.again])), state.key(flight.birth)
+    ids, key = Ids(torch.tensor([flight.client]), torch.tensor([flight.again])), state.key(flight.version)
     chunk: Chunk = contribute_chunk(
         plan,
         task_for(plan, training.task),
         training.data,
-        state.version(flight.birth),
+        state.version(flight.version),
         ids,
         key,
         kept,

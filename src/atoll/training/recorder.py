@@ -14,7 +14,7 @@ from atoll import runs
 from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
 from atoll.compute.model_state import Model
-from atoll.plan.round import Report, Trip
+from atoll.plan.round import FlightTimes, Report
 from atoll.runs.checkpoint import pack, unpack
 from atoll.runs.events import Run
 from atoll.training import stop as stops
@@ -244,9 +244,11 @@ def _brief(clients: Mapping[str, Any], most: int = 1000) -> dict[str, Any]:
     return {n: [round(float(v), 6) if t.is_floating_point() else int(v) for v in t[:most]] for n, t in clients.items()}
 
 
-def _columns(trips: tuple[Trip, ...], most: int = 10_000) -> dict[str, list[Any]]:
+def _columns(trips: tuple[FlightTimes, ...], most: int = 10_000) -> dict[str, list[Any]]:
     """Trips as columns, for at most so many of them."""
-    return {name: list(column) for name, column in zip(Trip._fields, zip(*trips[:most], strict=True), strict=True)}
+    return {
+        name: list(column) for name, column in zip(FlightTimes._fields, zip(*trips[:most], strict=True), strict=True)
+    }
 
 
 def _state_dict(training: Rounds, model: Model) -> dict[str, Tensor]:

@@ -37,10 +37,10 @@ from atoll.engine.simulation.fleet import Fleet
 from atoll.engine.spec import name_of
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
-from atoll.plan.in_flight import Air
+from atoll.plan.in_flight import InFlight
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.plan import Plan
-from atoll.plan.round import Report, bind, close_round, open_round, opening, step
+from atoll.plan.round import Report, bind, close_round, draw_cohort, open_round, step
 from atoll.plan.state import State
 from atoll.runs.checkpoint import pack, unpack
 from atoll.runs.fingerprint import fingerprint
@@ -95,7 +95,7 @@ class Rounds:
         self.memory = Memory(plan.memory(self.task.layout))
         start = None if settings.init is None else start_from(settings.init, self.task)
         self.state = State.first(plan, self.task, settings.seed, self.memory, start)
-        opening(plan, self.state, self.engine.population, self.state.key())  # refuses a cohort that cannot be drawn
+        draw_cohort(plan, self.state, self.engine.population, self.state.key())  # refuses a cohort that cannot be drawn
         self.plan = bind(plan, self.engine)
         self.engine.check_start(self.plan, self.state)
         self.first = self.state.model  # the start of the training; the loop backend writes into the module itself
@@ -295,7 +295,7 @@ def sync_report(engine: Engine, report: Report) -> Report:
 
 def judge(state: State, engine: InProcessEngine) -> dict[str, float]:
     """The loss, as `held_out_loss`, and the metrics of the model of a state on the clients of an engine: one round."""
-    opened = open_round(_JUDGE, replace(state, air=Air(), versions={}, sent=None), engine)
+    opened = open_round(_JUDGE, replace(state, air=InFlight(), versions={}, sent=None), engine)
     gathered = engine.gather(_JUDGE, opened.state, opened.cohort, opened.key)
     each = {n: float(t) for n, t in close_round(opened, gathered).mean.sums.items()}
     out = {"held_out_loss": each.pop("loss")}

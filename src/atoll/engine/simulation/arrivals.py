@@ -13,11 +13,11 @@ from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
 from atoll.engine.simulation.clock import Clock
 from atoll.engine.simulation.fleet import Fleet
-from atoll.plan.in_flight import Air, Flight, Traffic
+from atoll.plan.in_flight import Flight, InFlight, OpenRound
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Cohort, Population
-from atoll.plan.round import Trip
+from atoll.plan.round import FlightTimes
 from atoll.plan.state import State
 
 _FATES = {"arrive": "arrived", "drop": "dropped", "cancel": "late"}
@@ -42,9 +42,9 @@ class Flown(NamedTuple):
     late: int
     started: int
     sent: int
-    air: Air
+    air: InFlight
     now: float | None
-    trips: tuple[Trip, ...]
+    trips: tuple[FlightTimes, ...]
 
 
 class Sending:
@@ -134,14 +134,14 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
         return _at_once(state, cohort, sending)
     clock = clock_of(state, population, fleet or _STEPS)
     away = None if fleet is None or fleet.availability == 1.0 else lambda i: not clock.available(i)
-    traffic = Traffic(plan.pace, plan.sampler, state.seed, state.round, state.air, population, cohort, away)
+    traffic = OpenRound(plan.pace, plan.sampler, state.seed, state.round, state.air, population, cohort, away)
     began, births, started, total = clock.now, dict[int, int](), 0, 0
     each = traffic.down = sending.each
     work = plan.local.relative_work(state.round)
 
     def start() -> None:
         nonlocal started, total
-        begun = traffic.fill()
+        begun = traffic.start_missing()
         started += len(begun)
         if sending.known is None:
             for flight in begun:
@@ -164,38 +164,40 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
         event = clock.next(until if until is not None and clock.now < until else None)
         if event is not None:
             flight = traffic.arrive(event.number) if event.kind == "arrive" else traffic.fail(event.number)
-            births[event.number] = flight.birth
+            births[event.number] = flight.version
         elif plan.pace.partial:  # the deadline has come: only `Sync` has one
             _stop(clock, traffic)
         waits = traffic.goes_on(clock.now - began)
         if refills and waits:
             start()
-    late = traffic.late()
-    births |= {flight.number: flight.birth for flight in late}
+    late = traffic.abandoned()
+    births |= {flight.number: flight.version for flight in late}
     for flight in late:
         clock.cancel(flight.number)
     ended = clock.trips()
-    trips = () if fleet is None else tuple(Trip(*t[:2], births[t.number], *t[2:-1], _FATES[t.fate]) for t in ended)
+    trips = (
+        () if fleet is None else tuple(FlightTimes(*t[:2], births[t.number], *t[2:-1], _FATES[t.fate]) for t in ended)
+    )
     return Flown(
         traffic.arrivals,
         traffic.failed,
         len(late),
         started,
         total,
-        traffic.after(sending.known, clock),
+        traffic.in_flight(sending.known, clock),
         None if fleet is None else clock.now,
         trips,
     )
 
 
-def _stop(clock: Clock, traffic: Traffic) -> None:
+def _stop(clock: Clock, traffic: OpenRound) -> None:
     """Everybody stops computing and sends what there is; who has nothing is not awaited."""
     for number in traffic.in_the_air():
         share = clock.cut(number)
         if share:
             traffic.cut(number, share)
         else:
-            traffic.leave(number)
+            traffic.abandon(number)
 
 
 def _wait(clock: Clock) -> None:
@@ -218,7 +220,7 @@ def _at_once(state: State, cohort: Cohort, sending: Sending) -> Flown:
     sizes = sending.to(clients)
     who = enumerate(zip(clients, sizes, strict=True))
     arrived = [Flight(client, state.round, 0, first + i, down) for i, (client, down) in who]
-    air = Air(target=n, started=first + n, known=sending.known)
+    air = InFlight(target=n, started=first + n, known=sending.known)
     return Flown(arrived, [], 0, n, sum(sizes), air, None, ())
 
 

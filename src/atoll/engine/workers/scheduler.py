@@ -30,7 +30,7 @@ from atoll.engine.simulation.arrivals import Flown, Sending, fly
 from atoll.engine.workers.messages import Setup, Told, plan_of, spoken, written
 from atoll.engine.workers.pool import Catch, Crew, Job, Office
 from atoll.engine.workers.serialize import pack
-from atoll.plan.in_flight import Flight, Traffic
+from atoll.plan.in_flight import Flight, OpenRound
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Cohort, Ids, Partial, Population
@@ -236,7 +236,9 @@ class _Arrivals:
     ) -> None:
         self.engine, self.plan, self.text, self.state, self.now = engine, plan, text, state, now
         self._sending = Sending(state, engine.data.count)
-        self._traffic = Traffic(plan.pace, plan.sampler, state.seed, state.round, state.air, engine.population, cohort)
+        self._traffic = OpenRound(
+            plan.pace, plan.sampler, state.seed, state.round, state.air, engine.population, cohort
+        )
         self._kept = Pending(state.memory)
         self._tolds: dict[int, Told] = {}
         self._tell, self._results, self._keep = tell, Results.empty(), keep
@@ -258,7 +260,7 @@ class _Arrivals:
             waits = traffic.goes_on(time.perf_counter() - began)
             if pace.replaces_arrivals and waits:
                 self._start()
-        late = traffic.late()
+        late = traffic.abandoned()
         for flight in late:
             self._forget(flight.number)
         flown = Flown(
@@ -267,7 +269,7 @@ class _Arrivals:
             len(late),
             self._started,
             self._sent,
-            traffic.after(self._sending.known, None),
+            traffic.in_flight(self._sending.known, None),
             None,
             (),
         )
@@ -280,14 +282,14 @@ class _Arrivals:
             self._forget(number)
         for number, flight in flights.items():
             known = self.engine._aloft.get(number)
-            theta = self.state.versions[flight.birth].model.theta
+            theta = self.state.versions[flight.version].model.theta
             same = known is not None and known.flight == flight and known.theta is theta and known.plan == self.text
             if known is None or not same or known.job.keep != self._named(flight):
                 self._forget(number)
                 self._post(flight, theta)
 
     def _start(self) -> None:
-        begun = self._traffic.fill()
+        begun = self._traffic.start_missing()
         for flight, down in zip(begun, self._sending.to([f.client for f in begun]), strict=True):
             self._traffic.sent(flight, down)
             self._post(flight._replace(down=down), self.now.model.theta)
@@ -295,7 +297,7 @@ class _Arrivals:
         self._started += len(begun)
 
     def _post(self, flight: Flight, theta: Tensor) -> None:
-        engine, birth = self.engine, flight.birth
+        engine, birth = self.engine, flight.version
         if birth not in self._tolds:
             self._tolds[birth] = self._tell(birth)
         ids, down = Ids(torch.tensor([flight.client]), torch.tensor([flight.again])), torch.tensor([flight.down])
@@ -333,7 +335,7 @@ class _Arrivals:
         for ids, rows in results.memory:
             self._kept.put(ids, rows)
         if self.plan.pace.asynchronous:
-            late = torch.tensor([self.state.round - flight.birth])
+            late = torch.tensor([self.state.round - flight.version])
             facts: list[Mapping[str, Tensor]] = [{**f, "staleness": late} for f in results.facts]
             results = results._replace(facts=facts)
         self._results.add(self.plan.aggregator, results)

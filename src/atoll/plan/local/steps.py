@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import RunError, UsageError
-from atoll.plan.schedule import Schedule, led
+from atoll.plan.schedule import Schedule, join
 
 _FAR = 10**9  # a round in which every decreasing schedule has reached its end
 
@@ -27,7 +27,7 @@ def check_steps(schedule: Schedule) -> None:
     """Refuse a schedule of steps that observes the loss, or that is below 1 at the start of a piece or in the end."""
     steps, looks = _whole(schedule, 0), bool(schedule.init())
     turns, rest = [0], schedule
-    while isinstance(rest, led):
+    while isinstance(rest, join):
         turns.append(turns[-1] + rest.first.rounds)
         rest = rest.then
     if looks or not all(_whole(schedule, t) for t in (*turns, _FAR)):
