@@ -30,7 +30,7 @@ from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.task import Task
 from atoll.data import arrays
 from atoll.engine.client_state import Memory
-from atoll.engine.ranks.process_group import Ranks
+from atoll.engine.ranks.process_group import ProcessGroup
 from atoll.engine.ranks.torchrun import TorchrunEngine
 from atoll.plan.round import step
 from atoll.plan.state import State
@@ -63,7 +63,7 @@ def clients(widths: list[int], ranks: int, batch: int):
 class Atoll:
     """Steps of atoll, with the float sum or the exact sum."""
 
-    def __init__(self, widths, data, batch: int, ranks: Ranks, sum_: str) -> None:
+    def __init__(self, widths, data, batch: int, ranks: ProcessGroup, sum_: str) -> None:
         task = replace(Task.of(model(widths), "cross_entropy"), numerics="loop")
         self.plan = distributed_gd(LR, batch=batch, sum=sum_)
         self.engine = TorchrunEngine(task, data, ranks=ranks)
@@ -78,7 +78,7 @@ class Atoll:
 class Ddp:
     """The usual training loop with DistributedDataParallel."""
 
-    def __init__(self, widths, data, batch: int, ranks: Ranks, view: bool) -> None:
+    def __init__(self, widths, data, batch: int, ranks: ProcessGroup, view: bool) -> None:
         self.ddp = nn.parallel.DistributedDataParallel(model(widths), gradient_as_bucket_view=view)
         self.optimizer = torch.optim.SGD(self.ddp.parameters(), LR)
         self.ranks, self.t, mine = ranks, 0, data.client_rows(ranks.rank)
@@ -104,7 +104,7 @@ class Ddp:
 
 def work(told: argparse.Namespace) -> None:
     """Run the program of one rank."""
-    ranks, widths = Ranks.join(), [int(n) for n in told.model.split(",")]
+    ranks, widths = ProcessGroup.join(), [int(n) for n in told.model.split(",")]
     data = clients(widths, ranks.size, told.batch)
     ways = {
         "DDP": Ddp(widths, data, told.batch, ranks, False),

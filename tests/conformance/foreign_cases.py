@@ -40,8 +40,8 @@ def fingerprints(plan, rounds=3, **settings):
 
 if __name__ == "__main__":
     fork(2)
-    from atoll.engine.ranks.process_group import Ranks
+    from atoll.engine.ranks.process_group import ProcessGroup
 
-    rank = Ranks.join().rank
+    rank = ProcessGroup.join().rank
     found = {name: fingerprints(plan_of(name), engine="Torchrun()") for name in PLANS}
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(found))

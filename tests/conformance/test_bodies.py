@@ -8,7 +8,7 @@ from torch import nn
 
 from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.position_check import Elementwise
+from atoll.engine.position_check import PositionCheck
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer.rules import sgd
@@ -69,6 +69,6 @@ def test_what_is_rounded_by_place_is_found():
     """Sigmoid differs between vectors and the remainder, so it depends on position if rows do not fill vectors."""
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     for width, found in ((64, set()), (63, {"sigmoid"})):
-        with Elementwise(rows=3) as watch:
+        with PositionCheck(rows=3) as watch:
             (x[:, :width].sigmoid() * x[:, :width].relu().exp()).sum().backward()
         assert watch.restless == found

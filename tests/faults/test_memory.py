@@ -15,7 +15,7 @@ from atoll import recipes
 from atoll.base.errors import RunError
 from atoll.compute.device import out_of_memory
 from atoll.compute.task import Task
-from atoll.engine.chunk_limit import Room
+from atoll.engine.chunk_limit import ChunkLimit
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.workers.processes import ProcessesEngine
 from atoll.plan import optimizer as rules
@@ -184,12 +184,12 @@ def test_it_is_written_down_and_shown(tmp_path, capsys):
 
 
 def test_room_is_a_limit_that_only_falls():
-    room = Room()
-    assert room.within(None) is None and room.within(8) == 8 and room.said() == ()
+    room = ChunkLimit()
+    assert room.within(None) is None and room.within(8) == 8 and room.take_note() == ()
     for most in (5, 9, None, 3):
-        room.learn(most)
+        room.lower(most)
     assert room.most == room.within(None) == room.within(8) == 3 and room.within(2) == 2
-    assert len(room.said()) == 1 and room.said() == ()
+    assert len(room.take_note()) == 1 and room.take_note() == ()
 
 
 def test_recipes_are_as_they_were(told):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from atoll.base.errors import RunError, UsageError
 from atoll.engine.simulation import samples
-from atoll.engine.simulation.clock import Clock, Event, Trip
+from atoll.engine.simulation.clock import Clock, Event, SimulatedTimes
 from atoll.engine.simulation.fleet import Between, ByRows, Chance, Each, Fleet, HalfNormal, LogNormal, Trace, Windows
 
 
@@ -39,7 +39,7 @@ def test_one_second_and_links_for_nothing():
     for number in (2, 0, 1):
         clock.start(number, number, 10**9, 10**9)
     assert rest(clock) == [Event(1.0, "arrive", number, number) for number in range(3)]
-    assert clock.trips() == [Trip(n, n, 0.0, 0.0, 1.0, 1.0, "arrive") for n in range(3)]
+    assert clock.trips() == [SimulatedTimes(n, n, 0.0, 0.0, 1.0, 1.0, "arrive") for n in range(3)]
     assert (clock.trips(), clock.next(), clock.now, len(clock)) == ([], None, 1.0, 0)
     assert clock.available(1) and clock.next_change() == math.inf
 
@@ -49,7 +49,7 @@ def test_the_parts_of_a_flight_follow_one_another():
     clock.next(until=10.0)
     clock.start(0, 0, down=6, up=5, work=0.25)
     assert clock.next() == Event(20.0, "arrive", 0, 0)
-    assert clock.trips() == [Trip(0, 0, 10.0, 13.5, 14.5, 20.0, "arrive")]
+    assert clock.trips() == [SimulatedTimes(0, 0, 10.0, 13.5, 14.5, 20.0, "arrive")]
 
 
 def test_until_is_kept_to():
@@ -173,7 +173,10 @@ def test_a_cancelled_transfer_frees_the_link_at_once():
     clock.cancel(1)
     assert clock.next() == Event(15.0, "arrive", 0, 0)
     assert clock.next() is None
-    assert clock.trips() == [Trip(1, 1, 0.0, 10.0, 10.0, 10.0, "cancel"), Trip(0, 0, 0.0, 15.0, 15.0, 15.0, "arrive")]
+    assert clock.trips() == [
+        SimulatedTimes(1, 1, 0.0, 10.0, 10.0, 10.0, "cancel"),
+        SimulatedTimes(0, 0, 0.0, 15.0, 15.0, 15.0, "arrive"),
+    ]
 
 
 def test_ties_are_broken_by_the_ordinal_whatever_ends():

@@ -12,7 +12,7 @@ from torch import nn
 import atoll
 from atoll import recipes, runs
 from atoll.engine import inprocess
-from atoll.engine.chunk_limit import lanes_of
+from atoll.engine.chunk_limit import chunk_size
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan import codec as codecs
 from atoll.plan import optimizer as rules
@@ -268,10 +268,10 @@ def test_chunks_fill_a_device():
     data, plan = classification(SIZES), recipes.fedavg(0.1, batch=4)
     for body in ("lanes", "fused"):
         task = task_of(mlp(), data, body, torch.float32)
-        sizes = [lanes_of(plan, task, data, 9, None, free) for free in (0, 10_000, 100_000, 1_000_000, 1 << 40)]
+        sizes = [chunk_size(plan, task, data, 9, None, free) for free in (0, 10_000, 100_000, 1_000_000, 1 << 40)]
         assert sizes == sorted(sizes) and sizes[0] == 1 and sizes[-1] > 1024
         each = 6 * task.layout.d * 4
         assert sizes[2] * each <= 50_000 < (sizes[2] + 1) * (each + 4 * 4 * 4 + 200)
-        assert lanes_of(plan, task, data, 9, 7, 1 << 40) == 7
+        assert chunk_size(plan, task, data, 9, 7, 1 << 40) == 7
         momentum = replace(plan, local=replace(plan.local, optimizer=rules.sgd(0.1, momentum=0.9)))
-        assert lanes_of(momentum, replace(task, numerics="loop"), data, 9, None, 1 << 40) == 1
+        assert chunk_size(momentum, replace(task, numerics="loop"), data, 9, None, 1 << 40) == 1

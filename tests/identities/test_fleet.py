@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
 from atoll.base.random import Key
-from atoll.engine.simulation.availability import turn
+from atoll.engine.simulation.availability import window_index
 from atoll.engine.simulation.clock import Clock
 from atoll.engine.simulation.fleet import (
     FLEET,
@@ -307,5 +307,5 @@ def test_rows_that_nobody_holds_have_no_mean():
 
 @given(st.floats(0, 1e6), st.floats(1e-3, 1e3))
 def test_a_moment_lies_in_one_turn(now, length):
-    i = turn(now, length)
+    i = window_index(now, length)
     assert i * length <= now < (i + 1) * length

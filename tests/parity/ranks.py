@@ -17,7 +17,7 @@ from problems import NO_NATIVE, classification, federation, run, seeded, task_of
 from torch import nn
 
 from atoll import recipes, train
-from atoll.engine.ranks.process_group import Ranks
+from atoll.engine.ranks.process_group import ProcessGroup
 from atoll.engine.ranks.torchrun import TorchrunEngine
 from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean, Sum
@@ -162,7 +162,7 @@ KILLED = Plan(Custom(descends, batch=8, lr=0.1), Mean(), sgd(1.0, momentum=0.5),
 
 
 def main(folder, cases):
-    ranks, here = Ranks.join(), clients()
+    ranks, here = ProcessGroup.join(), clients()
     words = {"engine": "torchrun", "numerics": "loop"}
     ended = train("mlp", here, KILLED, rounds=6, out=folder / "runs", checkpoint_s=0.0, report=False, **words)
     torch.manual_seed(ranks.rank)  # each rank builds another model; the one of rank 0 is broadcast

@@ -24,10 +24,10 @@ from atoll.base.errors import RunError, UsageError
 from atoll.data import ArrayRows, DatasetRows
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.workers.forkserver import Nursery
+from atoll.engine.workers.forkserver import ForkServer
 from atoll.engine.workers.processes import ProcessesEngine
-from atoll.engine.workers.serialize import pack, unpack
-from atoll.engine.workers.shared_memory import Block, Blocks, room
+from atoll.engine.workers.serialize import deserialize, serialize
+from atoll.engine.workers.shared_memory import SharedBlock, SharedBlocks, block_bytes
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
@@ -43,7 +43,7 @@ SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
 
 @pytest.fixture(scope="module")
 def nursery():
-    with_all = Nursery()
+    with_all = ForkServer()
     yield with_all
     processes = [p for pid in with_all.pids for p in (psutil.Process(pid), *psutil.Process(pid).children())]
     with_all.close()
@@ -326,10 +326,10 @@ def test_nothing_is_left_behind(then, signals, request):
 
 
 def crossed(value, tmp_path: Path):
-    blocks = Blocks((tempfile.mkdtemp(dir=tmp_path),), "test")
-    packed = pack(value, "It", "--engine inprocess", blocks.path)
-    block = blocks.block(room(packed.tensors))
-    return unpack(packed.tree, Block(block.path).read(block.write(packed.tensors)))
+    blocks = SharedBlocks((tempfile.mkdtemp(dir=tmp_path),), "test")
+    packed = serialize(value, "It", "--engine inprocess", blocks.path)
+    block = blocks.block(block_bytes(packed.tensors))
+    return deserialize(packed.tree, SharedBlock(block.path).read(block.write(packed.tensors)))
 
 
 @pytest.mark.parametrize(

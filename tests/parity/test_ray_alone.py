@@ -26,7 +26,7 @@ from atoll.cli.app import answer
 from atoll.engine import Ray
 from atoll.engine.spec import engine
 from atoll.engine.workers import ray as module
-from atoll.engine.workers.ray import RayEngine, laid, lying
+from atoll.engine.workers.ray import RayEngine, from_buffers, to_buffers
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
 ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")
@@ -157,8 +157,8 @@ def test_tensors_lie_as_they_were():
         "": torch.ones(3).t(),
     }
     for arrays in (lambda a: a, lambda a: [np.concatenate([[1], one])[1:].astype(np.uint8) for one in a]):
-        places, out = laid(told)
-        back = lying(places, arrays(out))
+        places, out = to_buffers(told)
+        back = from_buffers(places, arrays(out))
         assert back.keys() == told.keys()
         assert all(torch.equal(back[n], t) and back[n].dtype == t.dtype for n, t in told.items())
 

@@ -17,7 +17,7 @@ from atoll import recipes, rounds, runs
 from atoll.base.errors import RunError, UsageError
 from atoll.engine import RunOptions, Torchrun
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.ranks.process_group import Ranks
+from atoll.engine.ranks.process_group import ProcessGroup
 from atoll.plan.pace import Bounded, Buffered
 from atoll.plan.round import Report
 from atoll.training.rounds import check_same, sync_report
@@ -163,7 +163,7 @@ def refused(environ, monkeypatch, workers=None, backend="auto"):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError) as caught:
-        Ranks.join(workers, backend)
+        ProcessGroup.join(workers, backend)
     return caught.value
 
 

@@ -12,7 +12,7 @@ def climbed(seconds, rounds=120):
     climb = Tuning()
     for t in range(rounds):
         setting = climb.setting(Setting(1.0, 1), (1, 2))
-        climb.heard(1000, seconds(setting, t))
+        climb.record(1000, seconds(setting, t))
     return climb
 
 
@@ -40,5 +40,5 @@ def test_the_first_round_does_not_count():
 def test_nobody_at_work_says_nothing():
     climb = Tuning()
     climb.setting(Setting(1.0, 1))
-    climb.heard(0, 1.0)
-    assert not climb.over
+    climb.record(0, 1.0)
+    assert not climb.converged

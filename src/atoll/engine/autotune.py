@@ -60,18 +60,18 @@ class Tuning:
         return self._now
 
     @property
-    def over(self) -> bool:
+    def converged(self) -> bool:
         """Whether the best setting and all its neighbours have been timed."""
         return self._rate(self.best) is not None and self._untried() is None
 
-    def heard(self, rows: int, seconds: float) -> None:
+    def record(self, rows: int, seconds: float) -> None:
         """Record the time of a round with the current setting.
 
         Args:
             rows: the rows that the round processed.
             seconds: its duration.
         """
-        if self._now is None or self.over or rows == 0:
+        if self._now is None or self.converged or rows == 0:
             return
         if not self._warm:  # the first round includes one-time costs
             self._warm = True

@@ -22,7 +22,7 @@ from atoll.compute.model_state import GradientResult
 from atoll.compute.native import BuildError
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.position_check import Elementwise
+from atoll.engine.position_check import PositionCheck
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Population
 
@@ -104,7 +104,7 @@ def _large(task: Task, data: Clients, plan: Plan) -> bool:
     return apart and task.device.type == "cpu" and task.layout.d >= _LARGE
 
 
-class Trouble(NamedTuple):
+class Rejection(NamedTuple):
     """The reason why a backend does not support a model, and a line to write instead."""
 
     why: str
@@ -191,27 +191,27 @@ def _takes(task: Task, data: Clients, rows: int) -> bool:
     return True
 
 
-def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Trouble | None:
+def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Rejection | None:
     """The reason why the backend of `lanes` does not support this model; None if it does. `task` has the loop."""
     if lanes.by_hand:
         try:
             _ = lanes.program
         except UsageError as error:
-            return Trouble(error.given.rstrip(".").partition(": ")[2])
+            return Rejection(error.given.rstrip(".").partition(": ")[2])
     if lanes.numerics == "compiled":
         if lanes.device.type != "cpu":
-            return Trouble("native code computes on the CPU", "--device cpu")
+            return Rejection("native code computes on the CPU", "--device cpu")
         try:
             stages(lanes.program, data.features)
             load_libraries(lanes.layout.dtype)
         except UnsupportedModel as why:
-            return Trouble(str(why), "--numerics fused")
+            return Rejection(str(why), "--numerics fused")
         except BuildError as why:
-            return Trouble(str(why), why.write)
+            return Rejection(str(why), why.write)
     if task.noisy:
-        return Trouble("the model draws from a global random generator, which lanes cannot key by client")
+        return Rejection("the model draws from a global random generator, which lanes cannot key by client")
     if lanes.numerics != "compiled" and not matmul_is_position_independent(task.device):
-        return Trouble(
+        return Rejection(
             "the bits of a matrix product depend on its address: import atoll before the first, or set MKL_CBWR=AUTO"
         )
     some = tuple(torch.argsort(data.sizes, descending=True, stable=True)[:3].tolist())
@@ -220,23 +220,23 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Trouble | Non
         alone, three = _gradient(lanes, data, rows, some[:1]), _gradient(lanes, data, rows, some)
         moved = _gradient(lanes, data, rows, (some[1], some[2], some[0]))
     except Exception as error:
-        return Trouble(
+        return Rejection(
             f"the model cannot be vectorised over clients ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
         )
     first = [alone.grad[0], three.grad[0], moved.grad[2]]
     if not all(torch.equal(first[0], other) for other in first):
-        return Trouble("a lane's bits would depend on its neighbours")
+        return Rejection("a lane's bits would depend on its neighbours")
     reference = _gradient(task, data, rows, some[:1]).grad[0]
-    with Elementwise(min(rows, int(data.sizes[some[0]]))) as watch:
+    with PositionCheck(min(rows, int(data.sizes[some[0]]))) as watch:
         _ = _gradient(lanes if lanes.by_hand else task, data, rows, some[:1])
     if watch.restless:
         names = ", ".join(sorted(watch.restless))
-        return Trouble(
+        return Rejection(
             f"torch rounds {names} differently at the end of a tensor, so a lane's bits would depend on its position"
         )
     scale = reference.abs().max().clamp(min=1e-30)
     if float((first[0] - reference).abs().max() / scale) > _FAR[task.precision]:
-        return Trouble("its gradient in lanes differs from autograd's")
+        return Rejection("its gradient in lanes differs from autograd's")
     return None
 
 

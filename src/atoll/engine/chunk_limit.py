@@ -23,7 +23,7 @@ _APART = 4  # memory of such a client in lengths of θ: its update and the digit
 _HELD = 6  # memory of a lane in lengths of θ: θ, gradient, update, and temporaries of optimizer and codec
 
 
-class Room:
+class ChunkLimit:
     """A limit for chunks, lowered each time a chunk does not fit into memory.
 
     Args:
@@ -41,12 +41,12 @@ class Room:
         self.most = most
         self._said = most
 
-    def learn(self, most: int | None) -> None:
+    def lower(self, most: int | None) -> None:
         """Lower the limit to `most` clients; None changes nothing."""
         if most is not None and (self.most is None or most < self.most):
             self.most = most
 
-    def said(self) -> tuple[str, ...]:
+    def take_note(self) -> tuple[str, ...]:
         """A message if the limit was lowered since the last call, else ()."""
         if self.most == self._said:
             return ()
@@ -60,7 +60,7 @@ class Room:
         return min((n for n in (most, self.most) if n is not None), default=None)
 
 
-def lanes_of(plan: Plan, task: Task, data: Clients, rows: int, most: int | None, room: int | None = None) -> int:
+def chunk_size(plan: Plan, task: Task, data: Clients, rows: int, most: int | None, room: int | None = None) -> int:
     """Choose the number of clients that are computed together: `most`, or a number by the size of model and batch.
 
     On the host, a chunk should stay in the caches of the cores. On a device with its own memory, a chunk may take half

@@ -27,8 +27,8 @@ from atoll.compute.device import empty_cache, out_of_memory
 from atoll.compute.task import Task
 from atoll.compute.tensor_notes import drop
 from atoll.data.clients import Clients
-from atoll.engine.chunk_limit import Room, lanes_of, no_sum, too_large
-from atoll.engine.simulation.arrivals import Flown, nbytes
+from atoll.engine.chunk_limit import ChunkLimit, chunk_size, no_sum, too_large
+from atoll.engine.simulation.arrivals import Arrivals, nbytes
 from atoll.plan.aggregate.exact import LARGEST, bounded
 from atoll.plan.codec import Identity
 from atoll.plan.conflicts import check_contribution, check_partials
@@ -216,7 +216,7 @@ def chunks(
         return
     sizes = data.sizes[ids.client]
     largest = int(sizes.max())
-    chunk = max(1, int(scale * lanes_of(plan, task, data, largest, most, room)))
+    chunk = max(1, int(scale * chunk_size(plan, task, data, largest, most, room)))
     if largest == int(sizes.min()):
         for *pair, sent in zip(ids.client.split(chunk), ids.repeat.split(chunk), down.split(chunk), strict=True):
             yield Ids(*pair), sent
@@ -255,12 +255,12 @@ class ChunkRunner:
         memory: ClientRows,
         now: int,
         shares: Mapping[tuple[int, int], float] = MappingProxyType({}),
-        room: Room | None = None,
+        room: ChunkLimit | None = None,
         keep: Collection[int] = (),
         compare: bool = True,
     ) -> None:
         self.plan, self.task, self.data, self.start, self.memory, self.now = plan, task, data, start, memory, now
-        self.shares, self.room, self.keep, self.compare = shares, room or Room(), frozenset(keep), compare
+        self.shares, self.room, self.keep, self.compare = shares, room or ChunkLimit(), frozenset(keep), compare
         self.far = task.device != HOST
         self.results = Results.empty()
         self._wave: list[tuple[Tensor, Tensors]] = []
@@ -321,7 +321,7 @@ class ChunkRunner:
         if out_of_memory(error):
             if count == 1:
                 raise too_large(self.plan, self.task, client, int(self.data.sizes[client]), error) from error
-            self.room.learn(-(-count // 2))
+            self.room.lower(-(-count // 2))
         if count > 1:
             return True
         self._fail(client, version, "local", f"{type(error).__name__}: {error}")
@@ -437,7 +437,7 @@ def kept_from_tensors(tensors: Tensors) -> list[Kept]:
 
 
 def gathered(
-    plan: Plan, state: State, flown: Flown, results: Results, room: Room, keep: Collection[int] = ()
+    plan: Plan, state: State, flown: Arrivals, results: Results, room: ChunkLimit, keep: Collection[int] = ()
 ) -> Gathered:
     """The results of a round as an engine returns them.
 
@@ -483,7 +483,7 @@ def gathered(
         flown.late,
         flown.now,
         flown.trips,
-        room.said(),
+        room.take_note(),
         kept,
     )
 

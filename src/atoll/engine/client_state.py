@@ -63,7 +63,7 @@ class Memory:
         return ids, self.take(ids)
 
 
-class Pending:
+class Uncommitted:
     """Rows of a store as they will be once the round is accepted. A write here does not change the store.
 
     Args:

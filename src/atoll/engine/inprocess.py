@@ -19,11 +19,11 @@ from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.autotune import Setting, Tuning
-from atoll.engine.chunk_limit import Room
+from atoll.engine.chunk_limit import ChunkLimit
 from atoll.engine.chunks import ChunkRunner, Results, by_version, chunks, gathered, partial_work, task_for
-from atoll.engine.client_state import Pending
+from atoll.engine.client_state import Uncommitted
 from atoll.engine.protocols import Engine
-from atoll.engine.simulation.arrivals import check_clock, fly, message
+from atoll.engine.simulation.arrivals import check_clock, message_bytes, simulate_round
 from atoll.engine.simulation.fleet import Fleet
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight, split_repeats
@@ -71,7 +71,7 @@ class InProcessEngine(Engine):
         check_chunk(chunk)
         self.chunk, self.fleet, self.assign, self.reduce = chunk, fleet, assign, reduce
         self._compared: Plan | None = None  # a contribution to this plan has been compared with its declarations
-        self.tuning, self.room = Tuning(), Room()  # they learn the chunk size that is fast, and the one that fits
+        self.tuning, self.room = Tuning(), ChunkLimit()  # they learn the chunk size that is fast, and the one that fits
         if task is not None and data is not None:
             self.open(task, data)
 
@@ -105,13 +105,13 @@ class InProcessEngine(Engine):
             UsageError: a client of `keep` did not arrive.
         """
         task, data, first = task_for(plan, self.task), self.data, state.memory.first
-        up = 0 if self.fleet is None else message(plan, task.layout)
-        flown = fly(plan, state, self.population, cohort, self.fleet, up)
+        up = 0 if self.fleet is None else message_bytes(plan, task.layout)
+        flown = simulate_round(plan, state, self.population, cohort, self.fleet, up)
 
         def start(version: int) -> tuple[Broadcast, Key]:
             return state.version(version), key if version == state.round else state.key(version)
 
-        shares, memory, trouble = partial_work(flown.arrived), Pending(state.memory), None
+        shares, memory, trouble = partial_work(flown.arrived), Uncommitted(state.memory), None
         compare = self._compared is not plan
         runner = ChunkRunner(plan, task, data, start, memory, state.round, shares, self.room, keep, compare)
         with self._tuned(plan, task, flown.arrived, cohort) as scale:
@@ -155,9 +155,9 @@ class InProcessEngine(Engine):
                 yield setting.chunk
             finally:
                 torch.set_num_threads(usual)
-        if not self.tuning.over:
+        if not self.tuning.converged:
             rows = int(self.data.sizes[torch.tensor([flight.client for flight in arrived])].sum())
-            self.tuning.heard(rows, time.perf_counter() - began)
+            self.tuning.record(rows, time.perf_counter() - began)
 
 
 def check_chunk(chunk: int | None) -> None:

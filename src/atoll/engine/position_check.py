@@ -24,7 +24,7 @@ VECTOR = 64
 _TRIED = 7 * 146  # numbers to try; a piece of 7 numbers has no full vector
 
 
-class Elementwise(TorchDispatchMode):
+class PositionCheck(TorchDispatchMode):
     """Test every elementwise operation of a pass at other positions. `restless` collects the names of failing ones.
 
     An operation with a multiple of `VECTOR` results for each row is not tested, since no row starts inside a vector.

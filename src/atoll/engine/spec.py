@@ -140,10 +140,10 @@ class Torchrun(grammar.Value, EngineSpec):
 
     def build(self, options: RunOptions) -> Engine:
         """The engine of this rank, after it has joined the other ranks."""
-        from atoll.engine.ranks.process_group import Ranks
+        from atoll.engine.ranks.process_group import ProcessGroup
         from atoll.engine.ranks.torchrun import TorchrunEngine
 
-        ranks = Ranks.join(self.workers, self.backend, self.device(options.device))
+        ranks = ProcessGroup.join(self.workers, self.backend, self.device(options.device))
         return TorchrunEngine(chunk=options.chunk, fleet=options.fleet, ranks=ranks)
 
 

@@ -16,9 +16,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from atoll.base.errors import UsageError
-from atoll.engine.chunk_limit import lanes_of
+from atoll.engine.chunk_limit import chunk_size
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.simulation.arrivals import Flown, fly, message, nbytes
+from atoll.engine.simulation.arrivals import Arrivals, message_bytes, nbytes, simulate_round
 from atoll.engine.simulation.fleet import rate
 from atoll.plan.aggregate.exact import places
 from atoll.plan.codec import Cast, Codec, Eden, ErrorFeedback, Identity, Quantize, TopK
@@ -275,7 +275,7 @@ def predict(training: Rounds) -> Forecast:
     engine, state, rounds = here(training), training.state, training.settings.rounds
     plan, layout = training.plan, training.task.layout
     flights = flown(plan, state, engine, rounds)
-    lanes = lanes_of(plan, training.task, training.data, int(training.data.sizes.max()), engine.chunk)
+    lanes = chunk_size(plan, training.task, training.data, int(training.data.sizes.max()), engine.chunk)
     links = {}
     if training.fleet is None:
         each = (_mean(flights.up) + _mean(flights.down),)
@@ -285,7 +285,7 @@ def predict(training: Rounds) -> Forecast:
         engine.population.clients,
         layout.d,
         flights,
-        message(plan, layout),
+        message_bytes(plan, layout),
         plan.codec.compressor is None and isinstance(plan.local, (Gradient, Train)),
         _memory(plan, state, engine, flights, lanes, rounds),
         lanes,
@@ -304,16 +304,16 @@ def flown(plan: Plan, state: State, engine: InProcessEngine, rounds: int, most: 
         rounds: so many, or fewer where that is more than `most` flights.
         most: flights.
     """
-    up = message(plan, engine.layout)
+    up = message_bytes(plan, engine.layout)
     delta = 0 if plan.downlink == Identity() else plan.downlink.nbytes(engine.layout)
     plain = dataclasses.replace(plan, downlink=Identity())  # no delta is encoded here: its length is enough
-    rows: list[Flown] = []
+    rows: list[Arrivals] = []
     heard: set[int] = set()
     while len(rows) < rounds and (len(rows) < 3 or sum(r.started for r in rows) < most):
         if delta:
             state = dataclasses.replace(state, sent=_next(state, delta))
         opened = open_round(plain, state, engine)
-        row = fly(plan, state, opened.population, opened.cohort, engine.fleet, up)
+        row = simulate_round(plan, state, opened.population, opened.cohort, engine.fleet, up)
         heard.update(f.client for f in row.arrived)
         state = dataclasses.replace(state, round=state.round + 1, air=row.air)
         rows.append(row)
@@ -334,7 +334,7 @@ def _next(state: State, delta: int) -> DownlinkState:
     return DownlinkState(state.model.theta, ()) if state.sent is None else state.sent.append(state.sent.theta, delta)
 
 
-def _parts(rows: list[Flown]) -> Parts:
+def _parts(rows: list[Arrivals]) -> Parts:
     """The mean round's seconds, by what a place of the cohort was used for."""
     last = rows[-1].air
     clock = last.clock.copy()

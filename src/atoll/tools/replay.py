@@ -24,7 +24,7 @@ from atoll import runs
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.names import without_prefix
 from atoll.base.random import Key
-from atoll.engine.simulation.arrivals import Flown, fly, message
+from atoll.engine.simulation.arrivals import Arrivals, message_bytes, simulate_round
 from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
@@ -214,15 +214,15 @@ def _refuse_entropy(plan: Plan, run: str) -> None:
             )
 
 
-def _open(training: Rounds) -> tuple[Opened, Flown]:
+def _open(training: Rounds) -> tuple[Opened, Arrivals]:
     """The open round, and the flights of it."""
     engine = here(training)
     opened = open_round(training.plan, training.state, engine)
-    up = 0 if engine.fleet is None else message(opened.plan, training.task.layout)
-    return opened, fly(opened.plan, opened.state, opened.population, opened.cohort, engine.fleet, up)
+    up = 0 if engine.fleet is None else message_bytes(opened.plan, training.task.layout)
+    return opened, simulate_round(opened.plan, opened.state, opened.population, opened.cohort, engine.fleet, up)
 
 
-def _flights(opened: Opened, flown: Flown, training: Rounds, client: int) -> list[tuple[Flight, str]]:
+def _flights(opened: Opened, flown: Arrivals, training: Rounds, client: int) -> list[tuple[Flight, str]]:
     """The flights of a client that ended in the round, in the order of their starts, and how each was lost if it was.
 
     Whoever was no longer awaited has started in this round: under a pace that flies on, everybody is awaited.

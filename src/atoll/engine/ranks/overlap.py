@@ -23,8 +23,8 @@ from atoll.compute.task import Task
 from atoll.compute.tensor_notes import attach
 from atoll.data.clients import Clients
 from atoll.engine.chunks import Results, by_version, contribute_chunk
-from atoll.engine.ranks.process_group import Ranks, together
-from atoll.engine.simulation.arrivals import message
+from atoll.engine.ranks.process_group import ProcessGroup, together
+from atoll.engine.simulation.arrivals import message_bytes
 from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight
@@ -66,7 +66,7 @@ class Overlap:
     """
 
     task: Task
-    ranks: Ranks
+    ranks: ProcessGroup
     _missing: set[int] = field(default_factory=set)  # parameters whose gradient is not there yet
     _sent: list[Any] = field(default_factory=list)
     _all: int = 1  # what its weight is divided by
@@ -176,7 +176,7 @@ class Overlap:
         facts = {
             "loss": (loss / rows.clamp(min=1)).to(down.device),
             "rows": held,
-            "bytes_up": torch.full_like(down, message(plan, self.task.layout)),
+            "bytes_up": torch.full_like(down, message_bytes(plan, self.task.layout)),
             "bytes_down": down,
         }
         return Results({version: partial}, [], [], [ids.client], [facts], [], [])

@@ -56,7 +56,7 @@ def restarts(environ: Mapping[str, str] = os.environ) -> int:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """A group of processes that compute one training.
 
     Args:
@@ -70,7 +70,9 @@ class Ranks:
     device: torch.device
 
     @classmethod
-    def join(cls, workers: int | None = None, backend: str = "auto", device: torch.device | None = None) -> Ranks:
+    def join(
+        cls, workers: int | None = None, backend: str = "auto", device: torch.device | None = None
+    ) -> ProcessGroup:
         """Join the ranks that `torchrun` started, or use the group that the program has joined already.
 
         Args:
@@ -108,7 +110,7 @@ class Ranks:
         """Whether this is rank 0, which writes the run and prints."""
         return self.rank == 0
 
-    def told(self, data: bytes) -> bytes:
+    def broadcast(self, data: bytes) -> bytes:
         """Broadcast the bytes of rank 0 and return them. The argument of other ranks is ignored."""
         from torch import distributed
 
@@ -119,7 +121,7 @@ class Ranks:
             distributed.broadcast(sent, 0)
         return sent.cpu().numpy().tobytes()
 
-    def all(self, data: bytes, most: int = _GATHERED) -> list[bytes]:
+    def all_gather(self, data: bytes, most: int = _GATHERED) -> list[bytes]:
         """Gather the bytes of every rank, in order of ranks. One collective suffices if none is longer than `most`."""
         length = torch.tensor([len(data)]).view(torch.uint8)
         heads = self._gather(torch.cat((length, _bytes(data[:most], most))))
@@ -159,7 +161,7 @@ class Ranks:
 
     def all_gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """The tensors of every rank, in the order of ranks, on the host. Names and shapes may differ."""
-        return [load(data) for data in self.all(save({n: t.cpu().contiguous() for n, t in tensors.items()}))]
+        return [load(data) for data in self.all_gather(save({n: t.cpu().contiguous() for n, t in tensors.items()}))]
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sum over all ranks of each tensor, in place if possible; the same bits at every rank."""

@@ -28,8 +28,8 @@ from atoll.engine.chunks import Results, gathered, kept_from_tensors, kept_to_te
 from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.protocols import Engine
 from atoll.engine.ranks.overlap import Overlap, data_parallel
-from atoll.engine.ranks.process_group import Ranks, job, restarts
-from atoll.engine.simulation.arrivals import fly, message
+from atoll.engine.ranks.process_group import ProcessGroup, job, restarts
+from atoll.engine.simulation.arrivals import message_bytes, simulate_round
 from atoll.engine.simulation.fleet import Fleet
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Cohort, Partial, Population, Tensors
@@ -57,9 +57,9 @@ class TorchrunEngine(Engine):
         data: Clients | None = None,
         chunk: int | None = None,
         fleet: Fleet | None = None,
-        ranks: Ranks | None = None,
+        ranks: ProcessGroup | None = None,
     ) -> None:
-        self.ranks = Ranks.join() if ranks is None else ranks
+        self.ranks = ProcessGroup.join() if ranks is None else ranks
         self.chunk, self.fleet = chunk, fleet
         self._local = InProcessEngine(None, None, chunk, fleet, self._assign, self._reduce)
         self.room = self._local.room
@@ -101,11 +101,11 @@ class TorchrunEngine(Engine):
 
     def agree(self, value: bytes) -> bytes:
         """The value of rank 0."""
-        return self.ranks.told(value)
+        return self.ranks.broadcast(value)
 
     def exchange(self, value: bytes) -> list[bytes]:
         """The values of all ranks, by rank."""
-        return self.ranks.all(value)
+        return self.ranks.all_gather(value)
 
     def describe(self) -> Mapping[str, Any]:
         """The kind of GPU, the job of `torchrun` and the number of ranks."""
@@ -131,8 +131,8 @@ class TorchrunEngine(Engine):
         task, data = self.task, self.data
         if task.numerics != "loop" or not data_parallel(plan):
             return None
-        up = 0 if self.fleet is None else message(plan, task.layout)
-        flown = fly(plan, state, self.population, cohort, self.fleet, up)
+        up = 0 if self.fleet is None else message_bytes(plan, task.layout)
+        flown = simulate_round(plan, state, self.population, cohort, self.fleet, up)
         arrived = flown.arrived
         if not self._overlap.serves(data, arrived):
             return None
@@ -146,13 +146,13 @@ class TorchrunEngine(Engine):
         return Overlap(self.task, self.ranks)
 
     def _assign(self, clients: Tensor) -> Tensor:
-        return dealt(clients, self.data, self.ranks)
+        return assign(clients, self.data, self.ranks)
 
     def _reduce(self, rule: Aggregator, results: Results, first: Tensors, trouble: Exception | None) -> Results:
-        return merged(self.ranks, rule, results, first, trouble, self.task.device)
+        return all_reduce_results(self.ranks, rule, results, first, trouble, self.task.device)
 
 
-def dealt(clients: Tensor, data: Clients, ranks: Ranks) -> Tensor:
+def assign(clients: Tensor, data: Clients, ranks: ProcessGroup) -> Tensor:
     """The places of this rank's clients: dealt by size, forth and back, so that all ranks hold nearly as many rows.
 
     Example:
@@ -197,8 +197,8 @@ def refuse_partial(plan: Plan) -> None:
         )
 
 
-def merged(
-    ranks: Ranks,
+def all_reduce_results(
+    ranks: ProcessGroup,
     rule: Aggregator,
     results: Results,
     first: Tensors,
@@ -229,7 +229,9 @@ def merged(
     arrived = torch.cat(results.arrived) if results.arrived else torch.empty(0, dtype=torch.int64)
     kept = {f"keep/{n}": t.contiguous() for n, t in kept_to_tensors(results.kept).items()}
     words = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
-    heard = [load(data) for data in ranks.all(save({"told": words, "arrived": arrived, "kept": ids, **facts, **kept}))]
+    heard = [
+        load(data) for data in ranks.all_gather(save({"told": words, "arrived": arrived, "kept": ids, **facts, **kept}))
+    ]
     said = [json.loads(h["told"].numpy().tobytes()) for h in heard]
     _raise([s["trouble"] for s in said])
     came = [h for h in heard if len(h["arrived"])]
@@ -245,7 +247,7 @@ def merged(
 
 
 def _reduced(
-    ranks: Ranks, rule: Aggregator, mine: Mapping[int, Any], versions: set[int], device: torch.device
+    ranks: ProcessGroup, rule: Aggregator, mine: Mapping[int, Any], versions: set[int], device: torch.device
 ) -> dict[int, Any]:
     """The aggregate of all ranks, for each model version. Every rank calls `reduce` for every version."""
     out = {}
@@ -266,7 +268,7 @@ def _memory(results: Results) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _everybody(
-    ranks: Ranks,
+    ranks: ProcessGroup,
     mine: Mapping[str, Tensor],
     heard: list[dict[str, Tensor]],
     shapes: list[dict[str, list[int]]],

@@ -25,7 +25,7 @@ _PLAIN = Sync()
 _STEPS = Fleet()  # without a fleet everybody takes as long as everybody else: arrivals come in the order of starts
 
 
-class Flown(NamedTuple):
+class Arrivals(NamedTuple):
     """What came of the flights of a round.
 
     Args:
@@ -47,7 +47,7 @@ class Flown(NamedTuple):
     trips: tuple[FlightTimes, ...]
 
 
-class Sending:
+class DownlinkBytes:
     """The bytes of what a client is sent when it starts: what it does not know yet of the model, and all the rest."""
 
     def __init__(self, state: State, clients: int) -> None:
@@ -79,7 +79,7 @@ class Sending:
         return (theta + self._rest + torch.where(first, self._fixed, 0)).tolist()
 
 
-def message(plan: Plan, layout: Layout) -> int:
+def message_bytes(plan: Plan, layout: Layout) -> int:
     """The bytes of a client's message that can be known before it is computed: for a codec that does not entropy-code,
     and a local part that adds a loss and no sums of its own, all of them."""
     counters = sum(8 * e.size for e in layout.counters)
@@ -106,7 +106,7 @@ def check_clock(
             'fleet = "Fleet(HalfNormal())"',
         )
     down = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters, **model.fixed})
-    quickest = clock.fastest(down, message(plan, layout))
+    quickest = clock.fastest(down, message_bytes(plan, layout))
     if quickest > deadline and not plan.pace.partial:
         raise UsageError(
             f"{plan.pace!r} with {fleet!r}.",
@@ -116,7 +116,9 @@ def check_clock(
         )
 
 
-def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet: Fleet | None, up: int) -> Flown:
+def simulate_round(
+    plan: Plan, state: State, population: Population, cohort: Cohort, fleet: Fleet | None, up: int
+) -> Arrivals:
     """Start who is missing and wait, on the virtual clock, until the pace closes the round.
 
     Args:
@@ -129,7 +131,7 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
     Raises:
         RunError: nobody is in the air, and nobody will ever be there to start.
     """
-    sending = Sending(state, population.clients)
+    sending = DownlinkBytes(state, population.clients)
     if fleet is None and plan.pace == _PLAIN:
         return _at_once(state, cohort, sending)
     clock = clock_of(state, population, fleet or _STEPS)
@@ -178,7 +180,7 @@ def fly(plan: Plan, state: State, population: Population, cohort: Cohort, fleet:
     trips = (
         () if fleet is None else tuple(FlightTimes(*t[:2], births[t.number], *t[2:-1], _FATES[t.fate]) for t in ended)
     )
-    return Flown(
+    return Arrivals(
         traffic.arrivals,
         traffic.failed,
         len(late),
@@ -213,7 +215,7 @@ def _wait(clock: Clock) -> None:
     clock.next(until=change)
 
 
-def _at_once(state: State, cohort: Cohort, sending: Sending) -> Flown:
+def _at_once(state: State, cohort: Cohort, sending: DownlinkBytes) -> Arrivals:
     """Everybody starts and arrives: what `Sync()` comes to where nobody asks for the time."""
     first, n = state.air.started, len(cohort.ids)
     clients = cohort.ids.tolist()
@@ -221,7 +223,7 @@ def _at_once(state: State, cohort: Cohort, sending: Sending) -> Flown:
     who = enumerate(zip(clients, sizes, strict=True))
     arrived = [Flight(client, state.round, 0, first + i, down) for i, (client, down) in who]
     air = InFlight(target=n, started=first + n, known=sending.known)
-    return Flown(arrived, [], 0, n, sum(sizes), air, None, ())
+    return Arrivals(arrived, [], 0, n, sum(sizes), air, None, ())
 
 
 def clock_of(state: State, population: Population, fleet: Fleet) -> Clock:

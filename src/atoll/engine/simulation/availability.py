@@ -28,7 +28,7 @@ class Calendar(Protocol):
     def next_change(self, now: float) -> float: ...
 
 
-def turn(now: float, length: float) -> int:
+def window_index(now: float, length: float) -> int:
     """The index i of the window that contains `now`: i·length ≤ now < (i+1)·length, with products in float64.
 
     Args:
@@ -62,7 +62,7 @@ class Always:
         return math.inf
 
 
-class Coins:
+class BernoulliWindows:
     """One Bernoulli draw for each client and window: the client is available for the whole window or not at all."""
 
     def __init__(self, chance: float, window: float, key: Key, clients: int) -> None:
@@ -74,7 +74,7 @@ class Coins:
         return ((words >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53 < self._chance
 
     def available(self, client: int, now: float) -> bool:
-        window, block = turn(now, self._window), client >> _BLOCK
+        window, block = window_index(now, self._window), client >> _BLOCK
         tossed = self._tossed.get((window, block))
         if tossed is None:
             if len(self._tossed) >= _KEPT:
@@ -85,10 +85,10 @@ class Coins:
         return bool(tossed[client - (block << _BLOCK)])
 
     def present(self, now: float) -> Tensor:
-        return self._toss(turn(now, self._window), 0, self._clients)
+        return self._toss(window_index(now, self._window), 0, self._clients)
 
     def next_change(self, now: float) -> float:
-        return (turn(now, self._window) + 1) * self._window
+        return (window_index(now, self._window) + 1) * self._window
 
 
 class Repeating:
@@ -102,7 +102,7 @@ class Repeating:
 
     def available(self, client: int, now: float) -> bool:
         # Compare base + edge, the value that next_change returns, so that both methods agree to the bit.
-        base = turn(now, self._period) * self._period
+        base = window_index(now, self._period) * self._period
         spans = self.windows[client]
         at = bisect_right(self._starts[client], now - base)
         return any(base + start <= now < base + end for start, end in spans[max(at - 1, 0) : at + 1])
@@ -111,7 +111,7 @@ class Repeating:
         return torch.tensor([self.available(client, now) for client in range(len(self.windows))])
 
     def next_change(self, now: float) -> float:
-        i = turn(now, self._period)
+        i = window_index(now, self._period)
         base = i * self._period
         for at in range(bisect_right(self._edges, now - base), len(self._edges) - 1):
             if base + self._edges[at] > now:

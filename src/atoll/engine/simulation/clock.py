@@ -41,7 +41,7 @@ class Event(NamedTuple):
     client: int
 
 
-class Trip(NamedTuple):
+class SimulatedTimes(NamedTuple):
     """The times of one ended flight, in seconds. `fate` is "arrive", "drop" or "cancel"."""
 
     number: int
@@ -160,7 +160,7 @@ class Clock:
         self._draws = draws
         self._flights: dict[int, _Flight] = {}
         self._heap: list[_Flight] = []
-        self._trips: list[Trip] = []
+        self._trips: list[SimulatedTimes] = []
         self._pools: tuple[_Pool, ...] = ()
         if draws.server is not None:
             self._pools = (_Pool(draws.server), _Pool(draws.server))
@@ -291,7 +291,7 @@ class Clock:
     def _end(self, flight: _Flight, end: float, fate: str) -> None:
         _, number, _, client, start, loaded, computed, _, _, _ = flight
         del self._flights[number]
-        self._trips.append(_new(Trip, (number, client, start, loaded, computed, end, fate)))
+        self._trips.append(_new(SimulatedTimes, (number, client, start, loaded, computed, end, fate)))
 
     def cancel(self, number: int) -> None:
         """End a flight now. Its transfer leaves the server's link at once.
@@ -372,7 +372,7 @@ class Clock:
         links = down / draws.down.extreme(1).clamp(max=server) + up / draws.up.extreme(1).clamp(max=server)
         return float((links + draws.compute.extreme(0) * work + 2 * draws.latency.extreme(0)).min())
 
-    def trips(self) -> list[Trip]:
+    def trips(self) -> list[SimulatedTimes]:
         """Flights that ended since the last call, in order of their ends."""
         ended, self._trips = self._trips, []
         return ended
@@ -437,7 +437,7 @@ class Clock:
             )
         ended = zip(tensors["trips"].tolist(), tensors["trip_times"].tolist(), strict=True)
         clock._trips = [
-            Trip(number, client, start, loaded, computed, end, _FATES[fate])
+            SimulatedTimes(number, client, start, loaded, computed, end, _FATES[fate])
             for (number, client, fate), (start, loaded, computed, end) in ended
         ]
         return clock

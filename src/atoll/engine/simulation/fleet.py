@@ -429,7 +429,7 @@ class Chance(Value):
     def calendar(self, key: Key, clients: int) -> availability.Calendar:
         if self.chance == 1:
             return availability.Always(clients)
-        return availability.Coins(self.chance, self.window, key, clients)
+        return availability.BernoulliWindows(self.chance, self.window, key, clients)
 
 
 @dataclass(frozen=True, repr=False)

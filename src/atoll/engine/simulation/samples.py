@@ -74,7 +74,7 @@ class Table:
         return values if self._share is None else values * torch.tensor(self._share, dtype=torch.float64)
 
 
-class Lost(NamedTuple):
+class DropoutTime(NamedTuple):
     """The fraction of its compute time at which a flight is lost: uniform in [0, 1) with probability `chance`, else 2.
 
     A value of 2 means that the flight is not lost.
@@ -121,7 +121,7 @@ class Draws:
         self.clients = len(sizes)
         self.compute, self.latency = table("compute", fleet.compute), table("latency", fleet.latency)
         self.up, self.down = link("uplink", fleet.uplink), link("downlink", fleet.downlink)
-        self.lost = table("dropout", Lost(fleet.dropout)) if fleet.dropout else table("dropout", 2.0)
+        self.lost = table("dropout", DropoutTime(fleet.dropout)) if fleet.dropout else table("dropout", 2.0)
         self.server = None if fleet.server is None else rate(fleet.server)
         presence = fleet.availability if isinstance(fleet.availability, Presence) else Chance(fleet.availability)
         self.calendar = presence.calendar(key.fold("availability"), len(sizes))

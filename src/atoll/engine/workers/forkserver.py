@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from atoll.base.errors import UsageError
-from atoll.engine.workers.shared_memory import removed
+from atoll.engine.workers.shared_memory import remove_folders
 
 _ORDER = struct.Struct("<cq")  # b"f" fork, with a connection; b"k" kill, with a process id; b"w" preload
 _START = "from atoll.engine.workers.forkserver import main; main({fd}, {folders!r})"
@@ -32,7 +32,7 @@ _GRACE_S = 1.0  # seconds to end before SIGKILL
 _SHARED = "/dev/shm"  # a file system in memory; not every system has it
 
 
-class Nursery:
+class ForkServer:
     """The program's handle of the fork server. The server process starts at first use.
 
     Several engines may share one. Its folders contain the memory that engines share with their workers. `close` removes
@@ -42,7 +42,7 @@ class Nursery:
     def __init__(self) -> None:
         shared = _SHARED if os.path.isdir(_SHARED) else None
         self.folders = tuple(tempfile.mkdtemp(prefix="atoll-", dir=folder) for folder in dict.fromkeys((shared, None)))
-        self._lives: list[_Life] = []
+        self._lives: list[_Server] = []
         self._end = weakref.finalize(self, _ended, self._lives, self.folders)
 
     @property
@@ -75,7 +75,7 @@ class Nursery:
                 env={**os.environ, "PYTHONPATH": path},
                 process_group=0,
             )
-        self._lives.append(_Life(process, ours))
+        self._lives.append(_Server(process, ours))
 
     def worker(self) -> Connection:
         """Start a worker and return its connection. If the fork fails, reading from the connection raises EOFError."""
@@ -102,12 +102,12 @@ class Nursery:
         self._end()
 
 
-class _Life(NamedTuple):
+class _Server(NamedTuple):
     process: subprocess.Popen[bytes]
     control: socket.socket
 
 
-def _ended(lives: list[_Life], folders: tuple[str, ...]) -> None:
+def _ended(lives: list[_Server], folders: tuple[str, ...]) -> None:
     for _, control in lives:
         control.close()  # the server then kills its workers and exits
     for process, _ in lives:
@@ -116,7 +116,7 @@ def _ended(lives: list[_Life], folders: tuple[str, ...]) -> None:
         if process.poll() is None:  # it still imports modules, or it was stopped by a signal
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    removed(folders)
+    remove_folders(folders)
 
 
 def main(fd: int, folders: tuple[str, ...]) -> None:
@@ -137,7 +137,7 @@ def main(fd: int, folders: tuple[str, ...]) -> None:
             if what == b"k" and pid in children:
                 os.kill(pid, signal.SIGKILL)
             elif what == b"w":
-                worker.warm()
+                worker.preload()
             elif what == b"f":
                 child = os.fork()
                 if not child:
@@ -150,7 +150,7 @@ def main(fd: int, folders: tuple[str, ...]) -> None:
         for child in children - _gone(children):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        removed(folders)
+        remove_folders(folders)
 
 
 def _live(run: Callable[..., None], fd: int, folders: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ from atoll.base.names import load
 from atoll.compute.batches import HOST
 from atoll.compute.model_state import Model
 from atoll.engine.chunks import Results, kept_from_tensors, kept_to_tensors
-from atoll.engine.workers.serialize import name_of
+from atoll.engine.workers.serialize import import_name
 from atoll.engine.workers.shared_memory import Place
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast
@@ -37,7 +37,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     device: str = "cpu"
 
 
-class Told(msgspec.Struct, frozen=True, tag=True):
+class BroadcastMessage(msgspec.Struct, frozen=True, tag=True):
     """What the clients of a birth may know: the plan's text, the key, the model and what parts share, in a block."""
 
     number: int
@@ -51,7 +51,7 @@ class Told(msgspec.Struct, frozen=True, tag=True):
     forget: list[int]
 
 
-class Run(msgspec.Struct, frozen=True, tag=True):
+class RunMessage(msgspec.Struct, frozen=True, tag=True):
     """Compute these clients; with `deliver` hand over all that was computed for the group."""
 
     group: int
@@ -74,7 +74,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     """A run is computed, and kept for the haul."""
 
 
-class Hauled(msgspec.Struct, frozen=True, tag=True):
+class ResultsMessage(msgspec.Struct, frozen=True, tag=True):
     """A haul, in a block; and how many clients fit side by side, where more did not."""
 
     block: str
@@ -84,17 +84,17 @@ class Hauled(msgspec.Struct, frozen=True, tag=True):
     most: int | None = None
 
 
-class Broke(msgspec.Struct, frozen=True, tag=True):
+class ErrorMessage(msgspec.Struct, frozen=True, tag=True):
     """The worker cannot go on: an error of atoll's, in its four parts, or any other as text."""
 
     kind: str
     parts: list[str]
 
 
-Order = Setup | Told | Run
+Order = Setup | BroadcastMessage | RunMessage
 
 
-Answer = Ready | Done | Hauled | Broke
+Answer = Ready | Done | ResultsMessage | ErrorMessage
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -106,7 +106,7 @@ orders = msgspec.msgpack.Decoder(Order)
 answers = msgspec.msgpack.Decoder(Answer)
 
 
-def flat(haul: Results) -> dict[str, Tensor]:
+def results_to_tensors(haul: Results) -> dict[str, Tensor]:
     """A haul as named plain tensors, but for its failures and errors."""
     out = {f"partial/{b}/{n}": t for b, partial in haul.partials.items() for n, t in partial.tensors().items()}
     for i, (ids, facts) in enumerate(zip(haul.arrived, haul.facts, strict=True)):
@@ -117,7 +117,9 @@ def flat(haul: Results) -> dict[str, Tensor]:
     return {name: t.to(HOST) for name, t in out.items()}
 
 
-def haul_of(tensors: Mapping[str, Tensor], failures: list[Failure], errors: list[str], rule: Aggregator) -> Results:
+def results_from_tensors(
+    tensors: Mapping[str, Tensor], failures: list[Failure], errors: list[str], rule: Aggregator
+) -> Results:
     """The haul that `flat` was called on; copies."""
     tables: dict[str, dict[int, Any]] = {
         "partial": {}, "arrived": {}, "facts": {}, "kept": {}, "memory": {}, "keep": {},
@@ -140,7 +142,7 @@ def haul_of(tensors: Mapping[str, Tensor], failures: list[Failure], errors: list
     )
 
 
-def spoken(told: Broadcast) -> dict[str, Tensor]:
+def pack_broadcast(told: Broadcast) -> dict[str, Tensor]:
     """A broadcast as named plain tensors."""
     model = told.model
     out = {"theta": model.theta, "buffers": model.buffers}
@@ -148,7 +150,7 @@ def spoken(told: Broadcast) -> dict[str, Tensor]:
     return out | {f"shared/{part}/{n}": t for part, tensors in told.shared.items() for n, t in tensors.items()}
 
 
-def heard(round: int, tensors: Mapping[str, Tensor]) -> Broadcast:
+def unpack_broadcast(round: int, tensors: Mapping[str, Tensor]) -> Broadcast:
     """The broadcast that `spoken` was called on; views."""
     groups: dict[str, dict[str, Tensor]] = {"counter": {}, "fixed": {}}
     shared: dict[str, dict[str, Tensor]] = {"local": {}, "codec": {}}
@@ -162,7 +164,7 @@ def heard(round: int, tensors: Mapping[str, Tensor]) -> Broadcast:
     return Broadcast(round, Model(tensors["theta"], tensors["buffers"], groups["counter"], groups["fixed"]), shared)
 
 
-def written(plan: Plan) -> tuple[str, dict[str, str]]:
+def plan_to_text(plan: Plan) -> tuple[str, dict[str, str]]:
     """A plan as the text that prints it, and where the parts are that are not atoll's own.
 
     Raises:
@@ -171,9 +173,9 @@ def written(plan: Plan) -> tuple[str, dict[str, str]]:
     text, own = repr(plan), {}
     for part in _parts(plan):
         if isinstance(part, type) or (callable(part) and hasattr(part, "__qualname__")):
-            name_of(part, f"The plan {text}")
+            import_name(part, f"The plan {text}")
         elif PARTS.get(type(part).__name__) is not type(part):
-            own[type(part).__name__] = name_of(type(part), f"The plan {text}")
+            own[type(part).__name__] = import_name(type(part), f"The plan {text}")
     return text, own
 
 

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from atoll.base.errors import RunError, UsageError
 from atoll.engine.chunks import Results
-from atoll.engine.workers.messages import Answer, Broke, Done, Hauled, Ready, Run, Told, haul_of
+from atoll.engine.workers.messages import (
+    Answer,
+    BroadcastMessage,
+    Done,
+    ErrorMessage,
+    Ready,
+    ResultsMessage,
+    RunMessage,
+    results_from_tensors,
+)
 from atoll.engine.workers.shared_memory import Place
 from atoll.plan.protocols import Aggregator
 from atoll.plan.round import Failure
@@ -46,7 +55,7 @@ class Job:
     """
 
     group: int
-    told: Told
+    told: BroadcastMessage
     clients: list[int]
     repeats: list[int]
     down: list[int]
@@ -58,7 +67,7 @@ class Job:
     unwanted_since: float = 0.0
 
 
-class Catch(NamedTuple):
+class PoolResult(NamedTuple):
     """Results of one worker, and the jobs that they contain.
 
     `most` is the largest chunk that fits into memory, if a larger one did not; else None.
@@ -69,17 +78,17 @@ class Catch(NamedTuple):
     most: int | None = None
 
 
-class Gone(Exception):
+class WorkerDied(Exception):
     """A worker has ended. The text is the known reason, possibly empty."""
 
 
-class Line(Protocol):
+class Connection(Protocol):
     """A connection to one worker. After `Ready`, the worker answers requests in order."""
 
-    def give(self, told: Told | None, run: Run, rows: Mapping[str, Tensor] | None) -> None:
+    def send(self, told: BroadcastMessage | None, run: RunMessage, rows: Mapping[str, Tensor] | None) -> None:
         """Send a request, with client state, and with the broadcast if the worker does not have it yet."""
 
-    def hear(self) -> tuple[Answer, Mapping[str, Tensor]]:
+    def receive(self) -> tuple[Answer, Mapping[str, Tensor]]:
         """Receive the next answer and the tensors of its results; they are valid until the next request.
 
         Raises:
@@ -90,19 +99,19 @@ class Line(Protocol):
         """End the worker at once, also during a job."""
 
 
-class Office(Protocol):
+class Transport(Protocol):
     """Starts workers, and publishes tensors that all workers read."""
 
-    def hire(self) -> Line:
+    def start_worker(self) -> Connection:
         """Start a worker and return the connection to it. The worker is not ready yet."""
 
-    def wait(self, lines: Sequence[Line], timeout: float | None) -> Sequence[Line]:
+    def wait(self, lines: Sequence[Connection], timeout: float | None) -> Sequence[Connection]:
         """Wait for answers and return the connections that have one; () after `timeout` seconds, None waits forever."""
 
     def publish(self, number: int, tensors: Mapping[str, Tensor]) -> tuple[str, list[Place]]:
         """Copy tensors to memory that every worker can read. Return the name of that memory and their places in it."""
 
-    def withdraw(self, number: int) -> None:
+    def unpublish(self, number: int) -> None:
         """Free the memory of the tensors that were published under this number."""
 
     def close(self) -> None:
@@ -110,10 +119,10 @@ class Office(Protocol):
 
 
 @dataclass(eq=False)
-class _Hand:
+class _WorkerState:
     """The pool's record of one worker."""
 
-    line: Line
+    line: Connection
     pid: int | None = None
     sent: deque[Job] = field(default_factory=deque)  # jobs without an answer
     done: list[Job] = field(default_factory=list)  # computed jobs of which the results are not returned yet
@@ -121,7 +130,7 @@ class _Hand:
     forget: list[int] = field(default_factory=list)  # numbers of the broadcasts that the worker shall free
 
 
-class Crew:
+class WorkerPool:
     """Workers, the queue of jobs, and the results that have arrived.
 
     Args:
@@ -130,13 +139,13 @@ class Crew:
         stillborn: after this number of consecutive failed starts, the run ends with an error.
     """
 
-    def __init__(self, office: Office, workers: int, stillborn: int = 3) -> None:
+    def __init__(self, office: Transport, workers: int, stillborn: int = 3) -> None:
         self._office, self._most_stillborn = office, stillborn
         self.queue: deque[Job] = deque()
         self.deaths = 0
-        self._caught: deque[Catch] = deque()
+        self._caught: deque[PoolResult] = deque()
         self._stillborn = 0
-        self._hands = [_Hand(office.hire()) for _ in range(workers)]
+        self._hands = [_WorkerState(office.start_worker()) for _ in range(workers)]
 
     @property
     def pids(self) -> list[int]:
@@ -192,7 +201,7 @@ class Crew:
             if first and not first.wanted and time.monotonic() - first.unwanted_since > seconds:
                 self._replace(hand)
 
-    def next(self, rule: Aggregator, ahead: int, timeout: float | None = None) -> Catch | None:
+    def next(self, rule: Aggregator, ahead: int, timeout: float | None = None) -> PoolResult | None:
         """Assign queued jobs until results arrive, and return the results; None after `timeout` seconds.
 
         Args:
@@ -212,7 +221,7 @@ class Crew:
 
     # the workers
 
-    def _replace(self, hand: _Hand, reason: str = "") -> None:
+    def _replace(self, hand: _WorkerState, reason: str = "") -> None:
         """Start another worker in place of this one. Jobs without returned results go to the front of the queue."""
         hand.line.close()
         self.deaths += 1
@@ -232,7 +241,7 @@ class Crew:
                     reason or "their output above contains the reason.",
                     "--engine inprocess",
                 )
-        self._hands[self._hands.index(hand)] = _Hand(self._office.hire())
+        self._hands[self._hands.index(hand)] = _WorkerState(self._office.start_worker())
 
     def _retried(self, job: Job) -> list[Job]:
         """The jobs that replace one during which a worker died: the job itself, and after three deaths its two halves.
@@ -245,7 +254,7 @@ class Crew:
             cause = f"{_DEADLY} workers died while they trained it"
             failure = Failure(job.clients[0], job.told.birth, "local", cause)
             self._caught.append(
-                Catch([job], Results.empty()._replace(failures=[failure], errors=[RuntimeError(cause)]))
+                PoolResult([job], Results.empty()._replace(failures=[failure], errors=[RuntimeError(cause)]))
             )
             return []
         half = len(job.clients) // 2
@@ -272,24 +281,26 @@ class Crew:
             if mine and not mine[-1].deliver and mine[-1].wanted:
                 self._give(hand, Job(mine[-1].group, mine[-1].told, [], [], [], None, True))
 
-    def _give(self, hand: _Hand, job: Job) -> None:
-        told: Told | None = None
+    def _give(self, hand: _WorkerState, job: Job) -> None:
+        told: BroadcastMessage | None = None
         if job.told.number not in hand.known:
             hand.known.add(job.told.number)
             forget, hand.forget = [n for n in hand.forget if n != job.told.number], []
             told = structs.replace(job.told, forget=forget)
         rows = None if job.rows is None else job.rows()
         hand.sent.append(job)
-        run = Run(job.group, job.told.number, job.clients, job.repeats, job.down, None, job.deliver, list(job.keep))
-        hand.line.give(told, run, rows)
+        run = RunMessage(
+            job.group, job.told.number, job.clients, job.repeats, job.down, None, job.deliver, list(job.keep)
+        )
+        hand.line.send(told, run, rows)
 
     def _listen(self, rule: Aggregator | None, timeout: float | None) -> bool:
         """Process the answers of workers. Return False if none arrived within `timeout` seconds."""
         heard = self._office.wait([hand.line for hand in self._hands], timeout)
         for hand in [hand for hand in self._hands if hand.line in heard]:
             try:
-                answer, tensors = hand.line.hear()
-            except Gone as gone:
+                answer, tensors = hand.line.receive()
+            except WorkerDied as gone:
                 self._replace(hand, str(gone))
                 continue
             match answer:
@@ -297,19 +308,21 @@ class Crew:
                     hand.pid, self._stillborn = pid, 0
                 case Done():
                     hand.done.append(hand.sent.popleft())
-                case Hauled() if rule is not None:
+                case ResultsMessage() if rule is not None:
                     self._take(hand, answer, tensors, rule)
-                case Broke():
+                case ErrorMessage():
                     self._broken(hand, answer)
         return bool(heard)
 
-    def _take(self, hand: _Hand, answer: Hauled, tensors: Mapping[str, Tensor], rule: Aggregator) -> None:
+    def _take(
+        self, hand: _WorkerState, answer: ResultsMessage, tensors: Mapping[str, Tensor], rule: Aggregator
+    ) -> None:
         jobs, hand.done = [*hand.done, hand.sent.popleft()], []
         if any(job.wanted and job.clients for job in jobs):
-            haul = haul_of(tensors, answer.failures, answer.errors, rule)
-            self._caught.append(Catch(jobs, haul, answer.most))
+            haul = results_from_tensors(tensors, answer.failures, answer.errors, rule)
+            self._caught.append(PoolResult(jobs, haul, answer.most))
 
-    def _broken(self, hand: _Hand, answer: Broke) -> None:
+    def _broken(self, hand: _WorkerState, answer: ErrorMessage) -> None:
         """Raise the error of a worker here, and start another worker in its place."""
         hand.sent.clear()
         hand.done.clear()

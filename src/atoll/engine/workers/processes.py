@@ -19,14 +19,23 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.workers.forkserver import Nursery
-from atoll.engine.workers.messages import Answer, Hauled, Ready, Run, Setup, Told, answers, encode
-from atoll.engine.workers.pool import Gone, Line, cores
-from atoll.engine.workers.scheduler import Dealer, packed
-from atoll.engine.workers.shared_memory import Block, Blocks, Place, room
+from atoll.engine.workers.forkserver import ForkServer
+from atoll.engine.workers.messages import (
+    Answer,
+    BroadcastMessage,
+    Ready,
+    ResultsMessage,
+    RunMessage,
+    Setup,
+    answers,
+    encode,
+)
+from atoll.engine.workers.pool import Connection, WorkerDied, cores
+from atoll.engine.workers.scheduler import WorkerEngine, packed
+from atoll.engine.workers.shared_memory import Place, SharedBlock, SharedBlocks, block_bytes
 
 
-class ProcessesEngine(Dealer):
+class ProcessesEngine(WorkerEngine):
     """An engine that runs clients in worker processes on this machine.
 
     If a worker dies, the engine starts another one and repeats the work of which it has no result. Close the engine, or
@@ -63,7 +72,7 @@ class ProcessesEngine(Dealer):
         threads: int | None = None,
         model: str | None = None,
         seed: int = 0,
-        nursery: Nursery | None = None,
+        nursery: ForkServer | None = None,
     ) -> None:
         super().__init__(chunk)
         workers = cores() if workers is None else workers
@@ -76,7 +85,7 @@ class ProcessesEngine(Dealer):
             )
         self.workers, self.threads = workers, threads
         self._made = model, seed
-        self._nursery, self._own = nursery or Nursery(), nursery is None
+        self._nursery, self._own = nursery or ForkServer(), nursery is None
         if task is not None and data is not None:
             self.open(task, data)
 
@@ -111,37 +120,37 @@ class _Pipes:
         own: whether `close` also closes the fork server.
     """
 
-    def __init__(self, nursery: Nursery, own: bool) -> None:
+    def __init__(self, nursery: ForkServer, own: bool) -> None:
         self._nursery, self._own = nursery, own
-        self._blocks = Blocks(nursery.folders, f"engine-{id(self):x}")
-        self._published: dict[int, Block] = {}
-        self._free: list[Block] = []
+        self._blocks = SharedBlocks(nursery.folders, f"engine-{id(self):x}")
+        self._published: dict[int, SharedBlock] = {}
+        self._free: list[SharedBlock] = []
         self._setup: Setup | None = None
 
     def prepare(self, task: Task, data: Clients, model: str | None, seed: int, threads: int) -> None:
         """Serialize the first message to every worker: task and data."""
         setup, tensors = packed(task, data, model, seed, threads, self._blocks.path)
-        block = self._blocks.block(room(tensors))
+        block = self._blocks.block(block_bytes(tensors))
         self._setup = structs.replace(setup, block=block.path, places=block.write(tensors))
 
-    def hire(self) -> _Pipe:
+    def start_worker(self) -> _Pipe:
         pipe = _Pipe(self._nursery, self._blocks)
         if self._setup is not None:
             pipe.send(self._setup)
         return pipe
 
-    def wait(self, lines: Sequence[Line], timeout: float | None) -> Sequence[Line]:
+    def wait(self, lines: Sequence[Connection], timeout: float | None) -> Sequence[Connection]:
         pipes = {line.connection: line for line in lines if isinstance(line, _Pipe)}
         return [pipes[c] for c in wait(list(pipes), timeout) if isinstance(c, Connection)]
 
     def publish(self, number: int, tensors: Mapping[str, Tensor]) -> tuple[str, list[Place]]:
-        fitting = [block for block in self._free if block.size >= room(tensors)]
-        block = fitting[0] if fitting else self._blocks.block(room(tensors))
+        fitting = [block for block in self._free if block.size >= block_bytes(tensors)]
+        block = fitting[0] if fitting else self._blocks.block(block_bytes(tensors))
         self._free = [other for other in self._free if other is not block]
         self._published[number] = block
         return block.path, block.write(tensors)
 
-    def withdraw(self, number: int) -> None:
+    def unpublish(self, number: int) -> None:
         self._free.append(self._published.pop(number))
 
     def close(self) -> None:
@@ -154,35 +163,35 @@ class _Pipes:
 class _Pipe:
     """A connection to a worker process, and the shared memory through which rows of client state reach it."""
 
-    def __init__(self, nursery: Nursery, blocks: Blocks) -> None:
+    def __init__(self, nursery: ForkServer, blocks: SharedBlocks) -> None:
         self.connection = nursery.worker()
         self._nursery, self._blocks = nursery, blocks
-        self._rows: list[Block | None] = [None, None]
+        self._rows: list[SharedBlock | None] = [None, None]
         self._pid: int | None = None
 
-    def send(self, order: Setup | Told | Run) -> None:
+    def send(self, order: Setup | BroadcastMessage | RunMessage) -> None:
         with contextlib.suppress(OSError):  # the worker is dead; the next read of its answers reports this
             self.connection.send_bytes(encode(order))
 
-    def give(self, told: Told | None, run: Run, rows: Mapping[str, Tensor] | None) -> None:
+    def send(self, told: BroadcastMessage | None, run: RunMessage, rows: Mapping[str, Tensor] | None) -> None:
         if told is not None:
             self.send(told)
         if rows is not None:
             # Two blocks in turn: a worker has at most two unfinished requests.
-            block = self._blocks.fitting(self._rows[0], rows)
+            block = self._blocks.reuse_or_grow(self._rows[0], rows)
             self._rows = [self._rows[1], block]
             run = structs.replace(run, rows=(block.path, block.write(rows)))
         self.send(run)
 
-    def hear(self) -> tuple[Answer, Mapping[str, Tensor]]:
+    def receive(self) -> tuple[Answer, Mapping[str, Tensor]]:
         try:
             answer = answers.decode(self.connection.recv_bytes())
         except (EOFError, OSError) as error:
-            raise Gone from error
+            raise WorkerDied from error
         if isinstance(answer, Ready):
             self._pid = answer.pid
-        if isinstance(answer, Hauled):
-            return answer, Block(answer.block).read(answer.places)
+        if isinstance(answer, ResultsMessage):
+            return answer, SharedBlock(answer.block).read(answer.places)
         return answer, {}
 
     def close(self) -> None:

@@ -30,12 +30,23 @@ from torch import Tensor
 from atoll.base.errors import RunError, UsageError
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.workers.messages import Answer, Done, Hauled, Ready, Run, Told, answers, encode, flat, orders
-from atoll.engine.workers.pool import Gone, Line
+from atoll.engine.workers.messages import (
+    Answer,
+    BroadcastMessage,
+    Done,
+    Ready,
+    ResultsMessage,
+    RunMessage,
+    answers,
+    encode,
+    orders,
+    results_to_tensors,
+)
+from atoll.engine.workers.pool import Connection, WorkerDied
 from atoll.engine.workers.resources import check_actor, check_installed
-from atoll.engine.workers.scheduler import Dealer, packed
-from atoll.engine.workers.shared_memory import Arrays, Place, laid, lying
-from atoll.engine.workers.worker import Worker, broken, hauled
+from atoll.engine.workers.scheduler import WorkerEngine, packed
+from atoll.engine.workers.shared_memory import Arrays, Place, from_buffers, to_buffers
+from atoll.engine.workers.worker import Worker, error_message, results_message
 
 OLDEST = (2, 40)  # the oldest version of Ray that the engine supports
 _REACH_S = 3.0  # seconds for a server to answer
@@ -44,7 +55,7 @@ _SETTINGS = 4  # the type of the first frame of an HTTP/2 server
 _TINY = 1e-9  # tolerance for the rounding of fractions of a resource
 
 
-class RayEngine(Dealer):
+class RayEngine(WorkerEngine):
     """An engine that runs clients in actors on a Ray cluster.
 
     If an actor dies, or its node, the engine starts another actor and repeats the work of which it has no result. The
@@ -118,7 +129,7 @@ class RayEngine(Dealer):
         end = _connected(self, ray, self._address)
         try:
             workers = _placed(ray, self._wanted, self.cpus, self.gpus)
-            places, arrays = laid(tensors)
+            places, arrays = to_buffers(tensors)
             office = _Actors(ray, self.cpus, self.gpus, self._patience_s, end)
             device = self._device if self.gpus else "cpu"
             office.prepare(encode(structs.replace(setup, places=places, device=device)), arrays)
@@ -147,10 +158,10 @@ class Actor:
             sys.path.extend(path for path in paths if path not in sys.path and os.path.exists(path))
             told: Any = orders.decode(order)
             with _found_here():
-                self._worker = Worker(told, lying(told.places, arrays))
+                self._worker = Worker(told, from_buffers(told.places, arrays))
             return encode(Ready(os.getpid())), []
         except Exception as error:
-            return encode(broken(error)), []
+            return encode(error_message(error)), []
 
     def run(self, order: bytes, rows: Arrays, news: bytes | None, arrays: Arrays | None) -> tuple[bytes, Arrays]:
         """Take the broadcast of the round if there is one, then compute clients. Return results if the order asks."""
@@ -159,15 +170,15 @@ class Actor:
                 raise RunError("An actor received clients before it received task and data.")
             if news is not None and arrays is not None:
                 told: Any = orders.decode(news)
-                self._worker.tell(told, lying(told.places, arrays))
+                self._worker.tell(told, from_buffers(told.places, arrays))
             run: Any = orders.decode(order)
-            haul = self._worker.run(run, None if run.rows is None else lying(run.rows[1], rows))
+            haul = self._worker.run(run, None if run.rows is None else from_buffers(run.rows[1], rows))
             if haul is None:
                 return encode(Done()), []
-            places, out = laid(flat(haul))
-            return encode(hauled(haul, "", places, self._worker.most)), out
+            places, out = to_buffers(results_to_tensors(haul))
+            return encode(results_message(haul, "", places, self._worker.most)), out
         except Exception as error:
-            return encode(broken(error)), []
+            return encode(error_message(error)), []
 
 
 @contextlib.contextmanager
@@ -210,11 +221,11 @@ class _Actors:
         """Put the first message to every actor: task and data."""
         self._first = order, self.ray.put(arrays), [os.path.abspath(path) for path in sys.path]
 
-    def hire(self) -> _Call:
+    def start_worker(self) -> _Call:
         self._heard = time.monotonic()
         return _Call(self.ray, self._kind.remote(), self._first, self._published)
 
-    def wait(self, lines: Sequence[Line], timeout: float | None) -> Sequence[Line]:
+    def wait(self, lines: Sequence[Connection], timeout: float | None) -> Sequence[Connection]:
         calls = {line.due[0]: line for line in lines if isinstance(line, _Call) and line.due}
         if any(line.ready for line in calls.values()):
             heard, _ = self.ray.wait(list(calls), timeout=timeout)
@@ -234,11 +245,11 @@ class _Actors:
         return [calls[due] for due in heard]
 
     def publish(self, number: int, tensors: Mapping[str, Tensor]) -> tuple[str, list[Place]]:
-        places, arrays = laid(tensors)
+        places, arrays = to_buffers(tensors)
         self._published[number] = self.ray.put(arrays)
         return "", places
 
-    def withdraw(self, number: int) -> None:
+    def unpublish(self, number: int) -> None:
         del self._published[number]
 
     def close(self) -> None:
@@ -255,22 +266,22 @@ class _Call:
         self.ready = False
         self.due: deque[Any] = deque([actor.setup.remote(*first)])
 
-    def give(self, told: Told | None, run: Run, rows: Mapping[str, Tensor] | None) -> None:
+    def send(self, told: BroadcastMessage | None, run: RunMessage, rows: Mapping[str, Tensor] | None) -> None:
         arrays: Arrays = []
         if rows is not None:
-            places, arrays = laid(rows)
+            places, arrays = to_buffers(rows)
             run = structs.replace(run, rows=("", places))
         news = (None, None) if told is None else (encode(told), self._published[told.number])
         self.due.append(self._actor.run.remote(encode(run), arrays, *news))
 
-    def hear(self) -> tuple[Answer, Mapping[str, Tensor]]:
+    def receive(self) -> tuple[Answer, Mapping[str, Tensor]]:
         try:
             told, arrays = self._ray.get(self.due.popleft())
         except self._ray.exceptions.RayError as error:
-            raise Gone(str(error).strip()) from error
+            raise WorkerDied(str(error).strip()) from error
         answer = answers.decode(told)
         self.ready |= isinstance(answer, Ready)
-        return answer, lying(answer.places, arrays) if isinstance(answer, Hauled) else {}
+        return answer, from_buffers(answer.places, arrays) if isinstance(answer, ResultsMessage) else {}
 
     def close(self) -> None:
         self.due.clear()

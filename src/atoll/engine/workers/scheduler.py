@@ -21,15 +21,15 @@ from atoll.base.random import Key
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.chunk_limit import Room
+from atoll.engine.chunk_limit import ChunkLimit
 from atoll.engine.chunks import Results, by_version, chunks, gathered, task_for
-from atoll.engine.client_state import Pending
+from atoll.engine.client_state import Uncommitted
 from atoll.engine.inprocess import check_chunk
 from atoll.engine.protocols import Engine
-from atoll.engine.simulation.arrivals import Flown, Sending, fly
-from atoll.engine.workers.messages import Setup, Told, plan_of, spoken, written
-from atoll.engine.workers.pool import Catch, Crew, Job, Office
-from atoll.engine.workers.serialize import pack
+from atoll.engine.simulation.arrivals import Arrivals, DownlinkBytes, simulate_round
+from atoll.engine.workers.messages import BroadcastMessage, Setup, pack_broadcast, plan_of, plan_to_text
+from atoll.engine.workers.pool import Job, PoolResult, Transport, WorkerPool
+from atoll.engine.workers.serialize import serialize
 from atoll.plan.in_flight import Flight, OpenRound
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
@@ -43,7 +43,7 @@ _DEALS = 4  # chunks a worker and round, at least: the last ones even out who wa
 _PATIENCE_S = 2.0  # about what another worker costs: for so long a straggler's may finish what nobody waits for
 
 
-class _Aloft(NamedTuple):
+class _Pending(NamedTuple):
     """A flight that a worker is at, or will be, and what it started from."""
 
     flight: Flight
@@ -52,7 +52,7 @@ class _Aloft(NamedTuple):
     plan: str
 
 
-class Dealer(Engine):
+class WorkerEngine(Engine):
     """An engine that distributes clients to workers; `ProcessesEngine` and `RayEngine` start the workers.
 
     A worker that dies is replaced, and its unfinished clients are computed again. Close the engine, or use it in a
@@ -72,7 +72,9 @@ class Dealer(Engine):
         self.chunk = chunk
         self.closed, self._opened = False, False
 
-    def _open(self, task: Task, data: Clients, workers: int, threads: int, office: Office, stillborn: int = 3) -> None:
+    def _open(
+        self, task: Task, data: Clients, workers: int, threads: int, office: Transport, stillborn: int = 3
+    ) -> None:
         """Start the workers.
 
         Args:
@@ -88,11 +90,11 @@ class Dealer(Engine):
         self._office = office
         self._numbers: Iterator[int] = iter(range(1, 1 << 62))
         self._tolds: set[int] = set()
-        self._aloft: dict[int, _Aloft] = {}
+        self._aloft: dict[int, _Pending] = {}
         self._plan: tuple[Plan, str, dict[str, str]] | None = None  # the last one, and how it crosses
-        self._crew = Crew(office, workers, stillborn)
+        self._crew = WorkerPool(office, workers, stillborn)
         self._opened = self._fresh = True
-        self.room = Room()
+        self.room = ChunkLimit()
 
     @property
     def population(self) -> Population:
@@ -152,12 +154,12 @@ class Dealer(Engine):
         _, text, own = self._plan
         reading = self._crew.told()
         for number in self._tolds - reading:
-            self._office.withdraw(number)
+            self._office.unpublish(number)
             self._crew.forget([number])
         self._tolds &= reading
         now = state.broadcast
 
-        def tell(birth: int) -> Told:
+        def tell(birth: int) -> BroadcastMessage:
             return self._tell(state.version(birth), key if birth == state.round else state.key(birth), text, own)
 
         try:
@@ -172,13 +174,13 @@ class Dealer(Engine):
         return gathered(plan, state, flown, results, self.room, keep)
 
     def _together(
-        self, plan: Plan, state: State, cohort: Cohort, told: Told, keep: Collection[int]
-    ) -> tuple[Flown, Results]:
+        self, plan: Plan, state: State, cohort: Cohort, told: BroadcastMessage, keep: Collection[int]
+    ) -> tuple[Arrivals, Results]:
         """A synchronous round: free workers receive chunks, and each returns its results once."""
         self._crew.drop(lambda job: True)
         self._aloft.clear()
-        flown = fly(plan, state, self.population, cohort, None, 0)
-        task, kept, group = task_for(plan, self.task), Pending(state.memory), next(self._numbers)
+        flown = simulate_round(plan, state, self.population, cohort, None, 0)
+        task, kept, group = task_for(plan, self.task), Uncommitted(state.memory), next(self._numbers)
         most = -(-len(flown.arrived) // (_DEALS * self.workers)) or 1
         for _, ids, down in by_version(flown.arrived):
             for chunk, sent in chunks(plan, task, self.data, ids, down, self.room.within(self.chunk)):
@@ -192,11 +194,19 @@ class Dealer(Engine):
             catch = self._crew.next(plan.aggregator, _AHEAD)
             if catch is not None:
                 results.add(plan.aggregator, catch.haul)
-                self.room.learn(catch.most)
+                self.room.lower(catch.most)
         return flown, results
 
     def job(
-        self, group: int, told: Told, ids: Ids, down: Tensor, kept: Pending, keep: Collection[int], *, deliver: bool
+        self,
+        group: int,
+        told: BroadcastMessage,
+        ids: Ids,
+        down: Tensor,
+        kept: Uncommitted,
+        keep: Collection[int],
+        *,
+        deliver: bool,
     ) -> Job:
         """The job to compute these clients; it returns the contributions of those in `keep`."""
         rows, clients = (lambda: kept.take(ids.client)) if kept.first else None, ids.client.tolist()
@@ -212,12 +222,12 @@ class Dealer(Engine):
             self._crew.ready()
             self._fresh = False
 
-    def _tell(self, broadcast: Broadcast, key: Key, text: str, own: dict[str, str]) -> Told:
+    def _tell(self, broadcast: Broadcast, key: Key, text: str, own: dict[str, str]) -> BroadcastMessage:
         """What the clients of a birth may know, laid out once for all of them."""
         number = next(self._numbers)
-        block, places = self._office.publish(number, spoken(broadcast))
+        block, places = self._office.publish(number, pack_broadcast(broadcast))
         self._tolds.add(number)
-        return Told(number, broadcast.round, text, own, str(key.seed), list(key.path), block, places, [])
+        return BroadcastMessage(number, broadcast.round, text, own, str(key.seed), list(key.path), block, places, [])
 
 
 class _Arrivals:
@@ -225,7 +235,7 @@ class _Arrivals:
 
     def __init__(
         self,
-        engine: Dealer,
+        engine: WorkerEngine,
         plan: Plan,
         text: str,
         state: State,
@@ -235,16 +245,16 @@ class _Arrivals:
         keep: Collection[int],
     ) -> None:
         self.engine, self.plan, self.text, self.state, self.now = engine, plan, text, state, now
-        self._sending = Sending(state, engine.data.count)
+        self._sending = DownlinkBytes(state, engine.data.count)
         self._traffic = OpenRound(
             plan.pace, plan.sampler, state.seed, state.round, state.air, engine.population, cohort
         )
-        self._kept = Pending(state.memory)
-        self._tolds: dict[int, Told] = {}
+        self._kept = Uncommitted(state.memory)
+        self._tolds: dict[int, BroadcastMessage] = {}
         self._tell, self._results, self._keep = tell, Results.empty(), keep
         self._started = self._sent = 0
 
-    def fly(self) -> tuple[Flown, Results]:
+    def simulate_round(self) -> tuple[Arrivals, Results]:
         """Start who is missing, take arrivals as they come, until the pace closes the round."""
         began, traffic, pace = time.perf_counter(), self._traffic, self.plan.pace
         deadline = pace.deadline_s
@@ -263,7 +273,7 @@ class _Arrivals:
         late = traffic.abandoned()
         for flight in late:
             self._forget(flight.number)
-        flown = Flown(
+        flown = Arrivals(
             traffic.arrivals,
             [],
             len(late),
@@ -304,7 +314,7 @@ class _Arrivals:
         job = engine.job(
             next(engine._numbers), self._tolds[birth], ids, down, self._kept, self._named(flight), deliver=True
         )
-        engine._aloft[flight.number] = _Aloft(flight, job, theta, self.text)
+        engine._aloft[flight.number] = _Pending(flight, job, theta, self.text)
         engine._crew.queue.append(job)
 
     def _named(self, flight: Flight) -> list[int]:
@@ -316,7 +326,7 @@ class _Arrivals:
         if known is not None:
             self.engine._crew.drop(lambda job: job is known.job)
 
-    def _next(self, left: float | None) -> Catch | None:
+    def _next(self, left: float | None) -> PoolResult | None:
         """The next arrival. Workers that stay at what nobody waits for are given up, or no one would be left."""
         crew, deadline = self.engine._crew, self.plan.pace.deadline_s
         if deadline is None:
@@ -324,13 +334,13 @@ class _Arrivals:
         crew.replace_stuck(deadline + _PATIENCE_S)
         return crew.next(self.plan.aggregator, 1, _PATIENCE_S if left is None else min(left, _PATIENCE_S))
 
-    def _arrive(self, catch: Catch) -> None:
+    def _arrive(self, catch: PoolResult) -> None:
         (job,) = catch.jobs
         number = next((n for n, known in self.engine._aloft.items() if known.job is job), None)
         if number is None:
             return
         flight, results = self.engine._aloft.pop(number).flight, catch.haul
-        self.engine.room.learn(catch.most)
+        self.engine.room.lower(catch.most)
         self._traffic.arrive(number)
         for ids, rows in results.memory:
             self._kept.put(ids, rows)
@@ -357,8 +367,8 @@ def packed(
     plain: Any = replace(task, metrics=tuple(replace(metric, finish=float) for metric in task.metrics))
     if model is not None:
         plain = replace(plain, module=None)
-    tree, of_task = pack(plain, "The task", 'atoll.train("my_module:make", data, plan)', spill)
-    rows, of_data = pack(data, "The data", "atoll.data.arrays(x, y)", spill)
+    tree, of_task = serialize(plain, "The task", 'atoll.train("my_module:make", data, plan)', spill)
+    rows, of_data = serialize(data, "The data", "atoll.data.arrays(x, y)", spill)
     tensors = {f"task/{n}": t for n, t in of_task.items()} | {f"data/{n}": t for n, t in of_data.items()}
     return Setup("", [], tree, rows, None if model is None else (model, str(seed)), threads), tensors
 
@@ -383,7 +393,7 @@ def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
             "a partial sum comes back as plain tensors.",
             "--engine inprocess",
         )
-    text, own = written(plan)
+    text, own = plan_to_text(plan)
     if plan_of(text, tuple(own.items())) != plan:
         raise UsageError(
             f"The plan prints as {text}, which builds another one.",

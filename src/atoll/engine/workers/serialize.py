@@ -40,7 +40,7 @@ class Packed(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def pack(value: Any, what: str, write: str, spill: Callable[[], Path] | None) -> Packed:
+def serialize(value: Any, what: str, write: str, spill: Callable[[], Path] | None) -> Packed:
     """Serialize a value.
 
     Args:
@@ -57,7 +57,7 @@ def pack(value: Any, what: str, write: str, spill: Callable[[], Path] | None) ->
     return Packed(packer.pack(value, what), packer.tensors)
 
 
-def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def deserialize(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Deserialize a value. An object that occurs twice in the value is one object again.
 
     A module receives copies of its tensors, since it changes them. All other objects read the shared tensors.
@@ -65,7 +65,7 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return _Unpacker(tensors).unpack(tree)
 
 
-def name_of(thing: Any, what: str) -> str:
+def import_name(thing: Any, what: str) -> str:
     """The name, `module:name`, by which another process can import a function or class.
 
     Args:
@@ -106,7 +106,7 @@ class _Packer:
         self._write, self._spill = write, spill
         self._seen: dict[int, tuple[int, Any]] = {}  # also keeps the value alive, since ids of dead objects are reused
 
-    def pack(self, value: Any, at: str) -> Any:
+    def serialize(self, value: Any, at: str) -> Any:
         match value:
             case None | bool() | float() | str() | bytes() if type(value) in (type(None), bool, float, str, bytes):
                 return value
@@ -119,7 +119,7 @@ class _Packer:
             case torch.Size():
                 return ["size", list(value)]
             case tuple() if hasattr(value, "_fields"):
-                return ["named", name_of(type(value), at), self._items(value, at)]
+                return ["named", import_name(type(value), at), self._items(value, at)]
             case tuple() | list() | set() | frozenset() if type(value) in (tuple, list, set, frozenset):
                 return [type(value).__name__, self._items(value, at)]
             case dict() if type(value) in (dict, collections.OrderedDict):
@@ -145,10 +145,10 @@ class _Packer:
             case np.ndarray() if value.dtype.isnative and value.dtype.kind in "biuf":
                 return self._array(value)
             case type():
-                return ["code", name_of(value, at)]
+                return ["code", import_name(value, at)]
             case _ if callable(value) and hasattr(value, "__qualname__"):
-                return ["code", name_of(value, at)]
-        return ["object", name_of(type(value), at), self.pack(self._state(value, at), at)]
+                return ["code", import_name(value, at)]
+        return ["object", import_name(type(value), at), self.pack(self._state(value, at), at)]
 
     def _array(self, array: np.ndarray[Any, Any]) -> Any:
         name = str(len(self.tensors))
@@ -196,7 +196,7 @@ class _Unpacker:
         self._made: dict[int, Any] = {}
         self._copies = 0  # > 0 inside a module
 
-    def unpack(self, tree: Any) -> Any:
+    def deserialize(self, tree: Any) -> Any:
         if not isinstance(tree, list):
             return tree
         match tree:

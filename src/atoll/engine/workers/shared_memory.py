@@ -26,7 +26,7 @@ Place = tuple[str, str, tuple[int, ...], int]  # name, dtype, shape, first byte
 Arrays = list[np.ndarray[Any, Any]]
 
 
-class Block:
+class SharedBlock:
     """A file with tensors that several processes map into memory.
 
     Args:
@@ -81,12 +81,12 @@ def _places(tensors: Mapping[str, Tensor]) -> Iterator[Place]:
         start += -(-t.numel() * t.element_size() // _ALIGN) * _ALIGN
 
 
-def room(tensors: Mapping[str, Tensor]) -> int:
+def block_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of a block for these tensors, each aligned to 64 bytes."""
     return sum(-(-t.numel() * t.element_size() // _ALIGN) * _ALIGN for t in tensors.values())
 
 
-def laid(tensors: Mapping[str, Tensor]) -> tuple[list[Place], Arrays]:
+def to_buffers(tensors: Mapping[str, Tensor]) -> tuple[list[Place], Arrays]:
     """Convert tensors to arrays of bytes.
 
     Returns:
@@ -106,7 +106,7 @@ def laid(tensors: Mapping[str, Tensor]) -> tuple[list[Place], Arrays]:
     return places, arrays
 
 
-def lying(places: Sequence[Place], arrays: Arrays) -> dict[str, Tensor]:
+def from_buffers(places: Sequence[Place], arrays: Arrays) -> dict[str, Tensor]:
     """The inverse of `laid`: tensors as views of the arrays. The caller must not write to them."""
     out = {}
     with warnings.catch_warnings():
@@ -119,7 +119,7 @@ def lying(places: Sequence[Place], arrays: Arrays) -> dict[str, Tensor]:
     return out
 
 
-class Blocks:
+class SharedBlocks:
     """Blocks in a folder of shared memory, or on disk if shared memory is full.
 
     Args:
@@ -130,7 +130,7 @@ class Blocks:
     def __init__(self, folders: tuple[str, ...], name: str) -> None:
         self._folders, self._name, self._made = folders, name, 0
 
-    def block(self, size: int) -> Block:
+    def block(self, size: int) -> SharedBlock:
         """Make a new block.
 
         Raises:
@@ -140,14 +140,14 @@ class Blocks:
         *some, last = (Path(folder) / f"{self._name}-{self._made}" for folder in self._folders)
         for path in some:
             try:
-                return Block(path, size)
+                return SharedBlock(path, size)
             except OSError:  # full: use the next folder
                 continue
-        return Block(last, size)
+        return SharedBlock(last, size)
 
-    def fitting(self, block: Block | None, tensors: Mapping[str, Tensor]) -> Block:
+    def reuse_or_grow(self, block: SharedBlock | None, tensors: Mapping[str, Tensor]) -> SharedBlock:
         """Return the same block if the tensors fit into it. Otherwise remove its file and return a larger block."""
-        need = room(tensors)
+        need = block_bytes(tensors)
         if block is not None and block.size >= need:
             return block
         if block is not None:
@@ -166,7 +166,7 @@ class Blocks:
         return Path(self._folders[-1]) / f"{self._name}-{self._made}"
 
 
-def removed(folders: Iterable[str]) -> None:
+def remove_folders(folders: Iterable[str]) -> None:
     """Remove folders of blocks. A process that has mapped a file can still read it."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

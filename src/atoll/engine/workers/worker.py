@@ -29,21 +29,21 @@ from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.workers.messages import (
     Answer,
-    Broke,
+    BroadcastMessage,
     Done,
-    Hauled,
+    ErrorMessage,
     Ready,
-    Run,
+    ResultsMessage,
+    RunMessage,
     Setup,
-    Told,
     encode,
-    flat,
-    heard,
     orders,
     plan_of,
+    results_to_tensors,
+    unpack_broadcast,
 )
-from atoll.engine.workers.serialize import unpack
-from atoll.engine.workers.shared_memory import Block, Blocks, Place
+from atoll.engine.workers.serialize import deserialize
+from atoll.engine.workers.shared_memory import Place, SharedBlock, SharedBlocks
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids
 from atoll.plan.round import bind
@@ -66,15 +66,15 @@ class Worker:
 
     def __init__(self, setup: Setup, tensors: Mapping[str, Tensor]) -> None:
         torch.set_num_threads(setup.threads)
-        data: Clients = unpack(setup.data, part_of(tensors, "data"))
-        task: Task = unpack(setup.task, part_of(tensors, "task"))
+        data: Clients = deserialize(setup.data, part_of(tensors, "data"))
+        task: Task = deserialize(setup.task, part_of(tensors, "task"))
         if setup.model is not None:
             task = _rebuilt(task, data, *setup.model)
         self._device = resolve_device(setup.device)
         self._engine = InProcessEngine(task.on(self._device), move_rows(data, self._device))
         self._tasks: dict[str, Task] = {}
         self._plans: dict[tuple[str, tuple[tuple[str, str], ...]], Plan] = {}
-        self._told: dict[int, tuple[Told, Broadcast]] = {}
+        self._told: dict[int, tuple[BroadcastMessage, Broadcast]] = {}
         self._group: _Group | None = None
         self._shelf = BufferPool()
 
@@ -83,14 +83,14 @@ class Worker:
         """How many clients fit side by side, where more did not."""
         return self._engine.room.most
 
-    def tell(self, told: Told, tensors: Mapping[str, Tensor]) -> None:
+    def tell(self, told: BroadcastMessage, tensors: Mapping[str, Tensor]) -> None:
         """Keep what the clients of a birth may know."""
         for number in told.forget:
             self._told.pop(number, None)
         here = {n: t.to(self._device) for n, t in tensors.items()}
-        self._told[told.number] = told, heard(told.birth, here)
+        self._told[told.number] = told, unpack_broadcast(told.birth, here)
 
-    def run(self, run: Run, rows: Mapping[str, Tensor] | None) -> Results | None:
+    def run(self, run: RunMessage, rows: Mapping[str, Tensor] | None) -> Results | None:
         """Compute some clients, with what they keep; a haul where one is wanted."""
         if run.clients:
             runner = self._runner(run)
@@ -105,7 +105,7 @@ class Worker:
         group, self._group = self._group, None
         return Results.empty() if group is None or group.number != run.group else group.runner.results
 
-    def _runner(self, run: Run) -> ChunkRunner:
+    def _runner(self, run: RunMessage) -> ChunkRunner:
         if self._group is None or self._group.number != run.group:
             told, broadcast = self._told[run.told]
             plan = self._plan(told.plan, tuple(told.own.items()))
@@ -147,13 +147,13 @@ def _rebuilt(task: Task, data: Clients, name: str, seed: str) -> Task:
     return replace(task, module=fresh.module)
 
 
-def hauled(haul: Results, block: str, places: list[Place], most: int | None) -> Hauled:
+def results_message(haul: Results, block: str, places: list[Place], most: int | None) -> ResultsMessage:
     """The message that says where a haul lies, and how many clients fit side by side."""
     errors = ["".join(traceback.format_exception(e)) for e in haul.errors[:1]]
-    return Hauled(block, places, haul.failures, errors, most)
+    return ResultsMessage(block, places, haul.failures, errors, most)
 
 
-class _Seat:
+class _SharedMemoryWorker:
     """A worker whose numbers come and go in blocks.
 
     Args:
@@ -161,33 +161,33 @@ class _Seat:
         blocks: where its hauls go.
     """
 
-    def __init__(self, setup: Setup, blocks: Blocks) -> None:
-        self._worker = Worker(setup, Block(setup.block).read(setup.places))
+    def __init__(self, setup: Setup, blocks: SharedBlocks) -> None:
+        self._worker = Worker(setup, SharedBlock(setup.block).read(setup.places))
         self._blocks = blocks
-        self._out: list[Block | None] = [None, None]
-        self._open: dict[str, Block] = {}
+        self._out: list[SharedBlock | None] = [None, None]
+        self._open: dict[str, SharedBlock] = {}
 
-    def tell(self, told: Told) -> None:
+    def tell(self, told: BroadcastMessage) -> None:
         self._worker.tell(told, self._block(told.block).read(told.places))
 
-    def run(self, run: Run) -> Answer:
+    def run(self, run: RunMessage) -> Answer:
         haul = self._worker.run(run, None if run.rows is None else self._block(run.rows[0]).read(run.rows[1]))
         if haul is None:
             return Done()
-        tensors = flat(haul)
+        tensors = results_to_tensors(haul)
         # Two blocks in turn: one may still be read while the next haul is made.
-        out = self._blocks.fitting(self._out[0], tensors)
+        out = self._blocks.reuse_or_grow(self._out[0], tensors)
         self._out = [self._out[1], out]
-        return hauled(haul, out.path, out.write(tensors), self._worker.most)
+        return results_message(haul, out.path, out.write(tensors), self._worker.most)
 
-    def _block(self, path: str) -> Block:
+    def _block(self, path: str) -> SharedBlock:
         if path not in self._open:
             self._open = {p: b for p, b in self._open.items() if os.path.exists(p)}
-            self._open[path] = Block(path)
+            self._open[path] = SharedBlock(path)
         return self._open[path]
 
 
-def warm() -> None:
+def preload() -> None:
     """Use lanes once, on next to nothing and in one thread: torch loads much of itself only then."""
     torch.set_num_threads(1)
     twice = torch.ones(2, 1)
@@ -206,31 +206,31 @@ def main(connection: Connection, *folders: str) -> None:
             os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-    blocks = Blocks(folders, f"worker-{os.getpid()}")
-    worker: _Seat | None = None
+    blocks = SharedBlocks(folders, f"worker-{os.getpid()}")
+    worker: _SharedMemoryWorker | None = None
     try:
         while True:
             order = orders.decode(todo.get())
             match order:
                 case Setup():
-                    worker = _Seat(order, blocks)
+                    worker = _SharedMemoryWorker(order, blocks)
                     answer: Answer | None = Ready(os.getpid())
-                case Told() if worker:
+                case BroadcastMessage() if worker:
                     answer = None
                     worker.tell(order)
-                case Run() if worker:
+                case RunMessage() if worker:
                     answer = worker.run(order)
                 case _:
                     raise RunError(f"A worker was given {type(order).__name__} before it was set up.")
             if answer is not None:
                 connection.send_bytes(encode(answer))
     except BaseException as error:
-        connection.send_bytes(encode(broken(error)))
+        connection.send_bytes(encode(error_message(error)))
 
 
-def broken(error: BaseException) -> Broke:
+def error_message(error: BaseException) -> ErrorMessage:
     """An error as it crosses."""
     if isinstance(error, AtollError):
         kind = "UsageError" if isinstance(error, UsageError) else "RunError"
-        return Broke(kind, [error.given, error.required, error.why, error.write])
-    return Broke(type(error).__name__, ["".join(traceback.format_exception(error))])
+        return ErrorMessage(kind, [error.given, error.required, error.why, error.write])
+    return ErrorMessage(type(error).__name__, ["".join(traceback.format_exception(error))])
