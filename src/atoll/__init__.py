@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from atoll.plan.plan import Plan
     from atoll.plan.round import Report, step
     from atoll.plan.state import State
-    from atoll.runs.events import Run, Watcher
+    from atoll.runs.events import Observer, Run
     from atoll.training.experiment import Experiment, load
     from atoll.training.rounds import rounds
     from atoll.training.settings import Settings
@@ -55,7 +55,7 @@ __all__ = [
     "State",
     "Task",
     "UsageError",
-    "Watcher",
+    "Observer",
     "__version__",
     "data",
     "load",
@@ -79,7 +79,7 @@ _WHERE = {
     "atoll.training.recorder": ("Run",),
     "atoll.training.rounds": ("rounds",),
     "atoll.training.settings": ("Settings",),
-    "atoll.training.train": ("Watcher", "load", "train"),
+    "atoll.training.train": ("Observer", "load", "train"),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 

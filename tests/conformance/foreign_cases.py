@@ -23,7 +23,7 @@ PLANS = {
 def plan_of(name, **more):
     """The plan of a foreign part, read from flag texts."""
     texts = {f"plan.{slot}": text for slot, text in {**PLANS[name], **more}.items()}
-    return Experiment().told(recipe=RECIPE, **texts).plan()
+    return Experiment().override(recipe=RECIPE, **texts).plan()
 
 
 def clients():

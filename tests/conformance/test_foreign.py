@@ -352,7 +352,7 @@ def test_krum_reports_and_replays(tmp_path):
     texts = {"plan.aggregator": "krum:Krum(2)", "recipe": "fedavg(lr=0.1, batch=10, cohort=8)"}
     ran = (
         Experiment()
-        .told(data="wine", clients=10, rounds=2, numerics="fused", out=str(tmp_path), **texts)
+        .override(data="wine", clients=10, rounds=2, numerics="fused", out=str(tmp_path), **texts)
         .train(report=False)
     )
     for report in ran.reports:
@@ -448,6 +448,6 @@ def test_noise_with_model_buffers():
 def test_noise_is_not_drawn_twice(tmp_path):
     texts = {f"plan.{slot}": text for slot, text in cases.PLANS["clip_noise"].items()}
     texts |= {"data": "wine", "numerics": "fused", "out": str(tmp_path)}
-    ran = Experiment().told(clients=3, rounds=1, **texts).train(report=False)
+    ran = Experiment().override(clients=3, rounds=1, **texts).train(report=False)
     with pytest.raises(UsageError, match="released noise is not drawn twice"):
         replay.replay(ran.path, 0, 0, trust=True)

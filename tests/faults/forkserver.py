@@ -71,14 +71,14 @@ def failpoints(kill, half):
 
     for name in ("fsync", "replace", "ftruncate", "unlink"):
         around(name)
-    append = runs.Folder._append
+    append = runs.RunFolder._append
 
     def appending(folder, name, row):
         point(lambda: folder._open(name).write(runs._json(row)[: len(runs._json(row)) // 2]))
         append(folder, name, row)
         point()
 
-    runs.Folder._append = appending
+    runs.RunFolder._append = appending
     return lambda: seen[0]
 
 

@@ -217,7 +217,7 @@ def visible(tmp_path):
 def test_read_only_folder(visible):
     parent = visible / "runs"
     parent.mkdir(mode=0o555)
-    name, text = as_nobody(lambda: runs.Folder.create(parent, "", {}))
+    name, text = as_nobody(lambda: runs.RunFolder.create(parent, "", {}))
     assert name == "UsageError"
     assert "Permission denied" in text and "--out" in text
     assert not list(parent.iterdir())
@@ -229,7 +229,7 @@ def test_read_only_run(visible):
     for p in (path, *path.rglob("*")):
         p.chmod(0o555 if p.is_dir() else 0o444)
     (visible / "runs").chmod(0o755)
-    name, text = as_nobody(lambda: runs.Folder.open(path))
+    name, text = as_nobody(lambda: runs.RunFolder.open(path))
     assert name == "RunError" and "Permission denied" in text
     assert contents(path) == before
 
@@ -255,7 +255,7 @@ def test_two_processes(half):
     pid = os.fork()
     if pid == 0:
         os.close(done[1])  # so that it does not outlive this process
-        held = runs.Folder.open(half)
+        held = runs.RunFolder.open(half)
         os.write(ready[1], held.path.name[:1].encode())
         os.read(done[0], 1)
         os._exit(0)
@@ -300,7 +300,7 @@ def test_one_bit(half, whole, kind):
     for _ in range(40):
         at, bit = draw.randrange(len(good)), draw.randrange(8)
         file.write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
-        folder = runs.Folder.open(half)
+        folder = runs.RunFolder.open(half)
         with contextlib.closing(folder), pytest.raises(AtollError):
             folder.restore()
     refused_as_damaged(half)
@@ -464,14 +464,14 @@ def test_ctrl_c_twice_while_memory_moves(tmp_path, whole, monkeypatch, at):
 
 
 def test_ctrl_c_twice_while_a_row_is_written(tmp_path, whole, monkeypatch):
-    metric = runs.Folder.metric
+    metric = runs.RunFolder.metric
 
     def interrupted(folder, row):
         if row["round"] == 2:
             twice()
         metric(folder, row)
 
-    monkeypatch.setattr(runs.Folder, "metric", interrupted)
+    monkeypatch.setattr(runs.RunFolder, "metric", interrupted)
     path = interrupted_twice(tmp_path)
     monkeypatch.undo()
     finished_as(path, whole)
@@ -511,6 +511,6 @@ def test_diverged_keeps_the_last_good_state(tmp_path):
     assert runs.read_rows(path / "metrics.jsonl")
     assert json.loads((path / "events.jsonl").read_bytes().splitlines()[-1])["status"] == "failed"
     if (path / "checkpoint").exists():
-        folder = runs.Folder.open(path)
+        folder = runs.RunFolder.open(path)
         with contextlib.closing(folder):
             assert bool(torch.isfinite(folder.restore().tensors["model/theta"]).all())

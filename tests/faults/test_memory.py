@@ -115,7 +115,9 @@ def test_a_client_that_does_not_fit_by_itself_ends_the_run(told, body):
 
 def test_the_line_to_write_asks_for_less_and_works(monkeypatch):
     """The error suggests `--set plan.local.batch=…`. The experiment that raised it works with this setting."""
-    it = Experiment().told(clients=5, rounds=1, model="softmax", recipe="fedavg(lr=0.1, batch=10)", numerics="lanes")
+    it = Experiment().override(
+        clients=5, rounds=1, model="softmax", recipe="fedavg(lr=0.1, batch=10)", numerics="lanes"
+    )
     gradient = Task.gradient
 
     def scarce(self, model, batch, key):

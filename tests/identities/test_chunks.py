@@ -171,7 +171,9 @@ def test_a_plan_keeps_no_engine_data_or_model_alive():
     training = atoll.rounds(net, data, plan, rounds=2)
     bound_plan = training.plan
     reports = list(training)
-    dead = [weakref.ref(thing) for thing in (training.engine, training.judge, training.data, training.task.module, net)]
+    dead = [
+        weakref.ref(thing) for thing in (training.engine, training.evaluator, training.data, training.task.module, net)
+    ]
     del training, data, net
     gc.collect()
     assert [ref() for ref in dead] == [None] * len(dead)

@@ -240,7 +240,7 @@ def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
 def test_what_looks_at_a_run(far, monkeypatch, tmp_path):
     """Replay of one client's contribution, and export and evaluation of the model."""
     told = {"clients": 6, "rounds": 2, "model": "softmax", "recipe": "fedavg(lr=0.1, batch=10)", "numerics": "lanes"}
-    it = Experiment().told(**told, out=str(tmp_path), report=False)
+    it = Experiment().override(**told, out=str(tmp_path), report=False)
     path = it.train().path
     small = tmp_path / "small.safetensors"
     looks = [lambda: replay(path, 1, 2), lambda: export(path, "int8", small)]

@@ -25,7 +25,7 @@ from atoll.plan.registry import PARTS
 from atoll.plan.round import bind, step
 from atoll.plan.schedule import cosine
 from atoll.plan.state import State
-from atoll.runs.checkpoint import pack, unpack
+from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 
 SIZES = (9, 5, 7, 4)
 DURATIONS = (1.0, 2.3, 0.21, 1.7)
@@ -147,9 +147,9 @@ def test_a_run_of_models_that_is_resumed_in_flight_ends_in_the_same_bits(codec):
     engine = engine_of(fleet=Fleet(HalfNormal(), dropout=0.1))
     plan = bind(plan, engine)
     state, _ = run(plan, engine, 9)
-    saved, kept = pack(state), state.memory.take(torch.arange(len(SIZES)))
+    saved, kept = state_to_tensors(state), state.memory.take(torch.arange(len(SIZES)))
     fresh = State.first(plan, engine.task, 0, Memory(plan.memory(engine.task.layout)))
-    again = unpack(saved, state.round, fresh)
+    again = state_from_tensors(saved, state.round, fresh)
     again.memory.put(torch.arange(len(SIZES)), kept)
     for _ in range(6):
         state, _ = step(plan, state, engine)

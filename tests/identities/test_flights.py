@@ -30,7 +30,7 @@ from atoll.plan.registry import PARTS
 from atoll.plan.round import bind, step
 from atoll.plan.sampler import Everyone, Uniform, Weighted
 from atoll.plan.state import State
-from atoll.runs.checkpoint import pack, unpack
+from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 
 SIZES = (9, 5, 5, 3, 7, 4, 8, 6)
 KEEPING = Train(rules.adam(0.01), steps=2, batch=3, keep=("optimizer", "order"))
@@ -54,7 +54,10 @@ def first(plan, engine, seed=0):
 
 def bits(state):
     kept = state.memory.take(torch.arange(len(SIZES)))
-    named = {**pack(replace(state, air=state.air._replace(clock=None))), **{f"kept/{n}": t for n, t in kept.items()}}
+    named = {
+        **state_to_tensors(replace(state, air=state.air._replace(clock=None))),
+        **{f"kept/{n}": t for n, t in kept.items()},
+    }
     return {n: t.numpy().tobytes() for n, t in named.items()}
 
 
@@ -208,10 +211,10 @@ def test_a_state_put_down_in_flight_flies_on_the_same(pace, cohort):
     engine = engine_of(FLEETS[1])
     plan = bind(plan, engine)
     state, _ = run(plan, engine, 4)
-    saved = {n: t.clone() for n, t in pack(state).items()}
+    saved = {n: t.clone() for n, t in state_to_tensors(state).items()}
     kept = state.memory.take(torch.arange(len(SIZES)))
     again = first(plan, engine)
-    again = unpack(saved, state.round, again)
+    again = state_from_tensors(saved, state.round, again)
     again.memory.put(torch.arange(len(SIZES)), kept)
     for _ in range(5):
         state, report = step(plan, state, engine)

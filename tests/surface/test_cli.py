@@ -463,7 +463,7 @@ def test_other_data_on_resume_exits_2_and_stays(refused, atoll):
 def test_a_folder_in_use_exits_2_and_stays(refused, atoll):
     atoll("run", *quick())
     before = snapshot(only_run())
-    folder = runs.Folder.open(only_run())
+    folder = runs.RunFolder.open(only_run())
     try:
         refused("resume", "latest", "--rounds", "3", "--quiet", parts=("in use by another process",))
     finally:

@@ -119,22 +119,22 @@ def test_a_foreign_engine_in_a_run_folder_needs_trust(tmp_path):
 
 
 def test_a_flag_fills_the_field_of_the_named_engine():
-    it = Experiment().told(engine="processes", workers=2)
+    it = Experiment().override(engine="processes", workers=2)
     assert it.spec() == Processes(2)
-    assert Experiment().with_environment({"ATOLL_WORKERS": "3"}).told(engine="torchrun").spec() == Torchrun(3)
-    assert it.told(workers=4).spec() == Processes(4)
-    assert Experiment().told(engine="Processes(workers=2)").told(workers=3).spec() == Processes(3)
-    assert Experiment().told(engine="ray", workers=2).told(engine="Ray(gpus=1)").spec() == Ray(gpus=1)
+    assert Experiment().with_environment({"ATOLL_WORKERS": "3"}).override(engine="torchrun").spec() == Torchrun(3)
+    assert it.override(workers=4).spec() == Processes(4)
+    assert Experiment().override(engine="Processes(workers=2)").override(workers=3).spec() == Processes(3)
+    assert Experiment().override(engine="ray", workers=2).override(engine="Ray(gpus=1)").spec() == Ray(gpus=1)
     assert fill(Ray(), {"gpus": 0.25, "address": "auto"}) == Ray("auto", gpus=0.25)
 
 
 @pytest.mark.parametrize(
     "it",
     [
-        Experiment().told(engine="processes", workers=2),
-        Experiment().told(engine="ray", gpus=0.25, address="auto"),
-        Experiment().told(engine="Torchrun(backend='gloo')"),
-        Experiment().told(engine="Processes(workers=2)").told(workers=3),
+        Experiment().override(engine="processes", workers=2),
+        Experiment().override(engine="ray", gpus=0.25, address="auto"),
+        Experiment().override(engine="Torchrun(backend='gloo')"),
+        Experiment().override(engine="Processes(workers=2)").override(workers=3),
     ],
 )
 def test_the_engine_of_a_file_reads_back_equal(tmp_path, it):

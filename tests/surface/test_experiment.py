@@ -44,7 +44,7 @@ def refused(call, *parts):
 
 
 def test_defaults_are_the_demonstration():
-    it = Experiment().settled()
+    it = Experiment().resolved()
     assert (it.dataset, it.clients, it.split, it.model, it.rounds) == ("digits", 100, "Dirichlet(0.3)", "mlp", 100)
     assert it.plan() == atoll.recipes.fedavg(lr=0.5, batch=10)
     data = it.data()
@@ -59,23 +59,23 @@ def test_defaults_are_the_demonstration():
     [("diabetes", 35, "IID()"), ("wine", 14, "Dirichlet(0.3)"), ("breast_cancer", 45, "Dirichlet(0.3)")],
 )
 def test_what_is_left_open_is_settled_by_the_data(data, clients, split):
-    it = Experiment().told(data=data).settled()
+    it = Experiment().override(data=data).resolved()
     assert (it.clients, it.split) == (clients, split)
     assert it.data().count == clients
 
 
 def test_natural_clients_are_taken_where_there_are_any():
     rows = "\n".join(f"{i},{'abc'[i % 3]},{i % 7}.5" for i in range(60))
-    it = Experiment().told(data=written(f"x,site,y\n{rows}\n", "sites.csv"), by="site", target="y").settled()
+    it = Experiment().override(data=written(f"x,site,y\n{rows}\n", "sites.csv"), by="site", target="y").resolved()
     assert (it.clients, it.split) == (3, "ByColumn()")
     assert it.data().names == ("a", "b", "c")
     assert Path(it.dataset).is_absolute(), "a run goes on from any folder"
 
 
 def test_settled_twice_is_settled_once():
-    it = Experiment().told(data="wine").settled()
-    assert it.settled() == it
-    assert it.settled().source is it.source
+    it = Experiment().override(data="wine").resolved()
+    assert it.resolved() == it
+    assert it.resolved().source is it.source
 
 
 def test_slots_are_replaced_then_their_fields():
@@ -90,17 +90,17 @@ def test_slots_change_at_once(first):
     """Two parts that exclude each other change together, in either order. The plan between them is never checked."""
     both = {"codec": "EF21(TopK(0.1))", "aggregator": 'Mean("equal")'}
     second = next(slot for slot in both if slot != first)
-    before = Experiment().told(recipe="Plan(Gradient(), Sum())", **{f"plan.{s}": both[s] for s in (first, second)})
+    before = Experiment().override(recipe="Plan(Gradient(), Sum())", **{f"plan.{s}": both[s] for s in (first, second)})
     assert repr(before.plan()) == "Plan(Gradient(), aggregator=Mean('equal'), codec=EF21(TopK(0.1)))"
 
 
 def test_a_whole_plan_can_be_written():
     plan = atoll.recipes.fedadam(lr=0.1, cohort=3)
-    assert Experiment().told(recipe=repr(plan)).plan() == plan
+    assert Experiment().override(recipe=repr(plan)).plan() == plan
 
 
 def test_module_is_the_model_before_the_first_round():
-    it = Experiment().told(**QUICK, seed=3, dtype="float64")
+    it = Experiment().override(**QUICK, seed=3, dtype="float64")
     training = it.training()
     module = it.module()
     assert all(p.dtype == torch.float64 for p in module.parameters())
@@ -109,7 +109,7 @@ def test_module_is_the_model_before_the_first_round():
 
 
 def test_train_takes_everything_that_was_told():
-    it = Experiment().told(**QUICK, seed=1, dtype="float64", evaluate_every=2, stop=("Tolerance(loss=1.0)",))
+    it = Experiment().override(**QUICK, seed=1, dtype="float64", evaluate_every=2, stop=("Tolerance(loss=1.0)",))
     seen = []
 
     class Watcher:
@@ -134,10 +134,10 @@ def test_train_takes_everything_that_was_told():
 
 
 def test_config_of_a_run_reads_back_equal():
-    it = Experiment().told(**QUICK, report=False).with_settings({"plan.max_failed": "0.25", "plan.cohort": "3"})
+    it = Experiment().override(**QUICK, report=False).with_settings({"plan.max_failed": "0.25", "plan.cohort": "3"})
     run = it.train()
     config = run.path / "config.toml"
-    assert Experiment.read(config) == it.settled()
+    assert Experiment.read(config) == it.resolved()
     assert Experiment.read(run.path) == Experiment.read(config)
     assert Experiment.read(config).plan() == it.plan()
 
@@ -251,7 +251,7 @@ def test_bad_settings_are_refused(settings, parts):
     ],
 )
 def test_what_cannot_be_meant_is_refused(told, call, parts):
-    refused(lambda: getattr(Experiment().told(**{**QUICK, **told}), call)(), *parts)
+    refused(lambda: getattr(Experiment().override(**{**QUICK, **told}), call)(), *parts)
 
 
 def test_a_field_that_is_not_there_is_refused():
@@ -270,7 +270,7 @@ CALLS = [
 
 @pytest.mark.parametrize("text", CALLS)
 def test_a_plan_text_calls_nothing_else(text):
-    refused(lambda: Experiment().told(recipe=text).plan(), text.split("(")[0][:4])
+    refused(lambda: Experiment().override(recipe=text).plan(), text.split("(")[0][:4])
     refused(lambda: Experiment().with_settings({"plan.local": text}).plan())
     assert not Path("pwned").exists()
 
@@ -298,7 +298,7 @@ def module(tmp_path, monkeypatch):
 
 def test_code_that_was_typed_or_stands_in_a_named_file_is_imported(module):
     base = {**QUICK, "model": module}
-    assert isinstance(Experiment().told(**base).module(), torch.nn.Linear)
+    assert isinstance(Experiment().override(**base).module(), torch.nn.Linear)
     assert Path("imported").exists()
     text = "\n".join(f"{name} = {toml(value)}" for name, value in base.items())
     assert isinstance(Experiment.read(written(text)).module(), torch.nn.Linear)
@@ -333,9 +333,9 @@ def test_no_text_of_a_run_folder_imports(module, key, call):
 
 def test_what_is_typed_over_an_untrusted_file_is_trusted(module):
     written(f"rounds = 3\nmodel = '{module}'\nrecipe = '{module}()'\n", "atoll.toml")
-    it = Experiment.found().told(model=module)
+    it = Experiment.found().override(model=module)
     assert it.untrusted == {"rounds", "recipe"}
-    assert isinstance(it.told(data="diabetes").module(), torch.nn.Linear)
+    assert isinstance(it.override(data="diabetes").module(), torch.nn.Linear)
     refused(it.plan, "--trust")
 
 
@@ -370,5 +370,5 @@ def test_environment_says_every_setting():
 
 def test_none_says_nothing_and_none_can_be_said():
     it = Experiment(clients=3)
-    assert it.told(clients=None).clients == 3
+    assert it.override(clients=None).clients == 3
     assert it.with_settings({"clients": "None"}).clients is None

@@ -83,7 +83,7 @@ def test_a_single_metric_or_rule_is_one():
 )
 def test_bad_settings(settings, given, write):
     with pytest.raises(UsageError) as caught:
-        Settings.told(settings)
+        Settings.from_kwargs(settings)
     error = caught.value
     assert given in error.given and error.required and error.write == write
     if "=" in write:

@@ -34,7 +34,9 @@ RECIPE = "fedavg(lr=0.5, batch=10, cohort=3)"
 
 
 def told(out, **more):
-    return Experiment().told(**{"data": "wine", "clients": 6, "recipe": RECIPE, "rounds": 4, "out": str(out), **more})
+    return Experiment().override(
+        **{"data": "wine", "clients": 6, "recipe": RECIPE, "rounds": 4, "out": str(out), **more}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def resume(
     from atoll.training.experiment import Experiment
 
     path = _find(run, out)
-    it = Experiment.read(path, trust=trust).told(rounds=rounds)
+    it = Experiment.read(path, trust=trust).override(rounds=rounds)
     return train(it, Look(as_json, quiet), resume=path, any_version=any_version)
 
 
@@ -235,7 +235,7 @@ def _parent(out: str | None) -> Path:
 def _find(run: str, out: str | None) -> Path:
     from atoll import runs as folders
 
-    return folders.find(run, _parent(out))
+    return folders.find_run(run, _parent(out))
 
 
 def answer(words: Sequence[str]) -> int:

@@ -64,7 +64,7 @@ class ExperimentFlags:
         """The experiment of the flags, `--set`, the environment and the file; the first that gives a value wins."""
         base = Experiment.read(file, trust=trust or None) if file else Experiment.found(trust=trust)
         flags = {name: value for name, value in vars(self).items() if name != "settings"}
-        return base.with_environment(os.environ).with_settings(pairs(self.settings or [])).told(**flags)
+        return base.with_environment(os.environ).with_settings(pairs(self.settings or [])).override(**flags)
 
 
 def pairs(settings: list[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from atoll.base.errors import RunError
 from atoll.cli import output
 
 if TYPE_CHECKING:
-    from atoll.runs.events import Run, Watcher
+    from atoll.runs.events import Observer, Run
     from atoll.training.experiment import Experiment
 
 
@@ -25,7 +25,7 @@ class Look:
     quiet: bool
 
     @contextlib.contextmanager
-    def watchers(self) -> Iterator[list[Watcher]]:
+    def watchers(self) -> Iterator[list[Observer]]:
         """Who watches a training; the terminal is given back at the end, whatever happened."""
         if self.quiet:
             yield []
@@ -64,7 +64,7 @@ def several(it: Experiment, seeds: int, look: Look) -> int:
     """Train with several seeds, one after the other, and print mean ± sd of each metric."""
     done: list[tuple[int, Run]] = []
     for seed in range(it.seed, it.seed + seeds):
-        run = _train(it.told(seed=seed), look)
+        run = _train(it.override(seed=seed), look)
         done.append((seed, run))
         if run.status == "interrupted":
             break
@@ -80,14 +80,14 @@ def several(it: Experiment, seeds: int, look: Look) -> int:
 def smoke(it: Experiment, look: Look) -> int:
     """Try every stage once in a temporary folder: a round, evaluation, checkpoint, going on from it, the report."""
     with tempfile.TemporaryDirectory(prefix="atoll-smoke-") as folder:
-        it = it.told(out=folder, evaluate_every=1, rounds=1)
+        it = it.override(out=folder, evaluate_every=1, rounds=1)
         first = _train(it, look)
         if first.status == "interrupted":
             return 130
         written = first.path or Path(folder)  # another rank than the first writes nothing
         stages = ["data, model and plan fit", "a round", "an evaluation", "a checkpoint", "the report"]
         stages += ["the baselines"] if it.baselines else []
-        again = _train(it.told(rounds=2, baselines=False), look, resume=written)
+        again = _train(it.override(rounds=2, baselines=False), look, resume=written)
         if again.status == "interrupted":
             return 130
         stages.append("going on from the checkpoint")

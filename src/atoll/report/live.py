@@ -57,7 +57,7 @@ class Column:
 def columns(training: TrainingView) -> tuple[Column, ...]:
     """The columns of a training. Its metrics are known before the first round."""
     names = ["loss"]
-    if training.judge is not None:
+    if training.evaluator is not None:
         names += ["held_out_loss", *(m.name for m in training.task.metrics)]
     else:
         names += ["gradient_norm"]
@@ -219,7 +219,7 @@ class LiveTable:
         self.training = training
         self.columns = columns(training)
         measured = {"loss": False, "held_out_loss": False} | {m.name: m.higher_is_better for m in training.task.metrics}
-        self._judged = training.judged_by[0]
+        self._judged = training.selection_metric[0]
         self.best = Best({c.key: measured[c.key] for c in self.columns if c.key in measured})
         self.recent: deque[Cells] = deque(maxlen=self.most)
         self.kept: list[Cells] = []

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from atoll.base.names import lazy
 
 if TYPE_CHECKING:
-    from atoll.runs.checkpoint import pack, unpack
-    from atoll.runs.events import Run, TrainingView, Watcher
+    from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
+    from atoll.runs.events import Observer, Run, TrainingView
     from atoll.runs.fingerprint import fingerprint
     from atoll.runs.folder import (
         COUNTS,
         Checkpoint,
-        Folder,
+        RunFolder,
         environment,
-        find,
+        find_run,
         list_runs,
         read_environment,
         read_pointer,
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 __all__ = [
     "COUNTS",
     "Checkpoint",
-    "Folder",
+    "RunFolder",
     "Run",
     "TrainingView",
-    "Watcher",
+    "Observer",
     "environment",
-    "find",
+    "find_run",
     "fingerprint",
     "list_runs",
-    "pack",
+    "state_to_tensors",
     "read_environment",
     "read_pointer",
     "read_rows",
-    "unpack",
+    "state_from_tensors",
     "write",
 ]
 
 _MODULES = {
-    "checkpoint": ("pack", "unpack"),
-    "events": ("Run", "TrainingView", "Watcher"),
+    "checkpoint": ("state_to_tensors", "state_from_tensors"),
+    "events": ("Run", "TrainingView", "Observer"),
     "fingerprint": ("fingerprint",),
 }
 _HOMES = {name: "folder" for name in __all__} | {name: m for m, names in _MODULES.items() for name in names}

@@ -19,7 +19,7 @@ from atoll.plan.state import DownlinkState, State
 _WHOLE = torch.int64
 
 
-def pack(state: State) -> dict[str, Tensor]:
+def state_to_tensors(state: State) -> dict[str, Tensor]:
     """The tensors of a state by name, without the client state, the round and the seed."""
     model = state.model
     out = {"model/theta": model.theta, "model/buffers": model.buffers}
@@ -42,7 +42,7 @@ def pack(state: State) -> dict[str, Tensor]:
     return out
 
 
-def unpack(tensors: Mapping[str, Tensor], round: int, at: State) -> State:
+def state_from_tensors(tensors: Mapping[str, Tensor], round: int, at: State) -> State:
     """The state that `pack` was called on.
 
     Args:

@@ -58,7 +58,7 @@ _WORDS = (
 )
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """The versions of Python, atoll, torch and NumPy. Bits are equal only between equal versions."""
     return {"python": platform.python_version(), **_installed()}
 
@@ -80,7 +80,7 @@ def environment(**more: Any) -> dict[str, Any]:
         more: further entries, JSON values by name.
     """
     return {
-        **versions(),
+        **library_versions(),
         "machine": platform.machine(),
         "system": platform.system(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -150,7 +150,7 @@ class Checkpoint:
 
 
 @dataclass
-class Folder:
+class RunFolder:
     """One run's folder. At most one process has it locked.
 
     Args:
@@ -165,7 +165,7 @@ class Folder:
     _lengths: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(LOGS, 0))
 
     @classmethod
-    def create(cls, parent: Path, config: str, about: Mapping[str, Any]) -> Folder:
+    def create(cls, parent: Path, config: str, about: Mapping[str, Any]) -> RunFolder:
         """Create and lock a folder `parent/<date>-<two words>`, and point the link `parent/latest` to it.
 
         Args:
@@ -202,7 +202,7 @@ class Folder:
         return folder
 
     @classmethod
-    def open(cls, path: Path) -> Folder:
+    def open(cls, path: Path) -> RunFolder:
         """Lock the folder of an existing run, to resume it.
 
         Raises:
@@ -306,7 +306,7 @@ class Folder:
         files = {name: digests[name] for name in (*filter(None, names.values()), *alive)}
         pointer = {
             "format": FORMAT,
-            "versions": versions(),
+            "versions": library_versions(),
             **names,
             "segments": list(alive),
             "files": files,
@@ -377,7 +377,7 @@ class Folder:
         except (OSError, SafetensorError) as error:
             raise _damaged(path) from error
 
-    def go_on(self) -> None:
+    def truncate_logs(self) -> None:
         """Resume from the checkpoint that `restore` returned: truncate the logs, and restore best.safetensors."""
         for name, length in self._lengths.items():
             log = self._open(name)
@@ -388,7 +388,7 @@ class Folder:
             write(self.path / "best.safetensors", (self.path / "checkpoint" / best).read_bytes())
 
     def _check_versions(self, pointer: Mapping[str, Any]) -> None:
-        ours = versions()
+        ours = library_versions()
         other = [f"{n} {v}" for n, v in pointer["versions"].items() if n != "python" and ours.get(n) != v]
         if other:
             raise UsageError(
@@ -456,7 +456,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def find(run: str | Path, parent: Path) -> Path:
+def find_run(run: str | Path, parent: Path) -> Path:
     """Find a run by its path, its name, the first characters of its name, a part of its two words, or `latest`.
 
     Args:

@@ -32,7 +32,7 @@ from atoll.base.errors import UsageError, unknown_name
 from atoll.compute.loss import direction
 from atoll.engine.inprocess import InProcessEngine
 from atoll.tools.rebuild import training_in, write
-from atoll.training.rounds import Rounds, judge, start_from
+from atoll.training.rounds import Training, evaluate, start_from
 
 FORMAT = "atoll export 1"
 DTYPES = ("float32", "bf16", "int8")
@@ -87,7 +87,7 @@ def export(
     dtype: str = "int8",
     out: str | Path | None = None,
     trust: bool = False,
-    training: Rounds | None = None,
+    training: Training | None = None,
 ) -> Exported:
     """Write the final model of a run to a smaller file, and measure the loss of accuracy on the held-out rows.
 
@@ -205,11 +205,11 @@ def load_exported(file: str | Path) -> dict[str, Tensor]:
     return out
 
 
-def _measured(training: Rounds, state: Mapping[str, Tensor]) -> dict[str, float]:
+def _measured(training: Training, state: Mapping[str, Tensor]) -> dict[str, float]:
     if training.data.held_out is None:
         return {}
     at = replace(training.state, model=start_from(state, training.task))
-    return judge(at, InProcessEngine(training.task, training.data.held(), training.settings.chunk))
+    return evaluate(at, InProcessEngine(training.task, training.data.held(), training.settings.chunk))
 
 
 def _moved(was: Tensor, now: Tensor) -> float:

@@ -30,7 +30,7 @@ from atoll.plan.state import DownlinkState, State
 from atoll.report.format import duration, size, whole
 from atoll.tools.rebuild import here, training_of
 from atoll.training.experiment import Experiment
-from atoll.training.rounds import Rounds
+from atoll.training.rounds import Training
 
 FLIGHTS = 200_000  # how many are flown at most; what comes after them is taken to be like the last half of them
 TRIED = 20_000  # the same, for each change that is tried
@@ -256,7 +256,7 @@ def forecast(experiment: Experiment) -> Forecast:
     return predict(training_of(experiment, evaluate_every=0))
 
 
-def predict(training: Rounds) -> Forecast:
+def predict(training: Training) -> Forecast:
     """What a training will cost.
 
     Args:
@@ -379,7 +379,7 @@ def _memory(
 # what would help
 
 
-def _help(training: Rounds, flights: Flights) -> Help | None:
+def _help(training: Training, flights: Flights) -> Help | None:
     """What would make a round shorter: no waiting, or fewer bytes; None where neither is what takes the time."""
     parts = flights.parts
     if parts is None:
@@ -406,7 +406,7 @@ def _for(slot: str, codec: Codec) -> Codec:
     return codec.codec if slot == "downlink" and isinstance(codec, ErrorFeedback) else codec
 
 
-def _tried(training: Rounds, **slots: Any) -> Help | None:
+def _tried(training: Training, **slots: Any) -> Help | None:
     """Rounds of the plan with other parts in some slots; None where they do not fit it, or are no shorter."""
     engine, layout = here(training), training.task.layout
     for slot in slots.keys() - {"pace"}:

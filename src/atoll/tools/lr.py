@@ -31,7 +31,7 @@ from atoll.plan.schedule import Schedule
 from atoll.plan.state import State
 from atoll.tools.rebuild import training_of, write
 from atoll.training.experiment import Experiment
-from atoll.training.rounds import Rounds, judge
+from atoll.training.rounds import Training, evaluate
 from atoll.training.settings import Settings
 
 Which = Literal["local", "server"]
@@ -111,7 +111,7 @@ def find(experiment: Experiment, which: Which = "local", out: Path | None = None
         UsageError: the plan has no such rate.
         RunError: no rate lowers the loss.
     """
-    it = experiment.settled()
+    it = experiment.resolved()
     found = _swept(training_of(it, evaluate_every=0), which, rates(it.plan(), which))
     found = replace(found, line=_flag(it, found))
     return found if out is None else replace(found, plot=draw(found, out))
@@ -159,7 +159,7 @@ def sweep(
 
     Reference: Smith, Cyclical Learning Rates for Training Neural Networks, 2017, section 3.3.
     """
-    training = Rounds(model, data, plan, replace(settings, evaluate_every=0))
+    training = Training(model, data, plan, replace(settings, evaluate_every=0))
     return _swept(training, which, tuple(tried) if tried is not None else rates(plan, which))
 
 
@@ -218,7 +218,7 @@ def with_rate(plan: Plan, which: Which, rate: float, *, keep_schedule: bool = Fa
     )
 
 
-def _swept(training: Rounds, which: Which, tried: tuple[float, ...]) -> Finding:
+def _swept(training: Training, which: Which, tried: tuple[float, ...]) -> Finding:
     now = rate_of(training.plan, which)
     data = _few(training.data, training.plan, Key(training.settings.seed).fold("lr"))
     engine = InProcessEngine(training.task, data, training.settings.chunk)
@@ -296,7 +296,7 @@ def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     return rate if slope < 0 else None
 
 
-def _after(training: Rounds, engine: InProcessEngine, plan: Plan, rounds: int) -> float:
+def _after(training: Training, engine: InProcessEngine, plan: Plan, rounds: int) -> float:
     """The loss on the training rows after some rounds from the first model; infinite if it is not finite."""
     memory = Memory(plan.memory(training.task.layout))
     state = State.first(plan, training.task, training.settings.seed, memory, training.first)
@@ -306,7 +306,7 @@ def _after(training: Rounds, engine: InProcessEngine, plan: Plan, rounds: int) -
             state, _ = step(plan, state, engine)
     except RunError:
         return math.inf
-    loss = judge(state, engine)["held_out_loss"]
+    loss = evaluate(state, engine)["held_out_loss"]
     return loss if math.isfinite(loss) else math.inf
 
 
@@ -357,7 +357,7 @@ def _flag(experiment: Experiment, found: Finding) -> str:
         for word in ("lr",) if found.which == "local" else ("server_lr", "lr"):
             told = _rewritten(call, word, value)
             try:
-                if experiment.told(recipe=told).plan() == found.plan:
+                if experiment.override(recipe=told).plan() == found.plan:
                     return f"--recipe {_quoted(told)}"
             except UsageError:
                 continue

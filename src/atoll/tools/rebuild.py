@@ -11,10 +11,10 @@ from atoll.base.errors import RunError, UsageError
 from atoll.base.files import atomic_write
 from atoll.engine.inprocess import InProcessEngine
 from atoll.training.experiment import Experiment
-from atoll.training.rounds import Rounds
+from atoll.training.rounds import Training
 
 
-def training_of(experiment: Experiment, **changes: Any) -> Rounds:
+def training_of(experiment: Experiment, **changes: Any) -> Training:
     """The training that an experiment describes, in this process, before its first round; nothing is written.
 
     Args:
@@ -26,12 +26,12 @@ def training_of(experiment: Experiment, **changes: Any) -> Rounds:
     return experiment.training(engine="inprocess", **changes)
 
 
-def here(training: Rounds) -> InProcessEngine:
+def here(training: Training) -> InProcessEngine:
     """An engine in this process for the clients of a training; it computes the same bits as every engine."""
     return InProcessEngine(training.task, training.data, training.settings.chunk, training.fleet)
 
 
-def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Rounds:
+def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Training:
     """The training of a run's folder, before its first round, with the body it was computed by.
 
     Args:
@@ -56,7 +56,7 @@ def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Rou
     return training
 
 
-def same_data(folder: Path, training: Rounds) -> None:
+def same_data(folder: Path, training: Training) -> None:
     """Refuse data that is not what the run was trained on."""
     was, now = runs.read_environment(folder).get("data"), training.data.fingerprint()
     if was is not None and was != now:

@@ -30,11 +30,11 @@ from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.round import Opened, close_round, open_round, step
 from atoll.report.format import size
-from atoll.runs.checkpoint import unpack
+from atoll.runs.checkpoint import state_from_tensors
 from atoll.runs.fingerprint import fingerprint
 from atoll.tools.rebuild import here, same_data, training_in
 from atoll.tools.single_client import compute, odd
-from atoll.training.rounds import Rounds
+from atoll.training.rounds import Training
 
 _TOLD = 1000  # clients of a round that events.jsonl lists
 
@@ -151,7 +151,7 @@ def replay(
     round: int,
     client: int,
     trust: bool = False,
-    training: Rounds | None = None,
+    training: Training | None = None,
     nth: int = 0,
 ) -> Replay:
     """Compute again what a client computed whose contribution came to an end in a round of a run.
@@ -214,7 +214,7 @@ def _refuse_entropy(plan: Plan, run: str) -> None:
             )
 
 
-def _open(training: Rounds) -> tuple[Opened, Arrivals]:
+def _open(training: Training) -> tuple[Opened, Arrivals]:
     """The open round, and the flights of it."""
     engine = here(training)
     opened = open_round(training.plan, training.state, engine)
@@ -222,7 +222,7 @@ def _open(training: Rounds) -> tuple[Opened, Arrivals]:
     return opened, simulate_round(opened.plan, opened.state, opened.population, opened.cohort, engine.fleet, up)
 
 
-def _flights(opened: Opened, flown: Arrivals, training: Rounds, client: int) -> list[tuple[Flight, str]]:
+def _flights(opened: Opened, flown: Arrivals, training: Training, client: int) -> list[tuple[Flight, str]]:
     """The flights of a client that ended in the round, in the order of their starts, and how each was lost if it was.
 
     Whoever was no longer awaited has started in this round: under a pace that flies on, everybody is awaited.
@@ -239,7 +239,7 @@ def _flights(opened: Opened, flown: Arrivals, training: Rounds, client: int) -> 
     return sorted(found, key=lambda pair: pair[0].number)
 
 
-def _check_asked(folder: Path, training: Rounds, rows: Mapping[int, Any], round: int, client: int) -> None:
+def _check_asked(folder: Path, training: Training, rows: Mapping[int, Any], round: int, client: int) -> None:
     """Refuse before anything is computed what the log already says was not so."""
     count, last = training.data.count, max(rows, default=-1) + 1
     name = folder.resolve().name
@@ -266,12 +266,12 @@ def _check_asked(folder: Path, training: Rounds, rows: Mapping[int, Any], round:
         raise _was_not_there(folder, training, rows, round, client)
 
 
-def _drawn(training: Rounds) -> bool:
+def _drawn(training: Training) -> bool:
     """Whether the seed alone says who was at work in a round."""
     return training.plan.pace == Sync() and training.fleet is None
 
 
-def _cohort(training: Rounds, round: int) -> list[int]:
+def _cohort(training: Training, round: int) -> list[int]:
     key = Key(training.settings.seed).fold("round", round).fold("cohort")
     ids: list[int] = training.plan.sampler(training.engine.population, round, key).ids.tolist()
     return ids
@@ -292,7 +292,7 @@ def _ended(folder: Path) -> tuple[dict[int, set[int]], dict[int, int]]:
     return ended, listed
 
 
-def _was_not_there(folder: Path, training: Rounds, rows: Mapping[int, Any], round: int, client: int) -> UsageError:
+def _was_not_there(folder: Path, training: Training, rows: Mapping[int, Any], round: int, client: int) -> UsageError:
     last, name = max(rows, default=-1) + 1, folder.resolve().name
     by_round = {t: set(_cohort(training, t)) for t in range(last)} if _drawn(training) else _ended(folder)[0]
     was = sorted(t for t, ids in by_round.items() if client in ids)
@@ -324,19 +324,19 @@ def _failed(folder: Path) -> bool:
     return bool(stops) and stops[-1].get("status") == "failed"
 
 
-def _checkpoint(folder: Path, training: Rounds, round: int) -> int:
+def _checkpoint(folder: Path, training: Training, round: int) -> int:
     """Put the training where the run's checkpoint stands, if that is at the round or before it; nothing is cut."""
     try:
         if not 0 < runs.read_pointer(folder)["facts"]["round"] <= round:
             return 0
-        checkpoint = runs.Folder(folder).restore()
+        checkpoint = runs.RunFolder(folder).restore()
     except (
         AtollError
     ):  # there is none, or it is damaged, or of other versions: the long way tells what there is to tell
         return 0
     if checkpoint is None:
         return 0
-    training.state = unpack(checkpoint.tensors, checkpoint.facts["round"], training.state)
+    training.state = state_from_tensors(checkpoint.tensors, checkpoint.facts["round"], training.state)
     for segment in checkpoint.memory:
         training.memory.put(segment["ids"], without_prefix(segment, "rows/"))
     return int(checkpoint.facts["round"])
@@ -372,7 +372,7 @@ class _Whole(NamedTuple):
     note: str
 
 
-def _whole(training: Rounds, opened: Opened) -> _Whole:
+def _whole(training: Training, opened: Opened) -> _Whole:
     try:
         gathered = here(training).gather(opened.plan, opened.state, opened.cohort, opened.key)
     except RunError as error:
@@ -382,7 +382,7 @@ def _whole(training: Rounds, opened: Opened) -> _Whole:
 
 
 def _alone(
-    training: Rounds,
+    training: Training,
     opened: Opened,
     flights: list[tuple[Flight, str]],
     nth: int,

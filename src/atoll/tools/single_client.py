@@ -18,7 +18,7 @@ from atoll.plan.in_flight import Flight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Contribution, Ids, Tensors
 from atoll.plan.state import State
-from atoll.training.rounds import Rounds
+from atoll.training.rounds import Training
 
 
 class Given(NamedTuple):
@@ -37,7 +37,7 @@ class Given(NamedTuple):
     kept: Tensors
 
 
-def compute(training: Rounds, plan: Plan, state: State, flight: Flight, kept: Tensors, losses: list[float]) -> Given:
+def compute(training: Training, plan: Plan, state: State, flight: Flight, kept: Tensors, losses: list[float]) -> Given:
     """Compute one flight from the model version and the keys of the round that it started in.
 
     Args:

@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 from atoll.base.names import load
 
 if TYPE_CHECKING:
-    from atoll.runs.events import Run, Watcher
+    from atoll.runs.events import Observer, Run
     from atoll.training.experiment import Experiment
     from atoll.training.recorder import Recorder
-    from atoll.training.rounds import Rounds
+    from atoll.training.rounds import Training
     from atoll.training.settings import Settings, SettingsDict
 
-__all__ = ["Experiment", "Recorder", "Rounds", "Run", "Settings", "SettingsDict", "Watcher"]
+__all__ = ["Experiment", "Recorder", "Training", "Run", "Settings", "SettingsDict", "Observer"]
 
 _HOME = {
     "Experiment": "experiment",
     "Recorder": "recorder",
-    "Rounds": "rounds",
+    "Training": "rounds",
     "Run": "recorder",
     "Settings": "settings",
     "SettingsDict": "settings",
-    "Watcher": "train",
+    "Observer": "train",
 }
 
 

@@ -38,7 +38,7 @@ from atoll.plan.protocols import Broadcast, Cohort, Ids, Local, Population, Samp
 from atoll.plan.round import bind, step
 from atoll.plan.schedule import NOTHING, Schedule, Tensors
 from atoll.plan.state import State
-from atoll.training.rounds import Rounds, judge
+from atoll.training.rounds import Training, evaluate
 
 MOST = 200  # clients trained alone, at most
 _LANE_BYTES = 256 << 20
@@ -46,7 +46,7 @@ _JUDGE = Plan(Evaluate(), Mean())
 _ROW_NUMBERS = 1 << 24  # of held-out rows, repeated for the models that are judged together
 
 
-def compare(training: Rounds) -> dict[str, dict[str, Any]]:
+def compare(training: Training) -> dict[str, dict[str, Any]]:
     """Pooled and local-only training beside a federated run: same model, lr, batch and number of samples seen.
 
     Args:
@@ -80,20 +80,20 @@ def compare(training: Rounds) -> dict[str, dict[str, Any]]:
         return {"pooled": pooled(training), "local": alone(training)}
 
 
-def pooled(training: Rounds) -> dict[str, Any]:
+def pooled(training: Training) -> dict[str, Any]:
     """Train one client that holds every row, and judge it; see `compare`."""
     data, count = training.data.pooled(), training.state.round
     plan, share = _gathered(_solo(training.plan), training.data.sizes, _chances(training))
     # One client alone is quicker in the loop, and the body changes what it computes in the last bits only.
     task = replace(training.task, module=copy.deepcopy(training.task.module), numerics="loop")
     state, failed = _train(training, InProcessEngine(task, data), plan, _turns(torch.tensor([share]), count)[:, 0], 0)
-    told: dict[str, Any] = judge(state, InProcessEngine(task, data.held()))
+    told: dict[str, Any] = evaluate(state, InProcessEngine(task, data.held()))
     turns = float(_turns(torch.tensor([share]), count).sum())
     told["samples"] = round(turns * float(_seen(plan.local, data.sizes.double())))
     return told | ({} if failed is None else {"diverged": failed})
 
 
-def alone(training: Rounds) -> dict[str, Any]:
+def alone(training: Training) -> dict[str, Any]:
     """Train every client by itself, and judge each on the held-out rows; see `compare`."""
     population = training.data.count
     ids = torch.arange(population)
@@ -147,7 +147,7 @@ def _solo(plan: Plan) -> Plan:
     return Plan(plan.local, rule, plan.optimizer)
 
 
-def _chances(training: Rounds) -> Tensor:
+def _chances(training: Training) -> Tensor:
     """Each client's chance of being at work in a round, float64 `[C]`."""
     population = Population(training.data.count, training.data.sizes)
     key = Key(training.settings.seed).fold("round", 0).fold("cohort")
@@ -199,7 +199,7 @@ def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
 
 
 def _train(
-    training: Rounds, engine: InProcessEngine, plan: Plan, turns: Tensor, client: int
+    training: Training, engine: InProcessEngine, plan: Plan, turns: Tensor, client: int
 ) -> tuple[State, int | None]:
     """One client's training, and the round in which it stopped being finite or raised; the state before it is kept."""
     plan = bind(replace(plan, cohort=_Only(client)), engine)
@@ -213,16 +213,16 @@ def _train(
     return state, None
 
 
-def _one_by_one(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Judged]:
+def _one_by_one(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Judged]:
     """Each client through `step`: for any local part."""
     engine = InProcessEngine(training.task, training.data)
     judges = InProcessEngine(training.task, training.data.held())
     for at, client in enumerate(ids.tolist()):
         state, failed = _train(training, engine, plan, turns[:, at], client)
-        yield _Judged(judge(state, judges), failed is not None)
+        yield _Judged(evaluate(state, judges), failed is not None)
 
 
-def _in_lanes(training: Rounds, plan: Plan) -> bool:
+def _in_lanes(training: Training, plan: Plan) -> bool:
     """Whether many clients can train side by side: nothing that a server remembers differs between them."""
     rule = plan.optimizer
     return (
@@ -235,7 +235,7 @@ def _in_lanes(training: Rounds, plan: Plan) -> bool:
     )
 
 
-def _many(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Judged]:
+def _many(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Judged]:
     """Clients in lanes, as many at once as the engine would take."""
     each = 8 * training.task.layout.d * training.task.layout.dtype.itemsize
     most = max(2, min(64, _LANE_BYTES // each))
@@ -252,7 +252,7 @@ def _many(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[
 Groups = dict[str, dict[str, Tensor]]  # tensors `[K, …]` of K clients: model, counters, optimizer, kept
 
 
-def _side_by_side(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> tuple[Model, Tensor]:
+def _side_by_side(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> tuple[Model, Tensor]:
     """The models of clients that trained alone, largest first, and which stayed finite: lane by lane as `step`."""
     first = training.first.lanes(len(ids))
     kept = plan.memory(training.task.layout)
@@ -280,7 +280,7 @@ def _side_by_side(training: Rounds, plan: Plan, ids: Tensor, turns: Tensor) -> t
     return Model(now["model"]["theta"], now["model"]["buffers"], now["counters"], first.fixed), finite
 
 
-def _round(training: Rounds, plan: Plan, ids: Tensor, t: int, before: Groups) -> tuple[Groups, Tensor]:
+def _round(training: Training, plan: Plan, ids: Tensor, t: int, before: Groups) -> tuple[Groups, Tensor]:
     """One round of each client by itself: what is new, and whose numbers are all finite."""
     task, data = training.task, training.data
     start = Model(before["model"]["theta"], before["model"]["buffers"], before["counters"], training.first.fixed)

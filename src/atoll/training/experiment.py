@@ -28,7 +28,7 @@ from atoll.base.names import dotted
 from atoll.data.clients import Clients
 from atoll.plan.plan import Plan
 from atoll.runs.events import Run
-from atoll.training.rounds import Rounds
+from atoll.training.rounds import Training
 from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, checked, of_text, read_toml, toml
 from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, setting
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from atoll.engine.protocols import EngineSpec
     from atoll.plan.plan import Plan
     from atoll.runs.events import Run
-    from atoll.training.rounds import Rounds
+    from atoll.training.rounds import Training
 
 CLIENTS, ROWS_EACH = 100, 10
 RECIPE = "fedavg(lr=0.5, batch=10)"
@@ -180,7 +180,7 @@ class Experiment(grammar.Value, TrainingFields):
                 it = it.with_settings({f"plan.{slot}": environ[variable]}, variable)
         return it
 
-    def told(self, **values: Any) -> Experiment:
+    def override(self, **values: Any) -> Experiment:
         """The same with some settings given as values; None says nothing.
 
         Example:
@@ -274,7 +274,7 @@ class Experiment(grammar.Value, TrainingFields):
 
         return load(self.dataset, **{n: getattr(self, n) for n in _ABOUT_DATA - {"dataset"}})
 
-    def settled(self) -> Experiment:
+    def resolved(self) -> Experiment:
         """The same with what was left to the data said: clients, split, model, recipe, and where a file is."""
         from atoll.data.named import NAMED
 
@@ -319,7 +319,7 @@ class Experiment(grammar.Value, TrainingFields):
         Raises:
             UsageError: there is no such data, or it cannot be split so.
         """
-        it = self.settled()
+        it = self.resolved()
         partition = it._partition(it.split or "")
         return it.source.split(it.clients, partition, held_out=it.held_out, seed=it.seed, min_rows=it.min_rows)
 
@@ -333,7 +333,7 @@ class Experiment(grammar.Value, TrainingFields):
         from atoll.plan.registry import read_part
         from atoll.recipes import RECIPES
 
-        text = self.recipe or self.settled().recipe or RECIPE
+        text = self.recipe or self.resolved().recipe or RECIPE
         names = {r.__name__: r for r in RECIPES} | {"Plan": Plan}
         told = read_part(text, names, trust=self._trusts("recipe"))
         if not isinstance(told, Plan):
@@ -353,7 +353,7 @@ class Experiment(grammar.Value, TrainingFields):
         from atoll.training.rounds import DTYPES
 
         dtype = DTYPES[self.dtype]
-        model = self.settled()._model()
+        model = self.resolved()._model()
         return models.resolve(model, self.data(), Key(self.seed).fold("model"), dtype).to(dtype)
 
     def _model(self) -> str:
@@ -379,7 +379,7 @@ class Experiment(grammar.Value, TrainingFields):
             rules += rule if isinstance(rule, (tuple, list)) else [rule]
         init = self.init
         if isinstance(init, str) and not Path(init).exists():
-            init = str(runs.find(init, Path(self.out)))
+            init = str(runs.find_run(init, Path(self.out)))
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainingFields)}
         values |= {"stop": tuple(rules), "init": init}
         if "engine" not in changes:
@@ -392,17 +392,17 @@ class Experiment(grammar.Value, TrainingFields):
         Settings(**values)
         return values
 
-    def training(self, **changes: Any) -> Rounds:
+    def training(self, **changes: Any) -> Training:
         """The training before its first round, to go through by hand; nothing is written.
 
         Args:
             changes: fields of `atoll.Settings` to have otherwise.
         """
-        from atoll.training.rounds import Rounds
+        from atoll.training.rounds import Training
 
-        settings = Settings.told(self._checked(**changes))
-        it = self.settled()
-        return Rounds(it._model(), it.data(), it.plan(), settings)
+        settings = Settings.from_kwargs(self._checked(**changes))
+        it = self.resolved()
+        return Training(it._model(), it.data(), it.plan(), settings)
 
     def train(self, **more: Any) -> Run:
         """Train it: `atoll.train` with everything that was told.
@@ -414,7 +414,7 @@ class Experiment(grammar.Value, TrainingFields):
 
         changes = {name: value for name, value in more.items() if name in Settings.__dataclass_fields__}
         self._checked(**changes)
-        it = self.settled()
+        it = self.resolved()
         if more.get("resume") is not None:
             it = it._kept(Path(more["resume"]))
             more["watchers"] = (*more.get("watchers", ()), _Rewrites(it.toml()))

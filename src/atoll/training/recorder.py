@@ -15,18 +15,18 @@ from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
 from atoll.compute.model_state import Model
 from atoll.plan.round import FlightTimes, Report
-from atoll.runs.checkpoint import pack, unpack
+from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.events import Run
 from atoll.training import stop as stops
-from atoll.training.rounds import Rounds, identity, start_from
+from atoll.training.rounds import Training, identity, start_from
 
 
 class Recorder:
     """Keeps a run's folder beside a training: rows, events, checkpoints, the best model."""
 
-    def __init__(self, training: Rounds, out: str | Path | None, config: str, checkpoint_s: float) -> None:
+    def __init__(self, training: Training, out: str | Path | None, config: str, checkpoint_s: float) -> None:
         self.training, self.out, self.config, self.checkpoint_s = training, out, config, checkpoint_s
-        self.folder: runs.Folder | None = None
+        self.folder: runs.RunFolder | None = None
         self.reports: list[Report] = []
         self.best: dict[str, Any] = {}
         self.best_model: Model | None = None
@@ -40,7 +40,7 @@ class Recorder:
         if self.folder is None and self.out is not None:
             t = self.training
             about = runs.environment(why=t.reason, **identity(t), **t.where())
-            self.folder = runs.Folder.create(Path(self.out), self.config, about)
+            self.folder = runs.RunFolder.create(Path(self.out), self.config, about)
             self.folder.event(
                 "start", plan=repr(t.plan), numerics=t.task.numerics, why=t.reason, notes=list(t.data.notes)
             )
@@ -49,18 +49,18 @@ class Recorder:
     def begin(self, resume: str | Path | None, any_version: bool) -> None:
         """Load the last checkpoint of the run to resume, if there is one, in every process of the training."""
         if resume is not None:
-            self.go_on(Path(resume), any_version)
+            self.resume(Path(resume), any_version)
         self.training.share()
 
-    def go_on(self, path: Path, any_version: bool) -> None:
+    def resume(self, path: Path, any_version: bool) -> None:
         """Take up a run where its last checkpoint left it; a folder that is refused stays as it was."""
-        self.folder = runs.Folder.open(path)
+        self.folder = runs.RunFolder.open(path)
         try:
             checkpoint = self.folder.restore(any_version=any_version)
             self._refuse_other(checkpoint.facts if checkpoint else runs.read_environment(path), path.name)
             if checkpoint is not None:
                 self._take_up(checkpoint)
-            self.folder.go_on()
+            self.folder.truncate_logs()
         except BaseException:
             self.folder.close()
             raise
@@ -79,7 +79,7 @@ class Recorder:
 
     def _take_up(self, checkpoint: runs.Checkpoint) -> None:
         t, facts = self.training, checkpoint.facts
-        t.state = unpack(checkpoint.tensors, facts["round"], t.state)
+        t.state = state_from_tensors(checkpoint.tensors, facts["round"], t.state)
         for segment in checkpoint.memory:
             t.memory.put(segment["ids"], without_prefix(segment, "rows/"))
         t.memory.changed()
@@ -98,7 +98,7 @@ class Recorder:
         self.reports.append(report)
         self._keep_best(report)
         if self.path is not None and self.folder is not None:
-            self.folder.metric(row_of(report, len(t.state.versions)))
+            self.folder.metric(metrics_row(report, len(t.state.versions)))
             for failure in report.failures:
                 self.folder.event("failure", **failure._asdict())
             for note in report.notes:
@@ -112,7 +112,7 @@ class Recorder:
         return report
 
     def _keep_best(self, report: Report) -> None:
-        metric, higher = self.training.judged_by
+        metric, higher = self.training.selection_metric
         value = report.metrics.get(metric)
         if value is None or value != value:
             return
@@ -139,7 +139,7 @@ class Recorder:
             "bytes_up": t.bytes_up,
             "bytes_down": t.bytes_down,
         }
-        self.folder.checkpoint(pack(t.state), memory, facts, best)
+        self.folder.checkpoint(state_to_tensors(t.state), memory, facts, best)
         self._saved_best = self.best["round"] if self.best else -1
         self._last = time.monotonic()
 
@@ -214,7 +214,7 @@ class Recorder:
         return out
 
 
-def row_of(report: Report, versions: int = 0) -> dict[str, Any]:
+def metrics_row(report: Report, versions: int = 0) -> dict[str, Any]:
     """A round as one flat row.
 
     Args:
@@ -251,11 +251,11 @@ def _columns(trips: tuple[FlightTimes, ...], most: int = 10_000) -> dict[str, li
     }
 
 
-def _state_dict(training: Rounds, model: Model) -> dict[str, Tensor]:
+def _state_dict(training: Training, model: Model) -> dict[str, Tensor]:
     return training.task.layout.state_dict(model.theta, model.buffers, {**model.counters, **model.fixed})
 
 
-def begun(training: Rounds, out: str | Path) -> Path | None:
+def find_interrupted(training: Training, out: str | Path) -> Path | None:
     """The interrupted run of this training, if a supervisor such as `torchrun` has restarted its processes."""
     job = training.engine.restart_of
     if job is not None:

@@ -42,7 +42,7 @@ from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.round import Report, bind, close_round, draw_cohort, open_round, step
 from atoll.plan.state import State
-from atoll.runs.checkpoint import pack, unpack
+from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.fingerprint import fingerprint
 from atoll.training import stop as stops
 from atoll.training.settings import Settings, SettingsDict, listed
@@ -54,7 +54,7 @@ _JUDGE = Plan(Evaluate(), Mean())
 _WORTH_A_THREAD = 1 << 20  # parameters, from which on one pass over the model is worth a second thread
 
 
-class Rounds:
+class Training:
     """A training that runs round by round: `for report in atoll.rounds(model, data, plan): ...`.
 
     Each step is `atoll.plan.round.step`. Between two rounds `state`, `model` and `evaluate()` may be used.
@@ -89,9 +89,9 @@ class Rounds:
         self.task, self.reason = _chosen(task, self.data, plan, settings, self.engine)
         near = move_rows(self.data, task.device)  # the fingerprint of the data is taken from the rows on the host
         self.engine.open(self.task, near)
-        self.judge = None
+        self.evaluator = None
         if self.data.held_out is not None and settings.evaluate_every:
-            self.judge = InProcessEngine(self.task, near.held(), settings.chunk)
+            self.evaluator = InProcessEngine(self.task, near.held(), settings.chunk)
         self.memory = Memory(plan.memory(self.task.layout))
         start = None if settings.init is None else start_from(settings.init, self.task)
         self.state = State.first(plan, self.task, settings.seed, self.memory, start)
@@ -102,7 +102,7 @@ class Rounds:
         self.rules = (stops.Rounds(settings.rounds), stops.Diverged(), settings.stop)
         if isinstance(plan.local, (Gradient, Train)) and isinstance(plan.codec, Identity):
             # No other part adds metrics, so all names are known.
-            judged = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.judge else ()
+            judged = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.evaluator else ()
             stops.refuse_unknown(self.rules, ("loss", "gradient_norm", "lr", *judged))
         self._shelf = BufferPool()
         self.watch: dict[str, Any] = {}
@@ -145,9 +145,9 @@ class Rounds:
         spent = time.perf_counter() - began
         last = self.state.round >= self.settings.rounds
         every = self.settings.evaluate_every
-        judged = {m.name for m in self.task.metrics} if self.judge is not None else set()
+        judged = {m.name for m in self.task.metrics} if self.evaluator is not None else set()
         metrics = {f"training_{n}" if n in judged else n: v for n, v in report.metrics.items()}
-        if self.judge is not None and (last or self.state.round % every == 0):
+        if self.evaluator is not None and (last or self.state.round % every == 0):
             metrics |= self.evaluate()
         report = report.to(metrics=metrics, seconds=spent, fingerprint=fingerprint(self.state.model.theta))
         report = sync_report(self.engine, report)
@@ -167,15 +167,15 @@ class Rounds:
 
     def evaluate(self, engine: InProcessEngine | None = None) -> dict[str, float]:
         """The held-out loss and metrics of the current model, or those on the clients of another engine."""
-        engine = engine or self.judge
+        engine = engine or self.evaluator
         if engine is None:
             return {}
-        return judge(self.state, engine)
+        return evaluate(self.state, engine)
 
     @property
-    def judged_by(self) -> tuple[str, bool]:
+    def selection_metric(self) -> tuple[str, bool]:
         """The metric that selects the best round, and whether larger values are better."""
-        if self.judge is None:
+        if self.evaluator is None:
             return "loss", False
         for metric in self.task.metrics:
             return metric.name, metric.higher_is_better
@@ -195,7 +195,11 @@ class Rounds:
             ids = self.memory.touched()
             facts = {n: getattr(self, n) for n in ("watch", "seconds", "bytes_up", "bytes_down")}
             told = {"round": self.state.round, "outcome": self.outcome, "facts": facts}
-            tensors = {**under("state/", pack(self.state)), **under("rows/", self.memory.take(ids)), "ids": ids}
+            tensors = {
+                **under("state/", state_to_tensors(self.state)),
+                **under("rows/", self.memory.take(ids)),
+                "ids": ids,
+            }
             tensors = {n: t.cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
             tensors["told"] = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
             sent = save(tensors)
@@ -203,14 +207,14 @@ class Rounds:
         if self.engine.primary:
             return
         told = json.loads(received["told"].numpy().tobytes())
-        self.state = unpack(without_prefix(received, "state/"), told["round"], self.state)
+        self.state = state_from_tensors(without_prefix(received, "state/"), told["round"], self.state)
         self.memory.put(received["ids"], without_prefix(received, "rows/"))
         self.outcome = None if told["outcome"] is None else stops.Outcome(*told["outcome"])
         for name, value in told["facts"].items():
             setattr(self, name, value)
 
 
-def identity(training: Rounds) -> dict[str, Any]:
+def identity(training: Training) -> dict[str, Any]:
     """What a run must still be to go on, and what it must be at every rank."""
     layout = training.task.layout
     return {
@@ -293,7 +297,7 @@ def sync_report(engine: Engine, report: Report) -> Report:
     return report.to(seconds=reports[0]["seconds"], metrics=reports[0]["metrics"])
 
 
-def judge(state: State, engine: InProcessEngine) -> dict[str, float]:
+def evaluate(state: State, engine: InProcessEngine) -> dict[str, float]:
     """The loss, as `held_out_loss`, and the metrics of the model of a state on the clients of an engine: one round."""
     opened = open_round(_JUDGE, replace(state, air=InFlight(), versions={}, sent=None), engine)
     gathered = engine.gather(_JUDGE, opened.state, opened.cohort, opened.key)
@@ -342,7 +346,7 @@ def start_from(init: Mapping[str, Tensor] | str | Path, task: Task) -> Model:
 
 
 @listed
-def rounds(model: Any, data: Clients, plan: Plan, **settings: Unpack[SettingsDict]) -> Rounds:
+def rounds(model: Any, data: Clients, plan: Plan, **settings: Unpack[SettingsDict]) -> Training:
     """Run a training round by round in your own loop; no file is written.
 
     Args:
@@ -361,4 +365,4 @@ def rounds(model: Any, data: Clients, plan: Plan, **settings: Unpack[SettingsDic
         >>> [report.round for report in training]
         [0, 1, 2]
     """
-    return Rounds(model, data, plan, Settings.told(settings))
+    return Training(model, data, plan, Settings.from_kwargs(settings))

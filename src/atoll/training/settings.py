@@ -186,7 +186,7 @@ class Settings(TrainingFields):
         object.__setattr__(self, name, value)
 
     @classmethod
-    def told(cls, words: Mapping[str, Any]) -> Settings:
+    def from_kwargs(cls, words: Mapping[str, Any]) -> Settings:
         """The settings that keyword arguments name.
 
         Raises:

@@ -23,7 +23,7 @@ from atoll.compute.loss import direction
 Memory = dict[str, Any]
 
 
-class Report(Protocol):
+class RoundMetrics(Protocol):
     """The properties of a round that rules read."""
 
     @property
@@ -77,7 +77,7 @@ class Stop:
         """The memory before the first round: numbers, texts and None by name, values of JSON."""
         return {}
 
-    def update(self, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
+    def update(self, memory: Memory, report: RoundMetrics) -> tuple[Memory, Outcome | None]:
         """Process the report of a round. The argument `memory` is not changed.
 
         If the report lacks the metric (no client participated, or no evaluation), the memory stays the same.
@@ -104,7 +104,7 @@ class Rounds(Stop):
     def init(self) -> Memory:
         return {"done": 0}
 
-    def update(self, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
+    def update(self, memory: Memory, report: RoundMetrics) -> tuple[Memory, Outcome | None]:
         done = memory["done"] + 1
         met = done >= self.n
         return {"done": done}, Outcome(f"Finished {done} round{'' if done == 1 else 's'}.") if met else None
@@ -126,7 +126,7 @@ class Seconds(Stop):
     def init(self) -> Memory:
         return {"seconds": 0.0}
 
-    def update(self, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
+    def update(self, memory: Memory, report: RoundMetrics) -> tuple[Memory, Outcome | None]:
         spent = memory["seconds"] + report.seconds
         met = spent >= self.s
         return {"seconds": spent}, Outcome(f"The rounds took {spent:.1f} s of {self.s:g} s.") if met else None
@@ -148,7 +148,7 @@ class Bytes(Stop):
     def init(self) -> Memory:
         return {"bytes": 0}
 
-    def update(self, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
+    def update(self, memory: Memory, report: RoundMetrics) -> tuple[Memory, Outcome | None]:
         moved = memory["bytes"] + report.bytes_up + report.bytes_down
         return {"bytes": moved}, Outcome(f"Transferred {moved:,} bytes.") if moved >= self.n else None
 
@@ -193,7 +193,7 @@ class Tolerance(Stop):
     def init(self) -> Memory:
         return {"loss": None, "met": 0}
 
-    def update(self, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
+    def update(self, memory: Memory, report: RoundMetrics) -> tuple[Memory, Outcome | None]:
         norm, loss, before = report.metrics.get("gradient_norm"), report.metrics.get("loss"), memory["loss"]
         if norm is None and loss is None:
             return dict(memory), None
@@ -250,7 +250,7 @@ class Target(Stop):
     def reads(self) -> tuple[str, ...]:
         return (self.metric,)
 
-    def update(self, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
+    def update(self, memory: Memory, report: RoundMetrics) -> tuple[Memory, Outcome | None]:
         now, up = report.metrics.get(self.metric), direction(self.metric) == 1
         above = self.above if self.value is None else self.value if up else None
         below = self.below if self.value is None else None if up else self.value
@@ -302,7 +302,7 @@ class Patience(Stop):
     def init(self) -> Memory:
         return {"best": None, "since": None}
 
-    def update(self, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
+    def update(self, memory: Memory, report: RoundMetrics) -> tuple[Memory, Outcome | None]:
         now, best, since = report.metrics.get(self.metric), memory["best"], memory["since"]
         if now is None:
             return dict(memory), None
@@ -337,7 +337,7 @@ class Diverged(Stop):
     def init(self) -> Memory:
         return {"first": None, "above": 0}
 
-    def update(self, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
+    def update(self, memory: Memory, report: RoundMetrics) -> tuple[Memory, Outcome | None]:
         for name in ("loss", "gradient_norm"):
             now = report.metrics.get(name)
             if now is not None and not math.isfinite(now):
@@ -401,7 +401,7 @@ def each(rules: Rules) -> Iterator[tuple[str, Stop]]:
         yield (kind if seen[kind] == 1 else f"{kind} {seen[kind]}"), rule
 
 
-def update(rules: Rules, memory: Memory, report: Report) -> tuple[Memory, Outcome | None]:
+def update(rules: Rules, memory: Memory, report: RoundMetrics) -> tuple[Memory, Outcome | None]:
     """Update all rules with the report of a round.
 
     Args:

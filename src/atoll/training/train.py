@@ -16,9 +16,9 @@ from typing import Any, Unpack
 from atoll import runs
 from atoll.data.clients import Clients
 from atoll.plan.plan import Plan
-from atoll.runs.events import Run, Watcher
-from atoll.training.recorder import Recorder, begun
-from atoll.training.rounds import Rounds
+from atoll.runs.events import Observer, Run
+from atoll.training.recorder import Recorder, find_interrupted
+from atoll.training.rounds import Training
 from atoll.training.settings import Settings, SettingsDict, listed
 
 
@@ -30,7 +30,7 @@ def train(
     *,
     out: str | Path | None = "runs",
     baselines: bool = False,
-    watchers: Sequence[Watcher] = (),
+    watchers: Sequence[Observer] = (),
     config: str | None = None,
     resume: str | Path | None = None,
     any_version: bool = False,
@@ -65,16 +65,16 @@ def train(
         >>> run.rounds, sorted(run.metrics)
         (2, ['accuracy', 'gradient_norm', 'held_out_loss', 'loss', 'lr'])
     """
-    wanted: Mapping[str, Any] = settings if resume is None else kept(Path(resume), settings)
-    training = Rounds(model, data, plan, Settings.told(wanted))
+    wanted: Mapping[str, Any] = settings if resume is None else settings_for_resume(Path(resume), settings)
+    training = Training(model, data, plan, Settings.from_kwargs(wanted))
     try:
         if not training.engine.primary:
             out, resume, watchers, baselines = None, None, (), False  # the primary process writes and prints
         elif resume is None and out is not None:
-            resume = begun(training, out)
+            resume = find_interrupted(training, out)
         recorder = Recorder(training, out, config or _config(model, data, plan, training.settings), checkpoint_s)
         recorder.begin(resume, any_version)
-        interrupted = _walk(training, recorder, watchers)
+        interrupted = run_rounds(training, recorder, watchers)
     finally:
         training.close()
     run = recorder.end(interrupted, baselines=baselines, report=report)
@@ -86,7 +86,7 @@ def train(
     return run
 
 
-def kept(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def settings_for_resume(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a training that goes on: how it computes is what the run began with, where nobody says otherwise."""
     began, out = runs.read_environment(run), dict(settings)
     for name, before in (("numerics", "auto"), ("device", "cpu")):
@@ -95,7 +95,7 @@ def kept(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"precision": began.get("precision", "full"), **out}
 
 
-def _walk(training: Rounds, recorder: Recorder, watchers: Sequence[Watcher]) -> bool:
+def run_rounds(training: Training, recorder: Recorder, watchers: Sequence[Observer]) -> bool:
     """Go through the rounds; whether somebody asked to stop."""
     try:
         path = recorder.path
@@ -126,7 +126,7 @@ def _config(model: Any, data: Clients, plan: Plan, settings: Settings) -> str:
     return "\n".join(lines + [f"{n} = {json.dumps(v, ensure_ascii=False)}" for n, v in told.items()]) + "\n"
 
 
-def _asked(interrupt: _Interrupt, training: Rounds) -> bool:
+def _asked(interrupt: _Interrupt, training: Training) -> bool:
     """Whether any process of the training received Ctrl-C: all of them end after the same round."""
     interrupt.asked = b"1" in training.engine.exchange(b"1" if interrupt.asked else b"0")
     return interrupt.asked
