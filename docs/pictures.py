@@ -23,7 +23,7 @@ from atoll.plan.pace import Buffered, Sync
 from atoll.recipes import fedavg
 from atoll.recipes import sgd as sgd_recipe
 from atoll.report.figures import DARK, LIGHT, Theme, axes, figure, logarithmic, name_ends, png, ramp
-from atoll.report.run_data import Record
+from atoll.report.run_data import RunData
 from atoll.report.timeline import timeline
 
 FOLDER = Path(__file__).parent / "pictures"
@@ -211,7 +211,7 @@ def _with_a_straggler() -> tuple[Any, ...]:
     for pace, rounds in ((Sync(), 5), (Sync(deadline_s=1.5), 10), (Buffered(1), 80)):
         with TemporaryDirectory() as out:
             run = atoll.train("softmax", data, replace(plan, pace=pace), rounds=rounds, out=out, **settings)
-            records.append(Record.read(run.path))
+            records.append(RunData.read(run.path))
     return tuple(records)
 
 

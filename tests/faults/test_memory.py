@@ -23,7 +23,7 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.report.live import LiveTable
-from atoll.report.run_data import Record
+from atoll.report.run_data import RunData
 from atoll.training.experiment import Experiment
 
 SIZES = (9,) * 13
@@ -181,7 +181,7 @@ def test_it_is_written_down_and_shown(tmp_path, capsys):
     events = [json.loads(line) for line in (done.path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     (note,) = [e for e in events if e["event"] == "note"]
     assert note["round"] == 0 and "More than 2 clients" in note["text"]
-    assert [n for n in Record.read(done.path).events.notes if n.startswith("round 0: More than 2 clients")]
+    assert [n for n in RunData.read(done.path).events.notes if n.startswith("round 0: More than 2 clients")]
     assert capsys.readouterr().err.count("More than 2 clients") == 1
 
 

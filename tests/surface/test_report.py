@@ -19,11 +19,11 @@ from atoll.data.clients import offsets_of
 from atoll.data.rows import ArrayRows
 from atoll.plan.round import Failure, Report
 from atoll.report import LiveTable, figures
-from atoll.report.clients import MOST_COUNTED, MOST_DRAWN, look
+from atoll.report.clients import MOST_COUNTED, MOST_DRAWN, summarize
 from atoll.report.draw import draw
 from atoll.report.live import Best, columns, that_fit, without_terminal
 from atoll.report.page import tag
-from atoll.report.run_data import Record
+from atoll.report.run_data import RunData
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PLAN = "Plan(Train(sgd(0.5), epochs=1, batch=10), aggregator=Mean())"
@@ -203,7 +203,7 @@ def test_log_that_cannot_be_read_whole(tmp_path):
     (folder / "config.toml").write_text("not = [toml")
     (folder / "environment.json").write_text("[]")
     drawn(folder)
-    assert [r["round"] for r in Record.read(folder).rows] == list(range(13))
+    assert [r["round"] for r in RunData.read(folder).rows] == list(range(13))
 
 
 def test_empty_folder_is_drawn(tmp_path):
@@ -212,7 +212,7 @@ def test_empty_folder_is_drawn(tmp_path):
 
 def test_plan_with_foreign_code_is_shown_and_not_imported(tmp_path):
     plan = "Plan(Custom(no_such_module:fn), aggregator=Mean())"
-    assert Record.read(written(tmp_path / "run", ROWS, plan=plan)).formula == plan
+    assert RunData.read(written(tmp_path / "run", ROWS, plan=plan)).formula == plan
 
 
 def test_last_stop_and_last_baseline_count(tmp_path):
@@ -222,13 +222,13 @@ def test_last_stop_and_last_baseline_count(tmp_path):
         {"event": "baseline", "name": "pooled", "accuracy": 0.2},
         STOP,
     ]
-    record = Record.read(written(tmp_path / "run", ROWS, events))
+    record = RunData.read(written(tmp_path / "run", ROWS, events))
     assert record.events.status == "done" and record.baseline("pooled", "accuracy") == 0.2
 
 
 def test_best_row():
     def best(name, *values):
-        record = Record("", tuple({"round": t, name: v} for t, v in enumerate(values)), {}, "", {}, None)
+        record = RunData("", tuple({"round": t, name: v} for t, v in enumerate(values)), {}, "", {}, None)
         found = record.best(name)
         return found and found["round"]
 
@@ -240,13 +240,13 @@ def test_best_row():
 
 def test_long_logs_are_thinned(tmp_path):
     events = [clients_event(t, range(4)) for t in range(1000)]
-    record = Record.read(written(tmp_path / "run", [learned(t) for t in range(1000)], events))
+    record = RunData.read(written(tmp_path / "run", [learned(t) for t in range(1000)], events))
     at = [c.round for c in record.events.clients]
     assert len(at) <= 120 and at[0] == 0 and at[-20:] == list(range(980, 1000))
 
 
 def test_huge_federation_is_counted_in_part():
-    told = look(federation([2] * 300_000, 20))
+    told = summarize(federation([2] * 300_000, 20))
     assert len(told.ids) == MOST_DRAWN and len(told.every) <= MOST_COUNTED
     assert "2,000 of the 300,000 clients" in told.said
 
@@ -256,7 +256,7 @@ def test_clients_that_are_alike_stand_together():
     rows = ArrayRows(torch.zeros(len(y), 1), y)
     offsets = offsets_of(torch.full((21,), 4))
     data = Clients("set", rows, torch.arange(len(y)), offsets, None, "classification", ("a", "b", "c"), (1,))
-    told = look(data)
+    told = summarize(data)
     assert told.shares.argmax(1).tolist() == [0] * 7 + [1] * 7 + [2] * 7
     assert told.shares.sum(1) == pytest.approx(1)
 
@@ -290,7 +290,7 @@ def test_training_draws_its_report(data, tmp_path):
     assert again.path == run.path
     text = (run.path / "report.html").read_text(encoding="utf-8")
     assert "Finished 4 rounds" in text and not Page(text).open
-    assert [r["round"] for r in Record.read(run.path).rows] == [0, 1, 2, 3]
+    assert [r["round"] for r in RunData.read(run.path).rows] == [0, 1, 2, 3]
 
 
 class Clock:

@@ -14,10 +14,10 @@ from atoll import recipes, rounds, train
 from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.report import LiveTable, figures, timeline
 from atoll.report.draw import draw
-from atoll.report.flight_log import FATES, MOST_LANES, Flights, Tally, read_trips
+from atoll.report.flight_log import FATES, MOST_LANES, FlightLog, Tally, read_trips
 from atoll.report.format import size
 from atoll.report.live import columns
-from atoll.report.run_data import Record
+from atoll.report.run_data import RunData
 from atoll.runs.folder import read_rows
 
 FIELDS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
@@ -49,7 +49,7 @@ def flown(draw_, clients=st.integers(1, 70)):
 @given(flown())
 @settings(max_examples=60, deadline=None)
 def test_nobody_flies_beside_another_in_one_row(rows):
-    flights = Flights.of(rows)
+    flights = FlightLog.of(rows)
     row, clients = flights.lanes()
     for at in range(int(row.max()) + 1):
         here = np.flatnonzero(row == at)
@@ -66,7 +66,7 @@ def test_nobody_flies_beside_another_in_one_row(rows):
 @given(flown(st.integers(1, 8)), st.floats(0.1, 30))
 @settings(max_examples=40, deadline=None)
 def test_work_is_the_time_in_the_air(rows, until):
-    flights = Flights.of(rows).among(until)
+    flights = FlightLog.of(rows).among(until)
     row, _ = flights.lanes()
     if not len(flights):
         return
@@ -81,13 +81,13 @@ def test_the_window_ends_where_somebody_is_missing():
     def flight(number, start, end):
         return (number, number % 3, 0, start, start, end, end, 0)
 
-    whole = Flights.of([flight(n, float(n), n + 1.0) for n in range(10)])
+    whole = FlightLog.of([flight(n, float(n), n + 1.0) for n in range(10)])
     assert whole.window(np.arange(1.0, 11), flying=False) == 10
     assert whole.window(np.arange(1.0, 11), flying=True) == 9  # later flights may be missing
     assert whole.window(np.arange(1.0, 11), flying=False, flights=2.0) == 3  # at least three rounds
-    holes = Flights.of([flight(n, float(n), n + 1.0) for n in range(10) if n != 7])
+    holes = FlightLog.of([flight(n, float(n), n + 1.0) for n in range(10) if n != 7])
     assert holes.window(np.empty(0), flying=True) == 8
-    early = Flights.of([flight(n, float(n), n + 1.0) for n in range(10) if n != 1])
+    early = FlightLog.of([flight(n, float(n), n + 1.0) for n in range(10) if n != 1])
     assert early.window(np.empty(0), flying=True) == 10  # a straggler does not shorten the window
 
 
@@ -131,7 +131,7 @@ def flew(data, tmp_path, pace, fleet=STRAGGLER, count=12, recipe=None, **words):
 def test_everybody_waits_for_the_straggler_or_nobody_does(data, tmp_path):
     parts = {}
     for pace in (Sync(), Bounded(5)):
-        record = Record.read(flew(data, tmp_path, pace, count=20, report=False).path)
+        record = RunData.read(flew(data, tmp_path, pace, count=20, report=False).path)
         flights = record.events.flights
         until = flights.window(record.series("clock")[1], flying=pace.asynchronous)
         shown = flights.among(until)
@@ -148,7 +148,7 @@ def test_a_run_with_a_clock_says_so_everywhere(data, tmp_path):
     for said in ("virtual time", "model versions kept", "staleness", "up, per client", "Timeline of 4 clients"):
         assert said in text, said
     assert {"timeline", "staleness", "clock", "client_bytes"} <= {p.stem for p in (run.path / "plots").iterdir()}
-    record = Record.read(run.path)
+    record = RunData.read(run.path)
     assert not {"clock", "flying", "late", "staleness", "versions"} & {*record.columns, *run.metrics}
     assert sum(record.events.tally.up.values()) == run.bytes_up
     rows = read_rows(run.path / "metrics.jsonl")
@@ -167,10 +167,10 @@ def _flying(folder, closed):
 def test_what_did_not_count_is_marked(data, tmp_path):
     fleet = "Fleet(Each((1, 1, 1, 5)), dropout=0.3)"
     run = flew(data, tmp_path, Sync(deadline_s=2), fleet, recipe=replace(recipes.fedavg(lr=0.1), max_failed=1.0))
-    record = Record.read(run.path)
+    record = RunData.read(run.path)
     assert {FATES[f] for f in record.events.flights.fate} == {"arrived", "dropped", "late"}
     assert "late contributions" in (run.path / "report.html").read_text(encoding="utf-8")
-    words = timeline.says(record)
+    words = timeline.alt_text(record)
     assert "4 clients" in words and " 0 % in flights" not in words
 
 
@@ -181,10 +181,10 @@ def test_many_clients_are_places(tmp_path):
     closed = [{"round": t, "loss": 1.0, "clock": t + 1.0, "fingerprint": "", "seconds": 0.1} for t in range(3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in closed))
     (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
-    record = Record.read(tmp_path)
+    record = RunData.read(tmp_path)
     row, clients = record.events.flights.lanes()
     assert clients == () and int(row.max()) + 1 == 60 > MOST_LANES
-    assert "60 concurrent flights" in timeline.says(record)
+    assert "60 concurrent flights" in timeline.alt_text(record)
     draw(tmp_path)
     assert (tmp_path / "plots" / "timeline.png").stat().st_size > 1000
 

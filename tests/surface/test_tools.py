@@ -322,7 +322,7 @@ def test_the_line_makes_the_plan(tmp_path, monkeypatch, recipe, which, line):
     monkeypatch.setattr(lr, "rates", lambda plan, which: (0.01, 0.1))
     monkeypatch.setattr(lr, "STEPS", 1)
     experiment = told(tmp_path, recipe=recipe)
-    found = lr.find(experiment, which, tmp_path)
+    found = lr.find_rate(experiment, which, tmp_path)
     assert found.line == line.format(found.suggestion)
     flag, value = found.line.split(" ", 1)
     key, text = ("recipe", value.strip('"')) if flag == "--recipe" else value.split("=", 1)
@@ -386,4 +386,4 @@ def test_each_failing_check_has_a_fix(tmp_path, monkeypatch):
     assert names <= failed.keys()
     assert all(check.fix for check in failed.values())
     assert failed["versions"].fix == 'pip install "torch>=99.0" "no-such-package>=1"'
-    assert "FAIL" in doctor.text(list(failed.values()))
+    assert "FAIL" in doctor.format_checks(list(failed.values()))

@@ -108,7 +108,7 @@ def runs(*, out: Out = None, as_json: Json = False) -> int:
     parent = _parent(out)
     found = [show.brief(path) for path in folders.list_runs(parent)]
     if as_json:
-        output.tell(found)
+        output.print_json(found)
     else:
         print(show.listing(found) if found else f"No runs in {parent} yet.  Write: atoll run")
     return 0
@@ -127,7 +127,7 @@ def show(run: str, /, *, out: Out = None, as_json: Json = False) -> int:
 
     path = _find(run, out)
     if as_json:
-        output.tell(show.brief(path))
+        output.print_json(show.brief(path))
     else:
         print(show.record(path))
     return 0

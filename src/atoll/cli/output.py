@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atoll.report.format import duration, number, size, whole, word
+from atoll.report.format import duration, format_number, label, size, whole
 
 if TYPE_CHECKING:
     from atoll.runs.events import Run
@@ -19,7 +19,7 @@ ASIDE = ("gradient_norm", "lr")
 COMPARED = {"pooled": "pooled", "local": "local only"}
 
 
-def tell(value: Any) -> None:
+def print_json(value: Any) -> None:
     """Print one JSON value; NaN and infinity, which JSON has not, become null."""
     print(json.dumps(_finite(value), ensure_ascii=False))
 
@@ -123,7 +123,7 @@ def summary(run: Run) -> str:
     lines += comparison(run.metrics, run.baselines)
     if run.best and run.best.get("round") != run.rounds - 1:
         best = run.best
-        lines += ["", f"best    {word(best['metric'])} {number(best['value'])}, in round {best['round']}"]
+        lines += ["", f"best    {label(best['metric'])} {format_number(best['value'])}, in round {best['round']}"]
     else:
         lines.append("")
     failures = f", {whole(len(run.failures))} failures" if run.failures else ""
@@ -174,14 +174,14 @@ def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, 
         local only     0.5000   ± 0.1000 between clients
     """
     names = judged(metrics)
-    rows = [["", *map(word, names)], ["federated", *(number(metrics[n]) for n in names)]]
+    rows = [["", *map(label, names)], ["federated", *(format_number(metrics[n]) for n in names)]]
     for name, label in COMPARED.items():
         if name in baselines:
-            rows.append([label, *(number(baselines[name].get(n)) for n in names)])
+            rows.append([label, *(format_number(baselines[name].get(n)) for n in names)])
     lines = grid(rows)
     spread = baselines.get("local", {}).get(f"{names[0]}_sd") if names else None
     if spread is not None:
-        lines[-1] += f"   ± {number(spread)} between clients"
+        lines[-1] += f"   ± {format_number(spread)} between clients"
     skipped = baselines.get("skipped")
     return [*lines, f"no comparison: {skipped['reason']}"] if skipped else lines
 
@@ -189,13 +189,13 @@ def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, 
 def seeds(done: Sequence[tuple[int, Run]]) -> str:
     """Runs of several seeds, and mean ± sd of each metric over them."""
     names = judged(_names(run for _, run in done))
-    rows = [["seed", *map(word, names), "run"]]
+    rows = [["seed", *map(label, names), "run"]]
     for seed, run in done:
         where = called(run.path) if run.path else ""
-        rows.append([str(seed), *(number(run.metrics.get(n)) for n in names), where])
+        rows.append([str(seed), *(format_number(run.metrics.get(n)) for n in names), where])
     moments = [_moments(done, n) for n in names]
-    rows.append(["mean", *(number(mean) for mean, _ in moments), ""])
-    rows.append(["± sd", *(number(sd) for _, sd in moments), ""])
+    rows.append(["mean", *(format_number(mean) for mean, _ in moments), ""])
+    rows.append(["± sd", *(format_number(sd) for _, sd in moments), ""])
     return "\n".join(["", *grid(rows)])
 
 

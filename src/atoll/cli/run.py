@@ -47,7 +47,7 @@ def train(it: Experiment, look: Look, **more: Any) -> int:
     if not speaks(it):
         pass
     elif look.as_json:
-        output.tell(output.outcome(run))
+        output.print_json(output.outcome(run))
     else:
         print(output.summary(run))
     return 130 if run.status == "interrupted" else 0
@@ -71,7 +71,7 @@ def several(it: Experiment, seeds: int, look: Look) -> int:
     if not speaks(it):
         pass
     elif look.as_json:
-        output.tell(output.outcomes(done))
+        output.print_json(output.outcomes(done))
     else:
         print(output.seeds(done))
     return 130 if done[-1][1].status == "interrupted" else 0
@@ -99,7 +99,7 @@ def smoke(it: Experiment, look: Look) -> int:
     if not speaks(it):
         pass
     elif look.as_json:
-        output.tell(output.outcome(again) | {"smoke": stages, "run": None, "path": None})
+        output.print_json(output.outcome(again) | {"smoke": stages, "run": None, "path": None})
     else:
         print("\n".join(f"ok  {stage}" for stage in stages))
         print("The folder was removed.  Next: the same without --smoke.")

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from atoll.cli.output import called, comparison, grid, judged, near, spent
-from atoll.report.format import duration, number, plain, spread, word
-from atoll.report.run_data import Record
+from atoll.report.format import duration, format_number, label, plain, spread
+from atoll.report.run_data import RunData
 
 
 def brief(path: Path) -> dict[str, Any]:
     """A run's folder in a few values."""
-    run = Record.read(path)
+    run = RunData.read(path)
     best = run.best(run.judged)
     return {
         "run": run.name,
@@ -45,7 +45,7 @@ def listing(found: Sequence[Mapping[str, Any]]) -> str:
     rows = [["run", "status", "rounds", "data", "model", "best", "time"]]
     for run in found:
         best = run["best"]
-        told = f"{word(best['metric'])} {number(best['value'])}" if best else "–"
+        told = f"{label(best['metric'])} {format_number(best['value'])}" if best else "–"
         cells = (run["run"], run["status"], run["rounds"], run["data"] or "–", run["model"] or "–", told)
         rows.append([*(plain(c, 40) for c in cells), duration(run["seconds"])])
     return "\n".join(grid(rows))
@@ -53,7 +53,7 @@ def listing(found: Sequence[Mapping[str, Any]]) -> str:
 
 def record(path: Path) -> str:
     """A run: how it went, its formula, some of its rounds with the best marked, what failed, and its files."""
-    run, told = Record.read(path), brief(path)
+    run, told = RunData.read(path), brief(path)
     why = f": {plain(told['reason'], 500)}" if told["reason"] else ""
     lines = [f"{run.name}   {told['status']}{why}", ""]
     lines += [f"data    {plain(told['data'] or '–')}   model {plain(told['model'] or '–')}   began {told['began']}", ""]
@@ -71,15 +71,15 @@ def record(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _rounds(run: Record, most: int = 10) -> list[str]:
+def _rounds(run: RunData, most: int = 10) -> list[str]:
     """Some rounds, evenly apart, and those in which something was best."""
     names = judged(run.columns)
     marks = {n: best["round"] for n in names if (best := run.best(n)) is not None}
     shown = {run.rows[i]["round"]: run.rows[i] for i in spread(len(run.rows), most)}
     shown |= {row["round"]: row for row in run.rows if row["round"] in marks.values()}
-    rows = [["round", *map(word, names), "clients", "failed"]]
+    rows = [["round", *map(label, names), "clients", "failed"]]
     for at, row in sorted(shown.items()):
-        values = [number(_number(row.get(n))) + ("*" if marks.get(n) == at else " ") for n in names]
+        values = [format_number(_number(row.get(n))) + ("*" if marks.get(n) == at else " ") for n in names]
         clients = f"{row.get('arrived', '–')}/{row.get('cohort', '–')}"
         rows.append([str(at), *values, plain(clients), plain(row.get("failed", 0))])
     return [*grid(rows), "* the best"]
@@ -89,7 +89,7 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def _lost(run: Record, most: int = 5) -> list[str]:
+def _lost(run: RunData, most: int = 5) -> list[str]:
     """The clients that failed most often, and how."""
     lines = []
     for client, lost in sorted(run.events.lost.items(), key=lambda item: -item[1].count)[:most]:

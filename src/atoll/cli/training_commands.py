@@ -64,12 +64,12 @@ def lr(
         A TOML file with settings.
     """
     from atoll.cli import output
-    from atoll.tools.lr import find
+    from atoll.tools.lr import find_rate
 
     it = flags.experiment(experiment, trust)
-    finding = find(it, which, Path(it.out))
+    finding = find_rate(it, which, Path(it.out))
     if as_json:
-        output.tell({"which": which, "suggestion": finding.suggestion, "plot": str(finding.plot)})
+        output.print_json({"which": which, "suggestion": finding.suggestion, "plot": str(finding.plot)})
     else:
         print(finding.text())
     return 0
@@ -95,7 +95,7 @@ def plan(
 
     foreseen = forecast(flags.experiment(experiment, trust))
     if as_json:
-        output.tell(foreseen.told())
+        output.print_json(foreseen.told())
     else:
         print(foreseen.text())
     return 0

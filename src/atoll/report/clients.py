@@ -18,7 +18,7 @@ from torch import Tensor
 
 from atoll.data.clients import Clients
 from atoll.data.measure import effective_clients, size_gini
-from atoll.report.format import client_name, number, plain, spread, whole
+from atoll.report.format import client_name, format_number, plain, spread, whole
 
 FEW = 12
 MOST_DRAWN = 100
@@ -58,7 +58,7 @@ class Federation:
     said: str
 
 
-def look(data: Clients) -> Federation:
+def summarize(data: Clients) -> Federation:
     """Measure the imbalance of the clients and choose the clients to draw."""
     sizes = data.sizes
     by_size = torch.argsort(sizes, descending=True, stable=True)
@@ -68,7 +68,7 @@ def look(data: Clients) -> Federation:
     said = [] if few else [f"The labels of {whole(len(ids))} of the {whole(data.count)} clients are counted."]
     measures = {} if table is None or of != "class" else {"label divergence": _divergence(data, few, ids)}
     measures |= {
-        "size Gini": number(size_gini(sizes)),
+        "size Gini": format_number(size_gini(sizes)),
         "effective clients": f"{effective_clients(sizes):,.1f} of {whole(data.count)}",
         "rows per client": _range(sizes),
     }

@@ -14,7 +14,7 @@ import numpy as np
 
 from atoll.report.figures import (
     LIGHT,
-    Line,
+    PlotLine,
     axes,
     figure,
     logarithmic_x,
@@ -25,8 +25,8 @@ from atoll.report.figures import (
     text,
     wants_log,
 )
-from atoll.report.format import better, number, rises, word
-from atoll.report.run_data import Numbers, Record
+from atoll.report.format import better, format_number, label, rises
+from atoll.report.run_data import Numbers, RunData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ class Curve:
     times: Numbers
 
     @classmethod
-    def of(cls, record: Record, metric: str, time: str) -> Curve:
+    def of(cls, record: RunData, metric: str, time: str) -> Curve:
         """Build the curve from the rows of a run; `time` is `CLOCK` or `SECONDS`."""
         at = {row["round"]: i for i, row in enumerate(record.rows)}
         spent = np.cumsum([_amount(r.get("bytes_up")) + _amount(r.get("bytes_down")) for r in record.rows])
@@ -76,7 +76,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Beside:
+class Comparison:
     """One metric of two runs.
 
     Args:
@@ -103,7 +103,7 @@ class Beside:
         return first, second
 
     @classmethod
-    def of(cls, a: Record, b: Record, target: float | None = None) -> Beside | None:
+    def of(cls, a: RunData, b: RunData, target: float | None = None) -> Comparison | None:
         """Compare two runs by their selection metric; None if they share no metric with finite values."""
         shared = [n for n in (a.judged, b.judged, *a.columns) if n in a.columns and n in b.columns]
         clock = all(r.last("clock") is not None for r in (a, b))
@@ -126,7 +126,7 @@ def _amount(value: object) -> float:
     return float(value) if good else 0.0  # type: ignore[arg-type]
 
 
-def draw(found: Beside) -> bytes:
+def draw(found: Comparison) -> bytes:
     """Draw a PNG: the metric by bytes and by time. A ring marks the point at which a run reaches the target."""
     made = figure(LIGHT, 11.0, 3.5)
     colours = (LIGHT.series[0], LIGHT.series[1])
@@ -155,14 +155,14 @@ def apart(costs: Sequence[Numbers]) -> bool:
     return len(ends) == 2 and min(ends) > 0 and max(ends) > 8 * min(ends)
 
 
-def _panel(ax: Axes, found: Beside, costs: Sequence[Numbers], colours: Sequence[str]) -> None:
-    lines = [Line(c.name, x, c.values, colour) for c, x, colour in zip(found.curves, costs, colours, strict=True)]
+def _panel(ax: Axes, found: Comparison, costs: Sequence[Numbers], colours: Sequence[str]) -> None:
+    lines = [PlotLine(c.name, x, c.values, colour) for c, x, colour in zip(found.curves, costs, colours, strict=True)]
     plot(ax, lines, log=not found.rising and wants_log([c.values for c in found.curves]))
     if not apart(costs):
         ax.set_xlim(left=0)
     ax.axhline(found.target, color=LIGHT.soft, linewidth=0.8, linestyle=(0, (4, 2.5)), zorder=1)
     ax.text(
-        1.0, found.target, f"{number(found.target)} ", transform=ax.get_yaxis_transform(), ha="right", va="bottom",
+        1.0, found.target, f"{format_number(found.target)} ", transform=ax.get_yaxis_transform(), ha="right", va="bottom",
         fontsize=7.5, color=LIGHT.soft,
     )  # fmt: skip
     for curve, x, at, colour in zip(found.curves, costs, found.at, colours, strict=True):
@@ -174,5 +174,5 @@ def _panel(ax: Axes, found: Beside, costs: Sequence[Numbers], colours: Sequence[
 
 
 def _titled(name: str) -> str:
-    words = word(name)
+    words = label(name)
     return text(words[:1].upper() + words[1:], 40)

@@ -21,14 +21,14 @@ def draw(folder: Path, data: Clients | None = None) -> None:
     Raises:
         RunError: a file cannot be written. The files of an earlier report stay.
     """
-    from atoll.report.clients import look
+    from atoll.report.clients import summarize
     from atoll.report.figures import DARK, LIGHT, png
     from atoll.report.page import Picture, page
     from atoll.report.plots import charts
-    from atoll.report.run_data import Record
+    from atoll.report.run_data import RunData
 
-    record = Record.read(folder)
-    federation = None if data is None else look(data)
+    record = RunData.read(folder)
+    federation = None if data is None else summarize(data)
     names = None if data is None else data.names
     try:
         (folder / "plots").mkdir(exist_ok=True)
@@ -43,5 +43,5 @@ def draw(folder: Path, data: Clients | None = None) -> None:
     for chart in charts(record, federation, names):
         light, dark = (png(chart.draw(theme)) for theme in (LIGHT, DARK))
         runs.write(folder / "plots" / f"{chart.name}.png", light)
-        pictures.append(Picture(chart.name, chart.says, chart.wide, light, dark))
+        pictures.append(Picture(chart.name, chart.alt_text, chart.wide, light, dark))
     runs.write(folder / "report.html", page(record, federation, data, pictures).encode())

@@ -57,7 +57,7 @@ DARK = Theme(
 )
 
 
-class Line(NamedTuple):
+class PlotLine(NamedTuple):
     """One line of a chart: its name, points `[n]`, colour and matplotlib line style."""
 
     name: str
@@ -136,7 +136,7 @@ def ramp(theme: Theme) -> Colormap:
     return LinearSegmentedColormap.from_list("atoll", theme.heat)
 
 
-def plot(ax: Axes, lines: Sequence[Line], *, log: bool = False) -> None:
+def plot(ax: Axes, lines: Sequence[PlotLine], *, log: bool = False) -> None:
     """Draw lines. At most 40 points also get dots. A cross at the bottom marks a round without a finite value."""
     for at, line in enumerate(lines):
         finite = np.isfinite(line.y) & ((line.y > 0) | (not log))

@@ -62,7 +62,7 @@ def _pairs(ids: list[Any], values: Any) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Flights:
+class FlightLog:
     """Flights that have ended, in the order of their starts.
 
     Args:
@@ -81,7 +81,7 @@ class Flights:
     fate: Whole
 
     @classmethod
-    def of(cls, rows: list[Row]) -> Flights:
+    def of(cls, rows: list[Row]) -> FlightLog:
         """Build the columns from rows of number, client, birth, four times and fate."""
         table = np.array(rows, dtype=np.float64).reshape(-1, 8)
         table = table[np.argsort(table[:, 0], kind="stable")]
@@ -123,11 +123,11 @@ class Flights:
         wanted = max(usual, closed)
         return last if wanted <= 0 or last <= 1.3 * wanted else wanted
 
-    def among(self, until: float) -> Flights:
+    def among(self, until: float) -> FlightLog:
         """The flights that started before a time."""
         there = self.start < until
         number, client, birth, fate = (c[there] for c in (self.number, self.client, self.birth, self.fate))
-        return Flights(number, client, birth, self.times[:, there], fate)
+        return FlightLog(number, client, birth, self.times[:, there], fate)
 
     def lanes(self) -> tuple[Whole, tuple[int, ...]]:
         """Assign each flight to a row of the timeline, so that flights in one row do not overlap.

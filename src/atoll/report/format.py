@@ -21,7 +21,7 @@ WORDS = {
 }
 
 
-def word(name: str) -> str:
+def label(name: str) -> str:
     """The label of a column of metrics.jsonl.
 
     Example:
@@ -50,7 +50,7 @@ def better(a: float, b: float, rising: bool) -> bool:
     return a > b if rising else a < b
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Format a measured number with four or five significant digits; None becomes a dash.
 
     Example:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from atoll.plan.round import Report
-from atoll.report.format import better, client_name, duration, number, plain, size, spread, whole, word
+from atoll.report.format import better, client_name, duration, format_number, label, plain, size, spread, whole
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -61,7 +61,7 @@ def columns(training: TrainingView) -> tuple[Column, ...]:
         names += ["held_out_loss", *(m.name for m in training.task.metrics)]
     else:
         names += ["gradient_norm"]
-    measured = [Column(n, plain(word(n), 16), 10, 90 - at) for at, n in enumerate(names)]
+    measured = [Column(n, plain(label(n), 16), 10, 90 - at) for at, n in enumerate(names)]
     return (
         Column("round", "round", 5, 100),
         *measured,
@@ -98,7 +98,7 @@ def cells(report: Report) -> dict[str, str]:
     """The cells of a round, by column."""
     return {
         "round": str(report.round),
-        **{name: number(value) for name, value in report.metrics.items()},
+        **{name: format_number(value) for name, value in report.metrics.items()},
         "clients": f"{report.arrived}/{report.cohort}",
         "failed": str(len(report.failures)),
         "late": str(report.late),
@@ -308,7 +308,7 @@ class LiveTable:
             parts.append(f"{duration(self.now)} of virtual time")
         name = self._judged
         if name in self.best.value:
-            parts.append(f"best {word(name)} {number(self.best.value[name])} in round {self.best.round[name]}")
+            parts.append(f"best {label(name)} {format_number(self.best.value[name])} in round {self.best.round[name]}")
         if self.failed:
             parts.append(f"{whole(self.failed)} failed")
         return parts

@@ -17,8 +17,8 @@ from typing import Any
 
 from atoll.data.clients import Clients
 from atoll.report.clients import Federation
-from atoll.report.format import client_name, duration, number, plain, rises, size, spread, whole, word
-from atoll.report.run_data import Record, Row
+from atoll.report.format import client_name, duration, format_number, label, plain, rises, size, spread, whole
+from atoll.report.run_data import Row, RunData
 
 _VOID = {"meta", "img", "source", "br"}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -58,7 +58,7 @@ def tag(element: str, /, *inside: object, **attributes: object) -> Html:
     return Html(f"<{element}{given}>" if element in _VOID else f"<{element}{given}>{body}</{element}>")
 
 
-def page(record: Record, federation: Federation | None, data: Clients | None, pictures: Sequence[Picture]) -> str:
+def page(record: RunData, federation: Federation | None, data: Clients | None, pictures: Sequence[Picture]) -> str:
     """Build the report of a run as one HTML document.
 
     Args:
@@ -102,7 +102,7 @@ def _section(title: str, *inside: Html | None) -> Html | None:
     return tag("section", tag("h2", title), *there) if there else None
 
 
-def _head(record: Record, data: Clients | None) -> Html:
+def _head(record: RunData, data: Clients | None) -> Html:
     events = record.events
     name = data.name if data is not None else record.config.get("data", "")
     model = record.config.get("model", "")
@@ -122,13 +122,13 @@ def _head(record: Record, data: Clients | None) -> Html:
     )
 
 
-def _summary(record: Record) -> Html:
+def _summary(record: RunData) -> Html:
     tiles: list[tuple[str, str, str]] = []
     for name in dict.fromkeys((record.judged, *record.metrics[:3], "held_out_loss", "loss")):
         if name in record.columns:
             best = record.best(name)
-            told = f"best {number(best[name])}, round {best['round']}" if best is not None else ""
-            tiles.append((word(name), number(record.last(name)), told))
+            told = f"best {format_number(best[name])}, round {best['round']}" if best is not None else ""
+            tiles.append((label(name), format_number(record.last(name)), told))
     asked = record.config.get("rounds")
     seconds, rounds = record.total("seconds"), len(record.rows)
     of = f"of at most {whole(asked)}" if isinstance(asked, int) and asked > rounds else ""
@@ -153,12 +153,12 @@ def _summary(record: Record) -> Html:
     )
 
 
-def _clock(record: Record) -> list[tuple[str, str, str]]:
+def _clock(record: RunData) -> list[tuple[str, str, str]]:
     last, rounds = record.last("clock"), len(record.rows)
     return [] if last is None else [("virtual time", duration(last), f"{duration(last / rounds)} per round")]
 
 
-def _lateness(record: Record) -> list[tuple[str, str, str]]:
+def _lateness(record: RunData) -> list[tuple[str, str, str]]:
     """Tiles on staleness, on the number of model versions kept for flights in progress, and on late contributions."""
     tiles = []
     late = record.events.tally.staleness
@@ -174,7 +174,7 @@ def _lateness(record: Record) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _traffic(record: Record) -> Html | None:
+def _traffic(record: RunData) -> Html | None:
     """Tiles on the bytes that each client sent and received in the whole run: median, smallest and largest."""
     tally = record.events.tally
     pairs = []
@@ -190,7 +190,7 @@ def _traffic(record: Record) -> Html | None:
     return Html(tag("dl", *tiles, class_="tiles small") + tag("p", told, class_="quiet"))
 
 
-def _comparison(record: Record) -> Html | None:
+def _comparison(record: RunData) -> Html | None:
     """Compare federated training with the baselines: all shared metrics, and bars for the selection metric."""
     kinds = list(record.events.baselines)
     names = [n for n in record.columns if any(record.baseline(k, n) is not None for k in kinds)]
@@ -212,15 +212,15 @@ def _comparison(record: Record) -> Html | None:
         value = values[kind][chief]
         part = 0.0 if value is None or value != value else min(1.0, abs(value) / most)
         bar = tag("div", class_=f"bar {'ours' if kind == 'federated' else ''}", style=f"width:{100 * part:.1f}%")
-        cells = [tag("td", number(values[kind][n]), _sd(record, kind, n), class_="n") for n in order]
-        rows.append(tag("tr", tag("th", word(kind), scope="row"), *cells, tag("td", bar, class_="bars")))
-    heads = [tag("th", word(n), class_="n") for n in order]
+        cells = [tag("td", format_number(values[kind][n]), _sd(record, kind, n), class_="n") for n in order]
+        rows.append(tag("tr", tag("th", label(kind), scope="row"), *cells, tag("td", bar, class_="bars")))
+    heads = [tag("th", label(n), class_="n") for n in order]
     note = {True: "higher is better", False: "lower is better"}.get(bool(rising)) if rising is not None else ""
-    head = tag("tr", tag("th", ""), *heads, tag("th", f"{word(chief)}{f', {note}' if note else ''}"))
+    head = tag("tr", tag("th", ""), *heads, tag("th", f"{label(chief)}{f', {note}' if note else ''}"))
     return Html(_scroll(tag("thead", head), tag("tbody", *rows)) + tag("p", _said_of(record), class_="quiet"))
 
 
-def _said_of(record: Record) -> str:
+def _said_of(record: RunData) -> str:
     """Describe how the baselines were trained."""
     told = "All use the same model, learning rate and number of samples. Pooled: one training on all rows. "
     some, of = record.baseline("local", "clients"), record.baseline("local", "population")
@@ -228,16 +228,16 @@ def _said_of(record: Record) -> str:
     told += f"Local only: {whose} trains on its own rows; mean ± sd over clients, evaluated on the held-out rows."
     for kind in record.events.baselines:
         if (diverged := record.baseline(kind, "diverged")) is not None:
-            told += f" {word(kind).capitalize()} diverged ({whole(diverged)})."
+            told += f" {label(kind).capitalize()} diverged ({whole(diverged)})."
     return told
 
 
-def _sd(record: Record, kind: str, name: str) -> Html | None:
+def _sd(record: RunData, kind: str, name: str) -> Html | None:
     spread_ = record.baseline(kind, f"{name}_sd")
-    return None if spread_ is None else tag("span", f" ± {number(spread_)}", class_="quiet")
+    return None if spread_ is None else tag("span", f" ± {format_number(spread_)}", class_="quiet")
 
 
-def _formula(record: Record) -> Html | None:
+def _formula(record: RunData) -> Html | None:
     formula = record.formula
     if not formula:
         return None
@@ -277,7 +277,7 @@ def _federation(federation: Federation | None) -> Html | None:
     return Html(tag("dl", *pairs, class_="tiles small") + tag("p", meaning, class_="quiet") + said)
 
 
-def _rounds(record: Record) -> Html | None:
+def _rounds(record: RunData) -> Html | None:
     if not record.rows:
         return None
     places = [(0, "first"), (len(record.rows) - 1, "last")]
@@ -301,26 +301,26 @@ def _rounds(record: Record) -> Html | None:
     )
 
 
-def _round_head(record: Record) -> Html:
+def _round_head(record: RunData) -> Html:
     more = [name for name, _ in _more(record)]
-    heads = ["", "round", *map(word, record.columns), "clients", "failed", *more, "up", "down", "time", "fingerprint"]
+    heads = ["", "round", *map(label, record.columns), "clients", "failed", *more, "up", "down", "time", "fingerprint"]
     return tag("tr", *(tag("th", h, class_="n" if h else "") for h in heads))
 
 
-def _more(record: Record) -> list[tuple[str, Callable[[Any], str]]]:
+def _more(record: RunData) -> list[tuple[str, Callable[[Any], str]]]:
     """The columns that only some runs have, each with its format."""
     shown = (("late", str), ("flying", str), ("staleness", lambda v: f"{v:.2f}"), ("clock", duration))
     return [(name, show) for name, show in shown if len(record.series(name)[0])]
 
 
-def _round(record: Record, row: Row, label: str) -> Html:
+def _round(record: RunData, row: Row, label: str) -> Html:
     def told(name: str, show: Any) -> str:
         value = row.get(name)
         return show(value) if isinstance(value, (int, float)) else "–"
 
     cells = [
         told("round", str),
-        *(told(n, number) for n in record.columns),
+        *(told(n, format_number) for n in record.columns),
         f"{told('arrived', str)}/{told('cohort', str)}",
         told("failed", str),
         *(told(name, show) for name, show in _more(record)),
@@ -337,7 +337,7 @@ def _scroll(*inside: Html) -> Html:
     return tag("div", tag("table", *inside), class_="scroll")
 
 
-def _lost(record: Record, names: Sequence[str] | None) -> Html | None:
+def _lost(record: RunData, names: Sequence[str] | None) -> Html | None:
     lost = sorted(record.events.lost.items(), key=lambda pair: (-pair[1].count, pair[0]))
     if not lost:
         return None
@@ -355,12 +355,12 @@ def _lost(record: Record, names: Sequence[str] | None) -> Html | None:
     return Html(_scroll(tag("thead", head), tag("tbody", *rows)) + said)
 
 
-def _notes(record: Record) -> Html | None:
+def _notes(record: RunData) -> Html | None:
     notes = [tag("li", plain(note, 500)) for note in record.events.notes[:50]]
     return tag("ul", *notes) if notes else None
 
 
-def _settings(record: Record) -> Html | None:
+def _settings(record: RunData) -> Html | None:
     there = record.environment.items()
     pairs = [tag("div", tag("dt", plain(n)), tag("dd", plain(v, 300))) for n, v in there if n not in ("plan", "why")]
     config = tag("details", tag("summary", "config.toml"), tag("pre", record.config_text)) if record.config_text else ""

@@ -15,7 +15,7 @@ import numpy as np
 from atoll.report import timeline
 from atoll.report.clients import Federation
 from atoll.report.figures import (
-    Line,
+    PlotLine,
     Theme,
     axes,
     figure,
@@ -29,8 +29,8 @@ from atoll.report.figures import (
     wants_log,
     whole_rounds,
 )
-from atoll.report.format import client_name, duration, number, rises, size, whole, word
-from atoll.report.run_data import Numbers, Record
+from atoll.report.format import client_name, duration, format_number, label, rises, size, whole
+from atoll.report.run_data import Numbers, RunData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,29 +54,29 @@ class Chart:
     """
 
     name: str
-    says: str
+    alt_text: str
     wide: bool
     draw: Callable[[Theme], Figure]
 
 
-def charts(record: Record, federation: Federation | None, names: tuple[str, ...] | None = None) -> Iterator[Chart]:
+def charts(record: RunData, federation: Federation | None, names: tuple[str, ...] | None = None) -> Iterator[Chart]:
     """The charts of a run, in the order of the page. A chart without measured values is omitted."""
     losses = [n for n in ("loss", "held_out_loss") if n in record.columns]
     if losses:
-        told = ", ".join(f"{word(n)} {number(record.last(n))} at the end" for n in losses)
+        told = ", ".join(f"{label(n)} {format_number(record.last(n))} at the end" for n in losses)
         yield Chart("loss", f"Loss by round: {told}.", False, partial(_loss, record, losses))
     for name in record.metrics[:_MOST_METRICS]:
-        says = f"{word(name)} by round, {number(record.last(name))} at the end."
+        says = f"{label(name)} by round, {format_number(record.last(name))} at the end."
         yield Chart(_file(name), says, False, partial(_metric, record, name))
     several = len(record.rows) > 1
     if several and "gradient_norm" in record.columns:
-        says = f"Norm of the mean update by round, {number(record.last('gradient_norm'))} at the end."
+        says = f"Norm of the mean update by round, {format_number(record.last('gradient_norm'))} at the end."
         yield Chart("gradient_norm", says, False, partial(_gradient, record))
     if several and record.judged in record.columns and record.total("bytes_up") + record.total("bytes_down") > 0:
-        says = f"{word(record.judged)} by all bytes sent, up and down together."
+        says = f"{label(record.judged)} by all bytes sent, up and down together."
         yield Chart("bytes", says, False, partial(_bytes, record))
     if several and record.judged in record.columns and record.total("clock") > 0:
-        says = f"{word(record.judged)} by virtual time, {duration(record.last('clock') or 0)} at the end."
+        says = f"{label(record.judged)} by virtual time, {duration(record.last('clock') or 0)} at the end."
         yield Chart("clock", says, False, partial(_clock, record))
     if several and len(record.series("seconds")[0]):
         says = f"Seconds per round; {duration(record.total('seconds'))} in total."
@@ -91,7 +91,7 @@ def charts(record: Record, federation: Federation | None, names: tuple[str, ...]
     if sum(n for late, n in record.events.tally.staleness.items() if late):
         yield Chart("staleness", _says_staleness(record), False, partial(_staleness, record))
     if len(record.events.flights):
-        yield Chart("timeline", timeline.says(record), True, partial(timeline.timeline, record, names))
+        yield Chart("timeline", timeline.alt_text(record), True, partial(timeline.timeline, record, names))
     if federation is not None:
         yield Chart("clients", _says_clients(federation), True, partial(_clients, federation))
         if federation.count > len(federation.ids):
@@ -111,7 +111,7 @@ def _file(name: str) -> str:
 
 
 def _titled(name: str) -> str:
-    words = word(name)
+    words = label(name)
     return text(words.upper() if len(words) <= 4 else words[:1].upper() + words[1:], 40)
 
 
@@ -121,7 +121,7 @@ def _aside(ax: Axes, theme: Theme, words: str) -> None:
 
 
 def _curve(
-    theme: Theme, title: str, lines: list[Line], *, log: bool = False, named: bool = False, zero: bool = False
+    theme: Theme, title: str, lines: list[PlotLine], *, log: bool = False, named: bool = False, zero: bool = False
 ) -> tuple[Figure, Axes]:
     """Draw lines over rounds. `named` labels their ends. `zero` starts a linear scale at 0."""
     made = figure(theme)
@@ -141,31 +141,31 @@ def _end(y: Numbers) -> float:
     return float(good[-1]) if len(good) else float("nan")
 
 
-def _loss(record: Record, losses: Sequence[str], theme: Theme) -> Figure:
+def _loss(record: RunData, losses: Sequence[str], theme: Theme) -> Figure:
     short = {"loss": "training", "held_out_loss": "held-out"}
-    lines = [Line(short[n], *record.series(n), theme.series[i]) for i, n in enumerate(losses)]
+    lines = [PlotLine(short[n], *record.series(n), theme.series[i]) for i, n in enumerate(losses)]
     return _curve(theme, "Loss", lines, log=wants_log([line.y for line in lines]), named=True)[0]
 
 
-def _metric(record: Record, name: str, theme: Theme) -> Figure:
+def _metric(record: RunData, name: str, theme: Theme) -> Figure:
     x, y = record.series(name)
     kinds = [(n, v) for n in record.events.baselines if (v := record.baseline(n, name)) is not None]
     log = not rises(name) and wants_log([y, np.array([v for _, v in kinds])])
     made = figure(theme)
     ax = axes(made, theme, _BOX, _titled(name), "round")
-    plot(ax, [Line("federated", x, y, theme.series[0])], log=log)
+    plot(ax, [PlotLine("federated", x, y, theme.series[0])], log=log)
     whole_rounds(ax, x)
-    ends = [(_end(y), f"federated {number(_end(y))}" if kinds else number(_end(y)), theme.series[0])]
+    ends = [(_end(y), f"federated {format_number(_end(y))}" if kinds else format_number(_end(y)), theme.series[0])]
     for at, (kind, value) in enumerate(kinds):
         colour = theme.series[BASELINES.get(kind, 2 + at % 2)]
         ax.axhline(value, color=colour, linewidth=1.1, linestyle=(0, (4, 2.5)), zorder=2)
-        ends.append((value, f"{word(kind)} {number(value)}", colour))
+        ends.append((value, f"{label(kind)} {format_number(value)}", colour))
     _mark_best(ax, record, name, theme)
     name_ends(ax, ends)
     return made
 
 
-def _mark_best(ax: Axes, record: Record, name: str, theme: Theme) -> None:
+def _mark_best(ax: Axes, record: RunData, name: str, theme: Theme) -> None:
     best = record.best(name)
     if best is None:
         return
@@ -173,21 +173,21 @@ def _mark_best(ax: Axes, record: Record, name: str, theme: Theme) -> None:
         [best["round"]], [best[name]], "o", markersize=6.5, markerfacecolor="none", markeredgewidth=1.3,
         markeredgecolor=theme.ink, zorder=6,
     )  # fmt: skip
-    _aside(ax, theme, f"best {number(best[name])} in round {best['round']}")
+    _aside(ax, theme, f"best {format_number(best[name])} in round {best['round']}")
 
 
-def _gradient(record: Record, theme: Theme) -> Figure:
+def _gradient(record: RunData, theme: Theme) -> Figure:
     x, y = record.series("gradient_norm")
-    line = Line("‖g‖", x, y, theme.series[0])
+    line = PlotLine("‖g‖", x, y, theme.series[0])
     return _curve(theme, "Norm of the mean update ‖g‖", [line], log=wants_log([y]))[0]
 
 
-def _rate(record: Record, theme: Theme) -> Figure:
+def _rate(record: RunData, theme: Theme) -> Figure:
     x, y = record.series("lr")
-    return _curve(theme, "Learning rate of the server", [Line("lr", x, y, theme.series[0])])[0]
+    return _curve(theme, "Learning rate of the server", [PlotLine("lr", x, y, theme.series[0])])[0]
 
 
-def _bytes(record: Record, theme: Theme) -> Figure:
+def _bytes(record: RunData, theme: Theme) -> Figure:
     name = record.judged
     rounds, y = record.series(name)
     up, down = record.series("bytes_up"), record.series("bytes_down")
@@ -196,7 +196,7 @@ def _bytes(record: Record, theme: Theme) -> Figure:
     x = np.array([sent.get(t, 0.0) + back.get(t, 0.0) for t in rounds])
     made = figure(theme)
     ax = axes(made, theme, _WIDE_BOX, f"{_titled(name)} by bytes sent", "up and down, all clients")
-    plot(ax, [Line(name, x, y, theme.series[0])], log=not rises(name) and wants_log([y]))
+    plot(ax, [PlotLine(name, x, y, theme.series[0])], log=not rises(name) and wants_log([y]))
     if len(x) == 1 or np.ptp(x) > 0:
         ax.set_xlim(left=0)
     of_bytes(ax)
@@ -204,27 +204,27 @@ def _bytes(record: Record, theme: Theme) -> Figure:
     return made
 
 
-def _clock(record: Record, theme: Theme) -> Figure:
+def _clock(record: RunData, theme: Theme) -> Figure:
     name = record.judged
     rounds, y = record.series(name)
     times = dict(zip(*record.series("clock"), strict=True))
     x = np.array([times.get(t, np.nan) for t in rounds])
     made = figure(theme)
     ax = axes(made, theme, _WIDE_BOX, f"{_titled(name)} by time", "virtual time")
-    plot(ax, [Line(name, x, y, theme.series[0])], log=not rises(name) and wants_log([y]))
+    plot(ax, [PlotLine(name, x, y, theme.series[0])], log=not rises(name) and wants_log([y]))
     ax.set_xlim(left=0)
     of_seconds(ax.xaxis, float(np.nanmax(x, initial=0)))
     _aside(ax, theme, f"{duration(record.last('clock') or 0)} in total")
     return made
 
 
-def _says_staleness(record: Record) -> str:
+def _says_staleness(record: RunData) -> str:
     late = record.events.tally.staleness
     mean = sum(s * n for s, n in late.items()) / sum(late.values())
     return f"Staleness of contributions in rounds: {mean:.2f} on average, at most {max(late)}."
 
 
-def _staleness(record: Record, theme: Theme) -> Figure:
+def _staleness(record: RunData, theme: Theme) -> Figure:
     late = record.events.tally.staleness
     most = max(late)
     width = -(-(most + 1) // 40)  # of a bar, in rounds
@@ -241,13 +241,13 @@ def _staleness(record: Record, theme: Theme) -> Figure:
     return made
 
 
-def _uneven(record: Record) -> bool:
+def _uneven(record: RunData) -> bool:
     """Whether bytes differ by more than 1 % between clients. Otherwise one number in the tiles is enough."""
     tally = record.events.tally
     return any(len(d) > 1 and max(d.values()) > 1.01 * min(d.values()) for d in (tally.up, tally.down))
 
 
-def _client_bytes(record: Record, names: tuple[str, ...] | None, theme: Theme) -> Figure:
+def _client_bytes(record: RunData, names: tuple[str, ...] | None, theme: Theme) -> Figure:
     """Draw bytes up above the axis and bytes down below it: by client up to 40 clients, else in ascending order."""
     tally = record.events.tally
     ids = sorted({*tally.up, *tally.down})
@@ -281,10 +281,10 @@ def _client_bytes(record: Record, names: tuple[str, ...] | None, theme: Theme) -
     return made
 
 
-def _seconds(record: Record, theme: Theme) -> Figure:
+def _seconds(record: RunData, theme: Theme) -> Figure:
     x, y = record.series("seconds")
     log = wants_log([y])
-    made, ax = _curve(theme, "Time per round", [Line("seconds", x, y, theme.series[0])], log=log, zero=True)
+    made, ax = _curve(theme, "Time per round", [PlotLine("seconds", x, y, theme.series[0])], log=log, zero=True)
     middle = float(np.nanmedian(y)) if np.isfinite(y).any() else 0.0
     if len(y) > 1:
         ax.axhline(middle, color=theme.soft, linewidth=0.9, linestyle=(0, (4, 2.5)), zorder=2)
@@ -294,10 +294,10 @@ def _seconds(record: Record, theme: Theme) -> Figure:
     return made
 
 
-def _arrived(record: Record, theme: Theme) -> Figure:
+def _arrived(record: RunData, theme: Theme) -> Figure:
     lines = [
-        Line("selected", *record.series("cohort"), theme.series[1]),
-        Line("arrived", *record.series("arrived"), theme.series[0]),
+        PlotLine("selected", *record.series("cohort"), theme.series[1]),
+        PlotLine("arrived", *record.series("arrived"), theme.series[0]),
     ]
     made, ax = _curve(theme, "Participating clients", lines, named=True, zero=True)
     lost = sum(e.count for e in record.events.lost.values())
@@ -403,7 +403,7 @@ def _sizes(federation: Federation, theme: Theme) -> Figure:
     return made
 
 
-def _client_loss(record: Record, names: tuple[str, ...] | None, theme: Theme) -> Figure:
+def _client_loss(record: RunData, names: tuple[str, ...] | None, theme: Theme) -> Figure:
     """Draw the spread over clients by round (left), and the last loss of each client in ascending order (right)."""
     given = [r for r in record.events.clients if np.isfinite(r.loss).any()]
     made = figure(theme, 11.0, 3.1)
@@ -414,7 +414,7 @@ def _client_loss(record: Record, names: tuple[str, ...] | None, theme: Theme) ->
     if len(fan) > 1 and np.ptp(fan, axis=1).max() > 0:
         ax.fill_between(x, fan[:, 0], fan[:, 2], color=theme.series[0], alpha=0.22, linewidth=0)
         _aside(ax, theme, "median, and the middle 80 %")
-    plot(ax, [Line("median", x, fan[:, 1], theme.series[0])], log=log)
+    plot(ax, [PlotLine("median", x, fan[:, 1], theme.series[0])], log=log)
     whole_rounds(ax, x)
     last: dict[int, float] = {}
     for r in given:

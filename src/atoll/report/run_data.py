@@ -23,7 +23,7 @@ import numpy.typing as npt
 from atoll import runs
 from atoll.base.errors import AtollError
 from atoll.plan.registry import read_part, renamed
-from atoll.report.flight_log import MOST_FLIGHTS, Flights, Tally, read_trips
+from atoll.report.flight_log import MOST_FLIGHTS, FlightLog, Tally, read_trips
 from atoll.report.format import better, rises, spread
 
 Numbers = npt.NDArray[np.float64]
@@ -44,7 +44,7 @@ class ClientRound:
 
 
 @dataclass
-class Lost:
+class MissedContributions:
     """The missed contributions of one client: their number, the last round, and the causes by stage."""
 
     count: int = 0
@@ -63,14 +63,14 @@ class Events:
     notes: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
-    lost: dict[int, Lost] = field(default_factory=dict)
+    lost: dict[int, MissedContributions] = field(default_factory=dict)
     clients: list[ClientRound] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
-    flights: Flights = field(default_factory=lambda: Flights.of([]))
+    flights: FlightLog = field(default_factory=lambda: FlightLog.of([]))
 
 
 @dataclass(frozen=True)
-class Record:
+class RunData:
     """The data of a run, read from its folder.
 
     Args:
@@ -90,7 +90,7 @@ class Record:
     events: Events
 
     @classmethod
-    def read(cls, folder: Path) -> Record:
+    def read(cls, folder: Path) -> RunData:
         """Read a run folder; a missing file counts as empty."""
         rows = (r for r in runs.read_rows(folder / "metrics.jsonl") if isinstance(r, dict))
         text = _text(folder / "config.toml")
@@ -232,7 +232,7 @@ def _events(path: Path) -> Events:
             if given is not None:
                 events.clients.append(given)
     events.tally.of = len(places)
-    events.flights = Flights.of(trips)
+    events.flights = FlightLog.of(trips)
     return events
 
 
@@ -251,7 +251,7 @@ def _event(events: Events, event: Mapping[str, Any]) -> None:
         case "baseline":
             events.baselines[str(event.get("name", ""))] = dict(event)
         case "failure" if _is_round(event.get("client")):
-            lost = events.lost.setdefault(event["client"], Lost())
+            lost = events.lost.setdefault(event["client"], MissedContributions())
             lost.count += 1
             if _is_round(event.get("round")):
                 lost.last = event["round"]

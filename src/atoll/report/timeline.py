@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from atoll.report.figures import Theme, axes, figure, of_seconds, text
-from atoll.report.flight_log import FATES, Flights, Whole
+from atoll.report.flight_log import FATES, FlightLog, Whole
 from atoll.report.format import client_name, duration, whole
-from atoll.report.run_data import Numbers, Record
+from atoll.report.run_data import Numbers, RunData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ _PHASES = ("download", "compute", "upload")
 _WIDE = 11.0
 
 
-def says(record: Record) -> str:
+def alt_text(record: RunData) -> str:
     """The alt text of the timeline: the share of time in which clients were busy, and the share that was lost."""
     flights = record.events.flights
     until = flights.window(record.series("clock")[1], _flying(record))
@@ -37,7 +37,7 @@ def says(record: Record) -> str:
     )
 
 
-def timeline(record: Record, names: tuple[str, ...] | None, theme: Theme) -> Figure:
+def timeline(record: RunData, names: tuple[str, ...] | None, theme: Theme) -> Figure:
     """Draw download, computing and upload of each flight; grey is waiting, orange is work that did not count."""
     closings = record.series("clock")[1]
     flights = record.events.flights
@@ -69,7 +69,7 @@ def timeline(record: Record, names: tuple[str, ...] | None, theme: Theme) -> Fig
     return made
 
 
-def _flying(record: Record) -> bool:
+def _flying(record: RunData) -> bool:
     """Whether flights were in progress when the last round closed."""
     return bool(record.last("flying"))
 
@@ -87,7 +87,7 @@ def _shades(theme: Theme, fate: int) -> tuple[str, str, str]:
     return mixed(theme.series[1], 0.30), mixed(theme.series[1], 0.62), mixed(theme.series[1], 0.85)
 
 
-def _bars(ax: Axes, shown: Flights, rows: Whole, thick: float, theme: Theme) -> None:
+def _bars(ax: Axes, shown: FlightLog, rows: Whole, thick: float, theme: Theme) -> None:
     """Draw the rectangles, by phase and by whether the work counted."""
     from matplotlib.collections import PolyCollection
 
@@ -113,7 +113,7 @@ def _bars(ax: Axes, shown: Flights, rows: Whole, thick: float, theme: Theme) -> 
     )  # fmt: skip
 
 
-def _marks(ax: Axes, shown: Flights, rows: Whole, until: float, each: float, theme: Theme) -> None:
+def _marks(ax: Axes, shown: FlightLog, rows: Whole, until: float, each: float, theme: Theme) -> None:
     """Mark the end of a flight that dropped out by a cross and the end of a late flight by a triangle."""
     large = max(2.2, min(5.0, 72 * each * 0.45))
     for fate, mark in ((1, "x"), (2, "<")):
@@ -126,7 +126,7 @@ def _marks(ax: Axes, shown: Flights, rows: Whole, until: float, each: float, the
 
 
 def _sides(
-    ax: Axes, shown: Flights, rows: Whole, clients: tuple[int, ...], names: tuple[str, ...] | None, until: float,
+    ax: Axes, shown: FlightLog, rows: Whole, clients: tuple[int, ...], names: tuple[str, ...] | None, until: float,
     theme: Theme,
 ) -> None:  # fmt: skip
     """Write the name of each client on the left and its share of busy time on the right."""
@@ -145,7 +145,7 @@ def _sides(
         )  # fmt: skip
 
 
-def _legend(made: Figure, shown: Flights, closed: bool, theme: Theme, corner: tuple[float, float]) -> None:
+def _legend(made: Figure, shown: FlightLog, closed: bool, theme: Theme, corner: tuple[float, float]) -> None:
     """Draw the legend of the colours and marks that occur."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -169,7 +169,7 @@ def _legend(made: Figure, shown: Flights, closed: bool, theme: Theme, corner: tu
     )  # fmt: skip
 
 
-def _part(record: Record, flights: Flights, until: float) -> str:
+def _part(record: RunData, flights: FlightLog, until: float) -> str:
     """The label of the time axis: the drawn part of the run and the number of flights that are not drawn."""
     clock: Numbers = record.series("clock")[1]
     last = float(clock[-1]) if len(clock) else float(flights.end.max(initial=0.0))

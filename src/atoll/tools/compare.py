@@ -21,9 +21,9 @@ from atoll import runs
 from atoll.base.errors import UsageError
 from atoll.base.names import dotted
 from atoll.compute.loss import METRICS, direction
-from atoll.report.comparison import CLOCK, SECONDS, Beside, draw
-from atoll.report.format import number, word
-from atoll.report.run_data import Events, Record
+from atoll.report.comparison import CLOCK, SECONDS, Comparison, draw
+from atoll.report.format import format_number, label
+from atoll.report.run_data import Events, RunData
 from atoll.tools.rebuild import write
 
 _LONG = 48  # characters; a longer setting is printed on separate lines
@@ -31,7 +31,7 @@ PLAIN = ("gradient_norm", "lr")  # shown without a mark, because neither directi
 
 
 @dataclass(frozen=True)
-class Line:
+class ComparisonRow:
     """One quantity of both runs.
 
     Args:
@@ -67,18 +67,18 @@ class Comparison:
 
     a: str
     b: str
-    settings: tuple[Line, ...]
-    metrics: tuple[Line, ...]
-    totals: tuple[Line, ...]
+    settings: tuple[ComparisonRow, ...]
+    metrics: tuple[ComparisonRow, ...]
+    totals: tuple[ComparisonRow, ...]
     through: int | None
     parted: bool
     tensors: tuple[tuple[str, float | str], ...]
     models: bool
-    beside: Beside | None = None
+    beside: Comparison | None = None
     plot: Path | None = None
 
     @property
-    def reached(self) -> tuple[Line, ...]:
+    def reached(self) -> tuple[ComparisonRow, ...]:
         """The cost of each run until it reached the target: rounds, bytes, time."""
         if self.beside is None:
             return ()
@@ -92,7 +92,7 @@ class Comparison:
             costs = [None if i is None else float(c[i]) for c, i in zip(of, at, strict=True)]
             a, b = ((None if c is None else int(c)) if whole else c for c in costs)
             best = "" if a == b else "a" if b is None or (a is not None and a < b) else "b"
-            out.append(Line(name, a, b, best))
+            out.append(ComparisonRow(name, a, b, best))
         return tuple(out)
 
     @property
@@ -141,7 +141,7 @@ class Comparison:
     @property
     def _goal(self) -> str:
         it = self.beside
-        return "" if it is None else f"until {word(it.metric)} {number(it.target)}"
+        return "" if it is None else f"until {label(it.metric)} {format_number(it.target)}"
 
 
 def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target: float | None = None) -> Comparison:
@@ -162,7 +162,7 @@ def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target:
     keys = [k for k in dict.fromkeys((*mine, *theirs)) if mine.get(k) != theirs.get(k)]
     through, parted = _through(*rows)
     tensors, models = _tensors(one, other)
-    beside = Beside.of(_record(one, rows[0]), _record(other, rows[1]), target)
+    beside = Comparison.of(_record(one, rows[0]), _record(other, rows[1]), target)
     if beside is None and target is not None:
         raise UsageError(
             f"target = {target:g} for {one.name} and {other.name}.",
@@ -173,7 +173,7 @@ def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target:
     return Comparison(
         one.name,
         other.name,
-        tuple(Line(k, mine.get(k), theirs.get(k)) for k in keys),
+        tuple(ComparisonRow(k, mine.get(k), theirs.get(k)) for k in keys),
         _metrics(*rows),
         _totals(*rows),
         through,
@@ -185,13 +185,13 @@ def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target:
     )
 
 
-def _record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Record:
+def _record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> RunData:
     """The rows of a run as a `Record`, without its events."""
     good = tuple(r for r in rows if isinstance(r, dict) and type(r.get("round")) is int)
-    return Record(folder.name, good, {}, "", {}, Events())
+    return RunData(folder.name, good, {}, "", {}, Events())
 
 
-def _drawn(beside: Beside, out: Path) -> Path:
+def _drawn(beside: Comparison, out: Path) -> Path:
     """Write the plot and return its path."""
     file = out if out.suffix == ".png" else out / f"compare-{'-'.join(c.name[:60] for c in beside.curves)}.png"
     write(file, draw(beside))
@@ -217,14 +217,14 @@ def _config(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _metrics(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[Line, ...]:
+def _metrics(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[ComparisonRow, ...]:
     last: list[dict[str, Any]] = [{}, {}]
     for into, rows in zip(last, (a, b), strict=True):
         for row in rows:
             into |= {n: v for n, v in row.items() if n not in runs.COUNTS and v is not None}
     mine, theirs = last
     return tuple(
-        Line(n, mine.get(n), theirs.get(n), _best(n, mine.get(n), theirs.get(n)))
+        ComparisonRow(n, mine.get(n), theirs.get(n), _best(n, mine.get(n), theirs.get(n)))
         for n in dict.fromkeys((*mine, *theirs))
     )
 
@@ -239,8 +239,8 @@ def _best(name: str, a: Any, b: Any) -> str:
     return "a" if (a > b) == (sign > 0) else "b"
 
 
-def _totals(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[Line, ...]:
-    out = [Line("rounds", len(a), len(b))]
+def _totals(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[ComparisonRow, ...]:
+    out = [ComparisonRow("rounds", len(a), len(b))]
     for name, words in (
         ("bytes_up", "bytes up"),
         ("bytes_down", "bytes down"),
@@ -252,11 +252,11 @@ def _totals(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> t
         # Fewer rounds cost less, so only runs of equal length are ranked.
         best = "" if mine == theirs or len(a) != len(b) else "a" if mine < theirs else "b"
         if name != "late" or mine or theirs:
-            out.append(Line(words, round(mine, 3), round(theirs, 3), best))
+            out.append(ComparisonRow(words, round(mine, 3), round(theirs, 3), best))
     first, second = (_last_clock(rows) for rows in (a, b))
     if first is not None or second is not None:
         fair = len(a) == len(b) and first is not None and second is not None and first != second
-        out.append(Line(CLOCK, first, second, ("a" if (first or 0) < (second or 0) else "b") if fair else ""))
+        out.append(ComparisonRow(CLOCK, first, second, ("a" if (first or 0) < (second or 0) else "b") if fair else ""))
     return tuple(out)
 
 

@@ -67,10 +67,10 @@ def examine(out: str | Path = "runs") -> list[Check]:
         >>> [check.ok for check in examine() if check.name == "random numbers"]
         [True]
     """
-    return list(checks(out))
+    return list(run_checks(out))
 
 
-def checks(out: str | Path = "runs") -> Iterator[Check]:
+def run_checks(out: str | Path = "runs") -> Iterator[Check]:
     """Run the checks of `examine` and yield each result when it is ready, so that a caller can show progress."""
     looks: list[tuple[str, Callable[[], Check]]] = [
         ("versions", _versions),
@@ -95,7 +95,7 @@ def checks(out: str | Path = "runs") -> Iterator[Check]:
             yield Check(name, False, cause.splitlines()[0], "pip install --force-reinstall atoll")
 
 
-def text(found: list[Check]) -> str:
+def format_checks(found: list[Check]) -> str:
     """Format the results, one line each, followed by the fix if there is one."""
     wide = max(len(check.name) for check in found)
     lines = []

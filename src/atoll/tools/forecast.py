@@ -28,7 +28,7 @@ from atoll.plan.plan import Plan
 from atoll.plan.round import bind, open_round
 from atoll.plan.state import DownlinkState, State
 from atoll.report.format import duration, size, whole
-from atoll.tools.rebuild import here, training_of
+from atoll.tools.rebuild import local_engine, training_of
 from atoll.training.experiment import Experiment
 from atoll.training.rounds import Training
 
@@ -63,7 +63,7 @@ class Parts(NamedTuple):
         return sum(self)
 
 
-class Flights(NamedTuple):
+class FlightTotals(NamedTuple):
     """Rounds that were flown and not computed: one entry a round, but for `parts` and `heard`.
 
     Args:
@@ -115,7 +115,7 @@ class Forecast:
     rounds: int
     clients: int
     parameters: int
-    flights: Flights
+    flights: FlightTotals
     message: int
     exact: bool
     memory: Mapping[str, int]
@@ -272,7 +272,7 @@ def predict(training: Training) -> Forecast:
         >>> told.bytes_up, sum(report.bytes_up for report in training)
         (960, 960)
     """
-    engine, state, rounds = here(training), training.state, training.settings.rounds
+    engine, state, rounds = local_engine(training), training.state, training.settings.rounds
     plan, layout = training.plan, training.task.layout
     flights = flown(plan, state, engine, rounds)
     lanes = chunk_size(plan, training.task, training.data, int(training.data.sizes.max()), engine.chunk)
@@ -294,7 +294,7 @@ def predict(training: Training) -> Forecast:
     )
 
 
-def flown(plan: Plan, state: State, engine: InProcessEngine, rounds: int, most: int = FLIGHTS) -> Flights:
+def flown(plan: Plan, state: State, engine: InProcessEngine, rounds: int, most: int = FLIGHTS) -> FlightTotals:
     """Fly rounds of a plan without computing anything.
 
     Args:
@@ -317,7 +317,7 @@ def flown(plan: Plan, state: State, engine: InProcessEngine, rounds: int, most: 
         heard.update(f.client for f in row.arrived)
         state = dataclasses.replace(state, round=state.round + 1, air=row.air)
         rows.append(row)
-    return Flights(
+    return FlightTotals(
         tuple(up * len(r.arrived) for r in rows),
         tuple(r.sent for r in rows),
         tuple(r.started for r in rows),
@@ -354,7 +354,7 @@ def _parts(rows: list[Arrivals]) -> Parts:
 
 
 def _memory(
-    plan: Plan, state: State, engine: InProcessEngine, flights: Flights, lanes: int, rounds: int
+    plan: Plan, state: State, engine: InProcessEngine, flights: FlightTotals, lanes: int, rounds: int
 ) -> dict[str, int]:
     """Bytes by what they are for. The sum: float64, one more digit than are kept, for blocks of unlike size."""
     model, layout = state.model, engine.layout
@@ -379,7 +379,7 @@ def _memory(
 # what would help
 
 
-def _help(training: Training, flights: Flights) -> Help | None:
+def _help(training: Training, flights: FlightTotals) -> Help | None:
     """What would make a round shorter: no waiting, or fewer bytes; None where neither is what takes the time."""
     parts = flights.parts
     if parts is None:
@@ -408,7 +408,7 @@ def _for(slot: str, codec: Codec) -> Codec:
 
 def _tried(training: Training, **slots: Any) -> Help | None:
     """Rounds of the plan with other parts in some slots; None where they do not fit it, or are no shorter."""
-    engine, layout = here(training), training.task.layout
+    engine, layout = local_engine(training), training.task.layout
     for slot in slots.keys() - {"pace"}:
         if slots[slot].nbytes(layout) >= getattr(training.plan, slot).nbytes(layout):
             return None

@@ -98,7 +98,7 @@ class Finding:
         return "\n".join(lines + ([f"plot: {self.plot}"] if self.plot else []))
 
 
-def find(experiment: Experiment, which: Which = "local", out: Path | None = None) -> Finding:
+def find_rate(experiment: Experiment, which: Which = "local", out: Path | None = None) -> Finding:
     """Suggest a learning rate for an experiment by a range test on its data; see `sweep`.
 
     Args:
@@ -114,7 +114,7 @@ def find(experiment: Experiment, which: Which = "local", out: Path | None = None
     it = experiment.resolved()
     found = _swept(training_of(it, evaluate_every=0), which, rates(it.plan(), which))
     found = replace(found, line=_flag(it, found))
-    return found if out is None else replace(found, plot=draw(found, out))
+    return found if out is None else replace(found, plot=draw_rates(found, out))
 
 
 def sweep(
@@ -378,7 +378,7 @@ def _quoted(text: str) -> str:
     return f'"{text}"' if '"' not in text else f"'{text}'"
 
 
-def draw(found: Finding, out: Path) -> Path:
+def draw_rates(found: Finding, out: Path) -> Path:
     """Draw a PNG of the losses over the rates.
 
     Args:

@@ -26,7 +26,7 @@ def training_of(experiment: Experiment, **changes: Any) -> Training:
     return experiment.training(engine="inprocess", **changes)
 
 
-def here(training: Training) -> InProcessEngine:
+def local_engine(training: Training) -> InProcessEngine:
     """An engine in this process for the clients of a training; it computes the same bits as every engine."""
     return InProcessEngine(training.task, training.data, training.settings.chunk, training.fleet)
 

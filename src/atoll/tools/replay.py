@@ -32,8 +32,8 @@ from atoll.plan.round import Opened, close_round, open_round, step
 from atoll.report.format import size
 from atoll.runs.checkpoint import state_from_tensors
 from atoll.runs.fingerprint import fingerprint
-from atoll.tools.rebuild import here, same_data, training_in
-from atoll.tools.single_client import compute, odd
+from atoll.tools.rebuild import local_engine, same_data, training_in
+from atoll.tools.single_client import compute, rejection
 from atoll.training.rounds import Training
 
 _TOLD = 1000  # clients of a round that events.jsonl lists
@@ -216,7 +216,7 @@ def _refuse_entropy(plan: Plan, run: str) -> None:
 
 def _open(training: Training) -> tuple[Opened, Arrivals]:
     """The open round, and the flights of it."""
-    engine = here(training)
+    engine = local_engine(training)
     opened = open_round(training.plan, training.state, engine)
     up = 0 if engine.fleet is None else message_bytes(opened.plan, training.task.layout)
     return opened, simulate_round(opened.plan, opened.state, opened.population, opened.cohort, engine.fleet, up)
@@ -374,7 +374,7 @@ class _Whole(NamedTuple):
 
 def _whole(training: Training, opened: Opened) -> _Whole:
     try:
-        gathered = here(training).gather(opened.plan, opened.state, opened.cohort, opened.key)
+        gathered = local_engine(training).gather(opened.plan, opened.state, opened.cohort, opened.key)
     except RunError as error:
         return _Whole(None, 0.0, "", f"the round could not be run: {error.given}")
     total, mean, after, _ = close_round(opened, gathered)
@@ -396,7 +396,7 @@ def _alone(
     for earlier, lost in flights[:nth] if kept else ():  # what it keeps moves with each one that is accepted
         if not lost:
             given = compute(training, plan, state, earlier, kept, [])
-            kept = {**kept, **given.kept} if not odd(given) else kept
+            kept = {**kept, **given.kept} if not rejection(given) else kept
     losses: list[float] = []
     update, sent, metrics, seen, bytes_up = None, None, {}, 0, None
     began = time.perf_counter()
@@ -406,7 +406,7 @@ def _alone(
         bytes_up = given.bytes
         seen = int(sums["rows"][0]) if "rows" in sums else 0
         metrics = {n: float(s[0]) / max(1, seen) for n, s in sums.items() if n != "rows" and s.dim() == 1}
-        failure = failure or odd(given)
+        failure = failure or rejection(given)
     except Exception:
         failure = traceback.format_exc()
     norm = cosine = share = None

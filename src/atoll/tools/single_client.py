@@ -21,7 +21,7 @@ from atoll.plan.state import State
 from atoll.training.rounds import Training
 
 
-class Given(NamedTuple):
+class ClientResult(NamedTuple):
     """The results of one flight.
 
     Args:
@@ -37,7 +37,9 @@ class Given(NamedTuple):
     kept: Tensors
 
 
-def compute(training: Training, plan: Plan, state: State, flight: Flight, kept: Tensors, losses: list[float]) -> Given:
+def compute(
+    training: Training, plan: Plan, state: State, flight: Flight, kept: Tensors, losses: list[float]
+) -> ClientResult:
     """Compute one flight from the model version and the keys of the round that it started in.
 
     Args:
@@ -62,10 +64,10 @@ def compute(training: Training, plan: Plan, state: State, flight: Flight, kept: 
     )
     update = chunk.decoded.means.get("update")
     sent = None if update is None else plan.codec.decode_sum(update, key.fold("codec"))[0]
-    return Given(chunk.contribution, sent, int(chunk.bytes[0]), chunk.memory)
+    return ClientResult(chunk.contribution, sent, int(chunk.bytes[0]), chunk.memory)
 
 
-def odd(given: Given) -> str:
+def rejection(given: ClientResult) -> str:
     """The names of the tensors that are not finite: engines reject such a contribution. Empty if there are none."""
     tensors = {**given.contribution.means, **given.contribution.sums}
     found = [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]
