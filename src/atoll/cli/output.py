@@ -131,9 +131,9 @@ def summary(run: Run) -> str:
     lines.append(spent(run.rounds, run.seconds, run.bytes_up, run.bytes_down, now) + failures)
     if run.path is not None:
         lines.append(f"run     {near(run.path)}")
-        for label, name in (("model", "model.safetensors"), ("report", "report.html")):
+        for title, name in (("model", "model.safetensors"), ("report", "report.html")):
             if (run.path / name).is_file():
-                lines.append(f"{label:<8}{near(run.path / name)}")
+                lines.append(f"{title:<8}{near(run.path / name)}")
     lines.append(f"next    {following(run)}")
     return "\n".join(lines)
 
@@ -175,9 +175,9 @@ def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, 
     """
     names = judged(metrics)
     rows = [["", *map(label, names)], ["federated", *(format_number(metrics[n]) for n in names)]]
-    for name, label in COMPARED.items():
+    for name, title in COMPARED.items():
         if name in baselines:
-            rows.append([label, *(format_number(baselines[name].get(n)) for n in names)])
+            rows.append([title, *(format_number(baselines[name].get(n)) for n in names)])
     lines = grid(rows)
     spread = baselines.get("local", {}).get(f"{names[0]}_sd") if names else None
     if spread is not None:

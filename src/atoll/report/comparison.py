@@ -76,7 +76,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MetricComparison:
     """One metric of two runs.
 
     Args:
@@ -103,7 +103,7 @@ class Comparison:
         return first, second
 
     @classmethod
-    def of(cls, a: RunData, b: RunData, target: float | None = None) -> Comparison | None:
+    def of(cls, a: RunData, b: RunData, target: float | None = None) -> MetricComparison | None:
         """Compare two runs by their selection metric; None if they share no metric with finite values."""
         shared = [n for n in (a.judged, b.judged, *a.columns) if n in a.columns and n in b.columns]
         clock = all(r.last("clock") is not None for r in (a, b))
@@ -126,7 +126,7 @@ def _amount(value: object) -> float:
     return float(value) if good else 0.0  # type: ignore[arg-type]
 
 
-def draw(found: Comparison) -> bytes:
+def draw(found: MetricComparison) -> bytes:
     """Draw a PNG: the metric by bytes and by time. A ring marks the point at which a run reaches the target."""
     made = figure(LIGHT, 11.0, 3.5)
     colours = (LIGHT.series[0], LIGHT.series[1])
@@ -155,7 +155,7 @@ def apart(costs: Sequence[Numbers]) -> bool:
     return len(ends) == 2 and min(ends) > 0 and max(ends) > 8 * min(ends)
 
 
-def _panel(ax: Axes, found: Comparison, costs: Sequence[Numbers], colours: Sequence[str]) -> None:
+def _panel(ax: Axes, found: MetricComparison, costs: Sequence[Numbers], colours: Sequence[str]) -> None:
     lines = [PlotLine(c.name, x, c.values, colour) for c, x, colour in zip(found.curves, costs, colours, strict=True)]
     plot(ax, lines, log=not found.rising and wants_log([c.values for c in found.curves]))
     if not apart(costs):

@@ -21,7 +21,7 @@ from atoll import runs
 from atoll.base.errors import UsageError
 from atoll.base.names import dotted
 from atoll.compute.loss import METRICS, direction
-from atoll.report.comparison import CLOCK, SECONDS, Comparison, draw
+from atoll.report.comparison import CLOCK, SECONDS, MetricComparison, draw
 from atoll.report.format import format_number, label
 from atoll.report.run_data import Events, RunData
 from atoll.tools.rebuild import write
@@ -61,7 +61,7 @@ class Comparison:
         tensors: the tensors of the final models that differ, by name, the weight of a layer first: name and largest
             |a − b|, or the reason why they cannot be compared.
         models: whether both final models exist.
-        beside: the selection metric of both runs by bytes and by time; None if they share no metric.
+        metric: the selection metric of both runs by bytes and by time; None if they share no metric.
         plot: the path of its plot; None if no plot was requested.
     """
 
@@ -74,20 +74,20 @@ class Comparison:
     parted: bool
     tensors: tuple[tuple[str, float | str], ...]
     models: bool
-    beside: Comparison | None = None
+    metric: MetricComparison | None = None
     plot: Path | None = None
 
     @property
     def reached(self) -> tuple[ComparisonRow, ...]:
         """The cost of each run until it reached the target: rounds, bytes, time."""
-        if self.beside is None:
+        if self.metric is None:
             return ()
-        at = self.beside.at
+        at = self.metric.at
         out = []
         for name, of, whole in (
-            ("rounds", [c.rounds + 1 for c in self.beside.curves], True),
-            ("bytes", [c.bytes for c in self.beside.curves], True),
-            (self.beside.time, [c.times for c in self.beside.curves], False),
+            ("rounds", [c.rounds + 1 for c in self.metric.curves], True),
+            ("bytes", [c.bytes for c in self.metric.curves], True),
+            (self.metric.time, [c.times for c in self.metric.curves], False),
         ):
             costs = [None if i is None else float(c[i]) for c, i in zip(of, at, strict=True)]
             a, b = ((None if c is None else int(c)) if whole else c for c in costs)
@@ -140,7 +140,7 @@ class Comparison:
 
     @property
     def _goal(self) -> str:
-        it = self.beside
+        it = self.metric
         return "" if it is None else f"until {label(it.metric)} {format_number(it.target)}"
 
 
@@ -162,8 +162,8 @@ def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target:
     keys = [k for k in dict.fromkeys((*mine, *theirs)) if mine.get(k) != theirs.get(k)]
     through, parted = _through(*rows)
     tensors, models = _tensors(one, other)
-    beside = Comparison.of(_record(one, rows[0]), _record(other, rows[1]), target)
-    if beside is None and target is not None:
+    metric = MetricComparison.of(_record(one, rows[0]), _record(other, rows[1]), target)
+    if metric is None and target is not None:
         raise UsageError(
             f"target = {target:g} for {one.name} and {other.name}.",
             "two runs that share a metric with a known better direction.",
@@ -180,8 +180,8 @@ def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target:
         parted,
         tensors,
         models,
-        beside,
-        None if out is None or beside is None else _drawn(beside, Path(out)),
+        metric,
+        None if out is None or metric is None else _drawn(metric, Path(out)),
     )
 
 
@@ -191,10 +191,10 @@ def _record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> RunData:
     return RunData(folder.name, good, {}, "", {}, Events())
 
 
-def _drawn(beside: Comparison, out: Path) -> Path:
+def _drawn(metric: MetricComparison, out: Path) -> Path:
     """Write the plot and return its path."""
-    file = out if out.suffix == ".png" else out / f"compare-{'-'.join(c.name[:60] for c in beside.curves)}.png"
-    write(file, draw(beside))
+    file = out if out.suffix == ".png" else out / f"compare-{'-'.join(c.name[:60] for c in metric.curves)}.png"
+    write(file, draw(metric))
     return file
 
 

@@ -121,7 +121,7 @@ class ProcessGroup:
             distributed.broadcast(sent, 0)
         return sent.cpu().numpy().tobytes()
 
-    def all_gather(self, data: bytes, most: int = _GATHERED) -> list[bytes]:
+    def all_gather_bytes(self, data: bytes, most: int = _GATHERED) -> list[bytes]:
         """Gather the bytes of every rank, in order of ranks. One collective suffices if none is longer than `most`."""
         length = torch.tensor([len(data)]).view(torch.uint8)
         heads = self._gather(torch.cat((length, _bytes(data[:most], most))))
@@ -161,7 +161,7 @@ class ProcessGroup:
 
     def all_gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """The tensors of every rank, in the order of ranks, on the host. Names and shapes may differ."""
-        return [load(data) for data in self.all_gather(save({n: t.cpu().contiguous() for n, t in tensors.items()}))]
+        return [load(data) for data in self.all_gather_bytes(save({n: t.cpu().contiguous() for n, t in tensors.items()}))]
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sum over all ranks of each tensor, in place if possible; the same bits at every rank."""

@@ -105,7 +105,7 @@ class TorchrunEngine(Engine):
 
     def exchange(self, value: bytes) -> list[bytes]:
         """The values of all ranks, by rank."""
-        return self.ranks.all_gather(value)
+        return self.ranks.all_gather_bytes(value)
 
     def describe(self) -> Mapping[str, Any]:
         """The kind of GPU, the job of `torchrun` and the number of ranks."""
@@ -230,7 +230,7 @@ def all_reduce_results(
     kept = {f"keep/{n}": t.contiguous() for n, t in kept_to_tensors(results.kept).items()}
     words = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
     heard = [
-        load(data) for data in ranks.all_gather(save({"told": words, "arrived": arrived, "kept": ids, **facts, **kept}))
+        load(data) for data in ranks.all_gather_bytes(save({"told": words, "arrived": arrived, "kept": ids, **facts, **kept}))
     ]
     said = [json.loads(h["told"].numpy().tobytes()) for h in heard]
     _raise([s["trouble"] for s in said])

@@ -82,7 +82,7 @@ class WorkerDied(Exception):
     """A worker has ended. The text is the known reason, possibly empty."""
 
 
-class Connection(Protocol):
+class WorkerConnection(Protocol):
     """A connection to one worker. After `Ready`, the worker answers requests in order."""
 
     def send(self, told: BroadcastMessage | None, run: RunMessage, rows: Mapping[str, Tensor] | None) -> None:
@@ -102,10 +102,10 @@ class Connection(Protocol):
 class Transport(Protocol):
     """Starts workers, and publishes tensors that all workers read."""
 
-    def start_worker(self) -> Connection:
+    def start_worker(self) -> WorkerConnection:
         """Start a worker and return the connection to it. The worker is not ready yet."""
 
-    def wait(self, lines: Sequence[Connection], timeout: float | None) -> Sequence[Connection]:
+    def wait(self, lines: Sequence[WorkerConnection], timeout: float | None) -> Sequence[WorkerConnection]:
         """Wait for answers and return the connections that have one; () after `timeout` seconds, None waits forever."""
 
     def publish(self, number: int, tensors: Mapping[str, Tensor]) -> tuple[str, list[Place]]:
@@ -122,7 +122,7 @@ class Transport(Protocol):
 class _WorkerState:
     """The pool's record of one worker."""
 
-    line: Connection
+    line: WorkerConnection
     pid: int | None = None
     sent: deque[Job] = field(default_factory=deque)  # jobs without an answer
     done: list[Job] = field(default_factory=list)  # computed jobs of which the results are not returned yet

@@ -30,7 +30,7 @@ from atoll.engine.workers.messages import (
     answers,
     encode,
 )
-from atoll.engine.workers.pool import Connection, WorkerDied, cores
+from atoll.engine.workers.pool import WorkerConnection, WorkerDied, cores
 from atoll.engine.workers.scheduler import WorkerEngine, packed
 from atoll.engine.workers.shared_memory import Place, SharedBlock, SharedBlocks, block_bytes
 
@@ -136,10 +136,10 @@ class _Pipes:
     def start_worker(self) -> _Pipe:
         pipe = _Pipe(self._nursery, self._blocks)
         if self._setup is not None:
-            pipe.send(self._setup)
+            pipe.post(self._setup)
         return pipe
 
-    def wait(self, lines: Sequence[Connection], timeout: float | None) -> Sequence[Connection]:
+    def wait(self, lines: Sequence[WorkerConnection], timeout: float | None) -> Sequence[WorkerConnection]:
         pipes = {line.connection: line for line in lines if isinstance(line, _Pipe)}
         return [pipes[c] for c in wait(list(pipes), timeout) if isinstance(c, Connection)]
 
@@ -169,19 +169,19 @@ class _Pipe:
         self._rows: list[SharedBlock | None] = [None, None]
         self._pid: int | None = None
 
-    def send(self, order: Setup | BroadcastMessage | RunMessage) -> None:
+    def post(self, order: Setup | BroadcastMessage | RunMessage) -> None:
         with contextlib.suppress(OSError):  # the worker is dead; the next read of its answers reports this
             self.connection.send_bytes(encode(order))
 
     def send(self, told: BroadcastMessage | None, run: RunMessage, rows: Mapping[str, Tensor] | None) -> None:
         if told is not None:
-            self.send(told)
+            self.post(told)
         if rows is not None:
             # Two blocks in turn: a worker has at most two unfinished requests.
             block = self._blocks.reuse_or_grow(self._rows[0], rows)
             self._rows = [self._rows[1], block]
             run = structs.replace(run, rows=(block.path, block.write(rows)))
-        self.send(run)
+        self.post(run)
 
     def receive(self) -> tuple[Answer, Mapping[str, Tensor]]:
         try:

@@ -42,7 +42,7 @@ from atoll.engine.workers.messages import (
     orders,
     results_to_tensors,
 )
-from atoll.engine.workers.pool import Connection, WorkerDied
+from atoll.engine.workers.pool import WorkerConnection, WorkerDied
 from atoll.engine.workers.resources import check_actor, check_installed
 from atoll.engine.workers.scheduler import WorkerEngine, packed
 from atoll.engine.workers.shared_memory import Arrays, Place, from_buffers, to_buffers
@@ -225,7 +225,7 @@ class _Actors:
         self._heard = time.monotonic()
         return _Call(self.ray, self._kind.remote(), self._first, self._published)
 
-    def wait(self, lines: Sequence[Connection], timeout: float | None) -> Sequence[Connection]:
+    def wait(self, lines: Sequence[WorkerConnection], timeout: float | None) -> Sequence[WorkerConnection]:
         calls = {line.due[0]: line for line in lines if isinstance(line, _Call) and line.due}
         if any(line.ready for line in calls.values()):
             heard, _ = self.ray.wait(list(calls), timeout=timeout)

@@ -166,7 +166,7 @@ class WorkerEngine(Engine):
             if plan.pace == _PLAIN:
                 flown, results = self._together(plan, state, cohort, tell(state.round), keep)
             else:
-                flown, results = _Arrivals(self, plan, text, state, cohort, now, tell, keep).fly()
+                flown, results = _Arrivals(self, plan, text, state, cohort, now, tell, keep).run()
         except BaseException:
             self._crew.drop(lambda job: True)
             self._aloft.clear()
@@ -254,7 +254,7 @@ class _Arrivals:
         self._tell, self._results, self._keep = tell, Results.empty(), keep
         self._started = self._sent = 0
 
-    def simulate_round(self) -> tuple[Arrivals, Results]:
+    def run(self) -> tuple[Arrivals, Results]:
         """Start who is missing, take arrivals as they come, until the pace closes the round."""
         began, traffic, pace = time.perf_counter(), self._traffic, self.plan.pace
         deadline = pace.deadline_s

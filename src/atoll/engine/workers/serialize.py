@@ -106,7 +106,7 @@ class _Packer:
         self._write, self._spill = write, spill
         self._seen: dict[int, tuple[int, Any]] = {}  # also keeps the value alive, since ids of dead objects are reused
 
-    def serialize(self, value: Any, at: str) -> Any:
+    def pack(self, value: Any, at: str) -> Any:
         match value:
             case None | bool() | float() | str() | bytes() if type(value) in (type(None), bool, float, str, bytes):
                 return value
@@ -196,7 +196,7 @@ class _Unpacker:
         self._made: dict[int, Any] = {}
         self._copies = 0  # > 0 inside a module
 
-    def deserialize(self, tree: Any) -> Any:
+    def unpack(self, tree: Any) -> Any:
         if not isinstance(tree, list):
             return tree
         match tree:
