@@ -122,7 +122,7 @@ def loop(model, loader, ctx):
     ids=["own", "plateau"],
 )
 def test_any_part_trains_alone(digits, part):
-    told = baselines.compare(ran("softmax", few(digits), Plan(part, Mean()), 3))
+    told = baselines.compare_baselines(ran("softmax", few(digits), Plan(part, Mean()), 3))
     assert told["local"]["clients"] == 3
     assert told["local"]["held_out_loss"] < 2.302
     assert told["pooled"]["held_out_loss"] < told["local"]["held_out_loss"]
@@ -137,7 +137,7 @@ def test_as_many_samples_as_the_federation(digits):
         (Plan(Gradient(batch=8), Mean(), sgd(0.1)), 4 * 8 * 6),
         (Plan(Gradient(), Mean(), sgd(0.1), cohort=3), 4 * total / 2),
     ]:
-        told = baselines.compare(ran("softmax", data, plan, 4))
+        told = baselines.compare_baselines(ran("softmax", data, plan, 4))
         assert told["pooled"]["samples"] == pytest.approx(seen, rel=0.03), plan
         assert told["local"]["samples"] * 6 == pytest.approx(seen, rel=0.03), plan
 
@@ -154,7 +154,7 @@ def test_what_diverges_alone_is_judged_as_it_stood(digits):
     data = few(digits, clients=2)
     training = ran("softmax", data, recipes.fedavg(0.1, batch=5), 2)
     training.plan = recipes.fedavg(1e38, batch=5)
-    told = baselines.compare(training)
+    told = baselines.compare_baselines(training)
     assert told["pooled"]["diverged"] in (0, 1)
     assert told["local"]["diverged"] == 2
     assert all(isinstance(v, (int, float)) for values in told.values() for v in values.values())
@@ -162,13 +162,13 @@ def test_what_diverges_alone_is_judged_as_it_stood(digits):
 
 def test_nothing_to_judge_on_is_said():
     data = load("diabetes").split(3, held_out=0)
-    told = baselines.compare(ran("linear", data, recipes.gd(0.1)))
+    told = baselines.compare_baselines(ran("linear", data, recipes.gd(0.1)))
     assert list(told) == ["skipped"]
     assert "held_out" in told["skipped"]["reason"]
 
 
 def test_the_run_stays_as_it_was(digits):
     training = ran("mlp", few(digits), recipes.fedavg(0.2), 2, numerics="loop")
-    before, again = training.state.model.theta.clone(), baselines.compare(training)
+    before, again = training.state.model.theta.clone(), baselines.compare_baselines(training)
     assert torch.equal(training.state.model.theta, before)
-    assert baselines.compare(training) == again
+    assert baselines.compare_baselines(training) == again

@@ -11,7 +11,7 @@ from atoll.compute.layout import Layout
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy
 from atoll.plan.codec.feedback import EF21, ErrorFeedback
-from atoll.plan.codec.lowrank import LowRank, orthonormal, pieces
+from atoll.plan.codec.lowrank import LowRank, matrices, orthonormal
 from atoll.plan.codec.quantize import Cast, Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
@@ -155,7 +155,7 @@ class Net(nn.Module):
 
 def test_low_rank_sends_factors_of_what_is_large_enough():
     layout = Layout.of(Net())
-    shapes = {e.name: (p.m, p.n) for e, p in zip(layout.segment("params"), pieces(layout, 2), strict=True)}
+    shapes = {e.name: (p.m, p.n) for e, p in zip(layout.segment("params"), matrices(layout, 2), strict=True)}
     assert shapes == {
         "scale": (1, 0),
         "conv.weight": (16, 72),

@@ -15,7 +15,7 @@ from atoll.cli import main
 from atoll.cli.error_text import as_flags
 from atoll.data import named
 from atoll.engine import InProcess, Processes, Ray, Torchrun
-from atoll.engine.spec import ENGINES, engine, fill, name_of
+from atoll.engine.spec import ENGINES, engine, fill, spec_name
 from atoll.training import Experiment, Settings
 
 DATA = atoll.data.load("digits").split(clients=5)
@@ -79,8 +79,8 @@ def test_a_text_and_its_value(text, value):
 
 
 def test_short_names_are_the_names_of_the_table():
-    assert {name_of(engine(name)) for name in ENGINES} == set(ENGINES)
-    assert name_of(fake_engine.Fake()) == "Fake"
+    assert {spec_name(engine(name)) for name in ENGINES} == set(ENGINES)
+    assert spec_name(fake_engine.Fake()) == "Fake"
 
 
 @pytest.mark.parametrize(

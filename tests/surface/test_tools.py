@@ -201,10 +201,10 @@ def test_both_reach_the_target_and_not_before(mine, theirs, clocked):
         found = compare.compare(*folders)
     good = [[v for v in values if v == v] for values in (mine, theirs)]
     if not all(good):
-        assert found.beside is None and found.reached == ()
+        assert found.metric is None and found.reached == ()
         return
     target = min(map(max, good))
-    assert found.beside.target == target
+    assert found.metric.target == target
     first = [next(t for t, v in enumerate(values) if v >= target) + 1 for values in (mine, theirs)]
     lines = {line.name: (line.a, line.b) for line in found.reached}
     time = "seconds of virtual time" if clocked else "seconds of computing"

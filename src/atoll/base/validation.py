@@ -105,7 +105,7 @@ def bounded_number(
     return field(default=default, kw_only=kw_only, metadata={"number": rule})
 
 
-def check(value: Any) -> None:
+def check_fields(value: Any) -> None:
     """Convert every `number` field of a frozen dataclass to its type, and refuse invalid numbers and flags.
 
     Args:

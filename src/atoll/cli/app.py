@@ -91,12 +91,12 @@ def resume(
     run
         Its name, the end or the beginning of it, a path, or latest.
     """
-    from atoll.cli.run import Look, train
+    from atoll.cli.run import Look, run_training
     from atoll.training.experiment import Experiment
 
     path = _find(run, out)
     it = Experiment.read(path, trust=trust).override(rounds=rounds)
-    return train(it, Look(as_json, quiet), resume=path, any_version=any_version)
+    return run_training(it, Look(as_json, quiet), resume=path, any_version=any_version)
 
 
 @app.command(group=LOOK, sort_key=3, help_epilogue="")

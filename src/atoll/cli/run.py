@@ -41,7 +41,7 @@ def speaks(it: Experiment) -> bool:
     return it.spec().primary
 
 
-def train(it: Experiment, look: Look, **more: Any) -> int:
+def run_training(it: Experiment, look: Look, **more: Any) -> int:
     """Train once, and print the result."""
     run = _train(it, look, **more)
     if not speaks(it):

@@ -42,7 +42,7 @@ def run(
         raise UsageError(f"--seeds {seeds}.", "at least one.", write="--seeds 5")
     if smoke:
         return run.smoke(it, look)
-    return run.train(it, look) if seeds == 1 else run.several(it, seeds, look)
+    return run.run_training(it, look) if seeds == 1 else run.several(it, seeds, look)
 
 
 def lr(

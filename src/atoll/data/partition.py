@@ -17,7 +17,7 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.grammar import constructor
 from atoll.base.random import Key
-from atoll.base.validation import bounded_number, check
+from atoll.base.validation import bounded_number, check_fields
 from atoll.data.rows import Rows
 from atoll.data.shift import ShiftedRows
 
@@ -58,7 +58,7 @@ class Partition:
         return rows
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
 
     def __repr__(self) -> str:
         return constructor(self)
@@ -340,7 +340,7 @@ class FeatureShift(Partition):
     rotation: float = bounded_number(0.0, kw_only=True, example=90.0)
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         if not (self.noise or self.rotation):
             raise UsageError(
                 "FeatureShift() has neither noise nor rotation.",

@@ -18,14 +18,14 @@ _CLEARLY = 1.03  # ratio of speeds from which a neighbour counts as faster; a sm
 _FURTHEST = 8.0  # largest factor between a tried chunk and the chunk for the model's size, up or down
 
 
-class Setting(NamedTuple):
+class Trial(NamedTuple):
     """The chunk size, as a multiple of the size chosen for the model, and the number of threads."""
 
     chunk: float
     threads: int
 
 
-_USUAL = Setting(1.0, 1)
+_USUAL = Trial(1.0, 1)
 
 
 @dataclass
@@ -41,13 +41,13 @@ class Tuning:
         (Setting(chunk=2.0, threads=1), True)
     """
 
-    best: Setting = _USUAL
-    _now: Setting | None = None
+    best: Trial = _USUAL
+    _now: Trial | None = None
     _threads: Sequence[int] = ()
-    _rates: dict[Setting, list[float]] = field(default_factory=dict)
+    _rates: dict[Trial, list[float]] = field(default_factory=dict)
     _warm: bool = False
 
-    def setting(self, first: Setting, threads: Sequence[int] = ()) -> Setting:
+    def setting(self, first: Trial, threads: Sequence[int] = ()) -> Trial:
         """The setting for the next round.
 
         Args:
@@ -84,13 +84,13 @@ class Tuning:
             self.best = self._now
         self._now = self._untried() or self.best
 
-    def _rate(self, setting: Setting) -> float | None:
+    def _rate(self, setting: Trial) -> float | None:
         """Rows per second; None before the setting was timed for `ROUNDS` rounds."""
         rates = self._rates.get(setting, ())
         return max(rates) if len(rates) >= ROUNDS else None
 
-    def _untried(self) -> Setting | None:
+    def _untried(self) -> Trial | None:
         chunk, threads = self.best
-        beside = [Setting(chunk, other) for other in self._threads if other != threads]
-        beside += [Setting(size, threads) for size in (chunk * 2, chunk / 2) if 1 / _FURTHEST <= size <= _FURTHEST]
+        beside = [Trial(chunk, other) for other in self._threads if other != threads]
+        beside += [Trial(size, threads) for size in (chunk * 2, chunk / 2) if 1 / _FURTHEST <= size <= _FURTHEST]
         return next((setting for setting in beside if self._rate(setting) is None), None)

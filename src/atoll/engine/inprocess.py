@@ -18,7 +18,7 @@ from atoll.compute.device import free, gpu
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.autotune import Setting, Tuning
+from atoll.engine.autotune import Trial, Tuning
 from atoll.engine.chunk_limit import ChunkLimit
 from atoll.engine.chunks import ChunkRunner, Results, by_version, chunks, gathered, partial_work, task_for
 from atoll.engine.client_state import Uncommitted
@@ -149,7 +149,7 @@ class InProcessEngine(Engine):
         with threads_for(task, count, plan):
             usual = torch.get_num_threads()
             others = () if task.numerics == "compiled" or task.slow_in_lanes else (1, before)
-            setting = self.tuning.setting(Setting(1.0, usual), others)
+            setting = self.tuning.setting(Trial(1.0, usual), others)
             torch.set_num_threads(setting.threads)
             try:
                 yield setting.chunk

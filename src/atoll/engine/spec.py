@@ -19,7 +19,7 @@ from atoll.base import grammar
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.names import load
 from atoll.base.validation import bounded_number
-from atoll.base.validation import check as check_numbers
+from atoll.base.validation import check_fields as check_numbers
 from atoll.engine.protocols import Engine, EngineSpec, RunOptions
 from atoll.engine.workers.resources import check_actor, check_installed
 
@@ -254,7 +254,7 @@ def engine(value: object, *, trust: bool = True) -> EngineSpec:
     return made
 
 
-def name_of(spec: EngineSpec) -> str:
+def spec_name(spec: EngineSpec) -> str:
     """The short name of a spec; the name of its class for a foreign one.
 
     Example:

@@ -45,7 +45,7 @@ SLOTS: dict[str, tuple[type, str, str]] = {
 }
 
 
-def check(slots: Slots) -> None:
+def check_plan(slots: Slots) -> None:
     """Refuse a plan with a part of the wrong kind, or with two parts that exclude each other.
 
     Raises:

@@ -17,7 +17,7 @@ from atoll.base.names import under
 from atoll.base.validation import repaired
 from atoll.compute.layout import Layout
 from atoll.plan.codec.stage import Identity
-from atoll.plan.conflicts import check, check_part
+from atoll.plan.conflicts import check_part, check_plan
 from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Sync
 from atoll.plan.protocols import (
@@ -79,7 +79,7 @@ class Plan(Value):
                 repaired(self, max_failed=0.5),
             )
         object.__setattr__(self, "cohort", _sampler(self.cohort))
-        check(self)
+        check_plan(self)
 
     @property
     def sampler(self) -> Sampler:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import constructor
-from atoll.base.validation import bounded_number, check, repaired
+from atoll.base.validation import bounded_number, check_fields, repaired
 
 Tensors = Mapping[str, Tensor]
 NOTHING: Tensors = {}
@@ -52,7 +52,7 @@ class Schedule:
     """Base of all schedules: a function of the round and of the schedule's own memory."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
 
     def __repr__(self) -> str:
         return constructor(self)
@@ -275,7 +275,7 @@ class plateau(Schedule):
     end: float = _end()
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         if self.end > self.lr:
             raise UsageError(
                 f"{self!r} ends above its first learning rate.",
@@ -312,7 +312,7 @@ class _Prefix:
     rounds: int
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
 
     def __repr__(self) -> str:
         return constructor(self)

@@ -126,7 +126,7 @@ def _amount(value: object) -> float:
     return float(value) if good else 0.0  # type: ignore[arg-type]
 
 
-def draw(found: MetricComparison) -> bytes:
+def draw_comparison(found: MetricComparison) -> bytes:
     """Draw a PNG: the metric by bytes and by time. A ring marks the point at which a run reaches the target."""
     made = figure(LIGHT, 11.0, 3.5)
     colours = (LIGHT.series[0], LIGHT.series[1])

@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 __all__ = [
     "COUNTS",
     "Checkpoint",
-    "RunFolder",
-    "Run",
-    "TrainingView",
     "Observer",
+    "Run",
+    "RunFolder",
+    "TrainingView",
     "environment",
     "find_run",
     "fingerprint",
     "list_runs",
-    "state_to_tensors",
     "read_environment",
     "read_pointer",
     "read_rows",
     "state_from_tensors",
+    "state_to_tensors",
     "write",
 ]
 

@@ -21,10 +21,10 @@ from atoll import runs
 from atoll.base.errors import UsageError
 from atoll.base.names import dotted
 from atoll.compute.loss import METRICS, direction
-from atoll.report.comparison import CLOCK, SECONDS, MetricComparison, draw
+from atoll.report.comparison import CLOCK, SECONDS, MetricComparison, draw_comparison
 from atoll.report.format import format_number, label
 from atoll.report.run_data import Events, RunData
-from atoll.tools.rebuild import write
+from atoll.tools.rebuild import write_output
 
 _LONG = 48  # characters; a longer setting is printed on separate lines
 PLAIN = ("gradient_norm", "lr")  # shown without a mark, because neither direction is better
@@ -194,7 +194,7 @@ def _record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> RunData:
 def _drawn(metric: MetricComparison, out: Path) -> Path:
     """Write the plot and return its path."""
     file = out if out.suffix == ".png" else out / f"compare-{'-'.join(c.name[:60] for c in metric.curves)}.png"
-    write(file, draw(metric))
+    write_output(file, draw_comparison(metric))
     return file
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from atoll.base.errors import UsageError, unknown_name
 from atoll.compute.loss import direction
 from atoll.engine.inprocess import InProcessEngine
-from atoll.tools.rebuild import training_in, write
+from atoll.tools.rebuild import training_in, write_output
 from atoll.training.rounds import Training, evaluate, start_from
 
 FORMAT = "atoll export 1"
@@ -119,7 +119,7 @@ def export(
     state = load_file(file)
     training = training_in(folder, trust=trust, start=False) if training is None else training
     written = save(pack(state, dtype), {"format": FORMAT, "dtype": dtype, "run": folder.resolve().name})
-    write(target, written)
+    write_output(target, written)
     back = load_exported(target)
     before, after = (_measured(training, s) for s in (state, back))
     moved = {n: _moved(state[n], back[n]) for n in state if state[n].is_floating_point()}

@@ -29,7 +29,7 @@ from atoll.plan.plan import Plan
 from atoll.plan.round import bind, step
 from atoll.plan.schedule import Schedule
 from atoll.plan.state import State
-from atoll.tools.rebuild import training_of, write
+from atoll.tools.rebuild import training_of, write_output
 from atoll.training.experiment import Experiment
 from atoll.training.rounds import Training, evaluate
 from atoll.training.settings import Settings
@@ -405,5 +405,5 @@ def draw_rates(found: Finding, out: Path) -> Path:
     axes.legend(frameon=False)
     data = io.BytesIO()
     figure.savefig(data)
-    write(file, data.getvalue())
+    write_output(file, data.getvalue())
     return file

@@ -68,7 +68,7 @@ def same_data(folder: Path, training: Training) -> None:
         )
 
 
-def write(file: Path, data: bytes) -> None:
+def write_output(file: Path, data: bytes) -> None:
     """Write a file that a user asked for, and make its folder.
 
     Raises:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from atoll.training.rounds import Training
     from atoll.training.settings import Settings, SettingsDict
 
-__all__ = ["Experiment", "Recorder", "Training", "Run", "Settings", "SettingsDict", "Observer"]
+__all__ = ["Experiment", "Observer", "Recorder", "Run", "Settings", "SettingsDict", "Training"]
 
 _HOME = {
     "Experiment": "experiment",

@@ -46,7 +46,7 @@ _JUDGE = Plan(Evaluate(), Mean())
 _ROW_NUMBERS = 1 << 24  # of held-out rows, repeated for the models that are judged together
 
 
-def compare(training: Training) -> dict[str, dict[str, Any]]:
+def compare_baselines(training: Training) -> dict[str, dict[str, Any]]:
     """Pooled and local-only training beside a federated run: same model, lr, batch and number of samples seen.
 
     Args:

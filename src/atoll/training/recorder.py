@@ -168,9 +168,9 @@ class Recorder:
         status = "interrupted" if t.outcome is None and interrupted else "failed" if outcome.failed else "done"
         compared: Mapping[str, Mapping[str, Any]] = {}
         if baselines and status == "done":
-            from atoll.training.baselines import compare
+            from atoll.training.baselines import compare_baselines
 
-            compared = compare(t)
+            compared = compare_baselines(t)
         run = Run(
             self.path,
             t.state.round,

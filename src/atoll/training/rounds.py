@@ -34,7 +34,7 @@ from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.protocols import Engine
 from atoll.engine.simulation.fleet import Fleet
-from atoll.engine.spec import name_of
+from atoll.engine.spec import spec_name
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
 from atoll.plan.in_flight import InFlight
@@ -115,7 +115,7 @@ class Training:
 
     def where(self) -> dict[str, Any]:
         """Facts about the engine for `environment.json`."""
-        return {"engine": name_of(self.settings.spec), **self.engine.describe()}
+        return {"engine": spec_name(self.settings.spec), **self.engine.describe()}
 
     def close(self) -> None:
         """Close the engine; the state stays. A second call does nothing."""

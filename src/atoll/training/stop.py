@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from atoll.base.errors import RunError, UsageError, did_you_mean
 from atoll.base.grammar import constructor
-from atoll.base.validation import bounded_number, check, repaired
+from atoll.base.validation import bounded_number, check_fields, repaired
 from atoll.compute.loss import direction
 
 Memory = dict[str, Any]
@@ -63,7 +63,7 @@ class Stop:
     """The base class of stop rules. Only final classes derive from it."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
 
     def __repr__(self) -> str:
         return constructor(self)

@@ -6,7 +6,7 @@ Tests: tests/conformance/test_foreign.py
 from dataclasses import dataclass
 
 from atoll.base.errors import UsageError
-from atoll.base.validation import bounded_number, check
+from atoll.base.validation import bounded_number, check_fields
 from atoll.plan.codec import Codec
 from atoll.plan.codec.grid import ordered_sum
 from atoll.plan.protocols import Conflict, Declared
@@ -34,7 +34,7 @@ class Clip(Codec):
     bound: float = bounded_number(above=0, example=1.0)
 
     def __post_init__(self):
-        check(self)
+        check_fields(self)
 
     def encode(self, x, memory, shared, key):
         """The scaled update of each client. No bit of it depends on the other clients."""
@@ -68,7 +68,7 @@ class Noise(Codec):
     uses_entropy = True
 
     def __post_init__(self):
-        check(self)
+        check_fields(self)
 
     def bind(self, layout, total_weight=None, before=None):
         """The same stage with the bound of the preceding one."""

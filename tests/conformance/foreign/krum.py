@@ -9,7 +9,7 @@ import torch
 
 from atoll.base.errors import RunError
 from atoll.base.names import dotted, without_prefix
-from atoll.base.validation import bounded_number, check
+from atoll.base.validation import bounded_number, check_fields
 from atoll.plan.protocols import Aggregator, Conflict, Partial, Total
 
 
@@ -60,7 +60,7 @@ class Krum(Aggregator):
     weights = "equal"
 
     def __post_init__(self):
-        check(self)
+        check_fields(self)
 
     def zero(self):
         """No row."""

@@ -161,7 +161,9 @@ class ProcessGroup:
 
     def all_gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """The tensors of every rank, in the order of ranks, on the host. Names and shapes may differ."""
-        return [load(data) for data in self.all_gather_bytes(save({n: t.cpu().contiguous() for n, t in tensors.items()}))]
+        return [
+            load(data) for data in self.all_gather_bytes(save({n: t.cpu().contiguous() for n, t in tensors.items()}))
+        ]
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sum over all ranks of each tensor, in place if possible; the same bits at every rank."""

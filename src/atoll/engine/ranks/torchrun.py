@@ -230,7 +230,8 @@ def all_reduce_results(
     kept = {f"keep/{n}": t.contiguous() for n, t in kept_to_tensors(results.kept).items()}
     words = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
     heard = [
-        load(data) for data in ranks.all_gather_bytes(save({"told": words, "arrived": arrived, "kept": ids, **facts, **kept}))
+        load(data)
+        for data in ranks.all_gather_bytes(save({"told": words, "arrived": arrived, "kept": ids, **facts, **kept}))
     ]
     said = [json.loads(h["told"].numpy().tobytes()) for h in heard]
     _raise([s["trouble"] for s in said])

@@ -25,7 +25,7 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.grammar import Value
 from atoll.base.random import Key
-from atoll.base.validation import bounded_number, check, repaired
+from atoll.base.validation import bounded_number, check_fields, repaired
 from atoll.engine.simulation import availability, traces
 
 LARGEST = 1e15
@@ -90,7 +90,7 @@ def rate(text: str | float) -> float:
 
 def _per(value: Any) -> None:
     """Validate the numbers of a distribution and its `per`."""
-    check(value)
+    check_fields(value)
     if value.per not in ("client", "flight"):
         raise UsageError(
             f"{type(value).__name__} has per = {value.per!r}.",
@@ -377,7 +377,7 @@ class ByRows(Value):
     distribution: float | Distribution = bounded_number(1.0, above=0, most=LARGEST, also=Distribution, why=_TOO_LARGE)
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         if isinstance(self.distribution, ByRows):
             raise UsageError(
                 "ByRows of ByRows.", "a distribution that is not scaled by rows.", write=repr(self.distribution)
@@ -424,7 +424,7 @@ class Chance(Value):
     window: float = _scale()
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
 
     def calendar(self, key: Key, clients: int) -> availability.Calendar:
         if self.chance == 1:
@@ -496,7 +496,7 @@ class Fleet(Value):
     latency: float | Distribution = bounded_number(0.0, least=0, most=LARGEST, also=Distribution, why=_TOO_LARGE)
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         for name in ("uplink", "downlink", "server"):
             given = getattr(self, name)
             if isinstance(given, ByRows) or (name == "server" and isinstance(given, Distribution)):

@@ -27,7 +27,7 @@ from atoll.base.errors import UsageError
 from atoll.engine.workers.shared_memory import remove_folders
 
 _ORDER = struct.Struct("<cq")  # b"f" fork, with a connection; b"k" kill, with a process id; b"w" preload
-_START = "from atoll.engine.workers.forkserver import main; main({fd}, {folders!r})"
+_START = "from atoll.engine.workers.forkserver import run_server; run_server({fd}, {folders!r})"
 _GRACE_S = 1.0  # seconds to end before SIGKILL
 _SHARED = "/dev/shm"  # a file system in memory; not every system has it
 
@@ -119,7 +119,7 @@ def _ended(lives: list[_Server], folders: tuple[str, ...]) -> None:
     remove_folders(folders)
 
 
-def main(fd: int, folders: tuple[str, ...]) -> None:
+def run_server(fd: int, folders: tuple[str, ...]) -> None:
     """The main function of the fork server: import modules, then fork on request until the connection closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from atoll.engine.workers import worker  # imports torch; requests wait in the socket meanwhile
@@ -143,7 +143,7 @@ def main(fd: int, folders: tuple[str, ...]) -> None:
                 if not child:
                     children.clear()
                     control.close()
-                    _live(worker.main, fds[0], folders)
+                    _live(worker.run_worker, fds[0], folders)
                 children.add(child)
                 os.close(fds[0])
     finally:

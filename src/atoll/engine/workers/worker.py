@@ -194,7 +194,7 @@ def preload() -> None:
     torch.func.vmap(torch.func.grad(lambda theta: theta.square().sum()))(twice)
 
 
-def main(connection: Connection, *folders: str) -> None:
+def run_worker(connection: Connection, *folders: str) -> None:
     """A worker's life: orders are read as they come, and obeyed one by one; it ends when nobody can give any."""
     todo: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 

@@ -33,7 +33,7 @@ class Piece(NamedTuple):
         return self.m * max(1, self.n)
 
 
-def pieces(layout: Layout, rank: int) -> list[Piece]:
+def matrices(layout: Layout, rank: int) -> list[Piece]:
     """The tensors of θ. One of two or more axes is a matrix if its two factors are smaller than the matrix."""
     out, start = [], 0
     for entry in layout.segment("params"):
@@ -98,7 +98,7 @@ class LowRank(Codec):
             )
 
     def _length(self, layout: Layout) -> int:
-        return sum(self.rank * (p.m + p.n) if p.n else p.m for p in pieces(layout, self.rank))
+        return sum(self.rank * (p.m + p.n) if p.n else p.m for p in matrices(layout, self.rank))
 
     def output_layout(self, layout: Layout) -> Layout:
         return flat_layout(self._length(layout), layout.dtype)
@@ -107,15 +107,15 @@ class LowRank(Codec):
         return Form({}, Field(layout.dtype, self._length(layout)))
 
     def server(self, layout: Layout) -> Tensors:
-        length = sum(p.n for p in pieces(layout, self.rank)) * self.rank
+        length = sum(p.n for p in matrices(layout, self.rank)) * self.rank
         return {"q": Key(0).fold("LowRank", self.rank).normal(length, layout.dtype)}
 
     def _starts(self, q: Tensor) -> list[Tensor]:
-        lengths = [p.n * self.rank for p in pieces(self.layout, self.rank)]
+        lengths = [p.n * self.rank for p in matrices(self.layout, self.rank)]
         return [part.view(-1, self.rank) for part in q.split(lengths)]
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
-        cut = list(zip(pieces(self.layout, self.rank), self._starts(shared["q"]), strict=True))
+        cut = list(zip(matrices(self.layout, self.rank), self._starts(shared["q"]), strict=True))
         rows = []
         for lane in x:  # one by one, since a batched product may add in another order than a single product
             out = []
@@ -134,7 +134,7 @@ class LowRank(Codec):
         out = x.new_empty(len(x), self.layout.d)
         for lane, target in zip(x, out, strict=True):
             start = 0
-            for piece in pieces(self.layout, self.rank):
+            for piece in matrices(self.layout, self.rank):
                 into = target[piece.start : piece.start + piece.size]
                 length = self.rank * (piece.m + piece.n) if piece.n else piece.m
                 sent = lane[start : start + length]
@@ -151,7 +151,7 @@ class LowRank(Codec):
         if update is None:
             return total, server
         after = []
-        for piece, q in zip(pieces(self.layout, self.rank), self._starts(server["q"]), strict=True):
+        for piece, q in zip(matrices(self.layout, self.rank), self._starts(server["q"]), strict=True):
             if piece.n:
                 matrix = update[piece.start : piece.start + piece.size].view(piece.m, piece.n)
                 new = orthonormal(matrix.T @ orthonormal(matrix @ q.to(matrix.dtype))).to(q.dtype)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
-from atoll.base.validation import check
+from atoll.base.validation import check_fields
 from atoll.compute.buffer_pool import empty
 from atoll.plan.protocols import Optimizer
 from atoll.plan.schedule import NOTHING, Schedule, as_schedule, constant
@@ -58,7 +58,7 @@ class OptimizerBase(Optimizer):
     trains_clients = True
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         if isinstance(self.lr, constant):
             object.__setattr__(self, "lr", self.lr.lr)  # equal optimizers have the same text
 
@@ -132,7 +132,7 @@ class OptimizerBase(Optimizer):
             memory = self.schedule.observe(memory, sums["loss"])
         return theta, {**after, **_named(memory)}
 
-    def stepper(self, theta: Tensor, state: Tensors, lr: float) -> Stepper:
+    def stepper(self, theta: Tensor, state: Tensors, lr: float) -> InPlaceStepper:
         """A stepper that makes steps in place on θ and its state, at one learning rate.
 
         Args:
@@ -140,7 +140,7 @@ class OptimizerBase(Optimizer):
             state: the slots of the lanes, contiguous. They are changed; tensors with other names are not.
             lr: learning rate, such as `lr_at(round, …)`.
         """
-        return Stepper(self, theta, state, lr)
+        return InPlaceStepper(self, theta, state, lr)
 
     # The class of `torch.optim` with the same rule, and the names of the state that starts at zero.
     _torch: ClassVar[type[torch.optim.Optimizer] | None] = None
@@ -188,7 +188,7 @@ class LaneGroup:
     count: int
 
 
-class Stepper:
+class InPlaceStepper:
     """Steps of one optimizer on lanes that the caller owns, in place.
 
     Lanes are sorted by the number of steps that they will make, largest first. So the active lanes are always the first
