@@ -106,7 +106,7 @@ def bounded_number(
 
 
 def check_fields(value: Any) -> None:
-    """Convert every `number` field of a frozen dataclass to its type, and refuse invalid numbers and flags.
+    """Convert every `bounded_number` field of a frozen dataclass to its type, and refuse invalid numbers and flags.
 
     Args:
         value: the instance; its fields are replaced in place.
@@ -115,7 +115,7 @@ def check_fields(value: Any) -> None:
     Example:
         >>> @dataclass(frozen=True)
         ... class Shrink:
-        ...     by: float = number(above=0, below=1, example=0.5, why="only a factor below 1 shrinks.")
+        ...     by: float = bounded_number(above=0, below=1, example=0.5, why="only a factor below 1 shrinks.")
         ...     def __post_init__(self): check(self)
         >>> Shrink(2)
         Traceback (most recent call last):

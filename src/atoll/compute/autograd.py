@@ -129,7 +129,7 @@ class SequentialDescent:
         """Make these steps: all steps of one client before those of the next.
 
         Args:
-            rows: of the clients, a `Lanes`.
+            rows: of the clients, a `ClientBatch`.
             steps: places of rows `[k, B]` and counts of the first k clients, for each step.
         """
         steps = list(steps)

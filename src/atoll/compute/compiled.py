@@ -2,7 +2,7 @@
 
 One thread runs all steps of a client, so the client's weights stay in the caches of one core. There is no tensor
 operation for each step, no copy of a batch if the rows are in memory, and no padding. Each number is one chain of
-multiplications and additions in a fixed order (`native/descent.c`), so its bits do not depend on the other clients, on
+multiplications and additions in a fixed order (`compute/native/descent.c`), so its bits do not depend on the other clients, on
 the threads or on the vector width of the CPU.
 
 Tests: tests/identities/test_numerics.py, tests/identities/test_native.py
@@ -66,7 +66,7 @@ def stages(program: Program, features: tuple[int, ...]) -> tuple[LayerSpec, ...]
         program: of the model.
         features: shape of one row.
     Raises:
-        Unserved: native code does not support the model; with the reason.
+        UnsupportedModel: native code does not support the model; with the reason.
     """
     theta = [torch.zeros(1, *shape) for shape in program.shapes]  # not meta tensors: with them torch imports sympy
     begins = [sum(map(prod, program.shapes[:i])) for i in range(len(program.shapes))]

@@ -259,7 +259,7 @@ class Program:
         """Build the program of a model and a loss.
 
         Raises:
-            Unserved: the model or the loss is not supported.
+            UnsupportedModel: the model or the loss is not supported.
         """
         if loss not in (cross_entropy, mse):
             raise UnsupportedModel("its loss is neither cross_entropy nor mse")

@@ -169,7 +169,7 @@ class OpenRound:
         return begun
 
     def _refill(self) -> list[Flight]:
-        """`fill` for the case that each free candidate may start. It runs once per arrival, so its loop is inlined."""
+        """`start_missing` for the case that each free candidate may start. It runs once per arrival, so its loop is inlined."""
         begun, air, busy, again = [], self._air, self._busy, self._again
         for _ in range(2 * self._population.clients + 1):
             if len(air) >= self.target:
@@ -293,7 +293,7 @@ def split_repeats(flights: Iterable[Flight]) -> Iterator[list[Flight]]:
 
     Example:
         >>> first, second = Flight(3, 0, 0, 0), Flight(3, 0, 1, 5)
-        >>> [len(wave) for wave in waves([first, Flight(4, 0, 0, 1), second])]
+        >>> [len(wave) for wave in split_repeats([first, Flight(4, 0, 0, 1), second])]
         [2, 1]
     """
     rest = sorted(flights, key=lambda f: f.number)

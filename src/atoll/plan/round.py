@@ -13,6 +13,8 @@ product so that it can be added without rounding.
 
 `step` computes this formula for every algorithm on every engine. An algorithm is a `Plan`: a value with a part in each
 slot.
+
+Tests: tests/identities/test_one_algorithm.py, tests/identities/test_flights.py
 """
 
 from __future__ import annotations
@@ -117,14 +119,14 @@ class Report:
         arrived: number of contributions in the step.
         failures: contributions that were lost.
         bytes_up, bytes_down: of all messages.
-        seconds: that the round took to compute.
-        fingerprint: 12 hex digits that stand for all bits of θ: `atoll.runs.fingerprint`.
-        clients: columns, one row a contribution: who, and what it told in the clear.
-        late: how many were no longer awaited.
-        flying: how many are at work when the round has closed.
-        now: seconds of the run on the clock, where there is one.
-        trips: flights that ended in the round, on the clock.
-        notes: what is said once, when it happens.
+        seconds: time to compute the round.
+        fingerprint: 12 hex digits, a hash of all bits of θ: `atoll.runs.fingerprint`.
+        clients: columns with one row per contribution: the id of the client, and its facts in the clear.
+        late: number of flights no longer awaited.
+        flying: number of clients in flight after the round has closed.
+        now: seconds of the run, if there is a clock.
+        trips: times of the flights that ended in the round, if there is a clock.
+        notes: messages to print once.
     """
 
     round: int

@@ -181,7 +181,7 @@ def check_aggregator(part: Any) -> None:
 
 
 def _contribution(rows: Tensor) -> Contribution:
-    """A contribution of K clients whose updates are `rows`."""
+    """A contribution of K clients with the updates `rows`."""
     k, key = len(rows), Key(7).fold("others")
     return Contribution(
         {"update": rows, "buffers": key.fold("buffers").normal(k * 3, rows.dtype).reshape(k, 3)},

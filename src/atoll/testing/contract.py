@@ -1,4 +1,4 @@
-"""The common base of all checks: an error, equality to the bit, and a call that must be pure.
+"""Common code of the checks: the error, equality to the bit, and calls that must be pure.
 
 Tests: tests/conformance/test_parts.py
 """
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class Nonconformity(AtollError):
-    """A part does not conform to the contract of its slot: its behaviour, the requirement, and the reason.
+    """A part breaks the contract of its slot. The error states its behaviour, the requirement and the reason.
 
     Example:
         >>> from atoll.testing import check_sampler
@@ -41,7 +41,7 @@ class Nonconformity(AtollError):
 
 
 def require(holds: bool, given: str, required: str, why: str) -> None:
-    """Refuse a part if a condition does not hold."""
+    """Raise Nonconformity unless `holds` is True."""
     if not holds:
         raise Nonconformity(given, required, why)
 
@@ -79,12 +79,12 @@ def row(tree: Any, k: int | slice) -> Any:
 
 
 def lanes(template: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
-    """The memory of one client, repeated for k clients: `[k, …]` by name."""
+    """The memory of one client repeated for k clients: `[k, …]` by name."""
     return {n: t.expand(k, *t.shape).clone() for n, t in template.items()}
 
 
 def pure(who: str, function: Callable[..., T], *given: Any) -> T:
-    """The result of a function of the part, which must depend on its arguments only and must not change them.
+    """The result of a function of the part, which must be pure: it depends only on its arguments and changes none.
 
     Args:
         who: the part and its method, for the error.
@@ -154,7 +154,7 @@ def leading(who: str, tensors: Any, k: int, whole: bool = False) -> None:
 
 
 def refused(who: str, function: Callable[..., T], *given: Any) -> T:
-    """The result of a function of the part; an exception is a nonconformity."""
+    """The result of a function of the part. Every exception becomes a Nonconformity."""
     try:
         return function(*given)
     except Nonconformity:
@@ -213,7 +213,7 @@ def check_value(part: Any) -> None:
 
 
 def _names(part: Any) -> dict[str, Callable[..., Any]]:
-    """The constructors that a part's text may call: its own class and those of the parts that it contains."""
+    """The constructors that a part's text may call: its own class and the classes of the parts that it contains."""
     names: dict[str, Callable[..., Any]] = {}
     held: list[Any] = [part]
     while held:

@@ -42,10 +42,10 @@ PLANS = (
 def check_engine(make_engine: Make) -> None:
     """Check the contract of an engine.
 
-    For every plan and both backends two rounds give the bits of the engine in this process: model, memory, metrics,
-    bytes. The order of a cohort changes nothing, an empty one is legal, and `gather` leaves the state alone. A client
-    that raises, or whose numbers are not finite, costs one contribution and gives one failure with its name: the
-    round equals the one in which it was not asked. What strikes every client alike is raised.
+    For every plan and two backends, two rounds give the bits of the in-process engine: model, memory, metrics, bytes.
+    The order of a cohort changes nothing. An empty cohort is legal. `gather` does not change the state. A client that
+    raises, or whose numbers are not finite, costs one contribution and gives one failure with its id. The round then
+    equals a round without this client. If all clients raise the same error, the engine raises it.
 
     Args:
         make_engine: `make_engine(task, data) -> Engine`.

@@ -1,4 +1,4 @@
-"""The contract of local parts, tried on a small federation of clients of several sizes.
+"""The contract of local parts, checked on a small federation of clients of several sizes.
 
 Tests: tests/conformance/test_parts.py
 """
@@ -56,10 +56,11 @@ def clients(sizes: tuple[int, ...] = SIZES) -> Clients:
 def check_local(part: Any) -> None:
     """Check the contract of a local part.
 
-    It gives one row a client: means of floats, sums with the rows they are about, and as weight the rows that the
-    client holds; a client's row depends neither on its neighbours nor on their number; memory and server
-    state keep their names, shapes and types; means and sums are as declared. Results depend on the key and the
-    arguments only. Tried with and without batch statistics, on the backend that the part requires, or in lanes.
+    It returns one row per client: float means, sums with the number of rows that they cover, and as weight the number
+    of rows that the client holds. The row of a client depends neither on the other clients of the chunk nor on their
+    number. Memory and server state keep names, shapes and dtypes. Means and sums are as declared. Results depend only
+    on the key and the arguments. The check uses a model with and a model without batch statistics, on the backend that
+    the part requires (`numerics`), else on `lanes`.
 
     Args:
         part: a local part, as `atoll.plan.protocols.Local` declares it.

@@ -53,16 +53,16 @@ def _check_rate(who: str, t: int, rate: Any) -> None:
 def check_optimizer(part: Any) -> None:
     """Check the contract of an optimizer.
 
-    It descends, and changes no argument. K lanes `[K, d]` give the bits of K single θ `[d]`, also if the lanes have
-    made different numbers of steps. Its state keeps names, shapes and types. Steps in place, if it has them, give the
-    same bits. It runs on tensors without numbers.
+    It descends. It changes no argument. K lanes `[K, d]` give the bits of K single θ `[d]`, also if the lanes have made
+    different numbers of steps. Its state keeps names, shapes and dtypes. Steps in place, if it has them, give the same
+    bits as `update`. It runs on meta tensors.
 
     Args:
         part: an optimizer with `init`, `update` and `lr_at`.
     Raises:
         Nonconformity: the optimizer breaks the contract.
     Example:
-        >>> from atoll.plan.optimizer.rules import adam
+        >>> from atoll.plan.optimizer import adam
         >>> check_optimizer(adam(0.01))
     """
     check_value(part)

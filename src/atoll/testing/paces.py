@@ -35,7 +35,7 @@ _COUNTS = (*range(1, 41), 1000, 10**5)
 
 @dataclass(frozen=True)
 class _Seen:
-    """An open round with `arrived` contributions, and the starts of each arrived client."""
+    """An open round as a pace sees it: `arrived` contributions, and the starts of each arrived client."""
 
     wanted: int
     arrived: int
@@ -49,11 +49,10 @@ class _Seen:
 def check_pace(part: Any) -> None:
     """Check the contract of a pace.
 
-    All answers are functions of the question. cohort_size(n) is n or more, and required(cohort_size(n)) = n.
-    staleness_weight(0) = 1, and
-    the weight falls with lateness and is never below 0. A client with more starts may not start sooner. A round that
-    closes also closes with one more arrival, or later; no round closes when it opens. Every round ends with at least
-    one contribution if all clients arrive, in any order.
+    All methods are pure functions. cohort_size(n) ≥ n, and required(cohort_size(n)) = n. staleness_weight(0) = 1, and
+    the weight never increases with lateness and is never below 0. If a client may not start, a client with more starts
+    may not start either. A round that closes also closes with one more arrival, or later. No round closes when it
+    opens. If all clients arrive, in any order, every round closes with at least one contribution.
 
     Args:
         part: a pace, as `atoll.plan.protocols.Pace` declares it.
@@ -75,7 +74,7 @@ def check_pace(part: Any) -> None:
 
 
 def _asked(who: str, method: Callable[..., Any], *given: Any) -> Any:
-    """The answer of a method, which must not depend on earlier calls."""
+    """The result of a method, which must not depend on earlier calls."""
     name = f"{who}.{method.__name__}"
     return pure(name, method, *given)
 
@@ -149,7 +148,7 @@ def _check_closing(who: str, part: Pace) -> None:
 
 
 def _check_end(who: str, part: Pace) -> None:
-    """Play rounds in which all clients arrive: in the order of starts, in reverse, or in a keyed order."""
+    """Simulate rounds in which all clients arrive: in the order of their starts, in reverse, or in a keyed order."""
     needed = 1
     while part.replaces_arrivals and needed <= _MOST:
         if part.should_close(_Seen(5, needed, 0.0, (0,) * min(needed, 99))):

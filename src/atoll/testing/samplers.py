@@ -27,8 +27,8 @@ _FAR = 5.5
 def check_sampler(part: Any) -> None:
     """Check the contract of a sampler.
 
-    Ids are different clients of the population, a function of the key and the round; and each client is selected as
-    often as its `chance` predicts, over 1000 rounds: |count − Σ chance| ≤ 5.5 standard deviations.
+    The ids are different clients of the population, and a function of the key and the round. Over 1000 rounds each
+    client is selected as often as its `chance` predicts: |count − Σ chance| ≤ 5.5 standard deviations.
 
     Args:
         part: a sampler, `part(population, round, key) -> Cohort`.

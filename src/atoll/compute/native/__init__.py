@@ -86,7 +86,7 @@ def library(name: str, *defines: str) -> ctypes.CDLL:
         name: file name of the source, without its ending.
         defines: preprocessor names that are defined.
     Raises:
-        Unbuilt: there is no compiler, it fails, or no private cache folder can be made.
+        BuildError: there is no compiler, it fails, or no private cache folder can be made.
         UsageError: a struct of the library differs from its declaration in Python.
     """
     built = _kept_at(name, defines)
@@ -113,7 +113,7 @@ def _check_struct(struct: str, found: StructLayout | None, declared: StructLayou
         given = f"has {len(found.fields)} fields and {found.size} bytes{differ}"
     raise UsageError(
         f"Struct {struct} in the native library {built}: the library {given}.",
-        f"{len(declared.fields)} fields and {declared.size} bytes, as declared in atoll/native/structs.py.",
+        f"{len(declared.fields)} fields and {declared.size} bytes, as declared in atoll/compute/native/structs.py.",
         "C reads a struct by position, so a different layout leads to wrong addresses.",
         f"rm {built}",
     )
@@ -173,7 +173,7 @@ def compiler() -> tuple[str, str]:
     """Path and version line of the C compiler: $CC, or the first of cc, gcc and clang.
 
     Raises:
-        Unbuilt: there is no compiler, or `--version` fails.
+        BuildError: there is no compiler, or `--version` fails.
     """
     asked = os.environ.get("CC", "")
     found = next((path for name in ((asked,) if asked else ("cc", "gcc", "clang")) if (path := shutil.which(name))), "")
@@ -189,7 +189,7 @@ def folder() -> Path:
     """The cache folder. Only its owner may write to it, because its files are executed.
 
     Raises:
-        Unbuilt: it cannot be made, or other users can write to it.
+        BuildError: it cannot be made, or other users can write to it.
     """
     own = os.environ.get("ATOLL_CACHE")
     path = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atoll"

@@ -1,7 +1,9 @@
 """The bytes of a message: fields one after another, little-endian, without names, lengths or padding between them.
 
-Sender and receiver know the codec and the layout, which determine the length of every field. A message is exactly as
-long as its `Form`. Any other message is refused before it is used.
+Sender and receiver know the codec and the layout, and these fix the length of every field. A message has exactly the
+length of its `Form`. A message that is longer or shorter, or that no client sends, is refused before it is used.
+
+Tests: tests/golden/test_codec_bytes.py, tests/identities/test_codecs.py
 """
 
 from __future__ import annotations

@@ -49,18 +49,19 @@ class Train(Local):
     gᵢ = θ − θᵢ,  θᵢ from θ by `epochs` passes over the rows, or by `steps` batches, which continue across passes.
 
     Args:
-        optimizer: of the client, such as `sgd(0.1)`; its schedule counts rounds.
-        epochs: passes over the rows, at least 1; or
-        steps: batches, at least 1, or a schedule of them by the round, to the nearest whole number. One of the two.
+        optimizer: of the client, such as `sgd(0.1)`. Its schedule counts rounds.
+        epochs: passes over the rows, ≥ 1. Pass either `epochs` or `steps`.
+        steps: batches, ≥ 1, or a schedule of their number by the round, rounded to the nearest integer.
         batch: rows in a batch; None: all. A client with fewer rows trains on all of them at once.
-        keep: client state that lasts between rounds: `"optimizer"`, or `"order"`, the place in the rows.
-        sends: the `"update"`, or the `"model"` θᵢ itself. The update is then θ − θᵢ with the server's θ when it
-            arrives, not with the θ that the client started from: models are mixed, as in FedAsync. The message is the
-            same, since the server has both θ; only late contributions differ.
+        keep: client memory between rounds: `"optimizer"`, its state; `"order"`, its position in the order of the rows.
+        sends: `"update"`, or `"model"` for θᵢ itself. With `"model"` the update is θ − θᵢ with the θ of the server when
+            the contribution arrives, not the θ that the client started from: models are mixed, as in FedAsync. The
+            message is the same, since the server has both θ. Only late contributions differ.
     Raises:
-        UsageError: neither or both of epochs and steps, a number out of range, or a schedule below one step.
+        UsageError: neither or both of epochs and steps are given, a number is out of range, or a schedule has less than
+            one step.
     Example:
-        >>> from atoll.plan.optimizer.rules import sgd
+        >>> from atoll.plan.optimizer import sgd
         >>> Train(sgd(0.1), epochs=1, batch=10)
         Train(sgd(0.1), epochs=1, batch=10)
 
@@ -116,19 +117,19 @@ class Train(Local):
             )
 
     def steps_at(self, t: int) -> int | None:
-        """The batches of round t; None if passes are counted.
+        """The number of batches in round t; None if passes are counted.
 
         Raises:
-            RunError: a schedule of the user is below one.
+            RunError: a schedule that the user wrote gives less than one step.
         """
         return steps_at(self.steps, t) if isinstance(self.steps, Schedule) else self.steps
 
     def relative_work(self, t: int) -> float:
-        """The work of a client in round t, relative to round 0."""
+        """The work of a client in round t, relative to its work in round 0."""
         return steps_at(self.steps, t) / steps_at(self.steps, 0) if isinstance(self.steps, Schedule) else 1.0
 
     def memory(self, layout: Layout) -> Tensors:
-        """The optimizer's state and the number of batches taken so far, if `keep` names them."""
+        """The optimizer's state, and the number of batches processed so far, if `keep` names them."""
         kept: dict[str, Tensor] = {}
         if "optimizer" in self.keep:
             fresh = self.optimizer.slots(torch.zeros(layout.d, dtype=layout.dtype))
@@ -156,11 +157,11 @@ class Train(Local):
         return total, self.optimizer.schedule.observe(server, (total.sums["loss"] / total.sums["rows"]).squeeze())
 
     def padded_batch(self, rows: int) -> int:
-        """The padded length of a client's batches: a function of its own number of rows."""
+        """The padded length of this client's batches, a function of its own number of rows."""
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
     def examples_per_round(self, sizes: Tensor) -> Tensor:
-        """Rows that clients of these sizes process in the first round."""
+        """The number of rows that clients of these sizes process in the first round."""
         if self.epochs is not None:
             return sizes * self.epochs
         return sizes.clamp(max=self.batch) * (self.steps_at(0) or 0)
@@ -168,7 +169,7 @@ class Train(Local):
     def contribute(
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """θ − θᵢ of K clients, trained in lanes; a lane that has finished does not change."""
+        """θ − θᵢ of K clients, trained in lanes. A lane that has finished does not change."""
         count, steps = len(lanes.sizes), self.steps_at(broadcast.round)
         lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
         batches = self._batches(lanes, memory, key, task, steps)
@@ -228,11 +229,11 @@ class Train(Local):
 
     @staticmethod
     def _done(steps: Tensor, share: float) -> Tensor:
-        """The steps of a client with time for a fraction of them, at least one."""
+        """The number of steps of a client with time for a fraction of them, at least one."""
         return steps if share == 1 else (steps * share).long().clamp(min=1)
 
     def sequential(self, rows: int) -> bool:
-        """Whether the loop trains each client of a chunk to its end before the next one."""
+        """Whether the loop trains each client of a chunk to its end before the next one. `rows`: of one client."""
         return self.optimizer.is_plain_sgd() and self.padded_batch(rows) <= ROWS
 
     def _batches(
