@@ -1,7 +1,7 @@
 """Number fields of frozen dataclasses with a range that the constructor checks.
 
-    lr: float = number(above=0)          declares the field and its range
-    check(self)                          in __post_init__: converts every number and refuses values outside the range
+    lr: float = bounded_number(above=0)  declares the field and its range
+    check_fields(self)                   in __post_init__: converts every number and refuses values outside the range
 
 The error repeats the whole constructor call, with each wrong number replaced by a valid one.
 
@@ -116,7 +116,7 @@ def check_fields(value: Any) -> None:
         >>> @dataclass(frozen=True)
         ... class Shrink:
         ...     by: float = bounded_number(above=0, below=1, example=0.5, why="only a factor below 1 shrinks.")
-        ...     def __post_init__(self): check(self)
+        ...     def __post_init__(self): check_fields(self)
         >>> Shrink(2)
         Traceback (most recent call last):
         atoll.base.errors.UsageError: Shrink was given by = 2.

@@ -45,8 +45,8 @@ def attach(x: Tensor, fact: Fact, value: Tensor) -> None:
         >>> lookup(x, "norm")
         tensor(5.)
     """
-    held: Any = x
-    held.known = {**_of(x), fact: (x._version, value)}
+    holder: Any = x
+    holder.known = {**_of(x), fact: (x._version, value)}
 
 
 def lookup(x: Tensor, fact: Fact) -> Tensor | None:
@@ -59,7 +59,7 @@ def lookup(x: Tensor, fact: Fact) -> Tensor | None:
         >>> import torch
         >>> rows = torch.tensor([[1.0, -3.0]])
         >>> attach(rows, "peaks", torch.tensor([[3.0]]))
-        >>> lookup(rows, "peaks"), told(rows * 2, "peaks"), told(rows.mul_(2), "peaks")
+        >>> lookup(rows, "peaks"), lookup(rows * 2, "peaks"), lookup(rows.mul_(2), "peaks")
         (tensor([[3.]]), None, None)
     """
     version, value = _of(x).get(fact, (None, None))
@@ -80,8 +80,8 @@ def drop(x: Tensor) -> None:
         >>> drop(rows)
         >>> lookup(rows, "peaks")
     """
-    held: Any = x
-    held.known = {}
+    holder: Any = x
+    holder.known = {}
 
 
 def norm(x: Tensor) -> Tensor:

@@ -268,17 +268,17 @@ def update_downlink(plan: Plan, state: State, key: Key) -> State:
     delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(theta.new_zeros(1, dtype=torch.int64))
     payload, side, _, _ = plan.downlink.encode(delta, {}, {}, key)
     length = int(plan.downlink.sizes(payload, side)[0])
-    known = state.sent.theta + roundtrip(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
-    return dataclasses.replace(state, sent=state.sent.append(known, length))
+    received = state.sent.theta + roundtrip(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
+    return dataclasses.replace(state, sent=state.sent.append(received, length))
 
 
-_NOBODY = Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.float64))
+_EMPTY = Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.float64))
 
 
 def draw_cohort(plan: Plan, state: State, population: Population, key: Key) -> Cohort:
     """The cohort of a round that opens with no client in flight; otherwise empty, and only missing clients start."""
     if state.air.flights:
-        return _NOBODY
+        return _EMPTY
     sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
     return sampler(population, state.round, key.fold("cohort"))
 
@@ -289,25 +289,25 @@ def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
     If clients send their models, Σ wᵢ (θ_b − θᵢ) becomes Σ wᵢ (θ − θᵢ). The server knows θ_b and Σ wᵢ.
     """
     totals = []
-    for birth, partial in sorted(gathered.partials.items()):
+    for version, partial in sorted(gathered.partials.items()):
         total = plan.aggregator.total(partial)
         if "update" in total.means:
             update = total.means["update"]
             if plan.codec.per_sum:
                 # with the key that the clients used to encode
-                update = plan.codec.decode_sum(update, state.key(birth).fold("codec"))
+                update = plan.codec.decode_sum(update, state.key(version).fold("codec"))
             if plan.local.sends == "model":
-                update = update + total.weight * model_drift(state, birth)
-            factor = plan.pace.staleness_weight(state.round - birth)
+                update = update + total.weight * model_drift(state, version)
+            factor = plan.pace.staleness_weight(state.round - version)
             update = update if factor == 1 else update * factor
             total = total._replace(means={**total.means, "update": update})
         totals.append(total)
     return sum_totals(totals)
 
 
-def model_drift(state: State, birth: int) -> Tensor:
+def model_drift(state: State, version: int) -> Tensor:
     """θ − θ_b, float64 `[d]`: the change of the model since the version that these clients started from."""
-    return state.model.theta.double() - state.version(birth).model.theta.double()
+    return state.model.theta.double() - state.version(version).model.theta.double()
 
 
 def sum_totals(totals: list[Total]) -> Total:

@@ -185,24 +185,24 @@ class Weighted(Sampler):
         _enough("Weighted", self.n, population._replace(clients=int((sizes > 0).sum())))
         certain = _certain(sizes, self.n)
         rest = sizes.masked_fill(certain, 0)
-        left, whole = self.n - int(certain.sum()), int(rest.sum())
+        remaining, whole = self.n - int(certain.sum()), int(rest.sum())
         order = key.permutation(population.clients).to(sizes.device)
         # Integers, so no rounding. Each length is below the distance of two marks, so no client is selected twice.
-        edges = (rest[order] * left).cumsum(0)
+        edges = (rest[order] * remaining).cumsum(0)
         start = (key.fold("start").hash(1) & (2**62 - 1)) % max(whole, 1)
-        marks = start.to(edges) + whole * torch.arange(left, device=edges.device)
+        marks = start.to(edges) + whole * torch.arange(remaining, device=edges.device)
         drawn = order[torch.searchsorted(edges, marks, right=True)]
         ids = torch.cat((certain.nonzero().squeeze(1), drawn)).sort().values
-        return _cohort(ids, torch.where(certain, 1.0, rest.to(torch.float64) * left / max(whole, 1)))
+        return _cohort(ids, torch.where(certain, 1.0, rest.to(torch.float64) * remaining / max(whole, 1)))
 
 
 def _certain(sizes: Tensor, n: int) -> Tensor:
     """The clients that are always drawn, bool `[C]`: their share of the remaining draws is 1 or more."""
     certain = torch.zeros_like(sizes, dtype=torch.bool)
     while True:
-        left, whole = n - int(certain.sum()), int(sizes.masked_fill(certain, 0).sum())
-        more = ~certain & (sizes * left >= whole) & (sizes > 0)
-        if left == 0 or not bool(more.any()):
+        remaining, whole = n - int(certain.sum()), int(sizes.masked_fill(certain, 0).sum())
+        more = ~certain & (sizes * remaining >= whole) & (sizes > 0)
+        if remaining == 0 or not bool(more.any()):
             return certain
         certain |= more
 

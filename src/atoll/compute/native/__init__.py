@@ -175,14 +175,18 @@ def compiler() -> tuple[str, str]:
     Raises:
         BuildError: there is no compiler, or `--version` fails.
     """
-    asked = os.environ.get("CC", "")
-    found = next((path for name in ((asked,) if asked else ("cc", "gcc", "clang")) if (path := shutil.which(name))), "")
+    requested = os.environ.get("CC", "")
+    found = next(
+        (path for name in ((requested,) if requested else ("cc", "gcc", "clang")) if (path := shutil.which(name))), ""
+    )
     if not found:
-        raise BuildError(f"there is no C compiler{f' {asked}' if asked else ''}", "unset CC" if asked else _INSTALL)
-    got = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
-    if got.returncode:
-        raise BuildError(f"{found} --version fails", "unset CC" if asked else _INSTALL)
-    return found, got.stdout.splitlines()[0]
+        raise BuildError(
+            f"there is no C compiler{f' {requested}' if requested else ''}", "unset CC" if requested else _INSTALL
+        )
+    result = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise BuildError(f"{found} --version fails", "unset CC" if requested else _INSTALL)
+    return found, result.stdout.splitlines()[0]
 
 
 def folder() -> Path:
@@ -206,14 +210,16 @@ def folder() -> Path:
 def _build(name: str, defines: tuple[str, ...], built: Path) -> None:
     command, _ = compiler()
     with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
-        text, made = Path(scratch) / f"{name}.c", Path(scratch) / built.name
-        text.write_bytes(_source(name))
+        source_file, library = Path(scratch) / f"{name}.c", Path(scratch) / built.name
+        source_file.write_bytes(_source(name))
         flags = (*FLAGS, *(f"-D{define}" for define in defines), *_LINK)
-        got = subprocess.run([command, *flags, text, "-o", made, "-lm"], capture_output=True, text=True, check=False)
-        if got.returncode:
-            message = (got.stderr.strip().splitlines() or ["no message"])[0]
+        result = subprocess.run(
+            [command, *flags, source_file, "-o", library, "-lm"], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            message = (result.stderr.strip().splitlines() or ["no message"])[0]
             raise BuildError(f"{command} fails on {name}.c: {message[:200]}", _INSTALL)
-        made.replace(built)
+        library.replace(built)
 
 
 @lru_cache

@@ -203,8 +203,8 @@ class Mean(_Folded):
         means = _divided(total.means, float(total.weight))
         if self.over == "expected":
             sizes, chance = info.population.sizes, info.chance
-            held = torch.ones_like(sizes) if self.weights == "equal" else sizes
-            expected = (chance * held).sum() if chance.dim() else chance * held.sum()
+            weights = torch.ones_like(sizes) if self.weights == "equal" else sizes
+            expected = (chance * weights).sum() if chance.dim() else chance * weights.sum()
             nothing = torch.zeros((), dtype=torch.float64, device=expected.device)
             means["update"] = total.means.get("update", nothing) / expected
         return total._replace(means=means)

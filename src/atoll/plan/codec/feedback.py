@@ -155,9 +155,9 @@ class ErrorFeedback(_Wrapper):
         return {"error": torch.zeros(layout.d, dtype=layout.dtype)}
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
-        meant = x + memory["error"]
-        payload, side, sums, _ = self.codec.encode(meant, {}, _outer(shared), key)
-        return payload, side, sums, {"error": meant - roundtrip(self.codec, payload, side, key)}
+        corrected = x + memory["error"]
+        payload, side, sums, _ = self.codec.encode(corrected, {}, _outer(shared), key)
+        return payload, side, sums, {"error": corrected - roundtrip(self.codec, payload, side, key)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -208,10 +208,10 @@ class EF21(_Wrapper):
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         total, after = super().server_update(total, server, info, key)
-        held = server["_sum"] + total.means.get("update", torch.zeros_like(server["_sum"]))
+        running_sum = server["_sum"] + total.means.get("update", torch.zeros_like(server["_sum"]))
         # `finalize` divides by the weight that arrived; this mean is over the weight of all clients.
-        update = held * (total.weight.to(torch.float64) / self.total_weight.to(torch.float64))
-        return total._replace(means={**total.means, "update": update}), {"_sum": held, **after}
+        update = running_sum * (total.weight.to(torch.float64) / self.total_weight.to(torch.float64))
+        return total._replace(means={**total.means, "update": update}), {"_sum": running_sum, **after}
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         """Only the mean over all clients that arrive in their own round divides the server's sum correctly."""

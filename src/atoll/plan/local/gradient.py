@@ -71,8 +71,8 @@ class Gradient(Local):
         if self.batch is None:
             positions = torch.arange(width, device=lanes.ids.device).expand(len(counts), -1)
         else:
-            wide = max(width, lanes.sizes[0])
-            positions = key.fold("order").permutations(lanes.rows, wide)[:, :width]
+            length = max(width, lanes.sizes[0])
+            positions = key.fold("order").permutations(lanes.rows, length)[:, :width]
         model = broadcast.model.lanes(len(counts))
         g = lanes.gradient(task, model, lanes.places(positions), counts, key.fold("pass"))
         if lanes.on_step is not None:

@@ -25,17 +25,17 @@ def _whole(schedule: Schedule, t: int) -> int:
 
 def check_steps(schedule: Schedule) -> None:
     """Refuse a schedule of steps that observes the loss, or that is below 1 at the start of a piece or at the end."""
-    steps, looks = _whole(schedule, 0), bool(schedule.init())
+    steps, observes = _whole(schedule, 0), bool(schedule.init())
     turns, rest = [0], schedule
     while isinstance(rest, join):
         turns.append(turns[-1] + rest.first.rounds)
         rest = rest.then
-    if looks or not all(_whole(schedule, t) for t in (*turns, _FAR)):
+    if observes or not all(_whole(schedule, t) for t in (*turns, _FAR)):
         raise UsageError(
             f"Train(steps={schedule!r}).",
-            "a schedule that does not observe the loss." if looks else "at least 1 step in every round.",
+            "a schedule that does not observe the loss." if observes else "at least 1 step in every round.",
             "the number of steps is fixed before the round."
-            if looks
+            if observes
             else "a client that makes no step sends no update.",
             f"Train(sgd(0.1), steps=cosine({max(1, steps)}.0, rounds=100, end=1.0), batch=10)",
         )

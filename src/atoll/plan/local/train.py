@@ -101,8 +101,8 @@ class Train(Local):
                 "local training makes steps in place." if known else "",
                 "Train(sgd(0.1), epochs=1, batch=10)",
             )
-        odd = set(self.keep) - {"optimizer", "order"}
-        if odd or isinstance(self.keep, str):
+        unknown = set(self.keep) - {"optimizer", "order"}
+        if unknown or isinstance(self.keep, str):
             raise UsageError(
                 f"Train(keep={self.keep!r}).",
                 "a tuple of 'optimizer' and 'order'.",
@@ -130,13 +130,13 @@ class Train(Local):
 
     def memory(self, layout: Layout) -> Tensors:
         """The optimizer's state, and the number of batches processed so far, if `keep` names them."""
-        kept: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         if "optimizer" in self.keep:
             fresh = self.optimizer.slots(torch.zeros(layout.d, dtype=layout.dtype))
-            kept |= {f"optimizer.{n}": t for n, t in fresh.items()}
+            tensors |= {f"optimizer.{n}": t for n, t in fresh.items()}
         if "order" in self.keep:
-            kept["taken"] = torch.zeros((), dtype=torch.int64)
-        return kept
+            tensors["taken"] = torch.zeros((), dtype=torch.int64)
+        return tensors
 
     def server(self, layout: Layout) -> Tensors:
         """The memory of a plateau schedule of the clients; empty for other schedules."""
@@ -183,7 +183,7 @@ class Train(Local):
             batches = counted(batches, rows)
         descent = task.descent(broadcast.model, count, lr, key)
         descent.follow(lanes, batches)
-        after = {"taken": self._taken(lanes, memory, steps)} if "order" in self.keep else {}
+        after = {"taken": self._batches_taken(lanes, memory, steps)} if "order" in self.keep else {}
         sums = {"loss": descent.loss, "rows": rows}
         return contribution_of(lanes, descent.update(), *descent.moved, sums), after
 
@@ -219,11 +219,11 @@ class Train(Local):
         if "optimizer" in self.keep:
             after |= {f"optimizer.{n}": t for n, t in state.items()}
         if "order" in self.keep:
-            after["taken"] = self._taken(lanes, memory, self.steps_at(broadcast.round))
+            after["taken"] = self._batches_taken(lanes, memory, self.steps_at(broadcast.round))
         update = broadcast.model.theta - model.theta
         return contribution_of(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
 
-    def _taken(self, lanes: ClientBatch, memory: Tensors, steps: int | None) -> Tensor:
+    def _batches_taken(self, lanes: ClientBatch, memory: Tensors, steps: int | None) -> Tensor:
         taken = memory["taken"].to(lanes.ids.device)
         return taken + self._done(torch.full_like(taken, steps or 0), lanes.share)
 
@@ -247,20 +247,20 @@ class Train(Local):
         lengths, joined = lengths_of(rows, self.batch, task.batch_statistics)
         steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
         steps = self._done(steps, lanes.share)
-        keeps = "order" in self.keep
+        keeps_order = "order" in self.keep
         # The key of a repeated start draws another order; a kept order continues at its place.
-        draw = Key(key.seed).fold("kept order") if keeps else key.fold("order")
-        who = lanes.ids if keeps or key.clients is None else key.clients
-        taken = memory["taken"].to(rows.device) if keeps else torch.zeros_like(lengths)
+        draw = Key(key.seed).fold("kept order") if keeps_order else key.fold("order")
+        clients = lanes.ids if keeps_order or key.clients is None else key.clients
+        taken = memory["taken"].to(rows.device) if keeps_order else torch.zeros_like(lengths)
         reach = width * int(lengths.max()) + 1
         full = rows if self.batch is None else rows.clamp(max=self.batch)
-        if not keeps and lanes.sizes[0] == lanes.sizes[-1]:  # all lanes are at the same position in a pass
+        if not keeps_order and lanes.sizes[0] == lanes.sizes[-1]:  # all lanes are at the same position in a pass
             of_pass, size, count = int(lengths[0]), int(full[0]), len(lanes.sizes)
             last = lanes.sizes[0] - (of_pass - 1) * size
             for s in range(int(steps[0])):
                 epoch, place = divmod(s, of_pass)
                 if not place:
-                    order = lanes.places(draw.of(who, rows.new_tensor(epoch)).permutations(rows, reach))
+                    order = lanes.places(draw.of(clients, rows.new_tensor(epoch)).permutations(rows, reach))
                 own = size if place < of_pass - 1 else last
                 yield order[:, place * width : place * width + max(own, width)], (own,) * count
             return
@@ -269,13 +269,13 @@ class Train(Local):
             ahead = torch.arange(first, min(first + _AHEAD, int(steps[0])), device=rows.device)[:, None]
             active = (steps > ahead).sum(1).tolist()
             epoch_of, at = (f(taken + ahead, lengths) for f in (quotient, torch.remainder))
-            left = rows - at * full  # rows of the pass that remain, this batch included
-            counts = torch.where(joined & (at == lengths - 1), left, torch.minimum(left, full)).tolist()
+            remaining = rows - at * full  # rows of the pass that remain, this batch included
+            counts = torch.where(joined & (at == lengths - 1), remaining, torch.minimum(remaining, full)).tolist()
             new = (at == 0) | (ahead == 0)
             for i, (k, some) in enumerate(zip(active, new.any(1).tolist(), strict=True)):
                 if some and bool(new[i, :k].any()):
                     index = new[i, :k].nonzero().squeeze(1)
-                    drawn = draw.of(who[index], epoch_of[i, index]).permutations(rows[index], reach)
+                    drawn = draw.of(clients[index], epoch_of[i, index]).permutations(rows[index], reach)
                     order[index] = lanes.places(drawn, index)
                 mine = tuple(counts[i][:k])
                 span = torch.arange(max(*mine, width), device=rows.device)

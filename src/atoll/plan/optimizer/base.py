@@ -298,8 +298,8 @@ class InPlaceStepper:
             inner.step()
             for theta in thetas:
                 theta.grad = None  # so that the caller can free g
-            for ours, theirs in copied:
-                ours.copy_(theirs)
+            for lane_state, torch_state in copied:
+                lane_state.copy_(torch_state)
 
         return advance
 
