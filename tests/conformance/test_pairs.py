@@ -18,7 +18,7 @@ from atoll.engine.fleet import Fleet, HalfNormal
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.memory import Memory
 from atoll.errors import UsageError
-from atoll.grammar import Value, parse
+from atoll.grammar import parse
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import CODECS as KINDS
 from atoll.plan.codec import (
@@ -73,7 +73,7 @@ class Halve(Codec):
 
 
 @dataclass(frozen=True, repr=False)
-class Vote(Value):
+class Vote(Aggregator):
     """The sign that most rows vote for: a rule that is not linear."""
 
     linear = False

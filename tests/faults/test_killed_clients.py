@@ -16,7 +16,7 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort, Local
+from atoll.plan.protocols import Cohort, Local, Sampler
 from atoll.plan.round import step
 from atoll.plan.state import State
 
@@ -24,7 +24,7 @@ SIZES = (9, 5, 9, 3, 9, 5, 9)
 
 
 @dataclass(frozen=True)
-class Without:
+class Without(Sampler):
     """Everyone but these."""
 
     ids: frozenset[int]

@@ -25,7 +25,7 @@ from atoll.plan.local import Gradient, Train
 from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge, staleness_polynomial
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort
+from atoll.plan.protocols import Cohort, Sampler
 from atoll.plan.round import bind, step
 from atoll.plan.sampler import Everyone, Uniform, Weighted
 from atoll.plan.state import State
@@ -130,7 +130,7 @@ def test_one_at_a_time_and_three_rounds_late_halves_the_step():
 
 
 @dataclass(frozen=True)
-class Only:
+class Only(Sampler):
     """A cohort of one certain client."""
 
     client: int

@@ -16,7 +16,7 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Evaluate, Gradient, Train
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort
+from atoll.plan.protocols import Cohort, Sampler
 from atoll.plan.round import step
 from atoll.task import Task
 
@@ -100,7 +100,7 @@ def test_tied_weights_stay_tied_and_lie_in_the_vector_once(body):
 
 
 @dataclass(frozen=True)
-class Only:
+class Only(Sampler):
     """One client, every round."""
 
     i: int

@@ -23,7 +23,7 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort
+from atoll.plan.protocols import Cohort, Sampler
 from atoll.plan.round import bind, step
 from atoll.plan.state import State
 from atoll.schedule import inverse
@@ -183,7 +183,7 @@ def test_a_falling_local_rate_takes_the_drift_away():
     assert (falling - lowest).norm() < 0.2 * (constant - lowest).norm()
 
 
-class Half:
+class Half(Sampler):
     """Every second client by turns: what an unlucky sampler does."""
 
     def __call__(self, population, round, key):

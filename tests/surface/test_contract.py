@@ -42,7 +42,6 @@ SRC = Path(__file__).parents[2] / "src" / "atoll"
 # file, function: the reason for `getattr` or `hasattr` in it
 ALLOWED = {
     ("plan/conflicts.py", "check_part"): "the check that a part has every declared member",
-    ("plan/conflicts.py", "_named"): "the name of a type",
     ("plan/stepper.py", "inner"): "fields of the optimizer itself, listed by dataclasses",
     ("plan/stop.py", "*"): "a stop rule, which is no part of a plan",
     ("engine/worker.py", "written"): "whether a value is a function",
@@ -210,6 +209,7 @@ def test_a_part_without_a_member_is_refused_by_its_name():
     error = refused(local=Foreign())
     assert "Foreign has no member numerics" in error.given and "atoll.plan.protocols.Local" in error.required
     assert "int has no member zero" in refused(aggregator=3).given
+    assert "has no member interchangeable" in refused(cohort=lambda population, round, key: None).given
     assert "holds <class" in refused(codec=Identity).given
 
 

@@ -11,12 +11,12 @@ import pytest
 import atoll
 from atoll import recipes
 from atoll.cli.flags import ExperimentFlags
-from atoll.engine.spec import SHORTHANDS
 from atoll.errors import UsageError
 from atoll.loss import Metric
 from atoll.plan.stop import Target
 from atoll.training import Experiment, Settings, SettingsDict
-from atoll.training.settings import GROUPS, declared
+from atoll.training.setting_texts import GROUP_NAMES
+from atoll.training.settings import ENGINE_FIELDS, declared
 
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 
@@ -41,10 +41,10 @@ def test_signature_and_help_list_every_setting_with_its_default(function):
 def test_every_setting_is_declared():
     for f in FIELDS.values():
         rule = declared(f)
-        assert rule.help.endswith((".", '".')) and rule.group in GROUPS, f.name
+        assert rule.help.endswith((".", '".')) and rule.group in GROUP_NAMES, f.name
     assert set(FIELDS) <= {f.name for f in dataclasses.fields(Experiment)}
     assert {"rounds", "engine", "workers", "fleet", "settings"} <= set(get_type_hints(ExperimentFlags))
-    assert not set(SHORTHANDS) & set(FIELDS)
+    assert not set(ENGINE_FIELDS) & set(FIELDS)
 
 
 def test_settings_and_flags_load_without_torch():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from atoll import grammar, recipes
+from atoll import grammar, recipes, rounds
 from atoll.data import arrays
 from atoll.errors import RunError, UsageError
 from atoll.plan.aggregate import Mean
@@ -25,7 +25,7 @@ from atoll.rng import Key
 from atoll.runs import read_rows
 from atoll.schedule import cosine
 from atoll.tools import compare, doctor, export, lr, replay
-from atoll.training import Settings, rounds
+from atoll.training import Settings
 from atoll.training.experiment import Experiment
 from atoll.training.train import train
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from atoll import __version__
-from atoll.cli.flags import GROUPS, ExperimentFlags, Json, Out, Quiet, Trust, flag, switch
+from atoll.cli.options import GROUPS, Json, Out, Quiet, Trust, flag, switch
 from atoll.errors import AtollError, UsageError
-from atoll.training.settings import OUTPUT, RUNNING
+from atoll.training.setting_texts import OUTPUT, RUNNING
 
 if TYPE_CHECKING:
     from atoll.training.experiment import Experiment
@@ -38,7 +38,6 @@ environment and file.
     atoll run experiment.toml --set "plan.optimizer=adam(0.01)" --seeds 5
 """
 
-
 app = App(
     name="atoll",
     help="Gradient descent, distributed and federated learning as one formula.",
@@ -50,36 +49,25 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(help="Make the shell complete atoll's commands and flags.")
-
-
-@app.command(group=TRAIN, sort_key=0, help_epilogue=SOURCES)
-def run(
-    experiment: str | None = None,
-    /,
-    *,
-    flags: ExperimentFlags = ExperimentFlags(),
-    seeds: Annotated[int, switch(RUNNING, "Train with so many seeds, and tell mean ± sd.", "ATOLL_SEEDS")] = 1,
-    smoke: Annotated[bool, switch(RUNNING, "Try every stage once, in a temporary folder.", "ATOLL_SMOKE")] = False,
-    trust: Trust = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> int:
-    """Train, and write the run down. Without arguments: federated averaging of the digits over 100 clients.
-
-    Parameters
-    ----------
-    experiment
-        A TOML file with settings; [tool.atoll] where it is a pyproject.toml.
-    """
-    from atoll.cli import work
-
-    it = flags.experiment(experiment, trust)
-    look = work.Look(as_json, quiet)
-    if seeds < 1:
-        raise UsageError(f"--seeds {seeds}.", "at least one.", write="--seeds 5")
-    if smoke:
-        return work.smoke(it, look)
-    return work.train(it, look) if seeds == 1 else work.several(it, seeds, look)
+for order, (name, epilogue, help) in enumerate(
+    (
+        (
+            "run",
+            SOURCES,
+            "Train, and write the run down. Without arguments: federated averaging of the digits over 100 clients.",
+        ),
+        ("lr", "", "Find a learning rate by a range test, draw it, and suggest one. Takes the flags of run."),
+        (
+            "plan",
+            "",
+            "Predict bytes, time on the fleet's clock and memory, and suggest changes that shorten a round. Takes the "
+            "flags of run.",
+        ),
+    )
+):
+    # By name: the flags of an experiment are made when one of these commands is called.
+    where = f"atoll.cli.training_commands:{name}"
+    app.command(where, name=name, group=TRAIN, sort_key=(0, 2, 2)[order], help=help, help_epilogue=epilogue)
 
 
 @app.command(group=TRAIN, sort_key=1, help_epilogue="")
@@ -109,64 +97,6 @@ def resume(
     path = _find(run, out)
     it = Experiment.read(path, trust=trust).told(rounds=rounds)
     return work.train(it, work.Look(as_json, quiet), resume=path, any_version=any_version)
-
-
-@app.command(group=TRAIN, sort_key=2, help_epilogue="")
-def lr(
-    experiment: str | None = None,
-    /,
-    *,
-    which: Annotated[
-        Literal["local", "server"], Parameter(group=GROUPS[RUNNING], help="Whose: the clients', or the server's.")
-    ] = "local",
-    flags: ExperimentFlags = ExperimentFlags(),
-    trust: Trust = False,
-    as_json: Json = False,
-) -> int:
-    """Find a learning rate by a range test, draw it, and suggest one. Takes the flags of run.
-
-    Parameters
-    ----------
-    experiment
-        A TOML file with settings.
-    """
-    from atoll.cli import words
-    from atoll.tools.lr import find
-
-    it = flags.experiment(experiment, trust)
-    finding = find(it, which, Path(it.out))
-    if as_json:
-        words.tell({"which": which, "suggestion": finding.suggestion, "plot": str(finding.plot)})
-    else:
-        print(finding.text())
-    return 0
-
-
-@app.command(group=TRAIN, sort_key=2, help_epilogue="")
-def plan(
-    experiment: str | None = None,
-    /,
-    *,
-    flags: ExperimentFlags = ExperimentFlags(),
-    trust: Trust = False,
-    as_json: Json = False,
-) -> int:
-    """Predict bytes, time on the fleet's clock and memory, and what would make a round shorter. Takes the flags of run.
-
-    Parameters
-    ----------
-    experiment
-        A TOML file with settings.
-    """
-    from atoll.cli import words
-    from atoll.tools.forecast import forecast
-
-    foreseen = forecast(flags.experiment(experiment, trust))
-    if as_json:
-        words.tell(foreseen.told())
-    else:
-        print(foreseen.text())
-    return 0
 
 
 @app.command(group=LOOK, sort_key=3, help_epilogue="")

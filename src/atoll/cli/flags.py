@@ -1,4 +1,4 @@
-"""The flags of an experiment, made from the fields of `Experiment`, and the options that several commands share.
+"""The flags of an experiment, made from the fields of `Experiment`.
 
 Tests: tests/surface/test_cli.py
 """
@@ -9,59 +9,33 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
-from atoll.engine import spec as engines
+from atoll.cli.options import flag
 from atoll.errors import UsageError
 from atoll.training.experiment import Experiment, key_of, settings, types
-from atoll.training.setting_texts import kinds
-from atoll.training.settings import DATA, METHOD, OUTPUT, RUNNING, TEXTS, declared
+from atoll.training.setting_texts import RUNNING, TEXTS, kinds
+from atoll.training.settings import ENGINE_FIELDS, declared
 
-GROUPS = {name: Group.create_ordered(name) for name in (DATA, METHOD, RUNNING, OUTPUT)}
-_ENGINE_HELP = {
-    "workers": "Worker processes, default one for each core; ranks of torchrun; or actors on Ray.",
-    "address": "Of the Ray cluster: host:port, or auto. Default: one of this machine, for the run.",
-    "cpus": "Cores of each actor on Ray. Default: 1.",
-    "gpus": "GPUs of each actor on Ray, or a fraction of one. Default: 0.",
-}
 T = TypeVar("T")
 _SET_HELP = 'KEY=VALUE, any setting by its dotted key: "plan.pace=Sync()". May be repeated.'
 
 
-def flag(group: str, help: str, name: str | None = None) -> Parameter:
-    """A flag of an experiment, or of a command; its help names the default."""
-    return Parameter(name=name, group=GROUPS[group], help=help, show_default=False, negative_iterable="")
-
-
-def switch(group: str, help: str, variable: str, name: str | None = None) -> Parameter:
-    """A flag of a command that is off by default, or the environment variable that stands for it."""
-    return Parameter(
-        name=name, group=GROUPS[group], help=help, negative="", env_var=variable, show_env_var=False, show_default=False
-    )
-
-
-Out = Annotated[str | None, flag(OUTPUT, "The parent of run folders. Default: runs.")]
-Json = Annotated[bool, switch(OUTPUT, "One JSON object on stdout.", "ATOLL_JSON", "--json")]
-Quiet = Annotated[bool, switch(OUTPUT, "No progress, only the result.", "ATOLL_QUIET")]
-Trust = Annotated[
-    bool, switch(RUNNING, "Import code that a found file or a run folder names as module:name.", "ATOLL_TRUST")
-]
-
-
-def _flags() -> list[tuple[str, Any, Any]]:
-    """Name, type and default of each flag; None means that the flag is not given."""
-    out: list[tuple[str, Any, Any]] = []
+def _flags() -> dict[str, Any]:
+    """The type of each flag."""
+    out: dict[str, Any] = {}
     for f in settings():
         rule = declared(f)
         if rule.flag:
             (kind,) = kinds(types()[f.name])
             kind = list[str] if kind == TEXTS else kind
-            out.append((key_of(f.name), Annotated[kind | None, flag(rule.group, _help(rule.help, f.default))], None))
+            out[key_of(f.name)] = Annotated[kind | None, flag(rule.group, _help(rule.help, f.default))]
         if f.name == "engine":
-            for name, help in _ENGINE_HELP.items():
-                (kind,) = kinds(engines.SHORTHANDS[name])
-                out.append((name, Annotated[kind | None, flag(RUNNING, help)], None))
-    out.append(("settings", Annotated[list[str] | None, flag(RUNNING, _SET_HELP, "--set")], None))
+            for name, field in ENGINE_FIELDS.items():
+                if field.help:
+                    (kind,) = kinds(field.text)
+                    out[name] = Annotated[kind | None, flag(RUNNING, field.help)]
+    out["settings"] = Annotated[list[str] | None, flag(RUNNING, _SET_HELP, "--set")]
     return out
 
 
@@ -73,9 +47,9 @@ def _help(help: str, default: Any) -> str:
 
 def _with_flags(cls: type[T]) -> type[T]:
     """A dataclass with a field for each flag."""
-    cls.__annotations__ = {name: kind for name, kind, _ in _flags()}
-    for name, _, default in _flags():
-        setattr(cls, name, default)
+    cls.__annotations__ = _flags()
+    for name in cls.__annotations__:
+        setattr(cls, name, None)
     made: type[T] = Parameter(name="*")(dataclass(frozen=True)(cls))
     return made
 
@@ -89,7 +63,7 @@ class ExperimentFlags:
     def experiment(self, file: str | None, trust: bool) -> Experiment:
         """The experiment of the flags, `--set`, the environment and the file; the first that gives a value wins."""
         base = Experiment.read(file, trust=trust or None) if file else Experiment.found(trust=trust)
-        flags = {name: getattr(self, name) for name, _, _ in _flags() if name != "settings"}
+        flags = {name: value for name, value in vars(self).items() if name != "settings"}
         return base.with_environment(os.environ).with_settings(pairs(self.settings or [])).told(**flags)
 
 

@@ -41,14 +41,6 @@ ENGINES: Mapping[str, str] = {  # short name → "module:Class" of the spec; a p
     "torchrun": "atoll.engine.spec:Torchrun",
     "ray": "atoll.engine.spec:Ray",
 }
-SHORTHANDS: Mapping[str, Any] = {  # flags that set a field of the named engine, and their types
-    "workers": int | None,
-    "backend": str,
-    "address": str | None,
-    "cpus": float,
-    "gpus": float,
-}
-DEFAULTS: Mapping[str, Any] = {"workers": None, "backend": "auto", "address": None, "cpus": 1.0, "gpus": 0.0}
 BACKENDS = ("auto", "gloo", "nccl")
 
 
@@ -480,17 +472,21 @@ def given_twice(spec: EngineSpec, values: Mapping[str, Any]) -> UsageError | Non
     )
 
 
-def misplaced(name: str, settings: Mapping[str, Any]) -> UsageError:
-    """The error for a field of an engine that was passed as a setting of a training."""
-    values = {n: settings[n] for n in SHORTHANDS if n in settings}
-    asked = engine(settings.get("engine", "inprocess"))
-    specs = [asked, *map(engine, ENGINES)]
-    fits = next((spec for spec in specs if set(values) <= set(_fields(spec))), None)
+def misplaced(fields: Mapping[str, Any], value: object) -> UsageError:
+    """The error for fields of an engine that were passed as settings of a training.
+
+    Args:
+        fields: the fields and their values.
+        value: the engine that was passed, as for `engine`.
+    """
+    specs = [engine(value), *map(engine, ENGINES)]
+    fits = next((spec for spec in specs if set(fields) <= set(_fields(spec))), None)
+    given = ", ".join(f"{name} = {each!r}" for name, each in fields.items())
     return UsageError(
-        f"{name} = {settings[name]!r} as a setting of a training.",
+        f"{given} as a setting of a training.",
         "a field of the engine.",
-        f"{name} belongs to the engine, not to the training.",
-        "" if fits is None else f'engine="{_spelled(fits, values)}"',
+        f"{' and '.join(fields)} belong to the engine, not to the training.",
+        "" if fits is None else f'engine="{_spelled(fits, fields)}"',
     )
 
 

@@ -8,10 +8,9 @@ Tests: tests/surface/test_contract.py, tests/faults/test_bad_input.py
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args
 
 from atoll.errors import UsageError
 from atoll.plan import protocols
@@ -31,6 +30,7 @@ from atoll.plan.protocols import (
     Tensors,
     default,
 )
+from atoll.schedule import Schedule
 from atoll.task import Task
 
 # slot: its protocol, the class to inherit, a part that fills the slot
@@ -38,7 +38,7 @@ SLOTS: dict[str, tuple[type, str, str]] = {
     "local": (Local, "atoll.plan.protocols.Local", "Gradient()"),
     "aggregator": (Aggregator, "atoll.plan.protocols.Aggregator", "Mean()"),
     "optimizer": (Optimizer, "atoll.plan.stepper.OptimizerBase", "sgd(0.1)"),
-    "sampler": (Sampler, "atoll.plan.protocols.Sampler", "Uniform(10)"),
+    "cohort": (Sampler, "atoll.plan.protocols.Sampler", "Uniform(10)"),
     "codec": (Stage, "atoll.plan.codec.Codec", "Identity()"),
     "pace": (Pace, "atoll.plan.protocols.Pace", "Sync()"),
     "downlink": (Stage, "atoll.plan.codec.Codec", "Identity()"),
@@ -55,7 +55,7 @@ def check(slots: Slots) -> None:
         "local": slots.local,
         "aggregator": slots.aggregator,
         "optimizer": slots.optimizer,
-        "sampler": slots.sampler,
+        "cohort": slots.sampler,
         "codec": slots.codec,
         "pace": slots.pace,
         "downlink": slots.downlink,
@@ -99,44 +99,58 @@ def check_part(slot: str, part: Any) -> None:
 
 
 @cache
-def _members(protocol: type) -> dict[str, Any]:
-    """The declared members of a protocol in their order, each with its type; methods have the type `callable`."""
-    out: dict[str, Any] = {}
+def _members(protocol: type) -> dict[str, str]:
+    """The declared members of a protocol in their order, each with its type as text; a method has the type `method`."""
+    out: dict[str, str] = {}
     for name, member in vars(protocol).items():
         if isinstance(member, default):
-            out[name] = get_type_hints(member.get, vars(protocols)).get("return", Any)  # type: ignore[attr-defined]
+            out[name] = member.get.__annotations__["return"]  # type: ignore[attr-defined]
         elif callable(member) and (not name.startswith("_") or name == "__call__"):
-            out[name] = callable
+            out[name] = "method"
     return out
 
 
-def _fits(value: Any, hint: Any) -> bool:
+# Annotations are compared as text: their evaluation would run code while a plan text is read.
+_LITERALS = {
+    "Sends": get_args(protocols.Sends),
+    "Weights": get_args(protocols.Weights),
+    "Over": get_args(protocols.Over),
+    "SumKind": get_args(protocols.SumKind),
+}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "bool": bool,
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "None": type(None),
+    "Schedule": Schedule,
+}
+
+
+def _fits(value: Any, hint: str) -> bool:
     """Whether a value is of a declared type; a type that no rule here covers admits every value."""
-    if hint is callable:
-        return bool(callable(value))
-    origin = get_origin(hint)
-    if origin is Literal:
-        return any(type(value) is type(a) and bool(value == a) for a in get_args(hint))
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, a) for a in get_args(hint))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if origin is tuple:
+    if hint == "method":
+        return callable(value)
+    return any(_fits_one(value, part) for part in hint.split(" | "))
+
+
+def _fits_one(value: Any, hint: str) -> bool:
+    if hint in _LITERALS:
+        return isinstance(value, str) and value in _LITERALS[hint]
+    if hint.startswith("tuple"):
         return isinstance(value, tuple)
-    return bool(isinstance(value, hint)) if isinstance(hint, type) else True
+    if hint in ("int", "float") and isinstance(value, bool):
+        return False
+    return isinstance(value, _TYPES.get(hint, object))
 
 
-def _named(hint: Any) -> str:
+def _named(hint: str) -> str:
     """A declared type in words."""
-    if hint is callable:
-        return "a method"
-    if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(map(_named, get_args(hint)))
-    return "None" if hint is type(None) else "True or False" if hint is bool else str(getattr(hint, "__name__", hint))
+    words = {"method": "a method", "bool": "True or False"}
+    return " or ".join(
+        " or ".join(map(repr, _LITERALS[part])) if part in _LITERALS else words.get(part, part)
+        for part in hint.split(" | ")
+    )
 
 
 def _asked(slot: str, part: Any, slots: Slots) -> Iterator[Conflict]:

@@ -14,7 +14,7 @@ from atoll.grammar import Value
 from atoll.layout import Layout
 from atoll.names import under
 from atoll.plan.codec.stage import Identity
-from atoll.plan.conflicts import check
+from atoll.plan.conflicts import check, check_part
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Sync
 from atoll.plan.protocols import (
@@ -36,16 +36,16 @@ class Plan(Value):
     θ⁺ = optimizer(θ, finalize(server_update(Σ wᵢ · decode(encode(local(θ, dataᵢ))))))
 
     Args:
-        local: what a client computes.
-        aggregator: how contributions become one.
-        optimizer: how the server descends.
-        cohort: who is at work: a sampler; None is everyone, an int that many, a float that fraction.
-        codec: what happens to an update on its way.
+        local: the computation of a client.
+        aggregator: the combination of contributions.
+        optimizer: the server's steps.
+        cohort: the clients of a round: a sampler; None: all; an int: that number; a float: that fraction.
+        codec: the compression of updates.
         pace: when a round closes.
-        downlink: what happens to the model's change on its way to the clients; the server keeps what was lost of it.
+        downlink: the compression of the model's change; the next change contains the error of the last one.
         max_failed: the largest fraction of a cohort that may fail before the run ends, in [0, 1].
     Raises:
-        UsageError: a slot holds something else than a part for it, or two parts cannot stand beside each other.
+        UsageError: a slot holds no part of its kind, or two parts exclude each other.
     Example:
         >>> from atoll.plan.local import Gradient
         >>> from atoll.plan.aggregate import Mean
@@ -67,7 +67,7 @@ class Plan(Value):
             raise UsageError(
                 f"max_failed = {self.max_failed!r}.",
                 "a fraction in [0, 1].",
-                "it is the part of a cohort that may fail before the round is given up.",
+                "it is the fraction of a cohort that may fail before the run ends.",
                 repaired(self, max_failed=0.5),
             )
         object.__setattr__(self, "cohort", _sampler(self.cohort))
@@ -75,7 +75,7 @@ class Plan(Value):
 
     @property
     def sampler(self) -> Sampler:
-        """Who is at work in a round, as a part."""
+        """The sampler of the cohort."""
         return self.cohort  # type: ignore[return-value]
 
     def __str__(self) -> str:
@@ -92,7 +92,7 @@ class Plan(Value):
         )
 
     def memory(self, layout: Layout) -> dict[str, Tensor]:
-        """What one client keeps before its first round, by `part/name`."""
+        """The memory of one client before its first round, by `part/name`."""
         return _joined({"local": self.local.memory(layout), "codec": self.codec.memory(layout)})
 
 
@@ -108,6 +108,8 @@ def _sampler(cohort: Any) -> Sampler:
             return fraction(cohort)
         case Sampler() if not isinstance(cohort, type):
             return cohort
+        case _ if callable(cohort) and not isinstance(cohort, type):
+            check_part("cohort", cohort)  # names the member that is missing
     raise UsageError(
         f"cohort = {cohort!r}.",
         "a sampler, a number of clients, a fraction of them, or None for everyone.",

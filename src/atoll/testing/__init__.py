@@ -3,9 +3,9 @@
     from atoll.testing import check_aggregator
     check_aggregator(Vote())
 
-A check raises `Nonconformity`, which says what the part did, what is required of it and why; otherwise it returns
-nothing. Checks draw from fixed keys: the same part gives the same answer every time. atoll's own parts pass them in
-`tests/conformance`, where there is also a part that fails each of them.
+A check raises `Nonconformity`, which names the fault of the part, the requirement and the reason; otherwise it returns
+None. Checks draw from fixed keys: the same part gives the same result every time. atoll's own parts pass them in
+`tests/conformance`, which also has a part that fails each of them.
 """
 
 from atoll.plan.entropy import entropy_source

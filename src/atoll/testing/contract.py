@@ -1,4 +1,7 @@
-"""What every check is written on: a refusal, equality to the bit, and a call that must be pure."""
+"""The common base of all checks: an error, equality to the bit, and a call that must be pure.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ T = TypeVar("T")
 
 
 class Nonconformity(AtollError):
-    """A part does not keep the contract of its slot: what it did, what is required, and why.
+    """A part does not conform to the contract of its slot: its behaviour, the requirement, and the reason.
 
     Example:
         >>> from atoll.testing import check_sampler
@@ -38,7 +41,7 @@ class Nonconformity(AtollError):
 
 
 def require(holds: bool, given: str, required: str, why: str) -> None:
-    """Refuse a part unless something holds of it."""
+    """Refuse a part if a condition does not hold."""
     if not holds:
         raise Nonconformity(given, required, why)
 
@@ -76,15 +79,15 @@ def row(tree: Any, k: int | slice) -> Any:
 
 
 def lanes(template: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
-    """What one client keeps, for k clients: `[k, …]` by name."""
+    """The memory of one client, repeated for k clients: `[k, …]` by name."""
     return {n: t.expand(k, *t.shape).clone() for n, t in template.items()}
 
 
 def pure(who: str, function: Callable[..., T], *given: Any) -> T:
-    """What a function of the part gives for `given`: it must depend on that alone, and leave it as it was.
+    """The result of a function of the part, which must depend on its arguments only and must not change them.
 
     Args:
-        who: the part and its method, for the refusal.
+        who: the part and its method, for the error.
         function: is called twice.
         given: its arguments.
     """
@@ -92,9 +95,9 @@ def pure(who: str, function: Callable[..., T], *given: Any) -> T:
     first = copied(refused(who, function, *given))
     require(
         same(given, before),
-        f"{who} changed what it was given.",
-        "a function of its arguments; what it returns may be new, what it was given stays.",
-        "the same tensors go to other clients, and back to where they are kept if this round fails.",
+        f"{who} changed its arguments.",
+        "a function that leaves its arguments unchanged.",
+        "the same tensors go to other clients, and they are used again if this round fails.",
     )
     require(
         generator_states() == drawn,
@@ -106,7 +109,7 @@ def pure(who: str, function: Callable[..., T], *given: Any) -> T:
         same(function(*given), first),
         f"{who} gave two results for the same arguments.",
         "equal bits for equal arguments.",
-        "a round that is computed again, after a kill or for a replay, must come out the same.",
+        "a round that is computed again, after a crash or for a replay, must give the same bits.",
     )
     return first
 
@@ -117,7 +120,7 @@ def same_names(who: str, template: Mapping[str, Tensor], got: Any, lead: tuple[i
         isinstance(got, Mapping) and got.keys() == template.keys(),
         f"{who} gave {sorted(got) if isinstance(got, Mapping) else type(got).__name__}.",
         f"tensors named {sorted(template)}.",
-        "what is kept was announced, with its names, before the first round.",
+        "the names of state are fixed before the first round.",
     )
     for name, first in template.items():
         tensor = got[name]
@@ -147,7 +150,7 @@ def leading(who: str, tensors: Any, k: int, whole: bool = False) -> None:
 
 
 def refused(who: str, function: Callable[..., T], *given: Any) -> T:
-    """What a function of the part gives; whatever it raises is the part's fault."""
+    """The result of a function of the part; an exception is a nonconformity."""
     try:
         return function(*given)
     except Nonconformity:
@@ -161,15 +164,15 @@ def refused(who: str, function: Callable[..., T], *given: Any) -> T:
 
 
 def on_meta(who: str, function: Callable[..., T], *given: Any) -> T:
-    """What a function of the part gives for tensors without numbers: it looks at none and stays there."""
+    """The result of a function of the part for meta tensors: it must not read numbers or move tensors."""
     try:
         return function(*given)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise Nonconformity(
             f"{who} failed on tensors without numbers: {str(error).splitlines()[0]}",
-            "tensor operations alone, on the device of what it is given: no .item(), no branch on a number, "
-            "and what is drawn from a shared key moved by .to(x.device).",
-            "on a GPU every look at a number waits for all work before it.",
+            "tensor operations on the device of the arguments: no .item(), no branch on a number, "
+            "and draws from a shared key moved by .to(x.device).",
+            "on a GPU each read of a number waits for all earlier work.",
         ) from None
 
 
@@ -206,7 +209,7 @@ def check_value(part: Any) -> None:
 
 
 def _names(part: Any) -> dict[str, Callable[..., Any]]:
-    """The constructors that a part's text may call: its own class and those of what it holds."""
+    """The constructors that a part's text may call: its own class and those of the parts that it contains."""
     names: dict[str, Callable[..., Any]] = {}
     held: list[Any] = [part]
     while held:

@@ -1,4 +1,7 @@
-"""The contracts of who is at work and of who holds what: samplers and partitions."""
+"""The contracts of samplers and partitions.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ _FAR = 5.5
 def check_sampler(part: Any) -> None:
     """The contract of a sampler.
 
-    Ids are different clients of the population, a function of the key and the round; and each client is at work as
-    often as its `chance` says, over 1000 rounds: |count − Σ chance| ≤ 5.5 standard deviations.
+    Ids are different clients of the population, a function of the key and the round; and each client is selected as
+    often as its `chance` predicts, over 1000 rounds: |count − Σ chance| ≤ 5.5 standard deviations.
 
     Args:
         part: a sampler, `part(population, round, key) -> Cohort`.

@@ -39,7 +39,7 @@ PLANS = (
 def check_engine(make_engine: Make) -> None:
     """The contract of an engine.
 
-    For every plan and both bodies two rounds come to the bits of the engine in this process: model, memory, metrics,
+    For every plan and both backends two rounds give the bits of the engine in this process: model, memory, metrics,
     bytes. The order of a cohort changes nothing, an empty one is legal, and `gather` leaves the state alone. A client
     that raises, or whose numbers are not finite, costs one contribution and gives one failure with its name: the
     round equals the one in which it was not asked. What strikes every client alike is raised.

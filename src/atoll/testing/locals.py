@@ -1,4 +1,7 @@
-"""The contract of what a client computes, tried on a small federation of clients of several sizes."""
+"""The contract of local parts, tried on a small federation of clients of several sizes.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
@@ -54,9 +57,9 @@ def check_local(part: Any) -> None:
     """The contract of a local part.
 
     It gives one row a client: means of floats, sums with the rows they are about, and as weight the rows that the
-    client holds; a client's row depends neither on its neighbours nor on their number; what clients and the server
-    keep stays as announced; all of it depends on the key and its arguments alone. Tried on a model with and one
-    without batch statistics, by the body that the part asks for (`numerics`), or in lanes.
+    client holds; a client's row depends neither on its neighbours nor on their number; memory and server
+    state keep their names, shapes and types; means and sums are as declared. Results depend on the key and the
+    arguments only. Tried with and without batch statistics, on the backend that the part requires, or in lanes.
 
     Args:
         part: a local part, as `atoll.plan.protocols.Local` declares it.

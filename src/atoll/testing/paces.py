@@ -32,7 +32,7 @@ _COUNTS = (*range(1, 41), 1000, 10**5)
 
 @dataclass(frozen=True)
 class _Seen:
-    """An open round: as many have arrived as there are starts, and as many of them count as `arrived` says."""
+    """An open round with `arrived` contributions, and the starts of each arrived client."""
 
     wanted: int
     arrived: int
@@ -48,9 +48,9 @@ def check_pace(part: Any) -> None:
 
     All answers are functions of the question. cohort_size(n) is n or more, and required(cohort_size(n)) = n.
     staleness_weight(0) = 1, and
-    what is later counts no more, and never less than 0. Who has started more often may not start sooner; a round that
-    closes would also close with one more arrival, or later; none closes as it opens. And no round waits for ever: with
-    everyone arriving, in any order, each comes to an end that somebody contributed to.
+    the weight falls with lateness and is never below 0. A client with more starts may not start sooner. A round that
+    closes also closes with one more arrival, or later; no round closes when it opens. Every round ends with at least
+    one contribution if all clients arrive, in any order.
 
     Args:
         part: a pace, as `atoll.plan.protocols.Pace` declares it.
@@ -72,7 +72,7 @@ def check_pace(part: Any) -> None:
 
 
 def _asked(who: str, method: Callable[..., Any], *given: Any) -> Any:
-    """What a method answers, whatever it was asked before."""
+    """The answer of a method, which must not depend on earlier calls."""
     name = f"{who}.{method.__name__}"
     return pure(name, method, *given)
 
@@ -146,7 +146,7 @@ def _check_closing(who: str, part: Pace) -> None:
 
 
 def _check_end(who: str, part: Pace) -> None:
-    """Play rounds in which everyone arrives: the first to start first, the last to start first, or as a key says."""
+    """Play rounds in which all clients arrive: in the order of starts, in reverse, or in a keyed order."""
     needed = 1
     while part.replaces_arrivals and needed <= _MOST:
         if part.should_close(_Seen(5, needed, 0.0, (0,) * min(needed, 99))):

@@ -50,9 +50,9 @@ def _check_rate(who: str, t: int, rate: Any) -> None:
 def check_optimizer(part: Any) -> None:
     """The contract of an optimizer.
 
-    It descends; it changes nothing that it was given; K lanes `[K, d]` come out as K single θ `[d]` would, to the
-    bit, also where the lanes have made unequally many steps; its state keeps names, shapes and types; steps in place,
-    where it offers them, come to the same; and it runs on tensors without numbers.
+    It descends, and changes no argument. K lanes `[K, d]` give the bits of K single θ `[d]`, also if the lanes have
+    made different numbers of steps. Its state keeps names, shapes and types. Steps in place, if it has them, give the
+    same bits. It runs on tensors without numbers.
 
     Args:
         part: an optimizer, `init`, `update` and `lr_at`.

@@ -1,4 +1,7 @@
-"""The contracts of what happens to updates: codec stages on their way, aggregators where they become one."""
+"""The contracts of codec stages and aggregators.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
@@ -177,7 +180,7 @@ def check_aggregator(part: Any) -> None:
 
 
 def _contribution(rows: Tensor) -> Contribution:
-    """What K clients give whose updates are `rows`."""
+    """A contribution of K clients whose updates are `rows`."""
     k, key = len(rows), Key(7).fold("others")
     return Contribution(
         {"update": rows, "buffers": key.fold("buffers").normal(k * 3, rows.dtype).reshape(k, 3)},
@@ -201,7 +204,7 @@ def _of(contribution: Contribution, index: slice | Tensor) -> Contribution:
 
 
 def _result(part: Any, partial: Any) -> tuple[Total, Total]:
-    """The total of a partial and what becomes of it, with all seven clients at work."""
+    """The total of a partial and the finalized total, in a round of all seven clients."""
     total = part.total(partial)
     return total, part.finalize(total, round_info())
 

@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from atoll import grammar
-from atoll.engine import spec as engines
-from atoll.engine.spec import EngineSpec
 from atoll.errors import UsageError, unknown_name
 from atoll.names import dotted
-from atoll.training.setting_texts import checked, of_text, read_toml, toml
-from atoll.training.settings import DATA, GROUPS, METHOD, OUTPUT, Settings, TrainingFields, declared, setting
+from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, checked, of_text, read_toml, toml
+from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, setting
 
 if TYPE_CHECKING:
     from torch import nn
 
     from atoll.data import Clients, Source
     from atoll.data.partition import Partition
+    from atoll.engine.spec import EngineSpec
     from atoll.plan.plan import Plan
     from atoll.training.recorder import Run
     from atoll.training.rounds import Rounds
@@ -151,7 +150,7 @@ class Experiment(grammar.Value, TrainingFields):
             >>> Experiment().with_settings({"held_out": "0.1", "plan.pace": "Sync()"})
             Experiment(held_out=0.1, overrides={'pace': 'Sync()'})
         """
-        hints = {key_of(name): kind for name, kind in types().items()} | dict(engines.SHORTHANDS)
+        hints = {key_of(name): kind for name, kind in types().items()} | {n: f.text for n, f in ENGINE_FIELDS.items()}
         values = {k: of_text(text, hints.get(k.replace("-", "_"), str)) for k, text in texts.items()}
         return self._with(values, where, trust=True)
 
@@ -164,7 +163,7 @@ class Experiment(grammar.Value, TrainingFields):
         """
         it = self
         keys = {name: key for name, key in _fields().items() if name != "overrides"}
-        for name, key in {**keys, **{name: name for name in engines.SHORTHANDS}}.items():
+        for name, key in {**keys, **{name: name for name in ENGINE_FIELDS}}.items():
             variable = f"ATOLL_{name.upper()}"
             if variable in environ:
                 it = it.with_settings({key: environ[variable]}, variable)
@@ -192,10 +191,10 @@ class Experiment(grammar.Value, TrainingFields):
             if key.startswith("plan."):
                 _refuse_unknown("slot", key, _slots(), ".".join(key.split(".")[:2]), where)
                 overrides[key[5:]] = value if isinstance(value, str) else repr(value)
-            elif key in engines.SHORTHANDS:
-                shorthands[key] = checked(key, value, engines.SHORTHANDS[key], engines.DEFAULTS[key], where)
+            elif key in ENGINE_FIELDS:
+                shorthands[key] = checked(key, value, ENGINE_FIELDS[key].text, ENGINE_FIELDS[key].default, where)
             else:
-                _refuse_unknown("setting", key, (known.keys() - {"plan"}) | engines.SHORTHANDS.keys(), key, where)
+                _refuse_unknown("setting", key, (known.keys() - {"plan"}) | ENGINE_FIELDS.keys(), key, where)
                 name = known[key]
                 changes[name] = checked(key, value, types()[name], getattr(_DEFAULT, name), where)
             names.add(key)
@@ -211,14 +210,18 @@ class Experiment(grammar.Value, TrainingFields):
         """
         written = "(" in str(self.engine)  # a call, such as Processes(workers=2), not a short name
         if engine_too and written:
-            twice = engines.given_twice(self._named_engine(), shorthands) if shorthands else None
+            from atoll.engine.spec import given_twice
+
+            twice = given_twice(self._named_engine(), shorthands) if shorthands else None
             if twice is not None:
                 raise twice
             return self._to(engine_fields=dict(shorthands))
         return self._to(engine_fields={**self.engine_fields, **shorthands})
 
     def _named_engine(self) -> EngineSpec:
-        return engines.engine(self.engine, trust=self._trusts("engine"))
+        from atoll.engine.spec import engine
+
+        return engine(self.engine, trust=self._trusts("engine"))
 
     def spec(self) -> EngineSpec:
         """The engine, with the fields that `--workers`, `--gpus` and so on set.
@@ -229,7 +232,9 @@ class Experiment(grammar.Value, TrainingFields):
             >>> Experiment(engine="processes", engine_fields={"workers": 2}).spec()
             Processes(2)
         """
-        return engines.fill(self._named_engine(), self.engine_fields)
+        from atoll.engine.spec import fill
+
+        return fill(self._named_engine(), self.engine_fields)
 
     def _to(self, **changes: Any) -> Experiment:
         """A copy with some fields replaced, which need not read the data again where that stays the same."""
@@ -444,7 +449,11 @@ _DEFAULT = Experiment()
 def settings() -> list[dataclasses.Field[Any]]:
     """The fields of `Experiment` that are settings, in the order of their groups."""
     found = [f for f in dataclasses.fields(Experiment) if "setting" in f.metadata]
-    return sorted(found, key=lambda f: GROUPS.index(declared(f).group))
+
+    # The name of a model and a recipe come before the settings that are shared with `Settings`.
+    return sorted(
+        found, key=lambda f: (GROUP_NAMES.index(declared(f).group), declared(f).group == METHOD and f.kw_only)
+    )
 
 
 def key_of(name: str) -> str:
@@ -469,7 +478,7 @@ def types() -> dict[str, Any]:
 def _from_file(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a TOML file; fields of an engine with the default that older run folders contain are skipped."""
     flat = dotted(values)
-    return {k: v for k, v in flat.items() if k not in engines.DEFAULTS or v != engines.DEFAULTS[k]}
+    return {k: v for k, v in flat.items() if k not in ENGINE_FIELDS or v != ENGINE_FIELDS[k].default}
 
 
 def _slots() -> list[str]:

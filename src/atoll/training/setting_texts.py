@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
 
-import msgspec
-
-from atoll import grammar
 from atoll.errors import UsageError
 
 TEXTS = tuple[str, ...]
+DATA, METHOD, RUNNING, OUTPUT = "Data", "Model and plan", "Running", "Output"
+GROUP_NAMES = (DATA, METHOD, RUNNING, OUTPUT)  # the groups of settings in `atoll run --help`
 _YES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _ASKED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", TEXTS: "a list of texts"}
 _EXAMPLE: Mapping[Any, Any] = {int: 10, float: 0.1, bool: True, str: "…", TEXTS: ()}
@@ -26,6 +23,8 @@ def read_toml(file: Path) -> dict[str, Any] | None:
     Raises:
         UsageError: the file is missing, no text, or no TOML.
     """
+    import tomllib
+
     try:
         values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -61,8 +60,10 @@ def of_text(text: str, hint: Any) -> Any:
         return text
     if wanted == (TEXTS,) and text[:1] != "[":
         return [text]
+    from atoll.grammar import parse
+
     try:
-        return grammar.parse(text, {})
+        return parse(text, {})
     except UsageError:
         return text
 
@@ -75,6 +76,8 @@ def checked(key: str, value: Any, hint: Any, default: Any, where: str) -> Any:
     Raises:
         UsageError: the value is of another type.
     """
+    import msgspec
+
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError:
@@ -99,7 +102,9 @@ def toml(value: Any) -> str:
         case bool():
             return str(value).lower()
         case str():
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            from json import dumps
+
+            return dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case tuple() | list():
             return f"[{', '.join(map(toml, value))}]"
     return repr(value)

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
-from atoll.engine import spec as engines
 from atoll.errors import UsageError, unknown_name
-from atoll.grammar import parse
+from atoll.training.setting_texts import METHOD, RUNNING, TEXTS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,12 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from atoll.engine.fleet import Fleet
-    from atoll.engine.spec import EngineSpec
+    from atoll.engine.spec import EngineSpec, RunOptions
     from atoll.loss import Metric, PerExample
 
-DATA, METHOD, RUNNING, OUTPUT = "Data", "Model and plan", "Running", "Output"
-GROUPS = (DATA, METHOD, RUNNING, OUTPUT)
-TEXTS = tuple[str, ...]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -66,6 +62,33 @@ def setting(
 ) -> Any:
     """A dataclass field that declares a setting; the arguments are those of `Setting`."""
     return field(default=default, metadata={"setting": Setting(help, group, flag, text, least, choices)})
+
+
+class EngineField(NamedTuple):
+    """A flag, key and ATOLL_ variable that sets the field of this name in the named engine.
+
+    Args:
+        text: the type of its value.
+        default: the default that configurations of older runs contain; it is skipped there.
+        help: one sentence; empty if the command line has no flag of this name.
+    """
+
+    text: Any
+    default: Any
+    help: str
+
+
+ENGINE_FIELDS: Mapping[str, EngineField] = {
+    "workers": EngineField(
+        int | None, None, "Worker processes, default one for each core; ranks of torchrun; or actors on Ray."
+    ),
+    "backend": EngineField(str, "auto", ""),
+    "address": EngineField(
+        str | None, None, "Of the Ray cluster: host:port, or auto. Default: one of this machine, for the run."
+    ),
+    "cpus": EngineField(float, 1.0, "Cores of each actor on Ray. Default: 1."),
+    "gpus": EngineField(float, 0.0, "GPUs of each actor on Ray, or a fraction of one. Default: 0."),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +165,12 @@ class Settings(TrainingFields):
             self._set("stop", (self.stop,))
         for f in dataclasses.fields(self):
             _check(f, getattr(self, f.name))
-        self._set("engine", engines.engine(self.engine))
+        from atoll.engine.spec import engine
+
+        self._set("engine", engine(self.engine))
         if isinstance(self.fleet, str):
             from atoll.engine.fleet import FLEET
+            from atoll.grammar import parse
 
             self._set("fleet", parse(self.fleet, FLEET))
         if self.fleet is not None:
@@ -168,8 +194,10 @@ class Settings(TrainingFields):
         """
         known = [f.name for f in dataclasses.fields(cls)]
         for word in words:
-            if word in engines.SHORTHANDS:
-                raise engines.misplaced(word, words)
+            if word in ENGINE_FIELDS:
+                from atoll.engine.spec import misplaced
+
+                raise misplaced({n: words[n] for n in ENGINE_FIELDS if n in words}, words.get("engine", "inprocess"))
             if word not in known:
                 raise unknown_name("setting", word, known)
         return cls(**words)
@@ -179,10 +207,12 @@ class Settings(TrainingFields):
         """The engine as a spec."""
         return cast("EngineSpec", self.engine)  # __post_init__ has replaced a text
 
-    def options(self, plan: Any = None, model: str | None = None) -> engines.RunOptions:
+    def options(self, plan: Any = None, model: str | None = None) -> RunOptions:
         """The settings that an engine reads, with the plan and the name of the model when they are known."""
+        from atoll.engine.spec import RunOptions
+
         fleet = None if isinstance(self.fleet, str) else self.fleet
-        return engines.RunOptions(self.device, self.numerics, self.precision, self.chunk, fleet, self.seed, plan, model)
+        return RunOptions(self.device, self.numerics, self.precision, self.chunk, fleet, self.seed, plan, model)
 
 
 class SettingsDict(TypedDict, total=False):

@@ -1,4 +1,4 @@
-"""What happens to an update on its way."""
+"""Codecs: the compression of updates."""
 
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy

@@ -28,7 +28,7 @@ def _zstd() -> Any:
         raise UsageError(
             f"Entropy() without the module {_MODULE}.",
             "the extra atoll[zstd].",
-            "Python has zstd of its own from 3.14 on, where it was built with it.",
+            "Python contains zstd from 3.14 on, if it was built with it.",
             "pip install 'atoll[zstd]'",
         ) from None
 
@@ -37,11 +37,11 @@ def _zstd() -> Any:
 class Entropy(Codec):
     """Compresses the message without loss; the last stage of a codec.
 
-    message = zstd(bytes of all stages before), or these bytes as they are where that is not longer
+    message = zstd(bytes of all stages before), or these bytes unchanged if they are not longer
 
-    The numbers stay as they are: only `to_bytes`, `from_bytes` and the bytes that are counted change. Codes take about
+    The numbers do not change: only `to_bytes`, `from_bytes` and the bytes that are counted change. Codes take about
     their entropy: 3.8 bits instead of 4 for `Eden(4)`, 1.5 instead of 4 for `Quantize(4, norm="l2")`, 27.6 instead of
-    32 for normal numbers. Lengths differ from client to client and tell something of what is inside; `nbytes` is the
+    32 for normal numbers. Lengths differ from client to client and depend on the content; `nbytes` is the
     longest.
 
     Message: as long as the form of the stages before, and then it is that message; or shorter, and then it is one zstd
@@ -96,7 +96,7 @@ class Entropy(Codec):
 
     def _opened(self, form: Form, frame: bytes, i: int) -> bytes:
         zstd = _zstd()
-        # A frame says itself how much memory it wants; one of ours never wants more than its message is long.
+        # A frame names the memory that it needs; a valid one needs no more than the length of its message.
         window = min(max(10, (form.nbytes - 1).bit_length()), zstd.DecompressionParameter.window_log_max.bounds()[1])
         opener = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: window})
         try:
@@ -108,7 +108,7 @@ class Entropy(Codec):
         if not opener.eof:
             raise _refused(i, form, "it ends too early")
         if opener.unused_data or len(whole) != form.nbytes:
-            raise _refused(i, form, f"it holds {len(whole)} bytes and {len(opener.unused_data)} behind them")
+            raise _refused(i, form, f"it holds {len(whole)} bytes and {len(opener.unused_data)} more follow")
         return _transposed(form, whole, back=True)
 
 
@@ -116,7 +116,7 @@ def _refused(i: int, form: Form, what: str) -> MessageError:
     return MessageError(
         f"Message {i}: {what}.",
         f"one zstd frame of {form.nbytes} bytes.",
-        "the codec and the model say how long every message is, compressed or not.",
+        "the codec and the model determine the length of every message.",
     )
 
 

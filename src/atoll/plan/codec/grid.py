@@ -1,7 +1,7 @@
-"""How a long vector is cut for work in the cache, and what is drawn and summed along it.
+"""Groups of a long vector that fit into the cache, and draws and sums along them.
 
-A vector is cut into groups of 65,536 coordinates; the last one takes what is left over, together with the one before
-where it would have less than 4,096. The cut is a function of the length alone, and belongs to the formats: packed
+A vector is cut into groups of 65,536 coordinates; the last one takes the rest, and joins the one before if
+it would have less than 4,096. The cut is a function of the length alone, and belongs to the formats: packed
 codes, rotations and buckets never cross the end of a group. Every sum here has a fixed order, so a lane's bits depend
 on nothing but the lane.
 """
@@ -24,7 +24,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the step of SplitMix64, as a signed 
 
 
 def group_lengths(d: int) -> tuple[tuple[int, int], ...]:
-    """(how many groups, of what length): the whole ones, then the last if it is another.
+    """(number of groups, length of each): the full groups, then the last one if its length differs.
 
     Example:
         >>> group_lengths(1000), group_lengths(200_000)
@@ -52,7 +52,7 @@ def parts(x: Tensor) -> list[Tensor]:
 
 
 def split(x: Tensor, d: int, length: Callable[[int], int]) -> list[Tensor]:
-    """Views `[K, groups, length(n)]` of what belongs to each group of n out of d coordinates."""
+    """Views `[K, groups, length(n)]` of the numbers of each group of n out of d coordinates."""
     out, start = [], 0
     for count, n in group_lengths(d):
         width = length(n)
@@ -62,7 +62,7 @@ def split(x: Tensor, d: int, length: Callable[[int], int]) -> list[Tensor]:
 
 
 def room(groups: int = 1) -> int:
-    """How many numbers to work on at a time: what fits the cache, and takes longer than to call for it."""
+    """Numbers to compute on at once: they fit into the cache, and take longer than the call."""
     return groups * GROUP * max(2, min(torch.get_num_threads(), 8))
 
 
@@ -114,9 +114,9 @@ def signs(state: Tensor, n: int) -> Tensor:
 
 
 def ordered_sum(x: Tensor, columns: int = 1) -> Tensor:
-    """The sums over rows of `[..., m·columns]`, `[..., columns]`, in an order that depends on m and columns alone.
+    """The sums over rows of `[..., m·columns]`, `[..., columns]`, in an order that depends on m and columns only.
 
-    Runs of 64 are added up side by side, then what came of them: a sum over the last axis in one go would be split
+    Runs of 64 are added in parallel, then their sums: a sum over the last axis in one go would be split
     otherwise for one lane than for many.
 
     Example:
@@ -142,7 +142,7 @@ def lane_sum(x: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def buckets(x: Tensor, size: int) -> Tensor:
-    """Rows `[..., n]` as buckets `[..., ⌈n/size⌉, size]`, zeros behind the last."""
+    """Rows `[..., n]` as buckets `[..., ⌈n/size⌉, size]`, padded with zeros."""
     lack = -x.shape[-1] % size
     rows: Tensor = (pad(x, (0, lack)) if lack else x).unflatten(-1, (-1, size))
     return rows

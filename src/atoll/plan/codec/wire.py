@@ -1,7 +1,7 @@
 """The bytes of a message: fields one after another, little-endian, without names, lengths or padding between them.
 
-Sender and receiver know the codec and the layout, and these say how long every field is: a message is exactly as
-long as its `Form`, and whatever is longer, shorter or could not have been sent is refused before it is used.
+Sender and receiver know the codec and the layout, which determine the length of every field. A message is exactly as
+long as its `Form`. Any other message is refused before it is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Field(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What one message holds: the side fields in the order they are sent, then the payload.
+    """The fields of a message: the side fields in the order in which they are sent, then the payload.
 
     Example:
         >>> Form({"scale": Field(torch.float32, 2)}, Field(torch.uint8, 12)).nbytes
@@ -50,7 +50,7 @@ def to_bytes(form: Form, payload: Tensor, side: Mapping[str, Tensor]) -> list[by
     """The message of each lane: its side fields in the form's order, then its payload.
 
     Args:
-        form: what a message holds.
+        form: the fields of a message.
         payload: `[K, form.payload.length]`.
         side: `[K, length]` by name.
     Returns:
@@ -83,7 +83,7 @@ def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Ten
             raise MessageError(
                 f"Message {i} has {len(one)} bytes.",
                 f"{form.nbytes} bytes.",
-                "the codec and the model say how long every message is.",
+                "the codec and the model determine the length of every message.",
             )
     whole = torch.empty(len(data), form.nbytes, dtype=torch.uint8)
     if whole.numel():
