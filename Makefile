@@ -36,7 +36,7 @@ check: .venv/.dev ## style, types, layers, house rules
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
-	$(PYTEST) -q tests/surface/test_house_rules.py
+	$(PYTEST) -q tests/surface/test_house_rules.py tests/surface/test_typing.py
 
 docs: .venv/.docs ## build the pages into docs/_build
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build

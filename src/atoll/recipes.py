@@ -15,14 +15,20 @@
 | `fedbuff` | some, all the time | as `fedavg` | `Mean()` | `sgd(server_lr)`, pace `Buffered(k)` |
 | `fedasync` | some, all the time | as `fedavg`, sending its model | `Mean()` | `sgd(alpha)`, pace `Buffered(1)` |
 
-A learning rate is a number or a schedule, and so are steps. `cohort=None` is everyone, an int that many, a float that
-fraction.
+Parameters of the same name mean the same in every recipe:
+
+    lr          learning rate of the clients, > 0; a number or a schedule (`Rate`)
+    epochs      passes over the rows of a client in a round, ≥ 1
+    steps       local steps in a round, ≥ 1; a number or a schedule (`Steps`)
+    batch       rows of a step, ≥ 1; None takes all rows of the client (`Batch`)
+    cohort      clients of a round: None for all, an int for their number, a float for a fraction, or a sampler
+    server_lr   learning rate of the server (`Rate`)
+    staleness   weight of an update that is s rounds late, a function of s (`Staleness`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from atoll.errors import UsageError
 from atoll.plan import optimizer as rules
@@ -31,13 +37,14 @@ from atoll.plan.codec import Identity
 from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered, staleness_polynomial
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Stage
+from atoll.plan.protocols import Sampler, Stage, SumKind
 from atoll.schedule import Schedule, hold
 
 Rate = float | Schedule
 Steps = int | Schedule
 Staleness = Callable[[int], float]
-Cohort = Any
+Cohort = Sampler | int | float | None
+Batch = int | None
 
 
 def gd(lr: Rate = 0.1) -> Plan:
@@ -60,12 +67,12 @@ def sgd(lr: Rate = 0.1, batch: int = 32) -> Plan:
     return Plan(Gradient(batch), Mean(), rules.sgd(lr))
 
 
-def distributed_gd(lr: Rate = 0.1, batch: int | None = None, sum: str = "exact") -> Plan:
+def distributed_gd(lr: Rate = 0.1, batch: Batch = None, sum: SumKind = "exact") -> Plan:
     """Distributed gradient descent over a parameter server: workers send gradients, the server adds and updates.
 
     θ ← θ − lr Σ_k (n_k/n) ∇J_k(θ), which is ∇J for any split of the rows. With `batch`, each worker takes that many.
     """
-    return Plan(Gradient(batch), Mean(sum=sum), rules.sgd(lr))  # type: ignore[arg-type]
+    return Plan(Gradient(batch), Mean(sum=sum), rules.sgd(lr))
 
 
 def fedsgd(lr: Rate = 0.1, cohort: Cohort = None) -> Plan:
@@ -76,9 +83,7 @@ def fedsgd(lr: Rate = 0.1, cohort: Cohort = None) -> Plan:
     return Plan(Gradient(), Mean(), rules.sgd(lr), cohort)
 
 
-def fedavg(
-    lr: Rate = 0.1, epochs: int = 1, batch: int | None = 10, cohort: Cohort = None, server_lr: Rate = 1.0
-) -> Plan:
+def fedavg(lr: Rate = 0.1, epochs: int = 1, batch: Batch = 10, cohort: Cohort = None, server_lr: Rate = 1.0) -> Plan:
     """Federated averaging: clients train locally, the server averages what they moved, weighted by rows.
 
     Example:
@@ -90,7 +95,7 @@ def fedavg(
     return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), rules.sgd(server_lr), cohort)
 
 
-def local_sgd(lr: Rate = 0.1, steps: Steps = 10, batch: int | None = 32) -> Plan:
+def local_sgd(lr: Rate = 0.1, steps: Steps = 10, batch: Batch = 32) -> Plan:
     """Local SGD: every worker makes `steps` steps between two averagings, and goes on through its rows where it was.
 
     Reference: Stich, Local SGD Converges Fast and Communicates Little, 2019.
@@ -98,7 +103,7 @@ def local_sgd(lr: Rate = 0.1, steps: Steps = 10, batch: int | None = 32) -> Plan
     return Plan(Train(rules.sgd(lr), steps=steps, batch=batch, keep=("order",)), Mean(), rules.sgd(1.0))
 
 
-def post_local_sgd(lr: Rate = 0.1, switch: int = 100, steps: Steps = 16, batch: int | None = 32) -> Plan:
+def post_local_sgd(lr: Rate = 0.1, switch: int = 100, steps: Steps = 16, batch: Batch = 32) -> Plan:
     """Post-local SGD: a step a round, which is distributed SGD, for `switch` rounds; local SGD from then on.
 
     Example:
@@ -113,7 +118,7 @@ def post_local_sgd(lr: Rate = 0.1, switch: int = 100, steps: Steps = 16, batch: 
 def fedavgm(
     lr: Rate = 0.1,
     epochs: int = 1,
-    batch: int | None = 10,
+    batch: Batch = 10,
     cohort: Cohort = None,
     server_lr: Rate = 1.0,
     momentum: float = 0.9,
@@ -133,7 +138,7 @@ def fedavgm(
 def fedadam(
     lr: Rate = 0.1,
     epochs: int = 1,
-    batch: int | None = 10,
+    batch: Batch = 10,
     cohort: Cohort = None,
     server_lr: Rate = 0.01,
     betas: tuple[float, float] = (0.9, 0.99),
@@ -150,7 +155,7 @@ def fedadam(
 def fedyogi(
     lr: Rate = 0.1,
     epochs: int = 1,
-    batch: int | None = 10,
+    batch: Batch = 10,
     cohort: Cohort = None,
     server_lr: Rate = 0.01,
     betas: tuple[float, float] = (0.9, 0.99),
@@ -167,7 +172,7 @@ def fedyogi(
 def fedadagrad(
     lr: Rate = 0.1,
     epochs: int = 1,
-    batch: int | None = 10,
+    batch: Batch = 10,
     cohort: Cohort = None,
     server_lr: Rate = 0.1,
     beta: float = 0.9,
@@ -184,7 +189,7 @@ def fedadagrad(
 def diloco(
     lr: Rate = 1e-3,
     steps: Steps = 500,
-    batch: int | None = 32,
+    batch: Batch = 32,
     server_lr: Rate = 0.7,
     momentum: float = 0.9,
     codec: Stage = Identity(),
@@ -211,7 +216,7 @@ def diloco(
 def fedbuff(
     lr: Rate = 0.1,
     epochs: int = 1,
-    batch: int | None = 10,
+    batch: Batch = 10,
     cohort: Cohort = None,
     k: int = 10,
     server_lr: Rate = 1.0,
@@ -234,7 +239,7 @@ def fedbuff(
 def fedasync(
     lr: Rate = 0.1,
     epochs: int = 1,
-    batch: int | None = 10,
+    batch: Batch = 10,
     cohort: Cohort = None,
     alpha: Rate = 0.6,
     staleness: Staleness = staleness_polynomial(0.5),
