@@ -174,8 +174,8 @@ def test_hostile_fields_are_refused_by_name():
         (Eden(2), "scale", math.inf, "scale is not finite"),
         (Sign(), "scale", -1.0, "the scale is negative"),
         (Cast("fp8"), "scale", 0.0, "the scale is not positive"),
-        (TopK(0.1), "index", 255, "the places are not 7 different ones below 70"),
-        (TopK(0.1), "index", 0, "the places are not 7 different ones below 70"),
+        (TopK(0.1), "index", 255, "the positions are not 7 different numbers below 70"),
+        (TopK(0.1), "index", 0, "the positions are not 7 different numbers below 70"),
     ):
         codec, _, _ = start(codec, 70, 2)
         payload, side, *_ = codec.encode(x, {}, {}, key)
@@ -184,8 +184,8 @@ def test_hostile_fields_are_refused_by_name():
             codec.from_bytes(codec.to_bytes(payload, side))
     for codec, spoil, message in (
         (Quantize(levels=4), lambda p: p | 240, "Message 0: a code is above 8"),
-        (Quantize(levels=1), lambda p: p * 0 + 243, "Message 0: there is more behind the last code"),
-        (Eden(1), lambda p: p | 128, "Message 0: there is more behind the last code"),
+        (Quantize(levels=1), lambda p: p * 0 + 243, "Message 0: bits after the last code are set"),
+        (Eden(1), lambda p: p | 128, "Message 0: bits after the last code are set"),
     ):
         codec, _, _ = start(codec, 70, 2)
         payload, side, *_ = codec.encode(x, {}, {}, key)
@@ -344,23 +344,23 @@ def test_what_cannot_be_is_refused_with_a_line_that_can(text, required):
 
 
 @EVERY
-def test_a_codec_that_was_not_told_its_place_says_so_and_works_once_it_is(codec):
+def test_an_unbound_codec_names_the_call_of_bind_that_it_needs(codec):
     x, key = draw(2, 300)
     layout = flat_layout(300)
     placed, memory, shared = start(codec, 300, 2)
     payload, side, *_ = placed.encode(x, memory, shared, key)
     for ask in (lambda c: c.to_bytes(payload, side), lambda c: c.from_bytes(placed.to_bytes(payload, side))):
-        with pytest.raises(RunError, match="does not know how long its vector is") as caught:
+        with pytest.raises(RunError, match="has no layout") as caught:
             ask(codec)
         assert caught.value.write == "codec.bind(layout)"
         ask(codec.bind(layout))
     assert codec.bind(layout) == codec and hash(codec.bind(layout)) == hash(codec)
 
 
-def test_a_shift_that_was_not_told_who_there_is_says_so():
+def test_ef21_without_the_total_weight_names_the_call_of_bind_that_it_needs():
     codec, layout, total_weight = EF21(TopK(0.1)), flat_layout(10), 3
     total = Total({"update": torch.zeros(10)}, {}, torch.tensor(1), torch.tensor(1), {})
-    with pytest.raises(RunError, match="does not know how much all clients weigh") as caught:
+    with pytest.raises(RunError, match="has no total weight of all clients") as caught:
         codec.bind(layout).server_update(total, codec.server(layout), round_info(), Key(0))
     assert caught.value.write == "codec.bind(layout, total_weight)"
     codec.bind(layout, total_weight).server_update(total, codec.server(layout), round_info(), Key(0))

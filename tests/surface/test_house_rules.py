@@ -99,8 +99,8 @@ def too_long(tree: ast.Module) -> Found:
 
 def rebuilds_classes(tree: ast.Module) -> Found:
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and "crossing" in f"{node.module}.{[a.name for a in node.names]}":
-            yield node.lineno, "engine/crossing.py rebuilds any class by its name: bytes of a network must not reach it"
+        if isinstance(node, ast.ImportFrom) and "serialize" in f"{node.module}.{[a.name for a in node.names]}":
+            yield node.lineno, "engine/workers/serialize.py rebuilds any class by its name: bytes of a network must not reach it"
 
 
 # rule, its folders, a line that breaks it, a line that does not
@@ -116,8 +116,8 @@ RULES = [
     (sleeps, ["src", "tests"], "await asyncio.sleep(.1)", "await asyncio.sleep(0)"),
     (imports_early, ["src"], "import matplotlib.pyplot as plt", "def draw():\n    import matplotlib"),
     (imports_early, ["src"], "try:\n    import pandas\nfinally:\n    pass", "import numpy"),
-    (rebuilds_classes, ["src/atoll/net"], "from atoll.engine import crossing", "from atoll.engine import spec"),
-    (rebuilds_classes, ["src/atoll/net"], "from atoll.engine.crossing import unpack", "from atoll.names import load"),
+    (rebuilds_classes, ["src/atoll/net"], "from atoll.engine.workers import serialize", "from atoll.engine import spec"),
+    (rebuilds_classes, ["src/atoll/net"], "from atoll.engine.workers.serialize import deserialize", "from atoll.base.names import load"),
     (too_long, ["src"], "def f():\n" + "    x\n" * 70, "def f():\n" + "    x\n" * 69),
     (too_long, ["src"], "def f(a, b, c, d, e, f, g, h, i, j, k, l, *, m): ...", "def f(a, *, b): ..."),
 ]
