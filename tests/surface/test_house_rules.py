@@ -100,7 +100,10 @@ def too_long(tree: ast.Module) -> Found:
 def rebuilds_classes(tree: ast.Module) -> Found:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and "serialize" in f"{node.module}.{[a.name for a in node.names]}":
-            yield node.lineno, "engine/workers/serialize.py rebuilds any class by its name: bytes of a network must not reach it"
+            yield (
+                node.lineno,
+                "engine/workers/serialize.py rebuilds any class by its name: bytes of a network must not reach it",
+            )
 
 
 # rule, its folders, a line that breaks it, a line that does not
@@ -116,8 +119,18 @@ RULES = [
     (sleeps, ["src", "tests"], "await asyncio.sleep(.1)", "await asyncio.sleep(0)"),
     (imports_early, ["src"], "import matplotlib.pyplot as plt", "def draw():\n    import matplotlib"),
     (imports_early, ["src"], "try:\n    import pandas\nfinally:\n    pass", "import numpy"),
-    (rebuilds_classes, ["src/atoll/net"], "from atoll.engine.workers import serialize", "from atoll.engine import spec"),
-    (rebuilds_classes, ["src/atoll/net"], "from atoll.engine.workers.serialize import deserialize", "from atoll.base.names import load"),
+    (
+        rebuilds_classes,
+        ["src/atoll/net"],
+        "from atoll.engine.workers import serialize",
+        "from atoll.engine import spec",
+    ),
+    (
+        rebuilds_classes,
+        ["src/atoll/net"],
+        "from atoll.engine.workers.serialize import deserialize",
+        "from atoll.base.names import load",
+    ),
     (too_long, ["src"], "def f():\n" + "    x\n" * 70, "def f():\n" + "    x\n" * 69),
     (too_long, ["src"], "def f(a, b, c, d, e, f, g, h, i, j, k, l, *, m): ...", "def f(a, *, b): ..."),
 ]

@@ -148,7 +148,7 @@ class Poisson(Sampler):
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         """Every pace except `Sync()` counts starts, and this sampler fixes no number of them."""
         if slots.pace != Sync():
-            why = "every client is selected independently, so the number of clients at work is not fixed."
+            why = "every client is selected independently, so the size of a cohort is not fixed."
             yield Conflict(f"{self!r} with {slots.pace!r}.", "Sync(), or a cohort of n clients.", why, "Sync()")
 
 

@@ -109,7 +109,7 @@ def _check_struct(struct: str, found: StructLayout | None, declared: StructLayou
         given = "does not export it"
     else:
         pairs = zip((*found.fields, "none"), (*declared.fields, "none"), strict=False)
-        differ = next((f"; {a!r} stands in the place of {b!r}" for a, b in pairs if a != b), "")
+        differ = next((f"; {a!r} instead of {b!r}" for a, b in pairs if a != b), "")
         given = f"has {len(found.fields)} fields and {found.size} bytes{differ}"
     raise UsageError(
         f"Struct {struct} in the native library {built}: the library {given}.",

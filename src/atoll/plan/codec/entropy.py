@@ -116,9 +116,9 @@ class Entropy(Codec):
         return _transposed(form, whole, back=True)
 
 
-def _refused(i: int, form: Form, what: str) -> MessageError:
+def _refused(i: int, form: Form, subject: str) -> MessageError:
     return MessageError(
-        f"Message {i}: {what}.",
+        f"Message {i}: {subject}.",
         f"one zstd frame of {form.nbytes} bytes.",
         "the codec and the model determine the length of every message.",
     )

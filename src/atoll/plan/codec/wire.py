@@ -105,9 +105,9 @@ def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Ten
     return out.pop("payload"), out
 
 
-def reject(bad: Tensor, what: str, required: str) -> None:
+def reject(bad: Tensor, fault: str, required: str) -> None:
     """Raise MessageError for the first marked lane; `bad` is bool `[K]`."""
     if bool(bad.any()):
         raise MessageError(
-            f"Message {bad.tolist().index(True)}: {what}.", f"{required}.", "no client of this codec sends this."
+            f"Message {bad.tolist().index(True)}: {fault}.", f"{required}.", "no client of this codec sends this."
         )
