@@ -122,7 +122,7 @@ def test_train_takes_everything_that_was_told():
         def end(self, run):
             seen.append(run.status)
 
-    run = it.train(out=None, watchers=[Watcher()])
+    run = it.train(out=None, observers=[Watcher()])
     settings = seen[0]
     assert (settings.rounds, settings.seed, settings.dtype, settings.evaluate_every) == (2, 1, "float64", 2)
     assert [repr(rule) for rule in settings.stop] == ["Tolerance(loss=1.0)"]

@@ -392,7 +392,7 @@ def test_table_on_a_terminal_keeps_the_best_and_the_last(training):
 def test_training_is_shown_as_it_goes(data):
     file = io.StringIO()
     with LiveTable(plain=True, file=file) as table:
-        train("softmax", data, recipes.fedavg(lr=0.1), rounds=3, out=None, watchers=[table])
+        train("softmax", data, recipes.fedavg(lr=0.1), rounds=3, out=None, observers=[table])
     assert lines(file.getvalue())[-1][0] == "2" and "Finished 3 rounds" in file.getvalue()
 
 

@@ -208,6 +208,6 @@ def test_columns_stand_where_they_say_something(data, pace, fleet, more):
     assert shown & {"late", "flying", "staleness", "clock"} == more
     file = io.StringIO()
     with LiveTable(plain=True, file=file) as table:
-        run = train("softmax", data, plan, rounds=2, fleet=fleet, numerics="lanes", out=None, watchers=[table])
+        run = train("softmax", data, plan, rounds=2, fleet=fleet, numerics="lanes", out=None, observers=[table])
     last = file.getvalue().splitlines()[-1]
     assert f"↑ {size(run.bytes_up)}" in last and ("of virtual time" in last) == (fleet is not None)

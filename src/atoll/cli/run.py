@@ -25,7 +25,7 @@ class Look:
     quiet: bool
 
     @contextlib.contextmanager
-    def watchers(self) -> Iterator[list[Observer]]:
+    def observers(self) -> Iterator[list[Observer]]:
         """Who watches a training; the terminal is given back at the end, whatever happened."""
         if self.quiet:
             yield []
@@ -56,8 +56,8 @@ def run_training(it: Experiment, look: Look, **more: Any) -> int:
 def _train(it: Experiment, look: Look, **more: Any) -> Run:
     if not speaks(it):
         return it.train(**more)
-    with look.watchers() as watchers:
-        return it.train(watchers=watchers, **more)
+    with look.observers() as observers:
+        return it.train(observers=observers, **more)
 
 
 def several(it: Experiment, seeds: int, look: Look) -> int:

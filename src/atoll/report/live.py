@@ -193,7 +193,7 @@ class LiveTable:
         >>> import atoll
         >>> data = atoll.data.load("digits").split(clients=3)
         >>> with LiveTable(plain=True) as table:
-        ...     run = atoll.train("softmax", data, atoll.recipes.fedavg(), rounds=1, out=None, watchers=[table])
+        ...     run = atoll.train("softmax", data, atoll.recipes.fedavg(), rounds=1, out=None, observers=[table])
     """
 
     def __init__(

@@ -417,7 +417,7 @@ class Experiment(grammar.Value, TrainingFields):
         it = self.resolved()
         if more.get("resume") is not None:
             it = it._kept(Path(more["resume"]))
-            more["watchers"] = (*more.get("watchers", ()), _Rewrites(it.toml()))
+            more["observers"] = (*more.get("observers", ()), _Rewrites(it.toml()))
         told: dict[str, Any] = {n: getattr(it, n) for n in ("out", "baselines", "checkpoint_s", "report")}
         told["config"] = it.toml()
         plan, settings = it.plan(), it._settings(**changes)

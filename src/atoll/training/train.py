@@ -30,7 +30,7 @@ def train(
     *,
     out: str | Path | None = "runs",
     baselines: bool = False,
-    watchers: Sequence[Observer] = (),
+    observers: Sequence[Observer] = (),
     config: str | None = None,
     resume: str | Path | None = None,
     any_version: bool = False,
@@ -46,7 +46,7 @@ def train(
         plan: the algorithm.
         out: the parent of the run folder; None writes no file.
         baselines: whether pooled and local-only models are trained for comparison.
-        watchers: are called at the start, after every round and at the end.
+        observers: are called at the start, after every round and at the end.
         config: the text of config.toml; None writes one from the arguments.
         resume: the folder of a run to continue; model, data and plan must be those of the run.
         any_version: whether a run of other versions may be continued.
@@ -69,17 +69,17 @@ def train(
     training = Training(model, data, plan, Settings.from_kwargs(wanted))
     try:
         if not training.engine.primary:
-            out, resume, watchers, baselines = None, None, (), False  # the primary process writes and prints
+            out, resume, observers, baselines = None, None, (), False  # the primary process writes and prints
         elif resume is None and out is not None:
             resume = find_interrupted(training, out)
         recorder = Recorder(training, out, config or _config(model, data, plan, training.settings), checkpoint_s)
         recorder.begin(resume, any_version)
-        interrupted = run_rounds(training, recorder, watchers)
+        interrupted = run_rounds(training, recorder, observers)
     finally:
         training.close()
     run = recorder.end(interrupted, baselines=baselines, report=report)
-    for watcher in watchers:
-        watcher.end(run)
+    for observer in observers:
+        observer.end(run)
     outcome = training.outcome
     if outcome is not None and outcome.failed:
         raise outcome.error()
@@ -95,17 +95,17 @@ def settings_for_resume(run: Path, settings: Mapping[str, Any]) -> dict[str, Any
     return {"precision": began.get("precision", "full"), **out}
 
 
-def run_rounds(training: Training, recorder: Recorder, watchers: Sequence[Observer]) -> bool:
+def run_rounds(training: Training, recorder: Recorder, observers: Sequence[Observer]) -> bool:
     """Go through the rounds; whether somebody asked to stop."""
     try:
         path = recorder.path
-        for watcher in watchers:
-            watcher.start(training, path)
+        for observer in observers:
+            observer.start(training, path)
         with _Interrupt() as interrupt:
             while training.outcome is None and not _asked(interrupt, training):
                 row = recorder.round(training.next())
-                for watcher in watchers:
-                    watcher.round(row)
+                for observer in observers:
+                    observer.round(row)
     except BaseException as error:
         recorder.fail(error)
         raise
