@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 __all__ = ["Experiment", "Observer", "Recorder", "Run", "Settings", "SettingsDict", "Training"]
 
 _HOME = {
-    "Experiment": "experiment",
-    "Recorder": "recorder",
-    "Training": "rounds",
-    "Run": "recorder",
-    "Settings": "settings",
-    "SettingsDict": "settings",
-    "Observer": "train",
+    "Experiment": "training.experiment",
+    "Observer": "runs.events",
+    "Recorder": "training.recorder",
+    "Run": "runs.events",
+    "Settings": "training.settings",
+    "SettingsDict": "training.settings",
+    "Training": "training.rounds",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'atoll.training' has no attribute {name!r}", name=name)
-    found = globals()[name] = load(f"atoll.training.{_HOME[name]}:{name}")
+    found = globals()[name] = load(f"atoll.{_HOME[name]}:{name}")
     return found
 
 
