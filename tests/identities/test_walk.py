@@ -58,7 +58,7 @@ def test_walking_changes_no_bit(name, monkeypatch):
     plan = recipes.fedavg(0.1, epochs=2, batch=4)
     task = task_of(make(), data, "loop", torch.float32)
     walked = [run(plan, InProcessEngine(task, data, chunk))[0] for chunk in (1, 3, None)]
-    monkeypatch.setattr(Train, "apart", lambda self, rows: False)
+    monkeypatch.setattr(Train, "sequential", lambda self, rows: False)
     stepped, _ = run(plan, InProcessEngine(task, data))
     for state in walked:
         assert torch.equal(state.model.theta, stepped.model.theta)

@@ -26,6 +26,7 @@ from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer.rules import adam, adamw, sgd
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
+from atoll.plan.round import bind, open_round
 from atoll.plan.sampler import Poisson
 from atoll.runs.fingerprint import fingerprint
 
@@ -98,7 +99,19 @@ def outcome(module, numerics, plan, data, engine, **words):
     kept = {n: [fingerprint(row) for row in rows] for n, rows in state.memory.take(ids).items()}
     told = [[r.metrics, r.failures, r.bytes_up, r.bytes_down, r.now] for r in reports]
     told += [{n: c.tolist() for n, c in r.clients.items()} for r in reports]
+    plan, *way = opened_again(plan, state, engine)
+    first = engine.gather(plan, *way).arrived[:1].tolist()
+    told += [
+        [one[:3], sorted(fingerprint(t) for t in one.decoded.means.values())]
+        for one in engine.gather(plan, *way, keep=first).kept
+    ]
     return json.loads(json.dumps([fingerprint(state.model.theta), told, ids.tolist(), kept]))
+
+
+def opened_again(plan, state, engine):
+    """The next round, before its clients train."""
+    opened = open_round(bind(plan, engine), state, engine)
+    return opened.plan, *opened[:3]
 
 
 class Unused(nn.Module):

@@ -34,7 +34,7 @@ from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.pace import Bounded, Buffered, Sync, staleness_polynomial
 from atoll.plan.plan import Plan
-from atoll.plan.round import step
+from atoll.plan.round import bind, open_round, step
 from atoll.plan.state import State
 from atoll.testing import check_engine
 
@@ -244,6 +244,25 @@ def test_memory_goes_on_within_an_open_round(nursery):
     plan = Plan(Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), pace=Buffered(3))
     with ProcessesEngine(task, data, workers=1, nursery=nursery) as engine:
         same(plan, engine, InProcessEngine(task, data))
+
+
+@pytest.mark.parametrize(("pace", "sizes"), [(Sync(), SIZES), (Buffered(3), (6,))])
+def test_kept_contributions_are_those_of_one_process(pace, sizes, nursery):
+    data = classification(sizes)
+    task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
+    plan = Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.5)), pace=pace)
+    with ProcessesEngine(task, data, workers=2, nursery=nursery) as engine:
+        plan = bind(plan, engine)
+        opened = open_round(plan, State.first(plan, task, 0, Memory(plan.memory(task.layout))), engine)
+        kept = engine.gather(plan, *opened[:3], keep=(0,)).kept
+        with pytest.raises(UsageError, match="no contribution of client 99 arrived"):
+            engine.gather(plan, *opened[:3], keep=(99,))
+    others = InProcessEngine(task, data).gather(plan, *opened[:3], keep=(0,)).kept
+    assert len(kept) == (1 if pace == Sync() else 3)
+    for one, other in zip(kept, others, strict=True):
+        assert one[:3] == other[:3]
+        for mine, theirs in ((one.contribution, other.contribution), (one.decoded, other.decoded)):
+            assert torch.equal(mine.means["update"], theirs.means["update"])
 
 
 def test_a_client_that_hangs_costs_its_rounds_a_contribution_and_its_worker(tmp_path, nursery):

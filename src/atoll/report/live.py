@@ -172,7 +172,7 @@ def header(training: TrainingView, path: Path | None) -> list[tuple[str, str]]:
     if training.state.round:
         lines.append(("from", f"round {training.state.round}, the last checkpoint"))
     lines += [("note", note) for note in data.notes]
-    return [(label, plain(text, 500)) for label, text in lines]
+    return [(title, plain(text, 500)) for title, text in lines]
 
 
 class LiveTable:
@@ -236,7 +236,7 @@ class LiveTable:
         self.file = self._to or sys.stderr
         self.plain = without_terminal(self.file, os.environ) if self._plain is None else self._plain
         if self.plain:
-            self._write(*(f"{label:<9}{text}" for label, text in header(training, path)), "")
+            self._write(*(f"{title:<9}{text}" for title, text in header(training, path)), "")
             self._write(_joined((c.head + " ", c) for c in self.columns))
         else:
             self._open(header(training, path))
@@ -325,8 +325,8 @@ class LiveTable:
         console = Console(file=self.file, force_terminal=True, highlight=False, markup=False, emoji=False)
         self._width, self._height = console.width, console.height
         head = Table.grid(padding=(0, 2))
-        for label, text in lines:
-            head.add_row(Text(label, style="dim"), Text(text))
+        for title, text in lines:
+            head.add_row(Text(title, style="dim"), Text(text))
         console.print(head, "")
         self._live = Live(
             console=console,

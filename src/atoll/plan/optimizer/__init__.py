@@ -5,6 +5,7 @@ Tests: tests/identities/test_optimizer.py
 
 from atoll.plan.optimizer.base import LaneGroup, OptimizerBase
 from atoll.plan.optimizer.rules import (
+    OPTIMIZERS,
     adadelta,
     adagrad,
     adam,
@@ -18,6 +19,7 @@ from atoll.plan.optimizer.rules import (
 )
 
 __all__ = [
+    "OPTIMIZERS",
     "LaneGroup",
     "OptimizerBase",
     "adadelta",
