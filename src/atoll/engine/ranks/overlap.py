@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from atoll.base.random import Key
+from atoll.compute import limits
 from atoll.compute.autograd import MARGIN
 from atoll.compute.batches import ROWS
 from atoll.compute.task import Task
@@ -32,7 +33,6 @@ from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids
 
-_STRETCH = 1 << 20  # numbers that go together: fewer wait sooner, more cost less each
 _SUMS = ("loss", "rows")
 _MOST = MARGIN // len(_SUMS) - 1  # clients whose sums fit into the room before the gradient
 _WHOLE = 1 << 24  # rows that float32 counts
@@ -79,7 +79,7 @@ class Overlap:
         self._members: list[set[int]] = []  # parameters of each stretch
         at = end = self.flat.numel()
         for i in reversed(range(len(parameters))):
-            if not self._members or end - at >= _STRETCH:
+            if not self._members or end - at >= limits.BUCKET:
                 end = at
                 self._members.append(set())
                 self._stretches.append((at, at))
