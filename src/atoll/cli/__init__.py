@@ -2,6 +2,8 @@
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a run failed, 2 what was asked for cannot be
 done, 130 stopped by Ctrl-C. `atoll --version` and `atoll --help` answer before torch is loaded.
+
+Tests: tests/surface/test_cli.py
 """
 
 from __future__ import annotations

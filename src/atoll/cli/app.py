@@ -1,4 +1,7 @@
-"""The commands: plain typed functions; what is heavy is imported inside them."""
+"""The commands: plain typed functions; what is heavy is imported inside them.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 

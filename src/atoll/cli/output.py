@@ -1,4 +1,7 @@
-"""What the commands print: results as text for people, and as one JSON object for programs."""
+"""What the commands print: results as text for people, and as one JSON object for programs.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What `run` and `resume` do: train while somebody watches, and say how it went."""
+"""What `run` and `resume` do: train while somebody watches, and say how it went.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Runs on disk, as people look at them: in a few values, one a line, or whole."""
+"""Runs on disk, as people look at them: in a few values, one a line, or whole.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Clients in this process: chunks of them one after the other."""
+"""Clients in this process: chunks of them one after the other.
+
+Tests: tests/identities/test_one_algorithm.py, tests/identities/test_chunks.py
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 The loop's gradients are views of one flat vector. As soon as the last ones of a stretch of it are there, the stretch is
 on its way to the other ranks, in place and in float32, while the pass goes on towards the first layer. What comes out
 is `sum="float"`: the quick sum, whose last bits depend on how many ranks there are.
+
+Tests: tests/parity/test_torchrun.py
 """
 
 from __future__ import annotations

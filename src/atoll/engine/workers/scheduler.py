@@ -2,6 +2,8 @@
 
 How many workers there are, who computes what and who dies over it changes no bit of a synchronous round. Partial sums
 come back one a worker and round, not one a client.
+
+Tests: tests/parity/test_processes.py
 """
 
 from __future__ import annotations
