@@ -1,4 +1,4 @@
-"""What `run` and `resume` do: train while somebody watches, and say how it went.
+"""The work of `run` and `resume`: train with a live table, and print the result.
 
 Tests: tests/surface/test_cli.py
 """
