@@ -75,11 +75,11 @@ _WHERE = {
     "atoll.base.random": ("Key",),
     "atoll.compute.loss": ("Metric",),
     "atoll.compute.task": ("Task",),
-    "atoll.training.experiment": ("Experiment",),
-    "atoll.training.recorder": ("Run",),
+    "atoll.runs.events": ("Observer", "Run"),
+    "atoll.training.experiment": ("Experiment", "load"),
     "atoll.training.rounds": ("rounds",),
     "atoll.training.settings": ("Settings",),
-    "atoll.training.train": ("Observer", "load", "train"),
+    "atoll.training.train": ("train",),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 

@@ -19,6 +19,7 @@ from atoll import recipes, runs
 from atoll.base.random import Key
 from atoll.compute.layout import Layout
 from atoll.plan.registry import PARTS
+from atoll.training.stop import RULES
 
 FILE = Path(__file__).with_name("golden.json")
 
@@ -133,7 +134,7 @@ def test_names_of_the_grammar():
         "grammar",
         {
             name: [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else None
-            for name, part in sorted(PARTS.items())
+            for name, part in sorted({**PARTS, **RULES}.items())
         },
         grows=True,
     )

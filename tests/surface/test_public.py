@@ -36,4 +36,4 @@ import atoll.training.train
 from atoll import train
 print(atoll.train is train, train.__name__, callable(train), atoll.runs.events.Observer.__name__)
 """
-    assert fresh(code).splitlines() == ["False False", "True train True Watcher"]
+    assert fresh(code).splitlines() == ["False False", "True train True Observer"]

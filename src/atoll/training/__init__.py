@@ -8,36 +8,24 @@ Tests: tests/surface/test_public.py
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from atoll.base.names import load
+from atoll.base.names import lazy
 
 if TYPE_CHECKING:
-    from atoll.runs.events import Observer, Run
     from atoll.training.experiment import Experiment
     from atoll.training.recorder import Recorder
     from atoll.training.rounds import Training
     from atoll.training.settings import Settings, SettingsDict
 
-__all__ = ["Experiment", "Observer", "Recorder", "Run", "Settings", "SettingsDict", "Training"]
+__all__ = ["Experiment", "Recorder", "Settings", "SettingsDict", "Training"]
 
-_HOME = {
+_HOMES = {
     "Experiment": "experiment",
     "Recorder": "recorder",
     "Training": "rounds",
-    "Run": "recorder",
     "Settings": "settings",
     "SettingsDict": "settings",
-    "Observer": "train",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'atoll.training' has no attribute {name!r}", name=name)
-    found = globals()[name] = load(f"atoll.training.{_HOME[name]}:{name}")
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOMES)

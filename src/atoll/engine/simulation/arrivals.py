@@ -176,10 +176,7 @@ def simulate_round(
     births |= {flight.number: flight.version for flight in late}
     for flight in late:
         clock.cancel(flight.number)
-    ended = clock.trips()
-    trips = (
-        () if fleet is None else tuple(FlightTimes(*t[:2], births[t.number], *t[2:-1], _FATES[t.fate]) for t in ended)
-    )
+    ended = () if fleet is None else clock.trips()
     return Arrivals(
         traffic.arrivals,
         traffic.failed,
@@ -188,7 +185,7 @@ def simulate_round(
         total,
         traffic.in_flight(sending.known, clock),
         None if fleet is None else clock.now,
-        trips,
+        tuple(FlightTimes(*t[:2], births[t.number], *t[2:-1], _FATES[t.fate]) for t in ended),
     )
 
 

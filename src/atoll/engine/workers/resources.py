@@ -5,7 +5,7 @@ Tests: tests/parity/test_ray_alone.py, tests/surface/test_engines.py
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import importlib.util
 
 from atoll.base.errors import UsageError
 
@@ -18,7 +18,7 @@ def check_installed() -> None:
     Raises:
         UsageError: Ray is not installed.
     """
-    if find_spec("ray") is None:
+    if importlib.util.find_spec("ray") is None:
         raise UsageError("Ray is not installed.", "Ray 2.40 or newer.", "the engine trains in its actors.", INSTALL_RAY)
 
 
