@@ -174,8 +174,8 @@ def test_hostile_fields_are_refused_by_name():
         (Eden(2), "scale", math.inf, "scale is not finite"),
         (Sign(), "scale", -1.0, "the scale is negative"),
         (Cast("fp8"), "scale", 0.0, "the scale is not positive"),
-        (TopK(0.1), "index", 255, "the places are not 7 different ones below 70"),
-        (TopK(0.1), "index", 0, "the places are not 7 different ones below 70"),
+        (TopK(0.1), "index", 255, "the positions are not 7 different numbers below 70"),
+        (TopK(0.1), "index", 0, "the positions are not 7 different numbers below 70"),
     ):
         codec, _, _ = start(codec, 70, 2)
         payload, side, *_ = codec.encode(x, {}, {}, key)
@@ -350,7 +350,7 @@ def test_a_codec_that_was_not_told_its_place_says_so_and_works_once_it_is(codec)
     placed, memory, shared = start(codec, 300, 2)
     payload, side, *_ = placed.encode(x, memory, shared, key)
     for ask in (lambda c: c.to_bytes(payload, side), lambda c: c.from_bytes(placed.to_bytes(payload, side))):
-        with pytest.raises(RunError, match="does not know how long its vector is") as caught:
+        with pytest.raises(RunError, match="has no layout") as caught:
             ask(codec)
         assert caught.value.write == "codec.bind(layout)"
         ask(codec.bind(layout))
@@ -360,7 +360,7 @@ def test_a_codec_that_was_not_told_its_place_says_so_and_works_once_it_is(codec)
 def test_a_shift_that_was_not_told_who_there_is_says_so():
     codec, layout, total_weight = EF21(TopK(0.1)), flat_layout(10), 3
     total = Total({"update": torch.zeros(10)}, {}, torch.tensor(1), torch.tensor(1), {})
-    with pytest.raises(RunError, match="does not know how much all clients weigh") as caught:
+    with pytest.raises(RunError, match="has no total weight of all clients") as caught:
         codec.bind(layout).server_update(total, codec.server(layout), round_info(), Key(0))
     assert caught.value.write == "codec.bind(layout, total_weight)"
     codec.bind(layout, total_weight).server_update(total, codec.server(layout), round_info(), Key(0))

@@ -25,12 +25,12 @@ def test_it_ends_at_the_peak(peak, threads, noise):
         return (1 + 0.2 * away + 0.5 * (setting.threads != threads)) * (1 + (noise[t % 7] if t % 3 else 0))
 
     climb = climbed(seconds)
-    assert climb.over and climb.best == Trial(peak, threads)
+    assert climb.converged and climb.best == Trial(peak, threads)
 
 
 def test_what_is_hardly_quicker_is_no_reason_to_move():
     climb = climbed(lambda setting, t: 1 - 0.01 * setting.threads)
-    assert climb.over and climb.best == Trial(1.0, 1)
+    assert climb.converged and climb.best == Trial(1.0, 1)
 
 
 def test_the_first_round_does_not_count():

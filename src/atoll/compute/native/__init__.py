@@ -113,7 +113,7 @@ def _check_struct(struct: str, found: StructLayout | None, declared: StructLayou
         given = f"has {len(found.fields)} fields and {found.size} bytes{differ}"
     raise UsageError(
         f"Struct {struct} in the native library {built}: the library {given}.",
-        f"{len(declared.fields)} fields and {declared.size} bytes, as declared in atoll/native/structs.py.",
+        f"{len(declared.fields)} fields and {declared.size} bytes, as declared in atoll/compute/native/structs.py.",
         "C reads a struct by position, so a different layout leads to wrong addresses.",
         f"rm {built}",
     )

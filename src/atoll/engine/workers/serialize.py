@@ -74,7 +74,7 @@ def import_name(thing: Any, what: str) -> str:
     Raises:
         UsageError: no module has it at its top level.
     Example:
-        >>> name_of(nn.Linear, "the model")
+        >>> import_name(nn.Linear, "the model")
         'torch.nn.modules.linear:Linear'
     """
     name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
