@@ -189,7 +189,7 @@ def test_ages_are_bounded(s, seed):
     for t in range(20):
         before = {f.number for f in state.air.flights}
         state, report = step(plan, state, engine)
-        starts += [(trip.client, trip.birth) for trip in report.trips if trip.number not in before]
+        starts += [(trip.client, trip.version) for trip in report.trips if trip.number not in before]
         begun = starts + [(f.client, f.version) for f in state.air.flights]
         oldest = min((f.version for f in state.air.flights), default=t)
         for client in range(len(SIZES)):

@@ -47,11 +47,14 @@ class Failure(NamedTuple):
 
 
 class FlightTimes(NamedTuple):
-    """The times of one flight, in seconds of the run: start, model received, computation finished, end; its outcome."""
+    """The times of one flight, in seconds of the run: start, model received, computation finished, end; its outcome.
+
+    `version` is the round whose model the client started from.
+    """
 
     number: int
     client: int
-    birth: int
+    version: int
     start: float
     loaded: float
     computed: float

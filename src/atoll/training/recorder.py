@@ -20,6 +20,9 @@ from atoll.runs.events import Run
 from atoll.training import stop as stops
 from atoll.training.rounds import Training, identity, start_from
 
+# The columns of the event "trips", in the order of the fields of `FlightTimes`. Readers of run folders use these names.
+_TRIP_COLUMNS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
+
 
 class Recorder:
     """Keeps a run's folder beside a training: rows, events, checkpoints, the best model."""
@@ -246,9 +249,7 @@ def _brief(clients: Mapping[str, Any], most: int = 1000) -> dict[str, Any]:
 
 def _columns(trips: tuple[FlightTimes, ...], most: int = 10_000) -> dict[str, list[Any]]:
     """Trips as columns, for at most so many of them."""
-    return {
-        name: list(column) for name, column in zip(FlightTimes._fields, zip(*trips[:most], strict=True), strict=True)
-    }
+    return {name: list(column) for name, column in zip(_TRIP_COLUMNS, zip(*trips[:most], strict=True), strict=True)}
 
 
 def _state_dict(training: Training, model: Model) -> dict[str, Tensor]:
