@@ -7,6 +7,8 @@
 
 What is named here is the public surface; everything else is reached by its module. Names are imported when they are
 first used, so that `import atoll` is quick and the command line answers before torch is loaded.
+
+Tests: tests/surface/test_public.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`python -m atoll`, and so `torchrun -m atoll`: the same as `atoll`."""
+"""`python -m atoll`, and so `torchrun -m atoll`: the same as `atoll`.
+
+Tests: tests/surface/test_cli.py
+"""
 
 import sys
 

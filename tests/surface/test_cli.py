@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import inspect
 import json
 import os
 import resource
@@ -592,3 +593,11 @@ def test_output_that_nobody_reads_is_no_error(atoll):
 def test_python_about_data_is_said_as_flags(write, flags):
     text = as_flags(AtollError("No.", write=write))
     assert text == str(AtollError("No.", write=write if flags is None else flags))
+
+
+def test_shared_options_of_commands_are_declared_once():
+    """Each command uses the declaration in cli/options.py or cli/flags.py."""
+    shared = {"out": "Out", "as_json": "Json", "quiet": "Quiet", "trust": "Trust", "flags": "ExperimentFlags"}
+    commands = [inspect.unwrap(app[name].default_command) for name in app if not name.startswith("-")]
+    found = [item for command in commands for item in command.__annotations__.items() if item[0] in shared]
+    assert set(found) == set(shared.items()) and len(found) > 3 * len(shared)

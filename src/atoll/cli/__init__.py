@@ -1,7 +1,9 @@
-"""The command line: `atoll run`, and what people do with a run afterwards.
+"""The command line: `atoll run`, and the commands that read its runs.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a run failed, 2 what was asked for cannot be
-done, 130 stopped by Ctrl-C. `atoll --version` and `atoll --help` answer before torch is loaded.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a run failed, 2 the request was refused,
+130 stopped by Ctrl-C. `atoll --version` and `atoll --help` do not load torch.
+
+Tests: tests/surface/test_cli.py
 """
 
 from __future__ import annotations

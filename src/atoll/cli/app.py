@@ -1,4 +1,7 @@
-"""The commands: plain typed functions; what is heavy is imported inside them."""
+"""The commands, as typed functions. They import slow modules in their bodies, so that `atoll --help` is fast.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 

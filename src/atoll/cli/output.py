@@ -1,4 +1,7 @@
-"""What the commands print: results as text for people, and as one JSON object for programs."""
+"""The output of the commands: results as text, and as one JSON object.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 

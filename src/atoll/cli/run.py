@@ -1,4 +1,7 @@
-"""What `run` and `resume` do: train while somebody watches, and say how it went."""
+"""The work of `run` and `resume`: train with a live table, and print the result.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 

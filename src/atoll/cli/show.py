@@ -1,4 +1,7 @@
-"""Runs on disk, as people look at them: in a few values, one a line, or whole."""
+"""Views of runs on disk: a summary of one run, a list with one line per run, one run in full.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
+from atoll.compute import limits
 from atoll.compute.model_state import Batch, GradientResult, Model, Stored
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
@@ -26,7 +27,6 @@ from atoll.data.rows import in_memory, stored
 HOST = torch.device("cpu")
 OnStep = Callable[[int, int, float], None]  # lane, step from 0, mean loss of the lane's batch
 
-_AHEAD = 1 << 19  # numbers that are read at once, for several steps
 ROWS = 1024  # maximum rows of one client in one pass: bounds the memory of activations
 
 
@@ -126,7 +126,7 @@ class ClientBatch:
 
     def batches(self, steps: Iterable[tuple[Tensor, tuple[int, ...]]]) -> Iterator[Batch]:
         """The batch of each step, from places `[k, B]` and counts. The rows of several steps are read together."""
-        most, held = max(1, _AHEAD // max(1, self.width)), 0
+        most, held = max(1, limits.READ_AHEAD // max(1, self.width)), 0
         some: list[tuple[Tensor, tuple[int, ...]]] = []
         for places, counts in steps:
             some.append((places, counts))

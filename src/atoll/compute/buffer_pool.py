@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_LARGE = 1 << 20  # bytes of the smallest tensor that uses the pool
+from atoll.compute import limits
+
 _MOST = 32  # pieces in a pool
 _ROOM = 2  # a piece serves a request of at least 1/_ROOM of its size
 
@@ -104,6 +105,6 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     """
     dtype, shelf = dtype or like.dtype, _SHELF.get()
     size = prod(shape) * dtype.itemsize
-    if shelf is None or size < _LARGE or not like.is_cpu:
+    if shelf is None or size < limits.POOLED_BYTES or not like.is_cpu:
         return like.new_empty(shape, dtype=dtype)
     return shelf.empty(size).view(dtype).view(shape)

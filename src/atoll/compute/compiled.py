@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from atoll.compute import limits
 from atoll.compute.buffer_pool import empty
 from atoll.compute.fused import (
     Bias,
@@ -39,8 +40,6 @@ from atoll.compute.native.structs import DescentJob, LayerSpec
 from atoll.compute.tensor_notes import BLOCK, attach, blocks
 from atoll.data.rows import outside
 
-_AHEAD = 1 << 22  # features that are read at once if the rows are not in memory
-_ALONE = 1 << 21  # below this number of products the work ends before a second thread has started
 _GRADIENT, _UPDATE, _MODEL = 0, 1, 2
 _NO_MEMORY, _NO_CLASS = 1, 2
 
@@ -183,7 +182,7 @@ def _run(
         count_offsets=count_offsets.data_ptr(),
         steps=len(steps),
         clients=clients,
-        threads=1 if work < _ALONE else threads_now(torch.get_num_threads()),
+        threads=1 if work < limits.SERIAL_PRODUCTS else threads_now(torch.get_num_threads()),
         theta=theta.data_ptr(),
         theta_stride=d if theta.dim() == 2 else 0,
         result=result,
@@ -273,7 +272,9 @@ class CompiledDescent:
 
     def follow(self, rows: StepRows, steps: Steps) -> None:
         """Make these steps. Rows that are not in memory are read for several steps at a time."""
-        first, *others = _portions(list(steps), None if rows.in_memory else _AHEAD // max(1, rows.width))
+        first, *others = _portions(
+            list(steps), None if rows.in_memory else limits.NATIVE_READ_AHEAD // max(1, rows.width)
+        )
         if not others:
             self._update = self.step(rows, first, self._start, _UPDATE)
             return

@@ -1,4 +1,7 @@
-"""Clients in this process: chunks of them one after the other."""
+"""Clients in this process: chunks of them one after the other.
+
+Tests: tests/identities/test_one_algorithm.py, tests/identities/test_chunks.py
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from atoll.base.errors import AtollError, UsageError
 from atoll.base.random import Key
-from atoll.compute import native
+from atoll.compute import limits, native
 from atoll.compute.batches import HOST
 from atoll.compute.device import free, gpu
 from atoll.compute.layout import Layout
@@ -31,9 +34,6 @@ from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Cohort, Population, Tensors
 from atoll.plan.round import Gathered
 from atoll.plan.state import State
-
-_ENOUGH = 16  # clients in a round, from which on chunks are worth a trial
-_SMALL = 100_000  # parameters below which one thread is quickest
 
 Assign = Callable[[Tensor], Tensor]
 Reduce = Callable[[Aggregator, Results, Tensors, Exception | None], Results]
@@ -141,7 +141,7 @@ class InProcessEngine(Engine):
         the round has enough clients for it to matter.
         """
         count = len(arrived)
-        if self.chunk is not None or count < _ENOUGH or task.numerics == "loop" or task.device != HOST:
+        if self.chunk is not None or count < limits.TUNED_CLIENTS or task.numerics == "loop" or task.device != HOST:
             with threads_for(task, cohort.ids.shape[0], plan):
                 yield 1.0
             return
@@ -179,7 +179,7 @@ def threads_for(task: Task, lanes: int = 1, plan: Plan | None = None) -> Iterato
         small = plan is not None and isinstance(plan.codec, Identity)
     else:
         size = task.layout.d * lanes // 4 if task.numerics == "fused" else task.layout.d
-        small = size < _SMALL and not task.slow_in_lanes
+        small = size < limits.SERIAL_PARAMETERS and not task.slow_in_lanes
     if before == 1 or not small:
         yield
         return

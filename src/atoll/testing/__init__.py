@@ -6,6 +6,8 @@
 A check raises `Nonconformity`, which names the fault of the part, the requirement and the reason; otherwise it returns
 None. Checks draw from fixed keys: the same part gives the same result every time. atoll's own parts pass them in
 `tests/conformance`, which also has a part that fails each of them.
+
+Tests: tests/conformance/test_parts.py
 """
 
 from atoll.plan.entropy import entropy_source

@@ -5,6 +5,8 @@ atoll plan experiment.toml
 Rounds are flown with the plan's own sampler, pace and clock, and with messages of the length that the codec announces;
 only the clients' work and the server's step are left out. So what is sent, who is waited for and when a round closes
 come out as they will in the run, to the byte and to the second.
+
+Tests: tests/surface/test_forecast.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A training made again from a run's folder: same model, data, plan and body, before its first round."""
+"""A training made again from a run's folder: same model, data, plan and body, before its first round.
+
+Tests: tests/surface/test_tools.py
+"""
 
 from __future__ import annotations
 

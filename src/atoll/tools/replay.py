@@ -6,6 +6,8 @@ The rounds before are trained again without writing anything, and each one's fin
 own; where a checkpoint stands at that round or before it, from there on. Then the client is run alone, from the model
 that it had started from: its numbers do not depend on who is computed beside it, so they are the ones that it gave, and
 if it raised, it raises again. A round is that in which a contribution arrived, or was lost, whenever it had started.
+
+Tests: tests/surface/test_tools.py, tests/surface/test_replay_flights.py
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ Both start from the run's first model and see as many samples as the run: a clie
 in a fraction q of T rounds works in round(q·T) of them, spread evenly, so that a schedule passes through all its rates;
 the pooled client works as often, or makes as many steps a round, as it takes to see what the whole cohort saw. There is
 no server: what a client trained is its model. Where clients send gradients, the server's optimizer is the client's.
+
+Tests: tests/identities/test_baselines.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A run's folder kept beside a training: rows, events, checkpoints, the best model, and what it all came to."""
+"""A run's folder kept beside a training: rows, events, checkpoints, the best model, and what it all came to.
+
+Tests: tests/faults/test_folder.py
+"""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from atoll import models
 from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
+from atoll.compute import limits
 from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.device import check_precision, move_rows
 from atoll.compute.loss import Metric
@@ -51,7 +52,6 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
 JUDGES = {"classification": ("accuracy",), "regression": ("rmse",), "tokens": ("accuracy",)}
 _JUDGE = Plan(Evaluate(), Mean())
-_WORTH_A_THREAD = 1 << 20  # parameters, from which on one pass over the model is worth a second thread
 
 
 class Training:
@@ -161,7 +161,7 @@ class Training:
 
     def _threads(self) -> AbstractContextManager[None]:
         """One thread for torch around short native code: threads that torch wakes up would take its cores."""
-        small = self.task.layout.d < _WORTH_A_THREAD
+        small = self.task.layout.d < limits.THREADED_PARAMETERS
         native = self.task.numerics == "compiled"
         return threads_for(self.task, plan=self.plan) if small and native else nullcontext()
 

@@ -1,4 +1,7 @@
-"""Settings as texts: in a TOML file, after `--set`, in the environment."""
+"""Settings as texts: in a TOML file, after `--set`, in the environment.
+
+Tests: tests/surface/test_settings.py
+"""
 
 from __future__ import annotations
 

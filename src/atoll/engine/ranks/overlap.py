@@ -3,6 +3,8 @@
 The loop's gradients are views of one flat vector. As soon as the last ones of a stretch of it are there, the stretch is
 on its way to the other ranks, in place and in float32, while the pass goes on towards the first layer. What comes out
 is `sum="float"`: the quick sum, whose last bits depend on how many ranks there are.
+
+Tests: tests/parity/test_torchrun.py
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from atoll.base.random import Key
+from atoll.compute import limits
 from atoll.compute.autograd import MARGIN
 from atoll.compute.batches import ROWS
 from atoll.compute.task import Task
@@ -32,7 +35,6 @@ from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids
 
-_STRETCH = 1 << 20  # numbers that go together: fewer wait sooner, more cost less each
 _SUMS = ("loss", "rows")
 _MOST = MARGIN // len(_SUMS) - 1  # clients whose sums fit into the room before the gradient
 _WHOLE = 1 << 24  # rows that float32 counts
@@ -79,7 +81,7 @@ class Overlap:
         self._members: list[set[int]] = []  # parameters of each stretch
         at = end = self.flat.numel()
         for i in reversed(range(len(parameters))):
-            if not self._members or end - at >= _STRETCH:
+            if not self._members or end - at >= limits.BUCKET:
                 end = at
                 self._members.append(set())
                 self._stretches.append((at, at))

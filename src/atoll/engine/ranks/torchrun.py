@@ -4,6 +4,8 @@ Every rank holds the whole state and makes the same draws. In a round each compu
 engine in this process would, and then all of them tell each other what they have: digits of exact sums, which are whole
 numbers, so that adding them in any order gives the same bits; what clients keep; who failed, and why. From there on
 every rank makes the same step. No rank is a server: θ is never sent.
+
+Tests: tests/parity/test_torchrun.py
 """
 
 from __future__ import annotations

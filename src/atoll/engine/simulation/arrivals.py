@@ -1,4 +1,7 @@
-"""Who arrives in a round: flights on a virtual clock, and what is sent to those who start."""
+"""Who arrives in a round: flights on a virtual clock, and what is sent to those who start.
+
+Tests: tests/identities/test_flights.py, tests/identities/test_clock.py
+"""
 
 from __future__ import annotations
 
@@ -156,8 +159,7 @@ def simulate_round(
             total += size
 
     start()
-    deadline = plan.pace.deadline_s
-    until = None if deadline is None else began + deadline
+    until = None if (deadline := plan.pace.deadline_s) is None else began + deadline
     while traffic.target and not traffic.flying and not traffic.arrived:
         _wait(clock)
         start()

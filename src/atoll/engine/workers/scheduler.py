@@ -2,6 +2,8 @@
 
 How many workers there are, who computes what and who dies over it changes no bit of a synchronous round. Partial sums
 come back one a worker and round, not one a client.
+
+Tests: tests/parity/test_processes.py
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
+from atoll.compute import limits
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
@@ -38,9 +41,6 @@ from atoll.plan.round import Gathered
 from atoll.plan.state import State
 
 _PLAIN = Sync()
-_AHEAD = 2  # chunks that a worker has in hand in a synchronous round; of flights it has one
-_DEALS = 4  # chunks a worker and round, at least: the last ones even out who was slow
-_PATIENCE_S = 2.0  # about what another worker costs: for so long a straggler's may finish what nobody waits for
 
 
 class _Pending(NamedTuple):
@@ -181,7 +181,7 @@ class WorkerEngine(Engine):
         self._aloft.clear()
         flown = simulate_round(plan, state, self.population, cohort, None, 0)
         task, kept, group = task_for(plan, self.task), Uncommitted(state.memory), next(self._numbers)
-        most = -(-len(flown.arrived) // (_DEALS * self.workers)) or 1
+        most = -(-len(flown.arrived) // (limits.CHUNKS_PER_WORKER * self.workers)) or 1
         for _, ids, down in by_version(flown.arrived):
             for chunk, sent in chunks(plan, task, self.data, ids, down, self.room.within(self.chunk)):
                 for at in torch.arange(len(sent)).split(most):
@@ -191,7 +191,7 @@ class WorkerEngine(Engine):
                     self._crew.queue.append(job)
         results = Results.empty()
         while self._crew.busy(group):
-            catch = self._crew.next(plan.aggregator, _AHEAD)
+            catch = self._crew.next(plan.aggregator, limits.QUEUED_CHUNKS)
             if catch is not None:
                 results.add(plan.aggregator, catch.haul)
                 self.room.lower(catch.most)
@@ -331,8 +331,8 @@ class _Arrivals:
         crew, deadline = self.engine._crew, self.plan.pace.deadline_s
         if deadline is None:
             return crew.next(self.plan.aggregator, 1, left)
-        crew.replace_stuck(deadline + _PATIENCE_S)
-        return crew.next(self.plan.aggregator, 1, _PATIENCE_S if left is None else min(left, _PATIENCE_S))
+        crew.replace_stuck(deadline + limits.PATIENCE_S)
+        return crew.next(self.plan.aggregator, 1, limits.PATIENCE_S if left is None else min(left, limits.PATIENCE_S))
 
     def _arrive(self, catch: PoolResult) -> None:
         (job,) = catch.jobs

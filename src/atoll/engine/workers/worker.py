@@ -2,6 +2,8 @@
 
 Messages are short; numbers go beside them: in blocks of memory that both sides map, where both are on one machine. A
 worker adds up what it computes, and hands it over as one haul when it is asked to.
+
+Tests: tests/parity/test_processes.py
 """
 
 from __future__ import annotations

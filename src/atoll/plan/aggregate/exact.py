@@ -33,18 +33,14 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.compute import limits
 from atoll.compute.buffer_pool import empty
 from atoll.compute.native import serving, threads_now
 from atoll.compute.native.structs import SumJob
 from atoll.compute.tensor_notes import BLOCK, blocks, lookup
 
 WIDTH = 26
-_TILE = 1 << 18  # numbers in one tile on the CPU: with their digits they stay in the caches
-_FAR_TILE = 1 << 24  # numbers in one tile on a GPU, where a kernel launch costs more
 _NATIVE = True  # tests switch it off to compare both paths
-_SOME = 1 << 19  # numbers from which native code finds the largest faster than torch
-_MANY = 1 << 22  # numbers from which a second thread is faster
-_BUSY_MANY = 1 << 24  # the same if idle threads of torch may still spin on the cores, for some milliseconds
 _NOT_ADDABLE = 127  # place of a block with NaN, infinity or a number above the limit
 _EMPTY = -128  # place of a block of zeros
 _ADDED, _REFUSED = 1, 2  # state of a block; refused: a place has no digits yet, or the block is not addable
@@ -110,7 +106,7 @@ def bounded(rows: Tensor) -> bool:
     if peaks is not None:
         return float(peaks.max()) <= LARGEST  # False for NaN
     native = _library(rows)
-    if native is not None and rows.numel() >= _SOME:
+    if native is not None and rows.numel() >= limits.NATIVE_PEAKS:
         job, (tops, *_) = _job(rows)
         _check_memory(native.tops(ctypes.byref(job)))
         return not bool((tops == _NOT_ADDABLE).any())
@@ -130,7 +126,7 @@ def _job(rows: Tensor, weights: Tensor | None = None) -> tuple[SumJob, tuple[Any
     table, fresh = (ctypes.c_void_p * _PLACES)(), (ctypes.c_int8 * _PLACES)()
     own, peaks = threads_now(0), lookup(rows, "peaks")
     threads = own or torch.get_num_threads()
-    if rows.numel() < (_MANY if own else _BUSY_MANY):
+    if rows.numel() < (limits.THREADED_SUM if own else limits.BUSY_THREADED_SUM):
         threads = 1
     sizes = (rows.data_ptr(), k, d, rows.stride(0), _LOWEST, threads, tops.data_ptr(), done.data_ptr())
     sums = None if weights is None else weights.data_ptr(), ctypes.addressof(table), ctypes.addressof(fresh)
@@ -184,7 +180,7 @@ def _add_blocks(digits: Digits, rows: Tensor, start: int, end: int, weights: Ten
     high, low = _place(most), _place(least)
     if high != low:
         top = torch.div(torch.frexp(largest).exponent, WIDTH, rounding_mode="floor").clamp_(min=_LOWEST)
-    size = max(1, (_TILE if x.device.type == "cpu" else _FAR_TILE) // (x.shape[0] * x.shape[2]))
+    size = max(1, (limits.SUM_TILE if x.device.type == "cpu" else limits.DEVICE_SUM_TILE) // (x.shape[0] * x.shape[2]))
     weight = int(weights.sum())
     for first in range(high, low - 1, -1):
         live = weights[:, None] * (top == first) if high != low else weights[:, None].expand(largest.shape)

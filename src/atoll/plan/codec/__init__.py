@@ -1,4 +1,7 @@
-"""Codecs: the compression of updates."""
+"""Codecs: the compression of updates.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy

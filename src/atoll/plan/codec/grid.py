@@ -4,6 +4,8 @@ A vector is cut into groups of 65,536 coordinates; the last one takes the rest, 
 it would have less than 4,096. The cut is a function of the length alone, and belongs to the formats: packed
 codes, rotations and buckets never cross the end of a group. Every sum here has a fixed order, so a lane's bits depend
 on nothing but the lane.
+
+Tests: tests/identities/test_codecs.py
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Sender and receiver know the codec and the layout, which determine the length of every field. A message is exactly as
 long as its `Form`. Any other message is refused before it is used.
+
+Tests: tests/identities/test_codecs.py, tests/golden/test_codec_bytes.py
 """
 
 from __future__ import annotations

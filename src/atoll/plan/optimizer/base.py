@@ -5,8 +5,8 @@
 
 A rule acts on each coordinate independently, so it can be computed on any part of θ. The lanes are concatenated and
 cut into blocks. A cut is made between lanes with different step counts, since the scalars of a rule depend on the
-count. A cut is also made after every `BLOCK` numbers, so that temporaries stay small. A rule of `torch.optim` receives
-the blocks as its parameters, and views of the state here as its state.
+count. A cut is also made after every `limits.OPTIMIZER_BLOCK` numbers, so that temporaries stay small. A rule of
+`torch.optim` receives the blocks as its parameters, and views of the state here as its state.
 
 The bits of a lane do not depend on its neighbours, because no elementwise kernel used here depends on the position of a
 number in memory. tests/identities/test_optimizer.py measures this for every rule, over lengths, positions and threads.
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.validation import check_fields
+from atoll.compute import limits
 from atoll.compute.buffer_pool import empty
 from atoll.plan.protocols import Optimizer
 from atoll.plan.schedule import NOTHING, Schedule, as_schedule, constant
@@ -42,10 +43,6 @@ Inner = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
 STEP: Counters = {"step": (0, torch.int64)}
 _LR = "lr."
-
-# In numbers. The allocator reuses temporaries of this size. It may return those of whole [100, 7850] lanes to the
-# system and request them again at every operation (1500 page faults per step): Adam then takes three times as long.
-BLOCK = 1 << 17
 
 
 class OptimizerBase(Optimizer):
@@ -249,7 +246,7 @@ class InPlaceStepper:
         equal = [list(run) for _, run in groupby(range(lanes), counts.__getitem__)]
         self._runs = [(run[0], run[-1] + 1, counts[run[0]]) for run in equal]
         cut = theta.device.type == "cpu" and not self._optimizer.in_place()
-        size = BLOCK if cut else max(theta.numel(), 1)
+        size = limits.OPTIMIZER_BLOCK if cut else max(theta.numel(), 1)
         self._blocks = [
             LaneGroup(i, j, first, theta[i:j], {name: slot[i:j] for name, slot in slots.items()}, count)
             for first, end, count in self._runs

@@ -3,6 +3,8 @@
 One object serves one θ `[d]` and lanes `[K, d]`. The rules are those of `torch.optim` that act on each
 coordinate by itself (its own code, run on views of our tensors), and the three of Adaptive Federated
 Optimization. A plan holds the values below; `atoll.plan.optimizer.base` says what all of them can do.
+
+Tests: tests/identities/test_optimizer.py
 """
 
 from __future__ import annotations
