@@ -340,7 +340,8 @@ def test_plain_lines(training):
     ]
     assert "3/3" in text and "2.41 kB" in text and "0.25 s" in text
     assert text.splitlines()[-1].startswith("done: it is enough   8.00 s   ↑ 9.63 kB   ↓ 9.60 kB   best accuracy 0.6")
-    assert "cohort = Everyone()" in text and f"{training.task.numerics}: " in text
+    assert "cohort = Everyone()" in text and f"numerics {training.task.numerics}\n" in text
+    assert training.reason not in text  # `atoll show --why` prints it
 
 
 def test_quick_rounds_are_one_line_a_second_and_the_last_is_there(training):

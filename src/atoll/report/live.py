@@ -162,7 +162,7 @@ def header(training: TrainingView, path: Path | None) -> list[tuple[str, str]]:
         ("data", f"{data.name}: {whole(len(data.order))} rows on {clients}, {held}"),
         ("model", f"{whole(layout.d)} parameters, {str(layout.dtype).removeprefix('torch.')}"),
         *(("plan" if not at else "", line) for at, line in enumerate(str(training.plan).splitlines())),
-        ("numerics", f"{training.task.numerics}: {training.reason}"),
+        ("numerics", training.task.numerics),
     ]
     task = training.task
     if task.device.type != "cpu" or task.precision != "full":

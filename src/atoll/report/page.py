@@ -241,9 +241,9 @@ def _formula(record: RunData) -> Html | None:
     formula = record.formula
     if not formula:
         return None
-    why, numerics = record.environment.get("why", ""), record.environment.get("numerics", "")
-    told = tag("p", "Computed in ", tag("b", plain(numerics)), f": {plain(why, 500)}.") if numerics else None
-    return Html(tag("pre", formula, class_="formula") + (told or ""))
+    numerics = record.environment.get("numerics", "")
+    backend = tag("p", "Compute backend: ", tag("b", plain(numerics)), ".") if numerics else ""
+    return Html(tag("pre", formula, class_="formula") + backend)
 
 
 def _gallery(pictures: Iterable[Picture]) -> Html | None:
