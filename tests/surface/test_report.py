@@ -248,7 +248,7 @@ def test_long_logs_are_thinned(tmp_path):
 def test_huge_federation_is_counted_in_part():
     told = summarize(federation([2] * 300_000, 20))
     assert len(told.ids) == MOST_DRAWN and len(told.every) <= MOST_COUNTED
-    assert "2,000 of the 300,000 clients" in told.said
+    assert "2,000 of the 300,000 clients" in told.omitted
 
 
 def test_clients_that_are_alike_stand_together():

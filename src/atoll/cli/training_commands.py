@@ -96,7 +96,7 @@ def plan(
 
     prediction = forecast(flags.experiment(experiment, trust))
     if as_json:
-        output.print_json(prediction.told())
+        output.print_json(prediction.values())
     else:
         print(prediction.text())
     return 0

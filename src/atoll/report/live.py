@@ -87,7 +87,7 @@ def _of_time(training: TrainingView) -> Iterator[Column]:
 
 
 def that_fit(all_columns: Sequence[Column], width: int) -> list[Column]:
-    """The columns that fit into the width, three spaces apart; the columns of lowest rank are dropped."""
+    """The columns that fit into the width, with three spaces between them; the columns of lowest rank are dropped."""
     kept = list(all_columns)
     while len(kept) > 1 and sum(max(c.width, len(c.head)) + 3 for c in kept) > width:
         kept.remove(min(kept, key=lambda c: c.rank))
@@ -176,7 +176,7 @@ def header(training: TrainingView, path: Path | None) -> list[tuple[str, str]]:
 
 
 class LiveTable:
-    """Show the progress of a training on stderr; a `Watcher` for `atoll.train`.
+    """Show the progress of a training on stderr; an `Observer` for `atoll.train`.
 
     On a terminal the table shows the last rounds and is redrawn in place. It marks the best value of each metric. After
     the run a selection of its rounds stays visible. Without a terminal the output is plain lines: at most one a second,
@@ -325,8 +325,8 @@ class LiveTable:
         console = Console(file=self.file, force_terminal=True, highlight=False, markup=False, emoji=False)
         self._width, self._height = console.width, console.height
         head = Table.grid(padding=(0, 2))
-        for label, text in lines:
-            head.add_row(Text(label, style="dim"), Text(text))
+        for title, text in lines:
+            head.add_row(Text(title, style="dim"), Text(text))
         console.print(head, "")
         self._live = Live(
             console=console,

@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 __all__ = ["Experiment", "Observer", "Recorder", "Run", "Settings", "SettingsDict", "Training"]
 
 _HOME = {
-    "Experiment": "experiment",
-    "Recorder": "recorder",
-    "Training": "rounds",
-    "Run": "recorder",
-    "Settings": "settings",
-    "SettingsDict": "settings",
-    "Observer": "train",
+    "Experiment": "atoll.training.experiment",
+    "Recorder": "atoll.training.recorder",
+    "Training": "atoll.training.rounds",
+    "Settings": "atoll.training.settings",
+    "SettingsDict": "atoll.training.settings",
+    "Observer": "atoll.runs.events",
+    "Run": "atoll.runs.events",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'atoll.training' has no attribute {name!r}", name=name)
-    found = globals()[name] = load(f"atoll.training.{_HOME[name]}:{name}")
+    found = globals()[name] = load(f"{_HOME[name]}:{name}")
     return found
 
 
