@@ -391,7 +391,7 @@ def test_resume_as_something_else(half, whole, what, begun):
     if begun == "without":
         shutil.rmtree(half / "checkpoint")
     before = contents(half)
-    with pytest.raises(UsageError, match=f"was begun with another {what}") as refusal:
+    with pytest.raises(UsageError, match=f"started with another {what}") as refusal:
         train(resume=half, **OTHERS[what])
     assert refusal.value.exit_code == 2
     assert half.name in refusal.value.write

@@ -383,7 +383,7 @@ def test_a_deadline_needs_a_clock_and_somebody_who_can_meet_it():
     plan = Plan(Gradient(), Mean(), rules.sgd(0.1), pace=Sync(deadline_s=0.5))
     with pytest.raises(UsageError, match="without a clock"):
         atoll.rounds("softmax", data, plan, rounds=1)
-    with pytest.raises(UsageError, match="nobody can meet") as refusal:
+    with pytest.raises(UsageError, match="no client can meet") as refusal:
         atoll.rounds("softmax", data, plan, rounds=1, fleet=Fleet())
     better = replace(plan, pace=parse(refusal.value.write, PARTS))
     assert atoll.rounds("softmax", data, better, rounds=1, fleet=Fleet()).next().arrived == len(SIZES)

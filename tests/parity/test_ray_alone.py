@@ -172,7 +172,7 @@ if __name__ == "__main__":
     for report in training:
         if report.round == 1:
             print(report.fingerprint, flush=True)
-            print(training.engine._office._end.peek()[2][1], *training.engine.pids, flush=True)
+            print(training.engine._transport._end.peek()[2][1], *training.engine.pids, flush=True)
 """
 
 
