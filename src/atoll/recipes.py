@@ -19,6 +19,10 @@ Parameters of the same name mean the same in every recipe. The type and the mean
 declared once, below; `help` of a recipe lists them.
 
 Tests: tests/surface/test_recipes.py
+
+Each recipe raises UsageError if an argument is out of range.
+
+Tests: tests/identities/test_one_algorithm.py, tests/golden/test_golden.py
 """
 
 from __future__ import annotations
@@ -97,7 +101,7 @@ def sgd(lr: Rate = 0.1, batch: Batch = 32) -> Plan:
 
 @_recipe
 def distributed_gd(lr: Rate = 0.1, batch: Batch = None, sum: SumKind = "exact") -> Plan:
-    """Distributed gradient descent over a parameter server: workers send gradients, the server adds and updates.
+    """Distributed gradient descent with a parameter server: workers send gradients, the server adds them and steps.
 
     θ ← θ − lr Σ_k (n_k/n) ∇J_k(θ),  and the sum equals ∇J for any split of the rows
 
@@ -131,7 +135,9 @@ def fedsgd(lr: Rate = 0.1, cohort: Cohort = None) -> Plan:
 def fedavg(
     lr: Rate = 0.1, epochs: Epochs = 1, batch: Batch = 10, cohort: Cohort = None, server_lr: ServerRate = 1.0
 ) -> Plan:
-    """Federated averaging: clients train locally, the server averages what they moved, weighted by rows.
+    """Federated averaging: clients train locally, and the server averages their updates, weighted by rows.
+
+    θ ← θ − server_lr Σᵢ nᵢ (θ − θᵢ) / Σᵢ nᵢ,  θᵢ the model of client i after local training
 
     Example:
         >>> fedavg(0.5, cohort=10)
@@ -144,7 +150,13 @@ def fedavg(
 
 @_recipe
 def local_sgd(lr: Rate = 0.1, steps: Steps = 10, batch: Batch = 32) -> Plan:
-    """Local SGD: every worker makes `steps` steps between two averagings, and goes on through its rows where it was.
+    """Local SGD: each worker makes `steps` steps between two averages, and continues at its place in its rows.
+
+    θ ← Σᵢ nᵢ θᵢ / Σᵢ nᵢ,  θᵢ from θ by `steps` steps of SGD
+
+    Example:
+        >>> local_sgd(0.1, steps=8)
+        Plan(Train(sgd(0.1), steps=8, batch=32, keep=('order',)), aggregator=Mean())
 
     Reference: Stich, Local SGD Converges Fast and Communicates Little, 2019.
     """
@@ -153,7 +165,7 @@ def local_sgd(lr: Rate = 0.1, steps: Steps = 10, batch: Batch = 32) -> Plan:
 
 @_recipe
 def post_local_sgd(lr: Rate = 0.1, switch: int = 100, steps: Steps = 16, batch: Batch = 32) -> Plan:
-    """Post-local SGD: a step a round, which is distributed SGD, for `switch` rounds; local SGD from then on.
+    """Post-local SGD: one step per round, which is distributed SGD, for `switch` rounds; then local SGD.
 
     Args:
         switch: number of rounds with one step, ≥ 1.

@@ -184,8 +184,8 @@ def test_hostile_fields_are_refused_by_name():
             codec.from_bytes(codec.to_bytes(payload, side))
     for codec, spoil, message in (
         (Quantize(levels=4), lambda p: p | 240, "Message 0: a code is above 8"),
-        (Quantize(levels=1), lambda p: p * 0 + 243, "Message 0: there is more behind the last code"),
-        (Eden(1), lambda p: p | 128, "Message 0: there is more behind the last code"),
+        (Quantize(levels=1), lambda p: p * 0 + 243, "Message 0: bits after the last code are set"),
+        (Eden(1), lambda p: p | 128, "Message 0: bits after the last code are set"),
     ):
         codec, _, _ = start(codec, 70, 2)
         payload, side, *_ = codec.encode(x, {}, {}, key)
@@ -344,7 +344,7 @@ def test_what_cannot_be_is_refused_with_a_line_that_can(text, required):
 
 
 @EVERY
-def test_a_codec_that_was_not_told_its_place_says_so_and_works_once_it_is(codec):
+def test_an_unbound_codec_names_the_call_of_bind_that_it_needs(codec):
     x, key = draw(2, 300)
     layout = flat_layout(300)
     placed, memory, shared = start(codec, 300, 2)
@@ -357,7 +357,7 @@ def test_a_codec_that_was_not_told_its_place_says_so_and_works_once_it_is(codec)
     assert codec.bind(layout) == codec and hash(codec.bind(layout)) == hash(codec)
 
 
-def test_a_shift_that_was_not_told_who_there_is_says_so():
+def test_ef21_without_the_total_weight_names_the_call_of_bind_that_it_needs():
     codec, layout, total_weight = EF21(TopK(0.1)), flat_layout(10), 3
     total = Total({"update": torch.zeros(10)}, {}, torch.tensor(1), torch.tensor(1), {})
     with pytest.raises(RunError, match="has no total weight of all clients") as caught:

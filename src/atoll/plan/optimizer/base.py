@@ -74,7 +74,7 @@ class OptimizerBase(Optimizer):
         return self.schedule(round, _memory(state))
 
     def slots(self, theta: Tensor) -> dict[str, Tensor]:
-        """The state of lanes before their first step: the client state of `keep=("optimizer",)`.
+        """The state of lanes before their first step. With `keep=("optimizer",)` it becomes client memory.
 
         Args:
             theta: float `[d]` or `[K, d]`.
@@ -92,29 +92,33 @@ class OptimizerBase(Optimizer):
         return state
 
     def init(self, theta: Tensor) -> dict[str, Tensor]:
-        """The state before the first `update`: the slots, and the memory of the schedule under `lr.…`."""
+        """The state before the first `update`: the slots, and the memory of the schedule under names `lr.…`.
+
+        Args:
+            theta: float `[d]` or `[K, d]`.
+        """
         return {**self.slots(theta), **_named(self.schedule.init())}
 
     def update(
         self, theta: Tensor, g: Tensor, sums: Tensors, state: Tensors, round: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step down: θ⁺ and the state after it. No argument is changed.
+        """One step of descent. No argument is changed.
 
         Args:
             theta: float `[d]` or `[K, d]`.
             g: the update, uphill, same shape.
-            sums: means of the round; `loss`, of one number, moves a `plateau` from the next round on.
+            sums: metrics of the round, means per row. `plateau` observes `loss`, one number, for the next rounds.
             state: of `init` or of the last `update`.
             round: t ≥ 0.
         Returns:
             (θ⁺, state⁺), new tensors.
         Example:
-            >>> from atoll.plan.optimizer.rules import sgd
+            >>> from atoll.plan.optimizer import sgd
             >>> sgd(0.1).update(torch.tensor([1.0]), torch.tensor([2.0]), {}, {}, 0)
             (tensor([0.8000]), {})
         """
         memory = _memory(state)
-        if self.is_plain_sgd():  # most servers; no stepper is needed
+        if self.is_plain_sgd():  # the rule of most servers; it needs no stepper
             room, rate = empty(theta, theta.shape), self.schedule(round, memory)
             step = torch.add(theta.detach(), g.to(theta.dtype), alpha=-rate, out=room)
             return step, _named(self.schedule.observe(memory, sums["loss"]) if "loss" in sums else memory)
@@ -144,7 +148,7 @@ class OptimizerBase(Optimizer):
     _zeros: ClassVar[tuple[str, ...]] = ()
 
     def per_coordinate(self) -> Mapping[str, float | None]:
-        """Names of the state tensors shaped like θ, with their first values. None: θ before the first step."""
+        """Names of the state tensors shaped like θ, with their first values."""
         return dict.fromkeys(self._zeros, 0.0)
 
     def per_lane(self) -> Counters:
@@ -156,7 +160,7 @@ class OptimizerBase(Optimizer):
         return False
 
     def inner(self) -> Inner | None:
-        """The class of `torch.optim` with the rule, and its arguments; None if `apply` is the rule."""
+        """The class of `torch.optim` that implements the rule, and its arguments; None if `apply` does."""
         words = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lr"}  # type: ignore[arg-type]
         return None if self._torch is None else (self._torch, words)
 
@@ -167,11 +171,11 @@ class OptimizerBase(Optimizer):
 
 @dataclass
 class LaneGroup:
-    """A part of θ whose lanes have made the same number of steps: `apply` computes on it at once.
+    """A part of θ whose lanes have made the same number of steps. A rule is applied to it in one call.
 
     Args:
         start, stop: its range in the concatenated lanes.
-        lane: the first of the equal lanes that it belongs to.
+        lane: the first of the lanes with this number of steps.
         theta: float view `[stop − start]`.
         slots: views of the state, same shape.
         count: steps made so far.
@@ -291,8 +295,8 @@ class InPlaceStepper:
             inner.step()
             for theta in thetas:
                 theta.grad = None  # so that the caller can free g
-            for ours, theirs in copied:
-                ours.copy_(theirs)
+            for lane_state, torch_state in copied:
+                lane_state.copy_(torch_state)
 
         return advance
 
