@@ -92,7 +92,7 @@ class WorkerConnection(Protocol):
         """Receive the next answer and the tensors of its results; they are valid until the next request.
 
         Raises:
-            Gone: the worker has ended.
+            WorkerDied: the worker has ended.
         """
 
     def close(self) -> None:
