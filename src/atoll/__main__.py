@@ -1,6 +1,6 @@
-"""`python -m atoll`, and so `torchrun -m atoll`: the same as `atoll`.
+"""`python -m atoll` and `torchrun -m atoll` run the command `atoll`.
 
-Tests: tests/surface/test_cli.py
+Tests: tests/surface/test_cli.py, tests/parity/test_torchrun.py
 """
 
 import sys

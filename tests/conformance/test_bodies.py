@@ -71,4 +71,4 @@ def test_what_is_rounded_by_place_is_found():
     for width, found in ((64, set()), (63, {"sigmoid"})):
         with PositionCheck(rows=3) as watch:
             (x[:, :width].sigmoid() * x[:, :width].relu().exp()).sum().backward()
-        assert watch.restless == found
+        assert watch.position_dependent == found

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.grammar import parse
 from atoll.engine.client_state import Memory
 from atoll.plan.registry import PARTS
+from atoll.runs import folder as folders
 
 PLAN = parse(
     "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=3)", PARTS
@@ -349,12 +351,12 @@ def edited(path, **changes):
     pointer = runs.read_pointer(path)
     for name, value in changes.items():
         pointer[name] = value
-    digest = runs.sha256(runs._json(pointer)).hexdigest()
-    (path / "checkpoint" / "pointer.json").write_bytes(runs._json({**pointer, "sha256": digest}))
+    digest = sha256(folders._json(pointer)).hexdigest()
+    (path / "checkpoint" / "pointer.json").write_bytes(folders._json({**pointer, "sha256": digest}))
 
 
 def test_other_version(half, whole):
-    versions = {**runs.versions(), "torch": "1.0"}
+    versions = {**folders.library_versions(), "torch": "1.0"}
     edited(half, versions=versions)
     before = contents(half)
     with pytest.raises(UsageError, match=r"was written with torch 1\.0") as refusal:
@@ -389,7 +391,7 @@ def test_resume_as_something_else(half, whole, what, begun):
     if begun == "without":
         shutil.rmtree(half / "checkpoint")
     before = contents(half)
-    with pytest.raises(UsageError, match=f"was begun with another {what}") as refusal:
+    with pytest.raises(UsageError, match=f"started with another {what}") as refusal:
         train(resume=half, **OTHERS[what])
     assert refusal.value.exit_code == 2
     assert half.name in refusal.value.write

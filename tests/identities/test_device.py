@@ -203,7 +203,7 @@ def test_a_loop_of_your_own(monkeypatch):
 @pytest.fixture
 def far(monkeypatch):
     """A machine whose GPU is `FAR`."""
-    monkeypatch.setattr("atoll.training.rounds.found", lambda text, rank: FAR)
+    monkeypatch.setattr("atoll.compute.device.resolve_device", lambda text, rank=None: FAR)
     with far_device():
         yield
 
@@ -229,7 +229,7 @@ def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
     assert all(p.device.type == "cpu" for p in whole.model.parameters())
     about = runs.read_environment(whole.path)
     assert (about["device"], about["precision"], about["numerics"]) == ("meta", "full", numerics)
-    monkeypatch.setattr("atoll.training.rounds.found", lambda text, rank: torch.device("cpu"))
+    monkeypatch.setattr("atoll.compute.device.resolve_device", lambda text, rank=None: torch.device("cpu"))
     expected = atoll.train("mlp", data, plan, rounds=2, **{**told, "out": None})
     assert {n: v for n, v in whole.metrics.items()} == dict(expected.metrics)
     assert dict(whole.baselines) == dict(expected.baselines)
@@ -245,7 +245,7 @@ def test_what_looks_at_a_run(far, monkeypatch, tmp_path):
     small = tmp_path / "small.safetensors"
     looks = [lambda: replay(path, 1, 2), lambda: export(path, "int8", small)]
     there = [look() for look in looks]
-    monkeypatch.setattr("atoll.training.rounds.found", lambda text, rank: torch.device("cpu"))
+    monkeypatch.setattr("atoll.compute.device.resolve_device", lambda text, rank=None: torch.device("cpu"))
     for pair in zip(there, [look() for look in looks], strict=True):
         one, other = ({n: v for n, v in vars(seen).items() if n not in ("path", "seconds")} for seen in pair)
         assert one == other

@@ -199,7 +199,7 @@ def test_smoke_tries_every_stage_and_leaves_nothing(atoll, monkeypatch):
     monkeypatch.setattr("atoll.report.figures.DPI", 40)
     done = atoll("run", *quick(), "--smoke", "--baselines")
     assert done.code == 0
-    for stage in ("a round", "an evaluation", "a checkpoint", "going on", "the report", "the baselines"):
+    for stage in ("a round", "an evaluation", "a checkpoint", "resuming", "the report", "the baselines"):
         assert f"{stage}" in done.out
     assert list(Path().iterdir()) == []
 
@@ -256,6 +256,16 @@ def test_runs_show_and_ids(atoll):
         for part in (path.name, "done", "sgd(0.1)", "rmse", "pooled", "config.toml", f"atoll export {path.name[11:]}"):
             assert part in text, name
     assert json.loads(atoll("show", "latest", "--json").out) == brief | {"path": str(path.resolve())}
+
+
+def test_show_why_prints_the_reason_for_the_backend(atoll):
+    done = atoll("run", *quick())
+    about = json.loads((only_run() / "environment.json").read_text(encoding="utf-8"))
+    assert about["why"] and about["why"] not in done.err
+    assert atoll("show", "latest", "--why").out == f"numerics  {about['numerics']}: {about['why']}\n"
+    backend = {"numerics": about["numerics"], "why": about["why"]}
+    assert json.loads(atoll("show", "latest", "--why", "--json").out) == backend
+    assert "--why" in atoll("show", "--help").out
 
 
 def test_resume_goes_on_to_more_rounds_and_keeps_them(atoll):

@@ -33,10 +33,10 @@ class Tuning:
     Example:
         >>> climb = Tuning()
         >>> for _ in range(20):  # a machine for which twice the chunk is best
-        ...     now = climb.setting(Setting(1.0, 1))
-        ...     climb.heard(rows=100, seconds={1.0: 2.0, 2.0: 1.0}.get(now.chunk, 3.0))
-        >>> climb.best, climb.over
-        (Setting(chunk=2.0, threads=1), True)
+        ...     now = climb.setting(Trial(1.0, 1))
+        ...     climb.record(rows=100, seconds={1.0: 2.0, 2.0: 1.0}.get(now.chunk, 3.0))
+        >>> climb.best, climb.converged
+        (Trial(chunk=2.0, threads=1), True)
     """
 
     best: Trial = _USUAL

@@ -228,8 +228,8 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Rejection | N
     reference = _gradient(task, data, rows, some[:1]).grad[0]
     with PositionCheck(min(rows, int(data.sizes[some[0]]))) as watch:
         _ = _gradient(lanes if lanes.by_hand else task, data, rows, some[:1])
-    if watch.restless:
-        names = ", ".join(sorted(watch.restless))
+    if watch.position_dependent:
+        names = ", ".join(sorted(watch.position_dependent))
         return Rejection(
             f"torch rounds {names} differently at the end of a tensor, so a lane's bits would depend on its position"
         )

@@ -26,17 +26,17 @@ class ChunkLimit:
     Args:
         most: the largest chunk that fits, ≥ 1; None: no chunk has failed yet.
     Example:
-        >>> room = Room()
-        >>> room.learn(50)
-        >>> room.said()
-        ('More than 50 clients at once did not fit into memory: no chunk is larger from now on. No bit changes.',)
-        >>> room.said()
+        >>> room = ChunkLimit()
+        >>> room.lower(50)
+        >>> room.take_note()
+        ('Chunks of more than 50 clients did not fit into memory. Later chunks are not larger. No bit changes.',)
+        >>> room.take_note()
         ()
     """
 
     def __init__(self, most: int | None = None) -> None:
         self.most = most
-        self._said = most
+        self._noted = most
 
     def lower(self, most: int | None) -> None:
         """Lower the limit to `most` clients; None changes nothing."""
@@ -45,12 +45,11 @@ class ChunkLimit:
 
     def take_note(self) -> tuple[str, ...]:
         """A message if the limit was lowered since the last call, else ()."""
-        if self.most == self._said:
+        if self.most == self._noted:
             return ()
-        self._said = self.most
+        self._noted = self.most
         some = "1 client" if self.most == 1 else f"{self.most} clients"
-        told = f"More than {some} at once did not fit into memory: no chunk is larger from now on. No bit changes."
-        return (told,)
+        return (f"Chunks of more than {some} did not fit into memory. Later chunks are not larger. No bit changes.",)
 
     def within(self, most: int | None) -> int | None:
         """The smaller of `most` and the limit; None if neither is set."""

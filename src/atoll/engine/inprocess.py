@@ -1,6 +1,6 @@
-"""Clients in this process: chunks of them one after the other.
+"""The engine that trains all clients in this process, one chunk after the other.
 
-Tests: tests/identities/test_one_algorithm.py, tests/identities/test_chunks.py
+Tests: tests/surface/test_engines.py, tests/identities/test_chunks.py
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ class InProcessEngine(Engine):
 
     @property
     def population(self) -> Population:
-        """All clients, and the rows each holds."""
+        """All clients, and the number of rows of each."""
         return Population(self.data.count, self.data.sizes)
 
     @property
     def layout(self) -> Layout:
-        """How the model lies in its vector."""
+        """The layout of the model vector."""
         return self.task.layout
 
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
@@ -161,18 +161,18 @@ class InProcessEngine(Engine):
 
 
 def check_chunk(chunk: int | None) -> None:
-    """Refuse a chunk of nobody."""
+    """Refuse a chunk without clients."""
     if chunk is not None and chunk < 1:
         raise UsageError(f"chunk = {chunk}.", "at least one client.", write="--chunk 32")
 
 
 @contextlib.contextmanager
 def threads_for(task: Task, lanes: int = 1, plan: Plan | None = None) -> Iterator[None]:
-    """Let torch use one thread for a small model, and then as many as before. It changes no bit.
+    """Let torch use one thread for a small model, and restore the number of threads afterwards. It changes no bit.
 
-    A kernel of a small model is over before a second thread has woken; on a busy machine the first then waits for it.
-    By hand, one kernel goes through all lanes, of which there are so many. Native code takes all threads for itself,
-    where no codec wants them.
+    A kernel of a small model ends before a second thread wakes up. On a busy machine the first thread then waits for
+    the second. With `fused`, one kernel computes all lanes, so the limit depends on their number. With `compiled`,
+    native code uses all threads, and torch needs them only for a codec.
     """
     before = torch.get_num_threads()
     if task.numerics == "compiled":

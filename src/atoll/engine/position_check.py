@@ -25,23 +25,23 @@ _TRIED = 7 * 146  # numbers to try; a piece of 7 numbers has no full vector
 
 
 class PositionCheck(TorchDispatchMode):
-    """Test every elementwise operation of a pass at other positions. `restless` collects the names of failing ones.
+    """Test every elementwise operation of a pass at other positions. `position_dependent`: names of failing ones.
 
     An operation with a multiple of `VECTOR` results for each row is not tested, since no row starts inside a vector.
 
     Args:
         rows: the rows in the pass, ≥ 1.
     Example:
-        >>> with Elementwise(rows=3) as watch:
+        >>> with PositionCheck(rows=3) as watch:
         ...     _ = torch.sigmoid(torch.linspace(-3, 3, 15)).exp()
-        >>> sorted(watch.restless)
+        >>> sorted(watch.position_dependent)
         ['sigmoid']
     """
 
     def __init__(self, rows: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.rows = rows
-        self.restless: set[str] = set()
+        self.position_dependent: set[str] = set()
         self._tried: set[Any] = set()
 
     @classmethod
@@ -65,7 +65,7 @@ class PositionCheck(TorchDispatchMode):
             if size % (VECTOR * self.rows):
                 self._tried.add(func)
                 if not _same_anywhere(func, args, kwargs):
-                    self.restless.add(func.name().removeprefix("aten::").partition(".")[0])
+                    self.position_dependent.add(func.name().removeprefix("aten::").partition(".")[0])
         return func(*args, **kwargs)
 
 

@@ -258,7 +258,7 @@ def spec_name(spec: EngineSpec) -> str:
     """The short name of a spec; the name of its class for a foreign one.
 
     Example:
-        >>> name_of(Processes(2))
+        >>> spec_name(Processes(2))
         'processes'
     """
     where = f"{type(spec).__module__}:{type(spec).__qualname__}"

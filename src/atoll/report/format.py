@@ -25,7 +25,7 @@ def label(name: str) -> str:
     """The label of a column of metrics.jsonl.
 
     Example:
-        >>> word("held_out_loss"), word("rmse"), word("top_5")
+        >>> label("held_out_loss"), label("rmse"), label("top_5")
         ('held-out loss', 'rmse', 'top 5')
     """
     return WORDS.get(name, name.replace("_", " "))
@@ -54,8 +54,8 @@ def format_number(value: float | None) -> str:
     """Format a measured number with four or five significant digits; None becomes a dash.
 
     Example:
-        >>> number(0.95281), number(56.31824), number(1.5e-9), number(None), number(math.nan)
-        ('0.9528', '56.318', '1.500e-09', '–', 'nan')
+        >>> [format_number(x) for x in (0.95281, 56.31824, 1.5e-9, None, math.nan)]
+        ['0.9528', '56.318', '1.500e-09', '–', 'nan']
     """
     if value is None:
         return "–"

@@ -87,16 +87,16 @@ def train(
 
 
 def settings_for_resume(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a training that goes on: how it computes is what the run began with, where nobody says otherwise."""
-    began, out = runs.read_environment(run), dict(settings)
+    """The settings of a resumed training. Backend, device and precision are those of the run, unless they are set."""
+    recorded, out = runs.read_environment(run), dict(settings)
     for name, before in (("numerics", "auto"), ("device", "cpu")):
         if out.get(name, "auto") == "auto":
-            out[name] = began.get(name, before)
-    return {"precision": began.get("precision", "full"), **out}
+            out[name] = recorded.get(name, before)
+    return {"precision": recorded.get("precision", "full"), **out}
 
 
 def run_rounds(training: Training, recorder: Recorder, observers: Sequence[Observer]) -> bool:
-    """Go through the rounds; whether somebody asked to stop."""
+    """Run the rounds. Returns whether Ctrl-C stopped the training."""
     try:
         path = recorder.path
         for observer in observers:
@@ -113,8 +113,8 @@ def run_rounds(training: Training, recorder: Recorder, observers: Sequence[Obser
 
 
 def _config(model: Any, data: Clients, plan: Plan, settings: Settings) -> str:
-    """A config.toml for a training that was started from Python: what can be written of it."""
-    told = {
+    """The config.toml of a training that was started from Python: the facts that a file can contain."""
+    facts = {
         "model": model if isinstance(model, str) else f"{type(model).__module__}:{type(model).__qualname__}",
         "data": data.name,
         "plan": repr(plan),
@@ -122,18 +122,18 @@ def _config(model: Any, data: Clients, plan: Plan, settings: Settings) -> str:
         "seed": settings.seed,
         "dtype": settings.dtype,
     }
-    lines = ["# Started from Python: go on with atoll.train(model, data, plan, resume=...)", "python = true"]
-    return "\n".join(lines + [f"{n} = {json.dumps(v, ensure_ascii=False)}" for n, v in told.items()]) + "\n"
+    lines = ["# Started from Python. Resume with atoll.train(model, data, plan, resume=...)", "python = true"]
+    return "\n".join(lines + [f"{n} = {json.dumps(v, ensure_ascii=False)}" for n, v in facts.items()]) + "\n"
 
 
 def _asked(interrupt: _Interrupt, training: Training) -> bool:
-    """Whether any process of the training received Ctrl-C: all of them end after the same round."""
+    """Whether any process of the training received Ctrl-C. All processes end after the same round."""
     interrupt.asked = b"1" in training.engine.exchange(b"1" if interrupt.asked else b"0")
     return interrupt.asked
 
 
 class _Interrupt:
-    """The first Ctrl-C asks to finish the round; the second stops now. Outside the main thread nothing is caught."""
+    """Handles Ctrl-C in the main thread: the first ends the training after the round, the second at once."""
 
     def __init__(self) -> None:
         self.asked = False

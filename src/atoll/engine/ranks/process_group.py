@@ -46,8 +46,8 @@ def command(ranks: int) -> str:
 
 def job(environ: Mapping[str, str] = os.environ) -> str:
     """An identifier of one `torchrun` job, the same after its restarts: the run id, or host and parent process id."""
-    told = environ.get("TORCHELASTIC_RUN_ID", "none")
-    return told if told != "none" else f"{socket.gethostname()}:{os.getppid()}"
+    run_id = environ.get("TORCHELASTIC_RUN_ID", "none")
+    return run_id if run_id != "none" else f"{socket.gethostname()}:{os.getppid()}"
 
 
 def restarts(environ: Mapping[str, str] = os.environ) -> int:

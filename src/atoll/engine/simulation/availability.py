@@ -36,7 +36,7 @@ def window_index(now: float, length: float) -> int:
         length: length of a window in seconds, > 0.
 
     Example:
-        >>> turn(2.0, 0.5), turn(0.3, 0.1)
+        >>> window_index(2.0, 0.5), window_index(0.3, 0.1)
         (4, 2)
     """
     # Division and multiplication round differently: 0.3 / 0.1 < 3. For other values the quotient is too large.

@@ -62,7 +62,7 @@ class ForkServer:
             UsageError: it was closed.
         """
         if self.closed:
-            raise UsageError("The fork server was closed.", "an open one.", write="Nursery()")
+            raise UsageError("The fork server was closed.", "an open one.", write="ForkServer()")
         if self._lives and self._lives[-1].process.poll() is None:
             return
         ours, theirs = socket.socketpair()

@@ -92,10 +92,10 @@ def to_buffers(tensors: Mapping[str, Tensor]) -> tuple[list[Place], Arrays]:
     Returns:
         The place of each tensor: name, dtype, shape, index of its array; and the arrays, uint8.
     Example:
-        >>> places, arrays = laid({"a": torch.ones(2, 3), "b": torch.tensor(7)})
+        >>> places, arrays = to_buffers({"a": torch.ones(2, 3), "b": torch.tensor(7)})
         >>> [(name, shape, len(arrays[k])) for name, _, shape, k in places]
         [('a', (2, 3), 24), ('b', (), 8)]
-        >>> int(lying(places, arrays)["b"])
+        >>> int(from_buffers(places, arrays)["b"])
         7
     """
     places: list[Place] = []
