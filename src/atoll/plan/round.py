@@ -14,7 +14,7 @@ product so that it can be added without rounding.
 `step` computes this formula for every algorithm on every engine. An algorithm is a `Plan`: a value with a part in each
 slot.
 
-Tests: tests/identities/test_one_algorithm.py, tests/identities/test_flights.py
+Tests: tests/identities/test_one_algorithm.py, tests/identities/test_flights.py, tests/surface/test_hops.py
 """
 
 from __future__ import annotations
@@ -49,11 +49,14 @@ class Failure(NamedTuple):
 
 
 class FlightTimes(NamedTuple):
-    """The times of one flight, in seconds of the run: start, model received, computation finished, end; its outcome."""
+    """The times of one flight, in seconds of the run: start, model received, computation finished, end; its outcome.
+
+    `version` is the round whose model the client started from.
+    """
 
     number: int
     client: int
-    birth: int
+    version: int
     start: float
     loaded: float
     computed: float
