@@ -9,8 +9,6 @@ The names of this module are the main public interface; further names are public
 at its first use, so that `import atoll` is fast and `atoll --help` does not load torch.
 
 Tests: tests/surface/test_public.py
-
-Tests: tests/surface/test_public.py
 """
 
 from __future__ import annotations

@@ -18,11 +18,9 @@
 Parameters of the same name mean the same in every recipe. The type and the meaning of each shared parameter are
 declared once, below; `help` of a recipe lists them.
 
-Tests: tests/surface/test_recipes.py
-
 Each recipe raises UsageError if an argument is out of range.
 
-Tests: tests/identities/test_one_algorithm.py, tests/golden/test_golden.py
+Tests: tests/surface/test_recipes.py, tests/identities/test_one_algorithm.py, tests/golden/test_golden.py
 """
 
 from __future__ import annotations

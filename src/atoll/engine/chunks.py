@@ -205,7 +205,7 @@ def chunks(
     Args:
         plan, task, data: the algorithm, the model and all clients.
         ids, down: the starts, and the bytes that each client was sent, int64 `[K]`.
-        most, room: see `lanes_of`.
+        most, room: see `chunk_size`.
         scale: factor on the size of a chunk.
     Yields:
         The starts of a chunk, and the bytes that each client was sent, int64 `[K]`.

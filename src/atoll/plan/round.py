@@ -14,7 +14,7 @@ product so that it can be added without rounding.
 `step` computes this formula for every algorithm on every engine. An algorithm is a `Plan`: a value with a part in each
 slot.
 
-Tests: tests/identities/test_one_algorithm.py, tests/surface/test_hops.py
+Tests: tests/identities/test_one_algorithm.py, tests/identities/test_flights.py, tests/surface/test_hops.py
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target:
 
 
 def _record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> RunData:
-    """The rows of a run as a `Record`, without its events."""
+    """The rows of a run as `RunData`, without its events."""
     good = tuple(r for r in rows if isinstance(r, dict) and type(r.get("round")) is int)
     return RunData(folder.name, good, {}, "", {}, Events())
 

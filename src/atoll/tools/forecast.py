@@ -7,8 +7,6 @@ declares. The training of clients and the step of the server are omitted. So byt
 rounds close are equal to those of the run.
 
 Tests: tests/surface/test_forecast.py
-
-Tests: tests/surface/test_forecast.py
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@ the samples of the whole cohort. There is no server: a client keeps the model th
 gradients, the client uses the optimizer of the server.
 
 Tests: tests/identities/test_baselines.py
-
-Tests: tests/identities/test_baselines.py
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ bucket are computed, an all-reduce of the bucket starts, in place and in float32
 towards the first layer. The result is `sum="float"`: the last bits of this sum depend on the number of ranks.
 
 Tests: tests/parity/test_torchrun.py
-
-Tests: tests/parity/test_torchrun.py
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def to_buffers(tensors: Mapping[str, Tensor]) -> tuple[list[Place], Arrays]:
 
 
 def from_buffers(places: Sequence[Place], arrays: Arrays) -> dict[str, Tensor]:
-    """The inverse of `laid`: tensors as views of the arrays. The caller must not write to them."""
+    """The inverse of `to_buffers`: tensors as views of the arrays. The caller must not write to them."""
     out = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writ")

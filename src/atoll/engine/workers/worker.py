@@ -3,8 +3,6 @@
 Messages contain no tensors. On one machine, tensors are in blocks of memory that both processes map.
 
 Tests: tests/parity/test_processes.py, tests/parity/test_ray.py
-
-Tests: tests/parity/test_processes.py
 """
 
 from __future__ import annotations

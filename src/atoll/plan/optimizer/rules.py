@@ -5,8 +5,6 @@ code runs on views of the tensors here, and the three rules of Adaptive Federate
 values below; `OptimizerBase` defines their methods.
 
 Tests: tests/identities/test_optimizer.py, tests/rates/test_rates.py
-
-Tests: tests/identities/test_optimizer.py
 """
 
 from __future__ import annotations
