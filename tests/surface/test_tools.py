@@ -346,6 +346,8 @@ def test_rates_that_are_not_there():
 
 
 class Anything:
+    lr = None
+
     def init(self, theta):
         return {}
 
