@@ -176,7 +176,9 @@ def registered(times: int) -> None:
 def versions(before: str, times: int) -> None:
     """Print the table of two versions."""
     pythons = {"before": before, "after": sys.executable}
-    who = {(name, when): (python, words) for name, words in COMMANDS.items() for when, python in pythons.items()}
+    measurements = {
+        (name, when): (python, words) for name, words in COMMANDS.items() for when, python in pythons.items()
+    }
     found = turns({f"{n} {w}": lambda each=each: command(*each) for (n, w), each in measurements.items()}, times)  # type: ignore[misc]
     print(f"{'':>24}{'CPU [s]':>11}{'before':>11}{'ratio':>11}{'peak [MiB]':>11}{'before':>11}{'ratio':>11}")
     for name in COMMANDS:

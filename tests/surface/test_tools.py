@@ -22,6 +22,7 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom
 from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Optimizer
 from atoll.plan.registry import PARTS
 from atoll.plan.schedule import cosine
 from atoll.runs.folder import read_rows
@@ -345,9 +346,7 @@ def test_rates_that_are_not_there():
     assert kept.optimizer == sgd(cosine(0.3, rounds=9))
 
 
-class Anything:
-    lr = None
-
+class Anything(Optimizer):
     def init(self, theta):
         return {}
 
