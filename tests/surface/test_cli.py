@@ -150,7 +150,7 @@ def test_run_prints_the_result_on_stdout_and_progress_on_stderr(atoll):
     assert done.code == 0
     path = only_run()
     for part in (
-        "done: 2 rounds",
+        "done: Finished 2 rounds",
         "federated",
         "pooled",
         "local only",
@@ -307,7 +307,7 @@ def test_the_other_commands_reach_their_tools(atoll, monkeypatch):
         "compare": {"compare": tool("compare")},
         "replay": {"replay": tool("replay")},
         "export": {"export": tool("export")},
-        "lr": {"find": tool("lr", suggestion=0.1, plot=Path("lr.png"))},
+        "lr": {"find_rate": tool("lr", suggestion=0.1, plot=Path("lr.png"))},
         "doctor": {"examine": lambda: [SimpleNamespace(name="python", ok=True, text="3.11", fix=""), fix]},
     }.items():
         monkeypatch.setitem(sys.modules, f"atoll.tools.{name}", SimpleNamespace(**functions))

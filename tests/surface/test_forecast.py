@@ -222,7 +222,7 @@ def test_the_best_there_is_where_nothing_is_enough():
     assert told.help.parts.link < told.flights.parts.link and "still more than computing" in told.text()
     plan = Plan(Gradient(), Mean(), sgd(0.1), **settings(told.help.write))
     least = predict(training(plan, Fleet(1e-6, server="1 kB/s")))
-    assert least.help is None and "No codec that was tried sends less" in least.text()
+    assert least.help is None and "No codec that was tried sends fewer bytes" in least.text()
 
 
 def test_who_waits_is_told_not_to():

@@ -22,6 +22,7 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom
 from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Optimizer
 from atoll.plan.registry import PARTS
 from atoll.plan.schedule import cosine
 from atoll.runs.folder import read_rows
@@ -150,7 +151,7 @@ def test_compare_says_where_runs_part(run, copy, tmp_path):
     same = compare.compare(run, copy)
     assert (same.settings, same.through, same.parted, same.tensors) == ((), 3, False, ())
     assert same.verdict == "identical in all 4 shared rounds; the final models are bit-identical"
-    other = told(tmp_path, recipe=None, rounds=5).told(recipe=RECIPE.replace("0.5", "0.4"))
+    other = told(tmp_path, recipe=None, rounds=5).override(recipe=RECIPE.replace("0.5", "0.4"))
     found = compare.compare(run, other.train(report=False).path)
     assert found.verdict.startswith("different from round 0 on, first differs in fc1.weight (by up to ")
     assert {"recipe", "rounds"} <= {line.name for line in found.settings}
@@ -345,7 +346,7 @@ def test_rates_that_are_not_there():
     assert kept.optimizer == sgd(cosine(0.3, rounds=9))
 
 
-class Anything:
+class Anything(Optimizer):
     def init(self, theta):
         return {}
 
