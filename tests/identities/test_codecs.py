@@ -184,8 +184,8 @@ def test_hostile_fields_are_refused_by_name():
             codec.from_bytes(codec.to_bytes(payload, side))
     for codec, spoil, message in (
         (Quantize(levels=4), lambda p: p | 240, "Message 0: a code is above 8"),
-        (Quantize(levels=1), lambda p: p * 0 + 243, "Message 0: there is more behind the last code"),
-        (Eden(1), lambda p: p | 128, "Message 0: there is more behind the last code"),
+        (Quantize(levels=1), lambda p: p * 0 + 243, "Message 0: bits after the last code are set"),
+        (Eden(1), lambda p: p | 128, "Message 0: bits after the last code are set"),
     ):
         codec, _, _ = start(codec, 70, 2)
         payload, side, *_ = codec.encode(x, {}, {}, key)

@@ -17,7 +17,7 @@ from atoll.base.errors import UsageError
 from atoll.base.random import Key
 from atoll.compute import compiled, native
 from atoll.compute.native.structs import STRUCTS, DescentJob, SumJob, exported
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean, exact
 from atoll.plan.local import Train
 from atoll.plan.optimizer.rules import sgd
@@ -91,7 +91,7 @@ def test_the_line_of_the_refusal_works(cache, monkeypatch):
     with pytest.raises(UsageError, match="11 fields") as caught:
         native.library("exact")
     subprocess.run(caught.value.write, shell=True, check=True)
-    code = f"from atoll import native\nnative.FLAGS = {native.FLAGS!r}\nprint(native.library('exact').add)"
+    code = f"from atoll.compute import native\nnative.FLAGS = {native.FLAGS!r}\nprint(native.library('exact').add)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert place.exists()
 
@@ -148,7 +148,7 @@ def test_kept_buffers_are_released():
     data = classification([8, 8], shape=(28, 28))
     task = task_of(models.build("mlp", (28, 28), 3, "classification", Key(3)), data, "compiled", torch.float32)
     wide = task_of(nn.Sequential(nn.Flatten(), nn.Linear(784, 8000), nn.Linear(8000, 3)), data, "compiled")
-    before = run(PLAN, InProcess(task, data), 1)[0].model.theta
+    before = run(PLAN, InProcessEngine(task, data), 1)[0].model.theta
     x, y = torch.zeros(1, 2, 28, 28).double(), torch.zeros(1, 2).long()
     theta = torch.zeros(1, wide.layout.d).double()
     compiled.gradient(wide.program, theta, x, y, (2,))
@@ -156,7 +156,7 @@ def test_kept_buffers_are_released():
     native.release_buffers()
     assert held - resident() > 8 * wide.layout.d  # weights and gradient: at least one of them
     native.release_buffers()
-    assert torch.equal(run(PLAN, InProcess(task, data), 1)[0].model.theta, before)
+    assert torch.equal(run(PLAN, InProcessEngine(task, data), 1)[0].model.theta, before)
 
 
 @pytest.mark.parametrize(("row", "dtype"), [(16, torch.float32), (-1, torch.float64), (1 << 40, torch.float32)])
@@ -166,7 +166,7 @@ def test_a_row_number_outside_the_rows_is_refused(row, dtype):
     order = data.order.clone()
     order[11] = row
     with pytest.raises(UsageError, match=f"Row {row} of a data set with 16 rows") as caught:
-        run(PLAN, InProcess(task, replace(data, order=order)), 1)
+        run(PLAN, InProcessEngine(task, replace(data, order=order)), 1)
     assert caught.value.required == "row numbers from 0 to 15." and "address" in caught.value.why
 
 
