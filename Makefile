@@ -34,12 +34,13 @@ test-all: .venv/.dev ## the same with the slow tests
 sanitize: .venv/.dev ## run the tests of native code under the address and undefined-behaviour sanitizers
 	tests/sanitize.sh $(PY)
 
-check: .venv/.dev ## style, types, layers, house rules
+check: .venv/.dev ## style, types, layers, contract of parts, prose, house rules
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
-	$(PYTEST) -q tests/surface/test_house_rules.py tests/surface/test_typing.py
+	$(PY) tests/surface/prose.py --check
+	$(PYTEST) -q $(addprefix tests/surface/test_,house_rules.py contract.py homonyms.py limits.py typing.py)
 
 docs: .venv/.docs ## build the pages into docs/_build
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build

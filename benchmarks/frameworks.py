@@ -1,17 +1,17 @@
-"""Seconds a round of atoll, of a bare PyTorch loop and of other frameworks, in turn, in one run.
+"""Seconds per round of atoll, of a bare PyTorch loop and of other frameworks, in turns, in one run.
 
     python benchmarks/frameworks.py                                      atoll and the bare loop
     python benchmarks/frameworks.py --fedjax ENV/bin/python --pfl ENV/bin/python --flower ENV/bin/python
     python benchmarks/frameworks.py --models mlp --rounds 9 --out frameworks.png
     python benchmarks/frameworks.py --before ENV/bin/python --rounds 9   also another version of atoll, and the ratio
 
-Each framework runs by itself, in the Python of its own environment (fedjax 0.0.17 with jax < 0.5; pfl 0.6;
-flwr[simulation] 1.41), on one workload: Fashion-MNIST in the hands of 1,000 clients of 60 images; in a round 100 of
-them make one epoch of SGD, batch 10, lr .05. Whoever is not at work waits. Two rounds of each warm up; then they take
-turns of some rounds, one after the other as in a training (`--turn 1`: a single round, after which a core has gone to
-sleep and the caches are somebody else's). The table has medians, how many times longer than atoll, accuracy on
-held-out images after the last round, seconds to an accuracy, by the rounds that it takes, and the memory of all
-processes (proportional shares) after the last round.
+Each framework runs in a process of its own, with the Python of its own environment (fedjax 0.0.17 with jax < 0.5; pfl
+0.6; flwr[simulation] 1.41), on one workload: Fashion-MNIST divided among 1,000 clients of 60 images. In a round 100
+clients train one epoch of SGD, batch 10, lr .05. Only one process computes at a time. Two rounds of each warm up. Then
+the processes take turns of several rounds, as in a training. With `--turn 1` a turn is one round: before it the core
+was idle, and the caches hold the data of other processes. The table has medians, the ratio to atoll, the accuracy on
+held-out images after the last round, the seconds to an accuracy, from the number of rounds that it takes, and the
+memory of all processes (proportional shares) after the last round.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SCRIPTS = {
 
 @dataclass
 class Peer:
-    """A framework at work in a process of its own."""
+    """A framework in a process of its own."""
 
     name: str
     python: str
@@ -87,7 +87,7 @@ class Peer:
         self.ask.flush()
 
     def turn(self, rounds: int, timed: bool) -> None:
-        """Some rounds, and then the accuracy, outside of their time."""
+        """Run some rounds, then evaluate; the evaluation is not timed."""
         for _ in range(rounds):
             began = time.perf_counter()
             self._say("go")
@@ -98,7 +98,7 @@ class Peer:
         self.accuracy[max(self.accuracy, default=0) + rounds] = float(self._heard())
 
     def end(self) -> None:
-        """Take the memory, and let it go."""
+        """Measure the memory, then end the process."""
         family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         self.memory = sum(p.memory_full_info().pss for p in family) / 2**20
         self._say("end")
@@ -109,7 +109,7 @@ class Peer:
 
 
 def written(folder: str, model: str, told: argparse.Namespace) -> None:
-    """The workload, for every framework alike."""
+    """The workload, the same for every framework."""
     data = atoll.data.load(told.data)
     clients = data.split(told.clients, atoll.data.IID())
     x, y = (t.numpy() for t in clients.rows.take(torch.arange(len(clients.rows))))
@@ -131,7 +131,7 @@ def written(folder: str, model: str, told: argparse.Namespace) -> None:
 
 
 def compared(model: str, pythons: dict[str, str], told: argparse.Namespace) -> list[Peer]:
-    """All frameworks on one model, their rounds in turn."""
+    """Run all frameworks on one model, in turns."""
     with tempfile.TemporaryDirectory() as folder:
         written(folder, model, told)
         peers: list[Peer] = []
@@ -150,7 +150,7 @@ def compared(model: str, pythons: dict[str, str], told: argparse.Namespace) -> l
 
 
 def printed(model: str, peers: list[Peer], target: float) -> None:
-    """The table of one model."""
+    """Print the table of one model."""
     ours = statistics.median(peers[0].seconds)
     for peer in peers:
         median = statistics.median(peer.seconds)
@@ -167,7 +167,7 @@ def printed(model: str, peers: list[Peer], target: float) -> None:
 
 
 def drawn(tables: dict[str, list[Peer]], out: Path) -> None:
-    """Seconds a round, a group of bars a model."""
+    """Draw the seconds per round, one group of bars for each model."""
     import matplotlib.pyplot as plt
 
     names = [peer.name for peer in next(iter(tables.values()))]
@@ -183,7 +183,7 @@ def drawn(tables: dict[str, list[Peer]], out: Path) -> None:
 
 
 def main() -> None:
-    """Read the options, print the table."""
+    """Read the options and print the tables."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--models", nargs="+", default=["softmax", "mlp", "cnn"])
     ask.add_argument("--rounds", type=int, default=5, help="timed rounds of each, after two that warm up")

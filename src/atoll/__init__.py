@@ -5,8 +5,12 @@
     data = atoll.data.load("digits").split(clients=100, by=atoll.data.Dirichlet(0.3))
     run = atoll.train("mlp", data, atoll.recipes.fedavg(lr=0.5, batch=10), rounds=100)
 
-What is named here is the public surface; everything else is reached by its module. Names are imported when they are
-first used, so that `import atoll` is quick and the command line answers before torch is loaded.
+The names of this module are the main public interface; further names are public in their modules. A name is imported
+at its first use, so that `import atoll` is fast and `atoll --help` does not load torch.
+
+Tests: tests/surface/test_public.py
+
+Tests: tests/surface/test_public.py
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import importlib
 import os
 import sys
 
-TYPE_CHECKING = False  # importing typing for it would be a third of the time that `atoll --version` takes
+TYPE_CHECKING = False  # an import of typing would take a third of the time of `atoll --version`
 if TYPE_CHECKING:
     from typing import Any
 
@@ -33,11 +37,11 @@ if TYPE_CHECKING:
     from atoll.training.settings import Settings
     from atoll.training.train import train
 
-# Otherwise the bits of Intel MKL's matrix products depend on where in memory a matrix begins, and so a client's on its
-# place among others. It is as fast; it must be said before the first product.
+# Without this setting the bits of Intel MKL's matrix products depend on the address of a matrix, so the bits of a
+# client would depend on its position in a batch. The speed is equal. MKL reads the variable before its first product.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-# A tensor of megabytes is fresh memory every time, and 4 KiB pages of it cost more than what is written there: torch
-# asks for huge pages where it is told to, and reads this before its first tensor.
+# The system maps new memory for every tensor of several megabytes, and its 4 KiB pages cost more than the writes. With
+# this variable torch requests huge pages. Torch reads it before its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"

@@ -15,20 +15,20 @@
 | `fedbuff` | n active clients | as `fedavg` | `Mean()` | `sgd(server_lr)`, pace `Buffered(k)` |
 | `fedasync` | n active clients | as `fedavg`, `sends="model"` | `Mean()` | `sgd(alpha)`, pace `Buffered(1)` |
 
-Parameters of the same name mean the same in every recipe:
+Parameters of the same name mean the same in every recipe. The type and the meaning of each shared parameter are
+declared once, below; `help` of a recipe lists them.
 
-    lr          learning rate of the clients, > 0; a number or a schedule (`Rate`)
-    epochs      passes over the rows of a client in a round, ≥ 1
-    steps       local steps in a round, ≥ 1; a number or a schedule (`Steps`)
-    batch       rows of a step, ≥ 1; None takes all rows of the client (`Batch`)
-    cohort      clients of a round: None for all, an int for their number, a float for a fraction, or a sampler
-    server_lr   learning rate of the server (`Rate`)
-    staleness   weight of an update that is s rounds late, a function of s (`Staleness`)
+Tests: tests/surface/test_recipes.py
+
+Each recipe raises UsageError if an argument is out of range.
+
+Tests: tests/identities/test_one_algorithm.py, tests/golden/test_golden.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 from atoll.base.errors import UsageError
 from atoll.plan import optimizer as rules
@@ -40,13 +40,36 @@ from atoll.plan.plan import Plan
 from atoll.plan.protocols import Sampler, Stage, SumKind
 from atoll.plan.schedule import Schedule, hold
 
-Rate = float | Schedule
-Steps = int | Schedule
-Staleness = Callable[[int], float]
-Cohort = Sampler | int | float | None
-Batch = int | None
+F = TypeVar("F", bound=Callable[..., Any])
+
+Rate = Annotated[float | Schedule, "learning rate of the clients, > 0; a number or a schedule."]
+Epochs = Annotated[int, "passes over the rows of a client in a round, ≥ 1."]
+Steps = Annotated[int | Schedule, "local steps in a round, ≥ 1; a number or a schedule."]
+Batch = Annotated[int | None, "rows of a step, ≥ 1; None takes all rows of the client."]
+Cohort = Annotated[
+    Sampler | int | float | None,
+    "clients of a round: None for all, an int for their number, a float for a fraction, or a sampler.",
+]
+ServerRate = Annotated[float | Schedule, "learning rate of the server, > 0; a number or a schedule."]
+Staleness = Annotated[Callable[[int], float], "weight of an update that is s rounds late, a function of s."]
 
 
+def _recipe(function: F) -> F:
+    """A recipe whose docstring lists the meaning of its shared parameters. A recipe may describe one by itself."""
+    doc = function.__doc__
+    if doc is None:  # python -OO
+        return function
+    hints = get_type_hints(function, include_extras=True)
+    meaning = {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
+    lines = [f"        {name}: {text}\n" for name, text in meaning.items() if f"\n        {name}: " not in doc]
+    if "    Args:\n" not in doc:
+        mark = next(mark for mark in ("    Raises:", "    Example:", "    Reference:") if mark in doc)
+        doc = doc.replace(mark, f"    Args:\n{mark}", 1)
+    function.__doc__ = doc.replace("    Args:\n", "    Args:\n" + "".join(lines), 1)
+    return function
+
+
+@_recipe
 def gd(lr: Rate = 0.1) -> Plan:
     """Gradient descent on one client that holds all rows.
 
@@ -61,7 +84,8 @@ def gd(lr: Rate = 0.1) -> Plan:
     return Plan(Gradient(), Mean(), rules.sgd(lr))
 
 
-def sgd(lr: Rate = 0.1, batch: int = 32) -> Plan:
+@_recipe
+def sgd(lr: Rate = 0.1, batch: Batch = 32) -> Plan:
     """Stochastic gradient descent on one client that holds all rows. Each round draws `batch` new rows B.
 
     θ ← θ − lr (1/|B|) Σ_{rows in B} ∇ℓ(θ)
@@ -75,13 +99,13 @@ def sgd(lr: Rate = 0.1, batch: int = 32) -> Plan:
     return Plan(Gradient(batch), Mean(), rules.sgd(lr))
 
 
+@_recipe
 def distributed_gd(lr: Rate = 0.1, batch: Batch = None, sum: SumKind = "exact") -> Plan:
-    """Distributed gradient descent over a parameter server: workers send gradients, the server adds and updates.
+    """Distributed gradient descent with a parameter server: workers send gradients, the server adds them and steps.
 
     θ ← θ − lr Σ_k (n_k/n) ∇J_k(θ),  and the sum equals ∇J for any split of the rows
 
     Args:
-        batch: rows that each worker uses per round; None: all.
         sum: `"exact"` or `"float"`, as for `Mean`.
     Example:
         >>> distributed_gd(0.1)
@@ -92,6 +116,7 @@ def distributed_gd(lr: Rate = 0.1, batch: Batch = None, sum: SumKind = "exact") 
     return Plan(Gradient(batch), Mean(sum=sum), rules.sgd(lr))
 
 
+@_recipe
 def fedsgd(lr: Rate = 0.1, cohort: Cohort = None) -> Plan:
     """Federated gradient descent: each client of the cohort sends the gradient of all its rows.
 
@@ -106,8 +131,13 @@ def fedsgd(lr: Rate = 0.1, cohort: Cohort = None) -> Plan:
     return Plan(Gradient(), Mean(), rules.sgd(lr), cohort)
 
 
-def fedavg(lr: Rate = 0.1, epochs: int = 1, batch: Batch = 10, cohort: Cohort = None, server_lr: Rate = 1.0) -> Plan:
-    """Federated averaging: clients train locally, the server averages what they moved, weighted by rows.
+@_recipe
+def fedavg(
+    lr: Rate = 0.1, epochs: Epochs = 1, batch: Batch = 10, cohort: Cohort = None, server_lr: ServerRate = 1.0
+) -> Plan:
+    """Federated averaging: clients train locally, and the server averages their updates, weighted by rows.
+
+    θ ← θ − server_lr Σᵢ nᵢ (θ − θᵢ) / Σᵢ nᵢ,  θᵢ the model of client i after local training
 
     Example:
         >>> fedavg(0.5, cohort=10)
@@ -118,20 +148,28 @@ def fedavg(lr: Rate = 0.1, epochs: int = 1, batch: Batch = 10, cohort: Cohort = 
     return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), rules.sgd(server_lr), cohort)
 
 
+@_recipe
 def local_sgd(lr: Rate = 0.1, steps: Steps = 10, batch: Batch = 32) -> Plan:
-    """Local SGD: every worker makes `steps` steps between two averagings, and goes on through its rows where it was.
+    """Local SGD: each worker makes `steps` steps between two averages, and continues at its place in its rows.
+
+    θ ← Σᵢ nᵢ θᵢ / Σᵢ nᵢ,  θᵢ from θ by `steps` steps of SGD
+
+    Example:
+        >>> local_sgd(0.1, steps=8)
+        Plan(Train(sgd(0.1), steps=8, batch=32, keep=('order',)), aggregator=Mean())
 
     Reference: Stich, Local SGD Converges Fast and Communicates Little, 2019.
     """
     return Plan(Train(rules.sgd(lr), steps=steps, batch=batch, keep=("order",)), Mean(), rules.sgd(1.0))
 
 
+@_recipe
 def post_local_sgd(lr: Rate = 0.1, switch: int = 100, steps: Steps = 16, batch: Batch = 32) -> Plan:
-    """Post-local SGD: a step a round, which is distributed SGD, for `switch` rounds; local SGD from then on.
+    """Post-local SGD: one step per round, which is distributed SGD, for `switch` rounds; then local SGD.
 
     Args:
         switch: number of rounds with one step, ≥ 1.
-        steps: per round after the switch.
+        steps: local steps in a round after the switch; a number or a schedule.
     Example:
         >>> post_local_sgd(0.1, switch=50, steps=8).local
         Train(sgd(0.1), steps=hold(1.0, rounds=50) >> constant(8.0), batch=32, keep=('order',))
@@ -141,12 +179,13 @@ def post_local_sgd(lr: Rate = 0.1, switch: int = 100, steps: Steps = 16, batch: 
     return local_sgd(lr, hold(1, rounds=switch) >> steps, batch)
 
 
+@_recipe
 def fedavgm(
     lr: Rate = 0.1,
-    epochs: int = 1,
+    epochs: Epochs = 1,
     batch: Batch = 10,
     cohort: Cohort = None,
-    server_lr: Rate = 1.0,
+    server_lr: ServerRate = 1.0,
     momentum: float = 0.9,
 ) -> Plan:
     """Federated averaging with momentum at the server.
@@ -169,12 +208,13 @@ def fedavgm(
     )
 
 
+@_recipe
 def fedadam(
     lr: Rate = 0.1,
-    epochs: int = 1,
+    epochs: Epochs = 1,
     batch: Batch = 10,
     cohort: Cohort = None,
-    server_lr: Rate = 0.01,
+    server_lr: ServerRate = 0.01,
     betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-3,
 ) -> Plan:
@@ -195,12 +235,13 @@ def fedadam(
     return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), server, cohort)
 
 
+@_recipe
 def fedyogi(
     lr: Rate = 0.1,
-    epochs: int = 1,
+    epochs: Epochs = 1,
     batch: Batch = 10,
     cohort: Cohort = None,
-    server_lr: Rate = 0.01,
+    server_lr: ServerRate = 0.01,
     betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-3,
 ) -> Plan:
@@ -221,12 +262,13 @@ def fedyogi(
     return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), server, cohort)
 
 
+@_recipe
 def fedadagrad(
     lr: Rate = 0.1,
-    epochs: int = 1,
+    epochs: Epochs = 1,
     batch: Batch = 10,
     cohort: Cohort = None,
-    server_lr: Rate = 0.1,
+    server_lr: ServerRate = 0.1,
     beta: float = 0.9,
     eps: float = 1e-3,
 ) -> Plan:
@@ -247,11 +289,12 @@ def fedadagrad(
     return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), server, cohort)
 
 
+@_recipe
 def diloco(
     lr: Rate = 1e-3,
     steps: Steps = 500,
     batch: Batch = 32,
-    server_lr: Rate = 0.7,
+    server_lr: ServerRate = 0.7,
     momentum: float = 0.9,
     codec: Stage = Identity(),
 ) -> Plan:
@@ -278,13 +321,14 @@ def diloco(
     )
 
 
+@_recipe
 def fedbuff(
     lr: Rate = 0.1,
-    epochs: int = 1,
+    epochs: Epochs = 1,
     batch: Batch = 10,
     cohort: Cohort = None,
     k: int = 10,
-    server_lr: Rate = 1.0,
+    server_lr: ServerRate = 1.0,
     staleness: Staleness = staleness_polynomial(0.5),
 ) -> Plan:
     """Buffered asynchronous averaging: the server steps when k updates have arrived. Late updates have less weight.
@@ -305,12 +349,13 @@ def fedbuff(
     return Plan(local, Mean(), rules.sgd(server_lr), cohort, pace=Buffered(k, staleness))
 
 
+@_recipe
 def fedasync(
     lr: Rate = 0.1,
-    epochs: int = 1,
+    epochs: Epochs = 1,
     batch: Batch = 10,
     cohort: Cohort = None,
-    alpha: Rate = 0.6,
+    alpha: float | Schedule = 0.6,
     staleness: Staleness = staleness_polynomial(0.5),
 ) -> Plan:
     """Asynchronous federated optimization: each arriving model is mixed into θ. Late models have less weight.

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 
-class Nursery:
+class ForkServer:
     """The parent's handle of the fork server: one order, one answer."""
 
     def __init__(self):
@@ -42,7 +42,7 @@ class Nursery:
 
 def failpoints(kill, half):
     """Count the points of this process, and kill it at point `kill`. Return a function that gives the count."""
-    from atoll import runs
+    from atoll.runs import folder as module
 
     seen = [0]
 
@@ -71,14 +71,15 @@ def failpoints(kill, half):
 
     for name in ("fsync", "replace", "ftruncate", "unlink"):
         around(name)
-    append = runs.RunFolder._append
+    append = module.RunFolder._append
 
     def appending(folder, name, row):
-        point(lambda: folder._open(name).write(runs._json(row)[: len(runs._json(row)) // 2]))
+        line = module._json(row)
+        point(lambda: folder._open(name).write(line[: len(line) // 2]))
         append(folder, name, row)
         point()
 
-    runs.RunFolder._append = appending
+    module.RunFolder._append = appending
     return lambda: seen[0]
 
 

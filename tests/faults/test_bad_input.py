@@ -26,9 +26,11 @@ from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.plan import Plan
 from atoll.plan.registry import PARTS
 from atoll.training import Settings
+from atoll.training.stop import RULES
 
 PARTITIONS = {c.__name__: c for c in vars(partition).values() if isinstance(c, type) and c is not partition.Partition}
-KNOWN = {**{r.__name__: r for r in recipes.RECIPES}, **PARTS, **PARTITIONS}
+CALLABLE = {**PARTS, **RULES}  # all names that a text of a plan or of a stop rule may call
+KNOWN = {**{r.__name__: r for r in recipes.RECIPES}, **CALLABLE, **PARTITIONS}
 NAMES = {*KNOWN, *models.names(), "digits", "cross_entropy", "accuracy", "rmse", "classification", "none", "standard"}
 COMMANDS = ("atoll ", "--", "ls ", "apt-get ", "load(", "keep = ", "python ")
 
@@ -167,8 +169,8 @@ def test_number_that_is_none_in_a_file_read_by_rows(tmp_path):
 def test_more_clients_than_rows():
     """The suggested split works (the fixture above makes it)."""
     assert refused(lambda: DIGITS.split(1500), "1438 train rows").write
-    assert refused(lambda: DIGITS.split(1000), "at least 2 each").write
-    assert refused(lambda: DIGITS.split(20, min_rows=100), "at least 100 each").write
+    assert refused(lambda: DIGITS.split(1000), "at least 2 per client").write
+    assert refused(lambda: DIGITS.split(20, min_rows=100), "at least 100 per client").write
 
 
 def test_label_that_training_never_sees():
@@ -417,30 +419,30 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:30]))
 def test_hostile_text(text):
-    refused(lambda: parse(text, PARTS))
+    refused(lambda: parse(text, CALLABLE))
 
 
 def test_depth_is_counted():
     deep = "(" * DEEPEST + "1" + ",)" * DEEPEST
-    parse(deep, PARTS)
-    refused(lambda: parse(f"({deep},)", PARTS), "nested deeper")
+    parse(deep, CALLABLE)
+    refused(lambda: parse(f"({deep},)", CALLABLE), "nested deeper")
 
 
 def test_a_colon_in_a_text_names_no_code():
     """A quoted text with a colon is read back unchanged."""
-    rule = parse("Patience('val:loss', rounds=3, better='lower')", PARTS)
-    assert rule.metric == "val:loss" and parse(repr(rule), PARTS) == rule
+    rule = parse("Patience('val:loss', rounds=3, better='lower')", CALLABLE)
+    assert rule.metric == "val:loss" and parse(repr(rule), CALLABLE) == rule
 
 
 def plain(value):
     """Whether a value consists of constants and parts only."""
     if isinstance(value, (tuple, list)):
         return all(map(plain, value))
-    return value is None or isinstance(value, (bool, int, float, str, *PARTS.values(), *EXTRA))
+    return value is None or isinstance(value, (bool, int, float, str, *CALLABLE.values(), *EXTRA))
 
 
 EXTRA = (Value, schedule.Schedule)
-WORDS = [*PARTS, "os", "__import__", "lr", "weights", "cohort", "keep", "lambda", "for", "in", "if"]
+WORDS = [*CALLABLE, "os", "__import__", "lr", "weights", "cohort", "keep", "lambda", "for", "in", "if"]
 token = st.one_of(
     st.sampled_from(WORDS),
     st.sampled_from(["(", ")", "[", "]", ",", "=", ">>", ".", ":", "*", "**", "'", '"', " ", "\n", "-", "{", "}"]),
@@ -459,7 +461,7 @@ values = st.recursive(
         st.lists(inner, max_size=3).map(lambda items: f"({', '.join(items)},)" if items else "()"),
         st.tuples(inner, inner).map(" >> ".join),
         st.tuples(
-            st.sampled_from(sorted(PARTS)),
+            st.sampled_from(sorted(CALLABLE)),
             st.lists(inner, max_size=4),
             st.dictionaries(
                 st.sampled_from(["lr", "n", "q", "batch", "epochs", "rounds", "cohort", "weights"]), inner, max_size=3
@@ -474,7 +476,7 @@ texts = st.one_of(st.text(max_size=80), st.lists(token, max_size=20).map("".join
 def only_values(text):
     """parse returns a value of the grammar, or raises UsageError."""
     try:
-        value = parse(text, PARTS)
+        value = parse(text, CALLABLE)
     except UsageError:
         return
     assert plain(value), value
@@ -492,7 +494,7 @@ sys.path[:0] = {paths!r}
 import faults.test_bad_input as here
 from hypothesis import given, settings
 
-here.parse("Mean()", here.PARTS)
+here.parse("Mean()", here.CALLABLE)
 armed, seen = [False], []
 
 def hook(event, args):
@@ -519,7 +521,7 @@ def many(text):
 
 many()
 print("seen", seen)
-watched("sched:scheduler()", read=lambda text: here.parse(text, here.PARTS, trust=True))
+watched("sched:scheduler()", read=lambda text: here.parse(text, here.CALLABLE, trust=True))
 print("then", seen)
 """
 

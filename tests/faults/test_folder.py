@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.grammar import parse
 from atoll.engine.client_state import Memory
 from atoll.plan.registry import PARTS
+from atoll.runs import folder as folders
 
 PLAN = parse(
     "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=3)", PARTS
@@ -37,9 +39,9 @@ def split(seed=0):
 DATA = split()
 
 
-def train(out=None, resume=None, plan=PLAN, data=DATA, model="softmax", rounds=ROUNDS, watchers=(), **words):
+def train(out=None, resume=None, plan=PLAN, data=DATA, model="softmax", rounds=ROUNDS, observers=(), **words):
     words = {"checkpoint_s": 0, "report": False, **words}
-    return atoll.train(model, data, plan, rounds=rounds, out=out, resume=resume, watchers=watchers, **words)
+    return atoll.train(model, data, plan, rounds=rounds, out=out, resume=resume, observers=observers, **words)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def test_files_may_not_grow(tmp_path, whole, size):
     """A limit of 1000 bytes hits a log, 2000 and 2800 the state or the best model, 5000 a log or client memory."""
     watching = Watching(lambda round: None)
     with files_up_to(size), pytest.raises(RunError, match="a file may not grow further") as stop:
-        train(tmp_path, watchers=[watching])
+        train(tmp_path, observers=[watching])
     assert stop.value.exit_code == 1
     assert stop.value.write == f"atoll resume {watching.path.name}"
     finished_as(watching.path, whole)
@@ -349,12 +351,12 @@ def edited(path, **changes):
     pointer = runs.read_pointer(path)
     for name, value in changes.items():
         pointer[name] = value
-    digest = runs.sha256(runs._json(pointer)).hexdigest()
-    (path / "checkpoint" / "pointer.json").write_bytes(runs._json({**pointer, "sha256": digest}))
+    digest = sha256(folders._json(pointer)).hexdigest()
+    (path / "checkpoint" / "pointer.json").write_bytes(folders._json({**pointer, "sha256": digest}))
 
 
 def test_other_version(half, whole):
-    versions = {**runs.versions(), "torch": "1.0"}
+    versions = {**folders.library_versions(), "torch": "1.0"}
     edited(half, versions=versions)
     before = contents(half)
     with pytest.raises(UsageError, match=r"was written with torch 1\.0") as refusal:
@@ -389,7 +391,7 @@ def test_resume_as_something_else(half, whole, what, begun):
     if begun == "without":
         shutil.rmtree(half / "checkpoint")
     before = contents(half)
-    with pytest.raises(UsageError, match=f"was begun with another {what}") as refusal:
+    with pytest.raises(UsageError, match=f"started with another {what}") as refusal:
         train(resume=half, **OTHERS[what])
     assert refusal.value.exit_code == 2
     assert half.name in refusal.value.write
@@ -418,7 +420,7 @@ def test_the_body_is_that_of_the_beginning(tmp_path):
 def test_ctrl_c_once(tmp_path, whole):
     """The round is finished, a checkpoint is written, and the run reports that it was interrupted."""
     once = Watching(lambda round: signal.raise_signal(signal.SIGINT) if round == 1 else None)
-    run = train(tmp_path, watchers=[once], checkpoint_s=1000)
+    run = train(tmp_path, observers=[once], checkpoint_s=1000)
     assert (run.status, run.rounds) == ("interrupted", 2)
     assert runs.read_pointer(run.path)["facts"]["round"] == 2
     assert load_file(run.path / "model.safetensors")
@@ -443,7 +445,7 @@ def interrupted_twice(tmp_path, **words):
 
 def test_ctrl_c_twice_between_rounds(tmp_path, whole):
     watching = Watching(lambda round: twice() if round == 2 else None)
-    finished_as(interrupted_twice(tmp_path, watchers=[watching]), whole)
+    finished_as(interrupted_twice(tmp_path, observers=[watching]), whole)
 
 
 @pytest.mark.parametrize("at", [3, 7])
@@ -488,7 +490,7 @@ def test_a_watcher_that_breaks(tmp_path, whole):
             raise ZeroDivisionError("mine")
 
     with pytest.raises(ZeroDivisionError):
-        train(tmp_path, watchers=[Watching(broken)])
+        train(tmp_path, observers=[Watching(broken)])
     (path,) = runs.list_runs(tmp_path)
     finished_as(path, whole)
 

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from faults.nursery import Nursery
+from faults.forkserver import ForkServer
 
 ROUNDS = 6
 # Clients keep their optimizer and their position in the rows, so checkpoints contain segments of client memory.
@@ -30,19 +30,19 @@ PLANS = {
 
 
 @pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+def server():
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(nursery, tmp_path_factory):
+def undisturbed(server, tmp_path_factory):
     """An undisturbed run of each plan, and the number of its points."""
     out = {}
     for name, words in PLANS.items():
         folder = tmp_path_factory.mktemp(name)
-        answer = nursery.order(**words, folder=str(folder), rounds=ROUNDS)
+        answer = server.order(**words, folder=str(folder), rounds=ROUNDS)
         out[name] = answer["points"], result(Path(answer["path"]))
     return out
 
@@ -64,12 +64,12 @@ def without(row, name):
     return {n: v for n, v in row.items() if n != name}
 
 
-def survive(nursery, folder, name, kills, rounds=ROUNDS):
+def survive(server, folder, name, kills, rounds=ROUNDS):
     """Kill the run at these points in turn, then let it finish. Return its result."""
     words = {**PLANS[name], "folder": str(folder), "rounds": rounds}
     for kill, half in kills:
-        nursery.order(**words, kill=kill, half=half)
-    answer = nursery.order(**words)
+        server.order(**words, kill=kill, half=half)
+    answer = server.order(**words)
     assert not answer["killed"]
     return result(Path(answer["path"]))
 
@@ -99,46 +99,46 @@ def test_somebody_flies_when_it_is_killed(undisturbed):
 
 
 @pytest.mark.parametrize(("name", "sixth"), POINTS)
-def test_killed_once(nursery, undisturbed, tmp_path, name, sixth):
+def test_killed_once(server, undisturbed, tmp_path, name, sixth):
     """One random point in each sixth of the run."""
     points, expected = undisturbed[name]
     draw = random.Random(f"{name} {sixth}")
     kill = points * sixth // 6 + draw.randrange(points // 6) + 1
-    assert survive(nursery, tmp_path, name, [(kill, sixth % 2 == 0)]) == expected
+    assert survive(server, tmp_path, name, [(kill, sixth % 2 == 0)]) == expected
 
 
-def test_killed_again_and_again(nursery, undisturbed, tmp_path):
+def test_killed_again_and_again(server, undisturbed, tmp_path):
     """Kill a run a few points after each resume, while it truncates its logs and writes its first checkpoint."""
     _, expected = undisturbed["some"]
-    assert survive(nursery, tmp_path, "some", [(55, True), (3, False), (20, True), (2, False), (33, True)]) == expected
+    assert survive(server, tmp_path, "some", [(55, True), (3, False), (20, True), (2, False), (33, True)]) == expected
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("half", [False, True])
-def test_killed_at_many_points(nursery, undisturbed, tmp_path, name, half):
+def test_killed_at_many_points(server, undisturbed, tmp_path, name, half):
     """Every seventh point from the first; or from the fourth, with half of the current write on disk."""
     points, expected = undisturbed[name]
     for kill in range(4 if half else 1, points + 1, 7):
         folder = tmp_path / str(kill)
         folder.mkdir()
-        assert survive(nursery, folder, name, [(kill, half)]) == expected, f"killed at point {kill}"
+        assert survive(server, folder, name, [(kill, half)]) == expected, f"killed at point {kill}"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", PLANS)
-def test_thirty_kills_at_random_moments(nursery, tmp_path, name):
+def test_thirty_kills_at_random_moments(server, tmp_path, name):
     """Thirty times `kill -9` after a random time. A run that finishes earlier is compared, and another one starts."""
     words = {**PLANS[name], "rounds": 60}
-    expected = result(Path(nursery.order(**words, folder=str(tmp_path / "alone"))["path"]))
+    expected = result(Path(server.order(**words, folder=str(tmp_path / "alone"))["path"]))
     draw, kills, runs = random.Random(7), 0, 0
     while kills < 30:
-        answer = nursery.order(**words, folder=str(tmp_path / f"run {runs}"), seconds=draw.uniform(0.05, 1.0))
+        answer = server.order(**words, folder=str(tmp_path / f"run {runs}"), seconds=draw.uniform(0.05, 1.0))
         kills += answer["killed"]
         if not answer["killed"]:
             assert result(Path(answer["path"])) == expected
             runs += 1
-    answer = nursery.order(**words, folder=str(tmp_path / f"run {runs}"))
+    answer = server.order(**words, folder=str(tmp_path / f"run {runs}"))
     assert result(Path(answer["path"])) == expected

@@ -177,7 +177,7 @@ def test_it_is_written_down_and_shown(tmp_path, capsys):
     data = atoll.data.load("digits").split(clients=8)
     plan = plan_of(2)
     with LiveTable(plain=True) as table:
-        done = atoll.train("softmax", data, plan, rounds=2, out=tmp_path, watchers=[table], report=False)
+        done = atoll.train("softmax", data, plan, rounds=2, out=tmp_path, observers=[table], report=False)
     events = [json.loads(line) for line in (done.path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     (note,) = [e for e in events if e["event"] == "note"]
     assert note["round"] == 0 and "More than 2 clients" in note["text"]

@@ -83,7 +83,7 @@ def test_lanes_are_each_client_alone_to_the_bit(digits, plan, normed):
     solo, ids = baselines._solo(plan), torch.arange(data.count)
     assert baselines._in_lanes(training, solo)
     turns = baselines._turns(baselines._chances(training), 4)
-    together, finite = baselines._side_by_side(training, solo, ids, turns)
+    together, finite = baselines._lanes(training, solo, ids, turns)
     assert finite.all()
     for i in ids.tolist():
         state, failed = baselines._train(training, training.engine, solo, turns[:, i], i)
@@ -101,7 +101,7 @@ def test_the_only_client_alone_is_that_client_trained_by_itself(digits):
     training = ran("softmax", first, plan, numerics="lanes")
     plain = ran("softmax", first, Plan(plan.local, ALONE), numerics="lanes")
     told, many = baselines.alone(training), baselines.alone(ran("softmax", data, plan, numerics="lanes"))
-    model, _ = baselines._side_by_side(training, baselines._solo(plan), torch.tensor([0]), torch.ones(3, 1) > 0)
+    model, _ = baselines._lanes(training, baselines._solo(plan), torch.tensor([0]), torch.ones(3, 1) > 0)
     assert torch.equal(model.theta[0], plain.state.model.theta)
     ((each),) = baselines._judged(training.task, first.held(), model)
     assert {n: told[n] for n in each} == each
@@ -146,7 +146,7 @@ def test_many_clients_are_drawn():
     x = torch.arange(1500.0)[:, None] / 1500
     data = arrays(x, (x[:, 0] > 0.5).long(), task="classification").split(600, IID())
     told = baselines.alone(ran("softmax", data, recipes.fedavg(0.5, cohort=2), 2))
-    assert (told["clients"], told["population"]) == (baselines.MOST, 600)
+    assert (told["clients"], told["population"]) == (baselines.MAX_CLIENTS, 600)
     assert told["accuracy_min"] <= told["accuracy"] <= told["accuracy_max"]
 
 

@@ -344,7 +344,7 @@ def test_what_cannot_be_is_refused_with_a_line_that_can(text, required):
 
 
 @EVERY
-def test_a_codec_that_was_not_told_its_place_says_so_and_works_once_it_is(codec):
+def test_an_unbound_codec_names_the_call_of_bind_that_it_needs(codec):
     x, key = draw(2, 300)
     layout = flat_layout(300)
     placed, memory, shared = start(codec, 300, 2)
@@ -357,7 +357,7 @@ def test_a_codec_that_was_not_told_its_place_says_so_and_works_once_it_is(codec)
     assert codec.bind(layout) == codec and hash(codec.bind(layout)) == hash(codec)
 
 
-def test_a_shift_that_was_not_told_who_there_is_says_so():
+def test_ef21_without_the_total_weight_names_the_call_of_bind_that_it_needs():
     codec, layout, total_weight = EF21(TopK(0.1)), flat_layout(10), 3
     total = Total({"update": torch.zeros(10)}, {}, torch.tensor(1), torch.tensor(1), {})
     with pytest.raises(RunError, match="has no total weight of all clients") as caught:

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import needs_native, threads
 
-import atoll.compute.buffer_pool
 from atoll.base import grammar
 from atoll.base.errors import UsageError
-from atoll.compute import native
+from atoll.compute import limits, native
 from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.tensor_notes import attach
 from atoll.plan.aggregate import Mean, PartialSum, Sum, exact
@@ -110,7 +109,7 @@ def test_same_bits_for_every_order_and_grouping(aggregator, problem):
     [*((dtype, bad) for dtype in DTYPES for bad in (math.nan, math.inf, -math.inf)), (torch.float64, -(2.0**901))],
 )
 def test_what_cannot_be_added_is_found(dtype, bad, monkeypatch):
-    monkeypatch.setattr(exact, "_SOME", 1)
+    monkeypatch.setattr(limits, "NATIVE_PEAKS", 1)
     rows = torch.ones(3, BLOCK + 7, dtype=dtype)
     rows[0, 0] = -float(min(exact.LARGEST, torch.finfo(dtype).max))
     assert exact.bounded(rows)
@@ -182,7 +181,7 @@ def test_memory_that_held_something_else_changes_no_bit(problem, spoiled):
     if spoiled:
         rows[rng.integers(len(rows)), rng.integers(rows.shape[1])] = math.nan
     with pytest.MonkeyPatch.context() as patch, use_pool(shelf):
-        patch.setattr(atoll.compute.buffer_pool, "_LARGE", 1)
+        patch.setattr(limits, "POOLED_BYTES", 1)
         for size in (8, 16, 32, 64, 128):  # for each of them a buffer that will be reused
             shelf.empty(size * len(rows[0])).fill_(255)
         digits = {}
@@ -201,7 +200,7 @@ def test_same_bits_for_every_number_of_threads(dtype):
     totals = []
     for n in (1, 2):
         with threads(n), native.threads(n), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(exact, "_MANY", 1)
+            patch.setattr(limits, "THREADED_SUM", 1)
             totals.append(exact.total(exact.add({}, rows, weights)))
     for piece in (rows[:1], rows[:33]):  # other shapes of a matrix product
         totals.append(

@@ -189,7 +189,7 @@ def test_ages_are_bounded(s, seed):
     for t in range(20):
         before = {f.number for f in state.air.flights}
         state, report = step(plan, state, engine)
-        starts += [(trip.client, trip.birth) for trip in report.trips if trip.number not in before]
+        starts += [(trip.client, trip.version) for trip in report.trips if trip.number not in before]
         begun = starts + [(f.client, f.version) for f in state.air.flights]
         oldest = min((f.version for f in state.air.flights), default=t)
         for client in range(len(SIZES)):
@@ -383,7 +383,7 @@ def test_a_deadline_needs_a_clock_and_somebody_who_can_meet_it():
     plan = Plan(Gradient(), Mean(), rules.sgd(0.1), pace=Sync(deadline_s=0.5))
     with pytest.raises(UsageError, match="without a clock"):
         atoll.rounds("softmax", data, plan, rounds=1)
-    with pytest.raises(UsageError, match="nobody can meet") as refusal:
+    with pytest.raises(UsageError, match="no client can meet") as refusal:
         atoll.rounds("softmax", data, plan, rounds=1, fleet=Fleet())
     better = replace(plan, pace=parse(refusal.value.write, PARTS))
     assert atoll.rounds("softmax", data, better, rounds=1, fleet=Fleet()).next().arrived == len(SIZES)

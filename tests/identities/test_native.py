@@ -65,9 +65,9 @@ def test_each_library_exports_the_structs_of_python(name):
     ("name", "old", "new", "given"),
     [
         ("exact", b"F(I, threads) ", b"F(I, threads) F(I, cores)", "13 fields and 104 bytes; 'cores' stands in"),
-        ("exact", b"F(I, threads) ", b"", "11 fields and 88 bytes; 'tops' stands in the place of 'threads'"),
+        ("exact", b"F(I, threads) ", b"", "11 fields and 88 bytes; 'tops' instead of 'threads'"),
         ("exact", b"F(I, threads) ", b"F(int, threads) F(int, cores)", "13 fields and 96 bytes; 'cores' stands in"),
-        ("exact", b"F(I, clients) F(I, d)", b"F(I, d) F(I, clients)", "'d' stands in the place of 'clients'"),
+        ("exact", b"F(I, clients) F(I, d)", b"F(I, d) F(I, clients)", "'d' instead of 'clients'"),
         ("exact", b"Struct##_size = sizeof", b"Struct##_sizes = sizeof", "does not export it"),
         ("descent", b"F(I, relu)", b"", "Struct LayerSpec .* 20 fields and 160 bytes"),
         ("descent", b"F(double, lr)", b"F(float, lr) F(float, momentum)", "Struct Job .* 27 fields and 208 bytes"),

@@ -13,7 +13,7 @@ from torch import nn
 from atoll import models
 from atoll.base.errors import UsageError
 from atoll.base.random import Key, global_scope
-from atoll.compute import compiled, native
+from atoll.compute import compiled, limits, native
 from atoll.compute.batches import ClientBatch
 from atoll.compute.fused import UnsupportedModel
 from atoll.compute.model_state import Batch
@@ -247,7 +247,7 @@ def test_where_rows_lie_changes_no_bit(monkeypatch):
     behind = replace(stored, rows=DatasetRows(items))
     task = task_of(models.build("cnn", (6, 6), 3, "classification", Key(3)), stored, "compiled", torch.float32)
     plan = Plan(Train(sgd(0.1), epochs=3, batch=4), Mean())
-    monkeypatch.setattr(compiled, "_AHEAD", 36 * 30)
+    monkeypatch.setattr(limits, "NATIVE_READ_AHEAD", 36 * 30)
     ends = [run(plan, InProcessEngine(task, data))[0].model.theta for data in (stored, floats, behind)]
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from quick_cases import by_turns, only
 from torch import Tensor
 
-import atoll.plan.optimizer.base
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
+from atoll.compute import limits
 from atoll.plan.optimizer.base import OptimizerBase
 from atoll.plan.optimizer.rules import (
     OPTIMIZERS,
@@ -156,7 +156,7 @@ def test_bits_do_not_depend_on_blocks_threads_or_neighbours(optimizer, monkeypat
     try:
         for count, block in ((1, 1 << 17), (2, 1 << 17), (2, 1 << 30), (1, 1003), (2, 40001)):
             torch.set_num_threads(count)
-            monkeypatch.setattr(atoll.plan.optimizer.base, "BLOCK", block)
+            monkeypatch.setattr(limits, "OPTIMIZER_BLOCK", block)
             assert same(run(optimizer, theta, gs)[0], alone), (count, block)
     finally:
         torch.set_num_threads(threads)

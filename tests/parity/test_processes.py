@@ -438,7 +438,7 @@ def test_a_closed_engine_says_so(nursery):
 
 
 def test_partial_work_is_refused(mlp):
-    with pytest.raises(UsageError, match="cut short") as told:
+    with pytest.raises(UsageError, match="cannot be repeated") as told:
         run(Plan(Train(sgd(0.1), epochs=1), Mean(), pace=Sync(deadline_s=5, partial=True)), mlp[0], 1)
     assert told.value.write == "Sync(deadline_s=5)"
 

@@ -257,8 +257,8 @@ def test_a_client_that_kills_every_actor_is_a_failure_and_ends_a_run_that_allows
 @pytest.mark.slow
 def test_an_actor_that_ray_kills_in_mid_round_is_replaced(tmp_path, mlp):
     def kill(engine: RayEngine, pid: int) -> None:
-        (hand,) = [hand for hand in engine._crew._hands if hand.pid == pid]
-        ray.kill(hand.line._actor)
+        (worker,) = [worker for worker in engine._pool._workers if worker.pid == pid]
+        ray.kill(worker.connection._actor)
 
     struck(tmp_path, mlp, recipes.fedavg(lr=0.1, batch=4), kill, (here(),), workers=2, cpus=0.1)
 

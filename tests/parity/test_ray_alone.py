@@ -56,7 +56,7 @@ def test_parts_of_a_machine_that_there_are_not_are_refused(fields):
 
 def test_a_gpu_that_no_actor_has_is_refused():
     data = atoll.data.load("digits").split(clients=4)
-    with pytest.raises(UsageError, match="device = 'cuda' with the engine Ray") as refusal:
+    with pytest.raises(UsageError, match="device = 'cuda' with actors that have no GPU") as refusal:
         atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="ray", device="cuda")
     assert refusal.value.write == "--device cuda --gpus 1"
 
@@ -172,7 +172,7 @@ if __name__ == "__main__":
     for report in training:
         if report.round == 1:
             print(report.fingerprint, flush=True)
-            print(training.engine._office._end.peek()[2][1], *training.engine.pids, flush=True)
+            print(training.engine._transport._end.peek()[2][1], *training.engine.pids, flush=True)
 """
 
 

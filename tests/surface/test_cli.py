@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import inspect
 import json
 import os
 import resource
@@ -198,7 +199,7 @@ def test_smoke_tries_every_stage_and_leaves_nothing(atoll, monkeypatch):
     monkeypatch.setattr("atoll.report.figures.DPI", 40)
     done = atoll("run", *quick(), "--smoke", "--baselines")
     assert done.code == 0
-    for stage in ("a round", "an evaluation", "a checkpoint", "going on", "the report", "the baselines"):
+    for stage in ("a round", "an evaluation", "a checkpoint", "resuming", "the report", "the baselines"):
         assert f"{stage}" in done.out
     assert list(Path().iterdir()) == []
 
@@ -255,6 +256,16 @@ def test_runs_show_and_ids(atoll):
         for part in (path.name, "done", "sgd(0.1)", "rmse", "pooled", "config.toml", f"atoll export {path.name[11:]}"):
             assert part in text, name
     assert json.loads(atoll("show", "latest", "--json").out) == brief | {"path": str(path.resolve())}
+
+
+def test_show_why_prints_the_reason_for_the_backend(atoll):
+    done = atoll("run", *quick())
+    about = json.loads((only_run() / "environment.json").read_text(encoding="utf-8"))
+    assert about["why"] and about["why"] not in done.err
+    assert atoll("show", "latest", "--why").out == f"numerics  {about['numerics']}: {about['why']}\n"
+    backend = {"numerics": about["numerics"], "why": about["why"]}
+    assert json.loads(atoll("show", "latest", "--why", "--json").out) == backend
+    assert "--why" in atoll("show", "--help").out
 
 
 def test_resume_goes_on_to_more_rounds_and_keeps_them(atoll):
@@ -592,3 +603,11 @@ def test_output_that_nobody_reads_is_no_error(atoll):
 def test_python_about_data_is_said_as_flags(write, flags):
     text = as_flags(AtollError("No.", write=write))
     assert text == str(AtollError("No.", write=write if flags is None else flags))
+
+
+def test_shared_options_of_commands_are_declared_once():
+    """Each command uses the declaration in cli/options.py or cli/flags.py."""
+    shared = {"out": "Out", "as_json": "Json", "quiet": "Quiet", "trust": "Trust", "flags": "ExperimentFlags"}
+    commands = [inspect.unwrap(app[name].default_command) for name in app if not name.startswith("-")]
+    found = [item for command in commands for item in command.__annotations__.items() if item[0] in shared]
+    assert set(found) == set(shared.items()) and len(found) > 3 * len(shared)

@@ -246,12 +246,12 @@ def test_it_is_closed_once_after_an_error():
         raise OSError("stop")
 
     with pytest.raises(OSError, match="stop"):
-        run(engine=FAKE, watchers=[Stops(fail)])
+        run(engine=FAKE, observers=[Stops(fail)])
     assert fake_engine.CALLS == ["open", 0, "close"]
 
 
 def test_it_is_closed_once_after_ctrl_c():
-    done = run(engine=FAKE, watchers=[Stops(lambda: os.kill(os.getpid(), signal.SIGINT))], rounds=5)
+    done = run(engine=FAKE, observers=[Stops(lambda: os.kill(os.getpid(), signal.SIGINT))], rounds=5)
     assert done.status == "interrupted"
     assert fake_engine.CALLS == ["open", 0, "close"]
 

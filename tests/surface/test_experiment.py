@@ -122,7 +122,7 @@ def test_train_takes_everything_that_was_told():
         def end(self, run):
             seen.append(run.status)
 
-    run = it.train(out=None, watchers=[Watcher()])
+    run = it.train(out=None, observers=[Watcher()])
     settings = seen[0]
     assert (settings.rounds, settings.seed, settings.dtype, settings.evaluate_every) == (2, 1, "float64", 2)
     assert [repr(rule) for rule in settings.stop] == ["Tolerance(loss=1.0)"]
@@ -209,7 +209,7 @@ def test_bad_files_are_refused(text, parts):
 def test_missing_and_unreadable_files_are_refused():
     refused(lambda: Experiment.read("absent.toml"), "absent.toml cannot be read", "No such file")
     Path("latin.toml").write_bytes(b"data = '\xe9'")
-    refused(lambda: Experiment.read("latin.toml"), "no UTF-8")
+    refused(lambda: Experiment.read("latin.toml"), "not UTF-8")
     refused(lambda: Experiment.read(written("[tool.other]\n", "pyproject.toml")), "no section [tool.atoll]")
 
 

@@ -35,7 +35,7 @@ from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.plan.plan import Plan
 from atoll.plan.registry import PARTS
 from atoll.plan.sampler import Poisson, Uniform
-from atoll.tools.forecast import LINKS, flown, predict
+from atoll.tools.forecast import LINKS, predict, simulate
 
 SIZES = (4, 7, 5, 9, 6, 3, 8, 5)
 DATA = classification(SIZES, (12,))
@@ -143,12 +143,12 @@ def test_rounds_that_are_not_flown_are_like_the_others():
     plan = it.plan
     whole = predict(it)
     assert len(whole.flights.up) == 400
-    part = flown(plan, it.state, it.engine, 400, most=300)
+    part = simulate(plan, it.state, it.engine, 400, limit=300)
     assert 100 < len(part.up) < 200
     about = replace(whole, flights=part)
     assert about.bytes_up == whole.bytes_up
     assert about.seconds == pytest.approx(whole.seconds, rel=0.15)
-    assert "rounds were flown" in about.text() and "rounds were flown" not in whole.text()
+    assert "rounds were simulated" in about.text() and "rounds were simulated" not in whole.text()
 
 
 # time
@@ -229,7 +229,7 @@ def test_who_waits_is_told_not_to():
     data = classification((3,) * 40, (12,))
     plan = Plan(Gradient(), Mean(), sgd(0.1), Uniform(20))
     told = predict(training(plan, Fleet(HalfNormal()), rounds=5, data=data))
-    assert settings(told.help.write) == {"pace": Buffered(2)} and "Most time is waiting" in told.text()
+    assert settings(told.help.write) == {"pace": Buffered(2)} and "Most of the time is waiting" in told.text()
     assert told.help.arrivals > 1.3 * 20 / told.flights.parts.total
     patient = predict(training(replace(plan, pace=Buffered(2)), Fleet(HalfNormal()), rounds=5, data=data))
     assert patient.flights.parts.waiting < 1e-9 < told.flights.parts.waiting
@@ -239,7 +239,7 @@ def test_a_change_that_does_not_fit_is_not_proposed():
     """A mean over the expected clients is valid with `Sync()` only."""
     plan = Plan(Gradient(), Mean(over="expected"), sgd(0.1), cohort=4)
     told = predict(training(plan, Fleet(Between(0.01, 9.0))))
-    assert told.help is None and told.told()["time"]["help"] is None
+    assert told.help is None and told.values()["time"]["help"] is None
 
 
 # memory
@@ -314,7 +314,7 @@ def test_the_command_refuses_what_a_run_would(run):
     code, out, err = run(*WORDS, "--set", "plan.pace=Sync(deadline_s=5)")
     assert (code, out) == (2, "") and "without a clock" in err
     code, out, err = run(*WORDS, "--fleet", "Fleet()", "--set", "plan.pace=Sync(deadline_s=0.5)")
-    assert (code, out) == (2, "") and "nobody can meet" in err
+    assert (code, out) == (2, "") and "no client can meet" in err
 
 
 def test_a_file_is_read(run, tmp_path):

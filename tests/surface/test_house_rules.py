@@ -99,9 +99,48 @@ def too_long(tree: ast.Module) -> Found:
 
 def rebuilds_classes(tree: ast.Module) -> Found:
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and "crossing" in f"{node.module}.{[a.name for a in node.names]}":
-            yield node.lineno, "engine/crossing.py rebuilds any class by its name: bytes of a network must not reach it"
+        if isinstance(node, ast.ImportFrom) and "serialize" in f"{node.module}.{[a.name for a in node.names]}":
+            yield node.lineno, "serialize rebuilds any class by its name: bytes of a network must not reach it"
 
+
+ENGINE_NAMES = {"inprocess", "processes", "torchrun", "ray"}
+ENGINE_CLASSES = {"InProcess", "Processes", "Torchrun", "Ray"}
+ENGINE_CLASSES |= {f"{name}Engine" for name in ENGINE_CLASSES} | {"WorkerEngine"}
+
+
+def words(node: ast.AST) -> set[str]:
+    """The texts and the last parts of the names in an expression."""
+    found = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    found |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return found | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+
+
+def compares_engines(tree: ast.Module) -> Found:
+    """A comparison, a `case` or an `isinstance` that contains the name or the class of an engine."""
+    for node in ast.walk(tree):
+        tested: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            tested = [node]
+        elif isinstance(node, ast.match_case):
+            tested = [node.pattern]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            tested = list(node.args[1:])
+        for part in tested:
+            if found := words(part) & (ENGINE_NAMES | ENGINE_CLASSES):
+                yield part.lineno, f"asks for the engine {', '.join(sorted(found))}"
+
+
+def names_no_tests(tree: ast.Module) -> Found:
+    """A module docstring that does not end with `Tests: tests/…`, or names a file that does not exist."""
+    last = " ".join((ast.get_docstring(tree) or "").split("\n\n")[-1].split())
+    if tree.body and not re.fullmatch(r"Tests: (tests/[\w/]+\.py, )*tests/[\w/]+\.py\.?", last):
+        yield 1, "the module docstring does not end with the line `Tests: tests/…`"
+    yield from (
+        (1, f"{name} does not exist") for name in re.findall(r"tests/[\w/]+\.py", last) if not (ROOT / name).exists()
+    )
+
+
+ABOVE_ENGINES = [f"src/atoll/{package}" for package in ("training", "tools", "report", "cli")]
 
 # rule, its folders, a line that breaks it, a line that does not
 RULES = [
@@ -116,8 +155,20 @@ RULES = [
     (sleeps, ["src", "tests"], "await asyncio.sleep(.1)", "await asyncio.sleep(0)"),
     (imports_early, ["src"], "import matplotlib.pyplot as plt", "def draw():\n    import matplotlib"),
     (imports_early, ["src"], "try:\n    import pandas\nfinally:\n    pass", "import numpy"),
-    (rebuilds_classes, ["src/atoll/net"], "from atoll.engine import crossing", "from atoll.engine import spec"),
-    (rebuilds_classes, ["src/atoll/net"], "from atoll.engine.crossing import unpack", "from atoll.names import load"),
+    (rebuilds_classes, ["src/atoll/net"], "from atoll.engine.workers import serialize", "from atoll.base import names"),
+    (
+        rebuilds_classes,
+        ["src/atoll/net"],
+        "from ..workers.serialize import deserialize",
+        "from ..base.names import load",
+    ),
+    (compares_engines, ABOVE_ENGINES, "if engine == 'torchrun': pass", "text = f'--engine {name}'"),
+    (compares_engines, ABOVE_ENGINES, "alone = name in ('ray', 'processes')", "field in spec.fields"),
+    (compares_engines, ABOVE_ENGINES, "isinstance(engine, (a.TorchrunEngine, int))", "InProcessEngine(task, data)"),
+    (compares_engines, ABOVE_ENGINES, "type(engine) is InProcess", "engine: InProcess = InProcess()"),
+    (compares_engines, ABOVE_ENGINES, "match engine:\n    case Ray(): pass", "match engine:\n    case None: pass"),
+    (names_no_tests, ["src"], "import os", '"""One line.\n\nTests: tests/surface/test_cli.py\n"""'),
+    (names_no_tests, ["src"], '"""One line.\n\nTests: tests/nothing.py\n"""', ""),
     (too_long, ["src"], "def f():\n" + "    x\n" * 70, "def f():\n" + "    x\n" * 69),
     (too_long, ["src"], "def f(a, b, c, d, e, f, g, h, i, j, k, l, *, m): ...", "def f(a, *, b): ..."),
 ]

@@ -34,6 +34,6 @@ import sys, atoll
 print("torch" in sys.modules, "typing" in sys.modules)
 import atoll.training.train
 from atoll import train
-print(atoll.train is train, train.__name__, callable(train), atoll.runs.events.Observer.__name__)
+print(atoll.train is train, train.__name__, callable(train), atoll.Observer.__name__)
 """
     assert fresh(code).splitlines() == ["False False", "True train True Observer"]

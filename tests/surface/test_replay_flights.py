@@ -111,7 +111,7 @@ def test_who_was_lost_or_late_is_computed_and_says_so(run):
             if len(mine) > 1:
                 continue
             found = replay(done.path, t, client, training=again())
-            assert {"dropped": "dropped out", "late": "no longer awaited"}[fate] in found.failure
+            assert {"dropped": "dropped out", "late": "the round closed"}[fate] in found.failure
             assert found.losses and found.share is None and found.update_norm
             return
 

@@ -248,7 +248,7 @@ def test_long_logs_are_thinned(tmp_path):
 def test_huge_federation_is_counted_in_part():
     told = summarize(federation([2] * 300_000, 20))
     assert len(told.ids) == MOST_DRAWN and len(told.every) <= MOST_COUNTED
-    assert "2,000 of the 300,000 clients" in told.said
+    assert "2,000 of the 300,000 clients" in told.omitted
 
 
 def test_clients_that_are_alike_stand_together():
@@ -340,7 +340,8 @@ def test_plain_lines(training):
     ]
     assert "3/3" in text and "2.41 kB" in text and "0.25 s" in text
     assert text.splitlines()[-1].startswith("done: it is enough   8.00 s   ↑ 9.63 kB   ↓ 9.60 kB   best accuracy 0.6")
-    assert "cohort = Everyone()" in text and f"{training.task.numerics}: " in text
+    assert "cohort = Everyone()" in text and f"numerics {training.task.numerics}\n" in text
+    assert training.reason not in text  # `atoll show --why` prints it
 
 
 def test_quick_rounds_are_one_line_a_second_and_the_last_is_there(training):
@@ -392,7 +393,7 @@ def test_table_on_a_terminal_keeps_the_best_and_the_last(training):
 def test_training_is_shown_as_it_goes(data):
     file = io.StringIO()
     with LiveTable(plain=True, file=file) as table:
-        train("softmax", data, recipes.fedavg(lr=0.1), rounds=3, out=None, watchers=[table])
+        train("softmax", data, recipes.fedavg(lr=0.1), rounds=3, out=None, observers=[table])
     assert lines(file.getvalue())[-1][0] == "2" and "Finished 3 rounds" in file.getvalue()
 
 

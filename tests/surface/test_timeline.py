@@ -142,6 +142,15 @@ def test_everybody_waits_for_the_straggler_or_nobody_does(data, tmp_path):
     assert (parts[Bounded(5)] > 0.9).all()
 
 
+def test_columns_of_the_event_trips(data, tmp_path):
+    run = flew(data, tmp_path, Buffered(2), count=2, report=False)
+    rows = [json.loads(line) for line in (run.path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = [list(row) for row in rows if row["event"] == "trips"]
+    assert found and all(tuple(n for n in each if n not in ("event", "time", "round")) == FIELDS for each in found)
+    flights = RunData.read(run.path).events.flights
+    assert flights.number.tolist() == [trip.number for report in run.reports for trip in report.trips]
+
+
 def test_a_run_with_a_clock_says_so_everywhere(data, tmp_path):
     run = flew(data, tmp_path, Buffered(2))
     text = (run.path / "report.html").read_text(encoding="utf-8")
@@ -208,6 +217,6 @@ def test_columns_stand_where_they_say_something(data, pace, fleet, more):
     assert shown & {"late", "flying", "staleness", "clock"} == more
     file = io.StringIO()
     with LiveTable(plain=True, file=file) as table:
-        run = train("softmax", data, plan, rounds=2, fleet=fleet, numerics="lanes", out=None, watchers=[table])
+        run = train("softmax", data, plan, rounds=2, fleet=fleet, numerics="lanes", out=None, observers=[table])
     last = file.getvalue().splitlines()[-1]
     assert f"↑ {size(run.bytes_up)}" in last and ("of virtual time" in last) == (fleet is not None)

@@ -65,11 +65,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return close[0] if close else (names[0] if names else "")
 
 
-def unknown_name(what: str, name: str, known: Iterable[str]) -> UsageError:
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Build the `UsageError` for an unknown name; it suggests the closest known name.
 
     Args:
-        what: the kind of thing that the name denotes, such as "model".
+        kind: the kind of thing that the name denotes, such as "model".
         name: the name that was given.
         known: the valid names.
     Example:
@@ -80,7 +80,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UsageError:
     """
     names = sorted(known)
     return UsageError(
-        f"No {what} is called {name!r}.",
+        f"No {kind} is called {name!r}.",
         f"one of {', '.join(names)}.",
         write=did_you_mean(name, names),
     )

@@ -209,9 +209,9 @@ class _Reader:
             )
         return load_from_user(f"{module}:{attribute}")
 
-    def _refusal(self, what: str) -> UsageError:
+    def _refusal(self, subject: str) -> UsageError:
         return UsageError(
-            f"{self.text!r} contains {what}.",
+            f"{self.text!r} contains {subject}.",
             "constants, tuples, lists, calls of known names, and >>.",
             "a plan text is data: reading it must not run other code.",
         )

@@ -1,7 +1,7 @@
 """Number fields of frozen dataclasses with a range that the constructor checks.
 
-    lr: float = number(above=0)          declares the field and its range
-    check(self)                          in __post_init__: converts every number and refuses values outside the range
+    lr: float = bounded_number(above=0)  declares the field and its range
+    check_fields(self)                   in __post_init__: converts every number and refuses values outside the range
 
 The error repeats the whole constructor call, with each wrong number replaced by a valid one.
 
@@ -106,7 +106,7 @@ def bounded_number(
 
 
 def check_fields(value: Any) -> None:
-    """Convert every `number` field of a frozen dataclass to its type, and refuse invalid numbers and flags.
+    """Convert every `bounded_number` field of a frozen dataclass to its type, and refuse invalid numbers and flags.
 
     Args:
         value: the instance; its fields are replaced in place.
@@ -115,8 +115,8 @@ def check_fields(value: Any) -> None:
     Example:
         >>> @dataclass(frozen=True)
         ... class Shrink:
-        ...     by: float = number(above=0, below=1, example=0.5, why="only a factor below 1 shrinks.")
-        ...     def __post_init__(self): check(self)
+        ...     by: float = bounded_number(above=0, below=1, example=0.5, why="only a factor below 1 shrinks.")
+        ...     def __post_init__(self): check_fields(self)
         >>> Shrink(2)
         Traceback (most recent call last):
         atoll.base.errors.UsageError: Shrink was given by = 2.

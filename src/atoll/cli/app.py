@@ -1,4 +1,7 @@
-"""The commands: plain typed functions; what is heavy is imported inside them."""
+"""The commands, as typed functions. They import slow modules in their bodies, so that `atoll --help` is fast.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from atoll.training.setting_texts import OUTPUT, RUNNING
 if TYPE_CHECKING:
     from atoll.training.experiment import Experiment
 
-TRAIN, LOOK, HELP = (Group.create_ordered(name) for name in ("Train", "Look", "Help"))
+TRAIN, INSPECT, HELP = (Group.create_ordered(name) for name in ("Train", "Look", "Help"))
 EXAMPLES = """
     atoll run --baselines
     atoll run --data flats.csv --target price --model linear
@@ -26,11 +29,11 @@ EXAMPLES = """
     atoll resume latest --rounds 200
 """
 SOURCES = """
-Everything here can also stand in a TOML file (atoll run experiment.toml),
-in atoll.toml or [tool.atoll] of pyproject.toml, and in the environment:
+Every setting can also be given in a TOML file (atoll run experiment.toml),
+in atoll.toml, in [tool.atoll] of pyproject.toml, and in the environment:
 --held-out 0.1 is ATOLL_HELD_OUT=0.1, and --data is ATOLL_DATASET, because
-ATOLL_DATA is the folder of data files. Flags win over --set, then come
-environment and file.
+ATOLL_DATA is the folder of data files. Order of precedence: flags, --set,
+environment, file.
 
     atoll run --baselines
     atoll run --split "Pathological(2)" --recipe "fedavg(lr=0.1, cohort=10)"
@@ -54,9 +57,9 @@ for order, (name, epilogue, help) in enumerate(
         (
             "run",
             SOURCES,
-            "Train, and write the run down. Without arguments: federated averaging of the digits over 100 clients.",
+            "Train, and record the run. Without arguments: federated averaging on digits with 100 clients.",
         ),
-        ("lr", "", "Find a learning rate by a range test, draw it, and suggest one. Takes the flags of run."),
+        ("lr", "", "Run a learning-rate range test, draw it, and suggest a rate. Takes the flags of run."),
         (
             "plan",
             "",
@@ -65,7 +68,7 @@ for order, (name, epilogue, help) in enumerate(
         ),
     )
 ):
-    # By name: the flags of an experiment are made when one of these commands is called.
+    # Given by name: cyclopts imports the module, which builds the flags, only if one of these commands is called.
     where = f"atoll.cli.training_commands:{name}"
     app.command(where, name=name, group=TRAIN, sort_key=(0, 2, 2)[order], help=help, help_epilogue=epilogue)
 
@@ -75,21 +78,21 @@ def resume(
     run: str,
     /,
     *,
-    rounds: Annotated[int | None, flag(RUNNING, "Go on until so many rounds in all.")] = None,
+    rounds: Annotated[int | None, flag(RUNNING, "Total number of rounds.")] = None,
     any_version: Annotated[
-        bool, switch(RUNNING, "Go on although other versions wrote the run.", "ATOLL_ANY_VERSION")
+        bool, switch(RUNNING, "Resume a run that other versions wrote.", "ATOLL_ANY_VERSION")
     ] = False,
     trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
     out: Out = None,
 ) -> int:
-    """Go on with a run from its last checkpoint, to the same bits as if it had never stopped.
+    """Resume a run from its last checkpoint. The result has the same bits as that of a run without a stop.
 
     Parameters
     ----------
     run
-        Its name, the end or the beginning of it, a path, or latest.
+        Its name, a prefix or suffix of it, its path, or latest.
     """
     from atoll.cli.run import Look, run_training
     from atoll.training.experiment import Experiment
@@ -99,7 +102,7 @@ def resume(
     return run_training(it, Look(as_json, quiet), resume=path, any_version=any_version)
 
 
-@app.command(group=LOOK, sort_key=3, help_epilogue="")
+@app.command(group=INSPECT, sort_key=3, help_epilogue="")
 def runs(*, out: Out = None, as_json: Json = False) -> int:
     """List the runs, oldest first."""
     from atoll import runs as folders
@@ -114,26 +117,47 @@ def runs(*, out: Out = None, as_json: Json = False) -> int:
     return 0
 
 
-@app.command(group=LOOK, sort_key=4, help_epilogue="")
-def show(run: str, /, *, out: Out = None, as_json: Json = False) -> int:
-    """Show a run: its formula, its rounds, its best values, its failures, and where its files are.
+@app.command(group=INSPECT, sort_key=4, help_epilogue="")
+def show(
+    run: str,
+    /,
+    *,
+    why: Annotated[
+        bool,
+        Parameter(
+            group=GROUPS[OUTPUT],
+            help="Print the compute backend of the run, and the reason for it.",
+            negative="",
+            show_default=False,
+        ),
+    ] = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> int:
+    """Show a run: its formula, a selection of its rounds, its best values, its failures and its files.
 
     Parameters
     ----------
     run
-        Its name, the end or the beginning of it, a path, or latest.
+        Its name, a prefix or suffix of it, its path, or latest.
     """
     from atoll.cli import output, show
 
     path = _find(run, out)
-    if as_json:
+    if why:
+        backend = show.backend(path)
+        if as_json:
+            output.print_json(backend)
+        else:
+            print(show.backend_text(backend))
+    elif as_json:
         output.print_json(show.brief(path))
     else:
         print(show.record(path))
     return 0
 
 
-@app.command(group=LOOK, sort_key=5, help_epilogue="")
+@app.command(group=INSPECT, sort_key=5, help_epilogue="")
 def compare(
     a: str,
     b: str,
@@ -141,19 +165,21 @@ def compare(
     *,
     target: Annotated[
         float | None,
-        flag(OUTPUT, "Compare the costs at this value of the metric. Default: the best that both reach."),
+        flag(OUTPUT, "Compare the costs at this value of the metric. Default: the best value that both runs reach."),
     ] = None,
-    to: Annotated[Path | None, flag(OUTPUT, "The picture to write. Default: compare-A-B.png beside the runs.")] = None,
+    to: Annotated[
+        Path | None, flag(OUTPUT, "The image file to write. Default: compare-A-B.png in the parent of the runs.")
+    ] = None,
     out: Out = None,
 ) -> int:
-    """Set two runs beside each other: settings, metrics, what they cost in bytes and time, and what first differs.
+    """Compare two runs: settings, metrics, bytes and time, and the first tensor that differs.
 
     Parameters
     ----------
     a
-        A run.
+        The first run.
     b
-        Another.
+        The second run.
     """
     from atoll.tools.compare import compare as compared
 
@@ -161,18 +187,18 @@ def compare(
     return 0
 
 
-@app.command(group=LOOK, sort_key=6, help_epilogue="")
+@app.command(group=INSPECT, sort_key=6, help_epilogue="")
 def replay(
     run: str,
     /,
     *,
-    round: Annotated[int, Parameter(group=GROUPS[RUNNING], help="Which round, from 0.")],
-    client: Annotated[int, Parameter(group=GROUPS[RUNNING], help="Which client, from 0.")],
-    nth: Annotated[int, flag(RUNNING, "Which contribution, where several arrived. Default: the first.")] = 0,
+    round: Annotated[int, Parameter(group=GROUPS[RUNNING], help="Number of the round, from 0.")],
+    client: Annotated[int, Parameter(group=GROUPS[RUNNING], help="Number of the client, from 0.")],
+    nth: Annotated[int, flag(RUNNING, "Number of the contribution, from 0, if several arrived. Default: 0.")] = 0,
     trust: Trust = False,
     out: Out = None,
 ) -> int:
-    """Compute again what one client computed in one round, and tell what it gave.
+    """Repeat the computation of one client in one round, and print its contribution.
 
     Parameters
     ----------
@@ -185,19 +211,19 @@ def replay(
     return 0
 
 
-@app.command(group=LOOK, sort_key=7, help_epilogue="")
+@app.command(group=INSPECT, sort_key=7, help_epilogue="")
 def export(
     run: str,
     /,
     *,
     dtype: Annotated[
-        Literal["float32", "bf16", "int8"], Parameter(group=GROUPS[RUNNING], help="How numbers are kept.")
+        Literal["float32", "bf16", "int8"], Parameter(group=GROUPS[RUNNING], help="Format of the numbers.")
     ] = "float32",
     to: Annotated[Path | None, flag(OUTPUT, "The file to write. Default: in the run's folder.")] = None,
     trust: Trust = False,
     out: Out = None,
 ) -> int:
-    """Write a run's model as a smaller file, and tell the accuracy that is lost.
+    """Write the model of a run as a smaller file, and print the loss of accuracy.
 
     Parameters
     ----------
@@ -212,7 +238,7 @@ def export(
 
 @app.command(group=HELP, sort_key=8, help_epilogue="")
 def doctor() -> int:
-    """Check this machine and this installation, and tell what to do about what is wrong."""
+    """Check this machine and this installation, and print a fix for each problem."""
     from atoll.cli import output
     from atoll.tools.doctor import examine
 
@@ -222,7 +248,7 @@ def doctor() -> int:
 
 
 def _settings() -> Experiment:
-    """What environment and found file say, for commands that need no more than where runs are."""
+    """The settings of the environment and of the file in the working folder: they contain the parent of run folders."""
     from atoll.training.experiment import Experiment
 
     return Experiment.found().with_environment()
@@ -239,7 +265,7 @@ def _find(run: str, out: str | None) -> Path:
 
 
 def answer(words: Sequence[str]) -> int:
-    """Run one command; errors become a text on stderr and an exit code."""
+    """Run one command. An error is printed to stderr and gives the exit code."""
     try:
         code = app(list(words), exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
@@ -250,22 +276,22 @@ def answer(words: Sequence[str]) -> int:
     except AtollError as error:
         return _refused(error)
     except KeyboardInterrupt:
-        print("Stopped; what was written stays.  Write: atoll runs", file=sys.stderr)
+        print("Stopped. Files that were written remain.  Write: atoll runs", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the output has gone: nothing more can be said there, not even by the interpreter's last flush.
+        # The reader of stdout has closed it. Without this line the interpreter's last flush would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def _refused(error: AtollError) -> int:
-    """Say what went wrong: the four parts of the error; ATOLL_TRACEBACK=1 also says where."""
+    """Print the four parts of the error; ATOLL_TRACEBACK=1 adds the traceback."""
     from atoll.cli.error_text import as_flags
 
     if os.environ.get("ATOLL_TRACEBACK"):
         import traceback
 
         traceback.print_exception(error)
-    if "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":  # of a machine's ranks one speaks
+    if "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":  # one rank per machine prints
         print(as_flags(error), file=sys.stderr)
     return error.exit_code

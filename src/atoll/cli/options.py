@@ -15,12 +15,12 @@ GROUPS = {name: Group.create_ordered(name) for name in GROUP_NAMES}
 
 
 def flag(group: str, help: str, name: str | None = None) -> Parameter:
-    """A flag of an experiment, or of a command; its help names the default."""
+    """A flag of an experiment or of a command. Its help text states the default."""
     return Parameter(name=name, group=GROUPS[group], help=help, show_default=False, negative_iterable="")
 
 
 def switch(group: str, help: str, variable: str, name: str | None = None) -> Parameter:
-    """A flag of a command that is off by default, or the environment variable that stands for it."""
+    """A flag of a command that is off by default, and its environment variable."""
     return Parameter(
         name=name, group=GROUPS[group], help=help, negative="", env_var=variable, show_env_var=False, show_default=False
     )

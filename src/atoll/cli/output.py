@@ -1,4 +1,7 @@
-"""What the commands print: results as text for people, and as one JSON object for programs."""
+"""The output of the commands: results as text, and as one JSON object.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from atoll.report.format import duration, format_number, label, size, whole
 if TYPE_CHECKING:
     from atoll.runs.events import Run
 
-ASIDE = ("gradient_norm", "lr")
+HIDDEN = ("gradient_norm", "lr")
 COMPARED = {"pooled": "pooled", "local": "local only"}
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON value; NaN and infinity, which JSON has not, become null."""
+    """Print one JSON value. NaN and infinity become null, because JSON has no such numbers."""
     print(json.dumps(_finite(value), ensure_ascii=False))
 
 
@@ -36,7 +39,7 @@ def _finite(value: Any) -> Any:
 
 
 def outcome(run: Run) -> dict[str, Any]:
-    """A run as one object, for programs; `failures` is how many contributions were lost."""
+    """A run as one JSON object; `failures` is the number of contributions that were lost."""
     out = {
         "run": run.path.name if run.path else None,
         "path": str(run.path) if run.path else None,
@@ -54,7 +57,7 @@ def outcome(run: Run) -> dict[str, Any]:
 
 
 def outcomes(done: Sequence[tuple[int, Run]]) -> dict[str, Any]:
-    """Runs of several seeds as one object: metrics are means, `sd` stands beside them, `runs` has each."""
+    """Runs of several seeds as one JSON object: `metrics` are means, `sd` standard deviations, `runs` the runs."""
     each = [outcome(run) | {"seed": seed} for seed, run in done]
     moments = {name: _moments(done, name) for name in _names(run for _, run in done)}
     return {
@@ -76,7 +79,7 @@ def _names(found: Iterable[Run]) -> list[str]:
 
 
 def _moments(done: Sequence[tuple[int, Run]], name: str) -> tuple[float, float]:
-    """Mean, and the standard deviation with n − 1; 0 for a single one."""
+    """Mean, and standard deviation with n − 1 in the denominator; 0 for a single run."""
     values = [run.metrics[name] for _, run in done if name in run.metrics]
     if not all(map(math.isfinite, values)):
         return math.nan, math.nan
@@ -84,14 +87,14 @@ def _moments(done: Sequence[tuple[int, Run]], name: str) -> tuple[float, float]:
 
 
 def judged(names: Iterable[str]) -> list[str]:
-    """Metrics first, then losses: what people look for."""
-    there = [n for n in names if n not in ASIDE]
+    """The names of metrics, then of losses: the order of columns."""
+    there = [n for n in names if n not in HIDDEN]
     losses = [n for n in ("held_out_loss", "loss") if n in there]
     return [n for n in there if n not in losses] + losses
 
 
 def grid(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as what stands in them: the first to the left, the others to the right."""
+    """The lines of a table. The first column is left-aligned, the others are right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -101,7 +104,7 @@ def grid(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def called(path: Path) -> str:
-    """What to type for a run: its words where it lies in ./runs, else its path.
+    """The shortest name that the commands accept for a run: its two words if it is in ./runs, else its path.
 
     Example:
         >>> called(Path("runs/2026-11-22-calm-reef")), called(Path("other/2026-11-22-calm-reef"))
@@ -112,13 +115,13 @@ def called(path: Path) -> str:
 
 
 def near(path: Path) -> str:
-    """A path as it is shortest from here."""
+    """A path relative to the working folder if it is inside it, else the path itself."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def summary(run: Run) -> str:
-    """The end of a run: how it went, the comparison, where things are, and the next command to try."""
+    """The last lines of a run: outcome, comparison, costs, files, and the next command."""
     lines = ["", f"{run.status}: {run.reason}", ""]
     lines += comparison(run.metrics, run.baselines)
     if run.best and run.best.get("round") != run.rounds - 1:
@@ -139,7 +142,7 @@ def summary(run: Run) -> str:
 
 
 def spent(rounds: int, seconds: float, up: int, down: int, now: float | None = None) -> str:
-    """What a run took; `now` is the time of its virtual clock, where it has one.
+    """The costs of a run; `now` is the time of its virtual clock, if it has one.
 
     Example:
         >>> spent(3, 0.5, 2408, 2400)
@@ -152,18 +155,18 @@ def spent(rounds: int, seconds: float, up: int, down: int, now: float | None = N
 
 
 def following(run: Run) -> str:
-    """The next command to try."""
+    """The next command."""
     if run.path is None:
         return "atoll run"
     if run.status == "interrupted":
         return f"atoll resume {called(run.path)}"
     if not run.baselines:
-        return f"atoll show {called(run.path)}, or the same with --baselines: pooled and local-only beside it"
+        return f"atoll show {called(run.path)}, or the same with --baselines, for pooled and local-only training"
     return f"atoll show {called(run.path)}"
 
 
 def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The federated model's last values, and beside them pooled and local-only training where these were asked for.
+    """A table of last values: the federated model, and the baselines that were trained.
 
     Example:
         >>> baselines = {"pooled": {"accuracy": 0.96}, "local": {"accuracy": 0.5, "accuracy_sd": 0.1}}
@@ -187,7 +190,7 @@ def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, 
 
 
 def seeds(done: Sequence[tuple[int, Run]]) -> str:
-    """Runs of several seeds, and mean ± sd of each metric over them."""
+    """A table of the runs of several seeds, with mean ± sd of each metric."""
     names = judged(_names(run for _, run in done))
     rows = [["seed", *map(label, names), "run"]]
     for seed, run in done:
@@ -200,7 +203,7 @@ def seeds(done: Sequence[tuple[int, Run]]) -> str:
 
 
 def checks(found: Sequence[Any]) -> str:
-    """What `doctor` found, and what to do about it."""
+    """The results of `doctor`, with a fix for each problem."""
     width = max(len(check.name) for check in found)
     lines = []
     for check in found:

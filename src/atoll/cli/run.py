@@ -1,4 +1,7 @@
-"""What `run` and `resume` do: train while somebody watches, and say how it went."""
+"""The work of `run` and `resume`: train with a live table, and print the result.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Look:
-    """How a command shows itself: `--json` one object on stdout, `--quiet` no progress on stderr."""
+    """The output of a command: `--json` prints one object on stdout, `--quiet` no progress on stderr."""
 
     as_json: bool
     quiet: bool
 
     @contextlib.contextmanager
-    def watchers(self) -> Iterator[list[Observer]]:
-        """Who watches a training; the terminal is given back at the end, whatever happened."""
+    def observers(self) -> Iterator[list[Observer]]:
+        """The observers of a training. The terminal is restored at the end, also after an error."""
         if self.quiet:
             yield []
             return
@@ -36,15 +39,15 @@ class Look:
             yield [table]
 
 
-def speaks(it: Experiment) -> bool:
-    """Whether this process prints: one process of a training does."""
+def prints(it: Experiment) -> bool:
+    """Whether this process prints: only the primary process of a training does."""
     return it.spec().primary
 
 
 def run_training(it: Experiment, look: Look, **more: Any) -> int:
-    """Train once, and print the result."""
+    """Train once and print the result."""
     run = _train(it, look, **more)
-    if not speaks(it):
+    if not prints(it):
         pass
     elif look.as_json:
         output.print_json(output.outcome(run))
@@ -54,21 +57,21 @@ def run_training(it: Experiment, look: Look, **more: Any) -> int:
 
 
 def _train(it: Experiment, look: Look, **more: Any) -> Run:
-    if not speaks(it):
+    if not prints(it):
         return it.train(**more)
-    with look.watchers() as watchers:
-        return it.train(watchers=watchers, **more)
+    with look.observers() as observers:
+        return it.train(observers=observers, **more)
 
 
 def several(it: Experiment, seeds: int, look: Look) -> int:
-    """Train with several seeds, one after the other, and print mean ± sd of each metric."""
+    """Train with several seeds in sequence, and print mean ± sd of each metric."""
     done: list[tuple[int, Run]] = []
     for seed in range(it.seed, it.seed + seeds):
         run = _train(it.override(seed=seed), look)
         done.append((seed, run))
         if run.status == "interrupted":
             break
-    if not speaks(it):
+    if not prints(it):
         pass
     elif look.as_json:
         output.print_json(output.outcomes(done))
@@ -78,29 +81,30 @@ def several(it: Experiment, seeds: int, look: Look) -> int:
 
 
 def smoke(it: Experiment, look: Look) -> int:
-    """Try every stage once in a temporary folder: a round, evaluation, checkpoint, going on from it, the report."""
+    """Try each stage once in a temporary folder: a round, an evaluation, a checkpoint, resuming from it, the report."""
     with tempfile.TemporaryDirectory(prefix="atoll-smoke-") as folder:
         it = it.override(out=folder, evaluate_every=1, rounds=1)
         first = _train(it, look)
         if first.status == "interrupted":
             return 130
-        written = first.path or Path(folder)  # another rank than the first writes nothing
+        written = first.path or Path(folder)  # only the primary process writes
         stages = ["data, model and plan fit", "a round", "an evaluation", "a checkpoint", "the report"]
         stages += ["the baselines"] if it.baselines else []
-        again = _train(it.override(rounds=2, baselines=False), look, resume=written)
-        if again.status == "interrupted":
+        resumed = _train(it.override(rounds=2, baselines=False), look, resume=written)
+        if resumed.status == "interrupted":
             return 130
-        stages.append("going on from the checkpoint")
+        stages.append("resuming from the checkpoint")
         missing = [n for n in ("model.safetensors", "metrics.csv", "report.html") if not (written / n).is_file()]
-        if missing and speaks(it):
-            what = " and no ".join(missing)
-            raise RunError(f"The run wrote no {what}.", "every file of a run.", write="atoll doctor")
+        if missing and prints(it):
+            raise RunError(
+                f"The run wrote no {' and no '.join(missing)}.", "every file of a run.", write="atoll doctor"
+            )
         stages.append("the files of a run")
-    if not speaks(it):
+    if not prints(it):
         pass
     elif look.as_json:
-        output.print_json(output.outcome(again) | {"smoke": stages, "run": None, "path": None})
+        output.print_json(output.outcome(resumed) | {"smoke": stages, "run": None, "path": None})
     else:
         print("\n".join(f"ok  {stage}" for stage in stages))
-        print("The folder was removed.  Next: the same without --smoke.")
+        print("The temporary folder was removed.  Next: the same command without --smoke.")
     return 0

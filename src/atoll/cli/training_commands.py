@@ -21,18 +21,18 @@ def run(
     /,
     *,
     flags: ExperimentFlags = ExperimentFlags(),
-    seeds: Annotated[int, switch(RUNNING, "Train with so many seeds, and tell mean ± sd.", "ATOLL_SEEDS")] = 1,
-    smoke: Annotated[bool, switch(RUNNING, "Try every stage once, in a temporary folder.", "ATOLL_SMOKE")] = False,
+    seeds: Annotated[int, switch(RUNNING, "Number of seeds. With several, mean ± sd is printed.", "ATOLL_SEEDS")] = 1,
+    smoke: Annotated[bool, switch(RUNNING, "Try each stage once, in a temporary folder.", "ATOLL_SMOKE")] = False,
     trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Train, and write the run down. Without arguments: federated averaging of the digits over 100 clients.
+    """Train, and record the run. Without arguments: federated averaging on digits with 100 clients.
 
     Parameters
     ----------
     experiment
-        A TOML file with settings; [tool.atoll] where it is a pyproject.toml.
+        A TOML file with settings; of a pyproject.toml, the section [tool.atoll].
     """
     from atoll.cli import run
 
@@ -50,13 +50,14 @@ def lr(
     /,
     *,
     which: Annotated[
-        Literal["local", "server"], Parameter(group=GROUPS[RUNNING], help="Whose: the clients', or the server's.")
+        Literal["local", "server"],
+        Parameter(group=GROUPS[RUNNING], help="The learning rate of the clients (local) or of the server."),
     ] = "local",
     flags: ExperimentFlags = ExperimentFlags(),
     trust: Trust = False,
     as_json: Json = False,
 ) -> int:
-    """Find a learning rate by a range test, draw it, and suggest one. Takes the flags of run.
+    """Run a learning-rate range test, draw it, and suggest a rate. Takes the flags of run.
 
     Parameters
     ----------
@@ -83,7 +84,7 @@ def plan(
     trust: Trust = False,
     as_json: Json = False,
 ) -> int:
-    """Predict bytes, time on the fleet's clock and memory, and what would make a round shorter. Takes the flags of run.
+    """Predict bytes, time on the fleet's clock and memory, and suggest changes that shorten a round.
 
     Parameters
     ----------
@@ -93,9 +94,9 @@ def plan(
     from atoll.cli import output
     from atoll.tools.forecast import forecast
 
-    foreseen = forecast(flags.experiment(experiment, trust))
+    prediction = forecast(flags.experiment(experiment, trust))
     if as_json:
-        output.print_json(foreseen.told())
+        output.print_json(prediction.values())
     else:
-        print(foreseen.text())
+        print(prediction.text())
     return 0

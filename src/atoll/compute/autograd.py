@@ -121,7 +121,7 @@ class SequentialDescent:
         self._theta = model.theta.clone()
         self._views = list(bound.layout.params(self._theta).values())
         self._update = empty(model.theta, (lanes, len(model.theta)))
-        self.loss = self._lost = model.theta.new_zeros(lanes)
+        self.loss = self._loss_sum = model.theta.new_zeros(lanes)
         self._buffers: list[Tensor] = []
         self._counters: list[dict[str, Tensor]] = []
 
@@ -129,17 +129,17 @@ class SequentialDescent:
         """Make these steps: all steps of one client before those of the next.
 
         Args:
-            rows: of the clients, a `Lanes`.
+            rows: of the clients, a `ClientBatch`.
             steps: places of rows `[k, B]` and counts of the first k clients, for each step.
         """
         steps = list(steps)
         for k in range(len(self.loss)):
-            own = [(places[k : k + 1], counts[k : k + 1]) for places, counts in steps if k < len(counts)]
+            own_steps = [(places[k : k + 1], counts[k : k + 1]) for places, counts in steps if k < len(counts)]
             self.start()
-            for number, (x, y, (count,)) in enumerate(rows.batches(own)):
-                lost = self.step(x[0, :count], y[0, :count], number, k) if count else None
+            for number, (x, y, (count,)) in enumerate(rows.batches(own_steps)):
+                loss_sum = self.step(x[0, :count], y[0, :count], number, k) if count else None
                 if rows.on_step is not None:
-                    rows.on_step(k, number, 0.0 if lost is None else float(lost) / count)
+                    rows.on_step(k, number, 0.0 if loss_sum is None else float(loss_sum) / count)
             self.finish()
 
     def start(self) -> None:
@@ -148,7 +148,7 @@ class SequentialDescent:
         self._bound.place(self._theta)
         self._bound.free()
         self._bound.fill(self._start.buffers, self._fixed)
-        self._lost = self.loss[len(self._buffers)]
+        self._loss_sum = self.loss[len(self._buffers)]
 
     def step(self, x: Tensor, y: Tensor, number: int, k: int) -> Tensor:
         """One step of client k on its rows `[n, …]`: Σ of their losses, `[]`."""
@@ -163,9 +163,9 @@ class SequentialDescent:
         if grads:
             torch._foreach_add_(views, grads, alpha=-self._lr)
         self._bound.write_buffers_back()
-        lost = loss.detach()
-        self._lost.add_(lost)
-        return lost
+        loss_sum = loss.detach()
+        self._loss_sum.add_(loss_sum)
+        return loss_sum
 
     def finish(self) -> None:
         """Store the update, buffers and counters of the current client."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
+from atoll.compute import limits
 from atoll.compute.model_state import Batch, GradientResult, Model, Stored
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
@@ -26,7 +27,6 @@ from atoll.data.rows import in_memory, stored
 HOST = torch.device("cpu")
 OnStep = Callable[[int, int, float], None]  # lane, step from 0, mean loss of the lane's batch
 
-_AHEAD = 1 << 19  # numbers that are read at once, for several steps
 ROWS = 1024  # maximum rows of one client in one pass: bounds the memory of activations
 
 
@@ -126,14 +126,14 @@ class ClientBatch:
 
     def batches(self, steps: Iterable[tuple[Tensor, tuple[int, ...]]]) -> Iterator[Batch]:
         """The batch of each step, from places `[k, B]` and counts. The rows of several steps are read together."""
-        most, held = max(1, _AHEAD // max(1, self.width)), 0
+        most, total = max(1, limits.READ_AHEAD // max(1, self.width)), 0
         some: list[tuple[Tensor, tuple[int, ...]]] = []
         for places, counts in steps:
             some.append((places, counts))
-            held += places.numel()
-            if held >= most:
+            total += places.numel()
+            if total >= most:
                 yield from self._together(some)
-                some, held = [], 0
+                some, total = [], 0
         if some:
             yield from self._together(some)
 
@@ -157,24 +157,28 @@ class ClientBatch:
             counts: the number of valid rows of each lane, ≤ B.
             key: of the draws inside the model, such as dropout.
         """
-        wide = places.shape[1]
-        if wide <= ROWS:
+        length = places.shape[1]
+        if length <= ROWS:
             return task.gradient(model, self.take(places, counts), key)
         # With batch statistics there is no padding, so the cut depends on the lane's own rows. Otherwise it depends on
         # the padded width, which all lanes of the batch share.
-        size = ROWS if task.batch_statistics else -(-wide // -(-wide // ROWS))
+        size = ROWS if task.batch_statistics else -(-length // -(-length // ROWS))
         rows = torch.tensor(counts, device=places.device)
-        own = (-(-rows // size)).clamp(min=1)
+        parts = (-(-rows // size)).clamp(min=1)
         span, whole = torch.arange(size, device=rows.device), None
-        for part in range(int(own.max())):
-            begin, end = (torch.minimum(rows * i // own, rows) for i in (part, part + 1))
-            columns = (begin[:, None] + span).clamp(max=wide - 1)
-            here = tuple((end - begin).tolist())
-            got = task.gradient(model, self.take(places.gather(1, columns), here), key.fold(part) if part else key)
-            share = ((end - begin).to(got.grad) / rows.to(got.grad.device))[:, None]
+        for part in range(int(parts.max())):
+            begin, end = (torch.minimum(rows * i // parts, rows) for i in (part, part + 1))
+            columns = (begin[:, None] + span).clamp(max=length - 1)
+            part_counts = tuple((end - begin).tolist())
+            result = task.gradient(
+                model, self.take(places.gather(1, columns), part_counts), key.fold(part) if part else key
+            )
+            share = ((end - begin).to(result.grad) / rows.to(result.grad.device))[:, None]
             if whole is None:
-                whole = got._replace(grad=got.grad * share, loss=got.loss.clone())
+                whole = result._replace(grad=result.grad * share, loss=result.loss.clone())
             else:
-                whole = GradientResult(whole.grad + got.grad * share, got.buffers, got.counters, whole.loss + got.loss)
+                whole = GradientResult(
+                    whole.grad + result.grad * share, result.buffers, result.counters, whole.loss + result.loss
+                )
             model = model._replace(buffers=whole.buffers, counters=whole.counters)
         return whole  # type: ignore[return-value]

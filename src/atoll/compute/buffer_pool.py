@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_LARGE = 1 << 20  # bytes of the smallest tensor that uses the pool
+from atoll.compute import limits
+
 _MOST = 32  # pieces in a pool
 _ROOM = 2  # a piece serves a request of at least 1/_ROOM of its size
 
@@ -30,11 +31,11 @@ def _references(pieces: list[npt.NDArray[np.uint8]], i: int) -> int:
     return sys.getrefcount(pieces[i])
 
 
-_NOBODY = _references(
+_UNUSED = _references(
     [np.empty(1, np.uint8)], 0
 )  # references to an unused piece; measured, because it depends on the Python version
 
-_SHELF: ContextVar[BufferPool | None] = ContextVar("pool for large tensors", default=None)
+_POOL: ContextVar[BufferPool | None] = ContextVar("pool for large tensors", default=None)
 
 
 class BufferPool:
@@ -56,37 +57,37 @@ class BufferPool:
         Returns:
             uint8 `[size]`. Its piece becomes free when the tensor and its views are gone.
         Example:
-            >>> shelf = Shelf()
-            >>> once = shelf.empty(1 << 20)
-            >>> where = once.data_ptr()
-            >>> del once
-            >>> shelf.empty(1 << 20).data_ptr() == where
+            >>> pool = BufferPool()
+            >>> first = pool.empty(1 << 20)
+            >>> address = first.data_ptr()
+            >>> del first
+            >>> pool.empty(1 << 20).data_ptr() == address
             True
         """
         with self._lock:
             for i, length in enumerate([piece.nbytes for piece in self._pieces]):
-                if size <= length <= _ROOM * size and _references(self._pieces, i) == _NOBODY:
+                if size <= length <= _ROOM * size and _references(self._pieces, i) == _UNUSED:
                     return torch.from_numpy(self._pieces[i])[:size]
             self._pieces = [*self._pieces[1 - _MOST :], np.empty(size, np.uint8)]
             return torch.from_numpy(self._pieces[-1])
 
 
 @contextmanager
-def use_pool(shelf: BufferPool) -> Iterator[None]:
+def use_pool(pool: BufferPool) -> Iterator[None]:
     """Let `empty` use this pool for large tensors inside the block.
 
     Args:
-        shelf: the pool.
+        pool: the pool.
     Example:
-        >>> with lent_from(Shelf()):
+        >>> with use_pool(BufferPool()):
         ...     empty(torch.zeros(1), (2, 3)).shape
         torch.Size([2, 3])
     """
-    before = _SHELF.set(shelf)
+    before = _POOL.set(pool)
     try:
         yield
     finally:
-        _SHELF.reset(before)
+        _POOL.reset(before)
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -102,8 +103,8 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
         >>> empty(torch.zeros(1), (2, 3), torch.float64).dtype
         torch.float64
     """
-    dtype, shelf = dtype or like.dtype, _SHELF.get()
+    dtype, pool = dtype or like.dtype, _POOL.get()
     size = prod(shape) * dtype.itemsize
-    if shelf is None or size < _LARGE or not like.is_cpu:
+    if pool is None or size < limits.POOLED_BYTES or not like.is_cpu:
         return like.new_empty(shape, dtype=dtype)
-    return shelf.empty(size).view(dtype).view(shape)
+    return pool.empty(size).view(dtype).view(shape)

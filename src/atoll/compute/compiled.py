@@ -2,8 +2,8 @@
 
 One thread runs all steps of a client, so the client's weights stay in the caches of one core. There is no tensor
 operation for each step, no copy of a batch if the rows are in memory, and no padding. Each number is one chain of
-multiplications and additions in a fixed order (`native/descent.c`), so its bits do not depend on the other clients, on
-the threads or on the vector width of the CPU.
+multiplications and additions in a fixed order (`compute/native/descent.c`), so its bits do not depend on the other
+clients, on the threads or on the vector width of the CPU.
 
 Tests: tests/identities/test_numerics.py, tests/identities/test_native.py
 """
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from atoll.compute import limits
 from atoll.compute.buffer_pool import empty
 from atoll.compute.fused import (
     Bias,
@@ -39,8 +40,6 @@ from atoll.compute.native.structs import DescentJob, LayerSpec
 from atoll.compute.tensor_notes import BLOCK, attach, blocks
 from atoll.data.rows import outside
 
-_AHEAD = 1 << 22  # features that are read at once if the rows are not in memory
-_ALONE = 1 << 21  # below this number of products the work ends before a second thread has started
 _GRADIENT, _UPDATE, _MODEL = 0, 1, 2
 _NO_MEMORY, _NO_CLASS = 1, 2
 
@@ -66,7 +65,7 @@ def stages(program: Program, features: tuple[int, ...]) -> tuple[LayerSpec, ...]
         program: of the model.
         features: shape of one row.
     Raises:
-        Unserved: native code does not support the model; with the reason.
+        UnsupportedModel: native code does not support the model; with the reason.
     """
     theta = [torch.zeros(1, *shape) for shape in program.shapes]  # not meta tensors: with them torch imports sympy
     begins = [sum(map(prod, program.shapes[:i])) for i in range(len(program.shapes))]
@@ -157,11 +156,11 @@ def _run(
     if x.dtype not in (torch.uint8, theta.dtype):
         raise TypeError(f"rows of {x.dtype} for a model of {theta.dtype}")
     specs = torch.tensor(layers, dtype=torch.int64)
-    sizes = torch.tensor([(width * len(own), len(own), width) for width, own in steps])
+    sizes = torch.tensor([(width * len(lane_counts), len(lane_counts), width) for width, lane_counts in steps])
     ends = sizes.cumsum(0)
     offsets, count_offsets = (ends - sizes)[:, :2].t().contiguous()
     widths, lanes = sizes[:, 2].contiguous(), sizes[:, 1].contiguous()
-    counts = torch.tensor([n for _, own in steps for n in own])
+    counts = torch.tensor([n for _, lane_counts in steps for n in lane_counts])
     clients, d = len(steps[0][1]), theta.shape[-1]
     out, losses, peaks = empty(theta, (clients, d)), theta.new_empty(len(counts)), theta.new_empty(clients, blocks(d))
     work = products(program, features) * len(at)
@@ -183,7 +182,7 @@ def _run(
         count_offsets=count_offsets.data_ptr(),
         steps=len(steps),
         clients=clients,
-        threads=1 if work < _ALONE else threads_now(torch.get_num_threads()),
+        threads=1 if work < limits.SERIAL_PRODUCTS else threads_now(torch.get_num_threads()),
         theta=theta.data_ptr(),
         theta_stride=d if theta.dim() == 2 else 0,
         result=result,
@@ -241,9 +240,9 @@ def gradient(program: Program, theta: Tensor, x: Tensor, y: Tensor, counts: tupl
         IndexError: a class has no output.
         MemoryError: there is no memory for the buffers.
     """
-    wide = x.shape[1]
-    rows = Stored(x.flatten(0, 1).contiguous(), torch.arange(len(counts) * wide), y.flatten(0, 1))
-    return _run(program, theta.contiguous(), rows, [(wide, counts)], _GRADIENT)
+    width = x.shape[1]
+    rows = Stored(x.flatten(0, 1).contiguous(), torch.arange(len(counts) * width), y.flatten(0, 1))
+    return _run(program, theta.contiguous(), rows, [(width, counts)], _GRADIENT)
 
 
 class CompiledDescent:
@@ -273,7 +272,9 @@ class CompiledDescent:
 
     def follow(self, rows: StepRows, steps: Steps) -> None:
         """Make these steps. Rows that are not in memory are read for several steps at a time."""
-        first, *others = _portions(list(steps), None if rows.in_memory else _AHEAD // max(1, rows.width))
+        first, *others = _portions(
+            list(steps), None if rows.in_memory else limits.NATIVE_READ_AHEAD // max(1, rows.width)
+        )
         if not others:
             self._update = self.step(rows, first, self._start, _UPDATE)
             return
@@ -287,10 +288,10 @@ class CompiledDescent:
         stored = rows.stored(torch.cat([places.reshape(-1) for places, _ in steps]))
         shapes = [(places.shape[1], counts) for places, counts in steps]
         out, losses = _run(self._program, theta, stored, shapes, result, self._lr)
-        for (_, counts), lost in zip(steps, losses.split([len(counts) for _, counts in steps]), strict=True):
-            self.loss[: len(counts)] += lost
+        for (_, counts), step_losses in zip(steps, losses.split([len(counts) for _, counts in steps]), strict=True):
+            self.loss[: len(counts)] += step_losses
             if rows.on_step is not None:
-                rows.stepped(self._steps, lost, counts)
+                rows.stepped(self._steps, step_losses, counts)
             self._steps += 1
         return out
 
@@ -299,11 +300,11 @@ def _portions(
     steps: list[tuple[Tensor, tuple[int, ...]]], most: int | None
 ) -> Iterator[list[tuple[Tensor, tuple[int, ...]]]]:
     """Split the steps into portions of at most `most` rows, or of one step if it has more rows."""
-    some, held = list[tuple[Tensor, tuple[int, ...]]](), 0
+    some, size = list[tuple[Tensor, tuple[int, ...]]](), 0
     for step in steps:
-        if some and most is not None and held + step[0].numel() > most:
+        if some and most is not None and size + step[0].numel() > most:
             yield some
-            some, held = [], 0
+            some, size = [], 0
         some.append(step)
-        held += step[0].numel()
+        size += step[0].numel()
     yield some

@@ -18,7 +18,13 @@ PRECISIONS = ("full", "bf16")
 _DATA_PART = 0.25  # largest part of a GPU's free memory that the data may occupy during the run
 _TEXT = re.compile(r"auto|cpu|cuda(:\d+)?")
 # Texts of torch's RuntimeError if an allocation fails.
-_SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "not enough memory")
+_MEMORY_ERRORS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "alloc_failed",
+    "not enough memory",
+)
 
 
 def resolve_device(text: str, rank: int | None = None) -> torch.device:
@@ -33,7 +39,7 @@ def resolve_device(text: str, rank: int | None = None) -> torch.device:
     Raises:
         UsageError: the name is unknown, or this machine does not have the device.
     Example:
-        >>> found("cpu")
+        >>> resolve_device("cpu")
         device(type='cpu')
     """
     why = ""
@@ -114,8 +120,8 @@ def free(device: torch.device) -> int | None:
     """
     if device.type != "cuda":
         return None
-    there, _ = torch.cuda.mem_get_info(device)
-    return there + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available, _ = torch.cuda.mem_get_info(device)
+    return available + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def move_rows(data: Clients, device: torch.device) -> Clients:
@@ -145,4 +151,4 @@ def out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in _SAID)
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _MEMORY_ERRORS)

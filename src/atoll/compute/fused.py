@@ -184,10 +184,10 @@ class MaxPool:
         whole = self.size == self.stride and y.shape[self.axis] * self.size == x.shape[self.axis]
         dx = torch.empty_like(x) if whole else torch.zeros_like(x)
         *others, last_view = zip(self._views(x), self._views(dx), strict=True)
-        won = torch.empty_like(y)
+        is_max = torch.empty_like(y)
         for view, into in others:
-            torch.ge(view, y, out=won)  # floats 1 and 0: a selection by booleans takes ten times longer
-            passed = torch.mul(dy, won, out=into if whole else None)
+            torch.ge(view, y, out=is_max)  # floats 1 and 0: a selection by booleans takes ten times longer
+            passed = torch.mul(dy, is_max, out=into if whole else None)
             dy = dy - passed  # exact: each number of `passed` is that of dy, or 0
             if not whole:
                 into.add_(passed)
@@ -259,7 +259,7 @@ class Program:
         """Build the program of a model and a loss.
 
         Raises:
-            Unserved: the model or the loss is not supported.
+            UnsupportedModel: the model or the loss is not supported.
         """
         if loss not in (cross_entropy, mse):
             raise UnsupportedModel("its loss is neither cross_entropy nor mse")
@@ -332,12 +332,12 @@ def _room(program: Program, features: tuple[int, ...], rows: int) -> int:
     # Zeros on the host, not meta tensors: for a product of meta tensors torch imports sympy, which takes half a second.
     theta = [torch.zeros(1, *shape) for shape in program.shapes]
     x = torch.zeros(1, min(rows, MAPS) if program.maps else rows, *features)
-    held = sum(t.numel() for t in theta) + x.numel()
+    size = sum(t.numel() for t in theta) + x.numel()
     for layer in program.layers:
         x, kept = layer.forward(x, theta)
-        held += 0 if isinstance(layer, Shape) else x.numel()
-        held += kept[0].numel() if isinstance(layer, Convolution) else 0
-    return held
+        size += 0 if isinstance(layer, Shape) else x.numel()
+        size += kept[0].numel() if isinstance(layer, Convolution) else 0
+    return size
 
 
 class FusedDescent:
@@ -358,20 +358,20 @@ class FusedDescent:
         self._active = self._lanes if lanes > 1 else []
         self._pair: list[Tensor] | None = None  # the last active lane and its copy: a single lane rounds differently
         self._share: tuple[tuple[int, ...], Tensor, Tensor] | None = None
-        self._lost = theta.new_zeros(max(2, lanes), 1, 1)
+        self._loss_sum = theta.new_zeros(max(2, lanes), 1, 1)
         self.count = lanes
 
     @property
     def loss(self) -> Tensor:
         """Sum of the losses over the rows of all steps so far, `[K]`."""
-        return self._lost.flatten()[: self.count]
+        return self._loss_sum.flatten()[: self.count]
 
     def follow(self, rows: Any, steps: Steps) -> None:
         """Make these steps on the batches of `rows.batches(steps)`; `rows.stepped` receives the losses of each."""
         for number, (x, y, counts) in enumerate(rows.batches(steps)):
-            lost = self.step(x, y, counts)
+            losses = self.step(x, y, counts)
             if rows.on_step is not None:
-                rows.stepped(number, lost, counts)
+                rows.stepped(number, losses, counts)
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -392,9 +392,9 @@ class FusedDescent:
         elif len(self._active[0]) != k:
             self._active = [t[:k] for t in self._lanes]
         each = self._program.step(self._active, x, y, share, self._lr)
-        lost = torch.bmm(rows, each.unsqueeze(2))[:k]
-        self._lost[:k] += lost
-        return lost.view(k)
+        losses = torch.bmm(rows, each.unsqueeze(2))[:k]
+        self._loss_sum[:k] += losses
+        return losses.view(k)
 
     @torch.no_grad()
     def update(self) -> Tensor:
@@ -410,14 +410,14 @@ class FusedDescent:
     @property
     def moved(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Buffers `[K, 0]` and no counters: a model with buffers is not served."""
-        return self._lost.new_empty(self.count, 0), {}
+        return self._loss_sum.new_empty(self.count, 0), {}
 
 
 def shares(counts: tuple[int, ...], y: Tensor, like: Tensor) -> Tensor:
     """Return 1/n for each of a client's n valid rows and 0 for padding, `[K, B]`, in the dtype of `like`."""
-    held = torch.tensor(counts, device=like.device)[:, None]
+    valid = torch.tensor(counts, device=like.device)[:, None]
     rows = torch.arange(y.shape[1], device=like.device)
-    return (rows < held).to(like.dtype) / held.clamp(min=1).to(like.dtype)
+    return (rows < valid).to(like.dtype) / valid.clamp(min=1).to(like.dtype)
 
 
 def total_of(each: Tensor, share: Tensor) -> Tensor:
@@ -438,8 +438,8 @@ def _entropy(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _squared(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the mean over a row's targets of (output − y)², and its gradient."""
     off = (output.reshape(y.shape) - y).reshape(output.shape)
-    wide = off.flatten(2)
-    return wide.square().mean(2), off * (2 / wide.shape[2])
+    flat = off.flatten(2)
+    return flat.square().mean(2), off * (2 / flat.shape[2])
 
 
 # Reading a module
@@ -496,10 +496,10 @@ def _arranged(layers: list[Layer]) -> list[Layer]:
     out: list[Layer] = []
     maps = False
     for layer in layers:
-        wants = isinstance(layer, (Convolution, MaxPool)) or (maps and isinstance(layer, (Bias, Relu)))
-        if wants != maps:
-            out.append(ToMaps() if wants else ToRows())
-        maps = wants
+        needs_maps = isinstance(layer, (Convolution, MaxPool)) or (maps and isinstance(layer, (Bias, Relu)))
+        if needs_maps != maps:
+            out.append(ToMaps() if needs_maps else ToRows())
+        maps = needs_maps
         at = len(out)
         while isinstance(layer, MaxPool) and at and isinstance(out[at - 1], (Bias, Relu)):
             at -= 1

@@ -141,12 +141,12 @@ class Layout:
         Raises:
             UsageError: a key is missing or unknown, or a tensor has another shape.
         """
-        ours = {e.name: e for e in self.entries}
-        odd = sorted(set(ours) ^ set(state))
-        odd += [n for n, e in ours.items() if n in state and tuple(state[n].shape) != e.shape]
-        if odd:
+        entries = {e.name: e for e in self.entries}
+        differing = sorted(set(entries) ^ set(state))
+        differing += [n for n, e in entries.items() if n in state and tuple(state[n].shape) != e.shape]
+        if differing:
             raise UsageError(
-                f"The state_dict does not fit the model at {', '.join(odd[:5])}.",
+                f"The state_dict does not fit the model at {', '.join(differing[:5])}.",
                 "the model's own keys and shapes.",
                 "θ is read by name and shape.",
                 "model.load_state_dict(state)",
@@ -164,7 +164,7 @@ class Layout:
     def state_dict(self, theta: Tensor, buffers: Tensor, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return copies as the module's `state_dict`, in its order and dtypes; tied weights share one tensor."""
         flat = {**self.params(theta), **self.buffers(buffers), **fixed}
-        own: dict[str, Tensor] = {}
+        out: dict[str, Tensor] = {}
         for e in self.entries:
-            own[e.name] = own[e.alias] if e.alias else flat[e.name].detach().to(e.dtype, copy=True).contiguous()
-        return own
+            out[e.name] = out[e.alias] if e.alias else flat[e.name].detach().to(e.dtype, copy=True).contiguous()
+        return out

@@ -72,15 +72,15 @@ class KeyedDropout(TorchFunctionMode):
         if library is not None:
             mask = input.new_empty(shape)
             scale = float(1 / torch.tensor(1.0 - p, dtype=input.dtype))
-            told = ctypes.c_uint64(int(word)), ctypes.c_int64(mask.numel()), ctypes.c_uint64(int(p * 2**24))
-            library.keep(*told, ctypes.c_double(scale), ctypes.c_void_p(mask.data_ptr()))
+            arguments = ctypes.c_uint64(int(word)), ctypes.c_int64(mask.numel()), ctypes.c_uint64(int(p * 2**24))
+            library.keep(*arguments, ctypes.c_double(scale), ctypes.c_void_p(mask.data_ptr()))
             return input * mask
         index = torch.arange(prod(shape), device=input.device).mul_(-7046029254386353131)
         # Keep an element if its upper 24 bits, unsigned, are at least p·2²⁴. Flipping the sign bit makes the signed
         # comparison equal to the unsigned one.
         bits = stir64(mix64(word) + index).bitwise_xor_(-(1 << 63))
-        kept = bits >= (int(p * 2**24) << 40) - (1 << 63)
-        return input * kept.view(shape).to(input.dtype).div_(1.0 - p)
+        keep = bits >= (int(p * 2**24) << 40) - (1 << 63)
+        return input * keep.view(shape).to(input.dtype).div_(1.0 - p)
 
 
 _DROPOUTS: Mapping[Any, bool] = {
@@ -116,8 +116,8 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Compute batch norm from elementary operations: (x − mean) / √(var + eps) · weight + bias, per channel."""
-    axes, shape, given = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2)), x.dtype
-    x = x.to(torch.promote_types(given, torch.float32))  # 16-bit floats are too short for statistics
+    axes, shape, dtype = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2)), x.dtype
+    x = x.to(torch.promote_types(dtype, torch.float32))  # 16-bit floats are too short for statistics
     mean, var, rows = running_mean, running_var, prod(x.shape) // x.shape[1]
     if training or mean is None or var is None:
         if rows == 1:
@@ -129,4 +129,4 @@ def _batch_norm(
             running_var.mul_(1 - momentum).add_(var.detach(), alpha=momentum * rows / (rows - 1))
     out = (x - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
     out = out if weight is None else out * weight.view(shape)
-    return (out if bias is None else out + bias.view(shape)).to(given)
+    return (out if bias is None else out + bias.view(shape)).to(dtype)

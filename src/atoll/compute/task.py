@@ -204,12 +204,12 @@ class Task:
             index = lanes.to(self.device)
             part = Batch(batch.x[index, :length], batch.y[index, :length], (length,) * len(index))
             some = model.select(index)
-            got = self._lanes_gradient(some, part, key.select(lanes)) if length else _still(some)
+            result = self._lanes_gradient(some, part, key.select(lanes)) if length else _zero_gradient(some)
             if len(index) == len(batch.counts):
-                return got
+                return result
             if out is None:
-                out = tree_map(lambda t: t.new_empty(len(batch.counts), *t.shape[1:]), got)
-            tree_map(lambda whole, rows, at=index: whole.index_copy_(0, at, rows), out, got)
+                out = tree_map(lambda t: t.new_empty(len(batch.counts), *t.shape[1:]), result)
+            tree_map(lambda whole, rows, at=index: whole.index_copy_(0, at, rows), out, result)
         if out is None:
             raise UsageError("The batch has no client.", "at least one client.")
         return out
@@ -335,7 +335,7 @@ class Task:
 
     def _loop_one(self, model: Model, batch: Batch, key: Key, k: int) -> GradientResult:
         if not batch.counts[k]:
-            return _still(model.select(torch.tensor([k], device=model.theta.device)))
+            return _zero_gradient(model.select(torch.tensor([k], device=model.theta.device)))
         gradient = self.bound.bind(model, k)
         if self.bound.taken:
             self.bound.free()
@@ -383,7 +383,7 @@ class Task:
         return FlatModule(self.module, self.layout)
 
 
-def _still(model: Model) -> GradientResult:
+def _zero_gradient(model: Model) -> GradientResult:
     """Return the result of a pass over no rows: a zero gradient and unchanged buffers."""
     loss = model.theta.new_zeros(len(model.theta))
     return GradientResult(torch.zeros_like(model.theta), model.buffers, dict(model.counters), loss)

@@ -41,12 +41,12 @@ def attach(x: Tensor, fact: Fact, value: Tensor) -> None:
     Example:
         >>> import torch
         >>> x = torch.tensor([3.0, 4.0])
-        >>> tell(x, "norm", torch.tensor(5.0))
-        >>> told(x, "norm")
+        >>> attach(x, "norm", torch.tensor(5.0))
+        >>> lookup(x, "norm")
         tensor(5.)
     """
-    held: Any = x
-    held.known = {**_of(x), fact: (x._version, value)}
+    holder: Any = x
+    holder.known = {**_of(x), fact: (x._version, value)}
 
 
 def lookup(x: Tensor, fact: Fact) -> Tensor | None:
@@ -58,8 +58,8 @@ def lookup(x: Tensor, fact: Fact) -> Tensor | None:
     Example:
         >>> import torch
         >>> rows = torch.tensor([[1.0, -3.0]])
-        >>> tell(rows, "peaks", torch.tensor([[3.0]]))
-        >>> told(rows, "peaks"), told(rows * 2, "peaks"), told(rows.mul_(2), "peaks")
+        >>> attach(rows, "peaks", torch.tensor([[3.0]]))
+        >>> lookup(rows, "peaks"), lookup(rows * 2, "peaks"), lookup(rows.mul_(2), "peaks")
         (tensor([[3.]]), None, None)
     """
     version, value = _of(x).get(fact, (None, None))
@@ -76,12 +76,12 @@ def drop(x: Tensor) -> None:
     Example:
         >>> import torch
         >>> rows = torch.tensor([[1.0, -3.0]])
-        >>> tell(rows, "peaks", torch.tensor([[3.0]]))
-        >>> forget(rows)
-        >>> told(rows, "peaks")
+        >>> attach(rows, "peaks", torch.tensor([[3.0]]))
+        >>> drop(rows)
+        >>> lookup(rows, "peaks")
     """
-    held: Any = x
-    held.known = {}
+    holder: Any = x
+    holder.known = {}
 
 
 def norm(x: Tensor) -> Tensor:

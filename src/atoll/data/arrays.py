@@ -43,7 +43,7 @@ class Targets(NamedTuple):
     notes: tuple[str, ...]
 
 
-def _array(value: Any, what: str) -> Array:
+def _array(value: Any, subject: str) -> Array:
     """Convert to a numpy array of any dtype; share memory if possible, and keep a memory map a memory map."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
@@ -52,14 +52,14 @@ def _array(value: Any, what: str) -> Array:
     try:
         return np.asanyarray(value)
     except ValueError as error:
-        raise UsageError(f"{what} is not an array: {error}.", "rows of one shape.") from None
+        raise UsageError(f"{subject} is not an array: {error}.", "rows of one shape.") from None
 
 
-def _numeric(value: Any, what: str) -> Array:
-    array = _array(value, what)
+def _numeric(value: Any, subject: str) -> Array:
+    array = _array(value, subject)
     if array.dtype.kind not in "biuf" or array.ndim == 0:
         raise UsageError(
-            f"{what} is an array of {array.dtype}, shape {array.shape}.",
+            f"{subject} is an array of {array.dtype}, shape {array.shape}.",
             "numbers, one entry per row.",
             "models compute with numbers.",
             "atoll.data.frame(df)",
@@ -73,11 +73,11 @@ def tensor_of(array: Array) -> Tensor:
     return torch.from_numpy(native if native.flags.writeable else native.copy())
 
 
-def _finite(tensor: Tensor, what: str) -> Tensor:
+def _finite(tensor: Tensor, subject: str) -> Tensor:
     bad = not_finite(tensor)
     if bad is not None:
         raise UsageError(
-            f"{what} contains {tensor[bad].item()} at {place(bad[0], bad[1:])}.",
+            f"{subject} contains {tensor[bad].item()} at {place(bad[0], bad[1:])}.",
             "finite numbers.",
             "one NaN makes every number of the model NaN.",
             "keep = [bool(np.isfinite(x[i]).all() and np.isfinite(y[i]).all()) for i in range(len(x))]; "
@@ -86,17 +86,17 @@ def _finite(tensor: Tensor, what: str) -> Tensor:
     return tensor
 
 
-def _features(x: Any, what: str) -> Tensor | Array:
+def _features(x: Any, subject: str) -> Tensor | Array:
     """Convert x to a tensor without NaN and infinity; a memory map is returned unchanged and unchecked."""
-    array = _numeric(x, what)
+    array = _numeric(x, subject)
     if array.ndim < 2 or len(array) == 0:
         raise UsageError(
-            f"{what} has shape {array.shape}.",
+            f"{subject} has shape {array.shape}.",
             "[rows, features...], at least one row.",
             "the model takes one row at a time.",
             "x = x[:, None]" if array.ndim == 1 and len(array) else "",
         )
-    return array if isinstance(array, np.memmap) else _finite(tensor_of(array), what)
+    return array if isinstance(array, np.memmap) else _finite(tensor_of(array), subject)
 
 
 def _missing(values: Array) -> Array:
@@ -116,25 +116,25 @@ def name_of(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def distinct(values: Any, what: str) -> tuple[Tensor, tuple[str, ...]]:
+def distinct(values: Any, subject: str) -> tuple[Tensor, tuple[str, ...]]:
     """Encode a list `[rows]` as codes, int64 `[rows]`, of its sorted distinct values, and return these as names.
 
     Args:
         values: labels or clients of any dtype, `[rows]`.
-        what: name for errors.
+        subject: name for errors.
     Raises:
         UsageError: the list has another shape, or a value is missing.
     Example:
         >>> distinct(["b", "a", "b"], "by")
         (tensor([1, 0, 1]), ('a', 'b'))
     """
-    array = _array(values, what)
+    array = _array(values, subject)
     if array.ndim != 1:
-        raise UsageError(f"{what} has shape {array.shape}.", "one value per row.")
+        raise UsageError(f"{subject} has shape {array.shape}.", "one value per row.")
     absent = _missing(array)
     if absent.any():
         raise UsageError(
-            f"{what} has no value at row {int(absent.argmax())}.",
+            f"{subject} has no value at row {int(absent.argmax())}.",
             "a value for every row.",
             "it is the label or the client of the row, which cannot be guessed.",
         )
@@ -142,45 +142,45 @@ def distinct(values: Any, what: str) -> tuple[Tensor, tuple[str, ...]]:
     return torch.from_numpy(codes.astype(np.int64)), tuple(map(name_of, found.tolist()))
 
 
-def _kind(task: str | None, real: bool, what: str) -> tuple[str, tuple[str, ...]]:
+def _kind(task: str | None, real: bool, subject: str) -> tuple[str, tuple[str, ...]]:
     """Return the kind of task, and a note if it was guessed."""
     if task is None:
         kind = TASKS[real]
-        return kind, (f"Task guessed from {what}: {kind}.",)
+        return kind, (f"Task guessed from {subject}: {kind}.",)
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
     return task, ()
 
 
-def encode(y: Any, task: str | None, what: str = "y") -> Targets:
+def encode(y: Any, task: str | None, subject: str = "y") -> Targets:
     """Encode targets as classes 0, 1, … or as numbers.
 
     Args:
         y: labels of any type `[rows]`; numbers `[rows]` or `[rows, n]`; or classes 0, 1, …, `[rows, length]`.
         task: "classification", "regression", or None: regression if y has floats.
-        what: name for errors.
+        subject: name for errors.
     Raises:
         UsageError: an unknown task, a missing label, or a target that is not a finite number.
     Example:
         >>> encode(["no", "yes", "no"], "classification").y
         tensor([0, 1, 0])
     """
-    array = _array(y, what)
-    kind, notes = _kind(task, array.dtype.kind == "f", f"{what} of {array.dtype}")
+    array = _array(y, subject)
+    kind, notes = _kind(task, array.dtype.kind == "f", f"{subject} of {array.dtype}")
     if kind == "classification" and (array.ndim == 1 or array.shape[1:] == (1,)):
-        codes, names = distinct(array.reshape(-1), what)
+        codes, names = distinct(array.reshape(-1), subject)
         return Targets(codes, kind, names, notes)
-    array = _numeric(array, what)
+    array = _numeric(array, subject)
     if isinstance(array, np.memmap) and array.ndim > 1:
         return Targets(array, kind, None, notes)
-    return Targets(_finite(answers(tensor_of(array), kind == "regression"), what), kind, None, notes)
+    return Targets(_finite(answers(tensor_of(array), kind == "regression"), subject), kind, None, notes)
 
 
-def _encode_like(y: Any, targets: Targets, what: str) -> Tensor | Array:
+def _encode_like(y: Any, targets: Targets, subject: str) -> Tensor | Array:
     """Encode the targets of test rows with the classes of the train rows."""
     if targets.classes is None:
-        return encode(y, targets.kind, what).y
-    codes, names = distinct(_array(y, what).reshape(-1), what)
+        return encode(y, targets.kind, subject).y
+    codes, names = distinct(_array(y, subject).reshape(-1), subject)
     known = {name: code for code, name in enumerate(targets.classes)}
     for code, name in enumerate(names):
         if name not in known:
@@ -197,10 +197,10 @@ def _same_length(a: Tensor | Array, b: Tensor | Array, one: str, other: str) -> 
         )
 
 
-def _same_features(got: Tensor | Array, first: Tensor | Array, whose: str) -> None:
-    if got.shape[1:] != first.shape[1:]:
+def _same_features(features: Tensor | Array, first: Tensor | Array, whose: str) -> None:
+    if features.shape[1:] != first.shape[1:]:
         raise UsageError(
-            f"The rows of {whose} have shape {tuple(got.shape[1:])}.",
+            f"The rows of {whose} have shape {tuple(features.shape[1:])}.",
             f"{tuple(first.shape[1:])}, the shape of all others.",
             "one model takes all rows.",
         )
@@ -238,18 +238,18 @@ def arrays(
     """
     features, targets = _features(x, "x"), encode(y, task)
     _same_length(features, targets.y, "x", "y")
-    own, real = None, targets.kind == "regression"
+    test_rows, real = None, targets.kind == "regression"
     if test is not None:
-        own = ArrayRows(_features(test[0], "the test x"), _encode_like(test[1], targets, "the test y"), real)
-        _same_length(own.x, own.y, "the test x", "the test y")
-        _same_features(own.x, features, "the test x")
+        test_rows = ArrayRows(_features(test[0], "the test x"), _encode_like(test[1], targets, "the test y"), real)
+        _same_length(test_rows.x, test_rows.y, "the test x", "the test y")
+        _same_features(test_rows.x, features, "the test x")
     source = Source(
         name=name,
         rows=ArrayRows(features, targets.y, real),
         kind=targets.kind,
         classes=targets.classes,
         features=tuple(features.shape[1:]),
-        test=own,
+        test=test_rows,
         notes=targets.notes,
     )
     return replace(_with_clients(source, by), scale=scale)
@@ -333,11 +333,11 @@ def dataset(data: Any, *, by: Any = None, task: str | None = None, test: Any = N
         >>> dataset([(torch.zeros(3), 0), (torch.ones(3), 1)])
         Source('dataset', classification, rows=2, features=(3,))
     """
-    known, own = _as_arrays(data), None if test is None else _as_arrays(test)
-    if known is not None and (test is None or own is not None):
-        return arrays(*known, by=by, task=task, test=own, name=name)
+    known, test_arrays = _as_arrays(data), None if test is None else _as_arrays(test)
+    if known is not None and (test is None or test_arrays is not None):
+        return arrays(*known, by=by, task=task, test=test_arrays, name=name)
     rows = _rows(data, known, task, "the dataset")
-    test_rows = None if test is None else _rows(test, own, task, "the test set")
+    test_rows = None if test is None else _rows(test, test_arrays, task, "the test set")
     return _with_clients(_in_place(rows, test_rows, task, name), by)
 
 
@@ -374,31 +374,33 @@ def federate(
         raise UsageError("The federation has no clients.", "at least one (x, y) or Dataset.")
     known = list(map(_as_arrays, whole))
     drawn = isinstance(held_out, (int, float))
-    own = None if drawn else _as_arrays(held_out)
+    held_out_arrays = None if drawn else _as_arrays(held_out)
     pairs = [pair for pair in known if pair is not None and not isinstance(pair[0], np.memmap)]
-    if len(pairs) == len(names) and (drawn or own is not None):
-        source, sizes = _one_array(names, pairs, own, task, name)
+    if len(pairs) == len(names) and (drawn or held_out_arrays is not None):
+        source, sizes = _one_array(names, pairs, held_out_arrays, task, name)
     else:
-        rows = [_rows(part, pair, task, f"client {who}") for who, part, pair in zip(names, whole, known, strict=True)]
-        _alike(names, [part.take(torch.zeros(1, dtype=torch.int64))[0] for part in rows])
-        test = None if drawn else _rows(held_out, own, task, "the test set")
+        rows = [
+            _rows(part, pair, task, f"client {client}") for client, part, pair in zip(names, whole, known, strict=True)
+        ]
+        _check_same_features(names, [part.take(torch.zeros(1, dtype=torch.int64))[0] for part in rows])
+        test = None if drawn else _rows(held_out, held_out_arrays, task, "the test set")
         source, sizes = _in_place(ConcatRows(tuple(rows)), test, task, name), list(map(len, rows))
     source = replace(source, by=torch.arange(len(names)).repeat_interleave(torch.tensor(sizes)), names=names)
     return source.split(by=ByColumn(), held_out=held_out if drawn else 0.2, seed=seed, min_rows=min_rows)
 
 
-def _alike(names: Sequence[str], xs: Sequence[Tensor | Array]) -> None:
-    for who, x in zip(names, xs, strict=True):
-        _same_features(x, xs[0], f"client {who}")
+def _check_same_features(names: Sequence[str], xs: Sequence[Tensor | Array]) -> None:
+    for client, x in zip(names, xs, strict=True):
+        _same_features(x, xs[0], f"client {client}")
 
 
 def _one_array(
     names: Sequence[str], pairs: Sequence[Pair], test: Pair | None, task: str | None, name: str
 ) -> tuple[Source, list[int]]:
     """Build a source with every client's rows in one array; return it with the clients' sizes."""
-    xs = [torch.as_tensor(_features(x, f"x of client {who}")) for who, (x, _) in zip(names, pairs, strict=True)]
-    ys = [_array(y, f"y of client {who}") for who, (_, y) in zip(names, pairs, strict=True)]
-    _alike(names, xs)
-    for who, x, y in zip(names, xs, ys, strict=True):
-        _same_length(x, y, f"x of client {who}", "y")
+    xs = [torch.as_tensor(_features(x, f"x of client {client}")) for client, (x, _) in zip(names, pairs, strict=True)]
+    ys = [_array(y, f"y of client {client}") for client, (_, y) in zip(names, pairs, strict=True)]
+    _check_same_features(names, xs)
+    for client, x, y in zip(names, xs, ys, strict=True):
+        _same_length(x, y, f"x of client {client}", "y")
     return arrays(torch.cat(xs), np.concatenate(ys), task=task, test=test, name=name), list(map(len, xs))

@@ -69,11 +69,11 @@ def load(
     text, path = str(name), Path(name)
     if text in NAMED:
         given = {"target": target, "by": by, "task": task, "missing": missing}
-        for word, value in given.items():
-            if value is not None and not (text == "heart" and word == "missing"):
+        for option, value in given.items():
+            if value is not None and not (text == "heart" and option == "missing"):
                 raise UsageError(
-                    f"load({text!r}) was given {word}={value!r}.",
-                    f"no {word}.",
+                    f"load({text!r}) was given {option}={value!r}.",
+                    f"no {option}.",
                     f"{text} has its own.",
                     f"load({text!r})",
                 )
@@ -94,8 +94,8 @@ def _sklearn(name: str, scale: str | None) -> Source:
     """Load a table of scikit-learn; its columns keep their own units until the split."""
     from sklearn import datasets
 
-    words = {"scaled": False} if name == "diabetes" else {}
-    bunch: Any = getattr(datasets, f"load_{name}")(**words)
+    options = {"scaled": False} if name == "diabetes" else {}
+    bunch: Any = getattr(datasets, f"load_{name}")(**options)
     columns = dict(zip(map(str, bunch.feature_names), bunch.data.T, strict=True))
     if name == "diabetes":
         return table(
@@ -158,17 +158,17 @@ def _mnist(folder: str | Path | None, scale: str | None) -> Source:
 
 def _fashion_mnist(folder: str | Path | None, scale: str | None) -> Source:
     first = "train-images-idx3-ubyte"
-    asked = folder or os.environ.get("ATOLL_DATA")
-    here = Path(asked) if asked else DEBIAN_FASHION
-    if not folder and not _idx_path(here, first).is_file():
-        here = DEBIAN_FASHION
+    configured = folder or os.environ.get("ATOLL_DATA")
+    directory = Path(configured) if configured else DEBIAN_FASHION
+    if not folder and not _idx_path(directory, first).is_file():
+        directory = DEBIAN_FASHION
     parts = []
     for stem in (first, "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
-        path = _idx_path(here, stem)
+        path = _idx_path(directory, stem)
         if not path.is_file():
             raise _absent("fashion_mnist", path, "apt-get install dataset-fashion-mnist")
         parts.append(read_idx(path))
-    return _pictures("fashion_mnist", parts, FASHION, scale, here)
+    return _pictures("fashion_mnist", parts, FASHION, scale, directory)
 
 
 def _idx_path(folder: Path, stem: str) -> Path:
@@ -225,7 +225,7 @@ def _heart(folder: str | Path | None, missing: str | None, scale: str | None) ->
     Reference: Ogier du Terrail et al., FLamby, 2022, Fed-Heart-Disease; its columns and rows.
     """
     parts: list[Array] = []
-    who: list[str] = []
+    hospitals: list[str] = []
     for hospital in HOSPITALS:
         path = _folder(folder, "heart", "heart.processed.*.data") / f"heart.processed.{hospital}.data"
         if not path.is_file():
@@ -237,7 +237,7 @@ def _heart(folder: str | Path | None, missing: str | None, scale: str | None) ->
         if any(values.dtype.kind != "f" for values in cells):
             raise _malformed(path, "a cell is not a number")
         parts.append(np.stack(cells, axis=1))
-        who += [hospital] * len(rows)
+        hospitals += [hospital] * len(rows)
     raw = np.concatenate(parts)
     columns = {name: raw[:, i] for i, name in enumerate(HEART_COLUMNS) if name not in ("cp", "restecg")}
     for name, levels in (("cp", (2, 3, 4)), ("restecg", (1, 2))):
@@ -247,7 +247,7 @@ def _heart(folder: str | Path | None, missing: str | None, scale: str | None) ->
     columns["diagnosis"] = (raw[:, 13] > 0).astype(np.float64)
     source = table(
         "heart",
-        columns | {"hospital": np.array(who, dtype=object)},
+        columns | {"hospital": np.array(hospitals, dtype=object)},
         target="diagnosis",
         by="hospital",
         task="classification",

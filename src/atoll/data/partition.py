@@ -130,10 +130,10 @@ def fill_up(owner: Tensor, clients: int, min_rows: int, key: Key) -> Tensor:
         level = (low + high + 1) // 2
         low, high = (level, high) if int((sizes - level).clamp(min=0).sum()) >= wanted else (low, level - 1)
     # Move the highest ranks first, because cutting to `low` may free more rows than needed.
-    spare = order[rank >= low]
-    spare = spare[rank[rank >= low].argsort(descending=True, stable=True)[:wanted]]
+    surplus = order[rank >= low]
+    surplus = surplus[rank[rank >= low].argsort(descending=True, stable=True)[:wanted]]
     moved = owner.clone()
-    moved[spare] = torch.arange(clients).repeat_interleave(missing)
+    moved[surplus] = torch.arange(clients).repeat_interleave(missing)
     return moved
 
 
@@ -200,16 +200,16 @@ class Dirichlet(Partition):
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
         codes, classes = _classes(self, pool, clients)
         order, _, sizes = shuffled(codes, classes, key.fold("rows"))
-        owner, held = torch.empty_like(codes), torch.zeros(clients, dtype=torch.int64)
+        owner, rows_of_client = torch.empty_like(codes), torch.zeros(clients, dtype=torch.int64)
         for label, rows in enumerate(order.split(sizes.tolist())):
             share = log_gamma_draws(self.alpha, clients, key.fold("shares", label))
-            share[held * clients >= pool.rows] = -math.inf
+            share[rows_of_client * clients >= pool.rows] = -math.inf
             # cumsum adds in order; a parallel sum would make the cuts depend on the number of threads.
             edge = (share - share.max()).exp().cumsum(0)
             cut = (edge / edge[-1] * len(rows)).floor().long()
-            got = torch.searchsorted(cut, torch.arange(len(rows)), right=True)
-            owner[rows] = got
-            held += got.bincount(minlength=clients)
+            new_owner = torch.searchsorted(cut, torch.arange(len(rows)), right=True)
+            owner[rows] = new_owner
+            rows_of_client += new_owner.bincount(minlength=clients)
         return owner
 
 

@@ -119,12 +119,12 @@ def place(row: int, within: tuple[int, ...]) -> str:
     return f"row {row}, column {within[0]}" if len(within) == 1 else f"row {row}, position {within}"
 
 
-def _checked(values: Tensor, index: Tensor, what: str) -> Tensor:
+def _checked(values: Tensor, index: Tensor, subject: str) -> Tensor:
     """Check values `[n, ...]` read from outside memory; the error names the row and the column."""
     bad = not_finite(values)
     if bad is not None:
         raise RunError(
-            f"The {what} contain {values[bad].item()} at {place(int(index[bad[0]]), bad[1:])}.",
+            f"The {subject} contain {values[bad].item()} at {place(int(index[bad[0]]), bad[1:])}.",
             "finite numbers.",
             "one NaN makes every number of the model NaN.",
         )
@@ -202,10 +202,10 @@ def pair(item: Any, row: int) -> tuple[Tensor, Tensor]:
     return x.detach(), y.detach()
 
 
-def _alike(got: Tensor, first: Tensor, row: int) -> None:
-    if (got.shape, got.dtype) != (first.shape, first.dtype):
+def _check_like_first(part: Tensor, first: Tensor, row: int) -> None:
+    if (part.shape, part.dtype) != (first.shape, first.dtype):
         raise UsageError(
-            f"Row {row} of the dataset has {got.dtype} {tuple(got.shape)}, "
+            f"Row {row} of the dataset has {part.dtype} {tuple(part.shape)}, "
             f"row 0 has {first.dtype} {tuple(first.shape)}.",
             "one shape and dtype for all rows.",
             "rows are stacked into batches.",
@@ -238,7 +238,7 @@ class DatasetRows:
         ys: list[Tensor] = []
         for row in flat.tolist():
             for part, first, parts in zip(pair(self.dataset[row], row), self.first, (xs, ys), strict=True):
-                _alike(part, first, row)
+                _check_like_first(part, first, row)
                 parts.append(part)
         x, y = (
             torch.stack(parts) if parts else first[None][:0] for parts, first in zip((xs, ys), self.first, strict=True)
@@ -284,13 +284,13 @@ class ConcatRows:
         flat = index.reshape(-1)
         part = torch.searchsorted(self.starts, flat, right=True) - 1
         order = part.argsort(stable=True)
-        asked, counts = part[order].unique_consecutive(return_counts=True)
-        taken = [
-            self.parts[p].take(flat[where] - self.starts[p])
-            for p, where in zip(asked.tolist(), order.split(counts.tolist()), strict=True)
+        used, counts = part[order].unique_consecutive(return_counts=True)
+        pieces_of_part = [
+            self.parts[p].take(flat[positions] - self.starts[p])
+            for p, positions in zip(used.tolist(), order.split(counts.tolist()), strict=True)
         ] or [self.parts[0].take(flat)]
         back = order.argsort()
-        x, y = (torch.cat(pieces)[back] for pieces in zip(*taken, strict=True))
+        x, y = (torch.cat(pieces)[back] for pieces in zip(*pieces_of_part, strict=True))
         return _shaped(x, index), _shaped(y, index)
 
     def targets(self) -> Tensor:
@@ -318,8 +318,8 @@ def in_memory(rows: Rows) -> bool:
     """Return whether the rows are in one array in host memory, which can be read without a copy."""
     if isinstance(rows, PickedRows):
         return in_memory(rows.rows)
-    held = isinstance(rows, ArrayRows) and isinstance(rows.x, Tensor) and isinstance(rows.y, Tensor)
-    return held and rows.x.is_cpu and rows.x.is_contiguous()  # type: ignore[attr-defined]
+    plain = isinstance(rows, ArrayRows) and isinstance(rows.x, Tensor) and isinstance(rows.y, Tensor)
+    return plain and rows.x.is_cpu and rows.x.is_contiguous()  # type: ignore[attr-defined]
 
 
 def stored(rows: Rows, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -381,7 +381,7 @@ def on_device(rows: Rows, device: torch.device, room: float) -> Rows:
     arrays = {id(t): t for t in _arrays(rows)}
     if not arrays or sum(t.numel() * t.element_size() for t in arrays.values()) > room:
         return rows
-    moved: Rows = _moved(rows, {i: t.to(device) for i, t in arrays.items()})
+    moved: Rows = _with_tensors(rows, {i: t.to(device) for i, t in arrays.items()})
     return moved
 
 
@@ -397,13 +397,13 @@ def _arrays(rows: Any) -> list[Tensor]:
     return []
 
 
-def _moved(rows: Any, moved: dict[int, Tensor]) -> Any:
+def _with_tensors(rows: Any, tensors: dict[int, Tensor]) -> Any:
     match rows:
         case ArrayRows():
-            return replace(rows, x=moved[id(rows.x)], y=moved[id(rows.y)])
+            return replace(rows, x=tensors[id(rows.x)], y=tensors[id(rows.y)])
         case PickedRows():
-            return replace(rows, rows=_moved(rows.rows, moved))
-    return replace(rows, parts=tuple(_moved(part, moved) for part in rows.parts))
+            return replace(rows, rows=_with_tensors(rows.rows, tensors))
+    return replace(rows, parts=tuple(_with_tensors(part, tensors) for part in rows.parts))
 
 
 def spill(stream: Iterable[Any]) -> tuple[Array, Array]:
@@ -425,7 +425,7 @@ def spill(stream: Iterable[Any]) -> tuple[Array, Array]:
             row = [part if part.dtype == torch.uint8 else numbers(part) for part in pair(item, count - 1)]
             first = first or tuple(row)
             for part, like, file in zip(row, first, (xs, ys), strict=True):
-                _alike(part, like, count - 1)
+                _check_like_first(part, like, count - 1)
                 file.write(part.contiguous().numpy().tobytes())
         if not count:
             raise UsageError("The iterable dataset has no rows.", "at least one row (x, y).")

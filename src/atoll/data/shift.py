@@ -81,11 +81,11 @@ class ShiftedRows:
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self.rows.take(index)
         flat = index.reshape(-1)
-        z, who = x.reshape(len(flat), *x.shape[index.dim() :]), self.owner[flat]
+        z, owners = x.reshape(len(flat), *x.shape[index.dim() :]), self.owner[flat]
         if self.rotation:
-            z = rotate(z, who.clamp(min=0) * self.rotation % 360)
+            z = rotate(z, owners.clamp(min=0) * self.rotation % 360)
         if self.noise:
-            sd = self.noise * (who + 1).to(x.dtype) / self.clients
+            sd = self.noise * (owners + 1).to(x.dtype) / self.clients
             draw = self.key.of(flat).normal(z[:1].numel(), x.dtype) if len(flat) else z.flatten(1)
             z = z + (draw * sd[:, None]).reshape(z.shape)
         return z.reshape(x.shape), y

@@ -121,9 +121,9 @@ class Source:
             None if self.by is None else self.by[train],
         )
         names = self.names if partition.natural else None
-        owner, said = _deal(partition, pool, count, min_rows, key)
+        owner, deal_notes = _deal(partition, pool, count, min_rows, key)
         if partition.natural:
-            train, owner, names, said = _leave_out(train, owner, names or (), min_rows)
+            train, owner, names, deal_notes = _leave_out(train, owner, names or (), min_rows)
             count = len(names)
         rows, own_test = scaled(self.rows, train, self.test, self.by, self.scale, self.fill)
         drawn = PickedRows(rows, held) if held is not None and len(held) else None
@@ -143,7 +143,7 @@ class Source:
             features=self.features,
             columns=self.columns,
             names=names,
-            notes=(*self.notes, *notes, *said),
+            notes=(*self.notes, *notes, *deal_notes),
         )
 
     def _hold_out(self, labels: Tensor | None, part: float, key: Key) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
@@ -249,8 +249,8 @@ def _deal(partition: Partition, pool: Pool, clients: int, min_rows: int, key: Ke
         if short > 10:
             break
     moved, drawn = int(missing.sum()), f" after {draw} draws" if draw > 1 else ""
-    said = f"{partition}: {moved} rows were moved{drawn}, to give each client min_rows={min_rows}."
-    return fill_up(owner, clients, min_rows, key.fold("fill-up")), (said,)
+    note = f"{partition}: {moved} rows were moved{drawn}, to give each client min_rows={min_rows}."
+    return fill_up(owner, clients, min_rows, key.fold("fill-up")), (note,)
 
 
 def _leave_out(
@@ -267,12 +267,12 @@ def _leave_out(
             write="data.split(min_rows=1)",
         )
     mine = keep[owner]
-    said = (
+    note = (
         f"{int((~keep).sum())} of {len(names)} natural clients have fewer than {min_rows} train rows; "
         f"they and their {int((~mine).sum())} rows were left out."
     )
     kept = tuple(itertools.compress(names, keep.tolist()))
-    return train[mine], (keep.cumsum(0) - 1)[owner[mine]], kept, (said,)
+    return train[mine], (keep.cumsum(0) - 1)[owner[mine]], kept, (note,)
 
 
 def _refuse_unseen(train: Tensor, held: Tensor, classes: tuple[str, ...]) -> None:

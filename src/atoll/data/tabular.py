@@ -104,7 +104,7 @@ def frame(
             values = series.to_numpy(dtype=np.float64, na_value=np.nan)
         else:
             absent = series.isna().to_numpy()
-            texts = [None if gone else name_of(v) for v, gone in zip(series.tolist(), absent, strict=True)]
+            texts = [None if is_absent else name_of(v) for v, is_absent in zip(series.tolist(), absent, strict=True)]
             values = np.array(texts, dtype=object)
         if str(label) in columns:
             raise _twice(str(label))
@@ -144,7 +144,7 @@ def table(
     if target is None or not others:
         raise UsageError(f"{name} has {len(columns)} columns.", "a target, and at least one feature.")
     _refuse_infinite(columns)
-    keep, said = _kept(columns, others, target, missing)
+    keep, gap_notes = _usable_rows(columns, others, target, missing)
     x, names, levels = _one_hot({column: columns[column][keep] for column in others})
     y, kind, classes, guessed = _target(columns[target][keep], target, task)
     codes, clients = None, None
@@ -162,11 +162,13 @@ def table(
         names=clients,
         scale=scale or "standard",
         fill=bool(np.isnan(x).any()),
-        notes=(*notes, *said, *levels, *guessed),
+        notes=(*notes, *gap_notes, *levels, *guessed),
     )
 
 
-def _kept(columns: dict[str, Array], features: list[str], target: str, missing: str) -> tuple[Array, tuple[str, ...]]:
+def _usable_rows(
+    columns: dict[str, Array], features: list[str], target: str, missing: str
+) -> tuple[Array, tuple[str, ...]]:
     """Mark the usable rows, bool `[rows]`, and return notes about the others."""
     empty = _absent(columns[target])
     gaps = np.any([_absent(columns[feature]) for feature in features], axis=0) & ~empty
@@ -178,13 +180,13 @@ def _kept(columns: dict[str, Array], features: list[str], target: str, missing: 
             "missing='drop' drops incomplete rows." if gaps.any() else "a row without a target has no loss.",
             "missing='mean'" if gaps.any() else "",
         )
-    said = []
+    notes = []
     if empty.any():
-        said.append(f"{int(empty.sum())} rows without a target were left out.")
+        notes.append(f"{int(empty.sum())} rows without a target were left out.")
     if gaps.any():
-        what = "left out" if missing == "drop" else "filled with the train rows' means"
-        said.append(f"{int(gaps.sum())} rows lack a value: {what}.")
-    return keep, tuple(said)
+        action = "left out" if missing == "drop" else "filled with the train rows' means"
+        notes.append(f"{int(gaps.sum())} rows lack a value: {action}.")
+    return keep, tuple(notes)
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]], tuple[str, ...]]:
@@ -195,15 +197,15 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], tuple[str, ...]]:
             first = file.readline()
             mark = max(",;\t|", key=first.count)
             header = [name.strip() for name in next(reader.reader([first], delimiter=mark, strict=True), [])]
-            body = reader.reader(file, delimiter=mark, strict=True)
+            table = reader.reader(file, delimiter=mark, strict=True)
             lines = []
-            for line in body:
+            for line in table:
                 if line and len(line) != len(header):
                     raise UsageError(
-                        f"Line {body.line_num + 1} of {path} has {len(line)} cells.",
+                        f"Line {table.line_num + 1} of {path} has {len(line)} cells.",
                         f"{len(header)} cells, the number in the header.",
                         "a cell's position determines its column.",
-                        f"sed -n {body.line_num + 1}p {path}",
+                        f"sed -n {table.line_num + 1}p {path}",
                     )
                 if line:
                     lines.append(line)
@@ -269,7 +271,7 @@ def _one_hot(columns: dict[str, Array]) -> tuple[Array, tuple[str, ...], tuple[s
 
     A level is a column of 0 and 1. A missing text is NaN in all its levels, so that it is filled with train means.
     """
-    parts, names, said = [], [], []
+    parts, names, notes = [], [], []
     for name, values in columns.items():
         if values.dtype.kind == "f":
             parts.append(values)
@@ -278,10 +280,10 @@ def _one_hot(columns: dict[str, Array]) -> tuple[Array, tuple[str, ...], tuple[s
         absent = _absent(values)
         levels = sorted(set(values[~absent].tolist()))
         if len(levels) > MOST_LEVELS:
-            odd = [text for text in levels if not _number(text)]
-            where = int(np.argmax(values == odd[0])) if odd else 0
+            non_numbers = [text for text in levels if not _number(text)]
+            row = int(np.argmax(values == non_numbers[0])) if non_numbers else 0
             raise UsageError(
-                f"Column {name!r} contains {len(levels)} different texts, {values[where]!r} at row {where}.",
+                f"Column {name!r} contains {len(levels)} different texts, {values[row]!r} at row {row}.",
                 f"numbers, or at most {MOST_LEVELS} different texts.",
                 "each text becomes a separate column.",
                 f"df = df.drop(columns=[{name!r}])",
@@ -289,8 +291,8 @@ def _one_hot(columns: dict[str, Array]) -> tuple[Array, tuple[str, ...], tuple[s
         for level in levels:
             parts.append(np.where(absent, np.nan, (values == level).astype(np.float64)))
             names.append(f"{name}={level}")
-        said.append(f"Column {name!r} contains texts: one column for each of {len(levels)} levels, found in all rows.")
-    return np.stack(parts, axis=1), tuple(names), tuple(said)
+        notes.append(f"Column {name!r} contains texts: one column for each of {len(levels)} levels, found in all rows.")
+    return np.stack(parts, axis=1), tuple(names), tuple(notes)
 
 
 def _target(values: Array, name: str, task: str | None) -> tuple[Any, str, tuple[str, ...] | None, tuple[str, ...]]:
@@ -305,10 +307,10 @@ def _target(values: Array, name: str, task: str | None) -> tuple[Any, str, tuple
         )
     few = not number or (bool((values == values.round()).all()) and len(np.unique(values)) <= WHOLE_CLASSES)
     kind = task or ("classification" if few else "regression")
-    what = "texts" if not number else f"at most {WHOLE_CLASSES} different whole numbers" if few else "numbers"
-    y, kind, classes, said = encode(values, kind, f"column {name!r}")
+    content = "texts" if not number else f"at most {WHOLE_CLASSES} different whole numbers" if few else "numbers"
+    y, kind, classes, notes = encode(values, kind, f"column {name!r}")
     if task is None:
-        said = (f"Task guessed from {what} in column {name!r}: {kind}.",)
+        notes = (f"Task guessed from {content} in column {name!r}: {kind}.",)
     if kind == "regression":
-        said = (*said, f"The target {name!r} stays in its own units.")
-    return y, kind, classes, said
+        notes = (*notes, f"The target {name!r} stays in its own units.")
+    return y, kind, classes, notes

@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-ROUNDS = 3  # rounds for which a setting is timed; the fastest counts, since other programs can only slow a round down
-_CLEARLY = 1.03  # ratio of speeds from which a neighbour counts as faster; a smaller ratio may be noise
-_FURTHEST = 8.0  # largest factor between a tried chunk and the chunk for the model's size, up or down
+from atoll.compute import limits
 
 
 class Trial(NamedTuple):
@@ -80,17 +78,18 @@ class Tuning:
         rate, best = self._rate(self._now), self._rate(self.best)
         if rate is None:
             return
-        if best is not None and rate > _CLEARLY * best:
+        if best is not None and rate > limits.FASTER_RATIO * best:
             self.best = self._now
         self._now = self._untried() or self.best
 
     def _rate(self, setting: Trial) -> float | None:
-        """Rows per second; None before the setting was timed for `ROUNDS` rounds."""
+        """Rows per second; None before the setting was timed for `limits.TUNED_ROUNDS` rounds."""
         rates = self._rates.get(setting, ())
-        return max(rates) if len(rates) >= ROUNDS else None
+        return max(rates) if len(rates) >= limits.TUNED_ROUNDS else None
 
     def _untried(self) -> Trial | None:
         chunk, threads = self.best
         beside = [Trial(chunk, other) for other in self._threads if other != threads]
-        beside += [Trial(size, threads) for size in (chunk * 2, chunk / 2) if 1 / _FURTHEST <= size <= _FURTHEST]
+        far = limits.FURTHEST_CHUNK
+        beside += [Trial(size, threads) for size in (chunk * 2, chunk / 2) if 1 / far <= size <= far]
         return next((setting for setting in beside if self._rate(setting) is None), None)

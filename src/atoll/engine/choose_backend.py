@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atoll.base.errors import AtollError, UsageError
 from atoll.base.random import Key, generator_states, global_scope
+from atoll.compute import limits
 from atoll.compute.batches import ClientBatch
 from atoll.compute.compiled import load_libraries, products, stages
 from atoll.compute.fused import UnsupportedModel
@@ -27,8 +28,6 @@ from atoll.plan.plan import Plan
 from atoll.plan.protocols import Population
 
 BODIES = ("auto", "lanes", "loop", "fused", "compiled")
-_WORTH = 2e10  # multiplications of a run from which a library is built: fused takes about as long for them as the build
-_LARGE = 100_000  # parameters from which a kernel takes longer than its launch: lanes then only move more memory
 _FAR = {"full": 1e-3, "bf16": 0.2}  # largest error of a gradient by rounding, relative to its largest number
 
 
@@ -101,7 +100,7 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: 
 def _large(task: Task, data: Clients, plan: Plan) -> bool:
     """Whether a single client uses the machine fully, so that a batch of clients is not faster. Only on the host."""
     apart = plan.local.sequential(int(data.sizes.max()))
-    return apart and task.device.type == "cpu" and task.layout.d >= _LARGE
+    return apart and task.device.type == "cpu" and task.layout.d >= limits.LOOP_PARAMETERS
 
 
 class Rejection(NamedTuple):
@@ -115,7 +114,7 @@ def _by_hand(task: Task, data: Clients, plan: Plan, rows: int, rounds: int) -> C
     """The choice for known layers: native code if the run is long enough to repay the build, else fused."""
     fused, native = (replace(task, numerics=body) for body in ("fused", "compiled"))
     reason = "a stack of known layers: fused operations train many clients in one pass"
-    if task.device.type != "cpu" or _products(native, data, plan) * rounds < _WORTH:
+    if task.device.type != "cpu" or _products(native, data, plan) * rounds < limits.BUILD_PRODUCTS:
         return Choice(fused, f"{reason}; native code is for longer runs")
     trouble = _trouble(native, task, data, rows)
     if trouble is None:

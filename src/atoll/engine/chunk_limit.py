@@ -10,15 +10,12 @@ from math import prod
 import torch
 
 from atoll.base.errors import RunError
+from atoll.compute import limits
 from atoll.compute.batches import ROWS
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.plan.plan import Plan
 
-_FUSED_BYTES = 7 << 20  # per chunk: the fused backend stores no gradient, and a step reads all of it three times
-_LANE_BYTES = 16 << 20  # θ, gradients and updates of a chunk together, so that they stay in the caches of the cores
-_LEAST, _MOST, _FAR_MOST = 4, 1024, 1 << 14  # limits of a chunk: least, most on the host, most on a device
-_APART_BYTES = 64 << 20  # updates of clients that are computed one after another: each is written and read once
 _APART = 4  # memory of such a client in lengths of θ: its update and the digits of the exact sum
 _HELD = 6  # memory of a lane in lengths of θ: θ, gradient, update, and temporaries of optimizer and codec
 
@@ -29,17 +26,17 @@ class ChunkLimit:
     Args:
         most: the largest chunk that fits, ≥ 1; None: no chunk has failed yet.
     Example:
-        >>> room = Room()
-        >>> room.learn(50)
-        >>> room.said()
-        ('More than 50 clients at once did not fit into memory: no chunk is larger from now on. No bit changes.',)
-        >>> room.said()
+        >>> room = ChunkLimit()
+        >>> room.lower(50)
+        >>> room.take_note()
+        ('Chunks of more than 50 clients did not fit into memory. Later chunks are not larger. No bit changes.',)
+        >>> room.take_note()
         ()
     """
 
     def __init__(self, most: int | None = None) -> None:
         self.most = most
-        self._said = most
+        self._noted = most
 
     def lower(self, most: int | None) -> None:
         """Lower the limit to `most` clients; None changes nothing."""
@@ -48,12 +45,11 @@ class ChunkLimit:
 
     def take_note(self) -> tuple[str, ...]:
         """A message if the limit was lowered since the last call, else ()."""
-        if self.most == self._said:
+        if self.most == self._noted:
             return ()
-        self._said = self.most
+        self._noted = self.most
         some = "1 client" if self.most == 1 else f"{self.most} clients"
-        told = f"More than {some} at once did not fit into memory: no chunk is larger from now on. No bit changes."
-        return (told,)
+        return (f"Chunks of more than {some} did not fit into memory. Later chunks are not larger. No bit changes.",)
 
     def within(self, most: int | None) -> int | None:
         """The smaller of `most` and the limit; None if neither is set."""
@@ -80,18 +76,19 @@ def chunk_size(plan: Plan, task: Task, data: Clients, rows: int, most: int | Non
         return most
     width, size = min(plan.local.padded_batch(rows), ROWS), task.layout.dtype.itemsize
     if task.numerics == "fused":
-        each, near = task.program.room(data.features, width) * size, _FUSED_BYTES
+        each, near = task.program.room(data.features, width) * size, limits.FUSED_CHUNK_BYTES
     elif task.numerics == "compiled":  # one client a core is active; its update is the memory to count
-        return max(2 * torch.get_num_threads(), _LEAST, min(_MOST, _LANE_BYTES // (task.layout.d * size)))
+        most = min(limits.MOST_CHUNK, limits.LANE_CHUNK_BYTES // (task.layout.d * size))
+        return max(2 * torch.get_num_threads(), limits.LEAST_CHUNK, most)
     elif task.numerics == "loop":  # a chunk only stores updates
-        return max(1, min(_MOST, _APART_BYTES // (_APART * task.layout.d * size)))
+        return max(1, min(limits.MOST_CHUNK, limits.LOOP_CHUNK_BYTES // (_APART * task.layout.d * size)))
     else:
-        each, near = _HELD * task.layout.d * size, _LANE_BYTES
+        each, near = _HELD * task.layout.d * size, limits.LANE_CHUNK_BYTES
     if room is None:
-        return max(_LEAST, min(_MOST, near // each))
+        return max(limits.LEAST_CHUNK, min(limits.MOST_CHUNK, near // each))
     # Every backend stores an update and the digits of its sum. Rows of several steps are read ahead.
     each = max(each, _HELD * task.layout.d * size) + width * max(1, prod(data.features)) * size
-    return max(1, min(_FAR_MOST, room // 2 // each))
+    return max(1, min(limits.MOST_DEVICE_CHUNK, room // 2 // each))
 
 
 def no_sum(task: Task, many: int, error: BaseException) -> RunError:

@@ -1,4 +1,7 @@
-"""Clients in this process: chunks of them one after the other."""
+"""The engine that trains all clients in this process, one chunk after the other.
+
+Tests: tests/surface/test_engines.py, tests/identities/test_chunks.py
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from atoll.base.errors import AtollError, UsageError
 from atoll.base.random import Key
-from atoll.compute import native
+from atoll.compute import limits, native
 from atoll.compute.batches import HOST
 from atoll.compute.device import free, gpu
 from atoll.compute.layout import Layout
@@ -31,9 +34,6 @@ from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Cohort, Population, Tensors
 from atoll.plan.round import Gathered
 from atoll.plan.state import State
-
-_ENOUGH = 16  # clients in a round, from which on chunks are worth a trial
-_SMALL = 100_000  # parameters below which one thread is quickest
 
 Assign = Callable[[Tensor], Tensor]
 Reduce = Callable[[Aggregator, Results, Tensors, Exception | None], Results]
@@ -89,12 +89,12 @@ class InProcessEngine(Engine):
 
     @property
     def population(self) -> Population:
-        """All clients, and the rows each holds."""
+        """All clients, and the number of rows of each."""
         return Population(self.data.count, self.data.sizes)
 
     @property
     def layout(self) -> Layout:
-        """How the model lies in its vector."""
+        """The layout of the model vector."""
         return self.task.layout
 
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
@@ -141,7 +141,7 @@ class InProcessEngine(Engine):
         the round has enough clients for it to matter.
         """
         count = len(arrived)
-        if self.chunk is not None or count < _ENOUGH or task.numerics == "loop" or task.device != HOST:
+        if self.chunk is not None or count < limits.TUNED_CLIENTS or task.numerics == "loop" or task.device != HOST:
             with threads_for(task, cohort.ids.shape[0], plan):
                 yield 1.0
             return
@@ -161,25 +161,25 @@ class InProcessEngine(Engine):
 
 
 def check_chunk(chunk: int | None) -> None:
-    """Refuse a chunk of nobody."""
+    """Refuse a chunk without clients."""
     if chunk is not None and chunk < 1:
         raise UsageError(f"chunk = {chunk}.", "at least one client.", write="--chunk 32")
 
 
 @contextlib.contextmanager
 def threads_for(task: Task, lanes: int = 1, plan: Plan | None = None) -> Iterator[None]:
-    """Let torch use one thread for a small model, and then as many as before. It changes no bit.
+    """Let torch use one thread for a small model, and restore the number of threads afterwards. It changes no bit.
 
-    A kernel of a small model is over before a second thread has woken; on a busy machine the first then waits for it.
-    By hand, one kernel goes through all lanes, of which there are so many. Native code takes all threads for itself,
-    where no codec wants them.
+    A kernel of a small model ends before a second thread wakes up. On a busy machine the first thread then waits for
+    the second. With `fused`, one kernel computes all lanes, so the limit depends on their number. With `compiled`,
+    native code uses all threads, and torch needs them only for a codec.
     """
     before = torch.get_num_threads()
     if task.numerics == "compiled":
         small = plan is not None and isinstance(plan.codec, Identity)
     else:
         size = task.layout.d * lanes // 4 if task.numerics == "fused" else task.layout.d
-        small = size < _SMALL and not task.slow_in_lanes
+        small = size < limits.SERIAL_PARAMETERS and not task.slow_in_lanes
     if before == 1 or not small:
         yield
         return

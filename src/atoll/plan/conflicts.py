@@ -64,7 +64,7 @@ def check_plan(slots: Slots) -> None:
         check_part(slot, part)
     for slot, part in parts.items():
         if slot != "downlink":  # a downlink has no aggregator and no clients: its rules are all in `_downlink`
-            for conflict in _asked(slot, part, slots):
+            for conflict in _conflicts_of(slot, part, slots):
                 raise UsageError(*conflict)
     for conflict in (*_codec(slots), *_pace(slots), *_downlink(slots), *_sends(slots)):
         raise UsageError(*conflict)
@@ -153,7 +153,7 @@ def _named(hint: str) -> str:
     )
 
 
-def _asked(slot: str, part: Any, slots: Slots) -> Iterator[Conflict]:
+def _conflicts_of(slot: str, part: Any, slots: Slots) -> Iterator[Conflict]:
     """The conflicts that a part names."""
     try:
         found = list(part.conflicts(slots))
@@ -249,17 +249,17 @@ def undeclared(declared: Mapping[str, Declared], means: Tensors, sums: Tensors) 
         >>> undeclared({"update": Declared(3, torch.float32, "mean")}, {"update": torch.zeros(2, 4)}, {})
         ('update', 'it has length 4, and the declared length is 3')
     """
-    free = declared.get(OPEN)
-    for kind, given in (("mean", means), ("sum", sums)):
-        for name, tensor in given.items():
-            known = declared.get(name, free if free is not None and free.kind == kind else None)
+    open_kind = declared.get(OPEN)
+    for kind, tensors in (("mean", means), ("sum", sums)):
+        for name, tensor in tensors.items():
+            declaration = declared.get(name, open_kind if open_kind is not None and open_kind.kind == kind else None)
             length = tensor[0].numel() if len(tensor) else 0
-            if known is None:
+            if declaration is None:
                 return name, f"no {kind} of this name is declared"
-            if known.kind != kind:
-                return name, f"it is a {kind}, and a {known.kind} is declared"
-            if len(tensor) and length != known.length:
-                return name, f"it has length {length}, and the declared length is {known.length}"
+            if declaration.kind != kind:
+                return name, f"it is a {kind}, and a {declaration.kind} is declared"
+            if len(tensor) and length != declaration.length:
+                return name, f"it has length {length}, and the declared length is {declaration.length}"
     for name in declared:
         if name != OPEN and name not in means and name not in sums:
             return name, "it is declared, and the contribution lacks it"

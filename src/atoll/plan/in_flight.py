@@ -30,7 +30,7 @@ class Flight(NamedTuple):
 
     Args:
         client: its id.
-        birth: the model version: the round whose model the client started from.
+        version: the model version: the round whose model the client started from.
         again: the number of earlier starts of this client in that round.
         number: of this start in the run, from 0.
         down: bytes that the client was sent.
@@ -99,17 +99,17 @@ class OpenRound:
         self.round = round
         self.arrivals: list[Flight] = []
         self.failed: list[Flight] = []
-        self._left: list[Flight] = []
+        self._abandoned: list[Flight] = []
         self.elapsed = 0.0
-        self._sampler, self._seed, self._population, self._away = sampler, seed, population, away
-        self._air: dict[int, Flight] = dict(zip(map(_number, air.flights), air.flights, strict=True))
+        self._sampler, self._seed, self._population, self._is_away = sampler, seed, population, away
+        self._flights: dict[int, Flight] = dict(zip(map(_number, air.flights), air.flights, strict=True))
         self._busy: set[int] = set(map(_client, air.flights))
         self._opening = cohort.ids.tolist()
         self.target = air.target if air.flights else len(self._opening)
         self._everyone = self.target >= population.clients
         self._idle = list(air.idle) if air.flights else []
         self._recent = list(air.recent)
-        self._again: dict[int, int] = {}
+        self._repeats: dict[int, int] = {}
         self._started, (self._block, self._offset) = air.started, air.place
         self._queue = air.queue
         self._ages = pace.asynchronous and not pace.replaces_arrivals
@@ -125,7 +125,7 @@ class OpenRound:
 
     @property
     def flying(self) -> int:
-        return len(self._air)
+        return len(self._flights)
 
     def starts(self) -> Iterable[int]:
         """The number of starts of each arrived client since the start of the oldest flight."""
@@ -141,38 +141,38 @@ class OpenRound:
 
     def start_missing(self) -> list[Flight]:
         """Start the missing clients and return their flights."""
-        begun: list[Flight] = []
+        started: list[Flight] = []
         if self._opening:
             opening, self._opening = self._opening, []
             for client in opening:
-                if self._away is None or not self._away(client):
-                    begun.append(self._start(client))
+                if self._is_away is None or not self._is_away(client):
+                    started.append(self._start(client))
                 elif self._everyone:
                     self._idle.append(client)
-        if self._quick and not begun:
+        if self._quick and not started:
             return self._refill()
         counts = self._counts() if self._ages else None
         if self._everyone:
             waiting, self._idle = self._idle, []
             for client in sorted(waiting):
-                late = counts is not None and self._air and not self.pace.may_start(counts[client])
-                if late or (self._away is not None and self._away(client)):
+                must_wait = counts is not None and self._flights and not self.pace.may_start(counts[client])
+                if must_wait or (self._is_away is not None and self._is_away(client)):
                     self._idle.append(client)
                 else:
-                    begun.append(self._start(client))
-            return begun
-        while len(self._air) < self.target - self._done():
+                    started.append(self._start(client))
+            return started
+        while len(self._flights) < self.target - self._done():
             client = self._draw(counts)
             if client is None:
                 break
-            begun.append(self._start(client))
-        return begun
+            started.append(self._start(client))
+        return started
 
     def _refill(self) -> list[Flight]:
-        """`fill` for the case that each free candidate may start. It runs once per arrival, so its loop is inlined."""
-        begun, air, busy, again = [], self._air, self._busy, self._again
+        """`start_missing` if each free candidate may start. It runs once per arrival, so its loop is inlined."""
+        started, flights, busy, repeats = [], self._flights, self._busy, self._repeats
         for _ in range(2 * self._population.clients + 1):
-            if len(air) >= self.target:
+            if len(flights) >= self.target:
                 break
             while self._offset >= len(self._queue):
                 self._next_block()
@@ -180,27 +180,27 @@ class OpenRound:
             self._offset += 1
             if client in busy:
                 continue
-            times, number = again.get(client, 0), self._started
+            times, number = repeats.get(client, 0), self._started
             flight = _new(Flight, (client, self.round, times, number, self.down, 1.0))
-            again[client] = times + 1
+            repeats[client] = times + 1
             self._started = number + 1
-            air[number] = flight
+            flights[number] = flight
             busy.add(client)
-            begun.append(flight)
-        return begun
+            started.append(flight)
+        return started
 
     def _done(self) -> int:
         """The number of clients of the cohort that arrived or failed and are not replaced until the round closes."""
         return 0 if self.pace.replaces_arrivals else len(self.arrivals) + len(self.failed)
 
     def _start(self, client: int) -> Flight:
-        again = self._again.get(client, 0)
-        self._again[client] = again + 1
-        flight = Flight(client, self.round, again, self._started, self.down)
+        repeat = self._repeats.get(client, 0)
+        self._repeats[client] = repeat + 1
+        flight = Flight(client, self.round, repeat, self._started, self.down)
         self._started += 1
-        if self._ages and self._air:
+        if self._ages and self._flights:
             self._recent.append((client, self.round))
-        self._air[flight.number] = flight
+        self._flights[flight.number] = flight
         self._busy.add(client)
         return flight
 
@@ -214,9 +214,9 @@ class OpenRound:
                 self._next_block()
             client = self._queue[self._offset]
             self._offset += 1
-            if client in self._busy or (self._away is not None and self._away(client)):
+            if client in self._busy or (self._is_away is not None and self._is_away(client)):
                 continue
-            if counts is None or not self._air or self.pace.may_start(counts[client]):
+            if counts is None or not self._flights or self.pace.may_start(counts[client]):
                 return client
         return None
 
@@ -233,20 +233,20 @@ class OpenRound:
 
     def _counts(self) -> Counter[int]:
         """The number of starts of each client since the start of the oldest flight."""
-        oldest = min((f.version for f in self._air.values()), default=self.round)
-        return Counter(client for client, birth in self._recent if birth > oldest)
+        oldest = min((f.version for f in self._flights.values()), default=self.round)
+        return Counter(client for client, version in self._recent if version > oldest)
 
     def sent(self, flight: Flight, down: int) -> None:
         """Record the bytes that a client was sent when it started."""
-        self._air[flight.number] = flight._replace(down=down)
+        self._flights[flight.number] = flight._replace(down=down)
 
     def cut(self, number: int, share: float) -> None:
         """Record that a client stops after this fraction of its work, and sends the result."""
-        self._air[number] = self._air[number]._replace(share=share)
+        self._flights[number] = self._flights[number]._replace(share=share)
 
     def in_the_air(self) -> tuple[int, ...]:
         """The numbers of the flights that have not arrived, increasing."""
-        return tuple(self._air)
+        return tuple(self._flights)
 
     # arrivals
 
@@ -263,7 +263,7 @@ class OpenRound:
         return flight
 
     def _land(self, number: int) -> Flight:
-        flight = self._air.pop(number)
+        flight = self._flights.pop(number)
         self._busy.discard(flight.client)
         if self._everyone:
             self._idle.append(flight.client)
@@ -271,15 +271,15 @@ class OpenRound:
 
     def abandon(self, number: int) -> None:
         """Stop waiting for a flight."""
-        self._left.append(self._land(number))
+        self._abandoned.append(self._land(number))
 
     def abandoned(self) -> tuple[Flight, ...]:
         """The flights that the training no longer waits for after the round has closed."""
-        return (*self._left, *(() if self.pace.asynchronous else self._air.values()))
+        return (*self._abandoned, *(() if self.pace.asynchronous else self._flights.values()))
 
     def in_flight(self, known: Tensor | None, clock: Any) -> InFlight:
         """The clients in flight after the round has closed."""
-        flights = tuple(self._air.values()) if self.pace.asynchronous else ()
+        flights = tuple(self._flights.values()) if self.pace.asynchronous else ()
         recent: tuple[tuple[int, int], ...] = ()
         if self._ages and flights:
             oldest = min(f.version for f in flights)
@@ -293,16 +293,16 @@ def split_repeats(flights: Iterable[Flight]) -> Iterator[list[Flight]]:
 
     Example:
         >>> first, second = Flight(3, 0, 0, 0), Flight(3, 0, 1, 5)
-        >>> [len(wave) for wave in waves([first, Flight(4, 0, 0, 1), second])]
+        >>> [len(group) for group in split_repeats([first, Flight(4, 0, 0, 1), second])]
         [2, 1]
     """
     rest = sorted(flights, key=lambda f: f.number)
     while rest:
         seen: set[int] = set()
-        wave: list[Flight] = []
+        group: list[Flight] = []
         later: list[Flight] = []
         for flight in rest:
-            (later if flight.client in seen else wave).append(flight)
+            (later if flight.client in seen else group).append(flight)
             seen.add(flight.client)
-        yield wave
+        yield group
         rest = later

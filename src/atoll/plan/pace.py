@@ -1,10 +1,10 @@
 """Paces: when a round closes, which clients may start while it is open, and the weight of a late contribution.
 
-A pace receives numbers only: contributions that are required and have arrived, and the seconds since the round opened.
-It has no clock and no socket, so the same value works with a virtual clock, worker processes and a network. A round
-without contributions in flight is over under every pace.
+A pace receives numbers only: the number of required contributions, the number that have arrived, and the seconds since
+the round opened. It has no clock and no socket, so the same value works with a virtual clock, with worker processes and
+with a network. A round with no client in flight is over under every pace.
 
-Tests: tests/identities/test_flights.py
+Tests: tests/identities/test_flights.py, tests/identities/test_fedasync.py
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def _whole(value: Any) -> bool:
 
 @dataclass(frozen=True, repr=False)
 class Sync(Pace):
-    """A round closes when its whole cohort has arrived or failed; nothing stays in flight.
+    """A round closes when each client of its cohort has arrived or failed. No client stays in flight.
 
-    With `over_select`, ⌈over_select·n⌉ clients start and the first n to arrive count. With `deadline_s` the round
-    closes at the deadline if at least `quorum`·n contributions have arrived, else when they have. A later contribution
-    is discarded, and the memory of its client does not change.
+    With `over_select`, ⌈over_select·n⌉ clients start, and the first n to arrive count. With `deadline_s`, the round
+    closes at the deadline if at least `quorum`·n clients have arrived, and otherwise when this number has arrived.
+    Later contributions are discarded, and the memory of their clients does not change.
 
     Args:
-        over_select: clients that start for each required contribution, ≥ 1.
-        deadline_s: seconds after which the round need not wait, > 0; None: it waits for all.
-        quorum: the fraction of n without which no deadline closes the round, in [0, 1].
-        partial: whether a client that is still computing at the deadline stops and sends the steps that it has made.
+        over_select: number of clients that start for each required contribution, ≥ 1.
+        deadline_s: seconds after which the round need not wait, > 0; None: the round waits for all.
+        quorum: fraction of n that must have arrived before a deadline closes the round, in [0, 1].
+        partial: whether a client that still computes at the deadline stops and sends the steps that it has made.
     Raises:
         UsageError: a number is out of range, or a quorum or partial work is given without a deadline.
     Example:
@@ -83,15 +83,15 @@ class Sync(Pace):
         return isinstance(x, (int, float)) and math.isfinite(x)
 
     def cohort_size(self, n: int) -> int:
-        """Clients that start for a cohort of n."""
+        """The number of clients that start for a cohort of n."""
         return math.ceil(self.over_select * n - 1e-9)
 
     def required(self, started: int) -> int:
-        """Contributions that make a full round if `started` clients start."""
+        """The number of contributions that make a full round if `started` clients start."""
         return int(started / self.over_select + 1e-9)
 
     def should_close(self, open: Open) -> bool:
-        """Whether the round is over, although contributions are still in flight."""
+        """Whether the round is over, although clients are still in flight."""
         if open.arrived >= open.wanted:
             return True
         late = self.deadline_s is not None and open.elapsed >= self.deadline_s
@@ -104,6 +104,8 @@ class staleness_polynomial(Value):
 
     Args:
         power: ≥ 0; with 0 every update has weight 1.
+    Raises:
+        UsageError: the power is out of range.
     Example:
         >>> [staleness_polynomial(0.5)(s) for s in (0, 3, 8)]
         [1.0, 0.5, 0.3333333333333333]
@@ -128,7 +130,9 @@ class hinge(Value):
 
     Args:
         slope: ≥ 0.
-        grace: rounds of lateness with weight 1, ≥ 0.
+        grace: number of rounds of lateness with weight 1, ≥ 0.
+    Raises:
+        UsageError: a number is out of range.
     Example:
         >>> [hinge(1, grace=2)(s) for s in (0, 2, 3)]
         [1.0, 1.0, 0.5]
@@ -153,18 +157,18 @@ class hinge(Value):
 
 @dataclass(frozen=True, repr=False)
 class Buffered(Pace):
-    """A round closes when k contributions have arrived; all others stay in flight.
+    """A round closes when k contributions have arrived, from any clients. All other clients stay in flight.
 
-    Another client starts at once for each one that arrives, so that the number of active clients stays that of the
-    cohort. An update that started s rounds ago is multiplied by staleness(s). The weight that divides is not, so late
-    updates shorten the step. k = 1 is fully asynchronous.
+    For each client that arrives, another one starts at once, so the number of active clients stays that of the cohort.
+    An update that started s rounds ago is multiplied by staleness(s). The dividing weight is not multiplied, so late
+    updates make the step smaller. k = 1 is fully asynchronous.
 
     Args:
-        k: contributions per round, at least 1.
-        staleness: the factor by rounds of lateness: `staleness_polynomial(0.5)`, `hinge(0.5, grace=4)`, or any
-            function of it.
+        k: contributions per round, ≥ 1.
+        staleness: the weight as a function of rounds of lateness: `staleness_polynomial(0.5)`, `hinge(0.5, grace=4)`,
+            or any other function from int to float.
     Raises:
-        UsageError: k is not a whole number ≥ 1, or the staleness is not a function.
+        UsageError: k is not an integer ≥ 1, or the staleness is not a function.
     Example:
         >>> Buffered(10)
         Buffered(10)
@@ -192,7 +196,7 @@ class Buffered(Pace):
             )
 
     def should_close(self, open: Open) -> bool:
-        """Whether the round is over, although contributions are still in flight."""
+        """Whether the round is over, although clients are still in flight."""
         return open.arrived >= self.k
 
     def staleness_weight(self, staleness: int) -> float:
@@ -202,21 +206,22 @@ class Buffered(Pace):
 
 @dataclass(frozen=True, repr=False)
 class Bounded(Pace):
-    """Stale-synchronous by age: a client may start at most s times while the oldest contribution is in flight.
+    """Bounded staleness: a client may start at most s times while the oldest contribution is in flight.
 
-    A round closes when an arrived client may start again. s = 0 is `Sync()`, bit for bit; with a large s every
-    arrival is a round. A slow client delays the others only when each is s rounds ahead of its start.
+    A round closes when an arrived client may start again. s = 0 is `Sync()`, bit for bit. With a large s every arrival
+    closes a round. A slow client delays the others only after each of them has made s starts since the slow client
+    started.
 
     Args:
         staleness: s ≥ 0.
     Raises:
-        UsageError: s is not a whole number ≥ 0.
+        UsageError: s is not an integer ≥ 0.
     Example:
         >>> Bounded(4)
         Bounded(4)
 
-    Reference: Ho et al., More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server, 2013, which
-        bounds the lead of clocks; here the age of contributions in flight is bounded.
+    Reference: Ho et al., More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server, 2013. The
+        paper bounds the difference of clocks; here the age of contributions in flight is bounded.
     """
 
     staleness: int
@@ -228,9 +233,9 @@ class Bounded(Pace):
         _check("Bounded", "staleness", self.staleness, good, "a whole number, at least 0.", why, "Bounded(4)")
 
     def may_start(self, starts: int) -> bool:
-        """Whether a client may start again after `starts` starts since the start of the oldest one in flight."""
+        """Whether a client may start again that has started `starts` times while the oldest flight was in flight."""
         return starts < self.staleness
 
     def should_close(self, open: Open) -> bool:
-        """Whether the round is over, although contributions are still in flight."""
+        """Whether the round is over, although clients are still in flight."""
         return any(self.may_start(n) for n in open.starts())

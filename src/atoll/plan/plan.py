@@ -43,14 +43,19 @@ class Plan(Value):
     g      = finalize(server_update(total))              the codec's server part, then the mean or a robust rule
     θ⁺     = optimizer(θ, g, round)                      the server always descends
 
+    b is the model version: the round whose θ client i started from. s(b) is its staleness weight, 1 in synchronous
+    rounds. wᵢ is the weight of client i, usually the number of its training rows. `lift` multiplies by wᵢ and
+    represents the product so that it can be added without rounding.
+
     Args:
-        local: the computation of a client: from θ and its own rows to a contribution.
-        aggregator: the combination of contributions: an exact sum, then a mean.
-        optimizer: the step of the server.
-        cohort: the clients of a round: a sampler, their number (int), their fraction (float), or None for all clients.
-        codec: the compression of an update on its way to the server.
-        pace: the rule that closes a round.
-        downlink: the compression of the model's change on its way to the clients. The next change includes the error.
+        local: computes the contribution of a client from θ and the client's own rows.
+        aggregator: combines the contributions: an exact sum, then a mean.
+        optimizer: makes the step of the server.
+        cohort: selects the clients of a round: a sampler, their number (int), their fraction (float), or None for all
+            clients.
+        codec: compresses an update on its way to the server.
+        pace: decides when a round closes.
+        downlink: compresses the change of the model on its way to the clients. The next change includes the error.
         max_failed: the largest fraction of a cohort that may fail before the run ends, in [0, 1].
     Raises:
         UsageError: a slot holds a value that is not a part for it, or two parts cannot be combined.
@@ -83,7 +88,7 @@ class Plan(Value):
 
     @property
     def sampler(self) -> Sampler:
-        """The sampler of the cohort."""
+        """The sampler that selects the cohort of a round."""
         return self.cohort  # type: ignore[return-value]
 
     def __str__(self) -> str:
@@ -100,7 +105,11 @@ class Plan(Value):
         )
 
     def memory(self, layout: Layout) -> dict[str, Tensor]:
-        """The memory of one client before its first round, by `part/name`."""
+        """The memory of one client before its first round, by `part/name`.
+
+        Args:
+            layout: of the model.
+        """
         return _joined({"local": self.local.memory(layout), "codec": self.codec.memory(layout)})
 
 

@@ -13,6 +13,8 @@ product so that it can be added without rounding.
 
 `step` computes this formula for every algorithm on every engine. An algorithm is a `Plan`: a value with a part in each
 slot.
+
+Tests: tests/identities/test_one_algorithm.py, tests/surface/test_hops.py
 """
 
 from __future__ import annotations
@@ -47,11 +49,14 @@ class Failure(NamedTuple):
 
 
 class FlightTimes(NamedTuple):
-    """The times of one flight, in seconds of the run: start, model received, computation finished, end; its outcome."""
+    """The times of one flight, in seconds of the run: start, model received, computation finished, end; its outcome.
+
+    `version` is the round whose model the client started from.
+    """
 
     number: int
     client: int
-    birth: int
+    version: int
     start: float
     loaded: float
     computed: float
@@ -117,14 +122,14 @@ class Report:
         arrived: number of contributions in the step.
         failures: contributions that were lost.
         bytes_up, bytes_down: of all messages.
-        seconds: that the round took to compute.
-        fingerprint: 12 hex digits that stand for all bits of θ: `atoll.runs.fingerprint`.
-        clients: columns, one row a contribution: who, and what it told in the clear.
-        late: how many were no longer awaited.
-        flying: how many are at work when the round has closed.
-        now: seconds of the run on the clock, where there is one.
-        trips: flights that ended in the round, on the clock.
-        notes: what is said once, when it happens.
+        seconds: time to compute the round.
+        fingerprint: 12 hex digits, a hash of all bits of θ: `atoll.runs.fingerprint`.
+        clients: columns with one row per contribution: the id of the client, and its facts in the clear.
+        late: number of flights no longer awaited.
+        flying: number of clients in flight after the round has closed.
+        now: seconds of the run, if there is a clock.
+        trips: times of the flights that ended in the round, if there is a clock.
+        notes: messages to print once.
     """
 
     round: int
@@ -266,17 +271,17 @@ def update_downlink(plan: Plan, state: State, key: Key) -> State:
     delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(theta.new_zeros(1, dtype=torch.int64))
     payload, side, _, _ = plan.downlink.encode(delta, {}, {}, key)
     length = int(plan.downlink.sizes(payload, side)[0])
-    known = state.sent.theta + roundtrip(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
-    return dataclasses.replace(state, sent=state.sent.append(known, length))
+    received = state.sent.theta + roundtrip(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
+    return dataclasses.replace(state, sent=state.sent.append(received, length))
 
 
-_NOBODY = Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.float64))
+_EMPTY = Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.float64))
 
 
 def draw_cohort(plan: Plan, state: State, population: Population, key: Key) -> Cohort:
     """The cohort of a round that opens with no client in flight; otherwise empty, and only missing clients start."""
     if state.air.flights:
-        return _NOBODY
+        return _EMPTY
     sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
     return sampler(population, state.round, key.fold("cohort"))
 
@@ -287,25 +292,25 @@ def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
     If clients send their models, Σ wᵢ (θ_b − θᵢ) becomes Σ wᵢ (θ − θᵢ). The server knows θ_b and Σ wᵢ.
     """
     totals = []
-    for birth, partial in sorted(gathered.partials.items()):
+    for version, partial in sorted(gathered.partials.items()):
         total = plan.aggregator.total(partial)
         if "update" in total.means:
             update = total.means["update"]
             if plan.codec.per_sum:
                 # with the key that the clients used to encode
-                update = plan.codec.decode_sum(update, state.key(birth).fold("codec"))
+                update = plan.codec.decode_sum(update, state.key(version).fold("codec"))
             if plan.local.sends == "model":
-                update = update + total.weight * model_drift(state, birth)
-            factor = plan.pace.staleness_weight(state.round - birth)
+                update = update + total.weight * model_drift(state, version)
+            factor = plan.pace.staleness_weight(state.round - version)
             update = update if factor == 1 else update * factor
             total = total._replace(means={**total.means, "update": update})
         totals.append(total)
     return sum_totals(totals)
 
 
-def model_drift(state: State, birth: int) -> Tensor:
+def model_drift(state: State, version: int) -> Tensor:
     """θ − θ_b, float64 `[d]`: the change of the model since the version that these clients started from."""
-    return state.model.theta.double() - state.version(birth).model.theta.double()
+    return state.model.theta.double() - state.version(version).model.theta.double()
 
 
 def sum_totals(totals: list[Total]) -> Total:

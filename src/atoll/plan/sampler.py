@@ -1,7 +1,7 @@
 """Samplers: the selection of the clients of a round.
 
-A sampler is called with the population, the round and a key. It returns the ids of the cohort and the probability that
-each client is selected, from which `over="expected"` computes the weight that divides.
+A sampler is called with the population, the round and a key. It returns the ids of the cohort, and the probability that
+each client is selected. `over="expected"` computes its divisor from these probabilities.
 
 Tests: tests/identities/test_samplers.py
 """
@@ -60,9 +60,12 @@ class Uniform(Sampler):
     """n of C clients, each set of n with the same probability. Each client is selected with probability n/C.
 
     Args:
-        n: clients, 1 … C.
+        n: number of clients, 1 … C.
     Raises:
-        UsageError: n is not a whole number, or it exceeds the population.
+        UsageError: n is not an integer ≥ 1, or it exceeds the population.
+    Example:
+        >>> len(Uniform(2)(Population(5, torch.ones(5, dtype=torch.int64)), 0, Key(0)).ids)
+        2
     """
 
     n: int
@@ -105,7 +108,7 @@ class Fraction(Sampler):
         return _Resized(self, ask) if ask(1000) > 1000 else self
 
     def count(self, clients: int) -> int:
-        """The number that the fraction selects out of all clients."""
+        """The number of clients that the fraction selects out of all clients."""
         return max(1, math.floor(self.q * clients + 0.5))
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
@@ -119,7 +122,7 @@ def fraction(q: float) -> Fraction:
 
 @dataclass(frozen=True, repr=False)
 class Poisson(Sampler):
-    """Each client independently, with probability q. A cohort may be empty.
+    """Each client independently with probability q. A cohort may be empty.
 
     Args:
         q: in (0, 1].
@@ -145,7 +148,7 @@ class Poisson(Sampler):
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         """Every pace except `Sync()` counts starts, and this sampler fixes no number of them."""
         if slots.pace != Sync():
-            why = "every client is selected independently, so the number of clients at work is not fixed."
+            why = "every client is selected independently, so the size of a cohort is not fixed."
             yield Conflict(f"{self!r} with {slots.pace!r}.", "Sync(), or a cohort of n clients.", why, "Sync()")
 
 
@@ -153,11 +156,18 @@ class Poisson(Sampler):
 class Weighted(Sampler):
     """n clients without replacement, each with a probability proportional to its rows: n·wᵢ/Σw, at most 1.
 
-    The clients are in a keyed random order, each as long as its rows; n marks at equal distances fall on n of them.
-    With it, `Mean(weights="equal")` is the mean over all rows, unbiased if no probability is cut at 1.
+    Systematic sampling: the clients form a line in a keyed random order, each with a length equal to its rows. Marks at
+    n equal distances select n clients. Combined with this sampler, `Mean(weights="equal")` estimates the mean over all
+    rows. The estimate is unbiased if no probability is cut at 1.
 
     Args:
-        n: clients, 1 … number of clients that hold rows.
+        n: number of clients, 1 … number of clients that hold rows.
+    Raises:
+        UsageError: n is not an integer ≥ 1, or it exceeds the number of clients that hold rows.
+    Example:
+        >>> Weighted(2)(Population(3, torch.tensor([9, 1, 0])), 0, Key(0)).ids.tolist()
+        [0, 1]
+
     Reference: Madow, On the Theory of Systematic Sampling, II, 1949.
     """
 
@@ -175,36 +185,42 @@ class Weighted(Sampler):
         _enough("Weighted", self.n, population._replace(clients=int((sizes > 0).sum())))
         certain = _certain(sizes, self.n)
         rest = sizes.masked_fill(certain, 0)
-        left, whole = self.n - int(certain.sum()), int(rest.sum())
+        remaining, whole = self.n - int(certain.sum()), int(rest.sum())
         order = key.permutation(population.clients).to(sizes.device)
         # Integers, so no rounding. Each length is below the distance of two marks, so no client is selected twice.
-        edges = (rest[order] * left).cumsum(0)
+        edges = (rest[order] * remaining).cumsum(0)
         start = (key.fold("start").hash(1) & (2**62 - 1)) % max(whole, 1)
-        marks = start.to(edges) + whole * torch.arange(left, device=edges.device)
+        marks = start.to(edges) + whole * torch.arange(remaining, device=edges.device)
         drawn = order[torch.searchsorted(edges, marks, right=True)]
         ids = torch.cat((certain.nonzero().squeeze(1), drawn)).sort().values
-        return _cohort(ids, torch.where(certain, 1.0, rest.to(torch.float64) * left / max(whole, 1)))
+        return _cohort(ids, torch.where(certain, 1.0, rest.to(torch.float64) * remaining / max(whole, 1)))
 
 
 def _certain(sizes: Tensor, n: int) -> Tensor:
     """The clients that are always drawn, bool `[C]`: their share of the remaining draws is 1 or more."""
     certain = torch.zeros_like(sizes, dtype=torch.bool)
     while True:
-        left, whole = n - int(certain.sum()), int(sizes.masked_fill(certain, 0).sum())
-        more = ~certain & (sizes * left >= whole) & (sizes > 0)
-        if left == 0 or not bool(more.any()):
+        remaining, whole = n - int(certain.sum()), int(sizes.masked_fill(certain, 0).sum())
+        more = ~certain & (sizes * remaining >= whole) & (sizes > 0)
+        if remaining == 0 or not bool(more.any()):
             return certain
         certain |= more
 
 
 @dataclass(frozen=True, repr=False)
 class RoundRobin(Sampler):
-    """n clients in turn, in a keyed order that is drawn again when all clients have participated.
+    """n clients in turn, in a keyed order. A new order is drawn after all clients have participated.
 
-    If n divides C, every client participates once in C/n consecutive rounds from a multiple of C/n on.
+    If n divides C, each client participates exactly once in rounds 0 … C/n − 1, and again in every later C/n rounds.
 
     Args:
-        n: clients, 1 … C.
+        n: number of clients, 1 … C.
+    Raises:
+        UsageError: n is not an integer ≥ 1, or it exceeds the population.
+    Example:
+        >>> population = Population(4, torch.ones(4, dtype=torch.int64))
+        >>> sorted(i for t in (0, 1) for i in RoundRobin(2)(population, t, Key(0)).ids.tolist())
+        [0, 1, 2, 3]
     """
 
     n: int

@@ -323,12 +323,12 @@ class _Prefix:
 
     def __rshift__(self, other: object) -> Schedule:
         if isinstance(other, _Prefix):
-            alone = join(other, constant(0.1))
+            corrected = join(other, constant(0.1))
             raise UsageError(
                 f"{self!r} >> {other!r}.",
                 "a schedule after both, and parentheses.",
                 "neither of the two has a learning rate for the rounds after its own.",
-                repr(alone) if _both_rise(self, other) else f"{self!r} >> ({alone!r})",
+                repr(corrected) if _both_rise(self, other) else f"{self!r} >> ({corrected!r})",
             )
         then = as_schedule(other)
         if isinstance(then, join) and _both_rise(self, then.first):

@@ -21,7 +21,7 @@ from atoll.plan.in_flight import InFlight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Shared, Tensors
 
-_birth = operator.itemgetter(1)  # of a flight; half the time of attribute access
+_version_of = operator.itemgetter(1)  # of a flight; half the time of attribute access
 
 
 class Store(Protocol):
@@ -107,16 +107,16 @@ class State:
         model = self.model if self.sent is None else self.model._replace(theta=self.sent.theta)
         return Broadcast(self.round, model, {part: public(tensors) for part, tensors in self.server.items()})
 
-    def version(self, birth: int) -> Broadcast:
+    def version(self, round: int) -> Broadcast:
         """The broadcast to clients that started in this round, the next one or an earlier one."""
-        return self.broadcast if birth == self.round else self.versions[birth]
+        return self.broadcast if round == self.round else self.versions[round]
 
 
 def versions(state: State, air: InFlight) -> dict[int, Broadcast]:
     """The model versions that clients in flight started from, after the round has closed."""
     if not air.flights:
         return {}
-    kept, births = {**state.versions, state.round: state.broadcast}, set(map(_birth, air.flights))
-    for gone in kept.keys() - births:
-        del kept[gone]
+    kept, needed = {**state.versions, state.round: state.broadcast}, set(map(_version_of, air.flights))
+    for unused in kept.keys() - needed:
+        del kept[unused]
     return kept

@@ -43,7 +43,7 @@ class Federation:
         every: the numbers of rows of at most `MOST_COUNTED` clients of the population, ascending, int64.
         count: the number of clients of the population.
         measures: the measures of imbalance: name and value as text.
-        said: the omissions, as sentences.
+        omitted: the omissions, as sentences.
     """
 
     ids: tuple[int, ...]
@@ -55,7 +55,7 @@ class Federation:
     every: npt.NDArray[np.int64]
     count: int
     measures: dict[str, str]
-    said: str
+    omitted: str
 
 
 def summarize(data: Clients) -> Federation:
@@ -65,7 +65,7 @@ def summarize(data: Clients) -> Federation:
     few = data.count <= MOST_COUNTED or (len(data.order) <= _CHEAP and data.count * _width(data) <= _CHEAP)
     ids = torch.arange(data.count) if few else by_size[torch.tensor(spread(data.count, MOST_COUNTED))]
     table, classes, of = _table(data if few else data.only(ids))
-    said = [] if few else [f"The labels of {whole(len(ids))} of the {whole(data.count)} clients are counted."]
+    omitted = [] if few else [f"The labels of {whole(len(ids))} of the {whole(data.count)} clients are counted."]
     measures = {} if table is None or of != "class" else {"label divergence": _divergence(data, few, ids)}
     measures |= {
         "size Gini": format_number(size_gini(sizes)),
@@ -75,12 +75,12 @@ def summarize(data: Clients) -> Federation:
     order = _order(table, of, sizes[ids])
     if len(order) > MOST_DRAWN:
         order = order[torch.tensor(spread(len(order), MOST_DRAWN))]
-        said.append(f"{len(order)} of the {whole(data.count)} clients are drawn, at equal distances in this order.")
+        omitted.append(f"{len(order)} of the {whole(data.count)} clients are drawn, at equal distances in this order.")
     drawn = ids[order]
     shares = None
     if table is not None:
         table, classes, folded = _folded(table, classes)
-        said += folded
+        omitted += folded
         picked = table[order].double()
         shares = (picked / picked.sum(1, keepdim=True).clamp(min=1)).numpy()
     return Federation(
@@ -93,7 +93,7 @@ def summarize(data: Clients) -> Federation:
         sizes[by_size.flip(0)[torch.tensor(spread(data.count, MOST_COUNTED))]].numpy(),
         data.count,
         measures,
-        " ".join(said),
+        " ".join(omitted),
     )
 
 

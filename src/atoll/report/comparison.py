@@ -163,7 +163,8 @@ def _panel(ax: Axes, found: MetricComparison, costs: Sequence[Numbers], colours:
     ax.axhline(found.target, color=LIGHT.soft, linewidth=0.8, linestyle=(0, (4, 2.5)), zorder=1)
     ax.text(
         1.0, found.target, f"{format_number(found.target)} ", transform=ax.get_yaxis_transform(),
-        ha="right", va="bottom", fontsize=7.5, color=LIGHT.soft,
+        ha="right",
+        va="bottom", fontsize=7.5, color=LIGHT.soft,
     )  # fmt: skip
     for curve, x, at, colour in zip(found.curves, costs, found.at, colours, strict=True):
         if at is not None:

@@ -87,7 +87,7 @@ def _of_time(training: TrainingView) -> Iterator[Column]:
 
 
 def that_fit(all_columns: Sequence[Column], width: int) -> list[Column]:
-    """The columns that fit into the width, three spaces apart; the columns of lowest rank are dropped."""
+    """The columns that fit into the width, with three spaces between them; the columns of lowest rank are dropped."""
     kept = list(all_columns)
     while len(kept) > 1 and sum(max(c.width, len(c.head)) + 3 for c in kept) > width:
         kept.remove(min(kept, key=lambda c: c.rank))
@@ -162,7 +162,7 @@ def header(training: TrainingView, path: Path | None) -> list[tuple[str, str]]:
         ("data", f"{data.name}: {whole(len(data.order))} rows on {clients}, {held}"),
         ("model", f"{whole(layout.d)} parameters, {str(layout.dtype).removeprefix('torch.')}"),
         *(("plan" if not at else "", line) for at, line in enumerate(str(training.plan).splitlines())),
-        ("numerics", f"{training.task.numerics}: {training.reason}"),
+        ("numerics", training.task.numerics),
     ]
     task = training.task
     if task.device.type != "cpu" or task.precision != "full":
@@ -176,7 +176,7 @@ def header(training: TrainingView, path: Path | None) -> list[tuple[str, str]]:
 
 
 class LiveTable:
-    """Show the progress of a training on stderr; a `Watcher` for `atoll.train`.
+    """Show the progress of a training on stderr; an `Observer` for `atoll.train`.
 
     On a terminal the table shows the last rounds and is redrawn in place. It marks the best value of each metric. After
     the run a selection of its rounds stays visible. Without a terminal the output is plain lines: at most one a second,
@@ -193,7 +193,7 @@ class LiveTable:
         >>> import atoll
         >>> data = atoll.data.load("digits").split(clients=3)
         >>> with LiveTable(plain=True) as table:
-        ...     run = atoll.train("softmax", data, atoll.recipes.fedavg(), rounds=1, out=None, watchers=[table])
+        ...     run = atoll.train("softmax", data, atoll.recipes.fedavg(), rounds=1, out=None, observers=[table])
     """
 
     def __init__(

@@ -36,7 +36,7 @@ class Picture:
     """A drawn chart: file name, alt text, whether it is as wide as the page, PNG bytes for light and dark pages."""
 
     name: str
-    says: str
+    alt_text: str
     wide: bool
     light: bytes
     dark: bytes
@@ -241,9 +241,9 @@ def _formula(record: RunData) -> Html | None:
     formula = record.formula
     if not formula:
         return None
-    why, numerics = record.environment.get("why", ""), record.environment.get("numerics", "")
-    told = tag("p", "Computed in ", tag("b", plain(numerics)), f": {plain(why, 500)}.") if numerics else None
-    return Html(tag("pre", formula, class_="formula") + (told or ""))
+    numerics = record.environment.get("numerics", "")
+    backend = tag("p", "Compute backend: ", tag("b", plain(numerics)), ".") if numerics else ""
+    return Html(tag("pre", formula, class_="formula") + backend)
 
 
 def _gallery(pictures: Iterable[Picture]) -> Html | None:
@@ -257,7 +257,7 @@ def _picture(picture: Picture) -> Html:
     return tag(
         "picture",
         tag("source", media="(prefers-color-scheme: dark)", srcset=dark),
-        tag("img", src=light, alt=picture.says, width=width // 2, height=height // 2),
+        tag("img", src=light, alt=picture.alt_text, width=width // 2, height=height // 2),
     )
 
 
@@ -273,8 +273,8 @@ def _federation(federation: Federation | None) -> Html | None:
         if "label divergence" in federation.measures
         else ""
     ) + "Size Gini: 0 if all clients have the same number of rows. Effective clients: (Σ n)² / Σ n²."
-    said = tag("p", federation.said, class_="quiet") if federation.said else ""
-    return Html(tag("dl", *pairs, class_="tiles small") + tag("p", meaning, class_="quiet") + said)
+    omitted = tag("p", federation.omitted, class_="quiet") if federation.omitted else ""
+    return Html(tag("dl", *pairs, class_="tiles small") + tag("p", meaning, class_="quiet") + omitted)
 
 
 def _rounds(record: RunData) -> Html | None:

@@ -48,7 +48,7 @@ class Chart:
 
     Args:
         name: the name of its file, without the suffix.
-        says: the alt text.
+        alt_text: the alt text.
         wide: whether it is as wide as the page.
         draw: a function that draws the figure in a theme.
     """

@@ -27,10 +27,10 @@ def state_to_tensors(state: State) -> dict[str, Tensor]:
     out |= under("optimizer/", state.optimizer) | _shared("server", state.server)
     if state.sent is not None:
         out |= {"sent/theta": state.sent.theta, "sent/deltas": torch.tensor(state.sent.deltas, dtype=_WHOLE)}
-    for birth, version in state.versions.items():
-        out |= _model(f"version/{birth}", version.model) | _shared(f"version/{birth}/shared", version.shared)
+    for version, broadcast in state.versions.items():
+        out |= _model(f"version/{version}", broadcast.model) | _shared(f"version/{version}/shared", broadcast.shared)
     air = state.air
-    # Where somebody stops half way nobody flies on: a share need not be saved.
+    # The last field, the share of the work, is not saved: paces with partial work keep no client in flight.
     out["air/flights"] = torch.tensor([f[:-1] for f in air.flights], dtype=_WHOLE).reshape(-1, len(Flight._fields) - 1)
     out["air/counts"] = torch.tensor((air.target, air.started, *air.place), dtype=_WHOLE)
     out["air/idle"] = torch.tensor(air.idle, dtype=_WHOLE)
@@ -43,20 +43,20 @@ def state_to_tensors(state: State) -> dict[str, Tensor]:
 
 
 def state_from_tensors(tensors: Mapping[str, Tensor], round: int, at: State) -> State:
-    """The state that `pack` was called on.
+    """The inverse of `state_to_tensors`.
 
     Args:
-        tensors: the result of `pack`.
-        round: of the state.
+        tensors: the result of `state_to_tensors`.
+        round: the round of the state.
         at: a state of the same plan and seed; its client state is used.
     """
     device = at.model.theta.device
     tensors = {n: t.to(device) if _computed(n, t) else t for n, t in tensors.items()}
     versions = {
-        birth: Broadcast(
-            birth, _read(tensors, f"version/{birth}"), _parts(tensors, f"version/{birth}/shared", at.server)
+        version: Broadcast(
+            version, _read(tensors, f"version/{version}"), _parts(tensors, f"version/{version}/shared", at.server)
         )
-        for birth in sorted({int(n.split("/")[1]) for n in tensors if n.startswith("version/")})
+        for version in sorted({int(n.split("/")[1]) for n in tensors if n.startswith("version/")})
     }
     sent = None
     if "sent/theta" in tensors:
@@ -80,7 +80,7 @@ def state_from_tensors(tensors: Mapping[str, Tensor], round: int, at: State) -> 
 
 
 def _computed(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor of a state lies where it is computed with: models, and all that is no single number."""
+    """Whether a tensor of a state is on the device of the task: models, and tensors that are not a single number."""
     group = name.partition("/")[0]
     return group != "air" and (tensor.dim() > 0 or group in ("model", "version", "counters", "fixed"))
 
@@ -94,7 +94,7 @@ def _air(tensors: Mapping[str, Tensor]) -> InFlight:
         (place[0], place[1]),
         (),
         tuple(tensors["air/idle"].tolist()),
-        tuple((client, birth) for client, birth in tensors["air/recent"].tolist()),
+        tuple((client, version) for client, version in tensors["air/recent"].tolist()),
         tensors.get("air/known"),
         without_prefix(tensors, "clock/") or None,
     )

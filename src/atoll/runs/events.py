@@ -57,7 +57,7 @@ class TrainingView(Protocol):
     """The members of a training that an observer reads; a training has further ones.
 
     Members:
-        plan, task, data, settings, fleet: what is trained, and how.
+        plan, task, data, settings, fleet: the algorithm, the model, the clients, the settings and the durations.
         state: the state after the last round.
         judge: the engine that evaluates held-out rows; None if there are none.
         reason: why this backend computes.

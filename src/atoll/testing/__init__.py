@@ -3,9 +3,11 @@
     from atoll.testing import check_aggregator
     check_aggregator(Vote())
 
-A check raises `Nonconformity`, which names the fault of the part, the requirement and the reason; otherwise it returns
-None. Checks draw from fixed keys: the same part gives the same result every time. atoll's own parts pass them in
-`tests/conformance`, which also has a part that fails each of them.
+If the part breaks its contract, the check raises `Nonconformity`. The error states the behaviour of the part, the
+requirement and the reason. Otherwise the check returns None. Checks draw from fixed keys, so the same part gives the
+same result every time. `tests/conformance` runs the checks on all parts of atoll, and on parts that fail each of them.
+
+Tests: tests/conformance/test_parts.py, tests/conformance/test_contributing.py
 """
 
 from atoll.plan.entropy import entropy_source

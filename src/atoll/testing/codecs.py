@@ -56,33 +56,34 @@ def check_stage(part: Any) -> None:
 
 
 def _check_stage(part: Any, layout: Layout) -> None:
-    who, d, part = repr(part), layout.d, part.bind(layout, 9)
+    subject, d, part = repr(part), layout.d, part.bind(layout, 9)
     first, shared = part.memory(layout), part.server(layout)
     key, ids = Key(7).fold("round", 0, "codec"), torch.tensor([5, 0, 11, 3])
     x = Key(7).fold("x").normal(_K * d, layout.dtype).reshape(_K, d) * torch.tensor([[1e-6], [1.0], [0.0], [1e6]])
     x = x.to(layout.dtype)
     memory = lanes(first, _K)
-    payload, side, sums, after = pure(f"{who}.encode", part.encode, x, memory, shared, key.of(ids))
-    leading(f"{who}: payload", {"x": payload}, _K)
-    leading(f"{who}: side tensors", side, _K)
-    leading(f"{who}: sums", sums, _K)
-    same_names(f"{who}.encode: memory", first, after, (_K,))
-    opened = pure(f"{who}.decode", part.decode, payload, side)
+    payload, side, sums, after = pure(f"{subject}.encode", part.encode, x, memory, shared, key.of(ids))
+    leading(f"{subject}: payload", {"x": payload}, _K)
+    leading(f"{subject}: side tensors", side, _K)
+    leading(f"{subject}: sums", sums, _K)
+    same_names(f"{subject}.encode: memory", first, after, (_K,))
+    opened = pure(f"{subject}.decode", part.decode, payload, side)
     require(
         opened.dim() == 2 and len(opened) == _K and opened.is_floating_point() and bool(opened.isfinite().all()),
-        f"{who}.decode gave {opened.dtype} {list(opened.shape)}, finite: {bool(opened.isfinite().all())}.",
+        f"{subject}.decode gave {opened.dtype} {list(opened.shape)}, finite: {bool(opened.isfinite().all())}.",
         f"finite floats [{_K}, …]; the updates are of sizes up to 10⁶.",
         "the server adds decoded messages.",
     )
     declared = dict(part.declare(layout))
     if payload.dtype != layout.dtype:  # a packed payload holds codes, and no stage can follow
         declared.pop("update")
-    check_declared(f"{who}.encode", declared, {"update": payload} if "update" in declared else {}, sums)
+    check_declared(f"{subject}.encode", declared, {"update": payload} if "update" in declared else {}, sums)
     for k in range(_K):
-        alone = part.encode(x[k : k + 1], row(memory, k), shared, key.of(ids[k : k + 1]))
+        single = part.encode(x[k : k + 1], row(memory, k), shared, key.of(ids[k : k + 1]))
         require(
-            same(alone, row((payload, side, sums, after), k)) and same(part.decode(alone[0], alone[1]), row(opened, k)),
-            f"{who} encodes or decodes client {int(ids[k])} differently if {_K - 1} other clients are in the batch.",
+            same(single, row((payload, side, sums, after), k))
+            and same(part.decode(single[0], single[1]), row(opened, k)),
+            f"{subject} encodes or decodes client {int(ids[k])} differently with {_K - 1} other clients in the batch.",
             "the same bits.",
             "the number of clients that are computed together must change no bit.",
         )
@@ -91,44 +92,44 @@ def _check_stage(part: Any, layout: Layout) -> None:
 
 
 def _check_decode(part: Any, opened: Tensor, payload: Tensor, key: Key, d: int) -> None:
-    who = repr(part)
+    subject = repr(part)
     total = opened.to(torch.float64).sum(0)
-    decoded = pure(f"{who}.decode_sum", part.decode_sum, total, key)
+    decoded = pure(f"{subject}.decode_sum", part.decode_sum, total, key)
     require(
         decoded.shape == (d,) and decoded.is_floating_point(),
-        f"{who}.decode_sum gave {decoded.dtype} {list(decoded.shape)} for updates of length {d}.",
+        f"{subject}.decode_sum gave {decoded.dtype} {list(decoded.shape)} for updates of length {d}.",
         f"floats [{d}].",
         "the sum of updates is an update.",
     )
     require(
         part.per_message or same(opened, payload),
-        f"{who} declares per_message = False, and decode changes a message.",
+        f"{subject} declares per_message = False, and decode changes a message.",
         "per_message = True.",
         "a >> b is checked by these flags: a stage with per_sum may not follow one with per_message.",
     )
     require(
         part.per_sum or same(decoded, total),
-        f"{who} declares per_sum = False, and decode_sum changes a sum.",
+        f"{subject} declares per_sum = False, and decode_sum changes a sum.",
         "per_sum = True.",
         "a >> b and the aggregator are checked by these flags.",
     )
-    apart = torch.stack([part.decode_sum(t, key) for t in opened.to(torch.float64)]).sum(0)
+    single = torch.stack([part.decode_sum(t, key) for t in opened.to(torch.float64)]).sum(0)
     require(
-        _close(decoded, apart),
-        f"{who} decodes a sum differently from the sum of the decoded vectors.",
+        _close(decoded, single),
+        f"{subject} decodes a sum differently from the sum of the decoded vectors.",
         "a linear decode: decode_sum(a + b) = decode_sum(a) + decode_sum(b).",
         "it is called once, on the sum of a round.",
     )
 
 
 def _check_settle(part: Any, d: int, sums: Tensors, shared: Tensors) -> None:
-    who = repr(part)
+    subject = repr(part)
     added = {n: t.to(torch.float64).reshape(_K, -1).sum(0) for n, t in sums.items()}
     one = torch.ones((), dtype=torch.int64)
     total = Total({"update": torch.ones(d, dtype=torch.float64)}, added, one * 9, one * _K, {})
-    settled, after = pure(f"{who}.server_update", _updated(part), total, shared)
-    same_names(f"{who}.server_update: server", shared, after)
-    same_names(f"{who}.server_update: means", total.means, settled.means)
+    settled, after = pure(f"{subject}.server_update", _updated(part), total, shared)
+    same_names(f"{subject}.server_update: server", shared, after)
+    same_names(f"{subject}.server_update: means", total.means, settled.means)
 
 
 def _updated(part: Any) -> Callable[[Total, Tensors], tuple[Total, Tensors]]:
@@ -137,13 +138,13 @@ def _updated(part: Any) -> Callable[[Total, Tensors], tuple[Total, Tensors]]:
 
 
 def _check_meta(part: Any, layout: Layout) -> None:
-    who, part = repr(part), part.bind(layout, 9)
+    subject, part = repr(part), part.bind(layout, 9)
     first, shared = _meta(part.memory(layout)), _meta(part.server(layout))
     key = Key(7).fold("round", 0, "codec")
     x, ids = torch.empty(_K, layout.d, device="meta"), torch.empty(_K, dtype=torch.int64, device="meta")
-    payload, side, _, _ = on_meta(f"{who}.encode", part.encode, x, lanes(first, _K), shared, key.of(ids))
-    opened = on_meta(f"{who}.decode", part.decode, payload, side)
-    on_meta(f"{who}.decode_sum", part.decode_sum, opened.sum(0), key)
+    payload, side, _, _ = on_meta(f"{subject}.encode", part.encode, x, lanes(first, _K), shared, key.of(ids))
+    decoded = on_meta(f"{subject}.decode", part.decode, payload, side)
+    on_meta(f"{subject}.decode_sum", part.decode_sum, decoded.sum(0), key)
 
 
 def _meta(tensors: Tensors) -> dict[str, Tensor]:
@@ -181,7 +182,7 @@ def check_aggregator(part: Any) -> None:
 
 
 def _contribution(rows: Tensor) -> Contribution:
-    """A contribution of K clients whose updates are `rows`."""
+    """A contribution of K clients with the updates `rows`."""
     k, key = len(rows), Key(7).fold("others")
     return Contribution(
         {"update": rows, "buffers": key.fold("buffers").normal(k * 3, rows.dtype).reshape(k, 3)},
@@ -211,11 +212,11 @@ def _result(part: Any, partial: Any) -> tuple[Total, Total]:
 
 
 def _check_order(part: Any, dtype: torch.dtype, k: int = 7, d: int = 40) -> None:
-    who, key = repr(part), Key(7).fold("aggregate")
+    subject, key = repr(part), Key(7).fold("aggregate")
     sizes = 10.0 ** (31 * key.fold("size").uniform(k * d) - 12).reshape(k, d)
     given = _contribution((key.fold("rows").normal(k * d).reshape(k, d) * sizes).to(dtype))
-    whole = pure(f"{who}.fold", lambda c: _result(part, part.fold(part.zero(), c, _starts(c))), given)
-    _check_total(who, *whole, k, d)
+    whole = pure(f"{subject}.fold", lambda c: _result(part, part.fold(part.zero(), c, _starts(c))), given)
+    _check_total(subject, *whole, k, d)
     one = [_of(given, slice(i, i + 1)) for i in range(k)]
 
     def fold(*contributions: Contribution) -> Any:
@@ -227,17 +228,20 @@ def _check_order(part: Any, dtype: torch.dtype, k: int = 7, d: int = 40) -> None
     kinds = {type(part.zero()).__name__, type(fold(*one)).__name__}
     require(
         isinstance(part.zero(), Partial) and len(kinds) == 1,
-        f"{who} has partials of the types {', '.join(sorted(kinds))}.",
+        f"{subject} has partials of the types {', '.join(sorted(kinds))}.",
         "one type with tensors(), of(tensors) and reduce(group), as atoll.plan.protocols.Partial declares them.",
         "workers send partials to another process, and ranks reduce theirs.",
     )
 
     def wired(partial: Any) -> Any:
         """The partial after it was sent to another process."""
-        tensors = refused(f"{who}: tensors()", lambda: partial.tensors())
+        tensors = refused(f"{subject}: tensors()", lambda: partial.tensors())
         leaves = all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
         require(
-            leaves, f"{who} has a partial of {tensors!r}.", "tensors by name.", "partials are sent to other processes."
+            leaves,
+            f"{subject} has a partial of {tensors!r}.",
+            "tensors by name.",
+            "partials are sent to other processes.",
         )
         return type(partial).of({n: t.clone() for n, t in tensors.items()})
 
@@ -259,30 +263,30 @@ def _check_order(part: Any, dtype: torch.dtype, k: int = 7, d: int = 40) -> None
     }
     for how, way in ways.items():
         require(
-            same(_result(part, refused(f"{who}, {how}", way)), whole),
-            f"{who} gave another result in {dtype} when the contributions came {how}.",
+            same(_result(part, refused(f"{subject}, {how}", way)), whole),
+            f"{subject} gave another result in {dtype} when the contributions came {how}.",
             "the same bits for every order and grouping.",
             "neither the number of workers nor their speed may change the model.",
         )
 
 
-def _check_total(who: str, total: Total, mean: Total, k: int, d: int) -> None:
+def _check_total(subject: str, total: Total, mean: Total, k: int, d: int) -> None:
     update = mean.means.get("update")
     require(
         update is not None and update.shape == (d,) and update.is_floating_point(),
-        f"{who}.finalize gave the update {update!r}.",
+        f"{subject}.finalize gave the update {update!r}.",
         f"floats [{d}].",
         "the optimizer moves θ along it.",
     )
     require(
         int(total.arrived) == k and same(total.counters.get("counter"), torch.tensor(k - 1)),
-        f"{who} counted {int(total.arrived)} of {k} contributions, largest counter {total.counters}.",
+        f"{subject} counted {int(total.arrived)} of {k} contributions, largest counter {total.counters}.",
         "each contribution counted once, and of each counter the largest.",
         "the report states the number that arrived, and the counters of the model become the largest ones.",
     )
     require(
         total.sums.keys() == {"loss", "rows"} and abs(float(total.sums["rows"].sum()) - k * (k + 1) / 2) < 1e-6,
-        f"{who} gave the sums {total.sums}.",
+        f"{subject} gave the sums {total.sums}.",
         "Σ over clients of every sum, unchanged.",
         "metrics are sums divided by the number of rows that they cover.",
     )

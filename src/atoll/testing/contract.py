@@ -1,4 +1,4 @@
-"""The common base of all checks: an error, equality to the bit, and a call that must be pure.
+"""Common code of the checks: the error, equality to the bit, and calls that must be pure.
 
 Tests: tests/conformance/test_parts.py
 """
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class Nonconformity(AtollError):
-    """A part does not conform to the contract of its slot: its behaviour, the requirement, and the reason.
+    """A part breaks the contract of its slot. The error states its behaviour, the requirement and the reason.
 
     Example:
         >>> from atoll.testing import check_sampler
@@ -41,7 +41,7 @@ class Nonconformity(AtollError):
 
 
 def require(holds: bool, given: str, required: str, why: str) -> None:
-    """Refuse a part if a condition does not hold."""
+    """Raise Nonconformity unless `holds` is True."""
     if not holds:
         raise Nonconformity(given, required, why)
 
@@ -54,8 +54,8 @@ def same(a: Any, b: Any) -> bool:
         False
     """
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        alike = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
-        return alike and (a.device == b.device) and (a.is_meta or torch.equal(_bits(a), _bits(b)))
+        equal = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+        return equal and (a.device == b.device) and (a.is_meta or torch.equal(_bits(a), _bits(b)))
     if isinstance(a, Mapping):
         return isinstance(b, Mapping) and a.keys() == b.keys() and all(same(a[n], b[n]) for n in a)
     if isinstance(a, (list, tuple)):
@@ -79,15 +79,15 @@ def row(tree: Any, k: int | slice) -> Any:
 
 
 def lanes(template: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
-    """The memory of one client, repeated for k clients: `[k, …]` by name."""
+    """The memory of one client repeated for k clients: `[k, …]` by name."""
     return {n: t.expand(k, *t.shape).clone() for n, t in template.items()}
 
 
-def pure(who: str, function: Callable[..., T], *given: Any) -> T:
-    """The result of a function of the part, which must depend on its arguments only and must not change them.
+def pure(subject: str, function: Callable[..., T], *given: Any) -> T:
+    """The result of a function of the part, which must be pure: it depends only on its arguments and changes none.
 
     Args:
-        who: the part and its method, for the error.
+        subject: the part and its method, for the error.
         function: is called twice.
         given: its arguments.
     Returns:
@@ -96,41 +96,41 @@ def pure(who: str, function: Callable[..., T], *given: Any) -> T:
         Nonconformity: the function changes an argument, draws from a global generator, or gives two results.
     """
     before, drawn = copied(given), generator_states()
-    first = copied(refused(who, function, *given))
+    first = copied(refused(subject, function, *given))
     require(
         same(given, before),
-        f"{who} changed its arguments.",
+        f"{subject} changed its arguments.",
         "a function that leaves its arguments unchanged.",
         "the same tensors go to other clients, and they are used again if this round fails.",
     )
     require(
         generator_states() == drawn,
-        f"{who} drew from a global generator.",
+        f"{subject} drew from a global generator.",
         "every draw from the key.",
         "a run that is killed and resumed must draw the same numbers on every engine.",
     )
     require(
         same(function(*given), first),
-        f"{who} gave two results for the same arguments.",
+        f"{subject} gave two results for the same arguments.",
         "equal bits for equal arguments.",
         "a round that is computed again, after a crash or for a replay, must give the same bits.",
     )
     return first
 
 
-def same_names(who: str, template: Mapping[str, Tensor], got: Any, lead: tuple[int, ...] = ()) -> None:
+def same_names(subject: str, template: Mapping[str, Tensor], names: Any, lead: tuple[int, ...] = ()) -> None:
     """Refuse tensors whose names, shapes or dtypes differ from their template."""
     require(
-        isinstance(got, Mapping) and got.keys() == template.keys(),
-        f"{who} gave {sorted(got) if isinstance(got, Mapping) else type(got).__name__}.",
+        isinstance(names, Mapping) and names.keys() == template.keys(),
+        f"{subject} gave {sorted(names) if isinstance(names, Mapping) else type(names).__name__}.",
         f"tensors named {sorted(template)}.",
         "the names of state are fixed before the first round.",
     )
     for name, first in template.items():
-        tensor = got[name]
+        tensor = names[name]
         require(
             isinstance(tensor, Tensor) and tensor.shape == (*lead, *first.shape) and tensor.dtype == first.dtype,
-            f"{who} gave {name} as {_seen(tensor)}.",
+            f"{subject} gave {name} as {_seen(tensor)}.",
             f"{first.dtype} {[*lead, *first.shape]}.",
             "state is stored by name, with one shape and dtype from the first round to the last.",
         )
@@ -140,40 +140,42 @@ def _seen(x: Any) -> str:
     return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
-def leading(who: str, tensors: Any, k: int, whole: bool = False) -> None:
+def leading(subject: str, tensors: Any, k: int, whole: bool = False) -> None:
     """Refuse tensors by name whose first axis has not the length k, or, with `whole`, that are no integers."""
-    require(isinstance(tensors, Mapping), f"{who} is {type(tensors).__name__}.", "tensors by name.", "names are used.")
+    require(
+        isinstance(tensors, Mapping), f"{subject} is {type(tensors).__name__}.", "tensors by name.", "names are used."
+    )
     for name, tensor in tensors.items():
         good = isinstance(tensor, Tensor) and tensor.dim() >= 1 and len(tensor) == k
         require(
             good and (not whole or not tensor.is_floating_point()),
-            f"{who}[{name!r}] is {_seen(tensor)}.",
+            f"{subject}[{name!r}] is {_seen(tensor)}.",
             f"{'whole numbers' if whole else 'a tensor'} [{k}, …] for {k} clients.",
             "if a client fails, its row is removed.",
         )
 
 
-def refused(who: str, function: Callable[..., T], *given: Any) -> T:
-    """The result of a function of the part; an exception is a nonconformity."""
+def refused(subject: str, function: Callable[..., T], *given: Any) -> T:
+    """The result of a function of the part. Every exception becomes a Nonconformity."""
     try:
         return function(*given)
     except Nonconformity:
         raise
     except Exception as error:
         raise Nonconformity(
-            f"{who} raised {type(error).__name__}: {error}.",
+            f"{subject} raised {type(error).__name__}: {error}.",
             "a result.",
             "the loop calls the slot with these arguments.",
         ) from error
 
 
-def on_meta(who: str, function: Callable[..., T], *given: Any) -> T:
+def on_meta(subject: str, function: Callable[..., T], *given: Any) -> T:
     """The result of a function of the part for meta tensors: it must not read numbers or move tensors."""
     try:
         return function(*given)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise Nonconformity(
-            f"{who} failed on tensors without numbers: {str(error).splitlines()[0]}",
+            f"{subject} failed on tensors without numbers: {str(error).splitlines()[0]}",
             "tensor operations on the device of the arguments: no .item(), no branch on a number, "
             "and draws from a shared key moved by .to(x.device).",
             "on a GPU each read of a number waits for all earlier work.",
@@ -191,29 +193,36 @@ def check_value(part: Any) -> None:
         >>> from atoll.plan.sampler import Uniform
         >>> check_value(Uniform(3))
     """
-    who, why = repr(part), "a plan is a value: it is printed, compared, hashed and saved."
+    subject, why = repr(part), "a plan is a value: it is printed, compared, hashed and saved."
     if not dataclasses.is_dataclass(part) or isinstance(part, type):
-        raise Nonconformity(f"{who} is of type {type(part).__name__}.", "a frozen dataclass.", why)
+        raise Nonconformity(f"{subject} is of type {type(part).__name__}.", "a frozen dataclass.", why)
     frozen = type(part).__dataclass_params__.frozen  # type: ignore[attr-defined]
     require(frozen, f"{type(part).__name__} can be changed.", "@dataclass(frozen=True).", why)
     try:
         hash(part)
     except TypeError as error:
-        raise Nonconformity(f"{who} cannot be hashed: {error}.", "fields that are values themselves.", why) from None
-    require(dataclasses.replace(part) == part, f"{who} differs from its copy.", "equality by fields.", why)
+        raise Nonconformity(
+            f"{subject} cannot be hashed: {error}.", "fields that are values themselves.", why
+        ) from None
+    require(dataclasses.replace(part) == part, f"{subject} differs from its copy.", "equality by fields.", why)
     try:
-        again = parse(who, {**PARTS, **_names(part)}, trust=True)
+        repeated = parse(subject, {**PARTS, **_names(part)}, trust=True)
     except UsageError as error:
         raise Nonconformity(
             f"The repr of a {type(part).__name__} cannot be read: {error.given}",
             "a constructor call of the grammar, such as the mixin atoll.base.grammar.Value gives.",
             "a run's config.toml, a flag and the wire hold a part as its text.",
         ) from error
-    require(again == part, f"{who} reads back as {again!r}.", "an equal part.", "the saved plan must be the run plan.")
+    require(
+        repeated == part,
+        f"{subject} reads back as {repeated!r}.",
+        "an equal part.",
+        "the saved plan must be the run plan.",
+    )
 
 
 def _names(part: Any) -> dict[str, Callable[..., Any]]:
-    """The constructors that a part's text may call: its own class and those of the parts that it contains."""
+    """The constructors that a part's text may call: its own class and the classes of the parts that it contains."""
     names: dict[str, Callable[..., Any]] = {}
     held: list[Any] = [part]
     while held:
@@ -260,11 +269,11 @@ def round_info(population: Population | None = None, round: int = 0, seed: int =
     return RoundInfo(round, population, population.clients, chance, known_entropy(seed))
 
 
-def check_declared(who: str, declared: Mapping[str, Declared], means: Tensors, sums: Tensors) -> None:
+def check_declared(subject: str, declared: Mapping[str, Declared], means: Tensors, sums: Tensors) -> None:
     """Refuse a contribution whose names, lengths, dtypes or bounds differ from their declaration.
 
     Args:
-        who: the part and its method, for the error.
+        subject: the part and its method, for the error.
         declared: by name.
         means: `[K, m]` by name.
         sums: `[K]` or `[K, s]` by name.
@@ -274,7 +283,7 @@ def check_declared(who: str, declared: Mapping[str, Declared], means: Tensors, s
     name, difference = undeclared(declared, means, sums)
     require(
         not name,
-        f"{who} gave {name}: {difference}.",
+        f"{subject} gave {name}: {difference}.",
         "the names and lengths that `declare` gives.",
         "the server adds contributions by name.",
     )
@@ -282,14 +291,14 @@ def check_declared(who: str, declared: Mapping[str, Declared], means: Tensors, s
         known = declared.get(name) or declared[OPEN]
         require(
             name not in declared or known.kind == "sum" or tensor.dtype == known.dtype,
-            f"{who} gave {name} in {tensor.dtype}.",
+            f"{subject} gave {name} in {tensor.dtype}.",
             f"{known.dtype}, as declared.",
             "the exact sum keeps more digits of float64.",
         )
         norm = float(tensor.double().reshape(len(tensor), -1).norm(dim=1).max()) if tensor.numel() else 0.0
         require(
             known.bound is None or norm <= known.bound * (1 + 1e-6),
-            f"{who} gave {name} with the norm {norm:.6g}.",
+            f"{subject} gave {name} with the norm {norm:.6g}.",
             f"at most {known.bound}, as declared.",
             "noise is scaled by the declared bound.",
         )

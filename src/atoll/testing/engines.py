@@ -42,10 +42,10 @@ PLANS = (
 def check_engine(make_engine: Make) -> None:
     """Check the contract of an engine.
 
-    For every plan and both backends two rounds give the bits of the engine in this process: model, memory, metrics,
-    bytes. The order of a cohort changes nothing, an empty one is legal, and `gather` leaves the state alone. A client
-    that raises, or whose numbers are not finite, costs one contribution and gives one failure with its name: the
-    round equals the one in which it was not asked. What strikes every client alike is raised.
+    For every plan and two backends, two rounds give the bits of the in-process engine: model, memory, metrics, bytes.
+    The order of a cohort changes nothing. An empty cohort is legal. `gather` does not change the state. A client that
+    raises, or whose numbers are not finite, costs one contribution and gives one failure with its id. The round then
+    equals a round without this client. If all clients raise the same error, the engine raises it.
 
     Args:
         make_engine: `make_engine(task, data) -> Engine`.
@@ -69,7 +69,7 @@ def _first(plan: Plan, task: Task) -> State:
     return State.first(plan, task, 3, Memory(plan.memory(task.layout)))
 
 
-def _kept(state: State, count: int) -> Any:
+def _client_memory(state: State, count: int) -> Any:
     return state.model, state.optimizer, state.server, state.memory.take(torch.arange(count))
 
 
@@ -87,22 +87,22 @@ def _check_rounds(make_engine: Make, plan: Plan, task: Task, data: Clients) -> N
         ours, report = refused(f"The engine, in round {t} of {plan!r}", step, plan, ours, engine)
         theirs, expected = step(plan, theirs, reference)
         require(
-            same(_kept(ours, data.count), _kept(theirs, data.count)),
+            same(_client_memory(ours, data.count), _client_memory(theirs, data.count)),
             f"After round {t} of {plan!r} in {task.numerics} the engine's state differs from the serial one.",
             "the same bits.",
             "a plan gives the same result on every engine.",
         )
-        told = [(r.metrics, r.arrived, r.failures, r.bytes_up, r.bytes_down, r.clients) for r in (report, expected)]
+        reported = [(r.metrics, r.arrived, r.failures, r.bytes_up, r.bytes_down, r.clients) for r in (report, expected)]
         require(
-            same(*told),
-            f"The engine's report of round {t} of {plan!r} is {told[0]}.",
-            f"{told[1]}.",
+            same(*reported),
+            f"The engine's report of round {t} of {plan!r} is {reported[0]}.",
+            f"{reported[1]}.",
             "metrics are sums over clients, and a message has a fixed length; neither depends on the engine.",
         )
 
 
 def _result(plan: Plan, gathered: Gathered) -> Any:
-    totals = {birth: plan.aggregator.total(partial) for birth, partial in gathered.partials.items()}
+    totals = {version: plan.aggregator.total(partial) for version, partial in gathered.partials.items()}
     return totals, gathered.arrived, gathered.facts, gathered.bytes_up
 
 
@@ -110,11 +110,11 @@ def _check_cohorts(engine: Engine, task: Task, data: Clients) -> None:
     plan = PLANS[3]
     state = _first(plan, task)
     key, chance = state.key(), torch.ones((), dtype=torch.float64)
-    before = copied(_kept(state, data.count))
+    before = copied(_client_memory(state, data.count))
     ids = torch.tensor([0, 1, 3, 4, 5])
     forth = engine.gather(plan, state, Cohort(ids, chance), key)
     require(
-        same(_kept(state, data.count), before),
+        same(_client_memory(state, data.count), before),
         "gather changed the state.",
         "no change: step creates the next state, and stores memory after acceptance.",
         "a round that fails must leave the state of the round before.",
@@ -132,8 +132,8 @@ def _check_cohorts(engine: Engine, task: Task, data: Clients) -> None:
         "the same bits.",
         "a cohort is a set.",
     )
-    nobody = Cohort(ids[:0], chance)
-    empty = refused("The engine with an empty cohort", engine.gather, plan, state, nobody, key)
+    no_clients = Cohort(ids[:0], chance)
+    empty = refused("The engine with an empty cohort", engine.gather, plan, state, no_clients, key)
     counted = sum(int(plan.aggregator.total(partial).arrived) for partial in empty.partials.values())
     require(
         len(empty.arrived) == 0 and not empty.failures and counted == 0,
@@ -174,19 +174,19 @@ def _check_failures(make_engine: Make, task: Task, data: Clients) -> None:
     start, end = data.offsets[victim : victim + 2].tolist()
     for raises in (True, False):
         faulty = replace(data, rows=_Faulty(data.rows, (start, end), raises))
-        what = "raises" if raises else "gives numbers that are not finite"
+        kind = "raises" if raises else "gives numbers that are not finite"
         gathered = refused(
-            f"The engine with a client that {what}", make_engine(task, faulty).gather, plan, state, whole, key
+            f"The engine with a client that {kind}", make_engine(task, faulty).gather, plan, state, whole, key
         )
         require(
             [f.client for f in gathered.failures] == [victim] and all(f.cause and f.stage for f in gathered.failures),
-            f"Client {victim} {what}; the engine reports the failures {gathered.failures}.",
+            f"Client {victim} {kind}; the engine reports the failures {gathered.failures}.",
             f"one failure, of client {victim}, with its stage and cause.",
             "a failure is data: the user must be able to find the client.",
         )
         require(
             same(_result(plan, gathered), _result(plan, expected)),
-            f"Client {victim} {what}, and the sum of the others differs from a round without that client.",
+            f"Client {victim} {kind}, and the sum of the others differs from a round without that client.",
             "the same bits.",
             "a client that failed equals a client that did not participate.",
         )

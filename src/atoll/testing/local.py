@@ -1,4 +1,4 @@
-"""The contract of local parts, tried on a small federation of clients of several sizes.
+"""The contract of local parts, checked on a small federation of clients of several sizes.
 
 Tests: tests/conformance/test_parts.py
 """
@@ -56,10 +56,11 @@ def clients(sizes: tuple[int, ...] = SIZES) -> Clients:
 def check_local(part: Any) -> None:
     """Check the contract of a local part.
 
-    It gives one row a client: means of floats, sums with the rows they are about, and as weight the rows that the
-    client holds; a client's row depends neither on its neighbours nor on their number; memory and server
-    state keep their names, shapes and types; means and sums are as declared. Results depend on the key and the
-    arguments only. Tried with and without batch statistics, on the backend that the part requires, or in lanes.
+    It returns one row per client: float means, sums with the number of rows that they cover, and as weight the number
+    of rows that the client holds. The row of a client depends neither on the other clients of the chunk nor on their
+    number. Memory and server state keep names, shapes and dtypes. Means and sums are as declared. Results depend only
+    on the key and the arguments. The check uses a model with and a model without batch statistics, on the backend that
+    the part requires (`numerics`), else on `lanes`.
 
     Args:
         part: a local part, as `atoll.plan.protocols.Local` declares it.
@@ -91,22 +92,22 @@ def _chunks(part: Any, data: Clients) -> list[Tensor]:
 
 
 def _check_chunk(part: Any, task: Task, data: Clients, ids: Tensor) -> None:
-    who, k, layout = f"{part!r}.contribute", len(ids), task.layout
+    subject, k, layout = f"{part!r}.contribute", len(ids), task.layout
     first, server = part.memory(layout), part.server(layout)
     memory = lanes(first, k)
     for t in range(2):
         broadcast = Broadcast(t, task.initial(), {"local": server, "codec": {}})
         key = Key(7).fold("round", t, "clients", "local")
-        given, after = pure(who, part.contribute, broadcast, _lanes(task, data, ids), memory, key.of(ids), task)
-        _check_contribution(who, given, data.sizes[ids], layout)
-        check_declared(who, part.declare(task), given.means, given.sums)
-        same_names(f"{who}: memory", first, after, (k,))
+        given, after = pure(subject, part.contribute, broadcast, _lanes(task, data, ids), memory, key.of(ids), task)
+        _check_contribution(subject, given, data.sizes[ids], layout)
+        check_declared(subject, part.declare(task), given.means, given.sums)
+        same_names(f"{subject}: memory", first, after, (k,))
         for i in range(k if t == 0 else 0):
             one = ids[i : i + 1]
-            alone = part.contribute(broadcast, _lanes(task, data, one), row(memory, i), key.of(one), task)
+            single = part.contribute(broadcast, _lanes(task, data, one), row(memory, i), key.of(one), task)
             require(
-                same(alone, row((given, after), i)),
-                f"{who} gave client {int(one)} other numbers if {k - 1} other clients are in the batch.",
+                same(single, row((given, after), i)),
+                f"{subject} gave client {int(one)} other numbers if {k - 1} other clients are in the batch.",
                 "the same bits.",
                 "the number of clients that are computed together must change no bit.",
             )
@@ -118,39 +119,41 @@ def _lanes(task: Task, data: Clients, ids: Tensor) -> ClientBatch:
     return ClientBatch(data, ids, task.layout.dtype)
 
 
-def _check_contribution(who: str, given: Contribution, sizes: Tensor, layout: Layout) -> None:
+def _check_contribution(subject: str, given: Contribution, sizes: Tensor, layout: Layout) -> None:
     k = len(sizes)
-    require(isinstance(given, Contribution), f"{who} gave {given!r}.", "a Contribution.", "the server adds it.")
+    require(isinstance(given, Contribution), f"{subject} gave {given!r}.", "a Contribution.", "the server adds it.")
     for name in ("means", "sums", "per_client"):
-        leading(f"{who}: {name}", getattr(given, name), k)
-    leading(f"{who}: counters", given.counters, k, whole=True)
+        leading(f"{subject}: {name}", getattr(given, name), k)
+    leading(f"{subject}: counters", given.counters, k, whole=True)
     for name, length in (("update", layout.d), ("buffers", layout.b)):
         mean = given.means.get(name)
         require(
             mean is None or (mean.shape == (k, length) and mean.dtype == layout.dtype),
-            f"{who} gave {name} as {None if mean is None else (mean.dtype, list(mean.shape))}.",
+            f"{subject} gave {name} as {None if mean is None else (mean.dtype, list(mean.shape))}.",
             f"{layout.dtype} [{k}, {length}].",
             "an update is a vector of the same kind as the model.",
         )
-    _check_finite(who, {**given.means, **given.sums})
+    _check_finite(subject, {**given.means, **given.sums})
     require(
         same(given.weight, sizes),
-        f"{who} gave the weights {given.weight.tolist()}.",
+        f"{subject} gave the weights {given.weight.tolist()}.",
         f"int64, the rows that each client holds: {sizes.tolist()}.",
         "the weight counts all rows of a client, also if it used fewer in this round.",
     )
     require(
         not given.sums or "rows" in given.sums,
-        f"{who} gave the sums {sorted(given.sums)}.",
+        f"{subject} gave the sums {sorted(given.sums)}.",
         "a sum named rows: the number of rows that the other sums cover.",
         "a metric is a sum divided by its number of rows.",
     )
 
 
-def _check_finite(who: str, tensors: Mapping[str, Tensor]) -> None:
+def _check_finite(subject: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         good = bool(torch.isfinite(tensor).all())
-        require(good, f"{who}: {name} is not finite.", "finite numbers.", "the data are finite and the step is small.")
+        require(
+            good, f"{subject}: {name} is not finite.", "finite numbers.", "the data are finite and the step is small."
+        )
 
 
 def _check_settle(part: Any, given: Contribution, server: Tensors) -> None:

@@ -29,22 +29,22 @@ def check_schedule(part: Any) -> None:
         >>> check_schedule(cosine(0.1, rounds=100))
     """
     check_value(part)
-    who = repr(part)
-    first = refused(f"{who}.init", part.init)
+    subject = repr(part)
+    first = refused(f"{subject}.init", part.init)
     memory = dict(first)
     for t, loss in enumerate([2.0, 1.0, 1.0, 1.0, math.nan, math.inf, 0.0, -1.0] * 8):
-        rate = pure(who, part, t, memory)
-        _check_rate(who, t, rate)
-        memory = pure(f"{who}.observe", part.observe, memory, torch.tensor(loss))
-        same_names(f"{who}.observe", first, memory)
+        rate = pure(subject, part, t, memory)
+        _check_rate(subject, t, rate)
+        memory = pure(f"{subject}.observe", part.observe, memory, torch.tensor(loss))
+        same_names(f"{subject}.observe", first, memory)
     for t in (100, 1000, 10**6):
-        _check_rate(who, t, part(t, first))
+        _check_rate(subject, t, part(t, first))
 
 
-def _check_rate(who: str, t: int, rate: Any) -> None:
+def _check_rate(subject: str, t: int, rate: Any) -> None:
     require(
         isinstance(rate, float) and math.isfinite(rate) and (rate > 0 or (t > 0 and rate == 0)),
-        f"{who} gave {rate!r} in round {t}.",
+        f"{subject} gave {rate!r} in round {t}.",
         "a finite float, not negative, and positive in round 0.",
         "a learning rate of 0 makes no step, and a negative one increases the loss.",
     )
@@ -53,16 +53,16 @@ def _check_rate(who: str, t: int, rate: Any) -> None:
 def check_optimizer(part: Any) -> None:
     """Check the contract of an optimizer.
 
-    It descends, and changes no argument. K lanes `[K, d]` give the bits of K single θ `[d]`, also if the lanes have
-    made different numbers of steps. Its state keeps names, shapes and types. Steps in place, if it has them, give the
-    same bits. It runs on tensors without numbers.
+    It descends. It changes no argument. K lanes `[K, d]` give the bits of K single θ `[d]`, also if the lanes have made
+    different numbers of steps. Its state keeps names, shapes and dtypes. Steps in place, if it has them, give the same
+    bits as `update`. It runs on meta tensors.
 
     Args:
         part: an optimizer with `init`, `update` and `lr_at`.
     Raises:
         Nonconformity: the optimizer breaks the contract.
     Example:
-        >>> from atoll.plan.optimizer.rules import adam
+        >>> from atoll.plan.optimizer import adam
         >>> check_optimizer(adam(0.01))
     """
     check_value(part)
@@ -75,7 +75,7 @@ def check_optimizer(part: Any) -> None:
 
 
 def _check_lanes(part: Any, d: int, dtype: torch.dtype, k: int = 5, steps: int = 3) -> None:
-    who, key = repr(part), Key(7).fold("optimizer", d)
+    subject, key = repr(part), Key(7).fold("optimizer", d)
     theta = key.fold("theta").normal(k * d, dtype).reshape(k, d)
     singles = [(theta[i].clone(), dict(part.init(theta[i]))) for i in range(k)]
     together = (theta, dict(part.init(theta)))
@@ -84,31 +84,31 @@ def _check_lanes(part: Any, d: int, dtype: torch.dtype, k: int = 5, steps: int =
         g = key.fold("g", t).normal(k * d, dtype).reshape(k, d)
         sums = {"loss": torch.tensor(1.0, dtype=torch.float64)}
         now, state = together
-        together = pure(who, part.update, now, g, sums, state, t)
-        same_names(f"{who}.update", first, together[1])
+        together = pure(subject, part.update, now, g, sums, state, t)
+        same_names(f"{subject}.update", first, together[1])
         singles = [part.update(x, g[i], sums, s, t) for i, (x, s) in enumerate(singles)]
         require(
             all(same(together[0][i], x) for i, (x, _) in enumerate(singles)),
-            f"{who} moved {k} lanes of {d} {dtype} differently than one at a time, in step {t}.",
+            f"{subject} moved {k} lanes of {d} {dtype} differently than one at a time, in step {t}.",
             "the same bits.",
             "the training of a client must not depend on the other clients of its batch.",
         )
         rate = part.lr_at(t, state)
-        _check_rate(who, t, rate)
+        _check_rate(subject, t, rate)
         if part.trains_clients:
             inside, slots = now.clone(), {n: s.clone() for n, s in state.items()}
             part.stepper(inside, slots, rate).step(g)
             require(
                 same(inside, together[0]),
-                f"{who} moved differently in place, in step {t}.",
+                f"{subject} moved differently in place, in step {t}.",
                 "the bits of update.",
                 "local training steps in place, the server calls update, and both must apply one rule.",
             )
     if part.trains_clients:
-        _check_uneven(part, who, theta)
+        _check_uneven(part, subject, theta)
 
 
-def _check_uneven(part: Any, who: str, theta: torch.Tensor) -> None:
+def _check_uneven(part: Any, subject: str, theta: torch.Tensor) -> None:
     """Check lanes whose optimizers have made different numbers of steps: 2, 1 and 0."""
     g = theta.flip(0)
     kept = []
@@ -124,7 +124,7 @@ def _check_uneven(part: Any, who: str, theta: torch.Tensor) -> None:
         part.stepper(x, state, 0.01).step(g[i : i + 1])
         require(
             same((row(whole, i), row(slots, i)), (x, state)),
-            f"{who} moved a lane differently in a batch with lanes that had made other numbers of steps.",
+            f"{subject} moved a lane differently in a batch with lanes that had made other numbers of steps.",
             "the same bits.",
             "clients keep their optimizers, and they do not participate equally often.",
         )

@@ -35,7 +35,7 @@ _COUNTS = (*range(1, 41), 1000, 10**5)
 
 @dataclass(frozen=True)
 class _Seen:
-    """An open round with `arrived` contributions, and the starts of each arrived client."""
+    """An open round as a pace sees it: `arrived` contributions, and the starts of each arrived client."""
 
     wanted: int
     arrived: int
@@ -49,11 +49,10 @@ class _Seen:
 def check_pace(part: Any) -> None:
     """Check the contract of a pace.
 
-    All answers are functions of the question. cohort_size(n) is n or more, and required(cohort_size(n)) = n.
-    staleness_weight(0) = 1, and
-    the weight falls with lateness and is never below 0. A client with more starts may not start sooner. A round that
-    closes also closes with one more arrival, or later; no round closes when it opens. Every round ends with at least
-    one contribution if all clients arrive, in any order.
+    All methods are pure functions. cohort_size(n) ≥ n, and required(cohort_size(n)) = n. staleness_weight(0) = 1, and
+    the weight never increases with lateness and is never below 0. If a client may not start, a client with more starts
+    may not start either. A round that closes also closes with one more arrival, or later. No round closes when it
+    opens. If all clients arrive, in any order, every round closes with at least one contribution.
 
     Args:
         part: a pace, as `atoll.plan.protocols.Pace` declares it.
@@ -64,92 +63,94 @@ def check_pace(part: Any) -> None:
         >>> check_pace(Buffered(10))
     """
     check_value(part)
-    who = repr(part)
+    subject = repr(part)
     for flag, given in (("asynchronous", part.asynchronous), ("replaces_arrivals", part.replaces_arrivals)):
-        require(isinstance(given, bool), f"{who}.{flag} is {given!r}.", "True or False.", "the loop branches on it.")
-    _check_counts(who, part)
-    _check_discount(who, part)
-    _check_starts(who, part)
-    _check_closing(who, part)
-    _check_end(who, part)
+        require(
+            isinstance(given, bool), f"{subject}.{flag} is {given!r}.", "True or False.", "the loop branches on it."
+        )
+    _check_counts(subject, part)
+    _check_discount(subject, part)
+    _check_starts(subject, part)
+    _check_closing(subject, part)
+    _check_end(subject, part)
 
 
-def _asked(who: str, method: Callable[..., Any], *given: Any) -> Any:
-    """The answer of a method, which must not depend on earlier calls."""
-    name = f"{who}.{method.__name__}"
+def _answer(subject: str, method: Callable[..., Any], *given: Any) -> Any:
+    """The result of a method, which must not depend on earlier calls."""
+    name = f"{subject}.{method.__name__}"
     return pure(name, method, *given)
 
 
-def _check_counts(who: str, part: Pace) -> None:
-    asked = {n: _asked(who, part.cohort_size, n) for n in _COUNTS}
-    for n, m in reversed(asked.items()):
+def _check_counts(subject: str, part: Pace) -> None:
+    cohorts = {n: _answer(subject, part.cohort_size, n) for n in _COUNTS}
+    for n, m in reversed(cohorts.items()):
         require(
             isinstance(m, int) and m >= n,
-            f"{who}.cohort_size({n}) is {m!r}.",
+            f"{subject}.cohort_size({n}) is {m!r}.",
             f"a whole number, at least {n}.",
             "a round that requires n contributions needs at least n starts.",
         )
-        back = _asked(who, part.required, m)
+        required = _answer(subject, part.required, m)
         require(
-            isinstance(back, int) and back == n and part.cohort_size(n) == m,
-            f"{who}.required({m}) is {back!r}, and cohort_size({n}) is {m}.",
+            isinstance(required, int) and required == n and part.cohort_size(n) == m,
+            f"{subject}.required({m}) is {required!r}, and cohort_size({n}) is {m}.",
             f"{n}, each time.",
             "cohort_size gives the number of starts, and required the number of arrivals that the round waits for.",
         )
 
 
-def _check_discount(who: str, part: Pace) -> None:
+def _check_discount(subject: str, part: Pace) -> None:
     weight = part.staleness_weight
-    factors = [_asked(who, weight, s) for s in range(64)] + [weight(10**6)]
+    factors = [_answer(subject, weight, s) for s in range(64)] + [weight(10**6)]
     good = all(isinstance(f, float) and math.isfinite(f) and f >= 0 for f in factors) and factors[0] == 1
     falls = good and all(b <= a for a, b in pairwise(factors))
     require(
         falls and [weight(s) for s in reversed(range(64))] == factors[63::-1],
-        f"{who}.staleness_weight gave {', '.join(map(str, factors[:4]))}, … for 0, 1, 2, 3, … rounds of lateness.",
+        f"{subject}.staleness_weight gave {', '.join(map(str, factors[:4]))}, … for 0, 1, 2, 3, … rounds of lateness.",
         "floats that start at 1, never increase and are never below 0.",
         "lateness may make an update smaller; it must not reverse or enlarge it.",
     )
 
 
-def _check_starts(who: str, part: Pace) -> None:
-    may = [_asked(who, part.may_start, n) for n in range(64)]
+def _check_starts(subject: str, part: Pace) -> None:
+    may = [_answer(subject, part.may_start, n) for n in range(64)]
     require(
         all(isinstance(m, bool) for m in may) and all(a or not b for a, b in pairwise(may)),
-        f"{who}.may_start gave {may[:8]}, … for 0, 1, 2, … starts.",
+        f"{subject}.may_start gave {may[:8]}, … for 0, 1, 2, … starts.",
         "True, then False from some number on.",
         "a client that is further ahead must wait at least as long.",
     )
 
 
-def _check_closing(who: str, part: Pace) -> None:
+def _check_closing(subject: str, part: Pace) -> None:
     key, times = Key(7).fold("pace"), (0.0, 1.0, 59.5, 1e4, 1e9)
     for wanted in (1, 2, 5, 40):
         ages = tuple((key.fold(wanted).uniform(wanted + 3) * 6).floor().long().tolist())
         seen = [[_Seen(wanted, n, t, ages[:n]) for n in range(wanted + 4)] for t in times]
-        table = [[_asked(who, part.should_close, each) for each in row] for row in seen]
+        table = [[_answer(subject, part.should_close, each) for each in row] for row in seen]
         require(
             all(isinstance(c, bool) for row in table for c in row),
-            f"{who}.should_close.",
+            f"{subject}.should_close.",
             "True or False.",
             "the loop branches on it.",
         )
         require(
             not table[0][0],
-            f"{who}.should_close is True for a round of {wanted} that has just opened, without a contribution.",
+            f"{subject}.should_close is True for a round of {wanted} that has just opened, without a contribution.",
             "False, until a contribution arrives or time passes.",
             "an endless number of rounds would pass in no time.",
         )
         for way, rows in (("more arrivals", table), ("more time", list(map(list, zip(*table, strict=True))))):
             require(
                 all(b or not a for row in rows for a, b in pairwise(row)),
-                f"{who}.should_close is True for a round of {wanted}, and False with {way}.",
+                f"{subject}.should_close is True for a round of {wanted}, and False with {way}.",
                 "True also with more arrivals and more time.",
                 "arrivals of one moment are counted one after another.",
             )
 
 
-def _check_end(who: str, part: Pace) -> None:
-    """Play rounds in which all clients arrive: in the order of starts, in reverse, or in a keyed order."""
+def _check_end(subject: str, part: Pace) -> None:
+    """Simulate rounds in which all clients arrive: in the order of their starts, in reverse, or in a keyed order."""
     needed = 1
     while part.replaces_arrivals and needed <= _MOST:
         if part.should_close(_Seen(5, needed, 0.0, (0,) * min(needed, 99))):
@@ -157,7 +158,7 @@ def _check_end(who: str, part: Pace) -> None:
         needed *= 2
     require(
         needed <= _MOST,
-        f"{who} keeps a round open after {_MOST:.0e} arrivals, and starts another client for each.",
+        f"{subject} keeps a round open after {_MOST:.0e} arrivals, and starts another client for each.",
         "a round that closes.",
         "it would wait forever.",
     )
@@ -166,10 +167,10 @@ def _check_end(who: str, part: Pace) -> None:
     over = part.cohort_size(1000) > 1000
     for sampler in (Uniform(5), *(() if over else (Everyone(),))):
         for order in ("first", "last", "any"):
-            _play(who, part, sampler, order)
+            _play(subject, part, sampler, order)
 
 
-def _play(who: str, part: Pace, sampler: Sampler, order: str) -> None:
+def _play(subject: str, part: Pace, sampler: Sampler, order: str) -> None:
     clients = max(_CLIENTS, part.cohort_size(5) + 1)
     population = Population(clients, torch.ones(clients, dtype=torch.int64))
     plan = Plan(Train(sgd(0.1), epochs=1), Mean(), cohort=sampler, pace=part)
@@ -178,25 +179,25 @@ def _play(who: str, part: Pace, sampler: Sampler, order: str) -> None:
     for t in range(_ROUNDS):
         state = dataclasses.replace(state, round=t)
         cohort = draw_cohort(plan, state, population, state.key())
-        traffic = OpenRound(part, sampler, state.seed, t, state.air, population, cohort)
-        flying = [*state.air.flights, *traffic.start_missing()]
+        opened = OpenRound(part, sampler, state.seed, t, state.air, population, cohort)
+        flying = [*state.air.flights, *opened.start_missing()]
         waits = True
         while waits and flying:
-            draw = int(state.key().fold("next", traffic.arrived).hash(1)[0]) % len(flying)
+            draw = int(state.key().fold("next", opened.arrived).hash(1)[0]) % len(flying)
             flight = flying.pop({"first": 0, "last": -1, "any": draw}[order])
-            traffic.arrive(flight.number)
-            waits = traffic.goes_on(float(traffic.arrived))
+            opened.arrive(flight.number)
+            waits = opened.goes_on(float(opened.arrived))
             require(
-                traffic.arrived <= 4 * _WATCHED,
-                f"{who} keeps round {t} open after {traffic.arrived} arrivals.",
+                opened.arrived <= 4 * _WATCHED,
+                f"{subject} keeps round {t} open after {opened.arrived} arrivals.",
                 "a round that closes.",
                 "it would wait forever.",
             )
-            flying += traffic.start_missing() if part.replaces_arrivals and waits else []
+            flying += opened.start_missing() if part.replaces_arrivals and waits else []
         require(
-            traffic.arrived > 0,
-            f"{who} lets no client start in round {t}, so none arrives.",
+            opened.arrived > 0,
+            f"{subject} lets no client start in round {t}, so none arrives.",
             "at least one start.",
             "a round without contributions makes no step, and the next round would be the same.",
         )
-        state = dataclasses.replace(state, air=traffic.in_flight(None, None))
+        state = dataclasses.replace(state, air=opened.in_flight(None, None))

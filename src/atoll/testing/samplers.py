@@ -27,8 +27,8 @@ _FAR = 5.5
 def check_sampler(part: Any) -> None:
     """Check the contract of a sampler.
 
-    Ids are different clients of the population, a function of the key and the round; and each client is selected as
-    often as its `chance` predicts, over 1000 rounds: |count − Σ chance| ≤ 5.5 standard deviations.
+    The ids are different clients of the population, and a function of the key and the round. Over 1000 rounds each
+    client is selected as often as its `chance` predicts: |count − Σ chance| ≤ 5.5 standard deviations.
 
     Args:
         part: a sampler, `part(population, round, key) -> Cohort`.
@@ -39,20 +39,20 @@ def check_sampler(part: Any) -> None:
         >>> check_sampler(Uniform(3))
     """
     check_value(part)
-    who = repr(part)
+    subject = repr(part)
     population = _population(part)
     clients = population.clients
     counts, expected, spread = (torch.zeros(clients, dtype=torch.float64) for _ in range(3))
     for t in range(_ROUNDS):
         key = Key(7).fold("round", t, "cohort")
         if t < 3:
-            cohort = pure(who, part, population, t, key)
-            _check_cohort(who, cohort, clients)
+            cohort = pure(subject, part, population, t, key)
+            _check_cohort(subject, cohort, clients)
         else:
             cohort = part(population, t, key)
         once = cohort.ids.bincount(minlength=clients)
         if len(once) > clients or int(once.max()) > 1:
-            _check_ids(who, cohort.ids, clients)
+            _check_ids(subject, cohort.ids, clients)
         chance = cohort.chance
         counts += once
         expected += chance
@@ -61,7 +61,7 @@ def check_sampler(part: Any) -> None:
     worst = int(far.argmax())
     require(
         bool(far[worst] <= 1e-6),
-        f"{who} selected client {worst} in {int(counts[worst])} of {_ROUNDS} rounds.",
+        f"{subject} selected client {worst} in {int(counts[worst])} of {_ROUNDS} rounds.",
         f"{expected[worst]:.1f} ± {_FAR * spread[worst].sqrt():.1f}, by the chances that it gave.",
         'over="expected" divides by the chances, and privacy accounting uses them.',
     )
@@ -80,29 +80,29 @@ def _population(part: Any) -> Population:
     return population
 
 
-def _check_ids(who: str, ids: Tensor, clients: int) -> None:
+def _check_ids(subject: str, ids: Tensor, clients: int) -> None:
     require(
         isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.dim() == 1,
-        f"{who} gave ids {ids!r}.",
+        f"{subject} gave ids {ids!r}.",
         "int64 [n].",
         "clients are numbered from 0.",
     )
     inside = bool(((ids >= 0) & (ids < clients)).all())
     require(
         inside and len(ids.unique()) == len(ids),
-        f"{who} gave the ids {ids.tolist()} of {clients} clients.",
+        f"{subject} gave the ids {ids.tolist()} of {clients} clients.",
         f"different numbers in 0 … {clients - 1}.",
         "a client can be selected at most once in a round.",
     )
 
 
-def _check_cohort(who: str, cohort: Cohort, clients: int) -> None:
-    _check_ids(who, cohort.ids, clients)
+def _check_cohort(subject: str, cohort: Cohort, clients: int) -> None:
+    _check_ids(subject, cohort.ids, clients)
     chance = cohort.chance
     shaped = isinstance(chance, Tensor) and chance.dtype == torch.float64 and chance.shape in ((), (clients,))
     require(
         shaped and bool(((chance >= 0) & (chance <= 1)).all()),
-        f"{who} gave the chance {chance!r}.",
+        f"{subject} gave the chance {chance!r}.",
         f"float64 [] or [{clients}], in [0, 1].",
         "it is the probability that a client is selected.",
     )
@@ -123,21 +123,21 @@ def check_partition(part: Any) -> None:
         >>> check_partition(Dirichlet(0.3))
     """
     check_value(part)
-    who, rows, clients = repr(part), 400, 8
+    subject, rows, clients = repr(part), 400, 8
     key = Key(7).fold("partition")
     labels, by = key.fold("labels").integers(rows, 5), torch.arange(rows) % clients
     pool = Pool(rows, labels, by)
-    owner = pure(who, part, pool, clients, key)
+    owner = pure(subject, part, pool, clients, key)
     good = isinstance(owner, Tensor) and owner.dtype == torch.int64 and owner.shape == (rows,)
     require(
         good and bool(((owner >= 0) & (owner < clients)).all()),
-        f"{who} gave owners {owner!r}.",
+        f"{subject} gave owners {owner!r}.",
         f"int64 [{rows}], each in 0 … {clients - 1}.",
         "each row belongs to exactly one client.",
     )
     require(
         not part.natural or same(owner, by),
-        f"{who} is natural and moved a row.",
+        f"{subject} is natural and moved a row.",
         "the owners that the data names.",
         "the data determine natural clients.",
     )
@@ -145,19 +145,19 @@ def check_partition(part: Any) -> None:
     source = Source(
         "check", ArrayRows(x, labels), "classification", tuple("abcde"), (1, 4, 4), by=by, names=tuple("abcdefgh")
     )
-    split = refused(who, partial(source.split, clients, part, seed=3))
+    split = refused(subject, partial(source.split, clients, part, seed=3))
     other = source.split(clients, IID(), seed=3)
     require(
         same(split.order.sort().values, other.order.sort().values) and bool((split.sizes >= 2).all()),
-        f"A split by {who} gives clients {split.sizes.tolist()} rows.",
+        f"A split by {subject} gives clients {split.sizes.tolist()} rows.",
         "the train rows of every other split, at least two a client.",
         "two splits of one data set are compared on the same held-out rows.",
     )
     some = split.order[:30:7]
-    together, alone = split.take(some), [split.take(i[None]) for i in some]
+    together, single = split.take(some), [split.take(i[None]) for i in some]
     require(
-        same(together[0], torch.cat([x for x, _ in alone])) and same(together[1], torch.cat([y for _, y in alone])),
-        f"{who} changes a row that is read together with other rows.",
+        same(together[0], torch.cat([x for x, _ in single])) and same(together[1], torch.cat([y for _, y in single])),
+        f"{subject} changes a row that is read together with other rows.",
         "a row as a function of the seed, its client and its number.",
         "the number of rows that are read together must change no bit.",
     )

@@ -1,4 +1,7 @@
-"""A training made again from a run's folder: same model, data, plan and body, before its first round."""
+"""A training built from a run folder: the same model, data, plan and backend, before the first round.
+
+Tests: tests/surface/test_tools.py, tests/surface/test_replay_flights.py
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from atoll.training.rounds import Training
 
 
 def training_of(experiment: Experiment, **changes: Any) -> Training:
-    """The training that an experiment describes, in this process, before its first round; nothing is written.
+    """The training of an experiment, in this process, before its first round; no file is written.
 
     Args:
-        experiment: what was told.
-        changes: fields of `Settings` to have otherwise.
+        experiment: the settings.
+        changes: fields of `Settings` with other values.
     Raises:
-        UsageError: its model, data and plan do not fit.
+        UsageError: model, data and plan do not fit.
     """
     return experiment.training(engine="inprocess", **changes)
 
@@ -32,19 +35,19 @@ def local_engine(training: Training) -> InProcessEngine:
 
 
 def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Training:
-    """The training of a run's folder, before its first round, with the body it was computed by.
+    """The training of a run folder, before its first round, with the backend and the device of the run.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         trust: whether its config.toml may name code outside atoll.
-        start: whether the numbers it started from are wanted, where `init` says that they are a file.
+        start: whether the initial model is loaded if `init` names a file.
     Raises:
-        UsageError: it was started from Python, or its data is no longer the same.
+        UsageError: the run was started from Python, or its data have changed.
     """
     config = folder / "config.toml"
     if not config.is_file():
         raise UsageError(
-            f"{folder} is not the folder of a run.", "a folder that holds a config.toml.", write="atoll runs"
+            f"{folder} is not the folder of a run.", "a folder that contains a config.toml.", write="atoll runs"
         )
     experiment = Experiment.read(config, trust=trust, old_names=True)
     if not start:
@@ -57,22 +60,22 @@ def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Tra
 
 
 def same_data(folder: Path, training: Training) -> None:
-    """Refuse data that is not what the run was trained on."""
-    was, now = runs.read_environment(folder).get("data"), training.data.fingerprint()
-    if was is not None and was != now:
+    """Refuse data that differ from the data of the run."""
+    recorded, current = runs.read_environment(folder).get("data"), training.data.fingerprint()
+    if recorded is not None and recorded != current:
         raise UsageError(
-            f"{folder.name} was trained on data with fingerprint {was}; what is there now has {now}.",
+            f"{folder.name} was trained on data with fingerprint {recorded}. The current data have {current}.",
             "the same rows and the same split.",
-            "on other rows, other numbers come out.",
+            "other rows give other results.",
             f"atoll show {folder.name}",
         )
 
 
 def write_output(file: Path, data: bytes) -> None:
-    """Write a file that a user asked for, and make its folder.
+    """Write a file, and create its folder if necessary.
 
     Raises:
-        RunError: it could not be written; the old file is unchanged.
+        RunError: the file cannot be written; the old file is unchanged.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +83,6 @@ def write_output(file: Path, data: bytes) -> None:
     except OSError as error:
         raise RunError(
             f"{file} could not be written: {error.strerror}.",
-            "room on the disk, and the right to write.",
+            "free disk space, and write permission.",
             write=f"df -h {file.parent}",
         ) from error

@@ -1,12 +1,17 @@
-"""What a federation is compared with: all rows in one place, and every client by itself.
+"""Baselines of a federated run: training on all rows in one place, and training of each client alone on its rows.
 
-    pooled    one client that holds every train row, trained by the run's local part
-    local     each client trains on its own rows only; its model is judged on the held-out rows
+    pooled    one client that holds every training row, trained by the local part of the run
+    local     each client trains on its own rows only; its model is evaluated on the held-out rows
 
-Both start from the run's first model and see as many samples as the run: a client that the sampler leads one to expect
-in a fraction q of T rounds works in round(q·T) of them, spread evenly, so that a schedule passes through all its rates;
-the pooled client works as often, or makes as many steps a round, as it takes to see what the whole cohort saw. There is
-no server: what a client trained is its model. Where clients send gradients, the server's optimizer is the client's.
+Both start from the first model of the run and see the same number of samples. A client that is selected with
+probability q trains in round(q·T) of the T rounds. These rounds are evenly spaced, so that a schedule passes through
+all its rates. The pooled client trains in the number of rounds, or with the number of steps per round, in which it sees
+the samples of the whole cohort. There is no server: a client keeps the model that it trained. If clients send
+gradients, the client uses the optimizer of the server.
+
+Tests: tests/identities/test_baselines.py
+
+Tests: tests/identities/test_baselines.py
 """
 
 from __future__ import annotations
@@ -40,35 +45,36 @@ from atoll.plan.schedule import NOTHING, Schedule, Tensors
 from atoll.plan.state import State
 from atoll.training.rounds import Training, evaluate
 
-MOST = 200  # clients trained alone, at most
+MAX_CLIENTS = 200  # largest number of clients that train one by one
 _LANE_BYTES = 256 << 20
 _JUDGE = Plan(Evaluate(), Mean())
-_ROW_NUMBERS = 1 << 24  # of held-out rows, repeated for the models that are judged together
+_ROW_NUMBERS = 1 << 24  # numbers of held-out rows, repeated for the models that are evaluated together
 
 
 def compare_baselines(training: Training) -> dict[str, dict[str, Any]]:
-    """Pooled and local-only training beside a federated run: same model, lr, batch and number of samples seen.
+    """Train the pooled and local-only baselines of a run: same model, lr, batch and number of samples seen.
 
     Args:
-        training: a run that has made at least one round; it stays as it is.
+        training: a training with at least one round; it is not changed.
     Returns:
-        Plain values. `pooled`: `held_out_loss` and every metric, `samples` that were seen. `local`: of each of them the
-        mean over clients, all weighted equally, and `…_sd`, `…_min`, `…_max`; `clients` that were trained, at most 200,
-        drawn by key out of `population`; `samples` seen by a client in the mean. Where a model stopped being finite it
-        is judged as it stood before: `diverged` is the round of the pooled one, or how many of the clients.
-        Without held-out rows nothing can be judged, and `skipped` holds the `reason`.
+        Plain values. `pooled`: `held_out_loss`, every metric, and `samples`, the number of samples seen. `local`: the
+        mean of each metric over clients with equal weights, and `…_sd`, `…_min`, `…_max`; `clients`, the number of
+        trained clients, at most 200, drawn by key out of `population`; `samples`, the mean number of samples seen by a
+        client. If a model becomes non-finite, its last finite state is evaluated. `diverged` is then the round in which
+        the pooled model diverged, or the number of clients that diverged. Without held-out rows no model can be
+        evaluated, and `skipped` contains the `reason`.
     Example:
         >>> import atoll
         >>> data = atoll.data.load("digits").split(clients=5)
         >>> training = atoll.rounds("softmax", data, atoll.recipes.fedavg(lr=0.1), rounds=2)
         >>> reports = list(training)
-        >>> {name: sorted(told)[:2] for name, told in compare(training).items()}
+        >>> {name: sorted(values)[:2] for name, values in compare_baselines(training).items()}
         {'pooled': ['accuracy', 'held_out_loss'], 'local': ['accuracy', 'accuracy_max']}
 
     Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
     """
     reason = (
-        "no held-out rows to judge a model on: data.split(held_out=0.2)"
+        "there are no held-out rows to evaluate a model on: data.split(held_out=0.2)"
         if training.data.held_out is None
         else ""
         if training.state.round
@@ -81,48 +87,48 @@ def compare_baselines(training: Training) -> dict[str, dict[str, Any]]:
 
 
 def pooled(training: Training) -> dict[str, Any]:
-    """Train one client that holds every row, and judge it; see `compare`."""
+    """Train one client that holds every row, and evaluate its model; see `compare_baselines`."""
     data, count = training.data.pooled(), training.state.round
     plan, share = _gathered(_solo(training.plan), training.data.sizes, _chances(training))
-    # One client alone is quicker in the loop, and the body changes what it computes in the last bits only.
+    # The loop is the fastest backend for one client. Another backend changes only the last bits.
     task = replace(training.task, module=copy.deepcopy(training.task.module), numerics="loop")
     state, failed = _train(training, InProcessEngine(task, data), plan, _turns(torch.tensor([share]), count)[:, 0], 0)
-    told: dict[str, Any] = evaluate(state, InProcessEngine(task, data.held()))
+    out: dict[str, Any] = evaluate(state, InProcessEngine(task, data.held()))
     turns = float(_turns(torch.tensor([share]), count).sum())
-    told["samples"] = round(turns * float(_seen(plan.local, data.sizes.double())))
-    return told | ({} if failed is None else {"diverged": failed})
+    out["samples"] = round(turns * float(_seen(plan.local, data.sizes.double())))
+    return out | ({} if failed is None else {"diverged": failed})
 
 
 def alone(training: Training) -> dict[str, Any]:
-    """Train every client by itself, and judge each on the held-out rows; see `compare`."""
+    """Train each client on its own rows, and evaluate each model on the held-out rows; see `compare_baselines`."""
     population = training.data.count
     ids = torch.arange(population)
-    if population > MOST:
-        ids = Key(training.settings.seed).fold("baselines").distinct(MOST, population).sort().values
+    if population > MAX_CLIENTS:
+        ids = Key(training.settings.seed).fold("baselines").distinct(MAX_CLIENTS, population).sort().values
     plan = _solo(training.plan)
     turns = _turns(_chances(training)[ids], training.state.round)
     if _in_lanes(training, plan):
         judged = list(_many(training, plan, ids, turns))
     else:
         judged = list(_one_by_one(training, plan, ids, turns))
-    told: dict[str, Any] = {}
+    out: dict[str, Any] = {}
     for name in judged[0].metrics:
         values = torch.tensor([j.metrics[name] for j in judged], dtype=torch.float64)
-        told |= {
+        out |= {
             name: float(values.mean()),
             f"{name}_sd": float(values.std(correction=0)),
             f"{name}_min": float(values.min()),
             f"{name}_max": float(values.max()),
         }
     samples = turns.sum(0) * _seen(plan.local, training.data.sizes[ids].double())
-    told |= {"clients": len(ids), "population": population, "samples": round(float(samples.mean()))}
+    out |= {"clients": len(ids), "population": population, "samples": round(float(samples.mean()))}
     diverged = sum(j.diverged for j in judged)
-    return told | ({"diverged": diverged} if diverged else {})
+    return out | ({"diverged": diverged} if diverged else {})
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """A client that trained alone: its model's metrics, and whether it stopped being finite."""
+class _Evaluated:
+    """The metrics of the model of one client, and whether the model became non-finite."""
 
     metrics: Mapping[str, float]
     diverged: bool
@@ -130,7 +136,7 @@ class _Judged:
 
 @dataclass(frozen=True, repr=False)
 class _Only(Sampler):
-    """One client, every round."""
+    """A sampler that selects one client in every round."""
 
     client: int
 
@@ -139,16 +145,16 @@ class _Only(Sampler):
 
 
 def _solo(plan: Plan) -> Plan:
-    """The plan of somebody who trains alone: the local part, nothing sent, and no server beyond what gradients need."""
+    """The plan of a single client: the local part, no compression, and the server optimizer only for gradients."""
     if not isinstance(plan.local, Gradient):
         return Plan(plan.local, Mean(weights="equal", sum="float"), sgd(1.0))
-    # Under Sum() the learning rate is made for gradients that are multiplied by rows.
+    # With Sum() the learning rate is chosen for gradients that are multiplied by the number of rows.
     rule = plan.aggregator if isinstance(plan.aggregator, Sum) else Mean(weights="equal", sum="float")
     return Plan(plan.local, rule, plan.optimizer)
 
 
 def _chances(training: Training) -> Tensor:
-    """Each client's chance of being at work in a round, float64 `[C]`."""
+    """The probability that a client is selected in a round, float64 `[C]`."""
     population = Population(training.data.count, training.data.sizes)
     key = Key(training.settings.seed).fold("round", 0).fold("cohort")
     chance = training.plan.sampler(population, 0, key).chance
@@ -156,14 +162,14 @@ def _chances(training: Training) -> Tensor:
 
 
 def _turns(chance: Tensor, rounds: int) -> Tensor:
-    """Which rounds somebody works in who is expected in a fraction `chance` of them: bool `[rounds, len(chance)]`."""
+    """The rounds in which a client with selection probability `chance` trains: bool `[rounds, len(chance)]`."""
     works = (chance.double() * rounds).round().clamp(1, rounds).long()
     t = torch.arange(rounds)[:, None]
     return (t + 1) * works // rounds > t * works // rounds
 
 
 def _seen(local: Local, rows: Tensor) -> Tensor:
-    """How many samples somebody with so many rows sees in one round at work."""
+    """The number of samples that a client with this number of rows sees in one round."""
     if isinstance(local, Gradient):
         return rows if local.batch is None else rows.clamp(max=local.batch)
     if isinstance(local, Train) and local.steps is not None:
@@ -173,7 +179,7 @@ def _seen(local: Local, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class _Times(Schedule):
-    """A schedule of steps for somebody who does the work of several."""
+    """A schedule of steps, multiplied for a client that does the work of several clients."""
 
     steps: Schedule
     ratio: float
@@ -183,7 +189,7 @@ class _Times(Schedule):
 
 
 def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
-    """The plan of the one who holds all rows, and the part of the rounds in which it sees as much as the cohort."""
+    """The plan of the pooled client, and the fraction of rounds in which it sees the samples of the cohort."""
     local = plan.local
     rows = sizes.double()
     ratio = float((chance * _seen(local, rows)).sum() / _seen(local, rows.sum()))
@@ -201,7 +207,7 @@ def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
 def _train(
     training: Training, engine: InProcessEngine, plan: Plan, turns: Tensor, client: int
 ) -> tuple[State, int | None]:
-    """One client's training, and the round in which it stopped being finite or raised; the state before it is kept."""
+    """Train one client. Returns the last good state, and the round that failed or became non-finite, if any."""
     plan = bind(replace(plan, cohort=_Only(client)), engine)
     memory = Memory(plan.memory(training.task.layout))
     state = State.first(plan, training.task, training.settings.seed, memory, training.first)
@@ -213,17 +219,17 @@ def _train(
     return state, None
 
 
-def _one_by_one(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Judged]:
-    """Each client through `step`: for any local part."""
+def _one_by_one(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Evaluated]:
+    """Train each client with `step`. This works for any local part."""
     engine = InProcessEngine(training.task, training.data)
-    judges = InProcessEngine(training.task, training.data.held())
+    evaluator = InProcessEngine(training.task, training.data.held())
     for at, client in enumerate(ids.tolist()):
         state, failed = _train(training, engine, plan, turns[:, at], client)
-        yield _Judged(evaluate(state, judges), failed is not None)
+        yield _Evaluated(evaluate(state, evaluator), failed is not None)
 
 
 def _in_lanes(training: Training, plan: Plan) -> bool:
-    """Whether many clients can train side by side: nothing that a server remembers differs between them."""
+    """Whether several clients can train as lanes of one batch: the server keeps no state that differs between them."""
     rule = plan.optimizer
     return (
         training.task.numerics == "lanes"
@@ -235,25 +241,25 @@ def _in_lanes(training: Training, plan: Plan) -> bool:
     )
 
 
-def _many(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Judged]:
-    """Clients in lanes, as many at once as the engine would take."""
+def _many(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Evaluated]:
+    """Train clients as lanes, in batches whose memory is limited."""
     each = 8 * training.task.layout.d * training.task.layout.dtype.itemsize
-    most = max(2, min(64, _LANE_BYTES // each))
+    largest = max(2, min(64, _LANE_BYTES // each))
     order = torch.argsort(training.data.sizes[ids], descending=True, stable=True)
     widths = torch.tensor([plan.local.padded_batch(n) for n in training.data.sizes[ids[order]].tolist()])
     held = training.data.held()
     for width in widths.unique().tolist():
-        for at in order[widths == width].split(most):
-            model, finite = _side_by_side(training, plan, ids[at], turns[:, at])
+        for at in order[widths == width].split(largest):
+            model, finite = _lanes(training, plan, ids[at], turns[:, at])
             for metrics, good in zip(_judged(training.task, held, model), finite.tolist(), strict=True):
-                yield _Judged(metrics, not good)
+                yield _Evaluated(metrics, not good)
 
 
 Groups = dict[str, dict[str, Tensor]]  # tensors `[K, …]` of K clients: model, counters, optimizer, kept
 
 
-def _side_by_side(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> tuple[Model, Tensor]:
-    """The models of clients that trained alone, largest first, and which stayed finite: lane by lane as `step`."""
+def _lanes(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> tuple[Model, Tensor]:
+    """The models of clients that train as lanes, as `step` trains them, and whether each model stayed finite."""
     first = training.first.lanes(len(ids))
     kept = plan.memory(training.task.layout)
     now: Groups = {
@@ -281,7 +287,7 @@ def _side_by_side(training: Training, plan: Plan, ids: Tensor, turns: Tensor) ->
 
 
 def _round(training: Training, plan: Plan, ids: Tensor, t: int, before: Groups) -> tuple[Groups, Tensor]:
-    """One round of each client by itself: what is new, and whose numbers are all finite."""
+    """One round of each client. Returns the new tensors, and whether all numbers of each client are finite."""
     task, data = training.task, training.data
     start = Model(before["model"]["theta"], before["model"]["buffers"], before["counters"], training.first.fixed)
     broadcast, key = Broadcast(t, start, {"local": {}, "codec": {}}), Key(training.settings.seed).fold("round", t)
@@ -302,16 +308,16 @@ def _starts(clients: Tensor) -> Ids:
 
 
 def _judged(task: Task, held: Clients, model: Model) -> Iterator[dict[str, float]]:
-    """Held-out loss and metrics of K models, several at once."""
+    """Held-out loss and metrics of K models, evaluated in batches."""
     rows, k = len(held.order), len(model.theta)
     numbers = min(rows, ROWS) * max(1, held.rows.take(held.order[:1])[0].numel())
-    most = max(2, _ROW_NUMBERS // numbers)
+    largest = max(2, _ROW_NUMBERS // numbers)
     finish = {m.name: m.finish for m in task.metrics}
-    for at in torch.arange(k).split(most):
-        # A single lane would go through other kernels than many: it is judged beside a copy of itself.
+    for at in torch.arange(k).split(largest):
+        # A single lane would use other kernels than several lanes, so it is evaluated together with a copy of itself.
         picked = at if len(at) > 1 else at.repeat(2)
         broadcast = Broadcast(0, model.select(picked), {})
         chunk = contribute_chunk(_JUDGE, task, held, broadcast, _starts(torch.zeros_like(picked)), Key(0), {})
         for i in range(len(at)):
-            told = {n: float(s[i]) / rows for n, s in chunk.decoded.sums.items() if n != "rows"}
-            yield {"held_out_loss": told.pop("loss")} | {n: finish[n](v) for n, v in told.items()}
+            values = {n: float(s[i]) / rows for n, s in chunk.decoded.sums.items() if n != "rows"}
+            yield {"held_out_loss": values.pop("loss")} | {n: finish[n](v) for n, v in values.items()}

@@ -105,16 +105,17 @@ class Experiment(grammar.Value, TrainingFields):
     engine_fields: Mapping[str, Any] = field(default_factory=dict)
     untrusted: frozenset[str] = field(default=frozenset(), compare=False)
 
-    # what is told
+    # reading and writing
 
     @classmethod
     def read(cls, path: str | Path, *, trust: bool | None = None, old_names: bool = False) -> Experiment:
-        """The experiment that a TOML file describes: a file of its own, pyproject.toml, or a run's config.toml.
+        """The experiment of a TOML file: a separate file, pyproject.toml, or the config.toml of a run.
 
         Args:
             path: the file, or a run's folder.
-            trust: whether the file may name code; None: yes, but for a config.toml, which may be somebody else's.
-            old_names: whether plan texts may have names of parts from before they were renamed.
+            trust: whether the file may name code; None: yes, except for a config.toml, which another user may have
+                written.
+            old_names: whether plan texts may contain old names of renamed parts.
         Raises:
             UsageError: the file is missing or malformed, or holds an unknown key or a value of another type.
         """
@@ -122,12 +123,14 @@ class Experiment(grammar.Value, TrainingFields):
         file = file / "config.toml" if file.is_dir() else file
         values = read_toml(file)
         if values is None:
-            raise UsageError(f"{file} has no section [tool.atoll].", "one, with the settings.", write="[tool.atoll]")
+            raise UsageError(
+                f"{file} has no section [tool.atoll].", "this section, with settings.", write="[tool.atoll]"
+            )
         if values.get("python"):
             raise UsageError(
                 f"{file.parent.name} was started from Python.",
                 "an experiment that a file can describe.",
-                "its model or its data are objects, which only the program that made them has.",
+                "its model or its data are objects of the program that started it.",
                 f"atoll.train(model, data, plan, resume={str(file.parent)!r})",
             )
         trust = file.name != "config.toml" if trust is None else trust
@@ -141,7 +144,7 @@ class Experiment(grammar.Value, TrainingFields):
 
     @classmethod
     def found(cls, folder: str | Path = ".", *, trust: bool = False) -> Experiment:
-        """The experiment of atoll.toml, else of [tool.atoll] in pyproject.toml, in a folder; else the demonstration."""
+        """The experiment of atoll.toml in a folder, else of [tool.atoll] in pyproject.toml, else the demonstration."""
         for name in ("atoll.toml", "pyproject.toml"):
             file = Path(folder) / name
             if file.is_file() and (values := read_toml(file)) is not None:
@@ -149,10 +152,13 @@ class Experiment(grammar.Value, TrainingFields):
         return cls()
 
     def with_settings(self, texts: Mapping[str, str], where: str = "--set") -> Experiment:
-        """The same with some settings given as texts, by dotted key, as `--set` and the environment give them.
+        """A copy with settings given as texts by dotted key, as `--set` and the environment give them.
 
+        Args:
+            texts: the texts by key.
+            where: the source of the texts, for errors.
         Raises:
-            UsageError: no such key, with the nearest one that there is; or a text of another type.
+            UsageError: an unknown key, with the most similar key; or a value of another type.
         Example:
             >>> Experiment().with_settings({"held_out": "0.1", "plan.pace": "Sync()"})
             Experiment(held_out=0.1, overrides={'pace': 'Sync()'})
@@ -162,7 +168,7 @@ class Experiment(grammar.Value, TrainingFields):
         return self._with(values, where, trust=True)
 
     def with_environment(self, environ: Mapping[str, str] = os.environ) -> Experiment:
-        """The same with what ATOLL_… variables say: ATOLL_ROUNDS, ATOLL_PLAN_PACE; the data set is ATOLL_DATASET.
+        """A copy with settings of variables such as ATOLL_ROUNDS and ATOLL_PLAN_PACE; ATOLL_DATASET is the data set.
 
         Example:
             >>> Experiment().with_environment({"ATOLL_HELD_OUT": "0.1"}).held_out
@@ -181,10 +187,10 @@ class Experiment(grammar.Value, TrainingFields):
         return it
 
     def override(self, **values: Any) -> Experiment:
-        """The same with some settings given as values; None says nothing.
+        """A copy with settings given as values; None changes nothing.
 
         Example:
-            >>> Experiment().told(data="wine", rounds=3, clients=None)
+            >>> Experiment().override(data="wine", rounds=3, clients=None)
             Experiment('wine', rounds=3)
         """
         return self._with({k: v for k, v in values.items() if v is not None}, "", trust=True)
@@ -193,8 +199,8 @@ class Experiment(grammar.Value, TrainingFields):
         overrides, changes, names = dict(self.overrides), dict[str, Any](), set[str]()
         shorthands: dict[str, Any] = {}
         known = {key: name for name, key in _fields().items()}
-        for told, value in values.items():
-            key = told.replace("-", "_")
+        for name, value in values.items():
+            key = name.replace("-", "_")
             if key.startswith("plan."):
                 _refuse_unknown("slot", key, _slots(), ".".join(key.split(".")[:2]), where)
                 overrides[key[5:]] = value if isinstance(value, str) else repr(value)
@@ -202,15 +208,15 @@ class Experiment(grammar.Value, TrainingFields):
                 shorthands[key] = checked(key, value, ENGINE_FIELDS[key].text, ENGINE_FIELDS[key].default, where)
             else:
                 _refuse_unknown("setting", key, (known.keys() - {"plan"}) | ENGINE_FIELDS.keys(), key, where)
-                name = known[key]
-                changes[name] = checked(key, value, types()[name], getattr(_DEFAULT, name), where)
+                field_name = known[key]
+                changes[field_name] = checked(key, value, types()[field_name], getattr(_DEFAULT, field_name), where)
             names.add(key)
         untrusted = self.untrusted - names if trust else self.untrusted | names
         it = self._to(**changes, overrides=overrides, untrusted=untrusted)
         return it._filled(shorthands, "engine" in changes)
 
     def _filled(self, shorthands: Mapping[str, Any], engine_too: bool) -> Experiment:
-        """The same with fields of the engine from shorthands; the source that gave them may also name the engine.
+        """A copy with fields of the engine from shorthands. Their source may also name the engine.
 
         Raises:
             UsageError: the source gives a field twice, in the text of the engine and as a shorthand.
@@ -244,15 +250,15 @@ class Experiment(grammar.Value, TrainingFields):
         return fill(self._named_engine(), self.engine_fields)
 
     def _to(self, **changes: Any) -> Experiment:
-        """A copy with some fields replaced, which need not read the data again where that stays the same."""
+        """A copy with some fields replaced. It keeps the data that are read already if no field about data changes."""
         it = dataclasses.replace(self, **changes)
         if "source" in self.__dict__ and all(getattr(it, n) == getattr(self, n) for n in _ABOUT_DATA):
             it.__dict__["source"] = self.source
         return it
 
     def toml(self) -> str:
-        """The experiment as the text of a TOML file, every setting written out; `read` gives an equal one back."""
-        lines = ["# All settings of the run, with defaults. `atoll run` of this file does the same again."]
+        """The experiment as the text of a TOML file with every setting; `read` returns an equal experiment."""
+        lines = ["# All settings of the run, with defaults. `atoll run` of this file repeats the run."]
         written = "(" in str(self.engine) and bool(self.engine_fields)
         it = self._to(engine=repr(self.spec()), engine_fields={}) if written else self
         for name, key in _fields().items():
@@ -265,17 +271,17 @@ class Experiment(grammar.Value, TrainingFields):
             lines += [f"{toml(slot)} = {toml(text)}" for slot, text in self.overrides.items()]
         return "\n".join(lines) + "\n"
 
-    # what it means
+    # building
 
     @cached_property
     def source(self) -> Source:
-        """The data set, before it is split; read once."""
+        """The data set before the split. It is read once."""
         from atoll.data import load
 
         return load(self.dataset, **{n: getattr(self, n) for n in _ABOUT_DATA - {"dataset"}})
 
     def resolved(self) -> Experiment:
-        """The same with what was left to the data said: clients, split, model, recipe, and where a file is."""
+        """A copy with the settings that depend on the data: clients, split, model, recipe, and the path of a file."""
         from atoll.data.named import NAMED
 
         changes: dict[str, Any] = {}
@@ -297,7 +303,7 @@ class Experiment(grammar.Value, TrainingFields):
         return it
 
     def _count(self, partition: Partition) -> int:
-        """How many clients there are where nobody said."""
+        """The default number of clients."""
         if partition.natural and self.source.names is not None:
             return len(self.source.names)
         own_test = self.source.test is not None
@@ -314,20 +320,20 @@ class Experiment(grammar.Value, TrainingFields):
         return grammar.parse(text, {c.__name__: c for c in known}, trust=self._trusts("split"))  # type: ignore[no-any-return]
 
     def data(self) -> Clients:
-        """The clients: the data set, split.
+        """The clients: the data set after the split.
 
         Raises:
-            UsageError: there is no such data, or it cannot be split so.
+            UsageError: the data set is unknown, or it cannot be split in this way.
         """
         it = self.resolved()
         partition = it._partition(it.split or "")
         return it.source.split(it.clients, partition, held_out=it.held_out, seed=it.seed, min_rows=it.min_rows)
 
     def plan(self) -> Plan:
-        """The plan: the recipe, then what is put into its slots instead.
+        """The plan: the recipe, with the parts of `overrides` in its slots.
 
         Raises:
-            UsageError: a text that is no plan or no part, or that names code and is not trusted.
+            UsageError: a text is not a plan or not a part, or it names code and is not trusted.
         """
         from atoll.plan.plan import Plan
         from atoll.plan.registry import read_part
@@ -335,10 +341,10 @@ class Experiment(grammar.Value, TrainingFields):
 
         text = self.recipe or self.resolved().recipe or RECIPE
         names = {r.__name__: r for r in RECIPES} | {"Plan": Plan}
-        told = read_part(text, names, trust=self._trusts("recipe"))
-        if not isinstance(told, Plan):
-            raise UsageError(f"{text!r} is a {type(told).__name__}.", "a recipe, or a whole plan.", write=RECIPE)
-        plan: Plan = told
+        built = read_part(text, names, trust=self._trusts("recipe"))
+        if not isinstance(built, Plan):
+            raise UsageError(f"{text!r} is a {type(built).__name__}.", "a recipe, or a whole plan.", write=RECIPE)
+        plan: Plan = built
         parts: dict[str, Any] = {}  # all slots change at once: two parts that exclude each other may change together
         for slot, text in sorted(self.overrides.items(), key=lambda item: item[0].count(".")):
             part = read_part(text, trust=self._trusts(f"plan.{slot}"))
@@ -347,7 +353,7 @@ class Experiment(grammar.Value, TrainingFields):
         return dataclasses.replace(plan, **parts)
 
     def module(self) -> nn.Module:
-        """The model as it was before the first round, to load numbers into."""
+        """The model before the first round; numbers can be loaded into it."""
         from atoll import models
         from atoll.base.random import Key
         from atoll.training.rounds import DTYPES
@@ -357,13 +363,13 @@ class Experiment(grammar.Value, TrainingFields):
         return models.resolve(model, self.data(), Key(self.seed).fold("model"), dtype).to(dtype)
 
     def _model(self) -> str:
-        """The name of the model; code outside atoll only where it is trusted."""
+        """The name of the model. It may name code outside atoll only if it is trusted."""
         model = self.model or "mlp"
         if ":" in model and not self._trusts("model"):
             raise UsageError(
                 f"The model {model} names code outside atoll.",
                 "a model of atoll's own, or --trust.",
-                "this text did not come from the person at this machine, so it may not import.",
+                "this text was not typed at this machine, so it must not import code.",
                 "--trust",
             )
         return model
@@ -393,10 +399,10 @@ class Experiment(grammar.Value, TrainingFields):
         return values
 
     def training(self, **changes: Any) -> Training:
-        """The training before its first round, to go through by hand; nothing is written.
+        """The training before its first round, for your own loop; no file is written.
 
         Args:
-            changes: fields of `atoll.Settings` to have otherwise.
+            changes: fields of `atoll.Settings` with other values.
         """
         from atoll.training.rounds import Training
 
@@ -405,10 +411,11 @@ class Experiment(grammar.Value, TrainingFields):
         return Training(it._model(), it.data(), it.plan(), settings)
 
     def train(self, **more: Any) -> Run:
-        """Train it: `atoll.train` with everything that was told.
+        """Train: `atoll.train` with the settings of the experiment.
 
         Args:
-            more: further arguments of `atoll.train`, which win; with `resume=`, what a run must keep is kept.
+            more: further arguments of `atoll.train`, with precedence. With `resume=`, the backend and the device of the
+                run are kept.
         """
         from atoll.training.train import train
 
@@ -417,28 +424,28 @@ class Experiment(grammar.Value, TrainingFields):
         it = self.resolved()
         if more.get("resume") is not None:
             it = it._kept(Path(more["resume"]))
-            more["watchers"] = (*more.get("watchers", ()), _Rewrites(it.toml()))
-        told: dict[str, Any] = {n: getattr(it, n) for n in ("out", "baselines", "checkpoint_s", "report")}
-        told["config"] = it.toml()
+            more["observers"] = (*more.get("observers", ()), _RewriteConfig(it.toml()))
+        arguments: dict[str, Any] = {n: getattr(it, n) for n in ("out", "baselines", "checkpoint_s", "report")}
+        arguments["config"] = it.toml()
         plan, settings = it.plan(), it._settings(**changes)
-        return train(it._model(), it.data(), plan, **{**told, **settings, **more})
+        return train(it._model(), it.data(), plan, **{**arguments, **settings, **more})
 
     def _kept(self, run: Path) -> Experiment:
-        """What a run that goes on keeps: how it computes, and not where it started from, which may be gone by now."""
+        """A copy for a resumed run: with its backend and device, and without `init`, whose file may no longer exist."""
         from atoll import runs
 
-        began, changes = runs.read_environment(run), dict[str, Any]()
+        recorded, changes = runs.read_environment(run), dict[str, Any]()
         for name, before in (("numerics", "auto"), ("device", "cpu")):
             if getattr(self, name) == "auto":
-                changes[name] = began.get(name, before)
+                changes[name] = recorded.get(name, before)
         if (run / "checkpoint" / "pointer.json").exists():
             changes["init"] = None
         return self._to(**changes)
 
 
 @dataclass(frozen=True)
-class _Rewrites:
-    """Puts a run's settings into its folder again: it goes on with other ones, such as more rounds."""
+class _RewriteConfig:
+    """Writes the settings of a resumed run to its folder, because they may differ, for example in `rounds`."""
 
     config: str
 
@@ -496,23 +503,23 @@ def _slots() -> list[str]:
     return [f"plan.{f.name}" for f in dataclasses.fields(Plan)]
 
 
-def _refuse_unknown(what: str, told: str, known: Iterable[str], key: str, where: str) -> None:
-    """An error for a key that is in no table; it names the file, where it stands in one."""
+def _refuse_unknown(kind: str, key_given: str, known: Iterable[str], key: str, where: str) -> None:
+    """Refuse a key that is in no table. The error names the source, for example a file."""
     if key not in (names := set(known)):
-        error = unknown_name(what, told, names)
+        error = unknown_name(kind, key_given, names)
         place = "" if where in ("", "--set") else f"{where}: "
         raise UsageError(f"{place}{error.given}", error.required, write=error.write)
 
 
 def _put(value: Any, path: list[str], part: Any, slot: str) -> Any:
-    """A frozen value with the field at a path replaced, every check on the way made again."""
+    """A copy of a frozen value with the field at a path replaced. Every value on the path is checked again."""
     if not path:
         return part
     names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
     if path[0] not in names:
-        what = f"field of {type(value).__name__}"
+        kind = f"field of {type(value).__name__}"
         raise (
-            unknown_name(what, path[0], names)
+            unknown_name(kind, path[0], names)
             if names
             else UsageError(
                 f"plan.{slot}: {value!r} has no fields.", "a part with fields.", write=f"plan.{slot.rpartition('.')[0]}"
@@ -522,12 +529,12 @@ def _put(value: Any, path: list[str], part: Any, slot: str) -> Any:
 
 
 def load(path: str | Path, model: Any = None, *, best: bool = False) -> nn.Module:
-    """The model of a run, as a fresh module in evaluation mode.
+    """The model of a run, as a new module in evaluation mode.
 
     Args:
-        path: a run's folder.
-        model: the module it was trained as, where it was no name; None rebuilds it from config.toml.
-        best: the best model instead of the last.
+        path: the run folder.
+        model: a module of the same architecture, if the run was trained from a module; None builds it from config.toml.
+        best: whether the best model is loaded instead of the last.
     """
     from atoll.training.experiment import Experiment
 

@@ -1,4 +1,7 @@
-"""A run's folder kept beside a training: rows, events, checkpoints, the best model, and what it all came to."""
+"""The recorder of a training: it writes rows, events, checkpoints, the best model and the result to a run folder.
+
+Tests: tests/faults/test_folder.py, tests/faults/test_kill.py
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,19 @@ from atoll.runs.events import Run
 from atoll.training import stop as stops
 from atoll.training.rounds import Training, identity, start_from
 
+# The columns of the event "trips", in the order of the fields of `FlightTimes`. Readers of run folders use these names.
+_TRIP_COLUMNS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
+
 
 class Recorder:
-    """Keeps a run's folder beside a training: rows, events, checkpoints, the best model."""
+    """Writes the run folder of a training.
+
+    Args:
+        training: the training.
+        out: the parent of the run folder; None writes no file.
+        config: the text of config.toml.
+        checkpoint_s: seconds between two checkpoints.
+    """
 
     def __init__(self, training: Training, out: str | Path | None, config: str, checkpoint_s: float) -> None:
         self.training, self.out, self.config, self.checkpoint_s = training, out, config, checkpoint_s
@@ -31,12 +44,12 @@ class Recorder:
         self.best: dict[str, Any] = {}
         self.best_model: Model | None = None
         self._saved_best = -1
-        self._recorded = 0  # the round up to which everything is written down
+        self._recorded = 0  # the number of rounds that are written
         self._last = time.monotonic()
 
     @property
     def path(self) -> Path | None:
-        """The run's folder; made on first use."""
+        """The path of the run folder, which is created at the first use; None if no file is written."""
         if self.folder is None and self.out is not None:
             t = self.training
             about = runs.environment(why=t.reason, **identity(t), **t.where())
@@ -53,31 +66,31 @@ class Recorder:
         self.training.share()
 
     def resume(self, path: Path, any_version: bool) -> None:
-        """Take up a run where its last checkpoint left it; a folder that is refused stays as it was."""
+        """Continue a run from its last checkpoint. A folder that is refused is not changed."""
         self.folder = runs.RunFolder.open(path)
         try:
             checkpoint = self.folder.restore(any_version=any_version)
             self._refuse_other(checkpoint.facts if checkpoint else runs.read_environment(path), path.name)
             if checkpoint is not None:
-                self._take_up(checkpoint)
+                self._load(checkpoint)
             self.folder.truncate_logs()
         except BaseException:
             self.folder.close()
             raise
 
-    def _refuse_other(self, begun: Mapping[str, Any], name: str) -> None:
-        """Refuse to go on as something else than what was begun."""
+    def _refuse_other(self, recorded: Mapping[str, Any], name: str) -> None:
+        """Refuse a training with another model, data, plan or setting than the run."""
         for fact, ours in identity(self.training).items():
-            if begun.get(fact, ours) != ours:
-                what = "model" if fact == "layout" else fact
+            if recorded.get(fact, ours) != ours:
+                name_of_fact = "model" if fact == "layout" else fact
                 raise UsageError(
-                    f"{name} was begun with another {what}: {begun[fact]}; now it is {ours}.",
-                    f"the same {what}.",
-                    "going on would end in neither training.",
-                    f"atoll run --init {name}" if what == "data" else f"atoll show {name}",
+                    f"{name} started with another {name_of_fact}: {recorded[fact]}. This training has {ours}.",
+                    f"the same {name_of_fact}.",
+                    "the result would belong to neither training.",
+                    f"atoll run --init {name}" if name_of_fact == "data" else f"atoll show {name}",
                 )
 
-    def _take_up(self, checkpoint: runs.Checkpoint) -> None:
+    def _load(self, checkpoint: runs.Checkpoint) -> None:
         t, facts = self.training, checkpoint.facts
         t.state = state_from_tensors(checkpoint.tensors, facts["round"], t.state)
         for segment in checkpoint.memory:
@@ -93,7 +106,7 @@ class Recorder:
             t.outcome = stops.Outcome(f"all {t.settings.rounds} rounds were run", False)
 
     def round(self, report: Report) -> Report:
-        """Write a round down, and a checkpoint when it is time."""
+        """Write a round, and a checkpoint if `checkpoint_s` seconds have passed or the training ends."""
         t = self.training
         self.reports.append(report)
         self._keep_best(report)
@@ -121,7 +134,7 @@ class Recorder:
             self.best_model = self.training.state.model
 
     def checkpoint(self) -> None:
-        """Commit where the training stands."""
+        """Write a checkpoint of the current state."""
         if self.folder is None:
             return
         t = self.training
@@ -144,25 +157,25 @@ class Recorder:
         self._last = time.monotonic()
 
     def fail(self, error: BaseException) -> None:
-        """A round could not be run: the state of the round before is kept.
+        """Record that a round failed, and write a checkpoint of the state before it.
 
-        That is the training's own where the round was not begun to be written down. Otherwise, and where a second
-        Ctrl-C fell anywhere, only the last checkpoint is known to be whole.
+        The state is only written if no part of the failed round was recorded. Otherwise, and after a second Ctrl-C,
+        only the last checkpoint is known to be complete.
         """
         if self.folder is None:
             return
-        now = isinstance(error, KeyboardInterrupt)
+        interrupted = isinstance(error, KeyboardInterrupt)
         with (
             contextlib.suppress(RunError),
             contextlib.closing(self.folder),
-        ):  # a full disk: the first error is told
-            status = "interrupted" if now else "failed"
+        ):  # if the disk is full, the first error is reported
+            status = "interrupted" if interrupted else "failed"
             self.folder.event("stop", status=status, reason=str(error) or type(error).__name__)
-            if not now and self.training.state.round == self._recorded:
+            if not interrupted and self.training.state.round == self._recorded:
                 self.checkpoint()
 
     def end(self, interrupted: bool, *, baselines: bool, report: bool) -> Run:
-        """Write the result, compare, draw."""
+        """Train the baselines if they are wanted, write the result, and draw the report. Returns the run."""
         t = self.training
         outcome = t.outcome or stops.Outcome("interrupted", False)
         status = "interrupted" if t.outcome is None and interrupted else "failed" if outcome.failed else "done"
@@ -215,11 +228,11 @@ class Recorder:
 
 
 def metrics_row(report: Report, versions: int = 0) -> dict[str, Any]:
-    """A round as one flat row.
+    """A round as one flat row of metrics.jsonl.
 
     Args:
-        report: of the round.
-        versions: how many older models somebody still works from when the round has closed.
+        report: the report of the round.
+        versions: number of older model versions from which clients still compute after the round.
     """
     staleness = report.clients.get("staleness")
     stale = {} if staleness is None else {"staleness": float(staleness.double().mean()) if len(staleness) else 0.0}
@@ -239,16 +252,14 @@ def metrics_row(report: Report, versions: int = 0) -> dict[str, Any]:
     }
 
 
-def _brief(clients: Mapping[str, Any], most: int = 1000) -> dict[str, Any]:
-    """What each client gave, for at most so many of them."""
-    return {n: [round(float(v), 6) if t.is_floating_point() else int(v) for v in t[:most]] for n, t in clients.items()}
+def _brief(clients: Mapping[str, Any], limit: int = 1000) -> dict[str, Any]:
+    """The columns of the event "clients", with at most `limit` clients."""
+    return {n: [round(float(v), 6) if t.is_floating_point() else int(v) for v in t[:limit]] for n, t in clients.items()}
 
 
-def _columns(trips: tuple[FlightTimes, ...], most: int = 10_000) -> dict[str, list[Any]]:
-    """Trips as columns, for at most so many of them."""
-    return {
-        name: list(column) for name, column in zip(FlightTimes._fields, zip(*trips[:most], strict=True), strict=True)
-    }
+def _columns(trips: tuple[FlightTimes, ...], limit: int = 10_000) -> dict[str, list[Any]]:
+    """The columns of the event "trips", with at most `limit` flights."""
+    return {name: list(column) for name, column in zip(_TRIP_COLUMNS, zip(*trips[:limit], strict=True), strict=True)}
 
 
 def _state_dict(training: Training, model: Model) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from atoll import models
 from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
+from atoll.compute import limits
 from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.device import check_precision, move_rows
 from atoll.compute.loss import Metric
@@ -51,7 +52,6 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
 JUDGES = {"classification": ("accuracy",), "regression": ("rmse",), "tokens": ("accuracy",)}
 _JUDGE = Plan(Evaluate(), Mean())
-_WORTH_A_THREAD = 1 << 20  # parameters, from which on one pass over the model is worth a second thread
 
 
 class Training:
@@ -104,7 +104,7 @@ class Training:
             # No other part adds metrics, so all names are known.
             judged = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.evaluator else ()
             stops.refuse_unknown(self.rules, ("loss", "gradient_norm", "lr", *judged))
-        self._shelf = BufferPool()
+        self._buffers = BufferPool()
         self.watch: dict[str, Any] = {}
         self.outcome: stops.Outcome | None = None
         self.seconds = 0.0
@@ -140,7 +140,7 @@ class Training:
             RunError: the round failed; the state is that of the round before.
         """
         began = time.perf_counter()
-        with use_pool(self._shelf), self._threads():
+        with use_pool(self._buffers), self._threads():
             self.state, report = step(self.plan, self.state, self.engine)
         spent = time.perf_counter() - began
         last = self.state.round >= self.settings.rounds
@@ -160,8 +160,8 @@ class Training:
         return report
 
     def _threads(self) -> AbstractContextManager[None]:
-        """One thread for torch around short native code: threads that torch wakes up would take its cores."""
-        small = self.task.layout.d < _WORTH_A_THREAD
+        """One thread for torch during short native code, because threads that torch wakes up would occupy its cores."""
+        small = self.task.layout.d < limits.THREADED_PARAMETERS
         native = self.task.numerics == "compiled"
         return threads_for(self.task, plan=self.plan) if small and native else nullcontext()
 
@@ -194,28 +194,28 @@ class Training:
         if self.engine.primary:
             ids = self.memory.touched()
             facts = {n: getattr(self, n) for n in ("watch", "seconds", "bytes_up", "bytes_down")}
-            told = {"round": self.state.round, "outcome": self.outcome, "facts": facts}
+            record = {"round": self.state.round, "outcome": self.outcome, "facts": facts}
             tensors = {
                 **under("state/", state_to_tensors(self.state)),
                 **under("rows/", self.memory.take(ids)),
                 "ids": ids,
             }
             tensors = {n: t.cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-            tensors["told"] = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+            tensors["record"] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
             sent = save(tensors)
         received = load_tensors(self.engine.agree(sent))
         if self.engine.primary:
             return
-        told = json.loads(received["told"].numpy().tobytes())
-        self.state = state_from_tensors(without_prefix(received, "state/"), told["round"], self.state)
+        record = json.loads(received["record"].numpy().tobytes())
+        self.state = state_from_tensors(without_prefix(received, "state/"), record["round"], self.state)
         self.memory.put(received["ids"], without_prefix(received, "rows/"))
-        self.outcome = None if told["outcome"] is None else stops.Outcome(*told["outcome"])
-        for name, value in told["facts"].items():
+        self.outcome = None if record["outcome"] is None else stops.Outcome(*record["outcome"])
+        for name, value in record["facts"].items():
             setattr(self, name, value)
 
 
 def identity(training: Training) -> dict[str, Any]:
-    """What a run must still be to go on, and what it must be at every rank."""
+    """The facts that must be equal to resume a run, and equal on every rank."""
     layout = training.task.layout
     return {
         "data": training.data.fingerprint(),
@@ -308,12 +308,12 @@ def evaluate(state: State, engine: InProcessEngine) -> dict[str, float]:
 
 
 def _refuse_other(data: object, plan: object) -> None:
-    """Refuse what is no clients or no plan: a source that was not split, a recipe that was not called, a swap."""
+    """Refuse data that are not clients, such as a source before `split`, and a plan that is not a `Plan`."""
     if not isinstance(data, Clients):
         raise UsageError(
             f"data is {data!r:.60}.",
             "clients: a data set that was split.",
-            "a training has to know who holds which rows.",
+            "a training needs the rows of each client.",
             'atoll.data.load("digits").split(10)',
         )
     if not isinstance(plan, Plan):
@@ -321,7 +321,7 @@ def _refuse_other(data: object, plan: object) -> None:
 
 
 def _binary(module: nn.Module, data: Clients) -> bool:
-    """Whether a model of two classes gives one logit rather than two."""
+    """Whether the model of a task with two classes has one output."""
     if data.kind != "classification" or data.classes is None or len(data.classes) != 2:
         return False
     last = [m for m in module.modules() if isinstance(m, nn.Linear)]

@@ -1,4 +1,7 @@
-"""Settings as texts: in a TOML file, after `--set`, in the environment."""
+"""Settings as texts: in a TOML file, after `--set`, in the environment.
+
+Tests: tests/surface/test_experiment.py, tests/surface/test_settings.py
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ _EXAMPLE: Mapping[Any, Any] = {int: 10, float: 0.1, bool: True, str: "…", TEXT
 
 
 def read_toml(file: Path) -> dict[str, Any] | None:
-    """The settings of a TOML file, or those in [tool.atoll] of a pyproject.toml, None where it has no such section.
+    """The settings of a TOML file; of a pyproject.toml, those in [tool.atoll], or None if it has no such section.
 
     Raises:
-        UsageError: the file is missing, no text, or no TOML.
+        UsageError: the file is missing, or it is not UTF-8 or not TOML.
     """
     import tomllib
 
     try:
         values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"{file} cannot be read: {cause}.", "a TOML file.", write="atoll run --data digits") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{file} is malformed: {error}.", "TOML.", write='data = "digits"') from None
@@ -39,13 +42,13 @@ def read_toml(file: Path) -> dict[str, Any] | None:
 
 
 def kinds(hint: Any) -> tuple[Any, ...]:
-    """The types that a setting may have, None left out."""
+    """The types that a setting may have, without None."""
     each = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     return tuple(kind for kind in each if kind is not type(None))
 
 
 def of_text(text: str, hint: Any) -> Any:
-    """The value that a text stands for, by the type of its setting; `checked` refuses what has another.
+    """The value of a text, by the type of its setting; `checked` refuses a value of another type.
 
     Example:
         >>> of_text("5", int), of_text("wine", str | None), of_text("Seconds(9)", TEXTS), of_text("None", int | None)
@@ -69,10 +72,14 @@ def of_text(text: str, hint: Any) -> Any:
 
 
 def checked(key: str, value: Any, hint: Any, default: Any, where: str) -> Any:
-    """A value of the setting's type.
+    """The value, converted to the type of its setting.
 
     Args:
-        where: what it came from, for the error: a file, `--set`, a variable, or nothing.
+        key: the key of the setting.
+        value: the given value.
+        hint: the type of the setting.
+        default: its default, for the line to write.
+        where: the source of the value, for the error: a file, `--set`, a variable, or "".
     Raises:
         UsageError: the value is of another type.
     """
@@ -92,7 +99,7 @@ def checked(key: str, value: Any, hint: Any, default: Any, where: str) -> Any:
 
 
 def toml(value: Any) -> str:
-    """A number, a text, true or false, or a list of these, as TOML has them.
+    """A number, text, boolean or list of these, as TOML.
 
     Example:
         >>> toml(True), toml('say "π"'), toml((1, 2.5))

@@ -31,7 +31,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Setting(NamedTuple):
-    """The declaration of a setting, apart from its name, type and default.
+    """The declaration of a setting, without its name, type and default.
 
     Args:
         help: one sentence; the command line prints it.
@@ -149,7 +149,7 @@ class TrainingFields:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainingFields):
-    """How a training runs, apart from model, data and plan. `TrainingFields` describes the fields.
+    """How a training runs: all arguments except model, data and plan. `TrainingFields` describes the fields.
 
     Raises:
         UsageError: a value of another type or outside its range.

@@ -30,7 +30,7 @@ def train(
     *,
     out: str | Path | None = "runs",
     baselines: bool = False,
-    watchers: Sequence[Observer] = (),
+    observers: Sequence[Observer] = (),
     config: str | None = None,
     resume: str | Path | None = None,
     any_version: bool = False,
@@ -46,7 +46,7 @@ def train(
         plan: the algorithm.
         out: the parent of the run folder; None writes no file.
         baselines: whether pooled and local-only models are trained for comparison.
-        watchers: are called at the start, after every round and at the end.
+        observers: are called at the start, after every round and at the end.
         config: the text of config.toml; None writes one from the arguments.
         resume: the folder of a run to continue; model, data and plan must be those of the run.
         any_version: whether a run of other versions may be continued.
@@ -69,17 +69,17 @@ def train(
     training = Training(model, data, plan, Settings.from_kwargs(wanted))
     try:
         if not training.engine.primary:
-            out, resume, watchers, baselines = None, None, (), False  # the primary process writes and prints
+            out, resume, observers, baselines = None, None, (), False  # the primary process writes and prints
         elif resume is None and out is not None:
             resume = find_interrupted(training, out)
         recorder = Recorder(training, out, config or _config(model, data, plan, training.settings), checkpoint_s)
         recorder.begin(resume, any_version)
-        interrupted = run_rounds(training, recorder, watchers)
+        interrupted = run_rounds(training, recorder, observers)
     finally:
         training.close()
     run = recorder.end(interrupted, baselines=baselines, report=report)
-    for watcher in watchers:
-        watcher.end(run)
+    for observer in observers:
+        observer.end(run)
     outcome = training.outcome
     if outcome is not None and outcome.failed:
         raise outcome.error()
@@ -87,25 +87,25 @@ def train(
 
 
 def settings_for_resume(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a training that goes on: how it computes is what the run began with, where nobody says otherwise."""
-    began, out = runs.read_environment(run), dict(settings)
+    """The settings of a resumed training. Backend, device and precision are those of the run, unless they are set."""
+    recorded, out = runs.read_environment(run), dict(settings)
     for name, before in (("numerics", "auto"), ("device", "cpu")):
         if out.get(name, "auto") == "auto":
-            out[name] = began.get(name, before)
-    return {"precision": began.get("precision", "full"), **out}
+            out[name] = recorded.get(name, before)
+    return {"precision": recorded.get("precision", "full"), **out}
 
 
-def run_rounds(training: Training, recorder: Recorder, watchers: Sequence[Observer]) -> bool:
-    """Go through the rounds; whether somebody asked to stop."""
+def run_rounds(training: Training, recorder: Recorder, observers: Sequence[Observer]) -> bool:
+    """Run the rounds. Returns whether Ctrl-C stopped the training."""
     try:
         path = recorder.path
-        for watcher in watchers:
-            watcher.start(training, path)
+        for observer in observers:
+            observer.start(training, path)
         with _Interrupt() as interrupt:
             while training.outcome is None and not _asked(interrupt, training):
                 row = recorder.round(training.next())
-                for watcher in watchers:
-                    watcher.round(row)
+                for observer in observers:
+                    observer.round(row)
     except BaseException as error:
         recorder.fail(error)
         raise
@@ -113,8 +113,8 @@ def run_rounds(training: Training, recorder: Recorder, watchers: Sequence[Observ
 
 
 def _config(model: Any, data: Clients, plan: Plan, settings: Settings) -> str:
-    """A config.toml for a training that was started from Python: what can be written of it."""
-    told = {
+    """The config.toml of a training that was started from Python: the facts that a file can contain."""
+    facts = {
         "model": model if isinstance(model, str) else f"{type(model).__module__}:{type(model).__qualname__}",
         "data": data.name,
         "plan": repr(plan),
@@ -122,18 +122,18 @@ def _config(model: Any, data: Clients, plan: Plan, settings: Settings) -> str:
         "seed": settings.seed,
         "dtype": settings.dtype,
     }
-    lines = ["# Started from Python: go on with atoll.train(model, data, plan, resume=...)", "python = true"]
-    return "\n".join(lines + [f"{n} = {json.dumps(v, ensure_ascii=False)}" for n, v in told.items()]) + "\n"
+    lines = ["# Started from Python. Resume with atoll.train(model, data, plan, resume=...)", "python = true"]
+    return "\n".join(lines + [f"{n} = {json.dumps(v, ensure_ascii=False)}" for n, v in facts.items()]) + "\n"
 
 
 def _asked(interrupt: _Interrupt, training: Training) -> bool:
-    """Whether any process of the training received Ctrl-C: all of them end after the same round."""
+    """Whether any process of the training received Ctrl-C. All processes end after the same round."""
     interrupt.asked = b"1" in training.engine.exchange(b"1" if interrupt.asked else b"0")
     return interrupt.asked
 
 
 class _Interrupt:
-    """The first Ctrl-C asks to finish the round; the second stops now. Outside the main thread nothing is caught."""
+    """Handles Ctrl-C in the main thread: the first ends the training after the round, the second at once."""
 
     def __init__(self) -> None:
         self.asked = False

@@ -86,7 +86,7 @@ def library(name: str, *defines: str) -> ctypes.CDLL:
         name: file name of the source, without its ending.
         defines: preprocessor names that are defined.
     Raises:
-        Unbuilt: there is no compiler, it fails, or no private cache folder can be made.
+        BuildError: there is no compiler, it fails, or no private cache folder can be made.
         UsageError: a struct of the library differs from its declaration in Python.
     """
     built = _kept_at(name, defines)
@@ -109,7 +109,7 @@ def _check_struct(struct: str, found: StructLayout | None, declared: StructLayou
         given = "does not export it"
     else:
         pairs = zip((*found.fields, "none"), (*declared.fields, "none"), strict=False)
-        differ = next((f"; {a!r} stands in the place of {b!r}" for a, b in pairs if a != b), "")
+        differ = next((f"; {a!r} instead of {b!r}" for a, b in pairs if a != b), "")
         given = f"has {len(found.fields)} fields and {found.size} bytes{differ}"
     raise UsageError(
         f"Struct {struct} in the native library {built}: the library {given}.",
@@ -173,23 +173,27 @@ def compiler() -> tuple[str, str]:
     """Path and version line of the C compiler: $CC, or the first of cc, gcc and clang.
 
     Raises:
-        Unbuilt: there is no compiler, or `--version` fails.
+        BuildError: there is no compiler, or `--version` fails.
     """
-    asked = os.environ.get("CC", "")
-    found = next((path for name in ((asked,) if asked else ("cc", "gcc", "clang")) if (path := shutil.which(name))), "")
+    requested = os.environ.get("CC", "")
+    found = next(
+        (path for name in ((requested,) if requested else ("cc", "gcc", "clang")) if (path := shutil.which(name))), ""
+    )
     if not found:
-        raise BuildError(f"there is no C compiler{f' {asked}' if asked else ''}", "unset CC" if asked else _INSTALL)
-    got = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
-    if got.returncode:
-        raise BuildError(f"{found} --version fails", "unset CC" if asked else _INSTALL)
-    return found, got.stdout.splitlines()[0]
+        raise BuildError(
+            f"there is no C compiler{f' {requested}' if requested else ''}", "unset CC" if requested else _INSTALL
+        )
+    result = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise BuildError(f"{found} --version fails", "unset CC" if requested else _INSTALL)
+    return found, result.stdout.splitlines()[0]
 
 
 def folder() -> Path:
     """The cache folder. Only its owner may write to it, because its files are executed.
 
     Raises:
-        Unbuilt: it cannot be made, or other users can write to it.
+        BuildError: it cannot be made, or other users can write to it.
     """
     own = os.environ.get("ATOLL_CACHE")
     path = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atoll"
@@ -206,14 +210,16 @@ def folder() -> Path:
 def _build(name: str, defines: tuple[str, ...], built: Path) -> None:
     command, _ = compiler()
     with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
-        text, made = Path(scratch) / f"{name}.c", Path(scratch) / built.name
-        text.write_bytes(_source(name))
+        source_file, library = Path(scratch) / f"{name}.c", Path(scratch) / built.name
+        source_file.write_bytes(_source(name))
         flags = (*FLAGS, *(f"-D{define}" for define in defines), *_LINK)
-        got = subprocess.run([command, *flags, text, "-o", made, "-lm"], capture_output=True, text=True, check=False)
-        if got.returncode:
-            message = (got.stderr.strip().splitlines() or ["no message"])[0]
+        result = subprocess.run(
+            [command, *flags, source_file, "-o", library, "-lm"], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            message = (result.stderr.strip().splitlines() or ["no message"])[0]
             raise BuildError(f"{command} fails on {name}.c: {message[:200]}", _INSTALL)
-        made.replace(built)
+        library.replace(built)
 
 
 @lru_cache

@@ -26,9 +26,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from atoll.base.errors import RunError, UsageError
+from atoll.compute import limits
 
 _GATHERED = 1 << 12  # bytes that every rank sends first, while the length of the longest message is unknown
-_JOINT = 1 << 14  # tensors with fewer numbers are concatenated and reduced together
 
 
 def started(environ: Mapping[str, str] = os.environ) -> bool:
@@ -46,8 +46,8 @@ def command(ranks: int) -> str:
 
 def job(environ: Mapping[str, str] = os.environ) -> str:
     """An identifier of one `torchrun` job, the same after its restarts: the run id, or host and parent process id."""
-    told = environ.get("TORCHELASTIC_RUN_ID", "none")
-    return told if told != "none" else f"{socket.gethostname()}:{os.getppid()}"
+    run_id = environ.get("TORCHELASTIC_RUN_ID", "none")
+    return run_id if run_id != "none" else f"{socket.gethostname()}:{os.getppid()}"
 
 
 def restarts(environ: Mapping[str, str] = os.environ) -> int:
@@ -180,9 +180,9 @@ class ProcessGroup:
         how = getattr(distributed.ReduceOp, name)
         out: list[Tensor] = [t.to(self.device).contiguous() for t in tensors]
         with together():
-            works = [distributed.all_reduce(t, how, async_op=True) for t in out if t.numel() >= _JOINT]
+            works = [distributed.all_reduce(t, how, async_op=True) for t in out if t.numel() >= limits.JOINT_REDUCTION]
             for dtype in sorted({t.dtype for t in out}, key=str):
-                few = [i for i, t in enumerate(out) if t.numel() < _JOINT and t.dtype == dtype]
+                few = [i for i, t in enumerate(out) if t.numel() < limits.JOINT_REDUCTION and t.dtype == dtype]
                 joint = torch.cat([out[i].reshape(-1) for i in few]) if few else torch.empty(0)
                 if joint.numel():
                     distributed.all_reduce(joint, how)

@@ -1,9 +1,11 @@
-"""Clients dealt to the ranks that `torchrun` started; what they give is added exactly, so that all ranks go on alike.
+"""The engine for ranks that `torchrun` started. Each rank trains a part of the clients; the exact sum has equal bits.
 
-Every rank holds the whole state and makes the same draws. In a round each computes its part of the clients, as the
-engine in this process would, and then all of them tell each other what they have: digits of exact sums, which are whole
-numbers, so that adding them in any order gives the same bits; what clients keep; who failed, and why. From there on
-every rank makes the same step. No rank is a server: θ is never sent.
+Every rank has the whole state and makes the same draws. In a round each rank trains its part of the clients with
+`InProcessEngine`. Then the ranks exchange the digits of exact sums, the client states, and the failures with their
+causes. The digits are integers, so their sum has the same bits in any order. Afterwards every rank makes the same step
+of the server. No rank is a server, and θ is never sent.
+
+Tests: tests/parity/test_torchrun.py
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ class TorchrunEngine(Engine):
 
     def numerics_for(self, plan: Plan) -> tuple[str, str] | None:
         """The loop for a data-parallel plan: gradients are then added during the backward pass."""
-        return ("loop", "its gradient is added up within the backward pass") if data_parallel(plan) else None
+        return ("loop", "gradients are reduced during the backward pass") if data_parallel(plan) else None
 
     def check_start(self, plan: Plan, state: State) -> None:
         """Refuse a fleet or a deadline, as `InProcessEngine` does."""
@@ -120,13 +122,13 @@ class TorchrunEngine(Engine):
         """
         refuse_pace(plan)
         refuse_partial(plan)
-        quick = None if keep else self._overlapped(plan, state, cohort, key)
-        return self._local.gather(plan, state, cohort, key, keep) if quick is None else quick
+        reduced = None if keep else self._overlapped(plan, state, cohort, key)
+        return self._local.gather(plan, state, cohort, key, keep) if reduced is None else reduced
 
     def _overlapped(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered | None:
         """The round with gradients added during the backward pass; None if the plan is no such plan or a client fails.
 
-        The round is then computed again with care. Simulated durations come out as before, since they are keyed.
+        After a None, the caller computes the round on the general path. Simulated durations are keyed and stay equal.
         """
         task, data = self.task, self.data
         if task.numerics != "loop" or not data_parallel(plan):
@@ -153,11 +155,14 @@ class TorchrunEngine(Engine):
 
 
 def assign(clients: Tensor, data: Clients, ranks: ProcessGroup) -> Tensor:
-    """The places of this rank's clients: dealt by size, forth and back, so that all ranks hold nearly as many rows.
+    """The positions of this rank's clients in `clients`.
+
+    Clients are assigned in order of decreasing size, to ranks 0 … n − 1, then n − 1 … 0, and so on. So all ranks have
+    nearly the same number of rows.
 
     Example:
         >>> from atoll.testing.local import clients as data
-        >>> [dealt(torch.arange(7), data(), Ranks(rank, 2, torch.device("cpu"))).tolist() for rank in range(2)]
+        >>> [assign(torch.arange(7), data(), ProcessGroup(rank, 2, torch.device("cpu"))).tolist() for rank in range(2)]
         [[0, 3, 4], [1, 2, 5, 6]]
     """
     order = torch.argsort(data.sizes[clients], descending=True, stable=True)
@@ -167,16 +172,16 @@ def assign(clients: Tensor, data: Clients, ranks: ProcessGroup) -> Tensor:
 
 
 def refuse_pace(plan: Plan) -> None:
-    """Refuse a pace for which no rank may wait for the others.
+    """Refuse an asynchronous pace.
 
     Raises:
-        UsageError: which.
+        UsageError: the pace lets clients arrive in a later round.
     """
     if plan.pace.asynchronous:
         raise UsageError(
             f"{plan.pace!r} on the engine torchrun.",
             "Sync().",
-            "ranks add up together, so each of them waits for the slowest.",
+            "the ranks add their sums in one collective, so each round waits for the slowest rank.",
             '--set "plan.pace=Sync()"',
         )
 
@@ -218,8 +223,8 @@ def all_reduce_results(
         RunError: a rank has an error.
     """
     ids, rows = _memory(results)
-    told: dict[str, Any] = {
-        "trouble": _said(trouble),
+    mine: dict[str, Any] = {
+        "trouble": _parts(trouble),
         "failures": [tuple(f) for f in results.failures],
         "versions": sorted(results.partials),
         "rows": {n: list(t.shape) for n, t in rows.items()},
@@ -228,22 +233,22 @@ def all_reduce_results(
     facts = {f"facts/{n}": torch.cat([f[n] for f in results.facts]) for n in sorted(names)}
     arrived = torch.cat(results.arrived) if results.arrived else torch.empty(0, dtype=torch.int64)
     kept = {f"keep/{n}": t.contiguous() for n, t in kept_to_tensors(results.kept).items()}
-    words = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
-    heard = [
+    words = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
+    received = [
         load(data)
-        for data in ranks.all_gather_bytes(save({"told": words, "arrived": arrived, "kept": ids, **facts, **kept}))
+        for data in ranks.all_gather_bytes(save({"record": words, "arrived": arrived, "kept": ids, **facts, **kept}))
     ]
-    said = [json.loads(h["told"].numpy().tobytes()) for h in heard]
-    _raise([s["trouble"] for s in said])
-    came = [h for h in heard if len(h["arrived"])]
+    each = [json.loads(tensors["record"].numpy().tobytes()) for tensors in received]
+    _raise([record["trouble"] for record in each])
+    nonempty = [tensors for tensors in received if len(tensors["arrived"])]
     return Results(
-        _reduced(ranks, rule, results.partials, {version for s in said for version in s["versions"]}, device),
-        [Failure(*f) for s in said for f in s["failures"]],
+        _reduced(ranks, rule, results.partials, {version for record in each for version in record["versions"]}, device),
+        [Failure(*failure) for record in each for failure in record["failures"]],
         results.errors,
-        [h["arrived"] for h in came],
-        [without_prefix(h, "facts/") for h in came],
-        _everybody(ranks, rows, heard, [s["rows"] for s in said], first),
-        [kept for h in heard for kept in kept_from_tensors(part_of(h, "keep"))],
+        [tensors["arrived"] for tensors in nonempty],
+        [without_prefix(tensors, "facts/") for tensors in nonempty],
+        _all_memory(ranks, rows, received, [record["rows"] for record in each], first),
+        [kept for tensors in received for kept in kept_from_tensors(part_of(tensors, "keep"))],
     )
 
 
@@ -268,24 +273,24 @@ def _memory(results: Results) -> tuple[Tensor, dict[str, Tensor]]:
     return ids, {n: torch.cat([rows[n] for _, rows in results.memory]) for n in results.memory[0][1]}
 
 
-def _everybody(
+def _all_memory(
     ranks: ProcessGroup,
     mine: Mapping[str, Tensor],
-    heard: list[dict[str, Tensor]],
+    received: list[dict[str, Tensor]],
     shapes: list[dict[str, list[int]]],
     first: Tensors,
 ) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
-    """What all ranks' clients keep, rank by rank."""
-    tables: list[dict[str, Tensor]] = [{} for _ in heard]
+    """The client states of all ranks, in order of ranks."""
+    tables: list[dict[str, Tensor]] = [{} for _ in received]
     for n in sorted({n for s in shapes for n in s}):
         own = mine.get(n, first[n].new_empty(0, *first[n].shape))
         each = [s.get(n, [0, *first[n].shape]) for s in shapes]
         for table, rows in zip(tables, ranks.rows(own, each), strict=True):
             table[n] = rows
-    return [(h["kept"], table) for h, table in zip(heard, tables, strict=True) if len(h["kept"])]
+    return [(t["kept"], table) for t, table in zip(received, tables, strict=True) if len(t["kept"])]
 
 
-def _said(trouble: Exception | None) -> list[str] | None:
+def _parts(trouble: Exception | None) -> list[str] | None:
     """An error as its four parts."""
     if trouble is None:
         return None
@@ -295,8 +300,8 @@ def _said(trouble: Exception | None) -> list[str] | None:
 
 
 def _raise(troubles: list[list[str] | None]) -> None:
-    """Raise what the first rank that has trouble says, at every rank."""
-    for rank, said in enumerate(troubles):
-        if said is not None:
-            given, required, why, write = said
+    """Raise the error of the first rank that has one, on every rank."""
+    for rank, parts in enumerate(troubles):
+        if parts is not None:
+            given, required, why, write = parts
             raise RunError(f"Rank {rank}: {given}", required, why, write)

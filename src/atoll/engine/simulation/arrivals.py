@@ -1,4 +1,7 @@
-"""Who arrives in a round: flights on a virtual clock, and what is sent to those who start."""
+"""The arrivals of a round: flights on a virtual clock, and the bytes sent to clients that start.
+
+Tests: tests/identities/test_flights.py
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,22 @@ from atoll.plan.protocols import Cohort, Population
 from atoll.plan.round import FlightTimes
 from atoll.plan.state import State
 
-_FATES = {"arrive": "arrived", "drop": "dropped", "cancel": "late"}
+_OUTCOMES = {"arrive": "arrived", "drop": "dropped", "cancel": "late"}
 _PLAIN = Sync()
-_STEPS = Fleet()  # without a fleet everybody takes as long as everybody else: arrivals come in the order of starts
+_STEPS = Fleet()  # without a fleet all clients take the same time: arrivals have the order of starts
 
 
 class Arrivals(NamedTuple):
-    """What came of the flights of a round.
+    """The outcome of the flights of a round.
 
     Args:
-        arrived, dropped: in the order of their coming; `late` are no longer awaited.
-        started: who started, in order.
-        sent: bytes sent to all who started.
-        air: what flies on.
-        now: seconds of the run, where there is a fleet.
-        trips: flights that ended, on the clock.
+        arrived, dropped: flights in the order of their ends.
+        late: number of flights that are no longer awaited.
+        started: number of starts.
+        sent: bytes sent to all started clients.
+        air: flights that continue after the round.
+        now: seconds of the run; None without a fleet.
+        trips: times of the flights that ended; () without a fleet.
     """
 
     arrived: list[Flight]
@@ -48,7 +52,7 @@ class Arrivals(NamedTuple):
 
 
 class DownlinkBytes:
-    """The bytes of what a client is sent when it starts: what it does not know yet of the model, and all the rest."""
+    """The bytes that a client is sent when it starts: the part of the model that it does not have yet, and the rest."""
 
     def __init__(self, state: State, clients: int) -> None:
         _, model, shared = state.broadcast
@@ -60,10 +64,10 @@ class DownlinkBytes:
         if self._sent is not None or self._fixed:
             first = torch.full((clients,), -1)
             self.known = first if self.known is None else self.known.clone()
-        self.each = self._theta + self._rest  # what somebody is sent of whom nothing need be known
+        self.each = self._theta + self._rest  # bytes for a client, if they do not depend on the models it has received
 
     def to(self, clients: list[int]) -> list[int]:
-        """Bytes for each of these clients; from now on they know the model of this round."""
+        """Bytes for each of these clients. From now on they have the model of this round."""
         if self.known is None:
             return [self.each] * len(clients)
         ids = torch.tensor(clients, dtype=torch.int64)
@@ -71,7 +75,7 @@ class DownlinkBytes:
         first, missed = known < 0, self._round - known
         theta = torch.full_like(known, self._theta)
         if self._sent is not None:
-            # What is missing of the stream of deltas, where all of it is kept; else θ whole, which is then no longer.
+            # The missing deltas, if all of them are stored; else the whole θ, which is then not longer.
             lengths = torch.tensor((0, *reversed(self._sent.deltas)), dtype=torch.int64).cumsum(0)
             held = ~first & (missed < len(lengths))
             theta = torch.where(held, lengths[missed.clamp(max=len(lengths) - 1)], theta)
@@ -80,8 +84,10 @@ class DownlinkBytes:
 
 
 def message_bytes(plan: Plan, layout: Layout) -> int:
-    """The bytes of a client's message that can be known before it is computed: for a codec that does not entropy-code,
-    and a local part that adds a loss and no sums of its own, all of them."""
+    """The length of a client's message in bytes, as far as it is known before the computation.
+
+    It is exact for a codec without entropy coding and a local part that adds a loss and no further sums.
+    """
     counters = sum(8 * e.size for e in layout.counters)
     return plan.codec.nbytes(layout) + (layout.b + 1) * layout.dtype.itemsize + counters + 16
 
@@ -89,10 +95,10 @@ def message_bytes(plan: Plan, layout: Layout) -> int:
 def check_clock(
     plan: Plan, fleet: Fleet | None, population: Population, model: Model, layout: Layout, seed: int
 ) -> None:
-    """Refuse a fleet of other clients, a trace with gaps, a deadline without a clock, and one that nobody can meet.
+    """Refuse a fleet of other clients, a trace with gaps, a deadline without a clock, and one that is too short.
 
     Raises:
-        UsageError: which, and what to write instead.
+        UsageError: the case, and a line to write instead.
     """
     clock = None if fleet is None else Clock(fleet, population.sizes, seed)
     deadline = plan.pace.deadline_s
@@ -101,63 +107,62 @@ def check_clock(
     if clock is None:
         raise UsageError(
             f"{plan.pace!r} without a clock.",
-            "a fleet, whose virtual clock says when a deadline has come.",
-            "in one process everybody arrives at once.",
+            "a fleet: its virtual clock measures the deadline.",
+            "without a clock all clients of one process arrive at the same time.",
             'fleet = "Fleet(HalfNormal())"',
         )
     down = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters, **model.fixed})
-    quickest = clock.fastest(down, message_bytes(plan, layout))
-    if quickest > deadline and not plan.pace.partial:
+    shortest = clock.fastest(down, message_bytes(plan, layout))
+    if shortest > deadline and not plan.pace.partial:
         raise UsageError(
             f"{plan.pace!r} with {fleet!r}.",
-            f"at least {quickest:.4g} seconds, which the quickest client takes.",
-            "a deadline that nobody can meet makes every round an empty one.",
-            f"Sync(deadline_s={math.ceil(2 * quickest)})",
+            f"at least {shortest:.4g} seconds, the time of the fastest client.",
+            "no client can meet the deadline, so every round would be empty.",
+            f"Sync(deadline_s={math.ceil(2 * shortest)})",
         )
 
 
 def simulate_round(
     plan: Plan, state: State, population: Population, cohort: Cohort, fleet: Fleet | None, up: int
 ) -> Arrivals:
-    """Start who is missing and wait, on the virtual clock, until the pace closes the round.
+    """Start the missing clients, and advance the virtual clock until the pace closes the round.
 
     Args:
-        plan: whose pace closes the round.
-        state: with what is in the air.
+        plan: the algorithm; its pace closes the round.
+        state: contains the clients in flight.
         population: all clients.
-        cohort: who starts as the round opens.
-        fleet: how long things take; None: everybody as long as everybody else.
+        cohort: the clients that start when the round opens.
+        fleet: the durations; None: all clients take the same time.
         up: bytes of a message.
     Raises:
-        RunError: nobody is in the air, and nobody will ever be there to start.
+        RunError: no client is in flight, and none can ever start.
     """
-    sending = DownlinkBytes(state, population.clients)
+    downlink = DownlinkBytes(state, population.clients)
     if fleet is None and plan.pace == _PLAIN:
-        return _at_once(state, cohort, sending)
+        return _at_once(state, cohort, downlink)
     clock = clock_of(state, population, fleet or _STEPS)
     away = None if fleet is None or fleet.availability == 1.0 else lambda i: not clock.available(i)
     traffic = OpenRound(plan.pace, plan.sampler, state.seed, state.round, state.air, population, cohort, away)
-    began, births, started, total = clock.now, dict[int, int](), 0, 0
-    each = traffic.down = sending.each
+    began, versions, started, total = clock.now, dict[int, int](), 0, 0
+    each = traffic.down = downlink.each
     work = plan.local.relative_work(state.round)
 
     def start() -> None:
         nonlocal started, total
         begun = traffic.start_missing()
         started += len(begun)
-        if sending.known is None:
+        if downlink.known is None:
             for flight in begun:
                 clock.start(flight[3], flight[0], each, up, work)
             total += each * len(begun)
             return
-        for flight, size in zip(begun, sending.to([f.client for f in begun]), strict=True):
+        for flight, size in zip(begun, downlink.to([f.client for f in begun]), strict=True):
             traffic.sent(flight, size)
             clock.start(flight.number, flight.client, size, up, work)
             total += size
 
     start()
-    deadline = plan.pace.deadline_s
-    until = None if deadline is None else began + deadline
+    until = None if (deadline := plan.pace.deadline_s) is None else began + deadline
     while traffic.target and not traffic.flying and not traffic.arrived:
         _wait(clock)
         start()
@@ -166,31 +171,31 @@ def simulate_round(
         event = clock.next(until if until is not None and clock.now < until else None)
         if event is not None:
             flight = traffic.arrive(event.number) if event.kind == "arrive" else traffic.fail(event.number)
-            births[event.number] = flight.version
-        elif plan.pace.partial:  # the deadline has come: only `Sync` has one
+            versions[event.number] = flight.version
+        elif plan.pace.partial:  # the deadline is reached; only `Sync` has one
             _stop(clock, traffic)
         waits = traffic.goes_on(clock.now - began)
         if refills and waits:
             start()
     late = traffic.abandoned()
-    births |= {flight.number: flight.version for flight in late}
+    versions |= {flight.number: flight.version for flight in late}
     for flight in late:
         clock.cancel(flight.number)
-    ended = () if fleet is None else clock.trips()
+    ended = clock.trips() if fleet is not None else ()
     return Arrivals(
         traffic.arrivals,
         traffic.failed,
         len(late),
         started,
         total,
-        traffic.in_flight(sending.known, clock),
+        traffic.in_flight(downlink.known, clock),
         None if fleet is None else clock.now,
-        tuple(FlightTimes(*t[:2], births[t.number], *t[2:-1], _FATES[t.fate]) for t in ended),
+        tuple(FlightTimes(*t[:2], versions[t.number], *t[2:-1], _OUTCOMES[t.fate]) for t in ended),
     )
 
 
 def _stop(clock: Clock, traffic: OpenRound) -> None:
-    """Everybody stops computing and sends what there is; who has nothing is not awaited."""
+    """At the deadline, clients send the work that they have done. A client without any is abandoned."""
     for number in traffic.in_the_air():
         share = clock.cut(number)
         if share:
@@ -200,31 +205,31 @@ def _stop(clock: Clock, traffic: OpenRound) -> None:
 
 
 def _wait(clock: Clock) -> None:
-    """Let time pass until somebody may be available again."""
+    """Advance the clock to the next time at which a client may become available."""
     change = clock.next_change()
     if change == float("inf"):
         raise RunError(
-            "Nobody of the fleet is available, and nobody ever will be.",
-            "a client that can be started.",
-            "a round would wait for ever.",
+            "No client of the fleet is available, now or later.",
+            "a client that can start.",
+            "the round would wait forever.",
             'fleet = "Fleet(availability=1.0)"',
         )
     clock.next(until=change)
 
 
-def _at_once(state: State, cohort: Cohort, sending: DownlinkBytes) -> Arrivals:
-    """Everybody starts and arrives: what `Sync()` comes to where nobody asks for the time."""
+def _at_once(state: State, cohort: Cohort, downlink: DownlinkBytes) -> Arrivals:
+    """All clients start and arrive: the result of `Sync()` without a fleet."""
     first, n = state.air.started, len(cohort.ids)
     clients = cohort.ids.tolist()
-    sizes = sending.to(clients)
-    who = enumerate(zip(clients, sizes, strict=True))
-    arrived = [Flight(client, state.round, 0, first + i, down) for i, (client, down) in who]
-    air = InFlight(target=n, started=first + n, known=sending.known)
+    sizes = downlink.to(clients)
+    places = enumerate(zip(clients, sizes, strict=True))
+    arrived = [Flight(client, state.round, 0, first + i, down) for i, (client, down) in places]
+    air = InFlight(target=n, started=first + n, known=downlink.known)
     return Arrivals(arrived, [], 0, n, sum(sizes), air, None, ())
 
 
 def clock_of(state: State, population: Population, fleet: Fleet) -> Clock:
-    """The clock as the state left it, or as a checkpoint did, or a new one."""
+    """The clock of the state, as an object or as the tensors of a checkpoint; a new clock in the first round."""
     match state.air.clock:
         case None:
             return Clock(fleet, population.sizes, state.seed)
@@ -235,5 +240,5 @@ def clock_of(state: State, population: Population, fleet: Fleet) -> Clock:
 
 
 def nbytes(tensors: Mapping[str, Any]) -> int:
-    """The bytes of some tensors."""
+    """The total size of tensors in bytes."""
     return sum([t.numel() * t.element_size() for t in tensors.values()])

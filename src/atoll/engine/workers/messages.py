@@ -26,7 +26,10 @@ from atoll.plan.round import Failure
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
-    """Once, at the start: the task and the data, with a block's name and places; a model that has a name goes by it."""
+    """The first message to a worker: the task and the data, with the block and the places of their tensors.
+
+    A model that has a name is sent as its name.
+    """
 
     block: str
     places: list[Place]
@@ -38,10 +41,13 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
 
 
 class BroadcastMessage(msgspec.Struct, frozen=True, tag=True):
-    """What the clients of a birth may know: the plan's text, the key, the model and what parts share, in a block."""
+    """The broadcast of one model version: the text of the plan, the key, a block with the model and shared tensors.
+
+    `own` maps names of parts outside the package to `module:name`. `forget` lists broadcasts that the worker can free.
+    """
 
     number: int
-    birth: int
+    version: int
     plan: str
     own: dict[str, str]
     seed: str
@@ -52,10 +58,10 @@ class BroadcastMessage(msgspec.Struct, frozen=True, tag=True):
 
 
 class RunMessage(msgspec.Struct, frozen=True, tag=True):
-    """Compute these clients; with `deliver` hand over all that was computed for the group."""
+    """Train these clients. With `deliver`, return the results of all clients of the group."""
 
     group: int
-    told: int
+    broadcast: int
     clients: list[int]
     repeats: list[int]
     down: list[int]
@@ -71,21 +77,21 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """A run is computed, and kept for the haul."""
+    """The clients of a `RunMessage` are computed. The worker keeps their results until it must deliver."""
 
 
 class ResultsMessage(msgspec.Struct, frozen=True, tag=True):
-    """A haul, in a block; and how many clients fit side by side, where more did not."""
+    """Results, in a block. `max_chunk` is the largest chunk that fits into memory, if a larger one did not."""
 
     block: str
     places: list[Place]
     failures: list[Failure]
     errors: list[str]
-    most: int | None = None
+    max_chunk: int | None = None
 
 
 class ErrorMessage(msgspec.Struct, frozen=True, tag=True):
-    """The worker cannot go on: an error of atoll's, in its four parts, or any other as text."""
+    """The worker stopped with an error: the four parts of an error of atoll, or the text of another one."""
 
     kind: str
     parts: list[str]
@@ -106,21 +112,21 @@ orders = msgspec.msgpack.Decoder(Order)
 answers = msgspec.msgpack.Decoder(Answer)
 
 
-def results_to_tensors(haul: Results) -> dict[str, Tensor]:
-    """A haul as named plain tensors, but for its failures and errors."""
-    out = {f"partial/{b}/{n}": t for b, partial in haul.partials.items() for n, t in partial.tensors().items()}
-    for i, (ids, facts) in enumerate(zip(haul.arrived, haul.facts, strict=True)):
+def results_to_tensors(results: Results) -> dict[str, Tensor]:
+    """Results as named plain tensors, without failures and errors."""
+    out = {f"partial/{b}/{n}": t for b, partial in results.partials.items() for n, t in partial.tensors().items()}
+    for i, (ids, facts) in enumerate(zip(results.arrived, results.facts, strict=True)):
         out |= {f"arrived/{i}": ids} | {f"facts/{i}/{n}": t for n, t in facts.items()}
-    for i, (ids, rows) in enumerate(haul.memory):
+    for i, (ids, rows) in enumerate(results.memory):
         out |= {f"kept/{i}": ids} | {f"memory/{i}/{n}": t for n, t in rows.items()}
-    out |= {f"keep/0/{n}": t for n, t in kept_to_tensors(haul.kept).items()}
+    out |= {f"keep/0/{n}": t for n, t in kept_to_tensors(results.kept).items()}
     return {name: t.to(HOST) for name, t in out.items()}
 
 
 def results_from_tensors(
     tensors: Mapping[str, Tensor], failures: list[Failure], errors: list[str], rule: Aggregator
 ) -> Results:
-    """The haul that `flat` was called on; copies."""
+    """The inverse of `results_to_tensors`; the tensors are copied."""
     tables: dict[str, dict[int, Any]] = {
         "partial": {}, "arrived": {}, "facts": {}, "kept": {}, "memory": {}, "keep": {},
     }  # fmt: skip
@@ -132,7 +138,7 @@ def results_from_tensors(
             tables[kind][int(number)] = t.clone()
     ids, facts = tables["arrived"], tables["facts"]
     return Results(
-        {birth: type(rule.zero()).of(partial) for birth, partial in tables["partial"].items()},
+        {version: type(rule.zero()).of(partial) for version, partial in tables["partial"].items()},
         failures,
         [RuntimeError(text) for text in errors],
         [ids[i] for i in sorted(ids)],
@@ -142,16 +148,16 @@ def results_from_tensors(
     )
 
 
-def pack_broadcast(told: Broadcast) -> dict[str, Tensor]:
+def pack_broadcast(broadcast: Broadcast) -> dict[str, Tensor]:
     """A broadcast as named plain tensors."""
-    model = told.model
+    model = broadcast.model
     out = {"theta": model.theta, "buffers": model.buffers}
     out |= {f"counter/{n}": t for n, t in model.counters.items()} | {f"fixed/{n}": t for n, t in model.fixed.items()}
-    return out | {f"shared/{part}/{n}": t for part, tensors in told.shared.items() for n, t in tensors.items()}
+    return out | {f"shared/{part}/{n}": t for part, tensors in broadcast.shared.items() for n, t in tensors.items()}
 
 
 def unpack_broadcast(round: int, tensors: Mapping[str, Tensor]) -> Broadcast:
-    """The broadcast that `spoken` was called on; views."""
+    """The inverse of `pack_broadcast`; the tensors are views."""
     groups: dict[str, dict[str, Tensor]] = {"counter": {}, "fixed": {}}
     shared: dict[str, dict[str, Tensor]] = {"local": {}, "codec": {}}
     for path, t in tensors.items():
@@ -165,10 +171,10 @@ def unpack_broadcast(round: int, tensors: Mapping[str, Tensor]) -> Broadcast:
 
 
 def plan_to_text(plan: Plan) -> tuple[str, dict[str, str]]:
-    """A plan as the text that prints it, and where the parts are that are not atoll's own.
+    """The text of a plan, and the `module:name` of each part that is not in the package.
 
     Raises:
-        UsageError: a part or a function of it cannot be imported, or does not print as what builds it.
+        UsageError: another process cannot import a part or a function of the plan.
     """
     text, own = repr(plan), {}
     for part in _parts(plan):
@@ -180,7 +186,7 @@ def plan_to_text(plan: Plan) -> tuple[str, dict[str, str]]:
 
 
 def _parts(value: Any) -> list[Any]:
-    """Everything in a plan that its text names: parts and functions, at any depth."""
+    """The parts and functions that the text of a plan names, at any depth."""
     if isinstance(value, (tuple, list)):
         return [part for item in value for part in _parts(item)]
     if isinstance(value, grammar.Value) or hasattr(value, "__dataclass_fields__"):
@@ -191,7 +197,7 @@ def _parts(value: Any) -> list[Any]:
 
 @cache
 def plan_of(text: str, own: tuple[tuple[str, str], ...]) -> Plan:
-    """The plan that a text of `written` stands for."""
+    """The inverse of `plan_to_text`."""
     names = {**PARTS, **{name: load(where) for name, where in own}}
     plan: Plan = grammar.parse(text, names, trust=True)
     return plan

@@ -31,7 +31,7 @@ from atoll.engine.workers.shared_memory import Place
 from atoll.plan.protocols import Aggregator
 from atoll.plan.round import Failure
 
-_DEADLY = 3  # deaths of workers during the same job after which the job counts as the cause
+_MAX_DEATHS = 3  # deaths of workers during the same job after which the job counts as the cause
 
 Rows = Callable[[], dict[str, Tensor]]
 
@@ -42,7 +42,7 @@ class Job:
 
     Args:
         group: the worker adds up the results of all jobs with the same group.
-        told: the broadcast for these clients.
+        broadcast: the broadcast for these clients.
         clients: the ids of the clients.
         repeats: earlier starts of each client in its round.
         down: bytes of the download of each client.
@@ -55,7 +55,7 @@ class Job:
     """
 
     group: int
-    told: BroadcastMessage
+    broadcast: BroadcastMessage
     clients: list[int]
     repeats: list[int]
     down: list[int]
@@ -70,12 +70,12 @@ class Job:
 class PoolResult(NamedTuple):
     """Results of one worker, and the jobs that they contain.
 
-    `most` is the largest chunk that fits into memory, if a larger one did not; else None.
+    `max_chunk` is the largest chunk that fits into memory, if a larger one did not; else None.
     """
 
     jobs: list[Job]
-    haul: Results
-    most: int | None = None
+    results: Results
+    max_chunk: int | None = None
 
 
 class WorkerDied(Exception):
@@ -85,14 +85,14 @@ class WorkerDied(Exception):
 class WorkerConnection(Protocol):
     """A connection to one worker. After `Ready`, the worker answers requests in order."""
 
-    def send(self, told: BroadcastMessage | None, run: RunMessage, rows: Mapping[str, Tensor] | None) -> None:
+    def send(self, broadcast: BroadcastMessage | None, run: RunMessage, rows: Mapping[str, Tensor] | None) -> None:
         """Send a request, with client state, and with the broadcast if the worker does not have it yet."""
 
     def receive(self) -> tuple[Answer, Mapping[str, Tensor]]:
         """Receive the next answer and the tensors of its results; they are valid until the next request.
 
         Raises:
-            Gone: the worker has ended.
+            WorkerDied: the worker has ended.
         """
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class Transport(Protocol):
     def start_worker(self) -> WorkerConnection:
         """Start a worker and return the connection to it. The worker is not ready yet."""
 
-    def wait(self, lines: Sequence[WorkerConnection], timeout: float | None) -> Sequence[WorkerConnection]:
+    def wait(self, connections: Sequence[WorkerConnection], timeout: float | None) -> Sequence[WorkerConnection]:
         """Wait for answers and return the connections that have one; () after `timeout` seconds, None waits forever."""
 
     def publish(self, number: int, tensors: Mapping[str, Tensor]) -> tuple[str, list[Place]]:
@@ -122,7 +122,7 @@ class Transport(Protocol):
 class _WorkerState:
     """The pool's record of one worker."""
 
-    line: WorkerConnection
+    connection: WorkerConnection
     pid: int | None = None
     sent: deque[Job] = field(default_factory=deque)  # jobs without an answer
     done: list[Job] = field(default_factory=list)  # computed jobs of which the results are not returned yet
@@ -134,33 +134,33 @@ class WorkerPool:
     """Workers, the queue of jobs, and the results that have arrived.
 
     Args:
-        office: starts workers.
+        transport: starts workers.
         workers: the number of workers, ≥ 1.
-        stillborn: after this number of consecutive failed starts, the run ends with an error.
+        max_failed_starts: after this number of consecutive failed starts, the run ends with an error.
     """
 
-    def __init__(self, office: Transport, workers: int, stillborn: int = 3) -> None:
-        self._office, self._most_stillborn = office, stillborn
+    def __init__(self, transport: Transport, workers: int, max_failed_starts: int = 3) -> None:
+        self._transport, self._max_failed_starts = transport, max_failed_starts
         self.queue: deque[Job] = deque()
         self.deaths = 0
-        self._caught: deque[PoolResult] = deque()
-        self._stillborn = 0
-        self._hands = [_WorkerState(office.start_worker()) for _ in range(workers)]
+        self._finished: deque[PoolResult] = deque()
+        self._failed_starts = 0
+        self._workers = [_WorkerState(transport.start_worker()) for _ in range(workers)]
 
     @property
     def pids(self) -> list[int]:
         """The process ids of the workers that are ready."""
-        return [hand.pid for hand in self._hands if hand.pid is not None]
+        return [worker.pid for worker in self._workers if worker.pid is not None]
 
     def close(self) -> None:
         """End all workers."""
-        for hand in self._hands:
-            hand.line.close()
+        for worker in self._workers:
+            worker.connection.close()
 
     def ready(self) -> None:
         """Wait until every worker is ready."""
-        while any(hand.pid is None for hand in self._hands):
-            self._listen(None, None)
+        while any(worker.pid is None for worker in self._workers):
+            self._receive(None, None)
 
     def busy(self, group: int) -> bool:
         """Whether a job of this group is unfinished, or its results have not been taken yet."""
@@ -169,21 +169,21 @@ class WorkerPool:
     def _jobs(self) -> Iterator[Job]:
         """All jobs: in the queue, at a worker, or in results that have arrived."""
         yield from self.queue
-        for hand in self._hands:
-            yield from (*hand.sent, *hand.done)
-        for catch in self._caught:
-            yield from catch.jobs
+        for worker in self._workers:
+            yield from (*worker.sent, *worker.done)
+        for result in self._finished:
+            yield from result.jobs
 
     def forget(self, numbers: Iterable[int]) -> None:
         """Let workers free these broadcasts. They receive the numbers with their next broadcast."""
-        for hand in self._hands:
-            gone = hand.known & set(numbers)
-            hand.known -= gone
-            hand.forget += sorted(gone)
+        for worker in self._workers:
+            gone = worker.known & set(numbers)
+            worker.known -= gone
+            worker.forget += sorted(gone)
 
-    def told(self) -> set[int]:
+    def needed_broadcasts(self) -> set[int]:
         """The numbers of the broadcasts that a job still needs."""
-        return {job.told.number for job in self._jobs()}
+        return {job.broadcast.number for job in self._jobs()}
 
     def drop(self, unwanted: Callable[[Job], bool]) -> None:
         """Cancel jobs for which `unwanted` is true. A worker finishes its current job, and the result is ignored."""
@@ -192,14 +192,14 @@ class WorkerPool:
             if job.wanted and unwanted(job):
                 job.wanted, job.unwanted_since = False, now
         self.queue = deque(job for job in self.queue if job.wanted)
-        self._caught = deque(catch for catch in self._caught if any(job.wanted for job in catch.jobs))
+        self._finished = deque(result for result in self._finished if any(job.wanted for job in result.jobs))
 
     def replace_stuck(self, seconds: float) -> None:
         """Replace workers that still compute a job that was cancelled more than `seconds` ago."""
-        for hand in self._hands:
-            first = hand.sent[0] if hand.sent else None
+        for worker in self._workers:
+            first = worker.sent[0] if worker.sent else None
             if first and not first.wanted and time.monotonic() - first.unwanted_since > seconds:
-                self._replace(hand)
+                self._replace(worker)
 
     def next(self, rule: Aggregator, ahead: int, timeout: float | None = None) -> PoolResult | None:
         """Assign queued jobs until results arrive, and return the results; None after `timeout` seconds.
@@ -212,48 +212,48 @@ class WorkerPool:
             RunError: a worker stopped with an error, or no worker can be started.
         """
         until = None if timeout is None else time.monotonic() + timeout
-        while not self._caught:
-            self._deal(ahead)
+        while not self._finished:
+            self._assign(ahead)
             left = None if until is None else max(0.0, until - time.monotonic())
-            if not self._listen(rule, left) and left == 0.0:
+            if not self._receive(rule, left) and left == 0.0:
                 return None
-        return self._caught.popleft()
+        return self._finished.popleft()
 
     # the workers
 
-    def _replace(self, hand: _WorkerState, reason: str = "") -> None:
+    def _replace(self, worker: _WorkerState, reason: str = "") -> None:
         """Start another worker in place of this one. Jobs without returned results go to the front of the queue."""
-        hand.line.close()
+        worker.connection.close()
         self.deaths += 1
-        lost = [job for job in (*hand.done, *hand.sent) if job.clients and job.wanted]
-        at_work = hand.sent[0] if hand.sent else None
+        lost = [job for job in (*worker.done, *worker.sent) if job.clients and job.wanted]
+        at_work = worker.sent[0] if worker.sent else None
         if at_work in lost:
             lost.remove(at_work)
             at_work.deaths += 1
             lost = [*self._retried(at_work), *lost]
         self.queue.extendleft(reversed(lost))
-        if hand.pid is None:
-            self._stillborn += 1
-            if self._stillborn >= self._most_stillborn:
+        if worker.pid is None:
+            self._failed_starts += 1
+            if self._failed_starts >= self._max_failed_starts:
                 raise RunError(
-                    f"{self._stillborn} workers in a row ended before they were ready.",
+                    f"{self._failed_starts} workers in a row ended before they were ready.",
                     "a worker process that starts.",
                     reason or "their output above contains the reason.",
                     "--engine inprocess",
                 )
-        self._hands[self._hands.index(hand)] = _WorkerState(self._office.start_worker())
+        self._workers[self._workers.index(worker)] = _WorkerState(self._transport.start_worker())
 
     def _retried(self, job: Job) -> list[Job]:
         """The jobs that replace one during which a worker died: the job itself, and after three deaths its two halves.
 
         After three deaths, a job with a single client becomes a failure of that client.
         """
-        if job.deaths < _DEADLY:
+        if job.deaths < _MAX_DEATHS:
             return [job]
         if len(job.clients) == 1:
-            cause = f"{_DEADLY} workers died while they trained it"
-            failure = Failure(job.clients[0], job.told.birth, "local", cause)
-            self._caught.append(
+            cause = f"{_MAX_DEATHS} workers died while they trained it"
+            failure = Failure(job.clients[0], job.broadcast.version, "local", cause)
+            self._finished.append(
                 PoolResult([job], Results.empty()._replace(failures=[failure], errors=[RuntimeError(cause)]))
             )
             return []
@@ -264,72 +264,74 @@ class WorkerPool:
         rows = job.rows
         some = None if rows is None else lambda: {n: t[part] for n, t in rows().items()}
         clients, repeats, down = job.clients[part], job.repeats[part], job.down[part]
-        return Job(job.group, job.told, clients, repeats, down, some, job.deliver, job.keep, deaths=_DEADLY - 1)
+        return Job(
+            job.group, job.broadcast, clients, repeats, down, some, job.deliver, job.keep, deaths=_MAX_DEATHS - 1
+        )
 
     # the jobs
 
-    def _deal(self, ahead: int) -> None:
+    def _assign(self, ahead: int) -> None:
         """Assign jobs to ready workers, at most `ahead` to each. With an empty queue, request their results."""
-        hands = [hand for hand in self._hands if hand.pid is not None]
-        while self.queue and hands:
-            hand = min(hands, key=lambda hand: len(hand.sent))
-            if len(hand.sent) >= ahead:
+        workers = [worker for worker in self._workers if worker.pid is not None]
+        while self.queue and workers:
+            worker = min(workers, key=lambda worker: len(worker.sent))
+            if len(worker.sent) >= ahead:
                 return
-            self._give(hand, self.queue.popleft())
-        for hand in hands:
-            mine = [*hand.done, *hand.sent]
+            self._send(worker, self.queue.popleft())
+        for worker in workers:
+            mine = [*worker.done, *worker.sent]
             if mine and not mine[-1].deliver and mine[-1].wanted:
-                self._give(hand, Job(mine[-1].group, mine[-1].told, [], [], [], None, True))
+                self._send(worker, Job(mine[-1].group, mine[-1].broadcast, [], [], [], None, True))
 
-    def _give(self, hand: _WorkerState, job: Job) -> None:
-        told: BroadcastMessage | None = None
-        if job.told.number not in hand.known:
-            hand.known.add(job.told.number)
-            forget, hand.forget = [n for n in hand.forget if n != job.told.number], []
-            told = structs.replace(job.told, forget=forget)
+    def _send(self, worker: _WorkerState, job: Job) -> None:
+        broadcast: BroadcastMessage | None = None
+        if job.broadcast.number not in worker.known:
+            worker.known.add(job.broadcast.number)
+            forget, worker.forget = [n for n in worker.forget if n != job.broadcast.number], []
+            broadcast = structs.replace(job.broadcast, forget=forget)
         rows = None if job.rows is None else job.rows()
-        hand.sent.append(job)
+        worker.sent.append(job)
         run = RunMessage(
-            job.group, job.told.number, job.clients, job.repeats, job.down, None, job.deliver, list(job.keep)
+            job.group, job.broadcast.number, job.clients, job.repeats, job.down, None, job.deliver, list(job.keep)
         )
-        hand.line.send(told, run, rows)
+        worker.connection.send(broadcast, run, rows)
 
-    def _listen(self, rule: Aggregator | None, timeout: float | None) -> bool:
+    def _receive(self, rule: Aggregator | None, timeout: float | None) -> bool:
         """Process the answers of workers. Return False if none arrived within `timeout` seconds."""
-        heard = self._office.wait([hand.line for hand in self._hands], timeout)
-        for hand in [hand for hand in self._hands if hand.line in heard]:
+        answered = self._transport.wait([worker.connection for worker in self._workers], timeout)
+        for worker in [worker for worker in self._workers if worker.connection in answered]:
             try:
-                answer, tensors = hand.line.receive()
+                answer, tensors = worker.connection.receive()
             except WorkerDied as gone:
-                self._replace(hand, str(gone))
+                self._replace(worker, str(gone))
                 continue
             match answer:
                 case Ready(pid):
-                    hand.pid, self._stillborn = pid, 0
+                    worker.pid, self._failed_starts = pid, 0
                 case Done():
-                    hand.done.append(hand.sent.popleft())
+                    worker.done.append(worker.sent.popleft())
                 case ResultsMessage() if rule is not None:
-                    self._take(hand, answer, tensors, rule)
+                    self._take(worker, answer, tensors, rule)
                 case ErrorMessage():
-                    self._broken(hand, answer)
-        return bool(heard)
+                    self._broken(worker, answer)
+        return bool(answered)
 
     def _take(
-        self, hand: _WorkerState, answer: ResultsMessage, tensors: Mapping[str, Tensor], rule: Aggregator
+        self, worker: _WorkerState, answer: ResultsMessage, tensors: Mapping[str, Tensor], rule: Aggregator
     ) -> None:
-        jobs, hand.done = [*hand.done, hand.sent.popleft()], []
+        jobs, worker.done = [*worker.done, worker.sent.popleft()], []
         if any(job.wanted and job.clients for job in jobs):
-            haul = results_from_tensors(tensors, answer.failures, answer.errors, rule)
-            self._caught.append(PoolResult(jobs, haul, answer.most))
+            results = results_from_tensors(tensors, answer.failures, answer.errors, rule)
+            self._finished.append(PoolResult(jobs, results, answer.max_chunk))
 
-    def _broken(self, hand: _WorkerState, answer: ErrorMessage) -> None:
+    def _broken(self, worker: _WorkerState, answer: ErrorMessage) -> None:
         """Raise the error of a worker here, and start another worker in its place."""
-        hand.sent.clear()
-        hand.done.clear()
-        if hand.pid is None:
+        worker.sent.clear()
+        worker.done.clear()
+        if worker.pid is None:
             self.close()
         else:
-            self._replace(hand)
+            self._replace(worker)
         if answer.kind in ("UsageError", "RunError"):
             raise (UsageError if answer.kind == "UsageError" else RunError)(*answer.parts)
         raise RunError(

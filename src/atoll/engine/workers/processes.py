@@ -139,8 +139,8 @@ class _Pipes:
             pipe.post(self._setup)
         return pipe
 
-    def wait(self, lines: Sequence[WorkerConnection], timeout: float | None) -> Sequence[WorkerConnection]:
-        pipes = {line.connection: line for line in lines if isinstance(line, _Pipe)}
+    def wait(self, connections: Sequence[WorkerConnection], timeout: float | None) -> Sequence[WorkerConnection]:
+        pipes = {c.connection: c for c in connections if isinstance(c, _Pipe)}
         return [pipes[c] for c in wait(list(pipes), timeout) if isinstance(c, Connection)]
 
     def publish(self, number: int, tensors: Mapping[str, Tensor]) -> tuple[str, list[Place]]:
@@ -173,9 +173,9 @@ class _Pipe:
         with contextlib.suppress(OSError):  # the worker is dead; the next read of its answers reports this
             self.connection.send_bytes(encode(order))
 
-    def send(self, told: BroadcastMessage | None, run: RunMessage, rows: Mapping[str, Tensor] | None) -> None:
-        if told is not None:
-            self.post(told)
+    def send(self, broadcast: BroadcastMessage | None, run: RunMessage, rows: Mapping[str, Tensor] | None) -> None:
+        if broadcast is not None:
+            self.post(broadcast)
         if rows is not None:
             # Two blocks in turn: a worker has at most two unfinished requests.
             block = self._blocks.reuse_or_grow(self._rows[0], rows)

@@ -130,11 +130,11 @@ class RayEngine(WorkerEngine):
         try:
             workers = _placed(ray, self._wanted, self.cpus, self.gpus)
             places, arrays = to_buffers(tensors)
-            office = _Actors(ray, self.cpus, self.gpus, self._patience_s, end)
+            transport = _Actors(ray, self.cpus, self.gpus, self._patience_s, end)
             device = self._device if self.gpus else "cpu"
-            office.prepare(encode(structs.replace(setup, places=places, device=device)), arrays)
+            transport.prepare(encode(structs.replace(setup, places=places, device=device)), arrays)
             # If a node fails, all its actors fail. Ray may place their replacements on the same node before it notices.
-            self._open(task, data, workers, threads, office, stillborn=2 * workers + 2)
+            self._open(task, data, workers, threads, transport, max_failed_starts=2 * workers + 2)
         except BaseException:
             end()
             raise
@@ -156,9 +156,9 @@ class Actor:
         """Build the worker from task and data. `paths` is the caller's module search path."""
         try:
             sys.path.extend(path for path in paths if path not in sys.path and os.path.exists(path))
-            told: Any = orders.decode(order)
+            setup: Any = orders.decode(order)
             with _found_here():
-                self._worker = Worker(told, from_buffers(told.places, arrays))
+                self._worker = Worker(setup, from_buffers(setup.places, arrays))
             return encode(Ready(os.getpid())), []
         except Exception as error:
             return encode(error_message(error)), []
@@ -169,14 +169,14 @@ class Actor:
             if self._worker is None:
                 raise RunError("An actor received clients before it received task and data.")
             if news is not None and arrays is not None:
-                told: Any = orders.decode(news)
-                self._worker.tell(told, from_buffers(told.places, arrays))
+                broadcast: Any = orders.decode(news)
+                self._worker.store_broadcast(broadcast, from_buffers(broadcast.places, arrays))
             run: Any = orders.decode(order)
-            haul = self._worker.run(run, None if run.rows is None else from_buffers(run.rows[1], rows))
-            if haul is None:
+            results = self._worker.run(run, None if run.rows is None else from_buffers(run.rows[1], rows))
+            if results is None:
                 return encode(Done()), []
-            places, out = to_buffers(results_to_tensors(haul))
-            return encode(results_message(haul, "", places, self._worker.most)), out
+            places, out = to_buffers(results_to_tensors(results))
+            return encode(results_message(results, "", places, self._worker.max_chunk)), out
         except Exception as error:
             return encode(error_message(error)), []
 
@@ -214,7 +214,7 @@ class _Actors:
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD"
         )
         self._published: dict[int, Any] = {}
-        self._heard = time.monotonic()
+        self._last_answer = time.monotonic()
         self._first: tuple[Any, ...] = ()
 
     def prepare(self, order: bytes, arrays: Arrays) -> None:
@@ -222,27 +222,27 @@ class _Actors:
         self._first = order, self.ray.put(arrays), [os.path.abspath(path) for path in sys.path]
 
     def start_worker(self) -> _Call:
-        self._heard = time.monotonic()
+        self._last_answer = time.monotonic()
         return _Call(self.ray, self._kind.remote(), self._first, self._published)
 
-    def wait(self, lines: Sequence[WorkerConnection], timeout: float | None) -> Sequence[WorkerConnection]:
-        calls = {line.due[0]: line for line in lines if isinstance(line, _Call) and line.due}
-        if any(line.ready for line in calls.values()):
-            heard, _ = self.ray.wait(list(calls), timeout=timeout)
+    def wait(self, connections: Sequence[WorkerConnection], timeout: float | None) -> Sequence[WorkerConnection]:
+        calls = {c.due[0]: c for c in connections if isinstance(c, _Call) and c.due}
+        if any(call.ready for call in calls.values()):
+            answered, _ = self.ray.wait(list(calls), timeout=timeout)
         else:
-            left = max(0.0, self._heard + self._patience_s - time.monotonic())
-            heard, _ = self.ray.wait(list(calls), timeout=left if timeout is None else min(left, timeout))
-            if not heard and (timeout is None or left <= timeout):
-                placed = sum(line.ready for line in lines if isinstance(line, _Call))
+            left = max(0.0, self._last_answer + self._patience_s - time.monotonic())
+            answered, _ = self.ray.wait(list(calls), timeout=left if timeout is None else min(left, timeout))
+            if not answered and (timeout is None or left <= timeout):
+                placed = sum(c.ready for c in connections if isinstance(c, _Call))
                 raise RunError(
-                    f"{len(calls)} of {len(lines)} actors waited {self._patience_s:g} s for a place.",
+                    f"{len(calls)} of {len(connections)} actors waited {self._patience_s:g} s for a place.",
                     "nodes with free cores and GPUs.",
                     "the cluster's resources are in use, or nodes have left.",
                     f"--workers {placed}" if placed else "ray status",
                 )
-        if heard:
-            self._heard = time.monotonic()
-        return [calls[due] for due in heard]
+        if answered:
+            self._last_answer = time.monotonic()
+        return [calls[due] for due in answered]
 
     def publish(self, number: int, tensors: Mapping[str, Tensor]) -> tuple[str, list[Place]]:
         places, arrays = to_buffers(tensors)
@@ -266,20 +266,20 @@ class _Call:
         self.ready = False
         self.due: deque[Any] = deque([actor.setup.remote(*first)])
 
-    def send(self, told: BroadcastMessage | None, run: RunMessage, rows: Mapping[str, Tensor] | None) -> None:
+    def send(self, broadcast: BroadcastMessage | None, run: RunMessage, rows: Mapping[str, Tensor] | None) -> None:
         arrays: Arrays = []
         if rows is not None:
             places, arrays = to_buffers(rows)
             run = structs.replace(run, rows=("", places))
-        news = (None, None) if told is None else (encode(told), self._published[told.number])
+        news = (None, None) if broadcast is None else (encode(broadcast), self._published[broadcast.number])
         self.due.append(self._actor.run.remote(encode(run), arrays, *news))
 
     def receive(self) -> tuple[Answer, Mapping[str, Tensor]]:
         try:
-            told, arrays = self._ray.get(self.due.popleft())
+            answer_bytes, arrays = self._ray.get(self.due.popleft())
         except self._ray.exceptions.RayError as error:
             raise WorkerDied(str(error).strip()) from error
-        answer = answers.decode(told)
+        answer = answers.decode(answer_bytes)
         self.ready |= isinstance(answer, Ready)
         return answer, from_buffers(answer.places, arrays) if isinstance(answer, ResultsMessage) else {}
 
@@ -334,18 +334,18 @@ def _connected(engine: object, ray: Any, address: str | None) -> weakref.finaliz
                 "ray.shutdown()",
             )
         return weakref.finalize(engine, _left, None, None)
-    told: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     folder: str | None = None
     if address == "local":
         # Logs and sockets are removed with the cluster, unless the user named a folder for them.
         if "RAY_TMPDIR" not in os.environ:
-            folder = told["_temp_dir"] = tempfile.mkdtemp(prefix="atoll-ray-")
+            folder = options["_temp_dir"] = tempfile.mkdtemp(prefix="atoll-ray-")
     else:
         _reach(address)
     end = weakref.finalize(engine, _left, ray, folder)
     try:
-        ray.init(address=address, **told)
+        ray.init(address=address, **options)
     except BaseException as error:
         end()
         if isinstance(error, Exception):

@@ -1,7 +1,10 @@
-"""Clients dealt to workers, wherever they are: synchronous rounds shared out in chunks, other paces by real arrivals.
+"""The distribution of clients to workers: chunks in synchronous rounds, single flights under other paces.
 
-How many workers there are, who computes what and who dies over it changes no bit of a synchronous round. Partial sums
-come back one a worker and round, not one a client.
+Under other paces a flight arrives when a worker has computed it, in real time. The number of workers, the assignment of
+clients and the deaths of workers change no bit of a synchronous round. A worker returns one partial sum per round, not
+one per client.
+
+Tests: tests/parity/test_processes.py, tests/parity/test_ray.py, tests/faults/test_killed_clients.py
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
+from atoll.compute import limits
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
@@ -37,14 +41,11 @@ from atoll.plan.protocols import Broadcast, Cohort, Ids, Partial, Population
 from atoll.plan.round import Gathered
 from atoll.plan.state import State
 
-_PLAIN = Sync()
-_AHEAD = 2  # chunks that a worker has in hand in a synchronous round; of flights it has one
-_DEALS = 4  # chunks a worker and round, at least: the last ones even out who was slow
-_PATIENCE_S = 2.0  # about what another worker costs: for so long a straggler's may finish what nobody waits for
+_SYNC = Sync()
 
 
 class _Pending(NamedTuple):
-    """A flight that a worker is at, or will be, and what it started from."""
+    """A flight that a worker computes or will compute, with its job, the model and the plan that it started from."""
 
     flight: Flight
     job: Job
@@ -55,11 +56,11 @@ class _Pending(NamedTuple):
 class WorkerEngine(Engine):
     """An engine that distributes clients to workers; `ProcessesEngine` and `RayEngine` start the workers.
 
-    A worker that dies is replaced, and its unfinished clients are computed again. Close the engine, or use it in a
-    `with` statement; an open engine ends with the program.
+    If a worker dies, another one is started and repeats its unfinished clients. Close the engine, or use it in a `with`
+    statement. An open engine ends with the program.
 
     Args:
-        chunk: clients computed together; None chooses by the model's size. It changes no bit.
+        chunk: clients computed together; None chooses by the size of the model. It changes no bit.
     """
 
     task: Task
@@ -73,7 +74,7 @@ class WorkerEngine(Engine):
         self.closed, self._opened = False, False
 
     def _open(
-        self, task: Task, data: Clients, workers: int, threads: int, office: Transport, stillborn: int = 3
+        self, task: Task, data: Clients, workers: int, threads: int, transport: Transport, max_failed_starts: int = 3
     ) -> None:
         """Start the workers.
 
@@ -81,45 +82,45 @@ class WorkerEngine(Engine):
             task: the model, loss and metrics; `task.numerics` names the backend.
             data: the clients.
             workers: number of workers, ≥ 1.
-            threads: of each worker.
-            office: starts workers; it is closed with the engine.
-            stillborn: workers that may end one after the other before the first is ready.
+            threads: number of threads of each worker, ≥ 1.
+            transport: starts workers; `close` closes it.
+            max_failed_starts: after this number of consecutive failed starts, the run ends with an error.
         """
         self.task, self.data = task, data
         self.workers, self.threads = workers, threads
-        self._office = office
+        self._transport = transport
         self._numbers: Iterator[int] = iter(range(1, 1 << 62))
-        self._tolds: set[int] = set()
-        self._aloft: dict[int, _Pending] = {}
-        self._plan: tuple[Plan, str, dict[str, str]] | None = None  # the last one, and how it crosses
-        self._crew = WorkerPool(office, workers, stillborn)
+        self._broadcasts: set[int] = set()
+        self._in_flight: dict[int, _Pending] = {}
+        self._plan: tuple[Plan, str, dict[str, str]] | None = None  # the last plan, and its text
+        self._pool = WorkerPool(transport, workers, max_failed_starts)
         self._opened = self._fresh = True
         self.room = ChunkLimit()
 
     @property
     def population(self) -> Population:
-        """All clients, and the rows each holds."""
+        """All clients, and the number of rows of each."""
         return Population(self.data.count, self.data.sizes)
 
     @property
     def layout(self) -> Layout:
-        """How the model lies in its vector."""
+        """The layout of the model vector."""
         return self.task.layout
 
     def agree(self, value: bytes) -> bytes:
-        """The value of the first process of a training: this one."""
+        """The value itself, because this is the only process that runs the training."""
         return value
 
     @property
     def pids(self) -> list[int]:
         """The process ids of the workers."""
         self._ready()
-        return self._crew.pids
+        return self._pool.pids
 
     @property
     def deaths(self) -> int:
-        """Workers that have been replaced."""
-        return self._crew.deaths
+        """The number of workers that died and were replaced."""
+        return self._pool.deaths
 
     def __enter__(self) -> Self:
         return self
@@ -130,77 +131,78 @@ class WorkerEngine(Engine):
         self.close()
 
     def close(self) -> None:
-        """End the workers and give back their memory. Nothing is left behind; closing twice is closing."""
+        """End the workers and release their memory. A second call does nothing."""
         if not self.closed:
             self.closed = True
             if self._opened:
-                self._crew.close()
-                self._office.close()
+                self._pool.close()
+                self._transport.close()
 
     def describe(self) -> Mapping[str, Any]:
-        """The number of workers, and the threads of each."""
+        """The number of workers, and the number of threads of each."""
         return {"workers": self.workers, "threads_per_worker": self.threads}
 
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
-        """Run the cohort: one partial sum for each birth, and the record of who gave it.
+        """Train the cohort: one partial sum for each model version, and the ids of the clients that arrived.
 
         Raises:
             UsageError: the plan has a part that another process cannot import, or that needs a virtual clock.
-            RunError: the same error struck every client, more failed than the plan allows, or a worker cannot go on.
+            RunError: all clients failed with the same error, more failed than the plan allows, or a worker stopped.
         """
         self._ready()
         if self._plan is None or self._plan[0] is not plan:
             self._plan = plan, *_checked(plan)
         _, text, own = self._plan
-        reading = self._crew.told()
-        for number in self._tolds - reading:
-            self._office.unpublish(number)
-            self._crew.forget([number])
-        self._tolds &= reading
+        needed = self._pool.needed_broadcasts()
+        for number in self._broadcasts - needed:
+            self._transport.unpublish(number)
+            self._pool.forget([number])
+        self._broadcasts &= needed
         now = state.broadcast
 
-        def tell(birth: int) -> BroadcastMessage:
-            return self._tell(state.version(birth), key if birth == state.round else state.key(birth), text, own)
+        def message(version: int) -> BroadcastMessage:
+            chosen = key if version == state.round else state.key(version)
+            return self._publish(state.version(version), chosen, text, own)
 
         try:
-            if plan.pace == _PLAIN:
-                flown, results = self._together(plan, state, cohort, tell(state.round), keep)
+            if plan.pace == _SYNC:
+                flown, results = self._together(plan, state, cohort, message(state.round), keep)
             else:
-                flown, results = _Arrivals(self, plan, text, state, cohort, now, tell, keep).run()
+                flown, results = _AsynchronousRound(self, plan, text, state, cohort, now, message, keep).run()
         except BaseException:
-            self._crew.drop(lambda job: True)
-            self._aloft.clear()
+            self._pool.drop(lambda job: True)
+            self._in_flight.clear()
             raise
         return gathered(plan, state, flown, results, self.room, keep)
 
     def _together(
-        self, plan: Plan, state: State, cohort: Cohort, told: BroadcastMessage, keep: Collection[int]
+        self, plan: Plan, state: State, cohort: Cohort, broadcast: BroadcastMessage, keep: Collection[int]
     ) -> tuple[Arrivals, Results]:
         """A synchronous round: free workers receive chunks, and each returns its results once."""
-        self._crew.drop(lambda job: True)
-        self._aloft.clear()
+        self._pool.drop(lambda job: True)
+        self._in_flight.clear()
         flown = simulate_round(plan, state, self.population, cohort, None, 0)
         task, kept, group = task_for(plan, self.task), Uncommitted(state.memory), next(self._numbers)
-        most = -(-len(flown.arrived) // (_DEALS * self.workers)) or 1
+        largest = -(-len(flown.arrived) // (limits.CHUNKS_PER_WORKER * self.workers)) or 1
         for _, ids, down in by_version(flown.arrived):
             for chunk, sent in chunks(plan, task, self.data, ids, down, self.room.within(self.chunk)):
-                for at in torch.arange(len(sent)).split(most):
+                for at in torch.arange(len(sent)).split(largest):
                     job = self.job(
-                        group, told, chunk.select(at), sent[at], kept, keep, deliver=bool(state.memory.first)
+                        group, broadcast, chunk.select(at), sent[at], kept, keep, deliver=bool(state.memory.first)
                     )
-                    self._crew.queue.append(job)
+                    self._pool.queue.append(job)
         results = Results.empty()
-        while self._crew.busy(group):
-            catch = self._crew.next(plan.aggregator, _AHEAD)
-            if catch is not None:
-                results.add(plan.aggregator, catch.haul)
-                self.room.lower(catch.most)
+        while self._pool.busy(group):
+            result = self._pool.next(plan.aggregator, limits.QUEUED_CHUNKS)
+            if result is not None:
+                results.add(plan.aggregator, result.results)
+                self.room.lower(result.max_chunk)
         return flown, results
 
     def job(
         self,
         group: int,
-        told: BroadcastMessage,
+        broadcast: BroadcastMessage,
         ids: Ids,
         down: Tensor,
         kept: Uncommitted,
@@ -210,7 +212,7 @@ class WorkerEngine(Engine):
     ) -> Job:
         """The job to compute these clients; it returns the contributions of those in `keep`."""
         rows, clients = (lambda: kept.take(ids.client)) if kept.first else None, ids.client.tolist()
-        return Job(group, told, clients, ids.repeat.tolist(), down.tolist(), rows, deliver, sorted(keep))
+        return Job(group, broadcast, clients, ids.repeat.tolist(), down.tolist(), rows, deliver, sorted(keep))
 
     def _ready(self) -> None:
         if self.closed or not self._opened:
@@ -219,19 +221,19 @@ class WorkerEngine(Engine):
                 "The engine was closed.", "an engine that is open.", write=f"{kind}(task, data, workers=2)"
             )
         if self._fresh:
-            self._crew.ready()
+            self._pool.ready()
             self._fresh = False
 
-    def _tell(self, broadcast: Broadcast, key: Key, text: str, own: dict[str, str]) -> BroadcastMessage:
-        """What the clients of a birth may know, laid out once for all of them."""
+    def _publish(self, broadcast: Broadcast, key: Key, text: str, own: dict[str, str]) -> BroadcastMessage:
+        """Publish the broadcast of a model version for all workers. Returns its message."""
         number = next(self._numbers)
-        block, places = self._office.publish(number, pack_broadcast(broadcast))
-        self._tolds.add(number)
+        block, places = self._transport.publish(number, pack_broadcast(broadcast))
+        self._broadcasts.add(number)
         return BroadcastMessage(number, broadcast.round, text, own, str(key.seed), list(key.path), block, places, [])
 
 
-class _Arrivals:
-    """An open round of a pace that does not wait for everybody: a flight arrives when a worker has computed it."""
+class _AsynchronousRound:
+    """An open round of a pace that does not wait for all clients. A flight arrives when a worker has computed it."""
 
     def __init__(
         self,
@@ -241,32 +243,32 @@ class _Arrivals:
         state: State,
         cohort: Cohort,
         now: Broadcast,
-        tell: Any,
+        message: Callable[[int], BroadcastMessage],
         keep: Collection[int],
     ) -> None:
         self.engine, self.plan, self.text, self.state, self.now = engine, plan, text, state, now
-        self._sending = DownlinkBytes(state, engine.data.count)
+        self._downlink = DownlinkBytes(state, engine.data.count)
         self._traffic = OpenRound(
             plan.pace, plan.sampler, state.seed, state.round, state.air, engine.population, cohort
         )
         self._kept = Uncommitted(state.memory)
-        self._tolds: dict[int, BroadcastMessage] = {}
-        self._tell, self._results, self._keep = tell, Results.empty(), keep
+        self._broadcasts: dict[int, BroadcastMessage] = {}
+        self._message, self._results, self._keep = message, Results.empty(), keep
         self._started = self._sent = 0
 
     def run(self) -> tuple[Arrivals, Results]:
-        """Start who is missing, take arrivals as they come, until the pace closes the round."""
+        """Start the missing clients and accept arrivals until the pace closes the round."""
         began, traffic, pace = time.perf_counter(), self._traffic, self.plan.pace
         deadline = pace.deadline_s
-        self._adopt()
+        self._continue()
         self._start()
         waits = True
         while waits and traffic.flying:
             spent = time.perf_counter() - began
             left = deadline - spent if deadline is not None and spent < deadline else None
-            catch = self._next(left)
-            if catch is not None:
-                self._arrive(catch)
+            result = self._next(left)
+            if result is not None:
+                self._arrive(result)
             waits = traffic.goes_on(time.perf_counter() - began)
             if pace.replaces_arrivals and waits:
                 self._start()
@@ -279,68 +281,74 @@ class _Arrivals:
             len(late),
             self._started,
             self._sent,
-            traffic.in_flight(self._sending.known, None),
+            traffic.in_flight(self._downlink.known, None),
             None,
             (),
         )
         return flown, self._results
 
-    def _adopt(self) -> None:
-        """Flights that are in the air already: those that workers are at, and those of a state from elsewhere anew."""
+    def _continue(self) -> None:
+        """Keep the jobs of flights that started in earlier rounds. Submit flights without a job, as after a resume."""
         flights = {f.number: f for f in self.state.air.flights}
-        for number in [n for n in self.engine._aloft if n not in flights]:
+        for number in [n for n in self.engine._in_flight if n not in flights]:
             self._forget(number)
         for number, flight in flights.items():
-            known = self.engine._aloft.get(number)
+            known = self.engine._in_flight.get(number)
             theta = self.state.versions[flight.version].model.theta
             same = known is not None and known.flight == flight and known.theta is theta and known.plan == self.text
-            if known is None or not same or known.job.keep != self._named(flight):
+            if known is None or not same or known.job.keep != self._requested(flight):
                 self._forget(number)
-                self._post(flight, theta)
+                self._submit(flight, theta)
 
     def _start(self) -> None:
         begun = self._traffic.start_missing()
-        for flight, down in zip(begun, self._sending.to([f.client for f in begun]), strict=True):
+        for flight, down in zip(begun, self._downlink.to([f.client for f in begun]), strict=True):
             self._traffic.sent(flight, down)
-            self._post(flight._replace(down=down), self.now.model.theta)
+            self._submit(flight._replace(down=down), self.now.model.theta)
             self._sent += down
         self._started += len(begun)
 
-    def _post(self, flight: Flight, theta: Tensor) -> None:
-        engine, birth = self.engine, flight.version
-        if birth not in self._tolds:
-            self._tolds[birth] = self._tell(birth)
+    def _submit(self, flight: Flight, theta: Tensor) -> None:
+        engine, version = self.engine, flight.version
+        if version not in self._broadcasts:
+            self._broadcasts[version] = self._message(version)
         ids, down = Ids(torch.tensor([flight.client]), torch.tensor([flight.again])), torch.tensor([flight.down])
         job = engine.job(
-            next(engine._numbers), self._tolds[birth], ids, down, self._kept, self._named(flight), deliver=True
+            next(engine._numbers),
+            self._broadcasts[version],
+            ids,
+            down,
+            self._kept,
+            self._requested(flight),
+            deliver=True,
         )
-        engine._aloft[flight.number] = _Pending(flight, job, theta, self.text)
-        engine._crew.queue.append(job)
+        engine._in_flight[flight.number] = _Pending(flight, job, theta, self.text)
+        engine._pool.queue.append(job)
 
-    def _named(self, flight: Flight) -> list[int]:
+    def _requested(self, flight: Flight) -> list[int]:
         """The client of a flight, if the caller asked for its contribution."""
         return [flight.client] if flight.client in self._keep else []
 
     def _forget(self, number: int) -> None:
-        known = self.engine._aloft.pop(number, None)
+        known = self.engine._in_flight.pop(number, None)
         if known is not None:
-            self.engine._crew.drop(lambda job: job is known.job)
+            self.engine._pool.drop(lambda job: job is known.job)
 
     def _next(self, left: float | None) -> PoolResult | None:
-        """The next arrival. Workers that stay at what nobody waits for are given up, or no one would be left."""
-        crew, deadline = self.engine._crew, self.plan.pace.deadline_s
+        """The next arrival. Workers that still compute cancelled jobs are replaced, so that some worker stays free."""
+        pool, deadline = self.engine._pool, self.plan.pace.deadline_s
         if deadline is None:
-            return crew.next(self.plan.aggregator, 1, left)
-        crew.replace_stuck(deadline + _PATIENCE_S)
-        return crew.next(self.plan.aggregator, 1, _PATIENCE_S if left is None else min(left, _PATIENCE_S))
+            return pool.next(self.plan.aggregator, 1, left)
+        pool.replace_stuck(deadline + limits.PATIENCE_S)
+        return pool.next(self.plan.aggregator, 1, limits.PATIENCE_S if left is None else min(left, limits.PATIENCE_S))
 
-    def _arrive(self, catch: PoolResult) -> None:
-        (job,) = catch.jobs
-        number = next((n for n, known in self.engine._aloft.items() if known.job is job), None)
+    def _arrive(self, result: PoolResult) -> None:
+        (job,) = result.jobs
+        number = next((n for n, known in self.engine._in_flight.items() if known.job is job), None)
         if number is None:
             return
-        flight, results = self.engine._aloft.pop(number).flight, catch.haul
-        self.engine.room.lower(catch.most)
+        flight, results = self.engine._in_flight.pop(number).flight, result.results
+        self.engine.room.lower(result.max_chunk)
         self._traffic.arrive(number)
         for ids, rows in results.memory:
             self._kept.put(ids, rows)
@@ -354,13 +362,14 @@ class _Arrivals:
 def packed(
     task: Task, data: Clients, model: str | None, seed: int, threads: int, spill: Callable[[], Path] | None
 ) -> tuple[Setup, dict[str, Tensor]]:
-    """What every worker is given first, and the tensors in it; metrics go without what finishes them.
+    """The first message to every worker, and its tensors. Metrics are sent without their `finish` function.
 
     Args:
-        task, data: of the engine.
-        model: the name that the model was made by, and `seed` that it was made with; None sends its tensors.
-        threads: of each worker.
-        spill: where a mapped array without a file of its own is written to; None sends it.
+        task, data: the task and the clients of the engine.
+        model: the name from which the model was built; None sends the module with its tensors.
+        seed: the seed with which the model was built.
+        threads: number of threads of each worker, ≥ 1.
+        spill: gives a path to which a mapped array without a file is written; None sends the array.
     Raises:
         UsageError: a model, loss or data set that another process cannot import.
     """
@@ -374,30 +383,30 @@ def packed(
 
 
 def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
-    """The plan as it crosses.
+    """The plan as text, and the `module:name` of each part that is not in the package.
 
     Raises:
-        UsageError: it needs what workers do not have.
+        UsageError: workers cannot run the plan.
     """
     if plan.pace.partial:
         raise UsageError(
             f"{plan.pace!r} with workers.",
-            "a pace that hears those who have finished.",
-            "a real computation cannot be cut short at a deadline and still be repeated.",
+            "a pace without partial work.",
+            "a computation that is cut at a deadline in real time cannot be repeated.",
             repr(replace(plan.pace, partial=False)),  # type: ignore[type-var]
         )
     if not isinstance(plan.aggregator.zero(), Partial):
         raise UsageError(
             f"{plan.aggregator!r} with workers.",
             "a partial with `tensors`, `of` and `reduce`, as atoll.plan.protocols.Partial declares them.",
-            "a partial sum comes back as plain tensors.",
+            "a worker returns a partial sum as plain tensors.",
             "--engine inprocess",
         )
     text, own = plan_to_text(plan)
     if plan_of(text, tuple(own.items())) != plan:
         raise UsageError(
-            f"The plan prints as {text}, which builds another one.",
-            "parts that print as what builds them.",
+            f"The text of the plan is {text}, and this text builds another plan.",
+            "parts whose `repr` builds an equal part.",
             "a worker reads the plan from its text.",
             "--engine inprocess",
         )

@@ -40,12 +40,12 @@ class Packed(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def serialize(value: Any, what: str, write: str, spill: Callable[[], Path] | None) -> Packed:
+def serialize(value: Any, role: str, write: str, spill: Callable[[], Path] | None) -> Packed:
     """Serialize a value.
 
     Args:
         value: the value.
-        what: its name, for errors.
+        role: its role, for errors.
         write: the line to write in an error, if no better one is known.
         spill: gives a path to which a mapped array without a file is written; None: such an array is sent as a tensor.
     Returns:
@@ -54,7 +54,7 @@ def serialize(value: Any, what: str, write: str, spill: Callable[[], Path] | Non
         UsageError: a part of the value cannot be serialized. The error names the part.
     """
     packer = _Packer(write, spill)
-    return Packed(packer.pack(value, what), packer.tensors)
+    return Packed(packer.pack(value, role), packer.tensors)
 
 
 def deserialize(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -65,12 +65,12 @@ def deserialize(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return _Unpacker(tensors).unpack(tree)
 
 
-def import_name(thing: Any, what: str) -> str:
+def import_name(thing: Any, role: str) -> str:
     """The name, `module:name`, by which another process can import a function or class.
 
     Args:
         thing: the function or class.
-        what: its role, for errors.
+        role: its role, for errors.
     Raises:
         UsageError: no module has it at its top level.
     Example:
@@ -81,7 +81,7 @@ def import_name(thing: Any, what: str) -> str:
     kind = "class" if isinstance(thing, type) else "function"
     if module == "__main__":
         raise UsageError(
-            f"{what}: the {kind} {name} is defined in __main__: a script, a notebook or a prompt.",
+            f"{role}: the {kind} {name} is defined in __main__: a script, a notebook or a prompt.",
             f"a {kind} in a separate file, imported from there.",
             "a worker is another process: it receives numbers, and imports code by its name.",
             f"from my_{name.split('.')[0].strip('<>').lower()} import {name.split('.')[0].strip('<>')}",
@@ -93,7 +93,7 @@ def import_name(thing: Any, what: str) -> str:
         except (ImportError, AttributeError):
             continue
     raise UsageError(
-        f"{what}: the {kind} {name or thing!r} of {module} has no name that can be imported.",
+        f"{role}: the {kind} {name or thing!r} of {module} has no name that can be imported.",
         f"a {kind} at the top of a module.",
         "a worker is another process: it receives numbers, and imports code by its name.",
         "--engine inprocess",
@@ -245,10 +245,10 @@ class _Unpacker:
         self._made[number] = made
         inside = issubclass(kind, nn.Module)
         self._copies += inside
-        told = self.unpack(state)
+        restored = self.unpack(state)
         self._copies -= inside
         if hasattr(made, "__setstate__"):
-            made.__setstate__(told)
+            made.__setstate__(restored)
         else:
-            made.__dict__.update(told)
+            made.__dict__.update(restored)
         return made

@@ -1,7 +1,10 @@
-"""A worker: who computes chunks of clients, and the messages between it and whoever deals them out.
+"""A worker: it trains chunks of clients, adds up their contributions, and returns the sums when it is asked.
 
-Messages are short; numbers go beside them: in blocks of memory that both sides map, where both are on one machine. A
-worker adds up what it computes, and hands it over as one haul when it is asked to.
+Messages contain no tensors. On one machine, tensors are in blocks of memory that both processes map.
+
+Tests: tests/parity/test_processes.py, tests/parity/test_ray.py
+
+Tests: tests/parity/test_processes.py
 """
 
 from __future__ import annotations
@@ -57,11 +60,11 @@ class _Group:
 
 
 class Worker:
-    """What a worker has and is at, however it is spoken to.
+    """The state of a worker, independent of the transport of its messages.
 
     Args:
         setup: the task and the data.
-        tensors: those that stand in them, by `task/…` and `data/…`.
+        tensors: the tensors of task and data, by `task/…` and `data/…`.
     """
 
     def __init__(self, setup: Setup, tensors: Mapping[str, Tensor]) -> None:
@@ -74,31 +77,31 @@ class Worker:
         self._engine = InProcessEngine(task.on(self._device), move_rows(data, self._device))
         self._tasks: dict[str, Task] = {}
         self._plans: dict[tuple[str, tuple[tuple[str, str], ...]], Plan] = {}
-        self._told: dict[int, tuple[BroadcastMessage, Broadcast]] = {}
+        self._broadcasts: dict[int, tuple[BroadcastMessage, Broadcast]] = {}
         self._group: _Group | None = None
-        self._shelf = BufferPool()
+        self._buffers = BufferPool()
 
     @property
-    def most(self) -> int | None:
-        """How many clients fit side by side, where more did not."""
+    def max_chunk(self) -> int | None:
+        """The largest chunk that fits into memory, if a larger one did not; else None."""
         return self._engine.room.most
 
-    def tell(self, told: BroadcastMessage, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what the clients of a birth may know."""
-        for number in told.forget:
-            self._told.pop(number, None)
+    def store_broadcast(self, message: BroadcastMessage, tensors: Mapping[str, Tensor]) -> None:
+        """Store the broadcast of a model version, and free the broadcasts that are no longer needed."""
+        for number in message.forget:
+            self._broadcasts.pop(number, None)
         here = {n: t.to(self._device) for n, t in tensors.items()}
-        self._told[told.number] = told, unpack_broadcast(told.birth, here)
+        self._broadcasts[message.number] = message, unpack_broadcast(message.version, here)
 
     def run(self, run: RunMessage, rows: Mapping[str, Tensor] | None) -> Results | None:
-        """Compute some clients, with what they keep; a haul where one is wanted."""
+        """Train clients, with their client state. Returns the results of the group if the message asks for them."""
         if run.clients:
             runner = self._runner(run)
             ids = Ids(torch.tensor(run.clients), torch.tensor(run.repeats))
             if rows is not None:
                 runner.memory.put(ids.client, rows)
-            with use_pool(self._shelf):
-                runner.run(self._told[run.told][0].birth, ids, torch.tensor(run.down))
+            with use_pool(self._buffers):
+                runner.run(self._broadcasts[run.broadcast][0].version, ids, torch.tensor(run.down))
             runner.commit_wave()
         if not run.deliver:
             return None
@@ -107,11 +110,11 @@ class Worker:
 
     def _runner(self, run: RunMessage) -> ChunkRunner:
         if self._group is None or self._group.number != run.group:
-            told, broadcast = self._told[run.told]
-            plan = self._plan(told.plan, tuple(told.own.items()))
+            message, broadcast = self._broadcasts[run.broadcast]
+            plan = self._plan(message.plan, tuple(message.own.items()))
             task = task_for(plan, self._engine.task)
             task = self._tasks.setdefault(task.numerics, task)
-            key, memory = Key(int(told.seed), tuple(told.path)), Memory(plan.memory(task.layout))
+            key, memory = Key(int(message.seed), tuple(message.path)), Memory(plan.memory(task.layout))
             self._group = _Group(
                 run.group,
                 ChunkRunner(
@@ -120,7 +123,7 @@ class Worker:
                     self._engine.data,
                     lambda version: (broadcast, key),
                     memory,
-                    told.birth,
+                    message.version,
                     room=self._engine.room,
                     keep=run.keep,
                 ),
@@ -128,37 +131,37 @@ class Worker:
         return self._group.runner
 
     def _plan(self, text: str, own: tuple[tuple[str, str], ...]) -> Plan:
-        """The plan of a text, bound to the engine of this worker once."""
+        """The plan of a text, bound to the engine of this worker. It is bound once."""
         if (text, own) not in self._plans:
             self._plans[text, own] = bind(plan_of(text, own), self._engine)
         return self._plans[text, own]
 
 
 def _rebuilt(task: Task, data: Clients, name: str, seed: str) -> Task:
-    """The task with its model made again, from its name."""
+    """The task with a model that is built from its name."""
     module = models.resolve(name, data, Key(int(seed)).fold("model"), task.layout.dtype)
     fresh = Task.of(module, task.loss, (), task.layout.dtype)
     if fresh.layout != task.layout:
         raise RunError(
-            f"The model {name} has another layout in the worker than here.",
-            "a factory that makes the same model every time.",
-            "θ is read by name and shape.",
+            f"The model {name} has another layout in a worker than in the main process.",
+            "a factory that builds the same model in every call.",
+            "a worker reads θ by name and shape.",
         )
     return replace(task, module=fresh.module)
 
 
-def results_message(haul: Results, block: str, places: list[Place], most: int | None) -> ResultsMessage:
-    """The message that says where a haul lies, and how many clients fit side by side."""
-    errors = ["".join(traceback.format_exception(e)) for e in haul.errors[:1]]
-    return ResultsMessage(block, places, haul.failures, errors, most)
+def results_message(results: Results, block: str, places: list[Place], max_chunk: int | None) -> ResultsMessage:
+    """The message with the places of results, and with the largest chunk that fits into memory."""
+    errors = ["".join(traceback.format_exception(e)) for e in results.errors[:1]]
+    return ResultsMessage(block, places, results.failures, errors, max_chunk)
 
 
 class _SharedMemoryWorker:
-    """A worker whose numbers come and go in blocks.
+    """A worker that receives and returns tensors in blocks of shared memory.
 
     Args:
         setup: the task and the data.
-        blocks: where its hauls go.
+        blocks: the blocks for its results.
     """
 
     def __init__(self, setup: Setup, blocks: SharedBlocks) -> None:
@@ -167,18 +170,18 @@ class _SharedMemoryWorker:
         self._out: list[SharedBlock | None] = [None, None]
         self._open: dict[str, SharedBlock] = {}
 
-    def tell(self, told: BroadcastMessage) -> None:
-        self._worker.tell(told, self._block(told.block).read(told.places))
+    def store_broadcast(self, message: BroadcastMessage) -> None:
+        self._worker.store_broadcast(message, self._block(message.block).read(message.places))
 
     def run(self, run: RunMessage) -> Answer:
-        haul = self._worker.run(run, None if run.rows is None else self._block(run.rows[0]).read(run.rows[1]))
-        if haul is None:
+        results = self._worker.run(run, None if run.rows is None else self._block(run.rows[0]).read(run.rows[1]))
+        if results is None:
             return Done()
-        tensors = results_to_tensors(haul)
-        # Two blocks in turn: one may still be read while the next haul is made.
+        tensors = results_to_tensors(results)
+        # Two blocks in turn: the engine may still read one while the worker writes the next.
         out = self._blocks.reuse_or_grow(self._out[0], tensors)
         self._out = [self._out[1], out]
-        return results_message(haul, out.path, out.write(tensors), self._worker.most)
+        return results_message(results, out.path, out.write(tensors), self._worker.max_chunk)
 
     def _block(self, path: str) -> SharedBlock:
         if path not in self._open:
@@ -188,14 +191,14 @@ class _SharedMemoryWorker:
 
 
 def preload() -> None:
-    """Use lanes once, on next to nothing and in one thread: torch loads much of itself only then."""
+    """Run one tiny vmap in one thread, so that torch loads its modules for lanes."""
     torch.set_num_threads(1)
     twice = torch.ones(2, 1)
     torch.func.vmap(torch.func.grad(lambda theta: theta.square().sum()))(twice)
 
 
 def run_worker(connection: Connection, *folders: str) -> None:
-    """A worker's life: orders are read as they come, and obeyed one by one; it ends when nobody can give any."""
+    """The main loop of a worker process: it handles requests in order, and ends when the connection closes."""
     todo: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def listen() -> None:
@@ -217,11 +220,11 @@ def run_worker(connection: Connection, *folders: str) -> None:
                     answer: Answer | None = Ready(os.getpid())
                 case BroadcastMessage() if worker:
                     answer = None
-                    worker.tell(order)
+                    worker.store_broadcast(order)
                 case RunMessage() if worker:
                     answer = worker.run(order)
                 case _:
-                    raise RunError(f"A worker was given {type(order).__name__} before it was set up.")
+                    raise RunError(f"A worker received {type(order).__name__} before it received task and data.")
             if answer is not None:
                 connection.send_bytes(encode(answer))
     except BaseException as error:
@@ -229,7 +232,7 @@ def run_worker(connection: Connection, *folders: str) -> None:
 
 
 def error_message(error: BaseException) -> ErrorMessage:
-    """An error as it crosses."""
+    """An error as a message."""
     if isinstance(error, AtollError):
         kind = "UsageError" if isinstance(error, UsageError) else "RunError"
         return ErrorMessage(kind, [error.given, error.required, error.why, error.write])

@@ -33,18 +33,14 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.compute import limits
 from atoll.compute.buffer_pool import empty
 from atoll.compute.native import serving, threads_now
 from atoll.compute.native.structs import SumJob
 from atoll.compute.tensor_notes import BLOCK, blocks, lookup
 
 WIDTH = 26
-_TILE = 1 << 18  # numbers in one tile on the CPU: with their digits they stay in the caches
-_FAR_TILE = 1 << 24  # numbers in one tile on a GPU, where a kernel launch costs more
 _NATIVE = True  # tests switch it off to compare both paths
-_SOME = 1 << 19  # numbers from which native code finds the largest faster than torch
-_MANY = 1 << 22  # numbers from which a second thread is faster
-_BUSY_MANY = 1 << 24  # the same if idle threads of torch may still spin on the cores, for some milliseconds
 _NOT_ADDABLE = 127  # place of a block with NaN, infinity or a number above the limit
 _EMPTY = -128  # place of a block of zeros
 _ADDED, _REFUSED = 1, 2  # state of a block; refused: a place has no digits yet, or the block is not addable
@@ -110,7 +106,7 @@ def bounded(rows: Tensor) -> bool:
     if peaks is not None:
         return float(peaks.max()) <= LARGEST  # False for NaN
     native = _library(rows)
-    if native is not None and rows.numel() >= _SOME:
+    if native is not None and rows.numel() >= limits.NATIVE_PEAKS:
         job, (tops, *_) = _job(rows)
         _check_memory(native.tops(ctypes.byref(job)))
         return not bool((tops == _NOT_ADDABLE).any())
@@ -130,7 +126,7 @@ def _job(rows: Tensor, weights: Tensor | None = None) -> tuple[SumJob, tuple[Any
     table, fresh = (ctypes.c_void_p * _PLACES)(), (ctypes.c_int8 * _PLACES)()
     own, peaks = threads_now(0), lookup(rows, "peaks")
     threads = own or torch.get_num_threads()
-    if rows.numel() < (_MANY if own else _BUSY_MANY):
+    if rows.numel() < (limits.THREADED_SUM if own else limits.BUSY_THREADED_SUM):
         threads = 1
     sizes = (rows.data_ptr(), k, d, rows.stride(0), _LOWEST, threads, tops.data_ptr(), done.data_ptr())
     sums = None if weights is None else weights.data_ptr(), ctypes.addressof(table), ctypes.addressof(fresh)
@@ -155,12 +151,12 @@ def _add_natively(native: ctypes.CDLL, digits: Digits, rows: Tensor, weights: Te
                     "Mean(sum='float')",
                 )
             used = {top - j for top in found if top != _EMPTY for j in range(places(rows.dtype)) if top - j >= _LOWEST}
-            begun = bool((done == _ADDED).any())
+            added = bool((done == _ADDED).any())
             for place in used - digits.keys():  # before the first addition, native code itself writes zeros
                 digits[place] = empty(rows, rows.shape[1:], torch.float64)
-                if begun:
+                if added:
                     digits[place].zero_()
-                table[place - _LOWEST], fresh[place - _LOWEST] = digits[place].data_ptr(), not begun
+                table[place - _LOWEST], fresh[place - _LOWEST] = digits[place].data_ptr(), not added
             done[refused] = 0
             _check_memory(native.add(ctypes.byref(job)))
     except Exception:  # digits that were created without zeros are complete only in blocks added
@@ -184,19 +180,19 @@ def _add_blocks(digits: Digits, rows: Tensor, start: int, end: int, weights: Ten
     high, low = _place(most), _place(least)
     if high != low:
         top = torch.div(torch.frexp(largest).exponent, WIDTH, rounding_mode="floor").clamp_(min=_LOWEST)
-    size = max(1, (_TILE if x.device.type == "cpu" else _FAR_TILE) // (x.shape[0] * x.shape[2]))
+    size = max(1, (limits.SUM_TILE if x.device.type == "cpu" else limits.DEVICE_SUM_TILE) // (x.shape[0] * x.shape[2]))
     weight = int(weights.sum())
     for first in range(high, low - 1, -1):
-        live = weights[:, None] * (top == first) if high != low else weights[:, None].expand(largest.shape)
-        own = tuple(range(first, max(first - keep, _LOWEST - 1), -1))
-        equal = (live == live[0]).all(0).tolist()
+        block_weights = weights[:, None] * (top == first) if high != low else weights[:, None].expand(largest.shape)
+        digit_places = tuple(range(first, max(first - keep, _LOWEST - 1), -1))
+        equal = (block_weights == block_weights[0]).all(0).tolist()
         for at in range(0, x.shape[1], size):
             part = slice(at, min(at + size, x.shape[1]))
             place = slice(start + at * x.shape[2], start + part.stop * x.shape[2])
             # The two lowest digits are extracted together if their weighted sum fits 62 bits.
-            bits = min(math.frexp(most)[1] - WIDTH * own[-1], 2 * WIDTH)
-            joint = len(own) > 1 and bits + weight.bit_length() <= 62
-            _add_tile(digits, place, rows, x[:, part], live[:, part], own, joint, all(equal[part]))
+            bits = min(math.frexp(most)[1] - WIDTH * digit_places[-1], 2 * WIDTH)
+            joint = len(digit_places) > 1 and bits + weight.bit_length() <= 62
+            _add_tile(digits, place, rows, x[:, part], block_weights[:, part], digit_places, joint, all(equal[part]))
 
 
 def _place(x: float) -> int:
@@ -205,36 +201,43 @@ def _place(x: float) -> int:
 
 
 def _add_tile(
-    digits: Digits, at: slice, rows: Tensor, x: Tensor, live: Tensor, own: tuple[int, ...], joint: bool, equal: bool
+    digits: Digits,
+    at: slice,
+    rows: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    places: tuple[int, ...],
+    joint: bool,
+    equal: bool,
 ) -> None:
-    """Add Σ_k live[k, b] · D_j(x[k, b, :]) to the digits of each place j of `own`, in falling order.
+    """Add Σ_k weights[k, b] · D_j(x[k, b, :]) to the digits of each place j of `places`, in falling order.
 
     The bits of x + 1.5·2^(52 + 26 j), read as an integer, are those of the anchor plus D_j(x) / 2^(26 j). If D_{j+1}
     was not subtracted before, they are those of the anchor plus (D_{j+1}(x) + D_j(x)) / 2^(26 j). Integers wrap, so a
     sum that fits is correct even if partial sums overflow.
     """
     x, above = x.to(torch.float64, copy=True), None
-    for place in own:
-        if joint and place == own[-2]:
+    for place in places:
+        if joint and place == places[-2]:
             continue
         anchor = 1.5 * 2.0 ** (52 + WIDTH * place)
-        y = x.add_(anchor) if place == own[-1] else x + anchor
-        subtracted = place == own[0] and len(own) > 2  # one float64 has 51 bits and a sign, two digits
+        y = x.add_(anchor) if place == places[-1] else x + anchor
+        subtracted = place == places[0] and len(places) > 2  # one float64 has 51 bits and a sign, two digits
         if subtracted:
             x -= y - anchor
         words = y.view(torch.int64)
         if equal:
-            read = words.sum(0).sub_(_wrapped(len(words) * _bits(anchor))).mul_(live[0, :, None])
+            read = words.sum(0).sub_(_wrapped(len(words) * _bits(anchor))).mul_(weights[0, :, None])
         else:
-            read = words.mul_(live[:, :, None]).sum(0).sub_(live.sum(0)[:, None] * _bits(anchor))
-        if joint and place == own[-1]:
+            read = words.mul_(weights[:, :, None]).sum(0).sub_(weights.sum(0)[:, None] * _bits(anchor))
+        if joint and place == places[-1]:
             above = (read + (1 << WIDTH - 1)) >> WIDTH
-            _put(digits, place + 1, at, rows, above)
-        _put(digits, place, at, rows, read if above is None else torch.sub(read, above, alpha=1 << WIDTH))
+            _add_digits(digits, place + 1, at, rows, above)
+        _add_digits(digits, place, at, rows, read if above is None else torch.sub(read, above, alpha=1 << WIDTH))
         above = None if subtracted else read
 
 
-def _put(digits: Digits, place: int, at: slice, rows: Tensor, digit: Tensor) -> None:
+def _add_digits(digits: Digits, place: int, at: slice, rows: Tensor, digit: Tensor) -> None:
     """Add integers to the digits of a place."""
     if place not in digits:
         digits[place] = rows.new_zeros(rows.shape[1], dtype=torch.float64)

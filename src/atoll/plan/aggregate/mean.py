@@ -1,6 +1,6 @@
-"""The mean and the sum of contributions; each contribution is folded once, in O(model) memory.
+"""The mean and the sum of contributions. Each contribution is added once, in O(model) memory.
 
-Tests: tests/identities/test_exact.py
+Tests: tests/identities/test_order.py, tests/conformance/test_parts.py
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _neutral(dtype: int, *shape: int, largest: bool, device: torch.device) -> Te
 
 
 class _Folded(Aggregator):
-    """Folding and merging of the mean and the sum."""
+    """Folding and merging, shared by the mean and the sum."""
 
     linear = True
 
@@ -149,7 +149,7 @@ class _Folded(Aggregator):
         return a
 
     def total(self, partial: PartialSum) -> Total:
-        """The finished sums: float64, or the float sum with `sum="float"`."""
+        """The finished sums in float64; with `sum="float"` in the dtype in which they were added."""
         if self.sum == "exact":
             exact.check_capacity(int(partial.weight), self)
         total = exact.total if self.sum == "exact" else _float
@@ -166,13 +166,17 @@ class _Folded(Aggregator):
 class Mean(_Folded):
     """The mean of the updates.
 
-    g = Σ wᵢ gᵢ / Σ wᵢ  over the contributions that arrived, or divided by the expected weight, E Σ wᵢ = Σ chanceᵢ wᵢ
+    g = Σ wᵢ gᵢ / Σ wᵢ  over the contributions that arrived, or  g = Σ wᵢ gᵢ / E Σ wᵢ,  E Σ wᵢ = Σ chanceᵢ wᵢ
 
     Args:
-        weights: `"examples"`, wᵢ is the number of rows a client holds; `"equal"`, wᵢ = 1.
-        over: `"arrived"` divides by the weight that arrived; `"expected"` by the expected one, so that the influence
-            of a client does not depend on the other clients of the cohort (unbiased, and of bounded sensitivity).
-        sum: `"exact"`, the same bits for every order, grouping and number of workers; `"float"`, fast, order-dependent.
+        weights: `"examples"`: wᵢ is the number of rows that the client holds; `"equal"`: wᵢ = 1.
+        over: `"arrived"` divides by the weight that arrived. `"expected"` divides by the expected weight, so a client's
+            influence does not depend on which other clients participate: the sum is unbiased and has a bounded
+            sensitivity.
+        sum: `"exact"` gives the same bits for every order, grouping and number of workers; `"float"` is faster and
+            depends on the order.
+    Raises:
+        UsageError: an argument is not one of these words.
     Example:
         >>> mean = Mean(weights="equal")
         >>> from atoll.testing import round_info
@@ -199,8 +203,8 @@ class Mean(_Folded):
         means = _divided(total.means, float(total.weight))
         if self.over == "expected":
             sizes, chance = info.population.sizes, info.chance
-            held = torch.ones_like(sizes) if self.weights == "equal" else sizes
-            expected = (chance * held).sum() if chance.dim() else chance * held.sum()
+            weights = torch.ones_like(sizes) if self.weights == "equal" else sizes
+            expected = (chance * weights).sum() if chance.dim() else chance * weights.sum()
             nothing = torch.zeros((), dtype=torch.float64, device=expected.device)
             means["update"] = total.means.get("update", nothing) / expected
         return total._replace(means=means)

@@ -1,4 +1,7 @@
-"""Codecs: the compression of updates."""
+"""Codecs: compression of the update on its way to the server, and of the model on its way to the clients.
+
+Tests: tests/identities/test_codecs.py, tests/identities/test_codec_algebra.py
+"""
 
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy

@@ -61,8 +61,8 @@ class Buckets:
             at = self.at
             column = torch.arange(at.columns, device=like.device)
             end = at.window if at.ragged else at.body
-            own = torch.div(end - column + at.columns - 1, at.columns, rounding_mode="floor")
-            self._sizes = torch.cat((own, torch.full_like(own[:1], at.m)))[: self.count].to(like.dtype)
+            per_block = torch.div(end - column + at.columns - 1, at.columns, rounding_mode="floor")
+            self._sizes = torch.cat((per_block, torch.full_like(per_block[:1], at.m)))[: self.count].to(like.dtype)
         return self._sizes
 
     def sums(self, x: Tensor) -> Tensor:
@@ -167,14 +167,14 @@ class Eden(Codec):
         buckets = [self._buckets(n) for _, n in grid.group_lengths(d)]
         cuts = (grid.parts(x), grid.split(payload, d, self._length), grid.split(scale, d, self._count))
         for i, lanes, rows, codes, scales in grid.batches(*cuts, groups=TILE):
-            turned = rotation.forward(rows, lanes, i) if self.block else rows
-            for _, _, y, code, found in grid.batches([turned], [codes], [scales]):
+            rotated = rotation.forward(rows, lanes, i) if self.block else rows
+            for _, _, y, code, found in grid.batches([rotated], [codes], [scales]):
                 self._quantise(y, buckets[i], code, found)
         return payload, {"seed": seed[:, None], "scale": scale}, {}, memory
 
-    def _quantise(self, turned: Tensor, at: Buckets, codes: Tensor, scales: Tensor) -> None:
+    def _quantise(self, rotated: Tensor, at: Buckets, codes: Tensor, scales: Tensor) -> None:
         """Write packed codes and scales of rows `[k, g, n]` whose numbers are normal up to a scale."""
-        y = turned.flatten(0, 1)
+        y = rotated.flatten(0, 1)
         words = y.view(torch.int64 if y.dtype == torch.float64 else torch.int32)
         code = (words >> 8 * y.element_size() - 1).to(torch.int32).bitwise_and_(1 << (self.bits - 1))
         cells, code_of, centroid_of, _ = _tables(self.bits, y.dtype, y.device)
@@ -205,7 +205,7 @@ class Eden(Codec):
         buckets = [self._buckets(n) for _, n in grid.group_lengths(d)]
         cuts = (grid.parts(out), grid.split(x, d, self._length), grid.split(scale, d, self._count))
         for i, lanes, target, codes, scales in grid.batches(*cuts, groups=TILE):
-            into = rotation.turned(target, i) if self.block else torch.empty_like(target)
+            into = rotation.rotated_rows(target, i) if self.block else torch.empty_like(target)
             for _, _, y, code, size in grid.batches([into], [codes], [scales]):
                 index = unpack_bits(code, y.shape[-1], self.bits)
                 if self.bits == 1:
@@ -218,7 +218,7 @@ class Eden(Codec):
             else:
                 target.copy_(into)
         if not self.block:
-            into = rotation.turned(out[:, None], 0)
+            into = rotation.rotated_rows(out[:, None], 0)
             into.copy_(out[:, None])
             rotation.inverse(into, out[:, None], slice(None), 0)
         return out

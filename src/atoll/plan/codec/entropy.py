@@ -40,12 +40,12 @@ def _zstd() -> Any:
 class Entropy(Codec):
     """Compresses the message without loss, as the last stage of a codec.
 
-    message = zstd(bytes of all stages before), or these bytes unchanged if they are not longer
+    message = zstd(bytes of all preceding stages), or these bytes unchanged if the zstd frame is not shorter
 
-    The numbers do not change: only `to_bytes`, `from_bytes` and the bytes that are counted change. Codes take about
-    their entropy: 3.8 bits instead of 4 for `Eden(4)`, 1.5 instead of 4 for `Quantize(4, norm="l2")`, 27.6 instead of
-    32 for normal numbers. Lengths differ from client to client and depend on the content; `nbytes` is the
-    longest.
+    The numbers do not change. Only `to_bytes`, `from_bytes` and the counted bytes differ. Codes need about their
+    entropy: 3.8 bits instead of 4 for `Eden(4)`, 1.5 instead of 4 for `Quantize(4, norm="l2")`, 27.6 instead of 32 for
+    normal numbers. The length of a message depends on its content, so it reveals something about the update. `nbytes`
+    is the largest possible length.
 
     Message: if it has the length of the preceding stages' form, it is their message, unchanged. If it is shorter, it is
     one zstd frame with a checksum. The frame contains the fields one after another. Each field is transposed: the first
@@ -99,7 +99,8 @@ class Entropy(Codec):
 
     def _opened(self, form: Form, frame: bytes, i: int) -> bytes:
         zstd = _zstd()
-        # A frame names the memory that it needs; a valid one needs no more than the length of its message.
+        # A frame states the memory that its decoder needs. A frame that `compress` made needs at most the length
+        # of its message, so a larger demand is refused.
         window = min(max(10, (form.nbytes - 1).bit_length()), zstd.DecompressionParameter.window_log_max.bounds()[1])
         opener = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: window})
         try:
@@ -115,9 +116,9 @@ class Entropy(Codec):
         return _transposed(form, whole, back=True)
 
 
-def _refused(i: int, form: Form, what: str) -> MessageError:
+def _refused(i: int, form: Form, subject: str) -> MessageError:
     return MessageError(
-        f"Message {i}: {what}.",
+        f"Message {i}: {subject}.",
         f"one zstd frame of {form.nbytes} bytes.",
         "the codec and the model determine the length of every message.",
     )

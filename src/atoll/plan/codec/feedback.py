@@ -1,6 +1,6 @@
-"""Codecs with client memory that correct the error of a compressor: error feedback and EF21.
+"""Codecs with client memory: the compression error of one round is corrected in later rounds.
 
-Tests: tests/rates/test_error_feedback.py, tests/identities/test_codecs_memory.py
+Tests: tests/identities/test_codecs_memory.py, tests/rates/test_error_feedback.py
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _outer(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _check_inner(part: str, codec: Any) -> None:
-    """Refuse a value that is no codec, and a codec that is no contraction or has client memory."""
+    """Refuse a value that is no codec, a codec that is no contraction, and a codec that has its own memory."""
     if not isinstance(codec, Codec):
         raise UsageError(f"{part}({codec!r}).", "a codec.", write=f"{part}(TopK(0.01))")
     if (contraction := codec.contraction()) != codec:
@@ -121,9 +121,11 @@ class ErrorFeedback(_Wrapper):
 
     p = x + e,   send C(p),   e⁺ = p − Ĉ(p),   e = 0 at first
 
-    Ĉ is the decoded message. The sum of all decoded messages and of e equals the sum of all updates; e changes only if
-    the message was accepted. If the optima of clients differ, the learning rate has to decrease; `EF21` converges with
-    a constant one.
+    Ĉ(p) is the vector that the server decodes. Σ (sent vectors) + e = Σ (updates x) at any time. e changes only if the
+    server accepts the message. If the optima of the clients differ, the learning rate has to decrease; `EF21`
+    converges with a constant one.
+
+    Client memory: `error`, e, `[d]` in the run's dtype.
 
     Args:
         codec: a contraction: `TopK`, `Sign`, `LowRank`, `Quantize`, `Eden`, `RandomK(..., unbiased=False)`, or a
@@ -153,9 +155,9 @@ class ErrorFeedback(_Wrapper):
         return {"error": torch.zeros(layout.d, dtype=layout.dtype)}
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
-        meant = x + memory["error"]
-        payload, side, sums, _ = self.codec.encode(meant, {}, _outer(shared), key)
-        return payload, side, sums, {"error": meant - roundtrip(self.codec, payload, side, key)}
+        corrected = x + memory["error"]
+        payload, side, sums, _ = self.codec.encode(corrected, {}, _outer(shared), key)
+        return payload, side, sums, {"error": corrected - roundtrip(self.codec, payload, side, key)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -164,12 +166,14 @@ class EF21(_Wrapper):
 
     send C(x − h),   h⁺ = h + Ĉ(x − h);      g = Σ over all clients of w h⁺ / Σ over all clients of w
 
-    h follows x, so the error vanishes when updates converge, for clients with different optima and at a constant
-    learning rate. A client that does not participate, or whose message is lost, is in the mean with its last h. EF21
-    requires the mean over the contributions that arrived, of the current round: not `Sum`, not `over="expected"`, and
-    no late contribution.
+    h follows x, so the error vanishes as the updates converge. This holds for any difference between the clients, and
+    for a constant learning rate. A client that does not participate, or whose message is lost, contributes its last h
+    to the mean. EF21 needs a mean over the contributions that arrived, each in the round in which it started: not
+    `Sum`, not `over="expected"`, no late contributions.
 
-    Server state: `_sum`, float64 `[d]`, Σ w h over all clients; it is not broadcast.
+    Client memory: `shift`, h, `[d]` in the run's dtype.
+
+    Server state: `_sum`, float64 `[d]`, Σ w h over all clients. It is not sent to clients.
 
     Args:
         codec: a contraction, as for `ErrorFeedback`.
@@ -204,10 +208,10 @@ class EF21(_Wrapper):
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         total, after = super().server_update(total, server, info, key)
-        held = server["_sum"] + total.means.get("update", torch.zeros_like(server["_sum"]))
+        running_sum = server["_sum"] + total.means.get("update", torch.zeros_like(server["_sum"]))
         # `finalize` divides by the weight that arrived; this mean is over the weight of all clients.
-        update = held * (total.weight.to(torch.float64) / self.total_weight.to(torch.float64))
-        return total._replace(means={**total.means, "update": update}), {"_sum": held, **after}
+        update = running_sum * (total.weight.to(torch.float64) / self.total_weight.to(torch.float64))
+        return total._replace(means={**total.means, "update": update}), {"_sum": running_sum, **after}
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         """Only the mean over all clients that arrive in their own round divides the server's sum correctly."""

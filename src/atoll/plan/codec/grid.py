@@ -1,9 +1,11 @@
-"""Groups of a long vector that fit into the cache, and draws and sums along them.
+"""Groups: how a long vector is cut for work in the cache, with draws and sums over the groups.
 
-A vector is cut into groups of 65,536 coordinates; the last one takes the rest, and joins the one before if
-it would have less than 4,096. The cut is a function of the length alone, and belongs to the formats: packed
-codes, rotations and buckets never cross the end of a group. Every sum here has a fixed order, so a lane's bits depend
-on nothing but the lane.
+A vector is cut into groups of 65,536 coordinates. The rest becomes the last group; if the rest has fewer than 4,096
+coordinates, it is joined to the group before it. The cut depends only on the length, and it is part of the message
+formats: packed codes, rotations and buckets never cross the end of a group. Every sum here has a fixed order, so the
+bits of a lane depend only on that lane.
+
+Tests: tests/identities/test_codec_algebra.py, tests/golden/test_codec_bytes.py
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the step of SplitMix64, as a signed 
 
 
 def group_lengths(d: int) -> tuple[tuple[int, int], ...]:
-    """(number of groups, length of each): the full groups, then the last one if its length differs.
+    """(number of groups, their length): the full groups, then the last one if its length differs.
 
     Example:
         >>> group_lengths(1000), group_lengths(200_000)
@@ -52,7 +54,7 @@ def parts(x: Tensor) -> list[Tensor]:
 
 
 def split(x: Tensor, d: int, length: Callable[[int], int]) -> list[Tensor]:
-    """Views `[K, groups, length(n)]` of the numbers of each group of n out of d coordinates."""
+    """Views `[K, groups, length(n)]` of the numbers that belong to each group of n coordinates out of d."""
     out, start = [], 0
     for count, n in group_lengths(d):
         width = length(n)
@@ -62,7 +64,7 @@ def split(x: Tensor, d: int, length: Callable[[int], int]) -> list[Tensor]:
 
 
 def room(groups: int = 1) -> int:
-    """Numbers to compute on at once: they fit into the cache, and take longer than the call."""
+    """How many numbers to process per operation: few enough for the cache, enough to outweigh the call's overhead."""
     return groups * GROUP * max(2, min(torch.get_num_threads(), 8))
 
 
@@ -114,10 +116,10 @@ def signs(state: Tensor, n: int) -> Tensor:
 
 
 def ordered_sum(x: Tensor, columns: int = 1) -> Tensor:
-    """The sums over rows of `[..., m·columns]`, `[..., columns]`, in an order that depends on m and columns only.
+    """The sums over m rows, `[..., m·columns]` to `[..., columns]`, in an order that depends only on m and columns.
 
-    Runs of 64 are added in parallel, then their sums: a sum over the last axis in one go would be split
-    otherwise for one lane than for many.
+    Runs of 64 rows are added in parallel, then the results of the runs are added in the same way. `torch.sum` over the
+    last axis would split a single lane differently from several lanes.
 
     Example:
         >>> ordered_sum(torch.arange(6.0)), ordered_sum(torch.arange(6.0), columns=2)
@@ -142,7 +144,7 @@ def lane_sum(x: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def buckets(x: Tensor, size: int) -> Tensor:
-    """Rows `[..., n]` as buckets `[..., ⌈n/size⌉, size]`, padded with zeros."""
+    """Rows `[..., n]` as buckets `[..., ⌈n/size⌉, size]`, the last one padded with zeros."""
     lack = -x.shape[-1] % size
     rows: Tensor = (pad(x, (0, lack)) if lack else x).unflatten(-1, (-1, size))
     return rows

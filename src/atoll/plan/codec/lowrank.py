@@ -38,8 +38,8 @@ def matrices(layout: Layout, rank: int) -> list[Piece]:
     out, start = [], 0
     for entry in layout.segment("params"):
         m, n = (entry.shape[0], prod(entry.shape[1:])) if len(entry.shape) > 1 else (entry.size, 0)
-        thin = n and rank * (m + n) < m * n
-        out.append(Piece(start, m if thin else entry.size, n if thin else 0))
+        low_rank = n and rank * (m + n) < m * n
+        out.append(Piece(start, m if low_rank else entry.size, n if low_rank else 0))
         start += entry.size
     return out
 

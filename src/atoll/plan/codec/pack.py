@@ -165,5 +165,5 @@ def index_flaws(packed: Tensor, k: int, d: int) -> Tensor:
     first = torch.arange(k, device=packed.device)[None]
     index = unpack_index(torch.where(bad[:, None], pack_index(first, d), packed), k, d)
     bad |= (index.diff(dim=-1) <= 0).any(-1) | (index >= d).any(-1)
-    again = pack_index(torch.where(bad[:, None], first, index), d)
-    return bad | (again != packed).any(-1)
+    repacked = pack_index(torch.where(bad[:, None], first, index), d)
+    return bad | (repacked != packed).any(-1)

@@ -94,22 +94,22 @@ class Rotation:
         work = self._buffer(rows, at.m, at.columns)
         signs = self._of(self._signs[part], lanes)
         torch.mul(rows[..., : at.body], signs, out=work.values.view(*rows.shape[:-1], at.body))
-        turned = work.run().view(*rows.shape[:-1], at.body)
+        rotated = work.run().view(*rows.shape[:-1], at.body)
         if not at.ragged:
-            return turned
-        whole = torch.cat((turned, rows[..., at.body :]), -1)
+            return rotated
+        whole = torch.cat((rotated, rows[..., at.body :]), -1)
         work = self._buffer(rows, at.m, 1)
         torch.mul(whole[..., at.window :], self._of(self._window, lanes), out=work.values.view(*rows.shape[:-1], at.m))
         whole[..., at.window :] = work.run().view(*rows.shape[:-1], at.m)
         return whole
 
-    def turned(self, out: Tensor, part: int) -> Tensor:
+    def rotated_rows(self, out: Tensor, part: int) -> Tensor:
         """A buffer for the rotated rows `[k, g, n]` that `inverse` reads."""
         at = self.geometry[part]
         return torch.empty_like(out) if at.ragged else self._buffer(out, at.m, at.columns).values.view(out.shape)
 
     def inverse(self, rows: Tensor, out: Tensor, lanes: slice, part: int) -> None:
-        """Write to `out`, `[k, g, n]`, the inverse rotation of the rows in the buffer `turned(out, part)`."""
+        """Write to `out`, `[k, g, n]`, the inverse rotation of the rows in the buffer `rotated_rows(out, part)`."""
         at, lead = self.geometry[part], out.shape[:-1]
         body = self._buffer(out, at.m, at.columns)
         if at.ragged:
@@ -118,8 +118,8 @@ class Rotation:
             rows[..., at.window :] = tail.run().view(*lead, at.m) * self._of(self._window, lanes)
             out[..., at.body :] = rows[..., at.body :]
             body.values.view(*lead, at.body).copy_(rows[..., : at.body])
-        turned = body.run().view(*lead, at.body)
-        torch.mul(turned, self._of(self._signs[part], lanes), out=out[..., : at.body])
+        unrotated = body.run().view(*lead, at.body)
+        torch.mul(unrotated, self._of(self._signs[part], lanes), out=out[..., : at.body])
 
     def _of(self, signs: Tensor, lanes: slice) -> Tensor:
         return signs if self._shared else signs[lanes]
@@ -188,8 +188,8 @@ class Rotate(Codec):
         rows = x.reshape(-1, x.shape[-1])
         rotation = Rotation(key.shared().state(), x.shape[-1], self.block, rows)
         out = torch.empty_like(rows)
-        for i, lanes, turned, target in grid.batches(rotation.parts(rows), rotation.parts(out), groups=TILE):
-            into = rotation.turned(target, i)
-            into.copy_(turned)
+        for i, lanes, rotated, target in grid.batches(rotation.parts(rows), rotation.parts(out), groups=TILE):
+            into = rotation.rotated_rows(target, i)
+            into.copy_(rotated)
             rotation.inverse(into, target, lanes, i)
         return out.view_as(x)

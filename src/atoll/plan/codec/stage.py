@@ -97,7 +97,7 @@ class Codec(Stage):
         Raises:
             RunError: the codec is not bound.
         """
-        return self._known(self.binding and self.binding.layout, "layout", "codec.bind(layout)")
+        return self._require(self.binding and self.binding.layout, "layout", "codec.bind(layout)")
 
     @property
     def total_weight(self) -> Tensor:
@@ -107,7 +107,7 @@ class Codec(Stage):
             RunError: the codec is not bound, or not with a total weight.
         """
         known = self.binding and self.binding.total_weight
-        return self._known(known, "total weight of all clients", "codec.bind(layout, total_weight)")
+        return self._require(known, "total weight of all clients", "codec.bind(layout, total_weight)")
 
     @property
     def before(self) -> Declared:
@@ -116,9 +116,9 @@ class Codec(Stage):
         Raises:
             RunError: the codec is not bound.
         """
-        return self._known(self.binding and self.binding.before, "preceding stage", "codec.bind(layout)")
+        return self._require(self.binding and self.binding.before, "preceding stage", "codec.bind(layout)")
 
-    def _known(self, value: T | None, fact: str, write: str) -> T:
+    def _require(self, value: T | None, fact: str, write: str) -> T:
         if value is None:
             why = f"the message itself does not carry the {fact}."
             raise RunError(f"{self!r} has no {fact}.", f"a call of {write}.", why, write)
@@ -283,16 +283,16 @@ class Chain(Codec):
 
     def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Self:
         bound, stages = super().bind(layout, total_weight, before), []
-        for stage, here in self._along(layout):
-            stages.append(stage.bind(here, total_weight, before))
-            before = stages[-1].declare(here).get("update")
+        for stage, stage_layout in self._along(layout):
+            stages.append(stage.bind(stage_layout, total_weight, before))
+            before = stages[-1].declare(stage_layout).get("update")
         object.__setattr__(bound, "stages", tuple(stages))
         return bound
 
     def declare(self, layout: Layout) -> Mapping[str, Declared]:
         out: dict[str, Declared] = {}
-        for stage, here in self._along(layout):
-            out |= stage.declare(here)
+        for stage, stage_layout in self._along(layout):
+            out |= stage.declare(stage_layout)
         return out or super().declare(layout)
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
@@ -312,13 +312,13 @@ class Chain(Codec):
         return layout
 
     def memory(self, layout: Layout) -> Tensors:
-        return _join([stage.memory(here) for stage, here in self._along(layout)])
+        return _join([stage.memory(stage_layout) for stage, stage_layout in self._along(layout)])
 
     def server(self, layout: Layout) -> Tensors:
-        return _join([stage.server(here) for stage, here in self._along(layout)])
+        return _join([stage.server(stage_layout) for stage, stage_layout in self._along(layout)])
 
     def form(self, layout: Layout) -> Form:
-        forms = [stage.form(here) for stage, here in self._along(layout)]
+        forms = [stage.form(stage_layout) for stage, stage_layout in self._along(layout)]
         side = {f"{i}.{name}": field for i, form in enumerate(forms) for name, field in form.side.items()}
         return Form(side, forms[self._last].payload if forms else Field(layout.dtype, layout.d))
 

@@ -1,7 +1,9 @@
 """The bytes of a message: fields one after another, little-endian, without names, lengths or padding between them.
 
-Sender and receiver know the codec and the layout, which determine the length of every field. A message is exactly as
-long as its `Form`. Any other message is refused before it is used.
+Sender and receiver know the codec and the layout, and these fix the length of every field. A message has exactly the
+length of its `Form`. A message that is longer or shorter, or that no client sends, is refused before it is used.
+
+Tests: tests/golden/test_codec_bytes.py, tests/identities/test_codecs.py
 """
 
 from __future__ import annotations
@@ -103,9 +105,9 @@ def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Ten
     return out.pop("payload"), out
 
 
-def reject(bad: Tensor, what: str, required: str) -> None:
+def reject(bad: Tensor, fault: str, required: str) -> None:
     """Raise MessageError for the first marked lane; `bad` is bool `[K]`."""
     if bool(bad.any()):
         raise MessageError(
-            f"Message {bad.tolist().index(True)}: {what}.", f"{required}.", "no client of this codec sends this."
+            f"Message {bad.tolist().index(True)}: {fault}.", f"{required}.", "no client of this codec sends this."
         )

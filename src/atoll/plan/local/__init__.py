@@ -1,4 +1,7 @@
-"""Local parts: the computation of a client."""
+"""Local parts: the computation of a client.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from atoll.plan.local.custom import Context, Custom, Loader
 from atoll.plan.local.evaluate import Evaluate

@@ -35,11 +35,11 @@ from atoll.plan.protocols import (
 
 @dataclass(frozen=True)
 class Context:
-    """The arguments of a user's loop: the round, the client, the learning rate, the device and a keyed generator.
+    """The facts that a user's loop receives: round, client, learning rate, device and a keyed generator.
 
     Args:
         round: from 0.
-        client: its id.
+        client: the id of the client.
         lr: the `lr` of `Custom(fn, lr=...)`, or None.
         device: of the model.
         generator: of torch, seeded by (seed, round, client).
@@ -55,7 +55,7 @@ class Context:
 class Loader:
     """Batches `(x, y)` of one client, in a new keyed order in each pass.
 
-    If the model has batch statistics, a tail of one row joins the batch before it, as in `Train`.
+    If the model uses batch statistics, a tail of one row joins the batch before it, as in `Train`.
     """
 
     def __init__(self, lanes: ClientBatch, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
@@ -83,10 +83,10 @@ class Custom(Local):
     gᵢ = θ − θᵢ,  θᵢ the parameters of the model after `fn`.
 
     Args:
-        fn: `fn(model, loader, ctx) -> metrics | None`: trains the model in place; `loader` yields `(x, y)`; the
-            metrics, numbers by name, are averaged by rows. In a text it is written `module:name`.
-        batch: rows in the loader's batches; None is all of them.
-        lr: is passed on as `ctx.lr`; a number or None.
+        fn: `fn(model, loader, ctx) -> metrics | None`. It trains the model in place. `loader` yields batches `(x, y)`.
+            The metrics, numbers by name, are averaged with the rows as weights. In a plan text, `fn` is `module:name`.
+        batch: rows in a batch of the loader; None: all.
+        lr: passed to `fn` as `ctx.lr`; a number or None.
         sends: `"update"` or `"model"`, as for `Train`.
     Raises:
         UsageError: `fn` is not a function, or another argument is out of range.
@@ -116,7 +116,7 @@ class Custom(Local):
             )
 
     def padded_batch(self, rows: int) -> int:
-        """No padding: clients run one after the other."""
+        """No padding: clients train one after another."""
         return rows
 
     def declare(self, task: Task) -> Mapping[str, Declared]:

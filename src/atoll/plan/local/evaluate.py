@@ -34,11 +34,11 @@ class Evaluate(Local):
     """
 
     def padded_batch(self, rows: int) -> int:
-        """The padded length of a client's batches: a function of its own number of rows."""
+        """The padded length of this client's batches, a function of its own number of rows."""
         return padded(rows)
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
-        """Sums only: the rows, the loss and each metric of the task."""
+        """Only sums: the rows, the loss and each metric of the task."""
         return {"rows": Declared(1, torch.int64, "sum"), OPEN: Declared(1, task.layout.dtype, "sum")}
 
     def contribute(

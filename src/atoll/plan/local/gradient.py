@@ -35,7 +35,9 @@ class Gradient(Local):
     gᵢ = ∇θ (1/|B|) Σ_{rows in B} ℓ(f_θ(x), y),  B all rows, or `batch` of them drawn without replacement each round.
 
     Args:
-        batch: rows in B; None: all. A client with fewer rows uses all of them.
+        batch: number of rows in B, ≥ 1; None: all. A client with fewer rows uses all of them.
+    Raises:
+        UsageError: the batch is not an integer ≥ 1.
     Example:
         >>> Gradient(batch=32)
         Gradient(32)
@@ -49,11 +51,11 @@ class Gradient(Local):
         check_batch("Gradient", self.batch)
 
     def padded_batch(self, rows: int) -> int:
-        """The padded length of a client's batch: a function of its own number of rows."""
+        """The padded length of this client's batch, a function of its own number of rows."""
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
     def examples_per_round(self, sizes: Tensor) -> Tensor:
-        """Rows that clients of these sizes process in a round."""
+        """The number of rows that clients of these sizes process in a round."""
         return sizes if self.batch is None else sizes.clamp(max=self.batch)
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
@@ -69,8 +71,8 @@ class Gradient(Local):
         if self.batch is None:
             positions = torch.arange(width, device=lanes.ids.device).expand(len(counts), -1)
         else:
-            wide = max(width, lanes.sizes[0])
-            positions = key.fold("order").permutations(lanes.rows, wide)[:, :width]
+            length = max(width, lanes.sizes[0])
+            positions = key.fold("order").permutations(lanes.rows, length)[:, :width]
         model = broadcast.model.lanes(len(counts))
         g = lanes.gradient(task, model, lanes.places(positions), counts, key.fold("pass"))
         if lanes.on_step is not None:

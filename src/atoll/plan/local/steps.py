@@ -1,6 +1,6 @@
-"""Numbers of local steps: of a pass over the rows, and by a schedule of the round.
+"""The number of local steps: in a pass over the rows, and by a schedule of the round.
 
-Tests: tests/identities/test_local_sgd.py
+Tests: tests/identities/test_local_sgd.py, tests/identities/test_schedule.py
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ _FAR = 10**9  # a round in which every decreasing schedule has reached its end
 
 
 def _whole(schedule: Schedule, t: int) -> int:
-    """The steps of a schedule in round t; 0 if its value is not finite."""
+    """The number of steps of a schedule in round t; 0 if its value is not finite or rounds to less than 1."""
     value = schedule(t)
     return max(0, round(value)) if math.isfinite(value) else 0
 
 
 def check_steps(schedule: Schedule) -> None:
-    """Refuse a schedule of steps that observes the loss, or that is below 1 at the start of a piece or in the end."""
-    steps, looks = _whole(schedule, 0), bool(schedule.init())
+    """Refuse a schedule of steps that observes the loss, or that is below 1 at the start of a piece or at the end."""
+    steps, observes = _whole(schedule, 0), bool(schedule.init())
     turns, rest = [0], schedule
     while isinstance(rest, join):
         turns.append(turns[-1] + rest.first.rounds)
         rest = rest.then
-    if looks or not all(_whole(schedule, t) for t in (*turns, _FAR)):
+    if observes or not all(_whole(schedule, t) for t in (*turns, _FAR)):
         raise UsageError(
             f"Train(steps={schedule!r}).",
-            "a schedule that does not observe the loss." if looks else "at least 1 step in every round.",
+            "a schedule that does not observe the loss." if observes else "at least 1 step in every round.",
             "the number of steps is fixed before the round."
-            if looks
+            if observes
             else "a client that makes no step sends no update.",
             f"Train(sgd(0.1), steps=cosine({max(1, steps)}.0, rounds=100, end=1.0), batch=10)",
         )
@@ -48,7 +48,7 @@ def steps_at(schedule: Schedule, t: int) -> int:
         schedule: of the number of steps, rounded to the nearest integer.
         t: the round, ≥ 0.
     Raises:
-        RunError: a schedule of the user is below one.
+        RunError: a schedule that the user wrote gives less than one step.
     Example:
         >>> from atoll.plan.schedule import cosine
         >>> [steps_at(cosine(8.0, rounds=2, end=1.0), t) for t in range(3)]
@@ -71,9 +71,15 @@ def quotient(a: Tensor, b: Tensor) -> Tensor:
 
 
 def lengths_of(rows: Tensor, batch: int | None, joins: bool) -> tuple[Tensor, Tensor]:
-    """The batches of a pass over these rows, and whether the last batch has one row more than `batch`.
+    """(the number of batches in a pass over each client's rows, whether the last batch has `batch` + 1 rows).
 
-    One row has no batch statistics. For a model with batch statistics a tail of one row joins the batch before it.
+    A single row has no batch statistics. If the model uses batch statistics, a tail of one row therefore joins the
+    batch before it.
+
+    Args:
+        rows: int64 `[K]`.
+        batch: rows in a batch; None: all.
+        joins: whether a tail of one row joins the batch before it.
 
     Example:
         >>> lengths_of(torch.tensor([25, 21, 7]), 10, True)
@@ -86,7 +92,7 @@ def lengths_of(rows: Tensor, batch: int | None, joins: bool) -> tuple[Tensor, Te
 
 
 def counted(steps: Iterator[tuple[Tensor, tuple[int, ...]]], rows: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """The same steps, with places and counts; adds the processed rows of each client to `rows`, in place."""
+    """The same steps. The number of rows that each client processes is added to `rows` in place."""
     for places, counts in steps:
         rows[: len(counts)] += torch.tensor(counts, device=rows.device)
         yield places, counts

@@ -49,18 +49,19 @@ class Train(Local):
     gᵢ = θ − θᵢ,  θᵢ from θ by `epochs` passes over the rows, or by `steps` batches, which continue across passes.
 
     Args:
-        optimizer: of the client, such as `sgd(0.1)`; its schedule counts rounds.
-        epochs: passes over the rows, at least 1; or
-        steps: batches, at least 1, or a schedule of them by the round, to the nearest whole number. One of the two.
+        optimizer: of the client, such as `sgd(0.1)`. Its schedule counts rounds.
+        epochs: passes over the rows, ≥ 1. Pass either `epochs` or `steps`.
+        steps: batches, ≥ 1, or a schedule of their number by the round, rounded to the nearest integer.
         batch: rows in a batch; None: all. A client with fewer rows trains on all of them at once.
-        keep: client state that lasts between rounds: `"optimizer"`, or `"order"`, the place in the rows.
-        sends: the `"update"`, or the `"model"` θᵢ itself. The update is then θ − θᵢ with the server's θ when it
-            arrives, not with the θ that the client started from: models are mixed, as in FedAsync. The message is the
-            same, since the server has both θ; only late contributions differ.
+        keep: client memory between rounds: `"optimizer"`, its state; `"order"`, its position in the order of the rows.
+        sends: `"update"`, or `"model"` for θᵢ itself. With `"model"` the update is θ − θᵢ with the θ of the server when
+            the contribution arrives, not the θ that the client started from: models are mixed, as in FedAsync. The
+            message is the same, since the server has both θ. Only late contributions differ.
     Raises:
-        UsageError: neither or both of epochs and steps, a number out of range, or a schedule below one step.
+        UsageError: neither or both of epochs and steps are given, a number is out of range, or a schedule has less than
+            one step.
     Example:
-        >>> from atoll.plan.optimizer.rules import sgd
+        >>> from atoll.plan.optimizer import sgd
         >>> Train(sgd(0.1), epochs=1, batch=10)
         Train(sgd(0.1), epochs=1, batch=10)
 
@@ -100,8 +101,8 @@ class Train(Local):
                 "local training makes steps in place." if known else "",
                 "Train(sgd(0.1), epochs=1, batch=10)",
             )
-        odd = set(self.keep) - {"optimizer", "order"}
-        if odd or isinstance(self.keep, str):
+        unknown = set(self.keep) - {"optimizer", "order"}
+        if unknown or isinstance(self.keep, str):
             raise UsageError(
                 f"Train(keep={self.keep!r}).",
                 "a tuple of 'optimizer' and 'order'.",
@@ -116,26 +117,26 @@ class Train(Local):
             )
 
     def steps_at(self, t: int) -> int | None:
-        """The batches of round t; None if passes are counted.
+        """The number of batches in round t; None if passes are counted.
 
         Raises:
-            RunError: a schedule of the user is below one.
+            RunError: a schedule that the user wrote gives less than one step.
         """
         return steps_at(self.steps, t) if isinstance(self.steps, Schedule) else self.steps
 
     def relative_work(self, t: int) -> float:
-        """The work of a client in round t, relative to round 0."""
+        """The work of a client in round t, relative to its work in round 0."""
         return steps_at(self.steps, t) / steps_at(self.steps, 0) if isinstance(self.steps, Schedule) else 1.0
 
     def memory(self, layout: Layout) -> Tensors:
-        """The optimizer's state and the number of batches taken so far, if `keep` names them."""
-        kept: dict[str, Tensor] = {}
+        """The optimizer's state, and the number of batches processed so far, if `keep` names them."""
+        tensors: dict[str, Tensor] = {}
         if "optimizer" in self.keep:
             fresh = self.optimizer.slots(torch.zeros(layout.d, dtype=layout.dtype))
-            kept |= {f"optimizer.{n}": t for n, t in fresh.items()}
+            tensors |= {f"optimizer.{n}": t for n, t in fresh.items()}
         if "order" in self.keep:
-            kept["taken"] = torch.zeros((), dtype=torch.int64)
-        return kept
+            tensors["taken"] = torch.zeros((), dtype=torch.int64)
+        return tensors
 
     def server(self, layout: Layout) -> Tensors:
         """The memory of a plateau schedule of the clients; empty for other schedules."""
@@ -156,11 +157,11 @@ class Train(Local):
         return total, self.optimizer.schedule.observe(server, (total.sums["loss"] / total.sums["rows"]).squeeze())
 
     def padded_batch(self, rows: int) -> int:
-        """The padded length of a client's batches: a function of its own number of rows."""
+        """The padded length of this client's batches, a function of its own number of rows."""
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
     def examples_per_round(self, sizes: Tensor) -> Tensor:
-        """Rows that clients of these sizes process in the first round."""
+        """The number of rows that clients of these sizes process in the first round."""
         if self.epochs is not None:
             return sizes * self.epochs
         return sizes.clamp(max=self.batch) * (self.steps_at(0) or 0)
@@ -168,7 +169,7 @@ class Train(Local):
     def contribute(
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """θ − θᵢ of K clients, trained in lanes; a lane that has finished does not change."""
+        """θ − θᵢ of K clients, trained in lanes. A lane that has finished does not change."""
         count, steps = len(lanes.sizes), self.steps_at(broadcast.round)
         lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
         batches = self._batches(lanes, memory, key, task, steps)
@@ -182,7 +183,7 @@ class Train(Local):
             batches = counted(batches, rows)
         descent = task.descent(broadcast.model, count, lr, key)
         descent.follow(lanes, batches)
-        after = {"taken": self._taken(lanes, memory, steps)} if "order" in self.keep else {}
+        after = {"taken": self._batches_taken(lanes, memory, steps)} if "order" in self.keep else {}
         sums = {"loss": descent.loss, "rows": rows}
         return contribution_of(lanes, descent.update(), *descent.moved, sums), after
 
@@ -218,21 +219,21 @@ class Train(Local):
         if "optimizer" in self.keep:
             after |= {f"optimizer.{n}": t for n, t in state.items()}
         if "order" in self.keep:
-            after["taken"] = self._taken(lanes, memory, self.steps_at(broadcast.round))
+            after["taken"] = self._batches_taken(lanes, memory, self.steps_at(broadcast.round))
         update = broadcast.model.theta - model.theta
         return contribution_of(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
 
-    def _taken(self, lanes: ClientBatch, memory: Tensors, steps: int | None) -> Tensor:
+    def _batches_taken(self, lanes: ClientBatch, memory: Tensors, steps: int | None) -> Tensor:
         taken = memory["taken"].to(lanes.ids.device)
         return taken + self._done(torch.full_like(taken, steps or 0), lanes.share)
 
     @staticmethod
     def _done(steps: Tensor, share: float) -> Tensor:
-        """The steps of a client with time for a fraction of them, at least one."""
+        """The number of steps of a client with time for a fraction of them, at least one."""
         return steps if share == 1 else (steps * share).long().clamp(min=1)
 
     def sequential(self, rows: int) -> bool:
-        """Whether the loop trains each client of a chunk to its end before the next one."""
+        """Whether the loop trains each client of a chunk to its end before the next one. `rows`: of one client."""
         return self.optimizer.is_plain_sgd() and self.padded_batch(rows) <= ROWS
 
     def _batches(
@@ -246,20 +247,20 @@ class Train(Local):
         lengths, joined = lengths_of(rows, self.batch, task.batch_statistics)
         steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
         steps = self._done(steps, lanes.share)
-        keeps = "order" in self.keep
+        keeps_order = "order" in self.keep
         # The key of a repeated start draws another order; a kept order continues at its place.
-        draw = Key(key.seed).fold("kept order") if keeps else key.fold("order")
-        who = lanes.ids if keeps or key.clients is None else key.clients
-        taken = memory["taken"].to(rows.device) if keeps else torch.zeros_like(lengths)
+        draw = Key(key.seed).fold("kept order") if keeps_order else key.fold("order")
+        clients = lanes.ids if keeps_order or key.clients is None else key.clients
+        taken = memory["taken"].to(rows.device) if keeps_order else torch.zeros_like(lengths)
         reach = width * int(lengths.max()) + 1
         full = rows if self.batch is None else rows.clamp(max=self.batch)
-        if not keeps and lanes.sizes[0] == lanes.sizes[-1]:  # all lanes are at the same position in a pass
+        if not keeps_order and lanes.sizes[0] == lanes.sizes[-1]:  # all lanes are at the same position in a pass
             of_pass, size, count = int(lengths[0]), int(full[0]), len(lanes.sizes)
             last = lanes.sizes[0] - (of_pass - 1) * size
             for s in range(int(steps[0])):
                 epoch, place = divmod(s, of_pass)
                 if not place:
-                    order = lanes.places(draw.of(who, rows.new_tensor(epoch)).permutations(rows, reach))
+                    order = lanes.places(draw.of(clients, rows.new_tensor(epoch)).permutations(rows, reach))
                 own = size if place < of_pass - 1 else last
                 yield order[:, place * width : place * width + max(own, width)], (own,) * count
             return
@@ -268,13 +269,13 @@ class Train(Local):
             ahead = torch.arange(first, min(first + _AHEAD, int(steps[0])), device=rows.device)[:, None]
             active = (steps > ahead).sum(1).tolist()
             epoch_of, at = (f(taken + ahead, lengths) for f in (quotient, torch.remainder))
-            left = rows - at * full  # rows of the pass that remain, this batch included
-            counts = torch.where(joined & (at == lengths - 1), left, torch.minimum(left, full)).tolist()
+            remaining = rows - at * full  # rows of the pass that remain, this batch included
+            counts = torch.where(joined & (at == lengths - 1), remaining, torch.minimum(remaining, full)).tolist()
             new = (at == 0) | (ahead == 0)
             for i, (k, some) in enumerate(zip(active, new.any(1).tolist(), strict=True)):
                 if some and bool(new[i, :k].any()):
                     index = new[i, :k].nonzero().squeeze(1)
-                    drawn = draw.of(who[index], epoch_of[i, index]).permutations(rows[index], reach)
+                    drawn = draw.of(clients[index], epoch_of[i, index]).permutations(rows[index], reach)
                     order[index] = lanes.places(drawn, index)
                 mine = tuple(counts[i][:k])
                 span = torch.arange(max(*mine, width), device=rows.device)

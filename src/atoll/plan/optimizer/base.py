@@ -5,8 +5,8 @@
 
 A rule acts on each coordinate independently, so it can be computed on any part of θ. The lanes are concatenated and
 cut into blocks. A cut is made between lanes with different step counts, since the scalars of a rule depend on the
-count. A cut is also made after every `BLOCK` numbers, so that temporaries stay small. A rule of `torch.optim` receives
-the blocks as its parameters, and views of the state here as its state.
+count. A cut is also made after every `limits.OPTIMIZER_BLOCK` numbers, so that temporaries stay small. A rule of
+`torch.optim` receives the blocks as its parameters, and views of the state here as its state.
 
 The bits of a lane do not depend on its neighbours, because no elementwise kernel used here depends on the position of a
 number in memory. tests/identities/test_optimizer.py measures this for every rule, over lengths, positions and threads.
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.validation import check_fields
+from atoll.compute import limits
 from atoll.compute.buffer_pool import empty
 from atoll.plan.protocols import Optimizer
 from atoll.plan.schedule import NOTHING, Schedule, as_schedule, constant
@@ -42,10 +43,6 @@ Inner = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
 STEP: Counters = {"step": (0, torch.int64)}
 _LR = "lr."
-
-# In numbers. The allocator reuses temporaries of this size. It may return those of whole [100, 7850] lanes to the
-# system and request them again at every operation (1500 page faults per step): Adam then takes three times as long.
-BLOCK = 1 << 17
 
 
 class OptimizerBase(Optimizer):
@@ -77,7 +74,7 @@ class OptimizerBase(Optimizer):
         return self.schedule(round, _memory(state))
 
     def slots(self, theta: Tensor) -> dict[str, Tensor]:
-        """The state of lanes before their first step: the client state of `keep=("optimizer",)`.
+        """The state of lanes before their first step. With `keep=("optimizer",)` it becomes client memory.
 
         Args:
             theta: float `[d]` or `[K, d]`.
@@ -95,29 +92,33 @@ class OptimizerBase(Optimizer):
         return state
 
     def init(self, theta: Tensor) -> dict[str, Tensor]:
-        """The state before the first `update`: the slots, and the memory of the schedule under `lr.…`."""
+        """The state before the first `update`: the slots, and the memory of the schedule under names `lr.…`.
+
+        Args:
+            theta: float `[d]` or `[K, d]`.
+        """
         return {**self.slots(theta), **_named(self.schedule.init())}
 
     def update(
         self, theta: Tensor, g: Tensor, sums: Tensors, state: Tensors, round: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step down: θ⁺ and the state after it. No argument is changed.
+        """One step of descent. No argument is changed.
 
         Args:
             theta: float `[d]` or `[K, d]`.
             g: the update, uphill, same shape.
-            sums: means of the round; `loss`, of one number, moves a `plateau` from the next round on.
+            sums: metrics of the round, means per row. `plateau` observes `loss`, one number, for the next rounds.
             state: of `init` or of the last `update`.
             round: t ≥ 0.
         Returns:
             (θ⁺, state⁺), new tensors.
         Example:
-            >>> from atoll.plan.optimizer.rules import sgd
+            >>> from atoll.plan.optimizer import sgd
             >>> sgd(0.1).update(torch.tensor([1.0]), torch.tensor([2.0]), {}, {}, 0)
             (tensor([0.8000]), {})
         """
         memory = _memory(state)
-        if self.is_plain_sgd():  # most servers; no stepper is needed
+        if self.is_plain_sgd():  # the rule of most servers; it needs no stepper
             room, rate = empty(theta, theta.shape), self.schedule(round, memory)
             step = torch.add(theta.detach(), g.to(theta.dtype), alpha=-rate, out=room)
             return step, _named(self.schedule.observe(memory, sums["loss"]) if "loss" in sums else memory)
@@ -147,7 +148,7 @@ class OptimizerBase(Optimizer):
     _zeros: ClassVar[tuple[str, ...]] = ()
 
     def per_coordinate(self) -> Mapping[str, float | None]:
-        """Names of the state tensors shaped like θ, with their first values. None: θ before the first step."""
+        """Names of the state tensors shaped like θ, with their first values."""
         return dict.fromkeys(self._zeros, 0.0)
 
     def per_lane(self) -> Counters:
@@ -159,7 +160,7 @@ class OptimizerBase(Optimizer):
         return False
 
     def inner(self) -> Inner | None:
-        """The class of `torch.optim` with the rule, and its arguments; None if `apply` is the rule."""
+        """The class of `torch.optim` that implements the rule, and its arguments; None if `apply` does."""
         words = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lr"}  # type: ignore[arg-type]
         return None if self._torch is None else (self._torch, words)
 
@@ -170,11 +171,11 @@ class OptimizerBase(Optimizer):
 
 @dataclass
 class LaneGroup:
-    """A part of θ whose lanes have made the same number of steps: `apply` computes on it at once.
+    """A part of θ whose lanes have made the same number of steps. A rule is applied to it in one call.
 
     Args:
         start, stop: its range in the concatenated lanes.
-        lane: the first of the equal lanes that it belongs to.
+        lane: the first of the lanes with this number of steps.
         theta: float view `[stop − start]`.
         slots: views of the state, same shape.
         count: steps made so far.
@@ -249,7 +250,7 @@ class InPlaceStepper:
         equal = [list(run) for _, run in groupby(range(lanes), counts.__getitem__)]
         self._runs = [(run[0], run[-1] + 1, counts[run[0]]) for run in equal]
         cut = theta.device.type == "cpu" and not self._optimizer.in_place()
-        size = BLOCK if cut else max(theta.numel(), 1)
+        size = limits.OPTIMIZER_BLOCK if cut else max(theta.numel(), 1)
         self._blocks = [
             LaneGroup(i, j, first, theta[i:j], {name: slot[i:j] for name, slot in slots.items()}, count)
             for first, end, count in self._runs
@@ -294,8 +295,8 @@ class InPlaceStepper:
             inner.step()
             for theta in thetas:
                 theta.grad = None  # so that the caller can free g
-            for ours, theirs in copied:
-                ours.copy_(theirs)
+            for lane_state, torch_state in copied:
+                lane_state.copy_(torch_state)
 
         return advance
 

@@ -1,8 +1,12 @@
 """Optimizers: rules that move θ along an update. The update points uphill; every optimizer descends.
 
-One object serves one θ `[d]` and lanes `[K, d]`. The rules are those of `torch.optim` that act on each
-coordinate by itself (its own code, run on views of our tensors), and the three of Adaptive Federated
-Optimization. A plan holds the values below; `atoll.plan.optimizer.base` says what all of them can do.
+One object works on one θ `[d]` and on lanes `[K, d]`. The rules are the elementwise ones of `torch.optim`, whose own
+code runs on views of the tensors here, and the three rules of Adaptive Federated Optimization. A plan contains the
+values below; `OptimizerBase` defines their methods.
+
+Tests: tests/identities/test_optimizer.py, tests/rates/test_rates.py
+
+Tests: tests/identities/test_optimizer.py
 """
 
 from __future__ import annotations
