@@ -38,7 +38,7 @@ from atoll.plan.codec import (
 )
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Aggregator, Pace, Sampler, Stage
+from atoll.plan.protocols import Aggregator, Declared, Pace, Sampler, Stage
 from atoll.plan.registry import PARTS
 from atoll.plan.round import bind, step
 from atoll.plan.state import State
@@ -53,6 +53,9 @@ class Halve(Codec):
     """
 
     per_message = True
+
+    def declare(self, layout):
+        return {**super().declare(layout), "clients": Declared(1, layout.dtype, "sum")}
 
     def memory(self, layout):
         return {"error": torch.zeros(layout.d, dtype=layout.dtype)}

@@ -280,7 +280,7 @@ def test_a_package_that_a_module_lacks_is_not_blamed_on_the_text(tmp_path, monke
     [
         (3, "type int"),
         (lambda: "no module", "type str"),
-        (lambda hidden: nn.Linear(4, hidden), "wants hidden"),
+        (lambda hidden: nn.Linear(4, hidden), "requires hidden"),
         (nn.LazyLinear(3), "no shape yet"),
     ],
 )

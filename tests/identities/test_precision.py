@@ -154,7 +154,7 @@ def by_hand(model, loader, ctx):
 @pytest.mark.parametrize(
     ("settings", "given", "write"),
     [
-        ({"precision": "fp16"}, "precision = 'fp16'", "--precision full"),
+        ({"precision": "fp16"}, "precision = 'fp16'", "precision='full'"),
         ({"precision": "bf16", "dtype": "float64"}, "dtype = 'float64'", "--dtype float32"),
         ({"precision": "bf16", "numerics": "fused"}, "numerics = 'fused'", "--numerics auto"),
     ],
@@ -164,7 +164,7 @@ def test_refused(settings, given, write):
     with pytest.raises(UsageError) as refusal:
         atoll.rounds("mlp", data, recipes.fedavg(0.1), **settings)
     assert given in refusal.value.given and refusal.value.write == write
-    name, value = write.removeprefix("--").split()
+    name, value = write.removeprefix("--").replace("=", " ").replace("'", "").split()
     atoll.rounds("mlp", data, recipes.fedavg(0.1), **{**settings, name: value})
 
 
