@@ -25,7 +25,7 @@ from atoll.data import ArrayRows, DatasetRows
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.workers.forkserver import ForkServer
-from atoll.engine.workers.processes import ProcessesEngine
+from atoll.engine.workers.processes import ProcessesEngine, _Pipes
 from atoll.engine.workers.serialize import deserialize, serialize
 from atoll.engine.workers.shared_memory import SharedBlock, SharedBlocks, block_bytes
 from atoll.plan.aggregate import Mean
@@ -291,6 +291,12 @@ def test_a_client_that_raises_is_a_failure_under_every_pace(nursery):
     with ProcessesEngine(task, broken, workers=2, nursery=nursery) as engine:
         _, reports = run(Plan(Gradient(), Mean(), pace=Buffered(8), max_failed=1.0), engine, 2)
     assert {f.client for r in reports for f in r.failures} == {3}
+
+
+def test_an_engine_that_was_not_closed_leaves_its_names_unused(nursery):
+    """Engines of one fork server share folders. A new engine never takes the file name of an earlier one."""
+    blocks = [_Pipes(nursery, False)._blocks.block(8).path for _ in range(3)]
+    assert len(set(blocks)) == 3 and len({os.path.dirname(path) for path in blocks}) == 1
 
 
 # cleanup

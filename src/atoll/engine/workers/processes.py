@@ -9,6 +9,7 @@ Tests: tests/parity/test_processes.py, tests/faults/test_killed_clients.py, test
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 
@@ -33,6 +34,8 @@ from atoll.engine.workers.messages import (
 from atoll.engine.workers.pool import WorkerConnection, WorkerDied, cores
 from atoll.engine.workers.scheduler import WorkerEngine, packed
 from atoll.engine.workers.shared_memory import Place, SharedBlock, SharedBlocks, block_bytes
+
+_ENGINES = itertools.count()  # numbers the engines: an id() may return after an engine that was never closed
 
 
 class ProcessesEngine(WorkerEngine):
@@ -122,7 +125,7 @@ class _Pipes:
 
     def __init__(self, nursery: ForkServer, own: bool) -> None:
         self._nursery, self._own = nursery, own
-        self._blocks = SharedBlocks(nursery.folders, f"engine-{id(self):x}")
+        self._blocks = SharedBlocks(nursery.folders, f"engine-{next(_ENGINES)}")
         self._published: dict[int, SharedBlock] = {}
         self._free: list[SharedBlock] = []
         self._setup: Setup | None = None
