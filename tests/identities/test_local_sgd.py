@@ -156,7 +156,7 @@ class Dips(Schedule):
 def test_a_schedule_that_dips_below_one_step_ends_the_run_there():
     plan, engine = Plan(Train(rules.sgd(0.1), steps=Dips(), batch=3), Mean()), engine_of()
     state, _ = run(plan, engine, 2)
-    with pytest.raises(RunError, match="0.2 steps in round 2"):
+    with pytest.raises(RunError, match=r"0.2 steps in round 2"):
         step(plan, state, engine)
 
 
