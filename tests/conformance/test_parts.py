@@ -507,7 +507,7 @@ BROKEN = [
     (check_optimizer, Stepping("all lanes by one norm"), "than one at a time"),
     (check_optimizer, Stepping("grows"), "tensors named"),
     (check_optimizer, Stepping("looks"), "without numbers"),
-    (check_stage, Coding("by the largest of all"), "other clients are in the batch"),
+    (check_stage, Coding("by the largest of all"), "other clients in the batch"),
     (check_stage, Coding("unkeyed"), "global generator"),
     (check_stage, Coding("side without rows"), "for 4 clients"),
     (check_stage, Coding("on the host"), "without numbers"),

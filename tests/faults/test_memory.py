@@ -68,7 +68,7 @@ def test_the_chunk_halves_and_no_bit_changes(told, most, kind):
     assert engine.room.most == {1: 1, 3: 2, 4: 4, 12: 7}[most]
     (note,) = reports[0].notes
     some = "1 client" if engine.room.most == 1 else f"{engine.room.most} clients"
-    assert note.startswith(f"More than {some} at once") and "No bit changes" in note
+    assert note.startswith(f"Chunks of more than {some}") and "No bit changes" in note
     assert [r.notes for r in reports[1:]] == [(), ()]
 
 
@@ -180,9 +180,9 @@ def test_it_is_written_down_and_shown(tmp_path, capsys):
         done = atoll.train("softmax", data, plan, rounds=2, out=tmp_path, observers=[table], report=False)
     events = [json.loads(line) for line in (done.path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     (note,) = [e for e in events if e["event"] == "note"]
-    assert note["round"] == 0 and "More than 2 clients" in note["text"]
-    assert [n for n in RunData.read(done.path).events.notes if n.startswith("round 0: More than 2 clients")]
-    assert capsys.readouterr().err.count("More than 2 clients") == 1
+    assert note["round"] == 0 and "Chunks of more than 2 clients" in note["text"]
+    assert [n for n in RunData.read(done.path).events.notes if n.startswith("round 0: Chunks of more than 2 clients")]
+    assert capsys.readouterr().err.count("Chunks of more than 2 clients") == 1
 
 
 def test_room_is_a_limit_that_only_falls():

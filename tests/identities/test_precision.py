@@ -124,7 +124,7 @@ def test_it_is_written_down_and_kept(tmp_path):
     told = {"out": tmp_path, "report": False}
     first = atoll.train("mlp", data, plan, rounds=1, precision="bf16", **told)
     assert runs.read_environment(first.path)["precision"] == "bf16"
-    with pytest.raises(UsageError, match="begun with another precision: bf16; now it is full"):
+    with pytest.raises(UsageError, match=r"started with another precision: bf16. This training has full"):
         atoll.train("mlp", data, plan, rounds=2, resume=first.path, precision="full", **told)
     ended = atoll.train("mlp", data, plan, rounds=2, resume=first.path, **told)
     straight = atoll.train("mlp", data, plan, rounds=2, precision="bf16", out=None)

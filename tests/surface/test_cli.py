@@ -450,7 +450,7 @@ def snapshot(path):
 
 def test_a_run_of_another_version_exits_2_and_stays(refused, atoll, monkeypatch):
     with monkeypatch.context() as past:
-        past.setattr(runs, "versions", lambda: {"atoll": "0.1.0", "torch": "1.0.0"})
+        past.setattr("atoll.runs.folder.library_versions", lambda: {"atoll": "0.1.0", "torch": "1.0.0"})
         atoll("run", *quick())
     path = only_run()
     before = snapshot(path)

@@ -19,16 +19,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from safetensors.torch import load_file
-from torch import nn
-
 from atoll.base import grammar
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.names import dotted
-from atoll.data.clients import Clients
-from atoll.plan.plan import Plan
-from atoll.runs.events import Run
-from atoll.training.rounds import Training
 from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, checked, of_text, read_toml, toml
 from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, setting
 
@@ -536,7 +529,7 @@ def load(path: str | Path, model: Any = None, *, best: bool = False) -> nn.Modul
         model: a module of the same architecture, if the run was trained from a module; None builds it from config.toml.
         best: whether the best model is loaded instead of the last.
     """
-    from atoll.training.experiment import Experiment
+    from safetensors.torch import load_file
 
     folder = Path(path)
     file = folder / ("best.safetensors" if best else "model.safetensors")
