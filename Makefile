@@ -10,7 +10,7 @@ ifneq ($(wildcard ../shared/data),)
 export ATOLL_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup demo test test-all check docs bench
+.PHONY: help setup demo test test-all sanitize check docs bench
 .DEFAULT_GOAL := help
 
 help:
@@ -31,12 +31,16 @@ test-all: .venv/.dev ## the same with the slow tests
 	$(PYTEST) -n $(WORKERS)
 	$(PYTEST) --doctest-modules src/atoll
 
-check: .venv/.dev ## style, types, layers, house rules
+sanitize: .venv/.dev ## run the tests of native code under the address and undefined-behaviour sanitizers
+	tests/sanitize.sh $(PY)
+
+check: .venv/.dev ## style, types, layers, contract of parts, prose, house rules
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
-	$(PYTEST) -q tests/surface/test_house_rules.py
+	$(PY) tests/surface/prose.py --check
+	$(PYTEST) -q $(addprefix tests/surface/test_,house_rules.py contract.py homonyms.py limits.py typing.py)
 
 docs: .venv/.docs ## build the pages into docs/_build
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build

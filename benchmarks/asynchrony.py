@@ -1,11 +1,12 @@
-"""Time to accuracy on a virtual clock, with and without waiting for the slow: every client's computation is real.
+"""Time to accuracy on a virtual clock, with and without waiting for slow clients; the clients' training is real.
 
     python benchmarks/asynchrony.py [--clients 1000] [--cohort 100] [--target 0.9] [--lr 0.3] [--limit 60]
 
-Half-normal durations, one a client. FedAvg waits for all; FedAvg that asks 1.3 times as many keeps the first;
-FedBuff(10) steps on every tenth arrival. Prints the seconds of the clock until the target and the updates that arrive
-in a second, and draws accuracy against time. Waiting for the first 100 of 130, whoever is slow, costs a factor of 1.49
-in updates a second against not waiting at all; what FedBuff gains beyond it, it gains by making more steps of them.
+Each client has one half-normal duration. FedAvg waits for all clients. FedAvg with over-selection starts 1.3 times
+the number of clients and keeps the first. FedBuff(10) makes a step at every tenth arrival. The program prints the
+virtual seconds until the target and the updates that arrive per second, and draws accuracy against time. Compared with
+not waiting, waiting for the first 100 of 130 costs a factor of 1.49 in updates per second, whichever clients are slow.
+FedBuff gains more than this factor, because it makes more steps from the same updates.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ import argparse
 from pathlib import Path
 
 import atoll
-from atoll.engine.fleet import Fleet, HalfNormal
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Buffered, Sync
 from atoll.plan.plan import Plan
 
 
 def curve(plan: Plan, data: atoll.data.Clients, model: str, seed: int, target: float, limit: float) -> list:
-    """(seconds of the clock, accuracy, updates arrived) of each look at the held-out rows, up to target or limit."""
+    """Return (virtual seconds, accuracy, updates arrived) of each evaluation, up to target or limit."""
     looks = max(1, 20 // getattr(plan.pace, "k", 20))
     training = atoll.rounds(model, data, plan, rounds=10**6, seed=seed, fleet=Fleet(HalfNormal()), evaluate_every=0)
-    judge = InProcess(training.task, data.held())
+    judge = InProcessEngine(training.task, data.held())
     points: list = []
     arrived = 0
     for report in training:
@@ -51,7 +52,7 @@ def main() -> None:
     ask.add_argument("--server-lr", type=float, default=1.0, help="of FedBuff; FedAvg's is 1")
     ask.add_argument("--seeds", type=int, default=3)
     ask.add_argument("--limit", type=float, default=200.0)
-    ask.add_argument("--out", type=Path, default=None, help="where to draw")
+    ask.add_argument("--out", type=Path, default=None, help="file of the figure")
     told = ask.parse_args()
     data = atoll.data.load(told.data).split(told.clients)
     local = Train(sgd(told.lr), epochs=1, batch=told.batch)

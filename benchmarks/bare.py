@@ -1,4 +1,4 @@
-"""What the tables of seconds share: FedAvg as one writes it by hand, the images, and a clock."""
+"""Shared parts of the speed benchmarks: a manual implementation of FedAvg, the images, and a clock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atoll.data.arrays import Source
 
 
 def images() -> Source:
-    """Fashion-MNIST, or noise of its shape where it is not installed."""
+    """Load Fashion-MNIST; if it is not installed, return noise of its shape."""
     try:
         return atoll.data.load("fashion_mnist")
     except atoll.UsageError as error:
@@ -27,12 +27,12 @@ def images() -> Source:
 
 @dataclass
 class Bare:
-    """FedAvg as one writes it by hand: one module, one optimizer, client after client, the rows as floats in memory.
+    """A manual FedAvg: one module, one optimizer, client after client, the rows as floats in memory.
 
     Args:
         module: the model, trained in place.
         data: the clients.
-        lr, batch: of their SGD.
+        lr, batch: learning rate and batch size of their SGD.
     """
 
     module: nn.Module
@@ -46,11 +46,11 @@ class Bare:
         self.theta = {n: t.clone() for n, t in self.module.state_dict().items()}
 
     def drawn(self, cohort: int) -> list[int]:
-        """So many clients."""
+        """Draw a cohort of clients."""
         return torch.randperm(self.data.count, generator=self.generator)[:cohort].tolist()
 
     def round(self, clients: Iterable[int]) -> None:
-        """One round: clients in turn, then their mean by rows."""
+        """Run one round: train the clients in turn, then average them, weighted by rows."""
         total, rows = {n: torch.zeros_like(t) for n, t in self.theta.items()}, 0
         for client in clients:
             begin, end = self.data.offsets[client : client + 2].tolist()
@@ -67,18 +67,18 @@ class Bare:
         self.theta = {n: t / rows for n, t in total.items()}
 
     def accuracy(self) -> float:
-        """On the held-out rows."""
+        """Return the accuracy on the held-out rows."""
         self.module.load_state_dict(self.theta)
         return accuracy(self.module, self.data)
 
 
 def loss(output: Tensor, y: Tensor) -> Tensor:
-    """The mean cross-entropy, of one answer a row or of one at every place."""
+    """Compute the mean cross-entropy, with one output per row or one per position."""
     return F.cross_entropy(output.flatten(0, -2), y.flatten())
 
 
 def accuracy(module: nn.Module, data: Clients) -> float:
-    """The part of the held-out rows that a model gets right."""
+    """Return the fraction of held-out rows that a model classifies correctly."""
     held = data.held()
     x, y = held.take(held.order)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def accuracy(module: nn.Module, data: Clients) -> float:
 
 
 def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall-clock seconds, and seconds of all cores."""
+    """Return wall-clock seconds, and CPU seconds of all cores."""
     cpu, wall = time.process_time(), time.perf_counter()
     work()
     return time.perf_counter() - wall, time.process_time() - cpu

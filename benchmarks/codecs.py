@@ -1,10 +1,10 @@
-"""How fast codecs are on one long update, in GB/s of float32 and as a share of what memory can be read at.
+"""Speed of codecs on one long update, in GB/s of float32 and as a fraction of the memory's read speed.
 
     python benchmarks/codecs.py [length] [--compiled] [--best]
 
-Each figure is the median of seven runs, or with --best the best of forty, for a machine that does other things too.
-`encode` is the client's half, `open` the server's for every message, `decode` the server's for every sum. A star marks
-a figure below its target on two cores (encode: Quantize 0.3, compiled 1.0, Eden 0.3, TopK 0.6 and three times
+Each number is the median of seven runs. With --best it is the best of forty, for a machine that is not idle.
+`encode` runs on the client, `open` on the server for every message, `decode` on the server for every sum. A star
+marks a number below its target on two cores (encode: Quantize 0.3, compiled 1.0, Eden 0.3, TopK 0.6 and three times
 torch.topk; open and decode: 1.0).
 """
 
@@ -20,13 +20,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from atoll.base.random import Key
 from atoll.plan.codec import grid
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.quantize import Cast, Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
-from atoll.plan.codec.stage import Codec, flat
-from atoll.rng import Key
+from atoll.plan.codec.stage import Codec, flat_layout
 
 CODECS = [
     (Cast("bf16"), 0.0),
@@ -47,7 +47,7 @@ CODECS = [
 
 
 class Watch:
-    """Speeds in GB/s, after one run that does not count."""
+    """Measure speeds in GB/s, after one warm-up run."""
 
     def __init__(self, best: bool) -> None:
         self.repeats, self.of = (40, min) if best else (7, statistics.median)
@@ -64,30 +64,30 @@ class Watch:
 
 def cell(value: float, read: float, target: float) -> str:
     if value > read:
-        return f"{'–':>14}"  # nothing is done
+        return f"{'–':>14}"  # the codec has no such half
     return f"{value:7.2f}{'*' if value < target else ' '} {value / read:4.0%} "
 
 
 def row(codec: Codec, target: float, x: Tensor, read: float, speed: Watch) -> str:
-    layout, key, nbytes = flat(x.shape[1]), Key(1).of(torch.arange(1)), 4 * x.numel()
-    codec = codec.at(layout)
+    layout, key, nbytes = flat_layout(x.shape[1]), Key(1).of(torch.arange(1)), 4 * x.numel()
+    codec = codec.bind(layout)
     payload, side, *_ = codec.encode(x, {}, {}, key)
-    opened = codec.open(payload, side)
+    opened = codec.decode(payload, side)
     encode = speed(lambda: codec.encode(x, {}, {}, key), nbytes)
-    open_ = speed(lambda: codec.open(payload, side), nbytes) if codec.opens else read * 2
-    decode = speed(lambda: codec.decode(opened, key), nbytes) if codec.decodes else read * 2
+    open_ = speed(lambda: codec.decode(payload, side), nbytes) if codec.per_message else read * 2
+    decode = speed(lambda: codec.decode_sum(opened, key), nbytes) if codec.per_sum else read * 2
     bits = 8 * codec.nbytes(layout) / layout.d
     cells = (cell(encode, read, target), cell(open_, read, 1.0), cell(decode, read, 1.0))
     return f"{codec!r:28} {bits:8.3f} {''.join(cells)}"
 
 
 def compiled(x: Tensor, read: float, speed: Watch) -> str:
-    """`Quantize(8)` fused by torch.compile, on all whole groups at once; the bits are those of the eager one."""
+    """Measure `Quantize(8)` fused by torch.compile, on all whole groups together; its bits equal the eager ones."""
     codec = Quantize(8)
     rows = x[0, : x.shape[1] // grid.GROUP * grid.GROUP].view(1, -1, grid.GROUP)
     state = grid.words(torch.tensor([7]), rows.shape[1])
     fused = torch.compile(codec.quantise, dynamic=False)
-    with warnings.catch_warnings():  # it warns of a cache that it looks through
+    with warnings.catch_warnings():  # torch.compile warns about a cache
         warnings.simplefilter("ignore")
         same = all(map(torch.equal, fused(rows, state), codec.quantise(rows, state)))
     if not same:
@@ -113,7 +113,7 @@ def main() -> None:
     if given.compiled:
         print(compiled(x, read, speed))
     plain = speed(lambda: torch.topk(x.abs(), max(1, given.length // 100)), 4 * x.numel())
-    top = TopK(0.01).at(flat(given.length))
+    top = TopK(0.01).bind(flat_layout(given.length))
     ours = speed(lambda: top.encode(x, {}, {}, Key(1)), 4 * x.numel())
     print(f"\ntorch.topk {plain:.2f} GB/s; TopK(0.01) is {ours / plain:.1f} times as fast{' *' * (ours < 3 * plain)}")
 

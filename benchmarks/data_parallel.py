@@ -1,10 +1,11 @@
-"""Distributed gradient descent under torchrun beside DistributedDataParallel: seconds a step, and whether they agree.
+"""Distributed gradient descent under torchrun, and DistributedDataParallel: seconds per step, and equality of losses.
 
     python benchmarks/data_parallel.py [--ranks 2] [--repeat 7] [--steps 20] [--check 100]
         [--model 784,1024,1024,1024,10] [--batch 64]           # --model 10: convolutions, 10 classes
 
-The same model, the same rows in every step, plain SGD, gloo, one thread a rank; the ways take turns, some steps each.
-A step of DDP is `zero_grad`, forward, backward, `step`; one of atoll is `atoll.plan.plan.step`, report included.
+The same model, the same rows in every step, plain SGD, gloo, one thread per rank; the programs take turns of some
+steps each.
+A step of DDP is `zero_grad`, forward, backward, `step`; one of atoll is `atoll.plan.round.step`, report included.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from atoll.base.random import Key
+from atoll.compute.buffer_pool import BufferPool, use_pool
+from atoll.compute.task import Task
 from atoll.data import arrays
-from atoll.engine.memory import Memory
-from atoll.engine.ranks import Ranks
-from atoll.engine.torchrun import Torchrun
-from atoll.plan.plan import State, step
+from atoll.engine.client_state import Memory
+from atoll.engine.ranks.process_group import ProcessGroup
+from atoll.engine.ranks.torchrun import TorchrunEngine
+from atoll.plan.round import step
+from atoll.plan.state import State
 from atoll.recipes import distributed_gd
-from atoll.rng import Key
-from atoll.shelf import Shelf, lent_from
-from atoll.task import Task
 
 LR, SEED = 0.05, 0
-CYCLE = 128  # steps for which the rows of DDP are drawn beforehand
+CYCLE = 128  # the rows of DDP are drawn in advance for this number of steps
 
 
 def model(widths: list[int]) -> nn.Sequential:
-    """A perceptron of these widths, the same everywhere; of one width: convolutions, for so many classes."""
+    """Build a perceptron with these widths, equal on all ranks; one width n: convolutions with n classes."""
     torch.manual_seed(SEED)
     if len(widths) == 1:
         wide = (3, 32, 64, 128)
@@ -51,7 +53,7 @@ def model(widths: list[int]) -> nn.Sequential:
 
 
 def clients(widths: list[int], ranks: int, batch: int):
-    """A client a rank, each with 32 batches of rows."""
+    """Return one client per rank, each with 32 batches of rows."""
     n, wide = 32 * batch * ranks, widths[0] if len(widths) > 1 else 3072
     x = Key(1).normal(n * wide, torch.float32).reshape(n, wide)
     y = (x @ Key(2).normal(wide * widths[-1], torch.float32).reshape(wide, -1)).argmax(1)
@@ -59,29 +61,29 @@ def clients(widths: list[int], ranks: int, batch: int):
 
 
 class Atoll:
-    """`step` with one sum or the other."""
+    """Steps of atoll, with the float sum or the exact sum."""
 
-    def __init__(self, widths, data, batch: int, ranks: Ranks, sum_: str) -> None:
+    def __init__(self, widths, data, batch: int, ranks: ProcessGroup, sum_: str) -> None:
         task = replace(Task.of(model(widths), "cross_entropy"), numerics="loop")
         self.plan = distributed_gd(LR, batch=batch, sum=sum_)
-        self.engine = Torchrun(task, data, ranks=ranks)
-        self.state, self.shelf = State.first(self.plan, task, SEED, Memory({})), Shelf()
+        self.engine = TorchrunEngine(task, data, ranks=ranks)
+        self.state, self.shelf = State.first(self.plan, task, SEED, Memory({})), BufferPool()
 
     def step(self) -> float:
-        with lent_from(self.shelf):  # as a training does
+        with use_pool(self.shelf):  # as in a training
             self.state, report = step(self.plan, self.state, self.engine)
         return report.metrics["loss"]
 
 
 class Ddp:
-    """The loop that people write with DistributedDataParallel."""
+    """The usual training loop with DistributedDataParallel."""
 
-    def __init__(self, widths, data, batch: int, ranks: Ranks, view: bool) -> None:
+    def __init__(self, widths, data, batch: int, ranks: ProcessGroup, view: bool) -> None:
         self.ddp = nn.parallel.DistributedDataParallel(model(widths), gradient_as_bucket_view=view)
         self.optimizer = torch.optim.SGD(self.ddp.parameters(), LR)
         self.ranks, self.t, mine = ranks, 0, data.client_rows(ranks.rank)
         self.rows = []
-        for t in range(CYCLE):  # those that atoll draws
+        for t in range(CYCLE):  # the same rows that atoll draws
             key = Key(SEED).fold("round", t).of(torch.tensor([ranks.rank])).fold("clients", "local").fold("order")
             self.rows.append(mine[key.permutations(torch.tensor([len(mine)]), len(mine))[0, :batch]])
         self.data = data
@@ -96,13 +98,13 @@ class Ddp:
         return loss.detach()
 
     def mean(self, losses: list[torch.Tensor]) -> list[float]:
-        """Of all ranks: DDP itself leaves each rank its own."""
-        return (self.ranks.add([torch.stack(losses).double()])[0] / self.ranks.size).tolist()
+        """Average the losses over all ranks; DDP has a separate loss on each rank."""
+        return (self.ranks.all_reduce_sum([torch.stack(losses).double()])[0] / self.ranks.size).tolist()
 
 
 def work(told: argparse.Namespace) -> None:
-    """What each rank does."""
-    ranks, widths = Ranks.join(), [int(n) for n in told.model.split(",")]
+    """Run the program of one rank."""
+    ranks, widths = ProcessGroup.join(), [int(n) for n in told.model.split(",")]
     data = clients(widths, ranks.size, told.batch)
     ways = {
         "DDP": Ddp(widths, data, told.batch, ranks, False),
@@ -125,7 +127,7 @@ def work(told: argparse.Namespace) -> None:
 
 
 def table(told: argparse.Namespace, found: dict) -> str:
-    """What a step of each way takes, and how far its losses are from those of DDP."""
+    """Format the time per step of each program, and the distance of its losses from those of DDP."""
     size = sum(p.numel() for p in model([int(n) for n in told.model.split(",")]).parameters())
     lines = [f"{size:,} parameters, {told.ranks} ranks, {told.batch} rows each, median of {told.repeat} turns"]
     lines += [f"{'':30}{'ms a step':>10}{'beside DDP':>12}{'loss, relative':>16}"]

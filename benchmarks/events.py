@@ -1,8 +1,8 @@
-"""How many client events and asynchronous steps a second the loop carries, with clients that compute nothing.
+"""Client events and asynchronous steps per second of the training loop, with clients that compute nothing.
 
     python benchmarks/events.py [--clients 1000] [--cohort 100] [--repeat 5]
 
-An event is a start, an arrival or a drop. Medians of some runs, beside the events of the clock alone.
+An event is a start, an arrival or a drop. The table shows medians of some runs, also for the clock without training.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from dataclasses import dataclass
 import torch
 
 from atoll.data import arrays
-from atoll.engine.clock import Clock
-from atoll.engine.fleet import Fleet, HalfNormal
+from atoll.engine.simulation.clock import Clock
+from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Buffered, Sync
-from atoll.plan.part import Part
-from atoll.plan.plan import Plan, step
-from atoll.plan.slots import Contribution, Pace
-from atoll.training import rounds
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Contribution, Local, Pace
+from atoll.plan.round import step
+from atoll.training.rounds import rounds
 
 
 @dataclass(frozen=True, repr=False)
-class Null(Part):
-    """A client that computes nothing: its update is nought."""
+class Null(Local):
+    """A client that computes nothing: its update is 0."""
 
-    def width(self, rows):
+    def padded_batch(self, rows):
         return 0
 
     def contribute(self, broadcast, lanes, memory, key, task):
@@ -46,7 +46,7 @@ def training(pace: Pace, clients: int, cohort: int):
 
 
 def measure(pace: Pace, clients: int, cohort: int, seconds: float = 1.0) -> tuple[float, float]:
-    """Events and steps a second."""
+    """Measure events and steps per second."""
     it = training(pace, clients, cohort)
     state, engine, events, steps = it.state, it.engine, 0, 0
     for _ in range(3):
@@ -60,7 +60,7 @@ def measure(pace: Pace, clients: int, cohort: int, seconds: float = 1.0) -> tupl
 
 
 def clock_alone(clients: int, cohort: int, seconds: float = 1.0) -> float:
-    """Events a second of the clock, without a step."""
+    """Measure events per second of the clock, without training steps."""
     clock, number = Clock(Fleet(HalfNormal(), dropout=0.05), torch.full((clients,), 2), 0), cohort
     for i in range(cohort):
         clock.start(i, i, 100, 100)

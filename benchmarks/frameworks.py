@@ -1,16 +1,17 @@
-"""Seconds a round of atoll, of a bare PyTorch loop and of other frameworks, in turn, in one run.
+"""Seconds per round of atoll, of a bare PyTorch loop and of other frameworks, in turns, in one run.
 
     python benchmarks/frameworks.py                                      atoll and the bare loop
     python benchmarks/frameworks.py --fedjax ENV/bin/python --pfl ENV/bin/python --flower ENV/bin/python
     python benchmarks/frameworks.py --models mlp --rounds 9 --out frameworks.png
+    python benchmarks/frameworks.py --before ENV/bin/python --rounds 9   also another version of atoll, and the ratio
 
-Each framework runs by itself, in the Python of its own environment (fedjax 0.0.17 with jax < 0.5; pfl 0.6;
-flwr[simulation] 1.41), on one workload: Fashion-MNIST in the hands of 1,000 clients of 60 images; in a round 100 of
-them make one epoch of SGD, batch 10, lr .05. Whoever is not at work waits. Two rounds of each warm up; then they take
-turns of some rounds, one after the other as in a training (`--turn 1`: a single round, after which a core has gone to
-sleep and the caches are somebody else's). The table has medians, how many times longer than atoll, accuracy on
-held-out images after the last round, seconds to an accuracy, by the rounds that it takes, and the memory of all
-processes (proportional shares) after the last round.
+Each framework runs in a process of its own, with the Python of its own environment (fedjax 0.0.17 with jax < 0.5; pfl
+0.6; flwr[simulation] 1.41), on one workload: Fashion-MNIST divided among 1,000 clients of 60 images. In a round 100
+clients train one epoch of SGD, batch 10, lr .05. Only one process computes at a time. Two rounds of each warm up. Then
+the processes take turns of several rounds, as in a training. With `--turn 1` a turn is one round: before it the core
+was idle, and the caches hold the data of other processes. The table has medians, the ratio to atoll, the accuracy on
+held-out images after the last round, the seconds to an accuracy, from the number of rounds that it takes, and the
+memory of all processes (proportional shares) after the last round.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ import torch
 import atoll
 
 HERE = Path(__file__).parent / "peers"
+SOURCE = Path(atoll.__file__).parents[1]
+BEFORE = "atoll before"
 SCRIPTS = {
     "atoll": "ours.py",
+    BEFORE: "ours.py",
     "bare loop": "bare.py",
     "FedJAX": "fedjax_peer.py",
     "pfl-research": "pfl_peer.py",
@@ -44,7 +48,7 @@ SCRIPTS = {
 
 @dataclass
 class Peer:
-    """A framework at work in a process of its own."""
+    """A framework in a process of its own."""
 
     name: str
     python: str
@@ -57,13 +61,14 @@ class Peer:
         asked, ask = os.pipe()
         hear, told = os.pipe()
         script = str(HERE / SCRIPTS[self.name])
-        self.log = open(Path(self.folder) / f"{SCRIPTS[self.name]}.log", "w")  # noqa: SIM115 - as long as the process
+        paths = [HERE, SOURCE] if self.name == "atoll" else [HERE]  # the other version is in its own environment
+        self.log = open(Path(self.folder) / f"{self.name}.log", "w")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(
             [self.python, script, self.folder, str(asked), str(told)],
             pass_fds=(asked, told),
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONDONTWRITEBYTECODE": "1"},
         )
         os.close(asked), os.close(told)
         self.ask, self.hear = os.fdopen(ask, "w"), os.fdopen(hear)
@@ -82,7 +87,7 @@ class Peer:
         self.ask.flush()
 
     def turn(self, rounds: int, timed: bool) -> None:
-        """Some rounds, and then the accuracy, outside of their time."""
+        """Run some rounds, then evaluate; the evaluation is not timed."""
         for _ in range(rounds):
             began = time.perf_counter()
             self._say("go")
@@ -93,7 +98,7 @@ class Peer:
         self.accuracy[max(self.accuracy, default=0) + rounds] = float(self._heard())
 
     def end(self) -> None:
-        """Take the memory, and let it go."""
+        """Measure the memory, then end the process."""
         family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         self.memory = sum(p.memory_full_info().pss for p in family) / 2**20
         self._say("end")
@@ -104,8 +109,8 @@ class Peer:
 
 
 def written(folder: str, model: str, told: argparse.Namespace) -> None:
-    """The workload, for every framework alike."""
-    data = atoll.data.load("fashion_mnist")
+    """The workload, the same for every framework."""
+    data = atoll.data.load(told.data)
     clients = data.split(told.clients, atoll.data.IID())
     x, y = (t.numpy() for t in clients.rows.take(torch.arange(len(clients.rows))))
     held = clients.held()
@@ -126,7 +131,7 @@ def written(folder: str, model: str, told: argparse.Namespace) -> None:
 
 
 def compared(model: str, pythons: dict[str, str], told: argparse.Namespace) -> list[Peer]:
-    """All frameworks on one model, their rounds in turn."""
+    """Run all frameworks on one model, in turns."""
     with tempfile.TemporaryDirectory() as folder:
         written(folder, model, told)
         peers: list[Peer] = []
@@ -145,7 +150,7 @@ def compared(model: str, pythons: dict[str, str], told: argparse.Namespace) -> l
 
 
 def printed(model: str, peers: list[Peer], target: float) -> None:
-    """The table of one model."""
+    """Print the table of one model."""
     ours = statistics.median(peers[0].seconds)
     for peer in peers:
         median = statistics.median(peer.seconds)
@@ -156,10 +161,13 @@ def printed(model: str, peers: list[Peer], target: float) -> None:
             f"{model:8} {peer.name:14}{median:10.4f}{median / ours:9.2f}x{last:10.4f}{until}{peer.memory:10.0f}",
             flush=True,
         )
+    before = next((peer for peer in peers if peer.name == BEFORE), None)
+    if before is not None:
+        print(f"{model:8} after / before: {ours / statistics.median(before.seconds):.3f}", flush=True)
 
 
 def drawn(tables: dict[str, list[Peer]], out: Path) -> None:
-    """Seconds a round, a group of bars a model."""
+    """Draw the seconds per round, one group of bars for each model."""
     import matplotlib.pyplot as plt
 
     names = [peer.name for peer in next(iter(tables.values()))]
@@ -175,20 +183,22 @@ def drawn(tables: dict[str, list[Peer]], out: Path) -> None:
 
 
 def main() -> None:
-    """Read the options, print the table."""
+    """Read the options and print the tables."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--models", nargs="+", default=["softmax", "mlp", "cnn"])
     ask.add_argument("--rounds", type=int, default=5, help="timed rounds of each, after two that warm up")
     ask.add_argument("--turn", type=int, default=4, help="rounds that a framework makes one after the other")
+    ask.add_argument("--data", default="fashion_mnist", help="or mnist, which has the same shapes")
     ask.add_argument("--clients", type=int, default=1000)
     ask.add_argument("--cohort", type=int, default=100)
     ask.add_argument("--numerics", default="compiled", help="of atoll: what auto takes for a run of some 100 rounds")
     ask.add_argument("--target", type=float, default=0.7, help="accuracy")
     for name in ("fedjax", "pfl", "flower"):
         ask.add_argument(f"--{name}", metavar="PYTHON", help=f"of an environment that has {name}")
+    ask.add_argument("--before", metavar="PYTHON", help="of an environment that has another version of atoll")
     ask.add_argument("--out", type=Path, help="where to draw")
     told = ask.parse_args()
-    given = {"FedJAX": told.fedjax, "pfl-research": told.pfl, "Flower": told.flower}
+    given = {BEFORE: told.before, "FedJAX": told.fedjax, "pfl-research": told.pfl, "Flower": told.flower}
     pythons = {"atoll": sys.executable, "bare loop": sys.executable} | {n: p for n, p in given.items() if p}
     print(f"{'':23}{'s/round':>10}{'of ours':>10}{'accuracy':>10}{f's to {told.target}':>10}{'MB':>10}")
     tables = {}

@@ -1,9 +1,9 @@
-"""Time to accuracy over a slow link: compressed both ways against plain FedAvg, on a virtual clock.
+"""Time to accuracy over a slow link: FedAvg with compression in both directions and plain, on a virtual clock.
 
     python benchmarks/links.py [--target 0.85] [--clients 100] [--cohort 100] [--lr 0.1] [--limit 400]
 
-The server's link is shared by the cohort; a client computes 0.2 s a round. The run itself is made at 100 Mb/s. Under a
-round that waits for all, other links change the clock alone, so their rows follow from the bytes of the same rounds:
+The cohort shares the server's link; a client computes 0.2 s per round. The run uses 100 Mb/s. If a round waits for all
+clients, other links change only the clock, so their results follow from the bytes of the same rounds:
 
     seconds = Σ over rounds of (bytes down + bytes up) / rate + 0.2
 """
@@ -16,26 +16,26 @@ import torch
 from torch import nn
 
 import atoll
-from atoll.engine.fleet import Fleet, rate
-from atoll.engine.inprocess import InProcess
-from atoll.grammar import parse
+from atoll.base.grammar import parse
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.simulation.fleet import Fleet, rate
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Train
-from atoll.plan.names import PARTS
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS
 
 RATES = ("10 Mb/s", "100 Mb/s", "1 Gb/s", "10 Gb/s")
 COMPUTE = 0.2
 CODECS = (
     ("Identity()", "Identity()"),
     ("Eden(1)", "Eden(2)"),
-    ("Feedback(TopK(0.02) >> Quantize(8))", "TopK(0.05) >> Quantize(8)"),
+    ("ErrorFeedback(TopK(0.02) >> Quantize(8))", "TopK(0.05) >> Quantize(8)"),
 )
 
 
 def cnn() -> nn.Module:
-    """80,202 parameters: two convolutions of 5 by 5, each with a pool of 2, and two dense layers."""
+    """Build a model of 80,202 parameters: two 5 × 5 convolutions, each with a pool of 2, and two dense layers."""
     return nn.Sequential(
         *(nn.Conv2d(1, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 5), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10)),
@@ -43,7 +43,7 @@ def cnn() -> nn.Module:
 
 
 def run(up: str, down: str, data: atoll.data.Clients, told: argparse.Namespace) -> dict:
-    """Rounds, bytes and seconds until the target."""
+    """Measure rounds, bytes and seconds until the target."""
     local = Train(sgd(told.lr), steps=told.steps, batch=told.batch, keep=("order",))
     plan = Plan(
         local,
@@ -55,7 +55,7 @@ def run(up: str, down: str, data: atoll.data.Clients, told: argparse.Namespace) 
     )
     fleet = Fleet(COMPUTE, server="100 Mb/s")
     training = atoll.rounds(cnn, data, plan, rounds=told.limit, seed=told.seed, fleet=fleet, evaluate_every=0)
-    judge = InProcess(training.task, data.held())
+    judge = InProcessEngine(training.task, data.held())
     total = {"rounds": 0, "up": 0, "down": 0, "clock": 0.0, "accuracy": 0.0}
     for report in training:
         total["rounds"] += 1

@@ -1,11 +1,11 @@
-"""How time and memory of a round grow with the cohort, the model and the workers, and with who is merely registered.
+"""Time and memory of a round as functions of the cohort, the model, the workers, and the registered clients.
 
     python benchmarks/scaling.py                     a table of each, some minutes
     python benchmarks/scaling.py --only cohort --out scaling.png
 
-Every line is a process of its own, since memory once touched stays with a process: seconds a round are the median of
-three after one that warms up, start is what building the training took, and memory is the most that the process ever
-held, in all and beyond what it held before the first round.
+Every line is measured in a separate process, because a process does not return memory that it has used. Seconds per
+round are the median of three after one warm-up round. Start is the time to build the training. Memory is the peak of
+the process: in total, and above its memory before the first round.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ REGISTERED = (1_000, 30_000, 1_000_000)
 
 
 def peak() -> float:
-    """The most that this process has held, in MB."""
+    """Return the peak memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def measured(clients: int, rows: int, cohort: int, width: int, workers: int) -> dict[str, float]:
-    """Seconds to start and of a round, and the peak of memory in MB, in all and beyond what data and torch take."""
+    """Measure the seconds of the start and of a round, and the peak memory in MB, total and above data and torch."""
     x, y = torch.rand(clients * rows, 64), torch.randint(10, (clients * rows,))
     source = atoll.data.arrays(x, y)
     plan = atoll.recipes.fedavg(0.05, batch=3, cohort=cohort)
@@ -61,14 +61,14 @@ def measured(clients: int, rows: int, cohort: int, width: int, workers: int) -> 
 
 
 def apart(**setting: int) -> dict[str, float]:
-    """The same in a process of its own."""
+    """Run `measured` in a separate process."""
     told = [sys.executable, __file__, "--setting", json.dumps(setting)]
     done = subprocess.run(told, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def tables(only: str | None) -> dict[str, list[tuple[int, dict[str, float]]]]:
-    """One row a setting of each table."""
+    """Return the settings of each table, one per row."""
     usual = {"clients": 10_000, "rows": 6, "cohort": 1_000, "width": 64, "workers": 1}
     asked = {
         "cohort": [(n, usual | {"cohort": n}) for n in COHORTS],
@@ -90,7 +90,7 @@ def tables(only: str | None) -> dict[str, list[tuple[int, dict[str, float]]]]:
 
 
 def drawn(found: dict[str, list[tuple[int, dict[str, float]]]], out: Path) -> None:
-    """Seconds and memory of each table."""
+    """Draw seconds and memory of each table."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, len(found), figsize=(3 * len(found), 5), layout="constrained", squeeze=False)
@@ -106,7 +106,7 @@ def main() -> None:
     """Read the options, print the tables."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--only", choices=["cohort", "width", "workers", "registered"])
-    ask.add_argument("--out", type=Path, help="where to draw")
+    ask.add_argument("--out", type=Path, help="file of the figure")
     ask.add_argument("--setting", help=argparse.SUPPRESS)
     told = ask.parse_args()
     if told.setting:

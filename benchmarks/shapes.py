@@ -1,18 +1,18 @@
-"""Seconds a round of many kinds of models and federations: atoll beside a bare PyTorch loop, in turn, medians.
+"""Seconds per round for many kinds of models and federations: atoll and a bare PyTorch loop, in turns, medians.
 
     python benchmarks/shapes.py                                      every row, some minutes
-    python benchmarks/shapes.py --only lstm cohort --rounds 9        rows whose names begin so
+    python benchmarks/shapes.py --only lstm cohort --rounds 9        rows by prefix of their names
     python benchmarks/shapes.py --only transformer --numerics loop --threads 1
 
-In a row both sides train the same clients on the same number of rows, batches and threads, by SGD; nothing is
-evaluated. The bare loop has the rows as floats in memory. Rounds alternate, two of each warm up. Rows below 0.95 are
-marked.
+In each row of the table both programs train the same clients with the same number of rows, batches and threads, by
+SGD, without evaluation. The bare loop has the data as floats in memory. Rounds alternate; two of each are warm-up.
+Ratios below 0.95 are marked.
 
-ragged   1,000 clients of 600 / rank rows, at least 1; 100 of them a round
-batch    1,000 clients of 60 images of Fashion-MNIST, 20 of them a round; batch 10 elsewhere
+ragged   1,000 clients of 600 / rank rows, at least 1; 100 of them per round
+batch    1,000 clients of 60 images of Fashion-MNIST, 20 of them per round; all other rows use batch 10
 cohort   the same clients
 cifar    noise of 3 × 32 × 32, clients of 50; four convolutions and two dense layers, 1.6 million parameters
-others   models that are no plain stack: tokens for the transformers and the LSTM, images for the rest
+others   models that are not a plain stack: tokens for the transformers and the LSTM, images for the rest
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 import atoll
 from atoll import models, recipes
+from atoll.base.random import Key, global_scope
 from atoll.data import Clients
 from atoll.data.clients import offsets_of
-from atoll.rng import Key, global_scope
 
 LR, LEAST = 0.05, 0.95
 VOCAB, LENGTH = 65, 32
@@ -43,11 +43,11 @@ class Shape:
     """One row of the table.
 
     Args:
-        name: of the row.
+        name: name of the row.
         data: the clients.
-        model: a fresh one, each time the same.
+        model: builds a new model, equal each time.
         batch: rows in a batch.
-        cohort: clients a round.
+        cohort: clients per round.
     """
 
     name: str
@@ -83,7 +83,7 @@ def pictures() -> Clients:
 
 @lru_cache(1)
 def texts() -> Clients:
-    """100 clients of 20 texts, noise: each place asks for the next letter."""
+    """100 clients of 20 texts, noise: at each position the model predicts the next letter."""
     letters = KEY.fold("texts").uniform(100 * 20 * (LENGTH + 1)).mul(VOCAB).long().view(-1, LENGTH + 1)
     return atoll.data.arrays(letters[:, :-1], letters[:, 1:]).split(100, atoll.data.IID(), held_out=0.0)
 
@@ -92,14 +92,14 @@ def texts() -> Clients:
 
 
 def named(name: str, data: Clients) -> nn.Module:
-    """A model of atoll's own."""
+    """Build a model of atoll by name."""
     if data.vocab is not None:
         return models.build(name, data.features, VOCAB, "tokens", KEY.fold("model"), vocab=VOCAB)
     return models.build(name, data.features, 10, "classification", KEY.fold("model"))
 
 
 def drawn(make: Callable[[], nn.Module], data: Clients) -> nn.Module:
-    """A model of the user's own, from the key."""
+    """Build the user's own model under a key."""
     with global_scope(KEY.fold("model")):
         return make()
 
@@ -117,20 +117,20 @@ def four_convolutions(drop: float) -> nn.Module:
 
 
 def normed_dense() -> nn.Module:
-    """Batch statistics of dense layers."""
+    """Build dense layers with batch norm."""
     hidden = nn.Linear(784, 200), nn.BatchNorm1d(200), nn.ReLU()
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(200, 10))
 
 
 def normed_maps() -> nn.Module:
-    """Batch statistics of maps."""
+    """Build convolutions with batch norm."""
     first = nn.Conv2d(1, 16, 5), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)
     second = nn.Conv2d(16, 32, 5), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
 class Encoder(nn.Module):
-    """A transformer of torch's own layers, as it comes: attention without a mask, dropout in every layer."""
+    """A transformer of torch's own layers with their defaults: attention without a mask, dropout in every layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Encoder(nn.Module):
 
 
 class Stubborn(nn.Module):
-    """Its way depends on its numbers, which no vectorised pass can follow."""
+    """A model with data-dependent control flow, which vmap does not support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Stubborn(nn.Module):
 
 
 def shapes() -> Iterator[Shape]:
-    """The rows of the table."""
+    """Return the rows of the table."""
     mlp, softmax = partial(named, "mlp"), partial(named, "softmax")
     yield Shape("ragged mlp", ragged, mlp)
     yield Shape("ragged cnn", ragged, partial(named, "cnn"))
@@ -185,7 +185,7 @@ def shapes() -> Iterator[Shape]:
 
 
 def compare(shape: Shape, options: argparse.Namespace) -> float:
-    """One line of the table; the ratio."""
+    """Print one line of the table; return the ratio."""
     data = shape.data()
     plan = recipes.fedavg(LR, batch=shape.batch, cohort=shape.cohort)
     rounds = options.rounds + 2
@@ -211,11 +211,11 @@ def compare(shape: Shape, options: argparse.Namespace) -> float:
 def main() -> None:
     """Read the options, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="ROW", help="rows whose names begin so")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="ROW", help="prefixes of the names of rows")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each")
     parser.add_argument("--numerics", default="auto")
     parser.add_argument("--chunk", type=int)
-    parser.add_argument("--threads", type=int, help="of torch; otherwise its own choice")
+    parser.add_argument("--threads", type=int, help="torch threads; default: torch's choice")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -1,14 +1,14 @@
-"""Seconds a round on one machine: atoll beside a bare PyTorch loop, in turn, medians.
+"""Seconds per round on one machine: atoll and a bare PyTorch loop, in turns, medians.
 
     python benchmarks/simulation.py                                    softmax, mlp and cnn, 5 rounds each
     python benchmarks/simulation.py --models mlp --rounds 20 --threads 2
     python benchmarks/simulation.py --rows ragged --cohort 1000      ragged clients, another cohort
     python benchmarks/simulation.py --accuracy 30                      accuracy of both after 30 rounds as well
 
-Fashion-MNIST in the hands of 1,000 clients of 60 images; 100 of them a round make one epoch of SGD, batch 10, lr .05.
-The bare loop is what one writes by hand: one module, one optimizer, client after client, the images as floats in
-memory. Beside seconds stand the arithmetic and the memory traffic that a round cannot do without, as parts of what
-this machine reaches, measured in the same run: large matrix products, and copies of a large array.
+Fashion-MNIST on 1,000 clients of 60 images; 100 of them per round make one epoch of SGD, batch 10, lr 0.05. The bare
+loop is a typical manual implementation: one module, one optimizer, client after client, the images as floats in
+memory. The table also shows the minimal arithmetic and memory traffic of a round, as fractions of the rates that this
+machine reaches in the same run for large matrix products and for copies of a large array.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch import Tensor, nn
 
 import atoll
 from atoll import models, recipes
+from atoll.base.random import Key
 from atoll.data import Clients
-from atoll.rng import Key
 
 LR, BATCH = 0.05, 10
 
 
 def dataset(clients: int, rows: str) -> Clients:
-    """The images in equal shares, or in sizes far apart."""
+    """Return the images in equal shares, or in very different sizes."""
     return images().split(clients, atoll.data.IID() if rows == "equal" else atoll.data.Quantity(0.8))
 
 
 def limits() -> tuple[float, float]:
-    """What this machine reaches now: FLOP/s of a large matrix product, bytes/s of a copy."""
+    """Measure this machine: FLOP/s of a large matrix product, bytes/s of a copy."""
     a, b = torch.randn(2, 1024, 1024)
     product = min(seconds(lambda: a @ b)[0] for _ in range(10))
     source, target = torch.empty(2, 1 << 24).fill_(1.0)
@@ -43,7 +43,7 @@ def limits() -> tuple[float, float]:
 
 
 def work_of(module: nn.Module, x: Tensor) -> float:
-    """Multiplications and additions of one row, forward and back; the input of the first layer has no gradient."""
+    """Count multiplications and additions of one row, forward and backward; the model's input has no gradient."""
     total, first = 0.0, True
 
     def count(layer: nn.Module, given: tuple[Tensor], out: Tensor) -> None:
@@ -62,7 +62,7 @@ def work_of(module: nn.Module, x: Tensor) -> float:
 
 
 def compare(name: str, data: Clients, options: argparse.Namespace) -> None:
-    """One line of the table for one model."""
+    """Print the table's line for one model."""
 
     def fresh() -> nn.Module:
         return models.build(name, data.features, 10, "classification", Key(0).fold("model"))
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--rows", choices=["equal", "ragged"], default="equal")
     parser.add_argument("--numerics", default="auto")
     parser.add_argument("--chunk", type=int)
-    parser.add_argument("--threads", type=int, help="of torch; otherwise its own choice")
+    parser.add_argument("--threads", type=int, help="torch threads; default: torch's choice")
     parser.add_argument("--accuracy", type=int, default=0, metavar="ROUNDS")
     options = parser.parse_args()
     if options.threads:

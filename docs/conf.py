@@ -1,4 +1,4 @@
-"""How the manual is built: `make docs`. Nothing is fetched, neither while it is built nor when it is read."""
+"""Sphinx settings of the manual. `make docs` builds it. Neither the build nor a page downloads anything."""
 
 import sys
 from pathlib import Path
@@ -30,18 +30,18 @@ html_css_files = ["atoll.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_math_renderer = "mathml"
-smartquotes_action = "D"  # dashes; quotes stay as they were typed
+smartquotes_action = "D"  # dashes only; quotes are not changed
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_typehints = "none"  # what an argument is stands in its docstring, shapes and units included
+autodoc_typehints = "none"  # docstrings describe arguments, with shapes and units
 python_maximum_signature_line_length = 90
 
 
 def formula(writer, node: nodes.Node) -> None:
-    """Write a formula as MathML, which browsers draw by themselves: no script, and no page of somebody else's."""
+    """Write a formula as MathML, which browsers render without a script and without other web pages."""
     block = isinstance(node, nodes.math_block)
     found = tex2mathml(node.astext(), as_block=block)
     writer.body.append(f'<div class="math">{found}</div>' if block else found)

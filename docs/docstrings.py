@@ -1,7 +1,7 @@
-"""Docstrings, written for people who read the source, as reStructuredText for the manual.
+"""Convert the docstrings of the package to reStructuredText for the manual.
 
-A docstring of this house is a line, paragraphs and equations, then `Args:`, `Returns:`, `Raises:`, `Example:` and
-`Reference:`. Backticks are code, tables are Markdown's, and everything else is meant as it stands.
+A docstring has one line, paragraphs and equations, then `Args:`, `Returns:`, `Raises:`, `Example:` and `Reference:`.
+Backticks mark code, tables are in Markdown, and all other characters are literal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WIDE = "\u2002" * 3
 
 
 def plain(text: str) -> str:
-    """Text in which backticks are code and nothing else has a meaning.
+    """Escape all markup except backticks, which mark code.
 
     >>> print(plain("|θ*|, and `a_`"))
     \\|θ\\*\\|, and ``a_``
@@ -28,7 +28,7 @@ def plain(text: str) -> str:
 
 
 def follows(parts: list[str], i: int) -> bool:
-    """Whether a letter stands right behind a piece of code, where reStructuredText wants a mark between them."""
+    """Whether a letter or digit directly follows code. Then reStructuredText requires an escaped space between them."""
     return parts[i + 1][:1].isalnum()
 
 
@@ -37,7 +37,7 @@ def indent(line: str) -> int:
 
 
 def sections(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """The text before the first section, under no name, and then each section."""
+    """Split a docstring into (name, lines) pairs. The text before the first section has an empty name."""
     name, body = "", list[str]()
     for line in lines:
         found = SECTION.fullmatch(line) if not line.startswith(" ") else None
@@ -50,12 +50,12 @@ def sections(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def prose(lines: list[str]) -> Iterator[str]:
-    """Paragraphs; what is indented stays as it stands, equations keep their lines, tables become tables."""
+    """Convert paragraphs. Indented lines become code blocks, equations keep their lines, tables become tables."""
     for empty, group in groupby(lines, key=lambda line: not line.strip()):
         block = list(group)
         if empty:
             continue
-        # A line that begins with the size of something, |x|, is no table.
+        # One line that begins with a norm, |x|, is not a table.
         if len(block) > 1 and all(line.startswith("|") and line.endswith("|") for line in block):
             yield from table(block)
         elif any(line.startswith("    ") for line in block):
@@ -67,7 +67,7 @@ def prose(lines: list[str]) -> Iterator[str]:
 
 
 def table(block: list[str]) -> Iterator[str]:
-    """A table of Markdown's."""
+    """Convert a Markdown table."""
     yield from (".. list-table::", "   :header-rows: 1", "")
     for i, line in enumerate(block):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -77,7 +77,7 @@ def table(block: list[str]) -> Iterator[str]:
 
 
 def entries(body: list[str]) -> Iterator[tuple[str, str]]:
-    """What is said of each argument: (names, text)."""
+    """The entries of a section, as (names, text) pairs."""
     edge = min((indent(line) for line in body if line.strip()), default=0)
     found: list[tuple[str, str]] = []
     for line in filter(str.strip, body):
@@ -92,21 +92,23 @@ def entries(body: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def rest(lines: list[str]) -> Iterator[str]:
-    """A whole docstring as reStructuredText."""
+    """Convert a whole docstring to reStructuredText."""
     for name, body in sections(lines):
         words = " ".join(map(str.strip, filter(str.strip, body)))
         match name:
             case "":
                 yield from prose(body)
             case "Args":
-                # A space would end the name; what has no width lets a long list of names wrap.
-                named = ((who.replace(", ", ",\u200b"), text) for who, text in entries(body))
-                yield from (f":param {who}: {plain(text)}" if who else plain(text) for who, text in named)
+                # A space would end the name. A space of zero width lets a long list of names wrap.
+                named = ((names.replace(", ", ",\u200b"), text) for names, text in entries(body))
+                yield from (f":param {names}: {plain(text)}" if names else plain(text) for names, text in named)
                 yield ""
             case "Example":
                 yield from (".. code-block:: pycon", "", *(f"   {line}" for line in body), "")
             case "Raises":
-                yield from (f":raises {who}: {plain(text)}" if who else plain(text) for who, text in entries(body))
+                yield from (
+                    f":raises {error}: {plain(text)}" if error else plain(text) for error, text in entries(body)
+                )
                 yield ""
             case "Returns":
                 yield from (f":returns: {plain(words)}", "")
@@ -115,10 +117,10 @@ def rest(lines: list[str]) -> Iterator[str]:
 
 
 def process(app, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """What Sphinx calls for each docstring: the lines are replaced in place."""
+    """Convert the lines of a docstring in place. Sphinx calls this for each docstring."""
     lines[:] = list(rest(list(lines)))
 
 
 def signature(app, what: str, name: str, thing: object, options: object, text: str | None, returned: str | None):
-    """What Sphinx calls for each signature: protocols are not called, and a default that is made says nothing."""
+    """Shorten a signature. Sphinx calls this for each one. Protocols show none; a default factory is shown as `…`."""
     return ("" if text == "(*args, **kwargs)" else text and text.replace("<factory>", "…"), returned)

@@ -1,6 +1,6 @@
-"""The pictures of the manual: `python docs/pictures.py` draws them all again into docs/pictures/.
+"""The pictures of the manual. `python docs/pictures.py` writes all of them to docs/pictures/.
 
-Each is drawn twice, for light and for dark pages, in the style of a run's report.
+Each picture has two versions, for light and for dark pages, in the style of a run's report.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 import atoll
-from atoll import schedule
 from atoll.data import IID, Dirichlet, Pathological, Quantity, Shards, arrays
+from atoll.plan import schedule
 from atoll.plan.pace import Buffered, Sync
 from atoll.recipes import fedavg
 from atoll.recipes import sgd as sgd_recipe
-from atoll.report.canvas import DARK, LIGHT, Theme, axes, figure, logarithmic, name_ends, png, ramp
-from atoll.report.record import Record
+from atoll.report.figures import DARK, LIGHT, Theme, axes, figure, logarithmic, name_ends, png, ramp
+from atoll.report.run_data import RunData
 from atoll.report.timeline import timeline
 
 FOLDER = Path(__file__).parent / "pictures"
 
 
 def partitions(theme: Theme) -> Any:
-    """Who holds what: rows of each class at each of 20 clients, for five partitions of the digits."""
+    """The number of rows of each class at each of 20 clients, for five partitions of the digits."""
     source = atoll.data.load("digits")
     kinds = (IID(), Dirichlet(0.3), Pathological(2), Shards(), Quantity(1.5))
     made = figure(theme, 7.2, 2.75)
@@ -48,7 +48,7 @@ def partitions(theme: Theme) -> Any:
 
 
 def two_hospitals() -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Two clients whose least squares differ in place and in shape, and the least squares of all their rows."""
+    """Two clients whose least-squares losses differ in minimum and shape, and the minimum for all rows."""
     root = 2**0.5
     first = (torch.diag(torch.tensor([2.0, 0.6])).double() * root, torch.tensor([2.0, 0.6]).double() * root * 1.5)
     second = (torch.diag(torch.tensor([0.5, 1.8])).double() * root, torch.tensor([-0.5, -1.8]).double() * root)
@@ -57,11 +57,11 @@ def two_hospitals() -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
 
 
 def path(data: Any, plan: Any, rounds: int, seed: int = 0) -> np.ndarray:
-    """θ before the first round and after each one, `[rounds + 1, d]`, from zero."""
+    """θ before the first round and after each round, `[rounds + 1, d]`, starting from zero."""
     model = torch.nn.Linear(data.features[0], 1, bias=False).double()
     torch.nn.init.zeros_(model.weight)
-    told = {"rounds": rounds, "seed": seed, "dtype": "float64", "numerics": "loop"}
-    training = atoll.rounds(model, data, plan, **told)
+    settings = {"rounds": rounds, "seed": seed, "dtype": "float64", "numerics": "loop"}
+    training = atoll.rounds(model, data, plan, **settings)
     seen = [training.state.model.theta.clone()]
     seen += [training.state.model.theta.clone() for _ in training]
     return torch.stack(seen).numpy()
@@ -69,13 +69,13 @@ def path(data: Any, plan: Any, rounds: int, seed: int = 0) -> np.ndarray:
 
 @cache
 def walks() -> dict[int, np.ndarray]:
-    """The way of federated averaging over the two clients, by the number of local steps."""
+    """The iterates of federated averaging on the two clients, by the number of local steps."""
     data = atoll.data.federate(two_hospitals()[0], held_out=0)
     return {steps: path(data, fedavg(lr=0.1, epochs=steps, batch=None), 800 // steps) for steps in (1, 5, 50)}
 
 
 def drift(theme: Theme) -> Any:
-    """Where federated averaging comes to rest when clients differ: further off the more local steps, lr the same."""
+    """The limit of federated averaging for different clients: with more local steps it is farther from the optimum."""
     clients, best = two_hospitals()
     made = figure(theme, 6.4, 3.3)
     ax = axes(made, theme, (0.07, 0.12, 0.72, 0.95))
@@ -86,15 +86,15 @@ def drift(theme: Theme) -> Any:
     for at, name in (((1.5, 1.5), "client 0"), ((-1.0, -1.0), "client 1")):
         ax.plot(*at, "s", color=theme.soft, markersize=5)
         ax.annotate(name, at, (0, 7), textcoords="offset points", ha="center", fontsize=8, color=theme.soft)
-    for steps, colour in ((1, theme.series[0]), (5, theme.series[2]), (50, theme.series[1])):
+    for steps, color in ((1, theme.series[0]), (5, theme.series[2]), (50, theme.series[1])):
         walk = walks()[steps]
-        ax.plot(*walk.T, "-", color=colour, linewidth=1.6, zorder=4)
-        ax.plot(*walk[-1], "o", color=colour, markersize=6, zorder=5)
+        ax.plot(*walk.T, "-", color=color, linewidth=1.6, zorder=4)
+        ax.plot(*walk[-1], "o", color=color, markersize=6, zorder=5)
         words = "1 local step: gradient descent" if steps == 1 else f"{steps} local steps"
-        ax.plot([], [], "o-", color=colour, label=words, markersize=4.5, linewidth=1.6)
+        ax.plot([], [], "o-", color=color, label=words, markersize=4.5, linewidth=1.6)
     ax.plot(*best.numpy(), "*", color=theme.ink, markersize=9, zorder=6, label="least squares of all rows")
-    told = ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-    for label in told.get_texts():
+    legend = ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+    for label in legend.get_texts():
         label.set_color(theme.ink)
     ax.set_xlabel("θ₁", fontsize=8, color=theme.soft)
     ax.set_ylabel("θ₂", fontsize=8, color=theme.soft)
@@ -105,7 +105,7 @@ def drift(theme: Theme) -> Any:
 
 @cache
 def errors() -> dict[str, np.ndarray]:
-    """|θ − θ*|² of stochastic gradient descent by round, the mean of three seeds, for three learning rates."""
+    """|θ − θ*|² of stochastic gradient descent by round, averaged over three seeds, for three learning rates."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 5, generator=generator, dtype=torch.float64)
     y = x @ torch.arange(1.0, 6.0, dtype=torch.float64) + torch.randn(400, generator=generator, dtype=torch.float64)
@@ -119,14 +119,14 @@ def errors() -> dict[str, np.ndarray]:
 
 
 def floor(theme: Theme) -> Any:
-    """Stochastic gradient descent on least squares: a constant step stalls, a falling one goes on."""
+    """Stochastic gradient descent on least squares: a constant step size stalls, a decreasing one converges."""
     made = figure(theme, 5.8, 3.0)
     ax = axes(made, theme, (0.115, 0.165, 0.72, 0.93), "", "round", "|θ − θ*|²")
     t = np.unique(np.geomspace(1, 1500, 120).astype(int))
     ends = []
-    for colour, (name, error) in zip(theme.series, errors().items(), strict=False):
-        ax.plot(t, error[t], color=colour, linewidth=1.5)
-        ends.append((float(error[-100:].mean()), name, colour))
+    for color, (name, error) in zip(theme.series, errors().items(), strict=False):
+        ax.plot(t, error[t], color=color, linewidth=1.5)
+        ends.append((float(error[-100:].mean()), name, color))
     ax.set_xscale("log")
     logarithmic(ax)
     name_ends(ax, ends)
@@ -147,16 +147,16 @@ def schedules(theme: Theme) -> Any:
         (warm, theme.ink, "-"),
         (schedule.constant(0.1), theme.soft, "--"),
     )
-    for rate, colour, style in several:
-        ax.plot(t, [rate(int(i)) for i in t], style, color=colour, linewidth=1.5, label=repr(rate))
-    told = ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7.5)
-    for label in told.get_texts():
+    for rate, color, style in several:
+        ax.plot(t, [rate(int(i)) for i in t], style, color=color, linewidth=1.5, label=repr(rate))
+    legend = ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7.5)
+    for label in legend.get_texts():
         label.set_color(theme.ink)
     return made
 
 
 def loop(theme: Theme) -> Any:
-    """One round: the formula drawn as a circle from θ to θ⁺."""
+    """One round: the formula as a cycle from θ to θ⁺."""
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
     made = figure(theme, 7.2, 2.5)
@@ -165,11 +165,11 @@ def loop(theme: Theme) -> Any:
     ax.set_xlim(0, 72)
     ax.set_ylim(0, 25)
 
-    def box(x: float, y: float, wide: float, high: float, slot: str, words: str, colour: str) -> None:
+    def box(x: float, y: float, wide: float, high: float, slot: str, words: str, color: str) -> None:
         round_ = "round,pad=0,rounding_size=0.9"
-        ax.add_patch(FancyBboxPatch((x, y), wide, high, boxstyle=round_, fc=theme.paper, ec=colour, lw=1.3))
+        ax.add_patch(FancyBboxPatch((x, y), wide, high, boxstyle=round_, fc=theme.paper, ec=color, lw=1.3))
         middle = {"x": x + wide / 2, "ha": "center"}
-        ax.text(y=y + high - 1.5, s=slot, fontsize=9, fontweight="bold", color=colour, va="top", **middle)
+        ax.text(y=y + high - 1.5, s=slot, fontsize=9, fontweight="bold", color=color, va="top", **middle)
         ax.text(y=y + 1.2, s=words, fontsize=7.5, color=theme.soft, va="bottom", linespacing=1.35, **middle)
 
     def arrow(start: tuple[float, float], end: tuple[float, float], words: str = "", bend: float = 0.0) -> None:
@@ -179,7 +179,7 @@ def loop(theme: Theme) -> Any:
         ax.text(x, y, words, fontsize=8, color=theme.ink, ha="center", va="bottom")
 
     blue, green, orange = theme.series[0], theme.series[2], theme.series[1]
-    box(1, 13, 11, 7, "cohort", "who is\nat work", orange)
+    box(1, 13, 11, 7, "cohort", "the clients\nof a round", orange)
     for k in range(3):
         shade = 0.7 * k
         words = ("local", "a gradient, or\nlocal training") if k == 2 else ("", "")
@@ -193,7 +193,7 @@ def loop(theme: Theme) -> Any:
     arrow((60, 12.6), (45.4, 4.3), "", bend=-0.3)
     ax.text(57.2, 6.4, "g", fontsize=8, color=theme.ink)
     arrow((30.7, 5.2), (6.5, 12.7), "", bend=-0.25)
-    ax.text(13.0, 3.2, "θ⁺: the next round begins with it", fontsize=8, color=theme.ink, ha="center")
+    ax.text(13.0, 3.2, "θ⁺ is the θ of the next round", fontsize=8, color=theme.ink, ha="center")
     ax.text(24.7, 23.0, "at each client", fontsize=8, color=blue, ha="left")
     ax.text(60, 23.0, "at the server", fontsize=8, color=green, ha="center")
     return made
@@ -201,27 +201,27 @@ def loop(theme: Theme) -> Any:
 
 @cache
 def _with_a_straggler() -> tuple[Any, ...]:
-    """The same training of four workers, one five times slower, under three paces: what their folders tell."""
+    """The data of three runs with four workers, of which one is five times slower, under three paces."""
     data = atoll.data.load("digits").split(4)
-    told: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "fleet": "Fleet(Each((1, 1, 1, 5)), uplink='200 kb/s', downlink='300 kb/s')",
         "report": False,
     }
     plan, records = fedavg(0.1), []
     for pace, rounds in ((Sync(), 5), (Sync(deadline_s=1.5), 10), (Buffered(1), 80)):
         with TemporaryDirectory() as out:
-            run = atoll.train("softmax", data, replace(plan, pace=pace), rounds=rounds, out=out, **told)
-            records.append(Record.read(run.path))
+            run = atoll.train("softmax", data, replace(plan, pace=pace), rounds=rounds, out=out, **settings)
+            records.append(RunData.read(run.path))
     return tuple(records)
 
 
 def waiting(theme: Theme) -> Any:
-    """The timeline of a run: everybody waits for the slowest."""
+    """The timeline of a run in which all clients wait for the slowest one."""
     return timeline(_with_a_straggler()[0], None, theme)
 
 
 def deadline(theme: Theme) -> Any:
-    """The same with a deadline: the slowest is never heard."""
+    """The same with a deadline: contributions of the slowest client are always late."""
     return timeline(_with_a_straggler()[1], None, theme)
 
 
@@ -236,7 +236,7 @@ PICTURES: tuple[Callable[[Theme], Any], ...] = (
 
 
 def draw(pictures: tuple[Callable[[Theme], Any], ...] = PICTURES) -> Iterator[Path]:
-    """Draw pictures, and give the files that were written."""
+    """Draw pictures and yield the files."""
     from PIL import Image
 
     FOLDER.mkdir(exist_ok=True)
@@ -244,7 +244,7 @@ def draw(pictures: tuple[Callable[[Theme], Any], ...] = PICTURES) -> Iterator[Pa
         for name, theme in (("light", LIGHT), ("dark", DARK)):
             file = FOLDER / f"{picture.__name__}-{name}.png"
             file.write_bytes(png(picture(theme)))
-            # 128 colours are enough for lines and letters, and a third of the bytes.
+            # 128 colors are enough for lines and letters, and need a third of the bytes.
             Image.open(file).quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
             yield file
 

@@ -1,15 +1,15 @@
-"""Federated averaging on Fashion-MNIST with updates fifty times smaller, and as accurate.
+"""Federated averaging on Fashion-MNIST with updates fifty times smaller and the same accuracy.
 
-    p = x + e,   send C(p),   e⁺ = p − Ĉ(p)          x the update of a client, e what it could not send so far
+    p = x + e,   send C(p),   e⁺ = p − Ĉ(p)          x: the update of a client, e: the error not sent so far
 
-C keeps the largest six of a hundred numbers, rounds them to 4 bits and compresses what is left without loss. Each
-training is run with and without C: with all clients at work in every round, and with a tenth of them. A client that is
-not at work keeps its error until it is.
+C keeps the largest 6 % of the numbers, rounds them to 4 bits and compresses the result without loss. Each training
+runs with and without C: with all clients in every round, and with a tenth of them. A client that does not participate
+keeps its error until it does.
 
-    python examples/compression.py                    about two minutes on two quiet cores
+    python examples/compression.py                    about two minutes on two idle cores
     python examples/compression.py --rounds 300 --part-rounds 1000 --model mlp --clients 100
 
-Accuracy is the mean over the last tenth of the looks at the images held out; bytes are those of the messages.
+Accuracy is the mean over the last tenth of the evaluations on held-out images. Bytes are those of the messages.
 """
 
 import argparse
@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 import atoll
+from atoll.base.grammar import parse
 from atoll.data import Clients, Dirichlet
-from atoll.grammar import parse
-from atoll.plan.names import PARTS
+from atoll.plan.registry import PARTS
+from atoll.plan.schedule import cosine
 from atoll.recipes import local_sgd
-from atoll.schedule import cosine
 
-CODEC = "Feedback(TopK(0.06) >> Quantize(4, bucket=256) >> Entropy())"
+CODEC = "ErrorFeedback(TopK(0.06) >> Quantize(4, bucket=256) >> Entropy())"
 
 
 def small() -> nn.Module:
@@ -35,7 +35,7 @@ def small() -> nn.Module:
 
 
 def train(model, data: Clients, plan: atoll.Plan, rounds: int, seed: int) -> tuple[float, int]:
-    """The accuracy at the end, and all the bytes that went up."""
+    """Return the final accuracy, and the sum of all bytes from clients to server."""
     looks = max(1, rounds // 30)
     seen, sent = [], 0
     for report in atoll.rounds(model, data, plan, rounds=rounds, evaluate_every=looks, seed=seed):
@@ -48,7 +48,7 @@ def train(model, data: Clients, plan: atoll.Plan, rounds: int, seed: int) -> tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Federated averaging with compressed updates.")
-    parser.add_argument("--model", default="small", help="small, or a name that atoll knows: mlp, cnn")
+    parser.add_argument("--model", default="small", help="small, or a model name of atoll: mlp, cnn")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=150, help="with all clients")
     parser.add_argument("--part-rounds", type=int, default=900, help="with a tenth of them")
@@ -65,7 +65,7 @@ def main() -> None:
     print(f"{given.clients} clients, {given.steps} local steps of {given.batch} rows; {codec!r}\n")
     print("at work  rounds       codec  accuracy  points     MB up   bytes  seconds")
     for share, rounds in ((None, given.rounds), (0.1, given.part_rounds)):
-        # A falling step: what clients keep is in units of the step, and goes with it.
+        # A decreasing learning rate: the clients' stored errors are proportional to it, so they decrease too.
         plain = local_sgd(cosine(given.lr, rounds), steps=given.steps, batch=given.batch)
         rows = {}
         for name, plan in {"none": plain, "compressed": replace(plain, codec=codec)}.items():

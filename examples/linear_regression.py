@@ -1,14 +1,14 @@
-"""Linear regression, the oldest example: the rows in one place, and the rows at workers who keep them to themselves.
+"""Linear regression on all rows in one place, and on rows that stay at workers.
 
-    J(θ) = (1/n) Σ (xᵢ·θ − yᵢ)²             a convex bowl; its lowest point θ* is known: least squares
+    J(θ) = (1/n) Σ (xᵢ·θ − yᵢ)²             convex; its minimum θ* is known: least squares
     θ ← θ − lr · ∇J(θ)                      gradient descent, in one place or over any split of the rows
     θ ← θ − lrₜ · ∇J(θ; 32 rows)            stochastic gradient descent
 
-Three claims of the theory, tried on scikit-learn's diabetes data (442 patients, ten measurements, one score):
+Three claims of the theory, tested on scikit-learn's diabetes data (442 patients, ten measurements, one score):
 
-    1  however the rows are split, gradient descent makes the same steps, and ends at least squares
-    2  a step that falls as c/(t + t₀), c > 1/(2μ), brings stochastic gradient descent to θ*: ‖θ − θ*‖² falls as 1/t
-    3  a constant step stalls at a distance from θ*: ‖θ − θ*‖² comes down to a floor proportional to the step
+    1  for every split of the rows, gradient descent makes the same steps, and ends at least squares
+    2  with a step c/(t + t₀), c > 1/(2μ), stochastic gradient descent converges to θ*: ‖θ − θ*‖² falls as 1/t
+    3  with a constant step it stalls at a distance from θ*: ‖θ − θ*‖² falls to a floor proportional to the step
 
     python examples/linear_regression.py --out linear_regression.png
 """
@@ -22,13 +22,13 @@ from torch import Tensor
 
 import atoll
 from atoll.data import IID, Clients, Quantity
-from atoll.plan.optimizer import sgd as step_of
+from atoll.plan.optimizer.rules import sgd as step_of
+from atoll.plan.schedule import inverse
 from atoll.recipes import distributed_gd, fedsgd, gd, sgd
-from atoll.schedule import inverse
 
 
 def least_squares(data: Clients) -> tuple[Tensor, float, float]:
-    """θ*, and the curvature of J in its flattest and its steepest direction: μ and L."""
+    """Return θ*, and the curvature of J in its flattest and its steepest direction: μ and L."""
     x, y = data.take(data.order)
     x = torch.cat([x, torch.ones(len(x), 1)], 1)  # the last column is the intercept
     curvature = torch.linalg.eigvalsh(2 / len(x) * x.T @ x)
@@ -36,13 +36,13 @@ def least_squares(data: Clients) -> tuple[Tensor, float, float]:
 
 
 def iterates(plan: atoll.Plan, data: Clients, rounds: int, **settings) -> Tensor:
-    """θ after each round of a training."""
+    """Return θ after each round of a training."""
     training = atoll.rounds("linear", data, plan, rounds=rounds, dtype="float64", **settings)
     return torch.stack([training.state.model.theta for _ in training])
 
 
 def splits(lr: float) -> dict[str, tuple[atoll.Plan, Clients]]:
-    """The same rows in one place, at 2, 7 and 442 workers, and at three clients of very different sizes."""
+    """Return plans and data: the same rows in one place, at 2, 7 and 442 workers, and at 3 clients of unequal sizes."""
     rows = atoll.data.load("diabetes")  # with standardised columns
     all_rows = {"held_out": 0, "min_rows": 1}
     return {
@@ -55,33 +55,33 @@ def splits(lr: float) -> dict[str, tuple[atoll.Plan, Clients]]:
 
 
 def with_momentum(plan: atoll.Plan, low: float, high: float) -> atoll.Plan:
-    """The plan with Polyak's heavy ball at the server: as fast as plain descent on a bowl of √κ instead of κ."""
+    """Add Polyak's heavy ball at the server: as fast as plain descent with condition number √κ instead of κ."""
     a, b = sqrt(low), sqrt(high)
     return replace(plan, optimizer=step_of(lr=(2 / (a + b)) ** 2, momentum=((b - a) / (b + a)) ** 2))
 
 
 def falling_step(low: float) -> inverse:
-    """c/(t + t₀), c a tenth above 1/(2μ), and t₀ such that the first step is 0.12."""
+    """Return c/(t + t₀) with c = 1.1/(2μ), and t₀ such that the first step is 0.12."""
     c = 1.1 / (2 * low)
     return inverse(c, t0=round(c / 0.12))
 
 
 def noise(lr, data: Clients, best: Tensor, rounds: int, seeds: int) -> Tensor:
-    """‖θ − θ*‖² of stochastic gradient descent, the mean over seeds. It starts at θ*, so that noise is all there is."""
+    """Compute the mean over seeds of ‖θ − θ*‖² for SGD. It starts at θ*, so that the noise is the only error."""
     start = {"linear.weight": best[None, :-1], "linear.bias": best[-1:]}
     paths = [iterates(sgd(lr, batch=32), data, rounds, seed=seed, init=start) for seed in range(seeds)]
     return torch.stack(paths).sub(best).square().sum(2).mean(0)
 
 
 def slope(x: Tensor, y: Tensor) -> float:
-    """The slope of log y over log x."""
+    """Return the slope of log y over log x."""
     x, y = x.log(), y.log()
     return float((x - x.mean()) @ y / (x - x.mean()).square().sum())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Linear regression in one place and at workers.")
-    parser.add_argument("--out", default="linear_regression.png", help="where the picture goes")
+    parser.add_argument("--out", default="linear_regression.png", help="file of the figure")
     out = parser.parse_args().out
 
     data = atoll.data.load("diabetes").split(1, IID(), held_out=0)
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def draw(out: str, errors: dict, clock: Tensor, falling: Tensor, floors: dict) -> None:
-    """One panel a claim."""
+    """Draw one panel per claim."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")

@@ -1,18 +1,19 @@
-"""A parameter server and four workers, one of them five times slower: who waits for whom.
+"""A parameter server and four workers, one of them five times slower, with three waiting rules (paces).
 
-    θ ← θ − lr · g        the server, when the pace says that a round is over
-    gᵢ = ∇Jᵢ(θᵢ)          a worker, on its own rows, from the θ that it was last sent
+    θ ← θ − lr · g        the server, when the pace closes a round
+    gᵢ = ∇Jᵢ(θᵢ)          a worker, on its own rows, from the last θ that it received
 
-    Sync()        the server waits for everybody: the slow worker sets the pace of all
-    Buffered(1)   the server steps at every arrival, the later the smaller; nobody waits
-    Bounded(5)    nobody may start more than five times while an older gradient is on its way
+    Sync()        the server waits for all workers: the slow worker determines the speed of all
+    Buffered(1)   the server steps at every arrival; older gradients get smaller steps; no worker waits
+    Bounded(5)    no worker may start more than five times while an older gradient is in flight
 
-The workers are real processes, and arrive when they arrive. What is not real is how long a gradient takes: each worker
-stands for a machine of its own, and this one may have fewer cores than workers, so a worker that has computed waits
-until its machine would be done, 40 ms or 200 ms after it began. Everything else costs what it costs here.
+The workers are real processes with real arrival times. Only the duration of a gradient is simulated, because this
+machine may have fewer cores than workers: after its computation a worker sleeps until 40 ms or 200 ms have passed
+since it began. All other costs are those of this machine.
 
-Each pace is run twice: with the three fast workers alone, and with the slow one beside them. Without waiting, a slow
-worker's rows count less: it arrives less often. All hold rows of one kind here, so that costs next to nothing.
+Each pace runs twice: with the three fast workers only, and with all four. Without waiting, the rows of the slow
+worker have less weight, because its gradients arrive less often. Here all workers have rows of the same distribution,
+so the effect is almost zero.
 
     python examples/parameter_server.py --out parameter_server.png
 """
@@ -27,12 +28,13 @@ from torch import Tensor
 
 import atoll
 from atoll.data import IID, Clients
+from atoll.engine import Processes
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
-from atoll.plan.part import Part
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Local
 
 TIMES_S = (0.04, 0.04, 0.04, 0.2)  # a gradient of each worker
 FAST = 3
@@ -41,17 +43,17 @@ ROWS, FEATURES = 40_000, 8
 
 
 @dataclass(frozen=True, repr=False)
-class Paced(Part):
-    """The gradient, on machines that take so long for it.
+class Paced(Local):
+    """The gradient, with a fixed duration for each worker.
 
     Args:
-        times_s: seconds, by worker.
+        times_s: seconds per gradient, by worker.
     """
 
     times_s: tuple[float, ...]
 
-    def width(self, rows):
-        return Gradient().width(rows)
+    def padded_batch(self, rows):
+        return Gradient().padded_batch(rows)
 
     def contribute(self, broadcast, lanes, memory, key, task):
         began = time.perf_counter()
@@ -62,7 +64,7 @@ class Paced(Part):
 
 
 class Ran(NamedTuple):
-    """A training: the seconds at which each round closed, θ after it, and gradients of fast workers a second."""
+    """A training: the time in seconds when each round closed, θ after it, and gradients of fast workers per second."""
 
     seconds: Tensor
     thetas: Tensor
@@ -70,7 +72,7 @@ class Ran(NamedTuple):
 
 
 def regression() -> Clients:
-    """y = x·a + 1 + noise, dealt evenly to four workers."""
+    """Draw rows y = x·a + 1 + noise, divided evenly among four workers."""
     x, noise = atoll.Key(0).fold("rows").normal(ROWS * (FEATURES + 1)).split([ROWS * FEATURES, ROWS])
     x = x.reshape(ROWS, FEATURES)
     y = x @ torch.linspace(-2, 2, FEATURES, dtype=torch.float64) + 1 + noise
@@ -78,7 +80,7 @@ def regression() -> Clients:
 
 
 def least_squares(data: Clients) -> tuple[Tensor, float]:
-    """θ* and J(θ*) over the rows of all workers."""
+    """Return θ* and J(θ*) over the rows of all workers."""
     x, y = data.take(data.order)
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)  # the last column is the intercept
     best = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
@@ -86,18 +88,18 @@ def least_squares(data: Clients) -> tuple[Tensor, float]:
 
 
 def losses(data: Clients, thetas: Tensor) -> Tensor:
-    """J of each θ `[n, d]`, over the rows of all workers."""
+    """Compute J of each θ `[n, d]` over the rows of all workers."""
     x, y = data.take(data.order)
     return torch.stack([(x @ theta[:-1] + theta[-1] - y).square().mean() for theta in thetas])
 
 
 def run(data: Clients, pace, seconds: float) -> Ran:
-    """Train for so many seconds, counted from the end of the first round: by then every worker has imported torch."""
-    from parameter_server import Paced  # workers import this file under its name, not as the program that was started
+    """Train for `seconds` after the end of the first round, when every worker has imported torch."""
+    from parameter_server import Paced  # workers import this file by its module name, not as `__main__`
 
     plan = Plan(Paced(TIMES_S), Mean(), sgd(0.1), pace=pace)
     told = {"dtype": "float64", "numerics": "loop", "evaluate_every": 0, "rounds": 10**6}
-    training = atoll.rounds("linear", data, plan, engine="processes", workers=data.count, **told)
+    training = atoll.rounds("linear", data, plan, engine=Processes(workers=data.count), **told)
     ends, thetas, fast = [], [], 0
     for report in training:
         ends.append(time.perf_counter())
@@ -111,8 +113,8 @@ def run(data: Clients, pace, seconds: float) -> Ran:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A parameter server with one slow worker, under three paces.")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each training")
-    parser.add_argument("--out", default="parameter_server.png", help="where the picture goes")
+    parser.add_argument("--seconds", type=float, default=8.0, help="duration of each training")
+    parser.add_argument("--out", default="parameter_server.png", help="file of the figure")
     given = parser.parse_args()
 
     data = regression()
@@ -134,7 +136,7 @@ def main() -> None:
 
 
 def draw(out: str, curves: dict) -> None:
-    """How far above least squares the loss is, against seconds."""
+    """Draw the excess of the loss over least squares against seconds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")

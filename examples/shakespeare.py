@@ -1,18 +1,19 @@
-"""nanoGPT's yardstick, a transformer on tiny Shakespeare, by workers that talk often and by workers that seldom do.
+"""nanoGPT's benchmark, a transformer on tiny Shakespeare, trained with frequent and with rare communication.
 
     data-parallel    every worker sends the gradient of its share of the batch in every iteration; the server: AdamW
-    local SGD        every worker makes H steps of AdamW by itself; the server: the mean of the models
-    DiLoCo, 8 bits   the same steps; what a worker moved is sent in 8 bits a number; the server: Nesterov momentum
+    local SGD        every worker makes H local steps of AdamW; the server: the mean of the models
+    DiLoCo, 8 bits   the same steps; a worker sends its update in 8 bits per number; the server: Nesterov momentum
 
-All three see as many characters: `--batch` windows of `--block` characters in each of `--iterations` iterations, shared
-evenly by the workers, the text cut evenly among them. The model is `transformer`: 4 layers, 4 heads, width 128, no
-dropout; AdamW, 1e-3 → 1e-4 along a cosine after a warm-up of 100 iterations, β₂ = 0.99.
+All three read the same number of characters: `--batch` windows of `--block` characters in each of `--iterations`
+iterations. Each iteration is divided evenly among the workers, and so is the text. The model is `transformer`:
+4 layers, 4 heads, width 128, no dropout; AdamW, 1e-3 → 1e-4 along a cosine after a warm-up of 100 iterations,
+β₂ = 0.99.
 
-    ATOLL_DATA=FOLDER python examples/shakespeare.py             short and small: to see it work
+    ATOLL_DATA=FOLDER python examples/shakespeare.py             short and small: a demonstration
     ATOLL_DATA=FOLDER python examples/shakespeare.py --full      nanoGPT's setting for a CPU: batch 12, block 64, 2000
-                                                                 iterations, where its loss on held-out text is 1.88
+                                                                 iterations; its loss on held-out text is 1.88
 
-FOLDER holds tinyshakespeare.txt. The loss is in nats a character, on the last tenth of the text.
+FOLDER contains tinyshakespeare.txt. The loss is in nats per character, on the last tenth of the text.
 
 Reference: Karpathy, nanoGPT, 2022; Stich, Local SGD Converges Fast and Communicates Little, 2019; Douillard et al.,
 DiLoCo: Distributed Low-Communication Training of Language Models, 2023.
@@ -31,22 +32,22 @@ from torch import Tensor
 import atoll
 from atoll.data import Clients
 from atoll.data.clients import offsets_of
-from atoll.engine.inprocess import InProcess
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Quantize
 from atoll.plan.local import Gradient, Train
-from atoll.plan.optimizer import adamw, sgd
+from atoll.plan.optimizer.rules import adamw, sgd
 from atoll.plan.plan import Plan
-from atoll.schedule import cosine, warmup
+from atoll.plan.schedule import cosine, warmup
 
-STRIDE = 16  # characters between the beginnings of two training windows
+STRIDE = 16  # characters between the starts of two training windows
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Rows of a text: at each start so many characters, and as many one place further on, to be foretold."""
+    """Rows of a text: x is `block` characters from each start, y the same window one character later, to predict."""
 
-    text: Tensor  # uint8 [N], a symbol's number
+    text: Tensor  # uint8 [N], symbol ids
     starts: Tensor  # int64 [rows]
     block: int
 
@@ -62,7 +63,7 @@ class Windows:
 
 
 def shakespeare(file: Path, workers: int, block: int, every: int = 1) -> Clients:
-    """The text in windows: the first nine tenths cut evenly among the workers, every so many of the rest held out."""
+    """Cut the text into windows: the first nine tenths go evenly to the workers, every `every`-th other is held out."""
     raw = file.read_text(encoding="ascii")
     symbols = sorted(set(raw))
     number = {s: i for i, s in enumerate(symbols)}
@@ -76,10 +77,10 @@ def shakespeare(file: Path, workers: int, block: int, every: int = 1) -> Clients
 
 
 def plans(share: int, iterations: int, steps: int) -> dict[str, tuple[Plan, int]]:
-    """The three plans, and how many iterations one round of each makes."""
+    """Return the three plans, each with the number of iterations in one of its rounds."""
 
     def adam(every: int) -> adamw:
-        """AdamW under nanoGPT's schedule, for rounds of so many iterations."""
+        """Return AdamW with nanoGPT's schedule, for rounds of `every` iterations."""
         rise = min(100, iterations // 4)
         fall = cosine(1e-3, rounds=max(1, (iterations - rise) // every), end=1e-4)
         return adamw(warmup(max(1, rise // every)) >> fall, betas=(0.9, 0.99), weight_decay=0.1)
@@ -95,7 +96,7 @@ def plans(share: int, iterations: int, steps: int) -> dict[str, tuple[Plan, int]
 
 @dataclass
 class Curve:
-    """What came of a plan: after so many iterations, the bytes of one worker and the loss; and at the end on all."""
+    """Results of a plan: at some iterations the bytes of one worker and the loss; the last loss on all windows."""
 
     iterations: list[int]
     sent: list[float]
@@ -106,7 +107,7 @@ class Curve:
 
 
 def trained(plan: Plan, every: int, data: Clients, whole: Clients, iterations: int, looks: int, seed: int) -> Curve:
-    """Train, looking at the loss on the held-out windows of `data` now and then, and on all of `whole` at the end."""
+    """Train; evaluate on the held-out windows of `data` about `looks` times, and on those of `whole` at the end."""
     rounds = iterations // every
     settings = {"rounds": rounds, "evaluate_every": max(1, rounds // looks), "metrics": (), "seed": seed}
     training, curve, began = atoll.rounds("transformer", data, plan, **settings), Curve([], [], [], [], 0, 0), 0.0
@@ -120,12 +121,12 @@ def trained(plan: Plan, every: int, data: Clients, whole: Clients, iterations: i
         curve.loss.append(report.metrics["held_out_loss"])
         print(f"   {curve.iterations[-1]:5}  {curve.loss[-1]:.4f}", file=sys.stderr, flush=True)
     curve.seconds = time.perf_counter() - began
-    curve.last = training.evaluate(InProcess(training.task, whole.held()))["held_out_loss"]
+    curve.last = training.evaluate(InProcessEngine(training.task, whole.held()))["held_out_loss"]
     return curve
 
 
 def draw(out: str, curves: dict[str, Curve]) -> None:
-    """The loss against what a worker sent, and against iterations."""
+    """Draw the loss against the bytes sent by a worker, and against iterations."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -148,9 +149,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12, help="windows an iteration, shared by the workers [12]")
     parser.add_argument("--block", type=int, help="characters in a window [16; 64]")
     parser.add_argument("--workers", type=int, default=4, help="a divisor of the batch [4]")
-    parser.add_argument("--steps", type=int, help="iterations between two talks, a divisor of --iterations [10; 20]")
+    parser.add_argument("--steps", type=int, help="iterations per round, a divisor of --iterations [10; 20]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="shakespeare.png", help="where the picture goes")
+    parser.add_argument("--out", default="shakespeare.png", help="file of the figure")
     args = parser.parse_args()
     iterations, block, steps = (
         given or (full if args.full else small)
@@ -160,9 +161,9 @@ def main() -> None:
         parser.error("the workers must divide the batch, and --steps the iterations")
     file = Path(os.environ.get("ATOLL_DATA", ".")) / "tinyshakespeare.txt"
     if not file.is_file():
-        parser.error(f"{file} is not there: ATOLL_DATA=FOLDER says which folder holds tinyshakespeare.txt")
+        parser.error(f"{file} does not exist: set ATOLL_DATA to the folder that contains tinyshakespeare.txt")
 
-    # A look on the way takes some of the held-out windows, the last one all of them where the run is no short one.
+    # Evaluations during training use some of the held-out windows. The last one uses all of them with --full.
     sparse, looks = ((256 // block, 1), 10) if args.full else ((1024 // block, 16), 5)
     looked, whole = (shakespeare(file, args.workers, block, every) for every in sparse)
     print(f"{args.workers} workers, {iterations} iterations of {args.batch} windows of {block} characters\n")

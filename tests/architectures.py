@@ -1,12 +1,12 @@
-"""Models of every kind that torch computes in another way, small, each with data that it takes."""
+"""Small models of each kind of layer that torch computes in a special way, each with data that fits it."""
 
 from __future__ import annotations
 
 from problems import classification, seeded, tokens
 from torch import nn
 
+from atoll.base.random import Key
 from atoll.models import build
-from atoll.rng import Key
 
 KEY = Key(3).fold("model")
 

@@ -1,7 +1,7 @@
-"""What every test gets: the same examples from hypothesis on every machine, and no deadline on a noisy one.
+"""Settings of hypothesis for all tests: the same examples on every machine, and no deadline, since some are slow.
 
-Where slow tests are left out (`make test`), so are most examples. HYPOTHESIS_PROFILE=search draws new ones, and more of
-them: for looking for trouble, not for CI.
+`make test` leaves out slow tests and most examples. HYPOTHESIS_PROFILE=search draws new examples and more of them. Use
+it to search for bugs, not in CI.
 """
 
 import os
@@ -15,6 +15,6 @@ settings.register_profile("search", deadline=None, max_examples=1000, suppress_h
 
 
 def pytest_configure(config):
-    """Before any test is read: its own `settings` are added to those of the profile."""
+    """Load the profile before a test module is read, since the `settings` of a test extend those of the profile."""
     usual = "quick" if config.option.markexpr == "not slow" else "same"
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", usual))

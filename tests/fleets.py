@@ -1,19 +1,9 @@
-"""Fleets of every kind, for hypothesis."""
+"""Random fleets of every kind, for hypothesis."""
 
 import torch
 from hypothesis import strategies as st
 
-from atoll.engine.fleet import (
-    Between,
-    ByRows,
-    Chance,
-    Each,
-    Exponential,
-    Fleet,
-    HalfNormal,
-    LogNormal,
-    Zipf,
-)
+from atoll.engine.simulation.fleet import Between, ByRows, Chance, Each, Exponential, Fleet, HalfNormal, LogNormal, Zipf
 
 POSITIVE = st.floats(1e-3, 1e3)
 PER = st.sampled_from(["client", "flight"])
@@ -37,4 +27,4 @@ FLEETS = st.builds(
     dropout=st.sampled_from([0.0, 0.3]),
     latency=st.one_of(st.just(0.0), TIMES),
 )
-SIZES = torch.tensor([1, 2, 3, 4, 10])  # the population that FLEETS fit
+SIZES = torch.tensor([1, 2, 3, 4, 10])  # the rows of the clients for which FLEETS are built

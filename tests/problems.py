@@ -1,4 +1,4 @@
-"""Small problems for the tests: a federation, a task on it, some rounds of a plan."""
+"""Small problems for tests: clients, a task, and some rounds of a plan."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atoll import compiled, native
+from atoll.base.random import Key
+from atoll.compute import compiled, native
+from atoll.compute.task import Task
 from atoll.data import ArrayRows, Clients
-from atoll.engine.inprocess import InProcess
-from atoll.engine.memory import Memory
-from atoll.plan.plan import Plan, Report, State, step
-from atoll.rng import Key
-from atoll.task import Task
+from atoll.engine.client_state import Memory
+from atoll.engine.inprocess import InProcessEngine
+from atoll.plan.plan import Plan
+from atoll.plan.round import Report, bind, step
+from atoll.plan.state import State
 
 
 def _no_native() -> str:
-    """Why there is no native code on this machine; empty where there is. What a compiler does not take is a failure."""
+    """The reason why this machine has no native code; "" if it has. A compiler error on our source raises."""
     try:
         native.compiler()
-    except native.Unbuilt as why:
+    except native.BuildError as why:
         return f"no native code: {why}"
     for dtype in (torch.float32, torch.float64):
-        compiled.build(dtype)
+        compiled.load_libraries(dtype)
     return ""
 
 
@@ -36,7 +38,7 @@ COMPILED = pytest.param("compiled", marks=needs_native)
 
 
 def federation(x: Tensor, y: Tensor, sizes: Sequence[int], order: Tensor | None = None) -> Clients:
-    """Clients that hold the rows of (x, y) in the given order, `sizes[i]` of them each."""
+    """Clients with the rows of (x, y) in the given order; client i has `sizes[i]` rows."""
     ends = torch.tensor([0, *sizes]).cumsum(0)
     classes = None if y.is_floating_point() else tuple(map(str, range(int(y.max()) + 1)))
     return Clients(
@@ -52,7 +54,7 @@ def federation(x: Tensor, y: Tensor, sizes: Sequence[int], order: Tensor | None 
 
 
 def regression(sizes: Sequence[int], features: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> Clients:
-    """y = a·x + b + noise, all of order 1."""
+    """Clients with y = a·x + b + noise, all of order 1."""
     rows = sum(sizes)
     draw = Key(seed).fold("regression").normal(rows * (features + 1)).reshape(rows, features + 1)
     x, noise = draw[:, :features], draw[:, features]
@@ -67,7 +69,7 @@ def classification(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Clients:
-    """Normal features around a mean of each class."""
+    """Clients with normal features around one mean for each class."""
     rows, width = sum(sizes), torch.Size(shape).numel()
     key = Key(seed).fold("classification")
     y = key.fold("y").integers(rows, classes)
@@ -78,7 +80,7 @@ def classification(
 
 
 def tokens(sizes: Sequence[int], length: int = 5, vocabulary: int = 7, classes: int = 3) -> Clients:
-    """Rows of token ids; the class is one of them."""
+    """Clients with rows of token ids. The class of a row follows from its first token."""
     rows = sum(sizes)
     x = Key(0).fold("tokens").integers(rows * length, vocabulary).reshape(rows, length)
     y = x[:, 0] % classes
@@ -99,17 +101,17 @@ def task_of(
 
 
 def seeded(make: type[nn.Module] | object, *args: object, seed: int = 0) -> nn.Module:
-    """A module whose initial weights depend on the seed alone."""
+    """The task of a model on this data, with a fixed backend."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return make(*args)  # type: ignore[operator, no-any-return]
+        return make(*args)  # A module whose initial weights depend on the seed only.
 
 
 def run(
-    plan: Plan, engine: InProcess, rounds: int = 2, seed: int = 0, init: Tensor | None = None
+    plan: Plan, engine: InProcessEngine, rounds: int = 2, seed: int = 0, init: Tensor | None = None
 ) -> tuple[State, list[Report]]:
-    """Some rounds from the beginning: the state after them and their reports."""
-    task = engine.task
+    """Run some rounds from the start. Return the state after them and their reports."""
+    plan, task = bind(plan, engine), engine.task
     model = task.initial() if init is None else task.initial()._replace(theta=init)
     state, reports = State.first(plan, task, seed, Memory(plan.memory(task.layout)), model), []
     for _ in range(rounds):
@@ -126,7 +128,7 @@ def far(a: Tensor, b: Tensor) -> float:
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """So many threads for torch, and as many as before afterwards."""
+    """Let torch use n threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:

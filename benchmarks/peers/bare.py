@@ -1,4 +1,4 @@
-"""FedAvg as one writes it by hand: one module, one optimizer, client after client."""
+"""The same workload in a manual FedAvg: one module, one optimizer, client after client."""
 
 from __future__ import annotations
 

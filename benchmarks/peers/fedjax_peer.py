@@ -27,7 +27,7 @@ def filters(key, size, given, out):
 
 
 def maps(weights, x):
-    """A convolution, ReLU and a pool of 2."""
+    """Compute a convolution, ReLU and a pool of 2."""
     w, b = weights
     x = jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return jax.lax.reduce_window(jax.nn.relu(x + b), -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")

@@ -1,4 +1,4 @@
-"""The same workload in Flower: its simulation on Ray, one core a client, by the message API."""
+"""The same workload in Flower: its simulation on Ray, one core per client, with the message API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ client, server = ClientApp(), ServerApp()
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
-    """One client's epoch."""
+    """Train one client for one epoch."""
     torch.set_num_threads(1)
     work = workload(FOLDER)
     net = module(work.model)
@@ -43,13 +43,13 @@ def train(message: Message, context: Context) -> Message:
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    """Rounds as they are asked for."""
+    """Run rounds as the benchmark requests them."""
     turns = Turns()
     torch.manual_seed(0)
     net = module(turns.model)
 
     class Waiting(FedAvg):
-        """FedAvg that hands over between two rounds."""
+        """FedAvg that waits for its turn between two rounds."""
 
         def aggregate_train(self, server_round, replies):
             arrays, metrics = super().aggregate_train(server_round, replies)

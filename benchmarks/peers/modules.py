@@ -8,7 +8,7 @@ from torch import nn
 
 
 def module(name: str) -> nn.Module:
-    """softmax 7,850 numbers, mlp 159,010, cnn 80,202."""
+    """Build softmax (7,850 parameters), mlp (159,010) or cnn (80,202)."""
     match name:
         case "softmax":
             layers = (nn.Flatten(), nn.Linear(784, 10))
@@ -23,6 +23,6 @@ def module(name: str) -> nn.Module:
 
 
 def classes(net: nn.Module, x: np.ndarray) -> np.ndarray:
-    """What a module makes of rows."""
+    """Return the classes that a module predicts for rows."""
     with torch.no_grad():
         return net(torch.from_numpy(x)).argmax(1).numpy()

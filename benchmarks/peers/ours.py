@@ -14,7 +14,7 @@ from atoll.data.clients import offsets_of
 
 
 def main() -> None:
-    """Rounds as they are asked for."""
+    """Run rounds as the benchmark requests them."""
     turns = Turns()
     source = atoll.data.arrays(torch.from_numpy(turns.x), torch.from_numpy(turns.y))
     order = torch.cat([torch.from_numpy(rows) for rows in turns.parts])

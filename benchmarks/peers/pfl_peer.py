@@ -25,7 +25,7 @@ parts = [torch.from_numpy(rows) for rows in turns.parts]
 
 
 class Judged(nn.Module):
-    """A module with the loss and the metrics that pfl asks of it."""
+    """A module with the loss and the metrics that pfl requires."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Judged(nn.Module):
 
 
 class Turn(TrainingProcessCallback):
-    """Hands over between two rounds."""
+    """Wait for the next turn between two rounds."""
 
     def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
         turns.wait(lambda rows: classes(judged, rows))

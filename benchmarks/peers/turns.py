@@ -1,9 +1,9 @@
-"""The workload and whose turn it is: what the script of every framework begins with. NumPy is all that it needs.
+"""The workload and the turn-taking of all framework scripts. This module needs only NumPy.
 
     python SCRIPT.py FOLDER IN OUT
 
-FOLDER holds the workload, IN and OUT are file descriptors: a script says that it is ready, and is told to make a
-round, to judge its model, or to end.
+FOLDER contains the workload; IN and OUT are file descriptors. A script writes `ready`, and reads the request to make a
+round, to evaluate its model, or to end.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import numpy as np
 
 
 class Workload:
-    """`x` float32 `[n, 1, 28, 28]` in [0, 1], `y` int64 `[n]`, `held_x`, `held_y`; `parts`, each client's rows; and
-    `model`, `cohort`, `batch`, `lr`, `rounds`, `numerics`."""
+    """The data and the settings of a benchmark.
+
+    `x` float32 `[n, 1, 28, 28]` in [0, 1], `y` int64 `[n]`, `held_x`, `held_y`; `parts`, each client's rows; and
+    `model`, `cohort`, `batch`, `lr`, `rounds`, `numerics`.
+    """
 
     def __init__(self, folder: str) -> None:
         work = json.loads((Path(folder) / "work.json").read_text())
@@ -34,12 +37,12 @@ class Workload:
 
 @functools.cache
 def workload(folder: str) -> Workload:
-    """Read once by every process."""
+    """Read the workload; a process reads it once."""
     return Workload(folder)
 
 
 class Turns(Workload):
-    """One framework's side."""
+    """The workload, and the connection of one framework's script to the benchmark."""
 
     def __init__(self) -> None:
         folder, asked, told = sys.argv[1:4]
@@ -47,10 +50,10 @@ class Turns(Workload):
         super().__init__(folder)
 
     def wait(self, predict: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Say that a round is done, and wait for the next; the process ends where there is none.
+        """Report that a round is done, and wait for the next request; end the process if there is none.
 
         Args:
-            predict: rows to classes, by the model as it is now.
+            predict: maps rows to classes with the current model.
         """
         self._say("ready")
         while (line := self._asked.readline().strip()) == "judge":

@@ -5,8 +5,10 @@
     data = atoll.data.load("digits").split(clients=100, by=atoll.data.Dirichlet(0.3))
     run = atoll.train("mlp", data, atoll.recipes.fedavg(lr=0.5, batch=10), rounds=100)
 
-What is named here is the public surface; everything else is reached by its module. Names are imported when they are
-first used, so that `import atoll` is quick and the command line answers before torch is loaded.
+The names of this module are the main public interface; further names are public in their modules. A name is imported
+at its first use, so that `import atoll` is fast and `atoll --help` does not load torch.
+
+Tests: tests/surface/test_public.py
 """
 
 from __future__ import annotations
@@ -14,28 +16,30 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from types import ModuleType
 
-TYPE_CHECKING = False  # importing typing for it would be a third of the time that `atoll --version` takes
+TYPE_CHECKING = False  # an import of typing would take a third of the time of `atoll --version`
 if TYPE_CHECKING:
     from typing import Any
 
     from atoll import data, models, recipes
-    from atoll.errors import AtollError, RunError, UsageError
-    from atoll.experiment import Experiment
-    from atoll.loss import Metric
-    from atoll.plan.plan import Plan, Report, State, step
-    from atoll.recorder import Run
-    from atoll.rng import Key
-    from atoll.task import Task
-    from atoll.train import Watcher, load, train
-    from atoll.training import Settings, rounds
+    from atoll.base.errors import AtollError, RunError, UsageError
+    from atoll.base.random import Key
+    from atoll.compute.loss import Metric
+    from atoll.compute.task import Task
+    from atoll.plan.plan import Plan
+    from atoll.plan.round import Report, step
+    from atoll.plan.state import State
+    from atoll.runs.events import Observer, Run
+    from atoll.training.experiment import Experiment, load
+    from atoll.training.rounds import rounds
+    from atoll.training.settings import Settings
+    from atoll.training.train import train
 
-# Otherwise the bits of Intel MKL's matrix products depend on where in memory a matrix begins, and so a client's on its
-# place among others. It is as fast; it must be said before the first product.
+# Without this setting the bits of Intel MKL's matrix products depend on the address of a matrix, so the bits of a
+# client would depend on its position in a batch. The speed is equal. MKL reads the variable before its first product.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-# A tensor of megabytes is fresh memory every time, and 4 KiB pages of it cost more than what is written there: torch
-# asks for huge pages where it is told to, and reads this before its first tensor.
+# The system maps new memory for every tensor of several megabytes, and its 4 KiB pages cost more than the writes. With
+# this variable torch requests huge pages. Torch reads it before its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
@@ -45,6 +49,7 @@ __all__ = [
     "Experiment",
     "Key",
     "Metric",
+    "Observer",
     "Plan",
     "Report",
     "Run",
@@ -53,7 +58,6 @@ __all__ = [
     "State",
     "Task",
     "UsageError",
-    "Watcher",
     "__version__",
     "data",
     "load",
@@ -66,15 +70,18 @@ __all__ = [
 
 _MODULES = {"data", "models", "recipes"}
 _WHERE = {
-    "atoll.errors": ("AtollError", "RunError", "UsageError"),
-    "atoll.experiment": ("Experiment",),
-    "atoll.plan.plan": ("Plan", "Report", "State", "step"),
-    "atoll.recorder": ("Run",),
-    "atoll.rng": ("Key",),
-    "atoll.loss": ("Metric",),
-    "atoll.task": ("Task",),
-    "atoll.train": ("Watcher", "load", "train"),
-    "atoll.training": ("Settings", "rounds"),
+    "atoll.base.errors": ("AtollError", "RunError", "UsageError"),
+    "atoll.plan.plan": ("Plan",),
+    "atoll.plan.round": ("Report", "step"),
+    "atoll.plan.state": ("State",),
+    "atoll.base.random": ("Key",),
+    "atoll.compute.loss": ("Metric",),
+    "atoll.compute.task": ("Task",),
+    "atoll.runs.events": ("Observer", "Run"),
+    "atoll.training.experiment": ("Experiment", "load"),
+    "atoll.training.rounds": ("rounds",),
+    "atoll.training.settings": ("Settings",),
+    "atoll.training.train": ("train",),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -92,15 +99,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Importing the module `atoll.train` would put it where the function of that name belongs: the function stays."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "train" and isinstance(value, ModuleType):
-            value = value.train
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

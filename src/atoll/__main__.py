@@ -1,4 +1,7 @@
-"""`python -m atoll`, and so `torchrun -m atoll`: the same as `atoll`."""
+"""`python -m atoll` and `torchrun -m atoll` run the command `atoll`.
+
+Tests: tests/surface/test_cli.py, tests/parity/test_torchrun.py
+"""
 
 import sys
 

@@ -1,47 +1,77 @@
-"""Named algorithms: each is a constructor call, nothing else.
+"""Recipes: named algorithms. Each recipe is a function that returns a plan by one constructor call.
 
 | recipe | cohort | local | aggregator | optimizer |
 |---|---|---|---|---|
 | `gd` | one client | `Gradient()` | `Mean()` | `sgd(lr)` |
 | `sgd` | one client | `Gradient(batch)` | `Mean()` | `sgd(lr)` |
-| `distributed_gd` | everyone | `Gradient()` | `Mean()` | `sgd(lr)` |
-| `fedsgd` | some | `Gradient()` | `Mean()` | `sgd(lr)` |
-| `fedavg` | some | `Train(sgd(lr), epochs, batch)` | `Mean()` | `sgd(1.0)` |
-| `local_sgd` | everyone | `Train(sgd(lr), steps, batch)` | `Mean()` | `sgd(1.0)` |
-| `fedavgm` | some | as `fedavg` | `Mean()` | `sgd(server_lr, momentum)` |
-| `fedadam`, `fedyogi`, `fedadagrad` | some | as `fedavg` | `Mean()` | `adam`, `yogi`, `adagrad`, uncorrected |
-| `diloco` | everyone | `Train(adamw(lr), steps, keep)` | `Mean()` | `sgd(0.7, momentum=0.9, nesterov=True)` |
-| `post_local_sgd` | everyone | `local_sgd`'s, one step a round at first | `Mean()` | `sgd(1.0)` |
-| `fedbuff` | some, all the time | as `fedavg` | `Mean()` | `sgd(server_lr)`, pace `Buffered(k)` |
-| `fedasync` | some, all the time | as `fedavg`, sending its model | `Mean()` | `sgd(alpha)`, pace `Buffered(1)` |
+| `distributed_gd` | all | `Gradient()` | `Mean()` | `sgd(lr)` |
+| `fedsgd` | a sample | `Gradient()` | `Mean()` | `sgd(lr)` |
+| `fedavg` | a sample | `Train(sgd(lr), epochs, batch)` | `Mean()` | `sgd(1.0)` |
+| `local_sgd` | all | `Train(sgd(lr), steps, batch)` | `Mean()` | `sgd(1.0)` |
+| `fedavgm` | a sample | as `fedavg` | `Mean()` | `sgd(server_lr, momentum)` |
+| `fedadam`, `fedyogi`, `fedadagrad` | a sample | as `fedavg` | `Mean()` | `adam`, `yogi`, `adagrad`, uncorrected |
+| `diloco` | all | `Train(adamw(lr), steps, keep)` | `Mean()` | `sgd(0.7, momentum=0.9, nesterov=True)` |
+| `post_local_sgd` | all | as `local_sgd`, one step per round at first | `Mean()` | `sgd(1.0)` |
+| `fedbuff` | n active clients | as `fedavg` | `Mean()` | `sgd(server_lr)`, pace `Buffered(k)` |
+| `fedasync` | n active clients | as `fedavg`, `sends="model"` | `Mean()` | `sgd(alpha)`, pace `Buffered(1)` |
 
-A learning rate is a number or a schedule, and so are steps. `cohort=None` is everyone, an int that many, a float that
-fraction.
+Parameters of the same name mean the same in every recipe. The type and the meaning of each shared parameter are
+declared once, below; `help` of a recipe lists them.
+
+Each recipe raises UsageError if an argument is out of range.
+
+Tests: tests/surface/test_recipes.py, tests/identities/test_one_algorithm.py, tests/golden/test_golden.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
 from atoll.plan.local import Gradient, Train
-from atoll.plan.pace import Buffered, polynomial
+from atoll.plan.pace import Buffered, staleness_polynomial
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Stage
-from atoll.schedule import Schedule, hold
+from atoll.plan.protocols import Sampler, Stage, SumKind
+from atoll.plan.schedule import Schedule, hold
 
-Rate = float | Schedule
-Steps = int | Schedule
-Staleness = Callable[[int], float]
-Cohort = Any
+F = TypeVar("F", bound=Callable[..., Any])
+
+Rate = Annotated[float | Schedule, "learning rate of the clients, > 0; a number or a schedule."]
+Epochs = Annotated[int, "passes over the rows of a client in a round, ≥ 1."]
+Steps = Annotated[int | Schedule, "local steps in a round, ≥ 1; a number or a schedule."]
+Batch = Annotated[int | None, "rows of a step, ≥ 1; None takes all rows of the client."]
+Cohort = Annotated[
+    Sampler | int | float | None,
+    "clients of a round: None for all, an int for their number, a float for a fraction, or a sampler.",
+]
+ServerRate = Annotated[float | Schedule, "learning rate of the server, > 0; a number or a schedule."]
+Staleness = Annotated[Callable[[int], float], "weight of an update that is s rounds late, a function of s."]
 
 
+def _recipe(function: F) -> F:
+    """A recipe whose docstring lists the meaning of its shared parameters. A recipe may describe one by itself."""
+    doc = function.__doc__
+    if doc is None:  # python -OO
+        return function
+    hints = get_type_hints(function, include_extras=True)
+    meaning = {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
+    lines = [f"        {name}: {text}\n" for name, text in meaning.items() if f"\n        {name}: " not in doc]
+    if "    Args:\n" not in doc:
+        mark = next(mark for mark in ("    Raises:", "    Example:", "    Reference:") if mark in doc)
+        doc = doc.replace(mark, f"    Args:\n{mark}", 1)
+    function.__doc__ = doc.replace("    Args:\n", "    Args:\n" + "".join(lines), 1)
+    return function
+
+
+@_recipe
 def gd(lr: Rate = 0.1) -> Plan:
-    """Gradient descent: θ ← θ − lr ∇J(θ), on one client that holds every row.
+    """Gradient descent on one client that holds all rows.
+
+    θ ← θ − lr ∇J(θ)
 
     Example:
         >>> gd(0.1)
@@ -52,34 +82,60 @@ def gd(lr: Rate = 0.1) -> Plan:
     return Plan(Gradient(), Mean(), rules.sgd(lr))
 
 
-def sgd(lr: Rate = 0.1, batch: int = 32) -> Plan:
-    """Stochastic gradient descent: the gradient of `batch` rows drawn anew each round.
+@_recipe
+def sgd(lr: Rate = 0.1, batch: Batch = 32) -> Plan:
+    """Stochastic gradient descent on one client that holds all rows. Each round draws `batch` new rows B.
+
+    θ ← θ − lr (1/|B|) Σ_{rows in B} ∇ℓ(θ)
+
+    Example:
+        >>> sgd(0.1)
+        Plan(Gradient(32), aggregator=Mean(), optimizer=sgd(0.1))
 
     Reference: Robbins and Monro, A Stochastic Approximation Method, 1951.
     """
     return Plan(Gradient(batch), Mean(), rules.sgd(lr))
 
 
-def distributed_gd(lr: Rate = 0.1, batch: int | None = None, sum: str = "exact") -> Plan:
-    """Distributed gradient descent over a parameter server: workers send gradients, the server adds and updates.
+@_recipe
+def distributed_gd(lr: Rate = 0.1, batch: Batch = None, sum: SumKind = "exact") -> Plan:
+    """Distributed gradient descent with a parameter server: workers send gradients, the server adds them and steps.
 
-    θ ← θ − lr Σ_k (n_k/n) ∇J_k(θ), which is ∇J for any split of the rows. With `batch`, each worker takes that many.
+    θ ← θ − lr Σ_k (n_k/n) ∇J_k(θ),  and the sum equals ∇J for any split of the rows
+
+    Args:
+        sum: `"exact"` or `"float"`, as for `Mean`.
+    Example:
+        >>> distributed_gd(0.1)
+        Plan(Gradient(), aggregator=Mean(), optimizer=sgd(0.1))
+
+    Reference: Li et al., Scaling Distributed Machine Learning with the Parameter Server, 2014.
     """
-    return Plan(Gradient(batch), Mean(sum=sum), rules.sgd(lr))  # type: ignore[arg-type]
+    return Plan(Gradient(batch), Mean(sum=sum), rules.sgd(lr))
 
 
+@_recipe
 def fedsgd(lr: Rate = 0.1, cohort: Cohort = None) -> Plan:
-    """Federated gradient descent: the clients at work send the gradient of all their rows.
+    """Federated gradient descent: each client of the cohort sends the gradient of all its rows.
+
+    θ ← θ − lr Σᵢ nᵢ ∇Jᵢ(θ) / Σᵢ nᵢ,  i in the cohort
+
+    Example:
+        >>> fedsgd(0.1, cohort=10)
+        Plan(Gradient(), aggregator=Mean(), optimizer=sgd(0.1), cohort=Uniform(10))
 
     Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
     """
     return Plan(Gradient(), Mean(), rules.sgd(lr), cohort)
 
 
+@_recipe
 def fedavg(
-    lr: Rate = 0.1, epochs: int = 1, batch: int | None = 10, cohort: Cohort = None, server_lr: Rate = 1.0
+    lr: Rate = 0.1, epochs: Epochs = 1, batch: Batch = 10, cohort: Cohort = None, server_lr: ServerRate = 1.0
 ) -> Plan:
-    """Federated averaging: clients train locally, the server averages what they moved, weighted by rows.
+    """Federated averaging: clients train locally, and the server averages their updates, weighted by rows.
+
+    θ ← θ − server_lr Σᵢ nᵢ (θ − θᵢ) / Σᵢ nᵢ,  θᵢ the model of client i after local training
 
     Example:
         >>> fedavg(0.5, cohort=10)
@@ -90,17 +146,28 @@ def fedavg(
     return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), rules.sgd(server_lr), cohort)
 
 
-def local_sgd(lr: Rate = 0.1, steps: Steps = 10, batch: int | None = 32) -> Plan:
-    """Local SGD: every worker makes `steps` steps between two averagings, and goes on through its rows where it was.
+@_recipe
+def local_sgd(lr: Rate = 0.1, steps: Steps = 10, batch: Batch = 32) -> Plan:
+    """Local SGD: each worker makes `steps` steps between two averages, and continues at its place in its rows.
+
+    θ ← Σᵢ nᵢ θᵢ / Σᵢ nᵢ,  θᵢ from θ by `steps` steps of SGD
+
+    Example:
+        >>> local_sgd(0.1, steps=8)
+        Plan(Train(sgd(0.1), steps=8, batch=32, keep=('order',)), aggregator=Mean())
 
     Reference: Stich, Local SGD Converges Fast and Communicates Little, 2019.
     """
     return Plan(Train(rules.sgd(lr), steps=steps, batch=batch, keep=("order",)), Mean(), rules.sgd(1.0))
 
 
-def post_local_sgd(lr: Rate = 0.1, switch: int = 100, steps: Steps = 16, batch: int | None = 32) -> Plan:
-    """Post-local SGD: a step a round, which is distributed SGD, for `switch` rounds; local SGD from then on.
+@_recipe
+def post_local_sgd(lr: Rate = 0.1, switch: int = 100, steps: Steps = 16, batch: Batch = 32) -> Plan:
+    """Post-local SGD: one step per round, which is distributed SGD, for `switch` rounds; then local SGD.
 
+    Args:
+        switch: number of rounds with one step, ≥ 1.
+        steps: local steps in a round after the switch; a number or a schedule.
     Example:
         >>> post_local_sgd(0.1, switch=50, steps=8).local
         Train(sgd(0.1), steps=hold(1.0, rounds=50) >> constant(8.0), batch=32, keep=('order',))
@@ -110,15 +177,24 @@ def post_local_sgd(lr: Rate = 0.1, switch: int = 100, steps: Steps = 16, batch: 
     return local_sgd(lr, hold(1, rounds=switch) >> steps, batch)
 
 
+@_recipe
 def fedavgm(
     lr: Rate = 0.1,
-    epochs: int = 1,
-    batch: int | None = 10,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
     cohort: Cohort = None,
-    server_lr: Rate = 1.0,
+    server_lr: ServerRate = 1.0,
     momentum: float = 0.9,
 ) -> Plan:
     """Federated averaging with momentum at the server.
+
+    b ← momentum·b + g ;  θ ← θ − server_lr·b,  g the mean update of the clients
+
+    Args:
+        momentum: of the server, 0 ≤ momentum < 1.
+    Example:
+        >>> fedavgm(0.1, cohort=10).optimizer
+        sgd(1.0, momentum=0.9)
 
     Reference: Hsu, Qi, Brown, Measuring the Effects of Non-Identical Data Distribution, 2019.
     """
@@ -130,16 +206,26 @@ def fedavgm(
     )
 
 
+@_recipe
 def fedadam(
     lr: Rate = 0.1,
-    epochs: int = 1,
-    batch: int | None = 10,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
     cohort: Cohort = None,
-    server_lr: Rate = 0.01,
+    server_lr: ServerRate = 0.01,
     betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-3,
 ) -> Plan:
-    """Adam at the server, as published: without bias correction.
+    """Federated averaging with Adam at the server, without bias correction, as in the paper.
+
+    m ← β₁m + (1 − β₁)g ;  v ← β₂v + (1 − β₂)g² ;  θ ← θ − server_lr·m / (√v + eps)
+
+    Args:
+        betas: (β₁, β₂) of the server, each in [0, 1).
+        eps: τ of the paper, > 0.
+    Example:
+        >>> fedadam(0.1).optimizer
+        adam(0.01, betas=(0.9, 0.99), eps=0.001, correct=False)
 
     Reference: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
     """
@@ -147,16 +233,26 @@ def fedadam(
     return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), server, cohort)
 
 
+@_recipe
 def fedyogi(
     lr: Rate = 0.1,
-    epochs: int = 1,
-    batch: int | None = 10,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
     cohort: Cohort = None,
-    server_lr: Rate = 0.01,
+    server_lr: ServerRate = 0.01,
     betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-3,
 ) -> Plan:
-    """Yogi at the server.
+    """Federated averaging with Yogi at the server.
+
+    m ← β₁m + (1 − β₁)g ;  v ← v − (1 − β₂)·g²·sign(v − g²) ;  θ ← θ − server_lr·m / (√v + eps)
+
+    Args:
+        betas: (β₁, β₂) of the server, each in [0, 1).
+        eps: τ of the paper, > 0.
+    Example:
+        >>> fedyogi(0.1).optimizer
+        yogi(0.01, betas=(0.9, 0.99))
 
     Reference: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
     """
@@ -164,16 +260,26 @@ def fedyogi(
     return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), server, cohort)
 
 
+@_recipe
 def fedadagrad(
     lr: Rate = 0.1,
-    epochs: int = 1,
-    batch: int | None = 10,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
     cohort: Cohort = None,
-    server_lr: Rate = 0.1,
+    server_lr: ServerRate = 0.1,
     beta: float = 0.9,
     eps: float = 1e-3,
 ) -> Plan:
-    """Adagrad at the server, with momentum `beta`.
+    """Federated averaging with Adagrad at the server.
+
+    v ← v + g² ;  m ← beta·m + (1 − beta)·g ;  θ ← θ − server_lr·m / (√v + eps)
+
+    Args:
+        beta: momentum of the server, 0 ≤ beta < 1.
+        eps: τ of the paper, > 0.
+    Example:
+        >>> fedadagrad(0.1).optimizer
+        adagrad(0.1, eps=0.001, beta=0.9)
 
     Reference: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
     """
@@ -181,18 +287,23 @@ def fedadagrad(
     return Plan(Train(rules.sgd(lr), epochs=epochs, batch=batch), Mean(), server, cohort)
 
 
+@_recipe
 def diloco(
     lr: Rate = 1e-3,
     steps: Steps = 500,
-    batch: int | None = 32,
-    server_lr: Rate = 0.7,
+    batch: Batch = 32,
+    server_lr: ServerRate = 0.7,
     momentum: float = 0.9,
     codec: Stage = Identity(),
 ) -> Plan:
     """DiLoCo: workers make many AdamW steps and keep their optimizer; the server steps with Nesterov momentum.
 
-    What a worker moved, the outer gradient, goes through `codec`: `Quantize(8)` sends a quarter of the bytes.
+    Each worker sends its update θ − θᵢ, the outer gradient, compressed by `codec`. `Quantize(8)` sends a quarter of the
+    bytes.
 
+    Args:
+        momentum: of the server, 0 < momentum < 1.
+        codec: compresses the outer gradient.
     Example:
         >>> from atoll.plan.codec import Quantize
         >>> diloco(codec=Quantize(8)).codec
@@ -208,19 +319,24 @@ def diloco(
     )
 
 
+@_recipe
 def fedbuff(
     lr: Rate = 0.1,
-    epochs: int = 1,
-    batch: int | None = 10,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
     cohort: Cohort = None,
     k: int = 10,
-    server_lr: Rate = 1.0,
-    staleness: Staleness = polynomial(0.5),
+    server_lr: ServerRate = 1.0,
+    staleness: Staleness = staleness_polynomial(0.5),
 ) -> Plan:
-    """Buffered asynchrony: the server steps as soon as k updates are there; late ones count less.
+    """Buffered asynchronous averaging: the server steps when k updates have arrived. Late updates have less weight.
 
-    θ⁺ = θ − server_lr · Σ wᵢ s(τᵢ) (θ_birth − θᵢ) / Σ wᵢ,  over k arrivals, τ rounds after they began
+    θ⁺ = θ − server_lr · Σ wᵢ s(τᵢ) (θ_b − θᵢ) / Σ wᵢ,  over k arrivals; client i started from θ_b, τᵢ rounds earlier
 
+    Args:
+        cohort: number of clients that train at any time.
+        k: updates per step of the server, ≥ 1.
+        staleness: s, a function from rounds of lateness to a weight.
     Example:
         >>> fedbuff(0.1, cohort=100).pace
         Buffered(10)
@@ -231,23 +347,25 @@ def fedbuff(
     return Plan(local, Mean(), rules.sgd(server_lr), cohort, pace=Buffered(k, staleness))
 
 
+@_recipe
 def fedasync(
     lr: Rate = 0.1,
-    epochs: int = 1,
-    batch: int | None = 10,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
     cohort: Cohort = None,
-    alpha: Rate = 0.6,
-    staleness: Staleness = polynomial(0.5),
+    alpha: float | Schedule = 0.6,
+    staleness: Staleness = staleness_polynomial(0.5),
 ) -> Plan:
-    """Asynchronous federated optimization: whoever arrives is mixed into the model, the later the less.
+    """Asynchronous federated optimization: each arriving model is mixed into θ. Late models have less weight.
 
-    θ⁺ = (1 − α s(τ)) θ + α s(τ) θᵢ,  τ rounds after θᵢ began; without the paper's proximal term
+    θ⁺ = (1 − α s(τ)) θ + α s(τ) θᵢ,  client i started τ rounds earlier; without the paper's proximal term
 
     Args:
+        cohort: number of clients that train at any time.
         alpha: α, in (0, 1], or a schedule of it.
-        staleness: s: `polynomial(0.5)`, the paper's, or its `hinge(10, grace=4)`.
+        staleness: s, such as the paper's `staleness_polynomial(0.5)` or `hinge(10, grace=4)`.
     Raises:
-        UsageError: α is no share.
+        UsageError: α is out of range.
     Example:
         >>> fedasync(0.1, cohort=100)
         Plan(Train(sgd(0.1), epochs=1, batch=10, sends='model'), aggregator=Mean(), optimizer=sgd(0.6), \
@@ -259,7 +377,7 @@ cohort=Uniform(100), pace=Buffered(1))
         raise UsageError(
             f"fedasync(alpha={alpha!r}).",
             "a number in (0, 1], or a schedule.",
-            "it is the share of the model that arrives.",
+            "it is the weight of the arriving model in the mixture.",
             "fedasync(0.1, alpha=0.6)",
         )
     local = Train(rules.sgd(lr), epochs=epochs, batch=batch, sends="model")

@@ -1,17 +1,17 @@
-"""Whatever body the start of a run chooses for a model, a client's bits are its own: no chunk size changes one."""
+"""For every backend that the start of a run chooses for a model, the chunk size changes no bit of a client."""
 
 import pytest
 import torch
 from problems import classification, run, seeded, task_of
-from thinned import by_turns, only
+from quick_cases import by_turns, only
 from torch import nn
 
-from atoll.engine.elementwise import Elementwise
-from atoll.engine.inprocess import InProcess
-from atoll.engine.probe import choose
+from atoll.engine.choose_backend import choose
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.position_check import PositionCheck
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 
 DATA = classification((17, 17, 16, 10, 7, 7, 7, 5, 4), (5,), 3)
@@ -32,13 +32,13 @@ NORMS = {"layer norm": nn.LayerNorm, "batch norm": nn.BatchNorm1d}
 
 
 def bits(module, loss="cross_entropy", data=DATA):
-    """The reason of the choice, and θ after two rounds by chunks of several sizes."""
+    """The reason of the choice, and θ after two rounds with several chunk sizes."""
     out = []
     for local in (Gradient(), Train(sgd(0.1), epochs=1, batch=5)):
         plan = Plan(local, Mean(), sgd(0.5))
         choice = choose(task_of(module, data, "loop", torch.float32, loss), data, plan)
         for chunk in (None, 1, 2, 3):
-            state, _ = run(plan, InProcess(choice.task, data, chunk))
+            state, _ = run(plan, InProcessEngine(choice.task, data, chunk))
             out.append(state.model.theta)
         first, *others = out[-4:]
         assert all(torch.equal(first, other) for other in others), choice.reason
@@ -66,9 +66,9 @@ def test_logistic():
 
 
 def test_what_is_rounded_by_place_is_found():
-    """Sigmoid is: in vectors, and in what is left over; but not where every row fills whole vectors."""
+    """Sigmoid differs between vectors and the remainder, so it depends on position if rows do not fill vectors."""
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     for width, found in ((64, set()), (63, {"sigmoid"})):
-        with Elementwise(rows=3) as watch:
+        with PositionCheck(rows=3) as watch:
             (x[:, :width].sigmoid() * x[:, :width].relu().exp()).sum().backward()
-        assert watch.restless == found
+        assert watch.position_dependent == found

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md shows works as it stands, outside the package: a new rule, a new recipe, a run, a check."""
+"""The examples of CONTRIBUTING.md work unchanged outside the package: a new rule, a new recipe, a run, a check."""
 
 import ast
 import importlib
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from atoll.errors import UsageError
-from atoll.grammar import parse
-from atoll.plan.names import PARTS
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
+from atoll.plan.registry import PARTS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-SECTION = TEXT.partition("## Adding an algorithm is small\n")[2].partition("\n## ")[0]
+SECTION = TEXT.partition("## An algorithm in one class\n")[2].partition("\n## ")[0]
 # Each block names its file in its first line.
 BLOCKS = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", SECTION, re.DOTALL | re.MULTILINE))
 
@@ -26,7 +26,7 @@ def lines_of(name):
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
-    """The blocks as modules in a folder of their own, imported by name; forgotten afterwards."""
+    """Write the blocks as modules to a folder and import them by name; the imports are undone afterwards."""
     for name, code in BLOCKS.items():
         (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
@@ -48,14 +48,14 @@ def test_rule_keeps_its_contract(modules):
 
 
 def test_recipe_trains(modules, capsys):
-    """The example's run, and what its paper claims of it: sign steps reach what gradient steps reach."""
+    """The example's run reaches the accuracy of gradient steps with sign steps, as its paper claims."""
     run = modules("train").run
     assert float(capsys.readouterr().out) == run.metrics["accuracy"] >= 0.93
     assert run.rounds == 50 and run.reports[0].metrics["loss"] > 2 * run.metrics["loss"]
 
 
 def test_text_of_the_rule(modules):
-    """`vote:Vote()` is honoured for the person at this machine, and for nobody else."""
+    """`vote:Vote()` is accepted from a trusted source and refused from any other."""
     assert parse("vote:Vote()", PARTS, trust=True) == modules("vote").Vote()
     with pytest.raises(UsageError, match="names code outside atoll"):
         parse("vote:Vote()", PARTS)
@@ -68,7 +68,7 @@ def test_refused_beside_what_is_undone_on_the_sum(modules):
 
     @dataclass(frozen=True, repr=False)
     class Undone(Codec):
-        decodes = True
+        per_sum = True
 
     with pytest.raises(UsageError) as refusal:
         Plan(Gradient(), aggregator=modules("vote").Vote(), codec=Undone())
@@ -76,7 +76,7 @@ def test_refused_beside_what_is_undone_on_the_sum(modules):
 
 
 def test_names_in_the_page_exist():
-    """Files, verbs, checks and tables that the page sends people to."""
+    """The files, commands, checks and tables that the page mentions exist."""
     import atoll.testing
 
     for name in re.findall(r"`(check_\w+)[`(]", TEXT):

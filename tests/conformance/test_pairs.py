@@ -1,7 +1,7 @@
 """Every recipe × codec × aggregator × pace × downlink × engine: it runs, or is refused with a line that builds.
 
-A pace, an engine, a codec or an aggregator that is new is one more row in its table; no test is written for it. What
-cannot stand together is a pair of names in `REFUSED`.
+A new pace, engine, codec or aggregator is one more row in its table; no test is added. A pair of parts that exclude
+each other is a pair of names in `REFUSED`.
 """
 
 import itertools
@@ -14,43 +14,48 @@ from problems import classification, seeded, task_of
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.fleet import Fleet, HalfNormal
-from atoll.engine.inprocess import InProcess
-from atoll.engine.memory import Memory
-from atoll.errors import UsageError
-from atoll.grammar import Value, parse
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
+from atoll.engine.client_state import Memory
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import CODECS as KINDS
 from atoll.plan.codec import (
+    EF21,
     Cast,
     Codec,
     Eden,
     Entropy,
-    Feedback,
+    ErrorFeedback,
     Identity,
     LowRank,
     Quantize,
     RandomK,
     Rotate,
-    Shift,
     Sign,
     TopK,
 )
-from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge
-from atoll.plan.plan import Plan, State, step
-from atoll.plan.slots import Aggregator, Pace, Sampler, Stage
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Aggregator, Declared, Pace, Sampler, Stage
+from atoll.plan.registry import PARTS
+from atoll.plan.round import bind, step
+from atoll.plan.state import State
 from atoll.testing import check_aggregator, check_stage
 
 
 @dataclass(frozen=True, repr=False)
 class Halve(Codec):
-    """Half as many bits, and what that loses is kept by the client for the next round; the server counts the rounds.
+    """Half the bits; the client stores the error for the next round, and the server counts the rounds.
 
-    It asks for a sum over clients of its own, which none of ours does.
+    It requires its own sum over clients, as no codec of atoll does.
     """
 
-    opens = True
+    per_message = True
+
+    def declare(self, layout):
+        return {**super().declare(layout), "clients": Declared(1, layout.dtype, "sum")}
 
     def memory(self, layout):
         return {"error": torch.zeros(layout.d, dtype=layout.dtype)}
@@ -63,25 +68,25 @@ class Halve(Codec):
         sent = whole.to(torch.bfloat16)
         return sent, {}, {"clients": torch.ones_like(x[:, 0])}, {"error": whole - sent}
 
-    def open(self, x, side):
+    def decode(self, x, side):
         return x.to(torch.float32)
 
-    def settle(self, total, server, key):
+    def server_update(self, total, server, info, key):
         return total, {"rounds": server["rounds"] + 1}
 
 
 @dataclass(frozen=True, repr=False)
-class Vote(Value):
-    """The sign that most rows vote for: a rule that is not linear."""
+class Vote(Aggregator):
+    """The sign of most rows: a rule that is not linear."""
 
     linear = False
 
     def zero(self):
         return Mean().zero()
 
-    def fold(self, partial, contribution):
+    def fold(self, partial, contribution, ids):
         signs = contribution.means["update"].sign()
-        return Mean().fold(partial, contribution._replace(means={**contribution.means, "update": signs}))
+        return Mean().fold(partial, contribution._replace(means={**contribution.means, "update": signs}), ids)
 
     def merge(self, a, b):
         return Mean().merge(a, b)
@@ -89,8 +94,8 @@ class Vote(Value):
     def total(self, partial):
         return Mean().total(partial)
 
-    def finish(self, total, cohort, population):
-        mean = Mean().finish(total, cohort, population)
+    def finalize(self, total, info):
+        mean = Mean().finalize(total, info)
         if "update" not in mean.means:
             return mean
         return mean._replace(means={**mean.means, "update": mean.means["update"].sign()})
@@ -124,18 +129,18 @@ CODECS = {
     "random": lambda: RandomK(0.5),
     "sign": lambda: Sign(),
     "factors": lambda: LowRank(1),
-    "feedback": lambda: Feedback(TopK(0.3)),
-    "shift": lambda: Shift(TopK(0.3)),
+    "feedback": lambda: ErrorFeedback(TopK(0.3)),
+    "shift": lambda: EF21(TopK(0.3)),
     "top-quantize": lambda: TopK(0.5) >> Quantize(8),
     "rotate-quantize": lambda: Rotate() >> Quantize(8),
     "random-eden": lambda: RandomK(0.5) >> Eden(2),
-    "feedback-rotate-sign": lambda: Feedback(Rotate() >> Sign()),
-    "shift-top-quantize": lambda: Shift(TopK(0.3)) >> Quantize(8),
+    "feedback-rotate-sign": lambda: ErrorFeedback(Rotate() >> Sign()),
+    "shift-top-quantize": lambda: EF21(TopK(0.3)) >> Quantize(8),
     "quantize-entropy": lambda: Quantize(8) >> Entropy(),
     "halve": lambda: Halve(),
     "quantize-rotate": lambda: Quantize(8) >> Rotate(),
-    "rotate-feedback": lambda: Rotate() >> Feedback(TopK(0.3)),
-    "feedback-random": lambda: Feedback(RandomK(0.5)),
+    "rotate-feedback": lambda: Rotate() >> ErrorFeedback(TopK(0.3)),
+    "feedback-random": lambda: ErrorFeedback(RandomK(0.5)),
 }
 AGGREGATORS = {
     "mean": lambda: Mean(),
@@ -161,18 +166,18 @@ DOWNLINKS = {
     "down-quantize": lambda: Quantize(8),
     "down-factors": lambda: LowRank(1),
     "down-entropy": lambda: Rotate() >> Quantize(8) >> Entropy(),
-    "down-feedback": lambda: Feedback(TopK(0.3)),
+    "down-feedback": lambda: ErrorFeedback(TopK(0.3)),
     "down-random": lambda: RandomK(0.5),
 }
-# name: (the body, an engine for a chunk size, chunk sizes to compare)
-ENGINES = {"lanes": ("lanes", InProcess, (None, 5)), "loop": ("loop", InProcess, (None,))}
+# name: (the backend, an engine for a chunk size, chunk sizes to compare)
+ENGINES = {"lanes": ("lanes", InProcessEngine, (None, 5)), "loop": ("loop", InProcessEngine, (None,))}
 TABLES = RECIPES, CODECS, AGGREGATORS, PACES, DOWNLINKS, ENGINES
 
 EXPECTED = {"mean-expected", "mean-equal-expected"}
 FLYING = {"buffered", "buffered-hinge", "bounded"}
 DECODED = {"rotate", "rotate-quantize", "random", "random-eden", "feedback-rotate-sign"}
 SHIFTED = {"shift", "shift-top-quantize"}
-SOME = {"fedsgd", "fedavgm", "fedadam", "fedbuff", "fedasync"}  # of all clients
+SOME = {"fedsgd", "fedavgm", "fedadam", "fedbuff", "fedasync"}  # recipes with a cohort of some clients
 ALONE = {"quantize-rotate", "rotate-feedback", "feedback-random", "down-feedback", "down-factors", "down-random"}
 REFUSED = {
     frozenset(pair)
@@ -195,7 +200,7 @@ def refuses(names):
 
 
 def covering():
-    """Rows in which every two entries of different tables meet: recipes by codecs, and beside them what is new."""
+    """Rows that cover every pair of entries: recipes by codecs, with the entries that add most new pairs."""
     met = set()
     for count, start in enumerate(itertools.product(RECIPES, CODECS)):
         names = list(start)
@@ -207,7 +212,7 @@ def covering():
 
 
 def thinned():
-    """Quick: every two entries. Slow: each codec by aggregator by pace, the rest as it comes."""
+    """Quick: every two entries. Slow: each codec by aggregator by pace, with random other entries."""
     quick, draw = set(covering()), random.Random(7)
     triples = itertools.product(*TABLES[1:4])
     slow = [(draw.choice([*RECIPES]), *three, *(draw.choice([*table]) for table in TABLES[4:])) for three in triples]
@@ -235,14 +240,14 @@ def build(recipe, codec, aggregator, pace, downlink):
 
 
 def after(plan, engine, chunk, rounds=2):
-    """θ after two rounds, in which everyone who started arrived, failed, was late or is in the air."""
+    """θ after two rounds; each started client arrived, failed, was late or is still in flight."""
     body, make, _ = ENGINES[engine]
     task = TASKS[body]
     running = make(task, DATA, chunk, FLEET)
     state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
-    flying = 0
+    bound, flying = bind(plan, running), 0
     for _ in range(rounds):
-        state, report = step(plan, state, running)
+        state, report = step(bound, state, running)
         assert flying + report.cohort == report.arrived + len(report.failures) + report.late + report.flying
         assert report.arrived == 0 or report.bytes_up > 0
         flying = report.flying
@@ -250,7 +255,7 @@ def after(plan, engine, chunk, rounds=2):
 
 
 def exact(plan):
-    return getattr(plan.aggregator, "sum", "exact") == "exact"
+    return plan.aggregator.sum == "exact"
 
 
 @pytest.mark.parametrize(("recipe", "codec", "aggregator", "pace", "downlink", "engine"), ROWS)
@@ -271,7 +276,7 @@ def test_pair(recipe, codec, aggregator, pace, downlink, engine):
 
 
 def instead(recipe, codec, aggregator, pace, downlink):
-    """The plan with what the refusals say to write, one after the other, until it is built."""
+    """Apply the line to write of each refusal in turn, until the plan builds."""
     makes = {
         "cohort": lambda: RECIPES[recipe]().cohort,
         "codec": CODECS[codec],
@@ -295,11 +300,11 @@ def instead(recipe, codec, aggregator, pace, downlink):
         else:
             assert attempt, "it had to be refused"
             return plan
-    raise AssertionError("what the refusals say to write is refused again and again")
+    raise AssertionError("the plan is still refused after six lines to write")
 
 
 def slot_of(part, given):
-    """Where a part belongs that a plan's refusal names."""
+    """The slot of the part that the line to write contains."""
     if isinstance(part, Stage):
         return "downlink" if given.startswith("downlink=") else "codec"
     slots = ("aggregator", Aggregator), ("pace", Pace), ("cohort", Sampler)
@@ -323,7 +328,7 @@ def test_every_two_parts_meet_in_the_quick_rows():
 
 
 def test_tables_are_whole():
-    """A recipe or a codec that is new has a row here."""
+    """A new recipe or codec has a row here."""
     assert set(RECIPES) == {recipe.__name__ for recipe in recipes.RECIPES}
     assert all(isinstance(make(), Plan) for make in RECIPES.values())
     told = [repr(make()) for name, make in CODECS.items() if name not in ALONE]

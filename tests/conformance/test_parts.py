@@ -1,18 +1,17 @@
-"""Every part of ours keeps the contract of its slot; and each check refuses a part that does not."""
+"""Every part of atoll satisfies the contract of its slot, and each check refuses a part that breaks it."""
 
 from dataclasses import dataclass, field, fields, is_dataclass
 
 import pytest
 import torch
 
-from atoll import schedule
+from atoll.base.grammar import Value
 from atoll.data import partition
-from atoll.engine.inprocess import InProcess
-from atoll.grammar import Value
-from atoll.plan import aggregate, codec, local, optimizer, pace, sampler
+from atoll.engine.inprocess import InProcessEngine
+from atoll.plan import aggregate, codec, local, optimizer, pace, sampler, schedule
 from atoll.plan.codec.stage import Codec
-from atoll.plan.slots import Cohort
-from atoll.schedule import constant, cosine, hold, plateau, warmup
+from atoll.plan.protocols import Aggregator, Cohort, Local, Optimizer, Pace, Sampler
+from atoll.plan.schedule import constant, cosine, hold, plateau, warmup
 from atoll.testing import (
     Nonconformity,
     check_aggregator,
@@ -29,7 +28,7 @@ from atoll.testing import (
 
 
 def user_loop(model, loader, ctx):
-    """What somebody writes for `Custom`: dropout-like noise from the global generator, a batch order, a metric."""
+    """A user's function for `Custom`: noise from the global generator, a batch order, a metric."""
     total = 0.0
     for x, y in loader:
         model.zero_grad()
@@ -80,8 +79,8 @@ OURS = {
         codec.RandomK(0.3),
         codec.Sign(),
         codec.LowRank(1),
-        codec.Feedback(codec.TopK(0.1)),
-        codec.Shift(codec.TopK(0.1) >> codec.Quantize(8)),
+        codec.ErrorFeedback(codec.TopK(0.1)),
+        codec.EF21(codec.TopK(0.1) >> codec.Quantize(8)),
         codec.TopK(0.1) >> codec.Quantize(8),
         codec.RandomK(0.25) >> codec.Eden(1),
         codec.Rotate() >> codec.Quantize(4),
@@ -128,7 +127,7 @@ OURS = {
         pace.Buffered(1),
         pace.Buffered(10),
         pace.Buffered(10**6),
-        pace.Buffered(3, staleness=pace.polynomial(0)),
+        pace.Buffered(3, staleness=pace.staleness_polynomial(0)),
         pace.Buffered(7, staleness=pace.hinge(0.5, grace=4)),
         *(pace.Bounded(s) for s in (0, 1, 4, 1000)),
     ],
@@ -153,11 +152,11 @@ def test_ours_conform(check, part):
 
 @pytest.mark.parametrize("chunk", [None, 2], ids=str)
 def test_our_engine_conforms(chunk):
-    check_engine(lambda task, data: InProcess(task, data, chunk))
+    check_engine(lambda task, data: InProcessEngine(task, data, chunk))
 
 
 def named(part):
-    """The names in a part's text: its own, and those of the parts that it holds."""
+    """The names in a part's text: its own, and those of the parts that it contains."""
     if isinstance(part, (tuple, list)):
         return {name for each in part for name in named(each)}
     if not is_dataclass(part):
@@ -166,11 +165,10 @@ def named(part):
 
 
 def test_every_part_of_the_table_is_checked():
-    """A stop rule is no part of a plan, and a plan has its own test."""
-    from atoll.plan.names import PARTS
+    """Plans have their own test."""
+    from atoll.plan.registry import PARTS
 
-    others = {"Plan"} | {name for name, part in PARTS.items() if part.__module__ == "atoll.plan.stop"}
-    assert set(PARTS) - named(list(OURS.values())) == others
+    assert set(PARTS) - named(list(OURS.values())) == {"Plan"}
 
 
 def test_plans_are_values():
@@ -180,11 +178,11 @@ def test_plans_are_values():
         check_value(recipe())
 
 
-# Parts that break their contract, each in one way, with a word of what the check must say.
+# Parts that break their contract in one way each, with a word of the expected message.
 
 
 @dataclass(repr=False)
-class Changeable(Value):
+class Changeable(Sampler):
     n: int = 3
     __hash__ = object.__hash__
 
@@ -193,8 +191,8 @@ class Changeable(Value):
 
 
 @dataclass(frozen=True)
-class Unread:
-    """A part whose repr is no constructor."""
+class Unread(Sampler):
+    """A part whose repr is not a constructor call."""
 
     n: int = 3
 
@@ -205,7 +203,7 @@ class Unread:
 
 
 @dataclass(frozen=True, repr=False)
-class Sampling(Value):
+class Sampling(Sampler):
     way: str
 
     def __call__(self, population, round, key):
@@ -239,7 +237,7 @@ class Falling(Value):
 
 
 @dataclass(frozen=True, repr=False)
-class Stepping(Value):
+class Stepping(Optimizer):
     way: str
 
     def init(self, theta):
@@ -284,10 +282,10 @@ class Coding(Codec):
                 return x, {}, {}, {"error": x}
         return x, {}, {}, memory
 
-    def open(self, x, side):
+    def decode(self, x, side):
         return 2 * x if self.way == "opens in secret" else x
 
-    def decode(self, x, key):
+    def decode_sum(self, x, key):
         match self.way:
             case "decodes in secret":
                 return 2 * x
@@ -295,30 +293,30 @@ class Coding(Codec):
                 return x[..., :-1]
         return x
 
-    def settle(self, total, server, key):
+    def server_update(self, total, server, info, key):
         return total, {} if self.way == "forgets its server state" else server
 
 
 @dataclass(frozen=True, repr=False)
 class Squaring(Codec):
-    """Says that it decodes; what it does is not linear."""
+    """A codec that declares a per-sum half, which is not linear."""
 
-    decodes = True
+    per_sum = True
 
-    def decode(self, x, key):
+    def decode_sum(self, x, key):
         return x.square()
 
 
-class Delegating(Value):
-    """An aggregator that is `Mean` but for what a subclass changes."""
+class Delegating(Aggregator):
+    """An aggregator like `Mean`, except for the method that a subclass changes."""
 
     linear = True
 
     def zero(self):
         return aggregate.Mean().zero()
 
-    def fold(self, partial, contribution):
-        return aggregate.Mean().fold(partial, contribution)
+    def fold(self, partial, contribution, ids):
+        return aggregate.Mean().fold(partial, contribution, ids)
 
     def merge(self, a, b):
         return aggregate.Mean().merge(a, b)
@@ -326,40 +324,37 @@ class Delegating(Value):
     def total(self, partial):
         return aggregate.Mean().total(partial)
 
-    def finish(self, total, cohort, population):
-        return aggregate.Mean().finish(total, cohort, population)
+    def finalize(self, total, info):
+        return aggregate.Mean().finalize(total, info)
 
 
 @dataclass(frozen=True, repr=False)
 class Adding(Delegating):
     way: str
 
-    def fold(self, partial, contribution):
+    def fold(self, partial, contribution, ids):
         update = contribution.means["update"]
         match self.way:
             case "by the largest of all":
                 contribution.means["update"] = update / update.abs().amax()
             case "signs":
                 return super().fold(
-                    partial, contribution._replace(means={**contribution.means, "update": update.sign()})
+                    partial, contribution._replace(means={**contribution.means, "update": update.sign()}), ids
                 )
-        return super().fold(partial, contribution)
+        return super().fold(partial, contribution, ids)
 
     def merge(self, a, b):
         return a if self.way == "drops" else super().merge(a, b)
 
-    def finish(self, total, cohort, population):
+    def finalize(self, total, info):
         if self.way == "never empty":
             total = total._replace(means={**total.means, "update": total.means["update"] * 1.0})
-        return super().finish(total, cohort, population)
+        return super().finalize(total, info)
 
 
 @dataclass(frozen=True, repr=False)
-class Computing(local.Part):
+class Computing(Local):
     way: str
-
-    def width(self, rows):
-        return local.padded(rows)
 
     def contribute(self, broadcast, lanes, memory, key, task):
         given, after = local.Gradient().contribute(broadcast, lanes, memory, key, task)
@@ -394,20 +389,20 @@ class Dealing(partition.Partition):
 
 
 @dataclass(frozen=True, repr=False)
-class Waiting(Value):
-    """A pace that is `Sync()`, or `Buffered(2)` where it refills, but for one thing."""
+class Waiting(Pace):
+    """A pace like `Sync()`, or like `Buffered(2)` if it replaces arrivals, with one error."""
 
     way: str
 
     @property
-    def flies_on(self):
-        return 1 if self.way == "no flag" else self.refills
+    def asynchronous(self):
+        return 1 if self.way == "no flag" else self.replaces_arrivals
 
     @property
-    def refills(self):
+    def replaces_arrivals(self):
         return self.way in ("never closes", "only as a whole")
 
-    def asks(self, n):
+    def cohort_size(self, n):
         match self.way:
             case "asks for fewer":
                 return n - 1
@@ -415,13 +410,13 @@ class Waiting(Value):
                 return 2 * n
         return n
 
-    def wants(self, started):
+    def required(self, started):
         return started
 
     def may_start(self, starts):
         return starts != 3 if self.way == "forgives" else True
 
-    def closes(self, open):
+    def should_close(self, open):
         match self.way:
             case "never closes":
                 return False
@@ -433,9 +428,9 @@ class Waiting(Value):
                 return open.arrived >= open.wanted and open.elapsed < 30
             case "by a coin":
                 return open.arrived > 0 and bool(torch.rand(()) < 0.5)
-        return open.arrived >= (2 if self.refills else open.wanted)
+        return open.arrived >= (2 if self.replaces_arrivals else open.wanted)
 
-    def discount(self, staleness):
+    def staleness_weight(self, staleness):
         match self.way:
             case "never whole":
                 return 0.5
@@ -447,25 +442,25 @@ class Waiting(Value):
 
 
 @dataclass(frozen=True, repr=False)
-class Counting(Value):
-    """A pace that keeps count of what it was asked."""
+class Counting(Pace):
+    """A pace that is not pure: it counts its calls."""
 
     asked: list = field(default_factory=list, compare=False)
-    flies_on = refills = False
+    asynchronous = replaces_arrivals = False
 
-    asks = wants = lambda self, n: n
+    cohort_size = required = lambda self, n: n
     may_start = lambda self, starts: True  # noqa: E731
 
-    def closes(self, open):
+    def should_close(self, open):
         return open.arrived >= open.wanted
 
-    def discount(self, staleness):
+    def staleness_weight(self, staleness):
         self.asked.append(staleness)
         return 1.0 if len(self.asked) < 50 else 0.5
 
 
-class Stubborn(InProcess):
-    """An engine that is ours but for one thing."""
+class Stubborn(InProcessEngine):
+    """An engine like `InProcess`, with one error."""
 
     way: str
 
@@ -483,7 +478,7 @@ class Stubborn(InProcess):
                 return super().gather(plan, state, cohort, key)._replace(failures=())
             case "no empty cohorts":
                 if not len(cohort.ids):
-                    raise ValueError("nobody is here")
+                    raise ValueError("the cohort is empty")
             case "another key":
                 key = key.fold("mine")
         return super().gather(plan, state, cohort, key)
@@ -504,55 +499,55 @@ BROKEN = [
     (check_sampler, Sampling("twice"), "different numbers"),
     (check_sampler, Sampling("outside"), "different numbers"),
     (check_sampler, Sampling("unkeyed"), "global generator"),
-    (check_sampler, Sampling("always the first"), "at work in 1000 of 1000"),
+    (check_sampler, Sampling("always the first"), "in 1000 of 1000 rounds"),
     (check_schedule, Falling(), "in round 1000"),
     (check_schedule, Falling(forgets=True), "tensors named"),
     (check_optimizer, Stepping("climbs"), "uphill"),
-    (check_optimizer, Stepping("in place"), "changed what it was given"),
+    (check_optimizer, Stepping("in place"), "changed its arguments"),
     (check_optimizer, Stepping("all lanes by one norm"), "than one at a time"),
     (check_optimizer, Stepping("grows"), "tensors named"),
     (check_optimizer, Stepping("looks"), "without numbers"),
-    (check_stage, Coding("by the largest of all"), "than alone"),
+    (check_stage, Coding("by the largest of all"), "other clients in the batch"),
     (check_stage, Coding("unkeyed"), "global generator"),
     (check_stage, Coding("side without rows"), "for 4 clients"),
     (check_stage, Coding("on the host"), "without numbers"),
     (check_stage, Coding("keeps more"), "tensors named"),
-    (check_stage, Coding("opens in secret"), "opens = True"),
-    (check_stage, Coding("decodes in secret"), "decodes = True"),
+    (check_stage, Coding("opens in secret"), "per_message = True"),
+    (check_stage, Coding("decodes in secret"), "per_sum = True"),
     (check_stage, Coding("cuts"), "floats [63]"),
     (check_stage, Coding("forgets its server state"), "tensors named"),
     (check_stage, Squaring(), "linear decode"),
     (check_aggregator, aggregate.Mean(sum="float"), "order and grouping"),
-    (check_aggregator, Adding("by the largest of all"), "changed what it was given"),
+    (check_aggregator, Adding("by the largest of all"), "changed its arguments"),
     (check_aggregator, Adding("signs"), "linear = False"),
     (check_aggregator, Adding("drops"), "order and grouping"),
     (check_aggregator, Adding("never empty"), "no contribution"),
-    (check_local, Computing("beside others"), "than alone"),
+    (check_local, Computing("beside others"), "other clients are in the batch"),
     (check_local, Computing("unkeyed"), "global generator"),
     (check_local, Computing("short"), "is a vector"),
-    (check_local, Computing("by rows used"), "speaks for all"),
+    (check_local, Computing("by rows used"), "all rows of a client"),
     (check_local, Computing("unannounced"), "tensors named"),
-    (check_local, Computing("no rows"), "rows among them"),
+    (check_local, Computing("no rows"), "a sum named rows"),
     (check_pace, Waiting("no flag"), "True or False"),
     (check_pace, Waiting("asks for fewer"), "at least"),
     (check_pace, Waiting("asks for the odd one out"), "each time"),
     (check_pace, Waiting("forgives"), "False from some number on"),
     (check_pace, Waiting("never closes"), "1e+12 arrivals"),
-    (check_pace, Waiting("only as a whole"), "with more arrivals keeps it open"),
-    (check_pace, Waiting("at once"), "as it opens"),
-    (check_pace, Waiting("in haste only"), "with more time keeps it open"),
+    (check_pace, Waiting("only as a whole"), "False with more arrivals"),
+    (check_pace, Waiting("at once"), "has just opened"),
+    (check_pace, Waiting("in haste only"), "False with more time"),
     (check_pace, Waiting("by a coin"), "global generator"),
-    (check_pace, Waiting("never whole"), "from 1 for what is not late"),
-    (check_pace, Waiting("louder with age"), "never rising"),
+    (check_pace, Waiting("never whole"), "floats that start at 1"),
+    (check_pace, Waiting("louder with age"), "never increase"),
     (check_pace, Waiting("turns round"), "never below 0"),
     (check_pace, Counting(), "two results"),
     (check_partition, Dealing("nobody"), "exactly one client"),
     (check_partition, Dealing("unkeyed"), "global generator"),
-    (check_engine, stubborn("in the order of arrival"), "rising id"),
-    (check_engine, stubborn("commits by itself"), "on acceptance"),
+    (check_engine, stubborn("in the order of arrival"), "in order of their ids"),
+    (check_engine, stubborn("commits by itself"), "after acceptance"),
     (check_engine, stubborn("silent"), "one failure"),
-    (check_engine, stubborn("no empty cohorts"), "nobody is here"),
-    (check_engine, stubborn("another key"), "one plan means one thing"),
+    (check_engine, stubborn("no empty cohorts"), "the cohort is empty"),
+    (check_engine, stubborn("another key"), "the same result on every engine"),
 ]
 
 

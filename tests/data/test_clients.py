@@ -1,4 +1,4 @@
-"""A federation as offsets into a list of row numbers, and how its unevenness is measured."""
+"""`Clients`: offsets into an array of row numbers, its measures of imbalance, and its fingerprint."""
 
 from dataclasses import replace
 
@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
+from atoll.base.errors import UsageError
 from atoll.data import IID, ArrayRows, Clients, Dirichlet, Quantity, arrays, load
 from atoll.data.clients import offsets_of
 from atoll.data.measure import effective_clients, label_divergence, size_gini
-from atoll.errors import UsageError
 
 sizes_of = st.lists(st.integers(1, 50), min_size=1, max_size=15).map(torch.tensor)
 
@@ -81,7 +81,7 @@ def test_extremes_of_imbalance():
     even = torch.tensor([[4, 4], [2, 2]])
     apart = torch.tensor([[6, 0], [0, 6]])
     assert label_divergence(even) == 0
-    assert label_divergence(apart) == pytest.approx(0.3112781, abs=1e-6)  # JS of a coin and a certainty
+    assert label_divergence(apart) == pytest.approx(0.3112781, abs=1e-6)  # JS of (1/2, 1/2) and (1, 0)
     assert size_gini(torch.tensor([5, 5, 5])) == 0 and effective_clients(torch.tensor([5, 5, 5])) == 3
 
 

@@ -1,4 +1,4 @@
-"""Sets by name: shapes, columns and rows as published; files that are missing or malformed are refused."""
+"""Data sets by name have the published shapes, columns and rows; missing or malformed files are refused."""
 
 import gzip
 import os
@@ -10,13 +10,13 @@ import pytest
 import torch
 from sklearn.model_selection import train_test_split
 
+from atoll.base.errors import UsageError
 from atoll.data import IID, load
 from atoll.data.named import DEBIAN_FASHION, FASHION, NAMED, read_idx
-from atoll.errors import UsageError
 
 
 def given(name):
-    """The folder of files that are not ours to ship, or a skip with the reason."""
+    """Return the folder of data files that we may not distribute; skip the test if it is not set."""
     folder = os.environ.get("ATOLL_DATA")
     if not folder or not Path(folder, name).is_file():
         pytest.skip(f"{name} is not in the folder that ATOLL_DATA names ({folder})")
@@ -64,7 +64,7 @@ def test_heart_is_that_of_the_published_benchmark():
     )
     x, y = load("heart", folder=folder, scale="none").rows.take(torch.arange(740))
     assert x[0].tolist() == [63, 1, 145, 233, 1, 150, 0, 2.3, 0, 0, 0, 0, 1] and y[:3].tolist() == [0, 1, 1]
-    # The benchmark's own split of these rows gives its sizes and the majority class it reports for each hospital.
+    # The benchmark's own split of these rows has the published sizes and the published majority class per hospital.
     tests = []
     for hospital in range(4):
         label = y[data.by == hospital].numpy()
@@ -84,7 +84,7 @@ def test_heart_by_hospital():
         x = data.take(data.client_rows(client))[0]
         assert torch.allclose(x.mean(0), torch.zeros(13, dtype=x.dtype), atol=1e-9)
     swiss = data.take(data.client_rows(2))[0]
-    assert swiss[:, 3].abs().max() == 0  # cholesterol is unknown, coded 0, in all of Switzerland
+    assert swiss[:, 3].abs().max() == 0  # cholesterol is unknown, coded 0, in all Swiss rows
     assert load("heart", folder=given("heart.processed.va.data")).split(7, IID()).count == 7
 
 
@@ -109,7 +109,7 @@ def idx(array):
 
 @pytest.fixture
 def fashion(tmp_path):
-    """A folder of four tiny IDX files, two of them gzipped; not all classes occur."""
+    """Write four tiny IDX files, two of them gzipped; not all classes occur."""
     rng = np.arange(7 * 6 * 6, dtype=np.uint8).reshape(7, 6, 6)
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(rng))
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.array([3, 4, 3, 4, 3, 4, 9], np.uint8)))
@@ -130,11 +130,11 @@ def test_idx_files(fashion, monkeypatch):
     ("name", "content", "match"),
     [
         ("train-images-idx3-ubyte", b"\0\0\x08\x03\0\0", "malformed"),
-        ("train-images-idx3-ubyte", b"\0\0\x0d\x01\0\0\0\0", "0x0d where"),
+        ("train-images-idx3-ubyte", b"\0\0\x0d\x01\0\0\0\0", "0x0d instead of"),
         ("train-images-idx3-ubyte", idx(np.zeros((7, 6, 6), np.uint8)) + b"\0", "253 bytes follow"),
         ("train-images-idx3-ubyte", struct.pack(">HBB3I", 0, 8, 3, 2**31, 2**31, 4), "0 bytes follow"),
         ("train-labels-idx1-ubyte", idx(np.zeros(6, np.uint8)), "with labels"),
-        ("train-labels-idx1-ubyte", idx(np.full(7, 10, np.uint8)), "label 10 where 0 to 9"),
+        ("train-labels-idx1-ubyte", idx(np.full(7, 10, np.uint8)), "label 10, outside 0 to 9"),
         ("t10k-images-idx3-ubyte.gz", b"not gzip", "malformed"),
         ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((2, 6, 6), np.uint8)), mtime=0)[:-12], "malformed"),
     ],
@@ -154,9 +154,9 @@ def test_idx_of_any_shape(tmp_path):
 def test_files_that_are_missing(tmp_path, monkeypatch):
     monkeypatch.delenv("ATOLL_DATA", raising=False)
     for name in ("mnist", "heart"):
-        with pytest.raises(UsageError, match=f"{name} needs .* nothing says where"):
+        with pytest.raises(UsageError, match=f"{name} needs .* no folder is set"):
             load(name)
-        with pytest.raises(UsageError, match="which is not there"):
+        with pytest.raises(UsageError, match="which does not exist"):
             load(name, folder=tmp_path)
     with pytest.raises(UsageError, match="apt-get install dataset-fashion-mnist"):
         load("fashion_mnist", folder=tmp_path)
@@ -214,7 +214,7 @@ def test_unknown_names_and_arguments():
         load("digit")
     assert len(load(error.value.write)) == 1797
     for words in ({"target": "y"}, {"by": "y"}, {"task": "regression"}, {"missing": "drop"}):
-        with pytest.raises(UsageError, match="for digits") as error:
+        with pytest.raises(UsageError, match=r"load\(.digits.\) was given") as error:
             load("digits", **words)
         assert len(eval(error.value.write, {"load": load})) == 1797
     with pytest.raises(UsageError, match="No scale is called"):

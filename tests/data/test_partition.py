@@ -1,4 +1,4 @@
-"""Laws of partitions: every row in exactly one client, enough rows each, the same draw from the same key."""
+"""Laws of partitions: each row belongs to one client, each client has enough rows, equal keys give equal draws."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import gamma, kstest
 
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.data import (
     IID,
     ArrayRows,
@@ -23,8 +25,6 @@ from atoll.data import (
     Source,
 )
 from atoll.data.partition import fill_up, log_gamma_draws
-from atoll.errors import UsageError
-from atoll.rng import Key
 
 DRAWN = [IID(), Dirichlet(0.1), Dirichlet(5.0), Pathological(2), Shards(), Shards(3), Quantity(1.5), Quantity(0)]
 keys = st.integers(0, 2**32).map(Key)
@@ -69,7 +69,7 @@ def test_another_seed_is_another_draw(partition):
 
 @pytest.mark.parametrize("partition", [*DRAWN, FeatureShift(noise=0.1), ByColumn()], ids=repr)
 def test_a_partition_is_a_value(partition):
-    again = eval(repr(partition))  # written by us, a constructor call
+    again = eval(repr(partition))  # the text is our own repr, a constructor call
     assert again == partition and hash(again) == hash(partition) and repr(again) == repr(partition)
     with pytest.raises(AttributeError):
         partition.draws_more = 1
@@ -82,7 +82,7 @@ def test_iid_sizes_differ_by_at_most_one(key, clients, rows):
 
 
 def test_iid_is_uniform():
-    """Each of 4 rows lands in each of 4 clients equally often; a false alarm is rarer than 1 in 10⁵."""
+    """Each of 4 rows is assigned to each of 4 clients equally often; the false-alarm rate is below 10⁻⁵."""
     draws = torch.stack([IID()(Pool(4), 4, Key(seed)) for seed in range(4000)])
     counts = torch.stack([(draws == client).sum(0) for client in range(4)])
     chi2 = ((counts - 1000.0) ** 2 / 1000).sum()
@@ -91,7 +91,7 @@ def test_iid_is_uniform():
 
 @pytest.mark.slow
 def test_dirichlet_grows_even_with_alpha():
-    """More alpha is less skew, in the mean over seeds: from nearly one class a client to the same mix for all."""
+    """A larger alpha gives less skew in the mean over seeds: from almost one class per client to equal mixes."""
     data = source(2000, classes=10)
 
     def skew(partition):
@@ -105,12 +105,12 @@ def test_dirichlet_grows_even_with_alpha():
 
 def test_dirichlet_gives_no_more_to_who_has_a_fair_share():
     owner = Dirichlet(0.5)(pool(1000, classes=10), 10, Key(0))
-    # One class, about 100 rows, may push a client past the fair share of 100; a second one may not.
+    # One class has about 100 rows and may push a client past its fair share of 100. A second class may not.
     assert owner.bincount().max() < 100 + 130
 
 
 def test_dirichlet_shares_have_the_stated_moments():
-    """With one class, shares are Dirichlet: mean 1/C, variance (C − 1) / (C² (Cα + 1)), within 4 standard errors."""
+    """With one class, shares are Dirichlet: mean 1/C, variance (C − 1) / (C² (Cα + 1)), to 4 standard errors."""
     clients, alpha, rows, seeds = 5, 0.7, 2000, 400
     shares = torch.stack(
         [
@@ -128,7 +128,7 @@ def test_dirichlet_shares_have_the_stated_moments():
 
 @pytest.mark.parametrize("shape", [0.05, 0.5, 1.0, 7.0])
 def test_gamma_draws_have_the_distribution(shape):
-    """Kolmogorov–Smirnov at 10⁻⁴, on fixed keys: a failure is a fault."""
+    """Kolmogorov–Smirnov test at 10⁻⁴. The keys are fixed, so the test never fails by chance."""
     draws = log_gamma_draws(shape, 20_000, Key(3)).exp().numpy()
     assert kstest(draws, gamma(shape).cdf).pvalue > 1e-4
 
@@ -192,7 +192,7 @@ def test_fill_up_moves_no_more_rows_than_are_missing(key, sizes, min_rows):
     after = moved.bincount(minlength=len(sizes))
     assert after.min() >= min_rows
     assert (moved != owner).sum() == (min_rows - sizes).clamp(min=0).sum()
-    # The largest give, down to one common level.
+    # The largest clients lose rows, down to one common level.
     givers = after[after < sizes]
     assert not len(givers) or givers.max() - givers.min() <= 1
 
@@ -214,12 +214,12 @@ def test_a_partition_of_ones_own_is_checked():
         def __call__(self, pool, clients, key):
             return torch.full((pool.rows,), clients)
 
-    with pytest.raises(UsageError, match="gave owners"):
+    with pytest.raises(UsageError, match="returned owners"):
         source(100).split(4, Odd())
 
 
 def test_a_million_clients():
-    """A million clients are a list of row numbers and a list of offsets, whatever draws them."""
+    """For every partition, a million clients need only an array of row numbers and an array of offsets."""
     rows, clients = 2_000_000, 1_000_000
     labels = torch.arange(rows) % 10
     big = Source("big", ArrayRows(torch.zeros(rows, 1), labels), "classification", ("a",) * 10, (1,))

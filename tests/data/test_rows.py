@@ -1,4 +1,4 @@
-"""Rows in memory, in mapped files and behind Datasets give the same answers; what is outside memory stays there."""
+"""Rows in memory, in mapped files and in Datasets give equal results; rows outside memory are not loaded."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from atoll.base.errors import RunError, UsageError
 from atoll.data import (
     IID,
     ArrayRows,
@@ -24,14 +25,13 @@ from atoll.data import (
     federate,
     load,
 )
-from atoll.errors import RunError, UsageError
 
 X = torch.arange(60.0).reshape(20, 3)
 Y = torch.arange(20) % 3
 
 
 class Counted(Dataset):
-    """A map-style Dataset that remembers which rows were asked for."""
+    """A map-style Dataset that records the rows that were read."""
 
     def __init__(self, x=X, y=Y):
         self.x, self.y, self.asked = x, y, []
@@ -60,7 +60,7 @@ def mapped(tmp_path):
 
 
 def kinds(folder):
-    """The same twenty rows, in every place where rows can live."""
+    """Return the same twenty rows in every kind of storage."""
     x, y = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in "xy")
     return [
         ArrayRows(X, Y),
@@ -130,7 +130,7 @@ def test_labels_are_taken_from_targets_where_a_dataset_has_them():
     rows = Listed()
     assert dataset(rows).classes == ("0", "1", "2")
     assert set(rows.asked) == {0}
-    rows.target_transform = lambda y: 2 - y  # then only the rows themselves can say
+    rows.target_transform = lambda y: 2 - y  # now the labels must be read row by row
     dataset(rows)
     assert len(rows.asked) > 20
 
@@ -211,8 +211,8 @@ BODIES = [
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory only on Linux")
 @pytest.mark.parametrize(("body", "width"), BODIES)
 def test_data_four_times_larger_than_memory(tmp_path, body, width):
-    """A set of 128 or 256 MB is scaled, split and read whole by a process that may grow by a quarter of that."""
-    x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (8192, width))  # sparse: no disk either
+    """A process scales, splits and reads a set of 128 or 256 MB, and grows by at most a quarter of that size."""
+    x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (8192, width))  # sparse: uses no disk space
     x[::97, 3] = 1.0
     x.flush()
     np.save(tmp_path / "y.npy", np.arange(8192) % 10)
@@ -235,7 +235,7 @@ def test_a_bad_number_outside_memory_is_found_as_it_is_read(mapped):
     assert data.rows.take(torch.tensor([0, 1]))[0].shape == (2, 3)
     with pytest.raises(RunError, match="nan at row 4, column 2"):
         data.rows.take(torch.tensor([[1, 3], [4, 0]]))
-    with pytest.raises(RunError, match="targets hold nan at row 1"):
+    with pytest.raises(RunError, match="targets contain nan at row 1"):
         DatasetRows([(X[0], 0.0), (X[1], float("nan"))]).take(torch.tensor([0, 1]))
     with pytest.raises(RunError, match="inf at row 9, column 1"):
         DatasetRows([(torch.tensor([0.0, float("inf") if i == 9 else 0.0]), 0) for i in range(12)]).take(
@@ -246,16 +246,16 @@ def test_a_bad_number_outside_memory_is_found_as_it_is_read(mapped):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: arrays(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]), [0, 1]), "x holds nan at row 1, column 0"),
+        (lambda: arrays(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]), [0, 1]), "x contains nan at row 1, column 0"),
         (lambda: arrays(np.full((2, 1, 2, 2), np.inf), [0, 1]), r"inf at row 0, position \(0, 0, 0\)"),
-        (lambda: arrays(torch.zeros(2, 1), [0.0, float("inf")]), "y holds inf at row 1"),
+        (lambda: arrays(torch.zeros(2, 1), [0.0, float("inf")]), "y contains inf at row 1"),
         (lambda: arrays(torch.zeros(2, 1), ["a", None]), "y has no value at row 1"),
         (lambda: arrays(torch.zeros(2, 1), [0.0, float("nan")], task="classification"), "no value at row 1"),
         (lambda: arrays(torch.zeros(3, 1), [0, 1]), "x has 3 rows, y has 2"),
         (lambda: arrays(torch.zeros(3), [0, 1, 1]), r"x has shape \(3,\)"),
         (lambda: arrays(torch.zeros(0, 3), []), r"x has shape \(0, 3\)"),
         (lambda: arrays([["a", "b"]], [0]), "x is an array of <U1"),
-        (lambda: arrays([[1.0], [1.0, 2.0]], [0, 1]), "x is no array"),
+        (lambda: arrays([[1.0], [1.0, 2.0]], [0, 1]), "x is not an array"),
         (lambda: arrays(torch.zeros(2, 1), ["a", "b"], task="regression"), "y is an array of <U1"),
         (lambda: arrays(torch.zeros(2, 1), [0, 1], task="clasification"), "No task is called"),
         (lambda: arrays(torch.zeros(2, 1), [0, 1], scale="standart"), "No scale is called"),
@@ -264,18 +264,18 @@ def test_a_bad_number_outside_memory_is_found_as_it_is_read(mapped):
         (lambda: arrays(torch.zeros(2, 1), [0, 1], by=["a"]), "by has 1 entries for 2 rows"),
         (lambda: arrays(torch.zeros(2, 1), [0, 1], test=(torch.zeros(1, 2), [0])), r"the test x have shape \(2,\)"),
         (lambda: dataset([]), "has no rows"),
-        (lambda: dataset(Stream([])), "gave no row"),
+        (lambda: dataset(Stream([])), "has no rows"),
         (lambda: dataset([1, 2, 3]), "Row 0 of the dataset is a int"),
         (lambda: dataset([(object(), 0)]), "Row 0 of the dataset is"),
-        (lambda: dataset(7), "Data of type int"),
+        (lambda: dataset(7), "The data has type int"),
         (lambda: dataset([(X[0], 0), (X[0, :2], 1)]).rows.take(torch.arange(2)), r"Row 1 .* \(2,\), row 0 .* \(3,\)"),
         (lambda: dataset(Stream([(X[0], 0), (X[0, :2], 1)])), r"Row 1 of the dataset"),
-        (lambda: dataset([(X[0], -1), (X[0], 1)]), "the least is -1"),
+        (lambda: dataset([(X[0], -1), (X[0], 1)]), "the smallest is -1"),
         (lambda: federate([]), "no clients"),
         (lambda: federate({"a": (X, Y), "b": (X[:, :2], Y)}), r"client b have shape \(2,\)"),
         (lambda: federate([(X, Y), (X, Y[:3])]), "x of client 1 has 20 rows, y has 3"),
         (lambda: arrays(X.long(), Y).split(2, FeatureShift(noise=1.0)), "float features"),
-        (lambda: arrays(X, Y).split(2, FeatureShift(rotation=90)), "pictures"),
+        (lambda: arrays(X, Y).split(2, FeatureShift(rotation=90)), "images"),
     ],
 )
 def test_bad_data_is_refused_by_row_and_column(make, match):

@@ -1,4 +1,4 @@
-"""Feature shift: a function of (seed, client, row), applied as rows are taken."""
+"""Feature shift is a function of (seed, client, row), applied when rows are read."""
 
 from functools import cache
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atoll.base.random import Key
 from atoll.data import FeatureShift, arrays, load
 from atoll.data.shift import rotate
-from atoll.rng import Key
 
 sides = st.integers(1, 9)
 
@@ -28,7 +28,7 @@ def test_quarter_turns_move_whole_pixels(seed, side, turns):
 
 @given(side=st.integers(4, 9), degrees=st.floats(-360, 360))
 def test_rotation_keeps_what_is_round(side, degrees):
-    """A disc that fades to nothing before the frame looks the same from every side."""
+    """A disc that fades to 0 inside the frame does not change under rotation."""
     line = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
     radius = (line[:, None] ** 2 + line**2).sqrt()
     disc = (1 - 2 * radius / side).clamp(min=0)[None]
@@ -38,7 +38,7 @@ def test_rotation_keeps_what_is_round(side, degrees):
 
 
 def test_noise_has_the_stated_sd_at_every_client():
-    """Client i of 4 sees noise of sd 0.8 (i + 1) / 4, within 4 standard errors."""
+    """Client i of 4 gets noise of standard deviation 0.8 (i + 1) / 4, to 4 standard errors."""
     plain = arrays(torch.full((400, 50), 3.0), torch.zeros(400))
     data = plain.split(4, FeatureShift(noise=0.8), held_out=0)
     for client in range(4):
@@ -62,7 +62,7 @@ def test_a_row_looks_the_same_in_every_batch(seed):
     x = data.take(rows)[0]
     assert torch.equal(data.take(rows.reshape(4, 6))[0].flatten(0, 1), x)
     assert torch.equal(data.take(rows[7:9])[0], x[7:9])
-    assert torch.equal(data.pooled().take(rows)[0], x)  # pooled rows are what their clients see
+    assert torch.equal(data.pooled().take(rows)[0], x)  # pooled rows keep the shift of their clients
     assert torch.equal(data.only(torch.tensor([3])).take(rows)[0], x)
 
 

@@ -1,4 +1,4 @@
-"""Laws of the split: what is held out depends on the rows and the seed alone, and only train rows are looked at."""
+"""Laws of the split: held-out rows depend only on the rows and the seed; statistics use only train rows."""
 
 import types
 
@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.data import (
     IID,
     ArrayRows,
@@ -19,8 +21,6 @@ from atoll.data import (
     load,
 )
 from atoll.data.sources import draw_held_out
-from atoll.errors import UsageError
-from atoll.rng import Key
 
 
 def source(labels, **more):
@@ -59,7 +59,7 @@ def test_held_out_rows_are_the_same_for_every_split(seed, part):
 
 
 def test_held_out_goes_by_each_rows_own_hash():
-    """A row near the cut moves with the set's size; all others stay: growing the set by a row changes at most a few."""
+    """If the set grows by a row, only a few rows near the cut change between train and held-out."""
     small = draw_held_out(None, 1000, 0.2, Key(1)).nonzero()
     large = draw_held_out(None, 1001, 0.2, Key(1)).nonzero()
     assert len(set(small.flatten().tolist()) ^ set(large.flatten().tolist())) <= 2
@@ -107,7 +107,7 @@ def test_a_small_natural_client_is_left_out_and_said():
 
 @given(seed=st.integers(0, 200))
 def test_scaling_uses_train_rows_alone(seed):
-    """Standardised train rows have mean 0 and sd 1, and no held-out value can change them."""
+    """Standardised train rows have mean 0 and standard deviation 1, and no held-out value can change them."""
     x = Key(seed).normal(120).reshape(40, 3) * torch.tensor([1.0, 100.0, 1e-3]) + 5
     data = arrays(x, torch.zeros(40), scale="standard").split(4, seed=seed)
     train = data.take(data.order)[0]
@@ -193,7 +193,7 @@ def test_natural_clients_are_counted_by_the_data():
 def test_classes_need_classes():
     data = arrays(torch.zeros(40, 1), torch.zeros(40))
     for by in (Dirichlet(1.0), Shards()):
-        with pytest.raises(UsageError, match="one class a row") as error:
+        with pytest.raises(UsageError, match="one class per row") as error:
             data.split(5, by)
         assert eval(error.value.write, {"data": data, "IID": IID, "Quantity": Quantity}).count == 5
 
@@ -206,5 +206,5 @@ def test_a_label_unseen_in_training():
     held = (torch.zeros(1, 1), ["z"])
     data = arrays(torch.zeros(21, 1), labels, by=by, test=held)
     with pytest.raises(UsageError, match="label 'z', which no train row has") as error:
-        data.split()  # client b, who alone has z, is too small and left out
+        data.split()  # only client b has label z; it is too small and left out
     assert eval(error.value.write, {"data": data}).count == 1

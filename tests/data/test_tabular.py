@@ -1,4 +1,4 @@
-"""Tables: what is read, what is guessed and said, and what is refused."""
+"""Tables: columns that are read, guesses with their notes, and files that are refused."""
 
 import gzip
 
@@ -7,8 +7,8 @@ import pandas
 import pytest
 import torch
 
+from atoll.base.errors import UsageError
 from atoll.data import csv, frame, load
-from atoll.errors import UsageError
 
 FLATS = """area,city,floor,site,price
 60,Oslo,1,north,3.5
@@ -35,7 +35,7 @@ def test_columns_levels_and_what_was_guessed(flats):
     assert data.notes == (
         "Target guessed: the last column, 'price'.",
         "3 rows lack a value: filled with the train rows' means.",
-        "Column 'city' holds texts: one column for each of 2 levels, found in all rows.",
+        "Column 'city' contains texts: one column for each of 2 levels, found in all rows.",
         "Task guessed from numbers in column 'price': regression.",
         "The target 'price' stays in its own units.",
     )
@@ -48,7 +48,7 @@ def test_missing_values_are_the_train_rows_means(flats):
     raw = csv(flats, target="price", scale="none").rows.take(torch.arange(6))[0]
     train = raw[data.pooled().order]
     assert x[2, 0] == train[:, 0].nanmean()
-    assert x[3, 1] == train[:, 1].nanmean()  # a missing text: each level's share
+    assert x[3, 1] == train[:, 1].nanmean()  # a missing text is filled with the mean of each level
     assert not x.isnan().any()
     scaled = csv(flats, target="price").split(2, held_out=0.3).rows.take(torch.arange(6))[0]
     assert scaled[2, 0] == 0 and scaled[3, 1] == 0
@@ -137,10 +137,10 @@ def test_rows_without_a_target_are_left_out_and_said(tmp_path):
         ("a,b\n1,2\n3\n", {}, r"Line 3 of .* has 1 cells"),
         ("a,b\n", {}, "has 0 rows"),
         ("", {}, "has 0 rows"),
-        ("1,2\n3,4\n", {}, "holds numbers only"),
+        ("1,2\n3,4\n", {}, "contains only numbers"),
         ("a,a\n1,2\n", {}, "Two columns are called 'a'"),
-        ("a,b\n1,inf\n", {}, "Column 'b' holds inf at row 0"),
-        ("a,b\n1,2\n-Infinity,3\n", {}, "Column 'a' holds -inf at row 1"),
+        ("a,b\n1,inf\n", {}, "Column 'b' contains inf at row 0"),
+        ("a,b\n1,2\n-Infinity,3\n", {}, "Column 'a' contains -inf at row 1"),
         ("a,b\n1,\n", {}, "Of 1 rows, 1 have no target"),
         ("a,b\n?,1\n", {"missing": "drop"}, "1 lack another value"),
         ("a,b\n1,2\n", {"target": "c"}, "No column is called 'c'"),
@@ -149,7 +149,7 @@ def test_rows_without_a_target_are_left_out_and_said(tmp_path):
         ("a,b\n1,2\n", {"missing": "median"}, "drop, mean"),
         ("a,b\n1,2\n", {"scale": "minmax"}, "No scale is called 'minmax'"),
         ("a,b\n1,2\n", {"task": "ranking"}, "No task is called 'ranking'"),
-        ("a,b\n1,x\n", {"task": "regression"}, "Column 'b' holds texts, such as 'x'"),
+        ("a,b\n1,x\n", {"task": "regression"}, "Column 'b' contains texts, such as 'x'"),
         ("a\n1\n", {}, "a target, and at least one feature"),
         ("a,b\n1,2\n", {"by": "a"}, "a target, and at least one feature"),
         ("a,s,b\n1,,2\n3,x,4\n", {"by": "s"}, "column 's' has no value at row 0"),

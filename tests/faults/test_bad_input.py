@@ -1,8 +1,9 @@
-"""What cannot work is refused: one error that says what was given, what is required, why, and a line that works."""
+"""Bad input is refused with one error that has four parts, and its line to write works."""
 
 import ast
 import functools
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,24 +17,27 @@ from hypothesis import strategies as st
 from torch import nn
 
 import atoll
-from atoll import models, recipes, schedule
+from atoll import models, recipes
+from atoll.base.errors import AtollError, RunError, UsageError
+from atoll.base.grammar import DEEPEST, LONGEST, Value, parse
 from atoll.data import partition
-from atoll.errors import AtollError, RunError, UsageError
-from atoll.grammar import DEEPEST, LONGEST, Value, parse
-from atoll.plan import local, optimizer
+from atoll.plan import local, optimizer, schedule
 from atoll.plan.aggregate import Mean, Sum
-from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS
+from atoll.training import Settings
+from atoll.training.stop import RULES
 
 PARTITIONS = {c.__name__: c for c in vars(partition).values() if isinstance(c, type) and c is not partition.Partition}
-KNOWN = {**{r.__name__: r for r in recipes.RECIPES}, **PARTS, **PARTITIONS}
+CALLABLE = {**PARTS, **RULES}  # all names that a text of a plan or of a stop rule may call
+KNOWN = {**{r.__name__: r for r in recipes.RECIPES}, **CALLABLE, **PARTITIONS}
 NAMES = {*KNOWN, *models.names(), "digits", "cross_entropy", "accuracy", "rmse", "classification", "none", "standard"}
 COMMANDS = ("atoll ", "--", "ls ", "apt-get ", "load(", "keep = ", "python ")
 
 
 @pytest.fixture(autouse=True)
 def refusals(monkeypatch):
-    """Every error of atoll's that the test met, wherever it was caught: the line it suggests is tried."""
+    """Collect every error of atoll in the test, also caught ones, and try the line that each suggests."""
     met = []
     init = AtollError.__init__
 
@@ -45,15 +49,18 @@ def refusals(monkeypatch):
     yield met
     monkeypatch.undo()
     for error in met:
-        assert error.given.strip(), "an error that does not say what was given"
+        assert error.given.strip(), "an error without its first part, the given value"
         try_line(error.write)
 
 
 def try_line(text):
-    """A value is built, a name is known, a split is made; a command is one of those that people have."""
+    """Try a suggested line: build the value, look up the name, make the split, or parse the command."""
     if not text or text.startswith(COMMANDS):
         return
     if text in NAMES:
+        return
+    if (setting := re.fullmatch(r"(\w+)=(.+)", text)) and setting[1] in Settings.__dataclass_fields__:
+        Settings(**{setting[1]: ast.literal_eval(setting[2])})
         return
     tree = ast.parse(text, mode="eval").body
     if isinstance(tree, ast.Call) and ast.unparse(tree.func) == "data.split":
@@ -150,7 +157,7 @@ def test_number_that_is_none(bad):
 
 
 def test_number_that_is_none_in_a_file_read_by_rows(tmp_path):
-    """What is never in memory is checked as it is read: the run ends, and what it had is kept."""
+    """Rows that are never all in memory are checked when they are read. The run ends and keeps its results so far."""
     x = np.ones((60, 3), np.float32)
     x[37, 2] = np.nan
     np.save(tmp_path / "x.npy", x)
@@ -160,10 +167,10 @@ def test_number_that_is_none_in_a_file_read_by_rows(tmp_path):
 
 
 def test_more_clients_than_rows():
-    """The suggested split is made (by the fixture above): its numbers are possible ones."""
+    """The suggested split works (the fixture above makes it)."""
     assert refused(lambda: DIGITS.split(1500), "1438 train rows").write
-    assert refused(lambda: DIGITS.split(1000), "at least 2 each").write
-    assert refused(lambda: DIGITS.split(20, min_rows=100), "at least 100 each").write
+    assert refused(lambda: DIGITS.split(1000), "at least 2 per client").write
+    assert refused(lambda: DIGITS.split(20, min_rows=100), "at least 100 per client").write
 
 
 def test_label_that_training_never_sees():
@@ -173,7 +180,10 @@ def test_label_that_training_never_sees():
 
 @pytest.mark.parametrize("cohort", [11, 10**9, local.Gradient(), "ten", True, 0, -1, 1.5, 0.0, float("nan")], ids=str)
 def test_cohort(tmp_path, cohort):
-    """More than there are, or no number of clients: refused before a folder is made; the line instead is a sampler."""
+    """A cohort larger than the population, or not a number of clients, is refused before a folder is made.
+
+    The suggested line is a sampler.
+    """
     error = refused(lambda: train(plan=recipes.fedavg(0.1, cohort=cohort), out=tmp_path))
     assert not list(tmp_path.iterdir())
     sampler = parse(error.write, PARTS)
@@ -238,7 +248,7 @@ def test_learning_rate(make, lr):
     ],
 )
 def test_number_out_of_range(act):
-    """Refused, and the line instead works (by the fixture above)."""
+    """The number is refused, and the suggested line works (the fixture above tries it)."""
     error = refused(act)
     assert error.required
 
@@ -264,7 +274,7 @@ class Pair(nn.Linear):
     ids=["five logits for ten classes", "63 features", "a logit too many axes", "a pair", "no rows"],
 )
 def test_model_of_the_wrong_shape(tmp_path, module, numerics):
-    """Refused before the first round: nothing is begun."""
+    """The model is refused before the first round, and no run is started."""
     error = refused(lambda: train(module, out=tmp_path, numerics=numerics))
     assert error.required and error.why
     assert not list(tmp_path.iterdir())
@@ -284,7 +294,7 @@ def test_loss_of_one_number():
 
 
 class Broken(nn.Module):
-    """Fine for a few rows, which the start tries; then NaN, or an exception."""
+    """Works for a few rows, as in the test before the first round; then gives NaN or raises."""
 
     def __init__(self, how):
         super().__init__()
@@ -299,7 +309,7 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("numerics", ["lanes", "loop"])
 def test_loss_that_is_nan_everywhere(tmp_path, numerics):
-    """All clients fail alike: that is no client's fault, and the learning rate is the first suspect."""
+    """All clients fail in the same way, so the error names the learning rate, not a client."""
     error = refused(lambda: train(Broken("nan"), numerics=numerics, out=tmp_path), "Every client", kind=RunError)
     assert error.write == "atoll lr" and "learning rate" in error.why
     (path,) = (p for p in tmp_path.iterdir() if not p.is_symlink())
@@ -308,7 +318,7 @@ def test_loss_that_is_nan_everywhere(tmp_path, numerics):
 
 @pytest.mark.parametrize("numerics", ["lanes", "loop"])
 def test_model_that_raises_everywhere(numerics):
-    """The user's own exception is where the error came from."""
+    """The user's exception is the cause of the error."""
     error = refused(lambda: train(Broken("raises"), numerics=numerics), "ValueError: of mine", kind=RunError)
     assert isinstance(error.__cause__, ValueError)
 
@@ -326,7 +336,7 @@ def test_diverged():
 
 
 def test_too_many_failures():
-    """Half of the clients may fail, not more: then the round is another one than the sampler drew."""
+    """Half of the clients may fail, not more: then the round would differ too much from the drawn cohort."""
 
     def each(model, loader, ctx):
         if ctx.client % 3:
@@ -409,30 +419,30 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:30]))
 def test_hostile_text(text):
-    refused(lambda: parse(text, PARTS))
+    refused(lambda: parse(text, CALLABLE))
 
 
 def test_depth_is_counted():
     deep = "(" * DEEPEST + "1" + ",)" * DEEPEST
-    parse(deep, PARTS)
-    refused(lambda: parse(f"({deep},)", PARTS), "nested deeper")
+    parse(deep, CALLABLE)
+    refused(lambda: parse(f"({deep},)", CALLABLE), "nested deeper")
 
 
 def test_a_colon_in_a_text_names_no_code():
-    """A quoted text comes back as it was written."""
-    rule = parse("Patience('val:loss', rounds=3, better='lower')", PARTS)
-    assert rule.metric == "val:loss" and parse(repr(rule), PARTS) == rule
+    """A quoted text with a colon is read back unchanged."""
+    rule = parse("Patience('val:loss', rounds=3, better='lower')", CALLABLE)
+    assert rule.metric == "val:loss" and parse(repr(rule), CALLABLE) == rule
 
 
 def plain(value):
-    """Whether a value is made of constants and parts alone."""
+    """Whether a value consists of constants and parts only."""
     if isinstance(value, (tuple, list)):
         return all(map(plain, value))
-    return value is None or isinstance(value, (bool, int, float, str, *PARTS.values(), *EXTRA))
+    return value is None or isinstance(value, (bool, int, float, str, *CALLABLE.values(), *EXTRA))
 
 
 EXTRA = (Value, schedule.Schedule)
-WORDS = [*PARTS, "os", "__import__", "lr", "weights", "cohort", "keep", "lambda", "for", "in", "if"]
+WORDS = [*CALLABLE, "os", "__import__", "lr", "weights", "cohort", "keep", "lambda", "for", "in", "if"]
 token = st.one_of(
     st.sampled_from(WORDS),
     st.sampled_from(["(", ")", "[", "]", ",", "=", ">>", ".", ":", "*", "**", "'", '"', " ", "\n", "-", "{", "}"]),
@@ -451,7 +461,7 @@ values = st.recursive(
         st.lists(inner, max_size=3).map(lambda items: f"({', '.join(items)},)" if items else "()"),
         st.tuples(inner, inner).map(" >> ".join),
         st.tuples(
-            st.sampled_from(sorted(PARTS)),
+            st.sampled_from(sorted(CALLABLE)),
             st.lists(inner, max_size=4),
             st.dictionaries(
                 st.sampled_from(["lr", "n", "q", "batch", "epochs", "rounds", "cohort", "weights"]), inner, max_size=3
@@ -464,9 +474,9 @@ texts = st.one_of(st.text(max_size=80), st.lists(token, max_size=20).map("".join
 
 
 def only_values(text):
-    """parse gives a value of the grammar, or refuses."""
+    """parse returns a value of the grammar, or raises UsageError."""
     try:
-        value = parse(text, PARTS)
+        value = parse(text, CALLABLE)
     except UsageError:
         return
     assert plain(value), value
@@ -477,14 +487,14 @@ def test_any_text_is_a_value_or_refused(text):
     only_values(text)
 
 
-# For a process of its own: what is watched there cannot be unwatched.
+# This runs in a child process, since an audit hook cannot be removed.
 WATCHED = """
 import sys
 sys.path[:0] = {paths!r}
 import faults.test_bad_input as here
 from hypothesis import given, settings
 
-here.parse("Mean()", here.PARTS)
+here.parse("Mean()", here.CALLABLE)
 armed, seen = [False], []
 
 def hook(event, args):
@@ -511,14 +521,14 @@ def many(text):
 
 many()
 print("seen", seen)
-watched("sched:scheduler()", read=lambda text: here.parse(text, here.PARTS, trust=True))
+watched("sched:scheduler()", read=lambda text: here.parse(text, here.CALLABLE, trust=True))
 print("then", seen)
 """
 
 
 @pytest.fixture(scope="module")
 def watch():
-    """What the watch saw while texts were read, and then of a reader that does import: a line for each."""
+    """Audit events while texts were parsed, and then of a parser that does import: one line for each."""
     paths, examples = [str(Path(__file__).parents[1])], 16 * settings().max_examples
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -533,7 +543,7 @@ def watch():
 
 
 def test_reading_a_text_runs_nothing(watch):
-    """Of what Python tells its auditors, reading some hundred texts causes the parsing of an expression, no more."""
+    """Of all audit events, parsing some hundred texts causes only the compilation of an expression."""
     assert watch[0] == "seen []"
 
 

@@ -1,4 +1,4 @@
-"""A device that is not there, or that is none: one clear error each, with a line to write that works."""
+"""A device that does not exist, or an unknown name: one clear error each, with a line to write that works."""
 
 import json
 
@@ -7,18 +7,18 @@ import torch
 
 import atoll
 from atoll import recipes, runs
+from atoll.base.errors import UsageError
 from atoll.cli import main
-from atoll.engine import device as devices
-from atoll.engine.device import check_precision, found, free
-from atoll.errors import UsageError
-from atoll.experiment import Experiment
+from atoll.compute import device as devices
+from atoll.compute.device import check_precision, free, resolve_device
+from atoll.training.experiment import Experiment
 
 HOST = torch.device("cpu")
 
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A machine that has, for whoever asks, so many GPUs."""
+    """Return a function that lets torch report n GPUs."""
 
     def have(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -36,16 +36,16 @@ def data():
 
 
 def test_auto_takes_what_there_is(gpus):
-    assert found("auto") == found("cpu") == HOST
+    assert resolve_device("auto") == resolve_device("cpu") == HOST
     gpus(2)
-    assert found("auto") == found("cuda") == found("cuda:0") == torch.device("cuda", 0)
-    assert found("cuda:1") == torch.device("cuda", 1) and found("cpu") == HOST
+    assert resolve_device("auto") == resolve_device("cuda") == resolve_device("cuda:0") == torch.device("cuda", 0)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1) and resolve_device("cpu") == HOST
 
 
 def test_each_rank_of_a_machine_takes_its_own(gpus):
     gpus(2)
-    assert [found("auto", rank).index for rank in range(4)] == [0, 1, 0, 1]
-    assert found("cuda:1", 0).index == 1
+    assert [resolve_device("auto", rank).index for rank in range(4)] == [0, 1, 0, 1]
+    assert resolve_device("cuda:1", 0).index == 1
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_each_rank_of_a_machine_takes_its_own(gpus):
 def test_refused(gpus, asked, count, given, why, write):
     gpus(count)
     with pytest.raises(UsageError) as refusal:
-        found(asked)
+        resolve_device(asked)
     assert given in refusal.value.given and why in refusal.value.why and refusal.value.write == write
-    found(write.removeprefix("--device "))
+    resolve_device(write.removeprefix("--device "))
 
 
 def test_refused_before_anything_is_started(gpus, data, tmp_path):
@@ -78,7 +78,7 @@ def test_refused_before_anything_is_started(gpus, data, tmp_path):
 
 
 def test_at_the_command_line(gpus, tmp_path, monkeypatch, capsys):
-    """The error, and the line that it says to write."""
+    """The command line prints the error with its line to write."""
     monkeypatch.chdir(tmp_path)
     line = ["run", "--rounds", "1", "--clients", "5", "--model", "softmax", "--json", "--quiet"]
     assert main([*line, "--device", "cuda:3"]) == 2
@@ -102,16 +102,16 @@ def test_in_a_file_and_in_the_environment(tmp_path):
 
 def test_worker_processes_compute_on_the_cpu(gpus, data):
     gpus(2)
-    with pytest.raises(UsageError, match="engine processes") as refusal:
+    with pytest.raises(UsageError, match="engine Processes") as refusal:
         atoll.rounds("mlp", data, recipes.fedavg(0.1), engine="processes", device="cuda:0")
     assert refusal.value.write == "--engine inprocess"
-    training = atoll.rounds("softmax", data, recipes.fedavg(0.1), engine="processes", workers=1)
+    training = atoll.rounds("softmax", data, recipes.fedavg(0.1), engine="Processes(workers=1)")
     assert training.task.device == HOST
     training.close()
 
 
 def test_a_run_goes_on_where_it_began(gpus, data, tmp_path):
-    """On the CPU although there is a GPU by now; on another kind of device only where that is asked for."""
+    """A run resumes on its own device, even if a GPU is available now. Without that device, the resume is refused."""
     plan, told = recipes.fedavg(0.1), {"out": tmp_path, "report": False}
     first = atoll.train("softmax", data, plan, rounds=1, **told)
     gpus(1)

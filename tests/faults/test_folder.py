@@ -1,4 +1,4 @@
-"""A run's folder: what fills up, breaks, is held by another, or is of something else. One clear error, nothing lost."""
+"""A run's folder on a full disk, damaged, in use by another process, or of another run: one clear error, no loss."""
 
 import contextlib
 import errno
@@ -9,20 +9,22 @@ import resource
 import shutil
 import signal
 import subprocess
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
+from quick_cases import by_turns
 from safetensors.torch import load_file
-from thinned import by_turns
 from torch import nn
 
 import atoll
 from atoll import runs
-from atoll.engine.memory import Memory
-from atoll.errors import AtollError, RunError, UsageError
-from atoll.grammar import parse
-from atoll.plan.names import PARTS
+from atoll.base.errors import AtollError, RunError, UsageError
+from atoll.base.grammar import parse
+from atoll.engine.client_state import Memory
+from atoll.plan.registry import PARTS
+from atoll.runs import folder as folders
 
 PLAN = parse(
     "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=3)", PARTS
@@ -37,14 +39,14 @@ def split(seed=0):
 DATA = split()
 
 
-def train(out=None, resume=None, plan=PLAN, data=DATA, model="softmax", rounds=ROUNDS, watchers=(), **words):
+def train(out=None, resume=None, plan=PLAN, data=DATA, model="softmax", rounds=ROUNDS, observers=(), **words):
     words = {"checkpoint_s": 0, "report": False, **words}
-    return atoll.train(model, data, plan, rounds=rounds, out=out, resume=resume, watchers=watchers, **words)
+    return atoll.train(model, data, plan, rounds=rounds, out=out, resume=resume, observers=observers, **words)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing happened to."""
+    """A run without faults."""
     return train(tmp_path_factory.mktemp("whole")).path
 
 
@@ -56,17 +58,17 @@ def stopped(tmp_path_factory):
 
 @pytest.fixture
 def half(tmp_path, stopped):
-    """A copy of it, to be damaged and gone on with."""
+    """A copy of the stopped run, to be damaged and resumed."""
     return Path(shutil.copytree(stopped, tmp_path / "runs" / stopped.name))
 
 
 def contents(path):
-    """Every file of a folder, but for the lock, which is empty."""
+    """Every file of a folder except the empty lock file."""
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != "lock"}
 
 
 def finished_as(path, whole):
-    """The run goes on from what is on disk, and ends in the bytes of the one that nothing happened to."""
+    """Resume the run, and check that it ends in the same bytes as the run without faults."""
     train(resume=path)
     for name in ("model", "best"):
         assert (path / f"{name}.safetensors").read_bytes() == (whole / f"{name}.safetensors").read_bytes()
@@ -75,7 +77,7 @@ def finished_as(path, whole):
 
 
 class Watching:
-    """Does something after each round."""
+    """An observer that calls a function after each round."""
 
     def __init__(self, act):
         self.act = act
@@ -90,12 +92,12 @@ class Watching:
         pass
 
 
-# A disk that is full
+# full disk
 
 
 @contextlib.contextmanager
 def files_up_to(size):
-    """No file of this process may grow beyond so many bytes."""
+    """Limit the size of files of this process to this number of bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -106,17 +108,17 @@ def files_up_to(size):
 
 @pytest.mark.parametrize("size", [1000, 2000, 2800, 5000])
 def test_files_may_not_grow(tmp_path, whole, size):
-    """1000 stops a log, 2000 and 2800 the state or the best model, 5000 a log or the clients' memory."""
+    """A limit of 1000 bytes hits a log, 2000 and 2800 the state or the best model, 5000 a log or client memory."""
     watching = Watching(lambda round: None)
     with files_up_to(size), pytest.raises(RunError, match="a file may not grow further") as stop:
-        train(tmp_path, watchers=[watching])
+        train(tmp_path, observers=[watching])
     assert stop.value.exit_code == 1
     assert stop.value.write == f"atoll resume {watching.path.name}"
     finished_as(watching.path, whole)
 
 
 class FullDisk:
-    """A disk that is full at the n-th write, and has room again before or after the run has given up."""
+    """A disk that is full from the n-th write on, for a number of writes."""
 
     def __init__(self, monkeypatch, at, times=1):
         self.count, self.range = 0, range(at, at + times)
@@ -135,7 +137,7 @@ class FullDisk:
 
 @pytest.fixture(scope="module")
 def writes(tmp_path_factory):
-    """How often a run writes."""
+    """The number of writes of a run."""
     with pytest.MonkeyPatch.context() as patch:
         disk = FullDisk(patch, -1)
         train(tmp_path_factory.mktemp("counted"))
@@ -144,7 +146,7 @@ def writes(tmp_path_factory):
 
 @pytest.mark.parametrize(("tenth", "times"), by_turns(range(10), [1, 10**6]))  # for a moment, for good
 def test_full_at_any_write(tmp_path, whole, writes, monkeypatch, tenth, times):
-    """What is committed is whole, also where there is room again for the checkpoint of the failed run itself."""
+    """The last checkpoint is intact, also if the disk has space again for the checkpoint after the failure."""
     at = writes * tenth // 10 + random.Random(tenth).randrange(writes // 10) + 1
     FullDisk(monkeypatch, at, times)
     with pytest.raises(AtollError, match=os.strerror(errno.ENOSPC) if at < 8 else "the disk is full"):
@@ -179,11 +181,14 @@ def test_a_small_disk(tmp_path, whole):
     assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
 
 
-# A folder that cannot be written, is none, or is taken
+# folders that cannot be written, are not a run, or are in use
 
 
 def as_nobody(act):
-    """Do something in a child that is not root, since root may write everywhere; what it raised, as (class, text)."""
+    """Call a function in a child process that is not root, since root may write everywhere.
+
+    Returns its error as (class, text).
+    """
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -204,7 +209,7 @@ def as_nobody(act):
 
 @pytest.fixture
 def visible(tmp_path):
-    """A folder that anybody may look into."""
+    """A folder that every user may read."""
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.geteuid() and folder != folder.parent:
             folder.chmod(folder.stat().st_mode | 0o055)
@@ -214,7 +219,7 @@ def visible(tmp_path):
 def test_read_only_folder(visible):
     parent = visible / "runs"
     parent.mkdir(mode=0o555)
-    name, text = as_nobody(lambda: runs.Folder.create(parent, "", {}))
+    name, text = as_nobody(lambda: runs.RunFolder.create(parent, "", {}))
     assert name == "UsageError"
     assert "Permission denied" in text and "--out" in text
     assert not list(parent.iterdir())
@@ -226,7 +231,7 @@ def test_read_only_run(visible):
     for p in (path, *path.rglob("*")):
         p.chmod(0o555 if p.is_dir() else 0o444)
     (visible / "runs").chmod(0o755)
-    name, text = as_nobody(lambda: runs.Folder.open(path))
+    name, text = as_nobody(lambda: runs.RunFolder.open(path))
     assert name == "RunError" and "Permission denied" in text
     assert contents(path) == before
 
@@ -247,12 +252,12 @@ def test_no_run(tmp_path, path):
 
 
 def test_two_processes(half):
-    """The second is refused while the first holds the folder, and goes on when it has ended, however it ended."""
+    """The second process is refused while the first one has the lock. It can resume once the first one has ended."""
     ready, done = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(done[1])  # so that it does not outlive this process
-        held = runs.Folder.open(half)
+        held = runs.RunFolder.open(half)
         os.write(ready[1], held.path.name[:1].encode())
         os.read(done[0], 1)
         os._exit(0)
@@ -270,11 +275,11 @@ def test_two_processes(half):
     train(resume=half)
 
 
-# A checkpoint that is damaged
+# damaged checkpoints
 
 
 def files(path):
-    """The files of a checkpoint by their kind, the last of each."""
+    """The newest file of each kind in a checkpoint."""
     found = {p.name.split("-")[0].split(".")[0]: p for p in sorted((path / "checkpoint").iterdir())}
     assert set(found) == {"best", "memory", "pointer", "state"}
     return found
@@ -290,14 +295,14 @@ def refused_as_damaged(path):
 
 @pytest.mark.parametrize("kind", ["best", "memory", "pointer", "state"])
 def test_one_bit(half, whole, kind):
-    """Forty bits of each file, one at a time: not one is taken for the state."""
+    """Forty single-bit errors in each file: none is accepted as a state."""
     file = files(half)[kind]
     good = file.read_bytes()
     draw = random.Random(kind)
     for _ in range(40):
         at, bit = draw.randrange(len(good)), draw.randrange(8)
         file.write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
-        folder = runs.Folder.open(half)
+        folder = runs.RunFolder.open(half)
         with contextlib.closing(folder), pytest.raises(AtollError):
             folder.restore()
     refused_as_damaged(half)
@@ -327,31 +332,31 @@ def test_pointer_is_something_else(half, text):
 
 
 def test_no_checkpoint_yet(half, whole):
-    """A run that was killed before its first checkpoint begins again, with empty logs."""
+    """A run that was killed before its first checkpoint starts again, with empty logs."""
     shutil.rmtree(half / "checkpoint")
     finished_as(half, whole)
 
 
 def test_published_models_are_the_checkpoints(half, whole):
-    """best.safetensors is a copy for people: damaged or gone, it comes back from the checkpoint."""
+    """best.safetensors is a copy for people: if it is damaged or missing, resume restores it from the checkpoint."""
     (half / "best.safetensors").unlink()
     finished_as(half, whole)
 
 
-# Another run than the one that was begun
+# resume with another setting
 
 
 def edited(path, **changes):
-    """The pointer with other facts, and with the digest that belongs to them."""
+    """The pointer with changed facts and the matching digest."""
     pointer = runs.read_pointer(path)
     for name, value in changes.items():
         pointer[name] = value
-    digest = runs.sha256(runs._json(pointer)).hexdigest()
-    (path / "checkpoint" / "pointer.json").write_bytes(runs._json({**pointer, "sha256": digest}))
+    digest = sha256(folders._json(pointer)).hexdigest()
+    (path / "checkpoint" / "pointer.json").write_bytes(folders._json({**pointer, "sha256": digest}))
 
 
 def test_other_version(half, whole):
-    versions = {**runs.versions(), "torch": "1.0"}
+    versions = {**folders.library_versions(), "torch": "1.0"}
     edited(half, versions=versions)
     before = contents(half)
     with pytest.raises(UsageError, match=r"was written with torch 1\.0") as refusal:
@@ -382,11 +387,11 @@ OTHERS = {
 @pytest.mark.parametrize("begun", ["with a checkpoint", "without"])
 @pytest.mark.parametrize("what", OTHERS)
 def test_resume_as_something_else(half, whole, what, begun):
-    """Refused, whatever it is, and the folder is as it was: it can still be gone on with as what it is."""
+    """The resume is refused, and the folder stays unchanged: the run can still resume with its own settings."""
     if begun == "without":
         shutil.rmtree(half / "checkpoint")
     before = contents(half)
-    with pytest.raises(UsageError, match=f"was begun with another {what}") as refusal:
+    with pytest.raises(UsageError, match=f"started with another {what}") as refusal:
         train(resume=half, **OTHERS[what])
     assert refusal.value.exit_code == 2
     assert half.name in refusal.value.write
@@ -395,14 +400,14 @@ def test_resume_as_something_else(half, whole, what, begun):
 
 
 def test_same_size_is_not_the_same_model(half):
-    """As many parameters in another order are another model."""
+    """The same number of parameters in another order is another model."""
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(UsageError, match="another model"):
         train(resume=half, model=module)
 
 
 def test_the_body_is_that_of_the_beginning(tmp_path):
-    """What computes the clients was chosen before the first round, and is not chosen again."""
+    """The backend is chosen before the first round. A resumed run keeps it."""
     path = train(tmp_path / "runs", rounds=3, numerics="loop").path
     alone = train(tmp_path / "alone", numerics="loop").path
     train(resume=path)
@@ -413,9 +418,9 @@ def test_the_body_is_that_of_the_beginning(tmp_path):
 
 
 def test_ctrl_c_once(tmp_path, whole):
-    """The round is finished, a checkpoint is taken, and the run says that it was interrupted."""
+    """The round is finished, a checkpoint is written, and the run reports that it was interrupted."""
     once = Watching(lambda round: signal.raise_signal(signal.SIGINT) if round == 1 else None)
-    run = train(tmp_path, watchers=[once], checkpoint_s=1000)
+    run = train(tmp_path, observers=[once], checkpoint_s=1000)
     assert (run.status, run.rounds) == ("interrupted", 2)
     assert runs.read_pointer(run.path)["facts"]["round"] == 2
     assert load_file(run.path / "model.safetensors")
@@ -440,12 +445,12 @@ def interrupted_twice(tmp_path, **words):
 
 def test_ctrl_c_twice_between_rounds(tmp_path, whole):
     watching = Watching(lambda round: twice() if round == 2 else None)
-    finished_as(interrupted_twice(tmp_path, watchers=[watching]), whole)
+    finished_as(interrupted_twice(tmp_path, observers=[watching]), whole)
 
 
 @pytest.mark.parametrize("at", [3, 7])
 def test_ctrl_c_twice_while_memory_moves(tmp_path, whole, monkeypatch, at):
-    """In the middle of a round's commit, where some clients' rows are already those of the next round."""
+    """The second Ctrl-C arrives during the commit of a round, when some rows of client memory are already new."""
     put, calls = Memory.put, []
 
     def interrupted(memory, ids, rows):
@@ -461,37 +466,37 @@ def test_ctrl_c_twice_while_memory_moves(tmp_path, whole, monkeypatch, at):
 
 
 def test_ctrl_c_twice_while_a_row_is_written(tmp_path, whole, monkeypatch):
-    metric = runs.Folder.metric
+    metric = runs.RunFolder.metric
 
     def interrupted(folder, row):
         if row["round"] == 2:
             twice()
         metric(folder, row)
 
-    monkeypatch.setattr(runs.Folder, "metric", interrupted)
+    monkeypatch.setattr(runs.RunFolder, "metric", interrupted)
     path = interrupted_twice(tmp_path)
     monkeypatch.undo()
     finished_as(path, whole)
 
 
-# A run that could not go on
+# failed runs
 
 
 def test_a_watcher_that_breaks(tmp_path, whole):
-    """Somebody else's bug is raised as it is; the folder is let go, and the run can be gone on with."""
+    """The error of an observer is raised unchanged. The folder is unlocked, and the run can resume."""
 
     def broken(round):
         if round == 2:
             raise ZeroDivisionError("mine")
 
     with pytest.raises(ZeroDivisionError):
-        train(tmp_path, watchers=[Watching(broken)])
+        train(tmp_path, observers=[Watching(broken)])
     (path,) = runs.list_runs(tmp_path)
     finished_as(path, whole)
 
 
 def test_refused_resume_lets_go(half, whole):
-    """After a refusal, whose traceback a notebook keeps, the same process may go on with the folder."""
+    """After a refusal, the same process can resume the run, also if a notebook keeps the traceback."""
     with pytest.raises(UsageError) as kept:
         train(resume=half, seed=3)
     assert kept.traceback
@@ -499,7 +504,7 @@ def test_refused_resume_lets_go(half, whole):
 
 
 def test_diverged_keeps_the_last_good_state(tmp_path):
-    """A training that diverges ends with exit code 1; its last checkpoint and its rows stay."""
+    """A diverged training ends with exit code 1. Its last checkpoint and its rows stay."""
     plan = parse("Plan(Gradient(), Mean(), sgd(1e30))", PARTS)
     with pytest.raises(RunError) as stop:
         train(tmp_path, plan=plan, rounds=20)
@@ -508,6 +513,6 @@ def test_diverged_keeps_the_last_good_state(tmp_path):
     assert runs.read_rows(path / "metrics.jsonl")
     assert json.loads((path / "events.jsonl").read_bytes().splitlines()[-1])["status"] == "failed"
     if (path / "checkpoint").exists():
-        folder = runs.Folder.open(path)
+        folder = runs.RunFolder.open(path)
         with contextlib.closing(folder):
             assert bool(torch.isfinite(folder.restore().tensors["model/theta"]).all())

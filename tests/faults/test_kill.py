@@ -1,14 +1,14 @@
-"""A run that is killed at any point, and resumed until it is done, ends in the bytes of the run that nobody touched."""
+"""A run that is killed at any point and resumed until it is finished ends in the same bytes as an undisturbed run."""
 
 import json
 import random
 from pathlib import Path
 
 import pytest
-from faults.nursery import Nursery
+from faults.forkserver import ForkServer
 
 ROUNDS = 6
-# Clients keep their optimizer and their place in the rows; so the segments of their memory are in play.
+# Clients keep their optimizer and their position in the rows, so checkpoints contain segments of client memory.
 PLANS = {
     "everyone": {
         "plan": "Plan(Train(adamw(0.01), steps=3, batch=8, keep=('optimizer', 'order')), aggregator=Mean(), "
@@ -19,10 +19,10 @@ PLANS = {
         "plan": "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=3)",
         "every": 3,
     },
-    # Two are still in the air where a round closes, from older models, with what they lost and what they know of θ.
+    # When a round closes, two flights from older models are in progress, with error feedback and downlink state.
     "flying": {
         "plan": "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=5, "
-        "codec=Feedback(TopK(0.05) >> Quantize(8)), downlink=TopK(0.2), pace=Buffered(3), max_failed=1)",
+        "codec=ErrorFeedback(TopK(0.05) >> Quantize(8)), downlink=TopK(0.2), pace=Buffered(3), max_failed=1)",
         "every": 2,
         "fleet": "Fleet(HalfNormal(), uplink='10 kB/s', server='50 kB/s', availability=Chance(0.8), dropout=0.2)",
     },
@@ -30,25 +30,25 @@ PLANS = {
 
 
 @pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+def server():
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(nursery, tmp_path_factory):
-    """Each plan's run, left alone: what every other must come to, and how many points it has."""
+def undisturbed(server, tmp_path_factory):
+    """An undisturbed run of each plan, and the number of its points."""
     out = {}
     for name, words in PLANS.items():
         folder = tmp_path_factory.mktemp(name)
-        answer = nursery.order(**words, folder=str(folder), rounds=ROUNDS)
+        answer = server.order(**words, folder=str(folder), rounds=ROUNDS)
         out[name] = answer["points"], result(Path(answer["path"]))
     return out
 
 
 def result(path):
-    """What must not depend on kills: the models' bytes, each round's numbers but for its seconds, and who did what."""
+    """The results that must not depend on kills: bytes of models, metrics without seconds, and client ids of events."""
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_bytes().splitlines()]
     events = [json.loads(line) for line in (path / "events.jsonl").read_bytes().splitlines()]
     assert [row["round"] for row in rows] == list(range(len(rows)))
@@ -64,23 +64,23 @@ def without(row, name):
     return {n: v for n, v in row.items() if n != name}
 
 
-def survive(nursery, folder, name, kills, rounds=ROUNDS):
-    """Kill the run at these points, one after the other; then let it finish. Returns its result."""
+def survive(server, folder, name, kills, rounds=ROUNDS):
+    """Kill the run at these points in turn, then let it finish. Return its result."""
     words = {**PLANS[name], "folder": str(folder), "rounds": rounds}
     for kill, half in kills:
-        nursery.order(**words, kill=kill, half=half)
-    answer = nursery.order(**words)
+        server.order(**words, kill=kill, half=half)
+    answer = server.order(**words)
     assert not answer["killed"]
     return result(Path(answer["path"]))
 
 
 def test_points_are_many(undisturbed):
-    """What is killed below is killed in the middle of things: rows, states, segments, pointers."""
+    """Runs have enough points that kills fall between rows, states, segments and pointers."""
     assert all(points > 60 for points, _ in undisturbed.values())
     assert undisturbed["everyone"][1] != undisturbed["some"][1]
 
 
-# Quick: two sixths of each plan, and each sixth of one of them.
+# Quick: two sixths of each plan, and each sixth of at least one plan.
 POINTS = [
     pytest.param(name, sixth, marks=[] if sixth % 3 == place else [pytest.mark.slow])
     for place, name in enumerate(PLANS)
@@ -89,7 +89,7 @@ POINTS = [
 
 
 def test_somebody_flies_when_it_is_killed(undisturbed):
-    """What the kills of the third plan disturb: contributions of older births, drop-outs, small deltas."""
+    """The third plan has flights of older model versions, dropouts and compressed downlinks at the kills."""
     _, (_, rows, told) = undisturbed["flying"]
     clients = [e for e in told if e["event"] == "clients"]
     assert sum(max(e["staleness"]) > 0 for e in clients) >= ROUNDS // 2
@@ -99,46 +99,46 @@ def test_somebody_flies_when_it_is_killed(undisturbed):
 
 
 @pytest.mark.parametrize(("name", "sixth"), POINTS)
-def test_killed_once(nursery, undisturbed, tmp_path, name, sixth):
-    """A point in every sixth of each run, drawn once."""
+def test_killed_once(server, undisturbed, tmp_path, name, sixth):
+    """One random point in each sixth of the run."""
     points, expected = undisturbed[name]
     draw = random.Random(f"{name} {sixth}")
     kill = points * sixth // 6 + draw.randrange(points // 6) + 1
-    assert survive(nursery, tmp_path, name, [(kill, sixth % 2 == 0)]) == expected
+    assert survive(server, tmp_path, name, [(kill, sixth % 2 == 0)]) == expected
 
 
-def test_killed_again_and_again(nursery, undisturbed, tmp_path):
-    """A run that is killed a few points after each resume, where it cuts its logs and writes its first checkpoint."""
+def test_killed_again_and_again(server, undisturbed, tmp_path):
+    """Kill a run a few points after each resume, while it truncates its logs and writes its first checkpoint."""
     _, expected = undisturbed["some"]
-    assert survive(nursery, tmp_path, "some", [(55, True), (3, False), (20, True), (2, False), (33, True)]) == expected
+    assert survive(server, tmp_path, "some", [(55, True), (3, False), (20, True), (2, False), (33, True)]) == expected
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("half", [False, True])
-def test_killed_at_many_points(nursery, undisturbed, tmp_path, name, half):
-    """Every seventh point from the first, or from the fourth, where half of what is being written is on disk."""
+def test_killed_at_many_points(server, undisturbed, tmp_path, name, half):
+    """Every seventh point from the first; or from the fourth, with half of the current write on disk."""
     points, expected = undisturbed[name]
     for kill in range(4 if half else 1, points + 1, 7):
         folder = tmp_path / str(kill)
         folder.mkdir()
-        assert survive(nursery, folder, name, [(kill, half)]) == expected, f"killed at point {kill}"
+        assert survive(server, folder, name, [(kill, half)]) == expected, f"killed at point {kill}"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", PLANS)
-def test_thirty_kills_at_random_moments(nursery, tmp_path, name):
-    """`kill -9` after so many milliseconds, thirty times; a run that got through is compared, and another begun."""
+def test_thirty_kills_at_random_moments(server, tmp_path, name):
+    """Thirty times `kill -9` after a random time. A run that finishes earlier is compared, and another one starts."""
     words = {**PLANS[name], "rounds": 60}
-    expected = result(Path(nursery.order(**words, folder=str(tmp_path / "alone"))["path"]))
+    expected = result(Path(server.order(**words, folder=str(tmp_path / "alone"))["path"]))
     draw, kills, runs = random.Random(7), 0, 0
     while kills < 30:
-        answer = nursery.order(**words, folder=str(tmp_path / f"run {runs}"), seconds=draw.uniform(0.05, 1.0))
+        answer = server.order(**words, folder=str(tmp_path / f"run {runs}"), seconds=draw.uniform(0.05, 1.0))
         kills += answer["killed"]
         if not answer["killed"]:
             assert result(Path(answer["path"])) == expected
             runs += 1
-    answer = nursery.order(**words, folder=str(tmp_path / f"run {runs}"))
+    answer = server.order(**words, folder=str(tmp_path / f"run {runs}"))
     assert result(Path(answer["path"])) == expected

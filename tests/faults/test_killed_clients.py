@@ -1,4 +1,4 @@
-"""A killed client equals a client not heard, to the bit, and the report names it (identity 9)."""
+"""A round with a failed client has the same bits as one without it, and the report names the client (identity 9)."""
 
 from dataclasses import dataclass, replace
 
@@ -8,23 +8,24 @@ from problems import classification, federation, regression, run, seeded, task_o
 from torch import nn
 
 from atoll import recipes
+from atoll.base.errors import RunError
 from atoll.data import DatasetRows
-from atoll.engine.inprocess import InProcess
-from atoll.engine.memory import Memory
-from atoll.errors import RunError
+from atoll.engine.client_state import Memory
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.part import Part
-from atoll.plan.plan import Plan, State, step
-from atoll.plan.slots import Cohort
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort, Local, Sampler
+from atoll.plan.round import step
+from atoll.plan.state import State
 
 SIZES = (9, 5, 9, 3, 9, 5, 9)
 
 
 @dataclass(frozen=True)
-class Without:
-    """Everyone but these."""
+class Without(Sampler):
+    """A sampler that selects all clients except these."""
 
     ids: frozenset[int]
 
@@ -34,16 +35,16 @@ class Without:
 
 
 @dataclass(frozen=True, repr=False)
-class Sick(Part):
-    """A local part that some clients do not survive: they raise, or give what is not finite."""
+class Sick(Local):
+    """A local part that fails for some clients: it raises, or returns numbers that are not finite."""
 
-    inner: Part
+    inner: Local
     who: frozenset[int]
     how: str
     since: int = 0
 
-    def width(self, rows):
-        return self.inner.width(rows)
+    def padded_batch(self, rows):
+        return self.inner.padded_batch(rows)
 
     def memory(self, layout):
         return self.inner.memory(layout)
@@ -73,7 +74,7 @@ LOCALS = {
     "keeps": Train(rules.adam(0.01), steps=3, batch=4, keep=("optimizer", "order")),
 }
 
-# Quick: every two of a part, a way to fail and a body once.
+# Quick: each pair of a part, a way to fail and a backend once.
 KILLED = [
     pytest.param(name, how, *where, marks=[] if (i + j + k) % 3 == 0 else [pytest.mark.slow])
     for i, name in enumerate(LOCALS)
@@ -86,7 +87,7 @@ KILLED = [
 def test_a_killed_client_is_one_not_heard(name, how, body, chunk):
     local = LOCALS[name]
     data, who = classification(SIZES), frozenset((0, 4, 5))
-    engine = InProcess(task_of(mlp(), data, body), data, chunk)
+    engine = InProcessEngine(task_of(mlp(), data, body), data, chunk)
     plan = Plan(local, Mean(), rules.sgd(1.0, momentum=0.5))
     state, reports = run(replace(plan, local=Sick(local, who, how)), engine, 3)
     silent, _ = run(replace(plan, cohort=Without(who)), engine, 3)
@@ -99,15 +100,15 @@ def test_a_killed_client_is_one_not_heard(name, how, body, chunk):
             ("local", "ConnectionError: the site is gone") if how == "raises" else ("check", "update is not finite")
         )
         assert {(f.stage, f.cause) for f in report.failures} == {expected}
-    keeps = getattr(local, "keep", ())  # what a client keeps moves only when it was heard
+    keeps = getattr(local, "keep", ())  # client state changes only if the contribution arrived
     assert set(state.memory.touched().tolist()) == (set(range(7)) - who if keeps else set())
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "-inf"])
 def test_in_float32_too(how):
-    """Where the bound itself, 2^900, is infinite."""
+    """In float32 the bound of the exact sum, 2^900, is infinite."""
     data, who, local = classification(SIZES), frozenset((0, 4, 5)), LOCALS["gradient"]
-    engine = InProcess(task_of(mlp(), data, "lanes", torch.float32), data)
+    engine = InProcessEngine(task_of(mlp(), data, "lanes", torch.float32), data)
     state, reports = run(Plan(Sick(local, who, how), Mean()), engine, 2)
     assert {f.client for report in reports for f in report.failures} == set(who)
     assert bool(torch.isfinite(state.model.theta).all())
@@ -115,7 +116,7 @@ def test_in_float32_too(how):
 
 def test_what_a_lost_client_keeps_stands_still():
     data, local = classification(SIZES), LOCALS["keeps"]
-    engine = InProcess(task_of(mlp(), data), data)
+    engine = InProcessEngine(task_of(mlp(), data), data)
     before, _ = run(Plan(local, Mean()), engine, 2)
     after, _ = run(Plan(Sick(local, frozenset([2]), "nan", since=2), Mean()), engine, 5)
     for name, row in before.memory.take(torch.tensor([2])).items():
@@ -143,8 +144,8 @@ def test_a_client_whose_data_cannot_be_read(body):
     good = classification(SIZES)
     disk = DatasetRows(Disk(good.rows.x, good.rows.y, {good.client_rows(4)[1].item()}), False)
     task, plan = task_of(mlp(), good, body), recipes.fedavg(0.1, batch=4)
-    state, reports = run(plan, InProcess(task, replace(good, rows=disk)))
-    silent, _ = run(replace(plan, cohort=Without(frozenset([4]))), InProcess(task, good))
+    state, reports = run(plan, InProcessEngine(task, replace(good, rows=disk)))
+    silent, _ = run(replace(plan, cohort=Without(frozenset([4]))), InProcessEngine(task, good))
     assert bits(state) == bits(silent)
     for r, report in enumerate(reports):
         (failure,) = report.failures
@@ -153,15 +154,15 @@ def test_a_client_whose_data_cannot_be_read(body):
 
 @pytest.mark.parametrize("body", ["lanes", "loop"])
 def test_a_client_whose_own_training_diverges(body):
-    """Features a thousand times too large: its loss overflows, and nobody else's does."""
+    """Features of one client are a thousand times too large. Its loss overflows, and no other client's does."""
     good = regression(SIZES, dtype=torch.float32)
     x = good.rows.x.clone()
     x[good.client_rows(3)] *= 1e15
     bad = federation(x, good.rows.y, SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), good, body, torch.float32)
     plan = Plan(Train(rules.sgd(0.1), epochs=3, batch=1), Mean())
-    state, reports = run(plan, InProcess(task, bad))
-    silent, _ = run(replace(plan, cohort=Without(frozenset([3]))), InProcess(task, good))
+    state, reports = run(plan, InProcessEngine(task, bad))
+    silent, _ = run(replace(plan, cohort=Without(frozenset([3]))), InProcessEngine(task, good))
     assert bits(state) == bits(silent)
     assert [[(f.client, f.stage) for f in report.failures] for report in reports] == [[(3, "check")]] * 2
 
@@ -177,7 +178,7 @@ def test_a_users_own_loop_that_raises_for_one_client():
                 parameter -= 0.1 * parameter.grad
 
     data = regression(SIZES)
-    engine = InProcess(task_of(seeded(nn.Linear, 3, 1), data, "loop"), data)
+    engine = InProcessEngine(task_of(seeded(nn.Linear, 3, 1), data, "loop"), data)
     plan = Plan(Custom(train, batch=4), Mean())
     state, reports = run(plan, engine)
     silent, _ = run(replace(plan, cohort=Without(frozenset([1]))), engine)
@@ -189,7 +190,7 @@ def test_a_users_own_loop_that_raises_for_one_client():
 @pytest.mark.parametrize("clients", [1, 7])
 def test_what_strikes_every_client_alike_is_raised(how, clients):
     data = classification(SIZES[:clients])
-    engine = InProcess(task_of(mlp(), data), data)
+    engine = InProcessEngine(task_of(mlp(), data), data)
     plan = Plan(Sick(Gradient(), frozenset(range(7)), how, since=1), Mean(), max_failed=1.0)
     state, _ = run(plan, engine, 1)
     before = bits(state)
@@ -204,7 +205,7 @@ def test_what_strikes_every_client_alike_is_raised(how, clients):
 
 def test_more_failures_than_allowed_end_the_run():
     data = classification(SIZES)
-    engine = InProcess(task_of(mlp(), data), data)
+    engine = InProcessEngine(task_of(mlp(), data), data)
     plan = Plan(Sick(Gradient(), frozenset(range(4)), "raises"), Mean())
     with pytest.raises(RunError, match="4 of 7 clients failed in round 0") as caught:
         run(plan, engine)
@@ -214,7 +215,7 @@ def test_more_failures_than_allowed_end_the_run():
 
 
 def test_a_round_nobody_is_heard_in_changes_nothing():
-    """Everybody fails, each in its own way, and the plan allows it: θ stays, and so does the optimizer."""
+    """All clients fail, each with another error, and the plan allows it: θ and the optimizer stay unchanged."""
 
     def fail(model, loader, ctx):
         raise ValueError(f"client {ctx.client}")
@@ -222,7 +223,7 @@ def test_a_round_nobody_is_heard_in_changes_nothing():
     data = regression(SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), data, "loop")
     plan = Plan(Custom(fail), Mean(), rules.sgd(1.0, momentum=0.9), max_failed=1.0)
-    state, reports = run(plan, InProcess(task, data))
+    state, reports = run(plan, InProcessEngine(task, data))
     first = State.first(plan, task, 0, Memory({}))
     assert bits(state) == bits(first) and state.round == 2
     assert reports[0].arrived == 0 and len(reports[0].failures) == 7

@@ -1,30 +1,30 @@
-"""Out of memory: the chunk halves, the run goes on, it is said once, and no bit changes."""
+"""If memory is full, the chunk is halved, the run continues, one note is reported, and no bit changes."""
 
 import json
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from limited_memory import Scarce
 from problems import classification, run, seeded, task_of
-from scarce import Scarce
-from thinned import by_turns, only
+from quick_cases import by_turns, only
 from torch import nn
 
 import atoll
 from atoll import recipes
-from atoll.engine.device import out_of_memory
-from atoll.engine.inprocess import InProcess
-from atoll.engine.processes import Processes
-from atoll.engine.room import Room
-from atoll.errors import RunError
-from atoll.experiment import Experiment
+from atoll.base.errors import RunError
+from atoll.compute.device import out_of_memory
+from atoll.compute.task import Task
+from atoll.engine.chunk_limit import ChunkLimit
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.workers.processes import ProcessesEngine
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.report.live import LiveTable
-from atoll.report.record import Record
-from atoll.task import Task
+from atoll.report.run_data import RunData
+from atoll.training.experiment import Experiment
 
 SIZES = (9,) * 13
 KINDS = ("host", "python", "gpu")
@@ -45,7 +45,7 @@ def plan_of(most, kind="host", **more):
 
 
 def test_what_the_system_says_is_known():
-    """The host's own words for it, asked for more than there can be."""
+    """Real errors of the host for impossible allocations are recognised."""
     for ask in (lambda: torch.empty(1 << 58, dtype=torch.uint8), lambda: bytearray(1 << 60)):
         with pytest.raises((RuntimeError, MemoryError)) as error:
             ask()
@@ -59,8 +59,8 @@ def test_what_the_system_says_is_known():
 @pytest.mark.parametrize(("most", "kind"), by_turns([1, 3, 4, 12], KINDS))
 def test_the_chunk_halves_and_no_bit_changes(told, most, kind):
     task, data = told
-    expected, plain = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcess(task, data), 3)
-    engine = InProcess(task, data)
+    expected, plain = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcessEngine(task, data), 3)
+    engine = InProcessEngine(task, data)
     state, reports = run(plan_of(most, kind), engine, 3)
     assert torch.equal(state.model.theta, expected.model.theta)
     assert [r.metrics for r in reports] == [r.metrics for r in plain]
@@ -68,25 +68,25 @@ def test_the_chunk_halves_and_no_bit_changes(told, most, kind):
     assert engine.room.most == {1: 1, 3: 2, 4: 4, 12: 7}[most]
     (note,) = reports[0].notes
     some = "1 client" if engine.room.most == 1 else f"{engine.room.most} clients"
-    assert note.startswith(f"More than {some} side by side") and "No bit changes" in note
+    assert note.startswith(f"Chunks of more than {some}") and "No bit changes" in note
     assert [r.notes for r in reports[1:]] == [(), ()]
 
 
 def test_what_did_not_fit_is_not_tried_again(told):
-    """One chunk of 13 and one of 7 fail, once in the whole run."""
+    """One chunk of 13 clients and one of 7 fail, once in the whole run."""
     task, data = told
     plan = plan_of(4)
     Scarce.tried.clear()
-    run(plan, InProcess(task, data), 3)
+    run(plan, InProcessEngine(task, data), 3)
     assert [n for n in Scarce.tried if n > 4] == [13, 7]
     assert sum(n for n in Scarce.tried if n <= 4) == 3 * 13
 
 
 def test_asked_for_larger_chunks_or_for_others_stay(told):
     task, data = told
-    expected, _ = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcess(task, data))
+    expected, _ = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcessEngine(task, data))
     for chunk in (2, 4, 100):
-        engine = InProcess(task, data, chunk)
+        engine = InProcessEngine(task, data, chunk)
         assert torch.equal(run(plan_of(4), engine)[0].model.theta, expected.model.theta)
         assert engine.room.most == (None if chunk <= 4 else 4)
 
@@ -94,9 +94,9 @@ def test_asked_for_larger_chunks_or_for_others_stay(told):
 def test_memory_that_clients_keep_survives_halving(told):
     task, data = told
     local = Train(rules.adam(0.01), steps=2, batch=4, keep=("optimizer", "order"))
-    expected, _ = run(Plan(local, Mean()), InProcess(task, data), 3)
+    expected, _ = run(Plan(local, Mean()), InProcessEngine(task, data), 3)
 
-    state, _ = run(Plan(Scarce(most=3, inner=local), Mean()), InProcess(task, data), 3)
+    state, _ = run(Plan(Scarce(most=3, inner=local), Mean()), InProcessEngine(task, data), 3)
     everyone = torch.arange(data.count)
     kept, wanted = state.memory.take(everyone), expected.memory.take(everyone)
     assert torch.equal(state.model.theta, expected.model.theta)
@@ -106,7 +106,7 @@ def test_memory_that_clients_keep_survives_halving(told):
 @pytest.mark.parametrize("body", ["lanes", "loop"])
 def test_a_client_that_does_not_fit_by_itself_ends_the_run(told, body):
     task, data = told
-    engine = InProcess(replace(task, numerics=body), data)
+    engine = InProcessEngine(replace(task, numerics=body), data)
     with pytest.raises(RunError) as error:
         run(plan_of(0), engine)
     assert error.value.given.startswith("Client ") and "can't allocate memory" in error.value.given
@@ -114,8 +114,10 @@ def test_a_client_that_does_not_fit_by_itself_ends_the_run(told, body):
 
 
 def test_the_line_to_write_asks_for_less_and_works(monkeypatch):
-    """`--set plan.local.batch=…` of the error, given to the experiment that raised it."""
-    it = Experiment().told(clients=5, rounds=1, model="softmax", recipe="fedavg(lr=0.1, batch=10)", numerics="lanes")
+    """The error suggests `--set plan.local.batch=…`. The experiment that raised it works with this setting."""
+    it = Experiment().override(
+        clients=5, rounds=1, model="softmax", recipe="fedavg(lr=0.1, batch=10)", numerics="lanes"
+    )
     gradient = Task.gradient
 
     def scarce(self, model, batch, key):
@@ -137,31 +139,31 @@ def test_the_line_to_write_asks_for_less_and_works(monkeypatch):
 
 @dataclass(frozen=True, repr=False)
 class Heavy(Mean):
-    """A sum that has no room for more than `most` at once."""
+    """An aggregator whose sum raises for more than `most` clients at once."""
 
     most: int = 4
 
-    def fold(self, partial, contribution):
+    def fold(self, partial, contribution, ids):
         if len(contribution.weight) > self.most:
             raise MemoryError
-        return super().fold(partial, contribution)
+        return super().fold(partial, contribution, ids)
 
 
 def test_no_room_for_the_sum_is_told(told):
-    """What was added in part cannot be taken back: the run ends, and says how many would do."""
+    """A partly added chunk cannot be subtracted: the run ends, and the error suggests a smaller chunk."""
     task, data = told
     with pytest.raises(RunError) as error:
-        run(Plan(Gradient(), Heavy()), InProcess(task, data))
-    assert error.value.write == "--chunk 6" and "beside their sum: MemoryError" in error.value.given
-    assert run(Plan(Gradient(), Heavy()), InProcess(task, data, 3))[1][0].arrived == 13
+        run(Plan(Gradient(), Heavy()), InProcessEngine(task, data))
+    assert error.value.write == "--chunk 6" and "together with their sum: MemoryError" in error.value.given
+    assert run(Plan(Gradient(), Heavy()), InProcessEngine(task, data, 3))[1][0].arrived == 13
 
 
 @pytest.mark.parametrize("workers", only([2], [1, 2]))
 def test_worker_processes_halve_too(told, workers):
-    """Each worker finds out, the program hears of it, says it once, and deals smaller chunks."""
+    """Each worker reports the largest chunk that fits. The engine reports one note and assigns smaller chunks."""
     task, data = told
-    expected, _ = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcess(task, data), 3)
-    with Processes(task, data, workers=workers) as engine:
+    expected, _ = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcessEngine(task, data), 3)
+    with ProcessesEngine(task, data, workers=workers) as engine:
         state, reports = run(plan_of(1), engine, 3)
         assert torch.equal(state.model.theta, expected.model.theta)
         assert engine.room.most == 1 and engine.deaths == 0
@@ -171,29 +173,29 @@ def test_worker_processes_halve_too(told, workers):
 
 
 def test_it_is_written_down_and_shown(tmp_path, capsys):
-    """An event of the run, in its report, and a line of the live table."""
+    """The note is an event of the run, in its report, and a line of the live table."""
     data = atoll.data.load("digits").split(clients=8)
     plan = plan_of(2)
     with LiveTable(plain=True) as table:
-        done = atoll.train("softmax", data, plan, rounds=2, out=tmp_path, watchers=[table], report=False)
+        done = atoll.train("softmax", data, plan, rounds=2, out=tmp_path, observers=[table], report=False)
     events = [json.loads(line) for line in (done.path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     (note,) = [e for e in events if e["event"] == "note"]
-    assert note["round"] == 0 and "More than 2 clients" in note["text"]
-    assert [n for n in Record.read(done.path).events.notes if n.startswith("round 0: More than 2 clients")]
-    assert capsys.readouterr().err.count("More than 2 clients") == 1
+    assert note["round"] == 0 and "Chunks of more than 2 clients" in note["text"]
+    assert [n for n in RunData.read(done.path).events.notes if n.startswith("round 0: Chunks of more than 2 clients")]
+    assert capsys.readouterr().err.count("Chunks of more than 2 clients") == 1
 
 
 def test_room_is_a_limit_that_only_falls():
-    room = Room()
-    assert room.within(None) is None and room.within(8) == 8 and room.said() == ()
+    room = ChunkLimit()
+    assert room.within(None) is None and room.within(8) == 8 and room.take_note() == ()
     for most in (5, 9, None, 3):
-        room.learn(most)
+        room.lower(most)
     assert room.most == room.within(None) == room.within(8) == 3 and room.within(2) == 2
-    assert len(room.said()) == 1 and room.said() == ()
+    assert len(room.take_note()) == 1 and room.take_note() == ()
 
 
 def test_recipes_are_as_they_were(told):
-    """Nothing of this is asked where everything fits."""
+    """If all chunks fit, no chunk is halved and no note is reported."""
     task, data = told
-    _, reports = run(recipes.fedavg(0.1), InProcess(task, data))
+    _, reports = run(recipes.fedavg(0.1), InProcessEngine(task, data))
     assert [r.notes for r in reports] == [(), ()]

@@ -1,22 +1,22 @@
-"""The bytes of small messages, written down: a format that moved is a new version of the wire."""
+"""The recorded bytes of small messages: a changed format requires a new version of the wire format."""
 
 import pytest
 import torch
 
-from atoll.grammar import parse
+from atoll.base.grammar import parse
+from atoll.base.random import Key
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy
-from atoll.plan.codec.feedback import Feedback, Shift
+from atoll.plan.codec.feedback import EF21, ErrorFeedback
 from atoll.plan.codec.lloyd import lloyd_max
 from atoll.plan.codec.lowrank import LowRank
-from atoll.plan.codec.pack import pack, pack_index, unpack, unpack_index
+from atoll.plan.codec.pack import pack_bits, pack_index, unpack_bits, unpack_index
 from atoll.plan.codec.quantize import Cast, Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
-from atoll.plan.codec.stage import Identity, flat
-from atoll.rng import Key
+from atoll.plan.codec.stage import Identity, flat_layout
 
-PARTS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, Feedback, Shift)
+PARTS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, ErrorFeedback, EF21)
 NAMES = {part.__name__: part for part in PARTS}
 X = torch.tensor([[1.0, -2.0, 0.5, 0.0, 3.0, -0.25, 0.125, -1.5], [0.0, 0.0, 4.0, -4.0, 1.0, 1.0, 1.0, -8.0]])
 KEY = Key(7).fold("round", 2).of(torch.tensor([3, 5]))
@@ -45,44 +45,44 @@ GOLDEN = {
     "TopK(0.25) >> Quantize(8)": ["01050683c13c2afe", "0e050402813dbe00"],
     "Rotate() >> Eden(1)": ["4f2901014af5730b72c0134064", "7383374402f9e852f86fa540d1"],
     "RandomK(0.5) >> Eden(2)": ["4f2901014af5730b171c904000", "7383374402f9e8525988a94089"],
-    "Feedback(TopK(0.25))": ["0105000000c000004040", "0e0500008040000000c1"],
-    "Shift(Rotate() >> Quantize(8))": ["9e4bb93c523a7500db769890", "b90a2b3d22feba00dc884376"],
+    "ErrorFeedback(TopK(0.25))": ["0105000000c000004040", "0e0500008040000000c1"],
+    "EF21(Rotate() >> Quantize(8))": ["9e4bb93c523a7500db769890", "b90a2b3d22feba00dc884376"],
 }
 
 
 @pytest.mark.parametrize("text", GOLDEN)
 def test_messages(text):
-    codec, layout = parse(text, NAMES), flat(8)
+    codec, layout = parse(text, NAMES), flat_layout(8)
     memory = {n: t.expand(2, -1) for n, t in codec.memory(layout).items()}
-    codec = codec.at(layout)
+    codec = codec.bind(layout)
     payload, side, *_ = codec.encode(X, memory, codec.server(layout), KEY)
     assert [m.hex() for m in codec.to_bytes(payload, side)] == GOLDEN[text]
 
 
 def test_a_compressed_message_reads_back():
-    """Another version of zstd may write other bytes; these have to mean the same for ever."""
+    """Another version of zstd may write other bytes, but it must read these bytes to the same values."""
     sent = [
         "28b52ffd641800fd00006800ffffff00800040c03fc040bf06000112c94ea28e4bb082014b1e0d0e0b4616e72d",
         "28b52ffd641800b501004402c0bf60dfb06fd0bfac23579ca9475ea12b5694ab4f54a12f00800040c03f3f3fc1c140c006003a66a484a5"
         "132f850304379e8231c15a091b",
     ]
-    codec = (TopK(0.5) >> Entropy()).at(flat(128))
+    codec = (TopK(0.5) >> Entropy()).bind(flat_layout(128))
     x = X.repeat(1, 16)
     payload, side = codec.from_bytes([bytes.fromhex(one) for one in sent])
     fresh, index, *_ = codec.encode(x, {}, {}, KEY)
     assert torch.equal(payload, fresh) and torch.equal(side["0.index"], index["0.index"])
-    assert max(map(len, codec.to_bytes(payload, side))) < codec.nbytes(flat(128)) / 2
+    assert max(map(len, codec.to_bytes(payload, side))) < codec.nbytes(flat_layout(128)) / 2
 
 
 def test_codes_lie_in_runs():
-    """Byte j of a plane holds codes j, W + j, …; 5 bits are a plane of one and a plane of four; 5 trits are a byte."""
+    """Byte j of a plane contains codes j, W + j, …; 5 bits are planes of 1 and 4 bits; 5 trits are one byte."""
     codes = torch.arange(10, dtype=torch.int32)
-    assert bytes(pack(codes, 4).tolist()).hex() == "5061728394"
-    assert bytes(pack(torch.tensor([1, 0, 1, 1], dtype=torch.int32), 1).tolist()).hex() == "0d"
-    # Lowest bits: 0 0 0 0 0 and 1 1 1 1 1 in runs of two; the rest is 8 8 9 9 10 | 10 11 11 12 12.
-    assert bytes(pack(codes + 16, 5).tolist()).hex() == "001f" + "a8b8b9c9ca"
-    assert bytes(pack(codes + 0x1230, 16).tolist()).hex() == "30313233343536373839" + "12" * 10
-    assert pack(torch.tensor([2, 1, 0, 1, 2, 2], dtype=torch.int32), 0).tolist() == [
+    assert bytes(pack_bits(codes, 4).tolist()).hex() == "5061728394"
+    assert bytes(pack_bits(torch.tensor([1, 0, 1, 1], dtype=torch.int32), 1).tolist()).hex() == "0d"
+    # The lowest bits are 0 0 0 0 0 and 1 1 1 1 1 in runs of two; the other bits are 8 8 9 9 10 | 10 11 11 12 12.
+    assert bytes(pack_bits(codes + 16, 5).tolist()).hex() == "001f" + "a8b8b9c9ca"
+    assert bytes(pack_bits(codes + 0x1230, 16).tolist()).hex() == "30313233343536373839" + "12" * 10
+    assert pack_bits(torch.tensor([2, 1, 0, 1, 2, 2], dtype=torch.int32), 0).tolist() == [
         2 + 3 * 0 + 9 * 2,
         1 + 3 * 1 + 9 * 2,
     ]
@@ -93,11 +93,11 @@ def test_codes_lie_in_runs():
 def test_codes_read_back(bits, n):
     high = 3 if bits == 0 else 1 << bits
     codes = Key(n).fold(bits).integers(3 * n, high).to(torch.int32).view(3, n)
-    assert torch.equal(unpack(pack(codes, bits), n, bits), codes)
+    assert torch.equal(unpack_bits(pack_bits(codes, bits), n, bits), codes)
 
 
 def test_rising_places_lie_as_elias_and_fano_have_them():
-    """k = 3 of d = 1,000: the lowest 8 bits of each, then 1s at (place ≫ 8) + i."""
+    """For k = 3 of d = 1,000: the lowest 8 bits of each position, then a 1 at bit (position ≫ 8) + i."""
     packed = pack_index(torch.tensor([[3, 500, 998]]), 1000)
     # 3, 500 & 255, 998 & 255; ones at 0 + 0, 1 + 1, 3 + 2
     assert bytes(packed[0].tolist()).hex() == "03f4e6" + "25"
@@ -113,7 +113,7 @@ def test_rising_places_read_back(d):
 
 
 def test_centroids_and_errors_of_the_normal_quantiser():
-    """The published numbers (Max 1960; EDEN 2022), to their last digit."""
+    """They equal the published numbers (Max 1960; EDEN 2022) to the last published digit."""
     table = {
         1: ([0.79788], 0.36338, 0.57080),
         2: ([0.45278, 1.51042], 0.11748, 0.13312),
@@ -133,7 +133,7 @@ def test_centroids_and_errors_of_the_normal_quantiser():
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_centroids_are_means_of_their_cells(bits):
-    """The conditions of the optimum, with an integral of its own."""
+    """The optimality conditions hold, checked by an independent integral."""
     best = lloyd_max(bits)
     edges = [0.0, *best.thresholds, 9.0]
     for i, c in enumerate(best.centroids):

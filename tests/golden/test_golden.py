@@ -1,7 +1,7 @@
-"""Has anything moved unnoticed? Draws, texts, names and orders that runs on disk and people's files rely on.
+"""Recorded draws, texts, names and orders that run folders and users' files depend on.
 
-`golden.json` beside it holds them; a change that means to move one writes the file anew by ATOLL_GOLDEN=rewrite, and
-says so.
+`golden.json` in this folder contains them. A change that alters one deliberately rewrites the file with
+ATOLL_GOLDEN=rewrite, and its commit message states it.
 """
 
 import dataclasses
@@ -16,15 +16,16 @@ from torch import nn
 
 import atoll
 from atoll import recipes, runs
-from atoll.layout import Layout
-from atoll.plan.names import PARTS
-from atoll.rng import Key
+from atoll.base.random import Key
+from atoll.compute.layout import Layout
+from atoll.plan.registry import PARTS
+from atoll.training.stop import RULES
 
 FILE = Path(__file__).with_name("golden.json")
 
 
 def golden(name, value, grows=False):
-    """Compare with the file, or write into it where that is asked for; what grows may have more than is known."""
+    """Compare with the file, or write to it if ATOLL_GOLDEN=rewrite; a table that grows may have additional entries."""
     known = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     value = json.loads(json.dumps(value))
     if os.environ.get("ATOLL_GOLDEN") == "rewrite":
@@ -36,7 +37,7 @@ def golden(name, value, grows=False):
 
 
 def text_of(known):
-    """Two levels of JSON, one line an entry: what moved is one line of the difference."""
+    """Format two levels of JSON with one entry per line, so that a change is one line of the diff."""
 
     def entry(value):
         if not isinstance(value, dict):
@@ -51,7 +52,7 @@ NORMAL = [-1.6954729819465748, 0.6270753636947913, -1.520707342146652, -0.839821
 
 
 def test_draws():
-    """Runs on disk are replayed by these numbers: moving one of them makes every old run another."""
+    """Replay of run folders uses these numbers: a changed number would change every old run."""
     key = Key(2024).fold("round", 3, "order")
     both = key.of(torch.tensor([0, 7]))
     golden(
@@ -74,14 +75,14 @@ def test_draws():
 
 
 def test_normal_draws():
-    """Box–Muller uses the machine's sine and logarithm, whose last bit may differ."""
+    """Box–Muller uses sine and logarithm, whose last bit may differ between machines."""
     draw = Key(2024).fold("normal").normal(4)
     torch.testing.assert_close(draw, torch.tensor(NORMAL, dtype=torch.float64), rtol=1e-14, atol=0)
 
 
 def test_cohorts():
     from atoll.plan import sampler
-    from atoll.plan.slots import Population
+    from atoll.plan.protocols import Population
 
     population = Population(20, torch.arange(1, 21))
     parts = (
@@ -101,7 +102,7 @@ def test_cohorts():
 
 
 def test_splits():
-    """Who holds what: the federation of a seed is the same for ever."""
+    """The partition of a seed never changes."""
     from atoll.data import partition
 
     source = atoll.data.load("wine")
@@ -122,25 +123,25 @@ def test_splits():
 
 
 def test_texts_of_recipes():
-    """What a run's config holds, and what `print(plan)` shows."""
+    """These texts appear in `config.toml` of a run and in `print(plan)`."""
     golden("recipes", {recipe.__name__: repr(recipe()) for recipe in recipes.RECIPES}, grows=True)
     golden("formula", str(recipes.fedavg(0.1, cohort=10)).splitlines())
 
 
 def test_names_of_the_grammar():
-    """Names that stand in people's files: each new one is a promise, none may go."""
+    """Users' files contain these names: a name may be added, but not removed."""
     golden(
         "grammar",
         {
             name: [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else None
-            for name, part in sorted(PARTS.items())
+            for name, part in sorted({**PARTS, **RULES}.items())
         },
         grows=True,
     )
 
 
 class Mixed(nn.Module):
-    """One of everything: tied weights, running statistics, a counter, a frozen weight, a buffer of whole numbers."""
+    """All kinds of tensors: tied weights, running statistics, a counter, a frozen weight, an integer buffer."""
 
     def __init__(self):
         super().__init__()
@@ -190,7 +191,7 @@ def shapes(path):
 
 
 def test_tensors_of_a_run(run):
-    """Keys, types and shapes of everything on disk: what `load_state_dict`, and a resume of next year, will read."""
+    """Keys, dtypes and shapes of all tensors on disk: `load_state_dict` and later versions must read them."""
     pointer = runs.read_pointer(run.path)
     golden("model", shapes(run.path / "model.safetensors"))
     golden("state", shapes(run.path / "checkpoint" / pointer["state"]))
@@ -216,7 +217,7 @@ TRACED = {
 
 @pytest.mark.parametrize("name", TRACED)
 def test_trace(name):
-    """Six decimals of five rounds. Bits differ between kinds of CPU; a law that moved differs by more than that."""
+    """Six decimals of five rounds. Bits differ between types of CPU; a changed algorithm differs by more than that."""
     data = atoll.data.load("digits").split(5, atoll.data.Dirichlet(0.5))
     run = atoll.train("softmax", data, TRACED[name](), rounds=5, out=None, dtype="float64", seed=4)
     trace = [

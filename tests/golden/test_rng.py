@@ -1,9 +1,9 @@
-"""Random numbers that must never move: published vectors, and draws frozen so that nobody changes them unnoticed."""
+"""Random numbers that must never change: published vectors, and recorded draws."""
 
 import pytest
 import torch
 
-from atoll.rng import Key, mix64, philox
+from atoll.base.random import Key, mix64, philox
 
 # Random123's known answers for Philox4x32-10: (counter, key) → words.
 PHILOX = [
@@ -23,7 +23,7 @@ def test_philox_gives_the_published_words(counter, key, words):
 
 
 def test_splitmix_gives_the_published_sequence():
-    """SplitMix64 from seed 1234567: the finaliser over multiples of its golden number."""
+    """SplitMix64 from seed 1234567: the finaliser of multiples of its golden-ratio constant."""
     state = torch.tensor([1234567 + k * 0x9E3779B97F4A7C15 & 2**64 - 1 for k in range(1, 4)], dtype=torch.uint64)
     words = [word & 2**64 - 1 for word in mix64(state.view(torch.int64)).tolist()]
     assert words == [6457827717110365317, 3203168211198807973, 9817491932198370423]

@@ -1,20 +1,21 @@
-"""What a federation is compared with is what it says: one client with all rows, and each client by itself."""
+"""The baselines equal their definitions: one client with all rows, and each client trained by itself."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from thinned import only
+from quick_cases import only
 from torch import nn
 
-from atoll import baselines, recipes
+from atoll import recipes
 from atoll.data import IID, Quantity, arrays, load
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.optimizer import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.plan import Plan
-from atoll.schedule import cosine, plateau
-from atoll.training import rounds
+from atoll.plan.schedule import cosine, plateau
+from atoll.training import baselines
+from atoll.training.rounds import rounds
 
 ALONE = Mean(weights="equal", sum="float")
 
@@ -25,7 +26,7 @@ def digits():
 
 
 def few(data, rows=12, clients=3):
-    """Some clients with some rows of each: enough to train on in no time."""
+    """A few clients with a few rows each, so that training is quick."""
     some = data.only(torch.arange(clients))
     sizes = some.sizes.clamp(max=rows)
     order = torch.cat([some.client_rows(i)[:n] for i, n in enumerate(sizes.tolist())])
@@ -40,7 +41,7 @@ def ran(model, data, plan, count=3, **settings):
 
 
 def last(model, data, plan, count, **settings):
-    """Metrics of plain training after so many rounds."""
+    """The metrics of plain training after a number of rounds."""
     *_, report = rounds(model, data, plan, rounds=count, **settings)
     return {n: report.metrics[n] for n in ("accuracy", "held_out_loss") if n in report.metrics}
 
@@ -82,7 +83,7 @@ def test_lanes_are_each_client_alone_to_the_bit(digits, plan, normed):
     solo, ids = baselines._solo(plan), torch.arange(data.count)
     assert baselines._in_lanes(training, solo)
     turns = baselines._turns(baselines._chances(training), 4)
-    together, finite = baselines._side_by_side(training, solo, ids, turns)
+    together, finite = baselines._lanes(training, solo, ids, turns)
     assert finite.all()
     for i in ids.tolist():
         state, failed = baselines._train(training, training.engine, solo, turns[:, i], i)
@@ -100,7 +101,7 @@ def test_the_only_client_alone_is_that_client_trained_by_itself(digits):
     training = ran("softmax", first, plan, numerics="lanes")
     plain = ran("softmax", first, Plan(plan.local, ALONE), numerics="lanes")
     told, many = baselines.alone(training), baselines.alone(ran("softmax", data, plan, numerics="lanes"))
-    model, _ = baselines._side_by_side(training, baselines._solo(plan), torch.tensor([0]), torch.ones(3, 1) > 0)
+    model, _ = baselines._lanes(training, baselines._solo(plan), torch.tensor([0]), torch.ones(3, 1) > 0)
     assert torch.equal(model.theta[0], plain.state.model.theta)
     ((each),) = baselines._judged(training.task, first.held(), model)
     assert {n: told[n] for n in each} == each
@@ -121,7 +122,7 @@ def loop(model, loader, ctx):
     ids=["own", "plateau"],
 )
 def test_any_part_trains_alone(digits, part):
-    told = baselines.compare(ran("softmax", few(digits), Plan(part, Mean()), 3))
+    told = baselines.compare_baselines(ran("softmax", few(digits), Plan(part, Mean()), 3))
     assert told["local"]["clients"] == 3
     assert told["local"]["held_out_loss"] < 2.302
     assert told["pooled"]["held_out_loss"] < told["local"]["held_out_loss"]
@@ -136,7 +137,7 @@ def test_as_many_samples_as_the_federation(digits):
         (Plan(Gradient(batch=8), Mean(), sgd(0.1)), 4 * 8 * 6),
         (Plan(Gradient(), Mean(), sgd(0.1), cohort=3), 4 * total / 2),
     ]:
-        told = baselines.compare(ran("softmax", data, plan, 4))
+        told = baselines.compare_baselines(ran("softmax", data, plan, 4))
         assert told["pooled"]["samples"] == pytest.approx(seen, rel=0.03), plan
         assert told["local"]["samples"] * 6 == pytest.approx(seen, rel=0.03), plan
 
@@ -145,7 +146,7 @@ def test_many_clients_are_drawn():
     x = torch.arange(1500.0)[:, None] / 1500
     data = arrays(x, (x[:, 0] > 0.5).long(), task="classification").split(600, IID())
     told = baselines.alone(ran("softmax", data, recipes.fedavg(0.5, cohort=2), 2))
-    assert (told["clients"], told["population"]) == (baselines.MOST, 600)
+    assert (told["clients"], told["population"]) == (baselines.MAX_CLIENTS, 600)
     assert told["accuracy_min"] <= told["accuracy"] <= told["accuracy_max"]
 
 
@@ -153,7 +154,7 @@ def test_what_diverges_alone_is_judged_as_it_stood(digits):
     data = few(digits, clients=2)
     training = ran("softmax", data, recipes.fedavg(0.1, batch=5), 2)
     training.plan = recipes.fedavg(1e38, batch=5)
-    told = baselines.compare(training)
+    told = baselines.compare_baselines(training)
     assert told["pooled"]["diverged"] in (0, 1)
     assert told["local"]["diverged"] == 2
     assert all(isinstance(v, (int, float)) for values in told.values() for v in values.values())
@@ -161,13 +162,13 @@ def test_what_diverges_alone_is_judged_as_it_stood(digits):
 
 def test_nothing_to_judge_on_is_said():
     data = load("diabetes").split(3, held_out=0)
-    told = baselines.compare(ran("linear", data, recipes.gd(0.1)))
+    told = baselines.compare_baselines(ran("linear", data, recipes.gd(0.1)))
     assert list(told) == ["skipped"]
     assert "held_out" in told["skipped"]["reason"]
 
 
 def test_the_run_stays_as_it_was(digits):
     training = ran("mlp", few(digits), recipes.fedavg(0.2), 2, numerics="loop")
-    before, again = training.state.model.theta.clone(), baselines.compare(training)
+    before, again = training.state.model.theta.clone(), baselines.compare_baselines(training)
     assert torch.equal(training.state.model.theta, before)
-    assert baselines.compare(training) == again
+    assert baselines.compare_baselines(training) == again

@@ -1,4 +1,4 @@
-"""The virtual clock: laws of arrival, of a shared link, of loss and of saving, for any fleet."""
+"""The virtual clock: laws of arrivals, of a shared link, of losses and of checkpoints, for any fleet."""
 
 import math
 import random
@@ -9,10 +9,10 @@ from fleets import FLEETS, SIZES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.engine import draws
-from atoll.engine.clock import Clock, Event, Trip
-from atoll.engine.fleet import Between, ByRows, Chance, Each, Fleet, HalfNormal, LogNormal, Trace, Windows
-from atoll.errors import RunError, UsageError
+from atoll.base.errors import RunError, UsageError
+from atoll.engine.simulation import samples
+from atoll.engine.simulation.clock import Clock, Event, SimulatedTimes
+from atoll.engine.simulation.fleet import Between, ByRows, Chance, Each, Fleet, HalfNormal, LogNormal, Trace, Windows
 
 
 def ones(clients):
@@ -39,7 +39,7 @@ def test_one_second_and_links_for_nothing():
     for number in (2, 0, 1):
         clock.start(number, number, 10**9, 10**9)
     assert rest(clock) == [Event(1.0, "arrive", number, number) for number in range(3)]
-    assert clock.trips() == [Trip(n, n, 0.0, 0.0, 1.0, 1.0, "arrive") for n in range(3)]
+    assert clock.trips() == [SimulatedTimes(n, n, 0.0, 0.0, 1.0, 1.0, "arrive") for n in range(3)]
     assert (clock.trips(), clock.next(), clock.now, len(clock)) == ([], None, 1.0, 0)
     assert clock.available(1) and clock.next_change() == math.inf
 
@@ -49,7 +49,7 @@ def test_the_parts_of_a_flight_follow_one_another():
     clock.next(until=10.0)
     clock.start(0, 0, down=6, up=5, work=0.25)
     assert clock.next() == Event(20.0, "arrive", 0, 0)
-    assert clock.trips() == [Trip(0, 0, 10.0, 13.5, 14.5, 20.0, "arrive")]
+    assert clock.trips() == [SimulatedTimes(0, 0, 10.0, 13.5, 14.5, 20.0, "arrive")]
 
 
 def test_until_is_kept_to():
@@ -79,7 +79,7 @@ def test_equal_transfers_end_together(n, size, speed):
 
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(0, 0.999)), min_size=1, max_size=30), st.booleans())
 def test_the_link_never_idles_while_something_waits(transfers, upward):
-    """Each transfer joins before the link has run dry: all are carried after (all bytes)/rate."""
+    """If each transfer joins before the link is empty, all transfers are finished after (all bytes)/rate."""
     speed = 1000.0
     clock = Clock(Fleet(0.0, server=speed), ones(1), 0)
     whole = 0
@@ -121,7 +121,7 @@ def test_fastest_is_least_over_the_clients():
 
 
 def fluid(joins, sizes, speed):
-    """When each transfer is over: what is left of all, step by step, n of them at speed/n each."""
+    """The end of each transfer by stepwise simulation: n transfers in progress run at speed/n each."""
     left, ends, now = {}, {}, 0.0
     waiting = sorted(range(len(joins)), key=joins.__getitem__)
     while waiting or left:
@@ -169,11 +169,14 @@ def test_a_cancelled_transfer_frees_the_link_at_once():
     clock = Clock(Fleet(0.0, server=10.0), ones(2), 0)
     clock.start(0, 0, 100, 0)
     clock.start(1, 1, 100, 0)
-    assert clock.next(until=10.0) is None  # half of each is carried
+    assert clock.next(until=10.0) is None  # half of each transfer is done
     clock.cancel(1)
     assert clock.next() == Event(15.0, "arrive", 0, 0)
     assert clock.next() is None
-    assert clock.trips() == [Trip(1, 1, 0.0, 10.0, 10.0, 10.0, "cancel"), Trip(0, 0, 0.0, 15.0, 15.0, 15.0, "arrive")]
+    assert clock.trips() == [
+        SimulatedTimes(1, 1, 0.0, 10.0, 10.0, 10.0, "cancel"),
+        SimulatedTimes(0, 0, 0.0, 15.0, 15.0, 15.0, "arrive"),
+    ]
 
 
 def test_ties_are_broken_by_the_ordinal_whatever_ends():
@@ -188,7 +191,7 @@ def test_ties_are_broken_by_the_ordinal_whatever_ends():
 
 @pytest.mark.parametrize(("started", "kept", "means"), [(100, 100, 3.44), (130, 100, 1.49)])
 def test_what_stragglers_cost(started, kept, means):
-    """Half-normal durations: the wait for `kept` of `started`, in mean durations, is its exact expectation."""
+    """Half-normal durations: the wait for `kept` of `started`, in mean durations, equals its exact expectation."""
     x = torch.linspace(0, 8, 100_001, dtype=torch.float64)
     f = torch.erf(x / math.sqrt(2))
     log_choose = [math.lgamma(started + 1) - math.lgamma(k + 1) - math.lgamma(started - k + 1) for k in range(kept)]
@@ -209,7 +212,7 @@ def test_what_stragglers_cost(started, kept, means):
         for number in set(numbers) - arrived:
             clock.cancel(number)
     waits = torch.tensor(rounds, dtype=torch.float64)
-    # Five standard errors: a false alarm once in two million.
+    # Five standard errors: one false alarm in two million runs.
     assert abs(float(waits.mean()) - exact) < 5 * float(waits.std()) / math.sqrt(len(rounds))
 
 
@@ -227,18 +230,18 @@ def test_flights_are_lost_at_the_rate_and_all_along_their_work():
 
 
 def test_blocks_do_not_show(monkeypatch):
-    """What is drawn for a flight depends neither on its block nor on what was drawn and forgotten between."""
+    """The draw of a flight depends neither on its block nor on earlier draws that were dropped."""
     fleet = Fleet(HalfNormal(per="flight"), dropout=0.5)
     numbers = [0, 1, 4095, 4096, 10**6, 0, 4096, 10**12]
     whole = [Clock(fleet, ones(1), 9).compute_seconds(0, number) for number in numbers]
-    monkeypatch.setattr(draws, "_BLOCK", 3)
-    monkeypatch.setattr(draws, "_KEPT", 1)
+    monkeypatch.setattr(samples, "_BLOCK", 3)
+    monkeypatch.setattr(samples, "_KEPT", 1)
     clock = Clock(fleet, ones(1), 9)
     assert [clock.compute_seconds(0, number) for number in numbers] == whole
 
 
 def test_draws_stay_what_they_are():
-    """A run that was saved goes on under a later version: these numbers are part of the format."""
+    """A checkpoint continues under a later version, so these numbers are part of its format."""
     clock = Clock(Fleet(HalfNormal(), uplink=LogNormal(2.0, per="flight"), dropout=0.5), ones(4), 7)
     for number in range(4):
         clock.start(number, number, 1, 1)
@@ -289,7 +292,7 @@ def test_a_plain_chance_is_one_of_windows_of_a_second():
 
 
 def test_no_edge_of_a_window_is_missed(tmp_path):
-    """Edges that binary fractions do not hold: each is met once a turn, and the answer changes there."""
+    """Edges without an exact binary fraction: each occurs once a period, and availability changes there."""
     path = tmp_path / "windows.csv"
     path.write_text("client,start,end\n0,0.1,0.2\n0,0.3,0.7\n1,0,0.1\n1,0.2,0.3\n")
     clock = Clock(Fleet(availability=Windows(str(path))), ones(2), 0)
@@ -336,7 +339,7 @@ OPERATIONS = st.lists(
 
 
 def act(clock, number, operation):
-    """One operation on a clock, and what came of it."""
+    """Apply one operation to a clock and return its result."""
     match operation:
         case ("start", client, down, up):
             clock.start(number, client, down, up, work=1 + number / 8)
@@ -453,10 +456,10 @@ def test_a_clock_of_something_else_is_refused(tmp_path):
     saved = Clock(fleet, ones(2), 7).tensors()
     Clock.of(fleet, ones(2), 7, saved)
     for other in ((Fleet(), ones(2), 7), (fleet, ones(2) + 1, 7), (fleet, ones(2), 8)):
-        with pytest.raises(RunError, match="saved under something else"):
+        with pytest.raises(RunError, match="The clock was not saved with"):
             Clock.of(*other, saved)
     path.write_text("client,value\n0,1\n1,3\n")
-    with pytest.raises(RunError, match="saved under something else"):
+    with pytest.raises(RunError, match="The clock was not saved with"):
         Clock.of(fleet, ones(2), 7, saved)
 
 
@@ -466,5 +469,5 @@ def test_a_clock_of_other_windows_is_refused(tmp_path):
     fleet = Fleet(availability=Windows(str(path)))
     saved = Clock(fleet, ones(1), 7).tensors()
     path.write_text("client,start,end\n0,0,2\n")
-    with pytest.raises(RunError, match="saved under something else"):
+    with pytest.raises(RunError, match="The clock was not saved with"):
         Clock.of(fleet, ones(1), 7, saved)

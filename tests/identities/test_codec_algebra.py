@@ -1,6 +1,6 @@
-"""What codecs promise (identity 6): decode∘Σ∘encode = Σ exactly for a rotation, in the limit with error feedback.
+"""The algebra of codecs (identity 6): decode∘Σ∘encode = Σ, exactly for a rotation and in the limit for error feedback.
 
-The stages are toys, written here, with one property each.
+This file defines toy stages with one property each.
 """
 
 from dataclasses import dataclass, replace
@@ -10,34 +10,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import classification, far, run, seeded, task_of
-from thinned import by_turns
+from quick_cases import by_turns
 from torch import nn
 
-from atoll import grammar
-from atoll.engine.inprocess import InProcess
-from atoll.errors import UsageError
+from atoll.base import grammar
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import Codec, Identity
 from atoll.plan.local import Gradient, Train
-from atoll.plan.part import Part
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Contribution
-from atoll.rng import Key
+from atoll.plan.protocols import Contribution, Declared, Ids, Local
 
 SIZES = (9, 5, 9, 3, 7)
 
 
 @dataclass(frozen=True, repr=False)
 class Flip(Codec):
-    """A rotation: each coordinate by a keyed sign that everybody knows. Its own inverse, undone once, on the sum."""
+    """A rotation: each coordinate times a keyed sign that all clients share. It is its own inverse on the sum."""
 
-    decodes = True
+    per_sum = True
 
     def encode(self, x, memory, shared, key):
         return x * self._signs(x, key), {}, {}, memory
 
-    def decode(self, x, key):
+    def decode_sum(self, x, key):
         return x * self._signs(x, key)
 
     def _signs(self, x, key):
@@ -48,34 +47,37 @@ class Flip(Codec):
 class Shuffle(Codec):
     """A rotation: the coordinates in a keyed order."""
 
-    decodes = True
+    per_sum = True
 
     def encode(self, x, memory, shared, key):
         return x[..., key.shared().permutation(x.shape[-1])], {}, {}, memory
 
-    def decode(self, x, key):
+    def decode_sum(self, x, key):
         return x[..., key.shared().permutation(x.shape[-1]).argsort()]
 
 
 @dataclass(frozen=True, repr=False)
 class Round(Codec):
-    """Whole numbers of a step of each message's own, in 8 bits; opened one by one. Counts its extremes."""
+    """Integer multiples of a step in 8 bits; each message has its own step. The server state counts the extremes."""
 
     levels: int = 100
-    opens = True
+    per_message = True
 
     def encode(self, x, memory, shared, key):
         step = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / self.levels
         whole = (x / step).round()
         return whole.to(torch.int8), {"step": step}, {"at_most": (whole.abs() == self.levels).sum(-1)}, memory
 
-    def open(self, x, side):
+    def decode(self, x, side):
         return x.to(side["step"].dtype) * side["step"]
+
+    def declare(self, layout):
+        return {**super().declare(layout), "at_most": Declared(1, torch.int64, "sum")}
 
 
 @dataclass(frozen=True, repr=False)
-class Feedback(Codec):
-    """A coarse rounding that keeps what it did not send, and adds it to what it means next time.
+class ErrorFeedback(Codec):
+    """A coarse rounding with error feedback: it stores the error and adds it to the next vector.
 
     sent = step · round((x + e) / step),  e ← x + e − sent
     """
@@ -92,13 +94,13 @@ class Feedback(Codec):
 
 
 @dataclass(frozen=True, repr=False)
-class Says(Part):
-    """Clients that say what they are told to, whole multiples of 1/64, and are not heard in some rounds."""
+class Says(Local):
+    """Clients that send given vectors, whole multiples of 1/64; some messages do not arrive."""
 
     lost: frozenset[tuple[int, int]] = frozenset()
     how: str = "raises"
 
-    def width(self, rows):
+    def padded_batch(self, rows):
         return 1
 
     def contribute(self, broadcast, lanes, memory, key, task):
@@ -118,7 +120,7 @@ def said(ids, round, d):
 def setting(dtype=torch.float64, body="lanes"):
     data = classification(SIZES)
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 33), nn.Tanh(), nn.Linear(33, 3)))
-    return InProcess(task_of(module, data, body, dtype), data)
+    return InProcessEngine(task_of(module, data, body, dtype), data)
 
 
 ROTATIONS = [Flip(), Shuffle(), Flip() >> Shuffle(), Shuffle() >> Flip() >> Shuffle() >> Identity()]
@@ -149,11 +151,12 @@ def test_decoded_sum_of_encoded_is_the_sum(seed, clients, d, dtype, codec):
     weight = key.fold("weight").integers(clients, 1000) + 1
     encode = key.of(torch.arange(clients)).fold("codec")
     payload, side, _, _ = codec.encode(x, {}, {}, encode)
+    starts = Ids(torch.arange(clients), torch.zeros(clients, dtype=torch.int64))
     sums = [
-        mean.total(mean.fold(mean.zero(), Contribution({"update": rows}, {}, weight, {}, {}))).means["update"]
-        for rows in (codec.open(payload, side), x)
+        mean.total(mean.fold(mean.zero(), Contribution({"update": rows}, {}, weight, {}, {}), starts)).means["update"]
+        for rows in (codec.decode(payload, side), x)
     ]
-    assert torch.equal(codec.decode(sums[0], key.fold("codec")), sums[1])
+    assert torch.equal(codec.decode_sum(sums[0], key.fold("codec")), sums[1])
 
 
 def test_keys_of_two_stages_and_two_rounds_differ():
@@ -171,9 +174,9 @@ def test_what_opens_is_close_and_small():
     plain, rounded = Plan(Gradient(), Mean(), rules.sgd(0.1)), Plan(Gradient(), Mean(), rules.sgd(0.1), codec=Round())
     (one, (exact, _)), (other, (report, _)) = (run(plan, engine) for plan in (plain, rounded))
     d = engine.task.layout.d
-    # at most half a step of 1/100 of the largest coordinate, in each
+    # in each message at most half a step of 1/100 of the largest coordinate
     assert 0 < far(other.model.theta, one.model.theta) < 2 * 0.1 * 0.005 * d**0.5
-    # a byte a coordinate and 8 for the step, instead of 8 a coordinate; and one more sum, of 8
+    # a byte per coordinate and 8 for the step, instead of 8 per coordinate; and one more sum, of 8
     assert report.bytes_up == exact.bytes_up + len(SIZES) * (d + 8 + 8 - 8 * d)
     assert report.metrics["at_most"] * sum(SIZES) >= len(SIZES)
 
@@ -182,20 +185,20 @@ def test_rotating_before_rounding_is_legal_and_undone():
     engine = setting()
     plan = Plan(Gradient(), Mean(), rules.sgd(0.1), codec=Flip() >> Shuffle() >> Round())
     plain = run(replace(plan, codec=Round()), engine)[0].model.theta
-    assert torch.equal(run(plan, engine)[0].model.theta, plain)  # rounding knows neither signs nor places
+    assert torch.equal(run(plan, engine)[0].model.theta, plain)  # rounding depends neither on signs nor on positions
 
 
 @pytest.mark.parametrize(
     "wrong", [(Round(7), Flip()), (Identity(), Round(), Identity(), Shuffle()), (Round(), Round(), Flip())]
 )
 def test_a_stage_that_decodes_behind_one_that_opens_is_refused_with_a_line_that_works(wrong):
-    with pytest.raises(UsageError, match="stages that decode before stages that open") as caught:
+    with pytest.raises(UsageError, match="stages with per_sum before stages with per_message") as caught:
         codec = wrong[0]
         for stage in wrong[1:]:
             codec = codec >> stage
     names = {part.__name__: part for part in (Flip, Shuffle, Round, Identity)}
     instead = grammar.parse(caught.value.write, names)
-    assert instead.opens and instead.decodes
+    assert instead.per_message and instead.per_sum
     run(Plan(Gradient(), Mean(), rules.sgd(0.1), codec=instead), setting(), 1)
 
 
@@ -203,12 +206,12 @@ def test_a_stage_that_decodes_behind_one_that_opens_is_refused_with_a_line_that_
 @settings(max_examples=15)
 @given(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=10))
 def test_all_that_was_sent_and_what_is_kept_is_all_that_was_meant(body, how, lost):
-    """Σ sent + Σ e = Σ meant, over the rounds in which a client was heard; what was sent is what θ moved by.
+    """Σ sent + Σ e = Σ meant, over the rounds in which a client's message arrived; θ moved by the sum of the messages.
 
-    All numbers are multiples of 1/64, so that nothing is rounded but by the stage itself.
+    All numbers are multiples of 1/64, so that only the stage itself rounds.
     """
     engine, rounds = setting(body=body), 5
-    plan = Plan(Says(frozenset(lost), how), Sum(weights="equal"), rules.sgd(1.0), codec=Feedback(), max_failed=1.0)
+    plan = Plan(Says(frozenset(lost), how), Sum(weights="equal"), rules.sgd(1.0), codec=ErrorFeedback(), max_failed=1.0)
     d = engine.task.layout.d
     state, reports = run(plan, engine, rounds, init=torch.zeros(d, dtype=torch.float64))
 
@@ -219,9 +222,9 @@ def test_all_that_was_sent_and_what_is_kept_is_all_that_was_meant(body, how, los
     kept = state.memory.take(everyone)["codec/e"]
     assert kept.abs().max() <= 0.125
     assert torch.equal(-state.model.theta + kept.sum(0), meant.sum(0))
-    for i in range(len(SIZES)):  # and client by client: what one lost did not touch another's
+    for i in range(len(SIZES)):  # a lost message of one client does not change the memory of another
         alone = torch.zeros(1, d, dtype=torch.float64)
         for r in range(rounds):
             if heard[r][i]:
-                alone = Feedback().encode(said(torch.tensor([i]), r, d), {"e": alone}, {}, Key(0))[3]["e"]
+                alone = ErrorFeedback().encode(said(torch.tensor([i]), r, d), {"e": alone}, {}, Key(0))[3]["e"]
         assert torch.equal(alone[0], kept[i])

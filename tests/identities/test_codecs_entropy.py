@@ -1,4 +1,4 @@
-"""Entropy changes bytes and nothing else; what it opens is bounded before it is opened."""
+"""Entropy coding changes only the number of bytes, and a decoder bounds the output before it decompresses."""
 
 import importlib
 import re
@@ -12,17 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.plan.codec import entropy
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy
-from atoll.plan.codec.feedback import Feedback, Shift
+from atoll.plan.codec.feedback import EF21, ErrorFeedback
 from atoll.plan.codec.quantize import Cast, Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
-from atoll.plan.codec.stage import Chain, Codec, Identity, arrived, flat
+from atoll.plan.codec.stage import Chain, Codec, Identity, flat_layout, roundtrip
 from atoll.plan.codec.wire import MessageError
-from atoll.rng import Key
 
 zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
 
@@ -37,20 +37,20 @@ PLAIN = [
     TopK(0.01) >> Quantize(8),
     RandomK(0.2),
     Rotate() >> Quantize(4),
-    Feedback(TopK(0.1)),
-    Shift(TopK(0.1) >> Cast("fp16")),
+    ErrorFeedback(TopK(0.1)),
+    EF21(TopK(0.1) >> Cast("fp16")),
 ]
 EACH = pytest.mark.parametrize("codec", PLAIN, ids=repr)
 
 
 def encoded(codec: Codec, d: int, k: int = 3, seed: int = 0) -> tuple:
-    """(the codec in its place, payload, side, what arrives) of normal updates."""
-    layout, key = flat(d), Key(seed).fold("codec").of(torch.arange(k))
-    codec = codec.at(layout, k)
+    """(the bound codec, payload, side, decoded vectors) of normal updates."""
+    layout, key = flat_layout(d), Key(seed).fold("codec").of(torch.arange(k))
+    codec = codec.bind(layout, k)
     x = key.fold("x").normal(d, torch.float32)
     memory = {n: t.expand(k, -1) for n, t in codec.memory(layout).items()}
     payload, side, _, after = codec.encode(x, memory, codec.server(layout), key)
-    return codec, payload, side, [arrived(codec, payload, side, key), *after.values()]
+    return codec, payload, side, [roundtrip(codec, payload, side, key), *after.values()]
 
 
 def bits(codec: Codec, d: int) -> float:
@@ -62,16 +62,16 @@ def bits(codec: Codec, d: int) -> float:
 @given(st.integers(1, 300), st.integers(0, 99))
 @settings(max_examples=20)
 def test_numbers_are_as_without(codec, d, seed):
-    # A chain of one stage draws what that stage draws before another.
+    # A chain of one stage has the same draws as that stage followed by another.
     plain, _, _, numbers = encoded(codec if isinstance(codec, Chain) else Chain((codec,)), d, seed=seed)
     placed, payload, side, same = encoded(codec >> Entropy(), d, seed=seed)
     assert all(torch.equal(a, b) for a, b in zip(numbers, same, strict=True))
     messages = placed.to_bytes(payload, side)
     again = placed.from_bytes(messages)
     assert placed.to_bytes(*again) == messages
-    assert torch.equal(placed.open(*again), placed.open(payload, side))
+    assert torch.equal(placed.decode(*again), placed.decode(payload, side))
     assert placed.sizes(payload, side).tolist() == [len(m) for m in messages]
-    assert placed.nbytes(flat(d)) == plain.nbytes(flat(d)) >= max(map(len, messages))
+    assert placed.nbytes(flat_layout(d)) == plain.nbytes(flat_layout(d)) >= max(map(len, messages))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_numbers_are_as_without(codec, d, seed):
     ids=repr,
 )
 def test_codes_take_their_entropy(codec, entropy):
-    """The published entropies of the normal quantiser; scales take .009 bits each and 1 of 40 is lost to whole bits."""
+    """The published entropies of the normal quantizer. Scales take .009 bits each; whole bits waste 1 of 40."""
     assert entropy <= bits(codec >> Entropy(), 200_000) < 1.026 * entropy + 0.009
 
 
@@ -97,28 +97,28 @@ def test_codes_take_their_entropy(codec, entropy):
     ids=repr,
 )
 def test_messages_shrink(codec, share):
-    """Measured on 200,000 normal numbers, and rounded up."""
+    """The limits were measured on 200,000 normal numbers and rounded up."""
     assert bits(codec >> Entropy(), 200_000) < share * bits(codec, 200_000)
 
 
 def test_what_cannot_be_compressed_is_sent_as_it_is():
     codec, payload, side, _ = encoded(Sign() >> Entropy(), 4096)
-    plain = Chain((Sign(),)).at(flat(4096))
+    plain = Chain((Sign(),)).bind(flat_layout(4096))
     assert codec.to_bytes(payload, side) == plain.to_bytes(payload, side)
 
 
 def test_lengths_differ_by_client():
     d, key = 20_000, Key(0).of(torch.arange(3))
-    codec = (Quantize(8) >> Entropy()).at(flat(d))
+    codec = (Quantize(8) >> Entropy()).bind(flat_layout(d))
     x = torch.stack((torch.zeros(d), torch.ones(d), key.shared().normal(d, torch.float32)))
     payload, side, *_ = codec.encode(x, {}, {}, key)
     sizes = codec.sizes(payload, side).tolist()
-    assert sizes[0] < sizes[1] < 100 < 18_000 < sizes[2] <= codec.nbytes(flat(d))
+    assert sizes[0] < sizes[1] < 100 < 18_000 < sizes[2] <= codec.nbytes(flat_layout(d))
 
 
 def test_a_level_is_only_a_matter_of_size():
     quick, *sent, _ = encoded(Identity() >> Entropy(1), 5000)
-    small = (Identity() >> Entropy(22)).at(flat(5000))
+    small = (Identity() >> Entropy(22)).bind(flat_layout(5000))
     assert quick.to_bytes(*sent) != small.to_bytes(*sent)
     assert torch.equal(quick.from_bytes(small.to_bytes(*sent))[0], sent[0])
 
@@ -131,10 +131,10 @@ def frame(data: bytes, **options: int) -> bytes:
 
 
 def hostile(n: int) -> dict[str, bytes]:
-    """Messages for a codec whose form has n bytes."""
+    """Invalid messages for a codec whose layout has n bytes."""
     good = frame(bytes(n), checksum_flag=1)
     stream = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 27})
-    wide = stream.compress(bytes(n)) + stream.flush()  # of unknown length, so that it asks for the whole window
+    wide = stream.compress(bytes(n)) + stream.flush()  # unknown length: a decoder would allocate the window
     return {
         "empty": b"",
         "no frame": b"\1" * 20,
@@ -158,13 +158,13 @@ HOSTILE = list(hostile(1000))
 def test_hostile_messages_are_refused(codec, name):
     codec, payload, side, _ = encoded(codec >> Entropy(), 50_000, 1)
     good = codec.to_bytes(payload, side)[0]
-    bad = hostile(codec.nbytes(flat(50_000)))[name]
+    bad = hostile(codec.nbytes(flat_layout(50_000)))[name]
     with pytest.raises(MessageError, match=r"Message 1\b"):
         codec.from_bytes([good, bad])
 
 
 def test_a_bomb_is_not_unpacked(monkeypatch):
-    """What a frame of a few bytes says it holds is not what is made room for."""
+    """The decoder does not allocate the length that the header of a frame of a few bytes states."""
     asked = []
 
     class Opener:
@@ -177,8 +177,8 @@ def test_a_bomb_is_not_unpacked(monkeypatch):
             return out
 
     monkeypatch.setattr(entropy, "_zstd", lambda: type("zstd", (), {**vars(zstd), "ZstdDecompressor": Opener}))
-    codec = (Sign() >> Entropy()).at(flat(80_000))
-    plain = codec.nbytes(flat(80_000))
+    codec = (Sign() >> Entropy()).bind(flat_layout(80_000))
+    plain = codec.nbytes(flat_layout(80_000))
     with pytest.raises(MessageError):
         codec.from_bytes([frame(bytes(1 << 28), window_log=10)])
     assert not asked  # longer than any message
@@ -190,12 +190,12 @@ def test_a_bomb_is_not_unpacked(monkeypatch):
 @settings(max_examples=200)
 @given(st.binary(max_size=400), st.booleans())
 def test_any_bytes_are_refused_or_are_a_message(data, framed):
-    codec = (TopK(0.5) >> Entropy()).at(flat(100))
+    codec = (TopK(0.5) >> Entropy()).bind(flat_layout(100))
     try:
         payload, side = codec.from_bytes([frame(data) if framed else data])
     except MessageError:
         return
-    assert codec.open(payload, side).shape == (1, 100)
+    assert codec.decode(payload, side).shape == (1, 100)
 
 
 # ---- without the extra
@@ -207,7 +207,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(entropy.importlib, "import_module", missing)
     with pytest.raises(UsageError, match=r"the extra atoll\[zstd\]") as caught:
-        (TopK(0.1) >> Entropy()).at(flat(10))
+        (TopK(0.1) >> Entropy()).bind(flat_layout(10))
     name, extra = re.fullmatch(r"pip install '(\w+)\[(\w+)\]'", caught.value.write).groups()
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["name"] == name

@@ -1,4 +1,4 @@
-"""Codecs that remember: what is sent and what is kept add up to what was meant, whatever gets lost."""
+"""Codecs with memory: sent and stored vectors add up to the updates, whichever messages get lost."""
 
 import math
 
@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atoll.layout import Layout
+from atoll.base.random import Key
+from atoll.compute.layout import Layout
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy
-from atoll.plan.codec.feedback import Feedback, Shift
-from atoll.plan.codec.lowrank import LowRank, orthonormal, pieces
+from atoll.plan.codec.feedback import EF21, ErrorFeedback
+from atoll.plan.codec.lowrank import LowRank, matrices, orthonormal
 from atoll.plan.codec.quantize import Cast, Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
-from atoll.plan.codec.stage import Codec, Identity, arrived, flat
-from atoll.plan.slots import Total
-from atoll.rng import Key
+from atoll.plan.codec.stage import Codec, Identity, flat_layout, roundtrip
+from atoll.plan.protocols import Total
+from atoll.testing import round_info
 
 INNER = [
     Identity(),
@@ -34,28 +35,28 @@ D, CLIENTS, ROUNDS = 700, 6, 30
 
 
 class Federation:
-    """Some clients and a server that use a codec, without an engine: memories move only on acceptance."""
+    """Some clients and a server that use a codec, without an engine. Memories change only on acceptance."""
 
     def __init__(self, codec: Codec, weights: Tensor, layout: Layout) -> None:
-        self.codec, self.weights = codec.at(layout, weights.sum()), weights
+        self.codec, self.weights = codec.bind(layout, weights.sum()), weights
         self.memory = {n: t.expand(len(weights), -1).clone() for n, t in codec.memory(layout).items()}
         self.server = codec.server(layout)
 
     def round(self, r: int, x: Tensor, who: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
-        """(what arrived of each accepted client, the settled mean)."""
+        """(decoded vector of each accepted client, mean after the per-sum half)."""
         key = Key(9).fold("round", r, "codec")
         own = {n: t[who] for n, t in self.memory.items()}
         shared = {n: t for n, t in self.server.items() if not n.rpartition(".")[2].startswith("_")}
         payload, side, _, after = self.codec.encode(x[who], own, shared, key.of(who))
-        opened = self.codec.open(payload, side)[accepted]
+        opened = self.codec.decode(payload, side)[accepted]
         ids = who[accepted]
         for name in self.memory:
             self.memory[name][ids] = after[name][accepted]
         weight = self.weights[ids].double()
-        update = self.codec.decode(weight @ opened.double(), key)
+        update = self.codec.decode_sum(weight @ opened.double(), key)
         total = Total({"update": update}, {}, weight.sum(), torch.tensor(len(ids)), {})
-        total, self.server = self.codec.settle(total, self.server, key)
-        return self.codec.decode(opened, key), total.means["update"] / weight.sum()
+        total, self.server = self.codec.server_update(total, self.server, round_info(), key)
+        return self.codec.decode_sum(opened, key), total.means["update"] / weight.sum()
 
 
 def updates(r: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -63,7 +64,7 @@ def updates(r: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def draw(r: int, keep: float) -> tuple[Tensor, Tensor]:
-    """Who is at work, and whose message is accepted."""
+    """The participating clients, and those whose messages are accepted."""
     who = Key(2).fold(r).permutation(CLIENTS)[:4].sort().values
     accepted = Key(3).fold(r).uniform(4) < keep
     accepted[0] = True
@@ -74,7 +75,7 @@ def draw(r: int, keep: float) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("keep", [1.0, 0.7])
 def test_what_was_sent_and_what_is_kept_is_what_was_meant(inner, keep):
     layout = Layout.of(nn.Linear(34, 20), torch.float64)
-    federation = Federation(Feedback(inner), torch.ones(CLIENTS, dtype=torch.int64), layout)
+    federation = Federation(ErrorFeedback(inner), torch.ones(CLIENTS, dtype=torch.int64), layout)
     meant, sent = (torch.zeros(CLIENTS, D, dtype=torch.float64) for _ in range(2))
     for r in range(ROUNDS):
         who, accepted = draw(r, keep)
@@ -90,7 +91,7 @@ def test_what_was_sent_and_what_is_kept_is_what_was_meant(inner, keep):
 def test_a_shift_keeps_the_mean_of_all_clients_last_ones(inner, keep):
     layout = Layout.of(nn.Linear(34, 20), torch.float64)
     weights = torch.tensor([3, 1, 4, 1, 5, 9])
-    federation = Federation(Shift(inner), weights, layout)
+    federation = Federation(EF21(inner), weights, layout)
     for r in range(ROUNDS):
         who, accepted = draw(r, keep)
         _, mean = federation.round(r, updates(r), who, accepted)
@@ -99,24 +100,24 @@ def test_a_shift_keeps_the_mean_of_all_clients_last_ones(inner, keep):
 
 
 def test_a_shift_says_that_its_mean_is_over_everyone_and_keeps_it_to_the_server():
-    shift = Shift(LowRank(1))
+    shift = EF21(LowRank(1))
     layout = Layout.of(nn.Linear(34, 20))
     for codec, start in ((shift, ""), (Identity() >> shift, "1."), (shift >> Entropy(), "0.")):
-        assert codec.remembers_everyone
+        assert codec.averages_all_clients
         assert set(codec.server(layout)) == {f"{start}_sum", f"{start}codec.q"}
-    for codec in (Identity(), TopK(0.1) >> Quantize(8), Feedback(TopK(0.1))):
-        assert not codec.remembers_everyone
+    for codec in (Identity(), TopK(0.1) >> Quantize(8), ErrorFeedback(TopK(0.1))):
+        assert not codec.averages_all_clients
 
 
-@pytest.mark.parametrize("around", [Feedback, Shift])
+@pytest.mark.parametrize("around", [ErrorFeedback, EF21])
 def test_around_the_identity_nothing_is_changed(around):
-    layout = flat(D)
+    layout = flat_layout(D)
     federation = Federation(around(Identity()), torch.ones(CLIENTS, dtype=torch.int64), layout)
     everyone = torch.arange(CLIENTS)
     for r in range(5):
         x = updates(r, torch.float32)
         _, mean = federation.round(r, x, everyone, torch.ones(CLIENTS, dtype=torch.bool))
-        if around is Feedback:
+        if around is ErrorFeedback:
             assert torch.equal(mean, x.double().sum(0) / CLIENTS)
             assert not federation.memory["error"].any()
         else:
@@ -127,7 +128,7 @@ def test_around_the_identity_nothing_is_changed(around):
 def test_errors_stay_bounded(inner):
     """Unit updates, 60 rounds: |e| ≤ √(1 − δ)/(1 − √(1 − δ)) for a contraction by 1 − δ in mean square."""
     layout = Layout.of(nn.Linear(34, 20))
-    codec = Feedback(inner).at(layout)
+    codec = ErrorFeedback(inner).bind(layout)
     memory = {n: t.expand(4, -1) for n, t in codec.memory(layout).items()}
     # A tenth of the coordinates at random: δ = 1/10; the hundredth of top-k: δ = 1/100.
     keep = 0.01 if "TopK" in repr(inner) else 0.1 if "RandomK" in repr(inner) else 0.3
@@ -154,7 +155,7 @@ class Net(nn.Module):
 
 def test_low_rank_sends_factors_of_what_is_large_enough():
     layout = Layout.of(Net())
-    shapes = {e.name: (p.m, p.n) for e, p in zip(layout.segment("params"), pieces(layout, 2), strict=True)}
+    shapes = {e.name: (p.m, p.n) for e, p in zip(layout.segment("params"), matrices(layout, 2), strict=True)}
     assert shapes == {
         "scale": (1, 0),
         "conv.weight": (16, 72),
@@ -175,9 +176,9 @@ def test_low_rank_is_exact_for_low_rank():
     for name, (m, n) in {"conv.weight": (16, 72), "head.weight": (30, 40)}.items():
         u, v = key.fold(name, "u").normal(2 * m).view(3, m, 2), key.fold(name, "v").normal(2 * n).view(3, 2, n)
         views[name].copy_((u @ v).view(views[name].shape))
-    codec = LowRank(2).at(layout)
+    codec = LowRank(2).bind(layout)
     payload, side, *_ = codec.encode(x, {}, codec.server(layout), key)
-    torch.testing.assert_close(arrived(codec, payload, side, key), x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(roundtrip(codec, payload, side, key), x, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])

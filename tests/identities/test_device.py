@@ -1,31 +1,31 @@
-"""A training on another device: nothing is mixed, nothing falls back, and the numbers are the same."""
+"""Training on another device: no operation mixes devices, none falls back to the host, and the numbers are equal."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from elsewhere_device import FAR, FarTensor, far_device
+from fake_device import FAR, FarTensor, far_device
 from problems import classification, regression, run, seeded, task_of
-from thinned import by_turns
+from quick_cases import by_turns
 from torch import nn
 
 import atoll
 from atoll import recipes, runs
 from atoll.engine import inprocess
-from atoll.engine.inprocess import InProcess
-from atoll.engine.room import lanes_of
-from atoll.experiment import Experiment
+from atoll.engine.chunk_limit import chunk_size
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan import codec as codecs
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
-from atoll.plan.codec import Cast, Eden, Entropy, Feedback, LowRank, Quantize, RandomK, Rotate, Shift, Sign, TopK
+from atoll.plan.codec import EF21, Cast, Eden, Entropy, ErrorFeedback, LowRank, Quantize, RandomK, Rotate, Sign, TopK
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.pace import Bounded, Buffered, polynomial
+from atoll.plan.pace import Bounded, Buffered, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.sampler import Poisson, RoundRobin, Weighted
-from atoll.schedule import plateau
+from atoll.plan.schedule import plateau
 from atoll.tools.export import export
 from atoll.tools.replay import replay
+from atoll.training.experiment import Experiment
 
 SIZES = (9, 9, 4, 4, 1)
 BODIES = ("lanes", "loop", "fused")
@@ -44,7 +44,7 @@ def everything(state, count):
 
 
 def same(a, b):
-    """Equal to the bit, wherever they are."""
+    """Whether two tensors are bit-identical, on any devices."""
     left, right = (torch.utils._pytree.tree_flatten(tree) for tree in (a, b))
     assert left[1] == right[1]
     for x, y in zip(left[0], right[0], strict=True):
@@ -52,11 +52,11 @@ def same(a, b):
 
 
 def check(plan, module, data, body, dtype=torch.float32, rounds=2, **engine):
-    """Two rounds here and two elsewhere come to the same; θ never leaves its device."""
+    """Two rounds on the CPU and two on the fake device are equal, and θ never leaves its device."""
     task = task_of(module, data, body, dtype)
-    here, expected = run(plan, InProcess(task, data, **engine), rounds)
+    here, expected = run(plan, InProcessEngine(task, data, **engine), rounds)
     with far_device():
-        there, told = run(plan, InProcess(task.on(FAR), data, **engine), rounds)
+        there, told = run(plan, InProcessEngine(task.on(FAR), data, **engine), rounds)
         assert there.model.theta.device == FAR
         assert {t.device for t in there.model if isinstance(t, torch.Tensor)} == {FAR}
         same(everything(there, data.count), everything(here, data.count))
@@ -68,7 +68,7 @@ def check(plan, module, data, body, dtype=torch.float32, rounds=2, **engine):
 
 
 def test_the_device_of_these_tests_can_fail():
-    """A tensor made on the host and used elsewhere is found; what a GPU allows is allowed."""
+    """The fake device refuses a tensor of the host, and it allows the operations that a GPU allows."""
     with far_device():
         x = torch.arange(6.0, device=FAR).view(2, 3)
         assert isinstance(x, FarTensor) and x.device == FAR
@@ -130,8 +130,8 @@ CODECS = {
     "sign": Sign(),
     "lowrank": LowRank(1),
     "entropy": Entropy(),
-    "feedback": Feedback(TopK(0.2)),
-    "shift": Shift(RandomK(0.3, unbiased=False)),
+    "feedback": ErrorFeedback(TopK(0.2)),
+    "shift": EF21(RandomK(0.3, unbiased=False)),
 }
 
 
@@ -143,7 +143,7 @@ def test_every_codec_is_here():
 
 @pytest.mark.parametrize("name", [name for name in CODECS if name != "entropy"])
 def test_every_codec(name):
-    """Up, and where it keeps nothing of a client, down as well."""
+    """Every codec on the uplink, and on the downlink if it has no client memory."""
     data, codec = classification(SIZES), CODECS[name]
     check(Plan(Gradient(), Mean(), rules.sgd(0.5), codec=codec), mlp(), data, "lanes")
     if name not in ("feedback", "shift", "lowrank"):
@@ -164,7 +164,7 @@ def test_local_parts(name, body):
     data = (
         regression((1500, 40, 3), dtype=torch.float32) if name == "wide" else regression((9, 9, 5), dtype=torch.float32)
     )
-    pace = Buffered(2, polynomial(0.5)) if name == "models" else Bounded(1)
+    pace = Buffered(2, staleness_polynomial(0.5)) if name == "models" else Bounded(1)
     check(Plan(LOCALS[name], Mean(), pace=pace), seeded(nn.Linear, 3, 1), data, body, rounds=4)
 
 
@@ -196,14 +196,14 @@ def by_hand(model, loader, ctx):
 
 def test_a_loop_of_your_own(monkeypatch):
     generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))  # the device of these tests has none
+    monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))  # the fake device does not support it
     check(Plan(Custom(by_hand, batch=4), Mean()), mlp(), classification(SIZES), "loop")
 
 
 @pytest.fixture
 def far(monkeypatch):
     """A machine whose GPU is `FAR`."""
-    monkeypatch.setattr("atoll.training.found", lambda text, rank: FAR)
+    monkeypatch.setattr("atoll.compute.device.resolve_device", lambda text, rank=None: FAR)
     with far_device():
         yield
 
@@ -217,9 +217,9 @@ def far(monkeypatch):
     ],
 )
 def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
-    """Probe, rounds, judging, a checkpoint, going on from it, baselines: on the device, to the CPU's bits."""
+    """Backend choice, rounds, evaluation, checkpoint, resume, baselines: on the device, with the CPU's bits."""
     free = (1 << 30) if resident else None
-    monkeypatch.setattr("atoll.engine.device.free", lambda device: free)
+    monkeypatch.setattr("atoll.compute.device.free", lambda device: free)
     monkeypatch.setattr(inprocess, "free", lambda device: free)
     data = atoll.data.load("digits").split(clients=6)
     plan = Plan(Train(rules.adam(0.01), steps=2, batch=8, keep=("optimizer", "order")), Mean(), rules.adam(0.01))
@@ -229,7 +229,7 @@ def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
     assert all(p.device.type == "cpu" for p in whole.model.parameters())
     about = runs.read_environment(whole.path)
     assert (about["device"], about["precision"], about["numerics"]) == ("meta", "full", numerics)
-    monkeypatch.setattr("atoll.training.found", lambda text, rank: torch.device("cpu"))
+    monkeypatch.setattr("atoll.compute.device.resolve_device", lambda text, rank=None: torch.device("cpu"))
     expected = atoll.train("mlp", data, plan, rounds=2, **{**told, "out": None})
     assert {n: v for n, v in whole.metrics.items()} == dict(expected.metrics)
     assert dict(whole.baselines) == dict(expected.baselines)
@@ -238,14 +238,14 @@ def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
 
 @pytest.mark.slow
 def test_what_looks_at_a_run(far, monkeypatch, tmp_path):
-    """A client's part replayed, and the model written small and judged."""
+    """Replay of one client's contribution, and export and evaluation of the model."""
     told = {"clients": 6, "rounds": 2, "model": "softmax", "recipe": "fedavg(lr=0.1, batch=10)", "numerics": "lanes"}
-    it = Experiment().told(**told, out=str(tmp_path), report=False)
+    it = Experiment().override(**told, out=str(tmp_path), report=False)
     path = it.train().path
     small = tmp_path / "small.safetensors"
     looks = [lambda: replay(path, 1, 2), lambda: export(path, "int8", small)]
     there = [look() for look in looks]
-    monkeypatch.setattr("atoll.training.found", lambda text, rank: torch.device("cpu"))
+    monkeypatch.setattr("atoll.compute.device.resolve_device", lambda text, rank=None: torch.device("cpu"))
     for pair in zip(there, [look() for look in looks], strict=True):
         one, other = ({n: v for n, v in vars(seen).items() if n not in ("path", "seconds")} for seen in pair)
         assert one == other
@@ -264,14 +264,14 @@ def test_rows_that_fit_are_moved_once():
 
 
 def test_chunks_fill_a_device():
-    """On a device of its own memory it is the memory that says how many clients go together: half of what is free."""
+    """A device with memory of its own determines the chunk size: half of its free memory."""
     data, plan = classification(SIZES), recipes.fedavg(0.1, batch=4)
     for body in ("lanes", "fused"):
         task = task_of(mlp(), data, body, torch.float32)
-        sizes = [lanes_of(plan, task, data, 9, None, free) for free in (0, 10_000, 100_000, 1_000_000, 1 << 40)]
+        sizes = [chunk_size(plan, task, data, 9, None, free) for free in (0, 10_000, 100_000, 1_000_000, 1 << 40)]
         assert sizes == sorted(sizes) and sizes[0] == 1 and sizes[-1] > 1024
         each = 6 * task.layout.d * 4
         assert sizes[2] * each <= 50_000 < (sizes[2] + 1) * (each + 4 * 4 * 4 + 200)
-        assert lanes_of(plan, task, data, 9, 7, 1 << 40) == 7
+        assert chunk_size(plan, task, data, 9, 7, 1 << 40) == 7
         momentum = replace(plan, local=replace(plan.local, optimizer=rules.sgd(0.1, momentum=0.9)))
-        assert lanes_of(momentum, replace(task, numerics="loop"), data, 9, None, 1 << 40) == 1
+        assert chunk_size(momentum, replace(task, numerics="loop"), data, 9, None, 1 << 40) == 1

@@ -1,4 +1,4 @@
-"""A fingerprint stands for all bits of a model, and for nothing else."""
+"""A fingerprint depends on all bits of a model, and on nothing else."""
 
 import hashlib
 import struct
@@ -9,15 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.digest import BLOCK, fingerprint
-from atoll.rng import Key
+from atoll.base.random import Key
+from atoll.runs.fingerprint import BLOCK, fingerprint
 
 lengths = st.one_of(st.integers(1, 40), st.sampled_from([BLOCK // 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5]))
 dtypes = st.sampled_from([torch.float32, torch.float64])
 
 
 def model(seed, d, dtype):
-    """Any bits: NaN of every kind, infinities and subnormal numbers too."""
+    """A model with any bits, including all kinds of NaN, infinities and subnormal numbers."""
     raw = np.random.default_rng(seed).bytes(d * dtype.itemsize)
     return torch.frombuffer(bytearray(raw), dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""Keyed dropout: the same mask from torch's operations and from native code, and the share that is kept."""
+"""Keyed dropout: torch operations and native code draw the same mask, and its share of kept numbers is right."""
 
 import pytest
 import torch
@@ -7,16 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import needs_native
 
-from atoll import intercept, native
-from atoll.intercept import KeyedDropout
+from atoll.compute import native, overrides
+from atoll.compute.overrides import KeyedDropout
 
 
 def dropped(natively, word, p, shape, dtype, whole=False):
-    """What comes through two dropouts in turn, and the gradient of its input."""
+    """The output of two dropout layers in a row, and the gradient of the input."""
     x = torch.linspace(-3, 3, torch.Size(shape).numel(), dtype=dtype).view(shape).requires_grad_()
     drop = F.dropout2d if whole else F.dropout
     with pytest.MonkeyPatch.context() as patch, KeyedDropout(lambda: torch.tensor(word)):
-        patch.setattr(intercept, "_NATIVE", natively)
+        patch.setattr(overrides, "_NATIVE", natively)
         out = drop(drop(x, p), p)
     out.sum().backward()
     return out.detach(), x.grad
@@ -41,7 +41,7 @@ def test_native_code_drops_the_same(word, p, shape, dtype, whole):
 def test_so_many_are_kept_and_the_mean_stays(natively, p):
     n = 1 << 16
     with pytest.MonkeyPatch.context() as patch, KeyedDropout(lambda: torch.tensor(1)):
-        patch.setattr(intercept, "_NATIVE", natively)
+        patch.setattr(overrides, "_NATIVE", natively)
         out = F.dropout(torch.ones(n, dtype=torch.float64), p)
     kept = float((out != 0).double().mean())
     assert abs(kept - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5

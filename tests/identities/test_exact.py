@@ -1,8 +1,8 @@
 """The sum does not depend on order: same bits for every order, grouping, chunk and thread count (identity 4).
 
-The bound of `atoll.plan.aggregate.exact`: with 2^e above the largest number of a contribution's block, what is kept of
-it is off by at most 2^(e−27) in float32 and 2^(e−53) in float64, anywhere by 2^−1067, and the finished digits are added
-with the relative error of a float64 or two.
+The bound of `atoll.plan.aggregate.exact`, with 2^e above the largest number of a contribution's block: the digits of a
+number are off by at most 2^(e−27) in float32 and 2^(e−53) in float64, or by 2^−1067 if that is larger. The finished
+digits are added with the relative error of a float64 or two.
 """
 
 import math
@@ -15,20 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import needs_native, threads
 
-import atoll.shelf
-from atoll import grammar, native
-from atoll.errors import UsageError
-from atoll.known import tell
-from atoll.plan.aggregate import Mean, Partial, Sum, exact
-from atoll.plan.names import PARTS
-from atoll.plan.slots import Contribution
-from atoll.shelf import Shelf, lent_from
+from atoll.base import grammar
+from atoll.base.errors import UsageError
+from atoll.compute import limits, native
+from atoll.compute.buffer_pool import BufferPool, use_pool
+from atoll.compute.tensor_notes import attach
+from atoll.plan.aggregate import Mean, PartialSum, Sum, exact
+from atoll.plan.protocols import Contribution, Ids
+from atoll.plan.registry import PARTS
 
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 BELOW = {torch.float32: 27, torch.float64: 53}
 BLOCK = exact.BLOCK
 
-# log10 of the smallest and the largest magnitude: updates as they occur, and all there is
+# log10 of the smallest and the largest magnitude: typical updates, and the full range
 USUAL, ALL32, ALL64 = (-12.0, 19.0), (-46.0, 38.5), (-324.0, math.log10(exact.LARGEST))
 
 seeds = st.integers(0, 2**32 - 1)
@@ -36,7 +36,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @pytest.fixture(scope="module", autouse=True, params=["torch", pytest.param("native", marks=needs_native)])
 def reads(request):
-    """Digits are read by torch's operations, or in native code, however few they are."""
+    """Read digits by torch operations or in native code, however few they are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exact, "_NATIVE", request.param == "native")
         yield request.param
@@ -53,11 +53,14 @@ def problems(draw, width=st.sampled_from([1, 2, 7, 300, BLOCK - 1, BLOCK + 1, 2 
     with np.errstate(under="ignore", over="ignore"):
         rows = (10.0 ** rng.uniform(low, high, (n, d)) * rng.choice([-1, 1], (n, d))).astype(DTYPES[dtype])
     rows[rng.random((n, d)) < draw(st.sampled_from([0.0, 0.5]))] = 0
-    if draw(st.booleans()):  # what cancels: every row but one has its opposite
+    if draw(st.booleans()):  # cancellation: every row but one has its opposite
         rows[n - n // 2 :] = -rows[: n // 2]
     largest = min(exact.LARGEST, float(np.finfo(DTYPES[dtype]).max))
     rows = torch.from_numpy(np.clip(rows, -largest, largest))
     return rows, torch.from_numpy(rng.integers(1, draw(st.sampled_from([2, 1000, 2**25])), n)), rng
+
+
+STARTS = Ids(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))  # a mean does not read them
 
 
 def contribution(rows, weights, index):
@@ -67,27 +70,27 @@ def contribution(rows, weights, index):
 
 
 def bits(partial, aggregator):
-    """A total as bytes, so that equal means equal to the bit, signs of zeros included."""
+    """A total as bytes, so that equality is bit-identity, including the signs of zeros."""
     total = aggregator.total(partial)
-    tensors = {**total.means, **total.sums, **total.largest, "weight": total.weight, "arrived": total.arrived}
+    tensors = {**total.means, **total.sums, **total.counters, "weight": total.weight, "arrived": total.arrived}
     return {name: t.numpy().tobytes() for name, t in tensors.items()}
 
 
 def pieces(rng, n):
-    """0 … n−1 in a random order, cut at random places."""
+    """0 … n−1 in a random order, cut at random positions."""
     cuts = np.sort(rng.integers(0, n + 1, rng.integers(0, n)))
     return [piece for piece in np.split(rng.permutation(n), cuts) if len(piece)]
 
 
 def grouped(aggregator, rows, weights, rng):
-    """The total by another way: workers take clients in any order and chunks, partials cross a wire and are merged."""
+    """The total by another way: workers take clients in any order and chunks; partials are serialized and merged."""
     workers = [aggregator.zero() for _ in range(rng.integers(1, 4))]
     for piece in pieces(rng, len(rows)):
         w = rng.integers(len(workers))
-        workers[w] = aggregator.fold(workers[w], contribution(rows, weights, piece))
+        workers[w] = aggregator.fold(workers[w], contribution(rows, weights, piece), STARTS)
     while len(workers) > 1:
         one, other = (workers.pop(rng.integers(len(workers))) for _ in range(2))
-        other = Partial.of({name: t.clone() for name, t in other.tensors().items()})
+        other = PartialSum.of({name: t.clone() for name, t in other.tensors().items()})
         workers.append(aggregator.merge(one, other))
     return workers[0]
 
@@ -96,7 +99,7 @@ def grouped(aggregator, rows, weights, rng):
 @given(problems())
 def test_same_bits_for_every_order_and_grouping(aggregator, problem):
     rows, weights, rng = problem
-    whole = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))))
+    whole = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))), STARTS)
     expected = bits(whole, aggregator)
     assert bits(grouped(aggregator, rows, weights, rng), aggregator) == expected
 
@@ -106,7 +109,7 @@ def test_same_bits_for_every_order_and_grouping(aggregator, problem):
     [*((dtype, bad) for dtype in DTYPES for bad in (math.nan, math.inf, -math.inf)), (torch.float64, -(2.0**901))],
 )
 def test_what_cannot_be_added_is_found(dtype, bad, monkeypatch):
-    monkeypatch.setattr(exact, "_SOME", 1)
+    monkeypatch.setattr(limits, "NATIVE_PEAKS", 1)
     rows = torch.ones(3, BLOCK + 7, dtype=dtype)
     rows[0, 0] = -float(min(exact.LARGEST, torch.finfo(dtype).max))
     assert exact.bounded(rows)
@@ -120,7 +123,7 @@ def test_what_cannot_be_added_is_found(dtype, bad, monkeypatch):
 @needs_native
 @given(problems())
 def test_native_code_reads_the_same_digits(problem):
-    """And what one has begun, the other may go on with."""
+    """A sum that one implementation has begun can be continued by the other."""
     rows, weights, _ = problem
     sums = []
     for first, second in ((True, True), (False, False), (True, False)):
@@ -141,7 +144,7 @@ def test_native_code_reads_the_same_digits(problem):
 
 @given(problems(), st.integers(1, 2**20), st.integers(1, 40))
 def test_clients_of_one_weight_are_added_as_if_each_came_alone(problem, weight, times):
-    """Their digits are read together, two at once where they are of single precision."""
+    """In single precision the digits of two clients of equal weight are read at once."""
     rows, _, rng = problem
     rows = rows[torch.from_numpy(rng.integers(0, len(rows), times))]
     weights, alone = torch.full((times,), min(weight, exact.CAPACITY // times)), {}
@@ -163,23 +166,23 @@ def test_what_is_told_of_blocks_changes_no_bit(problem):
     rows, weights, _ = problem
     found, finite = exact.total(exact.add({}, rows, weights)), exact.bounded(rows)
     whole = torch.nn.functional.pad(rows.abs(), (0, -rows.shape[1] % BLOCK))
-    tell(rows, "peaks", whole.unflatten(1, (-1, BLOCK)).amax(2).contiguous())
+    attach(rows, "peaks", whole.unflatten(1, (-1, BLOCK)).amax(2).contiguous())
     assert exact.bounded(rows) == finite
     assert torch.equal(exact.total(exact.add({}, rows, weights)), found)
-    rows[0, 0] = math.inf  # what was told no longer holds
+    rows[0, 0] = math.inf  # the cached maxima are no longer valid
     assert not exact.bounded(rows)
 
 
 @given(problems(), st.booleans())
 def test_memory_that_held_something_else_changes_no_bit(problem, spoiled):
     rows, weights, rng = problem
-    rows, shelf = torch.cat([rows] * 64, 1), Shelf()
+    rows, shelf = torch.cat([rows] * 64, 1), BufferPool()
     alone = exact.total(exact.add({}, rows, weights))
     if spoiled:
         rows[rng.integers(len(rows)), rng.integers(rows.shape[1])] = math.nan
-    with pytest.MonkeyPatch.context() as patch, lent_from(shelf):
-        patch.setattr(atoll.shelf, "_LARGE", 1)
-        for size in (8, 16, 32, 64, 128):  # for each of them a piece that will be lent again
+    with pytest.MonkeyPatch.context() as patch, use_pool(shelf):
+        patch.setattr(limits, "POOLED_BYTES", 1)
+        for size in (8, 16, 32, 64, 128):  # for each of them a buffer that will be reused
             shelf.empty(size * len(rows[0])).fill_(255)
         digits = {}
         if not spoiled:
@@ -197,7 +200,7 @@ def test_same_bits_for_every_number_of_threads(dtype):
     totals = []
     for n in (1, 2):
         with threads(n), native.threads(n), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(exact, "_MANY", 1)
+            patch.setattr(limits, "THREADED_SUM", 1)
             totals.append(exact.total(exact.add({}, rows, weights)))
     for piece in (rows[:1], rows[:33]):  # other shapes of a matrix product
         totals.append(
@@ -217,7 +220,7 @@ def test_within_the_bound_of_the_true_sum(problem):
     rows, weights, _ = problem
     total = exact.total(exact.add({}, rows, weights))
     assert total.isfinite().all()
-    # one block: 2^e is above everything in the row
+    # one block: 2^e is above all numbers of the row
     exponents = [math.frexp(float(row.abs().max()))[1] for row in rows]
     weighted = list(zip(weights.tolist(), exponents, strict=True))
     kept = sum(w * Fraction(2) ** (e - BELOW[rows.dtype]) for w, e in weighted)
@@ -230,7 +233,7 @@ def test_within_the_bound_of_the_true_sum(problem):
 
 @given(seeds, st.integers(1, 40), st.sampled_from(list(DTYPES)))
 def test_numbers_of_like_size_are_summed_without_any_error(seed, n, dtype):
-    """20 bits each, on one grid: nothing is rounded, not even where everything cancels."""
+    """20 bits each, on one grid: no number is rounded, even if all cancel."""
     rng = np.random.default_rng(seed)
     scale = 2.0 ** rng.integers(-60, 60)
     whole = rng.integers(-(2**20), 2**20, (n, 3))
@@ -244,14 +247,14 @@ def test_numbers_of_like_size_are_summed_without_any_error(seed, n, dtype):
 
 @given(problems(width=st.just(2 * BLOCK)))
 def test_a_block_is_rounded_by_its_own_numbers(problem):
-    """What lies in another block changes no bit, however large it is."""
+    """The numbers of another block change no bit, however large they are."""
     rows, weights, _ = problem
     first = exact.total(exact.add({}, rows[:, :BLOCK].contiguous(), weights))
     assert torch.equal(exact.total(exact.add({}, rows, weights))[:BLOCK], first)
 
 
 def test_the_fixed_grid_would_have_lost_this():
-    """1e19 + 1 − 1e19 = 1, and 1e-12 beside 1e19 in other clients is still there."""
+    """1e19 + 1 − 1e19 = 1, and 1e-12 survives although other clients have 1e19."""
     rows = torch.tensor([[1e19], [1.0], [-1e19], [1e-12]], dtype=torch.float64)
     total = exact.total(exact.add({}, rows, torch.ones(4)))
     assert total.item() == 1.0 + 1e-12
@@ -268,10 +271,10 @@ def test_zeros_have_a_sum(dtype):
 def test_partial_is_plain_tensors_and_back(problem):
     rows, weights, _ = problem
     aggregator = Mean()
-    partial = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))))
+    partial = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))), STARTS)
     tensors = partial.tensors()
     assert all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in tensors.items())
-    again = Partial.of(tensors)
+    again = PartialSum.of(tensors)
     assert bits(again, aggregator) == bits(partial, aggregator)
     assert again.tensors().keys() == tensors.keys()
 
@@ -282,13 +285,13 @@ def test_too_much_weight_is_refused_with_a_line_that_works(make):
     both = contribution(rows, weights, [0, 1])
     aggregator = make()
     with pytest.raises(UsageError, match="2\\^28") as caught:
-        aggregator.total(aggregator.fold(aggregator.zero(), both))
+        aggregator.total(aggregator.fold(aggregator.zero(), both, STARTS))
     instead = grammar.parse(caught.value.write, PARTS)
     assert isinstance(instead, make)
-    total = instead.total(instead.fold(instead.zero(), both))
+    total = instead.total(instead.fold(instead.zero(), both, STARTS))
     assert total.means["update"].tolist() == [float(exact.CAPACITY + 1)] * 3
 
-    allowed = aggregator.total(aggregator.fold(aggregator.zero(), contribution(rows, weights, [0])))
+    allowed = aggregator.total(aggregator.fold(aggregator.zero(), contribution(rows, weights, [0]), STARTS))
     assert allowed.means["update"].tolist() == [float(exact.CAPACITY)] * 3
 
 
@@ -297,11 +300,11 @@ def test_the_float_sum_is_close(problem):
     rows, weights, _ = problem
     scale = (weights[:, None].double() * rows.double().abs()).sum(0)
     if not scale.le(torch.finfo(rows.dtype).max / 4).all():
-        return  # the float sum overflows where the exact one does not: it is the fast choice, and says so
+        return  # the float sum is the fast choice: it overflows here, with an error, and the exact sum does not
     sums = {}
     for how in ("exact", "float"):
         aggregator = Mean(sum=how)
-        partial = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))))
+        partial = aggregator.fold(aggregator.zero(), contribution(rows, weights, range(len(rows))), STARTS)
         sums[how] = aggregator.total(partial).means["update"]
     eps = torch.finfo(rows.dtype).eps
     block = torch.cat([b.abs().amax(1, keepdim=True).expand_as(b) for b in rows.double().split(BLOCK, 1)], 1)
@@ -311,7 +314,7 @@ def test_the_float_sum_is_close(problem):
 
 
 def by_places(rows, weights):
-    """The sum as it is defined: digit after digit of each contribution's block, from its own largest number down."""
+    """The sum by its definition: digit after digit of each contribution's block, from its own largest number down."""
     digits, keep = {}, exact.places(rows.dtype)
     for row, weight in zip(rows.double(), weights.double(), strict=True):
         for start in range(0, len(row), BLOCK):
@@ -330,10 +333,10 @@ def by_places(rows, weights):
 
 @given(problems())
 def test_the_sum_is_that_of_the_definition(problem):
-    """Read off as whole numbers, many blocks and two places at a time, digits add up to the same as one by one."""
+    """Digits that are read as integers, many blocks and two places at a time, have the same sum as single digits."""
     rows, weights, _ = problem
     ours, theirs = exact.add({}, rows, weights), by_places(rows, weights)
-    for place, digit in ours.items():  # whole numbers of their place, with room left in float64
+    for place, digit in ours.items():  # integers of their place, with room left in float64
         whole = digit * 2.0 ** (-13 * place) * 2.0 ** (-13 * place)
         assert torch.equal(whole, whole.round()) and whole.abs().le(2.0**53).all()
     for j in {0, rows.shape[1] // 2, rows.shape[1] - 1}:

@@ -1,4 +1,4 @@
-"""FedAsync: clients that send their models, mixed into the server's as they come."""
+"""FedAsync: clients send their models, and the server mixes each into its own when it arrives."""
 
 from dataclasses import dataclass, replace
 
@@ -9,31 +9,34 @@ from hypothesis import strategies as st
 from problems import far, regression, run, seeded, task_of
 from torch import nn
 
-from atoll import grammar, recipes
-from atoll.engine.fleet import Each, Fleet, HalfNormal
-from atoll.engine.inprocess import InProcess
-from atoll.engine.memory import Memory
-from atoll.errors import UsageError
+from atoll import recipes
+from atoll.base import grammar
+from atoll.base.errors import UsageError
+from atoll.engine.client_state import Memory
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.simulation.fleet import Each, Fleet, HalfNormal
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
-from atoll.plan.codec import Feedback, Quantize, Shift, TopK
+from atoll.plan.codec import EF21, ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Custom, Train
-from atoll.plan.names import PARTS
-from atoll.plan.pace import Bounded, Buffered, Sync, hinge, polynomial
-from atoll.plan.plan import Plan, State, step
-from atoll.saved import pack, unpack
-from atoll.schedule import cosine
+from atoll.plan.pace import Bounded, Buffered, Sync, hinge, staleness_polynomial
+from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS
+from atoll.plan.round import bind, step
+from atoll.plan.schedule import cosine
+from atoll.plan.state import State
+from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 
 SIZES = (9, 5, 7, 4)
 DURATIONS = (1.0, 2.3, 0.21, 1.7)
 MODEL = Train(rules.sgd(0.1), epochs=1, sends="model")
-LATE = [polynomial(0.5), polynomial(0), hinge(10.0, grace=1)]
+LATE = [staleness_polynomial(0.5), staleness_polynomial(0), hinge(10.0, grace=1)]
 
 
 def engine_of(durations=DURATIONS, fleet=None):
     data = regression(SIZES)
     fleet = fleet or Fleet(Each(durations))
-    return InProcess(task_of(seeded(nn.Linear, 3, 1), data, "lanes"), data, None, fleet)
+    return InProcessEngine(task_of(seeded(nn.Linear, 3, 1), data, "lanes"), data, None, fleet)
 
 
 def trained(engine, client, theta, lr, steps):
@@ -47,9 +50,9 @@ def trained(engine, client, theta, lr, steps):
 
 
 def by_hand(engine, lr, steps, alpha, staleness, rounds, k=1):
-    """Algorithm 1, by a list of events: whoever is done first is mixed in, and starts from the model that comes of it.
+    """Algorithm 1 as a list of events: the server mixes in the first arrival, and that client restarts from the result.
 
-    x ← (1 − α s(τ)) x + α s(τ) xᵢ for one at a time; for k of them the mean of the mixings, by rows.
+    x ← (1 − α s(τ)) x + α s(τ) xᵢ for one arrival at a time; for k arrivals the mean of the mixtures, weighted by rows.
     """
     theta, born = engine.task.initial().theta, [0] * len(DURATIONS)
     began = [theta] * len(DURATIONS)
@@ -91,15 +94,15 @@ def test_models_of_a_buffer_are_mixed_by_rows(k):
     plan = recipes.fedasync(0.05, epochs=2, batch=None, alpha=0.7)
     engine = engine_of()
     state, _ = run(replace(plan, pace=Buffered(k)), engine, 12)
-    assert far(state.model.theta, by_hand(engine, 0.05, 2, lambda t: 0.7, polynomial(0.5), 12, k)) < 1e-12
+    assert far(state.model.theta, by_hand(engine, 0.05, 2, lambda t: 0.7, staleness_polynomial(0.5), 12, k)) < 1e-12
 
 
 def test_without_a_discount_alpha_1_is_the_model_that_came_last():
-    plan = recipes.fedasync(0.05, epochs=3, batch=None, alpha=1.0, staleness=polynomial(0))
+    plan = recipes.fedasync(0.05, epochs=3, batch=None, alpha=1.0, staleness=staleness_polynomial(0))
     engine = engine_of()
-    state = State.first(plan, engine.task, 0, Memory({}))
+    plan, state = bind(plan, engine), State.first(plan, engine.task, 0, Memory({}))
     for _ in range(15):
-        births = {f.client: state.versions[f.birth] for f in state.air.flights}
+        births = {f.client: state.versions[f.version] for f in state.air.flights}
         before = state.broadcast
         state, report = step(plan, state, engine)
         client = int(report.clients["id"])
@@ -117,16 +120,16 @@ def test_where_nothing_is_late_models_and_updates_are_the_same_bits(rule, seed):
     assert [(r.bytes_up, r.metrics) for r in one] == [(r.bytes_up, r.metrics) for r in other]
 
 
-@pytest.mark.parametrize("pace", [Sync(), Buffered(1, polynomial(0)), Bounded(2)], ids=repr)
+@pytest.mark.parametrize("pace", [Sync(), Buffered(1, staleness_polynomial(0)), Bounded(2)], ids=repr)
 def test_a_model_is_what_a_client_made_of_the_one_it_knew(pace):
-    """Under a compressed downlink clients begin at θ̂, not θ: with α = 1 the new model is still the mean of theirs."""
+    """Under a compressed downlink clients start at θ̂, not θ. With α = 1 the new model is still the mean of theirs."""
     part = Train(rules.sgd(0.05), steps=2, sends="model")
     plan = Plan(part, Mean(), pace=pace, downlink=TopK(0.5))
     engine = engine_of()
-    state = State.first(plan, engine.task, 0, Memory({}))
+    plan, state = bind(plan, engine), State.first(plan, engine.task, 0, Memory({}))
     apart = 0.0
     for _ in range(8):
-        births = {f.client: state.versions[f.birth].model.theta for f in state.air.flights}
+        births = {f.client: state.versions[f.version].model.theta for f in state.air.flights}
         before = state.model.theta
         state, report = step(plan, state, engine)
         apart = max(apart, far(state.sent.theta, before))
@@ -138,14 +141,15 @@ def test_a_model_is_what_a_client_made_of_the_one_it_knew(pace):
     assert apart > 1e-3
 
 
-@pytest.mark.parametrize("codec", [Quantize(8), Feedback(TopK(0.5))], ids=repr)
+@pytest.mark.parametrize("codec", [Quantize(8), ErrorFeedback(TopK(0.5))], ids=repr)
 def test_a_run_of_models_that_is_resumed_in_flight_ends_in_the_same_bits(codec):
     plan = replace(recipes.fedasync(0.05, batch=3, cohort=3), codec=codec, downlink=TopK(0.5))
     engine = engine_of(fleet=Fleet(HalfNormal(), dropout=0.1))
+    plan = bind(plan, engine)
     state, _ = run(plan, engine, 9)
-    saved, kept = pack(state), state.memory.take(torch.arange(len(SIZES)))
+    saved, kept = state_to_tensors(state), state.memory.take(torch.arange(len(SIZES)))
     fresh = State.first(plan, engine.task, 0, Memory(plan.memory(engine.task.layout)))
-    again = unpack(saved, state.round, type("Training", (), {"state": fresh}))
+    again = state_from_tensors(saved, state.round, fresh)
     again.memory.put(torch.arange(len(SIZES)), kept)
     for _ in range(6):
         state, _ = step(plan, state, engine)
@@ -155,7 +159,7 @@ def test_a_run_of_models_that_is_resumed_in_flight_ends_in_the_same_bits(codec):
 
 @dataclass(frozen=True, repr=False)
 class Median(Mean):
-    """Stands for a rule that forms no sum."""
+    """An example of a rule that forms no sum."""
 
     linear = False
 
@@ -167,9 +171,9 @@ def halfway(model, loader, ctx):
 
 
 def test_a_users_own_loop_may_send_its_model_too():
-    """Everybody halves the model it got: alone and alternating by α = 1 the server's is what came, whoever was late."""
+    """Each client halves its model. With α = 1 the server's model is then the sent model, for every staleness."""
     part = Custom(halfway, sends="model")
-    plan = Plan(part, Mean(), pace=Buffered(1, polynomial(0)))
+    plan = Plan(part, Mean(), pace=Buffered(1, staleness_polynomial(0)))
     engine = engine_of(durations=(1.0, 1.5, 2.2, 3.1))
     theta = engine.task.initial().theta
     state, _ = run(plan, engine, 1)
@@ -192,7 +196,7 @@ def test_it_reads_back():
         lambda: Train(rules.sgd(0.1), epochs=1, sends="models"),
         lambda: recipes.fedasync(0.1, alpha=0.0),
         lambda: recipes.fedasync(0.1, alpha=1.5),
-        lambda: Plan(MODEL, Mean(), codec=Shift(TopK(0.1))),
+        lambda: Plan(MODEL, Mean(), codec=EF21(TopK(0.1))),
         lambda: Plan(MODEL, Median()),
     ],
 )

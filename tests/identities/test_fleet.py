@@ -1,4 +1,4 @@
-"""Fleets as values: printed, read back, drawn by the laws they name, and refused where they say nothing clear."""
+"""Fleets as values: they print, parse back, draw by the laws that they name, and refuse ambiguous settings."""
 
 import math
 import shlex
@@ -10,9 +10,12 @@ from fleets import FLEETS, LAWS, SIZES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.engine.calendars import turn
-from atoll.engine.clock import Clock
-from atoll.engine.fleet import (
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
+from atoll.base.random import Key
+from atoll.engine.simulation.availability import window_index
+from atoll.engine.simulation.clock import Clock
+from atoll.engine.simulation.fleet import (
     FLEET,
     Between,
     ByRows,
@@ -27,9 +30,6 @@ from atoll.engine.fleet import (
     Zipf,
     rate,
 )
-from atoll.errors import UsageError
-from atoll.grammar import parse
-from atoll.rng import Key
 
 
 @given(FLEETS)
@@ -82,7 +82,7 @@ def test_means_of_the_laws(law, mean, sd):
     assert bool((x > 0).all())
     low, high = law.bounds
     assert low <= float(x.min()) and float(x.max()) <= high
-    # Six standard errors: a false alarm once in 10⁹.
+    # Six standard errors: one false alarm in 10⁹.
     assert abs(float(x.mean()) - mean) < 6 * sd / math.sqrt(N)
     assert abs(float(x.std()) / sd - 1) < 0.1
 
@@ -307,5 +307,5 @@ def test_rows_that_nobody_holds_have_no_mean():
 
 @given(st.floats(0, 1e6), st.floats(1e-3, 1e3))
 def test_a_moment_lies_in_one_turn(now, length):
-    i = turn(now, length)
+    i = window_index(now, length)
     assert i * length <= now < (i + 1) * length

@@ -1,4 +1,4 @@
-"""Linear regression on the diabetes data: what theory says of the oldest algorithm holds for every way to run it."""
+"""Linear regression on the diabetes data: every way to run gradient descent agrees with its theory."""
 
 import itertools
 import runpy
@@ -45,7 +45,7 @@ def test_the_least_squares_solution_is_scikit_learns(data, known):
 
 
 def test_every_split_makes_the_same_steps(example, known):
-    """gd, distributed_gd over 2, 7 and 442 workers, fedsgd of everyone over Quantity(1.5): iterates agree to 1e-12."""
+    """gd, distributed_gd over 2, 7 and 442 workers, fedsgd of all over Quantity(1.5): iterates agree to 1e-12."""
     _, low, high = known
     ways = example["splits"](2 / (low + high))
     assert [len(clients.sizes) for _, clients in ways.values()] == [1, 2, 7, 442, 3]
@@ -74,7 +74,7 @@ def test_plain_descent_brings_every_split_to_least_squares(example, known):
 
 @pytest.mark.slow
 def test_the_error_shrinks_as_the_condition_number_says(example, data, known):
-    """In the flattest direction each step multiplies the error by (κ−1)/(κ+1); it is all that is left after a while."""
+    """In the flattest direction each step multiplies the error by (κ−1)/(κ+1); after a while it dominates."""
     best, low, high = known
     errors = (example["iterates"](gd(2 / (low + high)), data, 700) - best).norm(dim=1)
     measured = float(errors[-1] / errors[-201]) ** (1 / 200)
@@ -82,7 +82,7 @@ def test_the_error_shrinks_as_the_condition_number_says(example, data, known):
 
 
 def test_a_stochastic_step_is_the_true_one_in_the_mean(example, data, known):
-    """At θ* the mean step is 0. Eleven coordinates within 6 standard errors: a false alarm in two million suites."""
+    """At θ* the mean step is 0. Eleven coordinates within 6 standard errors: one false alarm in two million runs."""
     best = known[0]
     start = {"linear.weight": best[None, :-1], "linear.bias": best[-1:]}
     steps = torch.cat([example["iterates"](sgd(0.1), data, 1, seed=seed, init=start) for seed in range(100)]) - best

@@ -1,4 +1,4 @@
-"""Local SGD and its family: steps that change from round to round, post-local SGD, DiLoCo and its outer gradients."""
+"""Local SGD and its family: steps that change by round, post-local SGD, DiLoCo and its outer gradients."""
 
 from dataclasses import dataclass, replace
 
@@ -7,22 +7,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import classification, far, regression, run, seeded, task_of
-from thinned import by_turns
+from quick_cases import by_turns
 from torch import nn
 
-from atoll import baselines, grammar, recipes
-from atoll.engine.fleet import Fleet
-from atoll.engine.inprocess import InProcess
-from atoll.errors import RunError, UsageError
+from atoll import recipes
+from atoll.base import grammar
+from atoll.base.errors import RunError, UsageError
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.simulation.fleet import Fleet
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity, Quantize
 from atoll.plan.local import Gradient, Train
-from atoll.plan.names import PARTS
 from atoll.plan.pace import Bounded, Buffered, Sync
-from atoll.plan.plan import Plan, step
-from atoll.schedule import Schedule, constant, cosine, exponential, hold, inverse, plateau, polynomial, warmup
-from atoll.schedule import step as stairs
+from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS
+from atoll.plan.round import step
+from atoll.plan.schedule import Schedule, constant, cosine, exponential, hold, inverse, plateau, polynomial, warmup
+from atoll.plan.schedule import step as stairs
+from atoll.training import baselines
 
 SIZES = (9, 5, 7, 4)
 ADAM, KEEP = rules.adam(0.01), ("optimizer", "order")
@@ -30,7 +33,7 @@ ADAM, KEEP = rules.adam(0.01), ("optimizer", "order")
 
 def engine_of(body="lanes", sizes=SIZES):
     data = regression(sizes)
-    return InProcess(task_of(seeded(nn.Linear, 3, 1), data, body), data)
+    return InProcessEngine(task_of(seeded(nn.Linear, 3, 1), data, body), data)
 
 
 def bits(state):
@@ -40,7 +43,7 @@ def bits(state):
 
 
 def in_turn(*lengths):
-    """A schedule that says these numbers, one a round, and the last one from then on."""
+    """A schedule with the given values, one per round; the last value stays."""
     first, *rest = lengths
     return hold(first, rounds=1) >> in_turn(*rest) if rest else constant(first)
 
@@ -52,14 +55,14 @@ def test_a_schedule_that_never_changes_is_its_number_bit_for_bit(body, keep):
     data = classification(SIZES, dtype=torch.float64) if body == "fused" else regression(SIZES)
     module = seeded(nn.Linear, 4, 3) if body == "fused" else seeded(nn.Linear, 3, 1)
     module = nn.Sequential(module)
-    number, *schedules = [run(Plan(p, Mean()), InProcess(task_of(module, data, body), data), 4)[0] for p in same]
+    number, *schedules = [run(Plan(p, Mean()), InProcessEngine(task_of(module, data, body), data), 4)[0] for p in same]
     assert all(bits(number) == bits(other) for other in schedules)
     assert Train(rule, steps=constant(3), batch=3) == Train(rule, steps=3, batch=3)
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.sampled_from([None, 1, 2, 4]), st.integers(0, 9))
 def test_one_client_goes_on_where_it_was_however_its_steps_are_cut_into_rounds(lengths, batch, seed):
-    """Rounds cut a client's walk through its rows, and change nothing of it: θ after the same number of steps."""
+    """Round boundaries do not change the order of a client's rows: θ is the same after the same number of steps."""
     part = Train(rules.sgd(0.05), steps=in_turn(*lengths), batch=batch, keep=("order",))
     cut, _ = run(Plan(part, Mean()), engine_of(sizes=(9,)), len(lengths), seed)
     whole, _ = run(Plan(replace(part, steps=sum(lengths)), Mean()), engine_of(sizes=(9,)), 1, seed)
@@ -71,7 +74,7 @@ def test_one_client_goes_on_where_it_was_however_its_steps_are_cut_into_rounds(l
 @pytest.mark.parametrize("body", ["lanes", "loop"])
 @pytest.mark.parametrize("switch", [1, 3])
 def test_post_local_sgd_switches_at_its_round_exactly(switch, body):
-    """The bits of single steps before, and those of local SGD that begins where they ended after."""
+    """Before the switch the bits equal those of single steps, after it those of local SGD from the same state."""
     plan, engine = recipes.post_local_sgd(0.05, switch=switch, steps=4, batch=3), engine_of(body)
     before, after = (recipes.local_sgd(0.05, steps=n, batch=3) for n in (1, 4))
     state, _ = run(plan, engine, switch)
@@ -144,7 +147,7 @@ def test_a_schedule_that_comes_below_one_step_is_refused_with_a_line_that_builds
 
 @dataclass(frozen=True, repr=False)
 class Dips(Schedule):
-    """Four steps, but in round 2, in which there are none."""
+    """Four steps, except for round 2, which has none."""
 
     def __call__(self, t, memory=None):
         return 0.2 if t == 2 else 4.0
@@ -153,12 +156,12 @@ class Dips(Schedule):
 def test_a_schedule_that_dips_below_one_step_ends_the_run_there():
     plan, engine = Plan(Train(rules.sgd(0.1), steps=Dips(), batch=3), Mean()), engine_of()
     state, _ = run(plan, engine, 2)
-    with pytest.raises(RunError, match="for round 2"):
+    with pytest.raises(RunError, match=r"0.2 steps in round 2"):
         step(plan, state, engine)
 
 
 def test_baselines_make_as_many_steps_as_the_schedule_says():
-    """Two clients of equal size: the pooled one makes their steps, twice as many in a round."""
+    """Two clients of equal size: the pooled baseline makes the steps of both, twice the number per round."""
     data = regression((8, 8))
     plan = Plan(Train(rules.sgd(0.05), steps=hold(1, rounds=2) >> 3, batch=4, keep=("order",)), Mean())
     pooled, share = baselines._gathered(plan, data.sizes, torch.ones(2, dtype=torch.float64))
@@ -166,7 +169,7 @@ def test_baselines_make_as_many_steps_as_the_schedule_says():
 
 
 def diloco_by_hand(engine, rounds, steps, lr):
-    """Each worker an AdamW of torch's own that is never reset; the server torch's SGD with Nesterov momentum."""
+    """Each worker has an AdamW of torch that is never reset; the server has torch's SGD with Nesterov momentum."""
     theta = nn.Parameter(engine.task.initial().theta.clone())
     outer = torch.optim.SGD([theta], 0.7, momentum=0.9, nesterov=True)
     data, sizes = engine.data, engine.data.sizes.tolist()
@@ -197,7 +200,7 @@ def test_diloco_is_torchs_optimizers_worker_by_worker():
 @settings(max_examples=8)
 @given(st.integers(0, 99))
 def test_eight_bits_change_an_outer_gradient_by_no_more_than_their_step_and_nothing_else(seed):
-    """The round's first step: workers are alike, so θ is apart by at most 1.9 · 0.7 levels of the largest number."""
+    """In the first step all workers are equal, so θ differs by at most 1.9 · 0.7 levels of the largest number."""
     whole, coarse = (recipes.diloco(0.05, steps=3, batch=2, codec=c) for c in (Identity(), Quantize(8)))
     (a, _), (b, _) = (run(plan, engine_of(), 1, seed) for plan in (whole, coarse))
     kept = [s.memory.take(torch.arange(4)) for s in (a, b)]
@@ -209,19 +212,19 @@ def test_eight_bits_change_an_outer_gradient_by_no_more_than_their_step_and_noth
 def test_outer_gradients_in_eight_bits_train_as_well_at_a_quarter_of_the_bytes():
     data = classification((40, 40, 40, 40), (20,), 4)
     module = nn.Sequential(seeded(nn.Linear, 20, 64), nn.ReLU(), seeded(nn.Linear, 64, 4))
-    engines = [InProcess(task_of(module, data, "loop", torch.float32), data) for _ in range(2)]
+    engines = [InProcessEngine(task_of(module, data, "loop", torch.float32), data) for _ in range(2)]
     plans = (recipes.diloco(0.01, 5, 8, 0.4, codec=c) for c in (Identity(), Quantize(8)))
     whole, coarse = (run(plan, engine, 12)[1] for plan, engine in zip(plans, engines, strict=True))
     first, last, other = (r.metrics["loss"] for r in (whole[0], whole[-1], coarse[-1]))
     assert last < 0.5 * first and abs(other - last) < 0.05 * first
     d = engines[0].layout.d
-    beside = whole[0].bytes_up - 4 * 4 * d  # what is not the update: the loss, its rows, the weight
-    assert coarse[0].bytes_up == 4 * Quantize(8).at(engines[0].layout).nbytes(engines[0].layout) + beside
+    beside = whole[0].bytes_up - 4 * 4 * d  # the fields other than the update: the loss, its rows, the weight
+    assert coarse[0].bytes_up == 4 * Quantize(8).bind(engines[0].layout).nbytes(engines[0].layout) + beside
     assert coarse[0].bytes_up < 0.27 * whole[0].bytes_up
 
 
 def test_one_step_a_round_by_the_schedule_of_a_gradient():
-    """`Train(sgd(1), steps=1)` and `Gradient()` are one step of the server's, whatever its rate does."""
+    """`Train(sgd(1), steps=1)` and `Gradient()` are both one step of the server, for every schedule of its rate."""
     rate = cosine(0.1, rounds=4, end=0.01)
     a, _ = run(Plan(Train(rules.sgd(rate), steps=hold(1, rounds=4) >> 3), Mean()), engine_of(), 4)
     b, _ = run(Plan(Gradient(), Mean(), rules.sgd(rate)), engine_of(), 4)
@@ -231,7 +234,7 @@ def test_one_step_a_round_by_the_schedule_of_a_gradient():
 @pytest.mark.parametrize("pace", [Sync(), Sync(deadline_s=100), Bounded(0)], ids=str)
 def test_a_round_of_more_steps_takes_as_many_times_longer_on_the_clock(pace):
     data = regression(SIZES)
-    engine = InProcess(task_of(seeded(nn.Linear, 3, 1), data), data, fleet=Fleet(compute=2.0))
+    engine = InProcessEngine(task_of(seeded(nn.Linear, 3, 1), data), data, fleet=Fleet(compute=2.0))
     plan = Plan(Train(rules.sgd(0.1), steps=in_turn(2, 4, 1), batch=3), Mean(), pace=pace)
     _, reports = run(plan, engine, 4)
     assert [report.now for report in reports] == [2.0, 6.0, 7.0, 8.0]

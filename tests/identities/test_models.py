@@ -1,4 +1,4 @@
-"""Models by name: as large as published, sized from the data, made from the key, and refused where unfit."""
+"""Models by name: they have their published size, fit the data, are drawn from the key, and are refused if unfit."""
 
 import random
 import sys
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.models import build, factory, names, resolve
-from atoll.rng import Key
 
 KEY = Key(7).fold("model")
 
-# name, features, outputs, parameters: the published ones, and what `conv`, `fc` and `d` say for the others
+# name, features, outputs, parameters: as published, or by the formulas `conv`, `fc` and `d`
 SIZES = [
     ("linear", (13,), 1, 14),
     ("logistic", (30,), 2, 31),
@@ -119,7 +119,7 @@ def test_what_is_written_instead(name, rows, instead):
     assert repr(name) in str(caught.value) or repr(rows[2]) in str(caught.value)
 
 
-# one rows for each name, which the name fits
+# for each name the rows that it fits
 FIT = {
     "linear": ((13,), 1, "regression", None),
     "logistic": ((30,), 2, "classification", None),
@@ -280,7 +280,7 @@ def test_a_package_that_a_module_lacks_is_not_blamed_on_the_text(tmp_path, monke
     [
         (3, "type int"),
         (lambda: "no module", "type str"),
-        (lambda hidden: nn.Linear(4, hidden), "wants hidden"),
+        (lambda hidden: nn.Linear(4, hidden), "requires hidden"),
         (nn.LazyLinear(3), "no shape yet"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A model is a vector, and comes back as the model it was: frozen, tied, counted, typed; the user's is untouched."""
+"""A model is a vector and is restored exactly: frozen, tied, counted, typed. The user's module stays unchanged."""
 
 import random
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from problems import classification, far, run, seeded, task_of, tokens
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.inprocess import InProcess
-from atoll.engine.probe import choose
+from atoll.compute.task import Task
+from atoll.engine.choose_backend import choose
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Evaluate, Gradient, Train
-from atoll.plan.plan import Plan, step
-from atoll.plan.slots import Cohort
-from atoll.task import Task
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort, Sampler
+from atoll.plan.round import step
 
 SIZES = (9, 5, 4)
 TRAIN = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean())
@@ -29,8 +30,8 @@ def bits_of(module):
 
 
 def trained(module, data, body="lanes", plan=TRAIN, rounds=2, dtype=torch.float32):
-    """The module that a training comes to."""
-    engine = InProcess(task_of(module, data, body, dtype), data)
+    """The module at the end of a training."""
+    engine = InProcessEngine(task_of(module, data, body, dtype), data)
     return engine.task.result(run(plan, engine, rounds)[0].model)
 
 
@@ -51,7 +52,7 @@ class Tied(nn.Module):
 
 
 class Average(nn.Module):
-    """Keeps an average and a count by putting new tensors in the place of the old ones."""
+    """Stores an average and a count by replacing its buffers with new tensors."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +89,7 @@ def test_tied_weights_stay_tied_and_lie_in_the_vector_once(body):
     assert after.last.weight is after.embedding.weight
     assert list(after.state_dict()) == ["embedding.weight", "last.weight"]
 
-    # One step of the whole batch is what torch does to the tied weights, from both ends of the model.
+    # One step on the whole batch equals torch's step on the tied weights, with gradients from both uses.
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     pooled = data.pooled()
     nn.functional.cross_entropy(module(pooled.rows.x), pooled.rows.y).backward()
@@ -99,7 +100,7 @@ def test_tied_weights_stay_tied_and_lie_in_the_vector_once(body):
 
 
 @dataclass(frozen=True)
-class Only:
+class Only(Sampler):
     """One client, every round."""
 
     i: int
@@ -109,7 +110,7 @@ class Only:
 
 
 def batches(rows, batch=4):
-    """How many batches a client makes of its rows, a last one of one row joined to the one before."""
+    """The number of batches of a client; a last batch of one row is joined to the previous batch."""
     return max(1, rows // batch + (rows % batch > 1))
 
 
@@ -118,11 +119,11 @@ def test_buffers_become_their_mean_and_counters_take_the_largest_increment(body)
     data, module = classification(SIZES), norm()
     module[1].num_batches_tracked += 40
     task = task_of(module, data, body)
-    state, _ = run(TRAIN, InProcess(task, data), 1)
+    state, _ = run(TRAIN, InProcessEngine(task, data), 1)
     alone = []
     for i in range(3):
-        # Client i by itself, with the rows and the number that it has among the others.
-        one, _ = run(Plan(TRAIN.local, Mean(), cohort=Only(i)), InProcess(task, data), 1)
+        # Client i by itself, with the same rows and the same id.
+        one, _ = run(Plan(TRAIN.local, Mean(), cohort=Only(i)), InProcessEngine(task, data), 1)
         alone.append(one.model)
         assert one.model.counters["1.num_batches_tracked"] == 40 + batches(SIZES[i])
     mean = sum(n * model.buffers for n, model in zip(SIZES, alone, strict=True)) / sum(SIZES)
@@ -133,7 +134,7 @@ def test_buffers_become_their_mean_and_counters_take_the_largest_increment(body)
 
 @bodies
 def test_batch_norm_moves_as_it_does_in_torch(body):
-    """One client, one step a round: running statistics and all are those of a plain loop."""
+    """One client, one step per round: running statistics and all other state equal those of a plain loop."""
     data, module = classification((16,)), norm().double()
     after = trained(module, data, body, recipes.gd(0.1), 3, torch.float64)
     module = norm().double().train()
@@ -148,7 +149,7 @@ def test_batch_norm_moves_as_it_does_in_torch(body):
 
 @bodies
 def test_a_buffer_that_is_put_in_place_of_another(body):
-    """self.average = …: it reaches the server, and no client sees another's."""
+    """self.average = …: the new tensor reaches the server, and no client sees another client's."""
     data = classification(SIZES)
     module = seeded(Average)
     after = trained(module, data, body, recipes.distributed_gd(0.1), 1, torch.float64)
@@ -177,7 +178,7 @@ def test_keys_order_and_types_come_back_verbatim(body, dtype):
     module, data = Mixed(), classification(SIZES)
     before = module.state_dict()
     task = task_of(module, data, body, dtype)
-    state, _ = run(TRAIN, InProcess(task, data))
+    state, _ = run(TRAIN, InProcessEngine(task, data))
     model = state.model
     assert model.theta.dtype == model.buffers.dtype == dtype
     for after in (
@@ -204,7 +205,7 @@ def test_the_users_module_is_left_alone(body, plan):
     module.eval()
     module[0].weight.grad = torch.ones(6, 4)
     before = bits_of(module)
-    engine = InProcess(choose(Task.of(module, "cross_entropy"), data, plan, body).task, data)
+    engine = InProcessEngine(choose(Task.of(module, "cross_entropy"), data, plan, body).task, data)
     run(plan, engine)
     assert bits_of(module) == before
     assert not module.training and torch.equal(module[0].weight.grad, torch.ones(6, 4))
@@ -217,7 +218,7 @@ def test_the_first_model_is_the_one_that_was_given():
     module, data = norm(), classification(SIZES)
     for wanted in ("auto", "loop"):
         task = choose(Task.of(module, "cross_entropy"), data, TRAIN, wanted).task
-        engine = InProcess(task, data)
+        engine = InProcessEngine(task, data)
         state, _ = run(TRAIN, engine, 0)
         step(Plan(Evaluate(), Mean()), state, engine)
         for model in (state.model, task.initial()):
@@ -248,7 +249,7 @@ def test_dropout_in_lanes_is_dropout_in_the_loop(dtype):
 
 
 def test_dropout_drops_as_often_as_it_says():
-    """51,200 coins of chance .3: further off than 6 standard deviations once in 5·10⁸ times."""
+    """51,200 coin flips of probability .3: further off than 6 standard deviations once in 5·10⁸ runs."""
     data, inputs = classification((2,) * 64, (400,)), []
 
     class Spy(nn.Module):
@@ -261,12 +262,12 @@ def test_dropout_drops_as_often_as_it_says():
             inputs.append(dropped.detach())
             return self.linear(dropped)
 
-    run(recipes.distributed_gd(0.1), InProcess(task_of(seeded(Spy), data, "loop"), data), 1)
+    run(recipes.distributed_gd(0.1), InProcessEngine(task_of(seeded(Spy), data, "loop"), data), 1)
     kept = torch.cat(inputs)
     n = kept.numel()
     assert set(kept.unique().tolist()) == {0.0, 1 / (1 - 0.3)}
     assert abs(int((kept == 0).sum()) - 0.3 * n) < 6 * (n * 0.3 * 0.7) ** 0.5
-    # Client by client and row by row, another mask.
+    # By client and by row, another mask.
     assert len({row.numpy().tobytes() for row in kept}) == len(kept)
 
 
@@ -311,11 +312,11 @@ def test_global_generators_are_untouched_and_change_nothing(make, plan):
         np.random.seed(seed)
         before = generators()
         task = choose(Task.of(module, "cross_entropy"), data, plan).task
-        state, _ = run(plan, InProcess(task, data))
+        state, _ = run(plan, InProcessEngine(task, data))
         assert generators() == before
         thetas.append(state.model.theta)
     assert torch.equal(*thetas)
-    other, _ = run(plan, InProcess(task, data), seed=1)
+    other, _ = run(plan, InProcessEngine(task, data), seed=1)
     assert not torch.equal(other.model.theta, thetas[0])
 
 
@@ -323,5 +324,5 @@ def test_noise_of_a_clients_own_depends_on_the_client_and_the_round():
     data = classification(SIZES)
     task = choose(Task.of(seeded(Noisy), "cross_entropy"), data, TRAIN).task
     assert task.noisy and task.numerics == "loop"
-    updates = [run(recipes.gd(0.1), InProcess(task, data), 1, seed)[0].model.theta for seed in (0, 0, 1)]
+    updates = [run(recipes.gd(0.1), InProcessEngine(task, data), 1, seed)[0].model.theta for seed in (0, 0, 1)]
     assert torch.equal(updates[0], updates[1]) and not torch.equal(updates[0], updates[2])

@@ -1,4 +1,4 @@
-"""One gradient, several bodies: what is computed by hand is what autograd computes, and a lane's bits are its own."""
+"""One gradient, several backends: layers by hand equal autograd, and a lane's bits do not depend on other lanes."""
 
 from dataclasses import replace
 
@@ -10,21 +10,23 @@ from hypothesis import strategies as st
 from problems import COMPILED, classification, federation, needs_native, regression, run, task_of
 from torch import nn
 
-from atoll import compiled, models, native
+from atoll import models
+from atoll.base.errors import UsageError
+from atoll.base.random import Key, global_scope
+from atoll.compute import compiled, limits, native
+from atoll.compute.batches import ClientBatch
+from atoll.compute.fused import UnsupportedModel
+from atoll.compute.model_state import Batch
+from atoll.compute.task import Task
+from atoll.compute.tensor_notes import BLOCK, lookup
 from atoll.data.rows import DatasetRows
-from atoll.engine.inprocess import InProcess
-from atoll.engine.probe import choose
-from atoll.errors import UsageError
-from atoll.fused import Unserved
-from atoll.known import BLOCK, told
+from atoll.engine.choose_backend import choose
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec.stage import Codec, Identity
-from atoll.plan.lanes import Lanes
 from atoll.plan.local import Gradient, Train
-from atoll.plan.optimizer import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.plan import Plan
-from atoll.rng import Key, global_scope
-from atoll.task import Batch, Task
 
 bodies = pytest.mark.parametrize("body", ["fused", COMPILED])
 
@@ -34,7 +36,7 @@ SEED = st.integers(0, 2**32)
 
 @st.composite
 def architectures(draw):
-    """A random stack of served layers, and the shape of a row for it."""
+    """A random stack of supported layers, and the shape of a row for it."""
     row = shape = (draw(st.integers(1, 3)), draw(st.integers(5, 9)), draw(st.integers(5, 9)))
     layers = []
     for kind in draw(st.lists(st.sampled_from(["conv", "relu", "pool"]), max_size=5)):
@@ -49,7 +51,7 @@ def architectures(draw):
             layers.append(nn.ReLU())
         try:
             shape = tuple(nn.Sequential(*layers)(torch.zeros(1, *row)).shape[1:])
-        except RuntimeError:  # nothing is left of the image
+        except RuntimeError:  # the image is reduced to nothing
             assume(False)
     layers.append(nn.Flatten())
     width = torch.Size(shape).numel()
@@ -60,7 +62,7 @@ def architectures(draw):
 
 
 def passed(task, lanes, x, y, counts):
-    """One gradient of some lanes: of the second model on, each lane's θ is another one."""
+    """One gradient of some lanes: from the second model on, each lane has another θ."""
     model = task.initial().lanes(lanes)
     model.theta.add_(0.1 * Key(5).normal(model.theta.numel(), model.theta.dtype).view(model.theta.shape))
     return task.gradient(model, Batch(x, y, counts), Key(0).of(torch.arange(lanes)))
@@ -76,11 +78,11 @@ def test_by_hand_is_lanes(body, architecture, loss, seed, lanes, rows):
             getattr(layer, "reset_parameters", int)()
         x = torch.randn(lanes, rows, *shape)
         y = torch.randint(3, (lanes, rows)) if loss == "cross_entropy" else torch.randn(lanes, rows, 3)
-    task = Task.of(nn.Sequential(*layers), loss, (), torch.float64)  # in float32 a near tie may go either way
+    task = Task.of(nn.Sequential(*layers), loss, (), torch.float64)  # in float32 a near tie may resolve to either
     if body == "compiled":
         try:
             compiled.stages(task.program, shape)
-        except Unserved:
+        except UnsupportedModel:
             assume(False)
     counts = tuple(max(1, rows - k) for k in range(lanes))
     y = y if loss == "cross_entropy" else y.double()
@@ -92,11 +94,11 @@ def test_by_hand_is_lanes(body, architecture, loss, seed, lanes, rows):
 @bodies
 @pytest.mark.parametrize("name", ["softmax", "mlp", "cnn", "niid-cnn", "mcmahan-cnn"])
 def test_named_models_after_a_round(name, body):
-    """1e-5 relative of lanes in float32: a whole round of local training."""
+    """1e-5 relative to lanes in float32: a whole round of local training."""
     data = classification((9, 7, 7, 3), shape=(16, 16), classes=4)
     module = models.build(name, (16, 16), 4, "classification", Key(3))
     ends = [
-        run(PLAN, InProcess(task_of(module, data, body, torch.float32), data), 1)[0].model.theta
+        run(PLAN, InProcessEngine(task_of(module, data, body, torch.float32), data), 1)[0].model.theta
         for body in (body, "lanes", "loop")
     ]
     moved = (ends[1] - task_of(module, data, "loop", torch.float32).initial().theta).norm()
@@ -110,7 +112,7 @@ def test_a_chunk_changes_no_bit(body, sizes, chunk, name):
     data = classification(sizes, shape=(6, 6))
     module = models.build(name, (6, 6), 3, "classification", Key(3))
     task = task_of(module, data, body, torch.float32)
-    one, other = (run(PLAN, InProcess(task, data, size), 2)[0].model.theta for size in (None, chunk))
+    one, other = (run(PLAN, InProcessEngine(task, data, size), 2)[0].model.theta for size in (None, chunk))
     assert torch.equal(one, other)
 
 
@@ -120,18 +122,18 @@ def test_every_local_part_is_served(local, body):
     data = classification((9, 7, 7, 3), shape=(6, 6))
     module = models.build("cnn", (6, 6), 3, "classification", Key(3))
     plan = Plan(local, Mean())
-    engines = [InProcess(task_of(module, data, body), data, 3) for body in (body, "loop")]
+    engines = [InProcessEngine(task_of(module, data, body), data, 3) for body in (body, "loop")]
     ours, theirs = (run(plan, engine)[0].model.theta for engine in engines)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 @bodies
 def test_more_rows_than_fit_in_one_pass(body):
-    """Maps go by at most so many rows at once; then the gradient is gathered before the step."""
+    """Convolutions take a bounded number of rows at once. With more rows gradients add up before the step."""
     data = classification((70, 33), shape=(6, 6))
     module = models.build("cnn", (6, 6), 3, "classification", Key(3))
     plan = Plan(Train(sgd(0.1), epochs=2), Mean())
-    engines = [InProcess(task_of(module, data, body), data, 3) for body in (body, "loop")]
+    engines = [InProcessEngine(task_of(module, data, body), data, 3) for body in (body, "loop")]
     ours, theirs = (run(plan, engine)[0].model.theta for engine in engines)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
@@ -150,10 +152,10 @@ BEHIND.append(nn.Linear(2, 3))
     ],
 )
 def test_equal_pixels_of_a_pool_go_to_the_first(body, layers):
-    """As torch does it: constant pictures are nothing but ties."""
+    """As in torch: constant images consist of ties only."""
     data = federation(torch.ones(6, 1, 6, 6), torch.tensor([0, 1, 2, 0, 1, 2]), [3, 3])
     module = nn.Sequential(*layers)
-    ends = [run(PLAN, InProcess(task_of(module, data, body), data))[0].model.theta for body in (body, "loop")]
+    ends = [run(PLAN, InProcessEngine(task_of(module, data, body), data))[0].model.theta for body in (body, "loop")]
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
 
 
@@ -161,14 +163,14 @@ def test_auto_takes_what_is_served():
     data = classification((9, 7), shape=(6, 6))
     for name in ("softmax", "mlp", "cnn"):
         choice = choose(Task.of(models.build(name, (6, 6), 3, "classification", Key(0)), "cross_entropy"), data, PLAN)
-        assert choice.task.numerics == "fused" and "by hand" in choice.reason
+        assert choice.task.numerics == "fused" and "fused operations" in choice.reason
     small = regression((5, 5))
     assert choose(Task.of(nn.Linear(3, 1), "mse"), small, PLAN).task.numerics == "fused"
     assert choose(Task.of(nn.Linear(3, 1), "mae"), small, PLAN).task.numerics == "lanes"
 
 
 class Squashed(nn.Linear):
-    """A layer that only looks like one that is known."""
+    """A layer that only looks like a known one."""
 
     def forward(self, x):
         return super().forward(x).tanh()
@@ -219,23 +221,23 @@ def test_threads_change_no_bit(name, body):
     ends, before = [], torch.get_num_threads()
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        ends.append(run(PLAN, InProcess(task, data))[0].model.theta)
+        ends.append(run(PLAN, InProcessEngine(task, data))[0].model.theta)
     torch.set_num_threads(before)
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
 
 def test_trying_chunks_and_threads_changes_no_bit():
-    """An engine that tries them, round by round, and one whose chunk is given."""
+    """An engine that tunes chunks and threads round by round equals one with a fixed chunk."""
     data = classification([7] * 24, shape=(6, 6))
     task = task_of(models.build("mlp", (6, 6), 3, "classification", Key(3)), data, "fused", torch.float32)
-    tries = InProcess(task, data)
-    ends = [run(PLAN, engine, 30)[0].model.theta for engine in (tries, InProcess(task, data, 5))]
+    tries = InProcessEngine(task, data)
+    ends = [run(PLAN, engine, 30)[0].model.theta for engine in (tries, InProcessEngine(task, data, 5))]
     assert len(tries.tuning._rates) >= 3 and torch.equal(*ends)
 
 
 @needs_native
 def test_where_rows_lie_changes_no_bit(monkeypatch):
-    """Read where they are stored, as bytes too; or copied, some steps at a time, where they are not in memory."""
+    """Rows are read in place, bytes too; or copied, some steps at a time, if they are not in memory."""
     images = (256 * Key(1).uniform(40 * 36).reshape(40, 6, 6)).to(torch.uint8)
     labels = Key(2).integers(40, 3)
     labels[:3] = torch.arange(3)
@@ -245,8 +247,8 @@ def test_where_rows_lie_changes_no_bit(monkeypatch):
     behind = replace(stored, rows=DatasetRows(items))
     task = task_of(models.build("cnn", (6, 6), 3, "classification", Key(3)), stored, "compiled", torch.float32)
     plan = Plan(Train(sgd(0.1), epochs=3, batch=4), Mean())
-    monkeypatch.setattr(compiled, "_AHEAD", 36 * 30)
-    ends = [run(plan, InProcess(task, data))[0].model.theta for data in (stored, floats, behind)]
+    monkeypatch.setattr(limits, "NATIVE_READ_AHEAD", 36 * 30)
+    ends = [run(plan, InProcessEngine(task, data))[0].model.theta for data in (stored, floats, behind)]
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
 
@@ -254,7 +256,7 @@ def test_where_rows_lie_changes_no_bit(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 80.0, 1e4, 1e30, float("nan")])
 def test_logits_far_apart(scale, dtype):
-    """e^x from 1 to where it is nothing."""
+    """e^x from 1 to underflow."""
     data = classification((60,), shape=(5,), classes=21)
     task = task_of(nn.Sequential(nn.Linear(5, 21)), data, "compiled", dtype)
     x = (scale * Key(4).normal(2 * 30 * 5).reshape(2, 30, 5)).to(dtype)
@@ -267,7 +269,7 @@ def test_logits_far_apart(scale, dtype):
 
 @needs_native
 def test_an_update_is_told_with_its_largest_numbers():
-    """And how many there are, of which most go past the caches, changes no bit."""
+    """The number of clients changes no bit, also if the update is so large that it bypasses the caches."""
     data = classification([3] * 20, shape=(28, 28))
     task = task_of(models.build("mlp", (28, 28), 3, "classification", Key(3)), data, "compiled", torch.float32)
     model = task.initial()
@@ -275,17 +277,17 @@ def test_an_update_is_told_with_its_largest_numbers():
     def led(clients):
         descent = task.descent(model, clients, 0.1)
         places = torch.arange(3 * clients).view(clients, 3)
-        descent.follow(Lanes(data, torch.arange(clients), torch.float32), [(places, (3,) * clients)] * 2)
+        descent.follow(ClientBatch(data, torch.arange(clients), torch.float32), [(places, (3,) * clients)] * 2)
         return descent.update()
 
     many, few = led(20), led(2)
     assert many.nbytes > 2**23 > few.nbytes and torch.equal(many[:2], few)
     whole = nn.functional.pad(many.abs(), (0, -many.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).amax(2)
-    assert torch.equal(told(many, "peaks"), whole) and torch.equal(told(few, "peaks"), whole[:2])
+    assert torch.equal(lookup(many, "peaks"), whole) and torch.equal(lookup(few, "peaks"), whole[:2])
 
 
 class Larger(Codec):
-    """A stage that writes where torch does not see it."""
+    """A stage that writes through NumPy, which torch's version counter does not see."""
 
     def encode(self, x, memory, shared, key):
         x.numpy()[:] *= np.float32(2.0**40)
@@ -297,7 +299,7 @@ def test_what_was_told_of_an_update_does_not_hold_behind_a_stage():
     data = classification([5] * 4, shape=(6, 6))
     task = task_of(models.build("mlp", (6, 6), 3, "classification", Key(3)), data, "compiled", torch.float32)
     plain, larger = (
-        run(replace(PLAN, codec=codec, optimizer=sgd(rate)), InProcess(task, data), 1)[0].model.theta
+        run(replace(PLAN, codec=codec, optimizer=sgd(rate)), InProcessEngine(task, data), 1)[0].model.theta
         for codec, rate in ((Identity(), 1.0), (Larger(), 2.0**-40))
     )
     assert torch.equal(plain, larger)
@@ -347,7 +349,7 @@ def test_a_long_run_is_worth_native_code():
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """Nothing has been built yet, and nothing is remembered of a compiler."""
+    """No library is built yet, and no compiler is cached."""
     remembered = (native.library, native._found, native.compiler, native._kept_at)
     monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / "own"))
     for each in remembered:
@@ -378,12 +380,12 @@ def compiler_that_fails(fresh, monkeypatch):
 def folder_of_others(fresh, monkeypatch):
     fresh.mkdir()
     fresh.chmod(0o777)
-    return "others can write"
+    return "other users can write"
 
 
 @pytest.mark.parametrize("trouble", [no_compiler, compiler_that_says_nothing, compiler_that_fails, folder_of_others])
 def test_without_native_code(trouble, fresh, monkeypatch):
-    """Asked for, it is refused with the line that helps; otherwise layers go by hand, and the reason says why."""
+    """If requested, it is refused with a line to write. Otherwise `auto` takes fused layers and gives the reason."""
     said = trouble(fresh, monkeypatch)
     data = classification((9, 7), shape=(6, 6))
     task = Task.of(models.build("mlp", (6, 6), 3, "classification", Key(0)), "cross_entropy")
@@ -407,10 +409,13 @@ def test_what_is_built_is_kept(fresh):
     ("layers", "why"),
     [
         ([nn.Conv2d(1, 2, 2, dilation=2), nn.Flatten(), nn.Linear(32, 3)], "dilation"),
-        ([nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)], "before its first"),
-        ([nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9, 3)], "before its first"),
-        ([nn.Conv2d(1, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(8, 3)], "behind a pool"),
-        ([nn.Flatten(), nn.Linear(36, 9), nn.Unflatten(1, (1, 3, 3)), nn.Conv2d(1, 3, 3), nn.Flatten()], "an image"),
+        ([nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)], "precedes its first"),
+        ([nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9, 3)], "precedes its first"),
+        ([nn.Conv2d(1, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(8, 3)], "follows a pool"),
+        (
+            [nn.Flatten(), nn.Linear(36, 9), nn.Unflatten(1, (1, 3, 3)), nn.Conv2d(1, 3, 3), nn.Flatten()],
+            "Unflatten",
+        ),
         ([nn.Conv2d(1, 3, 6), nn.ReLU(), nn.Flatten()], "end in a Linear"),
         ([nn.Conv2d(1, 3, 5, stride=5), nn.Flatten()], "end in a Linear"),
     ],

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import classification, far, federation, regression, run, seeded, task_of
-from thinned import by_turns
+from quick_cases import by_turns
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.inprocess import InProcess
+from atoll.base.random import Key
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
-from atoll.rng import Key
 
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
@@ -40,7 +40,7 @@ MODELS = {
 
 @st.composite
 def problems(draw):
-    """A model, the rows in one place, and the same rows split over clients in some way."""
+    """A model, all rows as one client, and the same rows split over clients in some way."""
     make, loss = MODELS[draw(st.sampled_from(list(MODELS)))]
     seed, dtype = draw(seeds), draw(dtypes)
     owners = torch.tensor(draw(st.lists(st.integers(0, 5), min_size=2, max_size=30)))
@@ -56,7 +56,7 @@ def problems(draw):
 
 def theta(problem, data, plan, rounds=2):
     module, loss, dtype, body = problem
-    return run(plan, InProcess(task_of(module, data, body, dtype, loss), data), rounds)[0].model.theta
+    return run(plan, InProcessEngine(task_of(module, data, body, dtype, loss), data), rounds)[0].model.theta
 
 
 SPLIT = [recipes.distributed_gd, recipes.fedsgd, lambda lr: recipes.distributed_gd(lr, sum="float")]
@@ -92,7 +92,7 @@ def test_fedavg_of_one_full_step_is_distributed_gradient_descent(drawn, lr, reci
     assert far(theta(problem, split, recipe(lr)), distributed) < CLOSE[distributed.dtype]
 
 
-# What atoll says of an optimizer, beside what a torch user would write.
+# The optimizer of atoll, and its counterpart in torch.
 OPTIMIZERS = [
     (rules.sgd(0.1), lambda p: torch.optim.SGD(p, 0.1)),
     (rules.sgd(0.05, momentum=0.9), lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)),
@@ -111,7 +111,7 @@ def one_pass(key, epoch, rows, batch):
 
 
 def by_hand(module, data, make, orders, dtype, fresh):
-    """Local SGD as anybody would write it: `orders` has, for each round, its batches of row numbers."""
+    """Local SGD as a plain loop: `orders` has, for each round, its batches of row numbers."""
     module = copy.deepcopy(module).to(dtype)
     optimizer = make(module.parameters())
     for batches in orders:
@@ -131,7 +131,7 @@ def test_fedavg_of_one_client_is_local_sgd(optimizer, seed, rows, batch, epochs,
     ours, theirs = optimizer
     data, module = classification([rows], seed=seed, dtype=dtype), seeded(mlp, seed=seed)
     plan = Plan(Train(ours, epochs=epochs, batch=batch), Mean())
-    state, _ = run(plan, InProcess(task_of(module, data, body, dtype), data), 2, seed)
+    state, _ = run(plan, InProcessEngine(task_of(module, data, body, dtype), data), 2, seed)
 
     keys = [Key(seed).fold("round", r, "clients", "local", "order") for r in range(2)]
     orders = [[piece for e in range(epochs) for piece in one_pass(key, e, rows, batch)] for key in keys]
@@ -142,11 +142,11 @@ def test_fedavg_of_one_client_is_local_sgd(optimizer, seed, rows, batch, epochs,
 @settings(max_examples=8)
 @given(seeds, st.integers(2, 25), st.integers(1, 8), st.integers(1, 7), dtypes, bodies)
 def test_rounds_are_no_breaks_for_what_a_client_keeps(optimizer, seed, rows, batch, steps, dtype, body):
-    """Three rounds of `steps` batches with `keep` are one training of 3·steps: optimizer and order run on."""
+    """Three rounds of `steps` batches with `keep` equal one training of 3·steps: optimizer and order continue."""
     ours, theirs = optimizer
     data, module = classification([rows], seed=seed, dtype=dtype), seeded(mlp, seed=seed)
     plan = Plan(Train(ours, steps=steps, batch=batch, keep=("optimizer", "order")), Mean())
-    state, _ = run(plan, InProcess(task_of(module, data, body, dtype), data), 3, seed)
+    state, _ = run(plan, InProcessEngine(task_of(module, data, body, dtype), data), 3, seed)
 
     key, batches, epoch = Key(seed).fold("kept order"), [], 0
     while len(batches) < 3 * steps:
@@ -159,7 +159,7 @@ def test_rounds_are_no_breaks_for_what_a_client_keeps(optimizer, seed, rows, bat
 @given(seeds, st.integers(2, 40), st.integers(1, 50), dtypes, bodies)
 def test_sgd_takes_the_first_rows_of_a_keyed_order(seed, rows, batch, dtype, body):
     data, module = classification([rows], seed=seed, dtype=dtype), seeded(mlp, seed=seed)
-    state, _ = run(recipes.sgd(0.1, batch), InProcess(task_of(module, data, body, dtype), data), 3, seed)
+    state, _ = run(recipes.sgd(0.1, batch), InProcessEngine(task_of(module, data, body, dtype), data), 3, seed)
     keys = [Key(seed).fold("round", r, "clients", "local", "order") for r in range(3)]
     orders = [[key.of(torch.tensor([0])).permutation(rows)[0, :batch]] for key in keys]
     expected = by_hand(module, data, lambda p: torch.optim.SGD(p, 0.1), orders, dtype, fresh=True)
@@ -168,15 +168,15 @@ def test_sgd_takes_the_first_rows_of_a_keyed_order(seed, rows, batch, dtype, bod
 
 @pytest.mark.parametrize(("statistics", "body"), by_turns([True, False], ["lanes", "loop"]))
 def test_a_large_client_in_many_passes_is_one_gradient(monkeypatch, body, statistics):
-    """However many passes the rows of a client take, no pass is short of rows, and their mean is the gradient."""
+    """For any number of passes over the rows of a client, no pass is short of rows, and their mean is the gradient."""
     norm = nn.BatchNorm1d(6) if statistics else nn.Identity()
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, 3)))
     for rows in (60, 64, 65, 66, 71, 73, 131):
         data = classification([rows, 9])
-        whole = run(recipes.gd(0.1), InProcess(task_of(module, data, body), data), 2)[0].model
+        whole = run(recipes.gd(0.1), InProcessEngine(task_of(module, data, body), data), 2)[0].model
         with monkeypatch.context() as patch:
-            patch.setattr("atoll.plan.lanes.ROWS", 8)
-            pieces = run(recipes.gd(0.1), InProcess(task_of(module, data, body), data), 2)[0].model
+            patch.setattr("atoll.compute.batches.ROWS", 8)
+            pieces = run(recipes.gd(0.1), InProcessEngine(task_of(module, data, body), data), 2)[0].model
             assert pieces.theta.isfinite().all()
             if not statistics:
                 assert far(pieces.theta, whole.theta) < 1e-12

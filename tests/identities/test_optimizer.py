@@ -1,4 +1,4 @@
-"""Every optimizer is torch's own, or its paper's; a lane is the single run to the bit."""
+"""Every optimizer equals torch's or that of its paper, and a lane equals the single run bit for bit."""
 
 import math
 import types
@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from thinned import by_turns, only
+from quick_cases import by_turns, only
 from torch import Tensor
 
-import atoll.plan.stepper
-from atoll.errors import UsageError
-from atoll.grammar import parse
-from atoll.plan.optimizer import (
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
+from atoll.compute import limits
+from atoll.plan.optimizer.base import OptimizerBase
+from atoll.plan.optimizer.rules import (
     OPTIMIZERS,
     adadelta,
     adagrad,
@@ -26,10 +27,9 @@ from atoll.plan.optimizer import (
     sgd,
     yogi,
 )
-from atoll.plan.stepper import Optimizer
-from atoll.schedule import SCHEDULES, cosine, plateau, warmup
+from atoll.plan.schedule import SCHEDULES, cosine, plateau, warmup
 
-# ours, torch's class, its arguments; None: torch has none
+# atoll's, torch's class, its arguments; None: torch has none
 TABLE = [
     (sgd(0.1), torch.optim.SGD, {}),
     (sgd(0.1, weight_decay=0.01), torch.optim.SGD, {"weight_decay": 0.01}),
@@ -81,12 +81,12 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit, the sign of zero included."""
+    """Whether two tensors are bit-identical, including the sign of zero."""
     whole = torch.int32 if a.dtype == torch.float32 else torch.int64
     return a.shape == b.shape and torch.equal(a.contiguous().view(whole), b.contiguous().view(whole))
 
 
-def run(optimizer: Optimizer, theta: Tensor, gs: list[Tensor], state=None) -> tuple[Tensor, dict[str, Tensor]]:
+def run(optimizer: OptimizerBase, theta: Tensor, gs: list[Tensor], state=None) -> tuple[Tensor, dict[str, Tensor]]:
     """In place on copies: θ and the slots after a step along each g."""
     theta = theta.clone()
     state = optimizer.slots(theta) if state is None else {name: value.clone() for name, value in state.items()}
@@ -120,7 +120,7 @@ def test_is_torch_to_the_bit(optimizer, cls, words, d, dtype):
     ("optimizer", "lanes", "d"), by_turns([row[0] for row in TABLE], [1, 2, 3, 4, 5], [1, 7, 33, 1001])
 )
 def test_a_lane_is_the_single_run(optimizer, lanes, d):
-    """Also where the lanes make different numbers of steps, longest first."""
+    """Also if the lanes make different numbers of steps, longest first."""
     steps = [STEPS - 4 * lane for lane in range(lanes)]
     theta = draw(lanes, d)
     gs = [draw(sum(n > s for n in steps), d, seed=s + 1) for s in range(STEPS)]
@@ -134,7 +134,7 @@ def test_a_lane_is_the_single_run(optimizer, lanes, d):
 
 @EACH
 def test_lanes_that_kept_their_state_go_on_where_they_were(optimizer):
-    """Different counts side by side: each lane is one run that was never interrupted."""
+    """Lanes with different step counts: each equals one run without interruption."""
     before, d = (3, 3, 0, 5, 5, 5), 33
     theta, first = draw(len(before), d), [draw(len(before), d, seed=s) for s in range(5)]
     second = [draw(k, d, seed=100 + k) for k in (6, 6, 4, 1)]
@@ -156,7 +156,7 @@ def test_bits_do_not_depend_on_blocks_threads_or_neighbours(optimizer, monkeypat
     try:
         for count, block in ((1, 1 << 17), (2, 1 << 17), (2, 1 << 30), (1, 1003), (2, 40001)):
             torch.set_num_threads(count)
-            monkeypatch.setattr(atoll.plan.stepper, "BLOCK", block)
+            monkeypatch.setattr(limits, "OPTIMIZER_BLOCK", block)
             assert same(run(optimizer, theta, gs)[0], alone), (count, block)
     finally:
         torch.set_num_threads(threads)
@@ -219,7 +219,7 @@ def test_slots_of_lanes_are_slots_of_each(optimizer):
     ids=lambda value: "by hand" if isinstance(value, types.FunctionType) else repr(value),
 )
 def test_adaptive_federated_optimization(optimizer, square):
-    """Algorithm 2 of Reddi et al., number by number; their Δ points downhill."""
+    """Algorithm 2 of Reddi et al., number by number; their Δ is the negative gradient."""
     d = 9
     theta, gs = draw(d, dtype=torch.float64), [draw(d, seed=s, dtype=torch.float64) for s in range(1, 30)]
     ours, _ = run(optimizer, theta, gs)
@@ -234,7 +234,7 @@ def test_adaptive_federated_optimization(optimizer, square):
 
 @given(st.integers(0, 10**6))
 def test_fedyogi_is_fedadagrad_while_v_is_small(seed):
-    """√v grows by √(1 − β₂) as fast, and the rates make up for it."""
+    """√v grows by a factor √(1 − β₂) more slowly, and the rates compensate."""
     shrink = math.sqrt(1 - 0.999)
     slow = yogi(0.01, betas=(0.9, 0.999), eps=1e-8)
     fast = adagrad(0.01 / shrink, beta=0.9, eps=1e-8 / shrink)
@@ -279,7 +279,7 @@ def test_lanes_never_come_back(shape):
     with pytest.raises(UsageError, match="An update of shape"):
         stepper.step(torch.ones(shape))
     stepper.step(torch.ones(2, 5))
-    with pytest.raises(UsageError, match="stays so"):
+    with pytest.raises(UsageError, match="stays finished"):
         stepper.step(torch.ones(3, 5))
     assert theta[2].eq(0).all() and theta[:2].eq(-0.1).all()
 

@@ -1,27 +1,28 @@
-"""Order of clients, chunks, threads and workers change no bit; two bodies agree to rounding (identity 4)."""
+"""Order of clients, chunks, threads and workers changes no bit; two backends agree up to rounding (identity 4)."""
 
-from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 import torch
 from architectures import KEY, MODELS, Transformer
 from problems import classification, far, regression, run, seeded, task_of, threads, tokens
-from thinned import by_turns
+from quick_cases import by_turns
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.inprocess import InProcess
-from atoll.engine.probe import choose
+from atoll.base.random import Key
+from atoll.compute.batches import ClientBatch
+from atoll.engine.choose_backend import choose
+from atoll.engine.chunks import chunks
+from atoll.engine.inprocess import InProcessEngine
 from atoll.models import build
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
-from atoll.plan.lanes import Lanes
 from atoll.plan.local import Train
 from atoll.plan.plan import Plan
-from atoll.plan.slots import Broadcast, Cohort
-from atoll.rng import Key
+from atoll.plan.protocols import Broadcast, Cohort
 
-# Where a lane begins in memory must not matter: widths of 33 and 65, which no vector register divides, are among them.
+# The memory address of a lane must not matter. Widths of 33 and 65 are included, which no vector register divides.
 SIZES = (9, 5, 9, 3, 9, 5)
 
 
@@ -33,24 +34,29 @@ USUAL = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean(), rules.sgd(1.0, mo
 DTYPES = by_turns(MODELS, [torch.float32, torch.float64])
 
 
-@dataclass(frozen=True)
-class Shuffled(InProcess):
-    """Chunks arrive in another order; in a chunk, clients of one size stand in another order."""
+class Shuffled(InProcessEngine):
+    """Chunks arrive in another order, and clients of one size have another order inside a chunk."""
 
-    by: int = 0
+    def __init__(self, task, data, chunk=None, by=0):
+        super().__init__(task, data, chunk)
+        self.by = by
 
-    def _chunks(self, plan, task, codes, down, scale=1.0):
-        key = Key(self.by)
-        order = key.permutation(len(codes))
-        chunks = list(super()._chunks(plan, task, codes[order], down[order]))
-        return iter([chunks[i] for i in key.fold("chunks").permutation(len(chunks)).tolist()])
+    def gather(self, plan, state, cohort, key):
+        def shuffled(plan, task, data, ids, down, *limits):
+            order = Key(self.by).permutation(len(down))
+            parts = list(chunks(plan, task, data, ids.select(order), down[order], *limits))
+            return iter([parts[i] for i in Key(self.by).fold("chunks").permutation(len(parts)).tolist()])
+
+        with patch("atoll.engine.inprocess.chunks", shuffled):
+            return super().gather(plan, state, cohort, key)
 
 
-@dataclass(frozen=True)
-class Workers(InProcess):
+class Workers(InProcessEngine):
     """Each worker has a part of the cohort; their partial sums are merged, the last one first."""
 
-    workers: int = 2
+    def __init__(self, task, data, chunk=None, workers=2):
+        super().__init__(task, data, chunk)
+        self.workers = workers
 
     def gather(self, plan, state, cohort, key):
         parts = [cohort.ids[w :: self.workers] for w in range(self.workers)]
@@ -73,7 +79,7 @@ def everything(state):
 
 
 def engines(task, data):
-    yield from (InProcess(task, data, chunk) for chunk in (1, 2))
+    yield from (InProcessEngine(task, data, chunk) for chunk in (1, 2))
     yield from (Shuffled(task, data, chunk, by=by) for by, chunk in enumerate((3,)))
     yield from (Workers(task, data, None, workers=workers) for workers in (2,))
 
@@ -83,7 +89,7 @@ def test_chunks_order_and_workers_change_no_bit(name, dtype):
     make, data_of = MODELS[name]
     data = data_of(SIZES)
     task, plan = task_of(make(), data, "lanes", dtype), PLANS.get(name, USUAL)
-    expected = everything(run(plan, InProcess(task, data))[0])
+    expected = everything(run(plan, InProcessEngine(task, data))[0])
     for engine in engines(task, data):
         assert everything(run(plan, engine)[0]) == expected, engine
 
@@ -96,22 +102,22 @@ def test_no_recipe_knows_an_order(recipe, body):
     data = regression(SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), data, body)
     plan = recipe(steps=3, batch=4) if recipe in LOCAL else recipe()
-    expected = everything(run(plan, InProcess(task, data))[0])
-    # Workers share out a cohort, and a recipe that flies on opens its later rounds without one.
-    several = () if plan.pace.flies_on else (Workers(task, data, 1, workers=3),)
+    expected = everything(run(plan, InProcessEngine(task, data))[0])
+    # Workers share a cohort. An asynchronous recipe opens its later rounds without a cohort.
+    several = () if plan.pace.asynchronous else (Workers(task, data, 1, workers=3),)
     for engine in (Shuffled(task, data, 2, by=5), *several):
         assert everything(run(plan, engine)[0]) == expected
 
 
 def wide(name, dtype, body):
-    """A round of a model wide enough for torch to share the work among threads, by 1 thread and by 2."""
+    """A round of a model that is wide enough for torch to use several threads, with 1 thread and with 2."""
     shape, sizes = ((64,), (40,) * 8) if name == "mlp" else ((1, 16, 16), (24,) * 4)
     data = tokens(sizes, 32) if name == "transformer" else classification(sizes, shape)
     module = Transformer() if name == "transformer" else build(name, shape, 3, "classification", KEY)
     task, plan = task_of(module, data, body, dtype), Plan(Train(rules.sgd(0.1), steps=2, batch=20), Mean())
     for n in (1, 2):
         with threads(n):
-            yield run(plan, InProcess(task, data), 1)[0]
+            yield run(plan, InProcessEngine(task, data), 1)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -124,19 +130,19 @@ def test_threads_change_no_bit(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("name", "body"), [("mlp", "loop"), ("cnn", "loop"), ("cnn", "lanes")])
 def test_threads_change_nothing_but_rounding(name, body, dtype):
-    """torch itself cuts a lone matrix product, and the weight gradient of a convolution, by threads: no bits there."""
+    """torch splits a single matrix product and the weight gradient of a convolution by threads: bits differ."""
     one, two = wide(name, dtype, body)
     assert far(one.model.theta, two.model.theta) < (1e-5 if dtype == torch.float32 else 1e-12)
 
 
 def test_numbering_of_clients_changes_no_bit_of_what_is_not_drawn():
-    """Full gradients draw nothing: clients may be numbered in any way."""
+    """Full gradients draw no random numbers, so that client ids may be permuted."""
     data = regression(SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), data)
-    expected = everything(run(recipes.distributed_gd(0.1), InProcess(task, data))[0])
+    expected = everything(run(recipes.distributed_gd(0.1), InProcessEngine(task, data))[0])
     for seed in range(5):
         other = data.only(Key(seed).permutation(len(SIZES)))
-        assert everything(run(recipes.distributed_gd(0.1), InProcess(task, other))[0]) == expected
+        assert everything(run(recipes.distributed_gd(0.1), InProcessEngine(task, other))[0]) == expected
 
 
 @pytest.mark.parametrize("name", ["mlp", "batch norm", "dropout"])
@@ -147,7 +153,7 @@ def test_a_client_gives_the_same_whoever_is_beside_it(name):
 
     def given(*ids):
         index = torch.tensor(ids)
-        lanes = Lanes(data, index, torch.float64)
+        lanes = ClientBatch(data, index, torch.float64)
         return local.contribute(broadcast, lanes, {}, KEY.of(index), task)[0].means["update"]
 
     alone = given(1)
@@ -159,7 +165,7 @@ def test_lanes_are_left_where_products_depend_on_memory(monkeypatch):
     data = classification(SIZES)
     task = task_of(MODELS["mlp"][0](), data)
     assert choose(task, data, USUAL).task.numerics == "lanes"
-    monkeypatch.setattr("atoll.engine.probe._steady", lambda device: False)
+    monkeypatch.setattr("atoll.engine.choose_backend.matmul_is_position_independent", lambda device: False)
     choice = choose(task, data, USUAL)
     assert choice.task.numerics == "loop" and "MKL_CBWR" in choice.reason
 
@@ -170,7 +176,8 @@ def test_lanes_are_the_loop_to_rounding(name, dtype):
     data = data_of(SIZES)
     for plan in (USUAL, recipes.distributed_gd(0.1)):
         lanes, loop = (
-            run(plan, InProcess(task_of(make(), data, body, dtype), data), 1)[0].model for body in ("lanes", "loop")
+            run(plan, InProcessEngine(task_of(make(), data, body, dtype), data), 1)[0].model
+            for body in ("lanes", "loop")
         )
         close = 1e-5 if dtype == torch.float32 else 1e-12
         assert far(lanes.theta, loop.theta) < close and far(lanes.buffers, loop.buffers) < close
@@ -183,6 +190,6 @@ def test_the_float_sum_is_the_exact_one_to_rounding(dtype):
     data = classification(SIZES)
     task = task_of(MODELS["mlp"][0](), data, "lanes", dtype)
     exact, fast = (
-        run(Plan(USUAL.local, Mean(sum=how)), InProcess(task, data))[0].model.theta for how in ("exact", "float")
+        run(Plan(USUAL.local, Mean(sum=how)), InProcessEngine(task, data))[0].model.theta for how in ("exact", "float")
     )
     assert far(fast, exact) < (1e-6 if dtype == torch.float32 else 1e-14)

@@ -6,27 +6,27 @@ import pytest
 import torch
 from architectures import MODELS
 from problems import classification, run, seeded, task_of, tokens
-from thinned import by_turns, only
+from quick_cases import by_turns, only
 from torch import nn
 
 import atoll
 from atoll import recipes, runs
-from atoll.engine.inprocess import InProcess
-from atoll.engine.probe import choose
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.compute.task import Task
+from atoll.engine.choose_backend import choose
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.report.live import header
-from atoll.task import Task
 
 SIZES = (9, 5, 9, 3, 9, 5, 2, 7, 7)
 USUAL = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean(), rules.sgd(1.0, momentum=0.5))
 
 
 def _no_lstm() -> str:
-    """Why torch has no LSTM in bfloat16 for this processor; empty where it has."""
+    """The reason why torch has no LSTM in bfloat16 for this processor; empty if it has."""
     try:
         with torch.autocast("cpu", torch.bfloat16):
             nn.LSTM(3, 4)(torch.zeros(2, 1, 3))
@@ -39,7 +39,7 @@ NO_LSTM = _no_lstm()
 
 
 def models(name):
-    """A model and its data, where this processor computes it in bfloat16."""
+    """A model and its data, if this processor supports it in bfloat16."""
     if name == "lstm" and NO_LSTM:
         pytest.skip(NO_LSTM)
     return MODELS[name]
@@ -50,7 +50,7 @@ def bf16(task):
 
 
 def test_digits_in_bfloat16_come_to_the_loss_of_float32():
-    """Eight bits a product cost less than 0.2 % of the loss after ten rounds, and no accuracy to speak of."""
+    """Eight bits per product cost less than 0.2 % of the loss after ten rounds, and almost no accuracy."""
     data = atoll.data.load("digits").split(clients=20)
     ends = [
         atoll.train("mlp", data, recipes.fedavg(0.3, batch=10), rounds=10, out=None, precision=p, numerics="lanes")
@@ -64,36 +64,36 @@ def test_digits_in_bfloat16_come_to_the_loss_of_float32():
 
 @pytest.mark.parametrize(("name", "body"), by_turns(MODELS, ["lanes", "loop"]))
 def test_the_model_stays_in_float32(name, body):
-    """θ, buffers, the server's optimizer and the loss are float32; so is the gradient, to what 8 bits are."""
+    """θ, buffers, the server's optimizer and the loss are float32; so is the gradient, up to 8 bits."""
     make, make_data = models(name)
     module, data = make(), make_data(SIZES)
     task = task_of(module, data, body, torch.float32)
     plan = Plan(Train(rules.sgd(0.1), epochs=1, batch=4), Mean(), rules.adam(0.1))
-    short, _ = run(plan, InProcess(bf16(task), data))
+    short, _ = run(plan, InProcessEngine(bf16(task), data))
     assert {t.dtype for t in (short.model.theta, short.model.buffers)} == {torch.float32}
     assert {t.dtype for t in short.optimizer.values() if t.dim()} == {torch.float32}
-    data = make_data(tuple(n + 8 for n in SIZES))  # batch norm makes a small difference of two rows a large one
-    a, b = (run(Plan(Gradient(), Mean()), InProcess(t, data), 1)[0].model for t in (bf16(task), task))
+    data = make_data(tuple(n + 8 for n in SIZES))  # batch norm amplifies a small difference of two rows
+    a, b = (run(Plan(Gradient(), Mean()), InProcessEngine(t, data), 1)[0].model for t in (bf16(task), task))
     step = b.theta - task.initial().theta
-    # A product has eight bits; a ReLU or a pool may choose otherwise where two are nearly equal.
+    # A product has eight bits; a ReLU or a pool may choose differently between two nearly equal numbers.
     assert 0 < float((a.theta - b.theta).norm() / step.norm()) < (2**-3 if name == "cnn" else 2**-5)
     assert a.buffers.shape == b.buffers.shape and torch.allclose(a.buffers, b.buffers, rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("name", only(MODELS.keys() - {"transformer"}, MODELS))
 def test_a_chunk_changes_no_bit(name):
-    """Where lanes in bfloat16 depend on their neighbours the start of a run finds it, and takes the loop."""
+    """If lanes in bfloat16 depend on other lanes, the start of a run detects it and chooses the loop."""
     make, make_data = models(name)
     data = make_data(SIZES)
     choice = choose(bf16(task_of(make(), data, dtype=torch.float32)), data, USUAL)
     assert choice.task.precision == "bf16" and choice.task.numerics in ("lanes", "loop")
-    ends = [run(USUAL, InProcess(choice.task, data, chunk))[0].model for chunk in (None, 1, 2, 5)]
+    ends = [run(USUAL, InProcessEngine(choice.task, data, chunk))[0].model for chunk in (None, 1, 2, 5)]
     assert all(torch.equal(ends[0].theta, other.theta) for other in ends[1:]), choice
     assert all(torch.equal(ends[0].buffers, other.buffers) for other in ends[1:])
 
 
 class Neighbourly(nn.Module):
-    """In bfloat16 alone, a lane's numbers would depend on how many lanes there are."""
+    """In bfloat16 only, a lane's numbers depend on the number of lanes."""
 
     def __init__(self):
         super().__init__()
@@ -104,7 +104,7 @@ class Neighbourly(nn.Module):
 
 
 def test_what_depends_on_neighbours_in_bfloat16_is_found(monkeypatch):
-    """The probe computes as the run will: a kernel that looks beside it in bfloat16 alone costs the lanes."""
+    """The probe uses the precision of the run: a kernel that depends on other lanes only in bfloat16 excludes lanes."""
     data, gradient = classification(SIZES), Task._lanes_gradient
 
     def beside(self, model, batch, key):
@@ -119,12 +119,12 @@ def test_what_depends_on_neighbours_in_bfloat16_is_found(monkeypatch):
 
 
 def test_it_is_written_down_and_kept(tmp_path):
-    """A run goes on in the precision it began with; in another one it is refused."""
+    """A run is resumed in its precision; another precision is refused."""
     data, plan = atoll.data.load("digits").split(clients=5), recipes.fedavg(0.1)
     told = {"out": tmp_path, "report": False}
     first = atoll.train("mlp", data, plan, rounds=1, precision="bf16", **told)
     assert runs.read_environment(first.path)["precision"] == "bf16"
-    with pytest.raises(UsageError, match="begun with another precision: bf16; now it is full"):
+    with pytest.raises(UsageError, match=r"started with another precision: bf16. This training has full"):
         atoll.train("mlp", data, plan, rounds=2, resume=first.path, precision="full", **told)
     ended = atoll.train("mlp", data, plan, rounds=2, resume=first.path, **told)
     straight = atoll.train("mlp", data, plan, rounds=2, precision="bf16", out=None)
@@ -143,7 +143,7 @@ def test_the_table_says_so():
 def test_tokens_and_outputs_that_are_no_floats_stay():
     data = tokens(SIZES)
     model = seeded(lambda: nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(20, 3)))
-    state, (report,) = run(USUAL, InProcess(bf16(task_of(model, data, "lanes", torch.float32)), data), 1)
+    state, (report,) = run(USUAL, InProcessEngine(bf16(task_of(model, data, "lanes", torch.float32)), data), 1)
     assert state.model.theta.dtype == torch.float32 and not report.failures
 
 
@@ -154,7 +154,7 @@ def by_hand(model, loader, ctx):
 @pytest.mark.parametrize(
     ("settings", "given", "write"),
     [
-        ({"precision": "fp16"}, "precision = 'fp16'", "--precision full"),
+        ({"precision": "fp16"}, "precision = 'fp16'", "precision='full'"),
         ({"precision": "bf16", "dtype": "float64"}, "dtype = 'float64'", "--dtype float32"),
         ({"precision": "bf16", "numerics": "fused"}, "numerics = 'fused'", "--numerics auto"),
     ],
@@ -164,7 +164,7 @@ def test_refused(settings, given, write):
     with pytest.raises(UsageError) as refusal:
         atoll.rounds("mlp", data, recipes.fedavg(0.1), **settings)
     assert given in refusal.value.given and refusal.value.write == write
-    name, value = write.removeprefix("--").split()
+    name, value = write.removeprefix("--").replace("=", " ").replace("'", "").split()
     atoll.rounds("mlp", data, recipes.fedavg(0.1), **{**settings, name: value})
 
 

@@ -1,7 +1,7 @@
-"""Who is at work: the chances that a sampler states are the chances that it has.
+"""Samplers: the stated selection probabilities are the actual ones.
 
-A frequency over so many independent draws may be off by t where Bernstein's inequality gives at most 1e-9 for more;
-with fewer than a hundred frequencies in a test, a right sampler fails one once in ten million seeds.
+A frequency over independent draws may be off by t if Bernstein's inequality gives at most 1e-9 for more. With fewer
+than a hundred frequencies in a test, a correct sampler fails one once in ten million seeds.
 """
 
 import itertools
@@ -17,15 +17,17 @@ from hypothesis import strategies as st
 from problems import federation, run, seeded, task_of
 from torch import nn
 
-from atoll import grammar, recipes
-from atoll.engine.inprocess import InProcess
-from atoll.errors import UsageError
+from atoll import recipes
+from atoll.base import grammar
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
-from atoll.plan.names import PARTS
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Contribution, Ids, Population
+from atoll.plan.registry import PARTS
 from atoll.plan.sampler import Everyone, Fraction, Poisson, RoundRobin, Uniform, Weighted
-from atoll.plan.slots import Contribution, Population
-from atoll.rng import Key
+from atoll.testing import round_info
 
 DRAWS = 1000
 SIZES = torch.tensor([1, 2, 3, 4, 10, 40])
@@ -35,7 +37,7 @@ SAMPLERS += [RoundRobin(2), RoundRobin(4)]
 
 
 def band(p, draws, alarm=1e-9):
-    """How far a frequency of chance p may be off: P(|f − p| ≥ t) ≤ 2 exp(−draws t² / (2 (p(1−p) + t/3)))."""
+    """The tolerance of a frequency of chance p: P(|f − p| ≥ t) ≤ 2 exp(−draws t² / (2 (p(1−p) + t/3)))."""
     a = math.log(2 / alarm) / draws
     return a / 3 + math.sqrt((a / 3) ** 2 + 2 * a * p * (1 - p))
 
@@ -76,7 +78,7 @@ def test_every_set_of_two_is_as_likely():
 
 
 def test_a_few_of_many_are_as_likely_as_each_other():
-    """Fewer than a quarter: drawn one by one. No client, no place and no pair is preferred."""
+    """Fewer than a quarter: drawn one by one. No client, no position and no pair is preferred."""
     many = Population(40, torch.ones(40, dtype=torch.int64))
     drawn = torch.stack([cohort.ids for cohort in cohorts(Uniform(3), many, DRAWS)])
     assert ((drawn.flatten().bincount(minlength=40) / DRAWS - 3 / 40).abs() <= band(3 / 40, DRAWS)).all()
@@ -133,10 +135,18 @@ def test_in_turn_everybody_works_in_every_lap(clients, n, lap):
         assert (count == 1).all()
 
 
+def starts(cohort):
+    return Ids(cohort.ids, torch.zeros_like(cohort.ids))
+
+
+def facts(cohort):
+    return round_info(SMALL)._replace(chance=cohort.chance, cohort_size=len(cohort.ids))
+
+
 @pytest.mark.parametrize("weights", ["examples", "equal"])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 def test_over_expected_is_unbiased(sampler, weights):
-    """E Σ wᵢgᵢ / E Σ wᵢ = Σ πᵢwᵢgᵢ / Σ πᵢwᵢ, the mean of all clients where all chances are equal; |g| ≤ 1."""
+    """E Σ wᵢgᵢ / E Σ wᵢ = Σ πᵢwᵢgᵢ / Σ πᵢwᵢ, the mean of all clients if all chances are equal; |g| ≤ 1."""
     mean = Mean(weights=weights, over="expected")
     g = torch.tensor([[1.0], [-1.0], [0.5], [1.0], [-0.5], [0.25]], dtype=torch.float64)
     w = SIZES.double() if weights == "examples" else torch.ones(6, dtype=torch.float64)
@@ -144,11 +154,11 @@ def test_over_expected_is_unbiased(sampler, weights):
     for cohort in small(sampler)[:draws]:
         ids = cohort.ids
         partial = (
-            mean.fold(mean.zero(), Contribution({"update": g[ids]}, {}, SIZES[ids], {}, {}))
+            mean.fold(mean.zero(), Contribution({"update": g[ids]}, {}, SIZES[ids], {}, {}), starts(cohort))
             if len(ids)
             else mean.zero()
         )
-        means = mean.finish(mean.total(partial), cohort, SMALL).means
+        means = mean.finalize(mean.total(partial), facts(cohort)).means
         total += float(means["update"]) if means else 0.0
     chance = cohort.chance.expand(6)
     expected = float((chance * w * g[:, 0]).sum() / (chance * w).sum())
@@ -160,13 +170,14 @@ def test_over_expected_is_unbiased(sampler, weights):
 
 
 def test_over_expected_divides_by_the_same_number_whoever_came():
-    """So a client's influence does not depend on who else was drawn: what its sensitivity is computed from."""
+    """The influence of a client does not depend on the rest of the cohort. A bound on sensitivity needs this."""
     mean, g = Mean(over="expected"), torch.ones(6, 1, dtype=torch.float64)
     for cohort in cohorts(Poisson(0.5), SMALL, 50):
         if not len(cohort.ids):
             continue
         contribution = Contribution({"update": g[cohort.ids]}, {}, SIZES[cohort.ids], {}, {})
-        got = mean.finish(mean.total(mean.fold(mean.zero(), contribution)), cohort, SMALL).means["update"]
+        total = mean.total(mean.fold(mean.zero(), contribution, starts(cohort)))
+        got = mean.finalize(total, facts(cohort)).means["update"]
         assert math.isclose(float(got), int(SIZES[cohort.ids].sum()) / (0.5 * 60))
 
 
@@ -184,7 +195,7 @@ MILLION = Population(10**6, torch.arange(10**6) % 50 + 1)
     "sampler", [Uniform(100), Poisson(1e-4), Weighted(100), RoundRobin(100), Fraction(1e-4)], ids=repr
 )
 def test_a_million_clients_are_cheap(sampler):
-    """At most a sort of a million numbers: a second of a processor, where walking through them in Python takes many."""
+    """At most a sort of a million numbers: one second of CPU time, while a loop in Python takes many."""
     began = time.process_time()
     cohort = sampler(MILLION, 3, Key(0))
     assert time.process_time() - began < 3.0
@@ -194,7 +205,7 @@ def test_a_million_clients_are_cheap(sampler):
 def test_a_round_of_five_out_of_a_million_is_cheap():
     x = torch.randn(10**6, 2, generator=torch.Generator().manual_seed(0))
     data = federation(x, x.sum(1), [1] * 10**6)
-    engine = InProcess(task_of(seeded(nn.Linear, 2, 1), data, "lanes", torch.float32), data)
+    engine = InProcessEngine(task_of(seeded(nn.Linear, 2, 1), data, "lanes", torch.float32), data)
     plan = Plan(recipes.local_sgd(0.1, 3, 1).local, Mean(), cohort=5)
     began = time.process_time()
     state, reports = run(plan, engine, 2)

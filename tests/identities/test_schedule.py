@@ -1,4 +1,4 @@
-"""Every schedule is its closed form, and torch's scheduler where there is one."""
+"""Every schedule equals its closed form, and torch's scheduler if torch has one."""
 
 import math
 import types
@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from atoll.errors import UsageError
-from atoll.grammar import parse
-from atoll.schedule import (
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
+from atoll.plan.schedule import (
     SCHEDULES,
     as_schedule,
     constant,
@@ -56,7 +56,7 @@ def test_closed_form(schedule, form):
 
 
 def test_every_schedule_is_here():
-    assert {type(row[0]).__name__ for row in FORMS} | {"warmup", "hold"} == {*SCHEDULES, "led"}
+    assert {type(row[0]).__name__ for row in FORMS} | {"warmup", "hold"} == {*SCHEDULES, "join"}
 
 
 def torchs(make, rounds):

@@ -1,4 +1,4 @@
-"""The example on tiny Shakespeare, on a text of its own: who holds what, what is sent, and that all three learn."""
+"""The example on tiny Shakespeare, on another text: the rows of clients, the messages, and that all three learn."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Each stop rule ends a run in exactly the round its definition says, and remembers only what JSON has."""
+"""Each stop rule ends a run in the round of its definition, and its memory consists of JSON values."""
 
 import json
 import math
@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.errors import RunError, UsageError
-from atoll.grammar import parse
-from atoll.plan.stop import (
+from atoll.base.errors import RunError, UsageError
+from atoll.base.grammar import parse
+from atoll.training.stop import (
     RULES,
     Bytes,
     Diverged,
@@ -36,7 +36,7 @@ class Report:
 
 
 def end(rules, reports):
-    """(round, outcome) of the first report that ends the run, or None; the memory goes through JSON every round."""
+    """(round, outcome) of the first report that ends the run, or None; the memory passes through JSON every round."""
     memory = {}
     for report in reports:
         before = json.dumps(memory, allow_nan=False)
@@ -133,14 +133,14 @@ def test_rules_side_by_side():
 
 
 def test_other_rules_on_resume():
-    """More rounds go on counting; a rule that is new begins afresh."""
+    """After a resume with more rounds a rule continues to count; a new rule starts from zero."""
     memory = {}
     for report in series("loss", [1.0] * 3):
         memory, _ = update(Rounds(3), memory, report)
     longer = (Patience("loss", 9), Rounds(5))
     memory, outcome = update(longer, memory, Report(3, {"loss": 1.0}))
     assert outcome is None
-    assert update(longer, memory, Report(4, {"loss": 1.0}))[1] == Outcome("5 rounds are done.")
+    assert update(longer, memory, Report(4, {"loss": 1.0}))[1] == Outcome("Finished 5 rounds.")
 
 
 EVERY = [

@@ -1,4 +1,4 @@
-"""Clients that walk one after the other come to the same bits as clients that make their steps in turn."""
+"""Clients that train one after the other have the same bits as clients that make their steps in turn."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from problems import classification, run, seeded, task_of
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.inprocess import InProcess
-from atoll.engine.probe import choose
+from atoll.compute.task import Task
+from atoll.engine.choose_backend import choose
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Evaluate, Gradient, Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
-from atoll.task import Task
 
 SIZES = (9, 3, 21, 8, 1, 14)
 
 
 class Moving(nn.Module):
-    """A buffer that each pass puts another tensor in place of, with a history of its own."""
+    """A buffer that each pass replaces with another tensor, with a history of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Moving(nn.Module):
 
 
 class Bounded(nn.Module):
-    """Weights that each pass cuts off where they are too large."""
+    """Weights that each pass clips."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,9 +57,9 @@ def test_walking_changes_no_bit(name, monkeypatch):
     data = data([n for n in SIZES if n > 1])
     plan = recipes.fedavg(0.1, epochs=2, batch=4)
     task = task_of(make(), data, "loop", torch.float32)
-    walked = [run(plan, InProcess(task, data, chunk))[0] for chunk in (1, 3, None)]
-    monkeypatch.setattr(Train, "apart", lambda self, rows: False)
-    stepped, _ = run(plan, InProcess(task, data))
+    walked = [run(plan, InProcessEngine(task, data, chunk))[0] for chunk in (1, 3, None)]
+    monkeypatch.setattr(Train, "sequential", lambda self, rows: False)
+    stepped, _ = run(plan, InProcessEngine(task, data))
     for state in walked:
         assert torch.equal(state.model.theta, stepped.model.theta)
         assert torch.equal(state.model.buffers, stepped.model.buffers)
@@ -77,11 +77,11 @@ def test_large_models_walk_where_they_can(wide, momentum, body):
 
 @pytest.mark.parametrize("local", [Gradient(), Train(sgd(0.1), steps=2, batch=3), Evaluate()], ids=repr)
 def test_a_pass_that_changes_weights_changes_no_state(local):
-    """A lone client too works on numbers of its own."""
+    """A single client also works on a copy of the numbers."""
     data = classification((9,))
     task = task_of(seeded(Bounded), data, "loop", torch.float32)
     first = task.initial()
     before = first.theta.clone()
     assert before.abs().max() > 0.1
-    run(Plan(local, Mean(), sgd(1.0)), InProcess(task, data), rounds=1, init=first.theta)
+    run(Plan(local, Mean(), sgd(1.0)), InProcessEngine(task, data), rounds=1, init=first.theta)
     assert torch.equal(first.theta, before)

@@ -1,4 +1,4 @@
-"""What every rank does in tests/parity/test_torchrun.py: all cases one after the other, and what each came to.
+"""The program of each rank in tests/parity/test_torchrun.py: it runs all cases and writes their results.
 
 torchrun --max-restarts 1 --nproc-per-node 2 ranks.py FOLDER [all] [dies]
 python ranks.py FOLDER forked
@@ -17,17 +17,18 @@ from problems import NO_NATIVE, classification, federation, run, seeded, task_of
 from torch import nn
 
 from atoll import recipes, train
-from atoll.digest import fingerprint
-from atoll.engine.fleet import Fleet, HalfNormal
-from atoll.engine.ranks import Ranks
-from atoll.engine.torchrun import Torchrun
+from atoll.engine.ranks.process_group import ProcessGroup
+from atoll.engine.ranks.torchrun import TorchrunEngine
+from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean, Sum
-from atoll.plan.codec import Feedback, Quantize, Shift, TopK
+from atoll.plan.codec import EF21, ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.optimizer import adam, adamw, sgd
+from atoll.plan.optimizer.rules import adam, adamw, sgd
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
+from atoll.plan.round import bind, open_round
 from atoll.plan.sampler import Poisson
+from atoll.runs.fingerprint import fingerprint
 
 ROUNDS = 2
 
@@ -41,7 +42,7 @@ def norm():
 
 
 def plans():
-    """Every recipe, and every part that has something to say between ranks: memory, server state, counters, facts."""
+    """Every recipe, and every part that ranks exchange data for: client memory, server state, counters, metrics."""
     out = {
         "gd": recipes.gd(0.1),
         "sgd": recipes.sgd(0.1),
@@ -59,8 +60,8 @@ def plans():
         "now and then nobody": Plan(Gradient(), Mean(over="expected"), sgd(0.1), cohort=Poisson(0.02)),
         "sum": Plan(Gradient(4), Sum(), sgd(0.001)),
         "memory": Plan(Train(adam(0.01), steps=2, batch=8, keep=("optimizer", "order")), Mean(), adam(0.01), 7),
-        "error feedback": Plan(some, Mean(), cohort=7, codec=Feedback(TopK(0.1))),
-        "shift": Plan(some, Mean(), codec=Shift(TopK(0.1))),
+        "error feedback": Plan(some, Mean(), cohort=7, codec=ErrorFeedback(TopK(0.1))),
+        "shift": Plan(some, Mean(), codec=EF21(TopK(0.1))),
         "quantised": Plan(some, Mean(), cohort=7, codec=Quantize(8), downlink=TopK(0.2)),
         "over-selection": Plan(some, Mean(), adamw(0.01), cohort=6, pace=Sync(over_select=1.5)),
     }
@@ -68,7 +69,7 @@ def plans():
 
 
 def cases():
-    """(name, module, numerics, plan, words of the engine) of each case."""
+    """Yield each case: name, module, numerics, plan, options of the engine."""
     for name, plan in plans().items():
         yield name, plain, "fused", plan, {}
     for numerics in ("loop", "lanes"):
@@ -81,28 +82,40 @@ def cases():
 
 
 def quick():
-    """The cases that do not import what torch.func needs."""
+    """The cases that do not import torch.func."""
     return [case for case in cases() if case[2] != "lanes"]
 
 
 def clients():
-    """Twelve clients of uneven sizes."""
+    """Twelve clients of different sizes."""
     return classification((30, 2, 9, 21, 14, 5, 14, 3, 17, 40, 8, 11))
 
 
 def outcome(module, numerics, plan, data, engine, **words):
-    """What some rounds come to: the model and a report of each, and what clients keep."""
+    """The results of some rounds: the fingerprint of the model, the report of each round, and client memory."""
     engine = engine(task_of(seeded(module), data, numerics, torch.float32), data, **words)
     state, reports = run(plan, engine, ROUNDS)
     ids = state.memory.touched()
     kept = {n: [fingerprint(row) for row in rows] for n, rows in state.memory.take(ids).items()}
     told = [[r.metrics, r.failures, r.bytes_up, r.bytes_down, r.now] for r in reports]
     told += [{n: c.tolist() for n, c in r.clients.items()} for r in reports]
+    plan, *way = opened_again(plan, state, engine)
+    first = engine.gather(plan, *way).arrived[:1].tolist()
+    told += [
+        [one[:3], sorted(fingerprint(t) for t in one.decoded.means.values())]
+        for one in engine.gather(plan, *way, keep=first).kept
+    ]
     return json.loads(json.dumps([fingerprint(state.model.theta), told, ids.tolist(), kept]))
 
 
+def opened_again(plan, state, engine):
+    """The next round, before its clients train."""
+    opened = open_round(bind(plan, engine), state, engine)
+    return opened.plan, *opened[:3]
+
+
 class Unused(nn.Module):
-    """Half of its parameters are in no pass."""
+    """A model of which half of the parameters have no gradient."""
 
     def __init__(self):
         super().__init__()
@@ -113,14 +126,14 @@ class Unused(nn.Module):
 
 
 def broken(data):
-    """The same clients, of which the third holds a row that is not finite."""
+    """The same clients; the third one has a row that is not finite."""
     x, y = data.rows.take(torch.arange(len(data.rows)))
     x[data.offsets[2]] = torch.nan
     return federation(x, y, data.sizes.tolist())
 
 
 def float_cases():
-    """(name, module, plan, clients) of gradients in the quick sum, which are added up within the backward pass."""
+    """Yield (name, module, plan, clients) of plans with the float sum, which is reduced during the backward pass."""
     descent = recipes.distributed_gd(0.1, sum="float")
     yield "one client a rank", plain, descent, classification((40, 24))
     yield "many clients", plain, Plan(Gradient(4), Sum(sum="float"), sgd(0.001)), clients()
@@ -135,7 +148,7 @@ def float_cases():
 
 
 def floats(module, plan, data, engine):
-    """What some rounds in the quick sum come to: numbers, failures, and whether the backward pass sent them."""
+    """The results of some rounds with the float sum: numbers, failures, and whether the backward pass reduced them."""
     engine = engine(task_of(seeded(module), data, "loop", torch.float32), data)
     state, reports = run(plan, engine, 3)
     told = [[*r.failures, r.arrived, r.bytes_up, r.bytes_down, r.clients["id"].tolist()] for r in reports]
@@ -146,7 +159,7 @@ def floats(module, plan, data, engine):
 
 
 def descends(model, loader, ctx):
-    """A user's own loop; the second rank dies in it, once, in round 3, where it is told to."""
+    """A custom loop. In round 3 it kills the second rank once, if the argument `dies` is present."""
     first = "dies" in sys.argv and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if first and os.environ["RANK"] == "1" and ctx.round == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -162,22 +175,22 @@ KILLED = Plan(Custom(descends, batch=8, lr=0.1), Mean(), sgd(1.0, momentum=0.5),
 
 
 def main(folder, cases):
-    ranks, here = Ranks.join(), clients()
+    ranks, here = ProcessGroup.join(), clients()
     words = {"engine": "torchrun", "numerics": "loop"}
     ended = train("mlp", here, KILLED, rounds=6, out=folder / "runs", checkpoint_s=0.0, report=False, **words)
-    torch.manual_seed(ranks.rank)  # a model made here is another at each rank: that of rank 0 is everybody's
+    torch.manual_seed(ranks.rank)  # each rank builds another model; the one of rank 0 is broadcast
     mine = train(norm(), here, recipes.fedavg(0.1), rounds=1, out=None, **words)
     out = {"one model": mine.reports[-1].fingerprint}
     out["run"] = {"path": ended.path and ended.path.name, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
     for name, module, numerics, plan, told in cases:
-        out[name] = outcome(module, numerics, plan, here, partial(Torchrun, ranks=ranks), **told)
+        out[name] = outcome(module, numerics, plan, here, partial(TorchrunEngine, ranks=ranks), **told)
     for name, module, plan, data in float_cases():
-        out[name] = floats(module, plan, data, partial(Torchrun, ranks=ranks))
+        out[name] = floats(module, plan, data, partial(TorchrunEngine, ranks=ranks))
     (folder / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(out))
 
 
 def fork(ranks):
-    """Start so many ranks, as torchrun does, and return in each; the process that they come from waits and exits."""
+    """Fork this number of ranks, as torchrun does, and return in each. The parent process waits for them and exits."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

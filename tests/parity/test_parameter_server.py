@@ -1,4 +1,4 @@
-"""The parameter server with one slow worker: who waits, and where they all come to."""
+"""The parameter server with one slow worker: asynchronous paces are faster, and all paces converge."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))  # workers import it from there, as when it is run
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # workers import it from there, as in a normal start
     import parameter_server
 
     yield parameter_server
@@ -26,7 +26,7 @@ def test_every_pace_reaches_least_squares_and_only_one_waits(example):
         assert float(example.losses(data, one.thetas[-1:])[0]) < 1.01 * floor
         assert float((one.thetas[-1] - best).norm() / best.norm()) < 0.05
     sync, buffered, bounded = (ran[pace].fast for pace in example.PACES)
-    assert min(buffered, bounded) > 1.2 * sync  # 5 on a quiet machine with cores enough
+    assert min(buffered, bounded) > 1.2 * sync  # about 5 on a quiet machine with enough cores
 
 
 def test_the_slow_worker_is_five_times_slower(example):

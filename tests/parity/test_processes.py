@@ -1,4 +1,4 @@
-"""Worker processes: the bits of the engine in this process, real arrivals, deaths, and what cannot cross."""
+"""Worker processes: the same bits as in one process, real arrivals, deaths of workers, and serialization."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import elsewhere
+import importable_parts
 import numpy as np
 import psutil
 import pytest
@@ -20,19 +20,22 @@ from torch import nn
 
 import atoll
 from atoll import recipes
+from atoll.base.errors import RunError, UsageError
 from atoll.data import ArrayRows, DatasetRows
-from atoll.engine.crossing import Block, Blocks, pack, room, unpack
-from atoll.engine.inprocess import InProcess
-from atoll.engine.memory import Memory
-from atoll.engine.nursery import Nursery
-from atoll.engine.processes import Processes
-from atoll.errors import RunError, UsageError
+from atoll.engine.client_state import Memory
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.workers.forkserver import ForkServer
+from atoll.engine.workers.processes import ProcessesEngine, _Pipes
+from atoll.engine.workers.serialize import deserialize, serialize
+from atoll.engine.workers.shared_memory import SharedBlock, SharedBlocks, block_bytes
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Feedback, Quantize, Rotate, TopK
+from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.optimizer import adam, sgd
-from atoll.plan.pace import Bounded, Buffered, Sync, polynomial
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.optimizer.rules import adam, sgd
+from atoll.plan.pace import Bounded, Buffered, Sync, staleness_polynomial
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, open_round, step
+from atoll.plan.state import State
 from atoll.testing import check_engine
 
 SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
@@ -40,7 +43,7 @@ SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
 
 @pytest.fixture(scope="module")
 def nursery():
-    with_all = Nursery()
+    with_all = ForkServer()
     yield with_all
     processes = [p for pid in with_all.pids for p in (psutil.Process(pid), *psutil.Process(pid).children())]
     with_all.close()
@@ -50,24 +53,24 @@ def nursery():
 
 @pytest.fixture(scope="module")
 def mlp(nursery):
-    """An engine of two workers for a small classifier, and the engine in this process."""
+    """An engine with two workers for a small classifier, and an in-process engine."""
     data = classification(SIZES)
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
     task = task_of(module, data, dtype=torch.float32)
-    with Processes(task, data, workers=2, nursery=nursery) as engine:
-        yield engine, InProcess(task, data)
+    with ProcessesEngine(task, data, workers=2, nursery=nursery) as engine:
+        yield engine, InProcessEngine(task, data)
 
 
 @pytest.fixture(scope="module")
 def alone(mlp, nursery):
     """The same with one worker."""
     _, reference = mlp
-    with Processes(reference.task, reference.data, workers=1, nursery=nursery) as engine:
+    with ProcessesEngine(reference.task, reference.data, workers=1, nursery=nursery) as engine:
         yield engine, reference
 
 
 def same(plan: Plan, ours, theirs, rounds: int = 2) -> None:
-    """The same model, memory and reports, bit for bit."""
+    """Check that model, memory and reports are equal, bit for bit."""
     (a, told), (b, expected) = run(plan, ours, rounds), run(plan, theirs, rounds)
     assert torch.equal(a.model.theta, b.model.theta)
     assert torch.equal(a.model.buffers, b.model.buffers)
@@ -92,12 +95,12 @@ def same(plan: Plan, ours, theirs, rounds: int = 2) -> None:
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda r: r.__name__)
 def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
     plan = recipe(steps=3, batch=4) if recipe is recipes.diloco else recipe()
-    same(plan, *(alone if plan.pace.flies_on else mlp))
+    same(plan, *(alone if plan.pace.asynchronous else mlp))
 
 
 @pytest.mark.parametrize("pace", [Buffered(3), Bounded(2), Sync(over_select=1.5)], ids=repr)
 def test_one_worker_has_the_bits_of_one_process_under_every_pace(pace, alone):
-    """It computes flights in the order of their starts, as if everybody took as long as everybody else."""
+    """One worker computes flights in the order of their starts, as in a simulation with equal durations."""
     local = Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order"))
     same(Plan(local, Mean(), cohort=4, pace=pace), *alone, rounds=5)
 
@@ -105,10 +108,10 @@ def test_one_worker_has_the_bits_of_one_process_under_every_pace(pace, alone):
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Feedback(TopK(0.3))),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.3))),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Rotate() >> Quantize(4), downlink=Quantize(8)),
-        Plan(Custom(elsewhere.descend, batch=4), Mean()),
-        Plan(Gradient(batch=3), Mean(), adam(0.01), codec=elsewhere.Halve(), cohort=0.5),
+        Plan(Custom(importable_parts.descend, batch=4), Mean()),
+        Plan(Gradient(batch=3), Mean(), adam(0.01), codec=importable_parts.Halve(), cohort=0.5),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), pace=Bounded(0)),
     ],
     ids=lambda plan: repr(plan.codec) + repr(plan.pace),
@@ -119,7 +122,7 @@ def test_parts_have_the_bits_of_one_process(plan, mlp):
 
 @pytest.mark.slow
 def test_contract_of_engines(nursery):
-    check_engine(lambda task, data: Processes(task, data, workers=2, nursery=nursery))
+    check_engine(lambda task, data: ProcessesEngine(task, data, workers=2, nursery=nursery))
 
 
 @pytest.mark.slow
@@ -129,15 +132,15 @@ def test_number_of_workers_and_chunks_change_no_bit(workers, numerics, nursery, 
     task, data = mlp[1].task, mlp[1].data
     task = replace(task, numerics=numerics)
     for chunk in (1, 3, None):
-        with Processes(task, data, workers, chunk, threads=workers, nursery=nursery) as engine:
-            same(recipes.fedadam(), engine, InProcess(task, data))
+        with ProcessesEngine(task, data, workers, chunk, threads=workers, nursery=nursery) as engine:
+            same(recipes.fedadam(), engine, InProcessEngine(task, data))
 
 
 @pytest.mark.slow
 def test_the_front_door_runs_on_processes(tmp_path):
     data = atoll.data.load("digits").split(clients=6)
     told = {"rounds": 2, "numerics": "lanes", "report": False, "out": tmp_path}
-    ours = atoll.train("softmax", data, recipes.fedavg(lr=0.1), engine="processes", workers=2, **told)
+    ours = atoll.train("softmax", data, recipes.fedavg(lr=0.1), engine="Processes(workers=2)", **told)
     theirs = atoll.train("softmax", data, recipes.fedavg(lr=0.1), **told)
     assert ours.metrics == theirs.metrics
     about = (ours.path / "environment.json").read_text(encoding="utf-8")
@@ -148,18 +151,22 @@ def test_the_front_door_runs_on_processes(tmp_path):
 
 
 def deadly(tmp_path: Path, times: int):
-    """A federation in which one row of client 2 kills who reads it, so many times."""
+    """Clients of which one row kills its reader, this number of times. The row belongs to client 2."""
     data = classification(SIZES)
     crosses = tmp_path / "crosses"
     crosses.touch()
-    return data, replace(data, rows=elsewhere.Deadly(data.rows, int(data.offsets[2]), times, str(crosses))), crosses
+    return (
+        data,
+        replace(data, rows=importable_parts.Deadly(data.rows, int(data.offsets[2]), times, str(crosses))),
+        crosses,
+    )
 
 
 def test_a_worker_killed_in_mid_round_changes_no_bit(tmp_path, nursery, mlp):
     data, mined, crosses = deadly(tmp_path, times=1)
     task = mlp[1].task
-    with Processes(task, mined, workers=2, nursery=nursery) as engine:
-        same(recipes.fedavg(lr=0.1, batch=4), engine, InProcess(task, data))
+    with ProcessesEngine(task, mined, workers=2, nursery=nursery) as engine:
+        same(recipes.fedavg(lr=0.1, batch=4), engine, InProcessEngine(task, data))
         assert crosses.stat().st_size == 1
         assert engine.deaths == 1
         assert len(set(engine.pids)) == 2
@@ -168,12 +175,12 @@ def test_a_worker_killed_in_mid_round_changes_no_bit(tmp_path, nursery, mlp):
 def test_a_client_that_kills_every_worker_is_a_failure(tmp_path, nursery, mlp):
     _, mined, _ = deadly(tmp_path, times=100)
     plan = recipes.fedavg(lr=0.1, batch=4)
-    with Processes(mlp[1].task, mined, workers=2, nursery=nursery) as engine:
+    with ProcessesEngine(mlp[1].task, mined, workers=2, nursery=nursery) as engine:
         state, (report,) = run(plan, engine, 1)
     assert [(f.client, f.stage) for f in report.failures] == [(2, "local")]
     assert "died" in report.failures[0].cause
     assert report.arrived == len(SIZES) - 1
-    assert far(state.model.theta, run(plan, mlp[1], 1)[0].model.theta) < 1  # and the others' sum is one
+    assert far(state.model.theta, run(plan, mlp[1], 1)[0].model.theta) < 1  # the sum of the other clients is valid
 
 
 def test_workers_killed_between_rounds_are_replaced(mlp):
@@ -198,7 +205,7 @@ def test_a_killed_nursery_is_started_again(mlp):
 
 @pytest.mark.parametrize(
     "pace",
-    [Sync(over_select=1.5, deadline_s=30.0), Buffered(1, staleness=polynomial(0.0)), Buffered(3), Bounded(2)],
+    [Sync(over_select=1.5, deadline_s=30.0), Buffered(1, staleness=staleness_polynomial(0.0)), Buffered(3), Bounded(2)],
     ids=repr,
 )
 def test_every_pace_comes_to_least_squares(pace, nursery):
@@ -207,15 +214,15 @@ def test_every_pace_comes_to_least_squares(pace, nursery):
     task = task_of(seeded(nn.Linear, 3, 1), data, "loop")
     x, y = data.take(data.order)
     best = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y).solution
-    # A step of one client's gradient alone does not rest at the minimum: the rate falls.
-    rate = atoll.schedule.inverse(12.0, t0=60) if not isinstance(pace, Sync) else 0.2
+    # The gradient of a single client does not vanish at the minimum, so the learning rate decreases.
+    rate = atoll.plan.schedule.inverse(12.0, t0=60) if not isinstance(pace, Sync) else 0.2
     cohort = 2 if isinstance(pace, Sync) else None
     plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=cohort)
-    with Processes(task, data, workers=2, nursery=nursery) as engine:
+    with ProcessesEngine(task, data, workers=2, nursery=nursery) as engine:
         state, reports = run(plan, engine, 100)
     assert far(state.model.theta, best) < 0.02
     assert sum(r.arrived for r in reports) >= 100
-    if pace.flies_on:
+    if pace.asynchronous:
         assert reports[-1].flying > 0
         assert {0} < {int(s) for r in reports for s in r.clients["staleness"]}
 
@@ -231,23 +238,42 @@ def test_flights_in_the_air_are_computed_anew_where_a_state_comes_from_elsewhere
 
 
 def test_memory_goes_on_within_an_open_round(nursery):
-    """One client that arrives over and over in a round keeps what it had at its last arrival."""
+    """A client that arrives several times in one round reads the memory of its last arrival."""
     data = classification((6,))
     task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
     plan = Plan(Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), pace=Buffered(3))
-    with Processes(task, data, workers=1, nursery=nursery) as engine:
-        same(plan, engine, InProcess(task, data))
+    with ProcessesEngine(task, data, workers=1, nursery=nursery) as engine:
+        same(plan, engine, InProcessEngine(task, data))
+
+
+@pytest.mark.parametrize(("pace", "sizes"), [(Sync(), SIZES), (Buffered(3), (6,))])
+def test_kept_contributions_are_those_of_one_process(pace, sizes, nursery):
+    data = classification(sizes)
+    task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
+    plan = Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.5)), pace=pace)
+    with ProcessesEngine(task, data, workers=2, nursery=nursery) as engine:
+        plan = bind(plan, engine)
+        opened = open_round(plan, State.first(plan, task, 0, Memory(plan.memory(task.layout))), engine)
+        kept = engine.gather(plan, *opened[:3], keep=(0,)).kept
+        with pytest.raises(UsageError, match="no contribution of client 99 arrived"):
+            engine.gather(plan, *opened[:3], keep=(99,))
+    others = InProcessEngine(task, data).gather(plan, *opened[:3], keep=(0,)).kept
+    assert len(kept) == (1 if pace == Sync() else 3)
+    for one, other in zip(kept, others, strict=True):
+        assert one[:3] == other[:3]
+        for mine, theirs in ((one.contribution, other.contribution), (one.decoded, other.decoded)):
+            assert torch.equal(mine.means["update"], theirs.means["update"])
 
 
 def test_a_client_that_hangs_costs_its_rounds_a_contribution_and_its_worker(tmp_path, nursery):
     data = classification(SIZES)
     gate = tmp_path / "gate"
-    os.mkfifo(gate)  # who opens it to read waits for somebody who writes, and nobody does
-    rows = elsewhere.Waiting(data.rows, int(data.order[int(data.offsets[2])]), str(gate))
+    os.mkfifo(gate)  # a reader that opens it waits forever, since it has no writer
+    rows = importable_parts.Waiting(data.rows, int(data.order[int(data.offsets[2])]), str(gate))
     task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
     plan = Plan(Gradient(), Mean(), pace=Sync(deadline_s=0.5))
     state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
-    with Processes(task, replace(data, rows=rows), workers=2, nursery=nursery) as engine:
+    with ProcessesEngine(task, replace(data, rows=rows), workers=2, nursery=nursery) as engine:
         heard: set[int] = set()
         while not engine.deaths:
             state, report = step(plan, state, engine)
@@ -262,18 +288,24 @@ def test_a_client_that_raises_is_a_failure_under_every_pace(nursery):
     x, y = data.rows.take(torch.arange(sum(SIZES)))
     x[data.order[int(data.offsets[3])]] = torch.inf
     broken = federation(x, y, SIZES)
-    with Processes(task, broken, workers=2, nursery=nursery) as engine:
+    with ProcessesEngine(task, broken, workers=2, nursery=nursery) as engine:
         _, reports = run(Plan(Gradient(), Mean(), pace=Buffered(8), max_failed=1.0), engine, 2)
     assert {f.client for r in reports for f in r.failures} == {3}
 
 
-# nothing stays behind
+def test_an_engine_that_was_not_closed_leaves_its_names_unused(nursery):
+    """Engines of one fork server share folders. A new engine never takes the file name of an earlier one."""
+    blocks = [_Pipes(nursery, False)._blocks.block(8).path for _ in range(3)]
+    assert len(set(blocks)) == 3 and len({os.path.dirname(path) for path in blocks}) == 1
+
+
+# cleanup
 
 PROGRAM = """
 import sys, atoll
 data = atoll.data.load("digits").split(clients=20)
 plan, told = atoll.recipes.fedavg(lr=0.1), dict(rounds=10**6, numerics="fused")  # auto looks at the rounds
-training = atoll.rounds("softmax", data, plan, **told, engine="processes", workers=2)
+training = atoll.rounds("softmax", data, plan, **told, engine="Processes(workers=2)")
 for report in training:
     if report.round == 1:
         print(report.fingerprint, *training.engine._nursery.folders)
@@ -305,7 +337,7 @@ def test_nothing_is_left_behind(then, signals, request):
     assert len(pids) == 3 and folders
     workers = [psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))]
     if signals is not None:
-        os.killpg(program.pid, signals)  # as a terminal does: to everybody in the foreground
+        os.killpg(program.pid, signals)  # as a terminal does: to all processes of the foreground
     program.communicate(timeout=60)
     _gone, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
@@ -315,14 +347,14 @@ def test_nothing_is_left_behind(then, signals, request):
     assert fingerprint == last.fingerprint
 
 
-# what crosses
+# serialization
 
 
 def crossed(value, tmp_path: Path):
-    blocks = Blocks((tempfile.mkdtemp(dir=tmp_path),), "test")
-    packed = pack(value, "It", "--engine inprocess", blocks.path)
-    block = blocks.block(room(packed.tensors))
-    return unpack(packed.tree, Block(block.path).read(block.write(packed.tensors)))
+    blocks = SharedBlocks((tempfile.mkdtemp(dir=tmp_path),), "test")
+    packed = serialize(value, "It", "--engine inprocess", blocks.path)
+    block = blocks.block(block_bytes(packed.tensors))
+    return deserialize(packed.tree, SharedBlock(block.path).read(block.write(packed.tensors)))
 
 
 @pytest.mark.parametrize(
@@ -378,7 +410,7 @@ def test_what_a_worker_cannot_import_is_refused(nursery, monkeypatch):
     for make, words in ((Local, "top of a module"), (Notebook, "from my_notebook import Notebook")):
         task = task_of(seeded(make, 4, 3), data, dtype=torch.float32)
         with pytest.raises(UsageError, match=words) as told:
-            Processes(task, data, workers=2, nursery=nursery)
+            ProcessesEngine(task, data, workers=2, nursery=nursery)
         assert make.__name__ in str(told.value)
 
 
@@ -386,16 +418,16 @@ def test_a_loop_that_a_worker_cannot_import_is_refused(mlp):
     engine, reference = mlp
     with pytest.raises(UsageError, match="no name that can be imported"):
         run(Plan(Custom(lambda model, loader, ctx: None), Mean()), engine, 1)
-    same(Plan(Gradient(), Mean()), engine, reference)  # and the engine goes on
+    same(Plan(Gradient(), Mean()), engine, reference)  # the engine still works
 
 
 def test_settings_of_one_engine_beside_another_are_refused():
     data = atoll.data.load("digits").split(clients=4)
     plan = recipes.fedavg(lr=0.1)
     for settings, words in (
-        ({"workers": 2}, "--engine processes"),
+        ({"workers": 2}, "Processes"),
         ({"engine": "processes", "fleet": "Fleet(HalfNormal())"}, "--engine inprocess"),
-        ({"engine": "processes", "workers": 0}, "--workers 2"),
+        ({"engine": "Processes(workers=0)"}, "Processes"),
         ({"engine": "proceses"}, "Write: processes"),
     ):
         with pytest.raises(UsageError, match=words):
@@ -404,7 +436,7 @@ def test_settings_of_one_engine_beside_another_are_refused():
 
 def test_a_closed_engine_says_so(nursery):
     data = classification(SIZES)
-    engine = Processes(task_of(seeded(nn.Linear, 4, 3), data), data, workers=1, nursery=nursery)
+    engine = ProcessesEngine(task_of(seeded(nn.Linear, 4, 3), data), data, workers=1, nursery=nursery)
     engine.close()
     engine.close()
     with pytest.raises(UsageError, match="closed"):
@@ -412,7 +444,7 @@ def test_a_closed_engine_says_so(nursery):
 
 
 def test_partial_work_is_refused(mlp):
-    with pytest.raises(UsageError, match="cut short") as told:
+    with pytest.raises(UsageError, match="cannot be repeated") as told:
         run(Plan(Train(sgd(0.1), epochs=1), Mean(), pace=Sync(deadline_s=5, partial=True)), mlp[0], 1)
     assert told.value.write == "Sync(deadline_s=5)"
 
@@ -425,8 +457,8 @@ def test_an_error_of_the_data_ends_the_run_as_in_one_process(nursery):
     x[0, 0] = np.nan
     broken = replace(data, rows=DatasetRows(torch.utils.data.TensorDataset(torch.from_numpy(x), y)))
     told = []
-    with Processes(task, broken, workers=2, nursery=nursery) as engine:
-        for one in (engine, InProcess(task, broken)):
+    with ProcessesEngine(task, broken, workers=2, nursery=nursery) as engine:
+        for one in (engine, InProcessEngine(task, broken)):
             state = State.first(plan := Plan(Gradient(), Mean()), task, 0, Memory({}))
             with pytest.raises(RunError) as error:
                 step(plan, state, one)

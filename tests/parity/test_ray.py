@@ -1,4 +1,4 @@
-"""Actors on a cluster of two nodes: the bits of the engine in this process, whoever dies, and what cannot run there."""
+"""Actors on a cluster of two nodes: the same bits as in one process, deaths of actors and nodes, and refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import elsewhere
+import importable_parts
 import numpy as np
 import pytest
 import torch
@@ -24,18 +24,18 @@ from torch import nn
 
 import atoll
 from atoll import recipes
+from atoll.base.errors import RunError, UsageError
 from atoll.cli.app import answer
+from atoll.compute.task import Task
 from atoll.data import ArrayRows, Clients
-from atoll.engine.inprocess import InProcess
-from atoll.engine.ray import Ray
-from atoll.errors import RunError, UsageError
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.workers.ray import RayEngine
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Feedback, Quantize, Rotate, TopK
+from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.optimizer import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.plan.plan import Plan
-from atoll.task import Task
 from atoll.testing import check_engine
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
@@ -43,16 +43,16 @@ ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")
 
 SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
 STORE = 100 << 20
-# Ray takes seconds for an actor, and runs it behind everything else; a slow machine may start its head too late.
+# Ray needs seconds to start an actor, at low priority. On a slow machine its head node may start too late.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes of one core, the second with a GPU that it only says it has; this program is connected to the first."""
+    """A cluster with two nodes of one core. The second has a simulated GPU. This program is connected to the first."""
     from ray.cluster_utils import Cluster
 
-    folder = tempfile.mkdtemp(prefix="atoll-test-")  # sockets lie there: its name must be short
+    folder = tempfile.mkdtemp(prefix="atoll-test-")  # short, since paths of sockets are limited
     first = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "temp_dir": folder}
     nodes = Cluster(initialize_head=True, head_node_args=first)
     nodes.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
@@ -64,13 +64,13 @@ def cluster():
 
 
 class Both(NamedTuple):
-    ours: Ray
-    theirs: InProcess
+    ours: RayEngine
+    theirs: InProcessEngine
 
 
 @pytest.fixture(scope="module")
 def crosses(tmp_path_factory):
-    """A file that the actors of `mlp` look into: one of them is killed in mid-round for every byte that is missing."""
+    """The counter file of the deadly row for the actors of `mlp`: each missing byte kills one actor during a round."""
     path = tmp_path_factory.mktemp("ray") / "crosses"
     path.write_bytes(b"+")
     return path
@@ -78,29 +78,29 @@ def crosses(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mlp(cluster, crosses):
-    """An engine of two actors for a small classifier, and the engine in this process."""
+    """An engine with two actors for a small classifier, and an in-process engine."""
     data = classification(SIZES)
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
     task = task_of(module, data, dtype=torch.float32)
-    with Ray(task, deadly(data, crosses, 1), workers=2, cpus=0.1) as engine:
-        yield Both(engine, InProcess(task, data))
+    with RayEngine(task, deadly(data, crosses, 1), workers=2, cpus=0.1) as engine:
+        yield Both(engine, InProcessEngine(task, data))
 
 
 def deadly(data: Clients, crosses: Path, times: int) -> Clients:
-    """The same clients; one row of client 2 kills who reads it until so many crosses are in the file."""
+    """The same clients; one row of client 2 kills its reader until the file has `times` bytes."""
     row = int(data.order[int(data.offsets[2])])
-    return replace(data, rows=elsewhere.Deadly(data.rows, row, times, str(crosses)))
+    return replace(data, rows=importable_parts.Deadly(data.rows, row, times, str(crosses)))
 
 
 @pytest.fixture(scope="module")
 def alone(cluster, mlp):
     """The same with one actor."""
-    with Ray(mlp.theirs.task, mlp.theirs.data, workers=1, cpus=0.1) as engine:
+    with RayEngine(mlp.theirs.task, mlp.theirs.data, workers=1, cpus=0.1) as engine:
         yield Both(engine, mlp.theirs)
 
 
 def same(plan: Plan, both: Both, rounds: int = 2) -> None:
-    """The same model, memory and reports, bit for bit."""
+    """Check that model, memory and reports are equal, bit for bit."""
     (a, told), (b, expected) = run(plan, both.ours, rounds), run(plan, both.theirs, rounds)
     assert torch.equal(a.model.theta, b.model.theta)
     assert torch.equal(a.model.buffers, b.model.buffers)
@@ -126,17 +126,17 @@ def same(plan: Plan, both: Both, rounds: int = 2) -> None:
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda r: r.__name__)
 def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
     plan = recipe(steps=3, batch=4) if recipe is recipes.diloco else recipe()
-    same(plan, alone if plan.pace.flies_on else mlp)
+    same(plan, alone if plan.pace.asynchronous else mlp)
 
 
 @pytest.mark.parametrize(
     "plan",
     [
         Plan(Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), cohort=4),
-        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Feedback(TopK(0.3))),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.3))),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Rotate() >> Quantize(4), downlink=Quantize(8)),
-        Plan(Custom(elsewhere.descend, batch=4), Mean()),
-        Plan(Gradient(batch=3), Mean(), adam(0.01), codec=elsewhere.Halve(), cohort=0.5),
+        Plan(Custom(importable_parts.descend, batch=4), Mean()),
+        Plan(Gradient(batch=3), Mean(), adam(0.01), codec=importable_parts.Halve(), cohort=0.5),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), pace=Bounded(0)),
     ],
     ids=lambda plan: repr(plan.local)[:8] + repr(plan.codec) + repr(plan.pace),
@@ -156,19 +156,19 @@ def test_one_actor_has_the_bits_of_one_process_under_every_pace(pace, alone):
 @pytest.mark.parametrize("numerics", ["lanes", "loop", "fused", COMPILED])
 def test_number_of_actors_and_chunks_change_no_bit(workers, chunk, numerics, mlp):
     task, data = replace(mlp.theirs.task, numerics=numerics), mlp.theirs.data
-    with Ray(task, data, workers, chunk, cpus=0.1) as engine:
+    with RayEngine(task, data, workers, chunk, cpus=0.1) as engine:
         assert len(set(engine.pids)) == workers
-        same(recipes.fedadam(), Both(engine, InProcess(task, data)))
+        same(recipes.fedadam(), Both(engine, InProcessEngine(task, data)))
 
 
 @pytest.mark.slow
 def test_contract_of_engines(cluster):
-    made: list[Ray] = []
+    made: list[RayEngine] = []
 
-    def make(task: Task, data: Clients) -> Ray:
+    def make(task: Task, data: Clients) -> RayEngine:
         for engine in made:
-            engine.close()  # one after the other is asked
-        made.append(Ray(task, data, workers=2, cpus=0.1))
+            engine.close()  # the contract checks one engine at a time
+        made.append(RayEngine(task, data, workers=2, cpus=0.1))
         return made[-1]
 
     check_engine(make)
@@ -182,12 +182,12 @@ def test_arrivals_of_two_actors_come_to_least_squares(pace, cluster):
     task = task_of(seeded(nn.Linear, 3, 1), data, "loop")
     x, y = data.take(data.order)
     best = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y).solution
-    rate = atoll.schedule.inverse(12.0, t0=60) if pace.flies_on else 0.2
-    plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=None if pace.flies_on else 2)
-    with Ray(task, data, workers=2, cpus=0.1) as engine:
+    rate = atoll.plan.schedule.inverse(12.0, t0=60) if pace.asynchronous else 0.2
+    plan = Plan(Gradient(), Mean(weights="equal"), sgd(rate), pace=pace, cohort=None if pace.asynchronous else 2)
+    with RayEngine(task, data, workers=2, cpus=0.1) as engine:
         state, reports = run(plan, engine, 100)
     assert far(state.model.theta, best) < 0.02
-    if pace.flies_on:
+    if pace.asynchronous:
         assert {0} < {int(s) for r in reports for s in r.clients["staleness"]}
 
 
@@ -195,12 +195,12 @@ def test_arrivals_of_two_actors_come_to_least_squares(pace, cluster):
 def test_a_run_on_ray_goes_on_in_this_process_and_the_other_way_round(cluster, tmp_path):
     data = atoll.data.load("digits").split(clients=6)
     plan = recipes.diloco(steps=3, batch=8)
-    told, there = {"numerics": "lanes", "report": False}, {"engine": "ray", "workers": 2, "cpus": 0.1}
+    told, there = {"numerics": "lanes", "report": False}, {"engine": "Ray(workers=2, cpus=0.1)"}
     whole = atoll.train("softmax", data, plan, rounds=4, out=tmp_path / "whole", **told)
     for first, then in ((there, {}), ({}, there)):
         half = atoll.train("softmax", data, plan, rounds=2, out=tmp_path / "halves", **told, **first)
         about = json.loads((half.path / "environment.json").read_text(encoding="utf-8"))
-        assert about["engine"] == first.get("engine", "inprocess")
+        assert about["engine"] == ("ray" if first else "inprocess")
         again = atoll.train("softmax", data, plan, rounds=4, resume=half.path, **told, **then)
         assert again.reports[-1].fingerprint == whole.reports[-1].fingerprint
         assert again.metrics == whole.metrics
@@ -214,8 +214,8 @@ def test_clients_that_fail_are_the_failures_of_one_process(cluster, mlp):
     x, y = mlp.theirs.data.rows.take(torch.arange(sum(SIZES)))
     x[mlp.theirs.data.order[int(mlp.theirs.data.offsets[3])]] = torch.inf
     broken = federation(x, y, SIZES)
-    with Ray(mlp.theirs.task, broken, workers=2, cpus=0.1) as engine:
-        both = Both(engine, InProcess(mlp.theirs.task, broken))
+    with RayEngine(mlp.theirs.task, broken, workers=2, cpus=0.1) as engine:
+        both = Both(engine, InProcessEngine(mlp.theirs.task, broken))
         same(Plan(Gradient(), Mean(), max_failed=0.5), both)
         _, (report,) = run(Plan(Gradient(), Mean(), max_failed=0.5), engine, 1)
         told = []
@@ -245,7 +245,7 @@ def test_a_client_that_kills_every_actor_is_a_failure_and_ends_a_run_that_allows
     crosses.touch()
     mined = deadly(mlp.theirs.data, crosses, times=100)
     plan = recipes.fedavg(lr=0.1, batch=4)
-    with Ray(mlp.theirs.task, mined, workers=2, cpus=0.1) as engine:
+    with RayEngine(mlp.theirs.task, mined, workers=2, cpus=0.1) as engine:
         _, (report,) = run(plan, engine, 1)
         assert [(f.client, f.stage) for f in report.failures] == [(2, "local")]
         assert "died" in report.failures[0].cause and report.arrived == len(SIZES) - 1
@@ -256,16 +256,16 @@ def test_a_client_that_kills_every_actor_is_a_failure_and_ends_a_run_that_allows
 
 @pytest.mark.slow
 def test_an_actor_that_ray_kills_in_mid_round_is_replaced(tmp_path, mlp):
-    def kill(engine: Ray, pid: int) -> None:
-        (hand,) = [hand for hand in engine._crew._hands if hand.pid == pid]
-        ray.kill(hand.line._actor)
+    def kill(engine: RayEngine, pid: int) -> None:
+        (worker,) = [worker for worker in engine._pool._workers if worker.pid == pid]
+        ray.kill(worker.connection._actor)
 
     struck(tmp_path, mlp, recipes.fedavg(lr=0.1, batch=4), kill, (here(),), workers=2, cpus=0.1)
 
 
 @pytest.mark.slow
 def test_actors_killed_between_rounds_are_replaced(mlp):
-    with Ray(mlp.theirs.task, mlp.theirs.data, workers=2, cpus=0.1) as engine:
+    with RayEngine(mlp.theirs.task, mlp.theirs.data, workers=2, cpus=0.1) as engine:
         for pid in engine.pids:
             os.kill(pid, signal.SIGKILL)
         same(recipes.fedavg(lr=0.1, batch=4), Both(engine, mlp.theirs))
@@ -281,12 +281,12 @@ def test_actors_killed_between_rounds_are_replaced(mlp):
     ],
 )
 def test_a_node_lost_in_mid_round_changes_no_bit(plan, workers, gpus, tmp_path, cluster, mlp):
-    """There is no room for all actors without it, so that one of them is there."""
+    """Without the third node there is no room for all actors, so one of them runs on it."""
     before = tuple(node["NodeID"] for node in ray.nodes() if node["Alive"])
     node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
     cluster.wait_for_nodes()
 
-    def lose(engine: Ray, pid: int) -> None:
+    def lose(engine: RayEngine, pid: int) -> None:
         cluster.remove_node(node, allow_graceful=False)
 
     try:
@@ -294,22 +294,22 @@ def test_a_node_lost_in_mid_round_changes_no_bit(plan, workers, gpus, tmp_path, 
     finally:
         if node in cluster.worker_nodes:
             cluster.remove_node(node)
-        cluster.wait_for_nodes()  # until everybody knows
+        cluster.wait_for_nodes()  # until all nodes know
 
 
 def here() -> str:
-    """The node that this program is connected to."""
+    """The node to which this program is connected."""
     return ray.get_runtime_context().get_node_id()
 
 
 def struck(tmp_path: Path, both: Both, plan: Plan, end, spared: tuple[str, ...], **room) -> None:
-    """The bits are those of one process when `end` strikes who is first at work on a node that is not spared."""
+    """Check that bits do not change if `end` hits the first actor that works on a node outside `spared`."""
     door, crosses = tmp_path / "door", tmp_path / "crosses"
     os.mkfifo(door)
     crosses.touch()
     data = both.theirs.data
-    mined = replace(data, rows=elsewhere.Knocking(data.rows, spared, 1, str(crosses), str(door)))
-    with Ray(both.theirs.task, mined, **room) as engine:
+    mined = replace(data, rows=importable_parts.Knocking(data.rows, spared, 1, str(crosses), str(door)))
+    with RayEngine(both.theirs.task, mined, **room) as engine:
         assert len(engine.pids) == engine.workers
         striker = threading.Thread(target=lambda: end(engine, int(door.read_text())), daemon=True)
         striker.start()
@@ -319,16 +319,16 @@ def struck(tmp_path: Path, both: Both, plan: Plan, end, spared: tuple[str, ...],
     assert crosses.stat().st_size == 1
 
 
-# room
+# resources
 
 
 @pytest.mark.slow
 def test_actors_share_a_gpu_that_only_pretends_to_be_one(cluster, mlp):
-    with Ray(mlp.theirs.task, mlp.theirs.data, cpus=0.1, gpus=0.5) as engine:
+    with RayEngine(mlp.theirs.task, mlp.theirs.data, cpus=0.1, gpus=0.5) as engine:
         assert engine.workers == 2
         same(recipes.fedavg(lr=0.1, batch=4), Both(engine, mlp.theirs), rounds=1)
     there_is_none = pytest.raises(UsageError, match="device = 'cuda'")
-    with Ray(mlp.theirs.task, mlp.theirs.data, 1, cpus=0.1, gpus=0.5, device="cuda") as engine, there_is_none:
+    with RayEngine(mlp.theirs.task, mlp.theirs.data, 1, cpus=0.1, gpus=0.5, device="cuda") as engine, there_is_none:
         run(recipes.fedavg(lr=0.1), engine, 1)
 
 
@@ -345,7 +345,7 @@ def test_actors_share_a_gpu_that_only_pretends_to_be_one(cluster, mlp):
 )
 def test_more_than_the_cluster_has_is_refused(settings, write, mlp):
     with pytest.raises(UsageError) as told:
-        Ray(mlp.theirs.task, mlp.theirs.data, **settings)
+        RayEngine(mlp.theirs.task, mlp.theirs.data, **settings)
     assert told.value.write == write
     assert ray.is_initialized()
 
@@ -353,9 +353,9 @@ def test_more_than_the_cluster_has_is_refused(settings, write, mlp):
 @pytest.mark.slow
 def test_actors_that_find_no_place_end_the_run(mlp):
     task, data = mlp.theirs.task, mlp.theirs.data
-    with Ray(task, data, workers=1, cpus=0.1, gpus=0.5) as first:
+    with RayEngine(task, data, workers=1, cpus=0.1, gpus=0.5) as first:
         first._ready()
-        with Ray(task, data, workers=2, cpus=0.1, gpus=0.5, patience_s=20.0) as second:
+        with RayEngine(task, data, workers=2, cpus=0.1, gpus=0.5, patience_s=20.0) as second:
             with pytest.raises(RunError, match="1 of 2 actors waited 20 s for a place") as told:
                 run(recipes.fedavg(lr=0.1), second, 1)
             assert told.value.write == "--workers 1"
@@ -365,14 +365,14 @@ def test_actors_that_find_no_place_end_the_run(mlp):
 
 
 def test_the_connection_of_the_program_stays(cluster, mlp):
-    engine = Ray(mlp.theirs.task, mlp.theirs.data, workers=1, cpus=0.1, address=cluster.address)
+    engine = RayEngine(mlp.theirs.task, mlp.theirs.data, workers=1, cpus=0.1, address=cluster.address)
     engine.close()
     engine.close()
     assert ray.is_initialized()
     with pytest.raises(UsageError, match="closed"):
         run(Plan(Gradient(), Mean()), engine, 1)
     with pytest.raises(UsageError, match="connected to Ray at"):
-        Ray(mlp.theirs.task, mlp.theirs.data, address="127.0.0.1:6")
+        RayEngine(mlp.theirs.task, mlp.theirs.data, address="127.0.0.1:6")
 
 
 @pytest.mark.slow
@@ -403,12 +403,12 @@ def test_the_command_line_runs_on_a_cluster(cluster, tmp_path, capsys):
     assert told[0] == told[1]
 
 
-# what crosses
+# serialization
 
 
 @pytest.mark.slow
 def test_code_that_is_here_alone_is_an_error_that_says_so(cluster):
-    """As where a node has another set of packages."""
+    """The error for code that this program can import and the nodes cannot."""
 
     class Local(nn.Linear):
         pass
@@ -419,7 +419,7 @@ def test_code_that_is_here_alone_is_an_error_that_says_so(cluster):
     sys.modules["only_here"].Local = Local
     try:
         task = task_of(seeded(Local, 4, 3), data, dtype=torch.float32)
-        with Ray(task, data, workers=1, cpus=0.1) as engine, pytest.raises(RunError, match="No module") as told:
+        with RayEngine(task, data, workers=1, cpus=0.1) as engine, pytest.raises(RunError, match="No module") as told:
             run(Plan(Gradient(), Mean()), engine, 1)
     finally:
         del sys.modules["only_here"]
@@ -441,5 +441,5 @@ def test_mapped_files_are_read_by_their_names(cluster, tmp_path):
     np.save(tmp_path / "x.npy", x.numpy())
     mapped = replace(data, rows=ArrayRows(np.load(tmp_path / "x.npy", mmap_mode="r"), y))
     task = task_of(seeded(nn.Linear, 4, 3), data, dtype=torch.float32)
-    with Ray(task, mapped, workers=1, cpus=0.1) as engine:
-        same(recipes.fedavg(lr=0.1, batch=4), Both(engine, InProcess(task, data)))
+    with RayEngine(task, mapped, workers=1, cpus=0.1) as engine:
+        same(recipes.fedavg(lr=0.1, batch=4), Both(engine, InProcessEngine(task, data)))

@@ -1,4 +1,4 @@
-"""The engine on Ray where there is no cluster yet: what is refused before one is asked, and what is left behind."""
+"""The engine on Ray without an existing cluster: refusals before a start, and cleanup after the end."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from torch import nn
 
 import atoll
 from atoll import recipes
+from atoll.base.errors import RunError, UsageError
 from atoll.cli.app import answer
-from atoll.engine import ray as module
-from atoll.engine.ray import Ray, laid, lying
-from atoll.errors import RunError, UsageError
+from atoll.engine import Ray
+from atoll.engine.spec import engine
+from atoll.engine.workers import ray as module
+from atoll.engine.workers.ray import RayEngine, from_buffers, to_buffers
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
 ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.timeout(400)
 
 @pytest.fixture()
 def strangers(monkeypatch):
-    """A program that is not connected."""
+    """A program that is not connected to Ray."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", lambda *a, **k: pytest.fail("Ray would have been started"))
@@ -45,15 +47,18 @@ def small() -> tuple:
     return task_of(seeded(nn.Linear, 4, 3), data, dtype=torch.float32), data
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"cpus": 0.0}, {"gpus": -1.0}, {"gpus": 1.5}, {"cpus": float("nan")}, {"device": "cuda"}],
-    ids=str,
-)
-def test_parts_of_a_machine_that_there_are_not_are_refused(settings):
+@pytest.mark.parametrize("fields", [{"cpus": 0.0}, {"gpus": -1.0}, {"gpus": 1.5}, {"cpus": float("nan")}], ids=str)
+def test_parts_of_a_machine_that_there_are_not_are_refused(fields):
+    with pytest.raises(UsageError, match="pus = ") as refusal:
+        Ray(**fields)
+    assert isinstance(engine(refusal.value.write), Ray)
+
+
+def test_a_gpu_that_no_actor_has_is_refused():
     data = atoll.data.load("digits").split(clients=4)
-    with pytest.raises(UsageError, match="pus = "):
-        atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="ray", **settings)
+    with pytest.raises(UsageError, match="device = 'cuda' with actors that have no GPU") as refusal:
+        atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="ray", device="cuda")
+    assert refusal.value.write == "--device cuda --gpus 1"
 
 
 @pytest.mark.parametrize(
@@ -69,14 +74,14 @@ def test_parts_of_a_machine_that_there_are_not_are_refused(settings):
 def test_an_address_where_nobody_answers_is_refused_within_seconds(address, words, strangers):
     began = time.monotonic()
     with pytest.raises(UsageError, match=words):
-        Ray(*small(), address=address)
+        RayEngine(*small(), address=address)
     assert time.monotonic() - began < 15
 
 
 def test_a_server_that_is_no_cluster_is_refused(strangers, monkeypatch):
     monkeypatch.setattr(module, "_REACH_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(UsageError, match="timed out"):
-        Ray(*small(), address=f"127.0.0.1:{mute.getsockname()[1]}")
+        RayEngine(*small(), address=f"127.0.0.1:{mute.getsockname()[1]}")
     monkeypatch.undo()
     with socket.create_server(("127.0.0.1", 0)) as web:
 
@@ -85,7 +90,7 @@ def test_a_server_that_is_no_cluster_is_refused(strangers, monkeypatch):
                 caller.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
         threading.Thread(target=refuse, daemon=True).start()
-        with pytest.raises(UsageError, match="something else"):
+        with pytest.raises(UsageError, match="not a Ray head node"):
             module._reach(f"127.0.0.1:{web.getsockname()[1]}")
 
 
@@ -94,7 +99,7 @@ def test_a_cluster_that_is_gone_is_refused_where_its_address_was_left(strangers,
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with pytest.raises(UsageError, match=r"No Ray cluster answers at 127\.0\.0\.1:1"):
-        Ray(*small(), address="auto")
+        RayEngine(*small(), address="auto")
 
 
 def test_a_ray_that_does_not_start_is_an_error_that_says_so(strangers, monkeypatch):
@@ -109,7 +114,7 @@ def test_a_ray_that_does_not_start_is_an_error_that_says_so(strangers, monkeypat
     monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     with pytest.raises(RunError, match="did not start on this machine: The current node timed out") as told:
-        Ray(*small())
+        RayEngine(*small())
     assert told.value.write == "--engine processes"
     assert not folders[0].exists()
 
@@ -118,11 +123,11 @@ def test_no_ray_and_an_old_one_are_refused(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ray, "__version__", "2.3.1")
         with pytest.raises(UsageError, match=r"Ray 2\.3\.1 is installed") as told:
-            Ray(*small())
+            RayEngine(*small())
         assert told.value.write == "pip install 'ray>=2.40'"
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match="not installed") as told:
-        Ray(*small())
+        RayEngine(*small())
     assert told.value.write == "pip install 'atoll[ray]'"
 
 
@@ -131,7 +136,7 @@ def test_the_command_line_refuses_what_it_cannot_reach(strangers, capsys, tmp_pa
     assert answer(words) == 2
     assert "Write: ray start --head --port 6379" in capsys.readouterr().err
     assert answer(["run", "--gpus", "1"]) == 2
-    assert "--engine ray" in capsys.readouterr().err
+    assert '--engine "Ray(gpus=1.0)"' in capsys.readouterr().err
 
 
 def test_what_an_actor_cannot_import_is_refused_before_anything_starts(strangers):
@@ -141,7 +146,7 @@ def test_what_an_actor_cannot_import_is_refused_before_anything_starts(strangers
     Notebook.__module__, Notebook.__qualname__ = "__main__", "Notebook"
     data = classification((3, 2))
     with pytest.raises(UsageError, match="from my_notebook import Notebook"):
-        Ray(task_of(seeded(Notebook, 4, 3), data, dtype=torch.float32), data)
+        RayEngine(task_of(seeded(Notebook, 4, 3), data, dtype=torch.float32), data)
 
 
 def test_tensors_lie_as_they_were():
@@ -152,8 +157,8 @@ def test_tensors_lie_as_they_were():
         "": torch.ones(3).t(),
     }
     for arrays in (lambda a: a, lambda a: [np.concatenate([[1], one])[1:].astype(np.uint8) for one in a]):
-        places, out = laid(told)
-        back = lying(places, arrays(out))
+        places, out = to_buffers(told)
+        back = from_buffers(places, arrays(out))
         assert back.keys() == told.keys()
         assert all(torch.equal(back[n], t) and back[n].dtype == t.dtype for n, t in told.items())
 
@@ -162,19 +167,19 @@ PROGRAM = """
 import sys, atoll
 data = atoll.data.load("digits").split(clients=20)
 plan, told = atoll.recipes.fedavg(lr=0.1), dict(rounds=10**6, numerics="fused")  # auto looks at the rounds
-training = atoll.rounds("softmax", data, plan, **told, engine="ray", workers=1, ADDRESS)
+training = atoll.rounds("softmax", data, plan, **told, engine=Ray(ADDRESS, workers=1))
 if __name__ == "__main__":
     for report in training:
         if report.round == 1:
             print(report.fingerprint, flush=True)
-            print(training.engine._office._end.peek()[2][1], *training.engine.pids, flush=True)
+            print(training.engine._transport._end.peek()[2][1], *training.engine.pids, flush=True)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
 def test_nothing_is_left_behind(sent):
-    """Of a cluster that the engine started: no process, and after Ctrl-C no file."""
+    """A cluster that the engine started leaves no process, and no file after Ctrl-C."""
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.replace("ADDRESS", "address=None")],
         stdout=subprocess.PIPE,
@@ -201,5 +206,5 @@ def test_nothing_is_left_behind(sent):
 
 def test_a_gpu_by_its_number_is_refused():
     data = atoll.data.load("digits").split(clients=4)
-    with pytest.raises(UsageError, match="device = 'cuda:1' with the engine ray"):
-        atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="ray", gpus=1.0, device="cuda:1")
+    with pytest.raises(UsageError, match="device = 'cuda:1' with the engine Ray"):
+        atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="Ray(gpus=1.0)", device="cuda:1")

@@ -1,4 +1,4 @@
-"""Under torchrun every plan comes to the bits of the engine in this process, and a rank that dies changes none."""
+"""Under torchrun every plan has the same bits as in one process, also if a rank dies and is restarted."""
 
 import json
 import os
@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from parity import ranks as theirs
-from thinned import only
+from quick_cases import only
 
 from atoll import recipes, rounds, runs
-from atoll.engine.inprocess import InProcess
-from atoll.engine.ranks import Ranks
-from atoll.engine.torchrun import agreed, alike
-from atoll.errors import RunError, UsageError
+from atoll.base.errors import RunError, UsageError
+from atoll.engine import RunOptions, Torchrun
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.ranks.process_group import ProcessGroup
 from atoll.plan.pace import Bounded, Buffered
-from atoll.plan.plan import Report
+from atoll.plan.round import Report
+from atoll.training.rounds import check_same, sync_report
 
 ROOT = Path(__file__).parents[2]
 RANKS = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -30,13 +31,13 @@ def environment():
 
 
 def torchrun(words, folder):
-    """Start ranks in a folder, by the line that people write."""
+    """Start ranks in a folder, with the command that users write."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
     return subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=110)
 
 
 def outcomes(folder, ranks, *which):
-    """What each rank wrote of the cases; where it is told to, the second one dies once on the way."""
+    """The results that each rank wrote. On request, the second rank dies once."""
     words = ["--max-restarts", "1", "--nproc-per-node", str(ranks), theirs.__file__, str(folder), *which]
     done = torchrun(words, folder)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -54,17 +55,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """Two ranks as torchrun starts them, but of one process that imported torch for both."""
+    """Two ranks as torchrun starts them, forked from one process that has imported torch."""
     line = [sys.executable, theirs.__file__, str(folder), "forked"]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr[-4000:]
     return written(folder, 2)
 
 
-# Importing torch is longer than all else, and torchrun, which starts every rank anew after a death, does it five times.
+# Importing torch takes most of the time. After a death, torchrun restarts all ranks, so it happens five times.
 @pytest.fixture(scope="module", params=only(["everybody lives"], ["everybody lives", "one dies"]))
 def lived(request, tmp_path_factory):
-    """How often ranks were started anew, what each wrote, and where."""
+    """The number of restarts, the results of each rank, and the folder."""
     if request.param == "everybody lives":
         return "0", request.getfixturevalue("two"), request.getfixturevalue("folder")
     grave = tmp_path_factory.mktemp("dying")
@@ -79,16 +80,16 @@ def clients():
 @pytest.mark.parametrize("case", theirs.quick(), ids=lambda case: case[0])
 def test_every_rank_comes_to_the_bits_of_one_process(case, two, clients):
     name, module, numerics, plan, words = case
-    alone = theirs.outcome(module, numerics, plan, clients, InProcess, **words)
+    alone = theirs.outcome(module, numerics, plan, clients, InProcessEngine, **words)
     for rank in two:
         assert rank[name] == alone
 
 
 @pytest.mark.parametrize("case", list(theirs.float_cases()), ids=lambda case: case[0])
 def test_gradients_are_added_up_within_the_backward_pass(case, two):
-    """To rounding what one process adds; the same bits at every rank, and the same words where a client fails."""
+    """The results equal those of one process up to rounding. All ranks have the same bits and the same failures."""
     name, module, plan, data = case
-    alone = theirs.floats(module, plan, data, InProcess)
+    alone = theirs.floats(module, plan, data, InProcessEngine)
     first, second = (rank[name] for rank in two)
     assert first == second
     assert first["told"] == alone["told"]
@@ -102,16 +103,16 @@ def test_gradients_are_added_up_within_the_backward_pass(case, two):
 def test_any_number_of_ranks_in_every_body(ranks, clients, tmp_path):
     each = outcomes(tmp_path, ranks, "all", "dies")
     for name, module, numerics, plan, words in theirs.cases():
-        alone = theirs.outcome(module, numerics, plan, clients, InProcess, **words)
+        alone = theirs.outcome(module, numerics, plan, clients, InProcessEngine, **words)
         assert [rank[name] for rank in each] == [alone] * ranks, name
 
 
 def test_a_rank_that_dies_changes_no_bit_and_no_row(lived, clients):
-    """The second rank was killed in round 3; torchrun started both anew, and they went on with the run of this job."""
+    """The second rank was killed in round 3. torchrun restarted both ranks, and they resumed the run of this job."""
     restarts, two, folder = lived
     assert [rank["run"]["restarts"] for rank in two] == [restarts] * 2
     (path,) = runs.list_runs(folder / "runs")
-    assert [rank["run"]["path"] for rank in two] == [path.name, None], "rank 0 alone writes"
+    assert [rank["run"]["path"] for rank in two] == [path.name, None], "only rank 0 writes"
     rows = runs.read_rows(path / "metrics.jsonl")
     alone = [r.fingerprint for r in rounds("mlp", clients, theirs.KILLED, rounds=6, numerics="loop")]
     assert [(row["round"], row["fingerprint"]) for row in rows] == list(enumerate(alone))
@@ -126,7 +127,7 @@ def test_the_model_of_rank_0_is_everybodys(two, clients):
 
 @pytest.mark.slow
 def test_the_line_to_write_works(tmp_path):
-    """`--engine torchrun` alone is refused with the line that starts it; the run it makes is that of one process."""
+    """`--engine torchrun` without torchrun is refused. The suggested command gives the same run as one process."""
     words = shlex.split(
         "run --data wine --clients 5 --rounds 2 --quiet --engine torchrun --out theirs --set report=false"
     )
@@ -153,7 +154,7 @@ def test_the_line_to_write_works(tmp_path):
     assert both[0] == both[1]
 
 
-# what is asked wrongly
+# bad input
 
 
 def refused(environ, monkeypatch, workers=None, backend="auto"):
@@ -162,7 +163,7 @@ def refused(environ, monkeypatch, workers=None, backend="auto"):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError) as caught:
-        Ranks.join(workers, backend)
+        ProcessGroup.join(workers, backend)
     return caught.value
 
 
@@ -185,44 +186,40 @@ def test_nccl_without_a_gpu(monkeypatch):
     assert "nccl" in str(error) and error.write == "--set backend=gloo"
 
 
-def test_unknown_backend(monkeypatch):
-    assert refused(RANKS, monkeypatch, backend="glo").write == "--set backend=auto"
-
-
 @pytest.mark.parametrize("pace", [Buffered(2), Bounded(1)], ids=repr)
 def test_a_pace_that_flies_on(pace, clients):
     plan = replace(recipes.fedavg(0.1, cohort=5), pace=pace)
     with pytest.raises(UsageError, match="Sync") as caught:
-        rounds("softmax", clients, plan, engine="torchrun")
+        Torchrun().check(RunOptions(plan=plan))
     assert caught.value.write == '--set "plan.pace=Sync()"'
 
 
-@pytest.mark.parametrize("told", [{"workers": 2}, {"workers": 0, "engine": "torchrun"}], ids=repr)
+@pytest.mark.parametrize("told", [{"workers": 2}, {"engine": "Torchrun(workers=0)"}], ids=repr)
 def test_workers_that_cannot_be(told, clients):
     with pytest.raises(UsageError, match="workers"):
         rounds("softmax", clients, recipes.fedavg(0.1), **told)
 
 
 class Two:
-    """Two ranks, of which this is one, and the other says what it is told to."""
+    """A fake group of two ranks: this one, and one that sends the values of `other`."""
 
-    first = True
+    primary = True
 
     def __init__(self, **other):
         self.other = other
 
-    def all(self, data):
+    def exchange(self, data):
         return [data, json.dumps({**json.loads(data), **self.other}).encode()]
 
 
 def test_ranks_of_other_data_are_refused():
-    alike(Two(), {"data": "a", "seed": 1})
+    check_same(Two(), {"data": "a", "seed": 1})
     with pytest.raises(UsageError, match="Rank 1 has another data than rank 0: b, and not a"):
-        alike(Two(data="b"), {"data": "a", "seed": 1})
+        check_same(Two(data="b"), {"data": "a", "seed": 1})
 
 
 def test_ranks_that_drift_apart_end_the_run():
     report = Report(7, {"loss": 0.1}, 2, 2, (), 0, 0, 1.5, "abc")
-    assert agreed(Two(seconds=9.0), report) == report, "what rank 0 says counts"
+    assert sync_report(Two(seconds=9.0), report) == report, "the report of rank 0 counts"
     with pytest.raises(RunError, match="After round 7 rank 1 has another model"):
-        agreed(Two(model="xyz"), report)
+        sync_report(Two(model="xyz"), report)

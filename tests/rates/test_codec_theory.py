@@ -1,4 +1,4 @@
-"""What theory says of each codec's error, on normal, log-normal and real updates."""
+"""Each codec has its theoretical error on normal, log-normal and real updates."""
 
 import math
 from functools import lru_cache
@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from atoll.base.random import Key, global_scope
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.quantize import Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
-from atoll.plan.codec.stage import Codec, arrived, flat
-from atoll.rng import Key, global_scope
+from atoll.plan.codec.stage import Codec, flat_layout, roundtrip
 
-# Published: mean square error of the unbiased quantiser, of |x|² (EDEN, DRIVE), by bits.
+# Published mean square error of the unbiased quantiser, relative to |x|², by bits (EDEN, DRIVE).
 UNBIASED = {1: 0.57080, 2: 0.13312, 3: 0.03578, 4: 0.009592, 5: 0.002511, 6: 0.000645}
 BITS = pytest.mark.parametrize("bits", UNBIASED)
 
@@ -53,20 +53,20 @@ def real(clients: int = 24) -> Tensor:
 
 
 def sent(codec: Codec, x: Tensor, round: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What arrives of each client's row, by itself."""
-    key, layout = Key(11).fold("round", round).of(torch.arange(len(x))), flat(x.shape[-1], dtype)
-    codec = codec.at(layout)
+    """Return each client's decoded row."""
+    key, layout = Key(11).fold("round", round).of(torch.arange(len(x))), flat_layout(x.shape[-1], dtype)
+    codec = codec.bind(layout)
     payload, side, *_ = codec.encode(x, {}, codec.server(layout), key)
-    return arrived(codec, payload, side, key)
+    return roundtrip(codec, payload, side, key)
 
 
 def error(codec: Codec, x: Tensor) -> float:
-    """Mean of |x̂ − x|²/|x|² over the rows."""
+    """Compute the mean of |x̂ − x|²/|x|² over the rows."""
     return float(((sent(codec, x) - x).double().square().sum(-1) / x.double().square().sum(-1)).mean())
 
 
 def bits_each(codec: Codec, d: int) -> float:
-    return codec.nbytes(flat(d)) * 8 / d
+    return codec.nbytes(flat_layout(d)) * 8 / d
 
 
 # ---- Eden
@@ -75,7 +75,7 @@ def bits_each(codec: Codec, d: int) -> float:
 @BITS
 @pytest.mark.parametrize("draw", [normal, log_normal], ids=["normal", "log-normal"])
 def test_eden_has_the_published_error(bits, draw):
-    """48 vectors of 10⁴: the standard error is below .2 %."""
+    """48 vectors of 10⁴ numbers: the standard error is below 0.2 %."""
     assert error(Eden(bits), draw(48, 10_000)) == pytest.approx(UNBIASED[bits], rel=0.02)
     assert bits_each(Eden(bits), 10_000) < bits + 0.02
 
@@ -106,7 +106,7 @@ def test_eden_has_the_published_error_at_length(bits, d, draw):
 )
 @pytest.mark.parametrize("n", [4, 64])
 def test_the_error_of_a_mean_falls_as_one_over_n(codec, one, n):
-    """Clients that all hold one vector, the hardest case: errors that were alike would not cancel."""
+    """All clients have the same vector, the hardest case: equal errors would not cancel."""
     x = normal(1, 10_000).expand(n, -1)
     mean = torch.stack([sent(codec, x, r).mean(0) for r in range(128 // n)])
     got = float(((mean - x[0]).double().square().sum(-1) / x[0].double().square().sum()).mean())
@@ -115,7 +115,7 @@ def test_the_error_of_a_mean_falls_as_one_over_n(codec, one, n):
 
 @pytest.mark.parametrize("bits", [1, 4])
 def test_below_a_bit_some_are_left_out(bits):
-    """RandomK(¼) >> Eden(b): (1 + 3)(1 + v) − 1 of the energy on average over rounds, at b/4 bits."""
+    """RandomK(¼) >> Eden(b) has error ((1 + 3)(1 + v) − 1)·|x|² on average over rounds, at b/4 bits per number."""
     codec = RandomK(0.25) >> Eden(bits)
     x = normal(1, 40_000)
     got = sum(float((sent(codec, x, r) - x).square().sum() / x.square().sum()) for r in range(24)) / 24
@@ -127,7 +127,7 @@ def test_below_a_bit_some_are_left_out(bits):
 
 
 def rounding_error(x: Tensor, levels: int, norm: Tensor) -> Tensor:
-    """(M/s)² Σ f(1 − f)/|x|², f the fraction of s|x|/M: the formula of stochastic rounding, for any x."""
+    """Compute the error of stochastic rounding for any x: (M/s)² Σ f(1 − f)/|x|², f the fractional part of s|x|/M."""
     f = (x.abs().double() * levels / norm) % 1
     return ((norm / levels) ** 2 * f * (1 - f)).sum() / x.double().square().sum()
 
@@ -159,7 +159,7 @@ def test_stochastic_rounding_has_the_error_of_its_formula(levels, draw):
     ids=repr,
 )
 def test_levels_have_the_published_errors(codec, d, expected):
-    """Published to two digits; the largest of 10⁴ numbers varies by 8 %, its square by 16 %, from vector to vector."""
+    """The errors are published to two digits. The maximum of 10⁴ numbers varies by 8 %, its square by 16 %."""
     many = 40 if d == 10**4 else 4
     assert error(codec, normal(many, d, 3)) == pytest.approx(expected, rel=0.06 if d == 10**4 else 0.08)
 
@@ -182,7 +182,7 @@ def test_top_k_has_the_published_errors_and_lengths(fraction, of_normal, of_lapl
     laplace = (-uniform.sign() * torch.log1p(-2 * uniform.abs())).float()
     assert error(TopK(fraction), normal(1, d)) == pytest.approx(of_normal, abs=1.5e-3)
     assert error(TopK(fraction), laplace) == pytest.approx(of_laplace, abs=2.5e-3)
-    # 32 bits a value and the entropy of which k of d; the places here take at most .6 bits each more than that.
+    # The minimum is 32 bits per value plus the entropy of k positions of d. Here a position uses at most 0.6 bits more.
     least = fraction * 32 - (fraction * math.log2(fraction) + (1 - fraction) * math.log2(1 - fraction))
     assert least == pytest.approx(entropy, abs=0.006)
     assert least <= bits_each(TopK(fraction), d) < 1.02 * least

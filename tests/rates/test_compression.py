@@ -1,4 +1,4 @@
-"""What the example on compression claims, on real pictures."""
+"""The claims of examples/compression.py hold on real images."""
 
 import re
 import runpy
@@ -14,7 +14,7 @@ ROW = re.compile(r"^ +(all|10%) +(\d+) +(none|compressed) +([\d.]+)% +([-+][\d.]
 
 
 def told(monkeypatch, capsys, *words: str) -> list[tuple[str, str, float, int]]:
-    """(who is at work, codec, points lost or won, how many times fewer bytes) of each row."""
+    """Return (participation, codec, difference in points, factor of fewer bytes) of each row of the output."""
     monkeypatch.setattr("sys.argv", ["compression.py", *words])
     runpy.run_path(str(EXAMPLE))["main"]()
     rows = ROW.findall(capsys.readouterr().out)

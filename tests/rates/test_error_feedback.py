@@ -1,7 +1,7 @@
-"""Error feedback does what its theory says, through the loop that every training runs.
+"""Error feedback converges as in theory, in the training loop of the package.
 
-    Jᵢ(θ) = ½ Σⱼ λᵢⱼ (θⱼ − aᵢⱼ)²,   J = mean of Jᵢ;   clients whose lowest points differ, so that no gradient of theirs
-    vanishes at the lowest point θ* of the mean
+    Jᵢ(θ) = ½ Σⱼ λᵢⱼ (θⱼ − aᵢⱼ)²,   J = mean of Jᵢ;   the clients' minima differ, so that no client's gradient
+    vanishes at the minimum θ* of J
 
 As a task: least squares over rows xⱼ = √(nλⱼ/2)·eⱼ, so that a client's (1/n) Σ (x·θ − y)² is its Jᵢ.
 """
@@ -16,23 +16,25 @@ from itertools import pairwise
 import pytest
 import torch
 from problems import federation, task_of
-from thinned import only
+from quick_cases import only
 from torch import nn
 
-from atoll.engine.inprocess import InProcess
-from atoll.engine.memory import Memory
+from atoll.base.random import Key
+from atoll.engine.client_state import Memory
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Codec, Entropy, Feedback, Identity, Quantize, Shift, Sign, TopK
+from atoll.plan.codec import EF21, Codec, Entropy, ErrorFeedback, Identity, Quantize, Sign, TopK
 from atoll.plan.local import Gradient
-from atoll.plan.optimizer import sgd
-from atoll.plan.part import Part
-from atoll.plan.plan import Plan, State, step
-from atoll.rng import Key
-from atoll.schedule import Schedule, inverse
+from atoll.plan.optimizer.rules import sgd
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Local
+from atoll.plan.round import bind, step
+from atoll.plan.schedule import Schedule, inverse
+from atoll.plan.state import State
 
 
 class Bowls:
-    """Clients with one quadratic each around 1, curvatures in [1 − bend/2, 1 + bend/2]."""
+    """One quadratic per client with a minimum near 1, curvatures in [1 − bend/2, 1 + bend/2]."""
 
     def __init__(self, clients: int, d: int, spread: float = 1.0, bend: float = 1.0) -> None:
         key = Key(21).of(torch.arange(clients))
@@ -43,13 +45,14 @@ class Bowls:
         data = federation(torch.diag_embed(root).view(-1, d), (root * lowest).flatten(), [d] * clients)
         module = nn.Linear(d, 1, bias=False)
         nn.init.zeros_(module.weight)
-        self.engine = InProcess(task_of(module, data), data)
+        self.engine = InProcessEngine(task_of(module, data), data)
 
     def distances(
         self, codec: Codec, lr: float | Schedule, rounds: Sequence[int], cohort: float | None = None, lost: float = 0.0
     ) -> list[float]:
-        """|θ − θ*|/|θ₀ − θ*| after so many rounds, θ₀ = 0."""
+        """Compute |θ − θ*|/|θ₀ − θ*| after the given rounds, θ₀ = 0."""
         plan = Plan(Lossy(lost) if lost else Gradient(), Mean(), sgd(lr), cohort=cohort, codec=codec, max_failed=1.0)
+        plan = bind(plan, self.engine)
         task, out, failed, asked = self.engine.task, [], 0, 0
         state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
         for r in range(1, max(rounds) + 1):
@@ -61,18 +64,18 @@ class Bowls:
         return out
 
     def gap(self, distance: float) -> float:
-        """The most that J can be above its least, for a distance."""
+        """Return the upper bound of J − J* for a distance."""
         return float(0.5 * self.curve.mean(0).max() * (distance * self.best.norm()) ** 2)
 
 
 @dataclass(frozen=True, repr=False)
-class Lossy(Part):
-    """Whole gradients, of which a fraction never arrives."""
+class Lossy(Local):
+    """Full gradients, of which a fraction never arrives."""
 
     fraction: float
 
-    def width(self, rows: int) -> int:
-        return Gradient().width(rows)
+    def padded_batch(self, rows: int) -> int:
+        return Gradient().padded_batch(rows)
 
     def contribute(self, broadcast, lanes, memory, key, task):
         contribution, after = Gradient().contribute(broadcast, lanes, memory, key, task)
@@ -81,34 +84,35 @@ class Lossy(Part):
         return contribution._replace(means={**contribution.means, "update": update}), after
 
 
-# ---- Feedback
+# ---- ErrorFeedback
 
 ONE = {TopK(0.1): 300, TopK(0.2) >> Quantize(8): 300, Sign(): 600}
 
 
 @pytest.mark.parametrize("inner", only([TopK(0.1)], ONE), ids=repr)
 def test_feedback_reaches_the_optimum_of_one_client_at_a_constant_step(inner):
-    """The gradient vanishes at θ*, and with it all that is kept."""
-    assert Bowls(1, 40).distances(Feedback(inner), 0.1, [ONE[inner]])[0] < 1e-6
+    """The gradient vanishes at θ*, and so does the stored error."""
+    assert Bowls(1, 40).distances(ErrorFeedback(inner), 0.1, [ONE[inner]])[0] < 1e-6
 
 
-@pytest.mark.slow  # that plain top-k stands still is shown below as well
+@pytest.mark.slow  # the stall of plain top-k is also tested below
 def test_top_k_alone_stalls_where_feedback_goes_on():
-    """At a constant step: alone it stays where the kept coordinates balance; with feedback as far as the step is."""
+    """At a constant step, plain top-k stalls where the sent coordinates balance; with feedback the error is O(step)."""
     four = Bowls(4, 20)
     before, after = four.distances(TopK(0.2), 0.2, [100, 200])
     assert after > 0.2 and after > 0.95 * before
-    (far,), (near,) = (four.distances(Feedback(TopK(0.2)), lr, [round(20 / lr)]) for lr in (0.2, 0.04))
+    (far,), (near,) = (four.distances(ErrorFeedback(TopK(0.2)), lr, [round(20 / lr)]) for lr in (0.2, 0.04))
     assert near < 0.35 * far and far < 0.5 * after
 
 
 @pytest.mark.parametrize("inner", only([TopK(0.5)], [TopK(0.5), TopK(0.5) >> Quantize(8)]), ids=repr)
 def test_the_distance_of_unlike_clients_falls_with_a_falling_step(inner):
-    """θ stays at about γ ē from a path that reaches θ*, and the mean memory ē does not grow: |θ − θ*| ~ γ ~ 1/t, and
-    J − J* ~ 1/t², below 1e-6 where plain top-k stands still.
+    """|θ − θ*| ~ γ ~ 1/t and J − J* ~ 1/t², below 1e-6; plain top-k stalls.
+
+    θ stays at a distance of about γ ē from a path that reaches θ*, and the mean memory ē does not grow.
     """
     four = Bowls(4, 10, spread=0.1, bend=0.2)
-    early, late = four.distances(Feedback(inner), inverse(4.0, t0=10), [75, 600])
+    early, late = four.distances(ErrorFeedback(inner), inverse(4.0, t0=10), [75, 600])
     assert math.log(late / early, 8) == pytest.approx(-1, abs=0.35)
     assert four.gap(late) < 1e-6
     assert four.distances(inner, inverse(4.0, t0=10), [150])[0] > 20 * late
@@ -117,15 +121,17 @@ def test_the_distance_of_unlike_clients_falls_with_a_falling_step(inner):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_feedback_reaches_the_optimum_of_unlike_clients_at_a_falling_step():
-    """To 1e-6 of the way. What is left is 0.4 · spread/t: for clients that differ by a hundredth of the way a matter
-    of 4,000 rounds, of 400,000 for those that differ by all of it.
+    """The error falls to 1e-6 of |θ₀ − θ*|.
+
+    The error is 0.4 · spread/t. Clients that differ by a hundredth of |θ₀ − θ*| need 4,000 rounds; clients that
+    differ by all of it need 400,000.
     """
     four = Bowls(4, 10, spread=0.01, bend=0.2)
-    assert four.distances(Feedback(TopK(0.5)), inverse(2.0, t0=5), [8000])[0] < 1e-6
+    assert four.distances(ErrorFeedback(TopK(0.5)), inverse(2.0, t0=5), [8000])[0] < 1e-6
     assert four.distances(TopK(0.5), inverse(2.0, t0=5), [1000])[0] > 1e-4
 
 
-# ---- Shift
+# ---- EF21
 
 WAYS = {"all": (None, 0.0, 0.3, 150), "lost": (None, 0.3, 0.3, 200), "part": (0.25, 0.0, 0.1, 600)}
 
@@ -134,21 +140,21 @@ WAYS = {"all": (None, 0.0, 0.3, 150), "lost": (None, 0.3, 0.3, 200), "part": (0.
 @pytest.mark.parametrize("way", only(["all", "lost"], WAYS))
 def test_a_shift_reaches_the_optimum_of_unlike_clients_at_a_constant_step(inner, way):
     cohort, lost, lr, rounds = WAYS[way]
-    assert Bowls(8, 20).distances(Shift(inner), lr, [rounds], cohort, lost)[0] < 1e-6
+    assert Bowls(8, 20).distances(EF21(inner), lr, [rounds], cohort, lost)[0] < 1e-6
 
 
 def test_a_shift_of_nothing_lost_is_plain_descent():
     four = Bowls(4, 20)
-    plain, shifted = (four.distances(codec, 0.3, [30])[0] for codec in (Identity(), Shift(Identity())))
+    plain, shifted = (four.distances(codec, 0.3, [30])[0] for codec in (Identity(), EF21(Identity())))
     assert shifted == pytest.approx(plain, rel=1e-9)
 
 
 def test_a_shift_falls_at_a_steady_rate():
-    """As many digits in the second forty rounds as in the first; what is compressed without loss changes nothing."""
+    """The second forty rounds gain the same number of digits as the first; lossless compression changes nothing."""
     eight = Bowls(8, 20)
     plain, packed = (
         eight.distances(codec, 0.3, [40, 80, 120])
-        for codec in (Shift(Identity() >> TopK(0.2)), Shift(Identity() >> TopK(0.2) >> Entropy()))
+        for codec in (EF21(Identity() >> TopK(0.2)), EF21(Identity() >> TopK(0.2) >> Entropy()))
     )
     first, second = (math.log(b / a) for a, b in pairwise(plain))
     assert plain == packed

@@ -1,4 +1,4 @@
-"""Measured convergence is the theory's (identity 7): on quadratics everything is known in closed form.
+"""Measured convergence equals theory (identity 7): on quadratics the rates are known in closed form.
 
     J(θ) = ½ Σ_j λ_j (θ_j − θ*_j)²,   μ = min λ,  L = max λ,  κ = L/μ
 
@@ -13,22 +13,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import federation, run, task_of
-from thinned import by_turns, only
+from quick_cases import by_turns, only
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.inprocess import InProcess
-from atoll.engine.memory import Memory
+from atoll.engine.client_state import Memory
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
-from atoll.plan.plan import Plan, State, step
-from atoll.plan.slots import Cohort
-from atoll.schedule import inverse
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort, Sampler
+from atoll.plan.round import bind, step
+from atoll.plan.schedule import inverse
+from atoll.plan.state import State
 
 
 def bowl(*clients):
-    """A federation with one quadratic a client, `(curvatures, lowest point)`, and its engine's parts."""
+    """A federation with one quadratic per client, `(curvatures, minimum)`, and its task and data."""
     x, y = [], []
     for curvature, lowest in clients:
         root = (torch.tensor(curvature, dtype=torch.float64) * len(curvature) / 2).sqrt()
@@ -40,12 +42,12 @@ def bowl(*clients):
 def engine_of(data, body="lanes"):
     module = nn.Linear(data.features[0], 1, bias=False)
     nn.init.zeros_(module.weight)
-    return InProcess(task_of(module, data, body), data)
+    return InProcessEngine(task_of(module, data, body), data)
 
 
 def path(plan, engine, rounds, start=None):
-    """θ before the first round and after each."""
-    model = engine.task.initial()
+    """Return θ before the first round and after each round."""
+    plan, model = bind(plan, engine), engine.task.initial()
     model = model if start is None else model._replace(theta=torch.tensor(start, dtype=torch.float64))
     state = State.first(plan, engine.task, 0, Memory(plan.memory(engine.task.layout)), model)
     out = [state.model.theta]
@@ -57,7 +59,7 @@ def path(plan, engine, rounds, start=None):
 
 @given(st.floats(1.5, 300.0), st.floats(1e-3, 1e3), st.sampled_from(["lanes", "loop"]))
 def test_gradient_descent_shrinks_the_error_by_kappa_minus_one_over_kappa_plus_one(kappa, low, body):
-    """With lr = 2/(μ + L) both ends of the spectrum shrink by this factor a step, and nothing shrinks slower."""
+    """With lr = 2/(μ + L) both ends of the spectrum shrink by this factor per step; no direction shrinks slower."""
     engine = engine_of(bowl(([low, low * math.sqrt(kappa), low * kappa], [0.0, 0.0, 0.0])), body)
     errors = path(recipes.gd(2 / (low + low * kappa)), engine, 12, [1.0, 1.0, -1.0])
     rate = (kappa - 1) / (kappa + 1)
@@ -74,14 +76,14 @@ def test_a_step_beyond_two_over_l_climbs():
 
 @pytest.mark.parametrize(("kappa", "body"), by_turns([10.0, 300.0], ["loop", "lanes"]))
 def test_the_heavy_ball_has_the_rate_of_the_root_of_kappa(body, kappa):
-    """Momentum at its best: error ~ t·((√κ−1)/(√κ+1))ᵗ. Polyak, 1964."""
+    """With optimal momentum, error ~ t·((√κ−1)/(√κ+1))ᵗ. Polyak, 1964."""
     a, b = 1.0, math.sqrt(kappa)
     optimizer = rules.sgd((2 / (a + b)) ** 2, momentum=((b - a) / (b + a)) ** 2)
     rounds = int(12 * b)
     engine = engine_of(bowl(([1.0, 3.0, kappa], [0.0, 0.0, 0.0])), body)
     errors = path(Plan(Gradient(), Mean(), optimizer), engine, rounds, [1.0, 1.0, 1.0]).norm(dim=1)
     rate = (b - 1) / (b + 1)
-    # The factor t of a double root: error/t falls by the rate itself.
+    # A double root adds the factor t, so error/t falls at exactly this rate.
     half = rounds // 2
     measured = float((errors[-1] / rounds) / (errors[half] / half)) ** (1 / (rounds - half))
     assert measured == pytest.approx(rate, rel=0.01 / b)
@@ -89,7 +91,7 @@ def test_the_heavy_ball_has_the_rate_of_the_root_of_kappa(body, kappa):
 
 
 def test_nesterov_needs_root_kappa_steps():
-    """With lr = 1/L and momentum (√κ−1)/(√κ+1) the error falls by 1 − 1/√κ a step, at least, in J."""
+    """With lr = 1/L and momentum (√κ−1)/(√κ+1), J falls by at least the factor 1 − 1/√κ per step."""
     kappa = 100.0
     momentum = (math.sqrt(kappa) - 1) / (math.sqrt(kappa) + 1)
     plan = Plan(Gradient(), Mean(), rules.sgd(1 / kappa, momentum=momentum, nesterov=True))
@@ -104,7 +106,7 @@ LOWS = ([1.0, -1.0], [0.0, 2.0], [-3.0, 0.5])
 
 
 def fixed_point(lr, steps, weights):
-    """Σ wᵢ(I − Mᵢ)(θ − θᵢ*) = 0 with Mᵢ = (I − lr Λᵢ)^steps, what `steps` local steps leave of a client's error."""
+    """Solve Σ wᵢ(I − Mᵢ)(θ − θᵢ*) = 0; `steps` local steps multiply a client's error by Mᵢ = (I − lr Λᵢ)^steps."""
     curves, lows = (torch.tensor(t, dtype=torch.float64) for t in (CURVES, LOWS))
     pull = torch.tensor(weights, dtype=torch.float64)[:, None] * (1 - (1 - lr * curves) ** steps)
     return (pull * lows).sum(0) / pull.sum(0)
@@ -118,7 +120,7 @@ FIXED = [
 
 
 def rounds_for(lr, steps, share=(1, 1, 1)):
-    """Enough for 12 digits: a round multiplies what is left by the mean of (1 − lr λ)^steps."""
+    """Return enough rounds for 12 digits: a round multiplies the error by the mean of (1 − lr λ)^steps."""
     left = (1 - lr * torch.tensor(CURVES)) ** steps
     slowest = float((torch.tensor(share)[:, None] * left).sum(0).max() / sum(share))
     return math.ceil(math.log(1e-12) / math.log(slowest)) + 3
@@ -126,8 +128,8 @@ def rounds_for(lr, steps, share=(1, 1, 1)):
 
 @pytest.mark.parametrize(("steps", "weights", "body"), FIXED)
 def test_fedavg_on_unlike_clients_comes_to_its_own_fixed_point(body, weights, steps):
-    """Not the lowest point of the mean: with many local steps it drifts to the mean of the clients' lowest points."""
-    # Client 1 holds its rows three times: three times the weight, the same quadratic.
+    """This is not the minimum of the mean: with many local steps it drifts to the mean of the clients' minima."""
+    # Client 1 has three copies of its rows: three times the weight, the same quadratic.
     data = bowl(*zip(CURVES, LOWS, strict=True))
     order = torch.tensor([0, 1, 2, 3, 2, 3, 2, 3, 4, 5])
     data = federation(data.rows.x, data.rows.y, [2, 6, 2], order)
@@ -149,7 +151,7 @@ def test_fedavg_on_unlike_clients_comes_to_its_own_fixed_point(body, weights, st
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_fedavg_approaches_its_fixed_point_at_the_rate_of_the_mean_map(steps):
-    """θ − θ∞ is multiplied by Σ wᵢ (I − lr Λᵢ)^steps each round, coordinate by coordinate."""
+    """Each round multiplies θ − θ∞ by Σ wᵢ (I − lr Λᵢ)^steps, coordinate by coordinate."""
     data = bowl(*zip(CURVES, LOWS, strict=True))
     lr = 0.1
     errors = path(Plan(Train(rules.sgd(lr), steps=steps), Mean()), engine_of(data), 8) - fixed_point(
@@ -171,7 +173,7 @@ def test_the_servers_rate_scales_the_step_and_moves_no_fixed_point(server_lr):
 
 @pytest.mark.slow
 def test_a_falling_local_rate_takes_the_drift_away():
-    """The drift is proportional to lr: with lr = c/(t + t₀) FedAvg comes to the lowest point of the mean."""
+    """The drift is proportional to lr: with lr = c/(t + t₀) FedAvg converges to the minimum of the mean."""
     data = bowl(*zip(CURVES, LOWS, strict=True))
     curves, lows = (torch.tensor(t, dtype=torch.float64) for t in (CURVES, LOWS))
     lowest = (curves * lows).sum(0) / curves.sum(0)
@@ -181,15 +183,15 @@ def test_a_falling_local_rate_takes_the_drift_away():
     assert (falling - lowest).norm() < 0.2 * (constant - lowest).norm()
 
 
-class Half:
-    """Every second client by turns: what an unlucky sampler does."""
+class Half(Sampler):
+    """Alternate between the two halves of the clients, like an unlucky sampler."""
 
     def __call__(self, population, round, key):
         return Cohort(torch.arange(round % 2, population.clients, 2), torch.tensor(0.5))
 
 
 def test_one_step_of_some_clients_has_the_mean_of_everyones():
-    """Over the two halves of the clients, one step of size lr each from the same θ: their mean is everyone's step."""
+    """The two halves of the clients make one step each from the same θ: their mean is the step of all clients."""
     clients = [(c, low) for c, low in zip((*CURVES, [1.0, 1.0]), (*LOWS, [0.2, 0.3]), strict=True)]
     data = bowl(*clients)
     engine, start = engine_of(data), torch.tensor([0.7, -0.4], dtype=torch.float64)

@@ -1,7 +1,8 @@
-"""The command line: what it prints where, its exit codes, and everything that it refuses."""
+"""The command line: output streams, exit codes, and all refusals."""
 
 import ast
 import importlib.metadata
+import inspect
 import json
 import os
 import resource
@@ -16,27 +17,27 @@ import numpy as np
 import pytest
 
 from atoll import runs
+from atoll.base.errors import AtollError
 from atoll.cli import main
 from atoll.cli.app import app
-from atoll.cli.spoken import as_flags
-from atoll.errors import AtollError
-from atoll.plan.plan import step
+from atoll.cli.error_text import as_flags
+from atoll.plan.round import step
 
 
 def base(**told):
-    """The flags of a quick run, some of them told otherwise."""
+    """The flags of a quick run; arguments replace or add flags."""
     values = {"data": "diabetes", "model": "linear", "recipe": "distributed_gd(0.1)", "clients": 5, **told}
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def quick(**told):
-    """The flags of a quick run that says nothing on its way."""
+    """The flags of a quick run without progress output."""
     return [*base(**{"rounds": 2, **told}), "--quiet"]
 
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
-    """A folder and an environment of its own; no pictures, which take a second."""
+    """Each test has its own folder and environment. Plots are off, because they take a second."""
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
         if name.startswith("ATOLL_"):
@@ -58,7 +59,7 @@ def atoll(capsys):
 
 @pytest.fixture
 def refused(atoll):
-    """Run a command that must be refused in one clear text on stderr, with nothing on stdout."""
+    """Run a command that must be refused by one error on stderr, with nothing on stdout."""
 
     def call(*words, code=2, parts=()):
         done = atoll(*words)
@@ -76,7 +77,7 @@ def only_run():
     return path
 
 
-# Answers at once
+# Commands that answer at once
 
 
 @pytest.mark.parametrize("words", [["--version"], ["--help"], ["run", "--help"], ["--install-completion", "--help"]])
@@ -93,7 +94,7 @@ def test_torch_is_not_imported_for_a_quick_answer(words):
 
 
 def test_rounds_import_nothing_heavy(tmp_path):
-    """Of torch neither the compiler nor what it reasons about shapes with, and no library of plots or of data sets."""
+    """A run imports neither torch's compiler nor sympy, and no library for plots or data sets."""
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 5), np.float32))
     np.save(tmp_path / "y.npy", np.arange(40) % 2)
     words = ["run", "--data", ".", "--clients", "4", "--model", "softmax", "--rounds", "2", "--set", "report=false"]
@@ -149,7 +150,7 @@ def test_run_prints_the_result_on_stdout_and_progress_on_stderr(atoll):
     assert done.code == 0
     path = only_run()
     for part in (
-        "done: 2 rounds",
+        "done: Finished 2 rounds",
         "federated",
         "pooled",
         "local only",
@@ -195,10 +196,10 @@ def test_seeds_give_mean_and_sd(atoll):
 
 def test_smoke_tries_every_stage_and_leaves_nothing(atoll, monkeypatch):
     monkeypatch.setenv("ATOLL_REPORT", "1")
-    monkeypatch.setattr("atoll.report.canvas.DPI", 40)
+    monkeypatch.setattr("atoll.report.figures.DPI", 40)
     done = atoll("run", *quick(), "--smoke", "--baselines")
     assert done.code == 0
-    for stage in ("a round", "an evaluation", "a checkpoint", "going on", "the report", "the baselines"):
+    for stage in ("a round", "an evaluation", "a checkpoint", "resuming", "the report", "the baselines"):
         assert f"{stage}" in done.out
     assert list(Path().iterdir()) == []
 
@@ -209,7 +210,7 @@ def test_stop_rules_end_a_run(atoll):
     assert "bytes" in told["reason"]
 
 
-# Who says it
+# Sources of settings
 
 
 def test_flags_win_over_set_over_environment_over_file(atoll, monkeypatch):
@@ -257,6 +258,16 @@ def test_runs_show_and_ids(atoll):
     assert json.loads(atoll("show", "latest", "--json").out) == brief | {"path": str(path.resolve())}
 
 
+def test_show_why_prints_the_reason_for_the_backend(atoll):
+    done = atoll("run", *quick())
+    about = json.loads((only_run() / "environment.json").read_text(encoding="utf-8"))
+    assert about["why"] and about["why"] not in done.err
+    assert atoll("show", "latest", "--why").out == f"numerics  {about['numerics']}: {about['why']}\n"
+    backend = {"numerics": about["numerics"], "why": about["why"]}
+    assert json.loads(atoll("show", "latest", "--why", "--json").out) == backend
+    assert "--why" in atoll("show", "--help").out
+
+
 def test_resume_goes_on_to_more_rounds_and_keeps_them(atoll):
     assert atoll("run", *quick()).code == 0
     done = atoll("resume", "latest", "--rounds", "4", "--json", "--quiet")
@@ -296,7 +307,7 @@ def test_the_other_commands_reach_their_tools(atoll, monkeypatch):
         "compare": {"compare": tool("compare")},
         "replay": {"replay": tool("replay")},
         "export": {"export": tool("export")},
-        "lr": {"find": tool("lr", suggestion=0.1, plot=Path("lr.png"))},
+        "lr": {"find_rate": tool("lr", suggestion=0.1, plot=Path("lr.png"))},
         "doctor": {"examine": lambda: [SimpleNamespace(name="python", ok=True, text="3.11", fix=""), fix]},
     }.items():
         monkeypatch.setitem(sys.modules, f"atoll.tools.{name}", SimpleNamespace(**functions))
@@ -318,7 +329,7 @@ def test_the_other_commands_reach_their_tools(atoll, monkeypatch):
     assert "Write: pip install torch" in done.out
 
 
-# Bad input: exit 2, one text
+# Bad input: exit 2, one error
 
 
 @pytest.mark.parametrize(
@@ -429,7 +440,7 @@ def test_code_of_a_run_folder_is_not_imported(refused, atoll, tmp_path, monkeypa
     assert atoll("resume", "latest", "--rounds", "3", "--quiet", "--trust").code == 0
 
 
-# Bad input about runs: what was written stays
+# Bad input about runs: files that exist stay
 
 
 def snapshot(path):
@@ -439,7 +450,7 @@ def snapshot(path):
 
 def test_a_run_of_another_version_exits_2_and_stays(refused, atoll, monkeypatch):
     with monkeypatch.context() as past:
-        past.setattr(runs, "versions", lambda: {"atoll": "0.1.0", "torch": "1.0.0"})
+        past.setattr("atoll.runs.folder.library_versions", lambda: {"atoll": "0.1.0", "torch": "1.0.0"})
         atoll("run", *quick())
     path = only_run()
     before = snapshot(path)
@@ -463,7 +474,7 @@ def test_other_data_on_resume_exits_2_and_stays(refused, atoll):
 def test_a_folder_in_use_exits_2_and_stays(refused, atoll):
     atoll("run", *quick())
     before = snapshot(only_run())
-    folder = runs.Folder.open(only_run())
+    folder = runs.RunFolder.open(only_run())
     try:
         refused("resume", "latest", "--rounds", "3", "--quiet", parts=("in use by another process",))
     finally:
@@ -507,7 +518,7 @@ def test_traceback_is_shown_on_demand(atoll, monkeypatch):
 
 
 def went_on(atoll, out):
-    """What an interrupted command told is what is in its folder, and another command goes on from there."""
+    """The output of an interrupted command agrees with its run folder, and another command resumes from it."""
     told = json.loads(out)
     assert told["status"] == "interrupted"
     rows = runs.read_rows(only_run() / "metrics.jsonl")
@@ -518,7 +529,7 @@ def went_on(atoll, out):
 
 
 def test_first_interrupt_finishes_the_round(atoll, monkeypatch):
-    """In the middle of the third round, which counts."""
+    """Ctrl-C in the middle of the third round; this round still counts."""
     begun = []
 
     def interrupted(plan, state, engine):
@@ -528,7 +539,7 @@ def test_first_interrupt_finishes_the_round(atoll, monkeypatch):
         return step(plan, state, engine)
 
     with monkeypatch.context() as patch:
-        patch.setattr("atoll.training.step", interrupted)
+        patch.setattr("atoll.training.rounds.step", interrupted)
         done = atoll("run", *quick(rounds=100), "--json")
     assert done.code == 130, done.err
     assert begun == [0, 1, 2]
@@ -592,3 +603,11 @@ def test_output_that_nobody_reads_is_no_error(atoll):
 def test_python_about_data_is_said_as_flags(write, flags):
     text = as_flags(AtollError("No.", write=write))
     assert text == str(AtollError("No.", write=write if flags is None else flags))
+
+
+def test_shared_options_of_commands_are_declared_once():
+    """Each command uses the declaration in cli/options.py or cli/flags.py."""
+    shared = {"out": "Out", "as_json": "Json", "quiet": "Quiet", "trust": "Trust", "flags": "ExperimentFlags"}
+    commands = [inspect.unwrap(app[name].default_command) for name in app if not name.startswith("-")]
+    found = [item for command in commands for item in command.__annotations__.items() if item[0] in shared]
+    assert set(found) == set(shared.items()) and len(found) > 3 * len(shared)

@@ -1,12 +1,12 @@
-"""What the pages say is true: code runs and prints what is shown, commands parse, links lead somewhere.
+"""The pages are correct: code runs and prints the shown output, commands parse, and links have a target.
 
-A page is README.md, ARCHITECTURE.md or a file of docs/. A block is what stands between fences, and its word says what
-it is:
+A page is README.md, ARCHITECTURE.md or a file of docs/. A block is the text between fences. The word after the fence
+determines the check:
 
-    python      is run, all blocks of a page in order, in one namespace and an empty working folder; but not the block
-                that quotes `step`, which has a test of its own
-    text        right behind a python block, it is what that block printed; `…` stands for anything
-    sh          every `atoll` and `make` command in it exists, and takes what is written
+    python      all blocks of a page run in order, in one namespace and an empty working folder. The block that quotes
+                `step` is an exception and has its own test
+    text        directly after a python block: the output of that block; `…` matches any text
+    sh          every `atoll` and `make` command in it exists and accepts its arguments
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import pytest
 import atoll
 from atoll import report
 from atoll.cli.app import app
-from atoll.plan.names import PARTS
-from atoll.plan.plan import step
+from atoll.plan.registry import PARTS
+from atoll.plan.round import step
 from atoll.recipes import RECIPES
-from atoll.report import canvas
+from atoll.report import figures
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").glob("*.md")])
@@ -40,7 +40,7 @@ QUOTED = "def step("
 
 
 class Block(NamedTuple):
-    """What stands between two fences: its word, its text, its first line, and whether another is right before it."""
+    """A fenced block: its word, its text, its first line, and whether another block is directly before it."""
 
     word: str
     code: str
@@ -63,7 +63,7 @@ def named(pages: list[Path], slow: Collection[str] = ()) -> dict[str, list]:
 
 
 RUN = [page for page in PAGES if any(block.word == "python" for block in blocks(page))]
-LONG = {"asynchrony.md", "compression.md", "formula.md", "models.md", "runs.md"}  # pages that train much
+LONG = {"asynchrony.md", "compression.md", "formula.md", "models.md", "runs.md"}  # pages with long training
 TYPED = [page for page in PAGES if any(block.word == "sh" for block in blocks(page))]
 
 
@@ -76,11 +76,11 @@ def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for variable in ("ATOLL_DATA", "ATOLL_DATASET", "ATOLL_OUT"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(canvas, "DPI", 40)  # pictures of few dots are drawn sooner
+    monkeypatch.setattr(figures, "DPI", 40)  # few dots, so that plots are drawn faster
     draw, drawn = report.draw, []
 
     def once(folder, data=None):
-        """The report of a page's first run; that any run can be drawn has tests of its own."""
+        """Draw only the report of a page's first run; other tests check that any run can be drawn."""
         if not drawn:
             draw(folder, data)
         drawn.append(folder)
@@ -92,7 +92,7 @@ def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
         if word == "python" and not code.startswith(QUOTED):
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
-                # Blank lines in front, so that a traceback shows the line of the page.
+                # Blank lines before the code, so that a traceback shows the line of the page.
                 exec(compile("\n" * line + code, str(page), "exec"), space)
             printed = output.getvalue()
         elif word == "text" and behind and printed:
@@ -110,7 +110,7 @@ def test_every_page_of_the_manual_is_found():
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The commands of a shell block, word by word: without comments, variables in front, and what a pipe does next."""
+    """The commands of a shell block as lists of words, without comments, leading variables and pipes."""
     for line in text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&>")
         lexer.whitespace_split = True
@@ -127,7 +127,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def check_command(words: list[str]) -> None:
-    """Refuse a command of atoll or of make that does not exist, or that does not take what is written."""
+    """Refuse a command of atoll or make that does not exist or does not accept its arguments."""
     if words[0] == "make":
         verbs = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
         assert set(words[1:]) <= set(verbs), words
@@ -157,7 +157,7 @@ def test_commands_are_taken(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", **named(PAGES))
 def test_commands_in_the_text_exist(page):
-    """`atoll word --flag` between backticks: such a command, and such a flag of it."""
+    """`atoll word --flag` in backticks: the command and its flag exist."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for span in re.findall(r"`(atoll [a-z][^`\n]*)`", text):
         words = span.split()[1:]
@@ -188,11 +188,11 @@ def test_wrong_lines_are_found(line):
         check_command(line.split())
 
 
-# what a page quotes
+# Quoted source code
 
 
 def without_docstring(function) -> str:
-    """The source of a function, its docstring and nothing else left out."""
+    """The source of a function without its docstring."""
     source = inspect.getsource(function)
     first = ast.parse(source).body[0].body[0]
     assert isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
@@ -201,7 +201,7 @@ def without_docstring(function) -> str:
 
 
 def test_readme_shows_step_verbatim():
-    """One block of the README is `atoll.plan.plan.step`, character by character, its docstring left out."""
+    """One block of the README equals `atoll.plan.round.step`, character by character, without its docstring."""
     shown = [block.code for block in blocks(ROOT / "README.md") if block.code.startswith(QUOTED)]
     assert shown == [without_docstring(step)]
 
@@ -223,11 +223,11 @@ def test_decisions_are_in_the_manual():
     assert not [file.name for file in (ROOT / "decisions").glob("*.md") if file.name not in text]
 
 
-# what a page points to
+# Links and paths
 
 
 def test_guards_of_the_invariants_exist():
-    """Every file or folder between backticks in the column of guards; a bare name lies beside the one before it."""
+    """Every path in backticks in the column of guards exists; a bare name is in the folder of the previous path."""
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     table = text.partition("| invariant | guard |")[2].partition("\n\n")[0]
     missing = []

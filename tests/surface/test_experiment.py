@@ -1,4 +1,4 @@
-"""An experiment as values, as a TOML file, as --set and as environment; and who may name code."""
+"""Sources of an experiment: values, a TOML file, --set and the environment. Also which of them may name code."""
 
 import dataclasses
 import os
@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import atoll
-from atoll.errors import UsageError
-from atoll.experiment import Experiment
-from atoll.experiment.texts import toml
-from atoll.plan.optimizer import adam
+from atoll.base.errors import UsageError
+from atoll.plan.optimizer.rules import adam
 from atoll.plan.sampler import Uniform
+from atoll.training.experiment import Experiment
+from atoll.training.setting_texts import toml
 
 QUICK = {"data": "diabetes", "model": "linear", "recipe": "distributed_gd(0.1)", "clients": 5, "rounds": 2}
 
@@ -40,11 +40,11 @@ def refused(call, *parts):
     return caught.value
 
 
-# What it means
+# Meaning
 
 
 def test_defaults_are_the_demonstration():
-    it = Experiment().settled()
+    it = Experiment().resolved()
     assert (it.dataset, it.clients, it.split, it.model, it.rounds) == ("digits", 100, "Dirichlet(0.3)", "mlp", 100)
     assert it.plan() == atoll.recipes.fedavg(lr=0.5, batch=10)
     data = it.data()
@@ -59,23 +59,23 @@ def test_defaults_are_the_demonstration():
     [("diabetes", 35, "IID()"), ("wine", 14, "Dirichlet(0.3)"), ("breast_cancer", 45, "Dirichlet(0.3)")],
 )
 def test_what_is_left_open_is_settled_by_the_data(data, clients, split):
-    it = Experiment().told(data=data).settled()
+    it = Experiment().override(data=data).resolved()
     assert (it.clients, it.split) == (clients, split)
     assert it.data().count == clients
 
 
 def test_natural_clients_are_taken_where_there_are_any():
     rows = "\n".join(f"{i},{'abc'[i % 3]},{i % 7}.5" for i in range(60))
-    it = Experiment().told(data=written(f"x,site,y\n{rows}\n", "sites.csv"), by="site", target="y").settled()
+    it = Experiment().override(data=written(f"x,site,y\n{rows}\n", "sites.csv"), by="site", target="y").resolved()
     assert (it.clients, it.split) == (3, "ByColumn()")
     assert it.data().names == ("a", "b", "c")
     assert Path(it.dataset).is_absolute(), "a run goes on from any folder"
 
 
 def test_settled_twice_is_settled_once():
-    it = Experiment().told(data="wine").settled()
-    assert it.settled() == it
-    assert it.settled().source is it.source
+    it = Experiment().override(data="wine").resolved()
+    assert it.resolved() == it
+    assert it.resolved().source is it.source
 
 
 def test_slots_are_replaced_then_their_fields():
@@ -85,13 +85,22 @@ def test_slots_are_replaced_then_their_fields():
     assert plan.local == atoll.recipes.fedavg(lr=0.5, batch=10).local
 
 
+@pytest.mark.parametrize("first", ["codec", "aggregator"])
+def test_slots_change_at_once(first):
+    """Two parts that exclude each other change together, in either order. The plan between them is never checked."""
+    both = {"codec": "EF21(TopK(0.1))", "aggregator": 'Mean("equal")'}
+    second = next(slot for slot in both if slot != first)
+    before = Experiment().override(recipe="Plan(Gradient(), Sum())", **{f"plan.{s}": both[s] for s in (first, second)})
+    assert repr(before.plan()) == "Plan(Gradient(), aggregator=Mean('equal'), codec=EF21(TopK(0.1)))"
+
+
 def test_a_whole_plan_can_be_written():
     plan = atoll.recipes.fedadam(lr=0.1, cohort=3)
-    assert Experiment().told(recipe=repr(plan)).plan() == plan
+    assert Experiment().override(recipe=repr(plan)).plan() == plan
 
 
 def test_module_is_the_model_before_the_first_round():
-    it = Experiment().told(**QUICK, seed=3, dtype="float64")
+    it = Experiment().override(**QUICK, seed=3, dtype="float64")
     training = it.training()
     module = it.module()
     assert all(p.dtype == torch.float64 for p in module.parameters())
@@ -100,7 +109,7 @@ def test_module_is_the_model_before_the_first_round():
 
 
 def test_train_takes_everything_that_was_told():
-    it = Experiment().told(**QUICK, seed=1, dtype="float64", evaluate_every=2, stop=("Tolerance(loss=1.0)",))
+    it = Experiment().override(**QUICK, seed=1, dtype="float64", evaluate_every=2, stop=("Tolerance(loss=1.0)",))
     seen = []
 
     class Watcher:
@@ -113,7 +122,7 @@ def test_train_takes_everything_that_was_told():
         def end(self, run):
             seen.append(run.status)
 
-    run = it.train(out=None, watchers=[Watcher()])
+    run = it.train(out=None, observers=[Watcher()])
     settings = seen[0]
     assert (settings.rounds, settings.seed, settings.dtype, settings.evaluate_every) == (2, 1, "float64", 2)
     assert [repr(rule) for rule in settings.stop] == ["Tolerance(loss=1.0)"]
@@ -125,10 +134,10 @@ def test_train_takes_everything_that_was_told():
 
 
 def test_config_of_a_run_reads_back_equal():
-    it = Experiment().told(**QUICK, report=False).with_settings({"plan.max_failed": "0.25", "plan.cohort": "3"})
+    it = Experiment().override(**QUICK, report=False).with_settings({"plan.max_failed": "0.25", "plan.cohort": "3"})
     run = it.train()
     config = run.path / "config.toml"
-    assert Experiment.read(config) == it.settled()
+    assert Experiment.read(config) == it.resolved()
     assert Experiment.read(run.path) == Experiment.read(config)
     assert Experiment.read(config).plan() == it.plan()
 
@@ -154,9 +163,9 @@ def test_every_setting_is_written():
     values = {
         f.name: {bool: True, int: 3, float: 0.5}.get(type(f.default), "x")
         for f in dataclasses.fields(Experiment)
-        if f.name not in ("overrides", "untrusted")
+        if f.name not in ("overrides", "engine_fields", "untrusted")
     }
-    values |= {"stop": ("x",), "metrics": ("x",), "clients": 3, "chunk": 3, "workers": 3}
+    values |= {"stop": ("x",), "metrics": ("x",), "clients": 3, "chunk": 3}
     it = Experiment(**values)
     assert Experiment.read(written(it.toml())) == it
 
@@ -200,7 +209,7 @@ def test_bad_files_are_refused(text, parts):
 def test_missing_and_unreadable_files_are_refused():
     refused(lambda: Experiment.read("absent.toml"), "absent.toml cannot be read", "No such file")
     Path("latin.toml").write_bytes(b"data = '\xe9'")
-    refused(lambda: Experiment.read("latin.toml"), "no UTF-8")
+    refused(lambda: Experiment.read("latin.toml"), "not UTF-8")
     refused(lambda: Experiment.read(written("[tool.other]\n", "pyproject.toml")), "no section [tool.atoll]")
 
 
@@ -233,7 +242,7 @@ def test_bad_settings_are_refused(settings, parts):
         ({"split": "Dirichlett(0.3)"}, "data", ("'Dirichlett'", "Write: Dirichlet")),
         ({"data": "digitss"}, "data", ("'digitss'", "Write: digits")),
         ({"data": "absent.csv"}, "data", ("absent.csv",)),
-        ({"clients": 5000}, "data", ("5000", "each row is in exactly one client")),
+        ({"clients": 5000}, "data", ("5000", "each row belongs to exactly one client")),
         ({"model": "mpl"}, "module", ("'mpl'", "Write: mlp")),
         ({"engine": "inproces"}, "training", ("'inproces'", "Write: inprocess")),
         ({"stop": ("Patience('accuracy', 0)",)}, "training", ("Patience",)),
@@ -242,7 +251,7 @@ def test_bad_settings_are_refused(settings, parts):
     ],
 )
 def test_what_cannot_be_meant_is_refused(told, call, parts):
-    refused(lambda: getattr(Experiment().told(**{**QUICK, **told}), call)(), *parts)
+    refused(lambda: getattr(Experiment().override(**{**QUICK, **told}), call)(), *parts)
 
 
 def test_a_field_that_is_not_there_is_refused():
@@ -261,12 +270,12 @@ CALLS = [
 
 @pytest.mark.parametrize("text", CALLS)
 def test_a_plan_text_calls_nothing_else(text):
-    refused(lambda: Experiment().told(recipe=text).plan(), text.split("(")[0][:4])
+    refused(lambda: Experiment().override(recipe=text).plan(), text.split("(")[0][:4])
     refused(lambda: Experiment().with_settings({"plan.local": text}).plan())
     assert not Path("pwned").exists()
 
 
-# Trust: whose words may import
+# Trust: sources that may import code
 
 
 CODE = """
@@ -280,7 +289,7 @@ def make(features, outputs):
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A module in the working folder that leaves a trace when it is imported."""
+    """A module in the working folder that creates a file when it is imported."""
     monkeypatch.syspath_prepend(tmp_path)
     name = f"own_{tmp_path.name}".replace("-", "_")
     Path(f"{name}.py").write_text(CODE)
@@ -289,7 +298,7 @@ def module(tmp_path, monkeypatch):
 
 def test_code_that_was_typed_or_stands_in_a_named_file_is_imported(module):
     base = {**QUICK, "model": module}
-    assert isinstance(Experiment().told(**base).module(), torch.nn.Linear)
+    assert isinstance(Experiment().override(**base).module(), torch.nn.Linear)
     assert Path("imported").exists()
     text = "\n".join(f"{name} = {toml(value)}" for name, value in base.items())
     assert isinstance(Experiment.read(written(text)).module(), torch.nn.Linear)
@@ -324,13 +333,13 @@ def test_no_text_of_a_run_folder_imports(module, key, call):
 
 def test_what_is_typed_over_an_untrusted_file_is_trusted(module):
     written(f"rounds = 3\nmodel = '{module}'\nrecipe = '{module}()'\n", "atoll.toml")
-    it = Experiment.found().told(model=module)
+    it = Experiment.found().override(model=module)
     assert it.untrusted == {"rounds", "recipe"}
-    assert isinstance(it.told(data="diabetes").module(), torch.nn.Linear)
+    assert isinstance(it.override(data="diabetes").module(), torch.nn.Linear)
     refused(it.plan, "--trust")
 
 
-# Order of what is told
+# Order of sources
 
 
 def test_environment_says_every_setting():
@@ -361,5 +370,5 @@ def test_environment_says_every_setting():
 
 def test_none_says_nothing_and_none_can_be_said():
     it = Experiment(clients=3)
-    assert it.told(clients=None).clients == 3
+    assert it.override(clients=None).clients == 3
     assert it.with_settings({"clients": "None"}).clients is None

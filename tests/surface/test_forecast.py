@@ -1,4 +1,4 @@
-"""`atoll plan`: what it predicts is what happens, to the byte and to the second, and nothing happens meanwhile."""
+"""`atoll plan`: the forecast equals the run to the byte and to the second, and it trains nothing."""
 
 import json
 import shlex
@@ -11,31 +11,31 @@ from torch import nn
 
 import atoll
 from atoll import recipes
+from atoll.base.grammar import parse
 from atoll.cli import main
-from atoll.engine.fleet import Between, Chance, Each, Fleet, HalfNormal
-from atoll.grammar import parse
+from atoll.engine.simulation.fleet import Between, Chance, Each, Fleet, HalfNormal
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import (
+    EF21,
     Cast,
     Eden,
     Entropy,
-    Feedback,
+    ErrorFeedback,
     Identity,
     LowRank,
     Quantize,
     RandomK,
     Rotate,
-    Shift,
     Sign,
     TopK,
 )
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.names import PARTS
-from atoll.plan.optimizer import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS
 from atoll.plan.sampler import Poisson, Uniform
-from atoll.tools.forecast import LINKS, flown, predict
+from atoll.tools.forecast import LINKS, predict, simulate
 
 SIZES = (4, 7, 5, 9, 6, 3, 8, 5)
 DATA = classification(SIZES, (12,))
@@ -51,13 +51,13 @@ CODECS = [
     RandomK(0.25) >> Eden(1),
     Sign(),
     LowRank(1),
-    Feedback(TopK(0.1) >> Quantize(8)),
-    Shift(TopK(0.1)),
+    ErrorFeedback(TopK(0.1) >> Quantize(8)),
+    EF21(TopK(0.1)),
 ]
 
 
 def module():
-    """A model with buffers and a counter of its own: BatchNorm's."""
+    """A model with buffers and a counter: those of BatchNorm."""
     return seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)))
 
 
@@ -66,7 +66,7 @@ def training(plan, fleet=None, rounds=3, data=DATA, model=module):
 
 
 def compared(plan, fleet=None, rounds=3):
-    """The forecast and the reports of a run; whatever is exact in the one is in the other."""
+    """The forecast and the reports of a run; every exact value of the forecast equals that of the run."""
     it = training(plan, fleet, rounds)
     told, reports = predict(it), list(it)
     assert told.flights.down == tuple(r.bytes_down for r in reports)
@@ -103,7 +103,7 @@ def test_bytes_of_every_codec(codec):
     ids=repr,
 )
 def test_bytes_and_seconds_of_every_pace(slots, fleet):
-    """Drawn fleets too: every draw is keyed, so the rounds that are flown are those that will be."""
+    """Also with random fleets: every draw is keyed, so the forecast simulates the flights of the run."""
     plan = Plan(**{"local": Gradient(), "aggregator": Mean(), "optimizer": sgd(0.1), "max_failed": 1, **slots})
     told, reports, _ = compared(plan, fleet, rounds=6)
     assert told.flights.up == tuple(r.bytes_up for r in reports)
@@ -132,7 +132,7 @@ def test_what_a_loop_of_ones_own_sends_is_not_known():
 
 
 def test_a_forecast_changes_nothing():
-    plan = Plan(KEEPING, Mean(), codec=Feedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
+    plan = Plan(KEEPING, Mean(), codec=ErrorFeedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
     alone, watched = training(plan, SLOW), training(plan, SLOW)
     predict(watched)
     assert [r.fingerprint for r in alone] == [r.fingerprint for r in watched]
@@ -140,22 +140,22 @@ def test_a_forecast_changes_nothing():
 
 def test_rounds_that_are_not_flown_are_like_the_others():
     it = training(Plan(Gradient(), Mean(), sgd(0.1), cohort=4, pace=Buffered(2)), SLOW, rounds=400)
-    plan = it.plan.at(it.engine)
+    plan = it.plan
     whole = predict(it)
     assert len(whole.flights.up) == 400
-    part = flown(plan, it.state, it.engine, 400, most=300)
+    part = simulate(plan, it.state, it.engine, 400, limit=300)
     assert 100 < len(part.up) < 200
     about = replace(whole, flights=part)
     assert about.bytes_up == whole.bytes_up
     assert about.seconds == pytest.approx(whole.seconds, rel=0.15)
-    assert "rounds were flown" in about.text() and "rounds were flown" not in whole.text()
+    assert "rounds were simulated" in about.text() and "rounds were simulated" not in whole.text()
 
 
 # time
 
 
 def test_the_parts_of_a_round_by_hand():
-    """Equal transfers share the link and end together; who is quicker waits for who is slower."""
+    """Equal transfers share the link and end together; faster clients wait for slower ones."""
     fleet = Fleet(Each(tuple(float(i + 1) for i in range(len(SIZES)))), server="1 kB/s")
     told = predict(training(Plan(Gradient(), Mean(), sgd(0.1)), fleet))
     parts, n = told.flights.parts, len(SIZES)
@@ -169,7 +169,7 @@ def test_the_parts_of_a_round_by_hand():
 
 @pytest.mark.parametrize("pace", [Sync(), Buffered(2), Bounded(3)], ids=repr)
 def test_a_clients_time_is_all_accounted_for(pace):
-    """The share of computing, times the time of the whole cohort, is what was computed."""
+    """The share of computing, times the time of the whole cohort, equals the computing time."""
     fleet = Fleet(Each((0.5,) * len(SIZES)))
     told = predict(training(Plan(Gradient(), Mean(), sgd(0.1), pace=pace), fleet, rounds=8))
     parts = told.flights.parts
@@ -222,24 +222,24 @@ def test_the_best_there_is_where_nothing_is_enough():
     assert told.help.parts.link < told.flights.parts.link and "still more than computing" in told.text()
     plan = Plan(Gradient(), Mean(), sgd(0.1), **settings(told.help.write))
     least = predict(training(plan, Fleet(1e-6, server="1 kB/s")))
-    assert least.help is None and "No codec that was tried sends less" in least.text()
+    assert least.help is None and "No codec that was tried sends fewer bytes" in least.text()
 
 
 def test_who_waits_is_told_not_to():
     data = classification((3,) * 40, (12,))
     plan = Plan(Gradient(), Mean(), sgd(0.1), Uniform(20))
     told = predict(training(plan, Fleet(HalfNormal()), rounds=5, data=data))
-    assert settings(told.help.write) == {"pace": Buffered(2)} and "Most time is waiting" in told.text()
+    assert settings(told.help.write) == {"pace": Buffered(2)} and "Most of the time is waiting" in told.text()
     assert told.help.arrivals > 1.3 * 20 / told.flights.parts.total
     patient = predict(training(replace(plan, pace=Buffered(2)), Fleet(HalfNormal()), rounds=5, data=data))
     assert patient.flights.parts.waiting < 1e-9 < told.flights.parts.waiting
 
 
 def test_a_change_that_does_not_fit_is_not_proposed():
-    """A mean over those expected stands beside `Sync()` alone."""
+    """A mean over the expected clients is valid with `Sync()` only."""
     plan = Plan(Gradient(), Mean(over="expected"), sgd(0.1), cohort=4)
     told = predict(training(plan, Fleet(Between(0.01, 9.0))))
-    assert told.help is None and told.told()["time"]["help"] is None
+    assert told.help is None and told.values()["time"]["help"] is None
 
 
 # memory
@@ -247,7 +247,7 @@ def test_a_change_that_does_not_fit_is_not_proposed():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_memory_is_what_is_kept(dtype):
-    plan = Plan(KEEPING, Mean(), adam(0.01), codec=Feedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
+    plan = Plan(KEEPING, Mean(), adam(0.01), codec=ErrorFeedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
     it = atoll.rounds(module(), DATA, plan, rounds=12, fleet=SLOW, dtype=dtype, evaluate_every=0)
     told, versions = predict(it).memory, []
     for _ in it:
@@ -314,7 +314,7 @@ def test_the_command_refuses_what_a_run_would(run):
     code, out, err = run(*WORDS, "--set", "plan.pace=Sync(deadline_s=5)")
     assert (code, out) == (2, "") and "without a clock" in err
     code, out, err = run(*WORDS, "--fleet", "Fleet()", "--set", "plan.pace=Sync(deadline_s=0.5)")
-    assert (code, out) == (2, "") and "nobody can meet" in err
+    assert (code, out) == (2, "") and "no client can meet" in err
 
 
 def test_a_file_is_read(run, tmp_path):

@@ -1,4 +1,4 @@
-"""The rules of the house that no general tool knows. Each is tried on a line that breaks it."""
+"""Rules of this project that no general tool checks. Each is tested on a line that breaks it."""
 
 import ast
 import re
@@ -22,7 +22,7 @@ def keywords(call: ast.Call) -> dict[str | None, str]:
 
 
 def calls(tree: ast.Module) -> Iterator[tuple[ast.Call, str, str]]:
-    """Every call, with its whole dotted name and the last word of it."""
+    """Every call, with its whole dotted name and the last part of it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             last = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
@@ -38,7 +38,7 @@ def imported(nodes: Iterator[ast.AST]) -> Iterator[tuple[int, str]]:
 
 
 def on_import(node: ast.AST) -> Iterator[ast.AST]:
-    """What runs on import: not the bodies of functions, nor what only type checkers read."""
+    """The statements that run on import, without function bodies and imports for type checkers."""
     for child in ast.iter_child_nodes(node):
         typing = isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
         if not isinstance(child, FUNCTIONS) and not typing:
@@ -97,7 +97,52 @@ def too_long(tree: ast.Module) -> Found:
                 yield node.lineno, f"{node.name} has {given} parameters, more than 12"
 
 
-# rule, where it holds, a line that breaks it, a line that does not
+def rebuilds_classes(tree: ast.Module) -> Found:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and "serialize" in f"{node.module}.{[a.name for a in node.names]}":
+            yield node.lineno, "serialize rebuilds any class by its name: bytes of a network must not reach it"
+
+
+ENGINE_NAMES = {"inprocess", "processes", "torchrun", "ray"}
+ENGINE_CLASSES = {"InProcess", "Processes", "Torchrun", "Ray"}
+ENGINE_CLASSES |= {f"{name}Engine" for name in ENGINE_CLASSES} | {"WorkerEngine"}
+
+
+def words(node: ast.AST) -> set[str]:
+    """The texts and the last parts of the names in an expression."""
+    found = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    found |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return found | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+
+
+def compares_engines(tree: ast.Module) -> Found:
+    """A comparison, a `case` or an `isinstance` that contains the name or the class of an engine."""
+    for node in ast.walk(tree):
+        tested: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            tested = [node]
+        elif isinstance(node, ast.match_case):
+            tested = [node.pattern]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            tested = list(node.args[1:])
+        for part in tested:
+            if found := words(part) & (ENGINE_NAMES | ENGINE_CLASSES):
+                yield part.lineno, f"asks for the engine {', '.join(sorted(found))}"
+
+
+def names_no_tests(tree: ast.Module) -> Found:
+    """A module docstring that does not end with `Tests: tests/…`, or names a file that does not exist."""
+    last = " ".join((ast.get_docstring(tree) or "").split("\n\n")[-1].split())
+    if tree.body and not re.fullmatch(r"Tests: (tests/[\w/]+\.py, )*tests/[\w/]+\.py\.?", last):
+        yield 1, "the module docstring does not end with the line `Tests: tests/…`"
+    yield from (
+        (1, f"{name} does not exist") for name in re.findall(r"tests/[\w/]+\.py", last) if not (ROOT / name).exists()
+    )
+
+
+ABOVE_ENGINES = [f"src/atoll/{package}" for package in ("training", "tools", "report", "cli")]
+
+# rule, its folders, a line that breaks it, a line that does not
 RULES = [
     (leaves_the_device, ["src/atoll/plan"], "x.sum().item()", "x.items(); device('cpu')"),
     (asserts, ["src"], "assert x > 0", "raise ValueError(x)"),
@@ -110,6 +155,20 @@ RULES = [
     (sleeps, ["src", "tests"], "await asyncio.sleep(.1)", "await asyncio.sleep(0)"),
     (imports_early, ["src"], "import matplotlib.pyplot as plt", "def draw():\n    import matplotlib"),
     (imports_early, ["src"], "try:\n    import pandas\nfinally:\n    pass", "import numpy"),
+    (rebuilds_classes, ["src/atoll/net"], "from atoll.engine.workers import serialize", "from atoll.base import names"),
+    (
+        rebuilds_classes,
+        ["src/atoll/net"],
+        "from ..workers.serialize import deserialize",
+        "from ..base.names import load",
+    ),
+    (compares_engines, ABOVE_ENGINES, "if engine == 'torchrun': pass", "text = f'--engine {name}'"),
+    (compares_engines, ABOVE_ENGINES, "alone = name in ('ray', 'processes')", "field in spec.fields"),
+    (compares_engines, ABOVE_ENGINES, "isinstance(engine, (a.TorchrunEngine, int))", "InProcessEngine(task, data)"),
+    (compares_engines, ABOVE_ENGINES, "type(engine) is InProcess", "engine: InProcess = InProcess()"),
+    (compares_engines, ABOVE_ENGINES, "match engine:\n    case Ray(): pass", "match engine:\n    case None: pass"),
+    (names_no_tests, ["src"], "import os", '"""One line.\n\nTests: tests/surface/test_cli.py\n"""'),
+    (names_no_tests, ["src"], '"""One line.\n\nTests: tests/nothing.py\n"""', ""),
     (too_long, ["src"], "def f():\n" + "    x\n" * 70, "def f():\n" + "    x\n" * 69),
     (too_long, ["src"], "def f(a, b, c, d, e, f, g, h, i, j, k, l, *, m): ...", "def f(a, *, b): ..."),
 ]
@@ -138,17 +197,12 @@ def test_rule_finds_what_it_forbids(rule, where, bad, good):
     assert not list(rule(ast.parse(good)))
 
 
-def test_no_file_is_long():
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in python(["src"])}
-    assert not {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > 500}
-
-
-# A folder of one machine; the lookbehind keeps addresses and relative paths out.
+# A folder of one machine; the lookbehind excludes addresses and relative paths.
 MACHINE = re.compile(r"(?<![\w.:/~})-])/(?:root|work|opt|Users|home/\w+)/")
 
 
 def texts() -> Iterator[Path]:
-    # Where there are several working trees, .git is a file, and git writes a path into it.
+    # In a linked working tree .git is a file that contains a path of the machine.
     yield from (path for path in ROOT.iterdir() if path.is_file() and path.suffix in TEXT and path.name != ".git")
     for folder in ("src", "tests", "docs", "examples", "benchmarks", "decisions", "changes", ".ci"):
         for path in (ROOT / folder).rglob("*"):

@@ -1,4 +1,4 @@
-"""What `import atoll` shows: sorted, complete, late."""
+"""The public names of `import atoll`: sorted, complete, lazy."""
 
 import importlib.metadata
 import subprocess
@@ -23,7 +23,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 
 def fresh(code):
-    """What a new interpreter prints."""
+    """The output of a new interpreter."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -32,8 +32,8 @@ def test_import_is_late_and_train_is_the_function():
     code = """
 import sys, atoll
 print("torch" in sys.modules, "typing" in sys.modules)
-import atoll.train
+import atoll.training.train
 from atoll import train
-print(atoll.train is train, train.__name__, callable(train), sys.modules["atoll.train"].Watcher.__name__)
+print(atoll.train is train, train.__name__, callable(train), atoll.Observer.__name__)
 """
-    assert fresh(code).splitlines() == ["False False", "True train True Watcher"]
+    assert fresh(code).splitlines() == ["False False", "True train True Observer"]

@@ -1,4 +1,4 @@
-"""A client's contribution computed again under every pace, on a clock, with memory and both directions compressed."""
+"""Replay of a client's contribution under every pace, on a virtual clock, with memory and two-way compression."""
 
 from collections import Counter
 from dataclasses import replace
@@ -6,18 +6,17 @@ from pathlib import Path
 
 import pytest
 from problems import needs_native
-from thinned import only
+from quick_cases import only
 
 import atoll.data
-from atoll import recipes
-from atoll.errors import UsageError
-from atoll.plan.codec import Feedback, Quantize, TopK
+from atoll import recipes, rounds, train
+from atoll.base.errors import UsageError
+from atoll.plan.codec import ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Train
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
-from atoll.runs import read_rows
+from atoll.runs.folder import read_rows
 from atoll.tools.replay import replay
-from atoll.train import rounds, train
 
 FLEET = "Fleet(Each((1, 1, 0.3, 4, 1, 2)), uplink='1 Mb/s')"
 DROPPING = "Fleet(HalfNormal(), dropout=0.25)"
@@ -25,7 +24,7 @@ BASE = replace(recipes.fedavg(lr=0.3, batch=10, cohort=3), max_failed=1.0)
 KEPT = replace(
     BASE,
     local=Train(sgd(0.3, momentum=0.9), steps=2, batch=8, keep=("optimizer", "order")),
-    codec=Feedback(TopK(0.25)),
+    codec=ErrorFeedback(TopK(0.25)),
     downlink=TopK(0.5),
 )
 RUNS = {
@@ -61,7 +60,7 @@ def events(path, name):
 
 
 def test_what_is_replayed_is_what_was_told(run):
-    """Loss, rows, bytes and lateness of every contribution of a round as the log has them, and shares that sum to 1."""
+    """Loss, rows, bytes and staleness of each contribution of a round equal the log, and shares sum to 1."""
     done, again = run
     rows = read_rows(done.path / "metrics.jsonl")
     clients = events(done.path, "clients")
@@ -71,7 +70,7 @@ def test_what_is_replayed_is_what_was_told(run):
             found = replay(done.path, t, client, training=again(), nth=seen[client])
             seen[client] += 1
             assert found.fingerprint == rows[t]["fingerprint"] and found.checked == t + 1
-            if found.of == 1:  # of several, the log has no order
+            if found.of == 1:  # with several, the log has no order
                 assert found.metrics["loss"] == pytest.approx(told["loss"][at], abs=2e-6)
                 assert found.bytes_up == told["bytes_up"][at] and found.bytes_down == told["bytes_down"][at]
                 assert found.round - found.birth == told.get("staleness", [0] * 99)[at]
@@ -91,7 +90,7 @@ def test_who_gave_nothing_is_told_when_it_did(run):
         ended = trips.get(t, {"client": (), "fate": ()})
         late = {c for c, fate in zip(ended["client"], ended["fate"], strict=True) if fate == "late"}
         absent = sorted(set(range(6)) - set(told["id"]) - late - lost)
-        if not absent or (t not in trips and again().plan.pace.asks(10) > 10):  # nobody wrote down who was late
+        if not absent or (t not in trips and again().plan.pace.cohort_size(10) > 10):  # late clients are not in the log
             continue
         with pytest.raises(UsageError) as error:
             replay(done.path, t, absent[0], training=again())
@@ -112,7 +111,7 @@ def test_who_was_lost_or_late_is_computed_and_says_so(run):
             if len(mine) > 1:
                 continue
             found = replay(done.path, t, client, training=again())
-            assert {"dropped": "dropped out", "late": "no longer awaited"}[fate] in found.failure
+            assert {"dropped": "dropped out", "late": "the round closed"}[fate] in found.failure
             assert found.losses and found.share is None and found.update_norm
             return
 
@@ -144,7 +143,7 @@ def test_from_a_checkpoint_in_flight(data, tmp_path):
 
 @needs_native
 def test_steps_in_native_code_are_heard(data, tmp_path):
-    """The loss of every step, as layers by hand tell it, and the update as the run had it."""
+    """The loss of every step equals that of fused layers, and the update equals that of the run."""
     heard = []
     for numerics in ("fused", "compiled"):
         done = train("softmax", data, BASE, rounds=2, out=tmp_path, report=False, numerics=numerics, evaluate_every=0)

@@ -1,4 +1,4 @@
-"""The live table, the plots and the page: whatever a run looks like, and whatever the people in it are called."""
+"""The live table, the plots and the page, for runs of every shape and for hostile names."""
 
 import io
 import json
@@ -10,20 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from thinned import only
+from quick_cases import only
 
 import atoll.data
-from atoll import recipes
+from atoll import recipes, rounds, train
 from atoll.data import IID, Clients
 from atoll.data.clients import offsets_of
 from atoll.data.rows import ArrayRows
-from atoll.plan.plan import Failure, Report
-from atoll.report import LiveTable, canvas, draw
-from atoll.report.federation import MOST_COUNTED, MOST_DRAWN, look
+from atoll.plan.round import Failure, Report
+from atoll.report import LiveTable, figures
+from atoll.report.clients import MOST_COUNTED, MOST_DRAWN, summarize
+from atoll.report.draw import draw
 from atoll.report.live import Best, columns, that_fit, without_terminal
 from atoll.report.page import tag
-from atoll.report.record import Record
-from atoll.train import rounds, train
+from atoll.report.run_data import RunData
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PLAN = "Plan(Train(sgd(0.5), epochs=1, batch=10), aggregator=Mean())"
@@ -70,13 +70,13 @@ def federation(sizes, classes=3, names=None, held=4):
 
 @pytest.fixture(autouse=True)
 def coarse(request, monkeypatch):
-    """Pictures of few dots, which are drawn sooner, but where the time is what is tested."""
+    """Draw with few dots, which is faster, except in tests of drawing time."""
     if "seconds" not in request.node.name:
-        monkeypatch.setattr(canvas, "DPI", 40)
+        monkeypatch.setattr(figures, "DPI", 40)
 
 
 class Page(HTMLParser):
-    """A page, read: its text, every attribute, and whether each element is closed."""
+    """A parsed page: its text, every attribute, and whether each element is closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -104,7 +104,7 @@ class Page(HTMLParser):
 
 
 def drawn(folder, data=None):
-    """Draw, and check what is true of every report."""
+    """Draw, and check the properties of every report."""
     draw(folder, data)
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -145,7 +145,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-# Drawn in the quick run: those that leave most out, and those that have most in them.
+# The quick run draws these: those that omit most and those that contain most.
 EXTREME = ["no round", "no clients given", "not finite", "one client", "many clients", "many classes", "nobody at work"]
 
 
@@ -203,7 +203,7 @@ def test_log_that_cannot_be_read_whole(tmp_path):
     (folder / "config.toml").write_text("not = [toml")
     (folder / "environment.json").write_text("[]")
     drawn(folder)
-    assert [r["round"] for r in Record.read(folder).rows] == list(range(13))
+    assert [r["round"] for r in RunData.read(folder).rows] == list(range(13))
 
 
 def test_empty_folder_is_drawn(tmp_path):
@@ -212,7 +212,7 @@ def test_empty_folder_is_drawn(tmp_path):
 
 def test_plan_with_foreign_code_is_shown_and_not_imported(tmp_path):
     plan = "Plan(Custom(no_such_module:fn), aggregator=Mean())"
-    assert Record.read(written(tmp_path / "run", ROWS, plan=plan)).formula == plan
+    assert RunData.read(written(tmp_path / "run", ROWS, plan=plan)).formula == plan
 
 
 def test_last_stop_and_last_baseline_count(tmp_path):
@@ -222,13 +222,13 @@ def test_last_stop_and_last_baseline_count(tmp_path):
         {"event": "baseline", "name": "pooled", "accuracy": 0.2},
         STOP,
     ]
-    record = Record.read(written(tmp_path / "run", ROWS, events))
+    record = RunData.read(written(tmp_path / "run", ROWS, events))
     assert record.events.status == "done" and record.baseline("pooled", "accuracy") == 0.2
 
 
 def test_best_row():
     def best(name, *values):
-        record = Record("", tuple({"round": t, name: v} for t, v in enumerate(values)), {}, "", {}, None)
+        record = RunData("", tuple({"round": t, name: v} for t, v in enumerate(values)), {}, "", {}, None)
         found = record.best(name)
         return found and found["round"]
 
@@ -240,15 +240,15 @@ def test_best_row():
 
 def test_long_logs_are_thinned(tmp_path):
     events = [clients_event(t, range(4)) for t in range(1000)]
-    record = Record.read(written(tmp_path / "run", [learned(t) for t in range(1000)], events))
+    record = RunData.read(written(tmp_path / "run", [learned(t) for t in range(1000)], events))
     at = [c.round for c in record.events.clients]
     assert len(at) <= 120 and at[0] == 0 and at[-20:] == list(range(980, 1000))
 
 
 def test_huge_federation_is_counted_in_part():
-    told = look(federation([2] * 300_000, 20))
+    told = summarize(federation([2] * 300_000, 20))
     assert len(told.ids) == MOST_DRAWN and len(told.every) <= MOST_COUNTED
-    assert "2,000 of the 300,000 clients" in told.said
+    assert "2,000 of the 300,000 clients" in told.omitted
 
 
 def test_clients_that_are_alike_stand_together():
@@ -256,7 +256,7 @@ def test_clients_that_are_alike_stand_together():
     rows = ArrayRows(torch.zeros(len(y), 1), y)
     offsets = offsets_of(torch.full((21,), 4))
     data = Clients("set", rows, torch.arange(len(y)), offsets, None, "classification", ("a", "b", "c"), (1,))
-    told = look(data)
+    told = summarize(data)
     assert told.shares.argmax(1).tolist() == [0] * 7 + [1] * 7 + [2] * 7
     assert told.shares.sum(1) == pytest.approx(1)
 
@@ -274,7 +274,7 @@ def test_hundred_rounds_are_drawn_in_three_seconds(tmp_path):
     assert time.process_time() - began < 3
 
 
-# A training, as it goes
+# A training in progress
 
 
 @pytest.fixture(scope="module")
@@ -289,8 +289,8 @@ def test_training_draws_its_report(data, tmp_path):
     again = train("softmax", data, recipes.fedavg(lr=0.1), rounds=4, out=tmp_path, resume=run.path)
     assert again.path == run.path
     text = (run.path / "report.html").read_text(encoding="utf-8")
-    assert "4 rounds are done" in text and not Page(text).open
-    assert [r["round"] for r in Record.read(run.path).rows] == [0, 1, 2, 3]
+    assert "Finished 4 rounds" in text and not Page(text).open
+    assert [r["round"] for r in RunData.read(run.path).rows] == [0, 1, 2, 3]
 
 
 class Clock:
@@ -306,7 +306,7 @@ def told(t, failures=(), **metrics):
 
 
 def shown(training, reports, each=0.1, **options):
-    """What the table writes for these reports, `each` seconds apart."""
+    """The output of the table for these reports, `each` seconds between them."""
     file, clock = io.StringIO(), Clock()
     options = {"plain": True, "file": file, "clock": clock} | options
     with LiveTable(**options) as table:
@@ -340,7 +340,8 @@ def test_plain_lines(training):
     ]
     assert "3/3" in text and "2.41 kB" in text and "0.25 s" in text
     assert text.splitlines()[-1].startswith("done: it is enough   8.00 s   ↑ 9.63 kB   ↓ 9.60 kB   best accuracy 0.6")
-    assert "cohort = Everyone()" in text and f"{training.task.numerics}: " in text
+    assert "cohort = Everyone()" in text and f"numerics {training.task.numerics}\n" in text
+    assert training.reason not in text  # `atoll show --why` prints it
 
 
 def test_quick_rounds_are_one_line_a_second_and_the_last_is_there(training):
@@ -392,8 +393,8 @@ def test_table_on_a_terminal_keeps_the_best_and_the_last(training):
 def test_training_is_shown_as_it_goes(data):
     file = io.StringIO()
     with LiveTable(plain=True, file=file) as table:
-        train("softmax", data, recipes.fedavg(lr=0.1), rounds=3, out=None, watchers=[table])
-    assert lines(file.getvalue())[-1][0] == "2" and "3 rounds are done" in file.getvalue()
+        train("softmax", data, recipes.fedavg(lr=0.1), rounds=3, out=None, observers=[table])
+    assert lines(file.getvalue())[-1][0] == "2" and "Finished 3 rounds" in file.getvalue()
 
 
 def test_columns_that_fit(data, training):

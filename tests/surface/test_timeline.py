@@ -1,4 +1,4 @@
-"""Who waited for whom: flights of a run's log in rows, and the numbers beside them."""
+"""Timelines: flights of a run's log in rows, and the numbers of the report about them."""
 
 import io
 import json
@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atoll.data
-from atoll import recipes
+from atoll import recipes, rounds, train
 from atoll.plan.pace import Bounded, Buffered, Sync
-from atoll.report import LiveTable, canvas, draw, timeline
-from atoll.report.flights import FATES, MOST_LANES, Flights, Tally, read_trips
+from atoll.report import LiveTable, figures, timeline
+from atoll.report.draw import draw
+from atoll.report.flight_log import FATES, MOST_LANES, FlightLog, Tally, read_trips
+from atoll.report.format import size
 from atoll.report.live import columns
-from atoll.report.record import Record
-from atoll.report.text import size
-from atoll.runs import read_rows
-from atoll.train import rounds, train
+from atoll.report.run_data import RunData
+from atoll.runs.folder import read_rows
 
 FIELDS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
 STRAGGLER = "Fleet(Each((1, 1, 1, 5)), uplink='1 Mb/s', downlink='1 Mb/s')"
@@ -26,13 +26,13 @@ STRAGGLER = "Fleet(Each((1, 1, 1, 5)), uplink='1 Mb/s', downlink='1 Mb/s')"
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    """Pictures of few dots, which are drawn sooner."""
-    monkeypatch.setattr(canvas, "DPI", 40)
+    """Draw with few dots, which is faster."""
+    monkeypatch.setattr(figures, "DPI", 40)
 
 
 @st.composite
 def flown(draw_, clients=st.integers(1, 70)):
-    """Flights of clients who each fly one at a time, with pauses, as a log has them: in the order of their ends."""
+    """Flights of clients, one at a time for each client, with pauses, as in a log: in the order of their ends."""
     rows, ends = [], {}
     many = draw_(clients)
     for _ in range(draw_(st.integers(1, 120))):
@@ -49,7 +49,7 @@ def flown(draw_, clients=st.integers(1, 70)):
 @given(flown())
 @settings(max_examples=60, deadline=None)
 def test_nobody_flies_beside_another_in_one_row(rows):
-    flights = Flights.of(rows)
+    flights = FlightLog.of(rows)
     row, clients = flights.lanes()
     for at in range(int(row.max()) + 1):
         here = np.flatnonzero(row == at)
@@ -60,13 +60,13 @@ def test_nobody_flies_beside_another_in_one_row(rows):
     if clients:
         assert [clients[i] for i in row] == flights.client.tolist()
     elif (flights.end > flights.start).all():
-        assert int(row.max()) + 1 == max(above)  # no more places than were ever taken at once
+        assert int(row.max()) + 1 == max(above)  # no more rows than concurrent flights
 
 
 @given(flown(st.integers(1, 8)), st.floats(0.1, 30))
 @settings(max_examples=40, deadline=None)
 def test_work_is_the_time_in_the_air(rows, until):
-    flights = Flights.of(rows).among(until)
+    flights = FlightLog.of(rows).among(until)
     row, _ = flights.lanes()
     if not len(flights):
         return
@@ -81,14 +81,14 @@ def test_the_window_ends_where_somebody_is_missing():
     def flight(number, start, end):
         return (number, number % 3, 0, start, start, end, end, 0)
 
-    whole = Flights.of([flight(n, float(n), n + 1.0) for n in range(10)])
+    whole = FlightLog.of([flight(n, float(n), n + 1.0) for n in range(10)])
     assert whole.window(np.arange(1.0, 11), flying=False) == 10
-    assert whole.window(np.arange(1.0, 11), flying=True) == 9  # whoever is not here started after the last who is
-    assert whole.window(np.arange(1.0, 11), flying=False, flights=2.0) == 3  # three rounds at least
-    holes = Flights.of([flight(n, float(n), n + 1.0) for n in range(10) if n != 7])
+    assert whole.window(np.arange(1.0, 11), flying=True) == 9  # later flights may be missing
+    assert whole.window(np.arange(1.0, 11), flying=False, flights=2.0) == 3  # at least three rounds
+    holes = FlightLog.of([flight(n, float(n), n + 1.0) for n in range(10) if n != 7])
     assert holes.window(np.empty(0), flying=True) == 8
-    early = Flights.of([flight(n, float(n), n + 1.0) for n in range(10) if n != 1])
-    assert early.window(np.empty(0), flying=True) == 10  # a straggler does not take the picture away
+    early = FlightLog.of([flight(n, float(n), n + 1.0) for n in range(10) if n != 1])
+    assert early.window(np.empty(0), flying=True) == 10  # a straggler does not shorten the window
 
 
 def test_lines_that_are_no_flights_are_left_out():
@@ -131,9 +131,9 @@ def flew(data, tmp_path, pace, fleet=STRAGGLER, count=12, recipe=None, **words):
 def test_everybody_waits_for_the_straggler_or_nobody_does(data, tmp_path):
     parts = {}
     for pace in (Sync(), Bounded(5)):
-        record = Record.read(flew(data, tmp_path, pace, count=20, report=False).path)
+        record = RunData.read(flew(data, tmp_path, pace, count=20, report=False).path)
         flights = record.events.flights
-        until = flights.window(record.series("clock")[1], flying=pace.flies_on)
+        until = flights.window(record.series("clock")[1], flying=pace.asynchronous)
         shown = flights.among(until)
         row, clients = shown.lanes()
         assert clients == (0, 1, 2, 3)
@@ -142,13 +142,22 @@ def test_everybody_waits_for_the_straggler_or_nobody_does(data, tmp_path):
     assert (parts[Bounded(5)] > 0.9).all()
 
 
+def test_columns_of_the_event_trips(data, tmp_path):
+    run = flew(data, tmp_path, Buffered(2), count=2, report=False)
+    rows = [json.loads(line) for line in (run.path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = [list(row) for row in rows if row["event"] == "trips"]
+    assert found and all(tuple(n for n in each if n not in ("event", "time", "round")) == FIELDS for each in found)
+    flights = RunData.read(run.path).events.flights
+    assert flights.number.tolist() == [trip.number for report in run.reports for trip in report.trips]
+
+
 def test_a_run_with_a_clock_says_so_everywhere(data, tmp_path):
     run = flew(data, tmp_path, Buffered(2))
     text = (run.path / "report.html").read_text(encoding="utf-8")
-    for said in ("time on the clock", "versions of θ kept", "staleness", "up, a client", "Timeline of 4 clients"):
+    for said in ("virtual time", "model versions kept", "staleness", "up, per client", "Timeline of 4 clients"):
         assert said in text, said
     assert {"timeline", "staleness", "clock", "client_bytes"} <= {p.stem for p in (run.path / "plots").iterdir()}
-    record = Record.read(run.path)
+    record = RunData.read(run.path)
     assert not {"clock", "flying", "late", "staleness", "versions"} & {*record.columns, *run.metrics}
     assert sum(record.events.tally.up.values()) == run.bytes_up
     rows = read_rows(run.path / "metrics.jsonl")
@@ -158,7 +167,7 @@ def test_a_run_with_a_clock_says_so_everywhere(data, tmp_path):
 
 
 def _flying(folder, closed):
-    """(birth, round of arrival) of flights that started up to a round and ended after it."""
+    """(version, round of arrival) of flights that started up to a round and ended after it."""
     for event in read_rows(folder / "events.jsonl"):
         if event["event"] == "trips" and event["round"] > closed:
             yield from ((b, event["round"]) for b in event["birth"] if b <= closed)
@@ -167,10 +176,10 @@ def _flying(folder, closed):
 def test_what_did_not_count_is_marked(data, tmp_path):
     fleet = "Fleet(Each((1, 1, 1, 5)), dropout=0.3)"
     run = flew(data, tmp_path, Sync(deadline_s=2), fleet, recipe=replace(recipes.fedavg(lr=0.1), max_failed=1.0))
-    record = Record.read(run.path)
+    record = RunData.read(run.path)
     assert {FATES[f] for f in record.events.flights.fate} == {"arrived", "dropped", "late"}
-    assert "no longer awaited" in (run.path / "report.html").read_text(encoding="utf-8")
-    words = timeline.says(record)
+    assert "late contributions" in (run.path / "report.html").read_text(encoding="utf-8")
+    words = timeline.alt_text(record)
     assert "4 clients" in words and " 0 % in flights" not in words
 
 
@@ -181,15 +190,15 @@ def test_many_clients_are_places(tmp_path):
     closed = [{"round": t, "loss": 1.0, "clock": t + 1.0, "fingerprint": "", "seconds": 0.1} for t in range(3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in closed))
     (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
-    record = Record.read(tmp_path)
+    record = RunData.read(tmp_path)
     row, clients = record.events.flights.lanes()
     assert clients == () and int(row.max()) + 1 == 60 > MOST_LANES
-    assert "60 places at work" in timeline.says(record)
+    assert "60 concurrent flights" in timeline.alt_text(record)
     draw(tmp_path)
     assert (tmp_path / "plots" / "timeline.png").stat().st_size > 1000
 
 
-# As it goes
+# A training in progress
 
 
 @pytest.mark.parametrize(
@@ -208,6 +217,6 @@ def test_columns_stand_where_they_say_something(data, pace, fleet, more):
     assert shown & {"late", "flying", "staleness", "clock"} == more
     file = io.StringIO()
     with LiveTable(plain=True, file=file) as table:
-        run = train("softmax", data, plan, rounds=2, fleet=fleet, numerics="lanes", out=None, watchers=[table])
+        run = train("softmax", data, plan, rounds=2, fleet=fleet, numerics="lanes", out=None, observers=[table])
     last = file.getvalue().splitlines()[-1]
-    assert f"↑ {size(run.bytes_up)}" in last and ("on the clock" in last) == (fleet is not None)
+    assert f"↑ {size(run.bytes_up)}" in last and ("of virtual time" in last) == (fleet is not None)

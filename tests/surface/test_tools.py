@@ -1,4 +1,4 @@
-"""The tools beside a run say what was, and nothing else."""
+"""Tools for finished runs: replay, compare, export, lr and doctor report the facts of a run."""
 
 import json
 import shutil
@@ -13,27 +13,31 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from atoll import grammar, recipes
+from atoll import recipes, rounds
+from atoll.base import grammar
+from atoll.base.errors import RunError, UsageError
+from atoll.base.random import Key
 from atoll.data import arrays
-from atoll.errors import RunError, UsageError
-from atoll.experiment import Experiment
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom
-from atoll.plan.names import PARTS
-from atoll.plan.optimizer import sgd
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
-from atoll.rng import Key
-from atoll.runs import read_rows
-from atoll.schedule import cosine
+from atoll.plan.protocols import Optimizer
+from atoll.plan.registry import PARTS
+from atoll.plan.schedule import cosine
+from atoll.runs.folder import read_rows
 from atoll.tools import compare, doctor, export, lr, replay
-from atoll.train import train
-from atoll.training import Settings, rounds
+from atoll.training import Settings
+from atoll.training.experiment import Experiment
+from atoll.training.train import train
 
 RECIPE = "fedavg(lr=0.5, batch=10, cohort=3)"
 
 
 def told(out, **more):
-    return Experiment().told(**{"data": "wine", "clients": 6, "recipe": RECIPE, "rounds": 4, "out": str(out), **more})
+    return Experiment().override(
+        **{"data": "wine", "clients": 6, "recipe": RECIPE, "rounds": 4, "out": str(out), **more}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def copy(run, tmp_path):
 
 
 def clients_of(folder):
-    """Who gave what, round by round, as events.jsonl says it."""
+    """The "clients" events of events.jsonl: the contributions of each round."""
     return [e for e in read_rows(folder / "events.jsonl") if e["event"] == "clients"]
 
 
@@ -146,8 +150,8 @@ def test_the_failed_round_is_replayed_from_its_checkpoint(tmp_path):
 def test_compare_says_where_runs_part(run, copy, tmp_path):
     same = compare.compare(run, copy)
     assert (same.settings, same.through, same.parted, same.tensors) == ((), 3, False, ())
-    assert same.verdict == "identical in all 4 rounds that both have; the final models are equal to the bit"
-    other = told(tmp_path, recipe=None, rounds=5).told(recipe=RECIPE.replace("0.5", "0.4"))
+    assert same.verdict == "identical in all 4 shared rounds; the final models are bit-identical"
+    other = told(tmp_path, recipe=None, rounds=5).override(recipe=RECIPE.replace("0.5", "0.4"))
     found = compare.compare(run, other.train(report=False).path)
     assert found.verdict.startswith("different from round 0 on, first differs in fc1.weight (by up to ")
     assert {"recipe", "rounds"} <= {line.name for line in found.settings}
@@ -165,15 +169,15 @@ def test_compare_finds_the_round(run, copy):
     file.write_text("\n".join(map(json.dumps, rows)) + '\n{"cut of')
     found = compare.compare(run, copy)
     assert (found.through, found.parted) == (1, True)
-    assert found.verdict.startswith("identical through round 1; the final models are equal")
+    assert found.verdict.startswith("identical through round 1; the final models are bit-identical")
     (copy / "model.safetensors").unlink()
-    assert compare.compare(copy, run).verdict == "identical through round 1; the final models are not both there"
+    assert compare.compare(copy, run).verdict == "identical through round 1; a final model is missing"
     with pytest.raises(UsageError, match="not the folder of a run"):
         compare.compare(run, copy / "nowhere")
 
 
 def costing(folder, accuracy, each, clock=None):
-    """A run's folder in which every round cost so many bytes and seconds."""
+    """A run folder in which every round has the given cost in bytes and seconds."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("")
     told = {"bytes_up": each, "bytes_down": each, "seconds": 2.0}
@@ -198,13 +202,13 @@ def test_both_reach_the_target_and_not_before(mine, theirs, clocked):
         found = compare.compare(*folders)
     good = [[v for v in values if v == v] for values in (mine, theirs)]
     if not all(good):
-        assert found.beside is None and found.reached == ()
+        assert found.metric is None and found.reached == ()
         return
     target = min(map(max, good))
-    assert found.beside.target == target
+    assert found.metric.target == target
     first = [next(t for t, v in enumerate(values) if v >= target) + 1 for values in (mine, theirs)]
     lines = {line.name: (line.a, line.b) for line in found.reached}
-    time = "time on the clock" if clocked else "seconds of computing"
+    time = "seconds of virtual time" if clocked else "seconds of computing"
     assert lines["rounds"] == tuple(first)
     assert lines["bytes"] == (20 * first[0], 2000 * first[1])
     assert lines[time] == pytest.approx((1 * first[0], 100 * first[1]) if clocked else (2 * first[0], 2 * first[1]))
@@ -319,7 +323,7 @@ def test_the_line_makes_the_plan(tmp_path, monkeypatch, recipe, which, line):
     monkeypatch.setattr(lr, "rates", lambda plan, which: (0.01, 0.1))
     monkeypatch.setattr(lr, "STEPS", 1)
     experiment = told(tmp_path, recipe=recipe)
-    found = lr.find(experiment, which, tmp_path)
+    found = lr.find_rate(experiment, which, tmp_path)
     assert found.line == line.format(found.suggestion)
     flag, value = found.line.split(" ", 1)
     key, text = ("recipe", value.strip('"')) if flag == "--recipe" else value.split("=", 1)
@@ -342,7 +346,7 @@ def test_rates_that_are_not_there():
     assert kept.optimizer == sgd(cosine(0.3, rounds=9))
 
 
-class Anything:
+class Anything(Optimizer):
     def init(self, theta):
         return {}
 
@@ -360,7 +364,9 @@ def test_a_healthy_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     checks = doctor.examine(tmp_path / "runs")
     assert [check.name for check in checks if not check.ok and check.name not in ("processor", "one round")] == []
-    assert {"versions", "room", "data sets", "lanes: mlp", "lanes: batch norm", "exact sum"} <= {c.name for c in checks}
+    assert {"versions", "disk space", "data sets", "lanes: mlp", "lanes: batch norm", "exact sum"} <= {
+        c.name for c in checks
+    }
     assert not (tmp_path / "runs").exists()
     assert all(check.text for check in checks)
 
@@ -377,8 +383,8 @@ def test_each_failing_check_has_a_fix(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "SMALL", {"odd": ((2,), lambda: nn.Linear(3, 3))})
     monkeypatch.setattr(doctor, "NAMED", {})
     failed = {check.name: check for check in doctor.examine(tmp_path) if not check.ok}
-    names = {"versions", "room", "data sets", "random numbers", "exact sum", "lanes: odd", "one round"}
+    names = {"versions", "disk space", "data sets", "random numbers", "exact sum", "lanes: odd", "one round"}
     assert names <= failed.keys()
     assert all(check.fix for check in failed.values())
     assert failed["versions"].fix == 'pip install "torch>=99.0" "no-such-package>=1"'
-    assert "FAIL" in doctor.text(list(failed.values()))
+    assert "FAIL" in doctor.format_checks(list(failed.values()))

@@ -1,4 +1,4 @@
-"""The whole stack in seconds: three clients, least squares, two rounds of every recipe."""
+"""The whole package in seconds: three clients, least squares, two rounds of every recipe."""
 
 from dataclasses import replace
 
@@ -8,19 +8,21 @@ from problems import federation, regression, run, task_of
 from torch import nn
 
 from atoll import recipes
-from atoll.engine.inprocess import InProcess
-from atoll.plan.flight import Air
+from atoll.engine.inprocess import InProcessEngine
+from atoll.plan.in_flight import InFlight
 from atoll.plan.local import Evaluate
-from atoll.plan.plan import Plan, State, step
+from atoll.plan.plan import Plan
+from atoll.plan.round import step
+from atoll.plan.state import State
 
-# Recipes whose usual steps are many or small; the others run as they come.
+# Recipes whose default steps are too many or too small for this test; the others run with their defaults.
 ARGUMENTS = {"gd": {"lr": 0.05}, "sgd": {"batch": 16}, "diloco": {"lr": 0.05, "steps": 5}}
 
 
-def loss(state: State, engine: InProcess) -> float:
-    """The mean loss over every row, by a round of the plan that only evaluates."""
+def loss(state: State, engine: InProcessEngine) -> float:
+    """Compute the mean loss over all rows, with one round of a plan that only evaluates."""
     plan = Plan(Evaluate(), recipes.gd().aggregator)
-    return step(plan, replace(state, air=Air(), versions={}), engine)[1].metrics["loss"]
+    return step(plan, replace(state, air=InFlight(), versions={}), engine)[1].metrics["loss"]
 
 
 def linear() -> nn.Module:
@@ -37,24 +39,24 @@ def test_loss_falls(recipe, numerics):
     plan = recipe(**ARGUMENTS.get(recipe.__name__, {}))
     if recipe in (recipes.gd, recipes.sgd):
         data = data.pooled()
-    engine = InProcess(task_of(linear(), data, numerics), data)
+    engine = InProcessEngine(task_of(linear(), data, numerics), data)
     losses = [loss(run(plan, engine, rounds)[0], engine) for rounds in (0, 1, 2)]
     assert losses[2] < losses[1] < losses[0]
 
 
 @pytest.mark.parametrize(
-    "recipe", [r for r in recipes.RECIPES if not r().pace.flies_on], ids=lambda recipe: recipe.__name__
+    "recipe", [r for r in recipes.RECIPES if not r().pace.asynchronous], ids=lambda recipe: recipe.__name__
 )
 def test_report_tells_the_round(recipe):
     data = regression((12, 20, 7))
-    engine = InProcess(task_of(linear(), data), data)
+    engine = InProcessEngine(task_of(linear(), data), data)
     plan = recipe(**ARGUMENTS.get(recipe.__name__, {}))
     state, (first, second) = run(plan, engine)
     assert (first.round, second.round, state.round) == (0, 1, 2)
     assert (first.cohort, first.arrived, first.failures) == (3, 3, ())
     assert first.clients["id"].tolist() == [0, 1, 2] and first.clients["rows"].tolist() == [12, 20, 7]
     assert {"loss", "gradient_norm", "lr"} <= first.metrics.keys()
-    # θ and the weight go up, beside the loss and the rows of it; θ goes down: 8 bytes a number, three clients.
+    # Up: θ, the weight, the loss and its row count; down: θ. 8 bytes per number, three clients.
     d = 4
     assert first.bytes_up == 3 * 8 * (d + 3) and first.bytes_down == 3 * 8 * d
 
@@ -63,7 +65,7 @@ def test_nothing_to_learn_is_no_fault():
     """At the solution every gradient is exactly zero, and so is their sum."""
     x = regression((4, 5)).rows.x
     data = federation(x, torch.zeros_like(x[:, 0]), (4, 5))
-    engine = InProcess(task_of(linear(), data), data)
+    engine = InProcessEngine(task_of(linear(), data), data)
     state, reports = run(recipes.distributed_gd(0.1), engine)
     assert torch.equal(state.model.theta, torch.zeros(4, dtype=torch.float64))
     assert reports[0].metrics["loss"] == 0 == reports[0].metrics["gradient_norm"]

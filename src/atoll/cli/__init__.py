@@ -1,7 +1,9 @@
-"""The command line: `atoll run`, and what people do with a run afterwards.
+"""The command line: `atoll run`, and the commands that read its runs.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a run failed, 2 what was asked for cannot be
-done, 130 stopped by Ctrl-C. `atoll --version` and `atoll --help` answer before torch is loaded.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a run failed, 2 the request was refused,
+130 stopped by Ctrl-C. `atoll --version` and `atoll --help` do not load torch.
+
+Tests: tests/surface/test_cli.py
 """
 
 from __future__ import annotations
@@ -13,21 +15,21 @@ from atoll import __version__
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command, and tell how it went by an exit code.
+    """Run one command and return its exit code.
 
     Args:
-        words: what stands after `atoll`; None: what this process was started with.
+        words: the words after `atoll`; None: those of `sys.argv`.
     Returns:
-        0 done, 1 a run failed, 2 what was asked for cannot be done, 130 stopped by Ctrl-C.
+        0 done, 1 a run failed, 2 the request was refused, 130 stopped by Ctrl-C.
     Example:
         >>> main(["runs", "--out", "nowhere"])
         No runs in nowhere yet.  Write: atoll run
         0
     """
-    told = list(sys.argv[1:] if words is None else words)
-    if told in (["--version"], ["-V"]):
+    given = list(sys.argv[1:] if words is None else words)
+    if given in (["--version"], ["-V"]):
         print(__version__)
         return 0
     from atoll.cli.app import answer
 
-    return answer(told)
+    return answer(given)

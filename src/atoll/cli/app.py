@@ -1,4 +1,7 @@
-"""The commands: plain typed functions; what is heavy is imported inside them."""
+"""The commands, as typed functions. They import slow modules in their bodies, so that `atoll --help` is fast.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from atoll import __version__
-from atoll.cli.flags import RUNNING, SHOWN, Told, flag, switch
-from atoll.errors import AtollError, UsageError
+from atoll.base.errors import AtollError, UsageError
+from atoll.cli.options import GROUPS, Json, Out, Quiet, Trust, flag, switch
+from atoll.training.setting_texts import OUTPUT, RUNNING
 
 if TYPE_CHECKING:
-    from atoll.experiment import Experiment
+    from atoll.training.experiment import Experiment
 
-TRAIN, LOOK, HELP = (Group.create_ordered(name) for name in ("Train", "Look", "Help"))
+TRAIN, INSPECT, HELP = (Group.create_ordered(name) for name in ("Train", "Look", "Help"))
 EXAMPLES = """
     atoll run --baselines
     atoll run --data flats.csv --target price --model linear
@@ -25,18 +29,17 @@ EXAMPLES = """
     atoll resume latest --rounds 200
 """
 SOURCES = """
-Everything here can also stand in a TOML file (atoll run experiment.toml),
-in atoll.toml or [tool.atoll] of pyproject.toml, and in the environment:
+Every setting can also be given in a TOML file (atoll run experiment.toml),
+in atoll.toml, in [tool.atoll] of pyproject.toml, and in the environment:
 --held-out 0.1 is ATOLL_HELD_OUT=0.1, and --data is ATOLL_DATASET, because
-ATOLL_DATA is the folder of data files. Flags win over --set, then come
-environment and file.
+ATOLL_DATA is the folder of data files. Order of precedence: flags, --set,
+environment, file.
 
     atoll run --baselines
     atoll run --split "Pathological(2)" --recipe "fedavg(lr=0.1, cohort=10)"
     atoll run --data flats.csv --target price --by city --model linear
     atoll run experiment.toml --set "plan.optimizer=adam(0.01)" --seeds 5
 """
-
 
 app = App(
     name="atoll",
@@ -49,43 +52,25 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(help="Make the shell complete atoll's commands and flags.")
-
-Out = Annotated[str | None, flag(SHOWN, "The parent of run folders. Default: runs.")]
-Json = Annotated[bool, switch(SHOWN, "One JSON object on stdout.", "ATOLL_JSON", "--json")]
-Quiet = Annotated[bool, switch(SHOWN, "No progress, only the result.", "ATOLL_QUIET")]
-Trust = Annotated[
-    bool, switch(RUNNING, "Import code that a found file or a run folder names as module:name.", "ATOLL_TRUST")
-]
-
-
-@app.command(group=TRAIN, sort_key=0, help_epilogue=SOURCES)
-def run(
-    experiment: str | None = None,
-    /,
-    *,
-    told: Told = Told(),
-    seeds: Annotated[int, switch(RUNNING, "Train with so many seeds, and tell mean ± sd.", "ATOLL_SEEDS")] = 1,
-    smoke: Annotated[bool, switch(RUNNING, "Try every stage once, in a temporary folder.", "ATOLL_SMOKE")] = False,
-    trust: Trust = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> int:
-    """Train, and write the run down. Without arguments: federated averaging of the digits over 100 clients.
-
-    Parameters
-    ----------
-    experiment
-        A TOML file with settings; [tool.atoll] where it is a pyproject.toml.
-    """
-    from atoll.cli import work
-
-    it = told.experiment(experiment, trust)
-    look = work.Look(as_json, quiet)
-    if seeds < 1:
-        raise UsageError(f"--seeds {seeds}.", "at least one.", write="--seeds 5")
-    if smoke:
-        return work.smoke(it, look)
-    return work.train(it, look) if seeds == 1 else work.several(it, seeds, look)
+for order, (name, epilogue, help) in enumerate(
+    (
+        (
+            "run",
+            SOURCES,
+            "Train, and record the run. Without arguments: federated averaging on digits with 100 clients.",
+        ),
+        ("lr", "", "Run a learning-rate range test, draw it, and suggest a rate. Takes the flags of run."),
+        (
+            "plan",
+            "",
+            "Predict bytes, time on the fleet's clock and memory, and suggest changes that shorten a round. Takes the "
+            "flags of run.",
+        ),
+    )
+):
+    # Given by name: cyclopts imports the module, which builds the flags, only if one of these commands is called.
+    where = f"atoll.cli.training_commands:{name}"
+    app.command(where, name=name, group=TRAIN, sort_key=(0, 2, 2)[order], help=help, help_epilogue=epilogue)
 
 
 @app.command(group=TRAIN, sort_key=1, help_epilogue="")
@@ -93,142 +78,108 @@ def resume(
     run: str,
     /,
     *,
-    rounds: Annotated[int | None, flag(RUNNING, "Go on until so many rounds in all.")] = None,
+    rounds: Annotated[int | None, flag(RUNNING, "Total number of rounds.")] = None,
     any_version: Annotated[
-        bool, switch(RUNNING, "Go on although other versions wrote the run.", "ATOLL_ANY_VERSION")
+        bool, switch(RUNNING, "Resume a run that other versions wrote.", "ATOLL_ANY_VERSION")
     ] = False,
     trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
     out: Out = None,
 ) -> int:
-    """Go on with a run from its last checkpoint, to the same bits as if it had never stopped.
+    """Resume a run from its last checkpoint. The result has the same bits as that of a run without a stop.
 
     Parameters
     ----------
     run
-        Its name, the end or the beginning of it, a path, or latest.
+        Its name, a prefix or suffix of it, its path, or latest.
     """
-    from atoll.cli import work
-    from atoll.experiment import Experiment
+    from atoll.cli.run import Look, run_training
+    from atoll.training.experiment import Experiment
 
     path = _find(run, out)
-    it = Experiment.read(path, trust=trust).told(rounds=rounds)
-    return work.train(it, work.Look(as_json, quiet), resume=path, any_version=any_version)
+    it = Experiment.read(path, trust=trust).override(rounds=rounds)
+    return run_training(it, Look(as_json, quiet), resume=path, any_version=any_version)
 
 
-@app.command(group=TRAIN, sort_key=2, help_epilogue="")
-def lr(
-    experiment: str | None = None,
-    /,
-    *,
-    which: Annotated[
-        Literal["local", "server"], Parameter(group=RUNNING, help="Whose: the clients', or the server's.")
-    ] = "local",
-    told: Told = Told(),
-    trust: Trust = False,
-    as_json: Json = False,
-) -> int:
-    """Find a learning rate by a range test, draw it, and suggest one. Takes the flags of run.
-
-    Parameters
-    ----------
-    experiment
-        A TOML file with settings.
-    """
-    from atoll.cli import words
-    from atoll.tools.lr import find
-
-    it = told.experiment(experiment, trust)
-    finding = find(it, which, Path(it.out))
-    if as_json:
-        words.tell({"which": which, "suggestion": finding.suggestion, "plot": str(finding.plot)})
-    else:
-        print(finding.text())
-    return 0
-
-
-@app.command(group=TRAIN, sort_key=2, help_epilogue="")
-def plan(
-    experiment: str | None = None,
-    /,
-    *,
-    told: Told = Told(),
-    trust: Trust = False,
-    as_json: Json = False,
-) -> int:
-    """Predict bytes, time on the fleet's clock and memory, and what would make a round shorter. Takes the flags of run.
-
-    Parameters
-    ----------
-    experiment
-        A TOML file with settings.
-    """
-    from atoll.cli import words
-    from atoll.tools.forecast import forecast
-
-    foreseen = forecast(told.experiment(experiment, trust))
-    if as_json:
-        words.tell(foreseen.told())
-    else:
-        print(foreseen.text())
-    return 0
-
-
-@app.command(group=LOOK, sort_key=3, help_epilogue="")
+@app.command(group=INSPECT, sort_key=3, help_epilogue="")
 def runs(*, out: Out = None, as_json: Json = False) -> int:
     """List the runs, oldest first."""
     from atoll import runs as folders
-    from atoll.cli import look, words
+    from atoll.cli import output, show
 
     parent = _parent(out)
-    found = [look.brief(path) for path in folders.list_runs(parent)]
+    found = [show.brief(path) for path in folders.list_runs(parent)]
     if as_json:
-        words.tell(found)
+        output.print_json(found)
     else:
-        print(look.listing(found) if found else f"No runs in {parent} yet.  Write: atoll run")
+        print(show.listing(found) if found else f"No runs in {parent} yet.  Write: atoll run")
     return 0
 
 
-@app.command(group=LOOK, sort_key=4, help_epilogue="")
-def show(run: str, /, *, out: Out = None, as_json: Json = False) -> int:
-    """Show a run: its formula, its rounds, its best values, its failures, and where its files are.
+@app.command(group=INSPECT, sort_key=4, help_epilogue="")
+def show(
+    run: str,
+    /,
+    *,
+    why: Annotated[
+        bool,
+        Parameter(
+            group=GROUPS[OUTPUT],
+            help="Print the compute backend of the run, and the reason for it.",
+            negative="",
+            show_default=False,
+        ),
+    ] = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> int:
+    """Show a run: its formula, a selection of its rounds, its best values, its failures and its files.
 
     Parameters
     ----------
     run
-        Its name, the end or the beginning of it, a path, or latest.
+        Its name, a prefix or suffix of it, its path, or latest.
     """
-    from atoll.cli import look, words
+    from atoll.cli import output, show
 
     path = _find(run, out)
-    if as_json:
-        words.tell(look.brief(path))
+    if why:
+        backend = show.backend(path)
+        if as_json:
+            output.print_json(backend)
+        else:
+            print(show.backend_text(backend))
+    elif as_json:
+        output.print_json(show.brief(path))
     else:
-        print(look.record(path))
+        print(show.record(path))
     return 0
 
 
-@app.command(group=LOOK, sort_key=5, help_epilogue="")
+@app.command(group=INSPECT, sort_key=5, help_epilogue="")
 def compare(
     a: str,
     b: str,
     /,
     *,
     target: Annotated[
-        float | None, flag(SHOWN, "A value of the metric: what did each pay for it? Default: the best that both reach.")
+        float | None,
+        flag(OUTPUT, "Compare the costs at this value of the metric. Default: the best value that both runs reach."),
     ] = None,
-    to: Annotated[Path | None, flag(SHOWN, "The picture to write. Default: compare-A-B.png beside the runs.")] = None,
+    to: Annotated[
+        Path | None, flag(OUTPUT, "The image file to write. Default: compare-A-B.png in the parent of the runs.")
+    ] = None,
     out: Out = None,
 ) -> int:
-    """Set two runs beside each other: settings, metrics, what they cost in bytes and time, and what first differs.
+    """Compare two runs: settings, metrics, bytes and time, and the first tensor that differs.
 
     Parameters
     ----------
     a
-        A run.
+        The first run.
     b
-        Another.
+        The second run.
     """
     from atoll.tools.compare import compare as compared
 
@@ -236,18 +187,18 @@ def compare(
     return 0
 
 
-@app.command(group=LOOK, sort_key=6, help_epilogue="")
+@app.command(group=INSPECT, sort_key=6, help_epilogue="")
 def replay(
     run: str,
     /,
     *,
-    round: Annotated[int, Parameter(group=RUNNING, help="Which round, from 0.")],
-    client: Annotated[int, Parameter(group=RUNNING, help="Which client, from 0.")],
-    nth: Annotated[int, flag(RUNNING, "Which contribution, where several arrived. Default: the first.")] = 0,
+    round: Annotated[int, Parameter(group=GROUPS[RUNNING], help="Number of the round, from 0.")],
+    client: Annotated[int, Parameter(group=GROUPS[RUNNING], help="Number of the client, from 0.")],
+    nth: Annotated[int, flag(RUNNING, "Number of the contribution, from 0, if several arrived. Default: 0.")] = 0,
     trust: Trust = False,
     out: Out = None,
 ) -> int:
-    """Compute again what one client computed in one round, and tell what it gave.
+    """Repeat the computation of one client in one round, and print its contribution.
 
     Parameters
     ----------
@@ -260,19 +211,19 @@ def replay(
     return 0
 
 
-@app.command(group=LOOK, sort_key=7, help_epilogue="")
+@app.command(group=INSPECT, sort_key=7, help_epilogue="")
 def export(
     run: str,
     /,
     *,
     dtype: Annotated[
-        Literal["float32", "bf16", "int8"], Parameter(group=RUNNING, help="How numbers are kept.")
+        Literal["float32", "bf16", "int8"], Parameter(group=GROUPS[RUNNING], help="Format of the numbers.")
     ] = "float32",
-    to: Annotated[Path | None, flag(SHOWN, "The file to write. Default: in the run's folder.")] = None,
+    to: Annotated[Path | None, flag(OUTPUT, "The file to write. Default: in the run's folder.")] = None,
     trust: Trust = False,
     out: Out = None,
 ) -> int:
-    """Write a run's model as a smaller file, and tell the accuracy that is lost.
+    """Write the model of a run as a smaller file, and print the loss of accuracy.
 
     Parameters
     ----------
@@ -287,18 +238,18 @@ def export(
 
 @app.command(group=HELP, sort_key=8, help_epilogue="")
 def doctor() -> int:
-    """Check this machine and this installation, and tell what to do about what is wrong."""
-    from atoll.cli import words
+    """Check this machine and this installation, and print a fix for each problem."""
+    from atoll.cli import output
     from atoll.tools.doctor import examine
 
     checks = examine()
-    print(words.checks(checks))
+    print(output.checks(checks))
     return 0 if all(check.ok for check in checks) else 1
 
 
 def _settings() -> Experiment:
-    """What environment and found file say, for commands that need no more than where runs are."""
-    from atoll.experiment import Experiment
+    """The settings of the environment and of the file in the working folder: they contain the parent of run folders."""
+    from atoll.training.experiment import Experiment
 
     return Experiment.found().with_environment()
 
@@ -310,11 +261,11 @@ def _parent(out: str | None) -> Path:
 def _find(run: str, out: str | None) -> Path:
     from atoll import runs as folders
 
-    return folders.find(run, _parent(out))
+    return folders.find_run(run, _parent(out))
 
 
 def answer(words: Sequence[str]) -> int:
-    """Run one command; errors become a text on stderr and an exit code."""
+    """Run one command. An error is printed to stderr and gives the exit code."""
     try:
         code = app(list(words), exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
@@ -325,22 +276,22 @@ def answer(words: Sequence[str]) -> int:
     except AtollError as error:
         return _refused(error)
     except KeyboardInterrupt:
-        print("Stopped; what was written stays.  Write: atoll runs", file=sys.stderr)
+        print("Stopped. Files that were written remain.  Write: atoll runs", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the output has gone: nothing more can be said there, not even by the interpreter's last flush.
+        # The reader of stdout has closed it. Without this line the interpreter's last flush would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def _refused(error: AtollError) -> int:
-    """Say what went wrong: the four parts of the error; ATOLL_TRACEBACK=1 also says where."""
-    from atoll.cli.spoken import as_flags
+    """Print the four parts of the error; ATOLL_TRACEBACK=1 adds the traceback."""
+    from atoll.cli.error_text import as_flags
 
     if os.environ.get("ATOLL_TRACEBACK"):
         import traceback
 
         traceback.print_exception(error)
-    if "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":  # of a machine's ranks one speaks
+    if "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":  # one rank per machine prints
         print(as_flags(error), file=sys.stderr)
     return error.exit_code

@@ -1,108 +1,70 @@
-"""The flags that tell an experiment, and the experiment they tell."""
+"""The flags of an experiment, made from the fields of `Experiment`.
+
+Tests: tests/surface/test_cli.py
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.cli.options import flag
+from atoll.training.experiment import Experiment, key_of, settings, types
+from atoll.training.setting_texts import RUNNING, TEXTS, kinds
+from atoll.training.settings import ENGINE_FIELDS, declared
 
-if TYPE_CHECKING:
-    from atoll.experiment import Experiment
-
-DATA = Group.create_ordered("Data")
-METHOD = Group.create_ordered("Model and plan")
-RUNNING = Group.create_ordered("Running")
-SHOWN = Group.create_ordered("Output")
-
-
-def flag(group: Group, help: str, name: str | None = None) -> Parameter:
-    """A flag of an experiment, or of a command: its default is told by the help."""
-    return Parameter(name=name, group=group, help=help, show_default=False, negative_iterable="")
+T = TypeVar("T")
+_SET_HELP = 'KEY=VALUE, any setting by its dotted key: "plan.pace=Sync()". May be repeated.'
 
 
-def switch(group: Group, help: str, variable: str, name: str | None = None) -> Parameter:
-    """A flag of a command, off where it is not given, or the environment variable that stands for it."""
-    return Parameter(
-        name=name, group=group, help=help, negative="", env_var=variable, show_env_var=False, show_default=False
-    )
+def _flags() -> dict[str, Any]:
+    """The type of each flag."""
+    out: dict[str, Any] = {}
+    for f in settings():
+        rule = declared(f)
+        if rule.flag:
+            (kind,) = kinds(types()[f.name])
+            kind = list[str] if kind == TEXTS else kind
+            out[key_of(f.name)] = Annotated[kind | None, flag(rule.group, _help(rule.help, f.default))]
+        if f.name == "engine":
+            for name, field in ENGINE_FIELDS.items():
+                if field.help:
+                    (kind,) = kinds(field.text)
+                    out[name] = Annotated[kind | None, flag(RUNNING, field.help)]
+    out["settings"] = Annotated[list[str] | None, flag(RUNNING, _SET_HELP, "--set")]
+    return out
 
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class Told:
-    """What the flags of an experiment say; None says nothing, and the next source is asked."""
+def _help(help: str, default: Any) -> str:
+    """The help text, with the default if it is a number or a word and the text does not state it."""
+    stated = "Default" in help or default is None or default == () or isinstance(default, bool)
+    return help if stated else f"{help} Default: {default}."
 
-    data: Annotated[str | None, flag(DATA, "A name, a CSV file, or a folder of x.npy and y.npy. Default: digits.")] = (
-        None
-    )
-    clients: Annotated[
-        int | None, flag(DATA, "How many. Default: the natural ones, else 100, or fewer for small data.")
-    ] = None
-    split: Annotated[
-        str | None,
-        flag(DATA, "Who holds what: IID(), Pathological(2), … Default: Dirichlet(0.3) where rows have classes."),
-    ] = None
-    held_out: Annotated[float | None, flag(DATA, "Part of the rows that no client gets. Default: 0.2.")] = None
-    target: Annotated[str | None, flag(DATA, "The column of a CSV file to predict. Default: the last.")] = None
-    by: Annotated[str | None, flag(DATA, "The column of a CSV file that says who holds a row.")] = None
-    task: Annotated[str | None, flag(DATA, "classification or regression. Default: guessed, and said.")] = None
-    missing: Annotated[str | None, flag(DATA, "What to do with missing numbers: mean or drop.")] = None
-    scale: Annotated[str | None, flag(DATA, "standard, client or none. Default: standard for tables.")] = None
-    folder: Annotated[str | None, flag(DATA, "Where the files of mnist, fashion_mnist and heart are.")] = None
 
-    model: Annotated[str | None, flag(METHOD, "A name, or module:factory. Default: mlp.")] = None
-    recipe: Annotated[str | None, flag(METHOD, "A recipe or a whole plan. Default: fedavg(lr=0.5, batch=10).")] = None
-    init: Annotated[str | None, flag(METHOD, "A run or a safetensors file whose numbers to start from.")] = None
+def _with_flags(cls: type[T]) -> type[T]:
+    """A dataclass with a field for each flag."""
+    cls.__annotations__ = _flags()
+    for name in cls.__annotations__:
+        setattr(cls, name, None)
+    made: type[T] = Parameter(name="*")(dataclass(frozen=True)(cls))
+    return made
 
-    rounds: Annotated[int | None, flag(RUNNING, "At most so many. Default: 100.")] = None
-    stop: Annotated[
-        list[str] | None,
-        flag(RUNNING, 'A rule that ends the run sooner: Target("accuracy", 0.95). May be repeated.'),
-    ] = None
-    seed: Annotated[int | None, flag(RUNNING, "Of everything that is drawn. Default: 0.")] = None
-    dtype: Annotated[str | None, flag(RUNNING, "float32 or float64. Default: float32.")] = None
-    engine: Annotated[
-        str | None, flag(RUNNING, "Where clients run: inprocess, processes, torchrun or ray. Default: inprocess.")
-    ] = None
-    workers: Annotated[
-        int | None, flag(RUNNING, "Worker processes, default one a core; ranks of torchrun; or actors on Ray.")
-    ] = None
-    address: Annotated[
-        str | None, flag(RUNNING, "Of the Ray cluster: host:port, or auto. Default: one of this machine, for the run.")
-    ] = None
-    cpus: Annotated[float | None, flag(RUNNING, "Cores of each actor on Ray. Default: 1.")] = None
-    gpus: Annotated[float | None, flag(RUNNING, "GPUs of each actor on Ray, or a fraction of one. Default: 0.")] = None
-    fleet: Annotated[
-        str | None, flag(RUNNING, 'How long clients and links take, on a virtual clock: "Fleet(HalfNormal())".')
-    ] = None
-    numerics: Annotated[str | None, flag(RUNNING, "auto, compiled, fused, lanes or loop. Default: auto.")] = None
-    precision: Annotated[
-        str | None, flag(RUNNING, "full or bf16: the model's products in bfloat16. Default: full.")
-    ] = None
-    device: Annotated[
-        str | None, flag(RUNNING, "auto, cpu, cuda or cuda:1. Default: auto, a GPU where there is one.")
-    ] = None
-    chunk: Annotated[int | None, flag(RUNNING, "Clients computed together; changes no bit.")] = None
-    baselines: Annotated[bool | None, flag(RUNNING, "Also train pooled and local-only, and compare. Default: no.")] = (
-        None
-    )
-    settings: Annotated[
-        list[str] | None,
-        flag(RUNNING, 'KEY=VALUE, any setting by its dotted key: "plan.pace=Sync()". May be repeated.', "--set"),
-    ] = None
-    out: Annotated[str | None, flag(SHOWN, "The parent of run folders. Default: runs.")] = None
+
+@_with_flags
+class ExperimentFlags:
+    """The flags of an experiment as they were typed; a flag that is not given is None."""
+
+    settings: list[str] | None
 
     def experiment(self, file: str | None, trust: bool) -> Experiment:
-        """The experiment that flags, `--set`, environment and file tell; the first that says something wins."""
-        from atoll.experiment import Experiment
-
+        """The experiment of the flags, `--set`, the environment and the file; the first that gives a value wins."""
         base = Experiment.read(file, trust=trust or None) if file else Experiment.found(trust=trust)
-        flags = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
-        return base.with_environment(os.environ).with_settings(pairs(self.settings or [])).told(**flags)
+        flags = {name: value for name, value in vars(self).items() if name != "settings"}
+        return base.with_environment(os.environ).with_settings(pairs(self.settings or [])).override(**flags)
 
 
 def pairs(settings: list[str]) -> dict[str, str]:

@@ -2,8 +2,10 @@
 
     data = load("digits").split(clients=100, by=Dirichlet(0.3))
 
-A `Source` is a data set; a partition says who holds what; `Clients` is the federation that results. Rows are
-read where they are, batch by batch, and may be larger than memory.
+A `Source` is a data set. A partition assigns its train rows to clients. `Clients` is the resulting federation.
+Rows are read from their original storage, batch by batch, and may be larger than memory.
+
+Tests: tests/data/test_split.py, tests/data/test_clients.py.
 """
 
 from atoll.data.arrays import arrays, dataset, federate

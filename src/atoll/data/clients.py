@@ -1,4 +1,7 @@
-"""A federation: who holds which rows, in one list of row numbers and one of offsets, for 3 clients or 10⁶."""
+"""A federation: the rows of each client, as one array of row numbers and one of offsets, for 3 clients or 10⁶.
+
+Tests: tests/data/test_clients.py, tests/data/test_split.py.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.data.measure import effective_clients, label_divergence, size_gini
 from atoll.data.rows import ConcatRows, Rows, on_device, pieces
-from atoll.errors import UsageError
-from atoll.rng import Key
 
 
 def offsets_of(sizes: Tensor) -> Tensor:
-    """Where each client's rows begin, and where the last one's end: int64 `[clients + 1]`.
+    """Compute the start of each client's rows and the end of the last one's, int64 `[clients + 1]`.
 
+    Args:
+        sizes: rows of each client, int64 `[clients]`.
     Example:
         >>> offsets_of(torch.tensor([2, 0, 3])).tolist()
         [0, 2, 2, 5]
@@ -31,17 +36,17 @@ class Clients:
     """Clients and the rows they hold; client i holds rows order[offsets[i] : offsets[i + 1]].
 
     Args:
-        name: of the data set.
-        rows: where the rows are; no client's data is copied out of it.
+        name: name of the data set.
+        rows: storage of the rows; the clients' data is not copied.
         order: int64 `[N]`, row numbers, client after client, each at most once.
-        offsets: int64 `[clients + 1]`, from 0 to N, never falling.
-        held_out: rows that no client holds, for judging the model; or None.
+        offsets: int64 `[clients + 1]`, from 0 to N, non-decreasing.
+        held_out: rows that no client holds, for evaluating the model; or None.
         kind: "classification" or "regression".
-        classes: names of the classes; None for regression, or where a row has several targets.
+        classes: names of the classes; None for regression, or if a row has several targets.
         features: shape of one row's features.
-        columns: names of the features, where they have names and one axis.
-        names: of natural clients (hospitals, speakers); None for clients that were drawn.
-        notes: what was guessed, drawn or moved on the way here, one sentence each.
+        columns: names of the features, if they have names and one axis.
+        names: names of natural clients (hospitals, speakers); None if the clients were drawn.
+        notes: one sentence for each guess, draw and moved row of the split.
     Example:
         >>> from atoll.data import arrays, IID
         >>> data = arrays(torch.arange(10.0)[:, None], torch.arange(10.0)).split(3, IID(), held_out=0)
@@ -69,17 +74,17 @@ class Clients:
 
     @property
     def count(self) -> int:
-        """How many clients there are."""
+        """The number of clients."""
         return len(self.offsets) - 1
 
     @cached_property
     def sizes(self) -> Tensor:
-        """Rows that each client holds, int64 `[clients]`."""
+        """The number of rows of each client, int64 `[clients]`."""
         return self.offsets.diff()
 
     @cached_property
     def vocab(self) -> int | None:
-        """How many tokens there are, one more than the largest, where rows hold ids; None where they hold numbers."""
+        """The vocabulary size, one more than the largest token id; None if rows contain numbers, not ids."""
         if self.rows.take(self.order[:1])[0].dtype != torch.int64:
             return None
         parts = [(self.rows, piece) for piece in self.order.split(4096)]
@@ -88,32 +93,32 @@ class Clients:
         return 1 + max(int(rows.take(piece)[0].max()) for rows, piece in parts)
 
     def client_rows(self, client: int) -> Tensor:
-        """Row numbers of one client, int64 `[size]`."""
+        """Return the row numbers of one client, int64 `[size]`."""
         start, end = self.offsets[client : client + 2].tolist()
         return self.order[start:end]
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and targets of rows, by number, as the clients that hold them see them.
+        """Read features and targets of rows, including the feature shift of each row's client.
 
         Args:
-            rows: int64 `[...]`, row numbers out of `order`; for lanes `[clients, batch]`.
+            rows: int64 `[...]`, row numbers from `order`; for lanes `[clients, batch]`.
         Returns:
             x `[..., *features]` and y `[...]` or `[..., *target]`: float32 or float64 features, or int64
             tokens; int64 classes, or float numbers to predict.
         Raises:
-            RunError: a row that was never in memory holds NaN or infinity.
+            RunError: a row read from outside memory contains NaN or infinity.
         """
         return self.rows.take(rows)
 
     def on(self, device: torch.device, room: float) -> Clients:
-        """The same clients, whose rows lie on a device where they are in memory and that has room for so many bytes.
+        """Move the rows to a device if they are in memory and need at most `room` bytes; else return `self`.
 
-        Who holds what stays on the host. Rows that are not moved are moved batch by batch, as they are read.
+        The row numbers stay on the host. Rows that are not moved here are copied batch by batch when they are read.
         """
         if device.type == "cpu":
             return self
         everything = self.rows if self.held_out is None else ConcatRows((self.rows, self.held_out))
-        moved = on_device(everything, device, room)  # together: train and held-out rows are often of one array
+        moved = on_device(everything, device, room)  # together: train and held-out rows often share one array
         if moved is everything:
             return self
         if self.held_out is None:
@@ -122,20 +127,20 @@ class Clients:
         return replace(self, rows=rows, held_out=held_out)
 
     def pooled(self) -> Clients:
-        """One client that holds every train row, in the order of their numbers; the same held-out rows."""
+        """Return one client with every train row, in the order of their numbers; the held-out rows are unchanged."""
         return replace(self, order=self.order.sort().values, offsets=torch.tensor([0, len(self.order)]), names=None)
 
     def held(self) -> Clients:
-        """One client that holds the held-out rows.
+        """Return one client with the held-out rows.
 
         Raises:
-            UsageError: there are none.
+            UsageError: there are no held-out rows.
         """
         if self.held_out is None:
             raise UsageError(
                 f"{self.name} was split with held_out=0.",
                 "held-out rows.",
-                "a model is judged on rows that it was not trained on.",
+                "a model is evaluated on rows that it was not trained on.",
                 "data.split(held_out=0.2)",
             )
         count = len(self.held_out)
@@ -149,7 +154,7 @@ class Clients:
         )
 
     def only(self, ids: Tensor) -> Clients:
-        """The clients with these ids, int64 `[k]`, in this order; they are numbered from 0 again."""
+        """Return the clients with these ids, int64 `[k]`, in this order, renumbered from 0."""
         sizes = self.sizes[ids]
         offsets = offsets_of(sizes)
         shift = (self.offsets[ids] - offsets[:-1]).repeat_interleave(sizes)
@@ -157,15 +162,15 @@ class Clients:
         return replace(self, order=self.order[torch.arange(len(shift)) + shift], offsets=offsets, names=names)
 
     def histogram(self) -> Tensor:
-        """How many rows of each class each client holds, int64 `[clients, classes]`.
+        """Count the rows of each class on each client, int64 `[clients, classes]`.
 
         Raises:
             UsageError: the rows have no classes.
         """
         if self.classes is None:
             raise UsageError(
-                f"{self.name} is a {self.kind} set without a list of classes.",
-                "one class a row.",
+                f"{self.name} is a {self.kind} data set without a list of classes.",
+                "one class per row.",
                 "rows are counted class by class.",
                 "data.sizes",
             )
@@ -174,11 +179,11 @@ class Clients:
         return cell.bincount(minlength=self.count * len(self.classes)).reshape(self.count, -1)
 
     def imbalance(self) -> dict[str, float]:
-        """How uneven the federation is.
+        """Measure how uneven the federation is.
 
         Returns:
-            `size_gini` in [0, 1), `effective_clients` = (Σ n)² / Σ n², and for classes `label_divergence`:
-            the mean Jensen–Shannon divergence, in bits, between a client's labels and everybody's.
+            `size_gini` in [0, 1), `effective_clients` = (Σ n)² / Σ n², and for classes `label_divergence`: the
+            mean Jensen–Shannon divergence, in bits, between a client's labels and the labels of all clients.
         Example:
             >>> from atoll.data import load, Dirichlet
             >>> load("digits").split(20, Dirichlet(0.1)).imbalance()["label_divergence"] > 0.3
@@ -188,11 +193,11 @@ class Clients:
         return sizes if self.classes is None else {"label_divergence": label_divergence(self.histogram()), **sizes}
 
     def fingerprint(self) -> str:
-        """16 hex digits that change when the data or the split does.
+        """Return 16 hex digits that change if the data or the split changes.
 
-        SHA-256 over the shape of the set, every client's row numbers, and the rows: all of a small set; of a
-        larger one those that a fixed key draws, train and held-out about 2²⁰ numbers and at least 64 rows each.
-        So it is cheap however large the set is, and blind to a change in rows that were not drawn.
+        They are a SHA-256 over the shape of the data set, every client's row numbers, and the rows. Of a large set
+        only a sample is read, drawn with a fixed key: about 2²⁰ numbers and at least 64 rows each of train and
+        held-out rows. The cost is therefore bounded, and a change in a row outside the sample is not detected.
         """
         held = 0 if self.held_out is None else len(self.held_out)
         digest = hashlib.sha256(repr((self.kind, self.classes, self.features, held)).encode())

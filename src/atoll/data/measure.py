@@ -1,4 +1,7 @@
-"""How uneven a federation is: in its labels, and in its sizes."""
+"""Measures of how uneven a federation is, in its labels and in its sizes.
+
+Tests: tests/data/test_clients.py.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,12 @@ from torch import Tensor
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Shannon entropy in bits over the last axis: −Σ p log₂ p.
+    """Compute the Shannon entropy in bits over the last axis: −Σ p log₂ p.
 
+    Args:
+        p: probabilities `[..., n]`, in [0, 1].
+    Returns:
+        `[...]`, in [0, log₂ n].
     Example:
         >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]])).tolist()
         [1.0, 0.0]
@@ -20,12 +27,12 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def label_divergence(histogram: Tensor) -> float:
-    """Mean over clients of the Jensen–Shannon divergence between a client's labels and everybody's, in bits.
+    """Compute the mean Jensen–Shannon divergence, in bits, between a client's labels and the labels of all clients.
 
-    JS(p, q) = H((p + q) / 2) − (H(p) + H(q)) / 2, between 0 (alike) and 1 (nothing in common).
+    JS(p, q) = H((p + q) / 2) − (H(p) + H(q)) / 2, between 0 (equal) and 1 (no class in common).
 
     Args:
-        histogram: int64 `[clients, classes]`, each client with at least one row.
+        histogram: rows of each class, int64 `[clients, classes]`, at least one row per client.
     Example:
         >>> label_divergence(torch.tensor([[5, 5], [3, 3]]))
         0.0
@@ -39,10 +46,12 @@ def label_divergence(histogram: Tensor) -> float:
 
 
 def size_gini(sizes: Tensor) -> float:
-    """Gini coefficient of the clients' sizes: 0 when all are equal, near 1 when one has nearly all rows.
+    """Compute the Gini coefficient of the clients' sizes: 0 if all are equal, near 1 if one has almost all rows.
 
     G = Σᵣ (2r − C − 1) n₍ᵣ₎ / (C Σ n), sizes n₍₁₎ ≤ … ≤ n₍C₎.
 
+    Args:
+        sizes: rows of each client, int64 `[clients]`.
     Example:
         >>> size_gini(torch.tensor([1, 1, 1, 5]))
         0.375
@@ -53,12 +62,15 @@ def size_gini(sizes: Tensor) -> float:
 
 
 def effective_clients(sizes: Tensor) -> float:
-    """How many clients of equal size would give a weighted mean of the same variance: (Σ n)² / Σ n².
+    """Compute the number of equal-sized clients whose mean has the same variance: (Σ n)² / Σ n².
 
-    Reference: Kish, Survey Sampling, 1965.
+    Args:
+        sizes: rows of each client, int64 `[clients]`.
     Example:
         >>> effective_clients(torch.tensor([10, 10, 10]))
         3.0
+
+    Reference: Kish, Survey Sampling, 1965.
     """
     n = sizes.double()
     return float(n.sum() ** 2 / (n**2).sum())

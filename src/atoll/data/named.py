@@ -1,4 +1,7 @@
-"""Data sets by name, from scikit-learn or from a folder. Nothing is ever downloaded."""
+"""Data sets by name, from scikit-learn or from a folder. Nothing is ever downloaded.
+
+Tests: tests/data/test_named.py.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from atoll.base.errors import UsageError, unknown_name
 from atoll.data.arrays import arrays, tensor_of
 from atoll.data.rows import Array, ArrayRows
 from atoll.data.sources import Source
 from atoll.data.tabular import column, csv, table
-from atoll.errors import UsageError, unknown_name
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
@@ -40,25 +43,25 @@ def load(
     missing: str | None = None,
     scale: str | None = None,
 ) -> Source:
-    """A data set by its name, or by the path of a CSV file or of a folder with x.npy and y.npy.
+    """Load a data set by its name, by the path of a CSV file, or by a folder with x.npy and y.npy.
 
     Args:
         name: diabetes, breast_cancer, wine, digits (with scikit-learn); fashion_mnist, mnist, heart (from a
-            folder); a CSV file; or a folder of x.npy and y.npy, and where there are any x_test.npy and
-            y_test.npy, which are read batch by batch and may be larger than memory.
-        folder: where a named set's files are; None: the environment variable ATOLL_DATA, and for
-            fashion_mnist then where Debian's package dataset-fashion-mnist puts them.
-        target, by, missing: of a CSV file, see `csv`; `missing` of heart too, where None is "drop".
-        task: of a CSV file or a folder of arrays.
-        scale: "standard", "client" or "none"; None: "standard" for tables, "none" for pictures and folders of arrays.
+            folder); a CSV file; or a folder with x.npy and y.npy, and optionally x_test.npy and y_test.npy. The
+            arrays are read batch by batch and may be larger than memory.
+        folder: folder of a named set's files; None: the environment variable ATOLL_DATA, then for fashion_mnist
+            the folder of Debian's package dataset-fashion-mnist.
+        target, by, missing: for a CSV file, see `csv`. `missing` also applies to heart, with None = "drop".
+        task: for a CSV file or a folder of arrays.
+        scale: "standard", "client" or "none"; None: "standard" for tables, "none" for images and folders of arrays.
     Raises:
-        UsageError: no such name, or a file that is missing or malformed.
+        UsageError: an unknown name, or a file that is missing or malformed.
     Example:
         >>> load("digits")
         Source('digits', classification, rows=1797, features=(1, 8, 8))
         >>> load("digit")
         Traceback (most recent call last):
-        atoll.errors.UsageError: No data set is called 'digit'.
+        atoll.base.errors.UsageError: No data set is called 'digit'.
         Required: one of breast_cancer, diabetes, digits, fashion_mnist, heart, mnist, wine, or the path of a
             CSV file.
         Write: digits
@@ -66,18 +69,20 @@ def load(
     text, path = str(name), Path(name)
     if text in NAMED:
         given = {"target": target, "by": by, "task": task, "missing": missing}
-        for word, value in given.items():
-            if value is not None and not (text == "heart" and word == "missing"):
+        for option, value in given.items():
+            if value is not None and not (text == "heart" and option == "missing"):
                 raise UsageError(
-                    f"{word}={value!r} for {text}.",
-                    "no such argument.",
+                    f"load({text!r}) was given {option}={value!r}.",
+                    f"no {option}.",
                     f"{text} has its own.",
                     f"load({text!r})",
                 )
         return NAMED[text](folder, missing, scale)
     if path.is_dir():
         if target or by or missing:
-            raise UsageError(f"target, by or missing for the folder {path}.", "a CSV file.", "arrays have no columns.")
+            raise UsageError(
+                f"target, by or missing was given for the folder {path}.", "a CSV file.", "arrays have no columns."
+            )
         return _npy(path, task, scale or "none")
     if path.exists() or path.suffix in (".csv", ".tsv", ".gz", ".txt") or os.sep in text:
         return csv(path, target=target, by=by, task=task, missing=missing, scale=scale)
@@ -86,11 +91,11 @@ def load(
 
 
 def _sklearn(name: str, scale: str | None) -> Source:
-    """A table out of scikit-learn, in its own units until it is split."""
+    """Load a table of scikit-learn; its columns keep their own units until the split."""
     from sklearn import datasets
 
-    words = {"scaled": False} if name == "diabetes" else {}
-    bunch: Any = getattr(datasets, f"load_{name}")(**words)
+    options = {"scaled": False} if name == "diabetes" else {}
+    bunch: Any = getattr(datasets, f"load_{name}")(**options)
     columns = dict(zip(map(str, bunch.feature_names), bunch.data.T, strict=True))
     if name == "diabetes":
         return table(
@@ -114,11 +119,11 @@ def _digits(scale: str | None) -> Source:
 
 
 def _folder(folder: str | Path | None, name: str, files: str) -> Path:
-    """Where a set's files should be: the argument, else ATOLL_DATA."""
+    """Return the folder of a set's files: the argument, else ATOLL_DATA."""
     place = folder or os.environ.get("ATOLL_DATA")
     if not place:
         raise UsageError(
-            f"{name} needs {files}, and nothing says where.",
+            f"{name} needs {files}, and no folder is set.",
             "a folder, by the argument or by the environment variable ATOLL_DATA.",
             "nothing is downloaded.",
             f"load({name!r}, folder='data')",
@@ -128,7 +133,7 @@ def _folder(folder: str | Path | None, name: str, files: str) -> Path:
 
 def _absent(name: str, path: Path, write: str = "") -> UsageError:
     return UsageError(
-        f"{name} needs {path}, which is not there.",
+        f"{name} needs {path}, which does not exist.",
         "the file, in the folder that the argument or ATOLL_DATA names.",
         "nothing is downloaded.",
         write or f"ls {path.parent}",
@@ -153,39 +158,41 @@ def _mnist(folder: str | Path | None, scale: str | None) -> Source:
 
 def _fashion_mnist(folder: str | Path | None, scale: str | None) -> Source:
     first = "train-images-idx3-ubyte"
-    asked = folder or os.environ.get("ATOLL_DATA")
-    here = Path(asked) if asked else DEBIAN_FASHION
-    if not folder and not _idx_path(here, first).is_file():
-        here = DEBIAN_FASHION
+    configured = folder or os.environ.get("ATOLL_DATA")
+    directory = Path(configured) if configured else DEBIAN_FASHION
+    if not folder and not _idx_path(directory, first).is_file():
+        directory = DEBIAN_FASHION
     parts = []
     for stem in (first, "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
-        path = _idx_path(here, stem)
+        path = _idx_path(directory, stem)
         if not path.is_file():
             raise _absent("fashion_mnist", path, "apt-get install dataset-fashion-mnist")
         parts.append(read_idx(path))
-    return _pictures("fashion_mnist", parts, FASHION, scale, here)
+    return _pictures("fashion_mnist", parts, FASHION, scale, directory)
 
 
 def _idx_path(folder: Path, stem: str) -> Path:
-    """The plain file where there is one, else the gzipped one."""
+    """Return the plain file if it exists, else the gzipped one."""
     plain = folder / stem
     return plain if plain.is_file() else folder / f"{stem}.gz"
 
 
 def read_idx(path: Path) -> Array:
-    """One array of an IDX file of bytes, gzipped or not: uint8, in the shape that the header gives.
+    """Read the array of an IDX file, gzipped or not: uint8, with the shape from the header.
 
-    The header is big-endian: two zero bytes, the type (8: unsigned bytes), the number of axes, and each axis'
-    length.
+    The header is big-endian: two zero bytes, the type (8: unsigned bytes), the number of axes, and the length of
+    each axis.
 
+    Args:
+        path: the file; its name ends in .gz if it is gzipped.
     Raises:
-        UsageError: the header is no such header, or more or fewer bytes follow than it announces.
+        UsageError: the header is not valid, or the number of bytes after it does not match its shape.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             zero, kind, axes = struct.unpack(">HBB", file.read(4))
             if zero != 0 or kind != 8:
-                raise _malformed(path, f"its first bytes are {zero:#06x}, {kind:#04x} where 0x0000, 0x08 should be")
+                raise _malformed(path, f"its first bytes are {zero:#06x}, {kind:#04x} instead of 0x0000, 0x08")
             shape = struct.unpack(f">{axes}I", file.read(4 * axes))
             data = np.frombuffer(file.read(), dtype=np.uint8)
     except (OSError, EOFError, struct.error, zlib.error) as error:
@@ -196,13 +203,13 @@ def read_idx(path: Path) -> Array:
 
 
 def _pictures(name: str, parts: list[Array], classes: tuple[str, ...], scale: str | None, path: Path) -> Source:
-    """A source of uint8 pictures and their labels, first of the train rows, then of the test rows."""
+    """Build a source from uint8 images and labels: `parts` is train x, train y, test x, test y."""
     both = []
     for x, y in (parts[:2], parts[2:]):
         if x.dtype != np.uint8 or x.ndim != 3 or not len(x) or y.shape != (len(x),) or y.dtype != np.uint8:
-            raise _malformed(path, f"pictures {x.dtype} {x.shape} with labels {y.dtype} {y.shape}")
+            raise _malformed(path, f"it has images {x.dtype} {x.shape} with labels {y.dtype} {y.shape}")
         if y.max() >= len(classes):
-            raise _malformed(path, f"label {y.max()} where 0 to {len(classes) - 1} should be")
+            raise _malformed(path, f"it has label {y.max()}, outside 0 to {len(classes) - 1}")
         both.append(ArrayRows(tensor_of(x[:, None]), tensor_of(y.astype(np.int64))))
     train, test = both
     shape = tuple(train.x.shape[1:])
@@ -210,26 +217,27 @@ def _pictures(name: str, parts: list[Array], classes: tuple[str, ...], scale: st
 
 
 def _heart(folder: str | Path | None, missing: str | None, scale: str | None) -> Source:
-    """UCI heart disease at four hospitals.
+    """Load UCI heart disease of four hospitals.
 
-    Ten columns; chest pain (cp) and resting ECG (restecg) are levels, one column each but for the first.
+    There are ten columns. Chest pain (cp) and resting ECG (restecg) are categorical: every level except the first is
+    a column of 0 and 1.
 
     Reference: Ogier du Terrail et al., FLamby, 2022, Fed-Heart-Disease; its columns and rows.
     """
     parts: list[Array] = []
-    who: list[str] = []
+    hospitals: list[str] = []
     for hospital in HOSPITALS:
         path = _folder(folder, "heart", "heart.processed.*.data") / f"heart.processed.{hospital}.data"
         if not path.is_file():
             raise _absent("heart", path)
         rows = [line.split(",") for line in path.read_text(errors="replace").splitlines() if line]
         if not rows or any(len(row) != 14 for row in rows):
-            raise _malformed(path, "a line of other than 14 cells, or none")
+            raise _malformed(path, "it is empty, or a line does not have 14 cells")
         cells = [column(texts) for texts in zip(*rows, strict=True)]
         if any(values.dtype.kind != "f" for values in cells):
-            raise _malformed(path, "a cell that is no number")
+            raise _malformed(path, "a cell is not a number")
         parts.append(np.stack(cells, axis=1))
-        who += [hospital] * len(rows)
+        hospitals += [hospital] * len(rows)
     raw = np.concatenate(parts)
     columns = {name: raw[:, i] for i, name in enumerate(HEART_COLUMNS) if name not in ("cp", "restecg")}
     for name, levels in (("cp", (2, 3, 4)), ("restecg", (1, 2))):
@@ -239,7 +247,7 @@ def _heart(folder: str | Path | None, missing: str | None, scale: str | None) ->
     columns["diagnosis"] = (raw[:, 13] > 0).astype(np.float64)
     source = table(
         "heart",
-        columns | {"hospital": np.array(who, dtype=object)},
+        columns | {"hospital": np.array(hospitals, dtype=object)},
         target="diagnosis",
         by="hospital",
         task="classification",
@@ -250,7 +258,7 @@ def _heart(folder: str | Path | None, missing: str | None, scale: str | None) ->
 
 
 def _npy(folder: Path, task: str | None, scale: str) -> Source:
-    """A folder of x.npy and y.npy, mapped into memory and read as rows are wanted."""
+    """Load a folder with x.npy and y.npy, which are memory-mapped and read when rows are needed."""
     parts = []
     for name in ("x", "y", "x_test", "y_test"):
         path = folder / f"{name}.npy"
@@ -259,7 +267,7 @@ def _npy(folder: Path, task: str | None, scale: str) -> Source:
                 break
             raise UsageError(f"The folder {folder} has no {name}.npy.", "x.npy and y.npy.", write=f"ls {folder}")
         try:
-            # A memory map needs the path, and of anything but an array numpy would leave the file open.
+            # np.load needs the path for a memory map. If the file is not an array it would stay open, so check first.
             with path.open("rb") as file:
                 np.lib.format.read_magic(file)
             parts.append(np.load(path, mmap_mode="r", allow_pickle=False))

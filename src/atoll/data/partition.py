@@ -1,6 +1,8 @@
-"""Partitions: which client holds which train row. A partition is a value; the key makes the draw.
+"""Partitions assign train rows to clients. A partition is a value; the key determines the draw.
 
-What it draws is an owner for each row, one integer a row: so every row is in exactly one client.
+A partition draws one owner for each row, so every row belongs to exactly one client.
+
+Tests: tests/data/test_partition.py, tests/data/test_split.py.
 """
 
 from __future__ import annotations
@@ -12,19 +14,21 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from atoll.base.errors import UsageError
+from atoll.base.grammar import constructor
+from atoll.base.random import Key
+from atoll.base.validation import bounded_number, check_fields
 from atoll.data.rows import Rows
 from atoll.data.shift import ShiftedRows
-from atoll.errors import UsageError
-from atoll.fields import check, number
-from atoll.grammar import constructor
-from atoll.rng import Key
 
 
 class Pool(NamedTuple):
-    """What a partition may look at: the train rows, in the order of their numbers.
+    """The input of a partition: the train rows, in the order of their numbers.
 
-    rows: how many. labels: class of each row, int64 `[rows]`, or None where rows have no class.
-    by: natural client of each row, int64 `[rows]`, or None.
+    Args:
+        rows: the number of rows.
+        labels: class of each row, int64 `[rows]`; None if rows have no class.
+        by: natural client of each row, int64 `[rows]`; None without natural clients.
     """
 
     rows: int
@@ -33,12 +37,14 @@ class Pool(NamedTuple):
 
 
 class Partition:
-    """What every partition is: `partition(pool, clients, key)` → owner of each train row, int64 `[rows]`.
+    """Base of all partitions: `partition(pool, clients, key)` → owner of each train row, int64 `[rows]`.
 
-    Each is a frozen dataclass, so that it prints as its constructor; one of your own gives owners in `__call__`.
+    A partition is a frozen dataclass, so its `repr` is its constructor call. Your own partition defines `__call__`,
+    which returns the owners.
 
-    natural: the owners are given by the data; there is nothing to draw, and no row may be moved.
-    draws: how often to draw for `min_rows` before rows are moved; more than 1 where a draw decides the sizes.
+    natural: the data determine the owners; nothing is drawn, and no row may be moved.
+    draws: the most draws until every client has `min_rows`; then rows are moved. More than 1 if a draw determines
+        the sizes.
     """
 
     natural: ClassVar[bool] = False
@@ -48,11 +54,11 @@ class Partition:
         raise NotImplementedError
 
     def view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
-        """The rows as the clients see them; `owner` int64 `[rows]`, −1 where nobody trains on a row."""
+        """Return the rows with their clients' feature shift; `owner` int64 `[rows]`, −1 for a row of no client."""
         return rows
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
 
     def __repr__(self) -> str:
         return constructor(self)
@@ -64,28 +70,32 @@ def _refuse(partition: Partition, clients: int, required: str, why: str, write: 
 
 
 def in_groups(group: Tensor) -> Tensor:
-    """Row numbers group by group, within each as they stand: what a stable `argsort` gives, in a third of the time.
+    """Sort row numbers by group, in row order within a group: a stable `argsort` in a third of its time.
 
     Args:
         group: int64 `[n]`, each in [0, 2⁶³ / n).
+    Returns:
+        row numbers, int64 `[n]`.
     Example:
         >>> in_groups(torch.tensor([1, 0, 1, 0])).tolist()
         [1, 3, 0, 2]
     """
     rows = len(group)
-    words = (group * rows).add_(torch.arange(rows))  # no two are equal, and numpy sorts such by vectors
+    words = (group * rows).add_(torch.arange(rows))  # distinct, so numpy's vectorized unstable sort is valid
     words.numpy().sort()
     return words.remainder_(rows) if rows else words
 
 
 def shuffled(group: Tensor, groups: int, key: Key) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows group by group, each group in random order, every row's place by its own hash.
+    """Sort rows by group, with random order within each group. A hash of each row determines the order.
 
     Args:
         group: int64 `[n]` in [0, groups).
+        groups: the number of groups.
+        key: key of the draw.
     Returns:
-        row numbers, int64 `[n]`; the place of each of them within its group, int64 `[n]`; and the groups'
-        sizes, int64 `[groups]`.
+        row numbers, int64 `[n]`; the rank of each of them within its group, int64 `[n]`; and the sizes of the
+        groups, int64 `[groups]`.
     Example:
         >>> order, rank, sizes = shuffled(torch.tensor([1, 0, 1]), 2, Key(0))
         >>> order[0].item(), rank.tolist(), sizes.tolist()
@@ -103,8 +113,11 @@ def fill_up(owner: Tensor, clients: int, min_rows: int, key: Key) -> Tensor:
 
     Args:
         owner: int64 `[n]`; n ≥ clients · min_rows.
+        clients: the number of clients.
+        min_rows: rows that every client must have.
+        key: key of the draw of the moved rows.
     Returns:
-        The new owners; as many differ as rows were missing, no fewer would do.
+        The new owners, int64 `[n]`. The number of moved rows is the number of missing rows, which is the minimum.
     Example:
         >>> fill_up(torch.tensor([0, 0, 0, 0, 1, 1]), 3, 1, Key(0)).bincount().tolist()
         [3, 2, 1]
@@ -116,17 +129,17 @@ def fill_up(owner: Tensor, clients: int, min_rows: int, key: Key) -> Tensor:
     while low < high:  # the highest level that frees enough rows
         level = (low + high + 1) // 2
         low, high = (level, high) if int((sizes - level).clamp(min=0).sum()) >= wanted else (low, level - 1)
-    # The highest ranks go first: cutting to `low` may free more rows than are wanted.
-    spare = order[rank >= low]
-    spare = spare[rank[rank >= low].argsort(descending=True, stable=True)[:wanted]]
+    # Move the highest ranks first, because cutting to `low` may free more rows than needed.
+    surplus = order[rank >= low]
+    surplus = surplus[rank[rank >= low].argsort(descending=True, stable=True)[:wanted]]
     moved = owner.clone()
-    moved[spare] = torch.arange(clients).repeat_interleave(missing)
+    moved[surplus] = torch.arange(clients).repeat_interleave(missing)
     return moved
 
 
 @dataclass(frozen=True, repr=False)
 class IID(Partition):
-    """Rows dealt out at random, sizes equal up to one row.
+    """Assign rows at random; sizes differ by at most one row.
 
     Example:
         >>> IID()(Pool(5), 2, Key(0)).bincount().tolist()
@@ -138,13 +151,14 @@ class IID(Partition):
 
 
 def log_gamma_draws(shape: float, n: int, key: Key) -> Tensor:
-    """Logarithms of n draws of Gamma(shape, 1), float64 `[n]`: no draw underflows, however small the shape.
+    """Draw n logarithms of Gamma(shape, 1), float64 `[n]`; no draw underflows, even for a small shape.
 
     Marsaglia and Tsang's rejection at shape + 1, then G(shape) = G(shape + 1) · U^(1/shape).
 
     Args:
         shape: > 0.
         n: ≥ 0.
+        key: key of the draw.
     Example:
         >>> round(log_gamma_draws(3.0, 100_000, Key(0)).exp().mean().item(), 1)
         3.0
@@ -154,7 +168,7 @@ def log_gamma_draws(shape: float, n: int, key: Key) -> Tensor:
     d = shape + 1 - 1 / 3
     out = torch.log1p(-key.fold("boost").uniform(n)) / shape
     todo, attempt = torch.arange(n), 0
-    while len(todo):  # at least 95 % are accepted each time
+    while len(todo):  # each pass accepts at least 95 %
         x = key.fold("normal", attempt).normal(len(todo))
         u = key.fold("accept", attempt).uniform(len(todo))
         v = (1 + x / math.sqrt(9 * d)) ** 3
@@ -166,12 +180,13 @@ def log_gamma_draws(shape: float, n: int, key: Key) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class Dirichlet(Partition):
-    """Label skew: each class is shared out in proportions drawn from Dirichlet(alpha, …, alpha).
+    """Label skew: each class is divided in proportions drawn from Dirichlet(alpha, …, alpha).
 
-    Class by class, a client that already holds its fair share of all rows gets no more, so sizes stay comparable.
+    The classes are assigned one after another. A client that already has 1/C of all rows, for C clients, gets no rows
+    of the next classes, so sizes stay comparable.
 
     Args:
-        alpha: > 0; small is skewed (0.1: a few classes a client), large is even (1000: the same mix for all).
+        alpha: > 0; small is skewed (0.1: a few classes per client), large is even (1000: the same mix for all).
     Example:
         >>> Dirichlet(0.3)
         Dirichlet(0.3)
@@ -179,39 +194,39 @@ class Dirichlet(Partition):
     Reference: Li et al., Federated Learning on Non-IID Data Silos: An Experimental Study, 2022, section IV-A.
     """
 
-    alpha: float = number(above=0, example=0.3, why="it is the concentration of the proportions.")
+    alpha: float = bounded_number(above=0, example=0.3, why="it is the concentration of the proportions.")
     draws: ClassVar[int] = 10
 
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
         codes, classes = _classes(self, pool, clients)
         order, _, sizes = shuffled(codes, classes, key.fold("rows"))
-        owner, held = torch.empty_like(codes), torch.zeros(clients, dtype=torch.int64)
+        owner, rows_of_client = torch.empty_like(codes), torch.zeros(clients, dtype=torch.int64)
         for label, rows in enumerate(order.split(sizes.tolist())):
             share = log_gamma_draws(self.alpha, clients, key.fold("shares", label))
-            share[held * clients >= pool.rows] = -math.inf
-            # Cumulated in order: a parallel sum would make the cuts depend on the number of threads.
+            share[rows_of_client * clients >= pool.rows] = -math.inf
+            # cumsum adds in order; a parallel sum would make the cuts depend on the number of threads.
             edge = (share - share.max()).exp().cumsum(0)
             cut = (edge / edge[-1] * len(rows)).floor().long()
-            got = torch.searchsorted(cut, torch.arange(len(rows)), right=True)
-            owner[rows] = got
-            held += got.bincount(minlength=clients)
+            new_owner = torch.searchsorted(cut, torch.arange(len(rows)), right=True)
+            owner[rows] = new_owner
+            rows_of_client += new_owner.bincount(minlength=clients)
         return owner
 
 
 def _classes(partition: Partition, pool: Pool, clients: int) -> tuple[Tensor, int]:
-    """The classes that occur, numbered from 0 without gaps, and how many they are."""
+    """Renumber the occurring classes from 0 without gaps; return the codes and the number of classes."""
     if pool.labels is None:
-        raise _refuse(partition, clients, "one class a row.", "it deals out rows class by class.", Quantity(1.0))
+        raise _refuse(partition, clients, "one class per row.", "it assigns rows class by class.", Quantity(1.0))
     values, codes = pool.labels.unique(return_inverse=True)
     return codes, len(values)
 
 
 @dataclass(frozen=True, repr=False)
 class Pathological(Partition):
-    """Each client holds k classes: class i mod K and k − 1 random others; their holders share the rows evenly.
+    """Client i holds k of K classes: class i mod K and k − 1 random others; a class's holders share its rows evenly.
 
     Args:
-        classes_per_client: k ≥ 1; with fewer classes than that, each client holds all of them.
+        classes_per_client: k ≥ 1; if there are fewer than k classes, each client holds all of them.
     Example:
         >>> Pathological(2)
         Pathological(2)
@@ -220,7 +235,7 @@ class Pathological(Partition):
         2017, named it; the draw is that of Li et al., 2022, "#C = k".
     """
 
-    classes_per_client: int = number(least=1, whole=True, example=2, why="a client holds whole classes.")
+    classes_per_client: int = bounded_number(least=1, whole=True, example=2, why="a client holds whole classes.")
     draws: ClassVar[int] = 10
 
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
@@ -236,7 +251,7 @@ class Pathological(Partition):
                 enough,
             )
         words = key.fold("classes").of(torch.arange(clients)).hash(classes)
-        # Every client's first class, and every class's first client: these come before what the hashes say.
+        # Every client's first class and every class's first client are certain: they sort before all hashes.
         certain = torch.arange(max(clients, classes))
         words[certain % clients, certain % classes] = -(2**63)
         holds = torch.zeros_like(words, dtype=torch.bool).scatter_(1, words.argsort(1)[:, :each], True)
@@ -251,7 +266,7 @@ class Pathological(Partition):
 
 @dataclass(frozen=True, repr=False)
 class Shards(Partition):
-    """Rows sorted by label, cut into equal shards, and dealt out: each client gets a few shards at random.
+    """Sort rows by label, cut them into equal shards, and give each client a few shards at random.
 
     Args:
         shards_per_client: ≥ 1; 2 is the published choice.
@@ -263,7 +278,7 @@ class Shards(Partition):
         2017, section 3.
     """
 
-    shards_per_client: int = number(2, least=1, whole=True, why="a client gets whole shards.")
+    shards_per_client: int = bounded_number(2, least=1, whole=True, why="a client gets whole shards.")
 
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
         shards = clients * self.shards_per_client
@@ -271,7 +286,7 @@ class Shards(Partition):
             raise _refuse(
                 self,
                 clients,
-                f"one class a row, and clients × shards_per_client ≤ {pool.rows} rows.",
+                f"one class per row, and clients × shards_per_client ≤ {pool.rows} rows.",
                 "rows are sorted by class, and no shard may be empty.",
                 IID(),
             )
@@ -285,7 +300,7 @@ class Shards(Partition):
 
 @dataclass(frozen=True, repr=False)
 class Quantity(Partition):
-    """Sizes that follow a power law, rows at random: client i gets a share proportional to (i + 1)^(−power).
+    """Sizes follow a power law, rows are random: client i gets a share proportional to (i + 1)^(−power).
 
     Args:
         power: ≥ 0; 0 gives equal sizes, 1 is Zipf's law. Client 0 is the largest.
@@ -294,7 +309,7 @@ class Quantity(Partition):
         [6, 3, 2]
     """
 
-    power: float = number(least=0, example=1.5, why="sizes fall as (i + 1)^(−power).")
+    power: float = bounded_number(least=0, example=1.5, why="sizes fall as (i + 1)^(−power).")
 
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
         edge = torch.arange(1, clients + 1, dtype=torch.float64).pow(-self.power).cumsum(0)
@@ -304,32 +319,33 @@ class Quantity(Partition):
 
 @dataclass(frozen=True, repr=False)
 class FeatureShift(Partition):
-    """Rows dealt out as by `IID`, but seen differently by each client.
+    """Feature skew: rows are assigned as by `IID`, and each client transforms its features differently.
 
-    Client i of C sees noise of sd noise · (i + 1) / C, and pictures turned by i · rotation degrees. A row's
-    noise is a function of (seed, client, row), applied whenever the row is taken. Held-out rows are not shifted.
+    Client i of C gets noise of standard deviation noise · (i + 1) / C, and images rotated by i · rotation degrees. The
+    noise of a row is a function of (seed, client, row), and is applied when the row is read. Held-out rows are not
+    changed.
 
     Args:
-        noise: standard deviation at the last client, in units of the features as they are taken; ≥ 0.
-        rotation: degrees from one client to the next, counter-clockwise, for pictures; 90 moves whole pixels.
+        noise: standard deviation at the last client, in units of the scaled features; ≥ 0.
+        rotation: degrees from one client to the next, counter-clockwise, for images; 90 moves whole pixels.
     Example:
         >>> FeatureShift(rotation=90)
         FeatureShift(rotation=90.0)
 
     Reference: after Li et al., Federated Learning on Non-IID Data Silos: An Experimental Study, 2022, section
-        IV-B, who give the noise as a variance, noise · (i + 1) / C; here it is the standard deviation.
+        IV-B. There noise · (i + 1) / C is the variance; here it is the standard deviation.
     """
 
-    noise: float = number(0.0, least=0, kw_only=True, example=0.1, why="a standard deviation is not negative.")
-    rotation: float = number(0.0, kw_only=True, example=90.0)
+    noise: float = bounded_number(0.0, least=0, kw_only=True, example=0.1, why="a standard deviation is not negative.")
+    rotation: float = bounded_number(0.0, kw_only=True, example=90.0)
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         if not (self.noise or self.rotation):
             raise UsageError(
-                "FeatureShift() without noise and rotation.",
-                "one of them not 0.",
-                "otherwise all clients see the same.",
+                "FeatureShift() has neither noise nor rotation.",
+                "at least one of them not 0.",
+                "otherwise the features of all clients are the same.",
                 "FeatureShift(noise=0.1)",
             )
 
@@ -339,13 +355,13 @@ class FeatureShift(Partition):
     def view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
         x = rows.take(torch.zeros(1, dtype=torch.int64))[0]
         if not x.is_floating_point():
-            raise _refuse(self, clients, "float features.", "a token has no noise and no angle.", IID())
+            raise _refuse(self, clients, "float features.", "token ids cannot be rotated or get noise.", IID())
         if self.rotation and x.dim() < 3:
             raise _refuse(
                 self,
                 clients,
-                f"pictures [..., height, width], not rows of shape {tuple(x.shape[1:])}.",
-                "only a picture can be turned.",
+                f"images [..., height, width], not rows of shape {tuple(x.shape[1:])}.",
+                "only an image can be rotated.",
                 FeatureShift(noise=self.noise or 0.1),
             )
         return ShiftedRows(rows, owner, clients, self.noise, self.rotation, key)
@@ -353,9 +369,9 @@ class FeatureShift(Partition):
 
 @dataclass(frozen=True, repr=False)
 class ByColumn(Partition):
-    """Natural clients: each row stays with the hospital, speaker or site that the data names.
+    """Natural clients: each row belongs to the hospital, speaker or site in the data.
 
-    No row is moved: a natural client with fewer than `min_rows` train rows is left out, and the notes say so.
+    No row is moved. A natural client with fewer than `min_rows` train rows is left out, and a note reports it.
 
     Example:
         >>> ByColumn()(Pool(3, by=torch.tensor([1, 0, 1])), 2, Key(0)).tolist()
@@ -366,5 +382,5 @@ class ByColumn(Partition):
 
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
         if pool.by is None:
-            raise _refuse(self, clients, "data with natural clients.", "no column says who holds a row.", IID())
+            raise _refuse(self, clients, "data with natural clients.", "no column names the clients.", IID())
         return pool.by

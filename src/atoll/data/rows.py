@@ -1,9 +1,10 @@
-"""Where rows live: in memory, in a memory-mapped file, behind a Dataset's `__getitem__`, or in several such
-places.
+"""Storage of rows: memory, a memory-mapped file, a Dataset's `__getitem__`, or several of them.
 
-Features arrive as a model takes them: uint8 is an intensity and becomes float32 in [0, 1]; float32 and
-float64 stay; other integers are token ids and become int64. What lies in memory is checked for NaN and
-infinity once, when a source is made; what does not is checked batch by batch, as it is read.
+Features are converted for the model: uint8 is an intensity and becomes float32 in [0, 1]; float32 and float64 are
+unchanged; other integers are token ids and become int64. Rows in memory are checked for NaN and infinity once, when
+the source is built. All other rows are checked batch by batch, when they are read.
+
+Tests: tests/data/test_rows.py, tests/identities/test_numerics.py.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atoll.errors import RunError, UsageError
+from atoll.base.errors import RunError, UsageError
 
 Array = npt.NDArray[Any]
 
 
 class Rows(Protocol):
-    """Rows (x, y), numbered from 0, read by number and never collected.
+    """Rows (x, y), numbered from 0 and read by number; they are never all loaded.
 
-    take: int64 row numbers `[...]` → x `[..., *features]`, y `[...]`, or `[..., *target]` where a row has several.
-    targets: every y, in row order, without reading x where that is possible.
+    take: int64 row numbers `[...]` → x `[..., *features]`, y `[...]`, or `[..., *target]` if a row has several.
+    targets: every y, in row order, without reading x if possible.
     """
 
     def __len__(self) -> int: ...
@@ -39,8 +40,10 @@ class Rows(Protocol):
 
 
 def numbers(x: Tensor) -> Tensor:
-    """Stored values as a model takes them: intensities in [0, 1], floats, or int64 token ids.
+    """Convert stored features for the model: intensities to [0, 1], floats unchanged, integers to int64 token ids.
 
+    Args:
+        x: stored features, any shape and dtype.
     Example:
         >>> numbers(torch.tensor([0, 51, 255], dtype=torch.uint8))
         tensor([0.0000, 0.2000, 1.0000])
@@ -53,8 +56,11 @@ def numbers(x: Tensor) -> Tensor:
 
 
 def answers(y: Tensor, real: bool) -> Tensor:
-    """Stored targets as a task takes them: float numbers to predict, or int64 classes.
+    """Convert stored targets for the task: float numbers to predict, or int64 classes.
 
+    Args:
+        y: stored targets, any shape and dtype.
+        real: whether integers are numbers to predict, not classes.
     Example:
         >>> answers(torch.tensor([2, 1], dtype=torch.uint8), real=False)
         tensor([2, 1])
@@ -65,8 +71,11 @@ def answers(y: Tensor, real: bool) -> Tensor:
 
 
 def pieces(rows: Tensor, features: Sequence[int]) -> tuple[Tensor, ...]:
-    """Rows, or row numbers, in pieces of about 2¹⁸ numbers: what may be in memory however large the set is.
+    """Split rows, or row numbers, into pieces of about 2¹⁸ numbers, which fit in memory for any size of the set.
 
+    Args:
+        rows: rows `[n, ...]`, or row numbers `[n]`.
+        features: shape of one row's features.
     Example:
         >>> [len(piece) for piece in pieces(torch.arange(10_000), (8, 8))]
         [4096, 4096, 1808]
@@ -76,13 +85,16 @@ def pieces(rows: Tensor, features: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def not_finite(x: Tensor) -> tuple[int, ...] | None:
-    """The place of the first NaN or infinity in `x`, or None; looked for piece by piece.
+    """Return the index of the first NaN or infinity in `x`, or None; `x` is searched piece by piece.
 
+    Args:
+        x: any shape and dtype.
     Example:
         >>> not_finite(torch.tensor([[0.0, 1.0], [2.0, float("nan")]]))
         (1, 1)
     """
-    # A sum is finite only where all its terms are, and takes no memory and little time. Finite terms may overflow.
+    # A finite sum proves that all terms are finite, in little time and without memory. Finite terms may overflow, so
+    # an infinite sum proves nothing.
     if not x.is_floating_point() or math.isfinite(x.sum().item()):
         return None
     start = 0
@@ -96,7 +108,7 @@ def not_finite(x: Tensor) -> tuple[int, ...] | None:
 
 
 def place(row: int, within: tuple[int, ...]) -> str:
-    """`row 3`, `row 3, column 1`, or `row 3, position (0, 4, 2)`.
+    """Format a position for an error: `row 3`, `row 3, column 1`, or `row 3, position (0, 4, 2)`.
 
     Example:
         >>> place(3, (1,))
@@ -107,12 +119,12 @@ def place(row: int, within: tuple[int, ...]) -> str:
     return f"row {row}, column {within[0]}" if len(within) == 1 else f"row {row}, position {within}"
 
 
-def _checked(values: Tensor, index: Tensor, what: str) -> Tensor:
-    """Values `[n, ...]`, just read from outside memory, or an error that names the row and the column."""
+def _checked(values: Tensor, index: Tensor, subject: str) -> Tensor:
+    """Check values `[n, ...]` read from outside memory; the error names the row and the column."""
     bad = not_finite(values)
     if bad is not None:
         raise RunError(
-            f"The {what} hold {values[bad].item()} at {place(int(index[bad[0]]), bad[1:])}.",
+            f"The {subject} contain {values[bad].item()} at {place(int(index[bad[0]]), bad[1:])}.",
             "finite numbers.",
             "one NaN makes every number of the model NaN.",
         )
@@ -120,7 +132,7 @@ def _checked(values: Tensor, index: Tensor, what: str) -> Tensor:
 
 
 def _pick(array: Tensor | Array, index: Tensor) -> Tensor:
-    """Rows `index [n]` of a tensor, or of a mapped file, of which only those rows are read."""
+    """Read rows `index` `[n]` of a tensor or of a memory-mapped file; of a file only these rows are read."""
     if isinstance(array, Tensor):
         return array.index_select(0, index if array.is_cpu else index.to(array.device))
     picked = np.asarray(array[index.numpy()])
@@ -128,7 +140,7 @@ def _pick(array: Tensor | Array, index: Tensor) -> Tensor:
 
 
 def _shaped(rows: Tensor, index: Tensor) -> Tensor:
-    """What was taken for the flat index, in the index' shape."""
+    """Reshape rows read for the flat index to the shape of the index."""
     return rows.reshape(index.shape + rows.shape[1:])
 
 
@@ -139,7 +151,7 @@ class ArrayRows:
     Args:
         x: a tensor or an `np.memmap`, `[rows, *features]`.
         y: a tensor or an `np.memmap`, `[rows]` or `[rows, *target]`.
-        real: y is a number to predict, not a class.
+        real: whether y is a number to predict, not a class.
     Example:
         >>> rows = ArrayRows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0]))
         >>> rows.take(torch.tensor([2, 1]))
@@ -169,12 +181,16 @@ class ArrayRows:
 
 
 def pair(item: Any, row: int) -> tuple[Tensor, Tensor]:
-    """One item of a Dataset as (x, y), or an error that names its row."""
+    """Return one item of a Dataset as tensors (x, y).
+
+    Raises:
+        UsageError: the item is not a pair of tensors, arrays or numbers; the error names its row.
+    """
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         raise UsageError(
             f"Row {row} of the dataset is a {type(item).__name__}.",
             "a pair (x, y).",
-            "training compares the model's answer to x with y.",
+            "training compares the model's output for x with y.",
         )
     try:
         x, y = (part if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part)) for part in item)
@@ -186,11 +202,11 @@ def pair(item: Any, row: int) -> tuple[Tensor, Tensor]:
     return x.detach(), y.detach()
 
 
-def _alike(got: Tensor, first: Tensor, row: int) -> None:
-    if (got.shape, got.dtype) != (first.shape, first.dtype):
+def _check_like_first(part: Tensor, first: Tensor, row: int) -> None:
+    if (part.shape, part.dtype) != (first.shape, first.dtype):
         raise UsageError(
-            f"Row {row} of the dataset holds {got.dtype} {tuple(got.shape)}, "
-            f"row 0 holds {first.dtype} {tuple(first.shape)}.",
+            f"Row {row} of the dataset has {part.dtype} {tuple(part.shape)}, "
+            f"row 0 has {first.dtype} {tuple(first.shape)}.",
             "one shape and dtype for all rows.",
             "rows are stacked into batches.",
         )
@@ -198,11 +214,11 @@ def _alike(got: Tensor, first: Tensor, row: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class DatasetRows:
-    """Rows of a map-style torch Dataset: `__getitem__` is called for each row when it is wanted, never before.
+    """Rows of a map-style torch Dataset: `__getitem__` is called when a row is needed, not earlier.
 
     Args:
-        dataset: has `__len__`, and `__getitem__` that gives (x, y) with one shape for all rows.
-        real: y is a number to predict, not a class.
+        dataset: has `__len__`, and `__getitem__` that returns (x, y) with one shape for all rows.
+        real: whether y is a number to predict, not a class.
     """
 
     dataset: Dataset[Any]
@@ -213,7 +229,7 @@ class DatasetRows:
 
     @cached_property
     def first(self) -> tuple[Tensor, Tensor]:
-        """Row 0: its shapes and dtypes are everybody's."""
+        """Row 0. All rows must have its shapes and dtypes."""
         return pair(self.dataset[0], 0)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,7 +238,7 @@ class DatasetRows:
         ys: list[Tensor] = []
         for row in flat.tolist():
             for part, first, parts in zip(pair(self.dataset[row], row), self.first, (xs, ys), strict=True):
-                _alike(part, first, row)
+                _check_like_first(part, first, row)
                 parts.append(part)
         x, y = (
             torch.stack(parts) if parts else first[None][:0] for parts, first in zip((xs, ys), self.first, strict=True)
@@ -236,7 +252,7 @@ class DatasetRows:
     @cached_property
     def _targets(self) -> Tensor:
         known = getattr(self.dataset, "targets", None)
-        # torchvision's sets list their labels; a target_transform would change them.
+        # torchvision's data sets list their labels, but a target_transform would change them.
         if known is None or len(known) != len(self) or getattr(self.dataset, "target_transform", None):
             known = torch.stack([pair(self.dataset[row], row)[1] for row in range(len(self))])
         return answers(torch.as_tensor(known), self.real)
@@ -244,8 +260,10 @@ class DatasetRows:
 
 @dataclass(frozen=True, eq=False)
 class ConcatRows:
-    """Several rows objects as one: the second's row 0 follows the first's last row.
+    """Several rows objects as one: row 0 of the second follows the last row of the first.
 
+    Args:
+        parts: the rows objects, in order, with equal features.
     Example:
         >>> one = ArrayRows(torch.zeros(2, 1), torch.zeros(2))
         >>> two = ArrayRows(torch.ones(2, 1), torch.ones(2))
@@ -266,13 +284,13 @@ class ConcatRows:
         flat = index.reshape(-1)
         part = torch.searchsorted(self.starts, flat, right=True) - 1
         order = part.argsort(stable=True)
-        asked, counts = part[order].unique_consecutive(return_counts=True)
-        taken = [
-            self.parts[p].take(flat[where] - self.starts[p])
-            for p, where in zip(asked.tolist(), order.split(counts.tolist()), strict=True)
+        used, counts = part[order].unique_consecutive(return_counts=True)
+        pieces_of_part = [
+            self.parts[p].take(flat[positions] - self.starts[p])
+            for p, positions in zip(used.tolist(), order.split(counts.tolist()), strict=True)
         ] or [self.parts[0].take(flat)]
         back = order.argsort()
-        x, y = (torch.cat(pieces)[back] for pieces in zip(*taken, strict=True))
+        x, y = (torch.cat(pieces)[back] for pieces in zip(*pieces_of_part, strict=True))
         return _shaped(x, index), _shaped(y, index)
 
     def targets(self) -> Tensor:
@@ -281,7 +299,7 @@ class ConcatRows:
 
 @dataclass(frozen=True, eq=False)
 class PickedRows:
-    """Some rows of another rows object, renumbered from 0: row i is `rows`' row `index[i]`."""
+    """Some rows of another rows object, renumbered from 0: row i is row `index[i]` of `rows`."""
 
     rows: Rows
     index: Tensor
@@ -297,36 +315,62 @@ class PickedRows:
 
 
 def in_memory(rows: Rows) -> bool:
-    """Whether rows are those of one array in the host's memory, which can be read without a copy."""
+    """Return whether the rows are in one array in host memory, which can be read without a copy."""
     if isinstance(rows, PickedRows):
         return in_memory(rows.rows)
-    held = isinstance(rows, ArrayRows) and isinstance(rows.x, Tensor) and isinstance(rows.y, Tensor)
-    return held and rows.x.is_cpu and rows.x.is_contiguous()  # type: ignore[attr-defined]
+    plain = isinstance(rows, ArrayRows) and isinstance(rows.x, Tensor) and isinstance(rows.y, Tensor)
+    return plain and rows.x.is_cpu and rows.x.is_contiguous()  # type: ignore[attr-defined]
 
 
 def stored(rows: Rows, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The array that rows in memory are stored in, where in it those of `index` lie, and their targets.
+    """Return the array that stores rows in memory, the positions in it of the rows `index`, and their targets.
 
+    Args:
+        rows: rows for which `in_memory` is true.
+        index: int64 `[...]`, row numbers.
+    Raises:
+        UsageError: the rows are not in one array in memory.
     Example:
         >>> array = ArrayRows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0]))
         >>> x, at, y = stored(PickedRows(array, torch.tensor([2, 1])), torch.tensor([1]))
         >>> x[at], y
         (tensor([[2.]]), tensor([1]))
+
+    Raises:
+        UsageError: the rows are not in memory, or a row number is outside them.
     """
     if isinstance(rows, PickedRows):
         return stored(rows.rows, rows.index[index])
     if not isinstance(rows, ArrayRows) or not isinstance(rows.x, Tensor) or not in_memory(rows):
-        raise UsageError(f"Rows of kind {type(rows).__name__}.", "rows of one array in memory.")
-    return rows.x, index, answers(_pick(rows.y, index), rows.real)
+        raise UsageError(f"The rows have type {type(rows).__name__}.", "rows of one array in memory.")
+    try:
+        return rows.x, index, answers(_pick(rows.y, index), rows.real)
+    except IndexError as error:
+        raise outside(index, len(rows.x)) from error
+
+
+def outside(index: Tensor, rows: int) -> UsageError:
+    """The error for row numbers of which one is not in 0 … rows − 1.
+
+    Args:
+        index: row numbers, int64, any shape.
+        rows: the number of rows.
+    """
+    wrong = index[(index < 0) | (index >= rows)]
+    return UsageError(
+        f"Row {int(wrong[0])} of a data set with {rows} rows.",
+        f"row numbers from 0 to {rows - 1}.",
+        "native code reads a row by its address, so another number would read foreign memory.",
+    )
 
 
 def on_device(rows: Rows, device: torch.device, room: float) -> Rows:
-    """Rows that lie in memory, on a device, as far as there is room; all others stay where they are.
+    """Move rows in memory to a device if they need at most `room` bytes; return all other rows unchanged.
 
     Args:
-        rows: what is to be read from there.
-        device: whose memory.
-        room: bytes that may be taken of it.
+        rows: the rows to move.
+        device: the target.
+        room: the bytes of device memory that may be used.
     Example:
         >>> rows = PickedRows(ArrayRows(torch.ones(3, 1), torch.zeros(3)), torch.tensor([2, 0]))
         >>> on_device(rows, torch.device("meta"), room=8.0) is rows
@@ -337,12 +381,12 @@ def on_device(rows: Rows, device: torch.device, room: float) -> Rows:
     arrays = {id(t): t for t in _arrays(rows)}
     if not arrays or sum(t.numel() * t.element_size() for t in arrays.values()) > room:
         return rows
-    moved: Rows = _moved(rows, {i: t.to(device) for i, t in arrays.items()})
+    moved: Rows = _with_tensors(rows, {i: t.to(device) for i, t in arrays.items()})
     return moved
 
 
 def _arrays(rows: Any) -> list[Tensor]:
-    """The tensors that rows are read from, where they are read from tensors alone."""
+    """Return the tensors that store the rows; empty if the rows are not stored in tensors only."""
     match rows:
         case ArrayRows(x=Tensor() as x, y=Tensor() as y):
             return [x, y]
@@ -353,22 +397,22 @@ def _arrays(rows: Any) -> list[Tensor]:
     return []
 
 
-def _moved(rows: Any, moved: dict[int, Tensor]) -> Any:
+def _with_tensors(rows: Any, tensors: dict[int, Tensor]) -> Any:
     match rows:
         case ArrayRows():
-            return replace(rows, x=moved[id(rows.x)], y=moved[id(rows.y)])
+            return replace(rows, x=tensors[id(rows.x)], y=tensors[id(rows.y)])
         case PickedRows():
-            return replace(rows, rows=_moved(rows.rows, moved))
-    return replace(rows, parts=tuple(_moved(part, moved) for part in rows.parts))
+            return replace(rows, rows=_with_tensors(rows.rows, tensors))
+    return replace(rows, parts=tuple(_with_tensors(part, tensors) for part in rows.parts))
 
 
 def spill(stream: Iterable[Any]) -> tuple[Array, Array]:
-    """Write a stream of (x, y) once to two temporary files and map them; the files vanish with the arrays.
+    """Write a stream of (x, y) to two temporary files and memory-map them; the files vanish with the arrays.
 
     Args:
-        stream: an iterable dataset, finite, one shape for all rows; memory for one row is enough.
+        stream: a finite iterable dataset, one shape for all rows; it needs memory for one row.
     Returns:
-        x and y as read-only `np.memmap`s, `[rows, ...]`, in the temporary folder that TMPDIR names.
+        x and y as read-only `np.memmap`s, `[rows, ...]`, in the temporary folder (TMPDIR).
     Example:
         >>> x, y = spill((np.full(2, i), i % 2) for i in range(3))
         >>> x.tolist(), y.tolist()
@@ -381,10 +425,10 @@ def spill(stream: Iterable[Any]) -> tuple[Array, Array]:
             row = [part if part.dtype == torch.uint8 else numbers(part) for part in pair(item, count - 1)]
             first = first or tuple(row)
             for part, like, file in zip(row, first, (xs, ys), strict=True):
-                _alike(part, like, count - 1)
+                _check_like_first(part, like, count - 1)
                 file.write(part.contiguous().numpy().tobytes())
         if not count:
-            raise UsageError("The iterable dataset gave no row.", "at least one row (x, y).")
+            raise UsageError("The iterable dataset has no rows.", "at least one row (x, y).")
         mapped: list[Array] = []
         for like, file in zip(first, (xs, ys), strict=True):
             file.flush()

@@ -1,6 +1,8 @@
-"""Statistics of the train rows, and the rows as they are after filling and scaling by them.
+"""Statistics of the train rows, and filling and scaling of all rows by them.
 
-Held-out rows take no part in the statistics: they are scaled by what the train rows said.
+Held-out rows are not part of the statistics; they are scaled by those of the train rows.
+
+Tests: tests/data/test_tabular.py, tests/data/test_split.py.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from atoll.data.rows import Rows, pieces
 
 @dataclass(frozen=True, eq=False)
 class ScaledRows:
-    """Rows with missing numbers filled and columns scaled: x ← (fill(x) − centre) / spread, as they are taken.
+    """Rows with missing numbers filled and columns scaled when they are read: x ← (fill(x) − centre) / spread.
 
     Args:
-        rows: the rows as they lie; NaN stands for a missing number.
-        group: int64 `[rows]`, which line of the tables a row goes by; None: all by line 0.
+        rows: the stored rows; NaN is a missing number.
+        group: int64 `[rows]`, the index of each row in the first axis of the tables; None: 0 for all rows.
         fill, centre, spread: float64 `[groups, *features]`; spread > 0.
     """
 
@@ -45,17 +47,17 @@ class ScaledRows:
 
 
 def moments(rows: Rows, index: Tensor, group: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (n − 1) of every feature over some rows, group by group, NaN left out.
+    """Compute mean and standard deviation (n − 1) of every feature over some rows, per group, without NaN.
 
     Two passes in float64, piece by piece, so that rows may be larger than memory.
 
     Args:
         rows: float features.
-        index: int64 `[n]`, the rows to look at.
-        group: int64 `[rows]` in [0, groups), or None for one group of all.
+        index: int64 `[n]`, the rows to use.
+        group: int64 `[rows]` in [0, groups), or None for a single group.
     Returns:
-        mean and sd, float64 `[groups, *features]`; where nothing varies (one row, or a constant up to
-        rounding), sd is 1, so that dividing by it is harmless. A feature with no number at all has mean 0.
+        mean and sd, float64 `[groups, *features]`. If a feature does not vary (one row, or a constant up to
+        rounding), sd is 1, so that the division changes nothing. A feature without any number has mean 0.
     Example:
         >>> from atoll.data.rows import ArrayRows
         >>> x = torch.tensor([[1.0, 5.0], [3.0, 5.0], [float("nan"), 5.0]])
@@ -81,15 +83,17 @@ def moments(rows: Rows, index: Tensor, group: Tensor | None = None) -> tuple[Ten
 def scaled(
     rows: Rows, train: Tensor, others: Rows | None, group: Tensor | None, scale: str, fill: bool
 ) -> tuple[Rows, Rows | None]:
-    """`rows`, and the set's own test rows, filled and scaled by the train rows' statistics.
+    """Fill and scale `rows`, and the set's own test rows, by the statistics of the train rows.
 
     Args:
-        rows, others: the set's rows and its test file's rows.
-        train: int64 `[n]`, the rows whose statistics count.
-        group: natural client of each row, int64 `[rows]`; used where scale is "client".
+        rows, others: the rows of the set, and its own test rows or None.
+        train: int64 `[n]`, the rows that the statistics use.
+        group: natural client of each row, int64 `[rows]`; used if scale is "client".
         scale: "none", "standard" (over all train rows), or "client" (each natural client by its own train
             rows).
-        fill: whether NaN stands for a missing number.
+        fill: whether NaN is a missing number.
+    Returns:
+        The filled and scaled `rows` and `others`.
     """
     if scale == "none" and not fill:
         return rows, others

@@ -1,4 +1,7 @@
-"""Clients whose features differ: the same picture turned, or seen through more noise, client by client."""
+"""Feature skew: rotation of images and added noise that differ from client to client.
+
+Tests: tests/data/test_shift.py, tests/data/test_partition.py.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atoll.base.random import Key
 from atoll.data.rows import Rows
-from atoll.rng import Key
 
 
 def rotate(x: Tensor, degrees: Tensor) -> Tensor:
-    """Turn pictures counter-clockwise about their centre; what comes from outside the frame is 0.
+    """Rotate images counter-clockwise about their centre; pixels from outside the frame are 0.
 
-    Bilinear between the four pixels around each source point; a quarter turn of a square picture moves pixels exactly.
+    The interpolation is bilinear. A rotation of a square image by 90° moves whole pixels exactly.
 
     Args:
         x: float `[n, *channels, height, width]`.
@@ -31,7 +34,7 @@ def rotate(x: Tensor, degrees: Tensor) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     row = torch.arange(height, dtype=torch.float64)[:, None] - (height - 1) / 2
     column = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
-    # Rounding to 2⁻²⁰ pixel takes off what cos 90° ≠ 0 leaves, so that whole pixels stay whole.
+    # In floating point cos 90° is not exactly 0. Rounding to 2⁻²⁰ pixel removes this error: whole pixels stay whole.
     source_row, source_column = (
         torch.round(point * 2**20) / 2**20
         for point in (cos * row + sin * column + (height - 1) / 2, cos * column - sin * row + (width - 1) / 2)
@@ -50,18 +53,19 @@ def rotate(x: Tensor, degrees: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ShiftedRows:
-    """Rows as their clients see them.
+    """Rows with the feature shift of their clients.
 
-    Client i of C turns a picture by i · rotation degrees, then adds noise of sd noise · (i + 1) / C. A taken
-    row is a function of (key, its client, its number) alone: the same in any batch, beside any neighbours.
+    Client i of C rotates an image by i · rotation degrees, then adds noise of standard deviation
+    noise · (i + 1) / C. The result is a function of (key, client, row number) only; it does not depend on the other
+    rows of a batch.
 
     Args:
-        rows: float features; for a rotation, pictures `[..., height, width]`.
-        owner: int64 `[rows]`, the client that holds a row; −1 for nobody, who sees it as it is.
+        rows: float features; for a rotation, images `[..., height, width]`.
+        owner: int64 `[rows]`, the client that holds a row; −1 for a row of no client, which is not changed.
         clients: C.
         noise: standard deviation at the last client, in units of the features; ≥ 0.
         rotation: degrees from one client to the next, counter-clockwise.
-        key: of the noise.
+        key: key of the noise.
     """
 
     rows: Rows
@@ -77,11 +81,11 @@ class ShiftedRows:
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self.rows.take(index)
         flat = index.reshape(-1)
-        z, who = x.reshape(len(flat), *x.shape[index.dim() :]), self.owner[flat]
+        z, owners = x.reshape(len(flat), *x.shape[index.dim() :]), self.owner[flat]
         if self.rotation:
-            z = rotate(z, who.clamp(min=0) * self.rotation % 360)
+            z = rotate(z, owners.clamp(min=0) * self.rotation % 360)
         if self.noise:
-            sd = self.noise * (who + 1).to(x.dtype) / self.clients
+            sd = self.noise * (owners + 1).to(x.dtype) / self.clients
             draw = self.key.of(flat).normal(z[:1].numel(), x.dtype) if len(flat) else z.flatten(1)
             z = z + (draw * sd[:, None]).reshape(z.shape)
         return z.reshape(x.shape), y

@@ -1,4 +1,7 @@
-"""A source is a data set before its split; to split is to hold rows out, deal out the rest, and scale."""
+"""A source is a data set before its split. The split holds rows out, assigns the rest to clients, and scales.
+
+Tests: tests/data/test_split.py, tests/data/test_partition.py.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atoll.base.errors import UsageError, unknown_name
+from atoll.base.random import Key
 from atoll.data.clients import Clients, offsets_of
 from atoll.data.partition import IID, ByColumn, Partition, Pool, fill_up, in_groups, shuffled
 from atoll.data.rows import PickedRows, Rows
 from atoll.data.scale import scaled
-from atoll.errors import UsageError, unknown_name
-from atoll.rng import Key
 
 SCALES = ("none", "standard", "client")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Source:
-    """A data set, and what is known of it.
+    """A data set with its metadata, before the split.
 
     Args:
-        name: what it is called.
-        rows: where its rows are, as they lie: neither filled nor scaled.
+        name: name of the data set.
+        rows: storage of its rows, neither filled nor scaled.
         kind: "classification" or "regression".
-        classes: names of the classes; None for regression, or where a row has several targets.
+        classes: names of the classes; None for regression, or if a row has several targets.
         features: shape of one row's features.
-        columns: names of the features, where they have names and one axis.
-        test: the set's own test rows, which are then the held-out rows.
-        by: natural client of each row, int64 `[rows]`, an index into `names`; None where the data names no clients.
-        names: of the natural clients.
-        scale: "none", "standard" or "client" (each natural client by its own statistics); train rows decide,
-            at `split`.
-        fill: whether NaN stands for a missing number, to be filled with the train rows' mean.
-        notes: what was guessed, one sentence each.
+        columns: names of the features, if they have names and one axis.
+        test: the set's own test rows; if given, they are the held-out rows.
+        by: natural client of each row, int64 `[rows]`, an index into `names`; None without natural clients.
+        names: names of the natural clients.
+        scale: "none", "standard" or "client" (each natural client by its own statistics). `split` computes the
+            statistics from the train rows.
+        fill: whether NaN is a missing number, which is filled with the mean of the train rows.
+        notes: one sentence for each guess.
     """
 
     name: str
@@ -56,13 +59,13 @@ class Source:
             raise unknown_name("scale", self.scale, SCALES)
         if self.scale == "none":
             return
-        given = f"scale={self.scale!r} for {self.name}."
+        given = f"{self.name} was given scale={self.scale!r}."
         if not self.rows.take(torch.zeros(1, dtype=torch.int64))[0].is_floating_point():
             raise UsageError(given, "float features.", "token ids have no mean.", "scale='none'")
         if self.scale == "client" and (self.by is None or self.test is not None):
             raise UsageError(
                 given,
-                "a natural client for every row, held-out ones too.",
+                "a natural client for every row, also for held-out rows.",
                 "each row is scaled by the statistics of its own client.",
                 "scale='standard'",
             )
@@ -82,24 +85,25 @@ class Source:
         seed: int = 0,
         min_rows: int = 2,
     ) -> Clients:
-        """Hold rows out, then share the rest among clients.
+        """Hold rows out, then divide the remaining train rows among clients.
 
-        Held-out rows are drawn first, by each row's own hash under the seed, in equal parts of every class:
-        they, and so the train rows, are the same for any number of clients and any partition.
+        Held-out rows are drawn first, by a hash of each row under the seed, with the same fraction of every class.
+        Held-out rows and train rows are therefore the same for any number of clients and any partition.
 
         Args:
-            clients: how many; None: 10, or all natural clients.
-            by: the partition; None: `ByColumn()` where the set has natural clients, else `IID()`.
-            held_out: part of the rows to hold out, in [0, 1); a set's own test rows win, and 0 is none at all.
-            seed: of both draws.
-            min_rows: rows that each client must have, ≥ 1. What falls short is drawn again, then rows are
-                moved from the largest clients, and the notes say so; natural clients that fall short are left
-                out instead.
+            clients: the number of clients; None: 10, or all natural clients.
+            by: the partition; None: `ByColumn()` if the set has natural clients, else `IID()`.
+            held_out: fraction of the rows to hold out, in [0, 1). A set with its own test rows uses those instead;
+                0 holds out no rows.
+            seed: seed of both draws.
+            min_rows: rows that each client must have, ≥ 1. If a draw gives a client fewer, the partition draws
+                again; then rows are moved from the largest clients, and a note reports it. Natural clients with
+                fewer rows are left out.
         Returns:
             The federation, its features filled and scaled by the statistics of the train rows.
         Raises:
-            UsageError: more clients than rows, a partition that does not suit the data, or held-out rows of a
-                class that no train row has. Nothing was changed.
+            UsageError: more clients than rows, a partition that does not fit the data, or held-out rows of a
+                class that no train row has. The source is unchanged.
         Example:
             >>> from atoll.data import load, Dirichlet
             >>> load("digits").split(100, Dirichlet(0.3))
@@ -117,9 +121,9 @@ class Source:
             None if self.by is None else self.by[train],
         )
         names = self.names if partition.natural else None
-        owner, said = _deal(partition, pool, count, min_rows, key)
+        owner, deal_notes = _deal(partition, pool, count, min_rows, key)
         if partition.natural:
-            train, owner, names, said = _leave_out(train, owner, names or (), min_rows)
+            train, owner, names, deal_notes = _leave_out(train, owner, names or (), min_rows)
             count = len(names)
         rows, own_test = scaled(self.rows, train, self.test, self.by, self.scale, self.fill)
         drawn = PickedRows(rows, held) if held is not None and len(held) else None
@@ -139,11 +143,11 @@ class Source:
             features=self.features,
             columns=self.columns,
             names=names,
-            notes=(*self.notes, *notes, *said),
+            notes=(*self.notes, *notes, *deal_notes),
         )
 
     def _hold_out(self, labels: Tensor | None, part: float, key: Key) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
-        """Train rows; held-out rows, or None for the set's own test rows; and what to say."""
+        """Return the train rows, the held-out rows (None for the set's own test rows), and the notes."""
         every = torch.arange(len(self))
         if part == 0:
             return every, every[:0], ()
@@ -154,13 +158,13 @@ class Source:
         return every[~held], every[held], (f"Held out: {int(held.sum())} of {len(self)} rows, {how}.",)
 
     def _count(self, clients: int | None, partition: Partition, train: int, held_out: float, min_rows: int) -> int:
-        """How many clients there are to be."""
+        """Return the number of clients, or refuse it."""
         if partition.natural and self.names is not None:
             if clients not in (None, len(self.names)):
                 raise UsageError(
-                    f"split({clients}) of {len(self.names)} natural clients.",
+                    f"split({clients}) was called on data with {len(self.names)} natural clients.",
                     f"{len(self.names)} clients, or a partition that draws them.",
-                    "natural clients are given by the data.",
+                    "the data determine the natural clients.",
                     f"data.split({clients}, by=IID())",
                 )
             return len(self.names)
@@ -170,23 +174,23 @@ class Source:
         if count * min_rows > train:
             count, least = (count, 1) if count <= train else (max(1, train // min_rows), min(min_rows, train))
             raise UsageError(
-                f"split({clients}) of {train} train rows, at least {min_rows} each.",
+                f"split({clients}) was called on {train} train rows, with at least {min_rows} per client.",
                 f"clients × min_rows ≤ {train}.",
-                "each row is in exactly one client.",
+                "each row belongs to exactly one client.",
                 f"data.split({count}, by={partition}, held_out={held_out}, min_rows={least})",
             )
         return count
 
 
 def _check(partition: object, held_out: object, seed: object, min_rows: object) -> None:
-    """Refuse what no data set could be split by."""
+    """Refuse arguments that are invalid for every data set."""
     if not isinstance(partition, Partition):
         raise UsageError(f"by={partition!r}.", "a partition.", write="data.split(by=IID())")
     if isinstance(held_out, bool) or not isinstance(held_out, (int, float)) or not 0 <= held_out < 1:
         raise UsageError(
             f"held_out={held_out!r}.",
             "0 ≤ held_out < 1.",
-            "it is a part of the rows, and some must be left to train on.",
+            "it is a fraction of the rows, and training needs the rest.",
             "data.split(held_out=0.2)",
         )
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -195,17 +199,22 @@ def _check(partition: object, held_out: object, seed: object, min_rows: object) 
         raise UsageError(
             f"min_rows={min_rows!r}.",
             "an integer ≥ 1.",
-            "a client without rows has nothing to compute a gradient of.",
+            "a client without rows has no gradient.",
             "data.split(min_rows=1)",
         )
 
 
 def draw_held_out(labels: Tensor | None, count: int, part: float, key: Key) -> Tensor:
-    """Which rows are held out, bool `[count]`: the first of each class in the order of the rows' own hashes.
+    """Draw the held-out rows, bool `[count]`: the first rows of each class in the order of their hashes.
 
-    Each class gives part · its rows, to within one row, and keeps at least one; all together give round(part
-    · count).
+    Each class holds out the fraction `part` of its rows, to within one row, and keeps at least one train row. The
+    total is round(part · count), unless a class has too few rows.
 
+    Args:
+        labels: class of each row, int64 `[count]`; None: one class.
+        count: the number of rows.
+        part: fraction to hold out, in [0, 1).
+        key: key of the hashes.
     Example:
         >>> held = draw_held_out(torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 1]), 10, 0.2, Key(0))
         >>> held[:5].sum().item(), held[5:].sum().item()
@@ -221,50 +230,53 @@ def draw_held_out(labels: Tensor | None, count: int, part: float, key: Key) -> T
 
 
 def _deal(partition: Partition, pool: Pool, clients: int, min_rows: int, key: Key) -> tuple[Tensor, tuple[str, ...]]:
-    """The owner of each train row: drawn, drawn again, at last moved, until each client has `min_rows`."""
+    """Return the owner of each train row, and notes.
+
+    The partition draws until each client has `min_rows`, at most `draws` times. Then rows are moved.
+    """
     for draw in range(1, partition.draws + 1):
         owner = partition(pool, clients, key.fold("partition", draw))
         if owner.shape != (pool.rows,) or int(owner.min()) < 0 or int(owner.max()) >= clients:
             raise UsageError(
-                f"{partition} gave owners of shape {tuple(owner.shape)}.",
+                f"{partition} returned owners of shape {tuple(owner.shape)}.",
                 f"one integer in [0, {clients}) for each of the {pool.rows} train rows.",
             )
         missing = (min_rows - owner.bincount(minlength=clients)).clamp(min=0)
         short = int((missing > 0).sum())
         if partition.natural or not short:
             return owner, (f"{partition}: draw {draw} is the first with min_rows={min_rows}.",) if draw > 1 else ()
-        # Where m clients fall short at once, about one draw in e^m gives every client enough.
+        # If m clients fall short in one draw, about one draw in e^m gives every client enough rows.
         if short > 10:
             break
     moved, drawn = int(missing.sum()), f" after {draw} draws" if draw > 1 else ""
-    said = f"{partition}: {moved} rows were moved{drawn}, to give each client min_rows={min_rows}."
-    return fill_up(owner, clients, min_rows, key.fold("fill-up")), (said,)
+    note = f"{partition}: {moved} rows were moved{drawn}, to give each client min_rows={min_rows}."
+    return fill_up(owner, clients, min_rows, key.fold("fill-up")), (note,)
 
 
 def _leave_out(
     train: Tensor, owner: Tensor, names: tuple[str, ...], min_rows: int
 ) -> tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...]]:
-    """The natural clients that have `min_rows`, numbered again; the rest and their rows are left out."""
+    """Keep the natural clients with at least `min_rows` rows, renumbered; drop the others and their rows."""
     keep = owner.bincount(minlength=len(names)) >= min_rows
     if keep.all():
         return train, owner, names, ()
     if not keep.any():
         raise UsageError(
             f"None of the {len(names)} natural clients has {min_rows} train rows.",
-            "at least one that has.",
+            f"at least one client with {min_rows} train rows.",
             write="data.split(min_rows=1)",
         )
     mine = keep[owner]
-    said = (
+    note = (
         f"{int((~keep).sum())} of {len(names)} natural clients have fewer than {min_rows} train rows; "
         f"they and their {int((~mine).sum())} rows were left out."
     )
     kept = tuple(itertools.compress(names, keep.tolist()))
-    return train[mine], (keep.cumsum(0) - 1)[owner[mine]], kept, (said,)
+    return train[mine], (keep.cumsum(0) - 1)[owner[mine]], kept, (note,)
 
 
 def _refuse_unseen(train: Tensor, held: Tensor, classes: tuple[str, ...]) -> None:
-    """An error where a held-out row has a class that no train row has."""
+    """Refuse held-out rows of a class that no train row has."""
     known = torch.zeros(max(len(classes), int(held.max()) + 1), dtype=torch.bool)
     known[train] = True
     new = (~known[held]).nonzero()
@@ -275,10 +287,10 @@ def _refuse_unseen(train: Tensor, held: Tensor, classes: tuple[str, ...]) -> Non
 
 
 def unseen(label: str, row: int) -> UsageError:
-    """The error for a held-out row of a class that the train rows do not have."""
+    """Build the error for a held-out row of a class that no train row has."""
     return UsageError(
         f"Held-out row {row} has label {label!r}, which no train row has.",
         "only labels that occur in training.",
-        "a model cannot learn a class that it never sees.",
+        "a model cannot learn a class without train rows.",
         "data.split(held_out=0)",
     )

@@ -1,148 +1,185 @@
-"""Clients in this process: chunks of them one after the other."""
+"""The engine that trains all clients in this process, one chunk after the other.
+
+Tests: tests/surface/test_engines.py, tests/identities/test_chunks.py
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from atoll import native
+from atoll.base.errors import AtollError, UsageError
+from atoll.base.random import Key
+from atoll.compute import limits, native
+from atoll.compute.batches import HOST
+from atoll.compute.device import free, gpu
+from atoll.compute.layout import Layout
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.arrivals import fly, message
-from atoll.engine.device import free
-from atoll.engine.fleet import Fleet
-from atoll.engine.memory import Pending
-from atoll.engine.room import Room
-from atoll.engine.tuning import Setting, Tuning
-from atoll.engine.work import Haul, Work, births, chunks, cut, gathered, own_task
-from atoll.errors import UsageError
-from atoll.layout import Layout
+from atoll.engine.autotune import Trial, Tuning
+from atoll.engine.chunk_limit import ChunkLimit
+from atoll.engine.chunks import ChunkRunner, Results, by_version, chunks, gathered, partial_work, task_for
+from atoll.engine.client_state import Uncommitted
+from atoll.engine.protocols import Engine
+from atoll.engine.simulation.arrivals import check_clock, message_bytes, simulate_round
+from atoll.engine.simulation.fleet import Fleet
 from atoll.plan.codec import Identity
-from atoll.plan.flight import Flight, waves
-from atoll.plan.lanes import HOST
-from atoll.plan.plan import Gathered, Plan, State
-from atoll.plan.slots import Broadcast, Cohort, Population, Tensors
-from atoll.rng import Key
-from atoll.task import Task
+from atoll.plan.in_flight import Flight, split_repeats
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Aggregator, Broadcast, Cohort, Population, Tensors
+from atoll.plan.round import Gathered
+from atoll.plan.state import State
 
-_ENOUGH = 16  # clients in a round, from which on chunks are worth a trial
-_SMALL = 100_000  # parameters below which one thread is quickest
+Assign = Callable[[Tensor], Tensor]
+Reduce = Callable[[Aggregator, Results, Tensors, Exception | None], Results]
 
 
-@dataclass(frozen=True)
-class InProcess:
-    """An engine that runs clients in this process.
+class InProcessEngine(Engine):
+    """An engine that trains the clients in this process.
 
     Args:
-        task: the model, loss and metrics; its `numerics` say which body computes.
+        task: the model, loss and metrics; `task.numerics` names the backend. With `task` and `data` the engine is open
+            at once; otherwise `open` passes them.
         data: the clients.
-        chunk: clients computed together; None chooses by the model's size. It changes no bit.
-        fleet: how long clients and links take, on a virtual clock; None: everybody as long as everybody else.
+        chunk: clients computed together; None chooses by the size of the model. It changes no bit.
+        fleet: the simulated durations of clients and links; None simulates none.
+        assign: the positions of the clients that this process trains, out of client ids `[K]`; None: all.
+        reduce: adds the results of all processes; None: this process is the only one.
+    Example:
+        >>> from atoll.testing.local import clients, problem
+        >>> InProcessEngine(problem(), clients()).population.clients
+        7
     """
 
     task: Task
     data: Clients
-    chunk: int | None = None
-    fleet: Fleet | None = None
-    tuning: Tuning = field(default_factory=Tuning, init=False, repr=False, compare=False)  # it learns what is quick
-    room: Room = field(default_factory=Room, init=False, repr=False, compare=False)  # it learns what does not fit
 
-    def __post_init__(self) -> None:
-        check_chunk(self.chunk)
+    def __init__(
+        self,
+        task: Task | None = None,
+        data: Clients | None = None,
+        chunk: int | None = None,
+        fleet: Fleet | None = None,
+        assign: Assign | None = None,
+        reduce: Reduce | None = None,
+    ) -> None:
+        check_chunk(chunk)
+        self.chunk, self.fleet, self.assign, self.reduce = chunk, fleet, assign, reduce
+        self._compared: Plan | None = None  # a contribution to this plan has been compared with its declarations
+        self.tuning, self.room = Tuning(), ChunkLimit()  # they learn the chunk size that is fast, and the one that fits
+        if task is not None and data is not None:
+            self.open(task, data)
+
+    def open(self, task: Task, data: Clients) -> None:
+        """Take the task and the clients."""
+        self.task, self.data = task, data
+
+    def check_start(self, plan: Plan, state: State) -> None:
+        """Refuse a fleet or a deadline that does not fit the clients, and a deadline without a simulated clock."""
+        check_clock(plan, self.fleet, self.population, state.model, self.layout, state.seed)
+
+    def describe(self) -> Mapping[str, Any]:
+        """The kind of GPU, if the model is on one."""
+        return gpu(self.task.device)
 
     @property
     def population(self) -> Population:
-        """All clients, and the rows each holds."""
+        """All clients, and the number of rows of each."""
         return Population(self.data.count, self.data.sizes)
 
     @property
     def layout(self) -> Layout:
-        """How the model lies in its vector."""
+        """The layout of the model vector."""
         return self.task.layout
 
-    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered:
-        """Run the cohort: one partial sum, and the record of who gave it.
+    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
+        """Train the cohort: one partial sum for each model version, and the ids of the clients that arrived.
 
         Raises:
-            RunError: the same error struck every client, or more failed than the plan allows.
+            RunError: all clients failed with the same error, or more failed than the plan allows.
+            UsageError: a client of `keep` did not arrive.
         """
-        plan = plan.at(self)
-        task = own_task(plan, self.task)
-        up = 0 if self.fleet is None else message(plan, task.layout)
-        flown = fly(plan, state, self.population, cohort, self.fleet, up)
+        task, data, first = task_for(plan, self.task), self.data, state.memory.first
+        up = 0 if self.fleet is None else message_bytes(plan, task.layout)
+        flown = simulate_round(plan, state, self.population, cohort, self.fleet, up)
 
-        def start(birth: int) -> tuple[Broadcast, Key]:
-            return state.version(birth), key if birth == state.round else state.key(birth)
+        def start(version: int) -> tuple[Broadcast, Key]:
+            return state.version(version), key if version == state.round else state.key(version)
 
-        kept, shares = Pending(state.memory), cut(flown.arrived, self.data.count)
-        work = Work(plan, task, self.data, start, kept, state.round, shares, self.room)
-        if self._tries(task, len(flown.arrived)):
-            haul = self._timed(work, flown.arrived, state.memory.first)
-        else:
+        shares, memory, trouble = partial_work(flown.arrived), Uncommitted(state.memory), None
+        compare = self._compared is not plan
+        runner = ChunkRunner(plan, task, data, start, memory, state.round, shares, self.room, keep, compare)
+        with self._tuned(plan, task, flown.arrived, cohort) as scale:
+            try:
+                for wave in split_repeats(flown.arrived) if first else [flown.arrived]:
+                    for version, ids, down in by_version(wave):
+                        if self.assign is not None:
+                            mine = self.assign(ids.client)
+                            ids, down = ids.select(mine), down[mine]
+                        for chunk, sent in chunks(plan, task, data, ids, down, self.chunk, free(task.device), scale):
+                            runner.run(version, chunk, sent)
+                    runner.commit_wave()
+            except (AtollError, MemoryError) as error:
+                if self.reduce is None:
+                    raise
+                trouble = error  # the other processes wait for this one: all of them raise it
+            results, self._compared = runner.results, None if runner.compare else plan
+            if self.reduce is not None:
+                results = self.reduce(plan.aggregator, results, first, trouble)
+        return gathered(plan, state, flown, results, self.room, keep)
+
+    @contextlib.contextmanager
+    def _tuned(self, plan: Plan, task: Task, arrived: list[Flight], cohort: Cohort) -> Iterator[float]:
+        """Set the number of threads for a round, and give the factor on the size of a chunk.
+
+        The factor and the threads are tried out over the first rounds, if the engine chooses the size of a chunk and
+        the round has enough clients for it to matter.
+        """
+        count = len(arrived)
+        if self.chunk is not None or count < limits.TUNED_CLIENTS or task.numerics == "loop" or task.device != HOST:
             with threads_for(task, cohort.ids.shape[0], plan):
-                haul = self._haul(work, flown.arrived, state.memory.first)
-        return gathered(plan, state, flown, haul, self.room)
-
-    def _tries(self, task: Task, many: int) -> bool:
-        """Whether the size of chunks is this engine's to choose, and there are clients enough for it to matter."""
-        return self.chunk is None and many >= _ENOUGH and task.numerics != "loop" and task.device == HOST
-
-    def _timed(self, work: Work, arrived: list[Flight], first: Tensors) -> Haul:
-        """The same work by the setting that is to be tried, or that was quickest."""
+                yield 1.0
+            return
         before, began = torch.get_num_threads(), time.perf_counter()
-        with threads_for(work.task, len(arrived), work.plan):
+        with threads_for(task, count, plan):
             usual = torch.get_num_threads()
-            others = () if work.task.numerics == "compiled" or work.task.slow_in_lanes else (1, before)
-            setting = self.tuning.setting(Setting(1.0, usual), others)
+            others = () if task.numerics == "compiled" or task.slow_in_lanes else (1, before)
+            setting = self.tuning.setting(Trial(1.0, usual), others)
             torch.set_num_threads(setting.threads)
             try:
-                haul = self._haul(work, arrived, first, setting.chunk)
+                yield setting.chunk
             finally:
                 torch.set_num_threads(usual)
-        if not self.tuning.over:
+        if not self.tuning.converged:
             rows = int(self.data.sizes[torch.tensor([flight.client for flight in arrived])].sum())
-            self.tuning.heard(rows, time.perf_counter() - began)
-        return haul
-
-    def _haul(self, work: Work, arrived: list[Flight], first: Tensors, scale: float = 1.0) -> Haul:
-        """Do the work of everybody who arrived, chunk by chunk; `first` is what one client keeps at first."""
-        for wave in waves(arrived) if first else [arrived]:
-            for birth, codes, down in births(wave, self.data.count):
-                for chunk, sent in self._chunks(work.plan, work.task, codes, down, scale):
-                    work.run(birth, chunk, sent)
-            work.landed()
-        return work.haul
-
-    def _chunks(
-        self, plan: Plan, task: Task, codes: Tensor, down: Tensor, scale: float = 1.0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        return chunks(plan, task, self.data, codes, down, self.chunk, free(task.device), scale)
+            self.tuning.record(rows, time.perf_counter() - began)
 
 
 def check_chunk(chunk: int | None) -> None:
-    """Refuse a chunk of nobody."""
+    """Refuse a chunk without clients."""
     if chunk is not None and chunk < 1:
         raise UsageError(f"chunk = {chunk}.", "at least one client.", write="--chunk 32")
 
 
 @contextlib.contextmanager
 def threads_for(task: Task, lanes: int = 1, plan: Plan | None = None) -> Iterator[None]:
-    """Let torch use one thread for a small model, and then as many as before. It changes no bit.
+    """Let torch use one thread for a small model, and restore the number of threads afterwards. It changes no bit.
 
-    A kernel of a small model is over before a second thread has woken; on a busy machine the first then waits for it.
-    By hand, one kernel goes through all lanes, of which there are so many. Native code takes all threads for itself,
-    where no codec wants them.
+    A kernel of a small model ends before a second thread wakes up. On a busy machine the first thread then waits for
+    the second. With `fused`, one kernel computes all lanes, so the limit depends on their number. With `compiled`,
+    native code uses all threads, and torch needs them only for a codec.
     """
     before = torch.get_num_threads()
     if task.numerics == "compiled":
         small = plan is not None and isinstance(plan.codec, Identity)
     else:
         size = task.layout.d * lanes // 4 if task.numerics == "fused" else task.layout.d
-        small = size < _SMALL and not task.slow_in_lanes
+        small = size < limits.SERIAL_PARAMETERS and not task.slow_in_lanes
     if before == 1 or not small:
         yield
         return

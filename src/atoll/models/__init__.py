@@ -1,4 +1,4 @@
-"""Models: by name and sized from the data, or a module of the user's own.
+"""Models: by name, with sizes from the data, or the user's own module.
 
     linear         one layer, from zero: regression        mlp          d-200-outputs
     logistic       the same, one logit: two classes        2nn          d-200-200-outputs, of the FedAvg paper
@@ -8,38 +8,37 @@
     niid-cnn       conv 6-16, fc 120-84: Flower's niid_bench; 44,426 on MNIST
     pfl-cnn        conv 3 × 3 32-64, fc 128, dropout, Glorot weights: pfl-research's; 1,626,442 on CIFAR-10
 
-The convex ones (linear, logistic, softmax) start from zero, as their theory does; the others from torch's own
-initial weights where nothing else is said, drawn under a key. A model returns logits, never probabilities, on
-a last axis that is there even for one output.
+The convex models (linear, logistic, softmax) start from zero, as in their theory. The others start from torch's
+default initial weights, except pfl-cnn (Glorot) and transformer (its embeddings), drawn with a key. A model returns
+logits, not probabilities; the last axis exists even for one output.
 
 References: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017;
 Li et al., Federated Learning on Non-IID Data Silos, 2022; Granqvist et al., pfl-research, 2024.
+
+Tests: tests/identities/test_models.py, tests/identities/test_order.py.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from atoll.errors import UsageError, did_you_mean
+from atoll.base.errors import UsageError
+from atoll.base.names import load_from_user
+from atoll.base.random import Key, global_scope
 from atoll.models.named import KINDS, build, names
-from atoll.rng import Key, global_scope
 
 __all__ = ["KINDS", "Sized", "build", "factory", "names", "resolve"]
 
 
 class Sized(Protocol):
-    """What a model is sized from: data, in memory or not."""
+    """The properties of data that determine the sizes of a model."""
 
     @property
     def features(self) -> tuple[int, ...]:
@@ -47,7 +46,7 @@ class Sized(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The names of the classes; None where the target is a number."""
+        """The names of the classes; None if the target is a number."""
 
     @property
     def kind(self) -> str:
@@ -55,48 +54,22 @@ class Sized(Protocol):
 
 
 def factory(text: str) -> Callable[..., Any]:
-    """The class or function behind `module:name`, imported: only for a text that somebody here typed.
+    """Import the class or function `module:name`. Call it only with text that a person at this machine typed.
 
-    The working folder is searched last, so that nothing in it can pose as an installed package.
+    The working folder is searched last, so that a file in it cannot replace an installed package.
 
+    Args:
+        text: `module:name`.
     Raises:
-        UsageError: no such module, or no such name in it. What the module does on import has happened.
+        UsageError: no such module, or no such name in it. In the second case the module was imported.
     Example:
         >>> factory("torch.nn:Bilinear").__name__
         'Bilinear'
     """
-    where, _, name = text.partition(":")
-    module = _imported(where, name)
-    found = getattr(module, name, None)
-    if callable(found):
-        return found  # type: ignore[no-any-return]
-    known = [each for each, value in vars(module).items() if callable(value) and each[0] != "_"]
-    raise UsageError(
-        f"The module {where} has no class or function {name!r}.",
-        "module:name.",
-        write=f"{where}:{did_you_mean(name, known)}" if known else "",
-    )
-
-
-def _imported(where: str, name: str) -> ModuleType:
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
-    cause = None
-    if all(part.isidentifier() for part in where.split(".")):
-        try:
-            return importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            # A package that the module itself wants and does not find is another fault, and says so itself.
-            if error.name is None or not f"{where}.".startswith(f"{error.name}."):
-                raise
-            cause = error
-    module = where.removesuffix(".py").replace("/", ".").strip(".")
-    raise UsageError(
-        f"No module is called {where!r}.",
-        "module:name, the module in the working folder or installed.",
-        write=f"{module}:{name}" if module != where else "",
-    ) from cause
+    found = load_from_user(text)
+    if not callable(found):
+        raise UsageError(f"{text} is not callable.", "a class or a function.", write="")
+    return found  # type: ignore[no-any-return]
 
 
 def resolve(
@@ -105,18 +78,20 @@ def resolve(
     key: Key,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """The module that is meant: by name, by `module:name`, by a class or function that makes it, or as it is.
+    """Build a model from a name, `module:name`, or a class or function; return a module unchanged.
 
-    A class or function is given those of `features`, `outputs` and `kind` that it names as parameters, and
-    runs under the key like the models by name. A module stays as it is: training starts from its weights.
+    A class or function receives those of `features`, `outputs` and `kind` that it has as parameters. It runs with
+    the global generators seeded from the key, like the models by name. With a module, training starts from its
+    weights.
 
     Args:
         model: a name of `names()`, `"module:name"`, a callable, or a module.
-        data: what it is sized from; `vocab`, where it has one, says that rows hold tokens.
-        key: where initial weights come from.
-        dtype: of models by name; a module of the user's own keeps the dtypes it has.
+        data: determines the sizes; if its `vocab` is not None, rows contain tokens.
+        key: key of the initial weights.
+        dtype: dtype of models by name; the user's own module keeps its dtypes.
     Raises:
-        UsageError: no such model, one that does not suit the data, or no module with all its weights.
+        UsageError: no such model, a model that does not fit the data, or a result that is not a module with all its
+            weights.
     Example:
         >>> from types import SimpleNamespace
         >>> data = SimpleNamespace(features=(4,), classes=("no", "yes"), kind="classification")
@@ -130,23 +105,23 @@ def resolve(
         made = _made(made, {"features": data.features, "outputs": _outputs(data), "kind": data.kind}, key)
     if not isinstance(made, nn.Module):
         raise UsageError(
-            f"What was given for a model is of type {type(made).__name__}.",
-            "a name, 'module:name', a torch module, or a class or function that makes one.",
+            f"The model has type {type(made).__name__}.",
+            "a name, 'module:name', a torch module, or a class or function that returns one.",
             write="mlp" if getattr(data, "vocab", None) is None and data.kind != "tokens" else "lstm",
         )
     for name, parameter in made.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise UsageError(
                 f"The weights {name!r} have no shape yet.",
-                "a module whose weights all exist.",
-                "a model is a vector of known length before its first round.",
+                "a module whose weights are all initialized.",
+                "the length of the model vector must be known before the first round.",
                 f"model(torch.zeros(2, {', '.join(map(str, data.features))}))",
             )
     return made
 
 
 def _outputs(data: Sized) -> int:
-    """How many numbers a model of this data gives for one row."""
+    """Return how many numbers a model of this data outputs for one row."""
     if data.classes is not None:
         return len(data.classes)
     rows = getattr(data, "rows", None)
@@ -157,10 +132,10 @@ def _outputs(data: Sized) -> int:
 
 
 def _made(make: Callable[..., Any], sizes: Mapping[str, Any], key: Key) -> Any:
-    """What a class or function makes under the key, given the sizes that it names."""
+    """Call a class or function with the sizes that it has as parameters, with generators seeded from the key."""
     try:
         parameters: Iterable[inspect.Parameter] = inspect.signature(make).parameters.values()
-    except ValueError:  # some callables written in C do not say what they take
+    except ValueError:  # some callables written in C have no signature
         parameters = ()
     free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     wanted = [p.name for p in parameters if p.default is p.empty and p.kind not in free]
@@ -168,9 +143,9 @@ def _made(make: Callable[..., Any], sizes: Mapping[str, Any], key: Key) -> Any:
     if missing:
         called = getattr(make, "__name__", "make").replace("<lambda>", "make")
         raise UsageError(
-            f"{called} wants {', '.join(missing)}.",
-            "a class or function of nothing, or of any of features, outputs, kind.",
-            "those are what is known of a model before its first round.",
+            f"{called} requires {', '.join(missing)}.",
+            "a class or function without parameters, or with any of features, outputs, kind.",
+            "only these are known before the first round.",
             f"lambda: {called}({', '.join(f'{name}=1' for name in wanted)})",
         )
     given = {p.name for p in parameters} & sizes.keys()

@@ -1,4 +1,7 @@
-"""The models that have a name, sized from the data, and what rows each of them suits."""
+"""Models by name, with sizes from the data, and checks that a model fits the rows.
+
+Tests: tests/identities/test_models.py.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from atoll.errors import UsageError, unknown_name
+from atoll.base.errors import UsageError, unknown_name
+from atoll.base.random import Key, global_scope
 from atoll.models.sequence import Lstm, Transformer
-from atoll.rng import Key, global_scope
 
 KINDS = ("classification", "regression", "tokens")
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A model somebody asked for, and the rows it is to fit."""
+    """A requested model, and the rows that it must fit."""
 
     name: str
     features: tuple[int, ...]
@@ -28,54 +31,54 @@ class _Wanted:
     vocab: int | None
 
     def refusal(self, required: str, why: str, instead: str) -> UsageError:
-        rows = "numbers" if self.vocab is None else f"tokens out of {self.vocab}"
+        rows = "numbers" if self.vocab is None else f"tokens below {self.vocab}"
         target = "target(s)" if self.kind == "regression" else "classes"
-        given = f"The model {self.name!r} was asked for on rows of {self.features} {rows}, "
+        given = f"The model {self.name!r} was requested for rows of {self.features} {rows}, "
         return UsageError(given + f"{self.kind} with {self.outputs} {target}.", required, why, instead)
 
     @property
     def flat(self) -> int:
-        """Numbers in a row; refused for tokens."""
+        """The count of numbers in a row; tokens are refused."""
         if self.vocab is not None:
-            raise self.refusal("rows of numbers.", "a token is a name, not an amount to multiply.", "lstm")
+            raise self.refusal("rows of numbers.", "a token id is a name, not a quantity to multiply.", "lstm")
         return math.prod(self.features)
 
     def image(self, smallest: int) -> tuple[int, int, int]:
-        """Channels, height and width of a row that is an image of at least `smallest` pixels a side."""
+        """Return channels, height and width of a row; refuse rows that are not images of ≥ `smallest` pixels a side."""
         if self.vocab is not None or len(self.features) not in (2, 3):
             raise self.refusal(
                 "images: rows (height, width) or (channels, height, width).",
-                "a convolution mixes neighbours, and these rows have none.",
+                "a convolution combines neighbouring pixels, and these rows have no pixels.",
                 "mlp" if self.vocab is None else "lstm",
             )
         channels, height, width = (1, *self.features)[-3:]
         if min(height, width) < smallest:
             raise self.refusal(
                 f"images of at least {smallest} × {smallest} pixels, channels first.",
-                "convolutions and pools shrink an image, and nothing would be left of this one.",
+                "convolutions and pools shrink an image, and this one would shrink to nothing.",
                 "cnn" if min(height, width) >= 4 else "mlp",
             )
         return channels, height, width
 
     def sequence(self) -> int:
-        """Numbers at each place of a row that is a sequence; 1 for tokens."""
+        """Return the count of numbers at each position of a sequence, 1 for tokens; refuse other rows."""
         if len(self.features) != (2 if self.vocab is None else 1):
             raise self.refusal(
                 "sequences: rows (length, width) of numbers, or (length,) of tokens.",
-                "it reads one place after another, and these rows have no order.",
+                "it reads one position after another, and these rows are not sequences.",
                 "cnn" if len(self.features) == 3 and min(self.features[1:]) >= 4 else "mlp",
             )
         return (*self.features, 1)[1]
 
     def classification(self) -> None:
-        """Refuse what is not a choice of one class for each row."""
+        """Refuse tasks other than one class per row."""
         if self.kind != "classification":
             instead = "linear" if self.vocab is None else "lstm"
-            raise self.refusal("classification.", "its outputs are log-odds of a row's classes.", instead)
+            raise self.refusal("classification.", "its outputs are logits of a row's classes.", instead)
 
 
 def _stack(**layers: nn.Module) -> nn.Sequential:
-    """Layers in a row, under names that a report can show."""
+    """Return the layers as a Sequential, with names for reports."""
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -89,7 +92,7 @@ def _from_zero(inputs: int, outputs: int) -> nn.Module:
 def _linear(w: _Wanted) -> nn.Module:
     if w.kind != "regression":
         instead = "softmax" if w.vocab is None else "lstm"
-        raise w.refusal("regression.", "a class is not a number to come close to.", instead)
+        raise w.refusal("regression.", "a class is not a number to approximate.", instead)
     return _from_zero(w.flat, w.outputs)
 
 
@@ -97,7 +100,7 @@ def _logistic(w: _Wanted) -> nn.Module:
     w.classification()
     inputs = w.flat
     if w.outputs > 2:
-        raise w.refusal("two classes.", "one logit says yes or no.", "softmax")
+        raise w.refusal("two classes.", "one logit separates two classes.", "softmax")
     return _from_zero(inputs, 1)
 
 
@@ -107,7 +110,7 @@ def _softmax(w: _Wanted) -> nn.Module:
 
 
 def _dense(inputs: int, *widths: int) -> dict[str, nn.Module]:
-    """Linear layers with ReLU between them: fc1, relu_fc1, fc2, …"""
+    """Return linear layers with ReLU between them: fc1, relu_fc1, fc2, …"""
     layers: dict[str, nn.Module] = {}
     for i, width in enumerate(widths, 1):
         if i > 1:
@@ -126,14 +129,14 @@ def _2nn(w: _Wanted) -> nn.Module:
 
 
 def _channel(w: _Wanted) -> dict[str, nn.Module]:
-    """What gives an image its channel axis, where it has none."""
+    """Return a layer that adds the channel axis to an image without one; else no layer."""
     return {"channel": nn.Unflatten(1, (1, w.features[0]))} if len(w.features) == 2 else {}
 
 
 def _two_convolutions(
     w: _Wanted, channels: tuple[int, int], kernel: int, padding: int, smallest: int
 ) -> tuple[dict[str, nn.Module], int]:
-    """Convolution, ReLU and pool, twice; and how many numbers they leave of an image."""
+    """Return convolution, ReLU and pool, twice, and how many numbers they output for an image."""
     inputs, *sides = w.image(smallest)
     first, second = channels
     left = [((n + 2 * padding - kernel + 1) // 2 + 2 * padding - kernel + 1) // 2 for n in sides]
@@ -151,7 +154,7 @@ def _two_convolutions(
 
 
 def _cnn(w: _Wanted) -> nn.Module:
-    # 5 × 5 without padding leaves nothing of an image under 16 pixels: small ones keep their border.
+    # Two 5 × 5 convolutions without padding need at least 16 pixels; smaller images use 3 × 3 with padding.
     kernel, padding = (5, 0) if min(w.image(4)[1:]) >= 16 else (3, 1)
     layers, left = _two_convolutions(w, (16, 32), kernel, padding, smallest=4)
     return _stack(**layers, **_dense(left, 128, w.outputs))
@@ -215,7 +218,7 @@ _MODELS: Mapping[str, Callable[[_Wanted], nn.Module]] = {
 
 
 def names() -> tuple[str, ...]:
-    """The names that `build` knows.
+    """Return the names that `build` accepts.
 
     Example:
         >>> names()[:4]
@@ -233,21 +236,22 @@ def build(
     dtype: torch.dtype = torch.float32,
     vocab: int | None = None,
 ) -> nn.Module:
-    """A model by name, sized from the data, with weights that depend on the key alone.
+    """Build a model by name, with sizes from the data and weights that depend only on the key.
 
     Args:
         name: one of `names()`.
         features: shape of one row: `(d,)`; images `(height, width)` or `(channels, height, width)`; sequences
             `(length, width)` of numbers or, with `vocab`, `(length,)` of tokens.
-        outputs: how many classes or targets; ≥ 1. `logistic` turns two classes into one logit.
-        kind: `"classification"`, `"regression"`, or `"tokens"`: a class at every place, seeing no later one.
-        key: where initial weights come from; the process' own generators stay as they were.
-        dtype: of the weights. They are drawn in float32, so both dtypes start from the same point.
-        vocab: how many tokens there are, where rows hold tokens, int64; for `"tokens"` by default `outputs`.
+        outputs: the number of classes or targets, ≥ 1. `logistic` has one logit for two classes.
+        kind: `"classification"`, `"regression"`, or `"tokens"`: a class at every position, from this and earlier
+            positions.
+        key: key of the initial weights; the global generators are restored afterwards.
+        dtype: dtype of the weights. They are drawn in float32, so both dtypes start from the same point.
+        vocab: the number of tokens, if rows contain int64 tokens; for `"tokens"` the default is `outputs`.
     Returns:
         A module in training mode: x `[B, *features]` → `[B, outputs]`, for `"tokens"` `[B, length, outputs]`.
     Raises:
-        UsageError: no such name, or the model does not suit such rows; `write` names one that does.
+        UsageError: an unknown name, or the model does not fit these rows; the error suggests a model that does.
     Example:
         >>> model = build("mlp", (28, 28), outputs=10, kind="classification", key=Key(7).fold("model"))
         >>> sum(p.numel() for p in model.parameters())

@@ -1,4 +1,7 @@
-"""Models that read one place after another: rows of tokens, or of numbers at each place."""
+"""Sequence models: rows are tokens, or numbers at each position.
+
+Tests: tests/identities/test_models.py, tests/identities/test_shakespeare.py.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ from torch import Tensor, nn
 
 
 class Lstm(nn.Module):
-    """An LSTM and a linear head: `[B, T]` tokens or `[B, T, F]` numbers → `[B, outputs]` of the last place.
+    """An LSTM and a linear head: `[B, T]` tokens or `[B, T, F]` numbers → `[B, outputs]` at the last position.
 
     Args:
-        vocab: how many tokens there are, embedded in 8 numbers under two layers of 256; None for numbers.
-        width: numbers at a place, under one layer of 64; unused for tokens.
+        vocab: the number of tokens, with an embedding of 8 numbers and two layers of 256; None for numbers.
+        width: numbers at a position, with one layer of 64; unused for tokens.
         outputs: length of the last axis.
-        every_place: whether to answer at every place, `[B, T, outputs]`.
+        every_place: whether to return outputs at every position, `[B, T, outputs]`.
     Example:
         >>> Lstm(vocab=65, width=1, outputs=65, every_place=True)(torch.zeros(2, 7, dtype=torch.int64)).shape
         torch.Size([2, 7, 65])
@@ -36,14 +39,14 @@ class Lstm(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of a transformer, normalised before each half; plain products, so that it runs in lanes.
+    """One pre-norm layer of a transformer. It uses plain matrix products, so that it works under vmap.
 
     x ← x + attention(norm₁(x)) ; x ← x + mlp(norm₂(x))
 
     Args:
-        width: numbers at a place; a multiple of `heads`.
-        heads: how many attentions run side by side.
-        causal: whether a place sees no later one.
+        width: numbers at a position; a multiple of `heads`.
+        heads: the number of attention heads.
+        causal: whether a position attends only to itself and earlier positions.
     Example:
         >>> Block(width=8, heads=2, causal=True)(torch.zeros(3, 5, 8)).shape
         torch.Size([3, 5, 8])
@@ -57,7 +60,7 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def attention(self, x: Tensor) -> Tensor:
-        """softmax(q kᵀ / √w) v over the places of each row, `[B, T, width]` → the same."""
+        """Compute softmax(q kᵀ / √w) v over the positions of each row, `[B, T, width]` → `[B, T, width]`."""
         length, width = x.shape[-2:]
         each = width // self.heads
         split = self.qkv(x).reshape(-1, length, 3, self.heads, each)
@@ -76,14 +79,14 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks over learned places: `[B, T]` tokens or `[B, T, F]` numbers → `[B, outputs]` of the mean place.
+    """Blocks with learned positions: `[B, T]` tokens or `[B, T, F]` numbers → `[B, outputs]` of the mean position.
 
     Args:
-        vocab: how many tokens there are: four blocks of width 128; None for numbers: two of width 64.
-        length: places in a row, at most.
-        width: numbers at a place; unused for tokens.
+        vocab: the number of tokens, with four blocks of width 128; None for numbers, with two blocks of width 64.
+        length: the most positions in a row.
+        width: numbers at a position; unused for tokens.
         outputs: length of the last axis.
-        every_place: whether to answer at every place, `[B, T, outputs]`, each seeing no later one.
+        every_place: whether to return outputs at every position, `[B, T, outputs]`, with causal attention.
     Example:
         >>> Transformer(None, length=9, width=3, outputs=2, every_place=False)(torch.zeros(4, 9, 3)).shape
         torch.Size([4, 2])
@@ -97,7 +100,7 @@ class Transformer(nn.Module):
         self.blocks = nn.Sequential(*(Block(inner, 4, causal=every_place) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(inner), nn.Linear(inner, outputs)
         self.every_place = every_place
-        # Unit normals, torch's own choice for an embedding, drown what the blocks add.
+        # torch initializes embeddings with standard deviation 1, which would dominate the output of the blocks.
         for table in (self.place, *([] if vocab is None else [self.embed.weight])):
             nn.init.normal_(table, std=0.02)
 

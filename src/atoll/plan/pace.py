@@ -1,31 +1,22 @@
-"""When a round closes, who may start while it is open, and what a late contribution counts.
+"""Paces: when a round closes, which clients may start while it is open, and the weight of a late contribution.
 
-A pace sees numbers only: how many are wanted and have arrived, and how long the round has been open. It has no clock
-and no socket, so the same value drives a virtual clock, worker processes and a network. A round in which nobody is in
-the air any more is over under every pace.
+A pace receives numbers only: the number of required contributions, the number that have arrived, and the seconds since
+the round opened. It has no clock and no socket, so the same value works with a virtual clock, with worker processes and
+with a network. A round with no client in flight is over under every pace.
+
+Tests: tests/identities/test_flights.py, tests/identities/test_fedasync.py
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from atoll.errors import UsageError
-from atoll.grammar import Value
-
-
-class Open(Protocol):
-    """An open round, as a pace sees it."""
-
-    wanted: int  # contributions that make a full round
-    arrived: int
-    elapsed: float  # seconds since the round opened
-
-    def starts(self) -> Iterable[int]:
-        """How often each arrived client has started while the oldest flight has been in the air."""
-        ...
+from atoll.base.errors import UsageError
+from atoll.base.grammar import Value
+from atoll.plan.protocols import Open, Pace
 
 
 def _check(part: str, name: str, value: Any, good: bool, required: str, why: str, write: str) -> None:
@@ -39,22 +30,22 @@ def _whole(value: Any) -> bool:
 
 
 @dataclass(frozen=True, repr=False)
-class Sync(Value):
-    """A round closes when its whole cohort has arrived or failed; nothing stays in the air.
+class Sync(Pace):
+    """A round closes when each client of its cohort has arrived or failed. No client stays in flight.
 
-    With `over_select`, ⌈over_select·n⌉ clients start and the first n to arrive count. With `deadline_s` the round
-    closes then with those who have arrived, if they are at least `quorum`·n; else as soon as they are. Whoever comes
-    later is not heard: what it kept stays as it was.
+    With `over_select`, ⌈over_select·n⌉ clients start, and the first n to arrive count. With `deadline_s`, the round
+    closes at the deadline if at least `quorum`·n clients have arrived, and otherwise when this number has arrived.
+    Later contributions are discarded, and the memory of their clients does not change.
 
     Args:
-        over_select: how many start for each one that is wanted, ≥ 1.
-        deadline_s: seconds after which the round need not wait any longer, > 0; None waits for all.
-        quorum: the part of the n wanted without which no deadline closes the round, in [0, 1].
-        partial: whether a client that is still computing at the deadline stops there and sends what it has.
+        over_select: number of clients that start for each required contribution, ≥ 1.
+        deadline_s: seconds after which the round need not wait, > 0; None: the round waits for all.
+        quorum: fraction of n that must have arrived before a deadline closes the round, in [0, 1].
+        partial: whether a client that still computes at the deadline stops and sends the steps that it has made.
     Raises:
-        UsageError: a number out of range, or a quorum or partial work without a deadline.
+        UsageError: a number is out of range, or a quorum or partial work is given without a deadline.
     Example:
-        >>> Sync(over_select=1.3).asks(100)
+        >>> Sync(over_select=1.3).cohort_size(100)
         130
 
     Reference: Bonawitz et al., Towards Federated Learning at Scale: System Design, 2019.
@@ -65,27 +56,24 @@ class Sync(Value):
     quorum: float = 0.0
     partial: bool = False
 
-    flies_on = False  # whether what is in the air when a round closes is still awaited
-    refills = False  # whether somebody else starts, in the open round, for each one that arrived
-
     def __post_init__(self) -> None:
         over, quorum, deadline = self.over_select, self.quorum, self.deadline_s
-        why = "fewer than are wanted can never make a full round."
+        why = "fewer clients than required can never make a full round."
         _check(
             "Sync", "over_select", over, self._number(over) and over >= 1, "1 or more.", why, "Sync(over_select=1.3)"
         )
         good = self._number(quorum) and 0 <= quorum <= 1
-        why = "it is a part of the cohort."
+        why = "it is a fraction of the cohort."
         _check("Sync", "quorum", quorum, good, "a fraction in [0, 1].", why, "Sync(deadline_s=60, quorum=0.8)")
         if deadline is not None:
             good = self._number(deadline) and deadline > 0
-            why = "nobody arrives before the round has opened."
+            why = "no client arrives before the round has opened."
             _check("Sync", "deadline_s", deadline, good, "seconds, above 0.", why, "Sync(deadline_s=60)")
         elif self.quorum or self.partial:
             raise UsageError(
                 f"{self!r}.",
                 "a deadline.",
-                "quorum and partial say what happens at the deadline.",
+                "quorum and partial take effect at the deadline.",
                 f"Sync(deadline_s=60{f', quorum={self.quorum}' if self.quorum else ''}"
                 f"{', partial=True' if self.partial else ''})",
             )
@@ -94,38 +82,32 @@ class Sync(Value):
     def _number(x: Any) -> bool:
         return isinstance(x, (int, float)) and math.isfinite(x)
 
-    def asks(self, n: int) -> int:
-        """How many start for a cohort of n."""
+    def cohort_size(self, n: int) -> int:
+        """The number of clients that start for a cohort of n."""
         return math.ceil(self.over_select * n - 1e-9)
 
-    def wants(self, started: int) -> int:
-        """How many of those that started make a full round."""
+    def required(self, started: int) -> int:
+        """The number of contributions that make a full round if `started` clients start."""
         return int(started / self.over_select + 1e-9)
 
-    def may_start(self, starts: int) -> bool:
-        """Whether a client may start that has started so often while the oldest flight has been in the air."""
-        return True
-
-    def closes(self, open: Open) -> bool:
-        """Whether the round is over, although somebody is still in the air."""
+    def should_close(self, open: Open) -> bool:
+        """Whether the round is over, although clients are still in flight."""
         if open.arrived >= open.wanted:
             return True
         late = self.deadline_s is not None and open.elapsed >= self.deadline_s
         return late and not self.partial and open.arrived >= self.quorum * open.wanted
 
-    def discount(self, staleness: int) -> float:
-        """The factor on what started `staleness` rounds ago: always 1, since nothing is ever late."""
-        return 1.0
-
 
 @dataclass(frozen=True, repr=False)
-class polynomial(Value):
-    """The weight of what is s rounds late: (1 + s)^−power.
+class staleness_polynomial(Value):
+    """The weight of an update that is s rounds late: (1 + s)^−power.
 
     Args:
-        power: ≥ 0; 0 takes no notice of lateness.
+        power: ≥ 0; with 0 every update has weight 1.
+    Raises:
+        UsageError: the power is out of range.
     Example:
-        >>> [polynomial(0.5)(s) for s in (0, 3, 8)]
+        >>> [staleness_polynomial(0.5)(s) for s in (0, 3, 8)]
         [1.0, 0.5, 0.3333333333333333]
 
     Reference: Xie, Koyejo and Gupta, Asynchronous Federated Optimization, 2019.
@@ -135,8 +117,8 @@ class polynomial(Value):
 
     def __post_init__(self) -> None:
         good = isinstance(self.power, (int, float)) and math.isfinite(self.power) and self.power >= 0
-        why = "what is older must not count for more."
-        _check("polynomial", "power", self.power, good, "0 or more.", why, "polynomial(0.5)")
+        why = "an older update must not have a larger weight."
+        _check("staleness_polynomial", "power", self.power, good, "0 or more.", why, "staleness_polynomial(0.5)")
 
     def __call__(self, staleness: int) -> float:
         return float((1 + staleness) ** -self.power)
@@ -144,11 +126,13 @@ class polynomial(Value):
 
 @dataclass(frozen=True, repr=False)
 class hinge(Value):
-    """The weight of what is s rounds late: 1 up to `grace` rounds, then 1 / (1 + slope·(s − grace)).
+    """The weight of an update that is s rounds late: 1 up to `grace` rounds, then 1 / (1 + slope·(s − grace)).
 
     Args:
         slope: ≥ 0.
-        grace: rounds of lateness that cost nothing, ≥ 0.
+        grace: number of rounds of lateness with weight 1, ≥ 0.
+    Raises:
+        UsageError: a number is out of range.
     Example:
         >>> [hinge(1, grace=2)(s) for s in (0, 2, 3)]
         [1.0, 1.0, 0.5]
@@ -161,7 +145,7 @@ class hinge(Value):
 
     def __post_init__(self) -> None:
         good = isinstance(self.slope, (int, float)) and math.isfinite(self.slope) and self.slope >= 0
-        why = "what is older must not count for more."
+        why = "an older update must not have a larger weight."
         _check("hinge", "slope", self.slope, good, "0 or more.", why, "hinge(0.5, grace=4)")
         good = _whole(self.grace) and self.grace >= 0
         why = "lateness is counted in rounds."
@@ -172,109 +156,86 @@ class hinge(Value):
 
 
 @dataclass(frozen=True, repr=False)
-class Buffered(Value):
-    """A round closes when k contributions have arrived, whoever they are from; everybody else flies on.
+class Buffered(Pace):
+    """A round closes when k contributions have arrived, from any clients. All other clients stay in flight.
 
-    Whoever arrives makes room for another start at once, so that as many are at work as the cohort says. An update
-    that started s rounds ago is multiplied by staleness(s); the weight that divides is not, so late ones shrink the
-    step. k = 1 is fully asynchronous.
+    For each client that arrives, another one starts at once, so the number of active clients stays that of the cohort.
+    An update that started s rounds ago is multiplied by staleness(s). The dividing weight is not multiplied, so late
+    updates make the step smaller. k = 1 is fully asynchronous.
 
     Args:
-        k: contributions a round, at least 1.
-        staleness: the factor by rounds of lateness: `polynomial(0.5)`, `hinge(0.5, grace=4)`, or any function of it.
+        k: contributions per round, ≥ 1.
+        staleness: the weight as a function of rounds of lateness: `staleness_polynomial(0.5)`, `hinge(0.5, grace=4)`,
+            or any other function from int to float.
     Raises:
-        UsageError: k is no whole number of at least 1, or the staleness no function.
+        UsageError: k is not an integer ≥ 1, or the staleness is not a function.
     Example:
         >>> Buffered(10)
         Buffered(10)
-        >>> Buffered(1).discount(3)
+        >>> Buffered(1).staleness_weight(3)
         0.5
 
     Reference: Nguyen et al., Federated Learning with Buffered Asynchronous Aggregation, 2022.
     """
 
     k: int
-    staleness: Callable[[int], float] = field(default_factory=lambda: polynomial(0.5))
+    staleness: Callable[[int], float] = field(default_factory=lambda: staleness_polynomial(0.5))
 
-    flies_on = True
-    refills = True
+    asynchronous = True
+    replaces_arrivals = True
 
     def __post_init__(self) -> None:
-        good, why = _whole(self.k) and self.k >= 1, "a round needs something to step by."
+        good, why = _whole(self.k) and self.k >= 1, "a round needs at least one update."
         _check("Buffered", "k", self.k, good, "a whole number of contributions, at least 1.", why, "Buffered(10)")
         if not callable(self.staleness) or isinstance(self.staleness, type):
             raise UsageError(
                 f"Buffered(staleness={self.staleness!r}).",
                 "a function of the rounds of lateness.",
-                "it says what a late update still counts.",
-                f"Buffered({self.k}, staleness=polynomial(0.5))",
+                "it gives the weight of a late update.",
+                f"Buffered({self.k}, staleness=staleness_polynomial(0.5))",
             )
 
-    def asks(self, n: int) -> int:
-        """How many start for a cohort of n."""
-        return n
-
-    def wants(self, started: int) -> int:
-        """How many of those that started make a full round."""
-        return started
-
-    def may_start(self, starts: int) -> bool:
-        """Whether a client may start that has started so often while the oldest flight has been in the air."""
-        return True
-
-    def closes(self, open: Open) -> bool:
-        """Whether the round is over, although somebody is still in the air."""
+    def should_close(self, open: Open) -> bool:
+        """Whether the round is over, although clients are still in flight."""
         return open.arrived >= self.k
 
-    def discount(self, staleness: int) -> float:
-        """The factor on what started `staleness` rounds ago."""
+    def staleness_weight(self, staleness: int) -> float:
+        """The factor of an update that started `staleness` rounds ago."""
         return float(self.staleness(staleness))
 
 
 @dataclass(frozen=True, repr=False)
-class Bounded(Value):
-    """Stale-synchronous by age: a client may start at most s times while the oldest contribution is in the air.
+class Bounded(Pace):
+    """Bounded staleness: a client may start at most s times while the oldest contribution is in flight.
 
-    A round closes when an arrived client may start again. s = 0 is `Sync()`, bit for bit; with a large s every
-    arrival is a round. A slow client holds the others back only once each has gone s rounds ahead of its start.
+    A round closes when an arrived client may start again. s = 0 is `Sync()`, bit for bit. With a large s every arrival
+    closes a round. A slow client delays the others only after each of them has made s starts since the slow client
+    started.
 
     Args:
-        staleness: s, at least 0.
+        staleness: s ≥ 0.
     Raises:
-        UsageError: s is no whole number of at least 0.
+        UsageError: s is not an integer ≥ 0.
     Example:
         >>> Bounded(4)
         Bounded(4)
 
-    Reference: Ho et al., More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server, 2013, which
-        bounds the lead of clocks; here the age of what is in the air is bounded.
+    Reference: Ho et al., More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server, 2013. The
+        paper bounds the difference of clocks; here the age of contributions in flight is bounded.
     """
 
     staleness: int
 
-    flies_on = True
-    refills = False
+    asynchronous = True
 
     def __post_init__(self) -> None:
         good, why = _whole(self.staleness) and self.staleness >= 0, "it counts starts."
         _check("Bounded", "staleness", self.staleness, good, "a whole number, at least 0.", why, "Bounded(4)")
 
-    def asks(self, n: int) -> int:
-        """How many start for a cohort of n."""
-        return n
-
-    def wants(self, started: int) -> int:
-        """How many of those that started make a full round."""
-        return started
-
     def may_start(self, starts: int) -> bool:
-        """Whether a client may start that has started so often while the oldest flight has been in the air."""
+        """Whether a client may start again that has started `starts` times while the oldest flight was in flight."""
         return starts < self.staleness
 
-    def closes(self, open: Open) -> bool:
-        """Whether the round is over, although somebody is still in the air."""
+    def should_close(self, open: Open) -> bool:
+        """Whether the round is over, although clients are still in flight."""
         return any(self.may_start(n) for n in open.starts())
-
-    def discount(self, staleness: int) -> float:
-        """The factor on what started `staleness` rounds ago: 1."""
-        return 1.0

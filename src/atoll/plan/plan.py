@@ -1,134 +1,64 @@
-"""The one algorithm and its slots.
+"""A plan: an algorithm as a value, with a part in each slot of the formula that `round.py` computes.
 
-    cohort = sampler(clients, round)                     who is at work
-    gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
-    mᵢ     = encode(gᵢ)                                  clip, compress
-    total  = Σ_b s(b) · decode_b( Σ_{i born b} lift(open(mᵢ), wᵢ) )
-    g      = finish(settle(total))                       the mean, or a robust rule
-    θ⁺     = optimizer(θ, g, round)                      the server always descends
-
-`step` is this, once, for every algorithm and every engine. An algorithm is a `Plan`: a value with a part in each slot.
+Tests: tests/surface/test_contract.py, tests/identities/test_one_algorithm.py
 """
 
 from __future__ import annotations
 
-import dataclasses
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
-from atoll.fields import repaired
-from atoll.grammar import Value
-from atoll.known import norm
-from atoll.layout import Layout
-from atoll.plan.clash import refuse
-from atoll.plan.codec.stage import Identity, arrived
-from atoll.plan.flight import Air
-from atoll.plan.optimizer import sgd
+from atoll.base.errors import UsageError
+from atoll.base.grammar import Value
+from atoll.base.names import under
+from atoll.base.validation import repaired
+from atoll.compute.layout import Layout
+from atoll.plan.codec.stage import Identity
+from atoll.plan.conflicts import check_part, check_plan
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Sync
-from atoll.plan.sampler import Everyone, Uniform, enlarged, fraction
-from atoll.plan.slots import (
+from atoll.plan.protocols import (
     Aggregator,
-    Broadcast,
-    Cohort,
     Local,
     Optimizer,
     Pace,
-    Population,
     Sampler,
-    Shared,
     Stage,
     Tensors,
-    Total,
 )
-from atoll.rng import Key
-from atoll.task import Model, Task
-
-_birth = operator.itemgetter(1)  # of a flight; half the time of its name
-
-
-class Failure(NamedTuple):
-    """One contribution that was lost: whose, in which round, at which stage, and why."""
-
-    client: int
-    round: int
-    stage: str
-    cause: str
-
-
-class Trip(NamedTuple):
-    """One flight on the clock, in seconds of the run: it started, had the model, had computed, and ended, and how."""
-
-    number: int
-    client: int
-    birth: int
-    start: float
-    loaded: float
-    computed: float
-    end: float
-    fate: str  # "arrived", "dropped", or "late": no longer awaited
-
-
-class Gathered(NamedTuple):
-    """What an engine brings back: a partial sum for each birth, and the record of who gave it."""
-
-    partials: Mapping[int, Any]
-    arrived: Tensor  # int64 ids, rising
-    memory: tuple[tuple[Tensor, Tensors], ...]  # what the accepted clients keep: (ids [K], rows [K, …])
-    facts: Tensors  # one row an arrived client
-    failures: tuple[Failure, ...]
-    bytes_up: int
-    bytes_down: int
-    air: Air = Air()  # what flies on
-    started: int = 0
-    late: int = 0  # no longer awaited
-    now: float | None = None  # seconds of the run, where there is a clock
-    trips: tuple[Trip, ...] = ()
-    notes: tuple[str, ...] = ()  # what is said once, when it happens
-
-
-class Store(Protocol):
-    """What clients keep between rounds: rows appear on first touch. `first` is what a client keeps before that."""
-
-    first: dict[str, Tensor]
-
-    def take(self, ids: Tensor) -> Tensors: ...
-    def put(self, ids: Tensor, rows: Tensors) -> None: ...
-
-
-class Engine(Protocol):
-    """Where clients run and how the sum is taken."""
-
-    @property
-    def population(self) -> Population: ...
-    @property
-    def layout(self) -> Layout: ...
-    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key) -> Gathered: ...
+from atoll.plan.sampler import Everyone, Uniform, fraction
 
 
 @dataclass(frozen=True, repr=False)
 class Plan(Value):
     """An algorithm, as a value: a part in each slot of the formula.
 
-    θ⁺ = optimizer(θ, finish(settle(Σ lift(open(encode(local(θ, dataᵢ))), wᵢ))))
+    cohort = sampler(clients, round)                     the clients that participate in the round
+    gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
+    mᵢ     = encode(gᵢ)                                  clip, compress
+    total  = Σ_b s(b) · decode_sum_b( Σ_{i from b} lift(decode(mᵢ), wᵢ) )
+    g      = finalize(server_update(total))              the codec's server part, then the mean or a robust rule
+    θ⁺     = optimizer(θ, g, round)                      the server always descends
+
+    b is the model version: the round whose θ client i started from. s(b) is its staleness weight, 1 in synchronous
+    rounds. wᵢ is the weight of client i, usually the number of its training rows. `lift` multiplies by wᵢ and
+    represents the product so that it can be added without rounding.
 
     Args:
-        local: what a client computes.
-        aggregator: how contributions become one.
-        optimizer: how the server descends.
-        cohort: who is at work: a sampler; None is everyone, an int that many, a float that fraction.
-        codec: what happens to an update on its way.
-        pace: when a round closes.
-        downlink: what happens to the model's change on its way to the clients; the server keeps what was lost of it.
+        local: computes the contribution of a client from θ and the client's own rows.
+        aggregator: combines the contributions: an exact sum, then a mean.
+        optimizer: makes the step of the server.
+        cohort: selects the clients of a round: a sampler, their number (int), their fraction (float), or None for all
+            clients.
+        codec: compresses an update on its way to the server.
+        pace: decides when a round closes.
+        downlink: compresses the change of the model on its way to the clients. The next change includes the error.
         max_failed: the largest fraction of a cohort that may fail before the run ends, in [0, 1].
     Raises:
-        UsageError: a slot holds something else than a part for it, or two parts cannot stand beside each other.
+        UsageError: a slot holds a value that is not a part for it, or two parts cannot be combined.
     Example:
         >>> from atoll.plan.local import Gradient
         >>> from atoll.plan.aggregate import Mean
@@ -146,36 +76,19 @@ class Plan(Value):
     max_failed: float = 0.5
 
     def __post_init__(self) -> None:
-        slots = (
-            ("local", Local, "Gradient()"),
-            ("aggregator", Aggregator, "Mean()"),
-            ("optimizer", Optimizer, "sgd(0.1)"),
-            ("codec", Stage, "Identity()"),
-            ("pace", Pace, "Sync()"),
-            ("downlink", Stage, "Identity()"),
-        )
-        for slot, protocol, example in slots:
-            part = getattr(self, slot)
-            if isinstance(part, type) or not isinstance(part, protocol):
-                raise UsageError(
-                    f"The slot {slot} of the plan holds {part!r}.",
-                    f"a part with the methods of {protocol.__name__}.",
-                    "every slot of the formula is filled by one kind of part.",
-                    example,
-                )
         if not isinstance(self.max_failed, (int, float)) or not 0 <= self.max_failed <= 1:
             raise UsageError(
                 f"max_failed = {self.max_failed!r}.",
                 "a fraction in [0, 1].",
-                "it is the part of a cohort that may fail before the round is given up.",
+                "it is the fraction of a cohort that may fail before the run ends.",
                 repaired(self, max_failed=0.5),
             )
         object.__setattr__(self, "cohort", _sampler(self.cohort))
-        refuse(self)
+        check_plan(self)
 
     @property
     def sampler(self) -> Sampler:
-        """Who is at work in a round, as a part."""
+        """The sampler that selects the cohort of a round."""
         return self.cohort  # type: ignore[return-value]
 
     def __str__(self) -> str:
@@ -191,24 +104,12 @@ class Plan(Value):
             )
         )
 
-    def at(self, engine: Engine) -> Plan:
-        """The same plan, its codec told where it works; told once for each engine."""
-        known = self.__dict__.get("_at")
-        if known is not None and known[0] is engine:
-            return known[1]  # type: ignore[no-any-return]
-        placed = self._placed(engine)
-        for plan in (self, placed):
-            object.__setattr__(plan, "_at", (engine, placed))
-        return placed
-
-    def _placed(self, engine: Engine) -> Plan:
-        sizes = engine.population.sizes
-        weights = torch.ones_like(sizes) if getattr(self.aggregator, "weights", "") == "equal" else sizes
-        codec, downlink = self.codec.at(engine.layout, weights.sum()), self.downlink.at(engine.layout)
-        return dataclasses.replace(self, codec=codec, downlink=downlink)
-
     def memory(self, layout: Layout) -> dict[str, Tensor]:
-        """What one client keeps before its first round, by `part/name`."""
+        """The memory of one client before its first round, by `part/name`.
+
+        Args:
+            layout: of the model.
+        """
         return _joined({"local": self.local.memory(layout), "codec": self.codec.memory(layout)})
 
 
@@ -224,6 +125,8 @@ def _sampler(cohort: Any) -> Sampler:
             return fraction(cohort)
         case Sampler() if not isinstance(cohort, type):
             return cohort
+        case _ if callable(cohort) and not isinstance(cohort, type):
+            check_part("cohort", cohort)  # names the member that is missing
     raise UsageError(
         f"cohort = {cohort!r}.",
         "a sampler, a number of clients, a fraction of them, or None for everyone.",
@@ -232,269 +135,4 @@ def _sampler(cohort: Any) -> Sampler:
 
 
 def _joined(parts: Mapping[str, Tensors]) -> dict[str, Tensor]:
-    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
-
-
-def part_of(tensors: Tensors, part: str) -> dict[str, Tensor]:
-    """The tensors of one part, out of those of all parts."""
-    return {n.removeprefix(f"{part}/"): t for n, t in tensors.items() if n.startswith(f"{part}/")}
-
-
-def public(tensors: Tensors) -> dict[str, Tensor]:
-    """What clients are told of a part's server state: names that begin with an underscore stay at the server."""
-    return {n: t for n, t in tensors.items() if not n.rpartition(".")[2].startswith("_")}
-
-
-class Sent(NamedTuple):
-    """θ as clients know it under a compressed downlink, and the length in bytes of the last rounds' deltas.
-
-    Args:
-        theta: `[d]`.
-        deltas: of the rounds up to the last one; of older ones the whole θ is sent, which is no longer.
-    """
-
-    theta: Tensor
-    deltas: tuple[int, ...]
-
-    def after(self, theta: Tensor, length: int) -> Sent:
-        """With one more delta: what is kept of the stream is no longer than θ whole."""
-        deltas, whole = (*self.deltas, length), theta.numel() * theta.element_size()
-        while sum(deltas) > whole:
-            deltas = deltas[1:]
-        return Sent(theta, deltas)
-
-
-@dataclass(frozen=True)
-class State:
-    """Everything needed to go on: the next round's number, the model, what the server's half of each part keeps, what
-    is in the air, the models that it started from, and θ as the clients know it where that is another."""
-
-    round: int
-    seed: int
-    model: Model
-    optimizer: Tensors
-    server: Shared
-    memory: Store
-    air: Air = Air()
-    versions: Mapping[int, Broadcast] = field(default_factory=dict)
-    sent: Sent | None = None
-
-    @classmethod
-    def first(cls, plan: Plan, task: Task, seed: int, memory: Store, model: Model | None = None) -> State:
-        """The state before the first round."""
-        model = model or task.initial()
-        parts = {"local": plan.local.server(task.layout), "codec": plan.codec.server(task.layout)}
-        server = {part: {n: t.to(task.device) for n, t in tensors.items()} for part, tensors in parts.items()}
-        return cls(0, seed, model, plan.optimizer.init(model.theta), server, memory)
-
-    def key(self, round: int | None = None) -> Key:
-        """The key of everything drawn in the coming round, or in another one."""
-        return Key(self.seed).fold("round", self.round if round is None else round)
-
-    @cached_property
-    def broadcast(self) -> Broadcast:
-        """What clients that start in the coming round may know."""
-        model = self.model if self.sent is None else self.model._replace(theta=self.sent.theta)
-        return Broadcast(self.round, model, {part: public(tensors) for part, tensors in self.server.items()})
-
-    def version(self, birth: int) -> Broadcast:
-        """What clients were told that started in this round, which is the coming one or an earlier one."""
-        return self.broadcast if birth == self.round else self.versions[birth]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What happened in a round.
-
-    Args:
-        round: from 0.
-        metrics: by name.
-        cohort: how many started.
-        arrived: how many contributions are in the step.
-        failures: contributions that were lost.
-        bytes_up, bytes_down: of all messages.
-        seconds: that the round took to compute.
-        fingerprint: 12 hex digits that stand for all bits of θ: `atoll.digest`.
-        clients: columns, one row a contribution: who, and what it told in the clear.
-        late: how many were no longer awaited.
-        flying: how many are at work when the round has closed.
-        now: seconds of the run on the clock, where there is one.
-        trips: flights that ended in the round, on the clock.
-        notes: what is said once, when it happens.
-    """
-
-    round: int
-    metrics: Mapping[str, float]
-    cohort: int
-    arrived: int
-    failures: tuple[Failure, ...]
-    bytes_up: int
-    bytes_down: int
-    seconds: float = 0.0
-    fingerprint: str = ""
-    clients: Mapping[str, Any] = field(default_factory=dict)
-    late: int = 0
-    flying: int = 0
-    now: float | None = None
-    trips: tuple[Trip, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def to(self, **changes: Any) -> Report:
-        """The same report with some fields replaced."""
-        return dataclasses.replace(self, **changes)
-
-
-def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
-    """One round of any algorithm on any engine.
-
-    Args:
-        plan: the algorithm.
-        state: where it stands; unchanged but for what accepted clients keep.
-        engine: where the clients run.
-    Returns:
-        The state after the round, and the report of it.
-    Raises:
-        RunError: more clients failed than the plan allows, or the same error struck all of them. The state is
-            still good.
-    """
-    key, plan = state.key(), plan.at(engine)
-    state = tell(plan, state, key)
-    cohort = opening(plan, state, engine.population, key)
-    gathered = engine.gather(plan, state, cohort, key)
-    total = decode(plan, state, gathered)
-    total, server = settle(plan, total, state, key)
-    mean = finish(plan, total, cohort, engine.population)
-    after = descend(plan, state, mean, server, gathered.air)
-    for ids, rows in gathered.memory:
-        state.memory.put(ids, rows)
-    return after, report(plan, state, gathered, mean)
-
-
-def tell(plan: Plan, state: State, key: Key) -> State:
-    """What clients know of θ moves by a compressed delta: θ̂⁺ = θ̂ + C(θ − θ̂). What it lost is in the next one."""
-    if plan.downlink == Identity():
-        return state
-    theta = state.model.theta
-    if state.sent is None:
-        return dataclasses.replace(state, sent=Sent(theta, ()))
-    delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(theta.new_zeros(1, dtype=torch.int64))
-    payload, side, _, _ = plan.downlink.encode(delta, {}, {}, key)
-    length = int(plan.downlink.sizes(payload, side)[0])
-    known = state.sent.theta + arrived(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
-    return dataclasses.replace(state, sent=state.sent.after(known, length))
-
-
-_NOBODY = Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.float64))
-
-
-def opening(plan: Plan, state: State, population: Population, key: Key) -> Cohort:
-    """Who starts as a round opens with nothing in the air; with something in it, traffic starts what is missing."""
-    if state.air.flights:
-        return _NOBODY
-    sampler: Sampler = enlarged(plan.sampler, plan.pace.asks)
-    return sampler(population, state.round, key.fold("cohort"))
-
-
-def versions(state: State, air: Air) -> dict[int, Broadcast]:
-    """The models that somebody still works from who is in the air when the round has closed."""
-    if not air.flights:
-        return {}
-    kept, births = {**state.versions, state.round: state.broadcast}, set(map(_birth, air.flights))
-    for gone in kept.keys() - births:
-        del kept[gone]
-    return kept
-
-
-def decode(plan: Plan, state: State, gathered: Gathered) -> Total:
-    """Σ_b s(b) · decode_b(partial_b): each birth's sum is decoded with its own key and discounted by its staleness.
-
-    Where clients send their models, Σ wᵢ (θ_b − θᵢ) becomes Σ wᵢ (θ − θᵢ): the server has θ_b, and the weights' sum.
-    """
-    totals = []
-    for birth, partial in sorted(gathered.partials.items()):
-        total = plan.aggregator.total(partial)
-        if "update" in total.means:
-            update = total.means["update"]
-            if plan.codec.decodes:
-                update = plan.codec.decode(update, state.key(birth).fold("codec"))  # the key that clients encoded with
-            if getattr(plan.local, "sends", "update") == "model":
-                update = update + total.weight * since(state, birth)
-            factor = plan.pace.discount(state.round - birth)
-            update = update if factor == 1 else update * factor
-            total = total._replace(means={**total.means, "update": update})
-        totals.append(total)
-    return sum_totals(totals)
-
-
-def since(state: State, birth: int) -> Tensor:
-    """θ − θ_b, float64 `[d]`: how far the model has come from what clients of this birth began at."""
-    return state.model.theta.double() - state.version(birth).model.theta.double()
-
-
-def sum_totals(totals: list[Total]) -> Total:
-    """The totals of several births as one."""
-    first, *rest = totals
-    for other in rest:
-        first = Total(
-            {n: t + other.means[n] for n, t in first.means.items()},
-            {n: t + other.sums[n] for n, t in first.sums.items()},
-            first.weight + other.weight,
-            first.arrived + other.arrived,
-            {n: torch.maximum(t, other.largest[n]) for n, t in first.largest.items()},
-        )
-    return first
-
-
-def settle(plan: Plan, total: Total, state: State, key: Key) -> tuple[Total, Shared]:
-    """Once a round, on the exact total: the server's half of the codec, then of the local part."""
-    total, codec = plan.codec.settle(total, state.server["codec"], key.fold("settle codec"))
-    total, local = plan.local.settle(total, state.server["local"], key.fold("settle local"))
-    return total, {"local": local, "codec": codec}
-
-
-def finish(plan: Plan, total: Total, cohort: Cohort, population: Population) -> Total:
-    """The round's mean; of what is summed, each row's share."""
-    mean = plan.aggregator.finish(total, cohort, population)
-    return mean._replace(sums=per_row(mean.sums))
-
-
-def descend(plan: Plan, state: State, mean: Total, server: Shared, air: Air) -> State:
-    """θ⁺ = optimizer(θ, g): buffers are replaced by their mean, counters by the largest; without an update θ stays."""
-    model, optimizer, flying = state.model, state.optimizer, versions(state, air)
-    if "update" in mean.means:
-        g = mean.means["update"].to(model.theta)
-        g = g if g.shape == model.theta.shape else g.expand_as(model.theta)
-        theta, optimizer = plan.optimizer.update(model.theta, g, mean.sums, optimizer, state.round)
-        buffers = mean.means["buffers"].to(model.buffers.dtype) if "buffers" in mean.means else model.buffers
-        model = Model(theta, buffers, {**model.counters, **mean.largest}, model.fixed)
-    return State(state.round + 1, state.seed, model, optimizer, server, state.memory, air, flying, state.sent)
-
-
-def per_row(sums: Tensors) -> dict[str, Tensor]:
-    """Each sum divided by the rows it is about."""
-    if "rows" not in sums:
-        return {}
-    return {n: t / sums["rows"].clamp(min=1) for n, t in sums.items() if n != "rows"}
-
-
-def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
-    """What people are told of a round."""
-    metrics = {n: float(t) for n, t in mean.sums.items() if t.numel() == 1}
-    if "update" in mean.means:
-        metrics["gradient_norm"] = float(norm(mean.means["update"]))
-    metrics["lr"] = plan.optimizer.lr_at(state.round, state.optimizer)
-    return Report(
-        state.round,
-        metrics,
-        gathered.started,
-        gathered.arrived.shape[0],
-        gathered.failures,
-        gathered.bytes_up,
-        gathered.bytes_down,
-        clients={"id": gathered.arrived, **gathered.facts},
-        late=gathered.late,
-        flying=len(gathered.air.flights),
-        now=gathered.now,
-        trips=gathered.trips,
-        notes=gathered.notes,
-    )
+    return {name: t for part, tensors in parts.items() for name, t in under(f"{part}/", tensors).items()}

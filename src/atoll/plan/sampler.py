@@ -1,24 +1,26 @@
-"""Who is at work in a round.
+"""Samplers: the selection of the clients of a round.
 
-A sampler is called with the population, the round and a key. It gives the cohort's ids and every client's chance
-of being there, from which `over="expected"` computes what it divides by.
+A sampler is called with the population, the round and a key. It returns the ids of the cohort, and the probability that
+each client is selected. `over="expected"` computes its divisor from these probabilities.
+
+Tests: tests/identities/test_samplers.py
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
-from atoll.grammar import Value
-from atoll.plan.slots import Cohort, Population
-from atoll.rng import Key
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
+from atoll.plan.pace import Sync
+from atoll.plan.protocols import Cohort, Conflict, Population, Sampler, Slots
 
 
 def _cohort(ids: Tensor, chance: Tensor | float) -> Cohort:
@@ -35,13 +37,13 @@ def _enough(name: str, n: int, population: Population) -> None:
         raise UsageError(
             f"A cohort of {n} clients out of {population.clients}.",
             f"at most {population.clients}.",
-            "a client can be at work once in a round.",
+            "a client can be selected at most once in a round.",
             f"{name}({population.clients})",
         )
 
 
 @dataclass(frozen=True, repr=False)
-class Everyone(Value):
+class Everyone(Sampler):
     """Every client, every round.
 
     Example:
@@ -54,19 +56,27 @@ class Everyone(Value):
 
 
 @dataclass(frozen=True, repr=False)
-class Uniform(Value):
-    """n clients, every set of n equally likely: chance n/C each.
+class Uniform(Sampler):
+    """n of C clients, each set of n with the same probability. Each client is selected with probability n/C.
 
     Args:
-        n: how many, 1 … C.
+        n: number of clients, 1 … C.
     Raises:
-        UsageError: n is no whole number, or larger than the population.
+        UsageError: n is not an integer ≥ 1, or it exceeds the population.
+    Example:
+        >>> len(Uniform(2)(Population(5, torch.ones(5, dtype=torch.int64)), 0, Key(0)).ids)
+        2
     """
 
     n: int
+    interchangeable = True
 
     def __post_init__(self) -> None:
         _count("Uniform", self.n)
+
+    def resized(self, ask: Callable[[int], int]) -> Uniform:
+        """The same draw of ask(n) clients."""
+        return _with_n(self, ask)
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         _enough("Uniform", self.n, population)
@@ -74,21 +84,31 @@ class Uniform(Value):
 
 
 @dataclass(frozen=True, repr=False)
-class Fraction(Value):
-    """The fraction q of the clients, rounded to the nearest whole number, at least one.
+class Fraction(Sampler):
+    """The fraction q of the clients, rounded to the nearest integer, at least one. They are drawn as by `Uniform`.
 
     Args:
         q: in (0, 1].
+    Raises:
+        UsageError: q is out of range.
+    Example:
+        >>> Fraction(0.1).count(25)
+        3
     """
 
     q: float
+    interchangeable = True
 
     def __post_init__(self) -> None:
         if not 0 < self.q <= 1:
             raise UsageError(f"Fraction({self.q!r}).", "a fraction in (0, 1].", write="Fraction(0.1)")
 
+    def resized(self, ask: Callable[[int], int]) -> Sampler:
+        """A draw of ask(n) clients, n the number that this fraction selects."""
+        return _Resized(self, ask) if ask(1000) > 1000 else self
+
     def count(self, clients: int) -> int:
-        """How many of so many."""
+        """The number of clients that the fraction selects out of all clients."""
         return max(1, math.floor(self.q * clients + 0.5))
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
@@ -101,11 +121,17 @@ def fraction(q: float) -> Fraction:
 
 
 @dataclass(frozen=True, repr=False)
-class Poisson(Value):
-    """Each client by its own coin: chance q, independently. A cohort may be empty.
+class Poisson(Sampler):
+    """Each client independently with probability q. A cohort may be empty.
 
     Args:
         q: in (0, 1].
+    Raises:
+        UsageError: q is out of range.
+    Example:
+        >>> Poisson(1.0)(Population(3, torch.ones(3, dtype=torch.int64)), 0, Key(0)).ids.tolist()
+        [0, 1, 2]
+
     Reference: Abadi et al., Deep Learning with Differential Privacy, 2016: the sampling that privacy accounting
         assumes.
     """
@@ -119,16 +145,29 @@ class Poisson(Value):
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         return _cohort((key.uniform(population.clients) < self.q).nonzero().squeeze(1), self.q)
 
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        """Every pace except `Sync()` counts starts, and this sampler fixes no number of them."""
+        if slots.pace != Sync():
+            why = "every client is selected independently, so the size of a cohort is not fixed."
+            yield Conflict(f"{self!r} with {slots.pace!r}.", "Sync(), or a cohort of n clients.", why, "Sync()")
+
 
 @dataclass(frozen=True, repr=False)
-class Weighted(Value):
-    """n clients without replacement, each with a chance in proportion to the rows it holds: n·wᵢ/Σw, at most 1.
+class Weighted(Sampler):
+    """n clients without replacement, each with a probability proportional to its rows: n·wᵢ/Σw, at most 1.
 
-    The clients stand in a keyed random order, each as long as its rows; n marks at equal distances fall on n of them.
-    Beside it, `Mean(weights="equal")` is the mean over all rows, unbiased as long as no chance is cut at 1.
+    Systematic sampling: the clients form a line in a keyed random order, each with a length equal to its rows. Marks at
+    n equal distances select n clients. Combined with this sampler, `Mean(weights="equal")` estimates the mean over all
+    rows. The estimate is unbiased if no probability is cut at 1.
 
     Args:
-        n: how many, 1 … number of clients that hold rows.
+        n: number of clients, 1 … number of clients that hold rows.
+    Raises:
+        UsageError: n is not an integer ≥ 1, or it exceeds the number of clients that hold rows.
+    Example:
+        >>> Weighted(2)(Population(3, torch.tensor([9, 1, 0])), 0, Key(0)).ids.tolist()
+        [0, 1]
+
     Reference: Madow, On the Theory of Systematic Sampling, II, 1949.
     """
 
@@ -137,47 +176,61 @@ class Weighted(Value):
     def __post_init__(self) -> None:
         _count("Weighted", self.n)
 
+    def resized(self, ask: Callable[[int], int]) -> Weighted:
+        """The same draw of ask(n) clients."""
+        return _with_n(self, ask)
+
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         sizes = population.sizes
         _enough("Weighted", self.n, population._replace(clients=int((sizes > 0).sum())))
         certain = _certain(sizes, self.n)
         rest = sizes.masked_fill(certain, 0)
-        left, whole = self.n - int(certain.sum()), int(rest.sum())
+        remaining, whole = self.n - int(certain.sum()), int(rest.sum())
         order = key.permutation(population.clients).to(sizes.device)
-        # In whole numbers, and no length reaches the distance of two marks: none falls on a client twice.
-        edges = (rest[order] * left).cumsum(0)
+        # Integers, so no rounding. Each length is below the distance of two marks, so no client is selected twice.
+        edges = (rest[order] * remaining).cumsum(0)
         start = (key.fold("start").hash(1) & (2**62 - 1)) % max(whole, 1)
-        marks = start.to(edges) + whole * torch.arange(left, device=edges.device)
+        marks = start.to(edges) + whole * torch.arange(remaining, device=edges.device)
         drawn = order[torch.searchsorted(edges, marks, right=True)]
         ids = torch.cat((certain.nonzero().squeeze(1), drawn)).sort().values
-        return _cohort(ids, torch.where(certain, 1.0, rest.to(torch.float64) * left / max(whole, 1)))
+        return _cohort(ids, torch.where(certain, 1.0, rest.to(torch.float64) * remaining / max(whole, 1)))
 
 
 def _certain(sizes: Tensor, n: int) -> Tensor:
-    """The clients so large that they are always drawn, bool `[C]`: those whose share of what is left comes to 1."""
+    """The clients that are always drawn, bool `[C]`: their share of the remaining draws is 1 or more."""
     certain = torch.zeros_like(sizes, dtype=torch.bool)
     while True:
-        left, whole = n - int(certain.sum()), int(sizes.masked_fill(certain, 0).sum())
-        more = ~certain & (sizes * left >= whole) & (sizes > 0)
-        if left == 0 or not bool(more.any()):
+        remaining, whole = n - int(certain.sum()), int(sizes.masked_fill(certain, 0).sum())
+        more = ~certain & (sizes * remaining >= whole) & (sizes > 0)
+        if remaining == 0 or not bool(more.any()):
             return certain
         certain |= more
 
 
 @dataclass(frozen=True, repr=False)
-class RoundRobin(Value):
-    """n clients in turn, in a keyed order that is drawn anew each time all have had their turn.
+class RoundRobin(Sampler):
+    """n clients in turn, in a keyed order. A new order is drawn after all clients have participated.
 
-    Over any C/n rounds that start together every client works once (n dividing C).
+    If n divides C, each client participates exactly once in rounds 0 … C/n − 1, and again in every later C/n rounds.
 
     Args:
-        n: how many, 1 … C.
+        n: number of clients, 1 … C.
+    Raises:
+        UsageError: n is not an integer ≥ 1, or it exceeds the population.
+    Example:
+        >>> population = Population(4, torch.ones(4, dtype=torch.int64))
+        >>> sorted(i for t in (0, 1) for i in RoundRobin(2)(population, t, Key(0)).ids.tolist())
+        [0, 1, 2, 3]
     """
 
     n: int
 
     def __post_init__(self) -> None:
         _count("RoundRobin", self.n)
+
+    def resized(self, ask: Callable[[int], int]) -> RoundRobin:
+        """The same order with ask(n) clients in turn."""
+        return _with_n(self, ask)
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         _enough("RoundRobin", self.n, population)
@@ -188,27 +241,21 @@ class RoundRobin(Value):
         return _cohort(order[start : start + self.n].sort().values, self.n / population.clients)
 
 
-def enlarged(sampler: Any, asks: Callable[[int], int]) -> Any:
-    """The sampler of as many clients as a pace asks, for the n that it draws; itself where the pace asks n.
-
-    Example:
-        >>> enlarged(Uniform(10), lambda n: 13 * n // 10)
-        Uniform(13)
-    """
-    if hasattr(sampler, "n"):
-        return sampler if asks(sampler.n) == sampler.n else dataclasses.replace(sampler, n=asks(sampler.n))
-    if isinstance(sampler, Fraction) and asks(1000) > 1000:
-        return _AtLeast(sampler, asks)
-    return sampler
+S = TypeVar("S", Uniform, Weighted, RoundRobin)
 
 
-@dataclass(frozen=True)
-class _AtLeast:
-    """As many as a pace asks for a fraction of the clients."""
+def _with_n(sampler: S, ask: Callable[[int], int]) -> S:
+    """The sampler with ask(n) in place of n."""
+    n = ask(sampler.n)
+    return sampler if n == sampler.n else dataclasses.replace(sampler, n=n)
+
+
+@dataclass(frozen=True, repr=False)
+class _Resized(Sampler):
+    """A draw of ask(n) clients for the n that a fraction selects."""
 
     sampler: Fraction
-    asks: Callable[[int], int]
+    ask: Callable[[int], int]
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
-        n = self.asks(self.sampler.count(population.clients))
-        return Uniform(n)(population, round, key)
+        return Uniform(self.ask(self.sampler.count(population.clients)))(population, round, key)

@@ -1,4 +1,7 @@
-"""A training as it goes: a table on the terminal, or plain lines where there is none."""
+"""Show the progress of a training: as a table on a terminal, else as plain lines.
+
+Tests: tests/surface/test_report.py, tests/surface/test_timeline.py.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from atoll.plan.plan import Report
-from atoll.report.text import better, client_name, duration, number, plain, size, spread, whole, word
+from atoll.plan.round import Report
+from atoll.report.format import better, client_name, duration, format_number, label, plain, size, spread, whole
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -23,13 +26,13 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-    from atoll.train import Rounds, Run
+    from atoll.runs.events import Run, TrainingView
 
 Cells = Mapping[str, str]
 
 
 def without_terminal(file: IO[str], environ: Mapping[str, str]) -> bool:
-    """Whether only plain lines may be written: no terminal, or CI, NO_COLOR or TERM=dumb ask for it."""
+    """Whether to write plain lines: `file` is no terminal, or CI, NO_COLOR or TERM=dumb is set."""
     ci = environ.get("CI", "").lower() not in ("", "0", "false")
     return not file.isatty() or ci or bool(environ.get("NO_COLOR")) or environ.get("TERM") == "dumb"
 
@@ -39,10 +42,10 @@ class Column:
     """One column of the table.
 
     Args:
-        key: what it shows.
-        head: its heading.
-        width: of what stands in it.
-        rank: the column of the lowest rank goes first where the terminal is narrow.
+        key: the key of the cell in `Cells`.
+        head: the heading.
+        width: the smallest width, in characters.
+        rank: on a narrow terminal the columns of lowest rank are dropped first.
     """
 
     key: str
@@ -51,14 +54,14 @@ class Column:
     rank: int
 
 
-def columns(training: Rounds) -> tuple[Column, ...]:
-    """The columns of a training: what it will measure is known before the first round."""
+def columns(training: TrainingView) -> tuple[Column, ...]:
+    """The columns of a training. Its metrics are known before the first round."""
     names = ["loss"]
-    if training.judge is not None:
+    if training.evaluator is not None:
         names += ["held_out_loss", *(m.name for m in training.task.metrics)]
     else:
         names += ["gradient_norm"]
-    measured = [Column(n, plain(word(n), 16), 10, 90 - at) for at, n in enumerate(names)]
+    measured = [Column(n, plain(label(n), 16), 10, 90 - at) for at, n in enumerate(names)]
     return (
         Column("round", "round", 5, 100),
         *measured,
@@ -71,12 +74,12 @@ def columns(training: Rounds) -> tuple[Column, ...]:
     )
 
 
-def _of_time(training: Rounds) -> Iterator[Column]:
-    """The columns of a run in which somebody may be late, flies on, or which has a clock."""
+def _of_time(training: TrainingView) -> Iterator[Column]:
+    """The columns on lateness, flights in progress, staleness and virtual time, if plan and fleet need them."""
     pace = training.plan.pace
-    if not pace.flies_on and (pace.asks(1000) > 1000 or getattr(pace, "deadline_s", None) is not None):
+    if not pace.asynchronous and (pace.cohort_size(1000) > 1000 or pace.deadline_s is not None):
         yield Column("late", "late", 4, 48)
-    if pace.flies_on:
+    if pace.asynchronous:
         yield Column("flying", "flying", 6, 44)
         yield Column("staleness", "staleness", 9, 46)
     if training.fleet is not None:
@@ -84,25 +87,18 @@ def _of_time(training: Rounds) -> Iterator[Column]:
 
 
 def that_fit(all_columns: Sequence[Column], width: int) -> list[Column]:
-    """The columns that fit beside each other, three spaces apart; those of the lowest rank are left out."""
+    """The columns that fit into the width, with three spaces between them; the columns of lowest rank are dropped."""
     kept = list(all_columns)
     while len(kept) > 1 and sum(max(c.width, len(c.head)) + 3 for c in kept) > width:
         kept.remove(min(kept, key=lambda c: c.rank))
     return kept
 
 
-def judged_by(training: Rounds) -> str:
-    """The metric that says which round is best."""
-    if training.judge is None:
-        return "loss"
-    return next((m.name for m in training.task.metrics), "held_out_loss")
-
-
 def cells(report: Report) -> dict[str, str]:
-    """What a round shows, by column."""
+    """The cells of a round, by column."""
     return {
         "round": str(report.round),
-        **{name: number(value) for name, value in report.metrics.items()},
+        **{name: format_number(value) for name, value in report.metrics.items()},
         "clients": f"{report.arrived}/{report.cohort}",
         "failed": str(len(report.failures)),
         "late": str(report.late),
@@ -116,17 +112,20 @@ def cells(report: Report) -> dict[str, str]:
 
 
 def _staleness(report: Report) -> str:
-    """How many rounds ago the contributions had started, in the mean."""
+    """The mean staleness of the contributions, in rounds."""
     late = report.clients.get("staleness")
     return f"{float(late.double().mean()):.2f}" if late is not None and len(late) else ""
 
 
 @dataclass
 class Best:
-    """The best value of each metric so far: value, round, and what that round showed.
+    """The best value of each metric so far, with its round and the cells of that round.
 
     Args:
-        rising: for each metric that is marked, whether more is better.
+        rising: for each metric whether a higher value is better.
+        value: the best value of each metric.
+        round: the round of the best value.
+        shown: the cells of that round.
     Example:
         >>> best = Best({"loss": False})
         >>> for t, loss in enumerate([2.0, 1.0, float("nan"), 1.5]):
@@ -141,7 +140,7 @@ class Best:
     shown: dict[str, Cells] = field(default_factory=dict)
 
     def see(self, report: Report) -> Cells:
-        """Take note of a round; what it shows is returned."""
+        """Update the best values with a round and return the cells of the round."""
         told = cells(report)
         for name, rising in self.rising.items():
             value = report.metrics.get(name, math.nan)
@@ -150,20 +149,20 @@ class Best:
         return told
 
     def marked(self, told: Cells) -> set[str]:
-        """The columns in which a round holds the best value so far."""
+        """The columns in which a round has the best value so far."""
         return {name for name, at in self.round.items() if str(at) == told["round"]}
 
 
-def header(training: Rounds, path: Path | None) -> list[tuple[str, str]]:
-    """What is about to be trained, on what, how and where to: label and text."""
+def header(training: TrainingView, path: Path | None) -> list[tuple[str, str]]:
+    """The lines above the table, as pairs of label and text: data, model, plan, numerics, device, run folder."""
     data, layout = training.data, training.task.layout
-    held = "none held out" if data.held_out is None else f"{whole(len(data.held_out))} held out"
+    held = "no held-out rows" if data.held_out is None else f"{whole(len(data.held_out))} held out"
     clients = f"{whole(data.count)} client{'s' if data.count != 1 else ''}"
     lines = [
         ("data", f"{data.name}: {whole(len(data.order))} rows on {clients}, {held}"),
         ("model", f"{whole(layout.d)} parameters, {str(layout.dtype).removeprefix('torch.')}"),
         *(("plan" if not at else "", line) for at, line in enumerate(str(training.plan).splitlines())),
-        ("numerics", f"{training.task.numerics}: {training.reason}"),
+        ("numerics", training.task.numerics),
     ]
     task = training.task
     if task.device.type != "cpu" or task.precision != "full":
@@ -171,29 +170,30 @@ def header(training: Rounds, path: Path | None) -> list[tuple[str, str]]:
     if path is not None:
         lines.append(("run", str(path)))
     if training.state.round:
-        lines.append(("from", f"round {training.state.round}, where the last checkpoint stands"))
+        lines.append(("from", f"round {training.state.round}, the last checkpoint"))
     lines += [("note", note) for note in data.notes]
-    return [(label, plain(text, 500)) for label, text in lines]
+    return [(title, plain(text, 500)) for title, text in lines]
 
 
 class LiveTable:
-    """Shows a training as it goes, on stderr; a `Watcher` for `atoll.train`.
+    """Show the progress of a training on stderr; an `Observer` for `atoll.train`.
 
-    On a terminal it is a table of the last rounds that is drawn in place, with the best value of each metric marked,
-    and when the run has ended some of its rounds stay. Elsewhere it is plain lines, at most one a second and fewer in
-    long runs. What people named (data, clients, errors) is shown as text and never as markup or control characters.
+    On a terminal the table shows the last rounds and is redrawn in place. It marks the best value of each metric. After
+    the run a selection of its rounds stays visible. Without a terminal the output is plain lines: at most one a second,
+    and fewer in long runs. Names of data and clients and error messages are printed as text. Their markup and control
+    characters have no effect.
 
     Args:
-        plain: lines instead of a table, as for `--quiet` and `--json`; None asks terminal and environment
-            (CI, NO_COLOR, TERM).
-        file: where to; None is stderr at the start of the run.
-        most: rounds that stand in the table, and that stay when the run has ended.
-        clock: seconds from anywhere.
+        plain: True writes lines instead of a table. None decides by the terminal and the environment (CI, NO_COLOR,
+            TERM).
+        file: the output stream. None is `sys.stderr` at the start of the run.
+        most: the number of rounds in the table, and of rounds that stay visible after the run; ≥ 1.
+        clock: a function that returns seconds; only differences count.
     Example:
         >>> import atoll
         >>> data = atoll.data.load("digits").split(clients=3)
         >>> with LiveTable(plain=True) as table:
-        ...     run = atoll.train("softmax", data, atoll.recipes.fedavg(), rounds=1, out=None, watchers=[table])
+        ...     run = atoll.train("softmax", data, atoll.recipes.fedavg(), rounds=1, out=None, observers=[table])
     """
 
     def __init__(
@@ -213,13 +213,13 @@ class LiveTable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def start(self, training: Rounds, path: Path | None) -> None:
-        """Say what is about to be trained, and begin the table."""
+    def start(self, training: TrainingView, path: Path | None) -> None:
+        """Print the lines above the table and start the table."""
         self.close()
         self.training = training
         self.columns = columns(training)
         measured = {"loss": False, "held_out_loss": False} | {m.name: m.higher_is_better for m in training.task.metrics}
-        self._judged = judged_by(training)
+        self._judged = training.selection_metric[0]
         self.best = Best({c.key: measured[c.key] for c in self.columns if c.key in measured})
         self.recent: deque[Cells] = deque(maxlen=self.most)
         self.kept: list[Cells] = []
@@ -236,7 +236,7 @@ class LiveTable:
         self.file = self._to or sys.stderr
         self.plain = without_terminal(self.file, os.environ) if self._plain is None else self._plain
         if self.plain:
-            self._write(*(f"{label:<9}{text}" for label, text in header(training, path)), "")
+            self._write(*(f"{title:<9}{text}" for title, text in header(training, path)), "")
             self._write(_joined((c.head + " ", c) for c in self.columns))
         else:
             self._open(header(training, path))
@@ -266,7 +266,7 @@ class LiveTable:
             self._written = now
 
     def end(self, run: Run) -> None:
-        """Say why the run ended; some of its rounds stay."""
+        """Print the reason why the run ended. A selection of its rounds stays visible."""
         self.ended = plain(run.reason if run.reason == run.status else f"{run.status}: {run.reason}", 500)
         if self.plain:
             if self.recent and self.recent[-1] is not self._printed:
@@ -275,7 +275,7 @@ class LiveTable:
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; safe to call at any time, and more than once."""
+        """Restore the terminal. This method may be called at any time and more than once."""
         live, self._live = self._live, None
         if live is not None:
             self.ended = self.ended or "stopped"
@@ -283,7 +283,7 @@ class LiveTable:
             atexit.unregister(self.close)
 
     def _keep(self, told: Cells) -> None:
-        """Every n-th round, n doubling as the run grows."""
+        """Keep every n-th round; n doubles as the run grows, so that at most `2 · most` rounds are kept."""
         if int(told["round"]) % self._every == 0:
             self.kept.append(told)
         if len(self.kept) > 2 * self.most:
@@ -305,10 +305,10 @@ class LiveTable:
     def _totals(self) -> list[str]:
         parts = [f"↑ {size(self.up)}", f"↓ {size(self.down)}"]
         if self.now is not None:
-            parts.append(f"{duration(self.now)} on the clock")
+            parts.append(f"{duration(self.now)} of virtual time")
         name = self._judged
         if name in self.best.value:
-            parts.append(f"best {word(name)} {number(self.best.value[name])} in round {self.best.round[name]}")
+            parts.append(f"best {label(name)} {format_number(self.best.value[name])} in round {self.best.round[name]}")
         if self.failed:
             parts.append(f"{whole(self.failed)} failed")
         return parts
@@ -321,12 +321,12 @@ class LiveTable:
         from rich.table import Table
         from rich.text import Text
 
-        # What user code prints to stdout may not end up in the table's stream when somebody reads stdout.
+        # If stdout is redirected, prints of user code must stay on stdout and not appear in the table.
         console = Console(file=self.file, force_terminal=True, highlight=False, markup=False, emoji=False)
         self._width, self._height = console.width, console.height
         head = Table.grid(padding=(0, 2))
-        for label, text in lines:
-            head.add_row(Text(label, style="dim"), Text(text))
+        for title, text in lines:
+            head.add_row(Text(title, style="dim"), Text(text))
         console.print(head, "")
         self._live = Live(
             console=console,
@@ -334,11 +334,11 @@ class LiveTable:
             refresh_per_second=4,
             redirect_stdout=sys.stdout.isatty(),
         )
-        atexit.register(self.close)  # an error that nobody catches must not leave the cursor hidden
+        atexit.register(self.close)  # an uncaught error must not leave the cursor hidden
         self._live.start()
 
     def _drawn(self) -> RenderableType:
-        """The table and what stands under it; called by the thread that draws, on its own clock."""
+        """Render the table and the lines under it. The drawing thread of rich calls this function periodically."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -389,7 +389,7 @@ class LiveTable:
         return line
 
     def _last(self) -> list[Cells]:
-        """The last rounds, under the best one where that is older."""
+        """The last rounds. If the best round is older, it comes first."""
         recent = list(self.recent)[-max(3, self._height - 9) :]
         at = self.best.round.get(self._judged)
         if at is None or not recent or at >= int(recent[0]["round"]):
@@ -397,18 +397,18 @@ class LiveTable:
         return [self.best.shown[self._judged], *recent]
 
     def _chosen(self) -> list[Cells]:
-        """Rounds from the first to the last, with every one that holds a best value."""
+        """A selection of rounds from the first to the last, including each round with a best value."""
         few = [self.kept[i] for i in spread(len(self.kept), self.most)] + list(self.recent)[-1:]
         by_round = {int(told["round"]): told for told in (*few, *self.best.shown.values())}
         return [by_round[at] for at in sorted(by_round)]
 
 
 def _cell(told: Cells, key: str, marked: set[str]) -> tuple[str, str]:
-    """What a cell says, and its style; the star is for those who see no colour."""
+    """The text and the style of a cell. A star marks the best value, so that the mark does not depend on colour."""
     text = told.get(key, "")
     return (f"{text}*", "bold green") if key in marked else (f"{text} ", "")
 
 
 def _joined(parts: Iterable[tuple[str, Column]]) -> str:
-    """Cells as a line: each as wide as its column, and one place for the mark."""
+    """Join cells into a line; each has the width of its column plus one character for the star."""
     return " ".join(text.rjust(max(c.width, len(c.head)) + 1) for text, c in parts).rstrip()

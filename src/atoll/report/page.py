@@ -1,7 +1,9 @@
-"""The report of a run as one HTML file: nothing is loaded from anywhere, and no script runs.
+"""The report of a run as one HTML file that loads no other file and runs no script.
 
-Every text goes through `tag`, which escapes what is not itself made by `tag`: names of clients, errors and settings
-come from outside.
+Names of clients, error messages and settings are untrusted text. Every text therefore passes through `tag`, which
+escapes every string that `tag` did not build itself.
+
+Tests: tests/surface/test_report.py, tests/surface/test_timeline.py.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from importlib.resources import files
 from typing import Any
 
 from atoll.data.clients import Clients
-from atoll.report.federation import Federation
-from atoll.report.record import Record, Row
-from atoll.report.text import client_name, duration, number, plain, rises, size, spread, whole, word
+from atoll.report.clients import Federation
+from atoll.report.format import client_name, duration, format_number, label, plain, rises, size, spread, whole
+from atoll.report.run_data import Row, RunData
 
 _VOID = {"meta", "img", "source", "br"}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -24,29 +26,29 @@ _MOST_ROWS, _MOST_LOST = 400, 50
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """A string that is already HTML and must not be escaped again."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn picture: name, words, width, and its bytes for light and for dark paper."""
+    """A drawn chart: file name, alt text, whether it is as wide as the page, PNG bytes for light and dark pages."""
 
     name: str
-    says: str
+    alt_text: str
     wide: bool
     light: bytes
     dark: bytes
 
 
 def tag(element: str, /, *inside: object, **attributes: object) -> Html:
-    """An element; what is inside is escaped unless it is an element, and None is left out.
+    """Build an HTML element.
 
     Args:
-        element: its name.
-        inside: what it holds.
-        attributes: a trailing underscore is dropped (`class_`), others become hyphens.
+        element: the name of the element.
+        inside: its contents. An element is inserted unchanged, other values are escaped, None is skipped.
+        attributes: its attributes. A trailing underscore of a name is dropped (`class_`), others become hyphens.
     Example:
         >>> tag("p", "a < b ", tag("b", "&"), class_="x")
         '<p class="x">a &lt; b <b>&amp;</b></p>'
@@ -56,14 +58,14 @@ def tag(element: str, /, *inside: object, **attributes: object) -> Html:
     return Html(f"<{element}{given}>" if element in _VOID else f"<{element}{given}>{body}</{element}>")
 
 
-def page(record: Record, federation: Federation | None, data: Clients | None, pictures: Sequence[Picture]) -> str:
-    """The report of a run, as one HTML document.
+def page(record: RunData, federation: Federation | None, data: Clients | None, pictures: Sequence[Picture]) -> str:
+    """Build the report of a run as one HTML document.
 
     Args:
-        record: what its folder tells.
-        federation: who holds what; None leaves it out.
-        data: the clients, for their names; None for no names.
-        pictures: drawn by `atoll.report.plots`, in their order.
+        record: the contents of the run folder.
+        federation: the summary of the clients' rows; None omits it.
+        data: the clients, for their names and sizes; None omits both.
+        pictures: the charts of `atoll.report.plots`, in their order.
     """
     names = None if data is None else data.names
     by_name = {p.name: p for p in pictures}
@@ -71,15 +73,15 @@ def page(record: Record, federation: Federation | None, data: Clients | None, pi
     parts = (
         _head(record, data),
         _summary(record),
-        _section("Beside pooled and local-only training", _comparison(record)),
-        _section("The algorithm", _formula(record)),
-        _section("How it learned", _gallery(by_name.values())),
+        _section("Comparison with pooled and local-only training", _comparison(record)),
+        _section("Algorithm", _formula(record)),
+        _section("Training", _gallery(by_name.values())),
         _section("Clients", _federation(federation), _traffic(record), _gallery(ours)),
         _section("Rounds", _rounds(record)),
-        _section("Contributions that were lost", _lost(record, names)),
+        _section("Lost contributions", _lost(record, names)),
         _section("Notes", _notes(record)),
         _section("Settings and environment", _settings(record)),
-        tag("footer", f"Made by atoll {record.environment.get('atoll', '')} from the files beside this one."),
+        tag("footer", f"Made by atoll {record.environment.get('atoll', '')} from the files in this folder."),
     )
     style = files("atoll.report").joinpath("page.css").read_text(encoding="utf-8")
     head = tag(
@@ -100,14 +102,14 @@ def _section(title: str, *inside: Html | None) -> Html | None:
     return tag("section", tag("h2", title), *there) if there else None
 
 
-def _head(record: Record, data: Clients | None) -> Html:
+def _head(record: RunData, data: Clients | None) -> Html:
     events = record.events
     name = data.name if data is not None else record.config.get("data", "")
     model = record.config.get("model", "")
     what = [plain(v, 60) for v in (name, model) if v]
     if data is not None:
         what += [f"{whole(len(data.order))} rows", f"{whole(data.count)} client{'' if data.count == 1 else 's'}"]
-        what += [f"{whole(len(data.held_out))} rows held out"] if data.held_out is not None else ["none held out"]
+        what += [f"{whole(len(data.held_out))} rows held out"] if data.held_out is not None else ["no held-out rows"]
     kind = events.status if events.status in ("done", "failed", "interrupted") else "unfinished"
     when = events.began.replace("T", " ")
     return tag(
@@ -120,24 +122,24 @@ def _head(record: Record, data: Clients | None) -> Html:
     )
 
 
-def _summary(record: Record) -> Html:
+def _summary(record: RunData) -> Html:
     tiles: list[tuple[str, str, str]] = []
     for name in dict.fromkeys((record.judged, *record.metrics[:3], "held_out_loss", "loss")):
         if name in record.columns:
             best = record.best(name)
-            told = f"best {number(best[name])}, round {best['round']}" if best is not None else ""
-            tiles.append((word(name), number(record.last(name)), told))
+            told = f"best {format_number(best[name])}, round {best['round']}" if best is not None else ""
+            tiles.append((label(name), format_number(record.last(name)), told))
     asked = record.config.get("rounds")
     seconds, rounds = record.total("seconds"), len(record.rows)
-    of = f"of {whole(asked)} at most" if isinstance(asked, int) and asked > rounds else ""
+    of = f"of at most {whole(asked)}" if isinstance(asked, int) and asked > rounds else ""
     up, down = record.total("bytes_up"), record.total("bytes_down")
     lost = sum(e.count for e in record.events.lost.values())
     tiles += [
         ("rounds", whole(rounds), of),
-        ("time in rounds", duration(seconds), f"{duration(seconds / rounds)} each" if rounds else ""),
+        ("time in rounds", duration(seconds), f"{duration(seconds / rounds)} per round" if rounds else ""),
         *_clock(record),
-        ("bytes up", size(up), f"{size(up / rounds)} a round" if rounds else ""),
-        ("bytes down", size(down), f"{size(down / rounds)} a round" if rounds else ""),
+        ("bytes up", size(up), f"{size(up / rounds)} per round" if rounds else ""),
+        ("bytes down", size(down), f"{size(down / rounds)} per round" if rounds else ""),
         *_lateness(record),
         ("contributions lost", whole(lost), f"of {whole(record.total('cohort'))}"),
     ]
@@ -151,45 +153,45 @@ def _summary(record: Record) -> Html:
     )
 
 
-def _clock(record: Record) -> list[tuple[str, str, str]]:
+def _clock(record: RunData) -> list[tuple[str, str, str]]:
     last, rounds = record.last("clock"), len(record.rows)
-    return [] if last is None else [("time on the clock", duration(last), f"{duration(last / rounds)} a round")]
+    return [] if last is None else [("virtual time", duration(last), f"{duration(last / rounds)} per round")]
 
 
-def _lateness(record: Record) -> list[tuple[str, str, str]]:
-    """How stale contributions were, how many older models were kept for who flies on, and how many came too late."""
+def _lateness(record: RunData) -> list[tuple[str, str, str]]:
+    """Tiles on staleness, on the number of model versions kept for flights in progress, and on late contributions."""
     tiles = []
     late = record.events.tally.staleness
     if late:
         mean = sum(s * n for s, n in late.items()) / sum(late.values())
-        tiles.append(("staleness", f"{mean:.2f}", f"rounds in the mean, {whole(max(late))} at most"))
+        tiles.append(("staleness", f"{mean:.2f}", f"rounds on average; maximum {whole(max(late))}"))
     kept = record.series("versions")[1]
     if len(kept):
-        tiles.append(("versions of θ kept", whole(kept.max()), f"at most, {kept.mean():.1f} in the mean"))
+        tiles.append(("model versions kept", whole(kept.max()), f"maximum; {kept.mean():.1f} on average"))
     missed = record.total("late")
     if missed:
-        tiles.append(("no longer awaited", whole(missed), f"of {whole(record.total('cohort'))}"))
+        tiles.append(("late contributions", whole(missed), f"of {whole(record.total('cohort'))}"))
     return tiles
 
 
-def _traffic(record: Record) -> Html | None:
-    """What a client sent and was sent in the whole run: median, least and most."""
+def _traffic(record: RunData) -> Html | None:
+    """Tiles on the bytes that each client sent and received in the whole run: median, smallest and largest."""
     tally = record.events.tally
     pairs = []
-    for words, of in (("up, a client", tally.up), ("down, a client", tally.down)):
+    for words, of in (("bytes up, per client", tally.up), ("bytes down, per client", tally.down)):
         if of:
             middle = size(sorted(of.values())[len(of) // 2])
             pairs.append((words, middle, f"{size(min(of.values()))} to {size(max(of.values()))}"))
     if not pairs:
         return None
     counted = "" if tally.rounds == tally.of else f", in {whole(tally.rounds)} of {whole(tally.of)} rounds"
-    told = f"Messages of the {whole(len(tally.up))} clients that arrived{counted}; medians."
+    told = f"Median over the {whole(len(tally.up))} clients whose contributions arrived{counted}."
     tiles = (tag("div", tag("dt", n), tag("dd", v), tag("dd", told_, class_="quiet")) for n, v, told_ in pairs)
     return Html(tag("dl", *tiles, class_="tiles small") + tag("p", told, class_="quiet"))
 
 
-def _comparison(record: Record) -> Html | None:
-    """Federated training beside the baselines: every metric that they share, and bars for the one that judges."""
+def _comparison(record: RunData) -> Html | None:
+    """Compare federated training with the baselines: all shared metrics, and bars for the selection metric."""
     kinds = list(record.events.baselines)
     names = [n for n in record.columns if any(record.baseline(k, n) is not None for k in kinds)]
     names = [n for n in names if n not in ("lr", "gradient_norm")]
@@ -210,38 +212,38 @@ def _comparison(record: Record) -> Html | None:
         value = values[kind][chief]
         part = 0.0 if value is None or value != value else min(1.0, abs(value) / most)
         bar = tag("div", class_=f"bar {'ours' if kind == 'federated' else ''}", style=f"width:{100 * part:.1f}%")
-        cells = [tag("td", number(values[kind][n]), _sd(record, kind, n), class_="n") for n in order]
-        rows.append(tag("tr", tag("th", word(kind), scope="row"), *cells, tag("td", bar, class_="bars")))
-    heads = [tag("th", word(n), class_="n") for n in order]
+        cells = [tag("td", format_number(values[kind][n]), _sd(record, kind, n), class_="n") for n in order]
+        rows.append(tag("tr", tag("th", label(kind), scope="row"), *cells, tag("td", bar, class_="bars")))
+    heads = [tag("th", label(n), class_="n") for n in order]
     note = {True: "higher is better", False: "lower is better"}.get(bool(rising)) if rising is not None else ""
-    head = tag("tr", tag("th", ""), *heads, tag("th", f"{word(chief)}{f', {note}' if note else ''}"))
+    head = tag("tr", tag("th", ""), *heads, tag("th", f"{label(chief)}{f', {note}' if note else ''}"))
     return Html(_scroll(tag("thead", head), tag("tbody", *rows)) + tag("p", _said_of(record), class_="quiet"))
 
 
-def _said_of(record: Record) -> str:
-    """How the baselines were trained."""
-    told = "All with the same model, learning rate and number of samples. Pooled: all rows in one place. "
+def _said_of(record: RunData) -> str:
+    """Describe how the baselines were trained."""
+    told = "All use the same model, learning rate and number of samples. Pooled: one training on all rows. "
     some, of = record.baseline("local", "clients"), record.baseline("local", "population")
     whose = f"{whole(some)} of {whole(of)} clients" if some and of and some < of else "each client"
-    told += f"Local only: {whose} alone with its own rows, judged on the held-out rows; mean ± sd over clients."
+    told += f"Local only: {whose} trains on its own rows; mean ± sd over clients, evaluated on the held-out rows."
     for kind in record.events.baselines:
         if (diverged := record.baseline(kind, "diverged")) is not None:
-            told += f" {word(kind).capitalize()} diverged ({whole(diverged)})."
+            told += f" {label(kind).capitalize()} diverged ({whole(diverged)})."
     return told
 
 
-def _sd(record: Record, kind: str, name: str) -> Html | None:
+def _sd(record: RunData, kind: str, name: str) -> Html | None:
     spread_ = record.baseline(kind, f"{name}_sd")
-    return None if spread_ is None else tag("span", f" ± {number(spread_)}", class_="quiet")
+    return None if spread_ is None else tag("span", f" ± {format_number(spread_)}", class_="quiet")
 
 
-def _formula(record: Record) -> Html | None:
+def _formula(record: RunData) -> Html | None:
     formula = record.formula
     if not formula:
         return None
-    why, numerics = record.environment.get("why", ""), record.environment.get("numerics", "")
-    told = tag("p", "Computed in ", tag("b", plain(numerics)), f": {plain(why, 500)}.") if numerics else None
-    return Html(tag("pre", formula, class_="formula") + (told or ""))
+    numerics = record.environment.get("numerics", "")
+    backend = tag("p", "Compute backend: ", tag("b", plain(numerics)), ".") if numerics else ""
+    return Html(tag("pre", formula, class_="formula") + backend)
 
 
 def _gallery(pictures: Iterable[Picture]) -> Html | None:
@@ -255,7 +257,7 @@ def _picture(picture: Picture) -> Html:
     return tag(
         "picture",
         tag("source", media="(prefers-color-scheme: dark)", srcset=dark),
-        tag("img", src=light, alt=picture.says, width=width // 2, height=height // 2),
+        tag("img", src=light, alt=picture.alt_text, width=width // 2, height=height // 2),
     )
 
 
@@ -265,17 +267,17 @@ def _federation(federation: Federation | None) -> Html | None:
     pairs = [tag("div", tag("dt", name), tag("dd", value)) for name, value in federation.measures.items()]
     meaning = (
         (
-            "Label divergence: the mean Jensen–Shannon divergence between a client's labels and everybody's, "
-            "0 where all are alike. "
+            "Label divergence: the mean Jensen–Shannon divergence between the labels of a client and of all clients, "
+            "0 if all clients have the same label distribution. "
         )
         if "label divergence" in federation.measures
         else ""
-    ) + "Size Gini: 0 where all clients hold equally many rows. Effective clients: (Σ n)² / Σ n²."
-    said = tag("p", federation.said, class_="quiet") if federation.said else ""
-    return Html(tag("dl", *pairs, class_="tiles small") + tag("p", meaning, class_="quiet") + said)
+    ) + "Size Gini: 0 if all clients have the same number of rows. Effective clients: (Σ n)² / Σ n²."
+    omitted = tag("p", federation.omitted, class_="quiet") if federation.omitted else ""
+    return Html(tag("dl", *pairs, class_="tiles small") + tag("p", meaning, class_="quiet") + omitted)
 
 
-def _rounds(record: Record) -> Html | None:
+def _rounds(record: RunData) -> Html | None:
     if not record.rows:
         return None
     places = [(0, "first"), (len(record.rows) - 1, "last")]
@@ -287,7 +289,7 @@ def _rounds(record: Record) -> Html | None:
     shown = spread(len(record.rows), _MOST_ROWS)
     every = [_round(record, record.rows[i], chosen.get(i, "")) for i in shown]
     few = f"{whole(len(shown))} of " if len(shown) < len(record.rows) else "all "
-    told = "All stand in metrics.csv." if len(shown) < len(record.rows) else "Also in metrics.csv."
+    told = "metrics.csv contains all rounds." if len(shown) < len(record.rows) else "The same rows are in metrics.csv."
     return Html(
         _scroll(tag("thead", _round_head(record)), tag("tbody", *brief))
         + tag(
@@ -299,26 +301,26 @@ def _rounds(record: Record) -> Html | None:
     )
 
 
-def _round_head(record: Record) -> Html:
+def _round_head(record: RunData) -> Html:
     more = [name for name, _ in _more(record)]
-    heads = ["", "round", *map(word, record.columns), "clients", "failed", *more, "up", "down", "time", "fingerprint"]
+    heads = ["", "round", *map(label, record.columns), "clients", "failed", *more, "up", "down", "time", "fingerprint"]
     return tag("tr", *(tag("th", h, class_="n" if h else "") for h in heads))
 
 
-def _more(record: Record) -> list[tuple[str, Callable[[Any], str]]]:
-    """Columns that only some runs have."""
+def _more(record: RunData) -> list[tuple[str, Callable[[Any], str]]]:
+    """The columns that only some runs have, each with its format."""
     shown = (("late", str), ("flying", str), ("staleness", lambda v: f"{v:.2f}"), ("clock", duration))
     return [(name, show) for name, show in shown if len(record.series(name)[0])]
 
 
-def _round(record: Record, row: Row, label: str) -> Html:
+def _round(record: RunData, row: Row, label: str) -> Html:
     def told(name: str, show: Any) -> str:
         value = row.get(name)
         return show(value) if isinstance(value, (int, float)) else "–"
 
     cells = [
         told("round", str),
-        *(told(n, number) for n in record.columns),
+        *(told(n, format_number) for n in record.columns),
         f"{told('arrived', str)}/{told('cohort', str)}",
         told("failed", str),
         *(told(name, show) for name, show in _more(record)),
@@ -335,7 +337,7 @@ def _scroll(*inside: Html) -> Html:
     return tag("div", tag("table", *inside), class_="scroll")
 
 
-def _lost(record: Record, names: Sequence[str] | None) -> Html | None:
+def _lost(record: RunData, names: Sequence[str] | None) -> Html | None:
     lost = sorted(record.events.lost.items(), key=lambda pair: (-pair[1].count, pair[0]))
     if not lost:
         return None
@@ -346,19 +348,19 @@ def _lost(record: Record, names: Sequence[str] | None) -> Html | None:
         told = (whole(those.count), str(those.last), plain(stage, 40))
         cells = [tag("td", t, class_="n" if at < 2 else "") for at, t in enumerate(told)]
         rows.append(tag("tr", tag("th", who, scope="row"), *cells, tag("td", plain(cause, 300), class_="cause")))
-    heads = (("client", ""), ("lost", "n"), ("last in round", "n"), ("stage", ""), ("most frequent cause", ""))
+    heads = (("client", ""), ("lost", "n"), ("last round", "n"), ("stage", ""), ("most frequent cause", ""))
     head = tag("tr", *(tag("th", h, class_=c) for h, c in heads))
     rest = len(lost) - len(rows)
-    said = tag("p", f"And {whole(rest)} other clients: events.jsonl.", class_="quiet") if rest else ""
+    said = tag("p", f"events.jsonl lists {whole(rest)} more clients.", class_="quiet") if rest else ""
     return Html(_scroll(tag("thead", head), tag("tbody", *rows)) + said)
 
 
-def _notes(record: Record) -> Html | None:
+def _notes(record: RunData) -> Html | None:
     notes = [tag("li", plain(note, 500)) for note in record.events.notes[:50]]
     return tag("ul", *notes) if notes else None
 
 
-def _settings(record: Record) -> Html | None:
+def _settings(record: RunData) -> Html | None:
     there = record.environment.items()
     pairs = [tag("div", tag("dt", plain(n)), tag("dd", plain(v, 300))) for n, v in there if n not in ("plan", "why")]
     config = tag("details", tag("summary", "config.toml"), tag("pre", record.config_text)) if record.config_text else ""

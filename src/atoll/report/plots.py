@@ -1,4 +1,7 @@
-"""The pictures of a run: how it learned, what that cost, and who its clients are; for light and for dark paper."""
+"""The charts of a run: learning curves, costs and clients, each for light and for dark pages.
+
+Tests: tests/surface/test_report.py, tests/surface/test_timeline.py.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from atoll.report import timeline
-from atoll.report.canvas import (
-    Line,
+from atoll.report.clients import Federation
+from atoll.report.figures import (
+    PlotLine,
     Theme,
     axes,
     figure,
@@ -25,9 +29,8 @@ from atoll.report.canvas import (
     wants_log,
     whole_rounds,
 )
-from atoll.report.federation import Federation
-from atoll.report.record import Numbers, Record
-from atoll.report.text import client_name, duration, number, rises, size, whole, word
+from atoll.report.format import client_name, duration, format_number, label, rises, size, whole
+from atoll.report.run_data import Numbers, RunData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,63 +44,64 @@ _MOST_METRICS = 3
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture that can be drawn.
+    """A chart that is not drawn yet.
 
     Args:
-        name: of its file, without the ending.
-        says: in words, for people who do not see it.
-        wide: whether it takes the width of the page.
-        draw: makes the figure for a theme.
+        name: the name of its file, without the suffix.
+        alt_text: the alt text.
+        wide: whether it is as wide as the page.
+        draw: a function that draws the figure in a theme.
     """
 
     name: str
-    says: str
+    alt_text: str
     wide: bool
     draw: Callable[[Theme], Figure]
 
 
-def charts(record: Record, federation: Federation | None, names: tuple[str, ...] | None = None) -> Iterator[Chart]:
-    """The pictures there are for a run, in the order of the page; what was not measured is not drawn."""
+def charts(record: RunData, federation: Federation | None, names: tuple[str, ...] | None = None) -> Iterator[Chart]:
+    """The charts of a run, in the order of the page. A chart without measured values is omitted."""
     losses = [n for n in ("loss", "held_out_loss") if n in record.columns]
     if losses:
-        told = ", ".join(f"{word(n)} {number(record.last(n))} at the end" for n in losses)
+        told = ", ".join(f"{label(n)} {format_number(record.last(n))} at the end" for n in losses)
         yield Chart("loss", f"Loss by round: {told}.", False, partial(_loss, record, losses))
     for name in record.metrics[:_MOST_METRICS]:
-        says = f"{word(name)} by round, {number(record.last(name))} at the end."
+        says = f"{label(name)} by round, {format_number(record.last(name))} at the end."
         yield Chart(_file(name), says, False, partial(_metric, record, name))
     several = len(record.rows) > 1
     if several and "gradient_norm" in record.columns:
-        says = f"Norm of the mean update by round, {number(record.last('gradient_norm'))} at the end."
+        says = f"Norm of the mean update by round, {format_number(record.last('gradient_norm'))} at the end."
         yield Chart("gradient_norm", says, False, partial(_gradient, record))
     if several and record.judged in record.columns and record.total("bytes_up") + record.total("bytes_down") > 0:
-        says = f"{word(record.judged)} against all bytes sent, up and down together."
+        says = f"{label(record.judged)} by all bytes sent, up and down together."
         yield Chart("bytes", says, False, partial(_bytes, record))
     if several and record.judged in record.columns and record.total("clock") > 0:
-        says = f"{word(record.judged)} against the time of the clock, {duration(record.last('clock') or 0)} at the end."
+        says = f"{label(record.judged)} by virtual time, {duration(record.last('clock') or 0)} at the end."
         yield Chart("clock", says, False, partial(_clock, record))
     if several and len(record.series("seconds")[0]):
-        says = f"Seconds a round; {duration(record.total('seconds'))} together."
+        says = f"Seconds per round; {duration(record.total('seconds'))} in total."
         yield Chart("seconds", says, False, partial(_seconds, record))
     rates = record.series("lr")[1]
     if len(set(rates[np.isfinite(rates)])) > 1:
         yield Chart("lr", "The server's learning rate by round.", False, partial(_rate, record))
     arrived, cohort = record.series("arrived")[1], record.series("cohort")[1]
     if several and (len({*arrived, *cohort}) > 1):
-        yield Chart("arrived", "Clients asked and clients that arrived, by round.", False, partial(_arrived, record))
+        says = "Clients selected, and contributions that arrived, by round."
+        yield Chart("arrived", says, False, partial(_arrived, record))
     if sum(n for late, n in record.events.tally.staleness.items() if late):
         yield Chart("staleness", _says_staleness(record), False, partial(_staleness, record))
     if len(record.events.flights):
-        yield Chart("timeline", timeline.says(record), True, partial(timeline.timeline, record, names))
+        yield Chart("timeline", timeline.alt_text(record), True, partial(timeline.timeline, record, names))
     if federation is not None:
         yield Chart("clients", _says_clients(federation), True, partial(_clients, federation))
         if federation.count > len(federation.ids):
-            says = f"Rows of all {whole(federation.count)} clients, ascending."
+            says = f"Rows per client of all {whole(federation.count)} clients, ascending."
             yield Chart("sizes", says, True, partial(_sizes, federation))
     if _uneven(record):
-        says = "Bytes up and down of each client, in the whole run."
+        says = "Bytes that each client sent and received in the whole run."
         yield Chart("client_bytes", says, True, partial(_client_bytes, record, names))
     if record.events.clients:
-        says = "Training loss of single clients: its spread by round, and where each client stood last."
+        says = "Training loss of clients: its spread by round, and the last value of each client."
         yield Chart("client_loss", says, True, partial(_client_loss, record, names))
 
 
@@ -107,19 +111,19 @@ def _file(name: str) -> str:
 
 
 def _titled(name: str) -> str:
-    words = word(name)
+    words = label(name)
     return text(words.upper() if len(words) <= 4 else words[:1].upper() + words[1:], 40)
 
 
 def _aside(ax: Axes, theme: Theme, words: str) -> None:
-    """A remark above the right edge."""
+    """Write a remark above the right edge."""
     ax.text(1.0, 1.045, words, transform=ax.transAxes, ha="right", va="bottom", fontsize=7.5, color=theme.soft)
 
 
 def _curve(
-    theme: Theme, title: str, lines: list[Line], *, log: bool = False, named: bool = False, zero: bool = False
+    theme: Theme, title: str, lines: list[PlotLine], *, log: bool = False, named: bool = False, zero: bool = False
 ) -> tuple[Figure, Axes]:
-    """Lines over rounds: named at their ends or not, on a scale that begins at zero or not."""
+    """Draw lines over rounds. `named` labels their ends. `zero` starts a linear scale at 0."""
     made = figure(theme)
     ax = axes(made, theme, _BOX if named else _WIDE_BOX, title, "round")
     plot(ax, lines, log=log)
@@ -137,31 +141,31 @@ def _end(y: Numbers) -> float:
     return float(good[-1]) if len(good) else float("nan")
 
 
-def _loss(record: Record, losses: Sequence[str], theme: Theme) -> Figure:
+def _loss(record: RunData, losses: Sequence[str], theme: Theme) -> Figure:
     short = {"loss": "training", "held_out_loss": "held-out"}
-    lines = [Line(short[n], *record.series(n), theme.series[i]) for i, n in enumerate(losses)]
+    lines = [PlotLine(short[n], *record.series(n), theme.series[i]) for i, n in enumerate(losses)]
     return _curve(theme, "Loss", lines, log=wants_log([line.y for line in lines]), named=True)[0]
 
 
-def _metric(record: Record, name: str, theme: Theme) -> Figure:
+def _metric(record: RunData, name: str, theme: Theme) -> Figure:
     x, y = record.series(name)
     kinds = [(n, v) for n in record.events.baselines if (v := record.baseline(n, name)) is not None]
     log = not rises(name) and wants_log([y, np.array([v for _, v in kinds])])
     made = figure(theme)
     ax = axes(made, theme, _BOX, _titled(name), "round")
-    plot(ax, [Line("federated", x, y, theme.series[0])], log=log)
+    plot(ax, [PlotLine("federated", x, y, theme.series[0])], log=log)
     whole_rounds(ax, x)
-    ends = [(_end(y), f"federated {number(_end(y))}" if kinds else number(_end(y)), theme.series[0])]
+    ends = [(_end(y), f"federated {format_number(_end(y))}" if kinds else format_number(_end(y)), theme.series[0])]
     for at, (kind, value) in enumerate(kinds):
         colour = theme.series[BASELINES.get(kind, 2 + at % 2)]
         ax.axhline(value, color=colour, linewidth=1.1, linestyle=(0, (4, 2.5)), zorder=2)
-        ends.append((value, f"{word(kind)} {number(value)}", colour))
+        ends.append((value, f"{label(kind)} {format_number(value)}", colour))
     _mark_best(ax, record, name, theme)
     name_ends(ax, ends)
     return made
 
 
-def _mark_best(ax: Axes, record: Record, name: str, theme: Theme) -> None:
+def _mark_best(ax: Axes, record: RunData, name: str, theme: Theme) -> None:
     best = record.best(name)
     if best is None:
         return
@@ -169,21 +173,21 @@ def _mark_best(ax: Axes, record: Record, name: str, theme: Theme) -> None:
         [best["round"]], [best[name]], "o", markersize=6.5, markerfacecolor="none", markeredgewidth=1.3,
         markeredgecolor=theme.ink, zorder=6,
     )  # fmt: skip
-    _aside(ax, theme, f"best {number(best[name])} in round {best['round']}")
+    _aside(ax, theme, f"best {format_number(best[name])} in round {best['round']}")
 
 
-def _gradient(record: Record, theme: Theme) -> Figure:
+def _gradient(record: RunData, theme: Theme) -> Figure:
     x, y = record.series("gradient_norm")
-    line = Line("‖g‖", x, y, theme.series[0])
+    line = PlotLine("‖g‖", x, y, theme.series[0])
     return _curve(theme, "Norm of the mean update ‖g‖", [line], log=wants_log([y]))[0]
 
 
-def _rate(record: Record, theme: Theme) -> Figure:
+def _rate(record: RunData, theme: Theme) -> Figure:
     x, y = record.series("lr")
-    return _curve(theme, "Learning rate of the server", [Line("lr", x, y, theme.series[0])])[0]
+    return _curve(theme, "Learning rate of the server", [PlotLine("lr", x, y, theme.series[0])])[0]
 
 
-def _bytes(record: Record, theme: Theme) -> Figure:
+def _bytes(record: RunData, theme: Theme) -> Figure:
     name = record.judged
     rounds, y = record.series(name)
     up, down = record.series("bytes_up"), record.series("bytes_down")
@@ -192,7 +196,7 @@ def _bytes(record: Record, theme: Theme) -> Figure:
     x = np.array([sent.get(t, 0.0) + back.get(t, 0.0) for t in rounds])
     made = figure(theme)
     ax = axes(made, theme, _WIDE_BOX, f"{_titled(name)} by bytes sent", "up and down, all clients")
-    plot(ax, [Line(name, x, y, theme.series[0])], log=not rises(name) and wants_log([y]))
+    plot(ax, [PlotLine(name, x, y, theme.series[0])], log=not rises(name) and wants_log([y]))
     if len(x) == 1 or np.ptp(x) > 0:
         ax.set_xlim(left=0)
     of_bytes(ax)
@@ -200,27 +204,27 @@ def _bytes(record: Record, theme: Theme) -> Figure:
     return made
 
 
-def _clock(record: Record, theme: Theme) -> Figure:
+def _clock(record: RunData, theme: Theme) -> Figure:
     name = record.judged
     rounds, y = record.series(name)
     times = dict(zip(*record.series("clock"), strict=True))
     x = np.array([times.get(t, np.nan) for t in rounds])
     made = figure(theme)
-    ax = axes(made, theme, _WIDE_BOX, f"{_titled(name)} by time", "the run's virtual clock")
-    plot(ax, [Line(name, x, y, theme.series[0])], log=not rises(name) and wants_log([y]))
+    ax = axes(made, theme, _WIDE_BOX, f"{_titled(name)} by time", "virtual time")
+    plot(ax, [PlotLine(name, x, y, theme.series[0])], log=not rises(name) and wants_log([y]))
     ax.set_xlim(left=0)
     of_seconds(ax.xaxis, float(np.nanmax(x, initial=0)))
-    _aside(ax, theme, f"{duration(record.last('clock') or 0)} in all")
+    _aside(ax, theme, f"{duration(record.last('clock') or 0)} in total")
     return made
 
 
-def _says_staleness(record: Record) -> str:
+def _says_staleness(record: RunData) -> str:
     late = record.events.tally.staleness
     mean = sum(s * n for s, n in late.items()) / sum(late.values())
-    return f"Rounds of lateness of contributions: {mean:.2f} in the mean, {max(late)} at most."
+    return f"Staleness of contributions in rounds: {mean:.2f} on average, at most {max(late)}."
 
 
-def _staleness(record: Record, theme: Theme) -> Figure:
+def _staleness(record: RunData, theme: Theme) -> Figure:
     late = record.events.tally.staleness
     most = max(late)
     width = -(-(most + 1) // 40)  # of a bar, in rounds
@@ -237,14 +241,14 @@ def _staleness(record: Record, theme: Theme) -> Figure:
     return made
 
 
-def _uneven(record: Record) -> bool:
-    """Whether clients sent, or were sent, more than a hundredth more than others; else a number says it all."""
+def _uneven(record: RunData) -> bool:
+    """Whether bytes differ by more than 1 % between clients. Otherwise one number in the tiles is enough."""
     tally = record.events.tally
     return any(len(d) > 1 and max(d.values()) > 1.01 * min(d.values()) for d in (tally.up, tally.down))
 
 
-def _client_bytes(record: Record, names: tuple[str, ...] | None, theme: Theme) -> Figure:
-    """Up above the line, down below it: by client where they are few, else ascending."""
+def _client_bytes(record: RunData, names: tuple[str, ...] | None, theme: Theme) -> Figure:
+    """Draw bytes up above the axis and bytes down below it: by client up to 40 clients, else in ascending order."""
     tally = record.events.tally
     ids = sorted({*tally.up, *tally.down})
     few = len(ids) <= 40
@@ -277,25 +281,25 @@ def _client_bytes(record: Record, names: tuple[str, ...] | None, theme: Theme) -
     return made
 
 
-def _seconds(record: Record, theme: Theme) -> Figure:
+def _seconds(record: RunData, theme: Theme) -> Figure:
     x, y = record.series("seconds")
     log = wants_log([y])
-    made, ax = _curve(theme, "Time a round", [Line("seconds", x, y, theme.series[0])], log=log, zero=True)
+    made, ax = _curve(theme, "Time per round", [PlotLine("seconds", x, y, theme.series[0])], log=log, zero=True)
     middle = float(np.nanmedian(y)) if np.isfinite(y).any() else 0.0
     if len(y) > 1:
         ax.axhline(middle, color=theme.soft, linewidth=0.9, linestyle=(0, (4, 2.5)), zorder=2)
     if not log:
         of_seconds(ax.yaxis, float(np.nanmax(y, initial=0)))
-    _aside(ax, theme, f"median {duration(middle)}, {duration(record.total('seconds'))} together")
+    _aside(ax, theme, f"median {duration(middle)}, {duration(record.total('seconds'))} in total")
     return made
 
 
-def _arrived(record: Record, theme: Theme) -> Figure:
+def _arrived(record: RunData, theme: Theme) -> Figure:
     lines = [
-        Line("asked", *record.series("cohort"), theme.series[1]),
-        Line("arrived", *record.series("arrived"), theme.series[0]),
+        PlotLine("selected", *record.series("cohort"), theme.series[1]),
+        PlotLine("arrived", *record.series("arrived"), theme.series[0]),
     ]
-    made, ax = _curve(theme, "Clients at work", lines, named=True, zero=True)
+    made, ax = _curve(theme, "Participating clients", lines, named=True, zero=True)
     lost = sum(e.count for e in record.events.lost.values())
     if lost:
         _aside(ax, theme, f"{whole(lost)} contributions lost")
@@ -305,11 +309,11 @@ def _arrived(record: Record, theme: Theme) -> Figure:
 def _says_clients(federation: Federation) -> str:
     measured = ", ".join(f"{n} {v}" for n, v in federation.measures.items())
     what = {"class": "classes", "target": "targets"}.get(federation.of)
-    return f"Which {what} and how many rows each client holds: {measured}." if what else f"Rows a client: {measured}."
+    return f"Rows per client, and their {what}: {measured}." if what else f"Rows per client: {measured}."
 
 
 def _clients(federation: Federation, theme: Theme) -> Figure:
-    """Rows of each client as bars, over a heat map client × class that shares their axis."""
+    """Draw the rows of each client as bars, above a heat map of clients × classes on the same axis."""
     shares, count = federation.shares, len(federation.ids)
     deep = 0.0 if shares is None else max(0.9, min(4.2, 0.19 * shares.shape[1]))
     named = count <= 12
@@ -350,12 +354,12 @@ def _clients(federation: Federation, theme: Theme) -> Figure:
 def _order_words(federation: Federation) -> str:
     few = f"{len(federation.ids)} of " if len(federation.ids) < federation.count else ""
     drawn = f"{few}{whole(federation.count)} clients"
-    by = {"class": "by the class they are richest in", "target": "by their mean target"}
+    by = {"class": "by their most overrepresented class", "target": "by their mean target"}
     return f"{drawn}, {by.get(federation.of, 'largest first')}"
 
 
 def _heat(made: Figure, federation: Federation, theme: Theme, box: tuple[float, float, float, float]) -> Axes:
-    """The share of each client's rows in each class."""
+    """Draw the share of each client's rows in each class."""
     shares = federation.shares
     table = np.zeros((1, 1)) if shares is None else shares
     classes = table.shape[1]
@@ -387,7 +391,7 @@ def _sizes(federation: Federation, theme: Theme) -> Figure:
     x = np.linspace(1, federation.count, len(y))
     made = figure(theme, 11.0, 2.5)
     box = (0.052, 0.2, 0.985, 0.82)
-    ax = axes(made, theme, box, "Rows a client", f"all {whole(federation.count)} clients, ascending")
+    ax = axes(made, theme, box, "Rows per client", f"all {whole(federation.count)} clients, ascending")
     log = wants_log([y])
     ax.fill_between(x, y, y.min() if log else 0, step="mid", color=theme.series[0], alpha=0.25, linewidth=0)
     ax.plot(x, y, drawstyle="steps-mid", color=theme.series[0], linewidth=1.4)
@@ -399,18 +403,18 @@ def _sizes(federation: Federation, theme: Theme) -> Figure:
     return made
 
 
-def _client_loss(record: Record, names: tuple[str, ...] | None, theme: Theme) -> Figure:
-    """Left, the spread over the clients by round; right, the last loss of each, ascending, with the highest named."""
+def _client_loss(record: RunData, names: tuple[str, ...] | None, theme: Theme) -> Figure:
+    """Draw the spread over clients by round (left), and the last loss of each client in ascending order (right)."""
     given = [r for r in record.events.clients if np.isfinite(r.loss).any()]
     made = figure(theme, 11.0, 3.1)
-    ax = axes(made, theme, (0.052, 0.165, 0.475, 0.85), "Training loss of clients at work", "round")
+    ax = axes(made, theme, (0.052, 0.165, 0.475, 0.85), "Training loss of participating clients", "round")
     levels = [np.nanquantile(np.where(np.isfinite(r.loss), r.loss, np.nan), (0.1, 0.5, 0.9)) for r in given]
     x, fan = np.array([r.round for r in given], dtype=float), np.array(levels).reshape(-1, 3)
     log = wants_log([fan.ravel()])
     if len(fan) > 1 and np.ptp(fan, axis=1).max() > 0:
         ax.fill_between(x, fan[:, 0], fan[:, 2], color=theme.series[0], alpha=0.22, linewidth=0)
         _aside(ax, theme, "median, and the middle 80 %")
-    plot(ax, [Line("median", x, fan[:, 1], theme.series[0])], log=log)
+    plot(ax, [PlotLine("median", x, fan[:, 1], theme.series[0])], log=log)
     whole_rounds(ax, x)
     last: dict[int, float] = {}
     for r in given:

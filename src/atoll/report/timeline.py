@@ -1,4 +1,7 @@
-"""Who waited for whom: flights on the clock, one row for each client, or for each place at work where they are many."""
+"""The timeline of a run: flights over virtual time, one row per client, or one per concurrent flight of many clients.
+
+Tests: tests/surface/test_timeline.py.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from atoll.report.canvas import Theme, axes, figure, of_seconds, text
-from atoll.report.flights import FATES, Flights, Whole
-from atoll.report.record import Numbers, Record
-from atoll.report.text import client_name, duration, whole
+from atoll.report.figures import Theme, axes, figure, of_seconds, text
+from atoll.report.flight_log import FATES, FlightLog, Whole
+from atoll.report.format import client_name, duration, whole
+from atoll.report.run_data import Numbers, RunData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,23 +22,23 @@ _PHASES = ("download", "compute", "upload")
 _WIDE = 11.0
 
 
-def says(record: Record) -> str:
-    """The picture in words: how much of the time was work, and how much of it was lost."""
+def alt_text(record: RunData) -> str:
+    """The alt text of the timeline: the share of time in which clients were busy, and the share that was lost."""
     flights = record.events.flights
     until = flights.window(record.series("clock")[1], _flying(record))
     shown = flights.among(until)
     rows, clients = shown.lanes()
     count = int(rows.max(initial=-1)) + 1
     parts = [shown.at_work(until, rows, count, fate).mean() if count else 0.0 for fate in (0, None)]
-    who = f"{whole(len(clients))} clients" if clients else f"{whole(count)} places at work"
+    who = f"{whole(len(clients))} clients" if clients else f"{whole(count)} concurrent flights"
     return (
-        f"Timeline of {who} over {duration(until)} of the clock: at work {100 * parts[1]:.0f} % of the time, "
-        f"{100 * (parts[1] - parts[0]):.0f} % in flights that were lost or no longer awaited."
+        f"Timeline of {who} over {duration(until)} of virtual time: busy {100 * parts[1]:.0f} % of the time, "
+        f"{100 * (parts[1] - parts[0]):.0f} % in flights that dropped out or were late."
     )
 
 
-def timeline(record: Record, names: tuple[str, ...] | None, theme: Theme) -> Figure:
-    """Download, compute and upload of each flight; grey is waiting, orange is work that did not count."""
+def timeline(record: RunData, names: tuple[str, ...] | None, theme: Theme) -> Figure:
+    """Draw download, computing and upload of each flight; grey is waiting, orange is work that did not count."""
     closings = record.series("clock")[1]
     flights = record.events.flights
     until = flights.window(closings, _flying(record))
@@ -48,7 +51,7 @@ def timeline(record: Record, names: tuple[str, ...] | None, theme: Theme) -> Fig
     made = figure(theme, _WIDE, height)
     right = 0.945 if clients else 0.985
     box = (0.085 if clients else 0.03, foot / height, right, 1 - head / height)
-    ax = axes(made, theme, box, "Who was at work when", _part(record, flights, until))
+    ax = axes(made, theme, box, "Timeline of clients", _part(record, flights, until))
     ax.grid(False)
     ax.set_xlim(0, until)
     ax.set_ylim(count - 0.5, -0.5)
@@ -66,13 +69,13 @@ def timeline(record: Record, names: tuple[str, ...] | None, theme: Theme) -> Fig
     return made
 
 
-def _flying(record: Record) -> bool:
-    """Whether somebody was still at work when the last round closed."""
+def _flying(record: RunData) -> bool:
+    """Whether flights were in progress when the last round closed."""
     return bool(record.last("flying"))
 
 
 def _shades(theme: Theme, fate: int) -> tuple[str, str, str]:
-    """The colours of download, compute and upload; of what did not count, all in one hue."""
+    """The colours of download, computing and upload. Work that did not count has three shades of one hue."""
     from matplotlib.colors import to_hex, to_rgb
 
     def mixed(colour: str, part: float) -> str:
@@ -84,8 +87,8 @@ def _shades(theme: Theme, fate: int) -> tuple[str, str, str]:
     return mixed(theme.series[1], 0.30), mixed(theme.series[1], 0.62), mixed(theme.series[1], 0.85)
 
 
-def _bars(ax: Axes, shown: Flights, rows: Whole, thick: float, theme: Theme) -> None:
-    """Rectangles, by phase and by whether the work counted."""
+def _bars(ax: Axes, shown: FlightLog, rows: Whole, thick: float, theme: Theme) -> None:
+    """Draw the rectangles, by phase and by whether the work counted."""
     from matplotlib.collections import PolyCollection
 
     for lost in (False, True):
@@ -102,7 +105,7 @@ def _bars(ax: Axes, shown: Flights, rows: Whole, thick: float, theme: Theme) -> 
                     PolyCollection(list(corners.swapaxes(0, 1)), facecolors=colour, edgecolors=edge, linewidths=0.0,
                                    zorder=2)
                 )  # fmt: skip
-    # A hair of paper between two flights that follow each other without a pause.
+    # A thin line in the background colour separates two flights without a pause between them.
     inside = shown.start > 0
     ax.vlines(
         shown.start[inside], rows[inside] - thick / 2, rows[inside] + thick / 2, color=theme.paper, linewidth=0.6,
@@ -110,8 +113,8 @@ def _bars(ax: Axes, shown: Flights, rows: Whole, thick: float, theme: Theme) -> 
     )  # fmt: skip
 
 
-def _marks(ax: Axes, shown: Flights, rows: Whole, until: float, each: float, theme: Theme) -> None:
-    """A cross where a flight was lost, and a triangle where it was no longer awaited."""
+def _marks(ax: Axes, shown: FlightLog, rows: Whole, until: float, each: float, theme: Theme) -> None:
+    """Mark the end of a flight that dropped out by a cross and the end of a late flight by a triangle."""
     large = max(2.2, min(5.0, 72 * each * 0.45))
     for fate, mark in ((1, "x"), (2, "<")):
         there = (shown.fate == fate) & (shown.end <= until)
@@ -123,13 +126,13 @@ def _marks(ax: Axes, shown: Flights, rows: Whole, until: float, each: float, the
 
 
 def _sides(
-    ax: Axes, shown: Flights, rows: Whole, clients: tuple[int, ...], names: tuple[str, ...] | None, until: float,
+    ax: Axes, shown: FlightLog, rows: Whole, clients: tuple[int, ...], names: tuple[str, ...] | None, until: float,
     theme: Theme,
 ) -> None:  # fmt: skip
-    """Left who it is, right how much of the time it was at work."""
+    """Write the name of each client on the left and its share of busy time on the right."""
     if not clients:
         ax.set_yticks([])
-        ax.set_ylabel(f"{whole(int(rows.max(initial=0)) + 1)} places at work", fontsize=8, color=theme.soft)
+        ax.set_ylabel(f"{whole(int(rows.max(initial=0)) + 1)} concurrent flights", fontsize=8, color=theme.soft)
         ax.yaxis.set_label_coords(-0.012, 0.5)
         return
     ax.set_yticks(np.arange(len(clients)), [text(client_name(i, names), 13) for i in clients])
@@ -142,8 +145,8 @@ def _sides(
         )  # fmt: skip
 
 
-def _legend(made: Figure, shown: Flights, closed: bool, theme: Theme, corner: tuple[float, float]) -> None:
-    """What the colours and marks mean, of those that there are."""
+def _legend(made: Figure, shown: FlightLog, closed: bool, theme: Theme, corner: tuple[float, float]) -> None:
+    """Draw the legend of the colours and marks that occur."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -166,13 +169,13 @@ def _legend(made: Figure, shown: Flights, closed: bool, theme: Theme, corner: tu
     )  # fmt: skip
 
 
-def _part(record: Record, flights: Flights, until: float) -> str:
-    """Which part of the run this is, and what of it cannot be seen."""
+def _part(record: RunData, flights: FlightLog, until: float) -> str:
+    """The label of the time axis: the drawn part of the run and the number of flights that are not drawn."""
     clock: Numbers = record.series("clock")[1]
     last = float(clock[-1]) if len(clock) else float(flights.end.max(initial=0.0))
     closed = int((clock <= until).sum())
     rounds = f"{whole(closed)} round{'' if closed == 1 else 's'}"
     if until < last:
-        return f"the first {duration(until)} of {duration(last)} on the clock, in which {rounds} closed"
-    flying = f"; {whole(record.last('flying') or 0)} still at work at the end, not drawn" if _flying(record) else ""
-    return f"time on the clock; {rounds} closed in {duration(until)}{flying}"
+        return f"virtual time: the first {duration(until)} of {duration(last)}, in which {rounds} closed"
+    flying = f"; {whole(record.last('flying') or 0)} flights in progress, not drawn" if _flying(record) else ""
+    return f"virtual time: {rounds} closed in {duration(until)}{flying}"

@@ -3,18 +3,21 @@
     from atoll.testing import check_aggregator
     check_aggregator(Vote())
 
-A check raises `Nonconformity`, which says what the part did, what is required of it and why; otherwise it returns
-nothing. Checks draw from fixed keys: the same part gives the same answer every time. atoll's own parts pass them in
-`tests/conformance`, where there is also a part that fails each of them.
+If the part breaks its contract, the check raises `Nonconformity`. The error states the behaviour of the part, the
+requirement and the reason. Otherwise the check returns None. Checks draw from fixed keys, so the same part gives the
+same result every time. `tests/conformance` runs the checks on all parts of atoll, and on parts that fail each of them.
+
+Tests: tests/conformance/test_parts.py, tests/conformance/test_contributing.py
 """
 
-from atoll.testing.contract import Nonconformity, check_value
-from atoll.testing.draws import check_partition, check_sampler
+from atoll.plan.entropy import entropy_source
+from atoll.testing.codecs import check_aggregator, check_stage
+from atoll.testing.contract import Nonconformity, check_value, known_entropy, round_info
 from atoll.testing.engines import check_engine
-from atoll.testing.locals import check_local
+from atoll.testing.local import check_local
+from atoll.testing.optimizers import check_optimizer, check_schedule
 from atoll.testing.paces import check_pace
-from atoll.testing.rates import check_optimizer, check_schedule
-from atoll.testing.vectors import check_aggregator, check_stage
+from atoll.testing.samplers import check_partition, check_sampler
 
 __all__ = [
     "Nonconformity",
@@ -28,4 +31,7 @@ __all__ = [
     "check_schedule",
     "check_stage",
     "check_value",
+    "entropy_source",
+    "known_entropy",
+    "round_info",
 ]

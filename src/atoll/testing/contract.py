@@ -1,25 +1,35 @@
-"""What every check is written on: a refusal, equality to the bit, and a call that must be pure."""
+"""Common code of the checks: the error, equality to the bit, and calls that must be pure.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import random
+import hashlib
+import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from atoll.errors import AtollError, UsageError
-from atoll.grammar import parse
-from atoll.plan.names import PARTS
+from atoll.base.errors import AtollError, UsageError
+from atoll.base.grammar import parse
+from atoll.base.random import generator_states
+from atoll.plan.conflicts import undeclared
+from atoll.plan.entropy import BytesEntropy
+from atoll.plan.protocols import OPEN, Declared, EntropySource, Group, Population, RoundInfo, Tensors
+from atoll.plan.registry import PARTS
 
 T = TypeVar("T")
 
 
 class Nonconformity(AtollError):
-    """A part does not keep the contract of its slot: what it did, what is required, and why.
+    """A part breaks the contract of its slot. The error states its behaviour, the requirement and the reason.
 
     Example:
         >>> from atoll.testing import check_sampler
@@ -31,21 +41,21 @@ class Nonconformity(AtollError):
 
 
 def require(holds: bool, given: str, required: str, why: str) -> None:
-    """Refuse a part unless something holds of it."""
+    """Raise Nonconformity unless `holds` is True."""
     if not holds:
         raise Nonconformity(given, required, why)
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two results are equal to the bit: tensors in type, shape and every bit of every number.
+    """Whether two results are equal to the bit: tensors of equal dtype, shape, device and bits.
 
     Example:
         >>> same({"x": torch.tensor([0.0])}, {"x": torch.tensor([-0.0])})
         False
     """
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        alike = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
-        return alike and (a.device == b.device) and (a.is_meta or torch.equal(_bits(a), _bits(b)))
+        equal = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+        return equal and (a.device == b.device) and (a.is_meta or torch.equal(_bits(a), _bits(b)))
     if isinstance(a, Mapping):
         return isinstance(b, Mapping) and a.keys() == b.keys() and all(same(a[n], b[n]) for n in a)
     if isinstance(a, (list, tuple)):
@@ -58,73 +68,71 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def copied(tree: T) -> T:
-    """The same tree with every tensor copied."""
+    """The same tree of containers with every tensor copied."""
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)  # type: ignore[no-any-return]
 
 
 def row(tree: Any, k: int | slice) -> Any:
-    """Client k of K, in every tensor of a tree; the leading axis stays."""
+    """Client k out of K, in every tensor of a tree. The leading axis remains, with length 1."""
     index = slice(k, k + 1) if isinstance(k, int) else k
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[index], tree)
 
 
 def lanes(template: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
-    """What one client keeps, for k clients: `[k, …]` by name."""
+    """The memory of one client repeated for k clients: `[k, …]` by name."""
     return {n: t.expand(k, *t.shape).clone() for n, t in template.items()}
 
 
-def _drawn() -> tuple[object, ...]:
-    """Where the global generators stand: torch's, Python's and numpy's."""
-    kind, words, *rest = np.random.get_state(legacy=True)
-    return torch.random.get_rng_state().numpy().tobytes(), random.getstate(), kind, np.asarray(words).tobytes(), rest
-
-
-def pure(who: str, function: Callable[..., T], *given: Any) -> T:
-    """What a function of the part gives for `given`: it must depend on that alone, and leave it as it was.
+def pure(subject: str, function: Callable[..., T], *given: Any) -> T:
+    """The result of a function of the part, which must be pure: it depends only on its arguments and changes none.
 
     Args:
-        who: the part and its method, for the refusal.
+        subject: the part and its method, for the error.
         function: is called twice.
         given: its arguments.
+    Returns:
+        The result of the first call.
+    Raises:
+        Nonconformity: the function changes an argument, draws from a global generator, or gives two results.
     """
-    before, drawn = copied(given), _drawn()
-    first = copied(refused(who, function, *given))
+    before, drawn = copied(given), generator_states()
+    first = copied(refused(subject, function, *given))
     require(
         same(given, before),
-        f"{who} changed what it was given.",
-        "a function of its arguments; what it returns may be new, what it was given stays.",
-        "the same tensors go to other clients, and back to where they are kept if this round fails.",
+        f"{subject} changed its arguments.",
+        "a function that leaves its arguments unchanged.",
+        "the same tensors go to other clients, and they are used again if this round fails.",
     )
     require(
-        _drawn() == drawn,
-        f"{who} drew from a global generator.",
+        generator_states() == drawn,
+        f"{subject} drew from a global generator.",
         "every draw from the key.",
-        "a run killed and resumed must draw the same numbers, on every engine.",
+        "a run that is killed and resumed must draw the same numbers on every engine.",
     )
     require(
         same(function(*given), first),
-        f"{who} gave two results for the same arguments.",
+        f"{subject} gave two results for the same arguments.",
         "equal bits for equal arguments.",
-        "a round that is computed again, after a kill or for a replay, must come out the same.",
+        "a round that is computed again, after a crash or for a replay, must give the same bits.",
     )
     return first
 
 
-def same_names(who: str, template: Mapping[str, Tensor], got: Any, lead: tuple[int, ...] = ()) -> None:
-    """Refuse tensors that differ from their template in names, shapes or types."""
+def same_names(subject: str, template: Mapping[str, Tensor], names: Any, lead: tuple[int, ...] = ()) -> None:
+    """Refuse tensors whose names, shapes or dtypes differ from their template."""
     require(
-        isinstance(got, Mapping) and got.keys() == template.keys(),
-        f"{who} gave {sorted(got) if isinstance(got, Mapping) else type(got).__name__}.",
+        isinstance(names, Mapping) and names.keys() == template.keys(),
+        f"{subject} gave {sorted(names) if isinstance(names, Mapping) else type(names).__name__}.",
         f"tensors named {sorted(template)}.",
-        "what is kept was announced, with its names, before the first round.",
+        "the names of state are fixed before the first round.",
     )
     for name, first in template.items():
-        tensor = got[name]
+        tensor = names[name]
         require(
             isinstance(tensor, Tensor) and tensor.shape == (*lead, *first.shape) and tensor.dtype == first.dtype,
-            f"{who} gave {name} as {_seen(tensor)}.",
+            f"{subject} gave {name} as {_seen(tensor)}.",
             f"{first.dtype} {[*lead, *first.shape]}.",
-            "rows are kept by name in one shape and type from the first round to the last.",
+            "state is stored by name, with one shape and dtype from the first round to the last.",
         )
 
 
@@ -132,80 +140,89 @@ def _seen(x: Any) -> str:
     return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
-def leading(who: str, tensors: Any, k: int, whole: bool = False) -> None:
-    """Refuse tensors by name whose first axis is not the k clients; `whole` asks for whole numbers, else floats."""
-    require(isinstance(tensors, Mapping), f"{who} is {type(tensors).__name__}.", "tensors by name.", "names are kept.")
+def leading(subject: str, tensors: Any, k: int, whole: bool = False) -> None:
+    """Refuse tensors by name whose first axis has not the length k, or, with `whole`, that are no integers."""
+    require(
+        isinstance(tensors, Mapping), f"{subject} is {type(tensors).__name__}.", "tensors by name.", "names are used."
+    )
     for name, tensor in tensors.items():
         good = isinstance(tensor, Tensor) and tensor.dim() >= 1 and len(tensor) == k
         require(
             good and (not whole or not tensor.is_floating_point()),
-            f"{who}[{name!r}] is {_seen(tensor)}.",
+            f"{subject}[{name!r}] is {_seen(tensor)}.",
             f"{'whole numbers' if whole else 'a tensor'} [{k}, …] for {k} clients.",
-            "a client that fails is taken out by its row.",
+            "if a client fails, its row is removed.",
         )
 
 
-def refused(who: str, function: Callable[..., T], *given: Any) -> T:
-    """What a function of the part gives; whatever it raises is the part's fault."""
+def refused(subject: str, function: Callable[..., T], *given: Any) -> T:
+    """The result of a function of the part. Every exception becomes a Nonconformity."""
     try:
         return function(*given)
     except Nonconformity:
         raise
     except Exception as error:
         raise Nonconformity(
-            f"{who} raised {type(error).__name__}: {error}.",
+            f"{subject} raised {type(error).__name__}: {error}.",
             "a result.",
-            "the slot calls it so.",
+            "the loop calls the slot with these arguments.",
         ) from error
 
 
-def on_meta(who: str, function: Callable[..., T], *given: Any) -> T:
-    """What a function of the part gives for tensors without numbers: it looks at none and stays there."""
+def on_meta(subject: str, function: Callable[..., T], *given: Any) -> T:
+    """The result of a function of the part for meta tensors: it must not read numbers or move tensors."""
     try:
         return function(*given)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise Nonconformity(
-            f"{who} failed on tensors without numbers: {str(error).splitlines()[0]}",
-            "tensor operations alone, on the device of what it is given: no .item(), no branch on a number, "
-            "and what is drawn from a shared key moved by .to(x.device).",
-            "on a GPU every look at a number waits for all work before it.",
+            f"{subject} failed on tensors without numbers: {str(error).splitlines()[0]}",
+            "tensor operations on the device of the arguments: no .item(), no branch on a number, "
+            "and draws from a shared key moved by .to(x.device).",
+            "on a GPU each read of a number waits for all earlier work.",
         ) from None
 
 
 def check_value(part: Any) -> None:
-    """A part is a value: frozen, hashable, equal to its copy, and its repr reads back to an equal part.
+    """Check that a part is a value: frozen, hashable, equal to its copy, and rebuilt by parsing its repr.
 
     Args:
         part: any part of a plan.
     Raises:
-        Nonconformity: it is not.
+        Nonconformity: the part is no value.
     Example:
         >>> from atoll.plan.sampler import Uniform
         >>> check_value(Uniform(3))
     """
-    who, why = repr(part), "a plan is a value: it is printed, compared, hashed and saved."
+    subject, why = repr(part), "a plan is a value: it is printed, compared, hashed and saved."
     if not dataclasses.is_dataclass(part) or isinstance(part, type):
-        raise Nonconformity(f"{who} is of type {type(part).__name__}.", "a frozen dataclass.", why)
+        raise Nonconformity(f"{subject} is of type {type(part).__name__}.", "a frozen dataclass.", why)
     frozen = type(part).__dataclass_params__.frozen  # type: ignore[attr-defined]
     require(frozen, f"{type(part).__name__} can be changed.", "@dataclass(frozen=True).", why)
     try:
         hash(part)
     except TypeError as error:
-        raise Nonconformity(f"{who} cannot be hashed: {error}.", "fields that are values themselves.", why) from None
-    require(dataclasses.replace(part) == part, f"{who} differs from its copy.", "equality by fields.", why)
+        raise Nonconformity(
+            f"{subject} cannot be hashed: {error}.", "fields that are values themselves.", why
+        ) from None
+    require(dataclasses.replace(part) == part, f"{subject} differs from its copy.", "equality by fields.", why)
     try:
-        again = parse(who, {**PARTS, **_names(part)}, trust=True)
+        repeated = parse(subject, {**PARTS, **_names(part)}, trust=True)
     except UsageError as error:
         raise Nonconformity(
             f"The repr of a {type(part).__name__} cannot be read: {error.given}",
-            "a constructor call of the grammar, such as the mixin atoll.grammar.Value gives.",
+            "a constructor call of the grammar, such as the mixin atoll.base.grammar.Value gives.",
             "a run's config.toml, a flag and the wire hold a part as its text.",
         ) from error
-    require(again == part, f"{who} reads back as {again!r}.", "an equal part.", "what is saved must be what ran.")
+    require(
+        repeated == part,
+        f"{subject} reads back as {repeated!r}.",
+        "an equal part.",
+        "the saved plan must be the run plan.",
+    )
 
 
 def _names(part: Any) -> dict[str, Callable[..., Any]]:
-    """The constructors that a part's text may call: its own class and those of what it holds."""
+    """The constructors that a part's text may call: its own class and the classes of the parts that it contains."""
     names: dict[str, Callable[..., Any]] = {}
     held: list[Any] = [part]
     while held:
@@ -216,3 +233,123 @@ def _names(part: Any) -> dict[str, Callable[..., Any]]:
         elif isinstance(value, Sequence) and not isinstance(value, str):
             held += value
     return names
+
+
+def known_entropy(seed: int = 0) -> EntropySource:
+    """An entropy source with known numbers: two sources with the same seed draw the same numbers.
+
+    Args:
+        seed: any integer.
+    Example:
+        >>> known_entropy(7).integers((3,), 10).equal(known_entropy(7).integers((3,), 10))
+        True
+    """
+    blocks = itertools.count()
+
+    def draw(n: int) -> bytes:
+        words = (hashlib.sha256(f"{seed}/{next(blocks)}".encode()).digest() for _ in range(-(-n // 32)))
+        return b"".join(words)[:n]
+
+    return BytesEntropy(draw)
+
+
+def round_info(population: Population | None = None, round: int = 0, seed: int = 0) -> RoundInfo:
+    """The facts of a round in which every client participates, with known entropy.
+
+    Args:
+        population: all clients; None: seven clients that hold 3, 6, …, 21 rows.
+        round: from 0.
+        seed: of `known_entropy`.
+    Example:
+        >>> round_info().cohort_size
+        7
+    """
+    population = population or Population(7, torch.arange(1, 8) * 3)
+    chance = torch.ones((), dtype=torch.float64)
+    return RoundInfo(round, population, population.clients, chance, known_entropy(seed))
+
+
+def check_declared(subject: str, declared: Mapping[str, Declared], means: Tensors, sums: Tensors) -> None:
+    """Refuse a contribution whose names, lengths, dtypes or bounds differ from their declaration.
+
+    Args:
+        subject: the part and its method, for the error.
+        declared: by name.
+        means: `[K, m]` by name.
+        sums: `[K]` or `[K, s]` by name.
+    Raises:
+        Nonconformity: a name, a length, a dtype or a norm differs.
+    """
+    name, difference = undeclared(declared, means, sums)
+    require(
+        not name,
+        f"{subject} gave {name}: {difference}.",
+        "the names and lengths that `declare` gives.",
+        "the server adds contributions by name.",
+    )
+    for name, tensor in {**means, **sums}.items():
+        known = declared.get(name) or declared[OPEN]
+        require(
+            name not in declared or known.kind == "sum" or tensor.dtype == known.dtype,
+            f"{subject} gave {name} in {tensor.dtype}.",
+            f"{known.dtype}, as declared.",
+            "the exact sum keeps more digits of float64.",
+        )
+        norm = float(tensor.double().reshape(len(tensor), -1).norm(dim=1).max()) if tensor.numel() else 0.0
+        require(
+            known.bound is None or norm <= known.bound * (1 + 1e-6),
+            f"{subject} gave {name} with the norm {norm:.6g}.",
+            f"at most {known.bound}, as declared.",
+            "noise is scaled by the declared bound.",
+        )
+
+
+@dataclass
+class _Threads:
+    """A group of threads that stand for processes."""
+
+    rank: int
+    size: int
+    barrier: threading.Barrier
+    board: list[Any]
+
+    def _exchange(self, value: T) -> list[T]:
+        self.board[self.rank] = value
+        self.barrier.wait()
+        out = list(self.board)
+        self.barrier.wait()
+        return out
+
+    def all_gather(self, tensors: Tensors) -> list[dict[str, Tensor]]:
+        return self._exchange({n: t.clone() for n, t in tensors.items()})
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        each = self._exchange([t.clone() for t in tensors])
+        return [torch.stack(same_tensor).sum(0).to(same_tensor[0].dtype) for same_tensor in zip(*each, strict=True)]
+
+    def all_reduce_max(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        each = self._exchange([t.clone() for t in tensors])
+        return [torch.stack(same_tensor).amax(0) for same_tensor in zip(*each, strict=True)]
+
+
+def in_group(functions: Sequence[Callable[[Group], T]]) -> list[T]:
+    """The results of functions that run in parallel, one per member of a group, like processes of torchrun.
+
+    Args:
+        functions: one per member; each receives the group.
+    Example:
+        >>> in_group([lambda group: int(group.all_reduce_sum([torch.tensor(group.rank)])[0])] * 3)
+        [3, 3, 3]
+    """
+    size = len(functions)
+    barrier, board = threading.Barrier(size), [None] * size
+
+    def member(rank: int) -> T:
+        try:
+            return functions[rank](_Threads(rank, size, barrier, board))
+        except BaseException:
+            barrier.abort()  # the other members would wait for this one
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(member, range(size)))

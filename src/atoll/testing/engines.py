@@ -1,4 +1,7 @@
-"""The contract of an engine: the bits of the one in this process, and failures as data."""
+"""The contract of an engine: it gives the bits of `InProcess()`, and failures are data.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoll.base.errors import RunError
+from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.data.rows import Rows
-from atoll.engine.inprocess import InProcess
-from atoll.engine.memory import Memory
-from atoll.errors import RunError
+from atoll.engine.client_state import Memory
+from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Gradient, Train
-from atoll.plan.optimizer import adam, sgd
-from atoll.plan.plan import Engine, Gathered, Plan, State, step
+from atoll.plan.optimizer.rules import adam, sgd
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort
+from atoll.plan.round import Engine, Gathered, bind, step
 from atoll.plan.sampler import Everyone, Uniform
-from atoll.plan.slots import Cohort
-from atoll.task import Task
+from atoll.plan.state import State
 from atoll.testing.contract import copied, refused, require, same
-from atoll.testing.locals import clients, problem
+from atoll.testing.local import clients, problem
 
 Make = Callable[[Task, Clients], Engine]
 
@@ -35,19 +40,19 @@ PLANS = (
 
 
 def check_engine(make_engine: Make) -> None:
-    """The contract of an engine.
+    """Check the contract of an engine.
 
-    For every plan and both bodies two rounds come to the bits of the engine in this process: model, memory, metrics,
-    bytes. The order of a cohort changes nothing, an empty one is legal, and `gather` leaves the state alone. A client
-    that raises, or whose numbers are not finite, costs one contribution and gives one failure with its name: the
-    round equals the one in which it was not asked. What strikes every client alike is raised.
+    For every plan and two backends, two rounds give the bits of the in-process engine: model, memory, metrics, bytes.
+    The order of a cohort changes nothing. An empty cohort is legal. `gather` does not change the state. A client that
+    raises, or whose numbers are not finite, costs one contribution and gives one failure with its id. The round then
+    equals a round without this client. If all clients raise the same error, the engine raises it.
 
     Args:
         make_engine: `make_engine(task, data) -> Engine`.
     Raises:
-        Nonconformity: it breaks the contract.
+        Nonconformity: the engine breaks the contract.
     Example:
-        >>> check_engine(InProcess)
+        >>> check_engine(InProcessEngine)
     """
     data = clients()
     plain, norm = problem(), problem(norm=True)
@@ -64,39 +69,40 @@ def _first(plan: Plan, task: Task) -> State:
     return State.first(plan, task, 3, Memory(plan.memory(task.layout)))
 
 
-def _kept(state: State, count: int) -> Any:
+def _client_memory(state: State, count: int) -> Any:
     return state.model, state.optimizer, state.server, state.memory.take(torch.arange(count))
 
 
 def _check_rounds(make_engine: Make, plan: Plan, task: Task, data: Clients) -> None:
-    engine, reference = make_engine(task, data), InProcess(task, data)
+    engine, reference = make_engine(task, data), InProcessEngine(task, data)
     require(
         engine.population.clients == data.count and same(engine.population.sizes, data.sizes),
         f"The engine has the population {engine.population}.",
         f"{data.count} clients of {data.sizes.tolist()} rows.",
-        "samplers draw from it.",
+        "samplers draw from the population.",
     )
+    plan = bind(plan, engine)
     ours, theirs = _first(plan, task), _first(plan, task)
     for t in range(2):
         ours, report = refused(f"The engine, in round {t} of {plan!r}", step, plan, ours, engine)
         theirs, expected = step(plan, theirs, reference)
         require(
-            same(_kept(ours, data.count), _kept(theirs, data.count)),
+            same(_client_memory(ours, data.count), _client_memory(theirs, data.count)),
             f"After round {t} of {plan!r} in {task.numerics} the engine's state differs from the serial one.",
             "the same bits.",
-            "one plan means one thing in every engine.",
+            "a plan gives the same result on every engine.",
         )
-        told = [(r.metrics, r.arrived, r.failures, r.bytes_up, r.bytes_down, r.clients) for r in (report, expected)]
+        reported = [(r.metrics, r.arrived, r.failures, r.bytes_up, r.bytes_down, r.clients) for r in (report, expected)]
         require(
-            same(*told),
-            f"The engine's report of round {t} of {plan!r} is {told[0]}.",
-            f"{told[1]}.",
-            "metrics are sums, and a message has the length that it has.",
+            same(*reported),
+            f"The engine's report of round {t} of {plan!r} is {reported[0]}.",
+            f"{reported[1]}.",
+            "metrics are sums over clients, and a message has a fixed length; neither depends on the engine.",
         )
 
 
 def _result(plan: Plan, gathered: Gathered) -> Any:
-    totals = {birth: plan.aggregator.total(partial) for birth, partial in gathered.partials.items()}
+    totals = {version: plan.aggregator.total(partial) for version, partial in gathered.partials.items()}
     return totals, gathered.arrived, gathered.facts, gathered.bytes_up
 
 
@@ -104,42 +110,42 @@ def _check_cohorts(engine: Engine, task: Task, data: Clients) -> None:
     plan = PLANS[3]
     state = _first(plan, task)
     key, chance = state.key(), torch.ones((), dtype=torch.float64)
-    before = copied(_kept(state, data.count))
+    before = copied(_client_memory(state, data.count))
     ids = torch.tensor([0, 1, 3, 4, 5])
     forth = engine.gather(plan, state, Cohort(ids, chance), key)
     require(
-        same(_kept(state, data.count), before),
+        same(_client_memory(state, data.count), before),
         "gather changed the state.",
-        "a state that step alone moves on, and memory that moves on acceptance.",
+        "no change: step creates the next state, and stores memory after acceptance.",
         "a round that fails must leave the state of the round before.",
     )
     back = engine.gather(plan, state, Cohort(ids.flip(0), chance), key)
     require(
         same(forth.arrived, ids),
         f"The engine was given clients {ids.tolist()} and gathered {forth.arrived.tolist()}.",
-        "everyone who did not fail, by rising id.",
-        "the report names them.",
+        "all clients that did not fail, in order of their ids.",
+        "the report lists them in this order.",
     )
     require(
         same(_result(plan, forth), _result(plan, back)),
-        "The engine gathers another sum when the cohort comes in another order.",
+        "The engine gathers another sum if the cohort is in another order.",
         "the same bits.",
         "a cohort is a set.",
     )
-    nobody = Cohort(ids[:0], chance)
-    empty = refused("The engine with an empty cohort", engine.gather, plan, state, nobody, key)
+    no_clients = Cohort(ids[:0], chance)
+    empty = refused("The engine with an empty cohort", engine.gather, plan, state, no_clients, key)
     counted = sum(int(plan.aggregator.total(partial).arrived) for partial in empty.partials.values())
     require(
         len(empty.arrived) == 0 and not empty.failures and counted == 0,
-        f"The engine gathered {empty} from nobody.",
+        f"The engine gathered {empty} from an empty cohort.",
         "the sum of no contribution.",
-        "a cohort may be empty: Poisson sampling must be allowed to draw nobody.",
+        "Poisson sampling can draw an empty cohort.",
     )
 
 
 @dataclass(frozen=True, eq=False)
 class _Faulty:
-    """Rows of which some cannot be read, or are not finite."""
+    """Rows of which some raise when they are read, or are not finite."""
 
     rows: Rows
     fails: tuple[int, int]
@@ -168,21 +174,21 @@ def _check_failures(make_engine: Make, task: Task, data: Clients) -> None:
     start, end = data.offsets[victim : victim + 2].tolist()
     for raises in (True, False):
         faulty = replace(data, rows=_Faulty(data.rows, (start, end), raises))
-        what = "raises" if raises else "gives numbers that are not finite"
+        kind = "raises" if raises else "gives numbers that are not finite"
         gathered = refused(
-            f"The engine with a client that {what}", make_engine(task, faulty).gather, plan, state, whole, key
+            f"The engine with a client that {kind}", make_engine(task, faulty).gather, plan, state, whole, key
         )
         require(
             [f.client for f in gathered.failures] == [victim] and all(f.cause and f.stage for f in gathered.failures),
-            f"Client {victim} {what}; the engine reports the failures {gathered.failures}.",
+            f"Client {victim} {kind}; the engine reports the failures {gathered.failures}.",
             f"one failure, of client {victim}, with its stage and cause.",
-            "a failure is data: people must find the client.",
+            "a failure is data: the user must be able to find the client.",
         )
         require(
             same(_result(plan, gathered), _result(plan, expected)),
-            f"Client {victim} {what}, and the others' sum is not what it is without that client.",
+            f"Client {victim} {kind}, and the sum of the others differs from a round without that client.",
             "the same bits.",
-            "a client that failed equals a client that was not heard.",
+            "a client that failed equals a client that did not participate.",
         )
     broken = replace(data, rows=_Faulty(data.rows, (0, len(data.rows)), True))
     try:
@@ -191,7 +197,7 @@ def _check_failures(make_engine: Make, task: Task, data: Clients) -> None:
         return
     require(
         False,
-        "Every client raised the same error, and the engine went on.",
+        "Every client raised the same error, and the engine continued.",
         "a RunError.",
-        "what strikes every client alike is a fault of the program.",
+        "if all clients fail with the same error, the cause is the program, not a client.",
     )

@@ -1,4 +1,7 @@
-"""The contract of when a round closes: paces."""
+"""The contract of paces.
+
+Tests: tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,28 @@ from typing import Any
 
 import torch
 
-from atoll.engine.memory import Memory
+from atoll.base.random import Key
+from atoll.compute.model_state import Model
+from atoll.engine.client_state import Memory
 from atoll.plan.aggregate import Mean
-from atoll.plan.flight import Traffic
+from atoll.plan.in_flight import OpenRound
 from atoll.plan.local import Train
-from atoll.plan.optimizer import sgd
-from atoll.plan.plan import Plan, State, opening
+from atoll.plan.optimizer.rules import sgd
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Pace, Population, Sampler
+from atoll.plan.round import draw_cohort
 from atoll.plan.sampler import Everyone, Uniform
-from atoll.plan.slots import Pace, Population, Sampler
-from atoll.rng import Key
-from atoll.task import Model
+from atoll.plan.state import State
 from atoll.testing.contract import check_value, pure, require
 
 _CLIENTS, _ROUNDS, _MOST = 12, 24, 2**40
-_WATCHED = 500  # arrivals of a round up to which whole rounds are played
+_WATCHED = 500  # whole rounds are simulated for a pace that closes after at most this number of arrivals
 _COUNTS = (*range(1, 41), 1000, 10**5)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """An open round: as many have arrived as there are starts, and as many of them count as `arrived` says."""
+    """An open round as a pace sees it: `arrived` contributions, and the starts of each arrived client."""
 
     wanted: int
     arrived: int
@@ -42,151 +47,157 @@ class _Seen:
 
 
 def check_pace(part: Any) -> None:
-    """The contract of a pace.
+    """Check the contract of a pace.
 
-    All answers are functions of what is asked. asks(n) is n or more, and wants(asks(n)) = n. discount(0) = 1, and
-    what is later counts no more, and never less than 0. Who has started more often may not start sooner; a round that
-    closes would also close with one more arrival, or later; none closes as it opens. And no round waits for ever: with
-    everyone arriving, in any order, each comes to an end that somebody contributed to.
+    All methods are pure functions. cohort_size(n) ≥ n, and required(cohort_size(n)) = n. staleness_weight(0) = 1, and
+    the weight never increases with lateness and is never below 0. If a client may not start, a client with more starts
+    may not start either. A round that closes also closes with one more arrival, or later. No round closes when it
+    opens. If all clients arrive, in any order, every round closes with at least one contribution.
 
     Args:
-        part: a pace: `asks`, `wants`, `may_start`, `closes`, `discount`, and the flags `flies_on` and `refills`.
+        part: a pace, as `atoll.plan.protocols.Pace` declares it.
     Raises:
-        Nonconformity: it breaks the contract.
+        Nonconformity: the pace breaks the contract.
     Example:
         >>> from atoll.plan.pace import Buffered
         >>> check_pace(Buffered(10))
     """
     check_value(part)
-    who = repr(part)
-    for flag in ("flies_on", "refills"):
-        given = getattr(part, flag, None)
-        require(isinstance(given, bool), f"{who}.{flag} is {given!r}.", "True or False.", "traffic is ruled by it.")
-    _check_counts(who, part)
-    _check_discount(who, part)
-    _check_starts(who, part)
-    _check_closing(who, part)
-    _check_end(who, part)
+    subject = repr(part)
+    for flag, given in (("asynchronous", part.asynchronous), ("replaces_arrivals", part.replaces_arrivals)):
+        require(
+            isinstance(given, bool), f"{subject}.{flag} is {given!r}.", "True or False.", "the loop branches on it."
+        )
+    _check_counts(subject, part)
+    _check_discount(subject, part)
+    _check_starts(subject, part)
+    _check_closing(subject, part)
+    _check_end(subject, part)
 
 
-def _asked(who: str, method: Callable[..., Any], *given: Any) -> Any:
-    """What a method answers, whatever it was asked before."""
-    name = f"{who}.{method.__name__}"
+def _answer(subject: str, method: Callable[..., Any], *given: Any) -> Any:
+    """The result of a method, which must not depend on earlier calls."""
+    name = f"{subject}.{method.__name__}"
     return pure(name, method, *given)
 
 
-def _check_counts(who: str, part: Pace) -> None:
-    asked = {n: _asked(who, part.asks, n) for n in _COUNTS}
-    for n, m in reversed(asked.items()):
+def _check_counts(subject: str, part: Pace) -> None:
+    cohorts = {n: _answer(subject, part.cohort_size, n) for n in _COUNTS}
+    for n, m in reversed(cohorts.items()):
         require(
             isinstance(m, int) and m >= n,
-            f"{who}.asks({n}) is {m!r}.",
+            f"{subject}.cohort_size({n}) is {m!r}.",
             f"a whole number, at least {n}.",
-            "a round needs as many starts as it wants contributions.",
+            "a round that requires n contributions needs at least n starts.",
         )
-        back = _asked(who, part.wants, m)
+        required = _answer(subject, part.required, m)
         require(
-            isinstance(back, int) and back == n and part.asks(n) == m,
-            f"{who}.wants({m}) is {back!r}, where asks({n}) was {m}.",
+            isinstance(required, int) and required == n and part.cohort_size(n) == m,
+            f"{subject}.required({m}) is {required!r}, and cohort_size({n}) is {m}.",
             f"{n}, each time.",
-            "who is asked is told by one, and how many are waited for by the other.",
+            "cohort_size gives the number of starts, and required the number of arrivals that the round waits for.",
         )
 
 
-def _check_discount(who: str, part: Pace) -> None:
-    factors = [_asked(who, part.discount, s) for s in range(64)] + [part.discount(10**6)]
+def _check_discount(subject: str, part: Pace) -> None:
+    weight = part.staleness_weight
+    factors = [_answer(subject, weight, s) for s in range(64)] + [weight(10**6)]
     good = all(isinstance(f, float) and math.isfinite(f) and f >= 0 for f in factors) and factors[0] == 1
     falls = good and all(b <= a for a, b in pairwise(factors))
     require(
-        falls and [part.discount(s) for s in reversed(range(64))] == factors[63::-1],
-        f"{who}.discount gave {', '.join(f'{f}' for f in factors[:4])}, … for 0, 1, 2, 3, … rounds of lateness.",
-        "floats from 1 for what is not late, never rising, never below 0.",
-        "a late update may shrink the step; it never turns it round or enlarges it.",
+        falls and [weight(s) for s in reversed(range(64))] == factors[63::-1],
+        f"{subject}.staleness_weight gave {', '.join(map(str, factors[:4]))}, … for 0, 1, 2, 3, … rounds of lateness.",
+        "floats that start at 1, never increase and are never below 0.",
+        "lateness may make an update smaller; it must not reverse or enlarge it.",
     )
 
 
-def _check_starts(who: str, part: Pace) -> None:
-    may = [_asked(who, part.may_start, n) for n in range(64)]
+def _check_starts(subject: str, part: Pace) -> None:
+    may = [_answer(subject, part.may_start, n) for n in range(64)]
     require(
         all(isinstance(m, bool) for m in may) and all(a or not b for a, b in pairwise(may)),
-        f"{who}.may_start gave {may[:8]}, … for 0, 1, 2, … starts.",
+        f"{subject}.may_start gave {may[:8]}, … for 0, 1, 2, … starts.",
         "True, then False from some number on.",
-        "a client that has gone further ahead is held back no less.",
+        "a client that is further ahead must wait at least as long.",
     )
 
 
-def _check_closing(who: str, part: Pace) -> None:
+def _check_closing(subject: str, part: Pace) -> None:
     key, times = Key(7).fold("pace"), (0.0, 1.0, 59.5, 1e4, 1e9)
     for wanted in (1, 2, 5, 40):
         ages = tuple((key.fold(wanted).uniform(wanted + 3) * 6).floor().long().tolist())
-        table = [[_asked(who, part.closes, _Seen(wanted, n, t, ages[:n])) for n in range(wanted + 4)] for t in times]
+        seen = [[_Seen(wanted, n, t, ages[:n]) for n in range(wanted + 4)] for t in times]
+        table = [[_answer(subject, part.should_close, each) for each in row] for row in seen]
         require(
             all(isinstance(c, bool) for row in table for c in row),
-            f"{who}.closes.",
+            f"{subject}.should_close.",
             "True or False.",
-            "it is asked whether.",
+            "the loop branches on it.",
         )
         require(
             not table[0][0],
-            f"{who}.closes a round of {wanted} as it opens, with nobody there.",
-            "to wait, for a contribution or for time to pass.",
-            "rounds without end would go by, and no time.",
+            f"{subject}.should_close is True for a round of {wanted} that has just opened, without a contribution.",
+            "False, until a contribution arrives or time passes.",
+            "an endless number of rounds would pass in no time.",
         )
         for way, rows in (("more arrivals", table), ("more time", list(map(list, zip(*table, strict=True))))):
             require(
                 all(b or not a for row in rows for a, b in pairwise(row)),
-                f"{who}.closes a round of {wanted}, and with {way} keeps it open.",
-                "what was enough to stay enough.",
-                "arrivals that come at one moment are heard one after the other.",
+                f"{subject}.should_close is True for a round of {wanted}, and False with {way}.",
+                "True also with more arrivals and more time.",
+                "arrivals of one moment are counted one after another.",
             )
 
 
-def _check_end(who: str, part: Pace) -> None:
-    """Play rounds in which everyone arrives: the first to start first, the last to start first, or as a key says."""
+def _check_end(subject: str, part: Pace) -> None:
+    """Simulate rounds in which all clients arrive: in the order of their starts, in reverse, or in a keyed order."""
     needed = 1
-    while part.refills and needed <= _MOST and not part.closes(_Seen(5, needed, 0.0, (0,) * min(needed, 99))):
+    while part.replaces_arrivals and needed <= _MOST:
+        if part.should_close(_Seen(5, needed, 0.0, (0,) * min(needed, 99))):
+            break
         needed *= 2
     require(
         needed <= _MOST,
-        f"{who} keeps a round open after {_MOST:.0e} arrivals, and starts another client for each.",
+        f"{subject} keeps a round open after {_MOST:.0e} arrivals, and starts another client for each.",
         "a round that closes.",
-        "it would wait for ever.",
+        "it would wait forever.",
     )
     if needed > _WATCHED:
         return
-    over = part.asks(1000) > 1000
+    over = part.cohort_size(1000) > 1000
     for sampler in (Uniform(5), *(() if over else (Everyone(),))):
         for order in ("first", "last", "any"):
-            _play(who, part, sampler, order)
+            _play(subject, part, sampler, order)
 
 
-def _play(who: str, part: Pace, sampler: Sampler, order: str) -> None:
-    clients = max(_CLIENTS, part.asks(5) + 1)
+def _play(subject: str, part: Pace, sampler: Sampler, order: str) -> None:
+    clients = max(_CLIENTS, part.cohort_size(5) + 1)
     population = Population(clients, torch.ones(clients, dtype=torch.int64))
     plan = Plan(Train(sgd(0.1), epochs=1), Mean(), cohort=sampler, pace=part)
     none = torch.empty(0)
     state = State(0, 7, Model(none, none, {}, {}), {}, {}, Memory({}))
     for t in range(_ROUNDS):
         state = dataclasses.replace(state, round=t)
-        traffic = Traffic(plan, state, population, opening(plan, state, population, state.key()))
-        flying = [*state.air.flights, *traffic.fill()]
+        cohort = draw_cohort(plan, state, population, state.key())
+        opened = OpenRound(part, sampler, state.seed, t, state.air, population, cohort)
+        flying = [*state.air.flights, *opened.start_missing()]
         waits = True
         while waits and flying:
-            draw = int(state.key().fold("next", traffic.arrived).hash(1)[0]) % len(flying)
+            draw = int(state.key().fold("next", opened.arrived).hash(1)[0]) % len(flying)
             flight = flying.pop({"first": 0, "last": -1, "any": draw}[order])
-            traffic.arrive(flight.number)
-            waits = traffic.goes_on(float(traffic.arrived))
+            opened.arrive(flight.number)
+            waits = opened.goes_on(float(opened.arrived))
             require(
-                traffic.arrived <= 4 * _WATCHED,
-                f"{who} keeps round {t} open after {traffic.arrived} arrivals.",
+                opened.arrived <= 4 * _WATCHED,
+                f"{subject} keeps round {t} open after {opened.arrived} arrivals.",
                 "a round that closes.",
-                "it would wait for ever.",
+                "it would wait forever.",
             )
-            flying += traffic.fill() if part.refills and waits else []
+            flying += opened.start_missing() if part.replaces_arrivals and waits else []
         require(
-            traffic.arrived > 0,
-            f"{who} has nobody arrive in round {t}, although everyone who starts does.",
-            "somebody who may start.",
-            "a round without contributions makes no step, and the next would be like it.",
+            opened.arrived > 0,
+            f"{subject} lets no client start in round {t}, so none arrives.",
+            "at least one start.",
+            "a round without contributions makes no step, and the next round would be the same.",
         )
-        state = dataclasses.replace(state, air=traffic.after(None, None))
+        state = dataclasses.replace(state, air=opened.in_flight(None, None))

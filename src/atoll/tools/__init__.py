@@ -1,1 +1,4 @@
-"""What helps before and after a run: a rate, a replay, a comparison, an export, an examination of the machine."""
+"""Tools for the time before and after a run: learning rates, forecast, replay, comparison, export, installation check.
+
+Tests: tests/surface/test_tools.py
+"""

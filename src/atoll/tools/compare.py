@@ -1,6 +1,8 @@
-"""Two runs side by side: what was set otherwise, what came out, what it cost, and where their numbers part.
+"""Compare two runs: different settings, metrics, costs, and the first round and tensor in which they differ.
 
-atoll compare A B
+    atoll compare A B
+
+Tests: tests/surface/test_tools.py.
 """
 
 from __future__ import annotations
@@ -16,26 +18,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from atoll import runs
-from atoll.errors import UsageError
-from atoll.loss import METRICS
-from atoll.plan.stop import direction
-from atoll.report.beside import CLOCK, SECONDS, Beside, draw
-from atoll.report.record import Events, Record
-from atoll.report.text import number, word
-from atoll.tools.again import write
+from atoll.base.errors import UsageError
+from atoll.base.names import dotted
+from atoll.compute.loss import METRICS, direction
+from atoll.report.comparison import CLOCK, SECONDS, MetricComparison, draw_comparison
+from atoll.report.format import format_number, label
+from atoll.report.run_data import Events, RunData
+from atoll.tools.rebuild import write_output
 
-_LONG = 48  # characters of a setting that has lines of its own
-PLAIN = ("gradient_norm", "lr")  # told, but neither end of them is the better one
+_LONG = 48  # characters; a longer setting is printed on separate lines
+PLAIN = ("gradient_norm", "lr")  # shown without a mark, because neither direction is better
 
 
 @dataclass(frozen=True)
-class Line:
+class ComparisonRow:
     """One quantity of both runs.
 
     Args:
-        name: what it is called.
-        a, b: its value in each; None where a run has none.
-        best: "a", "b", or "" where they are equal, one is missing, or neither is better.
+        name: the name of the quantity.
+        a, b: its values; None if the run has no value.
+        best: "a" or "b", the better run; "" if they are equal, one is missing, or no direction is better.
     """
 
     name: str
@@ -46,56 +48,56 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Args:
-        a, b: names of the folders.
-        settings: of config.toml, those that differ.
-        metrics: the last value of each.
+        a, b: the names of the run folders.
+        settings: the settings of config.toml that differ.
+        metrics: the last value of each metric.
         totals: rounds, bytes, seconds, failures.
-        through: the last round up to which every fingerprint is the same; −1 where the first one differs, None where
-            there is none to compare.
-        parted: whether a round that both have differs.
-        tensors: of the final models, those that differ, by name, a layer's weight first: name and largest |a − b|, or
-            why they cannot be compared.
-        models: whether both final models are there.
-        beside: both in the metric that judges them, against bytes and time; None where they share none.
-        plot: the picture of that, where one was asked for.
+        through: the last round up to which all fingerprints are equal; −1 if the first one differs, None if the runs
+            share no round with a fingerprint.
+        parted: whether some round of both runs has different fingerprints.
+        tensors: the tensors of the final models that differ, by name, the weight of a layer first: name and largest
+            |a − b|, or the reason why they cannot be compared.
+        models: whether both final models exist.
+        metric: the selection metric of both runs by bytes and by time; None if they share no metric.
+        plot: the path of its plot; None if no plot was requested.
     """
 
     a: str
     b: str
-    settings: tuple[Line, ...]
-    metrics: tuple[Line, ...]
-    totals: tuple[Line, ...]
+    settings: tuple[ComparisonRow, ...]
+    metrics: tuple[ComparisonRow, ...]
+    totals: tuple[ComparisonRow, ...]
     through: int | None
     parted: bool
     tensors: tuple[tuple[str, float | str], ...]
     models: bool
-    beside: Beside | None = None
+    metric: MetricComparison | None = None
     plot: Path | None = None
 
     @property
-    def reached(self) -> tuple[Line, ...]:
-        """What each had spent when it reached the target: rounds, bytes, time."""
-        if self.beside is None:
+    def reached(self) -> tuple[ComparisonRow, ...]:
+        """The cost of each run until it reached the target: rounds, bytes, time."""
+        if self.metric is None:
             return ()
-        at = self.beside.at
+        at = self.metric.at
         out = []
         for name, of, whole in (
-            ("rounds", [c.rounds + 1 for c in self.beside.curves], True),
-            ("bytes", [c.bytes for c in self.beside.curves], True),
-            (self.beside.time, [c.times for c in self.beside.curves], False),
+            ("rounds", [c.rounds + 1 for c in self.metric.curves], True),
+            ("bytes", [c.bytes for c in self.metric.curves], True),
+            (self.metric.time, [c.times for c in self.metric.curves], False),
         ):
             costs = [None if i is None else float(c[i]) for c, i in zip(of, at, strict=True)]
             a, b = ((None if c is None else int(c)) if whole else c for c in costs)
             best = "" if a == b else "a" if b is None or (a is not None and a < b) else "b"
-            out.append(Line(name, a, b, best))
+            out.append(ComparisonRow(name, a, b, best))
         return tuple(out)
 
     @property
     def verdict(self) -> str:
-        """Where the runs part, in one sentence: `identical through round 37, first differs in fc1.weight`."""
+        """The first difference as one sentence: `identical through round 37, first differs in fc1.weight`."""
         if self.through is None:
             head = "no round to compare"
         elif self.through < 0:
@@ -103,19 +105,18 @@ class Comparison:
         elif self.parted:
             head = f"identical through round {self.through}"
         else:
-            head = f"identical in all {self.through + 1} rounds that both have"
+            head = f"identical in all {self.through + 1} shared rounds"
         if not self.tensors:
-            return f"{head}; the final models are {'equal to the bit' if self.models else 'not both there'}"
+            models = "the final models are bit-identical" if self.models else "a final model is missing"
+            return f"{head}; {models}"
         name, gap = self.tensors[0]
         told = gap if isinstance(gap, str) else f"by up to {gap:.3g}"
-        more = f", as {len(self.tensors)} tensors do" if len(self.tensors) > 1 else ""
-        then = (
-            "; the final models are of other rounds, and the" if self.through is not None and not self.parted else ","
-        )
+        more = f"; {len(self.tensors)} tensors differ" if len(self.tensors) > 1 else ""
+        then = "; the final models are from different rounds:" if self.through is not None and not self.parted else ","
         return f"{head}{then} first differs in {name} ({told}{more})"
 
     def text(self) -> str:
-        """What there is to say, line by line; * marks the better one."""
+        """Format the result as text; * marks the better run."""
         blocks = [[("", self.a, self.b, "")]]
         long = [x for x in self.settings if max(len(_shown(v)) for v in (x.a, x.b)) > _LONG]
         for title, lines in (
@@ -139,19 +140,21 @@ class Comparison:
 
     @property
     def _goal(self) -> str:
-        it = self.beside
-        return "" if it is None else f"until {word(it.metric)} {number(it.target)}"
+        it = self.metric
+        return "" if it is None else f"until {label(it.metric)} {format_number(it.target)}"
 
 
 def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target: float | None = None) -> Comparison:
-    """Set two runs side by side. Both folders are only read.
+    """Compare two runs. Both run folders are only read.
 
     Args:
-        a, b: the runs' folders; they may be of different data, models, lengths.
-        out: a folder, or a .png file, to draw the judged metric against bytes and time in; None draws nothing.
-        target: of that metric, to be reached; None is the worse of their best values.
+        a, b: the run folders. The runs may differ in data, model and length.
+        out: a folder or a .png file for the plot of the selection metric by bytes and by time; None draws no plot.
+        target: a value of this metric, to compare the cost of reaching it; None is the worse of the two best values.
+    Returns:
+        the differences, the metrics and the costs.
     Raises:
-        UsageError: one of them is not the folder of a run, or there is no metric that could reach a target.
+        UsageError: a folder is not a run folder, or a target is given and the runs share no metric.
     """
     one, other = Path(a).resolve(), Path(b).resolve()
     mine, theirs = _config(one), _config(other)
@@ -159,73 +162,75 @@ def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target:
     keys = [k for k in dict.fromkeys((*mine, *theirs)) if mine.get(k) != theirs.get(k)]
     through, parted = _through(*rows)
     tensors, models = _tensors(one, other)
-    beside = Beside.of(_record(one, rows[0]), _record(other, rows[1]), target)
-    if beside is None and target is not None:
+    metric = MetricComparison.of(_record(one, rows[0]), _record(other, rows[1]), target)
+    if metric is None and target is not None:
         raise UsageError(
             f"target = {target:g} for {one.name} and {other.name}.",
-            "two runs that measured the same metric, of which it is known which end is better.",
-            write=f"atoll compare {one.name} {other.name}",
+            "two runs that share a metric with a known better direction.",
+            "a target is a value of a shared metric.",
+            f"atoll compare {one.name} {other.name}",
         )
     return Comparison(
         one.name,
         other.name,
-        tuple(Line(k, mine.get(k), theirs.get(k)) for k in keys),
+        tuple(ComparisonRow(k, mine.get(k), theirs.get(k)) for k in keys),
         _metrics(*rows),
         _totals(*rows),
         through,
         parted,
         tensors,
         models,
-        beside,
-        None if out is None or beside is None else _drawn(beside, Path(out)),
+        metric,
+        None if out is None or metric is None else _drawn(metric, Path(out)),
     )
 
 
-def _record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Record:
-    """A run's rows as the report reads them, without its events."""
+def _record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> RunData:
+    """The rows of a run as `RunData`, without its events."""
     good = tuple(r for r in rows if isinstance(r, dict) and type(r.get("round")) is int)
-    return Record(folder.name, good, {}, "", {}, Events())
+    return RunData(folder.name, good, {}, "", {}, Events())
 
 
-def _drawn(beside: Beside, out: Path) -> Path:
-    """Write the picture."""
-    file = out if out.suffix == ".png" else out / f"compare-{'-'.join(c.name[:60] for c in beside.curves)}.png"
-    write(file, draw(beside))
+def _drawn(metric: MetricComparison, out: Path) -> Path:
+    """Write the plot and return its path."""
+    file = out if out.suffix == ".png" else out / f"compare-{'-'.join(c.name[:60] for c in metric.curves)}.png"
+    write_output(file, draw_comparison(metric))
     return file
 
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        return dict(_flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))))
+        return dotted(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
     except OSError:
         raise UsageError(
-            f"{folder} is not the folder of a run.", "a folder that holds a config.toml.", write="atoll runs"
+            f"{folder} is not the folder of a run.",
+            "a folder with a config.toml.",
+            "config.toml contains the settings to compare.",
+            "atoll runs",
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{folder / 'config.toml'} is malformed: {error}.", "TOML.", write="atoll runs") from None
+        raise UsageError(
+            f"{folder / 'config.toml'} is malformed: {error}.",
+            "valid TOML.",
+            "config.toml contains the settings to compare.",
+            "atoll runs",
+        ) from None
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    out: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        out += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return out
-
-
-def _metrics(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[Line, ...]:
+def _metrics(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[ComparisonRow, ...]:
     last: list[dict[str, Any]] = [{}, {}]
     for into, rows in zip(last, (a, b), strict=True):
         for row in rows:
             into |= {n: v for n, v in row.items() if n not in runs.COUNTS and v is not None}
     mine, theirs = last
     return tuple(
-        Line(n, mine.get(n), theirs.get(n), _best(n, mine.get(n), theirs.get(n)))
+        ComparisonRow(n, mine.get(n), theirs.get(n), _best(n, mine.get(n), theirs.get(n)))
         for n in dict.fromkeys((*mine, *theirs))
     )
 
 
 def _best(name: str, a: Any, b: Any) -> str:
-    """Which of two values is the better one, by the metric's own direction."""
+    """The better of two values by the direction of the metric: "a", "b" or ""."""
     known = METRICS.get(name)
     sign = (1 if known.higher_is_better else -1) if known else direction(name)
     numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (a, b))
@@ -234,24 +239,24 @@ def _best(name: str, a: Any, b: Any) -> str:
     return "a" if (a > b) == (sign > 0) else "b"
 
 
-def _totals(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[Line, ...]:
-    out = [Line("rounds", len(a), len(b))]
+def _totals(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[ComparisonRow, ...]:
+    out = [ComparisonRow("rounds", len(a), len(b))]
     for name, words in (
         ("bytes_up", "bytes up"),
         ("bytes_down", "bytes down"),
         ("seconds", SECONDS),
         ("failed", "failures"),
-        ("late", "no longer awaited"),
+        ("late", "late contributions"),
     ):
         mine, theirs = (sum(row.get(name) or 0 for row in rows) for rows in (a, b))
-        # Fewer rounds cost less: only runs of one length compete.
+        # Fewer rounds cost less, so only runs of equal length are ranked.
         best = "" if mine == theirs or len(a) != len(b) else "a" if mine < theirs else "b"
         if name != "late" or mine or theirs:
-            out.append(Line(words, round(mine, 3), round(theirs, 3), best))
+            out.append(ComparisonRow(words, round(mine, 3), round(theirs, 3), best))
     first, second = (_last_clock(rows) for rows in (a, b))
     if first is not None or second is not None:
         fair = len(a) == len(b) and first is not None and second is not None and first != second
-        out.append(Line(CLOCK, first, second, ("a" if (first or 0) < (second or 0) else "b") if fair else ""))
+        out.append(ComparisonRow(CLOCK, first, second, ("a" if (first or 0) < (second or 0) else "b") if fair else ""))
     return tuple(out)
 
 
@@ -260,7 +265,7 @@ def _last_clock(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _through(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[int | None, bool]:
-    """The last round up to which all fingerprints agree, and whether one after it differs."""
+    """The last round up to which all fingerprints agree, and whether a later one differs."""
     mine, theirs = ({row.get("round"): row.get("fingerprint") for row in rows} for rows in (a, b))
     common = sorted(t for t in mine.keys() & theirs.keys() if isinstance(t, int) and mine[t] and theirs[t])
     last = -1 if common else None
@@ -272,7 +277,7 @@ def _through(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> 
 
 
 def _tensors(a: Path, b: Path) -> tuple[tuple[tuple[str, float | str], ...], bool]:
-    """The tensors of the final models that differ, and whether both models are there."""
+    """The tensors of the final models that differ, and whether both models exist."""
     files = [folder / "model.safetensors" for folder in (a, b)]
     if not all(file.is_file() for file in files):
         return (), False

@@ -1,6 +1,8 @@
-"""Whether this machine is fit: versions, room, data, and the properties on which equal bits rest.
+"""Check this machine: versions, disk space, data sets, and the properties that bit-identical results depend on.
 
-atoll doctor
+    atoll doctor
+
+Tests: tests/surface/test_tools.py.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from atoll import data, models, recipes
-from atoll.compiled import build
+from atoll.base.errors import AtollError
+from atoll.base.random import Key, philox
+from atoll.compute.compiled import load_libraries
+from atoll.compute.model_state import Batch
+from atoll.compute.native import BuildError, compiler, folder
+from atoll.compute.task import Task
 from atoll.data.named import NAMED
-from atoll.errors import AtollError
-from atoll.native import Unbuilt, compiler, folder
 from atoll.plan.aggregate import exact
-from atoll.rng import Key, philox
-from atoll.task import Batch, Task
-from atoll.training import rounds
+from atoll.training.rounds import rounds
 
 ROOM = 1 << 30
 SLOW = 5.0  # seconds for one round of digits
@@ -38,13 +41,13 @@ PHILOX = ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
-        name: what.
-        ok: whether it is as it should be.
-        text: what was found.
-        fix: what to do about it, where something can be done; never empty where `ok` is false.
+        name: the name of the check.
+        ok: whether the check passed.
+        text: the finding.
+        fix: the command that fixes or improves it; may be empty if the check passed, never if it failed.
     """
 
     name: str
@@ -54,23 +57,25 @@ class Check:
 
 
 def examine(out: str | Path = "runs") -> list[Check]:
-    """Look at everything, in a few seconds; a check that raises is one that failed.
+    """Run all checks, in a few seconds. A check that raises an exception has failed.
 
     Args:
-        out: the parent of run folders.
+        out: the parent folder of run folders.
+    Returns:
+        the results, in order.
     Example:
         >>> [check.ok for check in examine() if check.name == "random numbers"]
         [True]
     """
-    return list(checks(out))
+    return list(run_checks(out))
 
 
-def checks(out: str | Path = "runs") -> Iterator[Check]:
-    """The same, one after the other, for whoever wants to show them as they come."""
+def run_checks(out: str | Path = "runs") -> Iterator[Check]:
+    """Run the checks of `examine` and yield each result when it is ready, so that a caller can show progress."""
     looks: list[tuple[str, Callable[[], Check]]] = [
         ("versions", _versions),
         ("processor", _processor),
-        ("room", lambda: _room(Path(out))),
+        ("disk space", lambda: _room(Path(out))),
         ("data sets", _data_sets),
         ("random numbers", _random_numbers),
         ("exact sum", _exact_sum),
@@ -82,7 +87,7 @@ def checks(out: str | Path = "runs") -> Iterator[Check]:
     for name, look in looks:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an LSTM in lanes is slower than it could be, which is no fault
+                warnings.simplefilter("ignore")  # torch warns that an LSTM under vmap is slow; that is no fault
                 found = look()
             yield found
         except Exception as error:
@@ -90,8 +95,8 @@ def checks(out: str | Path = "runs") -> Iterator[Check]:
             yield Check(name, False, cause.splitlines()[0], "pip install --force-reinstall atoll")
 
 
-def text(found: list[Check]) -> str:
-    """The checks, line by line, each failing one with its fix."""
+def format_checks(found: list[Check]) -> str:
+    """Format the results, one line each, followed by the fix if there is one."""
     wide = max(len(check.name) for check in found)
     lines = []
     for check in found:
@@ -102,7 +107,7 @@ def text(found: list[Check]) -> str:
 
 
 def _versions() -> Check:
-    """Every package that atoll requires, against the lower bound that it states."""
+    """Compare the version of each required package with the lower bound of atoll's metadata."""
     found, old = [], []
     for line in requires("atoll") or []:
         parts = re.match(r"([\w.-]+)\s*>=\s*([\d.]+)[^;]*$", line)
@@ -128,7 +133,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _processor() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
-    told = f"{cores} cores, torch uses {threads} threads, {torch.backends.cpu.get_cpu_capability()}"
+    uses = f"{threads} thread{'' if threads == 1 else 's'}"
+    told = f"{cores} cores, torch uses {uses}, {torch.backends.cpu.get_cpu_capability()}"
     return Check(
         "processor",
         threads <= cores,
@@ -138,7 +144,7 @@ def _processor() -> Check:
 
 
 def _room(out: Path) -> Check:
-    """Whether a run's folder could be made where it should be, and has room."""
+    """Check that the parent of run folders is writable and that the disk has free space."""
     here = out.resolve()
     while not here.exists():
         here = here.parent
@@ -146,14 +152,14 @@ def _room(out: Path) -> Check:
         with tempfile.NamedTemporaryFile(dir=here, prefix=".atoll-doctor-"):
             pass
     except OSError as error:
-        return Check("room", False, f"{here} cannot be written: {error.strerror}", "atoll run --out ~/runs")
+        return Check("disk space", False, f"{here} cannot be written: {error.strerror}", "atoll run --out ~/runs")
     free = shutil.disk_usage(here).free
     told = f"{free / 2**30:.1f} GiB free in {here}"
-    return Check("room", free >= ROOM, told, "" if free >= ROOM else "atoll run --out ~/runs")
+    return Check("disk space", free >= ROOM, told, "" if free >= ROOM else "atoll run --out ~/runs")
 
 
 def _data_sets() -> Check:
-    """Those with scikit-learn must be there; the others are said."""
+    """Check that the data sets of scikit-learn load; list the other data sets that are missing."""
     here, away = [], []
     for name in sorted(NAMED):
         try:
@@ -168,7 +174,7 @@ def _data_sets() -> Check:
     if "fashion_mnist" in away:
         fixes.append("apt-get install dataset-fashion-mnist")
     if {"mnist", "heart"} & set(away):
-        fixes.append("export ATOLL_DATA=FOLDER with their files")
+        fixes.append("export ATOLL_DATA=FOLDER, the folder of their files")
     told = f"{', '.join(here) or 'none'}" + (f"; not found: {', '.join(away)}" if away else "")
     return Check("data sets", ok, told, "; ".join(fixes))
 
@@ -181,7 +187,9 @@ def _random_numbers() -> Check:
     return Check(
         "random numbers",
         ok,
-        "Philox gives the published words, a client's draw is its own" if ok else "Philox gives other words",
+        "Philox matches its published test vector; a client's draws do not depend on other clients"
+        if ok
+        else "Philox differs from its published test vector, or a client's draws depend on other clients",
         "" if ok else _REINSTALL,
     )
 
@@ -190,7 +198,7 @@ _REINSTALL = 'pip install --force-reinstall "torch>=2.6"'
 
 
 def _exact_sum() -> Check:
-    """The same total for every order and grouping, over 30 powers of ten."""
+    """Check that the exact sum has the same total for every order and grouping, over 30 powers of ten."""
     key = Key(7).fold("doctor sum")
     rows = key.normal(40 * 5000).reshape(40, 5000) * 10 ** (30 * key.fold("scale").uniform(40)[:, None] - 12)
     weights = key.fold("weights").integers(40, 1000)
@@ -202,7 +210,7 @@ def _exact_sum() -> Check:
             exact.add(digits, rows[piece], weights[piece])
         totals.append(exact.total(digits))
     ok = all(torch.equal(totals[0], t) for t in totals)
-    told = "one total for every order and grouping" if ok else "the total depends on the order"
+    told = "the same total for every order and grouping" if ok else "the total depends on the order"
     return Check("exact sum", ok, told, "" if ok else _REINSTALL)
 
 
@@ -220,7 +228,7 @@ def _safetensors() -> Check:
         t.dtype == back[n].dtype and torch.equal(t, back[n]) for n, t in tensors.items()
     )
     ok = same and save(tensors) == save(dict(reversed(tensors.items())))
-    told = "tensors come back as they were, in equal bytes" if ok else "tensors do not come back as they were"
+    told = "tensors are read back unchanged, from equal bytes" if ok else "tensors are not read back unchanged"
     return Check("safetensors", ok, told, "" if ok else 'pip install --force-reinstall "safetensors>=0.4.5"')
 
 
@@ -241,7 +249,7 @@ SMALL: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
 
 
 def _lanes(name: str) -> Check:
-    """Whether a client's bits depend on how many are computed beside it, on which, and on its place."""
+    """Check that a client's bits depend neither on the other clients of its batch nor on its position in it."""
     features, make = SMALL[name]
     torch_state = torch.random.get_rng_state()
     task = replace(Task.of(make(), "cross_entropy"), numerics="lanes")
@@ -271,17 +279,17 @@ def _lanes(name: str) -> Check:
             tuple(reversed(range(8))),
         )
     )
-    told = "a client's bits are its own for 1, 2, 3 and 8 lanes" if ok else "bits depend on the neighbours"
+    told = "a client's bits are equal in batches of 1, 2, 3 and 8 clients" if ok else "bits depend on other clients"
     return Check(f"lanes: {name}", ok, told, "" if ok else "atoll run --numerics loop")
 
 
 def _native_code() -> Check:
-    """Whether this machine builds it; without, known layers go by hand through torch, which is slower."""
+    """Check that the native code can be built. Without it, atoll uses fused layers in torch, which are slower."""
     try:
-        build(torch.float32)
-        return Check("native code", True, f"built by {compiler()[1]}, kept in {folder()}")
-    except Unbuilt as why:
-        return Check("native code", not why.write, f"none: {why}; numerics are fused in its place", why.write)
+        load_libraries(torch.float32)
+        return Check("native code", True, f"built by {compiler()[1]}, cached in {folder()}")
+    except BuildError as why:
+        return Check("native code", not why.write, f"none: {why}; runs use fused numerics instead", why.write)
 
 
 def _one_round() -> Check:
@@ -291,5 +299,5 @@ def _one_round() -> Check:
     began = time.perf_counter()
     training.next()
     spent = time.perf_counter() - began
-    told = f"{spent:.3f} s for 100 clients of digits by fedavg, {training.task.numerics}"
+    told = f"{spent:.3f} s for fedavg with 100 clients of digits, {training.task.numerics} numerics"
     return Check("one round", spent < SLOW, told, "" if spent < SLOW else "export OMP_NUM_THREADS=1")

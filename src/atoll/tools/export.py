@@ -1,17 +1,20 @@
-"""A run's model as a smaller file, and what is lost by it.
+"""Export the model of a run to a smaller file, and measure the loss of accuracy.
 
     atoll export RUN --dtype int8
 
-The file is safetensors; its metadata says `format: atoll export 1`, `dtype` and the run's name. Names are those of the
-model's `state_dict`, and a float tensor `w` is stored by dtype as
+The file is safetensors. Its metadata contains `format: atoll export 1`, `dtype` and the name of the run. Tensors have
+the names of the model's `state_dict`. A float tensor `w` is stored, depending on dtype, as
 
     float32   `w` in float32
     bf16      `w` in bfloat16, rounded to nearest: |ŵ − w| ≤ 2⁻⁸ |w|
-    int8      of two axes or more: `w` in int8, of the same shape, and `w.scale` in float32, one a row of the first
-              axis:  ŵ[r, …] = scale[r] · w[r, …],  scale[r] = max |w[r, …]| / 127, or 1 where the row is 0, so that
-              |ŵ − w| ≤ scale[r] / 2;  of fewer axes (biases, norms: little to save, much to lose): `w` in float32
+    int8      with two or more axes: `w` in int8 with the same shape, and `w.scale` in float32, one number per row of
+              the first axis:  ŵ[r, …] = scale[r] · w[r, …],  scale[r] = max |w[r, …]| / 127, or 1 if the row is 0, so
+              that |ŵ − w| ≤ scale[r] / 2;  with fewer axes: `w` in float32, because biases and norms are small, and
+              rounding them costs accuracy
 
-Whole numbers and truth values stay as they are. `load_exported` gives back a `state_dict` in float32.
+Integer and boolean tensors are stored unchanged. `load_exported` returns a `state_dict` in float32.
+
+Tests: tests/surface/test_tools.py.
 """
 
 from __future__ import annotations
@@ -25,11 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from atoll.engine.inprocess import InProcess
-from atoll.errors import UsageError, unknown_name
-from atoll.plan.stop import direction
-from atoll.tools.again import training_in, write
-from atoll.training import Rounds, judge, start_from
+from atoll.base.errors import UsageError, unknown_name
+from atoll.compute.loss import direction
+from atoll.engine.inprocess import InProcessEngine
+from atoll.tools.rebuild import training_in, write_output
+from atoll.training.rounds import Training, evaluate, start_from
 
 FORMAT = "atoll export 1"
 DTYPES = ("float32", "bf16", "int8")
@@ -40,12 +43,12 @@ class Exported:
     """An exported model.
 
     Args:
-        path: the file.
+        path: the path of the file.
         dtype: "float32", "bf16" or "int8".
-        bytes: of the file; `full` of the run's own model.safetensors.
-        before, after: held-out loss and metrics of the run's model and of the exported one; {} where there are no
-            held-out rows.
-        worst: the tensor that moved most, and by how much: ‖ŵ − w‖ / ‖w‖.
+        bytes: the size of the file in bytes.
+        full: the size of the run's own model.safetensors in bytes.
+        before, after: held-out loss and metrics of the run's model and of the exported model; {} without held-out rows.
+        worst: the name and the relative change ‖ŵ − w‖ / ‖w‖ of the tensor that changed most.
     """
 
     path: Path
@@ -58,22 +61,22 @@ class Exported:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the file is than the run's own."""
+        """The compression ratio: the size of the run's model.safetensors by the size of the file."""
         return self.full / self.bytes
 
     @property
     def lost(self) -> dict[str, float]:
-        """What each metric lost: positive where the exported model is worse."""
+        """The loss in each metric, positive if the exported model is worse."""
         return {n: (self.before[n] - self.after[n]) * (direction(n) or -1) for n in self.before}
 
     def text(self) -> str:
-        """What there is to say, line by line."""
+        """Format the result as text: file sizes, metrics before and after, and the tensor that changed most."""
         lines = [f"{self.path}: {self.dtype}, {self.bytes:,} bytes, {self.ratio:.2f} times smaller than {self.full:,}"]
         for name, loss in self.lost.items():
             change = f"{abs(loss):.3g} {'lost' if loss > 0 else 'gained'}" if loss else "nothing lost"
             lines.append(f"{name}: {self.before[name]:.6g} before, {self.after[name]:.6g} after: {change}")
         if not self.before:
-            lines.append("no held-out rows: what it costs in accuracy cannot be measured")
+            lines.append("no held-out rows: the loss of accuracy cannot be measured")
         if self.worst[0]:
             lines.append(f"most changed: {self.worst[0]}, by {100 * self.worst[1]:.3g} % of its norm")
         return "\n".join(lines)
@@ -84,32 +87,39 @@ def export(
     dtype: str = "int8",
     out: str | Path | None = None,
     trust: bool = False,
-    training: Rounds | None = None,
+    training: Training | None = None,
 ) -> Exported:
-    """Write a run's final model as a smaller file, and measure what that costs on the held-out rows.
+    """Write the final model of a run to a smaller file, and measure the loss of accuracy on the held-out rows.
 
     Args:
-        path: the run's folder.
-        dtype: "float32", "bf16" or "int8"; the file's format stands at the top of `atoll.tools.export`.
-        out: the file to write; None: `model-<dtype>.safetensors` in the folder.
-        trust: whether the run's config.toml may name code outside atoll.
-        training: the same training before its first round, for a run that was started from Python; None makes it from
+        path: the run folder.
+        dtype: "float32", "bf16" or "int8"; `atoll.tools.export` describes the format of the file.
+        out: the file to write; None is `model-<dtype>.safetensors` in the run folder.
+        trust: whether the config.toml of the run may name code outside atoll.
+        training: the same training before its first round, for a run that was started from Python; None builds it from
             config.toml.
+    Returns:
+        the path, the sizes, and the metrics before and after.
     Raises:
-        UsageError: no such dtype, or the run has no final model, or one that is not finite; nothing is written.
-        RunError: the file could not be written.
+        UsageError: the dtype is unknown, or the run has no final model or one that is not finite. No file is written.
+        RunError: the file cannot be written.
     """
     folder = Path(path)
     file = folder / "model.safetensors"
     if dtype not in DTYPES:
         raise unknown_name("dtype of an export", dtype, DTYPES)
     if not file.is_file():
-        raise UsageError(f"{file} does not exist.", "a run that has ended.", write=f"atoll resume {folder.name}")
+        raise UsageError(
+            f"{file} does not exist.",
+            "a run that has ended.",
+            "a run writes its model at the end.",
+            f"atoll resume {folder.name}",
+        )
     target = Path(out) if out is not None else folder / f"model-{dtype}.safetensors"
     state = load_file(file)
     training = training_in(folder, trust=trust, start=False) if training is None else training
     written = save(pack(state, dtype), {"format": FORMAT, "dtype": dtype, "run": folder.resolve().name})
-    write(target, written)
+    write_output(target, written)
     back = load_exported(target)
     before, after = (_measured(training, s) for s in (state, back))
     moved = {n: _moved(state[n], back[n]) for n in state if state[n].is_floating_point()}
@@ -118,11 +128,13 @@ def export(
 
 
 def pack(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """The tensors of an exported file.
+    """Convert a `state_dict` to the tensors of an exported file.
 
     Args:
-        state: a `state_dict`; finite.
+        state: the `state_dict`; all numbers are finite.
         dtype: "float32", "bf16" or "int8".
+    Returns:
+        the tensors by name, sorted by the names of `state`.
     Raises:
         UsageError: a number is not finite, or too large for float32.
     Example:
@@ -138,9 +150,9 @@ def pack(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
         plain = tensor.detach().float().contiguous()
         if not bool(torch.isfinite(plain).all()):
             raise UsageError(
-                f"The model's {name} holds NaN or infinity.",
+                f"The tensor {name} of the model contains NaN or infinity in float32.",
                 "finite numbers.",
-                "a scale of what is infinite leaves nothing of the rest.",
+                "these values usually mean that the training diverged. A lower learning rate may help.",
                 "atoll lr",
             )
         if dtype == "int8" and plain.dim() >= 2 and plain.numel():
@@ -155,10 +167,14 @@ def pack(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 
 def load_exported(file: str | Path) -> dict[str, Tensor]:
-    """The `state_dict` of an exported file: floats in float32, whole numbers as they were.
+    """Read an exported file as a `state_dict`.
 
+    Args:
+        file: a file that `export` wrote.
+    Returns:
+        the tensors by name: floats in float32, integers and booleans unchanged.
     Raises:
-        UsageError: it is no file that `export` wrote.
+        UsageError: the file cannot be read, or `export` did not write it.
     """
     path = Path(file)
     try:
@@ -167,13 +183,16 @@ def load_exported(file: str | Path) -> dict[str, Tensor]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
     except (OSError, SafetensorError) as error:
         raise UsageError(
-            f"{path} cannot be read: {error}.", "a safetensors file.", write="atoll export latest"
+            f"{path} cannot be read: {error}.",
+            "a safetensors file.",
+            "`atoll export` writes this format.",
+            "atoll export latest",
         ) from None
     if about.get("format") != FORMAT:
         raise UsageError(
-            f"{path} has the format {about.get('format', 'of plain safetensors')!r}.",
-            f"{FORMAT!r}.",
-            "what int8 stands for is said by the format.",
+            f"{path} has the format {about.get('format', 'plain safetensors')!r}.",
+            f"the format {FORMAT!r}, which `atoll export` writes.",
+            "another format may scale int8 tensors differently.",
             "safetensors.torch.load_file(path)",
         )
     out: dict[str, Tensor] = {}
@@ -186,11 +205,11 @@ def load_exported(file: str | Path) -> dict[str, Tensor]:
     return out
 
 
-def _measured(training: Rounds, state: Mapping[str, Tensor]) -> dict[str, float]:
+def _measured(training: Training, state: Mapping[str, Tensor]) -> dict[str, float]:
     if training.data.held_out is None:
         return {}
     at = replace(training.state, model=start_from(state, training.task))
-    return judge(at, InProcess(training.task, training.data.held(), training.settings.chunk))
+    return evaluate(at, InProcessEngine(training.task, training.data.held(), training.settings.chunk))
 
 
 def _moved(was: Tensor, now: Tensor) -> float:

@@ -1,10 +1,12 @@
-"""What a training will cost, before any of it is computed: bytes, time on the clock of its fleet, and memory.
+"""A forecast of the costs of a training: bytes, time on the clock of its fleet, and memory.
 
-atoll plan experiment.toml
+    atoll plan experiment.toml
 
-Rounds are flown with the plan's own sampler, pace and clock, and with messages of the length that the codec announces;
-only the clients' work and the server's step are left out. So what is sent, who is waited for and when a round closes
-come out as they will in the run, to the byte and to the second.
+The rounds are simulated with the sampler, pace and clock of the plan, and with messages of the length that the codec
+declares. The training of clients and the step of the server are omitted. So bytes, arrivals and the times at which
+rounds close are equal to those of the run.
+
+Tests: tests/surface/test_forecast.py
 """
 
 from __future__ import annotations
@@ -15,23 +17,25 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from atoll.engine.arrivals import Flown, fly, message, nbytes
-from atoll.engine.fleet import rate
-from atoll.engine.inprocess import InProcess
-from atoll.engine.room import lanes_of
-from atoll.errors import UsageError
-from atoll.experiment import Experiment
+from atoll.base.errors import UsageError
+from atoll.engine.chunk_limit import chunk_size
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.simulation.arrivals import Arrivals, message_bytes, nbytes, simulate_round
+from atoll.engine.simulation.fleet import rate
 from atoll.plan.aggregate.exact import places
-from atoll.plan.codec import Cast, Codec, Eden, Feedback, Identity, Quantize, TopK
+from atoll.plan.codec import Cast, Codec, Eden, ErrorFeedback, Identity, Quantize, TopK
 from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered
-from atoll.plan.plan import Plan, Sent, State, opening
-from atoll.report.text import duration, size, whole
-from atoll.tools.again import here, training_of
-from atoll.training import Rounds
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, open_round
+from atoll.plan.state import DownlinkState, State
+from atoll.report.format import duration, size, whole
+from atoll.tools.rebuild import local_engine, training_of
+from atoll.training.experiment import Experiment
+from atoll.training.rounds import Training
 
-FLIGHTS = 200_000  # how many are flown at most; what comes after them is taken to be like the last half of them
-TRIED = 20_000  # the same, for each change that is tried
+FLIGHTS = 200_000  # largest number of simulated flights; later rounds are extrapolated from the last half
+TRIED = 20_000  # the same limit for each change that is tried
 LINKS = ("10 Mb/s", "100 Mb/s", "1 Gb/s", "10 Gb/s")
 LADDER: tuple[Codec, ...] = (
     Cast("bf16"),
@@ -39,13 +43,13 @@ LADDER: tuple[Codec, ...] = (
     Eden(4),
     Eden(2),
     Eden(1),
-    Feedback(TopK(0.01) >> Quantize(8)),
-    Feedback(TopK(0.001) >> Quantize(8)),
+    ErrorFeedback(TopK(0.01) >> Quantize(8)),
+    ErrorFeedback(TopK(0.001) >> Quantize(8)),
 )
 
 
 class Parts(NamedTuple):
-    """Seconds of a round, as a client of the cohort spends them on average; they add up to the round's."""
+    """Seconds of a mean round, by the activity of a mean client. Their sum is the duration of the round."""
 
     download: float
     compute: float
@@ -61,16 +65,16 @@ class Parts(NamedTuple):
         return sum(self)
 
 
-class Flights(NamedTuple):
-    """Rounds that were flown and not computed: one entry a round, but for `parts` and `heard`.
+class FlightTotals(NamedTuple):
+    """Simulated rounds, with one entry per round, except for `parts` and `participants`.
 
     Args:
         up, down: bytes of all messages.
-        started, arrived: clients.
-        versions: models that somebody still works from when the round has closed.
+        started, arrived: numbers of clients.
+        versions: number of model versions from which clients in flight still compute when the round closes.
         now: seconds of the run; empty without a fleet.
-        parts: of the mean round; None without a fleet.
-        heard: how many different clients arrived, in all rounds.
+        parts: seconds of the mean round; None without a fleet.
+        participants: number of different clients that arrived in any round.
     """
 
     up: tuple[int, ...]
@@ -80,40 +84,40 @@ class Flights(NamedTuple):
     versions: tuple[int, ...]
     now: tuple[float, ...]
     parts: Parts | None
-    heard: int
+    participants: int
 
 
 class Help(NamedTuple):
-    """A change that was tried: what to write, what it does to a round, and whether that is all that was wanted."""
+    """A change of the plan: the flags to write, the parts of a round, and whether the link no longer dominates."""
 
     write: str
     parts: Parts
-    arrivals: float  # contributions a second
+    arrivals: float  # contributions per second
     enough: bool
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a training will cost.
+    """The predicted costs of a training.
 
     Args:
-        rounds: at most so many; a stop rule may end it sooner.
-        clients: how many there are.
+        rounds: largest number of rounds; a stop rule may end the run earlier.
+        clients: number of clients.
         parameters: d, the length of θ.
-        flights: the rounds that were flown.
+        flights: the simulated rounds.
         message: bytes of a client's message.
-        exact: whether every message is so long; else it is no longer, where it is compressed without loss, or it may
-            hold sums that only the clients' own code knows of.
-        memory: bytes by name, in the server's process, but for `clients`, which is on disk.
-        lanes: clients computed together.
-        links: seconds a round by the rate of the server's link, for all bytes and no computing; without a fleet.
-        help: what would help most, where something was found.
+        exact: whether every message has this length. If not, a lossless stage may shorten it, or user code may add
+            sums.
+        memory: bytes by name, in the process of the server, except for `clients`, which is on disk.
+        lanes: number of clients computed together.
+        links: seconds per round by the rate of the server's link, for all bytes without computation; {} with a fleet.
+        help: the change that shortens a round most, if one was found.
     """
 
     rounds: int
     clients: int
     parameters: int
-    flights: Flights
+    flights: FlightTotals
     message: int
     exact: bool
     memory: Mapping[str, int]
@@ -123,28 +127,28 @@ class Forecast:
 
     @property
     def bytes_up(self) -> int:
-        """Of the whole run."""
+        """Bytes of all uploads of the run."""
         return round(_whole(self.flights.up, self.rounds))
 
     @property
     def bytes_down(self) -> int:
-        """Of the whole run."""
+        """Bytes of all downloads of the run."""
         return round(_whole(self.flights.down, self.rounds))
 
     @property
     def seconds(self) -> float | None:
-        """Of the whole run on the clock; None without one."""
+        """Seconds of the run on the virtual clock; None without a clock."""
         now = self.flights.now
         return _whole([b - a for a, b in pairwise((0.0, *now))], self.rounds) if now else None
 
     @property
     def dominates(self) -> str | None:
-        """Which of "link" and "compute" takes a client longer; None without a clock."""
+        """The activity that takes a client longer, "link" or "compute"; None without a clock."""
         parts = self.flights.parts
         return None if parts is None else "link" if parts.link > parts.compute else "compute"
 
-    def told(self) -> dict[str, Any]:
-        """Everything as plain values, for programs."""
+    def values(self) -> dict[str, Any]:
+        """The forecast as plain values, for JSON."""
         f, parts = self.flights, self.flights.parts
         started, arrived = max(1, sum(f.started)), max(1, sum(f.arrived))
         out: dict[str, Any] = {
@@ -164,71 +168,74 @@ class Forecast:
         }
         if parts is not None:
             shown = {**parts._asdict(), "round": parts.total, "run": self.seconds, "dominates": self.dominates}
-            out["time"] = shown | {"help": None if self.help is None else _told(self.help)}
+            out["time"] = shown | {"help": None if self.help is None else _help_values(self.help)}
         return out
 
     def text(self) -> str:
-        """The same for people."""
+        """The forecast as text."""
         return "\n".join([*self._bytes(), "", *self._memory(), "", *self._time()])
 
     def _bytes(self) -> Iterator[str]:
-        flown, told = len(self.flights.up), self.told()["bytes"]
+        simulated, sizes = len(self.flights.up), self.values()["bytes"]
         yield f"{whole(self.rounds)} rounds, {whole(self.clients)} clients, {whole(self.parameters)} parameters"
-        if flown < self.rounds:
-            yield f"{whole(flown)} rounds were flown; the others are taken to be like the last half of them"
+        if simulated < self.rounds:
+            yield f"{whole(simulated)} rounds were simulated; the others are assumed to be like the last half of them"
         yield ""
-        yield f"{'bytes':<12}{'a client':>12}{'a round':>12}{'the run':>12}"
-        for way, row in told.items():
+        yield f"{'bytes':<12}{'per client':>12}{'per round':>12}{'run':>12}"
+        for way, row in sizes.items():
             mark = "" if self.exact or way == "down" else "   at most" if self.message else ""
             yield f"  {way:<10}" + "".join(f"{size(row[n]):>12}" for n in ("client", "round", "run")) + mark
 
     def _memory(self) -> Iterator[str]:
         words = {
             "model": "θ and buffers",
-            "versions": "models of flights",
+            "versions": "models of clients in flight",
             "optimizer": "optimizer",
-            "parts": "parts of the plan",
+            "parts": "state of parts",
             "sum": "the sum",
             "chunk": f"{whole(self.lanes)} clients at once",
-            "clients": "what clients keep, on disk",
+            "clients": "client state, on disk",
         }
         yield "memory"
-        for name, what in words.items():
+        for name, text in words.items():
             if self.memory[name]:
-                yield f"  {what:<28}{size(self.memory[name]):>8}"
+                yield f"  {text:<28}{size(self.memory[name]):>8}"
 
     def _time(self) -> Iterator[str]:
         parts = self.flights.parts
         if parts is None:
-            yield "a round on the server's link, without computing"
+            yield "time per round on the link of the server, without computing"
             for name, seconds in self.links.items():
                 yield f"  {name:<12}{duration(seconds):>12}"
-            yield "For seconds with computing and waiting, write: --fleet \"Fleet(HalfNormal(), server='100 Mb/s')\""
+            yield "For times with computing and waiting, write: --fleet \"Fleet(HalfNormal(), server='100 Mb/s')\""
             return
-        yield f"{'time':<12}{duration(parts.total):>12} a round{duration(self.seconds or 0.0):>14} the run"
+        yield f"{'time':<12}{duration(parts.total):>12} per round{duration(self.seconds or 0.0):>14} run"
         for name, seconds in parts._asdict().items():
             yield f"  {name:<10}{duration(seconds):>12}{seconds / max(parts.total, 1e-300):>8.0%}"
         yield self._verdict(parts)
 
     def _verdict(self, parts: Parts) -> str:
         link, compute = (duration(s) for s in (parts.link, parts.compute))
-        who = "The link" if self.dominates == "link" else "Computing"
-        said = f"{who} dominates: {link} on the link, {compute} computing."
+        activity = "The link" if self.dominates == "link" else "Computing"
+        verdict = f"{activity} dominates: {link} on the link, {compute} computing."
         waits = parts.waiting > max(parts.link, parts.compute)
         if self.help is None and not waits and self.dominates == "compute":
             share = parts.link / max(parts.total, 1e-300)
-            return f"{said} No codec can save more than the link's {share:.0%}; fewer local steps, or quicker clients."
+            limit = f"No codec can save more than {share:.0%}, the share of the link."
+            return f"{verdict} {limit} Use fewer local steps or faster clients."
         if self.help is None:
-            return f"{said} {'Most time is waiting' if waits else 'No codec that was tried sends less'}."
+            return (
+                f"{verdict} {'Most of the time is waiting' if waits else 'No codec that was tried sends fewer bytes'}."
+            )
         if waits:
             now = _mean(self.flights.arrived) / max(parts.total, 1e-300)
-            more = f"{self.help.arrivals / max(now, 1e-300):.1f} times the contributions in the same time"
-            return f"{said} Most time is waiting: {more}, with {self.help.write}"
-        end = "below computing" if self.help.enough else "which is still more than computing"
-        return f"{said} It would be {duration(self.help.parts.link)}, {end}, with {self.help.write}"
+            more = f"{self.help.arrivals / max(now, 1e-300):.1f} times the number of contributions in the same time"
+            return f"{verdict} Most of the time is waiting. {more} with {self.help.write}"
+        end = "less than computing" if self.help.enough else "which is still more than computing"
+        return f"{verdict} The link would take {duration(self.help.parts.link)}, {end}, with {self.help.write}"
 
 
-def _told(help: Help) -> dict[str, Any]:
+def _help_values(help: Help) -> dict[str, Any]:
     shown = {**help.parts._asdict(), "round": help.parts.total}
     return {"write": help.write, **shown, "arrivals": help.arrivals, "enough": help.enough}
 
@@ -238,42 +245,43 @@ def _mean(values: tuple[int, ...]) -> float:
 
 
 def _whole(values: Sequence[float], rounds: int) -> float:
-    """The sum over all rounds, of which these are the first: those behind them are like the last half of these."""
+    """The sum over all rounds, of which these are the first. Later rounds are extrapolated from their last half."""
     late = values[len(values) // 2 :]
     return sum(values) + (rounds - len(values)) * sum(late) / max(1, len(late))
 
 
 def forecast(experiment: Experiment) -> Forecast:
-    """What an experiment will cost; nothing is trained, and nothing is written.
+    """Predict the costs of an experiment. No client is trained, and no file is written.
 
     Args:
-        experiment: what was told.
+        experiment: the settings.
     Raises:
-        UsageError: its model, data, plan and fleet do not fit: what `atoll run` would refuse.
+        UsageError: model, data, plan and fleet do not fit; `atoll run` refuses the same experiments.
     """
     return predict(training_of(experiment, evaluate_every=0))
 
 
-def predict(training: Rounds) -> Forecast:
-    """What a training will cost.
+def predict(training: Training) -> Forecast:
+    """Predict the costs of a training.
 
     Args:
-        training: before its first round; it stays as it is.
+        training: before its first round; it is not changed.
     Returns:
-        The forecast: the bytes of every round are those of the run where `exact`, and its seconds where there is a
-        fleet too, unless contributions are lost that no drop-out of the fleet took, or a rule stops it.
+        The forecast. If it is `exact`, the bytes of each round are those of the run, and with a fleet also the seconds.
+        This does not hold if contributions fail for other reasons than a drop-out of the fleet, or if a rule stops the
+        run.
     Example:
         >>> import atoll
         >>> data = atoll.data.load("diabetes").split(clients=5)
         >>> training = atoll.rounds("linear", data, atoll.recipes.distributed_gd(0.1), rounds=3)
-        >>> told = predict(training)
-        >>> told.bytes_up, sum(report.bytes_up for report in training)
+        >>> prediction = predict(training)
+        >>> prediction.bytes_up, sum(report.bytes_up for report in training)
         (960, 960)
     """
-    engine, state, rounds = here(training), training.state, training.settings.rounds
-    plan, layout = training.plan.at(engine), training.task.layout
-    flights = flown(plan, state, engine, rounds)
-    lanes = lanes_of(plan, training.task, training.data, int(training.data.sizes.max()), engine.chunk)
+    engine, state, rounds = local_engine(training), training.state, training.settings.rounds
+    plan, layout = training.plan, training.task.layout
+    flights = simulate(plan, state, engine, rounds)
+    lanes = chunk_size(plan, training.task, training.data, int(training.data.sizes.max()), engine.chunk)
     links = {}
     if training.fleet is None:
         each = (_mean(flights.up) + _mean(flights.down),)
@@ -283,8 +291,8 @@ def predict(training: Rounds) -> Forecast:
         engine.population.clients,
         layout.d,
         flights,
-        message(plan, layout),
-        getattr(plan.codec, "sealer", None) is None and isinstance(plan.local, (Gradient, Train)),
+        message_bytes(plan, layout),
+        plan.codec.compressor is None and isinstance(plan.local, (Gradient, Train)),
         _memory(plan, state, engine, flights, lanes, rounds),
         lanes,
         links,
@@ -292,56 +300,57 @@ def predict(training: Rounds) -> Forecast:
     )
 
 
-def flown(plan: Plan, state: State, engine: InProcess, rounds: int, most: int = FLIGHTS) -> Flights:
-    """Fly rounds of a plan without computing anything.
+def simulate(plan: Plan, state: State, engine: InProcessEngine, rounds: int, limit: int = FLIGHTS) -> FlightTotals:
+    """Simulate rounds of a plan without computing them.
 
     Args:
-        plan: told where it works.
-        state: where the first of these rounds begins.
-        engine: whose clients fly, on the clock of its fleet.
-        rounds: so many, or fewer where that is more than `most` flights.
-        most: flights.
+        plan: the algorithm, bound.
+        state: the state before the first of these rounds.
+        engine: its clients and its fleet are simulated.
+        rounds: number of rounds; fewer are simulated if they have more than `limit` flights.
+        limit: largest number of flights.
     """
-    population, up = engine.population, message(plan, engine.layout)
+    up = message_bytes(plan, engine.layout)
     delta = 0 if plan.downlink == Identity() else plan.downlink.nbytes(engine.layout)
-    rows: list[Flown] = []
-    heard: set[int] = set()
-    while len(rows) < rounds and (len(rows) < 3 or sum(r.started for r in rows) < most):
+    plain = dataclasses.replace(plan, downlink=Identity())  # no delta is encoded here: its length is enough
+    rows: list[Arrivals] = []
+    participants: set[int] = set()
+    while len(rows) < rounds and (len(rows) < 3 or sum(r.started for r in rows) < limit):
         if delta:
             state = dataclasses.replace(state, sent=_next(state, delta))
-        key = state.key()
-        row = fly(plan, state, population, opening(plan, state, population, key), engine.fleet, up)
-        heard.update(f.client for f in row.arrived)
+        opened = open_round(plain, state, engine)
+        row = simulate_round(plan, state, opened.population, opened.cohort, engine.fleet, up)
+        participants.update(f.client for f in row.arrived)
         state = dataclasses.replace(state, round=state.round + 1, air=row.air)
         rows.append(row)
-    return Flights(
+    return FlightTotals(
         tuple(up * len(r.arrived) for r in rows),
         tuple(r.sent for r in rows),
         tuple(r.started for r in rows),
         tuple(len(r.arrived) for r in rows),
-        tuple(len({f.birth for f in r.air.flights}) for r in rows),
+        tuple(len({f.version for f in r.air.flights}) for r in rows),
         tuple(r.now for r in rows if r.now is not None),
         _parts(rows) if engine.fleet is not None else None,
-        len(heard),
+        len(participants),
     )
 
 
-def _next(state: State, delta: int) -> Sent:
-    """What clients have been told of θ as a round opens: nothing before the first, then a delta of each."""
-    return Sent(state.model.theta, ()) if state.sent is None else state.sent.after(state.sent.theta, delta)
+def _next(state: State, delta: int) -> DownlinkState:
+    """The downlink state when a round opens: empty before the first round, then with one more delta."""
+    return DownlinkState(state.model.theta, ()) if state.sent is None else state.sent.append(state.sent.theta, delta)
 
 
-def _parts(rows: list[Flown]) -> Parts:
-    """The mean round's seconds, by what a place of the cohort was used for."""
+def _parts(rows: list[Arrivals]) -> Parts:
+    """Seconds of the mean round, by the activity of a place in the cohort."""
     last = rows[-1].air
     clock = last.clock.copy()
-    for flight in last.flights:  # they have used their places up to now
+    for flight in last.flights:  # these clients have used their places until now
         clock.cancel(flight.number)
     trips = [*(trip for row in rows for trip in row.trips), *clock.trips()]
     now = [0.0, *(row.now or 0.0 for row in rows)]
     spans = [b - a for a, b in pairwise(now)]
-    room = sum(row.air.target * span for row, span in zip(rows, spans, strict=True))
-    each = now[-1] / len(rows) / room if room else 0.0
+    capacity = sum(row.air.target * span for row, span in zip(rows, spans, strict=True))
+    each = now[-1] / len(rows) / capacity if capacity else 0.0
     used = (
         sum(t.loaded - t.start for t in trips) * each,
         sum(t.computed - t.loaded for t in trips) * each,
@@ -350,43 +359,45 @@ def _parts(rows: list[Flown]) -> Parts:
     return Parts(*used, max(0.0, now[-1] / len(rows) - sum(used)))
 
 
-def _memory(plan: Plan, state: State, engine: InProcess, flights: Flights, lanes: int, rounds: int) -> dict[str, int]:
-    """Bytes by what they are for. The sum: float64, one more digit than are kept, for blocks of unlike size."""
+def _memory(
+    plan: Plan, state: State, engine: InProcessEngine, flights: FlightTotals, lanes: int, rounds: int
+) -> dict[str, int]:
+    """Bytes by purpose. The sum has float64 digits, one more than are kept, for blocks of different sizes."""
     model, layout = state.model, engine.layout
     theta = layout.d * layout.dtype.itemsize
-    births = max(flights.versions) + 1
-    digits = 1 if getattr(plan.aggregator, "sum", "exact") == "float" else places(layout.dtype) + 1
-    told = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters})
+    versions = max(flights.versions) + 1
+    digits = 1 if plan.aggregator.sum == "float" else places(layout.dtype) + 1
+    shared = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters})
     parts = sum(nbytes(tensors) for tensors in state.server.values())
     row = nbytes(plan.memory(layout))
-    heard = flights.heard + (flights.heard * (rounds - len(flights.up))) // len(flights.up)
+    participants = flights.participants + (flights.participants * (rounds - len(flights.up))) // len(flights.up)
     return {
-        "model": told + nbytes(model.fixed) + (0 if plan.downlink == Identity() else theta),
-        "versions": (births - 1) * (told + parts),
+        "model": shared + nbytes(model.fixed) + (0 if plan.downlink == Identity() else theta),
+        "versions": (versions - 1) * (shared + parts),
         "optimizer": nbytes(state.optimizer),
         "parts": parts,
-        "sum": 8 * (layout.d + layout.b) * digits * births,
+        "sum": 8 * (layout.d + layout.b) * digits * versions,
         "chunk": 6 * theta * lanes,
-        "clients": row * min(engine.population.clients, heard),
+        "clients": row * min(engine.population.clients, participants),
     }
 
 
-# what would help
+# changes that shorten a round
 
 
-def _help(training: Rounds, flights: Flights) -> Help | None:
-    """What would make a round shorter: no waiting, or fewer bytes; None where neither is what takes the time."""
+def _help(training: Training, flights: FlightTotals) -> Help | None:
+    """A change that shortens a round: less waiting or fewer bytes; None if neither takes most of the time."""
     parts = flights.parts
     if parts is None:
         return None
     if parts.waiting > max(parts.link, parts.compute):
         k = max(1, round(_mean(flights.started) / 10))
-        return None if training.plan.pace.flies_on else _tried(training, pace=Buffered(k))
+        return None if training.plan.pace.asynchronous else _tried(training, pace=Buffered(k))
     if parts.link <= parts.compute:
         return None
-    mostly = "codec" if parts.upload >= parts.download else "downlink"
+    slower = "codec" if parts.upload >= parts.download else "downlink"
     best: Help | None = None
-    for slots in ((mostly,), ("codec", "downlink")):
+    for slots in ((slower,), ("codec", "downlink")):
         for codec in LADDER:
             found = _tried(training, **{slot: _for(slot, codec) for slot in slots})
             if found is not None and found.enough:
@@ -397,21 +408,21 @@ def _help(training: Rounds, flights: Flights) -> Help | None:
 
 
 def _for(slot: str, codec: Codec) -> Codec:
-    """The codec as a slot takes it: what a downlink loses is in its next delta without a memory."""
-    return codec.codec if slot == "downlink" and isinstance(codec, Feedback) else codec
+    """The codec for a slot. A downlink needs no error memory, because its next delta contains the error."""
+    return codec.codec if slot == "downlink" and isinstance(codec, ErrorFeedback) else codec
 
 
-def _tried(training: Rounds, **slots: Any) -> Help | None:
-    """Rounds of the plan with other parts in some slots; None where they do not fit it, or are no shorter."""
-    engine, layout = here(training), training.task.layout
+def _tried(training: Training, **slots: Any) -> Help | None:
+    """The plan with other parts in some slots; None if they do not fit or do not shorten the messages."""
+    engine, layout = local_engine(training), training.task.layout
     for slot in slots.keys() - {"pace"}:
-        if slots[slot].nbytes(layout) >= getattr(training.plan.at(engine), slot).nbytes(layout):
+        if slots[slot].nbytes(layout) >= getattr(training.plan, slot).nbytes(layout):
             return None
     try:
-        plan = dataclasses.replace(training.plan, **slots).at(engine)
+        plan = bind(dataclasses.replace(training.plan, **slots), engine)
         server = {**training.state.server, "codec": plan.codec.server(layout)}
         state = dataclasses.replace(training.state, server=server)
-        flights = flown(plan, state, engine, training.settings.rounds, TRIED)
+        flights = simulate(plan, state, engine, training.settings.rounds, TRIED)
     except UsageError:
         return None
     parts = flights.parts

@@ -1,7 +1,9 @@
-"""A learning rate by a range test: the same short training from the same start at many rates.
+"""Find a learning rate by a range test: run the same short training from the same model at many rates.
 
-atoll lr --which local          the clients' rate
-atoll lr --which server         the server's
+    atoll lr --which local          the learning rate of the clients
+    atoll lr --which server         the learning rate of the server
+
+Tests: tests/surface/test_tools.py.
 """
 
 from __future__ import annotations
@@ -17,44 +19,49 @@ from typing import Any, Literal
 
 import torch
 
+from atoll.base.errors import RunError, UsageError, unknown_name
+from atoll.base.random import Key
 from atoll.data.clients import Clients, offsets_of
-from atoll.engine.inprocess import InProcess
-from atoll.engine.memory import Memory
-from atoll.errors import RunError, UsageError, unknown_name
-from atoll.experiment import Experiment
-from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.plan import Plan, State, step
-from atoll.rng import Key
-from atoll.schedule import Schedule
-from atoll.tools.again import training_of, write
-from atoll.training import Rounds, Settings, judge
+from atoll.engine.client_state import Memory
+from atoll.engine.inprocess import InProcessEngine
+from atoll.plan.local import Gradient, Train
+from atoll.plan.plan import Plan
+from atoll.plan.round import bind, step
+from atoll.plan.schedule import Schedule
+from atoll.plan.state import State
+from atoll.tools.rebuild import training_of, write_output
+from atoll.training.experiment import Experiment
+from atoll.training.rounds import Training, evaluate
+from atoll.training.settings import Settings
 
 Which = Literal["local", "server"]
 
 LOW, HIGH = 1e-4, 10.0
-A_DECADE = 4  # rates tried in each power of ten
+A_DECADE = 4  # rates per power of ten
 MARGIN = 3.0
 CLIENTS, ROWS = 8, 256
-STEPS = 40  # of the optimizer, in each short training, about
+STEPS = 40  # approximate number of optimizer steps in each short training
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a range test found.
+    """The result of a range test.
 
     Args:
-        which: whose rate, "local" or "server".
-        suggestion: the rate with the lowest loss among those up to a third of the edge.
-        rates: that were tried, rising.
-        losses: after the short training at each rate, mean over the rows used; infinite where it went astray.
-        start: loss before it.
-        now: the plan's own rate in round 0.
-        edge: the lowest rate above the best one that loses half of what that one gained; None where none did.
-        steepest: where the loss falls fastest by log rate, the rule of the paper; None where it falls nowhere.
-        rounds: of each short training, over `clients` clients and `rows` rows.
-        plan: the plan with the suggestion in it.
-        line: what to write: a flag for an experiment, else the plan.
-        plot: a PNG of losses over rates; None where none was drawn.
+        which: the kind of rate, "local" or "server".
+        suggestion: the suggested rate: the one with the lowest loss among the rates up to a third of the edge.
+        rates: the tested rates, ascending.
+        losses: the loss after the short training at each rate, mean over the rows used; infinite if it diverged.
+        start: the loss before the short training.
+        now: the rate of the plan in round 0.
+        edge: the lowest rate above the best one that loses half of the best one's gain; None if there is none.
+        steepest: the rate at which the loss falls fastest by log rate, the rule of the paper; None if it never falls.
+        rounds: the number of rounds of each short training.
+        clients: the number of clients of each short training.
+        rows: the number of rows of these clients.
+        plan: the plan with the suggested rate.
+        line: the line to write: a flag for an experiment, else the plan.
+        plot: the PNG of losses over rates; None if no plot was requested.
     """
 
     which: str
@@ -73,7 +80,7 @@ class Finding:
     plot: Path | None = None
 
     def text(self) -> str:
-        """What there is to say, line by line."""
+        """Format the result as text: a table of rates and losses, and the suggestion."""
         top = max((x for x in self.losses if math.isfinite(x) and x <= 2 * self.start), default=self.start)
         lines = [
             f"loss after {self.rounds} rounds on {self.clients} clients, {self.rows} rows; {self.start:.4g} before",
@@ -91,20 +98,23 @@ class Finding:
         return "\n".join(lines + ([f"plot: {self.plot}"] if self.plot else []))
 
 
-def find(experiment: Experiment, which: Which = "local", out: Path | None = None) -> Finding:
-    """The learning rate to try for an experiment, by a range test on its own data; see `sweep`.
+def find_rate(experiment: Experiment, which: Which = "local", out: Path | None = None) -> Finding:
+    """Suggest a learning rate for an experiment by a range test on its data; see `sweep`.
 
     Args:
-        experiment: what was told.
-        which: "local", the clients' rate, or "server".
-        out: where the plot goes: a folder, or a .png file; None draws none.
+        experiment: the experiment.
+        which: the rate to vary: "local", that of the clients, or "server".
+        out: the place of the plot: a folder or a .png file; None draws no plot.
     Returns:
-        The finding; its `line` is a flag of `atoll run`.
+        the result; its `line` is a flag of `atoll run`.
+    Raises:
+        UsageError: the plan has no such rate.
+        RunError: no rate lowers the loss.
     """
-    it = experiment.settled()
+    it = experiment.resolved()
     found = _swept(training_of(it, evaluate_every=0), which, rates(it.plan(), which))
     found = replace(found, line=_flag(it, found))
-    return found if out is None else replace(found, plot=draw(found, out))
+    return found if out is None else replace(found, plot=draw_rates(found, out))
 
 
 def sweep(
@@ -116,25 +126,28 @@ def sweep(
     *,
     tried: Sequence[float] | None = None,
 ) -> Finding:
-    """A learning rate range test: the same short training at each of many rates, from the same start.
+    """Learning rate range test: run the same short training at each of many rates, from the same model.
 
-    L(r) = loss after a few rounds at rate r, on the rows trained on; L₀ = loss before
-    r* = argmin { L(r) : r ≤ edge / 3, L(r) < L₀ },   or edge / 3 where there is none
-    edge = min { r > argmin L : L(r) > (L₀ + min L) / 2, or not finite }: half of what was gained is lost again
+    L(r) = loss after a few rounds at rate r, on the training rows; L₀ = loss before
+    r* = argmin { L(r) : r ≤ edge / 3, L(r) < L₀ },   or edge / 3 if this set is empty
+    edge = min { r > argmin L : L(r) > (L₀ + min L) / 2, or not finite }: half of the gain is lost again
 
-    The margin of 3 is for what a short training does not see: a rate that is best for some rounds may lie just under
-    one that diverges later. The paper raises the rate within one training and reads off where the loss falls fastest;
-    here every rate has a training of its own, since clients start anew from the server in every round; the point of
-    steepest fall is told beside it. At most 8 clients, drawn by key, and 256 rows of each take part, about 40 steps.
+    The margin of 3 allows for the shortness of the test: a rate that is best for some rounds may lie just below one
+    that diverges later. The paper raises the rate within one training and takes the rate at which the loss falls
+    fastest. Here each rate has its own training, because clients restart from the server's model in every round. The
+    result also contains the paper's rate as `steepest`. A training uses at most 8 clients, drawn by key, 256 rows of
+    each, and about 40 steps.
 
     Args:
-        model: a name, a module, or a function that makes one.
+        model: a model name, a module, or a function that returns a module.
         data: the clients.
-        plan: the algorithm; what its schedules do after round 0 is left aside.
-        settings: of the training; seed, dtype, loss, numerics and init count.
-        which: "local", the clients' rate, or "server".
-        tried: rates, rising, > 0; None: four in each power of ten from 1e-4 to 10, and past both ends as far as it
-            takes to have a tenth and ten times the plan's own.
+        plan: the algorithm. Each tested rate is constant: schedules after round 0 are ignored.
+        settings: the settings of the training; seed, dtype, loss, numerics and init are used.
+        which: the rate to vary: "local", that of the clients, or "server".
+        tried: the rates to test, ascending, > 0. None is four rates per power of ten from 1e-4 to 10, extended so that
+            a tenth and ten times the plan's own rate are included.
+    Returns:
+        the result; its `line` is the plan with the suggested rate.
     Raises:
         UsageError: the plan has no such rate.
         RunError: no rate lowers the loss.
@@ -146,12 +159,12 @@ def sweep(
 
     Reference: Smith, Cyclical Learning Rates for Training Neural Networks, 2017, section 3.3.
     """
-    training = Rounds(model, data, plan, replace(settings, evaluate_every=0))
+    training = Training(model, data, plan, replace(settings, evaluate_every=0))
     return _swept(training, which, tuple(tried) if tried is not None else rates(plan, which))
 
 
 def rates(plan: Plan, which: Which) -> tuple[float, ...]:
-    """The rates to try: four a decade, to two digits, from 1e-4 to 10 and around the plan's own.
+    """The rates to test: four per decade, rounded to two digits, from 1e-4 to 10 and around the plan's own rate.
 
     Example:
         >>> from atoll.recipes import fedavg
@@ -165,31 +178,30 @@ def rates(plan: Plan, which: Which) -> tuple[float, ...]:
 
 
 def rate_of(plan: Plan, which: Which) -> float:
-    """The plan's own rate in round 0.
+    """The rate of the plan in round 0.
 
     Raises:
         UsageError: the plan has no such rate.
     """
     if which not in ("local", "server"):
         raise unknown_name("rate", which, ("local", "server"))
-    holder: Any = plan.optimizer if which == "server" else plan.local
-    if which == "local" and not isinstance(plan.local, Custom):
-        holder = getattr(plan.local, "optimizer", None)
-    lr = getattr(holder, "lr", None)
+    local = plan.local
+    holder: Any = plan.optimizer if which == "server" else local if local.optimizer is None else local.optimizer
+    lr = holder.lr
     if lr is None:
         raise UsageError(
             f"{holder if which == 'server' else plan.local!r} has no learning rate.",
-            f"a {which} part with one.",
-            "its clients send gradients, and only the server makes steps."
+            f"a {which} part with a learning rate.",
+            "clients of this plan send gradients, and only the server makes steps."
             if isinstance(plan.local, Gradient)
-            else "there is nothing to vary.",
+            else "a range test varies this rate.",
             "atoll lr --which server" if which == "local" else "atoll lr --which local",
         )
     return float(lr(0, lr.init())) if isinstance(lr, Schedule) else float(lr)
 
 
 def with_rate(plan: Plan, which: Which, rate: float, *, keep_schedule: bool = False) -> Plan:
-    """The plan with another rate; a schedule that begins with `lr` may stay a schedule."""
+    """Replace the rate of the plan. With `keep_schedule`, a schedule with a field `lr` stays a schedule."""
 
     def put(holder: Any) -> Any:
         lr = holder.lr
@@ -202,14 +214,14 @@ def with_rate(plan: Plan, which: Which, rate: float, *, keep_schedule: bool = Fa
     local: Any = plan.local
     return replace(
         plan,
-        local=put(local) if isinstance(local, Custom) else replace(local, optimizer=put(local.optimizer)),
+        local=put(local) if local.optimizer is None else replace(local, optimizer=put(local.optimizer)),
     )
 
 
-def _swept(training: Rounds, which: Which, tried: tuple[float, ...]) -> Finding:
+def _swept(training: Training, which: Which, tried: tuple[float, ...]) -> Finding:
     now = rate_of(training.plan, which)
     data = _few(training.data, training.plan, Key(training.settings.seed).fold("lr"))
-    engine = InProcess(training.task, data, training.settings.chunk)
+    engine = InProcessEngine(training.task, data, training.settings.chunk)
     plan = _short(training.plan)
     rounds = _rounds(plan, data)
     start = _after(training, engine, plan, 0)
@@ -217,7 +229,7 @@ def _swept(training: Rounds, which: Which, tried: tuple[float, ...]) -> Finding:
     for rate in tried:
         losses.append(_after(training, engine, with_rate(plan, which, rate), rounds))
         if len(losses) > 2 and min(losses[-2:]) > 4 * start:
-            break  # two in a row far above the start: higher ones are no better
+            break  # two losses in a row far above the start: higher rates do not improve
     done = tuple(tried[: len(losses)])
     suggestion, edge = suggest(done, losses, start)
     found = with_rate(training.plan, which, suggestion, keep_schedule=True)
@@ -239,10 +251,16 @@ def _swept(training: Rounds, which: Which, tried: tuple[float, ...]) -> Finding:
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float], start: float) -> tuple[float, float | None]:
-    """The rate to try, and the edge; `sweep` has the definitions.
+    """Choose the suggested rate and the edge by the definitions of `sweep`.
 
+    Args:
+        rates: the tested rates, ascending, > 0.
+        losses: the loss at each rate.
+        start: the loss before the short training.
+    Returns:
+        the suggested rate, and the edge or None.
     Raises:
-        RunError: no loss lies below the start's.
+        RunError: no loss is below `start`.
     Example:
         >>> suggest((0.01, 0.1, 1.0, 10.0), (2.0, 1.0, 0.5, 9.0), start=2.2)
         (1.0, 10.0)
@@ -253,8 +271,8 @@ def suggest(rates: Sequence[float], losses: Sequence[float], start: float) -> tu
     if not losses[best] < start:
         raise RunError(
             f"No rate from {rates[0]:g} to {rates[-1]:g} lowers the loss; it is {start:g} at the start.",
-            "at least one that does.",
-            "the model is at a minimum already, or its loss does not depend on its parameters.",
+            "at least one rate that lowers the loss.",
+            "the model is already at a minimum, or its loss does not depend on its parameters.",
             "atoll doctor",
         )
     half = (start + losses[best]) / 2
@@ -268,7 +286,7 @@ def suggest(rates: Sequence[float], losses: Sequence[float], start: float) -> tu
 
 
 def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """Where the loss falls fastest by log rate: central differences, over finite losses."""
+    """The rate at which the loss falls fastest by log rate: central differences over finite losses."""
     slopes = [
         ((losses[i + 1] - losses[i - 1]) / math.log(rates[i + 1] / rates[i - 1]), rates[i])
         for i in range(1, len(rates) - 1)
@@ -278,31 +296,32 @@ def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     return rate if slope < 0 else None
 
 
-def _after(training: Rounds, engine: InProcess, plan: Plan, rounds: int) -> float:
-    """The loss on the rows trained on, after some rounds from the first model; infinite where it is not finite."""
+def _after(training: Training, engine: InProcessEngine, plan: Plan, rounds: int) -> float:
+    """The loss on the training rows after some rounds from the first model; infinite if it is not finite."""
     memory = Memory(plan.memory(training.task.layout))
     state = State.first(plan, training.task, training.settings.seed, memory, training.first)
+    plan = bind(plan, engine)
     try:
         for _ in range(rounds):
             state, _ = step(plan, state, engine)
     except RunError:
         return math.inf
-    loss = judge(state, engine)["held_out_loss"]
+    loss = evaluate(state, engine)["held_out_loss"]
     return loss if math.isfinite(loss) else math.inf
 
 
 def _few(data: Clients, plan: Plan, key: Key) -> Clients:
-    """Some clients, and some rows of each: as many as about ten batches, at most 256."""
+    """Select at most 8 clients and, of each, the rows of about ten batches, at most 256."""
     ids = torch.arange(data.count) if data.count <= CLIENTS else key.distinct(CLIENTS, data.count).sort().values
     some = data.only(ids)
-    batch = getattr(plan.local, "batch", None)
-    sizes = some.sizes.clamp(max=ROWS if batch is None else min(ROWS, max(32, 10 * batch)))
+    batch = plan.local.batch
+    sizes = some.sizes.clamp(max=ROWS if not batch else min(ROWS, max(32, 10 * batch)))
     picked = [some.client_rows(i)[:n] for i, n in enumerate(sizes.tolist())]
     return replace(some, order=torch.cat(picked), offsets=offsets_of(sizes), held_out=None)
 
 
 def _short(plan: Plan) -> Plan:
-    """The plan with everyone at work, and no longer at it than some steps a round."""
+    """Change the plan so that all clients participate and each makes only a few steps per round."""
     local = plan.local
     if isinstance(local, Train) and local.steps is not None:
         local = replace(local, steps=min(local.steps_at(0) or 1, STEPS // 2))
@@ -312,7 +331,7 @@ def _short(plan: Plan) -> Plan:
 
 
 def _rounds(plan: Plan, data: Clients) -> int:
-    """How many rounds make about `STEPS` steps: 3 to 20."""
+    """The number of rounds that make about `STEPS` steps: 3 to 20."""
     local = plan.local
     if not isinstance(local, (Train, Gradient)):
         return 3
@@ -324,10 +343,10 @@ def _rounds(plan: Plan, data: Clients) -> int:
 
 
 def _flag(experiment: Experiment, found: Finding) -> str:
-    """The flag that makes the experiment's plan the suggested one: the recipe with the rate in it, else the slot."""
+    """The flag that turns the experiment's plan into the suggested one: `--recipe` if possible, else `--set`."""
     holder: Any = found.plan.optimizer if found.which == "server" else found.plan.local
     slot = "plan.optimizer.lr" if found.which == "server" else "plan.local.lr"
-    if found.which == "local" and not isinstance(holder, Custom):
+    if found.which == "local" and holder.optimizer is not None:
         holder, slot = holder.optimizer, "plan.local.optimizer.lr"
     value = repr(holder.lr)
     try:
@@ -338,7 +357,7 @@ def _flag(experiment: Experiment, found: Finding) -> str:
         for word in ("lr",) if found.which == "local" else ("server_lr", "lr"):
             told = _rewritten(call, word, value)
             try:
-                if experiment.told(recipe=told).plan() == found.plan:
+                if experiment.override(recipe=told).plan() == found.plan:
                     return f"--recipe {_quoted(told)}"
             except UsageError:
                 continue
@@ -346,7 +365,7 @@ def _flag(experiment: Experiment, found: Finding) -> str:
 
 
 def _rewritten(call: ast.Call, word: str, value: str) -> str:
-    """A call with one argument replaced, wherever it stood; `lr` is the first of every recipe."""
+    """Replace one argument of a call, positional or by keyword; `lr` is the first parameter of every recipe."""
     new = ast.parse(value, mode="eval").body
     args = [new, *call.args[1:]] if call.args and word == "lr" else list(call.args)
     words = [k for k in call.keywords if k.arg != word]
@@ -359,12 +378,14 @@ def _quoted(text: str) -> str:
     return f'"{text}"' if '"' not in text else f"'{text}'"
 
 
-def draw(found: Finding, out: Path) -> Path:
-    """A PNG of the losses over the rates.
+def draw_rates(found: Finding, out: Path) -> Path:
+    """Draw a PNG of the losses over the rates.
 
     Args:
-        found: what to draw.
-        out: a folder, or a .png file.
+        found: the result to draw.
+        out: a folder or a .png file.
+    Returns:
+        the path of the file.
     """
     from matplotlib.figure import Figure
 
@@ -375,7 +396,7 @@ def draw(found: Finding, out: Path) -> Path:
     axes.semilogx(found.rates, [min(loss, top) for loss in found.losses], marker="o", color="#0072b2")
     axes.axhline(found.start, color="#999999", linestyle=":", label="loss before")
     axes.axvline(found.suggestion, color="#d55e00", label=f"suggested {found.suggestion:g}")
-    axes.axvline(found.now, color="#999999", linestyle="--", label=f"the plan's {found.now:g}")
+    axes.axvline(found.now, color="#999999", linestyle="--", label=f"rate of the plan {found.now:g}")
     if found.edge is not None:
         right = max(found.rates[-1], found.edge * 1.01)
         axes.axvspan(found.edge, right, color="#d55e00", alpha=0.15, label="too large")
@@ -384,5 +405,5 @@ def draw(found: Finding, out: Path) -> Path:
     axes.legend(frameon=False)
     data = io.BytesIO()
     figure.savefig(data)
-    write(file, data.getvalue())
+    write_output(file, data.getvalue())
     return file

@@ -1,5 +1,8 @@
-"""How contributions become one."""
+"""Aggregation: how the contributions of a round become one update.
 
-from atoll.plan.aggregate.mean import Mean, Partial, Sum
+Tests: tests/identities/test_order.py, tests/conformance/test_parts.py
+"""
 
-__all__ = ["Mean", "Partial", "Sum"]
+from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
+
+__all__ = ["Mean", "PartialSum", "Sum"]

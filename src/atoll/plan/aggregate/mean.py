@@ -1,78 +1,119 @@
-"""How contributions become one: the mean and the sum, each contribution folded once, in O(model) memory."""
+"""The mean and the sum of contributions. Each contribution is added once, in O(model) memory.
+
+Tests: tests/identities/test_order.py, tests/conformance/test_parts.py
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
-from atoll.grammar import Value
+from atoll.base.errors import UsageError
 from atoll.plan.aggregate import exact
-from atoll.plan.slots import Cohort, Contribution, Population, Tensors, Total
+from atoll.plan.pace import Sync
+from atoll.plan.protocols import (
+    Aggregator,
+    Conflict,
+    Contribution,
+    Group,
+    Ids,
+    Over,
+    Partial,
+    RoundInfo,
+    Slots,
+    SumKind,
+    Tensors,
+    Total,
+    Weights,
+)
 
 _NONE = torch.zeros((), dtype=torch.int64)
 
 
 @dataclass
-class Partial:
-    """The sum of some contributions: plain tensors, merged with another's in any order.
+class PartialSum(Partial):
+    """The sum of some contributions as plain tensors.
 
     Args:
-        means: Σ w·x by name, as digits of an exact sum (one float sum under place 0 where `sum="float"`).
-        sums: Σ x by name, likewise.
-        largest: the largest of each counter by name.
+        means: Σ w·x by name, as digits of an exact sum; with `sum="float"` one float sum at place 0.
+        sums: Σ x by name, in the same form.
+        counters: the largest of each counter by name.
         weight: Σ w, int64 `[]`.
-        arrived: how many contributions, int64 `[]`.
+        arrived: number of contributions, int64 `[]`.
     """
 
     means: dict[str, exact.Digits] = field(default_factory=dict)
     sums: dict[str, exact.Digits] = field(default_factory=dict)
-    largest: dict[str, Tensor] = field(default_factory=dict)
+    counters: dict[str, Tensor] = field(default_factory=dict)
     weight: Tensor = _NONE
     arrived: Tensor = _NONE
 
     def tensors(self) -> dict[str, Tensor]:
-        """The partial as named plain tensors: what crosses a process or a wire."""
+        """The partial as plain tensors by name, for another process."""
         out = {"weight": self.weight, "arrived": self.arrived}
         for kind, table in (("means", self.means), ("sums", self.sums)):
             out |= {f"{kind}/{n}/{place}": t for n, digits in table.items() for place, t in digits.items()}
-        return out | {f"largest/{n}": t for n, t in self.largest.items()}
+        return out | {f"counters/{n}": t for n, t in self.counters.items()}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Partial:
-        """The partial that `tensors()` was called on."""
+    def of(cls, tensors: Tensors) -> PartialSum:
+        """The partial whose `tensors()` these are."""
         out = cls(weight=tensors["weight"], arrived=tensors["arrived"])
+        tables = {"means": out.means, "sums": out.sums}
         for path, t in tensors.items():
             kind, _, rest = path.partition("/")
-            if kind == "largest":
-                out.largest[rest] = t
-            elif kind in ("means", "sums"):
+            if kind == "counters":
+                out.counters[rest] = t
+            elif kind in tables:
                 name, _, place = rest.rpartition("/")
-                getattr(out, kind).setdefault(name, {})[int(place)] = t
+                tables[kind].setdefault(name, {})[int(place)] = t
         return out
 
+    def reduce(self, group: Group) -> PartialSum:
+        """The sum over all processes. A digit that one process does not have counts as 0."""
+        mine = self.tensors()
+        spec = {n: torch.tensor([_DTYPES.index(t.dtype), *t.shape]) for n, t in mine.items()}
+        specs: dict[str, list[int]] = {}
+        for theirs in group.all_gather(spec):
+            specs |= {n: t.tolist() for n, t in theirs.items()}
+        device = next((t.device for t in mine.values() if t.dim()), self.weight.device)
+        out: dict[str, Tensor] = {}
+        for largest in (False, True):
+            names = [n for n in sorted(specs) if n.startswith("counters/") is largest]
+            tensors = [mine[n] if n in mine else _neutral(*specs[n], largest=largest, device=device) for n in names]
+            added = group.all_reduce_max(tensors) if largest else group.all_reduce_sum(tensors)
+            out |= dict(zip(names, added, strict=True))
+        return PartialSum.of(out)
 
-class _Folded(Value):
+
+_DTYPES = (torch.int64, torch.float64, torch.float32, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+def _neutral(dtype: int, *shape: int, largest: bool, device: torch.device) -> Tensor:
+    """The neutral element of a sum, or of a maximum."""
+    kind = _DTYPES[dtype]
+    value = torch.iinfo(kind).min if largest else 0
+    return torch.full(shape, value, dtype=kind, device=device if shape else "cpu")
+
+
+class _Folded(Aggregator):
     """Folding and merging, shared by the mean and the sum."""
 
     linear = True
-    weights: str
-    sum: str
 
-    def zero(self) -> Partial:
+    def zero(self) -> PartialSum:
         """The sum of no contribution."""
-        return Partial()
+        return PartialSum()
 
     def lift(self, contribution: Contribution) -> Tensor:
-        """The weight each contribution is added with, int64 `[K]`."""
+        """The weight of each contribution in the sum, int64 `[K]`."""
         return torch.ones_like(contribution.weight) if self.weights == "equal" else contribution.weight
 
-    def fold(self, partial: Partial, contribution: Contribution) -> Partial:
-        """Add K contributions, in place."""
+    def fold(self, partial: PartialSum, contribution: Contribution, ids: Ids) -> PartialSum:
+        """The sum with K more contributions, added in place."""
         weights = self.lift(contribution)
         many = weights.shape[0]
         add = exact.add if self.sum == "exact" else _add_floats
@@ -80,24 +121,35 @@ class _Folded(Value):
             add(partial.means.setdefault(name, {}), rows, weights)
         for name, rows in contribution.sums.items():
             add(partial.sums.setdefault(name, {}), rows.to(torch.float64).reshape(many, -1), torch.ones_like(weights))
-        for name, rows in contribution.largest.items():
-            _keep_largest(partial.largest, name, rows.amax(0))
+        for name, rows in contribution.counters.items():
+            _keep_largest(partial.counters, name, rows.amax(0))
         partial.weight = partial.weight + weights.sum()
         partial.arrived = partial.arrived + many
         return partial
 
-    def merge(self, a: Partial, b: Partial) -> Partial:
-        """The sum of two partials; `a` is added to in place."""
+    def merge(self, a: PartialSum, b: PartialSum) -> PartialSum:
+        """The sum of two partials. `b` is added to `a` in place.
+
+        Raises:
+            UsageError: one of them belongs to another aggregator.
+        """
+        for partial in (a, b):
+            if not isinstance(partial, PartialSum):
+                raise UsageError(
+                    f"{self!r} merges a {type(partial).__name__}.",
+                    "the partial of a `Mean` or a `Sum`.",
+                    "partials of two kinds have no common aggregate.",
+                )
         for mine, theirs in ((a.means, b.means), (a.sums, b.sums)):
             for name, digits in theirs.items():
                 exact.merge(mine.setdefault(name, {}), digits)
-        for name, rows in b.largest.items():
-            _keep_largest(a.largest, name, rows)
+        for name, rows in b.counters.items():
+            _keep_largest(a.counters, name, rows)
         a.weight, a.arrived = a.weight + b.weight, a.arrived + b.arrived
         return a
 
-    def total(self, partial: Partial) -> Total:
-        """The finished sums: float64, or what `sum="float"` has added up, as it is."""
+    def total(self, partial: PartialSum) -> Total:
+        """The finished sums in float64; with `sum="float"` in the dtype in which they were added."""
         if self.sum == "exact":
             exact.check_capacity(int(partial.weight), self)
         total = exact.total if self.sum == "exact" else _float
@@ -106,7 +158,7 @@ class _Folded(Value):
             {n: total(digits) for n, digits in partial.sums.items()},
             partial.weight,
             partial.arrived,
-            partial.largest,
+            partial.counters,
         )
 
 
@@ -114,64 +166,91 @@ class _Folded(Value):
 class Mean(_Folded):
     """The mean of the updates.
 
-    g = Σ wᵢ gᵢ / Σ wᵢ  over what arrived, or divided by what the sampler led one to expect, E Σ wᵢ = Σ chanceᵢ wᵢ
+    g = Σ wᵢ gᵢ / Σ wᵢ  over the contributions that arrived, or  g = Σ wᵢ gᵢ / E Σ wᵢ,  E Σ wᵢ = Σ chanceᵢ wᵢ
 
     Args:
-        weights: `"examples"`, wᵢ is the number of rows a client holds; `"equal"`, wᵢ = 1.
-        over: `"arrived"` divides by the weight that arrived; `"expected"` by the expected one, so that a client's
-            influence does not depend on who else came (an unbiased sum, and the one whose sensitivity is bounded).
-        sum: `"exact"`, the same bits for every order, grouping and number of workers; `"float"`, fast, order-dependent.
+        weights: `"examples"`: wᵢ is the number of rows that the client holds; `"equal"`: wᵢ = 1.
+        over: `"arrived"` divides by the weight that arrived. `"expected"` divides by the expected weight, so a client's
+            influence does not depend on which other clients participate: the sum is unbiased and has a bounded
+            sensitivity.
+        sum: `"exact"` gives the same bits for every order, grouping and number of workers; `"float"` is faster and
+            depends on the order.
+    Raises:
+        UsageError: an argument is not one of these words.
     Example:
         >>> mean = Mean(weights="equal")
+        >>> from atoll.testing import round_info
         >>> rows = Contribution({"update": torch.tensor([[1.0], [3.0]])}, {}, torch.tensor([10, 30]), {}, {})
-        >>> total = mean.total(mean.fold(mean.zero(), rows))
-        >>> mean.finish(total, None, None).means["update"]
+        >>> ids = Ids(torch.tensor([0, 1]), torch.tensor([0, 0]))
+        >>> total = mean.total(mean.fold(mean.zero(), rows, ids))
+        >>> mean.finalize(total, round_info()).means["update"]
         tensor([2.], dtype=torch.float64)
 
     Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
     """
 
-    weights: Literal["examples", "equal"] = "examples"
-    over: Literal["arrived", "expected"] = "arrived"
-    sum: Literal["exact", "float"] = "exact"
+    weights: Weights = "examples"
+    over: Over = "arrived"
+    sum: SumKind = "exact"
 
     def __post_init__(self) -> None:
         _one_of("Mean", "weights", self.weights, ("examples", "equal"))
         _one_of("Mean", "over", self.over, ("arrived", "expected"))
         _one_of("Mean", "sum", self.sum, ("exact", "float"))
 
-    def finish(self, total: Total, cohort: Cohort | None, population: Population | None) -> Total:
-        """Divide the means. Without a contribution there is none, unless it is the expected weight that divides."""
+    def finalize(self, total: Total, info: RoundInfo) -> Total:
+        """Divide the means by the weight. A round without contributions has no mean, except with `over="expected"`."""
         means = _divided(total.means, float(total.weight))
-        if self.over == "expected" and cohort is not None and population is not None:
-            held = torch.ones_like(population.sizes) if self.weights == "equal" else population.sizes
-            expected = (cohort.chance * held).sum() if cohort.chance.dim() else cohort.chance * held.sum()
+        if self.over == "expected":
+            sizes, chance = info.population.sizes, info.chance
+            weights = torch.ones_like(sizes) if self.weights == "equal" else sizes
+            expected = (chance * weights).sum() if chance.dim() else chance * weights.sum()
             nothing = torch.zeros((), dtype=torch.float64, device=expected.device)
             means["update"] = total.means.get("update", nothing) / expected
         return total._replace(means=means)
+
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        """The expected weight is unknown if the pace decides which clients count."""
+        if self.over == "expected" and slots.pace != Sync():
+            why = "fast clients count more often, and the chance of that is not known."
+            yield Conflict(f"{self!r} with {slots.pace!r}.", 'Sync(), or over="arrived".', why, "Sync()")
 
 
 @dataclass(frozen=True, repr=False)
 class Sum(_Folded):
     """The sum of the updates, as a parameter server adds gradients.
 
-    g = Σ wᵢ gᵢ.  With `Gradient()` and `"examples"` this is the gradient of the summed loss: lr must shrink as
-    data grows.
+    g = Σ wᵢ gᵢ
+
+    With `Gradient()` and `"examples"` this is the gradient of the summed loss, so the learning rate must decrease as
+    the number of rows grows.
 
     Args:
-        weights: `"examples"`, wᵢ is the number of rows a client holds; `"equal"`, wᵢ = 1.
+        weights: `"examples"`: wᵢ is the number of rows that the client holds; `"equal"`: wᵢ = 1.
         sum: `"exact"` or `"float"`, as for `Mean`.
+    Raises:
+        UsageError: an argument is not one of these words.
+    Example:
+        >>> from atoll.testing import round_info
+        >>> rows = Contribution({"update": torch.tensor([[1.0], [3.0]])}, {}, torch.tensor([10, 30]), {}, {})
+        >>> rule, ids = Sum(weights="equal"), Ids(torch.tensor([0, 1]), torch.tensor([0, 0]))
+        >>> rule.finalize(rule.total(rule.fold(rule.zero(), rows, ids)), round_info()).means["update"]
+        tensor([4.], dtype=torch.float64)
+
+    Reference: Li et al., Scaling Distributed Machine Learning with the Parameter Server, 2014.
     """
 
-    weights: Literal["examples", "equal"] = "examples"
-    sum: Literal["exact", "float"] = "exact"
+    forms_sum = True
+
+    weights: Weights = "examples"
+    sum: SumKind = "exact"
 
     def __post_init__(self) -> None:
         _one_of("Sum", "weights", self.weights, ("examples", "equal"))
         _one_of("Sum", "sum", self.sum, ("exact", "float"))
 
-    def finish(self, total: Total, cohort: Cohort | None, population: Population | None) -> Total:
-        """The update's sum as it is; everything else, such as a running mean, is still averaged."""
+    def finalize(self, total: Total, info: RoundInfo) -> Total:
+        """The update remains a sum. Everything else, such as a running mean, is averaged."""
         means = _divided(total.means, float(total.weight))
         return total._replace(means=means | {n: t for n, t in total.means.items() if n == "update"})
 
@@ -185,7 +264,7 @@ def _keep_largest(table: dict[str, Tensor], name: str, rows: Tensor) -> None:
 
 
 def _add_floats(digits: exact.Digits, rows: Tensor, weights: Tensor) -> exact.Digits:
-    """Σ w·x in the rows' own type, in whatever order it comes."""
+    """Σ w·x in the dtype of the rows, in the order of arrival."""
     batch = weights.to(rows) @ rows
     if 0 in digits:
         digits[0] += batch

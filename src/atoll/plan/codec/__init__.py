@@ -1,8 +1,11 @@
-"""What happens to an update on its way."""
+"""Codecs: compression of the update on its way to the server, and of the model on its way to the clients.
+
+Tests: tests/identities/test_codecs.py, tests/identities/test_codec_algebra.py
+"""
 
 from atoll.plan.codec.eden import Eden
 from atoll.plan.codec.entropy import Entropy
-from atoll.plan.codec.feedback import Feedback, Shift
+from atoll.plan.codec.feedback import EF21, ErrorFeedback
 from atoll.plan.codec.lowrank import LowRank
 from atoll.plan.codec.quantize import Cast, Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
@@ -10,22 +13,22 @@ from atoll.plan.codec.sparse import RandomK, TopK
 from atoll.plan.codec.stage import Chain, Codec, Identity
 from atoll.plan.codec.wire import MessageError
 
-CODECS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, Entropy, Feedback, Shift)
+CODECS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, Entropy, ErrorFeedback, EF21)
 __all__ = [
     "CODECS",
+    "EF21",
     "Cast",
     "Chain",
     "Codec",
     "Eden",
     "Entropy",
-    "Feedback",
+    "ErrorFeedback",
     "Identity",
     "LowRank",
     "MessageError",
     "Quantize",
     "RandomK",
     "Rotate",
-    "Shift",
     "Sign",
     "TopK",
 ]

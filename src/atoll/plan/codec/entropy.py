@@ -1,71 +1,75 @@
-"""Lossless: the bytes of a message, compressed by zstd."""
+"""Lossless compression of a message's bytes by zstd.
+
+Tests: tests/identities/test_codecs_entropy.py
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
-from atoll.errors import UsageError
-from atoll.layout import Layout
+from atoll.base.errors import UsageError
+from atoll.compute.layout import Layout
 from atoll.plan.codec.stage import Codec
 from atoll.plan.codec.wire import Form, MessageError
+from atoll.plan.protocols import Declared
 
 _MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 
 
 def _zstd() -> Any:
-    """The module of Python 3.14, or the same one for those before."""
+    """The zstd module of Python 3.14, or its backport for earlier versions."""
     try:
         return importlib.import_module(_MODULE)
     except ImportError:
         raise UsageError(
             f"Entropy() without the module {_MODULE}.",
             "the extra atoll[zstd].",
-            "Python has zstd of its own from 3.14 on, where it was built with it.",
+            "Python contains zstd from 3.14 on, if it was built with it.",
             "pip install 'atoll[zstd]'",
         ) from None
 
 
 @dataclass(frozen=True, repr=False)
 class Entropy(Codec):
-    """Compresses the message without loss; the last stage of a codec.
+    """Compresses the message without loss, as the last stage of a codec.
 
-    message = zstd(bytes of all stages before), or these bytes as they are where that is not longer
+    message = zstd(bytes of all preceding stages), or these bytes unchanged if the zstd frame is not shorter
 
-    The numbers stay as they are: only `to_bytes`, `from_bytes` and the bytes that are counted change. Codes take about
-    their entropy: 3.8 bits instead of 4 for `Eden(4)`, 1.5 instead of 4 for `Quantize(4, norm="l2")`, 27.6 instead of
-    32 for normal numbers. Lengths differ from client to client and tell something of what is inside; `nbytes` is the
-    longest.
+    The numbers do not change. Only `to_bytes`, `from_bytes` and the counted bytes differ. Codes need about their
+    entropy: 3.8 bits instead of 4 for `Eden(4)`, 1.5 instead of 4 for `Quantize(4, norm="l2")`, 27.6 instead of 32 for
+    normal numbers. The length of a message depends on its content, so it reveals something about the update. `nbytes`
+    is the largest possible length.
 
-    Message: as long as the form of the stages before, and then it is that message; or shorter, and then it is one zstd
-    frame with a checksum, of the fields one after another, each as rows of the first bytes of its numbers, the second
-    bytes, and so on.
+    Message: if it has the length of the preceding stages' form, it is their message, unchanged. If it is shorter, it is
+    one zstd frame with a checksum. The frame contains the fields one after another. Each field is transposed: the first
+    bytes of all its numbers, then the second bytes, and so on.
 
     Args:
-        level: zstd's, 1 (quick) to 22 (small).
+        level: of zstd, 1 (fastest) to 22 (smallest).
     Raises:
-        UsageError: the level is out of range; or zstd is not installed, which is seen once a training is built.
+        UsageError: the level is out of range. Or zstd is not installed; this is checked when a training is built.
     Example:
         >>> import torch
         >>> from atoll.plan.codec.quantize import Quantize
-        >>> from atoll.plan.codec.stage import flat
-        >>> from atoll.rng import Key
-        >>> codec = (Quantize(8) >> Entropy()).at(flat(1000))
+        >>> from atoll.plan.codec.stage import flat_layout
+        >>> from atoll.base.random import Key
+        >>> codec = (Quantize(8) >> Entropy()).bind(flat_layout(1000))
         >>> payload, side, *_ = codec.encode(torch.zeros(1, 1000), {}, {}, Key(0))
-        >>> codec.sizes(payload, side).tolist(), codec.nbytes(flat(1000))
+        >>> codec.sizes(payload, side).tolist(), codec.nbytes(flat_layout(1000))
         ([26], 1008)
 
     Reference: RFC 8878, Zstandard Compression, 2021.
     """
 
-    opens = True
-    seals = True
+    per_message = True
+    compresses = True
 
     level: int = 3
 
@@ -75,49 +79,56 @@ class Entropy(Codec):
                 f"Entropy({self.level!r}).", "a level of zstd, 1 to 22, a whole number.", write="Entropy(3)"
             )
 
-    def at(self, layout: Layout, everyone: Tensor | int | None = None) -> Self:
-        _zstd()  # not when the value is made: reading a text imports nothing
-        return super().at(layout, everyone)
+    def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Self:
+        _zstd()  # not in the constructor, since reading a plan text must import nothing
+        return super().bind(layout, total_weight, before)
 
-    def seal(self, form: Form, messages: Sequence[bytes]) -> list[bytes]:
+    def declare(self, layout: Layout) -> Mapping[str, Declared]:
+        return {"update": self.before} if self.binding else super().declare(layout)
+
+    def compress(self, form: Form, messages: Sequence[bytes]) -> list[bytes]:
         zstd = _zstd()
         parameter = zstd.CompressionParameter
         options = {parameter.compression_level: self.level, parameter.checksum_flag: 1}
         frames = [zstd.compress(_transposed(form, whole), options=options) for whole in messages]
         return [frame if len(frame) < len(whole) else whole for frame, whole in zip(frames, messages, strict=True)]
 
-    def unseal(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
-        # One of another length is no frame either: the form will refuse it.
+    def decompress(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
+        # Data of the full length or longer is no frame; the check of its length follows in `from_bytes`.
         return [self._opened(form, one, i) if len(one) < form.nbytes else one for i, one in enumerate(data)]
 
     def _opened(self, form: Form, frame: bytes, i: int) -> bytes:
         zstd = _zstd()
-        # A frame says itself how much memory it wants; one of ours never wants more than its message is long.
+        # A frame states the memory that its decoder needs. A frame that `compress` made needs at most the length
+        # of its message, so a larger demand is refused.
         window = min(max(10, (form.nbytes - 1).bit_length()), zstd.DecompressionParameter.window_log_max.bounds()[1])
         opener = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: window})
         try:
             whole = opener.decompress(frame, max_length=form.nbytes + 1)
         except zstd.ZstdError as error:
-            raise _refused(i, form, f"zstd refuses it: {error}") from None
+            raise _refused(i, form, f"zstd cannot decompress it: {error}") from None
         if len(whole) > form.nbytes:
-            raise _refused(i, form, f"it holds more than {form.nbytes} bytes")
+            raise _refused(i, form, f"it contains more than {form.nbytes} bytes")
         if not opener.eof:
             raise _refused(i, form, "it ends too early")
         if opener.unused_data or len(whole) != form.nbytes:
-            raise _refused(i, form, f"it holds {len(whole)} bytes and {len(opener.unused_data)} behind them")
+            raise _refused(i, form, f"it holds {len(whole)} bytes and {len(opener.unused_data)} more follow")
         return _transposed(form, whole, back=True)
 
 
-def _refused(i: int, form: Form, what: str) -> MessageError:
+def _refused(i: int, form: Form, subject: str) -> MessageError:
     return MessageError(
-        f"Message {i}: {what}.",
+        f"Message {i}: {subject}.",
         f"one zstd frame of {form.nbytes} bytes.",
-        "the codec and the model say how long every message is, compressed or not.",
+        "the codec and the model determine the length of every message.",
     )
 
 
 def _transposed(form: Form, whole: bytes, back: bool = False) -> bytes:
-    """The fields with the first bytes of all numbers together, then the second: exponents repeat, last bits do not."""
+    """The fields with the first bytes of all numbers, then the second bytes, and so on.
+
+    Bytes that contain exponents repeat often. Separated from the last bits, which do not repeat, they compress better.
+    """
     out, start = [], 0
     for field in (*form.side.values(), form.payload):
         part = np.frombuffer(whole, np.uint8, field.nbytes, start)

@@ -1,123 +1,144 @@
-"""Codecs with a memory: what was lost on the way is made good later."""
+"""Codecs with client memory: the compression error of one round is corrected in later rounds.
+
+Tests: tests/identities/test_codecs_memory.py, tests/rates/test_error_feedback.py
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
-from atoll.layout import Layout
-from atoll.plan.codec.stage import Chain, Codec, Encoded, arrived
+from atoll.base.errors import UsageError
+from atoll.base.names import under, without_prefix
+from atoll.base.random import Key
+from atoll.compute.layout import Layout
+from atoll.plan.codec.stage import Chain, Codec, Encoded, roundtrip
 from atoll.plan.codec.wire import Form
-from atoll.plan.slots import Tensors, Total
-from atoll.rng import Key
+from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Tensors, Total
 
 
-class _Around(Codec):
-    """What a codec around another has of that other."""
+class _Wrapper(Codec):
+    """A codec that contains another one and forwards its questions to it."""
 
-    native = True
+    needs_model_coordinates = True
 
     codec: Codec
 
-    def at(self, layout: Layout, everyone: Tensor | int | None = None) -> Self:
-        placed = super().at(layout, everyone)
-        object.__setattr__(placed, "codec", self.codec.at(layout, everyone))
-        return placed
+    def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Self:
+        # The inner codec encodes the update plus an error or minus a shift, so the bound of `before` does not hold.
+        bound = super().bind(layout, total_weight, before)
+        object.__setattr__(bound, "codec", self.codec.bind(layout, total_weight))
+        return bound
 
     @property
-    def opens(self) -> bool:  # type: ignore[override]
-        return self.codec.opens
+    def parts(self) -> tuple[Codec, ...]:
+        return (self.codec,)
 
     @property
-    def decodes(self) -> bool:  # type: ignore[override]
-        return self.codec.decodes
+    def uses_entropy(self) -> bool:
+        return self.codec.uses_entropy
+
+    def declare(self, layout: Layout) -> Mapping[str, Declared]:
+        return self.codec.declare(layout)
+
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        yield from self.codec.conflicts(slots)
 
     @property
-    def packs(self) -> bool:  # type: ignore[override]
+    def per_message(self) -> bool:
+        return self.codec.per_message
+
+    @property
+    def per_sum(self) -> bool:
+        return self.codec.per_sum
+
+    @property
+    def packs(self) -> bool:
         return self.codec.packs
 
     @property
-    def sealer(self) -> Codec | None:
-        return self.codec.sealer
+    def compressor(self) -> Codec | None:
+        return self.codec.compressor
 
-    def after(self, layout: Layout) -> Layout:
-        return self.codec.after(layout)
+    def output_layout(self, layout: Layout) -> Layout:
+        return self.codec.output_layout(layout)
 
     def form(self, layout: Layout) -> Form:
         return self.codec.form(layout)
 
-    def flaws(self, payload: Tensor | None, side: Tensors) -> None:
-        self.codec.flaws(payload, side)
+    def validate(self, payload: Tensor | None, side: Tensors) -> None:
+        self.codec.validate(payload, side)
 
-    def open(self, x: Tensor, side: Tensors) -> Tensor:
-        return self.codec.open(x, side)
+    def decode(self, x: Tensor, side: Tensors) -> Tensor:
+        return self.codec.decode(x, side)
 
-    def decode(self, x: Tensor, key: Key) -> Tensor:
-        return self.codec.decode(x, key)
+    def decode_sum(self, x: Tensor, key: Key) -> Tensor:
+        return self.codec.decode_sum(x, key)
 
     def server(self, layout: Layout) -> Tensors:
         return _inner(self.codec.server(layout))
 
-    def settle(self, total: Total, server: Tensors, key: Key) -> tuple[Total, Tensors]:  # type: ignore[override]
-        total, after = self.codec.settle(total, _outer(server), key)
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
+        total, after = self.codec.server_update(total, _outer(server), info, key)
         return total, _inner(after)
 
 
 def _inner(tensors: Tensors) -> dict[str, Tensor]:
-    return {f"codec.{name}": t for name, t in tensors.items()}
+    return under("codec.", tensors)
 
 
 def _outer(tensors: Tensors) -> dict[str, Tensor]:
-    return {n.removeprefix("codec."): t for n, t in tensors.items() if n.startswith("codec.")}
+    return without_prefix(tensors, "codec.")
 
 
 def _check_inner(part: str, codec: Any) -> None:
-    """Refuse what is no codec, is no contraction, or has a memory of its own."""
+    """Refuse a value that is no codec, a codec that is no contraction, and a codec that has its own memory."""
     if not isinstance(codec, Codec):
         raise UsageError(f"{part}({codec!r}).", "a codec.", write=f"{part}(TopK(0.01))")
-    if (tame := codec.contraction()) != codec:
+    if (contraction := codec.contraction()) != codec:
         raise UsageError(
             f"{part}({codec!r}).",
-            "a codec that brings back less error than it was given.",
-            "its error can be larger than the update, and what is kept for later would grow without end.",
-            f"{part}({tame!r})",
+            "a codec whose error is less than its input.",
+            "its error can be larger than the update, and the kept error would grow without bound.",
+            f"{part}({contraction!r})",
         )
-    if any(isinstance(stage, _Around) for stage in (codec.stages if isinstance(codec, Chain) else (codec,))):
+    if any(isinstance(stage, _Wrapper) for stage in (codec.stages if isinstance(codec, Chain) else (codec,))):
         raise UsageError(
             f"{part}({codec!r}).",
             "a codec without a memory of its own.",
-            "one memory makes good what the other has already made good.",
+            "two memories would correct the same error twice.",
             f"{part}(TopK(0.01))",
         )
 
 
 @dataclass(frozen=True, repr=False)
-class Feedback(_Around):
-    """Error feedback: what a codec loses of an update is added to the client's next one.
+class ErrorFeedback(_Wrapper):
+    """Error feedback: the compression error of an update is added to the client's next update.
 
     p = x + e,   send C(p),   e⁺ = p − Ĉ(p),   e = 0 at first
 
-    Ĉ is what the server will read. The sum of all that was sent and of e equals the sum of all that was meant; e
-    moves only if the message was accepted. With clients whose optima differ, the step has to shrink; `Shift` stands
-    a constant one.
+    Ĉ(p) is the vector that the server decodes. Σ (sent vectors) + e = Σ (updates x) at any time. e changes only if the
+    server accepts the message. If the optima of the clients differ, the learning rate has to decrease; `EF21`
+    converges with a constant one.
+
+    Client memory: `error`, e, `[d]` in the run's dtype.
 
     Args:
         codec: a contraction: `TopK`, `Sign`, `LowRank`, `Quantize`, `Eden`, `RandomK(..., unbiased=False)`, or a
             chain of them.
     Raises:
-        UsageError: the codec may enlarge an update, or has a memory of its own.
+        UsageError: the codec is no contraction, or it has its own memory.
     Example:
-        >>> from atoll.plan.codec.stage import flat
+        >>> from atoll.plan.codec.stage import flat_layout
         >>> from atoll.plan.codec.sparse import TopK
-        >>> codec, memory = Feedback(TopK(0.5)).at(flat(2)), {"error": torch.zeros(1, 2)}
+        >>> codec, memory = ErrorFeedback(TopK(0.5)).bind(flat_layout(2)), {"error": torch.zeros(1, 2)}
         >>> for _ in range(2):
         ...     payload, side, _, memory = codec.encode(torch.tensor([[3.0, 2.0]]), memory, {}, Key(0))
-        ...     codec.open(payload, side)
+        ...     codec.decode(payload, side)
         tensor([[3., 0.]])
         tensor([[0., 4.]])
 
@@ -128,48 +149,51 @@ class Feedback(_Around):
     codec: Codec
 
     def __post_init__(self) -> None:
-        _check_inner("Feedback", self.codec)
+        _check_inner("ErrorFeedback", self.codec)
 
     def memory(self, layout: Layout) -> Mapping[str, Tensor]:
         return {"error": torch.zeros(layout.d, dtype=layout.dtype)}
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
-        meant = x + memory["error"]
-        payload, side, sums, _ = self.codec.encode(meant, {}, _outer(shared), key)
-        return payload, side, sums, {"error": meant - arrived(self.codec, payload, side, key)}
+        corrected = x + memory["error"]
+        payload, side, sums, _ = self.codec.encode(corrected, {}, _outer(shared), key)
+        return payload, side, sums, {"error": corrected - roundtrip(self.codec, payload, side, key)}
 
 
 @dataclass(frozen=True, repr=False)
-class Shift(_Around):
-    """EF21: a client sends the compressed change of its update; the server keeps the mean of all clients' last ones.
+class EF21(_Wrapper):
+    """EF21: a client sends the compressed change of its update; the server averages the last updates of all clients.
 
     send C(x − h),   h⁺ = h + Ĉ(x − h);      g = Σ over all clients of w h⁺ / Σ over all clients of w
 
-    h follows x, so the error vanishes as updates settle, for clients however different and at a constant step. A
-    client that is away, or whose message is lost, stands in the mean with its last h. It needs a mean over what
-    arrived, born in the round in which it arrives: not `Sum`, not `over="expected"`, nothing stale.
+    h follows x, so the error vanishes as the updates converge. This holds for any difference between the clients, and
+    for a constant learning rate. A client that does not participate, or whose message is lost, contributes its last h
+    to the mean. EF21 needs a mean over the contributions that arrived, each in the round in which it started: not
+    `Sum`, not `over="expected"`, no late contributions.
 
-    Server state: `_sum`, float64 `[d]`, Σ w h over all clients; no client sees it.
+    Client memory: `shift`, h, `[d]` in the run's dtype.
+
+    Server state: `_sum`, float64 `[d]`, Σ w h over all clients. It is not sent to clients.
 
     Args:
-        codec: a contraction, as for `Feedback`.
+        codec: a contraction, as for `ErrorFeedback`.
     Raises:
-        UsageError: the codec may enlarge an update, or has a memory of its own.
+        UsageError: the codec is no contraction, or it has its own memory.
     Example:
         >>> from atoll.plan.codec.sparse import TopK
-        >>> Shift(TopK(0.01))
-        Shift(TopK(0.01))
+        >>> EF21(TopK(0.01))
+        EF21(TopK(0.01))
 
     Reference: Richtárik, Sokolov and Fatkhullin, EF21: A New, Simpler, Theoretically Better, and Practically Faster
         Error Feedback, 2021.
     """
 
-    remembers_everyone = True
+    averages_all_clients = True
 
     codec: Codec
 
     def __post_init__(self) -> None:
-        _check_inner("Shift", self.codec)
+        _check_inner("EF21", self.codec)
 
     def memory(self, layout: Layout) -> Mapping[str, Tensor]:
         return {"shift": torch.zeros(layout.d, dtype=layout.dtype)}
@@ -180,11 +204,21 @@ class Shift(_Around):
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
         shift = memory["shift"]
         payload, side, sums, _ = self.codec.encode(x - shift, {}, _outer(shared), key)
-        return payload, side, sums, {"shift": shift + arrived(self.codec, payload, side, key)}
+        return payload, side, sums, {"shift": shift + roundtrip(self.codec, payload, side, key)}
 
-    def settle(self, total: Total, server: Tensors, key: Key) -> tuple[Total, Tensors]:  # type: ignore[override]
-        total, after = super().settle(total, server, key)
-        held = server["_sum"] + total.means.get("update", torch.zeros_like(server["_sum"]))
-        # `finish` will divide by the weight that arrived; the mean of all is over everyone's.
-        update = held * (total.weight.to(torch.float64) / self.everyone.to(torch.float64))
-        return total._replace(means={**total.means, "update": update}), {"_sum": held, **after}
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
+        total, after = super().server_update(total, server, info, key)
+        running_sum = server["_sum"] + total.means.get("update", torch.zeros_like(server["_sum"]))
+        # `finalize` divides by the weight that arrived; this mean is over the weight of all clients.
+        update = running_sum * (total.weight.to(torch.float64) / self.total_weight.to(torch.float64))
+        return total._replace(means={**total.means, "update": update}), {"_sum": running_sum, **after}
+
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        """Only the mean over all clients that arrive in their own round divides the server's sum correctly."""
+        rule, required = slots.aggregator, "Mean() over the contributions that arrived, and a pace without late ones."
+        why = "the server keeps the mean of all clients' last updates, and no other rule divides it correctly."
+        if rule.forms_sum or not rule.linear or rule.over == "expected":
+            yield Conflict(f"{slots.codec!r} with {rule!r}.", required, why, "Mean()")
+        if slots.pace.asynchronous:
+            yield Conflict(f"{slots.codec!r} with {slots.pace!r}.", required, why, "Sync()")
+        yield from super().conflicts(slots)

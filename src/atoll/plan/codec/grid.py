@@ -1,9 +1,11 @@
-"""How a long vector is cut for work in the cache, and what is drawn and summed along it.
+"""Groups: how a long vector is cut for work in the cache, with draws and sums over the groups.
 
-A vector is cut into groups of 65,536 coordinates; the last one takes what is left over, together with the one before
-where it would have less than 4,096. The cut is a function of the length alone, and belongs to the formats: packed
-codes, rotations and buckets never cross the end of a group. Every sum here has a fixed order, so a lane's bits depend
-on nothing but the lane.
+A vector is cut into groups of 65,536 coordinates. The rest becomes the last group; if the rest has fewer than 4,096
+coordinates, it is joined to the group before it. The cut depends only on the length, and it is part of the message
+formats: packed codes, rotations and buckets never cross the end of a group. Every sum here has a fixed order, so the
+bits of a lane depend only on that lane.
+
+Tests: tests/identities/test_codec_algebra.py, tests/golden/test_codec_bytes.py
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from atoll.rng import Key, mix64
+from atoll.base.random import Key, mix64
 
 GROUP = 1 << 16
 LEAST = 1 << 12
@@ -24,7 +26,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the step of SplitMix64, as a signed 
 
 
 def group_lengths(d: int) -> tuple[tuple[int, int], ...]:
-    """(how many groups, of what length): the whole ones, then the last if it is another.
+    """(number of groups, their length): the full groups, then the last one if its length differs.
 
     Example:
         >>> group_lengths(1000), group_lengths(200_000)
@@ -37,7 +39,7 @@ def group_lengths(d: int) -> tuple[tuple[int, int], ...]:
 
 
 def groups_of(d: int) -> int:
-    """How many groups there are."""
+    """The number of groups."""
     return sum(count for count, _ in group_lengths(d))
 
 
@@ -52,7 +54,7 @@ def parts(x: Tensor) -> list[Tensor]:
 
 
 def split(x: Tensor, d: int, length: Callable[[int], int]) -> list[Tensor]:
-    """Views `[K, groups, length(n)]` of what belongs to each group of n out of d coordinates."""
+    """Views `[K, groups, length(n)]` of the numbers that belong to each group of n coordinates out of d."""
     out, start = [], 0
     for count, n in group_lengths(d):
         width = length(n)
@@ -62,15 +64,15 @@ def split(x: Tensor, d: int, length: Callable[[int], int]) -> list[Tensor]:
 
 
 def room(groups: int = 1) -> int:
-    """How many numbers to work on at a time: what fits the cache, and takes longer than to call for it."""
+    """How many numbers to process per operation: few enough for the cache, enough to outweigh the call's overhead."""
     return groups * GROUP * max(2, min(torch.get_num_threads(), 8))
 
 
 def batches(*cuts: list[Tensor], groups: int = 1) -> Iterator[tuple[Any, ...]]:
-    """Go through several cuts of the same lanes together, about `room(groups)` numbers at a time, or all off the CPU.
+    """Iterate over several cuts of the same lanes: on the CPU about `room(groups)` numbers at a time, else all at once.
 
     Yields:
-        (number of the part, which lanes, then the views `[k, g, …]` of each cut); on the CPU k or g is 1.
+        (number of the part, slice of the lanes, then the views `[k, g, …]` of each cut); on the CPU k or g is 1.
     """
     for i, views in enumerate(zip(*cuts, strict=True)):
         lanes, length, n = views[0].shape
@@ -86,7 +88,7 @@ def batches(*cuts: list[Tensor], groups: int = 1) -> Iterator[tuple[Any, ...]]:
 
 
 def words(state: Tensor, n: int) -> Tensor:
-    """n 64-bit words of the stream of each state, int64 `[..., n]`: SplitMix64, as `Key.hash` draws them."""
+    """n 64-bit words of the stream of each state, int64 `[..., n]`: SplitMix64, as in `Key.hash`."""
     return mix64(state[..., None] + _steps(n, state.device))
 
 
@@ -108,16 +110,16 @@ def dither(state: Tensor, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def signs(state: Tensor, n: int) -> Tensor:
-    """n fair signs, int8 `[..., n]`: the top bits of the bytes of n/8 words."""
+    """n signs ±1 of equal probability, int8 `[..., n]`: the top bits of the bytes of n/8 words."""
     fair: Tensor = (words(state, -(-n // 8)).view(torch.int8)[..., :n] >> 7) | 1
     return fair
 
 
 def ordered_sum(x: Tensor, columns: int = 1) -> Tensor:
-    """The sums over rows of `[..., m·columns]`, `[..., columns]`, in an order that depends on m and columns alone.
+    """The sums over m rows, `[..., m·columns]` to `[..., columns]`, in an order that depends only on m and columns.
 
-    Runs of 64 are added up side by side, then what came of them: a sum over the last axis in one go would be split
-    otherwise for one lane than for many.
+    Runs of 64 rows are added in parallel, then the results of the runs are added in the same way. `torch.sum` over the
+    last axis would split a single lane differently from several lanes.
 
     Example:
         >>> ordered_sum(torch.arange(6.0)), ordered_sum(torch.arange(6.0), columns=2)
@@ -142,7 +144,7 @@ def lane_sum(x: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def buckets(x: Tensor, size: int) -> Tensor:
-    """Rows `[..., n]` as buckets `[..., ⌈n/size⌉, size]`, zeros behind the last."""
+    """Rows `[..., n]` as buckets `[..., ⌈n/size⌉, size]`, the last one padded with zeros."""
     lack = -x.shape[-1] % size
     rows: Tensor = (pad(x, (0, lack)) if lack else x).unflatten(-1, (-1, size))
     return rows

@@ -1,12 +1,15 @@
-"""The best quantisers of a normal number, computed: centroids, thresholds and errors for 1 to 8 bits.
+"""The optimal quantisers of a normal number for 1 to 8 bits: centroids, thresholds and errors.
 
-A quantiser is best when each centroid is the mean of its cell and each threshold lies half way between two centroids
+A quantiser is optimal if each centroid is the mean of its cell and each threshold is half way between two centroids
 (Lloyd 1957, Max 1960). The symmetric one with 2ᵇ levels is found by Newton's method on the first condition,
 
     F_i(c) = c_i (Φ(t_{i+1}) − Φ(t_i)) − (φ(t_i) − φ(t_{i+1})) = 0,     t_i = (c_{i−1} + c_i)/2,  t_0 = 0,
 
-whose Jacobian has three diagonals. It starts near enough after some rounds of Lloyd's method, which sets centroids to
-means of their cells, from quantiles of a normal number with variance 3, the answer for large b.
+whose Jacobian is tridiagonal. Some rounds of Lloyd's method, which replaces each centroid by the mean of its cell, give
+a start that is near enough. Lloyd's method starts from the quantiles of a normal number with variance 3, the solution
+for large b.
+
+Tests: tests/rates/test_codec_theory.py
 """
 
 from __future__ import annotations
@@ -17,12 +20,12 @@ from itertools import pairwise
 from statistics import NormalDist
 from typing import NamedTuple
 
-LLOYD, NEWTON = 40, 8  # rounds; a test sees that the last round of each size moves nothing
+LLOYD, NEWTON = 40, 8  # rounds; a test checks that the last Newton round changes nothing, for each number of bits
 _NORMAL = NormalDist()
 
 
 class Quantiser(NamedTuple):
-    """The positive half of a symmetric quantiser: centroids, the thresholds above each but the last, and the error."""
+    """The positive half of a symmetric quantiser: centroids, the thresholds between them, and the error."""
 
     centroids: tuple[float, ...]
     thresholds: tuple[float, ...]
@@ -31,12 +34,13 @@ class Quantiser(NamedTuple):
 
 @lru_cache(maxsize=8)
 def lloyd_max(bits: int) -> Quantiser:
-    """The quantiser of a standard normal number with 2^bits levels and the least mean square error.
+    """The quantiser of a standard normal number with 2^bits levels and the smallest mean square error.
 
     Args:
         bits: 1 to 8.
     Returns:
-        E(z − Q(z))² = 1 − 2 Σ c_i² P(cell i); scaling Q so that it is unbiased costs error/(1 − error).
+        The quantiser Q, with the error E(z − Q(z))² = 1 − 2 Σ c_i² P(cell i). If Q is scaled to be unbiased, its error
+        is error/(1 − error).
     Example:
         >>> [round(c, 4) for c in lloyd_max(2).centroids]
         [0.4528, 1.5104]
@@ -52,7 +56,8 @@ def lloyd_max(bits: int) -> Quantiser:
     t = _thresholds(c)
     mass = [_NORMAL.cdf(b) - _NORMAL.cdf(a) for a, b in pairwise(t)]
     error = 1 - 2 * sum(a * a * p for a, p in zip(c, mass, strict=True))
-    # Six decimals cost nothing and are the same whatever the machine's exp and erf do in their last bits.
+    # Rounded to six decimals, the values do not depend on the last bits of the machine's exp and erf. This costs no
+    # measurable accuracy.
     return Quantiser(tuple(round(a, 6) for a in c), tuple(round(x, 6) for x in t[1:-1]), error)
 
 
@@ -71,7 +76,7 @@ def _thresholds(c: list[float]) -> list[float]:
 
 
 def _newton(c: list[float]) -> list[float]:
-    """F'(c)⁻¹ F(c): one sweep down and one up a matrix with three diagonals."""
+    """F'(c)⁻¹ F(c): one sweep down and one sweep up a tridiagonal matrix."""
     t = _thresholds(c)
     density = list(map(_density, t))
     n = len(c)

@@ -1,4 +1,7 @@
-"""Each matrix of the model as a product of two thin ones."""
+"""Low-rank compression: each matrix of the update is sent as a product of two thin matrices.
+
+Tests: tests/identities/test_codecs_memory.py, tests/rates/test_codec_theory.py
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
-from atoll.layout import Layout
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
+from atoll.compute.layout import Layout
 from atoll.plan.codec import grid
-from atoll.plan.codec.stage import Codec, Encoded, flat
+from atoll.plan.codec.stage import Codec, Encoded, flat_layout
 from atoll.plan.codec.wire import Field, Form
-from atoll.plan.slots import Tensors, Total
-from atoll.rng import Key
+from atoll.plan.protocols import RoundInfo, Tensors, Total
 
 
 class Piece(NamedTuple):
-    """One tensor of the model as it is sent: where it begins in θ, and m × n, n = 0 for one that is sent whole."""
+    """One tensor of the model: its start in θ and its shape m × n. n = 0 means that it is sent uncompressed."""
 
     start: int
     m: int
@@ -30,19 +33,19 @@ class Piece(NamedTuple):
         return self.m * max(1, self.n)
 
 
-def pieces(layout: Layout, rank: int) -> list[Piece]:
-    """The tensors of θ: those of two axes or more as matrices, where two factors are smaller than the matrix."""
+def matrices(layout: Layout, rank: int) -> list[Piece]:
+    """The tensors of θ. One of two or more axes is a matrix if its two factors are smaller than the matrix."""
     out, start = [], 0
     for entry in layout.segment("params"):
         m, n = (entry.shape[0], prod(entry.shape[1:])) if len(entry.shape) > 1 else (entry.size, 0)
-        thin = n and rank * (m + n) < m * n
-        out.append(Piece(start, m if thin else entry.size, n if thin else 0))
+        low_rank = n and rank * (m + n) < m * n
+        out.append(Piece(start, m if low_rank else entry.size, n if low_rank else 0))
         start += entry.size
     return out
 
 
 def orthonormal(p: Tensor) -> Tensor:
-    """Columns `[m, r]` made orthonormal from left to right, twice over; one that depends on those before becomes 0."""
+    """Columns `[m, r]` orthonormalised from left to right, by two passes; a linearly dependent column becomes 0."""
     columns: list[Tensor] = []
     for column in p.unbind(-1):
         before = grid.ordered_sum(column * column)
@@ -58,22 +61,23 @@ def orthonormal(p: Tensor) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class LowRank(Codec):
-    """Sends two thin factors of each matrix instead of the matrix; vectors go whole.
+    """Sends two thin factors of each matrix instead of the matrix. Vectors are sent uncompressed.
 
     P = orth(M Q),   Q' = Mᵀ P,   M̂ = P Q'ᵀ: the projection of M onto r directions;   Q from the last round's mean
 
-    One step of the power method a round, begun where the last one ended: on a matrix that stays, the error tends to
-    the energy of the singular values behind the r-th. A contraction, to be written `Feedback(LowRank(2))`. A kernel
-    of more than two axes is a matrix of its first axis by the others. A matrix goes whole where that is shorter.
+    Each round makes one step of the power method from the result of the last round. On a constant matrix the error
+    tends to the energy of the singular values after the r-th. The codec is a contraction; use it as
+    `ErrorFeedback(LowRank(2))`. A kernel of more than two axes is read as a matrix: its first axis by all others. A
+    matrix is sent uncompressed if this is shorter.
 
-    Message: for each tensor in the model's order P, m × r, then Q', n × r, or the tensor itself, in the run's type.
+    Message: for each tensor in the model's order P, m × r, then Q', n × r, or the tensor itself, in the run's dtype.
 
-    Server state: `q`, the start of the next power step, which travels with θ.
+    Server state: `q`, the start of the next power step. It is sent to clients with θ.
 
     Args:
         rank: r ≥ 1.
     Raises:
-        UsageError: the rank is no whole number ≥ 1.
+        UsageError: the rank is not an integer ≥ 1.
     Example:
         >>> layout = Layout.of(torch.nn.Linear(50, 40))
         >>> LowRank(2).nbytes(layout) / (4 * layout.d)
@@ -82,38 +86,38 @@ class LowRank(Codec):
     Reference: Vogels, Karimireddy and Jaggi, PowerSGD, 2019.
     """
 
-    opens = True
-    native = True
+    per_message = True
+    needs_model_coordinates = True
 
     rank: int
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise UsageError(
-                f"LowRank({self.rank!r}).", "a rank ≥ 1, a whole number.", "it counts directions.", "LowRank(2)"
+                f"LowRank({self.rank!r}).", "a rank ≥ 1, a whole number.", "the rank counts directions.", "LowRank(2)"
             )
 
     def _length(self, layout: Layout) -> int:
-        return sum(self.rank * (p.m + p.n) if p.n else p.m for p in pieces(layout, self.rank))
+        return sum(self.rank * (p.m + p.n) if p.n else p.m for p in matrices(layout, self.rank))
 
-    def after(self, layout: Layout) -> Layout:
-        return flat(self._length(layout), layout.dtype)
+    def output_layout(self, layout: Layout) -> Layout:
+        return flat_layout(self._length(layout), layout.dtype)
 
     def form(self, layout: Layout) -> Form:
         return Form({}, Field(layout.dtype, self._length(layout)))
 
     def server(self, layout: Layout) -> Tensors:
-        length = sum(p.n for p in pieces(layout, self.rank)) * self.rank
+        length = sum(p.n for p in matrices(layout, self.rank)) * self.rank
         return {"q": Key(0).fold("LowRank", self.rank).normal(length, layout.dtype)}
 
     def _starts(self, q: Tensor) -> list[Tensor]:
-        lengths = [p.n * self.rank for p in pieces(self.layout, self.rank)]
+        lengths = [p.n * self.rank for p in matrices(self.layout, self.rank)]
         return [part.view(-1, self.rank) for part in q.split(lengths)]
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
-        cut = list(zip(pieces(self.layout, self.rank), self._starts(shared["q"]), strict=True))
+        cut = list(zip(matrices(self.layout, self.rank), self._starts(shared["q"]), strict=True))
         rows = []
-        for lane in x:  # one by one: a product of several may add in another order than that of one
+        for lane in x:  # one by one, since a batched product may add in another order than a single product
             out = []
             for piece, q in cut:
                 whole = lane[piece.start : piece.start + piece.size]
@@ -126,11 +130,11 @@ class LowRank(Codec):
             rows.append(torch.cat(out))
         return torch.stack(rows), {}, {}, memory
 
-    def open(self, x: Tensor, side: Tensors) -> Tensor:
+    def decode(self, x: Tensor, side: Tensors) -> Tensor:
         out = x.new_empty(len(x), self.layout.d)
         for lane, target in zip(x, out, strict=True):
             start = 0
-            for piece in pieces(self.layout, self.rank):
+            for piece in matrices(self.layout, self.rank):
                 into = target[piece.start : piece.start + piece.size]
                 length = self.rank * (piece.m + piece.n) if piece.n else piece.m
                 sent = lane[start : start + length]
@@ -142,15 +146,15 @@ class LowRank(Codec):
                 start += length
         return out
 
-    def settle(self, total: Total, server: Tensors, key: Key) -> tuple[Total, Tensors]:  # type: ignore[override]
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         update = total.means.get("update")
         if update is None:
             return total, server
         after = []
-        for piece, q in zip(pieces(self.layout, self.rank), self._starts(server["q"]), strict=True):
+        for piece, q in zip(matrices(self.layout, self.rank), self._starts(server["q"]), strict=True):
             if piece.n:
                 matrix = update[piece.start : piece.start + piece.size].view(piece.m, piece.n)
                 new = orthonormal(matrix.T @ orthonormal(matrix @ q.to(matrix.dtype))).to(q.dtype)
-                # A direction in which nothing was seen keeps its start.
+                # A direction in which the update is 0 keeps its start.
                 after.append(torch.where((new == 0).all(0), q, new).flatten())
         return total, {"q": torch.cat(after) if after else server["q"]}

@@ -1,13 +1,15 @@
-"""Small whole numbers in few bits, and rising ones in fewer.
+"""Bit packing: small integers in few bits each, and increasing indices in fewer.
 
-Codes of b bits are cut into planes of 1, 2, 4 or 8 bits, 13 = 1 + 4 + 8, lowest bits first. In a plane of width w a
-byte holds 8/w codes, and byte j holds codes j, W + j, 2W + j, …, from its lowest bits up, where W is the number of
-bytes: whole runs are shifted and joined at once. Three-valued codes go five to a byte, in base 3, likewise in runs.
-What is left over in the last bytes is 0.
+Codes of b bits are cut into planes of 1, 2, 4 or 8 bits, lowest bits first: 13 = 1 + 4 + 8. In a plane of width w one
+byte contains 8/w codes. Byte j contains the codes j, W + j, 2W + j, …, from its lowest bits up, where W is the number
+of bytes. So whole runs of codes are shifted and joined by one operation. Codes with three values are packed five per
+byte, in base 3, also in runs. Unused places in the last bytes are 0.
 
-k rising indices below d are kept as Elias and Fano do: of each the lowest l = ⌊log₂(d/k)⌋ bits as codes, and for the
-rest a row of bits in which the i-th 1 stands at place (indexᵢ ≫ l) + i. That is at most l + 2 bits an index, a length
-that is known beforehand, and within .6 bits of the entropy.
+k increasing indices below d are packed by the code of Elias and Fano. The lowest l = ⌊log₂(d/k)⌋ bits of each index are
+packed as codes. The higher bits become a row of bits whose i-th 1 is at position (indexᵢ ≫ l) + i. This needs at most
+l + 2 bits per index, within .6 bits of the entropy, and the length is known in advance.
+
+Tests: tests/identities/test_codecs.py, tests/golden/test_codec_bytes.py
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-TERNARY = 0  # the "bits" of three-valued codes
+TERNARY = 0  # the value of `bits` that stands for codes with three values
 
 
 def planes(bits: int) -> list[tuple[int, int]]:
@@ -36,14 +38,14 @@ def planes(bits: int) -> list[tuple[int, int]]:
 
 
 def packed_length(n: int, bits: int) -> int:
-    """How many bytes n codes take."""
+    """The number of bytes of n packed codes."""
     if bits == TERNARY:
         return -(-n // 5)
     return sum(-(-n * width // 8) for _, width in planes(bits))
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes in few bits.
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes into few bits each.
 
     Args:
         codes: int32 `[..., n]`, in [0, 2^bits), or in [0, 3) for `TERNARY`.
@@ -51,7 +53,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 `[..., packed_length(n, bits)]`.
     Example:
-        >>> pack(torch.tensor([1, 2, 3, 0, 1], dtype=torch.int32), 2).tolist()
+        >>> pack_bits(torch.tensor([1, 2, 3, 0, 1], dtype=torch.int32), 2).tolist()
         [29, 2]
     """
     if bits == TERNARY:
@@ -64,14 +66,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     out = []
     for low, width in planes(bits):
         plane = codes if bits == width else (codes >> low).bitwise_and_((1 << width) - 1)
-        if width < 8:  # no two runs share a bit, so their sum is their union
+        if width < 8:  # no two runs share a bit, so their sum equals their bitwise or
             plane = (_runs(plane, 8 // width) << _shifts(width, codes.device)).sum(-2, dtype=torch.int32)
         out.append(plane.to(torch.uint8))
     return out[0] if len(out) == 1 else torch.cat(out, -1)
 
 
-def unpack(packed: Tensor, n: int, bits: int) -> Tensor:
-    """The n codes that were packed, int32 `[..., n]`."""
+def unpack_bits(packed: Tensor, n: int, bits: int) -> Tensor:
+    """The n codes in packed bytes, int32 `[..., n]`: the inverse of `pack_bits`."""
     if bits == TERNARY:
         byte = packed.to(torch.int32).flatten()
         runs = byte.new_empty(*packed.shape[:-1], 5, packed.shape[-1])
@@ -99,34 +101,34 @@ def _trits(device: torch.device) -> tuple[Tensor, ...]:
 
 @lru_cache(maxsize=16)
 def _shifts(width: int, device: torch.device) -> Tensor:
-    """How far each run of a plane is shifted, uint8 `[8/width, 1]`."""
+    """The shift of each run of a plane, uint8 `[8/width, 1]`."""
     return torch.arange(0, 8, width, dtype=torch.uint8, device=device)[:, None]
 
 
 def _runs(codes: Tensor, count: int) -> Tensor:
-    """Codes `[..., n]` as so many runs `[..., count, ⌈n/count⌉]`, zeros behind."""
+    """Codes `[..., n]` as runs `[..., count, ⌈n/count⌉]`, padded with zeros."""
     lack = -codes.shape[-1] % count
     runs: Tensor = (pad(codes, (0, lack)) if lack else codes).unflatten(-1, (count, -1))
     return runs
 
 
 def _split(k: int, d: int) -> tuple[int, int]:
-    """(l, the number of bits in the row) for k indices below d."""
+    """(l, the number of bits in the row of higher bits) for k indices below d."""
     low = (d // k).bit_length() - 1
     return low, k + ((d - 1) >> low)
 
 
 def index_length(k: int, d: int) -> int:
-    """How many bytes k rising indices below d take."""
+    """The number of bytes of k packed indices below d."""
     low, row = _split(k, d)
     return (packed_length(k, low) if low else 0) + packed_length(row, 1)
 
 
 def pack_index(index: Tensor, d: int) -> Tensor:
-    """Rising indices in few bits.
+    """Pack increasing indices into few bits each.
 
     Args:
-        index: int64 `[K, k]`, each row rising, in [0, d).
+        index: int64 `[K, k]`, each row increasing, in [0, d).
         d: the length of the vector they point into.
     Returns:
         uint8 `[K, index_length(k, d)]`.
@@ -141,27 +143,27 @@ def pack_index(index: Tensor, d: int) -> Tensor:
     low, length = _split(k, d)
     row = index.new_zeros((len(index), length), dtype=torch.int32)
     row.scatter_(1, (index >> low) + torch.arange(k, device=index.device), 1)
-    high = pack(row, 1)
-    return torch.cat((pack((index & ((1 << low) - 1)).to(torch.int32), low), high), -1) if low else high
+    high = pack_bits(row, 1)
+    return torch.cat((pack_bits((index & ((1 << low) - 1)).to(torch.int32), low), high), -1) if low else high
 
 
 def unpack_index(packed: Tensor, k: int, d: int) -> Tensor:
-    """The indices that were packed, int64 `[K, k]`."""
+    """The indices in packed bytes, int64 `[K, k]`: the inverse of `pack_index`."""
     low, length = _split(k, d)
     size = packed_length(k, low) if low else 0
-    row = unpack(packed[..., size:], length, 1)
+    row = unpack_bits(packed[..., size:], length, 1)
     place = torch.nonzero_static(row, size=len(packed) * k)[:, 1].view(-1, k)
     high = place - torch.arange(k, device=packed.device)
-    return (high << low) | unpack(packed[..., :size], k, low).long() if low else high
+    return (high << low) | unpack_bits(packed[..., :size], k, low).long() if low else high
 
 
 def index_flaws(packed: Tensor, k: int, d: int) -> Tensor:
-    """Which rows are not k rising indices below d, bool `[K]`."""
+    """Whether each row is not a packing of k increasing indices below d, bool `[K]`."""
     low, length = _split(k, d)
     size = packed_length(k, low) if low else 0
-    bad = unpack(packed[..., size:], length, 1).sum(-1) != k
+    bad = unpack_bits(packed[..., size:], length, 1).sum(-1) != k
     first = torch.arange(k, device=packed.device)[None]
     index = unpack_index(torch.where(bad[:, None], pack_index(first, d), packed), k, d)
     bad |= (index.diff(dim=-1) <= 0).any(-1) | (index >= d).any(-1)
-    again = pack_index(torch.where(bad[:, None], first, index), d)
-    return bad | (again != packed).any(-1)
+    repacked = pack_index(torch.where(bad[:, None], first, index), d)
+    return bad | (repacked != packed).any(-1)

@@ -1,4 +1,7 @@
-"""The randomised Hadamard rotation: whatever the vector, its coordinates become normal numbers of one size."""
+"""The randomised Hadamard rotation: the coordinates of a rotated vector are nearly normal numbers of one scale.
+
+Tests: tests/identities/test_codecs.py, tests/identities/test_codec_algebra.py
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.plan.codec import grid
 from atoll.plan.codec.stage import Codec, Encoded
-from atoll.plan.slots import Tensors
-from atoll.rng import Key
+from atoll.plan.protocols import Tensors
 
 BLOCK = 4096
-TILE = 2  # groups turned at a time: a step works on half of the numbers
+TILE = 2  # groups per transform: each step adds one half of the numbers to the other half
 
 
 class Hadamard:
-    """The Hadamard transform of order m along the middle axis of `[rows, m, columns]`, in a buffer kept for it.
+    """The Hadamard transform of order m along the middle axis of `[rows, m, columns]`, in a buffer that is reused.
 
-    H₁ = 1,  H₂ₘ = (Hₘ Hₘ ; Hₘ −Hₘ), not normalised: only additions, so the bits are the same on every machine.
+    H₁ = 1,  H₂ₘ = (Hₘ Hₘ ; Hₘ −Hₘ), not normalised. It uses additions only, so every machine computes the same bits.
     """
 
     def __init__(self, rows: int, m: int, columns: int, like: Tensor) -> None:
@@ -38,11 +41,11 @@ class Hadamard:
 
 
 class Geometry:
-    """How a group of n coordinates is rotated in blocks of m = min(block, the largest power of two ≤ n).
+    """The blocks in which a group of n coordinates is rotated, of order m = min(block, the largest power of two ≤ n).
 
-    The first m·⌊n/m⌋ coordinates, seen as `[m, columns]`, are turned column by column. If some are left over, the last
-    m coordinates are turned once more, together, so that every coordinate is mixed with m others, nothing is padded and
-    the whole stays orthogonal.
+    The first m·⌊n/m⌋ coordinates, read as `[m, columns]`, are rotated column by column. If m does not divide n, the
+    last m coordinates (the window) are then rotated together. So every coordinate is mixed with m others, nothing is
+    padded, and the whole transform is orthogonal.
     """
 
     def __init__(self, n: int, block: int | None) -> None:
@@ -60,10 +63,10 @@ class Rotation:
     R = (window ∘ columns), each of them H·diag(±1)/√m
 
     Args:
-        state: what the signs are drawn from, int64: `[K]` for a rotation of each lane's own, `[]` for one of all.
+        state: of the random stream of signs, int64: `[K]` if each lane has its own rotation, `[]` if all share one.
         d: the length of the vectors.
-        block: the order of the blocks, a power of two; None for as large as the whole vector allows.
-        like: a tensor of the dtype and on the device to work with.
+        block: the order of the blocks, a power of two; None: the largest that the whole vector allows.
+        like: a tensor with the dtype and the device of the computation.
     """
 
     def __init__(self, state: Tensor, d: int, block: int | None, like: Tensor) -> None:
@@ -72,7 +75,7 @@ class Rotation:
         lengths = [d] if block is None else [n for _, n in grid.group_lengths(d)]
         self.geometry = [Geometry(n, block) for n in lengths]
         self._whole = block is None
-        # One draw of signs serves every group; those of the window are others.
+        # All groups use the same drawn signs; the window has signs of its own.
         first, second = grid.words(state.reshape(-1), 2).unbind(-1)
         signs = grid.signs(first, max(at.body for at in self.geometry))
         self._signs = [_scaled(signs[:, None, : at.body], at.m, like.dtype) for at in self.geometry]
@@ -82,31 +85,31 @@ class Rotation:
         self._buffers: dict[tuple[int, int, int], Hadamard] = {}
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """Lanes `[K, d]` as views `[K, groups, n]`, one a geometry."""
+        """Lanes `[K, d]` as views `[K, groups, n]`, one per geometry."""
         return [x[:, None]] if self._whole else grid.parts(x)
 
     def forward(self, rows: Tensor, lanes: slice, part: int) -> Tensor:
-        """Rows `[k, g, n]` of one part, turned; overwritten by the next call of the same shape."""
+        """The rotated rows `[k, g, n]` of one part. The next call with the same shape overwrites them."""
         at = self.geometry[part]
         work = self._buffer(rows, at.m, at.columns)
         signs = self._of(self._signs[part], lanes)
         torch.mul(rows[..., : at.body], signs, out=work.values.view(*rows.shape[:-1], at.body))
-        turned = work.run().view(*rows.shape[:-1], at.body)
+        rotated = work.run().view(*rows.shape[:-1], at.body)
         if not at.ragged:
-            return turned
-        whole = torch.cat((turned, rows[..., at.body :]), -1)
+            return rotated
+        whole = torch.cat((rotated, rows[..., at.body :]), -1)
         work = self._buffer(rows, at.m, 1)
         torch.mul(whole[..., at.window :], self._of(self._window, lanes), out=work.values.view(*rows.shape[:-1], at.m))
         whole[..., at.window :] = work.run().view(*rows.shape[:-1], at.m)
         return whole
 
-    def turned(self, out: Tensor, part: int) -> Tensor:
-        """Where to put the rows `[k, g, n]` that `inverse` will turn back into `out`."""
+    def rotated_rows(self, out: Tensor, part: int) -> Tensor:
+        """A buffer for the rotated rows `[k, g, n]` that `inverse` reads."""
         at = self.geometry[part]
         return torch.empty_like(out) if at.ragged else self._buffer(out, at.m, at.columns).values.view(out.shape)
 
     def inverse(self, rows: Tensor, out: Tensor, lanes: slice, part: int) -> None:
-        """Turn back into `out`, `[k, g, n]`, the rows that were put into `turned(out, part)`."""
+        """Write to `out`, `[k, g, n]`, the inverse rotation of the rows in the buffer `rotated_rows(out, part)`."""
         at, lead = self.geometry[part], out.shape[:-1]
         body = self._buffer(out, at.m, at.columns)
         if at.ragged:
@@ -115,8 +118,8 @@ class Rotation:
             rows[..., at.window :] = tail.run().view(*lead, at.m) * self._of(self._window, lanes)
             out[..., at.body :] = rows[..., at.body :]
             body.values.view(*lead, at.body).copy_(rows[..., : at.body])
-        turned = body.run().view(*lead, at.body)
-        torch.mul(turned, self._of(self._signs[part], lanes), out=out[..., : at.body])
+        unrotated = body.run().view(*lead, at.body)
+        torch.mul(unrotated, self._of(self._signs[part], lanes), out=out[..., : at.body])
 
     def _of(self, signs: Tensor, lanes: slice) -> Tensor:
         return signs if self._shared else signs[lanes]
@@ -134,40 +137,40 @@ def _scaled(signs: Tensor, m: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_block(call: str, block: Any) -> None:
-    """Refuse a block that is no power of two from 2 to 65,536 and not None, in a call that begins like this."""
+    """Refuse a block that is neither None nor a power of two from 2 to 65,536. `call` begins the text of the call."""
     if block is not None and not (type(block) is int and 2 <= block <= grid.GROUP and block.bit_count() == 1):
         raise UsageError(
             f"{call}block={block!r}).",
             f"a power of two from 2 to {grid.GROUP}, or None for the whole vector.",
-            "a Hadamard matrix is doubled from the one of half its order, and a block must fit the cache.",
+            "a Hadamard matrix of order 2m is built from one of order m, and a block must fit the cache.",
             f"{call}block={BLOCK})",
         )
 
 
 @dataclass(frozen=True, repr=False)
 class Rotate(Codec):
-    """Rotates the update at random, the same way for all clients of a round; undone once, on their sum.
+    """Rotates the update by a random rotation that all clients of a round share; the server inverts it on their sum.
 
     y = R x,   R orthogonal and keyed by the round;   Σᵢ xᵢ = Rᵀ Σᵢ yᵢ
 
-    A rotated vector has coordinates of one size, which a quantiser behind it uses to the full. The length stays.
-    Use `Eden` alone rather than behind this: it has its own rotation, another for every client.
+    The coordinates of a rotated vector have one scale, so a following quantiser uses all its levels. The length of the
+    vector does not change. Do not combine `Rotate` with `Eden`, which has its own rotation for each client.
 
     Args:
-        block: how many coordinates are mixed, a power of two from 2 to 65,536; None mixes the whole vector, which
-            leaves the cache and takes many times as long.
+        block: number of coordinates that are mixed, a power of two from 2 to 65,536; None mixes the whole vector,
+            which does not fit the cache and is many times slower.
     Raises:
-        UsageError: the block is no such number.
+        UsageError: the block is out of range or not a power of two.
     Example:
         >>> y, *_ = Rotate().encode(torch.tensor([[4.0, 0.0, 0.0, 0.0]]), {}, {}, Key(7))
-        >>> y.abs(), Rotate().decode(y, Key(7)).abs()
+        >>> y.abs(), Rotate().decode_sum(y, Key(7)).abs()
         (tensor([[2., 2., 2., 2.]]), tensor([[4., 0., 0., 0.]]))
 
     Reference: Ailon and Chazelle, The Fast Johnson–Lindenstrauss Transform, 2009; Suresh et al., Distributed Mean
         Estimation with Limited Communication, 2017.
     """
 
-    decodes = True
+    per_sum = True
 
     block: int | None = BLOCK
 
@@ -181,12 +184,12 @@ class Rotate(Codec):
             target.copy_(rotation.forward(rows, lanes, i))
         return out, {}, {}, memory
 
-    def decode(self, x: Tensor, key: Key) -> Tensor:
+    def decode_sum(self, x: Tensor, key: Key) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         rotation = Rotation(key.shared().state(), x.shape[-1], self.block, rows)
         out = torch.empty_like(rows)
-        for i, lanes, turned, target in grid.batches(rotation.parts(rows), rotation.parts(out), groups=TILE):
-            into = rotation.turned(target, i)
-            into.copy_(turned)
+        for i, lanes, rotated, target in grid.batches(rotation.parts(rows), rotation.parts(out), groups=TILE):
+            into = rotation.rotated_rows(target, i)
+            into.copy_(rotated)
             rotation.inverse(into, target, lanes, i)
         return out.view_as(x)

@@ -1,4 +1,7 @@
-"""Only some of the numbers: the largest of each client, or the same random ones of all."""
+"""Sparsification: send the largest coordinates of each client, or the same random coordinates of all clients.
+
+Tests: tests/identities/test_codecs.py, tests/rates/test_codec_theory.py
+"""
 
 from __future__ import annotations
 
@@ -9,35 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.errors import UsageError
-from atoll.layout import Layout
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
+from atoll.compute.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.pack import index_flaws, index_length, pack_index, unpack_index
-from atoll.plan.codec.stage import Codec, Encoded, flat
-from atoll.plan.codec.wire import Field, Form, refuse
-from atoll.plan.slots import Tensors
-from atoll.rng import Key
+from atoll.plan.codec.stage import Codec, Encoded, flat_layout
+from atoll.plan.codec.wire import Field, Form, reject
+from atoll.plan.protocols import Tensors
 
 
 def magnitude(x: Tensor) -> Tensor:
-    """|x| as whole numbers in the same order, NaN above all: the bits without the sign."""
+    """|x| as integers in the same order, NaN the largest: the bits of the float without its sign."""
     if x.dtype == torch.float64:
         return x.view(torch.int64) & (2**63 - 1)
     return x.view(torch.int32) & (2**31 - 1)
 
 
 def largest(x: Tensor, k: int, size: Callable[[Tensor], Tensor]) -> Tensor:
-    """Where the k largest of each lane are: exactly k, the earliest among equals.
+    """The positions of the k largest numbers of each lane: exactly k, the first ones among equals.
 
-    A sample says which threshold a few more than k numbers will pass; only those are looked at again. Where the sample
-    misleads, the lane is sorted out as a whole: it never changes the answer.
+    A sample gives a threshold that slightly more than k numbers reach, and only these are compared. If fewer than k
+    reach it, the whole lane is compared. The sample never changes the result.
 
     Args:
         x: `[K, d]`.
-        k: how many, 1 ≤ k ≤ d.
-        size: whole numbers to compare, of any slice of x.
+        k: 1 ≤ k ≤ d.
+        size: maps a slice of x to the integers that are compared.
     Returns:
-        int64 `[K, k]`, each row rising.
+        int64 `[K, k]`, each row increasing.
     """
     lanes, d = x.shape
     if x.device.type != "cpu" or d < grid.LEAST:
@@ -46,7 +49,7 @@ def largest(x: Tensor, k: int, size: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _keep(sizes: Tensor, k: int) -> Tensor:
-    """Where the k largest of each row are, int64 `[K, k]`, rising: all above the k-th, and the first that equal it."""
+    """Positions of the k largest of each row, int64 `[K, k]`, increasing: all above the k-th, the first equal to it."""
     last = sizes.kthvalue(sizes.shape[-1] - k + 1, dim=-1, keepdim=True).values
     above, equal = sizes > last, sizes == last
     room = k - above.sum(-1, keepdim=True)
@@ -79,45 +82,45 @@ def _check_fraction(part: str, fraction: Any) -> None:
         raise UsageError(
             f"{part}({fraction!r}).",
             "a fraction of the coordinates, 0 < fraction ≤ 1.",
-            "something has to be sent, and not more than there is.",
+            "a client sends at least one coordinate, and at most all of them.",
             f"{part}(0.01)",
         )
 
 
 @dataclass(frozen=True, repr=False)
 class TopK(Codec):
-    """Keeps the largest numbers of each client and where they stand.
+    """Sends the largest numbers of each client, and their positions.
 
-    x̂ⱼ = xⱼ for the k largest |xⱼ|, else 0;   k = max(1, round(fraction · d)), exactly; the earliest among equals
+    x̂ⱼ = xⱼ for the k largest |xⱼ|, else 0;   k = max(1, round(fraction · d)), exactly; the first ones among equals
 
-    |x̂ − x|² is the energy of the tail, at most (1 − k/d)|x|²: a contraction with a bias, to be written
-    `Feedback(TopK(0.01))` or `Shift(TopK(0.01))`.
+    |x̂ − x|² is the energy of the other coordinates, at most (1 − k/d)|x|². So TopK is a biased contraction; use it as
+    `ErrorFeedback(TopK(0.01))` or `EF21(TopK(0.01))`.
 
-    Message: the k places, rising, in at most log₂(d/k) + 2 bits each; then the k numbers, which a next stage may pack:
-    `TopK(0.01) >> Quantize(8)`.
+    Message: the k positions, increasing, in at most log₂(d/k) + 2 bits each; then the k numbers. A following stage may
+    compress the numbers: `TopK(0.01) >> Quantize(8)`.
 
     Args:
         fraction: of the coordinates, in (0, 1].
     Raises:
         UsageError: the fraction is out of range.
     Example:
-        >>> codec = TopK(0.5).at(flat(4))
+        >>> codec = TopK(0.5).bind(flat_layout(4))
         >>> payload, side, *_ = codec.encode(torch.tensor([[0.1, -3.0, 2.0, 0.0]]), {}, {}, Key(0))
-        >>> payload, codec.open(payload, side)
+        >>> payload, codec.decode(payload, side)
         (tensor([[-3.,  2.]]), tensor([[ 0., -3.,  2.,  0.]]))
 
     Reference: Stich, Cordonnier and Jaggi, Sparsified SGD with Memory, 2018.
     """
 
-    opens = True
+    per_message = True
 
     fraction: float
 
     def __post_init__(self) -> None:
         _check_fraction("TopK", self.fraction)
 
-    def after(self, layout: Layout) -> Layout:
-        return flat(_count(self.fraction, layout.d), layout.dtype)
+    def output_layout(self, layout: Layout) -> Layout:
+        return flat_layout(_count(self.fraction, layout.d), layout.dtype)
 
     def form(self, layout: Layout) -> Form:
         k = _count(self.fraction, layout.d)
@@ -127,45 +130,46 @@ class TopK(Codec):
         index = largest(x, _count(self.fraction, x.shape[-1]), magnitude)
         return x.gather(-1, index), {"index": pack_index(index, x.shape[-1])}, {}, memory
 
-    def open(self, x: Tensor, side: Tensors) -> Tensor:
+    def decode(self, x: Tensor, side: Tensors) -> Tensor:
         index = unpack_index(side["index"], x.shape[-1], self.layout.d)
         return x.new_zeros(len(x), self.layout.d).scatter_(-1, index, x)
 
-    def flaws(self, payload: Tensor | None, side: Tensors) -> None:
+    def validate(self, payload: Tensor | None, side: Tensors) -> None:
         k, d = _count(self.fraction, self.layout.d), self.layout.d
-        refuse(
+        reject(
             index_flaws(side["index"], k, d),
-            f"the places are not {k} different ones below {d}",
-            "rising places inside the vector",
+            f"the positions are not {k} different numbers below {d}",
+            "increasing positions inside the vector",
         )
 
 
 @dataclass(frozen=True, repr=False)
 class RandomK(Codec):
-    """Keeps the same random coordinates of all clients, others every round; the numbers add up without being opened.
+    """Sends the same random coordinates of every client, new ones each round; the server adds them without decoding.
 
-    yⱼ = (d/k) x_{i(j)},   i(1) … i(k) different ones drawn from the round's key, k = max(1, round(fraction · d))
+    yⱼ = (d/k) x_{i(j)},   i(1) … i(k) different, drawn from the round's key,   k = max(1, round(fraction · d))
 
-    The coordinates are cut, as a circle from a random place on, into k stretches of one length, give or take one; of
-    each one coordinate is drawn. So all have the same chance, k/d, and to draw takes work in proportion to k:
-    E x̂ = x and E|x̂ − x|² = (d/k − 1)|x|². All clients keep the same coordinates, so their mean has that error too, of
-    the mean update: it does not fall with the number of clients. Nothing but the numbers is sent.
+    The coordinates form a circle that is cut, from a random position, into k segments whose lengths differ by at most
+    one. One coordinate of each segment is drawn. So each coordinate has the probability k/d, and the work of drawing
+    is proportional to k: E x̂ = x and E|x̂ − x|² = (d/k − 1)|x|². All clients keep the same coordinates. So the mean of
+    the clients has the same relative error, and it does not fall with the number of clients. Only the numbers are sent.
 
     Args:
         fraction: of the coordinates, in (0, 1].
-        unbiased: whether to scale by d/k. Error feedback needs a contraction: `Feedback(RandomK(0.1, unbiased=False))`.
+        unbiased: whether to scale by d/k. Error feedback needs a contraction instead:
+            `ErrorFeedback(RandomK(0.1, unbiased=False))`.
     Raises:
         UsageError: the fraction is out of range.
     Example:
-        >>> codec = RandomK(0.5).at(flat(4))
+        >>> codec = RandomK(0.5).bind(flat_layout(4))
         >>> payload, *_ = codec.encode(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), {}, {}, Key(1))
-        >>> payload, codec.decode(payload, Key(1))
+        >>> payload, codec.decode_sum(payload, Key(1))
         (tensor([[8., 6.]]), tensor([[0., 0., 6., 8.]]))
 
     Reference: Konečný and Richtárik, Randomized Distributed Mean Estimation, 2018.
     """
 
-    decodes = True
+    per_sum = True
 
     fraction: float
     unbiased: bool = True
@@ -176,25 +180,25 @@ class RandomK(Codec):
     def contraction(self) -> Codec:
         return replace(self, unbiased=False)
 
-    def after(self, layout: Layout) -> Layout:
-        return flat(_count(self.fraction, layout.d), layout.dtype)
+    def output_layout(self, layout: Layout) -> Layout:
+        return flat_layout(_count(self.fraction, layout.d), layout.dtype)
 
     def form(self, layout: Layout) -> Form:
         return Form({}, Field(layout.dtype, _count(self.fraction, layout.d)))
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
         kept = x.index_select(-1, self.support(key, x.shape[-1], x.device))
-        # A number that is not finite must not pass unseen because it is not among those that are kept.
+        # A number that is not finite must be noticed, even if its coordinate is not among the sent ones.
         worst = torch.maximum(*(one.abs() for one in torch.aminmax(x, dim=-1, keepdim=True)))
         kept = torch.where(worst.isfinite(), kept, worst)
         return (kept * (x.shape[-1] / kept.shape[-1]) if self.unbiased else kept), {}, {}, memory
 
-    def decode(self, x: Tensor, key: Key) -> Tensor:
+    def decode_sum(self, x: Tensor, key: Key) -> Tensor:
         out = x.new_zeros(*x.shape[:-1], self.layout.d)
         return out.index_copy_(-1, self.support(key, self.layout.d, x.device), x)
 
     def support(self, key: Key, d: int, device: torch.device) -> Tensor:
-        """The coordinates that are kept, int64 `[k]`, rising but for one step back where the circle closes."""
+        """The coordinates that are sent, int64 `[k]`, increasing except for one step back at the end of the circle."""
         state, k = key.shared().state().to(device), _count(self.fraction, d)
         place, *streams = grid.words(state, 1 + -(-k // grid.GROUP)).unbind()
         out = torch.empty(k, dtype=torch.int64, device=device)

@@ -1,23 +1,24 @@
-"""Codecs: what happens to an update on its way, as a chain of two-sided stages.
+"""Codecs: chains of stages that compress an update.
 
 A stage has a client's half, `encode`, and up to three halves of the server's:
 
-    open     each message as it arrives (dequantise, scatter what was kept)
-    decode   each sum of one birth (undo a rotation): linear, keyed, without state
-    settle   the round's total
+    decode          each message when it arrives (dequantise, scatter)
+    decode_sum      the sum of each model version (undo a rotation): linear, keyed, without state
+    server_update   the total of the round
 
-`a >> b` runs a first and is itself a stage. A sum of opened messages cannot be opened again, so a stage that
-decodes may not follow one that opens. Before a run a codec is told where it works, `codec.at(layout, everyone)`: how
-long the vector is, how the model lies in it, and how much all clients weigh.
+`a >> b` runs a first and is itself a stage. A sum of decoded messages cannot be decoded again per message, so a stage
+with `per_sum` may not follow one with `per_message`. Before a run `codec.bind(layout, total_weight)` gives a codec the
+facts that no message carries: the layout of the vector, Σ w over the population, and the bound of the preceding stage.
 
-What `server` gives travels to the clients with θ, but for tensors whose name, or the last part of it behind a dot,
-begins with `_`: they stay at the server, and no bytes are counted for them. Every name keeps that beginning in a chain
-(`0._sum`) and in a codec around another (`codec._sum`).
+Tensors of `server` are broadcast with θ. If the last part of a name after a dot begins with `_`, the tensor stays at
+the server and counts no bytes. Names keep this beginning in a chain (`0._sum`) and in a wrapper (`codec._sum`).
+
+Tests: tests/identities/test_codecs.py, tests/identities/test_codec_algebra.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple, Self, TypeVar
@@ -25,159 +26,170 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from atoll.errors import RunError, UsageError
-from atoll.layout import Entry, Layout
+from atoll.base.errors import RunError, UsageError
+from atoll.base.names import under, without_prefix
+from atoll.base.random import Key
+from atoll.compute.layout import Entry, Layout
 from atoll.plan.codec import wire
 from atoll.plan.codec.wire import Field, Form
-from atoll.plan.part import Part
-from atoll.plan.slots import Tensors, Total
-from atoll.rng import Key
+from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Stage, Tensors, Total, default
 
 T = TypeVar("T")
 Encoded = tuple[Tensor, Tensors, Tensors, Tensors]
 
 
-class Place(NamedTuple):
-    """Where a codec works: the layout of the vector it is given; Σ w over all clients there are, if somebody said."""
+class Binding(NamedTuple):
+    """The facts that `bind` gives to a stage.
+
+    Args:
+        layout: of the vector that the stage encodes.
+        total_weight: Σ w over the population, if it is known.
+        before: the declaration of the vector that the stage receives.
+    """
 
     layout: Layout
-    everyone: Tensor | None
+    total_weight: Tensor | None
+    before: Declared
 
 
-def flat(d: int, dtype: torch.dtype = torch.float32) -> Layout:
+def flat_layout(d: int, dtype: torch.dtype = torch.float32) -> Layout:
     """The layout of a plain vector of d numbers.
 
     Example:
-        >>> flat(8).d
+        >>> flat_layout(8).d
         8
     """
     return Layout((Entry("x", (d,), dtype, "params"),), dtype)
 
 
-class Codec(Part):
-    """The defaults of a stage: nothing is changed, nothing is kept. `a >> b` is a chain.
+class Codec(Stage):
+    """The base of codec stages: the identity without state. `a >> b` is a chain.
 
-    Every method works on the last axis of lanes `[K, d]`, one row a client.
+    Every method works on the last axis of `[K, d]`, one row per client.
     """
 
-    opens = False  # the server must open each message: its payloads do not add up
-    decodes = False  # the server must decode each sum
-    packs = False  # the payload is packed: no other stage can work on its numbers
-    seals = False  # it works on the bytes of the whole message, not on numbers
-    native = False  # it needs the model's own coordinates, the same ones every round
-    remembers_everyone = False  # the server adds to a mean over all clients, those that are away included
-    place: Place | None = None
+    compresses = False  # the stage works on the bytes of the whole message, not on numbers
+    binding: Binding | None = None
 
-    def at(self, layout: Layout, everyone: Tensor | int | None = None) -> Self:
-        """The same codec, told where it works; as a value it is equal.
+    def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Self:
+        """The same codec with the facts that no message carries. As a value it is equal.
 
         Args:
-            layout: of the vector that it is given.
-            everyone: Σ w over all clients there are, as the aggregator weighs them; only `Shift` asks for it.
+            layout: of the vector that the codec encodes.
+            total_weight: Σ w over the population, as the aggregator weighs clients; only `EF21` needs it.
+            before: the declaration of the vector that the codec receives; None: no bound is known.
         """
-        placed = copy(self)
-        object.__setattr__(placed, "place", Place(layout, None if everyone is None else torch.as_tensor(everyone)))
-        return placed
+        bound = copy(self)
+        weight = None if total_weight is None else torch.as_tensor(total_weight)
+        before = before or Declared(layout.d, layout.dtype, "mean")
+        object.__setattr__(bound, "binding", Binding(layout, weight, before))
+        return bound
+
+    @default
+    def packs(self) -> bool:
+        """Whether the payload is packed, so that no other stage can compute with its numbers."""
+        return False
 
     @property
     def layout(self) -> Layout:
-        """The layout of the vector that it is given.
+        """The layout of the vector that the codec encodes.
 
         Raises:
-            RunError: nobody said.
+            RunError: the codec is not bound.
         """
-        return self._known(self.place and self.place.layout, "how long its vector is", "codec.at(layout)")
+        return self._require(self.binding and self.binding.layout, "layout", "codec.bind(layout)")
 
     @property
-    def everyone(self) -> Tensor:
-        """Σ w over all clients there are.
+    def total_weight(self) -> Tensor:
+        """Σ w over the population.
 
         Raises:
-            RunError: nobody said.
+            RunError: the codec is not bound, or not with a total weight.
         """
-        known = self.place and self.place.everyone
-        return self._known(known, "how much all clients weigh", "codec.at(layout, everyone)")
+        known = self.binding and self.binding.total_weight
+        return self._require(known, "total weight of all clients", "codec.bind(layout, total_weight)")
 
-    def _known(self, value: T | None, what: str, write: str) -> T:
+    @property
+    def before(self) -> Declared:
+        """The declaration of the vector that the codec receives, with the bound of the preceding stage.
+
+        Raises:
+            RunError: the codec is not bound.
+        """
+        return self._require(self.binding and self.binding.before, "preceding stage", "codec.bind(layout)")
+
+    def _require(self, value: T | None, fact: str, write: str) -> T:
         if value is None:
-            raise RunError(f"{self!r} does not know {what}.", "a codec that was told.", "no message says so.", write)
+            why = f"the message itself does not carry the {fact}."
+            raise RunError(f"{self!r} has no {fact}.", f"a call of {write}.", why, write)
         return value
 
-    def after(self, layout: Layout) -> Layout:
-        """The layout of the payload's numbers, which the next stage is given."""
-        return layout
+    @default
+    def parts(self) -> tuple[Codec, ...]:
+        """The codecs that this one contains, in the order in which a client runs them."""
+        return ()
 
     def contraction(self) -> Codec:
         """This codec if E|x − C(x)|² < |x|² for every x, as error feedback needs it; else the nearest one like it."""
         return self
 
     def form(self, layout: Layout) -> Form:
-        """What a message holds."""
+        """The fields of a message."""
         return Form({}, Field(layout.dtype, layout.d))
 
-    def flaws(self, payload: Tensor | None, side: Tensors) -> None:
-        """Refuse a message that no client could have sent; the payload is None where another stage packed it.
+    def validate(self, payload: Tensor | None, side: Tensors) -> None:
+        """Refuse a message that no client of this codec sends. The payload is None if another stage packed it.
 
         Raises:
-            MessageError: which message, and what is wrong with it.
+            MessageError: names the message and the fault.
         """
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
-        """The client's half: (payload for the next stage, side tensors, sums to add, memory after)."""
+        """(payload for the next stage, side tensors, sums, memory after)."""
         return x, {}, {}, memory
 
-    def open(self, x: Tensor, side: Tensors) -> Tensor:
-        """Each message as it arrives."""
-        return x
-
-    def decode(self, x: Tensor, key: Key) -> Tensor:
-        """The sum of one birth, `[..., after]`; must be linear, and the same for every client."""
-        return x
-
     @property
-    def sealer(self) -> Codec | None:
-        """The stage that works on the bytes of its messages, if there is one."""
-        return self if self.seals else None
+    def compressor(self) -> Codec | None:
+        """The stage that compresses the bytes of whole messages, if there is one."""
+        return self if self.compresses else None
 
-    def seal(self, form: Form, messages: Sequence[bytes]) -> list[bytes]:
+    def compress(self, form: Form, messages: Sequence[bytes]) -> list[bytes]:
         """Messages as they cross a wire, none longer than before."""
         return list(messages)
 
-    def unseal(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
-        """The messages that were sealed.
+    def decompress(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
+        """The messages before `compress`.
 
         Raises:
-            MessageError: the bytes cannot have been sealed.
+            MessageError: `compress` cannot have made the bytes.
         """
         return list(data)
 
     def nbytes(self, layout: Layout) -> int:
-        """How many bytes a message has, at most; exactly so many where nothing seals it."""
+        """Bytes of a message; an upper bound if a stage compresses bytes."""
         return self.form(layout).nbytes
 
     def sizes(self, payload: Tensor, side: Tensors) -> Tensor:
-        """How many bytes the message of each lane has, int64 `[K]`."""
-        lanes = payload.shape[0]
-        if self.sealer:
+        """Bytes of the message of each client, int64 `[K]`."""
+        if self.compressor:
             return torch.tensor([len(one) for one in self.to_bytes(payload, side)], dtype=torch.int64)
-        whole = sum(t.numel() * t.element_size() for t in (payload, *side.values()))
-        return torch.full((lanes,), whole // max(1, lanes), dtype=torch.int64)
+        return super().sizes(payload, side)
 
     def to_bytes(self, payload: Tensor, side: Tensors) -> list[bytes]:
         """The message of each lane, as it crosses a wire."""
         form = self.form(self.layout)
         messages = wire.to_bytes(form, payload, side)
-        return self.sealer.seal(form, messages) if self.sealer else messages
+        return self.compressor.compress(form, messages) if self.compressor else messages
 
     def from_bytes(self, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(payload, side) of some messages, a row each.
+        """(payload, side) of some messages, one row per message.
 
         Raises:
             MessageError: the bytes are no message of this codec for this layout.
         """
         form = self.form(self.layout)
-        payload, side = wire.from_bytes(form, self.sealer.unseal(form, data) if self.sealer else data)
-        self.flaws(payload, side)
+        payload, side = wire.from_bytes(form, self.compressor.decompress(form, data) if self.compressor else data)
+        self.validate(payload, side)
         return payload, side
 
     def __rshift__(self, other: Codec) -> Chain:
@@ -185,30 +197,34 @@ class Codec(Part):
         return Chain((*mine, *(other.stages if isinstance(other, Chain) else (other,))))
 
 
-def arrived(codec: Codec, payload: Tensor, side: Tensors, key: Key) -> Tensor:
-    """What the server will make of messages, one by one: open, then decode."""
-    return codec.decode(codec.open(payload, side), key)
+def roundtrip(codec: Codec, payload: Tensor, side: Tensors, key: Key) -> Tensor:
+    """The update that the server decodes from each message by itself."""
+    return codec.decode_sum(codec.decode(payload, side), key)
 
 
 @dataclass(frozen=True, repr=False)
 class Identity(Codec):
-    """Sends the update as it is.
+    """Sends the update unchanged.
 
     Example:
         >>> Identity() >> Identity()
         Identity() >> Identity()
     """
 
+    def declare(self, layout: Layout) -> Mapping[str, Declared]:
+        return {"update": self.before} if self.binding else super().declare(layout)
+
 
 @dataclass(frozen=True, repr=False)
 class Chain(Codec):
-    """Stages one after another: to chain is to zip the stages with their states and thread the update through.
+    """Stages one after another. A client runs them from left to right, the server from right to left.
 
     Args:
         stages: in the order in which a client runs them.
     Raises:
-        UsageError: a stage that decodes stands behind one that opens, one that works on numbers behind one that packs
-            them, any behind one that seals, or one that needs the model's own coordinates behind one that changes them.
+        UsageError: a `per_sum` stage follows a `per_message` stage, a stage that computes with numbers follows one that
+            packs them, a stage follows one that compresses bytes, or a stage that needs the model's coordinates follows
+            one that changes them.
     """
 
     stages: tuple[Codec, ...]
@@ -223,33 +239,41 @@ class Chain(Codec):
                     raise UsageError(f"{a!r} >> {b!r}.", *clash, write=_instead(a, b))
 
     @property
-    def opens(self) -> bool:  # type: ignore[override]
-        return any(stage.opens for stage in self.stages)
+    def per_message(self) -> bool:
+        return any(stage.per_message for stage in self.stages)
 
     @property
-    def decodes(self) -> bool:  # type: ignore[override]
-        return any(stage.decodes for stage in self.stages)
+    def per_sum(self) -> bool:
+        return any(stage.per_sum for stage in self.stages)
 
     @property
-    def packs(self) -> bool:  # type: ignore[override]
+    def packs(self) -> bool:
         return any(stage.packs for stage in self.stages)
 
     @property
-    def native(self) -> bool:  # type: ignore[override]
-        return any(stage.native for stage in self.stages)
+    def needs_model_coordinates(self) -> bool:
+        return any(stage.needs_model_coordinates for stage in self.stages)
 
     @property
-    def remembers_everyone(self) -> bool:  # type: ignore[override]
-        return any(stage.remembers_everyone for stage in self.stages)
+    def averages_all_clients(self) -> bool:
+        return any(stage.averages_all_clients for stage in self.stages)
 
     @property
-    def sealer(self) -> Codec | None:
-        return self.stages[-1].sealer if self.stages else None
+    def compressor(self) -> Codec | None:
+        return self.stages[-1].compressor if self.stages else None
+
+    @property
+    def uses_entropy(self) -> bool:
+        return any(stage.uses_entropy for stage in self.stages)
+
+    @property
+    def parts(self) -> tuple[Codec, ...]:
+        return self.stages
 
     @property
     def _last(self) -> int:
         """The stage whose payload is the message's."""
-        return max((i for i, stage in enumerate(self.stages) if not stage.seals), default=len(self.stages) - 1)
+        return max((i for i, stage in enumerate(self.stages) if not stage.compresses), default=len(self.stages) - 1)
 
     def contraction(self) -> Codec:
         return Chain(tuple(stage.contraction() for stage in self.stages))
@@ -257,38 +281,50 @@ class Chain(Codec):
     def __repr__(self) -> str:
         return " >> ".join(map(repr, self.stages))
 
-    def at(self, layout: Layout, everyone: Tensor | int | None = None) -> Self:
-        placed = super().at(layout, everyone)
-        stages = tuple(stage.at(here, everyone) for stage, here in self._along(layout))
-        object.__setattr__(placed, "stages", stages)
-        return placed
+    def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Self:
+        bound, stages = super().bind(layout, total_weight, before), []
+        for stage, stage_layout in self._along(layout):
+            stages.append(stage.bind(stage_layout, total_weight, before))
+            before = stages[-1].declare(stage_layout).get("update")
+        object.__setattr__(bound, "stages", tuple(stages))
+        return bound
+
+    def declare(self, layout: Layout) -> Mapping[str, Declared]:
+        out: dict[str, Declared] = {}
+        for stage, stage_layout in self._along(layout):
+            out |= stage.declare(stage_layout)
+        return out or super().declare(layout)
+
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        for stage in self.stages:
+            yield from stage.conflicts(slots)
 
     def _along(self, layout: Layout) -> list[tuple[Codec, Layout]]:
         out = []
         for stage in self.stages:
             out.append((stage, layout))
-            layout = stage.after(layout)
+            layout = stage.output_layout(layout)
         return out
 
-    def after(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         for stage in self.stages:
-            layout = stage.after(layout)
+            layout = stage.output_layout(layout)
         return layout
 
     def memory(self, layout: Layout) -> Tensors:
-        return _join([stage.memory(here) for stage, here in self._along(layout)])
+        return _join([stage.memory(stage_layout) for stage, stage_layout in self._along(layout)])
 
     def server(self, layout: Layout) -> Tensors:
-        return _join([stage.server(here) for stage, here in self._along(layout)])
+        return _join([stage.server(stage_layout) for stage, stage_layout in self._along(layout)])
 
     def form(self, layout: Layout) -> Form:
-        forms = [stage.form(here) for stage, here in self._along(layout)]
+        forms = [stage.form(stage_layout) for stage, stage_layout in self._along(layout)]
         side = {f"{i}.{name}": field for i, form in enumerate(forms) for name, field in form.side.items()}
         return Form(side, forms[self._last].payload if forms else Field(layout.dtype, layout.d))
 
-    def flaws(self, payload: Tensor | None, side: Tensors) -> None:
+    def validate(self, payload: Tensor | None, side: Tensors) -> None:
         for i, stage in enumerate(self.stages):
-            stage.flaws(payload if i == self._last else None, _of(side, i))
+            stage.validate(payload if i == self._last else None, _of(side, i))
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
         sides, kept, sums = [], [], dict[str, Tensor]()
@@ -299,55 +335,56 @@ class Chain(Codec):
             sums |= more
         return x, _join(sides), sums, _join(kept)
 
-    def open(self, x: Tensor, side: Tensors) -> Tensor:
+    def decode(self, x: Tensor, side: Tensors) -> Tensor:
         for i, stage in reversed(list(enumerate(self.stages))):
-            x = stage.open(x, _of(side, i))
+            x = stage.decode(x, _of(side, i))
         return x
 
-    def decode(self, x: Tensor, key: Key) -> Tensor:
+    def decode_sum(self, x: Tensor, key: Key) -> Tensor:
         for i, stage in reversed(list(enumerate(self.stages))):
-            x = stage.decode(x, key.fold(i))
+            x = stage.decode_sum(x, key.fold(i))
         return x
 
-    def settle(self, total: Total, server: Tensors, key: Key) -> tuple[Total, Tensors]:  # type: ignore[override]
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         after: list[Tensors] = []
         for i, stage in reversed(list(enumerate(self.stages))):
-            total, kept = stage.settle(total, _of(server, i), key.fold(i))
+            total, kept = stage.server_update(total, _of(server, i), info, key.fold(i))
             after.insert(0, kept)
         return total, _join(after)
 
 
 def _join(many: list[Tensors]) -> dict[str, Tensor]:
-    return {f"{i}.{name}": t for i, tensors in enumerate(many) for name, t in tensors.items()}
+    return {name: t for i, tensors in enumerate(many) for name, t in under(f"{i}.", tensors).items()}
 
 
 def _of(tensors: Tensors, i: int) -> dict[str, Tensor]:
-    return {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
+    return without_prefix(tensors, f"{i}.")
 
 
 def _clash(a: Codec, b: Codec) -> tuple[str, str] | None:
-    """What is required, and why, where b can stand nowhere behind a."""
-    if b.native and (a.opens or a.decodes):
+    """(required, why) if b cannot follow a anywhere in a chain."""
+    if b.needs_model_coordinates and (a.per_message or a.per_sum):
         return (
-            f"{type(b).__name__} before what changes coordinates.",
-            "what it keeps belongs to the model's own coordinates; those behind are others, for every client or round.",
+            f"{type(b).__name__} before any stage that changes coordinates.",
+            "its state is in the model's own coordinates, and the coordinates after the other stage differ.",
         )
-    if a.sealer or (a.packs and not b.seals):
+    if a.compressor or (a.packs and not b.compresses):
         return (
-            "what packs at the end of a codec.",
-            "packed codes are no numbers that another stage could work on.",
+            "a stage that packs at the end of a codec.",
+            "another stage cannot compute with packed codes.",
         )
-    if a.opens and b.decodes:
+    if a.per_message and b.per_sum:
         return (
-            "stages that decode before stages that open.",
-            "the sum is decoded once, after each message was opened: what is done last is undone first.",
+            "stages with per_sum before stages with per_message.",
+            "the sum is decoded after each message, so the last stage of the client is decoded first.",
         )
     return None
 
 
 def _instead(a: Codec, b: Codec) -> str:
-    """A codec that can be built, as near as possible to a >> b, which cannot."""
-    for outer, inner in ((b, (a, getattr(b, "codec", None))), (a, (b, getattr(a, "codec", None)))):
-        if isinstance(inner[1], Codec) and not _clash(inner[0], inner[1]) and not inner[0].native:
-            return f"{type(outer).__name__}({inner[0].contraction()!r} >> {inner[1]!r})"
+    """The text of a codec that can be built, as near as possible to a >> b, which cannot be built."""
+    for outer, other in ((b, a), (a, b)):
+        for inner in outer.parts if outer.needs_model_coordinates and not isinstance(outer, Chain) else ():
+            if not _clash(other, inner) and not other.needs_model_coordinates:
+                return f"{type(outer).__name__}({other.contraction()!r} >> {inner!r})"
     return repr(a) if _clash(b, a) else f"{b!r} >> {a!r}"

@@ -1,7 +1,9 @@
 """The bytes of a message: fields one after another, little-endian, without names, lengths or padding between them.
 
-Sender and receiver know the codec and the layout, and these say how long every field is: a message is exactly as
-long as its `Form`, and whatever is longer, shorter or could not have been sent is refused before it is used.
+Sender and receiver know the codec and the layout, and these fix the length of every field. A message has exactly the
+length of its `Form`. A message that is longer or shorter, or that no client sends, is refused before it is used.
+
+Tests: tests/golden/test_codec_bytes.py, tests/identities/test_codecs.py
 """
 
 from __future__ import annotations
@@ -12,15 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.errors import AtollError
+from atoll.base.errors import AtollError
 
 
 class MessageError(AtollError):
-    """Bytes that are no message of this codec. Nothing was taken from them; the client's contribution is lost."""
+    """The bytes are no message of this codec. None of them are used, and the client's contribution is lost."""
 
 
 class Field(NamedTuple):
-    """One row of numbers a message: their type, and how many."""
+    """One field of a message: the dtype and the count of its numbers."""
 
     dtype: torch.dtype
     length: int
@@ -31,7 +33,7 @@ class Field(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What one message holds: the side fields in the order they are sent, then the payload.
+    """The fields of a message: the side fields in the order in which they are sent, then the payload.
 
     Example:
         >>> Form({"scale": Field(torch.float32, 2)}, Field(torch.uint8, 12)).nbytes
@@ -50,7 +52,7 @@ def to_bytes(form: Form, payload: Tensor, side: Mapping[str, Tensor]) -> list[by
     """The message of each lane: its side fields in the form's order, then its payload.
 
     Args:
-        form: what a message holds.
+        form: the fields of a message.
         payload: `[K, form.payload.length]`.
         side: `[K, length]` by name.
     Returns:
@@ -67,12 +69,15 @@ def to_bytes(form: Form, payload: Tensor, side: Mapping[str, Tensor]) -> list[by
 
 
 def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The tensors of some messages, by their form.
+    """The tensors in some messages of one form.
 
+    Args:
+        form: the fields of a message.
+        data: the messages.
     Returns:
-        The payload and the side tensors, a row each message.
+        The payload and the side tensors, one row per message.
     Raises:
-        MessageError: a message has another length than the form, or holds a number that is not finite.
+        MessageError: the length of a message differs from the form, or a message contains a number that is not finite.
     Example:
         >>> form = Form({}, Field(torch.float32, 1))
         >>> from_bytes(form, to_bytes(form, torch.tensor([[0.5]]), {}))[0]
@@ -83,7 +88,7 @@ def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Ten
             raise MessageError(
                 f"Message {i} has {len(one)} bytes.",
                 f"{form.nbytes} bytes.",
-                "the codec and the model say how long every message is.",
+                "the codec and the model determine the length of every message.",
             )
     whole = torch.empty(len(data), form.nbytes, dtype=torch.uint8)
     if whole.numel():
@@ -92,17 +97,17 @@ def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Ten
     sizes = [field.nbytes for field in fields.values()]
     out: dict[str, Tensor] = {}
     for (name, field), rows in zip(fields.items(), whole.split(sizes, -1), strict=True):
-        # A copy, since a float may not begin at an odd byte.
+        # A copy, since a view as floats needs an aligned start.
         out[name] = rows.clone(memory_format=torch.contiguous_format).view(field.dtype)
         if field.dtype.is_floating_point:
             bad = (~out[name].to(torch.float64).isfinite()).any(-1)
-            refuse(bad, f"{name} is not finite", "finite numbers")
+            reject(bad, f"{name} is not finite", "finite numbers")
     return out.pop("payload"), out
 
 
-def refuse(bad: Tensor, what: str, required: str) -> None:
-    """Raise for the first lane that is marked, bool `[K]`."""
+def reject(bad: Tensor, fault: str, required: str) -> None:
+    """Raise MessageError for the first marked lane; `bad` is bool `[K]`."""
     if bool(bad.any()):
         raise MessageError(
-            f"Message {bad.tolist().index(True)}: {what}.", f"{required}.", "no client of this codec sends that."
+            f"Message {bad.tolist().index(True)}: {fault}.", f"{required}.", "no client of this codec sends this."
         )

@@ -1,0 +1,355 @@
+"""Keyed randomness: every draw is a pure function of (seed, round, client, purpose).
+
+Two counter-based generators use integer tensor operations only. A client's draw therefore has the same bits on
+every engine, for any number of clients in the call, and at any position among them:
+
+    mix64       a 64-bit finaliser for permutations, coin flips and dropout: one multiply-xor chain per number
+    Philox      Philox4x32-10 for uniform and normal numbers: slower, with better statistical quality
+
+These generators give no privacy and no security: noise for privacy, masks and secure rounding come from the
+operating system.
+
+Tests: tests/golden/test_rng.py, tests/identities/test_order.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_U64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_U32 = 0xFFFFFFFF
+_FEW = 64  # for at most this count of numbers, Python integers are faster than starting a torch kernel
+_SHORT = 1 << 14  # for at most this count of words, NumPy or a dictionary is faster than torch
+
+
+def _signed(word: int) -> int:
+    """Return the two's-complement value of an unsigned 64-bit word: torch has no arithmetic on uint64."""
+    word &= _U64
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    """Shift int64 words right and fill with zeros; torch's own shift keeps the sign."""
+    return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+
+def mix64(x: Tensor) -> Tensor:
+    """Scramble 64-bit words by a bijection: the finaliser of SplitMix64.
+
+    z ← (x ⊕ x≫30)·M₁ ; z ← (z ⊕ z≫27)·M₂ ; z ⊕ z≫31   (mod 2⁶⁴)
+
+    Args:
+        x: int64 tensor of any shape, interpreted as unsigned words.
+    Returns:
+        int64 tensor of the same shape.
+    Example:
+        >>> hex(mix64(torch.tensor([1])).item() & (2**64 - 1))
+        '0x5692161d100b05e5'
+
+    Reference: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014.
+    """
+    x = stir64(x)
+    return _shift(x, 31).bitwise_xor_(x)
+
+
+def stir64(x: Tensor) -> Tensor:
+    """Compute `mix64` without its last shift. The upper 31 bits are equal, because that shift changes the lower 33.
+
+    Args:
+        x: int64 tensor of any shape, interpreted as unsigned words.
+    Returns:
+        int64 tensor of the same shape.
+    Example:
+        >>> x = torch.arange(3)
+        >>> torch.equal(stir64(x) >> 33, mix64(x) >> 33)
+        True
+    """
+    # Everything except the shifts is in place: for a long draw, new memory would cost more than the arithmetic.
+    for by, factor in ((30, _M1), (27, _M2)):
+        x = _shift(x, by).bitwise_xor_(x).mul_(_signed(factor))
+    return x
+
+
+def _mix(x: int) -> int:
+    """Compute `mix64` of a Python integer."""
+    x &= _U64
+    x = (x ^ (x >> 30)) * _M1 & _U64
+    x = (x ^ (x >> 27)) * _M2 & _U64
+    return x ^ (x >> 31)
+
+
+def philox(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
+    """Compute Philox4x32: four 32-bit words for each counter block under a 64-bit key.
+
+    Args:
+        counter: int64 `[..., 4]`, words in [0, 2³²).
+        key: int64 `[..., 2]`, words in [0, 2³²); leading axes broadcast with the counter's.
+        rounds: number of rounds; 10 is the published strength.
+    Returns:
+        int64 `[..., 4]`, words in [0, 2³²).
+    Example:
+        >>> philox(torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)).tolist()
+        [1713891541, 3781805453, 3159862348, 2600524760]
+
+    Reference: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
+    """
+    # Compute the keys of all rounds together: the time of a short draw depends on the number of operations.
+    steps = torch.tensor([(r * 0x9E3779B9, r * 0xBB67AE85) for r in range(rounds)], device=key.device)
+    keys = (key[..., None, :] + steps) & _U32
+    if counter.is_cpu and counter.numel() <= _SHORT:  # same words; a NumPy operation takes a fifth of torch's time
+        with np.errstate(over="ignore"):
+            words = _rounds(np.moveaxis(counter.numpy(), -1, 0), np.moveaxis(keys.numpy(), (-2, -1), (0, 1)))
+        return torch.from_numpy(np.stack(words, -1))
+    return torch.stack(_rounds(counter.unbind(-1), [k.unbind(-1) for k in keys.unbind(-2)]), -1)
+
+
+def _rounds(words: Any, keys: Any) -> Any:
+    c0, c1, c2, c3 = words
+    for k0, k1 in keys:
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _U32) ^ c1 ^ k0,
+            p1 & _U32,
+            ((p0 >> 32) & _U32) ^ c3 ^ k1,
+            p0 & _U32,
+        )
+    return c0, c1, c2, c3
+
+
+def _philox(block: int, word: int) -> tuple[int, int, int, int]:
+    """Compute `philox` of one block under a key of one 64-bit word, with Python integers."""
+    c0, c1, c2, c3, k0, k1 = block & _U32, block >> 32, 0, 0, word & _U32, word >> 32
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _U32, (p0 >> 32) ^ c3 ^ k1, p0 & _U32
+        k0, k1 = k0 + 0x9E3779B9 & _U32, k1 + 0xBB67AE85 & _U32
+    return c0, c1, c2, c3
+
+
+def _word(data: int | str) -> int:
+    return _name(data) if isinstance(data, str) else data & _U64
+
+
+@lru_cache(4096)
+def _name(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+@dataclass(frozen=True)
+class Key:
+    """The input of a draw: seed, purpose, round, and optionally client ids.
+
+    A key is immutable: `fold` returns a new key, and drawing does not change the key. A key with clients draws one
+    row per client, `[K, n]`; a key without clients draws one row, `[n]`. A client's row depends only on its id, not
+    on the other clients of the key.
+
+    Args:
+        seed: any integer.
+        path: the folded values, as 64-bit words, in order.
+        clients: int64 `[K]` ids, or None for a draw shared by all clients.
+    Example:
+        >>> key = Key(7).fold("order", 3)
+        >>> both = key.of(torch.tensor([4, 9])).uniform(2)
+        >>> torch.equal(both[1], key.of(torch.tensor([9])).uniform(2)[0])
+        True
+    """
+
+    seed: int
+    path: tuple[int, ...] = ()
+    clients: Tensor | None = field(default=None, compare=False)
+
+    def fold(self, *data: int | str) -> Key:
+        """Return a new key with purpose names or indices folded in, in order."""
+        return Key(self.seed, (*self.path, *map(_word, data)), self.clients)
+
+    def of(self, clients: Tensor, *also: Tensor) -> Key:
+        """Return this key for the clients with ids int64 `[K]`; each of `also`, int64 `[K]`, is mixed into the ids."""
+        for more in also:
+            clients = mix64(clients + _signed(_GOLDEN)) ^ more
+        return Key(self.seed, self.path, clients)
+
+    def starts(self, clients: Tensor, repeats: Tensor) -> Key:
+        """The same key for starts of clients. The first start of a client in a round draws as `of(clients)` does.
+
+        A further start draws other numbers. They depend on the client and on the repeat, not on the number of clients.
+
+        Args:
+            clients: client ids, int64 `[K]`.
+            repeats: 0 for the first start of a client in a round, then 1, 2, …; int64 `[K]`.
+        Example:
+            >>> ids, key = torch.tensor([4, 4]), Key(7)
+            >>> first, second = key.starts(ids, torch.tensor([0, 1])).uniform(1)
+            >>> bool(first == key.of(ids).uniform(1)[0]), bool(first == second)
+            (True, False)
+        """
+        if not bool(repeats.any()):
+            return self.of(clients)
+        further = mix64(mix64(clients + _signed(_GOLDEN)) ^ repeats)
+        return self.of(torch.where(repeats > 0, further, clients))
+
+    def select(self, index: Tensor | slice) -> Key:
+        """Return this key for some of its clients, by position; a shared key is returned unchanged."""
+        return self if self.clients is None else Key(self.seed, self.path, self.clients[index])
+
+    def to(self, device: torch.device) -> Key:
+        """Return this key with the client ids on a device; a shared key draws on the host and is returned unchanged."""
+        return self if self.clients is None else Key(self.seed, self.path, self.clients.to(device))
+
+    def only(self, k: int) -> Key:
+        """Return a shared key for the k-th client only, to seed a generator that has no per-client draws."""
+        return self.fold(k) if self.clients is None else self.shared().fold(int(self.clients[k]))
+
+    def shared(self) -> Key:
+        """Return this key without its clients: one draw for all of them."""
+        return Key(self.seed, self.path)
+
+    def word(self) -> int:
+        """Return the key without its clients as one unsigned 64-bit word."""
+        state = _mix(self.seed ^ _GOLDEN)
+        for step in self.path:
+            state = _mix((state + _GOLDEN & _U64) ^ _mix(step + _GOLDEN))
+        return state
+
+    def state(self) -> Tensor:
+        """Return the key as int64 words: `[K]` with clients, `[]` without."""
+        word = _signed(self.word())
+        if self.clients is None:
+            return torch.tensor(word, dtype=torch.int64)
+        return mix64(mix64(self.clients + _signed(_GOLDEN)) ^ word)
+
+    def hash(self, n: int) -> Tensor:
+        """Draw n 64-bit words by `mix64`, int64 `[..., n]`; faster than `bits`."""
+        state = self.state()
+        index = torch.arange(n, device=state.device)
+        return mix64(state[..., None] + (index + 1) * _signed(_GOLDEN))
+
+    def bits(self, n: int) -> Tensor:
+        """Draw n 32-bit words by Philox, int64 `[..., n]` in [0, 2³²)."""
+        if self.clients is None and n <= _FEW:
+            word = self.word()
+            return torch.tensor([c for block in range(-(-n // 4)) for c in _philox(block, word)], dtype=torch.int64)[:n]
+        state = self.state()
+        key = torch.stack((state & _U32, _shift(state, 32)), -1)[..., None, :]
+        block = torch.arange(-(-n // 4), device=state.device)
+        nil = torch.zeros_like(block)
+        counter = torch.stack((block & _U32, block >> 32, nil, nil), -1)
+        return philox(counter, key).flatten(-2)[..., :n]
+
+    def uniform(self, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Draw n numbers uniform in [0, 1), `[..., n]`: 53 random bits in float64, 24 in float32."""
+        if dtype == torch.float32:
+            return (self.bits(n) >> 8).to(dtype) * 2.0**-24
+        hi, lo = self.bits(2 * n).unflatten(-1, (n, 2)).unbind(-1)
+        word: Tensor = ((hi >> 5) << 26) + (lo >> 6)
+        return (word.to(torch.float64) * 2.0**-53).to(dtype)
+
+    def normal(self, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Draw n standard normal numbers, `[..., n]`, by Box–Muller in float64."""
+        half = -(-n // 2)
+        u, v = self.uniform(2 * half).unflatten(-1, (half, 2)).unbind(-1)
+        radius, angle = torch.sqrt(-2.0 * torch.log1p(-u)), 2.0 * math.pi * v
+        pair = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1)
+        return pair.flatten(-2)[..., :n].to(dtype)
+
+    def integers(self, n: int, high: int) -> Tensor:
+        """Draw n integers uniform in [0, high), int64 `[..., n]`; high ≤ 2⁵³ (bias below high/2⁵³)."""
+        return (self.uniform(n) * high).long().clamp_(max=high - 1)
+
+    def permutation(self, n: int) -> Tensor:
+        """Draw a permutation of 0 … n−1, int64 `[..., n]`, uniform up to ties of 64-bit words."""
+        return torch.argsort(self.hash(n), dim=-1, stable=True)
+
+    def permutations(self, sizes: Tensor, width: int) -> Tensor:
+        """Draw for each client k a permutation of 0 … sizes[k]−1, followed by sizes[k] … width−1, int64 `[K, width]`.
+
+        The first sizes[k] entries of row k equal `permutation(sizes[k])` of a key with only that client.
+        """
+        words = self.hash(width)
+        index = torch.arange(width, device=words.device)
+        return torch.argsort(words.masked_fill(index >= sizes[:, None], 2**63 - 1), dim=-1, stable=True)
+
+    def distinct(self, n: int, high: int) -> Tensor:
+        """Draw n distinct integers of [0, high), int64 `[n]`, in random order; the work grows with n, not with high."""
+        if 4 * n >= high:
+            return self.permutation(high)[:n]
+        found = torch.empty(0, dtype=torch.int64)
+        for attempt in range(64):
+            draw = torch.cat((found, self.fold("distinct", attempt).integers(2 * n + 16, high)))
+            if len(draw) <= _SHORT:
+                found = torch.tensor(list(dict.fromkeys(draw.tolist())))
+            else:
+                values, inverse = torch.unique(draw, return_inverse=True)
+                first = torch.full_like(values, len(draw)).scatter_reduce_(0, inverse, torch.arange(len(draw)), "amin")
+                found = draw[first.sort().values]
+            if len(found) >= n:
+                break
+        return found[:n]
+
+    def torch_seed(self) -> int:
+        """Return a seed in [0, 2⁶³) for a generator of torch, numpy or the user."""
+        return self.word() >> 1
+
+
+@contextmanager
+def global_scope(key: Key) -> Iterator[None]:
+    """Seed the global generators of torch, numpy and Python from a key, and restore their states on exit.
+
+    It serves code outside atoll that draws from global generators: initial weights, a user's own loop. Draws inside
+    the block depend only on the key; draws after the block do not depend on it. Generators of CUDA devices are
+    included if CUDA is initialized. Two threads must not use it at the same time, because the generators belong to
+    the process.
+
+    Args:
+        key: the source of the seed.
+    Example:
+        >>> def draw():
+        ...     with global_scope(Key(7).fold("model")):
+        ...         return torch.rand(2)
+        >>> torch.equal(draw(), draw())
+        True
+    """
+    seed = key.torch_seed()
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(gpus):
+            # torch.manual_seed would also seed devices that are not initialized yet, and that could not be restored.
+            torch.default_generator.manual_seed(seed)
+            if gpus:
+                torch.cuda.manual_seed_all(seed)
+            np.random.seed([seed & _U32, seed >> 32])
+            random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+def generator_states() -> tuple[object, ...]:
+    """The states of the global generators of torch on every device in use, of numpy and of Python.
+
+    Two equal results mean that nothing was drawn in between.
+
+    Example:
+        >>> before = generator_states()
+        >>> _ = torch.rand(1)
+        >>> before == generator_states()
+        False
+    """
+    kind, words, *rest = np.random.get_state(legacy=True)
+    on_host = torch.random.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(words).tobytes()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return *on_host, kind, rest, [state.numpy().tobytes() for state in gpus]

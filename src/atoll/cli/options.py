@@ -1,0 +1,34 @@
+"""The options that several commands share, each declared once.
+
+Tests: tests/surface/test_cli.py
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+from atoll.training.setting_texts import GROUP_NAMES, OUTPUT, RUNNING
+
+GROUPS = {name: Group.create_ordered(name) for name in GROUP_NAMES}
+
+
+def flag(group: str, help: str, name: str | None = None) -> Parameter:
+    """A flag of an experiment or of a command. Its help text states the default."""
+    return Parameter(name=name, group=GROUPS[group], help=help, show_default=False, negative_iterable="")
+
+
+def switch(group: str, help: str, variable: str, name: str | None = None) -> Parameter:
+    """A flag of a command that is off by default, and its environment variable."""
+    return Parameter(
+        name=name, group=GROUPS[group], help=help, negative="", env_var=variable, show_env_var=False, show_default=False
+    )
+
+
+Out = Annotated[str | None, flag(OUTPUT, "The parent of run folders. Default: runs.")]
+Json = Annotated[bool, switch(OUTPUT, "One JSON object on stdout.", "ATOLL_JSON", "--json")]
+Quiet = Annotated[bool, switch(OUTPUT, "No progress, only the result.", "ATOLL_QUIET")]
+Trust = Annotated[
+    bool, switch(RUNNING, "Import code that a found file or a run folder names as module:name.", "ATOLL_TRUST")
+]

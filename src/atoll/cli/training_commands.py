@@ -1,0 +1,102 @@
+"""The commands that read an experiment: `run`, `lr` and `plan`. They are loaded when one of them is called.
+
+Tests: tests/surface/test_cli.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from atoll.base.errors import UsageError
+from atoll.cli.flags import ExperimentFlags
+from atoll.cli.options import GROUPS, Json, Quiet, Trust, switch
+from atoll.training.setting_texts import RUNNING
+
+
+def run(
+    experiment: str | None = None,
+    /,
+    *,
+    flags: ExperimentFlags = ExperimentFlags(),
+    seeds: Annotated[int, switch(RUNNING, "Number of seeds. With several, mean ± sd is printed.", "ATOLL_SEEDS")] = 1,
+    smoke: Annotated[bool, switch(RUNNING, "Try each stage once, in a temporary folder.", "ATOLL_SMOKE")] = False,
+    trust: Trust = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train, and record the run. Without arguments: federated averaging on digits with 100 clients.
+
+    Parameters
+    ----------
+    experiment
+        A TOML file with settings; of a pyproject.toml, the section [tool.atoll].
+    """
+    from atoll.cli import run
+
+    it = flags.experiment(experiment, trust)
+    look = run.Look(as_json, quiet)
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}.", "at least one.", write="--seeds 5")
+    if smoke:
+        return run.smoke(it, look)
+    return run.run_training(it, look) if seeds == 1 else run.several(it, seeds, look)
+
+
+def lr(
+    experiment: str | None = None,
+    /,
+    *,
+    which: Annotated[
+        Literal["local", "server"],
+        Parameter(group=GROUPS[RUNNING], help="The learning rate of the clients (local) or of the server."),
+    ] = "local",
+    flags: ExperimentFlags = ExperimentFlags(),
+    trust: Trust = False,
+    as_json: Json = False,
+) -> int:
+    """Run a learning-rate range test, draw it, and suggest a rate. Takes the flags of run.
+
+    Parameters
+    ----------
+    experiment
+        A TOML file with settings.
+    """
+    from atoll.cli import output
+    from atoll.tools.lr import find_rate
+
+    it = flags.experiment(experiment, trust)
+    finding = find_rate(it, which, Path(it.out))
+    if as_json:
+        output.print_json({"which": which, "suggestion": finding.suggestion, "plot": str(finding.plot)})
+    else:
+        print(finding.text())
+    return 0
+
+
+def plan(
+    experiment: str | None = None,
+    /,
+    *,
+    flags: ExperimentFlags = ExperimentFlags(),
+    trust: Trust = False,
+    as_json: Json = False,
+) -> int:
+    """Predict bytes, time on the fleet's clock and memory, and suggest changes that shorten a round.
+
+    Parameters
+    ----------
+    experiment
+        A TOML file with settings.
+    """
+    from atoll.cli import output
+    from atoll.tools.forecast import forecast
+
+    prediction = forecast(flags.experiment(experiment, trust))
+    if as_json:
+        output.print_json(prediction.values())
+    else:
+        print(prediction.text())
+    return 0

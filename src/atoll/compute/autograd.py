@@ -1,0 +1,185 @@
+"""The module of the loop backend: its tensors are views of flat vectors, and clients train one after another.
+
+Tests: tests/identities/test_walk.py, tests/identities/test_numerics.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from atoll.compute.buffer_pool import empty
+from atoll.compute.layout import Layout
+
+if TYPE_CHECKING:
+    from atoll.compute.model_state import Model
+
+LossOf = Callable[[Tensor, Tensor, int, int], Tensor]
+
+MARGIN = 1024  # spare numbers before the flat gradient of the loop backend
+
+
+class FlatModule:
+    """A module whose parameters, gradients and float buffers are views of flat vectors.
+
+    The flat gradient has `MARGIN` spare numbers before it, so that values sent with it are in the same block of
+    memory. If `scale` is set, the gradient is multiplied by it.
+    """
+
+    scale: Tensor | None = None
+    taken: bool = False  # whether a hook copies each parameter's gradient during the backward pass
+    flat: bool = True  # whether the gradients are views at this moment
+
+    def __init__(self, module: nn.Module, layout: Layout) -> None:
+        self.module, self.layout = module, layout
+        theta, buffers, _ = layout.flatten(module.state_dict())
+        self.room, self.flat_buffers, self.row = theta.new_zeros(MARGIN + len(theta)), buffers, theta
+        self.gradient = self.room[MARGIN:]
+        named = dict(module.named_parameters(remove_duplicate=False))
+        self.parameters = [named[e.name] for e in layout.segment("params")]
+        self.gradients = list(layout.params(self.gradient).values())
+        for p, view in zip(self.parameters, self.gradients, strict=True):
+            p.grad = view
+        self.fixed = {e.name: dict(module.state_dict(keep_vars=True))[e.name] for e in layout.segment("fixed")}
+        moving = layout.buffers(buffers) | {e.name: self.fixed[e.name] for e in layout.counters}
+        self.moving = [
+            (module.get_submodule(owner)._buffers, leaf, moving[e.alias or e.name])
+            for e in layout.entries
+            for owner, _, leaf in [e.name.rpartition(".")]
+            if (e.alias or e.name) in moving and leaf in module.get_submodule(owner)._buffers
+        ]
+
+    def bind(self, model: Model, k: int) -> Tensor:
+        """Load client k's tensors into the module: θ as views, the rest as copies. Return the flat gradient."""
+        if not self.flat:
+            for p, view in zip(self.parameters, self.gradients, strict=True):
+                p.grad = view
+            self.flat = True
+        self.place(model.theta[k])
+        counted = {n: t[k] for n, t in model.counters.items()}
+        self.fill(model.buffers[k], {**model.fixed, **counted})
+        return self.gradient
+
+    def free(self) -> None:
+        """Set `p.grad = None`, so that autograd allocates gradients and no zeroing is needed."""
+        for p in self.parameters:
+            p.grad = None
+        self.flat = False
+
+    def place(self, row: Tensor) -> None:
+        """Make the parameters views of θ `[d]`."""
+        if row.data_ptr() != self.row.data_ptr():
+            for p, view in zip(self.parameters, self.layout.params(row).values(), strict=True):
+                p.data = view
+            self.row = row
+
+    def fill(self, buffers: Tensor, fixed: Mapping[str, Tensor]) -> None:
+        """Copy float buffers `[b]`, and counters and fixed tensors by name, into the module."""
+        for table, leaf, tensor in self.moving:
+            table[leaf] = tensor
+        with torch.no_grad():
+            self.flat_buffers.copy_(buffers)
+            for name, tensor in self.fixed.items():
+                tensor.copy_(fixed[name])
+
+    def write_buffers_back(self) -> None:
+        """If a pass replaced a buffer by another tensor, copy its values and restore the original tensor."""
+        for table, leaf, tensor in self.moving:
+            now = table[leaf]
+            if now is not tensor:
+                if now is not None:
+                    tensor.copy_(now.detach())
+                table[leaf] = tensor
+
+    def buffers(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Copy the float buffers `[b]` and the counters `[1, …]` after the last pass."""
+        self.write_buffers_back()
+        counters = {e.name: self.fixed[e.name].detach().clone()[None] for e in self.layout.counters}
+        return self.flat_buffers.clone(), counters
+
+
+class SequentialDescent:
+    """Plain gradient descent of K clients from one θ, one client after another: θ_k ← θ_k − lr ∇ℓ_k.
+
+    Each step uses the gradients that autograd allocates: they are not zeroed before a pass, not accumulated, and not
+    copied into a flat vector. The module loads a client's tensors once.
+
+    Args:
+        bound: the module.
+        model: the starting point of all clients, θ `[d]`.
+        lanes: K.
+        lr: learning rate.
+        loss: `loss(x, y, step, k)`, Σ of the losses of the rows x, y of client k in a step, by the bound module.
+    """
+
+    def __init__(self, bound: FlatModule, model: Model, lanes: int, lr: float, loss: LossOf) -> None:
+        self._bound, self._start, self._lr, self._loss = bound, model, lr, loss
+        self._fixed = {**model.fixed, **model.counters}
+        self._theta = model.theta.clone()
+        self._views = list(bound.layout.params(self._theta).values())
+        self._update = empty(model.theta, (lanes, len(model.theta)))
+        self.loss = self._loss_sum = model.theta.new_zeros(lanes)
+        self._buffers: list[Tensor] = []
+        self._counters: list[dict[str, Tensor]] = []
+
+    def follow(self, rows: Any, steps: Iterable[tuple[Tensor, tuple[int, ...]]]) -> None:
+        """Make these steps: all steps of one client before those of the next.
+
+        Args:
+            rows: of the clients, a `ClientBatch`.
+            steps: places of rows `[k, B]` and counts of the first k clients, for each step.
+        """
+        steps = list(steps)
+        for k in range(len(self.loss)):
+            own_steps = [(places[k : k + 1], counts[k : k + 1]) for places, counts in steps if k < len(counts)]
+            self.start()
+            for number, (x, y, (count,)) in enumerate(rows.batches(own_steps)):
+                loss_sum = self.step(x[0, :count], y[0, :count], number, k) if count else None
+                if rows.on_step is not None:
+                    rows.on_step(k, number, 0.0 if loss_sum is None else float(loss_sum) / count)
+            self.finish()
+
+    def start(self) -> None:
+        """Reset the module to the starting point for the next client."""
+        self._theta.copy_(self._start.theta)
+        self._bound.place(self._theta)
+        self._bound.free()
+        self._bound.fill(self._start.buffers, self._fixed)
+        self._loss_sum = self.loss[len(self._buffers)]
+
+    def step(self, x: Tensor, y: Tensor, number: int, k: int) -> Tensor:
+        """One step of client k on its rows `[n, …]`: Σ of their losses, `[]`."""
+        loss = self._loss(x, y, number, k)
+        loss.backward(loss.new_tensor(1.0 / len(y)))  # same bits as (loss / rows).backward(), two operations fewer
+        views, grads = list[Tensor](), list[Tensor]()
+        for view, p in zip(self._views, self._bound.parameters, strict=True):
+            if p.grad is not None:  # None: the loss does not depend on this parameter
+                views.append(view)
+                grads.append(p.grad)
+                p.grad = None
+        if grads:
+            torch._foreach_add_(views, grads, alpha=-self._lr)
+        self._bound.write_buffers_back()
+        loss_sum = loss.detach()
+        self._loss_sum.add_(loss_sum)
+        return loss_sum
+
+    def finish(self) -> None:
+        """Store the update, buffers and counters of the current client."""
+        torch.sub(self._start.theta, self._theta, out=self._update[len(self._buffers)])
+        buffers, counters = self._bound.buffers()
+        self._buffers.append(buffers)
+        self._counters.append(counters)
+
+    def update(self) -> Tensor:
+        """How far each client has come, uphill: θ − θ_k, `[K, d]`."""
+        return self._update
+
+    @property
+    def moved(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The buffers `[K, b]` and the counters `[K, …]` of all clients."""
+        first, *_ = self._counters
+        return torch.stack(self._buffers), {n: torch.cat([c[n] for c in self._counters]) for n in first}

@@ -1,0 +1,184 @@
+"""Lanes: the rows of K clients in one batch, and gradients over them. Local parts are written with them.
+
+A lane is one client's row in a batch of clients. The rows of a client are addressed by position, 0 … n−1, in its own
+order. A batch of K clients is padded to one width. The width depends only on the size of each client, so the bits of a
+client depend neither on the other clients of the batch nor on their number.
+
+Tests: tests/identities/test_local_sgd.py, tests/identities/test_chunks.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from atoll.base.random import Key
+from atoll.compute import limits
+from atoll.compute.model_state import Batch, GradientResult, Model, Stored
+from atoll.compute.task import Task
+from atoll.data.clients import Clients
+from atoll.data.rows import in_memory, stored
+
+HOST = torch.device("cpu")
+OnStep = Callable[[int, int, float], None]  # lane, step from 0, mean loss of the lane's batch
+
+ROWS = 1024  # maximum rows of one client in one pass: bounds the memory of activations
+
+
+def padded(rows: int) -> int:
+    """The padded width of a batch of `rows` rows: the next multiple of a grain, 1/16 to 1/8 of `rows`.
+
+    Clients of similar sizes share a width, and at most 1/8 of the work is padding.
+
+    Example:
+        >>> [padded(n) for n in (7, 17, 100, 1000)]
+        [7, 18, 104, 1024]
+    """
+    grain = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // grain) * grain
+
+
+@dataclass(frozen=True)
+class ClientBatch:
+    """K clients that are computed together, largest first.
+
+    Args:
+        clients: all clients, with their rows.
+        ids: of the K clients, int64 `[K]`.
+        dtype: of the run. Float features and targets are converted to it.
+        share: the fraction of its work for which each client has time, in (0, 1].
+        device: of the computation. Clients and rows are selected on the host.
+        on_step: receives lane, step and the mean loss of the lane's batch, after each step.
+    """
+
+    clients: Clients
+    ids: Tensor
+    dtype: torch.dtype
+    share: float = 1.0
+    device: torch.device = HOST
+    on_step: OnStep | None = None
+
+    def stepped(self, step: int, losses: Tensor, counts: tuple[int, ...]) -> None:
+        """Report a step of the first k lanes to `on_step`.
+
+        Args:
+            step: from 0.
+            losses: Σ of the losses of each lane's rows, `[k]`.
+            counts: the rows of each lane in this step.
+        """
+        if self.on_step is not None:
+            for lane, (loss, count) in enumerate(zip(losses.tolist(), counts, strict=True)):
+                self.on_step(lane, step, loss / max(1, count))
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The number of rows of each client, int64 `[K]`."""
+        return self.clients.sizes[self.ids]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of rows of each client, in decreasing order."""
+        return tuple(self.rows.tolist())
+
+    @cached_property
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The place of each client's first row, and the last position of its rows, int64 `[K]`."""
+        return self.clients.offsets[self.ids], self.rows - 1
+
+    def places(self, positions: Tensor, index: Tensor | slice = slice(None)) -> Tensor:
+        """The places of positions `[k, B]` in the list of all rows. A position past the end means the last row."""
+        starts, lasts = (column[index, None] for column in self._ends)
+        return torch.minimum(positions, lasts[: len(positions)]) + starts[: len(positions)]
+
+    def take(self, places: Tensor, counts: tuple[int, ...]) -> Batch:
+        """The rows of the first k clients at these places `[k, B]`."""
+        x, y = self.clients.take(self.clients.order[places])
+        if self.device != HOST:
+            x, y = x.to(self.device), y.to(self.device)
+        return Batch(self._typed(x), self._typed(y), counts)
+
+    @cached_property
+    def width(self) -> int:
+        """The count of numbers in a row."""
+        return prod(self.clients.features)
+
+    @cached_property
+    def in_memory(self) -> bool:
+        """Whether rows can be read without a copy, in the dtype in which they are stored."""
+        return in_memory(self.clients.rows)
+
+    def stored(self, places: Tensor) -> Stored:
+        """The rows at these places `[n]`, without a copy if they can be read in place."""
+        if self.in_memory:
+            found = Stored(*stored(self.clients.rows, self.clients.order[places]))
+            if found.x.dtype in (torch.uint8, self.dtype):
+                return found._replace(y=self._typed(found.y))
+        x, y, _ = self.take(places, ())
+        return Stored(x, torch.arange(len(x)), y)
+
+    def _typed(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype) if values.is_floating_point() else values
+
+    def batches(self, steps: Iterable[tuple[Tensor, tuple[int, ...]]]) -> Iterator[Batch]:
+        """The batch of each step, from places `[k, B]` and counts. The rows of several steps are read together."""
+        most, total = max(1, limits.READ_AHEAD // max(1, self.width)), 0
+        some: list[tuple[Tensor, tuple[int, ...]]] = []
+        for places, counts in steps:
+            some.append((places, counts))
+            total += places.numel()
+            if total >= most:
+                yield from self._together(some)
+                some, total = [], 0
+        if some:
+            yield from self._together(some)
+
+    def _together(self, steps: list[tuple[Tensor, tuple[int, ...]]]) -> Iterator[Batch]:
+        shapes, sizes = zip(*((p.shape, p.numel()) for p, _ in steps), strict=True)
+        x, y, _ = self.take(torch.cat([p.reshape(-1) for p, _ in steps]), ())
+        rows = zip(x.split(sizes), y.split(sizes), shapes, steps, strict=True)
+        for xs, ys, shape, (_, counts) in rows:
+            yield Batch(xs.view(*shape, *xs.shape[1:]), ys.view(*shape, *ys.shape[1:]), counts)
+
+    def gradient(self, task: Task, model: Model, places: Tensor, counts: tuple[int, ...], key: Key) -> GradientResult:
+        """The mean gradient of each client's loss over the rows at these places, at most `ROWS` rows per pass.
+
+        More rows are split into sub-batches of nearly equal size, since a short one would have poor batch statistics.
+        Their gradients are averaged with their numbers of rows as weights.
+
+        Args:
+            task: computes the gradients.
+            model: of each lane.
+            places: int64 `[k, B]`.
+            counts: the number of valid rows of each lane, ≤ B.
+            key: of the draws inside the model, such as dropout.
+        """
+        length = places.shape[1]
+        if length <= ROWS:
+            return task.gradient(model, self.take(places, counts), key)
+        # With batch statistics there is no padding, so the cut depends on the lane's own rows. Otherwise it depends on
+        # the padded width, which all lanes of the batch share.
+        size = ROWS if task.batch_statistics else -(-length // -(-length // ROWS))
+        rows = torch.tensor(counts, device=places.device)
+        parts = (-(-rows // size)).clamp(min=1)
+        span, whole = torch.arange(size, device=rows.device), None
+        for part in range(int(parts.max())):
+            begin, end = (torch.minimum(rows * i // parts, rows) for i in (part, part + 1))
+            columns = (begin[:, None] + span).clamp(max=length - 1)
+            part_counts = tuple((end - begin).tolist())
+            result = task.gradient(
+                model, self.take(places.gather(1, columns), part_counts), key.fold(part) if part else key
+            )
+            share = ((end - begin).to(result.grad) / rows.to(result.grad.device))[:, None]
+            if whole is None:
+                whole = result._replace(grad=result.grad * share, loss=result.loss.clone())
+            else:
+                whole = GradientResult(
+                    whole.grad + result.grad * share, result.buffers, result.counters, whole.loss + result.loss
+                )
+            model = model._replace(buffers=whole.buffers, counters=whole.counters)
+        return whole  # type: ignore[return-value]

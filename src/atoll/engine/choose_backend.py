@@ -1,0 +1,286 @@
+"""Choice of the backend that computes the clients. Before the first round, each backend is tested on the model.
+
+Tests: tests/conformance/test_bodies.py, tests/identities/test_numerics.py, tests/identities/test_order.py,
+tests/identities/test_precision.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from atoll.base.errors import AtollError, UsageError
+from atoll.base.random import Key, generator_states, global_scope
+from atoll.compute import limits
+from atoll.compute.batches import ClientBatch
+from atoll.compute.compiled import load_libraries, products, stages
+from atoll.compute.fused import UnsupportedModel
+from atoll.compute.loss import cross_entropy
+from atoll.compute.model_state import GradientResult
+from atoll.compute.native import BuildError
+from atoll.compute.task import Task
+from atoll.data.clients import Clients
+from atoll.engine.position_check import PositionCheck
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Population
+
+BODIES = ("auto", "lanes", "loop", "fused", "compiled")
+_FAR = {"full": 1e-3, "bf16": 0.2}  # largest error of a gradient by rounding, relative to its largest number
+
+
+class Choice(NamedTuple):
+    """A task with the chosen backend, and the reason as text."""
+
+    task: Task
+    reason: str
+
+
+def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: int = 1) -> Choice:
+    """Choose the backend for a run.
+
+    The first of these that supports the model is chosen. `compiled`: known layers in C, if the run is long enough to
+    repay the build. `fused`: known layers by batched products. `lanes`: any model whose lanes have bits that do not
+    depend on other lanes, if lanes are faster. `loop`: any model. The choice depends on the model, the data, the plan
+    and the installed compiler, never on a timing.
+
+    Args:
+        task: the model, loss and metrics; its `numerics` are ignored.
+        data: the clients; the tests use a few rows of up to three of them.
+        plan: the plan; a local part may require the loop.
+        wanted: `"auto"`, or the backend to use.
+        rounds: the number of rounds of the run, ≥ 1.
+    Returns:
+        The task with the backend, and the reason.
+    Raises:
+        UsageError: the model or the loss does not fit the data, or the wanted backend does not support the model.
+    """
+    if wanted not in BODIES:
+        raise UsageError(f"numerics = {wanted!r}.", f"one of {', '.join(BODIES)}.", write="--numerics auto")
+    rows = min(4, int(data.sizes.max()))
+    task = replace(task, numerics="loop", noisy=False)
+    task = replace(task, noisy=_passes(task, data, rows))
+    own = plan.local.numerics
+    if own == "loop" and task.precision != "full":
+        raise UsageError(
+            f"precision = {task.precision!r} with {plan.local!r:.80}.",
+            "a local part of atoll.",
+            "a custom loop chooses its own precision: torch.autocast belongs in there.",
+            "--precision full",
+        )
+    if own == "loop":
+        return Choice(task, "the plan's own loop trains one client at a time")
+    if wanted == "loop":
+        return Choice(task, "requested")
+    if wanted == "auto" and data.count == 1:
+        return Choice(task, "one client: there is no batch of clients")
+    if wanted in ("auto", "fused", "compiled") and task.precision == "full":
+        body = "compiled" if wanted == "compiled" else "fused"
+        trouble = _trouble(replace(task, numerics=body), task, data, rows)
+        if trouble and wanted != "auto":
+            raise _refused(wanted, *trouble)
+        if wanted != "auto":
+            return Choice(replace(task, numerics=wanted), "requested")
+        if not trouble:
+            return _by_hand(task, data, plan, rows, rounds)
+    if task.slow_in_lanes and wanted == "auto":
+        return Choice(task, task.slow_in_lanes)
+    if wanted == "auto" and _large(task, data, plan):
+        return Choice(task, "large model: a step of one client fills the machine, and the loop needs no flat gradient")
+    trouble = _trouble(replace(task, numerics="lanes"), task, data, rows)
+    if trouble and wanted == "lanes":
+        raise _refused(wanted, *trouble)
+    if trouble:
+        return Choice(task, trouble.why)
+    return Choice(replace(task, numerics="lanes"), "requested" if wanted == "lanes" else "many clients in one pass")
+
+
+def _large(task: Task, data: Clients, plan: Plan) -> bool:
+    """Whether a single client uses the machine fully, so that a batch of clients is not faster. Only on the host."""
+    apart = plan.local.sequential(int(data.sizes.max()))
+    return apart and task.device.type == "cpu" and task.layout.d >= limits.LOOP_PARAMETERS
+
+
+class Rejection(NamedTuple):
+    """The reason why a backend does not support a model, and a line to write instead."""
+
+    why: str
+    write: str = "--numerics loop"
+
+
+def _by_hand(task: Task, data: Clients, plan: Plan, rows: int, rounds: int) -> Choice:
+    """The choice for known layers: native code if the run is long enough to repay the build, else fused."""
+    fused, native = (replace(task, numerics=body) for body in ("fused", "compiled"))
+    reason = "a stack of known layers: fused operations train many clients in one pass"
+    if task.device.type != "cpu" or _products(native, data, plan) * rounds < limits.BUILD_PRODUCTS:
+        return Choice(fused, f"{reason}; native code is for longer runs")
+    trouble = _trouble(native, task, data, rows)
+    if trouble is None:
+        return Choice(native, "a stack of known layers: native code runs all steps of a client on one core")
+    return Choice(fused, f"{reason}; not in native code: {trouble.why}{f' ({trouble.write})' if trouble.write else ''}")
+
+
+def _products(task: Task, data: Clients, plan: Plan) -> float:
+    """The number of multiplications in the first round, an estimate for every round."""
+    try:
+        each = products(task.program, data.features)
+    except UnsupportedModel:
+        return 0.0
+    sizes = data.sizes[plan.sampler(Population(data.count, data.sizes), 0, Key(0)).ids]
+    return each * float(plan.local.examples_per_round(sizes).sum())
+
+
+_REQUIRED = {
+    "lanes": "a model that torch.func can vectorise over clients.",
+    "fused": "a stack of known layers.",
+    "compiled": "known layers in the host's memory, and a C compiler.",
+}
+
+
+def _refused(wanted: str, why: str, write: str) -> UsageError:
+    return UsageError(
+        f"numerics = {wanted!r}, and {why}.",
+        _REQUIRED[wanted],
+        "another backend would round differently.",
+        write or "--numerics auto",
+    )
+
+
+def _passes(task: Task, data: Clients, rows: int) -> bool:
+    """Run one pass in the loop, which must work for every model.
+
+    Returns:
+        Whether the pass drew from a global random generator.
+    """
+    with global_scope(Key(0).fold("probe")):
+        before = generator_states()
+        try:
+            gradient = _gradient(task, data, rows, (0,))
+        except AtollError:
+            raise
+        except Exception as error:
+            if task.precision != "full" and _takes(replace(task, precision="full"), data, rows):
+                raise UsageError(
+                    f"precision = {task.precision!r}, in which the model fails: {type(error).__name__}: {error}",
+                    "a model whose layers torch computes in bfloat16 on this processor.",
+                    "the model works in full precision on the same rows.",
+                    "--precision full",
+                ) from error
+            lanes = _lanes(task, data, (0,))
+            x = lanes.take(lanes.places(torch.zeros(1, 1, dtype=torch.int64)), (1,)).x
+            raise UsageError(
+                f"The model or its loss does not take a batch of this data: {type(error).__name__}: {error}",
+                f"a model for rows of shape {tuple(x.shape[2:])} ({x.dtype}), and a loss with one value a row.",
+                "one pass over a few rows was tested before the first round.",
+                "atoll doctor",
+            ) from error
+        drew = before != generator_states()
+    if gradient.grad.shape != (1, task.layout.d):
+        raise UsageError("The model's gradient has another length than its parameters.", "one number a parameter.")
+    return drew
+
+
+def _takes(task: Task, data: Clients, rows: int) -> bool:
+    try:
+        _gradient(task, data, rows, (0,))
+    except Exception:
+        return False
+    return True
+
+
+def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Rejection | None:
+    """The reason why the backend of `lanes` does not support this model; None if it does. `task` has the loop."""
+    if lanes.by_hand:
+        try:
+            _ = lanes.program
+        except UsageError as error:
+            return Rejection(error.given.rstrip(".").partition(": ")[2])
+    if lanes.numerics == "compiled":
+        if lanes.device.type != "cpu":
+            return Rejection("native code computes on the CPU", "--device cpu")
+        try:
+            stages(lanes.program, data.features)
+            load_libraries(lanes.layout.dtype)
+        except UnsupportedModel as why:
+            return Rejection(str(why), "--numerics fused")
+        except BuildError as why:
+            return Rejection(str(why), why.write)
+    if task.noisy:
+        return Rejection("the model draws from a global random generator, which lanes cannot key by client")
+    if lanes.numerics != "compiled" and not matmul_is_position_independent(task.device):
+        return Rejection(
+            "the bits of a matrix product depend on its address: import atoll before the first, or set MKL_CBWR=AUTO"
+        )
+    some = tuple(torch.argsort(data.sizes, descending=True, stable=True)[:3].tolist())
+    some = (some * 3)[:3]
+    try:
+        alone, three = _gradient(lanes, data, rows, some[:1]), _gradient(lanes, data, rows, some)
+        moved = _gradient(lanes, data, rows, (some[1], some[2], some[0]))
+    except Exception as error:
+        return Rejection(
+            f"the model cannot be vectorised over clients ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        )
+    first = [alone.grad[0], three.grad[0], moved.grad[2]]
+    if not all(torch.equal(first[0], other) for other in first):
+        return Rejection("a lane's bits would depend on its neighbours")
+    reference = _gradient(task, data, rows, some[:1]).grad[0]
+    with PositionCheck(min(rows, int(data.sizes[some[0]]))) as watch:
+        _ = _gradient(lanes if lanes.by_hand else task, data, rows, some[:1])
+    if watch.position_dependent:
+        names = ", ".join(sorted(watch.position_dependent))
+        return Rejection(
+            f"torch rounds {names} differently at the end of a tensor, so a lane's bits would depend on its position"
+        )
+    scale = reference.abs().max().clamp(min=1e-30)
+    if float((first[0] - reference).abs().max() / scale) > _FAR[task.precision]:
+        return Rejection("its gradient in lanes differs from autograd's")
+    return None
+
+
+def matmul_is_position_independent(device: torch.device) -> bool:
+    """Whether the bits of a matrix product do not depend on the addresses of its factors, tested on odd sizes."""
+    for dtype in (torch.float32, torch.float64):
+        for n, k, m in ((33, 5, 4), (33, 9, 65)):
+            a, b = (Key(0).fold(size).normal(size * k, dtype).reshape(size, k).to(device) for size in (n, m))
+            product = a.repeat(8, 1, 1) @ b.repeat(8, 1, 1).mT
+            if not bool((product == product[0]).all()):
+                return False
+    return True
+
+
+def _gradient(task: Task, data: Clients, rows: int, ids: tuple[int, ...]) -> GradientResult:
+    lanes = _lanes(task, data, ids)
+    counts = tuple(min(rows, n) for n in lanes.sizes)
+    positions = torch.arange(max(counts)).expand(len(ids), -1)
+    batch = lanes.take(lanes.places(positions), counts)
+    _check_loss(task, data, batch.x[0, : counts[0]], batch.y[0, : counts[0]])
+    return task.gradient(task.initial().lanes(len(ids)), batch, Key(0).of(lanes.ids))
+
+
+def _check_loss(task: Task, data: Clients, x: Tensor, y: Tensor) -> None:
+    """Check that the loss has one value for each row, and that the model has one output for each class."""
+    task.module.eval()
+    with torch.no_grad():
+        output = task.module(x)
+        if task.loss is cross_entropy and data.classes and output.shape[-1] < len(data.classes):
+            raise UsageError(
+                f"The model returned {tuple(output.shape)} for {len(x)} rows of {len(data.classes)} classes.",
+                f"shape ({len(x)}, {len(data.classes)}): one logit a class.",
+                "the loss of a row is undefined if its class has no logit.",
+                "--model mlp",
+            )
+        each = task.loss(output, y)
+    if each.shape != (len(x),):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UsageError(
+            f"The loss of {len(x)} rows has shape {tuple(each.shape)}; the model returned {shape}.",
+            f"one value a row: shape ({len(x)},).",
+            "clients are averaged with the number of their rows as weights.",
+            'torch.nn.functional.cross_entropy(output, y, reduction="none")',
+        )
+
+
+def _lanes(task: Task, data: Clients, ids: tuple[int, ...]) -> ClientBatch:
+    return ClientBatch(data, torch.tensor(ids), task.layout.dtype, device=task.device)

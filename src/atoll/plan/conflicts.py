@@ -1,0 +1,308 @@
+"""Checks of a plan when it is built: every slot holds a part of its kind, and no two parts exclude each other.
+
+A rule that concerns one part is a method of that part, `conflicts(slots)`. Rules that follow from the declared members
+of two slots are here. `check` raises the first conflict: of the parts in the order of slots, then of the rules here.
+
+Tests: tests/surface/test_contract.py, tests/faults/test_bad_input.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, get_args
+
+from atoll.base.errors import UsageError
+from atoll.compute.task import Task
+from atoll.plan import protocols
+from atoll.plan.codec.stage import flat_layout
+from atoll.plan.protocols import (
+    OPEN,
+    Aggregator,
+    Conflict,
+    Contribution,
+    Declared,
+    Local,
+    Optimizer,
+    Pace,
+    Sampler,
+    Slots,
+    Stage,
+    Tensors,
+    default,
+)
+from atoll.plan.schedule import Schedule
+
+# slot: its protocol, the class to inherit, a part that fills the slot
+SLOTS: dict[str, tuple[type, str, str]] = {
+    "local": (Local, "atoll.plan.protocols.Local", "Gradient()"),
+    "aggregator": (Aggregator, "atoll.plan.protocols.Aggregator", "Mean()"),
+    "optimizer": (Optimizer, "atoll.plan.optimizer.base.OptimizerBase", "sgd(0.1)"),
+    "cohort": (Sampler, "atoll.plan.protocols.Sampler", "Uniform(10)"),
+    "codec": (Stage, "atoll.plan.codec.Codec", "Identity()"),
+    "pace": (Pace, "atoll.plan.protocols.Pace", "Sync()"),
+    "downlink": (Stage, "atoll.plan.codec.Codec", "Identity()"),
+}
+
+
+def check_plan(slots: Slots) -> None:
+    """Refuse a plan with a part of the wrong kind, or with two parts that exclude each other.
+
+    Raises:
+        UsageError: names the part or the two parts, the reason, and a part to use instead.
+    """
+    parts: dict[str, Any] = {
+        "local": slots.local,
+        "aggregator": slots.aggregator,
+        "optimizer": slots.optimizer,
+        "cohort": slots.sampler,
+        "codec": slots.codec,
+        "pace": slots.pace,
+        "downlink": slots.downlink,
+    }
+    for slot, part in parts.items():
+        check_part(slot, part)
+    for slot, part in parts.items():
+        if slot != "downlink":  # a downlink has no aggregator and no clients: its rules are all in `_downlink`
+            for conflict in _conflicts_of(slot, part, slots):
+                raise UsageError(*conflict)
+    for conflict in (*_codec(slots), *_pace(slots), *_downlink(slots), *_sends(slots)):
+        raise UsageError(*conflict)
+
+
+def check_part(slot: str, part: Any) -> None:
+    """Refuse a value that is no part for a slot.
+
+    Raises:
+        UsageError: names the missing member or the member of a wrong type, and the class to inherit.
+    """
+    protocol, base, example = SLOTS[slot]
+    kind = type(part).__name__
+    if isinstance(part, type) or not isinstance(part, protocol):
+        given = f"The slot {slot} of the plan holds {part!r}"
+        lacking = "" if isinstance(part, type) else next((n for n in _members(protocol) if not hasattr(part, n)), "")
+        raise UsageError(
+            f"{given}, and {kind} has no member {lacking}." if lacking else f"{given}.",
+            f"a part of a class that inherits {base}.",
+            "that class declares every member that the package reads, and has a default for most of them.",
+            example,
+        )
+    for name, hint in _members(protocol).items():
+        value = getattr(part, name)
+        if not _fits(value, hint):
+            raise UsageError(
+                f"{kind}.{name} is {value!r}, in the slot {slot} of the plan.",
+                f"{_named(hint)}, as {base} declares it.",
+                "the package reads this member.",
+                example,
+            )
+
+
+@cache
+def _members(protocol: type) -> dict[str, str]:
+    """The declared members of a protocol in their order, each with its type as text; a method has the type `method`."""
+    out: dict[str, str] = {}
+    for name, member in vars(protocol).items():
+        if isinstance(member, default):
+            out[name] = member.get.__annotations__["return"]  # type: ignore[attr-defined]
+        elif callable(member) and (not name.startswith("_") or name == "__call__"):
+            out[name] = "method"
+    return out
+
+
+# Annotations are compared as text: their evaluation would run code while a plan text is read.
+_LITERALS = {
+    "Sends": get_args(protocols.Sends),
+    "Weights": get_args(protocols.Weights),
+    "Over": get_args(protocols.Over),
+    "SumKind": get_args(protocols.SumKind),
+}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "bool": bool,
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "None": type(None),
+    "Schedule": Schedule,
+}
+
+
+def _fits(value: Any, hint: str) -> bool:
+    """Whether a value is of a declared type; a type that no rule here covers admits every value."""
+    if hint == "method":
+        return callable(value)
+    return any(_fits_one(value, part) for part in hint.split(" | "))
+
+
+def _fits_one(value: Any, hint: str) -> bool:
+    if hint in _LITERALS:
+        return isinstance(value, str) and value in _LITERALS[hint]
+    if hint.startswith("tuple"):
+        return isinstance(value, tuple)
+    if hint in ("int", "float") and isinstance(value, bool):
+        return False
+    return isinstance(value, _TYPES.get(hint, object))
+
+
+def _named(hint: str) -> str:
+    """A declared type in words."""
+    words = {"method": "a method", "bool": "True or False"}
+    return " or ".join(
+        " or ".join(map(repr, _LITERALS[part])) if part in _LITERALS else words.get(part, part)
+        for part in hint.split(" | ")
+    )
+
+
+def _conflicts_of(slot: str, part: Any, slots: Slots) -> Iterator[Conflict]:
+    """The conflicts that a part names."""
+    try:
+        found = list(part.conflicts(slots))
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"{type(part).__name__}.conflicts of {part!r} raised {type(error).__name__}: {error}.",
+            "an iterable of atoll.plan.protocols.Conflict.",
+            f"the plan asks the part in its slot {slot} for the parts that it excludes.",
+            SLOTS[slot][2],
+        ) from error
+    for conflict in found:
+        if not isinstance(conflict, Conflict) or not all(isinstance(text, str) for text in conflict):
+            raise UsageError(
+                f"{type(part).__name__}.conflicts of {part!r} gave {conflict!r}.",
+                "atoll.plan.protocols.Conflict, four texts.",
+                f"the plan asks the part in its slot {slot} for the parts that it excludes.",
+                SLOTS[slot][2],
+            )
+        yield conflict
+
+
+def _codec(slots: Slots) -> Iterator[Conflict]:
+    rule, codec = slots.aggregator, slots.codec
+    if not rule.linear and codec.per_sum:
+        why = "the codec is decoded once on the sum, and this rule forms no sum."
+        yield Conflict(f"{rule!r} with the codec {codec!r}.", "an aggregator that is linear.", why, "Mean()")
+
+
+def _pace(slots: Slots) -> Iterator[Conflict]:
+    rule, pace, sampler = slots.aggregator, slots.pace, slots.sampler
+    if pace.partial and not slots.local.can_stop_early:
+        why = "only local training can stop early: the steps that it has made are an update."
+        write = "Train(sgd(0.1), epochs=1, batch=10)"
+        yield Conflict(f"{slots.local!r} with {pace!r}.", "Train(...).", why, write)
+    if pace.asynchronous and not rule.linear:
+        why = "updates of several model versions are decoded and weighted as sums, and this rule forms no sum."
+        yield Conflict(f"{rule!r} with {pace!r}.", "an aggregator that is linear.", why, "Mean()")
+    if pace.cohort_size(1000) > 1000 and sampler.resized(pace.cohort_size) is None:
+        why = "the sampler cannot select more clients."
+        yield Conflict(f"{sampler!r} with {pace!r}.", "a cohort of n out of more clients.", why, "Uniform(10)")
+
+
+def _downlink(slots: Slots) -> Iterator[Conflict]:
+    codec, layout = slots.downlink, flat_layout(64)
+    contraction = codec.contraction()
+    if codec.uses_entropy:
+        why = "the server sends the change of the model, and no part draws noise for it."
+        yield Conflict(f"downlink={codec!r}.", "a codec without noise.", why, "Identity()")
+    elif codec.needs_model_coordinates or codec.memory(layout) or codec.server(layout):
+        why = "the next change contains the error of the last one, since the server knows the clients' θ."
+        yield Conflict(f"downlink={codec!r}.", "a codec without state between rounds.", why, _stateless(codec))
+    elif contraction != codec:
+        why = "its error can exceed its input, and the clients' θ would drift away from θ."
+        yield Conflict(f"downlink={codec!r}.", "a codec whose error is less than its input.", why, repr(contraction))
+
+
+def _stateless(codec: Stage) -> str:
+    """The text of the stages of a codec that keep no state; a wrapper counts as the stages in it."""
+    plain = [repr(stage) for stage in _leaves(codec) if not stage.needs_model_coordinates]
+    return " >> ".join(plain) or "TopK(0.1)"
+
+
+def _leaves(codec: Stage) -> Iterator[Stage]:
+    if not codec.parts:
+        yield codec
+    for part in codec.parts:
+        yield from _leaves(part)
+
+
+def _sends(slots: Slots) -> Iterator[Conflict]:
+    local, rule, codec = slots.local, slots.aggregator, slots.codec
+    if local.sends != "model":
+        return
+    if not rule.linear:
+        why = "the server relates the clients' models to its own θ as a sum, and this rule forms no sum."
+        yield Conflict(f"{local!r} with {rule!r}.", "an aggregator that is linear.", why, "Mean()")
+    if codec.averages_all_clients:
+        required, why = "a codec whose server keeps no updates.", "the kept updates are relative to an older θ."
+        yield Conflict(f"{local!r} with {codec!r}.", required, why, _stateless(codec))
+
+
+def undeclared(declared: Mapping[str, Declared], means: Tensors, sums: Tensors) -> tuple[str, str]:
+    """The first name of a contribution that differs from its declaration, and the difference; empty if there is none.
+
+    Args:
+        declared: by name; `"*"` admits further names.
+        means: `[K, m]` by name.
+        sums: `[K]` or `[K, s]` by name.
+    Example:
+        >>> import torch
+        >>> undeclared({"update": Declared(3, torch.float32, "mean")}, {"update": torch.zeros(2, 4)}, {})
+        ('update', 'it has length 4, and the declared length is 3')
+    """
+    open_kind = declared.get(OPEN)
+    for kind, tensors in (("mean", means), ("sum", sums)):
+        for name, tensor in tensors.items():
+            declaration = declared.get(name, open_kind if open_kind is not None and open_kind.kind == kind else None)
+            length = tensor[0].numel() if len(tensor) else 0
+            if declaration is None:
+                return name, f"no {kind} of this name is declared"
+            if declaration.kind != kind:
+                return name, f"it is a {kind}, and a {declaration.kind} is declared"
+            if len(tensor) and length != declaration.length:
+                return name, f"it has length {length}, and the declared length is {declaration.length}"
+    for name in declared:
+        if name != OPEN and name not in means and name not in sums:
+            return name, "it is declared, and the contribution lacks it"
+    return "", ""
+
+
+def check_contribution(
+    slots: Slots, task: Task, contribution: Contribution, sums: Tensors, client: int, round: int
+) -> None:
+    """Refuse a contribution with names or lengths that its local part or its codec does not declare.
+
+    Args:
+        slots: the plan, its codec bound.
+        task: the task of the run.
+        contribution: of some clients, before the codec adds its sums.
+        sums: the sums that the codec adds.
+        client, round: the first of the clients, and the round in which it started, for the error.
+    Raises:
+        UsageError: names the part, the name, the client and the round.
+    """
+    codec = {n: d for n, d in slots.codec.declare(task.layout).items() if n != "update"}
+    for part, declared, means, added in (
+        (slots.local, slots.local.declare(task), contribution.means, contribution.sums),
+        (slots.codec, codec, {}, sums),
+    ):
+        name, difference = undeclared(declared, means, added)
+        if name:
+            raise UsageError(
+                f"{part!r}, client {client}, round {round}, {name}: {difference}.",
+                f"the names and lengths that {type(part).__name__}.declare gives.",
+                "the server adds contributions by name.",
+            )
+
+
+def check_partials(rule: Aggregator, a: object, b: object) -> None:
+    """Refuse to merge partials of two kinds.
+
+    Raises:
+        UsageError: names the aggregator and both kinds.
+    """
+    if type(a) is not type(b):
+        raise UsageError(
+            f"{rule!r} has a partial of type {type(a).__name__} and one of type {type(b).__name__}.",
+            "one type of partial for `zero`, `fold`, `merge` and `reduce`.",
+            "partials of two kinds have no common aggregate.",
+        )

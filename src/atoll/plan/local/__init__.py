@@ -1,0 +1,11 @@
+"""Local parts: the computation of a client.
+
+Tests: tests/conformance/test_parts.py
+"""
+
+from atoll.plan.local.custom import Context, Custom, Loader
+from atoll.plan.local.evaluate import Evaluate
+from atoll.plan.local.gradient import Gradient
+from atoll.plan.local.train import Train
+
+__all__ = ["Context", "Custom", "Evaluate", "Gradient", "Loader", "Train"]

@@ -1,0 +1,62 @@
+"""The contribution of local parts that send an update, its declaration, and checks of arguments that they share.
+
+Tests: tests/identities/test_local_sgd.py
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from atoll.base.errors import UsageError
+from atoll.compute.batches import ClientBatch
+from atoll.compute.task import Task
+from atoll.plan.protocols import (
+    Contribution,
+    Declared,
+    Tensors,
+)
+
+Keep = Literal["optimizer", "order"]
+
+
+def contribution_of(
+    lanes: ClientBatch, update: Tensor, buffers: Tensor, counters: Tensors, sums: Tensors
+) -> Contribution:
+    """A contribution with an update, and with buffers if the model has any."""
+    means = {"update": update} | ({"buffers": buffers} if buffers.shape[-1] else {})
+    facts = {"loss": _each(sums["loss"], sums["rows"])} if "loss" in sums else {}
+    return Contribution(means, sums, lanes.rows, counters, facts)
+
+
+def declared_update(task: Task) -> dict[str, Declared]:
+    """The declaration of a contribution with an update, the loss and the rows."""
+    layout = task.layout
+    buffers = {"buffers": Declared(layout.b, layout.dtype, "mean")} if layout.b else {}
+    return {
+        "update": Declared(layout.d, layout.dtype, "mean"),
+        **buffers,
+        "loss": Declared(1, layout.dtype, "sum"),
+        "rows": Declared(1, torch.int64, "sum"),
+    }
+
+
+def _each(total: Tensor, rows: Tensor) -> Tensor:
+    """The mean per row, on the device of the total."""
+    return total / rows.to(total.device).clamp(min=1)
+
+
+def check_batch(part: str, batch: Any) -> None:
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise UsageError(
+            f"{part}: batch = {batch!r}.",
+            "a whole number of rows, at least 1, or None for all rows at once.",
+            write={"Gradient": "Gradient(batch=32)", "Train": "Train(sgd(0.1), epochs=1, batch=10)"}.get(part, ""),
+        )
+
+
+def check_sends(part: str, sends: Any, write: str) -> None:
+    if sends not in ("update", "model"):
+        raise UsageError(f"{part}(sends={sends!r}).", "'update' or 'model'.", write=write)

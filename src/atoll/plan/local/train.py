@@ -1,0 +1,282 @@
+"""Local training: several optimizer steps of each client between two rounds.
+
+Tests: tests/identities/test_local_sgd.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atoll.base.errors import UsageError
+from atoll.base.random import Key
+from atoll.compute.batches import ROWS, ClientBatch, padded
+from atoll.compute.layout import Layout
+from atoll.compute.task import Task
+from atoll.plan.local.contribution import (
+    Keep,
+    check_batch,
+    check_sends,
+    contribution_of,
+    declared_update,
+)
+from atoll.plan.local.steps import check_steps, counted, lengths_of, quotient, steps_at
+from atoll.plan.protocols import (
+    Broadcast,
+    Conflict,
+    Contribution,
+    Declared,
+    Local,
+    Optimizer,
+    RoundInfo,
+    Sends,
+    Slots,
+    Tensors,
+    Total,
+)
+from atoll.plan.schedule import Schedule, constant
+
+_AHEAD = 64  # steps planned at once
+
+
+@dataclass(frozen=True, repr=False)
+class Train(Local):
+    """Local training: steps of an optimizer from θ, on the client's own rows in a keyed order.
+
+    gᵢ = θ − θᵢ,  θᵢ from θ by `epochs` passes over the rows, or by `steps` batches, which continue across passes.
+
+    Args:
+        optimizer: of the client, such as `sgd(0.1)`. Its schedule counts rounds.
+        epochs: passes over the rows, ≥ 1. Pass either `epochs` or `steps`.
+        steps: batches, ≥ 1, or a schedule of their number by the round, rounded to the nearest integer.
+        batch: rows in a batch; None: all. A client with fewer rows trains on all of them at once.
+        keep: client memory between rounds: `"optimizer"`, its state; `"order"`, its position in the order of the rows.
+        sends: `"update"`, or `"model"` for θᵢ itself. With `"model"` the update is θ − θᵢ with the θ of the server when
+            the contribution arrives, not the θ that the client started from: models are mixed, as in FedAsync. The
+            message is the same, since the server has both θ. Only late contributions differ.
+    Raises:
+        UsageError: neither or both of epochs and steps are given, a number is out of range, or a schedule has less than
+            one step.
+    Example:
+        >>> from atoll.plan.optimizer import sgd
+        >>> Train(sgd(0.1), epochs=1, batch=10)
+        Train(sgd(0.1), epochs=1, batch=10)
+
+    Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
+    """
+
+    optimizer: Optimizer
+    epochs: int | None = None
+    steps: int | Schedule | None = None
+    batch: int | None = None
+    keep: tuple[Keep, ...] = ()
+    sends: Sends = "update"
+    can_stop_early = True
+
+    def __post_init__(self) -> None:
+        check_batch("Train", self.batch)
+        check_sends("Train", self.sends, 'Train(sgd(0.1), epochs=1, batch=10, sends="model")')
+        if isinstance(self.steps, constant) and self.steps.lr.is_integer():
+            object.__setattr__(self, "steps", int(self.steps.lr))  # equal parts have the same text
+        lengths = [n for n in (self.epochs, self.steps) if n is not None]
+        numbers = [n for n in lengths if not (n is self.steps and isinstance(n, Schedule))]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
+        if len(lengths) != 1 or not whole:
+            raise UsageError(
+                f"Train(epochs={self.epochs!r}, steps={self.steps!r}).",
+                "one of epochs and steps, a whole number, at least 1.",
+                "it is the length of local training between two rounds.",
+                "Train(sgd(0.1), epochs=1, batch=10)",
+            )
+        if isinstance(self.steps, Schedule):
+            check_steps(self.steps)
+        known = isinstance(self.optimizer, Optimizer) and not isinstance(self.optimizer, type)
+        if not known or not self.optimizer.trains_clients:
+            raise UsageError(
+                f"Train(optimizer={self.optimizer!r}).",
+                "an optimizer that inherits atoll.plan.optimizer.base.OptimizerBase." if known else "an optimizer.",
+                "local training makes steps in place." if known else "",
+                "Train(sgd(0.1), epochs=1, batch=10)",
+            )
+        unknown = set(self.keep) - {"optimizer", "order"}
+        if unknown or isinstance(self.keep, str):
+            raise UsageError(
+                f"Train(keep={self.keep!r}).",
+                "a tuple of 'optimizer' and 'order'.",
+                write='Train(sgd(0.1), steps=10, batch=10, keep=("optimizer", "order"))',
+            )
+        if "order" in self.keep and self.steps is None:
+            raise UsageError(
+                "Train(epochs=..., keep=('order',)).",
+                "steps, to keep the place in the rows.",
+                "whole passes end at the first row: there is no place to keep.",
+                'Train(sgd(0.1), steps=10, batch=10, keep=("order",))',
+            )
+
+    def steps_at(self, t: int) -> int | None:
+        """The number of batches in round t; None if passes are counted.
+
+        Raises:
+            RunError: a schedule that the user wrote gives less than one step.
+        """
+        return steps_at(self.steps, t) if isinstance(self.steps, Schedule) else self.steps
+
+    def relative_work(self, t: int) -> float:
+        """The work of a client in round t, relative to its work in round 0."""
+        return steps_at(self.steps, t) / steps_at(self.steps, 0) if isinstance(self.steps, Schedule) else 1.0
+
+    def memory(self, layout: Layout) -> Tensors:
+        """The optimizer's state, and the number of batches processed so far, if `keep` names them."""
+        tensors: dict[str, Tensor] = {}
+        if "optimizer" in self.keep:
+            fresh = self.optimizer.slots(torch.zeros(layout.d, dtype=layout.dtype))
+            tensors |= {f"optimizer.{n}": t for n, t in fresh.items()}
+        if "order" in self.keep:
+            tensors["taken"] = torch.zeros((), dtype=torch.int64)
+        return tensors
+
+    def server(self, layout: Layout) -> Tensors:
+        """The memory of a plateau schedule of the clients; empty for other schedules."""
+        return dict(self.optimizer.schedule.init())
+
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        """The conflicts of the clients' optimizer."""
+        return self.optimizer.conflicts(slots)
+
+    def declare(self, task: Task) -> Mapping[str, Declared]:
+        """The update, buffers if the model has any, the loss and the rows."""
+        return declared_update(task)
+
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
+        """The schedule of the clients observes the loss of the round."""
+        if not server or "loss" not in total.sums:
+            return total, server
+        return total, self.optimizer.schedule.observe(server, (total.sums["loss"] / total.sums["rows"]).squeeze())
+
+    def padded_batch(self, rows: int) -> int:
+        """The padded length of this client's batches, a function of its own number of rows."""
+        return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
+
+    def examples_per_round(self, sizes: Tensor) -> Tensor:
+        """The number of rows that clients of these sizes process in the first round."""
+        if self.epochs is not None:
+            return sizes * self.epochs
+        return sizes.clamp(max=self.batch) * (self.steps_at(0) or 0)
+
+    def contribute(
+        self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
+    ) -> tuple[Contribution, Tensors]:
+        """θ − θᵢ of K clients, trained in lanes. A lane that has finished does not change."""
+        count, steps = len(lanes.sizes), self.steps_at(broadcast.round)
+        lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
+        batches = self._batches(lanes, memory, key, task, steps)
+        if task.numerics == "lanes" or broadcast.model.theta.dim() == 2 or not self.sequential(lanes.sizes[0]):
+            return self._any_rule(broadcast, lanes, memory, key, task, lr, batches)
+        # Plain SGD: a step is part of the backward pass, and no gradient is stored.
+        if self.epochs is not None and lanes.share == 1:
+            rows = lanes.rows * self.epochs
+        else:
+            rows = torch.zeros_like(lanes.rows)
+            batches = counted(batches, rows)
+        descent = task.descent(broadcast.model, count, lr, key)
+        descent.follow(lanes, batches)
+        after = {"taken": self._batches_taken(lanes, memory, steps)} if "order" in self.keep else {}
+        sums = {"loss": descent.loss, "rows": rows}
+        return contribution_of(lanes, descent.update(), *descent.moved, sums), after
+
+    def _any_rule(
+        self,
+        broadcast: Broadcast,
+        lanes: ClientBatch,
+        memory: Tensors,
+        key: Key,
+        task: Task,
+        lr: float,
+        batches: Iterator[tuple[Tensor, tuple[int, ...]]],
+    ) -> tuple[Contribution, Tensors]:
+        """θ − θᵢ of K clients by steps of any optimizer, from one model or from one of each lane."""
+        model = broadcast.model.lanes(len(lanes.sizes))
+        state = self.optimizer.slots(model.theta)
+        if "optimizer" in self.keep:
+            state = {n: memory[f"optimizer.{n}"].clone() for n in state}
+        stepper = self.optimizer.stepper(model.theta, state, lr)
+        loss, rows = model.theta.new_zeros(len(lanes.sizes)), torch.zeros_like(lanes.rows)
+        for s, (places, counts) in enumerate(batches):
+            k = len(counts)
+            g = lanes.gradient(task, model.first(k), places, counts, key.fold("pass", s).select(slice(k)))
+            stepper.step(g.grad)
+            model.buffers[:k] = g.buffers
+            for name, counter in g.counters.items():
+                model.counters[name][:k] = counter
+            loss[:k] += g.loss
+            rows[:k] += torch.tensor(counts, device=rows.device)
+            if lanes.on_step is not None:
+                lanes.stepped(s, g.loss, counts)
+        after: dict[str, Tensor] = {}
+        if "optimizer" in self.keep:
+            after |= {f"optimizer.{n}": t for n, t in state.items()}
+        if "order" in self.keep:
+            after["taken"] = self._batches_taken(lanes, memory, self.steps_at(broadcast.round))
+        update = broadcast.model.theta - model.theta
+        return contribution_of(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
+
+    def _batches_taken(self, lanes: ClientBatch, memory: Tensors, steps: int | None) -> Tensor:
+        taken = memory["taken"].to(lanes.ids.device)
+        return taken + self._done(torch.full_like(taken, steps or 0), lanes.share)
+
+    @staticmethod
+    def _done(steps: Tensor, share: float) -> Tensor:
+        """The number of steps of a client with time for a fraction of them, at least one."""
+        return steps if share == 1 else (steps * share).long().clamp(min=1)
+
+    def sequential(self, rows: int) -> bool:
+        """Whether the loop trains each client of a chunk to its end before the next one. `rows`: of one client."""
+        return self.optimizer.is_plain_sgd() and self.padded_batch(rows) <= ROWS
+
+    def _batches(
+        self, lanes: ClientBatch, memory: Tensors, key: Key, task: Task, steps_each: int | None
+    ) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """Places of rows `[k, B]` and counts of each step, for the k lanes that still train, always the first k.
+
+        Each lane has its own position in its own pass, so its draws do not depend on the number of batches of others.
+        """
+        width, rows = self.padded_batch(lanes.sizes[0]), lanes.rows
+        lengths, joined = lengths_of(rows, self.batch, task.batch_statistics)
+        steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
+        steps = self._done(steps, lanes.share)
+        keeps_order = "order" in self.keep
+        # The key of a repeated start draws another order; a kept order continues at its place.
+        draw = Key(key.seed).fold("kept order") if keeps_order else key.fold("order")
+        clients = lanes.ids if keeps_order or key.clients is None else key.clients
+        taken = memory["taken"].to(rows.device) if keeps_order else torch.zeros_like(lengths)
+        reach = width * int(lengths.max()) + 1
+        full = rows if self.batch is None else rows.clamp(max=self.batch)
+        if not keeps_order and lanes.sizes[0] == lanes.sizes[-1]:  # all lanes are at the same position in a pass
+            of_pass, size, count = int(lengths[0]), int(full[0]), len(lanes.sizes)
+            last = lanes.sizes[0] - (of_pass - 1) * size
+            for s in range(int(steps[0])):
+                epoch, place = divmod(s, of_pass)
+                if not place:
+                    order = lanes.places(draw.of(clients, rows.new_tensor(epoch)).permutations(rows, reach))
+                own = size if place < of_pass - 1 else last
+                yield order[:, place * width : place * width + max(own, width)], (own,) * count
+            return
+        order = torch.zeros(len(rows), reach, dtype=torch.int64, device=rows.device)
+        for first in range(0, int(steps[0]), _AHEAD):
+            ahead = torch.arange(first, min(first + _AHEAD, int(steps[0])), device=rows.device)[:, None]
+            active = (steps > ahead).sum(1).tolist()
+            epoch_of, at = (f(taken + ahead, lengths) for f in (quotient, torch.remainder))
+            remaining = rows - at * full  # rows of the pass that remain, this batch included
+            counts = torch.where(joined & (at == lengths - 1), remaining, torch.minimum(remaining, full)).tolist()
+            new = (at == 0) | (ahead == 0)
+            for i, (k, some) in enumerate(zip(active, new.any(1).tolist(), strict=True)):
+                if some and bool(new[i, :k].any()):
+                    index = new[i, :k].nonzero().squeeze(1)
+                    drawn = draw.of(clients[index], epoch_of[i, index]).permutations(rows[index], reach)
+                    order[index] = lanes.places(drawn, index)
+                mine = tuple(counts[i][:k])
+                span = torch.arange(max(*mine, width), device=rows.device)
+                yield order[:k].gather(1, (at[i, :k, None] * width + span).clamp_(max=reach - 1)), mine

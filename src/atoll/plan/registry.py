@@ -1,0 +1,102 @@
+"""The table of names that a plan's text may call, and the names that were renamed.
+
+Tests: tests/surface/test_renamed.py
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from atoll.base.errors import UsageError
+from atoll.base.grammar import parse
+from atoll.plan import aggregate, codec, local, optimizer, pace, plan, sampler, schedule
+
+PARTS: Mapping[str, Callable[..., Any]] = {
+    part.__name__: part
+    for part in (
+        plan.Plan,
+        sampler.Everyone,
+        sampler.Uniform,
+        sampler.Fraction,
+        sampler.Poisson,
+        sampler.Weighted,
+        sampler.RoundRobin,
+        local.Gradient,
+        local.Train,
+        local.Custom,
+        local.Evaluate,
+        *codec.CODECS,
+        aggregate.Mean,
+        aggregate.Sum,
+        pace.Sync,
+        pace.Buffered,
+        pace.Bounded,
+        pace.staleness_polynomial,
+        pace.hinge,
+        optimizer.sgd,
+        optimizer.adam,
+        optimizer.adamw,
+        optimizer.adagrad,
+        optimizer.rmsprop,
+        optimizer.adadelta,
+        optimizer.adamax,
+        optimizer.nadam,
+        optimizer.radam,
+        optimizer.yogi,
+        schedule.constant,
+        schedule.step,
+        schedule.exponential,
+        schedule.inverse,
+        schedule.inverse_sqrt,
+        schedule.cosine,
+        schedule.polynomial,
+        schedule.warmup,
+        schedule.hold,
+        schedule.plateau,
+    )
+}
+
+RENAMED = {"Feedback": "ErrorFeedback", "Shift": "EF21", "polynomial": "staleness_polynomial"}
+_OLD = re.compile(
+    r"(?<![\w.:])(?:(Feedback|Shift)(?=\()"  # any call
+    r"|(polynomial)(?=\(\s*(?:power\s*=\s*)?[-+.\w]+\s*\)))"  # a call with a single number was no schedule
+)
+
+
+def renamed(text: str) -> str:
+    """A plan text with old names of parts replaced by the present ones.
+
+    Args:
+        text: of the grammar.
+    Example:
+        >>> renamed("Buffered(10, staleness=polynomial(1.0))"), renamed("sgd(polynomial(0.1, rounds=9))")
+        ('Buffered(10, staleness=staleness_polynomial(1.0))', 'sgd(polynomial(0.1, rounds=9))')
+    """
+    return _OLD.sub(lambda found: RENAMED[found[0]], text)
+
+
+def read_part(text: str, names: Mapping[str, Callable[..., Any]] = PARTS, *, trust: bool = False) -> Any:
+    """The part that a plan text describes.
+
+    Args:
+        text: of the grammar, with the present names of parts.
+        names: constructors that the outermost call may name; its arguments may name all parts.
+        trust: whether `module:name` may be imported.
+    Raises:
+        UsageError: the text contains an old name, or it describes no part.
+    Example:
+        >>> read_part("sgd(0.1)")
+        sgd(0.1)
+    """
+    now = renamed(text)
+    if now != text:
+        old = " and ".join(sorted({found[0] for found in _OLD.finditer(text)}))
+        raise UsageError(
+            f"{text}: the name {old} is no longer in use.",
+            f"the text {now}.",
+            "parts are named by the terms of their papers.",
+            now,
+        )
+    return parse(text, names, inner=PARTS, trust=trust)

@@ -1,0 +1,399 @@
+"""One round of any algorithm on any engine.
+
+    cohort = sampler(clients, round)                     the clients that participate in the round
+    gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
+    mᵢ     = encode(gᵢ)                                  clip, compress
+    total  = Σ_b s(b) · decode_sum_b( Σ_{i from b} lift(decode(mᵢ), wᵢ) )
+    g      = finalize(server_update(total))              the codec's server part, then the mean or a robust rule
+    θ⁺     = optimizer(θ, g, round)                      the server always descends
+
+b is the model version: the round whose θ client i started from. s(b) is its staleness weight, 1 in synchronous rounds.
+wᵢ is the weight of client i, usually the number of its training rows. `lift` multiplies by wᵢ and represents the
+product so that it can be added without rounding.
+
+`step` computes this formula for every algorithm on every engine. An algorithm is a `Plan`: a value with a part in each
+slot.
+
+Tests: tests/identities/test_one_algorithm.py, tests/identities/test_flights.py, tests/surface/test_hops.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from atoll.base.random import Key
+from atoll.compute.layout import Layout
+from atoll.compute.model_state import Model
+from atoll.compute.tensor_notes import norm
+from atoll.plan.codec.stage import Identity, roundtrip
+from atoll.plan.entropy import current_entropy
+from atoll.plan.in_flight import InFlight
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort, Contribution, EntropySource, Population, RoundInfo, Shared, Tensors, Total
+from atoll.plan.state import DownlinkState, State, versions
+
+
+class Failure(NamedTuple):
+    """A lost contribution: its client, its round, the stage that failed, and the cause."""
+
+    client: int
+    round: int
+    stage: str
+    cause: str
+
+
+class FlightTimes(NamedTuple):
+    """The times of one flight, in seconds of the run: start, model received, computation finished, end; its outcome.
+
+    `version` is the round whose model the client started from.
+    """
+
+    number: int
+    client: int
+    version: int
+    start: float
+    loaded: float
+    computed: float
+    end: float
+    outcome: str  # "arrived", "dropped", or "late": no longer awaited
+
+
+class Kept(NamedTuple):
+    """The contribution of one client that the caller of `gather` requested.
+
+    Args:
+        client, repeat: the start.
+        version: the round whose model the client started from.
+        contribution: as the local part returned it, `[1, …]`.
+        decoded: as the server received it, `[1, …]`.
+    """
+
+    client: int
+    repeat: int
+    version: int
+    contribution: Contribution
+    decoded: Contribution
+
+
+class Gathered(NamedTuple):
+    """Results of `gather`: a partial sum for each model version, and the record of the clients that contributed."""
+
+    partials: Mapping[int, Any]
+    arrived: Tensor  # int64 ids, increasing
+    memory: tuple[tuple[Tensor, Tensors], ...]  # next memory of the accepted clients: (ids [K], rows [K, …])
+    facts: Tensors  # one row per arrived client
+    failures: tuple[Failure, ...]
+    bytes_up: int
+    bytes_down: int
+    air: InFlight = InFlight()  # clients that stay in flight
+    started: int = 0
+    late: int = 0  # number of flights no longer awaited
+    now: float | None = None  # seconds of the run, if there is a clock
+    trips: tuple[FlightTimes, ...] = ()
+    notes: tuple[str, ...] = ()  # messages to print once
+    kept: tuple[Kept, ...] = ()  # the contributions that the caller requested, by version, repeat and client
+
+
+class Engine(Protocol):
+    """Runs clients and adds their contributions."""
+
+    @property
+    def population(self) -> Population: ...
+    @property
+    def layout(self) -> Layout: ...
+    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered: ...
+    def agree(self, value: bytes) -> bytes: ...  # the value of the first process
+
+
+@dataclass(frozen=True)
+class Report:
+    """The report of a round.
+
+    Args:
+        round: from 0.
+        metrics: by name.
+        cohort: number of clients that started.
+        arrived: number of contributions in the step.
+        failures: contributions that were lost.
+        bytes_up, bytes_down: of all messages.
+        seconds: time to compute the round.
+        fingerprint: 12 hex digits, a hash of all bits of θ: `atoll.runs.fingerprint`.
+        clients: columns with one row per contribution: the id of the client, and its facts in the clear.
+        late: number of flights no longer awaited.
+        flying: number of clients in flight after the round has closed.
+        now: seconds of the run, if there is a clock.
+        trips: times of the flights that ended in the round, if there is a clock.
+        notes: messages to print once.
+    """
+
+    round: int
+    metrics: Mapping[str, float]
+    cohort: int
+    arrived: int
+    failures: tuple[Failure, ...]
+    bytes_up: int
+    bytes_down: int
+    seconds: float = 0.0
+    fingerprint: str = ""
+    clients: Mapping[str, Any] = field(default_factory=dict)
+    late: int = 0
+    flying: int = 0
+    now: float | None = None
+    trips: tuple[FlightTimes, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to(self, **changes: Any) -> Report:
+        """The same report with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+
+def bind(plan: Plan, engine: Engine) -> Plan:
+    """The same plan for one engine: its codecs know the layout of the model and the total weight of all clients.
+
+    A plan is bound once for each training. As a value the bound plan equals the plan that was given. It holds no
+    engine, data or model.
+
+    Args:
+        plan: the algorithm.
+        engine: an engine that is open.
+    """
+    sizes = engine.population.sizes
+    weights = torch.ones_like(sizes) if plan.aggregator.weights == "equal" else sizes
+    codec, downlink = plan.codec.bind(engine.layout, weights.sum()), plan.downlink.bind(engine.layout)
+    return dataclasses.replace(plan, codec=codec, downlink=downlink)
+
+
+def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
+    """One round of any algorithm on any engine.
+
+    Args:
+        plan: the algorithm, bound to the engine.
+        state: before the round. It does not change, except for the memory of accepted clients.
+        engine: runs the clients.
+    Returns:
+        The state after the round, and its report.
+    Raises:
+        RunError: more clients failed than the plan allows, or all failed with the same error. The state before the
+            round remains valid.
+    """
+    opened = open_round(plan, state, engine)
+    gathered = engine.gather(plan, opened.state, opened.cohort, opened.key)
+    closed = close_round(opened, gathered)
+    for ids, rows in gathered.memory:
+        state.memory.put(ids, rows)
+    return closed.state, closed.report
+
+
+class Opened(NamedTuple):
+    """A round before its clients train.
+
+    Args:
+        state: with θ as the clients of this round have it.
+        cohort: the clients that start; empty if clients of earlier rounds are in flight.
+        key: of all draws in the round.
+        plan: the algorithm, bound.
+        population: all clients.
+        entropy: random numbers that no key determines; every process of the training draws the same ones.
+    """
+
+    state: State
+    cohort: Cohort
+    key: Key
+    plan: Plan
+    population: Population
+    entropy: EntropySource
+
+
+def open_round(plan: Plan, state: State, engine: Engine) -> Opened:
+    """Update the downlink and select the cohort. Nothing is computed by clients yet.
+
+    Args:
+        plan: the algorithm, bound to the engine.
+        state: after the round before. It does not change.
+        engine: its population is read, and its processes agree on entropy.
+    Returns:
+        The opened round, for `engine.gather` and `close_round`.
+    """
+    key, population = state.key(), engine.population
+    state = update_downlink(plan, state, key)
+    cohort = draw_cohort(plan, state, population, key)
+    return Opened(state, cohort, key, plan, population, current_entropy(engine.agree))
+
+
+class Closed(NamedTuple):
+    """A round after its clients have trained.
+
+    Args:
+        total: the exact sum of all contributions, after the server's half of the codec and of the local part.
+        mean: the aggregate that the server optimizer receives; its sums are divided by rows.
+        state: after the round. Client memory is not stored yet.
+        report: of the round.
+    """
+
+    total: Total
+    mean: Total
+    state: State
+    report: Report
+
+
+def close_round(opened: Opened, gathered: Gathered) -> Closed:
+    """Decode the sum, aggregate, and make the server's step. Except for entropy this is a pure function.
+
+    g = finalize(server_update(Σ_b s(b) · decode_sum_b(partial_b))) ;  θ⁺ = optimizer(θ, g, round)
+
+    Args:
+        opened: of `open_round`.
+        gathered: of `engine.gather`.
+    Returns:
+        The total, the mean, the state after the round, and the report.
+    """
+    state, cohort, key, plan, population, entropy = opened
+    info = RoundInfo(state.round, population, gathered.started, cohort.chance, entropy)
+    total, server = server_update(plan, decode_sums(plan, state, gathered), state, info, key)
+    mean = finalize(plan, total, info)
+    after = descend(plan, state, mean, server, gathered.air)
+    return Closed(total, mean, after, report(plan, state, gathered, mean))
+
+
+def update_downlink(plan: Plan, state: State, key: Key) -> State:
+    """Update the downlink by a compressed delta: θ̂⁺ = θ̂ + C(θ − θ̂). The next delta contains the error of C."""
+    if plan.downlink == Identity():
+        return state
+    theta = state.model.theta
+    if state.sent is None:
+        return dataclasses.replace(state, sent=DownlinkState(theta, ()))
+    delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(theta.new_zeros(1, dtype=torch.int64))
+    payload, side, _, _ = plan.downlink.encode(delta, {}, {}, key)
+    length = int(plan.downlink.sizes(payload, side)[0])
+    received = state.sent.theta + roundtrip(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
+    return dataclasses.replace(state, sent=state.sent.append(received, length))
+
+
+_EMPTY = Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.float64))
+
+
+def draw_cohort(plan: Plan, state: State, population: Population, key: Key) -> Cohort:
+    """The cohort of a round that opens with no client in flight; otherwise empty, and only missing clients start."""
+    if state.air.flights:
+        return _EMPTY
+    sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
+    return sampler(population, state.round, key.fold("cohort"))
+
+
+def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
+    """Σ_b s(b) · decode_sum_b(partial_b): each model version's sum is decoded with its own key and weighted.
+
+    If clients send their models, Σ wᵢ (θ_b − θᵢ) becomes Σ wᵢ (θ − θᵢ). The server knows θ_b and Σ wᵢ.
+    """
+    totals = []
+    for version, partial in sorted(gathered.partials.items()):
+        total = plan.aggregator.total(partial)
+        if "update" in total.means:
+            update = total.means["update"]
+            if plan.codec.per_sum:
+                # with the key that the clients used to encode
+                update = plan.codec.decode_sum(update, state.key(version).fold("codec"))
+            if plan.local.sends == "model":
+                update = update + total.weight * model_drift(state, version)
+            factor = plan.pace.staleness_weight(state.round - version)
+            update = update if factor == 1 else update * factor
+            total = total._replace(means={**total.means, "update": update})
+        totals.append(total)
+    return sum_totals(totals)
+
+
+def model_drift(state: State, version: int) -> Tensor:
+    """θ − θ_b, float64 `[d]`: the change of the model since the version that these clients started from."""
+    return state.model.theta.double() - state.version(version).model.theta.double()
+
+
+def sum_totals(totals: list[Total]) -> Total:
+    """The sum of the totals of several model versions."""
+    first, *rest = totals
+    for other in rest:
+        first = Total(
+            {n: t + other.means[n] for n, t in first.means.items()},
+            {n: t + other.sums[n] for n, t in first.sums.items()},
+            first.weight + other.weight,
+            first.arrived + other.arrived,
+            {n: torch.maximum(t, other.counters[n]) for n, t in first.counters.items()},
+            {n: torch.cat((t, other.per_client[n])) for n, t in first.per_client.items() if n in other.per_client},
+        )
+    return first
+
+
+def server_update(plan: Plan, total: Total, state: State, info: RoundInfo, key: Key) -> tuple[Total, Shared]:
+    """Apply the server half of the codec, then that of the local part, once per round, to the exact total."""
+    total, codec = plan.codec.server_update(total, state.server["codec"], info, key.fold("settle codec"))
+    total, local = plan.local.server_update(total, state.server["local"], info, key.fold("settle local"))
+    return total, {"local": local, "codec": codec}
+
+
+def finalize(plan: Plan, total: Total, info: RoundInfo) -> Total:
+    """The aggregate of the round. Every sum is divided by the number of rows that it covers."""
+    mean = plan.aggregator.finalize(total, info)
+    return mean._replace(sums=per_row(mean.sums))
+
+
+def descend(plan: Plan, state: State, mean: Total, server: Shared, air: InFlight) -> State:
+    """θ⁺ = optimizer(θ, g, round). Buffers become their mean, counters their maximum. Without an update θ stays."""
+    model, optimizer, flying = state.model, state.optimizer, versions(state, air)
+    if "update" in mean.means:
+        g = mean.means["update"].to(model.theta)
+        g = g if g.shape == model.theta.shape else g.expand_as(model.theta)
+        theta, optimizer = plan.optimizer.update(model.theta, g, mean.sums, optimizer, state.round)
+        buffers = mean.means["buffers"].to(model.buffers.dtype) if "buffers" in mean.means else model.buffers
+        model = Model(theta, buffers, {**model.counters, **mean.counters}, model.fixed)
+    return State(state.round + 1, state.seed, model, optimizer, server, state.memory, air, flying, state.sent)
+
+
+def per_row(sums: Tensors) -> dict[str, Tensor]:
+    """Each sum divided by the number of rows that it covers."""
+    if "rows" not in sums:
+        return {}
+    return {n: t / sums["rows"].clamp(min=1) for n, t in sums.items() if n != "rows"}
+
+
+def _columns(arrived: Tensor, per_client: Tensors) -> dict[str, Tensor]:
+    """The aggregator's columns, one row per contribution. A client that the aggregator does not list has 0."""
+    names = per_client.keys() - {"id"}
+    if not names:
+        return {}
+    ids, order = per_client["id"].to(arrived.device).sort(stable=True)
+    at = torch.searchsorted(ids, arrived).clamp(max=max(len(ids) - 1, 0))
+    found = ids[at] == arrived if len(ids) else torch.zeros_like(arrived, dtype=torch.bool)
+    out = {}
+    for name in sorted(names):
+        column = per_client[name].to(arrived.device)
+        out[name] = column.new_zeros(len(arrived), *column.shape[1:])
+        out[name][found] = column[order[at[found]]]
+    return out
+
+
+def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
+    """The report of a round."""
+    metrics = {n: float(t) for n, t in mean.sums.items() if t.numel() == 1}
+    if "update" in mean.means:
+        metrics["gradient_norm"] = float(norm(mean.means["update"]))
+    metrics["lr"] = plan.optimizer.lr_at(state.round, state.optimizer)
+    return Report(
+        state.round,
+        metrics,
+        gathered.started,
+        gathered.arrived.shape[0],
+        gathered.failures,
+        gathered.bytes_up,
+        gathered.bytes_down,
+        clients={"id": gathered.arrived, **gathered.facts, **_columns(gathered.arrived, mean.per_client)},
+        late=gathered.late,
+        flying=len(gathered.air.flights),
+        now=gathered.now,
+        trips=gathered.trips,
+        notes=gathered.notes,
+    )

@@ -1,0 +1,179 @@
+"""Compare a metric of two runs at equal cost: by bytes, by time, and at a value that both runs reach.
+
+Tests: tests/surface/test_tools.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from atoll.report.figures import (
+    LIGHT,
+    PlotLine,
+    axes,
+    figure,
+    logarithmic_x,
+    of_bytes,
+    of_seconds,
+    plot,
+    png,
+    text,
+    wants_log,
+)
+from atoll.report.format import better, format_number, label, rises
+from atoll.report.run_data import Numbers, RunData
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CLOCK, SECONDS = "seconds of virtual time", "seconds of computing"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over the rounds in which it was measured, and the cost up to each of these rounds.
+
+    Args:
+        name: the name of the run.
+        rounds, values: the rounds and the metric, float64 `[measured]`.
+        bytes: bytes up and down from the first round to each of these rounds, float64 `[measured]`.
+        times: seconds from the first round to each of these rounds, float64 `[measured]`: virtual or computing time.
+    """
+
+    name: str
+    rounds: Numbers
+    values: Numbers
+    bytes: Numbers
+    times: Numbers
+
+    @classmethod
+    def of(cls, record: RunData, metric: str, time: str) -> Curve:
+        """Build the curve from the rows of a run; `time` is `CLOCK` or `SECONDS`."""
+        at = {row["round"]: i for i, row in enumerate(record.rows)}
+        spent = np.cumsum([_amount(r.get("bytes_up")) + _amount(r.get("bytes_down")) for r in record.rows])
+        clock = time == CLOCK
+        each = np.array([_amount(r.get("clock" if clock else "seconds")) for r in record.rows])
+        times = np.maximum.accumulate(each) if clock and len(each) else np.cumsum(each)
+        rounds, values = record.series(metric)
+        where = [at[int(t)] for t in rounds]
+        return cls(record.name, rounds, values, spent[where], times[where])
+
+    def best(self, rising: bool) -> float | None:
+        """The best finite value; None if no value is finite."""
+        good = self.values[np.isfinite(self.values)]
+        return None if not len(good) else float(good.max() if rising else good.min())
+
+    def reaches(self, target: float, rising: bool) -> int | None:
+        """The index of the first value that is at least as good as the target; None if no value is."""
+        with np.errstate(invalid="ignore"):
+            found = np.flatnonzero(self.values >= target if rising else self.values <= target)
+        return int(found[0]) if len(found) else None
+
+
+@dataclass(frozen=True)
+class MetricComparison:
+    """One metric of two runs.
+
+    Args:
+        metric: the metric that both runs are compared by.
+        time: the kind of time: `CLOCK` if both runs have a virtual clock, else `SECONDS`.
+        target: the value to reach. The default is the worse of the two best values, because both runs reach it.
+        curves: the curves of the two runs.
+    """
+
+    metric: str
+    time: str
+    target: float
+    curves: tuple[Curve, Curve]
+
+    @property
+    def rising(self) -> bool:
+        """Whether a higher value is better."""
+        return bool(rises(self.metric))
+
+    @property
+    def at(self) -> tuple[int | None, int | None]:
+        """For each run, the index at which it reaches the target; None if it does not."""
+        first, second = (curve.reaches(self.target, self.rising) for curve in self.curves)
+        return first, second
+
+    @classmethod
+    def of(cls, a: RunData, b: RunData, target: float | None = None) -> MetricComparison | None:
+        """Compare two runs by their selection metric; None if they share no metric with finite values."""
+        shared = [n for n in (a.judged, b.judged, *a.columns) if n in a.columns and n in b.columns]
+        clock = all(r.last("clock") is not None for r in (a, b))
+        time = CLOCK if clock else SECONDS
+        for metric in shared:
+            rising = rises(metric)
+            if rising is None:
+                continue
+            curves = Curve.of(a, metric, time), Curve.of(b, metric, time)
+            best = [v for c in curves if (v := c.best(rising)) is not None]
+            if len(best) == 2:
+                worse = best[1] if better(best[0], best[1], rising) else best[0]
+                return cls(metric, time, worse if target is None else target, curves)
+        return None
+
+
+def _amount(value: object) -> float:
+    """The number in a cell of a row; 0 if the cell contains no finite number."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else 0.0  # type: ignore[arg-type]
+
+
+def draw_comparison(found: MetricComparison) -> bytes:
+    """Draw a PNG: the metric by bytes and by time. A ring marks the point at which a run reaches the target."""
+    made = figure(LIGHT, 11.0, 3.5)
+    colours = (LIGHT.series[0], LIGHT.series[1])
+    name = _titled(found.metric)
+    by_bytes = axes(made, LIGHT, (0.055, 0.17, 0.485, 0.80), f"{name} by bytes", "up and down, all clients")
+    by_time = axes(made, LIGHT, (0.555, 0.17, 0.985, 0.80), f"{name} by time", found.time)
+    for ax, costs in ((by_bytes, [c.bytes for c in found.curves]), (by_time, [c.times for c in found.curves])):
+        _panel(ax, found, costs, colours)
+    of_bytes(by_bytes)
+    most = max((float(c.times.max(initial=0)) for c in found.curves), default=0.0)
+    of_seconds(by_time.xaxis, most)
+    for ax, costs in ((by_bytes, [c.bytes for c in found.curves]), (by_time, [c.times for c in found.curves])):
+        if apart(costs):
+            logarithmic_x(ax)
+    for at, (curve, colour) in enumerate(zip(found.curves, colours, strict=True)):
+        made.text(
+            0.985, 0.955 - 0.05 * at, text(curve.name, 60), color=colour, fontsize=8.5, fontweight="bold", ha="right",
+            va="center",
+        )  # fmt: skip
+    return png(made)
+
+
+def apart(costs: Sequence[Numbers]) -> bool:
+    """Whether the costs differ by more than a factor of 8, so that a linear axis would squeeze one line."""
+    ends = [float(c[-1]) for c in costs if len(c)]
+    return len(ends) == 2 and min(ends) > 0 and max(ends) > 8 * min(ends)
+
+
+def _panel(ax: Axes, found: MetricComparison, costs: Sequence[Numbers], colours: Sequence[str]) -> None:
+    lines = [PlotLine(c.name, x, c.values, colour) for c, x, colour in zip(found.curves, costs, colours, strict=True)]
+    plot(ax, lines, log=not found.rising and wants_log([c.values for c in found.curves]))
+    if not apart(costs):
+        ax.set_xlim(left=0)
+    ax.axhline(found.target, color=LIGHT.soft, linewidth=0.8, linestyle=(0, (4, 2.5)), zorder=1)
+    ax.text(
+        1.0, found.target, f"{format_number(found.target)} ", transform=ax.get_yaxis_transform(),
+        ha="right",
+        va="bottom", fontsize=7.5, color=LIGHT.soft,
+    )  # fmt: skip
+    for curve, x, at, colour in zip(found.curves, costs, found.at, colours, strict=True):
+        if at is not None:
+            ax.plot(
+                [x[at]], [curve.values[at]], "o", markersize=7, markerfacecolor="none", markeredgewidth=1.5,
+                markeredgecolor=colour, zorder=7,
+            )  # fmt: skip
+
+
+def _titled(name: str) -> str:
+    words = label(name)
+    return text(words[:1].upper() + words[1:], 40)

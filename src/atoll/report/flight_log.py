@@ -1,0 +1,175 @@
+"""Flights and message sizes of clients, read from events.jsonl into a table of bounded size.
+
+A flight is one training task of a client: download, computing, upload.
+
+Tests: tests/surface/test_timeline.py.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers = npt.NDArray[np.float64]
+Whole = npt.NDArray[np.int64]
+Row = tuple[int, int, int, float, float, float, float, int]  # number, client, birth, four times, fate
+
+FATES = ("arrived", "dropped", "late")
+TIMES = ("start", "loaded", "computed", "end")
+MOST_FLIGHTS = 50_000
+MOST_LANES = 40
+
+
+@dataclass
+class Tally:
+    """Totals over the contributions in the log: bytes of each client, and the distribution of staleness.
+
+    Args:
+        up, down: bytes sent and received, by client id.
+        staleness: the number of contributions, by staleness in rounds.
+        rounds: the number of rounds that were read.
+        of: the number of rounds in the log.
+    """
+
+    up: dict[int, int] = field(default_factory=dict)
+    down: dict[int, int] = field(default_factory=dict)
+    staleness: Counter[int] = field(default_factory=Counter)
+    rounds: int = 0
+    of: int = 0
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Add one round; a column whose length differs from that of the ids is ignored."""
+        ids = event.get("id")
+        if not isinstance(ids, list):
+            return
+        self.rounds += 1
+        for into, name in ((self.up, "bytes_up"), (self.down, "bytes_down")):
+            for client, size in _pairs(ids, event.get(name)):
+                into[client] = into.get(client, 0) + size
+        self.staleness.update(late for _, late in _pairs(ids, event.get("staleness")))
+
+
+def _pairs(ids: list[Any], values: Any) -> list[tuple[int, int]]:
+    if not isinstance(values, list) or len(values) != len(ids):
+        return []
+    return [(i, v) for i, v in zip(ids, values, strict=True) if type(i) is int and type(v) is int and v >= 0]
+
+
+@dataclass(frozen=True)
+class FlightLog:
+    """Flights that have ended, in the order of their starts.
+
+    Args:
+        number: the index of the start, from 0, int64 `[flights]`.
+        client: the id of the client, int64 `[flights]`.
+        birth: the round of the model that the client started from, int64 `[flights]`.
+        times: start, end of the download, end of computing, end; float64 `[4, flights]`, in seconds of virtual time,
+            each at least as large as the previous one.
+        fate: the outcome, int64 `[flights]`: 0 arrived, 1 dropped, 2 late (abandoned).
+    """
+
+    number: Whole
+    client: Whole
+    birth: Whole
+    times: Numbers
+    fate: Whole
+
+    @classmethod
+    def of(cls, rows: list[Row]) -> FlightLog:
+        """Build the columns from rows of number, client, birth, four times and fate."""
+        table = np.array(rows, dtype=np.float64).reshape(-1, 8)
+        table = table[np.argsort(table[:, 0], kind="stable")]
+        number, client, birth, fate = (table[:, at].astype(np.int64) for at in (0, 1, 2, 7))
+        return cls(number, client, birth, table[:, 3:7].T, fate)
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    @property
+    def start(self) -> Numbers:
+        found: Numbers = self.times[0]
+        return found
+
+    @property
+    def end(self) -> Numbers:
+        found: Numbers = self.times[3]
+        return found
+
+    def known(self) -> float:
+        """The time up to which all flights are in the table; a flight in progress leaves a gap in the numbers."""
+        missing = np.flatnonzero(self.number != np.arange(len(self)))
+        return float(self.start[missing[0]] if len(missing) else self.start[-1])
+
+    def window(self, closings: Numbers, flying: bool, flights: float = 24.0, rounds: int = 3) -> float:
+        """The end of the drawn window, in seconds: the whole run, or `flights` times the median flight.
+
+        Args:
+            closings: the times at which rounds closed, ascending.
+            flying: whether some flights have not ended.
+            flights: the length of the window in median flights.
+            rounds: the number of rounds that must close in the window.
+        """
+        last = float(self.end.max(initial=0.0))
+        if flying and self.known() > last / 2:
+            last = self.known()
+        usual = flights * float(np.median(self.end - self.start))
+        closed = float(closings[min(rounds, len(closings)) - 1]) if len(closings) else 0.0
+        wanted = max(usual, closed)
+        return last if wanted <= 0 or last <= 1.3 * wanted else wanted
+
+    def among(self, until: float) -> FlightLog:
+        """The flights that started before a time."""
+        there = self.start < until
+        number, client, birth, fate = (c[there] for c in (self.number, self.client, self.birth, self.fate))
+        return FlightLog(number, client, birth, self.times[:, there], fate)
+
+    def lanes(self) -> tuple[Whole, tuple[int, ...]]:
+        """Assign each flight to a row of the timeline, so that flights in one row do not overlap.
+
+        Returns:
+            the rows, int64 `[flights]`, from 0, and the ids of the clients, one per row. With more than 40 clients the
+            ids are `()`, and each flight takes the lowest free row.
+        """
+        clients = np.unique(self.client)
+        if len(clients) <= MOST_LANES:
+            return np.searchsorted(clients, self.client), tuple(clients.tolist())
+        rows = np.empty(len(self), dtype=np.int64)
+        free: list[int] = []
+        busy: list[tuple[float, int]] = []
+        for at in np.lexsort((self.number, self.start)):
+            while busy and busy[0][0] <= self.start[at]:
+                heapq.heappush(free, heapq.heappop(busy)[1])
+            row = heapq.heappop(free) if free else len(busy)
+            heapq.heappush(busy, (float(self.end[at]), row))
+            rows[at] = row
+        return rows, ()
+
+    def at_work(self, until: float, rows: Whole, count: int, fate: int | None = 0) -> Numbers:
+        """The fraction of the time up to `until` in which each row is busy with flights of a fate; None: any fate."""
+        there = np.ones(len(self), dtype=bool) if fate is None else self.fate == fate
+        spent = np.minimum(self.end, until) - np.minimum(self.start, until)
+        return np.bincount(rows[there], weights=spent[there], minlength=count) / until
+
+
+def read_trips(event: Mapping[str, Any], room: int) -> list[Row]:
+    """Read at most `room` flights from one line of the log; malformed entries are ignored."""
+    columns: list[Any] = [event.get(name) for name in ("number", "client", "birth", *TIMES, "fate")]
+    if not all(isinstance(c, list) for c in columns) or len(set(map(len, columns))) != 1:
+        return []
+    out: list[Row] = []
+    for number, client, birth, start, loaded, computed, end, fate in zip(*columns, strict=True):
+        if len(out) == room:
+            break
+        times = (start, loaded, computed, end)
+        counts = all(type(v) is int and 0 <= v < 1 << 53 for v in (number, client, birth))
+        if not counts or fate not in FATES or not all(isinstance(t, (int, float)) and 0 <= t < 1e16 for t in times):
+            continue
+        if start <= loaded <= computed <= end:
+            out.append((number, client, birth, start, loaded, computed, end, FATES.index(fate)))
+    return out

@@ -1,0 +1,269 @@
+"""The data of a run for reports, read from the files of its folder: rounds, failures, client results, outcome.
+
+A log may be long, truncated or untrusted. Lines that cannot be parsed are skipped. Values that are no numbers count as
+missing. Client results are kept for a bounded number of rounds.
+
+Tests: tests/surface/test_report.py, tests/surface/test_timeline.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from atoll import runs
+from atoll.base.errors import AtollError
+from atoll.plan.registry import read_part, renamed
+from atoll.report.flight_log import MOST_FLIGHTS, FlightLog, Tally, read_trips
+from atoll.report.format import better, rises, spread
+
+Numbers = npt.NDArray[np.float64]
+Row = Mapping[str, Any]
+
+OTHER = ("loss", "held_out_loss", "gradient_norm", "lr")
+_SPREAD, _LAST = 80, 40
+_MOST_READ = 32 << 20  # bytes of "clients" lines that are read at most
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """The clients whose contributions arrived in one round: their ids and training losses, each `[arrived]`."""
+
+    round: int
+    ids: npt.NDArray[np.int64]
+    loss: Numbers
+
+
+@dataclass
+class MissedContributions:
+    """The missed contributions of one client: their number, the last round, and the causes by stage."""
+
+    count: int = 0
+    last: int = 0
+    causes: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+@dataclass
+class Events:
+    """The contents of events.jsonl, in a size that does not grow with the run."""
+
+    began: str = ""
+    ended: str = ""
+    status: str = "unfinished"
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lost: dict[int, MissedContributions] = field(default_factory=dict)
+    clients: list[ClientRound] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    flights: FlightLog = field(default_factory=lambda: FlightLog.of([]))
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run, read from its folder.
+
+    Args:
+        name: the name of the folder.
+        rows: the rows of metrics.jsonl, one per round, in order.
+        config: the settings of config.toml without their tables; `{}` if the file is not valid TOML.
+        config_text: the text of config.toml.
+        environment: the contents of environment.json.
+        events: the contents of events.jsonl.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    config: Mapping[str, Any]
+    config_text: str
+    environment: Mapping[str, Any]
+    events: Events
+
+    @classmethod
+    def read(cls, folder: Path) -> RunData:
+        """Read a run folder; a missing file counts as empty."""
+        rows = (r for r in runs.read_rows(folder / "metrics.jsonl") if isinstance(r, dict))
+        text = _text(folder / "config.toml")
+        return cls(
+            folder.resolve().name,
+            tuple(r for r in rows if _is_round(r.get("round"))),
+            _config(text),
+            text,
+            _object(_text(folder / "environment.json")),
+            _events(folder / "events.jsonl"),
+        )
+
+    def series(self, name: str) -> tuple[Numbers, Numbers]:
+        """The rounds in which a column has a number, and the numbers, float64 `[n]`; NaN and infinity count too."""
+        found = [(row["round"], v) for row in self.rows if (v := _number(row.get(name))) is not None]
+        pairs = np.array(found, dtype=np.float64).reshape(-1, 2)
+        return pairs[:, 0], pairs[:, 1]
+
+    def total(self, name: str) -> float:
+        """The sum of the finite numbers of a column."""
+        values = self.series(name)[1]
+        return float(values[np.isfinite(values)].sum())
+
+    def last(self, name: str) -> float | None:
+        """The last number of a column; None if it has none."""
+        values = self.series(name)[1]
+        return float(values[-1]) if len(values) else None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The measured columns that contain numbers, in reading order: losses, metrics, the rest."""
+        names = dict.fromkeys(n for row in self.rows for n in row)
+        there = [n for n in names if n not in runs.COUNTS and any(_number(r.get(n)) is not None for r in self.rows)]
+        metrics = [n for n in there if n not in OTHER]
+        first, after = [n for n in OTHER[:2] if n in there], [n for n in OTHER[2:] if n in there]
+        return (*first, *metrics, *after)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The columns of task metrics, without losses, gradient norm and learning rate."""
+        return tuple(n for n in self.columns if n not in OTHER)
+
+    @property
+    def judged(self) -> str:
+        """The column of the selection metric, which determines the best round."""
+        found = [*self.metrics, "held_out_loss"]
+        return next((n for n in found if n in self.columns), "loss")
+
+    def best(self, name: str) -> Row | None:
+        """The first row with the best finite value; None if there is none or the metric's direction is unknown."""
+        best, rising = None, rises(name)
+        for row in self.rows if rising is not None else ():
+            value = _number(row.get(name))
+            if value is None or not math.isfinite(value):
+                continue
+            if best is None or better(value, best[name], bool(rising)):
+                best = row
+        return best
+
+    @property
+    def formula(self) -> str:
+        """The formula of the plan; if the plan names code outside atoll, its text, since that code is not imported."""
+        text = str(self.environment.get("plan") or self.config.get("plan") or "")
+        try:
+            return str(read_part(renamed(text))) if text else ""
+        except AtollError:
+            return text
+
+    def baseline(self, name: str, metric: str) -> float | None:
+        """The value of a metric of a baseline; None if it is missing."""
+        return _number(self.events.baselines.get(name, {}).get(metric))
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    return None
+
+
+def _is_round(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _config(text: str) -> dict[str, Any]:
+    """The settings by name, without the TOML tables that contain them."""
+    flat: dict[str, Any] = {}
+
+    def walk(table: Mapping[str, Any]) -> None:
+        for name, value in table.items():
+            if isinstance(value, Mapping):
+                walk(value)
+            else:
+                flat.setdefault(name, value)
+
+    try:
+        walk(tomllib.loads(text))
+    except tomllib.TOMLDecodeError:
+        return {}
+    return flat
+
+
+def _events(path: Path) -> Events:
+    """Read the log line by line. Lines of clients are first located; a bounded selection of them is then parsed."""
+    events, places, total, trips = Events(), list[int](), 0, list[Any]()
+    if not path.is_file():
+        return events
+    with open(path, "rb") as file:
+        at = 0
+        for line in file:
+            if line.startswith(b'{"event": "clients"'):
+                places.append(at)
+                total += len(line)
+            elif line.startswith(b'{"event": "trips"'):
+                if (room := MOST_FLIGHTS - len(trips)) > 0:
+                    trips += read_trips(_object(line.decode("utf-8", "replace")), room)
+            else:
+                _event(events, _object(line.decode("utf-8", "replace")))
+            at += len(line)
+        chosen = {*spread(len(places), _SPREAD), *range(max(0, len(places) - _LAST), len(places))}
+        counted = range(0, len(places), -(-total // _MOST_READ) or 1)
+        for n in sorted({*chosen, *counted}):
+            file.seek(places[n])
+            event = _object(file.readline().decode("utf-8", "replace"))
+            if n % counted.step == 0:
+                events.tally.add(event)
+            given = _clients(event) if n in chosen else None
+            if given is not None:
+                events.clients.append(given)
+    events.tally.of = len(places)
+    events.flights = FlightLog.of(trips)
+    return events
+
+
+def _event(events: Events, event: Mapping[str, Any]) -> None:
+    match event.get("event"):
+        case "start":
+            events.began = events.began or str(event.get("time", ""))
+            events.about = dict(event)
+            notes = event.get("notes")
+            events.notes = [str(n) for n in notes] if isinstance(notes, list) else []
+        case "note" if len(events.notes) < 1000:
+            events.notes.append(f"round {event.get('round')}: {event.get('text', '')}")
+        case "stop":
+            events.ended = str(event.get("time", ""))
+            events.status, events.reason = str(event.get("status", "")), str(event.get("reason", ""))
+        case "baseline":
+            events.baselines[str(event.get("name", ""))] = dict(event)
+        case "failure" if _is_round(event.get("client")):
+            lost = events.lost.setdefault(event["client"], MissedContributions())
+            lost.count += 1
+            if _is_round(event.get("round")):
+                lost.last = event["round"]
+            if len(lost.causes) < 20:
+                lost.causes[str(event.get("stage", "")), str(event.get("cause", ""))] += 1
+
+
+def _clients(event: Mapping[str, Any]) -> ClientRound | None:
+    ids, loss, at = event.get("id"), event.get("loss"), event.get("round")
+    if not isinstance(ids, list) or not isinstance(loss, list) or len(ids) != len(loss) or not _is_round(at):
+        return None
+    good = [(i, v) for i, v in zip(ids, map(_number, loss), strict=True) if _is_round(i) and v is not None]
+    return ClientRound(
+        event["round"], np.array([i for i, _ in good], dtype=np.int64), np.array([v for _, v in good], dtype=float)
+    )

@@ -1,0 +1,100 @@
+"""The run that a training returns, and the protocol of an observer of its rounds.
+
+Tests: tests/surface/test_public.py, tests/surface/test_report.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from atoll.compute.task import Task
+from atoll.data.clients import Clients
+from atoll.plan.plan import Plan
+from atoll.plan.round import Failure, Report
+from atoll.plan.state import State
+
+
+@dataclass(frozen=True)
+class Run:
+    """The result of a training.
+
+    Args:
+        path: the run folder; None if nothing was written.
+        rounds: the number of finished rounds.
+        metrics: the last value of each metric.
+        best: the best evaluated round: metric, value, round.
+        reason: why the training ended.
+        status: "done", "failed" or "interrupted".
+        seconds: the sum of the durations of all rounds.
+        bytes_up, bytes_down: bytes of all messages.
+        failures: the lost contributions of the rounds of this process.
+        reports: one report for each round of this process.
+        model: a new module with the final parameters.
+        baselines: metrics of pooled and local-only training, if they were requested.
+    """
+
+    path: Path | None
+    rounds: int
+    metrics: Mapping[str, float]
+    best: Mapping[str, Any]
+    reason: str
+    status: str
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    failures: tuple[Failure, ...]
+    reports: tuple[Report, ...]
+    model: nn.Module
+    baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class TrainingView(Protocol):
+    """The members of a training that an observer reads; a training has further ones.
+
+    Members:
+        plan, task, data, settings, fleet: the algorithm, the model, the clients, the settings and the durations.
+        state: the state after the last round.
+        judge: the engine that evaluates held-out rows; None if there are none.
+        reason: why this backend computes.
+        judged_by: the metric that selects the best round, and whether more is better.
+        outcome: why the training ended; None before its end.
+        bytes_up, bytes_down: bytes of all messages so far.
+    """
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def task(self) -> Task: ...
+    @property
+    def data(self) -> Clients: ...
+    @property
+    def settings(self) -> Any: ...
+    @property
+    def state(self) -> State: ...
+    @property
+    def fleet(self) -> Any: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def selection_metric(self) -> tuple[str, bool]: ...
+    @property
+    def evaluator(self) -> Any: ...
+    @property
+    def outcome(self) -> Any: ...
+    @property
+    def bytes_up(self) -> int: ...
+    @property
+    def bytes_down(self) -> int: ...
+
+
+class Observer(Protocol):
+    """An object that receives the start, each round and the end of a run."""
+
+    def start(self, training: TrainingView, path: Path | None) -> None: ...
+    def round(self, report: Report) -> None: ...
+    def end(self, run: Run) -> None: ...

@@ -1,0 +1,515 @@
+"""A run on disk: one folder that people can read and from which an interrupted run resumes.
+
+    config.toml          every setting of the run
+    environment.json     versions, machine, numerics
+    metrics.jsonl .csv   one row a round
+    events.jsonl         failures, clients, notes, the reason for the end
+    model.safetensors    the model at the end;  best.safetensors  the best one so far
+    checkpoint/          the state to resume from, and one pointer file that is replaced atomically
+    plots/  report.html  figures and a page
+
+The files of a new checkpoint are written next to those of the last one and flushed to disk. Then the pointer is
+replaced. The pointer contains the SHA-256 digest of every file and of itself, and the lengths of the logs. On resume,
+logs are truncated to these lengths and every file's digest is verified. So no row appears twice, and a damaged file is
+never loaded.
+
+Tests: tests/faults/test_folder.py, tests/surface/test_tools.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import fcntl
+import io
+import json
+import os
+import platform
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from atoll.base.errors import RunError, UsageError
+from atoll.base.files import atomic_write
+
+FORMAT = 1
+LOGS = ("metrics.jsonl", "events.jsonl")
+COUNTS = (  # the columns of a row that describe its cost and its clients; every other column is a metric
+    *("round", "fingerprint", "cohort", "arrived", "failed", "late", "flying", "staleness", "versions"),
+    *("bytes_up", "bytes_down", "seconds", "clock"),
+)
+_WORDS = (
+    "amber azure brisk calm clear coral deep early fair fresh gentle golden green high jade kind late light lunar mild "
+    "new noble north open pale quiet rapid silver slow small soft south still sunny swift tidal warm wide windy",
+    "bay beach bird boat bow breeze buoy cape cloud cove crab current drift dune fin fish gull harbor heron isle kelp "
+    "lagoon marlin oar palm pearl pier port ray reef sail sand seal shell shoal shore sky spray star surf tide wave",
+)
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of Python, atoll, torch and NumPy. Bits are equal only between equal versions."""
+    return {"python": platform.python_version(), **_installed()}
+
+
+@lru_cache(maxsize=1)
+def _installed() -> dict[str, str]:
+    """The versions of the packages, cached: the lookup takes longer than writing a small checkpoint."""
+    out = {}
+    for package in ("atoll", "torch", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            out[package] = version(package)
+    return out
+
+
+def environment(**more: Any) -> dict[str, Any]:
+    """The environment of a run: versions, machine, system, CPU, number of threads.
+
+    Args:
+        more: further entries, JSON values by name.
+    """
+    return {
+        **library_versions(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        **more,
+    }
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of a write into an error that names the cause and a command."""
+    try:
+        yield
+    except OSError as error:
+        cause = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the quota is used up",
+            errno.EFBIG: "a file may not grow further",
+        }
+        raise RunError(
+            f"{path} could not be written: {cause.get(error.errno or 0, error.strerror)}.",
+            "space on the disk, and permission to write.",
+            "the last checkpoint is intact, and the run can resume from it.",
+            f"atoll resume {_run_of(path).name}",
+        ) from error
+
+
+def _run_of(path: Path) -> Path:
+    """The run folder that contains this file or folder."""
+    folder = path.parent if path.suffix else path
+    return folder.parent if folder.name == "checkpoint" else folder
+
+
+@contextlib.contextmanager
+def _beginning(parent: Path) -> Iterator[None]:
+    """Turn an error about a new run folder into a UsageError, since the run has not started yet."""
+    try:
+        yield
+    except (OSError, RunError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        raise UsageError(
+            f"No run can be made in {parent}: {getattr(cause, 'strerror', cause)}.",
+            "a folder with permission to write, and space on its disk.",
+            "every round of a run is written to its folder.",
+            "--out runs",
+        ) from error
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace a file of a run in one step.
+
+    Raises:
+        RunError: the file could not be written.
+    """
+    with _writing(path):
+        atomic_write(path, data)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state of a run: tensors by name, client memory, the best model so far or None, and JSON values."""
+
+    tensors: Mapping[str, Tensor]
+    memory: tuple[Mapping[str, Tensor], ...]
+    best: Mapping[str, Tensor] | None
+    facts: Mapping[str, Any]
+
+
+@dataclass
+class RunFolder:
+    """One run's folder. At most one process has it locked.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+    _lock: IO[str] | None = None
+    _logs: dict[str, IO[bytes]] = field(default_factory=dict)
+    _files: dict[str, str] = field(default_factory=dict)  # files that the last pointer names → their digests
+    _alive: dict[str, set[int]] = field(default_factory=dict)  # segment → clients whose newest row it contains
+    _lengths: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(LOGS, 0))
+
+    @classmethod
+    def create(cls, parent: Path, config: str, about: Mapping[str, Any]) -> RunFolder:
+        """Create and lock a folder `parent/<date>-<two words>`, and point the link `parent/latest` to it.
+
+        Args:
+            parent: the folder of all runs; it is created if it does not exist.
+            config: the text of config.toml.
+            about: the content of environment.json.
+        Returns:
+            The locked folder.
+        Raises:
+            UsageError: the folder cannot be written.
+        """
+        with _beginning(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                words = "-".join(secrets.choice(w.split()) for w in _WORDS)
+                path = parent / f"{datetime.now():%Y-%m-%d}-{words}"
+                try:
+                    path.mkdir()
+                    break
+                except FileExistsError:
+                    continue
+            folder = cls(path)
+            try:
+                folder.lock()
+                write(path / "environment.json", _json(about, indent=2))
+                for name in LOGS:
+                    folder._open(name)
+                # Last, since this file marks a folder as a run.
+                write(path / "config.toml", config.encode())
+                _point(parent / "latest", path.name)
+            except BaseException:
+                folder.close()
+                raise
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Lock the folder of an existing run, to resume it.
+
+        Raises:
+            UsageError: the folder has no config.toml, or another process has locked it.
+        """
+        if not (path / "config.toml").is_file():
+            raise UsageError(
+                f"{path} is not the folder of a run.",
+                "a folder that contains a config.toml.",
+                write="atoll runs",
+            )
+        folder = cls(path)
+        folder.lock()
+        return folder
+
+    def lock(self) -> None:
+        """Lock the folder. The system releases the lock when the process ends.
+
+        Raises:
+            UsageError: another process has locked the folder.
+        """
+        with _writing(self.path):
+            handle = open(self.path / "lock", "a")  # noqa: SIM115  open until `close`
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            raise UsageError(
+                f"{self.path} is in use by another process.",
+                "one process for each run folder.",
+                "two processes would mix the rows of two trainings.",
+                f"atoll show {self.path.name}",
+            ) from None
+        self._lock = handle
+
+    def close(self) -> None:
+        """Close the logs and release the lock."""
+        for log in self._logs.values():
+            log.close()
+        self._logs.clear()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _open(self, name: str) -> IO[bytes]:
+        if name not in self._logs:
+            with _writing(self.path / name):
+                self._logs[name] = open(self.path / name, "ab", buffering=0)  # noqa: SIM115
+        return self._logs[name]
+
+    def metric(self, row: Mapping[str, Any]) -> None:
+        """Add a round's row to metrics.jsonl."""
+        self._append("metrics.jsonl", row)
+
+    def event(self, kind: str, **what: Any) -> None:
+        """Add an event to events.jsonl."""
+        self._append("events.jsonl", {"event": kind, "time": datetime.now().isoformat(timespec="seconds"), **what})
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        line, log = _json(row) + b"\n", self._open(name)
+        with _writing(self.path / name):
+            while line:
+                line = line[log.write(line) :]
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors as safetensors, atomically. Equal tensors give equal bytes."""
+        write(self.path / name, _packed(tensors))
+
+    def checkpoint(
+        self,
+        tensors: Mapping[str, Tensor],
+        memory: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+        best: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Save the state of the run: write the changed tensors, then replace the pointer.
+
+        Args:
+            tensors: the state, by name.
+            memory: client memory that changed since the last checkpoint, with the client `ids`, int64 [n]; {} for none.
+            facts: JSON values by name; `round` names the files.
+            best: the best model so far; None if it has not changed since the last checkpoint.
+        Raises:
+            RunError: a file cannot be written. The last checkpoint is intact.
+        """
+        folder, digests = self.path / "checkpoint", dict(self._files)
+        with _writing(folder):
+            folder.mkdir(exist_ok=True)
+        names = {"state": f"state-{facts['round']}.safetensors", "best": self._named("best")}
+        digests[names["state"]] = self._put(folder / names["state"], tensors)
+        if best is not None:
+            names["best"] = f"best-{facts['round']}.safetensors"
+            digests[names["best"]] = self._put(folder / names["best"], best)
+        alive = self._add_segment(memory, digests)
+        lengths = {}
+        for name in LOGS:
+            log = self._open(name)
+            with _writing(self.path / name):
+                os.fsync(log.fileno())
+                lengths[name] = os.fstat(log.fileno()).st_size
+        files = {name: digests[name] for name in (*filter(None, names.values()), *alive)}
+        pointer = {
+            "format": FORMAT,
+            "versions": library_versions(),
+            **names,
+            "segments": list(alive),
+            "files": files,
+            "logs": lengths,
+            "facts": dict(facts),
+        }
+        write(folder / "pointer.json", _json({**pointer, "sha256": sha256(_json(pointer)).hexdigest()}, indent=2))
+        self._files, self._alive, self._lengths = files, alive, lengths
+        if best is not None:
+            write(self.path / "best.safetensors", _packed(best))
+        for old in folder.glob("*.safetensors*"):
+            if old.name not in files:
+                old.unlink(missing_ok=True)
+
+    def _named(self, kind: str) -> str:
+        """The file of this kind that the last pointer names, or "" if there is none."""
+        return next((name for name in self._files if name.startswith(f"{kind}-")), "")
+
+    def _add_segment(self, memory: Mapping[str, Tensor], digests: dict[str, str]) -> dict[str, set[int]]:
+        """Write changed rows as a new segment. A segment is dropped once newer segments contain all its clients."""
+        if not memory:
+            return self._alive
+        ids = set(memory["ids"].tolist())
+        alive = {name: rest for name, old in self._alive.items() if (rest := old - ids)}
+        last = max((int(name.split("-")[1].split(".")[0]) for name in self._alive), default=-1)
+        name = f"memory-{last + 1}.safetensors"
+        digests[name] = self._put(self.path / "checkpoint" / name, memory)
+        return {**alive, name: ids}
+
+    def _put(self, path: Path, tensors: Mapping[str, Tensor]) -> str:
+        data = _packed(tensors)
+        write(path, data)
+        return sha256(data).hexdigest()
+
+    def restore(self, *, any_version: bool = False) -> Checkpoint | None:
+        """Read the last checkpoint. Nothing in the folder changes.
+
+        Args:
+            any_version: whether to accept a checkpoint of other versions of torch, NumPy or atoll.
+        Returns:
+            The checkpoint; None if the run has none.
+        Raises:
+            UsageError: the checkpoint was written with other versions.
+            RunError: the checkpoint is damaged.
+        """
+        if not (self.path / "checkpoint" / "pointer.json").exists():
+            return None
+        pointer = read_pointer(self.path)
+        if not any_version:
+            self._check_versions(pointer)
+        loaded = {name: self._get(name, digest) for name, digest in pointer["files"].items()}
+        memory = {name: loaded[name] for name in pointer["segments"]}
+        self._files, self._lengths = dict(pointer["files"]), dict(pointer["logs"])
+        self._alive = {}
+        for name, rows in memory.items():
+            ids = set(rows["ids"].tolist())
+            self._alive = {older: old - ids for older, old in self._alive.items()} | {name: ids}
+        best = loaded[pointer["best"]] if pointer["best"] else None
+        return Checkpoint(loaded[pointer["state"]], tuple(memory.values()), best, pointer["facts"])
+
+    def _get(self, name: str, digest: str) -> dict[str, Tensor]:
+        path = self.path / "checkpoint" / name
+        try:
+            data = path.read_bytes()
+            if sha256(data).hexdigest() != digest:
+                raise _damaged(path)
+            return load(data)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path) from error
+
+    def truncate_logs(self) -> None:
+        """Resume from the checkpoint that `restore` returned: truncate the logs, and restore best.safetensors."""
+        for name, length in self._lengths.items():
+            log = self._open(name)
+            with _writing(self.path / name):
+                os.ftruncate(log.fileno(), length)
+        best = self._named("best")
+        if best:
+            write(self.path / "best.safetensors", (self.path / "checkpoint" / best).read_bytes())
+
+    def _check_versions(self, pointer: Mapping[str, Any]) -> None:
+        ours = library_versions()
+        other = [f"{n} {v}" for n, v in pointer["versions"].items() if n != "python" and ours.get(n) != v]
+        if other:
+            raise UsageError(
+                f"{self.path.name} was written with {', '.join(other)}.",
+                f"the versions of this machine: {', '.join(f'{n} {ours.get(n)}' for n in ours if n != 'python')}.",
+                "other versions may compute other bits, so the second half of the run would not match the first.",
+                f"atoll resume {self.path.name} --any-version",
+            )
+
+    def finish(self) -> None:
+        """Write metrics.csv from the rows of metrics.jsonl."""
+        rows = read_rows(self.path / "metrics.jsonl")
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, columns)
+        table.writeheader()
+        table.writerows(rows)
+        write(self.path / "metrics.csv", text.getvalue().encode())
+
+
+def read_pointer(path: Path) -> dict[str, Any]:
+    """Read and verify the pointer of a run's checkpoint.
+
+    Args:
+        path: the run folder.
+    Returns:
+        The content of pointer.json, without its own digest.
+    Raises:
+        UsageError: the checkpoint has another format.
+        RunError: the pointer is missing, or its digest does not match.
+    """
+    file = path / "checkpoint" / "pointer.json"
+    try:
+        pointer = json.loads(file.read_bytes())
+        digest = pointer.pop("sha256", None)
+        if pointer["format"] != FORMAT:
+            raise UsageError(
+                f"{path.name} has a checkpoint of format {pointer['format']}.",
+                f"format {FORMAT}.",
+                "it was written by another version of atoll.",
+                f"pip install atoll=={pointer['versions'].get('atoll', '')}",
+            )
+        if sha256(_json(pointer)).hexdigest() != digest:
+            raise ValueError("the digest does not match")
+        return dict(pointer)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise _damaged(file) from error
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """The content of environment.json; {} if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((path / "environment.json").read_bytes()))
+    return {}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, without an incomplete last line."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def find_run(run: str | Path, parent: Path) -> Path:
+    """Find a run by its path, its name, the first characters of its name, a part of its two words, or `latest`.
+
+    Args:
+        run: the path or the name.
+        parent: the folder of all runs.
+    Returns:
+        The run folder.
+    Raises:
+        UsageError: no run matches, or several match.
+    """
+    for path in (Path(run), parent / str(run)):
+        if (path / "config.toml").is_file():
+            return path.resolve()
+    known = list_runs(parent)
+    fits = [p for p in known if p.name.startswith(str(run)) or str(run) in p.name[11:]]
+    if len(fits) == 1:
+        return fits[0]
+    names = ", ".join(p.name for p in (fits or known)[-5:])
+    raise UsageError(
+        f"{'Several runs are' if fits else 'No run is'} called {str(run)!r} in {parent}.",
+        f"one of {names}." if names else "the name of a run. This folder has no runs.",
+        write=f"atoll show {(fits or known)[-1].name}" if known else "atoll run",
+    )
+
+
+def list_runs(parent: Path) -> list[Path]:
+    """The run folders in a parent folder, oldest first."""
+    if not parent.is_dir():
+        return []
+    found = [p for p in parent.iterdir() if not p.is_symlink() and (p / "config.toml").is_file()]
+    return sorted(found, key=lambda p: ((p / "config.toml").stat().st_mtime, p.name))
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> bytes:
+    return save({n: t.detach().cpu().contiguous().clone() for n, t in sorted(tensors.items())})
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    plain: Callable[[Any], Any] = lambda v: v.tolist() if isinstance(v, Tensor) else str(v)  # noqa: E731
+    return json.dumps(value, default=plain, indent=indent, ensure_ascii=False).encode()
+
+
+def _damaged(path: Path) -> RunError:
+    return RunError(
+        f"{path} is damaged or missing.",
+        "the bytes that were written.",
+        "training from a damaged state would give another result.",
+        f"atoll show {path.parent.parent.name}",
+    )
+
+
+def _point(link: Path, target: str) -> None:
+    beside = link.with_name(f".latest-{secrets.token_hex(4)}")
+    with _writing(link):
+        beside.symlink_to(target)
+        os.replace(beside, link)

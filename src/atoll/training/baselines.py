@@ -1,0 +1,321 @@
+"""Baselines of a federated run: training on all rows in one place, and training of each client alone on its rows.
+
+    pooled    one client that holds every training row, trained by the local part of the run
+    local     each client trains on its own rows only; its model is evaluated on the held-out rows
+
+Both start from the first model of the run and see the same number of samples. A client that is selected with
+probability q trains in round(q·T) of the T rounds. These rounds are evenly spaced, so that a schedule passes through
+all its rates. The pooled client trains in the number of rounds, or with the number of steps per round, in which it sees
+the samples of the whole cohort. There is no server: a client keeps the model that it trained. If clients send
+gradients, the client uses the optimizer of the server.
+
+Tests: tests/identities/test_baselines.py
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.base.errors import RunError
+from atoll.base.random import Key
+from atoll.compute.batches import ROWS
+from atoll.compute.model_state import Model
+from atoll.compute.task import Task
+from atoll.data.clients import Clients
+from atoll.engine.chunks import contribute_chunk
+from atoll.engine.client_state import Memory
+from atoll.engine.inprocess import InProcessEngine, threads_for
+from atoll.plan.aggregate import Mean, Sum
+from atoll.plan.aggregate.exact import LARGEST
+from atoll.plan.local import Evaluate, Gradient, Train
+from atoll.plan.optimizer.base import OptimizerBase
+from atoll.plan.optimizer.rules import sgd
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Broadcast, Cohort, Ids, Local, Population, Sampler
+from atoll.plan.round import bind, step
+from atoll.plan.schedule import NOTHING, Schedule, Tensors
+from atoll.plan.state import State
+from atoll.training.rounds import Training, evaluate
+
+MAX_CLIENTS = 200  # largest number of clients that train one by one
+_LANE_BYTES = 256 << 20
+_JUDGE = Plan(Evaluate(), Mean())
+_ROW_NUMBERS = 1 << 24  # numbers of held-out rows, repeated for the models that are evaluated together
+
+
+def compare_baselines(training: Training) -> dict[str, dict[str, Any]]:
+    """Train the pooled and local-only baselines of a run: same model, lr, batch and number of samples seen.
+
+    Args:
+        training: a training with at least one round; it is not changed.
+    Returns:
+        Plain values. `pooled`: `held_out_loss`, every metric, and `samples`, the number of samples seen. `local`: the
+        mean of each metric over clients with equal weights, and `…_sd`, `…_min`, `…_max`; `clients`, the number of
+        trained clients, at most 200, drawn by key out of `population`; `samples`, the mean number of samples seen by a
+        client. If a model becomes non-finite, its last finite state is evaluated. `diverged` is then the round in which
+        the pooled model diverged, or the number of clients that diverged. Without held-out rows no model can be
+        evaluated, and `skipped` contains the `reason`.
+    Example:
+        >>> import atoll
+        >>> data = atoll.data.load("digits").split(clients=5)
+        >>> training = atoll.rounds("softmax", data, atoll.recipes.fedavg(lr=0.1), rounds=2)
+        >>> reports = list(training)
+        >>> {name: sorted(values)[:2] for name, values in compare_baselines(training).items()}
+        {'pooled': ['accuracy', 'held_out_loss'], 'local': ['accuracy', 'accuracy_max']}
+
+    Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
+    """
+    reason = (
+        "there are no held-out rows to evaluate a model on: data.split(held_out=0.2)"
+        if training.data.held_out is None
+        else ""
+        if training.state.round
+        else "no round was run"
+    )
+    if reason:
+        return {"skipped": {"reason": reason}}
+    with threads_for(training.task):
+        return {"pooled": pooled(training), "local": alone(training)}
+
+
+def pooled(training: Training) -> dict[str, Any]:
+    """Train one client that holds every row, and evaluate its model; see `compare_baselines`."""
+    data, count = training.data.pooled(), training.state.round
+    plan, share = _gathered(_solo(training.plan), training.data.sizes, _chances(training))
+    # The loop is the fastest backend for one client. Another backend changes only the last bits.
+    task = replace(training.task, module=copy.deepcopy(training.task.module), numerics="loop")
+    state, failed = _train(training, InProcessEngine(task, data), plan, _turns(torch.tensor([share]), count)[:, 0], 0)
+    out: dict[str, Any] = evaluate(state, InProcessEngine(task, data.held()))
+    turns = float(_turns(torch.tensor([share]), count).sum())
+    out["samples"] = round(turns * float(_seen(plan.local, data.sizes.double())))
+    return out | ({} if failed is None else {"diverged": failed})
+
+
+def alone(training: Training) -> dict[str, Any]:
+    """Train each client on its own rows, and evaluate each model on the held-out rows; see `compare_baselines`."""
+    population = training.data.count
+    ids = torch.arange(population)
+    if population > MAX_CLIENTS:
+        ids = Key(training.settings.seed).fold("baselines").distinct(MAX_CLIENTS, population).sort().values
+    plan = _solo(training.plan)
+    turns = _turns(_chances(training)[ids], training.state.round)
+    if _in_lanes(training, plan):
+        judged = list(_many(training, plan, ids, turns))
+    else:
+        judged = list(_one_by_one(training, plan, ids, turns))
+    out: dict[str, Any] = {}
+    for name in judged[0].metrics:
+        values = torch.tensor([j.metrics[name] for j in judged], dtype=torch.float64)
+        out |= {
+            name: float(values.mean()),
+            f"{name}_sd": float(values.std(correction=0)),
+            f"{name}_min": float(values.min()),
+            f"{name}_max": float(values.max()),
+        }
+    samples = turns.sum(0) * _seen(plan.local, training.data.sizes[ids].double())
+    out |= {"clients": len(ids), "population": population, "samples": round(float(samples.mean()))}
+    diverged = sum(j.diverged for j in judged)
+    return out | ({"diverged": diverged} if diverged else {})
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """The metrics of the model of one client, and whether the model became non-finite."""
+
+    metrics: Mapping[str, float]
+    diverged: bool
+
+
+@dataclass(frozen=True, repr=False)
+class _Only(Sampler):
+    """A sampler that selects one client in every round."""
+
+    client: int
+
+    def __call__(self, population: Population, round: int, key: Key) -> Cohort:
+        return Cohort(torch.tensor([self.client]), torch.tensor(1.0, dtype=torch.float64))
+
+
+def _solo(plan: Plan) -> Plan:
+    """The plan of a single client: the local part, no compression, and the server optimizer only for gradients."""
+    if not isinstance(plan.local, Gradient):
+        return Plan(plan.local, Mean(weights="equal", sum="float"), sgd(1.0))
+    # With Sum() the learning rate is chosen for gradients that are multiplied by the number of rows.
+    rule = plan.aggregator if isinstance(plan.aggregator, Sum) else Mean(weights="equal", sum="float")
+    return Plan(plan.local, rule, plan.optimizer)
+
+
+def _chances(training: Training) -> Tensor:
+    """The probability that a client is selected in a round, float64 `[C]`."""
+    population = Population(training.data.count, training.data.sizes)
+    key = Key(training.settings.seed).fold("round", 0).fold("cohort")
+    chance = training.plan.sampler(population, 0, key).chance
+    return chance.to(torch.float64).expand(training.data.count)
+
+
+def _turns(chance: Tensor, rounds: int) -> Tensor:
+    """The rounds in which a client with selection probability `chance` trains: bool `[rounds, len(chance)]`."""
+    works = (chance.double() * rounds).round().clamp(1, rounds).long()
+    t = torch.arange(rounds)[:, None]
+    return (t + 1) * works // rounds > t * works // rounds
+
+
+def _seen(local: Local, rows: Tensor) -> Tensor:
+    """The number of samples that a client with this number of rows sees in one round."""
+    if isinstance(local, Gradient):
+        return rows if local.batch is None else rows.clamp(max=local.batch)
+    if isinstance(local, Train) and local.steps is not None:
+        return (local.steps_at(0) or 1) * (rows if local.batch is None else rows / (rows / local.batch).ceil())
+    return local.examples_per_round(rows)
+
+
+@dataclass(frozen=True, repr=False)
+class _Times(Schedule):
+    """A schedule of steps, multiplied for a client that does the work of several clients."""
+
+    steps: Schedule
+    ratio: float
+
+    def __call__(self, t: int, memory: Tensors = NOTHING) -> float:
+        return round(self.steps(t)) * self.ratio
+
+
+def _gathered(plan: Plan, sizes: Tensor, chance: Tensor) -> tuple[Plan, float]:
+    """The plan of the pooled client, and the fraction of rounds in which it sees the samples of the cohort."""
+    local = plan.local
+    rows = sizes.double()
+    ratio = float((chance * _seen(local, rows)).sum() / _seen(local, rows.sum()))
+    if ratio <= 1:
+        return plan, ratio
+    if isinstance(local, Train) and local.steps is not None:
+        steps = _Times(local.steps, ratio) if isinstance(local.steps, Schedule) else round(local.steps * ratio)
+        return replace(plan, local=replace(local, steps=steps)), 1.0
+    if isinstance(local, Gradient) and isinstance(plan.optimizer, OptimizerBase) and round(ratio) > 1:
+        local = Train(plan.optimizer, steps=round(ratio), batch=local.batch, keep=("optimizer", "order"))
+        return Plan(local, Mean(weights="equal", sum="float"), sgd(1.0)), 1.0
+    return plan, 1.0
+
+
+def _train(
+    training: Training, engine: InProcessEngine, plan: Plan, turns: Tensor, client: int
+) -> tuple[State, int | None]:
+    """Train one client. Returns the last good state, and the round that failed or became non-finite, if any."""
+    plan = bind(replace(plan, cohort=_Only(client)), engine)
+    memory = Memory(plan.memory(training.task.layout))
+    state = State.first(plan, training.task, training.settings.seed, memory, training.first)
+    for t in turns.nonzero().squeeze(1).tolist():
+        try:
+            state, _ = step(plan, replace(state, round=t), engine)
+        except RunError:
+            return state, t
+    return state, None
+
+
+def _one_by_one(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Evaluated]:
+    """Train each client with `step`. This works for any local part."""
+    engine = InProcessEngine(training.task, training.data)
+    evaluator = InProcessEngine(training.task, training.data.held())
+    for at, client in enumerate(ids.tolist()):
+        state, failed = _train(training, engine, plan, turns[:, at], client)
+        yield _Evaluated(evaluate(state, evaluator), failed is not None)
+
+
+def _in_lanes(training: Training, plan: Plan) -> bool:
+    """Whether several clients can train as lanes of one batch: the server keeps no state that differs between them."""
+    rule = plan.optimizer
+    return (
+        training.task.numerics == "lanes"
+        and isinstance(plan.local, (Train, Gradient))
+        and not plan.local.server(training.task.layout)
+        and isinstance(plan.aggregator, Mean)
+        and isinstance(rule, OptimizerBase)
+        and not rule.schedule.init()
+    )
+
+
+def _many(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Evaluated]:
+    """Train clients as lanes, in batches whose memory is limited."""
+    each = 8 * training.task.layout.d * training.task.layout.dtype.itemsize
+    largest = max(2, min(64, _LANE_BYTES // each))
+    order = torch.argsort(training.data.sizes[ids], descending=True, stable=True)
+    widths = torch.tensor([plan.local.padded_batch(n) for n in training.data.sizes[ids[order]].tolist()])
+    held = training.data.held()
+    for width in widths.unique().tolist():
+        for at in order[widths == width].split(largest):
+            model, finite = _lanes(training, plan, ids[at], turns[:, at])
+            for metrics, good in zip(_judged(training.task, held, model), finite.tolist(), strict=True):
+                yield _Evaluated(metrics, not good)
+
+
+Groups = dict[str, dict[str, Tensor]]  # tensors `[K, …]` of K clients: model, counters, optimizer, kept
+
+
+def _lanes(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> tuple[Model, Tensor]:
+    """The models of clients that train as lanes, as `step` trains them, and whether each model stayed finite."""
+    first = training.first.lanes(len(ids))
+    kept = plan.memory(training.task.layout)
+    now: Groups = {
+        "model": {"theta": first.theta, "buffers": first.buffers},
+        "counters": dict(first.counters),
+        "optimizer": dict(plan.optimizer.init(first.theta)),
+        "kept": {n: t.to(training.task.device).repeat(len(ids), *[1] * t.dim()) for n, t in kept.items()},
+    }
+    finite = torch.ones(len(ids), dtype=torch.bool)
+    for t in range(len(turns)):
+        at = (turns[t] & finite).nonzero().squeeze(1)
+        if not len(at):
+            continue
+        everyone = len(at) == len(ids)
+        before = now if everyone else {g: {n: x[at] for n, x in group.items()} for g, group in now.items()}
+        after, good = _round(training, plan, ids[at], t, before)
+        finite[at] = good
+        for g, group in after.items():
+            for name, x in group.items():
+                if everyone and bool(good.all()):
+                    now[g][name] = x
+                else:
+                    now[g][name][at[good]] = x[good]
+    return Model(now["model"]["theta"], now["model"]["buffers"], now["counters"], first.fixed), finite
+
+
+def _round(training: Training, plan: Plan, ids: Tensor, t: int, before: Groups) -> tuple[Groups, Tensor]:
+    """One round of each client. Returns the new tensors, and whether all numbers of each client are finite."""
+    task, data = training.task, training.data
+    start = Model(before["model"]["theta"], before["model"]["buffers"], before["counters"], training.first.fixed)
+    broadcast, key = Broadcast(t, start, {"local": {}, "codec": {}}), Key(training.settings.seed).fold("round", t)
+    chunk = contribute_chunk(plan, task, data, broadcast, _starts(ids), key, before["kept"])
+    given = chunk.decoded
+    good = torch.ones(len(ids), dtype=torch.bool)
+    for rows in (*given.means.values(), *given.sums.values()):
+        good &= (rows.reshape(len(ids), -1).abs().amax(1) <= LARGEST).to(good.device)
+    theta, state = plan.optimizer.update(start.theta, given.means["update"], {}, before["optimizer"], t)
+    model = {"theta": theta} | ({"buffers": given.means["buffers"]} if "buffers" in given.means else {})
+    after = {"model": model, "counters": given.counters, "optimizer": state, "kept": chunk.memory}
+    return {g: dict(group) for g, group in after.items()}, good
+
+
+def _starts(clients: Tensor) -> Ids:
+    """The first start of each of these clients."""
+    return Ids(clients, torch.zeros_like(clients))
+
+
+def _judged(task: Task, held: Clients, model: Model) -> Iterator[dict[str, float]]:
+    """Held-out loss and metrics of K models, evaluated in batches."""
+    rows, k = len(held.order), len(model.theta)
+    numbers = min(rows, ROWS) * max(1, held.rows.take(held.order[:1])[0].numel())
+    largest = max(2, _ROW_NUMBERS // numbers)
+    finish = {m.name: m.finish for m in task.metrics}
+    for at in torch.arange(k).split(largest):
+        # A single lane would use other kernels than several lanes, so it is evaluated together with a copy of itself.
+        picked = at if len(at) > 1 else at.repeat(2)
+        broadcast = Broadcast(0, model.select(picked), {})
+        chunk = contribute_chunk(_JUDGE, task, held, broadcast, _starts(torch.zeros_like(picked)), Key(0), {})
+        for i in range(len(at)):
+            values = {n: float(s[i]) / rows for n, s in chunk.decoded.sums.items() if n != "rows"}
+            yield {"held_out_loss": values.pop("loss")} | {n: finish[n](v) for n, v in values.items()}

@@ -1,0 +1,540 @@
+"""An experiment: the settings of `atoll run` as plain values, and as a TOML file.
+
+    flag  >  --set  >  environment, ATOLL_…  >  file  >  default            the first that gives a value wins
+
+The file is the named one, else atoll.toml or [tool.atoll] of pyproject.toml in the working folder. A plan, a split, an
+engine and a stop rule are texts of the grammar. `module:name` is code. It is imported only if a person at this machine
+typed it or named its file: a file that was found, or a run folder, needs `--trust`.
+
+Tests: tests/surface/test_experiment.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from atoll.base import grammar
+from atoll.base.errors import UsageError, unknown_name
+from atoll.base.names import dotted
+from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, checked, of_text, read_toml, toml
+from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, setting
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from atoll.data import Clients, Source
+    from atoll.data.partition import Partition
+    from atoll.engine.protocols import EngineSpec
+    from atoll.plan.plan import Plan
+    from atoll.runs.events import Run
+    from atoll.training.rounds import Training
+
+CLIENTS, ROWS_EACH = 100, 10
+RECIPE = "fedavg(lr=0.5, batch=10)"
+GENTLE_RECIPE = "fedavg(lr=0.0005, batch=10)"
+_KEYS = {"dataset": "data", "overrides": "plan"}
+_ABOUT_DATA = {"dataset", "folder", "target", "by", "task", "missing", "scale"}
+
+
+@dataclass(frozen=True, repr=False)
+class Experiment(grammar.Value, TrainingFields):
+    """The settings of `atoll run` as plain values; the defaults are the demonstration.
+
+    In files and flags each field has its own name, except for `data` (`dataset` here) and `plan` (`overrides` here).
+    The settings of the training are those of `atoll.Settings`, in the form of texts.
+
+    Args:
+        dataset: the name of a data set, or the path of a CSV file or of a folder of arrays.
+        folder, target, by, task, missing, scale: of the data, see `atoll.data.load`.
+        clients: number of clients; None: the natural ones, else 100, or fewer so that each has ten rows.
+        split: a partition; None: the natural clients, else `Dirichlet(0.3)` if rows have classes, else `IID()`.
+        held_out: fraction of the rows that no client gets, in [0, 1).
+        min_rows: rows that each client has at least.
+        model: a name, or `module:factory`; None: "mlp", and "lstm" for tokens.
+        recipe: a recipe or a whole plan; None: `fedavg`, with a learning rate by the kind of data.
+        baselines: whether pooled and local-only models are trained for comparison.
+        checkpoint_s: seconds between two checkpoints.
+        report: whether plots and report.html are drawn at the end.
+        out: the parent of run folders.
+        overrides: parts that replace those of the recipe, as text by slot: `{"pace": "Sync()", "optimizer.lr": "0.5"}`.
+        engine_fields: fields of the engine from `--workers`, `--gpus` and so on.
+        untrusted: names of settings that must not import code, because their text was not typed at this machine.
+    Example:
+        >>> it = Experiment().with_settings({"rounds": "5", "plan.optimizer": "adam(0.01)"})
+        >>> it.rounds, it.plan().optimizer
+        (5, adam(0.01))
+    """
+
+    dataset: str = setting("digits", "A name, a CSV file, or a folder of x.npy and y.npy. Default: digits.", group=DATA)
+    clients: int | None = setting(
+        None, "Number of clients. Default: the natural ones, else 100, or fewer for small data.", group=DATA
+    )
+    split: str | None = setting(
+        None,
+        "Rows of each client: IID(), Pathological(2), … Default: Dirichlet(0.3) if rows have classes.",
+        group=DATA,
+    )
+    held_out: float = setting(0.2, "Fraction of the rows that no client gets. Default: 0.2.", group=DATA)
+    target: str | None = setting(None, "The column of a CSV file to predict. Default: the last.", group=DATA)
+    by: str | None = setting(None, "The column of a CSV file that names the client of a row.", group=DATA)
+    task: str | None = setting(None, "classification or regression. Default: guessed, and reported.", group=DATA)
+    missing: str | None = setting(None, "Treatment of missing numbers: mean or drop.", group=DATA)
+    scale: str | None = setting(None, "standard, client or none. Default: standard for tables.", group=DATA)
+    folder: str | None = setting(None, "Folder of the files of mnist, fashion_mnist and heart.", group=DATA)
+    min_rows: int = setting(2, "Smallest number of rows of a client.", group=DATA, flag=False)
+    model: str | None = setting(None, "A name, or module:factory. Default: mlp.", group=METHOD)
+    recipe: str | None = setting(None, "A recipe or a whole plan. Default: fedavg(lr=0.5, batch=10).", group=METHOD)
+    baselines: bool = setting(False, "Also train pooled and local-only models, and compare. Default: no.")
+    checkpoint_s: float = setting(15.0, "Seconds between two checkpoints.", flag=False)
+    report: bool = setting(True, "Whether plots and report.html are drawn.", group=OUTPUT, flag=False)
+    out: str = setting("runs", "The parent of run folders. Default: runs.", group=OUTPUT)
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    engine_fields: Mapping[str, Any] = field(default_factory=dict)
+    untrusted: frozenset[str] = field(default=frozenset(), compare=False)
+
+    # reading and writing
+
+    @classmethod
+    def read(cls, path: str | Path, *, trust: bool | None = None, old_names: bool = False) -> Experiment:
+        """The experiment of a TOML file: a separate file, pyproject.toml, or the config.toml of a run.
+
+        Args:
+            path: the file, or a run's folder.
+            trust: whether the file may name code; None: yes, except for a config.toml, which another user may have
+                written.
+            old_names: whether plan texts may contain old names of renamed parts.
+        Raises:
+            UsageError: the file is missing or malformed, or holds an unknown key or a value of another type.
+        """
+        file = Path(path)
+        file = file / "config.toml" if file.is_dir() else file
+        values = read_toml(file)
+        if values is None:
+            raise UsageError(
+                f"{file} has no section [tool.atoll].", "this section, with settings.", write="[tool.atoll]"
+            )
+        if values.get("python"):
+            raise UsageError(
+                f"{file.parent.name} was started from Python.",
+                "an experiment that a file can describe.",
+                "its model or its data are objects of the program that started it.",
+                f"atoll.train(model, data, plan, resume={str(file.parent)!r})",
+            )
+        trust = file.name != "config.toml" if trust is None else trust
+        given = _from_file(values)
+        if old_names:
+            from atoll.plan.registry import renamed
+
+            parts = {n: text for n, text in given.items() if n.startswith(("plan.", "recipe"))}
+            given |= {n: renamed(text) for n, text in parts.items() if isinstance(text, str)}
+        return cls()._with(given, str(file), trust=trust)
+
+    @classmethod
+    def found(cls, folder: str | Path = ".", *, trust: bool = False) -> Experiment:
+        """The experiment of atoll.toml in a folder, else of [tool.atoll] in pyproject.toml, else the demonstration."""
+        for name in ("atoll.toml", "pyproject.toml"):
+            file = Path(folder) / name
+            if file.is_file() and (values := read_toml(file)) is not None:
+                return cls()._with(_from_file(values), name, trust=trust)
+        return cls()
+
+    def with_settings(self, texts: Mapping[str, str], where: str = "--set") -> Experiment:
+        """A copy with settings given as texts by dotted key, as `--set` and the environment give them.
+
+        Args:
+            texts: the texts by key.
+            where: the source of the texts, for errors.
+        Raises:
+            UsageError: an unknown key, with the most similar key; or a value of another type.
+        Example:
+            >>> Experiment().with_settings({"held_out": "0.1", "plan.pace": "Sync()"})
+            Experiment(held_out=0.1, overrides={'pace': 'Sync()'})
+        """
+        hints = {key_of(name): kind for name, kind in types().items()} | {n: f.text for n, f in ENGINE_FIELDS.items()}
+        values = {k: of_text(text, hints.get(k.replace("-", "_"), str)) for k, text in texts.items()}
+        return self._with(values, where, trust=True)
+
+    def with_environment(self, environ: Mapping[str, str] = os.environ) -> Experiment:
+        """A copy with settings of variables such as ATOLL_ROUNDS and ATOLL_PLAN_PACE; ATOLL_DATASET is the data set.
+
+        Example:
+            >>> Experiment().with_environment({"ATOLL_HELD_OUT": "0.1"}).held_out
+            0.1
+        """
+        it = self
+        keys = {name: key for name, key in _fields().items() if name != "overrides"}
+        for name, key in {**keys, **{name: name for name in ENGINE_FIELDS}}.items():
+            variable = f"ATOLL_{name.upper()}"
+            if variable in environ:
+                it = it.with_settings({key: environ[variable]}, variable)
+        for variable in sorted(environ):
+            if variable.startswith("ATOLL_PLAN_"):
+                slot = variable.removeprefix("ATOLL_PLAN_").lower()
+                it = it.with_settings({f"plan.{slot}": environ[variable]}, variable)
+        return it
+
+    def override(self, **values: Any) -> Experiment:
+        """A copy with settings given as values; None changes nothing.
+
+        Example:
+            >>> Experiment().override(data="wine", rounds=3, clients=None)
+            Experiment('wine', rounds=3)
+        """
+        return self._with({k: v for k, v in values.items() if v is not None}, "", trust=True)
+
+    def _with(self, values: Mapping[str, Any], where: str, *, trust: bool) -> Experiment:
+        overrides, changes, names = dict(self.overrides), dict[str, Any](), set[str]()
+        shorthands: dict[str, Any] = {}
+        known = {key: name for name, key in _fields().items()}
+        for name, value in values.items():
+            key = name.replace("-", "_")
+            if key.startswith("plan."):
+                _refuse_unknown("slot", key, _slots(), ".".join(key.split(".")[:2]), where)
+                overrides[key[5:]] = value if isinstance(value, str) else repr(value)
+            elif key in ENGINE_FIELDS:
+                shorthands[key] = checked(key, value, ENGINE_FIELDS[key].text, ENGINE_FIELDS[key].default, where)
+            else:
+                _refuse_unknown("setting", key, (known.keys() - {"plan"}) | ENGINE_FIELDS.keys(), key, where)
+                field_name = known[key]
+                changes[field_name] = checked(key, value, types()[field_name], getattr(_DEFAULT, field_name), where)
+            names.add(key)
+        untrusted = self.untrusted - names if trust else self.untrusted | names
+        it = self._to(**changes, overrides=overrides, untrusted=untrusted)
+        return it._filled(shorthands, "engine" in changes)
+
+    def _filled(self, shorthands: Mapping[str, Any], engine_too: bool) -> Experiment:
+        """A copy with fields of the engine from shorthands. Their source may also name the engine.
+
+        Raises:
+            UsageError: the source gives a field twice, in the text of the engine and as a shorthand.
+        """
+        written = "(" in str(self.engine)  # a call, such as Processes(workers=2), not a short name
+        if engine_too and written:
+            from atoll.engine.spec import given_twice
+
+            twice = given_twice(self._named_engine(), shorthands) if shorthands else None
+            if twice is not None:
+                raise twice
+            return self._to(engine_fields=dict(shorthands))
+        return self._to(engine_fields={**self.engine_fields, **shorthands})
+
+    def _named_engine(self) -> EngineSpec:
+        from atoll.engine.spec import engine
+
+        return engine(self.engine, trust=self._trusts("engine"))
+
+    def spec(self) -> EngineSpec:
+        """The engine, with the fields that `--workers`, `--gpus` and so on set.
+
+        Raises:
+            UsageError: an unknown engine, or a field that it does not have.
+        Example:
+            >>> Experiment(engine="processes", engine_fields={"workers": 2}).spec()
+            Processes(2)
+        """
+        from atoll.engine.spec import fill
+
+        return fill(self._named_engine(), self.engine_fields)
+
+    def _to(self, **changes: Any) -> Experiment:
+        """A copy with some fields replaced. It keeps the data that are read already if no field about data changes."""
+        it = dataclasses.replace(self, **changes)
+        if "source" in self.__dict__ and all(getattr(it, n) == getattr(self, n) for n in _ABOUT_DATA):
+            it.__dict__["source"] = self.source
+        return it
+
+    def toml(self) -> str:
+        """The experiment as the text of a TOML file with every setting; `read` returns an equal experiment."""
+        lines = ["# All settings of the run, with defaults. `atoll run` of this file repeats the run."]
+        written = "(" in str(self.engine) and bool(self.engine_fields)
+        it = self._to(engine=repr(self.spec()), engine_fields={}) if written else self
+        for name, key in _fields().items():
+            value = getattr(it, name)
+            if value is not None and name != "overrides":
+                lines.append(f"{key} = {toml(value)}")
+        lines += [f"{name} = {toml(value)}" for name, value in it.engine_fields.items()]
+        if self.overrides:
+            lines += ["", "[plan]"]
+            lines += [f"{toml(slot)} = {toml(text)}" for slot, text in self.overrides.items()]
+        return "\n".join(lines) + "\n"
+
+    # building
+
+    @cached_property
+    def source(self) -> Source:
+        """The data set before the split. It is read once."""
+        from atoll.data import load
+
+        return load(self.dataset, **{n: getattr(self, n) for n in _ABOUT_DATA - {"dataset"}})
+
+    def resolved(self) -> Experiment:
+        """A copy with the settings that depend on the data: clients, split, model, recipe, and the path of a file."""
+        from atoll.data.named import NAMED
+
+        changes: dict[str, Any] = {}
+        if self.dataset not in NAMED and Path(self.dataset).exists():
+            changes["dataset"] = str(Path(self.dataset).resolve())
+        kind = self.source.kind
+        classes = self.source.classes is not None
+        if self.model is None:
+            changes["model"] = "lstm" if kind == "tokens" else "mlp"
+        if self.recipe is None:
+            changes["recipe"] = RECIPE if classes else GENTLE_RECIPE
+        if self.split is None:
+            natural = self.source.by is not None
+            changes["split"] = "ByColumn()" if natural else "Dirichlet(0.3)" if classes else "IID()"
+        if self.clients is None:
+            changes["clients"] = self._count(self._partition(changes.get("split") or self.split or ""))
+        it = self._to(**changes)
+        it.__dict__["source"] = self.source
+        return it
+
+    def _count(self, partition: Partition) -> int:
+        """The default number of clients."""
+        if partition.natural and self.source.names is not None:
+            return len(self.source.names)
+        own_test = self.source.test is not None
+        train = len(self.source) if own_test else int(len(self.source) * (1 - self.held_out))
+        return max(1, min(CLIENTS, train // max(ROWS_EACH, self.min_rows)))
+
+    def _trusts(self, key: str) -> bool:
+        return key not in self.untrusted
+
+    def _partition(self, text: str) -> Partition:
+        from atoll.data import partition as p
+
+        known = (p.IID, p.Dirichlet, p.Pathological, p.Shards, p.Quantity, p.FeatureShift, p.ByColumn)
+        return grammar.parse(text, {c.__name__: c for c in known}, trust=self._trusts("split"))  # type: ignore[no-any-return]
+
+    def data(self) -> Clients:
+        """The clients: the data set after the split.
+
+        Raises:
+            UsageError: the data set is unknown, or it cannot be split in this way.
+        """
+        it = self.resolved()
+        partition = it._partition(it.split or "")
+        return it.source.split(it.clients, partition, held_out=it.held_out, seed=it.seed, min_rows=it.min_rows)
+
+    def plan(self) -> Plan:
+        """The plan: the recipe, with the parts of `overrides` in its slots.
+
+        Raises:
+            UsageError: a text is not a plan or not a part, or it names code and is not trusted.
+        """
+        from atoll.plan.plan import Plan
+        from atoll.plan.registry import read_part
+        from atoll.recipes import RECIPES
+
+        text = self.recipe or self.resolved().recipe or RECIPE
+        names = {r.__name__: r for r in RECIPES} | {"Plan": Plan}
+        built = read_part(text, names, trust=self._trusts("recipe"))
+        if not isinstance(built, Plan):
+            raise UsageError(f"{text!r} is a {type(built).__name__}.", "a recipe, or a whole plan.", write=RECIPE)
+        plan: Plan = built
+        parts: dict[str, Any] = {}  # all slots change at once: two parts that exclude each other may change together
+        for slot, text in sorted(self.overrides.items(), key=lambda item: item[0].count(".")):
+            part = read_part(text, trust=self._trusts(f"plan.{slot}"))
+            first, *path = slot.split(".")
+            parts[first] = _put(parts.get(first, getattr(plan, first)), path, part, slot)
+        return dataclasses.replace(plan, **parts)
+
+    def module(self) -> nn.Module:
+        """The model before the first round; numbers can be loaded into it."""
+        from atoll import models
+        from atoll.base.random import Key
+        from atoll.training.rounds import DTYPES
+
+        dtype = DTYPES[self.dtype]
+        model = self.resolved()._model()
+        return models.resolve(model, self.data(), Key(self.seed).fold("model"), dtype).to(dtype)
+
+    def _model(self) -> str:
+        """The name of the model. It may name code outside atoll only if it is trusted."""
+        model = self.model or "mlp"
+        if ":" in model and not self._trusts("model"):
+            raise UsageError(
+                f"The model {model} names code outside atoll.",
+                "a model of atoll's own, or --trust.",
+                "this text was not typed at this machine, so it must not import code.",
+                "--trust",
+            )
+        return model
+
+    def _settings(self, **changes: Any) -> dict[str, Any]:
+        """The keyword arguments of `atoll.Settings`; `changes` replace some of them."""
+        from atoll import runs
+        from atoll.training.stop import RULES
+
+        rules: list[Any] = []
+        for text in self.stop:
+            rule = grammar.parse(text, RULES, trust=self._trusts("stop"))
+            rules += rule if isinstance(rule, (tuple, list)) else [rule]
+        init = self.init
+        if isinstance(init, str) and not Path(init).exists():
+            init = str(runs.find_run(init, Path(self.out)))
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainingFields)}
+        values |= {"stop": tuple(rules), "init": init}
+        if "engine" not in changes:
+            values["engine"] = self.spec()
+        return {**values, **changes}
+
+    def _checked(self, **changes: Any) -> dict[str, Any]:
+        """The keyword arguments of `atoll.Settings`, after a check that reads no data."""
+        values = self._settings(**changes)
+        Settings(**values)
+        return values
+
+    def training(self, **changes: Any) -> Training:
+        """The training before its first round, for your own loop; no file is written.
+
+        Args:
+            changes: fields of `atoll.Settings` with other values.
+        """
+        from atoll.training.rounds import Training
+
+        settings = Settings.from_kwargs(self._checked(**changes))
+        it = self.resolved()
+        return Training(it._model(), it.data(), it.plan(), settings)
+
+    def train(self, **more: Any) -> Run:
+        """Train: `atoll.train` with the settings of the experiment.
+
+        Args:
+            more: further arguments of `atoll.train`, with precedence. With `resume=`, the backend and the device of the
+                run are kept.
+        """
+        from atoll.training.train import train
+
+        changes = {name: value for name, value in more.items() if name in Settings.__dataclass_fields__}
+        self._checked(**changes)
+        it = self.resolved()
+        if more.get("resume") is not None:
+            it = it._kept(Path(more["resume"]))
+            more["observers"] = (*more.get("observers", ()), _RewriteConfig(it.toml()))
+        arguments: dict[str, Any] = {n: getattr(it, n) for n in ("out", "baselines", "checkpoint_s", "report")}
+        arguments["config"] = it.toml()
+        plan, settings = it.plan(), it._settings(**changes)
+        return train(it._model(), it.data(), plan, **{**arguments, **settings, **more})
+
+    def _kept(self, run: Path) -> Experiment:
+        """A copy for a resumed run: with its backend and device, and without `init`, whose file may no longer exist."""
+        from atoll import runs
+
+        recorded, changes = runs.read_environment(run), dict[str, Any]()
+        for name, before in (("numerics", "auto"), ("device", "cpu")):
+            if getattr(self, name) == "auto":
+                changes[name] = recorded.get(name, before)
+        if (run / "checkpoint" / "pointer.json").exists():
+            changes["init"] = None
+        return self._to(**changes)
+
+
+@dataclass(frozen=True)
+class _RewriteConfig:
+    """Writes the settings of a resumed run to its folder, because they may differ, for example in `rounds`."""
+
+    config: str
+
+    def start(self, training: object, path: Path | None) -> None:
+        from atoll import runs
+
+        if path is not None:
+            runs.write(path / "config.toml", self.config.encode())
+
+    def round(self, report: object) -> None: ...
+    def end(self, run: object) -> None: ...
+
+
+_DEFAULT = Experiment()
+
+
+def settings() -> list[dataclasses.Field[Any]]:
+    """The fields of `Experiment` that are settings, in the order of their groups."""
+    found = [f for f in dataclasses.fields(Experiment) if "setting" in f.metadata]
+
+    # The name of a model and a recipe come before the settings that are shared with `Settings`.
+    return sorted(
+        found, key=lambda f: (GROUP_NAMES.index(declared(f).group), declared(f).group == METHOD and f.kw_only)
+    )
+
+
+def key_of(name: str) -> str:
+    """The key of a field in files and flags."""
+    return _KEYS.get(name, name)
+
+
+@cache
+def _fields() -> dict[str, str]:
+    """The settings and their keys; `plan` is the table of overrides."""
+    return {**{f.name: key_of(f.name) for f in settings()}, "overrides": "plan"}
+
+
+@cache
+def types() -> dict[str, Any]:
+    """The type of each setting in a file."""
+    unknown = dict.fromkeys(("Tensor", "Fleet", "Metric", "PerExample", "EngineSpec"), Any)  # their modules load torch
+    hints = get_type_hints(Experiment, localns={"Mapping": Mapping, "Path": Path, **unknown})
+    return {f.name: declared(f).text or hints[f.name] for f in settings()}
+
+
+def _from_file(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a TOML file; fields of an engine with the default that older run folders contain are skipped."""
+    flat = dotted(values)
+    return {k: v for k, v in flat.items() if k not in ENGINE_FIELDS or v != ENGINE_FIELDS[k].default}
+
+
+def _slots() -> list[str]:
+    from atoll.plan.plan import Plan
+
+    return [f"plan.{f.name}" for f in dataclasses.fields(Plan)]
+
+
+def _refuse_unknown(kind: str, key_given: str, known: Iterable[str], key: str, where: str) -> None:
+    """Refuse a key that is in no table. The error names the source, for example a file."""
+    if key not in (names := set(known)):
+        error = unknown_name(kind, key_given, names)
+        place = "" if where in ("", "--set") else f"{where}: "
+        raise UsageError(f"{place}{error.given}", error.required, write=error.write)
+
+
+def _put(value: Any, path: list[str], part: Any, slot: str) -> Any:
+    """A copy of a frozen value with the field at a path replaced. Every value on the path is checked again."""
+    if not path:
+        return part
+    names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    if path[0] not in names:
+        kind = f"field of {type(value).__name__}"
+        raise (
+            unknown_name(kind, path[0], names)
+            if names
+            else UsageError(
+                f"plan.{slot}: {value!r} has no fields.", "a part with fields.", write=f"plan.{slot.rpartition('.')[0]}"
+            )
+        )
+    return dataclasses.replace(value, **{path[0]: _put(getattr(value, path[0]), path[1:], part, slot)})
+
+
+def load(path: str | Path, model: Any = None, *, best: bool = False) -> nn.Module:
+    """The model of a run, as a new module in evaluation mode.
+
+    Args:
+        path: the run folder.
+        model: a module of the same architecture, if the run was trained from a module; None builds it from config.toml.
+        best: whether the best model is loaded instead of the last.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    file = folder / ("best.safetensors" if best else "model.safetensors")
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist.", "a run that has ended.", write=f"atoll resume {folder.name}")
+    module = Experiment.read(folder / "config.toml", old_names=True).module() if model is None else model
+    module.load_state_dict(load_file(file))
+    return module.eval()

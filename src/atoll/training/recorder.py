@@ -1,0 +1,278 @@
+"""The recorder of a training: it writes rows, events, checkpoints, the best model and the result to a run folder.
+
+Tests: tests/faults/test_folder.py, tests/faults/test_kill.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from atoll import runs
+from atoll.base.errors import RunError, UsageError
+from atoll.base.names import under, without_prefix
+from atoll.compute.model_state import Model
+from atoll.plan.round import FlightTimes, Report
+from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
+from atoll.runs.events import Run
+from atoll.training import stop as stops
+from atoll.training.rounds import Training, identity, start_from
+
+# The columns of the event "trips", in the order of the fields of `FlightTimes`. Readers of run folders use these names.
+_TRIP_COLUMNS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
+
+
+class Recorder:
+    """Writes the run folder of a training.
+
+    Args:
+        training: the training.
+        out: the parent of the run folder; None writes no file.
+        config: the text of config.toml.
+        checkpoint_s: seconds between two checkpoints.
+    """
+
+    def __init__(self, training: Training, out: str | Path | None, config: str, checkpoint_s: float) -> None:
+        self.training, self.out, self.config, self.checkpoint_s = training, out, config, checkpoint_s
+        self.folder: runs.RunFolder | None = None
+        self.reports: list[Report] = []
+        self.best: dict[str, Any] = {}
+        self.best_model: Model | None = None
+        self._saved_best = -1
+        self._recorded = 0  # the number of rounds that are written
+        self._last = time.monotonic()
+
+    @property
+    def path(self) -> Path | None:
+        """The path of the run folder, which is created at the first use; None if no file is written."""
+        if self.folder is None and self.out is not None:
+            t = self.training
+            about = runs.environment(why=t.reason, **identity(t), **t.where())
+            self.folder = runs.RunFolder.create(Path(self.out), self.config, about)
+            self.folder.event(
+                "start", plan=repr(t.plan), numerics=t.task.numerics, why=t.reason, notes=list(t.data.notes)
+            )
+        return None if self.folder is None else self.folder.path
+
+    def begin(self, resume: str | Path | None, any_version: bool) -> None:
+        """Load the last checkpoint of the run to resume, if there is one, in every process of the training."""
+        if resume is not None:
+            self.resume(Path(resume), any_version)
+        self.training.share()
+
+    def resume(self, path: Path, any_version: bool) -> None:
+        """Continue a run from its last checkpoint. A folder that is refused is not changed."""
+        self.folder = runs.RunFolder.open(path)
+        try:
+            checkpoint = self.folder.restore(any_version=any_version)
+            self._refuse_other(checkpoint.facts if checkpoint else runs.read_environment(path), path.name)
+            if checkpoint is not None:
+                self._load(checkpoint)
+            self.folder.truncate_logs()
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def _refuse_other(self, recorded: Mapping[str, Any], name: str) -> None:
+        """Refuse a training with another model, data, plan or setting than the run."""
+        for fact, ours in identity(self.training).items():
+            if recorded.get(fact, ours) != ours:
+                name_of_fact = "model" if fact == "layout" else fact
+                raise UsageError(
+                    f"{name} started with another {name_of_fact}: {recorded[fact]}. This training has {ours}.",
+                    f"the same {name_of_fact}.",
+                    "the result would belong to neither training.",
+                    f"atoll run --init {name}" if name_of_fact == "data" else f"atoll show {name}",
+                )
+
+    def _load(self, checkpoint: runs.Checkpoint) -> None:
+        t, facts = self.training, checkpoint.facts
+        t.state = state_from_tensors(checkpoint.tensors, facts["round"], t.state)
+        for segment in checkpoint.memory:
+            t.memory.put(segment["ids"], without_prefix(segment, "rows/"))
+        t.memory.changed()
+        t.watch = dict(facts["watch"])
+        t.seconds, t.bytes_up, t.bytes_down = facts["seconds"], facts["bytes_up"], facts["bytes_down"]
+        self.best, self._recorded = dict(facts["best"]), t.state.round
+        if checkpoint.best is not None:
+            self._saved_best = self.best["round"]
+            self.best_model = start_from(checkpoint.best, t.task)
+        if t.state.round >= t.settings.rounds:
+            t.outcome = stops.Outcome(f"all {t.settings.rounds} rounds were run", False)
+
+    def round(self, report: Report) -> Report:
+        """Write a round, and a checkpoint if `checkpoint_s` seconds have passed or the training ends."""
+        t = self.training
+        self.reports.append(report)
+        self._keep_best(report)
+        if self.path is not None and self.folder is not None:
+            self.folder.metric(metrics_row(report, len(t.state.versions)))
+            for failure in report.failures:
+                self.folder.event("failure", **failure._asdict())
+            for note in report.notes:
+                self.folder.event("note", round=report.round, text=note)
+            self.folder.event("clients", round=report.round, **_brief(report.clients))
+            if report.trips:
+                self.folder.event("trips", round=report.round, **_columns(report.trips))
+            if time.monotonic() - self._last >= self.checkpoint_s or (t.outcome and not t.outcome.failed):
+                self.checkpoint()
+        self._recorded = t.state.round
+        return report
+
+    def _keep_best(self, report: Report) -> None:
+        metric, higher = self.training.selection_metric
+        value = report.metrics.get(metric)
+        if value is None or value != value:
+            return
+        if not self.best or (value > self.best["value"] if higher else value < self.best["value"]):
+            self.best = {"metric": metric, "value": value, "round": report.round}
+            self.best_model = self.training.state.model
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint of the current state."""
+        if self.folder is None:
+            return
+        t = self.training
+        best = None
+        if self.best_model is not None and self.best["round"] != self._saved_best:
+            best = _state_dict(t, self.best_model)
+        ids, rows = t.memory.changed()
+        memory = {"ids": ids, **under("rows/", rows)} if len(ids) else {}
+        facts = {
+            "round": t.state.round,
+            **identity(t),
+            "watch": t.watch,
+            "best": self.best,
+            "seconds": t.seconds,
+            "bytes_up": t.bytes_up,
+            "bytes_down": t.bytes_down,
+        }
+        self.folder.checkpoint(state_to_tensors(t.state), memory, facts, best)
+        self._saved_best = self.best["round"] if self.best else -1
+        self._last = time.monotonic()
+
+    def fail(self, error: BaseException) -> None:
+        """Record that a round failed, and write a checkpoint of the state before it.
+
+        The state is only written if no part of the failed round was recorded. Otherwise, and after a second Ctrl-C,
+        only the last checkpoint is known to be complete.
+        """
+        if self.folder is None:
+            return
+        interrupted = isinstance(error, KeyboardInterrupt)
+        with (
+            contextlib.suppress(RunError),
+            contextlib.closing(self.folder),
+        ):  # if the disk is full, the first error is reported
+            status = "interrupted" if interrupted else "failed"
+            self.folder.event("stop", status=status, reason=str(error) or type(error).__name__)
+            if not interrupted and self.training.state.round == self._recorded:
+                self.checkpoint()
+
+    def end(self, interrupted: bool, *, baselines: bool, report: bool) -> Run:
+        """Train the baselines if they are wanted, write the result, and draw the report. Returns the run."""
+        t = self.training
+        outcome = t.outcome or stops.Outcome("interrupted", False)
+        status = "interrupted" if t.outcome is None and interrupted else "failed" if outcome.failed else "done"
+        compared: Mapping[str, Mapping[str, Any]] = {}
+        if baselines and status == "done":
+            from atoll.training.baselines import compare_baselines
+
+            compared = compare_baselines(t)
+        run = Run(
+            self.path,
+            t.state.round,
+            self._last_metrics(),
+            self.best,
+            outcome.reason,
+            status,
+            t.seconds,
+            t.bytes_up,
+            t.bytes_down,
+            tuple(f for r in self.reports for f in r.failures),
+            tuple(self.reports),
+            t.model,
+            compared,
+        )
+        if self.folder is None:
+            return run
+        try:
+            for name, metrics in compared.items():
+                self.folder.event("baseline", name=name, **metrics)
+            self.folder.event("stop", status=status, reason=outcome.reason, round=t.state.round)
+            if status != "failed":
+                self.checkpoint()
+                self.folder.save("model.safetensors", _state_dict(t, t.state.model))
+            self.folder.finish()
+            if report:
+                from atoll.report.draw import draw
+
+                draw(self.folder.path, t.data)
+        finally:
+            self.folder.close()
+        return run
+
+    def _last_metrics(self) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for r in self.reports:
+            out |= r.metrics
+        if not out and self.folder is not None:
+            for row in runs.read_rows(self.folder.path / "metrics.jsonl"):
+                out |= {n: v for n, v in row.items() if n not in runs.COUNTS and v is not None}
+        return out
+
+
+def metrics_row(report: Report, versions: int = 0) -> dict[str, Any]:
+    """A round as one flat row of metrics.jsonl.
+
+    Args:
+        report: the report of the round.
+        versions: number of older model versions from which clients still compute after the round.
+    """
+    staleness = report.clients.get("staleness")
+    stale = {} if staleness is None else {"staleness": float(staleness.double().mean()) if len(staleness) else 0.0}
+    return {
+        "round": report.round,
+        "fingerprint": report.fingerprint,
+        **report.metrics,
+        "cohort": report.cohort,
+        "arrived": report.arrived,
+        "failed": len(report.failures),
+        **({"late": report.late} if report.late else {}),
+        **({"flying": report.flying, **stale, "versions": versions} if stale else {}),
+        "bytes_up": report.bytes_up,
+        "bytes_down": report.bytes_down,
+        "seconds": round(report.seconds, 6),
+        **({} if report.now is None else {"clock": report.now}),
+    }
+
+
+def _brief(clients: Mapping[str, Any], limit: int = 1000) -> dict[str, Any]:
+    """The columns of the event "clients", with at most `limit` clients."""
+    return {n: [round(float(v), 6) if t.is_floating_point() else int(v) for v in t[:limit]] for n, t in clients.items()}
+
+
+def _columns(trips: tuple[FlightTimes, ...], limit: int = 10_000) -> dict[str, list[Any]]:
+    """The columns of the event "trips", with at most `limit` flights."""
+    return {name: list(column) for name, column in zip(_TRIP_COLUMNS, zip(*trips[:limit], strict=True), strict=True)}
+
+
+def _state_dict(training: Training, model: Model) -> dict[str, Tensor]:
+    return training.task.layout.state_dict(model.theta, model.buffers, {**model.counters, **model.fixed})
+
+
+def find_interrupted(training: Training, out: str | Path) -> Path | None:
+    """The interrupted run of this training, if a supervisor such as `torchrun` has restarted its processes."""
+    job = training.engine.restart_of
+    if job is not None:
+        ours = {**identity(training), "job": job}
+        for path in reversed(runs.list_runs(Path(out))):
+            facts = runs.read_environment(path)
+            if all(facts.get(name) == value for name, value in ours.items()):
+                return path
+    return None

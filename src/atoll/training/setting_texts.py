@@ -1,0 +1,117 @@
+"""Settings as texts: in a TOML file, after `--set`, in the environment.
+
+Tests: tests/surface/test_experiment.py, tests/surface/test_settings.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+from atoll.base.errors import UsageError
+
+TEXTS = tuple[str, ...]
+DATA, METHOD, RUNNING, OUTPUT = "Data", "Model and plan", "Running", "Output"
+GROUP_NAMES = (DATA, METHOD, RUNNING, OUTPUT)  # the groups of settings in `atoll run --help`
+_YES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_ASKED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", TEXTS: "a list of texts"}
+_EXAMPLE: Mapping[Any, Any] = {int: 10, float: 0.1, bool: True, str: "…", TEXTS: ()}
+
+
+def read_toml(file: Path) -> dict[str, Any] | None:
+    """The settings of a TOML file; of a pyproject.toml, those in [tool.atoll], or None if it has no such section.
+
+    Raises:
+        UsageError: the file is missing, or it is not UTF-8 or not TOML.
+    """
+    import tomllib
+
+    try:
+        values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(f"{file} cannot be read: {cause}.", "a TOML file.", write="atoll run --data digits") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{file} is malformed: {error}.", "TOML.", write='data = "digits"') from None
+    if file.name != "pyproject.toml":
+        return values
+    section = values.get("tool", {}).get("atoll")
+    return section if isinstance(section, dict) else None
+
+
+def kinds(hint: Any) -> tuple[Any, ...]:
+    """The types that a setting may have, without None."""
+    each = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return tuple(kind for kind in each if kind is not type(None))
+
+
+def of_text(text: str, hint: Any) -> Any:
+    """The value of a text, by the type of its setting; `checked` refuses a value of another type.
+
+    Example:
+        >>> of_text("5", int), of_text("wine", str | None), of_text("Seconds(9)", TEXTS), of_text("None", int | None)
+        (5, 'wine', ['Seconds(9)'], None)
+    """
+    wanted = kinds(hint)
+    if wanted != (hint,) and text in ("None", ""):
+        return None
+    if wanted == (bool,):
+        return _YES.get(text.lower(), text)
+    if wanted == (str,) and text[:1] not in ("'", '"'):
+        return text
+    if wanted == (TEXTS,) and text[:1] != "[":
+        return [text]
+    from atoll.base.grammar import parse
+
+    try:
+        return parse(text, {})
+    except UsageError:
+        return text
+
+
+def checked(key: str, value: Any, hint: Any, default: Any, where: str) -> Any:
+    """The value, converted to the type of its setting.
+
+    Args:
+        key: the key of the setting.
+        value: the given value.
+        hint: the type of the setting.
+        default: its default, for the line to write.
+        where: the source of the value, for the error: a file, `--set`, a variable, or "".
+    Raises:
+        UsageError: the value is of another type.
+    """
+    import msgspec
+
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError:
+        (kind,) = kinds(hint)
+        right = toml(_EXAMPLE[kind] if default is None else default)
+        write = {"--set": f"--set {key}={right}", "": f"{key}={right}"}.get(where, f"{key} = {right}")
+        raise UsageError(
+            f"{where}{': ' if where else ''}{key} = {value!r}.",
+            f"{_ASKED[kind]}.",
+            write=f"{where}={right}" if where.startswith("ATOLL_") else write,
+        ) from None
+
+
+def toml(value: Any) -> str:
+    """A number, text, boolean or list of these, as TOML.
+
+    Example:
+        >>> toml(True), toml('say "π"'), toml((1, 2.5))
+        ('true', '"say \\\\"π\\\\""', '[1, 2.5]')
+    """
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            from json import dumps
+
+            return dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case tuple() | list():
+            return f"[{', '.join(map(toml, value))}]"
+    return repr(value)

@@ -1,0 +1,285 @@
+"""The settings of a training: each is one field with its type, default, range, help text and group.
+
+`Settings`, `Experiment`, the flags of `atoll run` and the signature of `atoll.train` come from these fields. This
+module loads without torch.
+
+Tests: tests/surface/test_settings.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
+
+from atoll.base.errors import UsageError, unknown_name
+from atoll.training.setting_texts import METHOD, RUNNING, TEXTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from atoll.compute.loss import Metric, PerExample
+    from atoll.engine.protocols import EngineSpec, RunOptions
+    from atoll.engine.simulation.fleet import Fleet
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Setting(NamedTuple):
+    """The declaration of a setting, without its name, type and default.
+
+    Args:
+        help: one sentence; the command line prints it.
+        group: the group of the flag in `atoll run --help`.
+        flag: whether the command line has a flag of this name; `--set` reaches every setting.
+        text: the type of its value in a file, if that is another type than in Python.
+        least: smallest integer; None has no bound.
+        choices: the valid words; empty allows every text.
+    """
+
+    help: str
+    group: str
+    flag: bool
+    text: Any
+    least: int | None
+    choices: tuple[str, ...]
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    group: str = RUNNING,
+    flag: bool = True,
+    text: Any = None,
+    least: int | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that declares a setting; the arguments are those of `Setting`."""
+    return field(default=default, metadata={"setting": Setting(help, group, flag, text, least, choices)})
+
+
+class EngineField(NamedTuple):
+    """A flag, key and ATOLL_ variable that sets the field of this name in the named engine.
+
+    Args:
+        text: the type of its value.
+        default: the default that configurations of older runs contain; it is skipped there.
+        help: one sentence; empty if the command line has no flag of this name.
+    """
+
+    text: Any
+    default: Any
+    help: str
+
+
+ENGINE_FIELDS: Mapping[str, EngineField] = {
+    "workers": EngineField(
+        int | None, None, "Worker processes, default one for each core; ranks of torchrun; or actors on Ray."
+    ),
+    "backend": EngineField(str, "auto", ""),
+    "address": EngineField(
+        str | None, None, "Of the Ray cluster: host:port, or auto. Default: one of this machine, for the run."
+    ),
+    "cpus": EngineField(float, 1.0, "Cores of each actor on Ray. Default: 1."),
+    "gpus": EngineField(float, 0.0, "GPUs of each actor on Ray, or a fraction of one. Default: 0."),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFields:
+    """The settings that `Settings` and `Experiment` share.
+
+    Args:
+        rounds: upper bound on the number of rounds, ≥ 1.
+        seed: of all random draws, an integer.
+        dtype: "float32" or "float64".
+        loss: a name, or a function that returns one value for each row; None chooses by the kind of data.
+        metrics: names or `Metric`s, or a single one; None chooses by the kind of data.
+        stop: further rules that end the training; `Diverged()` is always active.
+        evaluate_every: rounds between two evaluations on the held-out rows, ≥ 0; 0 never evaluates.
+        numerics: the backend: "auto", "compiled", "fused", "lanes" or "loop".
+        precision: "full", or "bf16": the products of the model in bfloat16 by torch's autocast; θ and sums stay in
+            `dtype`.
+        device: "auto", a GPU if there is one and else the CPU; "cpu"; "cuda" or "cuda:1".
+        chunk: clients computed together, ≥ 1; it changes no bit. None chooses by the caches, or by the memory of the
+            GPU.
+        engine: where clients are trained: a spec such as `Processes(workers=2)`, its text, or a short name.
+        fleet: simulated durations of clients and links, a `Fleet` or its text; None simulates none.
+        init: the model to start from: a `state_dict`, or the path of a run or of a safetensors file; None starts from
+            the initial values of the model.
+    """
+
+    rounds: int = setting(100, "Upper bound on the number of rounds.", least=1)
+    stop: tuple[Any, ...] = setting(
+        (), 'A rule that ends the run sooner: Target("accuracy", 0.95). May be repeated.', text=TEXTS
+    )
+    seed: int = setting(0, "Seed of all random draws.")
+    dtype: str = setting("float32", "float32 or float64.", choices=("float32", "float64"))
+    loss: str | PerExample | None = setting(
+        None, "Name of the loss. Default: by the kind of data.", group=METHOD, flag=False, text=str | None
+    )
+    metrics: str | Metric | tuple[str | Metric, ...] | None = setting(
+        None, "Names of the metrics. Default: by the kind of data.", group=METHOD, flag=False, text=TEXTS | None
+    )
+    init: Mapping[str, Tensor] | str | Path | None = setting(
+        None, "A run or a safetensors file to start from.", group=METHOD, text=str | None
+    )
+    engine: EngineSpec | str = setting(
+        "inprocess", 'Where clients are trained: inprocess, "Processes(workers=2)", torchrun, ray.', text=str
+    )
+    fleet: Fleet | str | None = setting(
+        None, 'Simulated durations of clients and links: "Fleet(HalfNormal())".', text=str | None
+    )
+    numerics: str = setting(
+        "auto",
+        "Backend of the local steps: auto, compiled, fused, lanes or loop.",
+        choices=("auto", "compiled", "fused", "lanes", "loop"),
+    )
+    precision: str = setting("full", "full, or bf16: the products of the model in bfloat16.", choices=("full", "bf16"))
+    device: str = setting("auto", "cpu, cuda, cuda:1, or auto: a GPU if there is one.")
+    chunk: int | None = setting(None, "Clients computed together; it changes no bit.", least=1)
+    evaluate_every: int = setting(1, "Rounds between two evaluations; 0 never evaluates.", flag=False, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainingFields):
+    """How a training runs: all arguments except model, data and plan. `TrainingFields` describes the fields.
+
+    Raises:
+        UsageError: a value of another type or outside its range.
+    Example:
+        >>> Settings(rounds=5, metrics="accuracy", engine="Processes(workers=2)").metrics
+        ('accuracy',)
+    """
+
+    def __post_init__(self) -> None:
+        if self.metrics is not None and not isinstance(self.metrics, (tuple, list)):
+            self._set("metrics", (self.metrics,))
+        if not isinstance(self.stop, (tuple, list)):
+            self._set("stop", (self.stop,))
+        for f in dataclasses.fields(self):
+            _check(f, getattr(self, f.name))
+        from atoll.engine.spec import engine
+
+        self._set("engine", engine(self.engine))
+        if isinstance(self.fleet, str):
+            from atoll.base.grammar import parse
+            from atoll.engine.simulation.fleet import FLEET
+
+            self._set("fleet", parse(self.fleet, FLEET))
+        if self.fleet is not None:
+            from atoll.engine.simulation.fleet import Fleet
+
+            if not isinstance(self.fleet, Fleet):
+                raise UsageError(
+                    f"fleet = {self.fleet!r}.", "a Fleet, or its text.", write='fleet="Fleet(HalfNormal())"'
+                )
+        self.spec.check(self.options())
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_kwargs(cls, words: Mapping[str, Any]) -> Settings:
+        """The settings that keyword arguments name.
+
+        Raises:
+            UsageError: an unknown name, a field of an engine, or a wrong value.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for word in words:
+            if word in ENGINE_FIELDS:
+                from atoll.engine.spec import misplaced
+
+                raise misplaced({n: words[n] for n in ENGINE_FIELDS if n in words}, words.get("engine", "inprocess"))
+            if word not in known:
+                raise unknown_name("setting", word, known)
+        return cls(**words)
+
+    @property
+    def spec(self) -> EngineSpec:
+        """The engine as a spec."""
+        return cast("EngineSpec", self.engine)  # __post_init__ has replaced a text
+
+    def options(self, plan: Any = None, model: str | None = None) -> RunOptions:
+        """The settings that an engine reads, with the plan and the name of the model when they are known."""
+        from atoll.engine.protocols import RunOptions
+
+        fleet = None if isinstance(self.fleet, str) else self.fleet
+        return RunOptions(self.device, self.numerics, self.precision, self.chunk, fleet, self.seed, plan, model)
+
+
+class SettingsDict(TypedDict, total=False):
+    """The keyword arguments of `atoll.train` and `atoll.rounds` that are settings: the fields of `Settings`."""
+
+    rounds: int
+    stop: Any
+    seed: int
+    dtype: str
+    loss: str | PerExample | None
+    metrics: str | Metric | tuple[str | Metric, ...] | None
+    init: Mapping[str, Tensor] | str | Path | None
+    engine: EngineSpec | str
+    fleet: Fleet | str | None
+    numerics: str
+    precision: str
+    device: str
+    chunk: int | None
+    evaluate_every: int
+
+
+def declared(f: dataclasses.Field[Any]) -> Setting:
+    """The declaration of a field."""
+    found: Setting = f.metadata["setting"]
+    return found
+
+
+def listed(function: F) -> F:
+    """A function whose signature, for `help` and `inspect`, lists every setting with its default."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in dataclasses.fields(Settings)
+    ]
+    shown: Any = function
+    shown.__signature__ = signature.replace(parameters=[*own, *added])
+    return function
+
+
+def _check(f: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse a value of another type or outside the range of its field."""
+    rule, kind = declared(f), str(f.type)
+    if value is None and kind.endswith("| None"):
+        return
+    if kind.startswith("int"):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise _refusal(f, value, f"an integer{_bound(rule)}")
+        if rule.least is not None and value < rule.least:
+            raise _refusal(f, value, f"an integer{_bound(rule)}")
+    elif kind == "str" and (not isinstance(value, str) or (rule.choices and value not in rule.choices)):
+        raise _refusal(f, value, f"one of {', '.join(rule.choices)}" if rule.choices else "a text")
+
+
+def _bound(rule: Setting) -> str:
+    return "" if rule.least is None else f", at least {rule.least}"
+
+
+def _refusal(f: dataclasses.Field[Any], value: Any, required: str) -> UsageError:
+    """The error for a value, with the integer that a text contains, or else with the default."""
+    rule, works = declared(f), f.default
+    try:
+        number = int(value)
+        if str(f.type).startswith("int") and number >= (number if rule.least is None else rule.least):
+            works = number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    if works is None:
+        works = 32
+    return UsageError(f"{f.name} = {value!r}.", f"{required}.", write=f"{f.name}={works!r}")
