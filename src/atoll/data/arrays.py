@@ -117,13 +117,15 @@ def name_of(value: Any) -> str:
 
 
 def distinct(values: Any, subject: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Encode a list `[rows]` as codes, int64 `[rows]`, of its sorted distinct values, and return these as names.
+    """Encode each value of a list by its position among the sorted distinct values.
 
     Args:
         values: labels or clients of any dtype, `[rows]`.
-        subject: name for errors.
+        subject: the name of the list in error messages.
+    Returns:
+        The codes, int64 `[rows]`, and the distinct values as text: row i has the value `names[codes[i]]`.
     Raises:
-        UsageError: the list has another shape, or a value is missing.
+        UsageError: the list is not one-dimensional, or a value is missing.
     Example:
         >>> distinct(["b", "a", "b"], "by")
         (tensor([1, 0, 1]), ('a', 'b'))
@@ -256,7 +258,7 @@ def arrays(
 
 
 def _with_clients(source: Source, by: Any) -> Source:
-    """Return the source with the natural clients in `by`; unchanged if `by` is None."""
+    """Return the source with `by[i]` as the natural client of row i. If `by` is None, return the source unchanged."""
     if by is None:
         return source
     codes, names = distinct(by, "by")

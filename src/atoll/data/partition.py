@@ -1,6 +1,7 @@
-"""Partitions assign train rows to clients. A partition is a value; the key determines the draw.
+"""Partitions assign train rows to clients.
 
-A partition draws one owner for each row, so every row belongs to exactly one client.
+A partition is a frozen dataclass that describes a distribution. A call with the rows, the number of clients and a key
+returns the owner of each row, so every row belongs to exactly one client. Equal arguments give equal owners.
 
 Tests: tests/data/test_partition.py, tests/data/test_split.py.
 """

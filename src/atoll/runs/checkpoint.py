@@ -47,8 +47,11 @@ def state_from_tensors(tensors: Mapping[str, Tensor], round: int, at: State) -> 
 
     Args:
         tensors: the result of `state_to_tensors`.
-        round: the round of the state.
-        at: a state of the same plan and seed; its client state is used.
+        round: the round of the returned state.
+        at: any state of the same plan and seed, a template. It supplies the three values that `tensors` does not
+            contain: the seed, the client state and the device. It is not modified.
+    Returns:
+        A new state with the values of `tensors`. It shares the client state with `at`.
     """
     device = at.model.theta.device
     tensors = {n: t.to(device) if _computed(n, t) else t for n, t in tensors.items()}

@@ -259,7 +259,7 @@ def round_info(population: Population | None = None, round: int = 0, seed: int =
     Args:
         population: all clients; None: seven clients that hold 3, 6, …, 21 rows.
         round: from 0.
-        seed: of `known_entropy`.
+        seed: the seed of `known_entropy`.
     Example:
         >>> round_info().cohort_size
         7
@@ -270,15 +270,16 @@ def round_info(population: Population | None = None, round: int = 0, seed: int =
 
 
 def check_declared(subject: str, declared: Mapping[str, Declared], means: Tensors, sums: Tensors) -> None:
-    """Refuse a contribution whose names, lengths, dtypes or bounds differ from their declaration.
+    """Check that the means and sums of K clients match their declarations.
 
     Args:
-        subject: the part and its method, for the error.
-        declared: by name.
-        means: `[K, m]` by name.
-        sums: `[K]` or `[K, s]` by name.
+        subject: the part and the method that made the contribution, for the error.
+        declared: the result of `declare`: the declaration of each name.
+        means: tensors `[K, length]`; the keys are the declared names of kind "mean".
+        sums: tensors `[K]` or `[K, length]`; the keys are the declared names of kind "sum".
     Raises:
-        Nonconformity: a name, a length, a dtype or a norm differs.
+        Nonconformity: a name is missing or not declared, a length or the dtype of a mean differs from the declaration,
+            or the Euclidean norm of a row exceeds the declared bound.
     """
     name, difference = undeclared(declared, means, sums)
     require(

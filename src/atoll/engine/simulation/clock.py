@@ -108,7 +108,10 @@ class _Pool:
         heappush(self._heap, (flight.target, flight.number, flight))
 
     def due(self, flights: Mapping[int, _Flight]) -> float:
-        """The end of the next transfer if no transfer joins or leaves; inf if there is none."""
+        """The time at which the next transfer ends; infinity if no transfer is in progress.
+
+        It is valid until a transfer joins or is cancelled, because these events change the rates of the others.
+        """
         if self._due is None:
             heap = self._heap
             while heap and flights.get(heap[0][1]) is not heap[0][2]:

@@ -119,8 +119,9 @@ class RayEngine(WorkerEngine):
         """Connect to the cluster and start the actors.
 
         Raises:
-            UsageError: no cluster at the address or one of another version, less room than is asked for, or a model,
-                loss or data set that an actor cannot import.
+            UsageError: one of these is the case. No cluster answers at the address. The cluster runs another version of
+                Ray or Python. It has fewer cores or GPUs than the actors need. An actor cannot import the model, the
+                loss or the data set.
             RunError: Ray does not start on this machine.
         """
         threads = max(1, int(self.cpus))

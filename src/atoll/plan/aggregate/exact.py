@@ -96,7 +96,7 @@ def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
 
 
 def _library(rows: Tensor) -> ctypes.CDLL | None:
-    """The native library for these rows, or None."""
+    """The native library if it is built and can read these rows; otherwise None, and torch forms the sum."""
     return serving("exact", rows) if _NATIVE and rows.stride(-1) == 1 else None
 
 

@@ -72,11 +72,12 @@ class Codec(Stage):
     binding: Binding | None = None
 
     def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Self:
-        """The same codec with the facts that no message carries. As a value it is equal.
+        """A copy of the codec that knows the facts that no message carries. The copy equals the codec as a value.
 
         Args:
-            layout: of the vector that the codec encodes.
-            total_weight: Σ w over the population, as the aggregator weighs clients; only `EF21` needs it.
+            layout: the layout of the vector that the codec encodes.
+            total_weight: Σ w, the sum of the weights that the aggregator gives to all clients of the population; only
+                `EF21` needs it.
             before: the declaration of the vector that the codec receives; None: no bound is known.
         """
         bound = copy(self)
@@ -95,16 +96,16 @@ class Codec(Stage):
         """The layout of the vector that the codec encodes.
 
         Raises:
-            RunError: the codec is not bound.
+            RunError: `bind` was not called.
         """
         return self._require(self.binding and self.binding.layout, "layout", "codec.bind(layout)")
 
     @property
     def total_weight(self) -> Tensor:
-        """Σ w over the population.
+        """Σ w, the sum of the weights of all clients. The aggregator sets the weight of a client: its rows, or 1.
 
         Raises:
-            RunError: the codec is not bound, or not with a total weight.
+            RunError: `bind` was not called, or it was called without `total_weight`.
         """
         known = self.binding and self.binding.total_weight
         return self._require(known, "total weight of all clients", "codec.bind(layout, total_weight)")
@@ -114,7 +115,7 @@ class Codec(Stage):
         """The declaration of the vector that the codec receives, with the bound of the preceding stage.
 
         Raises:
-            RunError: the codec is not bound.
+            RunError: `bind` was not called.
         """
         return self._require(self.binding and self.binding.before, "preceding stage", "codec.bind(layout)")
 
