@@ -1,9 +1,8 @@
 """Clients in flight: clients that have started, in this or an earlier round, and have not arrived.
 
 The size of a cohort is a number of active clients, so a round starts clients only up to this number. The results depend
-on nothing but the
-plan, the seed and the order of arrivals. The caller decides when a client arrives: a virtual clock, worker processes
-or a network.
+only on the plan, the seed and the order of arrivals. The caller decides when a client arrives: a virtual clock, worker
+processes or a network.
 
 Tests: tests/identities/test_flights.py, tests/identities/test_clock.py
 """
