@@ -1,4 +1,4 @@
-"""Statistics of the train rows, and filling and scaling of all rows by them.
+"""Fills missing numbers and scales columns of all rows by statistics of the train rows.
 
 Held-out rows are not part of the statistics; they are scaled by those of the train rows.
 
@@ -17,7 +17,7 @@ from atoll.data.rows import Rows, pieces
 
 @dataclass(frozen=True, eq=False)
 class ScaledRows:
-    """Rows with missing numbers filled and columns scaled when they are read: x ← (fill(x) − centre) / spread.
+    """Fills missing numbers and scales columns when rows are read: x ← (fill(x) − centre) / spread.
 
     Args:
         rows: the stored rows; NaN is a missing number.

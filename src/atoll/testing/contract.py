@@ -144,7 +144,7 @@ def _seen(x: Any) -> str:
 
 
 def leading(subject: str, tensors: Any, k: int, whole: bool = False) -> None:
-    """Refuse tensors whose first axis does not have length k. With `whole`, also refuse tensors that are not integers."""
+    """Refuse tensors whose first axis does not have length k. `whole` also refuses tensors that are not integers."""
     require(
         isinstance(tensors, Mapping), f"{subject} is {type(tensors).__name__}.", "tensors by name.", "names are used."
     )
