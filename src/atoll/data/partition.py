@@ -81,7 +81,7 @@ def in_groups(group: Tensor) -> Tensor:
     """Sort row numbers by group, in row order within a group: a stable `argsort` in a third of its time.
 
     Args:
-        group: int64 `[n]`, each in [0, 2⁶³ / n).
+        group: the group of each row, int64 `[n]`, in [0, 2⁶³ / n).
     Returns:
         row numbers, int64 `[n]`.
     Example:
@@ -98,7 +98,7 @@ def shuffled(group: Tensor, groups: int, key: Key) -> tuple[Tensor, Tensor, Tens
     """Sort rows by group, with random order within each group. A hash of each row determines the order.
 
     Args:
-        group: int64 `[n]` in [0, groups).
+        group: the group of each row, int64 `[n]` in [0, groups).
         groups: the number of groups.
         key: the key of the random numbers.
     Returns:
@@ -120,7 +120,7 @@ def fill_up(owner: Tensor, clients: int, min_rows: int, key: Key) -> Tensor:
     """Move rows until every client has `min_rows`: the largest clients are cut to one common level.
 
     Args:
-        owner: int64 `[n]`; n ≥ clients · min_rows.
+        owner: the client of each row, int64 `[n]`; n ≥ clients · min_rows.
         clients: the number of clients.
         min_rows: the number of rows that every client must have at least.
         key: the key of the random selection of moved rows.
@@ -164,8 +164,8 @@ def log_gamma_draws(shape: float, n: int, key: Key) -> Tensor:
     Marsaglia and Tsang's rejection at shape + 1, then G(shape) = G(shape + 1) · U^(1/shape).
 
     Args:
-        shape: > 0.
-        n: ≥ 0.
+        shape: the shape parameter of the distribution, > 0.
+        n: the number of results, ≥ 0.
         key: the key of the random numbers.
     Example:
         >>> round(log_gamma_draws(3.0, 100_000, Key(0)).exp().mean().item(), 1)

@@ -328,7 +328,7 @@ def stored(rows: Rows, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         rows: rows for which `in_memory` is true.
-        index: int64 `[...]`, row numbers.
+        index: the row numbers, int64 `[...]`.
     Raises:
         UsageError: the rows are not in one array in memory.
     Example:

@@ -251,7 +251,7 @@ class plateau(Schedule):
 
     Args:
         lr: first learning rate, > 0.
-        factor: 0 < factor < 1.
+        factor: the factor of the learning rate at a drop, 0 < factor < 1.
         patience: the number of consecutive rounds without a new best that cause no drop, ≥ 0.
         threshold: relative decrease that counts as a new best, 0 ≤ threshold < 1.
         cooldown: the number of rounds after a drop that do not count as rounds without a new best, ≥ 0.

@@ -45,7 +45,7 @@ class ClientRound:
 
 @dataclass
 class MissedContributions:
-    """The missed contributions of one client: their number, the last round, and how often each (stage, cause) occurs."""
+    """The missed contributions of one client: their number, the last round, and the count of each (stage, cause)."""
 
     count: int = 0
     last: int = 0

@@ -411,7 +411,8 @@ def update(rules: Rules, memory: Memory, report: RoundMetrics) -> tuple[Memory, 
             `init`. A rule with other parameters continues from its entry. So a resumed run may have other rules.
         report: the report of the round.
     Returns:
-        The memory of all rules, by name; and the outcome of the first failed rule, else of the first rule that is met,
+        The memory of all rules, with their names as keys; and the outcome of the first failed rule, else of the first
+        rule that is met,
         else None.
     Example:
         >>> from types import SimpleNamespace as Report

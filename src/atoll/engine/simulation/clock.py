@@ -142,7 +142,7 @@ class Clock:
 
     Args:
         fleet: durations, availability and dropout.
-        sizes: int64 `[C]`, the rows of each client, ≥ 0.
+        sizes: the number of rows of each client, int64 `[C]`, ≥ 0.
         seed: the key of every draw.
     Raises:
         UsageError: values or a trace of the fleet are for another number of clients.

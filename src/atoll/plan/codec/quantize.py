@@ -188,7 +188,7 @@ class Quantize(Codec):
         return [grid.split(step, d, self._count)] if self.bucket else []
 
     def quantise(self, rows: Tensor, state: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(packed codes, steps) of rows `[..., n]`. `state`, int64 `[...]`, is the random state of each row."""
+        """Return packed codes and steps of rows `[..., n]`. `state`, int64 `[...]`, is the random state of each row."""
         n = rows.shape[-1]
         x = grid.buckets(rows, self.bucket) if self.bucket else rows[..., None, :]
         if step is None:

@@ -36,8 +36,8 @@ def largest(x: Tensor, k: int, size: Callable[[Tensor], Tensor]) -> Tensor:
     reach it, the whole lane is compared. The sample never changes the result.
 
     Args:
-        x: `[K, d]`.
-        k: 1 ≤ k ≤ d.
+        x: the lanes, `[K, d]`.
+        k: the number of positions, 1 ≤ k ≤ d.
         size: maps a slice of x to the integers that are compared.
     Returns:
         int64 `[K, k]`, each row increasing.

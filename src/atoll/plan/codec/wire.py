@@ -53,7 +53,7 @@ def to_bytes(form: Form, payload: Tensor, side: Mapping[str, Tensor]) -> list[by
 
     Args:
         form: the fields of a message.
-        payload: `[K, form.payload.length]`.
+        payload: the payload of each message, `[K, form.payload.length]`.
         side: tensors `[K, length]`; the keys are the names of the fields.
     Returns:
         K messages of `form.nbytes` bytes.

@@ -84,7 +84,8 @@ class Custom(Local):
 
     Args:
         fn: `fn(model, loader, ctx) -> metrics | None`. It trains the model in place. `loader` yields batches `(x, y)`.
-            The metrics, numbers by name, are averaged with the rows as weights. In a plan text, `fn` is `module:name`.
+            The metrics are a dict of numbers. They are averaged with the rows as weights. In a plan text, `fn` is
+            `module:name`.
         batch: the number of rows in a batch of the loader; None: all rows.
         lr: is passed to `fn` as `ctx.lr`; a number or None.
         sends: `"update"` or `"model"`, as for `Train`.
