@@ -430,7 +430,7 @@ class Stage(Protocol):
 
     @default
     def needs_model_coordinates(self) -> bool:
-        """Whether the stage keeps state with one value for each coordinate of the model."""
+        """Whether the stage keeps state about the coordinates of the model, so that no earlier stage may change them."""
         return False
 
     @default

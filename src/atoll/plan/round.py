@@ -125,7 +125,7 @@ class Report:
         bytes_up, bytes_down: the bytes of all messages to the server, and of all messages to clients.
         seconds: the time to compute the round.
         fingerprint: 12 hex digits, a hash of all bits of θ: `atoll.runs.fingerprint`.
-        clients: columns with one row for each contribution: the id of the client, and the facts that it reported.
+        clients: columns with one row for each contribution: the id of the client, and facts such as its rows and bytes.
         late: the number of flights that the server no longer waits for.
         flying: the number of clients in flight after the round has closed.
         now: the simulated time in seconds at the end of the round; None without a simulated clock.
