@@ -215,7 +215,7 @@ class Bounded(Pace):
     started.
 
     Args:
-        staleness: s, the number of starts, ≥ 0.
+        staleness: s, the largest number of starts of a client while the oldest contribution is in flight, ≥ 0.
     Raises:
         UsageError: s is not an integer ≥ 0.
     Example:

@@ -430,7 +430,7 @@ class Stage(Protocol):
 
     @default
     def needs_model_coordinates(self) -> bool:
-        """Whether the stage keeps state about the coordinates of the model, so that no earlier stage may change them."""
+        """Whether the stage keeps state about coordinates of the model, so that no earlier stage may change them."""
         return False
 
     @default

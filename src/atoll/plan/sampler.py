@@ -57,7 +57,7 @@ class Everyone(Sampler):
 
 @dataclass(frozen=True, repr=False)
 class Uniform(Sampler):
-    """Selects n of C clients. Every set of n clients has the same probability, so each client is selected with n/C.
+    """Selects n of C clients. All sets of n clients are equally likely: each client is selected with probability n/C.
 
     Args:
         n: the number of clients in a cohort, 1 … C.
@@ -88,7 +88,7 @@ class Fraction(Sampler):
     """Selects n clients like `Uniform`, where n is the fraction q of all clients, rounded to an integer ≥ 1.
 
     Args:
-        q: the fraction or probability, in (0, 1].
+        q: the fraction of the clients, in (0, 1].
     Raises:
         UsageError: q is out of range.
     Example:
@@ -125,7 +125,7 @@ class Poisson(Sampler):
     """Selects each client independently with probability q. A cohort may be empty.
 
     Args:
-        q: the fraction or probability, in (0, 1].
+        q: the probability that a client is selected, in (0, 1].
     Raises:
         UsageError: q is out of range.
     Example:

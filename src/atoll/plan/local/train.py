@@ -46,8 +46,8 @@ _AHEAD = 64  # steps planned at once
 class Train(Local):
     """Local training: each client makes optimizer steps from θ on its own rows, in a random order.
 
-    gᵢ = θ − θᵢ,  where θᵢ is the model after `epochs` passes over the rows, or after `steps` batches. Batches continue
-    from one pass into the next.
+    gᵢ = θ − θᵢ,  where θᵢ is the model after `epochs` passes over the rows, or after `steps` batches. With
+    `steps`, the batches continue from one pass into the next.
 
     Args:
         optimizer: the optimizer of the clients, such as `sgd(0.1)`. Its schedule is a function of the round.
