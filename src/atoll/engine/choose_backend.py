@@ -98,7 +98,7 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: 
 
 
 def _large(task: Task, data: Clients, plan: Plan) -> bool:
-    """Whether a single client uses the machine fully, so that a batch of clients is not faster. Only on the host."""
+    """Whether one client uses all cores of the CPU, so that a batch of clients is not faster. Always False on a GPU."""
     apart = plan.local.sequential(int(data.sizes.max()))
     return apart and task.device.type == "cpu" and task.layout.d >= limits.LOOP_PARAMETERS
 

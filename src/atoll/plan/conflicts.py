@@ -1,4 +1,4 @@
-"""Checks of a plan when it is built: every slot holds a part of its kind, and no two parts exclude each other.
+"""Checks of a plan when it is built: every slot contains a part of its kind, and no two parts exclude each other.
 
 A rule that concerns one part is a method of that part, `conflicts(slots)`. Rules that follow from the declared members
 of two slots are here. `check` raises the first conflict: of the parts in the order of slots, then of the rules here.
@@ -49,7 +49,7 @@ def check_plan(slots: Slots) -> None:
     """Refuse a plan with a part of the wrong kind, or with two parts that exclude each other.
 
     Raises:
-        UsageError: names the part or the two parts, the reason, and a part to use instead.
+        UsageError: the error names the part or the two parts, the reason, and a part to use instead.
     """
     parts: dict[str, Any] = {
         "local": slots.local,
@@ -71,10 +71,10 @@ def check_plan(slots: Slots) -> None:
 
 
 def check_part(slot: str, part: Any) -> None:
-    """Refuse a value that is no part for a slot.
+    """Refuse a value that is not a part of the kind that a slot requires.
 
     Raises:
-        UsageError: names the missing member or the member of a wrong type, and the class to inherit.
+        UsageError: a member is missing or has a wrong type. The error names the member and the class to inherit.
     """
     protocol, base, example = SLOTS[slot]
     kind = type(part).__name__
@@ -241,9 +241,9 @@ def undeclared(declared: Mapping[str, Declared], means: Tensors, sums: Tensors) 
     """The first name of a contribution that differs from its declaration, and the difference; empty if there is none.
 
     Args:
-        declared: by name; `"*"` admits further names.
-        means: `[K, m]` by name.
-        sums: `[K]` or `[K, s]` by name.
+        declared: the declaration of each name; the name `"*"` allows further names.
+        means: tensors `[K, length]`; the keys are the names of means.
+        sums: tensors `[K]` or `[K, length]`; the keys are the names of sums.
     Example:
         >>> import torch
         >>> undeclared({"update": Declared(3, torch.float32, "mean")}, {"update": torch.zeros(2, 4)}, {})
@@ -272,13 +272,13 @@ def check_contribution(
     """Refuse a contribution with names or lengths that its local part or its codec does not declare.
 
     Args:
-        slots: the plan, its codec bound.
+        slots: the plan, after `bind`.
         task: the task of the run.
-        contribution: of some clients, before the codec adds its sums.
+        contribution: the contribution of some clients, before the codec adds its sums.
         sums: the sums that the codec adds.
         client, round: the first of the clients, and the round in which it started, for the error.
     Raises:
-        UsageError: names the part, the name, the client and the round.
+        UsageError: a name or a length is not declared. The error states the part, the name, the client and the round.
     """
     codec = {n: d for n, d in slots.codec.declare(task.layout).items() if n != "update"}
     for part, declared, means, added in (
@@ -298,7 +298,7 @@ def check_partials(rule: Aggregator, a: object, b: object) -> None:
     """Refuse to merge partials of two kinds.
 
     Raises:
-        UsageError: names the aggregator and both kinds.
+        UsageError: the partials differ in kind. The error names the aggregator and both kinds.
     """
     if type(a) is not type(b):
         raise UsageError(

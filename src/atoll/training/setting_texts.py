@@ -1,4 +1,4 @@
-"""Settings as texts: in a TOML file, after `--set`, in the environment.
+"""Converts settings from and to texts: in a TOML file, after `--set`, and in the environment.
 
 Tests: tests/surface/test_experiment.py, tests/surface/test_settings.py
 """
@@ -21,7 +21,7 @@ _EXAMPLE: Mapping[Any, Any] = {int: 10, float: 0.1, bool: True, str: "…", TEXT
 
 
 def read_toml(file: Path) -> dict[str, Any] | None:
-    """The settings of a TOML file; of a pyproject.toml, those in [tool.atoll], or None if it has no such section.
+    """Read the settings of a TOML file. A pyproject.toml has them in [tool.atoll]; None if this section is missing.
 
     Raises:
         UsageError: the file is missing, or it is not UTF-8 or not TOML.
@@ -42,13 +42,13 @@ def read_toml(file: Path) -> dict[str, Any] | None:
 
 
 def kinds(hint: Any) -> tuple[Any, ...]:
-    """The types that a setting may have, without None."""
+    """The types that the value of a setting may have, except None."""
     each = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     return tuple(kind for kind in each if kind is not type(None))
 
 
 def of_text(text: str, hint: Any) -> Any:
-    """The value of a text, by the type of its setting; `checked` refuses a value of another type.
+    """Convert a text to a value of the setting's type. It does not refuse a wrong type; `checked` does.
 
     Example:
         >>> of_text("5", int), of_text("wine", str | None), of_text("Seconds(9)", TEXTS), of_text("None", int | None)
@@ -72,14 +72,14 @@ def of_text(text: str, hint: Any) -> Any:
 
 
 def checked(key: str, value: Any, hint: Any, default: Any, where: str) -> Any:
-    """The value, converted to the type of its setting.
+    """Convert a value to the type of its setting.
 
     Args:
         key: the key of the setting.
         value: the given value.
         hint: the type of the setting.
         default: its default, for the line to write.
-        where: the source of the value, for the error: a file, `--set`, a variable, or "".
+        where: the source of the value, for the error: a file, `--set`, a variable, or "" for Python code.
     Raises:
         UsageError: the value is of another type.
     """
@@ -99,7 +99,7 @@ def checked(key: str, value: Any, hint: Any, default: Any, where: str) -> Any:
 
 
 def toml(value: Any) -> str:
-    """A number, text, boolean or list of these, as TOML.
+    """Write a number, a text, a boolean or a list of such values as TOML.
 
     Example:
         >>> toml(True), toml('say "π"'), toml((1, 2.5))

@@ -37,9 +37,9 @@ class Setting(NamedTuple):
         help: one sentence; the command line prints it.
         group: the group of the flag in `atoll run --help`.
         flag: whether the command line has a flag of this name; `--set` reaches every setting.
-        text: the type of its value in a file, if that is another type than in Python.
-        least: smallest integer; None has no bound.
-        choices: the valid words; empty allows every text.
+        text: the type of the value in a file; None: the same type as in Python.
+        least: the smallest valid integer; None: there is no bound.
+        choices: the valid words; empty: every text is valid.
     """
 
     help: str
@@ -96,21 +96,21 @@ class TrainingFields:
     """The settings that `Settings` and `Experiment` share.
 
     Args:
-        rounds: upper bound on the number of rounds, ≥ 1.
-        seed: of all random draws, an integer.
+        rounds: the largest number of rounds, ≥ 1.
+        seed: the seed of all random numbers, an integer.
         dtype: "float32" or "float64".
         loss: a name, or a function that returns one value for each row; None chooses by the kind of data.
-        metrics: names or `Metric`s, or a single one; None chooses by the kind of data.
+        metrics: a name or a `Metric`, or several of them; None chooses by the kind of data.
         stop: further rules that end the training; `Diverged()` is always active.
-        evaluate_every: rounds between two evaluations on the held-out rows, ≥ 0; 0 never evaluates.
+        evaluate_every: the number of rounds between two evaluations on the held-out rows, ≥ 0; 0: no evaluation.
         numerics: the backend: "auto", "compiled", "fused", "lanes" or "loop".
         precision: "full", or "bf16": the products of the model in bfloat16 by torch's autocast; θ and sums stay in
             `dtype`.
         device: "auto", a GPU if there is one and else the CPU; "cpu"; "cuda" or "cuda:1".
-        chunk: clients computed together, ≥ 1; it changes no bit. None chooses by the caches, or by the memory of the
-            GPU.
-        engine: where clients are trained: a spec such as `Processes(workers=2)`, its text, or a short name.
-        fleet: simulated durations of clients and links, a `Fleet` or its text; None simulates none.
+        chunk: the number of clients that are computed together, ≥ 1; it changes no bit. None chooses it by the size of
+            the CPU caches, or of the GPU memory.
+        engine: determines where clients are trained: a spec such as `Processes(workers=2)`, its text, or a short name.
+        fleet: the simulated durations of clients and links, a `Fleet` or its text; None: durations are not simulated.
         init: the model to start from: a `state_dict`, or the path of a run or of a safetensors file; None starts from
             the initial values of the model.
     """
@@ -187,7 +187,7 @@ class Settings(TrainingFields):
 
     @classmethod
     def from_kwargs(cls, words: Mapping[str, Any]) -> Settings:
-        """The settings that keyword arguments name.
+        """Build settings from keyword arguments.
 
         Raises:
             UsageError: an unknown name, a field of an engine, or a wrong value.
@@ -204,7 +204,7 @@ class Settings(TrainingFields):
 
     @property
     def spec(self) -> EngineSpec:
-        """The engine as a spec."""
+        """The engine, converted to a spec."""
         return cast("EngineSpec", self.engine)  # __post_init__ has replaced a text
 
     def options(self, plan: Any = None, model: str | None = None) -> RunOptions:
