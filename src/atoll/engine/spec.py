@@ -266,6 +266,32 @@ def spec_name(spec: EngineSpec) -> str:
     return next((name for name, known in ENGINES.items() if known == where), type(spec).__name__)
 
 
+def spec_text(spec: EngineSpec) -> str:
+    """The text of a spec, from which `engine` makes an equal spec. A class outside `ENGINES` has its module in it.
+
+    Raises:
+        UsageError: the spec has no such text.
+    Example:
+        >>> spec_text(Processes(2))
+        'Processes(2)'
+    """
+    if dataclasses.is_dataclass(spec):
+        where = f"{type(spec).__module__}:{type(spec).__qualname__}"
+        known = where in ENGINES.values()
+        text = grammar.constructor(spec) if known else f"{type(spec).__module__}:{grammar.constructor(spec)}"
+        try:
+            if engine(text) == spec:
+                return text
+        except UsageError:
+            pass  # the error below names the spec
+    raise UsageError(
+        f"engine = {spec!r:.80}.",
+        "a frozen dataclass at the top level of a module, with fields that a text can contain.",
+        "an experiment writes its engine as a text.",
+        "atoll.train(model, data, plan, engine=...)",
+    )
+
+
 def fill(spec: EngineSpec, values: Mapping[str, Any]) -> EngineSpec:
     """Replace fields of a spec by values of flags such as `--workers` and `--gpus`.
 

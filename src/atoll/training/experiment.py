@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from atoll.base import grammar
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.names import dotted
-from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, checked, of_text, read_toml, toml
+from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, as_text, checked, of_text, read_toml, toml
 from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, setting
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class Experiment(grammar.Value, TrainingFields):
             `{"pace": "Sync()", "optimizer.lr": "0.5"}`.
         engine_fields: the fields of the engine that `--workers`, `--gpus` and similar flags set.
         untrusted: the names of settings that must not import code, because their text was not typed at this machine.
+    Raises:
+        UsageError: a value has no text, for example a function as `loss`.
     Example:
         >>> it = Experiment().with_settings({"rounds": "5", "plan.optimizer": "adam(0.01)"})
         >>> it.rounds, it.plan().optimizer
@@ -100,6 +102,11 @@ class Experiment(grammar.Value, TrainingFields):
     overrides: Mapping[str, str] = field(default_factory=dict)
     engine_fields: Mapping[str, Any] = field(default_factory=dict)
     untrusted: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if "setting" in f.metadata:
+                object.__setattr__(self, f.name, as_text(f.name, getattr(self, f.name)))
 
     # reading and writing
 
@@ -261,7 +268,7 @@ class Experiment(grammar.Value, TrainingFields):
             value = getattr(it, name)
             if value is not None and name != "overrides":
                 lines.append(f"{key} = {toml(value)}")
-        lines += [f"{name} = {toml(value)}" for name, value in it.engine_fields.items()]
+        lines += [f"{name} = {toml(value)}" for name, value in it.engine_fields.items() if value is not None]
         if self.overrides:
             lines += ["", "[plan]"]
             lines += [f"{toml(slot)} = {toml(text)}" for slot, text in self.overrides.items()]
