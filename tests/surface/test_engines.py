@@ -135,6 +135,8 @@ def test_a_flag_fills_the_field_of_the_named_engine():
         Experiment().override(engine="ray", gpus=0.25, address="auto"),
         Experiment().override(engine="Torchrun(backend='gloo')"),
         Experiment().override(engine="Processes(workers=2)").override(workers=3),
+        Experiment().override(engine="fake_engine:Plain()").override(workers=2),
+        Experiment(engine=fake_engine.Fake(planets=2)),
     ],
 )
 def test_the_engine_of_a_file_reads_back_equal(tmp_path, it):

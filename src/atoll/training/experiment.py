@@ -261,9 +261,11 @@ class Experiment(grammar.Value, TrainingFields):
 
     def toml(self) -> str:
         """Write all settings as the text of a TOML file. `read` makes an equal experiment from this text."""
+        from atoll.engine.spec import spec_text
+
         lines = ["# All settings of the run, with defaults. `atoll run` of this file repeats the run."]
         written = "(" in str(self.engine) and bool(self.engine_fields)
-        it = self._to(engine=repr(self.spec()), engine_fields={}) if written else self
+        it = self._to(engine=spec_text(self.spec()), engine_fields={}) if written else self
         for name, key in _fields().items():
             value = getattr(it, name)
             if value is not None and name != "overrides":
