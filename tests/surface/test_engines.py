@@ -199,6 +199,8 @@ def test_ray_refuses(settings):
 def test_a_field_of_an_engine_is_no_setting(settings, write):
     error = refused(lambda: run(**settings), "a field of the engine")
     assert error.write == write
+    for call in (Experiment().training, Experiment().train):
+        assert refused(lambda call=call: call(**settings), "a field of the engine").write == write
     (text,) = eval(f"dict({write})").values()
     assert repr(engine(text))
     assert "Write: --engine " in as_flags(error)

@@ -400,7 +400,7 @@ class Experiment(grammar.Value, TrainingFields):
     def _checked(self, **changes: Any) -> dict[str, Any]:
         """The keyword arguments of `atoll.Settings`, after a check that reads no data."""
         values = self._settings(**changes)
-        Settings(**values)
+        Settings.from_kwargs(values)
         return values
 
     def training(self, **changes: Any) -> Training:
@@ -424,7 +424,8 @@ class Experiment(grammar.Value, TrainingFields):
         """
         from atoll.training.train import train
 
-        changes = {name: value for name, value in more.items() if name in Settings.__dataclass_fields__}
+        known = Settings.__dataclass_fields__.keys() | ENGINE_FIELDS.keys()  # `_checked` refuses a field of an engine
+        changes = {name: value for name, value in more.items() if name in known}
         self._checked(**changes)
         it = self.resolved()
         if more.get("resume") is not None:
