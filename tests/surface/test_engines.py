@@ -153,6 +153,21 @@ def test_a_config_of_an_older_run_is_read():
     assert Experiment.read("config.toml").spec() == Processes(2)
 
 
+def test_a_default_in_the_file_of_a_user_is_a_value():
+    Path("user.toml").write_text('engine = "Ray(gpus=0.5)"\ngpus = 0.0\n', encoding="utf-8")
+    refused(lambda: Experiment.read("user.toml"), "gpus is given twice")
+    Path("atoll.toml").write_text('engine = "Ray(gpus=0.5)"\ngpus = 0.0\n', encoding="utf-8")
+    refused(Experiment.found, "gpus is given twice")
+    Path("config.toml").write_text('engine = "ray"\ngpus = false\n', encoding="utf-8")
+    refused(lambda: Experiment.read("config.toml"), "gpus = False")
+
+
+def test_a_field_that_two_variables_set_is_refused():
+    both = {"ATOLL_ENGINE": "Processes(workers=2)", "ATOLL_WORKERS": "3"}
+    error = refused(lambda: Experiment().with_environment(both), "workers is given twice")
+    assert error.write == '--engine "Processes(workers=3)"'
+
+
 @pytest.mark.parametrize(
     ("words", "given", "works"),
     [

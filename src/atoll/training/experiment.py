@@ -23,7 +23,7 @@ from atoll.base import grammar
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.names import dotted
 from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, as_text, checked, of_text, read_toml, toml
-from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, setting
+from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, is_old_default, setting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -137,7 +137,9 @@ class Experiment(grammar.Value, TrainingFields):
                 f"atoll.train(model, data, plan, resume={str(file.parent)!r})",
             )
         trust = file.name != "config.toml" if trust is None else trust
-        given = _from_file(values)
+        given = dotted(values)
+        if file.name == "config.toml":  # a run folder; in the file of a user such a value has a meaning
+            given = {key: value for key, value in given.items() if not is_old_default(key, value)}
         if old_names:
             from atoll.plan.registry import renamed
 
@@ -151,7 +153,7 @@ class Experiment(grammar.Value, TrainingFields):
         for name in ("atoll.toml", "pyproject.toml"):
             file = Path(folder) / name
             if file.is_file() and (values := read_toml(file)) is not None:
-                return cls()._with(_from_file(values), name, trust=trust)
+                return cls()._with(dotted(values), name, trust=trust)
         return cls()
 
     def with_settings(self, texts: Mapping[str, str], where: str = "--set") -> Experiment:
@@ -177,17 +179,19 @@ class Experiment(grammar.Value, TrainingFields):
             >>> Experiment().with_environment({"ATOLL_HELD_OUT": "0.1"}).held_out
             0.1
         """
-        it = self
+        texts = dict[str, str]()
         keys = {name: key for name, key in _fields().items() if name != "overrides"}
         for name, key in {**keys, **{name: name for name in ENGINE_FIELDS}}.items():
             variable = f"ATOLL_{name.upper()}"
             if variable in environ:
-                it = it.with_settings({key: environ[variable]}, variable)
+                texts[key] = environ[variable]
+                self.with_settings({key: environ[variable]}, variable)  # its error names the variable
         for variable in sorted(environ):
             if variable.startswith("ATOLL_PLAN_"):
                 slot = variable.removeprefix("ATOLL_PLAN_").lower()
-                it = it.with_settings({f"plan.{slot}": environ[variable]}, variable)
-        return it
+                texts[f"plan.{slot}"] = environ[variable]
+                self.with_settings({f"plan.{slot}": environ[variable]}, variable)
+        return self.with_settings(texts, "the environment")  # together, so that a field given twice is refused
 
     def override(self, **values: Any) -> Experiment:
         """A copy with these values as settings. The value None changes nothing.
@@ -495,12 +499,6 @@ def types() -> dict[str, Any]:
     unknown = dict.fromkeys(("Tensor", "Fleet", "Metric", "PerExample", "EngineSpec"), Any)  # their modules load torch
     hints = get_type_hints(Experiment, localns={"Mapping": Mapping, "Path": Path, **unknown})
     return {f.name: declared(f).text or hints[f.name] for f in settings()}
-
-
-def _from_file(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a TOML file; fields of an engine with the default that older run folders contain are skipped."""
-    flat = dotted(values)
-    return {k: v for k, v in flat.items() if k not in ENGINE_FIELDS or v != ENGINE_FIELDS[k].default}
 
 
 def _slots() -> list[str]:

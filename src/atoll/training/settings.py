@@ -92,6 +92,12 @@ ENGINE_FIELDS: Mapping[str, EngineField] = {
 }
 
 
+def is_old_default(key: str, value: Any) -> bool:
+    """Whether a key of config.toml is a field of an engine with the default that older runs wrote for every engine."""
+    known = ENGINE_FIELDS.get(key)
+    return known is not None and type(value) is type(known.default) and value == known.default
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingFields:
     """The settings that `Settings` and `Experiment` share.
