@@ -17,6 +17,7 @@ from atoll.data import named
 from atoll.engine import InProcess, Processes, Ray, Torchrun
 from atoll.engine.spec import ENGINES, engine, fill, spec_name
 from atoll.training import Experiment, Settings
+from atoll.training.stop import Diverged
 
 DATA = atoll.data.load("digits").split(clients=5)
 PLAN = recipes.fedavg(0.1)
@@ -304,3 +305,22 @@ def test_a_diverged_round_is_not_committed():
         atoll.train("softmax", DATA, recipes.gd(1e38), out=None, rounds=5, engine=FAKE, stop=())
     assert fake_engine.CALLS[0] == "open" and fake_engine.CALLS[-1] == "close"
     assert len([c for c in fake_engine.CALLS if isinstance(c, int)]) < 5
+
+
+@pytest.mark.parametrize(("lr", "commits"), [(0.1, [0]), (1e38, [])])
+def test_an_error_of_the_evaluation_keeps_state_and_commits_equal(monkeypatch, lr, commits):
+    training = atoll.rounds("softmax", DATA, recipes.gd(lr), rounds=5, engine=FAKE, stop=Diverged(factor=2, rounds=1))
+    if not commits:
+        training.next()  # the next loss is far above the first
+        fake_engine.CALLS.clear()
+
+    def fails(*args):
+        raise OSError("no memory")
+
+    monkeypatch.setattr(training, "evaluate", fails)
+    with pytest.raises(OSError, match="no memory"):
+        training.next()
+    assert [call for call in fake_engine.CALLS if isinstance(call, int)] == commits
+    assert training.state.round == (1 if commits else 2)
+    assert (training.outcome is not None) == (not commits)
+    training.close()
