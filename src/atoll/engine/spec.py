@@ -266,6 +266,30 @@ def spec_name(spec: EngineSpec) -> str:
     return next((name for name, known in ENGINES.items() if known == where), type(spec).__name__)
 
 
+def spec_text(spec: EngineSpec) -> str:
+    """The text of a spec, from which `engine` makes an equal spec. A class outside `ENGINES` has its module in it.
+
+    Raises:
+        UsageError: the spec has no such text.
+    Example:
+        >>> spec_text(Processes(2))
+        'Processes(2)'
+    """
+    if dataclasses.is_dataclass(spec):
+        text = grammar.constructor(spec).replace(type(spec).__name__, _name_in_text(spec), 1)
+        try:
+            if engine(text) == spec:
+                return text
+        except UsageError:
+            pass  # the error below names the spec
+    raise UsageError(
+        f"engine = {spec!r:.80}.",
+        "a frozen dataclass at the top level of a module, with fields that a text can contain.",
+        "an experiment writes its engine as a text.",
+        "atoll.train(model, data, plan, engine=...)",
+    )
+
+
 def fill(spec: EngineSpec, values: Mapping[str, Any]) -> EngineSpec:
     """Replace fields of a spec by values of flags such as `--workers` and `--gpus`.
 
@@ -325,6 +349,12 @@ def _classes() -> dict[str, Callable[..., Any]]:
     return {where.rpartition(":")[2]: load(where) for where in ENGINES.values()}
 
 
+def _name_in_text(spec: EngineSpec) -> str:
+    """The name of the class of a spec in a text: `module:Name` for a class outside `ENGINES`."""
+    where = f"{type(spec).__module__}:{type(spec).__qualname__}"
+    return type(spec).__name__ if where in ENGINES.values() else where
+
+
 def _fields(spec: EngineSpec) -> dict[str, Any]:
     """The fields of a spec with their defaults."""
     return {f.name: f.default for f in dataclasses.fields(spec)} if dataclasses.is_dataclass(spec) else {}
@@ -337,4 +367,4 @@ def _listed(names: Mapping[str, Any]) -> str:
 def _spelled(spec: EngineSpec, values: Mapping[str, Any]) -> str:
     """The constructor of a spec with some fields replaced; each field by its name."""
     own = {n: getattr(spec, n) for n, default in _fields(spec).items() if getattr(spec, n) != default}
-    return f"{type(spec).__name__}({', '.join(f'{n}={v!r}' for n, v in {**own, **values}.items())})"
+    return f"{_name_in_text(spec)}({', '.join(f'{n}={v!r}' for n, v in {**own, **values}.items())})"

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from atoll.base import grammar
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.names import dotted
-from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, checked, of_text, read_toml, toml
-from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, setting
+from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, as_text, checked, of_text, read_toml, toml
+from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, is_old_default, setting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,6 +68,8 @@ class Experiment(grammar.Value, TrainingFields):
             `{"pace": "Sync()", "optimizer.lr": "0.5"}`.
         engine_fields: the fields of the engine that `--workers`, `--gpus` and similar flags set.
         untrusted: the names of settings that must not import code, because their text was not typed at this machine.
+    Raises:
+        UsageError: a value has no text, for example a function as `loss`.
     Example:
         >>> it = Experiment().with_settings({"rounds": "5", "plan.optimizer": "adam(0.01)"})
         >>> it.rounds, it.plan().optimizer
@@ -101,6 +103,11 @@ class Experiment(grammar.Value, TrainingFields):
     engine_fields: Mapping[str, Any] = field(default_factory=dict)
     untrusted: frozenset[str] = field(default=frozenset(), compare=False)
 
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if "setting" in f.metadata:
+                object.__setattr__(self, f.name, as_text(f.name, getattr(self, f.name)))
+
     # reading and writing
 
     @classmethod
@@ -130,7 +137,9 @@ class Experiment(grammar.Value, TrainingFields):
                 f"atoll.train(model, data, plan, resume={str(file.parent)!r})",
             )
         trust = file.name != "config.toml" if trust is None else trust
-        given = _from_file(values)
+        given = dotted(values)
+        if file.name == "config.toml":  # a run folder; in the file of a user such a value has a meaning
+            given = {key: value for key, value in given.items() if not is_old_default(key, value)}
         if old_names:
             from atoll.plan.registry import renamed
 
@@ -144,7 +153,7 @@ class Experiment(grammar.Value, TrainingFields):
         for name in ("atoll.toml", "pyproject.toml"):
             file = Path(folder) / name
             if file.is_file() and (values := read_toml(file)) is not None:
-                return cls()._with(_from_file(values), name, trust=trust)
+                return cls()._with(dotted(values), name, trust=trust)
         return cls()
 
     def with_settings(self, texts: Mapping[str, str], where: str = "--set") -> Experiment:
@@ -170,17 +179,19 @@ class Experiment(grammar.Value, TrainingFields):
             >>> Experiment().with_environment({"ATOLL_HELD_OUT": "0.1"}).held_out
             0.1
         """
-        it = self
+        texts = dict[str, str]()
         keys = {name: key for name, key in _fields().items() if name != "overrides"}
         for name, key in {**keys, **{name: name for name in ENGINE_FIELDS}}.items():
             variable = f"ATOLL_{name.upper()}"
             if variable in environ:
-                it = it.with_settings({key: environ[variable]}, variable)
+                texts[key] = environ[variable]
+                self.with_settings({key: environ[variable]}, variable)  # its error names the variable
         for variable in sorted(environ):
             if variable.startswith("ATOLL_PLAN_"):
                 slot = variable.removeprefix("ATOLL_PLAN_").lower()
-                it = it.with_settings({f"plan.{slot}": environ[variable]}, variable)
-        return it
+                texts[f"plan.{slot}"] = environ[variable]
+                self.with_settings({f"plan.{slot}": environ[variable]}, variable)
+        return self.with_settings(texts, "the environment")  # together, so that a field given twice is refused
 
     def override(self, **values: Any) -> Experiment:
         """A copy with these values as settings. The value None changes nothing.
@@ -254,14 +265,16 @@ class Experiment(grammar.Value, TrainingFields):
 
     def toml(self) -> str:
         """Write all settings as the text of a TOML file. `read` makes an equal experiment from this text."""
+        from atoll.engine.spec import spec_text
+
         lines = ["# All settings of the run, with defaults. `atoll run` of this file repeats the run."]
         written = "(" in str(self.engine) and bool(self.engine_fields)
-        it = self._to(engine=repr(self.spec()), engine_fields={}) if written else self
+        it = self._to(engine=spec_text(self.spec()), engine_fields={}) if written else self
         for name, key in _fields().items():
             value = getattr(it, name)
             if value is not None and name != "overrides":
                 lines.append(f"{key} = {toml(value)}")
-        lines += [f"{name} = {toml(value)}" for name, value in it.engine_fields.items()]
+        lines += [f"{name} = {toml(value)}" for name, value in it.engine_fields.items() if value is not None]
         if self.overrides:
             lines += ["", "[plan]"]
             lines += [f"{toml(slot)} = {toml(text)}" for slot, text in self.overrides.items()]
@@ -391,7 +404,7 @@ class Experiment(grammar.Value, TrainingFields):
     def _checked(self, **changes: Any) -> dict[str, Any]:
         """The keyword arguments of `atoll.Settings`, after a check that reads no data."""
         values = self._settings(**changes)
-        Settings(**values)
+        Settings.from_kwargs(values)
         return values
 
     def training(self, **changes: Any) -> Training:
@@ -415,7 +428,8 @@ class Experiment(grammar.Value, TrainingFields):
         """
         from atoll.training.train import train
 
-        changes = {name: value for name, value in more.items() if name in Settings.__dataclass_fields__}
+        known = Settings.__dataclass_fields__.keys() | ENGINE_FIELDS.keys()  # `_checked` refuses a field of an engine
+        changes = {name: value for name, value in more.items() if name in known}
         self._checked(**changes)
         it = self.resolved()
         if more.get("resume") is not None:
@@ -485,12 +499,6 @@ def types() -> dict[str, Any]:
     unknown = dict.fromkeys(("Tensor", "Fleet", "Metric", "PerExample", "EngineSpec"), Any)  # their modules load torch
     hints = get_type_hints(Experiment, localns={"Mapping": Mapping, "Path": Path, **unknown})
     return {f.name: declared(f).text or hints[f.name] for f in settings()}
-
-
-def _from_file(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a TOML file; fields of an engine with the default that older run folders contain are skipped."""
-    flat = dotted(values)
-    return {k: v for k, v in flat.items() if k not in ENGINE_FIELDS or v != ENGINE_FIELDS[k].default}
 
 
 def _slots() -> list[str]:

@@ -137,7 +137,8 @@ class Training:
         """Run one round, evaluate the model, and apply the rules that end the training.
 
         Raises:
-            RunError: the round failed; the state is the one before this round.
+            RunError: the round failed; the state is the one before this round. An error of the evaluation comes after
+                the step: the state is then the one after this round, and the engine has committed the round.
         """
         began = time.perf_counter()
         with use_pool(self._buffers), self._threads():
@@ -148,16 +149,24 @@ class Training:
         judged = {m.name for m in self.task.metrics} if self.evaluator is not None else set()
         metrics = {f"training_{n}" if n in judged else n: v for n, v in report.metrics.items()}
         if self.evaluator is not None and (last or self.state.round % every == 0):
-            metrics |= self.evaluate()
+            try:
+                metrics |= self.evaluate()
+            except BaseException:
+                self._accept(report.to(metrics=metrics, seconds=spent))
+                raise
         report = report.to(metrics=metrics, seconds=spent, fingerprint=fingerprint(self.state.model.theta))
         report = sync_report(self.engine, report)
+        self._accept(report)
+        return report
+
+    def _accept(self, report: Report) -> None:
+        """Add a round to the totals, apply the rules, and commit it in the engine, except if the training diverged."""
         self.seconds += report.seconds
         self.bytes_up += report.bytes_up
         self.bytes_down += report.bytes_down
         self.watch, self.outcome = stops.update(self.rules, self.watch, report)
         if self.outcome is None or not self.outcome.failed:
             self.engine.commit(report.round)
-        return report
 
     def _threads(self) -> AbstractContextManager[None]:
         """One thread for torch during short native code, because threads that torch wakes up would occupy its cores."""

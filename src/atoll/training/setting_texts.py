@@ -6,6 +6,7 @@ Tests: tests/surface/test_experiment.py, tests/surface/test_settings.py
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -98,9 +99,59 @@ def checked(key: str, value: Any, hint: Any, default: Any, where: str) -> Any:
         ) from None
 
 
+def as_text(name: str, value: Any) -> Any:
+    """Convert the value of a setting to a value that a file can contain. A text is not checked.
+
+    Args:
+        name: the name of the setting.
+        value: the value: a number, a text, a path, an engine, a fleet, a stop rule, or several texts or rules.
+    Raises:
+        UsageError: the value has no text.
+    """
+    if name in ("metrics", "stop") and value is not None:
+        several = value if isinstance(value, (tuple, list)) else (value,)
+        return tuple(_one_text(name, each) for each in several)
+    return _one_text(name, value)
+
+
+def _one_text(name: str, value: Any) -> Any:
+    """Convert one value of a setting."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Path):
+        return str(value)
+    if name == "engine":
+        from atoll.engine.spec import engine, spec_text
+
+        return spec_text(engine(value))
+    if name in ("fleet", "stop"):
+        from atoll.base.grammar import parse
+        from atoll.engine.simulation.fleet import FLEET
+        from atoll.training.stop import RULES
+
+        text = repr(value)
+        try:
+            if parse(text, FLEET if name == "fleet" else RULES) == value:
+                return text
+        except UsageError:
+            pass  # the error below names the value
+    raise UsageError(
+        f"{name} = {value!r:.80}.",
+        "a value that a file can contain.",
+        "an experiment writes all its settings to config.toml.",
+        f"atoll.train(model, data, plan, {name}=...)",
+    )
+
+
 def toml(value: Any) -> str:
     """Write a number, a text, a boolean or a list of such values as TOML.
 
+    Raises:
+        UsageError: the value is of another type.
     Example:
         >>> toml(True), toml('say "π"'), toml((1, 2.5))
         ('true', '"say \\\\"π\\\\""', '[1, 2.5]')
@@ -114,4 +165,8 @@ def toml(value: Any) -> str:
             return dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case tuple() | list():
             return f"[{', '.join(map(toml, value))}]"
-    return repr(value)
+        case Integral():
+            return repr(int(value))
+        case Real():
+            return repr(float(value))
+    raise UsageError(f"{value!r:.80} in a TOML file.", "a number, a text, a boolean, or a list of such values.")

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
+from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
 from atoll.base.errors import UsageError, unknown_name
@@ -91,6 +92,12 @@ ENGINE_FIELDS: Mapping[str, EngineField] = {
 }
 
 
+def is_old_default(key: str, value: Any) -> bool:
+    """Whether a key of config.toml is a field of an engine with the default that older runs wrote for every engine."""
+    known = ENGINE_FIELDS.get(key)
+    return known is not None and type(value) is type(known.default) and value == known.default
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingFields:
     """The settings that `Settings` and `Experiment` share.
@@ -164,7 +171,10 @@ class Settings(TrainingFields):
         if not isinstance(self.stop, (tuple, list)):
             self._set("stop", (self.stop,))
         for f in dataclasses.fields(self):
-            _check(f, getattr(self, f.name))
+            value = getattr(self, f.name)
+            _check(f, value)
+            if isinstance(value, Integral):
+                self._set(f.name, int(value))  # JSON cannot contain an integer of NumPy
         from atoll.engine.spec import engine
 
         self._set("engine", engine(self.engine))
@@ -265,6 +275,33 @@ def _check(f: dataclasses.Field[Any], value: Any) -> None:
             raise _refusal(f, value, f"an integer{_bound(rule)}")
     elif kind == "str" and (not isinstance(value, str) or (rule.choices and value not in rule.choices)):
         raise _refusal(f, value, f"one of {', '.join(rule.choices)}" if rule.choices else "a text")
+    elif f.name in _OBJECTS:
+        _check_object(f.name, value)
+
+
+_OBJECTS = {  # setting → the required value and a line that works, for the error
+    "loss": ("the name of a loss, or a function that returns one value for each row", "'cross_entropy'"),
+    "metrics": ("the name of a metric, a `Metric`, or several of them", "'accuracy'"),
+    "init": ("a state_dict, or the path of a run or of a safetensors file", "'runs/latest'"),
+}
+
+
+def _check_object(name: str, value: Any) -> None:
+    """Refuse a loss, metrics or a start of another type."""
+    if name == "metrics":
+        others = [each for each in value if not isinstance(each, str)]
+        if others:
+            from atoll.compute.loss import Metric  # it loads torch, which a name does not need
+
+            others = [each for each in others if not isinstance(each, Metric)]
+        right = not others
+    elif name == "loss":
+        right = isinstance(value, str) or callable(value)
+    else:
+        right = isinstance(value, (str, PathLike, Mapping))
+    if not right:
+        required, works = _OBJECTS[name]
+        raise UsageError(f"{name} = {value!r:.80}.", f"{required}.", write=f"{name}={works}")
 
 
 def _bound(rule: Setting) -> str:
