@@ -15,6 +15,7 @@ from problems import run
 
 import atoll
 from atoll.base.errors import UsageError
+from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan import conflicts, protocols
 from atoll.plan.aggregate import Mean, PartialSum
@@ -233,6 +234,28 @@ def test_a_member_of_a_wrong_type_is_refused(slot, base, member, value):
     odd = type("Odd", (base,), {member: value})
     error = refused(**{slot: odd()})
     assert f"Odd.{member} is {value!r}" in error.given and "declares it" in error.required
+
+
+@pytest.mark.parametrize("name", ("lanes", "loop"))
+def test_the_backend_that_a_local_part_requires_is_chosen(name):
+    plan = replace(USUAL, local=type("Own", (Least,), {"numerics": name})())
+    task = problem()
+    assert choose(task, clients(), plan).task.numerics == name
+    assert choose(task, clients(), plan, name).task.numerics == name
+    other = "fused"
+    with pytest.raises(UsageError) as caught:
+        choose(task, clients(), plan, other)
+    error = caught.value
+    assert f"numerics = '{other}' with Own()" in error.given and f"'{name}'" in error.required
+    assert error.why and error.write == "--numerics auto"
+
+
+def test_a_required_backend_is_tested_on_the_model_and_an_unknown_one_is_refused():
+    plan = replace(USUAL, local=type("Own", (Least,), {"numerics": "fused"})())
+    with pytest.raises(UsageError, match=r"Own\(\) requires the backend fused, and"):
+        choose(problem(norm=True), clients(), plan)
+    error = refused(local=type("Own", (Least,), {"numerics": "nonsense"})())
+    assert "Own.numerics is 'nonsense'" in error.given and "lanes, loop, fused, compiled" in error.required
 
 
 def test_conflicts_that_raise_or_yield_something_else_are_refused():

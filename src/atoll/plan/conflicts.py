@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, get_args
 
 from atoll.base.errors import UsageError
-from atoll.compute.task import Task
+from atoll.compute.task import BACKENDS, Task
 from atoll.plan import protocols
 from atoll.plan.codec.stage import flat_layout
 from atoll.plan.protocols import (
@@ -66,7 +66,7 @@ def check_plan(slots: Slots) -> None:
         if slot != "downlink":  # a downlink has no aggregator and no clients: its rules are all in `_downlink`
             for conflict in _conflicts_of(slot, part, slots):
                 raise UsageError(*conflict)
-    for conflict in (*_codec(slots), *_pace(slots), *_downlink(slots), *_sends(slots)):
+    for conflict in (*_backend(slots), *_codec(slots), *_pace(slots), *_downlink(slots), *_sends(slots)):
         raise UsageError(*conflict)
 
 
@@ -175,6 +175,13 @@ def _conflicts_of(slot: str, part: Any, slots: Slots) -> Iterator[Conflict]:
                 SLOTS[slot][2],
             )
         yield conflict
+
+
+def _backend(slots: Slots) -> Iterator[Conflict]:
+    local = slots.local
+    if local.numerics is not None and local.numerics not in BACKENDS:
+        given = f"{type(local).__name__}.numerics is {local.numerics!r}, in the slot local of the plan."
+        yield Conflict(given, f"None, or one of {', '.join(BACKENDS)}.", "no other backend exists.", "Gradient()")
 
 
 def _codec(slots: Slots) -> Iterator[Conflict]:
