@@ -17,11 +17,13 @@ import atoll
 from atoll.base.errors import UsageError
 from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.workers.scheduler import _checked as check_for_workers
 from atoll.plan import conflicts, protocols
 from atoll.plan.aggregate import Mean, PartialSum
 from atoll.plan.codec import Codec, Identity
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer.rules import sgd
+from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import (
     Aggregator,
@@ -341,6 +343,14 @@ def test_a_sum_of_a_codec_is_declared():
     assert reports[0].metrics["clipped"] > 0
     with pytest.raises(UsageError, match=r"Adding\(False\).*, client \d+, round 0, clipped: no sum of this name"):
         run(replace(plan, codec=Adding(False)), engine_of(), 1)
+
+
+@pytest.mark.parametrize("pace", [type("Cut", (LeastPace,), {"partial": True})(), Sync(deadline_s=1.0, partial=True)])
+def test_workers_refuse_a_pace_with_partial_work(pace):
+    local = Train(sgd(0.1), epochs=1)
+    with pytest.raises(UsageError, match="with workers") as caught:
+        check_for_workers(Plan(local, Mean(), sgd(0.1), pace=pace))
+    assert caught.value.write == (repr(Sync(deadline_s=1.0)) if isinstance(pace, Sync) else "Sync()")
 
 
 @dataclass
