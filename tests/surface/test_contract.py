@@ -324,6 +324,40 @@ def test_a_contribution_with_other_names_than_declared_is_refused(way, name):
 
 
 @dataclass(frozen=True, repr=False)
+class Shaped(Local):
+    """A gradient with a tensor that has another number of rows than clients."""
+
+    way: str
+    numerics = "lanes"
+
+    def contribute(self, broadcast, lanes, memory, key, task):
+        given, after = Gradient().contribute(broadcast, lanes, memory, key, task)
+        k = len(given.weight)
+        match self.way:
+            case "scalar":
+                return given._replace(sums={**given.sums, "loss": torch.tensor(1.0)}), after
+            case "more":
+                return given._replace(sums={**given.sums, "loss": torch.zeros(k + 1)}), after
+            case "mean":
+                return given._replace(means={"update": given.means["update"][:-1]}), after
+            case "counter":
+                return given._replace(counters={"seen": torch.tensor(3)}), after
+        return given._replace(weight=given.weight[:0]), after
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [("scalar", "loss"), ("more", "loss"), ("mean", "update"), ("counter", "seen"), ("weight", "weight")],
+)
+def test_a_contribution_with_other_rows_than_clients_is_refused(way, name):
+    with pytest.raises(UsageError) as caught:
+        run(Plan(Shaped(way), Mean(), sgd(0.1)), engine_of(), 1)
+    error = caught.value
+    assert f"Shaped('{way}'), client " in error.given and f", round 0, {name}: a tensor of shape" in error.given
+    assert error.required and error.why and error.write
+
+
+@dataclass(frozen=True, repr=False)
 class Adding(Codec):
     """A codec that adds a sum, which it declares or not."""
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, get_args
 
+from torch import Tensor
+
 from atoll.base.errors import UsageError
 from atoll.compute.task import BACKENDS, Task
 from atoll.plan import protocols
@@ -260,6 +262,8 @@ def undeclared(declared: Mapping[str, Declared], means: Tensors, sums: Tensors) 
     for kind, tensors in (("mean", means), ("sum", sums)):
         for name, tensor in tensors.items():
             declaration = declared.get(name, open_kind if open_kind is not None and open_kind.kind == kind else None)
+            if tensor.dim() == 0:
+                return name, "it has no dimension, and one row for each client is required"
             length = tensor[0].numel() if len(tensor) else 0
             if declaration is None:
                 return name, f"no {kind} of this name is declared"
@@ -298,6 +302,30 @@ def check_contribution(
                 f"{part!r}, client {client}, round {round}, {name}: {difference}.",
                 f"the names and lengths that {type(part).__name__}.declare gives.",
                 "the server adds contributions by name.",
+            )
+
+
+def check_rows(part: object, named: Mapping[str, Tensor], count: int, client: int, round: int) -> None:
+    """Refuse tensors of a contribution that have no row for each client.
+
+    Args:
+        part: the part that made the tensors, for the error.
+        named: the tensors; the keys are their names, for the error.
+        count: the number of clients.
+        client, round: the first of the clients, and the round in which it started, for the error.
+    Raises:
+        UsageError: a tensor has another number of rows. The error states the part, the name, the client and the round.
+    Example:
+        >>> import torch
+        >>> check_rows("Gradient()", {"loss": torch.zeros(3)}, 3, 0, 0)
+    """
+    for name, tensor in named.items():
+        if tensor.dim() == 0 or len(tensor) != count:
+            raise UsageError(
+                f"{part!r}, client {client}, round {round}, {name}: a tensor of shape {tuple(tensor.shape)}.",
+                f"one row for each client: a shape that starts with {count}.",
+                "row k of each tensor belongs to client k of the chunk.",
+                "torch.zeros(len(lanes.sizes))",
             )
 
 
