@@ -26,6 +26,7 @@ from atoll.data.clients import Clients
 from atoll.engine.position_check import PositionCheck
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Population
+from atoll.plan.round import select
 
 NUMERICS = ("auto", *BACKENDS)
 _FAR = {"full": 1e-3, "bf16": 0.2}  # largest error of a gradient by rounding, relative to its largest number
@@ -151,7 +152,7 @@ def _products(task: Task, data: Clients, plan: Plan) -> float:
         each = products(task.program, data.features)
     except UnsupportedModel:
         return 0.0
-    sizes = data.sizes[plan.sampler(Population(data.count, data.sizes), 0, Key(0)).ids]
+    sizes = data.sizes[select(plan.sampler, Population(data.count, data.sizes), 0, Key(0)).ids]
     return each * float(plan.local.examples_per_round(sizes).sum())
 
 
