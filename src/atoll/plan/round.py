@@ -300,6 +300,11 @@ def draw_cohort(plan: Plan, state: State, population: Population, key: Key) -> C
 def select(sampler: Sampler, population: Population, round: int, key: Key) -> Cohort:
     """The cohort that a sampler selects, after a check of its ids.
 
+    Args:
+        sampler: the sampler of a plan.
+        population: all clients.
+        round: the number of the round, from 0.
+        key: the key of the random numbers of the sampler.
     Raises:
         UsageError: the ids are not int64 `[n]`, do not increase, or are not ids of clients. The error states the
             sampler.

@@ -390,7 +390,7 @@ def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
         UsageError: workers cannot run the plan.
     """
     if plan.pace.partial:
-        known = [f.name for f in fields(plan.pace)] if is_dataclass(plan.pace) else []
+        known: list[str] = [f.name for f in fields(plan.pace)] if is_dataclass(plan.pace) else []
         raise UsageError(
             f"{plan.pace!r} with workers.",
             "a pace without partial work.",
