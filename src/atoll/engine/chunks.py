@@ -31,7 +31,7 @@ from atoll.engine.chunk_limit import ChunkLimit, chunk_size, no_sum, too_large
 from atoll.engine.simulation.arrivals import Arrivals, nbytes
 from atoll.plan.aggregate.exact import LARGEST, bounded
 from atoll.plan.codec import Identity
-from atoll.plan.conflicts import check_contribution, check_partials
+from atoll.plan.conflicts import check_contribution, check_partials, check_rows
 from atoll.plan.in_flight import Flight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Contribution, Ids, Tensors
@@ -86,6 +86,7 @@ def contribute_chunk(
         on_step: is called after each step with the lane, the number of the step and the mean loss of the lane's batch.
         share: the fraction of its steps that each client makes, in (0, 1].
     Raises:
+        UsageError: a tensor of the contribution or of the codec has no row for each client.
         Exception: the error of the client that failed. It does not name the client: run a chunk of one client.
     """
     far = task.device != HOST
@@ -96,6 +97,9 @@ def contribute_chunk(
     contribution, local = plan.local.contribute(
         broadcast, lanes, part_of(memory, "local"), key.fold("clients", "local"), task
     )
+    tensors = {**contribution.counters, **contribution.sums, **contribution.means, "weight": contribution.weight}
+    start = len(ids.client), int(ids.client[0]), broadcast.round
+    check_rows(plan.local, tensors, *start)
     after = {f"local/{n}": t for n, t in local.items()}
     overhead = overhead_bytes(contribution)
     update = contribution.means.get("update")
@@ -105,6 +109,7 @@ def contribute_chunk(
     payload, side, sums, codec = plan.codec.encode(
         update, part_of(memory, "codec"), broadcast.shared["codec"], key.to(task.device) if far else key
     )
+    check_rows(plan.codec, sums, *start)
     after |= {f"codec/{n}": t for n, t in codec.items()}
     opened = plan.codec.decode(payload, side)
     if plan.codec != Identity():

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, get_args
 
+from torch import Tensor
+
 from atoll.base.errors import UsageError
-from atoll.compute.task import Task
+from atoll.compute.task import BACKENDS, Task
 from atoll.plan import protocols
 from atoll.plan.codec.stage import flat_layout
 from atoll.plan.protocols import (
@@ -66,7 +68,7 @@ def check_plan(slots: Slots) -> None:
         if slot != "downlink":  # a downlink has no aggregator and no clients: its rules are all in `_downlink`
             for conflict in _conflicts_of(slot, part, slots):
                 raise UsageError(*conflict)
-    for conflict in (*_codec(slots), *_pace(slots), *_downlink(slots), *_sends(slots)):
+    for conflict in (*_backend(slots), *_codec(slots), *_pace(slots), *_downlink(slots), *_sends(slots)):
         raise UsageError(*conflict)
 
 
@@ -177,6 +179,13 @@ def _conflicts_of(slot: str, part: Any, slots: Slots) -> Iterator[Conflict]:
         yield conflict
 
 
+def _backend(slots: Slots) -> Iterator[Conflict]:
+    local = slots.local
+    if local.numerics is not None and local.numerics not in BACKENDS:
+        given = f"{type(local).__name__}.numerics is {local.numerics!r}, in the slot local of the plan."
+        yield Conflict(given, f"None, or one of {', '.join(BACKENDS)}.", "no other backend exists.", "Gradient()")
+
+
 def _codec(slots: Slots) -> Iterator[Conflict]:
     rule, codec = slots.aggregator, slots.codec
     if not rule.linear and codec.per_sum:
@@ -253,6 +262,8 @@ def undeclared(declared: Mapping[str, Declared], means: Tensors, sums: Tensors) 
     for kind, tensors in (("mean", means), ("sum", sums)):
         for name, tensor in tensors.items():
             declaration = declared.get(name, open_kind if open_kind is not None and open_kind.kind == kind else None)
+            if tensor.dim() == 0:
+                return name, "it has no dimension, and one row for each client is required"
             length = tensor[0].numel() if len(tensor) else 0
             if declaration is None:
                 return name, f"no {kind} of this name is declared"
@@ -291,6 +302,30 @@ def check_contribution(
                 f"{part!r}, client {client}, round {round}, {name}: {difference}.",
                 f"the names and lengths that {type(part).__name__}.declare gives.",
                 "the server adds contributions by name.",
+            )
+
+
+def check_rows(part: object, named: Mapping[str, Tensor], count: int, client: int, round: int) -> None:
+    """Refuse tensors of a contribution that have no row for each client.
+
+    Args:
+        part: the part that made the tensors, for the error.
+        named: the tensors; the keys are their names, for the error.
+        count: the number of clients.
+        client, round: the first of the clients, and the round in which it started, for the error.
+    Raises:
+        UsageError: a tensor has another number of rows. The error states the part, the name, the client and the round.
+    Example:
+        >>> import torch
+        >>> check_rows("Gradient()", {"loss": torch.zeros(3)}, 3, 0, 0)
+    """
+    for name, tensor in named.items():
+        if tensor.dim() == 0 or len(tensor) != count:
+            raise UsageError(
+                f"{part!r}, client {client}, round {round}, {name}: a tensor of shape {tuple(tensor.shape)}.",
+                f"one row for each client: a shape that starts with {count}.",
+                "row k of each tensor belongs to client k of the chunk.",
+                "torch.zeros(len(lanes.sizes))",
             )
 
 

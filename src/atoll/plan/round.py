@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from atoll.base.errors import UsageError
 from atoll.base.random import Key
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
@@ -35,7 +36,17 @@ from atoll.plan.codec.stage import Identity, roundtrip
 from atoll.plan.entropy import current_entropy
 from atoll.plan.in_flight import InFlight
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort, Contribution, EntropySource, Population, RoundInfo, Shared, Tensors, Total
+from atoll.plan.protocols import (
+    Cohort,
+    Contribution,
+    EntropySource,
+    Population,
+    RoundInfo,
+    Sampler,
+    Shared,
+    Tensors,
+    Total,
+)
 from atoll.plan.state import DownlinkState, State, versions
 
 
@@ -283,7 +294,40 @@ def draw_cohort(plan: Plan, state: State, population: Population, key: Key) -> C
     if state.air.flights:
         return _EMPTY
     sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
-    return sampler(population, state.round, key.fold("cohort"))
+    return select(sampler, population, state.round, key.fold("cohort"))
+
+
+def select(sampler: Sampler, population: Population, round: int, key: Key) -> Cohort:
+    """The cohort that a sampler selects, after a check of its ids.
+
+    Args:
+        sampler: the sampler of a plan.
+        population: all clients.
+        round: the number of the round, from 0.
+        key: the key of the random numbers of the sampler.
+    Raises:
+        UsageError: the ids are not int64 `[n]`, do not increase, or are not ids of clients. The error states the
+            sampler.
+    Example:
+        >>> from atoll.plan.sampler import Everyone
+        >>> select(Everyone(), Population(3, torch.tensor([5, 5, 5])), 0, Key(0)).ids.tolist()
+        [0, 1, 2]
+    """
+    cohort = sampler(population, round, key)
+    ids = cohort.ids
+    wrong = ""
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        wrong = f"ids of shape {tuple(ids.shape)} and dtype {ids.dtype}"
+    elif len(ids) and (int(ids[0]) < 0 or int(ids[-1]) >= population.clients or bool((ids[1:] <= ids[:-1]).any())):
+        wrong = f"the ids {ids[:8].tolist()}{' …' if len(ids) > 8 else ''} of {population.clients} clients"
+    if wrong:
+        raise UsageError(
+            f"{sampler!r} selected {wrong} in round {round}.",
+            f"int64 ids that increase, from 0 to {population.clients - 1}.",
+            "an id is the number of a client, and a client is selected at most once in a round.",
+            "Uniform(10)",
+        )
+    return cohort
 
 
 def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:

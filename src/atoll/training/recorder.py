@@ -17,6 +17,7 @@ from atoll import runs
 from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
 from atoll.compute.model_state import Model
+from atoll.plan.registry import renamed
 from atoll.plan.round import FlightTimes, Report
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.events import Run
@@ -80,6 +81,8 @@ class Recorder:
 
     def _refuse_other(self, recorded: Mapping[str, Any], name: str) -> None:
         """Refuse to resume if model, data, plan or settings of the training differ from those of the run."""
+        if "plan" in recorded:  # a run of before recorded former names of renamed parts
+            recorded = {**recorded, "plan": renamed(recorded["plan"])}
         for fact, ours in identity(self.training).items():
             if recorded.get(fact, ours) != ours:
                 name_of_fact = "model" if fact == "layout" else fact

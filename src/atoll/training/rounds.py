@@ -254,7 +254,7 @@ def _task(model: Any, data: Clients, settings: Settings) -> Task:
 def _chosen(task: Task, data: Clients, plan: Plan, settings: Settings, engine: Engine) -> Choice:
     """The backend of the local steps. The primary process chooses it for all processes."""
     wanted, rounds = settings.numerics, settings.rounds
-    preferred = engine.numerics_for(plan) if wanted == "auto" else None
+    preferred = engine.numerics_for(plan) if wanted == "auto" and plan.local.numerics is None else None
     if preferred is not None:
         numerics, reason = preferred
         return Choice(choose(task, data, plan, numerics).task, reason)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -390,11 +390,12 @@ def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
         UsageError: workers cannot run the plan.
     """
     if plan.pace.partial:
+        known: list[str] = [f.name for f in fields(plan.pace)] if is_dataclass(plan.pace) else []
         raise UsageError(
             f"{plan.pace!r} with workers.",
             "a pace without partial work.",
             "a computation that is cut at a deadline in real time cannot be repeated.",
-            repr(replace(plan.pace, partial=False)),  # type: ignore[type-var]
+            repr(replace(plan.pace, partial=False)) if "partial" in known else "Sync()",  # type: ignore[type-var]
         )
     if not isinstance(plan.aggregator.zero(), Partial):
         raise UsageError(
