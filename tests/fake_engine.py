@@ -36,3 +36,13 @@ class Fake(Value, EngineSpec):
 
     def build(self, options):
         return FakeEngine()
+
+
+@dataclass(frozen=True)
+class Plain(EngineSpec):
+    """Its `repr` is the one of a dataclass."""
+
+    workers: int = 1
+
+    def build(self, options):
+        return FakeEngine()

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from atoll.data import partition
 from atoll.plan import local, optimizer, schedule
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort, Sampler
 from atoll.plan.registry import PARTS
 from atoll.training import Settings
 from atoll.training.stop import RULES
@@ -549,3 +550,22 @@ def test_reading_a_text_runs_nothing(watch):
 
 def test_the_watch_sees_what_would_run(watch):
     assert "'exec'" in watch[1] and "sched" in watch[1]
+
+
+# Cohorts
+
+
+@dataclass(frozen=True, repr=False)
+class Fixed(Sampler):
+    """Selects the same ids in every round."""
+
+    ids: tuple[float, ...]
+
+    def __call__(self, population, round, key):
+        return Cohort(torch.tensor(self.ids), torch.ones((), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("ids", [(0, 10), (-1, 2), (3, 3), (4, 2), (1.0, 2.0), ((0, 1), (2, 3))])
+def test_a_cohort_of_wrong_ids_is_refused(ids):
+    plan = replace(recipes.fedavg(0.1), cohort=Fixed(ids))
+    refused(lambda: train(plan=plan), f"{Fixed(ids)!r} selected", "round 0", "ids that increase, from 0 to 9")

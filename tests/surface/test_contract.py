@@ -15,12 +15,15 @@ from problems import run
 
 import atoll
 from atoll.base.errors import UsageError
+from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.workers.scheduler import _checked as check_for_workers
 from atoll.plan import conflicts, protocols
 from atoll.plan.aggregate import Mean, PartialSum
 from atoll.plan.codec import Codec, Identity
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer.rules import sgd
+from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import (
     Aggregator,
@@ -235,6 +238,28 @@ def test_a_member_of_a_wrong_type_is_refused(slot, base, member, value):
     assert f"Odd.{member} is {value!r}" in error.given and "declares it" in error.required
 
 
+@pytest.mark.parametrize("name", ("lanes", "loop"))
+def test_the_backend_that_a_local_part_requires_is_chosen(name):
+    plan = replace(USUAL, local=type("Own", (Least,), {"numerics": name})())
+    task = problem()
+    assert choose(task, clients(), plan).task.numerics == name
+    assert choose(task, clients(), plan, name).task.numerics == name
+    other = "fused"
+    with pytest.raises(UsageError) as caught:
+        choose(task, clients(), plan, other)
+    error = caught.value
+    assert f"numerics = '{other}' with Own()" in error.given and f"'{name}'" in error.required
+    assert error.why and error.write == "--numerics auto"
+
+
+def test_a_required_backend_is_tested_on_the_model_and_an_unknown_one_is_refused():
+    plan = replace(USUAL, local=type("Own", (Least,), {"numerics": "fused"})())
+    with pytest.raises(UsageError, match=r"Own\(\) requires the backend fused, and"):
+        choose(problem(norm=True), clients(), plan)
+    error = refused(local=type("Own", (Least,), {"numerics": "nonsense"})())
+    assert "Own.numerics is 'nonsense'" in error.given and "lanes, loop, fused, compiled" in error.required
+
+
 def test_conflicts_that_raise_or_yield_something_else_are_refused():
     class Raises(LeastAggregator):
         def conflicts(self, slots):
@@ -299,6 +324,40 @@ def test_a_contribution_with_other_names_than_declared_is_refused(way, name):
 
 
 @dataclass(frozen=True, repr=False)
+class Shaped(Local):
+    """A gradient with a tensor that has another number of rows than clients."""
+
+    way: str
+    numerics = "lanes"
+
+    def contribute(self, broadcast, lanes, memory, key, task):
+        given, after = Gradient().contribute(broadcast, lanes, memory, key, task)
+        k = len(given.weight)
+        match self.way:
+            case "scalar":
+                return given._replace(sums={**given.sums, "loss": torch.tensor(1.0)}), after
+            case "more":
+                return given._replace(sums={**given.sums, "loss": torch.zeros(k + 1)}), after
+            case "mean":
+                return given._replace(means={"update": given.means["update"][:-1]}), after
+            case "counter":
+                return given._replace(counters={"seen": torch.tensor(3)}), after
+        return given._replace(weight=given.weight[:0]), after
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [("scalar", "loss"), ("more", "loss"), ("mean", "update"), ("counter", "seen"), ("weight", "weight")],
+)
+def test_a_contribution_with_other_rows_than_clients_is_refused(way, name):
+    with pytest.raises(UsageError) as caught:
+        run(Plan(Shaped(way), Mean(), sgd(0.1)), engine_of(), 1)
+    error = caught.value
+    assert f"Shaped('{way}'), client " in error.given and f", round 0, {name}: a tensor of shape" in error.given
+    assert error.required and error.why and error.write
+
+
+@dataclass(frozen=True, repr=False)
 class Adding(Codec):
     """A codec that adds a sum, which it declares or not."""
 
@@ -318,6 +377,14 @@ def test_a_sum_of_a_codec_is_declared():
     assert reports[0].metrics["clipped"] > 0
     with pytest.raises(UsageError, match=r"Adding\(False\).*, client \d+, round 0, clipped: no sum of this name"):
         run(replace(plan, codec=Adding(False)), engine_of(), 1)
+
+
+@pytest.mark.parametrize("pace", [type("Cut", (LeastPace,), {"partial": True})(), Sync(deadline_s=1.0, partial=True)])
+def test_workers_refuse_a_pace_with_partial_work(pace):
+    local = Train(sgd(0.1), epochs=1)
+    with pytest.raises(UsageError, match="with workers") as caught:
+        check_for_workers(Plan(local, Mean(), sgd(0.1), pace=pace))
+    assert caught.value.write == (repr(Sync(deadline_s=1.0)) if isinstance(pace, Sync) else "Sync()")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from atoll.data import named
 from atoll.engine import InProcess, Processes, Ray, Torchrun
 from atoll.engine.spec import ENGINES, engine, fill, spec_name
 from atoll.training import Experiment, Settings
+from atoll.training.stop import Diverged
 
 DATA = atoll.data.load("digits").split(clients=5)
 PLAN = recipes.fedavg(0.1)
@@ -135,6 +136,8 @@ def test_a_flag_fills_the_field_of_the_named_engine():
         Experiment().override(engine="ray", gpus=0.25, address="auto"),
         Experiment().override(engine="Torchrun(backend='gloo')"),
         Experiment().override(engine="Processes(workers=2)").override(workers=3),
+        Experiment().override(engine="fake_engine:Plain()").override(workers=2),
+        Experiment(engine=fake_engine.Fake(planets=2)),
     ],
 )
 def test_the_engine_of_a_file_reads_back_equal(tmp_path, it):
@@ -149,6 +152,21 @@ def test_a_config_of_an_older_run_is_read():
     assert Experiment.read("config.toml").spec() == InProcess()
     Path("config.toml").write_text(old.replace("inprocess", "processes") + "workers = 2\n", encoding="utf-8")
     assert Experiment.read("config.toml").spec() == Processes(2)
+
+
+def test_a_default_in_the_file_of_a_user_is_a_value():
+    Path("user.toml").write_text('engine = "Ray(gpus=0.5)"\ngpus = 0.0\n', encoding="utf-8")
+    refused(lambda: Experiment.read("user.toml"), "gpus is given twice")
+    Path("atoll.toml").write_text('engine = "Ray(gpus=0.5)"\ngpus = 0.0\n', encoding="utf-8")
+    refused(Experiment.found, "gpus is given twice")
+    Path("config.toml").write_text('engine = "ray"\ngpus = false\n', encoding="utf-8")
+    refused(lambda: Experiment.read("config.toml"), "gpus = False")
+
+
+def test_a_field_that_two_variables_set_is_refused():
+    both = {"ATOLL_ENGINE": "Processes(workers=2)", "ATOLL_WORKERS": "3"}
+    error = refused(lambda: Experiment().with_environment(both), "workers is given twice")
+    assert error.write == '--engine "Processes(workers=3)"'
 
 
 @pytest.mark.parametrize(
@@ -197,6 +215,8 @@ def test_ray_refuses(settings):
 def test_a_field_of_an_engine_is_no_setting(settings, write):
     error = refused(lambda: run(**settings), "a field of the engine")
     assert error.write == write
+    for call in (Experiment().training, Experiment().train):
+        assert refused(lambda call=call: call(**settings), "a field of the engine").write == write
     (text,) = eval(f"dict({write})").values()
     assert repr(engine(text))
     assert "Write: --engine " in as_flags(error)
@@ -285,3 +305,22 @@ def test_a_diverged_round_is_not_committed():
         atoll.train("softmax", DATA, recipes.gd(1e38), out=None, rounds=5, engine=FAKE, stop=())
     assert fake_engine.CALLS[0] == "open" and fake_engine.CALLS[-1] == "close"
     assert len([c for c in fake_engine.CALLS if isinstance(c, int)]) < 5
+
+
+@pytest.mark.parametrize(("lr", "commits"), [(0.1, [0]), (1e38, [])])
+def test_an_error_of_the_evaluation_keeps_state_and_commits_equal(monkeypatch, lr, commits):
+    training = atoll.rounds("softmax", DATA, recipes.gd(lr), rounds=5, engine=FAKE, stop=Diverged(factor=2, rounds=1))
+    if not commits:
+        training.next()  # the next loss is far above the first
+        fake_engine.CALLS.clear()
+
+    def fails(*args):
+        raise OSError("no memory")
+
+    monkeypatch.setattr(training, "evaluate", fails)
+    with pytest.raises(OSError, match="no memory"):
+        training.next()
+    assert [call for call in fake_engine.CALLS if isinstance(call, int)] == commits
+    assert training.state.round == (1 if commits else 2)
+    assert (training.outcome is not None) == (not commits)
+    training.close()

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,12 +12,23 @@ from hypothesis import strategies as st
 
 import atoll
 from atoll.base.errors import UsageError
+from atoll.compute.loss import Metric
+from atoll.engine import EngineSpec, Processes
+from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.optimizer.rules import adam
 from atoll.plan.sampler import Uniform
-from atoll.training.experiment import Experiment
+from atoll.training import Experiment, Settings
 from atoll.training.setting_texts import toml
+from atoll.training.stop import Target
 
 QUICK = {"data": "diabetes", "model": "linear", "recipe": "distributed_gd(0.1)", "clients": 5, "rounds": 2}
+
+
+class InProcessWithState(EngineSpec):
+    """A spec without fields that a text can contain."""
+
+    def build(self, options):
+        raise NotImplementedError
 
 
 @pytest.fixture(autouse=True)
@@ -337,6 +349,49 @@ def test_what_is_typed_over_an_untrusted_file_is_trusted(module):
     assert it.untrusted == {"rounds", "recipe"}
     assert isinstance(it.override(data="diabetes").module(), torch.nn.Linear)
     refused(it.plan, "--trust")
+
+
+# Values that are not texts
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ({"engine": Processes(workers=1)}, {"engine": "Processes(1)"}),
+        ({"engine": "processes", "engine_fields": {"workers": 2}}, {"engine": "processes"}),
+        ({"fleet": Fleet(HalfNormal())}, {"fleet": repr(Fleet(HalfNormal()))}),
+        ({"init": Path("model.safetensors"), "out": Path("runs")}, {"init": "model.safetensors", "out": "runs"}),
+        ({"metrics": "accuracy"}, {"metrics": ("accuracy",)}),
+        ({"stop": Target("accuracy", 0.9)}, {"stop": ("Target('accuracy', value=0.9)",)}),
+        ({"rounds": np.int64(3), "held_out": np.float64(0.25)}, {"rounds": 3, "held_out": 0.25}),
+    ],
+)
+def test_an_object_becomes_its_text(values, texts):
+    it = Experiment(**values)
+    assert {name: getattr(it, name) for name in texts} == texts
+    assert Experiment.read(written(it.toml())) == it
+    assert it.spec() and Settings(engine=it.engine, fleet=it.fleet)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("loss", lambda outputs, targets: outputs),
+        ("metrics", (Metric("ones", lambda outputs, targets: targets),)),
+        ("init", {}),
+        ("fleet", {}),
+        ("stop", object()),
+        ("engine", InProcessWithState()),
+    ],
+)
+def test_an_object_without_a_text_is_refused(name, value):
+    error = refused(lambda: Experiment(**{name: value}), f"{name} = ")
+    assert error.required and error.why
+    assert error.write == f"atoll.train(model, data, plan, {name}=...)"
+
+
+def test_toml_refuses_another_type():
+    refused(lambda: toml(object()), "in a TOML file")
 
 
 # Order of sources

@@ -1,11 +1,16 @@
 """Renamed parts: a plan text with an old name is refused with the new text; run folders of before are still read."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from atoll.base.errors import UsageError
+from atoll.cli import main
 from atoll.plan.registry import PARTS, read_part, renamed
 from atoll.training.experiment import Experiment
 
+BEFORE = Path(__file__).parents[1] / "golden" / "run_before"
 TEXTS = [
     ("Feedback(TopK(0.01))", "ErrorFeedback(TopK(0.01))"),
     ("Feedback(TopK(0.01) >> Quantize(8))", "ErrorFeedback(TopK(0.01) >> Quantize(8))"),
@@ -51,3 +56,15 @@ def test_a_folder_of_before_is_read_and_not_resumed(tmp_path):
     assert repr(read.codec) == "ErrorFeedback(TopK(0.1))" and read.pace.staleness(3) == 4**-0.25
     with pytest.raises(UsageError, match="staleness_polynomial"):
         Experiment.read(file).plan()
+
+
+def test_a_run_of_before_resumes_after_its_file_has_the_new_name(tmp_path, capsys):
+    run = Path(shutil.copytree(BEFORE, tmp_path / "run_before"))
+    words = ["resume", str(run), "--rounds", "4", "--any-version"]
+    assert main(words) == 2
+    assert "ErrorFeedback(TopK(0.05))" in capsys.readouterr().err
+    config = run / "config.toml"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace('"Feedback(TopK(0.05))"', '"ErrorFeedback(TopK(0.05))"'), encoding="utf-8")
+    assert main(words) == 0
+    assert len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 4

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 
 import atoll
@@ -78,6 +79,9 @@ def test_a_single_metric_or_rule_is_one():
         ({"precision": "half"}, "precision = 'half'", "precision='full'"),
         ({"device": None}, "device = None", "device='auto'"),
         ({"fleet": 3}, "fleet = 3", 'fleet="Fleet(HalfNormal())"'),
+        ({"metrics": 5}, "metrics = (5,)", "metrics='accuracy'"),
+        ({"init": 5}, "init = 5", "init='runs/latest'"),
+        ({"loss": 5}, "loss = 5", "loss='cross_entropy'"),
         ({"round": 3}, "No setting is called 'round'", "rounds"),
     ],
 )
@@ -92,3 +96,11 @@ def test_bad_settings(settings, given, write):
 
 def test_a_seed_keeps_every_bit():
     assert Settings(seed=2**63 - 1).seed == 2**63 - 1
+
+
+def test_an_integer_of_numpy_is_stored_as_an_integer(tmp_path):
+    it = Settings(rounds=np.int64(1), seed=np.int64(3), chunk=np.int32(2), evaluate_every=np.int8(1))
+    assert [type(getattr(it, name)) for name in ("rounds", "seed", "chunk", "evaluate_every")] == [int] * 4
+    data = atoll.data.load("digits").split(clients=5)
+    run = atoll.train("softmax", data, recipes.gd(0.1), rounds=np.int64(1), out=tmp_path, report=False)
+    assert run.rounds == 1

@@ -161,6 +161,15 @@ def test_compare_says_where_runs_part(run, copy, tmp_path):
     assert "bytes up" in text and found.verdict in text and RECIPE in text
 
 
+def test_compare_ignores_the_engine_fields_that_older_runs_wrote(run, copy):
+    config = copy / "config.toml"
+    lines = config.read_text(encoding="utf-8")
+    config.write_text('backend = "auto"\ncpus = 1.0\ngpus = 0.0\n' + lines, encoding="utf-8")
+    assert compare.compare(copy, run).settings == ()
+    config.write_text("gpus = 0.5\n" + lines, encoding="utf-8")
+    assert [(row.name, row.a, row.b) for row in compare.compare(copy, run).settings] == [("gpus", 0.5, None)]
+
+
 def test_compare_finds_the_round(run, copy):
     file = copy / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -38,6 +38,8 @@ from atoll.compute.loss import LOSSES, METRICS, Metric, PerExample
 from atoll.compute.model_state import Batch, GradientResult, Model
 from atoll.compute.overrides import KeyedDropout, VmapOverrides, may_drop
 
+BACKENDS = ("lanes", "loop", "fused", "compiled")
+
 
 @dataclass(frozen=True)
 class Task:

@@ -117,13 +117,15 @@ def name_of(value: Any) -> str:
 
 
 def distinct(values: Any, subject: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Encode a list `[rows]` as codes, int64 `[rows]`, of its sorted distinct values, and return these as names.
+    """Encode each value of a list by its position among the sorted distinct values.
 
     Args:
         values: labels or clients of any dtype, `[rows]`.
-        subject: name for errors.
+        subject: the name of the list in error messages.
+    Returns:
+        The codes, int64 `[rows]`, and the distinct values as text: row i has the value `names[codes[i]]`.
     Raises:
-        UsageError: the list has another shape, or a value is missing.
+        UsageError: the list is not one-dimensional, or a value is missing.
     Example:
         >>> distinct(["b", "a", "b"], "by")
         (tensor([1, 0, 1]), ('a', 'b'))
@@ -158,7 +160,7 @@ def encode(y: Any, task: str | None, subject: str = "y") -> Targets:
     Args:
         y: labels of any type `[rows]`; numbers `[rows]` or `[rows, n]`; or classes 0, 1, …, `[rows, length]`.
         task: "classification", "regression", or None: regression if y has floats.
-        subject: name for errors.
+        subject: the name of the targets in error messages.
     Raises:
         UsageError: an unknown task, a missing label, or a target that is not a finite number.
     Example:
@@ -222,11 +224,11 @@ def arrays(
         x: `[rows, *features]`: floats; uint8 intensities, which are scaled to [0, 1]; or other integers, which
             are token ids.
         y: labels of any type `[rows]`; numbers `[rows]` or `[rows, n]`; or classes 0, 1, …, `[rows, length]`.
-        by: natural client of each row, `[rows]`, of any type.
+        by: the natural client of each row, such as a hospital or a speaker; `[rows]`, of any type.
         task: "classification" or "regression"; None: regression if y has floats.
         scale: "none", "standard", or "client"; see `Source`.
-        test: (x, y), the data set's own test rows.
-        name: name in reports.
+        test: the test rows of the data set, as a pair (x, y).
+        name: the name of the data set in reports.
     Returns:
         A source that shares memory with tensors and arrays, and reads an `np.memmap` batch by batch.
     Raises:
@@ -256,7 +258,7 @@ def arrays(
 
 
 def _with_clients(source: Source, by: Any) -> Source:
-    """Return the source with the natural clients in `by`; unchanged if `by` is None."""
+    """Return the source with `by[i]` as the natural client of row i. If `by` is None, return the source unchanged."""
     if by is None:
         return source
     codes, names = distinct(by, "by")
@@ -323,10 +325,10 @@ def dataset(data: Any, *, by: Any = None, task: str | None = None, test: Any = N
 
     Args:
         data: the Dataset; one shape for all rows, labels 0, 1, … or numbers.
-        by: natural client of each row, `[rows]`, of any type.
+        by: the natural client of each row, such as a hospital or a speaker; `[rows]`, of any type.
         task: "classification" or "regression"; None: regression if y is a float.
-        test: a Dataset, or (x, y): the data set's own test rows.
-        name: name in reports.
+        test: the test rows of the data set, as a Dataset or a pair (x, y).
+        name: the name of the data set in reports.
     Raises:
         UsageError: the Dataset is empty, a row is not a pair, or its shape differs from that of row 0.
     Example:
@@ -353,16 +355,16 @@ def federate(
     """Build a federation from one data set per client.
 
     Args:
-        parts: one (x, y) or torch Dataset per client: in a list, or in a dict by the clients' names.
+        parts: one pair (x, y) or torch Dataset for each client: a list, or a dict whose keys are the clients' names.
         held_out: fraction of each class to hold out, in [0, 1); or the held-out rows: (x, y) or a Dataset.
         seed, min_rows: as in `Source.split`.
         task: "classification" or "regression"; None: regression if y has floats.
-        name: name in reports.
+        name: the name of the data set in reports.
     Returns:
-        One client per part, in order. Arrays in memory are copied once into one array, so that one read returns the
-        rows of many clients. Other data is not copied, and its labels must be 0, 1, ….
+        One client for each part, in the order of `parts`. Arrays in memory are copied once into one array, so that one
+        read returns the rows of many clients. Other data is not copied, and its labels must be 0, 1, ….
     Raises:
-        UsageError: no part, or parts whose features differ in shape.
+        UsageError: `parts` is empty, or the features of two parts differ in shape.
     Example:
         >>> north, south = (torch.zeros(4, 2), [0, 1, 0, 1]), (torch.ones(6, 2), [1, 0, 1, 0, 1, 0])
         >>> federate({"north": north, "south": south}, held_out=0).sizes.tolist()

@@ -1,4 +1,4 @@
-"""A federation: the rows of each client, as one array of row numbers and one of offsets, for 3 clients or 10⁶.
+"""A federation: the clients and their rows, stored as an array of row numbers and an array of offsets.
 
 Tests: tests/data/test_clients.py, tests/data/test_split.py.
 """
@@ -23,7 +23,7 @@ def offsets_of(sizes: Tensor) -> Tensor:
     """Compute the start of each client's rows and the end of the last one's, int64 `[clients + 1]`.
 
     Args:
-        sizes: rows of each client, int64 `[clients]`.
+        sizes: the number of rows of each client, int64 `[clients]`.
     Example:
         >>> offsets_of(torch.tensor([2, 0, 3])).tolist()
         [0, 2, 2, 5]
@@ -33,20 +33,20 @@ def offsets_of(sizes: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Clients:
-    """Clients and the rows they hold; client i holds rows order[offsets[i] : offsets[i + 1]].
+    """The clients and their rows. Client i has the rows order[offsets[i] : offsets[i + 1]].
 
     Args:
         name: name of the data set.
         rows: storage of the rows; the clients' data is not copied.
-        order: int64 `[N]`, row numbers, client after client, each at most once.
-        offsets: int64 `[clients + 1]`, from 0 to N, non-decreasing.
-        held_out: rows that no client holds, for evaluating the model; or None.
+        order: the row numbers of all clients, client after client, int64 `[N]`. A row number occurs at most once.
+        offsets: the start of each client in `order`, and the end of the last, int64 `[clients + 1]`.
+        held_out: the rows that no client has, to evaluate the model; None: there are no such rows.
         kind: "classification" or "regression".
         classes: names of the classes; None for regression, or if a row has several targets.
         features: shape of one row's features.
         columns: names of the features, if they have names and one axis.
-        names: names of natural clients (hospitals, speakers); None if the clients were drawn.
-        notes: one sentence for each guess, draw and moved row of the split.
+        names: the names of natural clients (hospitals, speakers); None if a partition formed the clients at random.
+        notes: sentences that state the guesses and the moved rows of the split.
     Example:
         >>> from atoll.data import arrays, IID
         >>> data = arrays(torch.arange(10.0)[:, None], torch.arange(10.0)).split(3, IID(), held_out=0)
@@ -101,7 +101,7 @@ class Clients:
         """Read features and targets of rows, including the feature shift of each row's client.
 
         Args:
-            rows: int64 `[...]`, row numbers from `order`; for lanes `[clients, batch]`.
+            rows: row numbers from `order`, int64 of any shape; `[clients, batch]` for a batch of clients.
         Returns:
             x `[..., *features]` and y `[...]` or `[..., *target]`: float32 or float64 features, or int64
             tokens; int64 classes, or float numbers to predict.
@@ -113,7 +113,7 @@ class Clients:
     def on(self, device: torch.device, room: float) -> Clients:
         """Move the rows to a device if they are in memory and need at most `room` bytes; else return `self`.
 
-        The row numbers stay on the host. Rows that are not moved here are copied batch by batch when they are read.
+        The row numbers stay in CPU memory. Rows that are not moved here are copied batch by batch when they are read.
         """
         if device.type == "cpu":
             return self
@@ -127,11 +127,11 @@ class Clients:
         return replace(self, rows=rows, held_out=held_out)
 
     def pooled(self) -> Clients:
-        """Return one client with every train row, in the order of their numbers; the held-out rows are unchanged."""
+        """Return a federation of one client that has every train row, in the order of their numbers."""
         return replace(self, order=self.order.sort().values, offsets=torch.tensor([0, len(self.order)]), names=None)
 
     def held(self) -> Clients:
-        """Return one client with the held-out rows.
+        """Return a federation of one client that has the held-out rows.
 
         Raises:
             UsageError: there are no held-out rows.
@@ -154,7 +154,7 @@ class Clients:
         )
 
     def only(self, ids: Tensor) -> Clients:
-        """Return the clients with these ids, int64 `[k]`, in this order, renumbered from 0."""
+        """Select the clients with these ids, int64 `[k]`. In the result their ids are 0 … k − 1, in this order."""
         sizes = self.sizes[ids]
         offsets = offsets_of(sizes)
         shift = (self.offsets[ids] - offsets[:-1]).repeat_interleave(sizes)

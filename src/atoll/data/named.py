@@ -1,4 +1,4 @@
-"""Data sets by name, from scikit-learn or from a folder. Nothing is ever downloaded.
+"""Loads data sets by their names, from scikit-learn or from a folder. Nothing is ever downloaded.
 
 Tests: tests/data/test_named.py.
 """
@@ -51,8 +51,8 @@ def load(
             arrays are read batch by batch and may be larger than memory.
         folder: folder of a named set's files; None: the environment variable ATOLL_DATA, then for fashion_mnist
             the folder of Debian's package dataset-fashion-mnist.
-        target, by, missing: for a CSV file, see `csv`. `missing` also applies to heart, with None = "drop".
-        task: for a CSV file or a folder of arrays.
+        target, by, missing: options of `csv`, for a CSV file. `missing` also applies to heart, with None = "drop".
+        task: the kind of task of a CSV file or a folder of arrays, as for `csv`.
         scale: "standard", "client" or "none"; None: "standard" for tables, "none" for images and folders of arrays.
     Raises:
         UsageError: an unknown name, or a file that is missing or malformed.

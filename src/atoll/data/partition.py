@@ -1,6 +1,7 @@
-"""Partitions assign train rows to clients. A partition is a value; the key determines the draw.
+"""Partitions assign train rows to clients.
 
-A partition draws one owner for each row, so every row belongs to exactly one client.
+A partition is a frozen dataclass that describes a distribution. A call with the rows, the number of clients and a key
+returns the owner of each row, so every row belongs to exactly one client. Equal arguments give equal owners.
 
 Tests: tests/data/test_partition.py, tests/data/test_split.py.
 """
@@ -27,8 +28,8 @@ class Pool(NamedTuple):
 
     Args:
         rows: the number of rows.
-        labels: class of each row, int64 `[rows]`; None if rows have no class.
-        by: natural client of each row, int64 `[rows]`; None without natural clients.
+        labels: the class of each row, int64 `[rows]`; None if rows have no class.
+        by: the natural client of each row, int64 `[rows]`; None if the data has no natural clients.
     """
 
     rows: int
@@ -37,14 +38,14 @@ class Pool(NamedTuple):
 
 
 class Partition:
-    """Base of all partitions: `partition(pool, clients, key)` → owner of each train row, int64 `[rows]`.
+    """The base of all partitions. `partition(pool, clients, key)` returns the owner of each train row, int64 `[rows]`.
 
     A partition is a frozen dataclass, so its `repr` is its constructor call. Your own partition defines `__call__`,
     which returns the owners.
 
-    natural: the data determine the owners; nothing is drawn, and no row may be moved.
-    draws: the most draws until every client has `min_rows`; then rows are moved. More than 1 if a draw determines
-        the sizes.
+    natural: whether the data determine the owners. Then the key has no effect, and no row may move to another client.
+    draws: how often the split calls a random partition, at most, until every client has `min_rows` rows. After that it
+        moves rows. More than 1 is useful if the sizes of clients are random.
     """
 
     natural: ClassVar[bool] = False
@@ -54,7 +55,14 @@ class Partition:
         raise NotImplementedError
 
     def view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
-        """Return the rows with their clients' feature shift; `owner` int64 `[rows]`, −1 for a row of no client."""
+        """Return the rows with the feature shift of their clients.
+
+        Args:
+            rows: the rows of the data set.
+            owner: the client of each row, int64 `[rows]`; −1 for a row that belongs to no client.
+            clients: the number of clients.
+            key: the key of the random numbers.
+        """
         return rows
 
     def __post_init__(self) -> None:
@@ -73,7 +81,7 @@ def in_groups(group: Tensor) -> Tensor:
     """Sort row numbers by group, in row order within a group: a stable `argsort` in a third of its time.
 
     Args:
-        group: int64 `[n]`, each in [0, 2⁶³ / n).
+        group: the group of each row, int64 `[n]`, in [0, 2⁶³ / n).
     Returns:
         row numbers, int64 `[n]`.
     Example:
@@ -90,9 +98,9 @@ def shuffled(group: Tensor, groups: int, key: Key) -> tuple[Tensor, Tensor, Tens
     """Sort rows by group, with random order within each group. A hash of each row determines the order.
 
     Args:
-        group: int64 `[n]` in [0, groups).
+        group: the group of each row, int64 `[n]` in [0, groups).
         groups: the number of groups.
-        key: key of the draw.
+        key: the key of the random numbers.
     Returns:
         row numbers, int64 `[n]`; the rank of each of them within its group, int64 `[n]`; and the sizes of the
         groups, int64 `[groups]`.
@@ -112,10 +120,10 @@ def fill_up(owner: Tensor, clients: int, min_rows: int, key: Key) -> Tensor:
     """Move rows until every client has `min_rows`: the largest clients are cut to one common level.
 
     Args:
-        owner: int64 `[n]`; n ≥ clients · min_rows.
+        owner: the client of each row, int64 `[n]`; n ≥ clients · min_rows.
         clients: the number of clients.
-        min_rows: rows that every client must have.
-        key: key of the draw of the moved rows.
+        min_rows: the number of rows that every client must have at least.
+        key: the key of the random selection of moved rows.
     Returns:
         The new owners, int64 `[n]`. The number of moved rows is the number of missing rows, which is the minimum.
     Example:
@@ -156,9 +164,9 @@ def log_gamma_draws(shape: float, n: int, key: Key) -> Tensor:
     Marsaglia and Tsang's rejection at shape + 1, then G(shape) = G(shape + 1) · U^(1/shape).
 
     Args:
-        shape: > 0.
-        n: ≥ 0.
-        key: key of the draw.
+        shape: the shape parameter of the distribution, > 0.
+        n: the number of results, ≥ 0.
+        key: the key of the random numbers.
     Example:
         >>> round(log_gamma_draws(3.0, 100_000, Key(0)).exp().mean().item(), 1)
         3.0
@@ -180,13 +188,14 @@ def log_gamma_draws(shape: float, n: int, key: Key) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class Dirichlet(Partition):
-    """Label skew: each class is divided in proportions drawn from Dirichlet(alpha, …, alpha).
+    """Creates label skew: each class is divided in proportions drawn from Dirichlet(alpha, …, alpha).
 
     The classes are assigned one after another. A client that already has 1/C of all rows, for C clients, gets no rows
     of the next classes, so sizes stay comparable.
 
     Args:
-        alpha: > 0; small is skewed (0.1: a few classes per client), large is even (1000: the same mix for all).
+        alpha: the parameter of the Dirichlet distribution, > 0. A small value is skewed: with 0.1 a client has a few
+            classes. A large value is even: with 1000 all clients have nearly the same mix.
     Example:
         >>> Dirichlet(0.3)
         Dirichlet(0.3)
@@ -269,7 +278,7 @@ class Shards(Partition):
     """Sort rows by label, cut them into equal shards, and give each client a few shards at random.
 
     Args:
-        shards_per_client: ≥ 1; 2 is the published choice.
+        shards_per_client: the number of shards of each client, ≥ 1; the paper uses 2.
     Example:
         >>> Shards(), Shards(3)
         (Shards(), Shards(3))
@@ -300,10 +309,10 @@ class Shards(Partition):
 
 @dataclass(frozen=True, repr=False)
 class Quantity(Partition):
-    """Sizes follow a power law, rows are random: client i gets a share proportional to (i + 1)^(−power).
+    """Creates clients of unequal sizes with random rows: client i gets a share proportional to (i + 1)^(−power).
 
     Args:
-        power: ≥ 0; 0 gives equal sizes, 1 is Zipf's law. Client 0 is the largest.
+        power: the exponent, ≥ 0; 0 gives equal sizes, 1 is Zipf's law. Client 0 is the largest.
     Example:
         >>> Quantity(1.0)(Pool(11), 3, Key(0)).bincount().tolist()
         [6, 3, 2]
@@ -319,7 +328,7 @@ class Quantity(Partition):
 
 @dataclass(frozen=True, repr=False)
 class FeatureShift(Partition):
-    """Feature skew: rows are assigned as by `IID`, and each client transforms its features differently.
+    """Creates feature skew: rows are assigned as by `IID`, and each client transforms its features differently.
 
     Client i of C gets noise of standard deviation noise · (i + 1) / C, and images rotated by i · rotation degrees. The
     noise of a row is a function of (seed, client, row), and is applied when the row is read. Held-out rows are not
@@ -369,7 +378,7 @@ class FeatureShift(Partition):
 
 @dataclass(frozen=True, repr=False)
 class ByColumn(Partition):
-    """Natural clients: each row belongs to the hospital, speaker or site in the data.
+    """Uses natural clients: each row belongs to the hospital, speaker or site that the data names.
 
     No row is moved. A natural client with fewer than `min_rows` train rows is left out, and a note reports it.
 

@@ -1,4 +1,4 @@
-"""Storage of rows: memory, a memory-mapped file, a Dataset's `__getitem__`, or several of them.
+"""Storage of rows: arrays in memory, a memory-mapped file, a torch Dataset, or several of these in sequence.
 
 Features are converted for the model: uint8 is an intensity and becomes float32 in [0, 1]; float32 and float64 are
 unchanged; other integers are token ids and become int64. Rows in memory are checked for NaN and infinity once, when
@@ -28,10 +28,11 @@ Array = npt.NDArray[Any]
 
 
 class Rows(Protocol):
-    """Rows (x, y), numbered from 0 and read by number; they are never all loaded.
+    """Rows (x, y) that are numbered from 0. They are read by their numbers, and never all at once.
 
-    take: int64 row numbers `[...]` → x `[..., *features]`, y `[...]`, or `[..., *target]` if a row has several.
-    targets: every y, in row order, without reading x if possible.
+    take: reads the rows with these numbers, int64 `[...]`, and returns x `[..., *features]` and y `[...]`; y is
+        `[..., *target]` if a row has several targets.
+    targets: returns y of all rows, in the order of their numbers, without reading x if possible.
     """
 
     def __len__(self) -> int: ...
@@ -260,7 +261,7 @@ class DatasetRows:
 
 @dataclass(frozen=True, eq=False)
 class ConcatRows:
-    """Several rows objects as one: row 0 of the second follows the last row of the first.
+    """Concatenates rows objects: row 0 of the second follows the last row of the first.
 
     Args:
         parts: the rows objects, in order, with equal features.
@@ -299,7 +300,7 @@ class ConcatRows:
 
 @dataclass(frozen=True, eq=False)
 class PickedRows:
-    """Some rows of another rows object, renumbered from 0: row i is row `index[i]` of `rows`."""
+    """A selection of the rows of another rows object: row i is row `index[i]` of `rows`."""
 
     rows: Rows
     index: Tensor
@@ -327,7 +328,7 @@ def stored(rows: Rows, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         rows: rows for which `in_memory` is true.
-        index: int64 `[...]`, row numbers.
+        index: the row numbers, int64 `[...]`.
     Raises:
         UsageError: the rows are not in one array in memory.
     Example:
@@ -350,7 +351,7 @@ def stored(rows: Rows, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def outside(index: Tensor, rows: int) -> UsageError:
-    """The error for row numbers of which one is not in 0 … rows − 1.
+    """Build the error for row numbers, of which at least one is not in 0 … rows − 1.
 
     Args:
         index: row numbers, int64, any shape.

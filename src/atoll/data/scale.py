@@ -1,4 +1,4 @@
-"""Statistics of the train rows, and filling and scaling of all rows by them.
+"""Fills missing numbers and scales columns of all rows by statistics of the train rows.
 
 Held-out rows are not part of the statistics; they are scaled by those of the train rows.
 
@@ -17,12 +17,12 @@ from atoll.data.rows import Rows, pieces
 
 @dataclass(frozen=True, eq=False)
 class ScaledRows:
-    """Rows with missing numbers filled and columns scaled when they are read: x ← (fill(x) − centre) / spread.
+    """Fills missing numbers and scales columns when rows are read: x ← (fill(x) − centre) / spread.
 
     Args:
         rows: the stored rows; NaN is a missing number.
-        group: int64 `[rows]`, the index of each row in the first axis of the tables; None: 0 for all rows.
-        fill, centre, spread: float64 `[groups, *features]`; spread > 0.
+        group: the index of each row in the first axis of the tables, int64 `[rows]`; None: 0 for all rows.
+        fill, centre, spread: the tables, float64 `[groups, *features]`; spread > 0.
     """
 
     rows: Rows
@@ -52,9 +52,9 @@ def moments(rows: Rows, index: Tensor, group: Tensor | None = None) -> tuple[Ten
     Two passes in float64, piece by piece, so that rows may be larger than memory.
 
     Args:
-        rows: float features.
-        index: int64 `[n]`, the rows to use.
-        group: int64 `[rows]` in [0, groups), or None for a single group.
+        rows: the rows, with float features.
+        index: the numbers of the rows to use, int64 `[n]`.
+        group: the group of each row, int64 `[rows]` in [0, groups); None: all rows are one group.
     Returns:
         mean and sd, float64 `[groups, *features]`. If a feature does not vary (one row, or a constant up to
         rounding), sd is 1, so that the division changes nothing. A feature without any number has mean 0.
@@ -87,7 +87,7 @@ def scaled(
 
     Args:
         rows, others: the rows of the set, and its own test rows or None.
-        train: int64 `[n]`, the rows that the statistics use.
+        train: the numbers of the rows that the statistics use, int64 `[n]`.
         group: natural client of each row, int64 `[rows]`; used if scale is "client".
         scale: "none", "standard" (over all train rows), or "client" (each natural client by its own train
             rows).

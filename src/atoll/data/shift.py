@@ -20,8 +20,8 @@ def rotate(x: Tensor, degrees: Tensor) -> Tensor:
     The interpolation is bilinear. A rotation of a square image by 90° moves whole pixels exactly.
 
     Args:
-        x: float `[n, *channels, height, width]`.
-        degrees: float64 `[n]`.
+        x: the images, float `[n, *channels, height, width]`.
+        degrees: the angle of each image, float64 `[n]`.
     Returns:
         A new tensor of the shape and dtype of `x`.
     Example:
@@ -60,9 +60,9 @@ class ShiftedRows:
     rows of a batch.
 
     Args:
-        rows: float features; for a rotation, images `[..., height, width]`.
-        owner: int64 `[rows]`, the client that holds a row; −1 for a row of no client, which is not changed.
-        clients: C.
+        rows: the rows, with float features; for a rotation, images `[..., height, width]`.
+        owner: the client of each row, int64 `[rows]`; −1 for a row that belongs to no client and does not change.
+        clients: C, the number of clients.
         noise: standard deviation at the last client, in units of the features; ≥ 0.
         rotation: degrees from one client to the next, counter-clockwise.
         key: key of the noise.

@@ -27,13 +27,13 @@ class Source:
 
     Args:
         name: name of the data set.
-        rows: storage of its rows, neither filled nor scaled.
+        rows: the rows as stored: missing numbers are not filled, and columns are not scaled.
         kind: "classification" or "regression".
         classes: names of the classes; None for regression, or if a row has several targets.
         features: shape of one row's features.
         columns: names of the features, if they have names and one axis.
-        test: the set's own test rows; if given, they are the held-out rows.
-        by: natural client of each row, int64 `[rows]`, an index into `names`; None without natural clients.
+        test: the test rows of the data set, which `split` holds out; None: the data set has no test rows.
+        by: the natural client of each row, an index into `names`, int64 `[rows]`; None if there are no natural clients.
         names: names of the natural clients.
         scale: "none", "standard" or "client" (each natural client by its own statistics). `split` computes the
             statistics from the train rows.
@@ -87,7 +87,7 @@ class Source:
     ) -> Clients:
         """Hold rows out, then divide the remaining train rows among clients.
 
-        Held-out rows are drawn first, by a hash of each row under the seed, with the same fraction of every class.
+        The held-out rows are selected first, by a hash of each row and the seed, with the same fraction of every class.
         Held-out rows and train rows are therefore the same for any number of clients and any partition.
 
         Args:
@@ -95,7 +95,7 @@ class Source:
             by: the partition; None: `ByColumn()` if the set has natural clients, else `IID()`.
             held_out: fraction of the rows to hold out, in [0, 1). A set with its own test rows uses those instead;
                 0 holds out no rows.
-            seed: seed of both draws.
+            seed: the seed of the random selection of held-out rows, and of the partition.
             min_rows: rows that each client must have, ≥ 1. If a draw gives a client fewer, the partition draws
                 again; then rows are moved from the largest clients, and a note reports it. Natural clients with
                 fewer rows are left out.

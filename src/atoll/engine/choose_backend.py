@@ -21,13 +21,14 @@ from atoll.compute.fused import UnsupportedModel
 from atoll.compute.loss import cross_entropy
 from atoll.compute.model_state import GradientResult
 from atoll.compute.native import BuildError
-from atoll.compute.task import Task
+from atoll.compute.task import BACKENDS, Task
 from atoll.data.clients import Clients
 from atoll.engine.position_check import PositionCheck
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Population
+from atoll.plan.round import select
 
-BODIES = ("auto", "lanes", "loop", "fused", "compiled")
+NUMERICS = ("auto", *BACKENDS)
 _FAR = {"full": 1e-3, "bf16": 0.2}  # largest error of a gradient by rounding, relative to its largest number
 
 
@@ -49,40 +50,35 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: 
     Args:
         task: the model, loss and metrics; its `numerics` are ignored.
         data: the clients; the tests use a few rows of up to three of them.
-        plan: the plan; a local part may require the loop.
+        plan: the plan; its local part may require a backend.
         wanted: `"auto"`, or the backend to use.
         rounds: the number of rounds of the run, ≥ 1.
     Returns:
         The task with the backend, and the reason.
     Raises:
-        UsageError: the model or the loss does not fit the data, or the wanted backend does not support the model.
+        UsageError: the model or the loss does not fit the data, the wanted backend does not support the model, or the
+            local part requires another backend.
     """
-    if wanted not in BODIES:
-        raise UsageError(f"numerics = {wanted!r}.", f"one of {', '.join(BODIES)}.", write="--numerics auto")
+    if wanted not in NUMERICS:
+        raise UsageError(f"numerics = {wanted!r}.", f"one of {', '.join(NUMERICS)}.", write="--numerics auto")
     rows = min(4, int(data.sizes.max()))
     task = replace(task, numerics="loop", noisy=False)
     task = replace(task, noisy=_passes(task, data, rows))
-    own = plan.local.numerics
-    if own == "loop" and task.precision != "full":
-        raise UsageError(
-            f"precision = {task.precision!r} with {plan.local!r:.80}.",
-            "a local part of atoll.",
-            "a custom loop chooses its own precision: torch.autocast belongs in there.",
-            "--precision full",
-        )
-    if own == "loop":
+    wanted = _wanted(task, plan, wanted)
+    reason = "requested" if plan.local.numerics is None else "required by the local part of the plan"
+    if plan.local.numerics == "loop":
         return Choice(task, "the plan's own loop trains one client at a time")
     if wanted == "loop":
-        return Choice(task, "requested")
+        return Choice(task, reason)
     if wanted == "auto" and data.count == 1:
         return Choice(task, "one client: there is no batch of clients")
     if wanted in ("auto", "fused", "compiled") and task.precision == "full":
         body = "compiled" if wanted == "compiled" else "fused"
         trouble = _trouble(replace(task, numerics=body), task, data, rows)
         if trouble and wanted != "auto":
-            raise _refused(wanted, *trouble)
+            raise _refused(plan, wanted, *trouble)
         if wanted != "auto":
-            return Choice(replace(task, numerics=wanted), "requested")
+            return Choice(replace(task, numerics=wanted), reason)
         if not trouble:
             return _by_hand(task, data, plan, rows, rounds)
     if task.slow_in_lanes and wanted == "auto":
@@ -91,14 +87,42 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: 
         return Choice(task, "large model: a step of one client fills the machine, and the loop needs no flat gradient")
     trouble = _trouble(replace(task, numerics="lanes"), task, data, rows)
     if trouble and wanted == "lanes":
-        raise _refused(wanted, *trouble)
+        raise _refused(plan, wanted, *trouble)
     if trouble:
         return Choice(task, trouble.why)
-    return Choice(replace(task, numerics="lanes"), "requested" if wanted == "lanes" else "many clients in one pass")
+    return Choice(replace(task, numerics="lanes"), reason if wanted == "lanes" else "many clients in one pass")
+
+
+def _wanted(task: Task, plan: Plan, wanted: str) -> str:
+    """The backend that the local part requires, else the backend that the user wants.
+
+    Raises:
+        UsageError: the local part excludes the backend or the precision that the user wants.
+    """
+    own = plan.local.numerics
+    if own is None:
+        return wanted
+    if wanted not in ("auto", own):
+        raise UsageError(
+            f"numerics = {wanted!r} with {plan.local!r:.80}.",
+            f"numerics = {own!r}, the backend that the part requires.",
+            f"{type(plan.local).__name__}.numerics is the only backend that the part can use.",
+            "--numerics auto",
+        )
+    if own != "lanes" and task.precision != "full":
+        raise UsageError(
+            f"precision = {task.precision!r} with {plan.local!r:.80}.",
+            "a local part of atoll.",
+            "a custom loop chooses its own precision: torch.autocast belongs in there."
+            if own == "loop"
+            else f"the part requires the backend {own}, which computes in full precision.",
+            "--precision full",
+        )
+    return own
 
 
 def _large(task: Task, data: Clients, plan: Plan) -> bool:
-    """Whether a single client uses the machine fully, so that a batch of clients is not faster. Only on the host."""
+    """Whether one client uses all cores of the CPU, so that a batch of clients is not faster. Always False on a GPU."""
     apart = plan.local.sequential(int(data.sizes.max()))
     return apart and task.device.type == "cpu" and task.layout.d >= limits.LOOP_PARAMETERS
 
@@ -128,7 +152,7 @@ def _products(task: Task, data: Clients, plan: Plan) -> float:
         each = products(task.program, data.features)
     except UnsupportedModel:
         return 0.0
-    sizes = data.sizes[plan.sampler(Population(data.count, data.sizes), 0, Key(0)).ids]
+    sizes = data.sizes[select(plan.sampler, Population(data.count, data.sizes), 0, Key(0)).ids]
     return each * float(plan.local.examples_per_round(sizes).sum())
 
 
@@ -139,7 +163,14 @@ _REQUIRED = {
 }
 
 
-def _refused(wanted: str, why: str, write: str) -> UsageError:
+def _refused(plan: Plan, wanted: str, why: str, write: str) -> UsageError:
+    if plan.local.numerics is not None:
+        return UsageError(
+            f"{plan.local!r:.80} requires the backend {wanted}, and {why}.",
+            _REQUIRED[wanted],
+            "the part can use no other backend.",
+            "Gradient()",
+        )
     return UsageError(
         f"numerics = {wanted!r}, and {why}.",
         _REQUIRED[wanted],

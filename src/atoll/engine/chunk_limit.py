@@ -57,16 +57,16 @@ class ChunkLimit:
 
 
 def chunk_size(plan: Plan, task: Task, data: Clients, rows: int, most: int | None, room: int | None = None) -> int:
-    """Choose the number of clients that are computed together: `most`, or a number by the size of model and batch.
+    """Choose the number of clients that are computed together: `most`, or a number from the size of model and batch.
 
-    On the host, a chunk should stay in the caches of the cores. On a device with its own memory, a chunk may take half
+    On a CPU, a chunk should stay in the caches of the cores. On a device with its own memory, a chunk may take half
     of the free memory, since activations are not counted.
 
     Args:
         plan, task, data: the algorithm, the model and the clients.
-        rows: rows of the largest client.
-        most: the number that the user asked for, ≥ 1; None chooses.
-        room: free bytes of a device; None on the host.
+        rows: the number of rows of the largest client.
+        most: the number that the user set, ≥ 1; None: the user set none.
+        room: the free memory of the device in bytes; None on a CPU.
     Returns:
         The size of a chunk, ≥ 1.
     """

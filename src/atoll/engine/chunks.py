@@ -31,7 +31,7 @@ from atoll.engine.chunk_limit import ChunkLimit, chunk_size, no_sum, too_large
 from atoll.engine.simulation.arrivals import Arrivals, nbytes
 from atoll.plan.aggregate.exact import LARGEST, bounded
 from atoll.plan.codec import Identity
-from atoll.plan.conflicts import check_contribution, check_partials
+from atoll.plan.conflicts import check_contribution, check_partials, check_rows
 from atoll.plan.in_flight import Flight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Contribution, Ids, Tensors
@@ -47,10 +47,10 @@ class Chunk(NamedTuple):
     """The results of K clients.
 
     Args:
-        contribution: as the local part gives it.
-        decoded: as the server receives it: the update has been encoded and decoded per message.
-        bytes: length of each message, int64 `[K]`, on the host.
-        memory: client state after the round, rows `[K, …]` by `part/name`.
+        contribution: the contribution as the local part returned it.
+        decoded: the contribution as the server receives it: its update was encoded, and each message was decoded.
+        bytes: the length of each client's message in bytes, int64 `[K]`, in CPU memory.
+        memory: the client state after the round, rows `[K, …]`; the keys are `part/name`.
     """
 
     contribution: Contribution
@@ -75,16 +75,18 @@ def contribute_chunk(
     gᵢ = local(θ, dataᵢ) ;  mᵢ = encode(gᵢ) ;  decoded = decode(mᵢ)
 
     Args:
-        plan: the algorithm, bound.
+        plan: the algorithm, after `bind`.
         task: the model and loss; `task.numerics` names the backend.
         data: all clients.
-        broadcast: the round's broadcast. Its model is one model (θ `[d]`), or one for each lane (θ `[K, d]`).
+        broadcast: the broadcast that these clients received. It contains one model for all lanes (θ `[d]`), or one
+            model for each lane (θ `[K, d]`).
         ids: the K starts, clients with more rows first.
-        key: of the round that the clients started in, `state.key(version)`.
-        memory: client state before the round, rows `[K, …]` by `part/name`.
-        on_step: receives lane, step and the mean loss of the lane's batch, after each step.
-        share: fraction of its steps that each client makes, in (0, 1].
+        key: the key of the round in which the clients started, `state.key(version)`.
+        memory: the client state before the round, rows `[K, …]`; the keys are `part/name`.
+        on_step: is called after each step with the lane, the number of the step and the mean loss of the lane's batch.
+        share: the fraction of its steps that each client makes, in (0, 1].
     Raises:
+        UsageError: a tensor of the contribution or of the codec has no row for each client.
         Exception: the error of the client that failed. It does not name the client: run a chunk of one client.
     """
     far = task.device != HOST
@@ -95,6 +97,9 @@ def contribute_chunk(
     contribution, local = plan.local.contribute(
         broadcast, lanes, part_of(memory, "local"), key.fold("clients", "local"), task
     )
+    tensors = {**contribution.counters, **contribution.sums, **contribution.means, "weight": contribution.weight}
+    start = len(ids.client), int(ids.client[0]), broadcast.round
+    check_rows(plan.local, tensors, *start)
     after = {f"local/{n}": t for n, t in local.items()}
     overhead = overhead_bytes(contribution)
     update = contribution.means.get("update")
@@ -104,6 +109,7 @@ def contribute_chunk(
     payload, side, sums, codec = plan.codec.encode(
         update, part_of(memory, "codec"), broadcast.shared["codec"], key.to(task.device) if far else key
     )
+    check_rows(plan.codec, sums, *start)
     after |= {f"codec/{n}": t for n, t in codec.items()}
     opened = plan.codec.decode(payload, side)
     if plan.codec != Identity():
@@ -117,7 +123,7 @@ def contribute_chunk(
 
 
 class ClientRows(Protocol):
-    """Client state as chunks read it. Rows that are put here are read by later chunks of the same clients."""
+    """The client state that chunks read and write. Later chunks of a client read the rows that `put` wrote."""
 
     def take(self, ids: Tensor) -> dict[str, Tensor]: ...
     def put(self, ids: Tensor, rows: Tensors) -> None: ...
@@ -127,12 +133,12 @@ class Results(NamedTuple):
     """Results of running some clients: a partial sum for each model version, and the ids of the clients.
 
     Args:
-        partials: by model version.
-        failures: contributions that were lost.
+        partials: the partial sums; the keys are model versions.
+        failures: the contributions that were lost.
         errors: the exceptions that clients raised.
-        arrived: ids of accepted clients, int64 `[K]`, one tensor a chunk.
-        facts: columns by name, one row for each accepted client, one table a chunk.
-        memory: client state of accepted clients: ids `[K]` and rows `[K, …]`, one pair a chunk.
+        arrived: the ids of accepted clients, one tensor int64 `[K]` for each chunk.
+        facts: the columns of the report, one table for each chunk, with one row for each accepted client.
+        memory: the new client state of accepted clients, one pair for each chunk: ids `[K]` and rows `[K, …]`.
         kept: the contributions that the caller asked for.
     """
 
@@ -146,7 +152,7 @@ class Results(NamedTuple):
 
     @classmethod
     def empty(cls) -> Results:
-        """The results of no client."""
+        """Empty results, before any client has run."""
         return cls({}, [], [], [], [], [], [])
 
     def add(self, rule: Aggregator, other: Results) -> None:
@@ -172,9 +178,15 @@ def task_for(plan: Plan, task: Task) -> Task:
 
 
 def by_version(flights: list[Flight]) -> Iterator[tuple[int, Ids, Tensor]]:
-    """The starts of these flights by model version, and the bytes that each client was sent, int64 `[K]`.
+    """Group flights by the model version that their clients started from.
 
-    A client may start more than once in a round. The pair (client, repeat) names a start of a round.
+    A start is the event that a client receives the model and begins to train. A client may start several times in one
+    round. `repeat` is 0 for its first start in the round, 1 for the second, and so on, so that the pair (client,
+    repeat) identifies one start among those of a round.
+
+    Yields:
+        For each version, ascending: the version, the starts of its K flights, and the bytes that the server sent to
+        the client for each start, int64 `[K]`.
     """
     by: dict[int, list[tuple[int, int, int]]] = {}
     for client, version, repeat, _, size, _ in flights:
@@ -186,7 +198,7 @@ def by_version(flights: list[Flight]) -> Iterator[tuple[int, Ids, Tensor]]:
 
 
 def partial_work(flights: list[Flight]) -> dict[tuple[int, int], float]:
-    """The fraction of its work that a start (client, repeat) had time for, if that is less than 1."""
+    """The fraction of its work that a client had time for, for each start (client, repeat) with a fraction below 1."""
     return {(f.client, f.again): f.share for f in flights if f.share < 1}
 
 
@@ -204,11 +216,11 @@ def chunks(
 
     Args:
         plan, task, data: the algorithm, the model and all clients.
-        ids, down: the starts, and the bytes that each client was sent, int64 `[K]`.
-        most, room: see `chunk_size`.
-        scale: factor on the size of a chunk.
+        ids, down: the K starts, and the bytes that the server sent to the client for each start, int64 `[K]`.
+        most, room: limits on the size of a chunk, explained at `chunk_size`.
+        scale: a factor that multiplies the size of a chunk.
     Yields:
-        The starts of a chunk, and the bytes that each client was sent, int64 `[K]`.
+        The K starts of a chunk, and the bytes that the server sent to the client for each start, int64 `[K]`.
     """
     if down.shape[0] < 2:
         if down.shape[0]:
@@ -235,15 +247,16 @@ class ChunkRunner:
 
     Args:
         plan: the algorithm, bound to the engine.
-        task: of `task_for`.
+        task: the result of `task_for`.
         data: all clients.
-        start: the broadcast and the round key of a model version.
-        memory: client state.
-        now: the round that is open.
-        shares: of `partial_work`.
-        room: the largest chunk that fits into memory; the runner lowers it.
-        keep: ids of clients whose contributions are kept.
-        compare: whether the first contribution is compared with the declarations of the plan's parts; False after it.
+        start: returns the broadcast and the round key of a model version.
+        memory: the client state.
+        now: the number of the open round.
+        shares: the result of `partial_work`.
+        room: the limit on the size of a chunk that fits into memory; the runner lowers it when memory runs out.
+        keep: the ids of the clients whose contributions are kept in the results.
+        compare: whether the runner checks the next contribution against the declarations of the plan's parts. It
+            checks only one and then sets `compare` to False.
     """
 
     def __init__(
@@ -270,8 +283,8 @@ class ChunkRunner:
 
         Args:
             version: the round whose model the clients started from.
-            ids: the starts.
-            down: the bytes that each client was sent, int64 `[K]`.
+            ids: the K starts of the chunk.
+            down: the bytes that the server sent to the client for each start, int64 `[K]`.
         """
         broadcast, key = self.start(version)
         todo = [(ids, down)] if not self.shares else self._by_share(ids, down)
@@ -310,13 +323,13 @@ class ChunkRunner:
         self.compare = False
 
     def _by_share(self, ids: Ids, down: Tensor) -> list[tuple[Ids, Tensor]]:
-        """The clients that make all their steps together, then each of the others by itself; the first is last."""
+        """One chunk of all clients that make all their steps, and one for each other client, in reverse order."""
         short = torch.tensor([pair in self.shares for pair in zip(*(t.tolist() for t in ids), strict=True)])
         parts = [part for part in ((~short).nonzero()[:, 0], *short.nonzero()) if len(part)]
         return [(ids.select(part), down[part]) for part in reversed(parts)]
 
     def _fits_in_halves(self, version: int, ids: Ids, error: Exception) -> bool:
-        """Whether the two halves of a chunk that raised are to be tried. The failure of one client is recorded."""
+        """Whether to try the two halves of a chunk that raised. If it is a single client, record its failure."""
         count, client = ids.client.shape[0], int(ids.client[0])
         if out_of_memory(error):
             if count == 1:
@@ -388,7 +401,7 @@ class ChunkRunner:
                 self.results.kept.append(Kept(client, repeat, version, rows_of(contribution, at), rows_of(decoded, at)))
 
     def commit_wave(self) -> None:
-        """Let the same clients read their new state in the next wave."""
+        """Write the new state of the clients that have run, so that a later start of the same client reads it."""
         for ids, rows in self._wave:
             self.memory.put(ids, rows)
         self.results.memory.extend(self._wave)
@@ -409,7 +422,7 @@ def rows_of(contribution: Contribution, index: Tensor) -> Contribution:
 
 
 def kept_to_tensors(kept: list[Kept]) -> dict[str, Tensor]:
-    """Kept contributions as named tensors on the host."""
+    """Convert kept contributions to named tensors in CPU memory."""
     out: dict[str, Tensor] = {}
     for i, (client, repeat, version, *both) in enumerate(kept):
         out[f"{i}/start"] = torch.tensor([client, repeat, version])
@@ -421,7 +434,7 @@ def kept_to_tensors(kept: list[Kept]) -> dict[str, Tensor]:
 
 
 def kept_from_tensors(tensors: Tensors) -> list[Kept]:
-    """The inverse of `kept_to_tensors`; copies."""
+    """The inverse of `kept_to_tensors`. It copies the tensors."""
     out: list[Kept] = []
     for i in range(sum(name.endswith("/start") and name.count("/") == 1 for name in tensors)):
         both = []

@@ -20,7 +20,7 @@ class Memory:
     checkpoint writes only these.
 
     Args:
-        first: the initial state of a client, tensors by name; {} if clients have no state.
+        first: the initial state of a client as named tensors; {} if clients have no state.
     Example:
         >>> memory = Memory({"v": torch.zeros(2)})
         >>> memory.put(torch.tensor([7]), {"v": torch.ones(1, 2)})
@@ -34,7 +34,7 @@ class Memory:
         self._changed: set[int] = set()
 
     def take(self, ids: Tensor) -> dict[str, Tensor]:
-        """Copies of the rows of these clients, `[K, …]` by name."""
+        """Copy the rows of these clients: named tensors `[K, …]`."""
         if not self.first:
             return {}
         rows = [self._rows.get(i, self.first) for i in ids.tolist()]
@@ -56,7 +56,7 @@ class Memory:
         """Ids and rows that were written since the last call. The call marks them as unchanged.
 
         Returns:
-            The ids, int64 `[n]`, ascending, and copies of their rows, `[n, …]` by name.
+            The ids, int64 `[n]`, ascending, and copies of their rows: named tensors `[n, …]`.
         """
         ids = torch.tensor(sorted(self._changed), dtype=torch.int64)
         self._changed.clear()
@@ -76,7 +76,7 @@ class Uncommitted:
         self._rows: dict[int, dict[str, Tensor]] = {}
 
     def take(self, ids: Tensor) -> dict[str, Tensor]:
-        """Copies of the rows of these clients, `[K, …]` by name."""
+        """Copy the rows of these clients: named tensors `[K, …]`."""
         rows = dict(self._store.take(ids))
         for k, i in enumerate(ids.tolist() if self._rows else []):
             for name, row in self._rows.get(i, {}).items():

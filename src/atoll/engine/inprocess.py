@@ -44,11 +44,12 @@ class InProcessEngine(Engine):
 
     Args:
         task: the model, loss and metrics; `task.numerics` names the backend. With `task` and `data` the engine is open
-            at once; otherwise `open` passes them.
+            at once; otherwise `open` receives them.
         data: the clients.
-        chunk: clients computed together; None chooses by the size of the model. It changes no bit.
-        fleet: the simulated durations of clients and links; None simulates none.
-        assign: the positions of the clients that this process trains, out of client ids `[K]`; None: all.
+        chunk: the number of clients that are computed together; None chooses it by the size of the model. It changes no
+            bit.
+        fleet: the simulated durations of clients and links; None: durations are not simulated.
+        assign: receives the client ids `[K]` and returns the positions of those that this process trains; None: all.
         reduce: adds the results of all processes; None: this process is the only one.
     Example:
         >>> from atoll.testing.local import clients, problem
@@ -76,7 +77,7 @@ class InProcessEngine(Engine):
             self.open(task, data)
 
     def open(self, task: Task, data: Clients) -> None:
-        """Take the task and the clients."""
+        """Store the task and the clients."""
         self.task, self.data = task, data
 
     def check_start(self, plan: Plan, state: State) -> None:
@@ -98,7 +99,7 @@ class InProcessEngine(Engine):
         return self.task.layout
 
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
-        """Train the cohort: one partial sum for each model version, and the ids of the clients that arrived.
+        """Train the cohort and return one partial sum for each model version.
 
         Raises:
             RunError: all clients failed with the same error, or more failed than the plan allows.
@@ -135,7 +136,7 @@ class InProcessEngine(Engine):
 
     @contextlib.contextmanager
     def _tuned(self, plan: Plan, task: Task, arrived: list[Flight], cohort: Cohort) -> Iterator[float]:
-        """Set the number of threads for a round, and give the factor on the size of a chunk.
+        """Set the number of threads for a round, and return a factor that multiplies the size of a chunk.
 
         The factor and the threads are tried out over the first rounds, if the engine chooses the size of a chunk and
         the round has enough clients for it to matter.

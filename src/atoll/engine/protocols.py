@@ -34,11 +34,11 @@ class RunOptions:
         device: the name of the device, as in `Settings`.
         numerics: the backend that the user asked for, or "auto".
         precision: "full" or "bf16".
-        chunk: clients computed together; None lets the engine choose.
-        fleet: the simulated durations; None simulates none.
-        seed: of the training.
+        chunk: the number of clients that are computed together; None lets the engine choose.
+        fleet: the simulated durations; None: durations are not simulated.
+        seed: the seed of the training.
         plan: the algorithm; None before it is known.
-        model: the name of the model, if it was made by a name; workers build it from this name.
+        model: the name that the model was built from, which workers use to build it again; None: it has no name.
     """
 
     device: str = "auto"
@@ -75,9 +75,9 @@ class Engine(Protocol):
 
     @property
     def restart_of(self) -> str | None:
-        """The job that a supervisor restarted as this process; None if this is a first start.
+        """The id of the job, if a supervisor has restarted this process; None if this is the first start.
 
-        The primary process resumes the run whose `environment.json` holds this `job`.
+        The primary process then resumes the run whose `environment.json` contains this id as `job`.
         """
         return None
 
@@ -97,10 +97,10 @@ class Engine(Protocol):
         """
 
     def check_start(self, plan: Plan, state: State) -> None:
-        """Refuse a plan that this engine cannot run, before the first round; `plan` is bound.
+        """Refuse a plan that this engine cannot run. A training calls it before the first round, with the bound plan.
 
         Raises:
-            UsageError: the part of the plan, and the line to write.
+            UsageError: this engine cannot run the plan; the error names the part of the plan.
         """
         return None  # a method of a protocol without a statement counts as abstract
 
@@ -110,10 +110,10 @@ class Engine(Protocol):
 
         Args:
             plan: the algorithm, bound to this engine.
-            state: after `open_round`; it stays as it is.
+            state: the state of `Opened`, after `open_round`; it must not change.
             cohort: the clients that start.
-            key: of the round.
-            keep: ids of clients whose contributions are returned in `Gathered.kept`.
+            key: the key of the round.
+            keep: the ids of clients whose contributions are returned in `Gathered.kept`.
         Raises:
             RunError: all clients failed with the same error, or more failed than the plan allows.
             UsageError: a client of `keep` did not arrive.
@@ -124,11 +124,11 @@ class Engine(Protocol):
         return None
 
     def agree(self, value: bytes) -> bytes:
-        """The value of the primary process, in every process of the training."""
+        """Send the primary process's value to every process of the training, and return it."""
         return self.exchange(value)[0]
 
     def exchange(self, value: bytes) -> list[bytes]:
-        """The values of all processes of the training; the primary process is first."""
+        """Collect the values of all processes of the training. The value of the primary process is first."""
         return [value]
 
     def describe(self) -> Mapping[str, Any]:
@@ -136,21 +136,26 @@ class Engine(Protocol):
         return {}
 
     def close(self) -> None:
-        """End the workers and free their memory. A second call does nothing."""
+        """Stop the workers and free their memory. A second call does nothing."""
         return None
 
 
 @runtime_checkable
 class EngineSpec(Protocol):
-    """An engine as a user writes it: a frozen value of the grammar. A class that inherits gets the defaults."""
+    """The description of an engine that a user writes, a frozen value such as `Processes(workers=2)`.
+
+    A class that inherits from this protocol gets the defaults.
+    """
 
     @property
     def primary(self) -> bool:
-        """Whether this process prints; known before the engine is built."""
+        """Whether this process prints. It must be known before the engine is built."""
         return True
 
     def check(self, options: RunOptions) -> None:
-        """Refuse options that the engine cannot serve. It is called before data is loaded, and again with the plan.
+        """Refuse options that the engine does not support.
+
+        A training calls it before data is loaded, and again when the plan is known.
 
         Raises:
             UsageError: a device, fleet, precision or pace that the engine does not support.
@@ -158,11 +163,11 @@ class EngineSpec(Protocol):
         return None
 
     def device(self, wanted: str) -> torch.device:
-        """The device of this process for a name such as "auto", "cpu" or "cuda:1"."""
+        """The device that this process uses, for a name such as "auto", "cpu" or "cuda:1"."""
         from atoll.compute.device import resolve_device
 
         return resolve_device(wanted)
 
     @abstractmethod
     def build(self, options: RunOptions) -> Engine:
-        """The engine. It joins a process group if there is one, and starts nothing else."""
+        """Build the engine. This may join a process group, but starts no workers: `open` starts them."""

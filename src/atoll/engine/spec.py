@@ -46,7 +46,7 @@ class InProcess(grammar.Value, EngineSpec):
     """
 
     def build(self, options: RunOptions) -> Engine:
-        """The engine of this process."""
+        """Build the engine that computes in this process."""
         from atoll.engine.inprocess import InProcessEngine
 
         return InProcessEngine(chunk=options.chunk, fleet=options.fleet)
@@ -57,7 +57,7 @@ class Processes(grammar.Value, EngineSpec):
     """Train the clients in worker processes on the CPU of this machine.
 
     Args:
-        workers: number of worker processes, ≥ 1; None starts one for each core.
+        workers: the number of worker processes, ≥ 1; None starts one worker for each core.
     Raises:
         UsageError: `workers` is not a positive integer.
     Example:
@@ -82,13 +82,13 @@ class Processes(grammar.Value, EngineSpec):
             )
 
     def device(self, wanted: str) -> torch.device:
-        """The CPU."""
+        """Return the CPU, because worker processes compute on it."""
         from atoll.compute.batches import HOST
 
         return HOST
 
     def build(self, options: RunOptions) -> Engine:
-        """The engine; its workers start in `open`."""
+        """Build the engine. Its workers start in `open`."""
         from atoll.engine.workers.processes import ProcessesEngine
 
         return ProcessesEngine(workers=self.workers, chunk=options.chunk, model=options.model, seed=options.seed)
@@ -99,8 +99,8 @@ class Torchrun(grammar.Value, EngineSpec):
     """Train the clients on the processes that `torchrun` started: all of them run this program.
 
     Args:
-        workers: required number of ranks, ≥ 1; None accepts any number.
-        backend: of torch.distributed: "gloo", "nccl" or "auto".
+        workers: the number of ranks that the engine requires, ≥ 1; None accepts any number.
+        backend: the backend of torch.distributed: "gloo", "nccl" or "auto".
     Raises:
         UsageError: `workers` is not a positive integer, or the backend is unknown.
     Example:
@@ -124,7 +124,7 @@ class Torchrun(grammar.Value, EngineSpec):
         return os.environ.get("RANK", "0") == "0"
 
     def check(self, options: RunOptions) -> None:
-        """Refuse a process that is no rank, and a pace that does not wait for all clients."""
+        """Refuse a process that torchrun did not start, and a pace that does not wait for all clients."""
         from atoll.engine.ranks.process_group import check_ranks
         from atoll.engine.ranks.torchrun import refuse_pace
 
@@ -133,13 +133,13 @@ class Torchrun(grammar.Value, EngineSpec):
         check_ranks(self.workers, self.backend)
 
     def device(self, wanted: str) -> torch.device:
-        """The device of this rank: the GPU of its local number, if no other is named."""
+        """The device of this rank. The default is the GPU whose number is the local rank."""
         from atoll.compute.device import local_rank, resolve_device
 
         return resolve_device(wanted, local_rank())
 
     def build(self, options: RunOptions) -> Engine:
-        """The engine of this rank, after it has joined the other ranks."""
+        """Join the process group and build the engine of this rank."""
         from atoll.engine.ranks.process_group import ProcessGroup
         from atoll.engine.ranks.torchrun import TorchrunEngine
 
@@ -152,11 +152,11 @@ class Ray(grammar.Value, EngineSpec):
     """Train the clients in actors on a Ray cluster.
 
     Args:
-        address: of the cluster, "host:port", or "auto" for one on this machine; None reads RAY_ADDRESS, and starts a
-            cluster on this machine if that is not set.
-        workers: number of actors, ≥ 1; None starts the number that fits into the cluster.
-        cpus: cores of each actor, > 0.
-        gpus: GPUs of each actor, ≥ 0: a fraction of one, or an integer.
+        address: the address of the cluster, "host:port", or "auto" for a running cluster on this machine. None uses
+            RAY_ADDRESS, or starts a cluster on this machine if RAY_ADDRESS is not set.
+        workers: the number of actors, ≥ 1; None starts all actors for which the cluster has resources.
+        cpus: the number of cores of each actor, > 0.
+        gpus: the number of GPUs of each actor, ≥ 0: a fraction below 1, or an integer.
     Raises:
         UsageError: a number outside its range.
     Example:
@@ -176,7 +176,7 @@ class Ray(grammar.Value, EngineSpec):
         check_actor(self.cpus, self.gpus)
 
     def check(self, options: RunOptions) -> None:
-        """Refuse a machine without Ray, a fleet, a numbered GPU, and a GPU that no actor has."""
+        """Refuse a missing installation of Ray, a fleet, a GPU number such as cuda:1, and a GPU if actors have none."""
         check_installed()
         _refuse_fleet(self, options)
         if options.device not in ("auto", "cpu", "cuda"):
@@ -189,13 +189,13 @@ class Ray(grammar.Value, EngineSpec):
         check_actor(self.cpus, self.gpus, options.device)
 
     def device(self, wanted: str) -> torch.device:
-        """The CPU: this process computes no client."""
+        """Return the CPU, because this process computes no clients itself."""
         from atoll.compute.batches import HOST
 
         return HOST
 
     def build(self, options: RunOptions) -> Engine:
-        """The engine; it connects to the cluster in `open`."""
+        """Build the engine. It connects to the cluster in `open`."""
         from atoll.engine.workers.ray import RayEngine
 
         return RayEngine(
@@ -224,10 +224,11 @@ def _refuse_fleet(spec: EngineSpec, options: RunOptions) -> None:
 
 
 def engine(value: object, *, trust: bool = True) -> EngineSpec:
-    """The spec that a user wrote: a spec, a short name, or a text of the grammar.
+    """Convert the value that a user wrote to a spec.
 
     Args:
-        value: such as `Processes(workers=2)`, "processes", "Processes(workers=2)" or "module:Name()".
+        value: a spec, such as `Processes(workers=2)`; a short name, such as "processes"; or the text of a spec, such as
+            "Processes(workers=2)" or "module:Name()".
         trust: whether "module:Name(...)" may import code.
     Raises:
         UsageError: an unknown name or field, or an object that is no spec.
@@ -255,7 +256,7 @@ def engine(value: object, *, trust: bool = True) -> EngineSpec:
 
 
 def spec_name(spec: EngineSpec) -> str:
-    """The short name of a spec; the name of its class for a foreign one.
+    """The short name of a spec. A spec that is not from atoll has no short name: then the name of its class.
 
     Example:
         >>> spec_name(Processes(2))
@@ -265,8 +266,32 @@ def spec_name(spec: EngineSpec) -> str:
     return next((name for name, known in ENGINES.items() if known == where), type(spec).__name__)
 
 
+def spec_text(spec: EngineSpec) -> str:
+    """The text of a spec, from which `engine` makes an equal spec. A class outside `ENGINES` has its module in it.
+
+    Raises:
+        UsageError: the spec has no such text.
+    Example:
+        >>> spec_text(Processes(2))
+        'Processes(2)'
+    """
+    if dataclasses.is_dataclass(spec):
+        text = grammar.constructor(spec).replace(type(spec).__name__, _name_in_text(spec), 1)
+        try:
+            if engine(text) == spec:
+                return text
+        except UsageError:
+            pass  # the error below names the spec
+    raise UsageError(
+        f"engine = {spec!r:.80}.",
+        "a frozen dataclass at the top level of a module, with fields that a text can contain.",
+        "an experiment writes its engine as a text.",
+        "atoll.train(model, data, plan, engine=...)",
+    )
+
+
 def fill(spec: EngineSpec, values: Mapping[str, Any]) -> EngineSpec:
-    """The spec with some fields replaced: the flags `--workers`, `--gpus`, … set the field of the named engine.
+    """Replace fields of a spec by values of flags such as `--workers` and `--gpus`.
 
     Raises:
         UsageError: the engine has no such field.
@@ -324,6 +349,12 @@ def _classes() -> dict[str, Callable[..., Any]]:
     return {where.rpartition(":")[2]: load(where) for where in ENGINES.values()}
 
 
+def _name_in_text(spec: EngineSpec) -> str:
+    """The name of the class of a spec in a text: `module:Name` for a class outside `ENGINES`."""
+    where = f"{type(spec).__module__}:{type(spec).__qualname__}"
+    return type(spec).__name__ if where in ENGINES.values() else where
+
+
 def _fields(spec: EngineSpec) -> dict[str, Any]:
     """The fields of a spec with their defaults."""
     return {f.name: f.default for f in dataclasses.fields(spec)} if dataclasses.is_dataclass(spec) else {}
@@ -336,4 +367,4 @@ def _listed(names: Mapping[str, Any]) -> str:
 def _spelled(spec: EngineSpec, values: Mapping[str, Any]) -> str:
     """The constructor of a spec with some fields replaced; each field by its name."""
     own = {n: getattr(spec, n) for n, default in _fields(spec).items() if getattr(spec, n) != default}
-    return f"{type(spec).__name__}({', '.join(f'{n}={v!r}' for n, v in {**own, **values}.items())})"
+    return f"{_name_in_text(spec)}({', '.join(f'{n}={v!r}' for n, v in {**own, **values}.items())})"

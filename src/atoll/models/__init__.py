@@ -1,16 +1,21 @@
-"""Models: by name, with sizes from the data, or the user's own module.
+"""Models that a name selects. A named model takes its sizes from the data. A user may also pass a module.
 
-    linear         one layer, from zero: regression        mlp          d-200-outputs
-    logistic       the same, one logit: two classes        2nn          d-200-200-outputs, of the FedAvg paper
-    softmax        the same, a logit for each class        lstm         the last place of an LSTM
-    cnn            two convolutions, 16 and 32 channels    transformer  pre-norm, learned positions
-    mcmahan-cnn    conv 32-64, fc 512, same padding: the FedAvg paper's; 1,663,370 parameters on MNIST
-    niid-cnn       conv 6-16, fc 120-84: Flower's niid_bench; 44,426 on MNIST
-    pfl-cnn        conv 3 × 3 32-64, fc 128, dropout, Glorot weights: pfl-research's; 1,626,442 on CIFAR-10
+    linear         one linear layer, for regression
+    logistic       one linear layer with one logit, for two classes
+    softmax        one linear layer with a logit for each class
+    mlp            fully connected layers d-200-outputs, where d is the length of a row
+    2nn            fully connected layers d-200-200-outputs, as in the FedAvg paper
+    cnn            two convolutions with 16 and 32 channels, then fully connected layers
+    lstm           an LSTM, and a linear layer that reads the LSTM's output at the last position of the sequence
+    transformer    a transformer with layer norm before each block and learned position embeddings
+    mcmahan-cnn    conv 32-64, fc 512, same padding: the model of the FedAvg paper; 1,663,370 parameters on MNIST
+    niid-cnn       conv 6-16, fc 120-84: the model of Flower's niid_bench; 44,426 parameters on MNIST
+    pfl-cnn        conv 3 × 3 32-64, fc 128, dropout: the model of pfl-research; 1,626,442 parameters on CIFAR-10
 
-The convex models (linear, logistic, softmax) start from zero, as in their theory. The others start from torch's
-default initial weights, except pfl-cnn (Glorot) and transformer (its embeddings), drawn with a key. A model returns
-logits, not probabilities; the last axis exists even for one output.
+The weights of the convex models (linear, logistic, softmax) are initially zero, as in their theory. All other initial
+weights are random and depend only on the key that `build` receives. They follow torch's default distributions, with
+two exceptions: Glorot for the weights of pfl-cnn, and the standard deviation 0.02 for the embeddings of transformer.
+A model returns logits, not probabilities; the last axis exists even for one output.
 
 References: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017;
 Li et al., Federated Learning on Non-IID Data Silos, 2022; Granqvist et al., pfl-research, 2024.

@@ -1,4 +1,4 @@
-"""Checks of a plan when it is built: every slot holds a part of its kind, and no two parts exclude each other.
+"""Checks of a plan when it is built: every slot contains a part of its kind, and no two parts exclude each other.
 
 A rule that concerns one part is a method of that part, `conflicts(slots)`. Rules that follow from the declared members
 of two slots are here. `check` raises the first conflict: of the parts in the order of slots, then of the rules here.
@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, get_args
 
+from torch import Tensor
+
 from atoll.base.errors import UsageError
-from atoll.compute.task import Task
+from atoll.compute.task import BACKENDS, Task
 from atoll.plan import protocols
 from atoll.plan.codec.stage import flat_layout
 from atoll.plan.protocols import (
@@ -49,7 +51,7 @@ def check_plan(slots: Slots) -> None:
     """Refuse a plan with a part of the wrong kind, or with two parts that exclude each other.
 
     Raises:
-        UsageError: names the part or the two parts, the reason, and a part to use instead.
+        UsageError: the error names the part or the two parts, the reason, and a part to use instead.
     """
     parts: dict[str, Any] = {
         "local": slots.local,
@@ -66,15 +68,15 @@ def check_plan(slots: Slots) -> None:
         if slot != "downlink":  # a downlink has no aggregator and no clients: its rules are all in `_downlink`
             for conflict in _conflicts_of(slot, part, slots):
                 raise UsageError(*conflict)
-    for conflict in (*_codec(slots), *_pace(slots), *_downlink(slots), *_sends(slots)):
+    for conflict in (*_backend(slots), *_codec(slots), *_pace(slots), *_downlink(slots), *_sends(slots)):
         raise UsageError(*conflict)
 
 
 def check_part(slot: str, part: Any) -> None:
-    """Refuse a value that is no part for a slot.
+    """Refuse a value that is not a part of the kind that a slot requires.
 
     Raises:
-        UsageError: names the missing member or the member of a wrong type, and the class to inherit.
+        UsageError: a member is missing or has a wrong type. The error names the member and the class to inherit.
     """
     protocol, base, example = SLOTS[slot]
     kind = type(part).__name__
@@ -177,6 +179,13 @@ def _conflicts_of(slot: str, part: Any, slots: Slots) -> Iterator[Conflict]:
         yield conflict
 
 
+def _backend(slots: Slots) -> Iterator[Conflict]:
+    local = slots.local
+    if local.numerics is not None and local.numerics not in BACKENDS:
+        given = f"{type(local).__name__}.numerics is {local.numerics!r}, in the slot local of the plan."
+        yield Conflict(given, f"None, or one of {', '.join(BACKENDS)}.", "no other backend exists.", "Gradient()")
+
+
 def _codec(slots: Slots) -> Iterator[Conflict]:
     rule, codec = slots.aggregator, slots.codec
     if not rule.linear and codec.per_sum:
@@ -241,9 +250,9 @@ def undeclared(declared: Mapping[str, Declared], means: Tensors, sums: Tensors) 
     """The first name of a contribution that differs from its declaration, and the difference; empty if there is none.
 
     Args:
-        declared: by name; `"*"` admits further names.
-        means: `[K, m]` by name.
-        sums: `[K]` or `[K, s]` by name.
+        declared: the declaration of each name; the name `"*"` allows further names.
+        means: tensors `[K, length]`; the keys are the names of means.
+        sums: tensors `[K]` or `[K, length]`; the keys are the names of sums.
     Example:
         >>> import torch
         >>> undeclared({"update": Declared(3, torch.float32, "mean")}, {"update": torch.zeros(2, 4)}, {})
@@ -253,6 +262,8 @@ def undeclared(declared: Mapping[str, Declared], means: Tensors, sums: Tensors) 
     for kind, tensors in (("mean", means), ("sum", sums)):
         for name, tensor in tensors.items():
             declaration = declared.get(name, open_kind if open_kind is not None and open_kind.kind == kind else None)
+            if tensor.dim() == 0:
+                return name, "it has no dimension, and one row for each client is required"
             length = tensor[0].numel() if len(tensor) else 0
             if declaration is None:
                 return name, f"no {kind} of this name is declared"
@@ -272,13 +283,13 @@ def check_contribution(
     """Refuse a contribution with names or lengths that its local part or its codec does not declare.
 
     Args:
-        slots: the plan, its codec bound.
+        slots: the plan, after `bind`.
         task: the task of the run.
-        contribution: of some clients, before the codec adds its sums.
+        contribution: the contribution of some clients, before the codec adds its sums.
         sums: the sums that the codec adds.
         client, round: the first of the clients, and the round in which it started, for the error.
     Raises:
-        UsageError: names the part, the name, the client and the round.
+        UsageError: a name or a length is not declared. The error states the part, the name, the client and the round.
     """
     codec = {n: d for n, d in slots.codec.declare(task.layout).items() if n != "update"}
     for part, declared, means, added in (
@@ -294,11 +305,35 @@ def check_contribution(
             )
 
 
+def check_rows(part: object, named: Mapping[str, Tensor], count: int, client: int, round: int) -> None:
+    """Refuse tensors of a contribution that have no row for each client.
+
+    Args:
+        part: the part that made the tensors, for the error.
+        named: the tensors; the keys are their names, for the error.
+        count: the number of clients.
+        client, round: the first of the clients, and the round in which it started, for the error.
+    Raises:
+        UsageError: a tensor has another number of rows. The error states the part, the name, the client and the round.
+    Example:
+        >>> import torch
+        >>> check_rows("Gradient()", {"loss": torch.zeros(3)}, 3, 0, 0)
+    """
+    for name, tensor in named.items():
+        if tensor.dim() == 0 or len(tensor) != count:
+            raise UsageError(
+                f"{part!r}, client {client}, round {round}, {name}: a tensor of shape {tuple(tensor.shape)}.",
+                f"one row for each client: a shape that starts with {count}.",
+                "row k of each tensor belongs to client k of the chunk.",
+                "torch.zeros(len(lanes.sizes))",
+            )
+
+
 def check_partials(rule: Aggregator, a: object, b: object) -> None:
     """Refuse to merge partials of two kinds.
 
     Raises:
-        UsageError: names the aggregator and both kinds.
+        UsageError: the partials differ in kind. The error names the aggregator and both kinds.
     """
     if type(a) is not type(b):
         raise UsageError(

@@ -76,7 +76,7 @@ _SOURCE: ContextVar[EntropySource | None] = ContextVar("entropy source", default
 
 @contextlib.contextmanager
 def entropy_source(source: EntropySource) -> Iterator[None]:
-    """Use another source of entropy within a `with` block, for tests."""
+    """Replace the source of entropy within a `with` block, for tests."""
     token = _SOURCE.set(source)
     try:
         yield
@@ -85,9 +85,9 @@ def entropy_source(source: EntropySource) -> Iterator[None]:
 
 
 def current_entropy(agree: Callable[[bytes], bytes]) -> EntropySource:
-    """The source that a round draws from: the operating system, if no other one is set.
+    """The source of entropy of a round: the operating system, unless `entropy_source` has set another.
 
     Args:
-        agree: gives every process of a training the bytes of its first process.
+        agree: returns, in every process of a training, the bytes of its first process.
     """
     return _SOURCE.get() or BytesEntropy(lambda n: agree(os.urandom(n)))

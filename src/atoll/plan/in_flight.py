@@ -1,8 +1,8 @@
-"""Clients in flight: they have started and not yet arrived, possibly in earlier rounds.
+"""Clients in flight: clients that have started, in this or an earlier round, and have not arrived.
 
-A cohort is a number of active clients, so a round starts only the missing ones. Everything here is a function of the
-plan, the seed and the order of arrivals. The caller decides when a client arrives: a virtual clock, worker processes
-or a network.
+The size of a cohort is a number of active clients, so a round starts clients only up to this number. The results depend
+only on the plan, the seed and the order of arrivals. The caller decides when a client arrives: a virtual clock, worker
+processes or a network.
 
 Tests: tests/identities/test_flights.py, tests/identities/test_clock.py
 """
@@ -29,12 +29,12 @@ class Flight(NamedTuple):
     """A start of a client that has not yet arrived.
 
     Args:
-        client: its id.
+        client: the id of the client.
         version: the model version: the round whose model the client started from.
         again: the number of earlier starts of this client in that round.
-        number: of this start in the run, from 0.
-        down: bytes that the client was sent.
-        share: the fraction of its work for which it has time, in (0, 1].
+        number: the number of this start among all starts of the run, from 0.
+        down: the number of bytes that the server sent to the client.
+        share: the fraction of its work for which the client has time, in (0, 1].
     """
 
     client: int
@@ -46,18 +46,19 @@ class Flight(NamedTuple):
 
 
 class InFlight(NamedTuple):
-    """The clients in flight between two rounds, and the state of the draws of further starts.
+    """The clients in flight between two rounds, and the state of the random selection of further clients.
 
     Args:
-        flights: started and not yet arrived, in order of their numbers.
-        target: number of active clients of a full cohort.
-        started: number of starts so far.
-        place: of the next draw in the stream of candidates: block, offset.
-        queue: that block, if it is drawn already.
-        idle: clients to start first, if the cohort contains all clients.
-        recent: (client, round) of each start after the model version of the oldest flight.
-        known: the round whose model each client was last sent, int64 `[C]`, −1 for none; None if it is not used.
-        clock: state of the engine's clock. The plan does not read it.
+        flights: the flights that have not arrived, in order of their numbers.
+        target: the number of active clients in a full cohort.
+        started: the number of starts in the run so far.
+        place: (block, offset) of the next candidate. Candidates are drawn in blocks; the offset is the position in one.
+        queue: the clients of this block; empty if it is not drawn yet.
+        idle: the clients that start first, if the cohort contains all clients.
+        recent: (client, round) of each start in a round after the one in which the oldest flight started.
+        known: the round of the last model that the server sent to each client, int64 `[C]`, −1 if it has sent none;
+            None if the downlink does not need it.
+        clock: the state of the engine's clock. The plan does not read it.
     """
 
     flights: tuple[Flight, ...] = ()
@@ -77,11 +78,11 @@ class OpenRound:
     Args:
         pace: decides when the round closes.
         sampler: draws the candidates.
-        seed, round: of the training.
-        air: flights that started in earlier rounds.
+        seed, round: the seed of the training, and the number of the round.
+        air: the flights that started in earlier rounds.
         population: all clients.
-        cohort: clients that start when the round opens; empty if clients of earlier rounds are in flight.
-        away: whether a client cannot start now; None: each client can always start.
+        cohort: the clients that start when the round opens; empty if clients of earlier rounds are in flight.
+        away: returns whether a client cannot start now; None: each client can always start.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class OpenRound:
         return len(self._flights)
 
     def starts(self) -> Iterable[int]:
-        """The number of starts of each arrived client since the start of the oldest flight."""
+        """For each arrived client, the number of its starts in rounds after that in which the oldest flight started."""
         counts = self._counts()
         return (counts[f.client] for f in self.arrivals)
 
@@ -205,9 +206,9 @@ class OpenRound:
         return flight
 
     def _draw(self, counts: Counter[int] | None) -> int | None:
-        """The next candidate that may start, from successive cohorts of the sampler, each in a keyed order.
+        """The next candidate that may start. Candidates are successive cohorts of the sampler, each in a random order.
 
-        None after 2C + 1 candidates, for a population of C, of which none may start now.
+        None if none of the next 2C + 1 candidates may start now, where C is the number of clients.
         """
         for _ in range(2 * self._population.clients + 1):
             while self._offset >= len(self._queue):
@@ -221,7 +222,7 @@ class OpenRound:
         return None
 
     def _next_block(self) -> None:
-        """Draw the next block of candidates, or the block at the place of a restored state."""
+        """Draw the next block of candidates. After a resume, draw the block that the saved state was in."""
         if self._queue:
             self._block, self._offset = self._block + 1, 0
         key = Key(self._seed).fold("stream", self._block)
@@ -232,20 +233,20 @@ class OpenRound:
         self._queue = tuple(ids[key.fold("order").permutation(len(ids))].tolist())
 
     def _counts(self) -> Counter[int]:
-        """The number of starts of each client since the start of the oldest flight."""
+        """For each client, the number of its starts in rounds after that in which the oldest flight started."""
         oldest = min((f.version for f in self._flights.values()), default=self.round)
         return Counter(client for client, version in self._recent if version > oldest)
 
     def sent(self, flight: Flight, down: int) -> None:
-        """Record the bytes that a client was sent when it started."""
+        """Record the number of bytes that the server sent to a client at its start."""
         self._flights[flight.number] = flight._replace(down=down)
 
     def cut(self, number: int, share: float) -> None:
-        """Record that a client stops after this fraction of its work, and sends the result."""
+        """Record that a client stops after the fraction `share` of its work and sends the result."""
         self._flights[number] = self._flights[number]._replace(share=share)
 
     def in_the_air(self) -> tuple[int, ...]:
-        """The numbers of the flights that have not arrived, increasing."""
+        """The numbers of the flights that have not arrived, ascending."""
         return tuple(self._flights)
 
     # arrivals
@@ -289,7 +290,7 @@ class OpenRound:
 
 
 def split_repeats(flights: Iterable[Flight]) -> Iterator[list[Flight]]:
-    """Flights in groups without a repeated client. The flights of a client keep the order of its starts.
+    """Split flights into groups in which no client occurs twice. The flights of a client keep the order of its starts.
 
     Example:
         >>> first, second = Flight(3, 0, 0, 0), Flight(3, 0, 1, 5)

@@ -31,15 +31,15 @@ def _whole(value: Any) -> bool:
 
 @dataclass(frozen=True, repr=False)
 class Sync(Pace):
-    """A round closes when each client of its cohort has arrived or failed. No client stays in flight.
+    """Closes a round when each client of its cohort has arrived or failed. No client stays in flight.
 
     With `over_select`, ⌈over_select·n⌉ clients start, and the first n to arrive count. With `deadline_s`, the round
     closes at the deadline if at least `quorum`·n clients have arrived, and otherwise when this number has arrived.
     Later contributions are discarded, and the memory of their clients does not change.
 
     Args:
-        over_select: number of clients that start for each required contribution, ≥ 1.
-        deadline_s: seconds after which the round need not wait, > 0; None: the round waits for all.
+        over_select: the number of clients that start for each required contribution, ≥ 1.
+        deadline_s: the number of seconds after which the round need not wait, > 0; None: the round waits for all.
         quorum: fraction of n that must have arrived before a deadline closes the round, in [0, 1].
         partial: whether a client that still computes at the deadline stops and sends the steps that it has made.
     Raises:
@@ -100,10 +100,10 @@ class Sync(Pace):
 
 @dataclass(frozen=True, repr=False)
 class staleness_polynomial(Value):
-    """The weight of an update that is s rounds late: (1 + s)^−power.
+    """A function that returns the weight of an update that is s rounds late: (1 + s)^−power.
 
     Args:
-        power: ≥ 0; with 0 every update has weight 1.
+        power: the exponent, ≥ 0; with 0 every update has weight 1.
     Raises:
         UsageError: the power is out of range.
     Example:
@@ -126,11 +126,13 @@ class staleness_polynomial(Value):
 
 @dataclass(frozen=True, repr=False)
 class hinge(Value):
-    """The weight of an update that is s rounds late: 1 up to `grace` rounds, then 1 / (1 + slope·(s − grace)).
+    """A function that returns the weight of an update that is s rounds late.
+
+    The weight is 1 if s ≤ grace, and 1 / (1 + slope·(s − grace)) otherwise.
 
     Args:
-        slope: ≥ 0.
-        grace: number of rounds of lateness with weight 1, ≥ 0.
+        slope: the rate at which the weight falls, ≥ 0.
+        grace: the largest number of rounds by which an update may be late without losing weight, ≥ 0.
     Raises:
         UsageError: a number is out of range.
     Example:
@@ -157,16 +159,16 @@ class hinge(Value):
 
 @dataclass(frozen=True, repr=False)
 class Buffered(Pace):
-    """A round closes when k contributions have arrived, from any clients. All other clients stay in flight.
+    """Closes a round when k contributions have arrived, from any clients. All other clients stay in flight.
 
-    For each client that arrives, another one starts at once, so the number of active clients stays that of the cohort.
-    An update that started s rounds ago is multiplied by staleness(s). The dividing weight is not multiplied, so late
-    updates make the step smaller. k = 1 is fully asynchronous.
+    For each client that arrives, another client starts at once, so the number of active clients equals the cohort size
+    at all times. An update that started s rounds ago is multiplied by staleness(s). The weight that divides the sum is
+    not reduced, so late updates make the step smaller. k = 1 is fully asynchronous.
 
     Args:
-        k: contributions per round, ≥ 1.
-        staleness: the weight as a function of rounds of lateness: `staleness_polynomial(0.5)`, `hinge(0.5, grace=4)`,
-            or any other function from int to float.
+        k: the number of contributions in a round, ≥ 1.
+        staleness: returns the weight of an update that is s rounds late: `staleness_polynomial(0.5)`,
+            `hinge(0.5, grace=4)`, or any other function from int to float.
     Raises:
         UsageError: k is not an integer ≥ 1, or the staleness is not a function.
     Example:
@@ -200,7 +202,7 @@ class Buffered(Pace):
         return open.arrived >= self.k
 
     def staleness_weight(self, staleness: int) -> float:
-        """The factor of an update that started `staleness` rounds ago."""
+        """The factor that multiplies an update whose client started `staleness` rounds ago."""
         return float(self.staleness(staleness))
 
 
@@ -213,7 +215,7 @@ class Bounded(Pace):
     started.
 
     Args:
-        staleness: s ≥ 0.
+        staleness: s, the largest number of starts of a client while the oldest contribution is in flight, ≥ 0.
     Raises:
         UsageError: s is not an integer ≥ 0.
     Example:
@@ -233,7 +235,7 @@ class Bounded(Pace):
         _check("Bounded", "staleness", self.staleness, good, "a whole number, at least 0.", why, "Bounded(4)")
 
     def may_start(self, starts: int) -> bool:
-        """Whether a client may start again that has started `starts` times while the oldest flight was in flight."""
+        """Whether a client may start again if it has started `starts` times since the oldest flight started."""
         return starts < self.staleness
 
     def should_close(self, open: Open) -> bool:

@@ -1,4 +1,4 @@
-"""A plan: an algorithm as a value, with a part in each slot of the formula that `round.py` computes.
+"""A plan describes an algorithm. It has one part for each slot of the formula that `round.py` computes.
 
 Tests: tests/surface/test_contract.py, tests/identities/test_one_algorithm.py
 """
@@ -34,7 +34,7 @@ from atoll.plan.sampler import Everyone, Uniform, fraction
 
 @dataclass(frozen=True, repr=False)
 class Plan(Value):
-    """An algorithm, as a value: a part in each slot of the formula.
+    """An algorithm: one part for each slot of this formula.
 
     cohort = sampler(clients, round)                     the clients that participate in the round
     gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
@@ -55,10 +55,11 @@ class Plan(Value):
             clients.
         codec: compresses an update on its way to the server.
         pace: decides when a round closes.
-        downlink: compresses the change of the model on its way to the clients. The next change includes the error.
+        downlink: compresses the change of the model on its way to the clients. The next change includes the error of
+            this compression.
         max_failed: the largest fraction of a cohort that may fail before the run ends, in [0, 1].
     Raises:
-        UsageError: a slot holds a value that is not a part for it, or two parts cannot be combined.
+        UsageError: a slot contains a value that is not a part of its kind, or two parts cannot be combined.
     Example:
         >>> from atoll.plan.local import Gradient
         >>> from atoll.plan.aggregate import Mean
@@ -105,10 +106,10 @@ class Plan(Value):
         )
 
     def memory(self, layout: Layout) -> dict[str, Tensor]:
-        """The memory of one client before its first round, by `part/name`.
+        """The memory of one client before its first round. The keys are `part/name`.
 
         Args:
-            layout: of the model.
+            layout: the layout of the model.
         """
         return _joined({"local": self.local.memory(layout), "codec": self.codec.memory(layout)})
 

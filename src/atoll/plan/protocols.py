@@ -71,11 +71,11 @@ def _text(part: object) -> str:
 
 
 class Population(NamedTuple):
-    """All clients.
+    """The clients of a training.
 
     Args:
-        clients: their number C.
-        sizes: rows of each client, int64 `[C]`.
+        clients: C, the number of clients.
+        sizes: the number of rows of each client, int64 `[C]`.
     """
 
     clients: int
@@ -86,8 +86,8 @@ class Cohort(NamedTuple):
     """The clients selected for a round.
 
     Args:
-        ids: int64 `[n]`.
-        chance: the probability that a client is selected, float64 `[]` or `[C]`.
+        ids: the ids of the selected clients, int64 `[n]`.
+        chance: the probability that a client is selected, float64: `[]` if it is equal for all clients, else `[C]`.
     """
 
     ids: Tensor
@@ -95,18 +95,21 @@ class Cohort(NamedTuple):
 
 
 class Ids(NamedTuple):
-    """The starts that K rows of a contribution belong to, in the order of the rows.
+    """The starts of K clients. Row k of a contribution belongs to start k.
+
+    A start is the event that a client receives the model and begins to train. A client may start several times in one
+    round.
 
     Args:
-        client: client ids, int64 `[K]`.
-        repeat: 0 for the first start of a client in the round that it started in, then 1, 2, …; int64 `[K]`.
+        client: the id of the client of each start, int64 `[K]`.
+        repeat: the number of earlier starts of the same client in the same round, int64 `[K]`; 0 for its first start.
     """
 
     client: Tensor
     repeat: Tensor
 
     def select(self, index: Tensor | slice) -> Ids:
-        """Some of the starts, by position."""
+        """Select starts by their positions."""
         return Ids(self.client[index], self.repeat[index])
 
 
@@ -114,11 +117,13 @@ class Contribution(NamedTuple):
     """The results of K clients. Every field except `per_client` goes through the aggregator.
 
     Args:
-        means: float `[K, m]` by name, averaged by weight; `update` points uphill, `buffers` are the model's buffers.
-        sums: `[K]` or `[K, s]` by name, added; `rows` is the number of rows that the other sums are about.
-        weight: rows that each client holds, int64 `[K]`.
-        counters: whole numbers `[K, …]` by name; the largest is kept.
-        per_client: `[K, …]` by name, columns of the report.
+        means: float tensors `[K, length]`, which the aggregator averages with weights. `update` is the update, and it
+            points uphill; `buffers` are the model's buffers.
+        sums: tensors `[K]` or `[K, length]`, which the aggregator adds. `rows` is the number of rows that the other
+            sums cover.
+        weight: the number of rows of each client, int64 `[K]`.
+        counters: tensors of whole numbers `[K, …]`; the aggregator takes the largest.
+        per_client: tensors `[K, …]`, which become columns of the report.
     """
 
     means: Tensors
@@ -132,13 +137,14 @@ class Total(NamedTuple):
     """The aggregate of a round.
 
     Args:
-        means: Σ w·means by name before `finalize`, the mean or another aggregate after it; float64 `[m]`.
-        sums: Σ sums by name, float64.
+        means: float64 `[length]` for each name. Before `finalize` this is Σ w·means, after it the mean or another
+            aggregate.
+        sums: Σ sums for each name, float64.
         weight: Σ w, int64 `[]`.
-        arrived: number of contributions, int64 `[]`.
-        counters: the largest of each counter by name.
-        per_client: columns for the report. `id` holds client ids, int64 `[n]`; every other column has one entry for
-            each of these ids. A client that is not listed gets 0.
+        arrived: the number of contributions, int64 `[]`.
+        counters: the largest value of each counter.
+        per_client: columns for the report. The column `id` contains client ids, int64 `[n]`; every other column has one
+            entry for each of these ids. In the report, clients without an entry get 0.
     """
 
     means: Tensors
@@ -155,7 +161,7 @@ class Broadcast(NamedTuple):
     Args:
         round: the number of the round in which the client starts, from 0.
         model: θ, buffers, counters and fixed tensors.
-        shared: public server state by part (`local`, `codec`) and name.
+        shared: the public server state of the parts `local` and `codec`; each is a mapping from names to tensors.
     """
 
     round: int
@@ -179,10 +185,10 @@ class RoundInfo(NamedTuple):
     """Facts of a round that the server's half of a part may use.
 
     Args:
-        round: from 0.
+        round: the number of the round, from 0.
         population: all clients.
-        cohort_size: clients that started in this round.
-        chance: the probability that a client is selected, float64 `[]` or `[C]`.
+        cohort_size: the number of clients that started in this round.
+        chance: the probability that a client is selected, float64: `[]` if it is equal for all clients, else `[C]`.
         entropy: random numbers that no key determines; only a part with `uses_entropy` draws from it.
     """
 
@@ -194,13 +200,13 @@ class RoundInfo(NamedTuple):
 
 
 class Declared(NamedTuple):
-    """The declaration of one name of a contribution.
+    """The declaration of one tensor of a contribution.
 
     Args:
-        length: numbers in a client's row; a tensor `[K]` has length 1.
-        dtype: of the numbers.
-        kind: `"mean"`, averaged by weight, or `"sum"`, added.
-        bound: an upper bound of the Euclidean norm of each row; None: unbounded.
+        length: the number of values in each client's row; a tensor `[K]` has length 1.
+        dtype: the dtype of the tensor.
+        kind: `"mean"` if the aggregator averages the tensor with weights, `"sum"` if it adds the rows.
+        bound: an upper bound on the Euclidean norm of each row; None: the norm is unbounded.
     """
 
     length: int
@@ -222,16 +228,16 @@ class Conflict(NamedTuple):
 
 
 class Open(Protocol):
-    """An open round as a pace sees it."""
+    """The facts about an open round that a pace can read."""
 
     @property
     def wanted(self) -> int:
-        """Contributions that make a full round."""
+        """The number of contributions that make a full round."""
         ...
 
     @property
     def arrived(self) -> int:
-        """Contributions that have arrived."""
+        """The number of contributions that have arrived."""
         ...
 
     @property
@@ -240,7 +246,7 @@ class Open(Protocol):
         ...
 
     def starts(self) -> Iterable[int]:
-        """For each arrived client, its starts since the start of the oldest contribution that is in flight."""
+        """For each arrived client, the number of its starts in rounds after that in which the oldest flight started."""
         ...
 
 
@@ -268,7 +274,7 @@ class Slots(Protocol):
 
 @runtime_checkable
 class Local(Protocol):
-    """The computation of a client: from the broadcast and its own rows to a contribution.
+    """The computation of a client: it makes a contribution from the broadcast and the client's own rows.
 
     Example:
         >>> from dataclasses import dataclass
@@ -289,29 +295,31 @@ class Local(Protocol):
     def contribute(
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """The contribution of K clients and their memory after it.
+        """Compute the contribution of K clients.
 
         Args:
             broadcast: the model and the public server state.
             lanes: the rows of the K clients.
-            memory: their memory by name, `[K, …]`.
-            key: every draw comes from it.
-            task: model, loss and metrics.
+            memory: the client memory before the round, tensors `[K, …]`; the keys are names.
+            key: the key of all random numbers that the method uses.
+            task: the model, loss and metrics.
+        Returns:
+            The contribution, and the client memory after the round.
         """
 
     @default
     def numerics(self) -> str | None:
-        """The only compute backend that the part can use; None: any."""
+        """The only compute backend that the part can use; None: the part can use any."""
         return None
 
     @default
     def sends(self) -> Sends:
-        """`"update"`, or `"model"` if the server subtracts the sent model from its own θ when it arrives."""
+        """`"update"`, or `"model"` if the server subtracts the arriving model from the θ that it has at that time."""
         return "update"
 
     @default
     def batch(self) -> int | None:
-        """Rows in a batch; None: all rows of the client; 0: the part has no such setting."""
+        """The number of rows in a batch; None: all rows of the client; 0: the part has no such setting."""
         return 0
 
     @default
@@ -340,37 +348,45 @@ class Local(Protocol):
         return False
 
     def padded_batch(self, rows: int) -> int:
-        """The padded length of a client's batch: a function of its own number of rows."""
+        """The length to which the batches of a client with `rows` rows are padded. Other clients must not change it."""
         return padded(rows)
 
     def sequential(self, rows: int) -> bool:
-        """Whether the backend `loop` trains one client to its end before the next, if the largest has `rows` rows."""
+        """Whether the backend `loop` trains each client to its end before the next client starts.
+
+        Args:
+            rows: the number of rows of the largest client.
+        """
         return False
 
     def examples_per_round(self, sizes: Tensor) -> Tensor:
-        """Rows that clients of these sizes process in their first round."""
+        """The number of rows that each client processes in round 0, int64 `[C]`, counting repeated passes.
+
+        Args:
+            sizes: the number of rows of each client, int64 `[C]`.
+        """
         return sizes
 
     def relative_work(self, round: int) -> float:
-        """The work of a client in this round, relative to round 0."""
+        """The amount of computation of a client in this round, divided by the amount in round 0."""
         return 1.0
 
     def memory(self, layout: Layout) -> Tensors:
-        """The memory of one client before its first round, by name."""
+        """The memory of one client before its first round. The keys are names."""
         return {}
 
     def server(self, layout: Layout) -> Tensors:
-        """The server state before the first round, by name. Names with a leading underscore are not broadcast."""
+        """The server state before the first round. Tensors whose names begin with an underscore are not broadcast."""
         return {}
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
-        """The total that the aggregator finalizes, and the server state after the round."""
+        """Return the total that the aggregator finalizes, and the server state after the round."""
         return total, server
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
-        """Names of means and sums in a contribution. The name `"*"` admits further names.
+        """The declaration of each mean and each sum in a contribution. The name `"*"` allows further names.
 
-        The default: an update, buffers if the model has any, and sums of length 1.
+        The default declares an update, buffers if the model has any, and any sums of length 1.
         """
         layout = task.layout
         buffers = {"buffers": Declared(layout.b, layout.dtype, "mean")} if layout.b else {}
@@ -395,7 +411,12 @@ class Stage(Protocol):
 
     @abstractmethod
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> tuple[Tensor, Tensors, Tensors, Tensors]:
-        """(payload `[K, …]`, side tensors `[K, …]`, sums `[K]` or `[K, s]`, memory after) for updates x `[K, d]`."""
+        """Encode the updates x `[K, d]` of K clients.
+
+        Returns:
+            The payload `[K, …]`; the side tensors `[K, …]`, which the message also contains; sums `[K]` or
+            `[K, length]`, which are added over clients; and the client memory after the round.
+        """
 
     @default
     def per_message(self) -> bool:
@@ -404,12 +425,12 @@ class Stage(Protocol):
 
     @default
     def per_sum(self) -> bool:
-        """Whether the server decodes each sum."""
+        """Whether the server decodes the sum of the messages of each model version."""
         return False
 
     @default
     def needs_model_coordinates(self) -> bool:
-        """Whether the stage keeps state in the model's own coordinates."""
+        """Whether the stage keeps state about coordinates of the model, so that no earlier stage may change them."""
         return False
 
     @default
@@ -433,14 +454,14 @@ class Stage(Protocol):
         return False
 
     def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Stage:
-        """The same stage with the facts that no message carries.
+        """A copy of the stage that knows the facts that no message carries.
 
         Args:
-            layout: of the vector that the stage encodes.
-            total_weight: Σ w over the whole population; None: unknown.
+            layout: the layout of the vector that the stage encodes.
+            total_weight: Σ w, the sum of the weights of all clients of the population; None: it is unknown.
             before: the declaration of the vector that the stage receives, with the bound of the preceding stage.
         Raises:
-            UsageError: the stage cannot work there.
+            UsageError: the stage cannot encode this vector.
         """
         return self
 
@@ -449,40 +470,43 @@ class Stage(Protocol):
         return layout
 
     def memory(self, layout: Layout) -> Tensors:
-        """The memory of one client before its first round, by name."""
+        """The memory of one client before its first round. The keys are names."""
         return {}
 
     def server(self, layout: Layout) -> Tensors:
-        """The server state before the first round, by name. Names with a leading underscore are not broadcast."""
+        """The server state before the first round. Tensors whose names begin with an underscore are not broadcast."""
         return {}
 
     def decode(self, x: Tensor, side: Tensors) -> Tensor:
-        """The decoded messages `[K, …]`, each by itself."""
+        """Decode K messages `[K, …]`. The result of a message does not depend on the others."""
         return x
 
     def decode_sum(self, x: Tensor, key: Key) -> Tensor:
-        """The decoded sum of one model version, `[..., d]`: linear, and the same map for every client."""
+        """Decode the sum of one model version's messages to `[..., d]`. The map is linear and equal for all clients."""
         return x
 
     def nbytes(self, layout: Layout) -> int:
-        """Bytes of a message; an upper bound if the stage compresses bytes."""
+        """The number of bytes of a message; an upper bound if the stage compresses bytes."""
         return layout.d * layout.dtype.itemsize
 
     def sizes(self, payload: Tensor, side: Tensors) -> Tensor:
-        """Bytes of the message of each client, int64 `[K]`."""
+        """The number of bytes of each client's message, int64 `[K]`."""
         whole = sum(t.numel() * t.element_size() for t in (payload, *side.values()))
         return torch.full((len(payload),), whole // max(1, len(payload)), dtype=torch.int64)
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
-        """The total that the aggregator finalizes, and the server state after the round."""
+        """Return the total that the aggregator finalizes, and the server state after the round."""
         return total, server
 
     def contraction(self) -> Stage:
-        """This stage if E|x − C(x)|² < |x|² for every x, as error feedback requires; else the nearest such stage."""
+        """This stage if it is a contraction: E|x − C(x)|² < |x|² for every x. Otherwise a variant that is one.
+
+        Error feedback requires a contraction.
+        """
         return self
 
     def declare(self, layout: Layout) -> Mapping[str, Declared]:
-        """The declarations of the encoded vector, as `update`, and of the sums that the stage adds."""
+        """Declares the encoded vector under the name `update`, and the sums of the stage under their names."""
         return {"update": Declared(self.output_layout(layout).d, layout.dtype, "mean")}
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
@@ -491,7 +515,7 @@ class Stage(Protocol):
 
 
 class Group(Protocol):
-    """Processes that each hold a partial aggregate, as `Partial.reduce` sees them."""
+    """A group of processes. Each has a partial aggregate, and `Partial.reduce` combines these."""
 
     @property
     def rank(self) -> int:
@@ -512,7 +536,7 @@ class Group(Protocol):
         ...
 
     def all_reduce_max(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The largest of each number over all processes. Shapes and dtypes must be equal."""
+        """The elementwise maximum of each tensor over all processes. Shapes and dtypes must be equal."""
         ...
 
 
@@ -520,45 +544,46 @@ class Group(Protocol):
 class Partial(Protocol):
     """The aggregate of some contributions. Processes exchange it as named tensors.
 
-    Without `tensors` and `of` it cannot leave its process; without `reduce` it cannot be used on torchrun.
+    An aggregator whose partials lack `tensors` and `of` cannot be used with worker processes; one whose partials lack
+    `reduce` cannot be used with torchrun.
     """
 
     @abstractmethod
     def tensors(self) -> Tensors:
-        """The partial as tensors by name."""
+        """Convert the partial to named tensors."""
 
     @classmethod
     @abstractmethod
     def of(cls, tensors: Tensors) -> Self:
-        """The partial with these tensors."""
+        """The inverse of `tensors`: build a partial from named tensors."""
 
     @abstractmethod
     def reduce(self, group: Group) -> Self:
-        """The aggregate over all processes of the group, the same bits on each. Every process calls it."""
+        """The aggregate over all processes of the group. Every process must call it, and all get the same bits."""
 
 
 @runtime_checkable
 class Aggregator(Protocol):
-    """The combination of contributions. `fold` and `merge` are associative and commutative to the bit."""
+    """Combines contributions. `fold` and `merge` are associative and commutative to the bit."""
 
     def __repr__(self) -> str:
         return _text(self)
 
     @abstractmethod
     def zero(self) -> Any:
-        """The partial of no contribution."""
+        """An empty partial, to which no contribution was added."""
 
     @abstractmethod
     def fold(self, partial: Any, contribution: Contribution, ids: Ids) -> Any:
-        """The partial with K more contributions. `ids` are in the order of the contribution's rows."""
+        """Add K contributions to a partial. Row k of the contribution belongs to start k of `ids`."""
 
     @abstractmethod
     def merge(self, a: Any, b: Any) -> Any:
-        """The partial of both."""
+        """Combine two partials into one."""
 
     @abstractmethod
     def total(self, partial: Any) -> Total:
-        """The finished sums of a partial."""
+        """The sums of a partial, as a total."""
 
     @abstractmethod
     def finalize(self, total: Total, info: RoundInfo) -> Total:
@@ -571,7 +596,7 @@ class Aggregator(Protocol):
 
     @default
     def forms_sum(self) -> bool:
-        """Whether the update is Σ w·g, and not divided by a weight."""
+        """Whether the update is the sum Σ w·g, which is not divided by a weight."""
         return False
 
     @default
@@ -581,7 +606,7 @@ class Aggregator(Protocol):
 
     @default
     def over(self) -> Over:
-        """The weight that divides: of the contributions that `"arrived"`, or the `"expected"` one."""
+        """The divisor of the sum: `"arrived"`: the weight that arrived; `"expected"`: the expected weight."""
         return "arrived"
 
     @default
@@ -601,22 +626,26 @@ class Aggregator(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """The selection of the clients of a round."""
+    """Selects the clients of a round."""
 
     def __repr__(self) -> str:
         return _text(self)
 
     @abstractmethod
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
-        """The cohort of this round, ids rising; every draw comes from the key."""
+        """Select the cohort of this round, with ascending ids. All random numbers come from the key."""
 
     @default
     def interchangeable(self) -> bool:
-        """Whether every set of n clients is equally likely, so that a longer draw in random order replaces several."""
+        """Whether all sets of n clients are equally likely, so that one large draw can replace several draws of n."""
         return False
 
     def resized(self, ask: Callable[[int], int]) -> Sampler | None:
-        """The sampler of ask(n) clients for the n that it selects; None: its size cannot be changed."""
+        """A sampler that selects ask(n) clients if this sampler selects n; None: the size cannot be changed.
+
+        Args:
+            ask: returns the number of clients to start for a cohort of n, such as `Pace.cohort_size`.
+        """
         return None
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
@@ -626,7 +655,7 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Pace(Protocol):
-    """The decision when a round closes. It is a pure function of an `Open` round."""
+    """Decides when a round closes, as a pure function of the facts in `Open`."""
 
     def __repr__(self) -> str:
         return _text(self)
@@ -652,23 +681,27 @@ class Pace(Protocol):
 
     @default
     def deadline_s(self) -> float | None:
-        """Seconds after which a round need not wait; None: no deadline."""
+        """The number of seconds after which a round need not wait for more clients; None: there is no deadline."""
         return None
 
     def cohort_size(self, n: int) -> int:
-        """Clients that start for a cohort of n."""
+        """The number of clients that start for a cohort of n."""
         return n
 
     def required(self, started: int) -> int:
-        """Contributions that make a full round if `started` clients start."""
+        """The number of contributions that make a full round if `started` clients start."""
         return started
 
     def may_start(self, starts: int) -> bool:
-        """Whether a client may start again after `starts` starts since the start of the oldest one in flight."""
+        """Whether a client may start again.
+
+        Args:
+            starts: the number of starts of the client in rounds after that in which the oldest flight started.
+        """
         return True
 
     def staleness_weight(self, staleness: int) -> float:
-        """The factor of an update that started `staleness` rounds ago, in [0, 1]."""
+        """The factor, in [0, 1], that multiplies an update whose client started `staleness` rounds ago."""
         return 1.0
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
@@ -677,16 +710,20 @@ class Pace(Protocol):
 
 
 class Stepper(Protocol):
-    """Steps of an optimizer, in place, on tensors that the caller owns."""
+    """Makes optimizer steps in place on tensors that the caller owns."""
 
     def step(self, g: Tensor) -> None:
-        """One step down. g: `[k, d]` for the first k of K clients; k never grows."""
+        """Make one step against g.
+
+        Args:
+            g: the gradients of the first k of the K clients, `[k, d]`. From call to call k never increases.
+        """
         ...
 
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """A rule for steps down. To train clients, inherit `atoll.plan.optimizer.OptimizerBase`: it also steps in place."""
+    """A rule for optimizer steps. To train clients, inherit `atoll.plan.optimizer.OptimizerBase`."""
 
     def __repr__(self) -> str:
         return _text(self)
@@ -697,7 +734,7 @@ class Optimizer(Protocol):
 
     @abstractmethod
     def update(self, theta: Tensor, g: Tensor, sums: Tensors, state: Tensors, round: int) -> tuple[Tensor, Tensors]:
-        """θ after one step down along g, and the state after it. No argument is changed."""
+        """Return θ after one step against g, and the optimizer's state after the step. The arguments do not change."""
 
     @abstractmethod
     def lr_at(self, round: int, state: Tensors) -> float:
@@ -710,7 +747,7 @@ class Optimizer(Protocol):
 
     @default
     def schedule(self) -> Schedule:
-        """The learning rate as a schedule of the round; a constant 1 if the optimizer has none."""
+        """The learning rate as a schedule of the round. It is 1 if the optimizer has no learning rate."""
         return as_schedule(1.0 if self.lr is None else self.lr)
 
     @default
@@ -719,15 +756,19 @@ class Optimizer(Protocol):
         return False
 
     def is_plain_sgd(self) -> bool:
-        """Whether a step is θ − lr·g and nothing else, so that the backward pass may apply it."""
+        """Whether a step is exactly θ − lr·g, so that the backward pass may apply it."""
         return False
 
     def slots(self, theta: Tensor) -> dict[str, Tensor]:
-        """The state of clients before their first step; theta: `[d]` or `[K, d]`."""
+        """The optimizer state of clients before their first step.
+
+        Args:
+            theta: the model of one client, `[d]`, or of K clients, `[K, d]`.
+        """
         return {}
 
     def stepper(self, theta: Tensor, state: Tensors, lr: float) -> Stepper:
-        """Steps in place on theta and its state.
+        """A stepper that makes steps in place on `theta` and `state`.
 
         Raises:
             UsageError: the optimizer cannot step in place.

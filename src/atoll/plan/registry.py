@@ -66,10 +66,10 @@ _OLD = re.compile(
 
 
 def renamed(text: str) -> str:
-    """A plan text with old names of parts replaced by the present ones.
+    """Replace the former names of renamed parts in a plan text by the present names.
 
     Args:
-        text: of the grammar.
+        text: the text of a plan.
     Example:
         >>> renamed("Buffered(10, staleness=polynomial(1.0))"), renamed("sgd(polynomial(0.1, rounds=9))")
         ('Buffered(10, staleness=staleness_polynomial(1.0))', 'sgd(polynomial(0.1, rounds=9))')
@@ -81,8 +81,8 @@ def read_part(text: str, names: Mapping[str, Callable[..., Any]] = PARTS, *, tru
     """The part that a plan text describes.
 
     Args:
-        text: of the grammar, with the present names of parts.
-        names: constructors that the outermost call may name; its arguments may name all parts.
+        text: the text of a part, with the present names of parts.
+        names: the constructors that the outermost call may use; the arguments of this call may use all parts.
         trust: whether `module:name` may be imported.
     Raises:
         UsageError: the text contains an old name, or it describes no part.

@@ -1,4 +1,4 @@
-"""One round of any algorithm on any engine.
+"""Computes one round of any algorithm on any engine.
 
     cohort = sampler(clients, round)                     the clients that participate in the round
     gᵢ     = local(θ, dataᵢ)                             an update, uphill: a gradient, or θ − θᵢ after local steps
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from atoll.base.errors import UsageError
 from atoll.base.random import Key
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
@@ -35,7 +36,17 @@ from atoll.plan.codec.stage import Identity, roundtrip
 from atoll.plan.entropy import current_entropy
 from atoll.plan.in_flight import InFlight
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort, Contribution, EntropySource, Population, RoundInfo, Shared, Tensors, Total
+from atoll.plan.protocols import (
+    Cohort,
+    Contribution,
+    EntropySource,
+    Population,
+    RoundInfo,
+    Sampler,
+    Shared,
+    Tensors,
+    Total,
+)
 from atoll.plan.state import DownlinkState, State, versions
 
 
@@ -49,8 +60,9 @@ class Failure(NamedTuple):
 
 
 class FlightTimes(NamedTuple):
-    """The times of one flight, in seconds of the run: start, model received, computation finished, end; its outcome.
+    """The times of one flight in simulated seconds, and its outcome.
 
+    The client has received the model at `loaded` and has finished its computation at `computed`.
     `version` is the round whose model the client started from.
     """
 
@@ -68,10 +80,10 @@ class Kept(NamedTuple):
     """The contribution of one client that the caller of `gather` requested.
 
     Args:
-        client, repeat: the start.
+        client, repeat: the client, and the number of its earlier starts in the same round.
         version: the round whose model the client started from.
-        contribution: as the local part returned it, `[1, …]`.
-        decoded: as the server received it, `[1, …]`.
+        contribution: the contribution as the local part returned it; tensors `[1, …]`.
+        decoded: the contribution as the server received it, after encoding and decoding; tensors `[1, …]`.
     """
 
     client: int
@@ -82,7 +94,7 @@ class Kept(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """Results of `gather`: a partial sum for each model version, and the record of the clients that contributed."""
+    """The results of `gather`: a partial sum for each model version, and facts about the clients that contributed."""
 
     partials: Mapping[int, Any]
     arrived: Tensor  # int64 ids, increasing
@@ -116,19 +128,19 @@ class Report:
     """The report of a round.
 
     Args:
-        round: from 0.
-        metrics: by name.
-        cohort: number of clients that started.
-        arrived: number of contributions in the step.
-        failures: contributions that were lost.
-        bytes_up, bytes_down: of all messages.
-        seconds: time to compute the round.
+        round: the number of the round, from 0.
+        metrics: the value of each metric; the keys are names.
+        cohort: the number of clients that started.
+        arrived: the number of contributions that the server's step used.
+        failures: the contributions that were lost.
+        bytes_up, bytes_down: the bytes of all messages to the server, and of all messages to clients.
+        seconds: the time to compute the round.
         fingerprint: 12 hex digits, a hash of all bits of θ: `atoll.runs.fingerprint`.
-        clients: columns with one row per contribution: the id of the client, and its facts in the clear.
-        late: number of flights no longer awaited.
-        flying: number of clients in flight after the round has closed.
-        now: seconds of the run, if there is a clock.
-        trips: times of the flights that ended in the round, if there is a clock.
+        clients: columns with one row for each contribution: the id of the client, and facts such as its rows and bytes.
+        late: the number of flights that the server no longer waits for.
+        flying: the number of clients in flight after the round has closed.
+        now: the simulated time in seconds at the end of the round; None without a simulated clock.
+        trips: the times of the flights that ended in the round; empty without a simulated clock.
         notes: messages to print once.
     """
 
@@ -149,15 +161,14 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def to(self, **changes: Any) -> Report:
-        """The same report with some fields replaced."""
+        """A copy of the report in which these fields are replaced."""
         return dataclasses.replace(self, **changes)
 
 
 def bind(plan: Plan, engine: Engine) -> Plan:
-    """The same plan for one engine: its codecs know the layout of the model and the total weight of all clients.
+    """A copy of the plan whose codecs know the layout of the model and the total weight of all clients.
 
-    A plan is bound once for each training. As a value the bound plan equals the plan that was given. It holds no
-    engine, data or model.
+    A plan is bound once for each training. The copy equals the plan as a value. It contains no engine, data or model.
 
     Args:
         plan: the algorithm.
@@ -170,11 +181,11 @@ def bind(plan: Plan, engine: Engine) -> Plan:
 
 
 def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
-    """One round of any algorithm on any engine.
+    """Run one round of any algorithm on any engine.
 
     Args:
         plan: the algorithm, bound to the engine.
-        state: before the round. It does not change, except for the memory of accepted clients.
+        state: the state before the round. It does not change, except for the memory of accepted clients.
         engine: runs the clients.
     Returns:
         The state after the round, and its report.
@@ -194,12 +205,12 @@ class Opened(NamedTuple):
     """A round before its clients train.
 
     Args:
-        state: with θ as the clients of this round have it.
+        state: the state before the round, with the updated downlink.
         cohort: the clients that start; empty if clients of earlier rounds are in flight.
-        key: of all draws in the round.
-        plan: the algorithm, bound.
+        key: the key of all random numbers in the round.
+        plan: the algorithm, after `bind`.
         population: all clients.
-        entropy: random numbers that no key determines; every process of the training draws the same ones.
+        entropy: random numbers that no key determines. All processes of the training get equal numbers.
     """
 
     state: State
@@ -211,12 +222,12 @@ class Opened(NamedTuple):
 
 
 def open_round(plan: Plan, state: State, engine: Engine) -> Opened:
-    """Update the downlink and select the cohort. Nothing is computed by clients yet.
+    """Update the downlink and select the cohort. Clients have not computed anything yet.
 
     Args:
         plan: the algorithm, bound to the engine.
-        state: after the round before. It does not change.
-        engine: its population is read, and its processes agree on entropy.
+        state: the state after the previous round. It does not change.
+        engine: supplies the population, and makes entropy equal in all processes.
     Returns:
         The opened round, for `engine.gather` and `close_round`.
     """
@@ -232,8 +243,8 @@ class Closed(NamedTuple):
     Args:
         total: the exact sum of all contributions, after the server's half of the codec and of the local part.
         mean: the aggregate that the server optimizer receives; its sums are divided by rows.
-        state: after the round. Client memory is not stored yet.
-        report: of the round.
+        state: the state after the round. The new client memory is not stored yet.
+        report: the report of the round.
     """
 
     total: Total
@@ -248,8 +259,8 @@ def close_round(opened: Opened, gathered: Gathered) -> Closed:
     g = finalize(server_update(Σ_b s(b) · decode_sum_b(partial_b))) ;  θ⁺ = optimizer(θ, g, round)
 
     Args:
-        opened: of `open_round`.
-        gathered: of `engine.gather`.
+        opened: the result of `open_round`.
+        gathered: the result of `engine.gather`.
     Returns:
         The total, the mean, the state after the round, and the report.
     """
@@ -279,11 +290,44 @@ _EMPTY = Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.fl
 
 
 def draw_cohort(plan: Plan, state: State, population: Population, key: Key) -> Cohort:
-    """The cohort of a round that opens with no client in flight; otherwise empty, and only missing clients start."""
+    """Draw the cohort of a round. It is empty if clients are in flight: then the engine starts only missing clients."""
     if state.air.flights:
         return _EMPTY
     sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
-    return sampler(population, state.round, key.fold("cohort"))
+    return select(sampler, population, state.round, key.fold("cohort"))
+
+
+def select(sampler: Sampler, population: Population, round: int, key: Key) -> Cohort:
+    """The cohort that a sampler selects, after a check of its ids.
+
+    Args:
+        sampler: the sampler of a plan.
+        population: all clients.
+        round: the number of the round, from 0.
+        key: the key of the random numbers of the sampler.
+    Raises:
+        UsageError: the ids are not int64 `[n]`, do not increase, or are not ids of clients. The error states the
+            sampler.
+    Example:
+        >>> from atoll.plan.sampler import Everyone
+        >>> select(Everyone(), Population(3, torch.tensor([5, 5, 5])), 0, Key(0)).ids.tolist()
+        [0, 1, 2]
+    """
+    cohort = sampler(population, round, key)
+    ids = cohort.ids
+    wrong = ""
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        wrong = f"ids of shape {tuple(ids.shape)} and dtype {ids.dtype}"
+    elif len(ids) and (int(ids[0]) < 0 or int(ids[-1]) >= population.clients or bool((ids[1:] <= ids[:-1]).any())):
+        wrong = f"the ids {ids[:8].tolist()}{' …' if len(ids) > 8 else ''} of {population.clients} clients"
+    if wrong:
+        raise UsageError(
+            f"{sampler!r} selected {wrong} in round {round}.",
+            f"int64 ids that increase, from 0 to {population.clients - 1}.",
+            "an id is the number of a client, and a client is selected at most once in a round.",
+            "Uniform(10)",
+        )
+    return cohort
 
 
 def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
@@ -309,7 +353,7 @@ def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
 
 
 def model_drift(state: State, version: int) -> Tensor:
-    """θ − θ_b, float64 `[d]`: the change of the model since the version that these clients started from."""
+    """θ − θ_b, float64 `[d]`: the change of the model since the version b."""
     return state.model.theta.double() - state.version(version).model.theta.double()
 
 
@@ -336,7 +380,7 @@ def server_update(plan: Plan, total: Total, state: State, info: RoundInfo, key: 
 
 
 def finalize(plan: Plan, total: Total, info: RoundInfo) -> Total:
-    """The aggregate of the round. Every sum is divided by the number of rows that it covers."""
+    """Compute the aggregate of the round, and divide every sum by the number of rows that it covers."""
     mean = plan.aggregator.finalize(total, info)
     return mean._replace(sums=per_row(mean.sums))
 
@@ -354,14 +398,14 @@ def descend(plan: Plan, state: State, mean: Total, server: Shared, air: InFlight
 
 
 def per_row(sums: Tensors) -> dict[str, Tensor]:
-    """Each sum divided by the number of rows that it covers."""
+    """Divide each sum by the number of rows that it covers."""
     if "rows" not in sums:
         return {}
     return {n: t / sums["rows"].clamp(min=1) for n, t in sums.items() if n != "rows"}
 
 
 def _columns(arrived: Tensor, per_client: Tensors) -> dict[str, Tensor]:
-    """The aggregator's columns, one row per contribution. A client that the aggregator does not list has 0."""
+    """The aggregator's columns, one row for each contribution: 0 for a client that the aggregator does not list."""
     names = per_client.keys() - {"id"}
     if not names:
         return {}
@@ -377,7 +421,7 @@ def _columns(arrived: Tensor, per_client: Tensors) -> dict[str, Tensor]:
 
 
 def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
-    """The report of a round."""
+    """Build the report of a round."""
     metrics = {n: float(t) for n, t in mean.sums.items() if t.numel() == 1}
     if "update" in mean.means:
         metrics["gradient_norm"] = float(norm(mean.means["update"]))

@@ -44,7 +44,7 @@ def _enough(name: str, n: int, population: Population) -> None:
 
 @dataclass(frozen=True, repr=False)
 class Everyone(Sampler):
-    """Every client, every round.
+    """Selects every client in every round.
 
     Example:
         >>> Everyone()(Population(3, torch.tensor([5, 5, 5])), 0, Key(0)).ids.tolist()
@@ -57,10 +57,10 @@ class Everyone(Sampler):
 
 @dataclass(frozen=True, repr=False)
 class Uniform(Sampler):
-    """n of C clients, each set of n with the same probability. Each client is selected with probability n/C.
+    """Selects n of C clients. All sets of n clients are equally likely: each client is selected with probability n/C.
 
     Args:
-        n: number of clients, 1 … C.
+        n: the number of clients in a cohort, 1 … C.
     Raises:
         UsageError: n is not an integer ≥ 1, or it exceeds the population.
     Example:
@@ -75,7 +75,7 @@ class Uniform(Sampler):
         _count("Uniform", self.n)
 
     def resized(self, ask: Callable[[int], int]) -> Uniform:
-        """The same draw of ask(n) clients."""
+        """The same sampler for ask(n) clients in place of n."""
         return _with_n(self, ask)
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
@@ -85,10 +85,10 @@ class Uniform(Sampler):
 
 @dataclass(frozen=True, repr=False)
 class Fraction(Sampler):
-    """The fraction q of the clients, rounded to the nearest integer, at least one. They are drawn as by `Uniform`.
+    """Selects n clients like `Uniform`, where n is the fraction q of all clients, rounded to an integer ≥ 1.
 
     Args:
-        q: in (0, 1].
+        q: the fraction of the clients, in (0, 1].
     Raises:
         UsageError: q is out of range.
     Example:
@@ -104,7 +104,7 @@ class Fraction(Sampler):
             raise UsageError(f"Fraction({self.q!r}).", "a fraction in (0, 1].", write="Fraction(0.1)")
 
     def resized(self, ask: Callable[[int], int]) -> Sampler:
-        """A draw of ask(n) clients, n the number that this fraction selects."""
+        """A sampler that selects ask(n) clients, where n is the number of clients that this fraction selects."""
         return _Resized(self, ask) if ask(1000) > 1000 else self
 
     def count(self, clients: int) -> int:
@@ -122,10 +122,10 @@ def fraction(q: float) -> Fraction:
 
 @dataclass(frozen=True, repr=False)
 class Poisson(Sampler):
-    """Each client independently with probability q. A cohort may be empty.
+    """Selects each client independently with probability q. A cohort may be empty.
 
     Args:
-        q: in (0, 1].
+        q: the probability that a client is selected, in (0, 1].
     Raises:
         UsageError: q is out of range.
     Example:
@@ -146,7 +146,7 @@ class Poisson(Sampler):
         return _cohort((key.uniform(population.clients) < self.q).nonzero().squeeze(1), self.q)
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
-        """Every pace except `Sync()` counts starts, and this sampler fixes no number of them."""
+        """Refuse every pace except `Sync()`: the other paces need a cohort of fixed size."""
         if slots.pace != Sync():
             why = "every client is selected independently, so the size of a cohort is not fixed."
             yield Conflict(f"{self!r} with {slots.pace!r}.", "Sync(), or a cohort of n clients.", why, "Sync()")
@@ -154,16 +154,16 @@ class Poisson(Sampler):
 
 @dataclass(frozen=True, repr=False)
 class Weighted(Sampler):
-    """n clients without replacement, each with a probability proportional to its rows: n·wᵢ/Σw, at most 1.
+    """Selects n clients without replacement, each with a probability proportional to its rows: n·wᵢ/Σw, at most 1.
 
     Systematic sampling: the clients form a line in a keyed random order, each with a length equal to its rows. Marks at
     n equal distances select n clients. Combined with this sampler, `Mean(weights="equal")` estimates the mean over all
     rows. The estimate is unbiased if no probability is cut at 1.
 
     Args:
-        n: number of clients, 1 … number of clients that hold rows.
+        n: the number of clients in a cohort, at least 1 and at most the number of clients that have rows.
     Raises:
-        UsageError: n is not an integer ≥ 1, or it exceeds the number of clients that hold rows.
+        UsageError: n is not an integer ≥ 1, or it exceeds the number of clients that have rows.
     Example:
         >>> Weighted(2)(Population(3, torch.tensor([9, 1, 0])), 0, Key(0)).ids.tolist()
         [0, 1]
@@ -177,7 +177,7 @@ class Weighted(Sampler):
         _count("Weighted", self.n)
 
     def resized(self, ask: Callable[[int], int]) -> Weighted:
-        """The same draw of ask(n) clients."""
+        """The same sampler for ask(n) clients in place of n."""
         return _with_n(self, ask)
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
@@ -209,12 +209,12 @@ def _certain(sizes: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class RoundRobin(Sampler):
-    """n clients in turn, in a keyed order. A new order is drawn after all clients have participated.
+    """Selects n clients in turn, in a random order of all clients. The order changes after all have participated.
 
     If n divides C, each client participates exactly once in rounds 0 … C/n − 1, and again in every later C/n rounds.
 
     Args:
-        n: number of clients, 1 … C.
+        n: the number of clients in a cohort, 1 … C.
     Raises:
         UsageError: n is not an integer ≥ 1, or it exceeds the population.
     Example:
@@ -229,7 +229,7 @@ class RoundRobin(Sampler):
         _count("RoundRobin", self.n)
 
     def resized(self, ask: Callable[[int], int]) -> RoundRobin:
-        """The same order with ask(n) clients in turn."""
+        """The same sampler for ask(n) clients in place of n, in the same order."""
         return _with_n(self, ask)
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
@@ -252,7 +252,7 @@ def _with_n(sampler: S, ask: Callable[[int], int]) -> S:
 
 @dataclass(frozen=True, repr=False)
 class _Resized(Sampler):
-    """A draw of ask(n) clients for the n that a fraction selects."""
+    """A sampler of ask(n) clients, where n is the number of clients that a fraction selects."""
 
     sampler: Fraction
     ask: Callable[[int], int]

@@ -81,12 +81,12 @@ class Schedule:
 
 @dataclass(frozen=True, repr=False)
 class constant(Schedule):
-    """The same learning rate in every round; a bare number means this.
+    """The learning rate is the same in every round. A number in place of a schedule means this schedule.
 
     lr_t = lr
 
     Args:
-        lr: learning rate, > 0.
+        lr: the learning rate, > 0.
     Example:
         >>> constant(0.1)(1000)
         0.1
@@ -106,8 +106,8 @@ class step(Schedule):
 
     Args:
         lr: learning rate of the first `every` rounds, > 0.
-        every: rounds with the same learning rate, ≥ 1.
-        factor: 0 < factor ≤ 1.
+        every: the number of rounds with the same learning rate, ≥ 1.
+        factor: the factor after each such period, 0 < factor ≤ 1.
     Example:
         >>> [step(1, every=2, factor=0.5)(t) for t in range(5)]
         [1.0, 1.0, 0.5, 0.5, 0.25]
@@ -123,13 +123,13 @@ class step(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class exponential(Schedule):
-    """The same relative decrease in every round.
+    """The learning rate decreases by the same factor in every round.
 
     lr_t = lr · decayᵗ
 
     Args:
         lr: learning rate of round 0, > 0.
-        decay: 0 < decay ≤ 1.
+        decay: the factor from one round to the next, 0 < decay ≤ 1.
     Example:
         >>> exponential(1, decay=0.5)(3)
         0.125
@@ -191,13 +191,13 @@ class inverse_sqrt(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class cosine(Schedule):
-    """Half a cosine from `lr` down to `end`, then constant at `end`.
+    """The learning rate follows half a cosine from `lr` down to `end`, then stays at `end`.
 
     lr_t = end + (lr − end) · (1 + cos(π · min(t / rounds, 1))) / 2
 
     Args:
         lr: learning rate of round 0, > 0.
-        rounds: rounds until `end`, ≥ 1.
+        rounds: the number of rounds until the learning rate is `end`, ≥ 1.
         end: last learning rate, ≥ 0.
     Example:
         >>> [round(cosine(1, rounds=4)(t), 3) for t in range(6)]
@@ -216,14 +216,14 @@ class cosine(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class polynomial(Schedule):
-    """A power of the remaining fraction of rounds, down to `end`; power 1 is a straight line.
+    """The learning rate follows a power of the remaining fraction of rounds down to `end`. Power 1 is a straight line.
 
     lr_t = end + (lr − end) · (1 − min(t / rounds, 1))^power
 
     Args:
         lr: learning rate of round 0, > 0.
-        rounds: rounds until `end`, ≥ 1.
-        power: > 0.
+        rounds: the number of rounds until the learning rate is `end`, ≥ 1.
+        power: the exponent, > 0.
         end: last learning rate, ≥ 0.
     Example:
         >>> [polynomial(1, rounds=4)(t) for t in range(6)]
@@ -251,10 +251,10 @@ class plateau(Schedule):
 
     Args:
         lr: first learning rate, > 0.
-        factor: 0 < factor < 1.
-        patience: tolerated consecutive rounds without a new best, ≥ 0.
+        factor: the factor of the learning rate at a drop, 0 < factor < 1.
+        patience: the number of consecutive rounds without a new best that cause no drop, ≥ 0.
         threshold: relative decrease that counts as a new best, 0 ≤ threshold < 1.
-        cooldown: rounds after a drop that are not counted, ≥ 0.
+        cooldown: the number of rounds after a drop that do not count as rounds without a new best, ≥ 0.
         end: lowest learning rate, ≥ 0.
     Example:
         >>> rate = plateau(0.1, factor=0.5, patience=1)
@@ -424,7 +424,7 @@ def as_schedule(given: object) -> Schedule:
     Args:
         given: a schedule, or a number > 0.
     Raises:
-        UsageError: it is neither, the number is ≤ 0, or it is a prefix without a schedule after it.
+        UsageError: `given` is neither, the number is ≤ 0, or `given` is a prefix without a schedule after it.
     Example:
         >>> as_schedule(0.1)
         constant(0.1)

@@ -25,7 +25,7 @@ _version_of = operator.itemgetter(1)  # of a flight; half the time of attribute 
 
 
 class Store(Protocol):
-    """Client memory. A row exists after its first write; `first` is the memory of a client without a row."""
+    """Stores one row of memory for each client that has been written; `first` is the memory of any other client."""
 
     first: dict[str, Tensor]
 
@@ -39,24 +39,26 @@ def part_of(tensors: Tensors, part: str) -> dict[str, Tensor]:
 
 
 def public(tensors: Tensors) -> dict[str, Tensor]:
-    """The server state of a part that is broadcast: tensors whose names begin with an underscore stay at the server."""
+    """Select the server state that is broadcast. Tensors whose names begin with an underscore stay at the server."""
     return {n: t for n, t in tensors.items() if not n.rpartition(".")[2].startswith("_")}
 
 
 class DownlinkState(NamedTuple):
-    """θ as clients have it with a compressed downlink, and the lengths of the latest deltas.
+    """The model that clients have if the downlink is compressed, and the lengths of the latest deltas.
+
+    A delta is the compressed difference that the server sends to the clients in one round.
 
     Args:
-        theta: θ̂, `[d]`.
-        deltas: lengths in bytes of the latest rounds' deltas. A client that needs an older delta is sent the whole θ,
-            which is not longer.
+        theta: θ̂, the parameters that clients have, `[d]`. They differ from θ by the error of compression.
+        deltas: the lengths in bytes of the deltas of the latest rounds. If a client needs an older delta, the server
+            sends the whole θ, which is not longer.
     """
 
     theta: Tensor
     deltas: tuple[int, ...]
 
     def append(self, theta: Tensor, length: int) -> DownlinkState:
-        """The same with one more delta. Old deltas are dropped until all together are not longer than θ."""
+        """Append a delta. The oldest deltas are dropped until the rest together are not longer than θ."""
         deltas, whole = (*self.deltas, length), theta.numel() * theta.element_size()
         while sum(deltas) > whole:
             deltas = deltas[1:]
@@ -68,15 +70,15 @@ class State:
     """The complete state of a training between two rounds.
 
     Args:
-        round: number of the next round.
-        seed: of all keyed draws.
+        round: the number of the next round.
+        seed: the seed from which the keys of all random numbers derive.
         model: θ, buffers, counters and fixed tensors.
-        optimizer: state of the server optimizer.
-        server: server state of the local part and of the codec.
-        memory: client memory.
-        air: clients in flight.
-        versions: the broadcast of each model version that a client in flight started from.
-        sent: θ as clients have it, if the downlink is compressed.
+        optimizer: the state of the server optimizer.
+        server: the server state of the local part and of the codec.
+        memory: the client memory.
+        air: the clients in flight: they have started and have not arrived.
+        versions: the broadcasts that clients in flight started from; the keys are model versions.
+        sent: the model that clients have, if the downlink is compressed; else None.
     """
 
     round: int
@@ -98,22 +100,22 @@ class State:
         return cls(0, seed, model, plan.optimizer.init(model.theta), server, memory)
 
     def key(self, round: int | None = None) -> Key:
-        """The key of all draws in the next round, or in the given round."""
+        """The key of all random numbers in a round: in `round`, or in the next round if it is None."""
         return Key(self.seed).fold("round", self.round if round is None else round)
 
     @cached_property
     def broadcast(self) -> Broadcast:
-        """The broadcast to clients that start in the next round."""
+        """The broadcast that clients receive if they start in the next round."""
         model = self.model if self.sent is None else self.model._replace(theta=self.sent.theta)
         return Broadcast(self.round, model, {part: public(tensors) for part, tensors in self.server.items()})
 
     def version(self, round: int) -> Broadcast:
-        """The broadcast to clients that started in this round, the next one or an earlier one."""
+        """The broadcast that clients received, or will receive, if they start in round `round`."""
         return self.broadcast if round == self.round else self.versions[round]
 
 
 def versions(state: State, air: InFlight) -> dict[int, Broadcast]:
-    """The model versions that clients in flight started from, after the round has closed."""
+    """The broadcasts that clients in flight started from, after the round has closed. The keys are model versions."""
     if not air.flights:
         return {}
     kept, needed = {**state.versions, state.round: state.broadcast}, set(map(_version_of, air.flights))

@@ -1,6 +1,6 @@
 """Summarize the rows and labels of all clients for a plot of bounded size, for 3 clients or 10⁶.
 
-The order puts similar clients next to each other. At most `MOST_DRAWN` clients are drawn, at equal distances in this
+The plot puts similar clients next to each other. It shows at most `MOST_DRAWN` clients, at equal distances in this
 order. Labels are counted for at most `MOST_COUNTED` clients, at equal distances in the order by size. The summary
 states its omissions.
 
@@ -33,17 +33,19 @@ class Federation:
     """A summary of the rows and labels of the clients.
 
     Args:
-        ids: the ids of the drawn clients, in drawing order.
-        labels: the names of the drawn clients.
-        sizes: the number of rows of each drawn client, int64 `[drawn]`.
-        shares: the share of a client's rows in each class or in each tenth of the targets, float64
-            `[drawn, classes]`; each row sums to 1. None if the targets have more than one dimension.
+        ids: the ids of the D clients that the plot shows, in the order of the plot. D is at most `MOST_DRAWN`.
+        labels: the names of the clients in `ids`, for the axis of the plot.
+        sizes: the number of rows of each client in `ids`, int64 `[D]`.
+        shares: the share of each client's rows that falls into each class, float64 `[D, classes]`; each row sums to 1.
+            Targets that are numbers are divided into tenths, which replace the classes. None if the targets have more
+            than one dimension.
         classes: the names of the columns of `shares`.
-        of: the kind of the columns: "class" or "target"; "" without `shares`.
-        every: the numbers of rows of at most `MOST_COUNTED` clients of the population, ascending, int64.
+        of: "class" if the columns are classes, "target" if they are tenths of the targets, "" if `shares` is None.
+        every: the number of rows of each client of the population, ascending, int64. A larger population than
+            `MOST_COUNTED` is represented by `MOST_COUNTED` of its clients.
         count: the number of clients of the population.
-        measures: the measures of imbalance: name and value as text.
-        omitted: the omissions, as sentences.
+        measures: the measures of imbalance: each name, with its value as text.
+        omitted: sentences that state which clients and classes the plot does not show; "" if it shows all.
     """
 
     ids: tuple[int, ...]
@@ -59,7 +61,7 @@ class Federation:
 
 
 def summarize(data: Clients) -> Federation:
-    """Measure the imbalance of the clients and choose the clients to draw."""
+    """Measure the imbalance of the clients and choose the clients that the plot shows."""
     sizes = data.sizes
     by_size = torch.argsort(sizes, descending=True, stable=True)
     few = data.count <= MOST_COUNTED or (len(data.order) <= _CHEAP and data.count * _width(data) <= _CHEAP)

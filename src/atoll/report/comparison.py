@@ -41,8 +41,9 @@ class Curve:
     Args:
         name: the name of the run.
         rounds, values: the rounds and the metric, float64 `[measured]`.
-        bytes: bytes up and down from the first round to each of these rounds, float64 `[measured]`.
-        times: seconds from the first round to each of these rounds, float64 `[measured]`: virtual or computing time.
+        bytes: the bytes of all messages from the first round up to each of these rounds, float64 `[measured]`.
+        times: the virtual or computing time from the first round up to each of these rounds, in seconds, float64
+            `[measured]`.
     """
 
     name: str
@@ -80,7 +81,7 @@ class MetricComparison:
     """One metric of two runs.
 
     Args:
-        metric: the metric that both runs are compared by.
+        metric: the name of the metric.
         time: the kind of time: `CLOCK` if both runs have a virtual clock, else `SECONDS`.
         target: the value to reach. The default is the worse of the two best values, because both runs reach it.
         curves: the curves of the two runs.

@@ -31,8 +31,8 @@ class Tally:
     """Totals over the contributions in the log: bytes of each client, and the distribution of staleness.
 
     Args:
-        up, down: bytes sent and received, by client id.
-        staleness: the number of contributions, by staleness in rounds.
+        up, down: the bytes that each client sent and received; the keys are client ids.
+        staleness: the number of contributions of each staleness; the keys are the staleness in rounds.
         rounds: the number of rounds that were read.
         of: the number of rounds in the log.
     """
@@ -102,18 +102,18 @@ class FlightLog:
         return found
 
     def known(self) -> float:
-        """The time up to which all flights are in the table; a flight in progress leaves a gap in the numbers."""
+        """The time up to which the table is complete. A flight in progress is missing, and its number is a gap."""
         missing = np.flatnonzero(self.number != np.arange(len(self)))
         return float(self.start[missing[0]] if len(missing) else self.start[-1])
 
     def window(self, closings: Numbers, flying: bool, flights: float = 24.0, rounds: int = 3) -> float:
-        """The end of the drawn window, in seconds: the whole run, or `flights` times the median flight.
+        """The end of the part of the run that the timeline shows, in seconds.
 
         Args:
             closings: the times at which rounds closed, ascending.
             flying: whether some flights have not ended.
-            flights: the length of the window in median flights.
-            rounds: the number of rounds that must close in the window.
+            flights: the length of this part, as a multiple of the median duration of a flight.
+            rounds: the number of rounds that must close in this part.
         """
         last = float(self.end.max(initial=0.0))
         if flying and self.known() > last / 2:
@@ -151,7 +151,7 @@ class FlightLog:
         return rows, ()
 
     def at_work(self, until: float, rows: Whole, count: int, fate: int | None = 0) -> Numbers:
-        """The fraction of the time up to `until` in which each row is busy with flights of a fate; None: any fate."""
+        """For each row, the fraction of the time up to `until` in which a flight of this fate runs; None: any fate."""
         there = np.ones(len(self), dtype=bool) if fate is None else self.fate == fate
         spent = np.minimum(self.end, until) - np.minimum(self.start, until)
         return np.bincount(rows[there], weights=spent[there], minlength=count) / until

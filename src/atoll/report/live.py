@@ -75,7 +75,7 @@ def columns(training: TrainingView) -> tuple[Column, ...]:
 
 
 def _of_time(training: TrainingView) -> Iterator[Column]:
-    """The columns on lateness, flights in progress, staleness and virtual time, if plan and fleet need them."""
+    """The columns for lateness, flights in progress, staleness and virtual time, if plan or fleet needs them."""
     pace = training.plan.pace
     if not pace.asynchronous and (pace.cohort_size(1000) > 1000 or pace.deadline_s is not None):
         yield Column("late", "late", 4, 48)
@@ -95,7 +95,7 @@ def that_fit(all_columns: Sequence[Column], width: int) -> list[Column]:
 
 
 def cells(report: Report) -> dict[str, str]:
-    """The cells of a round, by column."""
+    """The cells of a round. The keys are columns."""
     return {
         "round": str(report.round),
         **{name: format_number(value) for name, value in report.metrics.items()},
@@ -122,10 +122,10 @@ class Best:
     """The best value of each metric so far, with its round and the cells of that round.
 
     Args:
-        rising: for each metric whether a higher value is better.
-        value: the best value of each metric.
-        round: the round of the best value.
-        shown: the cells of that round.
+        rising: for each metric, whether a higher value is better.
+        value: for each metric, the best value so far.
+        round: for each metric, the round of its best value.
+        shown: for each metric, the cells of this round.
     Example:
         >>> best = Best({"loss": False})
         >>> for t, loss in enumerate([2.0, 1.0, float("nan"), 1.5]):

@@ -159,7 +159,7 @@ def _clock(record: RunData) -> list[tuple[str, str, str]]:
 
 
 def _lateness(record: RunData) -> list[tuple[str, str, str]]:
-    """Tiles on staleness, on the number of model versions kept for flights in progress, and on late contributions."""
+    """Build tiles for staleness, the number of model versions kept for flights in progress, and late contributions."""
     tiles = []
     late = record.events.tally.staleness
     if late:
@@ -175,7 +175,7 @@ def _lateness(record: RunData) -> list[tuple[str, str, str]]:
 
 
 def _traffic(record: RunData) -> Html | None:
-    """Tiles on the bytes that each client sent and received in the whole run: median, smallest and largest."""
+    """Build tiles for the bytes that a client sent and received in the whole run: median, smallest and largest."""
     tally = record.events.tally
     pairs = []
     for words, of in (("bytes up, per client", tally.up), ("bytes down, per client", tally.down)):

@@ -45,7 +45,7 @@ class ClientRound:
 
 @dataclass
 class MissedContributions:
-    """The missed contributions of one client: their number, the last round, and the causes by stage."""
+    """The missed contributions of one client: their number, the last round, and the count of each (stage, cause)."""
 
     count: int = 0
     last: int = 0
@@ -104,7 +104,7 @@ class RunData:
         )
 
     def series(self, name: str) -> tuple[Numbers, Numbers]:
-        """The rounds in which a column has a number, and the numbers, float64 `[n]`; NaN and infinity count too."""
+        """The rounds in which a column has a number, and the numbers, float64 `[n]`; NaN and infinity are included."""
         found = [(row["round"], v) for row in self.rows if (v := _number(row.get(name))) is not None]
         pairs = np.array(found, dtype=np.float64).reshape(-1, 2)
         return pairs[:, 0], pairs[:, 1]

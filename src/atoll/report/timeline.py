@@ -88,7 +88,7 @@ def _shades(theme: Theme, fate: int) -> tuple[str, str, str]:
 
 
 def _bars(ax: Axes, shown: FlightLog, rows: Whole, thick: float, theme: Theme) -> None:
-    """Draw the rectangles, by phase and by whether the work counted."""
+    """Draw three rectangles for each flight: download, computing and upload. Lost work has another hue."""
     from matplotlib.collections import PolyCollection
 
     for lost in (False, True):

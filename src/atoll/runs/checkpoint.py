@@ -1,4 +1,4 @@
-"""A state as named plain tensors, and back: the content of a checkpoint.
+"""Converts a state to named plain tensors, the content of a checkpoint, and back.
 
 Tests: tests/faults/test_folder.py
 """
@@ -20,7 +20,7 @@ _WHOLE = torch.int64
 
 
 def state_to_tensors(state: State) -> dict[str, Tensor]:
-    """The tensors of a state by name, without the client state, the round and the seed."""
+    """Convert a state to named tensors. They do not include the client state, the round and the seed."""
     model = state.model
     out = {"model/theta": model.theta, "model/buffers": model.buffers}
     out |= under("counters/", model.counters) | under("fixed/", model.fixed)
@@ -47,8 +47,11 @@ def state_from_tensors(tensors: Mapping[str, Tensor], round: int, at: State) -> 
 
     Args:
         tensors: the result of `state_to_tensors`.
-        round: the round of the state.
-        at: a state of the same plan and seed; its client state is used.
+        round: the round of the returned state.
+        at: any state of the same plan and seed, a template. It supplies the three values that `tensors` does not
+            contain: the seed, the client state and the device. It is not modified.
+    Returns:
+        A new state with the values of `tensors`. It shares the client state with `at`.
     """
     device = at.model.theta.device
     tensors = {n: t.to(device) if _computed(n, t) else t for n, t in tensors.items()}
@@ -80,7 +83,7 @@ def state_from_tensors(tensors: Mapping[str, Tensor], round: int, at: State) -> 
 
 
 def _computed(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor of a state is on the device of the task: models, and tensors that are not a single number."""
+    """Whether a tensor of a state is stored on the device of the task: models, and tensors of several numbers."""
     group = name.partition("/")[0]
     return group != "air" and (tensor.dim() > 0 or group in ("model", "version", "counters", "fixed"))
 

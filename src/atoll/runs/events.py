@@ -27,13 +27,13 @@ class Run:
         path: the run folder; None if nothing was written.
         rounds: the number of finished rounds.
         metrics: the last value of each metric.
-        best: the best evaluated round: metric, value, round.
+        best: the name of the selection metric, its best value, and the round of this value.
         reason: why the training ended.
         status: "done", "failed" or "interrupted".
         seconds: the sum of the durations of all rounds.
-        bytes_up, bytes_down: bytes of all messages.
-        failures: the lost contributions of the rounds of this process.
-        reports: one report for each round of this process.
+        bytes_up, bytes_down: the bytes of all messages to the server, and of all messages to clients.
+        failures: the contributions that were lost since the training started or resumed.
+        reports: one report for each round since the training started or resumed.
         model: a new module with the final parameters.
         baselines: metrics of pooled and local-only training, if they were requested.
     """
@@ -54,14 +54,14 @@ class Run:
 
 
 class TrainingView(Protocol):
-    """The members of a training that an observer reads; a training has further ones.
+    """The members of a training that an observer may read.
 
     Members:
         plan, task, data, settings, fleet: the algorithm, the model, the clients, the settings and the durations.
         state: the state after the last round.
-        judge: the engine that evaluates held-out rows; None if there are none.
-        reason: why this backend computes.
-        judged_by: the metric that selects the best round, and whether more is better.
+        judge: the engine that evaluates held-out rows; None if the data has no held-out rows.
+        reason: why this backend was chosen.
+        judged_by: the metric that selects the best round, and whether larger values are better.
         outcome: why the training ended; None before its end.
         bytes_up, bytes_down: bytes of all messages so far.
     """

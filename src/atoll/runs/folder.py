@@ -1,4 +1,4 @@
-"""A run on disk: one folder that people can read and from which an interrupted run resumes.
+"""Reads and writes the folder of a run. People can read it, and an interrupted run resumes from it.
 
     config.toml          every setting of the run
     environment.json     versions, machine, numerics
@@ -74,10 +74,10 @@ def _installed() -> dict[str, str]:
 
 
 def environment(**more: Any) -> dict[str, Any]:
-    """The environment of a run: versions, machine, system, CPU, number of threads.
+    """Describe the environment of a run: versions, machine, system, CPU, number of threads.
 
     Args:
-        more: further entries, JSON values by name.
+        more: further entries: names with values that JSON can store.
     """
     return {
         **library_versions(),
@@ -141,7 +141,7 @@ def write(path: Path, data: bytes) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved state of a run: tensors by name, client memory, the best model so far or None, and JSON values."""
+    """A saved state of a run: named tensors, client memory, the best model so far or None, and JSON values."""
 
     tensors: Mapping[str, Tensor]
     memory: tuple[Mapping[str, Tensor], ...]
@@ -151,7 +151,7 @@ class Checkpoint:
 
 @dataclass
 class RunFolder:
-    """One run's folder. At most one process has it locked.
+    """The folder of one run. At most one process at a time can lock it.
 
     Args:
         path: the folder.
@@ -281,9 +281,10 @@ class RunFolder:
         """Save the state of the run: write the changed tensors, then replace the pointer.
 
         Args:
-            tensors: the state, by name.
-            memory: client memory that changed since the last checkpoint, with the client `ids`, int64 [n]; {} for none.
-            facts: JSON values by name; `round` names the files.
+            tensors: the state as named tensors.
+            memory: the client memory that changed since the last checkpoint, with the client `ids`, int64 [n]; {} if
+                nothing changed.
+            facts: further JSON values; the value `round` is part of the file names.
             best: the best model so far; None if it has not changed since the last checkpoint.
         Raises:
             RunError: a file cannot be written. The last checkpoint is intact.
@@ -322,7 +323,7 @@ class RunFolder:
                 old.unlink(missing_ok=True)
 
     def _named(self, kind: str) -> str:
-        """The file of this kind that the last pointer names, or "" if there is none."""
+        """The file of this kind that the last pointer names; "" if it names no such file."""
         return next((name for name in self._files if name.startswith(f"{kind}-")), "")
 
     def _add_segment(self, memory: Mapping[str, Tensor], digests: dict[str, str]) -> dict[str, set[int]]:
@@ -342,7 +343,7 @@ class RunFolder:
         return sha256(data).hexdigest()
 
     def restore(self, *, any_version: bool = False) -> Checkpoint | None:
-        """Read the last checkpoint. Nothing in the folder changes.
+        """Read the last checkpoint. The folder does not change.
 
         Args:
             any_version: whether to accept a checkpoint of other versions of torch, NumPy or atoll.

@@ -133,7 +133,7 @@ def _check_settle(part: Any, d: int, sums: Tensors, shared: Tensors) -> None:
 
 
 def _updated(part: Any) -> Callable[[Total, Tensors], tuple[Total, Tensors]]:
-    """The server's half, with the same known entropy at each call."""
+    """Call `server_update` with the same known entropy each time."""
     return lambda total, server: part.server_update(total, server, round_info(), Key(7).fold("settle"))
 
 
@@ -160,8 +160,8 @@ def check_aggregator(part: Any) -> None:
     """Check the contract of an aggregator.
 
     `fold` and `merge` are associative and commutative: they give the same bits for every order and grouping of
-    contributions with numbers between 10⁻¹² and 10¹⁹ in size. `zero()` is the sum of no contribution, and no other call
-    changes it. `tensors()` of a partial gives plain tensors by name, `of` rebuilds the partial from them, and `reduce`
+    contributions with numbers between 10⁻¹² and 10¹⁹ in size. `zero()` is an empty sum, and no other call changes
+    it. `tensors()` of a partial gives plain tensors by name, `of` rebuilds the partial from them, and `reduce`
     adds the partials of a group of processes. A rule with `linear = True` is linear in the updates. An empty round is
     legal. Of each counter the largest is kept.
 

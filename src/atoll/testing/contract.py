@@ -68,32 +68,35 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def copied(tree: T) -> T:
-    """The same tree of containers with every tensor copied."""
+    """Copy a tree of containers, including every tensor."""
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)  # type: ignore[no-any-return]
 
 
 def row(tree: Any, k: int | slice) -> Any:
-    """Client k out of K, in every tensor of a tree. The leading axis remains, with length 1."""
+    """Select client k of K in every tensor of a tree. The first axis remains, with length 1."""
     index = slice(k, k + 1) if isinstance(k, int) else k
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[index], tree)
 
 
 def lanes(template: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
-    """The memory of one client repeated for k clients: `[k, …]` by name."""
+    """Repeat the memory of one client for k clients: tensors `[k, …]`."""
     return {n: t.expand(k, *t.shape).clone() for n, t in template.items()}
 
 
 def pure(subject: str, function: Callable[..., T], *given: Any) -> T:
-    """The result of a function of the part, which must be pure: it depends only on its arguments and changes none.
+    """Call a function of a part twice, check that it is pure, and return its result.
+
+    A pure function depends on its arguments only and changes none of them.
 
     Args:
-        subject: the part and its method, for the error.
-        function: is called twice.
-        given: its arguments.
+        subject: the part and the method, for the error.
+        function: the function to check.
+        given: the arguments of the function.
     Returns:
         The result of the first call.
     Raises:
-        Nonconformity: the function changes an argument, draws from a global generator, or gives two results.
+        Nonconformity: the function changes an argument, uses a global random generator, or returns two different
+            results.
     """
     before, drawn = copied(given), generator_states()
     first = copied(refused(subject, function, *given))
@@ -141,7 +144,7 @@ def _seen(x: Any) -> str:
 
 
 def leading(subject: str, tensors: Any, k: int, whole: bool = False) -> None:
-    """Refuse tensors by name whose first axis has not the length k, or, with `whole`, that are no integers."""
+    """Refuse tensors whose first axis does not have length k. `whole` also refuses tensors that are not integers."""
     require(
         isinstance(tensors, Mapping), f"{subject} is {type(tensors).__name__}.", "tensors by name.", "names are used."
     )
@@ -156,7 +159,7 @@ def leading(subject: str, tensors: Any, k: int, whole: bool = False) -> None:
 
 
 def refused(subject: str, function: Callable[..., T], *given: Any) -> T:
-    """The result of a function of the part. Every exception becomes a Nonconformity."""
+    """Call a function of a part and return its result. Every exception becomes a Nonconformity."""
     try:
         return function(*given)
     except Nonconformity:
@@ -170,7 +173,7 @@ def refused(subject: str, function: Callable[..., T], *given: Any) -> T:
 
 
 def on_meta(subject: str, function: Callable[..., T], *given: Any) -> T:
-    """The result of a function of the part for meta tensors: it must not read numbers or move tensors."""
+    """Call a function of a part with meta tensors. It must not read values or move tensors."""
     try:
         return function(*given)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
@@ -188,7 +191,7 @@ def check_value(part: Any) -> None:
     Args:
         part: any part of a plan.
     Raises:
-        Nonconformity: the part is no value.
+        Nonconformity: the part lacks one of these properties.
     Example:
         >>> from atoll.plan.sampler import Uniform
         >>> check_value(Uniform(3))
@@ -236,7 +239,7 @@ def _names(part: Any) -> dict[str, Callable[..., Any]]:
 
 
 def known_entropy(seed: int = 0) -> EntropySource:
-    """An entropy source with known numbers: two sources with the same seed draw the same numbers.
+    """An entropy source with known numbers: two sources with the same seed return the same numbers.
 
     Args:
         seed: any integer.
@@ -258,8 +261,8 @@ def round_info(population: Population | None = None, round: int = 0, seed: int =
 
     Args:
         population: all clients; None: seven clients that hold 3, 6, …, 21 rows.
-        round: from 0.
-        seed: of `known_entropy`.
+        round: the number of the round, from 0.
+        seed: the seed of `known_entropy`.
     Example:
         >>> round_info().cohort_size
         7
@@ -270,15 +273,16 @@ def round_info(population: Population | None = None, round: int = 0, seed: int =
 
 
 def check_declared(subject: str, declared: Mapping[str, Declared], means: Tensors, sums: Tensors) -> None:
-    """Refuse a contribution whose names, lengths, dtypes or bounds differ from their declaration.
+    """Check that the means and sums of K clients match their declarations.
 
     Args:
-        subject: the part and its method, for the error.
-        declared: by name.
-        means: `[K, m]` by name.
-        sums: `[K]` or `[K, s]` by name.
+        subject: the part and the method that made the contribution, for the error.
+        declared: the result of `declare`: the declaration of each name.
+        means: tensors `[K, length]`; the keys are the declared names of kind "mean".
+        sums: tensors `[K]` or `[K, length]`; the keys are the declared names of kind "sum".
     Raises:
-        Nonconformity: a name, a length, a dtype or a norm differs.
+        Nonconformity: a name is missing or not declared, a length or the dtype of a mean differs from the declaration,
+            or the Euclidean norm of a row exceeds the declared bound.
     """
     name, difference = undeclared(declared, means, sums)
     require(
@@ -333,10 +337,10 @@ class _Threads:
 
 
 def in_group(functions: Sequence[Callable[[Group], T]]) -> list[T]:
-    """The results of functions that run in parallel, one per member of a group, like processes of torchrun.
+    """Run functions in parallel as the members of a group, like processes of torchrun, and return their results.
 
     Args:
-        functions: one per member; each receives the group.
+        functions: one function for each member; it receives the group.
     Example:
         >>> in_group([lambda group: int(group.all_reduce_sum([torch.tensor(group.rank)])[0])] * 3)
         [3, 3, 3]

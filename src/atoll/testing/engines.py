@@ -1,4 +1,4 @@
-"""The contract of an engine: it gives the bits of `InProcess()`, and failures are data.
+"""The contract of an engine: its results equal those of `InProcess()` to the bit, and it records failures.
 
 Tests: tests/conformance/test_parts.py
 """
@@ -42,13 +42,14 @@ PLANS = (
 def check_engine(make_engine: Make) -> None:
     """Check the contract of an engine.
 
-    For every plan and two backends, two rounds give the bits of the in-process engine: model, memory, metrics, bytes.
+    For each plan and each of two backends the check runs two rounds. Model, memory, metrics and bytes must equal those
+    of the in-process engine to the bit.
     The order of a cohort changes nothing. An empty cohort is legal. `gather` does not change the state. A client that
-    raises, or whose numbers are not finite, costs one contribution and gives one failure with its id. The round then
-    equals a round without this client. If all clients raise the same error, the engine raises it.
+    raises, or whose numbers are not finite, costs one contribution, and the engine records one failure with its id. The
+    round then equals a round without this client. If all clients raise the same error, the engine raises it.
 
     Args:
-        make_engine: `make_engine(task, data) -> Engine`.
+        make_engine: builds the engine to check: `make_engine(task, data) -> Engine`.
     Raises:
         Nonconformity: the engine breaks the contract.
     Example:

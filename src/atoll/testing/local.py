@@ -45,7 +45,7 @@ def problem(norm: bool = False, dtype: torch.dtype = torch.float32) -> Task:
 
 
 def clients(sizes: tuple[int, ...] = SIZES) -> Clients:
-    """Clients that hold `sizes` rows of three features, each row one of three classes."""
+    """Clients with `sizes` rows. A row has three features and one of three classes."""
     rows, key = sum(sizes), Key(7).fold("data")
     x = key.fold("x").normal(rows * 3, torch.float32).reshape(rows, 3)
     y = key.fold("y").integers(rows, 3)
@@ -57,7 +57,7 @@ def check_local(part: Any) -> None:
     """Check the contract of a local part.
 
     It returns one row per client: float means, sums with the number of rows that they cover, and as weight the number
-    of rows that the client holds. The row of a client depends neither on the other clients of the chunk nor on their
+    of rows of the client. The row of a client depends neither on the other clients of the chunk nor on their
     number. Memory and server state keep names, shapes and dtypes. Means and sums are as declared. Results depend only
     on the key and the arguments. The check uses a model with and a model without batch statistics, on the backend that
     the part requires (`numerics`), else on `lanes`.
@@ -79,7 +79,7 @@ def check_local(part: Any) -> None:
 
 
 def _chunks(part: Any, data: Clients) -> list[Tensor]:
-    """The ids of the clients of each width. An engine computes clients of one width together."""
+    """Group client ids by the padded length of their batches. An engine computes clients of equal length together."""
     widths = [part.padded_batch(n) for n in data.sizes.tolist()]
     require(
         all(isinstance(w, int) and w >= 1 for w in widths),

@@ -35,7 +35,7 @@ _COUNTS = (*range(1, 41), 1000, 10**5)
 
 @dataclass(frozen=True)
 class _Seen:
-    """An open round as a pace sees it: `arrived` contributions, and the starts of each arrived client."""
+    """The facts about an open round that a pace can read: `arrived` contributions, and the starts of each client."""
 
     wanted: int
     arrived: int

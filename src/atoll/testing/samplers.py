@@ -27,7 +27,7 @@ _FAR = 5.5
 def check_sampler(part: Any) -> None:
     """Check the contract of a sampler.
 
-    The ids are different clients of the population, and a function of the key and the round. Over 1000 rounds each
+    The ids are distinct clients of the population. They depend on the key and the round only. Over 1000 rounds each
     client is selected as often as its `chance` predicts: |count − Σ chance| ≤ 5.5 standard deviations.
 
     Args:
@@ -111,7 +111,7 @@ def _check_cohort(subject: str, cohort: Cohort, clients: int) -> None:
 def check_partition(part: Any) -> None:
     """Check the contract of a partition.
 
-    Every training row has one owner among the clients, and the owners are a function of the key. A split by this
+    Every training row has one owner among the clients. Equal keys give equal owners. A split by this
     partition holds out the same rows as any other split. A row has the same numbers in every batch.
 
     Args:

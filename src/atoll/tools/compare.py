@@ -25,6 +25,7 @@ from atoll.report.comparison import CLOCK, SECONDS, MetricComparison, draw_compa
 from atoll.report.format import format_number, label
 from atoll.report.run_data import Events, RunData
 from atoll.tools.rebuild import write_output
+from atoll.training.settings import is_old_default
 
 _LONG = 48  # characters; a longer setting is printed on separate lines
 PLAIN = ("gradient_norm", "lr")  # shown without a mark, because neither direction is better
@@ -200,7 +201,8 @@ def _drawn(metric: MetricComparison, out: Path) -> Path:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        return dotted(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+        values = dotted(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+        return {key: value for key, value in values.items() if not is_old_default(key, value)}
     except OSError:
         raise UsageError(
             f"{folder} is not the folder of a run.",

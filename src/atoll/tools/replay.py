@@ -31,7 +31,7 @@ from atoll.engine.simulation.arrivals import Arrivals, message_bytes, simulate_r
 from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
-from atoll.plan.round import Opened, close_round, open_round, step
+from atoll.plan.round import Opened, close_round, open_round, select, step
 from atoll.report.format import size
 from atoll.runs.checkpoint import state_from_tensors
 from atoll.runs.fingerprint import fingerprint
@@ -280,7 +280,7 @@ def _drawn(training: Training) -> bool:
 
 def _cohort(training: Training, round: int) -> list[int]:
     key = Key(training.settings.seed).fold("round", round).fold("cohort")
-    ids: list[int] = training.plan.sampler(training.engine.population, round, key).ids.tolist()
+    ids: list[int] = select(training.plan.sampler, training.engine.population, round, key).ids.tolist()
     return ids
 
 

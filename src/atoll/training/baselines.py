@@ -1,6 +1,6 @@
-"""Baselines of a federated run: training on all rows in one place, and training of each client alone on its rows.
+"""Baselines of a federated run: training on all rows in one place, and training of each client on its own rows.
 
-    pooled    one client that holds every training row, trained by the local part of the run
+    pooled    one client that has every training row trains with the local part of the run
     local     each client trains on its own rows only; its model is evaluated on the held-out rows
 
 Both start from the first model of the run and see the same number of samples. A client that is selected with
@@ -55,11 +55,12 @@ def compare_baselines(training: Training) -> dict[str, dict[str, Any]]:
     Args:
         training: a training with at least one round; it is not changed.
     Returns:
-        Plain values. `pooled`: `held_out_loss`, every metric, and `samples`, the number of samples seen. `local`: the
-        mean of each metric over clients with equal weights, and `…_sd`, `…_min`, `…_max`; `clients`, the number of
-        trained clients, at most 200, drawn by key out of `population`; `samples`, the mean number of samples seen by a
-        client. If a model becomes non-finite, its last finite state is evaluated. `diverged` is then the round in which
-        the pooled model diverged, or the number of clients that diverged. Without held-out rows no model can be
+        Plain values. `pooled` contains `held_out_loss`, every metric, and `samples`, the number of samples seen.
+        `local` contains the mean of each metric over clients with equal weights, and `…_sd`, `…_min`, `…_max`;
+        `clients`, the number of trained clients, at most 200, selected at random from all `population` clients; and
+        `samples`, the mean number of samples seen by a client. If a model becomes non-finite, its last finite state is
+        evaluated. `diverged` is then the round in which the pooled model diverged, or the number of clients that
+        diverged. Without held-out rows no model can be
         evaluated, and `skipped` contains the `reason`.
     Example:
         >>> import atoll
@@ -85,7 +86,7 @@ def compare_baselines(training: Training) -> dict[str, dict[str, Any]]:
 
 
 def pooled(training: Training) -> dict[str, Any]:
-    """Train one client that holds every row, and evaluate its model; see `compare_baselines`."""
+    """Train one client that has every row, and evaluate its model; see `compare_baselines`."""
     data, count = training.data.pooled(), training.state.round
     plan, share = _gathered(_solo(training.plan), training.data.sizes, _chances(training))
     # The loop is the fastest backend for one client. Another backend changes only the last bits.

@@ -1,4 +1,4 @@
-"""An experiment: the settings of `atoll run` as plain values, and as a TOML file.
+"""An experiment contains the settings of `atoll run`. It is read from and written to a TOML file.
 
     flag  >  --set  >  environment, ATOLL_…  >  file  >  default            the first that gives a value wins
 
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from atoll.base import grammar
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.names import dotted
-from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, checked, of_text, read_toml, toml
-from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, setting
+from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, as_text, checked, of_text, read_toml, toml
+from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, is_old_default, setting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,20 +51,25 @@ class Experiment(grammar.Value, TrainingFields):
 
     Args:
         dataset: the name of a data set, or the path of a CSV file or of a folder of arrays.
-        folder, target, by, task, missing, scale: of the data, see `atoll.data.load`.
-        clients: number of clients; None: the natural ones, else 100, or fewer so that each has ten rows.
-        split: a partition; None: the natural clients, else `Dirichlet(0.3)` if rows have classes, else `IID()`.
-        held_out: fraction of the rows that no client gets, in [0, 1).
-        min_rows: rows that each client has at least.
-        model: a name, or `module:factory`; None: "mlp", and "lstm" for tokens.
+        folder, target, by, task, missing, scale: how the data is read; `atoll.data.load` explains them.
+        clients: the number of clients. None: the natural clients if the data has any; otherwise 100, or fewer, so that
+            each client has at least ten rows.
+        split: the partition. None: the natural clients if the data has any; otherwise `Dirichlet(0.3)` if rows have
+            classes, and `IID()` if not.
+        held_out: the fraction of the rows that no client gets, in [0, 1).
+        min_rows: the smallest number of rows of a client.
+        model: a name, or `module:factory`; None: "lstm" if rows contain tokens, otherwise "mlp".
         recipe: a recipe or a whole plan; None: `fedavg`, with a learning rate by the kind of data.
         baselines: whether pooled and local-only models are trained for comparison.
-        checkpoint_s: seconds between two checkpoints.
+        checkpoint_s: the number of seconds between two checkpoints.
         report: whether plots and report.html are drawn at the end.
         out: the parent of run folders.
-        overrides: parts that replace those of the recipe, as text by slot: `{"pace": "Sync()", "optimizer.lr": "0.5"}`.
-        engine_fields: fields of the engine from `--workers`, `--gpus` and so on.
-        untrusted: names of settings that must not import code, because their text was not typed at this machine.
+        overrides: texts of parts that replace parts of the recipe. The keys are slots, or fields of slots:
+            `{"pace": "Sync()", "optimizer.lr": "0.5"}`.
+        engine_fields: the fields of the engine that `--workers`, `--gpus` and similar flags set.
+        untrusted: the names of settings that must not import code, because their text was not typed at this machine.
+    Raises:
+        UsageError: a value has no text, for example a function as `loss`.
     Example:
         >>> it = Experiment().with_settings({"rounds": "5", "plan.optimizer": "adam(0.01)"})
         >>> it.rounds, it.plan().optimizer
@@ -98,19 +103,24 @@ class Experiment(grammar.Value, TrainingFields):
     engine_fields: Mapping[str, Any] = field(default_factory=dict)
     untrusted: frozenset[str] = field(default=frozenset(), compare=False)
 
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if "setting" in f.metadata:
+                object.__setattr__(self, f.name, as_text(f.name, getattr(self, f.name)))
+
     # reading and writing
 
     @classmethod
     def read(cls, path: str | Path, *, trust: bool | None = None, old_names: bool = False) -> Experiment:
-        """The experiment of a TOML file: a separate file, pyproject.toml, or the config.toml of a run.
+        """Read an experiment from a TOML file: a separate file, pyproject.toml, or the config.toml of a run.
 
         Args:
             path: the file, or a run's folder.
             trust: whether the file may name code; None: yes, except for a config.toml, which another user may have
                 written.
-            old_names: whether plan texts may contain old names of renamed parts.
+            old_names: whether plan texts may contain the former names of renamed parts.
         Raises:
-            UsageError: the file is missing or malformed, or holds an unknown key or a value of another type.
+            UsageError: the file is missing or malformed, or contains an unknown key or a value of another type.
         """
         file = Path(path)
         file = file / "config.toml" if file.is_dir() else file
@@ -127,7 +137,9 @@ class Experiment(grammar.Value, TrainingFields):
                 f"atoll.train(model, data, plan, resume={str(file.parent)!r})",
             )
         trust = file.name != "config.toml" if trust is None else trust
-        given = _from_file(values)
+        given = dotted(values)
+        if file.name == "config.toml":  # a run folder; in the file of a user such a value has a meaning
+            given = {key: value for key, value in given.items() if not is_old_default(key, value)}
         if old_names:
             from atoll.plan.registry import renamed
 
@@ -141,17 +153,17 @@ class Experiment(grammar.Value, TrainingFields):
         for name in ("atoll.toml", "pyproject.toml"):
             file = Path(folder) / name
             if file.is_file() and (values := read_toml(file)) is not None:
-                return cls()._with(_from_file(values), name, trust=trust)
+                return cls()._with(dotted(values), name, trust=trust)
         return cls()
 
     def with_settings(self, texts: Mapping[str, str], where: str = "--set") -> Experiment:
-        """A copy with settings given as texts by dotted key, as `--set` and the environment give them.
+        """A copy with other settings. They are texts with dotted keys, as in `--set`.
 
         Args:
-            texts: the texts by key.
+            texts: a text for each key.
             where: the source of the texts, for errors.
         Raises:
-            UsageError: an unknown key, with the most similar key; or a value of another type.
+            UsageError: a key is unknown, or a value is of another type. The error suggests the most similar key.
         Example:
             >>> Experiment().with_settings({"held_out": "0.1", "plan.pace": "Sync()"})
             Experiment(held_out=0.1, overrides={'pace': 'Sync()'})
@@ -167,20 +179,22 @@ class Experiment(grammar.Value, TrainingFields):
             >>> Experiment().with_environment({"ATOLL_HELD_OUT": "0.1"}).held_out
             0.1
         """
-        it = self
+        texts = dict[str, str]()
         keys = {name: key for name, key in _fields().items() if name != "overrides"}
         for name, key in {**keys, **{name: name for name in ENGINE_FIELDS}}.items():
             variable = f"ATOLL_{name.upper()}"
             if variable in environ:
-                it = it.with_settings({key: environ[variable]}, variable)
+                texts[key] = environ[variable]
+                self.with_settings({key: environ[variable]}, variable)  # its error names the variable
         for variable in sorted(environ):
             if variable.startswith("ATOLL_PLAN_"):
                 slot = variable.removeprefix("ATOLL_PLAN_").lower()
-                it = it.with_settings({f"plan.{slot}": environ[variable]}, variable)
-        return it
+                texts[f"plan.{slot}"] = environ[variable]
+                self.with_settings({f"plan.{slot}": environ[variable]}, variable)
+        return self.with_settings(texts, "the environment")  # together, so that a field given twice is refused
 
     def override(self, **values: Any) -> Experiment:
-        """A copy with settings given as values; None changes nothing.
+        """A copy with these values as settings. The value None changes nothing.
 
         Example:
             >>> Experiment().override(data="wine", rounds=3, clients=None)
@@ -250,15 +264,17 @@ class Experiment(grammar.Value, TrainingFields):
         return it
 
     def toml(self) -> str:
-        """The experiment as the text of a TOML file with every setting; `read` returns an equal experiment."""
+        """Write all settings as the text of a TOML file. `read` makes an equal experiment from this text."""
+        from atoll.engine.spec import spec_text
+
         lines = ["# All settings of the run, with defaults. `atoll run` of this file repeats the run."]
         written = "(" in str(self.engine) and bool(self.engine_fields)
-        it = self._to(engine=repr(self.spec()), engine_fields={}) if written else self
+        it = self._to(engine=spec_text(self.spec()), engine_fields={}) if written else self
         for name, key in _fields().items():
             value = getattr(it, name)
             if value is not None and name != "overrides":
                 lines.append(f"{key} = {toml(value)}")
-        lines += [f"{name} = {toml(value)}" for name, value in it.engine_fields.items()]
+        lines += [f"{name} = {toml(value)}" for name, value in it.engine_fields.items() if value is not None]
         if self.overrides:
             lines += ["", "[plan]"]
             lines += [f"{toml(slot)} = {toml(text)}" for slot, text in self.overrides.items()]
@@ -346,7 +362,7 @@ class Experiment(grammar.Value, TrainingFields):
         return dataclasses.replace(plan, **parts)
 
     def module(self) -> nn.Module:
-        """The model before the first round; numbers can be loaded into it."""
+        """Build the model before the first round, for example to load saved parameters into it."""
         from atoll import models
         from atoll.base.random import Key
         from atoll.training.rounds import DTYPES
@@ -388,14 +404,14 @@ class Experiment(grammar.Value, TrainingFields):
     def _checked(self, **changes: Any) -> dict[str, Any]:
         """The keyword arguments of `atoll.Settings`, after a check that reads no data."""
         values = self._settings(**changes)
-        Settings(**values)
+        Settings.from_kwargs(values)
         return values
 
     def training(self, **changes: Any) -> Training:
         """The training before its first round, for your own loop; no file is written.
 
         Args:
-            changes: fields of `atoll.Settings` with other values.
+            changes: values that replace fields of `atoll.Settings`.
         """
         from atoll.training.rounds import Training
 
@@ -407,12 +423,13 @@ class Experiment(grammar.Value, TrainingFields):
         """Train: `atoll.train` with the settings of the experiment.
 
         Args:
-            more: further arguments of `atoll.train`, with precedence. With `resume=`, the backend and the device of the
-                run are kept.
+            more: further arguments of `atoll.train`; they take precedence over the experiment. With `resume=`, the
+                training keeps the backend and the device of the run.
         """
         from atoll.training.train import train
 
-        changes = {name: value for name, value in more.items() if name in Settings.__dataclass_fields__}
+        known = Settings.__dataclass_fields__.keys() | ENGINE_FIELDS.keys()  # `_checked` refuses a field of an engine
+        changes = {name: value for name, value in more.items() if name in known}
         self._checked(**changes)
         it = self.resolved()
         if more.get("resume") is not None:
@@ -456,7 +473,7 @@ _DEFAULT = Experiment()
 
 
 def settings() -> list[dataclasses.Field[Any]]:
-    """The fields of `Experiment` that are settings, in the order of their groups."""
+    """The fields of `Experiment` that are settings, sorted by their groups."""
     found = [f for f in dataclasses.fields(Experiment) if "setting" in f.metadata]
 
     # The name of a model and a recipe come before the settings that are shared with `Settings`.
@@ -482,12 +499,6 @@ def types() -> dict[str, Any]:
     unknown = dict.fromkeys(("Tensor", "Fleet", "Metric", "PerExample", "EngineSpec"), Any)  # their modules load torch
     hints = get_type_hints(Experiment, localns={"Mapping": Mapping, "Path": Path, **unknown})
     return {f.name: declared(f).text or hints[f.name] for f in settings()}
-
-
-def _from_file(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a TOML file; fields of an engine with the default that older run folders contain are skipped."""
-    flat = dotted(values)
-    return {k: v for k, v in flat.items() if k not in ENGINE_FIELDS or v != ENGINE_FIELDS[k].default}
 
 
 def _slots() -> list[str]:

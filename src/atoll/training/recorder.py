@@ -17,6 +17,7 @@ from atoll import runs
 from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
 from atoll.compute.model_state import Model
+from atoll.plan.registry import renamed
 from atoll.plan.round import FlightTimes, Report
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.events import Run
@@ -34,7 +35,7 @@ class Recorder:
         training: the training.
         out: the parent of the run folder; None writes no file.
         config: the text of config.toml.
-        checkpoint_s: seconds between two checkpoints.
+        checkpoint_s: the number of seconds between two checkpoints.
     """
 
     def __init__(self, training: Training, out: str | Path | None, config: str, checkpoint_s: float) -> None:
@@ -60,7 +61,7 @@ class Recorder:
         return None if self.folder is None else self.folder.path
 
     def begin(self, resume: str | Path | None, any_version: bool) -> None:
-        """Load the last checkpoint of the run to resume, if there is one, in every process of the training."""
+        """If a run is resumed, load its last checkpoint in every process of the training."""
         if resume is not None:
             self.resume(Path(resume), any_version)
         self.training.share()
@@ -79,7 +80,9 @@ class Recorder:
             raise
 
     def _refuse_other(self, recorded: Mapping[str, Any], name: str) -> None:
-        """Refuse a training with another model, data, plan or setting than the run."""
+        """Refuse to resume if model, data, plan or settings of the training differ from those of the run."""
+        if "plan" in recorded:  # a run of before recorded former names of renamed parts
+            recorded = {**recorded, "plan": renamed(recorded["plan"])}
         for fact, ours in identity(self.training).items():
             if recorded.get(fact, ours) != ours:
                 name_of_fact = "model" if fact == "layout" else fact
@@ -106,7 +109,7 @@ class Recorder:
             t.outcome = stops.Outcome(f"all {t.settings.rounds} rounds were run", False)
 
     def round(self, report: Report) -> Report:
-        """Write a round, and a checkpoint if `checkpoint_s` seconds have passed or the training ends."""
+        """Write the row of a round. Write a checkpoint if `checkpoint_s` seconds have passed or the training ends."""
         t = self.training
         self.reports.append(report)
         self._keep_best(report)
@@ -157,7 +160,7 @@ class Recorder:
         self._last = time.monotonic()
 
     def fail(self, error: BaseException) -> None:
-        """Record that a round failed, and write a checkpoint of the state before it.
+        """Record that a round failed, and write a checkpoint of the state before this round.
 
         The state is only written if no part of the failed round was recorded. Otherwise, and after a second Ctrl-C,
         only the last checkpoint is known to be complete.
@@ -175,7 +178,7 @@ class Recorder:
                 self.checkpoint()
 
     def end(self, interrupted: bool, *, baselines: bool, report: bool) -> Run:
-        """Train the baselines if they are wanted, write the result, and draw the report. Returns the run."""
+        """Train the baselines if they were requested, write the result, and draw the report. Returns the run."""
         t = self.training
         outcome = t.outcome or stops.Outcome("interrupted", False)
         status = "interrupted" if t.outcome is None and interrupted else "failed" if outcome.failed else "done"
@@ -228,11 +231,11 @@ class Recorder:
 
 
 def metrics_row(report: Report, versions: int = 0) -> dict[str, Any]:
-    """A round as one flat row of metrics.jsonl.
+    """Convert the report of a round to one row of metrics.jsonl.
 
     Args:
         report: the report of the round.
-        versions: number of older model versions from which clients still compute after the round.
+        versions: the number of older model versions that clients in flight started from.
     """
     staleness = report.clients.get("staleness")
     stale = {} if staleness is None else {"staleness": float(staleness.double().mean()) if len(staleness) else 0.0}

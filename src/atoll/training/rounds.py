@@ -1,4 +1,4 @@
-"""A training, run round by round: its state between two rounds, its evaluation, and the rules that end it.
+"""Runs a training round by round, evaluates its model, and applies the rules that end it.
 
 Tests: tests/surface/test_engines.py
 """
@@ -63,7 +63,7 @@ class Training:
         model: a name, an `nn.Module`, or a function that makes one.
         data: the clients.
         plan: the algorithm.
-        settings: how the training runs.
+        settings: the settings of the training.
     Raises:
         UsageError: model, data, plan and settings do not fit.
     """
@@ -118,7 +118,7 @@ class Training:
         return {"engine": spec_name(self.settings.spec), **self.engine.describe()}
 
     def close(self) -> None:
-        """Close the engine; the state stays. A second call does nothing."""
+        """Close the engine. The state remains available. A second call does nothing."""
         if not self._closed:
             self._closed = True
             self.engine.close()
@@ -137,7 +137,8 @@ class Training:
         """Run one round, evaluate the model, and apply the rules that end the training.
 
         Raises:
-            RunError: the round failed; the state is that of the round before.
+            RunError: the round failed; the state is the one before this round. An error of the evaluation comes after
+                the step: the state is then the one after this round, and the engine has committed the round.
         """
         began = time.perf_counter()
         with use_pool(self._buffers), self._threads():
@@ -148,16 +149,24 @@ class Training:
         judged = {m.name for m in self.task.metrics} if self.evaluator is not None else set()
         metrics = {f"training_{n}" if n in judged else n: v for n, v in report.metrics.items()}
         if self.evaluator is not None and (last or self.state.round % every == 0):
-            metrics |= self.evaluate()
+            try:
+                metrics |= self.evaluate()
+            except BaseException:
+                self._accept(report.to(metrics=metrics, seconds=spent))
+                raise
         report = report.to(metrics=metrics, seconds=spent, fingerprint=fingerprint(self.state.model.theta))
         report = sync_report(self.engine, report)
+        self._accept(report)
+        return report
+
+    def _accept(self, report: Report) -> None:
+        """Add a round to the totals, apply the rules, and commit it in the engine, except if the training diverged."""
         self.seconds += report.seconds
         self.bytes_up += report.bytes_up
         self.bytes_down += report.bytes_down
         self.watch, self.outcome = stops.update(self.rules, self.watch, report)
         if self.outcome is None or not self.outcome.failed:
             self.engine.commit(report.round)
-        return report
 
     def _threads(self) -> AbstractContextManager[None]:
         """One thread for torch during short native code, because threads that torch wakes up would occupy its cores."""
@@ -166,7 +175,7 @@ class Training:
         return threads_for(self.task, plan=self.plan) if small and native else nullcontext()
 
     def evaluate(self, engine: InProcessEngine | None = None) -> dict[str, float]:
-        """The held-out loss and metrics of the current model, or those on the clients of another engine."""
+        """Evaluate the current model on the held-out rows, or on the clients of another engine."""
         engine = engine or self.evaluator
         if engine is None:
             return {}
@@ -183,7 +192,7 @@ class Training:
 
     @property
     def model(self) -> nn.Module:
-        """A new module that holds the current model."""
+        """A new module with the current parameters."""
         return self.task.result(self.state.model)
 
     def share(self) -> None:
@@ -215,7 +224,7 @@ class Training:
 
 
 def identity(training: Training) -> dict[str, Any]:
-    """The facts that must be equal to resume a run, and equal on every rank."""
+    """The facts that must not change when a run resumes, and that must be equal on all ranks."""
     layout = training.task.layout
     return {
         "data": training.data.fingerprint(),
@@ -243,9 +252,9 @@ def _task(model: Any, data: Clients, settings: Settings) -> Task:
 
 
 def _chosen(task: Task, data: Clients, plan: Plan, settings: Settings, engine: Engine) -> Choice:
-    """The backend of the local steps: that of the primary process, in every process."""
+    """The backend of the local steps. The primary process chooses it for all processes."""
     wanted, rounds = settings.numerics, settings.rounds
-    preferred = engine.numerics_for(plan) if wanted == "auto" else None
+    preferred = engine.numerics_for(plan) if wanted == "auto" and plan.local.numerics is None else None
     if preferred is not None:
         numerics, reason = preferred
         return Choice(choose(task, data, plan, numerics).task, reason)
@@ -258,10 +267,10 @@ def check_same(engine: Engine, facts: Mapping[str, Any]) -> None:
     """Refuse processes that would not compute the same training.
 
     Args:
-        engine: that connects the processes.
+        engine: the engine that connects the processes.
         facts: the facts of this process.
     Raises:
-        UsageError: the process, and the fact that differs from the primary process.
+        UsageError: a fact of another process differs from the fact of the primary process.
     """
     each = [json.loads(data) for data in engine.exchange(json.dumps(facts).encode())]
     for rank, theirs in enumerate(each):
@@ -276,7 +285,7 @@ def check_same(engine: Engine, facts: Mapping[str, Any]) -> None:
 
 
 def sync_report(engine: Engine, report: Report) -> Report:
-    """The report with the metrics and the duration of the primary process, so that a rule ends every process.
+    """Replace metrics and duration of a report by those of the primary process, so that stop rules agree.
 
     Raises:
         RunError: two processes have different models.
@@ -298,7 +307,7 @@ def sync_report(engine: Engine, report: Report) -> Report:
 
 
 def evaluate(state: State, engine: InProcessEngine) -> dict[str, float]:
-    """The loss, as `held_out_loss`, and the metrics of the model of a state on the clients of an engine: one round."""
+    """Evaluate the model of a state on the clients of an engine. The loss has the name `held_out_loss`."""
     opened = open_round(_JUDGE, replace(state, air=InFlight(), versions={}, sent=None), engine)
     gathered = engine.gather(_JUDGE, opened.state, opened.cohort, opened.key)
     each = {n: float(t) for n, t in close_round(opened, gathered).mean.sums.items()}

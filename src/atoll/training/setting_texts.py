@@ -1,4 +1,4 @@
-"""Settings as texts: in a TOML file, after `--set`, in the environment.
+"""Converts settings from and to texts: in a TOML file, after `--set`, and in the environment.
 
 Tests: tests/surface/test_experiment.py, tests/surface/test_settings.py
 """
@@ -6,6 +6,7 @@ Tests: tests/surface/test_experiment.py, tests/surface/test_settings.py
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -21,7 +22,7 @@ _EXAMPLE: Mapping[Any, Any] = {int: 10, float: 0.1, bool: True, str: "…", TEXT
 
 
 def read_toml(file: Path) -> dict[str, Any] | None:
-    """The settings of a TOML file; of a pyproject.toml, those in [tool.atoll], or None if it has no such section.
+    """Read the settings of a TOML file. A pyproject.toml has them in [tool.atoll]; None if this section is missing.
 
     Raises:
         UsageError: the file is missing, or it is not UTF-8 or not TOML.
@@ -42,13 +43,13 @@ def read_toml(file: Path) -> dict[str, Any] | None:
 
 
 def kinds(hint: Any) -> tuple[Any, ...]:
-    """The types that a setting may have, without None."""
+    """The types that the value of a setting may have, except None."""
     each = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     return tuple(kind for kind in each if kind is not type(None))
 
 
 def of_text(text: str, hint: Any) -> Any:
-    """The value of a text, by the type of its setting; `checked` refuses a value of another type.
+    """Convert a text to a value of the setting's type. It does not refuse a wrong type; `checked` does.
 
     Example:
         >>> of_text("5", int), of_text("wine", str | None), of_text("Seconds(9)", TEXTS), of_text("None", int | None)
@@ -72,14 +73,14 @@ def of_text(text: str, hint: Any) -> Any:
 
 
 def checked(key: str, value: Any, hint: Any, default: Any, where: str) -> Any:
-    """The value, converted to the type of its setting.
+    """Convert a value to the type of its setting.
 
     Args:
         key: the key of the setting.
         value: the given value.
         hint: the type of the setting.
         default: its default, for the line to write.
-        where: the source of the value, for the error: a file, `--set`, a variable, or "".
+        where: the source of the value, for the error: a file, `--set`, a variable, or "" for Python code.
     Raises:
         UsageError: the value is of another type.
     """
@@ -98,9 +99,59 @@ def checked(key: str, value: Any, hint: Any, default: Any, where: str) -> Any:
         ) from None
 
 
-def toml(value: Any) -> str:
-    """A number, text, boolean or list of these, as TOML.
+def as_text(name: str, value: Any) -> Any:
+    """Convert the value of a setting to a value that a file can contain. A text is not checked.
 
+    Args:
+        name: the name of the setting.
+        value: the value: a number, a text, a path, an engine, a fleet, a stop rule, or several texts or rules.
+    Raises:
+        UsageError: the value has no text.
+    """
+    if name in ("metrics", "stop") and value is not None:
+        several = value if isinstance(value, (tuple, list)) else (value,)
+        return tuple(_one_text(name, each) for each in several)
+    return _one_text(name, value)
+
+
+def _one_text(name: str, value: Any) -> Any:
+    """Convert one value of a setting."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Path):
+        return str(value)
+    if name == "engine":
+        from atoll.engine.spec import engine, spec_text
+
+        return spec_text(engine(value))
+    if name in ("fleet", "stop"):
+        from atoll.base.grammar import parse
+        from atoll.engine.simulation.fleet import FLEET
+        from atoll.training.stop import RULES
+
+        text = repr(value)
+        try:
+            if parse(text, FLEET if name == "fleet" else RULES) == value:
+                return text
+        except UsageError:
+            pass  # the error below names the value
+    raise UsageError(
+        f"{name} = {value!r:.80}.",
+        "a value that a file can contain.",
+        "an experiment writes all its settings to config.toml.",
+        f"atoll.train(model, data, plan, {name}=...)",
+    )
+
+
+def toml(value: Any) -> str:
+    """Write a number, a text, a boolean or a list of such values as TOML.
+
+    Raises:
+        UsageError: the value is of another type.
     Example:
         >>> toml(True), toml('say "π"'), toml((1, 2.5))
         ('true', '"say \\\\"π\\\\""', '[1, 2.5]')
@@ -114,4 +165,8 @@ def toml(value: Any) -> str:
             return dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case tuple() | list():
             return f"[{', '.join(map(toml, value))}]"
-    return repr(value)
+        case Integral():
+            return repr(int(value))
+        case Real():
+            return repr(float(value))
+    raise UsageError(f"{value!r:.80} in a TOML file.", "a number, a text, a boolean, or a list of such values.")

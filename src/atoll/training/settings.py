@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
+from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
 from atoll.base.errors import UsageError, unknown_name
@@ -37,9 +38,9 @@ class Setting(NamedTuple):
         help: one sentence; the command line prints it.
         group: the group of the flag in `atoll run --help`.
         flag: whether the command line has a flag of this name; `--set` reaches every setting.
-        text: the type of its value in a file, if that is another type than in Python.
-        least: smallest integer; None has no bound.
-        choices: the valid words; empty allows every text.
+        text: the type of the value in a file; None: the same type as in Python.
+        least: the smallest valid integer; None: there is no bound.
+        choices: the valid words; empty: every text is valid.
     """
 
     help: str
@@ -91,26 +92,32 @@ ENGINE_FIELDS: Mapping[str, EngineField] = {
 }
 
 
+def is_old_default(key: str, value: Any) -> bool:
+    """Whether a key of config.toml is a field of an engine with the default that older runs wrote for every engine."""
+    known = ENGINE_FIELDS.get(key)
+    return known is not None and type(value) is type(known.default) and value == known.default
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingFields:
     """The settings that `Settings` and `Experiment` share.
 
     Args:
-        rounds: upper bound on the number of rounds, ≥ 1.
-        seed: of all random draws, an integer.
+        rounds: the largest number of rounds, ≥ 1.
+        seed: the seed of all random numbers, an integer.
         dtype: "float32" or "float64".
         loss: a name, or a function that returns one value for each row; None chooses by the kind of data.
-        metrics: names or `Metric`s, or a single one; None chooses by the kind of data.
+        metrics: a name or a `Metric`, or several of them; None chooses by the kind of data.
         stop: further rules that end the training; `Diverged()` is always active.
-        evaluate_every: rounds between two evaluations on the held-out rows, ≥ 0; 0 never evaluates.
+        evaluate_every: the number of rounds between two evaluations on the held-out rows, ≥ 0; 0: no evaluation.
         numerics: the backend: "auto", "compiled", "fused", "lanes" or "loop".
         precision: "full", or "bf16": the products of the model in bfloat16 by torch's autocast; θ and sums stay in
             `dtype`.
         device: "auto", a GPU if there is one and else the CPU; "cpu"; "cuda" or "cuda:1".
-        chunk: clients computed together, ≥ 1; it changes no bit. None chooses by the caches, or by the memory of the
-            GPU.
-        engine: where clients are trained: a spec such as `Processes(workers=2)`, its text, or a short name.
-        fleet: simulated durations of clients and links, a `Fleet` or its text; None simulates none.
+        chunk: the number of clients that are computed together, ≥ 1; it changes no bit. None chooses it by the size of
+            the CPU caches, or of the GPU memory.
+        engine: determines where clients are trained: a spec such as `Processes(workers=2)`, its text, or a short name.
+        fleet: the simulated durations of clients and links, a `Fleet` or its text; None: durations are not simulated.
         init: the model to start from: a `state_dict`, or the path of a run or of a safetensors file; None starts from
             the initial values of the model.
     """
@@ -164,7 +171,10 @@ class Settings(TrainingFields):
         if not isinstance(self.stop, (tuple, list)):
             self._set("stop", (self.stop,))
         for f in dataclasses.fields(self):
-            _check(f, getattr(self, f.name))
+            value = getattr(self, f.name)
+            _check(f, value)
+            if isinstance(value, Integral):
+                self._set(f.name, int(value))  # JSON cannot contain an integer of NumPy
         from atoll.engine.spec import engine
 
         self._set("engine", engine(self.engine))
@@ -187,7 +197,7 @@ class Settings(TrainingFields):
 
     @classmethod
     def from_kwargs(cls, words: Mapping[str, Any]) -> Settings:
-        """The settings that keyword arguments name.
+        """Build settings from keyword arguments.
 
         Raises:
             UsageError: an unknown name, a field of an engine, or a wrong value.
@@ -204,7 +214,7 @@ class Settings(TrainingFields):
 
     @property
     def spec(self) -> EngineSpec:
-        """The engine as a spec."""
+        """The engine, converted to a spec."""
         return cast("EngineSpec", self.engine)  # __post_init__ has replaced a text
 
     def options(self, plan: Any = None, model: str | None = None) -> RunOptions:
@@ -265,6 +275,33 @@ def _check(f: dataclasses.Field[Any], value: Any) -> None:
             raise _refusal(f, value, f"an integer{_bound(rule)}")
     elif kind == "str" and (not isinstance(value, str) or (rule.choices and value not in rule.choices)):
         raise _refusal(f, value, f"one of {', '.join(rule.choices)}" if rule.choices else "a text")
+    elif f.name in _OBJECTS:
+        _check_object(f.name, value)
+
+
+_OBJECTS = {  # setting → the required value and a line that works, for the error
+    "loss": ("the name of a loss, or a function that returns one value for each row", "'cross_entropy'"),
+    "metrics": ("the name of a metric, a `Metric`, or several of them", "'accuracy'"),
+    "init": ("a state_dict, or the path of a run or of a safetensors file", "'runs/latest'"),
+}
+
+
+def _check_object(name: str, value: Any) -> None:
+    """Refuse a loss, metrics or a start of another type."""
+    if name == "metrics":
+        others = [each for each in value if not isinstance(each, str)]
+        if others:
+            from atoll.compute.loss import Metric  # it loads torch, which a name does not need
+
+            others = [each for each in others if not isinstance(each, Metric)]
+        right = not others
+    elif name == "loss":
+        right = isinstance(value, str) or callable(value)
+    else:
+        right = isinstance(value, (str, PathLike, Mapping))
+    if not right:
+        required, works = _OBJECTS[name]
+        raise UsageError(f"{name} = {value!r:.80}.", f"{required}.", write=f"{name}={works}")
 
 
 def _bound(rule: Setting) -> str:

@@ -70,11 +70,11 @@ class Stop:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Names of the metrics that the rule needs."""
+        """The names of the metrics that the rule reads."""
         return ()
 
     def init(self) -> Memory:
-        """The memory before the first round: numbers, texts and None by name, values of JSON."""
+        """The memory of the rule before the first round. Its values are numbers, texts or None, as in JSON."""
         return {}
 
     def update(self, memory: Memory, report: RoundMetrics) -> tuple[Memory, Outcome | None]:
@@ -93,7 +93,7 @@ class Rounds(Stop):
     """Stop after n rounds, counted from the start of the run.
 
     Args:
-        n: rounds, ≥ 1.
+        n: the number of rounds, ≥ 1.
     Example:
         >>> Rounds(100)
         Rounds(100)
@@ -115,7 +115,7 @@ class Seconds(Stop):
     """Stop at the end of the round in which the total duration of rounds reaches s seconds.
 
     Args:
-        s: seconds, > 0. Rounds before a resume count; pauses between rounds do not.
+        s: the number of seconds, > 0. Rounds before a resume count; the time between two rounds does not.
     Example:
         >>> Seconds(60)
         Seconds(60.0)
@@ -137,7 +137,7 @@ class Bytes(Stop):
     """Stop at the end of the round in which the total traffic reaches n bytes.
 
     Args:
-        n: bytes of uploads and downloads together, ≥ 1.
+        n: the number of bytes of all uploads and downloads together, ≥ 1.
     Example:
         >>> Bytes(10**9)
         Bytes(1000000000)
@@ -157,13 +157,14 @@ class Bytes(Stop):
 class Tolerance(Stop):
     """Stop when training has converged: the update is small, or the training loss hardly changes.
 
-    ‖g_t‖ ≤ gradient,   or   |ℓ_{t−1} − ℓ_t| ≤ loss · max(|ℓ_{t−1}|, |ℓ_t|, 1),   in `patience` rounds in a row
+    ‖g_t‖ ≤ gradient,   or   |ℓ_{t−1} − ℓ_t| ≤ loss · max(|ℓ_{t−1}|, |ℓ_t|, 1),   in `patience` consecutive rounds
 
     Args:
-        gradient: the largest Euclidean norm of the round's update, ≥ 0; None: not checked.
+        gradient: the largest Euclidean norm of the round's update, ≥ 0; None: the norm is not checked.
         loss: the largest change of the mean training loss, relative for a loss above 1 and absolute below, ≥ 0; None:
-            not checked.
-        patience: rounds in a row, ≥ 1; use more than one if minibatches make the loss noisy.
+            the loss is not checked.
+        patience: the number of consecutive rounds in which this must hold, ≥ 1; use more than one if minibatches make
+            the loss noisy.
     Raises:
         UsageError: a value is outside its range, or both tolerances are None.
     Example:
@@ -214,7 +215,7 @@ class Target(Stop):
     """Stop when a metric has reached a value. Exactly one of `value`, `above` and `below` is set.
 
     Args:
-        metric: its name in the report.
+        metric: the name of the metric in the report.
         value: the target; the direction follows from the name: metric ≥ value for accuracy, metric ≤ value for loss.
         above: the target for any name: metric ≥ above.
         below: the target for any name: metric ≤ below.
@@ -268,8 +269,8 @@ class Patience(Stop):
     An improvement is a value that is better than the best so far by more than min_delta.
 
     Args:
-        metric: its name in the report.
-        rounds: rounds since the best value, ≥ 1.
+        metric: the name of the metric in the report.
+        rounds: the number of rounds since the best value, ≥ 1.
         min_delta: the smallest improvement, ≥ 0, in the unit of the metric.
         better: "higher" or "lower"; None: it follows from the name.
     Raises:
@@ -321,11 +322,11 @@ class Patience(Stop):
 class Diverged(Stop):
     """End a run as failed when the training loss is not finite, or far above the first loss.
 
-    ℓ_t or ‖g_t‖ not finite,   or   ℓ_t > ℓ_0 + (factor − 1)·|ℓ_0| in `rounds` rounds in a row
+    ℓ_t or ‖g_t‖ not finite,   or   ℓ_t > ℓ_0 + (factor − 1)·|ℓ_0| in `rounds` consecutive rounds
 
     Args:
         factor: the largest ratio of ℓ_t to a positive ℓ_0, > 1.
-        rounds: rounds in a row, ≥ 1.
+        rounds: the number of consecutive rounds in which this must hold, ≥ 1.
     Example:
         >>> Diverged()
         Diverged()
@@ -410,7 +411,8 @@ def update(rules: Rules, memory: Memory, report: RoundMetrics) -> tuple[Memory, 
             `init`. A rule with other parameters continues from its entry. So a resumed run may have other rules.
         report: the report of the round.
     Returns:
-        The memory of all rules, by name; and the outcome of the first failed rule, else of the first rule that is met,
+        The memory of all rules, with their names as keys; and the outcome of the first failed rule, else of the first
+        rule that is met,
         else None.
     Example:
         >>> from types import SimpleNamespace as Report

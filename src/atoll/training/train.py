@@ -47,10 +47,10 @@ def train(
         out: the parent of the run folder; None writes no file.
         baselines: whether pooled and local-only models are trained for comparison.
         observers: are called at the start, after every round and at the end.
-        config: the text of config.toml; None writes one from the arguments.
-        resume: the folder of a run to continue; model, data and plan must be those of the run.
-        any_version: whether a run of other versions may be continued.
-        checkpoint_s: seconds between two checkpoints; the last round always writes one.
+        config: the text of config.toml; None: the text is made from the arguments.
+        resume: the folder of a run to continue; model, data and plan must equal those of that run.
+        any_version: whether to continue a run that other versions of atoll, torch or NumPy wrote.
+        checkpoint_s: the number of seconds between two checkpoints. The last round always writes a checkpoint.
         report: whether plots and report.html are drawn at the end.
         settings: the fields of `Settings`: rounds, seed, dtype, stop, engine, …
     Returns:
@@ -87,7 +87,7 @@ def train(
 
 
 def settings_for_resume(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a resumed training. Backend, device and precision are those of the run, unless they are set."""
+    """The settings of a resumed training. It keeps the run's backend, device and precision, unless they are set."""
     recorded, out = runs.read_environment(run), dict(settings)
     for name, before in (("numerics", "auto"), ("device", "cpu")):
         if out.get(name, "auto") == "auto":
@@ -113,7 +113,7 @@ def run_rounds(training: Training, recorder: Recorder, observers: Sequence[Obser
 
 
 def _config(model: Any, data: Clients, plan: Plan, settings: Settings) -> str:
-    """The config.toml of a training that was started from Python: the facts that a file can contain."""
+    """Build the config.toml of a training that Python code started, from the settings that a file can store."""
     facts = {
         "model": model if isinstance(model, str) else f"{type(model).__module__}:{type(model).__qualname__}",
         "data": data.name,

@@ -140,7 +140,7 @@ class Overlap:
         Args:
             plan: the algorithm, bound; `data_parallel`.
             data: all clients.
-            broadcast, key: of the round.
+            broadcast, key: the broadcast and the key of the round.
             arrived: the flights of all ranks.
             mine: the positions of this rank's clients.
         """

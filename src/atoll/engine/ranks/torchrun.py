@@ -215,10 +215,10 @@ def all_reduce_results(
     Args:
         ranks: the processes of the training.
         rule: the aggregator of the plan.
-        results: of this rank.
+        results: the results of this rank.
         first: the client state of one client before its first round: the shape of a row.
         trouble: the error of this rank.
-        device: of the sums.
+        device: the device of the sums.
     Raises:
         RunError: a rank has an error.
     """

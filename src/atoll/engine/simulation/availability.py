@@ -1,8 +1,10 @@
-"""Availability of clients over time. Each calendar has the same three methods, pure functions of client and time.
+"""Calendars: a calendar states for each client and each time whether the client is available.
 
-available(client, now)      whether the client is available
-present(now)                the same for all clients, bool [C]
-next_change(now)            the first time after now at which availability can change, in seconds
+Each calendar has these three methods. Times are in seconds, and the results depend on the arguments only.
+
+available(client, now)      whether this client is available at time `now`
+present(now)                whether each client is available at time `now`, bool [C], one entry for each client
+next_change(now)            the first time after `now` at which a client can become available or unavailable
 
 Tests: tests/identities/test_fleet.py, tests/identities/test_clock.py.
 """

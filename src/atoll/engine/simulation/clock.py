@@ -108,7 +108,10 @@ class _Pool:
         heappush(self._heap, (flight.target, flight.number, flight))
 
     def due(self, flights: Mapping[int, _Flight]) -> float:
-        """The end of the next transfer if no transfer joins or leaves; inf if there is none."""
+        """The time at which the next transfer ends; infinity if no transfer is in progress.
+
+        It is valid until a transfer joins or is cancelled, because these events change the rates of the others.
+        """
         if self._due is None:
             heap = self._heap
             while heap and flights.get(heap[0][1]) is not heap[0][2]:
@@ -139,7 +142,7 @@ class Clock:
 
     Args:
         fleet: durations, availability and dropout.
-        sizes: int64 `[C]`, the rows of each client, ≥ 0.
+        sizes: the number of rows of each client, int64 `[C]`, ≥ 0.
         seed: the key of every draw.
     Raises:
         UsageError: values or a trace of the fleet are for another number of clients.

@@ -108,7 +108,7 @@ class HalfNormal(Value):
     """scale·|N(0, 1)|. The mean is 0.798·scale. The slowest of 100 clients takes 3.44 times the mean.
 
     Args:
-        scale: in (0, 1e15].
+        scale: the scale of the distribution, in (0, 1e15].
         per: "client", one draw for each client; or "flight", one draw for each flight.
     Example:
         >>> HalfNormal(2.0).draws(Key(7), torch.ones(3))(torch.arange(3)).shape
@@ -136,7 +136,7 @@ class LogNormal(Value):
     """median·exp(sigma·N(0, 1)), the log-normal law.
 
     Args:
-        median: in (0, 1e15].
+        median: the median of the distribution, in (0, 1e15].
         sigma: standard deviation of the logarithm, in [0, 20].
         per: "client", one draw for each client; or "flight", one draw for each flight.
     Example:
@@ -164,7 +164,7 @@ class Exponential(Value):
     """The exponential law: P(x > t) = exp(−t/mean).
 
     Args:
-        mean: in (0, 1e15].
+        mean: the mean of the distribution, in (0, 1e15].
         per: "client", one draw for each client; or "flight", one draw for each flight.
     Example:
         >>> Exponential(3)
@@ -238,8 +238,8 @@ class Between(Value):
     """The uniform law in [low, high).
 
     Args:
-        low: in (0, 1e15].
-        high: in (low, 1e15].
+        low: the lower limit, in (0, 1e15].
+        high: the upper limit, in (low, 1e15].
         per: "client", one draw for each client; or "flight", one draw for each flight.
     Raises:
         UsageError: a value is outside its range, or low ≥ high.

@@ -28,7 +28,7 @@ class Table:
     Args:
         given: a constant or a distribution.
         key: the key of the draws.
-        sizes: int64 `[C]`, the rows of each client.
+        sizes: the number of rows of each client, int64 `[C]`.
     """
 
     def __init__(self, given: float | Distribution, key: Key, sizes: Tensor) -> None:
@@ -97,7 +97,7 @@ class Draws:
 
     Args:
         fleet: durations, availability and dropout.
-        sizes: int64 `[C]`, the rows of each client, ≥ 0; C ≥ 1.
+        sizes: the number of rows of each client, int64 `[C]`, ≥ 0; C ≥ 1.
         seed: the key of every draw.
     Raises:
         UsageError: `sizes` is not of this form, or a distribution of the fleet is for another number of clients.

@@ -44,8 +44,8 @@ class Job:
         group: the worker adds up the results of all jobs with the same group.
         broadcast: the broadcast for these clients.
         clients: the ids of the clients.
-        repeats: earlier starts of each client in its round.
-        down: bytes of the download of each client.
+        repeats: the number of earlier starts of each client in the same round.
+        down: the number of bytes of each client's download.
         rows: reads the client state; called when the job is assigned. None: the clients have no state.
         keep: ids of clients whose contributions are returned.
         deliver: whether the worker returns its results after this job.
@@ -131,7 +131,7 @@ class _WorkerState:
 
 
 class WorkerPool:
-    """Workers, the queue of jobs, and the results that have arrived.
+    """Manages workers, the queue of jobs, and the results that have arrived.
 
     Args:
         transport: starts workers.
@@ -207,7 +207,7 @@ class WorkerPool:
         Args:
             rule: the aggregator that reads the partial sums in the results.
             ahead: the largest number of unfinished jobs at one worker.
-            timeout: seconds; None: no limit.
+            timeout: the number of seconds to wait; None: no limit.
         Raises:
             RunError: a worker stopped with an error, or no worker can be started.
         """

@@ -49,8 +49,9 @@ class ProcessesEngine(WorkerEngine):
             at once; otherwise `open` receives them.
         data: the clients.
         workers: the number of worker processes, ≥ 1; None: one for each core.
-        chunk: clients computed together, ≥ 1; None chooses by the size of the model. It changes no bit.
-        threads: threads of each worker, ≥ 1; None: the threads of this process, divided by `workers`.
+        chunk: the number of clients that are computed together, ≥ 1; None chooses it by the size of the model. It
+            changes no bit.
+        threads: the number of threads of each worker, ≥ 1; None: the threads of this process, divided by `workers`.
         model: the name from which the model was built, a name or `module:factory`; workers build the model from it.
             None: workers receive the names of the model's classes and its tensors.
         seed: the seed with which the model was built.
@@ -96,7 +97,7 @@ class ProcessesEngine(WorkerEngine):
         """Start the worker processes.
 
         Raises:
-            UsageError: a model, loss or data set that another process cannot import.
+            UsageError: another process cannot import the model, the loss or the data set.
         """
         self._nursery.start()  # it imports modules while this process serializes the data
         if task.numerics == "lanes":

@@ -68,9 +68,10 @@ class RayEngine(WorkerEngine):
             at once; otherwise `open` receives them.
         data: the clients. An actor opens a memory-mapped file by its path, so every node must have that path.
         workers: the number of actors, ≥ 1; None: all that the cluster can place.
-        chunk: clients computed together, ≥ 1; None chooses by the size of the model. It changes no bit.
-        cpus: cores of each actor, > 0; an actor uses max(1, ⌊cpus⌋) threads.
-        gpus: GPUs of each actor, ≥ 0: a fraction of one GPU or a whole number.
+        chunk: the number of clients that are computed together, ≥ 1; None chooses it by the size of the model. It
+            changes no bit.
+        cpus: the number of cores of each actor, > 0; an actor uses max(1, ⌊cpus⌋) threads.
+        gpus: the number of GPUs of each actor, ≥ 0: a fraction of one GPU or a whole number.
         device: the device of an actor: "auto", the actor's GPU if it has one and else the CPU; "cpu"; or "cuda".
         address: the cluster, "host:port", or "auto" for one on this machine; None: RAY_ADDRESS if that is set, else a
             new cluster on this machine.
@@ -119,8 +120,9 @@ class RayEngine(WorkerEngine):
         """Connect to the cluster and start the actors.
 
         Raises:
-            UsageError: no cluster at the address or one of another version, less room than is asked for, or a model,
-                loss or data set that an actor cannot import.
+            UsageError: no cluster answers at the address; the cluster runs another version of Ray or Python; it has
+                fewer cores or GPUs than the actors need; or the model, the loss or the data set cannot be imported by
+                an actor.
             RunError: Ray does not start on this machine.
         """
         threads = max(1, int(self.cpus))

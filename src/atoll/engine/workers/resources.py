@@ -26,8 +26,8 @@ def check_actor(cpus: float, gpus: float, device: str = "auto") -> None:
     """Check the resources of one actor.
 
     Args:
-        cpus: cores, > 0 and finite.
-        gpus: GPUs, a fraction of one or a whole number ≥ 0.
+        cpus: the number of cores, > 0 and finite.
+        gpus: the number of GPUs, ≥ 0: a fraction of one GPU or a whole number.
         device: "auto", "cpu" or "cuda"; "cuda" needs `gpus` > 0.
     Raises:
         UsageError: a value is outside its range.

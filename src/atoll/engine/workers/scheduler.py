@@ -1,4 +1,4 @@
-"""The distribution of clients to workers: chunks in synchronous rounds, single flights under other paces.
+"""Distributes clients to workers: as chunks in synchronous rounds, and as single flights under other paces.
 
 Under other paces a flight arrives when a worker has computed it, in real time. The number of workers, the assignment of
 clients and the deaths of workers change no bit of a synchronous round. A worker returns one partial sum per round, not
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -60,7 +60,8 @@ class WorkerEngine(Engine):
     statement. An open engine ends with the program.
 
     Args:
-        chunk: clients computed together; None chooses by the size of the model. It changes no bit.
+        chunk: the number of clients that are computed together; None chooses it by the size of the model. It changes no
+            bit.
     """
 
     task: Task
@@ -143,7 +144,7 @@ class WorkerEngine(Engine):
         return {"workers": self.workers, "threads_per_worker": self.threads}
 
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
-        """Train the cohort: one partial sum for each model version, and the ids of the clients that arrived.
+        """Train the cohort and return one partial sum for each model version.
 
         Raises:
             UsageError: the plan has a part that another process cannot import, or that needs a virtual clock.
@@ -371,7 +372,7 @@ def packed(
         threads: number of threads of each worker, ≥ 1.
         spill: gives a path to which a mapped array without a file is written; None sends the array.
     Raises:
-        UsageError: a model, loss or data set that another process cannot import.
+        UsageError: another process cannot import the model, the loss or the data set.
     """
     plain: Any = replace(task, metrics=tuple(replace(metric, finish=float) for metric in task.metrics))
     if model is not None:
@@ -389,11 +390,12 @@ def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
         UsageError: workers cannot run the plan.
     """
     if plan.pace.partial:
+        known: list[str] = [f.name for f in fields(plan.pace)] if is_dataclass(plan.pace) else []
         raise UsageError(
             f"{plan.pace!r} with workers.",
             "a pace without partial work.",
             "a computation that is cut at a deadline in real time cannot be repeated.",
-            repr(replace(plan.pace, partial=False)),  # type: ignore[type-var]
+            repr(replace(plan.pace, partial=False)) if "partial" in known else "Sync()",  # type: ignore[type-var]
         )
     if not isinstance(plan.aggregator.zero(), Partial):
         raise UsageError(

@@ -68,8 +68,8 @@ def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
     Args:
         digits: the sum so far; {} is zero. All weights ever added to it must sum to at most `CAPACITY`; the caller
             checks this.
-        rows: float32 or float64 `[K, d]`, finite, |x| ≤ 2⁹⁰⁰.
-        weights: integers ≥ 0, any numeric dtype, `[K]`.
+        rows: the rows to add, float32 or float64 `[K, d]`, finite, |x| ≤ 2⁹⁰⁰.
+        weights: the weight of each row, integers ≥ 0 of any numeric dtype, `[K]`.
     Returns:
         `digits`.
     Raises:
@@ -96,7 +96,7 @@ def add(digits: Digits, rows: Tensor, weights: Tensor) -> Digits:
 
 
 def _library(rows: Tensor) -> ctypes.CDLL | None:
-    """The native library for these rows, or None."""
+    """The native library if it is built and can read these rows; otherwise None, and torch forms the sum."""
     return serving("exact", rows) if _NATIVE and rows.stride(-1) == 1 else None
 
 

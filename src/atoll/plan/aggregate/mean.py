@@ -35,14 +35,14 @@ _NONE = torch.zeros((), dtype=torch.int64)
 
 @dataclass
 class PartialSum(Partial):
-    """The sum of some contributions as plain tensors.
+    """The sum of some contributions, as plain tensors.
 
     Args:
-        means: Σ w·x by name, as digits of an exact sum; with `sum="float"` one float sum at place 0.
-        sums: Σ x by name, in the same form.
-        counters: the largest of each counter by name.
+        means: Σ w·x of each mean x, as digits of an exact sum; with `sum="float"` one float sum at place 0.
+        sums: Σ x of each sum x, in the form of `means`.
+        counters: the largest value of each counter.
         weight: Σ w, int64 `[]`.
-        arrived: number of contributions, int64 `[]`.
+        arrived: the number of contributions, int64 `[]`.
     """
 
     means: dict[str, exact.Digits] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class PartialSum(Partial):
     arrived: Tensor = _NONE
 
     def tensors(self) -> dict[str, Tensor]:
-        """The partial as plain tensors by name, for another process."""
+        """Convert the partial to named tensors, to send it to another process."""
         out = {"weight": self.weight, "arrived": self.arrived}
         for kind, table in (("means", self.means), ("sums", self.sums)):
             out |= {f"{kind}/{n}/{place}": t for n, digits in table.items() for place, t in digits.items()}
@@ -60,7 +60,7 @@ class PartialSum(Partial):
 
     @classmethod
     def of(cls, tensors: Tensors) -> PartialSum:
-        """The partial whose `tensors()` these are."""
+        """The inverse of `tensors`: build a partial from named tensors."""
         out = cls(weight=tensors["weight"], arrived=tensors["arrived"])
         tables = {"means": out.means, "sums": out.sums}
         for path, t in tensors.items():
@@ -100,12 +100,12 @@ def _neutral(dtype: int, *shape: int, largest: bool, device: torch.device) -> Te
 
 
 class _Folded(Aggregator):
-    """Folding and merging, shared by the mean and the sum."""
+    """Adds and merges contributions. `Mean` and `Sum` inherit these methods."""
 
     linear = True
 
     def zero(self) -> PartialSum:
-        """The sum of no contribution."""
+        """An empty sum, to which no contribution was added."""
         return PartialSum()
 
     def lift(self, contribution: Contribution) -> Tensor:
@@ -113,7 +113,7 @@ class _Folded(Aggregator):
         return torch.ones_like(contribution.weight) if self.weights == "equal" else contribution.weight
 
     def fold(self, partial: PartialSum, contribution: Contribution, ids: Ids) -> PartialSum:
-        """The sum with K more contributions, added in place."""
+        """Add K contributions to the sum, in place."""
         weights = self.lift(contribution)
         many = weights.shape[0]
         add = exact.add if self.sum == "exact" else _add_floats
@@ -128,10 +128,10 @@ class _Folded(Aggregator):
         return partial
 
     def merge(self, a: PartialSum, b: PartialSum) -> PartialSum:
-        """The sum of two partials. `b` is added to `a` in place.
+        """Add the partial `b` to the partial `a`, in place.
 
         Raises:
-            UsageError: one of them belongs to another aggregator.
+            UsageError: one of the two partials belongs to another aggregator.
         """
         for partial in (a, b):
             if not isinstance(partial, PartialSum):
@@ -149,7 +149,7 @@ class _Folded(Aggregator):
         return a
 
     def total(self, partial: PartialSum) -> Total:
-        """The finished sums in float64; with `sum="float"` in the dtype in which they were added."""
+        """The sums as float64; with `sum="float"` in the dtype in which they were added."""
         if self.sum == "exact":
             exact.check_capacity(int(partial.weight), self)
         total = exact.total if self.sum == "exact" else _float
@@ -210,7 +210,7 @@ class Mean(_Folded):
         return total._replace(means=means)
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
-        """The expected weight is unknown if the pace decides which clients count."""
+        """Refuse `over="expected"` with a pace that decides which clients count: their expected weight is unknown."""
         if self.over == "expected" and slots.pace != Sync():
             why = "fast clients count more often, and the chance of that is not known."
             yield Conflict(f"{self!r} with {slots.pace!r}.", 'Sync(), or over="arrived".', why, "Sync()")
@@ -250,7 +250,7 @@ class Sum(_Folded):
         _one_of("Sum", "sum", self.sum, ("exact", "float"))
 
     def finalize(self, total: Total, info: RoundInfo) -> Total:
-        """The update remains a sum. Everything else, such as a running mean, is averaged."""
+        """Keep the sum as the update, and divide all other means, such as buffers, by the weight."""
         means = _divided(total.means, float(total.weight))
         return total._replace(means=means | {n: t for n, t in total.means.items() if n == "update"})
 

@@ -111,8 +111,8 @@ class Eden(Codec):
     sign in the highest bit.
 
     Args:
-        bits: per coordinate, 1 to 8. Each block adds one number of the run's dtype.
-        block: number of coordinates that are rotated together, a power of two from 2 to 65,536; None rotates all.
+        bits: the number of bits for each coordinate, 1 to 8. Each block adds one number of the run's dtype.
+        block: the number of coordinates that are rotated together, a power of two from 2 to 65,536; None: all.
     Raises:
         UsageError: bits or block are out of range.
     Example:

@@ -52,7 +52,7 @@ class Entropy(Codec):
     bytes of all its numbers, then the second bytes, and so on.
 
     Args:
-        level: of zstd, 1 (fastest) to 22 (smallest).
+        level: the compression level of zstd, 1 (fastest) to 22 (smallest).
     Raises:
         UsageError: the level is out of range. Or zstd is not installed; this is checked when a training is built.
     Example:

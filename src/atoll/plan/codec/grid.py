@@ -26,7 +26,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the step of SplitMix64, as a signed 
 
 
 def group_lengths(d: int) -> tuple[tuple[int, int], ...]:
-    """(number of groups, their length): the full groups, then the last one if its length differs.
+    """Pairs of a number of groups and their length: the full groups, then the last group if its length differs.
 
     Example:
         >>> group_lengths(1000), group_lengths(200_000)

@@ -37,7 +37,7 @@ def lloyd_max(bits: int) -> Quantiser:
     """The quantiser of a standard normal number with 2^bits levels and the smallest mean square error.
 
     Args:
-        bits: 1 to 8.
+        bits: the number of bits of a code, 1 to 8.
     Returns:
         The quantiser Q, with the error E(z − Q(z))² = 1 − 2 Σ c_i² P(cell i). If Q is scaled to be unbiased, its error
         is error/(1 − error).

@@ -75,7 +75,7 @@ class LowRank(Codec):
     Server state: `q`, the start of the next power step. It is sent to clients with θ.
 
     Args:
-        rank: r ≥ 1.
+        rank: r, the number of columns of the two factors, ≥ 1.
     Raises:
         UsageError: the rank is not an integer ≥ 1.
     Example:

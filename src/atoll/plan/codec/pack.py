@@ -24,7 +24,7 @@ TERNARY = 0  # the value of `bits` that stands for codes with three values
 
 
 def planes(bits: int) -> list[tuple[int, int]]:
-    """(lowest bit, width) of each plane.
+    """The lowest bit and the width of each plane.
 
     Example:
         >>> planes(5), planes(16)
@@ -48,8 +48,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack codes into few bits each.
 
     Args:
-        codes: int32 `[..., n]`, in [0, 2^bits), or in [0, 3) for `TERNARY`.
-        bits: 1 to 31, or `TERNARY`.
+        codes: the codes, int32 `[..., n]`, in [0, 2^bits), or in [0, 3) for `TERNARY`.
+        bits: the number of bits of each code, 1 to 31, or `TERNARY`.
     Returns:
         uint8 `[..., packed_length(n, bits)]`.
     Example:
@@ -128,7 +128,7 @@ def pack_index(index: Tensor, d: int) -> Tensor:
     """Pack increasing indices into few bits each.
 
     Args:
-        index: int64 `[K, k]`, each row increasing, in [0, d).
+        index: the indices in [0, d), int64 `[K, k]`, ascending in each row.
         d: the length of the vector they point into.
     Returns:
         uint8 `[K, index_length(k, d)]`.

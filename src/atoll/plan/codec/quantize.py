@@ -36,7 +36,7 @@ class Cast(Codec):
     Message: for fp16 and fp8 the scale s in the run's dtype; then the numbers.
 
     Args:
-        to: `"bf16"`, `"fp16"` or `"fp8"`.
+        to: the type of the numbers in the message: `"bf16"`, `"fp16"` or `"fp8"`.
     Raises:
         UsageError: `to` is another type.
     Example:
@@ -91,9 +91,9 @@ class Quantize(Codec):
     Message: Δ of each bucket in the run's dtype, then the codes q + s.
 
     Args:
-        bits: per number, 2 to 16: s = 2^(bits−1) − 1. Pass either `bits` or `levels`.
+        bits: the number of bits of each code, 2 to 16: s = 2^(bits−1) − 1. Pass either `bits` or `levels`.
         levels: s, 1 to 32,767. 1 is ternary: −M, 0 or M, in 1.6 bits.
-        bucket: count of numbers that share one Δ, a power of two from 8 to 65,536; None: all share one.
+        bucket: the count of numbers that share one Δ, a power of two from 8 to 65,536; None: all numbers share one Δ.
         norm: `"max"` has the smallest error; `"l2"` is the norm of QSGD and sends more zeros.
     Raises:
         UsageError: neither or both of bits and levels are given, or an argument is out of range.
@@ -188,7 +188,7 @@ class Quantize(Codec):
         return [grid.split(step, d, self._count)] if self.bucket else []
 
     def quantise(self, rows: Tensor, state: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(packed codes, steps) of rows `[..., n]`. `state`, int64 `[...]`, is the random state of each row."""
+        """Return packed codes and steps of rows `[..., n]`. `state`, int64 `[...]`, is the random state of each row."""
         n = rows.shape[-1]
         x = grid.buckets(rows, self.bucket) if self.bucket else rows[..., None, :]
         if step is None:

@@ -63,7 +63,8 @@ class Rotation:
     R = (window ∘ columns), each of them H·diag(±1)/√m
 
     Args:
-        state: of the random stream of signs, int64: `[K]` if each lane has its own rotation, `[]` if all share one.
+        state: the state of the random stream of signs, int64: `[K]` if each lane has its own rotation, `[]` if all
+            lanes share one.
         d: the length of the vectors.
         block: the order of the blocks, a power of two; None: the largest that the whole vector allows.
         like: a tensor with the dtype and the device of the computation.
@@ -157,7 +158,7 @@ class Rotate(Codec):
     vector does not change. Do not combine `Rotate` with `Eden`, which has its own rotation for each client.
 
     Args:
-        block: number of coordinates that are mixed, a power of two from 2 to 65,536; None mixes the whole vector,
+        block: the number of coordinates that are mixed, a power of two from 2 to 65,536; None mixes the whole vector,
             which does not fit the cache and is many times slower.
     Raises:
         UsageError: the block is out of range or not a power of two.

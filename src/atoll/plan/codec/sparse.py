@@ -30,14 +30,14 @@ def magnitude(x: Tensor) -> Tensor:
 
 
 def largest(x: Tensor, k: int, size: Callable[[Tensor], Tensor]) -> Tensor:
-    """The positions of the k largest numbers of each lane: exactly k, the first ones among equals.
+    """The positions of the k largest numbers of each lane: exactly k, and of equal numbers the first ones.
 
     A sample gives a threshold that slightly more than k numbers reach, and only these are compared. If fewer than k
     reach it, the whole lane is compared. The sample never changes the result.
 
     Args:
-        x: `[K, d]`.
-        k: 1 ≤ k ≤ d.
+        x: the lanes, `[K, d]`.
+        k: the number of positions, 1 ≤ k ≤ d.
         size: maps a slice of x to the integers that are compared.
     Returns:
         int64 `[K, k]`, each row increasing.
@@ -91,7 +91,7 @@ def _check_fraction(part: str, fraction: Any) -> None:
 class TopK(Codec):
     """Sends the largest numbers of each client, and their positions.
 
-    x̂ⱼ = xⱼ for the k largest |xⱼ|, else 0;   k = max(1, round(fraction · d)), exactly; the first ones among equals
+    x̂ⱼ = xⱼ for the k largest |xⱼ|, else 0;   k = max(1, round(fraction · d)), exactly; of equal numbers the first ones
 
     |x̂ − x|² is the energy of the other coordinates, at most (1 − k/d)|x|². So TopK is a biased contraction; use it as
     `ErrorFeedback(TopK(0.01))` or `EF21(TopK(0.01))`.
@@ -100,7 +100,7 @@ class TopK(Codec):
     compress the numbers: `TopK(0.01) >> Quantize(8)`.
 
     Args:
-        fraction: of the coordinates, in (0, 1].
+        fraction: the fraction of the coordinates that a client sends, in (0, 1].
     Raises:
         UsageError: the fraction is out of range.
     Example:
@@ -155,7 +155,7 @@ class RandomK(Codec):
     the clients has the same relative error, and it does not fall with the number of clients. Only the numbers are sent.
 
     Args:
-        fraction: of the coordinates, in (0, 1].
+        fraction: the fraction of the coordinates that a client sends, in (0, 1].
         unbiased: whether to scale by d/k. Error feedback needs a contraction instead:
             `ErrorFeedback(RandomK(0.1, unbiased=False))`.
     Raises:

@@ -42,8 +42,8 @@ class Binding(NamedTuple):
     """The facts that `bind` gives to a stage.
 
     Args:
-        layout: of the vector that the stage encodes.
-        total_weight: Σ w over the population, if it is known.
+        layout: the layout of the vector that the stage encodes.
+        total_weight: Σ w, the sum of the weights of all clients; None: it is unknown.
         before: the declaration of the vector that the stage receives.
     """
 
@@ -72,11 +72,12 @@ class Codec(Stage):
     binding: Binding | None = None
 
     def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Self:
-        """The same codec with the facts that no message carries. As a value it is equal.
+        """A copy of the codec that knows the facts that no message carries. The copy equals the codec as a value.
 
         Args:
-            layout: of the vector that the codec encodes.
-            total_weight: Σ w over the population, as the aggregator weighs clients; only `EF21` needs it.
+            layout: the layout of the vector that the codec encodes.
+            total_weight: Σ w, the sum of the weights that the aggregator gives to all clients of the population; only
+                `EF21` needs it.
             before: the declaration of the vector that the codec receives; None: no bound is known.
         """
         bound = copy(self)
@@ -95,16 +96,16 @@ class Codec(Stage):
         """The layout of the vector that the codec encodes.
 
         Raises:
-            RunError: the codec is not bound.
+            RunError: `bind` was not called.
         """
         return self._require(self.binding and self.binding.layout, "layout", "codec.bind(layout)")
 
     @property
     def total_weight(self) -> Tensor:
-        """Σ w over the population.
+        """Σ w, the sum of the weights of all clients. The aggregator sets the weight of a client: its rows, or 1.
 
         Raises:
-            RunError: the codec is not bound, or not with a total weight.
+            RunError: `bind` was not called, or it was called without `total_weight`.
         """
         known = self.binding and self.binding.total_weight
         return self._require(known, "total weight of all clients", "codec.bind(layout, total_weight)")
@@ -114,7 +115,7 @@ class Codec(Stage):
         """The declaration of the vector that the codec receives, with the bound of the preceding stage.
 
         Raises:
-            RunError: the codec is not bound.
+            RunError: `bind` was not called.
         """
         return self._require(self.binding and self.binding.before, "preceding stage", "codec.bind(layout)")
 
@@ -130,7 +131,7 @@ class Codec(Stage):
         return ()
 
     def contraction(self) -> Codec:
-        """This codec if E|x − C(x)|² < |x|² for every x, as error feedback needs it; else the nearest one like it."""
+        """This codec if it is a contraction: E|x − C(x)|² < |x|² for every x. Otherwise a variant that is one."""
         return self
 
     def form(self, layout: Layout) -> Form:
@@ -141,11 +142,11 @@ class Codec(Stage):
         """Refuse a message that no client of this codec sends. The payload is None if another stage packed it.
 
         Raises:
-            MessageError: names the message and the fault.
+            MessageError: a message is not valid. The error states the message and the fault.
         """
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
-        """(payload for the next stage, side tensors, sums, memory after)."""
+        """Return the payload for the next stage, the side tensors, the sums, and the memory after the round."""
         return x, {}, {}, memory
 
     @property
@@ -154,38 +155,38 @@ class Codec(Stage):
         return self if self.compresses else None
 
     def compress(self, form: Form, messages: Sequence[bytes]) -> list[bytes]:
-        """Messages as they cross a wire, none longer than before."""
+        """Compress messages before they are sent. No message becomes longer."""
         return list(messages)
 
     def decompress(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
-        """The messages before `compress`.
+        """The inverse of `compress`.
 
         Raises:
-            MessageError: `compress` cannot have made the bytes.
+            MessageError: the bytes are not a result of `compress`.
         """
         return list(data)
 
     def nbytes(self, layout: Layout) -> int:
-        """Bytes of a message; an upper bound if a stage compresses bytes."""
+        """The number of bytes of a message; an upper bound if a stage compresses bytes."""
         return self.form(layout).nbytes
 
     def sizes(self, payload: Tensor, side: Tensors) -> Tensor:
-        """Bytes of the message of each client, int64 `[K]`."""
+        """The number of bytes of each client's message, int64 `[K]`."""
         if self.compressor:
             return torch.tensor([len(one) for one in self.to_bytes(payload, side)], dtype=torch.int64)
         return super().sizes(payload, side)
 
     def to_bytes(self, payload: Tensor, side: Tensors) -> list[bytes]:
-        """The message of each lane, as it crosses a wire."""
+        """Convert the payload and side tensors of each client to the bytes of a message."""
         form = self.form(self.layout)
         messages = wire.to_bytes(form, payload, side)
         return self.compressor.compress(form, messages) if self.compressor else messages
 
     def from_bytes(self, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(payload, side) of some messages, one row per message.
+        """The inverse of `to_bytes`: return payload and side tensors, one row for each message.
 
         Raises:
-            MessageError: the bytes are no message of this codec for this layout.
+            MessageError: the bytes are not a message of this codec for this layout.
         """
         form = self.form(self.layout)
         payload, side = wire.from_bytes(form, self.compressor.decompress(form, data) if self.compressor else data)
@@ -217,10 +218,10 @@ class Identity(Codec):
 
 @dataclass(frozen=True, repr=False)
 class Chain(Codec):
-    """Stages one after another. A client runs them from left to right, the server from right to left.
+    """A chain of stages. A client runs them from left to right, the server from right to left.
 
     Args:
-        stages: in the order in which a client runs them.
+        stages: the stages, in the order in which a client runs them.
     Raises:
         UsageError: a `per_sum` stage follows a `per_message` stage, a stage that computes with numbers follows one that
             packs them, a stage follows one that compresses bytes, or a stage that needs the model's coordinates follows

@@ -53,8 +53,8 @@ def to_bytes(form: Form, payload: Tensor, side: Mapping[str, Tensor]) -> list[by
 
     Args:
         form: the fields of a message.
-        payload: `[K, form.payload.length]`.
-        side: `[K, length]` by name.
+        payload: the payload of each message, `[K, form.payload.length]`.
+        side: tensors `[K, length]`; the keys are the names of the fields.
     Returns:
         K messages of `form.nbytes` bytes.
     """
@@ -69,7 +69,7 @@ def to_bytes(form: Form, payload: Tensor, side: Mapping[str, Tensor]) -> list[by
 
 
 def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The tensors in some messages of one form.
+    """Read the tensors from messages of one form.
 
     Args:
         form: the fields of a message.

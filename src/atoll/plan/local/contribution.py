@@ -1,4 +1,4 @@
-"""The contribution of local parts that send an update, its declaration, and checks of arguments that they share.
+"""Functions that the local parts share: build and declare a contribution with an update, and check arguments.
 
 Tests: tests/identities/test_local_sgd.py
 """
@@ -25,14 +25,14 @@ Keep = Literal["optimizer", "order"]
 def contribution_of(
     lanes: ClientBatch, update: Tensor, buffers: Tensor, counters: Tensors, sums: Tensors
 ) -> Contribution:
-    """A contribution with an update, and with buffers if the model has any."""
+    """Build a contribution that contains an update, and buffers if the model has any."""
     means = {"update": update} | ({"buffers": buffers} if buffers.shape[-1] else {})
     facts = {"loss": _each(sums["loss"], sums["rows"])} if "loss" in sums else {}
     return Contribution(means, sums, lanes.rows, counters, facts)
 
 
 def declared_update(task: Task) -> dict[str, Declared]:
-    """The declaration of a contribution with an update, the loss and the rows."""
+    """The declaration of a contribution that contains an update, the loss and the rows."""
     layout = task.layout
     buffers = {"buffers": Declared(layout.b, layout.dtype, "mean")} if layout.b else {}
     return {

@@ -38,11 +38,11 @@ class Context:
     """The facts that a user's loop receives: round, client, learning rate, device and a keyed generator.
 
     Args:
-        round: from 0.
+        round: the number of the round, from 0.
         client: the id of the client.
-        lr: the `lr` of `Custom(fn, lr=...)`, or None.
-        device: of the model.
-        generator: of torch, seeded by (seed, round, client).
+        lr: the value passed as `Custom(fn, lr=...)`, or None.
+        device: the device of the model.
+        generator: a torch generator, seeded by the training's seed, the round and the client.
     """
 
     round: int
@@ -53,9 +53,9 @@ class Context:
 
 
 class Loader:
-    """Batches `(x, y)` of one client, in a new keyed order in each pass.
+    """Yields the batches `(x, y)` of one client. Each pass has a new random order.
 
-    If the model uses batch statistics, a tail of one row joins the batch before it, as in `Train`.
+    If the model uses batch statistics, a last batch of one row is merged into the batch before it, as in `Train`.
     """
 
     def __init__(self, lanes: ClientBatch, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
@@ -80,13 +80,14 @@ class Loader:
 class Custom(Local):
     """Your own training loop, called once for each client of a round.
 
-    gᵢ = θ − θᵢ,  θᵢ the parameters of the model after `fn`.
+    gᵢ = θ − θᵢ,  where θᵢ are the parameters of the model after `fn` has trained it.
 
     Args:
         fn: `fn(model, loader, ctx) -> metrics | None`. It trains the model in place. `loader` yields batches `(x, y)`.
-            The metrics, numbers by name, are averaged with the rows as weights. In a plan text, `fn` is `module:name`.
-        batch: rows in a batch of the loader; None: all.
-        lr: passed to `fn` as `ctx.lr`; a number or None.
+            The metrics are a dict of numbers. They are averaged with the rows as weights. In a plan text, `fn` is
+            `module:name`.
+        batch: the number of rows in a batch of the loader; None: all rows.
+        lr: is passed to `fn` as `ctx.lr`; a number or None.
         sends: `"update"` or `"model"`, as for `Train`.
     Raises:
         UsageError: `fn` is not a function, or another argument is out of range.
@@ -116,11 +117,11 @@ class Custom(Local):
             )
 
     def padded_batch(self, rows: int) -> int:
-        """No padding: clients train one after another."""
+        """The number of rows itself: clients train one after another, so their batches are not padded."""
         return rows
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
-        """The update, buffers if the model has any, the rows, and any metric: clients may return different names."""
+        """Declares the update, buffers, the rows, and metrics of any name: clients may return different metrics."""
         means = {n: d for n, d in declared_update(task).items() if d.kind == "mean"}
         return {**means, "rows": Declared(1, torch.float64, "sum"), OPEN: Declared(1, torch.float64, "sum")}
 

@@ -26,7 +26,7 @@ from atoll.plan.protocols import (
 
 @dataclass(frozen=True, repr=False)
 class Evaluate(Local):
-    """The loss and the metrics of θ on a client's rows: sums only, no update.
+    """Evaluates θ on the rows of each client. The contribution contains sums of loss and metrics, and no update.
 
     Example:
         >>> Evaluate()
@@ -38,13 +38,13 @@ class Evaluate(Local):
         return padded(rows)
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
-        """Only sums: the rows, the loss and each metric of the task."""
+        """Declares only sums: the rows, the loss and each metric of the task."""
         return {"rows": Declared(1, torch.int64, "sum"), OPEN: Declared(1, task.layout.dtype, "sum")}
 
     def contribute(
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """Σ loss, Σ metrics and the number of rows of K clients, with at most `ROWS` rows of each client per pass."""
+        """Σ loss, Σ metrics and the number of rows of each client. A pass takes at most `ROWS` rows of each client."""
         model = broadcast.model.lanes(len(lanes.sizes))
         positions = torch.arange(self.padded_batch(lanes.sizes[0]), device=lanes.ids.device).expand(
             len(lanes.sizes), -1

@@ -32,10 +32,11 @@ from atoll.plan.protocols import (
 class Gradient(Local):
     """The gradient of a client's own loss at θ.
 
-    gᵢ = ∇θ (1/|B|) Σ_{rows in B} ℓ(f_θ(x), y),  B all rows, or `batch` of them drawn without replacement each round.
+    gᵢ = ∇θ (1/|B|) Σ_{rows in B} ℓ(f_θ(x), y),  where B is all rows, or `batch` rows drawn without
+    replacement in each round.
 
     Args:
-        batch: number of rows in B, ≥ 1; None: all. A client with fewer rows uses all of them.
+        batch: the number of rows in B, ≥ 1; None: all rows. A client with fewer rows uses all of them.
     Raises:
         UsageError: the batch is not an integer ≥ 1.
     Example:
@@ -55,11 +56,11 @@ class Gradient(Local):
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
     def examples_per_round(self, sizes: Tensor) -> Tensor:
-        """The number of rows that clients of these sizes process in a round."""
+        """The rows that each client processes in a round, int64 `[C]`; `sizes`: the rows that it has, int64 `[C]`."""
         return sizes if self.batch is None else sizes.clamp(max=self.batch)
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
-        """The gradient, buffers if the model has any, the loss and the rows."""
+        """Declares the gradient, buffers if the model has any, the loss and the rows."""
         return declared_update(task)
 
     def contribute(

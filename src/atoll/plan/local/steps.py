@@ -1,4 +1,4 @@
-"""The number of local steps: in a pass over the rows, and by a schedule of the round.
+"""The number of local steps: in one pass over the rows, or in a round if a schedule sets it.
 
 Tests: tests/identities/test_local_sgd.py, tests/identities/test_schedule.py
 """
@@ -45,7 +45,7 @@ def steps_at(schedule: Schedule, t: int) -> int:
     """The number of steps of round t.
 
     Args:
-        schedule: of the number of steps, rounded to the nearest integer.
+        schedule: gives the number of steps for each round; it is rounded to the nearest integer.
         t: the round, ≥ 0.
     Raises:
         RunError: a schedule that the user wrote gives less than one step.
@@ -71,15 +71,15 @@ def quotient(a: Tensor, b: Tensor) -> Tensor:
 
 
 def lengths_of(rows: Tensor, batch: int | None, joins: bool) -> tuple[Tensor, Tensor]:
-    """(the number of batches in a pass over each client's rows, whether the last batch has `batch` + 1 rows).
+    """The number of batches in a pass over each client's rows, and whether the last batch has `batch` + 1 rows.
 
-    A single row has no batch statistics. If the model uses batch statistics, a tail of one row therefore joins the
-    batch before it.
+    A single row has no batch statistics. If the model uses batch statistics, a last batch of one row is therefore
+    merged into the batch before it.
 
     Args:
-        rows: int64 `[K]`.
-        batch: rows in a batch; None: all.
-        joins: whether a tail of one row joins the batch before it.
+        rows: the number of rows of each client, int64 `[K]`.
+        batch: the number of rows in a batch; None: all rows.
+        joins: whether a last batch of one row is merged into the batch before it.
 
     Example:
         >>> lengths_of(torch.tensor([25, 21, 7]), 10, True)
@@ -92,7 +92,7 @@ def lengths_of(rows: Tensor, batch: int | None, joins: bool) -> tuple[Tensor, Te
 
 
 def counted(steps: Iterator[tuple[Tensor, tuple[int, ...]]], rows: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """The same steps. The number of rows that each client processes is added to `rows` in place."""
+    """Yield the same steps, and add the number of rows that each client processes to `rows` in place."""
     for places, counts in steps:
         rows[: len(counts)] += torch.tensor(counts, device=rows.device)
         yield places, counts

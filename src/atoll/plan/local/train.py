@@ -44,16 +44,19 @@ _AHEAD = 64  # steps planned at once
 
 @dataclass(frozen=True, repr=False)
 class Train(Local):
-    """Local training: steps of an optimizer from θ, on the client's own rows in a keyed order.
+    """Local training: each client makes optimizer steps from θ on its own rows, in a random order.
 
-    gᵢ = θ − θᵢ,  θᵢ from θ by `epochs` passes over the rows, or by `steps` batches, which continue across passes.
+    gᵢ = θ − θᵢ,  where θᵢ is the model after `epochs` passes over the rows, or after `steps` batches. With
+    `steps`, the batches continue from one pass into the next.
 
     Args:
-        optimizer: of the client, such as `sgd(0.1)`. Its schedule counts rounds.
-        epochs: passes over the rows, ≥ 1. Pass either `epochs` or `steps`.
-        steps: batches, ≥ 1, or a schedule of their number by the round, rounded to the nearest integer.
-        batch: rows in a batch; None: all. A client with fewer rows trains on all of them at once.
-        keep: client memory between rounds: `"optimizer"`, its state; `"order"`, its position in the order of the rows.
+        optimizer: the optimizer of the clients, such as `sgd(0.1)`. Its schedule is a function of the round.
+        epochs: the number of passes over the rows, ≥ 1. Pass either `epochs` or `steps`.
+        steps: the number of batches in a round, ≥ 1; or a schedule that gives this number for each round, rounded to
+            the nearest integer.
+        batch: the number of rows in a batch; None: all rows. A client with fewer rows uses all its rows as one batch.
+        keep: the client state that lasts between rounds: `"optimizer"` keeps the optimizer's state, `"order"` keeps the
+            client's position in the order of its rows.
         sends: `"update"`, or `"model"` for θᵢ itself. With `"model"` the update is θ − θᵢ with the θ of the server when
             the contribution arrives, not the θ that the client started from: models are mixed, as in FedAsync. The
             message is the same, since the server has both θ. Only late contributions differ.
@@ -125,11 +128,11 @@ class Train(Local):
         return steps_at(self.steps, t) if isinstance(self.steps, Schedule) else self.steps
 
     def relative_work(self, t: int) -> float:
-        """The work of a client in round t, relative to its work in round 0."""
+        """The number of steps of a client in round t, divided by its number of steps in round 0."""
         return steps_at(self.steps, t) / steps_at(self.steps, 0) if isinstance(self.steps, Schedule) else 1.0
 
     def memory(self, layout: Layout) -> Tensors:
-        """The optimizer's state, and the number of batches processed so far, if `keep` names them."""
+        """The client memory before the first round: the parts that `keep` names."""
         tensors: dict[str, Tensor] = {}
         if "optimizer" in self.keep:
             fresh = self.optimizer.slots(torch.zeros(layout.d, dtype=layout.dtype))
@@ -139,19 +142,19 @@ class Train(Local):
         return tensors
 
     def server(self, layout: Layout) -> Tensors:
-        """The memory of a plateau schedule of the clients; empty for other schedules."""
+        """The server state before the first round: the memory of a plateau schedule; empty for other schedules."""
         return dict(self.optimizer.schedule.init())
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
-        """The conflicts of the clients' optimizer."""
+        """Reasons to refuse the optimizer of the clients."""
         return self.optimizer.conflicts(slots)
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
-        """The update, buffers if the model has any, the loss and the rows."""
+        """Declares the update, buffers if the model has any, the loss and the rows."""
         return declared_update(task)
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
-        """The schedule of the clients observes the loss of the round."""
+        """Pass the loss of the round to the schedule of the clients. The total does not change."""
         if not server or "loss" not in total.sums:
             return total, server
         return total, self.optimizer.schedule.observe(server, (total.sums["loss"] / total.sums["rows"]).squeeze())
@@ -161,7 +164,7 @@ class Train(Local):
         return self.batch if self.batch is not None and rows >= self.batch else padded(rows)
 
     def examples_per_round(self, sizes: Tensor) -> Tensor:
-        """The number of rows that clients of these sizes process in the first round."""
+        """The rows that each client processes in round 0, int64 `[C]`; `sizes`: the rows that it has, int64 `[C]`."""
         if self.epochs is not None:
             return sizes * self.epochs
         return sizes.clamp(max=self.batch) * (self.steps_at(0) or 0)
@@ -169,7 +172,7 @@ class Train(Local):
     def contribute(
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """θ − θᵢ of K clients, trained in lanes. A lane that has finished does not change."""
+        """Train K clients, one in each lane, and return θ − θᵢ of each. A lane that has finished does not change."""
         count, steps = len(lanes.sizes), self.steps_at(broadcast.round)
         lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
         batches = self._batches(lanes, memory, key, task, steps)
@@ -197,7 +200,7 @@ class Train(Local):
         lr: float,
         batches: Iterator[tuple[Tensor, tuple[int, ...]]],
     ) -> tuple[Contribution, Tensors]:
-        """θ − θᵢ of K clients by steps of any optimizer, from one model or from one of each lane."""
+        """Train K clients with any optimizer, from one model for all lanes or one model for each lane."""
         model = broadcast.model.lanes(len(lanes.sizes))
         state = self.optimizer.slots(model.theta)
         if "optimizer" in self.keep:
@@ -229,11 +232,11 @@ class Train(Local):
 
     @staticmethod
     def _done(steps: Tensor, share: float) -> Tensor:
-        """The number of steps of a client with time for a fraction of them, at least one."""
+        """The number of steps, at least one, of a client that has time for only a fraction of them."""
         return steps if share == 1 else (steps * share).long().clamp(min=1)
 
     def sequential(self, rows: int) -> bool:
-        """Whether the loop trains each client of a chunk to its end before the next one. `rows`: of one client."""
+        """Whether the loop trains each client of a chunk to its end before the next client starts."""
         return self.optimizer.is_plain_sgd() and self.padded_batch(rows) <= ROWS
 
     def _batches(

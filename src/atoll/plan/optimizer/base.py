@@ -68,8 +68,8 @@ class OptimizerBase(Optimizer):
         """The learning rate that `update` uses in this round with this state.
 
         Args:
-            round: t ≥ 0.
-            state: of `init` or of the last `update`; only its memory of the schedule is read.
+            round: the number of the round, t ≥ 0.
+            state: the state that `init` or the last `update` returned; only its memory of the schedule is read.
         """
         return self.schedule(round, _memory(state))
 
@@ -77,7 +77,7 @@ class OptimizerBase(Optimizer):
         """The state of lanes before their first step. With `keep=("optimizer",)` it becomes client memory.
 
         Args:
-            theta: float `[d]` or `[K, d]`.
+            theta: the parameters of one model, float `[d]`, or of K models, `[K, d]`.
         Returns:
             Tensors with the shape, dtype and device of θ, and counters of shape `[]` or `[K]` on the host.
         """
@@ -95,23 +95,23 @@ class OptimizerBase(Optimizer):
         """The state before the first `update`: the slots, and the memory of the schedule under names `lr.…`.
 
         Args:
-            theta: float `[d]` or `[K, d]`.
+            theta: the parameters of one model, float `[d]`, or of K models, `[K, d]`.
         """
         return {**self.slots(theta), **_named(self.schedule.init())}
 
     def update(
         self, theta: Tensor, g: Tensor, sums: Tensors, state: Tensors, round: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of descent. No argument is changed.
+        """Return θ and the state after one step of descent. The arguments do not change.
 
         Args:
-            theta: float `[d]` or `[K, d]`.
-            g: the update, uphill, same shape.
-            sums: metrics of the round, means per row. `plateau` observes `loss`, one number, for the next rounds.
-            state: of `init` or of the last `update`.
-            round: t ≥ 0.
+            theta: the parameters of one model, float `[d]`, or of K models, `[K, d]`.
+            g: the update, of the shape of `theta`. It points uphill.
+            sums: the metrics of the round as means over rows. A `plateau` schedule reads `loss`, a single number.
+            state: the state that `init` or the last `update` returned.
+            round: the number of the round, t ≥ 0.
         Returns:
-            (θ⁺, state⁺), new tensors.
+            θ⁺ and state⁺, as new tensors.
         Example:
             >>> from atoll.plan.optimizer import sgd
             >>> sgd(0.1).update(torch.tensor([1.0]), torch.tensor([2.0]), {}, {}, 0)
@@ -137,9 +137,9 @@ class OptimizerBase(Optimizer):
         """A stepper that makes steps in place on θ and its state, at one learning rate.
 
         Args:
-            theta: float `[d]` or `[K, d]`, contiguous. It is changed.
-            state: the slots of the lanes, contiguous. They are changed; tensors with other names are not.
-            lr: learning rate, such as `lr_at(round, …)`.
+            theta: the parameters, float `[d]` or `[K, d]`, contiguous. The steps change them.
+            state: the slots of the lanes, contiguous. The steps change them, but no tensors with other names.
+            lr: the learning rate, such as `lr_at(round, …)`.
         """
         return InPlaceStepper(self, theta, state, lr)
 
@@ -148,11 +148,11 @@ class OptimizerBase(Optimizer):
     _zeros: ClassVar[tuple[str, ...]] = ()
 
     def per_coordinate(self) -> Mapping[str, float | None]:
-        """Names of the state tensors shaped like θ, with their first values."""
+        """The names and initial values of the state tensors that have the shape of θ."""
         return dict.fromkeys(self._zeros, 0.0)
 
     def per_lane(self) -> Counters:
-        """Names of the numbers in the state of a lane, with initial values and dtypes; `step` counts its steps."""
+        """The names, initial values and dtypes of the scalars in a lane's state. The scalar `step` counts its steps."""
         return STEP if self.inner() else {}
 
     def in_place(self) -> bool:
@@ -165,7 +165,7 @@ class OptimizerBase(Optimizer):
         return None if self._torch is None else (self._torch, words)
 
     def apply(self, block: LaneGroup, g: Tensor, lr: float) -> None:
-        """One step of one block, in place."""
+        """Make one step of one block, in place."""
         raise NotImplementedError
 
 
@@ -174,11 +174,11 @@ class LaneGroup:
     """A part of θ whose lanes have made the same number of steps. A rule is applied to it in one call.
 
     Args:
-        start, stop: its range in the concatenated lanes.
+        start, stop: the range of the group in the concatenated lanes.
         lane: the first of the lanes with this number of steps.
-        theta: float view `[stop − start]`.
-        slots: views of the state, same shape.
-        count: steps made so far.
+        theta: a view of the parameters in this range, float `[stop − start]`.
+        slots: views of the state in this range, of the same shape.
+        count: the number of steps that the lanes have made.
     """
 
     start: int
@@ -190,7 +190,7 @@ class LaneGroup:
 
 
 class InPlaceStepper:
-    """Steps of one optimizer on lanes that the caller owns, in place.
+    """Makes steps of one optimizer, in place, on lanes that the caller owns.
 
     Lanes are sorted by the number of steps that they will make, largest first. So the active lanes are always the first
     k, and k is the length of g. A lane that has finished does not change again. Neighbouring lanes with the same number
@@ -213,10 +213,11 @@ class InPlaceStepper:
         self._bind(self._theta.shape)
 
     def step(self, g: Tensor) -> None:
-        """One step of the first k lanes.
+        """Make one step of the first k lanes.
 
         Args:
-            g: the update, uphill, `[k, d]` for k lanes of `[K, d]`, or `[d]` for one θ; k never grows.
+            g: the update, which points uphill: `[k, d]` for the first k of K lanes, or `[d]` for a single θ. From call
+                to call k never increases.
         Raises:
             UsageError: g has another shape. θ and the state are unchanged.
         """

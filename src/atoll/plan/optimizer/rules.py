@@ -60,10 +60,10 @@ class sgd(OptimizerBase):
 
     Args:
         lr: learning rate, > 0, or a schedule.
-        momentum: 0 ≤ momentum < 1.
+        momentum: the factor of the accumulated gradient, 0 ≤ momentum < 1.
         nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening = 0.
-        weight_decay: ≥ 0, per unit of θ.
-        dampening: 0 ≤ dampening < 1.
+        weight_decay: the factor of θ that is added to the gradient, ≥ 0.
+        dampening: reduces the factor of the new gradient in the momentum, 0 ≤ dampening < 1.
     Raises:
         UsageError: a number is out of range; Nesterov's momentum without momentum or with dampening; or dampening
             without momentum.
@@ -144,8 +144,8 @@ class adam(OptimizerBase):
     Args:
         lr: learning rate, > 0, or a schedule.
         betas: (β₁, β₂), each in [0, 1).
-        eps: > 0; with `correct=False` it is τ of the paper, the degree of adaptivity.
-        weight_decay: ≥ 0, per unit of θ.
+        eps: a small number in the divisor, > 0; with `correct=False` it is τ of the paper, the degree of adaptivity.
+        weight_decay: the factor of θ that is added to the gradient, ≥ 0.
         correct: whether to correct the bias of the averages, which start at 0.
         initial: v before the first step, ≥ 0; only with `correct=False`. The bounds of the paper assume eps².
     Raises:
@@ -200,8 +200,8 @@ class adamw(OptimizerBase):
     Args:
         lr: learning rate, > 0, or a schedule.
         betas: (β₁, β₂), each in [0, 1).
-        eps: > 0.
-        weight_decay: ≥ 0, per unit of lr.
+        eps: a small number in the divisor, > 0.
+        weight_decay: the factor of lr·θ that is subtracted from θ in each step, ≥ 0.
     Example:
         >>> adamw(1e-3)
         adamw(0.001)
@@ -226,9 +226,9 @@ class adagrad(OptimizerBase):
 
     Args:
         lr: learning rate, > 0, or a schedule.
-        eps: > 0; with `beta` it is τ of the paper.
+        eps: a small number in the divisor, > 0; with `beta` it is τ of the paper.
         beta: momentum, 0 ≤ beta < 1.
-        weight_decay: ≥ 0, per unit of θ.
+        weight_decay: the factor of θ that is added to the gradient, ≥ 0.
         initial: v before the first step, ≥ 0.
     Example:
         >>> adagrad(0.1, beta=0.9)
@@ -272,7 +272,7 @@ class yogi(OptimizerBase):
         lr: learning rate, > 0, or a schedule.
         betas: (β₁, β₂), each in [0, 1).
         eps: τ of the paper, > 0.
-        weight_decay: ≥ 0, per unit of θ.
+        weight_decay: the factor of θ that is added to the gradient, ≥ 0.
         initial: v before the first step, ≥ 0. The bounds of the paper assume eps².
     Example:
         >>> yogi(0.01, betas=(0.9, 0.99))
@@ -312,11 +312,11 @@ class rmsprop(OptimizerBase):
 
     Args:
         lr: learning rate, > 0, or a schedule.
-        alpha: 0 ≤ alpha < 1.
-        eps: > 0.
-        momentum: 0 ≤ momentum < 1.
+        alpha: the factor of the running mean of g², 0 ≤ alpha < 1.
+        eps: a small number in the divisor, > 0.
+        momentum: the factor of the accumulated steps, 0 ≤ momentum < 1.
         centered: divide by the standard deviation; ḡ ← alpha·ḡ + (1 − alpha)·g.
-        weight_decay: ≥ 0, per unit of θ.
+        weight_decay: the factor of θ that is added to the gradient, ≥ 0.
     Example:
         >>> rmsprop(0.01, momentum=0.9)
         rmsprop(0.01, momentum=0.9)
@@ -347,9 +347,9 @@ class adadelta(OptimizerBase):
 
     Args:
         lr: factor of the step, > 0, or a schedule; the paper uses 1.
-        rho: 0 ≤ rho < 1.
-        eps: > 0.
-        weight_decay: ≥ 0, per unit of θ.
+        rho: the factor of both running means, 0 ≤ rho < 1.
+        eps: a small number in the divisor, > 0.
+        weight_decay: the factor of θ that is added to the gradient, ≥ 0.
     Example:
         >>> adadelta(1)
         adadelta(1.0)
@@ -375,8 +375,8 @@ class adamax(OptimizerBase):
     Args:
         lr: learning rate, > 0, or a schedule.
         betas: (β₁, β₂), each in [0, 1).
-        eps: > 0.
-        weight_decay: ≥ 0, per unit of θ.
+        eps: a small number in the divisor, > 0.
+        weight_decay: the factor of θ that is added to the gradient, ≥ 0.
     Example:
         >>> adamax(0.002)
         adamax(0.002)
@@ -403,9 +403,9 @@ class nadam(OptimizerBase):
     Args:
         lr: learning rate, > 0, or a schedule.
         betas: (β₁, β₂), each in [0, 1).
-        eps: > 0.
-        weight_decay: ≥ 0, per unit of θ.
-        momentum_decay: ≥ 0.
+        eps: a small number in the divisor, > 0.
+        weight_decay: the factor of θ that is added to the gradient, ≥ 0.
+        momentum_decay: the rate at which the momentum factor μₜ approaches β₁, ≥ 0.
     Example:
         >>> nadam(0.002)
         nadam(0.002)
@@ -436,8 +436,8 @@ class radam(OptimizerBase):
     Args:
         lr: learning rate, > 0, or a schedule.
         betas: (β₁, β₂), each in [0, 1).
-        eps: > 0.
-        weight_decay: ≥ 0, per unit of θ.
+        eps: a small number in the divisor, > 0.
+        weight_decay: the factor of θ that is added to the gradient, ≥ 0.
     Example:
         >>> radam(0.001)
         radam(0.001)
