@@ -342,12 +342,21 @@ class Shaped(Local):
                 return given._replace(means={"update": given.means["update"][:-1]}), after
             case "counter":
                 return given._replace(counters={"seen": torch.tensor(3)}), after
+            case "same name":
+                return given._replace(counters={"loss": torch.tensor(3)}), after
         return given._replace(weight=given.weight[:0]), after
 
 
 @pytest.mark.parametrize(
     ("way", "name"),
-    [("scalar", "loss"), ("more", "loss"), ("mean", "update"), ("counter", "seen"), ("weight", "weight")],
+    [
+        ("scalar", "loss"),
+        ("more", "loss"),
+        ("mean", "update"),
+        ("counter", "seen"),
+        ("same name", "loss"),
+        ("weight", "weight"),
+    ],
 )
 def test_a_contribution_with_other_rows_than_clients_is_refused(way, name):
     with pytest.raises(UsageError) as caught:

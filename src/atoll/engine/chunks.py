@@ -97,9 +97,10 @@ def contribute_chunk(
     contribution, local = plan.local.contribute(
         broadcast, lanes, part_of(memory, "local"), key.fold("clients", "local"), task
     )
-    tensors = {**contribution.counters, **contribution.sums, **contribution.means, "weight": contribution.weight}
     start = len(ids.client), int(ids.client[0]), broadcast.round
-    check_rows(plan.local, tensors, *start)
+    weight = {"weight": contribution.weight}
+    for tensors in (contribution.means, contribution.sums, contribution.counters, weight):
+        check_rows(plan.local, tensors, *start)
     after = {f"local/{n}": t for n, t in local.items()}
     overhead = overhead_bytes(contribution)
     update = contribution.means.get("update")
