@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 
 import pytest
@@ -15,7 +14,6 @@ import atoll
 from atoll import recipes
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
-from atoll.compute import autograd, compiled, fused
 from atoll.compute.model_state import Model
 from atoll.engine.chunks import contribute_chunk, kept_from_tensors, kept_to_tensors
 from atoll.engine.client_state import Memory
@@ -178,36 +176,6 @@ def test_a_plan_keeps_no_engine_data_or_model_alive():
     gc.collect()
     assert [ref() for ref in dead] == [None] * len(dead)
     assert len(reports) == 2 and bound_plan == plan
-
-
-BACKENDS = {
-    "loop": (autograd.SequentialDescent, "step"),
-    "fused": (fused.FusedDescent, "step"),
-    "compiled": (compiled.CompiledDescent, "step"),
-}
-
-
-@pytest.mark.parametrize("body", BACKENDS)
-def test_ten_functions_from_train_to_the_first_step(body, monkeypatch):
-    kind, name = BACKENDS[body]
-    step, stacks = getattr(kind, name), []
-
-    def watched(*args):
-        frame, names = sys._getframe(1), [name]
-        while frame is not None:
-            if frame.f_globals.get("__name__", "").partition(".")[0] == "atoll":
-                names.append(frame.f_code.co_name)
-            frame = frame.f_back
-        stacks.append(names[::-1])
-        return step(*args)
-
-    monkeypatch.setattr(kind, name, watched)
-    data = atoll.data.load("digits").split(clients=5)
-    try:
-        atoll.train("mlp", data, recipes.fedavg(0.1), rounds=1, out=None, numerics=body)
-    except UsageError as error:
-        pytest.skip(str(error))
-    assert len(stacks[0]) <= 10, stacks[0]
 
 
 def test_a_round_that_is_run_twice_gives_the_same_state():

@@ -243,7 +243,7 @@ def doctor() -> int:
     from atoll.tools.doctor import examine
 
     checks = examine()
-    print(output.checks(checks))
+    print(output.format_checks(checks))
     return 0 if all(check.ok for check in checks) else 1
 
 

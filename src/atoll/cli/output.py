@@ -202,7 +202,7 @@ def seeds(done: Sequence[tuple[int, Run]]) -> str:
     return "\n".join(["", *grid(rows)])
 
 
-def checks(found: Sequence[Any]) -> str:
+def format_checks(found: Sequence[Any]) -> str:
     """The results of `doctor`, with a fix for each problem."""
     width = max(len(check.name) for check in found)
     lines = []

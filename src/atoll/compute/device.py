@@ -14,7 +14,6 @@ from atoll.base.errors import UsageError
 from atoll.compute.batches import HOST
 from atoll.data.clients import Clients
 
-PRECISIONS = ("full", "bf16")
 _DATA_PART = 0.25  # largest part of a GPU's free memory that the data may occupy during the run
 _TEXT = re.compile(r"auto|cpu|cuda(:\d+)?")
 # Texts of torch's RuntimeError if an allocation fails.
@@ -75,7 +74,7 @@ def local_rank() -> int:
 
 
 def check_precision(precision: str, dtype: str, numerics: str, device: torch.device) -> None:
-    """Refuse an unknown precision, or one that dtype, numerics or device do not support.
+    """Refuse a precision that dtype, numerics or device do not support.
 
     Args:
         precision: "full" or "bf16".
@@ -85,8 +84,6 @@ def check_precision(precision: str, dtype: str, numerics: str, device: torch.dev
     Raises:
         UsageError: the precision is not supported.
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision = {precision!r}.", f"one of {', '.join(PRECISIONS)}.", write="--precision full")
     if precision == "full":
         return
     if dtype != "float32":

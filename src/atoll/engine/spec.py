@@ -262,8 +262,7 @@ def spec_name(spec: EngineSpec) -> str:
         >>> spec_name(Processes(2))
         'processes'
     """
-    where = f"{type(spec).__module__}:{type(spec).__qualname__}"
-    return next((name for name, known in ENGINES.items() if known == where), type(spec).__name__)
+    return next((name for name, known in ENGINES.items() if known == _class_name(spec)), type(spec).__name__)
 
 
 def spec_text(spec: EngineSpec) -> str:
@@ -349,10 +348,14 @@ def _classes() -> dict[str, Callable[..., Any]]:
     return {where.rpartition(":")[2]: load(where) for where in ENGINES.values()}
 
 
+def _class_name(spec: EngineSpec) -> str:
+    """The class of a spec as `module:Class`."""
+    return f"{type(spec).__module__}:{type(spec).__qualname__}"
+
+
 def _name_in_text(spec: EngineSpec) -> str:
     """The name of the class of a spec in a text: `module:Name` for a class outside `ENGINES`."""
-    where = f"{type(spec).__module__}:{type(spec).__qualname__}"
-    return type(spec).__name__ if where in ENGINES.values() else where
+    return type(spec).__name__ if _class_name(spec) in ENGINES.values() else _class_name(spec)
 
 
 def _fields(spec: EngineSpec) -> dict[str, Any]:

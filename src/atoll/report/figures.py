@@ -172,13 +172,13 @@ def logarithmic_x(ax: Axes) -> None:
     """Make the x axis logarithmic and keep the format of its tick labels."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    told = ax.xaxis.get_major_formatter()
+    formatter = ax.xaxis.get_major_formatter()
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     wide = low > 0 and high / low > 300
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=8))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.xaxis.set_major_formatter(told)
+    ax.xaxis.set_major_formatter(formatter)
 
 
 def wants_log(values: Sequence[Numbers]) -> bool:

@@ -141,16 +141,16 @@ class Best:
 
     def see(self, report: Report) -> Cells:
         """Update the best values with a round and return the cells of the round."""
-        told = cells(report)
+        row = cells(report)
         for name, rising in self.rising.items():
             value = report.metrics.get(name, math.nan)
             if math.isfinite(value) and (name not in self.value or better(value, self.value[name], rising)):
-                self.value[name], self.round[name], self.shown[name] = value, report.round, told
-        return told
+                self.value[name], self.round[name], self.shown[name] = value, report.round, row
+        return row
 
-    def marked(self, told: Cells) -> set[str]:
+    def marked(self, row: Cells) -> set[str]:
         """The columns in which a round has the best value so far."""
-        return {name for name, at in self.round.items() if str(at) == told["round"]}
+        return {name for name, at in self.round.items() if str(at) == row["round"]}
 
 
 def header(training: TrainingView, path: Path | None) -> list[tuple[str, str]]:
@@ -243,10 +243,10 @@ class LiveTable:
 
     def round(self, report: Report) -> None:
         """Show a round."""
-        told = self.best.see(report)
+        row = self.best.see(report)
         first = not self.recent
-        self.recent.append(told)
-        self._keep(told)
+        self.recent.append(row)
+        self._keep(row)
         self.done = report.round + 1
         self.up += report.bytes_up
         self.down += report.bytes_down
@@ -262,7 +262,7 @@ class LiveTable:
         self._ticks.append(now)
         wait = max(1.0, (now - self._began) / 100)
         if self.plain and (first or now - self._written >= wait or self.training.outcome is not None):
-            self._line(told)
+            self._line(row)
             self._written = now
 
     def end(self, run: Run) -> None:
@@ -282,10 +282,10 @@ class LiveTable:
             live.stop()
             atexit.unregister(self.close)
 
-    def _keep(self, told: Cells) -> None:
+    def _keep(self, row: Cells) -> None:
         """Keep every n-th round; n doubles as the run grows, so that at most `2 · most` rounds are kept."""
-        if int(told["round"]) % self._every == 0:
-            self.kept.append(told)
+        if int(row["round"]) % self._every == 0:
+            self.kept.append(row)
         if len(self.kept) > 2 * self.most:
             self._every *= 2
             self.kept = [k for k in self.kept if int(k["round"]) % self._every == 0]
@@ -295,11 +295,11 @@ class LiveTable:
     def _write(self, *lines: str) -> None:
         print(*lines, sep="\n", file=self.file, flush=True)
 
-    def _line(self, told: Cells) -> None:
-        self._printed, marked = told, self.best.marked(told)
-        self._write(_joined((told.get(c.key, "") + ("*" if c.key in marked else " "), c) for c in self.columns))
-        for said in filter(None, (self.note, self.failure)):
-            self._write(f"  {said}")
+    def _line(self, row: Cells) -> None:
+        self._printed, marked = row, self.best.marked(row)
+        self._write(_joined((row.get(c.key, "") + ("*" if c.key in marked else " "), c) for c in self.columns))
+        for message in filter(None, (self.note, self.failure)):
+            self._write(f"  {message}")
         self.note = self.failure = ""
 
     def _totals(self) -> list[str]:
@@ -346,12 +346,12 @@ class LiveTable:
         under: list[RenderableType] = []
         if self.ended:
             style = "bold" if self.ended.startswith("done") else "bold yellow"
-            told = "   ".join((duration(self.clock() - self._began), *self._totals()))
-            under.append(Text.assemble((self.ended, style), "   ", told))
+            totals = "   ".join((duration(self.clock() - self._began), *self._totals()))
+            under.append(Text.assemble((self.ended, style), "   ", totals))
         else:
             under += [self._progress(), Text("   ".join(self._totals()))]
-        for said in filter(None, (self.note, self.failure)):
-            under.append(Text(said, style="yellow", no_wrap=True, overflow="ellipsis"))
+        for message in filter(None, (self.note, self.failure)):
+            under.append(Text(message, style="yellow", no_wrap=True, overflow="ellipsis"))
         shown = self._table(self._chosen() if self.ended else self._last())
         pad = Table.grid()
         pad.add_row("")
@@ -366,9 +366,9 @@ class LiveTable:
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1))
         for column in shown:
             table.add_column(Text(f"{column.head} "), justify="right", no_wrap=True, min_width=column.width + 1)
-        for told in rows:
-            marked = self.best.marked(told)
-            table.add_row(*(Text(*_cell(told, c.key, marked)) for c in shown))
+        for row in rows:
+            marked = self.best.marked(row)
+            table.add_row(*(Text(*_cell(row, c.key, marked)) for c in shown))
         return table
 
     def _progress(self) -> Table:
@@ -377,15 +377,15 @@ class LiveTable:
         from rich.text import Text
 
         rounds, now = self.training.settings.rounds, self.clock()
-        told = f"{whole(self.done)} of {whole(rounds)} rounds   {duration(now - self._began)}"
+        progress = f"{whole(self.done)} of {whole(rounds)} rounds   {duration(now - self._began)}"
         if self.training.outcome is not None:
-            told += "   finishing"
+            progress += "   finishing"
         elif len(self._ticks) > 1:
             each = (self._ticks[-1] - self._ticks[0]) / (len(self._ticks) - 1)
             left = max(0.0, each * (rounds - self.done) - (now - self._ticks[-1]))
-            told += f"   about {duration(left)} left"
+            progress += f"   about {duration(left)} left"
         line = Table.grid(padding=(0, 2))
-        line.add_row(ProgressBar(total=rounds, completed=min(self.done, rounds), width=24), Text(told))
+        line.add_row(ProgressBar(total=rounds, completed=min(self.done, rounds), width=24), Text(progress))
         return line
 
     def _last(self) -> list[Cells]:
@@ -399,13 +399,13 @@ class LiveTable:
     def _chosen(self) -> list[Cells]:
         """A selection of rounds from the first to the last, including each round with a best value."""
         few = [self.kept[i] for i in spread(len(self.kept), self.most)] + list(self.recent)[-1:]
-        by_round = {int(told["round"]): told for told in (*few, *self.best.shown.values())}
+        by_round = {int(row["round"]): row for row in (*few, *self.best.shown.values())}
         return [by_round[at] for at in sorted(by_round)]
 
 
-def _cell(told: Cells, key: str, marked: set[str]) -> tuple[str, str]:
+def _cell(row: Cells, key: str, marked: set[str]) -> tuple[str, str]:
     """The text and the style of a cell. A star marks the best value, so that the mark does not depend on colour."""
-    text = told.get(key, "")
+    text = row.get(key, "")
     return (f"{text}*", "bold green") if key in marked else (f"{text} ", "")
 
 

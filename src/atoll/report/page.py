@@ -127,8 +127,8 @@ def _summary(record: RunData) -> Html:
     for name in dict.fromkeys((record.judged, *record.metrics[:3], "held_out_loss", "loss")):
         if name in record.columns:
             best = record.best(name)
-            told = f"best {format_number(best[name])}, round {best['round']}" if best is not None else ""
-            tiles.append((label(name), format_number(record.last(name)), told))
+            detail = f"best {format_number(best[name])}, round {best['round']}" if best is not None else ""
+            tiles.append((label(name), format_number(record.last(name)), detail))
     asked = record.config.get("rounds")
     seconds, rounds = record.total("seconds"), len(record.rows)
     of = f"of at most {whole(asked)}" if isinstance(asked, int) and asked > rounds else ""
@@ -146,8 +146,8 @@ def _summary(record: RunData) -> Html:
     return tag(
         "dl",
         *(
-            tag("div", tag("dt", label), tag("dd", value), tag("dd", told or "\u00a0", class_="quiet"))
-            for label, value, told in tiles
+            tag("div", tag("dt", label), tag("dd", value), tag("dd", detail or "\u00a0", class_="quiet"))
+            for label, value, detail in tiles
         ),
         class_="tiles",
     )
@@ -185,9 +185,9 @@ def _traffic(record: RunData) -> Html | None:
     if not pairs:
         return None
     counted = "" if tally.rounds == tally.of else f", in {whole(tally.rounds)} of {whole(tally.of)} rounds"
-    told = f"Median over the {whole(len(tally.up))} clients whose contributions arrived{counted}."
-    tiles = (tag("div", tag("dt", n), tag("dd", v), tag("dd", told_, class_="quiet")) for n, v, told_ in pairs)
-    return Html(tag("dl", *tiles, class_="tiles small") + tag("p", told, class_="quiet"))
+    detail = f"Median over the {whole(len(tally.up))} clients whose contributions arrived{counted}."
+    tiles = (tag("div", tag("dt", n), tag("dd", v), tag("dd", detail_, class_="quiet")) for n, v, detail_ in pairs)
+    return Html(tag("dl", *tiles, class_="tiles small") + tag("p", detail, class_="quiet"))
 
 
 def _comparison(record: RunData) -> Html | None:
@@ -222,14 +222,14 @@ def _comparison(record: RunData) -> Html | None:
 
 def _said_of(record: RunData) -> str:
     """Describe how the baselines were trained."""
-    told = "All use the same model, learning rate and number of samples. Pooled: one training on all rows. "
+    detail = "All use the same model, learning rate and number of samples. Pooled: one training on all rows. "
     some, of = record.baseline("local", "clients"), record.baseline("local", "population")
     whose = f"{whole(some)} of {whole(of)} clients" if some and of and some < of else "each client"
-    told += f"Local only: {whose} trains on its own rows; mean ± sd over clients, evaluated on the held-out rows."
+    detail += f"Local only: {whose} trains on its own rows; mean ± sd over clients, evaluated on the held-out rows."
     for kind in record.events.baselines:
         if (diverged := record.baseline(kind, "diverged")) is not None:
-            told += f" {label(kind).capitalize()} diverged ({whole(diverged)})."
-    return told
+            detail += f" {label(kind).capitalize()} diverged ({whole(diverged)})."
+    return detail
 
 
 def _sd(record: RunData, kind: str, name: str) -> Html | None:
@@ -289,13 +289,15 @@ def _rounds(record: RunData) -> Html | None:
     shown = spread(len(record.rows), _MOST_ROWS)
     every = [_round(record, record.rows[i], chosen.get(i, "")) for i in shown]
     few = f"{whole(len(shown))} of " if len(shown) < len(record.rows) else "all "
-    told = "metrics.csv contains all rounds." if len(shown) < len(record.rows) else "The same rows are in metrics.csv."
+    detail = (
+        "metrics.csv contains all rounds." if len(shown) < len(record.rows) else "The same rows are in metrics.csv."
+    )
     return Html(
         _scroll(tag("thead", _round_head(record)), tag("tbody", *brief))
         + tag(
             "details",
             tag("summary", f"{few}{whole(len(record.rows))} round{'' if len(record.rows) == 1 else 's'}"),
-            tag("p", told, class_="quiet"),
+            tag("p", detail, class_="quiet"),
             _scroll(tag("thead", _round_head(record)), tag("tbody", *every)),
         )
     )
@@ -314,19 +316,19 @@ def _more(record: RunData) -> list[tuple[str, Callable[[Any], str]]]:
 
 
 def _round(record: RunData, row: Row, label: str) -> Html:
-    def told(name: str, show: Any) -> str:
+    def cell(name: str, show: Any) -> str:
         value = row.get(name)
         return show(value) if isinstance(value, (int, float)) else "–"
 
     cells = [
-        told("round", str),
-        *(told(n, format_number) for n in record.columns),
-        f"{told('arrived', str)}/{told('cohort', str)}",
-        told("failed", str),
-        *(told(name, show) for name, show in _more(record)),
-        told("bytes_up", size),
-        told("bytes_down", size),
-        told("seconds", duration),
+        cell("round", str),
+        *(cell(n, format_number) for n in record.columns),
+        f"{cell('arrived', str)}/{cell('cohort', str)}",
+        cell("failed", str),
+        *(cell(name, show) for name, show in _more(record)),
+        cell("bytes_up", size),
+        cell("bytes_down", size),
+        cell("seconds", duration),
     ]
     print_ = tag("td", tag("code", plain(row.get("fingerprint", ""), 12)), class_="n")
     marked = "best" if "best" in label else ""
@@ -345,14 +347,14 @@ def _lost(record: RunData, names: Sequence[str] | None) -> Html | None:
     for client, those in lost[:_MOST_LOST]:
         (stage, cause), _ = those.causes.most_common(1)[0]
         who = client_name(client, names)
-        told = (whole(those.count), str(those.last), plain(stage, 40))
-        cells = [tag("td", t, class_="n" if at < 2 else "") for at, t in enumerate(told)]
+        cell = (whole(those.count), str(those.last), plain(stage, 40))
+        cells = [tag("td", t, class_="n" if at < 2 else "") for at, t in enumerate(cell)]
         rows.append(tag("tr", tag("th", who, scope="row"), *cells, tag("td", plain(cause, 300), class_="cause")))
     heads = (("client", ""), ("lost", "n"), ("last round", "n"), ("stage", ""), ("most frequent cause", ""))
     head = tag("tr", *(tag("th", h, class_=c) for h, c in heads))
     rest = len(lost) - len(rows)
-    said = tag("p", f"events.jsonl lists {whole(rest)} more clients.", class_="quiet") if rest else ""
-    return Html(_scroll(tag("thead", head), tag("tbody", *rows)) + said)
+    more = tag("p", f"events.jsonl lists {whole(rest)} more clients.", class_="quiet") if rest else ""
+    return Html(_scroll(tag("thead", head), tag("tbody", *rows)) + more)
 
 
 def _notes(record: RunData) -> Html | None:

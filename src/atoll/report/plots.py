@@ -63,8 +63,8 @@ def charts(record: RunData, federation: Federation | None, names: tuple[str, ...
     """The charts of a run, in the order of the page. A chart without measured values is omitted."""
     losses = [n for n in ("loss", "held_out_loss") if n in record.columns]
     if losses:
-        told = ", ".join(f"{label(n)} {format_number(record.last(n))} at the end" for n in losses)
-        yield Chart("loss", f"Loss by round: {told}.", False, partial(_loss, record, losses))
+        detail = ", ".join(f"{label(n)} {format_number(record.last(n))} at the end" for n in losses)
+        yield Chart("loss", f"Loss by round: {detail}.", False, partial(_loss, record, losses))
     for name in record.metrics[:_MOST_METRICS]:
         says = f"{label(name)} by round, {format_number(record.last(name))} at the end."
         yield Chart(_file(name), says, False, partial(_metric, record, name))
@@ -276,8 +276,8 @@ def _client_bytes(record: RunData, names: tuple[str, ...] | None, theme: Theme) 
     else:
         ax.set_xticks([])
         ax.set_xlabel(f"{whole(len(ids))} clients, ascending", fontsize=8, color=theme.soft)
-    told = "" if tally.rounds == tally.of else f"; {whole(tally.rounds)} of {whole(tally.of)} rounds counted"
-    _aside(ax, theme, f"of contributions that arrived{told}")
+    detail = "" if tally.rounds == tally.of else f"; {whole(tally.rounds)} of {whole(tally.of)} rounds counted"
+    _aside(ax, theme, f"of contributions that arrived{detail}")
     return made
 
 

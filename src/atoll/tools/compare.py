@@ -111,10 +111,10 @@ class Comparison:
             models = "the final models are bit-identical" if self.models else "a final model is missing"
             return f"{head}; {models}"
         name, gap = self.tensors[0]
-        told = gap if isinstance(gap, str) else f"by up to {gap:.3g}"
+        detail = gap if isinstance(gap, str) else f"by up to {gap:.3g}"
         more = f"; {len(self.tensors)} tensors differ" if len(self.tensors) > 1 else ""
         then = "; the final models are from different rounds:" if self.through is not None and not self.parted else ","
-        return f"{head}{then} first differs in {name} ({told}{more})"
+        return f"{head}{then} first differs in {name} ({detail}{more})"
 
     def text(self) -> str:
         """Format the result as text; * marks the better run."""
@@ -136,8 +136,8 @@ class Comparison:
             row = f"{name:<{wide}}  {a:>{left}}{'*' if mark == 'a' else ' '}  {b}{' *' if mark == 'b' else ''}"
             out.append(row.rstrip())
         drawn = [] if self.plot is None else ["", f"plot    {self.plot}"]
-        told = [line for x in long for line in ("", x.name, f"  {_shown(x.a)}", f"  {_shown(x.b)}")]
-        return "\n".join([*out, *told, "", self.verdict, *drawn])
+        changed = [line for x in long for line in ("", x.name, f"  {_shown(x.a)}", f"  {_shown(x.b)}")]
+        return "\n".join([*out, *changed, "", self.verdict, *drawn])
 
     @property
     def _goal(self) -> str:

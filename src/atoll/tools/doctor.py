@@ -95,17 +95,6 @@ def run_checks(out: str | Path = "runs") -> Iterator[Check]:
             yield Check(name, False, cause.splitlines()[0], "pip install --force-reinstall atoll")
 
 
-def format_checks(found: list[Check]) -> str:
-    """Format the results, one line each, followed by the fix if there is one."""
-    wide = max(len(check.name) for check in found)
-    lines = []
-    for check in found:
-        lines.append(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{wide}}  {check.text}")
-        if check.fix:
-            lines.append(f"      {'':<{wide}}  → {check.fix}")
-    return "\n".join(lines)
-
-
 def _versions() -> Check:
     """Compare the version of each required package with the lower bound of atoll's metadata."""
     found, old = [], []
@@ -122,8 +111,8 @@ def _versions() -> Check:
         found.append(f"{name} {now}")
         if _numbers(now) < _numbers(least):
             old.append(f'"{name}>={least}"')
-    told = f"Python {platform.python_version()}, atoll {version('atoll')}, {', '.join(found)}"
-    return Check("versions", not old, told, f"pip install {' '.join(old)}" if old else "")
+    finding = f"Python {platform.python_version()}, atoll {version('atoll')}, {', '.join(found)}"
+    return Check("versions", not old, finding, f"pip install {' '.join(old)}" if old else "")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -134,11 +123,11 @@ def _processor() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     uses = f"{threads} thread{'' if threads == 1 else 's'}"
-    told = f"{cores} cores, torch uses {uses}, {torch.backends.cpu.get_cpu_capability()}"
+    finding = f"{cores} cores, torch uses {uses}, {torch.backends.cpu.get_cpu_capability()}"
     return Check(
         "processor",
         threads <= cores,
-        told,
+        finding,
         f"export OMP_NUM_THREADS={cores}" if threads > cores else "",
     )
 
@@ -154,8 +143,8 @@ def _room(out: Path) -> Check:
     except OSError as error:
         return Check("disk space", False, f"{here} cannot be written: {error.strerror}", "atoll run --out ~/runs")
     free = shutil.disk_usage(here).free
-    told = f"{free / 2**30:.1f} GiB free in {here}"
-    return Check("disk space", free >= ROOM, told, "" if free >= ROOM else "atoll run --out ~/runs")
+    finding = f"{free / 2**30:.1f} GiB free in {here}"
+    return Check("disk space", free >= ROOM, finding, "" if free >= ROOM else "atoll run --out ~/runs")
 
 
 def _data_sets() -> Check:
@@ -175,8 +164,8 @@ def _data_sets() -> Check:
         fixes.append("apt-get install dataset-fashion-mnist")
     if {"mnist", "heart"} & set(away):
         fixes.append("export ATOLL_DATA=FOLDER, the folder of their files")
-    told = f"{', '.join(here) or 'none'}" + (f"; not found: {', '.join(away)}" if away else "")
-    return Check("data sets", ok, told, "; ".join(fixes))
+    finding = f"{', '.join(here) or 'none'}" + (f"; not found: {', '.join(away)}" if away else "")
+    return Check("data sets", ok, finding, "; ".join(fixes))
 
 
 def _random_numbers() -> Check:
@@ -210,8 +199,8 @@ def _exact_sum() -> Check:
             exact.add(digits, rows[piece], weights[piece])
         totals.append(exact.total(digits))
     ok = all(torch.equal(totals[0], t) for t in totals)
-    told = "the same total for every order and grouping" if ok else "the total depends on the order"
-    return Check("exact sum", ok, told, "" if ok else _REINSTALL)
+    finding = "the same total for every order and grouping" if ok else "the total depends on the order"
+    return Check("exact sum", ok, finding, "" if ok else _REINSTALL)
 
 
 def _safetensors() -> Check:
@@ -228,8 +217,8 @@ def _safetensors() -> Check:
         t.dtype == back[n].dtype and torch.equal(t, back[n]) for n, t in tensors.items()
     )
     ok = same and save(tensors) == save(dict(reversed(tensors.items())))
-    told = "tensors are read back unchanged, from equal bytes" if ok else "tensors are not read back unchanged"
-    return Check("safetensors", ok, told, "" if ok else 'pip install --force-reinstall "safetensors>=0.4.5"')
+    finding = "tensors are read back unchanged, from equal bytes" if ok else "tensors are not read back unchanged"
+    return Check("safetensors", ok, finding, "" if ok else 'pip install --force-reinstall "safetensors>=0.4.5"')
 
 
 def _small(name: str, features: tuple[int, ...]) -> nn.Module:
@@ -279,8 +268,8 @@ def _lanes(name: str) -> Check:
             tuple(reversed(range(8))),
         )
     )
-    told = "a client's bits are equal in batches of 1, 2, 3 and 8 clients" if ok else "bits depend on other clients"
-    return Check(f"lanes: {name}", ok, told, "" if ok else "atoll run --numerics loop")
+    finding = "a client's bits are equal in batches of 1, 2, 3 and 8 clients" if ok else "bits depend on other clients"
+    return Check(f"lanes: {name}", ok, finding, "" if ok else "atoll run --numerics loop")
 
 
 def _native_code() -> Check:
@@ -299,5 +288,5 @@ def _one_round() -> Check:
     began = time.perf_counter()
     training.next()
     spent = time.perf_counter() - began
-    told = f"{spent:.3f} s for fedavg with 100 clients of digits, {training.task.numerics} numerics"
-    return Check("one round", spent < SLOW, told, "" if spent < SLOW else "export OMP_NUM_THREADS=1")
+    finding = f"{spent:.3f} s for fedavg with 100 clients of digits, {training.task.numerics} numerics"
+    return Check("one round", spent < SLOW, finding, "" if spent < SLOW else "export OMP_NUM_THREADS=1")

@@ -355,10 +355,10 @@ def _flag(experiment: Experiment, found: Finding) -> str:
         call = None
     if isinstance(call, ast.Call):
         for word in ("lr",) if found.which == "local" else ("server_lr", "lr"):
-            told = _rewritten(call, word, value)
+            recipe = _rewritten(call, word, value)
             try:
-                if experiment.override(recipe=told).plan() == found.plan:
-                    return f"--recipe {_quoted(told)}"
+                if experiment.override(recipe=recipe).plan() == found.plan:
+                    return f"--recipe {_quoted(recipe)}"
             except UsageError:
                 continue
     return f"--set {_quoted(f'{slot}={value}') if '(' in value else f'{slot}={value}'}"

@@ -401,11 +401,9 @@ class Experiment(grammar.Value, TrainingFields):
             values["engine"] = self.spec()
         return {**values, **changes}
 
-    def _checked(self, **changes: Any) -> dict[str, Any]:
-        """The keyword arguments of `atoll.Settings`, after a check that reads no data."""
-        values = self._settings(**changes)
-        Settings.from_kwargs(values)
-        return values
+    def _checked(self, **changes: Any) -> Settings:
+        """The settings of a training. To check them reads no data."""
+        return Settings.from_kwargs(self._settings(**changes))
 
     def training(self, **changes: Any) -> Training:
         """The training before its first round, for your own loop; no file is written.
@@ -415,7 +413,7 @@ class Experiment(grammar.Value, TrainingFields):
         """
         from atoll.training.rounds import Training
 
-        settings = Settings.from_kwargs(self._checked(**changes))
+        settings = self._checked(**changes)
         it = self.resolved()
         return Training(it._model(), it.data(), it.plan(), settings)
 
@@ -443,11 +441,11 @@ class Experiment(grammar.Value, TrainingFields):
     def _kept(self, run: Path) -> Experiment:
         """A copy for a resumed run: with its backend and device, and without `init`, whose file may no longer exist."""
         from atoll import runs
+        from atoll.training.train import recorded_backend
 
-        recorded, changes = runs.read_environment(run), dict[str, Any]()
-        for name, before in (("numerics", "auto"), ("device", "cpu")):
-            if getattr(self, name) == "auto":
-                changes[name] = recorded.get(name, before)
+        changes: dict[str, Any] = recorded_backend(
+            runs.read_environment(run), {"numerics": self.numerics, "device": self.device}
+        )
         if (run / "checkpoint" / "pointer.json").exists():
             changes["init"] = None
         return self._to(**changes)

@@ -88,11 +88,22 @@ def train(
 
 def settings_for_resume(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a resumed training. It keeps the run's backend, device and precision, unless they are set."""
-    recorded, out = runs.read_environment(run), dict(settings)
-    for name, before in (("numerics", "auto"), ("device", "cpu")):
-        if out.get(name, "auto") == "auto":
-            out[name] = recorded.get(name, before)
-    return {"precision": recorded.get("precision", "full"), **out}
+    recorded = runs.read_environment(run)
+    return {"precision": recorded.get("precision", "full"), **settings, **recorded_backend(recorded, settings)}
+
+
+def recorded_backend(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The backend and the device of a run, each only if the settings leave it to atoll.
+
+    Args:
+        recorded: the environment.json of the run. Runs of older versions lack some keys.
+        settings: the settings of the resumed training. A missing setting is "auto".
+    Example:
+        >>> recorded_backend({"numerics": "fused", "device": "cpu"}, {"numerics": "loop"})
+        {'device': 'cpu'}
+    """
+    older = {"numerics": "auto", "device": "cpu"}
+    return {n: recorded.get(n, value) for n, value in older.items() if settings.get(n, "auto") == "auto"}
 
 
 def run_rounds(training: Training, recorder: Recorder, observers: Sequence[Observer]) -> bool:

@@ -374,10 +374,10 @@ def _refused(ray: Any, address: str, error: Exception) -> UsageError | RunError:
             "--engine processes",
         )
     if "mismatch" in str(error).lower():
-        said = " ".join(str(error).split())
-        (wanted,) = [w for w in said.partition("started with: Ray: ")[2].split()[:1]] or [ray.__version__]
+        message = " ".join(str(error).split())
+        (wanted,) = [w for w in message.partition("started with: Ray: ")[2].split()[:1]] or [ray.__version__]
         return UsageError(
-            f"The cluster at {address} is of another version: {said.rstrip('.')}.",
+            f"The cluster at {address} is of another version: {message.rstrip('.')}.",
             "the same versions of Ray and Python in this program and on the cluster.",
             "the format of their messages depends on both versions.",
             f"pip install ray=={wanted}" if wanted != ray.__version__ else "--engine processes",
