@@ -54,7 +54,7 @@ bench: .venv/.dev ## run the programs in benchmarks/, one after the other
 	$(PYTHON) -m venv --clear .venv
 
 .venv/.core: pyproject.toml constraints.txt | .venv/bin/pip
-	$(PIP) -e .
+	$(PIP) -e '.[net]'
 	@touch $@
 
 .venv/.dev: .venv/.core

@@ -16,6 +16,19 @@ def only(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
     return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
+def one_in(n: int, cases: Iterable[Any]) -> list[Any]:
+    """All cases. Of those that are not marked yet, every n-th is quick, from the first on; the others are slow."""
+    rows, count = [], 0
+    for case in cases:
+        param = case if isinstance(case, type(pytest.param())) else pytest.param(case)
+        if not param.marks:
+            rows.append(param if count % n == 0 else pytest.param(*param.values, id=param.id, marks=pytest.mark.slow))
+            count += 1
+        else:
+            rows.append(param)
+    return rows
+
+
 def by_turns(*tables: Iterable[Any]) -> list[Any]:
     """The product of the tables. The quick rows together contain every entry of every table.
 

@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     from typing import Any
 
     from atoll import data, models, recipes
-    from atoll.base.errors import AtollError, RunError, UsageError
+    from atoll.base.errors import AtollError, Note, RunError, UsageError
     from atoll.base.random import Key
-    from atoll.compute.loss import Metric
+    from atoll.compute.loss import Loss
+    from atoll.compute.metrics import Metric
     from atoll.compute.task import Task
     from atoll.plan.plan import Plan
     from atoll.plan.round import Report, step
     from atoll.plan.state import State
     from atoll.runs.events import Observer, Run
-    from atoll.training.experiment import Experiment, load
+    from atoll.training.experiment import Experiment, load, predictor
     from atoll.training.rounds import rounds
     from atoll.training.settings import Settings
     from atoll.training.train import train
@@ -48,7 +49,9 @@ __all__ = [
     "AtollError",
     "Experiment",
     "Key",
+    "Loss",
     "Metric",
+    "Note",
     "Observer",
     "Plan",
     "Report",
@@ -62,6 +65,7 @@ __all__ = [
     "data",
     "load",
     "models",
+    "predictor",
     "recipes",
     "rounds",
     "step",
@@ -70,15 +74,16 @@ __all__ = [
 
 _MODULES = {"data", "models", "recipes"}
 _WHERE = {
-    "atoll.base.errors": ("AtollError", "RunError", "UsageError"),
+    "atoll.base.errors": ("AtollError", "Note", "RunError", "UsageError"),
     "atoll.plan.plan": ("Plan",),
     "atoll.plan.round": ("Report", "step"),
     "atoll.plan.state": ("State",),
     "atoll.base.random": ("Key",),
-    "atoll.compute.loss": ("Metric",),
+    "atoll.compute.loss": ("Loss",),
+    "atoll.compute.metrics": ("Metric",),
     "atoll.compute.task": ("Task",),
     "atoll.runs.events": ("Observer", "Run"),
-    "atoll.training.experiment": ("Experiment", "load"),
+    "atoll.training.experiment": ("Experiment", "load", "predictor"),
     "atoll.training.rounds": ("rounds",),
     "atoll.training.settings": ("Settings",),
     "atoll.training.train": ("train",),

@@ -62,17 +62,17 @@ def test_text_of_the_rule(modules):
 
 
 def test_refused_beside_what_is_undone_on_the_sum(modules):
-    from atoll.plan.codec import Codec
+    from atoll.plan.codec import Identity
     from atoll.plan.local import Gradient
     from atoll.plan.plan import Plan
 
     @dataclass(frozen=True, repr=False)
-    class Undone(Codec):
+    class Undone(Identity):
         per_sum = True
 
     with pytest.raises(UsageError) as refusal:
         Plan(Gradient(), aggregator=modules("vote").Vote(), codec=Undone())
-    Plan(Gradient(), aggregator=parse(refusal.value.write, PARTS), codec=Undone())
+    Plan(Gradient(), aggregator=parse(refusal.value.line, PARTS), codec=Undone())
 
 
 def test_names_in_the_page_exist():

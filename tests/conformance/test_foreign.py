@@ -29,7 +29,7 @@ from atoll.base.grammar import parse
 from atoll.base.random import Key
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Codec, ErrorFeedback, Identity, TopK
+from atoll.plan.codec import ErrorFeedback, Identity, TopK
 from atoll.plan.codec.stage import flat_layout
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer.rules import adam, sgd
@@ -124,7 +124,7 @@ def test_chunks_change_no_bit(name, chunk, found):
     assert cases.fingerprints(cases.plan_of(name), chunk=chunk) == found[name]
 
 
-@pytest.mark.parametrize("name", only(["krum"], cases.PLANS))
+@pytest.mark.parametrize("name", only([], cases.PLANS))
 def test_workers_change_no_bit(name, found):
     assert cases.fingerprints(cases.plan_of(name), engine="Processes(workers=2)") == found[name]
 
@@ -151,7 +151,7 @@ def trained(plan, numerics="fused", rounds=3, module=None, data=None, dtype=torc
 
 def works(error, **names):
     """The part of the line that an error gives."""
-    return parse(error.value.write, {**PARTS, **names})
+    return parse(error.value.line, {**PARTS, **names})
 
 
 # FedProx
@@ -325,7 +325,7 @@ def test_krum_selects_no_attacker():
         assert aggregated(Krum(2), rows, [list(order)]).means["update"].abs().max() < 10
 
 
-class Undone(Codec):
+class Undone(Identity):
     """A codec with a per-sum half."""
 
     per_sum = True
@@ -441,7 +441,7 @@ def test_noise_with_model_buffers():
     plan = Plan(SOME, EQUAL, codec=CODEC)
     with pytest.raises(UsageError, match="model buffers") as error:
         trained(plan, "lanes", module=module(nn.BatchNorm1d(9)))
-    name, *numbers = re.fullmatch(r"torch\.nn\.(\w+)\((\d+), (\d+)\)", error.value.write).groups()
+    name, *numbers = re.fullmatch(r"torch\.nn\.(\w+)\((\d+), (\d+)\)", error.value.line).groups()
     trained(plan, "lanes", 1, module(getattr(nn, name)(*map(int, numbers))))
 
 

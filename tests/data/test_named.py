@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.model_selection import train_test_split
 
+import atoll
 from atoll.base.errors import UsageError
 from atoll.data import IID, load
 from atoll.data.named import DEBIAN_FASHION, FASHION, NAMED, read_idx
@@ -212,11 +213,11 @@ def test_a_folder_of_arrays(tmp_path):
 def test_unknown_names_and_arguments():
     with pytest.raises(UsageError, match="No data set is called 'digit'") as error:
         load("digit")
-    assert len(load(error.value.write)) == 1797
+    assert len(eval(error.value.line, {"atoll": atoll})) == 1797
     for words in ({"target": "y"}, {"by": "y"}, {"task": "regression"}, {"missing": "drop"}):
         with pytest.raises(UsageError, match=r"load\(.digits.\) was given") as error:
             load("digits", **words)
-        assert len(eval(error.value.write, {"load": load})) == 1797
+        assert len(eval(error.value.line, {"atoll": atoll})) == 1797
     with pytest.raises(UsageError, match="No scale is called"):
         load("digits", scale="minmax")
     with pytest.raises(UsageError, match="arrays have no columns"):

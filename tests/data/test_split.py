@@ -20,7 +20,7 @@ from atoll.data import (
     arrays,
     load,
 )
-from atoll.data.sources import draw_held_out
+from atoll.data.held_out import draw_held_out
 
 
 def source(labels, **more):
@@ -177,7 +177,7 @@ def test_what_cannot_be_split_says_what_to_write(words):
     with pytest.raises(UsageError) as error:
         data.split(**words)
     names = {"data": data, "IID": IID, "Shards": Shards}
-    assert eval(error.value.write, names).count >= 1  # the line that the error suggests works
+    assert eval(error.value.line, names).count >= 1  # the line that the error suggests works
 
 
 def test_natural_clients_are_counted_by_the_data():
@@ -185,7 +185,7 @@ def test_natural_clients_are_counted_by_the_data():
     assert data.split(4).count == 4
     with pytest.raises(UsageError, match="4 natural clients") as error:
         data.split(7)
-    assert eval(error.value.write, {"data": data, "IID": IID}).count == 7
+    assert eval(error.value.line, {"data": data, "IID": IID}).count == 7
     with pytest.raises(UsageError, match="None of the 4"):
         data.split(min_rows=50)
 
@@ -195,7 +195,7 @@ def test_classes_need_classes():
     for by in (Dirichlet(1.0), Shards()):
         with pytest.raises(UsageError, match="one class per row") as error:
             data.split(5, by)
-        assert eval(error.value.write, {"data": data, "IID": IID, "Quantity": Quantity}).count == 5
+        assert eval(error.value.line, {"data": data, "IID": IID, "Quantity": Quantity}).count == 5
 
 
 def test_a_label_unseen_in_training():
@@ -207,4 +207,4 @@ def test_a_label_unseen_in_training():
     data = arrays(torch.zeros(21, 1), labels, by=by, test=held)
     with pytest.raises(UsageError, match="label 'z', which no train row has") as error:
         data.split()  # only client b has label z; it is too small and left out
-    assert eval(error.value.write, {"data": data}).count == 1
+    assert eval(error.value.line, {"data": data}).count == 1

@@ -67,7 +67,7 @@ def test_refused(gpus, asked, count, given, why, write):
     gpus(count)
     with pytest.raises(UsageError) as refusal:
         resolve_device(asked)
-    assert given in refusal.value.given and why in refusal.value.why and refusal.value.write == write
+    assert given in refusal.value.given and why in refusal.value.why and refusal.value.at("shell").line == write
     resolve_device(write.removeprefix("--device "))
 
 
@@ -80,7 +80,19 @@ def test_refused_before_anything_is_started(gpus, data, tmp_path):
 def test_at_the_command_line(gpus, tmp_path, monkeypatch, capsys):
     """The command line prints the error with its line to write."""
     monkeypatch.chdir(tmp_path)
-    line = ["run", "--rounds", "1", "--clients", "5", "--model", "softmax", "--json", "--quiet"]
+    line = [
+        "run",
+        "--rounds",
+        "1",
+        "--clients",
+        "5",
+        "--model",
+        "softmax",
+        "--json",
+        "--quiet",
+        "--set",
+        "report=false",
+    ]
     assert main([*line, "--device", "cuda:3"]) == 2
     told = capsys.readouterr().err
     assert "torch finds no GPU" in told and "Write: --device cpu" in told and "Traceback" not in told
@@ -104,7 +116,7 @@ def test_worker_processes_compute_on_the_cpu(gpus, data):
     gpus(2)
     with pytest.raises(UsageError, match="engine Processes") as refusal:
         atoll.rounds("mlp", data, recipes.fedavg(0.1), engine="processes", device="cuda:0")
-    assert refusal.value.write == "--engine inprocess"
+    assert refusal.value.at("shell").line == "--engine inprocess"
     training = atoll.rounds("softmax", data, recipes.fedavg(0.1), engine="Processes(workers=1)")
     assert training.task.device == HOST
     training.close()
@@ -130,7 +142,7 @@ def test_a_gpu_without_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     with pytest.raises(UsageError, match="Tesla P40") as refusal:
         check_precision("bf16", "float32", "auto", gpu)
-    assert refusal.value.write == "--precision full"
+    assert refusal.value.at("shell").line == "--precision full"
     check_precision("full", "float32", "auto", gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     check_precision("bf16", "float32", "auto", gpu)

@@ -80,9 +80,9 @@ def test_points_are_many(undisturbed):
     assert undisturbed["everyone"][1] != undisturbed["some"][1]
 
 
-# Quick: two sixths of each plan, and each sixth of at least one plan.
+# Quick: one sixth of each plan.
 POINTS = [
-    pytest.param(name, sixth, marks=[] if sixth % 3 == place else [pytest.mark.slow])
+    pytest.param(name, sixth, marks=[] if sixth == (1, 2, 5)[place] else [pytest.mark.slow])
     for place, name in enumerate(PLANS)
     for sixth in range(6)
 ]
@@ -110,7 +110,7 @@ def test_killed_once(server, undisturbed, tmp_path, name, sixth):
 def test_killed_again_and_again(server, undisturbed, tmp_path):
     """Kill a run a few points after each resume, while it truncates its logs and writes its first checkpoint."""
     _, expected = undisturbed["some"]
-    assert survive(server, tmp_path, "some", [(55, True), (3, False), (20, True), (2, False), (33, True)]) == expected
+    assert survive(server, tmp_path, "some", [(55, True), (3, False), (20, True)]) == expected
 
 
 @pytest.mark.slow

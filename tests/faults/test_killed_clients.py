@@ -4,9 +4,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from problems import classification, federation, regression, run, seeded, task_of
+from problems import classification, federation, needs_native, regression, run, seeded, task_of
+from quick_cases import one_in
 from torch import nn
 
+import atoll
 from atoll import recipes
 from atoll.base.errors import RunError
 from atoll.data import DatasetRows
@@ -83,7 +85,7 @@ KILLED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "how", "body", "chunk"), KILLED)
+@pytest.mark.parametrize(("name", "how", "body", "chunk"), one_in(2, KILLED))
 def test_a_killed_client_is_one_not_heard(name, how, body, chunk):
     local = LOCALS[name]
     data, who = classification(SIZES), frozenset((0, 4, 5))
@@ -125,31 +127,80 @@ def test_what_a_lost_client_keeps_stands_still():
 
 
 class Disk(torch.utils.data.Dataset):
-    """Rows of which some cannot be read."""
+    """Rows of which one cannot be read."""
 
-    def __init__(self, x, y, broken):
-        self.x, self.y, self.broken = x, y, broken
+    def __init__(self, x, y, broken, how):
+        self.x, self.y, self.broken, self.how = x, y, broken, how
+        self.targets = y
 
     def __len__(self):
         return len(self.x)
 
     def __getitem__(self, i):
-        if i in self.broken:
-            raise OSError(f"row {i} cannot be read")
-        return self.x[i], int(self.y[i])
+        x, y = self.x[i], int(self.y[i])
+        if i != self.broken:
+            return x, y
+        match self.how:
+            case "raises":
+                raise OSError("the disk is gone")
+            case "shrinks":
+                raise IndexError("list index out of range")
+            case "shape":
+                return x[:2], y
+            case "text":
+                return "x", y
+            case "single":
+                return x
+        return x * float(self.how), y
 
 
-@pytest.mark.parametrize("body", ["lanes", "loop"])
-def test_a_client_whose_data_cannot_be_read(body):
+@pytest.mark.parametrize(
+    "body, how, cause",
+    [
+        ("lanes", "raises", "Row {} of the dataset raised OSError: the disk is gone"),
+        ("loop", "nan", "The features contain nan at row {}, column 0"),
+        ("fused", "shape", "Row {} of the dataset has torch.float32 (2,), row 0 has torch.float32 (4,)"),
+        pytest.param(
+            *("compiled", "shrinks", "Row {} of the dataset raised IndexError: list index out of range"),
+            marks=needs_native,
+        ),
+        ("loop", "text", "Row {} of the dataset is (str, int)"),
+        ("lanes", "single", "Row {} of the dataset is a Tensor"),
+    ],
+)
+def test_a_client_whose_data_cannot_be_read(body, how, cause):
+    """The round equals the round without the client, and the failure names the row."""
     good = classification(SIZES)
-    disk = DatasetRows(Disk(good.rows.x, good.rows.y, {good.client_rows(4)[1].item()}), False)
-    task, plan = task_of(mlp(), good, body), recipes.fedavg(0.1, batch=4)
-    state, reports = run(plan, InProcessEngine(task, replace(good, rows=disk)))
-    silent, _ = run(replace(plan, cohort=Without(frozenset([4]))), InProcessEngine(task, good))
-    assert bits(state) == bits(silent)
-    for r, report in enumerate(reports):
-        (failure,) = report.failures
-        assert failure == (4, r, "local", f"OSError: row {good.client_rows(4)[1].item()} cannot be read")
+    # Row 0 sets the shape of all rows, so it is only unreadable here if it raises or is NaN.
+    for row in (17, *([] if how in ("shape", "text", "single") else [0])):
+        client = next(i for i in range(7) if row in good.client_rows(i))
+        disk = DatasetRows(Disk(good.rows.x, good.rows.y, row, how), False)
+        model = mlp() if body in ("lanes", "loop") else seeded(nn.Linear, 4, 3)
+        task, plan = task_of(model, good, body), recipes.fedavg(0.1, batch=4)
+        state, reports = run(plan, InProcessEngine(task, replace(good, rows=disk)))
+        silent, _ = run(replace(plan, cohort=Without(frozenset([client]))), InProcessEngine(task, good))
+        assert bits(state) == bits(silent)
+        for r, report in enumerate(reports):
+            assert report.failures == ((client, r, "local", cause.format(row)),)
+
+
+@pytest.mark.parametrize("row", [0, 7])
+def test_a_client_that_is_unreadable_from_the_start_costs_no_run(row):
+    """The fingerprint, the choice of the backend and the first round continue with the other clients."""
+    good = classification((9, 9, 9, 9), dtype=torch.float32)
+    disk = replace(good, rows=DatasetRows(Disk(good.rows.x, good.rows.y, row, "raises")))
+    training = atoll.rounds("softmax", disk, recipes.fedavg(0.1, batch=4), rounds=2)
+    owner = int((disk.order == row).nonzero()) // 9
+    assert [[f.client for f in report.failures] for report in training] == [[owner], [owner]]
+    assert disk.fingerprint() != good.fingerprint()
+
+
+def test_a_held_out_row_that_cannot_be_read_is_an_error():
+    good = classification((9, 9, 9, 9), dtype=torch.float32)
+    held = DatasetRows(Disk(good.rows.x, good.rows.y, 7, "nan"))
+    training = atoll.rounds("softmax", replace(good, held_out=held), recipes.fedavg(0.1), rounds=2)
+    with pytest.raises(RunError, match=r"The evaluation failed.*nan at row 7, column 0"):
+        training.next()
 
 
 @pytest.mark.parametrize("body", ["lanes", "loop"])
@@ -200,7 +251,7 @@ def test_what_strikes_every_client_alike_is_raised(how, clients):
     if how == "raises":
         assert isinstance(caught.value.__cause__, ConnectionError)
     else:
-        assert caught.value.write == "atoll lr"
+        assert caught.value.line == "atoll lr"
 
 
 def test_more_failures_than_allowed_end_the_run():
@@ -209,7 +260,7 @@ def test_more_failures_than_allowed_end_the_run():
     plan = Plan(Sick(Gradient(), frozenset(range(4)), "raises"), Mean())
     with pytest.raises(RunError, match="4 of 7 clients failed in round 0") as caught:
         run(plan, engine)
-    assert caught.value.write == "--set plan.max_failed=1.0"
+    assert caught.value.line == "max_failed=1.0"
     _, reports = run(replace(plan, max_failed=1.0), engine)
     assert reports[0].arrived == 3
 

@@ -110,7 +110,7 @@ def test_a_client_that_does_not_fit_by_itself_ends_the_run(told, body):
     with pytest.raises(RunError) as error:
         run(plan_of(0), engine)
     assert error.value.given.startswith("Client ") and "can't allocate memory" in error.value.given
-    assert "halved" in error.value.why and error.value.write == "--set plan.local.batch=4"
+    assert "halved" in error.value.why and error.value.at("shell").line == "--set plan.local.batch=4"
 
 
 def test_the_line_to_write_asks_for_less_and_works(monkeypatch):
@@ -129,7 +129,7 @@ def test_the_line_to_write_asks_for_less_and_works(monkeypatch):
     monkeypatch.setattr(Task, "gradient", scarce)
     with pytest.raises(RunError) as error:
         training.next()
-    flag, setting = error.value.write.split()
+    flag, setting = error.value.at("shell").line.split()
     assert flag == "--set" and setting == "plan.local.batch=5"
     monkeypatch.setattr(Task, "gradient", gradient)
     smaller = it.with_settings(dict([setting.split("=")])).training()
@@ -154,7 +154,7 @@ def test_no_room_for_the_sum_is_told(told):
     task, data = told
     with pytest.raises(RunError) as error:
         run(Plan(Gradient(), Heavy()), InProcessEngine(task, data))
-    assert error.value.write == "--chunk 6" and "together with their sum: MemoryError" in error.value.given
+    assert error.value.at("shell").line == "--chunk 6" and "together with their sum: MemoryError" in error.value.given
     assert run(Plan(Gradient(), Heavy()), InProcessEngine(task, data, 3))[1][0].arrived == 13
 
 

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from problems import classification, run, seeded, task_of
+from problems import COMPILED, classification, run, seeded, task_of
 from torch import nn
 
 import atoll
@@ -15,8 +15,9 @@ from atoll import recipes
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
 from atoll.compute.model_state import Model
-from atoll.engine.chunks import contribute_chunk, kept_from_tensors, kept_to_tensors
+from atoll.engine.chunks import chunks, kept_from_tensors, kept_to_tensors
 from atoll.engine.client_state import Memory
+from atoll.engine.contribution import contribute_chunk
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean
@@ -185,3 +186,23 @@ def test_a_round_that_is_run_twice_gives_the_same_state():
     ends = [close_round(start, engine.gather(start.plan, start.state, start.cohort, start.key)) for _ in range(2)]
     assert torch.equal(ends[0].state.model.theta, ends[1].state.model.theta)
     assert torch.equal(ends[0].state.model.theta, run(recipes.fedavg(0.1), engine, 1)[0].model.theta)
+
+
+@pytest.mark.parametrize("body", ["fused", "lanes", "loop", COMPILED])
+@pytest.mark.parametrize("buffers", [False, True])
+def test_clients_of_different_widths_share_a_chunk_with_equal_bits(body, buffers):
+    """23 clients of 23 sizes are few chunks, and every bit is that of one client after the other."""
+    data = classification(tuple(range(3, 72, 3)))
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), *([nn.BatchNorm1d(3)] if buffers else [])))
+    if buffers and body in ("fused", "compiled"):
+        return  # not among their layers
+    task, plan = task_of(model, data, body), Plan(Gradient(), Mean())
+    (together, reports), (alone, others) = (run(plan, InProcessEngine(task, data, chunk)) for chunk in (None, 1))
+    assert torch.equal(together.model.theta, alone.model.theta)
+    assert torch.equal(together.model.buffers, alone.model.buffers)
+    assert [r.metrics for r in reports] == [r.metrics for r in others]
+    ids, down = ids_of(range(data.count)), torch.zeros(data.count, dtype=torch.int64)
+    cut = list(chunks(bind(plan, InProcessEngine(task, data)), task, data, ids, down, None))
+    assert len(cut) == (data.count if body == "loop" else 1)
+    steps = bind(Plan(Train(sgd(0.1), epochs=1, batch=None), Mean()), InProcessEngine(task, data))
+    assert len(list(chunks(steps, task, data, ids, down, 99))) > 10  # the steps of `Train` need one width

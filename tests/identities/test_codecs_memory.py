@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from quick_cases import by_turns
 from torch import Tensor, nn
 
 from atoll.base.random import Key
@@ -71,8 +72,7 @@ def draw(r: int, keep: float) -> tuple[Tensor, Tensor]:
     return who, accepted
 
 
-@EACH
-@pytest.mark.parametrize("keep", [1.0, 0.7])
+@pytest.mark.parametrize(("inner", "keep"), by_turns(INNER, [1.0, 0.7]), ids=repr)
 def test_what_was_sent_and_what_is_kept_is_what_was_meant(inner, keep):
     layout = Layout.of(nn.Linear(34, 20), torch.float64)
     federation = Federation(ErrorFeedback(inner), torch.ones(CLIENTS, dtype=torch.int64), layout)
@@ -86,8 +86,7 @@ def test_what_was_sent_and_what_is_kept_is_what_was_meant(inner, keep):
     torch.testing.assert_close(sent + federation.memory["error"], meant, rtol=0, atol=1e-11)
 
 
-@EACH
-@pytest.mark.parametrize("keep", [1.0, 0.7])
+@pytest.mark.parametrize(("inner", "keep"), by_turns(INNER, [1.0, 0.7]), ids=repr)
 def test_a_shift_keeps_the_mean_of_all_clients_last_ones(inner, keep):
     layout = Layout.of(nn.Linear(34, 20), torch.float64)
     weights = torch.tensor([3, 1, 4, 1, 5, 9])

@@ -10,7 +10,7 @@ from problems import run
 from atoll.base.errors import UsageError
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Codec
+from atoll.plan.codec import Identity
 from atoll.plan.entropy import BytesEntropy, current_entropy, entropy_source
 from atoll.plan.local import Gradient
 from atoll.plan.optimizer.rules import sgd
@@ -20,7 +20,7 @@ from atoll.testing.local import clients, problem
 
 
 @dataclass(frozen=True, repr=False)
-class Noise(Codec):
+class Noise(Identity):
     """Adds a normal number to each coordinate of the sum."""
 
     uses_entropy = True
@@ -66,7 +66,7 @@ def test_integers_are_uniform(high):
 def test_a_range_without_numbers_is_refused(high):
     with pytest.raises(UsageError) as caught:
         known_entropy().integers((3,), high)
-    assert "integers((3,), 10)" in caught.value.write
+    assert "integers((3,), 10)" in caught.value.line
 
 
 def test_the_same_bytes_give_the_same_numbers_and_other_bytes_others():
@@ -100,7 +100,7 @@ def test_a_replay_of_a_part_that_uses_entropy_is_refused():
     _refuse_entropy(Plan(Gradient(), Mean()), "run")
     with pytest.raises(UsageError) as caught:
         _refuse_entropy(PLAN, "run")
-    assert "Noise()" in caught.value.given and caught.value.write == "atoll show run"
+    assert "Noise()" in caught.value.given and caught.value.line == "atoll show run"
 
 
 def test_a_downlink_with_noise_is_refused():

@@ -286,7 +286,7 @@ def test_too_much_weight_is_refused_with_a_line_that_works(make):
     aggregator = make()
     with pytest.raises(UsageError, match="2\\^28") as caught:
         aggregator.total(aggregator.fold(aggregator.zero(), both, STARTS))
-    instead = grammar.parse(caught.value.write, PARTS)
+    instead = grammar.parse(caught.value.line, PARTS)
     assert isinstance(instead, make)
     total = instead.total(instead.fold(instead.zero(), both, STARTS))
     assert total.means["update"].tolist() == [float(exact.CAPACITY + 1)] * 3

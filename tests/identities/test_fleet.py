@@ -190,7 +190,7 @@ def test_a_trace_with_gaps_is_refused(tmp_path, text, what):
     for fleet in (Fleet(Trace(path)), Fleet(uplink=Trace(path)), Fleet(ByRows(Trace(path)))):
         with pytest.raises(UsageError) as caught:
             Clock(fleet, torch.tensor([1, 1]), 0)
-    out = command_works(caught.value.write)
+    out = command_works(caught.value.line)
     if caught.value.given.startswith("Line"):
         number = int(caught.value.given.split()[1])
         assert out.strip() == text.splitlines()[number - 1]
@@ -201,7 +201,7 @@ def test_windows_with_gaps_are_refused(tmp_path, text, what):
     path = written(tmp_path, text)
     with pytest.raises(UsageError) as caught:
         Clock(Fleet(availability=Windows(path)), torch.tensor([1, 1]), 0)
-    command_works(caught.value.write)
+    command_works(caught.value.line)
 
 
 def test_the_overlap_is_found_at_its_line(tmp_path):
@@ -215,7 +215,7 @@ def test_files_that_are_not_there_or_no_text(tmp_path):
     for path in (tmp_path / "missing.csv", tmp_path, tmp_path / "bytes.csv"):
         with pytest.raises(UsageError) as caught:
             Clock(Fleet(Trace(path)), torch.tensor([1]), 0)
-        command_works(caught.value.write)
+        command_works(caught.value.line)
 
 
 # Bad values
@@ -279,7 +279,7 @@ REFUSED = [
 def test_what_says_nothing_clear_is_refused(act):
     with pytest.raises(UsageError) as caught:
         act()
-    instead = parse(caught.value.write, FLEET)
+    instead = parse(caught.value.line, FLEET)
     if isinstance(instead, str):
         assert rate(instead) == 12.5e6
     elif not isinstance(instead, float):
@@ -291,7 +291,7 @@ def test_values_for_another_population_are_refused(clients):
     fleet, sizes = Each((1.0, 2.0, 3.0)), torch.ones(clients, dtype=torch.int64)
     with pytest.raises(UsageError, match=f"3 values, and there are {clients} clients") as caught:
         Clock(Fleet(uplink=fleet), sizes, 0)
-    Clock(Fleet(uplink=parse(caught.value.write, FLEET)), sizes, 0)
+    Clock(Fleet(uplink=parse(caught.value.line, FLEET)), sizes, 0)
 
 
 @pytest.mark.parametrize("sizes", [[], [[1]], [1.5], [-1, 2]])

@@ -49,10 +49,11 @@ def test_every_split_makes_the_same_steps(example, known):
     _, low, high = known
     ways = example["splits"](2 / (low + high))
     assert [len(clients.sizes) for _, clients in ways.values()] == [1, 2, 7, 442, 3]
-    plain = [example["iterates"](plan, clients, 60) for plan, clients in ways.values()]
+    plain = [example["iterates"](plan, clients, 30) for plan, clients in ways.values()]
     assert max(farthest(path, plain[0]) for path in plain[1:]) < 1e-12
 
 
+@pytest.mark.slow  # tests/rates measures the same rule
 def test_momentum_brings_both_ends_to_least_squares(example, known):
     best, low, high = known
     ways = example["splits"](1.0)

@@ -142,7 +142,7 @@ REFUSED = [
 def test_a_schedule_that_comes_below_one_step_is_refused_with_a_line_that_builds(schedule):
     with pytest.raises(UsageError) as refusal:
         Train(rules.sgd(0.1), steps=schedule, batch=3)
-    assert isinstance(grammar.parse(refusal.value.write, PARTS), Train)
+    assert isinstance(grammar.parse(refusal.value.line, PARTS), Train)
 
 
 @dataclass(frozen=True, repr=False)

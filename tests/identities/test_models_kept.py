@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from problems import classification, far, run, seeded, task_of, tokens
+from quick_cases import by_turns
 from torch import nn
 
 from atoll import recipes
@@ -300,8 +301,10 @@ def custom(model, loader, ctx):
 PLANS = {"train": TRAIN, "gradient": recipes.sgd(0.1, 4), "custom": Plan(Custom(custom, batch=4), Mean())}
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("make", [norm, lambda: seeded(Noisy), lambda: nn.Sequential(nn.Dropout(0.3), norm())])
+@pytest.mark.parametrize(
+    ("make", "plan"),
+    by_turns([norm, lambda: seeded(Noisy), lambda: nn.Sequential(nn.Dropout(0.3), norm())], PLANS.values()),
+)
 def test_global_generators_are_untouched_and_change_nothing(make, plan):
     data = classification(SIZES)
     module = make()
@@ -323,6 +326,6 @@ def test_global_generators_are_untouched_and_change_nothing(make, plan):
 def test_noise_of_a_clients_own_depends_on_the_client_and_the_round():
     data = classification(SIZES)
     task = choose(Task.of(seeded(Noisy), "cross_entropy"), data, TRAIN).task
-    assert task.noisy and task.numerics == "loop"
+    assert task.draws and task.numerics == "loop"
     updates = [run(recipes.gd(0.1), InProcessEngine(task, data), 1, seed)[0].model.theta for seed in (0, 0, 1)]
     assert torch.equal(updates[0], updates[1]) and not torch.equal(updates[0], updates[2])

@@ -57,7 +57,7 @@ def change(monkeypatch, old, new):
 def test_each_library_exports_the_structs_of_python(name):
     compiled.load_libraries(torch.float32)
     assert {struct: exported(native.library(name), struct) for struct in STRUCTS[name]} == STRUCTS[name]
-    sizes = {"descent": {"Job": 26, "LayerSpec": 21}, "exact": {"Job": 12}}
+    sizes = {"descent": {"Job": 28, "LayerSpec": 21}, "exact": {"Job": 12}}
     assert {struct: len(layout.fields) for struct, layout in STRUCTS[name].items()} == sizes[name]
 
 
@@ -70,7 +70,7 @@ def test_each_library_exports_the_structs_of_python(name):
         ("exact", b"F(I, clients) F(I, d)", b"F(I, d) F(I, clients)", "'d' instead of 'clients'"),
         ("exact", b"Struct##_size = sizeof", b"Struct##_sizes = sizeof", "does not export it"),
         ("descent", b"F(I, relu)", b"", "Struct LayerSpec .* 20 fields and 160 bytes"),
-        ("descent", b"F(double, lr)", b"F(float, lr) F(float, momentum)", "Struct Job .* 27 fields and 208 bytes"),
+        ("descent", b"F(double, lr)", b"F(float, lr) F(float, momentum)", "Struct Job .* 29 fields and 224 bytes"),
     ],
 )
 def test_a_library_with_a_changed_struct_is_refused(name, old, new, given, cache, monkeypatch):
@@ -78,7 +78,7 @@ def test_a_library_with_a_changed_struct_is_refused(name, old, new, given, cache
     with pytest.raises(UsageError, match=given) as caught:
         native.library(name)
     error = caught.value
-    assert error.required and error.why and error.write == f"rm {native._kept_at(name, ())}"
+    assert error.required and error.why and error.line == f"rm {native._kept_at(name, ())}"
     with pytest.raises(UsageError, match=given):
         native.present(name)  # never silently replaced by the path without native code
 
@@ -90,7 +90,7 @@ def test_the_line_of_the_refusal_works(cache, monkeypatch):
         native._build("exact", (), place)
     with pytest.raises(UsageError, match="11 fields") as caught:
         native.library("exact")
-    subprocess.run(caught.value.write, shell=True, check=True)
+    subprocess.run(caught.value.line, shell=True, check=True)
     code = f"from atoll.compute import native\nnative.FLAGS = {native.FLAGS!r}\nprint(native.library('exact').add)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert place.exists()
@@ -193,4 +193,4 @@ def test_native_code_is_not_called_with_a_row_number_outside(at, monkeypatch):
 
 
 def test_an_empty_step_has_no_row_number_outside():
-    compiled._check_rows(torch.empty(0, dtype=torch.int64), 0)
+    compiled._check_rows(torch.empty(0, dtype=torch.int64), torch.empty(0, 3), torch.float32)

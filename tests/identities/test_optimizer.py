@@ -323,7 +323,7 @@ def test_what_it_prints():
 def test_refuses_with_a_line_that_builds(name, words):
     with pytest.raises(UsageError, match=f"{name} was given") as refusal:
         OPTIMIZERS[name](**words)
-    assert isinstance(parse(refusal.value.write, NAMES), OPTIMIZERS[name])
+    assert isinstance(parse(refusal.value.line, NAMES), OPTIMIZERS[name])
     assert refusal.value.required
 
 
@@ -355,5 +355,5 @@ def test_refuses_with_a_line_that_builds(name, words):
 def test_refuses_what_cannot_work(make, write):
     with pytest.raises(UsageError) as refusal:
         make()
-    assert refusal.value.write == write
+    assert refusal.value.line == write
     assert repr(parse(write, NAMES)) == write

@@ -154,7 +154,7 @@ def by_hand(model, loader, ctx):
 @pytest.mark.parametrize(
     ("settings", "given", "write"),
     [
-        ({"precision": "fp16"}, "precision = 'fp16'", "precision='full'"),
+        ({"precision": "fp16"}, "precision = 'fp16'", "--precision full"),
         ({"precision": "bf16", "dtype": "float64"}, "dtype = 'float64'", "--dtype float32"),
         ({"precision": "bf16", "numerics": "fused"}, "numerics = 'fused'", "--numerics auto"),
     ],
@@ -163,7 +163,7 @@ def test_refused(settings, given, write):
     data = atoll.data.load("digits").split(clients=5)
     with pytest.raises(UsageError) as refusal:
         atoll.rounds("mlp", data, recipes.fedavg(0.1), **settings)
-    assert given in refusal.value.given and refusal.value.write == write
+    assert given in refusal.value.given and refusal.value.at("shell").line == write
     name, value = write.removeprefix("--").replace("=", " ").replace("'", "").split()
     atoll.rounds("mlp", data, recipes.fedavg(0.1), **{**settings, name: value})
 
@@ -172,7 +172,7 @@ def test_a_loop_of_your_own_computes_as_it_is_written():
     data = atoll.data.load("digits").split(clients=5)
     with pytest.raises(UsageError, match=r"torch\.autocast belongs in there") as refusal:
         atoll.rounds("mlp", data, Plan(Custom(by_hand), Mean()), precision="bf16")
-    assert refusal.value.write == "--precision full"
+    assert refusal.value.at("shell").line == "--precision full"
 
 
 class Picky(nn.Linear):
@@ -189,5 +189,5 @@ def test_a_model_that_fails_in_bfloat16_alone_is_refused_with_the_line():
     task = Task.of(seeded(Picky, 4, 3), "cross_entropy")
     with pytest.raises(UsageError, match="in which the model fails: RuntimeError: could not create") as caught:
         choose(bf16(task), data, USUAL)
-    assert caught.value.write == "--precision full"
+    assert caught.value.at("shell").line == "--precision full"
     assert choose(task, data, USUAL).task.precision == "full"

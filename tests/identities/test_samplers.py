@@ -15,21 +15,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import federation, run, seeded, task_of
+from quick_cases import by_turns
 from torch import nn
 
 from atoll import recipes
 from atoll.base import grammar
-from atoll.base.errors import UsageError
+from atoll.base.errors import RunError, UsageError
 from atoll.base.random import Key
 from atoll.engine.inprocess import InProcessEngine
-from atoll.plan.aggregate import Mean
+from atoll.plan.aggregate import Mean, Sum
+from atoll.plan.aggregate.mean import weights_by_chance
+from atoll.plan.local import Gradient
+from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Contribution, Ids, Population
 from atoll.plan.registry import PARTS
 from atoll.plan.sampler import Everyone, Fraction, Poisson, RoundRobin, Uniform, Weighted
 from atoll.testing import round_info
 
-DRAWS = 1000
+DRAWS = 500
 SIZES = torch.tensor([1, 2, 3, 4, 10, 40])
 SMALL = Population(6, SIZES)
 SAMPLERS = [Everyone(), Uniform(2), Uniform(5), Poisson(0.3), Fraction(0.4), Weighted(1), Weighted(2), Weighted(4)]
@@ -143,30 +147,81 @@ def facts(cohort):
     return round_info(SMALL)._replace(chance=cohort.chance, cohort_size=len(cohort.ids))
 
 
-@pytest.mark.parametrize("weights", ["examples", "equal"])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
-def test_over_expected_is_unbiased(sampler, weights):
-    """E Σ wᵢgᵢ / E Σ wᵢ = Σ πᵢwᵢgᵢ / Σ πᵢwᵢ, the mean of all clients if all chances are equal; |g| ≤ 1."""
-    mean = Mean(weights=weights, over="expected")
-    g = torch.tensor([[1.0], [-1.0], [0.5], [1.0], [-0.5], [0.25]], dtype=torch.float64)
-    w = SIZES.double() if weights == "examples" else torch.ones(6, dtype=torch.float64)
-    total, draws = 0.0, 200
+G = torch.tensor([[1.0], [-1.0], [0.5], [1.0], [-0.5], [0.25]], dtype=torch.float64)
+
+
+def updates(mean, sampler, draws):
+    """The update of each draw: its clients send the rows of G. The aggregator knows the chances, as in a training."""
+    mean = mean.bind(SMALL, small(sampler)[0].chance)
     for cohort in small(sampler)[:draws]:
-        ids = cohort.ids
-        partial = (
-            mean.fold(mean.zero(), Contribution({"update": g[ids]}, {}, SIZES[ids], {}, {}), starts(cohort))
-            if len(ids)
-            else mean.zero()
-        )
-        means = mean.finalize(mean.total(partial), facts(cohort)).means
-        total += float(means["update"]) if means else 0.0
-    chance = cohort.chance.expand(6)
-    expected = float((chance * w * g[:, 0]).sum() / (chance * w).sum())
-    if chance.unique().numel() == 1:
-        assert math.isclose(expected, float((w * g[:, 0]).sum() / w.sum()))
-    # Hoeffding: a value lies between −W/E and W/E.
-    reach = float(w.sum() / (chance * w).sum())
-    assert abs(total / draws - expected) <= 2 * reach * math.sqrt(math.log(2e9) / (2 * draws))
+        ids, partial = cohort.ids, mean.zero()
+        if len(ids):
+            partial = mean.fold(partial, Contribution({"update": G[ids]}, {}, SIZES[ids], {}, {}), starts(cohort))
+        yield float(mean.finalize(mean.total(partial), facts(cohort)).means.get("update", 0.0))
+
+
+def target(weights):
+    """Σ wᵢgᵢ / Σ wᵢ over all clients: the documented target of `Mean`."""
+    w = SIZES.double() if weights == "examples" else torch.ones(6, dtype=torch.float64)
+    return float((w * G[:, 0]).sum() / w.sum())
+
+
+def off(values, expected):
+    """The distance of the mean of values from an expected value, in standard errors."""
+    values = torch.tensor(values, dtype=torch.float64)
+    error = max(float(values.std()) / math.sqrt(len(values)), 1e-12)
+    return abs(float(values.mean()) - expected) / error
+
+
+@pytest.mark.parametrize(("sampler", "weights"), by_turns(SAMPLERS, ["examples", "equal"]), ids=repr)
+def test_over_expected_is_unbiased(sampler, weights):
+    """E g = Σ wᵢgᵢ / Σ wᵢ for every sampler, also if the chances differ and one client is certain."""
+    assert off([*updates(Mean(weights=weights, over="expected"), sampler, 400)], target(weights)) <= 3
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_clients_drawn_by_rows_give_the_mean_of_the_rows(n):
+    """Σ wᵢ/pᵢ is the same for every cohort of `Weighted`, so `over="arrived"` has the same bits as "expected"."""
+    arrived, expected = ([*updates(Mean(over=over), Weighted(n), 400)] for over in ("arrived", "expected"))
+    assert off(arrived, target("examples")) <= 3
+    assert max(abs(a - b) for a, b in zip(arrived, expected, strict=True)) < 1e-15
+
+
+@given(st.lists(st.integers(1, 500), min_size=2, max_size=12), st.data())
+def test_weights_by_chance_are_in_proportion_to_the_quotients(sizes, data):
+    sizes = torch.tensor(sizes)
+    chance = Weighted(data.draw(st.integers(1, len(sizes) - 1)))(Population(len(sizes), sizes), 0, Key(0)).chance
+    for weights, error in ((sizes, 1e-12), (torch.ones_like(sizes), 1e-4)):
+        ratio = weights_by_chance(weights, chance) * chance / weights
+        assert torch.allclose(ratio, ratio[0].expand_as(ratio), rtol=error)
+
+
+def test_a_training_with_clients_drawn_by_rows_lands_on_the_mean_of_the_rows():
+    """Case 27: from w = 0 a step of rate 0.5 on (w − t)² ends at the mean target of the cohort, here exactly 0.2."""
+    sizes, targets = [80, 10, 10], [0.0, 1.0, 1.0]
+    y = torch.cat([torch.full((n,), t) for n, t in zip(sizes, targets, strict=True)])
+    data = federation(torch.ones(100, 1), y, sizes)
+    net = seeded(nn.Linear, 1, 1, False)
+    task = task_of(net, data, "loop", torch.float32)
+    for weights, ends in (("examples", 0.2), ("equal", 2 / 3)):
+        plan = Plan(Gradient(), Mean(weights=weights), sgd(0.5), cohort=Weighted(2))
+        state, _ = run(plan, InProcessEngine(task, data), 1, init=torch.zeros(1))
+        assert math.isclose(float(state.model.theta), ends, rel_tol=1e-6)
+
+
+def test_a_sum_of_clients_drawn_by_rows_is_refused():
+    with pytest.raises(UsageError, match="a sum does not divide by the probability") as caught:
+        Plan(Gradient(), Sum(), cohort=Weighted(2))
+    assert caught.value.write == "Mean()"
+
+
+def test_chances_that_change_are_refused():
+    mean = Mean().bind(SMALL, small(Weighted(2))[0].chance)
+    partial = mean.fold(
+        mean.zero(), Contribution({"update": G}, {}, SIZES, {}, {}), Ids(torch.arange(6), torch.zeros(6))
+    )
+    with pytest.raises(RunError, match="other chances in round 0"):
+        mean.finalize(mean.total(partial), facts(small(Weighted(1))[0]))
 
 
 def test_over_expected_divides_by_the_same_number_whoever_came():
@@ -185,7 +240,7 @@ def test_over_expected_divides_by_the_same_number_whoever_came():
 def test_a_cohort_larger_than_the_population_is_refused_with_a_line_that_works(make):
     with pytest.raises(UsageError, match="7 clients out of 6") as caught:
         make(7)(SMALL, 0, Key(0))
-    assert len(grammar.parse(caught.value.write, PARTS)(SMALL, 0, Key(0)).ids) == 6
+    assert len(grammar.parse(caught.value.line, PARTS)(SMALL, 0, Key(0)).ids) == 6
 
 
 MILLION = Population(10**6, torch.arange(10**6) % 50 + 1)

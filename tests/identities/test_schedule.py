@@ -185,4 +185,4 @@ def test_refuses_with_a_line_that_builds(make):
     with pytest.raises(UsageError) as refusal:
         make()
     assert refusal.value.required
-    assert repr(parse(refusal.value.write, SCHEDULES)) == refusal.value.write
+    assert repr(parse(refusal.value.line, SCHEDULES)) == refusal.value.line

@@ -119,7 +119,7 @@ def test_a_divergence_is_an_error_that_names_lr_and_its_finder():
     _, outcome = end(Diverged(), series("loss", [1.0, math.nan]))
     error = outcome.error()
     assert isinstance(error, RunError) and error.exit_code == 1
-    assert "learning rate lr" in str(error) and error.write == "atoll lr" and "round 1" in str(error)
+    assert "learning rate lr" in str(error) and error.line == "atoll lr" and "round 1" in str(error)
 
 
 def test_rules_side_by_side():
@@ -213,7 +213,7 @@ def test_refuses_with_a_line_that_builds(make):
     with pytest.raises(UsageError) as refusal:
         make()
     assert refusal.value.required
-    assert repr(parse(refusal.value.write, RULES)) == refusal.value.write
+    assert repr(parse(refusal.value.line, RULES)) == refusal.value.line
 
 
 def test_known_metrics_pass():

@@ -346,7 +346,7 @@ def test_actors_share_a_gpu_that_only_pretends_to_be_one(cluster, mlp):
 def test_more_than_the_cluster_has_is_refused(settings, write, mlp):
     with pytest.raises(UsageError) as told:
         RayEngine(mlp.theirs.task, mlp.theirs.data, **settings)
-    assert told.value.write == write
+    assert told.value.at("shell").line == write
     assert ray.is_initialized()
 
 
@@ -358,7 +358,7 @@ def test_actors_that_find_no_place_end_the_run(mlp):
         with RayEngine(task, data, workers=2, cpus=0.1, gpus=0.5, patience_s=20.0) as second:
             with pytest.raises(RunError, match="1 of 2 actors waited 20 s for a place") as told:
                 run(recipes.fedavg(lr=0.1), second, 1)
-            assert told.value.write == "--workers 1"
+            assert told.value.at("shell").line == "--workers 1"
 
 
 # the connection

@@ -51,14 +51,14 @@ def small() -> tuple:
 def test_parts_of_a_machine_that_there_are_not_are_refused(fields):
     with pytest.raises(UsageError, match="pus = ") as refusal:
         Ray(**fields)
-    assert isinstance(engine(refusal.value.write), Ray)
+    assert isinstance(engine(refusal.value.line), Ray)
 
 
 def test_a_gpu_that_no_actor_has_is_refused():
     data = atoll.data.load("digits").split(clients=4)
     with pytest.raises(UsageError, match="device = 'cuda' with actors that have no GPU") as refusal:
         atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="ray", device="cuda")
-    assert refusal.value.write == "--device cuda --gpus 1"
+    assert refusal.value.at("shell").line == "--device cuda --gpus 1"
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_a_gpu_that_no_actor_has_is_refused():
         ("127.0.0.1:1", "No Ray cluster answers at 127.0.0.1:1"),
         ("no.such.host.invalid:6379", "No Ray cluster answers"),
         ("127.0.0.1:99999999", "No Ray cluster answers"),
-        ("127.0.0.1", "--address 127.0.0.1:6379"),
-        ("ray://127.0.0.1:10001", "--address 127.0.0.1:6379"),
+        ("127.0.0.1", r"Ray\('127.0.0.1:6379'\)"),
+        ("ray://127.0.0.1:10001", r"Ray\('127.0.0.1:6379'\)"),
     ],
 )
 def test_an_address_where_nobody_answers_is_refused_within_seconds(address, words, strangers):
@@ -115,7 +115,7 @@ def test_a_ray_that_does_not_start_is_an_error_that_says_so(strangers, monkeypat
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     with pytest.raises(RunError, match="did not start on this machine: The current node timed out") as told:
         RayEngine(*small())
-    assert told.value.write == "--engine processes"
+    assert told.value.at("shell").line == "--engine processes"
     assert not folders[0].exists()
 
 
@@ -124,11 +124,11 @@ def test_no_ray_and_an_old_one_are_refused(monkeypatch):
         patch.setattr(ray, "__version__", "2.3.1")
         with pytest.raises(UsageError, match=r"Ray 2\.3\.1 is installed") as told:
             RayEngine(*small())
-        assert told.value.write == "pip install 'ray>=2.40'"
+        assert told.value.line == "pip install 'ray>=2.40'"
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match="not installed") as told:
         RayEngine(*small())
-    assert told.value.write == "pip install 'atoll[ray]'"
+    assert told.value.line == "pip install 'atoll[ray]'"
 
 
 def test_the_command_line_refuses_what_it_cannot_reach(strangers, capsys, tmp_path):
@@ -164,7 +164,8 @@ def test_tensors_lie_as_they_were():
 
 
 PROGRAM = """
-import sys, atoll
+import atoll
+from atoll.engine import Ray
 data = atoll.data.load("digits").split(clients=20)
 plan, told = atoll.recipes.fedavg(lr=0.1), dict(rounds=10**6, numerics="fused")  # auto looks at the rounds
 training = atoll.rounds("softmax", data, plan, **told, engine=Ray(ADDRESS, workers=1))

@@ -162,6 +162,7 @@ def test_fedavg_approaches_its_fixed_point_at_the_rate_of_the_mean_map(steps):
         assert torch.allclose(after, factor * before, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server_lr", only([1.5], [0.7, 1.5]))
 def test_the_servers_rate_scales_the_step_and_moves_no_fixed_point(server_lr):
     data = bowl(*zip(CURVES, LOWS, strict=True))

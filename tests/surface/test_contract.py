@@ -54,6 +54,7 @@ ALLOWED = {
     ("engine/workers/shared_memory.py", "*"): "a dtype of torch, by name",
     ("compute/device.py", "*"): "attributes of torch that depend on its version",
     ("engine/ranks/process_group.py", "*"): "a reduction of torch, by name",
+    ("engine/state_probe.py", "*"): "attributes of autograd nodes and of functions",
     ("engine/ranks/torchrun.py", "*"): "a dtype of torch, by name",
     ("engine/simulation/fleet.py", "*"): "fields of a fleet",
     ("engine/spec.py", "*"): "fields of an engine's spec, listed by dataclasses",
@@ -204,7 +205,7 @@ class Foreign:
 def refused(**slots):
     with pytest.raises(UsageError) as caught:
         replace(USUAL, **slots)
-    assert caught.value.given and caught.value.required and caught.value.why and caught.value.write
+    assert caught.value.given and caught.value.required and caught.value.why and caught.value.line
     return caught.value
 
 
@@ -213,7 +214,7 @@ def test_a_part_without_a_member_is_refused_by_its_name():
     assert "Foreign has no member numerics" in error.given and "atoll.plan.protocols.Local" in error.required
     assert "int has no member zero" in refused(aggregator=3).given
     assert "has no member interchangeable" in refused(cohort=lambda population, round, key: None).given
-    assert "holds <class" in refused(codec=Identity).given
+    assert "is the class Identity, not a value of it" in refused(codec=Identity).given
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_the_backend_that_a_local_part_requires_is_chosen(name):
         choose(task, clients(), plan, other)
     error = caught.value
     assert f"numerics = '{other}' with Own()" in error.given and f"'{name}'" in error.required
-    assert error.why and error.write == "--numerics auto"
+    assert error.why and error.at("shell").line == "--numerics auto"
 
 
 def test_a_required_backend_is_tested_on_the_model_and_an_unknown_one_is_refused():
@@ -285,7 +286,7 @@ def test_a_part_names_its_own_conflicts_and_those_of_its_parts():
         def conflicts(self, slots):
             yield conflict
 
-    class Stopping(Codec):
+    class Stopping(Identity):
         def conflicts(self, slots):
             yield conflict
 
@@ -363,7 +364,7 @@ def test_a_contribution_with_other_rows_than_clients_is_refused(way, name):
         run(Plan(Shaped(way), Mean(), sgd(0.1)), engine_of(), 1)
     error = caught.value
     assert f"Shaped('{way}'), client " in error.given and f", round 0, {name}: a tensor of shape" in error.given
-    assert error.required and error.why and error.write
+    assert error.required and error.why and error.line
 
 
 @dataclass(frozen=True, repr=False)
@@ -393,7 +394,7 @@ def test_workers_refuse_a_pace_with_partial_work(pace):
     local = Train(sgd(0.1), epochs=1)
     with pytest.raises(UsageError, match="with workers") as caught:
         check_for_workers(Plan(local, Mean(), sgd(0.1), pace=pace))
-    assert caught.value.write == (repr(Sync(deadline_s=1.0)) if isinstance(pace, Sync) else "Sync()")
+    assert caught.value.line == (repr(Sync(deadline_s=1.0)) if isinstance(pace, Sync) else "Sync()")
 
 
 @dataclass
@@ -428,7 +429,7 @@ def test_a_partial_without_reduce_is_refused_on_torchrun():
 
     with pytest.raises(UsageError) as caught:
         refuse_partial(Plan(Gradient(), Bare()))
-    assert "`reduce`" in caught.value.required and caught.value.write == "--engine inprocess"
+    assert "`reduce`" in caught.value.required and caught.value.at("shell").line == "--engine inprocess"
     refuse_partial(Plan(Gradient(), LeastAggregator()))
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import fake_engine
 import pytest
+import torch
 
 import atoll
 from atoll import recipes, runs
 from atoll.base.errors import AtollError, UsageError
 from atoll.cli import main
-from atoll.cli.error_text import as_flags
 from atoll.data import named
 from atoll.engine import InProcess, Processes, Ray, Torchrun
 from atoll.engine.spec import ENGINES, engine, fill, spec_name
@@ -54,7 +54,7 @@ def refused(act, *parts):
 
 
 def run(**settings):
-    return atoll.train("softmax", DATA, PLAN, out=None, **{"rounds": 2, **settings})
+    return atoll.train("softmax", DATA, PLAN, **{"rounds": 2, "out": None, **settings})
 
 
 # values
@@ -87,32 +87,32 @@ def test_short_names_are_the_names_of_the_table():
 @pytest.mark.parametrize(
     ("value", "parts"),
     [
-        ("inproces", ("'inproces'", "Write: inprocess")),
-        ("Process(2)", ("'Process'", "Write: Processes")),
-        ("Processes(n=2)", ("n", "the arguments of Processes")),
-        ("Processes(workers=0)", ("workers = 0", "Write: Processes(2)")),
-        ("Processes(workers='two')", ("workers = 'two'", "Write: Processes(2)")),
-        ("Torchrun(backend='mpi')", ("backend = 'mpi'", "Write: Torchrun(backend='auto')")),
-        ("Ray(gpus=1.5)", ("gpus = 1.5", "Write: Ray(gpus=0.5)")),
-        ("Ray(cpus=0)", ("cpus = 0", "Write: Ray()")),
-        ("Ray(address=3)", ("address = 3", "Write: Ray('auto')")),
+        ("inproces", ("'inproces'", 'Write: engine="inprocess"')),
+        ("Process(2)", ("'Process'", 'Write: engine="Processes(2)"')),
+        ("Processes(n=2)", ("n", "one of workers")),
+        ("Processes(workers=0)", ("workers = 0", 'Write: engine="Processes(2)"')),
+        ("Processes(workers='two')", ("workers = 'two'", 'Write: engine="Processes(2)"')),
+        ("Torchrun(backend='mpi')", ("backend = 'mpi'", "Write: engine=\"Torchrun(backend='auto')\"")),
+        ("Ray(gpus=1.5)", ("gpus = 1.5", 'Write: engine="Ray(gpus=0.5)"')),
+        ("Ray(cpus=0)", ("cpus = 0", 'Write: engine="Ray()"')),
+        ("Ray(address=3)", ("address = 3", "Write: engine=\"Ray('auto')\"")),
         (3, ("engine = 3", 'Write: engine="inprocess"')),
-        (Processes, ("engine = <class", 'Write: engine="inprocess"')),
+        (Processes, ("engine is the class Processes", "Write: Processes()")),
     ],
 )
 def test_bad_engines(value, parts):
     error = refused(lambda: Settings(engine=value), *parts)
-    if error.write.startswith("engine="):
-        Settings(**eval(f"dict({error.write})"))
-    elif error.write and "(" in error.write:
-        engine(error.write)
+    if error.line.startswith("engine="):
+        engine(*eval(f"dict({error.line})").values())
+    elif error.line and "(" in error.line:
+        engine(error.line)
 
 
 def test_a_foreign_engine_in_a_run_folder_needs_trust(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text(f'engine = "{FAKE}"\n', encoding="utf-8")
     error = refused(lambda: Experiment.read("run").training(), "names code outside atoll")
-    assert error.write == "--trust"
+    assert error.at("shell").line == "--trust"
     assert Experiment.read("run", trust=True).spec() == fake_engine.Fake()
 
 
@@ -166,7 +166,7 @@ def test_a_default_in_the_file_of_a_user_is_a_value():
 def test_a_field_that_two_variables_set_is_refused():
     both = {"ATOLL_ENGINE": "Processes(workers=2)", "ATOLL_WORKERS": "3"}
     error = refused(lambda: Experiment().with_environment(both), "workers is given twice")
-    assert error.write == '--engine "Processes(workers=3)"'
+    assert error.at("shell").line == '--engine "Processes(workers=3)"'
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_refused_before_data_is_read(unread, capsys, monkeypatch, words, given, 
 def test_ray_that_is_not_installed(unread, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     error = refused(lambda: Experiment(engine="ray").train(), "Ray is not installed")
-    assert error.write == "pip install 'atoll[ray]'"
+    assert error.line == "pip install 'atoll[ray]'"
 
 
 @pytest.mark.parametrize("settings", [{"fleet": "Fleet(HalfNormal())"}, {"device": "cuda:1"}])
@@ -214,12 +214,12 @@ def test_ray_refuses(settings):
 )
 def test_a_field_of_an_engine_is_no_setting(settings, write):
     error = refused(lambda: run(**settings), "a field of the engine")
-    assert error.write == write
+    assert error.line == write
     for call in (Experiment().training, Experiment().train):
-        assert refused(lambda call=call: call(**settings), "a field of the engine").write == write
+        assert refused(lambda call=call: call(**settings), "a field of the engine").line == write
     (text,) = eval(f"dict({write})").values()
     assert repr(engine(text))
-    assert "Write: --engine " in as_flags(error)
+    assert "Write: --engine " in str(error.at("shell"))
 
 
 # the calls that an engine gets
@@ -235,7 +235,21 @@ def test_a_foreign_engine_trains_from_python():
 
 
 def test_a_foreign_engine_trains_from_the_command_line(capsys):
-    words = ["run", "--clients", "5", "--model", "softmax", "--rounds", "2", "--engine", FAKE, "--quiet", "--json"]
+    words = [
+        "run",
+        "--clients",
+        "5",
+        "--model",
+        "softmax",
+        "--rounds",
+        "2",
+        "--engine",
+        FAKE,
+        "--quiet",
+        "--json",
+        "--set",
+        "report=false",
+    ]
     assert main(words) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["status"] == "done"
@@ -294,6 +308,77 @@ def test_a_failed_round_is_not_committed(monkeypatch):
     assert fake_engine.CALLS == ["open", 0, "close"]
 
 
+@pytest.fixture
+def unclosable(monkeypatch):
+    """Engines whose `close` raises."""
+
+    def fails(self):
+        fake_engine.CALLS.append("close")
+        raise OSError("workers are lost")
+
+    monkeypatch.setattr(fake_engine.FakeEngine, "close", fails)
+
+
+def test_an_error_of_close_keeps_the_result(unclosable, tmp_path):
+    ended = []
+
+    class Ends(Stops):
+        def end(self, run):
+            ended.append(run.status)
+
+    with pytest.warns(RuntimeWarning, match="Closing the engine failed: OSError: workers are lost"):
+        done = run(engine=FAKE, out=tmp_path, report=False, observers=[Ends(lambda: None)])
+    assert (done.status, done.rounds, ended) == ("done", 2, ["done"])
+    expected = run()
+    assert all(map(torch.equal, done.model.parameters(), expected.model.parameters()))
+    assert (done.path / "model.safetensors").is_file()
+    notes = [e for e in runs.read_rows(done.path / "events.jsonl") if e["event"] == "note"]
+    assert [(e["round"], "workers are lost" in e["text"]) for e in notes] == [(1, True)]
+    assert fake_engine.CALLS == ["open", 0, 1, "close"]
+
+
+def test_an_error_of_close_does_not_hide_an_earlier_error(unclosable, monkeypatch):
+    def fail(*_):
+        raise ValueError("first")
+
+    with pytest.raises(UsageError, match="absent"):
+        run(engine=FAKE, init="absent")
+    with pytest.raises(ValueError, match="first"):
+        run(engine=FAKE, observers=[Stops(fail)])
+    monkeypatch.setattr(fake_engine.FakeEngine, "gather", fail)
+    with pytest.raises(ValueError, match="first"):
+        list(atoll.rounds("softmax", DATA, PLAN, rounds=2, engine=FAKE))
+
+
+def test_an_error_of_close_is_raised_at_the_end_of_rounds(unclosable):
+    seen = []
+    with pytest.raises(OSError, match="workers are lost"):
+        for report in atoll.rounds("softmax", DATA, PLAN, rounds=2, engine=FAKE):
+            seen.append(report.round)
+    assert seen == [0, 1]
+    with pytest.raises(ValueError, match="first") as caught, atoll.rounds("softmax", DATA, PLAN, engine=FAKE) as it:
+        it.next()
+        raise ValueError("first")
+    assert caught.value.__notes__ == ["Closing the engine failed too: OSError: workers are lost"]
+
+
+@pytest.mark.parametrize("leave", ["break", "error", "with"])
+def test_a_loop_that_is_left_closes_the_engine(leave):
+    training = atoll.rounds("softmax", DATA, PLAN, rounds=3, engine=FAKE)
+    if leave == "with":
+        with training:
+            training.next()
+    elif leave == "break":
+        for _ in training:
+            break
+    else:
+        with pytest.raises(ValueError, match="own"):
+            for _ in training:
+                raise ValueError("own")
+    assert fake_engine.CALLS == ["open", 0, "close"]
+    assert training.state.round == 1 and training.evaluate()["accuracy"] > 0
+
+
 def test_it_is_closed_if_the_training_cannot_begin():
     with pytest.raises(UsageError):
         run(engine=FAKE, init="absent")
@@ -317,7 +402,7 @@ def test_an_error_of_the_evaluation_keeps_state_and_commits_equal(monkeypatch, l
     def fails(*args):
         raise OSError("no memory")
 
-    monkeypatch.setattr(training, "evaluate", fails)
+    monkeypatch.setattr(training, "_evaluated", fails)
     with pytest.raises(OSError, match="no memory"):
         training.next()
     assert [call for call in fake_engine.CALLS if isinstance(call, int)] == commits

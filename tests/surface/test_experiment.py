@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import atoll
 from atoll.base.errors import UsageError
-from atoll.compute.loss import Metric
+from atoll.compute.metrics import Metric
 from atoll.engine import EngineSpec, Processes
 from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.optimizer.rules import adam
@@ -209,7 +209,7 @@ def test_found_file_is_atoll_toml_then_pyproject():
         ("seed = true", ("seed = True", "a whole number")),
         ("stop = 'Seconds(9)'", ("a list of texts", "Write: stop = []")),
         ("untrusted = []", ("'untrusted'",)),
-        ("[plan]\npce = 'Sync()'", ("'plan.pce'", "Write: plan.pace")),
+        ("[plan]\npce = 'Sync()'", ("'plan.pce'", 'Write: plan.pace = "Sync()"')),
         ("rounds =\nseed = 1", ("experiment.toml is malformed", "line 1")),
         ("python = true", ("started from Python", "resume=")),
     ],
@@ -228,37 +228,37 @@ def test_missing_and_unreadable_files_are_refused():
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
-        ({"rouns": "3"}, ("No setting is called 'rouns'", "Write: rounds")),
-        ({"plan.pce": "Sync()"}, ("No slot is called 'plan.pce'", "Write: plan.pace")),
+        ({"rouns": "3"}, ("No setting is called 'rouns'", "Write: rounds=3")),
+        ({"plan.pce": "Sync()"}, ("No slot is called 'plan.pce'", "Write: pace=Sync()")),
         ({"plan": "Sync()"}, ("'plan'",)),
-        ({"rounds": "ten"}, ("--set: rounds = 'ten'", "Write: --set rounds=100")),
-        ({"baselines": "perhaps"}, ("true or false", "Write: --set baselines=false")),
-        ({"clients": "many"}, ("a whole number", "Write: --set clients=10")),
+        ({"rounds": "ten"}, ("--set: rounds = 'ten'", "Write: rounds=100")),
+        ({"baselines": "perhaps"}, ("true or false", "Write: baselines=False")),
+        ({"clients": "many"}, ("a whole number", "Write: clients=10")),
     ],
 )
 def test_bad_settings_are_refused(settings, parts):
     error = refused(lambda: Experiment().with_settings(settings), *parts)
-    if error.write.startswith("--set "):
-        key, _, value = error.write.removeprefix("--set ").partition("=")
-        Experiment().with_settings({key: value})
+    if error.line:
+        key, _, value = error.write.at("file").partition(" = ")
+        Experiment().with_settings({key: value.strip('"')})
 
 
 @pytest.mark.parametrize(
     ("told", "call", "parts"),
     [
-        ({"recipe": "fedavgg()"}, "plan", ("'fedavgg'", "Write: fedavg")),
+        ({"recipe": "fedavgg()"}, "plan", ("'fedavgg'", 'Write: recipe="fedavg()"')),
         ({"recipe": "Dirichlet(0.3)"}, "plan", ("'Dirichlet'",)),
         ({"recipe": "Plan(Gradient(), Mean(), 3)"}, "plan", ("optimizer",)),
         ({"recipe": "fedavg(lr=-1.0)"}, "plan", ("lr",)),
         ({"recipe": "fedavg(lr=0)"}, "plan", ("lr",)),
-        ({"split": "Dirichlett(0.3)"}, "data", ("'Dirichlett'", "Write: Dirichlet")),
-        ({"data": "digitss"}, "data", ("'digitss'", "Write: digits")),
+        ({"split": "Dirichlett(0.3)"}, "data", ("'Dirichlett'", 'Write: split="Dirichlet(0.3)"')),
+        ({"data": "digitss"}, "data", ("'digitss'", 'Write: atoll.data.load("digits")')),
         ({"data": "absent.csv"}, "data", ("absent.csv",)),
         ({"clients": 5000}, "data", ("5000", "each row belongs to exactly one client")),
-        ({"model": "mpl"}, "module", ("'mpl'", "Write: mlp")),
-        ({"engine": "inproces"}, "training", ("'inproces'", "Write: inprocess")),
+        ({"model": "mlpp"}, "module", ("'mlpp'", 'Write: model="mlp"')),
+        ({"engine": "inproces"}, "training", ("'inproces'", 'Write: engine="inprocess"')),
         ({"stop": ("Patience('accuracy', 0)",)}, "training", ("Patience",)),
-        ({"metrics": ("acuracy",)}, "training", ("'acuracy'", "Write: accuracy")),
+        ({"metrics": ("acuracy",)}, "training", ("'acuracy'", 'Write: metrics="accuracy"')),
         ({"init": "absent"}, "training", ("'absent'",)),
     ],
 )
@@ -322,8 +322,8 @@ def test_code_in_a_found_file_or_a_run_folder_is_not_imported(module, name):
     base = {**QUICK, "model": module}
     written("\n".join(f"{key} = {toml(value)}" for key, value in base.items()), name)
     read = Experiment.found if name == "atoll.toml" else lambda **more: Experiment.read(name, **more)
-    error = refused(lambda: read().module(), module, "--trust")
-    assert error.write == "--trust"
+    error = refused(lambda: read().module(), module, "trust=True")
+    assert error.at("shell").line == "--trust"
     assert not Path("imported").exists()
     assert isinstance(read(trust=True).module(), torch.nn.Linear)
 
@@ -339,7 +339,7 @@ def test_no_text_of_a_run_folder_imports(module, key, call):
     lines = [f"{k} = {toml(v)}" for k, v in base.items() if k != "plan"]
     lines += ["[plan]", *(f"{k} = {toml(v)}" for k, v in base["plan"].items())]
     written("\n".join(lines), "run/config.toml")
-    refused(lambda: getattr(Experiment.read("run"), call)(), "names code outside atoll", "--trust")
+    refused(lambda: getattr(Experiment.read("run"), call)(), "names code outside atoll", "trust=True")
     assert not Path("imported").exists()
 
 
@@ -348,7 +348,7 @@ def test_what_is_typed_over_an_untrusted_file_is_trusted(module):
     it = Experiment.found().override(model=module)
     assert it.untrusted == {"rounds", "recipe"}
     assert isinstance(it.override(data="diabetes").module(), torch.nn.Linear)
-    refused(it.plan, "--trust")
+    refused(it.plan, "trust=True")
 
 
 # Values that are not texts
@@ -387,7 +387,7 @@ def test_an_object_becomes_its_text(values, texts):
 def test_an_object_without_a_text_is_refused(name, value):
     error = refused(lambda: Experiment(**{name: value}), f"{name} = ")
     assert error.required and error.why
-    assert error.write == f"atoll.train(model, data, plan, {name}=...)"
+    assert error.line == f"atoll.train(model, data, plan, {name}=...)"
 
 
 def test_toml_refuses_another_type():
@@ -420,7 +420,7 @@ def test_environment_says_every_setting():
         overrides={"pace": "Sync()", "max_failed": "0.1"},
     )
     error = refused(lambda: Experiment().with_environment({"ATOLL_ROUNDS": "x"}), "ATOLL_ROUNDS: rounds = 'x'")
-    assert error.write == "ATOLL_ROUNDS=100"
+    assert error.line == "ATOLL_ROUNDS=100"
 
 
 def test_none_says_nothing_and_none_can_be_said():

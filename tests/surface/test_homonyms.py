@@ -14,6 +14,10 @@ ALLOWED = {
         {"engine/protocols.py", "plan/round.py"},
         "the running engine, and the members that a round reads of it",
     ),
+    "Ready": (
+        {"engine/workers/messages.py", "net/wire.py"},
+        "a message of a worker process, and of a client of a network",
+    ),
     "compare": ({"cli/app.py", "tools/compare.py"}, "the command, and the tool that it calls"),
     "export": ({"cli/app.py", "tools/export.py"}, "the command, and the tool that it calls"),
     "replay": ({"cli/app.py", "tools/replay.py"}, "the command, and the tool that it calls"),

@@ -25,7 +25,7 @@ def test_code_by_name():
         load_from_user("absent:x")
     with pytest.raises(UsageError, match="has no class or function 'Pth'") as refusal:
         load_from_user("pathlib:Pth")
-    assert refusal.value.write == "pathlib:Path"
+    assert refusal.value.line == "pathlib:Path"
 
 
 def test_nested_tables():

@@ -24,12 +24,12 @@ TEXTS = [
 def test_an_old_name_is_refused_with_the_new_text(old, new):
     with pytest.raises(UsageError) as caught:
         read_part(old)
-    assert caught.value.write == new and new in caught.value.required
+    assert caught.value.line == new and new in caught.value.required
     assert repr(read_part(new)) == repr(read_part(renamed(old)))
     slot = "pace" if old.startswith("Buffered") else "codec"
     with pytest.raises(UsageError) as caught:
         Experiment().with_settings({f"plan.{slot}": old}).plan()
-    assert caught.value.write == new
+    assert caught.value.line == f"{slot}={new}"
 
 
 @pytest.mark.parametrize(

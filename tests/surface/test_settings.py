@@ -13,7 +13,7 @@ import atoll
 from atoll import recipes
 from atoll.base.errors import UsageError
 from atoll.cli.flags import ExperimentFlags
-from atoll.compute.loss import Metric
+from atoll.compute.metrics import Metric
 from atoll.training import Experiment, Settings, SettingsDict
 from atoll.training.setting_texts import GROUP_NAMES
 from atoll.training.settings import ENGINE_FIELDS, declared
@@ -74,22 +74,22 @@ def test_a_single_metric_or_rule_is_one():
         ({"seed": "x"}, "seed = 'x'", "seed=0"),
         ({"chunk": 0}, "chunk = 0", "chunk=32"),
         ({"evaluate_every": -1}, "evaluate_every = -1", "evaluate_every=1"),
-        ({"dtype": "float16"}, "dtype = 'float16'", "dtype='float32'"),
-        ({"numerics": "fast"}, "numerics = 'fast'", "numerics='auto'"),
-        ({"precision": "half"}, "precision = 'half'", "precision='full'"),
-        ({"device": None}, "device = None", "device='auto'"),
+        ({"dtype": "float16"}, "dtype = 'float16'", 'dtype="float32"'),
+        ({"numerics": "fast"}, "numerics = 'fast'", 'numerics="auto"'),
+        ({"precision": "half"}, "precision = 'half'", 'precision="full"'),
+        ({"device": None}, "device = None", 'device="auto"'),
         ({"fleet": 3}, "fleet = 3", 'fleet="Fleet(HalfNormal())"'),
-        ({"metrics": 5}, "metrics = (5,)", "metrics='accuracy'"),
-        ({"init": 5}, "init = 5", "init='runs/latest'"),
-        ({"loss": 5}, "loss = 5", "loss='cross_entropy'"),
-        ({"round": 3}, "No setting is called 'round'", "rounds"),
+        ({"metrics": 5}, "metrics = (5,)", 'metrics="accuracy"'),
+        ({"init": 5}, "init = 5", 'init="runs/latest"'),
+        ({"loss": 5}, "loss = 5", 'loss="cross_entropy"'),
+        ({"round": 3}, "No setting is called 'round'", "rounds=3"),
     ],
 )
 def test_bad_settings(settings, given, write):
     with pytest.raises(UsageError) as caught:
         Settings.from_kwargs(settings)
     error = caught.value
-    assert given in error.given and error.required and error.write == write
+    assert given in error.given and error.required and error.line == write
     if "=" in write:
         Settings(**eval(f"dict({write})"))
 

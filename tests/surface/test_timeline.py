@@ -14,7 +14,8 @@ from atoll import recipes, rounds, train
 from atoll.plan.pace import Bounded, Buffered, Sync
 from atoll.report import LiveTable, figures, timeline
 from atoll.report.draw import draw
-from atoll.report.flight_log import FATES, MOST_LANES, FlightLog, Tally, read_trips
+from atoll.report.flight_log import MOST_LANES, FlightLog
+from atoll.report.flight_rows import FATES, Tally, read_trips
 from atoll.report.format import size
 from atoll.report.live import columns
 from atoll.report.run_data import RunData
@@ -47,7 +48,7 @@ def flown(draw_, clients=st.integers(1, 70)):
 
 
 @given(flown())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_nobody_flies_beside_another_in_one_row(rows):
     flights = FlightLog.of(rows)
     row, clients = flights.lanes()
@@ -64,7 +65,7 @@ def test_nobody_flies_beside_another_in_one_row(rows):
 
 
 @given(flown(st.integers(1, 8)), st.floats(0.1, 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_work_is_the_time_in_the_air(rows, until):
     flights = FlightLog.of(rows).among(until)
     row, _ = flights.lanes()

@@ -85,7 +85,7 @@ def test_who_was_not_there_is_told_when_it_was(run):
     with pytest.raises(UsageError) as error:
         replay.replay(run, 1, client)
     assert ", ".join(map(str, rounds_of)) in error.value.required
-    words = error.value.write.split()
+    words = error.value.line.split()
     assert replay.replay(run, int(words[4]), int(words[6])).checked == int(words[4]) + 1
 
 

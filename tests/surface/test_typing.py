@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # `make check` runs this file
 ROOT = Path(__file__).parents[2]
 TYPING = ROOT / "tests" / "typing"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

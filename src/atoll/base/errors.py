@@ -3,14 +3,20 @@
 AtollError              base class of all errors that atoll raises deliberately
 ├── UsageError          the request cannot be carried out; exit code 2, nothing was started
 └── RunError            a run had started and could not continue; exit code 1, written files are kept
+    └── ClientError     one client cannot contribute; the round continues without it
+
+The line to write has a form for each door: Python, the command line, a settings file (`atoll.base.lines`).
 
 Tests: tests/faults/test_bad_input.py, tests/surface/test_cli.py.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from typing import Self
+
+from atoll.base.lines import Door, Write, form
 
 
 class AtollError(Exception):
@@ -20,7 +26,9 @@ class AtollError(Exception):
         given: the value that was given, with its place, client and round.
         required: the requirement; may be empty.
         why: the mathematical or technical reason; may be empty.
-        write: the line to write instead; may be empty. An expression or a command works without changes.
+        write: the line to write instead; may be empty. A plain text is valid at every door: a command, or a value of
+            the grammar. `Change("numerics", "loop")` and the other values of `atoll.base.lines` have forms for Python,
+            for the command line and for a settings file.
     Example:
         >>> print(AtollError("lr = -1.", "lr > 0.", "a step of negative length climbs.", "sgd(0.1)"))
         lr = -1.
@@ -29,11 +37,37 @@ class AtollError(Exception):
     """
 
     exit_code = 1
+    door: Door | None = None  # None: Python
 
-    def __init__(self, given: str, required: str = "", why: str = "", write: str = "") -> None:
+    def __init__(self, given: str, required: str = "", why: str = "", write: Write = "") -> None:
         self.given, self.required, self.why, self.write = given, required, why, write
-        middle = "   ".join(f"{label}: {text}" for label, text in (("Required", required), ("Why", why)) if text)
-        super().__init__("\n".join(filter(None, (given, middle, f"Write: {write}" if write else ""))))
+        super().__init__(given, required, why, write)
+
+    @property
+    def line(self) -> str:
+        """The line to write instead, in its form at the door of the error; an empty text if there is none."""
+        return form(self.write, self.door or "python")
+
+    def at(self, door: Door) -> Self:
+        """Set the door at which the refused value was written, if it is not set yet, and return the error.
+
+        The command line and the reader of files call it. The default door is Python.
+        """
+        self.door = self.door or door
+        return self
+
+    def writing(self, write: Write) -> Self:
+        """Replace the line to write instead, and return the error."""
+        self.write = write
+        self.args = (self.given, self.required, self.why, write)
+        return self
+
+    def __str__(self) -> str:
+        middle = "   ".join(
+            f"{label}: {text}" for label, text in (("Required", self.required), ("Why", self.why)) if text
+        )
+        line = self.line.replace("\n", "\n       ")
+        return "\n".join(filter(None, (self.given, middle, f"Write: {line}" if line else "")))
 
 
 class UsageError(AtollError, ValueError):
@@ -48,39 +82,82 @@ class RunError(AtollError, RuntimeError):
     exit_code = 1
 
 
+class ClientError(RunError):
+    """One client cannot contribute to this round, such as a client with an unreadable row. The round continues."""
+
+
+class Note(UserWarning):
+    """A choice that atoll made for the user. It is also in `training.notes` and `run.notes`."""
+
+
+SIMILAR = 0.75
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the known name closest to `name`; if none is close, the first in alphabetical order.
+    """Return the known name closest to `name` if its similarity is at least .75, else an empty text.
+
+    The similarity is that of `difflib.SequenceMatcher`. Case, hyphens and underscores do not count.
 
     Args:
         name: the name that was given.
         known: the valid names.
-    Returns:
-        One of `known`; an empty text if `known` is empty.
     Example:
-        >>> did_you_mean("fedavgg", ["sgd", "fedavg"])
-        'fedavg'
+        >>> did_you_mean("fedavgg", ["sgd", "fedavg"]), did_you_mean("FedAvg", ["fedavg"]), did_you_mean("gd", ["sum"])
+        ('fedavg', 'fedavg', '')
     """
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return close[0] if close else (names[0] if names else "")
+    import difflib  # not at the start of `atoll`, which seldom needs it
+
+    plain: dict[str, str] = {}
+    for each in sorted(known):
+        plain.setdefault(_folded(each), each)
+    close = difflib.get_close_matches(_folded(name), plain, n=1, cutoff=SIMILAR)
+    return plain[close[0]] if close else ""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """Build the `UsageError` for an unknown name; it suggests the closest known name.
+def _folded(name: str) -> str:
+    return name.casefold().replace("-", "_")
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], line: Callable[[str], Write] = str) -> UsageError:
+    """Build the `UsageError` for an unknown name; it suggests a similar known name, if there is one.
 
     Args:
         kind: the kind of thing that the name denotes, such as "model".
         name: the name that was given.
         known: the valid names.
+        line: makes the line to write from the similar name.
     Example:
-        >>> print(unknown_name("model", "cn", ["cnn", "mlp"]))
-        No model is called 'cn'.
+        >>> print(unknown_name("model", "cnnn", ["cnn", "mlp"]))
+        No model is called 'cnnn'.
         Required: one of cnn, mlp.
         Write: cnn
     """
     names = sorted(known)
+    near = did_you_mean(name, names) if isinstance(name, str) else ""
     return UsageError(
         f"No {kind} is called {name!r}.",
         f"one of {', '.join(names)}.",
-        write=did_you_mean(name, names),
+        write=line(near) if near else "",
     )
+
+
+def place_of(error: BaseException) -> str:
+    """The last place in the user's code that an error passed, such as "update, mine.py:12".
+
+    Code of atoll, torch and NumPy is not the user's. The text is empty if no place is known.
+    """
+    import traceback
+
+    known = [sys.modules.get(name) for name in ("atoll", "torch", "numpy")]
+    packages = tuple(_folder(m.__file__) for m in known if m is not None and m.__file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if not frame.filename.startswith(packages)]
+    if not outside:
+        return ""
+    last = outside[-1]
+    return f"{last.name}, {last.filename.removeprefix(_folder(last.filename))}:{last.lineno}"
+
+
+def _folder(file: str) -> str:
+    """The folder of a file with its separator. This module does not import `os`: the network's messages have no I/O."""
+    return file[: max(file.rfind("/"), file.rfind("\\")) + 1]

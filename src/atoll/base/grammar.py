@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
+import itertools
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from atoll.base.errors import AtollError, UsageError, unknown_name
+from atoll.base.errors import AtollError, UsageError, did_you_mean, unknown_name
+from atoll.base.lines import TRUST, Part, Text, literal
 from atoll.base.names import load_from_user
 
 LONGEST = 4096
@@ -93,13 +96,52 @@ def parse(
         The value that the constructors build.
     Raises:
         UsageError: the text is not a value of the grammar, uses an unknown name, or a constructor refused its
-            arguments. Nothing outside the table was run.
+            arguments. Nothing outside the table was run. The line to write is the whole text with the wrong place
+            corrected, if that is a value.
     Example:
         >>> parse("dict(rate=0.5, sizes=(1, 2))", {"dict": dict})
         {'rate': 0.5, 'sizes': (1, 2)}
     """
     if len(text) > LONGEST:
         raise UsageError(f"The value has {len(text)} characters.", f"at most {LONGEST}.")
+    source, external = _without_code(text)
+    try:
+        tree = _tree(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UsageError(
+            f"{text!r} cannot be read: {error}.",
+            "one value: a number, a text, or name(argument, word=argument).",
+            write=next(filter(None, map(_bare_call, names.values())), ""),
+        ) from None
+    return _Reader(text, source, names, names if inner is None else inner, external, trust, kind).read(tree, 0)
+
+
+def arguments(text: str) -> tuple[str, list[str], dict[str, str]]:
+    """The name of a call, and the texts of its arguments. Nothing is built.
+
+    Raises:
+        UsageError: the text is no call on one line.
+    Example:
+        >>> arguments("Plan(Gradient(), optimizer=sgd(0.1), codec=mine:Half() >> Cast('bf16'))")
+        ('Plan', ['Gradient()'], {'optimizer': 'sgd(0.1)', 'codec': "mine:Half() >> Cast('bf16')"})
+    """
+    source, external = _without_code(text)
+    try:
+        tree = _tree(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = None
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or "\n" in source or len(text) > LONGEST:
+        raise UsageError(f"{text!r:.80} is no call.", "name(argument, word=argument).")
+    data = source.encode()
+
+    def of(node: ast.expr) -> str:
+        return _restored(data[node.col_offset : node.end_col_offset].decode(), external)
+
+    return tree.func.id, [of(node) for node in tree.args], {w.arg: of(w.value) for w in tree.keywords if w.arg}
+
+
+def _without_code(text: str) -> tuple[str, dict[str, tuple[str, str]]]:
+    """A text with a word in the place of each `module:name`, and the module and the name of each word."""
     external: dict[str, tuple[str, str]] = {}
 
     def stand_in(match: re.Match[str]) -> str:
@@ -107,15 +149,12 @@ def parse(
         external[name] = (match[1], match[2])
         return name
 
-    try:
-        tree = ast.parse(_EXTERNAL.sub(stand_in, text.strip()), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UsageError(
-            f"{text!r} cannot be read: {error}.",
-            "one value: a number, a text, or name(argument, word=argument).",
-            write=next(filter(None, map(_bare_call, names.values())), ""),
-        ) from None
-    return _Reader(text, names, names if inner is None else inner, external, trust, kind).read(tree, 0)
+    return _EXTERNAL.sub(stand_in, text.strip()), external
+
+
+def _restored(text: str, external: Mapping[str, tuple[str, str]]) -> str:
+    """A text with each `module:name` in its place again."""
+    return re.sub(r"_external_\d+", lambda found: ":".join(external.get(found[0], (found[0],))), text)
 
 
 def _bare_call(make: Callable[..., Any]) -> str:
@@ -130,18 +169,20 @@ def _bare_call(make: Callable[..., Any]) -> str:
 @dataclasses.dataclass
 class _Reader:
     text: str
+    source: str  # the text, in which a word stands for each `module:name`
     names: Mapping[str, Callable[..., Any]]
     inner: Mapping[str, Callable[..., Any]]
     external: Mapping[str, tuple[str, str]]
     trust: bool
     kind: str
+    repairs: bool = True
 
     def read(self, node: ast.expr, depth: int) -> Any:
         if depth > DEEPEST:
             raise UsageError(f"{self.text!r} is nested deeper than {DEEPEST}.", f"at most {DEEPEST} levels.")
         match node:
             case ast.Constant(value=str() as text):
-                return self._restored(text)
+                return _restored(text, self.external)  # a colon inside quotes does not name code
             case ast.Constant(value=bool() | int() | float() | None as value):
                 return value
             case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=ast.Constant(value=int() | float() as number)):
@@ -151,12 +192,13 @@ class _Reader:
             case ast.List(elts=items):
                 return [self.read(item, depth + 1) for item in items]
             case ast.BinOp(left=left, op=ast.RShift(), right=right):
-                return self._call(operator.rshift, [self.read(left, depth + 1), self.read(right, depth + 1)], {})
+                return self._call(node, operator.rshift, [self.read(left, depth + 1), self.read(right, depth + 1)], {})
             case ast.Call(func=ast.Name(id=name), args=args, keywords=words):
-                make = self._find(name, depth)
+                make = self._find(node.func, name, depth)
                 if any(isinstance(a, ast.Starred) for a in args) or any(w.arg is None for w in words):
                     raise self._refusal("a starred argument")
                 return self._call(
+                    node,
                     make,
                     [self.read(a, depth + 1) for a in args],
                     {w.arg: self.read(w.value, depth + 1) for w in words if w.arg},
@@ -164,17 +206,18 @@ class _Reader:
             case ast.Name(id=name) if name in self.external:
                 return self._import(name)
             case ast.Name(id=name):
-                made = self._find(name, depth)
-                raise UsageError(
+                call = _bare_call(self._find(node, name, depth))
+                error = UsageError(
                     f"{name} is the name of a constructor, in {self.text!r}.",
                     "a call.",
                     "a value is written as a call of its constructor.",
-                    _bare_call(made),
+                    call,
                 )
+                raise self._corrected(error, [{node: call}] if call else [])
             case _:
                 raise self._refusal(f"a {type(node).__name__.lower()}")
 
-    def _find(self, name: str, depth: int) -> Callable[..., Any]:
+    def _find(self, node: ast.expr, name: str, depth: int) -> Callable[..., Any]:
         if name in self.external:
             found = self._import(name)
             if not callable(found):
@@ -182,21 +225,48 @@ class _Reader:
             return found  # type: ignore[no-any-return]
         names = self.inner if depth else self.names
         if name not in names:
-            raise unknown_name(self.kind, name, names)
+            error = unknown_name(self.kind, name, names)
+            raise self._corrected(error, [{node: error.line}] if error.line else [])
         return names[name]
 
-    def _restored(self, text: str) -> str:
-        """Restore a quoted text: a colon inside quotes does not name code."""
-        return re.sub(r"_external_\d+", lambda found: ":".join(self.external.get(found[0], (found[0],))), text)
-
-    def _call(self, make: Callable[..., Any], args: list[Any], words: dict[str, Any]) -> Any:
+    def _call(self, node: ast.expr, make: Callable[..., Any], args: list[Any], words: dict[str, Any]) -> Any:
+        if missing := ", ".join(sorted(getattr(make, "__abstractmethods__", ()))):
+            raise UsageError(
+                f"{self.text!r}: the class {make.__name__} does not define {missing}.",
+                f"a class that defines {missing}.",
+                "its base declares each of these methods without a default.",
+            )
         try:
             return make(*args, **words)
+        except UsageError as error:
+            raise self._corrected(error, _repairs(node, make, error)) from None
         except AtollError:
             raise
         except (TypeError, ValueError, OverflowError) as error:
             name = ">>" if make is operator.rshift else getattr(make, "__name__", "?")
-            raise UsageError(f"{self.text!r}: {error}.", f"the arguments of {name}.") from None
+            known = _arguments(make)
+            wrong = next((word for word in words if known and word not in known), None)
+            if wrong is None or not isinstance(node, ast.Call):
+                required = f"the arguments of {name}{': ' + ', '.join(known) if known else ''}."
+                raise UsageError(f"{self.text!r}: {error}.", required) from None
+            refusal = UsageError(f"{self.text!r}: {name} has no argument {wrong!r}.", f"one of {', '.join(known)}.")
+            near = did_you_mean(wrong, known)
+            keyword = next(w for w in node.keywords if w.arg == wrong)
+            raise self._corrected(
+                refusal, [{keyword: f"{near}={ast.unparse(keyword.value)}"}] if near else []
+            ) from None
+
+    def _corrected(self, error: UsageError, repairs: Iterator[_Repair] | list[_Repair]) -> UsageError:
+        """The error with the whole text as its line, corrected by the first repair that gives a value."""
+        if self.repairs and "\n" not in self.source:
+            for repair in repairs:
+                source = _replaced(self.source, repair)
+                try:
+                    dataclasses.replace(self, source=source, repairs=False).read(_tree(source), 0)
+                except (AtollError, SyntaxError):
+                    continue
+                return error.writing(Text(_restored(source, self.external)))
+        return error
 
     def _import(self, name: str) -> Any:
         module, attribute = self.external[name]
@@ -205,7 +275,7 @@ class _Reader:
                 f"{module}:{attribute} names code outside atoll.",
                 "a name of atoll's own table.",
                 "the text was not typed at this machine, so it may not import code.",
-                "--trust",
+                TRUST,
             )
         return load_from_user(f"{module}:{attribute}")
 
@@ -215,3 +285,52 @@ class _Reader:
             "constants, tuples, lists, calls of known names, and >>.",
             "a plan text is data: reading it must not run other code.",
         )
+
+
+# A correction of a text: new words in the places of some nodes of its tree.
+_Repair = Mapping[ast.expr | ast.keyword, str]
+
+
+def _tree(source: str) -> ast.expr:
+    return ast.parse(source, mode="eval").body
+
+
+def _replaced(source: str, repair: _Repair) -> str:
+    """The text of one line with other words in the places of some nodes."""
+    data = source.encode()  # the columns of `ast` count bytes
+    for node, new in sorted(repair.items(), key=lambda item: -item[0].col_offset):
+        data = data[: node.col_offset] + new.encode() + data[node.end_col_offset :]
+    return data.decode()
+
+
+def _repairs(node: ast.expr, make: Callable[..., Any], error: UsageError) -> Iterator[_Repair]:
+    """The corrections of a refused call that the line of its error permits."""
+    line = error.line
+    try:
+        instead = _tree(line)
+    except (SyntaxError, ValueError):
+        return  # the line is a command, or there is none
+    names = [each.func.id for each in (node, instead) if isinstance(each, ast.Call) and isinstance(each.func, ast.Name)]
+    if not isinstance(node, ast.Call) or (len(names) == 2 and names[0] == names[1]):
+        yield {node: line}
+        return
+    if isinstance(error.write, Part) and error.write.changes:
+        places = _places(node, make)
+        if all(name in places for name in error.write.changes):
+            yield {places[name]: literal(value) for name, value in error.write.changes.items()}
+        for place, value in itertools.product(places.values(), error.write.changes.values()):
+            yield {place: literal(value)}  # a recipe may pass its argument on by another name
+    for place in (*node.args, *(word.value for word in node.keywords)):
+        yield {place: line}
+
+
+def _arguments(make: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(make).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+def _places(node: ast.Call, make: Callable[..., Any]) -> dict[str, ast.expr]:
+    """The places of the arguments of a call, by name."""
+    return dict(zip(_arguments(make), node.args, strict=False)) | {w.arg: w.value for w in node.keywords if w.arg}

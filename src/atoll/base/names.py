@@ -17,6 +17,23 @@ from atoll.base.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
 
+COUNTS = (  # the columns of a row that describe its cost and its clients; every other column is a metric
+    *("round", "fingerprint", "cohort", "arrived", "failed", "late", "flying", "staleness", "versions"),
+    *("bytes_up", "bytes_down", "seconds", "clock"),
+)
+RESERVED = (*COUNTS, "lr", "gradient_norm", "held_out_loss", "rows", "id")  # names that a run gives itself
+ROWS_OF = "rows/"  # the prefix of a sum that counts the rows of one metric only
+
+
+def metric_name(name: str) -> str:
+    """The name under which a run reports a metric of a local part: `training_<name>` if the run uses the name itself.
+
+    Example:
+        >>> metric_name("auc"), metric_name("round")
+        ('auc', 'training_round')
+    """
+    return f"training_{name}" if name in RESERVED or name.startswith(ROWS_OF) else name
+
 
 def load(name: str) -> Any:
     """The object of a name such as `module:Class` or `module:Class.method`.

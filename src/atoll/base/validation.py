@@ -10,13 +10,165 @@ Tests: tests/faults/test_bad_input.py, tests/identities/test_schedule.py.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import operator
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
-from numbers import Real
-from typing import Any
+from numbers import Complex, Real
+from os import PathLike
+from typing import Any, ParamSpec, TypeVar
 
-from atoll.base.errors import UsageError
+from atoll.base.errors import RunError, UsageError
 from atoll.base.grammar import constructor
+from atoll.base.lines import Part, form
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+def whole_number(raw: Any) -> int:
+    """Read a whole number of Python, NumPy or torch: everything that has `__index__`, except truth values.
+
+    Args:
+        raw: the value that the user gave.
+    Returns:
+        A Python int, so that the text of a plan remains a text that can be read.
+    Raises:
+        ValueError: the value is not a whole number.
+    Example:
+        >>> import numpy as np
+        >>> whole_number(np.int64(5))
+        5
+    """
+    if _is_truth_value(raw) or _is_masked(raw):
+        raise ValueError(f"{raw!r} is not a whole number")
+    try:
+        return operator.index(raw)
+    except Exception as error:  # TypeError, or an error of the library of the value
+        raise ValueError(f"{raw!r} is not a whole number") from error
+
+
+def real_number(raw: Any) -> float:
+    """Read a real number of Python, NumPy or torch, also NaN and infinity; truth values are refused.
+
+    Args:
+        raw: the value that the user gave: a number, or an array or a tensor without axes.
+    Returns:
+        A Python float.
+    Raises:
+        ValueError: the value is not a real number.
+    Example:
+        >>> import numpy as np, torch
+        >>> real_number(np.float32(0.5)), real_number(torch.tensor(2))
+        (0.5, 2.0)
+    """
+    wrong = _is_truth_value(raw) or _is_masked(raw) or isinstance(raw, (str, bytes, bytearray))
+    if not wrong and not isinstance(raw, Real):
+        # float() of a complex scalar of NumPy drops its imaginary part.
+        wrong = isinstance(raw, Complex) or getattr(raw, "ndim", 0) != 0 or "complex" in str(getattr(raw, "dtype", ""))
+    if wrong or not (hasattr(raw, "__float__") or hasattr(raw, "__index__")):
+        raise ValueError(f"{raw!r} is not a real number")
+    try:
+        return float(raw)
+    except Exception as error:  # TypeError, or an error of the library of the value
+        raise ValueError(f"{raw!r} is not a real number") from error
+
+
+def plain_number(raw: Any) -> Any:
+    """Convert a number of NumPy, torch or another library to a Python int or float; return other values unchanged.
+
+    Example:
+        >>> import numpy as np
+        >>> plain_number(np.int64(5)), plain_number(np.float32(0.5)), plain_number("5")
+        (5, 0.5, '5')
+    """
+    if type(raw) in (int, float, bool, str) or raw is None:
+        return raw
+    for read in (whole_number, real_number):
+        try:
+            return read(raw)
+        except ValueError:
+            continue
+    return raw
+
+
+def plain_fields(value: Any, *names: str) -> None:
+    """Convert numbers in fields of a frozen dataclass to Python numbers, in place; the checks that follow see these.
+
+    Args:
+        value: the instance.
+        names: the names of the fields.
+    """
+    for name in names:
+        object.__setattr__(value, name, plain_number(getattr(value, name)))
+
+
+def _is_truth_value(raw: Any) -> bool:
+    return isinstance(raw, bool) or str(getattr(raw, "dtype", "")) in ("bool", "torch.bool")
+
+
+def _is_masked(raw: Any) -> bool:
+    """Whether the value is a masked scalar of NumPy, whose number is a fill value."""
+    mask, axes = getattr(raw, "mask", False), getattr(raw, "ndim", 1)
+    return mask is not False and not callable(mask) and axes == 0 and bool(mask)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,), "Path": (PathLike,), "bool": (bool,), "int": (int,), "float": (int, float), "None": (type(None),)
+}  # fmt: skip
+
+
+def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """A public function that checks its arguments against its annotations before it runs.
+
+    Numbers and truth values of NumPy and torch become those of Python. Texts, paths and truth values are checked; the
+    function checks the ranges of numbers. Annotations of other types are not checked.
+
+    Args:
+        function: the function; its module has `from __future__ import annotations`.
+    Raises:
+        UsageError: an unknown or a missing argument, or an argument of another type. The error names the argument.
+    Example:
+        >>> halve = check_arguments(lambda n: n / 2)
+        >>> halve(m=3)
+        Traceback (most recent call last):
+        atoll.base.errors.UsageError: <lambda>(): missing a required argument: 'n'.
+        Required: the arguments n.
+    """
+    signature = inspect.signature(function)
+    rules = {
+        name: str(p.annotation).split(" | ")
+        for name, p in signature.parameters.items()
+        if all(kind in _KINDS for kind in str(p.annotation).split(" | "))
+    }
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            names = [name for name in signature.parameters if name != "self"]
+            raise UsageError(f"{function.__name__}(): {error}.", f"the arguments {', '.join(names)}.") from None
+        for name in bound.arguments.keys() & rules.keys():
+            bound.arguments[name] = _of_kind(f"{function.__name__}({name}=…)", bound.arguments[name], rules[name])
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def _of_kind(argument: str, raw: Any, kinds: list[str]) -> Any:
+    """The value of an argument, as a Python value of one of these kinds. The function checks the ranges of numbers."""
+    if {"int", "float"} & {*kinds}:
+        return plain_number(raw)
+    value = bool(raw) if "bool" in kinds and _is_truth_value(raw) and getattr(raw, "ndim", 0) == 0 else raw
+    if not isinstance(value, tuple(t for kind in kinds for t in _KINDS[kind])):
+        words = {"None": "None", "str": "a text", "Path": "a path", "bool": "True or False"}
+        required = " or ".join(words[kind] for kind in kinds)
+        raise UsageError(f"{argument} is {raw!r:.60}, a {type(raw).__name__}.", f"{required}.")
+    return value
 
 
 @dataclass(frozen=True)
@@ -48,9 +200,9 @@ class Number:
         return self._one(raw)
 
     def _one(self, raw: Any) -> float | int:
-        if isinstance(raw, bool) or not isinstance(raw, Real):
-            raise ValueError
-        value = float(raw)
+        value = real_number(raw) if not self.whole or isinstance(raw, float) else whole_number(raw)
+        if self.whole and isinstance(value, float):
+            value = int(value) if value.is_integer() else math.nan  # 30.0 is read as 30, and 2.5 is refused
         inside = (
             math.isfinite(value)
             and (self.above is None or value > self.above)
@@ -58,9 +210,9 @@ class Number:
             and (self.below is None or value < self.below)
             and (self.most is None or value <= self.most)
         )
-        if not inside or (self.whole and not value.is_integer()):
+        if not inside:
             raise ValueError
-        return int(value) if self.whole else value
+        return value
 
     def __str__(self) -> str:
         low = f"{self.above:g} < " if self.above is not None else f"{self.least:g} ≤ " if self.least is not None else ""
@@ -135,12 +287,13 @@ def check_fields(value: Any) -> None:
             except (ValueError, OverflowError):
                 wrong[f.name] = (rule.example, str(rule), rule.why)
     if wrong:
+        works = {name: example for name, (example, _, _) in wrong.items()}
         given = ", ".join(f"{name} = {getattr(value, name)!r}" for name in wrong)
         raise UsageError(
             f"{type(value).__name__} was given {given}.",
             "; ".join(f"{name}: {required}" for name, (_, required, _) in wrong.items()) + ".",
             " ".join(dict.fromkeys(why for _, _, why in wrong.values() if why)),
-            repaired(value, **{name: example for name, (example, _, _) in wrong.items()}),
+            Part(repaired(value, **works), changes=works),
         )
 
 
@@ -162,4 +315,47 @@ def repaired(value: Any, /, **changes: Any) -> str:
     try:
         return constructor(replace(value, **changes))
     except UsageError as refusal:
-        return refusal.write
+        return form(refusal.write, "python")
+
+
+def class_instead_of_value(place: str, kind: type, prefix: str = "") -> UsageError:
+    """The error for a class in a place that requires a value of this class.
+
+    Args:
+        place: the place, as the beginning of a sentence.
+        kind: the class.
+        prefix: is written before the call in the line to write.
+    Example:
+        >>> print(class_instead_of_value("codec", dict))
+        codec is the class dict, not a value of it.
+        Required: a value: add parentheses.   Why: one value of this class is needed.
+        Write: dict()
+    """
+    try:
+        parameters = [str(p).split(":")[0] for p in inspect.signature(kind).parameters.values() if p.default is p.empty]
+    except (TypeError, ValueError):
+        parameters = []
+    required = ", ".join(name for name in parameters if not name.startswith("*"))
+    return UsageError(
+        f"{place} is the class {kind.__name__}, not a value of it.",
+        f"a value: add parentheses{f', {kind.__name__}({required})' if required else ''}.",
+        "one value of this class is needed.",
+        "" if required else f"{prefix}{kind.__name__}()",
+    )
+
+
+def required(value: T | None, fact: str) -> T:
+    """A value that exists from a certain call on.
+
+    Args:
+        value: the value; None before that call.
+        fact: its name, for the error.
+    Raises:
+        RunError: the value is None.
+    Example:
+        >>> required(3, "number of rows")
+        3
+    """
+    if value is None:
+        raise RunError(f"The {fact} is not known.", "a call in the order of the documentation.")
+    return value

@@ -16,12 +16,12 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from atoll import __version__
 from atoll.base.errors import AtollError, UsageError
 from atoll.cli.options import GROUPS, Json, Out, Quiet, Trust, flag, switch
-from atoll.training.setting_texts import OUTPUT, RUNNING
+from atoll.training.setting_texts import DATA, OUTPUT, RUNNING
 
 if TYPE_CHECKING:
     from atoll.training.experiment import Experiment
 
-TRAIN, INSPECT, HELP = (Group.create_ordered(name) for name in ("Train", "Look", "Help"))
+TRAIN, INSPECT, NETWORK, HELP = (Group.create_ordered(name) for name in ("Train", "Look", "Network", "Help"))
 EXAMPLES = """
     atoll run --baselines
     atoll run --data flats.csv --target price --model linear
@@ -52,6 +52,16 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(help="Make the shell complete atoll's commands and flags.")
+for name, help in (
+    ("serve", "Serve a run to clients on other machines. Without settings: continue the unfinished run of the home."),
+    ("invite", "Print a token for each client, one a line."),
+    ("join", "Take part in a federation."),
+    ("status", "Show the clients and the open round of a server, or the state of a site."),
+    ("verify", "Check the audit chain and all committed rounds of a server."),
+    ("revoke", "End the certificates and invitations of a client."),
+):
+    where = "join_command" if name == "join" else name
+    app.command(f"atoll.cli.net_commands:{where}", name=name, group=NETWORK, help=help, help_epilogue="")
 for order, (name, epilogue, help) in enumerate(
     (
         (
@@ -78,7 +88,8 @@ def resume(
     run: str,
     /,
     *,
-    rounds: Annotated[int | None, flag(RUNNING, "Total number of rounds.")] = None,
+    rounds: Annotated[int | None, flag(RUNNING, "Total number of rounds, at least those that are done.")] = None,
+    more: Annotated[int | None, flag(RUNNING, "Number of rounds beyond those that are done.")] = None,
     any_version: Annotated[
         bool, switch(RUNNING, "Resume a run that other versions wrote.", "ATOLL_ANY_VERSION")
     ] = False,
@@ -94,11 +105,13 @@ def resume(
     run
         Its name, a prefix or suffix of it, its path, or latest.
     """
+    from atoll import runs as folders
     from atoll.cli.run import Look, run_training
     from atoll.training.experiment import Experiment
 
     path = _find(run, out)
-    it = Experiment.read(path, trust=trust).override(rounds=rounds)
+    total = folders.rounds_to_run(path, rounds, more)
+    it = Experiment.read(path, trust=trust).override(rounds=total)
     return run_training(it, Look(as_json, quiet), resume=path, any_version=any_version)
 
 
@@ -211,6 +224,42 @@ def replay(
     return 0
 
 
+@app.command(name="predict", group=TRAIN, sort_key=3, help_epilogue="")
+def predict_rows(
+    run: str,
+    data: Path,
+    /,
+    *,
+    to: Annotated[Path | None, flag(OUTPUT, "The file to write, .csv or .parquet. Default: CSV on stdout.")] = None,
+    proba: Annotated[bool, switch(OUTPUT, "Add the probability of each class.", "ATOLL_PROBA")] = False,
+    best: Annotated[bool, switch(RUNNING, "Use the best model instead of the last.", "ATOLL_BEST")] = False,
+    by: Annotated[str | None, flag(DATA, "The column of the client. Default: that of the run.")] = None,
+    as_: Annotated[str, flag(OUTPUT, "The name of the added column. Default: prediction.", "--as")] = "prediction",
+    overwrite: Annotated[bool, switch(OUTPUT, "Replace an existing file.", "ATOLL_OVERWRITE")] = False,
+    trust: Trust = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    out: Out = None,
+) -> int:
+    """Predict each row of a file with the model of a run. Columns are matched by name.
+
+    If the file has the target, the loss and the metrics are printed to stderr, over all rows and by client.
+
+    Parameters
+    ----------
+    run
+        Its name, a prefix or suffix of it, its path, or latest.
+    data
+        A CSV, Parquet or Excel file, or a folder with x.npy.
+    """
+    from atoll.cli.predict import Request, predict_file
+    from atoll.training.experiment import predictor
+
+    path = _find(run, out)
+    request = Request(path, data, to, proba, by, as_, as_json, quiet, overwrite)
+    return predict_file(predictor(path, best=best, trust=trust), request)
+
+
 @app.command(group=INSPECT, sort_key=7, help_epilogue="")
 def export(
     run: str,
@@ -286,12 +335,10 @@ def answer(words: Sequence[str]) -> int:
 
 def _refused(error: AtollError) -> int:
     """Print the four parts of the error; ATOLL_TRACEBACK=1 adds the traceback."""
-    from atoll.cli.error_text import as_flags
-
     if os.environ.get("ATOLL_TRACEBACK"):
         import traceback
 
         traceback.print_exception(error)
     if "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":  # one rank per machine prints
-        print(as_flags(error), file=sys.stderr)
+        print(error.at("shell"), file=sys.stderr)
     return error.exit_code

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any, TypeVar
 
 from cyclopts import Parameter
@@ -27,7 +29,7 @@ def _flags() -> dict[str, Any]:
     for f in settings():
         rule = declared(f)
         if rule.flag:
-            (kind,) = kinds(types()[f.name])
+            kind = reduce(or_, kinds(types()[f.name]))
             kind = list[str] if kind == TEXTS else kind
             out[key_of(f.name)] = Annotated[kind | None, flag(rule.group, _help(rule.help, f.default))]
         if f.name == "engine":
@@ -65,6 +67,12 @@ class ExperimentFlags:
         base = Experiment.read(file, trust=trust or None) if file else Experiment.found(trust=trust)
         flags = {name: value for name, value in vars(self).items() if name != "settings"}
         return base.with_environment(os.environ).with_settings(pairs(self.settings or [])).override(**flags)
+
+    def checked(self, file: str | None, trust: bool) -> Experiment:
+        """The experiment, after the checks that need neither data nor torch."""
+        it = self.experiment(file, trust)
+        it.check()
+        return it
 
 
 def pairs(settings: list[str]) -> dict[str, str]:

@@ -28,6 +28,7 @@ def switch(group: str, help: str, variable: str, name: str | None = None) -> Par
 
 Out = Annotated[str | None, flag(OUTPUT, "The parent of run folders. Default: runs.")]
 Json = Annotated[bool, switch(OUTPUT, "One JSON object on stdout.", "ATOLL_JSON", "--json")]
+Lines = Annotated[bool, switch(OUTPUT, "One JSON object a line on stdout.", "ATOLL_JSON", "--json")]
 Quiet = Annotated[bool, switch(OUTPUT, "No progress, only the result.", "ATOLL_QUIET")]
 Trust = Annotated[
     bool, switch(RUNNING, "Import code that a found file or a run folder names as module:name.", "ATOLL_TRUST")

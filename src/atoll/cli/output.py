@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +82,8 @@ def _moments(done: Sequence[tuple[int, Run]], name: str) -> tuple[float, float]:
     values = [run.metrics[name] for _, run in done if name in run.metrics]
     if not all(map(math.isfinite, values)):
         return math.nan, math.nan
+    import statistics
+
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -120,18 +121,23 @@ def near(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def summary(run: Run) -> str:
-    """The last lines of a run: outcome, comparison, costs, files, and the next command."""
+def summary(run: Run, wall: float | None = None) -> str:
+    """The last lines of a run: outcome, comparison, costs, files, and the next command.
+
+    Args:
+        run: the run.
+        wall: the number of seconds since the command started, with reading of data and reports.
+    """
     lines = ["", f"{run.status}: {run.reason}", ""]
     lines += comparison(run.metrics, run.baselines)
-    if run.best and run.best.get("round") != run.rounds - 1:
+    if run.best:
         best = run.best
         lines += ["", f"best    {label(best['metric'])} {format_number(best['value'])}, in round {best['round']}"]
     else:
         lines.append("")
     failures = f", {whole(len(run.failures))} failures" if run.failures else ""
     now = run.reports[-1].now if run.reports else None
-    lines.append(spent(run.rounds, run.seconds, run.bytes_up, run.bytes_down, now) + failures)
+    lines.append(spent(run.rounds, run.seconds, run.bytes_up, run.bytes_down, now, wall) + failures)
     if run.path is not None:
         lines.append(f"run     {near(run.path)}")
         for title, name in (("model", "model.safetensors"), ("report", "report.html")):
@@ -141,8 +147,10 @@ def summary(run: Run) -> str:
     return "\n".join(lines)
 
 
-def spent(rounds: int, seconds: float, up: int, down: int, now: float | None = None) -> str:
-    """The costs of a run; `now` is the time of its virtual clock, if it has one.
+def spent(rounds: int, seconds: float, up: int, down: int, now: float | None = None, wall: float | None = None) -> str:
+    """The costs of a run. `seconds` is the time of its rounds.
+
+    `now` is the time of its virtual clock, if it has one, and `wall` the time of the command.
 
     Example:
         >>> spent(3, 0.5, 2408, 2400)
@@ -151,7 +159,8 @@ def spent(rounds: int, seconds: float, up: int, down: int, now: float | None = N
         'spent   3 rounds, 0.50 s, ↑ 2.41 kB ↓ 2.40 kB, 1:15 min on the clock'
     """
     clock = "" if now is None else f", {duration(now)} on the clock"
-    return f"spent   {rounds} rounds, {duration(seconds)}, ↑ {size(up)} ↓ {size(down)}{clock}"
+    command = "" if wall is None else f" of {duration(wall)}"
+    return f"spent   {rounds} rounds, {duration(seconds)}{command}, ↑ {size(up)} ↓ {size(down)}{clock}"
 
 
 def following(run: Run) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Look:
             return
         from atoll.report.live import LiveTable
 
-        with LiveTable(plain=True if self.as_json else None) as table:
+        with LiveTable(plain=True if self.as_json else None, summary=self.as_json) as table:
             yield [table]
 
 
@@ -46,13 +47,14 @@ def prints(it: Experiment) -> bool:
 
 def run_training(it: Experiment, look: Look, **more: Any) -> int:
     """Train once and print the result."""
+    began = time.monotonic()
     run = _train(it, look, **more)
     if not prints(it):
         pass
     elif look.as_json:
         output.print_json(output.outcome(run))
     else:
-        print(output.summary(run))
+        print(output.summary(run, time.monotonic() - began))
     return 130 if run.status == "interrupted" else 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atoll import runs
 from atoll.cli.output import called, comparison, grid, judged, near, spent
 from atoll.report.format import duration, format_number, label, plain, spread
 from atoll.report.run_data import RunData
@@ -21,8 +22,8 @@ def brief(path: Path) -> dict[str, Any]:
     return {
         "run": run.name,
         "path": str(path),
-        "status": run.events.status,
-        "reason": run.events.reason,
+        "status": "running" if runs.is_locked(path) else run.events.status,
+        "reason": "" if runs.is_locked(path) else run.events.reason,
         "began": run.events.began,
         "rounds": run.rows[-1]["round"] + 1 if run.rows else 0,
         "seconds": round(run.total("seconds"), 3),
@@ -89,8 +90,8 @@ def record(path: Path) -> str:
     lines.append(spent(about["rounds"], about["seconds"], about["bytes_up"], about["bytes_down"], run.last("clock")))
     files = ", ".join(sorted(file.name for file in path.iterdir() if file.name != "lock"))
     lines.append(f"files   {near(path)}: {files}")
-    resumable = about["status"] in ("interrupted", "unfinished")
-    lines.append(f"next    atoll {'resume' if resumable else 'export'} {called(path)}")
+    command = {"interrupted": "resume", "unfinished": "resume", "running": "show"}.get(about["status"], "export")
+    lines.append(f"next    atoll {command} {called(path)}")
     return "\n".join(lines)
 
 

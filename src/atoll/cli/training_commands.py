@@ -36,7 +36,7 @@ def run(
     """
     from atoll.cli import run
 
-    it = flags.experiment(experiment, trust)
+    it = flags.checked(experiment, trust)
     look = run.Look(as_json, quiet)
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}.", "at least one.", write="--seeds 5")
@@ -67,7 +67,7 @@ def lr(
     from atoll.cli import output
     from atoll.tools.lr import find_rate
 
-    it = flags.experiment(experiment, trust)
+    it = flags.checked(experiment, trust)
     finding = find_rate(it, which, Path(it.out))
     if as_json:
         output.print_json({"which": which, "suggestion": finding.suggestion, "plot": str(finding.plot)})
@@ -84,7 +84,9 @@ def plan(
     trust: Trust = False,
     as_json: Json = False,
 ) -> int:
-    """Predict bytes, time on the fleet's clock and memory, and suggest changes that shorten a round.
+    """Predict the bytes, simulated time and memory of a training, and suggest changes that shorten a round.
+
+    The setting `fleet` describes the simulated speed of the clients and of their links.
 
     Parameters
     ----------
@@ -94,7 +96,7 @@ def plan(
     from atoll.cli import output
     from atoll.tools.forecast import forecast
 
-    prediction = forecast(flags.experiment(experiment, trust))
+    prediction = forecast(flags.checked(experiment, trust))
     if as_json:
         output.print_json(prediction.values())
     else:

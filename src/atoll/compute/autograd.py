@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from atoll.base.errors import RunError, UsageError
+from atoll.base.lines import Line
 from atoll.compute.buffer_pool import empty
-from atoll.compute.layout import Layout
+from atoll.compute.layout import Layout, named_tensors
 
 if TYPE_CHECKING:
     from atoll.compute.model_state import Model
 
-LossOf = Callable[[Tensor, Tensor, int, int], Tensor]
+PassOf = Callable[[Tensor, Tensor, int, int], Tensor]
 
 MARGIN = 1024  # spare numbers before the flat gradient of the loop backend
 
@@ -35,7 +37,8 @@ class FlatModule:
 
     def __init__(self, module: nn.Module, layout: Layout) -> None:
         self.module, self.layout = module, layout
-        theta, buffers, _ = layout.flatten(module.state_dict())
+        tensors = named_tensors(module)
+        theta, buffers, _ = layout.flatten(tensors)
         self.room, self.flat_buffers, self.row = theta.new_zeros(MARGIN + len(theta)), buffers, theta
         self.gradient = self.room[MARGIN:]
         named = dict(module.named_parameters(remove_duplicate=False))
@@ -43,13 +46,14 @@ class FlatModule:
         self.gradients = list(layout.params(self.gradient).values())
         for p, view in zip(self.parameters, self.gradients, strict=True):
             p.grad = view
-        self.fixed = {e.name: dict(module.state_dict(keep_vars=True))[e.name] for e in layout.segment("fixed")}
-        moving = layout.buffers(buffers) | {e.name: self.fixed[e.name] for e in layout.counters}
+        self.fixed = {e.name: tensors[e.name] for e in layout.segment("fixed")}
+        moving = layout.buffers(buffers) | {e.name: self.fixed[e.name] for e in layout.segment("fixed") if e.rule}
+        owners = dict(module.named_modules(remove_duplicate=False))
         self.moving = [
-            (module.get_submodule(owner)._buffers, leaf, moving[e.alias or e.name])
+            (owners[owner]._buffers, leaf, moving[e.alias or e.name])
             for e in layout.entries
             for owner, _, leaf in [e.name.rpartition(".")]
-            if (e.alias or e.name) in moving and leaf in module.get_submodule(owner)._buffers
+            if (e.alias or e.name) in moving and leaf in owners[owner]._buffers
         ]
 
     def bind(self, model: Model, k: int) -> Tensor:
@@ -71,7 +75,8 @@ class FlatModule:
 
     def place(self, row: Tensor) -> None:
         """Make the parameters views of θ `[d]`."""
-        if row.data_ptr() != self.row.data_ptr():
+        # Another task may have moved the parameters of the same module.
+        if row.data_ptr() != self.row.data_ptr() or self.parameters[0].data_ptr() != row.data_ptr():
             for p, view in zip(self.parameters, self.layout.params(row).values(), strict=True):
                 p.data = view
             self.row = row
@@ -84,6 +89,8 @@ class FlatModule:
             self.flat_buffers.copy_(buffers)
             for name, tensor in self.fixed.items():
                 tensor.copy_(fixed[name])
+        self.server = fixed
+        self.versions = [self.fixed[name]._version for name in self.layout.constants]
 
     def write_buffers_back(self) -> None:
         """If a pass replaced a buffer by another tensor, copy its values and restore the original tensor."""
@@ -91,14 +98,43 @@ class FlatModule:
             now = table[leaf]
             if now is not tensor:
                 if now is not None:
+                    if now.shape != tensor.shape:
+                        raise _reshaped(leaf, tensor, now)
                     tensor.copy_(now.detach())
                 table[leaf] = tensor
 
     def buffers(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Copy the float buffers `[b]` and the counters `[1, …]` after the last pass."""
+        """Copy the float buffers `[b]` and the counters `[1, …]` after the last pass.
+
+        Raises:
+            RunError: a pass has changed a constant buffer.
+        """
         self.write_buffers_back()
+        for name, version in zip(self.layout.constants, self.versions, strict=True):
+            tensor = self.fixed[name]
+            if tensor._version != version and not torch.equal(tensor, self.server[name].to(tensor.dtype)):
+                raise constant_changed(name)
         counters = {e.name: self.fixed[e.name].detach().clone()[None] for e in self.layout.counters}
         return self.flat_buffers.clone(), counters
+
+
+def _reshaped(name: str, tensor: Tensor, now: Tensor) -> UsageError:
+    return UsageError(
+        f"A pass replaced the buffer {name} of shape {tuple(tensor.shape)} by one of shape {tuple(now.shape)}.",
+        "one shape for each buffer.",
+        "the server joins the buffers of all clients.",
+        Line(python=f"self.{name} = torch.zeros({tuple(tensor.shape)})"),
+    )
+
+
+def constant_changed(name: str) -> RunError:
+    """The error for a buffer that a client has changed, although no pass of the probe did."""
+    return RunError(
+        f"A client changed the buffer {name}, which no pass over the first rows had changed.",
+        "a rule by which the server joins the clients' values.",
+        "a buffer that seems constant is sent once, and clients do not send it.",
+        Line(f'buffers={{"{name}": "mean"}}', f"--set buffers={name}=mean", f'buffers = ["{name}=mean"]'),
+    )
 
 
 class SequentialDescent:
@@ -112,11 +148,15 @@ class SequentialDescent:
         model: the starting point of all clients, θ `[d]`.
         lanes: K.
         lr: learning rate.
-        loss: `loss(x, y, step, k)`, Σ of the losses of the rows x, y of client k in a step, by the bound module.
+        reset: is called before the first step of each client.
+        run: `run(x, y, step, k)` runs a forward and a backward pass of the bound module over the rows x, y of client k
+            in a step, with the gradient of the mean loss. It returns Σ of their losses, `[]`.
     """
 
-    def __init__(self, bound: FlatModule, model: Model, lanes: int, lr: float, loss: LossOf) -> None:
-        self._bound, self._start, self._lr, self._loss = bound, model, lr, loss
+    def __init__(
+        self, bound: FlatModule, model: Model, lanes: int, lr: float, reset: Callable[[], None], run: PassOf
+    ) -> None:
+        self._bound, self._start, self._lr, self._reset, self._run = bound, model, lr, reset, run
         self._fixed = {**model.fixed, **model.counters}
         self._theta = model.theta.clone()
         self._views = list(bound.layout.params(self._theta).values())
@@ -136,7 +176,8 @@ class SequentialDescent:
         for k in range(len(self.loss)):
             own_steps = [(places[k : k + 1], counts[k : k + 1]) for places, counts in steps if k < len(counts)]
             self.start()
-            for number, (x, y, (count,)) in enumerate(rows.batches(own_steps)):
+            own = rows.lane(k) if rows.draws else rows
+            for number, (x, y, (count,)) in enumerate(own.batches(own_steps)):
                 loss_sum = self.step(x[0, :count], y[0, :count], number, k) if count else None
                 if rows.on_step is not None:
                     rows.on_step(k, number, 0.0 if loss_sum is None else float(loss_sum) / count)
@@ -144,6 +185,7 @@ class SequentialDescent:
 
     def start(self) -> None:
         """Reset the module to the starting point for the next client."""
+        self._reset()
         self._theta.copy_(self._start.theta)
         self._bound.place(self._theta)
         self._bound.free()
@@ -152,8 +194,7 @@ class SequentialDescent:
 
     def step(self, x: Tensor, y: Tensor, number: int, k: int) -> Tensor:
         """One step of client k on its rows `[n, …]`: Σ of their losses, `[]`."""
-        loss = self._loss(x, y, number, k)
-        loss.backward(loss.new_tensor(1.0 / len(y)))  # same bits as (loss / rows).backward(), two operations fewer
+        loss_sum = self._run(x, y, number, k)
         views, grads = list[Tensor](), list[Tensor]()
         for view, p in zip(self._views, self._bound.parameters, strict=True):
             if p.grad is not None:  # None: the loss does not depend on this parameter
@@ -163,7 +204,6 @@ class SequentialDescent:
         if grads:
             torch._foreach_add_(views, grads, alpha=-self._lr)
         self._bound.write_buffers_back()
-        loss_sum = loss.detach()
         self._loss_sum.add_(loss_sum)
         return loss_sum
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from atoll.compute import limits
 from atoll.compute.buffer_pool import empty
 from atoll.compute.fused import (
+    CROSS_ENTROPY,
     Bias,
     Convolution,
     Dense,
@@ -151,11 +152,9 @@ def _run(
     x, at = rows.x.contiguous(), rows.at.long().contiguous()
     features = tuple(x.shape[1:])
     layers = stages(program, features)
-    _check_rows(at, len(x))
+    _check_rows(at, x, theta.dtype)
     y = _targets(program, layers[-1].out, rows.y, theta.dtype)
-    if x.dtype not in (torch.uint8, theta.dtype):
-        raise TypeError(f"rows of {x.dtype} for a model of {theta.dtype}")
-    specs = torch.tensor(layers, dtype=torch.int64)
+    specs, weights = torch.tensor(layers, dtype=torch.int64), theta.new_tensor(program.weights)
     sizes = torch.tensor([(width * len(lane_counts), len(lane_counts), width) for width, lane_counts in steps])
     ends = sizes.cumsum(0)
     offsets, count_offsets = (ends - sizes)[:, :2].t().contiguous()
@@ -167,7 +166,9 @@ def _run(
     job = DescentJob(
         layers=specs.data_ptr(),
         layer_count=len(layers),
-        squares=program.squares,
+        loss=program.loss,
+        weights=weights.data_ptr() if len(weights) else None,
+        weight_count=len(weights),
         d=d,
         x=x.data_ptr(),
         bytes=x.dtype == torch.uint8,
@@ -204,22 +205,25 @@ def _check_status(status: int, y: Tensor) -> None:
         raise IndexError(f"Target {int(y.min())} or {int(y.max())} is out of bounds.")
 
 
-def _check_rows(at: Tensor, rows: int) -> None:
-    """Refuse row numbers outside 0 … rows − 1: native code reads a row by its address."""
+def _check_rows(at: Tensor, x: Tensor, dtype: torch.dtype) -> None:
+    """Refuse rows that native code would misread: it reads a row by its address, as bytes or in the dtype of θ."""
+    if x.dtype not in (torch.uint8, dtype):
+        raise TypeError(f"rows of {x.dtype} for a model of {dtype}")
     if not len(at):  # aminmax needs a number
         return
     low, high = map(int, at.aminmax())
-    if low < 0 or high >= rows:
-        raise outside(at, rows)
+    if low < 0 or high >= len(x):
+        raise outside(at, len(x))
 
 
 def _targets(program: Program, out: int, y: Tensor, dtype: torch.dtype) -> Tensor:
     """Targets in the shape and dtype that native code reads without a check: one number for each output, or a class."""
-    if program.squares and prod(y.shape[1:]) == out:
+    numbers = program.loss != CROSS_ENTROPY
+    if numbers and prod(y.shape[1:]) == out:
         return y.to(dtype).contiguous()
-    if not program.squares and y.dim() == 1 and not y.is_floating_point():
+    if not numbers and y.dim() == 1 and not y.is_floating_point():
         return y.long().contiguous()
-    kind = f"{out} numbers" if program.squares else "one class"
+    kind = f"{out} numbers" if numbers else "one class"
     raise ValueError(f"targets of shape {list(y.shape)} ({y.dtype}): a row of this model and loss needs {kind}")
 
 
@@ -229,16 +233,16 @@ def gradient(program: Program, theta: Tensor, x: Tensor, y: Tensor, counts: tupl
         g_k = 1/n_k Σ_b ∇ℓ(θ_k; x_kb, y_kb),   b < n_k = counts[k]
 
     Args:
-        program: of the model.
-        theta: `[K, d]`, float32 or float64.
-        x: rows `[K, B, …]`, of the dtype of theta or uint8 in units of 1/255.
-        y: targets `[K, B]` or `[K, B, …]`.
-        counts: the first counts[k] rows of client k are used.
+        program: the model as a list of layers, with its loss.
+        theta: the parameters of each client, `[K, d]`, float32 or float64.
+        x: the rows, `[K, B, …]`. Their dtype is that of theta, or uint8: these values are divided by 255.
+        y: the targets, `[K, B]` or `[K, B, …]`.
+        counts: the number of rows of each client. The remaining rows are padding.
     Returns:
         Gradients `[K, d]`, and the sum of losses of each client `[K]`.
     Raises:
-        IndexError: a class has no output.
-        MemoryError: there is no memory for the buffers.
+        IndexError: a target class is negative, or it is not below the number of outputs.
+        MemoryError: there is not enough memory for the weights and activations.
     """
     width = x.shape[1]
     rows = Stored(x.flatten(0, 1).contiguous(), torch.arange(len(counts) * width), y.flatten(0, 1))

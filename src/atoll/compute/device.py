@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 import torch
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Change
 from atoll.compute.batches import HOST
 from atoll.data.clients import Clients
 
+_GROUP = Path("/sys/fs/cgroup")  # of this process, in a container
 _DATA_PART = 0.25  # largest part of a GPU's free memory that the data may occupy during the run
 _TEXT = re.compile(r"auto|cpu|cuda(:\d+)?")
 # Texts of torch's RuntimeError if an allocation fails.
@@ -45,7 +48,9 @@ def resolve_device(text: str, rank: int | None = None) -> torch.device:
     if text.partition(":")[0] == "mps":
         why = "exact sums need float64, which mps does not have."
     if not _TEXT.fullmatch(text):
-        raise UsageError(f"device = {text!r}.", "auto, cpu, cuda, or cuda:N with a number N.", why, "--device auto")
+        raise UsageError(
+            f"device = {text!r}.", "auto, cpu, cuda, or cuda:N with a number N.", why, Change("device", "auto")
+        )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text == "cpu" or (text == "auto" and not gpus):
         return HOST
@@ -55,7 +60,7 @@ def resolve_device(text: str, rank: int | None = None) -> torch.device:
             f"device = {text!r}, and torch finds no GPU.",
             "a GPU, its driver, and a torch that was built for it.",
             "" if built else f"torch {torch.__version__} was built for CPUs.",
-            "--device cpu",
+            Change("device", "cpu"),
         )
     index = int(text.partition(":")[2] or (rank or 0) % gpus)
     if index >= gpus:
@@ -63,7 +68,7 @@ def resolve_device(text: str, rank: int | None = None) -> torch.device:
             f"device = {text!r}, and there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'}.",
             f"cuda:0{f' to cuda:{gpus - 1}' if gpus > 1 else ''}.",
             "GPUs are counted from 0.",
-            f"--device cuda:{gpus - 1}",
+            Change("device", f"cuda:{gpus - 1}"),
         )
     return torch.device("cuda", index)
 
@@ -91,21 +96,21 @@ def check_precision(precision: str, dtype: str, numerics: str, device: torch.dev
             f"precision = {precision!r} with dtype = {dtype!r}.",
             "dtype = 'float32'.",
             "products in 16 bits do not need a model in 64 bits.",
-            "--dtype float32",
+            Change("dtype", "float32"),
         )
     if numerics in ("fused", "compiled"):
         raise UsageError(
             f"precision = {precision!r} with numerics = {numerics!r}.",
             "lanes or loop.",
             "these backends compute products and steps in the dtype of θ.",
-            "--numerics auto",
+            Change("numerics", "auto"),
         )
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UsageError(
             f"precision = {precision!r} on {torch.cuda.get_device_name(device)}.",
             "a GPU that computes in bfloat16.",
             "this GPU would convert every product to float32, which is slower.",
-            "--precision full",
+            Change("precision", "full"),
         )
 
 
@@ -119,6 +124,26 @@ def free(device: torch.device) -> int | None:
         return None
     available, _ = torch.cuda.mem_get_info(device)
     return available + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def available(device: torch.device) -> int | None:
+    """Memory of a device or of the host that a process can still get, in bytes; None: the system does not state it.
+
+    The limit of a control group counts, such as that of a container.
+    """
+    if device.type != "cpu":
+        return free(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        memory = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        most, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        return max(0, min(memory, most - used + int(cached["inactive_file"])))
+    except (OSError, ValueError, KeyError):  # no control group, or one without a limit
+        return memory
 
 
 def move_rows(data: Clients, device: torch.device) -> Clients:

@@ -1,10 +1,10 @@
 """Explicit gradients of many clients, for stacks of known layers: forward, backward and SGD step in one pass.
 
 Supports an `nn.Sequential` of Linear, Conv2d, ReLU, MaxPool2d, Flatten (and Unflatten, Identity, Sequential) with
-cross-entropy or mean squared error. Support does not depend on a model's name or size. Each client's matrices are
-one item of batched matrix products. In the backward pass each layer first propagates the gradient with the old
-weights, then adds its weight gradient to a sink with one matrix product. If the sink is θ and the factor is −lr,
-this product is the SGD step, and no gradient is stored.
+cross-entropy, binary cross-entropy or mean squared error. Support does not depend on a model's name or size. Each
+client's matrices are one item of batched matrix products. In the backward pass each layer first propagates the gradient
+with the old weights, then adds its weight gradient to a sink with one matrix product. If the sink is θ and the factor
+is −lr, this product is the SGD step, and no gradient is stored.
 
 Activations have one of two memory layouts:
 
@@ -27,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from atoll.compute.layout import Layout
-from atoll.compute.loss import cross_entropy, mse
+from atoll.compute.loss import ClassWeighted, binary_cross_entropy, cross_entropy, mse
+from atoll.data.rows import IGNORED
 
 Steps = Iterable[tuple[Tensor, tuple[int, ...]]]  # per step: row positions [k, B], and each client's number of rows
+CROSS_ENTROPY, SQUARED, LOGISTIC = 0, 1, 2  # kinds of loss, also in native code
 MAPS = 32  # with maps, the most rows of one client in one pass: bounds the memory of shifted copies
 
 
@@ -245,13 +247,15 @@ class Program:
     Args:
         layers: in the order of the forward pass.
         shapes: shapes of the parameters, in the order of θ.
-        squares: whether the loss is the squared error; otherwise it is cross-entropy.
+        loss: the kind of loss: CROSS_ENTROPY, SQUARED or LOGISTIC.
+        weights: the weight of each class, or () for equal weights.
         maps: whether some layers use maps. Their shifted copies are many times larger than the input.
     """
 
     layers: tuple[Layer, ...]
     shapes: tuple[tuple[int, ...], ...]
-    squares: bool
+    loss: int
+    weights: tuple[float, ...]
     maps: bool
 
     @classmethod
@@ -261,14 +265,16 @@ class Program:
         Raises:
             UnsupportedModel: the model or the loss is not supported.
         """
-        if loss not in (cross_entropy, mse):
-            raise UnsupportedModel("its loss is neither cross_entropy nor mse")
+        weights = loss.weights if isinstance(loss, ClassWeighted) else ()
+        kind = _kind(loss.loss if isinstance(loss, ClassWeighted) else loss)
+        if kind is None:
+            raise UnsupportedModel("its loss is none of cross_entropy, binary_cross_entropy and mse")
         if any(e.segment != "params" or e.alias for e in layout.entries):
             raise UnsupportedModel("it has tied, frozen or computed tensors")
         names = {e.name: i for i, e in enumerate(layout.segment("params"))}
         layers = _arranged([layer for name, m in _leaves(module, "") for layer in _layers(m, name, names)])
         maps = any(isinstance(layer, (Convolution, MaxPool)) for layer in layers)
-        return cls(tuple(layers), tuple(e.shape for e in layout.segment("params")), loss is mse, maps)
+        return cls(tuple(layers), tuple(e.shape for e in layout.segment("params")), kind, weights, maps)
 
     def room(self, features: tuple[int, ...], rows: int) -> int:
         """Return how many numbers of memory one client needs for a pass over n = `rows` rows: θ and activations."""
@@ -300,7 +306,10 @@ class Program:
         for layer in self.layers:
             x, memory = layer.forward(x, theta)
             kept.append(memory)
-        each, dy = _squared(x, y) if self.squares else _entropy(x, y)
+        each, dy = _LOSSES[self.loss](x, y)
+        if self.weights:
+            weight = x.new_tensor(self.weights)[y.long()]
+            each, share = each * weight, share * weight
         dy = dy.mul_(share.view(*share.shape, *[1] * (dy.dim() - 2)))
         first = min(i for i, layer in enumerate(self.layers) if isinstance(layer, (Dense, Convolution, Bias)))
         for i in range(len(self.layers) - 1, first - 1, -1):
@@ -414,10 +423,22 @@ class FusedDescent:
 
 
 def shares(counts: tuple[int, ...], y: Tensor, like: Tensor) -> Tensor:
-    """Return 1/n for each of a client's n valid rows and 0 for padding, `[K, B]`, in the dtype of `like`."""
-    valid = torch.tensor(counts, device=like.device)[:, None]
-    rows = torch.arange(y.shape[1], device=like.device)
-    return (rows < valid).to(like.dtype) / valid.clamp(min=1).to(like.dtype)
+    """Return 1/n for each of a client's n valid rows and 0 for padding, `[K, B]`, in the dtype of `like`.
+
+    Small results are shared between calls, so no caller may change one in place.
+    """
+    make = _small_shares if len(counts) * y.shape[1] <= _SMALL else _shares
+    return make(counts, y.shape[1], like.dtype, like.device)
+
+
+def _shares(counts: tuple[int, ...], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    valid = torch.tensor(counts, device=device)[:, None]
+    rows = torch.arange(width, device=device)
+    return (rows < valid).to(dtype) / valid.clamp(min=1).to(dtype)
+
+
+_SMALL = 1 << 13  # numbers of a result that is kept for the next round
+_small_shares = lru_cache(128)(_shares)
 
 
 def total_of(each: Tensor, share: Tensor) -> Tensor:
@@ -442,7 +463,32 @@ def _squared(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return flat.square().mean(2), off * (2 / flat.shape[2])
 
 
+def _logistic(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the mean over a row's labels of −log σ(±output), and its gradient (σ(output) − y) / labels."""
+    z, y = output.reshape(y.shape).flatten(2) if y.dim() > 2 else output.reshape(*y.shape, 1), y.to(output.dtype)
+    y = y.reshape(z.shape)
+    each = -nn.functional.logsigmoid(-z) - z * y
+    # torch.sigmoid rounds differently at the end of a tensor: see engine/position_check.py.
+    dy = nn.functional.logsigmoid(z).exp_().sub_(y)
+    if z.shape[2] == 1:
+        return each.squeeze(2), dy.reshape(output.shape)
+    labelled = y != IGNORED
+    counts = labelled.sum(2)
+    each = torch.where(labelled, each, each.new_zeros(())).sum(2) / counts
+    return each, torch.where(labelled, dy, dy.new_zeros(())).div_(counts[..., None]).reshape(output.shape)
+
+
+_LOSSES = (_entropy, _squared, _logistic)
+
+
 # Reading a module
+
+
+def _kind(loss: Any) -> int | None:
+    """The kind of a loss; None if it is not supported."""
+    if isinstance(loss, cross_entropy):
+        return CROSS_ENTROPY
+    return SQUARED if loss is mse else LOGISTIC if loss is binary_cross_entropy else None
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -23,6 +23,14 @@ NATIVE_READ_AHEAD = 1 << 22
 # Machine: not recorded.
 READ_AHEAD = 1 << 19
 
+# The part of the train rows of one class from which accuracy does not select the best round. Case: a table with 6 % of
+# positive rows, where the constant answer has accuracy .94. Machine: any.
+IMBALANCED = 0.8
+
+# Outputs and targets that metrics over all rows keep in memory. Case: 1 GiB of float64, a bound and not a measurement.
+# Machine: any.
+WHOLE_METRIC_NUMBERS = 1 << 27
+
 # Bytes of the smallest tensor that uses the buffer pool. Case: decisions/0014; the subtraction of 20 × 199,000 numbers
 # took 20 ms with fresh memory and 4 ms with reused memory. Machine: a virtual machine, 5 to 14 µs per page.
 POOLED_BYTES = 1 << 20
@@ -65,6 +73,11 @@ LANE_CHUNK_BYTES = 16 << 20
 # Bytes of the updates of a chunk of the loop backend: each is written once and read once. Case: benchmarks/shapes.py
 # (decisions/0013). Machine: not recorded.
 LOOP_CHUNK_BYTES = 64 << 20
+
+# Bytes of the padded rows of clients of different padded lengths that share a chunk. The Python code of a chunk takes
+# 1.4 ms, and the arithmetic of the rows of a small linear model takes less. Case: 139 clients, 28 features, float64,
+# `distributed_gd` with `linear`. Machine: two cores; the type is not recorded.
+JOINED_BYTES = 8 << 20
 
 # Clients of a chunk: least, most on the CPU, and most on a device with its own memory. No GPU was measured
 # (decisions/0011); otherwise case and machine are not recorded.
@@ -125,3 +138,7 @@ BUILD_PRODUCTS = 2e10
 # its launch, and lanes only move more memory. Case: the table of decisions/0013, one thread, batch 10; between 47,710
 # and 159,010 parameters of an mlp. Machine: not recorded.
 LOOP_PARAMETERS = 100_000
+
+# Parameters up to which `lanes` is chosen for a run whose rows are on other machines, where no backend can be compared.
+# A site computes one client at a time. No machine was measured.
+LANES_WITHOUT_ROWS = 10**6

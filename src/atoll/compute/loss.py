@@ -1,136 +1,311 @@
 """Losses and metrics: functions of a model's output and the target, with one value per example.
 
-Tests: tests/identities/test_one_algorithm.py, tests/identities/test_numerics.py.
+Tests: tests/identities/test_shapes.py, tests/identities/test_numerics.py.
 """
 
 from __future__ import annotations
 
-import re
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+from atoll.base.errors import UsageError, unknown_name
+from atoll.base.grammar import Value, parse
+from atoll.base.lines import Change
+from atoll.compute.shapes import aligned, check_output, class_axis, labelled_means, row_means, same_axes
+from atoll.data.rows import IGNORED
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 
 
-def _rows(values: Tensor) -> Tensor:
-    """Reduce `[B, …]` to one number per row: the mean over all other axes."""
-    return values.flatten(1).mean(1) if values.dim() > 1 else values
+@dataclass(frozen=True, repr=False)
+class cross_entropy(Value):
+    """The loss −log softmax(output)[y], one value per row `[B]`: the mean over the labelled places of the row.
 
-
-def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
-    """Compute −log softmax(output)[y], one value per row `[B]`.
+    A label of −100 marks a place without a label.
 
     Args:
-        output: logits `[B, C]` or `[B, T, C]`; for sequences the result is the mean over T.
-        y: class ids, int64 `[B]` or `[B, T]`, in [0, C).
+        axis: the axis of the classes, not 0; None: the last axis or axis 1, the one that fits the shape of the labels.
+    Raises:
+        UsageError: the axis is 0 or no whole number.
     Example:
-        >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
+        >>> cross_entropy()(torch.zeros(1, 2), torch.tensor([0]))
+        tensor([0.6931])
+        >>> cross_entropy(axis=1)(torch.zeros(1, 2, 2), torch.tensor([[0, -100]]))
         tensor([0.6931])
     """
-    picked = F.log_softmax(output, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
-    return _rows(-picked)
+
+    axis: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.axis is not None and (isinstance(self.axis, bool) or not isinstance(self.axis, int) or self.axis == 0):
+            raise UsageError(
+                f"cross_entropy: axis = {self.axis!r}.",
+                "an axis other than 0, such as 1 or -1, or None.",
+                "axis 0 counts the rows.",
+                Change("loss", "cross_entropy(axis=-1)"),
+            )
+
+    def __call__(self, output: Tensor, y: Tensor) -> Tensor:
+        """The loss of each row.
+
+        Args:
+            output: logits `[B, C]`, `[B, …, C]` or `[B, C, …]`.
+            y: class ids, int64 `[B]` or `[B, …]`, in [0, C) or −100.
+        """
+        at, y = class_axis(output, y, self.axis)
+        if self.axis is not None and at != self.axis % output.dim():
+            raise UsageError(
+                f"{self!r}: the model returned shape {tuple(output.shape)} for labels of shape {tuple(y.shape)}.",
+                f"the classes on axis {self.axis}.",
+                f"the shapes fit classes on axis {at}.",
+                Change("loss", f"cross_entropy(axis={at})"),
+            )
+        logs = F.log_softmax(output, at)
+        if y.dim() == 1:
+            return -logs.gather(at, y.unsqueeze(at)).squeeze(at)
+        labelled = y != IGNORED
+        labels = torch.where(labelled, y, 0).unsqueeze(at)
+        return labelled_means(-logs.gather(at, labels).squeeze(at), labelled)
 
 
 def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     """Compute −log σ(±output), with the sign + for y = 1 and − for y = 0, one value per row `[B]`.
 
     Args:
-        output: logits `[B]` or `[B, 1]`.
-        y: 0 or 1, `[B]`.
+        output: logits, in the shape of `y` up to axes of length 1.
+        y: 0 or 1, `[B]` or `[B, n]`; −100 marks a place without a label.
     Example:
         >>> binary_cross_entropy(torch.zeros(1, 1), torch.tensor([1]))
         tensor([0.6931])
     """
-    logits = output.reshape(y.shape)
+    logits = aligned(output, y)
     # softplus would be shorter, but it rounds differently at the end of a tensor: see engine/position_check.py.
-    return _rows(-F.logsigmoid(-logits) - logits * y)
+    if y.dim() == 1:
+        return -F.logsigmoid(-logits) - logits * y
+    labelled = y != IGNORED
+    return labelled_means(-F.logsigmoid(-logits) - logits * torch.where(labelled, y, 0), labelled)
 
 
 def mse(output: Tensor, y: Tensor) -> Tensor:
     """Compute (output − y)², one value per row `[B]`: the mean over the example's targets.
 
     Args:
-        output: predictions with the element count of `y`.
+        output: predictions, in the shape of `y` up to axes of length 1.
         y: targets `[B]` or `[B, n]`.
     Example:
         >>> mse(torch.tensor([[3.0]]), torch.tensor([1.0]))
         tensor([4.])
     """
-    return _rows((output.reshape(y.shape) - y).square())
+    return row_means((aligned(output, y) - y).square())
 
 
 def mae(output: Tensor, y: Tensor) -> Tensor:
     """Compute |output − y|, one value per row `[B]`: the mean over the example's targets.
 
     Args:
-        output: predictions with the element count of `y`.
+        output: predictions, in the shape of `y` up to axes of length 1.
         y: targets `[B]` or `[B, n]`.
     Example:
         >>> mae(torch.tensor([[3.0]]), torch.tensor([1.0]))
         tensor([2.])
     """
-    return _rows((output.reshape(y.shape) - y).abs())
+    return row_means((aligned(output, y) - y).abs())
 
 
-def _hits(output: Tensor, y: Tensor) -> Tensor:
-    binary = output.shape == y.shape or (output.shape[-1] == 1 and output.dim() == y.dim() + 1)
-    guess = (output.reshape(y.shape) > 0).to(y.dtype) if binary else output.argmax(-1)
-    return _rows((guess == y).to(torch.float32))
+def single_logit(output: Tensor, y: Tensor) -> bool:
+    """Whether the output has one number for each target: the shapes differ at most by axes of length 1."""
+    return output.dim() > 0 and same_axes(output.shape, y.shape)
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A metric over many rows: value = finish(mean of per-example values).
+class Loss:
+    """A loss with a declaration of the way in which it treats the rows of a batch.
 
     Args:
-        name: the name in reports.
-        each: (output, y) → one value per row `[B]`.
-        finish: applied to the mean over all rows.
-        higher_is_better: whether a larger value is an improvement.
+        fn: (output, y) → one value per row `[B]`.
+        couples: whether the value of a row depends on the other rows of its batch. The rows of a step are then never
+            padded, and never divided into several passes. A probe of a few rows finds most such losses.
+    Example:
+        >>> Loss(mse, couples=True)(torch.tensor([3.0]), torch.tensor([1.0]))
+        tensor([4.])
     """
 
-    name: str
-    each: PerExample
-    finish: Callable[[float], float] = float
-    higher_is_better: bool = False
+    fn: PerExample
+    couples: bool = False
+
+    def __call__(self, output: Tensor, y: Tensor) -> Tensor:
+        return self.fn(output, y)
+
+
+@dataclass(frozen=True)
+class ClassWeighted:
+    """A loss times the weight of the row's class: w[y] ℓ(output, y), one value per row `[B]`.
+
+    Args:
+        loss: the loss ℓ of one class per row.
+        weights: the weight of each class, ≥ 0.
+    Example:
+        >>> ClassWeighted(cross_entropy(), (1.0, 3.0))(torch.zeros(1, 2), torch.tensor([1]))
+        tensor([2.0794])
+    """
+
+    loss: PerExample
+    weights: tuple[float, ...]
+
+    def __call__(self, output: Tensor, y: Tensor) -> Tensor:
+        return self.loss(output, y) * output.new_tensor(self.weights)[y.long()]
 
 
 LOSSES: Mapping[str, PerExample] = {
-    "cross_entropy": cross_entropy,
+    "cross_entropy": cross_entropy(),
     "binary_cross_entropy": binary_cross_entropy,
     "mse": mse,
     "mae": mae,
 }
-METRICS: Mapping[str, Metric] = {
-    m.name: m
-    for m in (
-        Metric("accuracy", _hits, higher_is_better=True),
-        Metric("rmse", mse, lambda mean: mean**0.5),
-        Metric("mae", mae),
-    )
-}
 
 
-_HIGHER = {"accuracy", "auc", "recall", "precision", "f1", "r2", "score"}
+def built_in(loss: PerExample) -> bool:
+    """Whether a loss is one of atoll's own, which never draws and never couples rows."""
+    loss = loss.loss if isinstance(loss, ClassWeighted) else loss
+    return isinstance(loss, cross_entropy) or loss is mse or loss is mae or loss is binary_cross_entropy
 
 
-_LOWER = {"loss", "error", "mse", "rmse", "mae", "perplexity", "norm"}
+LOSS_VALUES = {"cross_entropy": cross_entropy}  # constructors of the grammar
 
 
-def direction(metric: str) -> int | None:
-    """The direction in which a metric improves, by the last word of its name.
+def loss_of(loss: str | PerExample) -> PerExample:
+    """The loss of a name, of a text of the grammar, or the function itself.
+
+    Raises:
+        UsageError: an unknown name, or a loss of `torch.nn` that returns a mean or a sum.
+    Example:
+        >>> loss_of("cross_entropy(axis=1)")
+        cross_entropy(axis=1)
+    """
+    if isinstance(loss, Loss):
+        return loss_of(loss.fn)
+    if not isinstance(loss, str):
+        refuse_reduction(loss)
+        return loss
+    if loss in LOSSES:
+        return LOSSES[loss]
+    if "(" in loss:
+        return parse(loss, LOSS_VALUES, kind="loss")  # type: ignore[no-any-return]
+    raise unknown_name("loss", loss, LOSSES, lambda near: Change("loss", near))
+
+
+def axis_of(loss: PerExample) -> int | None:
+    """The axis of the classes that a loss names; None: the loss finds it from the shapes."""
+    loss = loss.loss if isinstance(loss, ClassWeighted) else loss
+    return loss.axis if isinstance(loss, cross_entropy) else 1 if isinstance(loss, _LABELS) else None
+
+
+def values_of(function: PerExample, output: Any, y: Tensor, name: str = "loss") -> Tensor:
+    """Call a loss or a metric, and require one value for each row.
+
+    A loss of `torch.nn` gets the output in the shape of the targets, or with the classes on axis 1. Its values are
+    averaged over all axes within a row.
 
     Args:
-        metric: the name of the metric.
+        function: (output, y) → one value per row.
+        output: of the model, `[B, …]`.
+        y: targets `[B, …]`.
+        name: of the function, for errors.
     Returns:
-        +1 if higher values are better, −1 if lower values are better, None if the word is unknown.
+        Floats `[B]`. Boolean and integer values become floats.
+    Raises:
+        UsageError: the function returned no tensor, another shape, or a tensor on another device.
     Example:
-        >>> direction("held_out_accuracy"), direction("loss"), direction("margin")
-        (1, -1, None)
+        >>> values_of(nn.L1Loss(reduction="none"), torch.zeros(2, 1), torch.ones(2))
+        tensor([1., 1.])
     """
-    word = re.split(r"[^a-z0-9]+", metric.lower())[-1]
-    return 1 if word in _HIGHER else -1 if word in _LOWER else None
+    each = _of_torch(function, output, y) if isinstance(function, _Loss) else function(output, y)
+    if not isinstance(each, Tensor) or each.shape != y.shape[:1] or each.device != y.device:
+        raise _refused_values(function, each, output, y, name)
+    return each if each.is_floating_point() else each.to(torch.float32)
+
+
+_LABELS = (nn.CrossEntropyLoss, nn.NLLLoss)
+_ENTRIES = (
+    nn.L1Loss,
+    nn.MSELoss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.PoissonNLLLoss,
+    nn.SoftMarginLoss,
+    nn.KLDivLoss,
+)
+
+
+def _of_torch(loss: _Loss, output: Tensor, y: Tensor) -> Tensor:
+    """The values of a loss of `torch.nn`, one for each row if it has an axis for rows."""
+    check_output(output)
+    if isinstance(loss, _LABELS) and not y.is_floating_point():
+        at, y = class_axis(output, y, 1)
+        each: Tensor = loss(output.movedim(at, 1), y)
+        return each if each.dim() < 2 else labelled_means(each, y != loss.ignore_index)
+    if isinstance(loss, _ENTRIES):
+        y = y if y.is_floating_point() else y.to(output.dtype)
+        output = aligned(output, y)
+    return row_means(loss(output, y))
+
+
+def refuse_reduction(loss: Any) -> None:
+    """Refuse a loss of `torch.nn` that returns the mean or the sum over rows.
+
+    Raises:
+        UsageError: the error has the same constructor call with `reduction="none"`.
+    """
+    if isinstance(loss, _Loss) and loss.reduction != "none":
+        raise UsageError(
+            f"loss = {type(loss).__name__}(reduction={loss.reduction!r}).",
+            'reduction="none": one value for each row.',
+            "clients are averaged with the number of their rows as weights, and padding rows must not count.",
+            _unreduced(loss),
+        )
+
+
+def _unreduced(loss: _Loss) -> str:
+    """The constructor call of a loss of `torch.nn`, with `reduction="none"`."""
+    words = []
+    parameters = inspect.signature(type(loss)).parameters
+    if "reduction" not in parameters:
+        return 'loss.reduction = "none"'
+    for name, parameter in parameters.items():
+        value = vars(loss).get(name, loss._buffers.get(name))
+        if isinstance(value, Tensor):
+            words.append(f"{name}=torch.tensor({value.tolist()})")
+        elif isinstance(value, (int, float, bool)) and value != parameter.default:
+            words.append(f"{name}={value!r}")
+    words.append('reduction="none"')
+    of_torch = type(loss).__module__.startswith("torch.nn.")
+    return f"{'nn.' if of_torch else ''}{type(loss).__name__}({', '.join(words)})"
+
+
+def _refused_values(function: PerExample, each: Any, output: Any, y: Tensor, name: str) -> UsageError:
+    """The error for a loss or a metric that does not return one value for each row."""
+    rows = len(y)
+    answer = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    if not isinstance(each, Tensor):
+        given = f"The {name} of {rows} rows is {'None' if each is None else f'a {type(each).__name__}'}"
+    elif each.shape != y.shape[:1]:
+        given = f"The {name} of {rows} rows has shape {tuple(each.shape)}"
+    else:
+        given = f"The {name} of {rows} rows is on the device {each.device}, the rows are on {y.device}"
+    called = getattr(function, "__name__", "")
+    functional = called and getattr(F, called, None) is function
+    return UsageError(
+        f"{given}; the model returned {answer} for targets of shape {tuple(y.shape)}.",
+        f"one value a row: shape ({rows},).",
+        "clients are averaged with the number of their rows as weights.",
+        f'lambda output, y: torch.nn.functional.{called}(output, y, reduction="none")' if functional else "",
+    )

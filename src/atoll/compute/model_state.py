@@ -61,6 +61,11 @@ class Model(NamedTuple):
         """Return views of the first k clients."""
         return Model(self.theta[:k], self.buffers[:k], {n: t[:k] for n, t in self.counters.items()}, self.fixed)
 
+    def between(self, lanes: slice) -> Model:
+        """Return views of neighbouring clients."""
+        counters = {n: t[lanes] for n, t in self.counters.items()}
+        return Model(self.theta[lanes], self.buffers[lanes], counters, self.fixed)
+
     def select(self, index: Tensor) -> Model:
         """Copy the clients at these positions."""
         return Model(

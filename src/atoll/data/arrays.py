@@ -5,33 +5,44 @@ Tests: tests/data/test_rows.py, tests/data/test_split.py, tests/faults/test_bad_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Number
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from atoll.base.errors import UsageError, unknown_name
+from atoll.base.errors import ClientError, UsageError, unknown_name
+from atoll.base.lines import Change, Line
+from atoll.base.random import Key, user_scope
+from atoll.base.validation import check_arguments, plain_number
+from atoll.data.cells import name_of
 from atoll.data.clients import Clients
 from atoll.data.partition import ByColumn
 from atoll.data.rows import (
     Array,
     ArrayRows,
+    CodedRows,
     ConcatRows,
     DatasetRows,
     Rows,
     answers,
+    label_notes,
     not_finite,
+    numbers,
     place,
     spill,
+    unlabelled,
 )
 from atoll.data.sources import Source, unseen
 
 TASKS = ("classification", "regression")
 Pair = tuple[Any, Any]
+_LARGEST_WHOLE = 2**63 - 1
 
 
 class Targets(NamedTuple):
@@ -45,24 +56,84 @@ class Targets(NamedTuple):
 
 def _array(value: Any, subject: str) -> Array:
     """Convert to a numpy array of any dtype; share memory if possible, and keep a memory map a memory map."""
+    if isinstance(value, _Leveled):
+        return value.labels
+    if isinstance(value, DataLoader):
+        raise _is_loader(subject)
     if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        array: Array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-        return array
+        return _array_of(value.detach(), subject)
+    masked = isinstance(value, (list, tuple)) and any(isinstance(v, np.ma.MaskedArray) for v in value)
+    if masked and any(v is np.ma.masked for v in value):
+        raise _no_value(subject, np.array([next(i for i, v in enumerate(value) if v is np.ma.masked)]), "it is masked")
     try:
-        return np.asanyarray(value)
-    except ValueError as error:
-        raise UsageError(f"{subject} is not an array: {error}.", "rows of one shape.") from None
+        if isinstance(value, (list, tuple)) and 0 < sum(isinstance(each, str) for each in value) < len(value):
+            return np.array(value, dtype=object)  # otherwise NumPy would convert the numbers to texts
+        array: Array = np.ma.asanyarray(value) if masked else np.asanyarray(value)
+    except Exception as error:  # ValueError for ragged rows, or an error of the library of the value
+        raise UsageError(f"{subject} is not an array: {str(error).rstrip('.')}.", "rows of one shape.") from None
+    if isinstance(array, np.ma.MaskedArray):
+        if array.mask.any():
+            raise _no_value(subject, np.argwhere(np.ma.getmaskarray(array))[0], "it is masked")
+        return np.asarray(array.data)
+    return array
+
+
+def _array_of(tensor: Tensor, subject: str) -> Array:
+    """A dense tensor with values as an array."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        kind = (
+            "meta" if tensor.is_meta else "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else ""
+        )
+        given = f"{subject} is a {kind or str(tensor.layout)[6:]} tensor of shape {tuple(tensor.shape)}."
+        write = Line(python="x.to_dense()") if not kind and not tensor.is_meta else ""
+        raise UsageError(given, "a dense tensor with values.", "rows are read by their numbers.", write)
+    tensor = tensor.cpu().resolve_conj().resolve_neg()
+    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def _is_loader(subject: str) -> UsageError:
+    """The error for a DataLoader in place of data."""
+    return UsageError(
+        f"{subject} is a DataLoader.",
+        "the Dataset of the DataLoader.",
+        "a training draws batches by itself, with keyed random numbers.",
+        Line(python="atoll.data.dataset(loader.dataset)"),
+    )
+
+
+def _no_value(subject: str, at: Array, why: str) -> UsageError:
+    """The error for a missing value at this index of an array."""
+    row, *within = at.tolist() or [0]
+    return UsageError(
+        f"{subject} has no value at {place(row, tuple(within))}: {why}.",
+        "a value for every row and column.",
+        "a missing value cannot be guessed.",
+    )
 
 
 def _numeric(value: Any, subject: str) -> Array:
     array = _array(value, subject)
+    if array.dtype.kind == "O" and array.size:
+        absent = _missing(array.reshape(-1)).reshape(array.shape)
+        if absent.any():
+            at = np.argwhere(absent)[0]
+            raise _no_value(subject, at, f"it is {array[tuple(at)]}")
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        raise UsageError(
+            f"{subject} is an array of {array.dtype}.",
+            "float64 at most.",
+            "torch has no wider floats.",
+            Line(python="x.astype(np.float64)"),
+        )
+    if array.dtype == np.uint64 and array.size and array.max() > _LARGEST_WHOLE:
+        raise UsageError(f"{subject} contains {array.max()}.", f"whole numbers up to {_LARGEST_WHOLE}.")
     if array.dtype.kind not in "biuf" or array.ndim == 0:
         raise UsageError(
             f"{subject} is an array of {array.dtype}, shape {array.shape}.",
             "numbers, one entry per row.",
             "models compute with numbers.",
-            "atoll.data.frame(df)",
+            Line(python="atoll.data.frame(df)"),
         )
     return array
 
@@ -80,48 +151,93 @@ def _finite(tensor: Tensor, subject: str) -> Tensor:
             f"{subject} contains {tensor[bad].item()} at {place(bad[0], bad[1:])}.",
             "finite numbers.",
             "one NaN makes every number of the model NaN.",
-            "keep = [bool(np.isfinite(x[i]).all() and np.isfinite(y[i]).all()) for i in range(len(x))]; "
-            "x, y = x[keep], y[keep]",
+            Line(
+                python="keep = [bool(np.isfinite(x[i]).all() and np.isfinite(y[i]).all()) for i in range(len(x))]; "
+                "x, y = x[keep], y[keep]"
+            ),
         )
     return tensor
 
 
-def _features(x: Any, subject: str) -> Tensor | Array:
-    """Convert x to a tensor without NaN and infinity; a memory map is returned unchanged and unchecked."""
+def _features(x: Any, subject: str, missing: str | None = None) -> Tensor | Array:
+    """Convert x to a tensor without NaN and infinity; a memory map is returned unchanged and unchecked.
+
+    Args:
+        x: the features.
+        subject: their name in errors.
+        missing: "mean" or "drop" if NaN is a missing number; None: it is refused.
+    """
+    if missing not in (None, "mean", "drop"):
+        raise unknown_name("way with missing values", missing, ("mean", "drop"))
     array = _numeric(x, subject)
     if array.ndim < 2 or len(array) == 0:
         raise UsageError(
             f"{subject} has shape {array.shape}.",
             "[rows, features...], at least one row.",
             "the model takes one row at a time.",
-            "x = x[:, None]" if array.ndim == 1 and len(array) else "",
+            Line(python="x = x[:, None]") if array.ndim == 1 and len(array) else "",
         )
-    return array if isinstance(array, np.memmap) else _finite(tensor_of(array), subject)
+    if isinstance(array, np.memmap):
+        return array
+    tensor = tensor_of(array)
+    _finite(
+        tensor
+        if missing is None or not tensor.is_floating_point()
+        else tensor.nan_to_num(posinf=torch.inf, neginf=-torch.inf),
+        subject,
+    )
+    return tensor
 
 
 def _missing(values: Array) -> Array:
-    """Mark the missing entries of an array of any dtype: None, NaN, or infinity."""
+    """Mark the missing entries of an array of any dtype: None, NaN, infinity, or the missing mark of a container."""
     if values.dtype.kind == "O":
-        return np.array([v is None or v != v for v in values.tolist()], dtype=bool)
+        return np.array([_is_missing(v) for v in values.tolist()], dtype=bool)
+    if values.dtype.kind in "mM":
+        return np.isnat(values)
     return ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
 
 
-def name_of(value: Any) -> str:
-    """Convert a label or client to its name; whole floats lose the decimal point.
+class _Leveled(NamedTuple):
+    """Labels, and the order of their levels if their containers define one."""
+
+    labels: Array
+    levels: tuple[str, ...] | None
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is None, NaN, a masked scalar of NumPy, or a missing mark of pandas (`NA`, `NaT`)."""
+    if value is None or value is np.ma.masked or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, (float, np.floating)) and bool(value != value)
+
+
+def levels_of(values: Any) -> tuple[str, ...] | None:
+    """Return the levels of a container that defines their order, such as a pandas Categorical; else None.
 
     Example:
-        >>> name_of(2.0), name_of(0.5), name_of("two")
-        ('2', '0.5', 'two')
+        >>> import pandas
+        >>> levels_of(pandas.Categorical(["low", "high"], categories=["low", "mid", "high"]))
+        ('low', 'mid', 'high')
     """
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(values, _Leveled):
+        return values.levels
+    levels = getattr(getattr(values, "dtype", None), "categories", None)
+    if levels is None or not isinstance(levels, Iterable):  # polars: a Categorical without an order of its own
+        return None
+    return tuple(name_of(level) for level in levels)
 
 
-def distinct(values: Any, subject: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Encode each value of a list by its position among the sorted distinct values.
+def distinct(values: Any, subject: str, order: Sequence[str] | None = None) -> tuple[Tensor, tuple[str, ...]]:
+    """Encode each value of a list by its position among the distinct values.
+
+    The order of the distinct values is that of the container, if it defines one. Otherwise numbers are sorted by value,
+    and all other values as texts. The type of the container does not matter: the float 1.0 is the number 1.
 
     Args:
         values: labels or clients of any dtype, `[rows]`.
         subject: the name of the list in error messages.
+        order: the order of the distinct values; None: as above.
     Returns:
         The codes, int64 `[rows]`, and the distinct values as text: row i has the value `names[codes[i]]`.
     Raises:
@@ -129,7 +245,10 @@ def distinct(values: Any, subject: str) -> tuple[Tensor, tuple[str, ...]]:
     Example:
         >>> distinct(["b", "a", "b"], "by")
         (tensor([1, 0, 1]), ('a', 'b'))
+        >>> distinct(np.array([10, 5.0, 5], dtype=object), "y")
+        (tensor([1, 0, 0]), ('5', '10'))
     """
+    order = levels_of(values) if order is None else order
     array = _array(values, subject)
     if array.ndim != 1:
         raise UsageError(f"{subject} has shape {array.shape}.", "one value per row.")
@@ -140,8 +259,44 @@ def distinct(values: Any, subject: str) -> tuple[Tensor, tuple[str, ...]]:
             "a value for every row.",
             "it is the label or the client of the row, which cannot be guessed.",
         )
-    found, codes = np.unique(array.astype(str) if array.dtype.kind == "O" else array, return_inverse=True)
-    return torch.from_numpy(codes.astype(np.int64)), tuple(map(name_of, found.tolist()))
+    if array.dtype.kind == "O" and not all(isinstance(value, Number) for value in array.tolist()):
+        array = np.array([name_of(value) for value in array.tolist()])
+    found, codes = np.unique(array, return_inverse=True)
+    names = tuple(map(name_of, found.tolist()))
+    if order is not None:
+        place = {name: position for position, name in enumerate(order)}
+        sequence = sorted(range(len(names)), key=lambda i: place.get(names[i], len(place)))
+        names, codes = tuple(names[i] for i in sequence), np.argsort(sequence)[codes]
+    return torch.from_numpy(codes.astype(np.int64)), names
+
+
+def fixed_classes(
+    codes: Tensor, names: Sequence[str], classes: Sequence[str], subject: str
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Encode labels by a fixed list of classes, of which some may have no row.
+
+    Args:
+        codes: the codes of the labels, int64 `[rows]`.
+        names: the distinct labels.
+        classes: the classes in order.
+        subject: the name of the labels in error messages.
+    Raises:
+        UsageError: a label is no class, or a class occurs twice.
+    Example:
+        >>> fixed_classes(torch.tensor([0, 0]), ["yes"], ["no", "yes"], "y")
+        (tensor([1, 1]), ('no', 'yes'))
+    """
+    classes = tuple(map(name_of, classes))
+    place = {name: code for code, name in enumerate(classes)}
+    new = [code for code, name in enumerate(names) if name not in place]
+    if new or len(place) < len(classes):
+        row = int((codes == new[0]).nonzero()[0]) if new else 0
+        raise UsageError(
+            f"{subject} contains {names[new[0]]!r} at row {row}." if new else f"classes = {list(classes)}.",
+            f"one of the classes {', '.join(place)}." if new else "each class once.",
+            "each label is one output of the model.",
+        )
+    return torch.tensor([place[name] for name in names], dtype=torch.int64)[codes], classes
 
 
 def _kind(task: str | None, real: bool, subject: str) -> tuple[str, tuple[str, ...]]:
@@ -150,32 +305,53 @@ def _kind(task: str | None, real: bool, subject: str) -> tuple[str, tuple[str, .
         kind = TASKS[real]
         return kind, (f"Task guessed from {subject}: {kind}.",)
     if task not in TASKS:
-        raise unknown_name("task", task, TASKS)
+        raise unknown_name("task", task, TASKS, lambda near: Change("task", near))
     return task, ()
 
 
-def encode(y: Any, task: str | None, subject: str = "y") -> Targets:
+def encode(y: Any, task: str | None, subject: str = "y", order: Sequence[str] | None = None) -> Targets:
     """Encode targets as classes 0, 1, … or as numbers.
 
     Args:
         y: labels of any type `[rows]`; numbers `[rows]` or `[rows, n]`; or classes 0, 1, …, `[rows, length]`.
         task: "classification", "regression", or None: regression if y has floats.
         subject: the name of the targets in error messages.
+        order: the order of the classes; None: as in `distinct`.
     Raises:
         UsageError: an unknown task, a missing label, or a target that is not a finite number.
     Example:
         >>> encode(["no", "yes", "no"], "classification").y
         tensor([0, 1, 0])
     """
+    order = levels_of(y) if order is None else order
     array = _array(y, subject)
     kind, notes = _kind(task, array.dtype.kind == "f", f"{subject} of {array.dtype}")
+    if kind == "classification":
+        _check_labelled(array, subject)
     if kind == "classification" and (array.ndim == 1 or array.shape[1:] == (1,)):
-        codes, names = distinct(array.reshape(-1), subject)
+        codes, names = distinct(array.reshape(-1), subject, order)
         return Targets(codes, kind, names, notes)
     array = _numeric(array, subject)
     if isinstance(array, np.memmap) and array.ndim > 1:
         return Targets(array, kind, None, notes)
     return Targets(_finite(answers(tensor_of(array), kind == "regression"), subject), kind, None, notes)
+
+
+def _check_labelled(labels: Array, subject: str) -> None:
+    """Refuse a row whose labels are all −100, the mark of a place without a label; a memory map is checked later."""
+    mapped = isinstance(labels, np.memmap) and labels.ndim > 1
+    if labels.dtype.kind not in "iu" or not labels.ndim or mapped:
+        return
+    row = unlabelled(tensor_of(labels))
+    if row is not None:
+        raise UsageError(
+            f"{subject} has no label at row {row}: each of its labels is -100.",
+            "a label in each row.",
+            "a row without a label has no loss.",
+            Line(
+                python="keep = [bool((np.asarray(y[i]) != -100).any()) for i in range(len(x))]; x, y = x[keep], y[keep]"
+            ),
+        )
 
 
 def _encode_like(y: Any, targets: Targets, subject: str) -> Tensor | Array:
@@ -191,6 +367,9 @@ def _encode_like(y: Any, targets: Targets, subject: str) -> Tensor | Array:
 
 
 def _same_length(a: Tensor | Array, b: Tensor | Array, one: str, other: str) -> None:
+    for values, subject in ((a, one), (b, other)):
+        if not values.ndim:
+            raise UsageError(f"{subject} is a single value.", "one value for each row.")
     if len(a) != len(b):
         raise UsageError(
             f"{one} has {len(a)} rows, {other} has {len(b)}.",
@@ -208,6 +387,8 @@ def _same_features(features: Tensor | Array, first: Tensor | Array, whose: str) 
         )
 
 
+@check_arguments
+@user_scope(Key(0).fold("door"))
 def arrays(
     x: Any,
     y: Any,
@@ -215,19 +396,24 @@ def arrays(
     by: Any = None,
     task: str | None = None,
     scale: str = "none",
-    test: Pair | None = None,
+    missing: str | None = None,
+    classes: Sequence[str] | None = None,
+    test: Pair | tuple[Any, Any, Any] | None = None,
     name: str = "arrays",
 ) -> Source:
     """Build a source from two arrays: tensors, numpy arrays, `np.memmap`s, or nested lists.
 
     Args:
-        x: `[rows, *features]`: floats; uint8 intensities, which are scaled to [0, 1]; or other integers, which
-            are token ids.
+        x: `[rows, *features]`: floats; uint8 intensities of images, which are scaled to [0, 1]; or other integers,
+            which are token ids. Rows of one axis in uint8 are numbers.
         y: labels of any type `[rows]`; numbers `[rows]` or `[rows, n]`; or classes 0, 1, …, `[rows, length]`.
         by: the natural client of each row, such as a hospital or a speaker; `[rows]`, of any type.
         task: "classification" or "regression"; None: regression if y has floats.
         scale: "none", "standard", or "client"; see `Source`.
-        test: the test rows of the data set, as a pair (x, y).
+        missing: "mean": NaN is a missing number, filled with the mean of the train rows; "drop": its row is left out;
+            None: NaN is refused.
+        classes: the classes in order; None: the distinct labels. A class may have no row.
+        test: the test rows of the data set, as a pair (x, y), or (x, y, client of each row).
         name: the name of the data set in reports.
     Returns:
         A source that shares memory with tensors and arrays, and reads an `np.memmap` batch by batch.
@@ -238,49 +424,120 @@ def arrays(
         >>> arrays(np.eye(4), ["cat", "dog", "cat", "dog"]).classes
         ('cat', 'dog')
     """
-    features, targets = _features(x, "x"), encode(y, task)
+    features, targets = _features(x, "x", missing), encode(y, task)
+    notes: tuple[str, ...] = ()
     _same_length(features, targets.y, "x", "y")
-    test_rows, real = None, targets.kind == "regression"
+    if test is not None and not (isinstance(test, (tuple, list)) and len(test) in (2, 3)):
+        entries = f" with {len(test)} entries" if isinstance(test, (tuple, list)) else ""
+        raise UsageError(
+            f"test is a {type(test).__name__}{entries}.",
+            "a pair (x, y), or (x, y, clients).",
+            "rows have features and targets.",
+        )
+    if classes is not None:
+        targets = _with_classes(targets, classes)
+    if missing == "drop":
+        features, targets, by, notes = _complete(features, targets, by)
+    stored, byte_notes = _flat_bytes(features)
+    test_rows, real, test_by = None, targets.kind == "regression", None
     if test is not None:
-        test_rows = ArrayRows(_features(test[0], "the test x"), _encode_like(test[1], targets, "the test y"), real)
+        test_x, test_y, *rest = test
+        x_rows = _flat_bytes(_features(test_x, "the test x", missing))[0]
+        test_rows = ArrayRows(x_rows, _encode_like(test_y, targets, "the test y"), real)
         _same_length(test_rows.x, test_rows.y, "the test x", "the test y")
         _same_features(test_rows.x, features, "the test x")
+        test_by = rest[0] if rest else None
     source = Source(
         name=name,
-        rows=ArrayRows(features, targets.y, real),
+        rows=ArrayRows(stored, targets.y, real),
         kind=targets.kind,
         classes=targets.classes,
         features=tuple(features.shape[1:]),
         test=test_rows,
-        notes=targets.notes,
+        fill=missing == "mean",
+        notes=(*targets.notes, *notes, *byte_notes),
     )
-    return replace(_with_clients(source, by), scale=scale)
+    return replace(_with_clients(source, by, test_by), scale=scale)
 
 
-def _with_clients(source: Source, by: Any) -> Source:
-    """Return the source with `by[i]` as the natural client of row i. If `by` is None, return the source unchanged."""
+def _with_classes(targets: Targets, classes: Sequence[str]) -> Targets:
+    """Return the targets encoded by a fixed list of classes."""
+    if targets.classes is None or isinstance(targets.y, np.memmap):
+        raise UsageError(
+            f"classes was given for a target of {targets.kind} without a list of classes.", "one class for each row."
+        )
+    y, names = fixed_classes(torch.as_tensor(targets.y), targets.classes, classes, "y")
+    return targets._replace(y=y, classes=names)
+
+
+def _complete(x: Tensor | Array, targets: Targets, by: Any) -> tuple[Tensor | Array, Targets, Any, tuple[str, ...]]:
+    """Leave out the rows with NaN."""
+    keep = ~torch.as_tensor(np.asarray(x)).flatten(1).isnan().any(1)
+    if bool(keep.all()):
+        return x, targets, by, ()
+    if not bool(keep.any()):
+        raise UsageError("Every row lacks a number.", "at least one complete row.", write=Change("missing", "mean"))
+    by = None if by is None else _array(by, "by")[keep.numpy()]
+    note = f"{int((~keep).sum())} rows lack a value: left out."
+    y = torch.as_tensor(np.asarray(targets.y))[keep]
+    return torch.as_tensor(np.asarray(x))[keep], targets._replace(y=y), by, (note,)
+
+
+def _flat_bytes(x: Tensor | Array) -> tuple[Tensor | Array, tuple[str, ...]]:
+    """Convert uint8 rows of one axis to floats: they are numbers, not the intensities of an image."""
+    if x.ndim != 2 or str(x.dtype).rpartition(".")[2] != "uint8":
+        return x, ()
+    note = "Rows of one axis in uint8 are numbers, and are not divided by 255."
+    return torch.as_tensor(np.asarray(x)).float(), (note,)
+
+
+def _with_clients(source: Source, by: Any, test_by: Any = None) -> Source:
+    """Return the source with `by[i]` as the natural client of row i. If `by` is None, return the source unchanged.
+
+    Args:
+        source: the source.
+        by: the client of each row.
+        test_by: the client of each test row, if it is known.
+    """
     if by is None:
+        if test_by is not None:
+            raise UsageError(
+                "The test rows have clients, and the rows have none.", "`by=` with the client of each row."
+            )
         return source
     codes, names = distinct(by, "by")
     if len(codes) != len(source):
         raise UsageError(f"by has {len(codes)} entries for {len(source)} rows.", "one client per row.")
+    if test_by is not None:
+        test_codes, test_names = distinct(test_by, "the clients of the test rows")
+        new = [name for name in test_names if name not in names]
+        if new or len(test_codes) != len(source.test or ()):
+            raise UsageError(
+                f"The client {new[0]!r} has only test rows."
+                if new
+                else f"{len(test_codes)} clients for the test rows.",
+                "a client with train rows for each test row.",
+            )
+        source = replace(source, test_by=torch.tensor([names.index(name) for name in test_names])[test_codes])
     return replace(source, by=codes, names=names)
 
 
 def _as_arrays(part: Any) -> Pair | None:
     """Return (x, y) for data in arrays and for streams, which are read once; None for a Dataset that is read by row."""
+    if isinstance(part, DataLoader):
+        raise _is_loader("The data")
     if isinstance(part, IterableDataset):
         return spill(part)
     if isinstance(part, TensorDataset):
         part = part.tensors
     if isinstance(part, tuple) and len(part) == 2:
         return part
-    if hasattr(part, "__getitem__") and hasattr(part, "__len__"):
+    if hasattr(part, "__getitem__") and hasattr(part, "__len__") and getattr(part, "ndim", None) != 0:
         return None
     raise UsageError(
         f"The data has type {type(part).__name__}.",
         "a pair (x, y) or a torch Dataset.",
-        write="atoll.data.arrays(x, y)",
+        write=Line(python="atoll.data.arrays(x, y)"),
     )
 
 
@@ -292,31 +549,49 @@ def _rows(part: Any, known: Pair | None, task: str | None, whose: str) -> Rows:
             raise UsageError(f"{whose} has no rows.", "at least one row (x, y).")
         return DatasetRows(part, real)
     x, y = _features(known[0], f"x of {whose}"), _numeric(known[1], f"y of {whose}")
+    if not real:
+        _check_labelled(y, f"y of {whose}")
     _same_length(x, y, f"x of {whose}", "y")
     return ArrayRows(x, y if isinstance(y, np.memmap) else _finite(tensor_of(y), f"y of {whose}"), real)
 
 
-def _in_place(rows: Rows, test: Rows | None, task: str | None, name: str) -> Source:
-    """Build a source of rows that are not copied; their labels must be 0, 1, …, and are read once."""
-    first = torch.zeros(1, dtype=torch.int64)
-    x, y = rows.take(first)
+def _first(rows: Rows) -> tuple[Tensor, Tensor]:
+    """x and y of row 0, `[1, ...]`, which sets the shape and the dtype of all rows."""
+    try:
+        return rows.take(torch.zeros(1, dtype=torch.int64))
+    except ClientError as error:
+        raise UsageError(error.given, error.required, error.why, error.write) from error
+
+
+def _in_place(
+    rows: Rows, test: Rows | None, task: str | None, name: str, classes: Sequence[str] | None = None
+) -> Source:
+    """Build a source of rows that are not copied; their labels must be numbers, and are read once."""
+    x, y = _first(rows)
     kind, notes = _kind(task, y.is_floating_point(), f"targets of {y.dtype}")
     if test is not None:
-        _same_features(test.take(first)[0], x, "the test set")
-    classes = None
+        _same_features(_first(test)[0], x, "the test set")
+    fixed, classes = classes, None
     if kind == "classification" and y.dim() == 1:
         labels = rows.targets()
-        if labels.is_floating_point() or int(labels.min()) < 0:
-            raise UsageError(
-                f"The labels have type {labels.dtype}, the smallest is {labels.min().item()}.",
-                "integers 0, 1, 2, ….",
-                "a label is the index of its class in the model's output.",
-                "task='regression'" if labels.is_floating_point() else "",
-            )
-        classes = tuple(map(str, range(int(labels.max()) + 1)))
+        _check_labelled(labels.numpy(), "The dataset")
+        notes += label_notes(rows)
+        known = labels.unique()
+        boolean = isinstance(rows, DatasetRows) and rows.first[1].dtype == torch.bool
+        classes = tuple(map(name_of, known.tolist()))
+        if fixed is not None:
+            fixed_classes(torch.arange(len(known)), classes, fixed, "y")
+            known = torch.tensor([float(name) for name in fixed], dtype=known.dtype)
+            classes = tuple(map(name_of, fixed))
+        if known.is_floating_point() or classes != tuple(map(str, range(len(known)))):
+            rows, test = CodedRows(rows, known), None if test is None else CodedRows(test, known)
+        if boolean:
+            classes = tuple(str(bool(label)) for label in known.tolist())
     return Source(name, rows, kind, classes, tuple(x.shape[1:]), test=test, notes=notes)
 
 
+@check_arguments
+@user_scope(Key(0).fold("door"))
 def dataset(data: Any, *, by: Any = None, task: str | None = None, test: Any = None, name: str = "dataset") -> Source:
     """Build a source from a torch Dataset of pairs (x, y).
 
@@ -324,7 +599,7 @@ def dataset(data: Any, *, by: Any = None, task: str | None = None, test: Any = N
     `data.targets` if that exists. An iterable Dataset is streamed once to a temporary file.
 
     Args:
-        data: the Dataset; one shape for all rows, labels 0, 1, … or numbers.
+        data: the Dataset; one shape for all rows; a label is a number.
         by: the natural client of each row, such as a hospital or a speaker; `[rows]`, of any type.
         task: "classification" or "regression"; None: regression if y is a float.
         test: the test rows of the data set, as a Dataset or a pair (x, y).
@@ -343,26 +618,31 @@ def dataset(data: Any, *, by: Any = None, task: str | None = None, test: Any = N
     return _with_clients(_in_place(rows, test_rows, task, name), by)
 
 
+@check_arguments
+@user_scope(Key(0).fold("door"))
 def federate(
-    parts: Mapping[str, Any] | Sequence[Any],
+    parts: Mapping[str, Any] | Iterable[Any],
     *,
     held_out: Any = 0.2,
     seed: int = 0,
     min_rows: int = 1,
     task: str | None = None,
+    classes: Sequence[str] | None = None,
     name: str = "federation",
 ) -> Clients:
     """Build a federation from one data set per client.
 
     Args:
-        parts: one pair (x, y) or torch Dataset for each client: a list, or a dict whose keys are the clients' names.
+        parts: one pair (x, y) or torch Dataset for each client: a list, a generator, or a dict whose keys are the
+            clients' names.
         held_out: fraction of each class to hold out, in [0, 1); or the held-out rows: (x, y) or a Dataset.
         seed, min_rows: as in `Source.split`.
         task: "classification" or "regression"; None: regression if y has floats.
+        classes: the classes in order; None: the distinct labels of all clients. A class may have no row.
         name: the name of the data set in reports.
     Returns:
         One client for each part, in the order of `parts`. Arrays in memory are copied once into one array, so that one
-        read returns the rows of many clients. Other data is not copied, and its labels must be 0, 1, ….
+        read returns the rows of many clients. Other data is not copied, and its labels must be numbers.
     Raises:
         UsageError: `parts` is empty, or the features of two parts differ in shape.
     Example:
@@ -370,23 +650,31 @@ def federate(
         >>> federate({"north": north, "south": south}, held_out=0).sizes.tolist()
         [4, 6]
     """
-    names = tuple(map(str, parts if isinstance(parts, Mapping) else range(len(parts))))
+    if isinstance(parts, DataLoader):
+        raise _is_loader("The federation")
+    if not isinstance(parts, Iterable) or isinstance(parts, (str, bytes, type)) or getattr(parts, "ndim", None) == 0:
+        raise UsageError(f"The federation is a {type(parts).__name__}.", "one (x, y) or Dataset for each client.")
     whole = list(parts.values() if isinstance(parts, Mapping) else parts)
+    names = tuple(map(str, parts if isinstance(parts, Mapping) else range(len(whole))))
     if not whole:
         raise UsageError("The federation has no clients.", "at least one (x, y) or Dataset.")
     known = list(map(_as_arrays, whole))
+    held_out = plain_number(held_out)
     drawn = isinstance(held_out, (int, float))
     held_out_arrays = None if drawn else _as_arrays(held_out)
     pairs = [pair for pair in known if pair is not None and not isinstance(pair[0], np.memmap)]
     if len(pairs) == len(names) and (drawn or held_out_arrays is not None):
-        source, sizes = _one_array(names, pairs, held_out_arrays, task, name)
+        source, sizes = _one_array(names, pairs, held_out_arrays, task, classes, name)
     else:
         rows = [
             _rows(part, pair, task, f"client {client}") for client, part, pair in zip(names, whole, known, strict=True)
         ]
-        _check_same_features(names, [part.take(torch.zeros(1, dtype=torch.int64))[0] for part in rows])
+        firsts = [_first(part)[0] for part in rows]
+        _check_same_features(names, firsts)
+        joined, notes = _joined(names, firsts)
         test = None if drawn else _rows(held_out, held_out_arrays, task, "the test set")
-        source, sizes = _in_place(ConcatRows(tuple(rows)), test, task, name), list(map(len, rows))
+        source, sizes = _in_place(ConcatRows(tuple(rows), joined), test, task, name, classes), list(map(len, rows))
+        source = replace(source, notes=(*source.notes, *notes))
     source = replace(source, by=torch.arange(len(names)).repeat_interleave(torch.tensor(sizes)), names=names)
     return source.split(by=ByColumn(), held_out=held_out if drawn else 0.2, seed=seed, min_rows=min_rows)
 
@@ -397,12 +685,48 @@ def _check_same_features(names: Sequence[str], xs: Sequence[Tensor | Array]) -> 
 
 
 def _one_array(
-    names: Sequence[str], pairs: Sequence[Pair], test: Pair | None, task: str | None, name: str
+    names: Sequence[str],
+    pairs: Sequence[Pair],
+    test: Pair | None,
+    task: str | None,
+    classes: Sequence[str] | None,
+    name: str,
 ) -> tuple[Source, list[int]]:
     """Build a source with every client's rows in one array; return it with the clients' sizes."""
-    xs = [torch.as_tensor(_features(x, f"x of client {client}")) for client, (x, _) in zip(names, pairs, strict=True)]
+    taken = [_flat_bytes(_features(x, f"x of client {client}")) for client, (x, _) in zip(names, pairs, strict=True)]
+    xs = [torch.as_tensor(x) for x, _ in taken]
+    joined, notes = _joined(names, xs)
+    notes = (*dict.fromkeys(note for _, some in taken for note in some), *notes)
+    if joined is not None:  # joined as stored, intensities from 0 to 255 would stand next to numbers
+        xs = [numbers(x).to(joined) for x in xs]
     ys = [_array(y, f"y of client {client}") for client, (_, y) in zip(names, pairs, strict=True)]
     _check_same_features(names, xs)
     for client, x, y in zip(names, xs, ys, strict=True):
         _same_length(x, y, f"x of client {client}", "y")
-    return arrays(torch.cat(xs), np.concatenate(ys), task=task, test=test, name=name), list(map(len, xs))
+    levels = {levels_of(y) for _, y in pairs}
+    try:
+        joined_y = _concatenated(ys)
+    except (TypeError, ValueError) as error:
+        cause = str(error).rstrip(".")
+        raise UsageError(f"The y of the clients cannot be joined: {cause}.", "y of one kind and shape.") from None
+    targets = _Leveled(joined_y, levels.pop() if len(levels) == 1 else None)
+    source = arrays(torch.cat(xs), targets, task=task, classes=classes, test=test, name=name)
+    return replace(source, notes=(*source.notes, *notes)), list(map(len, xs))
+
+
+def _concatenated(ys: Sequence[Array]) -> Array:
+    """Concatenate targets. If some are texts and others are numbers, each keeps its type."""
+    mixed = len({y.dtype.kind in "biuf" for y in ys}) > 1
+    return np.concatenate([y.astype(object) for y in ys] if mixed else ys)
+
+
+def _joined(names: Sequence[str], xs: Sequence[Tensor]) -> tuple[torch.dtype | None, tuple[str, ...]]:
+    """The dtype in which features of different dtypes are joined, and a note; None if they have one dtype."""
+    dtypes = [x.dtype for x in xs]
+    if len(set(dtypes)) == 1:
+        return None, ()
+    joined = functools.reduce(torch.promote_types, [numbers(x[:1]).dtype for x in xs])
+    firsts = {dtype: name for name, dtype in reversed(list(zip(names, dtypes, strict=True)))}
+    each = ", ".join(f"{str(dtype)[6:]} (first client {firsts[dtype]})" for dtype in dict.fromkeys(dtypes))
+    note = f"The features of the clients have the dtypes {each}. They are joined as {str(joined)[6:]}"
+    return joined, (f"{note}, and uint8 is scaled to [0, 1]." if torch.uint8 in dtypes else f"{note}.",)

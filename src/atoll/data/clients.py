@@ -5,18 +5,29 @@ Tests: tests/data/test_clients.py, tests/data/test_split.py.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
+from msgspec import structs
 from torch import Tensor
 
-from atoll.base.errors import UsageError
+from atoll.base.errors import ClientError, UsageError, unknown_name
+from atoll.base.lines import Split
 from atoll.base.random import Key
+from atoll.base.validation import plain_number
+from atoll.data.input import Input, InputTarget
 from atoll.data.measure import effective_clients, label_divergence, size_gini
-from atoll.data.rows import ConcatRows, Rows, on_device, pieces
+from atoll.data.rows import ConcatRows, Rows, intensities, on_device, pieces
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *map(np.dtype, "bBhHiIlLqQ"))
 
 
 def offsets_of(sizes: Tensor) -> Tensor:
@@ -29,6 +40,16 @@ def offsets_of(sizes: Tensor) -> Tensor:
         [0, 2, 2, 5]
     """
     return torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
+
+
+def _readable(rows: Rows, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Read rows `[n]` together; if one of them is unreadable, read them one by one and leave out unreadable rows."""
+    try:
+        yield rows.take(index)
+    except (ClientError, UsageError):
+        for row in index.split(1):
+            with contextlib.suppress(ClientError, UsageError):
+                yield rows.take(row)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,6 +68,9 @@ class Clients:
         columns: names of the features, if they have names and one axis.
         names: the names of natural clients (hospitals, speakers); None if a partition formed the clients at random.
         notes: sentences that state the guesses and the moved rows of the split.
+        input: the map from a user's rows to the tensors; None: `described` makes it from the other fields.
+        held_owner: the client of each held-out row, int64 `[held-out rows]`, −1 for none. A natural client has its own
+            rows; a drawn client has rows of each class in proportion to its train rows. None: no row has a client.
     Example:
         >>> from atoll.data import arrays, IID
         >>> data = arrays(torch.arange(10.0)[:, None], torch.arange(10.0)).split(3, IID(), held_out=0)
@@ -67,6 +91,8 @@ class Clients:
     columns: tuple[str, ...] | None = None
     names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    input: Input | None = None
+    held_owner: Tensor | None = None
 
     def __repr__(self) -> str:
         held = 0 if self.held_out is None else len(self.held_out)
@@ -83,17 +109,69 @@ class Clients:
         return self.offsets.diff()
 
     @cached_property
+    def example(self) -> tuple[Tensor, Tensor]:
+        """x and y of the first readable row, `[1, *features]` and `[1, *target]`.
+
+        Raises:
+            RunError: no row can be read. The error names the first row.
+        """
+        for start in range(len(self.order)):
+            for row in _readable(self.rows, self.order[start : start + 1]):
+                return row
+        return self.rows.take(self.order[:1])
+
+    @cached_property
     def vocab(self) -> int | None:
         """The vocabulary size, one more than the largest token id; None if rows contain numbers, not ids."""
-        if self.rows.take(self.order[:1])[0].dtype != torch.int64:
+        if self.input is not None and self.input.tokens is not None:
+            return self.input.tokens
+        if self.example[0].dtype != torch.int64:
             return None
         parts = [(self.rows, piece) for piece in self.order.split(4096)]
         if self.held_out is not None:
             parts += [(self.held_out, piece) for piece in torch.arange(len(self.held_out)).split(4096)]
-        return 1 + max(int(rows.take(piece)[0].max()) for rows, piece in parts)
+        return 1 + max(int(x.max()) for rows, piece in parts for x, _ in _readable(rows, piece))
 
-    def client_rows(self, client: int) -> Tensor:
-        """Return the row numbers of one client, int64 `[size]`."""
+    def described(self, dtype: str = "float32") -> Input:
+        """Return the map from a user's rows to the tensors.
+
+        Args:
+            dtype: the dtype of the tensors.
+        """
+        if self.input is not None:
+            return structs.replace(self.input, dtype=dtype, tokens=self.vocab)
+        outputs = len(self.classes) if self.classes is not None else math.prod(self.example[1].shape[1:])
+        names = ("y",) if outputs == 1 or self.classes is not None else tuple(f"y{i}" for i in range(outputs))
+        return Input(
+            target=InputTarget(self.kind, names, self.classes),
+            features=self.features,
+            outputs=outputs,
+            dtype=dtype,
+            intensities=intensities(self.rows),
+            tokens=self.vocab,
+        )
+
+    @cached_property
+    def held_order(self) -> Tensor:
+        """The numbers of the held-out rows that have a client, client after client, int64 `[m]`."""
+        if self.held_owner is None:
+            return self.order[:0]
+        mine = (self.held_owner >= 0).nonzero()[:, 0]
+        return mine[self.held_owner[mine].argsort(stable=True)]
+
+    @cached_property
+    def held_offsets(self) -> Tensor:
+        """The start of each client in `held_order`, and the end of the last, int64 `[clients + 1]`."""
+        owners = self.order[:0] if self.held_owner is None else self.held_owner[self.held_owner >= 0]
+        return offsets_of(owners.bincount(minlength=self.count))
+
+    def client_rows(self, client: int | str) -> Tensor:
+        """Return the row numbers of one client, by its id or its name, int64 `[size]`.
+
+        Raises:
+            UsageError: there is no such client.
+        """
+        client = self._id(client)
         start, end = self.offsets[client : client + 2].tolist()
         return self.order[start:end]
 
@@ -128,7 +206,8 @@ class Clients:
 
     def pooled(self) -> Clients:
         """Return a federation of one client that has every train row, in the order of their numbers."""
-        return replace(self, order=self.order.sort().values, offsets=torch.tensor([0, len(self.order)]), names=None)
+        offsets = torch.tensor([0, len(self.order)])
+        return replace(self, order=self.order.sort().values, offsets=offsets, names=None, held_owner=None)
 
     def held(self) -> Clients:
         """Return a federation of one client that has the held-out rows.
@@ -141,7 +220,7 @@ class Clients:
                 f"{self.name} was split with held_out=0.",
                 "held-out rows.",
                 "a model is evaluated on rows that it was not trained on.",
-                "data.split(held_out=0.2)",
+                Split(options={"held_out": 0.2}),
             )
         count = len(self.held_out)
         return replace(
@@ -150,16 +229,82 @@ class Clients:
             order=torch.arange(count),
             offsets=torch.tensor([0, count]),
             held_out=None,
+            held_owner=None,
             names=None,
         )
 
-    def only(self, ids: Tensor) -> Clients:
-        """Select the clients with these ids, int64 `[k]`. In the result their ids are 0 … k − 1, in this order."""
+    def only(self, ids: Any) -> Clients:
+        """Select some clients. In the result their ids are 0 … k − 1, in this order.
+
+        Args:
+            ids: the id or the name of one client, or several ids or names: a list, a range, an array, or a tensor
+                int64 `[k]`.
+        Raises:
+            UsageError: an unknown id or name, a repeated one, or none.
+        Example:
+            >>> from atoll.data import federate
+            >>> data = federate({"north": ([[0.0]] * 4, [0, 1] * 2), "south": ([[1.0]] * 6, [1, 0] * 3)}, held_out=0)
+            >>> data.only("south").sizes.tolist(), data.only([1, 0]).names
+            ([6], ('south', 'north'))
+        """
+        ids = self._ids(ids)
         sizes = self.sizes[ids]
         offsets = offsets_of(sizes)
         shift = (self.offsets[ids] - offsets[:-1]).repeat_interleave(sizes)
         names = None if self.names is None else tuple(self.names[i] for i in ids.tolist())
-        return replace(self, order=self.order[torch.arange(len(shift)) + shift], offsets=offsets, names=names)
+        held_owner = None
+        if self.held_owner is not None:
+            place = torch.full((self.count + 1,), -1)  # the last is that of rows without a client
+            place[ids] = torch.arange(len(ids))
+            held_owner = place[self.held_owner]
+        order = self.order[torch.arange(len(shift)) + shift]
+        return replace(self, order=order, offsets=offsets, names=names, held_owner=held_owner)
+
+    def _ids(self, given: Any) -> Tensor:
+        """The ids of clients that are given by ids or names, int64 `[k]`."""
+        if isinstance(given, str) or isinstance(plain_number(given), int):
+            given = [given]
+        if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 1 and given.dtype in _WHOLE:
+            given = given.tolist()
+        if not isinstance(given, (list, tuple, range)) or not len(given):
+            raise UsageError(f"only({given!r:.60}).", "the id or the name of a client, or several of them.")
+        ids = [self._id(one) for one in given]
+        if len(set(ids)) < len(ids):
+            raise UsageError(f"only({given!r:.60}) selects a client twice.", "each client at most once.")
+        return torch.tensor(ids)
+
+    def _id(self, one: Any) -> int:
+        """The id of a client that is given by its id or its name."""
+        if isinstance(one, str):
+            if one not in (self.names or ()):
+                raise unknown_name("client", one, self.names or map(str, range(self.count)))
+            return (self.names or ()).index(one)
+        number = plain_number(one)
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise UsageError(f"{one!r:.60} is no client.", "the id or the name of a client.")
+        self._check_ids([number])
+        return number
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        wrong = [i for i in ids if not 0 <= i < self.count]
+        if wrong:
+            raise UsageError(f"There is no client {wrong[0]}.", f"ids from 0 to {self.count - 1}.")
+
+    def seated(self, client: int) -> Clients:
+        """Select one client and keep its id: every other client has no rows. Held-out rows are left out.
+
+        Args:
+            client: the id of the client.
+        Example:
+            >>> from atoll.data import load
+            >>> data = load("digits").split(4)
+            >>> data.seated(2).sizes.tolist() == [0, 0, int(data.sizes[2])]
+            True
+        """
+        rows = self.client_rows(client)
+        offsets = torch.zeros(client + 2, dtype=torch.int64)
+        offsets[-1] = len(rows)
+        return replace(self, order=rows, offsets=offsets, held_out=None, held_owner=None, names=None)
 
     def histogram(self) -> Tensor:
         """Count the rows of each class on each client, int64 `[clients, classes]`.
@@ -207,6 +352,6 @@ class Clients:
         for rows, numbers in ((self.rows, self.order), (self.held_out or self.rows, torch.arange(held))):
             drawn = numbers[key.distinct(min(sample, len(numbers)), len(numbers))]
             for piece in pieces(drawn, self.features) if len(drawn) else ():
-                for part in rows.take(piece):
+                for part in itertools.chain(*_readable(rows, piece)):
                     digest.update(part.contiguous().numpy().data)
         return digest.hexdigest()[:16]

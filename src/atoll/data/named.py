@@ -14,15 +14,20 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from atoll.base.errors import UsageError, unknown_name
+from atoll.base.lines import Load, Write
+from atoll.base.random import Key, user_scope
+from atoll.base.validation import check_arguments
 from atoll.data.arrays import arrays, tensor_of
+from atoll.data.cells import Missing, TextCells
+from atoll.data.files import is_table
 from atoll.data.rows import Array, ArrayRows
 from atoll.data.sources import Source
-from atoll.data.tabular import column, csv, table
+from atoll.data.tabular import TableOptions, csv, name_list, table
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
@@ -33,27 +38,28 @@ FASHION = (
 )
 
 
+@check_arguments
+@user_scope(Key(0).fold("door"))
 def load(
     name: str | Path,
     *,
     folder: str | Path | None = None,
-    target: str | None = None,
-    by: str | None = None,
-    task: str | None = None,
-    missing: str | None = None,
-    scale: str | None = None,
+    encoding: str | None = None,
+    sheet: str | None = None,
+    **options: Unpack[TableOptions],
 ) -> Source:
-    """Load a data set by its name, by the path of a CSV file, or by a folder with x.npy and y.npy.
+    """Load a data set by its name, by the path of a table, or by a folder with x.npy and y.npy.
 
     Args:
         name: diabetes, breast_cancer, wine, digits (with scikit-learn); fashion_mnist, mnist, heart (from a
-            folder); a CSV file; or a folder with x.npy and y.npy, and optionally x_test.npy and y_test.npy. The
-            arrays are read batch by batch and may be larger than memory.
+            folder); a CSV, Parquet or Excel file, a glob of them, or a folder of folders `column=NAME`; or a folder
+            with x.npy and y.npy, and optionally x_test.npy and y_test.npy. The arrays are read batch by batch and may
+            be larger than memory.
         folder: folder of a named set's files; None: the environment variable ATOLL_DATA, then for fashion_mnist
             the folder of Debian's package dataset-fashion-mnist.
-        target, by, missing: options of `csv`, for a CSV file. `missing` also applies to heart, with None = "drop".
-        task: the kind of task of a CSV file or a folder of arrays, as for `csv`.
-        scale: "standard", "client" or "none"; None: "standard" for tables, "none" for images and folders of arrays.
+        encoding, sheet: as in `csv`.
+        options: for a table those of `csv`; for a folder of arrays task, scale, missing and classes; for a named set
+            scale and scale_target, for heart also missing.
     Raises:
         UsageError: an unknown name, or a file that is missing or malformed.
     Example:
@@ -64,30 +70,36 @@ def load(
         atoll.base.errors.UsageError: No data set is called 'digit'.
         Required: one of breast_cancer, diabetes, digits, fashion_mnist, heart, mnist, wine, or the path of a
             CSV file.
-        Write: digits
+        Write: atoll.data.load("digits")
     """
     text, path = str(name), Path(name)
+    given = {option: value for option, value in options.items() if value is not None}
     if text in NAMED:
-        given = {"target": target, "by": by, "task": task, "missing": missing}
-        for option, value in given.items():
-            if value is not None and not (text == "heart" and option == "missing"):
-                raise UsageError(
-                    f"load({text!r}) was given {option}={value!r}.",
-                    f"no {option}.",
-                    f"{text} has its own.",
-                    f"load({text!r})",
-                )
-        return NAMED[text](folder, missing, scale)
+        return _named(text, folder, given)
+    if is_table(text):
+        return csv(path, encoding=encoding, sheet=sheet, **options)
     if path.is_dir():
-        if target or by or missing:
-            raise UsageError(
-                f"target, by or missing was given for the folder {path}.", "a CSV file.", "arrays have no columns."
-            )
-        return _npy(path, task, scale or "none")
-    if path.exists() or path.suffix in (".csv", ".tsv", ".gz", ".txt") or os.sep in text:
-        return csv(path, target=target, by=by, task=task, missing=missing, scale=scale)
-    error = unknown_name("data set", text, NAMED)
+        for option in given:
+            if option not in ("task", "scale", "missing", "classes"):
+                raise UsageError(f"{option} was given for the folder {path}.", "a table.", "arrays have no columns.")
+        return _npy(path, options)
+    error = unknown_name("data set", text, NAMED, Load)
     raise UsageError(error.given, f"{error.required[:-1]}, or the path of a CSV file.", write=error.write)
+
+
+def _named(text: str, folder: str | Path | None, given: dict[str, Any]) -> Source:
+    """Load a data set by its name; it has its own columns and target."""
+    for option, value in given.items():
+        if option not in ("scale", "scale_target", *(("missing",) if text == "heart" else ())):
+            raise UsageError(
+                f"load({text!r}) was given {option}={value!r}.",
+                f"no {option}.",
+                f"{text} has its own.",
+                Load(text),
+            )
+    source = NAMED[text](folder, given.get("missing"), given.get("scale"))
+    wanted = given.get("scale_target")
+    return source if wanted is None else replace(source, scale_target=wanted)
 
 
 def _sklearn(name: str, scale: str | None) -> Source:
@@ -126,12 +138,12 @@ def _folder(folder: str | Path | None, name: str, files: str) -> Path:
             f"{name} needs {files}, and no folder is set.",
             "a folder, by the argument or by the environment variable ATOLL_DATA.",
             "nothing is downloaded.",
-            f"load({name!r}, folder='data')",
+            Load(name, {"folder": "data"}),
         )
     return Path(place)
 
 
-def _absent(name: str, path: Path, write: str = "") -> UsageError:
+def _absent(name: str, path: Path, write: Write = "") -> UsageError:
     return UsageError(
         f"{name} needs {path}, which does not exist.",
         "the file, in the folder that the argument or ATOLL_DATA names.",
@@ -233,10 +245,10 @@ def _heart(folder: str | Path | None, missing: str | None, scale: str | None) ->
         rows = [line.split(",") for line in path.read_text(errors="replace").splitlines() if line]
         if not rows or any(len(row) != 14 for row in rows):
             raise _malformed(path, "it is empty, or a line does not have 14 cells")
-        cells = [column(texts) for texts in zip(*rows, strict=True)]
-        if any(values.dtype.kind != "f" for values in cells):
+        cells = [TextCells(texts).numbers(Missing()) for texts in zip(*rows, strict=True)]
+        if any(values is None for values in cells):
             raise _malformed(path, "a cell is not a number")
-        parts.append(np.stack(cells, axis=1))
+        parts.append(np.stack([values for values in cells if values is not None], axis=1))
         hospitals += [hospital] * len(rows)
     raw = np.concatenate(parts)
     columns = {name: raw[:, i] for i, name in enumerate(HEART_COLUMNS) if name not in ("cp", "restecg")}
@@ -257,7 +269,7 @@ def _heart(folder: str | Path | None, missing: str | None, scale: str | None) ->
     return replace(source, classes=("healthy", "disease"))
 
 
-def _npy(folder: Path, task: str | None, scale: str) -> Source:
+def _npy(folder: Path, options: TableOptions) -> Source:
     """Load a folder with x.npy and y.npy, which are memory-mapped and read when rows are needed."""
     parts = []
     for name in ("x", "y", "x_test", "y_test"):
@@ -274,7 +286,16 @@ def _npy(folder: Path, task: str | None, scale: str) -> Source:
         except (OSError, ValueError, EOFError) as error:
             raise _malformed(path, error) from error
     test = (parts[2], parts[3]) if len(parts) == 4 else None
-    return arrays(parts[0], parts[1], task=task, scale=scale, test=test, name=folder.name)
+    return arrays(
+        parts[0],
+        parts[1],
+        task=options.get("task"),
+        scale=options.get("scale") or "none",
+        missing=options.get("missing"),
+        classes=name_list(options.get("classes")) or None,
+        test=test,
+        name=folder.name,
+    )
 
 
 NAMED: dict[str, Callable[[str | Path | None, str | None, str | None], Source]] = {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import constructor
+from atoll.base.lines import Split
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields
 from atoll.data.rows import Rows
@@ -74,7 +75,7 @@ class Partition:
 
 def _refuse(partition: Partition, clients: int, required: str, why: str, write: Partition) -> UsageError:
     given = f"{partition} cannot split this data over {clients} clients."
-    return UsageError(given, required, why, f"data.split({clients}, by={write})")
+    return UsageError(given, required, why, Split(clients, str(write)))
 
 
 def in_groups(group: Tensor) -> Tensor:

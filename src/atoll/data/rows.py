@@ -9,10 +9,11 @@ Tests: tests/data/test_rows.py, tests/identities/test_numerics.py.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -22,9 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atoll.base.errors import RunError, UsageError
+from atoll.base.errors import ClientError, RunError, UsageError
+from atoll.base.random import GeneratorWatch, Key, mixed, reseed, user_scope
 
 Array = npt.NDArray[Any]
+IGNORED = -100  # the label of a place that neither loss nor accuracy counts, as in torch's cross-entropy
+_COMPARED = 32  # rows of a Dataset whose labels are compared with its attribute `targets`
 
 
 class Rows(Protocol):
@@ -124,12 +128,39 @@ def _checked(values: Tensor, index: Tensor, subject: str) -> Tensor:
     """Check values `[n, ...]` read from outside memory; the error names the row and the column."""
     bad = not_finite(values)
     if bad is not None:
-        raise RunError(
+        raise ClientError(
             f"The {subject} contain {values[bad].item()} at {place(int(index[bad[0]]), bad[1:])}.",
             "finite numbers.",
             "one NaN makes every number of the model NaN.",
         )
     return values
+
+
+def unlabelled(y: Tensor) -> int | None:
+    """Return the first row whose labels are all −100, or None.
+
+    Args:
+        y: labels `[n]` or `[n, …]`, or numbers to predict, which have no such mark.
+    Example:
+        >>> unlabelled(torch.tensor([[0, -100], [-100, -100]]))
+        1
+    """
+    if y.is_floating_point() or not len(y):
+        return None
+    empty = (y == IGNORED).reshape(len(y), -1).all(1)
+    return int(empty.nonzero()[0]) if bool(empty.any()) else None
+
+
+def _labelled(y: Tensor, index: Tensor, real: bool) -> Tensor:
+    """Check labels `[n, ...]` read from outside memory; the error names the row."""
+    bad = None if real else unlabelled(y)
+    if bad is not None:
+        raise ClientError(
+            f"All labels of row {int(index[bad])} are {IGNORED}.",
+            "a label in each row.",
+            "a row without a label has no loss.",
+        )
+    return y
 
 
 def _pick(array: Tensor | Array, index: Tensor) -> Tensor:
@@ -173,7 +204,7 @@ class ArrayRows:
         if not isinstance(self.x, Tensor):
             x = _checked(x, flat, "features")
         if not isinstance(self.y, Tensor):
-            y = _checked(y, flat, "targets")
+            y = _labelled(_checked(y, flat, "targets"), flat, self.real)
         return _shaped(x, index), _shaped(y, index)
 
     def targets(self) -> Tensor:
@@ -193,6 +224,13 @@ def pair(item: Any, row: int) -> tuple[Tensor, Tensor]:
             "a pair (x, y).",
             "training compares the model's output for x with y.",
         )
+    for part in item:
+        if isinstance(part, np.ma.MaskedArray) and part.mask.any():
+            raise UsageError(
+                f"Row {row} of the dataset has a masked value.",
+                "a value for every feature and target.",
+                "a missing value cannot be guessed.",
+            )
     try:
         x, y = (part if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part)) for part in item)
     except (TypeError, ValueError) as error:
@@ -200,6 +238,13 @@ def pair(item: Any, row: int) -> tuple[Tensor, Tensor]:
         raise UsageError(
             f"Row {row} of the dataset is ({kinds}).", "tensors, arrays or numbers.", str(error)
         ) from error
+    for part in (x, y):
+        if part.layout != torch.strided or part.is_meta or part.is_complex() or part.is_quantized:
+            raise UsageError(
+                f"Row {row} of the dataset has a tensor of {part.dtype}, {part.layout}, on {part.device}.",
+                "dense tensors of real numbers, with values.",
+                "rows are stacked into batches.",
+            )
     return x.detach(), y.detach()
 
 
@@ -220,10 +265,17 @@ class DatasetRows:
     Args:
         dataset: has `__len__`, and `__getitem__` that returns (x, y) with one shape for all rows.
         real: whether y is a number to predict, not a class.
+        word: the key of draws in `__getitem__`, an integer in [0, 2⁶⁴). A row draws the same numbers at each reading
+            with the same word.
+        forced: whether rows draw even if the first row does not.
+        inside: whether the caller restores the generators after several readings.
     """
 
     dataset: Dataset[Any]
     real: bool = False
+    word: int = Key(0).fold("rows").word()
+    forced: bool = False
+    inside: bool = False
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -231,32 +283,197 @@ class DatasetRows:
     @cached_property
     def first(self) -> tuple[Tensor, Tensor]:
         """Row 0. All rows must have its shapes and dtypes."""
-        return pair(self.dataset[0], 0)
+        return self._observed[0]
+
+    @property
+    def draws(self) -> bool:
+        """Whether reading a row draws from a global generator, as the reading of row 0 did."""
+        if self.forced:
+            return True
+        try:
+            return self._observed[1]
+        except ClientError:
+            return False
+
+    @cached_property
+    def _observed(self) -> tuple[tuple[Tensor, Tensor], bool]:
+        """Row 0, and whether reading it drew."""
+        with user_scope(Key(0)):
+            reseed(mixed(self.word, 0))
+            draws = GeneratorWatch()
+            return self._read(0), draws.found()
+
+    def keyed(self, word: int, forced: bool = False, inside: bool = False) -> DatasetRows:
+        """The same rows with another key of their draws."""
+        made = replace(self, word=word, forced=forced or self.forced, inside=inside)
+        for name in ("_observed", "first", "_listed", "_differing", "_targets"):
+            if name in vars(self):
+                vars(made)[name] = vars(self)[name]
+        return made
+
+    def _scope(self) -> contextlib.AbstractContextManager[None]:
+        """The scope of some readings: generators are restored at its end if rows draw."""
+        return user_scope(Key(0)) if self.draws and not self.inside else contextlib.nullcontext()
+
+    def _item(self, row: int) -> tuple[Tensor, Tensor]:
+        """Read one row inside `_scope`, with its own draws."""
+        if self.draws:
+            reseed(mixed(self.word, row))
+        return self._read(row)
+
+    def _read(self, row: int) -> tuple[Tensor, Tensor]:
+        """Read one row.
+
+        Raises:
+            ClientError: `__getitem__` raised an error; the error names the row.
+        """
+        try:
+            item = self.dataset[row]
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ClientError(
+                f"Row {row} of the dataset raised {type(error).__name__}: {str(error).rstrip('.')}.",
+                "a pair (x, y) for every row number below len(dataset).",
+                "the client that holds the row cannot train without it.",
+            ) from error
+        return pair(item, row)
+
+    def _like(self, item: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The row whose shapes and dtypes a batch must have: row 0, or the batch's own row if row 0 is unreadable."""
+        try:
+            return self.first
+        except ClientError:
+            return item
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         flat = index.reshape(-1)
         xs: list[Tensor] = []
         ys: list[Tensor] = []
-        for row in flat.tolist():
-            for part, first, parts in zip(pair(self.dataset[row], row), self.first, (xs, ys), strict=True):
-                _check_like_first(part, first, row)
-                parts.append(part)
+        like: tuple[Tensor, Tensor] | None = None
+        with self._scope():
+            for row in flat.tolist():
+                item = self._item(row)
+                like = like or self._like(item)
+                for part, first, parts in zip(item, like, (xs, ys), strict=True):
+                    _check_like_first(part, first, row)
+                    parts.append(part)
         x, y = (
-            torch.stack(parts) if parts else first[None][:0] for parts, first in zip((xs, ys), self.first, strict=True)
+            torch.stack(parts) if parts else first[None][:0]
+            for parts, first in zip((xs, ys), like or self.first, strict=True)
         )
         x, y = _checked(numbers(x), flat, "features"), _checked(answers(y, self.real), flat, "targets")
+        self._check_unchanged(_labelled(y, flat, self.real), flat)
         return _shaped(x, index), _shaped(y, index)
 
     def targets(self) -> Tensor:
         return self._targets
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence if the attribute `targets` of the Dataset was read and has other labels than its rows."""
+        if self._listed is None or self._differing is None:
+            return ()
+        row, label = self._differing
+        return (
+            f"The attribute targets of the dataset has {self._listed[row].tolist()} for row {row}, and __getitem__ "
+            f"returns {label.tolist()}. All labels were read with __getitem__.",
+        )
+
     @cached_property
     def _targets(self) -> Tensor:
+        if self._listed is not None and self._differing is None:
+            return self._listed
+        with self._scope():
+            targets = [self._target(row) for row in range(len(self))]
+        for row, target in enumerate(targets):
+            _check_like_first(target, targets[0], row)
+        return torch.stack(targets)
+
+    @cached_property
+    def _listed(self) -> Tensor | None:
+        """The attribute `targets` of the Dataset, if it lists one number for each row."""
         known = getattr(self.dataset, "targets", None)
         # torchvision's data sets list their labels, but a target_transform would change them.
-        if known is None or len(known) != len(self) or getattr(self.dataset, "target_transform", None):
-            known = torch.stack([pair(self.dataset[row], row)[1] for row in range(len(self))])
-        return answers(torch.as_tensor(known), self.real)
+        if known is None or getattr(self.dataset, "target_transform", None):
+            return None
+        try:
+            listed = answers(torch.as_tensor(known), self.real)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+        return listed if listed.dim() and len(listed) == len(self) else None
+
+    @cached_property
+    def _differing(self) -> tuple[int, Tensor] | None:
+        """Of some keyed rows, the first whose label differs from the listed one, and its label; None: no row."""
+        rows = Key(0).fold("targets").distinct(min(_COMPARED, len(self)), len(self)).tolist()
+        for row in rows:
+            with contextlib.suppress(ClientError), self._scope():  # an unreadable row fails its client later
+                y = self._target(row)
+                if not torch.equal(y, self._listed[row]):  # type: ignore[index]
+                    return row, y
+        return None
+
+    def _target(self, row: int) -> Tensor:
+        return answers(self._item(row)[1], self.real)
+
+    def _check_unchanged(self, y: Tensor, index: Tensor) -> None:
+        """Compare labels with those that the split has used, if they have been read."""
+        known: Tensor | None = vars(self).get("_targets")
+        if known is None or torch.equal(known[index], y):
+            return
+        at = int((known[index] != y).reshape(len(y), -1).any(1).nonzero()[0])
+        raise RunError(
+            f"Row {int(index[at])} of the dataset has the label {y[at].tolist()}, and "
+            f"{'its attribute targets has' if known is self._listed else 'the first reading had'} "
+            f"{known[index[at]].tolist()}.",
+            "the same label at each reading.",
+            "the classes, the split and the held-out rows follow the labels that were read first.",
+        )
+
+
+def draws_in(rows: Any) -> bool:
+    """Whether reading some of these rows draws from a global generator.
+
+    Example:
+        >>> draws_in(ArrayRows(torch.zeros(1, 1), torch.zeros(1)))
+        False
+    """
+    match rows:
+        case DatasetRows():
+            return rows.draws
+        case ConcatRows():
+            return any(map(draws_in, rows.parts))
+        case ArrayRows():
+            return False
+    inner = _inside(rows)
+    return inner is not None and draws_in(inner)
+
+
+def _inside(rows: Any) -> Any:
+    """The rows that a dataclass wraps in its field `rows`; None for other objects."""
+    return vars(rows).get("rows") if is_dataclass(rows) and not isinstance(rows, type) else None
+
+
+def keyed(rows: Any, word: int | None, *, forced: bool = False, inside: bool = False) -> Any:
+    """The same rows with another key of their draws; rows that do not draw are returned unchanged.
+
+    Args:
+        rows: rows, or a dataclass that wraps rows in a field `rows`.
+        word: the key, an integer in [0, 2⁶⁴); None: the same key.
+        forced: whether rows of a Dataset draw even if their first row does not.
+        inside: whether the caller restores the generators.
+    """
+    match rows:
+        case DatasetRows():
+            return rows.keyed(rows.word if word is None else word, forced, inside)
+        case ConcatRows():
+            return replace(rows, parts=tuple(keyed(part, word, forced=forced, inside=inside) for part in rows.parts))
+        case ArrayRows():
+            return rows
+    inner = _inside(rows)
+    made = None if inner is None else keyed(inner, word, forced=forced, inside=inside)
+    return rows if made is inner else replace(rows, rows=made)
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,6 +482,7 @@ class ConcatRows:
 
     Args:
         parts: the rows objects, in order, with equal features.
+        dtype: the dtype of the features of all parts; None: each part keeps its own, and all have the same.
     Example:
         >>> one = ArrayRows(torch.zeros(2, 1), torch.zeros(2))
         >>> two = ArrayRows(torch.ones(2, 1), torch.ones(2))
@@ -273,6 +491,7 @@ class ConcatRows:
     """
 
     parts: tuple[Rows, ...]
+    dtype: torch.dtype | None = None
 
     @cached_property
     def starts(self) -> Tensor:
@@ -292,10 +511,73 @@ class ConcatRows:
         ] or [self.parts[0].take(flat)]
         back = order.argsort()
         x, y = (torch.cat(pieces)[back] for pieces in zip(*pieces_of_part, strict=True))
-        return _shaped(x, index), _shaped(y, index)
+        return _shaped(x if self.dtype is None else x.to(self.dtype), index), _shaped(y, index)
 
     def targets(self) -> Tensor:
         return torch.cat([part.targets() for part in self.parts])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The notes of all parts that are Datasets."""
+        return tuple(dict.fromkeys(note for part in self.parts for note in label_notes(part)))
+
+
+@dataclass(frozen=True, eq=False)
+class CodedRows:
+    """Rows whose labels are any numbers: the target of a row is the position of its label among the known labels.
+
+    Args:
+        rows: the rows, with one number as the label of a row.
+        known: the known labels in the order of their classes, `[classes]`.
+    Example:
+        >>> rows = ArrayRows(torch.zeros(3, 1), torch.tensor([5, 10, 5]))
+        >>> CodedRows(rows, torch.tensor([0, 5, 10])).targets()
+        tensor([1, 2, 1])
+    """
+
+    rows: Rows
+    known: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = self.rows.take(index)
+        return x, self._code(y, index)
+
+    def targets(self) -> Tensor:
+        return self._code(self.rows.targets(), torch.arange(len(self)))
+
+    def _code(self, y: Tensor, index: Tensor) -> Tensor:
+        known, order = self.known.to(y.device, y.dtype).sort()
+        place = torch.searchsorted(known, y.contiguous()).clamp(max=len(known) - 1)
+        code = order[place]
+        new = known[place] != y
+        if new.any():
+            raise UsageError(
+                f"Row {int(index.reshape(-1)[new.reshape(-1).nonzero()[0]])} has label {y[new][0].item():g}, which no "
+                "train row has.",
+                f"one of the {len(known)} labels of the train rows.",
+                "a model cannot learn a class without train rows.",
+            )
+        return code
+
+
+@dataclass(frozen=True, eq=False)
+class RelabelledRows:
+    """Rows with other targets, one for each row."""
+
+    rows: Rows
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rows.take(index)[0], self.y[index]
+
+    def targets(self) -> Tensor:
+        return self.y
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,6 +595,26 @@ class PickedRows:
 
     def targets(self) -> Tensor:
         return self.rows.targets()[self.index]
+
+
+def intensities(rows: Rows) -> bool:
+    """Return whether stored features are uint8 intensities, which are divided by 255 when they are read."""
+    match rows:
+        case ArrayRows():
+            return str(rows.x.dtype).rpartition(".")[2] == "uint8"
+        case DatasetRows():
+            with contextlib.suppress(ClientError):  # row 0 is unreadable
+                return rows.first[0].dtype == torch.uint8
+        case ConcatRows():
+            return any(map(intensities, rows.parts))
+        case PickedRows() | CodedRows() | RelabelledRows():
+            return intensities(rows.rows)
+    return False
+
+
+def label_notes(rows: Rows) -> tuple[str, ...]:
+    """The notes on the labels of rows; empty for rows that are not read from a Dataset."""
+    return rows.notes if isinstance(rows, (DatasetRows, ConcatRows)) else ()
 
 
 def in_memory(rows: Rows) -> bool:

@@ -15,6 +15,21 @@ from torch import Tensor
 from atoll.data.rows import Rows, pieces
 
 
+def standardize(x: Tensor, fill: Tensor, centre: Tensor, spread: Tensor) -> Tensor:
+    """Fill missing numbers and scale columns: x ← (fill(x) − centre) / spread, in the dtype of x.
+
+    Args:
+        x: floats `[rows, *features]`; NaN is a missing number.
+        fill, centre, spread: `[*features]`, or `[rows, *features]`; spread > 0.
+    Example:
+        >>> standardize(torch.tensor([[3.0], [float("nan")]]), *torch.tensor([[1.0], [1.0], [2.0]]))
+        tensor([[1.],
+                [0.]])
+    """
+    fill, centre, spread = (table.to(x.device, x.dtype) for table in (fill, centre, spread))
+    return (torch.where(x.isnan(), fill, x) - centre) / spread
+
+
 @dataclass(frozen=True, eq=False)
 class ScaledRows:
     """Fills missing numbers and scales columns when rows are read: x ← (fill(x) − centre) / spread.
@@ -22,28 +37,36 @@ class ScaledRows:
     Args:
         rows: the stored rows; NaN is a missing number.
         group: the index of each row in the first axis of the tables, int64 `[rows]`; None: 0 for all rows.
-        fill, centre, spread: the tables, float64 `[groups, *features]`; spread > 0.
+        fill, centre, spread: the tables, float64 `[groups, *features]`, spread > 0; None: features are unchanged.
+        target: centre and spread of the target, float64 `[2]` or `[2, targets]`; None: targets are unchanged.
     """
 
     rows: Rows
-    group: Tensor | None
-    fill: Tensor
-    centre: Tensor
-    spread: Tensor
+    group: Tensor | None = None
+    fill: Tensor | None = None
+    centre: Tensor | None = None
+    spread: Tensor | None = None
+    target: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self.rows.take(index)
-        fill, centre, spread = (
-            (table[0] if self.group is None else table[self.group[index]]).to(x.dtype)
-            for table in (self.fill, self.centre, self.spread)
-        )
-        return (torch.where(x.isnan(), fill, x) - centre) / spread, y
+        if self.fill is not None and self.centre is not None and self.spread is not None:
+            place = 0 if self.group is None else self.group[index]
+            x = standardize(x, self.fill[place], self.centre[place], self.spread[place])
+        return x, self._scaled(y)
 
     def targets(self) -> Tensor:
-        return self.rows.targets()
+        return self._scaled(self.rows.targets())
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        if self.target is None:
+            return y
+        centre, spread = self.target.to(y.device, y.dtype)
+        scaled: Tensor = (y - centre) / spread
+        return scaled
 
 
 def moments(rows: Rows, index: Tensor, group: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -78,30 +101,3 @@ def moments(rows: Rows, index: Tensor, group: Tensor | None = None) -> tuple[Ten
         square.index_add_(0, group[piece], (x - mean[group[piece]]).nan_to_num() ** 2)
     sd = (square / (count - 1).clamp(min=1)).sqrt()
     return mean, torch.where(sd > 1e-12 * mean.abs(), sd, 1.0)
-
-
-def scaled(
-    rows: Rows, train: Tensor, others: Rows | None, group: Tensor | None, scale: str, fill: bool
-) -> tuple[Rows, Rows | None]:
-    """Fill and scale `rows`, and the set's own test rows, by the statistics of the train rows.
-
-    Args:
-        rows, others: the rows of the set, and its own test rows or None.
-        train: the numbers of the rows that the statistics use, int64 `[n]`.
-        group: natural client of each row, int64 `[rows]`; used if scale is "client".
-        scale: "none", "standard" (over all train rows), or "client" (each natural client by its own train
-            rows).
-        fill: whether NaN is a missing number.
-    Returns:
-        The filled and scaled `rows` and `others`.
-    """
-    if scale == "none" and not fill:
-        return rows, others
-    group = group if scale == "client" else None
-    mean, sd = moments(rows, train, group)
-    centre, spread = (mean, sd) if scale != "none" else (torch.zeros_like(mean), torch.ones_like(sd))
-
-    def view(some: Rows) -> Rows:
-        return ScaledRows(some, group, mean, centre, spread)
-
-    return view(rows), others and view(others)

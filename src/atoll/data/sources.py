@@ -6,19 +6,54 @@ Tests: tests/data/test_split.py, tests/data/test_partition.py.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from msgspec import structs
 from torch import Tensor
 
+from atoll.base import lines
 from atoll.base.errors import UsageError, unknown_name
-from atoll.base.random import Key
+from atoll.base.grammar import parse
+from atoll.base.lines import Change, Split
+from atoll.base.random import Key, user_scope
+from atoll.base.validation import check_arguments
+from atoll.data.cells import EPOCH, Cells, Missing
 from atoll.data.clients import Clients, offsets_of
-from atoll.data.partition import IID, ByColumn, Partition, Pool, fill_up, in_groups, shuffled
-from atoll.data.rows import PickedRows, Rows
-from atoll.data.scale import scaled
+from atoll.data.held_out import (
+    HeldOut,
+    HeldOutPool,
+    RandomRows,
+    check_sides,
+    deal_held_out,
+    held_out_rule,
+    no_column,
+)
+from atoll.data.input import Input, InputTarget, Statistics, TextColumn
+from atoll.data.partition import (
+    IID,
+    ByColumn,
+    Dirichlet,
+    FeatureShift,
+    Partition,
+    Pathological,
+    Pool,
+    Quantity,
+    Shards,
+    fill_up,
+    in_groups,
+)
+from atoll.data.rows import Array, ArrayRows, PickedRows, RelabelledRows, Rows, intensities, keyed
+from atoll.data.scale import ScaledRows, moments
 
 SCALES = ("none", "standard", "client")
+TARGET_SCALES = ("none", "standard")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,10 +70,15 @@ class Source:
         test: the test rows of the data set, which `split` holds out; None: the data set has no test rows.
         by: the natural client of each row, an index into `names`, int64 `[rows]`; None if there are no natural clients.
         names: names of the natural clients.
+        test_by: the natural client of each test row; None: unknown.
         scale: "none", "standard" or "client" (each natural client by its own statistics). `split` computes the
             statistics from the train rows.
         fill: whether NaN is a missing number, which is filled with the mean of the train rows.
         notes: one sentence for each guess.
+        schema: columns, levels and classes, without statistics; None: those of an array.
+        cells: the cells of a table's columns, to read them by the columns and levels of another input.
+        listed: columns that the user listed as features.
+        scale_target: "none" or "standard": numbers to predict are scaled by mean and deviation of the train rows.
     """
 
     name: str
@@ -50,24 +90,33 @@ class Source:
     test: Rows | None = None
     by: Tensor | None = None
     names: tuple[str, ...] | None = None
+    test_by: Tensor | None = None
     scale: str = "none"
     fill: bool = False
     notes: tuple[str, ...] = ()
+    schema: Input | None = None
+    cells: Mapping[str, Cells] | None = None
+    listed: tuple[str, ...] = ()
+    scale_target: str = "none"
 
     def __post_init__(self) -> None:
-        if self.scale not in SCALES:
-            raise unknown_name("scale", self.scale, SCALES)
+        if not isinstance(self.scale, str) or self.scale not in SCALES:
+            raise unknown_name("scale", self.scale, SCALES, lambda near: Change("scale", near))
+        if self.scale_target not in TARGET_SCALES:
+            raise unknown_name(
+                "scale of the target", self.scale_target, TARGET_SCALES, lambda near: Change("scale_target", near)
+            )
         if self.scale == "none":
             return
         given = f"{self.name} was given scale={self.scale!r}."
         if not self.rows.take(torch.zeros(1, dtype=torch.int64))[0].is_floating_point():
-            raise UsageError(given, "float features.", "token ids have no mean.", "scale='none'")
-        if self.scale == "client" and (self.by is None or self.test is not None):
+            raise UsageError(given, "float features.", "token ids have no mean.", Change("scale", "none"))
+        if self.scale == "client" and (self.by is None or (self.test is not None and self.test_by is None)):
             raise UsageError(
                 given,
                 "a natural client for every row, also for held-out rows.",
                 "each row is scaled by the statistics of its own client.",
-                "scale='standard'",
+                Change("scale", "standard"),
             )
 
     def __len__(self) -> int:
@@ -76,14 +125,16 @@ class Source:
     def __repr__(self) -> str:
         return f"Source({self.name!r}, {self.kind}, rows={len(self)}, features={self.features})"
 
+    @check_arguments
     def split(
         self,
         clients: int | None = None,
-        by: Partition | None = None,
+        by: Partition | str | None = None,
         *,
-        held_out: float = 0.2,
+        held_out: Any = 0.2,
         seed: int = 0,
         min_rows: int = 2,
+        input: Input | str | Path | None = None,
     ) -> Clients:
         """Hold rows out, then divide the remaining train rows among clients.
 
@@ -92,29 +143,52 @@ class Source:
 
         Args:
             clients: the number of clients; None: 10, or all natural clients.
-            by: the partition; None: `ByColumn()` if the set has natural clients, else `IID()`.
+            by: the partition, or its text, such as "Dirichlet(0.3)";
+                None: `ByColumn()` if the set has natural clients, else `IID()`.
             held_out: fraction of the rows to hold out, in [0, 1). A set with its own test rows uses those instead;
-                0 holds out no rows.
+                0 holds out no rows. Or a rule, such as `Groups("patient", 0.2)`, or its text; or a bool array `[rows]`.
+                The columns that a rule names are features only if `columns=` lists them.
             seed: the seed of the random selection of held-out rows, and of the partition.
             min_rows: rows that each client must have, ≥ 1. If a draw gives a client fewer, the partition draws
                 again; then rows are moved from the largest clients, and a note reports it. Natural clients with
                 fewer rows are left out.
+            input: an input, or the path of an `input.json` or of a run: its columns, levels, classes and statistics
+                are used instead of those of this data set.
         Returns:
             The federation, its features filled and scaled by the statistics of the train rows.
         Raises:
-            UsageError: more clients than rows, a partition that does not fit the data, or held-out rows of a
-                class that no train row has. The source is unchanged.
+            UsageError: more clients than rows, a partition that does not fit the data, held-out rows of a
+                class that no train row has, or an input that does not fit. The source is unchanged.
         Example:
             >>> from atoll.data import load, Dirichlet
             >>> load("digits").split(100, Dirichlet(0.3))
             Clients('digits', clients=100, rows=1438, held_out=359)
         """
-        partition = by if by is not None else (IID() if self.by is None else ByColumn())
-        _check(partition, held_out, seed, min_rows)
+        partition = _of_text(by) if by is not None else (IID() if self.by is None else ByColumn())
+        _check(partition, seed, min_rows)
+        if input is not None:
+            given = input if isinstance(input, Input) else Input.read(input)
+            with user_scope(Key(seed).fold("split")):
+                return self._read_as(given)._split(clients, partition, held_out, seed, min_rows, given)
+        rule = held_out_rule(held_out, len(self))
+        with user_scope(Key(seed).fold("split")):
+            return self._without(rule)._split(clients, partition, rule, seed, min_rows, None)
+
+    def _split(
+        self,
+        clients: int | None,
+        partition: Partition,
+        held_out: Any,
+        seed: int,
+        min_rows: int,
+        given: Input | None,
+    ) -> Clients:
         key = Key(seed).fold("split")
+        word = Key(seed).fold("rows").word()
         labels = None if self.classes is None else self.rows.targets()
-        train, held, notes = self._hold_out(labels, held_out, key.fold("held-out"))
-        count = self._count(clients, partition, len(train), held_out, min_rows)
+        rule = held_out_rule(held_out, len(self))
+        train, held, notes = self._hold_out(labels, rule, key.fold("held-out"))
+        count = self._count(clients, partition, len(train), rule, min_rows)
         pool = Pool(
             len(train),
             None if labels is None else labels[train],
@@ -125,13 +199,22 @@ class Source:
         if partition.natural:
             train, owner, names, deal_notes = _leave_out(train, owner, names or (), min_rows)
             count = len(names)
-        rows, own_test = scaled(self.rows, train, self.test, self.by, self.scale, self.fill)
+        own, test = keyed(self.rows, word), None if self.test is None else keyed(self.test, word)
+        described = self.schema is not None or self.scale != "none" or self.fill or self.scale_target != "none"
+        fitted = given if given is not None or not described else self._fit(train)
+        rows, own_test = self._prepared(own, self.by, fitted), self._prepared(test, self.test_by, fitted)
+        rows = own if rows is None else rows
         drawn = PickedRows(rows, held) if held is not None and len(held) else None
         judge = own_test if held is None else drawn
         if judge is not None and labels is not None:
             _refuse_unseen(labels[train], judge.targets(), self.classes or ())
         whose = torch.full((len(self),), -1)
         whose[train] = owner
+        judges = None if judge is None else self._judges(partition, held, labels, train, owner, names, judge, key)
+        if judges is not None:
+            lacking = int((judges[judges >= 0].bincount(minlength=count) == 0).sum())
+            if lacking and partition.natural:
+                notes = (*notes, f"{lacking} of {count} clients have no held-out rows.")
         return Clients(
             name=self.name,
             rows=partition.view(rows, whose, count, key.fold("shift")),
@@ -144,20 +227,204 @@ class Source:
             columns=self.columns,
             names=names,
             notes=(*self.notes, *notes, *deal_notes),
+            input=fitted,
+            held_owner=judges,
         )
 
-    def _hold_out(self, labels: Tensor | None, part: float, key: Key) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+    def _without(self, rule: HeldOut | Tensor) -> Source:
+        """The source without the features that a rule names, except those that the user listed as features."""
+        named = rule.columns if isinstance(rule, HeldOut) else ()
+        for column in named:
+            if self.cells is None or column not in self.cells:
+                raise no_column(column, self.cells or {})
+        there = () if self.schema is None else self.schema.columns
+        left = tuple(c for c in there if c.name not in named or c.name in self.listed)
+        if len(left) == len(there) or self.schema is None or self.cells is None:
+            return self
+        if not left:
+            raise UsageError(f"held_out={rule}: no other column is left as a feature.", "at least one feature.")
+        width = sum(len(c.levels) if isinstance(c, TextColumn) else 1 for c in left)
+        schema = structs.replace(self.schema, columns=left, features=(width,))
+        x = schema.expand(torch.from_numpy(schema.values(self.cells).numbers))
+        rows = ArrayRows(x, self.rows.targets(), self.kind == "regression")
+        note = f"{', '.join(named)}: read by the rule of held-out rows, no feature."
+        notes = (*self.notes, note)
+        return replace(
+            self,
+            rows=rows,
+            features=schema.features,
+            columns=schema.names,
+            schema=schema,
+            notes=notes,
+            fill=bool(x.isnan().any()),
+        )
+
+    def _judges(
+        self,
+        partition: Partition,
+        held: Tensor | None,
+        labels: Tensor | None,
+        train: Tensor,
+        owner: Tensor,
+        names: tuple[str, ...] | None,
+        judge: Rows,
+        key: Key,
+    ) -> Tensor | None:
+        """The client of each held-out row, −1 for none; None if no row has a client."""
+        if partition.natural:
+            natural = self.test_by if held is None else self.by
+            if natural is None:
+                return None
+            place = {name: i for i, name in enumerate(names or ())}
+            table = torch.tensor([place.get(name, -1) for name in self.names or ()])
+            return table[natural if held is None else natural[held]]
+        if labels is None or labels.dim() > 1:
+            return deal_held_out(torch.zeros_like(train), owner, torch.zeros(len(judge), dtype=torch.int64), key)
+        return deal_held_out(labels[train], owner, judge.targets(), key.fold("judges"))
+
+    def _described(self) -> Input:
+        """The input without statistics."""
+        if self.schema is not None:
+            target = structs.replace(self.schema.target, classes=self.classes)
+            return structs.replace(self.schema, target=target)
+        y = self.rows.take(torch.zeros(1, dtype=torch.int64))[1]
+        outputs = len(self.classes) if self.classes is not None else math.prod(y.shape[1:])
+        names = ("y",) if outputs == 1 or self.classes is not None else tuple(f"y{i}" for i in range(outputs))
+        return Input(
+            target=InputTarget(self.kind, names, self.classes),
+            features=self.features,
+            outputs=outputs,
+            by=None if self.by is None else "client",
+            intensities=intensities(self.rows),
+        )
+
+    def _fit(self, train: Tensor) -> Input:
+        """The input with the statistics of the train rows."""
+        it = self._described()
+        if self.scale != "none" or self.fill:
+            group = self.by if self.scale == "client" else None
+            mean, sd = moments(self.rows, train, group)
+            centre, spread = (mean, sd) if self.scale != "none" else (torch.zeros_like(mean), torch.ones_like(sd))
+            if group is not None and self.names is not None:
+                there = group[train].unique().tolist()
+                each = {self.names[i]: Statistics(*(_floats(t[i]) for t in (mean, centre, spread))) for i in there}
+                it = structs.replace(it, clients=each)
+            else:
+                it = it.fitted(Statistics(*(_floats(t[0]) for t in (mean, centre, spread))))
+        if self.scale_target == "standard" and self.kind == "regression":
+            y = self.rows.targets()[train].double()
+            sd = y.std(0) if len(y) > 1 else torch.zeros_like(y[0])
+            spread = torch.where(sd > 1e-12 * y.mean(0).abs(), sd, 1.0)
+            target = structs.replace(it.target, centre=_floats(y.mean(0)), spread=_floats(spread))
+            it = structs.replace(it, target=target)
+        return it
+
+    def _prepared(self, rows: Rows | None, by: Tensor | None, it: Input | None) -> Rows | None:
+        """The rows as the model takes them: filled and scaled by the statistics of an input."""
+        if rows is None or it is None:
+            return rows
+        fill, centre, spread = it.tables or (None, None, None)
+        target = torch.tensor([it.target.centre, it.target.spread], dtype=torch.float64)
+        target = target[:, 0] if target.shape[1] == 1 else target
+        group = None
+        if it.clients:
+            place = {name: i for i, name in enumerate(it.clients)}
+            group = torch.tensor([place.get(name, 0) for name in self.names or ()])[by]
+        if fill is None and not it.target.spread:
+            return rows
+        return ScaledRows(rows, group, fill, centre, spread, target if it.target.spread else None)
+
+    def _read_as(self, given: Input) -> Source:
+        """The source with the columns, levels and classes of another input.
+
+        Raises:
+            UsageError: a column is missing or has another type, or a class is unknown to the input.
+        """
+        known = self.names or ()
+        new = [name for name in known if given.clients and name not in given.clients]
+        if new or (given.clients and not known):
+            raise UsageError(
+                f"The input has no statistics of the client {new[0]!r}."
+                if new
+                else "The data have no natural clients.",
+                f"the clients {', '.join(given.clients)}.",
+                "each client is scaled by its own statistics.",
+            )
+        y = self.rows.targets()
+        if given.kind != self.kind or (given.classes is None) != (self.classes is None):
+            raise UsageError(f"The target is a {self.kind}.", f"{given.kind}, as in the input.")
+        if self.classes is not None and given.classes is not None:
+            missing = [name for name in self.classes if name not in given.classes]
+            if missing:
+                raise UsageError(
+                    f"The class {missing[0]!r} is not in the input.", f"the classes {', '.join(given.classes)}."
+                )
+            y = torch.tensor([given.classes.index(name) for name in self.classes])[y]
+        if self.cells is None:
+            difference = "" if given.features == self.features else f"{self.features}, and not {given.features}"
+            if given.columns or difference:
+                raise UsageError(
+                    f"The data are rows of shape {self.features}.",
+                    f"rows of shape {given.features}"
+                    + (f" of the columns {', '.join(c.name for c in given.columns)}." if given.columns else "."),
+                )
+            return replace(self, rows=RelabelledRows(self.rows, y), classes=given.classes)
+        values = given.values(self.cells)
+        unknown = tuple(
+            f"Column {column!r} contains {text!r} in {count} rows, which the input does not know."
+            for (column, text), count in values.unknown.items()
+        )
+        rows = ArrayRows(given.expand(torch.from_numpy(values.numbers)), y, self.kind == "regression")
+        return replace(
+            self,
+            rows=rows,
+            classes=given.classes,
+            features=given.features,
+            columns=given.names,
+            notes=(*self.notes, *unknown),
+        )
+
+    def _hold_out(
+        self, labels: Tensor | None, rule: HeldOut | Tensor, key: Key
+    ) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
         """Return the train rows, the held-out rows (None for the set's own test rows), and the notes."""
         every = torch.arange(len(self))
-        if part == 0:
+        drawn = isinstance(rule, RandomRows)
+        if rule == RandomRows(0.0):
             return every, every[:0], ()
         if self.test is not None:
+            if not drawn:
+                raise UsageError(
+                    f"held_out={rule} on {self.name}, which has {len(self.test)} test rows of its own.",
+                    "a number: the set's own test rows are held out.",
+                    write=Split(options={"held_out": 0.2}),
+                )
             return every, None, (f"Held out: the set's own {len(self.test)} test rows.",)
-        held = draw_held_out(labels, len(self), part, key)
-        how = "at random" if labels is None else "in equal parts of every class"
+        held = rule(HeldOutPool(len(self), labels, self.by, self._column), key) if isinstance(rule, HeldOut) else rule
+        if not drawn:
+            check_sides(held, rule if isinstance(rule, HeldOut) else "an array")
+        how = ("at random" if labels is None else "in equal parts of every class") if drawn else f"by {rule}"
+        how = how if isinstance(rule, HeldOut) else "those of the given array"
         return every[~held], every[held], (f"Held out: {int(held.sum())} of {len(self)} rows, {how}.",)
 
-    def _count(self, clients: int | None, partition: Partition, train: int, held_out: float, min_rows: int) -> int:
+    def _column(self, name: str) -> Array:
+        """The cells of a column, for a rule: numbers, ISO dates, or texts with None for missing."""
+        if self.cells is None or name not in self.cells:
+            raise no_column(name, self.cells or {})
+        cells = self.cells[name]
+        days = cells.days()
+        if days is not None:
+            dates = [None if math.isnan(d) else (EPOCH + timedelta(days=d)).isoformat() for d in days.tolist()]
+            return np.array(dates, dtype=object)
+        numbers = cells.numbers(Missing())
+        if numbers is not None:
+            return numbers
+        texts = cells.texts()
+        return np.array([None if code < 0 else texts.levels[code] for code in texts.codes.tolist()], dtype=object)
+
+    def _count(
+        self, clients: int | None, partition: Partition, train: int, rule: HeldOut | Tensor, min_rows: int
+    ) -> int:
         """Return the number of clients, or refuse it."""
         if partition.natural and self.names is not None:
             if clients not in (None, len(self.names)):
@@ -165,68 +432,63 @@ class Source:
                     f"split({clients}) was called on data with {len(self.names)} natural clients.",
                     f"{len(self.names)} clients, or a partition that draws them.",
                     "the data determine the natural clients.",
-                    f"data.split({clients}, by=IID())",
+                    Split(clients, "IID()"),
                 )
             return len(self.names)
         count = 10 if clients is None else clients
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise UsageError(f"split({clients!r}).", "an integer ≥ 1.", write="data.split(10)")
+            raise UsageError(f"split({clients!r}).", "an integer ≥ 1.", write=Split(10))
         if count * min_rows > train:
             count, least = (count, 1) if count <= train else (max(1, train // min_rows), min(min_rows, train))
             raise UsageError(
                 f"split({clients}) was called on {train} train rows, with at least {min_rows} per client.",
                 f"clients × min_rows ≤ {train}.",
                 "each row belongs to exactly one client.",
-                f"data.split({count}, by={partition}, held_out={held_out}, min_rows={least})",
+                Split(
+                    count,
+                    str(partition),
+                    {**({"held_out": rule.part} if isinstance(rule, RandomRows) else {}), "min_rows": least},
+                ),
             )
         return count
 
 
-def _check(partition: object, held_out: object, seed: object, min_rows: object) -> None:
+def _floats(values: Tensor) -> tuple[float, ...]:
+    return tuple(values.double().flatten().tolist())
+
+
+def _of_text(by: object) -> Any:
+    """A partition of its text; another value as it is."""
+    if not isinstance(by, str):
+        return by
+    known = (IID, Dirichlet, Pathological, Shards, Quantity, FeatureShift, ByColumn)
+    try:
+        return parse(by, {c.__name__: c for c in known}, trust=True, kind="partition")
+    except UsageError as error:
+        if isinstance(error.write, lines.Text):
+            error.writing(Split(by=error.write.text))
+        raise
+
+
+def _instead(given: object) -> str:
+    """The partition to write for a value that is none: a share of classes is the number of `Dirichlet`."""
+    number = isinstance(given, (int, float)) and not isinstance(given, bool) and 0 < given < math.inf
+    return f"Dirichlet({float(given)!r})" if number else "IID()"  # type: ignore[arg-type]
+
+
+def _check(partition: object, seed: object, min_rows: object) -> None:
     """Refuse arguments that are invalid for every data set."""
     if not isinstance(partition, Partition):
-        raise UsageError(f"by={partition!r}.", "a partition.", write="data.split(by=IID())")
-    if isinstance(held_out, bool) or not isinstance(held_out, (int, float)) or not 0 <= held_out < 1:
-        raise UsageError(
-            f"held_out={held_out!r}.",
-            "0 ≤ held_out < 1.",
-            "it is a fraction of the rows, and training needs the rest.",
-            "data.split(held_out=0.2)",
-        )
+        raise UsageError(f"by={partition!r}.", "a partition.", write=Split(by=_instead(partition)))
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise UsageError(f"seed={seed!r}.", "an integer.", write="data.split(seed=0)")
-    if isinstance(min_rows, bool) or not isinstance(min_rows, int) or min_rows < 1:
+        raise UsageError(f"seed={seed!r}.", "an integer.", write=Split(options={"seed": 0}))
+    if isinstance(min_rows, bool) or not isinstance(min_rows, int) or not 1 <= min_rows < 2**31:
         raise UsageError(
             f"min_rows={min_rows!r}.",
-            "an integer ≥ 1.",
+            "an integer ≥ 1 and below 2³¹.",
             "a client without rows has no gradient.",
-            "data.split(min_rows=1)",
+            Split(options={"min_rows": 1}),
         )
-
-
-def draw_held_out(labels: Tensor | None, count: int, part: float, key: Key) -> Tensor:
-    """Draw the held-out rows, bool `[count]`: the first rows of each class in the order of their hashes.
-
-    Each class holds out the fraction `part` of its rows, to within one row, and keeps at least one train row. The
-    total is round(part · count), unless a class has too few rows.
-
-    Args:
-        labels: class of each row, int64 `[count]`; None: one class.
-        count: the number of rows.
-        part: fraction to hold out, in [0, 1).
-        key: key of the hashes.
-    Example:
-        >>> held = draw_held_out(torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 1]), 10, 0.2, Key(0))
-        >>> held[:5].sum().item(), held[5:].sum().item()
-        (1, 1)
-    """
-    group = torch.zeros(count, dtype=torch.int64) if labels is None else labels
-    order, rank, sizes = shuffled(group, int(group.max()) + 1, key)
-    edge = (sizes.cumsum(0).double() * part).round().long()
-    quota = edge.diff(prepend=edge.new_zeros(1)).minimum((sizes - 1).clamp(min=0))
-    held = torch.zeros(count, dtype=torch.bool)
-    held[order] = rank < quota[group[order]]
-    return held
 
 
 def _deal(partition: Partition, pool: Pool, clients: int, min_rows: int, key: Key) -> tuple[Tensor, tuple[str, ...]]:
@@ -264,7 +526,7 @@ def _leave_out(
         raise UsageError(
             f"None of the {len(names)} natural clients has {min_rows} train rows.",
             f"at least one client with {min_rows} train rows.",
-            write="data.split(min_rows=1)",
+            write=Split(options={"min_rows": 1}),
         )
     mine = keep[owner]
     note = (
@@ -292,5 +554,5 @@ def unseen(label: str, row: int) -> UsageError:
         f"Held-out row {row} has label {label!r}, which no train row has.",
         "only labels that occur in training.",
         "a model cannot learn a class without train rows.",
-        "data.split(held_out=0)",
+        Split(options={"held_out": 0}),
     )

@@ -12,23 +12,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.base.errors import AtollError, UsageError
-from atoll.base.random import Key, generator_states, global_scope
+from atoll.base.errors import AtollError, ClientError, UsageError
+from atoll.base.lines import Change, Write, form
+from atoll.base.random import Key, user_scope
 from atoll.compute import limits
+from atoll.compute.attributes import Reset
 from atoll.compute.batches import ClientBatch
 from atoll.compute.compiled import load_libraries, products, stages
 from atoll.compute.fused import UnsupportedModel
-from atoll.compute.loss import cross_entropy
-from atoll.compute.model_state import GradientResult
+from atoll.compute.model_state import Batch, GradientResult
 from atoll.compute.native import BuildError
 from atoll.compute.task import BACKENDS, Task
 from atoll.data.clients import Clients
+from atoll.data.rows import draws_in
+from atoll.engine.check_answers import check_answers
+from atoll.engine.coupling_probe import coupling, coupling_notes
 from atoll.engine.position_check import PositionCheck
+from atoll.engine.probe import Probe
+from atoll.engine.state_probe import observe_state, refuse_trained_loss
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Population
 from atoll.plan.round import select
 
 NUMERICS = ("auto", *BACKENDS)
+_PROBE_ROWS = 8  # largest number of rows of a client that the tests read
 _FAR = {"full": 1e-3, "bf16": 0.2}  # largest error of a gradient by rounding, relative to its largest number
 
 
@@ -60,10 +67,66 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: 
             local part requires another backend.
     """
     if wanted not in NUMERICS:
-        raise UsageError(f"numerics = {wanted!r}.", f"one of {', '.join(NUMERICS)}.", write="--numerics auto")
+        raise UsageError(f"numerics = {wanted!r}.", f"one of {', '.join(NUMERICS)}.", write=Change("numerics", "auto"))
+    try:
+        return _choose(task, data, plan, wanted, rounds)
+    except ClientError:
+        return _choose(task, _with_readable_clients(data), plan, wanted, rounds)
+
+
+def _with_readable_clients(data: Clients) -> Clients:
+    """The clients, with the rows of the first readable client in place of the rows of each unreadable one.
+
+    The tests before the first round read these rows. The run itself reads the rows of each client, and an unreadable
+    client fails there.
+
+    Raises:
+        ClientError: the first rows of every client are unreadable.
+    """
+    order, good = data.order.clone(), data.order[:0]
+    bad: list[int] = []
+    for client in range(data.count):
+        own = data.client_rows(client)
+        try:
+            data.take(own[:_PROBE_ROWS])
+        except (ClientError, UsageError):
+            bad.append(client)
+        else:
+            good = good if len(good) else own
+    if not len(good):
+        data.take(data.order[:_PROBE_ROWS])  # raises the error of the first rows
+    for client in bad:
+        start, end = data.offsets[client : client + 2].tolist()
+        order[start:end] = good[torch.arange(end - start) % len(good)]
+    return replace(data, order=order)
+
+
+def _choose(task: Task, data: Clients, plan: Plan, wanted: str, rounds: int) -> Choice:
+    """The choice, from rows that can be read."""
     rows = min(4, int(data.sizes.max()))
-    task = replace(task, numerics="loop", noisy=False)
-    task = replace(task, noisy=_passes(task, data, rows))
+    task = _with_findings(task, data, rows)
+    choice = _chosen_body(task, data, plan, wanted, rounds, rows)
+    task.reset()  # the tests of other backends may have changed attributes
+    return choice
+
+
+def _with_findings(task: Task, data: Clients, rows: int) -> Task:
+    """The task with the loop, after one pass that works and with the findings of probes."""
+    task = replace(task, numerics="loop")
+    if task.findings.probed:
+        _check_pass(task, data, rows)
+    else:
+        restore, probe = Reset(task.roots), Probe.read(task, data)
+        refuse_trained_loss(probe)
+        _check_pass(task, data, rows)
+        restore()
+        task = findings_of(probe)
+    task.reset()
+    return task
+
+
+def _chosen_body(task: Task, data: Clients, plan: Plan, wanted: str, rounds: int, rows: int) -> Choice:
+    """The choice for a task with findings."""
     wanted = _wanted(task, plan, wanted)
     reason = "requested" if plan.local.numerics is None else "required by the local part of the plan"
     if plan.local.numerics == "loop":
@@ -93,6 +156,32 @@ def choose(task: Task, data: Clients, plan: Plan, wanted: str = "auto", rounds: 
     return Choice(replace(task, numerics="lanes"), reason if wanted == "lanes" else "many clients in one pass")
 
 
+def choose_without_rows(task: Task, synthetic: Clients, plan: Plan, wanted: str = "auto") -> Choice:
+    """Choose the backend for a run whose train rows are on other machines.
+
+    `fused` if it supports the model; else `lanes` for at most 10⁶ parameters, and `loop` above or if a step on
+    synthetic rows fails in lanes. `compiled` is never chosen, because it depends on the compiler of each site.
+
+    Args:
+        task, plan, wanted: as for `choose`.
+        synthetic: clients with a few synthetic rows.
+    Raises:
+        UsageError: as for `choose`.
+    """
+    if wanted != "auto" or plan.local.numerics is not None:
+        return choose(task, synthetic, plan, wanted)
+    rows = int(synthetic.sizes.max())
+    task = _with_findings(task, synthetic, rows)
+    if task.precision == "full" and _trouble(replace(task, numerics="fused"), task, synthetic, rows) is None:
+        return Choice(replace(task, numerics="fused"), "a stack of known layers, which every site can compute")
+    if task.layout.d > limits.LANES_WITHOUT_ROWS:
+        return Choice(task, "a large model: a step of one client fills the machine")
+    trouble = _trouble(replace(task, numerics="lanes"), task, synthetic, rows)
+    if trouble:
+        return Choice(task, trouble.why)
+    return Choice(replace(task, numerics="lanes"), "a model of any layers, chosen without rows")
+
+
 def _wanted(task: Task, plan: Plan, wanted: str) -> str:
     """The backend that the local part requires, else the backend that the user wants.
 
@@ -107,7 +196,7 @@ def _wanted(task: Task, plan: Plan, wanted: str) -> str:
             f"numerics = {wanted!r} with {plan.local!r:.80}.",
             f"numerics = {own!r}, the backend that the part requires.",
             f"{type(plan.local).__name__}.numerics is the only backend that the part can use.",
-            "--numerics auto",
+            Change("numerics", "auto"),
         )
     if own != "lanes" and task.precision != "full":
         raise UsageError(
@@ -116,7 +205,7 @@ def _wanted(task: Task, plan: Plan, wanted: str) -> str:
             "a custom loop chooses its own precision: torch.autocast belongs in there."
             if own == "loop"
             else f"the part requires the backend {own}, which computes in full precision.",
-            "--precision full",
+            Change("precision", "full"),
         )
     return own
 
@@ -131,7 +220,7 @@ class Rejection(NamedTuple):
     """The reason why a backend does not support a model, and a line to write instead."""
 
     why: str
-    write: str = "--numerics loop"
+    write: Write = Change("numerics", "loop")
 
 
 def _by_hand(task: Task, data: Clients, plan: Plan, rows: int, rounds: int) -> Choice:
@@ -143,7 +232,8 @@ def _by_hand(task: Task, data: Clients, plan: Plan, rows: int, rounds: int) -> C
     trouble = _trouble(native, task, data, rows)
     if trouble is None:
         return Choice(native, "a stack of known layers: native code runs all steps of a client on one core")
-    return Choice(fused, f"{reason}; not in native code: {trouble.why}{f' ({trouble.write})' if trouble.write else ''}")
+    line = form(trouble.write, "shell")
+    return Choice(fused, f"{reason}; not in native code: {trouble.why}{f' ({line})' if line else ''}")
 
 
 def _products(task: Task, data: Clients, plan: Plan) -> float:
@@ -163,7 +253,7 @@ _REQUIRED = {
 }
 
 
-def _refused(plan: Plan, wanted: str, why: str, write: str) -> UsageError:
+def _refused(plan: Plan, wanted: str, why: str, write: Write) -> UsageError:
     if plan.local.numerics is not None:
         return UsageError(
             f"{plan.local!r:.80} requires the backend {wanted}, and {why}.",
@@ -175,19 +265,49 @@ def _refused(plan: Plan, wanted: str, why: str, write: str) -> UsageError:
         f"numerics = {wanted!r}, and {why}.",
         _REQUIRED[wanted],
         "another backend would round differently.",
-        write or "--numerics auto",
+        write or Change("numerics", "auto"),
     )
 
 
-def _passes(task: Task, data: Clients, rows: int) -> bool:
+def findings_of(probe: Probe) -> Task:
+    """The task of a probe with the findings about the user's code.
+
+    Args:
+        probe: a few rows of a task with numerics `"loop"`; one pass of it works.
+    Raises:
+        UsageError: the module keeps values that clients cannot have of their own.
+    """
+    task, kept = probe.task, observe_state(probe)
+    passes = (("training", kept.training), ("evaluation", kept.evaluation))
+    draws = tuple(name for name, each in passes if each.drew or name in task.findings.draws)
+    output, restore = kept.training.output, Reset(task.roots)
+    together, evaluated = coupling(probe, draws)
+    restore()
+    findings = replace(
+        task.findings,
+        draws=draws,
+        couples=together,
+        couples_in_evaluation=evaluated,
+        state=kept.state,
+        constant=kept.constant,
+        output=tuple(output.shape[1:]) if isinstance(output, Tensor) else None,
+        target=tuple(probe.y.shape[1:]),
+        probed=True,
+    )
+    notes = (*task.notes, *coupling_notes(task.findings, findings))
+    return replace(task.with_findings(findings, kept.rules), notes=notes)
+
+
+def _check_pass(task: Task, data: Clients, rows: int) -> None:
     """Run one pass in the loop, which must work for every model.
 
-    Returns:
-        Whether the pass drew from a global random generator.
+    Raises:
+        UsageError: the pass fails, or its gradient has another length than θ.
     """
-    with global_scope(Key(0).fold("probe")):
-        before = generator_states()
+    with user_scope(Key(0).fold("probe")):
         try:
+            _, batch = _batch(task, data, rows, (0,))
+            check_answers(task, data, batch.x[0, : batch.counts[0]], batch.y[0, : batch.counts[0]])
             gradient = _gradient(task, data, rows, (0,))
         except AtollError:
             raise
@@ -197,7 +317,7 @@ def _passes(task: Task, data: Clients, rows: int) -> bool:
                     f"precision = {task.precision!r}, in which the model fails: {type(error).__name__}: {error}",
                     "a model whose layers torch computes in bfloat16 on this processor.",
                     "the model works in full precision on the same rows.",
-                    "--precision full",
+                    Change("precision", "full"),
                 ) from error
             lanes = _lanes(task, data, (0,))
             x = lanes.take(lanes.places(torch.zeros(1, 1, dtype=torch.int64)), (1,)).x
@@ -207,10 +327,8 @@ def _passes(task: Task, data: Clients, rows: int) -> bool:
                 "one pass over a few rows was tested before the first round.",
                 "atoll doctor",
             ) from error
-        drew = before != generator_states()
     if gradient.grad.shape != (1, task.layout.d):
         raise UsageError("The model's gradient has another length than its parameters.", "one number a parameter.")
-    return drew
 
 
 def _takes(task: Task, data: Clients, rows: int) -> bool:
@@ -230,15 +348,21 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Rejection | N
             return Rejection(error.given.rstrip(".").partition(": ")[2])
     if lanes.numerics == "compiled":
         if lanes.device.type != "cpu":
-            return Rejection("native code computes on the CPU", "--device cpu")
+            return Rejection("native code computes on the CPU", Change("device", "cpu"))
         try:
             stages(lanes.program, data.features)
             load_libraries(lanes.layout.dtype)
         except UnsupportedModel as why:
-            return Rejection(str(why), "--numerics fused")
+            return Rejection(str(why), Change("numerics", "fused"))
         except BuildError as why:
             return Rejection(str(why), why.write)
-    if task.noisy:
+    if task.hooked:
+        return Rejection(f"the gradient hook of {task.hooked[0]} runs in the loop only")
+    if task.findings.state:
+        return Rejection(f"a pass changes the attribute {task.findings.state[0]}, which is reset for each client")
+    if lanes.numerics == "compiled" and draws_in(data.rows):
+        return Rejection("reading a row draws random numbers, and native code reads the rows of several steps once")
+    if task.findings.draws:
         return Rejection("the model draws from a global random generator, which lanes cannot key by client")
     if lanes.numerics != "compiled" and not matmul_is_position_independent(task.device):
         return Rejection(
@@ -249,6 +373,8 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Rejection | N
     try:
         alone, three = _gradient(lanes, data, rows, some[:1]), _gradient(lanes, data, rows, some)
         moved = _gradient(lanes, data, rows, (some[1], some[2], some[0]))
+    except ClientError:
+        raise
     except Exception as error:
         return Rejection(
             f"the model cannot be vectorised over clients ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
@@ -282,35 +408,16 @@ def matmul_is_position_independent(device: torch.device) -> bool:
 
 
 def _gradient(task: Task, data: Clients, rows: int, ids: tuple[int, ...]) -> GradientResult:
-    lanes = _lanes(task, data, ids)
-    counts = tuple(min(rows, n) for n in lanes.sizes)
-    positions = torch.arange(max(counts)).expand(len(ids), -1)
-    batch = lanes.take(lanes.places(positions), counts)
-    _check_loss(task, data, batch.x[0, : counts[0]], batch.y[0, : counts[0]])
+    lanes, batch = _batch(task, data, rows, ids)
     return task.gradient(task.initial().lanes(len(ids)), batch, Key(0).of(lanes.ids))
 
 
-def _check_loss(task: Task, data: Clients, x: Tensor, y: Tensor) -> None:
-    """Check that the loss has one value for each row, and that the model has one output for each class."""
-    task.module.eval()
-    with torch.no_grad():
-        output = task.module(x)
-        if task.loss is cross_entropy and data.classes and output.shape[-1] < len(data.classes):
-            raise UsageError(
-                f"The model returned {tuple(output.shape)} for {len(x)} rows of {len(data.classes)} classes.",
-                f"shape ({len(x)}, {len(data.classes)}): one logit a class.",
-                "the loss of a row is undefined if its class has no logit.",
-                "--model mlp",
-            )
-        each = task.loss(output, y)
-    if each.shape != (len(x),):
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UsageError(
-            f"The loss of {len(x)} rows has shape {tuple(each.shape)}; the model returned {shape}.",
-            f"one value a row: shape ({len(x)},).",
-            "clients are averaged with the number of their rows as weights.",
-            'torch.nn.functional.cross_entropy(output, y, reduction="none")',
-        )
+def _batch(task: Task, data: Clients, rows: int, ids: tuple[int, ...]) -> tuple[ClientBatch, Batch]:
+    """The first rows of some clients."""
+    lanes = _lanes(task, data, ids)
+    counts = tuple(min(rows, n) for n in lanes.sizes)
+    positions = torch.arange(max(counts)).expand(len(ids), -1)
+    return lanes, lanes.take(lanes.places(positions), counts)
 
 
 def _lanes(task: Task, data: Clients, ids: tuple[int, ...]) -> ClientBatch:

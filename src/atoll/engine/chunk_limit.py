@@ -10,6 +10,7 @@ from math import prod
 import torch
 
 from atoll.base.errors import RunError
+from atoll.base.lines import Change, Write
 from atoll.compute import limits
 from atoll.compute.batches import ROWS
 from atoll.compute.task import Task
@@ -74,7 +75,8 @@ def chunk_size(plan: Plan, task: Task, data: Clients, rows: int, most: int | Non
         return 1
     if most is not None:
         return most
-    width, size = min(plan.local.padded_batch(rows), ROWS), task.layout.dtype.itemsize
+    width = plan.local.padded_batch(rows)
+    width, size = width if task.couples else min(width, ROWS), task.layout.dtype.itemsize
     if task.numerics == "fused":
         each, near = task.program.room(data.features, width) * size, limits.FUSED_CHUNK_BYTES
     elif task.numerics == "compiled":  # one client a core is active; its update is the memory to count
@@ -97,7 +99,11 @@ def no_sum(task: Task, many: int, error: BaseException) -> RunError:
         f"The updates of {many} clients do not fit into memory together with their sum: {_first_line(error)}",
         "memory for the sum of one chunk.",
         "a partly added chunk cannot be subtracted. The state is that of the round before.",
-        f"--chunk {many // 2}" if many > 1 else "--model linear" if task.device.type == "cpu" else "--device cpu",
+        Change("chunk", many // 2)
+        if many > 1
+        else Change("model", "linear")
+        if task.device.type == "cpu"
+        else Change("device", "cpu"),
     )
 
 
@@ -107,18 +113,20 @@ def _first_line(error: BaseException) -> str:
 
 def too_large(plan: Plan, task: Task, client: int, rows: int, error: BaseException) -> RunError:
     """The error for a single client that does not fit into memory."""
+    causes = task.findings.couples or task.findings.couples_in_evaluation
+    coupled = f"its {rows} rows are coupled, so a batch of them is one pass ({'; '.join(causes)}); " if causes else ""
     return RunError(
         f"Client {client} does not fit into memory by itself: {_first_line(error)}",
         "memory for the model, its gradient and one batch of one client.",
-        "a chunk of one client cannot be halved. The state is that of the round before.",
+        f"{coupled}a chunk of one client cannot be halved. The state is that of the round before.",
         _smaller(plan, task, rows),
     )
 
 
-def _smaller(plan: Plan, task: Task, rows: int) -> str:
+def _smaller(plan: Plan, task: Task, rows: int) -> Write:
     """A setting that needs less memory."""
     if task.device.type != "cpu":
-        return "--device cpu"
+        return Change("device", "cpu")
     batch = plan.local.batch
-    wide = min(rows, ROWS) if batch is None else min(rows, int(batch))
-    return f"--set plan.local.batch={max(1, wide // 2)}" if wide > 1 else "--model linear"
+    wide = (rows if task.couples else min(rows, ROWS)) if batch is None else min(rows, int(batch))
+    return Change("plan.local.batch", max(1, wide // 2)) if wide > 1 else Change("model", "linear")

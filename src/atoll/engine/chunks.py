@@ -13,114 +13,33 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
+from math import prod
 from operator import itemgetter
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from atoll.base.errors import AtollError, RunError, UsageError
+from atoll.base.errors import AtollError, ClientError, RunError, UsageError, place_of
+from atoll.base.lines import Change, Line, Write
 from atoll.base.random import Key
-from atoll.compute.batches import HOST, ClientBatch, OnStep
+from atoll.compute import limits
+from atoll.compute.batches import HOST, ROWS
 from atoll.compute.device import empty_cache, out_of_memory
 from atoll.compute.task import Task
-from atoll.compute.tensor_notes import drop
 from atoll.data.clients import Clients
 from atoll.engine.chunk_limit import ChunkLimit, chunk_size, no_sum, too_large
-from atoll.engine.simulation.arrivals import Arrivals, nbytes
-from atoll.plan.aggregate.exact import LARGEST, bounded
-from atoll.plan.codec import Identity
-from atoll.plan.conflicts import check_contribution, check_partials, check_rows
+from atoll.engine.contribution import IN_CODEC, Chunk, Fold, Results, encode_contribution
+from atoll.engine.simulation.arrivals import Arrivals
+from atoll.plan.conflicts import check_contribution
 from atoll.plan.in_flight import Flight
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Aggregator, Broadcast, Contribution, Ids, Tensors
+from atoll.plan.protocols import Broadcast, Contribution, Ids, Tensors
 from atoll.plan.round import Failure, Gathered, Kept
 from atoll.plan.state import State, part_of
 
-_DROPPED = "dropped out"
-
 Start = Callable[[int], tuple[Broadcast, Key]]  # model version → broadcast and round key of its clients
-
-
-class Chunk(NamedTuple):
-    """The results of K clients.
-
-    Args:
-        contribution: the contribution as the local part returned it.
-        decoded: the contribution as the server receives it: its update was encoded, and each message was decoded.
-        bytes: the length of each client's message in bytes, int64 `[K]`, in CPU memory.
-        memory: the client state after the round, rows `[K, …]`; the keys are `part/name`.
-    """
-
-    contribution: Contribution
-    decoded: Contribution
-    bytes: Tensor
-    memory: dict[str, Tensor]
-
-
-def contribute_chunk(
-    plan: Plan,
-    task: Task,
-    data: Clients,
-    broadcast: Broadcast,
-    ids: Ids,
-    key: Key,
-    memory: Tensors,
-    on_step: OnStep | None = None,
-    share: float = 1.0,
-) -> Chunk:
-    """Train K clients and encode their updates. This is a pure function.
-
-    gᵢ = local(θ, dataᵢ) ;  mᵢ = encode(gᵢ) ;  decoded = decode(mᵢ)
-
-    Args:
-        plan: the algorithm, after `bind`.
-        task: the model and loss; `task.numerics` names the backend.
-        data: all clients.
-        broadcast: the broadcast that these clients received. It contains one model for all lanes (θ `[d]`), or one
-            model for each lane (θ `[K, d]`).
-        ids: the K starts, clients with more rows first.
-        key: the key of the round in which the clients started, `state.key(version)`.
-        memory: the client state before the round, rows `[K, …]`; the keys are `part/name`.
-        on_step: is called after each step with the lane, the number of the step and the mean loss of the lane's batch.
-        share: the fraction of its steps that each client makes, in (0, 1].
-    Raises:
-        UsageError: a tensor of the contribution or of the codec has no row for each client.
-        Exception: the error of the client that failed. It does not name the client: run a chunk of one client.
-    """
-    far = task.device != HOST
-    lanes = ClientBatch(data, ids.client, task.layout.dtype, share, task.device, on_step)
-    if far:
-        memory = {n: t.to(task.device) for n, t in memory.items()}
-    key = key.starts(ids.client, ids.repeat)
-    contribution, local = plan.local.contribute(
-        broadcast, lanes, part_of(memory, "local"), key.fold("clients", "local"), task
-    )
-    start = len(ids.client), int(ids.client[0]), broadcast.round
-    weight = {"weight": contribution.weight}
-    for tensors in (contribution.means, contribution.sums, contribution.counters, weight):
-        check_rows(plan.local, tensors, *start)
-    after = {f"local/{n}": t for n, t in local.items()}
-    overhead = overhead_bytes(contribution)
-    update = contribution.means.get("update")
-    if update is None:
-        return Chunk(contribution, contribution, torch.full(ids.client.shape, overhead), after)
-    key = key.fold("codec")
-    payload, side, sums, codec = plan.codec.encode(
-        update, part_of(memory, "codec"), broadcast.shared["codec"], key.to(task.device) if far else key
-    )
-    check_rows(plan.codec, sums, *start)
-    after |= {f"codec/{n}": t for n, t in codec.items()}
-    opened = plan.codec.decode(payload, side)
-    if plan.codec != Identity():
-        drop(opened)
-    decoded = contribution._replace(means={**contribution.means, "update": opened})
-    if sums:
-        decoded = decoded._replace(sums={**contribution.sums, **sums})
-        overhead = overhead_bytes(decoded)
-    sizes = plan.codec.sizes(payload, side)
-    return Chunk(contribution, decoded, (sizes.to(HOST) if far else sizes) + overhead, after)
 
 
 class ClientRows(Protocol):
@@ -128,48 +47,6 @@ class ClientRows(Protocol):
 
     def take(self, ids: Tensor) -> dict[str, Tensor]: ...
     def put(self, ids: Tensor, rows: Tensors) -> None: ...
-
-
-class Results(NamedTuple):
-    """Results of running some clients: a partial sum for each model version, and the ids of the clients.
-
-    Args:
-        partials: the partial sums; the keys are model versions.
-        failures: the contributions that were lost.
-        errors: the exceptions that clients raised.
-        arrived: the ids of accepted clients, one tensor int64 `[K]` for each chunk.
-        facts: the columns of the report, one table for each chunk, with one row for each accepted client.
-        memory: the new client state of accepted clients, one pair for each chunk: ids `[K]` and rows `[K, …]`.
-        kept: the contributions that the caller asked for.
-    """
-
-    partials: dict[int, Any]
-    failures: list[Failure]
-    errors: list[Exception]
-    arrived: list[Tensor]
-    facts: list[Tensors]
-    memory: list[tuple[Tensor, Tensors]]
-    kept: list[Kept]
-
-    @classmethod
-    def empty(cls) -> Results:
-        """Empty results, before any client has run."""
-        return cls({}, [], [], [], [], [], [])
-
-    def add(self, rule: Aggregator, other: Results) -> None:
-        """Add the results of other clients, in place."""
-        for version, partial in other.partials.items():
-            mine = self.partials.get(version)
-            if mine is not None:
-                check_partials(rule, mine, partial)
-                partial = rule.merge(mine, partial)
-            self.partials[version] = partial
-        self.failures.extend(other.failures)
-        self.errors.extend(other.errors)
-        self.arrived.extend(other.arrived)
-        self.facts.extend(other.facts)
-        self.memory.extend(other.memory)
-        self.kept.extend(other.kept)
 
 
 def task_for(plan: Plan, task: Task) -> Task:
@@ -213,7 +90,10 @@ def chunks(
     room: int | None = None,
     scale: float = 1.0,
 ) -> Iterator[tuple[Ids, Tensor]]:
-    """Cut starts into chunks of one padded width, clients with more rows first.
+    """Cut starts into chunks, clients with more rows first.
+
+    A chunk has one padded width. If the local part takes several widths together, clients whose rows have few bytes
+    share a chunk, since the Python code of a chunk then takes longer than its arithmetic.
 
     Args:
         plan, task, data: the algorithm, the model and all clients.
@@ -237,10 +117,33 @@ def chunks(
     sizes, order = torch.sort(sizes, descending=True, stable=True)
     values, counts = (t.tolist() for t in torch.unique_consecutive(sizes, return_counts=True))
     equal = groupby(zip(map(plan.local.padded_batch, values), counts, strict=True), key=itemgetter(0))
-    runs = [sum(count for _, count in group) for _, group in equal]
-    for run in order.split(runs):
+    runs = [(width, sum(count for _, count in group)) for width, group in equal]
+    for run in order.split(_joined(runs, prod(data.features) * task.layout.dtype.itemsize, plan.local.mixes_widths)):
         for some in run.split(chunk):
             yield ids.select(some), down[some]
+
+
+def _joined(runs: list[tuple[int, int]], row_bytes: int, mixes: bool) -> list[int]:
+    """Join neighbouring runs of clients while their padded rows have at most `limits.JOINED_BYTES` bytes.
+
+    Args:
+        runs: the padded width and the number of clients of each run.
+        row_bytes: the bytes of the features of a row.
+        mixes: whether the local part takes clients of several widths together.
+    Returns:
+        The number of clients of each joined run.
+    """
+    out: list[int] = []
+    total = limits.JOINED_BYTES + 1
+    for width, count in runs:
+        size = width * count * row_bytes if mixes and width <= ROWS else limits.JOINED_BYTES + 1
+        if total + size > limits.JOINED_BYTES:
+            out.append(count)
+            total = size
+        else:
+            out[-1] += count
+            total += size
+    return out
 
 
 class ChunkRunner:
@@ -275,9 +178,13 @@ class ChunkRunner:
     ) -> None:
         self.plan, self.task, self.data, self.start, self.memory, self.now = plan, task, data, start, memory, now
         self.shares, self.room, self.keep, self.compare = shares, room or ChunkLimit(), frozenset(keep), compare
-        self.far = task.device != HOST
-        self.results = Results.empty()
+        self.fold = Fold(plan, now, keep, task.device)
         self._wave: list[tuple[Tensor, Tensors]] = []
+
+    @property
+    def results(self) -> Results:
+        """The results of the chunks that have run."""
+        return self.fold.results
 
     def run(self, version: int, ids: Ids, down: Tensor) -> None:
         """Train a chunk and fold its contributions. If a client raises, the chunk is halved until the client is found.
@@ -298,10 +205,12 @@ class ChunkRunner:
             share = self.shares.get((int(ids.client[0]), int(ids.repeat[0])), 1.0) if self.shares else 1.0
             memory = self.memory.take(ids.client)
             try:
-                chunk = contribute_chunk(self.plan, self.task, self.data, broadcast, ids, key, memory, share=share)
-            except AtollError:
-                raise
+                plan, task, data = self.plan, self.task, self.data
+                # Without a name for the encoded updates: after an error no tensor of the chunk stays in memory.
+                chunk = Chunk.of(plan, *encode_contribution(plan, task, data, broadcast, ids, key, memory, share=share))
             except Exception as error:
+                if isinstance(error, AtollError) and not isinstance(error, ClientError):
+                    raise
                 if not self._fits_in_halves(version, ids, error):
                     continue
             else:
@@ -338,68 +247,24 @@ class ChunkRunner:
             self.room.lower(-(-count // 2))
         if count > 1:
             return True
-        self._fail(client, version, "local", f"{type(error).__name__}: {error}")
+        own = error.given.rstrip(".") if isinstance(error, ClientError) else ""
+        stage = "encode" if IN_CODEC in vars(error).get("__notes__", ()) else "local"
+        self.fold.fail(client, version, stage, own or f"{type(error).__name__}: {error}")
         self.results.errors.append(error)
         return False
 
     def _fold(self, version: int, ids: Ids, down: Tensor, chunk: Chunk) -> None:
         """Fold the finite contributions of a chunk into the partial sum of its version."""
+        given, decoded, sizes, memory = chunk
         try:
-            self._accept(version, ids, down, chunk, self._finite(version, ids.client, chunk.decoded))
+            ids, rows = self.fold.add(version, ids, down, sizes, decoded, memory, given)
         except Exception as error:
             if not out_of_memory(error):
                 raise
             # A part of the rows has been added; they cannot be added a second time.
             raise no_sum(self.task, ids.client.shape[0], error) from error
-
-    def _finite(self, version: int, clients: Tensor, contribution: Contribution) -> Tensor | None:
-        """Which rows are finite and small enough for the exact sum, bool `[K]`; None: all."""
-        count, good = clients.shape[0], None
-        for name, rows in (*contribution.means.items(), *contribution.sums.items()):
-            flat = rows if rows.dim() == 2 else rows.reshape(count, -1)  # a view has no cached facts
-            if rows.numel() and bounded(flat):
-                continue
-            high, low = flat.amax(1).double(), flat.amin(1).double()  # in float32 the bound itself is infinite
-            finite = ((high <= LARGEST) & (low >= -LARGEST)).to(clients.device)
-            good = torch.ones_like(finite) if good is None else good
-            for client in clients[good & ~finite].tolist():
-                self._fail(client, version, "check", f"{name} is not finite")
-            good &= finite
-        return good
-
-    def _accept(self, version: int, ids: Ids, down: Tensor, chunk: Chunk, good: Tensor | None) -> None:
-        _, contribution, sizes, memory = chunk
-        facts = {**contribution.per_client, "rows": contribution.weight, "bytes_up": sizes, "bytes_down": down}
-        if self.plan.pace.asynchronous:
-            facts["staleness"] = torch.full_like(ids.client, self.now - version)
-        contribution = contribution._replace(per_client=facts)
-        if good is not None:
-            ids, contribution = ids.select(good), rows_of(contribution, good)
-            memory = {n: t[good] for n, t in memory.items()}
-        if not ids.client.shape[0]:
-            return
-        if self.far:  # sums stay on the device; per-client values go to the host
-            sums = {n: t.to(self.task.device) for n, t in contribution.sums.items()}
-            facts = {n: t.to(HOST) for n, t in contribution.per_client.items()}
-            memory = {n: t.to(HOST) for n, t in memory.items()}
-            contribution = contribution._replace(sums=sums, weight=contribution.weight.to(HOST), per_client=facts)
-        rule, partials = self.plan.aggregator, self.results.partials
-        partial = partials.get(version)
-        partials[version] = rule.fold(rule.zero() if partial is None else partial, contribution, ids)
-        self.results.arrived.append(ids.client)
-        self.results.facts.append(contribution.per_client)
-        if memory:
-            self._wave.append((ids.client, memory))
-        if self.keep:
-            raw = chunk.contribution if good is None else rows_of(chunk.contribution, good)
-            self._keep(version, ids, raw, contribution)
-
-    def _keep(self, version: int, ids: Ids, contribution: Contribution, decoded: Contribution) -> None:
-        """Copy the contributions that the caller asked for."""
-        for k, (client, repeat) in enumerate(zip(*(t.tolist() for t in ids), strict=True)):
-            if client in self.keep:
-                at = torch.tensor([k])
-                self.results.kept.append(Kept(client, repeat, version, rows_of(contribution, at), rows_of(decoded, at)))
+        if rows:
+            self._wave.append((ids.client, rows))
 
     def commit_wave(self) -> None:
         """Write the new state of the clients that have run, so that a later start of the same client reads it."""
@@ -407,19 +272,6 @@ class ChunkRunner:
             self.memory.put(ids, rows)
         self.results.memory.extend(self._wave)
         self._wave = []
-
-    def _fail(self, client: int, version: int, stage: str, cause: str) -> None:
-        self.results.failures.append(Failure(client, version, stage, cause))
-
-
-def rows_of(contribution: Contribution, index: Tensor) -> Contribution:
-    """Copies of some rows of a contribution, by position or by a mask `[K]`."""
-
-    def some(tensors: Tensors) -> dict[str, Tensor]:
-        return {n: t[index.to(t.device)] for n, t in tensors.items()}
-
-    means, sums, weight, counters, columns = contribution
-    return Contribution(some(means), some(sums), weight[index.to(weight.device)], some(counters), some(columns))
 
 
 def kept_to_tensors(kept: list[Kept]) -> dict[str, Tensor]:
@@ -461,18 +313,20 @@ def gathered(
     """
     # All clients that participated: those that started in this round, and those that started earlier.
     asked = len(state.air.flights) + flown.started - flown.late
-    dropped = [Failure(f.client, f.version, "network", _DROPPED) for f in flown.dropped]
-    failures = sorted([*dropped, *results.failures])  # by client: the order of chunks carries no information
-    if failures and len(failures) == asked:
-        _all_failed(failures, results.errors)
-    if len(failures) > plan.max_failed * asked:
-        first = failures[0]
+    absent = [Failure(d.flight.client, d.flight.version, d.stage, d.cause) for d in flown.dropped]
+    broken = sorted(results.failures)
+    failures = sorted([*absent, *broken])  # by client: the order of chunks carries no information
+    if broken and len(broken) == asked:
+        _all_failed(broken, results.errors)
+    # An absent client is no error of the program: an outage does not end a run.
+    if len(broken) > plan.max_failed * asked:
+        first = broken[0]
         raise RunError(
-            f"{len(failures)} of {asked} clients failed in round {state.round}; "
+            f"{len(broken)} of {asked} clients failed in round {state.round}; "
             f"first client {first.client}, at {first.stage}: {first.cause}.",
             f"at most the fraction max_failed = {plan.max_failed}.",
             "the rest would be another cohort than the sampler drew. The state is that of the round before.",
-            "atoll lr" if "not finite" in first.cause else "--set plan.max_failed=1.0",
+            "atoll lr" if "not finite" in first.cause else Change("plan.max_failed", 1.0),
         )
     ids, facts = _columns(results)
     kept = tuple(sorted(results.kept, key=itemgetter(2, 1, 0)))
@@ -517,21 +371,27 @@ def _columns(results: Results) -> tuple[Tensor, dict[str, Tensor]]:
 def _all_failed(failures: list[Failure], errors: list[Exception]) -> None:
     """Raise if all clients failed in the same way: then the cause is the program, not a client."""
     (cause, count), *_ = Counter(f.cause for f in failures).most_common()
-    if count < len(failures) or (not errors and cause == _DROPPED):
-        return  # a lost connection is no fault of the program
+    if count < len(failures):
+        return
     first = failures[0]
+    required, source, write = _CAUSES.get(first.stage, _CAUSES["local"])
+    place = place_of(errors[0]) if errors else ""
     raise RunError(
-        f"Every client of round {first.round} failed in the same way, at {first.stage}: {cause}.",
-        "a model, a loss and data that fit each other, and a step that stays finite.",
-        "all clients failed with the same error, so the cause is the model, the loss or the learning rate.",
-        "atoll lr" if first.stage == "check" else "atoll run --smoke",
+        f"Every client of round {first.round} failed in the same way, at {first.stage}: {cause}."
+        f"{f' It was raised in {place}.' if place else ''}",
+        required,
+        f"all clients failed with the same error, so the cause is {source}.",
+        write,
     ) from (errors[0] if errors else None)
 
 
-def overhead_bytes(contribution: Contribution) -> int:
-    """The bytes of a client's message without the encoded update: other means, sums, counters, and 8 for the weight."""
-    whole = nbytes(contribution.means) + nbytes(contribution.sums) + nbytes(contribution.counters)
-    if "update" in contribution.means:
-        update = contribution.means["update"]
-        whole -= update.numel() * update.element_size()
-    return whole // contribution.weight.shape[0] + 8
+# stage of the failure: the requirement, the possible causes, the line to write
+_CAUSES: dict[str, tuple[str, str, Write]] = {
+    "check": ("a step that stays finite.", "the learning rate, the model or the loss", "atoll lr"),
+    "encode": ("a codec that encodes every update.", "the codec of the plan", ""),
+    "local": (
+        "a model, a loss, an optimizer and data that fit each other.",
+        "the model, the loss, the data or the local part of the plan, with its optimizer",
+        Line(shell="atoll run --smoke"),
+    ),
+}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import AtollError, UsageError
+from atoll.base.lines import Change
 from atoll.base.random import Key
 from atoll.compute import limits, native
 from atoll.compute.batches import HOST
@@ -23,8 +24,9 @@ from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.autotune import Trial, Tuning
 from atoll.engine.chunk_limit import ChunkLimit
-from atoll.engine.chunks import ChunkRunner, Results, by_version, chunks, gathered, partial_work, task_for
+from atoll.engine.chunks import ChunkRunner, by_version, chunks, gathered, partial_work, task_for
 from atoll.engine.client_state import Uncommitted
+from atoll.engine.contribution import Results
 from atoll.engine.protocols import Engine
 from atoll.engine.simulation.arrivals import check_clock, message_bytes, simulate_round
 from atoll.engine.simulation.fleet import Fleet
@@ -164,7 +166,7 @@ class InProcessEngine(Engine):
 def check_chunk(chunk: int | None) -> None:
     """Refuse a chunk without clients."""
     if chunk is not None and chunk < 1:
-        raise UsageError(f"chunk = {chunk}.", "at least one client.", write="--chunk 32")
+        raise UsageError(f"chunk = {chunk}.", "at least one client.", write=Change("chunk", 32))
 
 
 @contextlib.contextmanager

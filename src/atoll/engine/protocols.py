@@ -91,13 +91,24 @@ class Engine(Protocol):
 
         Args:
             task: the model, loss and metrics; `task.numerics` names the backend.
-            data: the clients.
+            data: the clients; none if `EngineSpec.needs_rows` is False.
         Raises:
             UsageError: the engine cannot run this model or this data.
         """
 
+    def await_clients(self, plan: Plan, state: State) -> None:
+        """Wait until enough clients are available to start a round. The default does not wait.
+
+        The training calls this method before each round. The population may change during the call.
+
+        Args:
+            plan: the algorithm. Before the first round, `bind` may not yet have adapted it to the population.
+            state: the state before the round.
+        """
+        return None
+
     def check_start(self, plan: Plan, state: State) -> None:
-        """Refuse a plan that this engine cannot run. A training calls it before the first round, with the bound plan.
+        """Refuse a plan that this engine cannot run. A training calls it with the plan each time that it was bound.
 
         Raises:
             UsageError: this engine cannot run the plan; the error names the part of the plan.
@@ -123,6 +134,10 @@ class Engine(Protocol):
         """Take note that the state after this round was accepted. A failed round is never committed."""
         return None
 
+    def interrupt(self) -> None:
+        """Take note that Ctrl-C was pressed. An engine that waits for clients may end the wait."""
+        return None
+
     def agree(self, value: bytes) -> bytes:
         """Send the primary process's value to every process of the training, and return it."""
         return self.exchange(value)[0]
@@ -146,6 +161,11 @@ class EngineSpec(Protocol):
 
     A class that inherits from this protocol gets the defaults.
     """
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the engine reads the train rows of the clients. If not, the clients have them on their machines."""
+        return True
 
     @property
     def primary(self) -> bool:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.base import grammar
 from atoll.base.errors import UsageError, unknown_name
+from atoll.base.lines import Both, Change, EngineChange, Line, Text
 from atoll.base.names import load
-from atoll.base.validation import bounded_number
+from atoll.base.validation import bounded_number, class_instead_of_value
 from atoll.base.validation import check_fields as check_numbers
 from atoll.engine.protocols import Engine, EngineSpec, RunOptions
 from atoll.engine.workers.resources import check_actor, check_installed
@@ -78,7 +79,7 @@ class Processes(grammar.Value, EngineSpec):
                 f"device = {options.device!r} with the engine {self!r}.",
                 "the engine InProcess(), or Torchrun() for several GPUs.",
                 "one process fills a GPU with a batch of clients; worker processes share the cores of the CPU.",
-                "--engine inprocess",
+                Change("engine", "inprocess"),
             )
 
     def device(self, wanted: str) -> torch.device:
@@ -115,7 +116,9 @@ class Torchrun(grammar.Value, EngineSpec):
         check_numbers(self)
         if self.backend not in BACKENDS:
             raise UsageError(
-                f"backend = {self.backend!r}.", f"one of {', '.join(BACKENDS)}.", write="Torchrun(backend='auto')"
+                f"backend = {self.backend!r}.",
+                f"one of {', '.join(BACKENDS)}.",
+                write=Change("engine", "Torchrun(backend='auto')"),
             )
 
     @property
@@ -125,6 +128,9 @@ class Torchrun(grammar.Value, EngineSpec):
 
     def check(self, options: RunOptions) -> None:
         """Refuse a process that torchrun did not start, and a pace that does not wait for all clients."""
+        from atoll.engine.ranks.launch import check_launch
+
+        check_launch(self.workers)  # before torch is imported
         from atoll.engine.ranks.process_group import check_ranks
         from atoll.engine.ranks.torchrun import refuse_pace
 
@@ -172,7 +178,9 @@ class Ray(grammar.Value, EngineSpec):
     def __post_init__(self) -> None:
         check_numbers(self)
         if self.address is not None and not isinstance(self.address, str):
-            raise UsageError(f"address = {self.address!r}.", "a text, host:port or auto.", write="Ray('auto')")
+            raise UsageError(
+                f"address = {self.address!r}.", "a text, host:port or auto.", write=Change("engine", "Ray('auto')")
+            )
         check_actor(self.cpus, self.gpus)
 
     def check(self, options: RunOptions) -> None:
@@ -184,7 +192,7 @@ class Ray(grammar.Value, EngineSpec):
                 f"device = {options.device!r} with the engine {self!r}.",
                 "auto, cpu or cuda.",
                 "Ray chooses the GPU of each actor.",
-                "--device cuda --gpus 1",
+                Both(Change("device", "cuda"), EngineChange(repr(dataclasses.replace(self, gpus=1)), "gpus", 1)),
             )
         check_actor(self.cpus, self.gpus, options.device)
 
@@ -216,7 +224,7 @@ def _refuse_fleet(spec: EngineSpec, options: RunOptions) -> None:
             f"fleet = {options.fleet!r} with the engine {spec!r}.",
             "the engine InProcess().",
             "a fleet simulates durations, and worker processes take the time that they take.",
-            "--engine inprocess",
+            Change("engine", "inprocess"),
         )
 
 
@@ -240,17 +248,24 @@ def engine(value: object, *, trust: bool = True) -> EngineSpec:
         if value in ENGINES:
             made: object = load(ENGINES[value])()
         elif value.replace("_", "a").isalnum():
-            raise unknown_name("engine", value, ENGINES)
+            raise unknown_name("engine", value, ENGINES, lambda name: Change("engine", name))
         else:
-            made = grammar.parse(value, _classes(), trust=trust, kind="engine")
+            try:
+                made = grammar.parse(value, _classes(), trust=trust, kind="engine")
+            except UsageError as error:
+                if isinstance(error.write, Text):
+                    error.writing(Change("engine", error.write.text))
+                raise
     else:
         made = value
-    if isinstance(made, type) or not isinstance(made, EngineSpec):
+    if isinstance(made, type):
+        raise class_instead_of_value("engine", made, f"{value.rpartition(':')[0]}:" if isinstance(value, str) else "")
+    if not isinstance(made, EngineSpec):
         raise UsageError(
             f"engine = {value!r:.80}.",
             "a name, such as processes, or a spec with the methods `check`, `device` and `build`.",
             "a training calls these methods to start the engine.",
-            'engine="inprocess"',
+            Change("engine", "inprocess"),
         )
     return made
 
@@ -285,7 +300,7 @@ def spec_text(spec: EngineSpec) -> str:
         f"engine = {spec!r:.80}.",
         "a frozen dataclass at the top level of a module, with fields that a text can contain.",
         "an experiment writes its engine as a text.",
-        "atoll.train(model, data, plan, engine=...)",
+        Line(python="atoll.train(model, data, plan, engine=...)"),
     )
 
 
@@ -307,7 +322,7 @@ def fill(spec: EngineSpec, values: Mapping[str, Any]) -> EngineSpec:
             f"{given} with the engine {spec!r}.",
             f"an engine with {'this field' if len(missing) == 1 else 'these fields'}: {names}.",
             f"{type(spec).__name__} has {_listed(_fields(spec))}.",
-            f'--engine "{_spelled(others[0], missing)}"' if others else "",
+            Change("engine", _spelled(others[0], missing)) if others else "",
         )
     return dataclasses.replace(spec, **values) if values else spec  # type: ignore[type-var]
 
@@ -322,7 +337,7 @@ def given_twice(spec: EngineSpec, values: Mapping[str, Any]) -> UsageError | Non
         f"{name} is given twice: in engine = {spec!r}, and as {name} = {values[name]!r}.",
         "one of the two.",
         "they set the same field of the engine.",
-        f'--engine "{_spelled(spec, values)}"',
+        Change("engine", _spelled(spec, values)),
     )
 
 
@@ -340,7 +355,7 @@ def misplaced(fields: Mapping[str, Any], value: object) -> UsageError:
         f"{given} as a setting of a training.",
         "a field of the engine.",
         f"{' and '.join(fields)} belong to the engine, not to the training.",
-        "" if fits is None else f'engine="{_spelled(fits, fields)}"',
+        "" if fits is None else Change("engine", _spelled(fits, fields)),
     )
 
 

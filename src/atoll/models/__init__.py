@@ -31,12 +31,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Change
 from atoll.base.names import load_from_user
-from atoll.base.random import Key, global_scope
+from atoll.base.random import Key, user_scope
 from atoll.models.named import KINDS, build, names
 
 __all__ = ["KINDS", "Sized", "build", "factory", "names", "resolve"]
@@ -112,7 +113,7 @@ def resolve(
         raise UsageError(
             f"The model has type {type(made).__name__}.",
             "a name, 'module:name', a torch module, or a class or function that returns one.",
-            write="mlp" if getattr(data, "vocab", None) is None and data.kind != "tokens" else "lstm",
+            write=Change("model", "mlp" if getattr(data, "vocab", None) is None and data.kind != "tokens" else "lstm"),
         )
     for name, parameter in made.named_parameters():
         if isinstance(parameter, UninitializedParameter):
@@ -129,11 +130,11 @@ def _outputs(data: Sized) -> int:
     """Return how many numbers a model of this data outputs for one row."""
     if data.classes is not None:
         return len(data.classes)
-    rows = getattr(data, "rows", None)
-    if rows is None:
-        return 1
-    target: Tensor = rows.take(torch.zeros(1, dtype=torch.int64))[1]
-    return math.prod(target.shape[1:])
+    outputs = getattr(data, "outputs", None)
+    if outputs is not None:
+        return int(outputs)
+    example = getattr(data, "example", None)
+    return 1 if example is None else math.prod(example[1].shape[1:])
 
 
 def _made(make: Callable[..., Any], sizes: Mapping[str, Any], key: Key) -> Any:
@@ -154,5 +155,5 @@ def _made(make: Callable[..., Any], sizes: Mapping[str, Any], key: Key) -> Any:
             f"lambda: {called}({', '.join(f'{name}=1' for name in wanted)})",
         )
     given = {p.name for p in parameters} & sizes.keys()
-    with global_scope(key):
+    with user_scope(key):
         return make(**{name: sizes[name] for name in given})

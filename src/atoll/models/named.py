@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from atoll.base.errors import UsageError, unknown_name
-from atoll.base.random import Key, global_scope
+from atoll.base.lines import Change
+from atoll.base.random import Key, user_scope
 from atoll.models.sequence import Lstm, Transformer
 
 KINDS = ("classification", "regression", "tokens")
@@ -34,7 +35,7 @@ class _Wanted:
         rows = "numbers" if self.vocab is None else f"tokens below {self.vocab}"
         target = "target(s)" if self.kind == "regression" else "classes"
         given = f"The model {self.name!r} was requested for rows of {self.features} {rows}, "
-        return UsageError(given + f"{self.kind} with {self.outputs} {target}.", required, why, instead)
+        return UsageError(given + f"{self.kind} with {self.outputs} {target}.", required, why, Change("model", instead))
 
     @property
     def flat(self) -> int:
@@ -258,10 +259,10 @@ def build(
         159010
     """
     if name not in _MODELS:
-        raise unknown_name("model", name, _MODELS)
+        raise unknown_name("model", name, _MODELS, lambda near: Change("model", near))
     if kind not in KINDS:
         raise unknown_name("kind of task", kind, KINDS)
     if kind == "tokens" and vocab is None:
         vocab = outputs
-    with global_scope(key):
+    with user_scope(key):
         return _MODELS[name](_Wanted(name, tuple(features), outputs, kind, vocab)).to(dtype)

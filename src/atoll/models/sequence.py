@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 
 class Lstm(nn.Module):
-    """An LSTM and a linear head: `[B, T]` tokens or `[B, T, F]` numbers → `[B, outputs]` at the last position.
+    """An LSTM and a linear head: `[B, T]` token ids or `[B, T, F]` features → `[B, outputs]` at the last position.
+
+    For tokens the model has an embedding of dimension 8 and two LSTM layers of hidden size 256. For features it has
+    no embedding and one LSTM layer of hidden size 64.
 
     Args:
-        vocab: the number of tokens, with an embedding of 8 numbers and two layers of 256; None for numbers.
-        width: numbers at a position, with one layer of 64; unused for tokens.
-        outputs: length of the last axis.
-        every_place: whether to return outputs at every position, `[B, T, outputs]`.
+        vocab: the size of the vocabulary; None: the inputs are features.
+        width: the number F of features at each position; unused for tokens.
+        outputs: the number of outputs at a position.
+        every_place: whether to return the outputs at every position, `[B, T, outputs]`.
     Example:
         >>> Lstm(vocab=65, width=1, outputs=65, every_place=True)(torch.zeros(2, 7, dtype=torch.int64)).shape
         torch.Size([2, 7, 65])

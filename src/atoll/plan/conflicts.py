@@ -15,6 +15,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.base.validation import class_instead_of_value
 from atoll.compute.task import BACKENDS, Task
 from atoll.plan import protocols
 from atoll.plan.codec.stage import flat_layout
@@ -80,9 +81,12 @@ def check_part(slot: str, part: Any) -> None:
     """
     protocol, base, example = SLOTS[slot]
     kind = type(part).__name__
-    if isinstance(part, type) or not isinstance(part, protocol):
-        given = f"The slot {slot} of the plan holds {part!r}"
-        lacking = "" if isinstance(part, type) else next((n for n in _members(protocol) if not hasattr(part, n)), "")
+    if isinstance(part, type):
+        raise class_instead_of_value(f"The slot {slot} of the plan", part)
+    if isinstance(part, Tensor) or not isinstance(part, protocol):  # some members of a sparse tensor raise
+        given = f"The slot {slot} of the plan holds {part!r:.80}"
+        tensor = isinstance(part, Tensor)
+        lacking = "" if tensor else next((n for n in _members(protocol) if not hasattr(part, n)), "")
         raise UsageError(
             f"{given}, and {kind} has no member {lacking}." if lacking else f"{given}.",
             f"a part of a class that inherits {base}.",

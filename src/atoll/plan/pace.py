@@ -16,6 +16,7 @@ from typing import Any
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import Value
+from atoll.base.validation import plain_fields
 from atoll.plan.protocols import Open, Pace
 
 
@@ -57,6 +58,7 @@ class Sync(Pace):
     partial: bool = False
 
     def __post_init__(self) -> None:
+        plain_fields(self, "over_select", "quorum", "deadline_s")
         over, quorum, deadline = self.over_select, self.quorum, self.deadline_s
         why = "fewer clients than required can never make a full round."
         _check(
@@ -69,7 +71,9 @@ class Sync(Pace):
             good = self._number(deadline) and deadline > 0
             why = "no client arrives before the round has opened."
             _check("Sync", "deadline_s", deadline, good, "seconds, above 0.", why, "Sync(deadline_s=60)")
-        elif self.quorum or self.partial:
+        if not isinstance(self.partial, bool):
+            raise UsageError(f"Sync(partial={self.partial!r:.60}).", "True or False.", write="Sync(deadline_s=60)")
+        if deadline is None and (self.quorum or self.partial):
             raise UsageError(
                 f"{self!r}.",
                 "a deadline.",
@@ -116,6 +120,7 @@ class staleness_polynomial(Value):
     power: float
 
     def __post_init__(self) -> None:
+        plain_fields(self, "power")
         good = isinstance(self.power, (int, float)) and math.isfinite(self.power) and self.power >= 0
         why = "an older update must not have a larger weight."
         _check("staleness_polynomial", "power", self.power, good, "0 or more.", why, "staleness_polynomial(0.5)")
@@ -146,6 +151,7 @@ class hinge(Value):
     grace: int = 0
 
     def __post_init__(self) -> None:
+        plain_fields(self, "slope", "grace")
         good = isinstance(self.slope, (int, float)) and math.isfinite(self.slope) and self.slope >= 0
         why = "an older update must not have a larger weight."
         _check("hinge", "slope", self.slope, good, "0 or more.", why, "hinge(0.5, grace=4)")
@@ -187,6 +193,7 @@ class Buffered(Pace):
     replaces_arrivals = True
 
     def __post_init__(self) -> None:
+        plain_fields(self, "k")
         good, why = _whole(self.k) and self.k >= 1, "a round needs at least one update."
         _check("Buffered", "k", self.k, good, "a whole number of contributions, at least 1.", why, "Buffered(10)")
         if not callable(self.staleness) or isinstance(self.staleness, type):
@@ -231,6 +238,7 @@ class Bounded(Pace):
     asynchronous = True
 
     def __post_init__(self) -> None:
+        plain_fields(self, "staleness")
         good, why = _whole(self.staleness) and self.staleness >= 0, "it counts starts."
         _check("Bounded", "staleness", self.staleness, good, "a whole number, at least 0.", why, "Bounded(4)")
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.grammar import Value
 from atoll.base.names import under
-from atoll.base.validation import repaired
+from atoll.base.validation import plain_fields, plain_number, repaired
 from atoll.compute.layout import Layout
 from atoll.plan.codec.stage import Identity
 from atoll.plan.conflicts import check_part, check_plan
+from atoll.plan.formula import formula
 from atoll.plan.optimizer.rules import sgd
 from atoll.plan.pace import Sync
 from atoll.plan.protocols import (
@@ -77,6 +78,7 @@ class Plan(Value):
     max_failed: float = 0.5
 
     def __post_init__(self) -> None:
+        plain_fields(self, "max_failed")
         if not isinstance(self.max_failed, (int, float)) or not 0 <= self.max_failed <= 1:
             raise UsageError(
                 f"max_failed = {self.max_failed!r}.",
@@ -94,16 +96,16 @@ class Plan(Value):
 
     def __str__(self) -> str:
         """The formula with its slots filled in."""
-        return "\n".join(
-            (
-                f"cohort = {self.sampler!r}",
-                f"gᵢ     = {self.local!r}(θ, dataᵢ)",
-                f"mᵢ     = {self.codec!r}(gᵢ)",
-                f"g      = {self.aggregator!r}(mᵢ, wᵢ)          pace {self.pace!r}",
-                f"θ⁺     = {self.optimizer!r}(θ, g, round)",
-                *([] if self.downlink == Identity() else [f"θ̂⁺     = θ̂ + {self.downlink!r}(θ⁺ − θ̂)"]),
-            )
-        )
+        parts = {
+            "local": self.local,
+            "aggregator": self.aggregator,
+            "optimizer": self.optimizer,
+            "cohort": self.sampler,
+            "codec": self.codec,
+            "pace": self.pace,
+            "downlink": self.downlink,
+        }
+        return formula({slot: repr(part) for slot, part in parts.items()})
 
     def memory(self, layout: Layout) -> dict[str, Tensor]:
         """The memory of one client before its first round. The keys are `part/name`.
@@ -115,6 +117,7 @@ class Plan(Value):
 
 
 def _sampler(cohort: Any) -> Sampler:
+    cohort = plain_number(cohort)
     match cohort:
         case None:
             return Everyone()

@@ -32,6 +32,7 @@ from atoll.compute.batches import ClientBatch, padded
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
 from atoll.compute.task import Task
+from atoll.plan.form import Form
 from atoll.plan.schedule import NOTHING, Schedule, as_schedule
 
 Tensors = Mapping[str, Tensor]
@@ -76,10 +77,12 @@ class Population(NamedTuple):
     Args:
         clients: C, the number of clients.
         sizes: the number of rows of each client, int64 `[C]`.
+        version: increases when a client joins or leaves, so that the plan is bound again.
     """
 
     clients: int
     sizes: Tensor
+    version: int = 0
 
 
 class Cohort(NamedTuple):
@@ -87,7 +90,8 @@ class Cohort(NamedTuple):
 
     Args:
         ids: the ids of the selected clients, int64 `[n]`.
-        chance: the probability that a client is selected, float64: `[]` if it is equal for all clients, else `[C]`.
+        chance: the probability that a client is selected, float64: `[]` if it is equal for all clients, else `[C]`,
+            equal in every round.
     """
 
     ids: Tensor
@@ -120,7 +124,7 @@ class Contribution(NamedTuple):
         means: float tensors `[K, length]`, which the aggregator averages with weights. `update` is the update, and it
             points uphill; `buffers` are the model's buffers.
         sums: tensors `[K]` or `[K, length]`, which the aggregator adds. `rows` is the number of rows that the other
-            sums cover.
+            sums cover. A sum `rows/NAME` is the number of rows that the sum NAME covers.
         weight: the number of rows of each client, int64 `[K]`.
         counters: tensors of whole numbers `[K, …]`; the aggregator takes the largest.
         per_client: tensors `[K, …]`, which become columns of the report.
@@ -276,6 +280,9 @@ class Slots(Protocol):
 class Local(Protocol):
     """The computation of a client: it makes a contribution from the broadcast and the client's own rows.
 
+    A subclass must define `contribute`. All other methods have defaults. The example doubles the update of
+    `Gradient`, and inherits the default of `padded_batch`.
+
     Example:
         >>> from dataclasses import dataclass
         >>> from atoll.plan.local import Gradient
@@ -345,6 +352,11 @@ class Local(Protocol):
     @default
     def uses_entropy(self) -> bool:
         """Whether `server_update` draws from `info.entropy`."""
+        return False
+
+    @default
+    def mixes_widths(self) -> bool:
+        """Whether `contribute` takes clients of different padded lengths together, without a change of a bit."""
         return False
 
     def padded_batch(self, rows: int) -> int:
@@ -485,6 +497,26 @@ class Stage(Protocol):
         """Decode the sum of one model version's messages to `[..., d]`. The map is linear and equal for all clients."""
         return x
 
+    def form(self, layout: Layout) -> Form:
+        """The fields of a message as bytes.
+
+        Raises:
+            UsageError: the stage defines no bytes of its messages.
+        """
+        raise _no_bytes(self)
+
+    def to_bytes(self, payload: Tensor, side: Tensors) -> list[bytes]:
+        """Convert the payload and the side tensors of each of K clients to the bytes of a message."""
+        raise _no_bytes(self)
+
+    def from_bytes(self, data: Sequence[bytes]) -> tuple[Tensor, Tensors]:
+        """The inverse of `to_bytes`: return payload and side tensors, one row for each message.
+
+        Raises:
+            MessageError: the bytes are not a message of this stage.
+        """
+        raise _no_bytes(self)
+
     def nbytes(self, layout: Layout) -> int:
         """The number of bytes of a message; an upper bound if the stage compresses bytes."""
         return layout.d * layout.dtype.itemsize
@@ -512,6 +544,15 @@ class Stage(Protocol):
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         """Reasons to refuse a plan whose codec contains this stage."""
         return ()
+
+
+def _no_bytes(stage: Stage) -> UsageError:
+    return UsageError(
+        f"{stage!r} has no form, to_bytes and from_bytes.",
+        "a codec of a class that inherits atoll.plan.codec.Codec, or that defines these three methods.",
+        "a network sends messages as bytes, and compares the length of a message before it is read.",
+        "Identity()",
+    )
 
 
 class Group(Protocol):
@@ -618,6 +659,24 @@ class Aggregator(Protocol):
     def uses_entropy(self) -> bool:
         """Whether `finalize` draws from `info.entropy`."""
         return False
+
+    def bind(self, population: Population, chance: Tensor) -> Aggregator:
+        """A copy of the aggregator that knows the clients and their chances. It is called once for each training.
+
+        Args:
+            population: all clients.
+            chance: the probability that a client is selected, as in `Cohort`.
+        """
+        return self
+
+    def weigh(self, clients: Tensor, rows: Tensor) -> Tensor:
+        """The weight of each contribution in the aggregate, int64 `[K]`.
+
+        Args:
+            clients: the ids of the clients, int64 `[K]`.
+            rows: the number of rows of each client, int64 `[K]`.
+        """
+        return torch.ones_like(rows) if self.weights == "equal" else rows
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         """Reasons to refuse a plan with these parts."""

@@ -1,17 +1,18 @@
-"""The table of names that a plan's text may call, and the names that were renamed.
+"""The table of names that a plan's text may call.
 
 Tests: tests/surface/test_renamed.py
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
+from atoll.base.lines import Text
 from atoll.plan import aggregate, codec, local, optimizer, pace, plan, sampler, schedule
+from atoll.plan.formula import OLD, renamed
 
 PARTS: Mapping[str, Callable[..., Any]] = {
     part.__name__: part
@@ -30,6 +31,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         *codec.CODECS,
         aggregate.Mean,
         aggregate.Sum,
+        aggregate.Combine,
         pace.Sync,
         pace.Buffered,
         pace.Bounded,
@@ -58,32 +60,17 @@ PARTS: Mapping[str, Callable[..., Any]] = {
     )
 }
 
-RENAMED = {"Feedback": "ErrorFeedback", "Shift": "EF21", "polynomial": "staleness_polynomial"}
-_OLD = re.compile(
-    r"(?<![\w.:])(?:(Feedback|Shift)(?=\()"  # any call
-    r"|(polynomial)(?=\(\s*(?:power\s*=\s*)?[-+.\w]+\s*\)))"  # a call with a single number was no schedule
-)
 
-
-def renamed(text: str) -> str:
-    """Replace the former names of renamed parts in a plan text by the present names.
-
-    Args:
-        text: the text of a plan.
-    Example:
-        >>> renamed("Buffered(10, staleness=polynomial(1.0))"), renamed("sgd(polynomial(0.1, rounds=9))")
-        ('Buffered(10, staleness=staleness_polynomial(1.0))', 'sgd(polynomial(0.1, rounds=9))')
-    """
-    return _OLD.sub(lambda found: RENAMED[found[0]], text)
-
-
-def read_part(text: str, names: Mapping[str, Callable[..., Any]] = PARTS, *, trust: bool = False) -> Any:
+def read_part(
+    text: str, names: Mapping[str, Callable[..., Any]] = PARTS, *, trust: bool = False, kind: str = "part"
+) -> Any:
     """The part that a plan text describes.
 
     Args:
         text: the text of a part, with the present names of parts.
         names: the constructors that the outermost call may use; the arguments of this call may use all parts.
         trust: whether `module:name` may be imported.
+        kind: the word for an outermost name in errors.
     Raises:
         UsageError: the text contains an old name, or it describes no part.
     Example:
@@ -92,11 +79,11 @@ def read_part(text: str, names: Mapping[str, Callable[..., Any]] = PARTS, *, tru
     """
     now = renamed(text)
     if now != text:
-        old = " and ".join(sorted({found[0] for found in _OLD.finditer(text)}))
+        old = " and ".join(sorted({found[0] for found in OLD.finditer(text)}))
         raise UsageError(
             f"{text}: the name {old} is no longer in use.",
             f"the text {now}.",
             "parts are named by the terms of their papers.",
-            now,
+            Text(now),
         )
-    return parse(text, names, inner=PARTS, trust=trust)
+    return parse(text, names, inner=PARTS, trust=trust, kind=kind)

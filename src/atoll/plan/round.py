@@ -28,10 +28,13 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Part
+from atoll.base.names import ROWS_OF, metric_name
 from atoll.base.random import Key
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
 from atoll.compute.tensor_notes import norm
+from atoll.plan.buffers import join_buffers
 from atoll.plan.codec.stage import Identity, roundtrip
 from atoll.plan.entropy import current_entropy
 from atoll.plan.in_flight import InFlight
@@ -168,16 +171,22 @@ class Report:
 def bind(plan: Plan, engine: Engine) -> Plan:
     """A copy of the plan whose codecs know the layout of the model and the total weight of all clients.
 
+    The aggregator of the copy knows the chances of the clients, except if the codec keeps a mean over all clients.
+
     A plan is bound once for each training. The copy equals the plan as a value. It contains no engine, data or model.
 
     Args:
         plan: the algorithm.
         engine: an engine that is open.
     """
-    sizes = engine.population.sizes
-    weights = torch.ones_like(sizes) if plan.aggregator.weights == "equal" else sizes
-    codec, downlink = plan.codec.bind(engine.layout, weights.sum()), plan.downlink.bind(engine.layout)
-    return dataclasses.replace(plan, codec=codec, downlink=downlink)
+    population, rule = engine.population, plan.aggregator
+    if not plan.codec.averages_all_clients:
+        sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
+        rule = rule.bind(population, sampler(population, 0, Key(0)).chance)
+    everyone = torch.arange(population.clients, device=population.sizes.device)
+    total_weight = rule.weigh(everyone, population.sizes).sum()
+    codec, downlink = plan.codec.bind(engine.layout, total_weight), plan.downlink.bind(engine.layout)
+    return dataclasses.replace(plan, aggregator=rule, codec=codec, downlink=downlink)
 
 
 def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
@@ -211,6 +220,7 @@ class Opened(NamedTuple):
         plan: the algorithm, after `bind`.
         population: all clients.
         entropy: random numbers that no key determines. All processes of the training get equal numbers.
+        layout: the layout of the model vector, with the rules of buffers.
     """
 
     state: State
@@ -219,22 +229,27 @@ class Opened(NamedTuple):
     plan: Plan
     population: Population
     entropy: EntropySource
+    layout: Layout
 
 
 def open_round(plan: Plan, state: State, engine: Engine) -> Opened:
-    """Update the downlink and select the cohort. Clients have not computed anything yet.
+    """Begin a round: update the model that clients will receive, and select the cohort. No client computes yet.
+
+    If the plan compresses the downlink, clients receive an approximation of the server's model. `update_downlink`
+    moves this approximation towards the model by a compressed delta.
 
     Args:
         plan: the algorithm, bound to the engine.
         state: the state after the previous round. It does not change.
-        engine: supplies the population, and makes entropy equal in all processes.
+        engine: supplies the population. It also sends random numbers of the primary process to all processes, so
+            that all use the same ones.
     Returns:
         The opened round, for `engine.gather` and `close_round`.
     """
     key, population = state.key(), engine.population
     state = update_downlink(plan, state, key)
     cohort = draw_cohort(plan, state, population, key)
-    return Opened(state, cohort, key, plan, population, current_entropy(engine.agree))
+    return Opened(state, cohort, key, plan, population, current_entropy(engine.agree), engine.layout)
 
 
 class Closed(NamedTuple):
@@ -264,11 +279,11 @@ def close_round(opened: Opened, gathered: Gathered) -> Closed:
     Returns:
         The total, the mean, the state after the round, and the report.
     """
-    state, cohort, key, plan, population, entropy = opened
+    state, cohort, key, plan, population, entropy, _ = opened
     info = RoundInfo(state.round, population, gathered.started, cohort.chance, entropy)
     total, server = server_update(plan, decode_sums(plan, state, gathered), state, info, key)
     mean = finalize(plan, total, info)
-    after = descend(plan, state, mean, server, gathered.air)
+    after = descend(plan, state, mean, server, gathered.air, opened.layout)
     return Closed(total, mean, after, report(plan, state, gathered, mean))
 
 
@@ -325,7 +340,7 @@ def select(sampler: Sampler, population: Population, round: int, key: Key) -> Co
             f"{sampler!r} selected {wrong} in round {round}.",
             f"int64 ids that increase, from 0 to {population.clients - 1}.",
             "an id is the number of a client, and a client is selected at most once in a round.",
-            "Uniform(10)",
+            Part("Uniform(10)", "cohort"),
         )
     return cohort
 
@@ -362,14 +377,19 @@ def sum_totals(totals: list[Total]) -> Total:
     first, *rest = totals
     for other in rest:
         first = Total(
-            {n: t + other.means[n] for n, t in first.means.items()},
-            {n: t + other.sums[n] for n, t in first.sums.items()},
+            _sum_of(first.means, other.means),
+            _sum_of(first.sums, other.sums),
             first.weight + other.weight,
             first.arrived + other.arrived,
             {n: torch.maximum(t, other.counters[n]) for n, t in first.counters.items()},
             {n: torch.cat((t, other.per_client[n])) for n, t in first.per_client.items() if n in other.per_client},
         )
     return first
+
+
+def _sum_of(a: Tensors, b: Tensors) -> dict[str, Tensor]:
+    """The sum of two mappings. A name that one of them lacks counts as 0: no client of its version reported it."""
+    return {**a, **b, **{n: t + b[n] for n, t in a.items() if n in b}}
 
 
 def server_update(plan: Plan, total: Total, state: State, info: RoundInfo, key: Key) -> tuple[Total, Shared]:
@@ -385,23 +405,27 @@ def finalize(plan: Plan, total: Total, info: RoundInfo) -> Total:
     return mean._replace(sums=per_row(mean.sums))
 
 
-def descend(plan: Plan, state: State, mean: Total, server: Shared, air: InFlight) -> State:
-    """θ⁺ = optimizer(θ, g, round). Buffers become their mean, counters their maximum. Without an update θ stays."""
+def descend(plan: Plan, state: State, mean: Total, server: Shared, air: InFlight, layout: Layout) -> State:
+    """θ⁺ = optimizer(θ, g, round). Buffers are joined by their rules, counters by their maximum.
+
+    Without an update θ stays.
+    """
     model, optimizer, flying = state.model, state.optimizer, versions(state, air)
     if "update" in mean.means:
         g = mean.means["update"].to(model.theta)
         g = g if g.shape == model.theta.shape else g.expand_as(model.theta)
         theta, optimizer = plan.optimizer.update(model.theta, g, mean.sums, optimizer, state.round)
-        buffers = mean.means["buffers"].to(model.buffers.dtype) if "buffers" in mean.means else model.buffers
-        model = Model(theta, buffers, {**model.counters, **mean.counters}, model.fixed)
+        buffers, counters = join_buffers(layout, model.buffers, theta, mean.means, mean.counters)
+        model = Model(theta, buffers, {**model.counters, **counters}, model.fixed)
     return State(state.round + 1, state.seed, model, optimizer, server, state.memory, air, flying, state.sent)
 
 
 def per_row(sums: Tensors) -> dict[str, Tensor]:
-    """Divide each sum by the number of rows that it covers."""
+    """Divide each sum by the number of rows that it covers: by the sum `rows/NAME` if it exists, else by `rows`."""
     if "rows" not in sums:
         return {}
-    return {n: t / sums["rows"].clamp(min=1) for n, t in sums.items() if n != "rows"}
+    values = {n: t for n, t in sums.items() if n != "rows" and not n.startswith(ROWS_OF)}
+    return {n: t / sums.get(f"{ROWS_OF}{n}", sums["rows"]).clamp(min=1) for n, t in values.items()}
 
 
 def _columns(arrived: Tensor, per_client: Tensors) -> dict[str, Tensor]:
@@ -422,7 +446,7 @@ def _columns(arrived: Tensor, per_client: Tensors) -> dict[str, Tensor]:
 
 def report(plan: Plan, state: State, gathered: Gathered, mean: Total) -> Report:
     """Build the report of a round."""
-    metrics = {n: float(t) for n, t in mean.sums.items() if t.numel() == 1}
+    metrics = {metric_name(n): float(t) for n, t in mean.sums.items() if t.numel() == 1}
     if "update" in mean.means:
         metrics["gradient_norm"] = float(norm(mean.means["update"]))
     metrics["lr"] = plan.optimizer.lr_at(state.round, state.optimizer)

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Part
 from atoll.base.random import Key
+from atoll.base.validation import plain_fields
 from atoll.plan.pace import Sync
 from atoll.plan.protocols import Cohort, Conflict, Population, Sampler, Slots
 
@@ -27,7 +29,7 @@ def _cohort(ids: Tensor, chance: Tensor | float) -> Cohort:
     return Cohort(ids, torch.as_tensor(chance, dtype=torch.float64, device=ids.device))
 
 
-def _count(name: str, n: int) -> None:
+def _count(name: str, n: object) -> None:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise UsageError(f"{name}({n!r}).", "a whole number of clients, at least 1.", write=f"{name}(10)")
 
@@ -38,7 +40,7 @@ def _enough(name: str, n: int, population: Population) -> None:
             f"A cohort of {n} clients out of {population.clients}.",
             f"at most {population.clients}.",
             "a client can be selected at most once in a round.",
-            f"{name}({population.clients})",
+            Part(f"{name}({population.clients})", "cohort"),
         )
 
 
@@ -72,6 +74,7 @@ class Uniform(Sampler):
     interchangeable = True
 
     def __post_init__(self) -> None:
+        plain_fields(self, "n")
         _count("Uniform", self.n)
 
     def resized(self, ask: Callable[[int], int]) -> Uniform:
@@ -100,7 +103,8 @@ class Fraction(Sampler):
     interchangeable = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.q <= 1:
+        plain_fields(self, "q")
+        if not isinstance(self.q, (int, float)) or not 0 < self.q <= 1:
             raise UsageError(f"Fraction({self.q!r}).", "a fraction in (0, 1].", write="Fraction(0.1)")
 
     def resized(self, ask: Callable[[int], int]) -> Sampler:
@@ -116,7 +120,7 @@ class Fraction(Sampler):
 
 
 def fraction(q: float) -> Fraction:
-    """The sampler that `cohort=q` stands for."""
+    """Return `Fraction(q)`. A plan calls this function if its argument `cohort` is a float q."""
     return Fraction(q)
 
 
@@ -139,7 +143,8 @@ class Poisson(Sampler):
     q: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.q <= 1:
+        plain_fields(self, "q")
+        if not isinstance(self.q, (int, float)) or not 0 < self.q <= 1:
             raise UsageError(f"Poisson({self.q!r}).", "a chance in (0, 1].", write="Poisson(0.1)")
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
@@ -157,8 +162,8 @@ class Weighted(Sampler):
     """Selects n clients without replacement, each with a probability proportional to its rows: n·wᵢ/Σw, at most 1.
 
     Systematic sampling: the clients form a line in a keyed random order, each with a length equal to its rows. Marks at
-    n equal distances select n clients. Combined with this sampler, `Mean(weights="equal")` estimates the mean over all
-    rows. The estimate is unbiased if no probability is cut at 1.
+    n equal distances select n clients. `Mean` divides the weight of each client by its probability: with
+    `weights="examples"` the mean over all draws is the mean over all rows, with `"equal"` the mean over all clients.
 
     Args:
         n: the number of clients in a cohort, at least 1 and at most the number of clients that have rows.
@@ -174,11 +179,27 @@ class Weighted(Sampler):
     n: int
 
     def __post_init__(self) -> None:
+        plain_fields(self, "n")
         _count("Weighted", self.n)
 
     def resized(self, ask: Callable[[int], int]) -> Weighted:
         """The same sampler for ask(n) clients in place of n."""
         return _with_n(self, ask)
+
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        """Refuse an aggregator that returns the sum Σ w·g. Only a mean can divide by the selection probability.
+
+        This sampler selects a client with many rows more often. In a sum its rows would count twice: by the selection
+        probability and by the weight of the client.
+        """
+        if slots.aggregator.forms_sum:
+            why = "large clients are selected more often, and a sum does not divide by the probability."
+            yield Conflict(
+                f"{slots.aggregator!r} with {self!r}.",
+                "Mean(), or a cohort of n clients.",
+                why,
+                "Mean()",
+            )
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         sizes = population.sizes
@@ -226,6 +247,7 @@ class RoundRobin(Sampler):
     n: int
 
     def __post_init__(self) -> None:
+        plain_fields(self, "n")
         _count("RoundRobin", self.n)
 
     def resized(self, ask: Callable[[int], int]) -> RoundRobin:

@@ -19,7 +19,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import constructor
-from atoll.base.validation import bounded_number, check_fields, repaired
+from atoll.base.validation import bounded_number, check_fields, plain_number, repaired
 
 Tensors = Mapping[str, Tensor]
 NOTHING: Tensors = {}
@@ -438,8 +437,8 @@ def as_schedule(given: object) -> Schedule:
             "it has no learning rate for the rounds after its own.",
             f"{given!r} >> constant(0.1)",
         )
-    if not isinstance(given, bool) and isinstance(given, Real):
-        return _constant(float(given))
+    if isinstance(number := plain_number(given), (int, float)) and not isinstance(number, bool):
+        return _constant(float(number))
     raise UsageError(
         f"{given!r} is not a learning rate.",
         "a positive number or a schedule.",

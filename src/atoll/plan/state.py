@@ -122,3 +122,25 @@ def versions(state: State, air: InFlight) -> dict[int, Broadcast]:
     for unused in kept.keys() - needed:
         del kept[unused]
     return kept
+
+
+def pack_broadcast(broadcast: Broadcast) -> dict[str, Tensor]:
+    """A broadcast as named plain tensors."""
+    model = broadcast.model
+    out = {"theta": model.theta, "buffers": model.buffers}
+    out |= {f"counter/{n}": t for n, t in model.counters.items()} | {f"fixed/{n}": t for n, t in model.fixed.items()}
+    return out | {f"shared/{part}/{n}": t for part, tensors in broadcast.shared.items() for n, t in tensors.items()}
+
+
+def unpack_broadcast(round: int, tensors: Mapping[str, Tensor]) -> Broadcast:
+    """The inverse of `pack_broadcast`; the tensors are views."""
+    groups: dict[str, dict[str, Tensor]] = {"counter": {}, "fixed": {}}
+    shared: dict[str, dict[str, Tensor]] = {"local": {}, "codec": {}}
+    for path, t in tensors.items():
+        kind, _, name = path.partition("/")
+        if kind in groups:
+            groups[kind][name] = t
+        elif kind == "shared":
+            part, _, name = name.partition("/")
+            shared[part][name] = t
+    return Broadcast(round, Model(tensors["theta"], tensors["buffers"], groups["counter"], groups["fixed"]), shared)

@@ -25,8 +25,9 @@ from atoll.report.figures import (
     text,
     wants_log,
 )
+from atoll.report.flight_log import Numbers
 from atoll.report.format import better, format_number, label, rises
-from atoll.report.run_data import Numbers, RunData
+from atoll.report.run_data import RunData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

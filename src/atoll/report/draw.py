@@ -6,10 +6,13 @@ Tests: tests/surface/test_report.py
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from atoll import runs
 from atoll.base.errors import RunError
-from atoll.data.clients import Clients
+
+if TYPE_CHECKING:
+    from atoll.data.clients import Clients
 
 
 def draw(folder: Path, data: Clients | None = None) -> None:

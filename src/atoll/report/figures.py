@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from atoll.report.flight_log import Numbers
 from atoll.report.format import plain, size
-from atoll.report.run_data import Numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from atoll.compute.loss import METRICS, direction
+from atoll.compute.metric_names import direction
 
 WORDS = {
     "loss": "training loss",
@@ -38,15 +38,17 @@ def rises(name: str) -> bool | None:
         >>> rises("accuracy"), rises("held_out_loss"), rises("lr")
         (True, False, None)
     """
-    known = METRICS.get(name)
-    if known is not None:
-        return known.higher_is_better
     sign = direction(name)
     return None if sign is None else sign > 0
 
 
 def better(a: float, b: float, rising: bool) -> bool:
-    """Whether `a` is better than `b`; False if either is NaN."""
+    """Whether the metric value `a` is better than `b`; False if either is NaN.
+
+    Args:
+        a, b: two values of the same metric.
+        rising: whether a higher value is better.
+    """
     return a > b if rising else a < b
 
 

@@ -171,7 +171,7 @@ def header(training: TrainingView, path: Path | None) -> list[tuple[str, str]]:
         lines.append(("run", str(path)))
     if training.state.round:
         lines.append(("from", f"round {training.state.round}, the last checkpoint"))
-    lines += [("note", note) for note in data.notes]
+    lines += [("note", note) for note in training.notes]
     return [(title, plain(text, 500)) for title, text in lines]
 
 
@@ -188,6 +188,7 @@ class LiveTable:
             TERM).
         file: the output stream. None is `sys.stderr` at the start of the run.
         most: the number of rounds in the table, and of rounds that stay visible after the run; ≥ 1.
+        summary: whether the last line has the reason, the time and the bytes. The command line prints them by itself.
         clock: a function that returns seconds; only differences count.
     Example:
         >>> import atoll
@@ -202,9 +203,10 @@ class LiveTable:
         plain: bool | None = None,
         file: IO[str] | None = None,
         most: int = 12,
+        summary: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._plain, self._to, self.most, self.clock = plain, file, most, clock
+        self._plain, self._to, self.most, self.summary, self.clock = plain, file, most, summary, clock
         self._live: Live | None = None
 
     def __enter__(self) -> LiveTable:
@@ -266,12 +268,17 @@ class LiveTable:
             self._written = now
 
     def end(self, run: Run) -> None:
-        """Print the reason why the run ended. A selection of its rounds stays visible."""
+        """Print the reason why the run ended.
+
+        On a terminal, a table of some rounds stays on the screen: rounds at equal distances, the last round, and
+        the round with the best value of each metric.
+        """
         self.ended = plain(run.reason if run.reason == run.status else f"{run.status}: {run.reason}", 500)
         if self.plain:
             if self.recent and self.recent[-1] is not self._printed:
                 self._line(self.recent[-1])
-            self._write("   ".join((self.ended, duration(self.clock() - self._began), *self._totals())))
+            if self.summary:
+                self._write("   ".join((self.ended, duration(self.clock() - self._began), *self._totals())))
         self.close()
 
     def close(self) -> None:

@@ -29,8 +29,9 @@ from atoll.report.figures import (
     wants_log,
     whole_rounds,
 )
+from atoll.report.flight_log import Numbers
 from atoll.report.format import client_name, duration, format_number, label, rises, size, whole
-from atoll.report.run_data import Numbers, RunData
+from atoll.report.run_data import RunData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,19 +14,23 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from atoll import runs
-from atoll.base.errors import AtollError
-from atoll.plan.registry import read_part, renamed
-from atoll.report.flight_log import MOST_FLIGHTS, FlightLog, Tally, read_trips
+from atoll.base.names import COUNTS
+from atoll.plan.formula import formula_of
+from atoll.report.flight_rows import MOST_FLIGHTS, Tally, read_trips
+from atoll.report.flight_rows import Row as FlightRow
 from atoll.report.format import better, rises, spread
 
-Numbers = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from atoll.report.flight_log import FlightLog, Numbers
+
 Row = Mapping[str, Any]
 
 OTHER = ("loss", "held_out_loss", "gradient_norm", "lr")
@@ -64,9 +68,26 @@ class Events:
     about: dict[str, Any] = field(default_factory=dict)
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
     lost: dict[int, MissedContributions] = field(default_factory=dict)
-    clients: list[ClientRound] = field(default_factory=list)
+    client_rows: list[tuple[int, list[int], list[float]]] = field(default_factory=list)  # round, ids, losses
     tally: Tally = field(default_factory=Tally)
-    flights: FlightLog = field(default_factory=lambda: FlightLog.of([]))
+    trips: list[FlightRow] = field(default_factory=list)
+
+    @cached_property
+    def clients(self) -> list[ClientRound]:
+        """The results of clients, in the rounds that were kept."""
+        import numpy as np
+
+        return [
+            ClientRound(at, np.array(ids, dtype=np.int64), np.array(loss, dtype=np.float64))
+            for at, ids, loss in self.client_rows
+        ]
+
+    @cached_property
+    def flights(self) -> FlightLog:
+        """The flights that have ended."""
+        from atoll.report.flight_log import FlightLog
+
+        return FlightLog.of(self.trips)
 
 
 @dataclass(frozen=True)
@@ -105,25 +126,29 @@ class RunData:
 
     def series(self, name: str) -> tuple[Numbers, Numbers]:
         """The rounds in which a column has a number, and the numbers, float64 `[n]`; NaN and infinity are included."""
+        import numpy as np
+
         found = [(row["round"], v) for row in self.rows if (v := _number(row.get(name))) is not None]
         pairs = np.array(found, dtype=np.float64).reshape(-1, 2)
         return pairs[:, 0], pairs[:, 1]
 
+    def _numbers(self, name: str) -> list[float]:
+        return [v for row in self.rows if (v := _number(row.get(name))) is not None]
+
     def total(self, name: str) -> float:
         """The sum of the finite numbers of a column."""
-        values = self.series(name)[1]
-        return float(values[np.isfinite(values)].sum())
+        return math.fsum(filter(math.isfinite, self._numbers(name)))
 
     def last(self, name: str) -> float | None:
         """The last number of a column; None if it has none."""
-        values = self.series(name)[1]
-        return float(values[-1]) if len(values) else None
+        values = self._numbers(name)
+        return values[-1] if values else None
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The measured columns that contain numbers, in reading order: losses, metrics, the rest."""
         names = dict.fromkeys(n for row in self.rows for n in row)
-        there = [n for n in names if n not in runs.COUNTS and any(_number(r.get(n)) is not None for r in self.rows)]
+        there = [n for n in names if n not in COUNTS and any(_number(r.get(n)) is not None for r in self.rows)]
         metrics = [n for n in there if n not in OTHER]
         first, after = [n for n in OTHER[:2] if n in there], [n for n in OTHER[2:] if n in there]
         return (*first, *metrics, *after)
@@ -152,12 +177,9 @@ class RunData:
 
     @property
     def formula(self) -> str:
-        """The formula of the plan; if the plan names code outside atoll, its text, since that code is not imported."""
+        """The formula of the plan; a text that is no plan stays as it is."""
         text = str(self.environment.get("plan") or self.config.get("plan") or "")
-        try:
-            return str(read_part(renamed(text))) if text else ""
-        except AtollError:
-            return text
+        return formula_of(text)
 
     def baseline(self, name: str, metric: str) -> float | None:
         """The value of a metric of a baseline; None if it is missing."""
@@ -230,9 +252,9 @@ def _events(path: Path) -> Events:
                 events.tally.add(event)
             given = _clients(event) if n in chosen else None
             if given is not None:
-                events.clients.append(given)
+                events.client_rows.append(given)
     events.tally.of = len(places)
-    events.flights = FlightLog.of(trips)
+    events.trips = trips
     return events
 
 
@@ -259,11 +281,9 @@ def _event(events: Events, event: Mapping[str, Any]) -> None:
                 lost.causes[str(event.get("stage", "")), str(event.get("cause", ""))] += 1
 
 
-def _clients(event: Mapping[str, Any]) -> ClientRound | None:
+def _clients(event: Mapping[str, Any]) -> tuple[int, list[int], list[float]] | None:
     ids, loss, at = event.get("id"), event.get("loss"), event.get("round")
     if not isinstance(ids, list) or not isinstance(loss, list) or len(ids) != len(loss) or not _is_round(at):
         return None
     good = [(i, v) for i, v in zip(ids, map(_number, loss), strict=True) if _is_round(i) and v is not None]
-    return ClientRound(
-        event["round"], np.array([i for i, _ in good], dtype=np.int64), np.array([v for _, v in good], dtype=float)
-    )
+    return event["round"], [i for i, _ in good], [v for _, v in good]

@@ -14,21 +14,23 @@ if TYPE_CHECKING:
     from atoll.runs.events import Observer, Run, TrainingView
     from atoll.runs.fingerprint import fingerprint
     from atoll.runs.folder import (
-        COUNTS,
         Checkpoint,
+        Commit,
         RunFolder,
         environment,
         find_run,
+        is_locked,
         list_runs,
         read_environment,
         read_pointer,
         read_rows,
+        rounds_to_run,
         write,
     )
 
 __all__ = [
-    "COUNTS",
     "Checkpoint",
+    "Commit",
     "Observer",
     "Run",
     "RunFolder",
@@ -36,10 +38,12 @@ __all__ = [
     "environment",
     "find_run",
     "fingerprint",
+    "is_locked",
     "list_runs",
     "read_environment",
     "read_pointer",
     "read_rows",
+    "rounds_to_run",
     "state_from_tensors",
     "state_to_tensors",
     "write",

@@ -12,11 +12,14 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from atoll.base.errors import UsageError
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
+from atoll.data.input import Input
 from atoll.plan.plan import Plan
 from atoll.plan.round import Failure, Report
 from atoll.plan.state import State
+from atoll.runs.predictor import Predictor, predictor_of
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,10 @@ class Run:
         bytes_up, bytes_down: the bytes of all messages to the server, and of all messages to clients.
         failures: the contributions that were lost since the training started or resumed.
         reports: one report for each round since the training started or resumed.
-        model: a new module with the final parameters.
+        model: a new module with the final parameters. It takes prepared rows: `predictor.prepare` makes them.
         baselines: metrics of pooled and local-only training, if they were requested.
+        input: the map from a user's rows to tensors, and from outputs to words.
+        task: the model, its loss and its metrics.
     """
 
     path: Path | None
@@ -51,6 +56,20 @@ class Run:
     reports: tuple[Report, ...]
     model: nn.Module
     baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    input: Input | None = field(default=None, repr=False)
+    task: Task | None = field(default=None, repr=False)
+
+    @property
+    def predictor(self) -> Predictor:
+        """A predictor with a copy of the final model: it takes raw rows. `model` takes prepared rows.
+
+        Raises:
+            UsageError: the run has no input.
+        """
+        if self.input is None or self.task is None:
+            raise UsageError("The run has no input.", "a run of `atoll.train`.")
+        return predictor_of(self.model, self.input, self.task.loss, self.task.metrics)
 
 
 class TrainingView(Protocol):
@@ -61,6 +80,7 @@ class TrainingView(Protocol):
         state: the state after the last round.
         judge: the engine that evaluates held-out rows; None if the data has no held-out rows.
         reason: why this backend was chosen.
+        notes: the choices that atoll made for the user.
         judged_by: the metric that selects the best round, and whether larger values are better.
         outcome: why the training ended; None before its end.
         bytes_up, bytes_down: bytes of all messages so far.
@@ -80,6 +100,8 @@ class TrainingView(Protocol):
     def fleet(self) -> Any: ...
     @property
     def reason(self) -> str: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
     @property
     def selection_metric(self) -> tuple[str, bool]: ...
     @property

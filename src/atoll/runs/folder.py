@@ -2,9 +2,11 @@
 
     config.toml          every setting of the run
     environment.json     versions, machine, numerics
+    input.json           the map from a user's rows to tensors, and from outputs to words
     metrics.jsonl .csv   one row a round
     events.jsonl         failures, clients, notes, the reason for the end
     model.safetensors    the model at the end;  best.safetensors  the best one so far
+    model.nonpersistent.safetensors   buffers that `state_dict` leaves out, if the model has any; also for best
     checkpoint/          the state to resume from, and one pointer file that is replaced atomically
     plots/  report.html  figures and a page
 
@@ -26,30 +28,24 @@ import io
 import json
 import os
 import platform
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from atoll.base.errors import RunError, UsageError
 from atoll.base.files import atomic_write
+from atoll.base.lines import Change, Line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
+HIDDEN = ".nonpersistent.safetensors"  # after `model` or `best`: the buffers that `state_dict` leaves out
 LOGS = ("metrics.jsonl", "events.jsonl")
-COUNTS = (  # the columns of a row that describe its cost and its clients; every other column is a metric
-    *("round", "fingerprint", "cohort", "arrived", "failed", "late", "flying", "staleness", "versions"),
-    *("bytes_up", "bytes_down", "seconds", "clock"),
-)
 _WORDS = (
     "amber azure brisk calm clear coral deep early fair fresh gentle golden green high jade kind late light lunar mild "
     "new noble north open pale quiet rapid silver slow small soft south still sunny swift tidal warm wide windy",
@@ -66,6 +62,8 @@ def library_versions() -> dict[str, str]:
 @lru_cache(maxsize=1)
 def _installed() -> dict[str, str]:
     """The versions of the packages, cached: the lookup takes longer than writing a small checkpoint."""
+    from importlib.metadata import PackageNotFoundError, version
+
     out = {}
     for package in ("atoll", "torch", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
@@ -79,6 +77,8 @@ def environment(**more: Any) -> dict[str, Any]:
     Args:
         more: further entries: names with values that JSON can store.
     """
+    import torch
+
     return {
         **library_versions(),
         "machine": platform.machine(),
@@ -125,7 +125,7 @@ def _beginning(parent: Path) -> Iterator[None]:
             f"No run can be made in {parent}: {getattr(cause, 'strerror', cause)}.",
             "a folder with permission to write, and space on its disk.",
             "every round of a run is written to its folder.",
-            "--out runs",
+            Change("out", "runs"),
         ) from error
 
 
@@ -149,29 +149,63 @@ class Checkpoint:
     facts: Mapping[str, Any]
 
 
+class Commit(Protocol):
+    """A store that commits a run after every round, in one transaction. The run folder is then its readable form."""
+
+    def save(self, checkpoint: Checkpoint, lines: Mapping[str, bytes]) -> None:
+        """Commit the state after a round. It is on disk when the method returns.
+
+        Args:
+            checkpoint: the state; its fact `round` is the number of finished rounds. A later call for the same round
+                replaces the state.
+            lines: the lines that were added to each log since the last call.
+        Raises:
+            RunError: the transaction failed; the last committed state is intact.
+        """
+
+    def load(self) -> Checkpoint | None:
+        """The last committed state; None if no round was committed."""
+
+    def log(self, name: str) -> bytes:
+        """All committed lines of a log."""
+
+
 @dataclass
 class RunFolder:
     """The folder of one run. At most one process at a time can lock it.
 
     Args:
         path: the folder.
+        store: the store that receives every checkpoint. None: checkpoints are files in the folder itself, and
+            `checkpoint/pointer.json` names the files of the last complete one.
     """
 
     path: Path
+    store: Commit | None = None
     _lock: IO[str] | None = None
     _logs: dict[str, IO[bytes]] = field(default_factory=dict)
     _files: dict[str, str] = field(default_factory=dict)  # files that the last pointer names → their digests
     _alive: dict[str, set[int]] = field(default_factory=dict)  # segment → clients whose newest row it contains
     _lengths: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(LOGS, 0))
+    _lines: dict[str, bytes] = field(default_factory=dict)  # lines that the store has not committed yet
 
     @classmethod
-    def create(cls, parent: Path, config: str, about: Mapping[str, Any]) -> RunFolder:
+    def create(
+        cls,
+        parent: Path,
+        config: str,
+        about: Mapping[str, Any],
+        store: Commit | None = None,
+        input: bytes = b"",
+    ) -> RunFolder:
         """Create and lock a folder `parent/<date>-<two words>`, and point the link `parent/latest` to it.
 
         Args:
             parent: the folder of all runs; it is created if it does not exist.
             config: the text of config.toml.
             about: the content of environment.json.
+            store: commits every round; None: the folder itself contains the checkpoints.
+            input: the bytes of input.json; empty: no such file.
         Returns:
             The locked folder.
         Raises:
@@ -180,17 +214,19 @@ class RunFolder:
         with _beginning(parent):
             parent.mkdir(parents=True, exist_ok=True)
             while True:
-                words = "-".join(secrets.choice(w.split()) for w in _WORDS)
+                words = "-".join(_drawn(w.split()) for w in _WORDS)
                 path = parent / f"{datetime.now():%Y-%m-%d}-{words}"
                 try:
                     path.mkdir()
                     break
                 except FileExistsError:
                     continue
-            folder = cls(path)
+            folder = cls(path, store)
             try:
                 folder.lock()
                 write(path / "environment.json", _json(about, indent=2))
+                if input:
+                    write(path / "input.json", input)
                 for name in LOGS:
                     folder._open(name)
                 # Last, since this file marks a folder as a run.
@@ -202,8 +238,12 @@ class RunFolder:
         return folder
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: Path, store: Commit | None = None) -> RunFolder:
         """Lock the folder of an existing run, to resume it.
+
+        Args:
+            path: the folder.
+            store: the store that has committed its rounds; None: the folder itself contains the checkpoints.
 
         Raises:
             UsageError: the folder has no config.toml, or another process has locked it.
@@ -214,7 +254,7 @@ class RunFolder:
                 "a folder that contains a config.toml.",
                 write="atoll runs",
             )
-        folder = cls(path)
+        folder = cls(path, store)
         folder.lock()
         return folder
 
@@ -263,6 +303,8 @@ class RunFolder:
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         line, log = _json(row) + b"\n", self._open(name)
+        if self.store is not None:
+            self._lines[name] = self._lines.get(name, b"") + line
         with _writing(self.path / name):
             while line:
                 line = line[log.write(line) :]
@@ -289,6 +331,10 @@ class RunFolder:
         Raises:
             RunError: a file cannot be written. The last checkpoint is intact.
         """
+        if self.store is not None:
+            lines, self._lines = self._lines, {}
+            self.store.save(Checkpoint(tensors, (memory,) if memory else (), best, facts), lines)
+            return
         folder, digests = self.path / "checkpoint", dict(self._files)
         with _writing(folder):
             folder.mkdir(exist_ok=True)
@@ -353,6 +399,8 @@ class RunFolder:
             UsageError: the checkpoint was written with other versions.
             RunError: the checkpoint is damaged.
         """
+        if self.store is not None:
+            return self.store.load()
         if not (self.path / "checkpoint" / "pointer.json").exists():
             return None
         pointer = read_pointer(self.path)
@@ -369,6 +417,9 @@ class RunFolder:
         return Checkpoint(loaded[pointer["state"]], tuple(memory.values()), best, pointer["facts"])
 
     def _get(self, name: str, digest: str) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
         path = self.path / "checkpoint" / name
         try:
             data = path.read_bytes()
@@ -379,7 +430,16 @@ class RunFolder:
             raise _damaged(path) from error
 
     def truncate_logs(self) -> None:
-        """Resume from the checkpoint that `restore` returned: truncate the logs, and restore best.safetensors."""
+        """Resume from the checkpoint that `restore` returned: truncate the logs, and restore best.safetensors.
+
+        If a store commits the rounds, the logs are rebuilt from it.
+        """
+        if self.store is not None:
+            for name in LOGS:
+                committed = self.store.log(name)
+                if not (self.path / name).is_file() or (self.path / name).read_bytes() != committed:
+                    write(self.path / name, committed)
+            return
         for name, length in self._lengths.items():
             log = self._open(name)
             with _writing(self.path / name):
@@ -408,6 +468,18 @@ class RunFolder:
         table.writeheader()
         table.writerows(rows)
         write(self.path / "metrics.csv", text.getvalue().encode())
+
+    def save_clients(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Write clients.csv: the held-out values of each client at the end of the run, one line for each client.
+
+        Args:
+            columns: by name, all of one length; the first names the clients. None is an empty cell.
+        """
+        text = io.StringIO(newline="")
+        table = csv.writer(text)
+        table.writerow(columns)
+        table.writerows(zip(*columns.values(), strict=True))
+        write(self.path / "clients.csv", text.getvalue().encode())
 
 
 def read_pointer(path: Path) -> dict[str, Any]:
@@ -439,6 +511,48 @@ def read_pointer(path: Path) -> dict[str, Any]:
         if isinstance(error, UsageError):
             raise
         raise _damaged(file) from error
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process has locked the folder, that is, whether the run is in progress."""
+    try:
+        with open(path / "lock") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a folder that no process has locked yet, or one that cannot be read
+    return False
+
+
+def rounds_to_run(path: Path, rounds: int | None, more: int | None) -> int | None:
+    """The total number of rounds of a resumed run.
+
+    Args:
+        path: the run folder.
+        rounds: the requested total; None: the total that the run was started with.
+        more: the number of rounds beyond those that are done; None: `rounds` counts.
+    Returns:
+        None if neither is given.
+    Raises:
+        UsageError: both are given, `more` is below 1, or the run has done more rounds than the total.
+    """
+    if rounds is not None and more is not None:
+        raise UsageError(f"rounds = {rounds} and more = {more}.", "one of the two.", write=Change("rounds", rounds))
+    if more is not None and (isinstance(more, bool) or not isinstance(more, int) or more < 1):
+        raise UsageError(f"more = {more!r}.", "an integer, at least 1.", write=Change("more", 10))
+    pointer = path / "checkpoint" / "pointer.json"
+    done = int(read_pointer(path)["facts"]["round"]) if pointer.exists() else 0
+    if more is not None:
+        return done + more
+    if rounds is not None and rounds < done:
+        raise UsageError(
+            f"rounds = {rounds}, and {path.name} has done {done} rounds.",
+            f"a total of at least {done} rounds.",
+            "rounds that are done stay. The total counts all rounds of the run.",
+            Line(python="more=10", shell=f"atoll resume {path.name} --more 10"),
+        )
+    return rounds
 
 
 def read_environment(path: Path) -> dict[str, Any]:
@@ -479,7 +593,7 @@ def find_run(run: str | Path, parent: Path) -> Path:
     raise UsageError(
         f"{'Several runs are' if fits else 'No run is'} called {str(run)!r} in {parent}.",
         f"one of {names}." if names else "the name of a run. This folder has no runs.",
-        write=f"atoll show {(fits or known)[-1].name}" if known else "atoll run",
+        write="atoll runs" if known else "atoll run",
     )
 
 
@@ -491,13 +605,26 @@ def list_runs(parent: Path) -> list[Path]:
     return sorted(found, key=lambda p: ((p / "config.toml").stat().st_mtime, p.name))
 
 
+def _drawn(words: Sequence[str]) -> str:
+    """A word at random. It does not depend on any seed: two runs with one seed have different names."""
+    return words[int.from_bytes(os.urandom(8), "little") % len(words)]
+
+
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
     return save({n: t.detach().cpu().contiguous().clone() for n, t in sorted(tensors.items())})
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:
-    plain: Callable[[Any], Any] = lambda v: v.tolist() if isinstance(v, Tensor) else str(v)  # noqa: E731
-    return json.dumps(value, default=plain, indent=indent, ensure_ascii=False).encode()
+    return json.dumps(value, default=_plain, indent=indent, ensure_ascii=False).encode()
+
+
+def _plain(value: Any) -> Any:
+    """A tensor as a list, and any other object as its text."""
+    from torch import Tensor
+
+    return value.tolist() if isinstance(value, Tensor) else str(value)
 
 
 def _damaged(path: Path) -> RunError:
@@ -510,7 +637,7 @@ def _damaged(path: Path) -> RunError:
 
 
 def _point(link: Path, target: str) -> None:
-    beside = link.with_name(f".latest-{secrets.token_hex(4)}")
+    beside = link.with_name(f".latest-{os.urandom(4).hex()}")
     with _writing(link):
         beside.symlink_to(target)
         os.replace(beside, link)

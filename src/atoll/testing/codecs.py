@@ -17,6 +17,7 @@ from atoll.plan.protocols import Contribution, Ids, Partial, Tensors, Total
 from atoll.testing.contract import (
     check_declared,
     check_value,
+    conformity,
     in_group,
     lanes,
     leading,
@@ -33,6 +34,7 @@ from atoll.testing.contract import (
 _K = 4
 
 
+@conformity
 def check_stage(part: Any) -> None:
     """Check the contract of a codec stage.
 
@@ -156,6 +158,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= 1e-9 * b.abs().max().clamp(min=1e-30))
 
 
+@conformity
 def check_aggregator(part: Any) -> None:
     """Check the contract of an aggregator.
 

@@ -6,18 +6,19 @@ Tests: tests/conformance/test_parts.py
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from atoll.base.errors import AtollError, UsageError
+from atoll.base.errors import AtollError, UsageError, place_of
 from atoll.base.grammar import parse
 from atoll.base.random import generator_states
 from atoll.plan.conflicts import undeclared
@@ -26,6 +27,7 @@ from atoll.plan.protocols import OPEN, Declared, EntropySource, Group, Populatio
 from atoll.plan.registry import PARTS
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Nonconformity(AtollError):
@@ -44,6 +46,27 @@ def require(holds: bool, given: str, required: str, why: str) -> None:
     """Raise Nonconformity unless `holds` is True."""
     if not holds:
         raise Nonconformity(given, required, why)
+
+
+def conformity(check: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a check: every exception that a part raises becomes a Nonconformity, with the place of the error."""
+
+    @functools.wraps(check)
+    def checked(*args: P.args, **words: P.kwargs) -> None:
+        try:
+            check(*args, **words)
+        except Nonconformity:
+            raise
+        except Exception as error:
+            subject = "The engine" if check.__name__ == "check_engine" else f"{args[0]!r}"
+            place, cause = place_of(error), error.given.rstrip(".") if isinstance(error, AtollError) else str(error)
+            raise Nonconformity(
+                f"{subject} raised {type(error).__name__}: {cause}.{f' It was raised in {place}.' if place else ''}",
+                "no error for these arguments.",
+                f"{check.__name__} uses the part as a training does.",
+            ) from error
+
+    return checked
 
 
 def same(a: Any, b: Any) -> bool:
@@ -185,6 +208,7 @@ def on_meta(subject: str, function: Callable[..., T], *given: Any) -> T:
         ) from None
 
 
+@conformity
 def check_value(part: Any) -> None:
     """Check that a part is a value: frozen, hashable, equal to its copy, and rebuilt by parsing its repr.
 

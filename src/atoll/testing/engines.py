@@ -5,7 +5,8 @@ Tests: tests/conformance/test_parts.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,15 +19,16 @@ from atoll.data.clients import Clients
 from atoll.data.rows import Rows
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.protocols import Engine
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Cohort
-from atoll.plan.round import Engine, Gathered, bind, step
+from atoll.plan.round import Gathered, bind, step
 from atoll.plan.sampler import Everyone, Uniform
 from atoll.plan.state import State
-from atoll.testing.contract import copied, refused, require, same
+from atoll.testing.contract import conformity, copied, refused, require, same
 from atoll.testing.local import clients, problem
 
 Make = Callable[[Task, Clients], Engine]
@@ -39,6 +41,7 @@ PLANS = (
 )
 
 
+@conformity
 def check_engine(make_engine: Make) -> None:
     """Check the contract of an engine.
 
@@ -49,7 +52,9 @@ def check_engine(make_engine: Make) -> None:
     round then equals a round without this client. If all clients raise the same error, the engine raises it.
 
     Args:
-        make_engine: builds the engine to check: `make_engine(task, data) -> Engine`.
+        make_engine: builds and opens the engine to check: `make_engine(task, data) -> Engine`. A class whose
+            constructor takes no task is wrapped in a function that calls `open(task, data)`, as in
+            docs/engines.md. The check closes each engine that it makes.
     Raises:
         Nonconformity: the engine breaks the contract.
     Example:
@@ -58,12 +63,27 @@ def check_engine(make_engine: Make) -> None:
     data = clients()
     plain, norm = problem(), problem(norm=True)
     task = replace(plain, numerics="lanes")
-    _check_cohorts(make_engine(task, data), task, data)
-    _check_failures(make_engine, task, data)
+    with _closed(make_engine) as make:
+        _check_cohorts(make(task, data), task, data)
+    with _closed(make_engine) as make:
+        _check_failures(make, task, data)
     for numerics in ("lanes", "loop"):
-        for plan in PLANS:
-            _check_rounds(make_engine, plan, replace(plain, numerics=numerics), data)
-        _check_rounds(make_engine, PLANS[3], replace(norm, numerics=numerics), data)
+        for task, plan in (*((plain, plan) for plan in PLANS), (norm, PLANS[3])):
+            with _closed(make_engine) as make:
+                _check_rounds(make, plan, replace(task, numerics=numerics), data)
+
+
+@contextmanager
+def _closed(make_engine: Make) -> Iterator[Make]:
+    """A function that makes engines. They are closed at the end of the block."""
+    with ExitStack() as engines:
+
+        def make(task: Task, data: Clients) -> Engine:
+            engine = make_engine(task, data)
+            engines.callback(engine.close)
+            return engine
+
+        yield make
 
 
 def _first(plan: Plan, task: Task) -> State:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atoll.base.random import Key, global_scope
+from atoll.base.random import Key, user_scope
 from atoll.compute.batches import ClientBatch
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
@@ -23,6 +23,7 @@ from atoll.plan.protocols import Broadcast, Contribution, Ids, Tensors, Total
 from atoll.testing.contract import (
     check_declared,
     check_value,
+    conformity,
     lanes,
     leading,
     pure,
@@ -38,7 +39,7 @@ SIZES = (18, 18, 17, 5, 5, 4, 2)  # 18 and 17 rows share a width
 
 def problem(norm: bool = False, dtype: torch.dtype = torch.float32) -> Task:
     """A classifier with three features and three classes for `clients()`, with or without batch statistics."""
-    with global_scope(Key(7).fold("model")):
+    with user_scope(Key(7).fold("model")):
         middle: nn.Module = nn.BatchNorm1d(4) if norm else nn.Tanh()
         module = nn.Sequential(nn.Linear(3, 4), middle, nn.Linear(4, 3))
     return Task.of(module, "cross_entropy", ("accuracy",), dtype)
@@ -53,6 +54,7 @@ def clients(sizes: tuple[int, ...] = SIZES) -> Clients:
     return Clients("check", ArrayRows(x, y), torch.arange(rows), offsets, None, "classification", tuple("abc"), (3,))
 
 
+@conformity
 def check_local(part: Any) -> None:
     """Check the contract of a local part.
 

@@ -11,9 +11,21 @@ from typing import Any
 import torch
 
 from atoll.base.random import Key
-from atoll.testing.contract import check_value, lanes, on_meta, pure, refused, require, row, same, same_names
+from atoll.testing.contract import (
+    check_value,
+    conformity,
+    lanes,
+    on_meta,
+    pure,
+    refused,
+    require,
+    row,
+    same,
+    same_names,
+)
 
 
+@conformity
 def check_schedule(part: Any) -> None:
     """Check the contract of a schedule.
 
@@ -50,6 +62,7 @@ def _check_rate(subject: str, t: int, rate: Any) -> None:
     )
 
 
+@conformity
 def check_optimizer(part: Any) -> None:
     """Check the contract of an optimizer.
 

@@ -26,7 +26,7 @@ from atoll.plan.protocols import Pace, Population, Sampler
 from atoll.plan.round import draw_cohort
 from atoll.plan.sampler import Everyone, Uniform
 from atoll.plan.state import State
-from atoll.testing.contract import check_value, pure, require
+from atoll.testing.contract import check_value, conformity, pure, require
 
 _CLIENTS, _ROUNDS, _MOST = 12, 24, 2**40
 _WATCHED = 500  # whole rounds are simulated for a pace that closes after at most this number of arrivals
@@ -46,6 +46,7 @@ class _Seen:
         return self.ages
 
 
+@conformity
 def check_pace(part: Any) -> None:
     """Check the contract of a pace.
 

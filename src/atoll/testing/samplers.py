@@ -17,13 +17,14 @@ from atoll.data.partition import IID, Pool
 from atoll.data.rows import ArrayRows
 from atoll.data.sources import Source
 from atoll.plan.protocols import Cohort, Population
-from atoll.testing.contract import check_value, pure, refused, require, same
+from atoll.testing.contract import check_value, conformity, pure, refused, require, same
 
 _ROUNDS = 1000
 # In standard deviations, on each side: a correct sampler of 1000 clients is refused by mistake for one key in 10⁴.
 _FAR = 5.5
 
 
+@conformity
 def check_sampler(part: Any) -> None:
     """Check the contract of a sampler.
 
@@ -108,6 +109,7 @@ def _check_cohort(subject: str, cohort: Cohort, clients: int) -> None:
     )
 
 
+@conformity
 def check_partition(part: Any) -> None:
     """Check the contract of a partition.
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from atoll import runs
 from atoll.base.errors import UsageError
-from atoll.base.names import dotted
-from atoll.compute.loss import METRICS, direction
+from atoll.base.names import COUNTS, dotted
+from atoll.compute.metric_names import direction
 from atoll.report.comparison import CLOCK, SECONDS, MetricComparison, draw_comparison
 from atoll.report.format import format_number, label
 from atoll.report.run_data import Events, RunData
@@ -223,7 +223,7 @@ def _metrics(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> 
     last: list[dict[str, Any]] = [{}, {}]
     for into, rows in zip(last, (a, b), strict=True):
         for row in rows:
-            into |= {n: v for n, v in row.items() if n not in runs.COUNTS and v is not None}
+            into |= {n: v for n, v in row.items() if n not in COUNTS and v is not None}
     mine, theirs = last
     return tuple(
         ComparisonRow(n, mine.get(n), theirs.get(n), _best(n, mine.get(n), theirs.get(n)))
@@ -233,8 +233,7 @@ def _metrics(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> 
 
 def _best(name: str, a: Any, b: Any) -> str:
     """The better of two values by the direction of the metric: "a", "b" or ""."""
-    known = METRICS.get(name)
-    sign = (1 if known.higher_is_better else -1) if known else direction(name)
+    sign = direction(name)
     numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (a, b))
     if sign is None or name in PLAIN or not numbers or a == b:
         return ""

@@ -29,10 +29,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from atoll.base.errors import UsageError, unknown_name
-from atoll.compute.loss import direction
+from atoll.base.random import Key, user_scope
+from atoll.compute.metric_names import direction
 from atoll.engine.inprocess import InProcessEngine
+from atoll.runs.folder import HIDDEN
 from atoll.tools.rebuild import training_in, write_output
-from atoll.training.rounds import Training, evaluate, start_from
+from atoll.training.evaluation import evaluate
+from atoll.training.rounds import Training, start_from
 
 FORMAT = "atoll export 1"
 DTYPES = ("float32", "bf16", "int8")
@@ -82,6 +85,7 @@ class Exported:
         return "\n".join(lines)
 
 
+@user_scope(Key(0).fold("tool"))
 def export(
     path: str | Path,
     dtype: str = "int8",
@@ -121,7 +125,9 @@ def export(
     written = save(pack(state, dtype), {"format": FORMAT, "dtype": dtype, "run": folder.resolve().name})
     write_output(target, written)
     back = load_exported(target)
-    before, after = (_measured(training, s) for s in (state, back))
+    hidden = file.with_name(file.stem + HIDDEN)
+    others = load_file(hidden) if hidden.is_file() else {}
+    before, after = (_measured(training, {**others, **s}) for s in (state, back))
     moved = {n: _moved(state[n], back[n]) for n in state if state[n].is_floating_point()}
     worst = max(moved.items(), key=lambda item: item[1], default=("", 0.0))
     return Exported(target, dtype, len(written), file.stat().st_size, before, after, worst)
@@ -209,7 +215,7 @@ def _measured(training: Training, state: Mapping[str, Tensor]) -> dict[str, floa
     if training.data.held_out is None:
         return {}
     at = replace(training.state, model=start_from(state, training.task))
-    return evaluate(at, InProcessEngine(training.task, training.data.held(), training.settings.chunk))
+    return evaluate(at, InProcessEngine(training.task, training.data.held(), training.settings.chunk)).metrics
 
 
 def _moved(was: Tensor, now: Tensor) -> float:

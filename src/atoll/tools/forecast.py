@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from atoll.base.errors import UsageError
+from atoll.base.random import Key, user_scope
 from atoll.engine.chunk_limit import chunk_size
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.simulation.arrivals import Arrivals, message_bytes, nbytes, simulate_round
@@ -261,6 +262,7 @@ def forecast(experiment: Experiment) -> Forecast:
     return predict(training_of(experiment, evaluate_every=0))
 
 
+@user_scope(Key(0).fold("tool"))
 def predict(training: Training) -> Forecast:
     """Predict the costs of a training.
 

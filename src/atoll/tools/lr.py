@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from atoll.base.errors import RunError, UsageError, unknown_name
-from atoll.base.random import Key
+from atoll.base.random import Key, user_scope
 from atoll.data.clients import Clients, offsets_of
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
@@ -30,8 +30,9 @@ from atoll.plan.round import bind, step
 from atoll.plan.schedule import Schedule
 from atoll.plan.state import State
 from atoll.tools.rebuild import training_of, write_output
+from atoll.training.evaluation import evaluate
 from atoll.training.experiment import Experiment
-from atoll.training.rounds import Training, evaluate
+from atoll.training.rounds import Training
 from atoll.training.settings import Settings
 
 Which = Literal["local", "server"]
@@ -117,6 +118,7 @@ def find_rate(experiment: Experiment, which: Which = "local", out: Path | None =
     return found if out is None else replace(found, plot=draw_rates(found, out))
 
 
+@user_scope(Key(0).fold("tool"))
 def sweep(
     model: Any,
     data: Clients,
@@ -224,10 +226,11 @@ def _swept(training: Training, which: Which, tried: tuple[float, ...]) -> Findin
     engine = InProcessEngine(training.task, data, training.settings.chunk)
     plan = _short(training.plan)
     rounds = _rounds(plan, data)
-    start = _after(training, engine, plan, 0)
+    judge = InProcessEngine(training.task, data.pooled(), training.settings.chunk)
+    start = _after(training, engine, judge, plan, 0)
     losses: list[float] = []
     for rate in tried:
-        losses.append(_after(training, engine, with_rate(plan, which, rate), rounds))
+        losses.append(_after(training, engine, judge, with_rate(plan, which, rate), rounds))
         if len(losses) > 2 and min(losses[-2:]) > 4 * start:
             break  # two losses in a row far above the start: higher rates do not improve
     done = tuple(tried[: len(losses)])
@@ -296,7 +299,7 @@ def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     return rate if slope < 0 else None
 
 
-def _after(training: Training, engine: InProcessEngine, plan: Plan, rounds: int) -> float:
+def _after(training: Training, engine: InProcessEngine, judge: InProcessEngine, plan: Plan, rounds: int) -> float:
     """The loss on the training rows after some rounds from the first model; infinite if it is not finite."""
     memory = Memory(plan.memory(training.task.layout))
     state = State.first(plan, training.task, training.settings.seed, memory, training.first)
@@ -306,7 +309,7 @@ def _after(training: Training, engine: InProcessEngine, plan: Plan, rounds: int)
             state, _ = step(plan, state, engine)
     except RunError:
         return math.inf
-    loss = evaluate(state, engine)["held_out_loss"]
+    loss = evaluate(state, judge).metrics["held_out_loss"]
     return loss if math.isfinite(loss) else math.inf
 
 

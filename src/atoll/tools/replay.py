@@ -26,12 +26,12 @@ from torch import Tensor
 from atoll import runs
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.names import without_prefix
-from atoll.base.random import Key
+from atoll.base.random import Key, user_scope
 from atoll.engine.simulation.arrivals import Arrivals, message_bytes, simulate_round
 from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
-from atoll.plan.round import Opened, close_round, open_round, select, step
+from atoll.plan.round import Opened, close_round, open_round, per_row, select, step
 from atoll.report.format import size
 from atoll.runs.checkpoint import state_from_tensors
 from atoll.runs.fingerprint import fingerprint
@@ -151,6 +151,7 @@ def _some(values: tuple[float, ...], limit: int = 8) -> str:
     return " ".join(texts if len(values) <= limit else [*texts[:half], "…", *texts[half:]])
 
 
+@user_scope(Key(0).fold("tool"))
 def replay(
     path: str | Path,
     round: int,
@@ -235,7 +236,9 @@ def _flights(opened: Opened, flown: Arrivals, training: Training, client: int) -
     round = opened.state.round
     found = [(f, "") for f in flown.arrived if f.client == client]
     found += [
-        (f, "the client dropped out, and its contribution did not arrive") for f in flown.dropped if f.client == client
+        (f, "the client dropped out, and its contribution did not arrive")
+        for f, *_ in flown.dropped
+        if f.client == client
     ]
     late = "the round closed before the contribution arrived"
     if training.fleet is not None:
@@ -406,7 +409,7 @@ def _single(
         sums, update, sent = given.contribution.sums, given.contribution.means.get("update"), given.sent
         bytes_up = given.bytes
         seen = int(sums["rows"][0]) if "rows" in sums else 0
-        metrics = {n: float(s[0]) / max(1, seen) for n, s in sums.items() if n != "rows" and s.dim() == 1}
+        metrics = {n: float(s[0]) for n, s in per_row(sums).items() if s.dim() == 1}
         failure = failure or rejection(given)
     except Exception:
         failure = traceback.format_exc()
@@ -418,7 +421,7 @@ def _single(
         mean = whole.mean.double()
         length = float(torch.linalg.vector_norm(mean))
         cosine = float(update[0].double() @ mean) / (norm * length) if norm and length else None
-        part = (1 if plan.aggregator.weights == "equal" else rows) / whole.weight
+        part = int(plan.aggregator.weigh(torch.tensor([flight.client]), torch.tensor([rows]))) / whole.weight
         part *= plan.pace.staleness_weight(state.round - flight.version)
         share = part * float(sent.double() @ mean) / length**2 if length and plan.aggregator.linear else None
     return Replay(

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.engine.chunks import Chunk, contribute_chunk, task_for
+from atoll.engine.chunks import task_for
+from atoll.engine.contribution import Chunk, contribute_chunk
 from atoll.plan.in_flight import Flight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Contribution, Ids, Tensors

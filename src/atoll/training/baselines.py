@@ -15,6 +15,7 @@ Tests: tests/identities/test_baselines.py
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,16 +24,17 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import RunError
-from atoll.base.random import Key
+from atoll.base.random import Key, user_scope
 from atoll.compute.batches import ROWS
 from atoll.compute.model_state import Model
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.chunks import contribute_chunk
 from atoll.engine.client_state import Memory
+from atoll.engine.contribution import contribute_chunk
 from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.aggregate.exact import LARGEST
+from atoll.plan.buffers import join_buffers
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.optimizer.base import OptimizerBase
 from atoll.plan.optimizer.rules import sgd
@@ -41,7 +43,8 @@ from atoll.plan.protocols import Broadcast, Cohort, Ids, Local, Population, Samp
 from atoll.plan.round import bind, step
 from atoll.plan.schedule import NOTHING, Schedule, Tensors
 from atoll.plan.state import State
-from atoll.training.rounds import Training, evaluate
+from atoll.training.evaluation import evaluate
+from atoll.training.rounds import Training
 
 MAX_CLIENTS = 200  # largest number of clients that train one by one
 _LANE_BYTES = 256 << 20
@@ -49,6 +52,7 @@ _JUDGE = Plan(Evaluate(), Mean())
 _ROW_NUMBERS = 1 << 24  # numbers of held-out rows, repeated for the models that are evaluated together
 
 
+@user_scope(Key(0).fold("tool"))
 def compare_baselines(training: Training) -> dict[str, dict[str, Any]]:
     """Train the pooled and local-only baselines of a run: same model, lr, batch and number of samples seen.
 
@@ -68,7 +72,7 @@ def compare_baselines(training: Training) -> dict[str, dict[str, Any]]:
         >>> training = atoll.rounds("softmax", data, atoll.recipes.fedavg(lr=0.1), rounds=2)
         >>> reports = list(training)
         >>> {name: sorted(values)[:2] for name, values in compare_baselines(training).items()}
-        {'pooled': ['accuracy', 'held_out_loss'], 'local': ['accuracy', 'accuracy_max']}
+        {'pooled': ['accuracy', 'balanced_accuracy'], 'local': ['accuracy', 'accuracy_max']}
 
     Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
     """
@@ -92,7 +96,7 @@ def pooled(training: Training) -> dict[str, Any]:
     # The loop is the fastest backend for one client. Another backend changes only the last bits.
     task = replace(training.task, module=copy.deepcopy(training.task.module), numerics="loop")
     state, failed = _train(training, InProcessEngine(task, data), plan, _turns(torch.tensor([share]), count)[:, 0], 0)
-    out: dict[str, Any] = evaluate(state, InProcessEngine(task, data.held()))
+    out: dict[str, Any] = evaluate(state, InProcessEngine(task, data.held())).metrics
     turns = float(_turns(torch.tensor([share]), count).sum())
     out["samples"] = round(turns * float(_seen(plan.local, data.sizes.double())))
     return out | ({} if failed is None else {"diverged": failed})
@@ -224,7 +228,7 @@ def _one_by_one(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> I
     evaluator = InProcessEngine(training.task, training.data.held())
     for at, client in enumerate(ids.tolist()):
         state, failed = _train(training, engine, plan, turns[:, at], client)
-        yield _Evaluated(evaluate(state, evaluator), failed is not None)
+        yield _Evaluated(evaluate(state, evaluator).metrics, failed is not None)
 
 
 def _in_lanes(training: Training, plan: Plan) -> bool:
@@ -296,8 +300,9 @@ def _round(training: Training, plan: Plan, ids: Tensor, t: int, before: Groups) 
     for rows in (*given.means.values(), *given.sums.values()):
         good &= (rows.reshape(len(ids), -1).abs().amax(1) <= LARGEST).to(good.device)
     theta, state = plan.optimizer.update(start.theta, given.means["update"], {}, before["optimizer"], t)
-    model = {"theta": theta} | ({"buffers": given.means["buffers"]} if "buffers" in given.means else {})
-    after = {"model": model, "counters": given.counters, "optimizer": state, "kept": chunk.memory}
+    buffers, counters = join_buffers(task.layout, start.buffers, theta, given.means, given.counters)
+    model = {"theta": theta, "buffers": buffers}
+    after = {"model": model, "counters": {**start.counters, **counters}, "optimizer": state, "kept": chunk.memory}
     return {g: dict(group) for g, group in after.items()}, good
 
 
@@ -311,12 +316,13 @@ def _judged(task: Task, held: Clients, model: Model) -> Iterator[dict[str, float
     rows, k = len(held.order), len(model.theta)
     numbers = min(rows, ROWS) * max(1, held.rows.take(held.order[:1])[0].numel())
     largest = max(2, _ROW_NUMBERS // numbers)
-    finish = {m.name: m.finish for m in task.metrics}
     for at in torch.arange(k).split(largest):
         # A single lane would use other kernels than several lanes, so it is evaluated together with a copy of itself.
         picked = at if len(at) > 1 else at.repeat(2)
         broadcast = Broadcast(0, model.select(picked), {})
         chunk = contribute_chunk(_JUDGE, task, held, broadcast, _starts(torch.zeros_like(picked)), Key(0), {})
         for i in range(len(at)):
-            values = {n: float(s[i]) / rows for n, s in chunk.decoded.sums.items() if n != "rows"}
-            yield {"held_out_loss": values.pop("loss")} | {n: finish[n](v) for n, v in values.items()}
+            sums = chunk.decoded.sums
+            values = {m.name: m.value(sums[m.name][i], rows) for m in task.metrics if m.sums is not None}
+            defined = {n: v for n, v in values.items() if isinstance(v, float) and not math.isnan(v)}
+            yield {"held_out_loss": float(sums["loss"][i]) / rows} | defined

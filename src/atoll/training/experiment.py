@@ -11,9 +11,10 @@ Tests: tests/surface/test_experiment.py
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -21,25 +22,45 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from atoll.base import grammar
 from atoll.base.errors import UsageError, unknown_name
+from atoll.base.lines import TRUST, Change, Line, Part, Text, form
 from atoll.base.names import dotted
-from atoll.training.setting_texts import DATA, GROUP_NAMES, METHOD, OUTPUT, as_text, checked, of_text, read_toml, toml
+from atoll.base.validation import check_arguments
+from atoll.training.known_names import PARTITIONS, RECIPES, check_call, check_data, check_model
+from atoll.training.setting_texts import (
+    DATA,
+    GROUP_NAMES,
+    METHOD,
+    OUTPUT,
+    TEXTS,
+    as_text,
+    checked,
+    of_text,
+    read_toml,
+    toml,
+)
 from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, is_old_default, setting
 
 if TYPE_CHECKING:
     from torch import nn
 
     from atoll.data import Clients, Source
+    from atoll.data.input import Input
     from atoll.data.partition import Partition
     from atoll.engine.protocols import EngineSpec
     from atoll.plan.plan import Plan
     from atoll.runs.events import Run
+    from atoll.runs.predictor import Predictor
     from atoll.training.rounds import Training
 
 CLIENTS, ROWS_EACH = 100, 10
 RECIPE = "fedavg(lr=0.5, batch=10)"
-GENTLE_RECIPE = "fedavg(lr=0.0005, batch=10)"
+REGRESSION_RECIPE = "fedavg(lr=0.05, batch=10)"
 _KEYS = {"dataset": "data", "overrides": "plan"}
-_ABOUT_DATA = {"dataset", "folder", "target", "by", "task", "missing", "scale"}
+_ABOUT_TABLE = (
+    *("target", "by", "task", "missing", "scale", "columns", "drop", "na", "decimal", "dates"),
+    *("max_levels", "classes", "positive", "scale_target", "encoding", "sheet"),
+)
+_ABOUT_DATA = {"dataset", "folder", *_ABOUT_TABLE}
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,12 +72,14 @@ class Experiment(grammar.Value, TrainingFields):
 
     Args:
         dataset: the name of a data set, or the path of a CSV file or of a folder of arrays.
-        folder, target, by, task, missing, scale: how the data is read; `atoll.data.load` explains them.
+        folder, target, by, task, missing, scale, columns, drop, na, decimal, dates, max_levels, classes, positive,
+            scale_target, encoding, sheet: how the data is read; `atoll.data.load` explains them.
+        input: the path of an input.json or of a run, whose columns, levels and statistics are used.
         clients: the number of clients. None: the natural clients if the data has any; otherwise 100, or fewer, so that
             each client has at least ten rows.
         split: the partition. None: the natural clients if the data has any; otherwise `Dirichlet(0.3)` if rows have
             classes, and `IID()` if not.
-        held_out: the fraction of the rows that no client gets, in [0, 1).
+        held_out: the fraction of the rows that no client gets, in [0, 1); or a rule, such as Groups("patient", 0.2).
         min_rows: the smallest number of rows of a client.
         model: a name, or `module:factory`; None: "lstm" if rows contain tokens, otherwise "mlp".
         recipe: a recipe or a whole plan; None: `fedavg`, with a learning rate by the kind of data.
@@ -68,6 +91,7 @@ class Experiment(grammar.Value, TrainingFields):
             `{"pace": "Sync()", "optimizer.lr": "0.5"}`.
         engine_fields: the fields of the engine that `--workers`, `--gpus` and similar flags set.
         untrusted: the names of settings that must not import code, because their text was not typed at this machine.
+        files: the file of each setting that a file gave, for errors.
     Raises:
         UsageError: a value has no text, for example a function as `loss`.
     Example:
@@ -85,12 +109,33 @@ class Experiment(grammar.Value, TrainingFields):
         "Rows of each client: IID(), Pathological(2), … Default: Dirichlet(0.3) if rows have classes.",
         group=DATA,
     )
-    held_out: float = setting(0.2, "Fraction of the rows that no client gets. Default: 0.2.", group=DATA)
+    held_out: float | str = setting(
+        0.2,
+        """Rows that no client gets: a fraction, or PerClient(0.2), Groups("patient", 0.2), After("visit", 0.2),
+        Mask("fold", "test"). Default: 0.2.""",
+        group=DATA,
+    )
     target: str | None = setting(None, "The column of a CSV file to predict. Default: the last.", group=DATA)
     by: str | None = setting(None, "The column of a CSV file that names the client of a row.", group=DATA)
     task: str | None = setting(None, "classification or regression. Default: guessed, and reported.", group=DATA)
     missing: str | None = setting(None, "Treatment of missing numbers: mean or drop.", group=DATA)
     scale: str | None = setting(None, "standard, client or none. Default: standard for tables.", group=DATA)
+    columns: str | None = setting(None, "Features of a table: A,B. Default: all other columns.", group=DATA)
+    drop: str | None = setting(None, "Columns that are no features: A,B.", group=DATA)
+    na: str | None = setting(None, "Texts of missing values, instead of the usual ones: none,-9.", group=DATA)
+    decimal: str | None = setting(None, 'Decimal mark of a table: "," or ".". Default: guessed.', group=DATA)
+    dates: str | None = setting(None, "drop, or a format such as %d.%m.%Y. Default: ISO dates.", group=DATA)
+    max_levels: str | None = setting(
+        None, "Largest number of levels of a text column. 20,other collects the rest. Default: 100.", group=DATA
+    )
+    classes: str | None = setting(None, "The classes in order: A,B. Default: those of the target.", group=DATA)
+    positive: str | None = setting(None, "The positive class of two. Default: the last.", group=DATA)
+    scale_target: str | None = setting(
+        None, "standard or none: the scale of a number to predict. Default: standard.", group=DATA, flag=False
+    )
+    encoding: str | None = setting(None, "Encoding of a CSV file. Default: utf-8.", group=DATA)
+    sheet: str | None = setting(None, "Sheet of an Excel file. Default: the first.", group=DATA)
+    input: str | None = setting(None, "An input.json or a run, whose columns and statistics are used.", group=DATA)
     folder: str | None = setting(None, "Folder of the files of mnist, fashion_mnist and heart.", group=DATA)
     min_rows: int = setting(2, "Smallest number of rows of a client.", group=DATA, flag=False)
     model: str | None = setting(None, "A name, or module:factory. Default: mlp.", group=METHOD)
@@ -102,6 +147,7 @@ class Experiment(grammar.Value, TrainingFields):
     overrides: Mapping[str, str] = field(default_factory=dict)
     engine_fields: Mapping[str, Any] = field(default_factory=dict)
     untrusted: frozenset[str] = field(default=frozenset(), compare=False)
+    files: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -141,11 +187,11 @@ class Experiment(grammar.Value, TrainingFields):
         if file.name == "config.toml":  # a run folder; in the file of a user such a value has a meaning
             given = {key: value for key, value in given.items() if not is_old_default(key, value)}
         if old_names:
-            from atoll.plan.registry import renamed
+            from atoll.plan.formula import renamed
 
             parts = {n: text for n, text in given.items() if n.startswith(("plan.", "recipe"))}
             given |= {n: renamed(text) for n, text in parts.items() if isinstance(text, str)}
-        return cls()._with(given, str(file), trust=trust)
+        return cls()._of_file(given, str(file), trust)
 
     @classmethod
     def found(cls, folder: str | Path = ".", *, trust: bool = False) -> Experiment:
@@ -153,8 +199,17 @@ class Experiment(grammar.Value, TrainingFields):
         for name in ("atoll.toml", "pyproject.toml"):
             file = Path(folder) / name
             if file.is_file() and (values := read_toml(file)) is not None:
-                return cls()._with(dotted(values), name, trust=trust)
+                return cls()._of_file(dotted(values), name, trust)
         return cls()
+
+    def _of_file(self, values: Mapping[str, Any], file: str, trust: bool) -> Experiment:
+        """A copy with the settings of a file. Errors about them have lines for the file."""
+        try:
+            it = self._with(values, file, trust=trust)
+        except UsageError as error:
+            _stands_in_file(error)
+            raise
+        return it._to(files=dict.fromkeys((name.replace("-", "_") for name in values), file))
 
     def with_settings(self, texts: Mapping[str, str], where: str = "--set") -> Experiment:
         """A copy with other settings. They are texts with dotted keys, as in `--set`.
@@ -209,17 +264,18 @@ class Experiment(grammar.Value, TrainingFields):
         for name, value in values.items():
             key = name.replace("-", "_")
             if key.startswith("plan."):
-                _refuse_unknown("slot", key, _slots(), ".".join(key.split(".")[:2]), where)
+                _refuse_unknown("slot", key, _slots(), ".".join(key.split(".")[:2]), value, where)
                 overrides[key[5:]] = value if isinstance(value, str) else repr(value)
             elif key in ENGINE_FIELDS:
                 shorthands[key] = checked(key, value, ENGINE_FIELDS[key].text, ENGINE_FIELDS[key].default, where)
             else:
-                _refuse_unknown("setting", key, (known.keys() - {"plan"}) | ENGINE_FIELDS.keys(), key, where)
+                _refuse_unknown("setting", key, (known.keys() - {"plan"}) | ENGINE_FIELDS.keys(), key, value, where)
                 field_name = known[key]
                 changes[field_name] = checked(key, value, types()[field_name], getattr(_DEFAULT, field_name), where)
             names.add(key)
         untrusted = self.untrusted - names if trust else self.untrusted | names
-        it = self._to(**changes, overrides=overrides, untrusted=untrusted)
+        files = {name: file for name, file in self.files.items() if name not in names}
+        it = self._to(**changes, overrides=overrides, untrusted=untrusted, files=files)
         return it._filled(shorthands, "engine" in changes)
 
     def _filled(self, shorthands: Mapping[str, Any], engine_too: bool) -> Experiment:
@@ -239,9 +295,12 @@ class Experiment(grammar.Value, TrainingFields):
         return self._to(engine_fields={**self.engine_fields, **shorthands})
 
     def _named_engine(self) -> EngineSpec:
+        from atoll.engine.ranks.launch import engine_of_launch
         from atoll.engine.spec import engine
 
-        return engine(self.engine, trust=self._trusts("engine"))
+        text = engine_of_launch() if self.engine == _DEFAULT.engine else self.engine
+        with self._reading("engine"):
+            return engine(text, trust=self._trusts("engine"))
 
     def spec(self) -> EngineSpec:
         """The engine, with the fields that `--workers`, `--gpus` and so on set.
@@ -287,13 +346,26 @@ class Experiment(grammar.Value, TrainingFields):
         """The data set before the split. It is read once."""
         from atoll.data import load
 
-        return load(self.dataset, **{n: getattr(self, n) for n in _ABOUT_DATA - {"dataset"}})
+        options = {name: getattr(self, name) for name in _ABOUT_DATA - {"dataset"}}
+        kept = self._rule_columns()
+        if kept:
+            options["keep"] = kept
+        return load(self.dataset, **options)
+
+    def _rule_columns(self) -> tuple[str, ...]:
+        """The columns that the rule of held-out rows reads."""
+        from atoll.data.held_out import HeldOut, held_out_rule
+
+        rule = held_out_rule(self.held_out, 0) if isinstance(self.held_out, str) else None
+        return rule.columns if isinstance(rule, HeldOut) else ()
 
     def resolved(self) -> Experiment:
         """A copy with the settings that depend on the data: clients, split, model, recipe, and the path of a file."""
         from atoll.data.named import NAMED
 
         changes: dict[str, Any] = {}
+        if self.input is not None:
+            changes["input"] = str((self._input() or Path(self.input)).resolve())
         if self.dataset not in NAMED and Path(self.dataset).exists():
             changes["dataset"] = str(Path(self.dataset).resolve())
         kind = self.source.kind
@@ -301,7 +373,7 @@ class Experiment(grammar.Value, TrainingFields):
         if self.model is None:
             changes["model"] = "lstm" if kind == "tokens" else "mlp"
         if self.recipe is None:
-            changes["recipe"] = RECIPE if classes else GENTLE_RECIPE
+            changes["recipe"] = RECIPE if classes else REGRESSION_RECIPE
         if self.split is None:
             natural = self.source.by is not None
             changes["split"] = "ByColumn()" if natural else "Dirichlet(0.3)" if classes else "IID()"
@@ -316,7 +388,8 @@ class Experiment(grammar.Value, TrainingFields):
         if partition.natural and self.source.names is not None:
             return len(self.source.names)
         own_test = self.source.test is not None
-        train = len(self.source) if own_test else int(len(self.source) * (1 - self.held_out))
+        part = self.held_out if isinstance(self.held_out, (int, float)) else 0.2
+        train = len(self.source) if own_test else int(len(self.source) * (1 - part))
         return max(1, min(CLIENTS, train // max(ROWS_EACH, self.min_rows)))
 
     def _trusts(self, key: str) -> bool:
@@ -326,7 +399,8 @@ class Experiment(grammar.Value, TrainingFields):
         from atoll.data import partition as p
 
         known = (p.IID, p.Dirichlet, p.Pathological, p.Shards, p.Quantity, p.FeatureShift, p.ByColumn)
-        return grammar.parse(text, {c.__name__: c for c in known}, trust=self._trusts("split"))  # type: ignore[no-any-return]
+        with self._reading("split"):
+            return grammar.parse(text, {c.__name__: c for c in known}, trust=self._trusts("split"), kind="partition")  # type: ignore[no-any-return]
 
     def data(self) -> Clients:
         """The clients: the data set after the split.
@@ -336,7 +410,18 @@ class Experiment(grammar.Value, TrainingFields):
         """
         it = self.resolved()
         partition = it._partition(it.split or "")
-        return it.source.split(it.clients, partition, held_out=it.held_out, seed=it.seed, min_rows=it.min_rows)
+        return it.source.split(
+            it.clients, partition, held_out=it.held_out, seed=it.seed, min_rows=it.min_rows, input=it._input()
+        )
+
+    def _input(self) -> Path | None:
+        """The path of the given input."""
+        from atoll import runs
+
+        if self.input is None:
+            return None
+        path = Path(self.input)
+        return path if path.exists() else runs.find_run(self.input, Path(self.out))
 
     def plan(self) -> Plan:
         """The plan: the recipe, with the parts of `overrides` in its slots.
@@ -350,16 +435,35 @@ class Experiment(grammar.Value, TrainingFields):
 
         text = self.recipe or self.resolved().recipe or RECIPE
         names = {r.__name__: r for r in RECIPES} | {"Plan": Plan}
-        built = read_part(text, names, trust=self._trusts("recipe"))
+        with self._reading("recipe"):
+            built = read_part(text, names, trust=self._trusts("recipe"), kind="recipe")
         if not isinstance(built, Plan):
-            raise UsageError(f"{text!r} is a {type(built).__name__}.", "a recipe, or a whole plan.", write=RECIPE)
+            raise UsageError(
+                f"{text!r} is a {type(built).__name__}.", "a recipe, or a whole plan.", write=Change("recipe", RECIPE)
+            )
         plan: Plan = built
         parts: dict[str, Any] = {}  # all slots change at once: two parts that exclude each other may change together
         for slot, text in sorted(self.overrides.items(), key=lambda item: item[0].count(".")):
-            part = read_part(text, trust=self._trusts(f"plan.{slot}"))
+            with self._reading(f"plan.{slot}"):
+                part = read_part(text, trust=self._trusts(f"plan.{slot}"))
             first, *path = slot.split(".")
             parts[first] = _put(parts.get(first, getattr(plan, first)), path, part, slot)
-        return dataclasses.replace(plan, **parts)
+        try:
+            return dataclasses.replace(plan, **parts)
+        except UsageError as error:
+            raise _in_a_slot(error, plan, parts) from None
+
+    @contextlib.contextmanager
+    def _reading(self, key: str) -> Iterator[None]:
+        """Complete an error about the text of a setting: its line is the setting, in the file if that gave the text."""
+        try:
+            yield
+        except UsageError as error:
+            if isinstance(error.write, Text):
+                error.writing(Change(key, [error.write.text] if types().get(key) == TEXTS else error.write.text))
+            if key in self.files:
+                _stands_in_file(error)
+            raise
 
     def module(self) -> nn.Module:
         """Build the model before the first round, for example to load saved parameters into it."""
@@ -371,6 +475,19 @@ class Experiment(grammar.Value, TrainingFields):
         model = self.resolved()._model()
         return models.resolve(model, self.data(), Key(self.seed).fold("model"), dtype).to(dtype)
 
+    def _refuse_untrusted(self, key: str) -> None:
+        """Refuse a loss or metrics that name code, if their text was not typed at this machine."""
+        value: Any = self.loss if key == "loss" else self.metrics
+        texts = (value,) if isinstance(value, str) else value or ()
+        for text in texts:  # `__post_init__` has converted all values to texts
+            if ":" in str(text) and not self._trusts(key):
+                raise UsageError(
+                    f"{key} = {text} names code outside atoll.",
+                    "a name of atoll's own, or trust.",
+                    "this text was not typed at this machine, so it must not import code.",
+                    TRUST,
+                )
+
     def _model(self) -> str:
         """The name of the model. It may name code outside atoll only if it is trusted."""
         model = self.model or "mlp"
@@ -379,7 +496,7 @@ class Experiment(grammar.Value, TrainingFields):
                 f"The model {model} names code outside atoll.",
                 "a model of atoll's own, or --trust.",
                 "this text was not typed at this machine, so it must not import code.",
-                "--trust",
+                TRUST,
             )
         return model
 
@@ -388,9 +505,12 @@ class Experiment(grammar.Value, TrainingFields):
         from atoll import runs
         from atoll.training.stop import RULES
 
+        for key in ("loss", "metrics"):
+            self._refuse_untrusted(key)
         rules: list[Any] = []
         for text in self.stop:
-            rule = grammar.parse(text, RULES, trust=self._trusts("stop"))
+            with self._reading("stop"):
+                rule = grammar.parse(text, RULES, trust=self._trusts("stop"))
             rules += rule if isinstance(rule, (tuple, list)) else [rule]
         init = self.init
         if isinstance(init, str) and not Path(init).exists():
@@ -401,8 +521,26 @@ class Experiment(grammar.Value, TrainingFields):
             values["engine"] = self.spec()
         return {**values, **changes}
 
-    def _checked(self, **changes: Any) -> Settings:
-        """The settings of a training. To check them reads no data."""
+    def check(self, **changes: Any) -> Settings:
+        """Check the settings, the names and the paths. No data is read, and torch is not imported for them.
+
+        Args:
+            changes: values that replace fields of `atoll.Settings`.
+        Returns:
+            The settings of the training.
+        Raises:
+            UsageError: a wrong value, an unknown name, or a path that does not exist.
+        """
+        check_data(self.dataset)
+        for key, text, names, kind in (
+            ("recipe", self.recipe, (*RECIPES, "Plan"), "recipe"),
+            ("split", self.split, PARTITIONS, "partition"),
+        ):
+            if text is not None:
+                with self._reading(key):
+                    check_call(text, names, kind)
+        if self.model is not None:
+            check_model(self.model)
         return Settings.from_kwargs(self._settings(**changes))
 
     def training(self, **changes: Any) -> Training:
@@ -411,9 +549,9 @@ class Experiment(grammar.Value, TrainingFields):
         Args:
             changes: values that replace fields of `atoll.Settings`.
         """
+        settings = self.check(**changes)
         from atoll.training.rounds import Training
 
-        settings = self._checked(**changes)
         it = self.resolved()
         return Training(it._model(), it.data(), it.plan(), settings)
 
@@ -424,11 +562,11 @@ class Experiment(grammar.Value, TrainingFields):
             more: further arguments of `atoll.train`; they take precedence over the experiment. With `resume=`, the
                 training keeps the backend and the device of the run.
         """
+        known = Settings.__dataclass_fields__.keys() | ENGINE_FIELDS.keys()  # `check` refuses a field of an engine
+        changes = {name: value for name, value in more.items() if name in known}
+        self.check(**changes)
         from atoll.training.train import train
 
-        known = Settings.__dataclass_fields__.keys() | ENGINE_FIELDS.keys()  # `_checked` refuses a field of an engine
-        changes = {name: value for name, value in more.items() if name in known}
-        self._checked(**changes)
         it = self.resolved()
         if more.get("resume") is not None:
             it = it._kept(Path(more["resume"]))
@@ -500,17 +638,42 @@ def types() -> dict[str, Any]:
 
 
 def _slots() -> list[str]:
-    from atoll.plan.plan import Plan
+    from atoll.plan.formula import DEFAULTS
 
-    return [f"plan.{f.name}" for f in dataclasses.fields(Plan)]
+    return [f"plan.{slot}" for slot in DEFAULTS]
 
 
-def _refuse_unknown(kind: str, key_given: str, known: Iterable[str], key: str, where: str) -> None:
+def _refuse_unknown(kind: str, key_given: str, known: Iterable[str], key: str, value: Any, where: str) -> None:
     """Refuse a key that is in no table. The error names the source, for example a file."""
     if key not in (names := set(known)):
-        error = unknown_name(kind, key_given, names)
+        error = unknown_name(kind, key_given, names, lambda near: Change(near, _of_kind(near, value)))
         place = "" if where in ("", "--set") else f"{where}: "
         raise UsageError(f"{place}{error.given}", error.required, write=error.write)
+
+
+def _stands_in_file(error: UsageError) -> None:
+    """Give the error of a text in a file a line for the file, if its line has such a form."""
+    if form(error.write, "file"):
+        error.at("file")
+
+
+def _in_a_slot(error: UsageError, plan: Plan, parts: Mapping[str, Any]) -> UsageError:
+    """The error of a plan with other parts. A part as its line becomes the slot in which the part makes a plan."""
+    from atoll.plan.registry import read_part
+
+    with contextlib.suppress(UsageError):
+        part = read_part(error.line)
+        for slot in (f.name for f in dataclasses.fields(plan)):
+            with contextlib.suppress(UsageError):
+                dataclasses.replace(plan, **{**parts, slot: part})
+                return error.writing(Part(error.line, slot))
+    return error
+
+
+def _of_kind(key: str, value: Any) -> Any:
+    """A value with the type of a setting, for the line of an error. A text may be a number or a list."""
+    kind = {key_of(name): kind for name, kind in types().items()}.get(key, str)
+    return of_text(value, kind) if isinstance(value, str) else value
 
 
 def _put(value: Any, path: list[str], part: Any, slot: str) -> Any:
@@ -524,26 +687,152 @@ def _put(value: Any, path: list[str], part: Any, slot: str) -> Any:
             unknown_name(kind, path[0], names)
             if names
             else UsageError(
-                f"plan.{slot}: {value!r} has no fields.", "a part with fields.", write=f"plan.{slot.rpartition('.')[0]}"
+                f"plan.{slot}: {value!r} has no fields.",
+                "a part with fields.",
+                write=Change(f"plan.{slot.rpartition('.')[0]}", repr(value)),
             )
         )
     return dataclasses.replace(value, **{path[0]: _put(getattr(value, path[0]), path[1:], part, slot)})
 
 
-def load(path: str | Path, model: Any = None, *, best: bool = False) -> nn.Module:
-    """The model of a run, as a new module in evaluation mode.
+@check_arguments
+def load(path: str | Path, model: Any = None, *, best: bool = False, trust: bool = False) -> nn.Module:
+    """The model of a run, as a new module in evaluation mode. It takes prepared rows; `predictor` takes raw rows.
+
+    A named model is rebuilt from the run's input.json. No training data is read, except for a run of an earlier
+    version, which has no such file.
 
     Args:
-        path: the run folder.
-        model: a module of the same architecture, if the run was trained from a module; None builds it from config.toml.
+        path: the run folder, the name of a run in ./runs, or "latest".
+        model: a module of the same architecture, if the run was trained from a module; None builds a named model.
         best: whether the best model is loaded instead of the last.
+        trust: whether the run folder may name code outside atoll, as `module:name`.
+    Raises:
+        UsageError: the run has not ended, or its model cannot be built from its files.
     """
     from safetensors.torch import load_file
 
-    folder = Path(path)
+    from atoll.runs.folder import HIDDEN
+
+    folder = _run_folder(path)
     file = folder / ("best.safetensors" if best else "model.safetensors")
     if not file.is_file():
         raise UsageError(f"{file} does not exist.", "a run that has ended.", write=f"atoll resume {folder.name}")
-    module = Experiment.read(folder / "config.toml", old_names=True).module() if model is None else model
-    module.load_state_dict(load_file(file))
+    module = _rebuilt(folder, trust) if model is None else model
+    tensors = load_file(file)
+    _refuse_other_model(folder, module, tensors)
+    extra = {n: value for n, value in module.state_dict().items() if n.endswith("_extra_state")}
+    module.load_state_dict({**extra, **tensors})
+    hidden = file.with_name(file.stem + HIDDEN)
+    if hidden.is_file():
+        buffers = dict(module.named_buffers())
+        for name, tensor in load_file(hidden).items():
+            buffers[name].copy_(tensor)
     return module.eval()
+
+
+@check_arguments
+def predictor(path: str | Path, model: Any = None, *, best: bool = False, trust: bool = False) -> Predictor:
+    """A predictor of a run: it takes raw rows, and answers with names of classes or numbers in the target's units.
+
+    Args:
+        path, model, best, trust: as in `load`.
+    Raises:
+        UsageError: as in `load`, or the run has no input.json.
+    Example:
+        >>> import atoll, tempfile
+        >>> data = atoll.data.load("wine").split(clients=3)
+        >>> where = {"out": tempfile.mkdtemp(), "report": False}
+        >>> run = atoll.train("softmax", data, atoll.recipes.fedavg(0.1), rounds=2, **where)
+        >>> row = {name: [1.0] for name in data.columns}
+        >>> bool(atoll.predictor(run.path).predict(row) == run.predictor.predict(row))
+        True
+    """
+    from atoll.compute.loss import LOSSES, loss_of
+    from atoll.compute.metrics import METRICS, metric_of
+    from atoll.runs.predictor import predictor_of
+    from atoll.training.rounds import LOSSES as BY_KIND
+    from atoll.training.rounds import metrics_of, metrics_of_kind
+
+    folder = _run_folder(path)
+    found = _input_of(folder)
+    module = load(folder, model, best=best, trust=trust)
+    config = read_toml(folder / "config.toml") or {}
+    loss, metrics = config.get("loss"), config.get("metrics")
+    binary = found.classes is not None and len(found.classes) == 2 and _width(module, found) == 1
+    name = str(loss) if loss in LOSSES else "binary_cross_entropy" if binary else BY_KIND[found.kind]
+    name = "cross_entropy(axis=-1)" if name == "cross_entropy" else name
+    default = metrics_of_kind(found.kind, found.classes)
+    names = [n for n in metrics if n in METRICS] if isinstance(metrics, list) else default
+    each = [metric_of(m, loss_of(name)) for m in metrics_of(names, name, found)]
+    return predictor_of(module, found, loss_of(name), tuple(each))
+
+
+def _width(module: nn.Module, found: Input) -> int:
+    """The number of outputs of a model for one row."""
+    import torch
+
+    dtype = torch.float64 if found.dtype == "float64" else torch.float32
+    x = torch.zeros(2, *found.features, dtype=dtype if found.tokens is None else torch.int64)
+    with torch.no_grad():
+        output = module(x)
+    return int(output.shape[-1]) if output.dim() > 1 else 1
+
+
+def _run_folder(path: str | Path) -> Path:
+    """The folder of a run, from its path or its name in `runs`."""
+    from atoll import runs
+
+    folder = Path(path)
+    return folder if folder.is_dir() else runs.find_run(path, Path("runs"))
+
+
+def _input_of(folder: Path) -> Input:
+    from atoll.data.input import Input
+
+    if not (folder / "input.json").is_file():
+        raise UsageError(
+            f"{folder.name} has no input.json.",
+            "a run with its input.",
+            "a version of atoll before this file wrote the run; resuming it writes the file.",
+            f"atoll resume {folder.name}",
+        )
+    return Input.read(folder)
+
+
+def _rebuilt(folder: Path, trust: bool) -> nn.Module:
+    """The model of a run, built from its files."""
+    from atoll import models
+    from atoll.base.random import Key
+    from atoll.training.rounds import DTYPES
+
+    config = read_toml(folder / "config.toml") or {}
+    name, from_python = str(config.get("model", "mlp")), bool(config.get("python"))
+    code = ":" in name
+    if code and (from_python or not trust):
+        raise UsageError(
+            f"The model of {folder.name} is {name}, which is no model of atoll's own.",
+            "the module, or trust=True if the run folder may import code." if not from_python else "the module.",
+            "the folder contains numbers, and no code.",
+            Line(f"atoll.load({str(folder)!r}, model)", "" if from_python else "--trust"),
+        )
+    if not from_python and not (folder / "input.json").is_file():
+        # An earlier version wrote the run. The data set has the sizes of the model.
+        return Experiment.read(folder / "config.toml", trust=trust, old_names=True).module()
+    found = _input_of(folder)
+    return models.resolve(name, found, Key(int(config.get("seed", 0))).fold("model"), DTYPES[found.dtype])
+
+
+def _refuse_other_model(folder: Path, module: nn.Module, tensors: Mapping[str, Any]) -> None:
+    """Refuse a module whose tensors differ from those of the run; the error names them."""
+    ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if ours == theirs:
+        return
+    names = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+    listed = ", ".join(f"{n}: {ours.get(n, 'absent')}, and not {theirs.get(n, 'absent')}" for n in names[:5])
+    raise UsageError(
+        f"The module has other tensors than {folder.name}: {listed}.",
+        "a module of the same architecture.",
+        "each tensor of the run has one place in the module.",
+    )

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from atoll import runs
 from atoll.base.errors import RunError, UsageError
-from atoll.base.names import under, without_prefix
+from atoll.base.lines import Line
+from atoll.base.names import COUNTS, under, without_prefix
 from atoll.compute.model_state import Model
-from atoll.plan.registry import renamed
+from atoll.plan.formula import renamed
 from atoll.plan.round import FlightTimes, Report
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.events import Run
+from atoll.runs.folder import HIDDEN
 from atoll.training import stop as stops
-from atoll.training.rounds import Training, identity, start_from
+from atoll.training.rounds import Training, identity, refuse_other_input, start_from
 
 # The columns of the event "trips", in the order of the fields of `FlightTimes`. Readers of run folders use these names.
 _TRIP_COLUMNS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
@@ -36,10 +38,21 @@ class Recorder:
         out: the parent of the run folder; None writes no file.
         config: the text of config.toml.
         checkpoint_s: the number of seconds between two checkpoints.
+        store: commits every round in one transaction, before the engine commits it. None: checkpoints are
+            written by time.
     """
 
-    def __init__(self, training: Training, out: str | Path | None, config: str, checkpoint_s: float) -> None:
+    def __init__(
+        self,
+        training: Training,
+        out: str | Path | None,
+        config: str,
+        checkpoint_s: float,
+        store: runs.Commit | None = None,
+    ) -> None:
         self.training, self.out, self.config, self.checkpoint_s = training, out, config, checkpoint_s
+        self.store = store
+        training.commits = store is None
         self.folder: runs.RunFolder | None = None
         self.reports: list[Report] = []
         self.best: dict[str, Any] = {}
@@ -54,11 +67,16 @@ class Recorder:
         if self.folder is None and self.out is not None:
             t = self.training
             about = runs.environment(why=t.reason, **identity(t), **t.where())
-            self.folder = runs.RunFolder.create(Path(self.out), self.config, about)
-            self.folder.event(
-                "start", plan=repr(t.plan), numerics=t.task.numerics, why=t.reason, notes=list(t.data.notes)
-            )
+            self.folder = runs.RunFolder.create(Path(self.out), self.config, about, self.store, t.input.encode())
+            self._begin_log()
         return None if self.folder is None else self.folder.path
+
+    def _begin_log(self) -> None:
+        """Write the first event of a run."""
+        t = self.training
+        if self.folder is not None:
+            notes = list(t.notes)
+            self.folder.event("start", plan=repr(t.plan), numerics=t.task.numerics, why=t.reason, notes=notes)
 
     def begin(self, resume: str | Path | None, any_version: bool) -> None:
         """If a run is resumed, load its last checkpoint in every process of the training."""
@@ -68,19 +86,24 @@ class Recorder:
 
     def resume(self, path: Path, any_version: bool) -> None:
         """Continue a run from its last checkpoint. A folder that is refused is not changed."""
-        self.folder = runs.RunFolder.open(path)
+        self.folder = runs.RunFolder.open(path, self.store)
         try:
             checkpoint = self.folder.restore(any_version=any_version)
-            self._refuse_other(checkpoint.facts if checkpoint else runs.read_environment(path), path.name)
+            refuse_other_input(path, self.training.input)
+            self._refuse_other(checkpoint.facts if checkpoint else runs.read_environment(path), path)
             if checkpoint is not None:
                 self._load(checkpoint)
             self.folder.truncate_logs()
+            runs.write(path / "input.json", self.training.input.encode())  # runs of before lack this file
+            if checkpoint is None and self.store is not None:
+                self._begin_log()  # the first event was not committed
         except BaseException:
             self.folder.close()
             raise
 
-    def _refuse_other(self, recorded: Mapping[str, Any], name: str) -> None:
+    def _refuse_other(self, recorded: Mapping[str, Any], path: Path) -> None:
         """Refuse to resume if model, data, plan or settings of the training differ from those of the run."""
+        name = path.name
         if "plan" in recorded:  # a run of before recorded former names of renamed parts
             recorded = {**recorded, "plan": renamed(recorded["plan"])}
         for fact, ours in identity(self.training).items():
@@ -90,7 +113,9 @@ class Recorder:
                     f"{name} started with another {name_of_fact}: {recorded[fact]}. This training has {ours}.",
                     f"the same {name_of_fact}.",
                     "the result would belong to neither training.",
-                    f"atoll run --init {name}" if name_of_fact == "data" else f"atoll show {name}",
+                    Line(f"init={str(path)!r}", f"atoll run --init {name} --input {name}")
+                    if name_of_fact == "data"
+                    else f"atoll show {name}",
                 )
 
     def _load(self, checkpoint: runs.Checkpoint) -> None:
@@ -122,8 +147,11 @@ class Recorder:
             self.folder.event("clients", round=report.round, **_brief(report.clients))
             if report.trips:
                 self.folder.event("trips", round=report.round, **_columns(report.trips))
-            if time.monotonic() - self._last >= self.checkpoint_s or (t.outcome and not t.outcome.failed):
+            due = self.store is not None or time.monotonic() - self._last >= self.checkpoint_s or t.outcome is not None
+            if due and not (t.outcome and t.outcome.failed):
                 self.checkpoint()
+                if self.store is not None:
+                    t.engine.commit(report.round)
         self._recorded = t.state.round
         return report
 
@@ -144,6 +172,7 @@ class Recorder:
         best = None
         if self.best_model is not None and self.best["round"] != self._saved_best:
             best = _state_dict(t, self.best_model)
+            self._save_hidden("best", self.best_model)
         ids, rows = t.memory.changed()
         memory = {"ids": ids, **under("rows/", rows)} if len(ids) else {}
         facts = {
@@ -159,11 +188,23 @@ class Recorder:
         self._saved_best = self.best["round"] if self.best else -1
         self._last = time.monotonic()
 
-    def fail(self, error: BaseException) -> None:
-        """Record that a round failed, and write a checkpoint of the state before this round.
+    def _save_hidden(self, stem: str, model: Model) -> None:
+        """Write the buffers that `state_dict` leaves out, if the model has any, next to the file of the model."""
+        layout = self.training.task.layout
+        names = [e.name for e in layout.entries if not e.persistent]
+        if names and self.folder is not None:
+            tensors = layout.state_dict(model.theta, model.buffers, {**model.counters, **model.fixed}, hidden=True)
+            self.folder.save(f"{stem}{HIDDEN}", {n: tensors[n] for n in names})
 
-        The state is only written if no part of the failed round was recorded. Otherwise, and after a second Ctrl-C,
-        only the last checkpoint is known to be complete.
+    def fail(self, error: BaseException) -> None:
+        """Record that an error ended the training, and write a checkpoint of the state before the failed round.
+
+        No checkpoint is written in two cases: the training already has the state after the failed round, or the user
+        pressed Ctrl-C a second time. (The first Ctrl-C lets the round finish.) The run then resumes from its last
+        checkpoint.
+
+        Args:
+            error: the error. A `KeyboardInterrupt` is recorded as "interrupted", any other error as "failed".
         """
         if self.folder is None:
             return
@@ -176,6 +217,12 @@ class Recorder:
             self.folder.event("stop", status=status, reason=str(error) or type(error).__name__)
             if not interrupted and self.training.state.round == self._recorded:
                 self.checkpoint()
+
+    def note(self, text: str) -> None:
+        """Write a text into the run as a note of the last round."""
+        if self.folder is not None:
+            with contextlib.suppress(RunError):  # if the disk is full, `end` reports it
+                self.folder.event("note", round=max(self.training.state.round - 1, 0), text=text)
 
     def end(self, interrupted: bool, *, baselines: bool, report: bool) -> Run:
         """Train the baselines if they were requested, write the result, and draw the report. Returns the run."""
@@ -201,6 +248,9 @@ class Recorder:
             tuple(self.reports),
             t.model,
             compared,
+            t.notes,
+            t.input,
+            t.task,
         )
         if self.folder is None:
             return run
@@ -211,11 +261,14 @@ class Recorder:
             if status != "failed":
                 self.checkpoint()
                 self.folder.save("model.safetensors", _state_dict(t, t.state.model))
+                self._save_hidden("model", t.state.model)
             self.folder.finish()
+            if t.evaluation.clients:
+                self.folder.save_clients(_client_table(t))
             if report:
                 from atoll.report.draw import draw
 
-                draw(self.folder.path, t.data)
+                draw(self.folder.path, t.data if t.data.count else None)
         finally:
             self.folder.close()
         return run
@@ -226,8 +279,15 @@ class Recorder:
             out |= r.metrics
         if not out and self.folder is not None:
             for row in runs.read_rows(self.folder.path / "metrics.jsonl"):
-                out |= {n: v for n, v in row.items() if n not in runs.COUNTS and v is not None}
+                out |= {n: v for n, v in row.items() if n not in COUNTS and v is not None}
         return out
+
+
+def _client_table(t: Training) -> dict[str, list[Any]]:
+    """The held-out values of each client by column; an undefined value is None."""
+    names = t.data.names or range(t.data.count)
+    columns = {n: [None if v != v else v for v in values.tolist()] for n, values in t.evaluation.clients.items()}
+    return {"client": list(names), **columns}
 
 
 def metrics_row(report: Report, versions: int = 0) -> dict[str, Any]:

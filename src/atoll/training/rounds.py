@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Self, Unpack, cast
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -20,17 +22,24 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from atoll import models
-from atoll.base.errors import RunError, UsageError
+from atoll.base.errors import AtollError, Note, RunError, UsageError
+from atoll.base.lines import Change, Line, quoted
 from atoll.base.names import under, without_prefix
-from atoll.base.random import Key
+from atoll.base.random import GeneratorWatch, Key, user_modes, user_scope
 from atoll.compute import limits
 from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.device import check_precision, move_rows
-from atoll.compute.loss import Metric
+from atoll.compute.loss import ClassWeighted, PerExample, built_in, loss_of
+from atoll.compute.metrics import Metric, in_units, metric_of
 from atoll.compute.model_state import Model
 from atoll.compute.task import Task
+from atoll.compute.user_code import PASSES, missed_draw
 from atoll.data.clients import Clients
-from atoll.engine.choose_backend import Choice, choose
+from atoll.data.input import Input, first_difference
+from atoll.data.rows import in_memory, keyed
+from atoll.data.schema import Schema
+from atoll.engine.check_answers import fitting_metrics, has_single_logit, sum_lengths
+from atoll.engine.choose_backend import Choice, choose, choose_without_rows
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.protocols import Engine
@@ -38,39 +47,67 @@ from atoll.engine.simulation.fleet import Fleet
 from atoll.engine.spec import spec_name
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
-from atoll.plan.in_flight import InFlight
 from atoll.plan.local import Evaluate, Gradient, Train
 from atoll.plan.plan import Plan
-from atoll.plan.round import Report, bind, close_round, draw_cohort, open_round, step
+from atoll.plan.registry import read_part
+from atoll.plan.round import Report, bind, draw_cohort, step
 from atoll.plan.state import State
+from atoll.recipes import RECIPES
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.fingerprint import fingerprint
+from atoll.runs.folder import HIDDEN
 from atoll.training import stop as stops
+from atoll.training.evaluation import HeldOutValues, class_weights, evaluate
+from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, reference_rows
 from atoll.training.settings import Settings, SettingsDict, listed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
-JUDGES = {"classification": ("accuracy",), "regression": ("rmse",), "tokens": ("accuracy",)}
+JUDGES = {
+    "classification": ("accuracy", "balanced_accuracy"),
+    "regression": ("rmse", "mae", "r2"),
+    "tokens": ("accuracy",),
+}
 _JUDGE = Plan(Evaluate(), Mean())
 
 
 class Training:
     """A training that runs round by round: `for report in atoll.rounds(model, data, plan): ...`.
 
-    Each step is `atoll.plan.round.step`. Between two rounds `state`, `model` and `evaluate()` may be used.
+    Each step is `atoll.plan.round.step`. Between two rounds `state`, `model` and `evaluate()` may be used. The end of
+    the loop closes the engine, also after `break` or an error. A caller of `next` uses `with atoll.rounds(...) as it`.
 
     Args:
         model: a name, an `nn.Module`, or a function that makes one.
-        data: the clients.
-        plan: the algorithm.
+        data: the clients; or a `Schema`, if the engine is a network and the clients have their own rows.
+        plan: the algorithm, or its text, such as "fedavg(0.1)".
         settings: the settings of the training.
     Raises:
         UsageError: model, data, plan and settings do not fit.
     """
 
-    def __init__(self, model: Any, data: Clients, plan: Plan, settings: Settings) -> None:
-        _refuse_other(data, plan)
+    def __init__(self, model: Any, data: Clients | Schema, plan: Plan | str, settings: Settings) -> None:
+        plan = plan_from_text(plan) if isinstance(plan, str) else plan
+        with user_scope(Key(settings.seed).fold("start")):
+            self._open(model, data, plan, settings)
+        for note in self.task.notes:
+            warnings.warn(note, Note, stacklevel=3)
+
+    def _open(self, model: Any, data: Clients | Schema, plan: Plan, settings: Settings) -> None:
+        """Build the task and the engine, and set the state before the first round."""
+        _refuse_other(data, plan, settings)
+        if isinstance(data, Clients) and not settings.spec.needs_rows:
+            data = Schema.of(data)
+        data = data.without_clients() if isinstance(data, Schema) else data
+        if settings.draws:
+            held = None if data.held_out is None else keyed(data.held_out, None, forced=True)
+            data = replace(data, rows=keyed(data.rows, None, forced=True), held_out=held)
         self.data, self.settings = data, settings
+        self.input = data.described(settings.dtype)
+        if isinstance(settings.init, (str, Path)):
+            path = Path(settings.init)
+            folder = path if path.is_dir() else path.parent
+            refuse_other_input(folder, self.input)
         self.fleet = settings.fleet if isinstance(settings.fleet, Fleet) else None
         options = settings.options(plan, model if isinstance(model, str) else None)
         settings.spec.check(options)
@@ -79,25 +116,35 @@ class Training:
         self.engine = settings.spec.build(options)
         try:
             self._begin(task, plan)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.close_after(error)
             raise
 
     def _begin(self, task: Task, plan: Plan) -> None:
         """Open the engine and set the state before the first round."""
         settings = self.settings
         self.task, self.reason = _chosen(task, self.data, plan, settings, self.engine)
+        rows = self.data if self.data.count else Schema.of(self.data).synthetic()
+        self.task = replace(self.task, lengths=sum_lengths(self.task, rows))
         near = move_rows(self.data, task.device)  # the fingerprint of the data is taken from the rows on the host
         self.engine.open(self.task, near)
-        self.evaluator = None
+        self.evaluator, self.evaluation = None, HeldOutValues({})
         if self.data.held_out is not None and settings.evaluate_every:
             self.evaluator = InProcessEngine(self.task, near.held(), settings.chunk)
+        if settings.evaluate in ("clients", "both") and self.data.held_owner is None:
+            raise UsageError(
+                f"evaluate={settings.evaluate!r}, and no held-out row belongs to a client.",
+                "held-out rows of natural clients, or clients that a partition draws.",
+                "the rows of each client are evaluated.",
+                Change("evaluate", "pooled"),
+            )
         self.memory = Memory(plan.memory(self.task.layout))
         start = None if settings.init is None else start_from(settings.init, self.task)
         self.state = State.first(plan, self.task, settings.seed, self.memory, start)
-        draw_cohort(plan, self.state, self.engine.population, self.state.key())  # refuses a cohort that cannot be drawn
-        self.plan = bind(plan, self.engine)
-        self.engine.check_start(self.plan, self.state)
+        self.plan, self._bound = plan, -1
+        self.commits = True  # False: a recorder that commits every round reports its commits to the engine
+        if self.data.count:
+            self._bind()
         self.first = self.state.model  # the start of the training; the loop backend writes into the module itself
         self.rules = (stops.Rounds(settings.rounds), stops.Diverged(), settings.stop)
         if isinstance(plan.local, (Gradient, Train)) and isinstance(plan.codec, Identity):
@@ -113,6 +160,18 @@ class Training:
         self.share()
         self.first = self.state.model
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The choices that atoll made for the user: about the data, and about the model, the loss and the metrics."""
+        return (*self.data.notes, *self.task.notes)
+
+    def _bind(self) -> None:
+        """Bind the plan to the population, when it is known and each time that it has changed."""
+        population = self.engine.population
+        draw_cohort(self.plan, self.state, population, self.state.key())  # refuses a cohort that cannot be drawn
+        self.plan, self._bound = bind(self.plan, self.engine), population.version
+        self.engine.check_start(self.plan, self.state)
+
     def where(self) -> dict[str, Any]:
         """Facts about the engine for `environment.json`."""
         return {"engine": spec_name(self.settings.spec), **self.engine.describe()}
@@ -123,15 +182,26 @@ class Training:
             self._closed = True
             self.engine.close()
 
+    def close_after(self, error: BaseException) -> None:
+        """Close the engine because of an error. An error of the closing becomes a note of the first error."""
+        try:
+            self.close()
+        except Exception as other:
+            error.add_note(f"Closing the engine failed too: {type(other).__name__}: {other}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, GeneratorExit):
+            self.close()
+        else:
+            self.close_after(error)
+
     def __iter__(self) -> Iterator[Report]:
-        while self.outcome is None:
-            try:
-                report = self.next()
-            except BaseException:
-                self.close()
-                raise
-            yield report
-        self.close()
+        with self:  # also closes the engine if the caller leaves the loop
+            while self.outcome is None:
+                yield self.next()
 
     def next(self) -> Report:
         """Run one round, evaluate the model, and apply the rules that end the training.
@@ -140,33 +210,122 @@ class Training:
             RunError: the round failed; the state is the one before this round. An error of the evaluation comes after
                 the step: the state is then the one after this round, and the engine has committed the round.
         """
-        began = time.perf_counter()
-        with use_pool(self._buffers), self._threads():
-            self.state, report = step(self.plan, self.state, self.engine)
-        spent = time.perf_counter() - began
-        last = self.state.round >= self.settings.rounds
-        every = self.settings.evaluate_every
+        self.engine.await_clients(self.plan, self.state)
+        if self.engine.population.version != self._bound:
+            self._bind()
+        watched = self._runs_user_code and not self.settings.draws
+        with user_scope(self.state.key().fold("user")) if self.settings.draws else user_modes():
+            draws = GeneratorWatch() if watched else None
+            before, began = self.state, time.perf_counter()
+            with use_pool(self._buffers), self._threads():
+                self.state, report = step(self.plan, self.state, self.engine)
+            spent = time.perf_counter() - began
+            metrics, every = self._training_metrics(report), self.settings.evaluate_every
+            last = self.state.round >= self.settings.rounds
+            if self.evaluator is not None and (last or self.state.round % every == 0):
+                try:
+                    self.evaluation = self._evaluated()
+                    metrics |= self.evaluation.metrics
+                except BaseException:
+                    self._accept(report.to(metrics=metrics, seconds=spent))
+                    raise
+            report = report.to(metrics=metrics, seconds=spent, fingerprint=fingerprint(self.state.model.theta))
+            if draws is not None and draws.found():
+                draws.restore()
+                self.state = before
+                raise missed_draw(before.round)
+            report = sync_report(self.engine, report)
+            self._accept(report)
+            return report
+
+    @cached_property
+    def _runs_user_code(self) -> bool:
+        """Whether a round calls code of the user: a module, a loss, a metric or a Dataset."""
+        return not self.task.findings.built_in or not in_memory(self.data.rows)
+
+    def _training_metrics(self, report: Report) -> dict[str, float]:
+        """The metrics of the clients in a round. One with the name of a metric of held-out rows gets a prefix."""
         judged = {m.name for m in self.task.metrics} if self.evaluator is not None else set()
-        metrics = {f"training_{n}" if n in judged else n: v for n, v in report.metrics.items()}
-        if self.evaluator is not None and (last or self.state.round % every == 0):
-            try:
-                metrics |= self.evaluate()
-            except BaseException:
-                self._accept(report.to(metrics=metrics, seconds=spent))
-                raise
-        report = report.to(metrics=metrics, seconds=spent, fingerprint=fingerprint(self.state.model.theta))
-        report = sync_report(self.engine, report)
-        self._accept(report)
-        return report
+        metrics = {n: v for n, v in report.metrics.items() if n not in judged}
+        for name in judged & report.metrics.keys():
+            free = f"training_{name}"
+            while free in metrics:
+                free = f"training_{free}"
+            metrics[free] = report.metrics[name]
+        return metrics
 
     def _accept(self, report: Report) -> None:
         """Add a round to the totals, apply the rules, and commit it in the engine, except if the training diverged."""
         self.seconds += report.seconds
         self.bytes_up += report.bytes_up
         self.bytes_down += report.bytes_down
-        self.watch, self.outcome = stops.update(self.rules, self.watch, report)
-        if self.outcome is None or not self.outcome.failed:
+        self.watch, self.outcome = stops.update(self.rules, self._referred(report), report)
+        if self.outcome is not None and not self.outcome.failed:
+            self.outcome = self._judged(report, self.outcome)
+        if self.commits and (self.outcome is None or not self.outcome.failed):
             self.engine.commit(report.round)
+
+    def _referred(self, report: Report) -> dict[str, Any]:
+        """The memory of the rules, with the references of `Diverged`.
+
+        The loss of the start model needs a pass over the rows. It is computed only if the loss of a round is high.
+        """
+        watch, loss = dict(self.watch), report.metrics.get("loss")
+        if loss is None or not self._comparable:
+            return watch
+        for name, rule in stops.each(self.rules):
+            if isinstance(rule, stops.Diverged):
+                memory = {**(watch.get(name) or rule.init())}
+                if memory["first"] is None:
+                    memory["first"] = self._constant
+                known = memory["first"]
+                if known is not None and "start" not in memory and rule.exceeded(loss, known):
+                    memory["start"] = self._start_loss
+                    memory["first"] = max(known, memory["start"] or known)
+                watch[name] = memory
+        return watch
+
+    def _judged(self, report: Report, outcome: stops.Outcome) -> stops.Outcome:
+        """The outcome of the last round: failed if its loss is far above the reference of `Diverged`."""
+        loss, constant = report.metrics.get("loss"), self._constant
+        if loss is None or not self._comparable:
+            return outcome
+        for name, rule in stops.each(self.rules):
+            if isinstance(rule, stops.Diverged):
+                reference = self.watch[name]["first"] if constant is not None else self._start_loss
+                failed = None if reference is None else rule.last_round(loss, reference, report.round)
+                if failed is not None:
+                    return failed
+        if constant and loss > WORSE_THAN_CONSTANT * constant:
+            worse = f"The training loss {loss:.4g} is above {constant:.4g}, the loss of a constant answer"
+            return replace(outcome, reason=f"{outcome.reason} {worse}: `atoll lr` suggests a learning rate.")
+        return outcome
+
+    @property
+    def _comparable(self) -> bool:
+        """Whether the loss in reports is the loss of the task. The loss of a `Custom` part may be any number."""
+        return isinstance(self.plan.local, (Gradient, Train))
+
+    @cached_property
+    def _reference(self) -> Clients | None:
+        return reference_rows(self.data, self.settings.seed)
+
+    @cached_property
+    def _constant(self) -> float | None:
+        return None if self._reference is None else constant_loss(self.task.loss, self._reference)
+
+    @cached_property
+    def _start_loss(self) -> float | None:
+        """The loss of the start model on the reference rows; None if it cannot be computed."""
+        if self._reference is None:
+            return None
+        engine = InProcessEngine(self.task, move_rows(self._reference, self.task.device), self.settings.chunk)
+        try:
+            return evaluate(replace(self.state, model=self.first), engine).metrics["held_out_loss"]
+        except AtollError:
+            return None
+        finally:
+            engine.close()
 
     def _threads(self) -> AbstractContextManager[None]:
         """One thread for torch during short native code, because threads that torch wakes up would occupy its cores."""
@@ -175,11 +334,26 @@ class Training:
         return threads_for(self.task, plan=self.plan) if small and native else nullcontext()
 
     def evaluate(self, engine: InProcessEngine | None = None) -> dict[str, float]:
-        """Evaluate the current model on the held-out rows, or on the clients of another engine."""
+        """Evaluate the current model on the held-out rows, or on the rows of another engine."""
+        return self._evaluated(engine).metrics
+
+    def _evaluated(self, engine: InProcessEngine | None = None) -> HeldOutValues:
         engine = engine or self.evaluator
         if engine is None:
-            return {}
-        return evaluate(self.state, engine)
+            return HeldOutValues({})
+        with user_scope(self.state.key().fold("user")):
+            if engine is not self.evaluator or self.settings.evaluate == "pooled" or not self.by_client:
+                return evaluate(self.state, engine)
+            return evaluate(self.state, engine, self.data.held_owner, self.data.count)
+
+    @property
+    def by_client(self) -> bool:
+        """Whether the held-out rows of each client are evaluated."""
+        if self.data.held_owner is None:
+            return False
+        return self.settings.evaluate in ("clients", "both") or (
+            self.settings.evaluate is None and self.data.names is not None
+        )
 
     @property
     def selection_metric(self) -> tuple[str, bool]:
@@ -193,7 +367,8 @@ class Training:
     @property
     def model(self) -> nn.Module:
         """A new module with the current parameters."""
-        return self.task.result(self.state.model)
+        with user_modes():
+            return self.task.result(self.state.model)
 
     def share(self) -> None:
         """Copy the state of the primary process to all processes of the training, with its client state and rules."""
@@ -234,26 +409,119 @@ def identity(training: Training) -> dict[str, Any]:
         "device": training.task.device.type,
         "layout": f"{layout.d} parameters, {layout.dtype}, {sha256(repr(layout.entries).encode()).hexdigest()[:12]}",
         "seed": training.settings.seed,
+        **({"buffers": repr(training.settings.rules)} if training.settings.rules else {}),
         **({} if training.fleet is None else {"fleet": repr(training.fleet)}),
     }
+
+
+def plan_from_text(text: str) -> Plan:
+    """The plan of a text that a program contains: a recipe, or a whole plan.
+
+    Raises:
+        UsageError: the text describes no plan.
+    Example:
+        >>> plan_from_text("fedavg(0.1)").optimizer
+        sgd(1.0)
+    """
+    plan = read_part(text, {r.__name__: r for r in RECIPES} | {"Plan": Plan}, trust=True, kind="recipe")
+    if not isinstance(plan, Plan):
+        raise UsageError(f"{text!r} is a {type(plan).__name__}.", "a recipe, or a whole plan.", write='"fedavg(0.1)"')
+    return plan
 
 
 def _task(model: Any, data: Clients, settings: Settings) -> Task:
     """The model, its loss and its metrics on the device of the engine."""
     dtype = DTYPES[settings.dtype]
     module = models.resolve(model, data, Key(settings.seed).fold("model"), dtype)
-    kind = "binary" if _binary(module, data) else data.kind
-    loss = settings.loss or ("binary_cross_entropy" if kind == "binary" else LOSSES[data.kind])
+    loss = settings.loss or LOSSES[data.kind]
+    if isinstance(model, str) and ":" not in model and loss == "cross_entropy":
+        loss = "cross_entropy(axis=-1)"  # the classes of a named model are on the last axis
     # Settings has put a single metric into a tuple.
-    metrics = JUDGES[data.kind] if settings.metrics is None else cast("tuple[str | Metric, ...]", settings.metrics)
+    names = default_metrics(data) if settings.metrics is None else cast("tuple[str | Metric, ...]", settings.metrics)
+    metrics = metrics_of(names, loss, data.described(), _centre(data))
     device = settings.spec.device(settings.device)
     check_precision(settings.precision, settings.dtype, settings.numerics, device)
-    return replace(Task.of(module, loss, metrics, dtype), precision=settings.precision).on(device)
+    task = replace(Task.of(module, loss, metrics, dtype, settings.rules), precision=settings.precision).on(device)
+    two = settings.loss is None and data.classes is not None and len(data.classes) == 2
+    rows = data if data.count else Schema.of(data).synthetic()
+    if two and has_single_logit(task, rows):
+        task = replace(task, loss=loss_of("binary_cross_entropy"))
+    if settings.class_weight is not None:
+        task = replace(task, loss=_weighted(task.loss, data, settings.class_weight))
+    if settings.loss is not None and settings.metrics is None:
+        task = fitting_metrics(task, rows)
+    if isinstance(model, str) and ":" not in model and task.built_in:
+        task = replace(task, findings=replace(task.findings, probed=True, built_in=True))
+    if settings.draws:
+        task = replace(task, findings=replace(task.findings, draws=PASSES, built_in=False))
+    return task
+
+
+def metrics_of_kind(kind: str, classes: Sequence[str] | None) -> tuple[str, ...]:
+    """The metrics of a kind of target, without an order by the shares of the classes.
+
+    Example:
+        >>> metrics_of_kind("classification", ("no", "yes"))[-1]
+        'auc'
+    """
+    two = kind == "classification" and classes is not None and len(classes) == 2
+    return (*JUDGES[kind], "auc") if two else JUDGES[kind]
+
+
+def default_metrics(data: Clients) -> tuple[str, ...]:
+    """The metrics of a kind of data. The first one selects the best round.
+
+    If one class has at least 80 % of the train rows, accuracy is high for a constant answer. The first metric is then
+    `auc` for two classes, else `balanced_accuracy`.
+    """
+    names = metrics_of_kind(data.kind, data.classes)
+    if data.kind != "classification" or data.classes is None:
+        return names
+    if data.count and in_memory(data.rows):
+        counts = data.rows.targets()[data.order].reshape(-1)
+        counts = counts[counts >= 0].bincount()
+        if int(counts.max()) >= limits.IMBALANCED * int(counts.sum()):
+            first = "auc" if len(data.classes) == 2 else "balanced_accuracy"
+            return (first, *(n for n in names if n != first))
+    return names
+
+
+def _centre(data: Clients) -> float:
+    """A number near the targets of a regression, against cancellation."""
+    if data.kind != "regression" or not data.count:
+        return 0.0
+    return float(data.example[1].double().mean())
+
+
+def _weighted(loss: PerExample, data: Clients, weight: Mapping[str, float] | str) -> PerExample:
+    """A loss with class weights."""
+    if data.classes is None or not built_in(loss):
+        raise UsageError(
+            f"class_weight={weight!r} with {'a loss of your own' if data.classes is not None else data.kind}.",
+            "classification with a loss of atoll.",
+            "the weight of a row is that of its class.",
+            Change("loss", "cross_entropy") if data.classes is not None else "",
+        )
+    y = data.rows.targets()[data.order] if data.count else torch.zeros(0, dtype=torch.int64)
+    return ClassWeighted(loss, class_weights(_by_name(weight), y, data.classes))
+
+
+def _by_name(weight: Mapping[str, float] | str) -> Mapping[str, float] | str:
+    """Read the text no=1,yes=3 as the weights of classes."""
+    if not isinstance(weight, str) or "=" not in weight:
+        return weight
+    pairs = [pair.rpartition("=") for pair in weight.split(",")]
+    try:
+        return {name.strip(): float(value) for name, _, value in pairs}
+    except ValueError:
+        return weight
 
 
 def _chosen(task: Task, data: Clients, plan: Plan, settings: Settings, engine: Engine) -> Choice:
     """The backend of the local steps. The primary process chooses it for all processes."""
     wanted, rounds = settings.numerics, settings.rounds
+    if not data.count:
+        return choose_without_rows(task, Schema.of(data).synthetic(), plan, wanted)
     preferred = engine.numerics_for(plan) if wanted == "auto" and plan.local.numerics is None else None
     if preferred is not None:
         numerics, reason = preferred
@@ -280,7 +548,7 @@ def check_same(engine: Engine, facts: Mapping[str, Any]) -> None:
                     f"Rank {rank} has another {name} than rank 0: {theirs.get(name)}, and not {first}.",
                     f"the same {name} in every process.",
                     "each process computes every step of the server.",
-                    f"--seed {first}" if name == "seed" else "atoll doctor",
+                    Change("seed", first) if name == "seed" else "atoll doctor",
                 )
 
 
@@ -301,24 +569,21 @@ def sync_report(engine: Engine, report: Report) -> Report:
                 f"After round {report.round} rank {rank} has another model than rank 0.",
                 "processes on machines of one kind.",
                 "every process computes the step of the server, and another processor may round differently.",
-                "--engine inprocess",
+                Change("engine", "inprocess"),
             )
     return report.to(seconds=reports[0]["seconds"], metrics=reports[0]["metrics"])
 
 
-def evaluate(state: State, engine: InProcessEngine) -> dict[str, float]:
-    """Evaluate the model of a state on the clients of an engine. The loss has the name `held_out_loss`."""
-    opened = open_round(_JUDGE, replace(state, air=InFlight(), versions={}, sent=None), engine)
-    gathered = engine.gather(_JUDGE, opened.state, opened.cohort, opened.key)
-    each = {n: float(t) for n, t in close_round(opened, gathered).mean.sums.items()}
-    out = {"held_out_loss": each.pop("loss")}
-    finish = {m.name: m.finish for m in engine.task.metrics}
-    return out | {n: finish[n](v) for n, v in each.items()}
-
-
-def _refuse_other(data: object, plan: object) -> None:
+def _refuse_other(data: object, plan: object, settings: Settings) -> None:
     """Refuse data that are not clients, such as a source before `split`, and a plan that is not a `Plan`."""
-    if not isinstance(data, Clients):
+    if isinstance(data, Schema) and settings.spec.needs_rows:
+        raise UsageError(
+            f"data is {data!r:.60} with the engine {settings.spec!r}.",
+            "clients: a data set that was split.",
+            "only the clients of a network have rows of their own.",
+            'atoll.data.load("digits").split(10)',
+        )
+    if not isinstance(data, (Clients, Schema)):
         raise UsageError(
             f"data is {data!r:.60}.",
             "clients: a data set that was split.",
@@ -329,12 +594,42 @@ def _refuse_other(data: object, plan: object) -> None:
         raise UsageError(f"plan is {plan!r:.60}.", "a plan.", write="atoll.recipes.fedavg(0.1)")
 
 
-def _binary(module: nn.Module, data: Clients) -> bool:
-    """Whether the model of a task with two classes has one output."""
-    if data.kind != "classification" or data.classes is None or len(data.classes) != 2:
-        return False
-    last = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    return bool(last) and last[-1].out_features == 1
+def metrics_of(
+    metrics: Sequence[str | Metric], loss: str | PerExample, input: Input, near: float = 0.0
+) -> tuple[Metric, ...]:
+    """Metrics whose outputs and targets arrive in the target's units, if the loss has other units.
+
+    Args:
+        metrics: names or metrics.
+        loss: the loss, which has the axis of the classes.
+        input: the input, with the scale of the target.
+        near: a number near the targets, if the input has no scale of the target.
+    """
+    centre, spread = input.target.centre, input.target.spread
+    if not spread:
+        return tuple(metric_of(m, loss_of(loss), centre=near) for m in metrics)
+    return tuple(in_units(metric_of(m, loss_of(loss), centre=centre[0]), centre, spread) for m in metrics)
+
+
+def refuse_other_input(folder: Path, ours: Input) -> None:
+    """Refuse to start from a run with another input. A folder without input.json is accepted.
+
+    Args:
+        folder: the run folder.
+        ours: the input of this training.
+    Raises:
+        UsageError: the inputs differ; the error names the first column that differs.
+    """
+    if not (folder / "input.json").is_file():
+        return
+    difference = first_difference(ours, Input.read(folder))
+    if difference:
+        raise UsageError(
+            f"{folder.name} has another input. This training has {difference}.",
+            "the same columns, levels, classes and statistics.",
+            "the model of the run would read other numbers.",
+            Line(f"data.split(input={str(folder)!r})", f"--input {quoted(str(folder))}"),
+        )
 
 
 def start_from(init: Mapping[str, Tensor] | str | Path, task: Task) -> Model:
@@ -346,22 +641,23 @@ def start_from(init: Mapping[str, Tensor] | str | Path, task: Task) -> Model:
             raise UsageError(
                 f"init = {str(init)!r} is no file.",
                 "a run folder or a safetensors file.",
-                write="--init runs/latest",
+                write=Change("init", "runs/latest"),
             )
-        init = load_file(path)
-    theta, buffers, fixed = task.layout.flatten(init)
+        hidden = path.with_name(path.stem + HIDDEN)
+        init = {**(load_file(hidden) if hidden.is_file() else {}), **load_file(path)}
+    theta, buffers, fixed = task.layout.flatten(init, task.first_tensors())
     counters = {e.name: fixed.pop(e.name) for e in task.layout.counters}
     return Model(theta, buffers, counters, fixed).to(task.device)
 
 
 @listed
-def rounds(model: Any, data: Clients, plan: Plan, **settings: Unpack[SettingsDict]) -> Training:
+def rounds(model: Any, data: Clients, plan: Plan | str, **settings: Unpack[SettingsDict]) -> Training:
     """Run a training round by round in your own loop; no file is written.
 
     Args:
         model: a name, an `nn.Module`, or a function that makes one.
         data: the clients.
-        plan: the algorithm.
+        plan: the algorithm, or its text, such as "fedavg(0.1)".
         settings: the fields of `Settings`.
     Returns:
         The training before its first round.

@@ -12,6 +12,8 @@ from types import UnionType
 from typing import Any, get_args
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Change, Line
+from atoll.base.validation import plain_number
 
 TEXTS = tuple[str, ...]
 DATA, METHOD, RUNNING, OUTPUT = "Data", "Model and plan", "Running", "Output"
@@ -35,7 +37,7 @@ def read_toml(file: Path) -> dict[str, Any] | None:
         cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"{file} cannot be read: {cause}.", "a TOML file.", write="atoll run --data digits") from None
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{file} is malformed: {error}.", "TOML.", write='data = "digits"') from None
+        raise UsageError(f"{file} is malformed: {error}.", "TOML.", write=Line(file='data = "digits"')) from None
     if file.name != "pyproject.toml":
         return values
     section = values.get("tool", {}).get("atoll")
@@ -79,7 +81,7 @@ def checked(key: str, value: Any, hint: Any, default: Any, where: str) -> Any:
         key: the key of the setting.
         value: the given value.
         hint: the type of the setting.
-        default: its default, for the line to write.
+        default: the default of the setting. The error suggests it as a valid value.
         where: the source of the value, for the error: a file, `--set`, a variable, or "" for Python code.
     Raises:
         UsageError: the value is of another type.
@@ -89,13 +91,12 @@ def checked(key: str, value: Any, hint: Any, default: Any, where: str) -> Any:
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError:
-        (kind,) = kinds(hint)
-        right = toml(_EXAMPLE[kind] if default is None else default)
-        write = {"--set": f"--set {key}={right}", "": f"{key}={right}"}.get(where, f"{key} = {right}")
+        kind, *_ = kinds(hint)
+        right = _EXAMPLE[kind] if default is None else default
         raise UsageError(
             f"{where}{': ' if where else ''}{key} = {value!r}.",
             f"{_ASKED[kind]}.",
-            write=f"{where}={right}" if where.startswith("ATOLL_") else write,
+            write=f"{where}={toml(right)}" if where.startswith("ATOLL_") else Change(key, right),
         ) from None
 
 
@@ -108,7 +109,9 @@ def as_text(name: str, value: Any) -> Any:
     Raises:
         UsageError: the value has no text.
     """
-    if name in ("metrics", "stop") and value is not None:
+    if name == "buffers" and isinstance(value, Mapping):
+        return tuple(f"{pattern}={rule}" for pattern, rule in value.items())
+    if name in ("metrics", "stop", "buffers") and value is not None:
         several = value if isinstance(value, (tuple, list)) else (value,)
         return tuple(_one_text(name, each) for each in several)
     return _one_text(name, value)
@@ -118,12 +121,12 @@ def _one_text(name: str, value: Any) -> Any:
     """Convert one value of a setting."""
     if value is None or isinstance(value, (bool, str)):
         return value
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value)
+    if isinstance(plain_number(value), (int, float)):
+        return plain_number(value)
     if isinstance(value, Path):
         return str(value)
+    if name == "class_weight" and isinstance(value, Mapping):
+        return ",".join(f"{label}={weight!r}" for label, weight in value.items())
     if name == "engine":
         from atoll.engine.spec import engine, spec_text
 
@@ -143,7 +146,7 @@ def _one_text(name: str, value: Any) -> Any:
         f"{name} = {value!r:.80}.",
         "a value that a file can contain.",
         "an experiment writes all its settings to config.toml.",
-        f"atoll.train(model, data, plan, {name}=...)",
+        Line(python=f"atoll.train(model, data, plan, {name}=...)"),
     )
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
 from atoll.base.errors import UsageError, unknown_name
+from atoll.base.lines import Change
+from atoll.base.validation import plain_fields
 from atoll.training.setting_texts import METHOD, RUNNING, TEXTS
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from atoll.compute.loss import Metric, PerExample
+    from atoll.compute.loss import PerExample
+    from atoll.compute.metrics import Metric
     from atoll.engine.protocols import EngineSpec, RunOptions
     from atoll.engine.simulation.fleet import Fleet
 
@@ -106,8 +109,14 @@ class TrainingFields:
         rounds: the largest number of rounds, ≥ 1.
         seed: the seed of all random numbers, an integer.
         dtype: "float32" or "float64".
-        loss: a name, or a function that returns one value for each row; None chooses by the kind of data.
-        metrics: a name or a `Metric`, or several of them; None chooses by the kind of data.
+        loss: a name, a function that returns one value for each row, or its "module:name"; None chooses by the kind of
+            data.
+        metrics: a name, a `Metric`, or the "module:name" of a metric or a function, or several of them; None chooses by
+            the kind of data. The first one selects the best round.
+        class_weight: "balanced", n / (C · n_c) for class c of C; or the weight of each class by its name. A row's loss
+            is multiplied by the weight of its class.
+        evaluate: "pooled" evaluates all held-out rows together, "clients" the held-out rows of each client, "both"
+            does both; None: "both" for natural clients, else "pooled".
         stop: further rules that end the training; `Diverged()` is always active.
         evaluate_every: the number of rounds between two evaluations on the held-out rows, ≥ 0; 0: no evaluation.
         numerics: the backend: "auto", "compiled", "fused", "lanes" or "loop".
@@ -118,6 +127,10 @@ class TrainingFields:
             the CPU caches, or of the GPU memory.
         engine: determines where clients are trained: a spec such as `Processes(workers=2)`, its text, or a short name.
         fleet: the simulated durations of clients and links, a `Fleet` or its text; None: durations are not simulated.
+        buffers: the rule by which the server joins buffers, by name pattern: `{"*.scale": "keep"}`, or the texts
+            `("*.scale=keep",)`. The rules are "mean", "unit" (the mean, with norm 1), "largest" and "keep".
+        draws: whether code of the user may draw random numbers in any round, although a call before the first round
+            shows no draw. Each call is then keyed, and the model runs in the loop.
         init: the model to start from: a `state_dict`, or the path of a run or of a safetensors file; None starts from
             the initial values of the model.
     """
@@ -129,10 +142,26 @@ class TrainingFields:
     seed: int = setting(0, "Seed of all random draws.")
     dtype: str = setting("float32", "float32 or float64.", choices=("float32", "float64"))
     loss: str | PerExample | None = setting(
-        None, "Name of the loss. Default: by the kind of data.", group=METHOD, flag=False, text=str | None
+        None, "Name of the loss. Default: by the kind of data.", group=METHOD, text=str | None
     )
-    metrics: str | Metric | tuple[str | Metric, ...] | None = setting(
-        None, "Names of the metrics. Default: by the kind of data.", group=METHOD, flag=False, text=TEXTS | None
+    metrics: str | Metric | Sequence[str | Metric] | None = setting(
+        None, "Name of a metric. May be repeated. Default: by the kind of data.", group=METHOD, text=TEXTS | None
+    )
+    buffers: Mapping[str, str] | tuple[str, ...] | None = setting(
+        None,
+        "How buffers are joined: *.scale=keep. Rules: mean, unit, largest, keep.",
+        group=METHOD,
+        flag=False,
+        text=TEXTS | None,
+    )
+    draws: bool = setting(False, "Whether code of the user draws in some rounds only.", group=METHOD, flag=False)
+    class_weight: Mapping[str, float] | str | None = setting(
+        None, "Weight of each class: balanced, or no=1,yes=3. Default: equal weights.", group=METHOD, text=str | None
+    )
+    evaluate: str | None = setting(
+        None,
+        "Held-out rows together or by client: pooled, clients, both. Default: both for natural clients.",
+        choices=("pooled", "clients", "both"),
     )
     init: Mapping[str, Tensor] | str | Path | None = setting(
         None, "A run or a safetensors file to start from.", group=METHOD, text=str | None
@@ -168,13 +197,17 @@ class Settings(TrainingFields):
     def __post_init__(self) -> None:
         if self.metrics is not None and not isinstance(self.metrics, (tuple, list)):
             self._set("metrics", (self.metrics,))
+        if isinstance(self.buffers, str):
+            self._set("buffers", (self.buffers,))
         if not isinstance(self.stop, (tuple, list)):
             self._set("stop", (self.stop,))
+        self._set("loss", _of_name(self.loss))
+        if self.metrics is not None:
+            self._set("metrics", tuple(map(_metric_of_name, cast("tuple[Any, ...]", self.metrics))))
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            _check(f, value)
-            if isinstance(value, Integral):
-                self._set(f.name, int(value))  # JSON cannot contain an integer of NumPy
+            if str(f.type).startswith(("int", "float")):
+                plain_fields(self, f.name)  # JSON cannot contain a number of NumPy
+            _check(f, getattr(self, f.name))
         from atoll.engine.spec import engine
 
         self._set("engine", engine(self.engine))
@@ -188,7 +221,7 @@ class Settings(TrainingFields):
 
             if not isinstance(self.fleet, Fleet):
                 raise UsageError(
-                    f"fleet = {self.fleet!r}.", "a Fleet, or its text.", write='fleet="Fleet(HalfNormal())"'
+                    f"fleet = {self.fleet!r}.", "a Fleet, or its text.", write=Change("fleet", "Fleet(HalfNormal())")
                 )
         self.spec.check(self.options())
 
@@ -202,6 +235,10 @@ class Settings(TrainingFields):
         Raises:
             UsageError: an unknown name, a field of an engine, or a wrong value.
         """
+        if "engine" not in words:
+            from atoll.engine.ranks.launch import engine_of_launch
+
+            words = {**words, "engine": engine_of_launch()}
         known = [f.name for f in dataclasses.fields(cls)]
         for word in words:
             if word in ENGINE_FIELDS:
@@ -209,8 +246,16 @@ class Settings(TrainingFields):
 
                 raise misplaced({n: words[n] for n in ENGINE_FIELDS if n in words}, words.get("engine", "inprocess"))
             if word not in known:
-                raise unknown_name("setting", word, known)
+                raise unknown_name("setting", word, known, partial(_with_value, words[word]))
         return cls(**words)
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """The rules of buffers by name pattern."""
+        if isinstance(self.buffers, Mapping):
+            return dict(self.buffers)
+        pairs = (text.rpartition("=") for text in self.buffers or ())
+        return {pattern.strip(): rule.strip() for pattern, _, rule in pairs}
 
     @property
     def spec(self) -> EngineSpec:
@@ -225,6 +270,29 @@ class Settings(TrainingFields):
         return RunOptions(self.device, self.numerics, self.precision, self.chunk, fleet, self.seed, plan, model)
 
 
+def _of_name(value: Any) -> Any:
+    """The object of a text `module:name`; another value as it is."""
+    if isinstance(value, str) and ":" in value and "(" not in value:
+        from atoll.base.names import load_from_user
+
+        return load_from_user(value)
+    return value
+
+
+def _metric_of_name(value: Any) -> Any:
+    """The metric of a text `module:name`: a `Metric`, or a function, whose name is that of the metric."""
+    found = _of_name(value)
+    if found is value or not callable(found):
+        return found
+    from atoll.compute.metrics import Metric
+
+    return found if isinstance(found, Metric) else Metric(str(value).rpartition(":")[2], found)
+
+
+def _with_value(value: Any, name: str) -> Change:
+    return Change(name, value)
+
+
 class SettingsDict(TypedDict, total=False):
     """The keyword arguments of `atoll.train` and `atoll.rounds` that are settings: the fields of `Settings`."""
 
@@ -233,7 +301,11 @@ class SettingsDict(TypedDict, total=False):
     seed: int
     dtype: str
     loss: str | PerExample | None
-    metrics: str | Metric | tuple[str | Metric, ...] | None
+    metrics: str | Metric | Sequence[str | Metric] | None
+    buffers: Mapping[str, str] | tuple[str, ...] | None
+    draws: bool
+    class_weight: Mapping[str, float] | str | None
+    evaluate: str | None
     init: Mapping[str, Tensor] | str | Path | None
     engine: EngineSpec | str
     fleet: Fleet | str | None
@@ -269,20 +341,24 @@ def _check(f: dataclasses.Field[Any], value: Any) -> None:
     if value is None and kind.endswith("| None"):
         return
     if kind.startswith("int"):
-        if isinstance(value, bool) or not isinstance(value, Integral):
+        if isinstance(value, bool) or not isinstance(value, int):
             raise _refusal(f, value, f"an integer{_bound(rule)}")
         if rule.least is not None and value < rule.least:
             raise _refusal(f, value, f"an integer{_bound(rule)}")
-    elif kind == "str" and (not isinstance(value, str) or (rule.choices and value not in rule.choices)):
+    elif kind == "bool" and not isinstance(value, bool):
+        raise _refusal(f, value, "True or False")
+    elif kind in ("str", "str | None") and (not isinstance(value, str) or (rule.choices and value not in rule.choices)):
         raise _refusal(f, value, f"one of {', '.join(rule.choices)}" if rule.choices else "a text")
     elif f.name in _OBJECTS:
         _check_object(f.name, value)
 
 
 _OBJECTS = {  # setting → the required value and a line that works, for the error
-    "loss": ("the name of a loss, or a function that returns one value for each row", "'cross_entropy'"),
-    "metrics": ("the name of a metric, a `Metric`, or several of them", "'accuracy'"),
-    "init": ("a state_dict, or the path of a run or of a safetensors file", "'runs/latest'"),
+    "loss": ("the name of a loss, or a function that returns one value for each row", "cross_entropy"),
+    "metrics": ("the name of a metric, a `Metric`, or several of them", ["accuracy"]),
+    "buffers": ("a rule for each name pattern", ["*=mean"]),
+    "class_weight": ('"balanced", or the weight of each class by its name', "balanced"),
+    "init": ("a state_dict, or the path of a run or of a safetensors file", "runs/latest"),
 }
 
 
@@ -291,17 +367,23 @@ def _check_object(name: str, value: Any) -> None:
     if name == "metrics":
         others = [each for each in value if not isinstance(each, str)]
         if others:
-            from atoll.compute.loss import Metric  # it loads torch, which a name does not need
+            from atoll.compute.metrics import Metric  # it loads torch, which a name does not need
 
             others = [each for each in others if not isinstance(each, Metric)]
         right = not others
+    elif name == "buffers":
+        texts = (*value.keys(), *value.values()) if isinstance(value, Mapping) else value
+        right = isinstance(value, (Mapping, tuple, list)) and all(isinstance(text, str) for text in texts)
+        right = right and (isinstance(value, Mapping) or all("=" in text for text in texts))
     elif name == "loss":
         right = isinstance(value, str) or callable(value)
+    elif name == "class_weight":
+        right = isinstance(value, (str, Mapping))
     else:
         right = isinstance(value, (str, PathLike, Mapping))
     if not right:
         required, works = _OBJECTS[name]
-        raise UsageError(f"{name} = {value!r:.80}.", f"{required}.", write=f"{name}={works}")
+        raise UsageError(f"{name} = {value!r:.80}.", f"{required}.", write=Change(name, works))
 
 
 def _bound(rule: Setting) -> str:
@@ -315,8 +397,8 @@ def _refusal(f: dataclasses.Field[Any], value: Any, required: str) -> UsageError
         number = int(value)
         if str(f.type).startswith("int") and number >= (number if rule.least is None else rule.least):
             works = number
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # the value is no number
         pass
     if works is None:
-        works = 32
-    return UsageError(f"{f.name} = {value!r}.", f"{required}.", write=f"{f.name}={works!r}")
+        works = rule.choices[0] if rule.choices else 32
+    return UsageError(f"{f.name} = {value!r}.", f"{required}.", write=Change(f.name, works))

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from atoll.base.errors import RunError, UsageError, did_you_mean
 from atoll.base.grammar import constructor
 from atoll.base.validation import bounded_number, check_fields, repaired
-from atoll.compute.loss import direction
+from atoll.compute.metric_names import direction
 
 Memory = dict[str, Any]
 
@@ -60,7 +60,7 @@ class Outcome:
 
 
 class Stop:
-    """The base class of stop rules. Only final classes derive from it."""
+    """The base class of stop rules. Derive each rule directly from `Stop`, not from another rule."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -320,12 +320,15 @@ class Patience(Stop):
 
 @dataclass(frozen=True, repr=False)
 class Diverged(Stop):
-    """End a run as failed when the training loss is not finite, or far above the first loss.
+    """End a run as failed when the training loss is not finite, or far above its reference r.
 
-    ℓ_t or ‖g_t‖ not finite,   or   ℓ_t > ℓ_0 + (factor − 1)·|ℓ_0| in `rounds` consecutive rounds
+    ℓ_t or ‖g_t‖ not finite,   or   ℓ_t > r + (factor − 1)·|r| in `rounds` consecutive rounds or in the last round
+
+    The reference is the larger of two losses on at most 1,024 train rows: that of the start model, and that of the best
+    constant answer. If it is not known, it is the loss of the first round.
 
     Args:
-        factor: the largest ratio of ℓ_t to a positive ℓ_0, > 1.
+        factor: the largest ratio of ℓ_t to a positive r, > 1.
         rounds: the number of consecutive rounds in which this must hold, ≥ 1.
     Example:
         >>> Diverged()
@@ -347,22 +350,37 @@ class Diverged(Stop):
         if loss is None:
             return dict(memory), None
         first = loss if memory["first"] is None else memory["first"]
-        # If the first loss is exactly 0, no multiple of it bounds a rounding error.
-        limit = first + (self.factor - 1) * max(abs(first), 1e-12)
-        above = memory["above"] + 1 if loss > limit else 0
-        after = {"first": first, "above": above}
+        above = memory["above"] + 1 if self.exceeded(loss, first) else 0
+        after = {**memory, "first": first, "above": above}
         if above < self.rounds:
             return after, None
         return after, self._failed(
-            f"loss = {loss:.4g} in round {report.round}: for {above} rounds above {limit:.4g}; "
-            f"the first was {first:.4g}."
+            f"loss = {loss:.4g} in round {report.round}: for {above} rounds above {self._limit(first):.4g}; "
+            f"the reference is {first:.4g}."
+        )
+
+    def exceeded(self, loss: float, reference: float) -> bool:
+        """Whether a loss is above the limit that follows from the reference."""
+        return loss > self._limit(reference)
+
+    def _limit(self, reference: float) -> float:
+        # If the reference is exactly 0, no multiple of it bounds a rounding error.
+        return reference + (self.factor - 1) * max(abs(reference), 1e-12)
+
+    def last_round(self, loss: float, reference: float, round: int) -> Outcome | None:
+        """The outcome of a run whose last round has this loss; None if the loss is below the limit."""
+        if not self.exceeded(loss, reference):
+            return None
+        return self._failed(
+            f"loss = {loss:.4g} in round {round}, the last one, is above {self._limit(reference):.4g}; "
+            f"the reference is {reference:.4g}."
         )
 
     def _failed(self, reason: str) -> Outcome:
         return Outcome(
             f"The training diverged: {reason}",
             True,
-            f"a finite loss, at most {self.factor:g} times the first.",
+            f"a finite loss, at most {self.factor:g} times that of the start model or of a constant answer.",
             "the usual cause is a learning rate lr that is too large: each step then increases the loss.",
             "atoll lr",
         )

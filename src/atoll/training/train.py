@@ -5,20 +5,24 @@ Tests: tests/surface/test_engines.py
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+import tomllib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Unpack
 
 from atoll import runs
+from atoll.base.errors import UsageError
+from atoll.base.lines import Line
 from atoll.data.clients import Clients
 from atoll.plan.plan import Plan
 from atoll.runs.events import Observer, Run
 from atoll.training.recorder import Recorder, find_interrupted
 from atoll.training.rounds import Training
+from atoll.training.setting_texts import toml
 from atoll.training.settings import Settings, SettingsDict, listed
 
 
@@ -26,13 +30,14 @@ from atoll.training.settings import Settings, SettingsDict, listed
 def train(
     model: Any,
     data: Clients,
-    plan: Plan,
+    plan: Plan | str,
     *,
     out: str | Path | None = "runs",
     baselines: bool = False,
     observers: Sequence[Observer] = (),
     config: str | None = None,
     resume: str | Path | None = None,
+    more: int | None = None,
     any_version: bool = False,
     checkpoint_s: float = 15.0,
     report: bool = True,
@@ -43,12 +48,14 @@ def train(
     Args:
         model: a name, an `nn.Module`, or a function that makes one.
         data: the clients.
-        plan: the algorithm.
+        plan: the algorithm, or its text, such as "fedavg(0.1)".
         out: the parent of the run folder; None writes no file.
         baselines: whether pooled and local-only models are trained for comparison.
         observers: are called at the start, after every round and at the end.
         config: the text of config.toml; None: the text is made from the arguments.
-        resume: the folder of a run to continue; model, data and plan must equal those of that run.
+        resume: a run to continue: its folder, its name, or "latest". Model, data and plan must equal those of the run.
+            The default of `rounds` is the total of the run.
+        more: the number of rounds beyond those that are done, instead of `rounds`, to continue a run.
         any_version: whether to continue a run that other versions of atoll, torch or NumPy wrote.
         checkpoint_s: the number of seconds between two checkpoints. The last round always writes a checkpoint.
         report: whether plots and report.html are drawn at the end.
@@ -63,9 +70,10 @@ def train(
         >>> data = atoll.data.load("digits").split(clients=10)
         >>> run = train("softmax", data, atoll.recipes.fedavg(lr=0.1), rounds=2, out=None)
         >>> run.rounds, sorted(run.metrics)
-        (2, ['accuracy', 'gradient_norm', 'held_out_loss', 'loss', 'lr'])
+        (2, ['accuracy', 'balanced_accuracy', 'gradient_norm', 'held_out_loss', 'loss', 'lr'])
     """
-    wanted: Mapping[str, Any] = settings if resume is None else settings_for_resume(Path(resume), settings)
+    resume = _run_of(resume, out, more)
+    wanted: Mapping[str, Any] = settings if resume is None else settings_for_resume(resume, settings, more)
     training = Training(model, data, plan, Settings.from_kwargs(wanted))
     try:
         if not training.engine.primary:
@@ -75,21 +83,52 @@ def train(
         recorder = Recorder(training, out, config or _config(model, data, plan, training.settings), checkpoint_s)
         recorder.begin(resume, any_version)
         interrupted = run_rounds(training, recorder, observers)
-    finally:
-        training.close()
+    except BaseException as error:
+        training.close_after(error)
+        raise
+    problem = _close(training, recorder)
     run = recorder.end(interrupted, baselines=baselines, report=report)
     for observer in observers:
         observer.end(run)
+    if problem:
+        warnings.warn(problem, RuntimeWarning, stacklevel=2)
     outcome = training.outcome
     if outcome is not None and outcome.failed:
         raise outcome.error()
     return run
 
 
-def settings_for_resume(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a resumed training. It keeps the run's backend, device and precision, unless they are set."""
+def _run_of(run: str | Path | None, out: str | Path | None, more: int | None) -> Path | None:
+    """The run to continue, by its path or by its name in the parent of run folders; None if there is none."""
+    if run is None:
+        if more is not None:
+            given = f"more = {more} without resume."
+            raise UsageError(given, "a run to continue.", write=Line(python='resume="latest"'))
+        return None
+    path = Path(run)
+    named = len(path.parts) == 1 and not path.exists()
+    return runs.find_run(str(run), Path("runs" if out is None else out)) if named else path
+
+
+def settings_for_resume(run: Path, settings: Mapping[str, Any], more: int | None = None) -> dict[str, Any]:
+    """The settings of a resumed training.
+
+    It keeps the total of rounds, the backend, the device and the precision of the run, unless they are set.
+    """
     recorded = runs.read_environment(run)
+    rounds = runs.rounds_to_run(run, settings.get("rounds"), more)
+    rounds = recorded_rounds(run) if rounds is None else rounds
+    settings = settings if rounds is None else {**settings, "rounds": rounds}
     return {"precision": recorded.get("precision", "full"), **settings, **recorded_backend(recorded, settings)}
+
+
+def recorded_rounds(run: Path) -> int | None:
+    """The total of rounds in the config.toml of a run; None if it has none."""
+    try:
+        value = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("rounds")
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, int) else None
 
 
 def recorded_backend(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +151,7 @@ def run_rounds(training: Training, recorder: Recorder, observers: Sequence[Obser
         path = recorder.path
         for observer in observers:
             observer.start(training, path)
-        with _Interrupt() as interrupt:
+        with _Interrupt(training.engine.interrupt) as interrupt:
             while training.outcome is None and not _asked(interrupt, training):
                 row = recorder.round(training.next())
                 for observer in observers:
@@ -123,18 +162,29 @@ def run_rounds(training: Training, recorder: Recorder, observers: Sequence[Obser
     return interrupt.asked
 
 
-def _config(model: Any, data: Clients, plan: Plan, settings: Settings) -> str:
+def _close(training: Training, recorder: Recorder) -> str:
+    """Close the engine after the last round. An error becomes a note of the run, because its result is complete."""
+    try:
+        training.close()
+    except Exception as error:
+        problem = f"Closing the engine failed: {type(error).__name__}: {error}. The result of the run is complete."
+        recorder.note(problem)
+        return problem
+    return ""
+
+
+def _config(model: Any, data: Clients, plan: Plan | str, settings: Settings) -> str:
     """Build the config.toml of a training that Python code started, from the settings that a file can store."""
     facts = {
         "model": model if isinstance(model, str) else f"{type(model).__module__}:{type(model).__qualname__}",
         "data": data.name,
-        "plan": repr(plan),
+        "plan": plan if isinstance(plan, str) else repr(plan),
         "rounds": settings.rounds,
         "seed": settings.seed,
         "dtype": settings.dtype,
     }
     lines = ["# Started from Python. Resume with atoll.train(model, data, plan, resume=...)", "python = true"]
-    return "\n".join(lines + [f"{n} = {json.dumps(v, ensure_ascii=False)}" for n, v in facts.items()]) + "\n"
+    return "\n".join(lines + [f"{n} = {toml(v)}" for n, v in facts.items()]) + "\n"
 
 
 def _asked(interrupt: _Interrupt, training: Training) -> bool:
@@ -146,8 +196,8 @@ def _asked(interrupt: _Interrupt, training: Training) -> bool:
 class _Interrupt:
     """Handles Ctrl-C in the main thread: the first ends the training after the round, the second at once."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, on_ask: Callable[[], None] = lambda: None) -> None:
+        self.asked, self._on_ask = False, on_ask
         self._before: Any = None
 
     def __enter__(self) -> _Interrupt:
@@ -159,6 +209,7 @@ class _Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        self._on_ask()
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:

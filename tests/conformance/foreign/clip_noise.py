@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from atoll.base.errors import UsageError
 from atoll.base.validation import bounded_number, check_fields
-from atoll.plan.codec import Codec
+from atoll.plan.codec import Codec, Identity
 from atoll.plan.codec.grid import ordered_sum
 from atoll.plan.protocols import Conflict, Declared
 
@@ -66,6 +66,7 @@ class Noise(Codec):
 
     multiplier: float = bounded_number(above=0, example=1.0)
     uses_entropy = True
+    encode = Identity.encode  # clients send the bounded updates unchanged
 
     def __post_init__(self):
         check_fields(self)

@@ -25,9 +25,11 @@
 #ifdef WIDE
 #define REAL double
 #define LOG log
+#define LOG1P log1p
 #else
 #define REAL float
 #define LOG logf
+#define LOG1P log1pf
 #endif
 
 #ifdef __AVX512F__
@@ -80,6 +82,8 @@ typedef int64_t I;
 typedef REAL V __attribute__((vector_size(BYTES)));
 
 enum { DONE = 0, NO_MEMORY = 1, NO_CLASS = 2 };
+#define IGNORED (-100) /* the label of a place that does not count */
+enum { CROSS_ENTROPY = 0, SQUARED = 1, LOGISTIC = 2 };
 enum { GRADIENT = 0, UPDATE = 1, MODEL = 2 };
 
 /* Structs that Python fills. Each is declared as a list of fields, so that size, field count and field names are
@@ -108,7 +112,9 @@ SHARED_STRUCT(LayerSpec, LAYER_FIELDS)
 #define JOB_FIELDS(F)                                                                                                 \
     F(const I *, layers) /* LayerSpec of each layer */                                                                \
     F(I, layer_count)                                                                                                 \
-    F(I, squares)        /* 1: mean squared error; 0: cross-entropy */                                                \
+    F(I, loss)           /* CROSS_ENTROPY, SQUARED or LOGISTIC */                                                     \
+    F(const REAL *, weights) /* of each class; 0: equal weights */                                                    \
+    F(I, weight_count)                                                                                                \
     F(I, d)              /* numbers in θ */                                                                           \
     F(const void *, x)                                                                                                \
     F(I, bytes)          /* 1: x holds bytes, in units of 1/255 */                                                    \
@@ -678,6 +684,43 @@ static REAL squared_error(REAL *z, I targets, const REAL *y, REAL share) {
     return sum / targets;
 }
 
+/* The mean of −log σ(±z) over a row's labels y, 0 or 1. z becomes share · gradient; entries after the last label are
+   undefined. */
+static REAL logistic(REAL *z, I labels, const REAL *y, REAL share) {
+    REAL sum = 0, part[BYTES / sizeof(REAL)];
+    I labelled = 0;
+    for (I c = 0; c < labels; c++) labelled += y[c] != IGNORED;
+    for (I first = 0; first < labels; first += VL) {
+        const V v = load(z + first);
+        store(part, exponential(choose(v < 0, v, -v)));
+        for (I c = first; c < smaller(labels, first + VL); c++) {
+            if (y[c] == IGNORED) {
+                z[c] = 0;
+                continue;
+            }
+            const REAL e = part[c - first], one = 1 + e;
+            sum += (z[c] > 0 ? z[c] : 0) - z[c] * y[c] + LOG1P(e);
+            z[c] = ((z[c] < 0 ? e : 1) / one - y[c]) * (share / labelled);
+        }
+    }
+    return sum / labelled;
+}
+
+/* Add the loss of a row to *loss. z becomes share · gradient. */
+static I row_loss(const Job *job, REAL *z, I outputs, const REAL *y, const I *class, REAL share, REAL *loss) {
+    if (job->loss == SQUARED) {
+        *loss += squared_error(z, job->targets, y, share);
+        return DONE;
+    }
+    const I label = job->loss == LOGISTIC ? (job->weights ? (I)y[0] : 0) : *class;
+    const I count = job->weights ? job->weight_count : outputs;
+    if (label < 0 || label >= count || (job->loss == CROSS_ENTROPY && label >= outputs)) return NO_CLASS;
+    const REAL weight = job->weights ? job->weights[label] : 1;
+    *loss += job->loss == LOGISTIC ? weight * logistic(z, job->targets, y, share * weight)
+                                   : weight * cross_entropy(z, outputs, label, share * weight);
+    return DONE;
+}
+
 /* ---- a step ---- */
 
 static void descend(REAL *restrict w, const REAL *restrict g, REAL lr, I n) {
@@ -764,12 +807,7 @@ static I forward_backward(const JobThreads *shared, Scratch *scratch, const I *r
     REAL *dy = scratch->outputs;
     for (I b = 0; b < n; b++) {
         REAL *z = dy + b * top->padded_out;
-        if (job->squares) {
-            *loss += squared_error(z, job->targets, y + b * job->targets, share);
-        } else {
-            if (classes[b] < 0 || classes[b] >= class_count) return NO_CLASS;
-            *loss += cross_entropy(z, class_count, classes[b], share);
-        }
+        if (row_loss(job, z, class_count, y + b * job->targets, classes + b, share, loss)) return NO_CLASS;
         memset(z + class_count, 0, sizeof(REAL) * (top->padded_out - class_count));
     }
     scratch->pending_rows = 0;

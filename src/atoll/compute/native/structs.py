@@ -59,7 +59,9 @@ class DescentJob(ctypes.Structure):
     _fields_ = [
         ("layers", _POINTER),
         ("layer_count", _INT),
-        ("squares", _INT),
+        ("loss", _INT),
+        ("weights", _POINTER),
+        ("weight_count", _INT),
         ("d", _INT),
         ("x", _POINTER),
         ("bytes", _INT),

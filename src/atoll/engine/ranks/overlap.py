@@ -25,7 +25,8 @@ from atoll.compute.batches import ROWS
 from atoll.compute.task import Task
 from atoll.compute.tensor_notes import attach
 from atoll.data.clients import Clients
-from atoll.engine.chunks import Results, by_version, contribute_chunk
+from atoll.engine.chunks import by_version
+from atoll.engine.contribution import Results, contribute_chunk
 from atoll.engine.ranks.process_group import ProcessGroup, together
 from atoll.engine.simulation.arrivals import message_bytes
 from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
@@ -51,11 +52,6 @@ def data_parallel(plan: Plan) -> bool:
     rule = plan.aggregator
     quick = isinstance(rule, (Mean, Sum)) and rule.sum == "float"
     return quick and isinstance(plan.local, Gradient) and plan.codec == Identity()
-
-
-def _weights(plan: Plan, rows: Tensor) -> Tensor:
-    """The weights of clients with these numbers of rows."""
-    return torch.ones_like(rows) if plan.aggregator.weights == "equal" else rows
 
 
 @dataclass
@@ -148,7 +144,7 @@ class Overlap:
         table = self.flat.new_zeros(1 + len(down), len(_SUMS))  # row 0: whether a client failed
         self._sent, self._earlier = [], None
         # The weights of a mean are divided by their sum before the reduction, so the result needs no division.
-        rule, held = plan.aggregator, _weights(plan, data.sizes[ids.client])
+        rule, held = plan.aggregator, plan.aggregator.weigh(ids.client, data.sizes[ids.client])
         self._divisor = int(held.sum()) if rule.over == "arrived" and not rule.forms_sum else 1
         with together():
             try:
@@ -173,7 +169,7 @@ class Overlap:
         loss, rows = table[1:].unbind(1)
         held = data.sizes[ids.client]
         sums = {n: {0: column.double().sum()[None]} for n, column in zip(_SUMS, (loss, rows), strict=True)}
-        weight = _weights(plan, held).sum() if self._divisor == 1 else torch.tensor(1)
+        weight = plan.aggregator.weigh(ids.client, held).sum() if self._divisor == 1 else torch.tensor(1)
         partial = PartialSum({"update": {0: self.flat}}, sums, {}, weight, torch.tensor(len(down)))
         facts = {
             "loss": (loss / rows.clamp(min=1)).to(down.device),
@@ -188,7 +184,7 @@ class Overlap:
     ) -> None:
         """Compute the gradient of one client. The pass of the last client starts the reduction of the sum."""
         rows = data.sizes[start.client]
-        weight = float(_weights(plan, rows)) / self._divisor
+        weight = float(plan.aggregator.weigh(start.client, rows)) / self._divisor
         if last and rows and plan.local.padded_batch(int(rows)) <= ROWS:
             self._missing = set(range(len(self.bound.gradients)))
             self.bound.taken, self.bound.scale = True, self.flat.new_tensor(weight)

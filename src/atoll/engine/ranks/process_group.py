@@ -12,13 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shlex
-import socket
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,33 +22,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from atoll.base.errors import RunError, UsageError
+from atoll.base.lines import Change, EngineChange
 from atoll.compute import limits
+from atoll.engine.ranks.launch import check_launch, command, joined, other_size
 
 _GATHERED = 1 << 12  # bytes that every rank sends first, while the length of the longest message is unknown
-
-
-def started(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment variables of `torchrun` are set."""
-    return all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-
-
-def command(ranks: int) -> str:
-    """The command that starts this program with this number of ranks."""
-    script, *words = sys.argv
-    path = Path(script)
-    ours = path.name == "atoll" or (path.name == "__main__.py" and path.parent.name == "atoll")
-    return shlex.join(["torchrun", "--nproc-per-node", str(ranks), *(["-m", "atoll"] if ours else [script]), *words])
-
-
-def job(environ: Mapping[str, str] = os.environ) -> str:
-    """An identifier of one `torchrun` job, the same after its restarts: the run id, or host and parent process id."""
-    run_id = environ.get("TORCHELASTIC_RUN_ID", "none")
-    return run_id if run_id != "none" else f"{socket.gethostname()}:{os.getppid()}"
-
-
-def restarts(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of times that `torchrun` has restarted the ranks."""
-    return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @dataclass(frozen=True)
@@ -91,7 +65,7 @@ class ProcessGroup:
         from torch.distributed.rendezvous import rendezvous
 
         check_ranks(workers, backend)
-        if not _joined():
+        if not joined():
             with together():
                 store, rank, size = next(rendezvous("env://"))
                 store = PrefixStore(_meeting(store, rank, size), store)
@@ -100,7 +74,7 @@ class ProcessGroup:
             _leave_at_exit()
         size = distributed.get_world_size()
         if workers is not None and size != workers:
-            raise _other_size(workers, size)
+            raise other_size(workers, size)
         cuda = distributed.get_backend() == "nccl"
         own = device if device is not None and device.type == "cuda" else torch.device("cuda", _local("RANK", 0))
         return cls(distributed.get_rank(), size, own if cuda else torch.device("cpu"))
@@ -265,13 +239,6 @@ def _leave_at_exit() -> None:
     atexit.register(leave)
 
 
-def _joined() -> bool:
-    """Whether the program itself has joined a process group."""
-    from torch import distributed
-
-    return distributed.is_available() and distributed.is_initialized()
-
-
 def check_ranks(workers: int | None, backend: str) -> None:
     """Refuse a process that cannot join other ranks: each rank would wait for the others forever.
 
@@ -284,21 +251,13 @@ def check_ranks(workers: int | None, backend: str) -> None:
     """
     from torch import distributed
 
-    if _joined():
+    if joined():
         return
     if not distributed.is_available():
         raise UsageError(
-            "This torch was built without torch.distributed.", "a build with it.", write="--engine inprocess"
+            "This torch was built without torch.distributed.", "a build with it.", write=Change("engine", "inprocess")
         )
-    if not started():
-        raise UsageError(
-            "The engine torchrun in a process that torchrun did not start.",
-            "the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torchrun sets.",
-            "the ranks find each other through them.",
-            command(workers or 2),
-        )
-    if workers is not None and int(os.environ["WORLD_SIZE"]) != workers:
-        raise _other_size(workers, int(os.environ["WORLD_SIZE"]))
+    check_launch(workers)
     if backend == "nccl":
         here, gpus = _local("WORLD_SIZE", 1), torch.cuda.device_count()
         if gpus < here:
@@ -306,15 +265,6 @@ def check_ranks(workers: int | None, backend: str) -> None:
                 f"backend = 'nccl' for {here} ranks on a machine with {gpus} GPUs.",
                 "a GPU for each rank.",
                 "nccl sends from GPU to GPU.",
-                "--set backend=gloo",
+                EngineChange("Torchrun(backend='gloo')", "backend", "gloo"),
             )
         torch.cuda.set_device(_local("RANK", 0))
-
-
-def _other_size(workers: int, size: int) -> UsageError:
-    return UsageError(
-        f"workers = {workers}, and torchrun started {size} rank{'' if size == 1 else 's'}.",
-        "equal numbers of workers and ranks.",
-        "the ranks would wait forever for a rank that was not started.",
-        command(workers),
-    )

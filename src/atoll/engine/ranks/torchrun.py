@@ -20,17 +20,20 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from atoll.base.errors import AtollError, RunError, UsageError
+from atoll.base.lines import Change, Line, forms
 from atoll.base.names import without_prefix
 from atoll.base.random import Key
 from atoll.compute.batches import HOST
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.engine.chunks import Results, gathered, kept_from_tensors, kept_to_tensors
+from atoll.engine.chunks import gathered, kept_from_tensors, kept_to_tensors
+from atoll.engine.contribution import Results
 from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.protocols import Engine
+from atoll.engine.ranks.launch import job, restarts
 from atoll.engine.ranks.overlap import Overlap, data_parallel
-from atoll.engine.ranks.process_group import ProcessGroup, job, restarts
+from atoll.engine.ranks.process_group import ProcessGroup
 from atoll.engine.simulation.arrivals import message_bytes, simulate_round
 from atoll.engine.simulation.fleet import Fleet
 from atoll.plan.plan import Plan
@@ -182,7 +185,7 @@ def refuse_pace(plan: Plan) -> None:
             f"{plan.pace!r} on the engine torchrun.",
             "Sync().",
             "the ranks add their sums in one collective, so each round waits for the slowest rank.",
-            '--set "plan.pace=Sync()"',
+            Change("plan.pace", "Sync()"),
         )
 
 
@@ -198,7 +201,7 @@ def refuse_partial(plan: Plan) -> None:
             f"{plan.aggregator!r} on the engine torchrun: its partial is a {type(partial).__name__}.",
             "a partial with `tensors`, `of` and `reduce`, as atoll.plan.protocols.Partial declares them.",
             "each rank has a part of the aggregate, and `reduce` combines them.",
-            "--engine inprocess",
+            Change("engine", "inprocess"),
         )
 
 
@@ -291,17 +294,17 @@ def _all_memory(
 
 
 def _parts(trouble: Exception | None) -> list[str] | None:
-    """An error as its four parts."""
+    """The parts of an error, with the forms of its line."""
     if trouble is None:
         return None
     if isinstance(trouble, AtollError):
-        return [trouble.given, trouble.required, trouble.why, trouble.write]
-    return [f"{type(trouble).__name__}: {trouble}", "", "", "--chunk 1"]
+        return [trouble.given, trouble.required, trouble.why, *forms(trouble.write)]
+    return [f"{type(trouble).__name__}: {trouble}", "", "", *forms(Change("chunk", 1))]
 
 
 def _raise(troubles: list[list[str] | None]) -> None:
     """Raise the error of the first rank that has one, on every rank."""
     for rank, parts in enumerate(troubles):
         if parts is not None:
-            given, required, why, write = parts
-            raise RunError(f"Rank {rank}: {given}", required, why, write)
+            given, required, why, *lines = parts
+            raise RunError(f"Rank {rank}: {given}", required, why, Line(*lines))

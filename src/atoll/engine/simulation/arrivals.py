@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from atoll.base.errors import RunError, UsageError
+from atoll.base.lines import Change, Part
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
 from atoll.engine.simulation.clock import Clock
@@ -28,11 +29,23 @@ _PLAIN = Sync()
 _STEPS = Fleet()  # without a fleet all clients take the same time: arrivals have the order of starts
 
 
+class Dropped(NamedTuple):
+    """A flight that ended without a contribution because its client or its connection was lost.
+
+    `stage` and `cause` are those of the failure that the report lists.
+    """
+
+    flight: Flight
+    stage: str = "network"
+    cause: str = "dropped out"
+
+
 class Arrivals(NamedTuple):
     """The outcome of the flights of a round.
 
     Args:
-        arrived, dropped: flights in the order of their ends.
+        arrived: flights in the order of their ends.
+        dropped: flights without a contribution, in the order of their ends.
         late: number of flights that are no longer awaited.
         started: number of starts.
         sent: bytes sent to all started clients.
@@ -42,7 +55,7 @@ class Arrivals(NamedTuple):
     """
 
     arrived: list[Flight]
-    dropped: list[Flight]
+    dropped: list[Dropped]
     late: int
     started: int
     sent: int
@@ -88,8 +101,10 @@ def message_bytes(plan: Plan, layout: Layout) -> int:
 
     It is exact for a codec without entropy coding and a local part that adds a loss and no further sums.
     """
-    counters = sum(8 * e.size for e in layout.counters)
-    return plan.codec.nbytes(layout) + (layout.b + 1) * layout.dtype.itemsize + counters + 16
+    counters = sum(8 * e.size for e in layout.counters if e.name not in layout.dropped)
+    sent = layout.b if layout.sent is None else len(layout.sent)
+    flags = len(layout.segment("buffers")) if sent else 0
+    return plan.codec.nbytes(layout) + (sent + 1) * layout.dtype.itemsize + counters + flags + 16
 
 
 def check_clock(
@@ -109,7 +124,7 @@ def check_clock(
             f"{plan.pace!r} without a clock.",
             "a fleet: its virtual clock measures the deadline.",
             "without a clock all clients of one process arrive at the same time.",
-            'fleet = "Fleet(HalfNormal())"',
+            Change("fleet", "Fleet(HalfNormal())"),
         )
     down = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters, **model.fixed})
     shortest = clock.fastest(down, message_bytes(plan, layout))
@@ -118,7 +133,7 @@ def check_clock(
             f"{plan.pace!r} with {fleet!r}.",
             f"at least {shortest:.4g} seconds, the time of the fastest client.",
             "no client can meet the deadline, so every round would be empty.",
-            f"Sync(deadline_s={math.ceil(2 * shortest)})",
+            Part(f"Sync(deadline_s={math.ceil(2 * shortest)})", "pace"),
         )
 
 
@@ -184,7 +199,7 @@ def simulate_round(
     ended = clock.trips() if fleet is not None else ()
     return Arrivals(
         traffic.arrivals,
-        traffic.failed,
+        [Dropped(flight) for flight in traffic.failed],
         len(late),
         started,
         total,
@@ -212,7 +227,7 @@ def _wait(clock: Clock) -> None:
             "No client of the fleet is available, now or later.",
             "a client that can start.",
             "the round would wait forever.",
-            'fleet = "Fleet(availability=1.0)"',
+            Change("fleet", "Fleet(availability=1.0)"),
         )
     clock.next(until=change)
 

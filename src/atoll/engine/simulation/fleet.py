@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
-from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.grammar import Value
 from atoll.base.random import Key
-from atoll.base.validation import bounded_number, check_fields, repaired
+from atoll.base.validation import bounded_number, check_fields, plain_number, repaired
 from atoll.engine.simulation import availability, traces
 
 LARGEST = 1e15
@@ -77,8 +76,8 @@ def rate(text: str | float) -> float:
                 value = float(found[1]) * scale / (8 if found[4] == "b" else 1)
             except ValueError:  # "1.2.3"
                 value = math.nan
-    elif isinstance(text, Real) and not isinstance(text, bool):
-        value = float(text)
+    elif isinstance(number := plain_number(text), (int, float)) and not isinstance(number, bool):
+        value = float(number)
     if not 0 < value <= LARGEST:
         raise UsageError(
             f"A rate of {text!r}.",
@@ -287,8 +286,8 @@ class Each(Value):
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        values = tuple(self.values) if isinstance(self.values, (tuple, list)) else (self.values,)
-        good = [isinstance(v, Real) and not isinstance(v, bool) and 0 < float(v) <= LARGEST for v in values]
+        values = tuple(map(plain_number, self.values)) if isinstance(self.values, (tuple, list)) else (self.values,)
+        good = [isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= LARGEST for v in values]
         if not isinstance(self.values, (tuple, list)) or not values or not all(good):
             mended = tuple(float(v) if fine else 1.0 for v, fine in zip(values, good, strict=True)) or (1.0,)
             raise UsageError(

@@ -15,12 +15,12 @@ from torch import Tensor
 from atoll.base import grammar
 from atoll.base.names import load
 from atoll.compute.batches import HOST
-from atoll.compute.model_state import Model
-from atoll.engine.chunks import Results, kept_from_tensors, kept_to_tensors
+from atoll.engine.chunks import kept_from_tensors, kept_to_tensors
+from atoll.engine.contribution import Results
 from atoll.engine.workers.serialize import import_name
 from atoll.engine.workers.shared_memory import Place
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Aggregator, Broadcast
+from atoll.plan.protocols import Aggregator
 from atoll.plan.registry import PARTS
 from atoll.plan.round import Failure
 
@@ -91,7 +91,7 @@ class ResultsMessage(msgspec.Struct, frozen=True, tag=True):
 
 
 class ErrorMessage(msgspec.Struct, frozen=True, tag=True):
-    """The worker stopped with an error: the four parts of an error of atoll, or the text of another one."""
+    """The worker stopped with an error: its parts and the forms of its line, or the text of another exception."""
 
     kind: str
     parts: list[str]
@@ -146,28 +146,6 @@ def results_from_tensors(
         [(tables["kept"][i], tables["memory"][i]) for i in sorted(tables["kept"])],
         kept_from_tensors(tables["keep"].get(0, {})),
     )
-
-
-def pack_broadcast(broadcast: Broadcast) -> dict[str, Tensor]:
-    """A broadcast as named plain tensors."""
-    model = broadcast.model
-    out = {"theta": model.theta, "buffers": model.buffers}
-    out |= {f"counter/{n}": t for n, t in model.counters.items()} | {f"fixed/{n}": t for n, t in model.fixed.items()}
-    return out | {f"shared/{part}/{n}": t for part, tensors in broadcast.shared.items() for n, t in tensors.items()}
-
-
-def unpack_broadcast(round: int, tensors: Mapping[str, Tensor]) -> Broadcast:
-    """The inverse of `pack_broadcast`; the tensors are views."""
-    groups: dict[str, dict[str, Tensor]] = {"counter": {}, "fixed": {}}
-    shared: dict[str, dict[str, Tensor]] = {"local": {}, "codec": {}}
-    for path, t in tensors.items():
-        kind, _, name = path.partition("/")
-        if kind in groups:
-            groups[kind][name] = t
-        elif kind == "shared":
-            part, _, name = name.partition("/")
-            shared[part][name] = t
-    return Broadcast(round, Model(tensors["theta"], tensors["buffers"], groups["counter"], groups["fixed"]), shared)
 
 
 def plan_to_text(plan: Plan) -> tuple[str, dict[str, str]]:

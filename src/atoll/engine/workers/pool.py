@@ -16,7 +16,8 @@ from msgspec import structs
 from torch import Tensor
 
 from atoll.base.errors import RunError, UsageError
-from atoll.engine.chunks import Results
+from atoll.base.lines import Change, Line
+from atoll.engine.contribution import Results
 from atoll.engine.workers.messages import (
     Answer,
     BroadcastMessage,
@@ -239,7 +240,7 @@ class WorkerPool:
                     f"{self._failed_starts} workers in a row ended before they were ready.",
                     "a worker process that starts.",
                     reason or "their output above contains the reason.",
-                    "--engine inprocess",
+                    Change("engine", "inprocess"),
                 )
         self._workers[self._workers.index(worker)] = _WorkerState(self._transport.start_worker())
 
@@ -333,11 +334,12 @@ class WorkerPool:
         else:
             self._replace(worker)
         if answer.kind in ("UsageError", "RunError"):
-            raise (UsageError if answer.kind == "UsageError" else RunError)(*answer.parts)
+            given, required, why, *lines = answer.parts
+            raise (UsageError if answer.kind == "UsageError" else RunError)(given, required, why, Line(*lines))
         raise RunError(
             f"A worker stopped with {answer.kind}.",
             why=answer.parts[0].strip(),
-            write="--engine inprocess",
+            write=Change("engine", "inprocess"),
         )
 
 

@@ -18,6 +18,7 @@ from msgspec import structs
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import EngineChange
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.workers.forkserver import ForkServer
@@ -85,7 +86,7 @@ class ProcessesEngine(WorkerEngine):
             raise UsageError(
                 f"workers = {workers}, threads = {threads}.",
                 "at least 1 worker and at least 1 thread for each worker.",
-                write="--workers 2",
+                write=EngineChange("Processes(2)", "workers", 2),
             )
         self.workers, self.threads = workers, threads
         self._made = model, seed

@@ -28,6 +28,7 @@ from msgspec import structs
 from torch import Tensor
 
 from atoll.base.errors import RunError, UsageError
+from atoll.base.lines import Change, EngineChange, Write
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.workers.messages import (
@@ -193,7 +194,7 @@ def _found_here() -> Iterator[None]:
             f"The node {socket.gethostname()} does not have code or a file that the task needs: {error}.",
             "the same code and files on every node.",
             "an actor imports code by its name and opens memory-mapped files by their paths.",
-            "--engine processes",
+            Change("engine", "processes"),
         ) from error
 
 
@@ -240,7 +241,7 @@ class _Actors:
                     f"{len(calls)} of {len(connections)} actors waited {self._patience_s:g} s for a place.",
                     "nodes with free cores and GPUs.",
                     "the cluster's resources are in use, or nodes have left.",
-                    f"--workers {placed}" if placed else "ray status",
+                    EngineChange(f"Ray(workers={placed})", "workers", placed) if placed else "ray status",
                 )
         if answered:
             self._last_answer = time.monotonic()
@@ -371,7 +372,7 @@ def _refused(ray: Any, address: str, error: Exception) -> UsageError | RunError:
             f"Ray did not start on this machine: {' '.join(str(error).split())}",
             "a machine on which each process of Ray starts within 15 s.",
             "Ray gives up after that time. An overloaded machine may need longer.",
-            "--engine processes",
+            Change("engine", "processes"),
         )
     if "mismatch" in str(error).lower():
         message = " ".join(str(error).split())
@@ -380,13 +381,13 @@ def _refused(ray: Any, address: str, error: Exception) -> UsageError | RunError:
             f"The cluster at {address} is of another version: {message.rstrip('.')}.",
             "the same versions of Ray and Python in this program and on the cluster.",
             "the format of their messages depends on both versions.",
-            f"pip install ray=={wanted}" if wanted != ray.__version__ else "--engine processes",
+            f"pip install ray=={wanted}" if wanted != ray.__version__ else Change("engine", "processes"),
         )
     return UsageError(
         f"Ray at {address}: {' '.join(str(error).split())}",
         "the address of a running cluster.",
         "actors run on the nodes of a cluster.",
-        "ray start --head" if address == "auto" else "--address auto",
+        "ray start --head" if address == "auto" else EngineChange("Ray('auto')", "address", "auto"),
     )
 
 
@@ -407,7 +408,7 @@ def _reach(address: str) -> None:
             f"address = {address!r}.",
             "host:port, as `ray start --head` prints it, or auto.",
             "the engine connects to actors directly, not through a proxy.",
-            "--address 127.0.0.1:6379",
+            EngineChange("Ray('127.0.0.1:6379')", "address", "127.0.0.1:6379"),
         )
     trouble = ""
     try:
@@ -448,11 +449,11 @@ def _placed(ray: Any, workers: int | None, cpus: float, gpus: float) -> int:
         return room if workers is None else workers
     has = "; ".join(f"{node.get('CPU', 0.0):g} CPU, {node.get('GPU', 0.0):g} GPU" for node in nodes)
     if room:
-        write = f"--workers {room}"
+        write: Write = EngineChange(f"Ray(workers={room}, cpus={cpus:g}, gpus={gpus:g})", "workers", room)
     elif any(_room(node, cpus, 0.0) for node in nodes):
-        write = "--gpus 0"
+        write = EngineChange(f"Ray(cpus={cpus:g})", "gpus", 0)
     else:
-        write = "--cpus 1"
+        write = EngineChange(f"Ray(gpus={gpus:g})", "cpus", 1)
     raise UsageError(
         f"{workers or 'Some'} actors with {cpus:g} CPU and {gpus:g} GPU each.",
         f"nodes with room for them. This cluster has {has or 'no node'}, which is room for {room}.",

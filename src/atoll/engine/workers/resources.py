@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Both, Change, EngineChange
 
 INSTALL_RAY = "pip install 'atoll[ray]'"
 
@@ -46,5 +47,5 @@ def check_actor(cpus: float, gpus: float, device: str = "auto") -> None:
             "device = 'cuda' with actors that have no GPU.",
             "a GPU, or a part of one, for each actor.",
             "an actor sees only the GPUs that Ray gives it.",
-            "--device cuda --gpus 1",
+            Both(Change("device", "cuda"), EngineChange("Ray(gpus=1)", "gpus", 1)),
         )

@@ -20,26 +20,29 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Change, Part
 from atoll.base.random import Key
 from atoll.compute import limits
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
+from atoll.engine.arrival_loop import ArrivalLoop, Landed
 from atoll.engine.chunk_limit import ChunkLimit
-from atoll.engine.chunks import Results, by_version, chunks, gathered, task_for
+from atoll.engine.chunks import by_version, chunks, gathered, task_for
 from atoll.engine.client_state import Uncommitted
+from atoll.engine.contribution import Results
 from atoll.engine.inprocess import check_chunk
 from atoll.engine.protocols import Engine
-from atoll.engine.simulation.arrivals import Arrivals, DownlinkBytes, simulate_round
-from atoll.engine.workers.messages import BroadcastMessage, Setup, pack_broadcast, plan_of, plan_to_text
+from atoll.engine.simulation.arrivals import Arrivals, simulate_round
+from atoll.engine.workers.messages import BroadcastMessage, Setup, plan_of, plan_to_text
 from atoll.engine.workers.pool import Job, PoolResult, Transport, WorkerPool
 from atoll.engine.workers.serialize import serialize
-from atoll.plan.in_flight import Flight, OpenRound
+from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Cohort, Ids, Partial, Population
 from atoll.plan.round import Gathered
-from atoll.plan.state import State
+from atoll.plan.state import State, pack_broadcast
 
 _SYNC = Sync()
 
@@ -159,7 +162,6 @@ class WorkerEngine(Engine):
             self._transport.unpublish(number)
             self._pool.forget([number])
         self._broadcasts &= needed
-        now = state.broadcast
 
         def message(version: int) -> BroadcastMessage:
             chosen = key if version == state.round else state.key(version)
@@ -169,7 +171,7 @@ class WorkerEngine(Engine):
             if plan.pace == _SYNC:
                 flown, results = self._together(plan, state, cohort, message(state.round), keep)
             else:
-                flown, results = _AsynchronousRound(self, plan, text, state, cohort, now, message, keep).run()
+                flown, results = _AsynchronousRound(self, plan, text, state, cohort, message, keep).run()
         except BaseException:
             self._pool.drop(lambda job: True)
             self._in_flight.clear()
@@ -243,74 +245,35 @@ class _AsynchronousRound:
         text: str,
         state: State,
         cohort: Cohort,
-        now: Broadcast,
         message: Callable[[int], BroadcastMessage],
         keep: Collection[int],
     ) -> None:
-        self.engine, self.plan, self.text, self.state, self.now = engine, plan, text, state, now
-        self._downlink = DownlinkBytes(state, engine.data.count)
-        self._traffic = OpenRound(
-            plan.pace, plan.sampler, state.seed, state.round, state.air, engine.population, cohort
-        )
+        self.engine, self.plan, self.text, self.state = engine, plan, text, state
+        self._loop = ArrivalLoop(plan, state, engine.population, cohort, self._submit, self._receive, time.perf_counter)
         self._kept = Uncommitted(state.memory)
         self._broadcasts: dict[int, BroadcastMessage] = {}
         self._message, self._results, self._keep = message, Results.empty(), keep
-        self._started = self._sent = 0
 
     def run(self) -> tuple[Arrivals, Results]:
         """Start the missing clients and accept arrivals until the pace closes the round."""
-        began, traffic, pace = time.perf_counter(), self._traffic, self.plan.pace
-        deadline = pace.deadline_s
-        self._continue()
-        self._start()
-        waits = True
-        while waits and traffic.flying:
-            spent = time.perf_counter() - began
-            left = deadline - spent if deadline is not None and spent < deadline else None
-            result = self._next(left)
-            if result is not None:
-                self._arrive(result)
-            waits = traffic.goes_on(time.perf_counter() - began)
-            if pace.replaces_arrivals and waits:
-                self._start()
-        late = traffic.abandoned()
-        for flight in late:
-            self._forget(flight.number)
-        flown = Arrivals(
-            traffic.arrivals,
-            [],
-            len(late),
-            self._started,
-            self._sent,
-            traffic.in_flight(self._downlink.known, None),
-            None,
-            (),
-        )
+        flights = {flight.number for flight in self.state.air.flights}
+        for number in self.engine._in_flight.keys() - flights:
+            self._forget(number)
+        flown = self._loop.run()
+        if not self.plan.pace.asynchronous:
+            for number in self._loop.awaited:
+                self._forget(number)
         return flown, self._results
 
-    def _continue(self) -> None:
-        """Keep the jobs of flights that started in earlier rounds. Submit flights without a job, as after a resume."""
-        flights = {f.number: f for f in self.state.air.flights}
-        for number in [n for n in self.engine._in_flight if n not in flights]:
-            self._forget(number)
-        for number, flight in flights.items():
-            known = self.engine._in_flight.get(number)
-            theta = self.state.versions[flight.version].model.theta
-            same = known is not None and known.flight == flight and known.theta is theta and known.plan == self.text
-            if known is None or not same or known.job.keep != self._requested(flight):
-                self._forget(number)
-                self._submit(flight, theta)
-
-    def _start(self) -> None:
-        begun = self._traffic.start_missing()
-        for flight, down in zip(begun, self._downlink.to([f.client for f in begun]), strict=True):
-            self._traffic.sent(flight, down)
-            self._submit(flight._replace(down=down), self.now.model.theta)
-            self._sent += down
-        self._started += len(begun)
-
-    def _submit(self, flight: Flight, theta: Tensor) -> None:
+    def _submit(self, flight: Flight) -> None:
+        """Submit the job of a flight. A flight of an earlier round may have its job already, except after a resume."""
         engine, version = self.engine, flight.version
+        theta, known = self.state.version(version).model.theta, self.engine._in_flight.get(flight.number)
+        asked = self._requested(flight)
+        same = known is not None and (known.flight, known.plan, known.job.keep) == (flight, self.text, asked)
+        if known is not None and same and known.theta is theta:
+            return
+        self._forget(flight.number)
         if version not in self._broadcasts:
             self._broadcasts[version] = self._message(version)
         ids, down = Ids(torch.tensor([flight.client]), torch.tensor([flight.again])), torch.tensor([flight.down])
@@ -320,7 +283,7 @@ class _AsynchronousRound:
             ids,
             down,
             self._kept,
-            self._requested(flight),
+            asked,
             deliver=True,
         )
         engine._in_flight[flight.number] = _Pending(flight, job, theta, self.text)
@@ -335,22 +298,22 @@ class _AsynchronousRound:
         if known is not None:
             self.engine._pool.drop(lambda job: job is known.job)
 
-    def _next(self, left: float | None) -> PoolResult | None:
+    def _receive(self, left: float | None) -> list[Landed]:
         """The next arrival. Workers that still compute cancelled jobs are replaced, so that some worker stays free."""
         pool, deadline = self.engine._pool, self.plan.pace.deadline_s
-        if deadline is None:
-            return pool.next(self.plan.aggregator, 1, left)
-        pool.replace_stuck(deadline + limits.PATIENCE_S)
-        return pool.next(self.plan.aggregator, 1, limits.PATIENCE_S if left is None else min(left, limits.PATIENCE_S))
+        if deadline is not None:
+            pool.replace_stuck(deadline + limits.PATIENCE_S)
+            left = limits.PATIENCE_S if left is None else min(left, limits.PATIENCE_S)
+        result = pool.next(self.plan.aggregator, 1, left)
+        return [] if result is None else self._arrive(result)
 
-    def _arrive(self, result: PoolResult) -> None:
+    def _arrive(self, result: PoolResult) -> list[Landed]:
         (job,) = result.jobs
         number = next((n for n, known in self.engine._in_flight.items() if known.job is job), None)
         if number is None:
-            return
+            return []
         flight, results = self.engine._in_flight.pop(number).flight, result.results
         self.engine.room.lower(result.max_chunk)
-        self._traffic.arrive(number)
         for ids, rows in results.memory:
             self._kept.put(ids, rows)
         if self.plan.pace.asynchronous:
@@ -358,12 +321,13 @@ class _AsynchronousRound:
             facts: list[Mapping[str, Tensor]] = [{**f, "staleness": late} for f in results.facts]
             results = results._replace(facts=facts)
         self._results.add(self.plan.aggregator, results)
+        return [Landed(number)]
 
 
 def packed(
     task: Task, data: Clients, model: str | None, seed: int, threads: int, spill: Callable[[], Path] | None
 ) -> tuple[Setup, dict[str, Tensor]]:
-    """The first message to every worker, and its tensors. Metrics are sent without their `finish` function.
+    """The first message to every worker, and its tensors. Metrics are not sent: this process evaluates the model.
 
     Args:
         task, data: the task and the clients of the engine.
@@ -374,7 +338,7 @@ def packed(
     Raises:
         UsageError: another process cannot import the model, the loss or the data set.
     """
-    plain: Any = replace(task, metrics=tuple(replace(metric, finish=float) for metric in task.metrics))
+    plain: Any = replace(task, metrics=(), lengths={})
     if model is not None:
         plain = replace(plain, module=None)
     tree, of_task = serialize(plain, "The task", 'atoll.train("my_module:make", data, plan)', spill)
@@ -395,14 +359,14 @@ def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
             f"{plan.pace!r} with workers.",
             "a pace without partial work.",
             "a computation that is cut at a deadline in real time cannot be repeated.",
-            repr(replace(plan.pace, partial=False)) if "partial" in known else "Sync()",  # type: ignore[type-var]
+            Part(repr(replace(plan.pace, partial=False)) if "partial" in known else "Sync()", "pace"),  # type: ignore[type-var]
         )
     if not isinstance(plan.aggregator.zero(), Partial):
         raise UsageError(
             f"{plan.aggregator!r} with workers.",
             "a partial with `tensors`, `of` and `reduce`, as atoll.plan.protocols.Partial declares them.",
             "a worker returns a partial sum as plain tensors.",
-            "--engine inprocess",
+            Change("engine", "inprocess"),
         )
     text, own = plan_to_text(plan)
     if plan_of(text, tuple(own.items())) != plan:
@@ -410,6 +374,6 @@ def _checked(plan: Plan) -> tuple[str, dict[str, str]]:
             f"The text of the plan is {text}, and this text builds another plan.",
             "parts whose `repr` builds an equal part.",
             "a worker reads the plan from its text.",
-            "--engine inprocess",
+            Change("engine", "inprocess"),
         )
     return text, own

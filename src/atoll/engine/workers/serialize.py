@@ -6,6 +6,7 @@ Serialization for worker processes: values as plain trees and arrays, and arrays
     tuples, lists, sets, dicts                                                        item by item
     tensors, numpy arrays                                                             in a shared block or mapped file
     functions and classes                                                             by name, module:name
+    structs of msgspec                                                                as JSON
     modules, data sets and other objects whose state is their `__dict__`              name of the class, and the dict
 
 No other value can be serialized. Deserialization imports the named modules. It runs no code from the message.
@@ -22,11 +23,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Change
 from atoll.base.names import load
 
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's flag for heap types; static types of C lack it
@@ -43,11 +46,14 @@ class Packed(NamedTuple):
 def serialize(value: Any, role: str, write: str, spill: Callable[[], Path] | None) -> Packed:
     """Serialize a value.
 
+    A memory-mapped array is sent as the name of its file. All other arrays become tensors.
+
     Args:
         value: the value.
-        role: its role, for errors.
-        write: the line to write in an error, if no better one is known.
-        spill: gives a path to which a mapped array without a file is written; None: such an array is sent as a tensor.
+        role: what the value is, such as "The task". Error messages begin with it.
+        write: code that an error suggests to the user, if no better suggestion is known.
+        spill: returns the path of a new file. A memory-mapped array whose own file cannot be used is written to it.
+            None: such an array is sent as a tensor.
     Returns:
         The tree and its tensors.
     Raises:
@@ -96,7 +102,7 @@ def import_name(thing: Any, role: str) -> str:
         f"{role}: the {kind} {name or thing!r} of {module} has no name that can be imported.",
         f"a {kind} at the top of a module.",
         "a worker is another process: it receives numbers, and imports code by its name.",
-        "--engine inprocess",
+        Change("engine", "inprocess"),
     )
 
 
@@ -139,6 +145,9 @@ class _Packer:
             case Tensor() if type(value) in (Tensor, nn.Parameter, nn.Buffer):
                 name = str(len(self.tensors))
                 self.tensors[name] = value.detach()
+                if isinstance(value, nn.Parameter) and value.requires_grad and value._backward_hooks:
+                    hooks = self._items(value._backward_hooks.values(), f"{at}, the hook of its gradient")
+                    return ["hooked", name, hooks]
                 return ["parameter" if isinstance(value, nn.Parameter) else "tensor", name, value.requires_grad]
             case np.memmap():
                 return self._mapped(value)
@@ -148,6 +157,8 @@ class _Packer:
                 return ["code", import_name(value, at)]
             case _ if callable(value) and hasattr(value, "__qualname__"):
                 return ["code", import_name(value, at)]
+            case msgspec.Struct():
+                return ["struct", import_name(type(value), at), msgspec.json.encode(value)]
         return ["object", import_name(type(value), at), self.pack(self._state(value, at), at)]
 
     def _array(self, array: np.ndarray[Any, Any]) -> Any:
@@ -229,6 +240,11 @@ class _Unpacker:
         match tree:
             case ["parameter", name, grad]:
                 return nn.Parameter(self._tensors[name].clone(), grad)
+            case ["hooked", name, hooks]:
+                parameter = nn.Parameter(self._tensors[name].clone())
+                for hook in map(self.unpack, hooks):
+                    parameter.register_hook(hook)
+                return parameter
             case ["tensor", name, grad]:
                 tensor = self._tensors[name]
                 return tensor.clone().requires_grad_(grad) if self._copies else tensor
@@ -238,6 +254,8 @@ class _Unpacker:
                 return np.memmap(path, np.dtype(dtype), "r", offset, tuple(shape))
             case ["code", name]:
                 return load(name)
+            case ["struct", kind, data]:
+                return msgspec.json.decode(data, type=load(kind))
         raise ValueError(f"No serialized value has the form {tree!r:.80}.")
 
     def _object(self, number: int, kind: type, state: Any) -> Any:

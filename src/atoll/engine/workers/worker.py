@@ -20,13 +20,16 @@ from torch import Tensor
 
 from atoll import models
 from atoll.base.errors import AtollError, RunError, UsageError
-from atoll.base.random import Key
+from atoll.base.lines import forms
+from atoll.base.random import GeneratorWatch, Key
 from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.device import move_rows, resolve_device
 from atoll.compute.task import Task
+from atoll.compute.user_code import PASSES, missed_draw
 from atoll.data.clients import Clients
-from atoll.engine.chunks import ChunkRunner, Results, task_for
+from atoll.engine.chunks import ChunkRunner, task_for
 from atoll.engine.client_state import Memory
+from atoll.engine.contribution import Results
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.workers.messages import (
     Answer,
@@ -41,14 +44,13 @@ from atoll.engine.workers.messages import (
     orders,
     plan_of,
     results_to_tensors,
-    unpack_broadcast,
 )
 from atoll.engine.workers.serialize import deserialize
 from atoll.engine.workers.shared_memory import Place, SharedBlock, SharedBlocks
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids
 from atoll.plan.round import bind
-from atoll.plan.state import part_of
+from atoll.plan.state import part_of, unpack_broadcast
 
 
 @dataclass
@@ -98,8 +100,12 @@ class Worker:
             ids = Ids(torch.tensor(run.clients), torch.tensor(run.repeats))
             if rows is not None:
                 runner.memory.put(ids.client, rows)
+            findings = self._engine.task.findings
+            draws = None if findings.built_in or findings.draws == PASSES else GeneratorWatch()
             with use_pool(self._buffers):
                 runner.run(self._broadcasts[run.broadcast][0].version, ids, torch.tensor(run.down))
+            if draws is not None and draws.found():
+                raise missed_draw(self._broadcasts[run.broadcast][0].version)
             runner.commit_wave()
         if not run.deliver:
             return None
@@ -233,5 +239,5 @@ def error_message(error: BaseException) -> ErrorMessage:
     """An error as a message."""
     if isinstance(error, AtollError):
         kind = "UsageError" if isinstance(error, UsageError) else "RunError"
-        return ErrorMessage(kind, [error.given, error.required, error.why, error.write])
+        return ErrorMessage(kind, [error.given, error.required, error.why, *forms(error.write)])
     return ErrorMessage(type(error).__name__, ["".join(traceback.format_exception(error))])

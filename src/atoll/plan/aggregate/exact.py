@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Part
 from atoll.compute import limits
 from atoll.compute.buffer_pool import empty
 from atoll.compute.native import serving, threads_now
@@ -148,7 +149,7 @@ def _add_natively(native: ctypes.CDLL, digits: Digits, rows: Tensor, weights: Te
                     "A contribution to an exact sum has a number that is not finite, or above 2^900.",
                     "finite numbers, at most 2^900 in absolute value.",
                     "digits cannot represent it. The blocks before it have already been added.",
-                    "Mean(sum='float')",
+                    Part("Mean(sum='float')", "aggregator"),
                 )
             used = {top - j for top in found if top != _EMPTY for j in range(places(rows.dtype)) if top - j >= _LOWEST}
             added = bool((done == _ADDED).any())
@@ -332,5 +333,5 @@ def check_capacity(weight: int, rule: Any) -> None:
             f"The weights of this round sum to {weight:,}.",
             f"at most 2^28 = {CAPACITY:,} for an exact sum.",
             "above it the sum of a digit does not fit the 53 bits of float64.",
-            repr(replace(rule, sum="float")),
+            Part(repr(replace(rule, sum="float")), "aggregator"),
         )

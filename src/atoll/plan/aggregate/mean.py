@@ -5,13 +5,18 @@ Tests: tests/identities/test_order.py, tests/conformance/test_parts.py
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from atoll.base.errors import UsageError
+from atoll.base.errors import RunError, UsageError
+from atoll.base.lines import Part
 from atoll.plan.aggregate import exact
 from atoll.plan.pace import Sync
 from atoll.plan.protocols import (
@@ -22,6 +27,7 @@ from atoll.plan.protocols import (
     Ids,
     Over,
     Partial,
+    Population,
     RoundInfo,
     Slots,
     SumKind,
@@ -95,7 +101,9 @@ _DTYPES = (torch.int64, torch.float64, torch.float32, torch.int32, torch.int16, 
 def _neutral(dtype: int, *shape: int, largest: bool, device: torch.device) -> Tensor:
     """The neutral element of a sum, or of a maximum."""
     kind = _DTYPES[dtype]
-    value = torch.iinfo(kind).min if largest else 0
+    value: float = 0
+    if largest and kind != torch.bool:
+        value = -math.inf if kind.is_floating_point else torch.iinfo(kind).min
     return torch.full(shape, value, dtype=kind, device=device if shape else "cpu")
 
 
@@ -103,18 +111,31 @@ class _Folded(Aggregator):
     """Adds and merges contributions. `Mean` and `Sum` inherit these methods."""
 
     linear = True
+    _table: Tensor | None = None  # the weight of each client, int64 `[C]`; None: its rows, or 1
+    _chance: Tensor | None = None  # the chance of each client for which the table was made, float64 `[C]`
+
+    def bind(self, population: Population, chance: Tensor) -> Self:
+        """A copy that divides each weight by the chance of its client, if the chances of the clients differ."""
+        bound = copy.copy(self)
+        if chance.dim():
+            weights = torch.ones_like(population.sizes) if self.weights == "equal" else population.sizes
+            object.__setattr__(bound, "_table", weights_by_chance(weights, chance))
+            object.__setattr__(bound, "_chance", chance)
+        return bound
+
+    def weigh(self, clients: Tensor, rows: Tensor) -> Tensor:
+        """The weight of each contribution, int64 `[K]`: wᵢ, or wᵢ divided by the chance and scaled to whole numbers."""
+        if self._table is not None:
+            return self._table.to(clients.device)[clients].to(rows.device)
+        return torch.ones_like(rows) if self.weights == "equal" else rows
 
     def zero(self) -> PartialSum:
         """An empty sum, to which no contribution was added."""
         return PartialSum()
 
-    def lift(self, contribution: Contribution) -> Tensor:
-        """The weight of each contribution in the sum, int64 `[K]`."""
-        return torch.ones_like(contribution.weight) if self.weights == "equal" else contribution.weight
-
     def fold(self, partial: PartialSum, contribution: Contribution, ids: Ids) -> PartialSum:
         """Add K contributions to the sum, in place."""
-        weights = self.lift(contribution)
+        weights = self.weigh(ids.client, contribution.weight)
         many = weights.shape[0]
         add = exact.add if self.sum == "exact" else _add_floats
         for name, rows in contribution.means.items():
@@ -162,11 +183,47 @@ class _Folded(Aggregator):
         )
 
 
+_SPLIT = 1 << 12  # largest denominator of a weight divided by a chance that is represented exactly
+
+
+def weights_by_chance(weights: Tensor, chance: Tensor) -> Tensor:
+    """w/chance of each client, scaled to whole numbers, because the exact sum takes whole weights, int64 `[C]`.
+
+    The scale is the least that makes all quotients whole. If there is none below `CAPACITY`, the quotients are rounded
+    at the largest scale, with a relative error of about n/2²⁸ for a cohort of n clients.
+
+    Args:
+        weights: w, int64 `[C]`.
+        chance: the probability that each client is selected, float64 `[C]`. A client with chance 0 gets weight 0.
+    Example:
+        >>> weights_by_chance(torch.tensor([80, 10, 10]), torch.tensor([1.0, 0.5, 0.5]).double()).tolist()
+        [4, 1, 1]
+    """
+    drawn = chance > 0
+    quotients = torch.where(drawn, weights / chance.where(drawn, 1.0), 0.0)
+    cohort = max(1, round(float(chance.sum())))
+    largest = float(quotients.topk(min(cohort, len(weights))).values.sum())
+    broken = quotients[(quotients - quotients.round()).abs() > 1e-9 * quotients]
+    parts = {Fraction(q).limit_denominator(_SPLIT).denominator for q in broken.unique()[: 2 * _SPLIT].tolist()}
+    scale = min(math.lcm(*parts), exact.CAPACITY)
+    scaled = quotients * scale
+    whole = scaled.round()
+    if scale * largest > exact.CAPACITY or bool(((scaled - whole).abs() > 1e-9 * scaled).any()):
+        whole = (quotients * (exact.CAPACITY / 2 / max(largest, 1.0))).round()
+        return torch.where(drawn & (weights > 0), whole.clamp(min=1), 0).long()
+    table = whole.long()
+    return table // max(1, math.gcd(*table.unique().tolist()))
+
+
 @dataclass(frozen=True, repr=False)
 class Mean(_Folded):
     """The mean of the updates.
 
     g = Σ wᵢ gᵢ / Σ wᵢ  over the contributions that arrived, or  g = Σ wᵢ gᵢ / E Σ wᵢ,  E Σ wᵢ = Σ chanceᵢ wᵢ
+
+    If the chances of the clients differ (`Weighted`), wᵢ is divided by the chance of the client. The mean of g over all
+    draws is then Σ wᵢ gᵢ / Σ wᵢ over all clients, with `over="expected"` and with `Weighted` exactly. With
+    `over="arrived"` and equal chances it is so only approximately, if clients differ in size and cohorts are small.
 
     Args:
         weights: `"examples"`: wᵢ is the number of rows that the client holds; `"equal"`: wᵢ = 1.
@@ -194,16 +251,27 @@ class Mean(_Folded):
     sum: SumKind = "exact"
 
     def __post_init__(self) -> None:
-        _one_of("Mean", "weights", self.weights, ("examples", "equal"))
-        _one_of("Mean", "over", self.over, ("arrived", "expected"))
-        _one_of("Mean", "sum", self.sum, ("exact", "float"))
+        one_of("Mean", "weights", self.weights, ("examples", "equal"))
+        one_of("Mean", "over", self.over, ("arrived", "expected"))
+        one_of("Mean", "sum", self.sum, ("exact", "float"))
 
     def finalize(self, total: Total, info: RoundInfo) -> Total:
-        """Divide the means by the weight. A round without contributions has no mean, except with `over="expected"`."""
+        """Divide the means by the weight. A round without contributions has no mean, except with `over="expected"`.
+
+        Raises:
+            RunError: the chances of the clients differ from those at the start of the training.
+        """
+        if self._chance is not None and info.chance.dim() and not torch.equal(info.chance, self._chance):
+            raise RunError(
+                f"The sampler gave other chances in round {info.round} than at the start of the training.",
+                "the chance of each client, equal in every round.",
+                "each weight is divided by the chance of its client, and contributions of all rounds are added.",
+                Part("Uniform(10)", "cohort"),
+            )
         means = _divided(total.means, float(total.weight))
         if self.over == "expected":
             sizes, chance = info.population.sizes, info.chance
-            weights = torch.ones_like(sizes) if self.weights == "equal" else sizes
+            weights = self.weigh(torch.arange(len(sizes), device=sizes.device), sizes)
             expected = (chance * weights).sum() if chance.dim() else chance * weights.sum()
             nothing = torch.zeros((), dtype=torch.float64, device=expected.device)
             means["update"] = total.means.get("update", nothing) / expected
@@ -246,8 +314,8 @@ class Sum(_Folded):
     sum: SumKind = "exact"
 
     def __post_init__(self) -> None:
-        _one_of("Sum", "weights", self.weights, ("examples", "equal"))
-        _one_of("Sum", "sum", self.sum, ("exact", "float"))
+        one_of("Sum", "weights", self.weights, ("examples", "equal"))
+        one_of("Sum", "sum", self.sum, ("exact", "float"))
 
     def finalize(self, total: Total, info: RoundInfo) -> Total:
         """Keep the sum as the update, and divide all other means, such as buffers, by the weight."""
@@ -278,8 +346,15 @@ def _float(digits: exact.Digits) -> Tensor:
     return digits[0]
 
 
-def _one_of(part: str, name: str, given: str, allowed: tuple[str, ...]) -> None:
-    if given not in allowed:
+def one_of(part: str, name: str, given: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a word that an argument of a part does not allow.
+
+    Raises:
+        UsageError: `given` is not in `allowed`.
+    Example:
+        >>> one_of("Mean", "sum", "exact", ("exact", "float"))
+    """
+    if not isinstance(given, str) or given not in allowed:
         raise UsageError(
             f"{part}({name}={given!r}).",
             f"{name} one of {', '.join(map(repr, allowed))}.",

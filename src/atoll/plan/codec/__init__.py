@@ -11,7 +11,7 @@ from atoll.plan.codec.quantize import Cast, Quantize, Sign
 from atoll.plan.codec.rotate import Rotate
 from atoll.plan.codec.sparse import RandomK, TopK
 from atoll.plan.codec.stage import Chain, Codec, Identity
-from atoll.plan.codec.wire import MessageError
+from atoll.plan.form import MessageError
 
 CODECS = (Identity, Cast, Quantize, Rotate, Eden, TopK, RandomK, Sign, LowRank, Entropy, ErrorFeedback, EF21)
 __all__ = [

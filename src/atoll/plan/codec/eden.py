@@ -21,7 +21,7 @@ from atoll.plan.codec.pack import pack_bits, packed_length, unpack_bits
 from atoll.plan.codec.quantize import refuse_codes
 from atoll.plan.codec.rotate import BLOCK, TILE, Geometry, Rotation, check_block
 from atoll.plan.codec.stage import Codec, Encoded
-from atoll.plan.codec.wire import Field, Form, reject
+from atoll.plan.form import Field, Form, reject
 from atoll.plan.protocols import Tensors
 
 CELLS = 4096  # cells of the table of magnitudes: a threshold is off by at most half a cell, and the error by 1e-7

@@ -15,10 +15,11 @@ import numpy as np
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.base.random import Key
 from atoll.compute.layout import Layout
-from atoll.plan.codec.stage import Codec
-from atoll.plan.codec.wire import Form, MessageError
-from atoll.plan.protocols import Declared
+from atoll.plan.codec.stage import Codec, Encoded
+from atoll.plan.form import Form, MessageError
+from atoll.plan.protocols import Declared, Tensors
 
 _MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 
@@ -85,6 +86,9 @@ class Entropy(Codec):
 
     def declare(self, layout: Layout) -> Mapping[str, Declared]:
         return {"update": self.before} if self.binding else super().declare(layout)
+
+    def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
+        return x, {}, {}, memory
 
     def compress(self, form: Form, messages: Sequence[bytes]) -> list[bytes]:
         zstd = _zstd()

@@ -15,9 +15,10 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
+from atoll.base.validation import class_instead_of_value
 from atoll.compute.layout import Layout
 from atoll.plan.codec.stage import Chain, Codec, Encoded, roundtrip
-from atoll.plan.codec.wire import Form
+from atoll.plan.form import Form
 from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Tensors, Total
 
 
@@ -97,6 +98,8 @@ def _outer(tensors: Tensors) -> dict[str, Tensor]:
 
 def _check_inner(part: str, codec: Any) -> None:
     """Refuse a value that is no codec, a codec that is no contraction, and a codec that has its own memory."""
+    if isinstance(codec, type):
+        raise class_instead_of_value(f"The codec of {part}", codec)
     if not isinstance(codec, Codec):
         raise UsageError(f"{part}({codec!r}).", "a codec.", write=f"{part}(TopK(0.01))")
     if (contraction := codec.contraction()) != codec:

@@ -17,7 +17,7 @@ from atoll.base.random import Key
 from atoll.compute.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.stage import Codec, Encoded, flat_layout
-from atoll.plan.codec.wire import Field, Form
+from atoll.plan.form import Field, Form
 from atoll.plan.protocols import RoundInfo, Tensors, Total
 
 

@@ -17,7 +17,7 @@ from atoll.compute.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.pack import TERNARY, pack_bits, packed_length, unpack_bits
 from atoll.plan.codec.stage import Codec, Encoded
-from atoll.plan.codec.wire import Field, Form, reject
+from atoll.plan.form import Field, Form, reject
 from atoll.plan.protocols import Tensors
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}

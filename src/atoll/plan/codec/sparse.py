@@ -18,7 +18,7 @@ from atoll.compute.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.pack import index_flaws, index_length, pack_index, unpack_index
 from atoll.plan.codec.stage import Codec, Encoded, flat_layout
-from atoll.plan.codec.wire import Field, Form, reject
+from atoll.plan.form import Field, Form, reject
 from atoll.plan.protocols import Tensors
 
 

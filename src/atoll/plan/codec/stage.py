@@ -29,9 +29,10 @@ from torch import Tensor
 from atoll.base.errors import RunError, UsageError
 from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
+from atoll.base.validation import class_instead_of_value
 from atoll.compute.layout import Entry, Layout
-from atoll.plan.codec import wire
-from atoll.plan.codec.wire import Field, Form
+from atoll.plan import form as forms
+from atoll.plan.form import Field, Form
 from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Stage, Tensors, Total, default
 
 T = TypeVar("T")
@@ -63,7 +64,7 @@ def flat_layout(d: int, dtype: torch.dtype = torch.float32) -> Layout:
 
 
 class Codec(Stage):
-    """The base of codec stages: the identity without state. `a >> b` is a chain.
+    """The base of codec stages. A stage defines `encode`; the other methods have defaults. `a >> b` is a chain.
 
     Every method works on the last axis of `[K, d]`, one row per client.
     """
@@ -145,10 +146,6 @@ class Codec(Stage):
             MessageError: a message is not valid. The error states the message and the fault.
         """
 
-    def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
-        """Return the payload for the next stage, the side tensors, the sums, and the memory after the round."""
-        return x, {}, {}, memory
-
     @property
     def compressor(self) -> Codec | None:
         """The stage that compresses the bytes of whole messages, if there is one."""
@@ -179,7 +176,7 @@ class Codec(Stage):
     def to_bytes(self, payload: Tensor, side: Tensors) -> list[bytes]:
         """Convert the payload and side tensors of each client to the bytes of a message."""
         form = self.form(self.layout)
-        messages = wire.to_bytes(form, payload, side)
+        messages = forms.to_bytes(form, payload, side)
         return self.compressor.compress(form, messages) if self.compressor else messages
 
     def from_bytes(self, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -189,7 +186,7 @@ class Codec(Stage):
             MessageError: the bytes are not a message of this codec for this layout.
         """
         form = self.form(self.layout)
-        payload, side = wire.from_bytes(form, self.compressor.decompress(form, data) if self.compressor else data)
+        payload, side = forms.from_bytes(form, self.compressor.decompress(form, data) if self.compressor else data)
         self.validate(payload, side)
         return payload, side
 
@@ -215,6 +212,9 @@ class Identity(Codec):
     def declare(self, layout: Layout) -> Mapping[str, Declared]:
         return {"update": self.before} if self.binding else super().declare(layout)
 
+    def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
+        return x, {}, {}, memory
+
 
 @dataclass(frozen=True, repr=False)
 class Chain(Codec):
@@ -233,6 +233,8 @@ class Chain(Codec):
     def __post_init__(self) -> None:
         for stage in self.stages:
             if not isinstance(stage, Codec):
+                if isinstance(stage, type):
+                    raise class_instead_of_value("A stage of a codec", stage)
                 raise UsageError(f"{stage!r} in a codec.", "a stage.", write="Identity() >> Identity()")
         for i, b in enumerate(self.stages):
             for a in self.stages[:i]:
@@ -319,9 +321,9 @@ class Chain(Codec):
         return _join([stage.server(stage_layout) for stage, stage_layout in self._along(layout)])
 
     def form(self, layout: Layout) -> Form:
-        forms = [stage.form(stage_layout) for stage, stage_layout in self._along(layout)]
-        side = {f"{i}.{name}": field for i, form in enumerate(forms) for name, field in form.side.items()}
-        return Form(side, forms[self._last].payload if forms else Field(layout.dtype, layout.d))
+        each = [stage.form(stage_layout) for stage, stage_layout in self._along(layout)]
+        side = {f"{i}.{name}": field for i, form in enumerate(each) for name, field in form.side.items()}
+        return Form(side, each[self._last].payload if each else Field(layout.dtype, layout.d))
 
     def validate(self, payload: Tensor | None, side: Tensors) -> None:
         for i, stage in enumerate(self.stages):

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.compute.batches import ClientBatch
+from atoll.compute.layout import CHANGED, Layout
 from atoll.compute.task import Task
+from atoll.plan.buffers import flags_of
 from atoll.plan.protocols import (
+    Broadcast,
     Contribution,
     Declared,
     Tensors,
@@ -23,18 +26,30 @@ Keep = Literal["optimizer", "order"]
 
 
 def contribution_of(
-    lanes: ClientBatch, update: Tensor, buffers: Tensor, counters: Tensors, sums: Tensors
+    lanes: ClientBatch,
+    broadcast: Broadcast,
+    layout: Layout,
+    update: Tensor,
+    buffers: Tensor,
+    counters: Tensors,
+    sums: Tensors,
 ) -> Contribution:
-    """Build a contribution that contains an update, and buffers if the model has any."""
-    means = {"update": update} | ({"buffers": buffers} if buffers.shape[-1] else {})
+    """Build a contribution that contains an update, and buffers if the model has any that clients send."""
+    means = {"update": update}
+    kept = {n: t for n, t in counters.items() if n not in layout.dropped}
+    sent = layout.sent
+    if buffers.shape[-1] and (sent is None or len(sent)):
+        means["buffers"] = buffers if sent is None else buffers[:, sent.to(buffers.device)]
+        kept[CHANGED] = flags_of(layout, broadcast.model.buffers, buffers)
     facts = {"loss": _each(sums["loss"], sums["rows"])} if "loss" in sums else {}
-    return Contribution(means, sums, lanes.rows, counters, facts)
+    return Contribution(means, sums, lanes.rows, kept, facts)
 
 
 def declared_update(task: Task) -> dict[str, Declared]:
     """The declaration of a contribution that contains an update, the loss and the rows."""
     layout = task.layout
-    buffers = {"buffers": Declared(layout.b, layout.dtype, "mean")} if layout.b else {}
+    sent = layout.b if layout.sent is None else len(layout.sent)
+    buffers = {"buffers": Declared(sent, layout.dtype, "mean")} if sent else {}
     return {
         "update": Declared(layout.d, layout.dtype, "mean"),
         **buffers,
@@ -58,5 +73,5 @@ def check_batch(part: str, batch: Any) -> None:
 
 
 def check_sends(part: str, sends: Any, write: str) -> None:
-    if sends not in ("update", "model"):
+    if not isinstance(sends, str) or sends not in ("update", "model"):
         raise UsageError(f"{part}(sends={sends!r}).", "'update' or 'model'.", write=write)

@@ -6,16 +6,15 @@ Tests: tests/identities/test_local_sgd.py
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from atoll.base.random import Key
 from atoll.compute.batches import ROWS, ClientBatch, padded
-from atoll.compute.task import Task
+from atoll.compute.task import OnRows, Task
 from atoll.plan.protocols import (
-    OPEN,
     Broadcast,
     Contribution,
     Declared,
@@ -39,23 +38,60 @@ class Evaluate(Local):
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
         """Declares only sums: the rows, the loss and each metric of the task."""
-        return {"rows": Declared(1, torch.int64, "sum"), OPEN: Declared(1, task.layout.dtype, "sum")}
+        return _declared(task)
 
     def contribute(
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """Σ loss, Σ metrics and the number of rows of each client. A pass takes at most `ROWS` rows of each client."""
-        model = broadcast.model.lanes(len(lanes.sizes))
-        positions = torch.arange(self.padded_batch(lanes.sizes[0]), device=lanes.ids.device).expand(
-            len(lanes.sizes), -1
-        )
-        sums: dict[str, Tensor] = {}
-        start = 0
-        for piece in positions.split(ROWS, 1):
-            counts = tuple(max(0, min(n - start, piece.shape[1])) for n in lanes.sizes)
-            for name, value in task.measure(model, lanes.take(lanes.places(piece), counts)).items():
-                sums[name] = sums[name] + value if name in sums else value
-            start += piece.shape[1]
-        sums["rows"] = lanes.rows
-        facts = {n: s / lanes.rows.to(s.device) for n, s in sums.items() if n != "rows"}
-        return Contribution({}, sums, lanes.rows, {}, facts), {}
+        return _measured(broadcast, lanes, key, task, None), {}
+
+
+@dataclass(frozen=True, repr=False)
+class ScoreRows(Local):
+    """`Evaluate` that also reports the rows of one client, in this process.
+
+    Args:
+        on_rows: receives output, targets and scores of each piece of rows.
+    """
+
+    on_rows: OnRows
+
+    def padded_batch(self, rows: int) -> int:
+        """The padded length of this client's batches, a function of its own number of rows."""
+        return padded(rows)
+
+    def declare(self, task: Task) -> Mapping[str, Declared]:
+        """Declares only sums: the rows, the loss and each metric of the task."""
+        return _declared(task)
+
+    def contribute(
+        self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
+    ) -> tuple[Contribution, Tensors]:
+        """Σ loss, Σ metrics and the number of rows of the client."""
+        return _measured(broadcast, lanes, key, task, self.on_rows), {}
+
+
+def _declared(task: Task) -> Mapping[str, Declared]:
+    names = ("loss", *(m.name for m in task.metrics if m.sums is not None))
+    measured = {n: Declared(task.lengths.get(n, 1), torch.float64, "sum") for n in names}
+    return {"rows": Declared(1, torch.int64, "sum"), **measured}
+
+
+def _measured(broadcast: Broadcast, lanes: ClientBatch, key: Key, task: Task, on_rows: OnRows | None) -> Contribution:
+    """The sums of the clients' rows, in passes of at most `ROWS` rows of each client, or in one if rows are coupled."""
+    lanes = replace(lanes, key=None)  # a row of an evaluation draws the same in each round
+    model = broadcast.model.lanes(len(lanes.sizes))
+    positions = torch.arange(padded(lanes.sizes[0]), device=lanes.ids.device).expand(len(lanes.sizes), -1)
+    sums: dict[str, Tensor] = {}
+    start = 0
+    most = positions.shape[1] if task.findings.couples_in_evaluation else ROWS
+    for number, piece in enumerate(positions.split(most, 1)):
+        counts = tuple(max(0, min(n - start, piece.shape[1])) for n in lanes.sizes)
+        batch = lanes.take(lanes.places(piece), counts)
+        for name, value in task.measure(model, batch, key.fold("piece", number), on_rows).items():
+            sums[name] = sums[name] + value if name in sums else value
+        start += piece.shape[1]
+    sums["rows"] = lanes.rows
+    facts = {n: s / lanes.rows.to(s.device) for n, s in sums.items() if n != "rows" and s.dim() == 1}
+    return Contribution({}, sums, lanes.rows, {}, facts)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.random import Key
+from atoll.base.validation import plain_fields
 from atoll.compute.batches import ClientBatch, padded
 from atoll.compute.task import Task
 from atoll.plan.local.contribution import (
@@ -49,7 +50,13 @@ class Gradient(Local):
     batch: int | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self, "batch")
         check_batch("Gradient", self.batch)
+
+    @property
+    def mixes_widths(self) -> bool:
+        """Clients of different padded lengths share a chunk: the rows of each length are one pass."""
+        return True
 
     def padded_batch(self, rows: int) -> int:
         """The padded length of this client's batch, a function of its own number of rows."""
@@ -75,8 +82,9 @@ class Gradient(Local):
             length = max(width, lanes.sizes[0])
             positions = key.fold("order").permutations(lanes.rows, length)[:, :width]
         model = broadcast.model.lanes(len(counts))
-        g = lanes.gradient(task, model, lanes.places(positions), counts, key.fold("pass"))
+        widths = tuple(map(self.padded_batch, lanes.sizes))
+        g = lanes.gradient(task, model, lanes.places(positions), counts, key.fold("pass"), widths)
         if lanes.on_step is not None:
             lanes.stepped(0, g.loss, counts)
         sums = {"loss": g.loss, "rows": torch.tensor(counts, device=lanes.ids.device)}
-        return contribution_of(lanes, g.grad, g.buffers, g.counters, sums), {}
+        return contribution_of(lanes, broadcast, task.layout, g.grad, g.buffers, g.counters, sums), {}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
+from atoll.base.validation import class_instead_of_value, plain_fields
 from atoll.compute.batches import ROWS, ClientBatch, padded
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
@@ -80,6 +81,7 @@ class Train(Local):
     can_stop_early = True
 
     def __post_init__(self) -> None:
+        plain_fields(self, "epochs", "steps", "batch")
         check_batch("Train", self.batch)
         check_sends("Train", self.sends, 'Train(sgd(0.1), epochs=1, batch=10, sends="model")')
         if isinstance(self.steps, constant) and self.steps.lr.is_integer():
@@ -96,7 +98,9 @@ class Train(Local):
             )
         if isinstance(self.steps, Schedule):
             check_steps(self.steps)
-        known = isinstance(self.optimizer, Optimizer) and not isinstance(self.optimizer, type)
+        if isinstance(self.optimizer, type):
+            raise class_instead_of_value("The optimizer of Train", self.optimizer)
+        known = isinstance(self.optimizer, Optimizer)
         if not known or not self.optimizer.trains_clients:
             raise UsageError(
                 f"Train(optimizer={self.optimizer!r}).",
@@ -104,8 +108,9 @@ class Train(Local):
                 "local training makes steps in place." if known else "",
                 "Train(sgd(0.1), epochs=1, batch=10)",
             )
-        unknown = set(self.keep) - {"optimizer", "order"}
-        if unknown or isinstance(self.keep, str):
+        if not isinstance(self.keep, (tuple, list)) or not all(
+            k in ("optimizer", "order") for k in map(str, self.keep)
+        ):
             raise UsageError(
                 f"Train(keep={self.keep!r}).",
                 "a tuple of 'optimizer' and 'order'.",
@@ -188,7 +193,7 @@ class Train(Local):
         descent.follow(lanes, batches)
         after = {"taken": self._batches_taken(lanes, memory, steps)} if "order" in self.keep else {}
         sums = {"loss": descent.loss, "rows": rows}
-        return contribution_of(lanes, descent.update(), *descent.moved, sums), after
+        return contribution_of(lanes, broadcast, task.layout, descent.update(), *descent.moved, sums), after
 
     def _any_rule(
         self,
@@ -224,7 +229,9 @@ class Train(Local):
         if "order" in self.keep:
             after["taken"] = self._batches_taken(lanes, memory, self.steps_at(broadcast.round))
         update = broadcast.model.theta - model.theta
-        return contribution_of(lanes, update, model.buffers, model.counters, {"loss": loss, "rows": rows}), after
+        return contribution_of(
+            lanes, broadcast, task.layout, update, model.buffers, model.counters, {"loss": loss, "rows": rows}
+        ), after
 
     def _batches_taken(self, lanes: ClientBatch, memory: Tensors, steps: int | None) -> Tensor:
         taken = memory["taken"].to(lanes.ids.device)
@@ -247,7 +254,7 @@ class Train(Local):
         Each lane has its own position in its own pass, so its draws do not depend on the number of batches of others.
         """
         width, rows = self.padded_batch(lanes.sizes[0]), lanes.rows
-        lengths, joined = lengths_of(rows, self.batch, task.batch_statistics)
+        lengths, joined = lengths_of(rows, self.batch, task.couples)
         steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
         steps = self._done(steps, lanes.share)
         keeps_order = "order" in self.keep

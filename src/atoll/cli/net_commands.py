@@ -1,0 +1,327 @@
+"""The commands of a network: `serve`, `invite`, `join`, `status`, `verify` and `revoke`. Loaded when one is called.
+
+With `--json` each command prints one object a line on stdout. Messages for people go to stderr.
+
+Tests: tests/surface/test_network_commands.py, tests/faults/test_rehearsal.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from atoll.base.errors import UsageError
+from atoll.cli.flags import ExperimentFlags, pairs
+from atoll.cli.options import GROUPS, Lines, Trust, flag
+from atoll.training.setting_texts import RUNNING
+
+Home = Annotated[str, Parameter(group=GROUPS[RUNNING], help="The folder of the server or of the site.")]
+NET = "net."
+
+
+def serve(
+    experiment: str | None = None,
+    /,
+    *,
+    home: Home,
+    flags: ExperimentFlags = ExperimentFlags(),
+    listen: Annotated[
+        str | None, flag(RUNNING, "HOST:PORT. Default: that of the last start, else 127.0.0.1:0.")
+    ] = None,
+    name: Annotated[list[str] | None, flag(RUNNING, "A host name of this server for its certificate.")] = None,
+    min_clients: Annotated[int, flag(RUNNING, "Clients that an open run waits for. Default: 2.")] = 2,
+    drain: Annotated[float, flag(RUNNING, "Seconds in which clients may leave at the end. Default: 30.")] = 30.0,
+    window: Annotated[str, flag(RUNNING, "Bytes of large messages in flight. Default: 256 MiB.")] = "256MiB",
+    trust: Trust = False,
+    as_json: Lines = False,
+) -> int:
+    """Serve a run to clients on other machines. Without settings: continue the unfinished run of the home.
+
+    Parameters
+    ----------
+    experiment
+        A TOML file with settings.
+    """
+    from atoll.cli import output
+    from atoll.net.spec import Server, check_extra
+
+    check_extra()
+    net, own = _split(flags)
+    given = experiment is not None or any(value is not None for value in vars(own).values())
+    _refuse_wildcard(listen)
+    spec = Server(
+        home,
+        listen,
+        tuple(name or ()),
+        min_clients=min_clients,
+        window=_size(window),
+        drain=drain,
+        **_net_settings(net),
+    )
+    from atoll.training.serve import serve_run
+
+    tell = Printer(as_json, ("listening", "round"))
+    run, terminated = serve_run(own.experiment(experiment, trust) if given else None, spec, tell=tell, trust=trust)
+    if as_json:
+        output.print_json(output.outcome(run))
+        sys.stdout.flush()
+    else:
+        print(output.summary(run))
+    return 0 if terminated or run.status == "done" else 130
+
+
+class Printer:
+    """Prints events: as JSON objects on stdout, or as lines on stderr.
+
+    Args:
+        as_json: whether stdout gets JSON objects.
+        kinds: the events that stdout gets; None: all.
+    """
+
+    def __init__(self, as_json: bool, kinds: tuple[str, ...] | None = None) -> None:
+        self._as_json, self._kinds = as_json, kinds
+
+    def __call__(self, facts: Mapping[str, Any]) -> None:
+        from atoll.cli import output
+
+        if self._as_json and (self._kinds is None or facts["event"] in self._kinds):
+            output.print_json(dict(facts))
+            sys.stdout.flush()
+        else:
+            words = " ".join(f"{n}={_shown(v)}" for n, v in facts.items() if n != "event")
+            print(f"{facts['event']:<12} {words}", file=sys.stderr, flush=True)
+
+
+def _shown(value: Any) -> str:
+    from atoll.net.wire import escaped
+
+    return escaped(f"{value:.6g}" if isinstance(value, float) else str(value))
+
+
+def _split(flags: ExperimentFlags) -> tuple[dict[str, str], ExperimentFlags]:
+    """The settings of the server, `--set net.NAME=VALUE`, and the flags without them."""
+    given = list(flags.settings or [])
+    net = [text for text in given if text.strip().startswith(NET)]
+    rest = [text for text in given if text not in net]
+    make: Any = ExperimentFlags
+    return pairs(net), make(**{**vars(flags), "settings": rest or None})
+
+
+def _net_settings(given: Mapping[str, str]) -> dict[str, Any]:
+    known: dict[str, Any] = {"absent_s": float, "lease_s": float, "max_rows": int, "share": _switch}
+    out: dict[str, Any] = {}
+    for key, text in given.items():
+        name = key.removeprefix(NET)
+        if name not in known:
+            raise UsageError(f"--set {key}={text}.", f"one of {', '.join(NET + n for n in known)}.")
+        try:
+            out[name] = known[name](text)
+        except ValueError:
+            raise UsageError(f"--set {key}={text}.", "a number.", write=f"--set {key}=60") from None
+    return out
+
+
+def _switch(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise UsageError(f"net.share = {text}.", "true or false.", write="--set net.share=false")
+    return text == "true"
+
+
+def _size(text: str) -> int:
+    """A size in bytes, such as 256MiB.
+
+    Example:
+        >>> _size("1MiB"), _size("4096")
+        (1048576, 4096)
+    """
+    units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "": 1}
+    number = text.rstrip("KMGiB")
+    if not number.isdigit() or text[len(number) :] not in units:
+        raise UsageError(f"--window {text}.", "a number of bytes, with KiB, MiB or GiB.", write="--window 256MiB")
+    return int(number) * units[text[len(number) :]]
+
+
+def _refuse_wildcard(listen: str | None) -> None:
+    if listen is not None and not listen.rpartition(":")[2].isdigit():
+        raise UsageError(f"--listen {listen}.", "HOST:PORT.", write="--listen 0.0.0.0:4433")
+
+
+def invite(
+    *names: str,
+    home: Home,
+    address: Annotated[str | None, flag(RUNNING, "HOST:PORT for sites. Default: the one listened on.")] = None,
+    san: Annotated[str | None, flag(RUNNING, "Alternative name under your own authority: DNS:site.example.")] = None,
+    days: Annotated[float, flag(RUNNING, "Days until the token expires. Default: 7.")] = 7.0,
+    as_json: Lines = False,
+) -> int:
+    """Print a token for each client, one a line. A token is valid once; give it to the site in private.
+
+    Parameters
+    ----------
+    names
+        Names of clients: a-z, 0-9 and -.
+    """
+    from atoll.cli import output
+    from atoll.net.home import ServerHome
+    from atoll.net.spec import check_extra
+
+    check_extra()
+    if not names:
+        raise UsageError("No name.", "the name of each client.", write=f"atoll invite site-1 --home {home}")
+    at = ServerHome.open(Path(home), serve=False)
+    try:
+        for name in names:
+            token = at.invite(name, address, san, days)
+            if as_json:
+                expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(token.expires))
+                output.print_json({"name": name, "token": token.text(), "expires": expires})
+            else:
+                print(token.text())
+    finally:
+        at.close()
+    return 0
+
+
+def join_command(
+    token: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    /,
+    *,
+    home: Home,
+    data: Annotated[str, flag(RUNNING, "The rows of this site, in every form of atoll run --data.")],
+    seat: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
+        help="Rehearsal: hold this client's part of the run's split of a known data set.")] = False,
+    device: Annotated[str, flag(RUNNING, "cpu, cuda, cuda:1 or auto. Default: cpu.")] = "cpu",
+    model_as: Annotated[list[str] | None, flag(RUNNING, "NAME=module:function: the site's own model.")] = None,
+    part: Annotated[list[str] | None, flag(RUNNING, "NAME=module:Class: a part, loss or metric of the site.")] = None,
+    once: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
+        help="End with the run.")] = False,
+    as_json: Lines = False,
+) -> int:  # fmt: skip
+    """Take part in a federation. The token is needed only the first time; - reads it from stdin.
+
+    Parameters
+    ----------
+    token
+        The token of `atoll invite`.
+    """
+    from atoll.net.join import join_federation
+    from atoll.net.spec import check_extra
+
+    check_extra()
+    if token is not None and token[:1] == "-" != token:
+        required = "a token, - for a token on stdin, or an option of the command."
+        raise UsageError(f"Unknown option: {token}.", required, write="atoll join --help")
+    text = sys.stdin.readline().strip() if token == "-" else token
+    own = _mapped([*(model_as or []), *(part or [])])
+    return join_federation(text, Path(home), data, seat=seat, device=device, own=own, once=once, tell=Printer(as_json))
+
+
+def _mapped(texts: list[str]) -> dict[str, Any]:
+    """The site's own code by name, from NAME=module:function."""
+    from atoll import models
+
+    out = {}
+    for text in texts:
+        name, equals, where = text.partition("=")
+        if not equals or ":" not in where:
+            raise UsageError(f"{text!r}.", "NAME=module:function.", write="--model-as net=my_site:net")
+        out[name] = models.factory(where)
+    return out
+
+
+def revoke(name: str, /, *, home: Home, as_json: Lines = False) -> int:
+    """End the certificates and open invitations of a client. A running server notices it at its next frame.
+
+    Parameters
+    ----------
+    name
+        The name of the client.
+    """
+    from atoll.cli import output
+    from atoll.net.spec import check_extra
+
+    check_extra()
+    at = _existing(home)
+    try:
+        client = at.database.revoke(name)
+    finally:
+        at.close()
+    if as_json:
+        output.print_json({"name": name, "client": client, "state": "revoked"})
+    else:
+        print(f"Client {client} ({name}) is revoked.")
+    return 0
+
+
+def _existing(home: str) -> Any:
+    """The home of a server that exists."""
+    from atoll.net.home import ServerHome
+
+    if not (Path(home) / "federation.db").exists():
+        raise UsageError(
+            f"The folder {home} has no federation.db.", "the home of a server.", write=f"atoll serve --home {home}"
+        )
+    return ServerHome.open(Path(home), serve=False)
+
+
+def verify(*, home: Home, as_json: Lines = False) -> int:
+    """Check the audit chain, the digests and the weights of all committed rounds. Exit 0 only if all checks pass."""
+    from atoll.cli import output
+    from atoll.net.spec import check_extra
+
+    check_extra()
+    at = _existing(home)
+    try:
+        faults = at.verify()
+        run = at.database.get("run")
+    finally:
+        at.close()
+    if as_json:
+        output.print_json({"ok": not faults, "faults": faults, "run": run})
+    else:
+        print("\n".join(faults) if faults else "All checks passed.")
+    return 1 if faults else 0
+
+
+def status(*, home: Home, as_json: Lines = False) -> int:
+    """Show the clients and the open round of a server, or the connection and the ledger of a site."""
+    from atoll.cli import output
+    from atoll.net.spec import check_extra
+
+    check_extra()
+    path = Path(home)
+    if (path / "site.json").exists():
+        from atoll.net.join import site_status
+
+        facts = site_status(path)
+    else:
+        at = _existing(home)
+        try:
+            facts = at.status()
+        finally:
+            at.close()
+    if as_json:
+        output.print_json(facts)
+    else:
+        print(_table(facts))
+    return 0
+
+
+def _table(facts: Mapping[str, Any]) -> str:
+    from atoll.cli.output import grid
+
+    lines = [f"{n:<12}{_shown(v)}" for n, v in facts.items() if not isinstance(v, (list, dict))]
+    for name, value in facts.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            columns = list(value[0])
+            rows = [columns, *([_shown(row.get(c)) for c in columns] for row in value)]
+            lines += ["", name, *grid(rows)]
+        elif isinstance(value, (list, dict)):
+            lines.append(f"{name:<12}{json.dumps(value)}")
+    return "\n".join(lines)

@@ -1,0 +1,482 @@
+"""The cells of one column, as a file or a frame contains them. All doors read columns through this protocol.
+
+A reader only splits a file into cells. `atoll.data.columns` decides what a column is, so every reader and every frame
+follows the same rules. Texts are compared without surrounding blanks.
+
+Tests: tests/data/test_files.py, tests/data/test_input.py.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from atoll.base.errors import UsageError
+from atoll.data.rows import Array
+
+EPOCH = datetime.date(1970, 1, 1)
+NUMBER_NA = frozenset({"", "?", "na", "n/a", "nan", "null", "none"})
+TEXT_NA = frozenset({"", "?"})
+COMMA = re.compile(r"[-+]?\d+(\.\d{3})*,\d+")
+INTEGER = re.compile(r"[-+]?\d+")
+
+
+class Missing(NamedTuple):
+    """The texts of missing values.
+
+    Args:
+        texts: the missing texts, which hold for columns of numbers and of texts; None: in a column of numbers those of
+            `NUMBER_NA`, in upper or lower case; in a column of texts the empty cell and "?".
+    """
+
+    texts: tuple[str, ...] | None = None
+
+    def number(self, text: str) -> bool:
+        """Whether a cell of a column of numbers is missing."""
+        return text.lower() in NUMBER_NA if self.texts is None else text == "" or text in self.texts
+
+    def text(self, text: str) -> bool:
+        """Whether a cell of a column of texts is missing."""
+        return text in TEXT_NA if self.texts is None else text == "" or text in self.texts
+
+
+class Texts(NamedTuple):
+    """The distinct texts of a column, without surrounding blanks.
+
+    Args:
+        levels: the distinct texts, in the order of their first rows, or in the order that a frame defines.
+        codes: the position in `levels` of each cell, int64 `[rows]`; −1 for a null of a frame.
+        ordered: whether a frame defines the order.
+    """
+
+    levels: tuple[str, ...]
+    codes: Array
+    ordered: bool = False
+
+    @property
+    def counts(self) -> Array:
+        """The number of rows of each level, int64 `[levels]`."""
+        return np.bincount(self.codes[self.codes >= 0], minlength=len(self.levels))
+
+    def first(self, level: int) -> int:
+        """The first row of a level."""
+        return int(np.argmax(self.codes == level))
+
+    def map(self, values: Sequence[float]) -> Array:
+        """The value of each cell's level, float64 `[rows]`, and NaN for a null."""
+        table = np.append(np.asarray(values, dtype=np.float64), np.nan)
+        found: Array = table[self.codes]
+        return found
+
+
+class Cells(Protocol):
+    """One column of a table.
+
+    numbers: the cells as float64 `[rows]` with NaN for missing; None if a cell is neither a number nor missing.
+    texts: the distinct texts.
+    strings: the cells as texts, to write them to a file.
+    days: days since 1970-01-01, float64 `[rows]` with NaN for missing, if the container has dates; else None.
+    """
+
+    def __len__(self) -> int: ...
+    def numbers(self, missing: Missing) -> Array | None: ...
+    def texts(self) -> Texts: ...
+    def strings(self) -> list[str]: ...
+    def days(self) -> Array | None: ...
+
+
+def name_of(value: Any) -> str:
+    """Convert a label or client to its name; whole floats lose the decimal point.
+
+    Example:
+        >>> name_of(2.0), name_of(0.5), name_of("two")
+        ('2', '0.5', 'two')
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def coded(texts: Iterable[str | None]) -> Texts:
+    """Encode texts; None is a null.
+
+    Example:
+        >>> coded(["b", " a", "b", None])
+        Texts(levels=('b', 'a'), codes=array([ 0,  1,  0, -1]), ordered=False)
+    """
+    place: dict[str, int] = {}
+    codes = [-1 if text is None else place.setdefault(text.strip(), len(place)) for text in texts]
+    return Texts(tuple(place), np.array(codes, dtype=np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class TextCells:
+    """Cells of a text file: a list of texts."""
+
+    cells: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def numbers(self, missing: Missing) -> Array | None:
+        try:
+            return np.array([np.nan if missing.number(text := cell.strip()) else float(text) for cell in self.cells])
+        except ValueError:
+            return None
+
+    def texts(self) -> Texts:
+        return coded(self.cells)
+
+    def strings(self) -> list[str]:
+        return list(self.cells)
+
+    def days(self) -> Array | None:
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class ArrowCells:
+    """Cells of a text file that pyarrow split: an array of strings. Results equal those of `TextCells`.
+
+    pyarrow converts the cells if all of them are plain numbers. In all other cases the code for texts decides.
+    """
+
+    array: Any
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def numbers(self, missing: Missing) -> Array | None:
+        import pyarrow as pa
+        from pyarrow import compute
+
+        try:
+            return _to_numpy(self.array.cast(pa.float64()))
+        except pa.ArrowInvalid:
+            pass
+        trimmed = compute.utf8_trim_whitespace(self.array)
+        words = sorted(NUMBER_NA) if missing.texts is None else ["", *missing.texts]
+        known = compute.utf8_lower(trimmed) if missing.texts is None else trimmed
+        absent = compute.is_in(known, value_set=pa.array(words, pa.string()))
+        filled = compute.if_else(absent, pa.scalar(None, pa.string()), trimmed)
+        try:
+            return _to_numpy(filled.cast(pa.float64()))
+        except pa.ArrowInvalid:
+            pass
+        rest = compute.unique(filled).to_pylist()  # Python reads some numbers that pyarrow does not, such as "+1"
+        values = TextCells(["" if text is None else text for text in rest]).numbers(missing)
+        return None if values is None else Texts(tuple(rest), _codes(filled, rest)).map(values.tolist())
+
+    def texts(self) -> Texts:
+        from pyarrow import compute
+
+        levels = compute.unique(self.array).to_pylist()
+        codes = _codes(self.array, levels)
+        stripped = coded(levels)
+        return Texts(stripped.levels, stripped.codes[codes])
+
+    def strings(self) -> list[str]:
+        return list(self.array.to_pylist())
+
+    def days(self) -> Array | None:
+        return None
+
+
+def _codes(array: Any, levels: list[Any]) -> Array:
+    import pyarrow as pa
+    from pyarrow import compute
+
+    found = compute.index_in(array, value_set=pa.array(levels, pa.string()))
+    return np.asarray(found.to_numpy(zero_copy_only=False) if isinstance(found, pa.Array) else found.to_numpy()).astype(
+        np.int64
+    )
+
+
+def _to_numpy(array: Any) -> Array:
+    """Convert an array of floats of pyarrow; null becomes NaN."""
+    import pyarrow as pa
+
+    chunks = [array] if isinstance(array, pa.Array) else array.chunks
+    parts = [chunk.to_numpy(zero_copy_only=False) for chunk in chunks]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+@dataclass(frozen=True, eq=False)
+class NumberCells:
+    """Cells of a column of numbers in a frame or array: float64 with NaN for missing.
+
+    Args:
+        values: the numbers, `[rows]`.
+        boolean: whether the numbers are truth values. Their texts are False and True.
+    """
+
+    values: Array
+    boolean: bool = False
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def numbers(self, missing: Missing) -> Array | None:
+        return self.values
+
+    def texts(self) -> Texts:
+        levels, codes = np.unique(self.values, return_inverse=True)
+        codes = np.where(np.isnan(self.values), -1, codes)
+        texts = [str(bool(v)) if self.boolean else name_of(v) for v in levels.tolist() if v == v]
+        return Texts(tuple(texts), codes.astype(np.int64), ordered=True)
+
+    def strings(self) -> list[str]:
+        if self.boolean:
+            return [str(bool(v)) if v == v else "" for v in self.values.tolist()]
+        return [name_of(v) if v == v else "" for v in self.values.tolist()]
+
+    def days(self) -> Array | None:
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class LevelCells:
+    """Cells of a column of texts in a frame."""
+
+    found: Texts
+
+    def __len__(self) -> int:
+        return len(self.found.codes)
+
+    def numbers(self, missing: Missing) -> Array | None:
+        return None
+
+    def texts(self) -> Texts:
+        return self.found
+
+    def strings(self) -> list[str]:
+        table = [*self.found.levels, ""]
+        return [table[code] for code in self.found.codes.tolist()]
+
+    def days(self) -> Array | None:
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class DayCells:
+    """Cells of a column of dates in a frame: days since 1970-01-01, float64 with NaN for missing."""
+
+    values: Array
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def numbers(self, missing: Missing) -> Array | None:
+        return None
+
+    @cached_property
+    def _texts(self) -> list[str | None]:
+        return [None if day != day else date_text(day) for day in self.values.tolist()]
+
+    def texts(self) -> Texts:
+        return coded(self._texts)
+
+    def strings(self) -> list[str]:
+        return [text or "" for text in self._texts]
+
+    def days(self) -> Array | None:
+        return self.values
+
+
+def date_text(day: float) -> str:
+    """Format days since 1970-01-01 as an ISO date, with the time of day if it is not midnight.
+
+    Example:
+        >>> date_text(19723.0), date_text(0.5)
+        ('2024-01-01', '1970-01-01T12:00:00')
+    """
+    moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(days=day)
+    return moment.date().isoformat() if float(day).is_integer() else moment.isoformat()
+
+
+def day_of(text: str, format: str | None) -> float | None:
+    """Convert a date to days since 1970-01-01, UTC if it has an offset; None if the text is no date of this format.
+
+    Args:
+        text: the date.
+        format: a format of `strptime`; None: an ISO date, with or without a time.
+    Example:
+        >>> day_of("2024-01-01", None), day_of("31.12.2023", "%d.%m.%Y"), day_of("soon", None)
+        (19723.0, 19722.0, None)
+    """
+    try:
+        iso = format is None
+        moment = datetime.datetime.fromisoformat(text) if iso else datetime.datetime.strptime(text, format or "")
+    except ValueError:
+        return None
+    if moment.tzinfo is not None:
+        moment = moment.astimezone(datetime.UTC).replace(tzinfo=None)
+    return (moment - datetime.datetime(1970, 1, 1)) / datetime.timedelta(days=1)
+
+
+def comma_number(text: str) -> float | None:
+    """Read a number with a decimal comma, or an integer; None for every other text.
+
+    Example:
+        >>> comma_number("1.234,5"), comma_number("7"), comma_number("1.5")
+        (1234.5, 7.0, None)
+    """
+    if COMMA.fullmatch(text) or INTEGER.fullmatch(text):
+        return float(text.replace(".", "").replace(",", "."))
+    return None
+
+
+def plain_numbers(texts: Texts, missing: Missing) -> Array | None:
+    """Read a column of numbers with a decimal point, float64 with NaN for missing; None if another text occurs."""
+    try:
+        return texts.map([math.nan if missing.number(text) else float(text) for text in texts.levels])
+    except ValueError:
+        return None
+
+
+def comma_numbers(texts: Texts, missing: Missing) -> Array | None:
+    """Read a column of numbers with a decimal comma, float64 with NaN for missing; None if another text occurs."""
+    table = [math.nan if missing.number(text) else comma_number(text) for text in texts.levels]
+    return None if None in table else texts.map([math.nan if value is None else value for value in table])
+
+
+def frame_cells(df: Any) -> dict[str, Cells]:
+    """Return the columns of an eager frame: pandas, polars, pyarrow, or another that narwhals reads.
+
+    Args:
+        df: the frame; an index is ignored.
+    Raises:
+        UsageError: no frame, two columns of one name, or a column of lists or structures.
+    Example:
+        >>> import pandas
+        >>> frame_cells(pandas.DataFrame({"a": [1, 2], "b": ["x", None]}))["b"].strings()
+        ['x', '']
+    """
+    import narwhals.stable.v2 as narwhals
+
+    names = [str(name) for name in _labels(df)]
+    for name in names:
+        if names.count(name) > 1:
+            raise twice(name)
+    try:
+        frame = narwhals.from_native(df, eager_only=True)
+    except TypeError:
+        raise UsageError(
+            f"The table is a {type(df).__module__}.{type(df).__name__}.",
+            "a frame in memory: pandas, polars or pyarrow; or a dict of columns, or an array.",
+            "a lazy frame has no rows yet." if "Lazy" in type(df).__name__ else "",
+            "df.collect()" if "Lazy" in type(df).__name__ else "",
+        ) from None
+    return {name: _series_cells(frame[column], name) for name, column in zip(names, frame.columns, strict=True)}
+
+
+def _labels(df: Any) -> Iterable[Any]:
+    found = getattr(df, "column_names", None)  # pyarrow
+    return getattr(df, "columns", ()) if found is None else found
+
+
+def _series_cells(series: Any, name: str) -> Cells:
+    import narwhals.stable.v2 as nw
+
+    dtype = series.dtype
+    if dtype == nw.Boolean or dtype.is_numeric():
+        values = series.cast(nw.Float64)
+        return NumberCells(_floats(values), boolean=dtype == nw.Boolean)
+    if dtype in (nw.Date, nw.Datetime):
+        return DayCells(_days(series))
+    if isinstance(dtype, (nw.List, nw.Struct, nw.Array)):
+        raise UsageError(
+            f"Column {name!r} contains {dtype}.",
+            "a number or a text in each cell.",
+            "a model reads one number or one level from a cell.",
+            f"df = df.drop(columns=[{name!r}])",
+        )
+    found = [None if _null(value) else value for value in series.to_list()]
+    if dtype == nw.Enum or (dtype == nw.Categorical and series.implementation.is_pandas_like()):
+        known = series.cat.get_categories().to_list()
+        texts = coded([None if value is None else name_of(value) for value in found])
+        return LevelCells(_in_order(texts, [name_of(level) for level in known]))
+    return boxed_cells(found)
+
+
+def boxed_cells(values: Sequence[Any]) -> Cells:
+    """Return the cells of a list of Python objects: numbers, dates, or texts; None is missing."""
+    there = [value for value in values if value is not None]
+    if there and all(isinstance(value, (bool, np.bool_)) for value in there):
+        return NumberCells(np.array([np.nan if v is None else float(v) for v in values]), boolean=True)
+    if all(isinstance(value, (int, float, np.number)) for value in there):
+        return NumberCells(np.array([np.nan if v is None else float(v) for v in values], dtype=np.float64))
+    if all(isinstance(value, datetime.date) for value in there):
+        days = [None if v is None else day_of(v.isoformat(), None) for v in values]
+        return DayCells(np.array([np.nan if day is None else day for day in days]))
+    return LevelCells(coded([None if value is None else name_of(value) for value in values]))
+
+
+def _in_order(texts: Texts, order: Sequence[str]) -> Texts:
+    """Return the texts with their levels in an order; levels without a row are left out."""
+    place = {level: i for i, level in enumerate(order)}
+    sequence = sorted(range(len(texts.levels)), key=lambda i: place.get(texts.levels[i], len(place)))
+    rank = np.append(np.argsort(sequence), -1).astype(np.int64)
+    return Texts(tuple(texts.levels[i] for i in sequence), rank[texts.codes], ordered=True)
+
+
+def _null(value: Any) -> bool:
+    """Whether a cell is null: None, NaN, or pandas' NA."""
+    return (
+        value is None or (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
+    )
+
+
+def _floats(series: Any) -> Array:
+    values = series.to_list() if series.null_count() else series.to_numpy()
+    return np.array([np.nan if _null(v) else v for v in values] if isinstance(values, list) else values, np.float64)
+
+
+def _days(series: Any) -> Array:
+    days = []
+    for value in series.to_list():
+        if _null(value):
+            days.append(np.nan)
+            continue
+        day = day_of(value.isoformat(), None)
+        days.append(np.nan if day is None else day)
+    return np.array(days, dtype=np.float64)
+
+
+def cells_of(table: Any) -> dict[str, Cells]:
+    """Return the columns of a frame or of a dict of columns.
+
+    Args:
+        table: an eager frame, or a dict from names to columns of equal length: lists or arrays.
+    Raises:
+        UsageError: columns of different lengths, or another type.
+    Example:
+        >>> cells_of({"a": [1, 2.5]})["a"].numbers(Missing()).tolist()
+        [1.0, 2.5]
+    """
+    if not isinstance(table, Mapping):
+        return frame_cells(table)
+    out: dict[str, Cells] = {}
+    for name, column in table.items():
+        array = np.asarray(column) if not isinstance(column, (list, tuple)) else np.array(column, dtype=object)
+        if array.ndim != 1:
+            raise UsageError(f"Column {name!r} has shape {array.shape}.", "one value for each row.")
+        if array.dtype.kind in "biuf":
+            out[str(name)] = NumberCells(array.astype(np.float64), boolean=array.dtype.kind == "b")
+        else:
+            out[str(name)] = boxed_cells([None if _null(v) else v for v in array.tolist()])
+    lengths = {len(cells) for cells in out.values()}
+    if len(lengths) > 1:
+        raise UsageError(f"The columns have {', '.join(map(str, sorted(lengths)))} rows.", "columns of equal length.")
+    return out
+
+
+def twice(name: str) -> UsageError:
+    """Build the error for two columns of one name."""
+    return UsageError(f"Two columns are called {name!r}.", "a different name for each column.")

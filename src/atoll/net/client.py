@@ -1,0 +1,494 @@
+"""A client: it keeps a channel to the server, computes the work that arrives, and sends the results.
+
+The event loop never calls torch: one thread computes, writes the memory and settles, in the order of arrival.
+
+Tests: tests/faults/test_rehearsal.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import random
+import ssl
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import aiohttp
+from cryptography import x509
+
+from atoll.base.errors import RunError, UsageError
+from atoll.base.files import atomic_write
+from atoll.net import identity, wire
+from atoll.net.site import Prepared, Site
+from atoll.net.terms import MAX_TERMS, RefusedError
+
+PING_S = 20.0
+PROGRESS_S = 5.0
+Tell = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass
+class Membership:
+    """The identity of a site in a federation: the content of site.json, and the files of its key and certificate.
+
+    Args:
+        home: the folder of the site.
+        addresses: `host:port` of the server, in the order in which they are tried.
+        federation, name: the federation, and the name of the client in it.
+        epoch: the highest epoch of the server that this site has seen.
+        rounds: the highest round of each run that this site has computed.
+    """
+
+    home: Path
+    addresses: tuple[str, ...]
+    federation: str
+    name: str
+    epoch: int = 0
+    rounds: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, home: Path) -> Membership | None:
+        """The membership of a home; None if it is not enrolled."""
+        if not (home / "site.json").exists():
+            return None
+        facts = json.loads((home / "site.json").read_bytes())
+        return cls(home, tuple(facts["addresses"]), facts["federation"], facts["name"], facts["epoch"], facts["rounds"])
+
+    def save(self) -> None:
+        """Write site.json in one step."""
+        facts = {n: getattr(self, n) for n in ("addresses", "federation", "name", "epoch", "rounds")}
+        atomic_write(self.home / "site.json", json.dumps(facts, indent=2).encode(), 0o600)
+
+    def context(self) -> ssl.SSLContext:
+        """The TLS context of the channel, after a check of the dates of the own certificate."""
+        certificate = x509.load_pem_x509_certificate((self.home / "certificate.pem").read_bytes())
+        again = f"atoll invite {self.name}"
+        identity.check_dates(certificate, datetime.now(UTC), again)
+        return identity.client_context(self.home / "certificate.pem", self.home / "key.pem", self.home / "ca.pem")
+
+    def renewal_due(self) -> bool:
+        """Whether two thirds of the lifetime of the certificate have passed."""
+        certificate = x509.load_pem_x509_certificate((self.home / "certificate.pem").read_bytes())
+        return identity.renewal_due(certificate, datetime.now(UTC))
+
+
+async def enrol(token: identity.Token, home: Path, tell: Tell) -> Membership:
+    """Exchange a token for a certificate. If the server cannot be reached, the client tries again without end.
+
+    Raises:
+        UsageError: the server refuses the token.
+        RunError: another certificate authority answers.
+    """
+    if time.time() >= token.expires:
+        raise UsageError("The token has expired.", "a token that is valid now.", write=f"atoll invite {token.name}")
+    if not (home / "key.pem").exists():
+        identity.write_key(home / "key.pem", identity.new_key())
+    request = identity.request_pem(identity.read_key(home / "key.pem"))
+    tries = Tries()
+    while True:
+        for address in token.addresses:
+            try:
+                return await _enrol_at(address, token, home, request)
+            except (aiohttp.ClientConnectionError, TimeoutError, OSError) as error:
+                tell({"event": "waiting", "address": address, "reason": _reason(error)})
+        await pause(tries.next())
+
+
+async def _enrol_at(address: str, token: identity.Token, home: Path, request: bytes) -> Membership:
+    """Fetch the authority, compare its hash, and send the secret with the certificate request."""
+    fetch = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    fetch.check_hostname, fetch.verify_mode = False, ssl.CERT_NONE  # the hash in the token decides
+    limits = aiohttp.ClientTimeout(total=30)
+    async with aiohttp.ClientSession(timeout=limits) as session:
+        async with session.get(f"https://{address}/v1/ca", ssl=fetch) as answer:
+            pem = await _body(answer, 1 << 16)
+        identity.check_authority(pem, token.authority)
+        atomic_write(home / "ca.pem", pem)
+        context = identity.client_context(None, None, home / "ca.pem")
+        fields = {"name": token.name, "secret": token.secret.hex(), "request": request.decode()}
+        async with session.post(f"https://{address}/v1/enrol", ssl=context, json=fields) as answer:
+            body = await _body(answer, 1 << 16)
+            if answer.status != 200:
+                facts = _json(body)
+                raise UsageError(
+                    str(facts.get("given", f"The server answered {answer.status}.")),
+                    str(facts.get("required", "a token that is valid.")),
+                    write=str(facts.get("write", "")),
+                )
+    certificate = x509.load_der_x509_certificate(body)
+    atomic_write(home / "certificate.pem", identity.certificate_pem(certificate))
+    first = (address, *(other for other in token.addresses if other != address))
+    found = Membership(home, first, token.federation, token.name)
+    found.save()
+    return found
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        found = json.loads(body)
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+async def _body(answer: aiohttp.ClientResponse, most: int) -> bytes:
+    """The body of an answer, at most `most` bytes."""
+    data = bytearray()
+    async for chunk in answer.content.iter_chunked(1 << 16):
+        data += chunk
+        if len(data) > most:
+            raise RunError(f"The server sent more than {most} bytes.", "a shorter answer.")
+    return bytes(data)
+
+
+async def pause(seconds: float) -> None:
+    """Wait before a further connection. The cancellation of the caller ends the wait."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.Event().wait(), seconds)
+
+
+class Tries:
+    """The waits between connections: 0.2 s, doubling to 1 s in the first minute, later to 60 s, with full jitter."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again, after a connection."""
+        self._count, self._began = 0, time.monotonic()
+
+    def next(self) -> float:
+        """The seconds to wait."""
+        most = 1.0 if time.monotonic() - self._began < 60 else 60.0
+        wait = min(most, 0.2 * 2**self._count)
+        self._count = min(self._count + 1, 16)
+        return random.uniform(0, wait)
+
+
+_OLDER: Literal["behind"] = "behind"  # the code of a server or a site that is older than the other one
+
+
+class Ended(Exception):
+    """The client ends: the run is over, or the server refuses it for good."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code, self.reason = code, reason
+
+
+class Client:
+    """One client of a federation.
+
+    Args:
+        member: its identity.
+        site: computes its work.
+        tell: receives the events of the client, for people and scripts.
+        once: whether the client ends with the run.
+    """
+
+    def __init__(self, member: Membership, site: Site, tell: Tell, once: bool = False) -> None:
+        self.member, self.site, self.tell, self.once = member, site, tell, once
+        self._pool = ThreadPoolExecutor(1, "atoll-site")
+        self._tries = Tries()
+        self._terms: tuple[bytes, bytes] | None = None
+        self._fixed: dict[bytes, bytes] = {}
+        self._dropped: set[bytes] = set()
+        self._wait: float | None = None
+
+    async def run(self) -> Ended:
+        """Work until the run is over or the server refuses this client. Connections are made again without end."""
+        try:
+            while True:
+                for address in self.member.addresses:
+                    try:
+                        await self._connected(address)
+                    except Ended as ended:
+                        return ended
+                    except ssl.SSLCertVerificationError as error:
+                        raise _foreign(address, error) from error
+                    except aiohttp.ClientConnectorCertificateError as error:
+                        raise _foreign(address, error) from error
+                    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                        self.tell({"event": "disconnected", "address": address, "reason": _reason(error)})
+                wait, self._wait = self._wait, None
+                await pause(self._tries.next() if wait is None else wait)
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _connected(self, address: str) -> None:
+        """One connection: greet, and handle messages until it ends."""
+        context = self.member.context()
+        limits = aiohttp.ClientTimeout(total=None, connect=30, sock_connect=10)
+        async with aiohttp.ClientSession(f"https://{address}", timeout=limits, trust_env=True) as session:
+            if self.member.renewal_due():
+                await self._renew(session, context)
+            link = session.ws_connect(
+                "/v1/link", ssl=context, compress=0, max_msg_size=wire.MAX_FRAME, heartbeat=PING_S, autoping=True
+            )
+            async with link as channel:
+                self.tell({"event": "connected", "address": address})
+                await _Channel(self, session, context, channel).run()
+
+    async def _renew(self, session: aiohttp.ClientSession, context: ssl.SSLContext) -> None:
+        request = identity.request_pem(identity.read_key(self.member.home / "key.pem"))
+        async with session.post("/v1/renew", ssl=context, data=request) as answer:
+            body = await _body(answer, 1 << 16)
+            if answer.status == 200:
+                pem = identity.certificate_pem(x509.load_der_x509_certificate(body))
+                atomic_write(self.member.home / "certificate.pem", pem)
+
+    async def compute(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function in the thread of the site."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+
+class _Channel:
+    """The messages of one connection."""
+
+    def __init__(
+        self,
+        client: Client,
+        session: aiohttp.ClientSession,
+        context: ssl.SSLContext,
+        channel: aiohttp.ClientWebSocketResponse,
+    ) -> None:
+        self.client, self.session, self.context, self.channel = client, session, context, channel
+        self.site, self.tell = client.site, client.tell
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._run: str | None = None
+        self._leases: dict[bytes, wire.Lease] = {}
+
+    async def run(self) -> None:
+        chain = self.site.chain
+        prepared = tuple(one.work for one in chain.prepared)
+        hello = wire.Hello(
+            wire.PROTOCOL, own_versions(), platform.machine() or "unknown", BACKENDS, chain.run, chain.settled, prepared
+        )
+        await self._send(hello)
+        self._later(self._read())
+        try:
+            await self._failure
+        finally:
+            for task in self._tasks:
+                task.cancel()
+
+    async def _read(self) -> None:
+        """Handle frames in their order. Nothing here waits for the thread of the site, so that pings are answered."""
+        async for frame in self.channel:
+            if frame.type is not aiohttp.WSMsgType.BINARY:
+                raise RunError("The server sent a frame of another kind.", "binary frames.")
+            self._handle(wire.decode_down(frame.data))
+            self.client._tries.reset()
+        raise aiohttp.ClientConnectionError("the server closed the channel")
+
+    async def _send(self, message: wire.Up) -> None:
+        await self.channel.send_bytes(wire.encode_frame(message))
+
+    def _handle(self, message: wire.Down) -> None:
+        """Begin the handling of a message. Calls of the site's thread keep the order of the messages."""
+        compute = self.client.compute
+        match message:
+            case wire.Welcome():
+                self._later(self._welcomed(message))
+            case wire.Work():
+                self._leases[message.work] = message.lease
+                self._later(self._work(message))
+            case wire.Receipt(work=work, code=code) if code not in ("received", "quota"):
+                self.tell({"event": "refused", "work": work.hex(), "code": code})
+                self._later(compute(self.site.chain.drop, work))
+            case wire.Settled(works=works):
+                self._leases = {work: lease for work, lease in self._leases.items() if work not in works}
+                self._later(compute(self.site.chain.settle, works))
+            case wire.Cancel(work=work):
+                self.client._dropped.add(work)
+                self._later(compute(self.site.chain.drop, work))
+            case wire.Bye():
+                self._later(self._bye(message))
+            case _:
+                pass
+
+    def _later(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def _welcomed(self, message: wire.Welcome) -> None:
+        """Check the epoch, fetch the terms of the run, prepare the data, and report the rows."""
+        member = self.client.member
+        if message.epoch < member.epoch:
+            raise Ended(
+                _OLDER,
+                f"The server has epoch {message.epoch}, and this site has seen {member.epoch}. Its database is a "
+                "restored copy, which cannot continue the run.",
+            )
+        if message.epoch > member.epoch:
+            member.epoch = message.epoch
+            await self.client.compute(member.save)
+        self._run = message.run
+        facts = {"client": message.client, "federation": message.federation, "run": message.run}
+        self.tell({"event": "joined", **facts})
+        if message.run is None or message.input is None:
+            return
+        if self.client._terms is None or self.client._terms[0] != message.input.hash:
+            self.client._terms = message.input.hash, await self._blob(message.input, MAX_TERMS)
+        try:
+            enter = self.site.enter
+            rows = await self.client.compute(enter, message.client, message.run, self.client._terms[1], message.seat)
+        except RefusedError as error:
+            await self._refuse(None, error)
+            return
+        await self._send(wire.Ready(message.input.hash, rows, 0))
+
+    async def _refuse(self, work: bytes | None, error: RefusedError) -> None:
+        reason = "\n".join(filter(None, (error.given, error.required and f"Required: {error.required}")))
+        self.tell({"event": "refusal", "code": error.code, "reason": str(error)})
+        code: Any = error.code
+        await self._send(wire.Refusal(work, code, _plain(reason)))
+
+    async def _work(self, work: wire.Work) -> None:
+        """Compute a piece of work and send the result."""
+        member, client = self.client.member, self.client
+        if self._run is not None and work.round < member.rounds.get(self._run, 0):
+            raise RunError(
+                f"Round {work.round} of {self._run}; this site has computed round {member.rounds[self._run]}.",
+                "a round that is not lower.",
+                "the server is a restored copy, which cannot continue the run.",
+            )
+        model = work.model if isinstance(work.model, bytes) else await self._blob(work.model, wire.MAX_BLOB)
+        fixed = None if work.fixed is None else await self._fixed(work.fixed)
+        loop, last = asyncio.get_running_loop(), [time.monotonic()]
+
+        def on_step(lane: int, step: int, loss: float) -> None:
+            if time.monotonic() - last[0] >= PROGRESS_S:
+                last[0] = time.monotonic()
+                asyncio.run_coroutine_threadsafe(self._send(wire.Progress(work.work, step + 1)), loop)
+
+        began = time.perf_counter()
+        try:
+            one: Prepared = await client.compute(self.site.compute, work, model, fixed, on_step)
+        except RefusedError as error:
+            await self._refuse(work.work, error)
+            return
+        if work.work in client._dropped:
+            client._dropped.discard(work.work)
+            await client.compute(self.site.chain.drop, work.work)
+            return
+        await client.compute(self._noted, work, one)
+        spent = round(time.perf_counter() - began, 6)
+        self.tell({"event": "work", "round": work.round, "bytes": len(one.body), "seconds": spent})
+        lease = self._leases[work.work]
+        if len(one.body) <= wire.MAX_INLINE:
+            await self._send(wire.Update(one.work, lease, one.after, one.body))
+        else:
+            await self._send(wire.Sent(one.work, lease, one.after, len(one.body), wire.digest(one.body)))
+            await self._put(one)
+
+    def _noted(self, work: wire.Work, one: Prepared) -> None:
+        """Record the message and the round, before the message is sent."""
+        member = self.client.member
+        self.site.record(work, one.body)
+        if self._run is not None and work.round > member.rounds.get(self._run, -1):
+            member.rounds = {self._run: work.round}
+            if one.memory:
+                member.save()
+
+    async def _put(self, one: Prepared) -> None:
+        """Send a long message by HTTP, from the first byte that the server does not have."""
+        path, total = f"/v1/messages/{one.work.hex()}", len(one.body)
+        async with self.session.head(path, ssl=self.context) as answer:
+            start = int(answer.headers.get("Upload-Offset", "0")) if answer.status == 200 else 0
+        headers = {"Content-Range": f"bytes {start}-{total - 1}/{total}"}
+        body = memoryview(one.body)[start:]
+        async with self.session.put(path, data=body, headers=headers, ssl=self.context, expect100=True) as answer:
+            await _body(answer, 1 << 16)
+            if answer.status not in (200, 409, 410, 413, 422, 424, 429):
+                raise aiohttp.ClientConnectionError(f"the upload was answered with {answer.status}")
+
+    async def _fixed(self, blob: wire.Blob) -> bytes:
+        """The frozen tensors, which are fetched once."""
+        if blob.hash not in self.client._fixed:
+            self.client._fixed = {blob.hash: await self._blob(blob, wire.MAX_BLOB)}
+        return self.client._fixed[blob.hash]
+
+    async def _blob(self, blob: wire.Blob, most: int) -> bytes:
+        """Fetch bytes and compare their hash.
+
+        Raises:
+            RunError: the bytes differ from the announcement.
+        """
+        if blob.length > most:
+            raise RunError(f"The server announced {blob.length} bytes.", f"at most {most} bytes.")
+        async with self.session.get(f"/v1/blobs/{blob.hash.hex()}", ssl=self.context) as answer:
+            if answer.status != 200:
+                raise aiohttp.ClientConnectionError(f"a blob was answered with {answer.status}")
+            data = await _body(answer, blob.length)
+        if len(data) != blob.length or wire.digest(data) != blob.hash:
+            raise RunError("The server sent other bytes than it announced.", "bytes with the announced hash.")
+        return data
+
+    async def _bye(self, message: wire.Bye) -> None:
+        """Store the final model, and end or connect again as the server asks."""
+        await self.client.compute(int)  # the thread of the site has settled everything before
+        if message.final is not None and self._run is not None:
+            data = await self._blob(message.final, wire.MAX_BLOB)
+            await self.client.compute(_keep_model, self.client.member.home, self._run, data, self.client._terms)
+        over = message.code in ("done", "failed")
+        self.tell({"event": "bye", "code": message.code, "reason": message.reason})
+        if (over and self.client.once) or (message.retry_s is None and not over):
+            raise Ended(message.code, message.reason)
+        self.client._wait = message.retry_s if message.retry_s is not None else 1.0
+        raise aiohttp.ClientConnectionError(message.reason or message.code)
+
+
+BACKENDS: Any = ("compiled", "fused", "lanes", "loop")
+
+
+def own_versions() -> wire.Versions:
+    """The versions of this process."""
+    from atoll.runs.folder import library_versions
+
+    found = library_versions()
+    return wire.Versions(found["python"], found.get("atoll", "0"), found["torch"], found["numpy"])
+
+
+def _keep_model(home: Path, run: str, data: bytes, terms: tuple[bytes, bytes] | None) -> None:
+    """Write the final model and the terms of its run into the home."""
+    folder = home / "runs" / run
+    folder.mkdir(parents=True, exist_ok=True)
+    if terms is not None:
+        atomic_write(folder / "terms.json", terms[1])
+    atomic_write(folder / "model.safetensors", data)
+
+
+def _plain(text: str) -> str:
+    """A text without control characters, at most 2,000 characters."""
+    return "".join(c if c == "\n" or c.isprintable() else "?" for c in text)[:2000]
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return f"{type(error).__name__}: {text}" if not isinstance(error, aiohttp.ClientError) else text
+
+
+def _foreign(address: str, error: Exception) -> RunError:
+    return RunError(
+        f"The certificate of {address} is not of this federation: {error}.",
+        "the server of the federation.",
+        "a proxy opens TLS, or another server answers at this address.",
+        os.environ.get("HTTPS_PROXY", "") and "unset HTTPS_PROXY",
+    )

@@ -1,0 +1,498 @@
+"""The engine of a network: its clients train on the machines of their owners.
+
+`gather` sends the work of a round to its clients and folds their messages as they arrive. The number of clients, the
+order of arrival and kills of the server or of clients change no bit of a synchronous round.
+
+Tests: tests/faults/test_rehearsal.py
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+
+from atoll.base.errors import RunError, UsageError
+from atoll.base.random import Key
+from atoll.base.validation import required
+from atoll.compute.layout import Layout
+from atoll.compute.task import Task
+from atoll.data.clients import Clients
+from atoll.data.schema import Schema
+from atoll.engine.arrival_loop import ArrivalLoop, Landed
+from atoll.engine.chunk_limit import ChunkLimit
+from atoll.engine.chunks import gathered
+from atoll.engine.contribution import Fold, decode_contribution
+from atoll.engine.protocols import Engine, RunOptions
+from atoll.net import coordinator as events
+from atoll.net import wire
+from atoll.net.client import own_versions
+from atoll.net.coordinator import Coordinator, Limits
+from atoll.net.home import ServerHome
+from atoll.net.server import Listener
+from atoll.net.spec import Server
+from atoll.net.store import Accepted
+from atoll.net.terms import Rehearsal, Terms, layout_hash, plan_text
+from atoll.plan.form import MessageError
+from atoll.plan.in_flight import Flight
+from atoll.plan.message import MessageForm
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Cohort, Ids, Population
+from atoll.plan.round import Gathered
+from atoll.plan.state import State, pack_broadcast
+
+_ABSENT = ("absent", "expired", "left", "closing")
+
+
+class Stopped(KeyboardInterrupt):
+    """The server stops, although the round is open."""
+
+
+class _Sent(NamedTuple):
+    """A flight whose work was assigned."""
+
+    flight: Flight
+    work: wire.Work
+
+
+class _Version(NamedTuple):
+    """A model version as bytes: the message field, and its hash."""
+
+    field: bytes | wire.Blob
+    hash: bytes
+
+
+class ServerEngine(Engine):
+    """The running engine of `Server`.
+
+    Args:
+        spec: its settings.
+        options: the settings of the training that it reads.
+    """
+
+    task: Task
+
+    def __init__(self, spec: Server, options: RunOptions) -> None:
+        self.spec, self._options = spec, options
+        self.home = ServerHome.open(Path(spec.home))
+        self.run = ""
+        self.notify: Callable[[Mapping[str, Any]], None] = lambda facts: None
+        self.stop_at: float | None = None
+        self._population = Population(0, torch.empty(0, dtype=torch.int64))
+        self._present: dict[int, int] = {}
+        self._rows: dict[int, int] = {}
+        self._assigned: dict[bytes, _Sent] = {}
+        self._versions: dict[int, _Version] = {}
+        self._accepted: list[Accepted] = []
+        self._folded: list[bytes] = []
+        self._plan: tuple[Plan, str, MessageForm] | None = None
+        self._landed: list[Landed] = []
+        self._fold: Fold | None = None
+        self._drained = False
+        self.awaited: tuple[int, ...] = ()
+        self._net: Listener | None = None
+
+    # Engine
+
+    @property
+    def population(self) -> Population:
+        """The clients whose rows are known, and the rows of each."""
+        return self._population
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the model vector."""
+        return self.task.layout
+
+    @property
+    def net(self) -> Listener:
+        """The event loop.
+
+        Raises:
+            RunError: the engine is not open.
+        """
+        if self._net is None:
+            raise RunError("The server is not open.", "a call of `open`.")
+        return self._net
+
+    def open(self, task: Task, data: Clients) -> None:
+        """Listen for clients. The run begins with `begin`."""
+        self.task = task
+        database, spec = self.home.database, self.spec
+        seats = spec.split is not None and spec.clients is not None
+        rehearsal = Rehearsal(spec.held_out, spec.min_rows) if seats else None
+        self._terms = Terms.of(task, Schema.of(data), self._options.model, rehearsal).encode()
+        epoch = database.begin_epoch(int(time.time()))
+        open_run = spec.clients is None
+        absent = spec.absent_s if spec.absent_s is not None or not open_run else 0.0
+        limits = Limits(lease_s=spec.lease_s, absent_s=absent, window=spec.window, max_rows=spec.max_rows)
+        coordinator = Coordinator(epoch, database.federation, own_versions(), limits)
+        self._net = Listener(self.home.path, database, self.home.authority, coordinator, spec.hosts)
+        host, port = self.home.listen_address(spec.listen)
+        address = self._net.start(host, port)
+        database.put("address", address)
+        if spec.clients is not None:
+            database.put("clients", str(spec.clients))
+
+    def begin(self, run: str, plan: Plan) -> None:
+        """Open a run: clients that connect receive its terms.
+
+        Args:
+            run: the name of the run.
+            plan: the algorithm.
+        Raises:
+            UsageError: a network cannot run the plan.
+        """
+        self._check(plan)
+        self.run = run
+        database, terms = self.home.database, self._terms
+        blob = self.net.offer(terms)
+        known = {c.id: (c.rows, c.held or 0) for c in database.clients() if c.rows and c.input == blob.hash}
+        if self.spec.clients is None or len(known) < self.spec.clients:
+            known = {} if self.spec.clients is not None else known
+        self._rows = {client: rows for client, (rows, _) in known.items()}
+        self._populate()
+        split, clients = self.spec.split, self.spec.clients
+        seat = None if split is None or clients is None else wire.Seat(split, str(self.spec.seed), clients)
+        memory = bool(plan.memory(self.layout))
+        recent = database.recent(run)
+        self.net.handle(events.RunOpened(run, blob, self.spec.clients is not None, memory, seat, recent, known))
+
+    def check_start(self, plan: Plan, state: State) -> None:
+        """Refuse a plan that a network cannot run."""
+        self._check(plan)
+
+    def _check(self, plan: Plan) -> None:
+        plan_text(plan)
+        self.spec.check(RunOptions(plan=plan))
+        MessageForm.of(_bound(plan, self.layout), self.task)
+        if self.spec.clients is not None:
+            return
+        needs_all = {
+            repr(plan.codec): plan.codec.averages_all_clients,
+            repr(plan.aggregator): plan.aggregator.over == "expected",
+            repr(plan.sampler): type(plan.sampler).__name__ in ("Poisson", "Weighted"),
+        }
+        for part in [part for part, needs in needs_all.items() if needs]:
+            raise UsageError(
+                f"{part} in an open run.",
+                "a closed run, whose clients are fixed.",
+                "the part needs all clients of the population, and an open run may gain clients in any round.",
+                "--clients 4",
+            )
+
+    def await_clients(self, plan: Plan, state: State) -> None:
+        """Wait until the clients of a closed run have joined, or until enough clients of an open run are present."""
+        wanted = self.spec.clients
+        while True:
+            if wanted is not None and len(self._rows) >= wanted:
+                break
+            if wanted is None and len(self._present) >= self.spec.min_clients:
+                break
+            self.awaited = tuple(i for i in range(wanted or 0) if i not in self._rows)
+            if self.stop_at is not None:
+                raise Stopped
+            self._take(None)
+        self.awaited = ()
+        self._populate()
+
+    def _populate(self) -> None:
+        """Make the population from the rows that are known."""
+        if not self._rows or (self.spec.clients is not None and len(self._rows) < self.spec.clients):
+            return
+        sizes = torch.zeros(max(self._rows) + 1, dtype=torch.int64)
+        for client, rows in self._rows.items():
+            sizes[client] = rows
+        if self._population.clients != len(sizes) or not torch.equal(self._population.sizes, sizes):
+            self._population = Population(len(sizes), sizes, self._population.version + 1)
+
+    def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
+        """Send the work of a round and fold the messages that arrive.
+
+        Raises:
+            RunError: all clients failed with the same error, more failed than the plan allows, or a client of a closed
+                run refuses it.
+            UsageError: a client of `keep` did not arrive.
+        """
+        if self._plan is None or self._plan[0] is not plan:
+            self._plan = plan, plan_text(plan), MessageForm.of(plan, self.task)
+        self._fold = fold = Fold(plan, state.round, keep)
+        self._state, self._key = state, key
+        away = None if self.spec.clients is not None else lambda client: client not in self._present
+        loop = ArrivalLoop(plan, state, self.population, cohort, self._send, self._receive, time.monotonic, away)
+        try:
+            flown = loop.run()
+        finally:
+            self.awaited = ()
+        if not plan.pace.asynchronous:
+            self._withdraw()
+        self._versions = {v: known for v, known in self._versions.items() if v in state.versions or v == state.round}
+        self.net.keep_blobs({known.hash for known in self._versions.values()} | {wire.digest(self._terms)})
+        return gathered(plan, state, flown, fold.results, ChunkLimit(), keep)
+
+    def commit(self, round: int) -> None:
+        """Send `Settled` for the contributions of a round that is on disk."""
+        works, self._folded = tuple(self._folded), []
+        if works:
+            self.net.handle(events.Committed(works))
+
+    def interrupt(self) -> None:
+        """End the open round at the latest after `drain` seconds."""
+        if self.stop_at is None:
+            self.stop_at = time.monotonic() + self.spec.drain
+            if self._net is not None:
+                self._net.inbox.put(None)
+
+    def accepted(self) -> tuple[Accepted, ...]:
+        """The contributions that were folded since the last call."""
+        found, self._accepted = tuple(self._accepted), []
+        return found
+
+    def describe(self) -> Mapping[str, Any]:
+        """Facts for `environment.json`."""
+        return {"federation": self.home.database.federation, "closed": self.spec.clients is not None}
+
+    def finish(self, code: wire.ByeCode, reason: str, final: bytes | None = None) -> None:
+        """Tell the present clients the end of the run, and wait until they have left.
+
+        Args:
+            code: the code of the `Bye`.
+            reason: the reason for people.
+            final: the bytes of the final model; None: it is not shared.
+        """
+        if self._net is None:
+            return
+        blob = self.net.offer(final) if final is not None and self.spec.share else None
+        retry = 1.0 if code == "draining" else 5.0
+        self.net.handle(events.Closing(wire.Bye(code, reason, retry, blob), self.spec.drain))
+        until = time.monotonic() + self.spec.drain
+        while not self._drained and time.monotonic() < until:
+            try:
+                self._act(self.net.inbox.get(timeout=max(0.0, until - time.monotonic())))
+            except queue.Empty:
+                return
+
+    def close(self) -> None:
+        """End the event loop and close the database. A second call does nothing."""
+        ended = self._net is None or self._net.stop()
+        self._net = None
+        if ended:  # a thread that still reads the database must not find it closed
+            self.home.close()
+
+    # work
+
+    def _send(self, flight: Flight) -> None:
+        """Assign the work of a flight. The work of an earlier round may be assigned already."""
+        if any(sent.flight.number == flight.number for sent in self._assigned.values()):
+            return
+        plan, text, form = required(self._plan, "plan")
+        state, version = self._state, self._version(flight.version)
+        key = self._key if flight.version == state.round else state.key(flight.version)
+        name = wire.work_id(self.run, "round", flight.client, flight.version, flight.again, text, version.hash)
+        fixed = self._fixed(state, flight.version)
+        work = wire.Work(
+            name,
+            "round",
+            "train",
+            state.round,
+            flight.version,
+            flight.again,
+            text,
+            wire.WireKey(str(key.seed), tuple(key.path)),
+            self.task.numerics if plan.local.numerics is None else plan.local.numerics,  # type: ignore[arg-type]
+            layout_hash(self.layout),
+            wire.digest(self._terms),
+            version.field,
+            (),
+            fixed,
+            wire.Lease(0, 0),
+            None,
+        )
+        self._assigned[name] = _Sent(flight, work)
+        deadline = plan.pace.deadline_s
+        at = None if deadline is None or plan.pace.asynchronous else time.monotonic() + deadline
+        self.net.handle(events.Assigned(flight.client, work, form.shortest, form.longest, at))
+
+    def _version(self, version: int) -> _Version:
+        """The bytes of a model version, which are made once."""
+        if version not in self._versions:
+            tensors = pack_broadcast(self._state.version(version))
+            plain = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items() if not n.startswith("fixed/")}
+            data = save(plain)
+            field: bytes | wire.Blob = data if len(data) <= wire.MAX_INLINE else self.net.offer(data)
+            self._versions[version] = _Version(field, wire.digest(data))
+        return self._versions[version]
+
+    def _fixed(self, state: State, version: int) -> wire.Blob | None:
+        """The frozen tensors, a blob of their own."""
+        fixed = state.version(version).model.fixed
+        if not fixed:
+            return None
+        return self.net.offer(save({f"fixed/{n}": t.detach().cpu().contiguous().clone() for n, t in fixed.items()}))
+
+    def _withdraw(self) -> None:
+        """Withdraw the works of the round that did not arrive before its end."""
+        while True:
+            try:
+                action = self.net.inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(action, events.Deliver):
+                self._assigned.pop(action.work, None)
+                self.net.handle(events.Rejected(action.work))
+            else:
+                self._act(action)
+        works, self._assigned = tuple(self._assigned), {}
+        if works:
+            self.net.handle(events.Withdrawn(works))
+
+    # arrivals
+
+    def _receive(self, left: float | None) -> list[Landed]:
+        """Wait for messages of clients, and fold all that have arrived."""
+        self.awaited = tuple(sorted(sent.flight.client for sent in self._assigned.values()))
+        self._take(left)
+        landed, self._landed = self._landed, []
+        return landed
+
+    def _take(self, left: float | None) -> None:
+        """Wait for at least one action of the coordinator, at most `left` seconds, and carry out all that are there."""
+        limits = [t for t in (left, None if self.stop_at is None else self.stop_at - time.monotonic()) if t is not None]
+        try:
+            first = self.net.inbox.get(timeout=max(0.0, min(limits)) if limits else None)
+        except queue.Empty:
+            if self.stop_at is not None and time.monotonic() >= self.stop_at:
+                raise Stopped from None
+            return
+        arrived = [first]
+        while True:
+            try:
+                arrived.append(self.net.inbox.get_nowait())
+            except queue.Empty:
+                break
+        messages = [action for action in arrived if isinstance(action, events.Deliver)]
+        for action in arrived:
+            if not isinstance(action, events.Deliver):
+                self._act(action)
+        self._fold_all(messages)
+
+    def _act(self, action: Any) -> None:
+        match action:
+            case events.Present(client=client, rows=rows, held=held):
+                self._present[client] = rows
+                if self._rows.get(client) != rows:
+                    self._rows[client] = rows
+                    self.home.database.record_rows(client, rows, held, wire.digest(self._terms))
+                self.notify({"event": "present", "client": client, "rows": rows})
+            case events.Gone(client=client):
+                self._present.pop(client, None)
+                self.notify({"event": "gone", "client": client})
+            case events.Failed(client=client, work=work, code=code, reason=reason):
+                self._failed(client, work, code, reason)
+            case events.Refused(client=client, code=code, reason=reason):
+                self.notify({"event": "refused", "client": client, "code": code, "reason": reason})
+                if self.spec.clients is not None:
+                    name = self._name(client)
+                    raise RunError(
+                        f"Client {client} ({name}) refuses the run: {code}. {reason}",
+                        "clients that take part in the run.",
+                        "the run is closed, so it cannot go on without this client.",
+                    )
+            case events.Forget(client=client):
+                self.home.database.forget_memory(client)
+            case events.Noted(client=client, code=code):
+                self.notify({"event": "noted", "client": client, "code": code})
+            case events.Drained():
+                self._drained = True
+            case BaseException():
+                raise action
+            case _:
+                pass
+
+    def _name(self, client: int) -> str:
+        return next((c.name for c in self.home.database.clients() if c.id == client), "")
+
+    def _failed(self, client: int, work: bytes, code: str, reason: str) -> None:
+        """Record a work that ended without a contribution."""
+        sent = self._assigned.pop(work, None)
+        if sent is None or self._fold is None:
+            return
+        flight = sent.flight
+        if code in _ABSENT:
+            self._landed.append(Landed(flight.number, "network", reason))
+            return
+        if code.startswith("policy-") and self.spec.clients is not None:
+            raise RunError(
+                f"Client {client} ({self._name(client)}) refuses the plan: {code}. {reason}",
+                "a plan that the policy of every site allows.",
+                "the run is closed, so it cannot go on without this client.",
+            )
+        stage = {"failed": "local", "length": "check", "revoked": "identity"}.get(code, "site")
+        self._fold.fail(client, flight.version, stage, reason if code == "failed" else f"{code}: {reason}")
+        if code == "failed":
+            self._fold.results.errors.append(RuntimeError(reason))
+        self._landed.append(Landed(flight.number))
+
+    def _fold_all(self, messages: list[events.Deliver]) -> None:
+        """Check and fold messages: those of one version together, and one by one if one of them is not valid."""
+        groups: dict[int, list[events.Deliver]] = {}
+        for message in messages:
+            sent = self._assigned.get(message.work)
+            if sent is None:
+                self.net.handle(events.Rejected(message.work))
+                continue
+            groups.setdefault(sent.flight.version, []).append(message)
+        for group in groups.values():
+            try:
+                self._fold_some(group)
+            except MessageError:
+                for message in group:
+                    try:
+                        self._fold_some([message])
+                    except MessageError as error:
+                        self._reject(message, error.given.partition(": ")[2].rstrip(".") or error.given)
+
+    def _fold_some(self, group: list[events.Deliver]) -> None:
+        """Fold messages of one version.
+
+        Raises:
+            MessageError: a message is not valid; then none of them is folded.
+        """
+        plan, _, form = required(self._plan, "plan")
+        fold = required(self._fold, "open round")
+        flights = [self._assigned[message.work].flight for message in group]
+        decoded = decode_contribution(plan, form.from_bytes([bytes(message.body) for message in group]))
+        rows = self.population.sizes[[flight.client for flight in flights]]
+        if not torch.equal(decoded.weight, rows):
+            raise MessageError("Message: the weight differs from the number of rows.", "the rows of the client.")
+        ids = Ids(torch.tensor([f.client for f in flights]), torch.tensor([f.again for f in flights]))
+        up = torch.tensor([len(message.body) for message in group])
+        down = torch.tensor([flight.down for flight in flights])
+        good, _ = fold.add(flights[0].version, ids, down, up, decoded)
+        kept = set(zip(good.client.tolist(), good.repeat.tolist(), strict=True))
+        for message, flight, weight in zip(group, flights, rows.tolist(), strict=True):
+            self._landed.append(Landed(flight.number))
+            del self._assigned[message.work]
+            if (flight.client, flight.again) not in kept:
+                self.net.handle(events.Rejected(message.work))
+                continue
+            self._folded.append(message.work)
+            start = flight.client, flight.version, flight.again
+            self._accepted.append(Accepted(*start, message.work, message.after, message.digest, weight))
+            self.net.handle(events.Folded(message.work))
+
+    def _reject(self, message: events.Deliver, cause: str) -> None:
+        flight = self._assigned.pop(message.work).flight
+        required(self._fold, "open round").fail(flight.client, flight.version, "check", cause)
+        self._landed.append(Landed(flight.number))
+        self.net.handle(events.Rejected(message.work))
+
+
+def _bound(plan: Plan, layout: Layout) -> Plan:
+    return replace(plan, codec=plan.codec.bind(layout), downlink=plan.downlink.bind(layout))

@@ -1,0 +1,167 @@
+"""The home of a server: its authority, its database, its key and its runs.
+
+Tests: tests/faults/test_rehearsal.py, tests/surface/test_network_commands.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from cryptography import x509
+
+from atoll.base.errors import UsageError
+from atoll.base.files import atomic_write
+from atoll.net import identity
+from atoll.net.store import Database, claim_home
+
+DAY = 86400
+
+
+class ServerHome:
+    """The home of a server.
+
+    Args:
+        path: the folder.
+        authority: the certificate authority.
+        database: the database.
+        lock: the lock of a running server; None: this process only reads, invites or revokes.
+    """
+
+    def __init__(
+        self, path: Path, authority: identity.Authority, database: Database, lock: IO[bytes] | None = None
+    ) -> None:
+        self.path, self.authority, self.database, self._lock = path, authority, database, lock
+
+    @classmethod
+    def open(cls, path: Path, *, serve: bool = True) -> ServerHome:
+        """Open a home. A new folder gets an authority and a database.
+
+        Args:
+            path: the folder.
+            serve: whether this process serves; at most one process does.
+        Raises:
+            UsageError: another process serves from this home, or its files are not complete.
+        """
+        path = path.resolve()
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = claim_home(path) if serve else None
+        try:
+            if not (path / "federation.db").exists():
+                _create(path)
+            key = identity.read_key(path / "ca.key")
+            certificate = x509.load_pem_x509_certificate((path / "ca.pem").read_bytes())
+            database = Database(path)
+        except BaseException:
+            if lock is not None:
+                lock.close()
+            raise
+        return cls(path, identity.Authority(database.federation, certificate, key), database, lock)
+
+    def verify(self) -> list[str]:
+        """Check the audit chain and the committed rounds, and the final model of each run. One sentence a fault."""
+        return self.database.verify()
+
+    def status(self) -> dict[str, Any]:
+        """The state of the server, from the database and status.json; also while the server is down."""
+        live: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            live = json.loads((self.path / "status.json").read_bytes())
+        run = self.database.get("run")
+        rounds = 0 if run is None else len(self.database.metrics(run))
+        stages = {c["client"]: c for c in live.get("clients", [])}
+        clients = [
+            {
+                "client": c.id,
+                "name": c.name,
+                "state": c.state,
+                "rows": c.rows,
+                "stage": stages.get(c.id, {}).get("stage", "away"),
+                "seen": stages.get(c.id, {}).get("seen"),
+            }
+            for c in self.database.clients()
+        ]
+        return {
+            "federation": self.database.federation,
+            "address": self.database.get("address"),
+            "running": self._is_served(),
+            "run": run,
+            "rounds": rounds,
+            "why": live.get("why", ""),
+            "awaited": live.get("awaited", []),
+            "time": live.get("time"),
+            "clients": clients,
+        }
+
+    def _is_served(self) -> bool:
+        """Whether a server has locked this home."""
+        try:
+            claim_home(self.path).close()
+        except UsageError:
+            return True
+        return False
+
+    def close(self) -> None:
+        """Close the database and release the lock. A second call does nothing."""
+        self.database.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def listen_address(self, wanted: str | None) -> tuple[str, int]:
+        """The host and the port to listen on: those that were given, else those of the last start.
+
+        Raises:
+            UsageError: the address has no port.
+        """
+        text = wanted or self.database.get("address") or "127.0.0.1:0"
+        host, colon, port = text.rpartition(":")
+        if not colon or not port.isdigit() or not host:
+            raise UsageError(f"--listen {text}.", "HOST:PORT.", write="--listen 0.0.0.0:4433")
+        if wanted is not None and int(port) == 0 and (last := self.database.get("address")):
+            last_host, _, last_port = last.rpartition(":")
+            if last_host.strip("[]") == host.strip("[]"):
+                port = last_port  # a restart keeps its address, which tokens contain
+        return host.strip("[]"), int(port)
+
+    def invite(self, name: str, address: str | None, san: str | None, days: float) -> identity.Token:
+        """Make a token for a client.
+
+        Args:
+            name: the name of the client.
+            address: the address that sites dial; None: the one that the server listens on.
+            san: the alternative name of its certificate under an existing authority; None: atoll's own.
+            days: the days until the token expires.
+        Raises:
+            UsageError: a name or the address is not valid, or the run has no further place.
+        """
+        known = address or self.database.get("address")
+        if known is None:
+            raise UsageError(
+                f"The server of {self.path} has never listened.",
+                "the address that sites dial.",
+                "a token contains it.",
+                f"atoll invite {name} --home {self.path} --address server.example.org:4433",
+            )
+        clients = self.database.get("clients")
+        expires = int(time.time() + days * DAY)
+        token = identity.new_token([known], self.authority.fingerprint, self.database.federation, name, expires)
+        limit = None if clients is None else int(clients)
+        self.database.invite(name, identity.secret_hash(token.secret), expires, san, limit)
+        return token
+
+
+def _create(path: Path) -> None:
+    """Make the authority and the database of a new federation, named after the folder."""
+    name = re.sub(r"[^a-z0-9-]+", "-", path.name.lower()).strip("-")[:40] or "federation"
+    if not (path / "ca.key").exists() or not (path / "ca.pem").exists():
+        made = identity.Authority.new(name, datetime.now(UTC))
+        identity.write_key(path / "ca.key", made.key)
+        atomic_write(path / "ca.pem", identity.certificate_pem(made.certificate))
+    certificate = x509.load_pem_x509_certificate((path / "ca.pem").read_bytes())
+    Database.create(path, name, identity.certificate_hash(certificate))

@@ -1,0 +1,553 @@
+"""The event loop of a server: TLS, routes, channels and blobs. It never calls torch.
+
+    GET  /healthz                no certificate
+    GET  /v1/ca                  no certificate: the certificate of the authority
+    POST /v1/enrol               no certificate: a token for a certificate
+    POST /v1/renew               a certificate for a new one
+    GET  /v1/link                the WebSocket of a client
+    GET  /v1/blobs/{sha256}      bytes that a message to this client names; ranges
+    HEAD /v1/messages/{work}     the bytes of an upload that have arrived
+    PUT  /v1/messages/{work}     a message that is too long for the channel
+
+Every other route is 404. The coordinator decides; this module only moves bytes. Its thread runs the event loop, and the
+thread of the training calls `handle`, which is the same state machine under one lock.
+
+Tests: tests/faults/test_federation.py, tests/faults/test_rehearsal.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import queue
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from aiohttp import WSMsgType, web
+
+from atoll.base.errors import UsageError
+from atoll.base.files import atomic_write
+from atoll.base.lines import form
+from atoll.base.validation import required
+from atoll.net import coordinator as events
+from atoll.net import identity, wire
+from atoll.net.coordinator import Coordinator
+from atoll.net.store import ClientRecord, Database, DeniedError
+
+PING_S = 20.0
+MAX_TRIES = 10  # failed enrolments of one address in a minute
+MAX_QUEUED = 4 << 20  # bytes that wait for a client that does not read
+PIECE = 1 << 18
+_LOOP = (events.Send, events.Close, events.Grant, events.Finish, events.Discard)
+
+
+@dataclass(eq=False)
+class _Channel:
+    """One open WebSocket: its number, its client, and the frames that wait to be sent."""
+
+    number: int
+    client: int
+    socket: web.WebSocketResponse
+    waiting: deque[bytes] = field(default_factory=deque)
+    queued: int = 0
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    closing: bool = False
+
+
+class Listener:
+    """The event loop of a federation's server, in a thread of its own.
+
+    Args:
+        home: the home of the server.
+        store: its database.
+        authority: its certificate authority.
+        coordinator: the state machine.
+        hosts: further host names and addresses in its certificate.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        store: Database,
+        authority: identity.Authority,
+        coordinator: Coordinator,
+        hosts: tuple[str, ...] = (),
+    ) -> None:
+        self.home, self.store, self.authority, self.coordinator, self.hosts = home, store, authority, coordinator, hosts
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.address = ""
+        self.blobs: dict[bytes, bytes] = {}
+        self._channels: dict[int, _Channel] = {}
+        self._uploads: dict[int, _Upload] = {}
+        self._partial: dict[bytes, bytearray] = {}
+        self._count = 0
+        self._tries: dict[str, deque[float]] = {}
+        self._lock = threading.Lock()
+        self._directory = store.directory()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._wakes: asyncio.Event | None = None
+        self.seen: dict[int, float] = {}
+
+    # the thread of the training
+
+    def start(self, host: str, port: int) -> str:
+        """Listen. Returns the address, `host:port`.
+
+        Raises:
+            UsageError: the address is in use, or it does not belong to this machine.
+        """
+        started: queue.SimpleQueue[str | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, args=(host, port, started), name="atoll-net", daemon=True)
+        self._thread.start()
+        answer = started.get()
+        if isinstance(answer, OSError):
+            raise UsageError(
+                f"The server cannot listen on {host}:{port}: {answer.strerror or answer}.",
+                "a free port and an address of this machine.",
+                write="--listen 127.0.0.1:0",
+            ) from answer
+        if isinstance(answer, BaseException):
+            raise answer
+        self.address = answer
+        return answer
+
+    def handle(self, event: Any) -> None:
+        """Pass an event of the training to the coordinator, and carry out its actions."""
+        actions = self._decide(event)
+        if self._loop is not None and actions:
+            self._loop.call_soon_threadsafe(self._carry_out, actions)
+
+    def _decide(self, event: Any) -> list[Any]:
+        """The actions of the loop for an event. Those of the training are put into its inbox."""
+        with self._lock:
+            actions = self.coordinator.handle(event, time.monotonic())
+        mine: list[Any] = []
+        for action in actions:
+            (mine.append if isinstance(action, _LOOP) else self.inbox.put)(action)
+        return mine
+
+    def offer(self, data: bytes) -> wire.Blob:
+        """Keep bytes for download by the clients to which a message names them."""
+        blob = wire.Blob(wire.digest(data), len(data))
+        with self._lock:
+            self.blobs[blob.hash] = data
+        return blob
+
+    def keep_blobs(self, needed: set[bytes]) -> None:
+        """Forget all blobs except these."""
+        with self._lock:
+            self.blobs = {h: data for h, data in self.blobs.items() if h in needed}
+
+    @property
+    def present(self) -> frozenset[int]:
+        """The clients with an open channel."""
+        return frozenset(channel.client for channel in list(self._channels.values()))
+
+    def stop(self) -> bool:
+        """Close all channels and end the thread. Returns whether it has ended."""
+        if self._loop is not None and self._thread is not None and self._thread.is_alive():
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._end)
+            self._thread.join(60)
+        return self._thread is None or not self._thread.is_alive()
+
+    def _end(self) -> None:
+        self._stopping.set()
+        required(self._wakes, "event loop").set()
+
+    # the thread of the loop
+
+    def _main(self, host: str, port: int, started: queue.SimpleQueue[str | BaseException]) -> None:
+        try:
+            runner = asyncio.Runner(loop_factory=loop_factory())
+            with runner:
+                runner.run(self._serve(host, port, started))
+        except BaseException as error:
+            started.put(error)
+            self.inbox.put(error)
+
+    async def _serve(self, host: str, port: int, started: queue.SimpleQueue[str | BaseException]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopping, self._wakes, self._emptied = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        app = web.Application(client_max_size=1 << 16)
+        app.add_routes(
+            [
+                web.get("/healthz", self._healthz),
+                web.get("/v1/ca", self._ca),
+                web.post("/v1/enrol", self._enrol),
+                web.post("/v1/renew", self._renew),
+                web.get("/v1/link", self._link),
+                web.get("/v1/blobs/{hash:[0-9a-f]{64}}", self._blob, allow_head=False),
+                web.head("/v1/messages/{work:[0-9a-f]{32}}", self._offset),
+                web.put("/v1/messages/{work:[0-9a-f]{32}}", self._put, expect_handler=_no_continue),
+            ]
+        )
+        runner = web.AppRunner(
+            app, auto_decompress=False, keepalive_timeout=75, access_log=None, handle_signals=False, shutdown_timeout=1
+        )
+        await runner.setup()
+        try:
+            context = self._context(host)
+            site = web.TCPSite(runner, host, port, ssl_context=context, backlog=1024, reuse_address=True)
+            await site.start()
+            bound = runner.addresses[0]
+            shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+            started.put(f"{shown}:{bound[1]}")
+            timer = asyncio.create_task(self._timer())
+            await self._stopping.wait()
+            wakes = required(self._wakes, "event loop")
+            wakes.set()
+            await timer
+            for channel in list(self._channels.values()):
+                self._close(channel, None)
+            if self._channels:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._emptied.wait(), 5)
+        finally:
+            await runner.cleanup()
+
+    def _context(self, host: str) -> ssl.SSLContext:
+        """The TLS context, with a certificate for the present host names that is renewed in time."""
+        hosts = tuple(dict.fromkeys((*self.hosts, *_own_names(host))))
+        key, path, ca = self.home / "server.key", self.home / "server.pem", self.home / "ca.pem"
+        if not key.exists():
+            identity.write_key(key, identity.new_key())
+        certificate = self.authority.server(identity.read_key(key), hosts, datetime.now(UTC))
+        atomic_write(path, identity.certificate_pem(certificate))
+        return identity.server_context(path, key, ca)
+
+    async def _timer(self) -> None:
+        """Wake the coordinator at its next deadline, and notice revocations while no frame arrives."""
+        wakes = required(self._wakes, "event loop")
+        while not self._stopping.is_set():
+            wake = self.coordinator.wake
+            wait = 1.0 if wake is None else min(1.0, max(0.0, wake - time.monotonic()))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(wakes.wait(), wait)
+            wakes.clear()
+            if self._stopping.is_set():
+                return  # the store may be closed as soon as this thread has ended
+            self._refresh()
+            self._event(events.Tick())
+
+    def _event(self, event: Any) -> None:
+        self._carry_out(self._decide(event))
+        if self._wakes is not None:
+            self._wakes.set()
+
+    def _refresh(self) -> None:
+        """Read the directory again if an identity has changed, and end the channels of revoked clients."""
+        if not self.store.stale():
+            return
+        self._directory = self.store.directory()
+        revoked = {client.id for client in self._directory.clients if client.state == "revoked"}
+        for client in revoked & set(self.present) | revoked:
+            self._event(events.Revoked(client))
+
+    def _carry_out(self, actions: list[Any]) -> None:
+        for action in actions:
+            match action:
+                case events.Send(channel=number, message=message):
+                    channel = self._channels.get(number)
+                    if channel is not None:
+                        self._queue(channel, wire.encode_frame(message))
+                case events.Close(channel=number, bye=bye):
+                    channel = self._channels.get(number)
+                    if channel is not None:
+                        self._close(channel, bye)
+                case events.Grant(upload=number):
+                    self._settle_upload(number, None)
+                case events.Finish(upload=number, code=code):
+                    self._settle_upload(number, code)
+                case events.Discard(work=work):
+                    self._partial.pop(work, None)
+
+    def _queue(self, channel: _Channel, frame: bytes) -> None:
+        channel.waiting.append(frame)
+        channel.queued += len(frame)
+        channel.ready.set()
+        if channel.queued > MAX_QUEUED:
+            self._close(channel, wire.Bye("slow", "the client does not read", 1.0, None))
+
+    def _close(self, channel: _Channel, bye: wire.Bye | None) -> None:
+        if not channel.closing:
+            if bye is not None:
+                channel.waiting.append(wire.encode_frame(bye))
+            channel.closing = True
+            channel.ready.set()
+
+    # channels
+
+    def _peer(self, request: web.Request) -> tuple[ClientRecord, identity.Peer]:
+        """The client with the certificate of this connection.
+
+        Raises:
+            HTTPForbidden: no certificate, or one of no client of the federation.
+        """
+        transport = request.transport
+        tls = None if transport is None else transport.get_extra_info("ssl_object")
+        der = None if tls is None else tls.getpeercert(binary_form=True)
+        if not der:
+            raise web.HTTPUnauthorized(text="no client certificate")
+        self._refresh()
+        peer = identity.peer_of(der)
+        client = self._directory.admit(peer)
+        if client is None:
+            raise web.HTTPForbidden(text="no client of this federation has this certificate")
+        return client, peer
+
+    async def _link(self, request: web.Request) -> web.StreamResponse:
+        client, peer = self._peer(request)
+        socket = web.WebSocketResponse(
+            heartbeat=PING_S, autoping=True, compress=False, max_msg_size=wire.MAX_FRAME, timeout=5.0
+        )
+        await socket.prepare(request)
+        self._count += 1
+        channel = _Channel(self._count, client.id, socket)
+        self._channels[channel.number] = channel
+        if len(client.serials) > 1 or client.state == "invited":
+            await asyncio.get_running_loop().run_in_executor(None, self.store.used, client.id, peer.serial)
+        writer = asyncio.create_task(self._write(channel))
+        try:
+            self._event(events.Joined(channel.number, client.id))
+            async for frame in socket:
+                self.seen[client.id] = time.time()
+                self._refresh()
+                if frame.type is not WSMsgType.BINARY:
+                    self._event(events.Garbled(channel.number, "type"))
+                    continue
+                try:
+                    message = wire.decode_up(frame.data)
+                except wire.FrameError as error:
+                    self._event(events.Garbled(channel.number, error.code))
+                    continue
+                self._event(events.Arrived(channel.number, message))
+        finally:
+            self._channels.pop(channel.number, None)
+            if not self._channels:
+                self._emptied.set()
+            self._event(events.Left(channel.number))
+            channel.closing = True
+            channel.ready.set()
+            with contextlib.suppress(Exception):
+                await writer
+        return socket
+
+    async def _write(self, channel: _Channel) -> None:
+        """Send the frames that wait, in order; then close the channel if it ends."""
+        while True:
+            await channel.ready.wait()
+            channel.ready.clear()
+            while channel.waiting:
+                frame = channel.waiting.popleft()
+                try:
+                    await channel.socket.send_bytes(frame)
+                except (ConnectionError, RuntimeError):
+                    return
+                channel.queued -= len(frame)
+            if channel.closing:
+                await channel.socket.close()
+                return
+
+    # enrolment
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        return web.Response(text="ok")
+
+    async def _ca(self, request: web.Request) -> web.Response:
+        return web.Response(body=identity.certificate_pem(self.authority.certificate))
+
+    async def _enrol(self, request: web.Request) -> web.Response:
+        """Exchange a token for a certificate. An address has ten failed tries a minute."""
+        address, now = request.remote or "", time.monotonic()
+        tries = self._tries.setdefault(address, deque())
+        while tries and now - tries[0] > 60:
+            tries.popleft()
+        if len(tries) >= MAX_TRIES:
+            return _refused(429, "Too many failed enrolments of this address.", "at most ten a minute.")
+        try:
+            fields = json.loads(await request.read())
+            name, pem = str(fields["name"]), str(fields["request"]).encode()
+            secret = identity.secret_hash(bytes.fromhex(fields["secret"]))
+        except (ValueError, KeyError, TypeError):
+            tries.append(now)
+            return _refused(400, "The request cannot be read.", "name, secret and request.")
+        work = self._issue(name, pem, secret)
+        try:
+            certificate = await asyncio.get_running_loop().run_in_executor(None, work)
+        except (DeniedError, UsageError) as error:
+            tries.append(now)
+            return _refused(403, error.given, error.required, form(error.write, "shell"))
+        return web.Response(body=certificate)
+
+    def _issue(self, name: str, pem: bytes, secret: bytes) -> Callable[[], bytes]:
+        def signed() -> tuple[bytes, identity.Peer]:
+            der = self.authority.client(pem, name, datetime.now(UTC))
+            return der, identity.peer_of(der)
+
+        return lambda: self.store.enrol(name, secret, pem, int(time.time()), signed).certificate
+
+    async def _renew(self, request: web.Request) -> web.Response:
+        client, peer = self._peer(request)
+        pem = await request.read()
+
+        def signed(name: str) -> tuple[bytes, identity.Peer]:
+            der = self.authority.client(pem, name, datetime.now(UTC))
+            return der, identity.peer_of(der)
+
+        renew = lambda: self.store.renew(client.id, peer.serial, signed).certificate  # noqa: E731
+        try:
+            certificate = await asyncio.get_running_loop().run_in_executor(None, renew)
+        except (DeniedError, UsageError) as error:
+            return _refused(403, error.given, error.required, form(error.write, "shell"))
+        return web.Response(body=certificate)
+
+    # bodies
+
+    async def _blob(self, request: web.Request) -> web.StreamResponse:
+        """Bytes that a message to this client names, from the start of its range."""
+        client, _ = self._peer(request)
+        hash = bytes.fromhex(request.match_info["hash"])
+        with self._lock:
+            data = self.blobs.get(hash) if self.coordinator.may_read(client.id, hash) else None
+        if data is None:
+            raise web.HTTPNotFound()
+        try:
+            span = request.http_range
+        except ValueError:
+            raise web.HTTPRequestRangeNotSatisfiable() from None
+        start = span.start or 0
+        if start < 0 or start > len(data) or span.stop is not None:
+            raise web.HTTPRequestRangeNotSatisfiable()
+        headers = {"Content-Length": str(len(data) - start), "Content-Type": "application/octet-stream"}
+        status = 200
+        if start:
+            status, headers["Content-Range"] = 206, f"bytes {start}-{len(data) - 1}/{len(data)}"
+        answer = web.StreamResponse(status=status, headers=headers)
+        await answer.prepare(request)
+        view = memoryview(data)
+        for at in range(start, len(data), PIECE):
+            await answer.write(view[at : at + PIECE])
+        await answer.write_eof()
+        return answer
+
+    async def _offset(self, request: web.Request) -> web.Response:
+        client, _ = self._peer(request)
+        work = bytes.fromhex(request.match_info["work"])
+        with self._lock:
+            announced = self.coordinator.announced(client.id, work)
+        have = len(self._partial.get(work, b"")) if announced is not None else 0
+        return web.Response(headers={"Upload-Offset": str(have)})
+
+    async def _put(self, request: web.Request) -> web.Response:
+        """Receive a long message after its grant."""
+        client, _ = self._peer(request)
+        work = bytes.fromhex(request.match_info["work"])
+        if request.headers.get("Content-Encoding"):
+            raise web.HTTPUnsupportedMediaType()
+        if request.content_length is None:
+            raise web.HTTPLengthRequired()
+        start, total = _range(request)
+        with self._lock:
+            announced = self.coordinator.announced(client.id, work)
+        if announced is None or announced.length != total:
+            return web.Response(status=410, text="late")
+        have = self._partial.get(work, bytearray())
+        if start != len(have) or request.content_length != total - start:
+            return web.Response(status=416, headers={"Upload-Offset": str(len(have))})
+        self._count += 1
+        upload = _Upload(self._count, client.id, work, asyncio.get_running_loop().create_future())
+        self._uploads[upload.number] = upload
+        try:
+            self._event(events.Offered(upload.number, client.id, work))
+            code = await upload.decided
+            if code is not None:
+                return web.Response(status=wire.HTTP_STATUS.get(code, 429), text=code)
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n") if _expects(request) else None
+            data = self._partial.setdefault(work, bytearray())
+            upload.decided = asyncio.get_running_loop().create_future()
+            await self._read_body(request, upload, data, total)
+            self._partial.pop(work, None)
+            hash = await asyncio.get_running_loop().run_in_executor(None, wire.digest, data)
+            self._event(events.Uploaded(upload.number, hash, data))
+            code = await asyncio.wait_for(upload.decided, 10)
+            return web.Response(status=wire.HTTP_STATUS.get(code, 429), text=code)
+        except (ConnectionError, TimeoutError, asyncio.CancelledError):
+            self._event(events.Aborted(upload.number))
+            raise
+        finally:
+            self._uploads.pop(upload.number, None)
+
+    async def _read_body(self, request: web.Request, upload: _Upload, data: bytearray, total: int) -> None:
+        while len(data) < total:
+            piece = await asyncio.wait_for(request.content.readany(), 10)
+            if not piece:
+                raise ConnectionResetError("the upload ended early")
+            if len(data) + len(piece) > total:
+                raise web.HTTPRequestEntityTooLarge(max_size=total, actual_size=len(data) + len(piece))
+            data += piece
+            self._event(events.UploadProgress(upload.number, len(piece)))
+            if upload.decided.done():
+                raise ConnectionResetError("the upload was ended")
+
+    def _settle_upload(self, number: int, code: Any) -> None:
+        upload = self._uploads.get(number)
+        if upload is not None and not upload.decided.done():
+            upload.decided.set_result(code)
+
+
+@dataclass(eq=False)
+class _Upload:
+    number: int
+    client: int
+    work: bytes
+    decided: asyncio.Future[Any]
+
+
+def _expects(request: web.Request) -> bool:
+    return request.headers.get("Expect", "").lower() == "100-continue"
+
+
+async def _no_continue(request: web.Request) -> None:
+    """The answer to `Expect: 100-continue` waits for the grant of the upload."""
+
+
+def _range(request: web.Request) -> tuple[int, int]:
+    """The first byte of an upload, and its whole length."""
+    text = request.headers.get("Content-Range", "")
+    with contextlib.suppress(ValueError):
+        unit, _, rest = text.partition(" ")
+        span, _, total = rest.partition("/")
+        first, _, last = span.partition("-")
+        if unit == "bytes" and int(last) == int(total) - 1 and 0 <= int(first) <= int(last):
+            return int(first), int(total)
+    raise web.HTTPBadRequest(text="Content-Range: bytes FIRST-LAST/TOTAL is required")
+
+
+def _refused(status: int, given: str, required: str, write: str = "") -> web.Response:
+    body = {"given": given, "required": required, "write": write}
+    return web.json_response(body, status=status)
+
+
+def _own_names(host: str) -> tuple[str, ...]:
+    """The names under which clients on this machine dial a server that listens on this host."""
+    return ("127.0.0.1", "::1", "localhost") if host in ("0.0.0.0", "::", "") else (host, "127.0.0.1", "localhost")
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """The loop of uvloop, which needs a sixth of the memory for a TLS connection; else that of asyncio."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    made: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return made

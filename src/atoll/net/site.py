@@ -1,0 +1,369 @@
+"""The state and the computation of a client at its site, without sockets.
+
+    home/key.pem certificate.pem ca.pem site.json      the identity, and the server
+    home/memory                                        client state after its last settled work
+    home/prepared/NUMBER-WORK                          messages that no committed round contains yet, in order
+    home/ledger.jsonl                                  every message that was sent
+    home/runs/                                         the final models
+
+A prepared message and its next memory are one file, which is written and synced before the message is sent. `settle`
+replaces the memory and then deletes the file; after a crash between the two the start deletes it. A plan without client
+memory writes neither: the same work gives the same bytes.
+
+Tests: tests/faults/test_site.py
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from atoll.base.errors import AtollError, RunError
+from atoll.base.files import atomic_write
+from atoll.base.random import Key
+from atoll.base.validation import required
+from atoll.compute.batches import OnStep
+from atoll.compute.layout import Layout
+from atoll.compute.task import Task
+from atoll.data.clients import Clients
+from atoll.data.schema import Schema
+from atoll.engine.choose_backend import choose
+from atoll.engine.contribution import encode_contribution
+from atoll.engine.inprocess import threads_for
+from atoll.net.terms import Own, RefusedError, Terms, layout_hash, read_plan
+from atoll.net.wire import FrameError, Seat, Work, chain_link, digest, tensor_table, work_id
+from atoll.plan.message import MessageForm
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Ids, Tensors
+from atoll.plan.state import unpack_broadcast
+
+_COMPUTING = threading.Lock()  # sites in one process share torch's global generators
+_LIGHT = 8  # messages that stay in memory if the plan has no client memory
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "I64": torch.int64}
+Loader = Callable[[Terms, Seat | None, int], tuple[Schema, Clients]]
+
+
+class Prepared(NamedTuple):
+    """A message that no committed round contains yet.
+
+    Args:
+        work: the work.
+        after: the `chain_link` of the memory that it started from; None for the first memory.
+        body: the bytes of the message.
+        memory: the client memory after this work, tensors `[1, …]`.
+    """
+
+    work: bytes
+    after: bytes | None
+    body: bytes
+    memory: Tensors
+
+    @property
+    def link(self) -> bytes:
+        """The name of the memory after this work."""
+        return chain_link(self.after, self.work, digest(self.body))
+
+
+@dataclass
+class MemoryChain:
+    """The client memory of one site, and the messages that are prepared on top of it.
+
+    Args:
+        home: the folder of the site.
+    """
+
+    home: Path
+    run: str | None = None
+    settled: bytes | None = None
+    link: bytes | None = None
+    number: int = 0
+    memory: Tensors = field(default_factory=dict)
+    prepared: list[Prepared] = field(default_factory=list)
+    light: dict[bytes, Prepared] = field(default_factory=dict)  # of plans without client memory
+
+    @classmethod
+    def open(cls, home: Path) -> MemoryChain:
+        """Read the memory and the prepared messages of a site."""
+        it = cls(home)
+        (home / "prepared").mkdir(mode=0o700, exist_ok=True)
+        if (home / "memory").exists():
+            facts, it.memory = _read(home / "memory")
+            it.run, it.number = facts["run"], facts["number"]
+            it.settled, it.link = bytes.fromhex(facts["work"]), bytes.fromhex(facts["link"])
+        for path in sorted((home / "prepared").iterdir()):
+            if path.suffix == ".new" or int(path.name.partition("-")[0]) <= it.number:
+                path.unlink()  # an incomplete file, or one whose memory is settled
+                continue
+            facts, tensors = _read(path)
+            after = bytes.fromhex(facts["after"]) if facts["after"] else None
+            body = tensors.pop("body").numpy().tobytes()
+            it.prepared.append(Prepared(bytes.fromhex(facts["work"]), after, body, _under(tensors)))
+            it.run = facts["run"]
+        return it
+
+    def begin(self, run: str) -> None:
+        """Begin another run: the memory and the messages of the former one end."""
+        if run == self.run:
+            return
+        for path in sorted((self.home / "prepared").iterdir(), reverse=True):
+            path.unlink()
+        (self.home / "memory").unlink(missing_ok=True)
+        self.run, self.settled, self.link, self.number = run, None, None, 0
+        self.memory, self.prepared, self.light = {}, [], {}
+
+    def find(self, work: bytes) -> Prepared | None:
+        """The prepared message of this work, if there is one."""
+        return self.light.get(work) or next((one for one in self.prepared if one.work == work), None)
+
+    def next_memory(self, first: Tensors) -> tuple[Tensors, bytes | None]:
+        """The client memory from which the next work starts, and its name, a `chain_link`.
+
+        Args:
+            first: the memory before the first round, tensors `[…]`.
+        """
+        if self.prepared:
+            return self.prepared[-1].memory, self.prepared[-1].link
+        if self.memory:
+            return self.memory, self.link
+        return {name: t[None] for name, t in first.items()}, None
+
+    def prepare(self, one: Prepared) -> None:
+        """Write a message and its next memory. They are on disk when the method returns, if the plan has memory."""
+        if not one.memory:
+            self.light[one.work] = one
+            for old in list(self.light)[:-_LIGHT]:
+                del self.light[old]
+            return
+        facts = {"run": self.run, "work": one.work.hex(), "after": one.after.hex() if one.after else ""}
+        body = torch.frombuffer(bytearray(one.body), dtype=torch.uint8)
+        tensors = {"body": body, **{f"memory/{n}": t for n, t in one.memory.items()}}
+        _write(self._path(self.number + len(self.prepared) + 1, one.work), facts, tensors)
+        self.prepared.append(one)
+
+    def settle(self, works: tuple[bytes, ...]) -> None:
+        """Replace the memory by that of the last committed work, and delete the messages up to it."""
+        for work in works:
+            self.light.pop(work, None)
+        known = [i for i, one in enumerate(self.prepared) if one.work in works]
+        if not known:
+            return
+        count = known[-1] + 1
+        done, self.prepared = self.prepared[:count], self.prepared[count:]
+        last, first = done[-1], self.number + 1
+        self.number += count
+        self.settled, self.link, self.memory = last.work, last.link, last.memory
+        facts = {"run": self.run, "work": last.work.hex(), "link": last.link.hex(), "number": self.number}
+        _write(self.home / "memory", facts, self.memory)
+        for i, one in enumerate(done):
+            self._path(first + i, one.work).unlink(missing_ok=True)
+
+    def drop(self, work: bytes) -> None:
+        """Forget the message of a work that was refused or lost, and all messages after it."""
+        self.light.pop(work, None)
+        at = next((i for i, one in enumerate(self.prepared) if one.work == work), None)
+        if at is None:
+            return
+        lost, self.prepared = self.prepared[at:], self.prepared[:at]
+        for i, one in reversed(list(enumerate(lost))):
+            self._path(self.number + at + i + 1, one.work).unlink(missing_ok=True)
+
+    def _path(self, number: int, work: bytes) -> Path:
+        return self.home / "prepared" / f"{number:012d}-{work.hex()}"
+
+
+class Site:
+    """Computes the work of one client.
+
+    Args:
+        home: the folder of the site.
+        load: returns the schema of the data and the rows of the client, for the terms of a run, its seat and its
+            number. The client has this number in the rows.
+        own: the site's own code by name.
+        device: the device of the site.
+    """
+
+    def __init__(self, home: Path, load: Loader, own: Own, device: torch.device) -> None:
+        self.home, self._load, self._own, self._device = home, load, own, device
+        self.chain = MemoryChain.open(home)
+        self.client = -1
+        self.terms: Terms | None = None
+        self.data: Clients | None = None
+        self._task: Task | None = None
+        self._tasks: dict[tuple[str, str], Task] = {}
+        self._plans: dict[str, tuple[Plan, MessageForm]] = {}
+
+    def enter(self, client: int, run: str, terms: bytes, seat: Seat | None) -> int:
+        """Take part in a run. Returns the number of train rows.
+
+        Raises:
+            RefusedError: the site's code or data do not fit the terms.
+        """
+        self.chain.begin(run)
+        found = Terms.decode(terms)
+        if self.terms != found or self.client != client:
+            self._task, self._tasks, self._plans = found.task(self._device, self._own), {}, {}
+            try:
+                schema, data = self._load(found, seat, client)
+            except RefusedError:
+                raise
+            except Exception as error:
+                raise RefusedError("data", f"The data cannot be read: {error}") from error
+            self._check(Schema.read(found.schema), schema, data, client)
+            self.terms, self.data, self.client = found, data, client
+        return int(required(self.data, "data").sizes[client])
+
+    def _check(self, wanted: Schema, given: Schema, data: Clients, client: int) -> None:
+        """Refuse rows that differ from the schema of the run, and a client without rows."""
+        different = given.differs(wanted)
+        if different:
+            name, ours, theirs = different
+            raise RefusedError("input", f"The {name} of this data is {ours!r:.200}.", f"{theirs!r:.200}, as the run.")
+        if not int(data.sizes[client]):
+            raise RefusedError("rows", "The data has no train row.", "at least one row.")
+
+    def compute(self, work: Work, model: bytes, fixed: bytes | None, on_step: OnStep | None = None) -> Prepared:
+        """Compute a piece of work, or return the prepared message of the same work.
+
+        Args:
+            work: the work.
+            model: the safetensors bytes of the model version.
+            fixed: the safetensors bytes of frozen tensors.
+            on_step: is called after each step.
+        Raises:
+            RefusedError: the site does not compute this work; the code names the reason.
+        """
+        known = self.chain.find(work.work)
+        if known is not None:
+            return known
+        try:
+            with _COMPUTING:
+                return self._computed(work, model, fixed, on_step)
+        except RefusedError:
+            raise
+        except MemoryError as error:
+            raise RefusedError("memory", f"The memory of this machine is full: {error}.") from error
+        except OSError as error:
+            raise RefusedError("disk", f"A file of the home could not be written: {error.strerror}.") from error
+        except AtollError as error:
+            raise RefusedError("failed", error.given.rstrip(".")) from error
+        except Exception as error:
+            raise RefusedError("failed", f"{type(error).__name__}: {error}") from error
+
+    def _computed(self, work: Work, model: bytes, fixed: bytes | None, on_step: OnStep | None) -> Prepared:
+        run, terms, whole = self.chain.run or "", required(self.terms, "terms"), required(self._task, "task")
+        name = work_id(run, work.kind, self.client, work.version, work.repeat, work.plan, digest(model))
+        if name != work.work or work.input != digest(terms.encode()):
+            raise RefusedError("changed", "The name of the work is not that of its content.", "the work of this run.")
+        if layout_hash(whole.layout) != work.layout:
+            raise RefusedError(
+                "layout",
+                f"The model {terms.model!r} has another layout at this site.",
+                "the names, shapes and dtypes of the server's model.",
+                "θ is read by name and shape.",
+            )
+        plan, form = self._plan(work.plan)
+        task = self._prepared_task(work, plan)
+        tensors = {**self._tensors(model), **({} if fixed is None else self._tensors(fixed))}
+        broadcast = unpack_broadcast(work.version, tensors)
+        if broadcast.model.theta.shape != (task.layout.d,) or broadcast.model.theta.dtype != task.layout.dtype:
+            raise RefusedError("layout", "The model version has another length.", f"{task.layout.d} numbers.")
+        ids = Ids(torch.tensor([self.client]), torch.tensor([work.repeat]))
+        key = Key(int(work.key.seed), tuple(work.key.path))
+        memory, after = self.chain.next_memory(plan.memory(task.layout))
+        data = required(self.data, "data")
+        with threads_for(task, 1, plan):
+            _, message, rows = encode_contribution(plan, task, data, broadcast, ids, key, memory, on_step)
+        rows = {n: t.cpu() for n, t in rows.items()}
+        one = Prepared(work.work, after if rows else None, form.to_bytes(message)[0], rows)
+        self.chain.prepare(one)
+        return one
+
+    def _plan(self, text: str) -> tuple[Plan, MessageForm]:
+        if text not in self._plans:
+            task = required(self._task, "task")
+            plan = _bound(read_plan(text, self._own), task.layout)
+            self._plans[text] = plan, MessageForm.of(plan, task)
+        return self._plans[text]
+
+    def _prepared_task(self, work: Work, plan: Plan) -> Task:
+        """The task with the backend of the work, after a test on the site's own rows."""
+        key = work.plan, work.numerics
+        if key not in self._tasks:
+            own = required(self.data, "data").only(torch.tensor([self.client]))
+            try:
+                self._tasks[key] = choose(required(self._task, "task"), own, plan, work.numerics).task
+            except AtollError as error:
+                raise RefusedError("numerics", error.given, error.required, error.why, error.write) from error
+        return self._tasks[key]
+
+    def _tensors(self, data: bytes) -> dict[str, Tensor]:
+        """The tensors of a model version; the table is checked before one is allocated."""
+        try:
+            table = tensor_table(data)
+            if any(place.dtype not in _DTYPES for place in table.values()):
+                raise RefusedError(
+                    "layout", "The model version has a tensor of another dtype.", "numbers of the model."
+                )
+            return {n: t.to(self._device) for n, t in load(data).items()}
+        except (FrameError, SafetensorError) as error:
+            raise RefusedError("layout", f"The model version cannot be read: {error}.", "safetensors bytes.") from error
+
+    def record(self, work: Work, body: bytes) -> None:
+        """Append a message to the ledger, before it is sent."""
+        row = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "run": self.chain.run,
+            "work": work.work.hex(),
+            "kind": work.kind,
+            "round": work.round,
+            "version": work.version,
+            "bytes": len(body),
+            "sha256": digest(body).hex(),
+            "plan": work.plan,
+        }
+        with open(self.home / "ledger.jsonl", "ab") as file:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def _bound(plan: Plan, layout: Layout) -> Plan:
+    """The plan with codecs that know the layout. A site does not know the population."""
+    return replace(plan, codec=plan.codec.bind(layout), downlink=plan.downlink.bind(layout))
+
+
+def _under(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix("memory/"): t for n, t in tensors.items()}
+
+
+def _write(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write facts and tensors in one step: the length of the facts, the facts as JSON, safetensors bytes."""
+    head = json.dumps(facts).encode()
+    plain = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    content = struct.pack("<I", len(head)) + head + save(plain)
+    atomic_write(path, struct.pack("<I", 0) + digest(content) + content, 0o600)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        data = path.read_bytes()
+        content = data[36:]
+        if data[:4] != bytes(4) or digest(content) != data[4:36]:
+            raise ValueError("the digest differs")
+        (length,) = struct.unpack("<I", content[:4])
+        return json.loads(content[4 : 4 + length]), load(content[4 + length :])
+    except (ValueError, OSError, SafetensorError, struct.error) as error:
+        raise RunError(
+            f"The file {path} is damaged: {error}.",
+            "the bytes that were written.",
+            "without its client memory a site cannot continue; a new token for the same name begins again.",
+        ) from None

@@ -1,0 +1,197 @@
+"""The terms of a run: the facts that a site needs to build the same task as the server. They travel as one blob.
+
+Tests: tests/faults/test_rehearsal.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from hashlib import sha256
+from typing import Annotated, Any, Literal
+
+import msgspec
+import torch
+from msgspec import Meta
+
+from atoll import models
+from atoll.base.errors import UsageError
+from atoll.base.lines import Write
+from atoll.base.random import Key
+from atoll.compute.layout import Layout
+from atoll.compute.loss import LOSSES, PerExample, built_in, loss_of
+from atoll.compute.metrics import METRICS
+from atoll.compute.task import Task
+from atoll.data.schema import Schema
+from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS, read_part
+
+MAX_TERMS = 16 << 20
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+Own = Mapping[str, Callable[..., Any]]
+
+
+class RefusedError(UsageError):
+    """A site does not compute work; `code` is the code of the `Refusal`."""
+
+    def __init__(self, code: str, given: str, required: str = "", why: str = "", write: Write = "") -> None:
+        super().__init__(given, required, why, write)
+        self.code = code
+
+
+class Rehearsal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The settings of a split that a `Seat` does not contain."""
+
+    held_out: Annotated[float, Meta(ge=0, lt=1)]
+    min_rows: Annotated[int, Meta(ge=1)]
+
+
+class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The terms of a run.
+
+    Args:
+        schema: the text of a `Schema`.
+        model, loss, metrics: names; a site maps a name that is not atoll's own to its own code.
+        dtype, precision: as in `atoll.Settings`.
+        rehearsal: settings of the split, if sites take their seats of a known data set.
+    """
+
+    schema: str
+    model: Annotated[str, Meta(max_length=200)]
+    loss: Annotated[str, Meta(max_length=200)]
+    metrics: Annotated[tuple[Annotated[str, Meta(max_length=200)], ...], Meta(max_length=64)]
+    dtype: Literal["float32", "float64"]
+    precision: Literal["full", "bf16"]
+    rehearsal: Rehearsal | None = None
+
+    def encode(self) -> bytes:
+        """The terms as JSON. Equal terms have equal bytes."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Terms:
+        """The inverse of `encode`.
+
+        Raises:
+            RefusedError: the bytes are no terms.
+        """
+        try:
+            return msgspec.json.decode(data, type=Terms)
+        except msgspec.MsgspecError:
+            raise RefusedError("input", "The terms of the run cannot be read.", "terms of this version.") from None
+
+    @classmethod
+    def of(cls, task: Task, schema: Schema, model: str | None, rehearsal: Rehearsal | None = None) -> Terms:
+        """The terms of a task.
+
+        Args:
+            task: the task of the server.
+            schema: the schema of the data.
+            model: the name of the model; None: it was built from an object.
+            rehearsal: settings of the split, if sites take their seats of a known data set.
+        Raises:
+            UsageError: the model, the loss or a metric has no name.
+        """
+        if model is None:
+            raise UsageError(
+                "The model of a network is an object.",
+                "the name of a model.",
+                "no code travels: each site builds the model from its name.",
+                'atoll.serve("mlp", data, plan, home="federation")',
+            )
+        model = model.rpartition(":")[2]  # a site maps the bare name to its own code
+        loss = _loss_text(task.loss)
+        metrics = tuple(metric.name for metric in task.metrics)
+        dtype: Any = str(task.layout.dtype).removeprefix("torch.")
+        precision: Any = task.precision
+        return cls(schema.text(), model, loss, metrics, dtype, precision, rehearsal)
+
+    def task(self, device: torch.device, own: Own) -> Task:
+        """Build the task at a site.
+
+        Args:
+            device: the device of the site.
+            own: the site's own code by name.
+        Raises:
+            RefusedError: a name is unknown at this site, or its code does not fit.
+        """
+        schema, dtype = Schema.read(self.schema), _DTYPES[self.dtype]
+        model: Any = own.get(self.model) or (self.model if self.model in models.names() else None)
+        if model is None:
+            raise _unmapped("model", self.model, "--model-as")
+        loss: Any = own.get(self.loss)
+        if loss is None:
+            try:
+                loss = loss_of(self.loss)
+            except UsageError:
+                raise _unmapped("loss", self.loss, "--part") from None
+        metrics: list[Any] = [own.get(name) or (name if name in METRICS else None) for name in self.metrics]
+        for name, metric in zip(self.metrics, metrics, strict=True):
+            if metric is None:
+                raise _unmapped("metric", name, "--part")
+        module = models.resolve(model, schema.without_clients(), Key(0).fold("model"), dtype)
+        task = replace(Task.of(module, loss, tuple(metrics), dtype), precision=self.precision).on(device)
+        if isinstance(model, str) and task.built_in:
+            task = replace(task, findings=replace(task.findings, probed=True))
+        return task
+
+
+def _loss_text(loss: PerExample) -> str:
+    """The text from which a site builds the loss.
+
+    Raises:
+        UsageError: the loss has no name.
+    """
+    for name, known in LOSSES.items():
+        if known is loss:
+            return name
+    text: str = repr(loss) if built_in(loss) else getattr(loss, "__name__", "")
+    if built_in(loss) and loss_of(text) != loss:
+        text = ""
+    if not text:
+        raise UsageError(f"The loss {loss!r:.100} has no name.", "a named loss.", "no code travels.", "cross_entropy")
+    return text
+
+
+def layout_hash(layout: Layout) -> bytes:
+    """The hash of a layout: both sides read θ by name and shape."""
+    return sha256(f"{layout.dtype} {layout.entries!r}".encode()).digest()
+
+
+def plan_text(plan: Plan, own: Own = PARTS) -> str:
+    """The text of a plan with bare names, which every site can read.
+
+    Raises:
+        UsageError: a part is a function or has no name in the registry.
+    """
+    text = repr(plan)
+    if read_part(text, {**PARTS, **own}) != plan:
+        raise UsageError(f"The text {text!r:.300} builds another plan.", "parts whose `repr` builds an equal part.")
+    return text
+
+
+def read_plan(text: str, own: Own) -> Plan:
+    """The plan of a text at a site.
+
+    Raises:
+        RefusedError: a name is unknown at this site.
+    """
+    from atoll.base.grammar import parse
+
+    try:
+        plan = parse(text, {**PARTS, **own})
+    except UsageError as error:
+        raise RefusedError("part", error.given, error.required, error.why, "--part NAME=module:NAME") from error
+    if not isinstance(plan, Plan):
+        raise RefusedError("part", f"{text!r:.200} is no plan.", "a plan.")
+    return plan
+
+
+def _unmapped(kind: str, name: str, flag: str) -> RefusedError:
+    return RefusedError(
+        "model" if kind == "model" else "part",
+        f"The {kind} {name!r} is not one of atoll's own.",
+        "a name of atoll, or a name that this site maps to its own code.",
+        "no code travels.",
+        f"{flag} {name}=my_site:{name}",
+    )

@@ -1,0 +1,694 @@
+"""The messages between server and client, and their bytes. The page docs/wire.md describes the protocol.
+
+    frame = b"ATOL" ‖ protocol u8 ‖ type u8 ‖ flags u16 = 0 ‖ length u32 ‖ body        (little-endian)
+    body  = the fields of the message in order, as one MessagePack array
+
+`encode_frame` makes a frame. `decode_up` reads a frame of a client, `decode_down` a frame of the server. Each field has
+bounds. A frame is accepted only if `encode_frame` of its message gives the same bytes, so each message has exactly one
+form. The length of a frame is checked before its body is read, and the length of a field before memory for it is
+allocated. `FrameError` is the only exception that leaves a decoder.
+
+A body of more than `MAX_INLINE` bytes travels by HTTP. Its message then contains a `Blob`: its hash and its length.
+
+This module imports no I/O, no clock and no torch.
+
+Tests: tests/faults/test_wire.py, tests/golden/test_wire_bytes.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from hashlib import sha256
+from struct import Struct as Packing
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from atoll.base.errors import AtollError
+
+PROTOCOL = 1
+MAX_FRAME = 128 << 10
+MAX_INLINE = 64 << 10
+MAX_PLAN = 32 << 10
+MAX_BLOB = 1 << 40
+MAX_WORKS = 1024
+MAX_ROWS = 1 << 28  # the exact sum refuses a larger total weight
+MAX_HEADER = 4 << 20
+
+# 1. Fields
+
+_NAME = r"\A[a-z0-9-]{1,64}\Z"  # $ also matches before a final newline
+# No control character but a line end, and no character that changes the direction of a line on a terminal.
+_PLAIN = r"\A[^\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*\Z"
+Name: TypeAlias = Annotated[str, Meta(pattern=_NAME)]
+Text: TypeAlias = Annotated[str, Meta(max_length=2000, pattern=_PLAIN)]
+Version: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9A-Za-z][0-9A-Za-z.+!_-]{0,63}\Z")]
+Digest: TypeAlias = Annotated[bytes, Meta(min_length=32, max_length=32)]
+WorkId: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
+WorkIds: TypeAlias = Annotated[tuple[WorkId, ...], Meta(max_length=MAX_WORKS)]
+Inline: TypeAlias = Annotated[bytes, Meta(max_length=MAX_INLINE)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
+Rows: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
+ClientId: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e9)]
+Numerics: TypeAlias = Literal["compiled", "fused", "lanes", "loop"]
+WorkKind: TypeAlias = Literal["round", "evaluate", "moments", "baseline"]
+RowsKind: TypeAlias = Literal["train", "held"]
+
+RefusalCode: TypeAlias = Literal[
+    # The site cannot compute the work: its code, its data, its machine.
+    "model", "layout", "part", "numerics", "input", "rows", "data", "changed", "failed", "memory", "disk",
+    "predecessor",
+    # A rule of its policy file forbids the work.
+    "policy-model", "policy-part", "policy-cohort", "policy-secure", "policy-epsilon", "policy-rounds", "policy-bytes",
+    "policy-hours", "policy-values", "policy-rows", "policy-approval",
+]  # fmt: skip
+LeaveCode: TypeAlias = Literal["stopped", "hours", "bytes", "done"]
+DenialCode: TypeAlias = Literal["unknown", "used", "expired", "replaced", "revoked", "tries", "request"]
+ReceiptCode: TypeAlias = Literal["received", "conflict", "late", "invalid", "predecessor", "large", "quota"]
+ByeCode: TypeAlias = Literal[
+    "done", "failed", "refused", "draining", "full", "revoked", "replaced", "protocol", "versions", "input", "rows",
+    "behind", "frame", "order", "quota", "silent", "slow",
+]  # fmt: skip
+
+HTTP_STATUS: Mapping[ReceiptCode, int] = {
+    "received": 200,
+    "conflict": 409,
+    "late": 410,
+    "large": 413,
+    "invalid": 422,
+    "predecessor": 424,
+    "quota": 429,
+}
+
+
+class _Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A closed array of fields: a missing, a further or a wrong field is refused."""
+
+
+class Versions(_Struct, frozen=True):
+    """The versions of a process, which decide whether its bits equal those of the server."""
+
+    python: Version
+    atoll: Version
+    torch: Version
+    numpy: Version
+
+
+class Blob(_Struct, frozen=True):
+    """The SHA-256 and the length of bytes that travel by HTTP."""
+
+    hash: Digest
+    length: Annotated[int, Meta(ge=0, le=MAX_BLOB)]
+
+
+class Lease(_Struct, frozen=True):
+    """The number of a lease. Leases are ordered; a client refuses an epoch lower than the highest that it has seen."""
+
+    epoch: Count
+    counter: Count
+
+
+class Seat(_Struct, frozen=True):
+    """The split of a data set of which a client holds the part with its own number."""
+
+    split: Annotated[str, Meta(min_length=1, max_length=4096, pattern=_PLAIN)]
+    seed: Annotated[str, Meta(pattern=r"\A-?[0-9]{1,40}\Z")]
+    clients: Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+
+
+class WireKey(_Struct, frozen=True):
+    """A key of random numbers: the seed in decimal digits, and the folded 64-bit words."""
+
+    seed: Annotated[str, Meta(pattern=r"\A-?[0-9]{1,40}\Z")]
+    path: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=32)]
+
+
+# 2. Messages of a client
+
+
+class Hello(_Struct, frozen=True):
+    """The first message of a client.
+
+    Args:
+        protocol: the protocol of the client.
+        versions: its libraries.
+        processor: the name of its processor.
+        numerics: the backends that it has.
+        run: the run of its memory and of its prepared work; None if it has neither.
+        settled: its last settled work in this run; None if it has none.
+        prepared: the works whose messages it stores, in the order of their chain.
+    """
+
+    protocol: Annotated[int, Meta(ge=1, le=255)]
+    versions: Versions
+    processor: Annotated[str, Meta(max_length=200, pattern=r"\A[ -~]*\Z")]
+    numerics: Annotated[tuple[Numerics, ...], Meta(min_length=1, max_length=4)]
+    run: Name | None
+    settled: WorkId | None
+    prepared: WorkIds
+
+
+class Ready(_Struct, frozen=True):
+    """The client's data fits the `Input` with this hash; the numbers of its train and held-out rows."""
+
+    input: Digest
+    rows: Rows
+    held: Rows
+
+
+class Update(_Struct, frozen=True):
+    """A contribution of at most `MAX_INLINE` bytes.
+
+    Args:
+        work: the work.
+        lease: the lease of its last `Work`.
+        after: the `chain_link` of the memory that it started from; None for the first memory, or without client memory.
+        body: the message.
+    """
+
+    work: WorkId
+    lease: Lease
+    after: WorkId | None
+    body: Inline
+
+
+class Sent(_Struct, frozen=True):
+    """The announcement of a contribution that follows by HTTP, with its length and its SHA-256."""
+
+    work: WorkId
+    lease: Lease
+    after: WorkId | None
+    length: Annotated[int, Meta(gt=MAX_INLINE, le=MAX_BLOB)]
+    hash: Digest
+
+
+class Progress(_Struct, frozen=True):
+    """The client computes this work and has finished `step` steps. This renews the lease."""
+
+    work: WorkId
+    step: Count
+
+
+class Refusal(_Struct, frozen=True):
+    """The client does not compute this work, or, if `work` is None, does not take part in the run."""
+
+    work: WorkId | None
+    code: RefusalCode
+    reason: Text
+
+
+class Leave(_Struct, frozen=True):
+    """The client closes the channel on purpose."""
+
+    code: LeaveCode
+
+
+# 3. Messages of the server
+
+
+class Welcome(_Struct, frozen=True):
+    """The answer to `Hello`.
+
+    Args:
+        client: the number of this client.
+        epoch: the epoch of the server. A client refuses an epoch lower than the highest that it has seen.
+        run: the name of the run; None while no run is open.
+        federation: the name of the federation.
+        input: the hash and the length of the `Input`, a blob; None while no run is open.
+        seat: the split, if a client asks for its part of a known data set; None if the sites have their own data.
+    """
+
+    client: ClientId
+    epoch: Count
+    run: Name | None
+    federation: Name
+    input: Blob | None
+    seat: Seat | None
+
+
+class Work(_Struct, frozen=True):
+    """A piece of work, under a lease.
+
+    Args:
+        work: `work_id` of the fields below.
+        kind: the gather that it belongs to.
+        rows: the rows that it reads.
+        round: the open round.
+        version: the model version that it starts from.
+        repeat: the number of earlier starts of this client from this version.
+        plan: the text of the plan, with bare names.
+        key: the key of the round. It contains the seed of the run.
+        numerics: the compute backend.
+        layout, input: the hashes of the layout and of the `Input`.
+        model: the model version: its safetensors bytes, or its blob.
+        deltas: the downlink messages that lead from the client's last version to this one, oldest first.
+        fixed: the blob of frozen tensors; None if the model has none.
+        lease: the lease.
+        deadline: the seconds until the round closes without this contribution; None: no limit.
+    """
+
+    work: WorkId
+    kind: WorkKind
+    rows: RowsKind
+    round: Count
+    version: Count
+    repeat: Count
+    plan: Annotated[str, Meta(min_length=1, max_length=MAX_PLAN, pattern=_PLAIN)]
+    key: WireKey
+    numerics: Numerics
+    layout: Digest
+    input: Digest
+    model: Blob | Inline
+    deltas: Annotated[tuple[Blob, ...], Meta(max_length=64)]
+    fixed: Blob | None
+    lease: Lease
+    deadline: Seconds | None
+
+    def __post_init__(self) -> None:
+        if _MODULE.search(_QUOTED.sub("''", self.plan)):
+            raise ValueError("the plan contains a module:name")
+
+    @property
+    def version_hash(self) -> bytes:
+        """The SHA-256 of the model version."""
+        return self.model.hash if isinstance(self.model, Blob) else digest(self.model)
+
+
+class Receipt(_Struct, frozen=True):
+    """The answer to a contribution. "received" promises nothing: only `Settled` does."""
+
+    work: WorkId
+    code: ReceiptCode
+
+
+class Settled(_Struct, frozen=True):
+    """The transactions with these works are on disk. The client now replaces its memory and deletes the messages."""
+
+    works: Annotated[tuple[WorkId, ...], Meta(min_length=1, max_length=MAX_WORKS)]
+
+
+class Cancel(_Struct, frozen=True):
+    """The server no longer waits for this work."""
+
+    work: WorkId
+
+
+class Bye(_Struct, frozen=True):
+    """The last message of the server on a channel.
+
+    Args:
+        code: the reason, as a code; docs/wire.md lists all.
+        reason: the reason for people.
+        retry_s: the seconds after which the client connects again; None: never.
+        final: the final model; None if the run has not ended or the model is not shared.
+    """
+
+    code: ByeCode
+    reason: Text
+    retry_s: Seconds | None
+    final: Blob | None
+
+
+# 4. In both directions
+
+
+class StepMessage(_Struct, frozen=True):
+    """One step of a protocol inside a work, such as a secure sum. The plan declares the longest body."""
+
+    work: WorkId
+    step: Annotated[int, Meta(ge=0, le=255)]
+    body: Inline
+
+
+# 5. Bodies of the enrolment, which travels by HTTP
+
+
+class Enrol(_Struct, frozen=True):
+    """The body of `POST /v1/enrol`: the name and the secret of a token, and a certificate request as PEM."""
+
+    name: Name
+    secret: Digest
+    request: Annotated[bytes, Meta(max_length=4096)]
+
+
+class Renew(_Struct, frozen=True):
+    """The body of `POST /v1/renew`: a certificate request as PEM. The channel proves the name."""
+
+    request: Annotated[bytes, Meta(max_length=4096)]
+
+
+class Issued(_Struct, frozen=True):
+    """The answer to both: the number of the client and its certificate as DER."""
+
+    client: ClientId
+    certificate: Annotated[bytes, Meta(max_length=4096)]
+
+
+class Denied(_Struct, frozen=True):
+    """The answer to both if no certificate is issued."""
+
+    code: DenialCode
+    reason: Text
+
+
+Up: TypeAlias = Hello | Ready | Update | Sent | Progress | Refusal | Leave | StepMessage
+Down: TypeAlias = Welcome | Work | Receipt | Settled | Cancel | Bye | StepMessage
+Post: TypeAlias = Enrol | Renew
+Answer: TypeAlias = Issued | Denied
+Message: TypeAlias = Up | Down | Post | Answer
+
+UP: Mapping[int, type[Up]] = {
+    1: Hello, 2: Ready, 3: Update, 4: Sent, 5: Progress, 6: Refusal, 7: Leave, 64: StepMessage,
+}  # fmt: skip
+DOWN: Mapping[int, type[Down]] = {
+    33: Welcome, 34: Work, 35: Receipt, 36: Settled, 37: Cancel, 38: Bye, 64: StepMessage,
+}  # fmt: skip
+POST: Mapping[int, type[Post]] = {96: Enrol, 97: Renew}
+ANSWER: Mapping[int, type[Answer]] = {112: Issued, 113: Denied}
+_TABLES: tuple[Mapping[int, type[Message]], ...] = (UP, DOWN, POST, ANSWER)
+_NUMBERS: Mapping[type[Message], int] = {kind: number for table in _TABLES for number, kind in table.items()}
+_DECODERS = {kind: msgspec.msgpack.Decoder(kind) for kind in _NUMBERS}
+_ENCODER = msgspec.msgpack.Encoder()
+
+_HEAD = Packing("<4sBBHI")
+_MAGIC = b"ATOL"
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_MODULE = re.compile(r"[\w.]\s*:\s*\w")
+
+
+FrameFault: TypeAlias = Literal[
+    "long", "short", "magic", "protocol", "flags", "type", "length", "field", "form", "step", "tensors"
+]
+
+
+class FrameError(AtollError):
+    """The bytes are no message of this protocol. None of them are used.
+
+    Args:
+        code: the fault; docs/wire.md lists all.
+        given, required, why: the parts of the error. They contain no bytes of the peer.
+    """
+
+    def __init__(self, code: FrameFault, given: str, required: str, why: str = "") -> None:
+        super().__init__(given, required, why)
+        self.code = code
+
+
+def encode_frame(message: Message, step_cap: int = 0) -> bytes:
+    """The frame of a message.
+
+    Args:
+        message: the message.
+        step_cap: the longest body of a `StepMessage`, in bytes; the plan declares it. 0: no such message is allowed.
+    Returns:
+        At most `MAX_FRAME` bytes, which decode to an equal message.
+    Raises:
+        FrameError: a field is outside its bounds.
+    Example:
+        >>> encode_frame(Cancel(bytes(16)))[:12].hex()
+        '41544f4c0125000013000000'
+    """
+    frame = _frame(message)
+    table = next(table for table in _TABLES if type(message) in table.values())
+    if _read(frame, table, step_cap) != message:
+        raise FrameError(
+            "form", f"A {type(message).__name__} does not decode to itself.", "fields of their declared types."
+        )
+    return frame
+
+
+def decode_up(frame: bytes | bytearray | memoryview, step_cap: int = 0) -> Up:
+    """Read a message of a client.
+
+    Args:
+        frame: the bytes of one frame.
+        step_cap: the longest body of a `StepMessage`, in bytes; the plan declares it. 0: no such message is allowed.
+    Raises:
+        FrameError: the bytes are no message of a client; `code` names the fault.
+    Example:
+        >>> decode_up(encode_frame(Progress(bytes(16), 3))).step
+        3
+    """
+    message: Up = _accept(frame, UP, step_cap)
+    return message
+
+
+def decode_down(frame: bytes | bytearray | memoryview, step_cap: int = 0) -> Down:
+    """Read a message of the server; the arguments and errors are those of `decode_up`.
+
+    Example:
+        >>> decode_down(encode_frame(Receipt(bytes(16), "late"))).code
+        'late'
+    """
+    message: Down = _accept(frame, DOWN, step_cap)
+    return message
+
+
+def decode_post(frame: bytes | bytearray | memoryview) -> Post:
+    """Read the body of `POST /v1/enrol` or `POST /v1/renew`; the errors are those of `decode_up`.
+
+    Example:
+        >>> decode_post(encode_frame(Renew(b"pem"))).request
+        b'pem'
+    """
+    message: Post = _accept(frame, POST, 0)
+    return message
+
+
+def decode_answer(frame: bytes | bytearray | memoryview) -> Answer:
+    """Read the answer to an enrolment or a renewal; the errors are those of `decode_up`.
+
+    Example:
+        >>> decode_answer(encode_frame(Issued(3, b"der"))).client
+        3
+    """
+    message: Answer = _accept(frame, ANSWER, 0)
+    return message
+
+
+def _frame(message: Message) -> bytes:
+    """The frame of a message whose fields are not checked."""
+    try:
+        body = _ENCODER.encode(message)
+    except (TypeError, ValueError, OverflowError) as error:
+        fault = f"A field of {type(message).__name__} has no MessagePack form: {type(error).__name__}."
+        raise FrameError("field", fault, "fields of their declared types.") from None
+    return _HEAD.pack(_MAGIC, PROTOCOL, _NUMBERS[type(message)], 0, len(body)) + body
+
+
+def _accept(frame: bytes | bytearray | memoryview, table: Mapping[int, type], step_cap: int) -> Any:
+    message = _read(frame, table, step_cap)
+    if _frame(message) != frame:
+        raise FrameError("form", "The frame is not in its shortest form.", "the bytes that `encode_frame` returns.")
+    return message
+
+
+def _read(frame: bytes | bytearray | memoryview, table: Mapping[int, type], step_cap: int) -> Any:
+    if len(frame) > MAX_FRAME:
+        raise FrameError("long", f"A frame of {len(frame)} bytes.", f"at most {MAX_FRAME} bytes.")
+    if len(frame) < _HEAD.size:
+        raise FrameError("short", f"A frame of {len(frame)} bytes.", f"a head of {_HEAD.size} bytes.")
+    magic, protocol, number, flags, length = _HEAD.unpack_from(frame)
+    if magic != _MAGIC:
+        raise FrameError("magic", "The frame does not begin as a frame of atoll.", "the four bytes ATOL.")
+    if protocol != PROTOCOL:
+        raise FrameError("protocol", f"A frame of protocol {protocol}.", f"protocol {PROTOCOL}.")
+    if flags:
+        raise FrameError("flags", f"A frame with flags {flags:#x}.", "no flags.")
+    if number not in table:
+        known = ", ".join(kind.__name__ for kind in table.values())
+        raise FrameError(
+            "type", f"A frame of type {number}.", f"one of {known}.", "no other message is sent in this direction."
+        )
+    if length != len(frame) - _HEAD.size:
+        given = f"A frame with {len(frame) - _HEAD.size} bytes after its head, which states {length}."
+        raise FrameError("length", given, "the stated length.")
+    kind = table[number]
+    try:
+        message = _DECODERS[kind].decode(memoryview(frame)[_HEAD.size :])
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise FrameError(
+            "field", f"A field of {kind.__name__}: {_fault(error)}.", "the fields that docs/wire.md lists."
+        ) from None
+    if isinstance(message, StepMessage) and len(message.body) > step_cap:
+        given = f"A step of {len(message.body)} bytes." if step_cap else "A step of a plan that declares none."
+        raise FrameError("step", given, f"at most {step_cap} bytes." if step_cap else "no message of this type.")
+    return message
+
+
+def _fault(error: Exception) -> str:
+    """The fault without text of the peer, which msgspec quotes if a value is unknown."""
+    if isinstance(error, UnicodeError):
+        return "a text is not UTF-8"
+    return "an unknown value" if "Invalid enum value" in str(error) else str(error).replace("`", "")
+
+
+# 6. Hashes
+
+
+def digest(data: bytes | bytearray | memoryview) -> bytes:
+    """The SHA-256 of bytes, 32 bytes.
+
+    Example:
+        >>> digest(b"").hex()[:16]
+        'e3b0c44298fc1c14'
+    """
+    return sha256(data).digest()
+
+
+def work_id(run: str, kind: WorkKind, client: int, version: int, repeat: int, plan: str, model: bytes) -> bytes:
+    """The name of a piece of work; equal work has an equal name after every restart.
+
+    work = SHA-256("atoll/work/v1" ‖ run ‖ kind ‖ client ‖ version ‖ repeat ‖ SHA-256(plan) ‖ SHA-256(model))[:16];
+    a text is preceded by its length as u16, and a number is a u64, big-endian.
+
+    Args:
+        run: the name of the run.
+        kind: the gather that it belongs to.
+        client: the number of the client.
+        version: the model version.
+        repeat: the number of earlier starts of this client from this version.
+        plan: the text of the plan.
+        model: the SHA-256 of the model version.
+    Returns:
+        16 bytes.
+    Example:
+        >>> work_id("a", "round", 0, 3, 0, "Plan()", digest(b"")).hex()
+        'd67a36f2595359e928047bde06cad0df'
+    """
+    texts = b"".join(len(text.encode()).to_bytes(2, "big") + text.encode() for text in (run, kind))
+    numbers = b"".join(number.to_bytes(8, "big") for number in (client, version, repeat))
+    return sha256(b"atoll/work/v1" + texts + numbers + digest(plan.encode()) + model).digest()[:16]
+
+
+def chain_link(after: bytes | None, work: bytes, message: bytes) -> bytes:
+    """The name of the client memory after a contribution.
+
+    link = SHA-256("atoll/chain/v1" ‖ after ‖ work ‖ SHA-256(message))[:16], with 16 zero bytes if `after` is None.
+
+    It names the whole history of the memory. A contribution that was computed from the memory after other bytes of the
+    same work has another link.
+
+    Args:
+        after: the link before the contribution; None for the memory with which a client begins.
+        work: the work.
+        message: the SHA-256 of its message.
+    Example:
+        >>> chain_link(None, bytes(16), digest(b"")).hex()
+        '47a8968b0ce6fe9f72ba0e3ee3782b01'
+    """
+    return sha256(b"atoll/chain/v1" + (after or bytes(16)) + work + message).digest()[:16]
+
+
+# 7. Versions
+
+
+def version_fault(hello: Hello, server: Versions, closed: bool) -> tuple[ByeCode, str] | None:
+    """The reason to refuse a client for its protocol or its versions; None if there is none.
+
+    Args:
+        hello: the first message of the client.
+        server: the versions of the server.
+        closed: whether the run is closed. An open run accepts other versions, since its bits depend on arrivals anyway.
+    Returns:
+        The code and the reason of a `Bye`.
+    Example:
+        >>> ours = Versions("3.11.7", "0.1.0", "2.13.0", "2.4.6")
+        >>> old = Hello(1, Versions("3.11.7", "0.1.0", "2.12.1", "2.4.6"), "", ("loop",), None, None, ())
+        >>> print(version_fault(old, ours, closed=True)[1])
+        The client has torch 2.12.1. Required: torch 2.13, as the server. Write: pip install "torch==2.13.*"
+        >>> version_fault(old, ours, closed=False)
+    """
+    install = f'pip install "atoll=={_minor(server.atoll)}.*"'
+    if hello.protocol != PROTOCOL:
+        required = f"Required: protocol {PROTOCOL}. Write: {install}"
+        return "protocol", f"The client has protocol {hello.protocol}. {required}"
+    if not closed:
+        return None
+    pairs = (("atoll", hello.versions.atoll, server.atoll), ("torch", hello.versions.torch, server.torch))
+    wrong = [(name, given, _minor(required)) for name, given, required in pairs if _minor(given) != _minor(required)]
+    if not wrong:
+        return None
+    given = " and ".join(f"{name} {version}" for name, version, _ in wrong)
+    required = " and ".join(f"{name} {version}" for name, _, version in wrong)
+    line = " ".join(f'"{name}=={version}.*"' for name, _, version in wrong)
+    return "versions", f"The client has {given}. Required: {required}, as the server. Write: pip install {line}"
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+# 8. Tensors
+
+
+class TensorPlace(NamedTuple):
+    """One tensor of a safetensors buffer: its dtype, its shape, and the first and last byte after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+_ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_Dim: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_BLOB)]
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
+    shape: Annotated[tuple[_Dim, ...], Meta(max_length=16)]
+    data_offsets: tuple[_Dim, _Dim]
+
+
+_TABLE = msgspec.json.Decoder(dict[Annotated[str, Meta(max_length=1024)], _Entry])
+
+
+def tensor_table(data: bytes | bytearray | memoryview) -> dict[str, TensorPlace]:
+    """Check the header of a safetensors buffer and return its tensors; no tensor is allocated.
+
+    Args:
+        data: the buffer: the length of the header as u64, the header as JSON, the tensors.
+    Returns:
+        The place of each tensor by name. Together they cover the bytes after the header exactly, in order.
+    Raises:
+        FrameError: the buffer is no safetensors buffer of this protocol.
+    Example:
+        >>> head = b'{"theta":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+        >>> tensor_table(len(head).to_bytes(8, "little") + head + bytes(8))["theta"].shape
+        (2,)
+    """
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > min(MAX_HEADER, len(data) - 8):
+        raise FrameError(
+            "tensors", f"{len(data)} bytes with a header of {size}.", f"a header of at most {MAX_HEADER} bytes."
+        )
+    try:
+        table = _TABLE.decode(memoryview(data)[8 : 8 + size])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise FrameError("tensors", f"The header of the tensors: {_fault(error)}.", "a safetensors header.") from None
+    at = 0
+    for entry in sorted(table.values(), key=lambda entry: entry.data_offsets):
+        begin, end = entry.data_offsets
+        if begin != at or end - begin != math.prod(entry.shape) * _ITEM[entry.dtype]:
+            required = "tensors one after another, each as long as its shape."
+            raise FrameError("tensors", f"A tensor of shape {entry.shape} at {begin}:{end}.", required)
+        at = end
+    if at != len(data) - 8 - size:
+        given = f"{len(data) - 8 - size} bytes of tensors; the header lists {at}."
+        raise FrameError("tensors", given, "the bytes that the header lists.")
+    return {name: TensorPlace(e.dtype, e.shape, *e.data_offsets) for name, e in table.items()}
+
+
+def escaped(text: str, most: int = 300) -> str:
+    """A text of a peer as printable ASCII, cut after `most` characters.
+
+    Example:
+        >>> print(escaped("a\\x1b[31m"))
+        a\\x1b[31m
+    """
+    return text[:most].encode("unicode_escape").decode("ascii") + ("..." if len(text) > most else "")

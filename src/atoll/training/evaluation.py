@@ -1,0 +1,307 @@
+"""HeldOutValues of a model: over all held-out rows, and over the held-out rows of each client.
+
+Tests: tests/identities/test_evaluation.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.base.errors import ClientError, RunError, UsageError
+from atoll.base.intervals import Interval, hanley_mcneil, normal, wilson
+from atoll.base.lines import Change
+from atoll.compute import limits
+from atoll.compute.loss import single_logit
+from atoll.compute.metrics import Counts, Metric, summed
+from atoll.compute.shapes import class_axis
+from atoll.compute.task import Task
+from atoll.data.clients import Clients
+from atoll.engine.inprocess import InProcessEngine
+from atoll.plan.aggregate import Mean
+from atoll.plan.in_flight import InFlight
+from atoll.plan.local.evaluate import ScoreRows
+from atoll.plan.plan import Plan
+from atoll.plan.round import open_round
+from atoll.plan.state import State
+
+_CONSTANT_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class HeldOutValues:
+    """The values of a model on held-out rows.
+
+    Args:
+        metrics: `held_out_loss` and each metric that is defined, by name.
+        tables: metrics that are tables, such as `confusion`, by name.
+        intervals: the 95 % intervals of the metrics that have one.
+        clients: `rows`, `held_out_loss` and each metric of each client, `[clients]`, NaN if it is undefined; {} if
+            clients were not evaluated.
+    """
+
+    metrics: dict[str, float]
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    clients: dict[str, Tensor] = field(default_factory=dict)
+
+
+class RowScores:
+    """Adds the scores of held-out rows: `ScoreRows(RowScores(...))` passes them in the order of the rows.
+
+    Args:
+        task: the metrics.
+        owner: the client of each row, int64 `[rows]`, in the order of the passes, −1 for none; None: clients are not
+            evaluated.
+        owners: the number of clients.
+    """
+
+    def __init__(self, task: Task, owner: Tensor | None = None, owners: int = 0) -> None:
+        # Rows without a client go to one more owner, which is left out at the end.
+        self.task, self.owners, self.rows = task, owners, 0
+        self.owner = None if owner is None else torch.where(owner < 0, owners, owner)
+        self.totals: dict[str, Tensor] = {}  # `[]` or `[k]`
+        self.sums: dict[str, Tensor] = {}  # of each client, `[owners]` or `[owners, k]`
+        self.squares: dict[str, float] = {}  # Σ x² of scores with one number for each row
+        self._outputs: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._whole = {m.name for m in task.metrics if m.over_rows is not None}
+        self._numbers = 0
+
+    def __call__(self, output: Any, y: Tensor, scores: Mapping[str, Tensor | Counts]) -> None:
+        """Add the scores of some rows."""
+        everyone = torch.zeros(len(y), dtype=torch.int64, device=y.device)
+        owner = None if self.owner is None else self.owner[self.rows : self.rows + len(y)].to(y.device)
+        for name, rows in scores.items():
+            _add(self.totals, name, summed(rows, everyone, 1)[0].cpu())
+            if isinstance(rows, Tensor) and rows.dim() == 1:
+                self.squares[name] = self.squares.get(name, 0.0) + float(rows.square().sum())
+            if owner is not None and name not in self._whole:
+                _add(self.sums, name, summed(rows, owner, self.owners + 1).cpu())
+        if self._whole:
+            self._keep(output, y)
+        self.rows += len(y)
+
+    def _keep(self, output: Tensor, y: Tensor) -> None:
+        """Keep outputs and targets for metrics over all rows, in CPU memory."""
+        self._numbers += output.numel() + y.numel()
+        if self._numbers > limits.WHOLE_METRIC_NUMBERS:
+            names = ", ".join(sorted(self._whole))
+            raise RunError(
+                f"The evaluation has more than {limits.WHOLE_METRIC_NUMBERS} outputs and targets, for {names}.",
+                "fewer held-out rows, or metrics that are sums over rows.",
+                "these metrics keep the outputs of all rows in memory.",
+                Change("metrics", ["accuracy"]),
+            )
+        self._outputs.append(output.cpu())
+        self._targets.append(y.cpu())
+
+    def together(self) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of all rows."""
+        return torch.cat(self._outputs), torch.cat(self._targets)
+
+    def finished(self) -> HeldOutValues:
+        """The values of the loss and of each metric. An undefined value is absent."""
+        found = HeldOutValues({"held_out_loss": float(self.totals["loss"]) / self.rows})
+        self._interval(found, "held_out_loss", "loss", None)
+        for metric in self.task.metrics:
+            self._measure(found, metric)
+        if self.owner is not None:
+            found.clients.update(self._by_client(self.owner))
+            rises = {m.name: m.higher_is_better for m in self.task.metrics}
+            for name in ("held_out_loss", *rises):
+                found.metrics.update(over_clients(name, found.clients[name], rises.get(name, False)))
+        return found
+
+    def _measure(self, found: HeldOutValues, metric: Metric) -> None:
+        """Add a metric over all rows."""
+        if metric.over_rows is not None:
+            value: float | Tensor = float(metric.over_rows(*self.together()))
+        else:
+            value = metric.value(self.totals[metric.name], self.rows)
+        if isinstance(value, Tensor):
+            found.tables[metric.name] = value
+        elif not math.isnan(value):
+            found.metrics[metric.name] = value
+            self._interval(found, metric.name, metric.name, metric)
+
+    def _interval(self, found: HeldOutValues, name: str, score: str, metric: Metric | None) -> None:
+        """Add the 95 % interval of a value: of a proportion, of a mean over rows, or of an area under the ROC curve."""
+        rows, finish = self.rows, None if metric is None else metric.finish
+        if metric is not None and metric.name == "auc" and metric.built_in:
+            _, y = self.together()
+            if y.dim() == 1 and int(y.max()) <= 1:
+                positive = int((y == 1).sum())
+                found.intervals[name] = hanley_mcneil(found.metrics[name], positive, rows - positive)
+        elif score in self.squares and rows > 1:
+            total, squares = float(self.totals[score]), self.squares[score]
+            if total == squares and finish is None:  # every score is 0 or 1
+                found.intervals[name] = wilson(total, rows)
+                return
+            mean = total / rows
+            ends = normal(mean, math.sqrt(max(0.0, squares / rows - mean * mean) * rows / (rows - 1)), rows)
+            low, high = (max(0.0, end) if total >= 0 else end for end in (ends.low, ends.high))
+            if metric is not None and finish is not None:
+                low, high = (_number(metric.value(torch.tensor(end * rows).double(), rows)) for end in (low, high))
+            found.intervals[name] = Interval(found.metrics[name], low, high, rows)
+
+    def _by_client(self, owner: Tensor) -> dict[str, Tensor]:
+        """The rows, the loss and each metric of each client, `[clients]`."""
+        count = self.owners + 1
+        rows = owner.bincount(minlength=count)
+        out = {"rows": rows, "held_out_loss": self.sums["loss"] / rows}
+        for metric in self.task.metrics:
+            if metric.over_rows is not None:
+                out[metric.name] = metric.each_over_rows(*self.together(), owner, count)
+            else:
+                out[metric.name] = metric.each(self.sums[metric.name], rows)
+        return {name: values[: self.owners] for name, values in out.items()}
+
+
+def _add(table: dict[str, Tensor], name: str, some: Tensor) -> None:
+    table[name] = table[name] + some if name in table else some
+
+
+def _number(value: float | Tensor) -> float:
+    return math.nan if isinstance(value, Tensor) else value
+
+
+def evaluate(state: State, engine: InProcessEngine, owner: Tensor | None = None, owners: int = 0) -> HeldOutValues:
+    """Evaluate the model of a state on the rows of an engine. The loss has the name `held_out_loss`.
+
+    Args:
+        state: the model.
+        engine: of one client, which has all rows.
+        owner: the client of each row, int64 `[rows]`; None: only all rows together are evaluated.
+        owners: the number of clients.
+    Raises:
+        RunError: a row cannot be read.
+    """
+    scores = RowScores(engine.task, owner, owners)
+    judge = Plan(ScoreRows(scores), Mean())
+    opened = open_round(judge, replace(state, air=InFlight(), versions={}, sent=None), engine)
+    try:
+        gathered = engine.gather(judge, opened.state, opened.cohort, opened.key)
+    except RunError as error:
+        if isinstance(error.__cause__, ClientError):  # one federation, such as the held-out rows: the row is the cause
+            raise _no_evaluation(error.__cause__.given) from error.__cause__
+        raise
+    if gathered.failures:
+        raise _no_evaluation(gathered.failures[0].cause)
+    return scores.finished()
+
+
+def constant_answer(task: Task, data: Clients, owner: Tensor | None = None) -> HeldOutValues:
+    """Evaluate the constant answer: the class shares, or the mean of y, of the train rows, for every held-out row.
+
+    Args:
+        task: the model, whose output gives the shape of an answer, the loss and the metrics.
+        data: the clients and the held-out rows.
+        owner: the client of each held-out row, int64 `[rows]`; None: clients are not evaluated.
+    Returns:
+        The values of the constant on the held-out rows.
+    """
+    if data.held_out is None:
+        return HeldOutValues({})
+    x, y = (t.to(task.device) for t in data.example)
+    typed = x.to(task.layout.dtype) if x.is_floating_point() else x
+    answer = _constant_output(task.output(task.initial(), typed), y, data)
+    scores = RowScores(task, owner, data.count)
+    targets = data.held_out.targets()
+    for some in targets.split(_CONSTANT_ROWS):
+        some = some.to(answer) if some.is_floating_point() else some.to(answer.device)
+        output = answer.expand(len(some), *answer.shape[1:])
+        scores(output, some, task.scores(output, some))
+    return scores.finished()
+
+
+def _constant_output(output: Tensor, y: Tensor, data: Clients) -> Tensor:
+    """One output `[1, …]` that is the best constant answer to the train rows."""
+    targets = data.rows.targets()[data.order]
+    if data.kind == "regression" or targets.is_floating_point():
+        return targets.double().mean(0).to(output).expand(y.shape[1:]).reshape(output.shape)
+    labels = targets.reshape(-1)
+    counts = labels[labels >= 0].bincount(minlength=2).double()
+    if single_logit(output, y):
+        return torch.full_like(output, float((counts[1] / counts[0]).log().clamp(-30, 30)))
+    at, _ = class_axis(output, y)
+    logs = (counts / counts.sum()).clamp(min=1e-12).log()
+    logs = torch.cat((logs, logs.new_full((output.shape[at] - len(logs),), math.log(1e-12))))
+    return logs.to(output).reshape([-1 if axis == at else 1 for axis in range(output.dim())]).expand(output.shape)
+
+
+def over_clients(name: str, values: Tensor, higher_is_better: bool) -> dict[str, float]:
+    """Summarise a metric over the clients that have a value, each with the same weight.
+
+    Args:
+        name: M, the name of the metric.
+        values: of each client, float64 `[clients]`; NaN if it is undefined.
+        higher_is_better: whether larger values are better.
+    Returns:
+        `M_clients` (mean), `M_median`, `M_worst10` (mean of the worst tenth), `M_min` (the worst client) and `M_sd`
+        (standard deviation); {} if no client has a value.
+    Example:
+        >>> over_clients("accuracy", torch.tensor([0.5, 1.0, torch.nan]), True)["accuracy_clients"]
+        0.75
+    """
+    defined = values[~values.isnan()].double()
+    if not len(defined):
+        return {}
+    worst = defined.sort(descending=not higher_is_better).values
+    tenth = worst[: math.ceil(len(worst) / 10)]
+    return {
+        f"{name}_clients": float(defined.mean()),
+        f"{name}_median": float(defined.quantile(0.5)),
+        f"{name}_worst10": float(tenth.mean()),
+        f"{name}_min": float(worst[0]),
+        f"{name}_sd": float(defined.std(correction=0)),
+    }
+
+
+def class_weights(weight: str | Mapping[Any, float], y: Tensor, classes: tuple[str, ...]) -> tuple[float, ...]:
+    """The weight of each class.
+
+    balanced: w_c = n / (C · n_c)
+
+    Args:
+        weight: "balanced", or the weight of each class by its name.
+        y: the classes of the train rows, int64 `[n]`.
+        classes: the names of the C classes.
+    Raises:
+        UsageError: an unknown class, a negative weight, or no positive weight.
+    Example:
+        >>> class_weights("balanced", torch.tensor([0, 0, 0, 1]), ("no", "yes"))
+        (0.6666666666666666, 2.0)
+    """
+    if weight == "balanced":
+        counts = y.reshape(-1).bincount(minlength=len(classes)).double()
+        return tuple((len(y) / (len(classes) * counts.clamp(min=1))).tolist())
+    if not isinstance(weight, Mapping):
+        raise UsageError(
+            f"class_weight={weight!r}.", '"balanced", or a weight for each class.', write='class_weight="balanced"'
+        )
+    named = {str(name): value for name, value in weight.items()}
+    unknown = sorted(set(named) - set(classes))
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 0 for v in named.values())
+    if unknown or not numbers or not any(named.get(c, 1.0) for c in classes):
+        raise UsageError(
+            f"class_weight={weight!r}.",
+            f"weights of at least 0, not all 0, for the classes {', '.join(classes[:20])}.",
+            f"{unknown[0]!r} is no class of the data." if unknown else "each row's loss is multiplied by it.",
+            'class_weight="balanced"',
+        )
+    return tuple(float(named.get(c, 1.0)) for c in classes)
+
+
+def _no_evaluation(cause: str) -> RunError:
+    """The error for a row that cannot be evaluated: a mean over the other rows would be another number."""
+    return RunError(
+        f"The evaluation failed. {cause.rstrip('.')}.",
+        "readable, finite rows.",
+        "a metric over the other rows is not the metric of the data set.",
+    )

@@ -1,0 +1,101 @@
+"""The names that settings may use, as plain lists, and checks of names and paths. This module loads without torch.
+
+A wrong name is refused before torch is imported, which takes seconds. A test compares the lists with the tables.
+
+Tests: tests/surface/test_fast_commands.py
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from atoll.base.errors import UsageError, unknown_name
+from atoll.base.files import no_such_file
+from atoll.base.grammar import parse
+from atoll.base.lines import Change, Load
+
+DATA_SETS = ("breast_cancer", "diabetes", "digits", "fashion_mnist", "heart", "mnist", "wine")
+MODELS = (
+    *("2nn", "cnn", "linear", "logistic", "lstm", "mcmahan-cnn", "mlp", "niid-cnn", "pfl-cnn", "softmax"),
+    "transformer",
+)
+RECIPES = (
+    *("diloco", "distributed_gd", "fedadagrad", "fedadam", "fedasync", "fedavg", "fedavgm", "fedbuff", "fedsgd"),
+    *("fedyogi", "gd", "local_sgd", "post_local_sgd", "sgd"),
+)
+PARTITIONS = ("ByColumn", "Dirichlet", "FeatureShift", "IID", "Pathological", "Quantity", "Shards")
+TABLES = (".csv", ".tsv", ".txt", ".gz", ".parquet", ".xlsx")  # such a path is a file, also if it does not exist
+
+
+def check_data(name: str) -> None:
+    """Refuse a data set that is neither a known name nor a path that exists.
+
+    Raises:
+        UsageError: the error suggests a similar name, or a similar file of the same folder.
+    """
+    path = Path(name)
+    if name in DATA_SETS or path.exists() or "*" in name:
+        return
+    if path.suffix in TABLES or os.sep in name:
+        raise no_such_file(path, "the path of a CSV file", Load)
+    raise unknown_data(name, DATA_SETS)
+
+
+def unknown_data(name: str, known: Iterator[str] | tuple[str, ...]) -> UsageError:
+    """The error for a data set that no table names."""
+    error = unknown_name("data set", name, known, Load)
+    return UsageError(error.given, f"{error.required[:-1]}, or the path of a CSV file.", error.why, error.write)
+
+
+def check_model(name: str) -> None:
+    """Refuse an unknown model. A `module:name` is not imported here.
+
+    Raises:
+        UsageError: the error suggests a similar name.
+    """
+    if ":" not in name and name not in MODELS:
+        raise unknown_name("model", name, MODELS, lambda near: Change("model", near))
+
+
+def check_call(text: str, names: tuple[str, ...], kind: str) -> None:
+    """Refuse a text that is no call of one of these names. Its arguments are not checked.
+
+    Raises:
+        UsageError: the text cannot be read, or its name is unknown.
+    """
+    if ":" not in text:  # otherwise it names code, which is imported later, if it is trusted
+        parse(text, dict.fromkeys(names, _Anything), inner=_EVERY_NAME, kind=kind)
+
+
+class _Anything:
+    """A value that is built from any arguments."""
+
+    def __init__(self, *args: Any, **words: Any) -> None: ...
+
+    def __rshift__(self, other: Any) -> _Anything:
+        return self
+
+    def __rrshift__(self, other: Any) -> _Anything:
+        return self
+
+
+class _EveryName(Mapping[str, Callable[..., Any]]):
+    """A table in which each name is a constructor of anything."""
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        return _Anything
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+_EVERY_NAME = _EveryName()

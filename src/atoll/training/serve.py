@@ -1,0 +1,242 @@
+"""Serve a run to clients on other machines, and join one.
+
+Tests: tests/faults/test_rehearsal.py
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from atoll.base.errors import AtollError, RunError, UsageError
+from atoll.base.lines import Change, form
+from atoll.base.validation import required
+from atoll.plan.round import Report
+from atoll.runs.events import Observer, Run
+from atoll.training.experiment import Experiment
+from atoll.training.recorder import Recorder, metrics_row
+from atoll.training.rounds import Training
+from atoll.training.train import run_rounds
+
+if TYPE_CHECKING:
+    from atoll.net.engine import ServerEngine
+    from atoll.net.spec import Server
+
+Tell = Callable[[Mapping[str, Any]], None]
+
+
+class _Rows:
+    """Passes the row of each committed round on."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell, self._training = tell, None
+
+    def start(self, training: Any, path: Path | None) -> None:
+        self._training = training
+
+    def round(self, report: Report) -> None:
+        training: Any = self._training
+        self._tell({"event": "round", **metrics_row(report, len(training.state.versions))})
+
+    def end(self, run: Run) -> None: ...
+
+
+def unfinished(home: Path) -> tuple[str, dict[str, Any]] | None:
+    """The run of a home that has not ended: its name, and the settings of its server; None if there is none."""
+    if not (home / "federation.db").exists():
+        return None
+    from atoll.net.home import ServerHome
+
+    at = ServerHome.open(home, serve=False)
+    try:
+        name, net = at.database.get("run"), at.database.get("net")
+    finally:
+        at.close()
+    if name is None or not (at.path / "runs" / name / "config.toml").is_file():
+        return None
+    return name, json.loads(net or "{}")
+
+
+def serve_run(
+    it: Experiment | None,
+    spec: Server,
+    *,
+    tell: Tell = lambda facts: None,
+    observers: Sequence[Observer] = (),
+    trust: bool = False,
+) -> tuple[Run, bool]:
+    """Serve one run: the experiment, or the unfinished run of the home.
+
+    Args:
+        it: the experiment; None continues the unfinished run.
+        spec: the settings of the server. An unfinished run keeps the settings that decide its bits.
+        tell: receives the events of the server, such as its address.
+        observers: as for `atoll.train`.
+        trust: whether the configuration of an unfinished run may name code.
+    Returns:
+        The run, and whether a signal to end, not Ctrl-C, has ended it.
+    Raises:
+        UsageError: there is nothing to serve, or the experiment differs from the unfinished run.
+        RunError: the run failed.
+    """
+    home = Path(spec.home)
+    open_run = unfinished(home)
+    it, spec = _chosen(it, spec, open_run, home, trust)
+    it = it.resolved()
+    settings = it.check(engine=spec)
+    training = Training(it._model(), it.data(), it.plan(), settings)
+    engine: Any = training.engine
+    try:
+        return _serve(it, training, engine, open_run, tell, observers)
+    finally:
+        training.close()
+
+
+def _serve(
+    it: Experiment,
+    training: Training,
+    engine: ServerEngine,
+    open_run: tuple[str, dict[str, Any]] | None,
+    tell: Tell,
+    observers: Sequence[Observer],
+) -> tuple[Run, bool]:
+    from atoll.net.engine import Stopped
+    from atoll.net.rounds import RoundStore
+
+    database, path = engine.home.database, engine.home.path
+    tell({"event": "listening", "address": engine.net.address, "home": str(path)})
+    engine.notify = tell
+    store = RoundStore(database, lambda: engine.run, engine.accepted)
+    recorder = Recorder(training, path / "runs", it.toml(), it.checkpoint_s, store)
+    if open_run is not None:
+        engine.run = open_run[0]
+        recorder.resume(path / "runs" / engine.run, any_version=False)
+    else:
+        engine.run = required(recorder.path, "run folder").name
+        database.put("net", json.dumps(asdict(engine.spec)))
+        database.put("run", engine.run)
+    with _Terminated() as terminated:
+        try:
+            engine.begin(engine.run, training.plan)
+            interrupted = run_rounds(training, recorder, [_Rows(tell), *observers])
+        except Stopped:
+            interrupted = True
+        except AtollError as error:
+            engine.finish("failed", str(error.given))
+            if isinstance(error, RunError):
+                database.put("run", None)
+            raise
+        return _ended(it, training, engine, recorder, interrupted), terminated.asked
+
+
+def _ended(it: Experiment, training: Training, engine: ServerEngine, recorder: Recorder, interrupted: bool) -> Run:
+    """Write the result, send it to the clients, and draw the report."""
+    run = recorder.end(interrupted, baselines=False, report=False)
+    path = required(run.path, "run folder")
+    if run.status == "interrupted":
+        engine.finish("draining", "the server stops and continues later")
+        return run
+    engine.home.database.put("run", None)
+    if run.status == "failed":
+        engine.finish("failed", run.reason)
+        raise required(training.outcome, "outcome").error()
+    engine.finish("done", run.reason, (path / "model.safetensors").read_bytes())
+    if it.report:
+        from atoll.report.draw import draw
+
+        draw(path)
+    return run
+
+
+def _chosen(
+    it: Experiment | None, spec: Server, open_run: tuple[str, dict[str, Any]] | None, home: Path, trust: bool
+) -> tuple[Experiment, Server]:
+    """The experiment and the settings of the server: those of the unfinished run if there is one."""
+    if open_run is None:
+        if it is None:
+            it = Experiment.found().with_environment()
+        if it.baselines:
+            raise UsageError(
+                "--baselines with a server.",
+                "no baselines.",
+                "pooled training needs the rows of all clients on one machine.",
+                f"atoll serve --home {home}",
+            )
+        if isinstance(it.held_out, str):
+            raise UsageError(
+                f"held_out = {it.held_out!r} with a server.",
+                "a fraction of the rows.",
+                "each site holds out its own rows by a random draw.",
+                Change("held_out", 0.2),
+            )
+        whole = it.resolved()
+        return it, replace(
+            spec,
+            clients=it.clients,
+            split=whole.split if it.clients is not None else None,
+            seed=it.seed,
+            held_out=it.held_out,
+            min_rows=it.min_rows,
+        )
+    name, net = open_run
+    config = home / "runs" / name
+    stored = Experiment.read(config, trust=trust)
+    if it is not None and it.resolved() != stored:
+        ours = vars(it.resolved())
+        changed = [f.name for f in fields(stored) if vars(stored)[f.name] != ours[f.name]]
+        raise UsageError(
+            f"The run {name} of {home} is not finished, and {', '.join(changed)} differ from it.",
+            "the settings with which it began.",
+            "a federation trains runs one after the other, and a changed run would have the bits of neither.",
+            f"atoll serve --home {home}",
+        )
+    own = {f.name for f in fields(spec)} - {"home", "listen", "hosts", "drain"}
+    kept: dict[str, Any] = {n: v for n, v in net.items() if n in own}
+    return stored, replace(spec, **kept)
+
+
+class _Terminated:
+    """Handles the signal to end: the first drains the server, the second ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Terminated:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.raise_signal(signal.SIGINT)  # the first ends the training after the round, the second at once
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+def refuse_served(run: Path) -> None:
+    """Refuse to resume the run of a server: only the server has its state.
+
+    Args:
+        run: the run folder.
+    Raises:
+        UsageError: a server made the run.
+    """
+    from atoll import runs
+
+    if runs.read_environment(run).get("engine") in ("server", "Server"):
+        home = run.parent.parent
+        raise UsageError(
+            f"The run {run.name} belongs to a server.",
+            "the command that continues it.",
+            "its state is in the database of the server.",
+            form(f"atoll serve --home {home}", "shell"),
+        )

@@ -1,0 +1,99 @@
+"""Check the line to write of an error: it must be readable at the door of the reader.
+
+Python: a value of the grammar, an expression, a statement, keyword arguments, or a command. Command line: a command
+that the parser of `atoll` accepts, flags of `atoll run`, or a value of the grammar. File: TOML with known keys.
+"""
+
+import re
+import shlex
+import tomllib
+
+from atoll import models, recipes
+from atoll.base.errors import AtollError
+from atoll.base.grammar import parse
+from atoll.base.lines import DOORS, form
+from atoll.data import partition
+from atoll.engine.simulation.fleet import FLEET
+from atoll.engine.spec import ENGINES
+from atoll.plan.registry import PARTS
+from atoll.training.stop import RULES
+
+PARTITIONS = {c.__name__: c for c in vars(partition).values() if isinstance(c, type) and c is not partition.Partition}
+VALUES = {**{r.__name__: r for r in recipes.RECIPES}, **PARTS, **RULES, **PARTITIONS, **FLEET}
+PROGRAMS = {"ls", "file", "head", "cat", "sed", "rm", "df", "pip", "apt-get", "ray", "torchrun", "python", "unset"}
+PROGRAMS |= {"export", "xcode-select", "nvidia-smi"}
+WORDS = {*models.names(), *VALUES, *ENGINES}
+CODE = re.compile(r"\b(model|torch|nn|self|return|lambda|import|codec|integers|ctx)\b")  # code in a user's module
+
+
+def check(write):
+    """Raise an AssertionError if a line cannot be read at one of its doors.
+
+    Args:
+        write: the line of an error, a text or a value of `atoll.base.lines`.
+    """
+    for door in DOORS:
+        text = form(write, door)
+        assert not text or _reads(text, door), f"at the door {door}: {text}"
+
+
+def _reads(text, door):
+    if text in WORDS or _value(text):
+        return True
+    if door == "python":
+        return _command(text) or _python(text)
+    if door == "file":
+        return _toml(text) or _command(text) or (bool(CODE.search(text)) and _python(text))
+    return _flags(["run", *shlex.split(text)]) if text.startswith("--") else _command(text) or bool(CODE.search(text))
+
+
+def _value(text):
+    try:
+        parse(text, VALUES)
+    except AtollError:
+        return False
+    return True
+
+
+def _python(text):
+    for each in (text, f"f({text})"):
+        try:
+            compile(each, "line", "exec")
+        except SyntaxError:
+            continue
+        return True
+    return False
+
+
+def _command(text):
+    words = shlex.split(text)
+    if words[:1] == ["atoll"]:
+        return _flags(words[1:])
+    return bool(words) and words[0] in PROGRAMS
+
+
+def _flags(words):
+    from cyclopts import CycloptsError
+
+    from atoll.cli.app import app
+
+    if "..." in " ".join(words):
+        return False
+    for command in (words, ["resume", "latest", *words[1:]], ["lr", *words[1:]]):
+        try:
+            app.parse_args(command, exit_on_error=False, print_error=False)
+        except CycloptsError:
+            continue
+        return True
+    return words in (["--help"], ["--trust"]) or words[-1:] == ["--help"]
+
+
+def _toml(text):
+    from atoll.base.names import dotted
+    from atoll.training.experiment import Experiment
+
+    try:
+        Experiment()._of_file(dotted(tomllib.loads(text)), "experiment.toml", True)
+    except (tomllib.TOMLDecodeError, AtollError):
+        return False
+    return True

@@ -1,0 +1,87 @@
+"""The memory of a site and its prepared messages survive a kill between any two writes."""
+
+import torch
+
+from atoll.net.site import MemoryChain, Prepared
+
+FIRST = {"codec/error": torch.zeros(2)}
+
+
+def one(number, after):
+    rows = {"codec/error": torch.full((1, 2), float(number))}
+    return Prepared(bytes([number]) * 16, after, b"body %d" % number, rows)
+
+
+def begun(home):
+    chain = MemoryChain.open(home)
+    chain.begin("run")
+    return chain
+
+
+def values(memory):
+    return memory["codec/error"].tolist()
+
+
+def test_a_prepared_message_and_its_memory_are_on_disk(tmp_path):
+    chain = begun(tmp_path)
+    memory, link = chain.next_memory(FIRST)
+    assert values(memory) == [[0.0, 0.0]] and link is None
+    chain.prepare(one(1, link))
+    again = MemoryChain.open(tmp_path)
+    assert [(p.work, p.after, p.body) for p in again.prepared] == [(bytes([1]) * 16, None, b"body 1")]
+    assert again.next_memory(FIRST)[1] == chain.prepared[0].link and again.run == "run"
+
+
+def test_settled_work_replaces_the_memory_and_deletes_its_message(tmp_path):
+    chain = begun(tmp_path)
+    chain.prepare(one(1, None))
+    chain.prepare(one(2, chain.prepared[0].link))
+    chain.settle((bytes([1]) * 16,))
+    again = MemoryChain.open(tmp_path)
+    assert again.settled == bytes([1]) * 16 and [p.work for p in again.prepared] == [bytes([2]) * 16]
+    assert values(again.memory) == [[1.0, 1.0]] and again.number == 1
+    again.settle((bytes([2]) * 16,))
+    assert MemoryChain.open(tmp_path).prepared == [] and MemoryChain.open(tmp_path).number == 2
+
+
+def test_a_kill_between_the_memory_and_the_deletion_loses_nothing(tmp_path):
+    chain = begun(tmp_path)
+    chain.prepare(one(1, None))
+    (kept,) = (tmp_path / "prepared").iterdir()
+    data = kept.read_bytes()
+    chain.settle((bytes([1]) * 16,))
+    kept.write_bytes(data)  # as if the process had ended before the deletion
+    again = MemoryChain.open(tmp_path)
+    assert again.prepared == [] and again.settled == bytes([1]) * 16 and not kept.exists()
+
+
+def test_a_lost_work_takes_the_later_ones_with_it(tmp_path):
+    chain = begun(tmp_path)
+    for number in (1, 2, 3):
+        chain.prepare(one(number, chain.prepared[-1].link if chain.prepared else None))
+    chain.drop(bytes([2]) * 16)
+    assert [p.work[0] for p in MemoryChain.open(tmp_path).prepared] == [1]
+    assert [p.work[0] for p in chain.prepared] == [1]
+
+
+def test_another_run_begins_without_memory(tmp_path):
+    chain = begun(tmp_path)
+    chain.prepare(one(1, None))
+    chain.settle((bytes([1]) * 16,))
+    chain.begin("other")
+    assert chain.next_memory(FIRST)[1] is None and MemoryChain.open(tmp_path).settled is None
+
+
+def test_a_damaged_memory_is_refused(tmp_path):
+    import pytest
+
+    from atoll.base.errors import RunError
+
+    chain = begun(tmp_path)
+    chain.prepare(one(1, None))
+    chain.settle((bytes([1]) * 16,))
+    data = bytearray((tmp_path / "memory").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "memory").write_bytes(data)
+    with pytest.raises(RunError, match="damaged"):
+        MemoryChain.open(tmp_path)

@@ -1,0 +1,133 @@
+"""HeldOutValues: over all rows and by client, from the same passes; intervals; class weights."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import classification, federation, seeded
+from torch import nn
+
+import atoll
+from atoll.base.errors import UsageError
+from atoll.compute.metrics import Metric
+from atoll.compute.task import Task
+from atoll.engine.check_answers import sum_lengths
+from atoll.engine.client_state import Memory
+from atoll.engine.inprocess import InProcessEngine
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Gradient
+from atoll.plan.plan import Plan
+from atoll.plan.state import State
+from atoll.training.evaluation import class_weights, constant_answer, evaluate, over_clients
+
+NAMES = ("accuracy", "balanced_accuracy", "auc", "log_loss", "confusion")
+
+
+def evaluated(task, data, owner=None, owners=0):
+    task, plan = replace(task, lengths=sum_lengths(task, data)), Plan(Gradient(), Mean())
+    state = State.first(plan, task, 0, Memory(plan.memory(task.layout)), None)
+    return evaluate(state, InProcessEngine(task, data), owner, owners)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(20, 60))
+def test_all_rows_are_the_mean_of_the_clients_by_rows(seed, owners, rows):
+    data = classification((rows,), (5,), 2, seed=seed % 1000)
+    task = Task.of(seeded(nn.Linear, 5, 2), "cross_entropy", NAMES, torch.float64)
+    owner = torch.randint(owners, (rows,), generator=torch.Generator().manual_seed(seed))
+    found = evaluated(task, data, owner, owners)
+    weights = found.clients["rows"].double()
+    for name in ("held_out_loss", "accuracy", "log_loss"):
+        mean = (found.clients[name].nan_to_num() * weights).sum() / weights.sum()
+        assert float(mean) == pytest.approx(found.metrics[name], rel=1e-12)
+    assert float(found.tables["confusion"].sum()) == rows
+    alone = evaluated(task, data)
+    assert alone.metrics.items() <= found.metrics.items()
+    assert not alone.clients
+
+
+def test_more_rows_than_one_pass_have_the_values_of_their_rows():
+    """2,500 rows in three passes: each client's values equal those of a federation of its rows alone."""
+    data = classification((2500,), (4,), 2)
+    task = Task.of(seeded(nn.Linear, 4, 2), "cross_entropy", NAMES, torch.float64)
+    owner = torch.arange(2500) % 3
+    found = evaluated(task, data, owner, 4)
+    for client in range(3):
+        x, y = data.take(data.order[owner == client])
+        mine = evaluated(task, federation(x, y, [len(y)]))
+        for name in ("held_out_loss", "accuracy", "balanced_accuracy", "auc", "log_loss"):
+            assert float(found.clients[name][client]) == pytest.approx(mine.metrics[name], rel=1e-12), name
+    assert all(math.isnan(found.clients[name][3]) for name in ("accuracy", "auc", "held_out_loss"))
+
+
+def test_intervals_of_proportions_means_and_areas():
+    data = classification((300,), (4,), 2)
+    task = Task.of(seeded(nn.Linear, 4, 2), "cross_entropy", ("accuracy", "auc", "log_loss"), torch.float64)
+    found = evaluated(task, data)
+    for name in ("accuracy", "auc", "log_loss", "held_out_loss"):
+        low, high = found.intervals[name][1:3]
+        assert low < found.metrics[name] < high, name
+    assert found.intervals["accuracy"].rows == 300
+
+
+def test_an_undefined_metric_is_absent():
+    data = federation(torch.randn(6, 3), torch.zeros(6, dtype=torch.int64), [6])
+    task = Task.of(seeded(nn.Linear, 3, 2), "cross_entropy", ("auc", "accuracy"), torch.float64)
+    assert evaluated(task, data).metrics.keys() == {"held_out_loss", "accuracy"}
+
+
+def test_own_metrics_of_vectors_and_of_all_rows():
+    spread = Metric(
+        "spread",
+        lambda o, y: torch.stack((y.double(), y.double() ** 2), 1),
+        lambda t, n: float(t[1] / n - (t[0] / n) ** 2),
+    )
+    largest = Metric.whole("largest", lambda o, y: float(o.max()))
+    data = classification((50,), (4,), 3)
+    task = Task.of(seeded(nn.Linear, 4, 3), "cross_entropy", (spread, largest), torch.float64)
+    found = evaluated(task, data, torch.arange(50) % 2, 2)
+    _, y = data.take(data.order)
+    assert found.metrics["spread"] == pytest.approx(float(y.double().var(correction=0)))
+    assert found.metrics["largest"] == pytest.approx(float(found.clients["largest"].max()))
+
+
+def test_summaries_over_clients():
+    values = torch.tensor([*range(20), torch.nan])
+    found = over_clients("accuracy", values, True)
+    assert found["accuracy_clients"] == 9.5
+    assert (found["accuracy_worst10"], found["accuracy_min"]) == (0.5, 0.0)
+    assert over_clients("loss", values, False)["loss_min"] == 19.0
+    assert over_clients("loss", values[20:], False) == {}
+
+
+def test_balanced_weights_give_each_class_the_same_total():
+    y = torch.tensor([0] * 90 + [1] * 10)
+    weights = class_weights("balanced", y, ("no", "yes"))
+    assert weights[0] * 90 == pytest.approx(weights[1] * 10) == pytest.approx(50)
+    assert class_weights({"yes": 3}, y, ("no", "yes")) == (1.0, 3.0)
+    for bad in ({"maybe": 1}, {"yes": -1}, {"no": 0, "yes": 0}, "even", 3):
+        with pytest.raises(UsageError, match="class_weight"):
+            class_weights(bad, y, ("no", "yes"))
+
+
+@pytest.mark.parametrize(("model", "target"), [("logistic", "two"), ("softmax", "two"), ("linear", "number")])
+def test_the_constant_answer_is_that_of_its_definition(model, target):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 3, generator=g), torch.rand(200, generator=g)
+    y = (y < 0.2).long() if target == "two" else y.double() * 5
+    data = atoll.data.arrays(x.numpy(), y.numpy()).split(4, held_out=0.25)
+    training = atoll.rounds(model, data, atoll.recipes.fedavg(0.1), rounds=1)
+    found = constant_answer(training.task, data).metrics
+    train, held = data.rows.targets()[data.order].double(), data.held_out.targets().double()
+    if target == "two":
+        p = float(train.mean())
+        loss = -(held * math.log(p) + (1 - held) * math.log(1 - p)).mean()
+        assert found["accuracy"] == pytest.approx(float(1 - held.mean()))
+        assert found["auc"] == 0.5
+    else:
+        loss = (held - train.mean()).square().mean()
+        assert found["rmse"] == pytest.approx(math.sqrt(loss))
+    assert found["held_out_loss"] == pytest.approx(float(loss), rel=1e-6)

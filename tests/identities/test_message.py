@@ -1,0 +1,132 @@
+"""A message as bytes gives the contribution that the server decodes in process, and has the counted length."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from atoll.base.random import Key
+from atoll.engine.client_state import Memory
+from atoll.engine.contribution import Fold, contribute_chunk, decode_contribution, encode_contribution
+from atoll.engine.inprocess import InProcessEngine
+from atoll.plan.aggregate import Mean
+from atoll.plan.codec import (
+    EF21,
+    Cast,
+    Eden,
+    Entropy,
+    ErrorFeedback,
+    Identity,
+    LowRank,
+    MessageError,
+    Quantize,
+    RandomK,
+    Rotate,
+    Sign,
+    TopK,
+)
+from atoll.plan.local import Custom, Evaluate, Gradient, Train
+from atoll.plan.message import MessageForm
+from atoll.plan.optimizer.rules import sgd
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import Ids
+from atoll.plan.round import bind
+from atoll.plan.state import State
+from atoll.testing.contract import same
+from atoll.testing.local import clients, problem
+
+TRAIN = Train(sgd(0.1), epochs=1, batch=4)
+CODECS = [
+    Identity(),
+    Cast("bf16"),
+    Quantize(8),
+    TopK(0.2),
+    RandomK(0.3),
+    Sign(),
+    LowRank(2),
+    Eden(4),
+    Rotate() >> Quantize(4),
+    Quantize(4) >> Entropy(),
+    ErrorFeedback(TopK(0.1) >> Quantize(4, bucket=256)),
+    EF21(TopK(0.2)),
+]
+PLANS = [Plan(TRAIN, Mean(), codec=codec) for codec in CODECS] + [Plan(Gradient(), Mean()), Plan(Evaluate(), Mean())]
+ids = Ids(torch.tensor([3, 1]), torch.tensor([0, 0]))
+
+
+def _problem(plan, norm=True):
+    task, data = replace(problem(norm=norm), numerics="lanes"), clients()
+    plan = bind(plan, InProcessEngine(task, data))
+    state = State.first(plan, task, 3, Memory(plan.memory(task.layout)))
+    return plan, task, data, state
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=repr)
+def test_bytes_give_the_same_contribution(plan):
+    plan, task, data, state = _problem(plan)
+    given = plan, task, data, state.broadcast, ids, state.key(), state.memory.take(ids.client)
+    chunk = contribute_chunk(*given)
+    _, message, memory = encode_contribution(*given)
+    form = MessageForm.of(plan, task)
+    bodies = form.to_bytes(message)
+    assert [len(body) for body in bodies] == chunk.bytes.tolist()
+    assert same(memory, chunk.memory)
+    decoded = decode_contribution(plan, form.from_bytes(bodies))
+    assert same(decoded._asdict(), chunk.decoded._asdict())
+    assert all(decoded.means[n].dtype == t.dtype for n, t in chunk.decoded.means.items())
+
+
+def test_a_batch_of_messages_folds_like_single_messages():
+    plan, task, data, state = _problem(PLANS[10])
+    form = MessageForm.of(plan, task)
+    _, message, _ = encode_contribution(
+        plan, task, data, state.broadcast, ids, state.key(), state.memory.take(ids.client)
+    )
+    bodies = form.to_bytes(message)
+    sizes = torch.tensor([len(body) for body in bodies])
+    together, single = Fold(plan, 0), Fold(plan, 0)
+    together.add(0, ids, sizes, sizes, decode_contribution(plan, form.from_bytes(bodies)))
+    for k in (1, 0):
+        one = decode_contribution(plan, form.from_bytes(bodies[k : k + 1]))
+        single.add(0, ids.select(torch.tensor([k])), sizes[k : k + 1], sizes[k : k + 1], one)
+    totals = [plan.aggregator.total(fold.results.partials[0])._asdict() for fold in (together, single)]
+    assert same(*totals)
+
+
+@pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"\0", lambda b: b"", lambda b: b[:8]])
+def test_a_message_of_another_length_is_refused_before_it_is_read(change):
+    plan, task, data, state = _problem(PLANS[0])
+    form = MessageForm.of(plan, task)
+    _, message, _ = encode_contribution(plan, task, data, state.broadcast, ids, state.key(), {})
+    body = form.to_bytes(message)[0]
+    with pytest.raises(MessageError, match="bytes"):
+        form.check_length(len(change(body)))
+    with pytest.raises(MessageError, match="bytes"):
+        form.from_bytes([change(body)])
+
+
+def test_a_number_that_is_not_finite_is_refused():
+    plan, task, data, state = _problem(PLANS[0])
+    form = MessageForm.of(plan, task)
+    _, message, _ = encode_contribution(plan, task, data, state.broadcast, ids, state.key(), {})
+    body = bytearray(form.to_bytes(message)[0])
+    body[-4:] = b"\xff\xff\xff\x7f"
+    with pytest.raises(MessageError, match="not finite"):
+        form.from_bytes([bytes(body)])
+
+
+def test_vectors_of_any_name_are_refused_with_a_line():
+    def train(model, loader, ctx):
+        return {"loss": 1.0}
+
+    plan, task, *_ = _problem(Plan(Custom(train), Mean()), norm=False)
+    with pytest.raises(Exception, match="vectors of any name"):
+        MessageForm.of(plan, task)
+
+
+def test_a_vector_with_another_dtype_than_declared_is_refused():
+    plan, task, data, state = _problem(PLANS[0])
+    _, message, _ = encode_contribution(plan, task, data, state.broadcast, ids, Key(0), {})
+    wrong = message.rest._replace(sums={n: t.double() for n, t in message.rest.sums.items()})
+    with pytest.raises(Exception, match="dtype"):
+        MessageForm.of(plan, task).to_bytes(message._replace(rest=wrong))

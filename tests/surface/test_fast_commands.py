@@ -1,0 +1,87 @@
+"""Commands that read run folders, and refusals of names and paths, import neither torch nor NumPy."""
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from atoll import models, recipes
+from atoll.cli import main
+from atoll.compute.metric_names import direction
+from atoll.compute.metrics import METRICS
+from atoll.data import partition
+from atoll.data.named import NAMED
+from atoll.plan.formula import DEFAULTS, formula_of
+from atoll.plan.plan import Plan
+from atoll.training import known_names
+
+WATCH = """
+import sys
+from atoll.cli import main
+code = main(sys.argv[1:])
+slow = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "numpy", "sklearn", "safetensors"})
+print("code", code, "slow", slow)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with one run."""
+    path = tmp_path_factory.mktemp("work")
+    words = ["--data", "diabetes", "--model", "linear", "--recipe", "gd(0.1)", "--clients", "3", "--rounds", "2"]
+    assert main(["run", *words, "--quiet", "--set", "report=false", "--out", str(path / "runs")]) == 0
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["runs"], 0, "linear"),
+        (["show", "latest"], 0, "cohort = Everyone()"),
+        (["show", "latest", "--json"], 0, '"status": "done"'),
+        (["show", "absent"], 2, "absent"),
+        (["run", "--data", "nope.csv"], 2, "There is no file nope.csv"),
+        (["run", "--data", "digitss"], 2, "--data digits"),
+        (["run", "--recipe", "fedavgg(lr=0.1)"], 2, '--recipe "fedavg(lr=0.1)"'),
+        (["run", "--recipe", "nope(1)"], 2, "No recipe is called 'nope'"),
+        (["run", "--split", "Dirichlett(0.3)"], 2, '--split "Dirichlet(0.3)"'),
+        (["run", "--model", "mlpp"], 2, "--model mlp"),
+        (["run", "--engine", "torchrun"], 2, "Write: torchrun --nproc-per-node 2"),
+        (["run", "--engine", "processes", "--gpus", "1"], 2, "--engine"),
+        (["run", "--dtype", "float16"], 2, "--dtype float32"),
+        (["run", "--set", "plan.pce=Sync()"], 2, "plan.pace=Sync()"),
+        (["run", "absent.toml"], 2, "absent.toml"),
+    ],
+    ids=str,
+)
+def test_no_slow_import(folder, words, code, text):
+    done = subprocess.run([sys.executable, "-c", WATCH, *words], cwd=folder, capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith(f"code {code} slow []"), done.stdout + done.stderr
+    assert text in done.stdout + done.stderr
+
+
+def test_the_lists_are_the_tables():
+    """The names that are checked without torch are the names of the tables."""
+    assert set(known_names.DATA_SETS) == set(NAMED)
+    assert set(known_names.MODELS) == set(models.names())
+    assert set(known_names.RECIPES) == {recipe.__name__ for recipe in recipes.RECIPES}
+    kinds = [c for c in vars(partition).values() if isinstance(c, type) and issubclass(c, partition.Partition)]
+    assert set(known_names.PARTITIONS) == {c.__name__ for c in kinds if c is not partition.Partition}
+    assert list(DEFAULTS) == [f.name for f in fields(Plan)]
+
+
+def test_directions_agree_with_the_metrics():
+    numbers = {name: metric for name, metric in METRICS.items() if name != "confusion"}  # this one is a table
+    assert {n: direction(n) for n in numbers} == {n: 1 if m.higher_is_better else -1 for n, m in numbers.items()}
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda recipe: recipe.__name__)
+def test_the_formula_is_read_from_the_text_of_a_plan(recipe):
+    plan = recipe(0.1) if recipe is not recipes.gd else recipe()
+    assert formula_of(repr(plan)) == str(plan)
+
+
+@pytest.mark.parametrize("text", ["", "no plan", "sgd(0.1)", "Plan()", "Plan(Gradient())", "(" * 9])
+def test_a_text_that_is_no_plan_stays(text):
+    assert formula_of(text) == text
