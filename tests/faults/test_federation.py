@@ -36,12 +36,12 @@ class Hosted:
 
     def _run(self):
         try:
-            self.result = serve_run(self.experiment, self.spec, tell=self._tell)
+            self.result = serve_run(self.experiment, self.spec, notify=self._notify)
         except BaseException as error:
             self.result = error
-            self._tell({"event": "listening", "address": "", "error": error})
+            self._notify({"event": "listening", "address": "", "error": error})
 
-    def _tell(self, facts):
+    def _notify(self, facts):
         with self._told:
             self.events.append(dict(facts))
             self._told.notify_all()
@@ -72,7 +72,7 @@ def client(token, home, events, **more):
 
     def work():
         try:
-            codes["code"] = join_federation(token, home, "digits", seat=True, once=True, tell=events.append, **more)
+            codes["code"] = join_federation(token, home, "digits", seat=True, once=True, notify=events.append, **more)
         except BaseException as error:
             codes["code"] = error
 
@@ -161,16 +161,16 @@ def test_no_route_admits_a_peer_without_a_valid_certificate(tmp_path):
     server = Hosted(tmp_path / "server", {"model": "softmax", "clients": 2, "rounds": 1})
     token, second = server.tokens("site-0", "site-1")
     ca = tmp_path / "server" / "ca.pem"
-    nobody = identity.client_context(None, None, ca)
+    anonymous = identity.client_context(None, None, ca)
     for method, path in ROUTES:
-        assert _request(server.address, method, path, nobody) == 401, path
-    assert _request(server.address, "GET", "/v1/ca", nobody) == 200
-    assert _request(server.address, "GET", "/healthz", nobody) == 200
+        assert _request(server.address, method, path, anonymous) == 401, path
+    assert _request(server.address, "GET", "/v1/ca", anonymous) == 200
+    assert _request(server.address, "GET", "/healthz", anonymous) == 200
     for method, path in (("GET", "/"), ("DELETE", "/v1/ca"), ("GET", "/v1/blobs/../ca.key"), ("PUT", "/v1/link")):
-        assert _request(server.address, method, path, nobody) in (404, 405), path
+        assert _request(server.address, method, path, anonymous) in (404, 405), path
     wrong = identity.Token.read(token)
     fields = {"name": wrong.name, "secret": "00" * 32, "request": "x"}
-    assert _request(server.address, "POST", "/v1/enrol", nobody, fields) == 403
+    assert _request(server.address, "POST", "/v1/enrol", anonymous, fields) == 403
     other = identity.Authority.new("other", _now())
     (tmp_path / "other.pem").write_bytes(_client_of(other, tmp_path))
     stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -66,8 +66,8 @@ def serve(
     )
     from atoll.training.serve import serve_run
 
-    tell = Printer(as_json, ("listening", "round"))
-    run, terminated = serve_run(own.experiment(experiment, trust) if given else None, spec, tell=tell, trust=trust)
+    notify = Printer(as_json, ("listening", "round"))
+    run, terminated = serve_run(own.experiment(experiment, trust) if given else None, spec, notify=notify, trust=trust)
     if as_json:
         output.print_json(output.outcome(run))
         sys.stdout.flush()
@@ -219,7 +219,9 @@ def join_command(
         raise UsageError(f"Unknown option: {token}.", required, write="atoll join --help")
     text = sys.stdin.readline().strip() if token == "-" else token
     own = _mapped([*(model_as or []), *(part or [])])
-    return join_federation(text, Path(home), data, seat=seat, device=device, own=own, once=once, tell=Printer(as_json))
+    return join_federation(
+        text, Path(home), data, seat=seat, device=device, own=own, once=once, notify=Printer(as_json)
+    )
 
 
 def _mapped(texts: list[str]) -> dict[str, Any]:

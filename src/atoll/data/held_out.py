@@ -23,6 +23,7 @@ from atoll.base.grammar import constructor, parse
 from atoll.base.lines import Change, Split
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields, plain_number
+from atoll.data.cells import name_of
 from atoll.data.partition import in_groups, shuffled
 from atoll.data.rows import Array
 
@@ -417,7 +418,7 @@ def _text(value: Any) -> str | None:
     """The text of a cell; whole floats lose the decimal point. None for a missing cell."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return name_of(value)
 
 
 def _fraction(value: float) -> RandomRows:

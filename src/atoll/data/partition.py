@@ -9,6 +9,7 @@ Tests: tests/data/test_partition.py, tests/data/test_split.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -394,3 +395,8 @@ class ByColumn(Partition):
         if pool.by is None:
             raise _refuse(self, clients, "data with natural clients.", "no column names the clients.", IID())
         return pool.by
+
+
+PARTITIONS: Mapping[str, type[Partition]] = {
+    kind.__name__: kind for kind in (IID, Dirichlet, Pathological, Shards, Quantity, FeatureShift, ByColumn)
+}

@@ -36,19 +36,7 @@ from atoll.data.held_out import (
     no_column,
 )
 from atoll.data.input import Input, InputTarget, Statistics, TextColumn
-from atoll.data.partition import (
-    IID,
-    ByColumn,
-    Dirichlet,
-    FeatureShift,
-    Partition,
-    Pathological,
-    Pool,
-    Quantity,
-    Shards,
-    fill_up,
-    in_groups,
-)
+from atoll.data.partition import IID, PARTITIONS, ByColumn, Partition, Pool, fill_up, in_groups
 from atoll.data.rows import Array, ArrayRows, PickedRows, RelabelledRows, Rows, intensities, keyed
 from atoll.data.scale import ScaledRows, moments
 
@@ -461,9 +449,8 @@ def _of_text(by: object) -> Any:
     """A partition of its text; another value as it is."""
     if not isinstance(by, str):
         return by
-    known = (IID, Dirichlet, Pathological, Shards, Quantity, FeatureShift, ByColumn)
     try:
-        return parse(by, {c.__name__: c for c in known}, trust=True, kind="partition")
+        return parse(by, PARTITIONS, trust=True, kind="partition")
     except UsageError as error:
         if isinstance(error.write, lines.Text):
             error.writing(Split(by=error.write.text))

@@ -33,7 +33,7 @@ from atoll.net.terms import MAX_TERMS, RefusedError
 
 PING_S = 20.0
 PROGRESS_S = 5.0
-Tell = Callable[[Mapping[str, Any]], None]
+Notify = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Membership:
         return identity.renewal_due(certificate, datetime.now(UTC))
 
 
-async def enrol(token: identity.Token, home: Path, tell: Tell) -> Membership:
+async def enrol(token: identity.Token, home: Path, notify: Notify) -> Membership:
     """Exchange a token for a certificate. If the server cannot be reached, the client tries again without end.
 
     Raises:
@@ -99,7 +99,7 @@ async def enrol(token: identity.Token, home: Path, tell: Tell) -> Membership:
             try:
                 return await _enrol_at(address, token, home, request)
             except (aiohttp.ClientConnectionError, TimeoutError, OSError) as error:
-                tell({"event": "waiting", "address": address, "reason": _reason(error)})
+                notify({"event": "waiting", "address": address, "reason": _reason(error)})
         await pause(tries.next())
 
 
@@ -191,12 +191,12 @@ class Client:
     Args:
         member: its identity.
         site: computes its work.
-        tell: receives the events of the client, for people and scripts.
+        notify: receives the events of the client, for people and scripts.
         once: whether the client ends with the run.
     """
 
-    def __init__(self, member: Membership, site: Site, tell: Tell, once: bool = False) -> None:
-        self.member, self.site, self.tell, self.once = member, site, tell, once
+    def __init__(self, member: Membership, site: Site, notify: Notify, once: bool = False) -> None:
+        self.member, self.site, self.notify, self.once = member, site, notify, once
         self._pool = ThreadPoolExecutor(1, "atoll-site")
         self._tries = Tries()
         self._terms: tuple[bytes, bytes] | None = None
@@ -218,7 +218,7 @@ class Client:
                     except aiohttp.ClientConnectorCertificateError as error:
                         raise _foreign(address, error) from error
                     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                        self.tell({"event": "disconnected", "address": address, "reason": _reason(error)})
+                        self.notify({"event": "disconnected", "address": address, "reason": _reason(error)})
                 wait, self._wait = self._wait, None
                 await pause(self._tries.next() if wait is None else wait)
         finally:
@@ -235,7 +235,7 @@ class Client:
                 "/v1/link", ssl=context, compress=0, max_msg_size=wire.MAX_FRAME, heartbeat=PING_S, autoping=True
             )
             async with link as channel:
-                self.tell({"event": "connected", "address": address})
+                self.notify({"event": "connected", "address": address})
                 await _Channel(self, session, context, channel).run()
 
     async def _renew(self, session: aiohttp.ClientSession, context: ssl.SSLContext) -> None:
@@ -262,7 +262,7 @@ class _Channel:
         channel: aiohttp.ClientWebSocketResponse,
     ) -> None:
         self.client, self.session, self.context, self.channel = client, session, context, channel
-        self.site, self.tell = client.site, client.tell
+        self.site, self.notify = client.site, client.notify
         self._tasks: set[asyncio.Task[Any]] = set()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._run: str | None = None
@@ -304,7 +304,7 @@ class _Channel:
                 self._leases[message.work] = message.lease
                 self._later(self._work(message))
             case wire.Receipt(work=work, code=code) if code not in ("received", "quota"):
-                self.tell({"event": "refused", "work": work.hex(), "code": code})
+                self.notify({"event": "refused", "work": work.hex(), "code": code})
                 self._later(compute(self.site.chain.drop, work))
             case wire.Settled(works=works):
                 self._leases = {work: lease for work, lease in self._leases.items() if work not in works}
@@ -341,7 +341,7 @@ class _Channel:
             await self.client.compute(member.save)
         self._run = message.run
         facts = {"client": message.client, "federation": message.federation, "run": message.run}
-        self.tell({"event": "joined", **facts})
+        self.notify({"event": "joined", **facts})
         if message.run is None or message.input is None:
             return
         if self.client._terms is None or self.client._terms[0] != message.input.hash:
@@ -356,7 +356,7 @@ class _Channel:
 
     async def _refuse(self, work: bytes | None, error: RefusedError) -> None:
         reason = "\n".join(filter(None, (error.given, error.required and f"Required: {error.required}")))
-        self.tell({"event": "refusal", "code": error.code, "reason": str(error)})
+        self.notify({"event": "refusal", "code": error.code, "reason": str(error)})
         code: Any = error.code
         await self._send(wire.Refusal(work, code, _plain(reason)))
 
@@ -390,7 +390,7 @@ class _Channel:
             return
         await client.compute(self._noted, work, one)
         spent = round(time.perf_counter() - began, 6)
-        self.tell({"event": "work", "round": work.round, "bytes": len(one.body), "seconds": spent})
+        self.notify({"event": "work", "round": work.round, "bytes": len(one.body), "seconds": spent})
         lease = self._leases[work.work]
         if len(one.body) <= wire.MAX_INLINE:
             await self._send(wire.Update(one.work, lease, one.after, one.body))
@@ -448,7 +448,7 @@ class _Channel:
             data = await self._blob(message.final, wire.MAX_BLOB)
             await self.client.compute(_keep_model, self.client.member.home, self._run, data, self.client._terms)
         over = message.code in ("done", "failed")
-        self.tell({"event": "bye", "code": message.code, "reason": message.reason})
+        self.notify({"event": "bye", "code": message.code, "reason": message.reason})
         if (over and self.client.once) or (message.retry_s is None and not over):
             raise Ended(message.code, message.reason)
         self.client._wait = message.retry_s if message.retry_s is not None else 1.0

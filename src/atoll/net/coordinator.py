@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -1198,8 +1198,3 @@ def _remember(table: OrderedDict[bytes, bytes], work: bytes, hash: bytes) -> Non
     table[work] = hash
     if len(table) > 2 * MAX_OPEN:
         table.popitem(last=False)
-
-
-def works_of(actions: Iterable[Action]) -> tuple[Work, ...]:
-    """The works among some actions, for tests and logs."""
-    return tuple(a.message for a in actions if isinstance(a, Send) and isinstance(a.message, Work))

@@ -259,7 +259,7 @@ class ServerEngine(Engine):
         return {"federation": self.home.database.federation, "closed": self.spec.clients is not None}
 
     def finish(self, code: wire.ByeCode, reason: str, final: bytes | None = None) -> None:
-        """Tell the present clients the end of the run, and wait until they have left.
+        """Send the present clients the end of the run, and wait until they have left.
 
         Args:
             code: the code of the `Bye`.

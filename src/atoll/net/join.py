@@ -10,7 +10,6 @@ import json
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,23 +25,13 @@ from atoll.data import partition as partitions
 from atoll.data.clients import Clients
 from atoll.data.schema import Schema
 from atoll.net import identity, wire
-from atoll.net.client import Client, Ended, Membership, enrol, pause
+from atoll.net.client import Client, Ended, Membership, Notify, enrol, pause
 from atoll.net.site import Loader, MemoryChain, Site
 from atoll.net.store import claim_home
 from atoll.net.terms import Own, RefusedError, Terms
 
-Tell = Callable[[Mapping[str, Any]], None]
 _RENEWED_BY_TOKEN = ("revoked", "behind")
 _CLOSE_S = 0.1  # aiohttp closes TLS connections in the background, and has no call that waits for it
-_PARTITIONS = (
-    partitions.IID,
-    partitions.Dirichlet,
-    partitions.Pathological,
-    partitions.Shards,
-    partitions.Quantity,
-    partitions.FeatureShift,
-    partitions.ByColumn,
-)
 
 
 def join_federation(
@@ -54,7 +43,7 @@ def join_federation(
     device: str = "cpu",
     own: Own | None = None,
     once: bool = False,
-    tell: Tell = lambda facts: None,
+    notify: Notify = lambda facts: None,
 ) -> int:
     """Take part in a federation until the run is over.
 
@@ -66,7 +55,7 @@ def join_federation(
         device: the device of the site.
         own: the site's own code by name.
         once: whether to end with the run.
-        tell: receives the events of the client.
+        notify: receives the events of the client.
     Returns:
         The exit code: 0 the run is done, 1 it failed, 2 the server refuses this client.
     Raises:
@@ -76,20 +65,20 @@ def join_federation(
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = claim_home(home)
     try:
-        return asyncio.run(_join(token, home, _loader(data, seat), device, own or {}, once, tell))
+        return asyncio.run(_join(token, home, _loader(data, seat), device, own or {}, once, notify))
     finally:
         lock.close()
 
 
-async def _join(token: str | None, home: Path, load: Loader, device: str, own: Own, once: bool, tell: Tell) -> int:
+async def _join(token: str | None, home: Path, load: Loader, device: str, own: Own, once: bool, notify: Notify) -> int:
     task = required(asyncio.current_task(), "task")
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
-        member = await _member(token, home, tell)
+        member = await _member(token, home, notify)
         site = Site(home, load, own, resolve_device(device))
-        ended = await Client(member, site, tell, once).run()
+        ended = await Client(member, site, notify, once).run()
     except asyncio.CancelledError:
         return 130
     finally:
@@ -107,7 +96,7 @@ def _exit_code(ended: Ended, member: Membership) -> int:
     raise UsageError(f"The server refuses this client: {ended.code}. {ended.reason}", write=write)
 
 
-async def _member(token: str | None, home: Path, tell: Tell) -> Membership:
+async def _member(token: str | None, home: Path, notify: Notify) -> Membership:
     """The membership of the home. A token enrols a new home, or renews the identity of the same client."""
     member = Membership.open(home)
     if token is None:
@@ -128,7 +117,7 @@ async def _member(token: str | None, home: Path, tell: Tell) -> Membership:
                 write=f"atoll join - --home {found.name} --data digits",
             )
         return member
-    return await enrol(found, home, tell)
+    return await enrol(found, home, notify)
 
 
 def _loader(data: str, seat: bool) -> Loader:
@@ -139,7 +128,7 @@ def _loader(data: str, seat: bool) -> Loader:
             raise RefusedError(
                 "data", "The run has no seats.", "a closed run of a known data set, or data of the site."
             )
-        partition = grammar.parse(place.split, {c.__name__: c for c in _PARTITIONS})
+        partition = grammar.parse(place.split, partitions.PARTITIONS)
         settings = terms.rehearsal
         whole = load(data).split(
             place.clients, partition, held_out=settings.held_out, seed=int(place.seed), min_rows=settings.min_rows

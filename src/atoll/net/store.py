@@ -388,7 +388,7 @@ class Database:
     # Identities
 
     def invite(self, name: str, secret: bytes, expires: int, san: str | None = None, limit: int | None = None) -> int:
-        """Record an invitation. An earlier invitation of the same name that nobody has used ends.
+        """Record an invitation. An earlier unused invitation of the same name ends.
 
         Args:
             name: the name of the client.

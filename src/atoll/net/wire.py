@@ -272,11 +272,6 @@ class Work(_Struct, frozen=True):
         if _MODULE.search(_QUOTED.sub("''", self.plan)):
             raise ValueError("the plan contains a module:name")
 
-    @property
-    def version_hash(self) -> bytes:
-        """The SHA-256 of the model version."""
-        return self.model.hash if isinstance(self.model, Blob) else digest(self.model)
-
 
 class Receipt(_Struct, frozen=True):
     """The answer to a contribution. "received" promises nothing: only `Settled` does."""

@@ -396,11 +396,10 @@ class Experiment(grammar.Value, TrainingFields):
         return key not in self.untrusted
 
     def _partition(self, text: str) -> Partition:
-        from atoll.data import partition as p
+        from atoll.data.partition import PARTITIONS as known  # `PARTITIONS` here has the names only, without torch
 
-        known = (p.IID, p.Dirichlet, p.Pathological, p.Shards, p.Quantity, p.FeatureShift, p.ByColumn)
         with self._reading("split"):
-            return grammar.parse(text, {c.__name__: c for c in known}, trust=self._trusts("split"), kind="partition")  # type: ignore[no-any-return]
+            return grammar.parse(text, known, trust=self._trusts("split"), kind="partition")  # type: ignore[no-any-return]
 
     def data(self) -> Clients:
         """The clients: the data set after the split.

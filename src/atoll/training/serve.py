@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from atoll.base.errors import AtollError, RunError, UsageError
-from atoll.base.lines import Change, form
+from atoll.base.lines import Change
 from atoll.base.validation import required
 from atoll.plan.round import Report
 from atoll.runs.events import Observer, Run
@@ -25,24 +25,23 @@ from atoll.training.rounds import Training
 from atoll.training.train import run_rounds
 
 if TYPE_CHECKING:
+    from atoll.net.client import Notify
     from atoll.net.engine import ServerEngine
     from atoll.net.spec import Server
-
-Tell = Callable[[Mapping[str, Any]], None]
 
 
 class _Rows:
     """Passes the row of each committed round on."""
 
-    def __init__(self, tell: Tell) -> None:
-        self._tell, self._training = tell, None
+    def __init__(self, notify: Notify) -> None:
+        self._notify, self._training = notify, None
 
     def start(self, training: Any, path: Path | None) -> None:
         self._training = training
 
     def round(self, report: Report) -> None:
         training: Any = self._training
-        self._tell({"event": "round", **metrics_row(report, len(training.state.versions))})
+        self._notify({"event": "round", **metrics_row(report, len(training.state.versions))})
 
     def end(self, run: Run) -> None: ...
 
@@ -67,7 +66,7 @@ def serve_run(
     it: Experiment | None,
     spec: Server,
     *,
-    tell: Tell = lambda facts: None,
+    notify: Notify = lambda facts: None,
     observers: Sequence[Observer] = (),
     trust: bool = False,
 ) -> tuple[Run, bool]:
@@ -76,7 +75,7 @@ def serve_run(
     Args:
         it: the experiment; None continues the unfinished run.
         spec: the settings of the server. An unfinished run keeps the settings that decide its bits.
-        tell: receives the events of the server, such as its address.
+        notify: receives the events of the server, such as its address.
         observers: as for `atoll.train`.
         trust: whether the configuration of an unfinished run may name code.
     Returns:
@@ -93,7 +92,7 @@ def serve_run(
     training = Training(it._model(), it.data(), it.plan(), settings)
     engine: Any = training.engine
     try:
-        return _serve(it, training, engine, open_run, tell, observers)
+        return _serve(it, training, engine, open_run, notify, observers)
     finally:
         training.close()
 
@@ -103,15 +102,15 @@ def _serve(
     training: Training,
     engine: ServerEngine,
     open_run: tuple[str, dict[str, Any]] | None,
-    tell: Tell,
+    notify: Notify,
     observers: Sequence[Observer],
 ) -> tuple[Run, bool]:
     from atoll.net.engine import Stopped
     from atoll.net.rounds import RoundStore
 
     database, path = engine.home.database, engine.home.path
-    tell({"event": "listening", "address": engine.net.address, "home": str(path)})
-    engine.notify = tell
+    notify({"event": "listening", "address": engine.net.address, "home": str(path)})
+    engine.notify = notify
     store = RoundStore(database, lambda: engine.run, engine.accepted)
     recorder = Recorder(training, path / "runs", it.toml(), it.checkpoint_s, store)
     if open_run is not None:
@@ -124,7 +123,7 @@ def _serve(
     with _Terminated() as terminated:
         try:
             engine.begin(engine.run, training.plan)
-            interrupted = run_rounds(training, recorder, [_Rows(tell), *observers])
+            interrupted = run_rounds(training, recorder, [_Rows(notify), *observers])
         except Stopped:
             interrupted = True
         except AtollError as error:
@@ -220,23 +219,3 @@ class _Terminated:
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
-
-
-def refuse_served(run: Path) -> None:
-    """Refuse to resume the run of a server: only the server has its state.
-
-    Args:
-        run: the run folder.
-    Raises:
-        UsageError: a server made the run.
-    """
-    from atoll import runs
-
-    if runs.read_environment(run).get("engine") in ("server", "Server"):
-        home = run.parent.parent
-        raise UsageError(
-            f"The run {run.name} belongs to a server.",
-            "the command that continues it.",
-            "its state is in the database of the server.",
-            form(f"atoll serve --home {home}", "shell"),
-        )
