@@ -173,6 +173,39 @@ def test_federate_holds_out_what_it_is_told_to():
     assert federate([Counted(), Counted()], held_out=Counted(X[:4], Y[:4])).held().sizes.tolist() == [4]
 
 
+def test_federate_takes_the_held_out_rows_of_each_client():
+    """Each client has its own held-out rows, scaled by its own train rows; no train row changes."""
+    parts = {"a": (X[:5], Y[:5]), "b": (X[5:9], Y[5:9]), "c": (X[9:12], Y[9:12])}
+    own = {"c": (X[12:14], Y[12:14]), "a": (X[14:17], Y[14:17])}
+    plain = federate(parts, held_out=0)
+    for data in (
+        federate(parts, held_out=own),
+        federate(parts, held_out={name: Counted(*part) for name, part in own.items()}),
+        federate({name: Counted(*part) for name, part in parts.items()}, held_out=own),
+    ):
+        assert data.names == ("a", "b", "c") and data.held_owner.tolist() == [0, 0, 0, 2, 2]
+        x, y = data.held_out.take(data.held_order)
+        assert torch.equal(x, torch.cat((X[14:17], X[12:14]))) and torch.equal(y, torch.cat((Y[14:17], Y[12:14])))
+        assert all(map(torch.equal, data.take(data.order), plain.take(plain.order)))
+        assert "1 of 3 clients have no held-out rows." in data.notes
+    scaled = federate(parts, held_out=own, scale="client")
+    mean, sd = X[:5].mean(0), X[:5].std(0)
+    assert torch.allclose(scaled.held_out.take(torch.arange(3))[0], (X[14:17] - mean) / sd, atol=1e-6)
+
+
+def test_federate_takes_classes_and_rules():
+    parts = {"a": (X[:6], ["no"] * 6), "b": (X[6:16], ["no", "yes"] * 5)}
+    data = federate(parts, held_out="PerClient(0.5)", classes=["yes", "no"])
+    assert data.classes == ("yes", "no") and data.held_owner.bincount().tolist() == [3, 5]
+    assert set(data.take(data.client_rows("a"))[1].tolist()) == {1}
+    with pytest.raises(UsageError, match="contains 'no' at row 0"):
+        federate(parts, classes=["yes", "maybe"])
+    with pytest.raises(UsageError, match="called 'north'"):
+        federate(parts, held_out={"north": parts["a"]})
+    with pytest.raises(UsageError, match="at least one client"):
+        federate(parts, held_out={})
+
+
 LIMITED = """
     import resource, sys
     import numpy as np, torch

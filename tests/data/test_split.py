@@ -100,9 +100,30 @@ def test_a_small_natural_client_is_left_out_and_said():
     data = arrays(torch.arange(35.0)[:, None], torch.arange(35.0), by=by).split(held_out=0)
     assert data.names == ("big", "small") and data.sizes.tolist() == [30, 4]
     assert 30 not in data.order
-    assert "1 of 3 natural clients have fewer than 2 train rows; they and their 1 rows were left out." in data.notes
+    note = (
+        "1 of 3 natural clients have fewer than 2 train rows; they and their 1 train rows were left out (tiny: 1 row)."
+    )
+    assert note in data.notes
     every = arrays(torch.zeros(35, 1), torch.zeros(35), by=by).split(held_out=0, min_rows=1)
     assert every.names == ("big", "small", "tiny")
+
+
+def test_the_note_on_clients_that_are_left_out_gives_the_reason():
+    by = ["a"] * 4 + ["b"] * 2 + ["c"] * 3
+    held = torch.tensor([False] * 4 + [True] * 2 + [True, True, False])
+    data = arrays(torch.zeros(9, 1), torch.zeros(9), by=by).split(held_out=held)
+    assert data.names == ("a",) and data.held_owner.tolist() == [-1] * 4
+    assert any("(b: both rows were held out; c: 2 of 3 rows were held out)" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("min_rows", [1, 2])
+def test_a_held_out_row_of_a_client_without_statistics_is_refused(min_rows):
+    """Statistics of another client would be a wrong number."""
+    by = ["a"] * 6 + ["b"] * (1 + min_rows)
+    held = torch.tensor([False] * 5 + [True] + [False] * (min_rows - 1) + [True] * 2)
+    source = arrays(torch.arange(len(by))[:, None].float(), torch.zeros(len(by)), by=by, scale="client")
+    with pytest.raises(UsageError, match="its client 'b' has no train rows"):
+        source.split(held_out=held, min_rows=min_rows)
 
 
 @given(seed=st.integers(0, 200))

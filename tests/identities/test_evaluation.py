@@ -131,3 +131,26 @@ def test_the_constant_answer_is_that_of_its_definition(model, target):
         loss = (held - train.mean()).square().mean()
         assert found["rmse"] == pytest.approx(math.sqrt(loss))
     assert found["held_out_loss"] == pytest.approx(float(loss), rel=1e-6)
+
+
+def test_clients_with_a_feature_shift_are_evaluated_on_their_own_view():
+    """Each client's value is that of its rotated rows; the value of all rows is that of unrotated rows."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(80, 1, 4, 4, generator=g), torch.arange(80) % 2
+    source = atoll.data.arrays(x.numpy(), y.numpy())
+    found = {}
+    for name, by in (("plain", atoll.data.IID()), ("shift", atoll.data.FeatureShift(rotation=90))):
+        data = source.split(4, by, held_out=0.5)
+        training = atoll.rounds("softmax", data, atoll.recipes.fedavg(0.1), rounds=1, evaluate="both")
+        found[name] = (data, training.task, training.state, training._evaluated())
+        training.close()
+    data, task, state, values = found["shift"]
+    pooled = evaluate(state, InProcessEngine(task, data.held())).metrics
+    assert values.metrics["held_out_loss"] == pooled["held_out_loss"] == found["plain"][3].metrics["held_out_loss"]
+    for client in range(4):
+        mine = data.held_owner == client
+        rows, targets = data.held_out.take(mine.nonzero()[:, 0])
+        turned = torch.rot90(rows, client, (2, 3))
+        own = evaluate(state, InProcessEngine(task, federation(turned, targets, [len(turned)]))).metrics
+        assert float(values.clients["held_out_loss"][client]) == pytest.approx(own["held_out_loss"], rel=1e-6)
+    assert values.metrics["held_out_loss_clients"] == pytest.approx(float(values.clients["held_out_loss"].mean()))

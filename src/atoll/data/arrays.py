@@ -22,6 +22,7 @@ from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments, plain_number
 from atoll.data.cells import name_of
 from atoll.data.clients import Clients
+from atoll.data.held_out import HeldOut
 from atoll.data.partition import ByColumn
 from atoll.data.rows import (
     Array,
@@ -628,6 +629,7 @@ def federate(
     min_rows: int = 1,
     task: str | None = None,
     classes: Sequence[str] | None = None,
+    scale: str = "none",
     name: str = "federation",
 ) -> Clients:
     """Build a federation from one data set per client.
@@ -635,20 +637,25 @@ def federate(
     Args:
         parts: one pair (x, y) or torch Dataset for each client: a list, a generator, or a dict whose keys are the
             clients' names.
-        held_out: fraction of each class to hold out, in [0, 1); or the held-out rows: (x, y) or a Dataset.
+        held_out: fraction of each class to hold out, in [0, 1); a rule, such as `PerClient(0.2)`; the held-out rows:
+            (x, y) or a Dataset; or the held-out rows of each client, a dict with the names of the clients.
         seed, min_rows: as in `Source.split`.
         task: "classification" or "regression"; None: regression if y has floats.
         classes: the classes in order; None: the distinct labels of all clients. A class may have no row.
+        scale: "none", "standard", or "client"; see `Source`.
         name: the name of the data set in reports.
     Returns:
         One client for each part, in the order of `parts`. Arrays in memory are copied once into one array, so that one
         read returns the rows of many clients. Other data is not copied, and its labels must be numbers.
     Raises:
-        UsageError: `parts` is empty, or the features of two parts differ in shape.
+        UsageError: `parts` is empty, the features of two parts differ in shape, or held-out rows name an unknown
+            client.
     Example:
         >>> north, south = (torch.zeros(4, 2), [0, 1, 0, 1]), (torch.ones(6, 2), [1, 0, 1, 0, 1, 0])
         >>> federate({"north": north, "south": south}, held_out=0).sizes.tolist()
         [4, 6]
+        >>> federate({"north": north, "south": south}, held_out={"north": north, "south": north})
+        Clients('federation', clients=2, rows=10, held_out=8)
     """
     if isinstance(parts, DataLoader):
         raise _is_loader("The federation")
@@ -658,51 +665,83 @@ def federate(
     names = tuple(map(str, parts if isinstance(parts, Mapping) else range(len(whole))))
     if not whole:
         raise UsageError("The federation has no clients.", "at least one (x, y) or Dataset.")
-    known = list(map(_as_arrays, whole))
     held_out = plain_number(held_out)
-    drawn = isinstance(held_out, (int, float))
-    held_out_arrays = None if drawn else _as_arrays(held_out)
+    own = _held_out_by_name(names, held_out) if isinstance(held_out, Mapping) else {}
+    owner = torch.tensor([*range(len(names)), *own])  # the client of each part, and then of each held-out part
+    subjects = (*(f"client {each}" for each in names), *(f"the held-out rows of client {names[i]}" for i in own))
+    drawn = isinstance(held_out, (int, float, str, HeldOut, Mapping))
+    test = None if drawn else held_out
+    source, sizes = _of_parts(subjects, [*whole, *own.values()], test, task, classes, name)
+    by = owner.repeat_interleave(torch.tensor(sizes))
+    rule = torch.arange(len(by)) >= sum(sizes[: len(names)]) if own else held_out if drawn else 0.2
+    source = replace(source, by=by, names=names, scale=scale)
+    return source.split(by=ByColumn(), held_out=rule, seed=seed, min_rows=min_rows)
+
+
+def _held_out_by_name(names: Sequence[str], held_out: Mapping[Any, Any]) -> dict[int, Any]:
+    """The held-out rows of each client, by its place."""
+    given = {str(client): rows for client, rows in held_out.items()}
+    for client in given:
+        if client not in names:
+            raise unknown_name("client", client, names)
+    if not given:
+        raise UsageError("held_out = {}.", "the held-out rows of at least one client.", write=Change("held_out", 0))
+    return {place: given[client] for place, client in enumerate(names) if client in given}
+
+
+def _of_parts(
+    subjects: Sequence[str],
+    parts: Sequence[Any],
+    test: Any,
+    task: str | None,
+    classes: Sequence[str] | None,
+    name: str,
+) -> tuple[Source, list[int]]:
+    """Build a source of all parts; return it with their sizes. Arrays in memory are joined in one array.
+
+    Args:
+        subjects: the name of each part in error messages.
+        parts: a pair (x, y) or a Dataset each.
+        test: the test rows of the data set; None: there are none.
+        task, classes, name: as in `federate`.
+    """
+    known, test_pair = list(map(_as_arrays, parts)), None if test is None else _as_arrays(test)
     pairs = [pair for pair in known if pair is not None and not isinstance(pair[0], np.memmap)]
-    if len(pairs) == len(names) and (drawn or held_out_arrays is not None):
-        source, sizes = _one_array(names, pairs, held_out_arrays, task, classes, name)
-    else:
-        rows = [
-            _rows(part, pair, task, f"client {client}") for client, part, pair in zip(names, whole, known, strict=True)
-        ]
-        firsts = [_first(part)[0] for part in rows]
-        _check_same_features(names, firsts)
-        joined, notes = _joined(names, firsts)
-        test = None if drawn else _rows(held_out, held_out_arrays, task, "the test set")
-        source, sizes = _in_place(ConcatRows(tuple(rows), joined), test, task, name, classes), list(map(len, rows))
-        source = replace(source, notes=(*source.notes, *notes))
-    source = replace(source, by=torch.arange(len(names)).repeat_interleave(torch.tensor(sizes)), names=names)
-    return source.split(by=ByColumn(), held_out=held_out if drawn else 0.2, seed=seed, min_rows=min_rows)
+    if len(pairs) == len(parts) and (test is None or test_pair is not None):
+        return _one_array(subjects, pairs, test_pair, task, classes, name)
+    rows = [_rows(part, pair, task, subject) for subject, part, pair in zip(subjects, parts, known, strict=True)]
+    firsts = [_first(part)[0] for part in rows]
+    _check_same_features(subjects, firsts)
+    joined, notes = _joined(subjects, firsts)
+    tests = None if test is None else _rows(test, test_pair, task, "the test set")
+    source = _in_place(ConcatRows(tuple(rows), joined), tests, task, name, classes)
+    return replace(source, notes=(*source.notes, *notes)), list(map(len, rows))
 
 
-def _check_same_features(names: Sequence[str], xs: Sequence[Tensor | Array]) -> None:
-    for client, x in zip(names, xs, strict=True):
-        _same_features(x, xs[0], f"client {client}")
+def _check_same_features(subjects: Sequence[str], xs: Sequence[Tensor | Array]) -> None:
+    for subject, x in zip(subjects, xs, strict=True):
+        _same_features(x, xs[0], subject)
 
 
 def _one_array(
-    names: Sequence[str],
+    subjects: Sequence[str],
     pairs: Sequence[Pair],
     test: Pair | None,
     task: str | None,
     classes: Sequence[str] | None,
     name: str,
 ) -> tuple[Source, list[int]]:
-    """Build a source with every client's rows in one array; return it with the clients' sizes."""
-    taken = [_flat_bytes(_features(x, f"x of client {client}")) for client, (x, _) in zip(names, pairs, strict=True)]
+    """Build a source with the rows of all parts in one array; return it with the sizes of the parts."""
+    taken = [_flat_bytes(_features(x, f"x of {subject}")) for subject, (x, _) in zip(subjects, pairs, strict=True)]
     xs = [torch.as_tensor(x) for x, _ in taken]
-    joined, notes = _joined(names, xs)
+    joined, notes = _joined(subjects, xs)
     notes = (*dict.fromkeys(note for _, some in taken for note in some), *notes)
     if joined is not None:  # joined as stored, intensities from 0 to 255 would stand next to numbers
         xs = [numbers(x).to(joined) for x in xs]
-    ys = [_array(y, f"y of client {client}") for client, (_, y) in zip(names, pairs, strict=True)]
-    _check_same_features(names, xs)
-    for client, x, y in zip(names, xs, ys, strict=True):
-        _same_length(x, y, f"x of client {client}", "y")
+    ys = [_array(y, f"y of {subject}") for subject, (_, y) in zip(subjects, pairs, strict=True)]
+    _check_same_features(subjects, xs)
+    for subject, x, y in zip(subjects, xs, ys, strict=True):
+        _same_length(x, y, f"x of {subject}", "y")
     levels = {levels_of(y) for _, y in pairs}
     try:
         joined_y = _concatenated(ys)
@@ -720,13 +759,13 @@ def _concatenated(ys: Sequence[Array]) -> Array:
     return np.concatenate([y.astype(object) for y in ys] if mixed else ys)
 
 
-def _joined(names: Sequence[str], xs: Sequence[Tensor]) -> tuple[torch.dtype | None, tuple[str, ...]]:
+def _joined(subjects: Sequence[str], xs: Sequence[Tensor]) -> tuple[torch.dtype | None, tuple[str, ...]]:
     """The dtype in which features of different dtypes are joined, and a note; None if they have one dtype."""
     dtypes = [x.dtype for x in xs]
     if len(set(dtypes)) == 1:
         return None, ()
     joined = functools.reduce(torch.promote_types, [numbers(x[:1]).dtype for x in xs])
-    firsts = {dtype: name for name, dtype in reversed(list(zip(names, dtypes, strict=True)))}
-    each = ", ".join(f"{str(dtype)[6:]} (first client {firsts[dtype]})" for dtype in dict.fromkeys(dtypes))
+    firsts = {dtype: subject for subject, dtype in reversed(list(zip(subjects, dtypes, strict=True)))}
+    each = ", ".join(f"{str(dtype)[6:]} (first in {firsts[dtype]})" for dtype in dict.fromkeys(dtypes))
     note = f"The features of the clients have the dtypes {each}. They are joined as {str(joined)[6:]}"
     return joined, (f"{note}, and uint8 is scaled to [0, 1]." if torch.uint8 in dtypes else f"{note}.",)

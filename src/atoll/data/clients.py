@@ -71,6 +71,7 @@ class Clients:
         input: the map from a user's rows to the tensors; None: `described` makes it from the other fields.
         held_owner: the client of each held-out row, int64 `[held-out rows]`, −1 for none. A natural client has its own
             rows; a drawn client has rows of each class in proportion to its train rows. None: no row has a client.
+        held_view: the held-out rows with the feature shift of their clients; None: clients have no feature shift.
     Example:
         >>> from atoll.data import arrays, IID
         >>> data = arrays(torch.arange(10.0)[:, None], torch.arange(10.0)).split(3, IID(), held_out=0)
@@ -93,6 +94,7 @@ class Clients:
     notes: tuple[str, ...] = ()
     input: Input | None = None
     held_owner: Tensor | None = None
+    held_view: Rows | None = None
 
     def __repr__(self) -> str:
         held = 0 if self.held_out is None else len(self.held_out)
@@ -207,11 +209,15 @@ class Clients:
     def pooled(self) -> Clients:
         """Return a federation of one client that has every train row, in the order of their numbers."""
         offsets = torch.tensor([0, len(self.order)])
-        return replace(self, order=self.order.sort().values, offsets=offsets, names=None, held_owner=None)
+        return replace(
+            self, order=self.order.sort().values, offsets=offsets, names=None, held_owner=None, held_view=None
+        )
 
-    def held(self) -> Clients:
+    def held(self, view: bool = False) -> Clients:
         """Return a federation of one client that has the held-out rows.
 
+        Args:
+            view: whether each row has the feature shift of its client.
         Raises:
             UsageError: there are no held-out rows.
         """
@@ -225,11 +231,12 @@ class Clients:
         count = len(self.held_out)
         return replace(
             self,
-            rows=self.held_out,
+            rows=self.held_out if not view or self.held_view is None else self.held_view,
             order=torch.arange(count),
             offsets=torch.tensor([0, count]),
             held_out=None,
             held_owner=None,
+            held_view=None,
             names=None,
         )
 
@@ -304,7 +311,7 @@ class Clients:
         rows = self.client_rows(client)
         offsets = torch.zeros(client + 2, dtype=torch.int64)
         offsets[-1] = len(rows)
-        return replace(self, order=rows, offsets=offsets, held_out=None, held_owner=None, names=None)
+        return replace(self, order=rows, offsets=offsets, held_out=None, held_owner=None, held_view=None, names=None)
 
     def histogram(self) -> Tensor:
         """Count the rows of each class on each client, int64 `[clients, classes]`.

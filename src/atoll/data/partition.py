@@ -333,8 +333,8 @@ class FeatureShift(Partition):
     """Creates feature skew: rows are assigned as by `IID`, and each client transforms its features differently.
 
     Client i of C gets noise of standard deviation noise · (i + 1) / C, and images rotated by i · rotation degrees. The
-    noise of a row is a function of (seed, client, row), and is applied when the row is read. Held-out rows are not
-    changed.
+    noise of a row is a function of (seed, client, row), and is applied when the row is read. Held-out rows are changed
+    for the evaluation of their client, and not for the evaluation of all rows together.
 
     Args:
         noise: standard deviation at the last client, in units of the scaled features; ≥ 0.

@@ -185,13 +185,15 @@ class Source:
         names = self.names if partition.natural else None
         owner, deal_notes = _deal(partition, pool, count, min_rows, key)
         if partition.natural:
-            train, owner, names, deal_notes = _leave_out(train, owner, names or (), min_rows)
+            train, owner, names, deal_notes = _leave_out(train, owner, names or (), min_rows, self.by)
             count = len(names)
         own, test = keyed(self.rows, word), None if self.test is None else keyed(self.test, word)
         described = self.schema is not None or self.scale != "none" or self.fill or self.scale_target != "none"
         fitted = given if given is not None or not described else self._fit(train)
         rows, own_test = self._prepared(own, self.by, fitted), self._prepared(test, self.test_by, fitted)
         rows = own if rows is None else rows
+        if fitted is not None and fitted.clients:
+            self._refuse_unscaled(fitted, self.test_by if held is None else None if self.by is None else self.by[held])
         drawn = PickedRows(rows, held) if held is not None and len(held) else None
         judge = own_test if held is None else drawn
         if judge is not None and labels is not None:
@@ -203,6 +205,7 @@ class Source:
             lacking = int((judges[judges >= 0].bincount(minlength=count) == 0).sum())
             if lacking and partition.natural:
                 notes = (*notes, f"{lacking} of {count} clients have no held-out rows.")
+        seen = judge if judge is None or judges is None else partition.view(judge, judges, count, key.fold("judges"))
         return Clients(
             name=self.name,
             rows=partition.view(rows, whose, count, key.fold("shift")),
@@ -217,6 +220,7 @@ class Source:
             notes=(*self.notes, *notes, *deal_notes),
             input=fitted,
             held_owner=judges,
+            held_view=None if seen is judge else seen,
         )
 
     def _without(self, rule: HeldOut | Tensor) -> Source:
@@ -322,6 +326,19 @@ class Source:
             return rows
         return ScaledRows(rows, group, fill, centre, spread, target if it.target.spread else None)
 
+    def _refuse_unscaled(self, it: Input, of: Tensor | None) -> None:
+        """Refuse held-out rows of clients without statistics. `of` is the client of each held-out row."""
+        for client in [] if of is None else of.unique().tolist():
+            name = (self.names or ())[client]
+            if name not in it.clients:
+                row = int((of == client).nonzero()[0])
+                raise UsageError(
+                    f'Held-out row {row} with scale="client": its client {name!r} has no train rows in the federation.',
+                    "a client with train rows for each held-out row.",
+                    "each row is scaled by the statistics of the train rows of its own client.",
+                    Change("scale", "standard"),
+                )
+
     def _read_as(self, given: Input) -> Source:
         """The source with the columns, levels and classes of another input.
 
@@ -392,7 +409,7 @@ class Source:
         if not drawn:
             check_sides(held, rule if isinstance(rule, HeldOut) else "an array")
         how = ("at random" if labels is None else "in equal parts of every class") if drawn else f"by {rule}"
-        how = how if isinstance(rule, HeldOut) else "those of the given array"
+        how = how if isinstance(rule, HeldOut) else "as given"
         return every[~held], every[held], (f"Held out: {int(held.sum())} of {len(self)} rows, {how}.",)
 
     def _column(self, name: str) -> Array:
@@ -503,9 +520,17 @@ def _deal(partition: Partition, pool: Pool, clients: int, min_rows: int, key: Ke
 
 
 def _leave_out(
-    train: Tensor, owner: Tensor, names: tuple[str, ...], min_rows: int
+    train: Tensor, owner: Tensor, names: tuple[str, ...], min_rows: int, by: Tensor | None
 ) -> tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...]]:
-    """Keep the natural clients with at least `min_rows` rows, renumbered; drop the others and their rows."""
+    """Keep the natural clients with at least `min_rows` rows, renumbered; drop the others and their rows.
+
+    Args:
+        train: the train rows, int64 `[n]`.
+        owner: the client of each train row, int64 `[n]`.
+        names: the names of the clients.
+        min_rows: the least number of train rows.
+        by: the client of each row, of train rows and held-out rows; for the note.
+    """
     keep = owner.bincount(minlength=len(names)) >= min_rows
     if keep.all():
         return train, owner, names, ()
@@ -516,12 +541,27 @@ def _leave_out(
             write=Split(options={"min_rows": 1}),
         )
     mine = keep[owner]
+    rows, left = owner.bincount(minlength=len(names)), (~keep).nonzero()[:, 0].tolist()
+    whole = rows if by is None else by.bincount(minlength=len(names))
+    reasons = [f"{names[i]}: {_of_rows(int(whole[i]), int(whole[i] - rows[i]))}" for i in left[:3]]
     note = (
-        f"{int((~keep).sum())} of {len(names)} natural clients have fewer than {min_rows} train rows; "
-        f"they and their {int((~mine).sum())} rows were left out."
+        f"{len(left)} of {len(names)} natural clients have fewer than {min_rows} train rows; "
+        f"they and their {int((~mine).sum())} train rows were left out "
+        f"({'; '.join(reasons)}{'; …' if len(left) > len(reasons) else ''})."
     )
     kept = tuple(itertools.compress(names, keep.tolist()))
     return train[mine], (keep.cumsum(0) - 1)[owner[mine]], kept, (note,)
+
+
+def _of_rows(rows: int, held: int) -> str:
+    """The reason why a client has few train rows: it has few rows, or they were held out."""
+    if not held:
+        return f"{rows} row{'s' if rows != 1 else ''}"
+    if held == rows:
+        return (
+            "its row was" if rows == 1 else "both rows were" if rows == 2 else f"all {rows} rows were"
+        ) + " held out"
+    return f"{held} of {rows} rows were held out"
 
 
 def _refuse_unseen(train: Tensor, held: Tensor, classes: tuple[str, ...]) -> None:

@@ -196,6 +196,17 @@ def evaluate(state: State, engine: InProcessEngine, owner: Tensor | None = None,
     return scores.finished()
 
 
+def join_clients(pooled: HeldOutValues, own: HeldOutValues) -> HeldOutValues:
+    """Return the values of all rows together, with the values of clients from another evaluation.
+
+    Args:
+        pooled: the values of all rows together.
+        own: the values of the clients, on rows with the feature shift of each client.
+    """
+    summaries = {name: value for name, value in own.metrics.items() if name not in own.clients}
+    return replace(pooled, metrics=pooled.metrics | summaries, clients=own.clients)
+
+
 def constant_answer(task: Task, data: Clients, owner: Tensor | None = None) -> HeldOutValues:
     """Evaluate the constant answer: the class shares, or the mean of y, of the train rows, for every held-out row.
 

@@ -57,7 +57,7 @@ from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.fingerprint import fingerprint
 from atoll.runs.folder import HIDDEN
 from atoll.training import stop as stops
-from atoll.training.evaluation import HeldOutValues, class_weights, evaluate
+from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, join_clients
 from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, reference_rows
 from atoll.training.settings import Settings, SettingsDict, listed
 
@@ -100,8 +100,10 @@ class Training:
             data = Schema.of(data)
         data = data.without_clients() if isinstance(data, Schema) else data
         if settings.draws:
-            held = None if data.held_out is None else keyed(data.held_out, None, forced=True)
-            data = replace(data, rows=keyed(data.rows, None, forced=True), held_out=held)
+            held, view = (
+                None if rows is None else keyed(rows, None, forced=True) for rows in (data.held_out, data.held_view)
+            )
+            data = replace(data, rows=keyed(data.rows, None, forced=True), held_out=held, held_view=view)
         self.data, self.settings = data, settings
         self.input = data.described(settings.dtype)
         if isinstance(settings.init, (str, Path)):
@@ -129,8 +131,11 @@ class Training:
         near = move_rows(self.data, task.device)  # the fingerprint of the data is taken from the rows on the host
         self.engine.open(self.task, near)
         self.evaluator, self.evaluation = None, HeldOutValues({})
+        self._view: InProcessEngine | None = None  # the held-out rows as their clients see them
         if self.data.held_out is not None and settings.evaluate_every:
             self.evaluator = InProcessEngine(self.task, near.held(), settings.chunk)
+            if self.data.held_view is not None and self.by_client:
+                self._view = InProcessEngine(self.task, near.held(view=True), settings.chunk)
         if settings.evaluate in ("clients", "both") and self.data.held_owner is None:
             raise UsageError(
                 f"evaluate={settings.evaluate!r}, and no held-out row belongs to a client.",
@@ -344,7 +349,8 @@ class Training:
         with user_scope(self.state.key().fold("user")):
             if engine is not self.evaluator or self.settings.evaluate == "pooled" or not self.by_client:
                 return evaluate(self.state, engine)
-            return evaluate(self.state, engine, self.data.held_owner, self.data.count)
+            own = evaluate(self.state, self._view or engine, self.data.held_owner, self.data.count)
+            return own if self._view is None else join_clients(evaluate(self.state, engine), own)
 
     @property
     def by_client(self) -> bool:
