@@ -7,11 +7,12 @@ import pytest
 import torch
 from problems import run
 
+from atoll.base.entropy import entropy_source, round_secret, stream
 from atoll.base.errors import UsageError
+from atoll.base.random import Key, SecretKey
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
-from atoll.plan.entropy import BytesEntropy, current_entropy, entropy_source
 from atoll.plan.local import Gradient
 from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
@@ -69,25 +70,73 @@ def test_a_range_without_numbers_is_refused(high):
     assert "integers((3,), 10)" in caught.value.line
 
 
-def test_the_same_bytes_give_the_same_numbers_and_other_bytes_others():
+def test_the_same_secret_gives_the_same_numbers_and_other_secrets_others():
     for shape in ((0,), (), (7,), (2, 3)):
         a, b = (known_entropy(5).normal(shape, torch.float64) for _ in range(2))
         assert a.shape == torch.Size(shape) and a.equal(b)
     assert not known_entropy(5).normal((7,), torch.float64).equal(known_entropy(6).normal((7,), torch.float64))
-    assert (
-        not current_entropy(bytes).normal((7,), torch.float64).equal(current_entropy(bytes).normal((7,), torch.float64))
-    )
+    assert round_secret(0, bytes) != round_secret(0, bytes)
 
 
-def test_ranks_agree_on_the_bytes_of_the_first():
+def test_a_stream_is_aes_256_ctr_under_hkdf_sha256():
+    """RFC 5869, case 1, gives the derivation; SP 800-38A, F.5.5, the cipher."""
+    import hmac
+
+    extracted = hmac.digest(bytes(range(13)), b"\x0b" * 22, "sha256")
+    info = bytes(range(0xF0, 0xFA))
+    first = hmac.digest(extracted, info + b"\x01", "sha256")
+    assert first.hex() == "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf"
+    key = hmac.digest(hmac.digest(b"atoll/entropy/v1", bytes(32), "sha256"), b"noise\x01", "sha256")
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    block = Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(bytes(15) + b"\x01")
+    assert stream(bytes(32), b"noise", 40)[16:32] == block and stream(bytes(32), b"noise", 0) == b""
+
+
+def test_each_path_and_each_client_has_its_own_stream():
+    key = known_entropy(1)
+    ids = torch.tensor([4, 9, 2])
+    rows = key.of(ids).hash(5)
+    assert rows.shape == (3, 5) and rows[1].equal(key.of(torch.tensor([9])).hash(5)[0])
+    drawn = [key.bytes(16), key.fold("a").bytes(16), key.fold("a", 0).bytes(16), key.fold(0).bytes(16)]
+    drawn += [key.of(ids[k : k + 1])._words(2).numpy().tobytes() for k in range(3)]
+    assert len(set(drawn)) == len(drawn)
+    assert key.of(ids).normal((2, 3)).shape == (3, 2, 3) and key.of(ids).integers(4, 3).shape == (3, 4)
+    assert len(set(key.distinct(50, 60).tolist())) == 50 == len(set(key.distinct(50, 10**6).tolist()))
+
+
+def test_a_key_carries_its_secret_to_the_same_clients_and_shows_it_nowhere():
+    secret = bytes(range(32))
+    key, ids = Key(7, secret=secret), torch.tensor([3, 8])
+    derived = key.fold("clients").starts(ids, torch.tensor([0, 1])).select(slice(1, 2)).to(torch.device("cpu"))
+    assert derived.entropy.clients.equal(derived.clients) and derived.entropy.path == derived.path
+    assert derived.only(0).secret == derived.shared().secret == secret
+    other = replace(derived, seed=8)
+    assert derived.entropy.hash(3).equal(other.entropy.hash(3)) and not derived.hash(3).equal(other.hash(3))
+    for shown in (repr(key), repr(key.entropy), str(key)):
+        assert secret.hex() not in shown and repr(secret) not in shown
+    assert key == Key(7) and key.fold("x").uniform(3).equal(Key(7).fold("x").uniform(3))
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: Key(7).entropy, lambda: SecretKey(7).normal(3), lambda: SecretKey(7).bytes(0)]
+)
+def test_a_round_without_a_secret_has_no_entropy(draw):
+    with pytest.raises(UsageError, match="uses_entropy"):
+        draw()
+
+
+def test_ranks_agree_on_the_secret_of_the_first():
     sent = []
 
     def agree(value):
         sent.append(value)
         return b"\1" * len(value)
 
-    drawn = current_entropy(agree).normal((4,), torch.float64)
-    assert len(sent) == 1 and drawn.equal(BytesEntropy(lambda n: b"\1" * n).normal((4,), torch.float64))
+    assert round_secret(3, agree) == b"\1" * 32 and len(sent) == 1 and len(sent[0]) == 32
+    with entropy_source(known_entropy(1)):
+        assert round_secret(3, agree) == round_secret(3, agree) != round_secret(4, agree)
+    assert len(sent) == 1
 
 
 def test_runs_with_known_entropy_are_equal_and_with_that_of_the_system_differ():

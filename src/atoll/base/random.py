@@ -6,10 +6,10 @@ every engine, for any number of clients in the call, and at any position among t
     mix64       a 64-bit finaliser for permutations, coin flips and dropout: one multiply-xor chain per number
     Philox      Philox4x32-10 for uniform and normal numbers: slower, with better statistical quality
 
-These generators give no privacy and no security: noise for privacy, masks and secure rounding come from the
-operating system.
+These generators give no privacy and no security. Noise for privacy comes from a `SecretKey`, whose numbers follow from
+a secret of the operating system instead of the seed.
 
-Tests: tests/golden/test_rng.py, tests/identities/test_order.py.
+Tests: tests/golden/test_rng.py, tests/identities/test_order.py, tests/identities/test_entropy.py.
 """
 
 from __future__ import annotations
@@ -18,21 +18,26 @@ import ctypes
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from atoll.base.entropy import SECRET_BYTES, stream
+from atoll.base.errors import UsageError
 
 _U64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _U32 = 0xFFFFFFFF
 _FEW = 64  # for at most this count of numbers, Python integers are faster than starting a torch kernel
+_MOST = 1 << 62  # the integers below this number are equally likely values of a word
 _SHORT = 1 << 14  # for at most this count of words, NumPy or a dictionary is faster than torch
 
 
@@ -161,6 +166,7 @@ class Key:
         seed: any integer.
         path: the folded values, as 64-bit words, in order.
         clients: int64 `[K]` ids, or None for a draw shared by all clients.
+        secret: the secret of the round, from which `entropy` draws; empty: there is none.
     Example:
         >>> key = Key(7).fold("order", 3)
         >>> both = key.of(torch.tensor([4, 9])).uniform(2)
@@ -171,18 +177,34 @@ class Key:
     seed: int
     path: tuple[int, ...] = ()
     clients: Tensor | None = field(default=None, compare=False)
+    secret: bytes = field(default=b"", compare=False, repr=False)
 
-    def fold(self, *data: int | str) -> Key:
+    @property
+    def entropy(self) -> SecretKey:
+        """The key with the same path and clients whose numbers follow from the secret of the round.
+
+        Raises:
+            UsageError: the round has no secret, because no part of the plan declares `uses_entropy`.
+        """
+        if not self.secret:
+            raise UsageError(
+                "A draw from the entropy of a round that has none.",
+                "a part with uses_entropy = True.",
+                "the secret of a round is read only for a part that declares its use.",
+            )
+        return SecretKey(self.seed, self.path, self.clients, self.secret)
+
+    def fold(self, *data: int | str) -> Self:
         """Return a new key with purpose names or indices folded in, in order."""
-        return Key(self.seed, (*self.path, *map(_word, data)), self.clients)
+        return type(self)(self.seed, (*self.path, *map(_word, data)), self.clients, self.secret)
 
-    def of(self, clients: Tensor, *also: Tensor) -> Key:
+    def of(self, clients: Tensor, *also: Tensor) -> Self:
         """Return this key for the clients with ids int64 `[K]`; each of `also`, int64 `[K]`, is mixed into the ids."""
         for more in also:
             clients = mix64(clients + _signed(_GOLDEN)) ^ more
-        return Key(self.seed, self.path, clients)
+        return type(self)(self.seed, self.path, clients, self.secret)
 
-    def starts(self, clients: Tensor, repeats: Tensor) -> Key:
+    def starts(self, clients: Tensor, repeats: Tensor) -> Self:
         """The same key for starts of clients. The first start of a client in a round draws as `of(clients)` does.
 
         A further start draws other numbers. They depend on the client and on the repeat, not on the number of clients.
@@ -201,21 +223,21 @@ class Key:
         further = mix64(mix64(clients + _signed(_GOLDEN)) ^ repeats)
         return self.of(torch.where(repeats > 0, further, clients))
 
-    def select(self, index: Tensor | slice) -> Key:
+    def select(self, index: Tensor | slice) -> Self:
         """Return this key for some of its clients, by position; a shared key is returned unchanged."""
-        return self if self.clients is None else Key(self.seed, self.path, self.clients[index])
+        return self if self.clients is None else self.of(self.clients[index])
 
-    def to(self, device: torch.device) -> Key:
+    def to(self, device: torch.device) -> Self:
         """Return this key with the client ids on a device; a shared key draws on the host and is returned unchanged."""
-        return self if self.clients is None else Key(self.seed, self.path, self.clients.to(device))
+        return self if self.clients is None else self.of(self.clients.to(device))
 
-    def only(self, k: int) -> Key:
+    def only(self, k: int) -> Self:
         """Return a shared key for the k-th client only, to seed a generator that has no per-client draws."""
         return self.fold(k) if self.clients is None else self.shared().fold(int(self.clients[k]))
 
-    def shared(self) -> Key:
+    def shared(self) -> Self:
         """Return this key without its clients: one draw for all of them."""
-        return Key(self.seed, self.path)
+        return type(self)(self.seed, self.path, None, self.secret)
 
     def word(self) -> int:
         """Return the key without its clients as one unsigned 64-bit word."""
@@ -302,6 +324,90 @@ class Key:
     def torch_seed(self) -> int:
         """Return a seed in [0, 2⁶³) for a generator of torch, numpy or the user."""
         return self.word() >> 1
+
+
+_Bytes = bytes  # in the class below, `bytes` is a method
+
+
+class SecretKey(Key):
+    """A key whose numbers follow from a secret of 32 bytes, and not from the seed: for noise, and for secret cohorts.
+
+    Each path and each client has its own stream of AES-256-CTR. As for every key, a draw does not change the key, so
+    two equal draws give equal numbers: fold a name for each draw. The secret is not compared and not shown.
+
+    Args:
+        seed, path, clients: as for `Key`; the numbers do not depend on the seed.
+        secret: 32 bytes.
+    Example:
+        >>> key = SecretKey.of_seed(7)
+        >>> key.normal((2, 3)).shape, key.fold("a").bytes(4) == key.fold("b").bytes(4)
+        (torch.Size([2, 3]), False)
+    """
+
+    @classmethod
+    def of_seed(cls, seed: int) -> SecretKey:
+        """A key that follows from a seed: it protects nothing, and serves tests and public data."""
+        return cls(seed, (), None, hashlib.sha256(f"atoll/entropy/v1/seed/{seed}".encode()).digest())
+
+    def round_secret(self, round: int) -> _Bytes:
+        """The 32 secret bytes of a round, so that the key can replace the operating system as a source."""
+        return self.fold("secret of a round", round).bytes(SECRET_BYTES)
+
+    def bytes(self, n: int) -> _Bytes:
+        """The first n bytes of the stream of this key, without its clients."""
+        return self._stream(b"", n)
+
+    def _stream(self, client: _Bytes, n: int) -> _Bytes:
+        label = struct.pack(f">{len(self.path)}Q", *self.path)
+        return stream(self.entropy.secret, label + b"/" + client, n)
+
+    def _words(self, n: int) -> Tensor:
+        """n uniform 64-bit words for each client, int64 `[K, n]` or `[n]`."""
+        if self.clients is None:
+            return torch.frombuffer(bytearray(self.bytes(8 * n) or b"\0"), dtype=torch.uint8)[: 8 * n].view(torch.int64)
+        clients = self.clients.cpu()
+        rows = [self._stream(struct.pack(">q", k), 8 * n) for k in clients.tolist()]
+        words = torch.frombuffer(bytearray(b"".join(rows) or b"\0"), dtype=torch.uint8)[: 8 * n * len(rows)]
+        return words.view(torch.int64).view(len(rows), n).to(self.clients.device)
+
+    def word(self) -> int:
+        """One unsigned 64-bit word of the key without its clients."""
+        return int.from_bytes(self.bytes(8), "little")
+
+    def state(self) -> Tensor:
+        """One uniform 64-bit word, int64: `[K]` with clients, `[]` without."""
+        return self._words(1)[..., 0]
+
+    def hash(self, n: int) -> Tensor:
+        """Draw n uniform 64-bit words, int64 `[..., n]`."""
+        return self._words(n)
+
+    def bits(self, n: int) -> Tensor:
+        """Draw n uniform 32-bit words, int64 `[..., n]` in [0, 2³²)."""
+        words = self._words(-(-n // 2))
+        return torch.stack((words & _U32, _shift(words, 32)), -1).flatten(-2)[..., :n]
+
+    def normal(self, n: int | Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+        """Draw standard normal numbers of a length or a shape, `[..., *n]`."""
+        shape = (n,) if isinstance(n, int) else tuple(n)
+        drawn = super().normal(math.prod(shape), dtype)
+        return drawn.reshape((*drawn.shape[:-1], *shape))
+
+    def integers(self, n: int | Sequence[int], high: int) -> Tensor:
+        """Draw integers uniform in [0, high), int64, of a length or a shape, `[..., *n]`, without bias.
+
+        Raises:
+            UsageError: high is not in 1 … 2⁶².
+        """
+        if not 1 <= high <= _MOST:
+            raise UsageError(f"integers(high={high!r}).", "1 to 2^62.", "a draw has 62 bits.", "integers((3,), 10)")
+        shape = (n,) if isinstance(n, int) else tuple(n)
+        limit, key = _MOST // high * high, self  # words from `limit` on would favour small numbers
+        out = self._words(math.prod(shape)) & (_MOST - 1)
+        while bool((high_words := out >= limit).any()):
+            key = key.fold("again")
+            out = torch.where(high_words, key._words(out.shape[-1]) & (_MOST - 1), out)
+        return (out % high).reshape((*out.shape[:-1], *shape))
 
 
 @contextmanager

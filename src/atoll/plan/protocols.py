@@ -27,7 +27,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import constructor
-from atoll.base.random import Key
+from atoll.base.random import Key, SecretKey
 from atoll.compute.batches import ClientBatch, padded
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
@@ -173,18 +173,6 @@ class Broadcast(NamedTuple):
     shared: Shared
 
 
-class EntropySource(Protocol):
-    """Random numbers that no key determines, for noise that is released and must not be predictable."""
-
-    def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Independent standard normal numbers of this shape and dtype, on the host."""
-        ...
-
-    def integers(self, shape: Sequence[int], high: int) -> Tensor:
-        """Independent uniform whole numbers in [0, high), int64, on the host; high ≤ 2⁶²."""
-        ...
-
-
 class RoundInfo(NamedTuple):
     """Facts of a round that the server's half of a part may use.
 
@@ -193,14 +181,15 @@ class RoundInfo(NamedTuple):
         population: all clients.
         cohort_size: the number of clients that started in this round.
         chance: the probability that a client is selected, float64: `[]` if it is equal for all clients, else `[C]`.
-        entropy: random numbers that no key determines; only a part with `uses_entropy` draws from it.
+        entropy: the secret key of the round. Only a part with `uses_entropy` may draw from it. Two equal draws give
+            equal numbers: fold a name for each draw.
     """
 
     round: int
     population: Population
     cohort_size: int
     chance: Tensor
-    entropy: EntropySource
+    entropy: SecretKey
 
 
 class Declared(NamedTuple):

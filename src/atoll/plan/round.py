@@ -27,22 +27,21 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from atoll.base.entropy import round_secret
 from atoll.base.errors import UsageError
 from atoll.base.lines import Part
 from atoll.base.names import ROWS_OF, metric_name
-from atoll.base.random import Key
+from atoll.base.random import Key, SecretKey
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
 from atoll.compute.tensor_notes import norm
 from atoll.plan.buffers import join_buffers
 from atoll.plan.codec.stage import Identity, roundtrip
-from atoll.plan.entropy import current_entropy
 from atoll.plan.in_flight import InFlight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import (
     Cohort,
     Contribution,
-    EntropySource,
     Population,
     RoundInfo,
     Sampler,
@@ -219,7 +218,7 @@ class Opened(NamedTuple):
         key: the key of all random numbers in the round.
         plan: the algorithm, after `bind`.
         population: all clients.
-        entropy: random numbers that no key determines. All processes of the training get equal numbers.
+        entropy: the secret key of the round, equal in all processes of the training.
         layout: the layout of the model vector, with the rules of buffers.
     """
 
@@ -228,7 +227,7 @@ class Opened(NamedTuple):
     key: Key
     plan: Plan
     population: Population
-    entropy: EntropySource
+    entropy: SecretKey
     layout: Layout
 
 
@@ -247,9 +246,12 @@ def open_round(plan: Plan, state: State, engine: Engine) -> Opened:
         The opened round, for `engine.gather` and `close_round`.
     """
     key, population = state.key(), engine.population
+    if any(part.uses_entropy for part in (plan.local, plan.codec, plan.aggregator)):
+        key = dataclasses.replace(key, secret=round_secret(state.round, engine.agree))
     state = update_downlink(plan, state, key)
     cohort = draw_cohort(plan, state, population, key)
-    return Opened(state, cohort, key, plan, population, current_entropy(engine.agree), engine.layout)
+    entropy = key.entropy if key.secret else SecretKey(state.seed)
+    return Opened(state, cohort, key, plan, population, entropy, engine.layout)
 
 
 class Closed(NamedTuple):
@@ -394,8 +396,9 @@ def _sum_of(a: Tensors, b: Tensors) -> dict[str, Tensor]:
 
 def server_update(plan: Plan, total: Total, state: State, info: RoundInfo, key: Key) -> tuple[Total, Shared]:
     """Apply the server half of the codec, then that of the local part, once per round, to the exact total."""
-    total, codec = plan.codec.server_update(total, state.server["codec"], info, key.fold("settle codec"))
-    total, local = plan.local.server_update(total, state.server["local"], info, key.fold("settle local"))
+    codec_info, local_info = (info._replace(entropy=info.entropy.fold(part)) for part in ("codec", "local"))
+    total, codec = plan.codec.server_update(total, state.server["codec"], codec_info, key.fold("settle codec"))
+    total, local = plan.local.server_update(total, state.server["local"], local_info, key.fold("settle local"))
     return total, {"local": local, "codec": codec}
 
 

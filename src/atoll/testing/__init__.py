@@ -10,7 +10,7 @@ same result every time. `tests/conformance` runs the checks on all parts of atol
 Tests: tests/conformance/test_parts.py, tests/conformance/test_contributing.py
 """
 
-from atoll.plan.entropy import entropy_source
+from atoll.base.entropy import entropy_source
 from atoll.testing.codecs import check_aggregator, check_stage
 from atoll.testing.contract import Nonconformity, check_value, known_entropy, round_info
 from atoll.testing.engines import check_engine

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +18,9 @@ from torch import Tensor
 
 from atoll.base.errors import AtollError, UsageError, place_of
 from atoll.base.grammar import parse
-from atoll.base.random import generator_states
+from atoll.base.random import SecretKey, generator_states
 from atoll.plan.conflicts import undeclared
-from atoll.plan.entropy import BytesEntropy
-from atoll.plan.protocols import OPEN, Declared, EntropySource, Group, Population, RoundInfo, Tensors
+from atoll.plan.protocols import OPEN, Declared, Group, Population, RoundInfo, Tensors
 from atoll.plan.registry import PARTS
 
 T = TypeVar("T")
@@ -262,8 +259,8 @@ def _names(part: Any) -> dict[str, Callable[..., Any]]:
     return names
 
 
-def known_entropy(seed: int = 0) -> EntropySource:
-    """An entropy source with known numbers: two sources with the same seed return the same numbers.
+def known_entropy(seed: int = 0) -> SecretKey:
+    """A secret key with known numbers: two keys with the same seed draw the same numbers.
 
     Args:
         seed: any integer.
@@ -271,13 +268,7 @@ def known_entropy(seed: int = 0) -> EntropySource:
         >>> known_entropy(7).integers((3,), 10).equal(known_entropy(7).integers((3,), 10))
         True
     """
-    blocks = itertools.count()
-
-    def draw(n: int) -> bytes:
-        words = (hashlib.sha256(f"{seed}/{next(blocks)}".encode()).digest() for _ in range(-(-n // 32)))
-        return b"".join(words)[:n]
-
-    return BytesEntropy(draw)
+    return SecretKey.of_seed(seed)
 
 
 def round_info(population: Population | None = None, round: int = 0, seed: int = 0) -> RoundInfo:

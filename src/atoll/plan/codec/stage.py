@@ -351,7 +351,8 @@ class Chain(Codec):
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         after: list[Tensors] = []
         for i, stage in reversed(list(enumerate(self.stages))):
-            total, kept = stage.server_update(total, _of(server, i), info, key.fold(i))
+            own = info._replace(entropy=info.entropy.fold(i))
+            total, kept = stage.server_update(total, _of(server, i), own, key.fold(i))
             after.insert(0, kept)
         return total, _join(after)
 
