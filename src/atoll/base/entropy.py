@@ -42,7 +42,7 @@ def stream(secret: bytes, label: bytes, n: int) -> bytes:
     return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(n))
 
 
-class Source(Protocol):
+class SecretSource(Protocol):
     """A source of the secrets of rounds."""
 
     def round_secret(self, round: int) -> bytes:
@@ -50,11 +50,11 @@ class Source(Protocol):
         ...
 
 
-_SOURCE: ContextVar[Source | None] = ContextVar("entropy source", default=None)
+_SOURCE: ContextVar[SecretSource | None] = ContextVar("entropy source", default=None)
 
 
 @contextlib.contextmanager
-def entropy_source(source: Source) -> Iterator[None]:
+def entropy_source(source: SecretSource) -> Iterator[None]:
     """Replace the source of secrets within a `with` block: for tests, and for noise that follows the seed."""
     token = _SOURCE.set(source)
     try:
