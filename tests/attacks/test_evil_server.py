@@ -1,0 +1,31 @@
+"""A client of a secure sum refuses each lie of a server by its own reason and wipes its keys."""
+
+from __future__ import annotations
+
+import pytest
+
+from atoll.secure import SessionError, SumMessage
+from tests.attacks.evil_server import ATTACKS, Attack
+from tests.secure_session import Group, agreement
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: f"{attack.row} {attack.run.__name__}")
+def test_a_lie_is_refused_by_its_own_reason(attack: Attack) -> None:
+    group = Group(7, agreement())
+    secrets = [client._secrets for client in group.clients if client._secrets]
+    with pytest.raises(SessionError) as caught:
+        attack.run(group)
+    assert caught.value.reason == attack.reason
+    text = str(caught.value) + repr(caught.value)
+    assert not any(secret.a.hex() in text or str(secret.a) in text for secret in secrets)
+    client = group.clients[0]
+    if attack.row in ("E23", "E7") and client._secrets is not None:
+        return  # no session began
+    assert client._secrets is None and client._session is None
+    for kind in range(10):
+        with pytest.raises(SessionError):
+            client.receive(SumMessage(kind, b""))
+
+
+def test_every_row_has_an_attack() -> None:
+    assert {attack.row for attack in ATTACKS} == {f"E{i}" for i in range(1, 24)}
