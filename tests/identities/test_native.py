@@ -186,7 +186,7 @@ class MoreTargets:
 def test_native_code_is_not_called_with_a_row_number_outside(at, monkeypatch):
     data = classification([5, 5])
     program = task_of(nn.Sequential(nn.Linear(4, 3)), data, "compiled").program
-    descent = compiled.CompiledDescent(program, torch.zeros(15).double(), 1, 0.1)
+    descent = compiled.CompiledDescent(program, torch.zeros(15).double(), 1, compiled.StepRule(0.1))
     monkeypatch.setattr(compiled, "load_libraries", None)
     with pytest.raises(UsageError, match=r"Row (6|-1) of a data set with 6 rows"):
         descent.follow(MoreTargets(torch.tensor(at)), [(torch.zeros(1, 3).long(), (3,))])

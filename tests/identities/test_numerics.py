@@ -18,6 +18,7 @@ from atoll.compute.batches import ClientBatch
 from atoll.compute.fused import UnsupportedModel
 from atoll.compute.loss import ClassWeighted, binary_cross_entropy, cross_entropy
 from atoll.compute.model_state import Batch
+from atoll.compute.step_rule import StepRule
 from atoll.compute.task import Task
 from atoll.compute.tensor_notes import BLOCK, lookup
 from atoll.data.rows import DatasetRows
@@ -292,7 +293,7 @@ def test_an_update_is_told_with_its_largest_numbers():
     model = task.initial()
 
     def led(clients):
-        descent = task.descent(model, clients, 0.1)
+        descent = task.descent(model, clients, StepRule(0.1))
         places = torch.arange(3 * clients).view(clients, 3)
         descent.follow(ClientBatch(data, torch.arange(clients), torch.float32), [(places, (3,) * clients)] * 2)
         return descent.update()

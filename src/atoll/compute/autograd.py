@@ -15,6 +15,7 @@ from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Line
 from atoll.compute.buffer_pool import empty
 from atoll.compute.layout import Layout, named_tensors
+from atoll.compute.step_rule import StepRule
 
 if TYPE_CHECKING:
     from atoll.compute.model_state import Model
@@ -138,29 +139,30 @@ def constant_changed(name: str) -> RunError:
 
 
 class SequentialDescent:
-    """Plain gradient descent of K clients from one θ, one client after another: θ_k ← θ_k − lr ∇ℓ_k.
+    """Gradient descent of K clients by the rule of `StepRule`, one client after another.
 
     Each step uses the gradients that autograd allocates: they are not zeroed before a pass, not accumulated, and not
     copied into a flat vector. The module loads a client's tensors once.
 
     Args:
         bound: the module.
-        model: the starting point of all clients, θ `[d]`.
+        model: the starting point of all clients, θ `[d]`, or of each client, θ `[K, d]`.
         lanes: K.
-        lr: learning rate.
+        rule: the rule of the steps.
         reset: is called before the first step of each client.
         run: `run(x, y, step, k)` runs a forward and a backward pass of the bound module over the rows x, y of client k
             in a step, with the gradient of the mean loss. It returns Σ of their losses, `[]`.
     """
 
     def __init__(
-        self, bound: FlatModule, model: Model, lanes: int, lr: float, reset: Callable[[], None], run: PassOf
+        self, bound: FlatModule, model: Model, lanes: int, rule: StepRule, reset: Callable[[], None], run: PassOf
     ) -> None:
-        self._bound, self._start, self._lr, self._reset, self._run = bound, model, lr, reset, run
-        self._fixed = {**model.fixed, **model.counters}
-        self._theta = model.theta.clone()
+        self._bound, self._start, self._rule, self._reset, self._run = bound, model, rule, reset, run
+        self._theta = model.of(0).theta.clone()
         self._views = list(bound.layout.params(self._theta).values())
-        self._update = empty(model.theta, (lanes, len(model.theta)))
+        self._update = empty(model.theta, (lanes, len(self._theta)))
+        self._velocity = list(bound.layout.params(torch.zeros_like(self._theta)).values()) if rule.momentum else []
+        self._all_constants, self._constant = rule.constant(), list[Tensor]()
         self.loss = self._loss_sum = model.theta.new_zeros(lanes)
         self._buffers: list[Tensor] = []
         self._counters: list[dict[str, Tensor]] = []
@@ -184,17 +186,29 @@ class SequentialDescent:
             self.finish()
 
     def start(self) -> None:
-        """Reset the module to the starting point for the next client."""
+        """Reset the module to the starting point of the next client."""
         self._reset()
-        self._theta.copy_(self._start.theta)
+        k = len(self._buffers)
+        start, constant = self._start.of(k), self._all_constants
+        self._theta.copy_(start.theta)
         self._bound.place(self._theta)
         self._bound.free()
-        self._bound.fill(self._start.buffers, self._fixed)
-        self._loss_sum = self.loss[len(self._buffers)]
+        self._bound.fill(start.buffers, {**start.fixed, **start.counters})
+        self._loss_sum = self.loss[k]
+        if self._velocity:
+            torch._foreach_zero_(self._velocity)
+        if constant is not None and (constant.dim() == 2 or not self._constant):
+            row = constant[k] if constant.dim() == 2 else constant
+            self._constant = list(self._bound.layout.params(row).values())
 
     def step(self, x: Tensor, y: Tensor, number: int, k: int) -> Tensor:
         """One step of client k on its rows `[n, …]`: Σ of their losses, `[]`."""
         loss_sum = self._run(x, y, number, k)
+        if not self._rule.plain:
+            self._step_by_rule()
+            self._bound.write_buffers_back()
+            self._loss_sum.add_(loss_sum)
+            return loss_sum
         views, grads = list[Tensor](), list[Tensor]()
         for view, p in zip(self._views, self._bound.parameters, strict=True):
             if p.grad is not None:  # None: the loss does not depend on this parameter
@@ -202,20 +216,41 @@ class SequentialDescent:
                 grads.append(p.grad)
                 p.grad = None
         if grads:
-            torch._foreach_add_(views, grads, alpha=-self._lr)
+            torch._foreach_add_(views, grads, alpha=-self._rule.lr)
         self._bound.write_buffers_back()
         self._loss_sum.add_(loss_sum)
         return loss_sum
 
+    @torch.no_grad()
+    def _step_by_rule(self) -> None:
+        """Make a step with momentum, weight decay or a pull. A parameter without gradient has the gradient 0."""
+        rule, views, g = self._rule, self._views, list[Tensor]()
+        for view, p in zip(views, self._bound.parameters, strict=True):
+            g.append(torch.zeros_like(view) if p.grad is None else p.grad)
+            p.grad = None
+        if rule.kappa:
+            torch._foreach_add_(g, views, alpha=rule.kappa)
+        if self._constant:
+            torch._foreach_add_(g, self._constant)
+        if rule.momentum:
+            torch._foreach_mul_(self._velocity, rule.momentum)
+            torch._foreach_add_(self._velocity, g)
+            if rule.nesterov:
+                torch._foreach_add_(g, self._velocity, alpha=rule.momentum)
+            else:
+                g = self._velocity
+        torch._foreach_add_(views, g, alpha=-rule.lr)
+
     def finish(self) -> None:
         """Store the update, buffers and counters of the current client."""
-        torch.sub(self._start.theta, self._theta, out=self._update[len(self._buffers)])
+        k = len(self._buffers)
+        torch.sub(self._start.of(k).theta, self._theta, out=self._update[k])
         buffers, counters = self._bound.buffers()
         self._buffers.append(buffers)
         self._counters.append(counters)
 
     def update(self) -> Tensor:
-        """How far each client has come, uphill: θ − θ_k, `[K, d]`."""
+        """How far each client has come, uphill: y₀ − y_k, `[K, d]`."""
         return self._update
 
     @property

@@ -123,6 +123,18 @@ class ClientBatch:
         """The values on the device of the computation, floats in the dtype of the run."""
         return self._typed(values if self.device == HOST else values.to(self.device))
 
+    def class_counts(self, classes: int) -> Tensor:
+        """The number of rows of each class, int64 `[K, classes]`; the targets are class numbers.
+
+        Args:
+            classes: C, the number of classes.
+        """
+        targets, counts = self.clients.rows.targets(), []
+        for start, last in zip(*(column.tolist() for column in self._ends), strict=True):
+            own = targets[self.clients.order[start : start + last + 1]].long().reshape(-1)
+            counts.append(own.clamp(min=0).bincount(minlength=classes)[:classes])
+        return torch.stack(counts).to(self.device)
+
     def lane(self, k: int) -> ClientBatch:
         """The k-th client alone."""
         key = None if self.key is None else self.key.select(slice(k, k + 1))

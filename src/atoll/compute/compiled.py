@@ -38,11 +38,13 @@ from atoll.compute.fused import (
 from atoll.compute.model_state import Stored
 from atoll.compute.native import library, threads_now, widths
 from atoll.compute.native.structs import DescentJob, LayerSpec
+from atoll.compute.step_rule import StepRule
 from atoll.compute.tensor_notes import BLOCK, attach, blocks
 from atoll.data.rows import outside
 
 _GRADIENT, _UPDATE, _MODEL = 0, 1, 2
 _NO_MEMORY, _NO_CLASS = 1, 2
+_NO_STEP = StepRule(0.0)
 
 
 class StepRows(Protocol):
@@ -133,7 +135,8 @@ def _run(
     rows: Stored,
     steps: list[tuple[int, tuple[int, ...]]],
     result: int,
-    lr: float = 0.0,
+    rule: StepRule = _NO_STEP,
+    velocity: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the steps of K clients, or compute the gradient of one step.
 
@@ -143,7 +146,8 @@ def _run(
         rows: the rows of all steps in order, each step `[k, B]`.
         steps: of each step B, and the number of valid rows of each of its k clients; k never grows.
         result: _GRADIENT, _UPDATE (θ − θ_k) or _MODEL (θ_k).
-        lr: learning rate.
+        rule: the rule of the steps.
+        velocity: the velocity of each client, `[K, d]`, which the steps change; None: it starts at 0.
     Returns:
         The result `[K, d]`, and the sum of losses of each client in each step, in the order of the steps.
     Raises:
@@ -163,6 +167,8 @@ def _run(
     clients, d = len(steps[0][1]), theta.shape[-1]
     out, losses, peaks = empty(theta, (clients, d)), theta.new_empty(len(counts)), theta.new_empty(clients, blocks(d))
     work = products(program, features) * len(at)
+    constant = rule.constant()
+    constant = None if constant is None else constant.contiguous()
     job = DescentJob(
         layers=specs.data_ptr(),
         layer_count=len(layers),
@@ -187,7 +193,14 @@ def _run(
         theta=theta.data_ptr(),
         theta_stride=d if theta.dim() == 2 else 0,
         result=result,
-        lr=lr,
+        pulls=not rule.plain,
+        lr=rule.lr,
+        momentum=rule.momentum,
+        nesterov=rule.nesterov,
+        kappa=rule.kappa,
+        constant=None if constant is None else constant.data_ptr(),
+        constant_stride=0 if constant is None or constant.dim() == 1 else d,
+        velocity=None if velocity is None else velocity.data_ptr(),
         out=out.data_ptr(),
         losses=losses.data_ptr(),
         peaks=peaks.data_ptr(),
@@ -250,23 +263,24 @@ def gradient(program: Program, theta: Tensor, x: Tensor, y: Tensor, counts: tupl
 
 
 class CompiledDescent:
-    """Plain gradient descent of K clients from one start: θ_k ← θ_k − lr ∇ℓ_k.
+    """Gradient descent of K clients by the rule of `StepRule`.
 
     Args:
         program: of the model.
-        theta: the start of all clients, `[d]`.
+        theta: the start, `[d]` for all clients or `[K, d]`.
         lanes: K.
-        lr: learning rate.
+        rule: the rule of the steps.
 
     `loss`, `[K]`, is the sum of losses over the rows of all steps.
     """
 
-    def __init__(self, program: Program, theta: Tensor, lanes: int, lr: float) -> None:
-        self._program, self._start, self._lr, self._steps = program, theta.contiguous(), lr, 0
+    def __init__(self, program: Program, theta: Tensor, lanes: int, rule: StepRule) -> None:
+        self._program, self._start, self._rule, self._steps = program, theta.contiguous(), rule, 0
         self.loss, self._update = theta.new_zeros(lanes), theta.new_zeros(lanes, 0)
+        self._velocity: Tensor | None = None
 
     def update(self) -> Tensor:
-        """The update of each client, θ − θ_k, `[K, d]`."""
+        """The update of each client, y₀ − y_k, `[K, d]`."""
         return self._update
 
     @property
@@ -282,7 +296,8 @@ class CompiledDescent:
         if not others:
             self._update = self.step(rows, first, self._start, _UPDATE)
             return
-        theta = self._start.repeat(len(self.loss), 1)
+        theta = self._start.expand(len(self.loss), -1).clone(memory_format=torch.contiguous_format)
+        self._velocity = torch.zeros_like(theta) if self._rule.momentum else None
         for portion in (first, *others):
             theta[: len(portion[0][1])] = self.step(rows, portion, theta[: len(portion[0][1])], _MODEL)
         self._update = self._start - theta
@@ -291,7 +306,7 @@ class CompiledDescent:
         """Make some steps of all lanes in one call of native code: the updates, or the models, `[K, d]`."""
         stored = rows.stored(torch.cat([places.reshape(-1) for places, _ in steps]))
         shapes = [(places.shape[1], counts) for places, counts in steps]
-        out, losses = _run(self._program, theta, stored, shapes, result, self._lr)
+        out, losses = _run(self._program, theta, stored, shapes, result, self._rule, self._velocity)
         for (_, counts), step_losses in zip(steps, losses.split([len(counts) for _, counts in steps]), strict=True):
             self.loss[: len(counts)] += step_losses
             if rows.on_step is not None:

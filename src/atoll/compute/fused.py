@@ -1,4 +1,4 @@
-"""Explicit gradients of many clients, for stacks of known layers: forward, backward and SGD step in one pass.
+"""Explicit gradients of many clients, for stacks of known layers: forward, backward and step in one pass.
 
 Supports an `nn.Sequential` of Linear, Conv2d, ReLU, MaxPool2d, Flatten (and Unflatten, Identity, Sequential) with
 cross-entropy, binary cross-entropy or mean squared error. Support does not depend on a model's name or size. Each
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from atoll.compute.layout import Layout
 from atoll.compute.loss import ClassWeighted, binary_cross_entropy, cross_entropy, mse
+from atoll.compute.step_rule import StepRule
 from atoll.data.rows import IGNORED
 
 Steps = Iterable[tuple[Tensor, tuple[int, ...]]]  # per step: row positions [k, B], and each client's number of rows
@@ -40,7 +41,7 @@ class UnsupportedModel(Exception):
 
 
 class Sink(NamedTuple):
-    """The target of gradients, one tensor per parameter: sink ← keep · sink + factor · gradient; keep is 0 or 1."""
+    """The target of gradients, one tensor per parameter: sink ← keep · sink + factor · gradient."""
 
     tensors: Sequence[Tensor]
     keep: float
@@ -52,10 +53,12 @@ class Sink(NamedTuple):
 
     def put(self, i: int, g: Tensor) -> None:
         """Add g to the sink of parameter i."""
-        if self.keep:
-            self.tensors[i].add_(g, alpha=self.factor)
-        else:
+        if not self.keep:
             torch.mul(g, self.factor, out=self.tensors[i])
+            return
+        if self.keep != 1.0:
+            self.tensors[i].mul_(self.keep)
+        self.tensors[i].add_(g, alpha=self.factor)
 
 
 class Layer(Protocol):
@@ -326,15 +329,6 @@ class Program:
             each.append(self.run(theta, xs, ys, shares, Sink(sinks, float(start > 0), 1.0)))
         return sinks, torch.cat(each, 1)
 
-    def step(self, theta: Sequence[Tensor], x: Tensor, y: Tensor, share: Tensor, lr: float) -> Tensor:
-        """Make one step of gradient descent in place on contiguous θ; return each row's loss `[K, B]`."""
-        if not self.maps or x.shape[1] <= MAPS:
-            return self.run(theta, x, y, share, Sink(theta, 1.0, -lr))
-        gradient, each = self.gradient(theta, x, y, share)
-        for t, g in zip(theta, gradient, strict=True):
-            t.add_(g, alpha=-lr)
-        return each
-
 
 @lru_cache(256)
 def _room(program: Program, features: tuple[int, ...], rows: int) -> int:
@@ -349,26 +343,67 @@ def _room(program: Program, features: tuple[int, ...], rows: int) -> int:
     return size
 
 
+class Lanes(NamedTuple):
+    """The active lanes of a descent: one tensor per parameter, `[k, *shape]` or, for `constant`, `[1, *shape]`."""
+
+    theta: list[Tensor]
+    velocity: list[Tensor]
+    constant: list[Tensor]
+
+    def first(self, k: int) -> Lanes:
+        """Views of the first k lanes."""
+        return Lanes(*([t[:k] for t in tensors] for tensors in self))
+
+    def pair(self) -> Lanes:
+        """The first lane and a copy of it."""
+        first = self.first(1)
+        theta, velocity = ([t.repeat(2, *[1] * (t.dim() - 1)) for t in some] for some in first[:2])
+        return Lanes(theta, velocity, first.constant)
+
+
 class FusedDescent:
-    """Plain gradient descent of K lanes from one θ, in place: θ_k ← θ_k − lr ∇ℓ_k.
+    """Gradient descent of K lanes in place, by the rule of `StepRule`.
+
+    Without a pull the backward pass makes the step. With a pull and without momentum, the step is
+
+        y ← (1 − lr·κ)·y − lr·∇ℓ(y) − lr·c,
+
+    whose first two terms are one matrix product. With momentum the product adds to the velocity.
 
     Lanes are sorted by their number of steps, largest first, so that the active lanes are always the first k.
 
     Args:
         program: the model's program.
-        theta: the starting point of all lanes, `[d]`.
+        theta: the start, `[d]` for all lanes or `[K, d]`.
         lanes: K.
-        lr: learning rate.
+        rule: the rule of the steps.
     """
 
-    def __init__(self, program: Program, theta: Tensor, lanes: int, lr: float) -> None:
-        self._program, self._start, self._lr = program, program.split(theta[None]), lr
-        self._lanes = [t.expand(max(2, lanes), *t.shape[1:]).contiguous() for t in self._start]
-        self._active = self._lanes if lanes > 1 else []
-        self._pair: list[Tensor] | None = None  # the last active lane and its copy: a single lane rounds differently
+    def __init__(self, program: Program, theta: Tensor, lanes: int, rule: StepRule) -> None:
+        self._program, self._start, self._rule = program, program.split(theta.view(-1, theta.shape[-1])), rule
+        width = max(2, lanes)
+        of_lanes = [t.expand(width, *t.shape[1:]) for t in self._start]
+        self._keep = _kept_share(rule, theta.dtype)
+        constant = self._constant()
+        self._lanes = Lanes(
+            [t.clone(memory_format=torch.contiguous_format) for t in of_lanes],
+            [t.new_zeros(t.shape) for t in of_lanes] if rule.momentum else [],
+            [] if constant is None else program.split(constant.view(-1, constant.shape[-1])),
+        )
+        self._active = self._lanes if lanes > 1 else None
+        self._pair: Lanes | None = None  # the last active lane and its copy: a single lane rounds differently
         self._share: tuple[tuple[int, ...], Tensor, Tensor] | None = None
-        self._loss_sum = theta.new_zeros(max(2, lanes), 1, 1)
+        self._loss_sum = theta.new_zeros(width, 1, 1)
         self.count = lanes
+
+    def _constant(self) -> Tensor | None:
+        """The number that a step adds to y, or to the gradient, `[d]` or `[K, d]`."""
+        rule = self._rule
+        if self._keep is None:
+            return rule.constant()
+        mu = (1.0 - self._keep) / rule.lr - rule.decay if rule.kappa else 0.0  # of the rounded factor of y
+        constant = rule._replace(mu=mu).constant()
+        return None if constant is None else constant * -rule.lr
 
     @property
     def loss(self) -> Tensor:
@@ -395,24 +430,66 @@ class FusedDescent:
         _, share, rows = self._share
         if k == 1:
             if self._pair is None:
-                self._pair = [t[:1].repeat(2, *[1] * (t.dim() - 1)) for t in self._lanes]
-            self._active = self._pair
+                self._pair = self._lanes.pair()
+            active = self._pair
             x, y, share, rows = (t.expand(2, *t.shape[1:]) for t in (x, y, share, rows))
-        elif len(self._active[0]) != k:
-            self._active = [t[:k] for t in self._lanes]
-        each = self._program.step(self._active, x, y, share, self._lr)
+        elif self._active is None or len(self._active.theta[0]) != k:
+            active = self._lanes.first(k)
+        else:
+            active = self._active
+        self._active = active
+        each = self._step(active, x, y, share)
         losses = torch.bmm(rows, each.unsqueeze(2))[:k]
         self._loss_sum[:k] += losses
         return losses.view(k)
 
+    def _step(self, lanes: Lanes, x: Tensor, y: Tensor, share: Tensor) -> Tensor:
+        """Make one step of these lanes in place; return each row's loss `[k, B]`."""
+        rule, program = self._rule, self._program
+        one_pass = not program.maps or x.shape[1] <= MAPS
+        if one_pass and self._keep is not None:
+            each = program.run(lanes.theta, x, y, share, Sink(lanes.theta, self._keep, -rule.lr))
+            for t, c in zip(lanes.theta, lanes.constant, strict=False):
+                t.add_(c)
+            return each
+        if one_pass and rule.momentum and not rule.nesterov:
+            each = program.run(lanes.theta, x, y, share, Sink(lanes.velocity, rule.momentum, 1.0))
+            self._pull(lanes.velocity, lanes)
+            torch._foreach_add_(lanes.theta, lanes.velocity, alpha=-rule.lr)
+            return each
+        gradient, each = program.gradient(lanes.theta, x, y, share)
+        if self._keep is not None:
+            for t, g in zip(lanes.theta, gradient, strict=True):
+                (t if self._keep == 1.0 else t.mul_(self._keep)).add_(g, alpha=-rule.lr)
+            for t, c in zip(lanes.theta, lanes.constant, strict=False):
+                t.add_(c)
+            return each
+        self._pull(gradient, lanes)
+        if rule.momentum:
+            torch._foreach_mul_(lanes.velocity, rule.momentum)
+            torch._foreach_add_(lanes.velocity, gradient)
+        if rule.nesterov:
+            torch._foreach_add_(gradient, lanes.velocity, alpha=rule.momentum)
+        torch._foreach_add_(
+            lanes.theta, lanes.velocity if rule.momentum and not rule.nesterov else gradient, alpha=-rule.lr
+        )
+        return each
+
+    def _pull(self, into: list[Tensor], lanes: Lanes) -> None:
+        """Add κy + c."""
+        if self._rule.kappa:
+            torch._foreach_add_(into, lanes.theta, alpha=self._rule.kappa)
+        for t, c in zip(into, lanes.constant, strict=False):
+            t.add_(c)
+
     @torch.no_grad()
     def update(self) -> Tensor:
-        """Compute each lane's update θ − θ_k, `[K, d]`."""
+        """Compute each lane's update y₀ − y_k, `[K, d]`."""
         if self._pair is not None:
-            for t, pair in zip(self._lanes, self._pair, strict=True):
+            for t, pair in zip(self._lanes.theta, self._pair.theta, strict=True):
                 t[0].copy_(pair[0])
         out = self._start[0].new_empty(self.count, sum(prod(shape) for shape in self._program.shapes))
-        for start, t, part in zip(self._start, self._lanes, self._program.split(out), strict=True):
+        for start, t, part in zip(self._start, self._lanes.theta, self._program.split(out), strict=True):
             torch.sub(start, t[: self.count], out=part)
         return out
 
@@ -420,6 +497,20 @@ class FusedDescent:
     def moved(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Buffers `[K, 0]` and no counters: a model with buffers is not served."""
         return self._loss_sum.new_empty(self.count, 0), {}
+
+
+def _kept_share(rule: StepRule, dtype: torch.dtype) -> float | None:
+    """1 − lr·κ as a number of this dtype, the factor of y in a step without momentum.
+
+    None if the step needs the gradient: with momentum, or if lr·κ is so small that 1 − lr·κ loses most of its digits.
+    """
+    rate = rule.lr * rule.kappa
+    if rule.momentum or 0 < rate < _DIGITS * torch.finfo(dtype).eps:
+        return None
+    return float(torch.tensor(1.0 - rate, dtype=dtype, device="cpu"))
+
+
+_DIGITS = 1024  # lr·κ keeps at least ten binary digits in the factor 1 − lr·κ
 
 
 def shares(counts: tuple[int, ...], y: Tensor, like: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ This module contains all computation on the user's module. A lane is one client'
     lanes     all K clients together by `torch.func`: `vmap(grad(loss))`; always at least two lanes, because a
               single lane uses other kernels and rounds differently
     loop      one client after another by autograd, on a module whose parameters and gradients are views of flat
-              vectors (`atoll.compute.autograd`); plain SGD finishes one client before it starts the next
+              vectors (`atoll.compute.autograd`); SGD finishes one client before it starts the next
     fused     all K clients together with explicit layer formulas (`atoll.compute.fused`), for stacks of known layers;
               it can apply the SGD step inside the backward pass
     compiled  the same formulas in native code (`atoll.compute.compiled`): one core makes all steps of a client
@@ -39,6 +39,7 @@ from atoll.compute.loss import Loss, PerExample, built_in, loss_of, values_of
 from atoll.compute.metrics import Counts, Metric, check_metric_names, metric_of, row_sums
 from atoll.compute.model_state import Batch, GradientResult, Model
 from atoll.compute.overrides import KeyedDropout, VmapOverrides, may_drop
+from atoll.compute.step_rule import StepRule
 from atoll.compute.user_code import Findings, known
 
 _ALL_EVALUATING = "All layers of the model came in evaluation mode. It trains in training mode."
@@ -477,23 +478,23 @@ class Task:
             ) from why
 
     def descent(
-        self, model: Model, lanes: int, lr: float, key: Key | None = None
+        self, model: Model, lanes: int, rule: StepRule, key: Key | None = None
     ) -> fused.FusedDescent | compiled.CompiledDescent | SequentialDescent:
-        """Plain gradient descent of K clients that all start at one model (θ `[d]`), by the backend; not for "lanes".
+        """Gradient descent of K clients by the backend; not for "lanes".
 
         Args:
-            model: the start.
+            model: the start of all clients, θ `[d]`, or of each client, θ `[K, d]`.
             lanes: K.
-            lr: the learning rate.
+            rule: the rule of the steps.
             key: of the K clients; the loop draws dropout by it.
         """
         if self.numerics == "loop":
             self.training_mode()
             return SequentialDescent(
-                self.bound, model, lanes, lr, self.reset, partial(self._lane_pass, key or Key(0), lanes)
+                self.bound, model, lanes, rule, self.reset, partial(self._lane_pass, key or Key(0), lanes)
             )
         kind = compiled.CompiledDescent if self.numerics == "compiled" else fused.FusedDescent
-        return kind(self.program, model.theta, lanes, lr)
+        return kind(self.program, model.theta, lanes, rule)
 
     @torch.no_grad()
     def _gradient_by_hand(self, model: Model, batch: Batch) -> GradientResult:

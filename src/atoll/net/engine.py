@@ -175,6 +175,7 @@ class ServerEngine(Engine):
         if self.spec.clients is not None:
             return
         needs_all = {
+            repr(plan.local): plan.local.needs_population,
             repr(plan.codec): plan.codec.averages_all_clients,
             repr(plan.aggregator): plan.aggregator.over == "expected",
             repr(plan.sampler): type(plan.sampler).__name__ in ("Poisson", "Weighted"),

@@ -4,6 +4,7 @@ Every attribute of a part that the package reads is declared here. A part that i
 of every member that has one, and must define the abstract members only:
 
     Local        contribute
+    Correction   pull
     Stage        encode
     Aggregator   zero, fold, merge, total, finalize
     Sampler      __call__
@@ -31,6 +32,7 @@ from atoll.base.random import Key, SecretKey
 from atoll.compute.batches import ClientBatch, padded
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
+from atoll.compute.step_rule import StepRule
 from atoll.compute.task import Task
 from atoll.plan.form import Form
 from atoll.plan.schedule import NOTHING, Schedule, as_schedule
@@ -183,6 +185,7 @@ class RoundInfo(NamedTuple):
         chance: the probability that a client is selected, float64: `[]` if it is equal for all clients, else `[C]`.
         entropy: the secret key of the round. Only a part with `uses_entropy` may draw from it. Two equal draws give
             equal numbers: fold a name for each draw.
+        total_weight: Σ w, the sum of the weights that the aggregator gives to all clients of the population, `[]`.
     """
 
     round: int
@@ -190,6 +193,7 @@ class RoundInfo(NamedTuple):
     cohort_size: int
     chance: Tensor
     entropy: SecretKey
+    total_weight: Tensor
 
 
 class Declared(NamedTuple):
@@ -344,6 +348,11 @@ class Local(Protocol):
         return False
 
     @default
+    def needs_population(self) -> bool:
+        """Whether `server_update` needs the total weight of all clients, which an open run does not know."""
+        return False
+
+    @default
     def mixes_widths(self) -> bool:
         """Whether `contribute` takes clients of different padded lengths together, without a change of a bit."""
         return False
@@ -384,6 +393,15 @@ class Local(Protocol):
         """Return the total that the aggregator finalizes, and the server state after the round."""
         return total, server
 
+    def evaluated(self, theta: Tensor, server: Tensors) -> Tensor:
+        """The parameters that are evaluated and exported, `[d]`, if they are not the server's θ.
+
+        Args:
+            theta: θ of the server, `[d]`.
+            server: the server state of the part after the round.
+        """
+        return theta
+
     def declare(self, task: Task) -> Mapping[str, Declared]:
         """The declaration of each mean and each sum in a contribution. The name `"*"` allows further names.
 
@@ -393,6 +411,142 @@ class Local(Protocol):
         buffers = {"buffers": Declared(layout.b, layout.dtype, "mean")} if layout.b else {}
         update = {"update": Declared(layout.d, layout.dtype, "mean")}
         return {**update, **buffers, OPEN: Declared(1, torch.float64, "sum")}
+
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        """Reasons to refuse a plan with these parts."""
+        return ()
+
+
+class StepFacts(NamedTuple):
+    """The facts of the local steps of K clients, for a correction.
+
+    Args:
+        lr: the learning rate of the clients in this round.
+        decay: λ, the weight decay of the clients.
+        rows: the number of rows of each client, int64 `[K]`.
+        steps: the number of steps of each client, int64 `[K]`.
+        weights: |a| of each client, float64 `[K]`: y₀ − y = lr·Σ aₜ∇ℓ(yₜ), |a| = Σ aₜ; `steps` for plain SGD. None
+            before the steps, and for optimizers other than SGD.
+        classes: the number of rows of each class, for a number of classes C: int64 `[K, C]`.
+    """
+
+    lr: float
+    decay: float
+    rows: Tensor
+    steps: Tensor
+    weights: Tensor | None
+    classes: Callable[[int], Tensor]
+
+
+class Pull(NamedTuple):
+    """An affine pull of each local step: g ← ∇ℓ(y) + μ(y − a) + s, from y = y₀.
+
+    A tensor is `[d]` for all clients, `[K, d]`, or None.
+
+    Args:
+        start: y₀; None: θ.
+        anchor: a; None: 0.
+        shift: s; None: 0.
+        mu: μ ≥ 0.
+    """
+
+    start: Tensor | None = None
+    anchor: Tensor | None = None
+    shift: Tensor | None = None
+    mu: float = 0.0
+
+
+class Finished(NamedTuple):
+    """The results of a correction after the local steps of K clients, added to the contribution.
+
+    Args:
+        means: float tensors `[K, length]`, which the aggregator averages; `update` replaces the update.
+        sums: tensors `[K]` or `[K, length]`, which the aggregator adds.
+        per_client: tensors `[K, …]`, which become columns of the report.
+        memory: the client memory of the correction after the round.
+    """
+
+    means: Tensors = NOTHING
+    sums: Tensors = NOTHING
+    per_client: Tensors = NOTHING
+    memory: Tensors = NOTHING
+
+
+@runtime_checkable
+class Correction(Protocol):
+    """A correction of local training for unequal clients: `Train(correction=…)`.
+
+    `pull` runs before the local steps and `finish` after them. Every backend applies the pull inside its own step.
+
+        g ← ∇ℓ(y) + λy + μ(y − a) + s ;  v ← βv + g ;  y ← y − lr·v,  from y₀
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, repr=False)
+        ... class Decayed(Correction):
+        ...     def pull(self, broadcast, memory, facts):
+        ...         return Pull(mu=0.01)
+        >>> Decayed()
+        Decayed()
+    """
+
+    def __repr__(self) -> str:
+        return _text(self)
+
+    @abstractmethod
+    def pull(self, broadcast: Broadcast, memory: Tensors, facts: StepFacts) -> Pull:
+        """The pull of K clients.
+
+        Args:
+            broadcast: θ, and in `shared["correction"]` the public server state of the correction.
+            memory: the client memory of the correction, tensors `[K, …]`.
+            facts: the facts of the steps.
+        """
+
+    def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
+        """The results after the steps.
+
+        Args:
+            broadcast, memory: those of `pull`.
+            update: y₀ − y of each client, `[K, d]`.
+            facts: the facts of the steps, with |a|.
+        """
+        return Finished(memory=memory)
+
+    @default
+    def needs_population(self) -> bool:
+        """Whether `server_update` needs the total weight of all clients."""
+        return False
+
+    @default
+    def needs_weights(self) -> bool:
+        """Whether `finish` reads |a|, so that the clients' optimizer must be SGD."""
+        return False
+
+    @default
+    def parts(self) -> tuple[Correction, ...]:
+        """The corrections that this one contains, in the order in which they run."""
+        return ()
+
+    def memory(self, layout: Layout) -> Tensors:
+        """The memory of one client before its first round. The keys are names."""
+        return {}
+
+    def server(self, layout: Layout) -> Tensors:
+        """The server state before the first round. Tensors whose names begin with an underscore are not broadcast."""
+        return {}
+
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
+        """Return the total that the aggregator finalizes, and the server state after the round."""
+        return total, server
+
+    def evaluated(self, theta: Tensor, server: Tensors) -> Tensor:
+        """The parameters that are evaluated and exported, `[d]`, if they are not the server's θ."""
+        return theta
+
+    def declare(self, task: Task) -> Mapping[str, Declared]:
+        """The declaration of each mean and each sum that `finish` adds."""
+        return {}
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         """Reasons to refuse a plan with these parts."""
@@ -803,9 +957,9 @@ class Optimizer(Protocol):
         """Whether the optimizer has `slots` and `stepper`, which local training uses."""
         return False
 
-    def is_plain_sgd(self) -> bool:
-        """Whether a step is exactly θ − lr·g, so that the backward pass may apply it."""
-        return False
+    def step_rule(self, lr: float) -> StepRule | None:
+        """The rule of a step at this learning rate, if the backends can make the steps; None: only `stepper` can."""
+        return None
 
     def slots(self, theta: Tensor) -> dict[str, Tensor]:
         """The optimizer state of clients before their first step.

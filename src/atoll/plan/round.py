@@ -282,7 +282,9 @@ def close_round(opened: Opened, gathered: Gathered) -> Closed:
         The total, the mean, the state after the round, and the report.
     """
     state, cohort, key, plan, population, entropy, _ = opened
-    info = RoundInfo(state.round, population, gathered.started, cohort.chance, entropy)
+    everyone = torch.arange(population.clients, device=population.sizes.device)
+    total_weight = plan.aggregator.weigh(everyone, population.sizes).sum()
+    info = RoundInfo(state.round, population, gathered.started, cohort.chance, entropy, total_weight)
     total, server = server_update(plan, decode_sums(plan, state, gathered), state, info, key)
     mean = finalize(plan, total, info)
     after = descend(plan, state, mean, server, gathered.air, opened.layout)

@@ -284,7 +284,8 @@ def round_info(population: Population | None = None, round: int = 0, seed: int =
     """
     population = population or Population(7, torch.arange(1, 8) * 3)
     chance = torch.ones((), dtype=torch.float64)
-    return RoundInfo(round, population, population.clients, chance, known_entropy(seed))
+    weight = population.sizes.sum()
+    return RoundInfo(round, population, population.clients, chance, known_entropy(seed), weight)
 
 
 def check_declared(subject: str, declared: Mapping[str, Declared], means: Tensors, sums: Tensors) -> None:

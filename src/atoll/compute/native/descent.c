@@ -130,7 +130,12 @@ SHARED_STRUCT(LayerSpec, LAYER_FIELDS)
     F(const REAL *, theta)                                                                                            \
     F(I, theta_stride)   /* 0: all clients start from one θ */                                                        \
     F(I, result)         /* GRADIENT of one step, UPDATE θ − θ_k, or MODEL θ_k */                                     \
-    F(double, lr)                                                                                                     \
+    F(I, pulls)          /* 1: a step has momentum, weight decay or a pull */                                         \
+    F(double, lr) F(double, momentum) F(I, nesterov)                                                                  \
+    F(double, kappa)     /* the factor of w in the pull */                                                            \
+    F(const REAL *, constant) /* of the pull; 0: none */                                                              \
+    F(I, constant_stride) /* 0: one constant for all clients */                                                       \
+    F(REAL *, velocity)  /* of each client before and after the steps; 0: it starts at 0 */                           \
     F(REAL *, out)                                                                                                    \
     F(REAL *, losses)    /* sum over the rows of a client in a step, in the order of the counts */                    \
     F(REAL *, peaks)     /* of a client: the largest |number| of each `block` of `out` */                             \
@@ -160,7 +165,7 @@ typedef struct {
     Layer *layers;
     I packed, room; /* numbers in the packed weights and in the buffers of all layers */
     I rows;         /* rows in the largest pass */
-    const REAL *start;
+    const REAL *start, *constant; /* packed, of all clients */
     _Atomic I next, status;
 } JobThreads;
 
@@ -576,6 +581,25 @@ static void input_gradient(const Layer *s, const REAL *dy, I rows, const REAL *t
         }
 }
 
+/* A step with momentum β, weight decay or a pull: v ← βv + g + κw + c; w ← w − lr·v, or w ← w − lr·(g + κw + c + βv)
+   with Nesterov's momentum. The arrays are packed like the weights. */
+typedef struct {
+    REAL lr, momentum, kappa;
+    int nesterov;
+    const REAL *constant; /* c; 0: none */
+    REAL *velocity;       /* 0: without momentum */
+} Rule;
+
+/* The weights w at position `at` after a step with the gradient g. */
+INLINE V stepped(const Rule *r, I at, V w, V g) {
+    g += r->kappa * w;
+    if (r->constant) g += load(r->constant + at);
+    if (!r->velocity) return w - r->lr * g;
+    const V v = r->momentum * load(r->velocity + at) + g;
+    store(r->velocity + at, v);
+    return w - r->lr * (r->nesterov ? g + r->momentum * v : v);
+}
+
 /* Rows of the data that are prefetched during the work on other rows. */
 typedef struct {
     const char *data;
@@ -588,6 +612,8 @@ typedef struct {
     REAL *w, *g;                /* packed weights and their gradient */
     REAL *transposed, *outputs; /* of the current layer */
     REAL *room;                 /* buffers of all layers */
+    REAL *constant, *velocity;  /* packed, of the current client; 0: the rule has none */
+    const Rule *rule;           /* of the steps; 0: plain gradient descent */
     /* The step of a first linear layer is applied with the next batch, so that each panel is read once for both. */
     I pending_rows; /* rows of the batch of this step; 0: no step is pending */
     I table;        /* index of the table that holds the rows of the current batch */
@@ -607,9 +633,20 @@ INLINE void prefetch_lines(Prefetch *c, I n) {
 }
 
 INLINE void weight_tile(const int mr, const int layout, const REAL *const *a, const REAL *b, const Terms t, REAL factor,
-                        const REAL *from, REAL *to) {
+                        const REAL *from, REAL *to, const Rule *rule, I place) {
     V c[TALL][NV];
     tile(mr, layout, a, b, t, c);
+    if (rule) {
+        const Rule r = *rule; /* a copy, which no store can change */
+#pragma GCC unroll 24
+        for (int m = 0; m < mr; m++)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) {
+                const I at = m * NR + v * VL;
+                store(to + at, stepped(&r, place + at, load(from + at), c[m][v]));
+            }
+        return;
+    }
     REAL f = factor;
     __asm__("" : "+m"(f)); /* reload it here: the sums occupy all registers */
 #pragma GCC unroll 24
@@ -621,10 +658,12 @@ INLINE void weight_tile(const int mr, const int layout, const REAL *const *a, co
         }
 }
 
-/* Destination of one layer's weights and biases, and the numbers that are added; from = 0: none. */
+/* Destination of one layer's weights and biases, and the numbers that are added; from = 0: none. With a rule, `from`
+   and `to` are weights, and the rule makes the step. */
 typedef struct {
     const REAL *from, *bias_from;
     REAL *to, *bias_to;
+    const Rule *rule;
 } Sink;
 
 /* One panel of to ← from + factor · gradient of the weights, over some rows; dy [pixel][padded_out]. */
@@ -637,25 +676,29 @@ static void weight_gradient(const Layer *s, I p, const REAL *const *in, const RE
     const REAL *b = dy + p * NR;
     const REAL *from = sink.from ? sink.from + p * s->taps * NR : 0;
     REAL *to = sink.to + p * s->taps * NR;
+    I place = s->weights_at + p * s->taps * NR; /* of `to` in the packed weights */
     for (I i = 0; i < s->runs; i++)
         for (I q = 0, mr; q < s->run; q += mr) {
             const I left = s->run - q;
             mr = TALL > MR && left >= TALL ? TALL : tile_height(left);
             const REAL *a = in[0] + i * line + q;
             if (s->flat) terms.a_run = q;
-#define CALL(mr) s->flat ? weight_tile(mr, STRIDED_TERMS, in, b, terms, factor, from, to)                              \
-                         : weight_tile(mr, ADJACENT_ROWS, &a, b, terms, factor, from, to)
+#define CALL(mr) s->flat ? weight_tile(mr, STRIDED_TERMS, in, b, terms, factor, from, to, sink.rule, place)            \
+                         : weight_tile(mr, ADJACENT_ROWS, &a, b, terms, factor, from, to, 0, 0)
             if (mr > MR) CALL(TALL);
             else CASES(mr, CALL)
 #undef CALL
-            to += mr * NR;
+            to += mr * NR, place += mr * NR;
             if (from) from += mr * NR; /* 0 + 0 is undefined in C */
             if (prefetch) prefetch_lines(prefetch, PREFETCH_LINES);
         }
     for (I v = p * NR; t->bias >= 0 && v < (p + 1) * NR; v += VL) {
         V c = {0};
         for (I q = 0; q < runs * n; q++) c += load(dy + q * s->padded_out + v);
-        store(sink.bias_to + v, sink.from ? load(sink.bias_from + v) + factor * c : factor * c);
+        if (sink.rule)
+            store(sink.bias_to + v, stepped(sink.rule, s->bias_at + v, load(sink.bias_from + v), c));
+        else
+            store(sink.bias_to + v, sink.from ? load(sink.bias_from + v) + factor * c : factor * c);
     }
 }
 
@@ -723,8 +766,12 @@ static I row_loss(const Job *job, REAL *z, I outputs, const REAL *y, const I *cl
 
 /* ---- a step ---- */
 
-static void descend(REAL *restrict w, const REAL *restrict g, REAL lr, I n) {
-    for (I i = 0; i < n; i++) w[i] -= lr * g[i];
+/* A step of the packed weights from position `at` up to `end`, which are whole vectors. */
+static void descend(REAL *restrict w, const REAL *restrict g, REAL lr, const Rule *rule, I at, I end) {
+    if (!rule)
+        for (; at < end; at++) w[at] -= lr * g[at];
+    else
+        for (; at < end; at += VL) store(w + at, stepped(rule, at, load(w + at), load(g + at)));
 }
 
 INLINE const REAL *current_weights(const JobThreads *shared, const Scratch *scratch) {
@@ -735,7 +782,8 @@ INLINE const REAL *current_weights(const JobThreads *shared, const Scratch *scra
 static void apply_pending(const JobThreads *shared, Scratch *scratch, I p) {
     const Layer *s = shared->layers;
     const REAL *from = current_weights(shared, scratch);
-    const Sink sink = {from + s->weights_at, from + s->bias_at, scratch->w + s->weights_at, scratch->w + s->bias_at};
+    const Sink sink = {from + s->weights_at, from + s->bias_at, scratch->w + s->weights_at, scratch->w + s->bias_at,
+                       scratch->rule};
     if (scratch->pending_rows)
         weight_gradient(s, p, scratch->rows_in[!scratch->table], scratch->pending_dy, scratch->pending_rows,
                         -(REAL)shared->job->lr, sink, &scratch->prefetch);
@@ -831,7 +879,7 @@ static I forward_backward(const JobThreads *shared, Scratch *scratch, const I *r
                 scratch->pending_rows = n, scratch->table = !scratch->table;
                 continue;
             }
-            const Sink sink = steps ? (Sink){w, wb, w, wb} : (Sink){first ? 0 : g, gb, g, gb};
+            const Sink sink = steps ? (Sink){w, wb, w, wb, scratch->rule} : (Sink){first ? 0 : g, gb, g, gb, 0};
             for (I p = 0; p < panels; p++) weight_gradient(s, p, in, own, n, steps ? -lr : 1, sink, 0);
             continue;
         }
@@ -843,10 +891,10 @@ static I forward_backward(const JobThreads *shared, Scratch *scratch, const I *r
                 memset(grad + b * s->in_stride, 0, sizeof(REAL) * s->in_stride);
                 input_gradient(s, dy, 1, scratch->transposed, grad + b * s->in_stride);
             }
-            const Sink sink = {first && b == 0 ? 0 : g, gb, g, gb};
+            const Sink sink = {first && b == 0 ? 0 : g, gb, g, gb, 0};
             for (I p = 0; p < panels; p++) weight_gradient(s, p, in + b, dy, 1, 1, sink, 0);
         }
-        if (steps) descend(w, g, lr, s->bias_at + s->padded_out - s->weights_at);
+        if (steps) descend(scratch->w, scratch->g, lr, scratch->rule, s->weights_at, s->bias_at + s->padded_out);
     }
     return DONE;
 }
@@ -870,10 +918,28 @@ static Prefetch rows_to_prefetch(const Job *job, I k, I i) {
     return c;
 }
 
+/* The rule of a client's steps, with its constant and its velocity packed. */
+static Rule client_rule(const JobThreads *shared, const Scratch *scratch, I k) {
+    const Job *job = shared->job;
+    REAL *velocity = scratch->velocity;
+    const REAL *constant = shared->constant;
+    if (job->constant_stride) {
+        pack(shared->layers, job->layer_count, job->constant + k * job->constant_stride, scratch->constant);
+        constant = scratch->constant;
+    }
+    if (job->velocity)
+        pack(shared->layers, job->layer_count, job->velocity + k * job->d, velocity);
+    else if (velocity)
+        memset(velocity, 0, sizeof(REAL) * shared->packed);
+    return (Rule){(REAL)job->lr, (REAL)job->momentum, (REAL)job->kappa, (int)job->nesterov, constant, velocity};
+}
+
 /* All steps of one client, or its gradient. The next client is taken before the last step, whose work hides the
    prefetch of the next client's first rows. */
 static I run_client(JobThreads *shared, Scratch *scratch, I k, I *next) {
     const Job *job = shared->job;
+    const Rule rule = client_rule(shared, scratch, k);
+    scratch->rule = job->pulls ? &rule : 0;
     const int descends = job->result != GRADIENT;
     const Layer *s = shared->layers;
     const I copied = s->flat ? s->bias_at + s->padded_out : 0; /* the first layer follows in its first step */
@@ -901,7 +967,7 @@ static I run_client(JobThreads *shared, Scratch *scratch, I k, I *next) {
             if (got) return got;
             q = end;
         }
-        if (descends && parts > 1) descend(scratch->w, scratch->g, (REAL)job->lr, shared->packed);
+        if (descends && parts > 1) descend(scratch->w, scratch->g, (REAL)job->lr, scratch->rule, 0, shared->packed);
     }
     if (descends) flush(shared, scratch);
     const I blocks = (job->d + job->block - 1) / job->block;
@@ -912,6 +978,11 @@ static I run_client(JobThreads *shared, Scratch *scratch, I k, I *next) {
                              .streams = job->clients * job->d * (I)sizeof(REAL) > CACHE_BYTES};
     memset(out.peaks, 0, sizeof(U) * blocks);
     unpack(s, job->layer_count, descends ? scratch->w : scratch->g, &out);
+    if (job->velocity) {
+        U unused = 0;
+        const Destination back = {.to = job->velocity + k * job->d, .peaks = &unused, .block = INT64_MAX};
+        unpack(s, job->layer_count, scratch->velocity, &back);
+    }
     return DONE;
 }
 
@@ -956,14 +1027,17 @@ static void *thread_main(void *argument) {
     const I unit = CACHE_LINE / sizeof(REAL), packed = up(shared->packed, unit);
     const I dy = up(shared->rows * shared->layers->padded_out, unit);
     transposed = up(transposed, unit), outputs = up(outputs, unit);
-    REAL *all = buffer_acquire(2 * packed + transposed + outputs + dy + shared->room);
+    const I constant = shared->job->constant_stride ? packed : 0, velocity = shared->job->momentum ? packed : 0;
+    REAL *all = buffer_acquire(2 * packed + transposed + outputs + dy + constant + velocity + shared->room);
     if (!all) {
         atomic_store(&shared->status, NO_MEMORY);
         return 0;
     }
     Scratch scratch = {.w = all, .g = all + packed, .transposed = all + 2 * packed};
     scratch.outputs = scratch.transposed + transposed, scratch.pending_dy = scratch.outputs + outputs;
-    scratch.room = scratch.pending_dy + dy;
+    scratch.constant = scratch.pending_dy + dy, scratch.velocity = scratch.constant + constant;
+    scratch.room = scratch.velocity + velocity;
+    if (!velocity) scratch.velocity = 0;
     memset(scratch.g, 0, sizeof(REAL) * shared->packed);  /* padding stays zero */
     memset(scratch.room, 0, sizeof(REAL) * shared->room); /* and so do the frames */
     I next = 0;
@@ -1024,7 +1098,7 @@ int run(const Job *job) {
     const I more = smaller(job->threads, job->clients) - 1;
     pthread_t *threads = more > 0 ? calloc(more, sizeof(pthread_t)) : 0;
     shared.layers = calloc(job->layer_count + 1, sizeof(Layer)); /* forward_backward reads one layer after the last */
-    REAL *start = 0;
+    REAL *start = 0, *constant = 0;
     if (!shared.layers || (more > 0 && !threads)) {
         shared.status = NO_MEMORY;
         goto end;
@@ -1040,11 +1114,19 @@ int run(const Job *job) {
         pack(shared.layers, job->layer_count, job->theta, start);
     }
     shared.start = start;
+    if (job->constant && !job->constant_stride) {
+        if (!(constant = buffer_acquire(shared.packed))) {
+            shared.status = NO_MEMORY;
+            goto end;
+        }
+        pack(shared.layers, job->layer_count, job->constant, constant);
+    }
+    shared.constant = constant;
     I started = 0;
     while (started < more && !pthread_create(&threads[started], 0, thread_main, &shared)) started++;
     thread_main(&shared); /* if a thread cannot be created, the others run its clients */
     for (I i = 0; i < started; i++) pthread_join(threads[i], 0);
 end:
-    buffer_release(start), free(shared.layers), free(threads);
+    buffer_release(start), buffer_release(constant), free(shared.layers), free(threads);
     return (int)shared.status;
 }

@@ -5,7 +5,7 @@ Tests: tests/identities/test_local_sgd.py
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ from atoll.plan.protocols import (
 )
 
 Keep = Literal["optimizer", "order"]
+
+
+class Trained(NamedTuple):
+    """The result of local training: y₀ − y `[K, d]`, buffers `[K, b]`, counters, and Σ losses over the rows, `[K]`."""
+
+    update: Tensor
+    buffers: Tensor
+    counters: Tensors
+    loss: Tensor
+    rows: Tensor
 
 
 def contribution_of(

@@ -12,35 +12,43 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
 from atoll.base.validation import class_instead_of_value, plain_fields
 from atoll.compute.batches import ROWS, ClientBatch, padded
 from atoll.compute.layout import Layout
+from atoll.compute.model_state import Model
+from atoll.compute.step_rule import StepRule
 from atoll.compute.task import Task
 from atoll.plan.local.contribution import (
     Keep,
+    Trained,
     check_batch,
     check_sends,
     contribution_of,
     declared_update,
 )
+from atoll.plan.local.correcting import CORRECTION, Correcting, check_correction, conflicts_of_pull
 from atoll.plan.local.steps import check_steps, counted, lengths_of, quotient, steps_at
 from atoll.plan.protocols import (
     Broadcast,
     Conflict,
     Contribution,
+    Correction,
     Declared,
     Local,
     Optimizer,
     RoundInfo,
     Sends,
     Slots,
+    StepFacts,
     Tensors,
     Total,
 )
 from atoll.plan.schedule import Schedule, constant
 
 _AHEAD = 64  # steps planned at once
+Batches = Iterator[tuple[Tensor, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,6 +69,7 @@ class Train(Local):
         sends: `"update"`, or `"model"` for θᵢ itself. With `"model"` the update is θ − θᵢ with the θ of the server when
             the contribution arrives, not the θ that the client started from: models are mixed, as in FedAsync. The
             message is the same, since the server has both θ. Only late contributions differ.
+        correction: a correction of the steps for unequal clients, such as `Proximal(0.1)` or `Scaffold()`.
     Raises:
         UsageError: neither or both of epochs and steps are given, a number is out of range, or a schedule has less than
             one step.
@@ -78,6 +87,7 @@ class Train(Local):
     batch: int | None = None
     keep: tuple[Keep, ...] = ()
     sends: Sends = "update"
+    correction: Correction | None = None
     can_stop_early = True
 
     def __post_init__(self) -> None:
@@ -108,6 +118,7 @@ class Train(Local):
                 "local training makes steps in place." if known else "",
                 "Train(sgd(0.1), epochs=1, batch=10)",
             )
+        check_correction(self.correction)
         if not isinstance(self.keep, (tuple, list)) or not all(
             k in ("optimizer", "order") for k in map(str, self.keep)
         ):
@@ -124,6 +135,11 @@ class Train(Local):
                 'Train(sgd(0.1), steps=10, batch=10, keep=("order",))',
             )
 
+    @property
+    def needs_population(self) -> bool:
+        """Whether the correction needs the total weight of all clients."""
+        return self.correction is not None and self.correction.needs_population
+
     def steps_at(self, t: int) -> int | None:
         """The number of batches in round t; None if passes are counted.
 
@@ -137,32 +153,50 @@ class Train(Local):
         return steps_at(self.steps, t) / steps_at(self.steps, 0) if isinstance(self.steps, Schedule) else 1.0
 
     def memory(self, layout: Layout) -> Tensors:
-        """The client memory before the first round: the parts that `keep` names."""
+        """The client memory before the first round: the parts that `keep` names, and that of the correction."""
         tensors: dict[str, Tensor] = {}
         if "optimizer" in self.keep:
             fresh = self.optimizer.slots(torch.zeros(layout.d, dtype=layout.dtype))
             tensors |= {f"optimizer.{n}": t for n, t in fresh.items()}
         if "order" in self.keep:
             tensors["taken"] = torch.zeros((), dtype=torch.int64)
+        if self.correction is not None:
+            tensors |= under(CORRECTION, self.correction.memory(layout))
         return tensors
 
     def server(self, layout: Layout) -> Tensors:
-        """The server state before the first round: the memory of a plateau schedule; empty for other schedules."""
-        return dict(self.optimizer.schedule.init())
+        """The server state before the first round: the memory of a plateau schedule, and that of the correction."""
+        own = {} if self.correction is None else under(CORRECTION, self.correction.server(layout))
+        return {**self.optimizer.schedule.init(), **own}
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
-        """Reasons to refuse the optimizer of the clients."""
-        return self.optimizer.conflicts(slots)
+        """Reasons to refuse the optimizer of the clients or the correction."""
+        yield from self.optimizer.conflicts(slots)
+        if self.correction is not None:
+            yield from self.correction.conflicts(slots)
+            yield from conflicts_of_pull(self, self.correction)
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
-        """Declares the update, buffers if the model has any, the loss and the rows."""
-        return declared_update(task)
+        """Declares the update, buffers if the model has any, the loss, the rows, and the names of the correction."""
+        added = {} if self.correction is None else self.correction.declare(task)
+        return {**declared_update(task), **added}
+
+    def evaluated(self, theta: Tensor, server: Tensors) -> Tensor:
+        """The parameters that are evaluated, `[d]`: θ, or those that the correction states."""
+        return (
+            theta if self.correction is None else self.correction.evaluated(theta, without_prefix(server, CORRECTION))
+        )
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
-        """Pass the loss of the round to the schedule of the clients. The total does not change."""
-        if not server or "loss" not in total.sums:
-            return total, server
-        return total, self.optimizer.schedule.observe(server, (total.sums["loss"] / total.sums["rows"]).squeeze())
+        """Pass the loss of the round to the schedule of the clients, and the total to the correction."""
+        after = {n: t for n, t in server.items() if not n.startswith(CORRECTION)}
+        if after and "loss" in total.sums:
+            loss = (total.sums["loss"] / total.sums["rows"]).squeeze()
+            after = dict(self.optimizer.schedule.observe(after, loss))
+        if self.correction is not None:
+            total, own = self.correction.server_update(total, without_prefix(server, CORRECTION), info, key)
+            after |= under(CORRECTION, own)
+        return total, after
 
     def padded_batch(self, rows: int) -> int:
         """The padded length of this client's batches, a function of its own number of rows."""
@@ -177,45 +211,52 @@ class Train(Local):
     def contribute(
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """Train K clients, one in each lane, and return θ − θᵢ of each. A lane that has finished does not change."""
-        count, steps = len(lanes.sizes), self.steps_at(broadcast.round)
+        """Train K clients, one in each lane, and return y₀ − y of each. A lane that has finished does not change."""
         lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
-        batches = self._batches(lanes, memory, key, task, steps)
-        if task.numerics == "lanes" or broadcast.model.theta.dim() == 2 or not self.sequential(lanes.sizes[0]):
-            return self._any_rule(broadcast, lanes, memory, key, task, lr, batches)
-        # Plain SGD: a step is part of the backward pass, and no gradient is stored.
-        if self.epochs is not None and lanes.share == 1:
-            rows = lanes.rows * self.epochs
+        rule = self.optimizer.step_rule(lr)
+        model, finish = broadcast.model, None
+        by_backend = task.numerics != "lanes" and self.sequential(lanes.sizes[0])
+        if self.correction is not None:
+            facts = self._facts(lanes, rule, lr, task, broadcast.round)
+            finish = Correcting.of(self.correction, broadcast, memory, facts, rule)
+            rule, model = finish.rule(rule or StepRule(lr)), finish.start(model, len(lanes.sizes))
+        batches = self._batches(lanes, memory, key, task, self.steps_at(broadcast.round))
+        if by_backend and rule is not None:  # the backend makes the steps: without a pull in the backward pass
+            rows = lanes.rows * (self.epochs or 0)
+            if self.epochs is None or lanes.share != 1:
+                rows = torch.zeros_like(rows)
+                batches = counted(batches, rows)
+            descent = task.descent(model, len(lanes.sizes), rule, key)
+            descent.follow(lanes, batches)
+            after: dict[str, Tensor] = {}
+            trained = Trained(descent.update(), *descent.moved, descent.loss, rows)
         else:
-            rows = torch.zeros_like(lanes.rows)
-            batches = counted(batches, rows)
-        descent = task.descent(broadcast.model, count, lr, key)
-        descent.follow(lanes, batches)
-        after = {"taken": self._batches_taken(lanes, memory, steps)} if "order" in self.keep else {}
-        sums = {"loss": descent.loss, "rows": rows}
-        return contribution_of(lanes, broadcast, task.layout, descent.update(), *descent.moved, sums), after
+            trained, after = self._by_stepper(model, rule or StepRule(lr), lanes, memory, key, task, batches)
+        if "order" in self.keep:
+            after["taken"] = self._batches_taken(lanes, memory, self.steps_at(broadcast.round))
+        sums = {"loss": trained.loss, "rows": trained.rows}
+        moved = (trained.update, trained.buffers, trained.counters)
+        contribution = contribution_of(lanes, broadcast, task.layout, *moved, sums)
+        if finish is not None:
+            contribution, own = finish.finish(contribution)
+            after |= own
+        return contribution, after
 
-    def _any_rule(
-        self,
-        broadcast: Broadcast,
-        lanes: ClientBatch,
-        memory: Tensors,
-        key: Key,
-        task: Task,
-        lr: float,
-        batches: Iterator[tuple[Tensor, tuple[int, ...]]],
-    ) -> tuple[Contribution, Tensors]:
-        """Train K clients with any optimizer, from one model for all lanes or one model for each lane."""
-        model = broadcast.model.lanes(len(lanes.sizes))
+    def _by_stepper(
+        self, model: Model, rule: StepRule, lanes: ClientBatch, memory: Tensors, key: Key, task: Task, batches: Batches
+    ) -> tuple[Trained, dict[str, Tensor]]:
+        """Train K clients by any optimizer. The pull is added to the gradient before its step."""
+        start, model = model.theta, model.lanes(len(lanes.sizes))
         state = self.optimizer.slots(model.theta)
         if "optimizer" in self.keep:
             state = {n: memory[f"optimizer.{n}"].clone() for n in state}
-        stepper = self.optimizer.stepper(model.theta, state, lr)
+        stepper = self.optimizer.stepper(model.theta, state, rule.lr)
+        pulls = rule.mu or rule.shift is not None
         loss, rows = model.theta.new_zeros(len(lanes.sizes)), torch.zeros_like(lanes.rows)
         for s, (places, counts) in enumerate(batches):
             k = len(counts)
             g = lanes.gradient(task, model.first(k), places, counts, key.fold("pass", s).select(slice(k)))
-            stepper.step(g.grad)
+            stepper.step(rule.pulled(g.grad, model.theta[:k]) if pulls else g.grad)
             model.buffers[:k] = g.buffers
             for name, counter in g.counters.items():
                 model.counters[name][:k] = counter
@@ -223,15 +264,20 @@ class Train(Local):
             rows[:k] += torch.tensor(counts, device=rows.device)
             if lanes.on_step is not None:
                 lanes.stepped(s, g.loss, counts)
-        after: dict[str, Tensor] = {}
-        if "optimizer" in self.keep:
-            after |= {f"optimizer.{n}": t for n, t in state.items()}
-        if "order" in self.keep:
-            after["taken"] = self._batches_taken(lanes, memory, self.steps_at(broadcast.round))
-        update = broadcast.model.theta - model.theta
-        return contribution_of(
-            lanes, broadcast, task.layout, update, model.buffers, model.counters, {"loss": loss, "rows": rows}
-        ), after
+        after = {f"optimizer.{n}": t for n, t in state.items()} if "optimizer" in self.keep else {}
+        return Trained(start - model.theta, model.buffers, model.counters, loss, rows), after
+
+    def _facts(self, lanes: ClientBatch, rule: StepRule | None, lr: float, task: Task, round: int) -> StepFacts:
+        """The facts of the steps of K clients, for the correction."""
+        lengths, _ = lengths_of(lanes.rows, self.batch, task.couples)
+        decay = 0.0 if rule is None else rule.decay
+        steps = self._steps_of(lengths, lanes.share, self.steps_at(round))
+        return StepFacts(lr, decay, lanes.rows, steps, None, lanes.class_counts)
+
+    def _steps_of(self, lengths: Tensor, share: float, steps_each: int | None) -> Tensor:
+        """The number of steps of each client, int64 `[K]`, from its number of batches in a pass."""
+        steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
+        return self._done(steps, share)
 
     def _batches_taken(self, lanes: ClientBatch, memory: Tensors, steps: int | None) -> Tensor:
         taken = memory["taken"].to(lanes.ids.device)
@@ -244,19 +290,18 @@ class Train(Local):
 
     def sequential(self, rows: int) -> bool:
         """Whether the loop trains each client of a chunk to its end before the next client starts."""
-        return self.optimizer.is_plain_sgd() and self.padded_batch(rows) <= ROWS
+        rule = self.optimizer.step_rule(1.0)
+        keeps = rule is None or (rule.momentum and "optimizer" in self.keep)
+        return not keeps and self.padded_batch(rows) <= ROWS
 
-    def _batches(
-        self, lanes: ClientBatch, memory: Tensors, key: Key, task: Task, steps_each: int | None
-    ) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    def _batches(self, lanes: ClientBatch, memory: Tensors, key: Key, task: Task, steps_each: int | None) -> Batches:
         """Places of rows `[k, B]` and counts of each step, for the k lanes that still train, always the first k.
 
         Each lane has its own position in its own pass, so its draws do not depend on the number of batches of others.
         """
         width, rows = self.padded_batch(lanes.sizes[0]), lanes.rows
         lengths, joined = lengths_of(rows, self.batch, task.couples)
-        steps = lengths * self.epochs if self.epochs else torch.full_like(lengths, steps_each or 0)
-        steps = self._done(steps, lanes.share)
+        steps = self._steps_of(lengths, lanes.share, steps_each)
         keeps_order = "order" in self.keep
         # The key of a repeated start draws another order; a kept order continues at its place.
         draw = Key(key.seed).fold("kept order") if keeps_order else key.fold("order")

@@ -118,8 +118,10 @@ class OptimizerBase(Optimizer):
             (tensor([0.8000]), {})
         """
         memory = _memory(state)
-        if self.is_plain_sgd():  # the rule of most servers; it needs no stepper
-            room, rate = empty(theta, theta.shape), self.schedule(round, memory)
+        rate = self.schedule(round, memory)
+        rule = self.step_rule(rate)
+        if rule is not None and rule.plain:  # the rule of most servers; it needs no stepper
+            room = empty(theta, theta.shape)
             step = torch.add(theta.detach(), g.to(theta.dtype), alpha=-rate, out=room)
             return step, _named(self.schedule.observe(memory, sums["loss"]) if "loss" in sums else memory)
         theta = theta.detach().clone(memory_format=torch.contiguous_format)
@@ -128,7 +130,7 @@ class OptimizerBase(Optimizer):
             for name, value in state.items()
             if not name.startswith(_LR)
         }
-        self.stepper(theta, after, self.schedule(round, memory)).step(g.to(theta.dtype))
+        self.stepper(theta, after, rate).step(g.to(theta.dtype))
         if "loss" in sums:
             memory = self.schedule.observe(memory, sums["loss"])
         return theta, {**after, **_named(memory)}

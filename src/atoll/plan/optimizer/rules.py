@@ -18,6 +18,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.validation import bounded_number, repaired
+from atoll.compute.step_rule import StepRule
 from atoll.plan.optimizer.base import STEP, Counters, Inner, LaneGroup, OptimizerBase
 from atoll.plan.schedule import Schedule
 
@@ -104,8 +105,8 @@ class sgd(OptimizerBase):
     def per_lane(self) -> Counters:
         return STEP if self.momentum else {}
 
-    def is_plain_sgd(self) -> bool:
-        return not (self.momentum or self.weight_decay)
+    def step_rule(self, lr: float) -> StepRule | None:
+        return None if self.dampening else StepRule(lr, self.momentum, self.nesterov, self.weight_decay)
 
     def in_place(self) -> bool:
         return not (self.weight_decay or self.nesterov)
