@@ -104,10 +104,10 @@ class Federation:
         out = self.run("invite", *names, "--home", self.home, "--json")
         self.tokens = [json.loads(line)["token"] for line in out.splitlines()]
 
-    def join(self, client, *flags, token=True, failpoint=None):
+    def join(self, client, *flags, token=True, failpoint=None, data=("digits", "--seat")):
         words = [self.tokens[client]] if token else []
         made = self.start(
-            "join", *words, "--home", self.folder / f"site-{client}", "--data", "digits", "--seat", "--once", "--json",
+            "join", *words, "--home", self.folder / f"site-{client}", "--data", *data, "--once", "--json",
             *flags, failpoint=failpoint,
         )  # fmt: skip
         self.clients[client] = made

@@ -35,6 +35,7 @@ def serve(
         str | None, flag(RUNNING, "HOST:PORT. Default: that of the last start, else 127.0.0.1:0.")
     ] = None,
     name: Annotated[list[str] | None, flag(RUNNING, "A host name of this server for its certificate.")] = None,
+    schema: Annotated[str | None, flag(RUNNING, "An input.json, if this server has no rows. Not with --data.")] = None,
     min_clients: Annotated[int, flag(RUNNING, "Clients that an open run waits for. Default: 2.")] = 2,
     drain: Annotated[float, flag(RUNNING, "Seconds in which clients may leave at the end. Default: 30.")] = 30.0,
     window: Annotated[str, flag(RUNNING, "Bytes of large messages in flight. Default: 256 MiB.")] = "256MiB",
@@ -53,13 +54,21 @@ def serve(
 
     check_extra()
     net, own = _split(flags)
-    given = experiment is not None or any(value is not None for value in vars(own).values())
+    if schema is not None and getattr(own, "data", None) is not None:
+        raise UsageError(
+            "--schema with --data.",
+            "one of them.",
+            "--schema is for a server without rows; --input reads the rows of --data by an input.json.",
+            f"--input {schema}",
+        )
+    given = schema is not None or experiment is not None or any(value is not None for value in vars(own).values())
     _refuse_wildcard(listen)
     spec = Server(
         home,
         listen,
         tuple(name or ()),
         min_clients=min_clients,
+        schema=schema,
         window=_size(window),
         drain=drain,
         **_net_settings(net),
@@ -193,7 +202,8 @@ def join_command(
     /,
     *,
     home: Home,
-    data: Annotated[str, flag(RUNNING, "The rows of this site, in every form of atoll run --data.")],
+    data: Annotated[str, flag(RUNNING, "The rows of this site: a table, a folder of arrays, or my_site.py:function.")],
+    by: Annotated[str | None, flag(RUNNING, "The column of clients, if the run scales each client by itself.")] = None,
     seat: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
         help="Rehearsal: hold this client's part of the run's split of a known data set.")] = False,
     device: Annotated[str, flag(RUNNING, "cpu, cuda, cuda:1 or auto. Default: cpu.")] = "cpu",
@@ -220,7 +230,7 @@ def join_command(
     text = sys.stdin.readline().strip() if token == "-" else token
     own = _mapped([*(model_as or []), *(part or [])])
     return join_federation(
-        text, Path(home), data, seat=seat, device=device, own=own, once=once, notify=Printer(as_json)
+        text, Path(home), data, seat=seat, by=by, device=device, own=own, once=once, notify=Printer(as_json)
     )
 
 

@@ -19,6 +19,7 @@ from msgspec import structs
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Line
 from atoll.base.random import Key
 from atoll.data.clients import Clients
 from atoll.data.input import Input, InputTarget
@@ -84,8 +85,35 @@ class Schema:
             data.vocab,
             data.held_out,
             data.notes,
-            data.input,
+            data.input or data.described(),  # from the rows: intensities are not known without them
         )
+
+    @classmethod
+    def of_input(cls, given: Input, name: str = "schema") -> Self:
+        """The schema of an input, for a server that has no row.
+
+        Args:
+            given: the input that all sites share.
+            name: the name of the data in reports.
+        Raises:
+            UsageError: the target has several classes in one row, whose shape an input does not state.
+        Example:
+            >>> from atoll.data import load
+            >>> Schema.of_input(load("wine").split(3).input).features
+            (13,)
+        """
+        if given.kind not in ("classification", "regression") or (given.kind != "regression" and not given.classes):
+            raise UsageError(
+                f"The input has a target of the kind {given.kind!r} with several classes in one row.",
+                "one class in each row, or numbers.",
+                "an input does not state the shape of such a target.",
+                Line(shell="atoll serve --data corpus"),
+            )
+        target = (given.outputs,) if given.kind == "regression" and given.outputs > 1 else ()
+        x = "int64" if given.tokens is not None else "float64" if given.columns else "float32"
+        y = "float64" if given.kind == "regression" else "int64"
+        columns = given.names or None
+        return cls(name, given.kind, given.features, given.classes, columns, target, (x, y), given.tokens, input=given)
 
     def described(self, dtype: str = "float32") -> Input:
         """Return the map from a user's rows to the tensors.

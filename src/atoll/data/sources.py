@@ -157,7 +157,7 @@ class Source:
         if input is not None:
             given = input if isinstance(input, Input) else Input.read(input)
             with user_scope(Key(seed).fold("split")):
-                return self._read_as(given)._split(clients, partition, held_out, seed, min_rows, given)
+                return self.read_as(given)._split(clients, partition, held_out, seed, min_rows, given)
         rule = held_out_rule(held_out, len(self))
         with user_scope(Key(seed).fold("split")):
             return self._without(rule)._split(clients, partition, rule, seed, min_rows, None)
@@ -311,6 +311,10 @@ class Source:
             it = structs.replace(it, target=target)
         return it
 
+    def scaled_rows(self, it: Input) -> Rows:
+        """The rows as a model takes them: filled and scaled by the statistics of an input."""
+        return self._prepared(self.rows, self.by, it) or self.rows
+
     def _prepared(self, rows: Rows | None, by: Tensor | None, it: Input | None) -> Rows | None:
         """The rows as the model takes them: filled and scaled by the statistics of an input."""
         if rows is None or it is None:
@@ -339,7 +343,7 @@ class Source:
                     Change("scale", "standard"),
                 )
 
-    def _read_as(self, given: Input) -> Source:
+    def read_as(self, given: Input) -> Source:
         """The source with the columns, levels and classes of another input.
 
         Raises:
@@ -365,7 +369,7 @@ class Source:
                     f"The class {missing[0]!r} is not in the input.", f"the classes {', '.join(given.classes)}."
                 )
             y = torch.tensor([given.classes.index(name) for name in self.classes])[y]
-        if self.cells is None:
+        if self.cells is None or not given.columns:
             difference = "" if given.features == self.features else f"{self.features}, and not {given.features}"
             if given.columns or difference:
                 raise UsageError(

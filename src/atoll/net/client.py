@@ -352,13 +352,12 @@ class _Channel:
         except RefusedError as error:
             await self._refuse(None, error)
             return
-        await self._send(wire.Ready(message.input.hash, rows, 0))
+        await self._send(wire.Ready(message.input.hash, *rows))
 
     async def _refuse(self, work: bytes | None, error: RefusedError) -> None:
-        reason = "\n".join(filter(None, (error.given, error.required and f"Required: {error.required}")))
         self.notify({"event": "refusal", "code": error.code, "reason": str(error)})
         code: Any = error.code
-        await self._send(wire.Refusal(work, code, _plain(reason)))
+        await self._send(wire.Refusal(work, code, _plain(error.public)))
 
     async def _work(self, work: wire.Work) -> None:
         """Compute a piece of work and send the result."""

@@ -38,7 +38,7 @@ from atoll.net.home import ServerHome
 from atoll.net.server import Listener
 from atoll.net.spec import Server
 from atoll.net.store import Accepted
-from atoll.net.terms import Rehearsal, Terms, layout_hash, plan_text
+from atoll.net.terms import Terms, layout_hash, plan_text
 from atoll.plan.form import MessageError
 from atoll.plan.in_flight import Flight
 from atoll.plan.message import MessageForm
@@ -125,9 +125,8 @@ class ServerEngine(Engine):
         """Listen for clients. The run begins with `begin`."""
         self.task = task
         database, spec = self.home.database, self.spec
-        seats = spec.split is not None and spec.clients is not None
-        rehearsal = Rehearsal(spec.held_out, spec.min_rows) if seats else None
-        self._terms = Terms.of(task, Schema.of(data), self._options.model, rehearsal).encode()
+        share = spec.held_out, spec.min_rows, spec.seed
+        self._terms = Terms.of(task, Schema.of(data), self._options.model, *share).encode()
         epoch = database.begin_epoch(int(time.time()))
         open_run = spec.clients is None
         absent = spec.absent_s if spec.absent_s is not None or not open_run else 0.0

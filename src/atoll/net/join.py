@@ -6,15 +6,13 @@ Tests: tests/faults/test_rehearsal.py
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import signal
 import threading
 from collections import deque
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from atoll.base import grammar
 from atoll.base.errors import RunError, UsageError
@@ -23,7 +21,10 @@ from atoll.compute.device import resolve_device
 from atoll.data import load
 from atoll.data import partition as partitions
 from atoll.data.clients import Clients
+from atoll.data.input import Input
+from atoll.data.named import NAMED
 from atoll.data.schema import Schema
+from atoll.data.site_rows import site_rows
 from atoll.net import identity, wire
 from atoll.net.client import Client, Ended, Membership, Notify, enrol, pause
 from atoll.net.site import Loader, MemoryChain, Site
@@ -40,6 +41,7 @@ def join_federation(
     data: str,
     *,
     seat: bool = False,
+    by: str | None = None,
     device: str = "cpu",
     own: Own | None = None,
     once: bool = False,
@@ -50,8 +52,9 @@ def join_federation(
     Args:
         token: the text of the token; None: the home is enrolled.
         home: the folder of the site.
-        data: the rows of the site.
+        data: the rows of the site: a name, a file, a folder of arrays, or `my_site.py:function`.
         seat: whether the client holds its part of the run's split.
+        by: the column that names the client of each row, if the run scales each client by its own statistics.
         device: the device of the site.
         own: the site's own code by name.
         once: whether to end with the run.
@@ -62,10 +65,11 @@ def join_federation(
         UsageError: the home, the token or the data is not valid.
         RunError: another certificate authority answers.
     """
+    loader = _seated(data) if seat else own_rows(data, by)
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = claim_home(home)
     try:
-        return asyncio.run(_join(token, home, _loader(data, seat), device, own or {}, once, notify))
+        return asyncio.run(_join(token, home, loader, device, own or {}, once, notify))
     finally:
         lock.close()
 
@@ -120,33 +124,65 @@ async def _member(token: str | None, home: Path, notify: Notify) -> Membership:
     return await enrol(found, home, notify)
 
 
-def _loader(data: str, seat: bool) -> Loader:
-    """The function that reads the rows of a site for the terms of a run."""
+def _seated(data: str) -> Loader:
+    """The function that returns the part of a client of the run's split of a known data set."""
 
-    def seated(terms: Terms, place: wire.Seat | None, client: int) -> tuple[Schema, Clients]:
-        if place is None or terms.rehearsal is None:
+    def read(terms: Terms, place: wire.Seat | None, client: int) -> Clients:
+        if place is None:
             raise RefusedError(
                 "data", "The run has no seats.", "a closed run of a known data set, or data of the site."
             )
-        partition = grammar.parse(place.split, partitions.PARTITIONS)
-        settings = terms.rehearsal
         whole = load(data).split(
-            place.clients, partition, held_out=settings.held_out, seed=int(place.seed), min_rows=settings.min_rows
+            place.clients,
+            grammar.parse(place.split, partitions.PARTITIONS),
+            held_out=terms.held_out,
+            seed=int(place.seed),
+            min_rows=terms.min_rows,
         )
-        return Schema.of(whole), whole.seated(client)
+        different = Schema.of(whole).differs(Schema.read(terms.schema))
+        if different:
+            name, ours, theirs = different
+            raise RefusedError("input", f"The {name} of this data is {ours!r:.200}.", f"{theirs!r:.200}, as the run.")
+        return whole.seated(client)
 
-    def own_rows(terms: Terms, place: wire.Seat | None, client: int) -> tuple[Schema, Clients]:
-        whole = load(data).split(1, partitions.IID(), held_out=0)
-        return Schema.of(whole), _renumbered(whole, client)
-
-    return seated if seat else own_rows
+    return read
 
 
-def _renumbered(data: Clients, client: int) -> Clients:
-    """The rows of a site under the number that it has in the federation."""
-    offsets = torch.zeros(client + 2, dtype=torch.int64)
-    offsets[-1] = len(data.order)
-    return replace(data, offsets=offsets, names=None)
+def own_rows(data: str, by: str | None = None) -> Loader:
+    """The function that reads the rows of a site by the `Input` of a run.
+
+    Args:
+        data: a name, a file, a folder of arrays, or `my_site.py:function`; without a function it is `data`.
+        by: as in `join_federation`.
+    Raises:
+        UsageError: there is no such file.
+    """
+    path, _, function = data.partition(".py:") if ".py:" in data else (data.removesuffix(".py"), "", "data")
+    code = Path(f"{path}.py") if data.endswith(".py") or ".py:" in data else None
+    if code is not None and not code.is_file():
+        raise UsageError(f"There is no file {code}.", "the file of the function that returns the rows.")
+    if code is None and data not in NAMED and "*" not in data and not Path(data).exists():
+        known = f"a file, a folder of arrays, my_site.py:function, or one of {', '.join(NAMED)}."
+        raise UsageError(f"There is no data {data!r}.", known, write="--data site.csv")
+
+    def read(terms: Terms, place: wire.Seat | None, client: int) -> Clients:
+        given = Input.decode(terms.input.encode(), "The input of the run")
+        rows: Any = data if code is None else _call(code, function)
+        try:
+            return site_rows(rows, given, client, held_out=terms.held_out, seed=int(terms.seed), by=by)
+        except UsageError as error:
+            public = "The data of the site does not fit the input of the run; the site has the column and the row."
+            raise RefusedError("input", error.given, error.required, error.why, error.write, public) from error
+
+    return read
+
+
+def _call(code: Path, function: str) -> Any:
+    """The result of a function in a file of the site."""
+    spec = importlib.util.spec_from_file_location(code.stem, code)
+    module = importlib.util.module_from_spec(required(spec, "module"))
+    required(required(spec, "module").loader, "loader").exec_module(module)
+    return getattr(module, function)()
 
 
 def site_status(home: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@
     home/memory                                        client state after its last settled work
     home/prepared/NUMBER-WORK                          messages that no committed round contains yet, in order
     home/ledger.jsonl                                  every message that was sent
+    home/data.json                                     the run of the rows, and their fingerprint
     home/runs/                                         the final models
 
 A prepared message and its next memory are one file, which is written and synced before the message is sent. `settle`
@@ -37,7 +38,6 @@ from atoll.compute.batches import OnStep
 from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.data.schema import Schema
 from atoll.engine.choose_backend import choose
 from atoll.engine.contribution import encode_contribution
 from atoll.engine.inprocess import threads_for
@@ -51,7 +51,7 @@ from atoll.plan.state import unpack_broadcast
 _COMPUTING = threading.Lock()  # sites in one process share torch's global generators
 _LIGHT = 8  # messages that stay in memory if the plan has no client memory
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "I64": torch.int64}
-Loader = Callable[[Terms, Seat | None, int], tuple[Schema, Clients]]
+Loader = Callable[[Terms, Seat | None, int], Clients]
 
 
 class Prepared(NamedTuple):
@@ -187,8 +187,8 @@ class Site:
 
     Args:
         home: the folder of the site.
-        load: returns the schema of the data and the rows of the client, for the terms of a run, its seat and its
-            number. The client has this number in the rows.
+        load: returns the rows of the client, for the terms of a run, its seat and its number. The client has this
+            number in the rows.
         own: the site's own code by name.
         device: the device of the site.
     """
@@ -203,8 +203,8 @@ class Site:
         self._tasks: dict[tuple[str, str], Task] = {}
         self._plans: dict[str, tuple[Plan, MessageForm]] = {}
 
-    def enter(self, client: int, run: str, terms: bytes, seat: Seat | None) -> int:
-        """Take part in a run. Returns the number of train rows.
+    def enter(self, client: int, run: str, terms: bytes, seat: Seat | None) -> tuple[int, int]:
+        """Take part in a run. Returns the numbers of train rows and of held-out rows.
 
         Raises:
             RefusedError: the site's code or data do not fit the terms.
@@ -214,23 +214,32 @@ class Site:
         if self.terms != found or self.client != client:
             self._task, self._tasks, self._plans = found.task(self._device, self._own), {}, {}
             try:
-                schema, data = self._load(found, seat, client)
+                data = self._load(found, seat, client)
             except RefusedError:
                 raise
             except Exception as error:
-                raise RefusedError("data", f"The data cannot be read: {error}") from error
-            self._check(Schema.read(found.schema), schema, data, client)
+                public = "The data of the site cannot be read."
+                raise RefusedError("data", f"The data cannot be read: {error}", public=public) from error
+            self._check(run, found, data, client)
             self.terms, self.data, self.client = found, data, client
-        return int(required(self.data, "data").sizes[client])
+        rows = required(self.data, "data")
+        return int(rows.sizes[client]), 0 if rows.held_out is None else len(rows.held_out)
 
-    def _check(self, wanted: Schema, given: Schema, data: Clients, client: int) -> None:
-        """Refuse rows that differ from the schema of the run, and a client without rows."""
-        different = given.differs(wanted)
-        if different:
-            name, ours, theirs = different
-            raise RefusedError("input", f"The {name} of this data is {ours!r:.200}.", f"{theirs!r:.200}, as the run.")
-        if not int(data.sizes[client]):
-            raise RefusedError("rows", "The data has no train row.", "at least one row.")
+    def _check(self, run: str, terms: Terms, data: Clients, client: int) -> None:
+        """Refuse a client with too few rows, and other rows than those with which it began the run."""
+        rows, path = int(data.sizes[client]), self.home / "data.json"
+        if rows < terms.min_rows:
+            raise RefusedError("rows", f"The data has {rows} train rows.", f"at least {terms.min_rows}.")
+        facts = {"run": run, "fingerprint": data.fingerprint()}
+        before = json.loads(path.read_bytes()) if path.exists() else {}
+        if before.get("run") == run and before != facts:
+            raise RefusedError(
+                "changed",
+                "The rows of this site differ from those with which it began the run.",
+                "the same rows until the run ends.",
+                "the work of earlier rounds belongs to these rows.",
+            )
+        atomic_write(path, json.dumps(facts).encode(), 0o600)
 
     def compute(self, work: Work, model: bytes, fixed: bytes | None, on_step: OnStep | None = None) -> Prepared:
         """Compute a piece of work, or return the prepared message of the same work.

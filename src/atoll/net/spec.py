@@ -35,8 +35,10 @@ class Server(grammar.Value, EngineSpec):
         share: whether the clients receive the final model.
         drain: the seconds in which the clients may leave at the end.
         split: the partition of a known data set, if the clients take their seats of it.
-        seed: the seed of that split.
-        held_out, min_rows: the fraction of held-out rows of that split, and the smallest number of rows of a client.
+        seed: the seed of that split, and of the held-out rows of a site.
+        held_out, min_rows: the fraction of held-out rows of the split and of a site, and the smallest number of train
+            rows of a client.
+        schema: the path of an `input.json`, if the server has no rows; None: the server's data gives the input.
     Raises:
         UsageError: a number is out of range.
     Example:
@@ -59,6 +61,7 @@ class Server(grammar.Value, EngineSpec):
     seed: int = 0
     held_out: float = 0.2
     min_rows: int = 2
+    schema: str | None = None
 
     def __post_init__(self) -> None:
         low = {"clients": 1, "min_clients": 1, "max_rows": 1, "window": 1 << 16, "absent_s": 0, "drain": 0}

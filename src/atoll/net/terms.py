@@ -32,18 +32,21 @@ Own = Mapping[str, Callable[..., Any]]
 
 
 class RefusedError(UsageError):
-    """A site does not compute work; `code` is the code of the `Refusal`."""
+    """A site does not compute work.
 
-    def __init__(self, code: str, given: str, required: str = "", why: str = "", write: Write = "") -> None:
+    Args:
+        code: the code of the `Refusal`.
+        given, required, why, write: the parts of the error.
+        public: the reason that the server receives, without values of rows; None: `given` and `required`.
+    """
+
+    def __init__(
+        self, code: str, given: str, required: str = "", why: str = "", write: Write = "", public: str | None = None
+    ) -> None:
         super().__init__(given, required, why, write)
         self.code = code
-
-
-class Rehearsal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The settings of a split that a `Seat` does not contain."""
-
-    held_out: Annotated[float, Meta(ge=0, lt=1)]
-    min_rows: Annotated[int, Meta(ge=1)]
+        reason = "\n".join(filter(None, (given, required and f"Required: {required}")))
+        self.public = reason if public is None else public
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,18 +54,24 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         schema: the text of a `Schema`.
+        input: the JSON of the `Input`.
         model, loss, metrics: names; a site maps a name that is not atoll's own to its own code.
         dtype, precision: as in `atoll.Settings`.
-        rehearsal: settings of the split, if sites take their seats of a known data set.
+        held_out: the fraction of its rows that a site holds out.
+        min_rows: the least number of train rows of a site.
+        seed: the seed of the draw of held-out rows, in decimal digits.
     """
 
     schema: str
+    input: str
     model: Annotated[str, Meta(max_length=200)]
     loss: Annotated[str, Meta(max_length=200)]
     metrics: Annotated[tuple[Annotated[str, Meta(max_length=200)], ...], Meta(max_length=64)]
     dtype: Literal["float32", "float64"]
     precision: Literal["full", "bf16"]
-    rehearsal: Rehearsal | None = None
+    held_out: Annotated[float, Meta(ge=0, lt=1)] = 0.2
+    min_rows: Annotated[int, Meta(ge=1)] = 2
+    seed: Annotated[str, Meta(pattern=r"\A-?[0-9]{1,40}\Z")] = "0"
 
     def encode(self) -> bytes:
         """The terms as JSON. Equal terms have equal bytes."""
@@ -81,14 +90,16 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise RefusedError("input", "The terms of the run cannot be read.", "terms of this version.") from None
 
     @classmethod
-    def of(cls, task: Task, schema: Schema, model: str | None, rehearsal: Rehearsal | None = None) -> Terms:
+    def of(
+        cls, task: Task, schema: Schema, model: str | None, held_out: float = 0.2, min_rows: int = 2, seed: int = 0
+    ) -> Terms:
         """The terms of a task.
 
         Args:
             task: the task of the server.
             schema: the schema of the data.
             model: the name of the model; None: it was built from an object.
-            rehearsal: settings of the split, if sites take their seats of a known data set.
+            held_out, min_rows, seed: as in the terms.
         Raises:
             UsageError: the model, the loss or a metric has no name.
         """
@@ -104,7 +115,8 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         metrics = tuple(metric.name for metric in task.metrics)
         dtype: Any = str(task.layout.dtype).removeprefix("torch.")
         precision: Any = task.precision
-        return cls(schema.text(), model, loss, metrics, dtype, precision, rehearsal)
+        given = schema.described(dtype).encode().decode()
+        return cls(schema.text(), given, model, loss, metrics, dtype, precision, held_out, min_rows, str(seed))
 
     def task(self, device: torch.device, own: Own) -> Task:
         """Build the task at a site.

@@ -368,12 +368,8 @@ class Experiment(grammar.Value, TrainingFields):
             changes["input"] = str((self._input() or Path(self.input)).resolve())
         if self.dataset not in NAMED and Path(self.dataset).exists():
             changes["dataset"] = str(Path(self.dataset).resolve())
-        kind = self.source.kind
         classes = self.source.classes is not None
-        if self.model is None:
-            changes["model"] = "lstm" if kind == "tokens" else "mlp"
-        if self.recipe is None:
-            changes["recipe"] = RECIPE if classes else REGRESSION_RECIPE
+        changes |= self.method(self.source.kind, classes)
         if self.split is None:
             natural = self.source.by is not None
             changes["split"] = "ByColumn()" if natural else "Dirichlet(0.3)" if classes else "IID()"
@@ -382,6 +378,16 @@ class Experiment(grammar.Value, TrainingFields):
         it = self._to(**changes)
         it.__dict__["source"] = self.source
         return it
+
+    def method(self, kind: str, classes: bool) -> dict[str, str]:
+        """The model and the recipe that a kind of data determines, if they are not set.
+
+        Args:
+            kind: the kind of the target.
+            classes: whether rows have classes.
+        """
+        changes = {} if self.model is not None else {"model": "lstm" if kind == "tokens" else "mlp"}
+        return changes if self.recipe is not None else {**changes, "recipe": RECIPE if classes else REGRESSION_RECIPE}
 
     def _count(self, partition: Partition) -> int:
         """The default number of clients."""

@@ -6,6 +6,7 @@ Tests: tests/faults/test_rehearsal.py
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 from collections.abc import Sequence
@@ -14,9 +15,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.lines import Change
 from atoll.base.validation import required
+from atoll.data.input import Input
+from atoll.data.rows import ArrayRows, draws_in
+from atoll.data.schema import Schema
+from atoll.net.spec import Server
 from atoll.plan.round import Report
 from atoll.runs.events import Observer, Run
 from atoll.training.experiment import Experiment
@@ -27,7 +34,9 @@ from atoll.training.train import run_rounds
 if TYPE_CHECKING:
     from atoll.net.client import Notify
     from atoll.net.engine import ServerEngine
-    from atoll.net.spec import Server
+
+_COPIED = 1 << 26  # numbers of held-out rows that are copied, so that no train row stays in memory
+_OWN = {f.name for f in fields(Server)} - {"home", "listen", "hosts", "drain"}
 
 
 class _Rows:
@@ -87,9 +96,8 @@ def serve_run(
     home = Path(spec.home)
     open_run = unfinished(home)
     it, spec = _chosen(it, spec, open_run, home, trust)
-    it = it.resolved()
     settings = it.check(engine=spec)
-    training = Training(it._model(), it.data(), it.plan(), settings)
+    training = Training(it._model(), _schema(it, spec), it.plan(), settings)
     engine: Any = training.engine
     try:
         return _serve(it, training, engine, open_run, notify, observers)
@@ -174,11 +182,11 @@ def _chosen(
                 "each site holds out its own rows by a random draw.",
                 Change("held_out", 0.2),
             )
-        whole = it.resolved()
-        return it, replace(
+        whole = _resolved(it, spec)
+        return whole, replace(
             spec,
             clients=it.clients,
-            split=whole.split if it.clients is not None else None,
+            split=whole.split if it.clients is not None and spec.schema is None else None,
             seed=it.seed,
             held_out=it.held_out,
             min_rows=it.min_rows,
@@ -186,18 +194,45 @@ def _chosen(
     name, net = open_run
     config = home / "runs" / name
     stored = Experiment.read(config, trust=trust)
-    if it is not None and it.resolved() != stored:
-        ours = vars(it.resolved())
-        changed = [f.name for f in fields(stored) if vars(stored)[f.name] != ours[f.name]]
+    kept: dict[str, Any] = {n: v for n, v in net.items() if n in _OWN}
+    if kept.get("schema"):  # the file may have moved; the folder of the run has its content
+        kept["schema"] = str(config / "input.json")
+        stored = stored.override(data=kept["schema"])
+    given = None if it is None else _resolved(it, spec)
+    if given is not None and spec.schema is not None and kept.get("schema"):
+        given = given.override(data=kept["schema"])  # the inputs are compared when the run is read
+    if given is not None and given != stored:
+        changed = [f.name for f in fields(stored) if vars(stored)[f.name] != vars(given)[f.name]]
         raise UsageError(
             f"The run {name} of {home} is not finished, and {', '.join(changed)} differ from it.",
             "the settings with which it began.",
             "a federation trains runs one after the other, and a changed run would have the bits of neither.",
             f"atoll serve --home {home}",
         )
-    own = {f.name for f in fields(spec)} - {"home", "listen", "hosts", "drain"}
-    kept: dict[str, Any] = {n: v for n, v in net.items() if n in own}
     return stored, replace(spec, **kept)
+
+
+def _resolved(it: Experiment, spec: Server) -> Experiment:
+    """The experiment with the settings that depend on the data. With an input in place of data they depend on it."""
+    if spec.schema is None:
+        return it.resolved()
+    path = Path(spec.schema).resolve()
+    given = Input.read(path)
+    return it.override(data=str(path), **it.method(given.kind, given.classes is not None))
+
+
+def _schema(it: Experiment, spec: Server) -> Schema:
+    """The input and the held-out rows of the server. No train row is kept."""
+    if spec.schema is not None:
+        path = Path(spec.schema)
+        return Schema.of_input(Input.read(path), path.stem)
+    schema = Schema.of(it.data())
+    it.__dict__.pop("source", None)  # all rows
+    held = schema.held_out
+    if held is None or draws_in(held) or len(held) * math.prod(schema.features) > _COPIED:
+        return schema
+    x, y = held.take(torch.arange(len(held)))
+    return replace(schema, held_out=ArrayRows(x, y, schema.kind == "regression"))
 
 
 class _Terminated:
