@@ -19,9 +19,12 @@ from atoll.compute.loss import (
     LOSSES,
     binary_cross_entropy,
     cross_entropy,
+    huber,
     loss_of,
     mae,
     mse,
+    poisson,
+    quantile,
     values_of,
 )
 from atoll.compute.metrics import Metric, named_metric
@@ -34,6 +37,9 @@ TORCH = {
     mse: lambda o, y: F.mse_loss(o, y, reduction="none"),
     mae: lambda o, y: F.l1_loss(o, y, reduction="none"),
     binary_cross_entropy: lambda o, y: F.binary_cross_entropy_with_logits(o, y, reduction="none"),
+    huber(0.7): lambda o, y: F.huber_loss(o, y, reduction="none", delta=0.7),
+    poisson: lambda o, y: F.poisson_nll_loss(o, y, log_input=True, full=False, reduction="none"),
+    quantile(0.9): lambda o, y: torch.where(y > o, 0.9 * (y - o), 0.1 * (o - y)),
 }
 
 

@@ -163,7 +163,7 @@ def _predict_batch(predictor: Predictor, request: Request, batch: RowBatch, seen
     seen.rows += len(x)
     if y is not None:
         seen.tally.add(out, y, clients)
-    columns: list[Any] = [it.words(out)]
+    columns: list[Any] = [predictor.words(out)]
     if request.proba:
         columns += list(it.probabilities(out).numpy().T)
     return columns

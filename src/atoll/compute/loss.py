@@ -18,6 +18,7 @@ from torch.nn.modules.loss import _Loss
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.grammar import Value, parse
 from atoll.base.lines import Change
+from atoll.base.validation import bounded_number, check_fields
 from atoll.compute.shapes import aligned, check_output, class_axis, labelled_means, row_means, same_axes
 from atoll.data.rows import IGNORED
 
@@ -119,6 +120,81 @@ def mae(output: Tensor, y: Tensor) -> Tensor:
     return row_means((aligned(output, y) - y).abs())
 
 
+def poisson(output: Tensor, y: Tensor) -> Tensor:
+    """Compute exp(output) − y · output, one value per row `[B]`: −log of a Poisson likelihood, without log y!.
+
+    The output is the logarithm of the rate. Predictions, and all metrics except `poisson_deviance`, use the rate.
+
+    Args:
+        output: logarithms of rates, in the shape of `y` up to axes of length 1.
+        y: counts, or other numbers ≥ 0, `[B]` or `[B, n]`.
+    Example:
+        >>> poisson(torch.tensor([[0.0]]), torch.tensor([2.0]))
+        tensor([1.])
+    """
+    log_rate = aligned(output, y)
+    return row_means(log_rate.exp() - y * log_rate)
+
+
+@dataclass(frozen=True, repr=False)
+class huber(Value):
+    """The loss ½ e² for |e| ≤ δ, and δ (|e| − ½ δ) beyond, of e = output − y: one value per row `[B]`.
+
+    Args:
+        delta: δ, in the units of the loss, > 0. If the target is scaled, this is its standard deviation.
+    Example:
+        >>> huber(delta=1.0)(torch.tensor([[3.0], [0.5]]), torch.tensor([0.0, 0.0]))
+        tensor([2.5000, 0.1250])
+
+    Reference: Huber, Robust Estimation of a Location Parameter, 1964.
+    """
+
+    delta: float = bounded_number(1.0, above=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __call__(self, output: Tensor, y: Tensor) -> Tensor:
+        """The loss of each row.
+
+        Args:
+            output: predictions, in the shape of `y` up to axes of length 1.
+            y: targets `[B]` or `[B, n]`.
+        """
+        error = (aligned(output, y) - y).abs()
+        beyond = self.delta * (error - 0.5 * self.delta)
+        return row_means(torch.where(error <= self.delta, 0.5 * error.square(), beyond))
+
+
+@dataclass(frozen=True, repr=False)
+class quantile(Value):
+    """The loss max(q e, (q − 1) e) of e = y − output, one value per row `[B]`. Its best constant is the q-quantile.
+
+    Args:
+        q: the probability, in (0, 1).
+    Example:
+        >>> quantile(0.9)(torch.tensor([[0.0], [0.0]]), torch.tensor([1.0, -1.0]))
+        tensor([0.9000, 0.1000])
+
+    Reference: Koenker and Bassett, Regression Quantiles, 1978.
+    """
+
+    q: float = bounded_number(0.5, above=0, below=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __call__(self, output: Tensor, y: Tensor) -> Tensor:
+        """The loss of each row.
+
+        Args:
+            output: predictions, in the shape of `y` up to axes of length 1.
+            y: targets `[B]` or `[B, n]`.
+        """
+        error = y - aligned(output, y)
+        return row_means(torch.maximum(self.q * error, (self.q - 1) * error))
+
+
 def single_logit(output: Tensor, y: Tensor) -> bool:
     """Whether the output has one number for each target: the shapes differ at most by axes of length 1."""
     return output.dim() > 0 and same_axes(output.shape, y.shape)
@@ -168,16 +244,40 @@ LOSSES: Mapping[str, PerExample] = {
     "binary_cross_entropy": binary_cross_entropy,
     "mse": mse,
     "mae": mae,
+    "huber": huber(),
+    "poisson": poisson,
+}
+# The constructors of the grammar.
+LOSS_VALUES: Mapping[str, Callable[..., PerExample]] = {
+    "cross_entropy": cross_entropy,
+    "huber": huber,
+    "quantile": quantile,
 }
 
 
 def built_in(loss: PerExample) -> bool:
     """Whether a loss is one of atoll's own, which never draws and never couples rows."""
     loss = loss.loss if isinstance(loss, ClassWeighted) else loss
-    return isinstance(loss, cross_entropy) or loss is mse or loss is mae or loss is binary_cross_entropy
+    return isinstance(loss, (cross_entropy, huber, quantile)) or any(loss is own for own in LOSSES.values())
 
 
-LOSS_VALUES = {"cross_entropy": cross_entropy}  # constructors of the grammar
+def name_of_loss(loss: str | PerExample) -> str:
+    """The text of a loss: its name or its call, from which `loss_of` builds it; `module:name` for other functions.
+
+    Example:
+        >>> name_of_loss(poisson), name_of_loss(quantile(0.9))
+        ('poisson', 'quantile(0.9)')
+    """
+    if isinstance(loss, str):
+        return loss
+    names = [name for name, own in LOSSES.items() if own is loss]
+    kind = loss if hasattr(loss, "__qualname__") else type(loss)
+    return names[0] if names else repr(loss) if built_in(loss) else f"{kind.__module__}:{kind.__qualname__}"
+
+
+def is_named(text: object) -> bool:
+    """Whether a text is a name in `LOSSES`, or a call of a loss of the grammar."""
+    return isinstance(text, str) and (text in LOSSES or text.partition("(")[0] in LOSS_VALUES)
 
 
 def loss_of(loss: str | PerExample) -> PerExample:
@@ -198,7 +298,7 @@ def loss_of(loss: str | PerExample) -> PerExample:
         return LOSSES[loss]
     if "(" in loss:
         return parse(loss, LOSS_VALUES, kind="loss")  # type: ignore[no-any-return]
-    raise unknown_name("loss", loss, LOSSES, lambda near: Change("loss", near))
+    raise unknown_name("loss", loss, (*LOSSES, "quantile(0.9)"), lambda near: Change("loss", near))
 
 
 def axis_of(loss: PerExample) -> int | None:

@@ -101,6 +101,23 @@ class InUnits:
         return values * values.new_tensor(self.spread) + values.new_tensor(self.centre)
 
 
+@dataclass(frozen=True)
+class OfRates:
+    """A function of predictions and targets, for outputs that are logarithms of the predictions.
+
+    Args:
+        fn: the function.
+    Example:
+        >>> OfRates(_absolute)(torch.tensor([[0.0]]), torch.tensor([3.0]))
+        tensor([2.], dtype=torch.float64)
+    """
+
+    fn: Callable[..., Any]
+
+    def __call__(self, output: Tensor, y: Tensor) -> Any:
+        return self.fn(output.double().exp(), y)
+
+
 Sums = Callable[[Tensor, Tensor], Tensor | Counts]
 Finish = Callable[[Tensor, int], "float | Tensor"]
 Whole = Callable[[Tensor, Tensor], float]
@@ -580,8 +597,20 @@ def in_units(metric: Metric, centre: tuple[float, ...], spread: tuple[float, ...
         metric: the metric.
         centre, spread: of each number to predict.
     """
-    sums = None if metric.sums is None else InUnits(metric.sums, centre, spread)
-    over_rows = None if metric.over_rows is None else InUnits(metric.over_rows, centre, spread)
+    return _wrapped(metric, partial(InUnits, centre=centre, spread=spread))
+
+
+def of_rates(metric: Metric) -> Metric:
+    """The metric of a model whose outputs are logarithms of rates: it receives rates.
+
+    `poisson_deviance` is unchanged, since it takes logarithms of rates.
+    """
+    return metric if metric.built_in and metric.name == "poisson_deviance" else _wrapped(metric, OfRates)
+
+
+def _wrapped(metric: Metric, wrap: Callable[[Callable[..., Any]], Any]) -> Metric:
+    sums = None if metric.sums is None else wrap(metric.sums)
+    over_rows = None if metric.over_rows is None else wrap(metric.over_rows)
     return replace(metric, sums=sums, over_rows=over_rows)
 
 

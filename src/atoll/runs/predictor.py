@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.base.errors import UsageError
-from atoll.compute.loss import PerExample, values_of
+from atoll.compute.loss import ClassWeighted, PerExample, poisson, values_of
 from atoll.compute.metrics import Counts, Metric, row_sums, summed
 from atoll.data.arrays import tensor_of
 from atoll.data.cells import Cells, boxed_cells, cells_of, name_of
@@ -50,7 +50,8 @@ class Predictor:
     Args:
         model: the model, in evaluation mode.
         input: the map from rows to tensors, and from outputs to words.
-        loss: the loss, one value for each row.
+        loss: the loss, one value for each row, without class weights; None: unknown, for a run with a loss of the user
+            that is read from its folder.
         metrics: the metrics of `evaluate`.
     Example:
         >>> import atoll
@@ -63,7 +64,7 @@ class Predictor:
 
     model: nn.Module
     input: Input
-    loss: PerExample
+    loss: PerExample | None
     metrics: tuple[Metric, ...] = ()
 
     def prepare(self, x: Any, clients: Any = None) -> Tensor:
@@ -131,7 +132,15 @@ class Predictor:
         Args:
             x, clients: as in `prepare`.
         """
-        return self.input.words(self.output(self.prepare(x, clients)))
+        return self.words(self.output(self.prepare(x, clients)))
+
+    def words(self, output: Tensor) -> Array:
+        """Convert outputs to names of classes, or to numbers in the target's units.
+
+        Args:
+            output: the output of the model, `[rows, …]`; with the loss `poisson` the logarithm of a rate.
+        """
+        return self.input.words(output.double().exp() if self.loss is poisson else output)
 
     def predict_proba(self, x: Any, clients: Any = None) -> Array:
         """Predict the probability of each class, float64 `[rows, classes]`, in the order of `input.classes`.
@@ -226,7 +235,8 @@ class ScoreSums:
         known = it.scaled_target(known).to(output.dtype) if known.is_floating_point() else known
         owner = self._owner(names, len(y))
         self.owners.append(owner)
-        self._add("loss", values_of(self.predictor.loss, output, known).double(), owner)
+        if self.predictor.loss is not None:
+            self._add("loss", values_of(self.predictor.loss, output, known).double(), owner)
         for metric in self.predictor.metrics:
             if metric.sums is not None:
                 rows = row_sums(metric, output, known)
@@ -261,7 +271,7 @@ class ScoreSums:
         owner = torch.cat(self.owners)
         rows = owner.bincount(minlength=len(self.names) + 1)
         rows[0] = len(owner)
-        each = {"loss": self.sums["loss"] / rows}
+        each = {"loss": self.sums["loss"] / rows} if "loss" in self.sums else {}
         whole = (torch.cat([o for o, _ in self.kept]), torch.cat([y for _, y in self.kept])) if self.kept else None
         for metric in self.predictor.metrics:
             if metric.over_rows is not None and whole is not None:
@@ -286,6 +296,7 @@ def _array(x: Any) -> Tensor:
     return x if isinstance(x, Tensor) else tensor_of(np.asarray(x))
 
 
-def predictor_of(model: nn.Module, input: Input, loss: PerExample, metrics: tuple[Metric, ...]) -> Predictor:
+def predictor_of(model: nn.Module, input: Input, loss: PerExample | None, metrics: tuple[Metric, ...]) -> Predictor:
     """Return a predictor of a copy of a model, in evaluation mode."""
+    loss = loss.loss if isinstance(loss, ClassWeighted) else loss
     return Predictor(copy.deepcopy(model).eval(), input, loss, metrics)

@@ -17,7 +17,7 @@ from atoll.base.errors import ClientError, RunError, UsageError
 from atoll.base.intervals import Interval, hanley_mcneil, normal, wilson
 from atoll.base.lines import Change
 from atoll.compute import limits
-from atoll.compute.loss import single_logit
+from atoll.compute.loss import poisson, single_logit
 from atoll.compute.metrics import Counts, Metric, summed
 from atoll.compute.shapes import class_axis
 from atoll.compute.task import Task
@@ -222,6 +222,7 @@ def constant_answer(task: Task, data: Clients, owner: Tensor | None = None) -> H
     x, y = (t.to(task.device) for t in data.example)
     typed = x.to(task.layout.dtype) if x.is_floating_point() else x
     answer = _constant_output(task.output(task.initial(), typed), y, data)
+    answer = answer.clamp(min=1e-30).log() if task.loss is poisson else answer
     scores = RowScores(task, owner, data.count)
     targets = data.held_out.targets()
     for some in targets.split(_CONSTANT_ROWS):

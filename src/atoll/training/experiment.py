@@ -753,7 +753,7 @@ def predictor(path: str | Path, model: Any = None, *, best: bool = False, trust:
         >>> bool(atoll.predictor(run.path).predict(row) == run.predictor.predict(row))
         True
     """
-    from atoll.compute.loss import LOSSES, loss_of
+    from atoll.compute.loss import is_named, loss_of, poisson
     from atoll.compute.metrics import METRICS, metric_of
     from atoll.runs.predictor import predictor_of
     from atoll.training.rounds import LOSSES as BY_KIND
@@ -765,12 +765,15 @@ def predictor(path: str | Path, model: Any = None, *, best: bool = False, trust:
     config = read_toml(folder / "config.toml") or {}
     loss, metrics = config.get("loss"), config.get("metrics")
     binary = found.classes is not None and len(found.classes) == 2 and _width(module, found) == 1
-    name = str(loss) if loss in LOSSES else "binary_cross_entropy" if binary else BY_KIND[found.kind]
+    name = str(loss) if loss is not None else "binary_cross_entropy" if binary else BY_KIND[found.kind]
+    known = is_named(name)
+    name = name if known else BY_KIND[found.kind]
     name = "cross_entropy(axis=-1)" if name == "cross_entropy" else name
     default = metrics_of_kind(found.kind, found.classes)
+    default = ("poisson_deviance", *default) if loss_of(name) is poisson else default
     names = [n for n in metrics if n in METRICS] if isinstance(metrics, list) else default
     each = [metric_of(m, loss_of(name)) for m in metrics_of(names, name, found)]
-    return predictor_of(module, found, loss_of(name), tuple(each))
+    return predictor_of(module, found, loss_of(name) if known else None, tuple(each))
 
 
 def _width(module: nn.Module, found: Input) -> int:

@@ -29,8 +29,8 @@ from atoll.base.random import GeneratorWatch, Key, user_modes, user_scope
 from atoll.compute import limits
 from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.device import check_precision, move_rows
-from atoll.compute.loss import ClassWeighted, PerExample, built_in, loss_of
-from atoll.compute.metrics import Metric, in_units, metric_of
+from atoll.compute.loss import ClassWeighted, PerExample, built_in, loss_of, poisson
+from atoll.compute.metrics import Metric, in_units, metric_of, of_rates
 from atoll.compute.model_state import Model
 from atoll.compute.task import Task
 from atoll.compute.user_code import PASSES, missed_draw
@@ -440,10 +440,14 @@ def _task(model: Any, data: Clients, settings: Settings) -> Task:
     dtype = DTYPES[settings.dtype]
     module = models.resolve(model, data, Key(settings.seed).fold("model"), dtype)
     loss = settings.loss or LOSSES[data.kind]
+    if loss_of(loss) is poisson:
+        _check_counts(data)
     if isinstance(model, str) and ":" not in model and loss == "cross_entropy":
         loss = "cross_entropy(axis=-1)"  # the classes of a named model are on the last axis
     # Settings has put a single metric into a tuple.
-    names = default_metrics(data) if settings.metrics is None else cast("tuple[str | Metric, ...]", settings.metrics)
+    names = (
+        default_metrics(data, loss) if settings.metrics is None else cast("tuple[str | Metric, ...]", settings.metrics)
+    )
     metrics = metrics_of(names, loss, data.described(), _centre(data))
     device = settings.spec.device(settings.device)
     check_precision(settings.precision, settings.dtype, settings.numerics, device)
@@ -474,13 +478,33 @@ def metrics_of_kind(kind: str, classes: Sequence[str] | None) -> tuple[str, ...]
     return (*JUDGES[kind], "auc") if two else JUDGES[kind]
 
 
-def default_metrics(data: Clients) -> tuple[str, ...]:
+def _check_counts(data: Clients) -> None:
+    """Refuse targets that are no numbers of at least 0 in their own units, for the loss `poisson`."""
+    if data.classes is not None:
+        raise UsageError(
+            'loss="poisson" with a target of classes.', "numbers.", "a class has no rate.", Change("task", "regression")
+        )
+    if data.described().target.spread:
+        raise UsageError(
+            'loss="poisson" with a scaled target.',
+            "counts in their own units.",
+            "a scaled count may be negative.",
+            Change("scale_target", "none"),
+        )
+    least = float(data.rows.targets()[data.order].min()) if data.count and in_memory(data.rows) else 0.0
+    if least < 0:
+        raise UsageError(f'loss="poisson", and a target is {least:g}.', "numbers of at least 0.", "a rate is positive.")
+
+
+def default_metrics(data: Clients, loss: str | PerExample) -> tuple[str, ...]:
     """The metrics of a kind of data. The first one selects the best round.
 
     If one class has at least 80 % of the train rows, accuracy is high for a constant answer. The first metric is then
     `auc` for two classes, else `balanced_accuracy`.
     """
     names = metrics_of_kind(data.kind, data.classes)
+    if loss_of(loss) is poisson:
+        return ("poisson_deviance", *names)
     if data.kind != "classification" or data.classes is None:
         return names
     if data.count and in_memory(data.rows):
@@ -613,7 +637,8 @@ def metrics_of(
     """
     centre, spread = input.target.centre, input.target.spread
     if not spread:
-        return tuple(metric_of(m, loss_of(loss), centre=near) for m in metrics)
+        found = tuple(metric_of(m, loss_of(loss), centre=near) for m in metrics)
+        return tuple(map(of_rates, found)) if loss_of(loss) is poisson else found
     return tuple(in_units(metric_of(m, loss_of(loss), centre=centre[0]), centre, spread) for m in metrics)
 
 

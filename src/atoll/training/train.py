@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from atoll import runs
 from atoll.base.errors import UsageError
 from atoll.base.lines import Line
+from atoll.compute.loss import name_of_loss
 from atoll.data.clients import Clients
 from atoll.plan.plan import Plan
 from atoll.runs.events import Observer, Run
@@ -175,7 +176,7 @@ def _close(training: Training, recorder: Recorder) -> str:
 
 def _config(model: Any, data: Clients, plan: Plan | str, settings: Settings) -> str:
     """Build the config.toml of a training that Python code started, from the settings that a file can store."""
-    facts = {
+    facts: dict[str, Any] = {
         "model": model if isinstance(model, str) else f"{type(model).__module__}:{type(model).__qualname__}",
         "data": data.name,
         "plan": plan if isinstance(plan, str) else repr(plan),
@@ -183,6 +184,10 @@ def _config(model: Any, data: Clients, plan: Plan | str, settings: Settings) -> 
         "seed": settings.seed,
         "dtype": settings.dtype,
     }
+    if settings.loss is not None:
+        facts["loss"] = name_of_loss(settings.loss)
+    if settings.metrics is not None:
+        facts["metrics"] = [m for m in cast("tuple[Any, ...]", settings.metrics) if isinstance(m, str)]
     lines = ["# Started from Python. Resume with atoll.train(model, data, plan, resume=...)", "python = true"]
     return "\n".join(lines + [f"{n} = {toml(v)}" for n, v in facts.items()]) + "\n"
 
