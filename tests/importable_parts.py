@@ -7,6 +7,7 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,34 @@ def descend(model: nn.Module, loader: object, ctx: object) -> dict[str, float]:
             for p in model.parameters():
                 p -= 0.1 * p.grad + 1e-3 * torch.randn_like(p)
     return {"loss": float(loss.detach())}
+
+
+def personal(model: nn.Module) -> dict[str, Tensor]:
+    """The client memory of `remember`: the last layer of the model, a momentum vector, and counts of several dtypes."""
+    return {
+        "head": list(model.parameters())[-1],
+        "momentum": torch.zeros(sum(p.numel() for p in model.parameters())),
+        "visits": torch.zeros((), dtype=torch.int64),
+        "half": torch.full((2, 3), 0.5, dtype=torch.bfloat16),
+        "nothing": torch.zeros(0),
+    }
+
+
+def remember(model: nn.Module, loader: object, ctx: Any) -> dict[str, float]:
+    """Momentum that lasts between rounds, and a last layer that stays at the client."""
+    last = list(model.parameters())[-1]
+    server = last.detach().clone()
+    last.data.copy_(ctx.memory["head"])
+    out = descend(model, loader, ctx)
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    ctx.memory["momentum"] = 0.5 * ctx.memory["momentum"] + flat
+    ctx.memory["head"] = last.detach().clone()
+    ctx.memory["visits"] += 1
+    ctx.memory["half"] *= 1.5
+    last.data.copy_(server)
+    if ctx.client == 2 and ctx.round == 1:
+        raise ConnectionError("the site is gone")
+    return {**out, "visits": float(ctx.memory["visits"])}
 
 
 def huber(output: Tensor, y: Tensor) -> Tensor:

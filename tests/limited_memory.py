@@ -31,8 +31,8 @@ class Scarce(Local):
     def padded_batch(self, rows):
         return self.inner.padded_batch(rows)
 
-    def memory(self, layout):
-        return self.inner.memory(layout)
+    def first_memory(self, task):
+        return self.inner.first_memory(task)
 
     def server(self, layout):
         return self.inner.server(layout)

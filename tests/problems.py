@@ -113,7 +113,7 @@ def run(
     """Run some rounds from the start. Return the state after them and their reports."""
     plan, task = bind(plan, engine), engine.task
     model = task.initial() if init is None else task.initial()._replace(theta=init)
-    state, reports = State.first(plan, task, seed, Memory(plan.memory(task.layout)), model), []
+    state, reports = State.first(plan, task, seed, Memory(plan.memory(task)), model), []
     for _ in range(rounds):
         state, report = step(plan, state, engine)
         reports.append(report)

@@ -261,7 +261,7 @@ def after(plan, engine, chunk, rounds=2):
     body, make, _ = ENGINES[engine]
     task = TASKS[body]
     running = make(task, DATA, chunk, FLEET)
-    state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
+    state = State.first(plan, task, 0, Memory(plan.memory(task)))
     bound, flying = bind(plan, running), 0
     for _ in range(rounds):
         state, report = step(bound, state, running)

@@ -115,6 +115,24 @@ def test_killed_again_and_again(server, undisturbed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_client_memory_of_a_loop_survives_kills(server, tmp_path):
+    """Memory of four dtypes and shapes, with a client that fails after it has changed its memory."""
+    local = "Custom(importable_parts:remember, batch=16, memory=importable_parts:personal)"
+    words = {"plan": f"Plan({local}, Mean(), cohort=4, codec=ErrorFeedback(TopK(0.2)))", "every": 2, "rounds": ROUNDS}
+    (tmp_path / "whole").mkdir()
+    answer = server.order(**words, folder=str(tmp_path / "whole"))
+    points, expected = answer["points"], result(Path(answer["path"]))
+    assert points > 40
+    for at, kill in enumerate(range(3, points, points // 12)):
+        folder = tmp_path / str(kill)
+        folder.mkdir()
+        server.order(**words, folder=str(folder), kill=kill, half=at % 2 == 0)
+        answer = server.order(**words, folder=str(folder))
+        assert not answer["killed"] and result(Path(answer["path"])) == expected, f"killed at point {kill}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("half", [False, True])
 def test_killed_at_many_points(server, undisturbed, tmp_path, name, half):

@@ -48,8 +48,8 @@ class Sick(Local):
     def padded_batch(self, rows):
         return self.inner.padded_batch(rows)
 
-    def memory(self, layout):
-        return self.inner.memory(layout)
+    def first_memory(self, task):
+        return self.inner.first_memory(task)
 
     def contribute(self, broadcast, lanes, memory, key, task):
         sick = torch.tensor([int(i) in self.who and broadcast.round >= self.since for i in lanes.ids])

@@ -122,7 +122,7 @@ def test_each_step_is_reported_with_its_loss(name):
 def opened(plan, task, data, **words):
     engine = InProcessEngine(task, data, **words)
     plan = bind(plan, engine)
-    state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
+    state = State.first(plan, task, 0, Memory(plan.memory(task)))
     return engine, open_round(plan, state, engine)
 
 

@@ -28,7 +28,7 @@ NAMES = ("accuracy", "balanced_accuracy", "auc", "log_loss", "confusion")
 
 def evaluated(task, data, owner=None, owners=0):
     task, plan = replace(task, lengths=sum_lengths(task, data)), Plan(Gradient(), Mean())
-    state = State.first(plan, task, 0, Memory(plan.memory(task.layout)), None)
+    state = State.first(plan, task, 0, Memory(plan.memory(task)), None)
     return evaluate(state, InProcessEngine(task, data), owner, owners)
 
 

@@ -148,7 +148,7 @@ def test_a_run_of_models_that_is_resumed_in_flight_ends_in_the_same_bits(codec):
     plan = bind(plan, engine)
     state, _ = run(plan, engine, 9)
     saved, kept = state_to_tensors(state), state.memory.take(torch.arange(len(SIZES)))
-    fresh = State.first(plan, engine.task, 0, Memory(plan.memory(engine.task.layout)))
+    fresh = State.first(plan, engine.task, 0, Memory(plan.memory(engine.task)))
     again = state_from_tensors(saved, state.round, fresh)
     again.memory.put(torch.arange(len(SIZES)), kept)
     for _ in range(6):

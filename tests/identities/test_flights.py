@@ -49,7 +49,7 @@ def engine_of(fleet=None, chunk=None, sizes=SIZES, body="lanes"):
 
 
 def first(plan, engine, seed=0):
-    return State.first(plan, engine.task, seed, Memory(plan.memory(engine.task.layout)))
+    return State.first(plan, engine.task, seed, Memory(plan.memory(engine.task)))
 
 
 def bits(state):

@@ -57,7 +57,7 @@ ids = Ids(torch.tensor([3, 1]), torch.tensor([0, 0]))
 def _problem(plan, norm=True):
     task, data = replace(problem(norm=norm), numerics="lanes"), clients()
     plan = bind(plan, InProcessEngine(task, data))
-    state = State.first(plan, task, 3, Memory(plan.memory(task.layout)))
+    state = State.first(plan, task, 3, Memory(plan.memory(task)))
     return plan, task, data, state
 
 

@@ -71,7 +71,7 @@ def updated(body, make, optimizer, correction, dtype=torch.float64, batch=3, siz
     ids = torch.arange(len(sizes))
     lanes = ClientBatch(data, ids, dtype, share)
     broadcast = run_state(Plan(local, Mean()), task).broadcast
-    memory = {n: t.expand(len(ids), *t.shape) for n, t in local.memory(task.layout).items()}
+    memory = {n: t.expand(len(ids), *t.shape) for n, t in local.first_memory(task).items()}
     given, after = local.contribute(broadcast, lanes, memory, Key(1).of(ids), task)
     return given, after, data, task, local, broadcast, lanes, memory
 
@@ -80,7 +80,7 @@ def run_state(plan, task):
     from atoll.engine.client_state import Memory
     from atoll.plan.state import State
 
-    return State.first(plan, task, 0, Memory(plan.memory(task.layout)))
+    return State.first(plan, task, 0, Memory(plan.memory(task)))
 
 
 @cache

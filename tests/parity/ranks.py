@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from importable_parts import personal, remember
 from problems import NO_NATIVE, classification, federation, run, seeded, task_of
 from torch import nn
 
@@ -60,6 +61,7 @@ def plans():
         "now and then nobody": Plan(Gradient(), Mean(over="expected"), sgd(0.1), cohort=Poisson(0.02)),
         "sum": Plan(Gradient(4), Sum(), sgd(0.001)),
         "memory": Plan(Train(adam(0.01), steps=2, batch=8, keep=("optimizer", "order")), Mean(), adam(0.01), 7),
+        "memory of a loop": Plan(Custom(remember, batch=8, memory=personal), Mean(), cohort=7),
         "error feedback": Plan(some, Mean(), cohort=7, codec=ErrorFeedback(TopK(0.1))),
         "shift": Plan(some, Mean(), codec=EF21(TopK(0.1))),
         "quantised": Plan(some, Mean(), cohort=7, codec=Quantize(8), downlink=TopK(0.2)),
@@ -96,7 +98,7 @@ def outcome(module, numerics, plan, data, engine, **words):
     engine = engine(task_of(seeded(module), data, numerics, torch.float32), data, **words)
     state, reports = run(plan, engine, ROUNDS)
     ids = state.memory.touched()
-    kept = {n: [fingerprint(row) for row in rows] for n, rows in state.memory.take(ids).items()}
+    kept = {n: [fingerprint(row.double()) for row in rows] for n, rows in state.memory.take(ids).items()}
     told = [[r.metrics, r.failures, r.bytes_up, r.bytes_down, r.now] for r in reports]
     told += [{n: c.tolist() for n, c in r.clients.items()} for r in reports]
     plan, *way = opened_again(plan, state, engine)

@@ -112,6 +112,7 @@ def test_one_worker_has_the_bits_of_one_process_under_every_pace(pace, alone):
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.3))),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Rotate() >> Quantize(4), downlink=Quantize(8)),
         Plan(Custom(importable_parts.descend, batch=4), Mean()),
+        Plan(Custom(importable_parts.remember, batch=4, memory=importable_parts.personal), Mean(), cohort=0.6),
         Plan(Gradient(batch=3), Mean(), adam(0.01), codec=importable_parts.Halve(), cohort=0.5),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), pace=Bounded(0)),
     ],
@@ -254,7 +255,7 @@ def test_kept_contributions_are_those_of_one_process(pace, sizes, nursery):
     plan = Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.5)), pace=pace)
     with ProcessesEngine(task, data, workers=2, nursery=nursery) as engine:
         plan = bind(plan, engine)
-        opened = open_round(plan, State.first(plan, task, 0, Memory(plan.memory(task.layout))), engine)
+        opened = open_round(plan, State.first(plan, task, 0, Memory(plan.memory(task))), engine)
         kept = engine.gather(plan, *opened[:3], keep=(0,)).kept
         with pytest.raises(UsageError, match="no contribution of client 99 arrived"):
             engine.gather(plan, *opened[:3], keep=(99,))
@@ -273,7 +274,7 @@ def test_a_client_that_hangs_costs_its_rounds_a_contribution_and_its_worker(tmp_
     rows = importable_parts.Waiting(data.rows, int(data.order[int(data.offsets[2])]), str(gate))
     task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
     plan = Plan(Gradient(), Mean(), pace=Sync(deadline_s=0.5))
-    state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
+    state = State.first(plan, task, 0, Memory(plan.memory(task)))
     with ProcessesEngine(task, replace(data, rows=rows), workers=2, nursery=nursery) as engine:
         heard: set[int] = set()
         while not engine.deaths:

@@ -136,6 +136,7 @@ def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=ErrorFeedback(TopK(0.3))),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), codec=Rotate() >> Quantize(4), downlink=Quantize(8)),
         Plan(Custom(importable_parts.descend, batch=4), Mean()),
+        Plan(Custom(importable_parts.remember, batch=4, memory=importable_parts.personal), Mean(), cohort=0.6),
         Plan(Gradient(batch=3), Mean(), adam(0.01), codec=importable_parts.Halve(), cohort=0.5),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), pace=Bounded(0)),
     ],

@@ -54,7 +54,7 @@ class Bowls:
         plan = Plan(Lossy(lost) if lost else Gradient(), Mean(), sgd(lr), cohort=cohort, codec=codec, max_failed=1.0)
         plan = bind(plan, self.engine)
         task, out, failed, asked = self.engine.task, [], 0, 0
-        state = State.first(plan, task, 0, Memory(plan.memory(task.layout)))
+        state = State.first(plan, task, 0, Memory(plan.memory(task)))
         for r in range(1, max(rounds) + 1):
             state, report = step(plan, state, self.engine)
             failed, asked = failed + len(report.failures), asked + report.cohort

@@ -49,7 +49,7 @@ def path(plan, engine, rounds, start=None):
     """Return θ before the first round and after each round."""
     plan, model = bind(plan, engine), engine.task.initial()
     model = model if start is None else model._replace(theta=torch.tensor(start, dtype=torch.float64))
-    state = State.first(plan, engine.task, 0, Memory(plan.memory(engine.task.layout)), model)
+    state = State.first(plan, engine.task, 0, Memory(plan.memory(engine.task)), model)
     out = [state.model.theta]
     for _ in range(rounds):
         state, _ = step(plan, state, engine)

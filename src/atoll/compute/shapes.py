@@ -168,6 +168,25 @@ def _fields(output: Any) -> dict[str, Any]:
     return {}
 
 
+def kind_of(value: Any) -> str:
+    """The dtype and the shape of a tensor as text, such as "float32 [3, 4]"; the type of another value.
+
+    Example:
+        >>> kind_of(torch.zeros(3, 4)), kind_of(None)
+        ('float32 [3, 4]', 'NoneType')
+    """
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    sparse = "" if value.layout == torch.strided else f"{value.layout} "
+    return f"{sparse}{value.dtype} {list(value.shape)}".replace("torch.", "")
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, real, and has values: only such tensors are stored and sent."""
+    special = tensor.is_meta or tensor.is_complex() or tensor.is_quantized or tensor.is_nested
+    return tensor.layout == torch.strided and not special
+
+
 def _shape(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 

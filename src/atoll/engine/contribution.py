@@ -22,7 +22,7 @@ from atoll.compute.tensor_notes import drop
 from atoll.data.clients import Clients
 from atoll.plan.aggregate.exact import LARGEST, bounded
 from atoll.plan.codec import Identity
-from atoll.plan.conflicts import check_partials, check_rows
+from atoll.plan.conflicts import check_memory, check_partials, check_rows
 from atoll.plan.message import Message, sizes_of
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Contribution, Ids, Tensors
@@ -78,6 +78,7 @@ def encode_contribution(
     weight = {"weight": contribution.weight}
     for tensors in (contribution.means, contribution.sums, contribution.counters, weight):
         check_rows(plan.local, tensors, *start)
+    check_memory(plan.local, part_of(memory, "local"), local, *start[1:])
     after = {f"local/{n}": t for n, t in local.items()}
     update = contribution.means.get("update")
     if update is None:
@@ -91,6 +92,7 @@ def encode_contribution(
         raise
     payload, side, sums, codec = encoded
     check_rows(plan.codec, sums, *start)
+    check_memory(plan.codec, part_of(memory, "codec"), codec, *start[1:])
     after |= {f"codec/{n}": t for n, t in codec.items()}
     rest = contribution._replace(means={n: t for n, t in contribution.means.items() if n != "update"})
     if sums:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 
 from atoll.base.errors import RunError, UsageError
+from atoll.base.lines import Line
 from atoll.base.random import Key
 from atoll.base.validation import required
 from atoll.compute.layout import Layout
@@ -52,6 +53,14 @@ _ABSENT = ("absent", "expired", "left", "closing")
 
 class Stopped(KeyboardInterrupt):
     """The server stops, although the round is open."""
+
+
+def _memory_reads_weights(plan: Plan, task: Task) -> bool:
+    """Whether the memory with which clients begin depends on the weights of the first model."""
+    start = task.start
+    moved = replace(task, start=start._replace(theta=start.theta + 1, buffers=start.buffers + 1))
+    ours, others = plan.memory(task), plan.memory(moved)
+    return ours.keys() != others.keys() or any(not torch.equal(t, others[n]) for n, t in ours.items())
 
 
 class _Sent(NamedTuple):
@@ -159,7 +168,7 @@ class ServerEngine(Engine):
         self._populate()
         split, clients = self.spec.split, self.spec.clients
         seat = None if split is None or clients is None else wire.Seat(split, str(self.spec.seed), clients)
-        memory = bool(plan.memory(self.layout))
+        memory = bool(plan.memory(self.task))
         recent = database.recent(run)
         self.net.handle(events.RunOpened(run, blob, self.spec.clients is not None, memory, seat, recent, known))
 
@@ -171,6 +180,13 @@ class ServerEngine(Engine):
         plan_text(plan)
         self.spec.check(RunOptions(plan=plan))
         MessageForm.of(_bound(plan, self.layout), self.task)
+        if _memory_reads_weights(plan, self.task):
+            raise UsageError(
+                f"The memory with which clients of {plan.local!r:.100} begin depends on the weights of the model.",
+                "the same values for any weights.",
+                "no code travels: a site builds the model from its name, with other weights than the server's.",
+                Line(python='return {"known": torch.zeros(())}'),
+            )
         if self.spec.clients is not None:
             return
         needs_all = {

@@ -201,7 +201,7 @@ class Site:
         self.data: Clients | None = None
         self._task: Task | None = None
         self._tasks: dict[tuple[str, str], Task] = {}
-        self._plans: dict[str, tuple[Plan, MessageForm]] = {}
+        self._plans: dict[str, tuple[Plan, MessageForm, Tensors]] = {}
 
     def enter(self, client: int, run: str, terms: bytes, seat: Seat | None) -> tuple[int, int]:
         """Take part in a run. Returns the numbers of train rows and of held-out rows.
@@ -281,7 +281,7 @@ class Site:
                 "the names, shapes and dtypes of the server's model.",
                 "θ is read by name and shape.",
             )
-        plan, form = self._plan(work.plan)
+        plan, form, first = self._plan(work.plan)
         task = self._prepared_task(work, plan)
         tensors = {**self._tensors(model), **({} if fixed is None else self._tensors(fixed))}
         broadcast = unpack_broadcast(work.version, tensors)
@@ -289,7 +289,7 @@ class Site:
             raise RefusedError("layout", "The model version has another length.", f"{task.layout.d} numbers.")
         ids = Ids(torch.tensor([self.client]), torch.tensor([work.repeat]))
         key = Key(int(work.key.seed), tuple(work.key.path))
-        memory, after = self.chain.next_memory(plan.memory(task.layout))
+        memory, after = self.chain.next_memory(first)
         data = required(self.data, "data")
         with threads_for(task, 1, plan):
             _, message, rows = encode_contribution(plan, task, data, broadcast, ids, key, memory, on_step)
@@ -298,11 +298,12 @@ class Site:
         self.chain.prepare(one)
         return one
 
-    def _plan(self, text: str) -> tuple[Plan, MessageForm]:
+    def _plan(self, text: str) -> tuple[Plan, MessageForm, Tensors]:
+        """The plan of a text, the form of its messages, and the client memory before the first round."""
         if text not in self._plans:
             task = required(self._task, "task")
             plan = _bound(read_plan(text, self._own), task.layout)
-            self._plans[text] = plan, MessageForm.of(plan, task)
+            self._plans[text] = plan, MessageForm.of(plan, task), plan.memory(task)
         return self._plans[text]
 
     def _prepared_task(self, work: Work, plan: Plan) -> Task:

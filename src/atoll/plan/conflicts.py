@@ -16,6 +16,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.validation import class_instead_of_value
+from atoll.compute.shapes import kind_of
 from atoll.compute.task import BACKENDS, Task
 from atoll.plan import protocols
 from atoll.plan.codec.stage import flat_layout
@@ -330,6 +331,30 @@ def check_rows(part: object, named: Mapping[str, Tensor], count: int, client: in
                 f"one row for each client: a shape that starts with {count}.",
                 "row k of each tensor belongs to client k of the chunk.",
                 "torch.zeros(len(lanes.sizes))",
+            )
+
+
+def check_memory(part: object, before: Tensors, after: Tensors, client: int, round: int) -> None:
+    """Refuse client memory whose names, shapes or dtypes are not those of the memory before the round.
+
+    Args:
+        part: the part that made the memory, for the error.
+        before, after: the memory of K clients before and after the round, tensors `[K, …]`.
+        client, round: the first of the clients, and the round in which it started, for the error.
+    Raises:
+        UsageError: the error states the part, the client, the round and the first name that differs.
+    Example:
+        >>> import torch
+        >>> check_memory("Train()", {"taken": torch.zeros(1)}, {"taken": torch.ones(1)}, 0, 0)
+    """
+    for name in {**before, **after}:
+        ours, given = before.get(name), after.get(name)
+        if ours is None or given is None or given.shape != ours.shape or given.dtype != ours.dtype:
+            raise UsageError(
+                f"{part!r}, client {client}, round {round}: the client memory {name!r} of the chunk was "
+                f"{kind_of(ours)} before the round and is {kind_of(given)} after it.",
+                "the names, shapes and dtypes of `first_memory` for a local part, and of `memory` for a codec.",
+                "the memory of a client is stored under these names.",
             )
 
 

@@ -15,7 +15,7 @@ from atoll.base.errors import UsageError
 from atoll.base.grammar import Value
 from atoll.base.names import under
 from atoll.base.validation import plain_fields, plain_number, repaired
-from atoll.compute.layout import Layout
+from atoll.compute.task import Task
 from atoll.plan.codec.stage import Identity
 from atoll.plan.conflicts import check_part, check_plan
 from atoll.plan.formula import formula
@@ -107,13 +107,13 @@ class Plan(Value):
         }
         return formula({slot: repr(part) for slot, part in parts.items()})
 
-    def memory(self, layout: Layout) -> dict[str, Tensor]:
+    def memory(self, task: Task) -> dict[str, Tensor]:
         """The memory of one client before its first round. The keys are `part/name`.
 
         Args:
-            layout: the layout of the model.
+            task: the model, loss and metrics; `task.start` is the model before the first round.
         """
-        return _joined({"local": self.local.memory(layout), "codec": self.codec.memory(layout)})
+        return _joined({"local": self.local.first_memory(task), "codec": self.codec.memory(task.layout)})
 
 
 def _sampler(cohort: Any) -> Sampler:

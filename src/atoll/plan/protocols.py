@@ -381,8 +381,12 @@ class Local(Protocol):
         """The amount of computation of a client in this round, divided by the amount in round 0."""
         return 1.0
 
-    def memory(self, layout: Layout) -> Tensors:
-        """The memory of one client before its first round. The keys are names."""
+    def first_memory(self, task: Task) -> Tensors:
+        """The memory of one client before its first round, in CPU memory. The keys are names.
+
+        Args:
+            task: the model, loss and metrics; `task.start` is the model before the first round.
+        """
         return {}
 
     def server(self, layout: Layout) -> Tensors:

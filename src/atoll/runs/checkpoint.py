@@ -20,11 +20,15 @@ _WHOLE = torch.int64
 
 
 def state_to_tensors(state: State) -> dict[str, Tensor]:
-    """Convert a state to named tensors. They do not include the client state, the round and the seed."""
+    """Convert a state to named tensors. They do not include rows of the client memory, the round and the seed.
+
+    The memory with which every client begins is included; one number stands for a tensor of zeros.
+    """
     model = state.model
     out = {"model/theta": model.theta, "model/buffers": model.buffers}
     out |= under("counters/", model.counters) | under("fixed/", model.fixed)
     out |= under("optimizer/", state.optimizer) | _shared("server", state.server)
+    out |= under("first/", {n: t if bool(t.any()) else t.new_zeros(()) for n, t in state.memory.first.items()})
     if state.sent is not None:
         out |= {"sent/theta": state.sent.theta, "sent/deltas": torch.tensor(state.sent.deltas, dtype=_WHOLE)}
     for version, broadcast in state.versions.items():
@@ -49,10 +53,13 @@ def state_from_tensors(tensors: Mapping[str, Tensor], round: int, at: State) -> 
         tensors: the result of `state_to_tensors`.
         round: the round of the returned state.
         at: any state of the same plan and seed, a template. It supplies the three values that `tensors` does not
-            contain: the seed, the client state and the device. It is not modified.
+            contain: the seed, the rows of the client memory and the device.
     Returns:
-        A new state with the values of `tensors`. It shares the client state with `at`.
+        A new state with the values of `tensors`. It shares the client memory with `at`. The memory with which clients
+        begin becomes that of `tensors`, since a model of other weights may have given `at` another one.
     """
+    first = without_prefix(tensors, "first/")
+    at.memory.first.update({n: t.expand_as(at.memory.first[n]).clone() for n, t in first.items()})
     device = at.model.theta.device
     tensors = {n: t.to(device) if _computed(n, t) else t for n, t in tensors.items()}
     versions = {

@@ -87,7 +87,7 @@ def _closed(make_engine: Make) -> Iterator[Make]:
 
 
 def _first(plan: Plan, task: Task) -> State:
-    return State.first(plan, task, 3, Memory(plan.memory(task.layout)))
+    return State.first(plan, task, 3, Memory(plan.memory(task)))
 
 
 def _client_memory(state: State, count: int) -> Any:

@@ -95,7 +95,7 @@ def _chunks(part: Any, data: Clients) -> list[Tensor]:
 
 def _check_chunk(part: Any, task: Task, data: Clients, ids: Tensor) -> None:
     subject, k, layout = f"{part!r}.contribute", len(ids), task.layout
-    first, server = part.memory(layout), part.server(layout)
+    first, server = part.first_memory(task), part.server(layout)
     memory = lanes(first, k)
     for t in range(2):
         broadcast = Broadcast(t, task.initial(), {"local": server, "codec": {}})

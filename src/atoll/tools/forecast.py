@@ -371,7 +371,7 @@ def _memory(
     digits = 1 if plan.aggregator.sum == "float" else places(layout.dtype) + 1
     shared = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters})
     parts = sum(nbytes(tensors) for tensors in state.server.values())
-    row = nbytes(plan.memory(layout))
+    row = nbytes(state.memory.first)
     participants = flights.participants + (flights.participants * (rounds - len(flights.up))) // len(flights.up)
     return {
         "model": shared + nbytes(model.fixed) + (0 if plan.downlink == Identity() else theta),

@@ -301,7 +301,7 @@ def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
 
 def _after(training: Training, engine: InProcessEngine, judge: InProcessEngine, plan: Plan, rounds: int) -> float:
     """The loss on the training rows after some rounds from the first model; infinite if it is not finite."""
-    memory = Memory(plan.memory(training.task.layout))
+    memory = Memory(plan.memory(training.task))
     state = State.first(plan, training.task, training.settings.seed, memory, training.first)
     plan = bind(plan, engine)
     try:

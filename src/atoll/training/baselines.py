@@ -212,7 +212,7 @@ def _train(
 ) -> tuple[State, int | None]:
     """Train one client. Returns the last good state, and the round that failed or became non-finite, if any."""
     plan = bind(replace(plan, cohort=_Only(client)), engine)
-    memory = Memory(plan.memory(training.task.layout))
+    memory = Memory(plan.memory(training.task))
     state = State.first(plan, training.task, training.settings.seed, memory, training.first)
     for t in turns.nonzero().squeeze(1).tolist():
         try:
@@ -264,7 +264,7 @@ Groups = dict[str, dict[str, Tensor]]  # tensors `[K, …]` of K clients: model,
 def _lanes(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> tuple[Model, Tensor]:
     """The models of clients that train as lanes, as `step` trains them, and whether each model stayed finite."""
     first = training.first.lanes(len(ids))
-    kept = plan.memory(training.task.layout)
+    kept = plan.memory(training.task)
     now: Groups = {
         "model": {"theta": first.theta, "buffers": first.buffers},
         "counters": dict(first.counters),

@@ -22,6 +22,7 @@ from atoll.compute.metrics import Counts, Metric, summed
 from atoll.compute.shapes import class_axis
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
+from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.in_flight import InFlight
@@ -184,7 +185,8 @@ def evaluate(state: State, engine: InProcessEngine, owner: Tensor | None = None,
     """
     scores = RowScores(engine.task, owner, owners)
     judge = Plan(ScoreRows(scores), Mean())
-    opened = open_round(judge, replace(state, air=InFlight(), versions={}, sent=None), engine)
+    model = replace(state, memory=Memory({}), air=InFlight(), versions={}, sent=None)
+    opened = open_round(judge, model, engine)
     try:
         gathered = engine.gather(judge, opened.state, opened.cohort, opened.key)
     except RunError as error:

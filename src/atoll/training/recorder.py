@@ -18,6 +18,7 @@ from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Line
 from atoll.base.names import COUNTS, under, without_prefix
 from atoll.compute.model_state import Model
+from atoll.compute.shapes import kind_of
 from atoll.plan.formula import renamed
 from atoll.plan.round import FlightTimes, Report
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
@@ -120,6 +121,10 @@ class Recorder:
 
     def _load(self, checkpoint: runs.Checkpoint) -> None:
         t, facts = self.training, checkpoint.facts
+        first = without_prefix(checkpoint.tensors, "first/")
+        _check_memory(t.memory.first, {n: row for n, row in first.items() if row.dim()})
+        for segment in checkpoint.memory:
+            _check_memory(t.memory.first, {n: r[0] for n, r in without_prefix(segment, "rows/").items()})
         t.state = state_from_tensors(checkpoint.tensors, facts["round"], t.state)
         for segment in checkpoint.memory:
             t.memory.put(segment["ids"], without_prefix(segment, "rows/"))
@@ -313,6 +318,22 @@ def metrics_row(report: Report, versions: int = 0) -> dict[str, Any]:
         "seconds": round(report.seconds, 6),
         **({} if report.now is None else {"clock": report.now}),
     }
+
+
+def _check_memory(first: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Refuse to resume if a saved tensor of a client's memory is not one with which clients of this training begin.
+
+    Args:
+        first: the memory with which clients begin.
+        saved: tensors of the memory of one client.
+    """
+    for name, row in saved.items():
+        if name not in first or kind_of(row) != kind_of(first[name]):
+            raise UsageError(
+                f"The saved client memory has {name!r}, {kind_of(row)}; this training has {kind_of(first.get(name))}.",
+                "the names, shapes and dtypes of the run.",
+                "clients of the run continue with the saved tensors.",
+            )
 
 
 def _brief(clients: Mapping[str, Any], limit: int = 1000) -> dict[str, Any]:

@@ -45,9 +45,8 @@ from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.engine.protocols import Engine
 from atoll.engine.simulation.fleet import Fleet
 from atoll.engine.spec import spec_name
-from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Identity
-from atoll.plan.local import Evaluate, Gradient, Train
+from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.registry import read_part
 from atoll.plan.round import Report, bind, draw_cohort, step
@@ -68,7 +67,6 @@ JUDGES = {
     "regression": ("rmse", "mae", "r2"),
     "tokens": ("accuracy",),
 }
-_JUDGE = Plan(Evaluate(), Mean())
 
 
 class Training:
@@ -128,6 +126,8 @@ class Training:
         self.task, self.reason = _chosen(task, self.data, plan, settings, self.engine)
         rows = self.data if self.data.count else Schema.of(self.data).synthetic()
         self.task = replace(self.task, lengths=sum_lengths(self.task, rows))
+        if settings.init is not None:
+            self.task = replace(self.task, start=start_from(settings.init, self.task))
         near = move_rows(self.data, task.device)  # the fingerprint of the data is taken from the rows on the host
         self.engine.open(self.task, near)
         self.evaluator, self.evaluation = None, HeldOutValues({})
@@ -143,9 +143,8 @@ class Training:
                 "the rows of each client are evaluated.",
                 Change("evaluate", "pooled"),
             )
-        self.memory = Memory(plan.memory(self.task.layout))
-        start = None if settings.init is None else start_from(settings.init, self.task)
-        self.state = State.first(plan, self.task, settings.seed, self.memory, start)
+        self.memory = Memory(plan.memory(self.task))
+        self.state = State.first(plan, self.task, settings.seed, self.memory)
         self.plan, self._bound = plan, -1
         self.commits = True  # False: a recorder that commits every round reports its commits to the engine
         if self.data.count:

@@ -75,13 +75,13 @@ class Scaffold(Local):
         """Rows that clients of these sizes process in a round."""
         return self.train.examples_per_round(sizes)
 
-    def memory(self, layout):
+    def first_memory(self, task):
         """The control variate cᵢ of a client."""
-        return {"control": torch.zeros(layout.d, dtype=layout.dtype)}
+        return self.server(task.layout)
 
     def server(self, layout):
         """The control variate c of the server, which every client receives."""
-        return self.memory(layout)
+        return {"control": torch.zeros(layout.d, dtype=layout.dtype)}
 
     def declare(self, task):
         """The names of the training, and the change of a control variate."""

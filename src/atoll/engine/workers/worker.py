@@ -96,7 +96,7 @@ class Worker:
     def run(self, run: RunMessage, rows: Mapping[str, Tensor] | None) -> Results | None:
         """Train clients, with their client state. Returns the results of the group if the message asks for them."""
         if run.clients:
-            runner = self._runner(run)
+            runner = self._runner(run, rows)
             ids = Ids(torch.tensor(run.clients), torch.tensor(run.repeats))
             if rows is not None:
                 runner.memory.put(ids.client, rows)
@@ -112,13 +112,14 @@ class Worker:
         group, self._group = self._group, None
         return Results.empty() if group is None or group.number != run.group else group.runner.results
 
-    def _runner(self, run: RunMessage) -> ChunkRunner:
+    def _runner(self, run: RunMessage, rows: Mapping[str, Tensor] | None) -> ChunkRunner:
+        """The runner of a group. Each of its messages contains the memory of its clients, if clients have memory."""
         if self._group is None or self._group.number != run.group:
             message, broadcast = self._broadcasts[run.broadcast]
             plan = self._plan(message.plan, tuple(message.own.items()))
             task = task_for(plan, self._engine.task)
             task = self._tasks.setdefault(task.numerics, task)
-            key, memory = Key(int(message.seed), tuple(message.path)), Memory(plan.memory(task.layout))
+            key = Key(int(message.seed), tuple(message.path))
             self._group = _Group(
                 run.group,
                 ChunkRunner(
@@ -126,7 +127,7 @@ class Worker:
                     task,
                     self._engine.data,
                     lambda version: (broadcast, key),
-                    memory,
+                    Memory({} if rows is None else {n: t[0] for n, t in rows.items()}),
                     message.version,
                     room=self._engine.room,
                     keep=run.keep,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from atoll.base.validation import plain_fields, real_number
 from atoll.compute.autograd import constant_changed
 from atoll.compute.batches import ClientBatch
 from atoll.compute.layout import named_tensors
+from atoll.compute.shapes import is_plain, kind_of
 from atoll.compute.task import Task
 from atoll.plan.local.contribution import (
     check_batch,
@@ -43,7 +44,7 @@ from atoll.plan.protocols import (
 
 @dataclass(frozen=True)
 class Context:
-    """The facts that a user's loop receives: round, client, learning rate, device and a keyed generator.
+    """The facts that a user's loop receives: round, client, learning rate, device, a keyed generator and client memory.
 
     Args:
         round: the number of the round, from 0.
@@ -51,6 +52,8 @@ class Context:
         lr: the value passed as `Custom(fn, lr=...)`, or None.
         device: the device of the model.
         generator: a torch generator, seeded by the training's seed, the round and the client.
+        memory: the memory of the client, tensors by name, on the device of the model. The loop changes the tensors or
+            replaces them. The next start of the client reads them if the server has accepted this contribution.
     """
 
     round: int
@@ -58,6 +61,7 @@ class Context:
     lr: float | None
     device: torch.device
     generator: torch.Generator
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ClientDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -142,8 +146,11 @@ class Custom(Local):
         batch: the number of rows in a batch of the loader; None: all rows.
         lr: is passed to `fn` as `ctx.lr`; a number or None.
         sends: `"update"` or `"model"`, as for `Train`.
+        memory: `memory(model) -> dict of tensors`, the memory with which every client begins. `model` is the model
+            before the first round. `fn` reads and changes it as `ctx.memory`; names, shapes and dtypes stay. None:
+            clients have no memory.
     Raises:
-        UsageError: `fn` is not a function, or another argument is out of range.
+        UsageError: `fn` or `memory` is not a function, or another argument is out of range.
     Example:
         >>> def train(model, loader, ctx):
         ...     optimizer = torch.optim.SGD(model.parameters(), ctx.lr)
@@ -152,12 +159,18 @@ class Custom(Local):
         ...         nn.functional.cross_entropy(model(x), y).backward()
         ...         optimizer.step()
         >>> part = Custom(train, batch=10, lr=0.1)
+        >>> def first(model):
+        ...     return {"visits": torch.zeros((), dtype=torch.int64)}
+        >>> def count(model, loader, ctx):
+        ...     ctx.memory["visits"] += 1
+        >>> part = Custom(count, memory=first)
     """
 
     fn: Callable[[nn.Module, Loader, Context], Mapping[str, float] | None]
     batch: int | None = None
     lr: float | None = None
     sends: Sends = "update"
+    memory: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     numerics = "loop"
 
     def __post_init__(self) -> None:
@@ -176,6 +189,13 @@ class Custom(Local):
                 f"Custom({self.fn!r}).",
                 "a function (model, loader, ctx), or module:name in a plan text.",
             )
+        if self.memory is not None and not callable(self.memory):
+            raise UsageError(
+                f"Custom(memory={self.memory!r:.60}).",
+                "a function (model) that returns a dict of tensors, or None.",
+                "each client begins with these tensors.",
+                Line(python="Custom(train, memory=make)"),
+            )
 
     def padded_batch(self, rows: int) -> int:
         """The number of rows itself: clients train one after another, so their batches are not padded."""
@@ -186,26 +206,50 @@ class Custom(Local):
         means = {n: d for n, d in declared_update(task).items() if d.kind == "mean"}
         return {**means, "rows": Declared(1, torch.float64, "sum"), OPEN: Declared(1, torch.float64, "sum")}
 
+    def first_memory(self, task: Task) -> Tensors:
+        """The memory with which every client begins: copies of the tensors of `memory(model)`, in CPU memory.
+
+        Raises:
+            UsageError: `memory(model)` is no dict of dense tensors by name.
+        """
+        if self.memory is None:
+            return {}
+        with user_scope(Key(0).fold("memory")):
+            given = self.memory(task.rebuilt(task.start))
+        named = given.items() if isinstance(given, Mapping) else [(None, given)]
+        for name, tensor in named:
+            if not (isinstance(name, str) and name and isinstance(tensor, Tensor) and is_plain(tensor)):
+                entry = "" if name is None else f"{name!r}: "
+                raise UsageError(
+                    f"memory(model) of {self!r:.80} returned {entry}{tensor!r:.60}.",
+                    "a dict of dense real tensors by name.",
+                    "the memory of a client is saved, and sent to the process that trains the client.",
+                    Line(python='return {"visits": torch.zeros(())}'),
+                )
+        return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in named}
+
     def contribute(
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """Call the user's loop for each client, with a new module and keyed randomness."""
-        out = [self._one(broadcast, lanes, k, key.only(k), task) for k in range(len(lanes.sizes))]
-        theta, buffers, counters, sums = zip(*out, strict=True)
+        out = [self._one(broadcast, lanes, memory, k, key.only(k), task) for k in range(len(lanes.sizes))]
+        theta, buffers, counters, sums, kept = zip(*out, strict=True)
         names = sorted(set().union(*sums))
         nothing = torch.zeros((), dtype=torch.float64)  # of a metric that the client did not return, with 0 rows
         stacked = {n: torch.stack([s.get(n, nothing) for s in sums]) for n in names}
         count = {n: torch.stack([c[n] for c in counters]) for n in counters[0]}
         update = broadcast.model.theta - torch.stack(theta)
-        return contribution_of(lanes, broadcast, task.layout, update, torch.stack(buffers), count, stacked), {}
+        after = {n: torch.stack([one[n] for one in kept]) for n in memory}
+        return contribution_of(lanes, broadcast, task.layout, update, torch.stack(buffers), count, stacked), after
 
     def _one(
-        self, broadcast: Broadcast, lanes: ClientBatch, k: int, key: Key, task: Task
-    ) -> tuple[Tensor, Tensor, Tensors, dict[str, Tensor]]:
+        self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, k: int, key: Key, task: Task
+    ) -> tuple[Tensor, Tensor, Tensors, dict[str, Tensor], dict[str, Tensor]]:
         module = task.rebuilt(broadcast.model.of(k))
         device = broadcast.model.theta.device
         generator = torch.Generator(device).manual_seed(key.fold("generator").torch_seed())
-        ctx = Context(broadcast.round, int(lanes.ids[k]), self.lr, device, generator)
+        mine = {n: t[k].clone() for n, t in memory.items()}
+        ctx = Context(broadcast.round, int(lanes.ids[k]), self.lr, device, generator, mine)
         with user_scope(key.fold("custom")):
             loader = Loader(lanes, k, self.batch, key.fold("order"), task.couples)
             metrics = self.fn(module, loader, ctx)
@@ -217,7 +261,25 @@ class Custom(Local):
             if not torch.equal(fixed[constant], broadcast.model.fixed[constant].to(fixed[constant])):
                 raise constant_changed(constant)
         counters = {e.name: fixed[e.name] for e in task.layout.counters}
-        return theta, buffers, counters, {n: torch.tensor(s, dtype=torch.float64) for n, s in sums.items()}
+        kept = self._kept(mine, {n: t[k] for n, t in memory.items()})
+        return theta, buffers, counters, {n: torch.tensor(s, dtype=torch.float64) for n, s in sums.items()}, kept
+
+    def _kept(self, after: Mapping[str, Any], before: Tensors) -> dict[str, Tensor]:
+        """Copies of the memory of a client after its loop.
+
+        Raises:
+            UsageError: a name, a shape or a dtype differs from the memory before the loop.
+        """
+        for name in {**before, **after}:
+            ours, given = before.get(name), after.get(name)
+            plain = isinstance(given, Tensor) and is_plain(given)
+            if ours is None or not plain or kind_of(given) != kind_of(ours):
+                raise UsageError(
+                    f"The loop of {self!r:.80} left ctx.memory[{name!r}] as {kind_of(given)}.",
+                    f"{kind_of(ours)}, as memory(model) returned it.",
+                    "the memory of every client has the names, shapes and dtypes of its first value.",
+                )
+        return {n: t.detach().to(before[n].device, copy=True) for n, t in after.items()}
 
     def _metrics(self, metrics: Any) -> dict[str, float]:
         """The metrics that `fn` returned, under the names of the report.

@@ -152,16 +152,16 @@ class Train(Local):
         """The number of steps of a client in round t, divided by its number of steps in round 0."""
         return steps_at(self.steps, t) / steps_at(self.steps, 0) if isinstance(self.steps, Schedule) else 1.0
 
-    def memory(self, layout: Layout) -> Tensors:
+    def first_memory(self, task: Task) -> Tensors:
         """The client memory before the first round: the parts that `keep` names, and that of the correction."""
         tensors: dict[str, Tensor] = {}
         if "optimizer" in self.keep:
-            fresh = self.optimizer.slots(torch.zeros(layout.d, dtype=layout.dtype))
+            fresh = self.optimizer.slots(torch.zeros(task.layout.d, dtype=task.layout.dtype))
             tensors |= {f"optimizer.{n}": t for n, t in fresh.items()}
         if "order" in self.keep:
             tensors["taken"] = torch.zeros((), dtype=torch.int64)
         if self.correction is not None:
-            tensors |= under(CORRECTION, self.correction.memory(layout))
+            tensors |= under(CORRECTION, self.correction.memory(task.layout))
         return tensors
 
     def server(self, layout: Layout) -> Tensors:
