@@ -173,6 +173,11 @@ RULES = [
     (too_long, ["src"], "def f():\n" + "    x\n" * 70, "def f():\n" + "    x\n" * 69),
     (too_long, ["src"], "def f(a, b, c, d, e, f, g, h, i, j, k, l, *, m): ...", "def f(a, *, b): ..."),
 ]
+# rule and file: the reason
+EXEMPT = {
+    (imports_early, "src/atoll/sklearn.py"): "its classes inherit from scikit-learn, and nothing of atoll imports it",
+    (too_long, "src/atoll/sklearn.py"): "an estimator lists its parameters in the constructor",
+}
 EACH = list({rule: where for rule, where, _, _ in RULES}.items())
 
 
@@ -188,7 +193,8 @@ def tree(path: Path) -> ast.Module:
 
 @pytest.mark.parametrize(("rule", "where"), EACH, ids=[rule.__name__ for rule, _ in EACH])
 def test_house_rule(rule, where):
-    broken = [f"{path.relative_to(ROOT)}:{line} {what}" for path in python(where) for line, what in rule(tree(path))]
+    files = [path for path in python(where) if (rule, str(path.relative_to(ROOT))) not in EXEMPT]
+    broken = [f"{path.relative_to(ROOT)}:{line} {what}" for path in files for line, what in rule(tree(path))]
     assert not broken, "\n".join(broken)
 
 

@@ -108,23 +108,13 @@ class Predictor:
             return cells_of(dict(zip(names, array.T, strict=True)))
         return {name: boxed_cells(list(values)) for name, values in zip(names, array.T.tolist(), strict=True)}
 
-    @torch.no_grad()
     def output(self, x: Tensor) -> Tensor:
         """Compute the output of the model for prepared rows, `[rows, …]`.
 
         Raises:
             UsageError: an output is NaN or infinite.
         """
-        out = torch.cat([self.model(piece) for piece in x.split(PIECE)]) if len(x) else self.model(x)
-        if not bool(torch.isfinite(out).all()):
-            row = int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0])
-            raise UsageError(
-                f"The output of the model for row {row} is not finite.",
-                "a model of finite numbers.",
-                "NaN usually means that the training diverged.",
-                "atoll lr",
-            )
-        return out
+        return outputs_of(self.model, x)
 
     def predict(self, x: Any, clients: Any = None) -> Array:
         """Predict the class of each row by its name, or the number in the target's units.
@@ -194,6 +184,25 @@ class Predictor:
         if array.ndim == 2 and array.shape[1] > 1:
             return torch.from_numpy(array.astype(np.float64))
         return self.input.targets(cells_of({"y": array.reshape(-1)})["y"])
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Compute the output of a model for prepared rows, `[rows, …]`, in passes of `PIECE` rows.
+
+    Raises:
+        UsageError: an output is NaN or infinite.
+    """
+    out = torch.cat([model(piece) for piece in x.split(PIECE)]) if len(x) else model(x)
+    if not bool(torch.isfinite(out).all()):
+        row = int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0])
+        raise UsageError(
+            f"The output of the model for row {row} is not finite.",
+            "a model of finite numbers.",
+            "NaN usually means that the training diverged.",
+            "atoll lr",
+        )
+    return out
 
 
 class ScoreSums:
