@@ -25,8 +25,9 @@ Tests: tests/surface/test_recipes.py, tests/identities/test_one_algorithm.py, te
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
+import functools
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar, cast, get_origin, get_type_hints
 
 from atoll.base.errors import UsageError
 from atoll.plan import optimizer as rules
@@ -36,6 +37,7 @@ from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Sampler, Stage, SumKind
+from atoll.plan.registry import read_part
 from atoll.plan.schedule import Schedule, hold
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,10 +55,40 @@ Staleness = Annotated[Callable[[int], float], "weight of an update that is s rou
 
 
 def _recipe(function: F) -> F:
-    """A recipe whose docstring lists the meaning of its shared parameters. A recipe may describe one by itself."""
+    """A recipe whose docstring lists the meaning of its shared parameters. A recipe may describe one by itself.
+
+    The error about a wrong argument has the call of the recipe with the argument corrected as its line.
+    """
+
+    @functools.wraps(function)
+    def recipe(*args: Any, **words: Any) -> Any:
+        try:
+            return function(*args, **words)
+        except (TypeError, UsageError) as error:
+            _raise_as_text(function, args, words)
+            raise error
+
+    _describe(function)
+    recipe.__doc__ = function.__doc__
+    return cast("F", recipe)
+
+
+def _raise_as_text(function: Callable[..., Any], args: tuple[Any, ...], words: Mapping[str, Any]) -> None:
+    """Raise the error of the text of a call, whose line is the corrected text; nothing if the call has no text."""
+    try:
+        for value in (*args, *words.values()):
+            read_part(repr(value))
+    except UsageError:
+        return
+    given = [*map(repr, args), *(f"{name}={value!r}" for name, value in words.items())]
+    read_part(f"{function.__name__}({', '.join(given)})", {function.__name__: function}, kind="recipe")
+
+
+def _describe(function: Callable[..., Any]) -> None:
+    """Add the meaning of the shared parameters to the docstring of a recipe."""
     doc = function.__doc__
     if doc is None:  # python -OO
-        return function
+        return
     hints = get_type_hints(function, include_extras=True)
     meaning = {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
     lines = [f"        {name}: {text}\n" for name, text in meaning.items() if f"\n        {name}: " not in doc]
@@ -64,7 +96,6 @@ def _recipe(function: F) -> F:
         mark = next(mark for mark in ("    Raises:", "    Example:", "    Reference:") if mark in doc)
         doc = doc.replace(mark, f"    Args:\n{mark}", 1)
     function.__doc__ = doc.replace("    Args:\n", "    Args:\n" + "".join(lines), 1)
-    return function
 
 
 @_recipe

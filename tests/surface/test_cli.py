@@ -334,7 +334,7 @@ def test_the_other_commands_reach_their_tools(atoll, monkeypatch):
     ("words", "parts"),
     [
         (["rnu"], ("rnu", "run")),
-        (["run", "--clents", "3"], ("--clents", "--clients", "Write: atoll run --help")),
+        (["run", "--clents", "3"], ("--clents", "Write: --clients 3")),
         (["run", "--rounds", "ten"], ("ten", "Write: atoll run --help")),
         (["replay", "latest"], ("--round", "Write: atoll replay --help")),
         (["export", "latest", "--dtype", "int9"], ("int9",)),
@@ -342,7 +342,7 @@ def test_the_other_commands_reach_their_tools(atoll, monkeypatch):
         (["run", "--set", "rouns=3"], ("'rouns'", "Write: --rounds 3")),
         (["run", "--set", "plan.pce=Sync()"], ("'plan.pce'", 'Write: --set "plan.pace=Sync()"')),
         (["run", "--seeds", "0"], ("--seeds 0", "Write: --seeds 5")),
-        (["run", "absent.toml"], ("absent.toml cannot be read",)),
+        (["run", "absent.toml"], ("There is no file absent.toml",)),
         (["run", *quick(data="digitss")], ("'digitss'", "Write: --data digits")),
         (["run", *quick(data="absent.csv")], ("absent.csv",)),
         (["run", *quick(model="linera")], ("'linera'", "Write: --model linear")),

@@ -14,6 +14,7 @@ from atoll.data import partition
 from atoll.data.named import NAMED
 from atoll.plan.formula import DEFAULTS, formula_of
 from atoll.plan.plan import Plan
+from atoll.plan.registry import PARTS, read_part
 from atoll.training import known_names
 
 WATCH = """
@@ -68,6 +69,8 @@ def test_the_lists_are_the_tables():
     assert set(known_names.RECIPES) == {recipe.__name__ for recipe in recipes.RECIPES}
     kinds = [c for c in vars(partition).values() if isinstance(c, type) and issubclass(c, partition.Partition)]
     assert set(known_names.PARTITIONS) == {c.__name__ for c in kinds if c is not partition.Partition}
+    for name, text in known_names.CALLS.items():
+        assert type(read_part(text, {**PARTS, **partition.PARTITIONS})).__name__ == name
     assert list(DEFAULTS) == [f.name for f in fields(Plan)]
 
 

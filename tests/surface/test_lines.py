@@ -87,7 +87,7 @@ def test_several_lines_of_a_file_are_indented():
     [
         ("fedavg(lr=-1)", "fedavg(lr=0.1)"),
         ("fedavg(-1.0, batch=5)", "fedavg(0.1, batch=5)"),
-        ("fedadam(0.1, server_lr=-1)", "fedadam(0.1, server_lr=0.1)"),
+        ("fedadam(0.1, server_lr=-1)", "fedadam(0.1, server_lr=0.01)"),
         ("fedavgg(lr=0.1)", "fedavg(lr=0.1)"),
         ("fedavg(0.1, chort=5)", "fedavg(0.1, cohort=5)"),
         ("fedavg(0.1, cohort=Unifrom(5))", "fedavg(0.1, cohort=Uniform(5))"),
@@ -131,7 +131,7 @@ def test_the_experiment_completes_a_line_with_its_setting():
 def test_names_far_from_every_known_name_get_no_line():
     assert did_you_mean("zzz", ["a", "b"]) == "" and did_you_mean("acuracy", ["accuracy", "mae"]) == "accuracy"
     assert did_you_mean("Held-Out", ["held_out"]) == "held_out"
-    assert "Write" not in str(unknown_name("model", "zzz", ["cnn", "mlp"]))
+    assert "Write" not in str(unknown_name("metric", "zzz", ["auc", "mae"]))
     with pytest.raises(UsageError) as caught:
         parse("Zzz(0.1)", PARTS)
     assert not caught.value.line

@@ -94,9 +94,10 @@ SIMILAR = 0.75
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the known name closest to `name` if its similarity is at least .75, else an empty text.
+    """Return the known name that a name means: the same name, its synonym, or a similar one; else an empty text.
 
-    The similarity is that of `difflib.SequenceMatcher`. Case, hyphens and underscores do not count.
+    The similarity is that of `difflib.SequenceMatcher`, at least .75. Case, hyphens and underscores do not count. A
+    foreign word with a line of its own, such as `median`, is not taken for a misspelled name.
 
     Args:
         name: the name that was given.
@@ -104,41 +105,53 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Example:
         >>> did_you_mean("fedavgg", ["sgd", "fedavg"]), did_you_mean("FedAvg", ["fedavg"]), did_you_mean("gd", ["sum"])
         ('fedavg', 'fedavg', '')
+        >>> did_you_mean("batch_size", ["lr", "batch"]), did_you_mean("median", ["Mean"])
+        ('batch', '')
     """
     import difflib  # not at the start of `atoll`, which seldom needs it
 
-    plain: dict[str, str] = {}
+    from atoll.base.concepts import SYNONYMS, folded, is_concept, synonym
+
+    names: dict[str, str] = {}
     for each in sorted(known):
-        plain.setdefault(_folded(each), each)
-    close = difflib.get_close_matches(_folded(name), plain, n=1, cutoff=SIMILAR)
-    return plain[close[0]] if close else ""
+        names.setdefault(folded(each), each)
+    word = folded(name)
+    if word in names:
+        return names[word]
+    if found := synonym(word, names.values()):
+        return found
+    if is_concept(word):
+        return ""
+    foreign = {word: found for word in SYNONYMS if (found := synonym(word, names.values()))}
+    close = difflib.get_close_matches(word, {**foreign, **names}, n=1, cutoff=SIMILAR)
+    return {**foreign, **names}[close[0]] if close else ""
 
 
-def _folded(name: str) -> str:
-    return name.casefold().replace("-", "_")
-
-
-def unknown_name(kind: str, name: str, known: Iterable[str], line: Callable[[str], Write] = str) -> UsageError:
-    """Build the `UsageError` for an unknown name; it suggests a similar known name, if there is one.
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], line: Callable[[str], Write] = str, value: object = None
+) -> UsageError:
+    """Build the `UsageError` for an unknown name. Its line has the known name, or the line of a foreign word.
 
     Args:
         kind: the kind of thing that the name denotes, such as "model".
         name: the name that was given.
         known: the valid names.
-        line: makes the line to write from the similar name.
+        line: makes the line to write from the known name.
+        value: the value that was given under this name, if there is one.
     Example:
         >>> print(unknown_name("model", "cnnn", ["cnn", "mlp"]))
         No model is called 'cnnn'.
         Required: one of cnn, mlp.
         Write: cnn
     """
+    from atoll.base.concepts import concept, own_model
+
     names = sorted(known)
     near = did_you_mean(name, names) if isinstance(name, str) else ""
-    return UsageError(
-        f"No {kind} is called {name!r}.",
-        f"one of {', '.join(names)}.",
-        write=line(near) if near else "",
-    )
+    why, write = "", line(near) if near else ""
+    if isinstance(name, str) and not near and kind not in ("column", "client"):  # these are names of the user
+        why, write = concept(name.removeprefix("plan."), value) or (own_model(name) if kind == "model" else ("", ""))
+    return UsageError(f"No {kind} is called {name!r}.", f"one of {', '.join(names)}.", why, write)
 
 
 def place_of(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from atoll.base.errors import AtollError, UsageError, did_you_mean, unknown_name
-from atoll.base.lines import TRUST, Part, Text, literal
+from atoll.base.lines import TRUST, Part, Text, example_call, literal
 from atoll.base.names import load_from_user
 
 LONGEST = 4096
@@ -111,7 +111,6 @@ def parse(
         raise UsageError(
             f"{text!r} cannot be read: {error}.",
             "one value: a number, a text, or name(argument, word=argument).",
-            write=next(filter(None, map(_bare_call, names.values())), ""),
         ) from None
     return _Reader(text, source, names, names if inner is None else inner, external, trust, kind).read(tree, 0)
 
@@ -157,15 +156,6 @@ def _restored(text: str, external: Mapping[str, tuple[str, str]]) -> str:
     return re.sub(r"_external_\d+", lambda found: ":".join(external.get(found[0], (found[0],))), text)
 
 
-def _bare_call(make: Callable[..., Any]) -> str:
-    """Return the call without arguments if it builds a value; otherwise an empty text."""
-    try:
-        make()
-    except (AtollError, TypeError):
-        return ""
-    return f"{make.__name__}()"
-
-
 @dataclasses.dataclass
 class _Reader:
     text: str
@@ -206,7 +196,7 @@ class _Reader:
             case ast.Name(id=name) if name in self.external:
                 return self._import(name)
             case ast.Name(id=name):
-                call = _bare_call(self._find(node, name, depth))
+                call = example_call(name, self._find(node, name, depth))
                 error = UsageError(
                     f"{name} is the name of a constructor, in {self.text!r}.",
                     "a call.",
@@ -225,8 +215,10 @@ class _Reader:
             return found  # type: ignore[no-any-return]
         names = self.inner if depth else self.names
         if name not in names:
-            error = unknown_name(self.kind, name, names)
-            raise self._corrected(error, [{node: error.line}] if error.line else [])
+            near = did_you_mean(name, names)
+            call = example_call(near, names[near]) if near else ""
+            repairs: list[_Repair] = [{node: near}, {node: call}] if near else []
+            raise self._corrected(unknown_name(self.kind, name, names, lambda _: call), repairs)
         return names[name]
 
     def _call(self, node: ast.expr, make: Callable[..., Any], args: list[Any], words: dict[str, Any]) -> Any:
@@ -249,9 +241,12 @@ class _Reader:
             if wrong is None or not isinstance(node, ast.Call):
                 required = f"the arguments of {name}{': ' + ', '.join(known) if known else ''}."
                 raise UsageError(f"{self.text!r}: {error}.", required) from None
-            refusal = UsageError(f"{self.text!r}: {name} has no argument {wrong!r}.", f"one of {', '.join(known)}.")
-            near = did_you_mean(wrong, known)
             keyword = next(w for w in node.keywords if w.arg == wrong)
+            refusal = unknown_name("argument", wrong, known, value=_restored(ast.unparse(keyword.value), self.external))
+            refusal = UsageError(
+                f"{self.text!r}: {name} has no argument {wrong!r}.", refusal.required, refusal.why, refusal.write
+            )
+            near = did_you_mean(wrong, known)
             raise self._corrected(
                 refusal, [{keyword: f"{near}={ast.unparse(keyword.value)}"}] if near else []
             ) from None

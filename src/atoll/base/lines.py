@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Protocol, get_args
 
 Door = Literal["python", "shell", "file"]
@@ -219,6 +219,26 @@ class EngineChange:
 def _changes(values: Mapping[str, Any], door: Door) -> str:
     lines = [Change(name, value).at(door) for name, value in values.items()]
     return ("\n" if door == "file" else " ").join(lines)
+
+
+def example_call(name: str, make: Callable[..., Any]) -> str:
+    """A call that builds a value: the required numbers are the examples of their declarations; else an empty text.
+
+    Args:
+        name: the name under which a text may call the constructor.
+        make: a function or a class; `bounded_number` declares a number with its example.
+    Example:
+        >>> example_call("float", float), example_call("ord", ord)
+        ('float()', '')
+    """
+    declared = {f.name: f for f in fields(make)} if is_dataclass(make) else {}
+    needed = [f for f in declared.values() if f.init and f.default is MISSING and f.default_factory is MISSING]
+    examples = [getattr(f.metadata.get("number"), "example", None) for f in needed]
+    try:
+        make(*examples)
+    except (TypeError, ValueError):  # a UsageError is a ValueError
+        return ""
+    return f"{name}({', '.join(map(literal, examples))})"
 
 
 def literal(value: Any) -> str:

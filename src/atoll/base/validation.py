@@ -20,9 +20,10 @@ from numbers import Complex, Real
 from os import PathLike
 from typing import Any, ParamSpec, TypeVar
 
-from atoll.base.errors import RunError, UsageError
+from atoll.base.concepts import concept, part_for
+from atoll.base.errors import RunError, UsageError, did_you_mean
 from atoll.base.grammar import constructor
-from atoll.base.lines import Part, form
+from atoll.base.lines import Line, Part, Write, example_call, form, literal
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -151,12 +152,22 @@ def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             names = [name for name in signature.parameters if name != "self"]
-            raise UsageError(f"{function.__name__}(): {error}.", f"the arguments {', '.join(names)}.") from None
+            wrong = next((word for word in kwargs if word not in names), "")
+            why, write = (_of_argument(wrong, kwargs[wrong], names) if wrong else None) or ("", "")
+            raise UsageError(
+                f"{function.__name__}(): {error}.", f"the arguments {', '.join(names)}.", why, write
+            ) from None
         for name in bound.arguments.keys() & rules.keys():
             bound.arguments[name] = _of_kind(f"{function.__name__}({name}=…)", bound.arguments[name], rules[name])
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def _of_argument(word: str, value: Any, names: list[str]) -> tuple[str, Write] | None:
+    """The reason and the line for an argument that a function does not have."""
+    near = did_you_mean(word, names)
+    return ("", Line(f"{near}={literal(value)}")) if near else concept(word, value)
 
 
 def _of_kind(argument: str, raw: Any, kinds: list[str]) -> Any:
@@ -336,11 +347,14 @@ def class_instead_of_value(place: str, kind: type, prefix: str = "") -> UsageErr
     except (TypeError, ValueError):
         parameters = []
     required = ", ".join(name for name in parameters if not name.startswith("*"))
+    call = example_call(kind.__name__, kind) if kind.__module__.startswith("atoll") or not required else ""
+    call = call or part_for("optimizer", kind) if kind.__module__.startswith("torch.optim") else call
+    ours = "" if kind.__module__.startswith("torch.") else f", {kind.__name__}({required})" if required else ""
     return UsageError(
         f"{place} is the class {kind.__name__}, not a value of it.",
-        f"a value: add parentheses{f', {kind.__name__}({required})' if required else ''}.",
+        f"a value: add parentheses{ours}.",
         "one value of this class is needed.",
-        "" if required else f"{prefix}{kind.__name__}()",
+        f"{prefix}{call}" if call else "",
     )
 
 

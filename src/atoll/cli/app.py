@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from atoll import __version__
-from atoll.base.errors import AtollError, UsageError
+from atoll.base.errors import AtollError
 from atoll.cli.options import GROUPS, Json, Out, Quiet, Trust, flag, switch
 from atoll.training.setting_texts import DATA, OUTPUT, RUNNING
 
@@ -320,8 +320,9 @@ def answer(words: Sequence[str]) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except CycloptsError as error:
-        command = "".join(f" {word}" for word in words[:1] if word in app)
-        return _refused(UsageError(str(error).strip(), write=f"atoll{command} --help"))
+        from atoll.cli.mistakes import usage_error
+
+        return _refused(usage_error(error, app))
     except AtollError as error:
         return _refused(error)
     except KeyboardInterrupt:

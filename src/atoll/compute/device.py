@@ -49,7 +49,10 @@ def resolve_device(text: str, rank: int | None = None) -> torch.device:
         why = "exact sums need float64, which mps does not have."
     if not _TEXT.fullmatch(text):
         raise UsageError(
-            f"device = {text!r}.", "auto, cpu, cuda, or cuda:N with a number N.", why, Change("device", "auto")
+            f"device = {text!r}.",
+            "auto, cpu, cuda, or cuda:N with a number N.",
+            why,
+            Change("device", "cuda" if text == "gpu" else "auto"),
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text == "cpu" or (text == "auto" and not gpus):

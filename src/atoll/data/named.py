@@ -19,7 +19,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from atoll.base.errors import UsageError, unknown_name
-from atoll.base.lines import Load, Write
+from atoll.base.lines import Load, Split, Write
 from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments
 from atoll.data.arrays import arrays, tensor_of
@@ -87,6 +87,14 @@ def load(
     raise UsageError(error.given, f"{error.required[:-1]}, or the path of a CSV file.", write=error.write)
 
 
+def _is_share(value: object) -> bool:
+    """Whether a value is a positive number or its text: the concentration of `Dirichlet`, and no column."""
+    try:
+        return 0 < float(value) < math.inf  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+
+
 def _named(text: str, folder: str | Path | None, given: dict[str, Any]) -> Source:
     """Load a data set by its name; it has its own columns and target."""
     for option, value in given.items():
@@ -95,7 +103,7 @@ def _named(text: str, folder: str | Path | None, given: dict[str, Any]) -> Sourc
                 f"load({text!r}) was given {option}={value!r}.",
                 f"no {option}.",
                 f"{text} has its own.",
-                Load(text),
+                Split(by=f"Dirichlet({value})") if option == "by" and _is_share(value) else Load(text),
             )
     source = NAMED[text](folder, given.get("missing"), given.get("scale"))
     wanted = given.get("scale_target")

@@ -481,13 +481,16 @@ def _of_text(by: object) -> Any:
 def _instead(given: object) -> str:
     """The partition to write for a value that is none: a share of classes is the number of `Dirichlet`."""
     number = isinstance(given, (int, float)) and not isinstance(given, bool) and 0 < given < math.inf
-    return f"Dirichlet({float(given)!r})" if number else "IID()"  # type: ignore[arg-type]
+    if isinstance(given, type) and issubclass(given, Partition):
+        return lines.example_call(given.__name__, given)
+    return f"Dirichlet({float(given)!r})" if number else ""  # type: ignore[arg-type]
 
 
 def _check(partition: object, seed: object, min_rows: object) -> None:
     """Refuse arguments that are invalid for every data set."""
     if not isinstance(partition, Partition):
-        raise UsageError(f"by={partition!r}.", "a partition.", write=Split(by=_instead(partition)))
+        instead = _instead(partition)
+        raise UsageError(f"by={partition!r}.", "a partition.", write=Split(by=instead) if instead else "")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UsageError(f"seed={seed!r}.", "an integer.", write=Split(options={"seed": 0}))
     if isinstance(min_rows, bool) or not isinstance(min_rows, int) or not 1 <= min_rows < 2**31:

@@ -5,6 +5,7 @@ Tests: tests/identities/test_shapes.py.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atoll.base.errors import AtollError, UsageError
-from atoll.base.lines import Change
+from atoll.base.errors import AtollError, UsageError, place_of
+from atoll.base.lines import Change, Line, Write
 from atoll.base.random import Key, global_scope
 from atoll.compute.loss import ClassWeighted, cross_entropy, single_logit, values_of
 from atoll.compute.metrics import Counts, row_sums
@@ -123,6 +124,50 @@ def sum_lengths(task: Task, data: Clients) -> dict[str, int]:
     return {n: length for n, length in lengths.items() if length != 1}
 
 
+def failed_pass(task: Task, x: Tensor, error: Exception) -> UsageError:
+    """The error for a model or a loss that raised an exception in the first pass.
+
+    Args:
+        task: the model.
+        x: a row `[1, …]`.
+        error: the exception.
+    """
+    place = place_of(error)
+    given = f"The model or its loss does not take a batch of this data: {type(error).__name__}: {error}".rstrip(".")
+    row = f"rows of shape {tuple(x.shape[1:])} ({x.dtype})"
+    why, write = _width(task, x)
+    return UsageError(
+        f"{given}.{f' It was raised in {place}.' if place else ''}",
+        f"a model for {row}, and a loss with one value a row.",
+        why or "one pass over a few rows was tested before the first round.",
+        write,
+    )
+
+
+def _width(task: Task, x: Tensor) -> tuple[str, Write]:
+    """The reason and the line if the first layer that fails has another width than its input; else empty texts."""
+    module, entered = task.rebuilt(task.initial()), list[tuple[nn.Module, Any]]()
+    leaves = [m for m in module.modules() if next(m.children(), None) is None]
+    hooks: list[Any] = [m.register_forward_pre_hook(lambda m, given: entered.append((m, given[:1]))) for m in leaves]
+    hooks += [m.register_forward_hook(lambda *_: entered.clear()) for m in leaves]  # this layer took its input
+    with torch.no_grad(), contextlib.suppress(Exception):
+        module(x)
+    for hook in hooks:
+        hook.remove()
+    layer, (given, *_) = entered[-1] if entered else (None, (None,))
+    if not isinstance(given, Tensor):
+        return "", ""
+    shape = f"and its input has shape {tuple(given.shape)}."
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and given.shape[1:2] != (layer.in_channels,):
+        return f"the layer {type(layer).__name__} has in_channels={layer.in_channels}, {shape}", ""
+    if not isinstance(layer, nn.Linear) or given.dim() < 2 or given.shape[-1] == layer.in_features:
+        return "", ""
+    line = f"nn.Linear({given.shape[-1]}, {layer.out_features})"
+    if given[0].numel() == layer.in_features:
+        line = "nn.Sequential(nn.Flatten(), model)"
+    return f"the layer Linear has in_features={layer.in_features}, {shape}", Line(python=line if given is x else "")
+
+
 def _raised(name: str, output: Any, y: Tensor, error: Exception) -> UsageError:
     """The error for a loss or a metric that raised an exception."""
     if not isinstance(output, Tensor):
@@ -130,8 +175,10 @@ def _raised(name: str, output: Any, y: Tensor, error: Exception) -> UsageError:
             check_output(output)
         except UsageError as refused:
             return refused
+    place = place_of(error)
+    text = f"The {name} raised {type(error).__name__}: {error}"
     return UsageError(
-        f"The {name} raised {type(error).__name__}: {error}",
+        f"{text.rstrip('.')}. It was raised in {place}." if place else text,
         f"a function of the output {tuple(output.shape)} ({output.dtype}) and the targets {tuple(y.shape)} "
         f"({y.dtype}), with one value a row.",
         "it was tested with a few rows before the first round.",

@@ -25,7 +25,7 @@ from atoll.compute.native import BuildError
 from atoll.compute.task import BACKENDS, Task
 from atoll.data.clients import Clients
 from atoll.data.rows import draws_in
-from atoll.engine.check_answers import check_answers
+from atoll.engine.check_answers import check_answers, failed_pass
 from atoll.engine.coupling_probe import coupling, coupling_notes
 from atoll.engine.position_check import PositionCheck
 from atoll.engine.probe import Probe
@@ -321,12 +321,7 @@ def _check_pass(task: Task, data: Clients, rows: int) -> None:
                 ) from error
             lanes = _lanes(task, data, (0,))
             x = lanes.take(lanes.places(torch.zeros(1, 1, dtype=torch.int64)), (1,)).x
-            raise UsageError(
-                f"The model or its loss does not take a batch of this data: {type(error).__name__}: {error}",
-                f"a model for rows of shape {tuple(x.shape[2:])} ({x.dtype}), and a loss with one value a row.",
-                "one pass over a few rows was tested before the first round.",
-                "atoll doctor",
-            ) from error
+            raise failed_pass(task, x[0], error) from error
     if gradient.grad.shape != (1, task.layout.d):
         raise UsageError("The model's gradient has another length than its parameters.", "one number a parameter.")
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
+from types import FunctionType
 from typing import Any, get_args
 
 from torch import Tensor
 
+from atoll.base.concepts import concept, part_for
 from atoll.base.errors import UsageError
 from atoll.base.validation import class_instead_of_value
 from atoll.compute.shapes import kind_of
@@ -87,6 +89,7 @@ def check_part(slot: str, part: Any) -> None:
     if isinstance(part, Tensor) or not isinstance(part, protocol):  # some members of a sparse tensor raise
         given = f"The slot {slot} of the plan holds {part!r:.80}"
         tensor = isinstance(part, Tensor)
+        _refuse_foreign(slot, part, f"{given}.")
         lacking = "" if tensor else next((n for n in _members(protocol) if not hasattr(part, n)), "")
         raise UsageError(
             f"{given}, and {kind} has no member {lacking}." if lacking else f"{given}.",
@@ -103,6 +106,16 @@ def check_part(slot: str, part: Any) -> None:
                 "the package reads this member.",
                 example,
             )
+
+
+def _refuse_foreign(slot: str, part: Any, given: str) -> None:
+    """Refuse a text, a function or an optimizer of torch in a slot; the line has the part that the user means."""
+    text, of_torch = isinstance(part, str), type(part).__module__.startswith("torch.optim")
+    known = part_for(slot, part) if text or of_torch or isinstance(part, FunctionType) else ""
+    if not text and not known:
+        return
+    why, write = (concept(part) if text and not known else None) or ("", known)
+    raise UsageError(given, f"a part of the plan, a value such as {SLOTS[slot][2]}.", why, write)
 
 
 @cache

@@ -297,7 +297,9 @@ def class_weights(weight: str | Mapping[Any, float], y: Tensor, classes: tuple[s
         return tuple((len(y) / (len(classes) * counts.clamp(min=1))).tolist())
     if not isinstance(weight, Mapping):
         raise UsageError(
-            f"class_weight={weight!r}.", '"balanced", or a weight for each class.', write='class_weight="balanced"'
+            f"class_weight={weight!r}.",
+            '"balanced", or a weight for each class.',
+            write=Change("class_weight", "balanced"),
         )
     named = {str(name): value for name, value in weight.items()}
     unknown = sorted(set(named) - set(classes))
@@ -307,7 +309,7 @@ def class_weights(weight: str | Mapping[Any, float], y: Tensor, classes: tuple[s
             f"class_weight={weight!r}.",
             f"weights of at least 0, not all 0, for the classes {', '.join(classes[:20])}.",
             f"{unknown[0]!r} is no class of the data." if unknown else "each row's loss is multiplied by it.",
-            'class_weight="balanced"',
+            Change("class_weight", "balanced"),
         )
     return tuple(float(named.get(c, 1.0)) for c in classes)
 

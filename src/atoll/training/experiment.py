@@ -14,15 +14,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_type_hints
 
 from atoll.base import grammar
 from atoll.base.errors import UsageError, unknown_name
-from atoll.base.lines import TRUST, Change, Line, Part, Text, form
+from atoll.base.lines import TRUST, Change, Line, Part, Split, Text, form
 from atoll.base.names import dotted
 from atoll.base.validation import check_arguments
 from atoll.training.known_names import PARTITIONS, RECIPES, check_call, check_data, check_model
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from atoll.runs.predictor import Predictor
     from atoll.training.rounds import Training
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 CLIENTS, ROWS_EACH = 100, 10
 RECIPE = "fedavg(lr=0.5, batch=10)"
 REGRESSION_RECIPE = "fedavg(lr=0.05, batch=10)"
@@ -61,6 +63,25 @@ _ABOUT_TABLE = (
     *("max_levels", "classes", "positive", "scale_target", "encoding", "sheet"),
 )
 _ABOUT_DATA = {"dataset", "folder", *_ABOUT_TABLE}
+
+
+def _with_lines_of_files(method: F) -> F:
+    """A method of `Experiment` whose errors about a setting that a file gave have their lines for the file."""
+
+    @wraps(method)
+    def call(self: Experiment, *args: Any, **words: Any) -> Any:
+        try:
+            return method(self, *args, **words)
+        except UsageError as error:
+            line = error.write
+            names = (
+                {line.name} if isinstance(line, Change) else {"clients", "split"} if isinstance(line, Split) else set()
+            )
+            if names & self.files.keys():
+                error.at("file")
+            raise
+
+    return cast("F", call)
 
 
 @dataclass(frozen=True, repr=False)
@@ -407,6 +428,7 @@ class Experiment(grammar.Value, TrainingFields):
         with self._reading("split"):
             return grammar.parse(text, known, trust=self._trusts("split"), kind="partition")  # type: ignore[no-any-return]
 
+    @_with_lines_of_files
     def data(self) -> Clients:
         """The clients: the data set after the split.
 
@@ -526,6 +548,7 @@ class Experiment(grammar.Value, TrainingFields):
             values["engine"] = self.spec()
         return {**values, **changes}
 
+    @_with_lines_of_files
     def check(self, **changes: Any) -> Settings:
         """Check the settings, the names and the paths. No data is read, and torch is not imported for them.
 
@@ -548,6 +571,7 @@ class Experiment(grammar.Value, TrainingFields):
             check_model(self.model)
         return Settings.from_kwargs(self._settings(**changes))
 
+    @_with_lines_of_files
     def training(self, **changes: Any) -> Training:
         """The training before its first round, for your own loop; no file is written.
 
@@ -557,9 +581,10 @@ class Experiment(grammar.Value, TrainingFields):
         settings = self.check(**changes)
         from atoll.training.rounds import Training
 
-        it = self.resolved()
+        it = self._after_plan().resolved()
         return Training(it._model(), it.data(), it.plan(), settings)
 
+    @_with_lines_of_files
     def train(self, **more: Any) -> Run:
         """Train: `atoll.train` with the settings of the experiment.
 
@@ -572,7 +597,7 @@ class Experiment(grammar.Value, TrainingFields):
         self.check(**changes)
         from atoll.training.train import train
 
-        it = self.resolved()
+        it = self._after_plan().resolved()
         if more.get("resume") is not None:
             it = it._kept(Path(more["resume"]))
             more["observers"] = (*more.get("observers", ()), _RewriteConfig(it.toml()))
@@ -580,6 +605,12 @@ class Experiment(grammar.Value, TrainingFields):
         arguments["config"] = it.toml()
         plan, settings = it.plan(), it._settings(**changes)
         return train(it._model(), it.data(), plan, **{**arguments, **settings, **more})
+
+    def _after_plan(self) -> Experiment:
+        """The experiment itself, after a check of its plan: a wrong plan is refused before the data are read."""
+        if self.recipe is not None:
+            self.plan()
+        return self
 
     def _kept(self, run: Path) -> Experiment:
         """A copy for a resumed run: with its backend and device, and without `init`, whose file may no longer exist."""
@@ -651,9 +682,9 @@ def _slots() -> list[str]:
 def _refuse_unknown(kind: str, key_given: str, known: Iterable[str], key: str, value: Any, where: str) -> None:
     """Refuse a key that is in no table. The error names the source, for example a file."""
     if key not in (names := set(known)):
-        error = unknown_name(kind, key_given, names, lambda near: Change(near, _of_kind(near, value)))
+        error = unknown_name(kind, key_given, names, lambda near: Change(near, _of_kind(near, value)), value)
         place = "" if where in ("", "--set") else f"{where}: "
-        raise UsageError(f"{place}{error.given}", error.required, write=error.write)
+        raise UsageError(f"{place}{error.given}", error.required, error.why, error.write)
 
 
 def _stands_in_file(error: UsageError) -> None:

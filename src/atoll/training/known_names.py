@@ -15,7 +15,7 @@ from typing import Any
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.files import no_such_file
 from atoll.base.grammar import parse
-from atoll.base.lines import Change, Load
+from atoll.base.lines import Change, Load, Text
 
 DATA_SETS = ("breast_cancer", "diabetes", "digits", "fashion_mnist", "heart", "mnist", "wine")
 MODELS = (
@@ -27,6 +27,13 @@ RECIPES = (
     *("fedyogi", "gd", "local_sgd", "post_local_sgd", "sgd"),
 )
 PARTITIONS = ("ByColumn", "Dirichlet", "FeatureShift", "IID", "Pathological", "Quantity", "Shards")
+CALLS = {  # a call of each name that has required arguments
+    "Dirichlet": "Dirichlet(0.3)",
+    "FeatureShift": "FeatureShift(noise=0.1)",
+    "Pathological": "Pathological(2)",
+    "Quantity": "Quantity(1.5)",
+    "Plan": "Plan(Gradient(), Mean())",
+}
 TABLES = (".csv", ".tsv", ".txt", ".gz", ".parquet", ".xlsx")  # such a path is a file, also if it does not exist
 
 
@@ -64,10 +71,18 @@ def check_call(text: str, names: tuple[str, ...], kind: str) -> None:
     """Refuse a text that is no call of one of these names. Its arguments are not checked.
 
     Raises:
-        UsageError: the text cannot be read, or its name is unknown.
+        UsageError: the text cannot be read, or its name is unknown or is not called.
     """
+    if text.isidentifier():
+        calls = {name: Text(CALLS.get(name, f"{name}()")) for name in names}
+        if text not in names:
+            raise unknown_name(kind, text, names, calls.__getitem__)
+        raise UsageError(f"{text} is a name.", "a call.", "a value is a call of its constructor.", calls[text])
     if ":" not in text:  # otherwise it names code, which is imported later, if it is trusted
-        parse(text, dict.fromkeys(names, _Anything), inner=_EVERY_NAME, kind=kind)
+        value = parse(text, dict.fromkeys(names, _Anything), inner=_EVERY_NAME, kind=kind)
+        if not isinstance(value, _Anything):
+            share = kind == "partition" and isinstance(value, float) and value > 0
+            raise UsageError(f"{text!r} is no {kind}.", "a call.", write=Text(f"Dirichlet({value})") if share else "")
 
 
 class _Anything:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Self, Unpack, cast
 
 import torch
@@ -22,8 +23,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from atoll import models
+from atoll.base.concepts import part_for
 from atoll.base.errors import AtollError, Note, RunError, UsageError
-from atoll.base.lines import Change, Line, quoted
+from atoll.base.lines import Change, Line, literal, quoted
 from atoll.base.names import under, without_prefix
 from atoll.base.random import GeneratorWatch, Key, user_modes, user_scope
 from atoll.compute import limits
@@ -38,6 +40,7 @@ from atoll.data.clients import Clients
 from atoll.data.input import Input, first_difference
 from atoll.data.rows import in_memory, keyed
 from atoll.data.schema import Schema
+from atoll.data.sources import Source
 from atoll.engine.check_answers import fitting_metrics, has_single_logit, sum_lengths
 from atoll.engine.choose_backend import Choice, choose, choose_without_rows
 from atoll.engine.client_state import Memory
@@ -610,17 +613,25 @@ def _refuse_other(data: object, plan: object, settings: Settings) -> None:
             f"data is {data!r:.60} with the engine {settings.spec!r}.",
             "clients: a data set that was split.",
             "only the clients of a network have rows of their own.",
-            'atoll.data.load("digits").split(10)',
+            Line('atoll.data.load("digits").split(10)'),
         )
     if not isinstance(data, (Clients, Schema)):
+        source = (
+            "data"
+            if isinstance(data, Source)
+            else f"atoll.data.load({literal(data if isinstance(data, str) else 'digits')})"
+        )
         raise UsageError(
             f"data is {data!r:.60}.",
             "clients: a data set that was split.",
             "a training needs the rows of each client.",
-            'atoll.data.load("digits").split(10)',
+            Line(f"{source}.split(10)"),
         )
     if not isinstance(plan, Plan):
-        raise UsageError(f"plan is {plan!r:.60}.", "a plan.", write="atoll.recipes.fedavg(0.1)")
+        name = plan.__name__ if isinstance(plan, FunctionType) else ""
+        own = f"Plan({part_for('local', plan)}, Mean())" if part_for("local", plan).startswith("Custom") else ""
+        line = f"atoll.recipes.{name}(0.1)" if name in {r.__name__ for r in RECIPES} else own
+        raise UsageError(f"plan is {plan!r:.60}.", "a plan.", write=Line(line or "atoll.recipes.fedavg(0.1)"))
 
 
 def metrics_of(
@@ -671,7 +682,7 @@ def start_from(init: Mapping[str, Tensor] | str | Path, task: Task) -> Model:
             raise UsageError(
                 f"init = {str(init)!r} is no file.",
                 "a run folder or a safetensors file.",
-                write=Change("init", "runs/latest"),
+                write="atoll runs",
             )
         hidden = path.with_name(path.stem + HIDDEN)
         init = {**(load_file(hidden) if hidden.is_file() else {}), **load_file(path)}

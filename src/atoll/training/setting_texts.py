@@ -11,8 +11,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
 
+from atoll.base.concepts import own_model
 from atoll.base.errors import UsageError
-from atoll.base.lines import Change, Line
+from atoll.base.files import no_such_file
+from atoll.base.lines import Change, Line, quoted
 from atoll.base.validation import plain_number
 
 TEXTS = tuple[str, ...]
@@ -33,11 +35,14 @@ def read_toml(file: Path) -> dict[str, Any] | None:
 
     try:
         values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise no_such_file(file, "a TOML file", lambda near: f"atoll run {quoted(near)}") from None
     except (OSError, UnicodeDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UsageError(f"{file} cannot be read: {cause}.", "a TOML file.", write="atoll run --data digits") from None
+        raise UsageError(f"{file} cannot be read: {cause}.", "a TOML file.") from None
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{file} is malformed: {error}.", "TOML.", write=Line(file='data = "digits"')) from None
+        why, write = own_model(file.name) if file.suffix == ".py" else ("", Line(file='data = "digits"'))
+        raise UsageError(f"{file} is malformed: {error}.", "TOML.", why, write) from None
     if file.name != "pyproject.toml":
         return values
     section = values.get("tool", {}).get("atoll")

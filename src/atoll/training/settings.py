@@ -246,7 +246,7 @@ class Settings(TrainingFields):
 
                 raise misplaced({n: words[n] for n in ENGINE_FIELDS if n in words}, words.get("engine", "inprocess"))
             if word not in known:
-                raise unknown_name("setting", word, known, partial(_with_value, words[word]))
+                raise unknown_name("setting", word, known, partial(_with_value, words[word]), words[word])
         return cls(**words)
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from atoll.base.errors import ClientError, UsageError
-from atoll.base.lines import Line
+from atoll.base.lines import Change, Line
 from atoll.base.names import ROWS_OF, metric_name
 from atoll.base.random import Key, user_scope
 from atoll.base.validation import plain_fields, real_number
@@ -49,19 +49,38 @@ class Context:
     Args:
         round: the number of the round, from 0.
         client: the id of the client.
-        lr: the value passed as `Custom(fn, lr=...)`, or None.
         device: the device of the model.
         generator: a torch generator, seeded by the training's seed, the round and the client.
         memory: the memory of the client, tensors by name, on the device of the model. The loop changes the tensors or
             replaces them. The next start of the client reads them if the server has accepted this contribution.
+        rate: the value passed as `Custom(fn, lr=...)`, or None.
     """
 
     round: int
     client: int
-    lr: float | None
     device: torch.device
     generator: torch.Generator
     memory: dict[str, Tensor] = field(default_factory=dict)
+    rate: float | None = None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of `Custom(fn, lr=...)`.
+
+        Raises:
+            UsageError: no rate was passed; `rate` is None then.
+        """
+        if self.rate is None:
+            raise UsageError(
+                "ctx.lr is read in the loop of Custom, and no rate was passed.",
+                "Custom(fn, lr=...).",
+                "the loop has no rate of its own.",
+                Line("Custom(fn, lr=0.1)", *_SLOT_WITH_RATE),
+            )
+        return self.rate
+
+
+_SLOT_WITH_RATE = tuple(Change("plan.local", "Custom(mine:train, lr=0.1)").at(door) for door in ("shell", "file"))
 
 
 class ClientDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -249,7 +268,7 @@ class Custom(Local):
         device = broadcast.model.theta.device
         generator = torch.Generator(device).manual_seed(key.fold("generator").torch_seed())
         mine = {n: t[k].clone() for n, t in memory.items()}
-        ctx = Context(broadcast.round, int(lanes.ids[k]), self.lr, device, generator, mine)
+        ctx = Context(broadcast.round, int(lanes.ids[k]), device, generator, mine, self.lr)
         with user_scope(key.fold("custom")):
             loader = Loader(lanes, k, self.batch, key.fold("order"), task.couples)
             metrics = self.fn(module, loader, ctx)

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atoll.base.concepts import part_for
 from atoll.base.errors import UsageError
+from atoll.base.lines import Part
 from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
-from atoll.base.validation import class_instead_of_value, plain_fields
+from atoll.base.validation import class_instead_of_value, plain_fields, repaired
 from atoll.compute.batches import ROWS, ClientBatch, padded
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
@@ -104,7 +106,7 @@ class Train(Local):
                 f"Train(epochs={self.epochs!r}, steps={self.steps!r}).",
                 "one of epochs and steps, a whole number, at least 1.",
                 "it is the length of local training between two rounds.",
-                "Train(sgd(0.1), epochs=1, batch=10)",
+                Part(repaired(self, epochs=1, steps=None), changes={"epochs": 1}),
             )
         if isinstance(self.steps, Schedule):
             check_steps(self.steps)
@@ -112,11 +114,12 @@ class Train(Local):
             raise class_instead_of_value("The optimizer of Train", self.optimizer)
         known = isinstance(self.optimizer, Optimizer)
         if not known or not self.optimizer.trains_clients:
+            rule = ("" if known else part_for("optimizer", self.optimizer)) or "sgd(0.1)"
             raise UsageError(
                 f"Train(optimizer={self.optimizer!r}).",
                 "an optimizer that inherits atoll.plan.optimizer.base.OptimizerBase." if known else "an optimizer.",
                 "local training makes steps in place." if known else "",
-                "Train(sgd(0.1), epochs=1, batch=10)",
+                f"Train({rule}, epochs=1, batch=10)",
             )
         check_correction(self.correction)
         if not isinstance(self.keep, (tuple, list)) or not all(

@@ -23,11 +23,11 @@ from atoll.plan.optimizer.base import STEP, Counters, Inner, LaneGroup, Optimize
 from atoll.plan.schedule import Schedule
 
 
-def _rate() -> Any:
+def _rate(example: float = 0.1) -> Any:
     return bounded_number(
         above=0,
         also=Schedule,
-        example=0.1,
+        example=example,
         why="a learning rate of 0 makes no step, and a negative one increases the loss.",
     )
 
@@ -158,7 +158,7 @@ class adam(OptimizerBase):
     Reference: Kingma, Ba, Adam, 2015; Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
     """
 
-    lr: float | Schedule = _rate()
+    lr: float | Schedule = _rate(0.01)
     betas: tuple[float, float] = _betas()
     eps: float = _eps(1e-8)
     weight_decay: float = _decay()
@@ -210,7 +210,7 @@ class adamw(OptimizerBase):
     Reference: Loshchilov, Hutter, Decoupled Weight Decay Regularization, 2019.
     """
 
-    lr: float | Schedule = _rate()
+    lr: float | Schedule = _rate(0.01)
     betas: tuple[float, float] = _betas()
     eps: float = _eps(1e-8)
     weight_decay: float = _decay(0.01)
@@ -283,7 +283,7 @@ class yogi(OptimizerBase):
         Optimization, 2021, Algorithm 2.
     """
 
-    lr: float | Schedule = _rate()
+    lr: float | Schedule = _rate(0.01)
     betas: tuple[float, float] = _betas()
     eps: float = _eps(1e-3)
     weight_decay: float = _decay()
@@ -325,7 +325,7 @@ class rmsprop(OptimizerBase):
     Reference: Tieleman, Hinton, Neural Networks for Machine Learning, Lecture 6.5, 2012.
     """
 
-    lr: float | Schedule = _rate()
+    lr: float | Schedule = _rate(0.01)
     alpha: float = _average(0.99)
     eps: float = _eps(1e-8)
     momentum: float = bounded_number(0.0, least=0, below=1, why="with a momentum of 1 or more the steps do not decay.")
@@ -385,7 +385,7 @@ class adamax(OptimizerBase):
     Reference: Kingma, Ba, Adam, 2015, Algorithm 2.
     """
 
-    lr: float | Schedule = _rate()
+    lr: float | Schedule = _rate(0.01)
     betas: tuple[float, float] = _betas()
     eps: float = _eps(1e-8)
     weight_decay: float = _decay()
@@ -414,7 +414,7 @@ class nadam(OptimizerBase):
     Reference: Dozat, Incorporating Nesterov Momentum into Adam, 2016.
     """
 
-    lr: float | Schedule = _rate()
+    lr: float | Schedule = _rate(0.01)
     betas: tuple[float, float] = _betas()
     eps: float = _eps(1e-8)
     weight_decay: float = _decay()
@@ -446,7 +446,7 @@ class radam(OptimizerBase):
     Reference: Liu et al., On the Variance of the Adaptive Learning Rate and Beyond, 2020.
     """
 
-    lr: float | Schedule = _rate()
+    lr: float | Schedule = _rate(0.01)
     betas: tuple[float, float] = _betas()
     eps: float = _eps(1e-8)
     weight_decay: float = _decay()

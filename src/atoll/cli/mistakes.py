@@ -1,0 +1,65 @@
+"""Errors of the command line itself: an unknown command or flag, with the line to write instead.
+
+Tests: tests/surface/test_mistakes.py
+"""
+
+from __future__ import annotations
+
+from cyclopts import App, CycloptsError
+from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnknownOptionError
+
+from atoll.base.concepts import concept, folded, is_concept
+from atoll.base.errors import UsageError, did_you_mean
+from atoll.base.lines import Change, Write, quoted
+from atoll.plan.formula import DEFAULTS
+
+
+def usage_error(error: CycloptsError, app: App) -> UsageError:
+    """The error of atoll for words that no command takes.
+
+    Args:
+        error: the error of the parser.
+        app: the commands.
+    """
+    command = "".join(f" {word}" for word in error.command_chain or ())
+    help_line = f"atoll{command} --help"
+    if isinstance(error, UnknownCommandError) and error.unused_tokens:
+        return _unknown_command(error.unused_tokens[0], app)
+    if isinstance(error, UnknownOptionError):
+        return _unknown_flag(error, help_line)
+    if isinstance(error, MissingArgumentError) and error.argument is not None and error.argument.name == "RUN":
+        help_line = f"atoll{command} latest" if command in (" show", " resume", " export") else help_line
+    return UsageError(str(error).strip(), write=help_line)
+
+
+def _unknown_command(name: str, app: App) -> UsageError:
+    commands = [each for each in app if not each.startswith("-")]
+    near = did_you_mean(name, commands)
+    given = f"No command is called {name!r}."
+    return UsageError(
+        given, f"one of {', '.join(sorted(commands))}.", write=f"atoll {near}" if near else "atoll --help"
+    )
+
+
+def _unknown_flag(error: UnknownOptionError, help_line: str) -> UsageError:
+    word, equals, value = (error.token.keyword or error.token.value).partition("=")
+    following = (error.unused_tokens or [])[1:2]
+    given = value if equals else next((each for each in following if not each.startswith("-")), None)
+    flags = {name: each for each in error.argument_collection for name in each.names if name.startswith("--")}
+    name = folded(word.lstrip("-"))
+    near = did_you_mean(name, [each[2:] for each in flags])
+    why, write = concept(name, given) or ("", help_line)
+    if near:
+        takes = given is not None and flags[f"--{near}"].token_count()[0] > 0
+        why, write = "", f"--{near} {quoted(given)}" if takes and given is not None else f"--{near}"
+    if given is not None and (near == "recipe" or name in DEFAULTS):
+        why, write = _part(name, near, given) or (why, write)
+    return UsageError(f"No flag is called {word}.", why=why, write=write)
+
+
+def _part(name: str, near: str, given: str) -> tuple[str, Write] | None:
+    """The line for the value of a flag that stands for the recipe or for a slot of the plan."""
+    if is_concept(given):
+        return concept(given)
+    text = f"{given}()" if near and given.isidentifier() else given
+    return "", Change(near or f"plan.{name}", text) if "(" in text else ""
