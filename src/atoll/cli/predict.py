@@ -125,11 +125,13 @@ def _arrays(folder: Path, input: Input) -> Stream:
 
 def _added(input: Input, request: Request, header: Sequence[str]) -> list[str]:
     """The names of the columns that are added."""
-    names = [request.name]
+    targets = input.target.names
+    names = [f"{request.name}={name}" for name in targets] if _several(input) else [request.name]
     if request.proba:
-        if input.kind == "regression" or input.classes is None:
+        classes = targets if input.kind == "labels" else input.classes
+        if input.kind == "regression" or classes is None:
             raise UsageError("--proba was given for a model of numbers.", "a model of classes.")
-        names += [f"p={name}" for name in input.classes]
+        names += [f"p={name}" for name in classes]
     for name in names:
         if name in header:
             raise UsageError(
@@ -163,10 +165,16 @@ def _predict_batch(predictor: Predictor, request: Request, batch: RowBatch, seen
     seen.rows += len(x)
     if y is not None:
         seen.tally.add(out, y, clients)
-    columns: list[Any] = [predictor.words(out)]
+    words = predictor.words(out)
+    columns: list[Any] = list(words.T) if _several(it) and words.ndim == 2 else [words]
     if request.proba:
         columns += list(it.probabilities(out).numpy().T)
     return columns
+
+
+def _several(input: Input) -> bool:
+    """Whether a row has several targets, with one column of predictions for each."""
+    return input.kind == "labels" or len(input.target.names) > 1
 
 
 def _target(it: Input, cells: dict[str, Cells]) -> torch.Tensor | None:
@@ -174,7 +182,7 @@ def _target(it: Input, cells: dict[str, Cells]) -> torch.Tensor | None:
     if any(name not in cells for name in names):
         return None
     each = [it.targets(cells[name]) for name in names]
-    return each[0] if len(each) == 1 else torch.stack(each, 1)
+    return each[0] if not _several(it) else torch.stack(each, 1)
 
 
 def _report(request: Request, seen: _Seen, result: PredictionScores | None) -> None:
@@ -265,7 +273,7 @@ class _ParquetWriter:
 
         table = batch.arrow if header and batch.arrow is not None else pa.table(_typed(batch.cells))
         for name, values in added.items():
-            numbers = values.dtype.kind == "f" and values.ndim == 1
+            numbers = values.dtype.kind in "fi" and values.ndim == 1
             kept = pa.array(values) if numbers else pa.array(_strings(values), pa.string())
             table = table.append_column(name, kept)
         if self.file is None:

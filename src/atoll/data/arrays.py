@@ -25,6 +25,7 @@ from atoll.data.clients import Clients
 from atoll.data.held_out import HeldOut
 from atoll.data.partition import ByColumn
 from atoll.data.rows import (
+    IGNORED,
     Array,
     ArrayRows,
     CodedRows,
@@ -41,7 +42,7 @@ from atoll.data.rows import (
 )
 from atoll.data.sources import Source, unseen
 
-TASKS = ("classification", "regression")
+TASKS = ("classification", "regression", "labels")
 Pair = tuple[Any, Any]
 _LARGEST_WHOLE = 2**63 - 1
 
@@ -315,7 +316,7 @@ def encode(y: Any, task: str | None, subject: str = "y", order: Sequence[str] | 
 
     Args:
         y: labels of any type `[rows]`; numbers `[rows]` or `[rows, n]`; or classes 0, 1, …, `[rows, length]`.
-        task: "classification", "regression", or None: regression if y has floats.
+        task: "classification", "regression", "labels", or None: regression if y has floats.
         subject: the name of the targets in error messages.
         order: the order of the classes; None: as in `distinct`.
     Raises:
@@ -329,6 +330,9 @@ def encode(y: Any, task: str | None, subject: str = "y", order: Sequence[str] | 
     kind, notes = _kind(task, array.dtype.kind == "f", f"{subject} of {array.dtype}")
     if kind == "classification":
         _check_labelled(array, subject)
+    if kind == "labels":
+        y = _finite(tensor_of(_numeric(array, subject)), subject)
+        return Targets(several_labels(y, subject), kind, None, notes)
     if kind == "classification" and (array.ndim == 1 or array.shape[1:] == (1,)):
         codes, names = distinct(array.reshape(-1), subject, order)
         return Targets(codes, kind, names, notes)
@@ -336,6 +340,32 @@ def encode(y: Any, task: str | None, subject: str = "y", order: Sequence[str] | 
     if isinstance(array, np.memmap) and array.ndim > 1:
         return Targets(array, kind, None, notes)
     return Targets(_finite(answers(tensor_of(array), kind == "regression"), subject), kind, None, notes)
+
+
+def several_labels(y: Tensor, subject: str) -> Tensor:
+    """Return several labels for each row, int64 `[rows, n]`: 0, 1, or −100 for a missing label.
+
+    Args:
+        y: numbers `[rows]` or `[rows, n]`.
+        subject: the name of the labels in error messages.
+    Raises:
+        UsageError: another number, or a row without any label.
+    Example:
+        >>> several_labels(torch.tensor([[1.0, 0.0]]), "y")
+        tensor([[1, 0]])
+    """
+    other = ((y != 0) & (y != 1) & (y != IGNORED)).nonzero()
+    if len(other):
+        at = other[0].tolist()
+        raise UsageError(
+            f"{subject} contains {y[tuple(at)].item():g} at {place(at[0], tuple(at[1:]))}.",
+            "0 or 1 for each label, or -100 for a missing label.",
+            "task labels is several answers of yes or no for each row.",
+            Change("task", "regression"),
+        )
+    labels = y.long().reshape(len(y), -1)
+    _check_labelled(labels.numpy(), subject)
+    return labels
 
 
 def _check_labelled(labels: Array, subject: str) -> None:
@@ -409,7 +439,8 @@ def arrays(
             which are token ids. Rows of one axis in uint8 are numbers.
         y: labels of any type `[rows]`; numbers `[rows]` or `[rows, n]`; or classes 0, 1, …, `[rows, length]`.
         by: the natural client of each row, such as a hospital or a speaker; `[rows]`, of any type.
-        task: "classification" or "regression"; None: regression if y has floats.
+        task: "classification", "regression", or "labels", several labels 0 or 1 for each row; None: regression if y
+            has floats.
         scale: "none", "standard", or "client"; see `Source`.
         missing: "mean": NaN is a missing number, filled with the mean of the train rows; "drop": its row is left out;
             None: NaN is refused.
@@ -573,6 +604,8 @@ def _in_place(
     if test is not None:
         _same_features(_first(test)[0], x, "the test set")
     fixed, classes = classes, None
+    if kind == "labels":
+        several_labels(rows.targets(), "The dataset")
     if kind == "classification" and y.dim() == 1:
         labels = rows.targets()
         _check_labelled(labels.numpy(), "The dataset")
@@ -602,7 +635,7 @@ def dataset(data: Any, *, by: Any = None, task: str | None = None, test: Any = N
     Args:
         data: the Dataset; one shape for all rows; a label is a number.
         by: the natural client of each row, such as a hospital or a speaker; `[rows]`, of any type.
-        task: "classification" or "regression"; None: regression if y is a float.
+        task: "classification", "regression" or "labels"; None: regression if y is a float.
         test: the test rows of the data set, as a Dataset or a pair (x, y).
         name: the name of the data set in reports.
     Raises:
@@ -640,7 +673,7 @@ def federate(
         held_out: fraction of each class to hold out, in [0, 1); a rule, such as `PerClient(0.2)`; the held-out rows:
             (x, y) or a Dataset; or the held-out rows of each client, a dict with the names of the clients.
         seed, min_rows: as in `Source.split`.
-        task: "classification" or "regression"; None: regression if y has floats.
+        task: "classification", "regression" or "labels"; None: regression if y has floats.
         classes: the classes in order; None: the distinct labels of all clients. A class may have no row.
         scale: "none", "standard", or "client"; see `Source`.
         name: the name of the data set in reports.

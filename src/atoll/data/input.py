@@ -37,7 +37,7 @@ from atoll.data.cells import (
     name_of,
     plain_numbers,
 )
-from atoll.data.rows import Array, numbers
+from atoll.data.rows import IGNORED, Array, numbers
 from atoll.data.scale import standardize
 
 FORMAT = 1
@@ -483,11 +483,13 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
         Args:
             cells: the cells of one target.
         Returns:
-            Codes of classes, −1 for a class unseen in training and −2 for a missing target; or numbers in the target's
-            units, with NaN for a missing target.
+            Codes of classes, −1 for a class unseen in training and −2 for a missing target; numbers in the target's
+            units, with NaN for a missing target; or a label 0 or 1, −100 if it is missing.
         Raises:
-            UsageError: a cell is no number, if the model predicts numbers.
+            UsageError: a cell is no number, if the model predicts numbers, or no label.
         """
+        if self.target.kind == "labels":
+            return torch.from_numpy(yes_or_no(self.target.names[0], cells)).nan_to_num(IGNORED).long()
         if self.target.classes is None:
             return torch.from_numpy(self._numbers(self.target.names[0], cells, 0))
         place = {level: code for code, level in enumerate(self.target.classes)}
@@ -509,9 +511,13 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
 
         Args:
             output: logits `[rows, classes]`, or `[rows, 1]` of the second of two classes.
+        Returns:
+            The probabilities; of several labels for each row the probability of each label 1, `[rows, labels]`.
         Raises:
             UsageError: the model predicts numbers.
         """
+        if self.target.kind == "labels":
+            return output.double().reshape(len(output), -1).sigmoid()
         if self.target.kind == "regression":
             raise UsageError("The model predicts numbers.", "a model of classes.", "a number has no probability.")
         logits = output.double()
@@ -524,7 +530,12 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
 
         Args:
             output: the output of the model, `[rows, outputs]`.
+        Returns:
+            One prediction for each row; of several numbers or labels `[rows, targets]`.
         """
+        if self.target.kind == "labels":
+            labels: Array = (output.reshape(len(output), -1) > 0).long().numpy()
+            return labels
         if self.target.kind == "regression":
             values = self.in_units(output.double().reshape(len(output), -1)).numpy()
             return values[:, 0] if values.shape[1] == 1 else values
@@ -582,6 +593,33 @@ class _Version(msgspec.Struct):
 
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def yes_or_no(name: str, cells: Cells) -> Array:
+    """Convert the cells of a label: 0 or 1, false or true; NaN for a missing label, float64 `[rows]`.
+
+    Args:
+        name: the column.
+        cells: its cells.
+    Raises:
+        UsageError: another text.
+    Example:
+        >>> yes_or_no("ill", cells_of({"ill": ["true", "0", ""]})["ill"]).tolist()
+        [1.0, 0.0, nan]
+    """
+    found = cells.numbers(Missing())
+    if found is not None:
+        return found
+    texts = cells.texts()
+    known = {"false": 0.0, "true": 1.0, "0": 0.0, "1": 1.0}
+    for code, text in enumerate(texts.levels):
+        if text.lower() not in known and not Missing().number(text) and texts.counts[code]:
+            raise UsageError(
+                f"Column {name!r} contains {text!r} at row {texts.first(code)}.",
+                "0 or 1, or false or true, in each label.",
+                "a label is an answer of yes or no.",
+            )
+    return texts.map([known.get(text.lower(), math.nan) for text in texts.levels])
 
 
 def _is_number(text: str) -> bool:

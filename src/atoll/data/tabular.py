@@ -21,7 +21,7 @@ from atoll.base.errors import UsageError, unknown_name
 from atoll.base.lines import Change, Line, Load, Write, literal
 from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments
-from atoll.data.arrays import distinct, fixed_classes
+from atoll.data.arrays import TASKS, distinct, fixed_classes, several_labels
 from atoll.data.cells import (
     NUMBER_NA,
     Cells,
@@ -34,7 +34,7 @@ from atoll.data.cells import (
 )
 from atoll.data.columns import Rules, Typed, absent, feature, picked, typed
 from atoll.data.files import CellTable, read_table
-from atoll.data.input import OTHER, Column, Input, InputTarget, TextColumn
+from atoll.data.input import OTHER, Column, Input, InputTarget, TextColumn, yes_or_no
 from atoll.data.rows import Array, ArrayRows
 from atoll.data.sources import SCALES, TARGET_SCALES, Source
 
@@ -43,7 +43,7 @@ Names = str | Sequence[str] | None
 Door = Callable[[Mapping[str, Any]], Write]  # the line of the call that the user made, with these options
 _SEVERAL = ("target", "columns", "drop", "na", "classes")
 _CHOICES = {
-    "task": ("task", ("classification", "regression")),
+    "task": ("task", TASKS),
     "missing": ("way with missing values", ("mean", "drop")),
     "decimal": ("decimal mark", (",", ".")),
     "scale": ("scale", SCALES),
@@ -78,7 +78,7 @@ class Options:
     Args:
         target: the column or columns to predict; None: the last one.
         by: the column that names the client of each row; None: no natural clients.
-        task: "classification" or "regression"; None: guessed from the target.
+        task: "classification", "regression", or "labels", several targets of 0 and 1; None: guessed from the target.
         missing: "mean" fills a missing number with the mean of the train rows, "drop" drops these rows; None: "mean".
         scale: "standard" (mean 0 and standard deviation 1 over the train rows), "client", or "none"; None: "standard".
         columns: the features; None: all other columns.
@@ -491,7 +491,7 @@ def _target(
 ) -> tuple[torch.Tensor, str, tuple[str, ...] | None, tuple[str, ...]]:
     """Return y, the kind of task, the classes, and notes on guesses."""
     task = options.task
-    if len(cells) > 1:
+    if len(cells) > 1 or task == "labels":
         return _several_targets(cells, task)
     ((name, one),) = cells.items()
     notes: tuple[str, ...] = tuple(goals[name].notes)
@@ -548,6 +548,11 @@ def _odd_classes(name: str, texts: Texts, options: Options) -> tuple[str, ...]:
 
 
 def _several_targets(cells: Mapping[str, Cells], task: str | None) -> tuple[torch.Tensor, str, None, tuple[str, ...]]:
+    if task == "labels":
+        found = [
+            several_labels(torch.from_numpy(yes_or_no(name, one)), f"Column {name!r}") for name, one in cells.items()
+        ]
+        return torch.cat(found, 1), "labels", None, (f"{len(cells)} labels of 0 and 1 for each row.",)
     columns = []
     for name, one in cells.items():
         days = one.days()
@@ -556,11 +561,20 @@ def _several_targets(cells: Mapping[str, Cells], task: str | None) -> tuple[torc
             raise UsageError(
                 f"Column {name!r} is one of {len(cells)} targets.",
                 "numbers, for regression.",
-                "a model has one target of classes, or several numbers.",
+                "a model has one target of classes, several numbers, or several labels of 0 and 1.",
+                Change("task", "labels") if task != "regression" and _all_labels(cells) else "",
             )
         columns.append(values)
     note = f"{len(cells)} targets: regression in their own units."
     return torch.from_numpy(np.stack(columns, 1)), "regression", None, (note,)
+
+
+def _all_labels(cells: Mapping[str, Cells]) -> bool:
+    """Whether all cells of all targets are 0, 1, true or false."""
+    try:
+        return all(np.isin(yes_or_no(name, one), (0.0, 1.0)).all() for name, one in cells.items())
+    except UsageError:
+        return False
 
 
 def _clients(name: str, cells: Cells, keep: Array) -> tuple[torch.Tensor, tuple[str, ...]]:

@@ -18,7 +18,7 @@ from atoll.base.lines import Change
 from atoll.base.random import Key, user_scope
 from atoll.models.sequence import Lstm, Transformer
 
-KINDS = ("classification", "regression", "tokens")
+KINDS = ("classification", "regression", "tokens", "labels")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _Wanted:
 
     def refusal(self, required: str, why: str, instead: str) -> UsageError:
         rows = "numbers" if self.vocab is None else f"tokens below {self.vocab}"
-        target = "target(s)" if self.kind == "regression" else "classes"
+        target = {"regression": "target(s)", "labels": "labels"}.get(self.kind, "classes")
         given = f"The model {self.name!r} was requested for rows of {self.features} {rows}, "
         return UsageError(given + f"{self.kind} with {self.outputs} {target}.", required, why, Change("model", instead))
 
@@ -74,7 +74,7 @@ class _Wanted:
     def classification(self) -> None:
         """Refuse tasks other than one class per row."""
         if self.kind != "classification":
-            instead = "linear" if self.vocab is None else "lstm"
+            instead = {"labels": "logistic"}.get(self.kind, "linear") if self.vocab is None else "lstm"
             raise self.refusal("classification.", "its outputs are logits of a row's classes.", instead)
 
 
@@ -92,12 +92,14 @@ def _from_zero(inputs: int, outputs: int) -> nn.Module:
 
 def _linear(w: _Wanted) -> nn.Module:
     if w.kind != "regression":
-        instead = "softmax" if w.vocab is None else "lstm"
+        instead = {"labels": "logistic"}.get(w.kind, "softmax") if w.vocab is None else "lstm"
         raise w.refusal("regression.", "a class is not a number to approximate.", instead)
     return _from_zero(w.flat, w.outputs)
 
 
 def _logistic(w: _Wanted) -> nn.Module:
+    if w.kind == "labels":
+        return _from_zero(w.flat, w.outputs)
     w.classification()
     inputs = w.flat
     if w.outputs > 2:
@@ -244,8 +246,8 @@ def build(
         features: shape of one row: `(d,)`; images `(height, width)` or `(channels, height, width)`; sequences
             `(length, width)` of numbers or, with `vocab`, `(length,)` of tokens.
         outputs: the number of classes or targets, ≥ 1. `logistic` has one logit for two classes.
-        kind: `"classification"`, `"regression"`, or `"tokens"`: a class at every position, from this and earlier
-            positions.
+        kind: `"classification"`, `"regression"`, `"labels"` (several labels of 0 and 1, one logit for each), or
+            `"tokens"`: a class at every position, from this and earlier positions.
         key: key of the initial weights; the global generators are restored afterwards.
         dtype: dtype of the weights. They are drawn in float32, so both dtypes start from the same point.
         vocab: the number of tokens, if rows contain int64 tokens; for `"tokens"` the default is `outputs`.

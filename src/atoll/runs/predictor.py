@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from atoll.base.errors import UsageError
 from atoll.compute.loss import ClassWeighted, PerExample, poisson, values_of
 from atoll.compute.metrics import Counts, Metric, row_sums, summed
-from atoll.data.arrays import tensor_of
+from atoll.data.arrays import several_labels, tensor_of
 from atoll.data.cells import Cells, boxed_cells, cells_of, name_of
 from atoll.data.input import Input
-from atoll.data.rows import Array
+from atoll.data.rows import IGNORED, Array
 
 PIECE = 1024  # rows of one pass, as in the evaluation of a training
 LARGEST_WHOLE = 2**24  # outputs and targets that are kept for metrics over all rows
@@ -143,13 +143,15 @@ class Predictor:
         return self.input.probabilities(self.output(self.prepare(x, clients))).numpy()
 
     def score(self, x: Any, y: Any) -> float:
-        """Compute the accuracy, or R² = 1 − Σ (y − ŷ)² / Σ (y − mean y)² for numbers.
+        """Compute the accuracy (of several labels their mean), or R² = 1 − Σ (y − ŷ)² / Σ (y − mean y)² for numbers.
 
         Args:
             x: as in `prepare`.
             y: the target of each row.
         """
         found = self.predict(x)
+        if self.input.kind == "labels":
+            return float((found == self.targets(y).numpy()).mean())
         if self.input.kind != "regression":
             wanted = [name_of(v) for v in np.asarray(y, dtype=object).tolist()]
             return float(np.mean([name_of(a) == b for a, b in zip(found.tolist(), wanted, strict=True)]))
@@ -174,12 +176,18 @@ class Predictor:
         """Convert targets to class codes or numbers; −1 is a class unseen in training, −2 or NaN a missing target.
 
         Args:
-            y: one value for each row; of several numbers for a row an array, or a dict of the target's columns.
+            y: one value for each row; of several numbers or labels an array `[rows, n]`, or a frame or a dict of the
+                columns of the target.
         """
+        labels = self.input.kind == "labels"
+        if isinstance(y, Mapping) or hasattr(y, "columns"):
+            cells = cells_of(y)
+            found = torch.stack([self.input.targets(cells[name]) for name in self.input.target.names], -1)
+            return found if labels else found.squeeze(-1)
+        if labels:
+            return several_labels(_array(y), "y")
         if self.input.classes is None and self.input.kind != "regression":
             return _array(y).long()
-        if isinstance(y, Mapping):
-            return torch.stack([self.input.targets(cells) for cells in cells_of(y).values()], -1).squeeze(-1)
         array = y.numpy() if isinstance(y, Tensor) else np.asarray(y)
         if array.ndim == 2 and array.shape[1] > 1:
             return torch.from_numpy(array.astype(np.float64))
@@ -234,7 +242,8 @@ class ScoreSums:
             clients: the client of each row; None: unknown.
         """
         it = self.predictor.input
-        missing = y.reshape(len(y), -1).isnan().any(1) if y.is_floating_point() else y.reshape(len(y), -1)[:, 0] == -2
+        flat = y.reshape(len(y), -1)
+        missing = flat.isnan().any(1) if y.is_floating_point() else ((flat == -2) | (flat == IGNORED)).all(1)
         keep = ~missing
         names = None if clients is None else [n for n, kept in zip(clients, keep.tolist(), strict=True) if kept]
         output, y = output[keep], y[keep]

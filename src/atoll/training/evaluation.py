@@ -22,6 +22,7 @@ from atoll.compute.metrics import Counts, Metric, summed
 from atoll.compute.shapes import class_axis
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
+from atoll.data.rows import IGNORED
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
@@ -237,6 +238,9 @@ def constant_answer(task: Task, data: Clients, owner: Tensor | None = None) -> H
 def _constant_output(output: Tensor, y: Tensor, data: Clients) -> Tensor:
     """One output `[1, …]` that is the best constant answer to the train rows."""
     targets = data.rows.targets()[data.order]
+    if data.kind == "labels":
+        shares = [column[column != IGNORED].double().mean() for column in targets.reshape(len(targets), -1).T]
+        return torch.stack(shares).logit(1e-12).to(output).reshape(output.shape)
     if data.kind == "regression" or targets.is_floating_point():
         return targets.double().mean(0).to(output).expand(y.shape[1:]).reshape(output.shape)
     labels = targets.reshape(-1)

@@ -138,7 +138,9 @@ class Experiment(grammar.Value, TrainingFields):
     )
     target: str | None = setting(None, "The column of a CSV file to predict. Default: the last.", group=DATA)
     by: str | None = setting(None, "The column of a CSV file that names the client of a row.", group=DATA)
-    task: str | None = setting(None, "classification or regression. Default: guessed, and reported.", group=DATA)
+    task: str | None = setting(
+        None, "classification, regression, or labels (several targets of 0 and 1). Default: guessed.", group=DATA
+    )
     missing: str | None = setting(None, "Treatment of missing numbers: mean or drop.", group=DATA)
     scale: str | None = setting(None, "standard, client or none. Default: standard for tables.", group=DATA)
     columns: str | None = setting(None, "Features of a table: A,B. Default: all other columns.", group=DATA)
@@ -408,7 +410,11 @@ class Experiment(grammar.Value, TrainingFields):
             classes: whether rows have classes.
         """
         changes = {} if self.model is not None else {"model": "lstm" if kind == "tokens" else "mlp"}
-        return changes if self.recipe is not None else {**changes, "recipe": RECIPE if classes else REGRESSION_RECIPE}
+        return (
+            changes
+            if self.recipe is not None
+            else {**changes, "recipe": RECIPE if classes or kind == "labels" else REGRESSION_RECIPE}
+        )
 
     def _count(self, partition: Partition) -> int:
         """The default number of clients."""

@@ -55,6 +55,9 @@ def constant_loss(loss: PerExample, rows: Clients) -> float | None:
         y = rows.take(rows.order)[1]
     except (AtollError, OSError):
         return None
+    if loss is binary_cross_entropy and y.dim() > 1:
+        each = [_entropy(column) for column in y.reshape(len(y), -1).T]
+        return None if None in each else sum(e for e in each if e is not None) / len(each)
     return _entropy(y) if classes else float(y.double().var(0, correction=0).mean())
 
 

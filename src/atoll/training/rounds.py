@@ -64,11 +64,17 @@ from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, referen
 from atoll.training.settings import Settings, SettingsDict, listed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-LOSSES = {"classification": "cross_entropy", "regression": "mse", "tokens": "cross_entropy"}
+LOSSES = {
+    "classification": "cross_entropy",
+    "regression": "mse",
+    "tokens": "cross_entropy",
+    "labels": "binary_cross_entropy",
+}
 JUDGES = {
     "classification": ("accuracy", "balanced_accuracy"),
     "regression": ("rmse", "mae", "r2"),
     "tokens": ("accuracy",),
+    "labels": ("accuracy", "balanced_accuracy", "auc"),
 }
 
 
@@ -645,9 +651,9 @@ def metrics_of(
         input: the input, with the scale of the target.
         near: a number near the targets, if the input has no scale of the target.
     """
-    centre, spread = input.target.centre, input.target.spread
+    centre, spread, labels = input.target.centre, input.target.spread, input.kind == "labels"
     if not spread:
-        found = tuple(metric_of(m, loss_of(loss), centre=near) for m in metrics)
+        found = tuple(metric_of(m, loss_of(loss), labels=labels, centre=near) for m in metrics)
         return tuple(map(of_rates, found)) if loss_of(loss) is poisson else found
     return tuple(in_units(metric_of(m, loss_of(loss), centre=centre[0]), centre, spread) for m in metrics)
 
