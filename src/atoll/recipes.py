@@ -12,6 +12,7 @@
 | `fedadam`, `fedyogi`, `fedadagrad` | a sample | as `fedavg` | `Mean()` | `adam`, `yogi`, `adagrad`, uncorrected |
 | `diloco` | all | `Train(adamw(lr), steps, keep)` | `Mean()` | `sgd(0.7, momentum=0.9, nesterov=True)` |
 | `post_local_sgd` | all | as `local_sgd`, one step per round at first | `Mean()` | `sgd(1.0)` |
+| `dp_fedavg` | `Poisson(q)` | as `fedavg` | `Mean("equal", "expected")` | `sgd(server_lr)`, codec `Clip >> Noise` |
 | `fedbuff` | n active clients | as `fedavg` | `Mean()` | `sgd(server_lr)`, pace `Buffered(k)` |
 | `fedasync` | n active clients | as `fedavg`, `sends="model"` | `Mean()` | `sgd(alpha)`, pace `Buffered(1)` |
 
@@ -32,12 +33,13 @@ from typing import Annotated, Any, TypeVar, cast, get_origin, get_type_hints
 from atoll.base.errors import UsageError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Identity
+from atoll.plan.codec import Clip, Identity, Noise
 from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Sampler, Stage, SumKind
 from atoll.plan.registry import read_part
+from atoll.plan.sampler import Poisson
 from atoll.plan.schedule import Schedule, hold
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -351,6 +353,39 @@ def diloco(
 
 
 @_recipe
+def dp_fedavg(
+    lr: Rate = 0.1,
+    clip: float = 1.0,
+    noise: float = 1.0,
+    q: float = 0.1,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
+    server_lr: ServerRate = 1.0,
+) -> Plan:
+    """Federated averaging with differential privacy for each client: clipped updates, noise on their sum.
+
+    θ ← θ − server_lr (Σᵢ Δᵢ min(1, clip/|Δᵢ|) + N(0, (noise·clip)²)) / (q·C),  Δᵢ = θ − θᵢ,  C the number of clients
+
+    Args:
+        clip: the largest norm of an update, > 0.
+        noise: the standard deviation of the noise in units of `clip`, > 0.
+        q: the chance of each client to be in a round, in (0, 1]. The draw is secret.
+    Example:
+        >>> dp_fedavg(0.5, clip=0.5, noise=2.0, q=0.1).codec
+        Clip(0.5) >> Noise(2.0)
+
+    Reference: McMahan et al., Learning Differentially Private Recurrent Language Models, 2018.
+    """
+    return Plan(
+        Train(rules.sgd(lr), epochs=epochs, batch=batch),
+        Mean(weights="equal", over="expected"),
+        rules.sgd(server_lr),
+        Poisson(q),
+        codec=Clip(clip) >> Noise(noise),
+    )
+
+
+@_recipe
 def fedbuff(
     lr: Rate = 0.1,
     epochs: Epochs = 1,
@@ -428,6 +463,7 @@ RECIPES = (
     fedyogi,
     fedadagrad,
     diloco,
+    dp_fedavg,
     fedbuff,
     fedasync,
 )

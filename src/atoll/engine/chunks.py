@@ -249,7 +249,9 @@ class ChunkRunner:
             return True
         own = error.given.rstrip(".") if isinstance(error, ClientError) else ""
         stage = "encode" if IN_CODEC in vars(error).get("__notes__", ()) else "local"
-        self.fold.fail(client, version, stage, own or f"{type(error).__name__}: {error}")
+        name = type(error).__name__
+        cause = name if self.plan.releases else own or f"{name}: {error}"  # a text may contain numbers of the rows
+        self.fold.fail(client, version, stage, cause)
         self.results.errors.append(error)
         return False
 

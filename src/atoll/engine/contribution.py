@@ -94,10 +94,17 @@ def encode_contribution(
     check_rows(plan.codec, sums, *start)
     check_memory(plan.codec, part_of(memory, "codec"), codec, *start[1:])
     after |= {f"codec/{n}": t for n, t in codec.items()}
+    if plan.releases:  # only vectors that are clipped, and counts that are noised, may leave a client
+        return contribution, Message(payload, side, _released(contribution, sums)), after
     rest = contribution._replace(means={n: t for n, t in contribution.means.items() if n != "update"})
     if sums:
         rest = rest._replace(sums={**contribution.sums, **sums})
     return contribution, Message(payload, side, rest), after
+
+
+def _released(contribution: Contribution, sums: Tensors) -> Contribution:
+    """The part of a contribution that a plan with noise releases: the sums of the codec. Each client counts once."""
+    return Contribution({}, sums, torch.ones_like(contribution.weight), {}, {})
 
 
 def decode_contribution(plan: Plan, message: Message) -> Contribution:
@@ -242,7 +249,9 @@ class Fold:
             The accepted starts, and their rows of the client state in CPU memory.
         """
         good = self._finite(version, ids.client, decoded)
-        facts = {**decoded.per_client, "rows": decoded.weight, "bytes_up": up, "bytes_down": down}
+        facts = {"bytes_up": up, "bytes_down": down}
+        if not self.plan.releases:
+            facts = {**decoded.per_client, "rows": decoded.weight, **facts}
         if self.plan.pace.asynchronous:
             facts["staleness"] = torch.full_like(ids.client, self.now - version)
         contribution = decoded._replace(per_client=facts)

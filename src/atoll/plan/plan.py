@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -93,6 +94,12 @@ class Plan(Value):
     def sampler(self) -> Sampler:
         """The sampler that selects the cohort of a round."""
         return self.cohort  # type: ignore[return-value]
+
+    @cached_property
+    def releases(self) -> bool:
+        """Whether the codec adds noise with a proof to the update, so that each round is a release of privacy."""
+        event = self.codec.event(1.0)
+        return event is not None and event.update
 
     def __str__(self) -> str:
         """The formula with its slots filled in."""

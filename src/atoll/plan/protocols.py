@@ -19,6 +19,7 @@ Tests: tests/surface/test_contract.py, tests/conformance/test_parts.py
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
@@ -210,6 +211,37 @@ class Declared(NamedTuple):
     dtype: torch.dtype
     kind: Literal["mean", "sum"]
     bound: float | None = None
+
+
+class Event(NamedTuple):
+    """The release of a sum with normal noise in each round.
+
+    Args:
+        noise: the standard deviation of the noise in units of the largest contribution of a client, > 0.
+        update: whether the noise covers the update, and not only a sum that the stage adds.
+    """
+
+    noise: float
+    update: bool = True
+
+
+class Selection(NamedTuple):
+    """A proof of how a sampler selects clients, which an accountant of privacy reads.
+
+    Args:
+        relation: the neighbouring populations: `"add or remove"` one client, `"replace one"` client, or `"zero out"`
+            the contributions of one client.
+        rounds: the number of rounds in which a client can take part.
+        rate: the chance of a client to be in one of these rounds, in (0, 1].
+        cohort: the expected number of clients in a round.
+        fixed_size: whether a cohort has a fixed number of clients, drawn without replacement.
+    """
+
+    relation: Literal["add or remove", "replace one", "zero out"]
+    rounds: int
+    rate: float
+    cohort: float
+    fixed_size: bool = False
 
 
 OPEN = "*"  # as a declared name: any further name with this length and kind is valid
@@ -688,6 +720,22 @@ class Stage(Protocol):
         """Declares the encoded vector under the name `update`, and the sums of the stage under their names."""
         return {"update": Declared(self.output_layout(layout).d, layout.dtype, "mean")}
 
+    def gain(self, layout: Layout) -> float:
+        """The largest ratio of the norm of a decoded update to the norm of the update; infinity if it has no bound.
+
+        Args:
+            layout: the layout of the vector that the stage encodes.
+        """
+        return math.inf
+
+    def event(self, cohort: float) -> Event | None:
+        """The release that the noise of `server_update` protects; None if the stage adds no noise with a proof.
+
+        Args:
+            cohort: the expected number of clients in a round.
+        """
+        return None
+
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         """Reasons to refuse a plan whose codec contains this stage."""
         return ()
@@ -845,6 +893,15 @@ class Sampler(Protocol):
     def interchangeable(self) -> bool:
         """Whether all sets of n clients are equally likely, so that one large draw can replace several draws of n."""
         return False
+
+    def selection(self, clients: int, rounds: int) -> Selection | None:
+        """A proof of how often and with what chance a client is selected; None if there is none.
+
+        Args:
+            clients: C, the number of clients.
+            rounds: the number of rounds.
+        """
+        return None
 
     def resized(self, ask: Callable[[int], int]) -> Sampler | None:
         """A sampler that selects ask(n) clients if this sampler selects n; None: the size cannot be changed.

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from atoll.base.entropy import round_secret
 from atoll.base.errors import UsageError
-from atoll.base.lines import Part
+from atoll.base.lines import Line, Part
 from atoll.base.names import ROWS_OF, metric_name
 from atoll.base.random import Key, SecretKey
 from atoll.compute.layout import Layout
@@ -179,6 +179,14 @@ def bind(plan: Plan, engine: Engine) -> Plan:
         engine: an engine that is open.
     """
     population, rule = engine.population, plan.aggregator
+    if plan.releases and engine.layout.b:
+        size = engine.layout.segment("buffers")[0].size
+        raise UsageError(
+            f"{plan.codec!r} with a model that has buffers.",
+            "a model without buffers that a pass changes.",
+            "the mean of the buffers has no bound and no noise.",
+            Line(python=f"torch.nn.GroupNorm(1, {size})"),
+        )
     if not plan.codec.averages_all_clients:
         sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
         rule = rule.bind(population, sampler(population, 0, Key(0)).chance)
@@ -249,7 +257,7 @@ def open_round(plan: Plan, state: State, engine: Engine) -> Opened:
     if any(part.uses_entropy for part in (plan.local, plan.codec, plan.aggregator)):
         key = dataclasses.replace(key, secret=round_secret(state.round, engine.agree))
     state = update_downlink(plan, state, key)
-    cohort = draw_cohort(plan, state, population, key)
+    cohort = draw_cohort(plan, state, population, key.entropy if plan.releases else key)
     entropy = key.entropy if key.secret else SecretKey(state.seed)
     return Opened(state, cohort, key, plan, population, entropy, engine.layout)
 
@@ -398,10 +406,25 @@ def _sum_of(a: Tensors, b: Tensors) -> dict[str, Tensor]:
 
 def server_update(plan: Plan, total: Total, state: State, info: RoundInfo, key: Key) -> tuple[Total, Shared]:
     """Apply the server half of the codec, then that of the local part, once per round, to the exact total."""
+    if plan.releases:
+        total, info = _without_counts(total, info, state)
     codec_info, local_info = (info._replace(entropy=info.entropy.fold(part)) for part in ("codec", "local"))
     total, codec = plan.codec.server_update(total, state.server["codec"], codec_info, key.fold("settle codec"))
     total, local = plan.local.server_update(total, state.server["local"], local_info, key.fold("settle local"))
     return total, {"local": local, "codec": codec}
+
+
+def _without_counts(total: Total, info: RoundInfo, state: State) -> tuple[Total, RoundInfo]:
+    """The total and the facts of a round that do not reveal the number of clients: it is the expected one.
+
+    The sum of an empty cohort is 0.
+    """
+    chance = info.chance
+    n = round(float(chance.sum() if chance.dim() else chance * info.population.clients))
+    count = torch.tensor(n, dtype=torch.int64)
+    update = total.means.get("update", torch.zeros_like(state.model.theta, dtype=torch.float64))
+    total = total._replace(means={**total.means, "update": update}, weight=count, arrived=count)
+    return total, info._replace(cohort_size=n)
 
 
 def finalize(plan: Plan, total: Total, info: RoundInfo) -> Total:

@@ -22,7 +22,7 @@ from atoll.base.lines import Part
 from atoll.base.random import Key
 from atoll.base.validation import plain_fields
 from atoll.plan.pace import Sync
-from atoll.plan.protocols import Cohort, Conflict, Population, Sampler, Slots
+from atoll.plan.protocols import Cohort, Conflict, Population, Sampler, Selection, Slots
 
 
 def _cohort(ids: Tensor, chance: Tensor | float) -> Cohort:
@@ -56,6 +56,10 @@ class Everyone(Sampler):
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         return _cohort(torch.arange(population.clients, device=population.sizes.device), 1.0)
 
+    def selection(self, clients: int, rounds: int) -> Selection:
+        """Each client takes part in every round."""
+        return Selection("add or remove", rounds, 1.0, clients)
+
 
 @dataclass(frozen=True, repr=False)
 class Uniform(Sampler):
@@ -84,6 +88,10 @@ class Uniform(Sampler):
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         _enough("Uniform", self.n, population)
         return _cohort(key.distinct(self.n, population.clients).sort().values, self.n / population.clients)
+
+    def selection(self, clients: int, rounds: int) -> Selection:
+        """A fixed number of clients without replacement: neighbours differ in the data of one client."""
+        return Selection("replace one", rounds, min(1.0, self.n / clients), self.n, fixed_size=True)
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,6 +126,10 @@ class Fraction(Sampler):
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         return Uniform(self.count(population.clients))(population, round, key)
 
+    def selection(self, clients: int, rounds: int) -> Selection:
+        """That of `Uniform`."""
+        return Uniform(self.count(clients)).selection(clients, rounds)
+
 
 def fraction(q: float) -> Fraction:
     """Return `Fraction(q)`. A plan calls this function if its argument `cohort` is a float q."""
@@ -149,6 +161,10 @@ class Poisson(Sampler):
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         return _cohort((key.uniform(population.clients) < self.q).nonzero().squeeze(1), self.q)
+
+    def selection(self, clients: int, rounds: int) -> Selection:
+        """An independent coin for each client and each round."""
+        return Selection("add or remove", rounds, self.q, self.q * clients)
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         """Refuse every pace except `Sync()`: the other paces need a cohort of fixed size."""
@@ -261,6 +277,12 @@ class RoundRobin(Sampler):
         order = Key(key.seed).fold("round robin", lap).permutation(population.clients)
         start = min(turn * self.n, population.clients - self.n)
         return _cohort(order[start : start + self.n].sort().values, self.n / population.clients)
+
+    def selection(self, clients: int, rounds: int) -> Selection:
+        """One participation in each lap that has begun; two if n does not divide C, since the last turn overlaps."""
+        turns = -(-clients // self.n)
+        laps = -(-rounds // turns)
+        return Selection("zero out", laps * (2 if clients % self.n else 1), 1.0, self.n)
 
 
 S = TypeVar("S", Uniform, Weighted, RoundRobin)

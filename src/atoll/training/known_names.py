@@ -23,7 +23,18 @@ MODELS = (
     "transformer",
 )
 RECIPES = (
-    *("diloco", "distributed_gd", "fedadagrad", "fedadam", "fedasync", "fedavg", "fedavgm", "fedbuff", "fedsgd"),
+    *(
+        "diloco",
+        "distributed_gd",
+        "dp_fedavg",
+        "fedadagrad",
+        "fedadam",
+        "fedasync",
+        "fedavg",
+        "fedavgm",
+        "fedbuff",
+        "fedsgd",
+    ),
     *("fedyogi", "gd", "local_sgd", "post_local_sgd", "sgd"),
 )
 PARTITIONS = ("ByColumn", "Dirichlet", "FeatureShift", "IID", "Pathological", "Quantity", "Shards")

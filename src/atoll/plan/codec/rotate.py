@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
+from atoll.compute.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.stage import Codec, Encoded
 from atoll.plan.protocols import Tensors
@@ -177,6 +178,9 @@ class Rotate(Codec):
 
     def __post_init__(self) -> None:
         check_block("Rotate(", self.block)
+
+    def gain(self, layout: Layout) -> float:
+        return 1.0
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
         rotation = Rotation(key.shared().state(), x.shape[-1], self.block, x)

@@ -186,6 +186,9 @@ class RandomK(Codec):
     def form(self, layout: Layout) -> Form:
         return Form({}, Field(layout.dtype, _count(self.fraction, layout.d)))
 
+    def gain(self, layout: Layout) -> float:
+        return layout.d / _count(self.fraction, layout.d) if self.unbiased else 1.0
+
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
         kept = x.index_select(-1, self.support(key, x.shape[-1], x.device))
         # A number that is not finite must be noticed, even if its coordinate is not among the sent ones.

@@ -18,6 +18,7 @@ Tests: tests/identities/test_codecs.py, tests/identities/test_codec_algebra.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from atoll.base.validation import class_instead_of_value
 from atoll.compute.layout import Entry, Layout
 from atoll.plan import form as forms
 from atoll.plan.form import Field, Form
-from atoll.plan.protocols import Conflict, Declared, RoundInfo, Slots, Stage, Tensors, Total, default
+from atoll.plan.protocols import Conflict, Declared, Event, RoundInfo, Slots, Stage, Tensors, Total, default
 
 T = TypeVar("T")
 Encoded = tuple[Tensor, Tensors, Tensors, Tensors]
@@ -46,11 +47,13 @@ class Binding(NamedTuple):
         layout: the layout of the vector that the stage encodes.
         total_weight: Σ w, the sum of the weights of all clients; None: it is unknown.
         before: the declaration of the vector that the stage receives.
+        noised: whether a later stage of the same chain adds noise to the sum.
     """
 
     layout: Layout
     total_weight: Tensor | None
     before: Declared
+    noised: bool = False
 
 
 def flat_layout(d: int, dtype: torch.dtype = torch.float32) -> Layout:
@@ -212,6 +215,9 @@ class Identity(Codec):
     def declare(self, layout: Layout) -> Mapping[str, Declared]:
         return {"update": self.before} if self.binding else super().declare(layout)
 
+    def gain(self, layout: Layout) -> float:
+        return 1.0
+
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
         return x, {}, {}, memory
 
@@ -286,9 +292,12 @@ class Chain(Codec):
 
     def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Self:
         bound, stages = super().bind(layout, total_weight, before), []
-        for stage, stage_layout in self._along(layout):
-            stages.append(stage.bind(stage_layout, total_weight, before))
-            before = stages[-1].declare(stage_layout).get("update")
+        for i, (stage, stage_layout) in enumerate(self._along(layout)):
+            own = stage.bind(stage_layout, total_weight, before)
+            if own.binding is not None and any(_noises(later) for later in self.stages[i + 1 :]):
+                object.__setattr__(own, "binding", own.binding._replace(noised=True))
+            stages.append(own)
+            before = _after(own, stage_layout, before)
         object.__setattr__(bound, "stages", tuple(stages))
         return bound
 
@@ -297,6 +306,16 @@ class Chain(Codec):
         for stage, stage_layout in self._along(layout):
             out |= stage.declare(stage_layout)
         return out or super().declare(layout)
+
+    def gain(self, layout: Layout) -> float:
+        return math.prod(stage.gain(stage_layout) for stage, stage_layout in self._along(layout))
+
+    def event(self, cohort: float) -> Event | None:
+        """The releases of all stages as one: 1/z² = Σ 1/zᵢ²."""
+        events = [event for stage in self.stages if (event := stage.event(cohort)) is not None]
+        if not events:
+            return None
+        return Event(sum(e.noise**-2 for e in events) ** -0.5, any(e.update for e in events))
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         for stage in self.stages:
@@ -355,6 +374,21 @@ class Chain(Codec):
             total, kept = stage.server_update(total, _of(server, i), own, key.fold(i))
             after.insert(0, kept)
         return total, _join(after)
+
+
+def _noises(stage: Codec) -> bool:
+    """Whether the stage adds noise that covers the update."""
+    event = stage.event(1.0)
+    return event is not None and event.update
+
+
+def _after(stage: Codec, layout: Layout, before: Declared | None) -> Declared | None:
+    """The declaration of the vector that a stage sends, with the bound that follows from its gain."""
+    declared = stage.declare(layout).get("update")
+    if declared is None or declared.bound is not None or before is None or before.bound is None:
+        return declared
+    gain = stage.gain(layout)
+    return declared._replace(bound=before.bound * gain) if math.isfinite(gain) else declared
 
 
 def _join(many: list[Tensors]) -> dict[str, Tensor]:
