@@ -6,6 +6,7 @@ it to search for bugs, not in CI.
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 NO_HURRY = [HealthCheck.too_slow]
@@ -18,3 +19,12 @@ def pytest_configure(config):
     """Load the profile before a test module is read, since the `settings` of a test extend those of the profile."""
     usual = "quick" if config.option.markexpr == "not slow" else "same"
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", usual))
+
+
+@pytest.fixture
+def known_secrets():
+    """The secrets of rounds follow from a seed, so that two runs with noise are equal."""
+    from atoll.testing import entropy_source, known_entropy
+
+    with entropy_source(known_entropy(0)):
+        yield

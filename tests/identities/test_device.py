@@ -98,6 +98,7 @@ RECIPES = {
     "fedadagrad": recipes.fedadagrad(0.1),
     "diloco": recipes.diloco(steps=3),
     "post_local_sgd": recipes.post_local_sgd(0.1),
+    "dp_fedavg": recipes.dp_fedavg(0.1, q=0.9),
     "fedbuff": recipes.fedbuff(0.1),
     "fedasync": recipes.fedasync(0.1),
 }
@@ -107,6 +108,7 @@ def test_every_recipe_is_here():
     assert set(RECIPES) == {recipe.__name__ for recipe in recipes.RECIPES}
 
 
+@pytest.mark.usefixtures("known_secrets")
 @pytest.mark.parametrize(("name", "body"), one_in(2, by_turns(RECIPES, BODIES)))
 def test_every_recipe(name, body):
     plan, data = RECIPES[name], classification(SIZES if name not in ("gd", "sgd") else (30,))

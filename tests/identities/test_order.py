@@ -97,11 +97,13 @@ def test_chunks_order_and_workers_change_no_bit(name, dtype):
 LOCAL = (recipes.diloco, recipes.local_sgd, recipes.post_local_sgd)
 
 
+@pytest.mark.usefixtures("known_secrets")
 @pytest.mark.parametrize(("recipe", "body"), by_turns(recipes.RECIPES, ["lanes", "loop"]))
 def test_no_recipe_knows_an_order(recipe, body):
     data = regression(SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), data, body)
-    plan = recipe(steps=3, batch=4) if recipe in LOCAL else recipe()
+    several = {recipes.dp_fedavg: {"q": 1.0}} | dict.fromkeys(LOCAL, {"steps": 3, "batch": 4})
+    plan = recipe(**several.get(recipe, {}))
     expected = everything(run(plan, InProcessEngine(task, data))[0])
     # Workers share a cohort. An asynchronous recipe opens its later rounds without a cohort.
     several = () if plan.pace.asynchronous else (Workers(task, data, 1, workers=3),)

@@ -93,6 +93,7 @@ def same(plan: Plan, ours, theirs, rounds: int = 2) -> None:
 # parity
 
 
+@pytest.mark.usefixtures("known_secrets")
 @pytest.mark.parametrize("recipe", one_in(2, recipes.RECIPES), ids=lambda r: r.__name__)
 def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
     plan = recipe(steps=3, batch=4) if recipe is recipes.diloco else recipe()

@@ -123,6 +123,7 @@ def same(plan: Plan, both: Both, rounds: int = 2) -> None:
 # parity
 
 
+@pytest.mark.usefixtures("known_secrets")
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda r: r.__name__)
 def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
     plan = recipe(steps=3, batch=4) if recipe is recipes.diloco else recipe()

@@ -213,7 +213,7 @@ class Declared(NamedTuple):
     bound: float | None = None
 
 
-class Event(NamedTuple):
+class Release(NamedTuple):
     """The release of a sum with normal noise in each round.
 
     Args:
@@ -728,7 +728,7 @@ class Stage(Protocol):
         """
         return math.inf
 
-    def event(self, cohort: float) -> Event | None:
+    def event(self, cohort: float) -> Release | None:
         """The release that the noise of `server_update` protects; None if the stage adds no noise with a proof.
 
         Args:

@@ -27,7 +27,7 @@ from atoll.compute.discrete_gaussian import discrete_gaussian
 from atoll.compute.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.stage import Chain, Codec, Encoded, Identity, flat_layout
-from atoll.plan.protocols import Conflict, Declared, Event, RoundInfo, Slots, Stage, Tensors, Total
+from atoll.plan.protocols import Conflict, Declared, Release, RoundInfo, Slots, Stage, Tensors, Total
 
 _NORMS = "the norm of an update is a positive number."
 _SLACK = {torch.float32: 2.0**-22, torch.float64: 2.0**-40}  # more than all rounding of a clipped update
@@ -130,10 +130,10 @@ class AdaptiveClip(_Bounded):
     def declare(self, layout: Layout) -> Mapping[str, Declared]:
         return {**super().declare(layout), "unclipped": Declared(1, torch.float64, "sum", 0.5)}
 
-    def event(self, cohort: float) -> Event | None:
+    def event(self, cohort: float) -> Release | None:
         """The release of the number of unclipped updates: its sensitivity is ½."""
         count = cohort / 20 if self.count is None else self.count
-        return Event(2 * count, update=False) if count else None
+        return Release(2 * count, update=False) if count else None
 
     def server(self, layout: Layout) -> Tensors:
         return {"clip": torch.tensor(self.start, dtype=torch.float64)}
@@ -208,8 +208,8 @@ class Noise(Codec):
     def gain(self, layout: Layout) -> float:
         return 1.0
 
-    def event(self, cohort: float) -> Event | None:
-        return Event(self.z, update=True)
+    def event(self, cohort: float) -> Release | None:
+        return Release(self.z, update=True)
 
     def contraction(self) -> Codec:
         return Identity()

@@ -34,7 +34,7 @@ from atoll.base.validation import class_instead_of_value
 from atoll.compute.layout import Entry, Layout
 from atoll.plan import form as forms
 from atoll.plan.form import Field, Form
-from atoll.plan.protocols import Conflict, Declared, Event, RoundInfo, Slots, Stage, Tensors, Total, default
+from atoll.plan.protocols import Conflict, Declared, Release, RoundInfo, Slots, Stage, Tensors, Total, default
 
 T = TypeVar("T")
 Encoded = tuple[Tensor, Tensors, Tensors, Tensors]
@@ -310,12 +310,12 @@ class Chain(Codec):
     def gain(self, layout: Layout) -> float:
         return math.prod(stage.gain(stage_layout) for stage, stage_layout in self._along(layout))
 
-    def event(self, cohort: float) -> Event | None:
+    def event(self, cohort: float) -> Release | None:
         """The releases of all stages as one: 1/z² = Σ 1/zᵢ²."""
         events = [event for stage in self.stages if (event := stage.event(cohort)) is not None]
         if not events:
             return None
-        return Event(sum(e.noise**-2 for e in events) ** -0.5, any(e.update for e in events))
+        return Release(sum(e.noise**-2 for e in events) ** -0.5, any(e.update for e in events))
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         for stage in self.stages:
