@@ -102,8 +102,8 @@ LOCAL = (recipes.diloco, recipes.local_sgd, recipes.post_local_sgd)
 def test_no_recipe_knows_an_order(recipe, body):
     data = regression(SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), data, body)
-    several = {recipes.dp_fedavg: {"q": 1.0}} | dict.fromkeys(LOCAL, {"steps": 3, "batch": 4})
-    plan = recipe(**several.get(recipe, {}))
+    words = {"steps": 3, "batch": 4} if recipe in LOCAL else {}
+    plan = recipe(**({"q": 1.0} if recipe is recipes.dp_fedavg else words))
     expected = everything(run(plan, InProcessEngine(task, data))[0])
     # Workers share a cohort. An asynchronous recipe opens its later rounds without a cohort.
     several = () if plan.pace.asynchronous else (Workers(task, data, 1, workers=3),)
