@@ -142,7 +142,7 @@ def test_a_cohort_is_secret_only_if_the_plan_releases():
 
     def drawn(codec):
         bound = bind(plan(codec), engine)
-        state = State.first(bound, engine.task, 0, Memory(bound.memory(engine.layout)))
+        state = State.first(bound, engine.task, 0, Memory(bound.memory(engine.task)))
         return [tuple(open_round(bound, state, engine).cohort.ids.tolist()) for _ in range(12)]
 
     assert len(set(drawn(Identity()))) == 1 and len(set(drawn(Clip(1.0)))) == 1
@@ -166,7 +166,7 @@ def neighbours(codec, cohort, add, rounds=1):
         from atoll.plan.state import State
 
         bound = bind(private, engine)
-        state = State.first(bound, engine.task, 0, Memory(bound.memory(engine.layout)))
+        state = State.first(bound, engine.task, 0, Memory(bound.memory(engine.task)))
         with entropy_source(known_entropy(3)):
             opened = open_round(bound, state, engine)
         gathered = engine.gather(bound, opened.state, opened.cohort, opened.key)
