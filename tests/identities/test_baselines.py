@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from quick_cases import only
 from torch import nn
 
 from atoll import recipes
-from atoll.data import IID, Quantity, arrays, load
+from atoll.data import IID, Quantity, arrays, federate, load
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer.rules import adam, sgd
@@ -40,6 +41,11 @@ def ran(model, data, plan, count=3, **settings):
     return training
 
 
+def plain(values):
+    """The numbers of a baseline, without its intervals."""
+    return {n: v for n, v in values.items() if n != "intervals"}
+
+
 def last(model, data, plan, count, **settings):
     """The metrics of plain training after a number of rounds."""
     *_, report = rounds(model, data, plan, rounds=count, **settings)
@@ -49,8 +55,8 @@ def last(model, data, plan, count, **settings):
 def test_pooled_is_plain_training_on_all_rows(digits):
     part = Train(sgd(0.3, momentum=0.5), epochs=2, batch=20)
     told = baselines.pooled(ran("softmax", digits, Plan(part, Mean()), 2))
-    plain = last("softmax", digits.pooled(), Plan(part, ALONE), 2, numerics="loop")
-    assert {n: told[n] for n in plain} == plain
+    alone = last("softmax", digits.pooled(), Plan(part, ALONE), 2, numerics="loop")
+    assert {n: told[n] for n in alone} == alone
     federated = last("softmax", digits.pooled(), Plan(part, Mean()), 2)
     assert told["held_out_loss"] == pytest.approx(federated["held_out_loss"], rel=1e-5)
     assert told["samples"] == 2 * 2 * len(digits.order)
@@ -58,10 +64,11 @@ def test_pooled_is_plain_training_on_all_rows(digits):
 
 def test_pooled_gradient_descent_is_the_distributed_one(digits):
     training = ran("softmax", digits, recipes.distributed_gd(0.5), dtype="float64", evaluate_every=3)
-    told = baselines.pooled(training)
+    told = plain(baselines.pooled(training))
     assert told["held_out_loss"] == pytest.approx(training.evaluate()["held_out_loss"], rel=1e-12)
     summed = Plan(Gradient(), Sum(), sgd(0.5 / len(digits.order)))
-    assert baselines.pooled(ran("softmax", digits, summed, dtype="float64")) == pytest.approx(told, rel=1e-12)
+    found = baselines.pooled(ran("softmax", digits, summed, dtype="float64"))
+    assert plain(found) == pytest.approx(told, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +106,13 @@ def test_the_only_client_alone_is_that_client_trained_by_itself(digits):
     data = few(digits)
     first = data.only(torch.tensor([0]))
     training = ran("softmax", first, plan, numerics="lanes")
-    plain = ran("softmax", first, Plan(plan.local, ALONE), numerics="lanes")
+    same = ran("softmax", first, Plan(plan.local, ALONE), numerics="lanes")
     told, many = baselines.alone(training), baselines.alone(ran("softmax", data, plan, numerics="lanes"))
     model, _ = baselines._lanes(training, baselines._solo(plan), torch.tensor([0]), torch.ones(3, 1) > 0)
-    assert torch.equal(model.theta[0], plain.state.model.theta)
-    ((each),) = baselines._judged(training.task, first.held(), model)
+    assert torch.equal(model.theta[0], same.state.model.theta)
+    each = same.evaluate()
     assert {n: told[n] for n in each} == each
-    assert many["held_out_loss_min"] <= told["held_out_loss"] <= many["held_out_loss_max"]
+    assert many["held_out_loss_models_min"] <= told["held_out_loss"] <= many["held_out_loss_models_max"]
 
 
 def loop(model, loader, ctx):
@@ -147,7 +154,7 @@ def test_many_clients_are_drawn():
     data = arrays(x, (x[:, 0] > 0.5).long(), task="classification").split(600, IID())
     told = baselines.alone(ran("softmax", data, recipes.fedavg(0.5, cohort=2), 2))
     assert (told["clients"], told["population"]) == (baselines.MAX_CLIENTS, 600)
-    assert told["accuracy_min"] <= told["accuracy"] <= told["accuracy_max"]
+    assert told["accuracy_models_min"] <= told["accuracy"] <= told["accuracy_models_max"]
 
 
 def test_what_diverges_alone_is_judged_as_it_stood(digits):
@@ -157,7 +164,63 @@ def test_what_diverges_alone_is_judged_as_it_stood(digits):
     told = baselines.compare_baselines(training)
     assert told["pooled"]["diverged"] in (0, 1)
     assert told["local"]["diverged"] == 2
-    assert all(isinstance(v, (int, float)) for values in told.values() for v in values.values())
+    assert all(isinstance(v, (int, float)) for values in told.values() for v in plain(values).values())
+
+
+@pytest.fixture(scope="module")
+def opposite():
+    """40 natural clients, y = ±x + noise; half of them have the opposite slope."""
+    g = np.random.default_rng(7)
+    parts = {}
+    for client in range(40):
+        x = g.normal(size=(20, 1))
+        parts[f"c{client:02}"] = (x, (1 if client % 2 else -1) * x[:, 0] + 0.3 * g.normal(size=20))
+    return federate(parts, held_out=0.25)
+
+
+def test_the_winner_flips_between_all_rows_and_own_rows(opposite):
+    """One model fits no client; a local model fits its client, and is far off for half of the others."""
+    training = ran("linear", opposite, recipes.fedavg(0.3, batch=None), 6, evaluate_every=6, numerics="lanes")
+    found = baselines.compare_baselines(training) | baselines.compare_constants(training)
+    federated, local = found["federated"], found["local"]
+    assert federated["rmse"] < 0.9 * local["rmse"]
+    assert federated["rmse_clients"] > 1.5 * local["rmse_clients"]
+    assert (local["metric"], local["compared"]) == ("rmse", 40)
+    assert local["federated_better"] < 10
+    assert local["worst_difference"] < local["median_difference"] < 0
+    assert federated["rmse"] < 1.1 * found["constant"]["rmse"]
+    assert federated["samples"] == 6 * len(opposite.order) == 40 * local["samples"]
+    assert federated["steps"] == local["steps"] == 6
+
+
+@pytest.mark.parametrize("numerics", ["lanes", "loop"])
+def test_own_rows_of_a_local_model_are_those_of_its_client(opposite, numerics):
+    data = opposite.only(range(4))
+    training = ran("linear", data, recipes.fedavg(0.1, batch=None), 3, evaluate_every=1, numerics=numerics)
+    own = []
+    for i in range(4):
+        alone = ran("linear", data.only([i]), recipes.fedavg(0.1, batch=None), 3, evaluate_every=1, numerics=numerics)
+        mine = data.held_order[data.held_offsets[i] : data.held_offsets[i + 1]]
+        x, y = (t.float() for t in data.held_out.take(mine))
+        with torch.no_grad():
+            own.append(float((alone.model(x).reshape(-1) - y).square().mean()))
+    told = baselines.alone(training)
+    assert told["held_out_loss_clients"] == pytest.approx(np.mean(own), rel=1e-5)
+    assert told["held_out_loss_min"] == pytest.approx(max(own), rel=1e-5)
+
+
+def test_constants_of_all_rows_and_of_each_client(opposite):
+    """The loss of a constant is the variance of the held-out rows plus the squared distance of the means."""
+    training = ran("linear", opposite, recipes.fedavg(0.1), 1, evaluate_every=1, dtype="float64")
+    found = baselines.compare_constants(training)
+    train, held = opposite.rows.targets()[opposite.order].double(), opposite.held_out.targets().double()
+    assert found["constant"]["held_out_loss"] == pytest.approx(float((held - train.mean()).square().mean()), rel=1e-9)
+    means = torch.stack([some.mean() for some in train.split(opposite.sizes.tolist())])
+    errors = (held - means[opposite.held_owner]).square()
+    each = torch.stack([errors[opposite.held_owner == i].mean() for i in range(40)])
+    assert found["constant_clients"]["held_out_loss"] == pytest.approx(float(errors.mean()), rel=1e-9)
+    assert found["constant_clients"]["held_out_loss_clients"] == pytest.approx(float(each.mean()), rel=1e-9)
+    assert found["constant"]["intervals"]["held_out_loss"][2] == len(held)
 
 
 def test_nothing_to_judge_on_is_said():

@@ -142,7 +142,7 @@ def test_clients_with_a_feature_shift_are_evaluated_on_their_own_view():
     for name, by in (("plain", atoll.data.IID()), ("shift", atoll.data.FeatureShift(rotation=90))):
         data = source.split(4, by, held_out=0.5)
         training = atoll.rounds("softmax", data, atoll.recipes.fedavg(0.1), rounds=1, evaluate="both")
-        found[name] = (data, training.task, training.state, training._evaluated())
+        found[name] = (data, training.task, training.state, training.values_of(training.state.model))
         training.close()
     data, task, state, values = found["shift"]
     pooled = evaluate(state, InProcessEngine(task, data.held())).metrics

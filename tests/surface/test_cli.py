@@ -175,7 +175,7 @@ def test_json_is_one_object(atoll):
     assert (told["rounds"], told["failures"]) == (2, 0)
     assert told["bytes_up"] > 0
     assert Path(told["path"]).name == told["run"] == only_run().name
-    assert {"pooled", "local"} == told["baselines"].keys()
+    assert {"federated", "pooled", "local", "constant"} == told["baselines"].keys()
     assert "rmse" in told["metrics"]
     assert done.err, "progress goes on, on stderr"
 

@@ -161,14 +161,21 @@ def test_every_shape_of_run_is_drawn(shape, tmp_path):
 def test_page_says_what_happened(tmp_path):
     baselines = [
         {"event": "baseline", "name": "pooled", "accuracy": 0.97, "held_out_loss": 0.1, "samples": 10},
-        {"event": "baseline", "name": "local", "accuracy": 0.61, "accuracy_sd": 0.12, "clients": 3, "population": 9},
+        {
+            "event": "baseline",
+            "name": "local",
+            "accuracy": 0.61,
+            "accuracy_models_sd": 0.12,
+            "clients": 3,
+            "population": 9,
+        },
     ]
     failures = [{"event": "failure", "client": 3, "round": t, "stage": "local", "cause": "OOM"} for t in range(4)]
     start = {"event": "start", "time": "2026-01-02T03:04:05", "notes": ["min_rows: 3 rows were moved."]}
     folder = written(tmp_path / "brisk-heron", ROWS, [start, *failures, *baselines, STOP])
     text = drawn(folder, federation([5] * 5)).text
     for said in (
-        "brisk-heron", "gᵢ     = Train(sgd(0.5), epochs=1, batch=10)(θ, dataᵢ)", "0.9700", "0.6100", "± 0.1200",
+        "brisk-heron", "gᵢ     = Train(sgd(0.5), epochs=1, batch=10)(θ, dataᵢ)", "0.9700", "0.6100", "local only",
         "3 of 9 clients", "min_rows: 3 rows were moved.", "OOM", "client 3", "label divergence", "2026-01-02 03:04:05",
         "00000000000b", "all rounds were run",
     ):  # fmt: skip

@@ -16,10 +16,10 @@ from atoll.report import LiveTable, figures, timeline
 from atoll.report.draw import draw
 from atoll.report.flight_log import MOST_LANES, FlightLog
 from atoll.report.flight_rows import FATES, Tally, read_trips
-from atoll.report.format import size
 from atoll.report.live import columns
 from atoll.report.run_data import RunData
 from atoll.runs.folder import read_rows
+from atoll.runs.format import size
 
 FIELDS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
 STRAGGLER = "Fleet(Each((1, 1, 1, 5)), uplink='1 Mb/s', downlink='1 Mb/s')"

@@ -162,6 +162,31 @@ def test_compare_says_where_runs_part(run, copy, tmp_path):
     assert "bytes up" in text and found.verdict in text and RECIPE in text
 
 
+def test_compare_marks_no_winner_on_other_or_unknown_rows(tmp_path):
+    one, other = costing(tmp_path / "one", [1, 2], 10), costing(tmp_path / "other", [1, 3], 10)
+    assert compare.compare(one, other).caution == ""
+    for fact, caution in (
+        ('{"held_out": "aa", "held_out_clients": ""}', "different held-out rows"),
+        ("{}", "rows of other are not known"),
+    ):
+        (other / "environment.json").write_text(fact)
+        found = compare.compare(one, other)
+        assert caution in found.text().splitlines()[0]
+        assert "*" not in found.text() and not any(row.best for row in (*found.metrics, *found.totals, *found.reached))
+
+
+def test_values_of_clients_are_compared_on_the_same_clients_only(tmp_path):
+    folders = [costing(tmp_path / name, [1, v], 10) for name, v in (("one", 2), ("other", 3))]
+    for folder, value in zip(folders, (0.2, 0.3), strict=True):
+        row = {"round": 2, "accuracy": value, "accuracy_min": value}
+        (folder / "metrics.jsonl").write_text(json.dumps(row))
+    best = {row.name: row.best for row in compare.compare(*folders).metrics}
+    assert best == {"accuracy": "b", "accuracy_min": "b"}
+    (folders[1] / "environment.json").write_text('{"held_out": "", "held_out_clients": "bb"}')
+    best = {row.name: row.best for row in compare.compare(*folders).metrics}
+    assert best == {"accuracy": "b", "accuracy_min": ""}
+
+
 def test_compare_ignores_the_engine_fields_that_older_runs_wrote(run, copy):
     config = copy / "config.toml"
     lines = config.read_text(encoding="utf-8")
@@ -190,6 +215,7 @@ def costing(folder, accuracy, each, clock=None):
     """A run folder in which every round has the given cost in bytes and seconds."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("")
+    (folder / "environment.json").write_text('{"held_out": "", "held_out_clients": ""}')
     told = {"bytes_up": each, "bytes_down": each, "seconds": 2.0}
     rows = [{"round": t, "fingerprint": f"{t}{each}", "accuracy": v, **told} for t, v in enumerate(accuracy)]
     for t, row in enumerate(rows):

@@ -73,6 +73,7 @@ def serve(
         drain=drain,
         **_net_settings(net),
     )
+    from atoll.runs.summary import summary
     from atoll.training.serve import serve_run
 
     notify = Printer(as_json, ("listening", "round"))
@@ -81,7 +82,7 @@ def serve(
         output.print_json(output.outcome(run))
         sys.stdout.flush()
     else:
-        print(output.summary(run))
+        print(summary(run))
     return 0 if terminated or run.status == "done" else 130
 
 
@@ -326,7 +327,7 @@ def status(*, home: Home, as_json: Lines = False) -> int:
 
 
 def _table(facts: Mapping[str, Any]) -> str:
-    from atoll.cli.output import grid
+    from atoll.runs.summary import grid
 
     lines = [f"{n:<12}{_shown(v)}" for n, v in facts.items() if not isinstance(v, (list, dict))]
     for name, value in facts.items():

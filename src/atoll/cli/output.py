@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from atoll.report.format import duration, format_number, label, size, whole
+from atoll.runs.format import format_number, label
+from atoll.runs.summary import called, grid, judged
 
 if TYPE_CHECKING:
     from atoll.runs.events import Run
-
-HIDDEN = ("gradient_norm", "lr")
-COMPARED = {"pooled": "pooled", "local": "local only"}
 
 
 def print_json(value: Any) -> None:
@@ -85,117 +81,6 @@ def _moments(done: Sequence[tuple[int, Run]], name: str) -> tuple[float, float]:
     import statistics
 
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def judged(names: Iterable[str]) -> list[str]:
-    """The names of metrics, then of losses: the order of columns."""
-    there = [n for n in names if n not in HIDDEN]
-    losses = [n for n in ("held_out_loss", "loss") if n in there]
-    return [n for n in there if n not in losses] + losses
-
-
-def grid(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table. The first column is left-aligned, the others are right-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("   ".join(cells).rstrip())
-    return lines
-
-
-def called(path: Path) -> str:
-    """The shortest name that the commands accept for a run: its two words if it is in ./runs, else its path.
-
-    Example:
-        >>> called(Path("runs/2026-11-22-calm-reef")), called(Path("other/2026-11-22-calm-reef"))
-        ('calm-reef', 'other/2026-11-22-calm-reef')
-    """
-    here = path.resolve().parent == Path("runs").resolve()
-    return path.name[11:] if here and len(path.name) > 11 else near(path)
-
-
-def near(path: Path) -> str:
-    """A path relative to the working folder if it is inside it, else the path itself."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
-
-
-def summary(run: Run, wall: float | None = None) -> str:
-    """The last lines of a run: outcome, comparison, costs, files, and the next command.
-
-    Args:
-        run: the run.
-        wall: the number of seconds since the command started, with reading of data and reports.
-    """
-    lines = ["", f"{run.status}: {run.reason}", ""]
-    lines += comparison(run.metrics, run.baselines)
-    if run.best:
-        best = run.best
-        lines += ["", f"best    {label(best['metric'])} {format_number(best['value'])}, in round {best['round']}"]
-    else:
-        lines.append("")
-    failures = f", {whole(len(run.failures))} failures" if run.failures else ""
-    now = run.reports[-1].now if run.reports else None
-    lines.append(spent(run.rounds, run.seconds, run.bytes_up, run.bytes_down, now, wall) + failures)
-    if run.path is not None:
-        lines.append(f"run     {near(run.path)}")
-        for title, name in (("model", "model.safetensors"), ("report", "report.html")):
-            if (run.path / name).is_file():
-                lines.append(f"{title:<8}{near(run.path / name)}")
-    lines.append(f"next    {following(run)}")
-    return "\n".join(lines)
-
-
-def spent(rounds: int, seconds: float, up: int, down: int, now: float | None = None, wall: float | None = None) -> str:
-    """The costs of a run. `seconds` is the time of its rounds.
-
-    `now` is the time of its virtual clock, if it has one, and `wall` the time of the command.
-
-    Example:
-        >>> spent(3, 0.5, 2408, 2400)
-        'spent   3 rounds, 0.50 s, ↑ 2.41 kB ↓ 2.40 kB'
-        >>> spent(3, 0.5, 2408, 2400, 75.0)
-        'spent   3 rounds, 0.50 s, ↑ 2.41 kB ↓ 2.40 kB, 1:15 min on the clock'
-    """
-    clock = "" if now is None else f", {duration(now)} on the clock"
-    command = "" if wall is None else f" of {duration(wall)}"
-    return f"spent   {rounds} rounds, {duration(seconds)}{command}, ↑ {size(up)} ↓ {size(down)}{clock}"
-
-
-def following(run: Run) -> str:
-    """The next command."""
-    if run.path is None:
-        return "atoll run"
-    if run.status == "interrupted":
-        return f"atoll resume {called(run.path)}"
-    if not run.baselines:
-        return f"atoll show {called(run.path)}, or the same with --baselines, for pooled and local-only training"
-    return f"atoll show {called(run.path)}"
-
-
-def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A table of last values: the federated model, and the baselines that were trained.
-
-    Example:
-        >>> baselines = {"pooled": {"accuracy": 0.96}, "local": {"accuracy": 0.5, "accuracy_sd": 0.1}}
-        >>> print("\\n".join(comparison({"accuracy": 0.95, "lr": 1.0}, baselines)))
-                     accuracy
-        federated      0.9500
-        pooled         0.9600
-        local only     0.5000   ± 0.1000 between clients
-    """
-    names = judged(metrics)
-    rows = [["", *map(label, names)], ["federated", *(format_number(metrics[n]) for n in names)]]
-    for name, title in COMPARED.items():
-        if name in baselines:
-            rows.append([title, *(format_number(baselines[name].get(n)) for n in names)])
-    lines = grid(rows)
-    spread = baselines.get("local", {}).get(f"{names[0]}_sd") if names else None
-    if spread is not None:
-        lines[-1] += f"   ± {format_number(spread)} between clients"
-    skipped = baselines.get("skipped")
-    return [*lines, f"no comparison: {skipped['reason']}"] if skipped else lines
 
 
 def seeds(done: Sequence[tuple[int, Run]]) -> str:

@@ -24,7 +24,7 @@ from atoll.cli import output
 from atoll.data.cells import Cells, NumberCells
 from atoll.data.files import RowBatch, Stream, stream_table
 from atoll.data.input import Input
-from atoll.report.format import format_number
+from atoll.runs.format import format_number
 from atoll.runs.predictor import PredictionScores, Predictor, ScoreSums
 
 ARRAY_BYTES = 2**24  # of a batch of a folder of arrays

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.base.errors import RunError
 from atoll.cli import output
+from atoll.runs.summary import summary
 
 if TYPE_CHECKING:
     from atoll.runs.events import Observer, Run
@@ -54,7 +55,7 @@ def run_training(it: Experiment, look: Look, **more: Any) -> int:
     elif look.as_json:
         output.print_json(output.outcome(run))
     else:
-        print(output.summary(run, time.monotonic() - began))
+        print(summary(run, time.monotonic() - began))
     return 130 if run.status == "interrupted" else 0
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from atoll import runs
-from atoll.cli.output import called, comparison, grid, judged, near, spent
-from atoll.report.format import duration, format_number, label, plain, spread
 from atoll.report.run_data import RunData
+from atoll.runs.format import duration, format_number, label, plain, spread
+from atoll.runs.summary import called, comparison, grid, judged, near, spent
 
 
 def brief(path: Path) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def record(path: Path) -> str:
     lines += [f"note    {plain(note, 500)}" for note in run.events.notes]
     lines += ["", *_rounds(run)] if run.rows else []
     if run.events.baselines:
-        lines += ["", *comparison(about["metrics"], about["baselines"])]
+        lines += ["", *comparison(about["metrics"], _known(run), run.judged)]
     lines += ["", *_lost(run)]
     lines.append(spent(about["rounds"], about["seconds"], about["bytes_up"], about["bytes_down"], run.last("clock")))
     files = ", ".join(sorted(file.name for file in path.iterdir() if file.name != "lock"))
@@ -93,6 +93,12 @@ def record(path: Path) -> str:
     command = {"interrupted": "resume", "unfinished": "resume", "running": "show"}.get(about["status"], "export")
     lines.append(f"next    atoll {command} {called(path)}")
     return "\n".join(lines)
+
+
+def _known(run: RunData) -> dict[str, Any]:
+    """The rows of the comparison, and the reason if there are none."""
+    reason = run.events.baselines.get("skipped", {}).get("reason")
+    return run.compared if reason is None else run.compared | {"skipped": {"reason": plain(reason, 500)}}
 
 
 def _rounds(run: RunData, max_rows: int = 10) -> list[str]:

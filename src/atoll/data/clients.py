@@ -355,10 +355,32 @@ class Clients:
         digest = hashlib.sha256(repr((self.kind, self.classes, self.features, held)).encode())
         for part in (self.offsets, self.order):
             digest.update(part.contiguous().numpy().data)
-        key, sample = Key(0).fold("fingerprint"), max(64, 2**20 // max(1, math.prod(self.features)))
-        for rows, numbers in ((self.rows, self.order), (self.held_out or self.rows, torch.arange(held))):
-            drawn = numbers[key.distinct(min(sample, len(numbers)), len(numbers))]
-            for piece in pieces(drawn, self.features) if len(drawn) else ():
-                for part in itertools.chain(*_readable(rows, piece)):
-                    digest.update(part.contiguous().numpy().data)
+        _add_rows(digest, self.rows, self.order, self.features)
+        if self.held_out is not None:
+            _add_rows(digest, self.held_out, torch.arange(held), self.features)
         return digest.hexdigest()[:16]
+
+    def held_out_fingerprints(self) -> dict[str, str]:
+        """Return a fingerprint of the held-out rows, and one of their clients, as 16 hex digits each.
+
+        Returns:
+            `held_out`: changes if a held-out row changes; of a large set only a sample is read, as in `fingerprint`.
+            `held_out_clients`: changes if a held-out row gets another client. Empty texts without held-out rows.
+        """
+        if self.held_out is None:
+            return {"held_out": "", "held_out_clients": ""}
+        rows = hashlib.sha256(repr((self.kind, self.classes, self.features, len(self.held_out))).encode())
+        _add_rows(rows, self.held_out, torch.arange(len(self.held_out)), self.features)
+        owners = [] if self.held_owner is None else self.held_owner.tolist()
+        named = [self.names[i] if self.names is not None and i >= 0 else i for i in owners]
+        clients = hashlib.sha256(repr(named).encode()).hexdigest()[:16]
+        return {"held_out": rows.hexdigest()[:16], "held_out_clients": clients}
+
+
+def _add_rows(digest: Any, rows: Rows, numbers: Tensor, features: tuple[int, ...]) -> None:
+    """Add a sample of rows to a digest, drawn with a fixed key: about 2²⁰ numbers, and at least 64 rows."""
+    sample = max(64, 2**20 // max(1, math.prod(features)))
+    drawn = numbers[Key(0).fold("fingerprint").distinct(min(sample, len(numbers)), len(numbers))]
+    for piece in pieces(drawn, features) if len(drawn) else ():
+        for part in itertools.chain(*_readable(rows, piece)):
+            digest.update(part.contiguous().numpy().data)

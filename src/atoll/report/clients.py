@@ -18,7 +18,7 @@ from torch import Tensor
 
 from atoll.data.clients import Clients
 from atoll.data.measure import effective_clients, size_gini
-from atoll.report.format import client_name, format_number, plain, spread, whole
+from atoll.runs.format import client_name, format_number, plain, spread, whole
 
 FEW = 12
 MOST_DRAWN = 100

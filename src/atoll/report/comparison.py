@@ -26,8 +26,8 @@ from atoll.report.figures import (
     wants_log,
 )
 from atoll.report.flight_log import Numbers
-from atoll.report.format import better, format_number, label, rises
 from atoll.report.run_data import RunData
+from atoll.runs.format import better, format_number, label, rises
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

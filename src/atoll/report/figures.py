@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from atoll.report.flight_log import Numbers
-from atoll.report.format import plain, size
+from atoll.runs.format import plain, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from atoll.plan.round import Report
-from atoll.report.format import better, client_name, duration, format_number, label, plain, size, spread, whole
+from atoll.runs.format import better, client_name, duration, format_number, label, plain, size, spread, whole
 
 if TYPE_CHECKING:
     from types import TracebackType

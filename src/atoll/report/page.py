@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 from atoll.data.clients import Clients
 from atoll.report.clients import Federation
-from atoll.report.format import client_name, duration, format_number, label, plain, rises, size, spread, whole
 from atoll.report.run_data import Row, RunData
+from atoll.runs.format import client_name, duration, format_number, label, plain, rises, size, spread, whole
+from atoll.runs.summary import ROWS, all_row_cells, findings, judged, own_row_cells
 
 _VOID = {"meta", "img", "source", "br"}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -73,7 +74,7 @@ def page(record: RunData, federation: Federation | None, data: Clients | None, p
     parts = (
         _head(record, data),
         _summary(record),
-        _section("Comparison with pooled and local-only training", _comparison(record)),
+        _section("Comparison with baselines", _comparison(record)),
         _section("Algorithm", _formula(record)),
         _section("Training", _gallery(by_name.values())),
         _section("Clients", _federation(federation), _traffic(record), _gallery(ours)),
@@ -124,7 +125,9 @@ def _head(record: RunData, data: Clients | None) -> Html:
 
 def _summary(record: RunData) -> Html:
     tiles: list[tuple[str, str, str]] = []
-    for name in dict.fromkeys((record.judged, *record.metrics[:3], "held_out_loss", "loss")):
+    for name in dict.fromkeys(
+        (f"{record.judged}_clients", record.judged, *record.metrics[:3], "held_out_loss", "loss")
+    ):
         if name in record.columns:
             best = record.best(name)
             detail = f"best {format_number(best[name])}, round {best['round']}" if best is not None else ""
@@ -191,50 +194,57 @@ def _traffic(record: RunData) -> Html | None:
 
 
 def _comparison(record: RunData) -> Html | None:
-    """Compare federated training with the baselines: all shared metrics, and bars for the selection metric."""
-    kinds = list(record.events.baselines)
-    names = [n for n in record.columns if any(record.baseline(k, n) is not None for k in kinds)]
-    names = [n for n in names if n not in ("lr", "gradient_norm")]
-    if not names:
+    """Compare the run with constants and trained baselines: on the clients' own rows, if there are any, then on all."""
+    table, chief = record.compared, record.judged
+    if len(table) < 2:
         reason = record.events.baselines.get("skipped", {}).get("reason")
         return tag("p", f"Not compared: {plain(reason, 300)}", class_="quiet") if reason else None
-    kinds = [k for k in kinds if any(record.baseline(k, n) is not None for n in names)]
-    chief = record.judged if record.judged in names else names[0]
-    values = {"federated": {n: record.last(n) for n in names}}
-    values |= {k: {n: record.baseline(k, n) for n in names} for k in kinds}
-    known = [v for row in values.values() if (v := row[chief]) is not None and v == v]
-    rising = rises(chief)
-    most = 1.0 if rising and known and min(known) >= 0 and max(known) <= 1 else max(map(abs, known), default=1.0) or 1.0
-    ordered = sorted(values, key=lambda k: k != "federated")
+    names = judged(record.columns)
     order = [chief, *(n for n in names if n != chief)]
+    of_clients = f"{chief}_clients"
+    own, parts = own_row_cells(table, chief), []
+    if own:
+        parts.append(tag("h3", f"{label(chief).capitalize()} of clients, each on its own held-out rows"))
+        parts.append(_grid(own, {ROWS[n]: row.get(of_clients) for n, row in table.items()}, of_clients))
+        parts.append(tag("h3", "All held-out rows"))
+    values = {} if own else {ROWS[n]: row.get(chief) for n, row in table.items()}
+    parts.append(_grid(all_row_cells(table, order, order), values, chief))
+    parts += [tag("p", text) for text in findings(table, chief)]
+    return Html("".join((*parts, tag("p", _training_of(record), class_="quiet"))))
+
+
+def _grid(cells: Sequence[Sequence[str]], values: Mapping[str, float | None], name: str) -> Html:
+    """A table, with a bar for each row if there are values: its length is the value of a metric."""
+    known = [abs(v) for v in values.values() if v is not None and v == v]
+    rising = rises(name)
+    most = 1.0 if rising and known and max(known) <= 1 else max(known, default=1.0) or 1.0
+    note = "" if rising is None else ", higher is better" if rising else ", lower is better"
+    heads = [tag("th", h, class_="n" if h else "") for h in cells[0]]
+    head = tag("tr", *heads, tag("th", f"{label(name)}{note}") if values else None)
     rows = []
-    for kind in ordered:
-        value = values[kind][chief]
+    for title, *row in cells[1:]:
+        value = values.get(title)
         part = 0.0 if value is None or value != value else min(1.0, abs(value) / most)
-        bar = tag("div", class_=f"bar {'ours' if kind == 'federated' else ''}", style=f"width:{100 * part:.1f}%")
-        cells = [tag("td", format_number(values[kind][n]), _sd(record, kind, n), class_="n") for n in order]
-        rows.append(tag("tr", tag("th", label(kind), scope="row"), *cells, tag("td", bar, class_="bars")))
-    heads = [tag("th", label(n), class_="n") for n in order]
-    note = {True: "higher is better", False: "lower is better"}.get(bool(rising)) if rising is not None else ""
-    head = tag("tr", tag("th", ""), *heads, tag("th", f"{label(chief)}{f', {note}' if note else ''}"))
-    return Html(_scroll(tag("thead", head), tag("tbody", *rows)) + tag("p", _said_of(record), class_="quiet"))
+        bar = tag("div", class_=f"bar {'ours' if title == 'federated' else ''}", style=f"width:{100 * part:.1f}%")
+        row = [tag("td", c, class_="n") for c in row]
+        rows.append(tag("tr", tag("th", title, scope="row"), *row, tag("td", bar, class_="bars") if values else None))
+    return _scroll(tag("thead", head), tag("tbody", *rows))
 
 
-def _said_of(record: RunData) -> str:
-    """Describe how the baselines were trained."""
-    detail = "All use the same model, learning rate and number of samples. Pooled: one training on all rows. "
+def _training_of(record: RunData) -> str:
+    """Describe how the baselines were made."""
+    text = "Brackets: 95 % intervals, which assume independent rows. "
+    text += "Constant: the class shares, or the mean, of the train rows."
+    if record.baseline("pooled", "samples") is None:
+        return text
+    text += " All trainings use the same model, learning rate and number of samples. Pooled: one training on all rows. "
     some, of = record.baseline("local", "clients"), record.baseline("local", "population")
     whose = f"{whole(some)} of {whole(of)} clients" if some and of and some < of else "each client"
-    detail += f"Local only: {whose} trains on its own rows; mean ± sd over clients, evaluated on the held-out rows."
-    for kind in record.events.baselines:
+    text += f"Local only: {whose} trains on its own rows; over all held-out rows, the mean over the models of clients."
+    for kind in ("pooled", "local"):
         if (diverged := record.baseline(kind, "diverged")) is not None:
-            detail += f" {label(kind).capitalize()} diverged ({whole(diverged)})."
-    return detail
-
-
-def _sd(record: RunData, kind: str, name: str) -> Html | None:
-    spread_ = record.baseline(kind, f"{name}_sd")
-    return None if spread_ is None else tag("span", f" ± {format_number(spread_)}", class_="quiet")
+            text += f" {label(kind).capitalize()} diverged ({whole(diverged)})."
+    return text
 
 
 def _formula(record: RunData) -> Html | None:

@@ -30,14 +30,14 @@ from atoll.report.figures import (
     whole_rounds,
 )
 from atoll.report.flight_log import Numbers
-from atoll.report.format import client_name, duration, format_number, label, rises, size, whole
 from atoll.report.run_data import RunData
+from atoll.runs.format import client_name, duration, format_number, label, rises, size, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BASELINES = {"pooled": 2, "local": 3, "local_only": 3, "local-only": 3}
+BASELINES = {"pooled": 2, "local": 3}
 _BOX = (0.105, 0.165, 0.79, 0.85)
 _WIDE_BOX = (*_BOX[:2], 0.965, _BOX[3])
 _MOST_METRICS = 3
@@ -66,7 +66,8 @@ def charts(record: RunData, federation: Federation | None, names: tuple[str, ...
     if losses:
         detail = ", ".join(f"{label(n)} {format_number(record.last(n))} at the end" for n in losses)
         yield Chart("loss", f"Loss by round: {detail}.", False, partial(_loss, record, losses))
-    for name in record.metrics[:_MOST_METRICS]:
+    of_clients = [n for n in (f"{record.judged}_clients",) if n in record.columns]
+    for name in (*of_clients, *record.metrics[:_MOST_METRICS]):
         says = f"{label(name)} by round, {format_number(record.last(name))} at the end."
         yield Chart(_file(name), says, False, partial(_metric, record, name))
     several = len(record.rows) > 1
@@ -150,15 +151,15 @@ def _loss(record: RunData, losses: Sequence[str], theme: Theme) -> Figure:
 
 def _metric(record: RunData, name: str, theme: Theme) -> Figure:
     x, y = record.series(name)
-    kinds = [(n, v) for n in record.events.baselines if (v := record.baseline(n, name)) is not None]
+    kinds = [(n, v) for n in BASELINES if (v := record.baseline(n, name)) is not None]
     log = not rises(name) and wants_log([y, np.array([v for _, v in kinds])])
     made = figure(theme)
     ax = axes(made, theme, _BOX, _titled(name), "round")
     plot(ax, [PlotLine("federated", x, y, theme.series[0])], log=log)
     whole_rounds(ax, x)
     ends = [(_end(y), f"federated {format_number(_end(y))}" if kinds else format_number(_end(y)), theme.series[0])]
-    for at, (kind, value) in enumerate(kinds):
-        colour = theme.series[BASELINES.get(kind, 2 + at % 2)]
+    for kind, value in kinds:
+        colour = theme.series[BASELINES[kind]]
         ax.axhline(value, color=colour, linewidth=1.1, linestyle=(0, (4, 2.5)), zorder=2)
         ends.append((value, f"{label(kind)} {format_number(value)}", colour))
     _mark_best(ax, record, name, theme)

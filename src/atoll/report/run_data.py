@@ -23,7 +23,8 @@ from atoll.base.names import COUNTS
 from atoll.plan.formula import formula_of
 from atoll.report.flight_rows import MOST_FLIGHTS, Tally, read_trips
 from atoll.report.flight_rows import Row as FlightRow
-from atoll.report.format import better, rises, spread
+from atoll.runs.format import better, rises, spread
+from atoll.runs.summary import ROWS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,6 +182,13 @@ class RunData:
         text = str(self.environment.get("plan") or self.config.get("plan") or "")
         return formula_of(text)
 
+    @property
+    def compared(self) -> dict[str, dict[str, Any]]:
+        """The rows of the comparison by name: numbers, intervals, and the metric of a difference."""
+        found = {name: _values(event) for name, event in self.events.baselines.items() if name in ROWS}
+        last = {name: self.last(name) for name in self.columns}
+        return {"federated": last | found.pop("federated", {}), **found}
+
     def baseline(self, name: str, metric: str) -> float | None:
         """The value of a metric of a baseline; None if it is missing."""
         return _number(self.events.baselines.get(name, {}).get(metric))
@@ -190,6 +198,13 @@ def _number(value: Any) -> float | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     return None
+
+
+def _values(event: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of an event, its intervals, and the name of its metric."""
+    kinds = {"intervals": Mapping, "metric": str}
+    named = {n: event[n] for n, kind in kinds.items() if isinstance(event.get(n), kind)}
+    return {n: number for n, v in event.items() if (number := _number(v)) is not None} | named
 
 
 def _is_round(value: Any) -> bool:

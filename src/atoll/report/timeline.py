@@ -12,8 +12,8 @@ import numpy as np
 from atoll.report.figures import Theme, axes, figure, of_seconds, text
 from atoll.report.flight_log import FlightLog, Numbers, Whole
 from atoll.report.flight_rows import FATES
-from atoll.report.format import client_name, duration, whole
 from atoll.report.run_data import RunData
+from atoll.runs.format import client_name, duration, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from atoll import runs
 from atoll.base.errors import UsageError
 from atoll.base.names import COUNTS, dotted
-from atoll.compute.metric_names import direction
+from atoll.compute.metric_names import base_metric, direction
 from atoll.report.comparison import CLOCK, SECONDS, MetricComparison, draw_comparison
-from atoll.report.format import format_number, label
 from atoll.report.run_data import Events, RunData
+from atoll.runs.format import format_number, label
 from atoll.tools.rebuild import write_output
 from atoll.training.settings import is_old_default
 
@@ -38,7 +38,8 @@ class ComparisonRow:
     Args:
         name: the name of the quantity.
         a, b: its values; None if the run has no value.
-        best: "a" or "b", the better run; "" if they are equal, one is missing, or no direction is better.
+        best: "a" or "b", the better run; "" if they are equal, one is missing, no direction is better, or the runs
+            were evaluated on different rows.
     """
 
     name: str
@@ -64,6 +65,8 @@ class Comparison:
         models: whether both final models exist.
         metric: the selection metric of both runs by bytes and by time; None if they share no metric.
         plot: the path of its plot; None if no plot was requested.
+        caution: a sentence if the runs were evaluated on different held-out rows, or the rows of one are unknown. No
+            value is then marked as the better one.
     """
 
     a: str
@@ -77,6 +80,7 @@ class Comparison:
     models: bool
     metric: MetricComparison | None = None
     plot: Path | None = None
+    caution: str = ""
 
     @property
     def reached(self) -> tuple[ComparisonRow, ...]:
@@ -92,7 +96,7 @@ class Comparison:
         ):
             costs = [None if i is None else float(c[i]) for c, i in zip(of, at, strict=True)]
             a, b = ((None if c is None else int(c)) if whole else c for c in costs)
-            best = "" if a == b else "a" if b is None or (a is not None and a < b) else "b"
+            best = "" if a == b or self.caution else "a" if b is None or (a is not None and a < b) else "b"
             out.append(ComparisonRow(name, a, b, best))
         return tuple(out)
 
@@ -137,7 +141,8 @@ class Comparison:
             out.append(row.rstrip())
         drawn = [] if self.plot is None else ["", f"plot    {self.plot}"]
         changed = [line for x in long for line in ("", x.name, f"  {_shown(x.a)}", f"  {_shown(x.b)}")]
-        return "\n".join([*out, *changed, "", self.verdict, *drawn])
+        first = [self.caution, ""] if self.caution else []
+        return "\n".join([*first, *out, *changed, "", self.verdict, *drawn])
 
     @property
     def _goal(self) -> str:
@@ -164,6 +169,7 @@ def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target:
     through, parted = _through(*rows)
     tensors, models = _tensors(one, other)
     metric = MetricComparison.of(_record(one, rows[0]), _record(other, rows[1]), target)
+    caution, clients = _held_out(one, other)
     if metric is None and target is not None:
         raise UsageError(
             f"target = {target:g} for {one.name} and {other.name}.",
@@ -175,15 +181,32 @@ def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target:
         one.name,
         other.name,
         tuple(ComparisonRow(k, mine.get(k), theirs.get(k)) for k in keys),
-        _metrics(*rows),
-        _totals(*rows),
+        tuple(_unmarked(row, bool(caution) or bool(base_metric(row.name) and clients)) for row in _metrics(*rows)),
+        tuple(_unmarked(row, bool(caution)) for row in _totals(*rows)),
         through,
         parted,
         tensors,
         models,
         metric,
         None if out is None or metric is None else _drawn(metric, Path(out)),
+        caution,
     )
+
+
+def _held_out(a: Path, b: Path) -> tuple[str, bool]:
+    """A sentence if the held-out rows differ or are unknown, and whether the rows of some clients differ."""
+    mine, theirs = runs.read_environment(a), runs.read_environment(b)
+    unknown = [path.name for path, about in ((a, mine), (b, theirs)) if "held_out" not in about]
+    clients = mine.get("held_out_clients") != theirs.get("held_out_clients")
+    if unknown:
+        return f"The held-out rows of {' and of '.join(unknown)} are not known: no winner is marked.", clients
+    if mine["held_out"] != theirs["held_out"]:
+        return "The runs were evaluated on different held-out rows: no winner is marked.", clients
+    return "", clients
+
+
+def _unmarked(row: ComparisonRow, unfair: bool) -> ComparisonRow:
+    return replace(row, best="") if unfair else row
 
 
 def _record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> RunData:

@@ -30,7 +30,7 @@ from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, open_round
 from atoll.plan.state import DownlinkState, State
-from atoll.report.format import duration, size, whole
+from atoll.runs.format import duration, size, whole
 from atoll.tools.rebuild import local_engine, training_of
 from atoll.training.experiment import Experiment
 from atoll.training.rounds import Training

@@ -32,9 +32,9 @@ from atoll.plan.in_flight import Flight
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.round import Opened, close_round, open_round, per_row, select, step
-from atoll.report.format import size
 from atoll.runs.checkpoint import state_from_tensors
 from atoll.runs.fingerprint import fingerprint
+from atoll.runs.format import size
 from atoll.tools.rebuild import local_engine, same_data, training_in
 from atoll.tools.single_client import compute, rejection
 from atoll.training.rounds import Training

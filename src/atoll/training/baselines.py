@@ -1,13 +1,15 @@
-"""Baselines of a federated run: training on all rows in one place, and training of each client on its own rows.
+"""Baselines of a federated run: a constant, training on all rows in one place, and training of each client by itself.
 
-    pooled    one client that has every training row trains with the local part of the run
-    local     each client trains on its own rows only; its model is evaluated on the held-out rows
+    constant           the class shares, or the mean of y, of all train rows
+    constant_clients   the same of each client's train rows, for its own held-out rows
+    pooled             one client that has every training row trains with the local part of the run
+    local              each client trains on its own rows only
 
-Both start from the first model of the run and see the same number of samples. A client that is selected with
-probability q trains in round(q·T) of the T rounds. These rounds are evenly spaced, so that a schedule passes through
-all its rates. The pooled client trains in the number of rounds, or with the number of steps per round, in which it sees
-the samples of the whole cohort. There is no server: a client keeps the model that it trained. If clients send
-gradients, the client uses the optimizer of the server.
+The constants are part of every run with held-out rows. The trained baselines start from the first model of the run and
+see the same number of samples. A client that is selected with probability q trains in round(q·T) of the T rounds. These
+rounds are evenly spaced, so that a schedule passes through all its rates. The pooled client trains in the number of
+rounds, or with the number of steps per round, in which it sees the samples of the whole cohort. There is no server: a
+client keeps the model that it trained. If clients send gradients, the client uses the optimizer of the server.
 
 Tests: tests/identities/test_baselines.py
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,17 +27,14 @@ from torch import Tensor
 
 from atoll.base.errors import RunError
 from atoll.base.random import Key, user_scope
-from atoll.compute.batches import ROWS
 from atoll.compute.model_state import Model
-from atoll.compute.task import Task
-from atoll.data.clients import Clients
 from atoll.engine.client_state import Memory
 from atoll.engine.contribution import contribute_chunk
 from atoll.engine.inprocess import InProcessEngine, threads_for
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.aggregate.exact import LARGEST
 from atoll.plan.buffers import join_buffers
-from atoll.plan.local import Evaluate, Gradient, Train
+from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer.base import OptimizerBase
 from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
@@ -43,13 +42,32 @@ from atoll.plan.protocols import Broadcast, Cohort, Ids, Local, Population, Samp
 from atoll.plan.round import bind, step
 from atoll.plan.schedule import NOTHING, Schedule, Tensors
 from atoll.plan.state import State
-from atoll.training.evaluation import evaluate
+from atoll.training.evaluation import HeldOutValues, constant_answer, over_clients
 from atoll.training.rounds import Training
 
 MAX_CLIENTS = 200  # largest number of clients that train one by one
 _LANE_BYTES = 256 << 20
-_JUDGE = Plan(Evaluate(), Mean())
-_ROW_NUMBERS = 1 << 24  # numbers of held-out rows, repeated for the models that are evaluated together
+
+
+@user_scope(Key(0).fold("tool"))
+def compare_constants(training: Training) -> dict[str, dict[str, Any]]:
+    """Evaluate the final model and the constant answers on the held-out rows.
+
+    Args:
+        training: a training; it is not changed.
+    Returns:
+        `federated`: the metrics of the final model, `samples` and `steps`; `constant`; and `constant_clients` if the
+        rows of each client are evaluated. Each has `intervals`: the 95 % interval of a metric
+        as [low, high, rows]. {} without held-out rows.
+    """
+    if training.data.held_out is None:
+        return {}
+    data, owner = training.data, training.held_owner
+    found = {"federated": _row(training.final_values()) | _work(training)}
+    constants = {"constant": constant_answer(training.task, data, owner)}
+    if owner is not None:
+        constants["constant_clients"] = constant_answer(training.task, data, owner, own=True)
+    return found | {name: _row(values) for name, values in constants.items() if values.metrics}
 
 
 @user_scope(Key(0).fold("tool"))
@@ -59,20 +77,28 @@ def compare_baselines(training: Training) -> dict[str, dict[str, Any]]:
     Args:
         training: a training with at least one round; it is not changed.
     Returns:
-        Plain values. `pooled` contains `held_out_loss`, every metric, and `samples`, the number of samples seen.
-        `local` contains the mean of each metric over clients with equal weights, and `…_sd`, `…_min`, `…_max`;
-        `clients`, the number of trained clients, at most 200, selected at random from all `population` clients; and
-        `samples`, the mean number of samples seen by a client. If a model becomes non-finite, its last finite state is
-        evaluated. `diverged` is then the round in which the pooled model diverged, or the number of clients that
-        diverged. Without held-out rows no model can be
-        evaluated, and `skipped` contains the `reason`.
+        Plain values. `pooled` contains `held_out_loss`, every metric M, `intervals`, and `samples` and `steps`, the
+        numbers of samples seen and of optimizer steps.
+
+        `local` contains `clients`, the number of trained clients, at most 200, selected at random from all `population`
+        clients; the mean of `samples` and `steps` over clients; and for each metric M the mean over the models of the
+        clients, each evaluated on all held-out rows, with `M_models_sd`, `M_models_min` and `M_models_max`. If the rows
+        of each client are evaluated, `M_clients`, `M_median`, `M_worst10`, `M_min` and `M_sd` are those of each model
+        on the held-out rows of its own client. For the selection metric `metric` there are then `federated_better`, the
+        number of clients for which the federated model is better on their own rows, `compared`, the number of clients
+        with both values, and `median_difference` and `worst_difference` over these clients; positive: federated is
+        better.
+
+        If a model becomes non-finite, its last finite state is evaluated. `diverged` is then the round in which the
+        pooled model diverged, or the number of clients that diverged. Without held-out rows no model can be evaluated,
+        and `skipped` contains the `reason`.
     Example:
         >>> import atoll
         >>> data = atoll.data.load("digits").split(clients=5)
         >>> training = atoll.rounds("softmax", data, atoll.recipes.fedavg(lr=0.1), rounds=2)
         >>> reports = list(training)
         >>> {name: sorted(values)[:2] for name, values in compare_baselines(training).items()}
-        {'pooled': ['accuracy', 'balanced_accuracy'], 'local': ['accuracy', 'accuracy_max']}
+        {'pooled': ['accuracy', 'balanced_accuracy'], 'local': ['accuracy', 'accuracy_models_max']}
 
     Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
     """
@@ -96,45 +122,87 @@ def pooled(training: Training) -> dict[str, Any]:
     # The loop is the fastest backend for one client. Another backend changes only the last bits.
     task = replace(training.task, module=copy.deepcopy(training.task.module), numerics="loop")
     state, failed = _train(training, InProcessEngine(task, data), plan, _turns(torch.tensor([share]), count)[:, 0], 0)
-    out: dict[str, Any] = evaluate(state, InProcessEngine(task, data.held())).metrics
-    turns = float(_turns(torch.tensor([share]), count).sum())
-    out["samples"] = round(turns * float(_seen(plan.local, data.sizes.double())))
+    out = _row(training.values_of(state.model))
+    turns, rows = float(_turns(torch.tensor([share]), count).sum()), data.sizes.double()
+    out |= {"samples": round(turns * float(_seen(plan.local, rows)))}
+    steps = _steps(plan.local, rows)
+    out |= {} if steps is None else {"steps": round(turns * float(steps))}
     return out | ({} if failed is None else {"diverged": failed})
 
 
 def alone(training: Training) -> dict[str, Any]:
-    """Train each client on its own rows, and evaluate each model on the held-out rows; see `compare_baselines`."""
+    """Train each client on its own rows, and evaluate each model on all rows and its own; see `compare_baselines`."""
     population = training.data.count
     ids = torch.arange(population)
     if population > MAX_CLIENTS:
         ids = Key(training.settings.seed).fold("baselines").distinct(MAX_CLIENTS, population).sort().values
     plan = _solo(training.plan)
     turns = _turns(_chances(training)[ids], training.state.round)
-    if _in_lanes(training, plan):
-        judged = list(_many(training, plan, ids, turns))
-    else:
-        judged = list(_one_by_one(training, plan, ids, turns))
-    out: dict[str, Any] = {}
-    for name in judged[0].metrics:
-        values = torch.tensor([j.metrics[name] for j in judged], dtype=torch.float64)
-        out |= {
-            name: float(values.mean()),
-            f"{name}_sd": float(values.std(correction=0)),
-            f"{name}_min": float(values.min()),
-            f"{name}_max": float(values.max()),
-        }
-    samples = turns.sum(0) * _seen(plan.local, training.data.sizes[ids].double())
-    out |= {"clients": len(ids), "population": population, "samples": round(float(samples.mean()))}
-    diverged = sum(j.diverged for j in judged)
+    lanes = _in_lanes(training, plan)
+    models = _many(training, plan, ids, turns) if lanes else _one_by_one(training, plan, ids, turns)
+    values, diverged = dict[int, HeldOutValues](), 0
+    for at, model, finite in models:
+        values[at] = training.values_of(model, int(ids[at]))
+        diverged += not finite
+    out = _over_models(training, ids, [values[at] for at in range(len(ids))])
+    rows, trained = training.data.sizes[ids].double(), turns.sum(0)
+    out |= {"clients": len(ids), "population": population}
+    out |= {"samples": round(float((trained * _seen(plan.local, rows)).mean()))}
+    steps = _steps(plan.local, rows)
+    out |= {} if steps is None else {"steps": round(float((trained * steps).mean()))}
     return out | ({"diverged": diverged} if diverged else {})
 
 
-@dataclass(frozen=True)
-class _Evaluated:
-    """The metrics of the model of one client, and whether the model became non-finite."""
+def _row(values: HeldOutValues) -> dict[str, Any]:
+    """The metrics of a model, and their intervals as lists, as JSON stores them."""
+    return {**values.metrics, "intervals": {n: [i.low, i.high, i.rows] for n, i in values.intervals.items()}}
 
-    metrics: Mapping[str, float]
-    diverged: bool
+
+def _over_models(training: Training, ids: Tensor, values: list[HeldOutValues]) -> dict[str, Any]:
+    """Each metric over the models of clients: on all held-out rows, and on the rows of the client of each model."""
+    out: dict[str, Any] = {}
+    rises = {"held_out_loss": False} | {m.name: m.higher_is_better for m in training.task.metrics}
+    for name, rising in rises.items():
+        each = torch.tensor([v.metrics.get(name, math.nan) for v in values], dtype=torch.float64)
+        defined = each[~each.isnan()]
+        if len(defined):
+            spread = {"sd": defined.std(correction=0), "min": defined.min(), "max": defined.max()}
+            out |= {name: float(defined.mean())} | {f"{name}_models_{n}": float(v) for n, v in spread.items()}
+        if training.by_client:
+            own = torch.stack([v.clients[name][0] for v in values]).double()
+            out |= over_clients(name, own, rising)
+            if name == training.selection_metric[0]:
+                out |= _differences(name, training.final_values().clients[name][ids].double(), own, rising)
+    return out
+
+
+def _differences(name: str, federated: Tensor, local: Tensor, rising: bool) -> dict[str, Any]:
+    """Compare two models on each client's own rows, over the clients with both values; a gain is positive."""
+    gain = federated - local if rising else local - federated
+    gain = gain[~gain.isnan()]
+    if not len(gain):
+        return {}
+    return {
+        "metric": name,
+        "federated_better": int((gain > 0).sum()),
+        "compared": len(gain),
+        "median_difference": float(gain.quantile(0.5)),
+        "worst_difference": float(gain.min()),
+    }
+
+
+def _work(training: Training) -> dict[str, int]:
+    """The expected numbers of samples that all clients saw, and of local steps from the first model to the last.
+
+    {} if the clients of the run are not known here.
+    """
+    local, rows, rounds = training.plan.local, training.data.sizes.double(), training.state.round
+    if not len(rows) or not rounds:
+        return {}
+    chance = _chances(training)
+    out = {"samples": round(rounds * float((chance * _seen(local, rows)).sum()))}
+    steps = _steps(local, rows)
+    return out if steps is None else out | {"steps": round(rounds * float((chance * steps).sum() / chance.sum()))}
 
 
 @dataclass(frozen=True, repr=False)
@@ -180,6 +248,17 @@ def _seen(local: Local, rows: Tensor) -> Tensor:
     return local.examples_per_round(rows)
 
 
+def _steps(local: Local, rows: Tensor) -> Tensor | None:
+    """The number of optimizer steps of a client with this number of rows in one round; None if the part has its own."""
+    if isinstance(local, Gradient):
+        return torch.ones_like(rows)
+    if not isinstance(local, Train):
+        return None
+    if local.epochs is not None:
+        return local.epochs * (torch.ones_like(rows) if local.batch is None else (rows / local.batch).ceil())
+    return torch.full_like(rows, local.steps_at(0) or 1)
+
+
 @dataclass(frozen=True, repr=False)
 class _Times(Schedule):
     """A schedule of steps, multiplied for a client that does the work of several clients."""
@@ -222,13 +301,12 @@ def _train(
     return state, None
 
 
-def _one_by_one(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Evaluated]:
-    """Train each client with `step`. This works for any local part."""
+def _one_by_one(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[tuple[int, Model, bool]]:
+    """Train each client with `step`. This works for any local part. Place in `ids`, model, and whether it is finite."""
     engine = InProcessEngine(training.task, training.data)
-    evaluator = InProcessEngine(training.task, training.data.held())
     for at, client in enumerate(ids.tolist()):
         state, failed = _train(training, engine, plan, turns[:, at], client)
-        yield _Evaluated(evaluate(state, evaluator).metrics, failed is not None)
+        yield at, state.model, failed is None
 
 
 def _in_lanes(training: Training, plan: Plan) -> bool:
@@ -244,18 +322,17 @@ def _in_lanes(training: Training, plan: Plan) -> bool:
     )
 
 
-def _many(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[_Evaluated]:
-    """Train clients as lanes, in batches whose memory is limited."""
+def _many(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> Iterator[tuple[int, Model, bool]]:
+    """Train clients as lanes, in batches whose memory is limited. Place in `ids`, model, and whether it is finite."""
     each = 8 * training.task.layout.d * training.task.layout.dtype.itemsize
     largest = max(2, min(64, _LANE_BYTES // each))
     order = torch.argsort(training.data.sizes[ids], descending=True, stable=True)
     widths = torch.tensor([plan.local.padded_batch(n) for n in training.data.sizes[ids[order]].tolist()])
-    held = training.data.held()
     for width in widths.unique().tolist():
         for at in order[widths == width].split(largest):
             model, finite = _lanes(training, plan, ids[at], turns[:, at])
-            for metrics, good in zip(_judged(training.task, held, model), finite.tolist(), strict=True):
-                yield _Evaluated(metrics, not good)
+            for lane, (place, good) in enumerate(zip(at.tolist(), finite.tolist(), strict=True)):
+                yield place, model.of(lane), good
 
 
 Groups = dict[str, dict[str, Tensor]]  # tensors `[K, …]` of K clients: model, counters, optimizer, kept
@@ -309,20 +386,3 @@ def _round(training: Training, plan: Plan, ids: Tensor, t: int, before: Groups) 
 def _starts(clients: Tensor) -> Ids:
     """The first start of each of these clients."""
     return Ids(clients, torch.zeros_like(clients))
-
-
-def _judged(task: Task, held: Clients, model: Model) -> Iterator[dict[str, float]]:
-    """Held-out loss and metrics of K models, evaluated in batches."""
-    rows, k = len(held.order), len(model.theta)
-    numbers = min(rows, ROWS) * max(1, held.rows.take(held.order[:1])[0].numel())
-    largest = max(2, _ROW_NUMBERS // numbers)
-    for at in torch.arange(k).split(largest):
-        # A single lane would use other kernels than several lanes, so it is evaluated together with a copy of itself.
-        picked = at if len(at) > 1 else at.repeat(2)
-        broadcast = Broadcast(0, model.select(picked), {})
-        chunk = contribute_chunk(_JUDGE, task, held, broadcast, _starts(torch.zeros_like(picked)), Key(0), {})
-        for i in range(len(at)):
-            sums = chunk.decoded.sums
-            values = {m.name: m.value(sums[m.name][i], rows) for m in task.metrics if m.sums is not None}
-            defined = {n: v for n, v in values.items() if isinstance(v, float) and not math.isnan(v)}
-            yield {"held_out_loss": float(sums["loss"][i]) / rows} | defined

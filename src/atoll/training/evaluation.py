@@ -17,12 +17,9 @@ from atoll.base.errors import ClientError, RunError, UsageError
 from atoll.base.intervals import Interval, hanley_mcneil, normal, wilson
 from atoll.base.lines import Change
 from atoll.compute import limits
-from atoll.compute.loss import poisson, single_logit
 from atoll.compute.metrics import Counts, Metric, summed
-from atoll.compute.shapes import class_axis
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.data.rows import IGNORED
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
@@ -31,8 +28,9 @@ from atoll.plan.local.evaluate import ScoreRows
 from atoll.plan.plan import Plan
 from atoll.plan.round import open_round
 from atoll.plan.state import State
+from atoll.training.reference import constant_outputs, form_of, shaped
 
-_CONSTANT_ROWS = 8192
+_CONSTANT_ROWS, _PIECE_NUMBERS, _CONSTANT_NUMBERS = 8192, 1 << 22, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -210,47 +208,40 @@ def join_clients(pooled: HeldOutValues, own: HeldOutValues) -> HeldOutValues:
     return replace(pooled, metrics=pooled.metrics | summaries, clients=own.clients)
 
 
-def constant_answer(task: Task, data: Clients, owner: Tensor | None = None) -> HeldOutValues:
+def constant_answer(task: Task, data: Clients, owner: Tensor | None = None, *, own: bool = False) -> HeldOutValues:
     """Evaluate the constant answer: the class shares, or the mean of y, of the train rows, for every held-out row.
 
     Args:
         task: the model, whose output gives the shape of an answer, the loss and the metrics.
         data: the clients and the held-out rows.
-        owner: the client of each held-out row, int64 `[rows]`; None: clients are not evaluated.
+        owner: the client of each held-out row, int64 `[rows]`, −1 for none; None: clients are not evaluated.
+        own: whether each client has a constant of its own train rows, for its own held-out rows. Rows of no client, and
+            of a client without train rows, are then left out.
     Returns:
-        The values of the constant on the held-out rows.
+        The values of the constant on the held-out rows. They are empty if the output of the model is no tensor with
+        classes, logits or numbers, or if the constants of all clients together would have more than 2²⁶ numbers.
     """
-    if data.held_out is None:
+    if data.held_out is None or not data.count:
         return HeldOutValues({})
     x, y = (t.to(task.device) for t in data.example)
-    typed = x.to(task.layout.dtype) if x.is_floating_point() else x
-    answer = _constant_output(task.output(task.initial(), typed), y, data)
-    answer = answer.clamp(min=1e-30).log() if task.loss is poisson else answer
-    scores = RowScores(task, owner, data.count)
-    targets = data.held_out.targets()
-    for some in targets.split(_CONSTANT_ROWS):
-        some = some.to(answer) if some.is_floating_point() else some.to(answer.device)
-        output = answer.expand(len(some), *answer.shape[1:])
-        scores(output, some, task.scores(output, some))
-    return scores.finished()
-
-
-def _constant_output(output: Tensor, y: Tensor, data: Clients) -> Tensor:
-    """One output `[1, …]` that is the best constant answer to the train rows."""
-    targets = data.rows.targets()[data.order]
-    if data.kind == "labels":
-        shares = [column[column != IGNORED].double().mean() for column in targets.reshape(len(targets), -1).T]
-        return torch.stack(shares).logit(1e-12).to(output).reshape(output.shape)
-    if data.kind == "regression" or targets.is_floating_point():
-        return targets.double().mean(0).to(output).expand(y.shape[1:]).reshape(output.shape)
-    labels = targets.reshape(-1)
-    counts = labels[labels >= 0].bincount(minlength=2).double()
-    if single_logit(output, y):
-        return torch.full_like(output, float((counts[1] / counts[0]).log().clamp(-30, 30)))
-    at, _ = class_axis(output, y)
-    logs = (counts / counts.sum()).clamp(min=1e-12).log()
-    logs = torch.cat((logs, logs.new_full((output.shape[at] - len(logs),), math.log(1e-12))))
-    return logs.to(output).reshape([-1 if axis == at else 1 for axis in range(output.dim())]).expand(output.shape)
+    output = task.output(task.initial(), x.to(task.layout.dtype) if x.is_floating_point() else x)
+    form = form_of(task.loss, output, y)
+    if form is None or (own and data.count * output.numel() > _CONSTANT_NUMBERS):
+        return HeldOutValues({})
+    giver = torch.zeros(len(data.order), dtype=torch.int64)
+    place = torch.zeros(len(data.held_out), dtype=torch.int64)
+    if own and owner is not None:
+        giver, place = torch.arange(data.count).repeat_interleave(data.sizes), owner
+    found = constant_outputs(form, data.rows.targets()[data.order], giver, data.count if own else 1)
+    known = torch.cat((~found.reshape(len(found), -1).isnan().any(1), torch.tensor([False])))  # the last is that of −1
+    rows = known[place].nonzero()[:, 0]
+    answers, targets = shaped(found, form, task.loss, output, y), data.held_out.targets()
+    scores = RowScores(task, None if owner is None else owner[rows], data.count)
+    for piece in rows.split(max(1, min(_CONSTANT_ROWS, _PIECE_NUMBERS // output.numel()))):
+        some = targets[piece].to(output if targets.is_floating_point() else output.device)
+        answer = answers[place[piece].to(answers.device)]
+        scores(answer, some, task.scores(answer, some))
+    return scores.finished() if scores.rows else HeldOutValues({})
 
 
 def over_clients(name: str, values: Tensor, higher_is_better: bool) -> dict[str, float]:

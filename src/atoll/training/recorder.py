@@ -67,7 +67,7 @@ class Recorder:
         """The path of the run folder, which is created at the first use; None if no file is written."""
         if self.folder is None and self.out is not None:
             t = self.training
-            about = runs.environment(why=t.reason, **identity(t), **t.where())
+            about = runs.environment(why=t.reason, **identity(t), **t.where(), **t.data.held_out_fingerprints())
             self.folder = runs.RunFolder.create(Path(self.out), self.config, about, self.store, t.input.encode())
             self._begin_log()
         return None if self.folder is None else self.folder.path
@@ -234,11 +234,7 @@ class Recorder:
         t = self.training
         outcome = t.outcome or stops.Outcome("interrupted", False)
         status = "interrupted" if t.outcome is None and interrupted else "failed" if outcome.failed else "done"
-        compared: Mapping[str, Mapping[str, Any]] = {}
-        if baselines and status == "done":
-            from atoll.training.baselines import compare_baselines
-
-            compared = compare_baselines(t)
+        compared, problem = _compared(t, baselines and status == "done") if status != "failed" else ({}, ())
         run = Run(
             self.path,
             t.state.round,
@@ -253,7 +249,7 @@ class Recorder:
             tuple(self.reports),
             t.model,
             compared,
-            t.notes,
+            (*t.notes, *problem),
             t.input,
             t.task,
         )
@@ -262,6 +258,8 @@ class Recorder:
         try:
             for name, metrics in compared.items():
                 self.folder.event("baseline", name=name, **metrics)
+            for text in problem:
+                self.note(text)
             self.folder.event("stop", status=status, reason=outcome.reason, round=t.state.round)
             if status != "failed":
                 self.checkpoint()
@@ -286,6 +284,27 @@ class Recorder:
             for row in runs.read_rows(self.folder.path / "metrics.jsonl"):
                 out |= {n: v for n, v in row.items() if n not in COUNTS and v is not None}
         return out
+
+
+def _compared(t: Training, baselines: bool) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
+    """The final model, the constant answers, and the trained baselines if they were requested; and a note, if any.
+
+    A metric of the user may fail for a constant. The training is done then, and its result must not be lost.
+    """
+    if not t.engine.primary or (t.evaluator is None and not baselines):
+        return {}, ()
+    from atoll.training.baselines import compare_baselines, compare_constants
+
+    found: dict[str, dict[str, Any]] = {}
+    problem: tuple[str, ...] = ()
+    try:
+        found = compare_constants(t)
+    except Exception as error:
+        problem = (f"The constant answer was not evaluated: {type(error).__name__}: {error}",)
+    trained = compare_baselines(t) if baselines else {}
+    order = ("federated", *trained, *found)
+    both = found | trained
+    return {name: both[name] for name in dict.fromkeys(order) if name in both}, problem
 
 
 def _client_table(t: Training) -> dict[str, list[Any]]:

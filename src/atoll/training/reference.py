@@ -1,28 +1,45 @@
-"""The loss of a constant answer: a training that ends above it has learned nothing.
+"""The constant answer: one output for all rows. A model that is no better has learned nothing.
 
-    classes   entropy of the labels      two classes with one logit   the same      numbers   variance of the targets
+    classes: log of the class shares;  0/1 labels: log-odds of the shares;  numbers: the mean, or the log of a mean rate
 
-Tests: tests/identities/test_diverged.py
+Its loss on train rows shows a training that diverged. Its metrics on held-out rows stand next to those of a model.
+
+Tests: tests/identities/test_diverged.py, tests/identities/test_evaluation.py
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from atoll.base.errors import AtollError
 from atoll.base.random import Key
-from atoll.compute.loss import PerExample, binary_cross_entropy, cross_entropy, mse
+from atoll.compute.loss import (
+    PerExample,
+    axis_of,
+    binary_cross_entropy,
+    cross_entropy,
+    mse,
+    poisson,
+    single_logit,
+    values_of,
+)
+from atoll.compute.metrics import Counts
+from atoll.compute.shapes import class_axis
 from atoll.data.clients import Clients
 from atoll.data.rows import IGNORED
 
 MOST_ROWS = 1024
+_LARGEST_LOGIT = 30.0  # a class that is absent from the train rows has the probability e⁻³⁰
 
 # Ratio of the last training loss to the loss of a constant answer above which a run reports it. A model that has not
 # learned yet stays below it: a fresh mlp on digits has 2.33, and a constant answer 2.30, on 1,024 rows.
 WORSE_THAN_CONSTANT = 1.05
+
+Form = Literal["classes", "odds", "rate", "mean"]
 
 
 def reference_rows(data: Clients, seed: int) -> Clients | None:
@@ -48,23 +65,70 @@ def constant_loss(loss: PerExample, rows: Clients) -> float | None:
         >>> constant_loss(mse, rows)
         1.0
     """
-    classes = isinstance(loss, cross_entropy) or loss is binary_cross_entropy
-    if not classes and loss is not mse:
+    form: Form = "classes" if isinstance(loss, cross_entropy) else "odds" if loss is binary_cross_entropy else "mean"
+    if form == "mean" and loss is not mse:
         return None
     try:
         y = rows.take(rows.order)[1]
     except (AtollError, OSError):
         return None
-    if loss is binary_cross_entropy and y.dim() > 1:
-        each = [_entropy(column) for column in y.reshape(len(y), -1).T]
-        return None if None in each else sum(e for e in each if e is not None) / len(each)
-    return _entropy(y) if classes else float(y.double().var(0, correction=0).mean())
-
-
-def _entropy(y: Tensor) -> float | None:
-    """The entropy of labels in nats. A place without a label does not count."""
-    labels = y[y != IGNORED]
-    if not labels.numel():
+    if form != "mean" and not bool((y != IGNORED).any()):
         return None
-    shares = labels.unique(return_counts=True)[1].double() / labels.numel()
-    return float(-(shares * shares.log()).sum())
+    output = constant_outputs(form, y, torch.zeros(len(y), dtype=torch.int64), 1)
+    if form == "classes":
+        output, loss = output.reshape(-1).expand(*y.shape, -1), cross_entropy(axis=-1)
+    else:
+        output, y = output.expand(y.shape), y.double()
+    return float(values_of(loss, output, y).mean())
+
+
+def constant_outputs(form: Form, y: Tensor, owner: Tensor, owners: int) -> Tensor:
+    """The constant answer to the rows of each owner, float64 `[owners, classes]` or `[owners, *target]`.
+
+    Args:
+        form: "classes": log-shares of the classes; "odds": the log-odds of each 0/1 label; "rate": the log of the
+            mean of y; "mean": the mean of y.
+        y: the targets, `[rows, *target]`. A label of −100 does not count.
+        owner: the owner of each row, int64 `[rows]`.
+        owners: the number of owners. An owner without rows gets NaN.
+    Example:
+        >>> constant_outputs("mean", torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 3).tolist()
+        [2.0, 5.0, nan]
+    """
+    if form == "classes":
+        count = Counts(y.masked_fill(y < 0, -1), max(2, 1 + int(y.max()))).added(owner, owners)
+        return (count / count.sum(1, keepdim=True)).log().clamp(min=-_LARGEST_LOGIT)
+    labelled = (y != IGNORED).double() if form == "odds" else torch.ones_like(y, dtype=torch.float64)
+    sums, rows = (t.new_zeros(owners, *y.shape[1:]).index_add_(0, owner, t) for t in (labelled * y.double(), labelled))
+    mean: Tensor = sums / rows
+    if form == "rate":
+        return mean.log().clamp(min=-_LARGEST_LOGIT)
+    return mean.logit().clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT) if form == "odds" else mean
+
+
+def form_of(loss: PerExample, output: Any, y: Tensor) -> Form | None:
+    """The form of a constant answer with the shape of this output; None if the output has no such form."""
+    if not isinstance(output, Tensor) or not output.dim():
+        return None
+    labels = not y.is_floating_point()
+    if single_logit(output, y):
+        return "odds" if labels or loss is binary_cross_entropy else "rate" if loss is poisson else "mean"
+    return "classes" if labels else None
+
+
+def shaped(answers: Tensor, form: Form, loss: PerExample, output: Tensor, y: Tensor) -> Tensor:
+    """Constant answers of k owners in the shape of an output, `[k, …]`.
+
+    Args:
+        answers: of `constant_outputs`.
+        form: of `form_of`.
+        loss: may name the axis of the classes.
+        output, y: the output and the targets of one row.
+    """
+    if form != "classes":
+        return answers.reshape(len(answers), *output.shape[1:]).to(output)
+    at, _ = class_axis(output, y, axis_of(loss))
+    absent = answers.new_full((len(answers), output.shape[at] - answers.shape[1]), -_LARGEST_LOGIT)
+    answers = torch.cat((answers, absent), 1)
+    axes = [len(answers), *(answers.shape[1] if axis == at else 1 for axis in range(1, output.dim()))]
+    return answers.reshape(axes).expand(len(answers), *output.shape[1:]).to(output)

@@ -137,14 +137,12 @@ class Training:
         self.task = replace(self.task, lengths=sum_lengths(self.task, rows))
         if settings.init is not None:
             self.task = replace(self.task, start=start_from(settings.init, self.task))
-        near = move_rows(self.data, task.device)  # the fingerprint of the data is taken from the rows on the host
-        self.engine.open(self.task, near)
-        self.evaluator, self.evaluation = None, HeldOutValues({})
-        self._view: InProcessEngine | None = None  # the held-out rows as their clients see them
+        # The fingerprint of the data is taken from the rows on the host.
+        self._near = move_rows(self.data, task.device)
+        self.engine.open(self.task, self._near)
+        self.evaluator, self.evaluation, self._evaluated_round = None, HeldOutValues({}), -1
         if self.data.held_out is not None and settings.evaluate_every:
-            self.evaluator = InProcessEngine(self.task, near.held(), settings.chunk)
-            if self.data.held_view is not None and self.by_client:
-                self._view = InProcessEngine(self.task, near.held(view=True), settings.chunk)
+            self.evaluator = self._held_out
         if settings.evaluate in ("clients", "both") and self.data.held_owner is None:
             raise UsageError(
                 f"evaluate={settings.evaluate!r}, and no held-out row belongs to a client.",
@@ -237,7 +235,7 @@ class Training:
             last = self.state.round >= self.settings.rounds
             if self.evaluator is not None and (last or self.state.round % every == 0):
                 try:
-                    self.evaluation = self._evaluated()
+                    self.evaluation, self._evaluated_round = self.values_of(self.state.model), self.state.round
                     metrics |= self.evaluation.metrics
                 except BaseException:
                     self._accept(report.to(metrics=metrics, seconds=spent))
@@ -348,17 +346,48 @@ class Training:
 
     def evaluate(self, engine: InProcessEngine | None = None) -> dict[str, float]:
         """Evaluate the current model on the held-out rows, or on the rows of another engine."""
-        return self._evaluated(engine).metrics
-
-    def _evaluated(self, engine: InProcessEngine | None = None) -> HeldOutValues:
-        engine = engine or self.evaluator
         if engine is None:
-            return HeldOutValues({})
+            return {} if self.evaluator is None else self.values_of(self.state.model).metrics
         with user_scope(self.state.key().fold("user")):
-            if engine is not self.evaluator or self.settings.evaluate == "pooled" or not self.by_client:
-                return evaluate(self.state, engine)
-            own = evaluate(self.state, self._view or engine, self.data.held_owner, self.data.count)
-            return own if self._view is None else join_clients(evaluate(self.state, engine), own)
+            return evaluate(self.state, engine).metrics
+
+    def final_values(self) -> HeldOutValues:
+        """The values of the current model on the held-out rows. They are computed again only if they are older."""
+        if self._evaluated_round != self.state.round and self.data.held_out is not None:
+            self.evaluation, self._evaluated_round = self.values_of(self.state.model), self.state.round
+        return self.evaluation
+
+    def values_of(self, model: Model, client: int | None = None) -> HeldOutValues:
+        """The values of a model on the held-out rows, and on the rows of each client if clients are evaluated.
+
+        Args:
+            model: the model.
+            client: evaluate the rows of this client only, as client 0; None: the rows of each client.
+        """
+        state, owner, owners = replace(self.state, model=model), self.held_owner, self.data.count
+        if client is not None and owner is not None:
+            owner, owners = torch.where(owner == client, 0, -1), 1
+        with user_scope(self.state.key().fold("user")):
+            if owner is None or self._view is None:
+                return evaluate(state, self._held_out, owner, owners)
+            return join_clients(evaluate(state, self._held_out), evaluate(state, self._view, owner, owners))
+
+    @cached_property
+    def _held_out(self) -> InProcessEngine:
+        """The engine of the held-out rows."""
+        return InProcessEngine(self.task, self._near.held(), self.settings.chunk)
+
+    @cached_property
+    def _view(self) -> InProcessEngine | None:
+        """The engine of the held-out rows with the feature shift of their clients; None if there is no shift."""
+        if self.data.held_view is None:
+            return None
+        return InProcessEngine(self.task, self._near.held(view=True), self.settings.chunk)
+
+    @property
+    def held_owner(self) -> Tensor | None:
+        """The client of each held-out row, int64 `[rows]`, −1 for none; None if clients are not evaluated."""
+        return self.data.held_owner if self.by_client else None
 
     @property
     def by_client(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from atoll.compute.metric_names import direction
+from atoll.compute.metric_names import base_metric, direction
 
 WORDS = {
     "loss": "training loss",
@@ -19,15 +19,25 @@ WORDS = {
     "local": "local only",
     "local_only": "local only",
 }
+OF_CLIENTS = {
+    "clients": "mean over clients",
+    "median": "median client",
+    "worst10": "worst tenth of clients",
+    "min": "worst client",
+    "sd": "sd over clients",
+}
 
 
 def label(name: str) -> str:
     """The label of a column of metrics.jsonl.
 
     Example:
-        >>> label("held_out_loss"), label("rmse"), label("top_5")
-        ('held-out loss', 'rmse', 'top 5')
+        >>> label("held_out_loss"), label("top_5"), label("rmse_worst10")
+        ('held-out loss', 'top 5', 'rmse, worst tenth of clients')
     """
+    base = base_metric(name)
+    if base:
+        return f"{label(base)}, {OF_CLIENTS[name[len(base) + 1 :]]}"
     return WORDS.get(name, name.replace("_", " "))
 
 
