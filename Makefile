@@ -5,6 +5,9 @@ PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 WORKERS ?= 2
 
+# Tests start some hundred processes. Without compiled files each of them would compile the package anew, for a second.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Sets that come as files (mnist, heart): looked for beside the project where nothing else is said.
 ifneq ($(wildcard ../shared/data),)
 export ATOLL_DATA ?= $(abspath ../shared/data)

@@ -123,7 +123,8 @@ def main():
     import atoll
 
     data = atoll.data.load("digits").split(6, atoll.data.Dirichlet(0.5))
-    atoll.train("softmax", data, atoll.recipes.local_sgd(0.1, steps=1, batch=1), rounds=1, out=None, report=False)
+    plan = atoll.recipes.diloco(steps=1, batch=1)  # a rule of `torch.optim`: its first use imports `torch._dynamo`
+    atoll.train("softmax", data, plan, rounds=1, out=None, report=False)
     for line in sys.stdin:
         order = json.loads(line)
         answers, theirs = os.pipe()

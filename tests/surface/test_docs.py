@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import doctest
+import importlib
 import inspect
 import io
 import re
@@ -26,7 +27,6 @@ from typing import NamedTuple
 import pytest
 
 import atoll
-from atoll import report
 from atoll.cli.app import app
 from atoll.plan.registry import PARTS
 from atoll.plan.round import step
@@ -83,7 +83,7 @@ def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(figures, "DPI", 40)  # few dots, so that plots are drawn faster
     if page.name != "start.md":  # draws reports; other tests check that any run can be drawn
-        monkeypatch.setattr(report, "draw", lambda folder, data=None: None)
+        monkeypatch.setattr(importlib.import_module("atoll.report.draw"), "draw", lambda folder, data=None: None)
     compared = any(word == "text" and behind for word, _, _, behind in blocks(page))
     space: dict[str, object] = {"__name__": "__main__"}
     printed = ""
