@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.base.errors import UsageError
@@ -19,14 +19,11 @@ from atoll.data.held_out import (
     held_out_rule,
 )
 
-QUICK = settings(max_examples=60, deadline=None)
-
 
 def pool_of(rows, labels=None, by=None, **columns):
     return HeldOutPool(rows, labels, by, lambda name: np.asarray(columns[name]))
 
 
-@QUICK
 @given(st.lists(st.integers(0, 9), min_size=4, max_size=60), st.integers(2, 4), st.integers(0, 5))
 def test_folds_are_disjoint_cover_all_rows_and_divide_no_group(groups, folds, seed):
     if len(set(groups)) < folds:
@@ -40,7 +37,6 @@ def test_folds_are_disjoint_cover_all_rows_and_divide_no_group(groups, folds, se
         assert not set(codes[each].tolist()) & set(codes[~each].tolist())
 
 
-@QUICK
 @given(st.lists(st.integers(0, 20), min_size=2, max_size=60), st.floats(0.05, 0.95))
 def test_train_times_are_before_held_out_times(times, part):
     held = After("visit", part)(pool_of(len(times), visit=np.array(times, float)), Key(0))
@@ -58,7 +54,6 @@ def test_a_date_or_a_number_begins_the_held_out_rows():
     assert After("year", 2021)(pool_of(3, year=years), Key(0)).tolist() == [False, True, True]
 
 
-@QUICK
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=80), st.floats(0.05, 0.9))
 def test_each_class_of_a_client_holds_out_its_part_to_within_one_row(rows, part):
     by, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
@@ -73,7 +68,6 @@ def test_each_class_of_a_client_holds_out_its_part_to_within_one_row(rows, part)
             assert out < count * part + 1
 
 
-@QUICK
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=3, max_size=60), st.integers(0, 40))
 def test_held_out_rows_are_dealt_in_proportion_to_train_rows(rows, seed):
     owner, train = (torch.tensor(column) for column in zip(*rows, strict=True))

@@ -142,7 +142,7 @@ def test_numbers_of_another_spelling_and_of_another_type():
 CELL = st.sampled_from(["1", " 2.5", "-3e2", "", "NA", "?", "nan", "+4", "none", ".5", "7.", "x", "1_0", "1,5", "inf"])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=2 * settings().max_examples)
 @given(st.lists(CELL, min_size=1, max_size=8), st.sampled_from([None, ("x",), ("-9", "NA")]))
 def test_both_readers_give_equal_cells(cells, na):
     pa = pytest.importorskip("pyarrow")

@@ -42,7 +42,7 @@ def test_every_cut_and_every_changed_character_is_refused():
             Token.read(text[:at] + ("A" if text[at] != "A" else "B") + text[at + 1 :])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=4 * settings().max_examples)
 @given(st.text(max_size=50))
 def test_random_tokens_raise_one_error(text):
     with pytest.raises(UsageError):

@@ -204,7 +204,7 @@ def only_frame_errors(frame):
             assert encode_frame(message, STEP_CAP) == frame
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=6 * settings().max_examples)
 @given(st.sampled_from(NUMBERS), st.binary(max_size=80))
 def test_random_bodies_raise_one_error(number, body):
     only_frame_errors(framed(number, body))
@@ -231,7 +231,7 @@ def value(rng, depth=0):
             return {str(i): value(rng, depth + 1) for i in range(rng.randrange(3))}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings().max_examples)
 @given(st.integers(0, 2**64))
 def test_random_fields_raise_one_error(seed):
     rng = random.Random(seed)
@@ -241,7 +241,7 @@ def test_random_fields_raise_one_error(seed):
         only_frame_errors(framed(number_of(message), msgspec.msgpack.encode(fields)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=6 * settings().max_examples)
 @given(st.integers(0, 2**64))
 def test_mutated_frames_raise_one_error(seed):
     rng = random.Random(seed)
@@ -309,7 +309,7 @@ def test_wrong_tensor_headers_are_refused(data):
     assert error.value.code == "tensors"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=4 * settings().max_examples)
 @given(st.binary(max_size=60), st.booleans())
 def test_random_tensor_headers_raise_one_error(data, framed_header):
     with contextlib.suppress(FrameError):

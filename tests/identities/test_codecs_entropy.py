@@ -187,7 +187,7 @@ def test_a_bomb_is_not_unpacked(monkeypatch):
     assert asked == [(plain + 1, plain + 1)]
 
 
-@settings(max_examples=200)
+@settings(max_examples=4 * settings().max_examples)
 @given(st.binary(max_size=400), st.booleans())
 def test_any_bytes_are_refused_or_are_a_message(data, framed):
     codec = (TopK(0.5) >> Entropy()).bind(flat_layout(100))

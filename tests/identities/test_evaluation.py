@@ -32,7 +32,7 @@ def evaluated(task, data, owner=None, owners=0):
     return evaluate(state, InProcessEngine(task, data), owner, owners)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=settings().max_examples // 2)
 @given(st.integers(0, 2**31), st.integers(1, 5), st.integers(20, 60))
 def test_all_rows_are_the_mean_of_the_clients_by_rows(seed, owners, rows):
     data = classification((rows,), (5,), 2, seed=seed % 1000)

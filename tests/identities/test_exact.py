@@ -214,7 +214,7 @@ def test_same_bits_for_every_number_of_threads(dtype):
     assert all(torch.equal(totals[0], other) for other in totals[1:])
 
 
-@settings(max_examples=150)
+@settings(max_examples=3 * settings().max_examples)
 @given(problems(width=st.integers(1, 5)))
 def test_within_the_bound_of_the_true_sum(problem):
     rows, weights, _ = problem

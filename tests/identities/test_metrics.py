@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as reference
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.base.errors import UsageError
@@ -159,7 +159,6 @@ def test_calibration_error_equals_its_definition():
     assert value(METRICS["ece"], output, y, 4) == pytest.approx(right, abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 30), st.integers(1, 6))
 def test_concordance_equals_the_count_over_all_pairs(seed, rows, levels):
     g = torch.Generator().manual_seed(seed)

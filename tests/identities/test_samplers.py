@@ -176,13 +176,13 @@ def off(values, expected):
 @pytest.mark.parametrize(("sampler", "weights"), by_turns(SAMPLERS, ["examples", "equal"]), ids=repr)
 def test_over_expected_is_unbiased(sampler, weights):
     """E g = Σ wᵢgᵢ / Σ wᵢ for every sampler, also if the chances differ and one client is certain."""
-    assert off([*updates(Mean(weights=weights, over="expected"), sampler, 400)], target(weights)) <= 3
+    assert off([*updates(Mean(weights=weights, over="expected"), sampler, 200)], target(weights)) <= 3
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_clients_drawn_by_rows_give_the_mean_of_the_rows(n):
     """Σ wᵢ/pᵢ is the same for every cohort of `Weighted`, so `over="arrived"` has the same bits as "expected"."""
-    arrived, expected = ([*updates(Mean(over=over), Weighted(n), 400)] for over in ("arrived", "expected"))
+    arrived, expected = ([*updates(Mean(over=over), Weighted(n), 200)] for over in ("arrived", "expected"))
     assert off(arrived, target("examples")) <= 3
     assert max(abs(a - b) for a, b in zip(arrived, expected, strict=True)) < 1e-15
 

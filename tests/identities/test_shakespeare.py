@@ -58,13 +58,13 @@ def test_schedules_of_all_three_meet(example):
 def test_the_example_as_people_start_it(example, file, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "picture.png"
     monkeypatch.setenv("ATOLL_DATA", str(file.parent))
-    words = ["--iterations=12", "--batch=4", "--workers=2", "--block=8", "--steps=4", "--out", str(picture)]
+    words = ["--iterations=8", "--batch=4", "--workers=2", "--block=8", "--steps=4", "--out", str(picture)]
     monkeypatch.setattr("sys.argv", ["shakespeare.py", *words])
     example["main"]()
     told = capsys.readouterr()
     rows = {line[:16].strip(): line[16:].split() for line in told.out.splitlines() if "x" in line[60:]}
     often, seldom, coarse = (rows[name] for name in ("data-parallel", "local SGD", "DiLoCo, 8 bits"))
-    assert [r[1] for r in (often, seldom, coarse)] == ["12", "3", "3"]
+    assert [r[1] for r in (often, seldom, coarse)] == ["8", "2", "2"]
     assert [r[4] for r in (often, seldom, coarse)] == ["1x", "4x", "16x"]
     assert Quantize(8).bits == 8 and float(coarse[2]) < 0.26 * float(seldom[2])
     looks = [line.split() for line in told.err.splitlines() if line.startswith("   ")]

@@ -48,7 +48,7 @@ def flown(draw_, clients=st.integers(1, 70)):
 
 
 @given(flown())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=settings().max_examples // 2)
 def test_nobody_flies_beside_another_in_one_row(rows):
     flights = FlightLog.of(rows)
     row, clients = flights.lanes()
@@ -65,7 +65,7 @@ def test_nobody_flies_beside_another_in_one_row(rows):
 
 
 @given(flown(st.integers(1, 8)), st.floats(0.1, 30))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=settings().max_examples // 2)
 def test_work_is_the_time_in_the_air(rows, until):
     flights = FlightLog.of(rows).among(until)
     row, _ = flights.lanes()

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -228,7 +228,6 @@ curves = st.lists(st.one_of(st.integers(0, 9), st.just(float("nan"))), min_size=
 
 
 @given(curves, curves, st.booleans())
-@settings(max_examples=40, deadline=None)
 def test_both_reach_the_target_and_not_before(mine, theirs, clocked):
     with TemporaryDirectory() as parent:
         folders = [
