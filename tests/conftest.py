@@ -4,6 +4,7 @@
 it to search for bugs, not in CI.
 """
 
+import gc
 import os
 
 import pytest
@@ -28,3 +29,8 @@ def known_secrets():
 
     with entropy_source(known_entropy(0)):
         yield
+
+
+def pytest_collection_finish():
+    """Modules and collected tests live until the end, so the garbage collector does not visit them again."""
+    gc.freeze()

@@ -390,7 +390,7 @@ def test_a_chain_of_nothing_but_stages_is_refused_otherwise():
 
 
 def test_rotation_keeps_length_and_comes_back():
-    for d in (1, 2, 3, 5, 100, 4095, 4096, 4097, 65_535, 65_537, 131_071, 131_072, 200_001):
+    for d in (1, 2, 3, 5, 100, 4095, 4096, 4097, 65_537, 131_071):
         for block in (None, 2, 64, 4096, 65_536):
             x, key = draw(2, d)
             y, *_ = Rotate(block).encode(x, {}, {}, key)

@@ -210,5 +210,8 @@ def fork(ranks):
 
 if __name__ == "__main__":
     if "forked" in sys.argv:
+        torch.optim.Adam(
+            [torch.zeros(1)]
+        )  # the first optimizer of torch imports `torch._dynamo`: here once for both ranks
         fork(2)
     main(Path(sys.argv[1]), list(cases()) if "all" in sys.argv else quick())

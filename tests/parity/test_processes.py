@@ -57,7 +57,7 @@ def mlp(nursery):
     """An engine with two workers for a small classifier, and an in-process engine."""
     data = classification(SIZES)
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
-    task = task_of(module, data, dtype=torch.float32)
+    task = task_of(module, data, "fused", torch.float32)  # a new worker in `lanes` would import torch.func for seconds
     with ProcessesEngine(task, data, workers=2, nursery=nursery) as engine:
         yield engine, InProcessEngine(task, data)
 
@@ -287,7 +287,7 @@ def test_a_client_that_hangs_costs_its_rounds_a_contribution_and_its_worker(tmp_
 
 def test_a_client_that_raises_is_a_failure_under_every_pace(nursery):
     data = classification(SIZES)
-    task = task_of(seeded(nn.Linear, 4, 3), data, dtype=torch.float32)
+    task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
     x, y = data.rows.take(torch.arange(sum(SIZES)))
     x[data.order[int(data.offsets[3])]] = torch.inf
     broken = federation(x, y, SIZES)
@@ -439,7 +439,7 @@ def test_settings_of_one_engine_beside_another_are_refused():
 
 def test_a_closed_engine_says_so(nursery):
     data = classification(SIZES)
-    engine = ProcessesEngine(task_of(seeded(nn.Linear, 4, 3), data), data, workers=1, nursery=nursery)
+    engine = ProcessesEngine(task_of(seeded(nn.Linear, 4, 3), data, "loop"), data, workers=1, nursery=nursery)
     engine.close()
     engine.close()
     with pytest.raises(UsageError, match="closed"):
@@ -454,7 +454,7 @@ def test_partial_work_is_refused(mlp):
 
 def test_an_unreadable_row_fails_its_client_as_in_one_process(nursery):
     data = classification(SIZES)
-    task = task_of(seeded(nn.Linear, 4, 3), data, dtype=torch.float32)
+    task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
     x, y = data.rows.take(torch.arange(sum(SIZES)))
     x = x.numpy().copy()
     x[0, 0] = np.nan

@@ -16,6 +16,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,32 +57,28 @@ class Piece(NamedTuple):
 
 
 class File(NamedTuple):
-    """The prose of one file."""
+    """The prose of one file: its markers, each with its piece, and the number of its words."""
 
     path: Path
-    pieces: tuple[Piece, ...]
-
-    @property
-    def words(self) -> int:
-        """The number of words."""
-        return sum(len(WORD.findall(piece.text)) for piece in self.pieces)
+    found: tuple[tuple[Piece, str], ...]
+    words: int
 
     def markers(self, kind: str | None = None) -> list[tuple[Piece, str]]:
         """The markers, each with its piece; of one kind of prose or of all kinds."""
-        pieces = (p for p in self.pieces if kind is None or p.kind == kind)
-        return [(piece, m.group()) for piece in pieces for m in MARKERS.finditer(piece.text)]
+        return [(piece, marker) for piece, marker in self.found if kind in (None, piece.kind)]
 
     @property
     def rate(self) -> float:
         """Markers per 1,000 words."""
-        return 1000 * len(self.markers()) / max(1, self.words)
+        return 1000 * len(self.found) / max(1, self.words)
 
 
 def read(path: Path) -> File:
     """The prose of a file of Python, C or Markdown."""
-    text = path.read_text(encoding="utf-8")
     kinds = {".py": _python, ".c": _c, ".h": _c, ".md": _markdown}
-    return File(path, tuple(kinds[path.suffix](text)))
+    pieces = tuple(kinds[path.suffix](path.read_text(encoding="utf-8")))
+    found = tuple((piece, match.group()) for piece in pieces for match in MARKERS.finditer(piece.text))
+    return File(path, found, sum(len(WORD.findall(piece.text)) for piece in pieces))
 
 
 def _without_doctests(text: str) -> str:
@@ -108,11 +105,12 @@ def _error_texts(tree: ast.Module) -> Iterator[Piece]:
         if not isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Module)):
             continue
         assigned: dict[str, list[ast.expr]] = {}
-        for node in ast.walk(scope):
+        nodes = list(ast.walk(scope))
+        for node in nodes:
             if isinstance(node, ast.Assign):
                 for target in node.targets:
                     _pair(target, node.value, assigned)
-        for node in ast.walk(scope):
+        for node in nodes:
             if isinstance(node, ast.Raise) or (isinstance(node, ast.Call) and _ERRORS.search(_name(node.func))):
                 for literal in _literals(node, assigned):
                     if id(literal) not in seen:
@@ -153,6 +151,7 @@ def _markdown(text: str) -> Iterator[Piece]:
         yield Piece(number, "page", line)
 
 
+@cache
 def files(part: str) -> list[File]:
     """The files of a part of the project that hold prose."""
     paths: list[Path] = []

@@ -71,7 +71,7 @@ def federation(sizes, classes=3, names=None, held=4):
 
 @pytest.fixture(autouse=True)
 def coarse(request, monkeypatch):
-    """Draw with few dots and without dark pictures, which is faster, except in tests of drawing time and of the page."""
+    """Draw with few dots and no dark pictures, which is faster, except in tests of drawing time and of the page."""
     if "seconds" not in request.node.name:
         monkeypatch.setattr(figures, "DPI", 40)
         if "says_what_happened" not in request.node.name:
