@@ -612,3 +612,20 @@ def test_time_never_goes_back():
     s.do(co.Tick(), after=30)
     s.do(co.Tick(), after=-1000)
     assert s.it.wake == 160.0
+
+
+def test_a_work_outside_the_rounds_is_settled_when_it_is_folded():
+    s = Server(memory=True)
+    s.join(1)
+    s.assign(1, 1)
+    s.fold(1, 1, b"round")
+    tail = s.it._clients[1].tail
+    s.assign(1, 2, kind="evaluate", rows="held")
+    assert of(s.update(1, 2, b"sums"), co.Deliver)[0].after is None
+    out = s.do(co.Folded(id_of(2)))
+    assert receipts(out) == [(2, "received")] and messages(out, wire.Settled) == [wire.Settled((id_of(2),))]
+    assert s.it._clients[1].tail == tail and id_of(2) not in s.it._clients[1].committed
+    assert receipts(s.update(1, 2, b"sums", lease=Lease(7, 9))) == [(2, "late")]
+    s.do(co.Committed((id_of(1),)))
+    s.assign(1, 3)
+    assert of(s.update(1, 3, b"next", after=tail), co.Deliver)

@@ -1,17 +1,17 @@
 """Sites with rows of their own give the bits of a run on the joined table."""
 
-import json
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 from msgspec import structs
 from msgspec.structs import replace
-from network import Federation, comparable
-from sites import SITES, Served, experiment, write_tables
+from network import Federation, comparable, rows_of
+from sites import SITES, Served, experiment, table, write_tables
 
 from atoll import models
 from atoll.base.errors import UsageError
@@ -19,7 +19,9 @@ from atoll.base.random import Key
 from atoll.compute.batches import HOST
 from atoll.compute.task import Task
 from atoll.data import csv
+from atoll.data.input import Input
 from atoll.data.schema import Schema
+from atoll.data.site_rows import site_rows
 from atoll.net.join import own_rows
 from atoll.net.site import Site
 from atoll.net.terms import RefusedError, Terms
@@ -37,20 +39,42 @@ def model(path):
     return (path / "model.safetensors").read_bytes()
 
 
-def test_three_tables_give_the_bits_of_the_joined_table(tmp_path):
+def served(folder, it, data=SITES, **spec):
+    """The run of three sites with their tables."""
+    one = Served(folder, it, **spec)
+    for name in data:
+        one.join(name, folder / f"{name}.csv")
+    results = one.wait()
+    assert [results[name] for name in data] == [0] * len(data), results
+    return one
+
+
+def columns(path):
+    return pandas.read_csv(path / "clients.csv").to_dict("list")
+
+
+def test_three_tables_give_the_bits_and_the_evaluation_of_the_joined_table(tmp_path):
     write_tables(tmp_path)
-    path = alone(tmp_path, rounds=2, held_out=0)
-    it = experiment(**SMALL, clients=3, rounds=2, held_out=0)
-    served = Served(tmp_path, it, schema=str(path / "input.json"))
-    for name in SITES:
-        served.join(name, tmp_path / f"{name}.csv")
-    results = served.wait()
-    assert [results[name] for name in SITES] == [0, 0, 0], results
-    run = results["server"]
-    assert model(run.path) == model(path)
-    assert (run.path / "input.json").read_bytes() == (path / "input.json").read_bytes()
-    rows = [json.loads(line)["loss"] for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    assert rows == [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+    path = alone(tmp_path, rounds=1, held_out=0)
+    given, whole = Input.read(path), table()
+    for client, name in enumerate(SITES):
+        rows = whole.index[whole.site == name]
+        mine = site_rows(tmp_path / f"{name}.csv", given, client, held_out=0.2)
+        whole.loc[rows[mine.held_out.index.numpy()], "fold"] = "test"
+    whole.fillna({"fold": "train"}).to_csv(tmp_path / "all.csv", index=False)
+    rule = {"held_out": 'Mask("fold", "test")', "rounds": 2, "input": path / "input.json"}
+    one = served(tmp_path, experiment(**SMALL, clients=3, rounds=2), schema=str(path / "input.json"))
+    both = [one.results["server"].path, alone(tmp_path, **rule)]
+    assert model(both[0]) == model(both[1])
+    assert (both[0] / "input.json").read_bytes() == (path / "input.json").read_bytes()
+    ours, theirs = (rows_of(path)[-1] for path in both)
+    for name, value in theirs.items():
+        if name.startswith(("held_out_loss", "accuracy", "balanced_accuracy")):
+            assert ours[name] == pytest.approx(value, rel=1e-6), name
+    ours, theirs = map(columns, both)
+    assert ours["client"] == theirs["client"] == list(SITES) and ours["rows"] == theirs["rows"] == [6, 6, 6]
+    assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
+    assert ours["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-6)
 
 
 def terms(folder, **changes):

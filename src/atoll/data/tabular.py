@@ -41,7 +41,7 @@ from atoll.data.sources import SCALES, TARGET_SCALES, Source
 WHOLE_CLASSES = 20
 Names = str | Sequence[str] | None
 Door = Callable[[Mapping[str, Any]], Write]  # the line of the call that the user made, with these options
-_SEVERAL = ("target", "columns", "drop", "na", "classes")
+_SEVERAL = ("target", "columns", "drop", "keep", "na", "classes")
 _CHOICES = {
     "task": ("task", TASKS),
     "missing": ("way with missing values", ("mean", "drop")),

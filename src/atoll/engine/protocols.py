@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from atoll.data.clients import Clients
     from atoll.engine.simulation.fleet import Fleet
     from atoll.plan.plan import Plan
-    from atoll.plan.protocols import Cohort, Population
+    from atoll.plan.protocols import Cohort, Population, Tensors
     from atoll.plan.round import Gathered
     from atoll.plan.state import State
 
@@ -49,6 +49,20 @@ class RunOptions:
     seed: int = 0
     plan: Plan | None = None
     model: str | None = None
+
+
+class SiteScores(NamedTuple):
+    """The scores of a model on the held-out rows that clients have on their own machines.
+
+    Args:
+        names: the name of each client.
+        rows: the held-out rows of each client, int64 `[clients]`; 0 if it has none or keeps its values.
+        sums: the sums of the loss and of each metric over these rows, float64 `[clients]` or `[clients, k]`, by name.
+    """
+
+    names: tuple[str, ...]
+    rows: torch.Tensor
+    sums: Tensors
 
 
 class Engine(Protocol):
@@ -129,6 +143,21 @@ class Engine(Protocol):
             RunError: all clients failed with the same error, or more failed than the plan allows.
             UsageError: a client of `keep` did not arrive.
         """
+
+    @property
+    def judges(self) -> bool:
+        """Whether clients have held-out rows on their own machines. It is known before the first round."""
+        return False
+
+    def score(self, state: State) -> SiteScores | None:
+        """Evaluate a model on the held-out rows that clients have on their own machines.
+
+        Args:
+            state: contains the model.
+        Returns:
+            The scores; None if no client has such rows.
+        """
+        return None
 
     def commit(self, round: int) -> None:
         """Take note that the state after this round was accepted. A failed round is never committed."""

@@ -29,6 +29,8 @@ or it learns the end by `Failed`.
 - With client memory, `after` must be the link of the client's last folded contribution (`chain_link`). A contribution
   whose predecessor is known but not folded is held. Otherwise it is refused by "predecessor". Then the open works of
   the client are sent again under new leases, because the client drops the later messages of its chain.
+- Only works of the kind "round" form chains and belong to a transaction. A contribution of another kind is settled as
+  soon as it is folded: after a restart the server asks for it again.
 - A closed run waits for an absent client (`absent_s = None`). An open run fails its works once their leases expire
   (`absent_s = 0`). A client that is not present has the time of a lease to return.
 - A large contribution waits for its grant, so that at most `window` bytes of uploads are in memory. A granted upload
@@ -927,18 +929,18 @@ class Coordinator:
         self._out.append(Noted(c.id, code, work))
         self._send(c, Receipt(work, code))
 
-    def _position(self, c: _Client, after: bytes | None) -> Literal["next", "wait", "lost"]:
+    def _position(self, c: _Client, open: _Open, after: bytes | None) -> Literal["next", "wait", "lost"]:
         """Whether a contribution can be folded now, after another one that is known, or never."""
-        if after == c.tail:
+        if after == c.tail or open.order.work.kind != "round":
             return "next"
         if self._run is None or not self._run.memory or after is None:
             return "lost"
-        before = next((open for open in c.works.values() if open.link == after), None)
+        before = next((other for other in c.works.values() if other.link == after), None)
         return "wait" if before is not None and before.state != "received" else "lost"
 
     def _try(self, c: _Client, open: _Open) -> None:
         """Deliver a contribution, hold it, or refuse it."""
-        position = self._position(c, open.after)
+        position = self._position(c, open, open.after)
         if position == "wait":
             open.state = "held"
             return None
@@ -970,7 +972,8 @@ class Coordinator:
     def _refuse_held(self, c: _Client) -> None:
         """Refuse the held contributions whose predecessor is lost now."""
         for open in list(c.works.values()):
-            if open.state == "held" and c.works.get(open.id) is open and self._position(c, open.after) == "lost":
+            waits = open.state == "held" and c.works.get(open.id) is open
+            if waits and self._position(c, open, open.after) == "lost":
                 self._refuse(c, open)
 
     def _delivered(self, work: bytes) -> tuple[_Client, _Open] | None:
@@ -987,6 +990,11 @@ class Coordinator:
         if found is None:
             return
         c, open = found
+        if open.order.work.kind != "round":
+            self._send(c, Receipt(open.id, "received"))
+            self._send(c, Settled((open.id,)))
+            self._end(c, open)
+            return self._grant()
         open.state = "received"
         if self._run is not None and self._run.memory and not open.lost:
             c.tail = open.link
@@ -1067,7 +1075,7 @@ class Coordinator:
                 continue
             c, length = self._owner[open.id], open.sent.length
             own = sum(other.reserved for other in c.works.values())
-            position = self._position(c, open.sent.after)
+            position = self._position(c, open, open.sent.after)
             if position == "lost":
                 lost.append((c, open))
             elif position == "wait" or (own and own + length > self.limits.client_window):

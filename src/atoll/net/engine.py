@@ -30,7 +30,7 @@ from atoll.engine.arrival_loop import ArrivalLoop, Landed
 from atoll.engine.chunk_limit import ChunkLimit
 from atoll.engine.chunks import gathered
 from atoll.engine.contribution import Fold, decode_contribution
-from atoll.engine.protocols import Engine, RunOptions
+from atoll.engine.protocols import Engine, RunOptions, SiteScores
 from atoll.net import coordinator as events
 from atoll.net import wire
 from atoll.net.client import own_versions
@@ -40,11 +40,13 @@ from atoll.net.server import Listener
 from atoll.net.spec import Server
 from atoll.net.store import Accepted
 from atoll.net.terms import Terms, layout_hash, plan_text
+from atoll.plan.aggregate import Mean
 from atoll.plan.form import MessageError
 from atoll.plan.in_flight import Flight
+from atoll.plan.local import Evaluate
 from atoll.plan.message import MessageForm
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort, Ids, Population
+from atoll.plan.protocols import Broadcast, Cohort, Ids, Population, Tensors
 from atoll.plan.round import Gathered
 from atoll.plan.state import State, pack_broadcast
 
@@ -104,6 +106,9 @@ class ServerEngine(Engine):
         self._landed: list[Landed] = []
         self._fold: Fold | None = None
         self._drained = False
+        self._held: dict[int, int] = {}
+        self._asked: dict[bytes, tuple[int, MessageForm]] = {}  # works outside the rounds
+        self._answers: dict[int, Tensors] = {}
         self.awaited: tuple[int, ...] = ()
         self._net: Listener | None = None
 
@@ -165,6 +170,7 @@ class ServerEngine(Engine):
         if self.spec.clients is None or len(known) < self.spec.clients:
             known = {} if self.spec.clients is not None else known
         self._rows = {client: rows for client, (rows, _) in known.items()}
+        self._held = {client: held for client, (_, held) in known.items()}
         self._populate()
         split, clients = self.spec.split, self.spec.clients
         seat = None if split is None or clients is None else wire.Seat(split, str(self.spec.seed), clients)
@@ -252,6 +258,57 @@ class ServerEngine(Engine):
         self.net.keep_blobs({known.hash for known in self._versions.values()} | {wire.digest(self._terms)})
         return gathered(plan, state, flown, fold.results, ChunkLimit(), keep)
 
+    @property
+    def judges(self) -> bool:
+        """Whether sites hold rows out."""
+        return self.spec.held_out > 0
+
+    def score(self, state: State) -> SiteScores | None:
+        """Evaluate a model on the held-out rows of the sites. A site whose policy keeps its values is left out."""
+        present = self._rows if self.spec.clients is not None else self._present
+        clients = [client for client in sorted(present) if self._held.get(client)]
+        if not clients:
+            return None
+        model = Broadcast(state.round, state.model, {})
+        found = self._ask("evaluate", "held", Plan(Evaluate(), Mean()), model, clients)
+        count = 1 + max(self._rows)
+        names = {record.id: record.name for record in self.home.database.clients()}
+        rows = torch.zeros(count, dtype=torch.int64)
+        sums: dict[str, torch.Tensor] = {}
+        for client, each in found.items():
+            rows[client] = int(each["rows"])
+            for name, value in each.items():
+                if name != "rows":
+                    sums.setdefault(name, value.new_zeros(count, *value.shape[1:]))[client] = value[0]
+        return SiteScores(tuple(names.get(i, str(i)) for i in range(count)), rows, sums) if found else None
+
+    def _ask(
+        self, kind: wire.WorkKind, rows: wire.RowsKind, plan: Plan, model: Broadcast, clients: Collection[int]
+    ) -> dict[int, Tensors]:
+        """The sums of each of these clients, `[1, …]`, outside the rounds. A client that fails or refuses is absent.
+
+        Raises:
+            RunError: a client of a closed run fails.
+        """
+        # The round whose step the model contains is still open: it is committed after its evaluation.
+        text, form = plan_text(plan), MessageForm.of(plan, self.task)
+        version, fixed = self._packed(model), self._frozen(model)
+        self._answers = {}
+        for client in clients:
+            name = wire.work_id(self.run, kind, client, model.round, 0, text, version.hash)
+            self._asked[name] = client, form
+            work = self._work(
+                name, kind, rows, max(0, model.round - 1), model.round, 0, plan, text, Key(0), version, fixed
+            )
+            self.net.handle(events.Assigned(client, work, form.shortest, form.longest))
+        try:
+            while self._asked:
+                self.awaited = tuple(sorted(client for client, _ in self._asked.values()))
+                self._take(None)
+        finally:
+            self.awaited = ()
+        return dict(sorted(self._answers.items()))
+
     def commit(self, round: int) -> None:
         """Send `Settled` for the contributions of a round that is on disk."""
         works, self._folded = tuple(self._folded), []
@@ -311,14 +368,36 @@ class ServerEngine(Engine):
         state, version = self._state, self._version(flight.version)
         key = self._key if flight.version == state.round else state.key(flight.version)
         name = wire.work_id(self.run, "round", flight.client, flight.version, flight.again, text, version.hash)
-        fixed = self._fixed(state, flight.version)
-        work = wire.Work(
+        fixed = self._frozen(state.version(flight.version))
+        start = state.round, flight.version, flight.again
+        work = self._work(name, "round", "train", *start, plan, text, key, version, fixed)
+        self._assigned[name] = _Sent(flight, work)
+        deadline = plan.pace.deadline_s
+        at = None if deadline is None or plan.pace.asynchronous else time.monotonic() + deadline
+        self.net.handle(events.Assigned(flight.client, work, form.shortest, form.longest, at))
+
+    def _work(
+        self,
+        name: bytes,
+        kind: wire.WorkKind,
+        rows: wire.RowsKind,
+        round: int,
+        start: int,
+        repeat: int,
+        plan: Plan,
+        text: str,
+        key: Key,
+        version: _Version,
+        fixed: wire.Blob | None,
+    ) -> wire.Work:
+        """The message of a work, without its lease."""
+        return wire.Work(
             name,
-            "round",
-            "train",
-            state.round,
-            flight.version,
-            flight.again,
+            kind,
+            rows,
+            round,
+            start,
+            repeat,
             text,
             wire.WireKey(str(key.seed), tuple(key.path)),
             self.task.numerics if plan.local.numerics is None else plan.local.numerics,  # type: ignore[arg-type]
@@ -330,24 +409,23 @@ class ServerEngine(Engine):
             wire.Lease(0, 0),
             None,
         )
-        self._assigned[name] = _Sent(flight, work)
-        deadline = plan.pace.deadline_s
-        at = None if deadline is None or plan.pace.asynchronous else time.monotonic() + deadline
-        self.net.handle(events.Assigned(flight.client, work, form.shortest, form.longest, at))
 
     def _version(self, version: int) -> _Version:
         """The bytes of a model version, which are made once."""
         if version not in self._versions:
-            tensors = pack_broadcast(self._state.version(version))
-            plain = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items() if not n.startswith("fixed/")}
-            data = save(plain)
-            field: bytes | wire.Blob = data if len(data) <= wire.MAX_INLINE else self.net.offer(data)
-            self._versions[version] = _Version(field, wire.digest(data))
+            self._versions[version] = self._packed(self._state.version(version))
         return self._versions[version]
 
-    def _fixed(self, state: State, version: int) -> wire.Blob | None:
+    def _packed(self, model: Broadcast) -> _Version:
+        """The bytes of a broadcast without its frozen tensors."""
+        tensors = pack_broadcast(model)
+        plain = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items() if not n.startswith("fixed/")}
+        data = save(plain)
+        return _Version(data if len(data) <= wire.MAX_INLINE else self.net.offer(data), wire.digest(data))
+
+    def _frozen(self, model: Broadcast) -> wire.Blob | None:
         """The frozen tensors, a blob of their own."""
-        fixed = state.version(version).model.fixed
+        fixed = model.model.fixed
         if not fixed:
             return None
         return self.net.offer(save({f"fixed/{n}": t.detach().cpu().contiguous().clone() for n, t in fixed.items()}))
@@ -401,7 +479,7 @@ class ServerEngine(Engine):
     def _act(self, action: Any) -> None:
         match action:
             case events.Present(client=client, rows=rows, held=held):
-                self._present[client] = rows
+                self._present[client], self._held[client] = rows, held
                 if self._rows.get(client) != rows:
                     self._rows[client] = rows
                     self.home.database.record_rows(client, rows, held, wire.digest(self._terms))
@@ -436,6 +514,8 @@ class ServerEngine(Engine):
 
     def _failed(self, client: int, work: bytes, code: str, reason: str) -> None:
         """Record a work that ended without a contribution."""
+        if work in self._asked:
+            return self._unanswered(client, work, code, reason)
         sent = self._assigned.pop(work, None)
         if sent is None or self._fold is None:
             return
@@ -455,10 +535,38 @@ class ServerEngine(Engine):
             self._fold.results.errors.append(RuntimeError(reason))
         self._landed.append(Landed(flight.number))
 
+    def _unanswered(self, client: int, work: bytes, code: str, reason: str) -> None:
+        """Record a work outside the rounds that ended without an answer."""
+        del self._asked[work]
+        self.notify({"event": "refused", "client": client, "code": code, "reason": reason})
+        if code == "policy-values":
+            self._held[client] = 0  # it is not asked again
+        elif self.spec.clients is not None:
+            raise RunError(
+                f"Client {client} ({self._name(client)}) does not evaluate the model: {code}. {reason}",
+                "an evaluation by every site that has held-out rows.",
+                "the mean over the other sites is another number.",
+            )
+
+    def _answered(self, message: events.Deliver) -> None:
+        """Read the answer to a work outside the rounds."""
+        client, form = self._asked.pop(message.work)
+        try:
+            rest = form.from_bytes([bytes(message.body)]).rest
+        except MessageError as error:
+            self.net.handle(events.Rejected(message.work))
+            self.notify({"event": "noted", "client": client, "code": "invalid", "reason": error.given})
+            return
+        self._answers[client] = rest.sums
+        self.net.handle(events.Folded(message.work))
+
     def _fold_all(self, messages: list[events.Deliver]) -> None:
         """Check and fold messages: those of one version together, and one by one if one of them is not valid."""
         groups: dict[int, list[events.Deliver]] = {}
         for message in messages:
+            if message.work in self._asked:
+                self._answered(message)
+                continue
             sent = self._assigned.get(message.work)
             if sent is None:
                 self.net.handle(events.Rejected(message.work))

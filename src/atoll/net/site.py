@@ -289,14 +289,27 @@ class Site:
             raise RefusedError("layout", "The model version has another length.", f"{task.layout.d} numbers.")
         ids = Ids(torch.tensor([self.client]), torch.tensor([work.repeat]))
         key = Key(int(work.key.seed), tuple(work.key.path))
-        memory, after = self.chain.next_memory(first)
-        data = required(self.data, "data")
+        memory, after = self.chain.next_memory(first) if work.kind == "round" else ({}, None)
+        data = self._rows(work)
         with threads_for(task, 1, plan):
             _, message, rows = encode_contribution(plan, task, data, broadcast, ids, key, memory, on_step)
         rows = {n: t.cpu() for n, t in rows.items()}
         one = Prepared(work.work, after if rows else None, form.to_bytes(message)[0], rows)
         self.chain.prepare(one)
         return one
+
+    def _rows(self, work: Work) -> Clients:
+        """The rows of a work, under the number of the client."""
+        data = required(self.data, "data")
+        if work.rows == "train":
+            return data
+        if data.held_out is None:
+            raise RefusedError("rows", "The site has no held-out rows.", "a work on train rows.")
+        count = len(data.held_out)
+        offsets = torch.zeros(self.client + 2, dtype=torch.int64)
+        offsets[-1] = count
+        order = torch.arange(count)
+        return replace(data, rows=data.held_out, order=order, offsets=offsets, held_out=None, held_owner=None)
 
     def _plan(self, text: str) -> tuple[Plan, MessageForm, Tensors]:
         """The plan of a text, the form of its messages, and the client memory before the first round."""
@@ -310,7 +323,7 @@ class Site:
         """The task with the backend of the work, after a test on the site's own rows."""
         key = work.plan, work.numerics
         if key not in self._tasks:
-            own = required(self.data, "data").only(torch.tensor([self.client]))
+            own = self._rows(work).only(torch.tensor([self.client]))
             try:
                 self._tasks[key] = choose(required(self._task, "task"), own, plan, work.numerics).task
             except AtollError as error:

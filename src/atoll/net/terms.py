@@ -23,6 +23,7 @@ from atoll.compute.loss import LOSSES, PerExample, built_in, loss_of
 from atoll.compute.metrics import METRICS
 from atoll.compute.task import Task
 from atoll.data.schema import Schema
+from atoll.engine.check_answers import sum_lengths
 from atoll.plan.plan import Plan
 from atoll.plan.registry import PARTS, read_part
 
@@ -145,7 +146,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         task = replace(Task.of(module, loss, tuple(metrics), dtype), precision=self.precision).on(device)
         if isinstance(model, str) and task.built_in:
             task = replace(task, findings=replace(task.findings, probed=True))
-        return task
+        return replace(task, lengths=sum_lengths(task, schema.synthetic()))
 
 
 def _loss_text(loss: PerExample) -> str:

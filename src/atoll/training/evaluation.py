@@ -22,6 +22,7 @@ from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.protocols import SiteScores
 from atoll.plan.aggregate import Mean
 from atoll.plan.in_flight import InFlight
 from atoll.plan.local.evaluate import ScoreRows
@@ -206,6 +207,34 @@ def join_clients(pooled: HeldOutValues, own: HeldOutValues) -> HeldOutValues:
     """
     summaries = {name: value for name, value in own.metrics.items() if name not in own.clients}
     return replace(pooled, metrics=pooled.metrics | summaries, clients=own.clients)
+
+
+def of_sites(task: Task, scores: SiteScores, clients: bool = True) -> HeldOutValues:
+    """The values of a model from the sums of clients with rows on their own machines.
+
+    Args:
+        task: the metrics. A metric that needs all rows at once is absent.
+        scores: the sums of each client.
+        clients: whether the values of each client and their summaries are part of the result.
+    """
+    rows = scores.rows
+    found = HeldOutValues({"held_out_loss": float(scores.sums["loss"].sum()) / int(rows.sum())})
+    columns = {"rows": rows, "held_out_loss": scores.sums["loss"] / rows}
+    rises = {"held_out_loss": False}
+    for metric in task.metrics:
+        if metric.name not in scores.sums:
+            continue
+        totals = scores.sums[metric.name].double()
+        value = metric.value(totals.sum(0), int(rows.sum()))
+        if isinstance(value, Tensor):
+            found.tables[metric.name] = value
+        elif not math.isnan(value):
+            found.metrics[metric.name] = value
+        columns[metric.name] = metric.each(totals, rows)
+        rises[metric.name] = metric.higher_is_better
+    for name, rising in rises.items() if clients else ():
+        found.metrics.update(over_clients(name, columns[name], rising))
+    return replace(found, clients=columns if clients else {})
 
 
 def constant_answer(task: Task, data: Clients, owner: Tensor | None = None, *, own: bool = False) -> HeldOutValues:

@@ -309,9 +309,8 @@ def _compared(t: Training, baselines: bool) -> tuple[dict[str, dict[str, Any]], 
 
 def _client_table(t: Training) -> dict[str, list[Any]]:
     """The held-out values of each client by column; an undefined value is None."""
-    names = t.data.names or range(t.data.count)
     columns = {n: [None if v != v else v for v in values.tolist()] for n, values in t.evaluation.clients.items()}
-    return {"client": list(names), **columns}
+    return {"client": list(t.client_names), **columns}
 
 
 def metrics_row(report: Report, versions: int = 0) -> dict[str, Any]:

@@ -59,7 +59,7 @@ from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.fingerprint import fingerprint
 from atoll.runs.folder import HIDDEN
 from atoll.training import stop as stops
-from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, join_clients
+from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, join_clients, of_sites
 from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, reference_rows
 from atoll.training.settings import Settings, SettingsDict, listed
 
@@ -141,9 +141,10 @@ class Training:
         self._near = move_rows(self.data, task.device)
         self.engine.open(self.task, self._near)
         self.evaluator, self.evaluation, self._evaluated_round = None, HeldOutValues({}), -1
+        self.client_names: Sequence[Any] = self.data.names or range(self.data.count)
         if self.data.held_out is not None and settings.evaluate_every:
             self.evaluator = self._held_out
-        if settings.evaluate in ("clients", "both") and self.data.held_owner is None:
+        if settings.evaluate in ("clients", "both") and self.data.held_owner is None and not self.engine.judges:
             raise UsageError(
                 f"evaluate={settings.evaluate!r}, and no held-out row belongs to a client.",
                 "held-out rows of natural clients, or clients that a partition draws.",
@@ -160,7 +161,7 @@ class Training:
         self.rules = (stops.Rounds(settings.rounds), stops.Diverged(), settings.stop)
         if isinstance(plan.local, (Gradient, Train)) and isinstance(plan.codec, Identity):
             # No other part adds metrics, so all names are known.
-            judged = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.evaluator else ()
+            judged = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.judged else ()
             stops.refuse_unknown(self.rules, ("loss", "gradient_norm", "lr", *judged))
         self._buffers = BufferPool()
         self.watch: dict[str, Any] = {}
@@ -233,9 +234,9 @@ class Training:
             spent = time.perf_counter() - began
             metrics, every = self._training_metrics(report), self.settings.evaluate_every
             last = self.state.round >= self.settings.rounds
-            if self.evaluator is not None and (last or self.state.round % every == 0):
+            if self.judged and (last or self.state.round % every == 0):
                 try:
-                    self.evaluation, self._evaluated_round = self.values_of(self.state.model), self.state.round
+                    self.evaluation, self._evaluated_round = self._present_values(), self.state.round
                     metrics |= self.evaluation.metrics
                 except BaseException:
                     self._accept(report.to(metrics=metrics, seconds=spent))
@@ -256,7 +257,7 @@ class Training:
 
     def _training_metrics(self, report: Report) -> dict[str, float]:
         """The metrics of the clients in a round. One with the name of a metric of held-out rows gets a prefix."""
-        judged = {m.name for m in self.task.metrics} if self.evaluator is not None else set()
+        judged = {m.name for m in self.task.metrics} if self.judged else set()
         metrics = {n: v for n, v in report.metrics.items() if n not in judged}
         for name in judged & report.metrics.keys():
             free = f"training_{name}"
@@ -347,9 +348,21 @@ class Training:
     def evaluate(self, engine: InProcessEngine | None = None) -> dict[str, float]:
         """Evaluate the current model on the held-out rows, or on the rows of another engine."""
         if engine is None:
-            return {} if self.evaluator is None else self.values_of(self.state.model).metrics
+            return self._present_values().metrics if self.judged else {}
         with user_scope(self.state.key().fold("user")):
             return evaluate(self.state, engine).metrics
+
+    def _present_values(self) -> HeldOutValues:
+        """The values of the current model on the held-out rows, here and on the machines of clients."""
+        scores = self.engine.score(self.state) if self.engine.judges else None
+        own = HeldOutValues({})
+        if scores is not None:
+            self.client_names = scores.names
+            own = of_sites(self.task, scores, clients=self.settings.evaluate != "pooled")
+        if self.evaluator is None:
+            return own
+        pooled = self.values_of(self.state.model)
+        return join_clients(pooled, own) if own.clients else pooled
 
     def final_values(self) -> HeldOutValues:
         """The values of the current model on the held-out rows. They are computed again only if they are older."""
@@ -399,9 +412,14 @@ class Training:
         )
 
     @property
+    def judged(self) -> bool:
+        """Whether there are held-out rows, here or on the machines of clients."""
+        return self.evaluator is not None or (self.engine.judges and self.settings.evaluate_every > 0)
+
+    @property
     def selection_metric(self) -> tuple[str, bool]:
         """The metric that selects the best round, and whether larger values are better."""
-        if self.evaluator is None:
+        if not self.judged:
             return "loss", False
         for metric in self.task.metrics:
             return metric.name, metric.higher_is_better
