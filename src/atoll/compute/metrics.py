@@ -23,8 +23,9 @@ from torch.nn.modules.loss import _Loss
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.lines import Change, Line
 from atoll.base.names import RESERVED
-from atoll.compute.loss import PerExample, axis_of, refuse_reduction, single_logit, values_of
+from atoll.compute.loss import PerExample, axis_of, loss_of, poisson, refuse_reduction, single_logit, values_of
 from atoll.compute.shapes import aligned, class_axis, labelled_means
+from atoll.data.input import Input
 from atoll.data.rows import IGNORED
 
 AUC_BINS = 4096  # bins of the logit for rows on other hosts
@@ -606,6 +607,24 @@ def of_rates(metric: Metric) -> Metric:
     `poisson_deviance` is unchanged, since it takes logarithms of rates.
     """
     return metric if metric.built_in and metric.name == "poisson_deviance" else _wrapped(metric, OfRates)
+
+
+def metrics_of(
+    metrics: Sequence[str | Metric], loss: str | PerExample, input: Input, near: float = 0.0
+) -> tuple[Metric, ...]:
+    """Metrics whose outputs and targets arrive in the target's units, if the loss has other units.
+
+    Args:
+        metrics: names or metrics.
+        loss: the loss, which has the axis of the classes.
+        input: the input, with the scale of the target.
+        near: a number near the targets, if the input has no scale of the target.
+    """
+    centre, spread, labels = input.target.centre, input.target.spread, input.kind == "labels"
+    if not spread:
+        found = tuple(metric_of(m, loss_of(loss), labels=labels, centre=near) for m in metrics)
+        return tuple(map(of_rates, found)) if loss_of(loss) is poisson else found
+    return tuple(in_units(metric_of(m, loss_of(loss), centre=centre[0]), centre, spread) for m in metrics)
 
 
 def _wrapped(metric: Metric, wrap: Callable[[Callable[..., Any]], Any]) -> Metric:

@@ -20,8 +20,9 @@ from atoll.base.lines import Write
 from atoll.base.random import Key
 from atoll.compute.layout import Layout
 from atoll.compute.loss import LOSSES, PerExample, built_in, loss_of
-from atoll.compute.metrics import METRICS
+from atoll.compute.metrics import METRICS, metrics_of
 from atoll.compute.task import Task
+from atoll.data.input import Input
 from atoll.data.schema import Schema
 from atoll.engine.check_answers import sum_lengths
 from atoll.plan.plan import Plan
@@ -143,7 +144,8 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if metric is None:
                 raise _unmapped("metric", name, "--part")
         module = models.resolve(model, schema.without_clients(), Key(0).fold("model"), dtype)
-        task = replace(Task.of(module, loss, tuple(metrics), dtype), precision=self.precision).on(device)
+        judged = metrics_of(metrics, loss, Input.decode(self.input.encode(), "The input of the run"))
+        task = replace(Task.of(module, loss, judged, dtype), precision=self.precision).on(device)
         if isinstance(model, str) and task.built_in:
             task = replace(task, findings=replace(task.findings, probed=True))
         return replace(task, lengths=sum_lengths(task, schema.synthetic()))

@@ -791,10 +791,10 @@ def predictor(path: str | Path, model: Any = None, *, best: bool = False, trust:
         True
     """
     from atoll.compute.loss import is_named, loss_of, poisson
-    from atoll.compute.metrics import METRICS, metric_of
+    from atoll.compute.metrics import METRICS, metric_of, metrics_of
     from atoll.runs.predictor import predictor_of
     from atoll.training.rounds import LOSSES as BY_KIND
-    from atoll.training.rounds import metrics_of, metrics_of_kind
+    from atoll.training.rounds import metrics_of_kind
 
     folder = _run_folder(path)
     found = _input_of(folder)

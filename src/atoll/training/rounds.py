@@ -32,7 +32,7 @@ from atoll.compute import limits
 from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.device import check_precision, move_rows
 from atoll.compute.loss import ClassWeighted, PerExample, built_in, loss_of, poisson
-from atoll.compute.metrics import Metric, in_units, metric_of, of_rates
+from atoll.compute.metrics import Metric, metrics_of
 from atoll.compute.model_state import Model
 from atoll.compute.task import Task
 from atoll.compute.user_code import PASSES, missed_draw
@@ -685,24 +685,6 @@ def _refuse_other(data: object, plan: object, settings: Settings) -> None:
         own = f"Plan({part_for('local', plan)}, Mean())" if part_for("local", plan).startswith("Custom") else ""
         line = f"atoll.recipes.{name}(0.1)" if name in {r.__name__ for r in RECIPES} else own
         raise UsageError(f"plan is {plan!r:.60}.", "a plan.", write=Line(line or "atoll.recipes.fedavg(0.1)"))
-
-
-def metrics_of(
-    metrics: Sequence[str | Metric], loss: str | PerExample, input: Input, near: float = 0.0
-) -> tuple[Metric, ...]:
-    """Metrics whose outputs and targets arrive in the target's units, if the loss has other units.
-
-    Args:
-        metrics: names or metrics.
-        loss: the loss, which has the axis of the classes.
-        input: the input, with the scale of the target.
-        near: a number near the targets, if the input has no scale of the target.
-    """
-    centre, spread, labels = input.target.centre, input.target.spread, input.kind == "labels"
-    if not spread:
-        found = tuple(metric_of(m, loss_of(loss), labels=labels, centre=near) for m in metrics)
-        return tuple(map(of_rates, found)) if loss_of(loss) is poisson else found
-    return tuple(in_units(metric_of(m, loss_of(loss), centre=centre[0]), centre, spread) for m in metrics)
 
 
 def refuse_other_input(folder: Path, ours: Input) -> None:
