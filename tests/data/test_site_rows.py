@@ -8,6 +8,7 @@ import torch
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
 from atoll.data import arrays, csv, load
+from atoll.data.schema import Schema
 from atoll.data.site_rows import site_rows
 
 SITES = ("north", "south", "west")
@@ -122,3 +123,15 @@ def test_arrays_of_another_kind_are_refused():
     given = tokens.split(2, held_out=0, min_rows=1).described()
     with pytest.raises(UsageError, match="Row 1 contains a token above"):
         site_rows((torch.tensor([[0, 1, 2], [0, 1, 99]]), torch.tensor([0, 1])), given)
+
+
+def test_several_labels(tmp_path):
+    draw = np.random.default_rng(5)
+    table = pandas.DataFrame({"a": draw.normal(size=12), "b": draw.integers(0, 2, 12), "c": draw.integers(0, 2, 12)})
+    table.to_csv(tmp_path / "all.csv", index=False)
+    data = csv(tmp_path / "all.csv", target="b,c", task="labels").split(1, held_out=0)
+    mine = site_rows(tmp_path / "all.csv", data.input)
+    assert all(torch.equal(a, b) for a, b in zip(taken(mine, 0), taken(data, 0), strict=True))
+    assert Schema.of_input(data.input).target == (2,) == Schema.of(data).target
+    table["c"] = [None, *table.c[1:]]
+    assert site_rows(table, data.input).sizes.tolist() == [11]

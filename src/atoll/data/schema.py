@@ -102,14 +102,17 @@ class Schema:
             >>> Schema.of_input(load("wine").split(3).input).features
             (13,)
         """
-        if given.kind not in ("classification", "regression") or (given.kind != "regression" and not given.classes):
+        if given.kind not in ("classification", "regression", "labels") or (
+            given.kind == "classification" and not given.classes
+        ):
             raise UsageError(
                 f"The input has a target of the kind {given.kind!r} with several classes in one row.",
                 "one class in each row, or numbers.",
                 "an input does not state the shape of such a target.",
                 Line(shell="atoll serve --data corpus"),
             )
-        target = (given.outputs,) if given.kind == "regression" and given.outputs > 1 else ()
+        several = given.kind == "labels" or (given.kind == "regression" and given.outputs > 1)
+        target = (given.outputs,) if several else ()
         x = "int64" if given.tokens is not None else "float64" if given.columns else "float32"
         y = "float64" if given.kind == "regression" else "int64"
         columns = given.names or None

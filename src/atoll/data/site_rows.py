@@ -27,10 +27,10 @@ from atoll.data.files import is_table, read_table
 from atoll.data.held_out import draw_held_out
 from atoll.data.input import Input, TextColumn
 from atoll.data.named import NAMED, load
-from atoll.data.rows import Array, ArrayRows, PickedRows, intensities
+from atoll.data.rows import IGNORED, Array, ArrayRows, PickedRows, intensities
 from atoll.data.sources import Source
 
-_TASKS = ("classification", "regression")
+_TASKS = ("classification", "regression", "labels")
 
 
 def site_rows(
@@ -149,9 +149,10 @@ def _of_cells(name: str, cells: Mapping[str, Cells], given: Input, by: str | Non
     """The rows of a table that have a target, and every value if the input drops incomplete rows."""
     values = structs.replace(given, missing="mean").values(cells).numbers
     each = [given.targets(cells[one]) for one in given.target.names]
-    y = each[0] if len(each) == 1 else torch.stack(each, 1)
+    y = each[0] if len(each) == 1 and given.kind != "labels" else torch.stack(each, 1)
     _refuse_classes(given, cells, y)
-    empty = (y == -2) if given.classes is not None else y.reshape(len(y), -1).isnan().any(1)
+    lacks = (y == IGNORED) if given.kind == "labels" else (y == -2) if given.classes is not None else y.isnan()
+    empty = lacks if lacks.dim() == 1 else lacks.any(1)
     gaps = np.isnan(values).any(1) if given.missing == "drop" else np.zeros(len(values), dtype=bool)
     keep = ~(empty.numpy() | gaps)
     if not keep.any():
