@@ -222,7 +222,7 @@ def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
     free = (1 << 30) if resident else None
     monkeypatch.setattr("atoll.compute.device.free", lambda device: free)
     monkeypatch.setattr(inprocess, "free", lambda device: free)
-    data = atoll.data.load("digits").split(clients=6)
+    data = atoll.data.load("wine").split(clients=6)
     plan = Plan(Train(rules.adam(0.01), steps=2, batch=8, keep=("optimizer", "order")), Mean(), rules.adam(0.01))
     told = {"numerics": numerics, "out": tmp_path, "report": False, "baselines": numerics == "lanes"}
     first = atoll.train("mlp", data, plan, rounds=1, **told)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from light_pictures import light_only
 from quick_cases import only
 
 import atoll.data
@@ -76,17 +77,6 @@ def coarse(request, monkeypatch):
         monkeypatch.setattr(figures, "DPI", 40)
         if "says_what_happened" not in request.node.name:
             monkeypatch.setattr(figures, "png", light_only(figures.png))
-
-
-def light_only(render):
-    """Render the first, light picture of each chart. The second is a copy: a dark picture has other colours only."""
-    pictures = []
-
-    def png(made):
-        pictures.append(pictures[-1] if len(pictures) % 2 else render(made))
-        return pictures[-1]
-
-    return png
 
 
 class Page(HTMLParser):

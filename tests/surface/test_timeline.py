@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from light_pictures import light_only
 
 import atoll.data
 from atoll import recipes, rounds, train
@@ -27,8 +28,9 @@ STRAGGLER = "Fleet(Each((1, 1, 1, 5)), uplink='1 Mb/s', downlink='1 Mb/s')"
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    """Draw with few dots, which is faster."""
+    """Draw with few dots and no dark pictures, which is faster."""
     monkeypatch.setattr(figures, "DPI", 40)
+    monkeypatch.setattr(figures, "png", light_only(figures.png))
 
 
 @st.composite
@@ -126,7 +128,7 @@ def data():
 
 def flew(data, tmp_path, pace, fleet=STRAGGLER, count=12, recipe=None, **words):
     plan = replace(recipe or recipes.fedavg(lr=0.1), pace=pace)
-    return train("softmax", data, plan, rounds=count, out=tmp_path, fleet=fleet, numerics="lanes", **words)
+    return train("softmax", data, plan, rounds=count, out=tmp_path, fleet=fleet, numerics="fused", **words)
 
 
 def test_everybody_waits_for_the_straggler_or_nobody_does(data, tmp_path):
