@@ -22,7 +22,10 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from atoll.secure import Floors, Topology, keys, masked, safe_topology
+from atoll.secure import keys
+from atoll.secure.client import Floors
+from atoll.secure.masks import masked
+from atoll.secure.params import Topology, safe_topology
 from tests.secure_session import Group, agreement
 
 

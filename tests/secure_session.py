@@ -9,8 +9,10 @@ from hashlib import sha256
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from atoll.secure import Agreement, Floors, SumClient, SumMessage, SumServer
-from atoll.secure.server import SecureSum
+from atoll.secure.client import Floors, SumClient
+from atoll.secure.messages import SumMessage
+from atoll.secure.params import Agreement
+from atoll.secure.server import SecureSum, SumServer
 
 STAGES = ("shares", "masked", "unmask", "stays")  # the message before which a client drops out
 

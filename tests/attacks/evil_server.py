@@ -13,8 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from atoll.secure import Floors, Reason, SumClient, SumMessage, Topology, messages
-from atoll.secure.messages import Advert
+from atoll.secure import messages
+from atoll.secure.client import Floors, SumClient
+from atoll.secure.messages import Advert, SumMessage
+from atoll.secure.params import Topology
+from atoll.secure.refusals import Reason
 from tests.secure_session import Group
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from atoll.secure import SessionError, SumMessage
+from atoll.secure.messages import SumMessage
+from atoll.secure.refusals import SessionError
 from tests.attacks.evil_server import ATTACKS, Attack
 from tests.secure_session import Group, agreement
 

@@ -97,7 +97,13 @@ OURS = {
         for kind, choices in (
             (
                 aggregate.Mean,
-                [{}, {"weights": "equal"}, {"over": "expected"}, {"weights": "equal", "over": "expected"}],
+                [
+                    {},
+                    {"weights": "equal"},
+                    {"over": "expected"},
+                    {"weights": "equal", "over": "expected"},
+                    {"secure": aggregate.Masks(bound=10.0)},
+                ],
             ),
             (aggregate.Sum, [{}, {"weights": "equal"}]),
             (aggregate.Combine, [{"fn": median}]),

@@ -13,19 +13,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from atoll.base.errors import UsageError
-from atoll.secure import (
-    Floors,
-    SessionError,
-    SumServer,
-    Topology,
-    keys,
-    masked,
-    messages,
-    neighbours,
-    safe_topology,
-    shamir,
-)
-from atoll.secure.graph import permutation
+from atoll.secure import keys, messages, shamir
+from atoll.secure.client import Floors
+from atoll.secure.graph import neighbours, permutation
+from atoll.secure.masks import masked
+from atoll.secure.params import Topology, safe_topology
+from atoll.secure.refusals import SessionError
+from atoll.secure.server import SumServer
 from tests.secure_session import STAGES, Group, agreement
 
 SID = sha256(b"atoll test session").digest()

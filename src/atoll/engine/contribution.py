@@ -82,7 +82,7 @@ def encode_contribution(
     after = {f"local/{n}": t for n, t in local.items()}
     update = contribution.means.get("update")
     if update is None:
-        return contribution, Message(None, {}, contribution), after
+        return contribution, Message(None, {}, plan.aggregator.lift(contribution, key)), after
     key = key.fold("codec")
     key = key.to(task.device) if far else key
     try:
@@ -95,16 +95,19 @@ def encode_contribution(
     check_memory(plan.codec, part_of(memory, "codec"), codec, *start[1:])
     after |= {f"codec/{n}": t for n, t in codec.items()}
     if plan.releases:  # only vectors that are clipped, and counts that are noised, may leave a client
-        return contribution, Message(payload, side, _released(contribution, sums)), after
-    rest = contribution._replace(means={n: t for n, t in contribution.means.items() if n != "update"})
-    if sums:
-        rest = rest._replace(sums={**contribution.sums, **sums})
+        rest = Contribution({}, sums, torch.ones_like(contribution.weight), {}, {})
+    else:
+        rest = contribution._replace(means={n: t for n, t in contribution.means.items() if n != "update"})
+        rest = rest._replace(sums={**contribution.sums, **sums}) if sums else rest
+    if plan.aggregator.secure is not None:
+        payload, rest = _lifted(plan.aggregator, payload, rest, key)
     return contribution, Message(payload, side, rest), after
 
 
-def _released(contribution: Contribution, sums: Tensors) -> Contribution:
-    """The part of a contribution that a plan with noise releases: the sums of the codec. Each client counts once."""
-    return Contribution({}, sums, torch.ones_like(contribution.weight), {}, {})
+def _lifted(rule: Aggregator, payload: Tensor, rest: Contribution, key: Key) -> tuple[Tensor, Contribution]:
+    """The payload and the rest of a contribution, as a secure sum sends them."""
+    lifted = rule.lift(rest._replace(means={"update": payload, **rest.means}), key)
+    return lifted.means["update"], lifted._replace(means={n: t for n, t in lifted.means.items() if n != "update"})
 
 
 def decode_contribution(plan: Plan, message: Message) -> Contribution:
@@ -145,7 +148,7 @@ class Chunk(NamedTuple):
             plan: the algorithm, after `bind`.
             contribution, message, memory: the result of `encode_contribution`.
         """
-        decoded = contribution if message.payload is None else decode_contribution(plan, message)
+        decoded = decode_contribution(plan, message)
         return cls(contribution, decoded, sizes_of(plan, message).to(HOST), memory)
 
 
@@ -209,6 +212,20 @@ class Results(NamedTuple):
         self.kept.extend(other.kept)
 
 
+class Upload(NamedTuple):
+    """What a chunk of K clients sends to a secure sum.
+
+    Args:
+        clients: the ids, int64 `[K]`.
+        weights: the weights, int64 `[K]`.
+        contribution: the numbers, rounded to the grid of the sum.
+    """
+
+    clients: Tensor
+    weights: Tensor
+    contribution: Contribution
+
+
 class Fold:
     """Checks contributions, and folds those that are accepted into one partial sum for each model version.
 
@@ -224,6 +241,7 @@ class Fold:
     def __init__(self, plan: Plan, now: int, keep: Collection[int] = (), device: torch.device = HOST) -> None:
         self.plan, self.now, self.keep, self.device = plan, now, frozenset(keep), device
         self.results = Results.empty()
+        self.sent: list[Upload] | None = None  # the accepted contributions, for a rehearsal of a secure sum
 
     def add(
         self,
@@ -250,7 +268,7 @@ class Fold:
         """
         good = self._finite(version, ids.client, decoded)
         facts = {"bytes_up": up, "bytes_down": down}
-        if not self.plan.releases:
+        if self.plan.shows_clients:
             facts = {**decoded.per_client, "rows": decoded.weight, **facts}
         if self.plan.pace.asynchronous:
             facts["staleness"] = torch.full_like(ids.client, self.now - version)
@@ -268,6 +286,8 @@ class Fold:
         rule, partials = self.plan.aggregator, self.results.partials
         partial = partials.get(version)
         partials[version] = rule.fold(rule.zero() if partial is None else partial, contribution, ids)
+        if self.sent is not None:
+            self.sent.append(Upload(ids.client, rule.weigh(ids.client, contribution.weight), contribution))
         self.results.arrived.append(ids.client)
         self.results.facts.append(contribution.per_client)
         if self.keep:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import AtollError, UsageError
-from atoll.base.lines import Change
+from atoll.base.lines import Change, Part
 from atoll.base.random import Key
 from atoll.compute import limits, native
 from atoll.compute.batches import HOST
@@ -28,6 +28,7 @@ from atoll.engine.chunks import ChunkRunner, by_version, chunks, gathered, parti
 from atoll.engine.client_state import Uncommitted
 from atoll.engine.contribution import Results
 from atoll.engine.protocols import Engine
+from atoll.engine.rehearsal import rehearse
 from atoll.engine.simulation.arrivals import check_clock, message_bytes, simulate_round
 from atoll.engine.simulation.fleet import Fleet
 from atoll.plan.codec import Identity
@@ -53,6 +54,7 @@ class InProcessEngine(Engine):
         fleet: the simulated durations of clients and links; None: durations are not simulated.
         assign: receives the client ids `[K]` and returns the positions of those that this process trains; None: all.
         reduce: adds the results of all processes; None: this process is the only one.
+        rehearse: whether each round runs the protocol of a secure sum.
     Example:
         >>> from atoll.testing.local import clients, problem
         >>> InProcessEngine(problem(), clients()).population.clients
@@ -70,9 +72,10 @@ class InProcessEngine(Engine):
         fleet: Fleet | None = None,
         assign: Assign | None = None,
         reduce: Reduce | None = None,
+        rehearse: bool = False,
     ) -> None:
         check_chunk(chunk)
-        self.chunk, self.fleet, self.assign, self.reduce = chunk, fleet, assign, reduce
+        self.chunk, self.fleet, self.assign, self.reduce, self.rehearse = chunk, fleet, assign, reduce, rehearse
         self._compared: Plan | None = None  # a contribution to this plan has been compared with its declarations
         self.tuning, self.room = Tuning(), ChunkLimit()  # they learn the chunk size that is fast, and the one that fits
         if task is not None and data is not None:
@@ -83,7 +86,14 @@ class InProcessEngine(Engine):
         self.task, self.data = task, data
 
     def check_start(self, plan: Plan, state: State) -> None:
-        """Refuse a fleet or a deadline that does not fit the clients, and a deadline without a simulated clock."""
+        """Refuse a fleet or a deadline that does not fit the clients, and a rehearsal without a secure sum."""
+        if self.rehearse and plan.aggregator.secure is None:
+            raise UsageError(
+                f"A rehearsal with {plan.aggregator!r}.",
+                "an aggregator with a secure sum.",
+                "a rehearsal runs the protocol of this sum.",
+                Part("Mean(secure=True)", "aggregator"),
+            )
         check_clock(plan, self.fleet, self.population, state.model, self.layout, state.seed)
 
     def describe(self) -> Mapping[str, Any]:
@@ -117,6 +127,7 @@ class InProcessEngine(Engine):
         shares, memory, trouble = partial_work(flown.arrived), Uncommitted(state.memory), None
         compare = self._compared is not plan
         runner = ChunkRunner(plan, task, data, start, memory, state.round, shares, self.room, keep, compare)
+        runner.fold.sent = [] if self.rehearse else None
         with self._tuned(plan, task, flown.arrived, cohort) as scale:
             try:
                 for wave in split_repeats(flown.arrived) if first else [flown.arrived]:
@@ -132,6 +143,9 @@ class InProcessEngine(Engine):
                     raise
                 trouble = error  # the other processes wait for this one: all of them raise it
             results, self._compared = runner.results, None if runner.compare else plan
+            if self.rehearse:
+                lost = [*(d.flight.client for d in flown.dropped), *(f.client for f in results.failures)]
+                rehearse(plan, state, results, runner.fold.sent, lost)
             if self.reduce is not None:
                 results = self.reduce(plan.aggregator, results, first, trouble)
         return gathered(plan, state, flown, results, self.room, keep)

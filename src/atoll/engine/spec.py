@@ -41,16 +41,26 @@ BACKENDS = ("auto", "gloo", "nccl")
 class InProcess(grammar.Value, EngineSpec):
     """Train the clients in this process, one chunk after the other.
 
+    Args:
+        rehearse: whether each round runs the protocol of a secure sum, with real keys, shares and masks. It changes no
+            bit. The plan needs `Mean(secure=...)`.
+    Raises:
+        UsageError: `rehearse` is neither True nor False.
     Example:
         >>> engine("inprocess")
         InProcess()
     """
 
+    rehearse: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
     def build(self, options: RunOptions) -> Engine:
         """Build the engine that computes in this process."""
         from atoll.engine.inprocess import InProcessEngine
 
-        return InProcessEngine(chunk=options.chunk, fleet=options.fleet)
+        return InProcessEngine(chunk=options.chunk, fleet=options.fleet, rehearse=self.rehearse)
 
 
 @dataclass(frozen=True, repr=False)

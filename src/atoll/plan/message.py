@@ -94,7 +94,7 @@ class MessageForm:
                 "Gradient()",
             )
         sends_update = "update" in declared
-        codec = plan.codec.declare(task.layout) if sends_update else {}
+        codec = {**plan.codec.declare(task.layout), **plan.aggregator.added()} if sends_update else {}
         each = {n: d for n, d in {**codec, **declared}.items() if n != "update"}
         fields = {f"{d.kind}/{n}": Field(d.dtype, d.length) for n, d in each.items()}
         counters = [e for e in task.layout.counters if sends_update and e.name not in task.layout.dropped]

@@ -101,6 +101,11 @@ class Plan(Value):
         event = self.codec.event(1.0)
         return event is not None and event.update
 
+    @property
+    def shows_clients(self) -> bool:
+        """Whether the server receives values of single clients. A secure sum and noise hide them."""
+        return self.aggregator.secure is None and not self.releases
+
     def __str__(self) -> str:
         """The formula with its slots filled in."""
         parts = {

@@ -855,6 +855,40 @@ class Aggregator(Protocol):
         """Whether `finalize` draws from `info.entropy`."""
         return False
 
+    @default
+    def secure(self) -> Any:
+        """The secure sum by which the contributions are added; None: the server receives each contribution."""
+        return None
+
+    def least(self, started: int) -> int:
+        """The least number of contributions of a round with an update, if this many clients started."""
+        return 1
+
+    def secured(self, vectors: Mapping[str, Declared], clients: int, rows: int) -> Aggregator:
+        """A copy of an aggregator with a secure sum, which knows the grid of each vector.
+
+        Args:
+            vectors: the vectors of a contribution, the update as the codec encodes it.
+            clients: the largest number of clients of a round.
+            rows: the largest number of rows that a client processes in a round.
+        Raises:
+            UsageError: a vector has no bound, or a sum could leave the ring.
+        """
+        return self
+
+    def added(self) -> Mapping[str, Declared]:
+        """Declares the sums that `lift` adds to a contribution."""
+        return {}
+
+    def lift(self, contribution: Contribution, key: Key) -> Contribution:
+        """The contribution that leaves the client. With a secure sum its numbers are rounded to the grid.
+
+        Args:
+            contribution: the contribution of K clients, the update as the codec encoded it.
+            key: the key of the round, with one stream for each client.
+        """
+        return contribution
+
     def bind(self, population: Population, chance: Tensor) -> Aggregator:
         """A copy of the aggregator that knows the clients and their chances. It is called once for each training.
 
@@ -893,6 +927,10 @@ class Sampler(Protocol):
     def interchangeable(self) -> bool:
         """Whether all sets of n clients are equally likely, so that one large draw can replace several draws of n."""
         return False
+
+    def largest(self, population: Population) -> int:
+        """The largest number of clients of a cohort. A secure sum is proved for this number."""
+        return population.clients
 
     def selection(self, clients: int, rounds: int) -> Selection | None:
         """A proof of how often and with what chance a client is selected; None if there is none.

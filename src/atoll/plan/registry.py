@@ -30,6 +30,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         local.Evaluate,
         *codec.CODECS,
         aggregate.Mean,
+        aggregate.Masks,
         aggregate.Sum,
         aggregate.Combine,
         pace.Sync,

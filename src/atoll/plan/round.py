@@ -34,6 +34,7 @@ from atoll.base.names import ROWS_OF, metric_name
 from atoll.base.random import Key, SecretKey
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
+from atoll.compute.task import Task
 from atoll.compute.tensor_notes import norm
 from atoll.plan.buffers import join_buffers
 from atoll.plan.codec.stage import Identity, roundtrip
@@ -167,7 +168,7 @@ class Report:
         return dataclasses.replace(self, **changes)
 
 
-def bind(plan: Plan, engine: Engine) -> Plan:
+def bind(plan: Plan, engine: Engine, task: Task | None = None) -> Plan:
     """A copy of the plan whose codecs know the layout of the model and the total weight of all clients.
 
     The aggregator of the copy knows the chances of the clients, except if the codec keeps a mean over all clients.
@@ -177,6 +178,9 @@ def bind(plan: Plan, engine: Engine) -> Plan:
     Args:
         plan: the algorithm.
         engine: an engine that is open.
+        task: the model and loss; a secure sum needs it to know the vectors of a contribution.
+    Raises:
+        UsageError: the plan does not fit the model or the population.
     """
     population, rule = engine.population, plan.aggregator
     if plan.releases and engine.layout.b:
@@ -193,6 +197,12 @@ def bind(plan: Plan, engine: Engine) -> Plan:
     everyone = torch.arange(population.clients, device=population.sizes.device)
     total_weight = rule.weigh(everyone, population.sizes).sum()
     codec, downlink = plan.codec.bind(engine.layout, total_weight), plan.downlink.bind(engine.layout)
+    if rule.secure is not None and task is not None:
+        own = {} if plan.releases else plan.local.declare(task)
+        vectors = {**own, **codec.declare(engine.layout)}
+        rows = int(plan.local.examples_per_round(population.sizes).max())
+        sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
+        rule = rule.secured(vectors, sampler.largest(population), rows)
     return dataclasses.replace(plan, aggregator=rule, codec=codec, downlink=downlink)
 
 
@@ -210,7 +220,7 @@ def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
             round remains valid.
     """
     opened = open_round(plan, state, engine)
-    gathered = engine.gather(plan, opened.state, opened.cohort, opened.key)
+    gathered = enough(plan, opened, engine.gather(plan, opened.state, opened.cohort, opened.key))
     closed = close_round(opened, gathered)
     for ids, rows in gathered.memory:
         state.memory.put(ids, rows)
@@ -299,6 +309,23 @@ def close_round(opened: Opened, gathered: Gathered) -> Closed:
     return Closed(total, mean, after, report(plan, state, gathered, mean))
 
 
+def enough(plan: Plan, opened: Opened, gathered: Gathered) -> Gathered:
+    """The results of a round; without contributions if fewer arrived than a sum may have: then each is a failure."""
+    arrived, least = gathered.arrived, plan.aggregator.least(gathered.started)
+    if len(arrived) >= least:
+        return gathered
+    cause = f"{len(arrived)} clients in a sum of at least {least}"
+    lost = tuple(Failure(client, opened.state.round, "sum", cause) for client in arrived.tolist())
+    facts = {name: column[:0] for name, column in gathered.facts.items()}
+    return gathered._replace(
+        partials={opened.state.round: plan.aggregator.zero()},
+        arrived=arrived[:0],
+        failures=gathered.failures + lost,
+        memory=(),
+        facts=facts,
+    )
+
+
 def update_downlink(plan: Plan, state: State, key: Key) -> State:
     """Update the downlink by a compressed delta: θ̂⁺ = θ̂ + C(θ − θ̂). The next delta contains the error of C."""
     if plan.downlink == Identity():
@@ -321,7 +348,10 @@ def draw_cohort(plan: Plan, state: State, population: Population, key: Key) -> C
     if state.air.flights:
         return _EMPTY
     sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
-    return select(sampler, population, state.round, key.fold("cohort"))
+    cohort = select(sampler, population, state.round, key.fold("cohort"))
+    if plan.aggregator.secure is not None and len(cohort.ids) > sampler.largest(population):
+        return cohort._replace(ids=cohort.ids[:0])  # its sum could leave the ring: a round without an update
+    return cohort
 
 
 def select(sampler: Sampler, population: Population, round: int, key: Key) -> Cohort:

@@ -85,6 +85,10 @@ class Uniform(Sampler):
         """The same sampler for ask(n) clients in place of n."""
         return _with_n(self, ask)
 
+    def largest(self, population: Population) -> int:
+        """n, the number of clients of each cohort."""
+        return self.n
+
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         _enough("Uniform", self.n, population)
         return _cohort(key.distinct(self.n, population.clients).sort().values, self.n / population.clients)
@@ -123,6 +127,10 @@ class Fraction(Sampler):
         """The number of clients that the fraction selects out of all clients."""
         return max(1, math.floor(self.q * clients + 0.5))
 
+    def largest(self, population: Population) -> int:
+        """The number of clients of each cohort."""
+        return self.count(population.clients)
+
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         return Uniform(self.count(population.clients))(population, round, key)
 
@@ -158,6 +166,10 @@ class Poisson(Sampler):
         plain_fields(self, "q")
         if not isinstance(self.q, (int, float)) or not 0 < self.q <= 1:
             raise UsageError(f"Poisson({self.q!r}).", "a chance in (0, 1].", write="Poisson(0.1)")
+
+    def largest(self, population: Population) -> int:
+        """The least n with P[cohort > n] ≤ 2⁻⁴⁰. A larger cohort of a plan with a secure sum is an empty round."""
+        return binomial_tail(population.clients, self.q, 2.0**-40)
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         return _cohort((key.uniform(population.clients) < self.q).nonzero().squeeze(1), self.q)
@@ -217,6 +229,10 @@ class Weighted(Sampler):
                 "Mean()",
             )
 
+    def largest(self, population: Population) -> int:
+        """n, the number of clients of each cohort."""
+        return self.n
+
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         sizes = population.sizes
         _enough("Weighted", self.n, population._replace(clients=int((sizes > 0).sum())))
@@ -231,6 +247,24 @@ class Weighted(Sampler):
         drawn = order[torch.searchsorted(edges, marks, right=True)]
         ids = torch.cat((certain.nonzero().squeeze(1), drawn)).sort().values
         return _cohort(ids, torch.where(certain, 1.0, rest.to(torch.float64) * remaining / max(whole, 1)))
+
+
+def binomial_tail(n: int, q: float, chance: float) -> int:
+    """The least x with P[Bin(n, q) > x] ≤ chance.
+
+    Example:
+        >>> binomial_tail(10, 1.0, 0.5), binomial_tail(3, 0.5, 0.13)
+        (10, 2)
+    """
+    if q >= 1:
+        return n
+    spread = math.sqrt(n * q * (1 - q))
+    top = min(n, math.ceil(n * q + 12 * spread + 60))  # what lies beyond is far below any chance asked for
+    x = torch.arange(math.floor(n * q), top + 1, dtype=torch.float64)
+    choose = math.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
+    each = torch.exp(choose + x * math.log(q) + (n - x) * math.log1p(-q))
+    above = each.flip(0).cumsum(0).flip(0) - each  # P[X > x]
+    return int(x[(above <= chance).nonzero()[0, 0]])
 
 
 def _certain(sizes: Tensor, n: int) -> Tensor:
@@ -270,6 +304,10 @@ class RoundRobin(Sampler):
         """The same sampler for ask(n) clients in place of n, in the same order."""
         return _with_n(self, ask)
 
+    def largest(self, population: Population) -> int:
+        """n, the number of clients of each cohort."""
+        return self.n
+
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         _enough("RoundRobin", self.n, population)
         turns = -(-population.clients // self.n)
@@ -300,6 +338,10 @@ class _Resized(Sampler):
 
     sampler: Fraction
     ask: Callable[[int], int]
+
+    def largest(self, population: Population) -> int:
+        """The number of clients of each cohort."""
+        return self.ask(self.sampler.count(population.clients))
 
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         return Uniform(self.ask(self.sampler.count(population.clients)))(population, round, key)

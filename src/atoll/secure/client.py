@@ -95,6 +95,11 @@ def verified(public: bytes | None, signature: bytes, data: bytes) -> bool:
     return True
 
 
+def new_identity() -> Ed25519PrivateKey:
+    """A new identity key: Ed25519, from the random numbers of the operating system."""
+    return Ed25519PrivateKey.generate()
+
+
 @dataclass
 class _Session:
     """What a client knows after message 1."""

@@ -87,6 +87,22 @@ def default_threshold(holders: int) -> int:
     return 2 * holders // 3 + 1
 
 
+def topology(clients: int, neighbours: int | None = None, threshold: int | None = None) -> Topology:
+    """The graph of a session: complete up to 100 clients, else the regular graph of `safe_topology`.
+
+    Args:
+        clients: number of clients.
+        neighbours: another number of neighbours.
+        threshold: another threshold.
+    """
+    found = Topology(clients, clients - 1, default_threshold(clients))
+    if clients > COMPLETE_UP_TO:
+        found = safe_topology(clients)
+    if neighbours is not None and (k := min(neighbours, clients - 1)) != found.neighbours:
+        found = Topology(clients, k, default_threshold(k + 1))
+    return found if threshold is None else Topology(clients, found.neighbours, threshold)
+
+
 def params_bytes(agreement: Agreement, shape: Topology) -> bytes:
     """The canonical bytes of the parameters, which enter the session's identity."""
     head = struct.pack(

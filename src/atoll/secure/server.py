@@ -23,15 +23,7 @@ from atoll.secure.client import Identities, verified
 from atoll.secure.graph import neighbours
 from atoll.secure.masks import masked
 from atoll.secure.messages import Advert, Box, SumMessage
-from atoll.secure.params import (
-    CHECK,
-    COMPLETE_UP_TO,
-    Agreement,
-    Topology,
-    default_threshold,
-    params_bytes,
-    safe_topology,
-)
+from atoll.secure.params import CHECK, Agreement, Topology, params_bytes, topology
 from atoll.secure.refusals import SessionError
 
 T = TypeVar("T")
@@ -233,7 +225,7 @@ class SumServer:
     def _cohort(self) -> dict[bytes, SumMessage]:
         agreement = self.agreement
         n = self._enough(self._adverts, self._least)
-        shape = self._shape(n)
+        shape = topology(n, self._neighbours, self._threshold)
         if not agreement.fits(n) or n > agreement.largest_cohort:
             raise SessionError("overflow", f"{n} clients can leave a ring of {agreement.ring} bits.")
         adverts = [self._adverts[fingerprint] for fingerprint in sorted(self._adverts)]
@@ -251,13 +243,6 @@ class SumServer:
             )
             for index, advert in enumerate(adverts)
         }
-
-    def _shape(self, n: int) -> Topology:
-        found = Topology(n, n - 1, default_threshold(n)) if n <= COMPLETE_UP_TO else safe_topology(n)
-        if self._neighbours is not None:
-            k = min(self._neighbours, n - 1)
-            found = Topology(n, k, default_threshold(k + 1)) if k != found.neighbours else found
-        return found if self._threshold is None else Topology(n, found.neighbours, self._threshold)
 
     def _boxes(self) -> dict[bytes, SumMessage]:
         session = self._the_session()

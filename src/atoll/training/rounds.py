@@ -181,7 +181,7 @@ class Training:
         """Bind the plan to the population, when it is known and each time that it has changed."""
         population = self.engine.population
         draw_cohort(self.plan, self.state, population, self.state.key())  # refuses a cohort that cannot be drawn
-        self.plan, self._bound = bind(self.plan, self.engine), population.version
+        self.plan, self._bound = bind(self.plan, self.engine, self.task), population.version
         self.engine.check_start(self.plan, self.state)
 
     def where(self) -> dict[str, Any]:

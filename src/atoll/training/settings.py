@@ -91,6 +91,7 @@ ENGINE_FIELDS: Mapping[str, EngineField] = {
         str | None, None, "Of the Ray cluster: host:port, or auto. Default: one of this machine, for the run."
     ),
     "cpus": EngineField(float, 1.0, "Cores of each actor on Ray. Default: 1."),
+    "rehearse": EngineField(bool, False, "Run the protocol of a secure sum in this process, with real keys and masks."),
     "gpus": EngineField(float, 0.0, "GPUs of each actor on Ray, or a fraction of one. Default: 0."),
 }
 

@@ -138,7 +138,7 @@ class Worker:
     def _plan(self, text: str, own: tuple[tuple[str, str], ...]) -> Plan:
         """The plan of a text, bound to the engine of this worker. It is bound once."""
         if (text, own) not in self._plans:
-            self._plans[text, own] = bind(plan_of(text, own), self._engine)
+            self._plans[text, own] = bind(plan_of(text, own), self._engine, self._engine.task)
         return self._plans[text, own]
 
 

@@ -5,5 +5,6 @@ Tests: tests/identities/test_order.py, tests/conformance/test_parts.py
 
 from atoll.plan.aggregate.combine import Combine
 from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
+from atoll.plan.aggregate.ring import Masks
 
-__all__ = ["Combine", "Mean", "PartialSum", "Sum"]
+__all__ = ["Combine", "Masks", "Mean", "PartialSum", "Sum"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Self
@@ -17,12 +17,25 @@ from torch import Tensor
 
 from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Part
+from atoll.base.random import Key
 from atoll.plan.aggregate import exact
+from atoll.plan.aggregate.ring import (
+    Grid,
+    Masks,
+    Words,
+    added_sums,
+    grids_of,
+    lifted,
+    numbers_of,
+    secure_conflicts,
+    words_of,
+)
 from atoll.plan.pace import Sync
 from atoll.plan.protocols import (
     Aggregator,
     Conflict,
     Contribution,
+    Declared,
     Group,
     Ids,
     Over,
@@ -35,6 +48,7 @@ from atoll.plan.protocols import (
     Total,
     Weights,
 )
+from atoll.secure.params import topology
 
 _NONE = torch.zeros((), dtype=torch.int64)
 
@@ -113,6 +127,7 @@ class _Folded(Aggregator):
     linear = True
     _table: Tensor | None = None  # the weight of each client, int64 `[C]`; None: its rows, or 1
     _chance: Tensor | None = None  # the chance of each client for which the table was made, float64 `[C]`
+    _grids: Mapping[str, Grid] | None = None  # the grid of each vector of a secure sum
 
     def bind(self, population: Population, chance: Tensor) -> Self:
         """A copy that divides each weight by the chance of its client, if the chances of the clients differ."""
@@ -232,6 +247,8 @@ class Mean(_Folded):
             sensitivity.
         sum: `"exact"` gives the same bits for every order, grouping and number of workers; `"float"` is faster and
             depends on the order.
+        secure: True or `Masks(...)`: the server receives the sum over the clients of a round, and no contribution. Its
+            numbers are rounded to a grid, so that a simulation gives the bits of the network. None: it receives each.
     Raises:
         UsageError: an argument is not one of these words.
     Example:
@@ -249,11 +266,95 @@ class Mean(_Folded):
     weights: Weights = "examples"
     over: Over = "arrived"
     sum: SumKind = "exact"
+    secure: Masks | bool | None = None
 
     def __post_init__(self) -> None:
         one_of("Mean", "weights", self.weights, ("examples", "equal"))
         one_of("Mean", "over", self.over, ("arrived", "expected"))
         one_of("Mean", "sum", self.sum, ("exact", "float"))
+        if self.secure is True or self.secure is False:  # one value, one text
+            object.__setattr__(self, "secure", Masks() if self.secure else None)
+        if self.secure is not None and not isinstance(self.secure, Masks):
+            raise UsageError(f"Mean(secure={self.secure!r}).", "True, or Masks(...).", write="Mean(secure=True)")
+
+    def least(self, started: int) -> int:
+        """The least number of contributions of a round with an update: `least` or the threshold of a secure sum."""
+        masks = self._masks
+        if masks is None or not started:
+            return 1
+        return max(masks.least, topology(started, masks.neighbours, masks.threshold).threshold)
+
+    @property
+    def _masks(self) -> Masks | None:
+        return self.secure if isinstance(self.secure, Masks) else None
+
+    def secured(self, vectors: Mapping[str, Declared], clients: int, rows: int) -> Self:
+        """A copy that knows the grid of each vector; the largest weight is that of the client with the most rows."""
+        bound = copy.copy(self)
+        if self._masks is not None:
+            weight = 1 if self.weights == "equal" else rows
+            if self._table is not None:
+                weight = int(self._table.max())
+            object.__setattr__(bound, "_grids", grids_of(self._masks, vectors, clients, weight, rows))
+        return bound
+
+    def added(self) -> Mapping[str, Declared]:
+        """Declares the number of values that a secure sum cut, if it cuts any."""
+        return added_sums(self._grids or {})
+
+    def lift(self, contribution: Contribution, key: Key) -> Contribution:
+        """Round the means and sums to their grids. Counters and columns for each client stay at the client.
+
+        Raises:
+            UsageError: the aggregator was not bound, or a vector was not declared.
+        """
+        return contribution if self._masks is None else lifted(contribution, self._bound_grids(), key)
+
+    def words(self, contribution: Contribution, weights: Tensor) -> dict[str, Words]:
+        """The words of a lifted contribution by vector, `[K, m]`: what a client adds its masks to."""
+        grids, ring = self._bound_grids(), self.masks.ring
+        vectors = {**contribution.means, **contribution.sums}
+        return {n: words_of(vectors[n], grid, weights, ring) for n, grid in grids.items() if n in vectors}
+
+    def partial(self, words: Mapping[str, Words], contribution: Contribution, weight: int, arrived: int) -> PartialSum:
+        """The partial of a secure sum.
+
+        Args:
+            words: the sum of the words by vector, `[m]`.
+            contribution: any contribution of the round; it tells means from sums.
+            weight, arrived: the sum of the weights, and the number of the clients.
+        """
+        digits = {n: numbers_of(words[n], grid) for n, grid in self._bound_grids().items() if n in words}
+        return PartialSum(
+            {n: d for n, d in digits.items() if n in contribution.means},
+            {n: d for n, d in digits.items() if n in contribution.sums},
+            {},
+            torch.tensor(weight, dtype=torch.int64),
+            torch.tensor(arrived, dtype=torch.int64),
+        )
+
+    @property
+    def masks(self) -> Masks:
+        """The secure sum.
+
+        Raises:
+            UsageError: the aggregator has none.
+        """
+        if self._masks is None:
+            raise UsageError(f"{self!r} has no secure sum.", "a secure sum.", write="Mean(secure=True)")
+        return self._masks
+
+    def largest_number(self, weight: int) -> int:
+        """The least B with |number| ≤ B · weight for the words of every vector."""
+        grids = self._bound_grids().values()
+        return max(grid.limit if grid.weighted else -(-grid.limit // weight) for grid in grids)
+
+    def _bound_grids(self) -> Mapping[str, Grid]:
+        if self._grids is None:
+            raise UsageError(
+                f"{self!r} was not bound.", "an aggregator that knows its vectors: `atoll.plan.round.bind`."
+            )
+        return self._grids
 
     def finalize(self, total: Total, info: RoundInfo) -> Total:
         """Divide the means by the weight. A round without contributions has no mean, except with `over="expected"`.
@@ -282,6 +383,8 @@ class Mean(_Folded):
         if self.over == "expected" and slots.pace != Sync():
             why = "fast clients count more often, and the chance of that is not known."
             yield Conflict(f"{self!r} with {slots.pace!r}.", 'Sync(), or over="arrived".', why, "Sync()")
+        if self._masks is not None:
+            yield from secure_conflicts(self, slots)
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,0 +1,67 @@
+"""A rehearsal runs the real protocol of a secure sum, and changes no bit of the simulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import atoll
+from atoll.base.errors import UsageError
+from atoll.plan import Plan
+from atoll.plan.aggregate import Masks, Mean
+from atoll.plan.local import Train
+from atoll.plan.optimizer import sgd
+from atoll.plan.sampler import Everyone, Uniform
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return atoll.data.load("digits").split(clients=12, by=atoll.data.Dirichlet(0.5))
+
+
+def _plan(masks: Masks, **changes) -> Plan:
+    slots = dict(
+        local=Train(sgd(0.1), epochs=1, batch=10), aggregator=Mean(secure=masks), optimizer=sgd(1.0), cohort=Everyone()
+    )
+    return Plan(**{**slots, **changes})
+
+
+def _theta(data, plan, engine: str, **settings) -> torch.Tensor:
+    run = atoll.train("softmax", data, plan, out=None, engine=engine, **{"rounds": 2, "seed": 1, **settings})
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()]), run
+
+
+@pytest.mark.parametrize(
+    ("masks", "settings"),
+    [
+        (Masks(bound=8.0, hybrid=False), {}),
+        (Masks(bound=8.0, hybrid=False, ring=64), {"fleet": "Fleet(dropout=0.15)"}),
+        (Masks(bound=8.0), {"rounds": 1}),
+    ],
+)
+def test_a_rehearsal_changes_no_bit(digits, masks: Masks, settings) -> None:
+    simulated, _ = _theta(digits, _plan(masks), "inprocess", **settings)
+    rehearsed, run = _theta(digits, _plan(masks), "InProcess(rehearse=True)", **settings)
+    torch.testing.assert_close(rehearsed, simulated, rtol=0, atol=0)
+    assert all(report.arrived >= 9 for report in run.reports)
+
+
+def test_a_cohort_of_few_has_no_update_in_both(digits) -> None:
+    plan = _plan(Masks(bound=8.0, hybrid=False), cohort=Uniform(6))
+    fleet = "Fleet(dropout=0.5)"
+    simulated, first = _theta(digits, plan, "inprocess", fleet=fleet)
+    rehearsed, second = _theta(digits, plan, "InProcess(rehearse=True)", fleet=fleet)
+    torch.testing.assert_close(rehearsed, simulated, rtol=0, atol=0)
+    assert [r.arrived for r in first.reports] == [r.arrived for r in second.reports]
+    assert 0 in [r.arrived for r in first.reports]
+
+
+def test_a_rehearsal_without_a_secure_sum_is_refused(digits) -> None:
+    with pytest.raises(UsageError, match="A rehearsal with Mean"):
+        _theta(digits, _plan(None), "InProcess(rehearse=True)")  # type: ignore[arg-type]
+
+
+def test_a_threshold_that_protects_nothing_is_refused(digits) -> None:
+    for threshold in (2, 8, 13):
+        with pytest.raises(UsageError, match="threshold"):
+            _theta(digits, _plan(Masks(bound=8.0, threshold=threshold)), "inprocess")
