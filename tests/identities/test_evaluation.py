@@ -1,5 +1,6 @@
 """HeldOutValues: over all rows and by client, from the same passes; intervals; class weights."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from problems import classification, federation, seeded
 from torch import nn
 
 import atoll
+import atoll.training.rounds as training_rounds
 from atoll.base.errors import UsageError
 from atoll.compute.metrics import Metric
 from atoll.compute.task import Task
@@ -154,3 +156,61 @@ def test_clients_with_a_feature_shift_are_evaluated_on_their_own_view():
         own = evaluate(state, InProcessEngine(task, federation(turned, targets, [len(turned)]))).metrics
         assert float(values.clients["held_out_loss"][client]) == pytest.approx(own["held_out_loss"], rel=1e-6)
     assert values.metrics["held_out_loss_clients"] == pytest.approx(float(values.clients["held_out_loss"].mean()))
+
+
+def named(clients=6, rows=12):
+    """Natural clients with two classes."""
+    g = torch.Generator().manual_seed(3)
+    parts = {
+        f"c{i}": (torch.randn(rows, 3, generator=g).numpy(), torch.arange(rows).numpy() % 2) for i in range(clients)
+    }
+    return atoll.data.federate(parts, held_out=0.25)
+
+
+def test_report_and_log_have_the_values_of_each_client(tmp_path):
+    """The columns of a report are aligned with its ids; a line of clients.jsonl has the same values."""
+    plan = atoll.recipes.fedavg(0.1, cohort=3)
+    run = atoll.train("logistic", named(), plan, rounds=4, evaluate_every=2, out=tmp_path, report=False)
+    lines = [json.loads(line) for line in (run.path / "clients.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 3]
+    assert not any(name.startswith("held_out") for name in run.reports[0].clients)
+    for line in lines:
+        columns = run.reports[line["round"]].clients
+        at = columns["id"].tolist()
+        assert len(at) == 3 and line["id"] == list(range(6))
+        for name, column in (("held_out_loss", "held_out_loss"), ("accuracy", "held_out_accuracy")):
+            assert columns[column].tolist() == pytest.approx([line[name][i] for i in at], rel=1e-5)
+        assert columns["held_out_rows"].tolist() == [line["rows"][i] for i in at]
+        weights = torch.tensor(line["rows"]).double()
+        mean = float((torch.tensor(line["accuracy"]).double() * weights).sum() / weights.sum())
+        assert mean == pytest.approx(run.reports[line["round"]].metrics["accuracy"], rel=1e-5)
+
+
+def test_a_stopped_and_resumed_run_has_the_same_lines_of_clients(tmp_path):
+    plan, more = atoll.recipes.fedavg(0.1), {"out": tmp_path, "report": False}
+    whole = atoll.train("logistic", named(), plan, rounds=4, **more)
+    half = atoll.train("logistic", named(), plan, rounds=2, **more)
+    with open(half.path / "clients.jsonl", "a") as log:
+        log.write('{"round": 2, "id": [0]}\n{"rou')  # a kill after the last checkpoint
+    again = atoll.train("logistic", named(), plan, rounds=4, resume=half.path, **more)
+    assert (again.path / "clients.jsonl").read_bytes() == (whole.path / "clients.jsonl").read_bytes()
+    assert (again.path / "clients.csv").read_bytes() == (whole.path / "clients.csv").read_bytes()
+    pooled = atoll.train("logistic", named(), plan, rounds=1, evaluate="pooled", **more)
+    assert not (pooled.path / "clients.jsonl").exists()
+
+
+def test_of_many_clients_a_sample_is_evaluated(monkeypatch, tmp_path):
+    monkeypatch.setattr(training_rounds, "MOST_EVALUATED", 4)
+    plan, few = atoll.recipes.fedavg(0.1), {"rounds": 1, "report": False, "out": tmp_path}
+    run = atoll.train("logistic", named(), plan, baselines=True, **few)
+    (line,) = [json.loads(line) for line in (run.path / "clients.jsonl").read_text().splitlines()]
+    assert len(line["id"]) == 4 and all(line["rows"])
+    assert any("4 of 6 clients" in note for note in run.notes)
+    assert run.reports[0].clients["held_out_accuracy"].isnan().sum() == 2
+    assert run.baselines["local"]["compared"] == 4
+    every = atoll.train("logistic", named(), plan, **few | {"out": None})
+    monkeypatch.undo()
+    full = atoll.train("logistic", named(), plan, **few | {"out": None})
+    assert every.metrics["accuracy"] == full.metrics["accuracy"]
+    sampled = full.reports[0].clients["held_out_accuracy"][line["id"]]
+    assert line["accuracy"] == pytest.approx(sampled.tolist(), rel=1e-5)

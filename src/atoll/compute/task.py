@@ -299,7 +299,8 @@ class Task:
             model: θ `[K, d]`, buffers `[K, b]`; not changed.
             batch: x, y `[K, B, …]`; counts n_k in 0 … B.
             key: key of this call, with the K clients, if an evaluation draws.
-            on_rows: receives the outputs and targets of the rows of one client, and their scores; for K = 1.
+            on_rows: receives the outputs and targets of the rows of one client, and their scores, for K = 1. It adds
+                them, and the result is {}.
         """
         self.module.eval()
         draws = "evaluation" in self.findings.draws
@@ -606,6 +607,7 @@ class Task:
         scores = self.scores(output, y)
         if on_rows is not None:
             on_rows(output, y, scores)
+            return {}
         return {
             name: rows.added(torch.zeros(len(y), dtype=torch.int64, device=y.device), 1)[0]
             if isinstance(rows, Counts)

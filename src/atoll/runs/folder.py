@@ -5,6 +5,7 @@
     input.json           the map from a user's rows to tensors, and from outputs to words
     metrics.jsonl .csv   one row a round
     events.jsonl         failures, clients, notes, the reason for the end
+    clients.jsonl .csv   values of clients on their own held-out rows: one line for each evaluation; at the end
     model.safetensors    the model at the end;  best.safetensors  the best one so far
     model.nonpersistent.safetensors   buffers that `state_dict` leaves out, if the model has any; also for best
     checkpoint/          the state to resume from, and one pointer file that is replaced atomically
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 HIDDEN = ".nonpersistent.safetensors"  # after `model` or `best`: the buffers that `state_dict` leaves out
 LOGS = ("metrics.jsonl", "events.jsonl")
+CLIENTS = "clients.jsonl"  # only in a run that evaluates clients
 _WORDS = (
     "amber azure brisk calm clear coral deep early fair fresh gentle golden green high jade kind late light lunar mild "
     "new noble north open pale quiet rapid silver slow small soft south still sunny swift tidal warm wide windy",
@@ -301,6 +303,10 @@ class RunFolder:
         """Add an event to events.jsonl."""
         self._append("events.jsonl", {"event": kind, "time": datetime.now().isoformat(timespec="seconds"), **what})
 
+    def clients(self, row: Mapping[str, Any]) -> None:
+        """Add the values of clients in a round to clients.jsonl."""
+        self._append(CLIENTS, row)
+
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         line, log = _json(row) + b"\n", self._open(name)
         if self.store is not None:
@@ -345,7 +351,7 @@ class RunFolder:
             digests[names["best"]] = self._put(folder / names["best"], best)
         alive = self._add_segment(memory, digests)
         lengths = {}
-        for name in LOGS:
+        for name in (*LOGS, *((CLIENTS,) if (self.path / CLIENTS).exists() else ())):
             log = self._open(name)
             with _writing(self.path / name):
                 os.fsync(log.fileno())
@@ -440,6 +446,9 @@ class RunFolder:
                 if not (self.path / name).is_file() or (self.path / name).read_bytes() != committed:
                     write(self.path / name, committed)
             return
+        if CLIENTS not in self._lengths:
+            with _writing(self.path / CLIENTS):
+                (self.path / CLIENTS).unlink(missing_ok=True)
         for name, length in self._lengths.items():
             log = self._open(name)
             with _writing(self.path / name):

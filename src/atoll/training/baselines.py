@@ -66,9 +66,9 @@ def compare_constants(training: Training) -> dict[str, dict[str, Any]]:
     if not data.count:  # a server has no train rows
         return {"federated": _row(training.final_values())}
     found = {"federated": _row(training.final_values()) | _work(training)}
-    constants = {"constant": constant_answer(training.task, data, owner)}
+    constants = {"constant": constant_answer(training.task, data, owner, training.evaluated.count)}
     if owner is not None:
-        constants["constant_clients"] = constant_answer(training.task, data, owner, own=True)
+        constants["constant_clients"] = constant_answer(training.task, training.evaluated, owner, own=True)
     return found | {name: _row(values) for name, values in constants.items() if values.metrics}
 
 
@@ -174,7 +174,8 @@ def _over_models(training: Training, ids: Tensor, values: list[HeldOutValues]) -
             own = torch.stack([v.clients[name][0] for v in values]).double()
             out |= over_clients(name, own, rising)
             if name == training.selection_metric[0]:
-                out |= _differences(name, training.final_values().clients[name][ids].double(), own, rising)
+                training.final_values()
+                out |= _differences(name, training.values_by_client(ids)[name].double(), own, rising)
     return out
 
 

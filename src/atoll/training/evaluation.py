@@ -79,11 +79,16 @@ class RowScores:
         everyone = torch.zeros(len(y), dtype=torch.int64, device=y.device)
         owner = None if self.owner is None else self.owner[self.rows : self.rows + len(y)].to(y.device)
         for name, rows in scores.items():
-            _add(self.totals, name, summed(rows, everyone, 1)[0].cpu())
+            if name in self._whole:
+                continue
+            each = None if owner is None else summed(rows, owner, self.owners + 1).cpu()
+            if each is not None:
+                _add(self.sums, name, each)
+            # Counts are whole numbers, so their sum over clients has the bits of the sum over rows.
+            exact = each if isinstance(rows, Counts) else None
+            _add(self.totals, name, summed(rows, everyone, 1)[0].cpu() if exact is None else exact.sum(0))
             if isinstance(rows, Tensor) and rows.dim() == 1:
                 self.squares[name] = self.squares.get(name, 0.0) + float(rows.square().sum())
-            if owner is not None and name not in self._whole:
-                _add(self.sums, name, summed(rows, owner, self.owners + 1).cpu())
         if self._whole:
             self._keep(output, y)
         self.rows += len(y)
@@ -237,13 +242,16 @@ def of_sites(task: Task, scores: SiteScores, clients: bool = True) -> HeldOutVal
     return replace(found, clients=columns if clients else {})
 
 
-def constant_answer(task: Task, data: Clients, owner: Tensor | None = None, *, own: bool = False) -> HeldOutValues:
+def constant_answer(
+    task: Task, data: Clients, owner: Tensor | None = None, owners: int | None = None, *, own: bool = False
+) -> HeldOutValues:
     """Evaluate the constant answer: the class shares, or the mean of y, of the train rows, for every held-out row.
 
     Args:
         task: the model, whose output gives the shape of an answer, the loss and the metrics.
         data: the clients and the held-out rows.
         owner: the client of each held-out row, int64 `[rows]`, −1 for none; None: clients are not evaluated.
+        owners: the number of clients that `owner` counts; None: those of the data.
         own: whether each client has a constant of its own train rows, for its own held-out rows. Rows of no client, and
             of a client without train rows, are then left out.
     Returns:
@@ -265,7 +273,7 @@ def constant_answer(task: Task, data: Clients, owner: Tensor | None = None, *, o
     known = torch.cat((~found.reshape(len(found), -1).isnan().any(1), torch.tensor([False])))  # the last is that of −1
     rows = known[place].nonzero()[:, 0]
     answers, targets = shaped(found, form, task.loss, output, y), data.held_out.targets()
-    scores = RowScores(task, None if owner is None else owner[rows], data.count)
+    scores = RowScores(task, None if owner is None else owner[rows], data.count if owners is None else owners)
     for piece in rows.split(max(1, min(_CONSTANT_ROWS, _PIECE_NUMBERS // output.numel()))):
         some = targets[piece].to(output if targets.is_floating_point() else output.device)
         answer = answers[place[piece].to(answers.device)]

@@ -17,6 +17,7 @@ from atoll import runs
 from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Line
 from atoll.base.names import COUNTS, under, without_prefix
+from atoll.base.random import Key
 from atoll.compute.model_state import Model
 from atoll.compute.shapes import kind_of
 from atoll.plan.formula import renamed
@@ -25,7 +26,7 @@ from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.events import Run
 from atoll.runs.folder import HIDDEN
 from atoll.training import stop as stops
-from atoll.training.rounds import Training, identity, refuse_other_input, start_from
+from atoll.training.rounds import HELD_OUT, Training, identity, refuse_other_input, start_from
 
 # The columns of the event "trips", in the order of the fields of `FlightTimes`. Readers of run folders use these names.
 _TRIP_COLUMNS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
@@ -149,7 +150,10 @@ class Recorder:
                 self.folder.event("failure", **failure._asdict())
             for note in report.notes:
                 self.folder.event("note", round=report.round, text=note)
-            self.folder.event("clients", round=report.round, **_brief(report.clients))
+            trained = {n: t for n, t in report.clients.items() if not n.startswith(HELD_OUT)}
+            self.folder.event("clients", round=report.round, **_brief(trained))
+            if t.evaluation.clients and t.evaluated_round == t.state.round and self.store is None:
+                self.folder.clients({"round": report.round, **_client_values(t)})
             if report.trips:
                 self.folder.event("trips", round=report.round, **_columns(report.trips))
             due = self.store is not None or time.monotonic() - self._last >= self.checkpoint_s or t.outcome is not None
@@ -311,6 +315,20 @@ def _client_table(t: Training) -> dict[str, list[Any]]:
     """The held-out values of each client by column; an undefined value is None."""
     columns = {n: [None if v != v else v for v in values.tolist()] for n, values in t.evaluation.clients.items()}
     return {"client": list(t.client_names), **columns}
+
+
+def _client_values(t: Training, limit: int = 1000) -> dict[str, list[Any]]:
+    """The ids and the held-out values of the evaluated clients, of at most `limit` that are drawn by the seed."""
+    ids = t.evaluated_ids
+    if len(ids) > limit:
+        ids = ids[Key(t.settings.seed).fold("clients").distinct(limit, len(ids)).sort().values]
+    columns = {n: values.tolist() for n, values in t.values_by_client(ids).items()}
+    return {"id": ids.tolist(), **{n: [_short(v) for v in values] for n, values in columns.items()}}
+
+
+def _short(value: float) -> float | None:
+    """A number with six significant digits; None for NaN."""
+    return value if isinstance(value, int) else None if value != value else float(f"{value:.6g}")
 
 
 def metrics_row(report: Report, versions: int = 0) -> dict[str, Any]:

@@ -63,6 +63,8 @@ from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, jo
 from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, reference_rows
 from atoll.training.settings import Settings, SettingsDict, listed
 
+MOST_EVALUATED = 10_000  # clients that are evaluated on their own rows
+HELD_OUT = "held_out_"  # before the name of a column of `Report.clients` that is measured on held-out rows
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOSSES = {
     "classification": "cross_entropy",
@@ -140,8 +142,10 @@ class Training:
         # The fingerprint of the data is taken from the rows on the host.
         self._near = move_rows(self.data, task.device)
         self.engine.open(self.task, self._near)
-        self.evaluator, self.evaluation, self._evaluated_round = None, HeldOutValues({}), -1
-        self.client_names: Sequence[Any] = self.data.names or range(self.data.count)
+        self.evaluator, self.evaluation, self.evaluated_round = None, HeldOutValues({}), -1
+        names = self.data.names
+        # The names of the evaluated clients.
+        self.client_names: Sequence[Any] = [names[i] if names else i for i in self.evaluated_ids.tolist()]
         if self.data.held_out is not None and settings.evaluate_every:
             self.evaluator = self._held_out
         if settings.evaluate in ("clients", "both") and self.data.held_owner is None and not self.engine.judges:
@@ -175,7 +179,11 @@ class Training:
     @property
     def notes(self) -> tuple[str, ...]:
         """The choices that atoll made for the user: about the data, and about the model, the loss and the metrics."""
-        return (*self.data.notes, *self.task.notes)
+        few = self.by_client and self.evaluated.count < self.data.count
+        some = (
+            f"{self.evaluated.count} of {self.data.count} clients, drawn by the seed, are evaluated on their own rows."
+        )
+        return (*self.data.notes, *self.task.notes, *((some,) if few else ()))
 
     def _bind(self) -> None:
         """Bind the plan to the population, when it is known and each time that it has changed."""
@@ -236,12 +244,14 @@ class Training:
             last = self.state.round >= self.settings.rounds
             if self.judged and (last or self.state.round % every == 0):
                 try:
-                    self.evaluation, self._evaluated_round = self._present_values(), self.state.round
+                    self.evaluation, self.evaluated_round = self._present_values(), self.state.round
                     metrics |= self.evaluation.metrics
                 except BaseException:
                     self._accept(report.to(metrics=metrics, seconds=spent))
                     raise
-            report = report.to(metrics=metrics, seconds=spent, fingerprint=fingerprint(self.state.model.theta))
+            clients = {**report.clients, **self._held_out_columns(report)}
+            print_ = fingerprint(self.state.model.theta)
+            report = report.to(metrics=metrics, seconds=spent, fingerprint=print_, clients=clients)
             if draws is not None and draws.found():
                 draws.restore()
                 self.state = before
@@ -249,6 +259,13 @@ class Training:
             report = sync_report(self.engine, report)
             self._accept(report)
             return report
+
+    def _held_out_columns(self, report: Report) -> dict[str, Tensor]:
+        """The values of the clients of a round on their own held-out rows: `held_out_rows`, `held_out_loss`, …"""
+        if self.evaluated_round != self.state.round or not self.evaluation.clients:
+            return {}
+        found = self.values_by_client(report.clients["id"])
+        return {n if n.startswith(HELD_OUT) else f"{HELD_OUT}{n}": values for n, values in found.items()}
 
     @cached_property
     def _runs_user_code(self) -> bool:
@@ -357,7 +374,7 @@ class Training:
         scores = self.engine.score(self.state) if self.engine.judges else None
         own = HeldOutValues({})
         if scores is not None:
-            self.client_names = scores.names
+            self.client_names, self.evaluated_ids = scores.names, torch.arange(len(scores.names))
             own = of_sites(self.task, scores, clients=self.settings.evaluate != "pooled")
         if self.evaluator is None:
             return own
@@ -366,8 +383,8 @@ class Training:
 
     def final_values(self) -> HeldOutValues:
         """The values of the current model on the held-out rows. They are computed again only if they are older."""
-        if self._evaluated_round != self.state.round and self.data.held_out is not None:
-            self.evaluation, self._evaluated_round = self.values_of(self.state.model), self.state.round
+        if self.evaluated_round != self.state.round and self.data.held_out is not None:
+            self.evaluation, self.evaluated_round = self.values_of(self.state.model), self.state.round
         return self.evaluation
 
     def values_of(self, model: Model, client: int | None = None) -> HeldOutValues:
@@ -377,9 +394,9 @@ class Training:
             model: the model.
             client: evaluate the rows of this client only, as client 0; None: the rows of each client.
         """
-        state, owner, owners = replace(self.state, model=model), self.held_owner, self.data.count
-        if client is not None and owner is not None:
-            owner, owners = torch.where(owner == client, 0, -1), 1
+        state, owner, owners = replace(self.state, model=model), self.held_owner, self.evaluated.count
+        if client is not None and owner is not None and self.data.held_owner is not None:
+            owner, owners = torch.where(self.data.held_owner == client, 0, -1), 1
         with user_scope(self.state.key().fold("user")):
             if owner is None or self._view is None:
                 return evaluate(state, self._held_out, owner, owners)
@@ -399,8 +416,36 @@ class Training:
 
     @property
     def held_owner(self) -> Tensor | None:
-        """The client of each held-out row, int64 `[rows]`, −1 for none; None if clients are not evaluated."""
-        return self.data.held_owner if self.by_client else None
+        """The place of the client of each held-out row in `evaluated`, int64 `[rows]`, −1 for none.
+
+        None if clients are not evaluated.
+        """
+        return self.evaluated.held_owner if self.by_client else None
+
+    @cached_property
+    def evaluated_ids(self) -> Tensor:
+        """The ids of the clients that are evaluated on their own rows: all, or 10,000 that are drawn by the seed."""
+        count = self.data.count
+        if count <= MOST_EVALUATED:
+            return torch.arange(count)
+        return Key(self.settings.seed).fold("evaluated").distinct(MOST_EVALUATED, count).sort().values
+
+    @cached_property
+    def evaluated(self) -> Clients:
+        """The clients that are evaluated on their own rows."""
+        return self.data if self.data.count <= MOST_EVALUATED else self.data.only(self.evaluated_ids)
+
+    def values_by_client(self, ids: Tensor) -> dict[str, Tensor]:
+        """The last values of some clients on their own held-out rows, `[len(ids)]` by name; NaN without a value.
+
+        Args:
+            ids: the clients, int64 `[n]`.
+        """
+        place = torch.full((1 + max([0, *ids.tolist(), *self.evaluated_ids.tolist()]),), -1)
+        place[self.evaluated_ids] = torch.arange(len(self.evaluated_ids))
+        at = place[ids.cpu()]
+        values = self.evaluation.clients
+        return {n: torch.where(at < 0, 0 if n == "rows" else torch.nan, v[at]) for n, v in values.items()}
 
     @property
     def by_client(self) -> bool:

@@ -49,7 +49,7 @@ class Evaluate(Local):
 
 @dataclass(frozen=True, repr=False)
 class ScoreRows(Local):
-    """`Evaluate` that also reports the rows of one client, in this process.
+    """Passes the scores of the rows of one client to a function in this process, which adds them.
 
     Args:
         on_rows: receives output, targets and scores of each piece of rows.
@@ -62,13 +62,13 @@ class ScoreRows(Local):
         return padded(rows)
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
-        """Declares only sums: the rows, the loss and each metric of the task."""
-        return _declared(task)
+        """Declares only the number of rows: `on_rows` adds the scores."""
+        return {"rows": Declared(1, torch.int64, "sum")}
 
     def contribute(
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
-        """Σ loss, Σ metrics and the number of rows of the client."""
+        """The number of rows of the client."""
         return _measured(broadcast, lanes, key, task, self.on_rows), {}
 
 
