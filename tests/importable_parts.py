@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atoll.data import Rows
+from atoll.data import ArrayRows, Clients, Rows
+from atoll.data.fields import pack
 from atoll.plan.codec.stage import Codec
 
 
@@ -64,6 +65,24 @@ def remember(model: nn.Module, loader: object, ctx: Any) -> dict[str, float]:
     if ctx.client == 2 and ctx.round == 1:
         raise ConnectionError("the site is gone")
     return {**out, "visits": float(ctx.memory["visits"])}
+
+
+class Masked(nn.Module):
+    """A model of rows of two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(values.masked_fill(mask, 0.0))))  # type: ignore[no-any-return]
+
+
+def masked(data: Clients) -> Clients:
+    """The same clients, with a mask of the negative numbers as a second tensor of each row."""
+    x, y = data.rows.take(torch.arange(len(data.rows)))
+    words, fields = pack({"values": x, "mask": x < 0}, 1)
+    return replace(data, rows=ArrayRows(words, y, fields=fields), features=tuple(words.shape[1:]))
 
 
 def huber(output: Tensor, y: Tensor) -> Tensor:

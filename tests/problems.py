@@ -97,7 +97,7 @@ def task_of(
 ) -> Task:
     """The task of a model on this data, with its body fixed."""
     loss = loss or ("mse" if data.kind == "regression" else "cross_entropy")
-    return replace(Task.of(module, loss, (), dtype), numerics=numerics)
+    return replace(Task.of(module, loss, (), dtype), numerics=numerics).with_fields(data.fields)
 
 
 def seeded(make: type[nn.Module] | object, *args: object, seed: int = 0) -> nn.Module:

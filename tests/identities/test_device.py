@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fake_device import FAR, FarTensor, far_device
+from importable_parts import Masked, masked
 from problems import classification, regression, run, seeded, task_of
 from quick_cases import by_turns, one_in
 from torch import nn
@@ -193,6 +194,11 @@ def by_hand(model, loader, ctx):
             for p in model.parameters():
                 p -= 0.1 * p.grad
     return {"mine": float(loss.detach())}
+
+
+@pytest.mark.parametrize("body", ["lanes", "loop"])
+def test_rows_of_several_tensors(body):
+    check(recipes.fedavg(0.1, batch=4), seeded(Masked), masked(classification(SIZES)), body)
 
 
 def test_a_loop_of_your_own(monkeypatch):

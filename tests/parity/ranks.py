@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from importable_parts import personal, remember
+from importable_parts import Masked, masked, personal, remember
 from problems import NO_NATIVE, classification, federation, run, seeded, task_of
 from torch import nn
 
@@ -146,6 +146,7 @@ def float_cases():
     yield "parameters in no pass", Unused, descent, clients()
     yield "a client fails", plain, descent, broken(clients())
     yield "batch norm", norm, descent, clients()
+    yield "rows of two tensors", Masked, descent, masked(clients())
     yield "local training", plain, Plan(Train(sgd(0.1), epochs=1, batch=8), Mean(sum="float")), clients()
 
 

@@ -123,6 +123,14 @@ def test_parts_have_the_bits_of_one_process(plan, mlp):
     same(plan, *mlp)
 
 
+@pytest.mark.parametrize("numerics", one_in(2, ["lanes", "loop"]))
+def test_rows_of_several_tensors_have_the_bits_of_one_process(numerics, nursery):
+    data = importable_parts.masked(classification(SIZES))
+    task = task_of(seeded(importable_parts.Masked), data, numerics, torch.float32)
+    with ProcessesEngine(task, data, workers=1, nursery=nursery) as engine:
+        same(Plan(Train(sgd(0.1), epochs=1, batch=4), Mean()), engine, InProcessEngine(task, data))
+
+
 @pytest.mark.slow
 def test_contract_of_engines(nursery):
     check_engine(lambda task, data: ProcessesEngine(task, data, workers=2, nursery=nursery))

@@ -114,7 +114,7 @@ class ClientBatch:
                 with user_scope(Key(0)):
                     x, y = self._drawn(places, counts)
             else:
-                x, y = self.clients.take(self.clients.order[places])
+                x, y = self.clients.rows.take(self.clients.order[places])
         except UsageError as error:  # refuses a data set before the run; during a run it is about one client
             raise ClientError(error.given, error.required, error.why, error.write) from error
         return Batch(self._here(x), self._here(y), counts)
@@ -173,7 +173,7 @@ class ClientBatch:
                 found.append(rows.take(self.clients.order[places[k, some]]))
             at[k] = column[torch.arange(places.shape[1]).clamp(max=count - 1)] if count else 0
         if not found:
-            return self.clients.take(self.clients.order[places])
+            return self.clients.rows.take(self.clients.order[places])
         x, y = (torch.cat(parts) for parts in zip(*found, strict=True))
         return x[at], y[at]
 

@@ -17,6 +17,7 @@ Tests: tests/identities/test_numerics.py, tests/identities/test_one_algorithm.py
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -41,6 +42,7 @@ from atoll.compute.model_state import Batch, GradientResult, Model
 from atoll.compute.overrides import KeyedDropout, VmapOverrides, may_drop
 from atoll.compute.step_rule import StepRule
 from atoll.compute.user_code import Findings, known
+from atoll.data.fields import Field, unpack
 
 _ALL_EVALUATING = "All layers of the model came in evaluation mode. It trains in training mode."
 OnRows = Callable[[Any, Tensor, Mapping[str, Tensor | Counts]], None]  # output and targets of rows, and their scores
@@ -67,6 +69,7 @@ class Task:
         own: the first float buffers in their own dtype, if it is not that of the run.
         derived: the paths of tensor attributes that a computation returned; a pass must compute them again.
         notes: the choices that atoll made for the user.
+        fields: the tensors of a row, if rows are dicts of tensors; the model receives each by its keyword.
         precision: `"full"` or `"bf16"`. With `"bf16"` the model's output is computed under torch's bfloat16
             autocast. θ, its gradient, the loss and every sum keep the dtype of the run.
     """
@@ -84,6 +87,7 @@ class Task:
     derived: tuple[str, ...] = ()
     lengths: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    fields: tuple[Field, ...] = ()
 
     @classmethod
     def of(
@@ -129,6 +133,32 @@ class Task:
             derived=derived_in(module),
             notes=() if any(modes) else (_ALL_EVALUATING,),
         )
+
+    def with_fields(self, fields: tuple[Field, ...]) -> Task:
+        """The task for rows of these tensors.
+
+        Raises:
+            UsageError: `forward` has no argument for one of them, or requires another one.
+        """
+        if not fields:
+            return self
+        try:
+            signature = inspect.signature(self.module.forward)
+        except (TypeError, ValueError):  # of native code: the first pass shows whether the arguments fit
+            return replace(self, fields=fields)
+        try:
+            signature.bind(**{f.name: None for f in fields})
+        except TypeError as error:
+            raise UsageError(
+                f"A row has the tensors {', '.join(f.name for f in fields)}, and forward{signature}: {error}.",
+                "a dict whose keys are the arguments of the model's forward.",
+                "the model receives each tensor by its keyword.",
+            ) from error
+        return replace(self, fields=fields)
+
+    def inputs(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        """Rows `[..., *features]` as the model takes them: the dict of their tensors, if a row has several."""
+        return unpack(x, self.fields, self.layout.dtype) if self.fields else x
 
     @cached_property
     def device(self) -> torch.device:
@@ -331,15 +361,17 @@ class Task:
 
     def answer(self, x: Tensor, tensors: dict[str, Tensor] | None = None) -> Any:
         """Compute the model's output for rows x with these tensors, or with its own, in the dtype of the run."""
-        call: Callable[[Tensor], Any] = self.module
+        given = self.inputs(x)
+        args, words = ((), given) if isinstance(given, dict) else ((given,), {})
+        call: Callable[[], Any] = partial(self.module, *args, **words)
         if tensors is not None:
             tensors.update({name: tensors[first] for name, first in self._tied.items()})
-            call = partial(functional_call, self.module, tensors, tie_weights=False)
+            call = partial(functional_call, self.module, tensors, args, words, tie_weights=False)
         if self.precision == "full":
-            return call(x)
+            return call()
         # No cast is cached: the cache is keyed by the parameter, whose storage we replace between passes.
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
-            output = call(x)
+            output = call()
         return tree_map_only(Tensor, lambda t: t.to(self.layout.dtype) if t.is_floating_point() else t, output)
 
     @cached_property

@@ -23,6 +23,8 @@ _ZOO = "tests/conformance/test_user_code.py"
 _BUFFERS = "tests/identities/test_buffers.py"
 _DRAWS = "tests/identities/test_draws.py"
 _SHAPES = "tests/identities/test_shapes.py"
+_FIELDS = "tests/data/test_fields.py"
+_MEMORY = "tests/identities/test_custom_memory.py"
 
 
 class Rule(NamedTuple):
@@ -67,6 +69,9 @@ RULES: tuple[Rule, ...] = (
     Rule("A hook after the accumulation of a gradient", "refused", "", "parameter.register_hook(fn)", _ZOO),
     Rule("A submodule that came in evaluation mode stays there", "carried", LANES, "", _ZOO),
     Rule("A model that came in evaluation mode trains, with a note", "carried", LANES, "", _BUFFERS),
+    Rule("A row that is a dict of tensors: `forward` gets each by its keyword", "carried", LANES, "", _FIELDS),
+    Rule("A row whose x is a tuple of tensors", "refused", "", '{"a": x[0], "b": x[1]}', _FIELDS),
+    Rule("Memory of a client in a loop of your own", "carried", LOOP, "Custom(fn, memory=make)", _MEMORY),
     Rule("An attribute that a pass changes, without effect on the next pass", "reset", LOOP, "", _ZOO),
     Rule(
         "An attribute that a pass changes, with effect on the next pass",

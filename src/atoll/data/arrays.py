@@ -22,6 +22,7 @@ from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments, plain_number
 from atoll.data.cells import name_of
 from atoll.data.clients import Clients
+from atoll.data.fields import Packed, check_names, check_same, check_tuple, pack
 from atoll.data.held_out import HeldOut
 from atoll.data.partition import ByColumn
 from atoll.data.rows import (
@@ -33,6 +34,7 @@ from atoll.data.rows import (
     DatasetRows,
     Rows,
     answers,
+    fields_of,
     label_notes,
     not_finite,
     numbers,
@@ -72,7 +74,11 @@ def _array(value: Any, subject: str) -> Array:
             return np.array(value, dtype=object)  # otherwise NumPy would convert the numbers to texts
         array: Array = np.ma.asanyarray(value) if masked else np.asanyarray(value)
     except Exception as error:  # ValueError for ragged rows, or an error of the library of the value
-        raise UsageError(f"{subject} is not an array: {str(error).rstrip('.')}.", "rows of one shape.") from None
+        raise UsageError(
+            f"{subject} is not an array: {str(error).rstrip('.')}.",
+            "rows of one shape.",
+            "rows are stacked into batches; pad sequences to one length, and pad labels with -100.",
+        ) from None
     if isinstance(array, np.ma.MaskedArray):
         if array.mask.any():
             raise _no_value(subject, np.argwhere(np.ma.getmaskarray(array))[0], "it is masked")
@@ -189,6 +195,51 @@ def _features(x: Any, subject: str, missing: str | None = None) -> Tensor | Arra
         subject,
     )
     return tensor
+
+
+def _read(x: Any, subject: str, missing: str | None = None) -> Packed:
+    """Convert x to a tensor, or to the words of several tensors.
+
+    Args:
+        x: an array, a dict of arrays, or words of a stream.
+        subject: their name in errors.
+        missing: as for `_features`.
+    """
+    if isinstance(x, Packed):
+        return x
+    if not isinstance(x, Mapping):
+        if isinstance(x, tuple):
+            check_tuple(x, subject, 2)
+        return Packed(_features(x, subject, missing), ())
+    check_names(x, subject)
+    if missing is not None:
+        raise UsageError(
+            f"{subject} is a dict of arrays, and missing={missing!r}.",
+            "arrays without missing numbers.",
+            "a mean is known for the columns of one array.",
+            Change("missing", None),
+        )
+    parts = {name: _field(part, f"{subject}[{name!r}]") for name, part in x.items()}
+    first = next(iter(parts))
+    for name, part in parts.items():
+        _same_length(part, parts[first], f"{subject}[{name!r}]", f"{subject}[{first!r}]")
+    return pack(parts, 1)
+
+
+def _field(x: Any, subject: str) -> Tensor:
+    """One array of a dict, `[rows]` or `[rows, *shape]`, without NaN and infinity."""
+    array = _numeric(x, subject)
+    if isinstance(array, np.memmap):
+        raise UsageError(
+            f"{subject} is a memory-mapped array in a dict.",
+            "arrays in memory, or a Dataset whose items are pairs of a dict and a target.",
+            "the arrays of a dict are copied into one.",
+            Line(python="atoll.data.dataset(rows)"),
+        )
+    if not len(array):
+        raise UsageError(f"{subject} has shape {array.shape}.", "at least one row.")
+    tensor = _finite(tensor_of(array), subject)
+    return tensor.float() if tensor.dtype == torch.uint8 and tensor.dim() < 3 else tensor
 
 
 def _missing(values: Array) -> Array:
@@ -436,7 +487,8 @@ def arrays(
 
     Args:
         x: `[rows, *features]`: floats; uint8 intensities of images, which are scaled to [0, 1]; or other integers,
-            which are token ids. Rows of one axis in uint8 are numbers.
+            which are token ids. Rows of one axis in uint8 are numbers. If a row is several tensors, a dict of arrays,
+            each `[rows, ...]`: the model receives each by its keyword. They are copied once.
         y: labels of any type `[rows]`; numbers `[rows]` or `[rows, n]`; or classes 0, 1, …, `[rows, length]`.
         by: the natural client of each row, such as a hospital or a speaker; `[rows]`, of any type.
         task: "classification", "regression", or "labels", several labels 0 or 1 for each row; None: regression if y
@@ -456,7 +508,7 @@ def arrays(
         >>> arrays(np.eye(4), ["cat", "dog", "cat", "dog"]).classes
         ('cat', 'dog')
     """
-    features, targets = _features(x, "x", missing), encode(y, task)
+    (features, fields), targets = _read(x, "x", missing), encode(y, task)
     notes: tuple[str, ...] = ()
     _same_length(features, targets.y, "x", "y")
     if test is not None and not (isinstance(test, (tuple, list)) and len(test) in (2, 3)):
@@ -474,14 +526,16 @@ def arrays(
     test_rows, real, test_by = None, targets.kind == "regression", None
     if test is not None:
         test_x, test_y, *rest = test
-        x_rows = _flat_bytes(_features(test_x, "the test x", missing))[0]
-        test_rows = ArrayRows(x_rows, _encode_like(test_y, targets, "the test y"), real)
+        test_words, test_fields = _read(test_x, "the test x", missing)
+        check_same(test_fields, fields, "A test row", "row 0")
+        x_rows = _flat_bytes(test_words)[0]
+        test_rows = ArrayRows(x_rows, _encode_like(test_y, targets, "the test y"), real, test_fields)
         _same_length(test_rows.x, test_rows.y, "the test x", "the test y")
         _same_features(test_rows.x, features, "the test x")
         test_by = rest[0] if rest else None
     source = Source(
         name=name,
-        rows=ArrayRows(stored, targets.y, real),
+        rows=ArrayRows(stored, targets.y, real, fields),
         kind=targets.kind,
         classes=targets.classes,
         features=tuple(features.shape[1:]),
@@ -580,11 +634,11 @@ def _rows(part: Any, known: Pair | None, task: str | None, whose: str) -> Rows:
         if not len(part):
             raise UsageError(f"{whose} has no rows.", "at least one row (x, y).")
         return DatasetRows(part, real)
-    x, y = _features(known[0], f"x of {whose}"), _numeric(known[1], f"y of {whose}")
+    (x, fields), y = _read(known[0], f"x of {whose}"), _numeric(known[1], f"y of {whose}")
     if not real:
         _check_labelled(y, f"y of {whose}")
     _same_length(x, y, f"x of {whose}", "y")
-    return ArrayRows(x, y if isinstance(y, np.memmap) else _finite(tensor_of(y), f"y of {whose}"), real)
+    return ArrayRows(x, y if isinstance(y, np.memmap) else _finite(tensor_of(y), f"y of {whose}"), real, fields)
 
 
 def _first(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -602,6 +656,7 @@ def _in_place(
     x, y = _first(rows)
     kind, notes = _kind(task, y.is_floating_point(), f"targets of {y.dtype}")
     if test is not None:
+        check_same(fields_of(test), fields_of(rows), "Row 0 of the test set", "row 0")
         _same_features(_first(test)[0], x, "the test set")
     fixed, classes = classes, None
     if kind == "labels":
@@ -630,7 +685,8 @@ def dataset(data: Any, *, by: Any = None, task: str | None = None, test: Any = N
     """Build a source from a torch Dataset of pairs (x, y).
 
     A map-style Dataset is read with `__getitem__`, row by row, when a row is needed. Its labels are read once, from
-    `data.targets` if that exists. An iterable Dataset is streamed once to a temporary file.
+    `data.targets` if that exists. An iterable Dataset is streamed once to a temporary file. If x is a dict of tensors,
+    the model receives each tensor by its keyword.
 
     Args:
         data: the Dataset; one shape for all rows; a label is a number.
@@ -739,16 +795,23 @@ def _of_parts(
         task, classes, name: as in `federate`.
     """
     known, test_pair = list(map(_as_arrays, parts)), None if test is None else _as_arrays(test)
-    pairs = [pair for pair in known if pair is not None and not isinstance(pair[0], np.memmap)]
+    pairs = [pair for pair in known if pair is not None and not _mapped(pair[0])]
     if len(pairs) == len(parts) and (test is None or test_pair is not None):
         return _one_array(subjects, pairs, test_pair, task, classes, name)
     rows = [_rows(part, pair, task, subject) for subject, part, pair in zip(subjects, parts, known, strict=True)]
     firsts = [_first(part)[0] for part in rows]
+    for subject, part in zip(subjects, rows, strict=True):
+        check_same(fields_of(part), fields_of(rows[0]), f"A row of {subject}", f"a row of {subjects[0]}")
     _check_same_features(subjects, firsts)
     joined, notes = _joined(subjects, firsts)
     tests = None if test is None else _rows(test, test_pair, task, "the test set")
     source = _in_place(ConcatRows(tuple(rows), joined), tests, task, name, classes)
     return replace(source, notes=(*source.notes, *notes)), list(map(len, rows))
+
+
+def _mapped(x: Any) -> bool:
+    """Whether features are in a file, which is not copied into memory."""
+    return isinstance(x.words if isinstance(x, Packed) else x, np.memmap)
 
 
 def _check_same_features(subjects: Sequence[str], xs: Sequence[Tensor | Array]) -> None:
@@ -765,7 +828,11 @@ def _one_array(
     name: str,
 ) -> tuple[Source, list[int]]:
     """Build a source with the rows of all parts in one array; return it with the sizes of the parts."""
-    taken = [_flat_bytes(_features(x, f"x of {subject}")) for subject, (x, _) in zip(subjects, pairs, strict=True)]
+    read = [_read(x, f"x of {subject}") for subject, (x, _) in zip(subjects, pairs, strict=True)]
+    fields = read[0].fields
+    for subject, part in zip(subjects, read, strict=True):
+        check_same(part.fields, fields, f"A row of {subject}", f"a row of {subjects[0]}")
+    taken = [_flat_bytes(part.words) for part in read]
     xs = [torch.as_tensor(x) for x, _ in taken]
     joined, notes = _joined(subjects, xs)
     notes = (*dict.fromkeys(note for _, some in taken for note in some), *notes)
@@ -782,7 +849,8 @@ def _one_array(
         cause = str(error).rstrip(".")
         raise UsageError(f"The y of the clients cannot be joined: {cause}.", "y of one kind and shape.") from None
     targets = _Leveled(joined_y, levels.pop() if len(levels) == 1 else None)
-    source = arrays(torch.cat(xs), targets, task=task, classes=classes, test=test, name=name)
+    whole = Packed(torch.cat(xs), fields) if fields else torch.cat(xs)
+    source = arrays(whole, targets, task=task, classes=classes, test=test, name=name)
     return replace(source, notes=(*source.notes, *notes)), list(map(len, xs))
 
 

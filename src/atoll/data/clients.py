@@ -23,9 +23,10 @@ from atoll.base.errors import ClientError, UsageError, unknown_name
 from atoll.base.lines import Split
 from atoll.base.random import Key
 from atoll.base.validation import plain_number
+from atoll.data.fields import Field, unpack
 from atoll.data.input import Input, InputTarget
 from atoll.data.measure import effective_clients, label_divergence, size_gini
-from atoll.data.rows import ConcatRows, Rows, intensities, on_device, pieces
+from atoll.data.rows import ConcatRows, Rows, fields_of, intensities, on_device, pieces
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *map(np.dtype, "bBhHiIlLqQ"))
 
@@ -64,7 +65,7 @@ class Clients:
         held_out: the rows that no client has, to evaluate the model; None: there are no such rows.
         kind: "classification" or "regression".
         classes: names of the classes; None for regression, or if a row has several targets.
-        features: shape of one row's features.
+        features: shape of one row's features; the number of 32-bit words if a row is a dict of tensors.
         columns: names of the features, if they have names and one axis.
         names: the names of natural clients (hospitals, speakers); None if a partition formed the clients at random.
         notes: sentences that state the guesses and the moved rows of the split.
@@ -151,6 +152,7 @@ class Clients:
             dtype=dtype,
             intensities=intensities(self.rows),
             tokens=self.vocab,
+            fields=tuple(map(str, self.fields)),
         )
 
     @cached_property
@@ -177,18 +179,24 @@ class Clients:
         start, end = self.offsets[client : client + 2].tolist()
         return self.order[start:end]
 
-    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        """The tensors of a row, if a row is a dict of tensors; else empty."""
+        return fields_of(self.rows)
+
+    def take(self, rows: Tensor) -> tuple[Tensor | dict[str, Tensor], Tensor]:
         """Read features and targets of rows, including the feature shift of each row's client.
 
         Args:
             rows: row numbers from `order`, int64 of any shape; `[clients, batch]` for a batch of clients.
         Returns:
             x `[..., *features]` and y `[...]` or `[..., *target]`: float32 or float64 features, or int64
-            tokens; int64 classes, or float numbers to predict.
+            tokens; int64 classes, or float numbers to predict. x is a dict if a row is a dict of tensors.
         Raises:
             RunError: a row read from outside memory contains NaN or infinity.
         """
-        return self.rows.take(rows)
+        x, y = self.rows.take(rows)
+        return (unpack(x, self.fields) if self.fields else x), y
 
     def on(self, device: torch.device, room: float) -> Clients:
         """Move the rows to a device if they are in memory and need at most `room` bytes; else return `self`.
@@ -352,7 +360,8 @@ class Clients:
         held-out rows. The cost is therefore bounded, and a change in a row outside the sample is not detected.
         """
         held = 0 if self.held_out is None else len(self.held_out)
-        digest = hashlib.sha256(repr((self.kind, self.classes, self.features, held)).encode())
+        shape = (self.kind, self.classes, self.features, held, *map(str, self.fields))
+        digest = hashlib.sha256(repr(shape).encode())
         for part in (self.offsets, self.order):
             digest.update(part.contiguous().numpy().data)
         _add_rows(digest, self.rows, self.order, self.features)

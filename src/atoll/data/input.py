@@ -26,6 +26,7 @@ from msgspec import structs
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Line
 from atoll.data.cells import (
     Cells,
     Missing,
@@ -156,6 +157,7 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
         missing: "mean" fills a missing number, "drop" refuses its row.
         na: the texts of missing values; None: the default texts of `atoll.data.cells`.
         format: the version of this format.
+        fields: name, dtype and shape of each tensor of a row, if a row is a dict of tensors.
     Raises:
         UsageError: the fields contradict each other.
     Example:
@@ -183,6 +185,7 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
     missing: str = "mean"
     na: tuple[str, ...] | None = None
     format: int = FORMAT
+    fields: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         wrong = _contradiction(self)
@@ -444,6 +447,13 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
         Raises:
             UsageError: another shape, or NaN.
         """
+        if self.fields:
+            raise UsageError(
+                f"A row of this run has several tensors: {', '.join(self.fields)}.",
+                "a call of the model itself.",
+                "a predictor reads tables and single arrays.",
+                Line(python="run.model(**tensors)"),
+            )
         if tuple(x.shape[1:]) != self.features:
             raise UsageError(f"The rows have shape {tuple(x.shape[1:])}.", f"{self.features}, the shape in training.")
         if self.tokens is not None:
@@ -547,7 +557,10 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
 
     def encode(self) -> bytes:
         """Write the input as JSON. Equal inputs give equal bytes."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+        made = msgspec.to_builtins(self)
+        if not self.fields:  # bytes of inputs of before
+            del made["fields"]
+        return msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n"
 
     @classmethod
     def decode(cls, data: bytes, place: str = "input.json") -> Input:

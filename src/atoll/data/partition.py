@@ -366,7 +366,13 @@ class FeatureShift(Partition):
     def view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
         x = rows.take(torch.zeros(1, dtype=torch.int64))[0]
         if not x.is_floating_point():
-            raise _refuse(self, clients, "float features.", "token ids cannot be rotated or get noise.", IID())
+            raise _refuse(
+                self,
+                clients,
+                "float features.",
+                "token ids and rows of several tensors cannot be rotated or get noise.",
+                IID(),
+            )
         if self.rotation and x.dim() < 3:
             raise _refuse(
                 self,

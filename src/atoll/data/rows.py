@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from atoll.base.errors import ClientError, RunError, UsageError
 from atoll.base.random import GeneratorWatch, Key, mixed, reseed, user_scope
+from atoll.data.fields import Field, Packed, as_stored, check_names, check_same, check_tuple, pack
 
 Array = npt.NDArray[Any]
 IGNORED = -100  # the label of a place that neither loss nor accuracy counts, as in torch's cross-entropy
@@ -184,6 +185,7 @@ class ArrayRows:
         x: a tensor or an `np.memmap`, `[rows, *features]`.
         y: a tensor or an `np.memmap`, `[rows]` or `[rows, *target]`.
         real: whether y is a number to predict, not a class.
+        fields: the tensors of a row, if x contains their words, int32 `[rows, words]`; empty: a row is one tensor.
     Example:
         >>> rows = ArrayRows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0]))
         >>> rows.take(torch.tensor([2, 1]))
@@ -194,13 +196,15 @@ class ArrayRows:
     x: Tensor | Array
     y: Tensor | Array
     real: bool = False
+    fields: tuple[Field, ...] = ()
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         flat = index.reshape(-1)
-        x, y = numbers(_pick(self.x, flat)), answers(_pick(self.y, flat), self.real)
+        x, y = _pick(self.x, flat), answers(_pick(self.y, flat), self.real)
+        x = x if self.fields else numbers(x)
         if not isinstance(self.x, Tensor):
             x = _checked(x, flat, "features")
         if not isinstance(self.y, Tensor):
@@ -212,11 +216,12 @@ class ArrayRows:
         return answers(y, self.real)
 
 
-def pair(item: Any, row: int) -> tuple[Tensor, Tensor]:
-    """Return one item of a Dataset as tensors (x, y).
+def pair(item: Any, row: int) -> tuple[Tensor | Packed, Tensor]:
+    """Return one item of a Dataset as (x, y); x is packed if it is a dict of tensors.
 
     Raises:
         UsageError: the item is not a pair of tensors, arrays or numbers; the error names its row.
+        ClientError: a tensor of the dict contains NaN or infinity.
     """
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         raise UsageError(
@@ -224,37 +229,52 @@ def pair(item: Any, row: int) -> tuple[Tensor, Tensor]:
             "a pair (x, y).",
             "training compares the model's output for x with y.",
         )
-    for part in item:
-        if isinstance(part, np.ma.MaskedArray) and part.mask.any():
-            raise UsageError(
-                f"Row {row} of the dataset has a masked value.",
-                "a value for every feature and target.",
-                "a missing value cannot be guessed.",
-            )
+    x, y = item
+    kinds = ", ".join(type(part).__name__ for part in item)
+    if not isinstance(x, Mapping):
+        check_tuple(x, f"x of row {row} of the dataset", 1)
+        return _tensor(x, row, kinds), _tensor(y, row, kinds)
+    check_names(x, f"x of row {row} of the dataset")
+    tensors = {name: _tensor(part, row, kinds) for name, part in x.items()}
+    for name, tensor in tensors.items():
+        _checked(as_stored(tensor)[None], torch.tensor([row]), f"values of {name!r}")
+    return pack(tensors, 0), _tensor(y, row, kinds)
+
+
+def _tensor(part: Any, row: int, kinds: str) -> Tensor:
+    """A value of an item of a Dataset as a tensor."""
+    if isinstance(part, np.ma.MaskedArray) and part.mask.any():
+        raise UsageError(
+            f"Row {row} of the dataset has a masked value.",
+            "a value for every feature and target.",
+            "a missing value cannot be guessed.",
+        )
     try:
-        x, y = (part if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part)) for part in item)
+        tensor = part if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part))
     except (TypeError, ValueError) as error:
-        kinds = ", ".join(type(part).__name__ for part in item)
         raise UsageError(
             f"Row {row} of the dataset is ({kinds}).", "tensors, arrays or numbers.", str(error)
         ) from error
-    for part in (x, y):
-        if part.layout != torch.strided or part.is_meta or part.is_complex() or part.is_quantized:
-            raise UsageError(
-                f"Row {row} of the dataset has a tensor of {part.dtype}, {part.layout}, on {part.device}.",
-                "dense tensors of real numbers, with values.",
-                "rows are stacked into batches.",
-            )
-    return x.detach(), y.detach()
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex() or tensor.is_quantized:
+        raise UsageError(
+            f"Row {row} of the dataset has a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}.",
+            "dense tensors of real numbers, with values.",
+            "rows are stacked into batches.",
+        )
+    return tensor.detach()
 
 
-def _check_like_first(part: Tensor, first: Tensor, row: int) -> None:
+def _check_like_first(part: Tensor | Packed, first: Tensor | Packed, row: int) -> None:
+    if isinstance(part, Packed) or isinstance(first, Packed):
+        ours, theirs = (p.fields if isinstance(p, Packed) else () for p in (part, first))
+        check_same(ours, theirs, f"Row {row} of the dataset", "row 0")
+        return
     if (part.shape, part.dtype) != (first.shape, first.dtype):
         raise UsageError(
             f"Row {row} of the dataset has {part.dtype} {tuple(part.shape)}, "
             f"row 0 has {first.dtype} {tuple(first.shape)}.",
             "one shape and dtype for all rows.",
-            "rows are stacked into batches.",
+            "rows are stacked into batches; pad sequences to one length, and pad labels with -100.",
         )
 
 
@@ -281,7 +301,7 @@ class DatasetRows:
         return len(self.dataset)  # type: ignore[arg-type]
 
     @cached_property
-    def first(self) -> tuple[Tensor, Tensor]:
+    def first(self) -> tuple[Tensor | Packed, Tensor]:
         """Row 0. All rows must have its shapes and dtypes."""
         return self._observed[0]
 
@@ -296,7 +316,7 @@ class DatasetRows:
             return False
 
     @cached_property
-    def _observed(self) -> tuple[tuple[Tensor, Tensor], bool]:
+    def _observed(self) -> tuple[tuple[Tensor | Packed, Tensor], bool]:
         """Row 0, and whether reading it drew."""
         with user_scope(Key(0)):
             reseed(mixed(self.word, 0))
@@ -315,13 +335,13 @@ class DatasetRows:
         """The scope of some readings: generators are restored at its end if rows draw."""
         return user_scope(Key(0)) if self.draws and not self.inside else contextlib.nullcontext()
 
-    def _item(self, row: int) -> tuple[Tensor, Tensor]:
+    def _item(self, row: int) -> tuple[Tensor | Packed, Tensor]:
         """Read one row inside `_scope`, with its own draws."""
         if self.draws:
             reseed(mixed(self.word, row))
         return self._read(row)
 
-    def _read(self, row: int) -> tuple[Tensor, Tensor]:
+    def _read(self, row: int) -> tuple[Tensor | Packed, Tensor]:
         """Read one row.
 
         Raises:
@@ -339,7 +359,7 @@ class DatasetRows:
             ) from error
         return pair(item, row)
 
-    def _like(self, item: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _like(self, item: tuple[Tensor | Packed, Tensor]) -> tuple[Tensor | Packed, Tensor]:
         """The row whose shapes and dtypes a batch must have: row 0, or the batch's own row if row 0 is unreadable."""
         try:
             return self.first
@@ -350,19 +370,21 @@ class DatasetRows:
         flat = index.reshape(-1)
         xs: list[Tensor] = []
         ys: list[Tensor] = []
-        like: tuple[Tensor, Tensor] | None = None
+        like: tuple[Tensor | Packed, Tensor] | None = None
         with self._scope():
             for row in flat.tolist():
                 item = self._item(row)
                 like = like or self._like(item)
                 for part, first, parts in zip(item, like, (xs, ys), strict=True):
                     _check_like_first(part, first, row)
-                    parts.append(part)
+                    parts.append(_words(part))
+        like = like or self.first
         x, y = (
-            torch.stack(parts) if parts else first[None][:0]
-            for parts, first in zip((xs, ys), like or self.first, strict=True)
+            torch.stack(parts) if parts else _words(first)[None][:0]
+            for parts, first in zip((xs, ys), like, strict=True)
         )
-        x, y = _checked(numbers(x), flat, "features"), _checked(answers(y, self.real), flat, "targets")
+        x = x if isinstance(like[0], Packed) else _checked(numbers(x), flat, "features")
+        y = _checked(answers(y, self.real), flat, "targets")
         self._check_unchanged(_labelled(y, flat, self.real), flat)
         return _shaped(x, index), _shaped(y, index)
 
@@ -430,6 +452,31 @@ class DatasetRows:
             "the same label at each reading.",
             "the classes, the split and the held-out rows follow the labels that were read first.",
         )
+
+
+def _words(part: Tensor | Packed) -> Tensor:
+    words: Tensor = part.words if isinstance(part, Packed) else part
+    return words
+
+
+def fields_of(rows: Any) -> tuple[Field, ...]:
+    """The tensors of a row, if rows are dicts of tensors; else empty.
+
+    Example:
+        >>> fields_of(ArrayRows(torch.zeros(1, 1), torch.zeros(1)))
+        ()
+    """
+    match rows:
+        case ArrayRows():
+            return rows.fields
+        case DatasetRows():
+            with contextlib.suppress(ClientError):  # row 0 is unreadable
+                return rows.first[0].fields if isinstance(rows.first[0], Packed) else ()
+            return ()
+        case ConcatRows():
+            return next((fields for fields in map(fields_of, rows.parts) if fields), ())
+    inner = _inside(rows)
+    return () if inner is None else fields_of(inner)
 
 
 def draws_in(rows: Any) -> bool:
@@ -604,7 +651,8 @@ def intensities(rows: Rows) -> bool:
             return str(rows.x.dtype).rpartition(".")[2] == "uint8"
         case DatasetRows():
             with contextlib.suppress(ClientError):  # row 0 is unreadable
-                return rows.first[0].dtype == torch.uint8
+                x = rows.first[0]
+                return isinstance(x, Tensor) and x.dtype == torch.uint8
         case ConcatRows():
             return any(map(intensities, rows.parts))
         case PickedRows() | CodedRows() | RelabelledRows():
@@ -709,31 +757,33 @@ def _with_tensors(rows: Any, tensors: dict[int, Tensor]) -> Any:
     return replace(rows, parts=tuple(_with_tensors(part, tensors) for part in rows.parts))
 
 
-def spill(stream: Iterable[Any]) -> tuple[Array, Array]:
+def spill(stream: Iterable[Any]) -> tuple[Array | Packed, Array]:
     """Write a stream of (x, y) to two temporary files and memory-map them; the files vanish with the arrays.
 
     Args:
         stream: a finite iterable dataset, one shape for all rows; it needs memory for one row.
     Returns:
-        x and y as read-only `np.memmap`s, `[rows, ...]`, in the temporary folder (TMPDIR).
+        x and y as read-only `np.memmap`s, `[rows, ...]`, in the temporary folder (TMPDIR). If rows are dicts,
+        x is packed.
     Example:
         >>> x, y = spill((np.full(2, i), i % 2) for i in range(3))
         >>> x.tolist(), y.tolist()
         ([[0, 0], [1, 1], [2, 2]], [0, 1, 0])
     """
     with tempfile.TemporaryFile() as xs, tempfile.TemporaryFile() as ys:
-        first: tuple[Tensor, ...] = ()
+        first: tuple[Tensor | Packed, ...] = ()
         count = 0
         for count, item in enumerate(stream, 1):
-            row = [part if part.dtype == torch.uint8 else numbers(part) for part in pair(item, count - 1)]
+            row = [p if isinstance(p, Packed) or p.dtype == torch.uint8 else numbers(p) for p in pair(item, count - 1)]
             first = first or tuple(row)
             for part, like, file in zip(row, first, (xs, ys), strict=True):
                 _check_like_first(part, like, count - 1)
-                file.write(part.contiguous().numpy().tobytes())
+                file.write(_words(part).contiguous().numpy().tobytes())
         if not count:
             raise UsageError("The iterable dataset has no rows.", "at least one row (x, y).")
         mapped: list[Array] = []
         for like, file in zip(first, (xs, ys), strict=True):
             file.flush()
-            mapped.append(np.memmap(file, like.numpy().dtype, "r", shape=(count, *like.shape)))
-    return mapped[0], mapped[1]
+            mapped.append(np.memmap(file, _words(like).numpy().dtype, "r", shape=(count, *like.shape)))
+    x = first[0]
+    return Packed(mapped[0], x.fields) if isinstance(x, Packed) else mapped[0], mapped[1]

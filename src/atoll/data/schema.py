@@ -73,7 +73,13 @@ class Schema:
     @classmethod
     def of(cls, data: Clients) -> Self:
         """The schema of clients, with their held-out rows and without their train rows."""
-        x, y = data.take(data.order[:1])
+        if data.fields:
+            raise UsageError(
+                f"The rows have several tensors: {', '.join(map(str, data.fields))}.",
+                "rows of one tensor.",
+                "a schema, by which sites of a network read their rows, describes one tensor.",
+            )
+        x, y = data.rows.take(data.order[:1])
         return cls(
             data.name,
             data.kind,

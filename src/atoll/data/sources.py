@@ -37,7 +37,7 @@ from atoll.data.held_out import (
 )
 from atoll.data.input import Input, InputTarget, Statistics, TextColumn
 from atoll.data.partition import IID, PARTITIONS, ByColumn, Partition, Pool, fill_up, in_groups
-from atoll.data.rows import Array, ArrayRows, PickedRows, RelabelledRows, Rows, intensities, keyed
+from atoll.data.rows import Array, ArrayRows, PickedRows, RelabelledRows, Rows, fields_of, intensities, keyed
 from atoll.data.scale import ScaledRows, moments
 
 SCALES = ("none", "standard", "client")
@@ -98,7 +98,8 @@ class Source:
             return
         given = f"{self.name} was given scale={self.scale!r}."
         if not self.rows.take(torch.zeros(1, dtype=torch.int64))[0].is_floating_point():
-            raise UsageError(given, "float features.", "token ids have no mean.", Change("scale", "none"))
+            why = "token ids and rows of several tensors have no mean."
+            raise UsageError(given, "float features.", why, Change("scale", "none"))
         if self.scale == "client" and (self.by is None or (self.test is not None and self.test_by is None)):
             raise UsageError(
                 given,
@@ -288,6 +289,7 @@ class Source:
             outputs=outputs,
             by=None if self.by is None else "client",
             intensities=intensities(self.rows),
+            fields=tuple(map(str, fields_of(self.rows))),
         )
 
     def _fit(self, train: Tensor) -> Input:

@@ -134,7 +134,7 @@ def failed_pass(task: Task, x: Tensor, error: Exception) -> UsageError:
     """
     place = place_of(error)
     given = f"The model or its loss does not take a batch of this data: {type(error).__name__}: {error}".rstrip(".")
-    row = f"rows of shape {tuple(x.shape[1:])} ({x.dtype})"
+    row = f"rows of {', '.join(map(str, task.fields)) or f'shape {tuple(x.shape[1:])} ({x.dtype})'}"
     why, write = _width(task, x)
     return UsageError(
         f"{given}.{f' It was raised in {place}.' if place else ''}",
@@ -150,8 +150,9 @@ def _width(task: Task, x: Tensor) -> tuple[str, Write]:
     leaves = [m for m in module.modules() if next(m.children(), None) is None]
     hooks: list[Any] = [m.register_forward_pre_hook(lambda m, given: entered.append((m, given[:1]))) for m in leaves]
     hooks += [m.register_forward_hook(lambda *_: entered.clear()) for m in leaves]  # this layer took its input
+    inputs = task.inputs(x)
     with torch.no_grad(), contextlib.suppress(Exception):
-        module(x)
+        _ = module(**inputs) if isinstance(inputs, dict) else module(x)
     for hook in hooks:
         hook.remove()
     layer, (given, *_) = entered[-1] if entered else (None, (None,))

@@ -336,6 +336,8 @@ def _takes(task: Task, data: Clients, rows: int) -> bool:
 
 def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Rejection | None:
     """The reason why the backend of `lanes` does not support this model; None if it does. `task` has the loop."""
+    if lanes.by_hand and lanes.fields:
+        return Rejection("a row has several tensors, and known layers take one")
     if lanes.by_hand:
         try:
             _ = lanes.program

@@ -104,11 +104,19 @@ def resolve(
         >>> resolve(lambda features, outputs: nn.Linear(*features, outputs), data, Key(7))
         Linear(in_features=4, out_features=2, bias=True)
     """
+    fields = tuple(getattr(data, "fields", ()))  # of rows of several tensors; an input has their texts
     if isinstance(model, str) and ":" not in model:
+        if fields:
+            raise UsageError(
+                f"The model {model!r}, and rows of several tensors: {', '.join(map(str, fields))}.",
+                f"a module of your own, with forward({', '.join(str(field).split()[0] for field in fields)}).",
+                "a model by name takes one tensor.",
+            )
         return build(model, data.features, _outputs(data), data.kind, key, dtype, getattr(data, "vocab", None))
     made: Any = factory(model) if isinstance(model, str) else model
     if callable(made) and not isinstance(made, nn.Module):
-        made = _made(made, {"features": data.features, "outputs": _outputs(data), "kind": data.kind}, key)
+        shape = {f.name: f.shape for f in fields} or data.features
+        made = _made(made, {"features": shape, "outputs": _outputs(data), "kind": data.kind}, key)
     if not isinstance(made, nn.Module):
         raise UsageError(
             f"The model has type {type(made).__name__}.",

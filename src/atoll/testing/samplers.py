@@ -156,7 +156,7 @@ def check_partition(part: Any) -> None:
         "two splits of one data set are compared on the same held-out rows.",
     )
     some = split.order[:30:7]
-    together, single = split.take(some), [split.take(i[None]) for i in some]
+    together, single = split.rows.take(some), [split.rows.take(i[None]) for i in some]
     require(
         same(together[0], torch.cat([x for x, _ in single])) and same(together[1], torch.cat([y for _, y in single])),
         f"{subject} changes a row that is read together with other rows.",

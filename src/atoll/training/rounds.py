@@ -552,6 +552,7 @@ def _task(model: Any, data: Clients, settings: Settings) -> Task:
     device = settings.spec.device(settings.device)
     check_precision(settings.precision, settings.dtype, settings.numerics, device)
     task = replace(Task.of(module, loss, metrics, dtype, settings.rules), precision=settings.precision).on(device)
+    task = task.with_fields(data.fields)
     two = settings.loss is None and data.classes is not None and len(data.classes) == 2
     rows = data if data.count else Schema.of(data).synthetic()
     if two and has_single_logit(task, rows):

@@ -83,19 +83,22 @@ class Context:
 _SLOT_WITH_RATE = tuple(Change("plan.local", "Custom(mine:train, lr=0.1)").at(door) for door in ("shell", "file"))
 
 
-class ClientDataset(Dataset[tuple[Tensor, Tensor]]):
+Inputs = Callable[[Tensor], Any]  # rows as stored → rows as a model takes them
+
+
+class ClientDataset(Dataset[tuple[Any, Tensor]]):
     """The rows of one client by their number: `len(rows)`, and `rows[i]` is (x, y)."""
 
-    def __init__(self, lanes: ClientBatch) -> None:
-        self._lanes = lanes
+    def __init__(self, lanes: ClientBatch, inputs: Inputs) -> None:
+        self._lanes, self._inputs = lanes, inputs
 
     def __len__(self) -> int:
         return self._lanes.sizes[0]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
         position = range(len(self))[index]  # also for negative numbers, and with IndexError
         x, y, _ = self._lanes.take(self._lanes.places(torch.tensor([[position]])), (1,))
-        return x[0, 0], y[0, 0]
+        return self._inputs(x[0, 0]), y[0, 0]
 
 
 class _NoAttribute(UsageError, AttributeError):
@@ -109,14 +112,14 @@ _OF_DATALOADER = (
 
 
 class Loader:
-    """Yields the batches `(x, y)` of one client. Each pass has a new random order.
+    """Yields the batches `(x, y)` of one client. Each pass has a new random order. x is a dict if rows are dicts.
 
     It has three attributes of a `DataLoader` or instead of one: `dataset`, the rows by number; `batch_size`, the number
     of rows in a batch; `rows`, the number of rows of the client. `len(loader)` is the number of batches. If the rows of
     a batch influence each other, a last batch of one row is merged into the batch before it, as in `Train`.
     """
 
-    def __init__(self, lanes: ClientBatch, k: int, batch: int | None, key: Key, joins: bool = False) -> None:
+    def __init__(self, lanes: ClientBatch, k: int, batch: int | None, key: Key, task: Task) -> None:
         self._lanes = ClientBatch(
             lanes.clients,
             lanes.ids[k : k + 1],
@@ -125,11 +128,12 @@ class Loader:
             key=None if lanes.key is None else lanes.key.select(slice(k, k + 1)),
         )
         self._key, self._passes, self.rows = key, 0, lanes.sizes[k]
-        count = int(lengths_of(torch.tensor(self.rows), batch, joins)[0])
+        count = int(lengths_of(torch.tensor(self.rows), batch, task.couples)[0])
         full = [min(batch or self.rows, self.rows)] * (count - 1)
         self._lengths = [*full, self.rows - sum(full)]
         self.batch_size = batch or self.rows
-        self.dataset = ClientDataset(self._lanes)
+        self._inputs = task.inputs
+        self.dataset = ClientDataset(self._lanes, task.inputs)
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_DATALOADER:
@@ -143,12 +147,12 @@ class Loader:
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         order = self._key.fold(self._passes).permutation(self.rows)[None]
         self._passes += 1
         for piece in order.split(self._lengths, 1):
             x, y, _ = self._lanes.take(self._lanes.places(piece), (piece.shape[1],))
-            yield x[0], y[0]
+            yield self._inputs(x[0]), y[0]
 
 
 @dataclass(frozen=True, repr=False)
@@ -270,7 +274,7 @@ class Custom(Local):
         mine = {n: t[k].clone() for n, t in memory.items()}
         ctx = Context(broadcast.round, int(lanes.ids[k]), device, generator, mine, self.lr)
         with user_scope(key.fold("custom")):
-            loader = Loader(lanes, k, self.batch, key.fold("order"), task.couples)
+            loader = Loader(lanes, k, self.batch, key.fold("order"), task)
             metrics = self.fn(module, loader, ctx)
         rows, sums = float(lanes.sizes[k]), {"rows": float(lanes.sizes[k])}
         for name, value in self._metrics(metrics).items():
