@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.data import ArrayRows, Clients, Rows
-from atoll.data.fields import pack
+from atoll.data.fields import pack_fields
 from atoll.plan.codec.stage import Codec
 
 
@@ -81,7 +81,7 @@ class Masked(nn.Module):
 def masked(data: Clients) -> Clients:
     """The same clients, with a mask of the negative numbers as a second tensor of each row."""
     x, y = data.rows.take(torch.arange(len(data.rows)))
-    words, fields = pack({"values": x, "mask": x < 0}, 1)
+    words, fields = pack_fields({"values": x, "mask": x < 0}, 1)
     return replace(data, rows=ArrayRows(words, y, fields=fields), features=tuple(words.shape[1:]))
 
 

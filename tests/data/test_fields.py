@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 import atoll
 from atoll.base.errors import UsageError
 from atoll.base.random import Key, user_scope
-from atoll.data.fields import pack, unpack
+from atoll.data.fields import pack_fields, unpack_fields
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, TopK
 from atoll.plan.local import Custom, Train
@@ -204,8 +204,8 @@ def test_packing_keeps_all_bits(axes):
         "long": torch.rand(*lead, 1, 2, generator=draw, dtype=torch.float64),
         "none": torch.zeros(*lead, 0),
     }
-    words, fields = pack(x, axes)
-    back = unpack(words[1:], fields)  # the words of 64-bit numbers begin at odd places
+    words, fields = pack_fields(x, axes)
+    back = unpack_fields(words[1:], fields)  # the words of 64-bit numbers begin at odd places
     assert sum(f.words for f in fields) == words.shape[-1] == 6 + 2 + 1 + 2 + 4
     for name, t in x.items():
         assert torch.equal(back[name], t[1:].float() / 255 if name == "byte" else t[1:])

@@ -42,7 +42,7 @@ from atoll.compute.model_state import Batch, GradientResult, Model
 from atoll.compute.overrides import KeyedDropout, VmapOverrides, may_drop
 from atoll.compute.step_rule import StepRule
 from atoll.compute.user_code import Findings, known
-from atoll.data.fields import Field, unpack
+from atoll.data.fields import RowField, unpack_fields
 
 _ALL_EVALUATING = "All layers of the model came in evaluation mode. It trains in training mode."
 OnRows = Callable[[Any, Tensor, Mapping[str, Tensor | Counts]], None]  # output and targets of rows, and their scores
@@ -87,7 +87,7 @@ class Task:
     derived: tuple[str, ...] = ()
     lengths: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    fields: tuple[Field, ...] = ()
+    fields: tuple[RowField, ...] = ()
 
     @classmethod
     def of(
@@ -134,7 +134,7 @@ class Task:
             notes=() if any(modes) else (_ALL_EVALUATING,),
         )
 
-    def with_fields(self, fields: tuple[Field, ...]) -> Task:
+    def with_fields(self, fields: tuple[RowField, ...]) -> Task:
         """The task for rows of these tensors.
 
         Raises:
@@ -158,7 +158,7 @@ class Task:
 
     def inputs(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         """Rows `[..., *features]` as the model takes them: the dict of their tensors, if a row has several."""
-        return unpack(x, self.fields, self.layout.dtype) if self.fields else x
+        return unpack_fields(x, self.fields, self.layout.dtype) if self.fields else x
 
     @cached_property
     def device(self) -> torch.device:

@@ -22,7 +22,7 @@ from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments, plain_number
 from atoll.data.cells import name_of
 from atoll.data.clients import Clients
-from atoll.data.fields import Packed, check_names, check_same, check_tuple, pack
+from atoll.data.fields import PackedRows, check_names, check_same_fields, check_tuple, pack_fields
 from atoll.data.held_out import HeldOut
 from atoll.data.partition import ByColumn
 from atoll.data.rows import (
@@ -197,7 +197,7 @@ def _features(x: Any, subject: str, missing: str | None = None) -> Tensor | Arra
     return tensor
 
 
-def _read(x: Any, subject: str, missing: str | None = None) -> Packed:
+def _read(x: Any, subject: str, missing: str | None = None) -> PackedRows:
     """Convert x to a tensor, or to the words of several tensors.
 
     Args:
@@ -205,12 +205,12 @@ def _read(x: Any, subject: str, missing: str | None = None) -> Packed:
         subject: their name in errors.
         missing: as for `_features`.
     """
-    if isinstance(x, Packed):
+    if isinstance(x, PackedRows):
         return x
     if not isinstance(x, Mapping):
         if isinstance(x, tuple):
             check_tuple(x, subject, 2)
-        return Packed(_features(x, subject, missing), ())
+        return PackedRows(_features(x, subject, missing), ())
     check_names(x, subject)
     if missing is not None:
         raise UsageError(
@@ -223,7 +223,7 @@ def _read(x: Any, subject: str, missing: str | None = None) -> Packed:
     first = next(iter(parts))
     for name, part in parts.items():
         _same_length(part, parts[first], f"{subject}[{name!r}]", f"{subject}[{first!r}]")
-    return pack(parts, 1)
+    return pack_fields(parts, 1)
 
 
 def _field(x: Any, subject: str) -> Tensor:
@@ -527,7 +527,7 @@ def arrays(
     if test is not None:
         test_x, test_y, *rest = test
         test_words, test_fields = _read(test_x, "the test x", missing)
-        check_same(test_fields, fields, "A test row", "row 0")
+        check_same_fields(test_fields, fields, "A test row", "row 0")
         x_rows = _flat_bytes(test_words)[0]
         test_rows = ArrayRows(x_rows, _encode_like(test_y, targets, "the test y"), real, test_fields)
         _same_length(test_rows.x, test_rows.y, "the test x", "the test y")
@@ -656,7 +656,7 @@ def _in_place(
     x, y = _first(rows)
     kind, notes = _kind(task, y.is_floating_point(), f"targets of {y.dtype}")
     if test is not None:
-        check_same(fields_of(test), fields_of(rows), "Row 0 of the test set", "row 0")
+        check_same_fields(fields_of(test), fields_of(rows), "Row 0 of the test set", "row 0")
         _same_features(_first(test)[0], x, "the test set")
     fixed, classes = classes, None
     if kind == "labels":
@@ -801,7 +801,7 @@ def _of_parts(
     rows = [_rows(part, pair, task, subject) for subject, part, pair in zip(subjects, parts, known, strict=True)]
     firsts = [_first(part)[0] for part in rows]
     for subject, part in zip(subjects, rows, strict=True):
-        check_same(fields_of(part), fields_of(rows[0]), f"A row of {subject}", f"a row of {subjects[0]}")
+        check_same_fields(fields_of(part), fields_of(rows[0]), f"A row of {subject}", f"a row of {subjects[0]}")
     _check_same_features(subjects, firsts)
     joined, notes = _joined(subjects, firsts)
     tests = None if test is None else _rows(test, test_pair, task, "the test set")
@@ -811,7 +811,7 @@ def _of_parts(
 
 def _mapped(x: Any) -> bool:
     """Whether features are in a file, which is not copied into memory."""
-    return isinstance(x.words if isinstance(x, Packed) else x, np.memmap)
+    return isinstance(x.words if isinstance(x, PackedRows) else x, np.memmap)
 
 
 def _check_same_features(subjects: Sequence[str], xs: Sequence[Tensor | Array]) -> None:
@@ -831,7 +831,7 @@ def _one_array(
     read = [_read(x, f"x of {subject}") for subject, (x, _) in zip(subjects, pairs, strict=True)]
     fields = read[0].fields
     for subject, part in zip(subjects, read, strict=True):
-        check_same(part.fields, fields, f"A row of {subject}", f"a row of {subjects[0]}")
+        check_same_fields(part.fields, fields, f"A row of {subject}", f"a row of {subjects[0]}")
     taken = [_flat_bytes(part.words) for part in read]
     xs = [torch.as_tensor(x) for x, _ in taken]
     joined, notes = _joined(subjects, xs)
@@ -849,7 +849,7 @@ def _one_array(
         cause = str(error).rstrip(".")
         raise UsageError(f"The y of the clients cannot be joined: {cause}.", "y of one kind and shape.") from None
     targets = _Leveled(joined_y, levels.pop() if len(levels) == 1 else None)
-    whole = Packed(torch.cat(xs), fields) if fields else torch.cat(xs)
+    whole = PackedRows(torch.cat(xs), fields) if fields else torch.cat(xs)
     source = arrays(whole, targets, task=task, classes=classes, test=test, name=name)
     return replace(source, notes=(*source.notes, *notes)), list(map(len, xs))
 

@@ -23,7 +23,7 @@ from atoll.base.errors import ClientError, UsageError, unknown_name
 from atoll.base.lines import Split
 from atoll.base.random import Key
 from atoll.base.validation import plain_number
-from atoll.data.fields import Field, unpack
+from atoll.data.fields import RowField, unpack_fields
 from atoll.data.input import Input, InputTarget
 from atoll.data.measure import effective_clients, label_divergence, size_gini
 from atoll.data.rows import ConcatRows, Rows, fields_of, intensities, on_device, pieces
@@ -180,7 +180,7 @@ class Clients:
         return self.order[start:end]
 
     @cached_property
-    def fields(self) -> tuple[Field, ...]:
+    def fields(self) -> tuple[RowField, ...]:
         """The tensors of a row, if a row is a dict of tensors; else empty."""
         return fields_of(self.rows)
 
@@ -196,7 +196,7 @@ class Clients:
             RunError: a row read from outside memory contains NaN or infinity.
         """
         x, y = self.rows.take(rows)
-        return (unpack(x, self.fields) if self.fields else x), y
+        return (unpack_fields(x, self.fields) if self.fields else x), y
 
     def on(self, device: torch.device, room: float) -> Clients:
         """Move the rows to a device if they are in memory and need at most `room` bytes; else return `self`.

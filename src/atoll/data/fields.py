@@ -24,7 +24,7 @@ _WORD = 4  # bytes
 
 
 @dataclass(frozen=True)
-class Field:
+class RowField:
     """One named tensor of a row.
 
     Args:
@@ -51,11 +51,11 @@ class Field:
         return f"{self.name} {str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
 
-class Packed(NamedTuple):
+class PackedRows(NamedTuple):
     """Rows of several tensors: the words `[..., words]`, a tensor or an array, and the fields in the order of names."""
 
     words: Any
-    fields: tuple[Field, ...]
+    fields: tuple[RowField, ...]
 
     @property
     def shape(self) -> torch.Size:
@@ -73,29 +73,29 @@ def as_stored(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() else x.long()
 
 
-def pack(tensors: Mapping[str, Tensor], axes: int) -> Packed:
+def pack_fields(tensors: Mapping[str, Tensor], axes: int) -> PackedRows:
     """Pack named tensors into words.
 
     Args:
         tensors: `[*leading, *shape]` for each name, with equal leading axes.
         axes: the number of leading axes.
     Example:
-        >>> words, fields = pack({"b": torch.tensor([[1, 2]]), "a": torch.tensor([0.5])}, 1)
+        >>> words, fields = pack_fields({"b": torch.tensor([[1, 2]]), "a": torch.tensor([0.5])}, 1)
         >>> words.dtype, words.shape, [str(field) for field in fields]
         (torch.int32, torch.Size([1, 5]), ['a float32 []', 'b int64 [2]'])
     """
     fields, parts = [], []
     for name in sorted(tensors):
         t = as_stored(tensors[name])
-        field = Field(name, t.dtype, tuple(t.shape[axes:]))
+        field = RowField(name, t.dtype, tuple(t.shape[axes:]))
         flat = t.reshape((*t.shape[:axes], field.numel)).contiguous().view(torch.uint8)
         padding = field.words * _WORD - flat.shape[-1]
         parts.append(torch.nn.functional.pad(flat, (0, padding)) if padding else flat)
         fields.append(field)
-    return Packed(torch.cat(parts, -1).view(torch.int32), tuple(fields))
+    return PackedRows(torch.cat(parts, -1).view(torch.int32), tuple(fields))
 
 
-def unpack(words: Tensor, fields: Sequence[Field], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def unpack_fields(words: Tensor, fields: Sequence[RowField], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The fields of rows as a model takes them.
 
     Intensities become floats in [0, 1]. Token ids are int64, and masks bool.
@@ -105,8 +105,8 @@ def unpack(words: Tensor, fields: Sequence[Field], dtype: torch.dtype | None = N
         fields: of the rows.
         dtype: of all floats; None: as stored.
     Example:
-        >>> words, fields = pack({"ids": torch.tensor([[1, 2]]), "age": torch.tensor([0.5])}, 1)
-        >>> unpack(words, fields, torch.float64)
+        >>> words, fields = pack_fields({"ids": torch.tensor([[1, 2]]), "age": torch.tensor([0.5])}, 1)
+        >>> unpack_fields(words, fields, torch.float64)
         {'age': tensor([0.5000], dtype=torch.float64), 'ids': tensor([[1, 2]])}
     """
     out, start = {}, 0
@@ -161,7 +161,7 @@ def check_tuple(x: Any, subject: str, axes: int) -> None:
     )
 
 
-def check_same(given: Sequence[Field], first: Sequence[Field], subject: str, other: str) -> None:
+def check_same_fields(given: Sequence[RowField], first: Sequence[RowField], subject: str, other: str) -> None:
     """Refuse rows with other fields than those of other rows.
 
     Raises:

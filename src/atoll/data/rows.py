@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from atoll.base.errors import ClientError, RunError, UsageError
 from atoll.base.random import GeneratorWatch, Key, mixed, reseed, user_scope
-from atoll.data.fields import Field, Packed, as_stored, check_names, check_same, check_tuple, pack
+from atoll.data.fields import PackedRows, RowField, as_stored, check_names, check_same_fields, check_tuple, pack_fields
 
 Array = npt.NDArray[Any]
 IGNORED = -100  # the label of a place that neither loss nor accuracy counts, as in torch's cross-entropy
@@ -196,7 +196,7 @@ class ArrayRows:
     x: Tensor | Array
     y: Tensor | Array
     real: bool = False
-    fields: tuple[Field, ...] = ()
+    fields: tuple[RowField, ...] = ()
 
     def __len__(self) -> int:
         return len(self.x)
@@ -216,7 +216,7 @@ class ArrayRows:
         return answers(y, self.real)
 
 
-def pair(item: Any, row: int) -> tuple[Tensor | Packed, Tensor]:
+def pair(item: Any, row: int) -> tuple[Tensor | PackedRows, Tensor]:
     """Return one item of a Dataset as (x, y); x is packed if it is a dict of tensors.
 
     Raises:
@@ -238,7 +238,7 @@ def pair(item: Any, row: int) -> tuple[Tensor | Packed, Tensor]:
     tensors = {name: _tensor(part, row, kinds) for name, part in x.items()}
     for name, tensor in tensors.items():
         _checked(as_stored(tensor)[None], torch.tensor([row]), f"values of {name!r}")
-    return pack(tensors, 0), _tensor(y, row, kinds)
+    return pack_fields(tensors, 0), _tensor(y, row, kinds)
 
 
 def _tensor(part: Any, row: int, kinds: str) -> Tensor:
@@ -264,10 +264,10 @@ def _tensor(part: Any, row: int, kinds: str) -> Tensor:
     return tensor.detach()
 
 
-def _check_like_first(part: Tensor | Packed, first: Tensor | Packed, row: int) -> None:
-    if isinstance(part, Packed) or isinstance(first, Packed):
-        ours, theirs = (p.fields if isinstance(p, Packed) else () for p in (part, first))
-        check_same(ours, theirs, f"Row {row} of the dataset", "row 0")
+def _check_like_first(part: Tensor | PackedRows, first: Tensor | PackedRows, row: int) -> None:
+    if isinstance(part, PackedRows) or isinstance(first, PackedRows):
+        ours, theirs = (p.fields if isinstance(p, PackedRows) else () for p in (part, first))
+        check_same_fields(ours, theirs, f"Row {row} of the dataset", "row 0")
         return
     if (part.shape, part.dtype) != (first.shape, first.dtype):
         raise UsageError(
@@ -301,7 +301,7 @@ class DatasetRows:
         return len(self.dataset)  # type: ignore[arg-type]
 
     @cached_property
-    def first(self) -> tuple[Tensor | Packed, Tensor]:
+    def first(self) -> tuple[Tensor | PackedRows, Tensor]:
         """Row 0. All rows must have its shapes and dtypes."""
         return self._observed[0]
 
@@ -316,7 +316,7 @@ class DatasetRows:
             return False
 
     @cached_property
-    def _observed(self) -> tuple[tuple[Tensor | Packed, Tensor], bool]:
+    def _observed(self) -> tuple[tuple[Tensor | PackedRows, Tensor], bool]:
         """Row 0, and whether reading it drew."""
         with user_scope(Key(0)):
             reseed(mixed(self.word, 0))
@@ -335,13 +335,13 @@ class DatasetRows:
         """The scope of some readings: generators are restored at its end if rows draw."""
         return user_scope(Key(0)) if self.draws and not self.inside else contextlib.nullcontext()
 
-    def _item(self, row: int) -> tuple[Tensor | Packed, Tensor]:
+    def _item(self, row: int) -> tuple[Tensor | PackedRows, Tensor]:
         """Read one row inside `_scope`, with its own draws."""
         if self.draws:
             reseed(mixed(self.word, row))
         return self._read(row)
 
-    def _read(self, row: int) -> tuple[Tensor | Packed, Tensor]:
+    def _read(self, row: int) -> tuple[Tensor | PackedRows, Tensor]:
         """Read one row.
 
         Raises:
@@ -359,7 +359,7 @@ class DatasetRows:
             ) from error
         return pair(item, row)
 
-    def _like(self, item: tuple[Tensor | Packed, Tensor]) -> tuple[Tensor | Packed, Tensor]:
+    def _like(self, item: tuple[Tensor | PackedRows, Tensor]) -> tuple[Tensor | PackedRows, Tensor]:
         """The row whose shapes and dtypes a batch must have: row 0, or the batch's own row if row 0 is unreadable."""
         try:
             return self.first
@@ -370,7 +370,7 @@ class DatasetRows:
         flat = index.reshape(-1)
         xs: list[Tensor] = []
         ys: list[Tensor] = []
-        like: tuple[Tensor | Packed, Tensor] | None = None
+        like: tuple[Tensor | PackedRows, Tensor] | None = None
         with self._scope():
             for row in flat.tolist():
                 item = self._item(row)
@@ -383,7 +383,7 @@ class DatasetRows:
             torch.stack(parts) if parts else _words(first)[None][:0]
             for parts, first in zip((xs, ys), like, strict=True)
         )
-        x = x if isinstance(like[0], Packed) else _checked(numbers(x), flat, "features")
+        x = x if isinstance(like[0], PackedRows) else _checked(numbers(x), flat, "features")
         y = _checked(answers(y, self.real), flat, "targets")
         self._check_unchanged(_labelled(y, flat, self.real), flat)
         return _shaped(x, index), _shaped(y, index)
@@ -454,12 +454,12 @@ class DatasetRows:
         )
 
 
-def _words(part: Tensor | Packed) -> Tensor:
-    words: Tensor = part.words if isinstance(part, Packed) else part
+def _words(part: Tensor | PackedRows) -> Tensor:
+    words: Tensor = part.words if isinstance(part, PackedRows) else part
     return words
 
 
-def fields_of(rows: Any) -> tuple[Field, ...]:
+def fields_of(rows: Any) -> tuple[RowField, ...]:
     """The tensors of a row, if rows are dicts of tensors; else empty.
 
     Example:
@@ -471,7 +471,7 @@ def fields_of(rows: Any) -> tuple[Field, ...]:
             return rows.fields
         case DatasetRows():
             with contextlib.suppress(ClientError):  # row 0 is unreadable
-                return rows.first[0].fields if isinstance(rows.first[0], Packed) else ()
+                return rows.first[0].fields if isinstance(rows.first[0], PackedRows) else ()
             return ()
         case ConcatRows():
             return next((fields for fields in map(fields_of, rows.parts) if fields), ())
@@ -757,7 +757,7 @@ def _with_tensors(rows: Any, tensors: dict[int, Tensor]) -> Any:
     return replace(rows, parts=tuple(_with_tensors(part, tensors) for part in rows.parts))
 
 
-def spill(stream: Iterable[Any]) -> tuple[Array | Packed, Array]:
+def spill(stream: Iterable[Any]) -> tuple[Array | PackedRows, Array]:
     """Write a stream of (x, y) to two temporary files and memory-map them; the files vanish with the arrays.
 
     Args:
@@ -771,10 +771,12 @@ def spill(stream: Iterable[Any]) -> tuple[Array | Packed, Array]:
         ([[0, 0], [1, 1], [2, 2]], [0, 1, 0])
     """
     with tempfile.TemporaryFile() as xs, tempfile.TemporaryFile() as ys:
-        first: tuple[Tensor | Packed, ...] = ()
+        first: tuple[Tensor | PackedRows, ...] = ()
         count = 0
         for count, item in enumerate(stream, 1):
-            row = [p if isinstance(p, Packed) or p.dtype == torch.uint8 else numbers(p) for p in pair(item, count - 1)]
+            row = [
+                p if isinstance(p, PackedRows) or p.dtype == torch.uint8 else numbers(p) for p in pair(item, count - 1)
+            ]
             first = first or tuple(row)
             for part, like, file in zip(row, first, (xs, ys), strict=True):
                 _check_like_first(part, like, count - 1)
@@ -786,4 +788,4 @@ def spill(stream: Iterable[Any]) -> tuple[Array | Packed, Array]:
             file.flush()
             mapped.append(np.memmap(file, _words(like).numpy().dtype, "r", shape=(count, *like.shape)))
     x = first[0]
-    return Packed(mapped[0], x.fields) if isinstance(x, Packed) else mapped[0], mapped[1]
+    return PackedRows(mapped[0], x.fields) if isinstance(x, PackedRows) else mapped[0], mapped[1]
