@@ -279,3 +279,9 @@ def test_a_predictor_names_the_tensors(tmp_path):
 def run_inputs():
     x = {n: torch.from_numpy(t) for n, t in two().items()}
     return {**x, "image": x["image"].float() / 255}
+
+
+def test_a_model_of_another_width_is_refused_with_the_tensors():
+    with pytest.raises(UsageError, match="in_features=10, and its input has shape") as caught:
+        trained(DOORS["arrays"]({**two(), "image": np.zeros((38, 3, 3), np.uint8)}), Two)
+    assert "mask bool [6]" in str(caught.value)
