@@ -58,6 +58,7 @@ for name, help in (
     ("join", "Take part in a federation."),
     ("status", "Show the clients and the open round of a server, or the state of a site."),
     ("verify", "Check the audit chain and all committed rounds of a server."),
+    ("approve", "Approve the plan that waits at a site whose policy asks."),
     ("revoke", "End the certificates and invitations of a client."),
 ):
     where = "join_command" if name == "join" else name

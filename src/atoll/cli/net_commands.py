@@ -212,6 +212,9 @@ def join_command(
     part: Annotated[list[str] | None, flag(RUNNING, "NAME=module:Class: a part, loss or metric of the site.")] = None,
     once: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
         help="End with the run.")] = False,
+    policy: Annotated[str | None, flag(RUNNING, "A TOML file with the limits of this site. It is never sent.")] = None,
+    check: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
+        help="Check the data, the policy and the connection, and compute one gradient. Send nothing of it.")] = False,
     as_json: Lines = False,
 ) -> int:  # fmt: skip
     """Take part in a federation. The token is needed only the first time; - reads it from stdin.
@@ -222,6 +225,7 @@ def join_command(
         The token of `atoll invite`.
     """
     from atoll.net.join import join_federation
+    from atoll.net.policy import Policy
     from atoll.net.spec import check_extra
 
     check_extra()
@@ -230,8 +234,19 @@ def join_command(
         raise UsageError(f"Unknown option: {token}.", required, write="atoll join --help")
     text = sys.stdin.readline().strip() if token == "-" else token
     own = _mapped([*(model_as or []), *(part or [])])
+    limits = Policy() if policy is None else Policy.read(Path(policy))
     return join_federation(
-        text, Path(home), data, seat=seat, by=by, device=device, own=own, once=once, notify=Printer(as_json)
+        text,
+        Path(home),
+        data,
+        seat=seat,
+        by=by,
+        device=device,
+        own=own,
+        once=once,
+        policy=limits,
+        check=check,
+        notify=Printer(as_json),
     )
 
 
@@ -246,6 +261,19 @@ def _mapped(texts: list[str]) -> dict[str, Any]:
             raise UsageError(f"{text!r}.", "NAME=module:function.", write="--model-as net=my_site:net")
         out[name] = models.factory(where)
     return out
+
+
+def approve(*, home: Home, as_json: Lines = False) -> int:
+    """Approve the plan that waits at a site whose policy has ask = true."""
+    from atoll.cli import output
+    from atoll.net.policy import approve as approve_plan
+
+    found = approve_plan(Path(home))
+    if as_json:
+        output.print_json(found)
+    else:
+        print(f"Approved for {found['run']}: {found['plan']}")
+    return 0
 
 
 def revoke(name: str, /, *, home: Home, as_json: Lines = False) -> int:

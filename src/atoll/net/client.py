@@ -27,12 +27,15 @@ from cryptography import x509
 
 from atoll.base.errors import RunError, UsageError
 from atoll.base.files import atomic_write
+from atoll.data.input import Input
 from atoll.net import identity, wire
+from atoll.net.policy import is_approved
 from atoll.net.site import Prepared, Site
-from atoll.net.terms import MAX_TERMS, RefusedError
+from atoll.net.terms import MAX_TERMS, RefusedError, Terms
 
 PING_S = 20.0
 PROGRESS_S = 5.0
+_LOOK_S = 60.0  # between two looks at the clock of a site that its policy keeps away
 Notify = Callable[[Mapping[str, Any]], None]
 
 
@@ -195,8 +198,8 @@ class Client:
         once: whether the client ends with the run.
     """
 
-    def __init__(self, member: Membership, site: Site, notify: Notify, once: bool = False) -> None:
-        self.member, self.site, self.notify, self.once = member, site, notify, once
+    def __init__(self, member: Membership, site: Site, notify: Notify, once: bool = False, check: bool = False) -> None:
+        self.member, self.site, self.notify, self.once, self.check = member, site, notify, once, check
         self._pool = ThreadPoolExecutor(1, "atoll-site")
         self._tries = Tries()
         self._terms: tuple[bytes, bytes] | None = None
@@ -208,6 +211,11 @@ class Client:
         """Work until the run is over or the server refuses this client. Connections are made again without end."""
         try:
             while True:
+                away = None if self.check else self.site.absence()
+                if away is not None:
+                    self.notify({"event": "absent", "code": away[0], "seconds": away[1]})
+                    await pause(min(away[1], _LOOK_S))
+                    continue
                 for address in self.member.addresses:
                     try:
                         await self._connected(address)
@@ -343,6 +351,8 @@ class _Channel:
         facts = {"client": message.client, "federation": message.federation, "run": message.run}
         self.notify({"event": "joined", **facts})
         if message.run is None or message.input is None:
+            if self.client.check:
+                raise Ended("done", "no run is open")
             return
         if self.client._terms is None or self.client._terms[0] != message.input.hash:
             self.client._terms = message.input.hash, await self._blob(message.input, MAX_TERMS)
@@ -350,8 +360,13 @@ class _Channel:
             enter = self.site.enter
             rows = await self.client.compute(enter, message.client, message.run, self.client._terms[1], message.seat)
         except RefusedError as error:
+            if self.client.check:
+                raise
             await self._refuse(None, error)
             return
+        if self.client.check:
+            self.notify({"event": "check", **await self.client.compute(self.site.try_step)})
+            raise Ended("done", "checked")
         await self._send(wire.Ready(message.input.hash, *rows))
 
     async def _refuse(self, work: bytes | None, error: RefusedError) -> None:
@@ -362,6 +377,12 @@ class _Channel:
     async def _work(self, work: wire.Work) -> None:
         """Compute a piece of work and send the result."""
         member, client = self.client.member, self.client
+        away = self.site.absence()
+        if away is not None:
+            await self._send(wire.Leave(away[0]))
+            raise aiohttp.ClientConnectionError(f"the policy of the site: {away[0]}")
+        if not await self._approved(work):
+            return
         if self._run is not None and work.round < member.rounds.get(self._run, 0):
             raise RunError(
                 f"Round {work.round} of {self._run}; this site has computed round {member.rounds[self._run]}.",
@@ -396,6 +417,20 @@ class _Channel:
         else:
             await self._send(wire.Sent(one.work, lease, one.after, len(one.body), wire.digest(one.body)))
             await self._put(one)
+
+    async def _approved(self, work: wire.Work) -> bool:
+        """Wait until a person has approved the plan, if the policy asks. False: the server withdrew the work."""
+        noted = 0.0
+        while self.site.policy.ask and not is_approved(self.client.member.home, self._run or "", work):
+            if work.work in self.client._dropped:
+                self.client._dropped.discard(work.work)
+                return False
+            if time.monotonic() - noted >= PROGRESS_S:
+                noted = time.monotonic()
+                self.notify({"event": "asked", "run": self._run, "plan": work.plan})
+                await self._send(wire.Progress(work.work, 0))  # the site is there, and a person decides
+            await pause(1.0)
+        return True
 
     def _noted(self, work: wire.Work, one: Prepared) -> None:
         """Record the message and the round, before the message is sent."""
@@ -466,11 +501,15 @@ def own_versions() -> wire.Versions:
 
 
 def _keep_model(home: Path, run: str, data: bytes, terms: tuple[bytes, bytes] | None) -> None:
-    """Write the final model and the terms of its run into the home."""
+    """Write the final model into the home, with the files that `atoll predict` reads."""
     folder = home / "runs" / run
     folder.mkdir(parents=True, exist_ok=True)
     if terms is not None:
-        atomic_write(folder / "terms.json", terms[1])
+        known = Terms.decode(terms[1])
+        facts = {"model": known.model, "loss": known.loss, "metrics": list(known.metrics), "dtype": known.dtype}
+        text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in facts.items())
+        atomic_write(folder / "config.toml", text.encode())
+        atomic_write(folder / "input.json", Input.decode(known.input.encode(), "The input of the run").encode())
     atomic_write(folder / "model.safetensors", data)
 
 

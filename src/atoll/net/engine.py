@@ -107,6 +107,7 @@ class ServerEngine(Engine):
         self._fold: Fold | None = None
         self._drained = False
         self._held: dict[int, int] = {}
+        self._refusing: dict[int, str] = {}  # the plan that the policy of a client has refused
         self._asked: dict[bytes, tuple[int, MessageForm]] = {}  # works outside the rounds
         self._answers: dict[int, Tensors] = {}
         self.awaited: tuple[int, ...] = ()
@@ -139,7 +140,7 @@ class ServerEngine(Engine):
         """Listen for clients. The run begins with `begin`."""
         self.task = task
         database, spec = self.home.database, self.spec
-        share = spec.held_out, spec.min_rows, spec.seed
+        share = spec.held_out, spec.min_rows, spec.seed, spec.clients or spec.min_clients
         self._terms = Terms.of(task, Schema.of(data), self._options.model, *share).encode()
         epoch = database.begin_epoch(int(time.time()))
         open_run = spec.clients is None
@@ -246,7 +247,7 @@ class ServerEngine(Engine):
             self._plan = plan, plan_text(plan), MessageForm.of(plan, self.task)
         self._fold = fold = Fold(plan, state.round, keep)
         self._state, self._key = state, key
-        away = None if self.spec.clients is not None else lambda client: client not in self._present
+        away = None if self.spec.clients is not None else self._is_away
         loop = ArrivalLoop(plan, state, self.population, cohort, self._send, self._receive, time.monotonic, away)
         try:
             flown = loop.run()
@@ -257,6 +258,10 @@ class ServerEngine(Engine):
         self._versions = {v: known for v, known in self._versions.items() if v in state.versions or v == state.round}
         self.net.keep_blobs({known.hash for known in self._versions.values()} | {wire.digest(self._terms)})
         return gathered(plan, state, flown, fold.results, ChunkLimit(), keep)
+
+    def _is_away(self, client: int) -> bool:
+        """Whether a client of an open run cannot start now: it is absent, or its policy has refused this plan."""
+        return client not in self._present or self._refusing.get(client) == required(self._plan, "plan")[1]
 
     @property
     def judges(self) -> bool:
@@ -529,6 +534,10 @@ class ServerEngine(Engine):
                 "a plan that the policy of every site allows.",
                 "the run is closed, so it cannot go on without this client.",
             )
+        if code.startswith("policy-"):
+            self._refusing[client] = sent.work.plan
+            self._landed.append(Landed(flight.number, "policy", f"{code}: {reason}"))
+            return
         stage = {"failed": "local", "length": "check", "revoked": "identity"}.get(code, "site")
         self._fold.fail(client, flight.version, stage, reason if code == "failed" else f"{code}: {reason}")
         if code == "failed":

@@ -27,6 +27,7 @@ from atoll.data.schema import Schema
 from atoll.data.site_rows import site_rows
 from atoll.net import identity, wire
 from atoll.net.client import Client, Ended, Membership, Notify, enrol, pause
+from atoll.net.policy import Policy
 from atoll.net.site import Loader, MemoryChain, Site
 from atoll.net.store import claim_home
 from atoll.net.terms import Own, RefusedError, Terms
@@ -45,6 +46,8 @@ def join_federation(
     device: str = "cpu",
     own: Own | None = None,
     once: bool = False,
+    policy: Policy = Policy(),
+    check: bool = False,
     notify: Notify = lambda facts: None,
 ) -> int:
     """Take part in a federation until the run is over.
@@ -58,6 +61,8 @@ def join_federation(
         device: the device of the site.
         own: the site's own code by name.
         once: whether to end with the run.
+        policy: the limits of the site.
+        check: whether to try everything and send no message of a work.
         notify: receives the events of the client.
     Returns:
         The exit code: 0 the run is done, 1 it failed, 2 the server refuses this client.
@@ -69,20 +74,30 @@ def join_federation(
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = claim_home(home)
     try:
-        return asyncio.run(_join(token, home, loader, device, own or {}, once, notify))
+        return asyncio.run(_join(token, home, loader, device, own or {}, once, notify, policy, check))
     finally:
         lock.close()
 
 
-async def _join(token: str | None, home: Path, load: Loader, device: str, own: Own, once: bool, notify: Notify) -> int:
+async def _join(
+    token: str | None,
+    home: Path,
+    load: Loader,
+    device: str,
+    own: Own,
+    once: bool,
+    notify: Notify,
+    policy: Policy,
+    check: bool,
+) -> int:
     task = required(asyncio.current_task(), "task")
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         member = await _member(token, home, notify)
-        site = Site(home, load, own, resolve_device(device))
-        ended = await Client(member, site, notify, once).run()
+        site = Site(home, load, own, resolve_device(device), policy)
+        ended = await Client(member, site, notify, once, check).run()
     except asyncio.CancelledError:
         return 130
     finally:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -41,14 +42,18 @@ from atoll.data.clients import Clients
 from atoll.engine.choose_backend import choose
 from atoll.engine.contribution import encode_contribution
 from atoll.engine.inprocess import threads_for
+from atoll.net.policy import Policy
 from atoll.net.terms import Own, RefusedError, Terms, layout_hash, read_plan
-from atoll.net.wire import FrameError, Seat, Work, chain_link, digest, tensor_table, work_id
+from atoll.net.wire import FrameError, LeaveCode, Seat, Work, chain_link, digest, tensor_table, work_id
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Gradient
 from atoll.plan.message import MessageForm
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Ids, Tensors
+from atoll.plan.protocols import Broadcast, Ids, Tensors
 from atoll.plan.state import unpack_broadcast
 
 _COMPUTING = threading.Lock()  # sites in one process share torch's global generators
+_NO_SHARED: Mapping[str, Tensors] = {"local": {}, "codec": {}}
 _LIGHT = 8  # messages that stay in memory if the plan has no client memory
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "I64": torch.int64}
 Loader = Callable[[Terms, Seat | None, int], Clients]
@@ -191,10 +196,17 @@ class Site:
             number in the rows.
         own: the site's own code by name.
         device: the device of the site.
+        policy: the limits of the site.
     """
 
-    def __init__(self, home: Path, load: Loader, own: Own, device: torch.device) -> None:
-        self.home, self._load, self._own, self._device = home, load, own, device
+    def __init__(self, home: Path, load: Loader, own: Own, device: torch.device, policy: Policy = Policy()) -> None:
+        self.home, self._load, self._own, self._device, self.policy = home, load, own, device, policy
+        self._rows_facts: dict[str, str] = {}  # the run, and the fingerprint of the rows
+        self._sent: Counter[str] = Counter()  # bytes by day of UTC
+        if policy.bytes_per_day is not None and (home / "ledger.jsonl").exists():
+            for line in (home / "ledger.jsonl").read_bytes().splitlines():
+                row = json.loads(line)
+                self._sent[row["time"][:10]] += row["bytes"]
         self.chain = MemoryChain.open(home)
         self.client = -1
         self.terms: Terms | None = None
@@ -209,9 +221,10 @@ class Site:
         Raises:
             RefusedError: the site's code or data do not fit the terms.
         """
+        fresh = run != self.chain.run
         self.chain.begin(run)
         found = Terms.decode(terms)
-        if self.terms != found or self.client != client:
+        if fresh or self.terms != found or self.client != client:
             self._task, self._tasks, self._plans = found.task(self._device, self._own), {}, {}
             try:
                 data = self._load(found, seat, client)
@@ -223,11 +236,13 @@ class Site:
             self._check(run, found, data, client)
             self.terms, self.data, self.client = found, data, client
         rows = required(self.data, "data")
-        return int(rows.sizes[client]), 0 if rows.held_out is None else len(rows.held_out)
+        kept = rows.held_out is None or not self.policy.per_client
+        return int(rows.sizes[client]), 0 if kept else len(required(rows.held_out, "held-out rows"))
 
     def _check(self, run: str, terms: Terms, data: Clients, client: int) -> None:
         """Refuse a client with too few rows, and other rows than those with which it began the run."""
         rows, path = int(data.sizes[client]), self.home / "data.json"
+        self.policy.check_run(terms.model, rows)
         if rows < terms.min_rows:
             raise RefusedError("rows", f"The data has {rows} train rows.", f"at least {terms.min_rows}.")
         facts = {"run": run, "fingerprint": data.fingerprint()}
@@ -239,7 +254,13 @@ class Site:
                 "the same rows until the run ends.",
                 "the work of earlier rounds belongs to these rows.",
             )
-        atomic_write(path, json.dumps(facts).encode(), 0o600)
+        self._rows_facts = facts
+
+    def fix_rows(self) -> None:
+        """Record the rows of the run, before the first work."""
+        content, path = json.dumps(self._rows_facts).encode(), self.home / "data.json"
+        if not path.exists() or path.read_bytes() != content:
+            atomic_write(path, content, 0o600)
 
     def compute(self, work: Work, model: bytes, fixed: bytes | None, on_step: OnStep | None = None) -> Prepared:
         """Compute a piece of work, or return the prepared message of the same work.
@@ -256,6 +277,7 @@ class Site:
         if known is not None:
             return known
         try:
+            self.fix_rows()
             with _COMPUTING:
                 return self._computed(work, model, fixed, on_step)
         except RefusedError:
@@ -282,6 +304,7 @@ class Site:
                 "θ is read by name and shape.",
             )
         plan, form, first = self._plan(work.plan)
+        self.policy.check_work(work, plan, terms.clients)
         task = self._prepared_task(work, plan)
         tensors = {**self._tensors(model), **({} if fixed is None else self._tensors(fixed))}
         broadcast = unpack_broadcast(work.version, tensors)
@@ -342,8 +365,35 @@ class Site:
         except (FrameError, SafetensorError) as error:
             raise RefusedError("layout", f"The model version cannot be read: {error}.", "safetensors bytes.") from error
 
+    def absence(self) -> tuple[LeaveCode, float] | None:
+        """Why the policy keeps this site away now, and for how many seconds; None if it does not."""
+        return self.policy.absence(datetime.now().astimezone(), self._sent[datetime.now(UTC).date().isoformat()])
+
+    def try_step(self) -> dict[str, Any]:
+        """Compute one gradient of the first model on the rows of the site, for `atoll join --check`."""
+        terms, data, whole = required(self.terms, "terms"), required(self.data, "data"), required(self._task, "task")
+        plan = _bound(Plan(Gradient(), Mean()), whole.layout)
+        task = choose(whole, data.only(torch.tensor([self.client])), plan, "auto").task
+        ids, model = (
+            Ids(torch.tensor([self.client]), torch.zeros(1, dtype=torch.int64)),
+            Broadcast(0, task.start, _NO_SHARED),
+        )
+        with _COMPUTING, threads_for(task, 1, plan):
+            sent, message, _ = encode_contribution(plan, task, data, model, ids, Key(0), {})
+        body = MessageForm.of(plan, task).to_bytes(message)[0]
+        return {
+            "model": terms.model,
+            "parameters": task.layout.d,
+            "rows": int(data.sizes[self.client]),
+            "held_out": 0 if data.held_out is None else len(data.held_out),
+            "loss": float(sent.sums["loss"][0] / data.sizes[self.client]),
+            "bytes": len(body),
+            "vectors": [*sorted(MessageForm.of(plan, task).head.side), "update"],
+        }
+
     def record(self, work: Work, body: bytes) -> None:
         """Append a message to the ledger, before it is sent."""
+        self._sent[datetime.now(UTC).date().isoformat()] += len(body)
         row = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "run": self.chain.run,

@@ -62,6 +62,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         held_out: the fraction of its rows that a site holds out.
         min_rows: the least number of train rows of a site.
         seed: the seed of the draw of held-out rows, in decimal digits.
+        clients: the clients of a closed run, or the least number of clients of an open run.
     """
 
     schema: str
@@ -74,6 +75,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     held_out: Annotated[float, Meta(ge=0, lt=1)] = 0.2
     min_rows: Annotated[int, Meta(ge=1)] = 2
     seed: Annotated[str, Meta(pattern=r"\A-?[0-9]{1,40}\Z")] = "0"
+    clients: Annotated[int, Meta(ge=1)] = 1
 
     def encode(self) -> bytes:
         """The terms as JSON. Equal terms have equal bytes."""
@@ -93,7 +95,14 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(
-        cls, task: Task, schema: Schema, model: str | None, held_out: float = 0.2, min_rows: int = 2, seed: int = 0
+        cls,
+        task: Task,
+        schema: Schema,
+        model: str | None,
+        held_out: float = 0.2,
+        min_rows: int = 2,
+        seed: int = 0,
+        clients: int = 1,
     ) -> Terms:
         """The terms of a task.
 
@@ -101,7 +110,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             task: the task of the server.
             schema: the schema of the data.
             model: the name of the model; None: it was built from an object.
-            held_out, min_rows, seed: as in the terms.
+            held_out, min_rows, seed, clients: as in the terms.
         Raises:
             UsageError: the model, the loss or a metric has no name.
         """
@@ -118,7 +127,8 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         dtype: Any = str(task.layout.dtype).removeprefix("torch.")
         precision: Any = task.precision
         given = schema.described(dtype).encode().decode()
-        return cls(schema.text(), given, model, loss, metrics, dtype, precision, held_out, min_rows, str(seed))
+        share = held_out, min_rows, str(seed), clients
+        return cls(schema.text(), given, model, loss, metrics, dtype, precision, *share)
 
     def task(self, device: torch.device, own: Own) -> Task:
         """Build the task at a site.

@@ -1,0 +1,137 @@
+"""The policy of a site: each rule has its own code, nothing is computed before an approval, the ledger is complete."""
+
+import json
+import time
+from datetime import UTC, datetime
+
+import pandas
+import pytest
+from net_messages import work
+from sites import Served, experiment, table, write_tables
+
+import atoll
+from atoll.base.errors import RunError, UsageError
+from atoll.data import csv
+from atoll.net.home import ServerHome
+from atoll.net.policy import Policy, approve
+from atoll.net.terms import RefusedError, plan_text
+from atoll.recipes import fedavg
+
+SETTINGS = {"model": "softmax", "recipe": "fedavg(lr=0.5, batch=10)", "numerics": "fused", "report": "false"}
+PLAN = fedavg(0.5, cohort=4)
+
+
+def code_of(policy, clients=10, plan=PLAN, **changes):
+    """The code with which a policy refuses a work; None if it allows it."""
+    try:
+        policy.check_run("softmax", 40)
+        policy.check_work(work(**{"plan": plan_text(plan), **changes}), plan, clients)
+    except RefusedError as error:
+        return error.code
+    return None
+
+
+@pytest.mark.parametrize(
+    ("rules", "changes", "code"),
+    [
+        ({}, {}, None),
+        ({"models": ("mlp",)}, {}, "policy-model"),
+        ({"models": ("softmax",)}, {}, None),
+        ({"min_rows": 41}, {}, "policy-rows"),
+        ({"parts": ("Train", "sgd", "Mean")}, {}, "policy-part"),
+        ({"parts": ("Train", "sgd", "Mean", "Uniform", "constant")}, {}, None),
+        ({"min_cohort": 5}, {}, "policy-cohort"),
+        ({"min_cohort": 4}, {}, None),
+        ({"min_cohort": 4}, {"clients": 3}, "policy-cohort"),
+        ({"min_cohort": 4}, {"plan": fedavg(0.5), "clients": 4}, None),
+        ({"max_rounds": 3}, {"round": 3}, "policy-rounds"),
+        ({"max_rounds": 3}, {"round": 2}, None),
+        ({"per_client": False}, {"kind": "evaluate", "rows": "held"}, "policy-values"),
+        ({"parts": ()}, {"kind": "evaluate", "rows": "held"}, None),
+    ],
+)
+def test_each_rule_has_its_code(rules, changes, code):
+    assert code_of(Policy(**rules), **changes) == code
+
+
+def at(hour, minute=0):
+    return datetime(2026, 5, 4, hour, minute, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("rules", "now", "sent", "away"),
+    [
+        ({}, at(3), 10**12, None),
+        ({"hours": "20:00-06:00"}, at(21), 0, None),
+        ({"hours": "20:00-06:00"}, at(5, 59), 0, None),
+        ({"hours": "20:00-06:00"}, at(6), 0, ("hours", 14 * 3600.0)),
+        ({"hours": "08:00-18:00"}, at(18), 0, ("hours", 14 * 3600.0)),
+        ({"bytes_per_day": 100}, at(23), 99, None),
+        ({"bytes_per_day": 100}, at(23), 100, ("bytes", 3600.0)),
+    ],
+)
+def test_a_site_is_absent_outside_its_hours_and_above_its_bytes(rules, now, sent, away):
+    assert Policy(**rules).absence(now, sent) == away
+
+
+@pytest.mark.parametrize("text", ['hours = "8-18"', "cohort = 3", 'max_rounds = "x"', "min_rows = 0", "models ="])
+def test_a_wrong_policy_file_is_refused(tmp_path, text):
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"policy\.toml"):
+        Policy.read(path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        Policy.read(tmp_path / "none.toml")
+
+
+def test_a_run_with_approval_a_complete_ledger_and_a_model_that_predicts(tmp_path):
+    write_tables(tmp_path)
+    given = csv(tmp_path / "all.csv", target="ill", by="site").split().described()
+    (tmp_path / "input.json").write_bytes(given.encode())
+    it = Served(tmp_path, experiment(**SETTINGS, clients=2, rounds=2), schema=str(tmp_path / "input.json"))
+    it.join("north", tmp_path / "north.csv", policy=Policy(ask=True))
+    it.join("south", tmp_path / "south.csv", policy=Policy(per_client=False))
+    home = tmp_path / "north"
+    for _ in range(600):
+        if (home / "asked.json").exists():
+            break
+        time.sleep(0.05)
+    assert not (home / "ledger.jsonl").exists()  # nothing is computed before the approval
+    assert "Train" in approve(home)["plan"]
+    results = it.wait()
+    assert results["north"] == results["south"] == 0, results
+    run = results["server"]
+    ledgers = {
+        n: [json.loads(r) for r in (tmp_path / n / "ledger.jsonl").read_text().splitlines()]
+        for n in it.events
+        if n != "server"
+    }
+    assert [row["kind"] for row in ledgers["south"]] == ["round"] * 2
+    assert [row["kind"] for row in ledgers["north"]] == ["round", "evaluate"] * 2
+    sent = [row for rows in ledgers.values() for row in rows if row["kind"] == "round"]
+    assert sum(row["bytes"] for row in sent) == run.bytes_up
+    database = ServerHome.open(it.home, serve=False)
+    recent = database.database.recent(run.path.name)
+    database.close()
+    assert {hash.hex() for works in recent.values() for _, hash, _ in works} == {row["sha256"] for row in sent}
+    clients = pandas.read_csv(run.path / "clients.csv")
+    assert list(clients["rows"]) == [6, 0] and clients["accuracy"].isna().tolist() == [False, True]
+    kept = atoll.predictor(home / "runs" / run.path.name)
+    rows = table().drop(columns=["ill", "site"])
+    assert list(kept.predict(rows)) == list(atoll.predictor(run.path).predict(rows))
+
+
+def test_a_check_sends_nothing_and_a_refusal_names_its_rule(tmp_path):
+    write_tables(tmp_path)
+    given = csv(tmp_path / "all.csv", target="ill", by="site").split().described()
+    (tmp_path / "input.json").write_bytes(given.encode())
+    it = Served(tmp_path, experiment(**SETTINGS, clients=1, rounds=2), schema=str(tmp_path / "input.json"))
+    it.join("north", tmp_path / "north.csv", check=True)
+    it._threads[-1].join(60)
+    found = next(facts for facts in it.events["north"] if facts["event"] == "check")
+    assert found["rows"] == 24 and found["held_out"] == 6 and found["vectors"][-1] == "update" and found["bytes"] > 0
+    assert it.results["north"] == 0 and not (tmp_path / "north" / "ledger.jsonl").exists()
+    assert not (tmp_path / "north" / "data.json").exists()  # the site may still correct its table
+    it.join("north", tmp_path / "north.csv", policy=Policy(max_rounds=1))
+    results = it.wait()
+    assert isinstance(results["server"], RunError) and "policy-rounds" in str(results["server"])
