@@ -13,7 +13,7 @@ import atoll
 from atoll.base.errors import RunError, UsageError
 from atoll.data import csv
 from atoll.net.home import ServerHome
-from atoll.net.policy import Policy, approve
+from atoll.net.policy import Policy, approve_plan
 from atoll.net.terms import RefusedError, plan_text
 from atoll.recipes import fedavg
 
@@ -97,7 +97,7 @@ def test_a_run_with_approval_a_complete_ledger_and_a_model_that_predicts(tmp_pat
             break
         time.sleep(0.05)
     assert not (home / "ledger.jsonl").exists()  # nothing is computed before the approval
-    assert "Train" in approve(home)["plan"]
+    assert "Train" in approve_plan(home)["plan"]
     results = it.wait()
     assert results["north"] == results["south"] == 0, results
     run = results["server"]

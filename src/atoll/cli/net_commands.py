@@ -266,7 +266,7 @@ def _mapped(texts: list[str]) -> dict[str, Any]:
 def approve(*, home: Home, as_json: Lines = False) -> int:
     """Approve the plan that waits at a site whose policy has ask = true."""
     from atoll.cli import output
-    from atoll.net.policy import approve as approve_plan
+    from atoll.net.policy import approve_plan
 
     found = approve_plan(Path(home))
     if as_json:

@@ -168,7 +168,7 @@ def is_approved(home: Path, run: str, work: Work) -> bool:
     return False
 
 
-def approve(home: Path) -> dict[str, Any]:
+def approve_plan(home: Path) -> dict[str, Any]:
     """Approve the plan that waits at a site.
 
     Returns:
