@@ -32,7 +32,7 @@ from atoll.engine.workers.shared_memory import SharedBlock, SharedBlocks, block_
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.optimizer.rules import adam, sgd
+from atoll.plan.optimizer.rules import adam, sgd, yogi  # workers import `torch.optim` for adam, and not for yogi
 from atoll.plan.pace import Bounded, Buffered, Sync, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, open_round, step
@@ -103,7 +103,7 @@ def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
 @pytest.mark.parametrize("pace", [Buffered(3), Bounded(2), Sync(over_select=1.5)], ids=repr)
 def test_one_worker_has_the_bits_of_one_process_under_every_pace(pace, alone):
     """One worker computes flights in the order of their starts, as in a simulation with equal durations."""
-    local = Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order"))
+    local = Train(yogi(0.01), steps=2, batch=2, keep=("optimizer", "order"))
     same(Plan(local, Mean(), cohort=4, pace=pace), *alone, rounds=5)
 
 
@@ -252,7 +252,7 @@ def test_memory_goes_on_within_an_open_round(nursery):
     """A client that arrives several times in one round reads the memory of its last arrival."""
     data = classification((6,))
     task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)
-    plan = Plan(Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), pace=Buffered(3))
+    plan = Plan(Train(yogi(0.01), steps=2, batch=2, keep=("optimizer", "order")), Mean(), pace=Buffered(3))
     with ProcessesEngine(task, data, workers=1, nursery=nursery) as engine:
         same(plan, engine, InProcessEngine(task, data))
 
