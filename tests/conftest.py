@@ -1,4 +1,6 @@
-"""Settings of hypothesis for all tests: the same examples on every machine, and no deadline, since some are slow.
+"""Settings for all tests: the examples of hypothesis, and a check of the line to write of each error.
+
+hypothesis takes the same examples on every machine, and has no deadline, since some are slow.
 
 `make test` leaves out slow tests and most examples. HYPOTHESIS_PROFILE=search draws new examples and more of them. Use
 it to search for bugs, not in CI.
@@ -6,9 +8,13 @@ it to search for bugs, not in CI.
 
 import gc
 import os
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from atoll.base.errors import AtollError
+from atoll.base.lines import forms
 
 NO_HURRY = [HealthCheck.too_slow]
 settings.register_profile("same", derandomize=True, deadline=None, max_examples=50, suppress_health_check=NO_HURRY)
@@ -34,3 +40,50 @@ def known_secrets():
 def pytest_collection_finish():
     """Modules and collected tests live until the end, so the garbage collector does not visit them again."""
     gc.freeze()
+
+
+class Lines:
+    """The lines to write of all errors that the package makes, each checked once, in the first test that meets it.
+
+    The errors themselves are not kept, because an error refers to all objects of its frames.
+    """
+
+    def __init__(self):
+        self.new, self.checked = [], set()
+
+    def record(self, function):
+        """A method of `AtollError` after which the line is recorded, if the package called it."""
+
+        def recorded(error, *args, **words):
+            out = function(error, *args, **words)
+            if sys._getframe(1).f_globals.get("__name__", "").startswith("atoll."):
+                self.new.append((error.given, error.write))
+            return out
+
+        return recorded
+
+    def check(self):
+        """Raise an AssertionError if an error has no first part, or a line that cannot be read at one of its doors."""
+        new, self.new = self.new, []
+        if new:
+            import doors  # which imports torch
+        for given, write in new:
+            assert given.strip(), "an error without its first part, the given value"
+            texts = forms(write)
+            if texts not in self.checked:
+                self.checked.add(texts)
+                doors.check(write)
+
+
+LINES = Lines()
+AtollError.__init__ = LINES.record(AtollError.__init__)
+AtollError.writing = LINES.record(AtollError.writing)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Run a test, then check the lines of its errors."""
+    LINES.new.clear()
+    out = yield
+    LINES.check()
+    return out

@@ -34,6 +34,7 @@ from atoll.base.errors import UsageError
 from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Clip, Identity, Noise
+from atoll.plan.formula import FEDAVG_RATE
 from atoll.plan.local import Gradient, Train
 from atoll.plan.pace import Buffered, staleness_polynomial
 from atoll.plan.plan import Plan
@@ -164,7 +165,7 @@ def fedsgd(lr: Rate = 0.1, cohort: Cohort = None) -> Plan:
 
 @_recipe
 def fedavg(
-    lr: Rate = 0.1, epochs: Epochs = 1, batch: Batch = 10, cohort: Cohort = None, server_lr: ServerRate = 1.0
+    lr: Rate = FEDAVG_RATE, epochs: Epochs = 1, batch: Batch = 10, cohort: Cohort = None, server_lr: ServerRate = 1.0
 ) -> Plan:
     """Federated averaging: clients train locally, and the server averages their updates, weighted by rows.
 

@@ -5,7 +5,6 @@ import sys
 import warnings
 from dataclasses import dataclass, replace
 
-import doors
 import numpy as np
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 
 import atoll
 from atoll import recipes
-from atoll.base.errors import AtollError, RunError, UsageError
+from atoll.base.errors import RunError, UsageError
 from atoll.base.grammar import DEEPEST, LONGEST, Value, parse
 from atoll.data import partition
 from atoll.plan import local, optimizer, schedule
@@ -28,24 +27,6 @@ from atoll.training.stop import RULES
 PARTITIONS = {c.__name__: c for c in vars(partition).values() if isinstance(c, type) and c is not partition.Partition}
 CALLABLE = {**PARTS, **RULES}  # all names that a text of a plan or of a stop rule may call
 KNOWN = {**{r.__name__: r for r in recipes.RECIPES}, **CALLABLE, **PARTITIONS}
-
-
-@pytest.fixture(autouse=True)
-def refusals(monkeypatch):
-    """Collect every error of atoll in the test, also caught ones, and read the line of each at its doors."""
-    met = []
-    init = AtollError.__init__
-
-    def recorded(self, *args, **words):
-        init(self, *args, **words)
-        met.append(self)
-
-    monkeypatch.setattr(AtollError, "__init__", recorded)
-    yield met
-    monkeypatch.undo()
-    for error in met:
-        assert error.given.strip(), "an error without its first part, the given value"
-        doors.check(error.write)
 
 
 DIGITS = atoll.data.load("digits")

@@ -242,7 +242,9 @@ class _Reader:
                 required = f"the arguments of {name}{': ' + ', '.join(known) if known else ''}."
                 raise UsageError(f"{self.text!r}: {error}.", required) from None
             keyword = next(w for w in node.keywords if w.arg == wrong)
-            refusal = unknown_name("argument", wrong, known, value=_restored(ast.unparse(keyword.value), self.external))
+            refusal = unknown_name(
+                "argument", wrong, known, lambda _: "", _restored(ast.unparse(keyword.value), self.external)
+            )
             refusal = UsageError(
                 f"{self.text!r}: {name} has no argument {wrong!r}.", refusal.required, refusal.why, refusal.write
             )

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from atoll import __version__
-from atoll.base.errors import AtollError
+from atoll.base.errors import AtollError, Note, UsageError
+from atoll.base.lines import quoted
 from atoll.cli.options import GROUPS, Json, Out, Quiet, Trust, flag, switch
 from atoll.training.setting_texts import DATA, OUTPUT, RUNNING
 
@@ -111,6 +114,7 @@ def resume(
     from atoll.training.experiment import Experiment
 
     path = _find(run, out)
+    _refuse_served(path)
     total = folders.rounds_to_run(path, rounds, more)
     it = Experiment.read(path, trust=trust).override(rounds=total)
     return run_training(it, Look(as_json, quiet), resume=path, any_version=any_version)
@@ -314,8 +318,33 @@ def _find(run: str, out: str | None) -> Path:
     return folders.find_run(run, _parent(out))
 
 
+def _refuse_served(run: Path) -> None:
+    """Refuse to resume a run in the home of a server: its clients have the rows."""
+    home = run.parent.parent
+    if (home / "federation.db").is_file():
+        raise UsageError(
+            f"{run.name} is a run of the server in {home}.",
+            "the command that serves it.",
+            "the clients have the rows, and the database of the server has the rounds.",
+            f"atoll serve --home {quoted(str(home))}",
+        )
+
+
 def answer(words: Sequence[str]) -> int:
-    """Run one command. An error is printed to stderr and gives the exit code."""
+    """Run one command. An error is printed to stderr and gives the exit code; a note is a line on stderr."""
+    with warnings.catch_warnings():
+        warnings.showwarning = partial(_show, warnings.showwarning)
+        return _answer(words)
+
+
+def _show(usual: Callable[..., None], message: Warning | str, category: type[Warning], *more: Any) -> None:
+    if issubclass(category, Note):
+        print(f"note    {message}", file=sys.stderr)
+    else:
+        usual(message, category, *more)
+
+
+def _answer(words: Sequence[str]) -> int:
     try:
         code = app(list(words), exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atoll.base.errors import RunError
+from atoll.base.errors import Note, RunError
 from atoll.cli import output
 from atoll.runs.summary import summary
 
@@ -37,7 +38,8 @@ class Look:
             return
         from atoll.report.live import LiveTable
 
-        with LiveTable(plain=True if self.as_json else None, summary=self.as_json) as table:
+        with LiveTable(plain=True if self.as_json else None, summary=self.as_json) as table, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Note)  # the table prints each note
             yield [table]
 
 

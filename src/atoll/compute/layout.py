@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 
 import torch
@@ -305,10 +305,14 @@ def _rule(name: str, tensor: Tensor, given: Mapping[str, str]) -> tuple[str, boo
     return rule, bool(fitting)
 
 
+def _with_rule(pattern: str, rule: str) -> Change:
+    return Change("buffers", [f"{pattern}={rule}"])
+
+
 def _check_patterns(given: Mapping[str, str], names: Collection[str]) -> None:
     for pattern, rule in given.items():
         if rule not in RULES:
-            raise unknown_name("rule of a buffer", rule, RULES)
+            raise unknown_name("rule of a buffer", rule, RULES, partial(_with_rule, pattern))
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UsageError(
                 f"buffers = {dict(given)!r}: no buffer of the model fits {pattern!r}.",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from atoll.base.errors import ClientError, UsageError, unknown_name
-from atoll.base.lines import Change, Line
+from atoll.base.lines import Change, Line, literal
 from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments, plain_number
 from atoll.data.cells import name_of
@@ -176,7 +176,7 @@ def _features(x: Any, subject: str, missing: str | None = None) -> Tensor | Arra
         missing: "mean" or "drop" if NaN is a missing number; None: it is refused.
     """
     if missing not in (None, "mean", "drop"):
-        raise unknown_name("way with missing values", missing, ("mean", "drop"))
+        raise unknown_name("way with missing values", missing, ("mean", "drop"), lambda near: Change("missing", near))
     array = _numeric(x, subject)
     if array.ndim < 2 or len(array) == 0:
         raise UsageError(
@@ -390,7 +390,21 @@ def encode(y: Any, task: str | None, subject: str = "y", order: Sequence[str] | 
     array = _numeric(array, subject)
     if isinstance(array, np.memmap) and array.ndim > 1:
         return Targets(array, kind, None, notes)
-    return Targets(_finite(answers(tensor_of(array), kind == "regression"), subject), kind, None, notes)
+    numbers = _finite(answers(tensor_of(array), kind == "regression"), subject)
+    return Targets(numbers, kind, None, (*notes, *(one_hot(numbers, subject) if task is None else ())))
+
+
+def one_hot(y: Tensor, subject: str) -> tuple[str, ...]:
+    """A note if targets `[rows, n]` that were not declared look like one-hot labels: 0 and 1, with one 1 in each row.
+
+    Example:
+        >>> one_hot(torch.eye(3), "y")[0]
+        'y has the form of one-hot labels of 3 classes, and is taken as 3 numbers. y.argmax(1) gives the classes.'
+    """
+    if y.dim() != 2 or y.shape[1] < 3 or not bool(((y == 0) | (y == 1)).all()) or not bool((y.sum(1) == 1).all()):
+        return ()
+    text = f"{subject} has the form of one-hot labels of {y.shape[1]} classes, and is taken as {y.shape[1]} numbers."
+    return (f"{text} y.argmax(1) gives the classes.",)
 
 
 def several_labels(y: Tensor, subject: str) -> Tensor:
@@ -655,6 +669,7 @@ def _in_place(
     """Build a source of rows that are not copied; their labels must be numbers, and are read once."""
     x, y = _first(rows)
     kind, notes = _kind(task, y.is_floating_point(), f"targets of {y.dtype}")
+    notes += one_hot(y, "The target") if task is None else ()
     if test is not None:
         check_same_fields(fields_of(test), fields_of(rows), "Row 0 of the test set", "row 0")
         _same_features(_first(test)[0], x, "the test set")
@@ -772,7 +787,7 @@ def _held_out_by_name(names: Sequence[str], held_out: Mapping[Any, Any]) -> dict
     given = {str(client): rows for client, rows in held_out.items()}
     for client in given:
         if client not in names:
-            raise unknown_name("client", client, names)
+            raise unknown_name("client", client, names, lambda near: Line(literal(near)))
     if not given:
         raise UsageError("held_out = {}.", "the held-out rows of at least one client.", write=Change("held_out", 0))
     return {place: given[client] for place, client in enumerate(names) if client in given}

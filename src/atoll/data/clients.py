@@ -20,7 +20,7 @@ from msgspec import structs
 from torch import Tensor
 
 from atoll.base.errors import ClientError, UsageError, unknown_name
-from atoll.base.lines import Split
+from atoll.base.lines import Line, Split, literal
 from atoll.base.random import Key
 from atoll.base.validation import plain_number
 from atoll.data.fields import RowField, unpack_fields
@@ -292,7 +292,12 @@ class Clients:
         """The id of a client that is given by its id or its name."""
         if isinstance(one, str):
             if one not in (self.names or ()):
-                raise unknown_name("client", one, self.names or map(str, range(self.count)))
+                raise unknown_name(
+                    "client",
+                    one,
+                    self.names or map(str, range(self.count)),
+                    lambda near: Line(f"data.only({literal(near)})"),
+                )
             return (self.names or ()).index(one)
         number = plain_number(one)
         if isinstance(number, bool) or not isinstance(number, int):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.grammar import constructor, parse
-from atoll.base.lines import Change, Split
+from atoll.base.lines import Change, Line, Split, literal
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields, plain_number
 from atoll.data.cells import name_of
@@ -437,4 +437,4 @@ def _no_rule(value: object) -> UsageError:
 
 def no_column(name: str, columns: Mapping[str, Any]) -> UsageError:
     """The error for a rule that names an unknown column."""
-    return unknown_name("column", name, columns)
+    return unknown_name("column", name, columns, lambda near: Line(literal(near)))

@@ -42,6 +42,7 @@ from atoll.data.scale import ScaledRows, moments
 
 SCALES = ("none", "standard", "client")
 TARGET_SCALES = ("none", "standard")
+FEW_ROWS = 5  # a median below it gives a note: the column of natural clients may name the rows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -188,6 +189,7 @@ class Source:
         if partition.natural:
             train, owner, names, deal_notes = _leave_out(train, owner, names or (), min_rows, self.by)
             count = len(names)
+            notes = (*notes, *_few_rows(owner.bincount(minlength=count)))
         own, test = keyed(self.rows, word), None if self.test is None else keyed(self.test, word)
         described = self.schema is not None or self.scale != "none" or self.fill or self.scale_target != "none"
         fitted = given if given is not None or not described else self._fit(train)
@@ -462,6 +464,14 @@ class Source:
                 ),
             )
         return count
+
+
+def _few_rows(sizes: Tensor) -> tuple[str, ...]:
+    """A note if the natural clients have few rows each: their column may name the rows."""
+    middle = int(sizes.median())
+    rows = "1 row" if middle == 1 else f"{middle} rows"
+    question = "does the column of the clients name a row, or a client?"
+    return () if middle >= FEW_ROWS else (f"The median client has {rows}: {question}",)
 
 
 def _floats(values: Tensor) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from atoll.base.errors import UsageError, unknown_name
-from atoll.base.lines import Change
+from atoll.base.lines import Change, Line, literal
 from atoll.base.random import Key, user_scope
 from atoll.models.sequence import Lstm, Transformer
 
@@ -263,7 +263,7 @@ def build(
     if name not in _MODELS:
         raise unknown_name("model", name, _MODELS, lambda near: Change("model", near))
     if kind not in KINDS:
-        raise unknown_name("kind of task", kind, KINDS)
+        raise unknown_name("kind of task", kind, KINDS, lambda near: Line(f"kind={literal(near)}"))
     if kind == "tokens" and vocab is None:
         vocab = outputs
     with user_scope(key):

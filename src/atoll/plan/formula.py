@@ -23,6 +23,8 @@ DEFAULTS: Mapping[str, str] = {
     "max_failed": "0.5",
 }
 
+FEDAVG_RATE = 0.5  # of `fedavg()`, and of a training of classes that names no recipe
+
 RENAMED = {"Feedback": "ErrorFeedback", "Shift": "EF21", "polynomial": "staleness_polynomial"}
 OLD = re.compile(
     r"(?<![\w.:])(?:(Feedback|Shift)(?=\()"  # any call

@@ -283,7 +283,7 @@ def _native_code() -> Check:
 
 def _one_round() -> Check:
     clients = data.load("digits").split(clients=100, by=data.Dirichlet(0.3))
-    training = rounds("mlp", clients, recipes.fedavg(lr=0.5, batch=10), rounds=3)
+    training = rounds("mlp", clients, recipes.fedavg(), rounds=3)
     training.next()
     began = time.perf_counter()
     training.next()

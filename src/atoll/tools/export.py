@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from atoll.base.errors import UsageError, unknown_name
+from atoll.base.lines import Change
 from atoll.base.random import Key, user_scope
 from atoll.compute.metric_names import direction
 from atoll.engine.inprocess import InProcessEngine
@@ -111,7 +112,7 @@ def export(
     folder = Path(path)
     file = folder / "model.safetensors"
     if dtype not in DTYPES:
-        raise unknown_name("dtype of an export", dtype, DTYPES)
+        raise unknown_name("dtype of an export", dtype, DTYPES, lambda near: Change("dtype", near))
     if not file.is_file():
         raise UsageError(
             f"{file} does not exist.",

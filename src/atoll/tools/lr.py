@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from atoll.base.errors import RunError, UsageError, unknown_name
+from atoll.base.lines import Change
 from atoll.base.random import Key, user_scope
 from atoll.data.clients import Clients, offsets_of
 from atoll.engine.client_state import Memory
@@ -186,7 +187,7 @@ def rate_of(plan: Plan, which: Which) -> float:
         UsageError: the plan has no such rate.
     """
     if which not in ("local", "server"):
-        raise unknown_name("rate", which, ("local", "server"))
+        raise unknown_name("rate", which, ("local", "server"), lambda near: Change("which", near))
     local = plan.local
     holder: Any = plan.optimizer if which == "server" else local if local.optimizer is None else local.optimizer
     lr = holder.lr

@@ -25,6 +25,7 @@ from atoll.base.errors import UsageError, unknown_name
 from atoll.base.lines import TRUST, Change, Line, Part, Split, Text, form
 from atoll.base.names import dotted
 from atoll.base.validation import check_arguments
+from atoll.plan.formula import FEDAVG_RATE
 from atoll.training.known_names import PARTITIONS, RECIPES, check_call, check_data, check_model
 from atoll.training.setting_texts import (
     DATA,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 CLIENTS, ROWS_EACH = 100, 10
-RECIPE = "fedavg(lr=0.5, batch=10)"
+RECIPE = f"fedavg(lr={FEDAVG_RATE}, batch=10)"
 REGRESSION_RECIPE = "fedavg(lr=0.05, batch=10)"
 _KEYS = {"dataset": "data", "overrides": "plan"}
 _ABOUT_TABLE = (
@@ -162,7 +163,7 @@ class Experiment(grammar.Value, TrainingFields):
     folder: str | None = setting(None, "Folder of the files of mnist, fashion_mnist and heart.", group=DATA)
     min_rows: int = setting(2, "Smallest number of rows of a client.", group=DATA, flag=False)
     model: str | None = setting(None, "A name, or module:factory. Default: mlp.", group=METHOD)
-    recipe: str | None = setting(None, "A recipe or a whole plan. Default: fedavg(lr=0.5, batch=10).", group=METHOD)
+    recipe: str | None = setting(None, f"A recipe or a whole plan. Default: {RECIPE}.", group=METHOD)
     baselines: bool = setting(False, "Also train pooled and local-only models, and compare. Default: no.")
     checkpoint_s: float = setting(15.0, "Seconds between two checkpoints.", flag=False)
     report: bool = setting(True, "Whether plots and report.html are drawn.", group=OUTPUT, flag=False)
@@ -724,9 +725,9 @@ def _put(value: Any, path: list[str], part: Any, slot: str) -> Any:
         return part
     names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
     if path[0] not in names:
-        kind = f"field of {type(value).__name__}"
+        kind, outer = f"field of {type(value).__name__}", ".".join(slot.split(".")[: -len(path)])
         raise (
-            unknown_name(kind, path[0], names)
+            unknown_name(kind, path[0], names, lambda near: Change(f"plan.{outer}.{near}", repr(part)))
             if names
             else UsageError(
                 f"plan.{slot}: {value!r} has no fields.",
