@@ -12,17 +12,23 @@ from atoll import models, recipes
 from atoll.base.errors import AtollError
 from atoll.base.grammar import parse
 from atoll.base.lines import DOORS, form
-from atoll.data import partition
+from atoll.base.names import load
+from atoll.compute.loss import cross_entropy
+from atoll.data import held_out, partition
 from atoll.engine.simulation.fleet import FLEET
 from atoll.engine.spec import ENGINES
 from atoll.plan.registry import PARTS
+from atoll.training.known_names import _Anything
 from atoll.training.stop import RULES
 
 PARTITIONS = {c.__name__: c for c in vars(partition).values() if isinstance(c, type) and c is not partition.Partition}
-VALUES = {**{r.__name__: r for r in recipes.RECIPES}, **PARTS, **RULES, **PARTITIONS, **FLEET}
+ENGINE_CLASSES = {spec.rpartition(":")[2]: load(spec) for spec in ENGINES.values()}
+TABLES = (PARTS, RULES, PARTITIONS, FLEET, ENGINE_CLASSES, held_out.RULES, {"cross_entropy": cross_entropy})
+VALUES = {r.__name__: r for r in recipes.RECIPES} | {name: make for table in TABLES for name, make in table.items()}
+OF_TESTS = dict.fromkeys(("Flip", "Round", "Shuffle", "Mine", "corrected", "object"), _Anything)  # classes of tests
 PROGRAMS = {"ls", "file", "head", "cat", "sed", "rm", "df", "pip", "apt-get", "ray", "torchrun", "python", "unset"}
-PROGRAMS |= {"export", "xcode-select", "nvidia-smi"}
-WORDS = {*models.names(), *VALUES, *ENGINES}
+PROGRAMS |= {"export", "xcode-select", "nvidia-smi", "chmod", "timedatectl"}
+WORDS = {*models.names(), *VALUES, *ENGINES, "north", "north-1", "server.example.org:4433"}
 CODE_OF_USER = re.compile(r"\b[a-z]\w*:[a-z]\w*\b")  # module:name, which need not exist
 CODE = re.compile(r"\b(model|torch|nn|self|return|lambda|import|codec|integers|ctx)\b")  # code in a user's module
 
@@ -50,14 +56,14 @@ def _reads(text, door):
 
 def _value(text):
     try:
-        parse(CODE_OF_USER.sub("os.path:join", text), VALUES, trust=True)
+        parse(CODE_OF_USER.sub("os.path:join", text), {**VALUES, **OF_TESTS}, trust=True)
     except AtollError:
         return False
     return True
 
 
 def _python(text):
-    for each in (text, f"f({text})"):
+    for each in (text, f"f({text})", f"def f():\n    {text}"):
         try:
             compile(each, "line", "exec")
         except SyntaxError:
@@ -80,7 +86,9 @@ def _flags(words):
 
     if "..." in " ".join(words):
         return False
-    for command in (words, ["resume", "latest", *words[1:]], ["lr", *words[1:]]):
+    others = (["resume", "latest"], ["lr"], ["predict", "latest", "x.csv"], ["export", "latest"])
+    others += (["serve", "--home", "at"], ["join", "token", "--home", "at"], ["invite", "north", "--home", "at"])
+    for command in (words, *([*other, *words[1:]] for other in others)):
         try:
             app.parse_args(command, exit_on_error=False, print_error=False)
         except CycloptsError:

@@ -40,7 +40,7 @@ def test_a_seated_client_keeps_its_id_and_its_rows(data):
 def test_a_training_without_rows_is_refused_by_an_engine_that_reads_them(data):
     with pytest.raises(UsageError, match="clients of a network") as refused:
         atoll.rounds("softmax", Schema.of(data), atoll.recipes.fedavg(0.1), engine=InProcess())
-    assert "split(10)" in refused.value.write
+    assert "split(10)" in refused.value.line
 
 
 def test_synthetic_rows_have_the_shapes_of_the_schema(data):

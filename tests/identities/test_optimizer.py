@@ -340,7 +340,7 @@ def test_refuses_with_a_line_that_builds(name, words):
         (lambda: sgd(0.1, nesterov=1), "sgd(0.1)"),
         (lambda: sgd(0, momentum=1, weight_decay=0.1), "sgd(0.1, weight_decay=0.1)"),
         (lambda: sgd(0, momentum=1, nesterov=True), "sgd(0.1, momentum=0.9, nesterov=True)"),
-        (lambda: adam(0, initial=0.5), "adam(0.1, correct=False, initial=0.5)"),
+        (lambda: adam(0, initial=0.5), "adam(0.01, correct=False, initial=0.5)"),
         (lambda: adam(0.1, betas=(0.9, 1.0)), "adam(0.1)"),
         (lambda: adam(0.1, betas=0.9), "adam(0.1)"),
         (lambda: adam(0.1, eps=0), "adam(0.1)"),

@@ -27,6 +27,7 @@ from atoll.engine import Ray
 from atoll.engine.spec import engine
 from atoll.engine.workers import ray as module
 from atoll.engine.workers.ray import RayEngine, from_buffers, to_buffers
+from atoll.training.experiment import Experiment
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
 ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")
@@ -209,3 +210,35 @@ def test_a_gpu_by_its_number_is_refused():
     data = atoll.data.load("digits").split(clients=4)
     with pytest.raises(UsageError, match="device = 'cuda:1' with the engine Ray"):
         atoll.rounds("softmax", data, recipes.fedavg(lr=0.1), engine="Ray(gpus=1.0)", device="cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("placed", "given", "line"),
+    [
+        (0, "3 of 4 actors waited 9 s for a place", "--workers 1"),
+        (2, "1 of 4 actors waited 9 s for a place", "--workers 3"),
+        (3, "3 of 4 actors have a place, and did not start within 9 s", "--patience-s 90.0"),
+    ],
+)
+def test_no_place_and_a_late_start_are_different_errors(placed, given, line):
+    """Three of four actors have not started; some of them have answered that Ray has placed them."""
+
+    class Library:
+        def wait(self, futures, num_returns, timeout):
+            assert num_returns == len(futures) == 3 and timeout == 0
+            return futures[:placed], futures[placed:]
+
+    class Call:
+        placed = object()
+
+    actors = object.__new__(module._Actors)
+    actors.ray, actors._patience_s = Library(), 9.0
+    error = actors._late([Call(), Call(), Call()], 4)
+    assert given in error.given and error.at("shell").line == line
+
+
+def test_patience_is_a_field_of_the_engine_and_a_flag():
+    it = Experiment().with_settings({"engine": "ray", "patience_s": "5"})
+    assert it.spec() == Ray(patience_s=5)
+    with pytest.raises(UsageError, match="patience_s: a finite number, 0 < it"):
+        Ray(patience_s=0)

@@ -104,7 +104,7 @@ PYTHON = [
     ('fit(loss="zzz")', ""),
     ('fit(engine="torch")', 'engine="inprocess"'),
     ('fit(engine="multiprocessing")', 'engine="processes"'),
-    ('fit(device="gpu")', 'device="cuda"'),
+    ('fit(device="gpu")', 'device="auto"'),
     ('atoll.data.load("mnst")', 'atoll.data.load("mnist")'),
     ('atoll.data.load("cifar10")', ""),
     # settings that have another place
@@ -124,7 +124,7 @@ PYTHON = [
     ("fit(fedprox=True)", "?fedprox"),
     ("fit(krum=True)", "?krum"),
     ("fit(workers=2)", 'engine="Processes(workers=2)"'),
-    ("fit(stop=10)", "stop=Rounds(10)"),
+    ("fit(stop=10)", "Rounds(10)"),
     ('fit(class_weight="balance")', 'class_weight="balanced"'),
     ("fit(rounds=0)", "rounds=100"),
     # parts of a plan

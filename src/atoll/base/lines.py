@@ -234,6 +234,8 @@ def example_call(name: str, make: Callable[..., Any]) -> str:
     declared = {f.name: f for f in fields(make)} if is_dataclass(make) else {}
     needed = [f for f in declared.values() if f.init and f.default is MISSING and f.default_factory is MISSING]
     examples = [getattr(f.metadata.get("number"), "example", None) for f in needed]
+    if None in examples:
+        return ""
     try:
         make(*examples)
     except (TypeError, ValueError):  # a UsageError is a ValueError

@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 from cyclopts import Parameter
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Line
 from atoll.cli.options import flag
 from atoll.training.experiment import Experiment, key_of, settings, types
 from atoll.training.setting_texts import RUNNING, TEXTS, kinds
@@ -86,6 +87,6 @@ def pairs(settings: list[str]) -> dict[str, str]:
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals:
-            raise UsageError(f"--set {text}", "KEY=VALUE.", write="--set rounds=10")
+            raise UsageError(f"--set {text}", "KEY=VALUE.", write=Line(shell="--set rounds=10"))
         out[key.strip()] = value.strip()
     return out

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Line
 from atoll.cli.flags import ExperimentFlags, pairs
 from atoll.cli.options import GROUPS, Lines, Trust, flag
 from atoll.training.setting_texts import RUNNING
@@ -59,7 +60,7 @@ def serve(
             "--schema with --data.",
             "one of them.",
             "--schema is for a server without rows; --input reads the rows of --data by an input.json.",
-            f"--input {schema}",
+            Line(shell=f"--input {schema}"),
         )
     given = schema is not None or experiment is not None or any(value is not None for value in vars(own).values())
     _refuse_wildcard(listen)
@@ -133,13 +134,13 @@ def _net_settings(given: Mapping[str, str]) -> dict[str, Any]:
         try:
             out[name] = known[name](text)
         except ValueError:
-            raise UsageError(f"--set {key}={text}.", "a number.", write=f"--set {key}=60") from None
+            raise UsageError(f"--set {key}={text}.", "a number.", write=Line(shell=f"--set {key}=60")) from None
     return out
 
 
 def _switch(text: str) -> bool:
     if text not in ("true", "false"):
-        raise UsageError(f"net.share = {text}.", "true or false.", write="--set net.share=false")
+        raise UsageError(f"net.share = {text}.", "true or false.", write=Line(shell="--set net.share=false"))
     return text == "true"
 
 
@@ -153,13 +154,15 @@ def _size(text: str) -> int:
     units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "": 1}
     number = text.rstrip("KMGiB")
     if not number.isdigit() or text[len(number) :] not in units:
-        raise UsageError(f"--window {text}.", "a number of bytes, with KiB, MiB or GiB.", write="--window 256MiB")
+        raise UsageError(
+            f"--window {text}.", "a number of bytes, with KiB, MiB or GiB.", write=Line(shell="--window 256MiB")
+        )
     return int(number) * units[text[len(number) :]]
 
 
 def _refuse_wildcard(listen: str | None) -> None:
     if listen is not None and not listen.rpartition(":")[2].isdigit():
-        raise UsageError(f"--listen {listen}.", "HOST:PORT.", write="--listen 0.0.0.0:4433")
+        raise UsageError(f"--listen {listen}.", "HOST:PORT.", write=Line(shell="--listen 0.0.0.0:4433"))
 
 
 def invite(
@@ -258,7 +261,7 @@ def _mapped(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, where = text.partition("=")
         if not equals or ":" not in where:
-            raise UsageError(f"{text!r}.", "NAME=module:function.", write="--model-as net=my_site:net")
+            raise UsageError(f"{text!r}.", "NAME=module:function.", write=Line(shell="--model-as net=my_site:net"))
         out[name] = models.factory(where)
     return out
 

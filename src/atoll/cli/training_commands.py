@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Line
 from atoll.cli.flags import ExperimentFlags
 from atoll.cli.options import GROUPS, Json, Quiet, Trust, switch
 from atoll.training.setting_texts import RUNNING
@@ -39,7 +40,7 @@ def run(
     it = flags.checked(experiment, trust)
     look = run.Look(as_json, quiet)
     if seeds < 1:
-        raise UsageError(f"--seeds {seeds}.", "at least one.", write="--seeds 5")
+        raise UsageError(f"--seeds {seeds}.", "at least one.", write=Line(shell="--seeds 5"))
     if smoke:
         return run.smoke(it, look)
     return run.run_training(it, look) if seeds == 1 else run.several(it, seeds, look)

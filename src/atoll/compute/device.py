@@ -52,7 +52,7 @@ def resolve_device(text: str, rank: int | None = None) -> torch.device:
             f"device = {text!r}.",
             "auto, cpu, cuda, or cuda:N with a number N.",
             why,
-            Change("device", "cuda" if text == "gpu" else "auto"),
+            Change("device", "auto"),
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text == "cpu" or (text == "auto" and not gpus):

@@ -173,6 +173,7 @@ class Ray(grammar.Value, EngineSpec):
         workers: the number of actors, ≥ 1; None starts all actors for which the cluster has resources.
         cpus: the number of cores of each actor, > 0.
         gpus: the number of GPUs of each actor, ≥ 0: a fraction below 1, or an integer.
+        patience_s: the number of seconds in which an actor must have a place and start, > 0.
     Raises:
         UsageError: a number outside its range.
     Example:
@@ -184,6 +185,7 @@ class Ray(grammar.Value, EngineSpec):
     workers: int | None = bounded_number(None, least=1, whole=True, example=2, kw_only=True)
     cpus: float = bounded_number(1.0, above=0, kw_only=True, why="an actor needs a part of a core.")
     gpus: float = bounded_number(0.0, least=0, kw_only=True)
+    patience_s: float = bounded_number(60.0, above=0, kw_only=True, why="an actor takes some seconds to start.")
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -225,6 +227,7 @@ class Ray(grammar.Value, EngineSpec):
             device=options.device,
             model=options.model,
             seed=options.seed,
+            patience_s=self.patience_s,
         )
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from atoll.base.errors import RunError, UsageError
-from atoll.base.lines import Line
+from atoll.base.lines import Change, Line
 from atoll.base.random import Key
 from atoll.base.validation import required
 from atoll.compute.layout import Layout
@@ -207,7 +207,7 @@ class ServerEngine(Engine):
                 f"{part} in an open run.",
                 "a closed run, whose clients are fixed.",
                 "the part needs all clients of the population, and an open run may gain clients in any round.",
-                "--clients 4",
+                Change("clients", 4),
             )
 
     def await_clients(self, plan: Plan, state: State) -> None:

@@ -17,6 +17,7 @@ from cryptography import x509
 
 from atoll.base.errors import UsageError
 from atoll.base.files import atomic_write
+from atoll.base.lines import Line
 from atoll.net import identity
 from atoll.net.store import Database, claim_home
 
@@ -122,7 +123,7 @@ class ServerHome:
         text = wanted or self.database.get("address") or "127.0.0.1:0"
         host, colon, port = text.rpartition(":")
         if not colon or not port.isdigit() or not host:
-            raise UsageError(f"--listen {text}.", "HOST:PORT.", write="--listen 0.0.0.0:4433")
+            raise UsageError(f"--listen {text}.", "HOST:PORT.", write=Line(shell="--listen 0.0.0.0:4433"))
         if wanted is not None and int(port) == 0 and (last := self.database.get("address")):
             last_host, _, last_port = last.rpartition(":")
             if last_host.strip("[]") == host.strip("[]"):

@@ -40,6 +40,7 @@ from msgspec import Meta
 
 from atoll.base.errors import RunError, UsageError
 from atoll.base.files import atomic_write
+from atoll.base.lines import Line, literal
 from atoll.net.wire import Digest, Name
 
 AUTHORITY_LIFE = timedelta(days=3650)
@@ -69,7 +70,7 @@ def check_name(name: str, kind: str) -> str:
         f"The name of a {kind} is {name!r}.",
         "1 to 64 of the characters a-z, 0-9 and -.",
         "names become parts of files and certificates.",
-        repaired,
+        Line(python=literal(repaired), shell=repaired),
     )
 
 
@@ -190,7 +191,7 @@ def check_address(address: str) -> str:
             f"The address is {address!r}.",
             "a host name or an address that sites can dial.",
             f"{host} means every address of this machine; other machines cannot dial it.",
-            f"--address server.example.org:{port}",
+            Line(shell=f"--address server.example.org:{port}"),
         )
     return address
 

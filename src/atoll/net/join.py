@@ -16,6 +16,7 @@ from typing import Any
 
 from atoll.base import grammar
 from atoll.base.errors import RunError, UsageError
+from atoll.base.lines import Line
 from atoll.base.validation import required
 from atoll.compute.device import resolve_device
 from atoll.data import load
@@ -178,7 +179,7 @@ def own_rows(data: str, by: str | None = None) -> Loader:
         raise UsageError(f"There is no file {code}.", "the file of the function that returns the rows.")
     if code is None and data not in NAMED and "*" not in data and not Path(data).exists():
         known = f"a file, a folder of arrays, my_site.py:function, or one of {', '.join(NAMED)}."
-        raise UsageError(f"There is no data {data!r}.", known, write="--data site.csv")
+        raise UsageError(f"There is no data {data!r}.", known, write=Line(shell="--data site.csv"))
 
     def read(terms: Terms, place: wire.Seat | None, client: int) -> Clients:
         given = Input.decode(terms.input.encode(), "The input of the run")

@@ -35,7 +35,7 @@ from aiohttp import WSMsgType, web
 
 from atoll.base.errors import UsageError
 from atoll.base.files import atomic_write
-from atoll.base.lines import form
+from atoll.base.lines import Line, form
 from atoll.base.validation import required
 from atoll.net import coordinator as events
 from atoll.net import identity, wire
@@ -113,7 +113,7 @@ class Listener:
             raise UsageError(
                 f"The server cannot listen on {host}:{port}: {answer.strerror or answer}.",
                 "a free port and an address of this machine.",
-                write="--listen 127.0.0.1:0",
+                write=Line(shell="--listen 127.0.0.1:0"),
             ) from answer
         if isinstance(answer, BaseException):
             raise answer

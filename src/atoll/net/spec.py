@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from atoll.base import grammar
 from atoll.base.errors import UsageError
+from atoll.base.lines import Line
 from atoll.engine.protocols import Engine, EngineSpec, RunOptions
 
 if TYPE_CHECKING:
@@ -68,9 +69,17 @@ class Server(grammar.Value, EngineSpec):
         for name, least in low.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or value < least):
-                raise UsageError(f"net.{name} = {value!r}.", f"at least {least}.", write=f"--set net.{name}={least}")
+                raise UsageError(
+                    f"net.{name} = {value!r}.",
+                    f"at least {least}.",
+                    write=Line(f"{name}={least}", f"--set net.{name}={least}"),
+                )
         if self.lease_s <= 0:
-            raise UsageError(f"net.lease_s = {self.lease_s}.", "more than 0 seconds.", write="--set net.lease_s=60")
+            raise UsageError(
+                f"net.lease_s = {self.lease_s}.",
+                "more than 0 seconds.",
+                write=Line("lease_s=60", "--set net.lease_s=60"),
+            )
 
     @property
     def needs_rows(self) -> bool:

@@ -197,7 +197,7 @@ class Experiment(grammar.Value, TrainingFields):
         values = read_toml(file)
         if values is None:
             raise UsageError(
-                f"{file} has no section [tool.atoll].", "this section, with settings.", write="[tool.atoll]"
+                f"{file} has no section [tool.atoll].", "this section, with settings.", write=Line(file="[tool.atoll]")
             )
         if values.get("python"):
             raise UsageError(

@@ -93,6 +93,7 @@ ENGINE_FIELDS: Mapping[str, EngineField] = {
     "cpus": EngineField(float, 1.0, "Cores of each actor on Ray. Default: 1."),
     "rehearse": EngineField(bool, False, "Run the protocol of a secure sum in this process, with real keys and masks."),
     "gpus": EngineField(float, 0.0, "GPUs of each actor on Ray, or a fraction of one. Default: 0."),
+    "patience_s": EngineField(float, 60.0, "Seconds in which an actor on Ray must be placed and start. Default: 60."),
 }
 
 

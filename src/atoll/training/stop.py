@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from atoll.base.errors import RunError, UsageError, did_you_mean
 from atoll.base.grammar import constructor
-from atoll.base.lines import Change, Line, form
+from atoll.base.lines import Change, Line, example_call, form
 from atoll.base.validation import bounded_number, check_fields, repaired
 from atoll.compute.metric_names import direction
 
@@ -415,11 +415,12 @@ def each(rules: Rules) -> Iterator[tuple[str, Stop]]:
             pending[:0] = rule
             continue
         if isinstance(rule, type) or not hasattr(rule, "update"):
-            count = isinstance(rule, int) and not isinstance(rule, bool) and rule > 0
-            text = f"Rounds({rule})"
-            line = Line(f"stop={text}", *(form(Change("stop", [text]), door) for door in ("shell", "file")))
+            number = isinstance(rule, int) and not isinstance(rule, bool) and rule > 0
+            text = f"Rounds({rule})" if number else ""
+            text = example_call(rule.__name__, rule) if isinstance(rule, type) else text
+            line = Line(text, *(form(Change("stop", [text]), door) for door in ("shell", "file")))
             given = f"{rule!r} is not a stop rule."
-            raise UsageError(given, "a stop rule, or a tuple of them.", write=line if count else "")
+            raise UsageError(given, "a stop rule, or a tuple of them.", write=line if text else "")
         kind = type(rule).__name__
         seen[kind] = seen.get(kind, 0) + 1
         yield (kind if seen[kind] == 1 else f"{kind} {seen[kind]}"), rule

@@ -20,7 +20,7 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +31,20 @@ from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Change, EngineChange, Write
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
+from atoll.engine.workers.actor import Actor
 from atoll.engine.workers.messages import (
     Answer,
     BroadcastMessage,
-    Done,
     Ready,
     ResultsMessage,
     RunMessage,
     answers,
     encode,
-    orders,
-    results_to_tensors,
 )
 from atoll.engine.workers.pool import WorkerConnection, WorkerDied
 from atoll.engine.workers.resources import check_actor, check_installed
 from atoll.engine.workers.scheduler import WorkerEngine, packed
 from atoll.engine.workers.shared_memory import Arrays, Place, from_buffers, to_buffers
-from atoll.engine.workers.worker import Worker, error_message, results_message
 
 OLDEST = (2, 40)  # the oldest version of Ray that the engine supports
 _REACH_S = 3.0  # seconds for a server to answer
@@ -78,7 +75,7 @@ class RayEngine(WorkerEngine):
             new cluster on this machine.
         model: the name from which the model was built, a name or `module:factory`; None: it has no name.
         seed: the seed with which the model was built.
-        patience_s: seconds to wait until Ray places an actor, counted only while no actor is working.
+        patience_s: seconds to wait until an actor has a place and has started, counted only while no actor is working.
     Raises:
         UsageError: Ray is missing or too old; no cluster answers at the address, or one of another version; the cluster
             has too few resources; or an actor cannot import the model, the loss or the data set.
@@ -124,7 +121,7 @@ class RayEngine(WorkerEngine):
             UsageError: no cluster answers at the address; the cluster runs another version of Ray or Python; it has
                 fewer cores or GPUs than the actors need; or the model, the loss or the data set cannot be imported by
                 an actor.
-            RunError: Ray does not start on this machine.
+            RunError: Ray does not start on this machine, or the actors have no place or do not start in time.
         """
         threads = max(1, int(self.cpus))
         setup, tensors = packed(task, data, *self._made, threads, None)
@@ -137,65 +134,18 @@ class RayEngine(WorkerEngine):
             device = self._device if self.gpus else "cpu"
             transport.prepare(encode(structs.replace(setup, places=places, device=device)), arrays)
             # If a node fails, all its actors fail. Ray may place their replacements on the same node before it notices.
+            self._ray = ray
             self._open(task, data, workers, threads, transport, max_failed_starts=2 * workers + 2)
+            self._ready()  # a run without a place ends before its folder is created
         except BaseException:
+            self.close()
             end()
             raise
-        self._ray = ray
 
     def _ready(self) -> None:
         if not self._ray.is_initialized():  # the program called ray.shutdown(): no actor can be reached
             self.close()
         super()._ready()
-
-
-class Actor:
-    """A Ray actor that contains one worker."""
-
-    def __init__(self) -> None:
-        self._worker: Worker | None = None
-
-    def setup(self, order: bytes, arrays: Arrays, paths: list[str]) -> tuple[bytes, Arrays]:
-        """Build the worker from task and data. `paths` is the caller's module search path."""
-        try:
-            sys.path.extend(path for path in paths if path not in sys.path and os.path.exists(path))
-            setup: Any = orders.decode(order)
-            with _found_here():
-                self._worker = Worker(setup, from_buffers(setup.places, arrays))
-            return encode(Ready(os.getpid())), []
-        except Exception as error:
-            return encode(error_message(error)), []
-
-    def run(self, order: bytes, rows: Arrays, news: bytes | None, arrays: Arrays | None) -> tuple[bytes, Arrays]:
-        """Take the broadcast of the round if there is one, then compute clients. Return results if the order asks."""
-        try:
-            if self._worker is None:
-                raise RunError("An actor received clients before it received task and data.")
-            if news is not None and arrays is not None:
-                broadcast: Any = orders.decode(news)
-                self._worker.store_broadcast(broadcast, from_buffers(broadcast.places, arrays))
-            run: Any = orders.decode(order)
-            results = self._worker.run(run, None if run.rows is None else from_buffers(run.rows[1], rows))
-            if results is None:
-                return encode(Done()), []
-            places, out = to_buffers(results_to_tensors(results))
-            return encode(results_message(results, "", places, self._worker.max_chunk)), out
-        except Exception as error:
-            return encode(error_message(error)), []
-
-
-@contextlib.contextmanager
-def _found_here() -> Iterator[None]:
-    """Name the node on which code or a file is missing."""
-    try:
-        yield
-    except (ImportError, FileNotFoundError) as error:
-        raise RunError(
-            f"The node {socket.gethostname()} does not have code or a file that the task needs: {error}.",
-            "the same code and files on every node.",
-            "an actor imports code by its name and opens memory-mapped files by their paths.",
-            Change("engine", "processes"),
-        ) from error
 
 
 # the actors
@@ -236,16 +186,30 @@ class _Actors:
             left = max(0.0, self._last_answer + self._patience_s - time.monotonic())
             answered, _ = self.ray.wait(list(calls), timeout=left if timeout is None else min(left, timeout))
             if not answered and (timeout is None or left <= timeout):
-                placed = sum(c.ready for c in connections if isinstance(c, _Call))
-                raise RunError(
-                    f"{len(calls)} of {len(connections)} actors waited {self._patience_s:g} s for a place.",
-                    "nodes with free cores and GPUs.",
-                    "the cluster's resources are in use, or nodes have left.",
-                    EngineChange(f"Ray(workers={placed})", "workers", placed) if placed else "ray status",
-                )
+                raise self._late(list(calls.values()), len(connections))
         if answered:
             self._last_answer = time.monotonic()
         return [calls[due] for due in answered]
+
+    def _late(self, waiting: Sequence[_Call], count: int) -> RunError:
+        """The error for actors that have not started: they have no place, or they have one and are still starting."""
+        patience = f"{self._patience_s:g} s"
+        placed, _ = self.ray.wait([call.placed for call in waiting], num_returns=len(waiting), timeout=0)
+        if len(placed) == len(waiting):
+            longer = 10 * self._patience_s
+            return RunError(
+                f"{len(waiting)} of {count} actors have a place, and did not start within {patience}.",
+                "nodes that load the code, the task and the data within this time.",
+                "an actor imports torch and receives the task and the data.",
+                EngineChange(f"Ray(patience_s={longer:g})", "patience_s", longer),
+            )
+        there = count - len(waiting) + len(placed)
+        return RunError(
+            f"{len(waiting) - len(placed)} of {count} actors waited {patience} for a place.",
+            "nodes with free cores and GPUs.",
+            "the cluster's resources are in use, or nodes have left.",
+            EngineChange(f"Ray(workers={there})", "workers", there) if there else "ray status",
+        )
 
     def publish(self, number: int, tensors: Mapping[str, Tensor]) -> tuple[str, list[Place]]:
         places, arrays = to_buffers(tensors)
@@ -267,6 +231,7 @@ class _Call:
     def __init__(self, ray: Any, actor: Any, first: tuple[Any, ...], published: Mapping[int, Any]) -> None:
         self._ray, self._actor, self._published = ray, actor, published
         self.ready = False
+        self.placed = actor.placed.remote()
         self.due: deque[Any] = deque([actor.setup.remote(*first)])
 
     def send(self, broadcast: BroadcastMessage | None, run: RunMessage, rows: Mapping[str, Tensor] | None) -> None:
