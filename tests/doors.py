@@ -29,7 +29,7 @@ OF_TESTS = dict.fromkeys(("Flip", "Round", "Shuffle", "Mine", "corrected", "obje
 PROGRAMS = {"ls", "file", "head", "cat", "sed", "rm", "df", "pip", "apt-get", "ray", "torchrun", "python", "unset"}
 PROGRAMS |= {"export", "xcode-select", "nvidia-smi", "chmod", "timedatectl"}
 WORDS = {*models.names(), *VALUES, *ENGINES, "north", "north-1", "server.example.org:4433"}
-CODE_OF_USER = re.compile(r"\b[a-z]\w*:[a-z]\w*\b")  # module:name, which need not exist
+CODE_OF_USER = re.compile(r"\b[a-z][\w.]*:[a-z]\w*\b")  # module:name, which need not exist
 CODE = re.compile(r"\b(model|torch|nn|self|return|lambda|import|codec|integers|ctx)\b")  # code in a user's module
 
 

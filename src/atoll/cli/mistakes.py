@@ -10,7 +10,7 @@ from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, Unkno
 
 from atoll.base.concepts import concept, folded, is_concept
 from atoll.base.errors import UsageError, did_you_mean
-from atoll.base.lines import Change, Write, quoted
+from atoll.base.lines import Change, Line, Write, quoted
 from atoll.plan.formula import DEFAULTS
 
 
@@ -51,7 +51,7 @@ def _unknown_flag(error: UnknownOptionError, help_line: str) -> UsageError:
     why, write = concept(name, given) or ("", help_line)
     if near:
         takes = given is not None and flags[f"--{near}"].token_count()[0] > 0
-        why, write = "", f"--{near} {quoted(given)}" if takes and given is not None else f"--{near}"
+        why, write = "", Line(shell=f"--{near} {quoted(given)}" if takes and given is not None else f"--{near}")
     if given is not None and (near == "recipe" or name in DEFAULTS):
         why, write = _part(name, near, given) or (why, write)
     return UsageError(f"No flag is called {word}.", why=why, write=write)

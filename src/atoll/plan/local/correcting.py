@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Line
 from atoll.base.names import under, without_prefix
 from atoll.base.validation import class_instead_of_value
 from atoll.compute.model_state import Model
@@ -101,7 +102,7 @@ def check_correction(correction: Any) -> None:
             f"Train(correction={correction!r}).",
             "a correction, of a class that inherits atoll.plan.protocols.Correction, or None.",
             "it states a pull of each local step.",
-            "Train(sgd(0.1), epochs=1, batch=10, correction=Proximal(0.1))",
+            Line(python="Train(sgd(0.1), epochs=1, batch=10, correction=Proximal(0.1))"),
         )
 
 
