@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atoll.base.concepts import concept, part_for
 from atoll.base.errors import UsageError
+from atoll.base.lines import Line
 from atoll.base.validation import class_instead_of_value
 from atoll.compute.shapes import kind_of
 from atoll.compute.task import BACKENDS, Task
@@ -114,7 +115,8 @@ def _refuse_foreign(slot: str, part: Any, given: str) -> None:
     known = part_for(slot, part) if text or of_torch or isinstance(part, FunctionType) else ""
     if not text and not known:
         return
-    why, write = (concept(part) if text and not known else None) or ("", known)
+    line = Line(python=known) if isinstance(part, FunctionType) else known  # a text has module:name for a function
+    why, write = (concept(part) if text and not known else None) or ("", line)
     raise UsageError(given, f"a part of the plan, a value such as {SLOTS[slot][2]}.", why, write)
 
 
