@@ -273,11 +273,15 @@ def export(
     dtype: Annotated[
         Literal["float32", "bf16", "int8"], Parameter(group=GROUPS[RUNNING], help="Format of the numbers.")
     ] = "float32",
+    format: Annotated[
+        Literal["safetensors", "pt2", "onnx"],
+        Parameter(group=GROUPS[RUNNING], help="safetensors: numbers; pt2 or onnx: a graph from rows to predictions."),
+    ] = "safetensors",
     to: Annotated[Path | None, flag(OUTPUT, "The file to write. Default: in the run's folder.")] = None,
     trust: Trust = False,
     out: Out = None,
 ) -> int:
-    """Write the model of a run as a smaller file, and print the loss of accuracy.
+    """Write the model of a run as a smaller file, and print the loss of accuracy; or as a graph with its input.
 
     Parameters
     ----------
@@ -286,6 +290,13 @@ def export(
     """
     from atoll.tools.export import export as exported
 
+    if format != "safetensors":
+        from atoll.tools.graph import export_graph
+
+        if dtype != "float32":
+            raise UsageError(f"--format {format} --dtype {dtype}.", "float32.", "the graph computes as the run did.")
+        print(export_graph(_find(run, out), to, trust, format))
+        return 0
     print(exported(_find(run, out), dtype, to, trust).text())
     return 0
 

@@ -527,7 +527,7 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
             UsageError: the model predicts numbers.
         """
         if self.target.kind == "labels":
-            return output.double().reshape(len(output), -1).sigmoid()
+            return output.double().reshape(output.shape[0], -1).sigmoid()
         if self.target.kind == "regression":
             raise UsageError("The model predicts numbers.", "a model of classes.", "a number has no probability.")
         logits = output.double()
