@@ -15,6 +15,12 @@
 | `dp_fedavg` | `Poisson(q)` | as `fedavg` | `Mean("equal", "expected")` | `sgd(server_lr)`, codec `Clip >> Noise` |
 | `fedbuff` | n active clients | as `fedavg` | `Mean()` | `sgd(server_lr)`, pace `Buffered(k)` |
 | `fedasync` | n active clients | as `fedavg`, `sends="model"` | `Mean()` | `sgd(alpha)`, pace `Buffered(1)` |
+| `fedprox` | a sample | as `fedavg`, `correction=Proximal(mu)` | `Mean()` | `sgd(server_lr)` |
+| `scaffold` | a sample | as `fedavg`, `correction=Scaffold()` | `Mean()` | `sgd(server_lr)` |
+| `feddyn` | a sample | as `fedavg`, `correction=Dynamic(alpha)` | `Mean()` | `sgd(1.0)` |
+| `fednova` | a sample | as `fedavg`, `correction=Normalised()` | `Mean()` | `sgd(server_lr)` |
+| `fedexp` | a sample | as `fedavg`, `correction=Extrapolated(eps)` | `Mean()` | `sgd(1.0)` |
+| `fedlc` | a sample | as `fedavg`, `correction=Calibrated(tau, form)` | `Mean()` | `sgd(server_lr)` |
 
 Parameters of the same name mean the same in every recipe. The type and the meaning of each shared parameter are
 declared once, below; `help` of a recipe lists them.
@@ -35,10 +41,20 @@ from atoll.plan import optimizer as rules
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Clip, Identity, Noise
 from atoll.plan.formula import FEDAVG_RATE
-from atoll.plan.local import Gradient, Train
+from atoll.plan.local import (
+    Calibrated,
+    Dynamic,
+    Extrapolated,
+    Gradient,
+    Normalised,
+    Proximal,
+    Scaffold,
+    Train,
+)
+from atoll.plan.local.correction import Logits
 from atoll.plan.pace import Buffered, staleness_polynomial
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Sampler, Stage, SumKind
+from atoll.plan.protocols import Correction, Sampler, Stage, SumKind
 from atoll.plan.registry import read_part
 from atoll.plan.sampler import Poisson
 from atoll.plan.schedule import Schedule, hold
@@ -451,6 +467,145 @@ cohort=Uniform(100), pace=Buffered(1))
     return Plan(local, Mean(), rules.sgd(alpha), cohort, pace=Buffered(1, staleness))
 
 
+@_recipe
+def fedprox(
+    lr: Rate = 0.1,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
+    cohort: Cohort = None,
+    server_lr: ServerRate = 1.0,
+    mu: float = 0.01,
+) -> Plan:
+    """FedProx: federated averaging whose local steps are pulled back to the model of the round.
+
+    y ← y − lr·(∇ℓ(y) + mu·(y − θ))
+
+    Args:
+        mu: weight of the proximal term, ≥ 0.
+    Example:
+        >>> fedprox(0.1, mu=0.1).local.correction
+        Proximal(0.1)
+
+    Reference: Li et al., Federated Optimization in Heterogeneous Networks, 2020.
+    """
+    return _corrected(Proximal(mu), rules.sgd(lr), epochs, batch, cohort, server_lr)
+
+
+@_recipe
+def scaffold(
+    lr: Rate = 0.1, epochs: Epochs = 1, batch: Batch = 10, cohort: Cohort = None, server_lr: ServerRate = 1.0
+) -> Plan:
+    """SCAFFOLD: control variates remove the drift of clients with different minima.
+
+    y ← y − lr·(∇ℓ(y) − cᵢ + c)
+
+    Example:
+        >>> scaffold(0.1)
+        Plan(Train(sgd(0.1), epochs=1, batch=10, correction=Scaffold()), aggregator=Mean())
+
+    Reference: Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, 2020, option II.
+    """
+    return _corrected(Scaffold(), rules.sgd(lr), epochs, batch, cohort, server_lr)
+
+
+@_recipe
+def feddyn(lr: Rate = 0.1, epochs: Epochs = 1, batch: Batch = 10, cohort: Cohort = None, alpha: float = 0.1) -> Plan:
+    """FedDyn: local losses with a dynamic regularizer, whose common minimum is that of the sum of the losses.
+
+    y ← y − lr·(∇ℓ(y) − gᵢ + alpha·(y − θ)) ;  θ ← θ − Σ w uᵢ / Σ w − h/alpha
+
+    Args:
+        alpha: weight of the regularizer, > 0.
+    Example:
+        >>> feddyn(0.1, alpha=0.01).local.correction
+        Dynamic(0.01)
+
+    Reference: Acar et al., Federated Learning Based on Dynamic Regularization, 2021.
+    """
+    return _corrected(Dynamic(alpha), rules.sgd(lr), epochs, batch, cohort, 1.0)
+
+
+@_recipe
+def fednova(
+    lr: Rate = 0.1,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
+    cohort: Cohort = None,
+    server_lr: ServerRate = 1.0,
+    momentum: float = 0.0,
+    mu: float = 0.0,
+) -> Plan:
+    """FedNova: federated averaging of normalised updates, so that more steps give no more weight.
+
+    θ ← θ − server_lr·(Σ pᵢ |aᵢ|)·Σ pᵢ uᵢ/|aᵢ|
+
+    Args:
+        momentum: of the clients, 0 ≤ momentum < 1.
+        mu: weight of a proximal term, ≥ 0.
+    Example:
+        >>> fednova(0.1).local.correction, fednova(0.1, mu=0.1).local.correction
+        (Normalised(), Proximal(0.1) >> Normalised())
+
+    Reference: Wang et al., Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization, 2020.
+    """
+    correction = Proximal(mu) >> Normalised() if mu else Normalised()
+    return _corrected(correction, rules.sgd(lr, momentum=momentum), epochs, batch, cohort, server_lr)
+
+
+@_recipe
+def fedexp(lr: Rate = 0.1, epochs: Epochs = 1, batch: Batch = 10, cohort: Cohort = None, eps: float = 1e-3) -> Plan:
+    """FedExP: federated averaging with a longer step of the server if the updates differ.
+
+    θ ← θ − max(1, Σ pᵢ|uᵢ|² / (2(|ū|² + eps)))·ū,  ū the mean update
+
+    Args:
+        eps: added to |ū|², ≥ 0.
+    Example:
+        >>> fedexp(0.1).local.correction
+        Extrapolated()
+
+    Reference: Jhunjhunwala, Wang, Joshi, FedExP: Speeding Up Federated Averaging via Extrapolation, 2023.
+    """
+    return _corrected(Extrapolated(eps), rules.sgd(lr), epochs, batch, cohort, 1.0)
+
+
+@_recipe
+def fedlc(
+    lr: Rate = 0.1,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
+    cohort: Cohort = None,
+    server_lr: ServerRate = 1.0,
+    tau: float = 1.0,
+    form: Logits = "quarter",
+) -> Plan:
+    """FedLC: federated averaging whose clients train with logits that are calibrated by their class counts.
+
+    Args:
+        tau: strength of the shift, ≥ 0.
+        form: `"quarter"`, the shift −tau·n_c^(−1/4) of FedLC; or `"log"`, the shift tau·log n_c of balanced softmax.
+    Example:
+        >>> fedlc(0.1, form="log").local.correction
+        Calibrated(1.0)
+
+    Reference: Zhang et al., Federated Learning with Label Distribution Skew via Logits Calibration, 2022.
+    """
+    return _corrected(Calibrated(tau, form), rules.sgd(lr), epochs, batch, cohort, server_lr)
+
+
+def _corrected(
+    correction: Correction,
+    clients: rules.sgd,
+    epochs: int,
+    batch: int | None,
+    cohort: Sampler | int | float | None,
+    server_lr: float | Schedule,
+) -> Plan:
+    """Federated averaging with a correction of the local steps."""
+    local = Train(clients, epochs=epochs, batch=batch, correction=correction)
+    return Plan(local, Mean(), rules.sgd(server_lr), cohort)
+
+
 RECIPES = (
     gd,
     sgd,
@@ -467,4 +622,10 @@ RECIPES = (
     dp_fedavg,
     fedbuff,
     fedasync,
+    fedprox,
+    scaffold,
+    feddyn,
+    fednova,
+    fedexp,
+    fedlc,
 )

@@ -11,11 +11,12 @@ from atoll.data import partition
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan import aggregate, codec, local, optimizer, pace, sampler, schedule
 from atoll.plan.codec.stage import Codec
-from atoll.plan.protocols import Aggregator, Cohort, Local, Optimizer, Pace, Sampler
+from atoll.plan.protocols import Aggregator, Cohort, Correction, Local, Optimizer, Pace, Pull, Sampler
 from atoll.plan.schedule import constant, cosine, hold, plateau, warmup
 from atoll.testing import (
     Nonconformity,
     check_aggregator,
+    check_correction,
     check_engine,
     check_local,
     check_optimizer,
@@ -48,6 +49,16 @@ def median(updates, weights):
 
 
 sgd = optimizer.sgd
+CORRECTIONS = [
+    local.Proximal(0.5),
+    local.Scaffold(),
+    local.Scaffold("update"),
+    local.Dynamic(0.5),
+    local.Normalised(),
+    local.Extrapolated(),
+    local.Calibrated(1.0),
+    local.Calibrated(1.0, form="quarter") >> local.Proximal(0.5) >> local.Normalised(),
+]
 OURS = {
     check_sampler: [
         sampler.Everyone(),
@@ -67,9 +78,11 @@ OURS = {
         local.Train(optimizer.adamw(0.01), steps=3, batch=4, keep=("optimizer", "order")),
         local.Train(sgd(plateau(0.1, patience=1)), steps=2, batch=4, keep=("order",)),
         local.Train(sgd(0.1), steps=hold(1, rounds=1) >> 3, batch=4, keep=("order",), sends="model"),
+        *(local.Train(sgd(0.1), steps=3, batch=4, correction=part) for part in CORRECTIONS),
         local.Evaluate(),
         local.Custom(user_loop, batch=4, lr=0.1),
     ],
+    check_correction: CORRECTIONS,
     check_stage: [
         codec.Identity(),
         codec.Identity() >> codec.Identity(),
@@ -524,6 +537,16 @@ def stubborn(way):
     return make
 
 
+@dataclass(frozen=True, repr=False)
+class Pulling(Correction):
+    """A correction with one fault."""
+
+    fault: str
+
+    def pull(self, broadcast, memory, facts):
+        return Pull(anchor=torch.zeros(1), mu=0.1) if self.fault == "anchor of one number" else None
+
+
 BROKEN = [
     (check_sampler, Changeable(), "can be changed"),
     (check_sampler, Unread(), "cannot be read"),
@@ -559,6 +582,8 @@ BROKEN = [
     (check_local, Computing("by rows used"), "all rows of a client"),
     (check_local, Computing("unannounced"), "tensors named"),
     (check_local, Computing("no rows"), "a sum named rows"),
+    (check_correction, Pulling("anchor of one number"), "as (torch.float32, [1])"),
+    (check_correction, Pulling("no pull"), "a Pull"),
     (check_pace, Waiting("no flag"), "True or False"),
     (check_pace, Waiting("asks for fewer"), "at least"),
     (check_pace, Waiting("asks for the odd one out"), "each time"),

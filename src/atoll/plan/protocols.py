@@ -560,6 +560,11 @@ class Correction(Protocol):
         return False
 
     @default
+    def needs_equal_steps(self) -> bool:
+        """Whether all clients must make the same number of steps."""
+        return False
+
+    @default
     def parts(self) -> tuple[Correction, ...]:
         """The corrections that this one contains, in the order in which they run."""
         return ()
@@ -627,6 +632,16 @@ class Stage(Protocol):
     @default
     def averages_all_clients(self) -> bool:
         """Whether the server's mean covers all clients, including those that did not participate."""
+        return False
+
+    @default
+    def lossless(self) -> bool:
+        """Whether the server decodes exactly the update that the client encoded."""
+        return False
+
+    @default
+    def corrects_error(self) -> bool:
+        """Whether later messages of a client contain the error of its earlier ones."""
         return False
 
     @default

@@ -114,6 +114,12 @@ class State:
         return self.broadcast if round == self.round else self.versions[round]
 
 
+def evaluated_model(plan: Plan, state: State) -> Model:
+    """The model that is evaluated and exported: that of the state, unless the local part states other parameters."""
+    theta = plan.local.evaluated(state.model.theta, state.server["local"])
+    return state.model if theta is state.model.theta else state.model._replace(theta=theta)
+
+
 def versions(state: State, air: InFlight) -> dict[int, Broadcast]:
     """The broadcasts that clients in flight started from, after the round has closed. The keys are model versions."""
     if not air.flights:

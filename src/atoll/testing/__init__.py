@@ -14,7 +14,7 @@ from atoll.base.entropy import entropy_source
 from atoll.testing.codecs import check_aggregator, check_stage
 from atoll.testing.contract import Nonconformity, check_value, known_entropy, round_info
 from atoll.testing.engines import check_engine
-from atoll.testing.local import check_local
+from atoll.testing.local import check_correction, check_local
 from atoll.testing.optimizers import check_optimizer, check_schedule
 from atoll.testing.paces import check_pace
 from atoll.testing.samplers import check_partition, check_sampler
@@ -22,6 +22,7 @@ from atoll.testing.samplers import check_partition, check_sampler
 __all__ = [
     "Nonconformity",
     "check_aggregator",
+    "check_correction",
     "check_engine",
     "check_local",
     "check_optimizer",

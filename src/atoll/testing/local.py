@@ -19,7 +19,9 @@ from atoll.compute.task import Task
 from atoll.data.clients import Clients, offsets_of
 from atoll.data.rows import ArrayRows
 from atoll.plan.aggregate import Mean
-from atoll.plan.protocols import Broadcast, Contribution, Ids, Tensors, Total
+from atoll.plan.local import Train
+from atoll.plan.optimizer.rules import sgd
+from atoll.plan.protocols import Broadcast, Contribution, Finished, Ids, Pull, StepFacts, Tensors, Total
 from atoll.testing.contract import (
     check_declared,
     check_value,
@@ -78,6 +80,46 @@ def check_local(part: Any) -> None:
         task = replace(problem(norm=norm), numerics=part.numerics or "lanes")
         for ids in _chunks(part, data):
             _check_chunk(part, task, data, ids)
+
+
+@conformity
+def check_correction(part: Any) -> None:
+    """Check the contract of a correction of local training, as a part of `Train(..., correction=part)`.
+
+    `pull` and `finish` return their named tuples, with tensors of the dtype and shape of θ, and change no argument. The
+    further checks are those of `check_local`.
+
+    Args:
+        part: a correction, as `atoll.plan.protocols.Correction` declares it.
+    Raises:
+        Nonconformity: the part breaks the contract.
+    Example:
+        >>> from atoll.plan.local import Proximal
+        >>> check_correction(Proximal(0.1))
+    """
+    check_value(part)
+    local = Train(sgd(0.1), steps=2, batch=4, correction=part)
+    task, data, ids = problem(), clients(), torch.arange(3)
+    broadcast = Broadcast(0, task.initial(), {"local": {}, "correction": part.server(task.layout), "codec": {}})
+    memory, batch = lanes(part.memory(task.layout), len(ids)), _lanes(task, data, ids)
+    steps = torch.full_like(ids, 2)
+    facts = StepFacts(0.1, 0.0, batch.rows, steps, None, batch.class_counts)
+    pull = pure(f"{part!r}.pull", part.pull, broadcast, memory, facts)
+    require(isinstance(pull, Pull), f"{part!r}.pull gave {pull!r}.", "a Pull.", "the backends read its fields.")
+    for name in ("start", "anchor", "shift"):
+        tensor = getattr(pull, name)
+        shapes = ((task.layout.d,), (len(ids), task.layout.d))
+        require(
+            tensor is None or (tensor.shape in shapes and tensor.dtype == task.layout.dtype),
+            f"{part!r}.pull gave {name} as {None if tensor is None else (tensor.dtype, list(tensor.shape))}.",
+            f"None, or {task.layout.dtype} [d] or [K, d].",
+            "the backends add it to the parameters of each client.",
+        )
+    update = torch.zeros(len(ids), task.layout.d, dtype=task.layout.dtype)
+    facts = facts._replace(weights=steps.double())
+    found = pure(f"{part!r}.finish", part.finish, broadcast, memory, update, facts)
+    require(isinstance(found, Finished), f"{part!r}.finish gave {found!r}.", "a Finished.", "its fields are joined.")
+    check_local(local)
 
 
 def _chunks(part: Any, data: Clients) -> list[Tensor]:

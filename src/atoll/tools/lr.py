@@ -29,7 +29,7 @@ from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, step
 from atoll.plan.schedule import Schedule
-from atoll.plan.state import State
+from atoll.plan.state import State, evaluated_model
 from atoll.tools.rebuild import training_of, write_output
 from atoll.training.evaluation import evaluate
 from atoll.training.experiment import Experiment
@@ -310,7 +310,7 @@ def _after(training: Training, engine: InProcessEngine, judge: InProcessEngine, 
             state, _ = step(plan, state, engine)
     except RunError:
         return math.inf
-    loss = evaluate(state, judge).metrics["held_out_loss"]
+    loss = evaluate(replace(state, model=evaluated_model(plan, state)), judge).metrics["held_out_loss"]
     return loss if math.isfinite(loss) else math.inf
 
 

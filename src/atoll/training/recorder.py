@@ -171,7 +171,7 @@ class Recorder:
             return
         if not self.best or (value > self.best["value"] if higher else value < self.best["value"]):
             self.best = {"metric": metric, "value": value, "round": report.round}
-            self.best_model = self.training.state.model
+            self.best_model = self.training.evaluated_model
 
     def checkpoint(self) -> None:
         """Write a checkpoint of the current state."""
@@ -267,8 +267,8 @@ class Recorder:
             self.folder.event("stop", status=status, reason=outcome.reason, round=t.state.round)
             if status != "failed":
                 self.checkpoint()
-                self.folder.save("model.safetensors", _state_dict(t, t.state.model))
-                self._save_hidden("model", t.state.model)
+                self.folder.save("model.safetensors", _state_dict(t, t.evaluated_model))
+                self._save_hidden("model", t.evaluated_model)
             self.folder.finish()
             if t.evaluation.clients:
                 self.folder.save_clients(_client_table(t))

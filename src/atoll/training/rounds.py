@@ -53,7 +53,7 @@ from atoll.plan.local import Gradient, Train
 from atoll.plan.plan import Plan
 from atoll.plan.registry import read_part
 from atoll.plan.round import Report, bind, draw_cohort, step
-from atoll.plan.state import State
+from atoll.plan.state import State, evaluated_model
 from atoll.recipes import RECIPES
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.fingerprint import fingerprint
@@ -367,24 +367,28 @@ class Training:
         if engine is None:
             return self._present_values().metrics if self.judged else {}
         with user_scope(self.state.key().fold("user")):
-            return evaluate(self.state, engine).metrics
+            return evaluate(self._evaluated_state, engine).metrics
+
+    @property
+    def _evaluated_state(self) -> State:
+        return replace(self.state, model=self.evaluated_model)
 
     def _present_values(self) -> HeldOutValues:
         """The values of the current model on the held-out rows, here and on the machines of clients."""
-        scores = self.engine.score(self.state) if self.engine.judges else None
+        scores = self.engine.score(self._evaluated_state) if self.engine.judges else None
         own = HeldOutValues({})
         if scores is not None:
             self.client_names, self.evaluated_ids = scores.names, torch.arange(len(scores.names))
             own = of_sites(self.task, scores, clients=self.settings.evaluate != "pooled")
         if self.evaluator is None:
             return own
-        pooled = self.values_of(self.state.model)
+        pooled = self.values_of(self.evaluated_model)
         return join_clients(pooled, own) if own.clients else pooled
 
     def final_values(self) -> HeldOutValues:
         """The values of the current model on the held-out rows. They are computed again only if they are older."""
         if self.evaluated_round != self.state.round and self.data.held_out is not None:
-            self.evaluation, self.evaluated_round = self.values_of(self.state.model), self.state.round
+            self.evaluation, self.evaluated_round = self.values_of(self.evaluated_model), self.state.round
         return self.evaluation
 
     def values_of(self, model: Model, client: int | None = None) -> HeldOutValues:
@@ -474,7 +478,12 @@ class Training:
     def model(self) -> nn.Module:
         """A new module with the current parameters."""
         with user_modes():
-            return self.task.result(self.state.model)
+            return self.task.result(self.evaluated_model)
+
+    @property
+    def evaluated_model(self) -> Model:
+        """The tensors of the model that is evaluated and exported."""
+        return evaluated_model(self.plan, self.state)
 
     def share(self) -> None:
         """Copy the state of the primary process to all processes of the training, with its client state and rules."""

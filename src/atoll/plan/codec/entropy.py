@@ -71,6 +71,7 @@ class Entropy(Codec):
 
     per_message = True
     compresses = True
+    lossless = True
 
     level: int = 3
 

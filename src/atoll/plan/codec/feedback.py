@@ -26,6 +26,7 @@ class _Wrapper(Codec):
     """A codec that contains another one and forwards its questions to it."""
 
     needs_model_coordinates = True
+    corrects_error = True
 
     codec: Codec
 

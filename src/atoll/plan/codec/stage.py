@@ -212,6 +212,8 @@ class Identity(Codec):
         Identity() >> Identity()
     """
 
+    lossless = True
+
     def declare(self, layout: Layout) -> Mapping[str, Declared]:
         return {"update": self.before} if self.binding else super().declare(layout)
 
@@ -258,6 +260,14 @@ class Chain(Codec):
     @property
     def packs(self) -> bool:
         return any(stage.packs for stage in self.stages)
+
+    @property
+    def lossless(self) -> bool:
+        return all(stage.lossless for stage in self.stages)
+
+    @property
+    def corrects_error(self) -> bool:
+        return all(stage.corrects_error or stage.lossless for stage in self.stages)
 
     @property
     def needs_model_coordinates(self) -> bool:

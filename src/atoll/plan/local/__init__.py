@@ -3,9 +3,36 @@
 Tests: tests/conformance/test_parts.py
 """
 
+from atoll.plan.local.correction import (
+    CORRECTIONS,
+    Calibrated,
+    Chained,
+    CorrectionBase,
+    Dynamic,
+    Extrapolated,
+    Normalised,
+    Proximal,
+    Scaffold,
+)
 from atoll.plan.local.custom import Context, Custom, Loader
 from atoll.plan.local.evaluate import Evaluate
 from atoll.plan.local.gradient import Gradient
 from atoll.plan.local.train import Train
 
-__all__ = ["Context", "Custom", "Evaluate", "Gradient", "Loader", "Train"]
+__all__ = [
+    "CORRECTIONS",
+    "Calibrated",
+    "Chained",
+    "Context",
+    "CorrectionBase",
+    "Custom",
+    "Dynamic",
+    "Evaluate",
+    "Extrapolated",
+    "Gradient",
+    "Loader",
+    "Normalised",
+    "Proximal",
+    "Scaffold",
+    "Train",
+]

@@ -91,7 +91,7 @@ class Correcting(NamedTuple):
         return contribution, under(CORRECTION, memory)
 
 
-def check_correction(correction: Any) -> None:
+def require_correction(correction: Any) -> None:
     """Refuse a value that is not a correction."""
     if correction is None:
         return
@@ -111,6 +111,11 @@ def conflicts_of_pull(local: Train, correction: Correction) -> Iterable[Conflict
     if correction.needs_weights and local.optimizer.step_rule(1.0) is None:
         why = "it divides by the sum of the weights of the gradients in an update, which is known for SGD only."
         yield Conflict(f"{correction!r} with {local.optimizer!r}.", "sgd without dampening.", why, "sgd(0.1)")
+    if correction.needs_equal_steps and local.steps is None:
+        why = "clients with more rows make more steps in a pass."
+        yield Conflict(
+            f"{correction!r} with epochs={local.epochs}.", "steps=…, equal for all clients.", why, "Scaffold()"
+        )
     if correction.needs_weights and "optimizer" in local.keep:
         given = f"{correction!r} with keep={local.keep!r}."
         why = "the momentum of an earlier round adds gradients to the update that the correction cannot count."

@@ -30,7 +30,7 @@ from atoll.plan.local.contribution import (
     contribution_of,
     declared_update,
 )
-from atoll.plan.local.correcting import CORRECTION, Correcting, check_correction, conflicts_of_pull
+from atoll.plan.local.correcting import CORRECTION, Correcting, conflicts_of_pull, require_correction
 from atoll.plan.local.steps import check_steps, counted, lengths_of, quotient, steps_at
 from atoll.plan.protocols import (
     Broadcast,
@@ -121,7 +121,7 @@ class Train(Local):
                 "local training makes steps in place." if known else "",
                 f"Train({rule}, epochs=1, batch=10)",
             )
-        check_correction(self.correction)
+        require_correction(self.correction)
         if not isinstance(self.keep, (tuple, list)) or not all(
             k in ("optimizer", "order") for k in map(str, self.keep)
         ):
