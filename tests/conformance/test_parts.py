@@ -120,6 +120,12 @@ OURS = {
             ),
             (aggregate.Sum, [{}, {"weights": "equal"}]),
             (aggregate.Combine, [{"fn": median}]),
+            (aggregate.Median, [{}]),
+            (aggregate.TrimmedMean, [{"beta": 0.2}]),
+            (aggregate.Krum, [{"f": 0}]),
+            (aggregate.GeometricMedian, [{}]),
+            (aggregate.CenteredClip, [{"tau": 1.0}]),
+            (aggregate.NormBound, [{"r": 1.0}, {"r": 1.0, "of": aggregate.Median()}]),
         )
         for words in choices
     ],

@@ -11,7 +11,8 @@ from atoll.base.errors import RunError, UsageError
 from atoll.base.grammar import parse
 from atoll.compute import device
 from atoll.engine.inprocess import InProcessEngine
-from atoll.plan.aggregate import Combine, Mean, combine
+from atoll.plan.aggregate import Combine, Mean
+from atoll.plan.aggregate import rows as rows_module
 from atoll.plan.codec import Identity
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer import adam, sgd
@@ -113,7 +114,7 @@ def test_the_median_of_each_coordinate(n):
     ours = aggregated(Combine(median), rows)
     columns = [sorted(column) for column in rows.T.tolist()]
     middle = [(column[(n - 1) // 2] + column[n // 2]) / 2 for column in columns]
-    assert torch.equal(ours, torch.tensor(middle, dtype=torch.float64))
+    torch.testing.assert_close(ours, torch.tensor(middle, dtype=torch.float64), rtol=1e-15, atol=0)
     far = torch.cat([rows, torch.full((n - 1, 9), 1e9, dtype=torch.float64)])
     assert aggregated(Combine(median), far).max() <= rows.max()
 
@@ -156,7 +157,7 @@ def test_wrong_functions(fn, words):
 
 def test_memory(monkeypatch):
     """More than half of the free memory is refused at the first contribution, by the expected cohort."""
-    monkeypatch.setattr(combine, "available", lambda device: 1000)
+    monkeypatch.setattr(rows_module, "available", lambda device: 1000)
     aggregated(Combine(median), torch.ones(12, 5))
     with pytest.raises(UsageError, match="13 updates of 5 numbers") as error:
         aggregated(Combine(median), torch.ones(13, 5))
@@ -179,7 +180,7 @@ class Summed(Identity):
 
 @pytest.mark.parametrize(("slot", "part", "other"), [("pace", Buffered(3), Sync()), ("codec", Summed(), Identity())])
 def test_sums_are_refused(slot, part, other):
-    with pytest.raises(UsageError, match="the function takes the update of each client") as error:
+    with pytest.raises(UsageError, match="the rule takes the update of each client") as error:
         Plan(Gradient(), Combine(median), **{slot: part})
     assert parse(error.value.line, PARTS) == other
 

@@ -166,8 +166,7 @@ def _run(
     counts = torch.tensor([n for _, lane_counts in steps for n in lane_counts])
     clients, d = len(steps[0][1]), theta.shape[-1]
     out, losses, peaks = empty(theta, (clients, d)), theta.new_empty(len(counts)), theta.new_empty(clients, blocks(d))
-    work = products(program, features) * len(at)
-    constant = rule.constant()
+    work, constant = products(program, features) * len(at), rule.constant()
     constant = None if constant is None else constant.contiguous()
     job = DescentJob(
         layers=specs.data_ptr(),
@@ -193,13 +192,7 @@ def _run(
         theta=theta.data_ptr(),
         theta_stride=d if theta.dim() == 2 else 0,
         result=result,
-        pulls=not rule.plain,
-        lr=rule.lr,
-        momentum=rule.momentum,
-        nesterov=rule.nesterov,
-        kappa=rule.kappa,
-        constant=None if constant is None else constant.data_ptr(),
-        constant_stride=0 if constant is None or constant.dim() == 1 else d,
+        **_rule_fields(rule, constant, d),
         velocity=None if velocity is None else velocity.data_ptr(),
         out=out.data_ptr(),
         losses=losses.data_ptr(),
@@ -209,6 +202,19 @@ def _run(
     _check_status(load_libraries(theta.dtype).run(ctypes.byref(job)), y)
     attach(out, "peaks", peaks)
     return out, losses
+
+
+def _rule_fields(rule: StepRule, constant: Tensor | None, d: int) -> dict[str, Any]:
+    """The fields of a job that state the rule of its steps, with c as a contiguous tensor."""
+    return {
+        "pulls": not rule.plain,
+        "lr": rule.lr,
+        "momentum": rule.momentum,
+        "nesterov": rule.nesterov,
+        "kappa": rule.kappa,
+        "constant": None if constant is None else constant.data_ptr(),
+        "constant_stride": 0 if constant is None or constant.dim() == 1 else d,
+    }
 
 
 def _check_status(status: int, y: Tensor) -> None:

@@ -397,13 +397,12 @@ class FusedDescent:
         self.count = lanes
 
     def _constant(self) -> Tensor | None:
-        """The number that a step adds to y, or to the gradient, `[d]` or `[K, d]`."""
+        """The number that a step adds to the gradient, `[d]` or `[K, d]`."""
         rule = self._rule
         if self._keep is None:
             return rule.constant()
         mu = (1.0 - self._keep) / rule.lr - rule.decay if rule.kappa else 0.0  # of the rounded factor of y
-        constant = rule._replace(mu=mu).constant()
-        return None if constant is None else constant * -rule.lr
+        return rule._replace(mu=mu).constant()
 
     @property
     def loss(self) -> Tensor:
@@ -450,7 +449,7 @@ class FusedDescent:
         if one_pass and self._keep is not None:
             each = program.run(lanes.theta, x, y, share, Sink(lanes.theta, self._keep, -rule.lr))
             for t, c in zip(lanes.theta, lanes.constant, strict=False):
-                t.add_(c)
+                t.add_(c, alpha=-rule.lr)
             return each
         if one_pass and rule.momentum and not rule.nesterov:
             each = program.run(lanes.theta, x, y, share, Sink(lanes.velocity, rule.momentum, 1.0))
@@ -462,7 +461,7 @@ class FusedDescent:
             for t, g in zip(lanes.theta, gradient, strict=True):
                 (t if self._keep == 1.0 else t.mul_(self._keep)).add_(g, alpha=-rule.lr)
             for t, c in zip(lanes.theta, lanes.constant, strict=False):
-                t.add_(c)
+                t.add_(c, alpha=-rule.lr)
             return each
         self._pull(gradient, lanes)
         if rule.momentum:

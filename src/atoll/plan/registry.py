@@ -34,6 +34,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         aggregate.Masks,
         aggregate.Sum,
         aggregate.Combine,
+        *aggregate.ROBUST,
         pace.Sync,
         pace.Buffered,
         pace.Bounded,

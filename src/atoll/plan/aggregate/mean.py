@@ -449,8 +449,13 @@ def _float(digits: exact.Digits) -> Tensor:
     return digits[0]
 
 
-def one_of(part: str, name: str, given: str, allowed: tuple[str, ...]) -> None:
+def one_of(part: str, name: str, given: str, allowed: tuple[str, ...], line: str | None = None) -> None:
     """Refuse a word that an argument of a part does not allow.
+
+    Args:
+        part, name, given: the part, its argument, and the value of the argument.
+        allowed: the words.
+        line: the line to write instead; None: a call of the part with this argument alone.
 
     Raises:
         UsageError: `given` is not in `allowed`.
@@ -461,5 +466,5 @@ def one_of(part: str, name: str, given: str, allowed: tuple[str, ...]) -> None:
         raise UsageError(
             f"{part}({name}={given!r}).",
             f"{name} one of {', '.join(map(repr, allowed))}.",
-            write=f"{part}({name}={allowed[0]!r})",
+            write=f"{part}({name}={allowed[0]!r})" if line is None else line,
         )

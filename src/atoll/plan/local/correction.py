@@ -111,7 +111,7 @@ class Scaffold(CorrectionBase):
     needs_weights = True
 
     def __post_init__(self) -> None:
-        _check_word(self, "sends", ("control", "update"))
+        _check_word(self, "sends", ("control", "update"), "Scaffold()")
 
     @property
     def needs_equal_steps(self) -> bool:
@@ -343,7 +343,7 @@ class Calibrated(CorrectionBase):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _check_word(self, "form", ("log", "quarter"))
+        _check_word(self, "form", ("log", "quarter"), "Calibrated(1.0)")
 
     def server(self, layout: Layout) -> Tensors:
         return {"classes": torch.tensor(_output_bias(self, layout).shape[0])}
@@ -467,11 +467,11 @@ def _column(facts: StepFacts, update: Tensor) -> Tensor:
     return weights.to(update)[:, None]
 
 
-def _check_word(part: Any, name: str, words: tuple[str, ...]) -> None:
+def _check_word(part: Any, name: str, words: tuple[str, ...], line: str) -> None:
     value = vars(part)[name]
     if value not in words:
         kind = type(part).__name__
-        raise UsageError(f"{kind}({name}={value!r}).", f"{words[0]!r} or {words[1]!r}.", "", f"{kind}()")
+        raise UsageError(f"{kind}({name}={value!r}).", f"{words[0]!r} or {words[1]!r}.", "", line)
 
 
 def _output_bias(part: Calibrated, layout: Layout) -> Entry:

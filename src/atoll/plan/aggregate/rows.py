@@ -1,0 +1,274 @@
+"""The base of aggregators that need the single contributions of a round: the server keeps one row of each client.
+
+Tests: tests/identities/test_robust.py, tests/identities/test_combine.py
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from atoll.base.errors import RunError, UsageError
+from atoll.base.lines import Part
+from atoll.base.names import under, without_prefix
+from atoll.compute.device import available
+from atoll.plan.aggregate.mean import Mean, PartialSum
+from atoll.plan.protocols import (
+    Aggregator,
+    Conflict,
+    Contribution,
+    Group,
+    Ids,
+    Partial,
+    Population,
+    RoundInfo,
+    Slots,
+    Tensors,
+    Total,
+    Weights,
+)
+
+_MEMORY_PART = 0.5  # largest part of the free memory that the rows of a round may occupy as float64
+_NUMBERS = ("client", "repeat", "weights")
+
+
+@dataclass
+class PartialRows(Partial):
+    """Some means of some contributions as rows, and the sums of all their other values.
+
+    Args:
+        blocks: the rows in the order of arrival. A block has `means/NAME` `[K, length]`, and `client`, `repeat` and
+            `weights`, int64 `[K]`.
+        rest: the sums of everything else.
+    """
+
+    blocks: list[Tensors] = field(default_factory=list)
+    rest: PartialSum = field(default_factory=PartialSum)
+
+    def __len__(self) -> int:
+        return sum(len(block["client"]) for block in self.blocks)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the means that are kept as rows."""
+        return sorted(without_prefix(self.blocks[0], "means/")) if self.blocks else []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Convert the partial to named tensors, to send it to another process."""
+        rows = {n: torch.cat([block[n] for block in self.blocks]) for n in self.blocks[0]} if self.blocks else {}
+        return under("rows/", rows) | under("rest/", self.rest.tensors())
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> PartialRows:
+        """The inverse of `tensors`: build a partial from named tensors."""
+        rows = without_prefix(tensors, "rows/")
+        return cls([rows] if rows else [], PartialSum.of(without_prefix(tensors, "rest/")))
+
+    def reduce(self, group: Group) -> PartialRows:
+        """The rows of all processes, on the device of this process, and the sums over all processes."""
+        rest, mine = self.rest.reduce(group), without_prefix(self.tensors(), "rows/")
+        device = next((t.device for n, t in mine.items() if n not in _NUMBERS), torch.device("cpu"))
+        theirs = [rows for rows in group.all_gather(mine) if rows]
+        blocks: list[Tensors] = [{n: t if n in _NUMBERS else t.to(device) for n, t in rows.items()} for rows in theirs]
+        return PartialRows(blocks, rest)
+
+    def places(self) -> list[Tensor]:
+        """The row number of each row of each block in the order of (client, repeat), int64 `[K]` for each block."""
+        starts = torch.cat([block["client"] << 32 | block["repeat"] for block in self.blocks])
+        place = torch.empty_like(starts)
+        place[starts.argsort()] = torch.arange(len(starts))
+        return list(place.split([len(block["client"]) for block in self.blocks]))
+
+    def matrix(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The rows of a tensor in the order of (client, repeat), `[n, length]` or `[n]`, in their dtype or in `dtype`.
+
+        Args:
+            name: `means/NAME`, or `weights`.
+            dtype: the dtype of the result; None: that of the rows.
+        """
+        first = self.blocks[0][name]
+        out = torch.empty((len(self), *first.shape[1:]), dtype=dtype or first.dtype, device=first.device)
+        for place, block in zip(self.places(), self.blocks, strict=True):
+            out[place.to(out.device)] = block[name].to(out)
+        return out
+
+
+class RowRule(Aggregator):
+    """The base of rules that see the contribution of each client. A rule defines `rule`.
+
+    The total is the result of the rule times the total weight, so that it is divided by the weight as under `Mean`.
+    Sums, such as those of metrics, are exact sums.
+    """
+
+    weights: Weights = "equal"
+    _mean: Mean = Mean("equal")  # of the sums; it also weighs the clients
+    _cohort: int = 0  # the expected number of clients in a round; 0: unknown
+
+    def rule(self, x: Tensor) -> Tensor:
+        """The aggregate of the rows.
+
+        Args:
+            x: the rows of a mean in the order of (client, repeat), `[n, length]`. It must not change.
+        Returns:
+            Floats `[length]`.
+        """
+        raise NotImplementedError
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """The updates that the rule takes instead of the updates x, `[n, d]`. Other means remain as they are."""
+        return x
+
+    def row_weights(self, x: Tensor) -> Tensor | None:
+        """The weights of a rule that is a weighted mean of rows, float64 `[n]` with the sum 1; None: it is none.
+
+        The weights are computed from the updates, and all means, such as buffers, get the same.
+
+        Args:
+            x: the updates in the order of (client, repeat), `[n, d]`. They must not change.
+        """
+        return None
+
+    def least_rows(self) -> int:
+        """The smallest number of contributions with which the rule is defined."""
+        return 1
+
+    def kept_as_rows(self, name: str) -> bool:
+        """Whether the rule applies to the mean of this name. Others are averaged."""
+        return True
+
+    def bind(self, population: Population, chance: Tensor) -> Self:
+        """A copy that knows the expected number of clients, and divides weights by unequal chances as `Mean` does.
+
+        Raises:
+            UsageError: the rule is not defined for so few clients.
+        """
+        bound = copy.copy(self)
+        object.__setattr__(bound, "_mean", self._mean.bind(population, chance))
+        cohort = round(float(chance.sum() if chance.dim() else chance * population.clients))
+        object.__setattr__(bound, "_cohort", cohort)
+        if 0 < cohort < self.least_rows():
+            raise UsageError(*self._few(f"a cohort of {cohort} clients"))
+        return bound
+
+    def _few(self, given: str) -> tuple[str, str, str]:
+        least = self.least_rows()
+        why = "with fewer contributions the rule has no result that the attackers cannot choose."
+        return f"{self!r:.80} with {given}.", f"at least {least} contributions.", why
+
+    def weigh(self, clients: Tensor, rows: Tensor) -> Tensor:
+        """The weight of each contribution, int64 `[K]`, as that of `Mean`."""
+        return self._mean.weigh(clients, rows)
+
+    def zero(self) -> PartialRows:
+        """No row."""
+        return PartialRows()
+
+    def fold(self, partial: PartialRows, contribution: Contribution, ids: Ids) -> PartialRows:
+        """Add the rows of K contributions, in place.
+
+        Raises:
+            UsageError: the rows of the round need more than half of the free memory.
+        """
+        kept = {n: t for n, t in contribution.means.items() if self.kept_as_rows(n)}
+        others = {n: t for n, t in contribution.means.items() if n not in kept}
+        partial.rest = self._mean.fold(partial.rest, contribution._replace(means=others), ids)
+        if kept:
+            count, held = len(ids.client), len(partial)
+            if not held or held + count > self._cohort:
+                width = sum(t.shape[1] for t in kept.values())
+                self._check_memory(max(held + count, self._cohort), width, next(iter(kept.values())).device)
+            weights = self.weigh(ids.client, contribution.weight)
+            numbers = {"client": ids.client, "repeat": ids.repeat, "weights": weights}
+            rows = {**under("means/", kept), **numbers}
+            partial.blocks.append({n: t.clone() for n, t in rows.items()})
+        return partial
+
+    def merge(self, a: PartialRows, b: PartialRows) -> PartialRows:
+        """Add the rows and the sums of the partial `b` to the partial `a`, in place."""
+        a.blocks += b.blocks
+        a.rest = self._mean.merge(a.rest, b.rest)
+        return a
+
+    def total(self, partial: PartialRows) -> Total:
+        """The result of the rule times the total weight, and the sums of everything else.
+
+        Raises:
+            RunError: the round has too few contributions.
+        """
+        total = self._mean.total(partial.rest)
+        if not len(partial):
+            return total
+        if len(partial) < self.least_rows():
+            raise RunError(*self._few(f"{len(partial)} contributions"))
+        means, names = dict(total.means), partial.names
+        updates = self.prepared(partial.matrix("means/update")) if "update" in names else None
+        weights = None if updates is None else self.row_weights(updates)
+        for name in names:
+            x = updates if name == "update" and updates is not None else partial.matrix(f"means/{name}")
+            result = self.rule(x) if weights is None else weighted(weights, x)
+            means[name] = result.double() * float(total.weight)
+        return total._replace(means=means)
+
+    def finalize(self, total: Total, info: RoundInfo) -> Total:
+        """Divide all means by the weight.
+
+        Raises:
+            RunError: the chances of the clients differ from those at the start of the training.
+        """
+        return self._mean.finalize(total, info)
+
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        """Refuse asynchronous paces and codecs that decode sums: the rule takes the single updates of one round."""
+        why = "the rule takes the update of each client of a round, and a sum of updates does not contain them."
+        if slots.pace.asynchronous:
+            yield Conflict(f"{self!r} with {slots.pace!r}.", "a pace without late updates.", why, "Sync()")
+        if slots.codec.per_sum:
+            yield Conflict(f"{self!r} with {slots.codec!r}.", "a codec that decodes no sum.", why, "Identity()")
+
+    def _check_memory(self, n: int, d: int, device: torch.device) -> None:
+        free = available(device)
+        if free is None or n * d * 8 <= _MEMORY_PART * free:
+            return
+        fits = int(_MEMORY_PART * free) // (8 * d)
+        raise UsageError(
+            f"{self!r:.80} with {n} updates of {d} numbers, {n * d * 8 / 1e9:.2g} GB.",
+            f"at most half of the free memory of {free / 1e9:.2g} GB.",
+            "the server keeps the update of each client of a round as float64.",
+            Part(f"Uniform({fits})", "cohort") if fits else "",
+        )
+
+
+BLOCK = 1 << 14  # coordinates that are computed together, so that they stay in the caches
+
+
+def weighted(weights: Tensor, x: Tensor) -> Tensor:
+    """Σ wᵢ xᵢ in float64, `[length]`. A row of weight 0 has no influence.
+
+    Args:
+        weights: float64 `[n]`.
+        x: rows `[n, length]`.
+    """
+    used = weights.nonzero()[:, 0]
+    out = torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
+    for first in range(0, x.shape[1], BLOCK):
+        out[first : first + BLOCK] = weights[used] @ x[used, first : first + BLOCK].double()
+    return out
+
+
+def squared_distances(x: Tensor) -> Tensor:
+    """|xᵢ − xⱼ|² for all pairs of rows, float64 `[n, n]`, by blocks of coordinates.
+
+    Args:
+        x: rows `[n, length]`.
+    """
+    out = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
+    for first in range(0, x.shape[1], BLOCK):
+        out += torch.cdist(
+            *(x[:, first : first + BLOCK].double(),) * 2, compute_mode="donot_use_mm_for_euclid_dist"
+        ).square()
+    return out
