@@ -269,6 +269,24 @@ def test_rows_that_fit_no_model_are_refused(make, words):
         make()
 
 
+class Shrinking(Rows):
+    """Rows of which the last ones are gone after the split."""
+
+    def __getitem__(self, i):
+        return self.rows[: self.left][i]
+
+
+def test_a_dataset_that_shrinks_fails_its_clients_with_the_row():
+    rows = Shrinking(*items({"x": X}, Y))
+    rows.left = 38
+    data = atoll.data.dataset(rows, by=BY).split(held_out=0)
+    training = atoll.rounds(seeded(Net), data, Plan(PLAN.local, Mean()), rounds=2)
+    assert not training.next().failures
+    rows.left = 30
+    (failure,) = training.next().failures
+    assert failure.client == 4 and failure.cause.startswith("Row 3") and "raised IndexError" in failure.cause
+
+
 def test_a_predictor_names_the_tensors(tmp_path):
     run = atoll.train(seeded(Two), atoll.data.arrays(two(), Y).split(4), PLAN, rounds=1, out=tmp_path, report=False)
     with pytest.raises(UsageError, match="several tensors: age float32"):

@@ -212,6 +212,26 @@ def test_a_whole_number_of_another_library_is_a_python_number(five):
     assert torch.equal(split.order, SOURCE.split(5, IID(), held_out=0.5, seed=5, min_rows=1).order)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda five: atoll.recipes.fedavg(0.1, batch=five),
+        lambda five: Custom(print, batch=five),
+        lambda five: Buffered(five),
+        lambda five: cosine(0.5, rounds=five),
+        lambda five: atoll.Settings(rounds=five),
+        lambda five: atoll.Settings(engine=f"Processes({five})").spec,
+        lambda five: SOURCE.split(five),
+        lambda five: atoll.recipes.local_sgd(0.1, steps=five),
+    ],
+)
+def test_a_whole_float_is_no_whole_number(make):
+    make(5)
+    for five in (5.0, np.float32(5)):
+        with pytest.raises(UsageError):
+            make(five)
+
+
 def test_clients_are_selected_by_id_name_list_range_array_or_tensor():
     named = atoll.data.federate({"a": (X[:5], Y[:5]), "b": (X[5:], Y[5:]), "c": (X, Y)}, held_out=0)
     ways = ([1, 2], (np.int64(1), 2), range(1, 3), np.array([1, 2]), torch.tensor([1, 2]), ["b", "c"], ("b", 2))

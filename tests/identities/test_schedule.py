@@ -131,7 +131,7 @@ def test_prints_as_its_constructor(schedule):
 
 def test_what_it_prints():
     assert repr(cosine(0.1, rounds=100)) == "cosine(0.1, rounds=100)"
-    assert repr(warmup(5) >> step(1, every=30.0)) == "warmup(5) >> step(1.0, every=30)"
+    assert repr(warmup(5) >> step(1, every=30)) == "warmup(5) >> step(1.0, every=30)"
     assert repr(hold(1, rounds=2) >> (hold(3, rounds=4) >> 5)) == (
         "hold(1.0, rounds=2) >> (hold(3.0, rounds=4) >> constant(5.0))"
     )

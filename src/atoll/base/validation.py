@@ -211,9 +211,7 @@ class Number:
         return self._one(raw)
 
     def _one(self, raw: Any) -> float | int:
-        value = real_number(raw) if not self.whole or isinstance(raw, float) else whole_number(raw)
-        if self.whole and isinstance(value, float):
-            value = int(value) if value.is_integer() else math.nan  # 30.0 is read as 30, and 2.5 is refused
+        value = whole_number(raw) if self.whole else real_number(raw)  # 30.0 is refused, as in every other argument
         inside = (
             math.isfinite(value)
             and (self.above is None or value > self.above)

@@ -439,6 +439,9 @@ class Source:
         self, clients: int | None, partition: Partition, train: int, rule: HeldOut | Tensor, min_rows: int
     ) -> int:
         """Return the number of clients, or refuse it."""
+        count = 10 if clients is None else clients
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise UsageError(f"split({clients!r}).", "an integer ≥ 1.", write=Split(10))
         if partition.natural and self.names is not None:
             if clients not in (None, len(self.names)):
                 raise UsageError(
@@ -448,9 +451,6 @@ class Source:
                     Split(clients, "IID()"),
                 )
             return len(self.names)
-        count = 10 if clients is None else clients
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise UsageError(f"split({clients!r}).", "an integer ≥ 1.", write=Split(10))
         if count * min_rows > train:
             count, least = (count, 1) if count <= train else (max(1, train // min_rows), min(min_rows, train))
             raise UsageError(
