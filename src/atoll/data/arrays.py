@@ -217,7 +217,7 @@ def _read(x: Any, subject: str, missing: str | None = None) -> PackedRows:
             f"{subject} is a dict of arrays, and missing={missing!r}.",
             "arrays without missing numbers.",
             "a mean is known for the columns of one array.",
-            Change("missing", None),
+            Line(python="missing=None"),
         )
     parts = {name: _field(part, f"{subject}[{name!r}]") for name, part in x.items()}
     first = next(iter(parts))
