@@ -25,7 +25,7 @@ from atoll.report.clients import MOST_COUNTED, MOST_DRAWN, summarize
 from atoll.report.draw import draw
 from atoll.report.live import Best, columns, that_fit, without_terminal
 from atoll.report.page import tag
-from atoll.report.run_data import RunData
+from atoll.report.run_data import Events, RunData
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PLAN = "Plan(Train(sgd(0.5), epochs=1, batch=10), aggregator=Mean())"
@@ -240,7 +240,7 @@ def test_last_stop_and_last_baseline_count(tmp_path):
 
 def test_best_row():
     def best(name, *values):
-        record = RunData("", tuple({"round": t, name: v} for t, v in enumerate(values)), {}, "", {}, None)
+        record = RunData("", tuple({"round": t, name: v} for t, v in enumerate(values)), {}, "", {}, Events())
         found = record.best(name)
         return found and found["round"]
 

@@ -1,6 +1,9 @@
 """The summary of a run: own rows first, intervals, and sentences about constants and local models."""
 
+import pytest
+
 import atoll
+from atoll.base.errors import UsageError
 from atoll.base.intervals import wilson
 from atoll.runs.summary import comparison, findings, interval_of
 
@@ -69,3 +72,31 @@ def test_a_metric_that_fails_for_a_constant_does_not_lose_the_run():
     metric = atoll.Metric("largest", picky)
     run = atoll.train("mlp", data, atoll.recipes.fedavg(0.1), rounds=1, out=None, metrics=(metric,))
     assert run.status == "done" and any("constant answer was not evaluated" in note for note in run.notes)
+
+
+def test_a_run_is_shown_in_at_most_400_characters_and_as_frames():
+    data = atoll.data.load("digits").split(clients=3, by=atoll.data.Dirichlet(0.5))
+    plan = atoll.recipes.fedavg(0.1, cohort=2)
+    run = atoll.train("softmax", data, plan, rounds=4, evaluate_every=2, evaluate="both", out=None)
+    assert len(repr(run)) <= 400 and "accuracy=" in repr(run)
+    rounds, clients = run.frame(), run.frame("clients")
+    assert rounds["round"].tolist() == [0, 1, 2, 3]
+    assert rounds["accuracy"].isna().tolist() == [True, False, True, False]
+    assert rounds["loss"].tolist() == [report.metrics["loss"] for report in run.reports]
+    assert len(clients) == 8
+    ids = [i for report in run.reports for i in report.clients["id"].tolist()]
+    assert clients["id"].tolist() == ids
+    assert clients["held_out_accuracy"].isna().tolist() == [True, True, False, False] * 2
+    assert run.frame("rounds", "pyarrow")["round"].to_pylist() == [0, 1, 2, 3]
+    assert run.frame("rounds", "polars")["loss"].to_list() == rounds["loss"].tolist()
+    for wrong in ({"kind": "round"}, {"backend": "panda"}):
+        with pytest.raises(UsageError, match="of a frame"):
+            run.frame(**wrong)
+
+
+def test_summary_is_the_text_of_the_command_and_has_the_notes():
+    data = atoll.data.load("digits").split(clients=3)
+    run = atoll.train("softmax", data, atoll.recipes.fedavg(0.1), rounds=2, out=None)
+    text = run.summary()
+    assert all(f"note    {note}" in text for note in run.notes) and run.notes
+    assert f"in round {run.best['round']}" in text and "constant" in text and run.wall >= run.seconds

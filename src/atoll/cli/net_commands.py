@@ -74,7 +74,6 @@ def serve(
         drain=drain,
         **_net_settings(net),
     )
-    from atoll.runs.summary import summary
     from atoll.training.serve import serve_run
 
     notify = Printer(as_json, ("listening", "round"))
@@ -83,7 +82,7 @@ def serve(
         output.print_json(output.outcome(run))
         sys.stdout.flush()
     else:
-        print(summary(run))
+        print(run.summary())
     return 0 if terminated or run.status == "done" else 130
 
 

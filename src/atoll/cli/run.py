@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.base.errors import Note, RunError
 from atoll.cli import output
-from atoll.runs.summary import summary
 
 if TYPE_CHECKING:
     from atoll.runs.events import Observer, Run
@@ -50,14 +48,13 @@ def prints(it: Experiment) -> bool:
 
 def run_training(it: Experiment, look: Look, **more: Any) -> int:
     """Train once and print the result."""
-    began = time.monotonic()
     run = _train(it, look, **more)
     if not prints(it):
         pass
     elif look.as_json:
         output.print_json(output.outcome(run))
     else:
-        print(summary(run, time.monotonic() - began))
+        print(run.summary())
     return 130 if run.status == "interrupted" else 0
 
 

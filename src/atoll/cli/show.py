@@ -87,7 +87,16 @@ def record(path: Path) -> str:
     if run.events.baselines:
         lines += ["", *comparison(about["metrics"], _known(run), run.judged)]
     lines += ["", *_lost(run)]
-    lines.append(spent(about["rounds"], about["seconds"], about["bytes_up"], about["bytes_down"], run.last("clock")))
+    lines.append(
+        spent(
+            about["rounds"],
+            about["seconds"],
+            about["bytes_up"],
+            about["bytes_down"],
+            run.last("clock"),
+            run.events.wall,
+        )
+    )
     files = ", ".join(sorted(file.name for file in path.iterdir() if file.name != "lock"))
     lines.append(f"files   {near(path)}: {files}")
     command = {"interrupted": "resume", "unfinished": "resume", "running": "show"}.get(about["status"], "export")

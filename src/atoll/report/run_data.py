@@ -65,6 +65,7 @@ class Events:
     ended: str = ""
     status: str = "unfinished"
     reason: str = ""
+    wall: float | None = None
     notes: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -162,12 +163,17 @@ class RunData:
     @property
     def judged(self) -> str:
         """The column of the selection metric, which determines the best round."""
+        selection = self.events.about.get("selection")
+        if isinstance(selection, str) and selection in self.columns:
+            return selection
         found = [*self.metrics, "held_out_loss"]
         return next((n for n in found if n in self.columns), "loss")
 
     def best(self, name: str) -> Row | None:
         """The first row with the best finite value; None if there is none or the metric's direction is unknown."""
-        best, rising = None, rises(name)
+        best, about = None, self.events.about
+        given = about.get("rising") if about.get("selection") == name else None
+        rising = given if isinstance(given, bool) else rises(name)
         for row in self.rows if rising is not None else ():
             value = _number(row.get(name))
             if value is None or not math.isfinite(value):
@@ -284,6 +290,7 @@ def _event(events: Events, event: Mapping[str, Any]) -> None:
             events.notes.append(f"round {event.get('round')}: {event.get('text', '')}")
         case "stop":
             events.ended = str(event.get("time", ""))
+            events.wall = _number(event.get("wall"))
             events.status, events.reason = str(event.get("status", "")), str(event.get("reason", ""))
         case "baseline":
             events.baselines[str(event.get("name", ""))] = dict(event)

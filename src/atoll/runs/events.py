@@ -8,21 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
 from atoll.base.errors import UsageError
+from atoll.compute.metric_names import base_metric
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.data.input import Input
 from atoll.plan.plan import Plan
 from atoll.plan.round import Failure, Report
 from atoll.plan.state import State
+from atoll.runs.format import format_number, plain
+from atoll.runs.frames import Backend, frame_of
 from atoll.runs.predictor import Predictor, predictor_of
+from atoll.runs.summary import summary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """The result of a training.
 
@@ -38,9 +42,12 @@ class Run:
         failures: the contributions that were lost since the training started or resumed.
         reports: one report for each round since the training started or resumed.
         model: a new module with the final parameters. It takes prepared rows: `predictor.prepare` makes them.
-        baselines: metrics of pooled and local-only training, if they were requested.
+        baselines: metrics of the final model (`federated`), of the constant answers (`constant`, `constant_clients`)
+            and, if they were requested, of pooled and local-only training (`pooled`, `local`).
+        notes: the choices that atoll made for the user, and problems after the last round.
         input: the map from a user's rows to tensors, and from outputs to words.
         task: the model, its loss and its metrics.
+        wall: the seconds from the start or the resumption of the training to its end, with evaluation and baselines.
     """
 
     path: Path | None
@@ -59,6 +66,41 @@ class Run:
     notes: tuple[str, ...] = ()
     input: Input | None = field(default=None, repr=False)
     task: Task | None = field(default=None, repr=False)
+    wall: float = 0.0
+
+    def __repr__(self) -> str:
+        name = None if self.path is None else plain(self.path.name, 80)
+        metrics = [f"{plain(n, 40)}={format_number(v)}" for n, v in self.metrics.items() if not base_metric(n)]
+        shown = ", ".join(metrics[:5])
+        return f"Run({name!r}, {self.status}, rounds={self.rounds}, {shown})"[:400]
+
+    def summary(self) -> str:
+        """The text that the command line prints at the end: outcome, notes, comparison, best round, costs, files."""
+        return summary(self)
+
+    def frame(
+        self,
+        kind: Literal["rounds", "clients"] = "rounds",
+        backend: Backend = "pandas",
+    ) -> Any:
+        """Return the reports as a data frame. They contain the rounds since the training started or resumed.
+
+        Args:
+            kind: "rounds": one row for each round, with the columns of metrics.csv; "clients": one row for each
+                contribution of each round, with the columns of `Report.clients`.
+            backend: the package of the frame.
+        Returns:
+            A frame of this package. A missing value is null.
+        Raises:
+            UsageError: an unknown kind or backend, or the package is not installed.
+        Example:
+            >>> import atoll
+            >>> data = atoll.data.load("digits").split(clients=3)
+            >>> run = atoll.train("softmax", data, atoll.recipes.fedavg(0.1), rounds=2, out=None)
+            >>> run.frame()["round"].tolist(), len(run.frame("clients"))
+            ([0, 1], 6)
+        """
+        return frame_of(self.reports, kind, backend)
 
     @property
     def predictor(self) -> Predictor:

@@ -54,6 +54,8 @@ class Summarized(Protocol):
     def baselines(self) -> Baselines: ...
     @property
     def notes(self) -> Sequence[str]: ...
+    @property
+    def wall(self) -> float: ...
 
 
 def judged(names: Iterable[str]) -> list[str]:
@@ -96,12 +98,11 @@ def near(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def summary(run: Summarized, wall: float | None = None) -> str:
+def summary(run: Summarized) -> str:
     """The last lines of a run: outcome, comparison, costs, files, and the next command.
 
     Args:
         run: the run.
-        wall: the number of seconds since the command started, with reading of data and reports.
     """
     lines = ["", f"{run.status}: {run.reason}", ""]
     lines += [f"note    {plain(note, 500)}" for note in run.notes] + ([""] if run.notes else [])
@@ -113,7 +114,7 @@ def summary(run: Summarized, wall: float | None = None) -> str:
         lines.append("")
     failures = f", {whole(len(run.failures))} failures" if run.failures else ""
     now = run.reports[-1].now if run.reports else None
-    lines.append(spent(run.rounds, run.seconds, run.bytes_up, run.bytes_down, now, wall) + failures)
+    lines.append(spent(run.rounds, run.seconds, run.bytes_up, run.bytes_down, now, run.wall) + failures)
     if run.path is not None:
         lines.append(f"run     {near(run.path)}")
         for title, name in (("model", "model.safetensors"), ("report", "report.html")):
@@ -126,7 +127,7 @@ def summary(run: Summarized, wall: float | None = None) -> str:
 def spent(rounds: int, seconds: float, up: int, down: int, now: float | None = None, wall: float | None = None) -> str:
     """The costs of a run. `seconds` is the time of its rounds.
 
-    `now` is the time of its virtual clock, if it has one, and `wall` the time of the command.
+    `now` is the time of its virtual clock, if it has one, and `wall` the time from start to end.
 
     Example:
         >>> spent(3, 0.5, 2408, 2400)

@@ -25,6 +25,7 @@ from atoll.plan.round import FlightTimes, Report
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.events import Run
 from atoll.runs.folder import HIDDEN
+from atoll.runs.frames import metrics_row
 from atoll.training import stop as stops
 from atoll.training.rounds import HELD_OUT, Training, identity, refuse_other_input, start_from
 
@@ -61,7 +62,7 @@ class Recorder:
         self.best_model: Model | None = None
         self._saved_best = -1
         self._recorded = 0  # the number of rounds that are written
-        self._last = time.monotonic()
+        self._last = self._began = time.monotonic()
 
     @property
     def path(self) -> Path | None:
@@ -77,8 +78,9 @@ class Recorder:
         """Write the first event of a run."""
         t = self.training
         if self.folder is not None:
-            notes = list(t.notes)
-            self.folder.event("start", plan=repr(t.plan), numerics=t.task.numerics, why=t.reason, notes=notes)
+            name, rising = t.selection_metric
+            facts = {"plan": repr(t.plan), "numerics": t.task.numerics, "why": t.reason, "notes": list(t.notes)}
+            self.folder.event("start", **facts, selection=name, rising=rising)
 
     def begin(self, resume: str | Path | None, any_version: bool) -> None:
         """If a run is resumed, load its last checkpoint in every process of the training."""
@@ -239,6 +241,7 @@ class Recorder:
         outcome = t.outcome or stops.Outcome("interrupted", False)
         status = "interrupted" if t.outcome is None and interrupted else "failed" if outcome.failed else "done"
         compared, problem = _compared(t, baselines and status == "done") if status != "failed" else ({}, ())
+        wall = time.monotonic() - self._began
         run = Run(
             self.path,
             t.state.round,
@@ -256,6 +259,7 @@ class Recorder:
             (*t.notes, *problem),
             t.input,
             t.task,
+            wall,
         )
         if self.folder is None:
             return run
@@ -264,7 +268,8 @@ class Recorder:
                 self.folder.event("baseline", name=name, **metrics)
             for text in problem:
                 self.note(text)
-            self.folder.event("stop", status=status, reason=outcome.reason, round=t.state.round)
+            wall_s = round(wall, 3)
+            self.folder.event("stop", status=status, reason=outcome.reason, round=t.state.round, wall=wall_s)
             if status != "failed":
                 self.checkpoint()
                 self.folder.save("model.safetensors", _state_dict(t, t.evaluated_model))
@@ -329,31 +334,6 @@ def _client_values(t: Training, limit: int = 1000) -> dict[str, list[Any]]:
 def _short(value: float) -> float | None:
     """A number with six significant digits; None for NaN."""
     return value if isinstance(value, int) else None if value != value else float(f"{value:.6g}")
-
-
-def metrics_row(report: Report, versions: int = 0) -> dict[str, Any]:
-    """Convert the report of a round to one row of metrics.jsonl.
-
-    Args:
-        report: the report of the round.
-        versions: the number of older model versions that clients in flight started from.
-    """
-    staleness = report.clients.get("staleness")
-    stale = {} if staleness is None else {"staleness": float(staleness.double().mean()) if len(staleness) else 0.0}
-    return {
-        "round": report.round,
-        "fingerprint": report.fingerprint,
-        **report.metrics,
-        "cohort": report.cohort,
-        "arrived": report.arrived,
-        "failed": len(report.failures),
-        **({"late": report.late} if report.late else {}),
-        **({"flying": report.flying, **stale, "versions": versions} if stale else {}),
-        "bytes_up": report.bytes_up,
-        "bytes_down": report.bytes_down,
-        "seconds": round(report.seconds, 6),
-        **({} if report.now is None else {"clock": report.now}),
-    }
 
 
 def _check_memory(first: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

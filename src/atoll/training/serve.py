@@ -26,8 +26,9 @@ from atoll.data.schema import Schema
 from atoll.net.spec import Server
 from atoll.plan.round import Report
 from atoll.runs.events import Observer, Run
+from atoll.runs.frames import metrics_row
 from atoll.training.experiment import Experiment
-from atoll.training.recorder import Recorder, metrics_row
+from atoll.training.recorder import Recorder
 from atoll.training.rounds import Training
 from atoll.training.train import run_rounds
 

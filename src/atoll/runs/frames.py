@@ -1,0 +1,81 @@
+"""The rounds and the clients of a run as a data frame of pandas, polars or pyarrow.
+
+Tests: tests/surface/test_summary.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from atoll.base.errors import UsageError, unknown_name
+from atoll.base.lines import Line
+from atoll.plan.round import Report
+
+BACKENDS = ("pandas", "polars", "pyarrow")
+Backend = Literal["pandas", "polars", "pyarrow"]
+KINDS = ("rounds", "clients")
+
+
+def metrics_row(report: Report, versions: int = 0) -> dict[str, Any]:
+    """Convert the report of a round to one row of metrics.jsonl.
+
+    Args:
+        report: the report of the round.
+        versions: the number of older model versions that clients in flight started from.
+    """
+    staleness = report.clients.get("staleness")
+    stale = {} if staleness is None else {"staleness": float(staleness.double().mean()) if len(staleness) else 0.0}
+    return {
+        "round": report.round,
+        "fingerprint": report.fingerprint,
+        **report.metrics,
+        "cohort": report.cohort,
+        "arrived": report.arrived,
+        "failed": len(report.failures),
+        **({"late": report.late} if report.late else {}),
+        **({"flying": report.flying, **stale, "versions": versions} if stale else {}),
+        "bytes_up": report.bytes_up,
+        "bytes_down": report.bytes_down,
+        "seconds": round(report.seconds, 6),
+        **({} if report.now is None else {"clock": report.now}),
+    }
+
+
+def frame_of(reports: Sequence[Report], kind: str, backend: Backend) -> Any:
+    """The frame of `Run.frame`.
+
+    Raises:
+        UsageError: an unknown kind or backend, or the backend is not installed.
+    """
+    if kind not in KINDS:
+        raise unknown_name("kind of a frame", kind, KINDS, lambda near: Line(python=f'run.frame("{near}")'))
+    if backend not in BACKENDS:
+        raise unknown_name(
+            "backend of a frame", backend, BACKENDS, lambda near: Line(python=f'run.frame("{kind}", "{near}")')
+        )
+    rows = list(map(_round, reports)) if kind == "rounds" else [row for report in reports for row in _clients(report)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    import narwhals
+
+    try:
+        columns = {name: [row.get(name) for row in rows] for name in names or ("round",)}
+        return narwhals.from_dict(columns, backend=backend).to_native()
+    except ImportError:
+        raise UsageError(
+            f"run.frame(backend={backend!r}), and {backend} is not installed.",
+            "an installed package for data frames.",
+            write=f"pip install {backend}",
+        ) from None
+
+
+def _round(report: Report) -> dict[str, Any]:
+    # The number of older model versions is known to the recorder only.
+    return {name: value for name, value in metrics_row(report).items() if name != "versions"}
+
+
+def _clients(report: Report) -> list[Mapping[str, Any]]:
+    """One row for each contribution of a round."""
+    columns = {name: values.tolist() for name, values in report.clients.items()}
+    each = zip(*columns.values(), strict=True)
+    return [{"round": report.round, **dict(zip(columns, values, strict=True))} for values in each]
