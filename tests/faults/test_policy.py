@@ -13,7 +13,9 @@ import atoll
 from atoll.base.errors import RunError, UsageError
 from atoll.data import csv
 from atoll.net.home import ServerHome
+from atoll.net.join import site_status
 from atoll.net.policy import Policy, approve_plan
+from atoll.net.server import Listener
 from atoll.net.terms import RefusedError, plan_text
 from atoll.recipes import fedavg
 
@@ -84,6 +86,15 @@ def test_a_wrong_policy_file_is_refused(tmp_path, text):
         Policy.read(tmp_path / "none.toml")
 
 
+def waits_for(it, text):
+    """Whether the status of the server names this client within five seconds."""
+    at = ServerHome.open(it.home, serve=False)
+    try:
+        return any(text in at.status()["why"] or time.sleep(0.1) for _ in range(50))
+    finally:
+        at.close()
+
+
 def test_a_run_with_approval_a_complete_ledger_and_a_model_that_predicts(tmp_path):
     write_tables(tmp_path)
     given = csv(tmp_path / "all.csv", target="ill", by="site").split().described()
@@ -96,6 +107,8 @@ def test_a_run_with_approval_a_complete_ledger_and_a_model_that_predicts(tmp_pat
         if (home / "asked.json").exists():
             break
         time.sleep(0.05)
+    assert site_status(home)["asked"].startswith("Plan(")
+    assert waits_for(it, "north (connected, computes)")
     assert not (home / "ledger.jsonl").exists()  # nothing is computed before the approval
     assert "Train" in approve_plan(home)["plan"]
     results = it.wait()
@@ -121,8 +134,10 @@ def test_a_run_with_approval_a_complete_ledger_and_a_model_that_predicts(tmp_pat
     assert list(kept.predict(rows)) == list(atoll.predictor(run.path).predict(rows))
 
 
-def test_a_check_sends_nothing_and_a_refusal_names_its_rule(tmp_path):
+def test_a_check_sends_nothing_and_a_refusal_names_its_rule(tmp_path, monkeypatch):
     write_tables(tmp_path)
+    wakes = []
+    monkeypatch.setattr(Listener, "_publish", lambda listener: wakes.append(listener))
     given = csv(tmp_path / "all.csv", target="ill", by="site").split().described()
     (tmp_path / "input.json").write_bytes(given.encode())
     it = Served(tmp_path, experiment(**SETTINGS, clients=1, rounds=2), schema=str(tmp_path / "input.json"))
@@ -131,6 +146,9 @@ def test_a_check_sends_nothing_and_a_refusal_names_its_rule(tmp_path):
     found = next(facts for facts in it.events["north"] if facts["event"] == "check")
     assert found["rows"] == 24 and found["held_out"] == 6 and found["vectors"][-1] == "update" and found["bytes"] > 0
     assert it.results["north"] == 0 and not (tmp_path / "north" / "ledger.jsonl").exists()
+    before = len(wakes)
+    time.sleep(0.5)
+    assert len(wakes) - before <= 3  # an idle loop sleeps
     assert not (tmp_path / "north" / "data.json").exists()  # the site may still correct its table
     it.join("north", tmp_path / "north.csv", policy=Policy(max_rounds=1))
     results = it.wait()

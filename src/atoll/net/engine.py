@@ -148,6 +148,7 @@ class ServerEngine(Engine):
         limits = Limits(lease_s=spec.lease_s, absent_s=absent, window=spec.window, max_rows=spec.max_rows)
         coordinator = Coordinator(epoch, database.federation, own_versions(), limits)
         self._net = Listener(self.home.path, database, self.home.authority, coordinator, spec.hosts)
+        self._net.awaited = lambda: self.awaited
         host, port = self.home.listen_address(spec.listen)
         address = self._net.start(host, port)
         database.put("address", address)

@@ -224,6 +224,7 @@ def site_status(home: Path) -> dict[str, Any]:
         "run": chain.run or last.get("run"),
         "settled": None if chain.settled is None else chain.settled.hex(),
         "prepared": [one.work.hex() for one in chain.prepared],
+        "asked": json.loads((home / "asked.json").read_bytes())["plan"] if (home / "asked.json").exists() else None,
         "messages": count,
         "bytes": total,
         "last": {n: last[n] for n in ("time", "round", "bytes", "work") if n in last},

@@ -25,7 +25,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,6 +62,14 @@ class _Channel:
     closing: bool = False
 
 
+_STAGES = {
+    "away": "not connected",
+    "joined": "connected, without a greeting",
+    "greeted": "connected, its data are not checked",
+    "ready": "connected, computes",
+}
+
+
 class Listener:
     """The event loop of a federation's server, in a thread of its own.
 
@@ -96,6 +104,8 @@ class Listener:
         self._thread: threading.Thread | None = None
         self._wakes: asyncio.Event | None = None
         self.seen: dict[int, float] = {}
+        self.awaited: Callable[[], Sequence[int]] = tuple
+        self._published = 0.0
 
     # the thread of the training
 
@@ -237,7 +247,30 @@ class Listener:
             if self._stopping.is_set():
                 return  # the store may be closed as soon as this thread has ended
             self._refresh()
-            self._event(events.Tick())
+            self._carry_out(self._decide(events.Tick()))  # `_event` would wake this loop again at once
+            self._publish()
+
+    def _publish(self) -> None:
+        """Replace status.json at most once a second, without fsync: `atoll status` reads it."""
+        if time.monotonic() - self._published < 1.0:
+            return
+        self._published = time.monotonic()
+        with self._lock:
+            clients = self.coordinator.status()
+        names = {record.id: record.name for record in self._directory.clients}
+        stages: dict[int, str] = {c.client: c.stage for c in clients}
+        awaited = list(self.awaited())
+        each = ", ".join(f"{names.get(i, str(i))} ({_STAGES[stages.get(i, 'away')]})" for i in awaited[:20])
+        facts = {
+            "time": time.time(),
+            "awaited": awaited,
+            "why": f"The run waits for {each}." if each else "",
+            "clients": [{"client": c.client, "stage": c.stage, "seen": self.seen.get(c.client)} for c in clients],
+        }
+        new = self.home / "status.json.new"
+        with contextlib.suppress(OSError):  # a full disk must not stop the loop
+            new.write_text(json.dumps(facts))
+            new.replace(self.home / "status.json")
 
     def _event(self, event: Any) -> None:
         self._carry_out(self._decide(event))

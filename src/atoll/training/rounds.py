@@ -642,6 +642,13 @@ def _weighted(loss: PerExample, data: Clients, weight: Mapping[str, float] | str
             "the weight of a row is that of its class.",
             Change("loss", "cross_entropy") if data.classes is not None else "",
         )
+    if weight == "balanced" and not data.count:
+        raise UsageError(
+            'class_weight="balanced" with a server, which has no train rows.',
+            "the weight of each class.",
+            "balanced weights are computed from the train rows of all clients.",
+            Change("class_weight", ",".join(f"{name}=1" for name in data.classes[:20])),
+        )
     y = data.rows.targets()[data.order] if data.count else torch.zeros(0, dtype=torch.int64)
     return ClassWeighted(loss, class_weights(_by_name(weight), y, data.classes))
 
