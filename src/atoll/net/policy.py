@@ -23,7 +23,6 @@ from msgspec import Meta
 
 from atoll.base.errors import UsageError
 from atoll.base.files import atomic_write
-from atoll.base.lines import Line
 from atoll.net.terms import RefusedError
 from atoll.net.wire import LeaveCode, Work, digest
 from atoll.plan.plan import Plan
@@ -77,9 +76,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         except (ValueError, msgspec.ValidationError) as error:
             known = ", ".join(cls.__struct_fields__)
             raise UsageError(
-                f"The policy {path} is not valid: {error}.",
-                f"the rules {known}.",
-                write=Line(file='hours = "20:00-06:00"'),
+                f"The policy {path} is not valid: {error}.", f'the rules {known}; hours such as "20:00-06:00".'
             ) from None
         return found
 
