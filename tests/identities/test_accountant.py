@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from atoll.privacy.accountant import (
     Releases,
-    epsilon,
     gaussian_delta,
     gaussian_epsilon,
+    least_epsilon,
     pld_epsilon,
     rdp,
     rdp_epsilon,
@@ -31,7 +31,7 @@ from atoll.privacy.accountant import (
 )
 def test_the_gaussian_mechanism_is_exact(sigma, delta, eps):
     assert gaussian_epsilon(1 / sigma, delta) == pytest.approx(eps, abs=1e-6)
-    assert epsilon(Releases(10 * sigma, 100), delta) == pytest.approx(eps, abs=1e-6)
+    assert least_epsilon(Releases(10 * sigma, 100), delta) == pytest.approx(eps, abs=1e-6)
     assert gaussian_delta(1.0, 1.0) == pytest.approx(0.12693674, abs=1e-8)
 
 
@@ -61,7 +61,7 @@ def test_divergences_equal_quadrature_with_30_digits(order, value):
 def test_sampled_releases_have_the_published_epsilon(releases, delta, by_rdp, by_pld):
     assert rdp_epsilon(releases, delta) == pytest.approx(by_rdp, rel=1e-6)
     assert pld_epsilon(releases, delta, by_rdp) == pytest.approx(by_pld, abs=5e-4)
-    assert epsilon(releases, delta) == pld_epsilon(releases, delta, rdp_epsilon(releases, delta))
+    assert least_epsilon(releases, delta) == pld_epsilon(releases, delta, rdp_epsilon(releases, delta))
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,14 @@ def test_whole_orders_equal_the_published_values(q, z, count, delta, eps):
 
 def test_ten_rounds_fit_a_budget_that_eleven_exceed():
     """1,000 clients, q = .1, noise 2: the numbers of the first example of the manual."""
-    assert epsilon(Releases(2.0, 10, 0.1), 1e-5) == pytest.approx(0.7985, abs=1e-4)
-    assert epsilon(Releases(2.0, 11, 0.1), 1e-5) == pytest.approx(0.8305, abs=1e-4)
+    assert least_epsilon(Releases(2.0, 10, 0.1), 1e-5) == pytest.approx(0.7985, abs=1e-4)
+    assert least_epsilon(Releases(2.0, 11, 0.1), 1e-5) == pytest.approx(0.8305, abs=1e-4)
 
 
 def test_a_fixed_number_of_clients_costs_more_than_independent_coins():
     """N = 1,000, m = 10, T = 1,000: noise 1 and 2 times the clip, sensitivity two clips."""
-    assert epsilon(Releases(1 / 2, 1000, 0.01, fixed_size=True), 1e-5) == pytest.approx(20.99, abs=0.05)
-    assert epsilon(Releases(2 / 2, 1000, 0.01, fixed_size=True), 1e-5) == pytest.approx(3.58, abs=0.05)
+    assert least_epsilon(Releases(1 / 2, 1000, 0.01, fixed_size=True), 1e-5) == pytest.approx(20.99, abs=0.05)
+    assert least_epsilon(Releases(2 / 2, 1000, 0.01, fixed_size=True), 1e-5) == pytest.approx(3.58, abs=0.05)
 
 
 @settings(max_examples=settings().max_examples // 4)  # one example composes six distributions by FFT
@@ -92,14 +92,14 @@ def test_a_fixed_number_of_clients_costs_more_than_independent_coins():
     st.sampled_from([1e-4, 1e-6, 1e-9]),
 )
 def test_epsilon_is_monotone_and_below_rdp(q, z, count, delta):
-    base = epsilon(Releases(z, count, q), delta)
+    base = least_epsilon(Releases(z, count, q), delta)
     assert base <= rdp_epsilon(Releases(z, count, q), delta)
-    assert base <= epsilon(Releases(z, count), delta) * (1 + 1e-9) + 1e-4  # sampling never costs
+    assert base <= least_epsilon(Releases(z, count), delta) * (1 + 1e-9) + 1e-4  # sampling never costs
     slack = 1e-3 + 1e-3 * base
-    assert epsilon(Releases(z, 2 * count, q), delta) >= base - slack
-    assert epsilon(Releases(1.2 * z, count, q), delta) <= base + slack
-    assert epsilon(Releases(z, count, min(1.0, 1.1 * q)), delta) >= base - slack
-    assert epsilon(Releases(z, count, q), delta * 10) <= base + slack
+    assert least_epsilon(Releases(z, 2 * count, q), delta) >= base - slack
+    assert least_epsilon(Releases(1.2 * z, count, q), delta) <= base + slack
+    assert least_epsilon(Releases(z, count, min(1.0, 1.1 * q)), delta) >= base - slack
+    assert least_epsilon(Releases(z, count, q), delta * 10) <= base + slack
 
 
 @pytest.mark.parametrize(("q", "z", "count"), [(0.2, 0.5, 3), (0.3, 1.0, 2), (0.05, 1.0, 1)])
@@ -121,5 +121,5 @@ def test_the_loss_distribution_equals_a_direct_integral(q, z, count):
 
 
 def test_no_release_costs_nothing():
-    assert epsilon(Releases(1.0, 0), 1e-5) == epsilon(Releases(1.0, 5, 0.0), 1e-5) == 0.0
-    assert math.isfinite(epsilon(Releases(0.6, 2000, 1.0), 1e-9))
+    assert least_epsilon(Releases(1.0, 0), 1e-5) == least_epsilon(Releases(1.0, 5, 0.0), 1e-5) == 0.0
+    assert math.isfinite(least_epsilon(Releases(0.6, 2000, 1.0), 1e-9))

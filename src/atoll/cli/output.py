@@ -47,6 +47,7 @@ def outcome(run: Run) -> dict[str, Any]:
         "bytes_up": run.bytes_up,
         "bytes_down": run.bytes_down,
         "failures": len(run.failures),
+        **run.privacy,
     }
     return out | ({"baselines": {n: dict(m) for n, m in run.baselines.items()}} if run.baselines else {})
 

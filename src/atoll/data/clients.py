@@ -72,6 +72,7 @@ class Clients:
         input: the map from a user's rows to the tensors; None: `described` makes it from the other fields.
         held_owner: the client of each held-out row, int64 `[held-out rows]`, −1 for none. A natural client has its own
             rows; a drawn client has rows of each class in proportion to its train rows. None: no row has a client.
+        reads_rows: whether columns, levels or statistics of the input were read from the rows.
         held_view: the held-out rows with the feature shift of their clients; None: clients have no feature shift.
     Example:
         >>> from atoll.data import arrays, IID
@@ -96,6 +97,7 @@ class Clients:
     input: Input | None = None
     held_owner: Tensor | None = None
     held_view: Rows | None = None
+    reads_rows: bool = False
 
     def __repr__(self) -> str:
         held = 0 if self.held_out is None else len(self.held_out)

@@ -224,6 +224,7 @@ class Source:
             input=fitted,
             held_owner=judges,
             held_view=None if seen is judge else seen,
+            reads_rows=given is None and described,
         )
 
     def _without(self, rule: HeldOut | Tensor) -> Source:

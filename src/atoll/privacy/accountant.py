@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Releases:
         fixed_size: whether a release takes a fixed number of clients without replacement, and not each with an
             independent coin. The neighbours then replace one client, and `noise` is in units of that sensitivity.
     Example:
-        >>> round(epsilon(Releases(1.0, 1), 1e-5), 6)
+        >>> round(least_epsilon(Releases(1.0, 1), 1e-5), 6)
         4.377178
     """
 
@@ -45,7 +46,8 @@ class Releases:
     fixed_size: bool = False
 
 
-def epsilon(releases: Releases, delta: float) -> float:
+@lru_cache(1 << 10)
+def least_epsilon(releases: Releases, delta: float) -> float:
     """The least proved ε at δ: exact for q = 1, else the smaller of RDP and PLD.
 
     Args:
@@ -54,7 +56,7 @@ def epsilon(releases: Releases, delta: float) -> float:
     Returns:
         ε ≥ 0; infinity if no bound is known.
     Example:
-        >>> round(epsilon(Releases(2.0, 10, 0.1), 1e-5), 4) <= round(rdp_epsilon(Releases(2.0, 10, 0.1), 1e-5), 4)
+        >>> round(least_epsilon(Releases(2.0, 10, 0.1), 1e-5), 4) <= round(rdp_epsilon(Releases(2.0, 10, 0.1), 1e-5), 4)
         True
     """
     if releases.count == 0 or releases.rate == 0:
@@ -88,6 +90,16 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 # Rényi divergences
 
 
+@lru_cache(1 << 14)
+def _log_moment(noise: float, rate: float, fixed_size: bool, order: float) -> float:
+    """log E_Q[(P/Q)^α] of one release."""
+    if fixed_size:
+        return _fixed_size_moment(rate, noise, order)
+    if float(order).is_integer():
+        return _whole_moment(rate, noise, int(order))
+    return _moment(rate, noise, order)
+
+
 def rdp(releases: Releases, order: float) -> float:
     """The Rényi divergence of order α of all releases, T · log E_Q[(P/Q)^α] / (α − 1).
 
@@ -103,12 +115,7 @@ def rdp(releases: Releases, order: float) -> float:
     """
     if releases.rate == 1 and not releases.fixed_size:
         return releases.count * order / (2 * releases.noise**2)
-    if releases.fixed_size:
-        moment = _fixed_size_moment(releases.rate, releases.noise, order)
-    elif float(order).is_integer():
-        moment = _whole_moment(releases.rate, releases.noise, int(order))
-    else:
-        moment = _moment(releases.rate, releases.noise, order)
+    moment = _log_moment(releases.noise, releases.rate, releases.fixed_size, order)
     return releases.count * moment / (order - 1)
 
 
@@ -122,6 +129,15 @@ def rdp_epsilon(releases: Releases, delta: float, orders: Sequence[float] = ORDE
     Paper: Canonne, Kamath and Steinke, The Discrete Gaussian for Differential Privacy, 2020.
     """
     each = [rdp(releases, order) + math.log1p(-1 / order) - math.log(delta * order) / (order - 1) for order in orders]
+    return max(0.0, min(each))
+
+
+def composed_epsilon(groups: Sequence[Releases], delta: float, orders: Sequence[float] = ORDERS) -> float:
+    """ε of several kinds of releases with one relation of neighbours: their divergences of an order add up."""
+    each = [
+        sum(rdp(group, order) for group in groups) + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+        for order in orders
+    ]
     return max(0.0, min(each))
 
 
@@ -181,7 +197,7 @@ def pld_epsilon(releases: Releases, delta: float, most: float) -> float:
 
 def _one_sided(releases: Releases, delta: float, most: float, curve: Callable[[float, float, Array], Array]) -> float:
     """ε for one of the two directions of neighbours."""
-    step = min(_GRID, max(1e-5, most / 10000), 0.02 / math.sqrt(releases.count), 0.05 * releases.rate / releases.noise)
+    step = min(_GRID, max(1e-5, most / 2000), 0.02 / math.sqrt(releases.count), 0.05 * releases.rate / releases.noise)
     losses, mass, infinite = _discrete(releases, curve, step, delta)
     losses, mass, lost = _composed(losses, mass, releases.count, step, delta)
     lost += -math.expm1(releases.count * math.log1p(-infinite))

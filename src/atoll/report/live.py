@@ -56,11 +56,12 @@ class Column:
 
 def columns(training: TrainingView) -> tuple[Column, ...]:
     """The columns of a training. Its metrics are known before the first round."""
-    names = ["loss"]
+    names = [] if training.plan.releases else ["loss"]
     if training.evaluator is not None:
         names += ["held_out_loss", *(m.name for m in training.task.metrics)]
     else:
         names += ["gradient_norm"]
+    names += ["epsilon"] if training.plan.releases else []
     measured = [Column(n, plain(label(n), 16), 10, 90 - at) for at, n in enumerate(names)]
     return (
         Column("round", "round", 5, 100),

@@ -48,6 +48,7 @@ class Run:
         input: the map from a user's rows to tensors, and from outputs to words.
         task: the model, its loss and its metrics.
         wall: the seconds from the start or the resumption of the training to its end, with evaluation and baselines.
+        privacy: `epsilon`, `delta`, `unit`, `relation` and `claim` of a run with noise; {} for another run.
     """
 
     path: Path | None
@@ -67,6 +68,7 @@ class Run:
     input: Input | None = field(default=None, repr=False)
     task: Task | None = field(default=None, repr=False)
     wall: float = 0.0
+    privacy: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         name = None if self.path is None else plain(self.path.name, 80)

@@ -53,6 +53,8 @@ class Summarized(Protocol):
     @property
     def baselines(self) -> Baselines: ...
     @property
+    def privacy(self) -> Mapping[str, Any]: ...
+    @property
     def notes(self) -> Sequence[str]: ...
     @property
     def wall(self) -> float: ...
@@ -112,6 +114,10 @@ def summary(run: Summarized) -> str:
         lines += ["", f"best    {label(best['metric'])} {format_number(best['value'])}, in round {best['round']}"]
     else:
         lines.append("")
+    if run.privacy:
+        p = run.privacy
+        lines.append(f"privacy ε = {p['epsilon']:.4g} at δ = {p['delta']:g} for each {p['unit']} ({p['relation']})")
+        lines.append(f"        {p['claim']}")
     failures = f", {whole(len(run.failures))} failures" if run.failures else ""
     now = run.reports[-1].now if run.reports else None
     lines.append(spent(run.rounds, run.seconds, run.bytes_up, run.bytes_down, now, run.wall) + failures)

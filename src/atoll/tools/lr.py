@@ -223,6 +223,13 @@ def with_rate(plan: Plan, which: Which, rate: float, *, keep_schedule: bool = Fa
 
 def _swept(training: Training, which: Which, tried: tuple[float, ...]) -> Finding:
     now = rate_of(training.plan, which)
+    if training.plan.releases:
+        raise UsageError(
+            f"atoll lr with {training.plan.codec!r}.",
+            "a plan without noise, on public rows.",
+            "the test trains on the rows of the clients, and no accountant counts it.",
+            "atoll run",
+        )
     data = _few(training.data, training.plan, Key(training.settings.seed).fold("lr"))
     engine = InProcessEngine(training.task, data, training.settings.chunk)
     plan = _short(training.plan)

@@ -22,6 +22,7 @@ from atoll.compute.model_state import Model
 from atoll.compute.shapes import kind_of
 from atoll.plan.formula import renamed
 from atoll.plan.round import FlightTimes, Report
+from atoll.privacy.ledger import START, Ledger
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.events import Run
 from atoll.runs.folder import HIDDEN
@@ -72,7 +73,30 @@ class Recorder:
             about = runs.environment(why=t.reason, **identity(t), **t.where(), **t.data.held_out_fingerprints())
             self.folder = runs.RunFolder.create(Path(self.out), self.config, about, self.store, t.input.encode())
             self._begin_log()
+            self._use_ledger(self.folder.path, None)
         return None if self.folder is None else self.folder.path
+
+    def _use_ledger(self, path: Path, checkpoint: Mapping[str, Any] | None) -> None:
+        """Charge the rounds of this run in its folder, or in the ledger that runs share.
+
+        Raises:
+            RunError: a run with released rounds lacks its ledger, or the ledger lacks rows of the checkpoint.
+        """
+        t = self.training
+        if t.budget is None:
+            return
+        shared = t.settings.ledger is not None
+        file = Path(str(t.settings.ledger)) if shared else path / "ledger.jsonl"
+        if checkpoint is not None and checkpoint["round"] and not file.is_file():
+            raise RunError(
+                f"{path.name} has released {checkpoint['round']} rounds, and its ledger {file} is missing.",
+                "the ledger of the run.",
+                "without it the printed ε would be too small.",
+                f"atoll show {path.name}",
+            )
+        t.budget.ledger, t.budget.run = (t.budget.ledger if shared else Ledger(file)), path.name
+        if checkpoint is not None:
+            t.budget.ledger.check(*checkpoint.get("ledger", (0, START)))
 
     def _begin_log(self) -> None:
         """Write the first event of a run."""
@@ -95,6 +119,7 @@ class Recorder:
             checkpoint = self.folder.restore(any_version=any_version)
             refuse_other_input(path, self.training.input)
             self._refuse_other(checkpoint.facts if checkpoint else runs.read_environment(path), path)
+            self._use_ledger(path, None if checkpoint is None else checkpoint.facts)
             if checkpoint is not None:
                 self._load(checkpoint)
             self.folder.truncate_logs()
@@ -140,6 +165,7 @@ class Recorder:
             self.best_model = start_from(checkpoint.best, t.task)
         if t.state.round >= t.settings.rounds:
             t.outcome = stops.Outcome(f"all {t.settings.rounds} rounds were run", False)
+        t.end_if_spent()
 
     def round(self, report: Report) -> Report:
         """Write the row of a round. Write a checkpoint if `checkpoint_s` seconds have passed or the training ends."""
@@ -158,7 +184,12 @@ class Recorder:
                 self.folder.clients({"round": report.round, **_client_values(t)})
             if report.trips:
                 self.folder.event("trips", round=report.round, **_columns(report.trips))
-            due = self.store is not None or time.monotonic() - self._last >= self.checkpoint_s or t.outcome is not None
+            due = (
+                self.store is not None
+                or t.plan.releases
+                or time.monotonic() - self._last >= self.checkpoint_s
+                or t.outcome is not None
+            )
             if due and not (t.outcome and t.outcome.failed):
                 self.checkpoint()
                 if self.store is not None:
@@ -194,6 +225,7 @@ class Recorder:
             "seconds": t.seconds,
             "bytes_up": t.bytes_up,
             "bytes_down": t.bytes_down,
+            **({} if t.budget is None else {"ledger": [len(t.budget.ledger.rows), t.budget.ledger.last]}),
         }
         self.folder.checkpoint(state_to_tensors(t.state), memory, facts, best)
         self._saved_best = self.best["round"] if self.best else -1
@@ -260,6 +292,7 @@ class Recorder:
             t.input,
             t.task,
             wall,
+            t.privacy,
         )
         if self.folder is None:
             return run
@@ -280,7 +313,8 @@ class Recorder:
             if report:
                 from atoll.report.draw import draw
 
-                draw(self.folder.path, t.data if t.data.count else None)
+                # A page about a private run shows no rows of clients.
+                draw(self.folder.path, t.data if t.data.count and not t.plan.releases else None)
         finally:
             self.folder.close()
         return run

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from atoll import models
 from atoll.base.concepts import part_for
+from atoll.base.entropy import entropy_source
 from atoll.base.errors import AtollError, Note, RunError, UsageError
 from atoll.base.lines import Change, Line, literal, quoted
 from atoll.base.names import under, without_prefix
-from atoll.base.random import GeneratorWatch, Key, user_modes, user_scope
+from atoll.base.random import GeneratorWatch, Key, SecretKey, user_modes, user_scope
 from atoll.compute import limits
 from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.device import check_precision, move_rows
@@ -54,12 +55,14 @@ from atoll.plan.plan import Plan
 from atoll.plan.registry import read_part
 from atoll.plan.round import Report, bind, draw_cohort, step
 from atoll.plan.state import State, evaluated_model
+from atoll.privacy.account import UNIT
 from atoll.recipes import RECIPES
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.fingerprint import fingerprint
 from atoll.runs.folder import HIDDEN
 from atoll.training import stop as stops
 from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, join_clients, of_sites
+from atoll.training.privacy import CLAIM, NOT_PRIVATE, budget_of, refuse_leaks
 from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, reference_rows
 from atoll.training.settings import Settings, SettingsDict, listed
 
@@ -122,7 +125,7 @@ class Training:
         self.fleet = settings.fleet if isinstance(settings.fleet, Fleet) else None
         options = settings.options(plan, model if isinstance(model, str) else None)
         settings.spec.check(options)
-        task = _task(model, data, settings)
+        task = _task(model, data, settings, plan.releases)
         self._closed = False
         self.engine = settings.spec.build(options)
         try:
@@ -158,12 +161,18 @@ class Training:
         self.memory = Memory(plan.memory(self.task))
         self.state = State.first(plan, self.task, settings.seed, self.memory)
         self.plan, self._bound = plan, -1
+        self.budget = budget_of(self.plan, self.data, settings)
+        if self.budget is not None:
+            refuse_leaks(self)
         self.commits = True  # False: a recorder that commits every round reports its commits to the engine
         if self.data.count:
             self._bind()
         self.first = self.state.model  # the start of the training; the loop backend writes into the module itself
         self.rules = (stops.Rounds(settings.rounds), stops.Diverged(), settings.stop)
-        if isinstance(plan.local, (Gradient, Train)) and isinstance(plan.codec, Identity):
+        if plan.releases:
+            held = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.evaluator else ()
+            stops.refuse_unknown(self.rules, ("epsilon", "gradient_norm", "lr", *held))
+        elif isinstance(plan.local, (Gradient, Train)) and isinstance(plan.codec, Identity):
             # No other part adds metrics, so all names are known.
             judged = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.judged else ()
             stops.refuse_unknown(self.rules, ("loss", "gradient_norm", "lr", *judged))
@@ -179,11 +188,12 @@ class Training:
     @property
     def notes(self) -> tuple[str, ...]:
         """The choices that atoll made for the user: about the data, and about the model, the loss and the metrics."""
+        label = (NOT_PRIVATE,) if self.plan.releases and self.settings.randomness == "seed" else ()
         few = self.by_client and self.evaluated.count < self.data.count
         some = (
             f"{self.evaluated.count} of {self.data.count} clients, drawn by the seed, are evaluated on their own rows."
         )
-        return (*self.data.notes, *self.task.notes, *((some,) if few else ()))
+        return (*label, *self.data.notes, *self.task.notes, *((some,) if few else ()))
 
     def _bind(self) -> None:
         """Bind the plan to the population, when it is known and each time that it has changed."""
@@ -233,11 +243,12 @@ class Training:
         self.engine.await_clients(self.plan, self.state)
         if self.engine.population.version != self._bound:
             self._bind()
+        epsilon = self._charged()
         watched = self._runs_user_code and not self.settings.draws
         with user_scope(self.state.key().fold("user")) if self.settings.draws else user_modes():
             draws = GeneratorWatch() if watched else None
             before, began = self.state, time.perf_counter()
-            with use_pool(self._buffers), self._threads():
+            with use_pool(self._buffers), self._threads(), self._secrets():
                 self.state, report = step(self.plan, self.state, self.engine)
             spent = time.perf_counter() - began
             metrics, every = self._training_metrics(report), self.settings.evaluate_every
@@ -251,7 +262,7 @@ class Training:
                     raise
             clients = {**report.clients, **self._held_out_columns(report)}
             print_ = fingerprint(self.state.model.theta)
-            report = report.to(metrics=metrics, seconds=spent, fingerprint=print_, clients=clients)
+            report = report.to(metrics={**metrics, **epsilon}, seconds=spent, fingerprint=print_, clients=clients)
             if draws is not None and draws.found():
                 draws.restore()
                 self.state = before
@@ -266,6 +277,41 @@ class Training:
             return {}
         found = self.values_by_client(report.clients["id"])
         return {n if n.startswith(HELD_OUT) else f"{HELD_OUT}{n}": values for n, values in found.items()}
+
+    def _charged(self) -> dict[str, float]:
+        """Charge the next round, in the primary process, and return ε after it. Empty without noise."""
+        if self.budget is None:
+            return {}
+        mine = self.budget.charge(self.state.round) if self.engine.primary else 0.0
+        return {"epsilon": float(self.engine.agree(repr(mine).encode()))}
+
+    def _secrets(self) -> AbstractContextManager[None]:
+        """The source of the secrets of rounds: the seed if the settings ask for it."""
+        seeded = self.settings.randomness == "seed"
+        return entropy_source(SecretKey.of_seed(self.settings.seed)) if seeded else nullcontext()
+
+    def end_if_spent(self) -> None:
+        """End the training if the next round does not fit into the budget of privacy."""
+        if self.budget is None or self.outcome is not None:
+            return
+        fits = self.budget.fits(self.state.round) if self.engine.primary else True
+        if self.engine.agree(b"1" if fits else b"0") == b"0":
+            spent = f"budget ε = {self.settings.budget:g} is spent after {self.state.round} rounds"
+            self.outcome = stops.Outcome(spent)
+
+    @property
+    def privacy(self) -> dict[str, Any]:
+        """ε so far, δ, the unit, the relation of neighbours and the claim; {} without noise."""
+        if self.budget is None:
+            return {}
+        seeded = self.settings.randomness == "seed"
+        return {
+            "epsilon": self.budget.epsilon,
+            "delta": self.budget.delta,
+            "unit": UNIT,
+            "relation": self.budget.relation,
+            "claim": NOT_PRIVATE if seeded else CLAIM,
+        }
 
     @cached_property
     def _runs_user_code(self) -> bool:
@@ -291,6 +337,7 @@ class Training:
         self.watch, self.outcome = stops.update(self.rules, self._referred(report), report)
         if self.outcome is not None and not self.outcome.failed:
             self.outcome = self._judged(report, self.outcome)
+        self.end_if_spent()
         if self.commits and (self.outcome is None or not self.outcome.failed):
             self.engine.commit(report.round)
 
@@ -454,7 +501,7 @@ class Training:
     @property
     def by_client(self) -> bool:
         """Whether the held-out rows of each client are evaluated."""
-        if self.data.held_owner is None:
+        if self.data.held_owner is None or self.plan.releases:
             return False
         return self.settings.evaluate in ("clients", "both") or (
             self.settings.evaluate is None and self.data.names is not None
@@ -544,8 +591,8 @@ def plan_from_text(text: str) -> Plan:
     return plan
 
 
-def _task(model: Any, data: Clients, settings: Settings) -> Task:
-    """The model, its loss and its metrics on the device of the engine."""
+def _task(model: Any, data: Clients, settings: Settings, private: bool = False) -> Task:
+    """The model, its loss and its metrics on the device of the engine. If it is private, they follow from no rows."""
     dtype = DTYPES[settings.dtype]
     module = models.resolve(model, data, Key(settings.seed).fold("model"), dtype)
     loss = settings.loss or LOSSES[data.kind]
@@ -554,10 +601,9 @@ def _task(model: Any, data: Clients, settings: Settings) -> Task:
     if isinstance(model, str) and ":" not in model and loss == "cross_entropy":
         loss = "cross_entropy(axis=-1)"  # the classes of a named model are on the last axis
     # Settings has put a single metric into a tuple.
-    names = (
-        default_metrics(data, loss) if settings.metrics is None else cast("tuple[str | Metric, ...]", settings.metrics)
-    )
-    metrics = metrics_of(names, loss, data.described(), _centre(data))
+    usual = default_metrics(data, loss, private)
+    names = usual if settings.metrics is None else cast("tuple[str | Metric, ...]", settings.metrics)
+    metrics = metrics_of(names, loss, data.described(), 0.0 if private else _centre(data))
     device = settings.spec.device(settings.device)
     check_precision(settings.precision, settings.dtype, settings.numerics, device)
     task = replace(Task.of(module, loss, metrics, dtype, settings.rules), precision=settings.precision).on(device)
@@ -606,18 +652,18 @@ def _check_counts(data: Clients) -> None:
         raise UsageError(f'loss="poisson", and a target is {least:g}.', "numbers of at least 0.", "a rate is positive.")
 
 
-def default_metrics(data: Clients, loss: str | PerExample) -> tuple[str, ...]:
+def default_metrics(data: Clients, loss: str | PerExample, private: bool = False) -> tuple[str, ...]:
     """The metrics of a kind of data. The first one selects the best round.
 
     If one class has at least 80 % of the train rows, accuracy is high for a constant answer. The first metric is then
-    `auc` for two classes, else `balanced_accuracy`.
+    `auc` for two classes, else `balanced_accuracy`. A private training reads no train row, and keeps the usual order.
     """
     names = metrics_of_kind(data.kind, data.classes)
     if loss_of(loss) is poisson:
         return ("poisson_deviance", *names)
     if data.kind != "classification" or data.classes is None:
         return names
-    if data.count and in_memory(data.rows):
+    if data.count and in_memory(data.rows) and not private:
         counts = data.rows.targets()[data.order].reshape(-1)
         counts = counts[counts >= 0].bincount()
         if int(counts.max()) >= limits.IMBALANCED * int(counts.sum()):

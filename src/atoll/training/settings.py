@@ -131,6 +131,10 @@ class TrainingFields:
         fleet: the simulated durations of clients and links, a `Fleet` or its text; None: durations are not simulated.
         buffers: the rule by which the server joins buffers, by name pattern: `{"*.scale": "keep"}`, or the texts
             `("*.scale=keep",)`. The rules are "mean", "unit" (the mean, with norm 1), "largest" and "keep".
+        budget: the largest ε, > 0, for a plan with noise; the run ends before the round that would exceed it.
+        delta: δ of ε, in (0, 1/clients); None: the largest power of ten ≤ 1/(10·clients).
+        ledger: a file of charges that several runs on one population share; None: `ledger.jsonl` of the run folder.
+        randomness: "system", or "seed": noise and cohorts follow the seed, for tests and public data.
         draws: whether code of the user may draw random numbers in any round, although a call before the first round
             shows no draw. Each call is then keyed, and the model runs in the loop.
         init: the model to start from: a `state_dict`, or the path of a run or of a safetensors file; None starts from
@@ -182,6 +186,12 @@ class TrainingFields:
     precision: str = setting("full", "full, or bf16: the products of the model in bfloat16.", choices=("full", "bf16"))
     device: str = setting("auto", "cpu, cuda, cuda:1, or auto: a GPU if there is one.")
     chunk: int | None = setting(None, "Clients computed together; it changes no bit.", least=1)
+    budget: float | None = setting(None, "Largest ε of a run with noise. Default: no limit.", group=METHOD)
+    delta: float | None = setting(None, "δ of ε. Default: a power of ten ≤ 1/(10·clients).", group=METHOD)
+    ledger: str | None = setting(None, "A ledger of ε that runs on one population share.", group=METHOD)
+    randomness: str = setting(
+        "system", "Noise from the system, or from the seed: not private.", group=METHOD, choices=("system", "seed")
+    )
     evaluate_every: int = setting(1, "Rounds between two evaluations; 0 never evaluates.", flag=False, least=0)
 
 
@@ -315,6 +325,10 @@ class SettingsDict(TypedDict, total=False):
     precision: str
     device: str
     chunk: int | None
+    budget: float | None
+    delta: float | None
+    ledger: str | None
+    randomness: str
     evaluate_every: int
 
 
@@ -347,6 +361,10 @@ def _check(f: dataclasses.Field[Any], value: Any) -> None:
             raise _refusal(f, value, f"an integer{_bound(rule)}")
         if rule.least is not None and value < rule.least:
             raise _refusal(f, value, f"an integer{_bound(rule)}")
+    elif kind.startswith("float"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            works = 1e-5 if f.name == "delta" else 3.0
+            raise UsageError(f"{f.name} = {value!r}.", "a number above 0.", write=Change(f.name, works))
     elif kind == "bool" and not isinstance(value, bool):
         raise _refusal(f, value, "True or False")
     elif kind in ("str", "str | None") and (not isinstance(value, str) or (rule.choices and value not in rule.choices)):

@@ -21,6 +21,7 @@ from atoll.compute.loss import name_of_loss
 from atoll.data.clients import Clients
 from atoll.plan.plan import Plan
 from atoll.runs.events import Observer, Run
+from atoll.training.privacy import refuse_baselines
 from atoll.training.recorder import Recorder, find_interrupted
 from atoll.training.rounds import Training
 from atoll.training.setting_texts import toml
@@ -76,6 +77,7 @@ def train(
     resume = _run_of(resume, out, more)
     wanted: Mapping[str, Any] = settings if resume is None else settings_for_resume(resume, settings, more)
     training = Training(model, data, plan, Settings.from_kwargs(wanted))
+    refuse_baselines(training, baselines)
     try:
         if not training.engine.primary:
             out, resume, observers, baselines = None, None, (), False  # the primary process writes and prints

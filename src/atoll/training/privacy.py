@@ -1,0 +1,116 @@
+"""The privacy of a training: its budget, its claim, and the rows that may not be read outside the accountant.
+
+Tests: tests/surface/test_private_runs.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from atoll.base.errors import UsageError
+from atoll.base.lines import Change, Line, Part
+from atoll.compute.task import Task
+from atoll.data.clients import Clients
+from atoll.plan.plan import Plan
+from atoll.plan.protocols import OPEN
+from atoll.privacy.ledger import Budget, Ledger
+from atoll.training.settings import Settings
+
+NOT_PRIVATE = "not private: noise follows the seed"
+CLAIM = (
+    "models and noised sums of a trusted server; not covered: the log of the operator (ids, times, bytes), and "
+    "held-out rows, which must be the server's own"
+)
+
+
+class Private(Protocol):
+    """The members of a training that `refuse_leaks` reads."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def data(self) -> Clients: ...
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def task(self) -> Task: ...
+
+
+def budget_of(plan: Plan, data: Any, settings: Settings) -> Budget | None:
+    """The budget of a training; None if its plan releases nothing.
+
+    Raises:
+        UsageError: a setting of privacy without a plan with noise, or numbers out of range.
+    """
+    if not plan.releases:
+        for name, value in (("budget", settings.budget), ("delta", settings.delta), ("ledger", settings.ledger)):
+            if value is not None:
+                raise UsageError(
+                    f"{name} = {value!r} with {plan.codec!r}.",
+                    "a plan with Clip(...) >> Noise(...).",
+                    "ε has a proof only for noise of this kind on clipped updates.",
+                    Part("Clip(1.0) >> Noise(1.0)", "codec"),
+                )
+        return None
+    if not settings.spec.needs_rows:
+        raise UsageError(
+            f"{plan.codec!r} with the engine {settings.spec!r}.",
+            "an engine that trains all clients of one server.",
+            "the ledger is not part of a transaction of the network yet.",
+            Change("engine", "inprocess"),
+        )
+    if settings.ledger is not None and settings.randomness == "seed":
+        raise UsageError(
+            f"ledger = {settings.ledger!r} with randomness = 'seed'.",
+            "randomness = 'system'.",
+            "a ledger counts private releases, and noise that follows the seed is not private.",
+            Change("randomness", "system"),
+        )
+    ledger = Ledger(None if settings.ledger is None else Path(settings.ledger))
+    return Budget(plan, data.count, settings.delta, settings.budget, ledger)
+
+
+def refuse_leaks(training: Private) -> None:
+    """Refuse a training that reads rows of clients in a way that the accountant does not see.
+
+    Raises:
+        UsageError: the error names the setting or the part, and a line that builds.
+    """
+    settings, plan = training.settings, training.plan
+    why = "it is computed from the rows of the clients, outside the accountant."
+    if training.data.reads_rows:
+        write = Line(python='data.split(100, input="input.json")', shell="--input input.json")
+        given = (
+            f"{plan.codec!r} with columns, levels or statistics that were read from the rows of {training.data.name}."
+        )
+        raise UsageError(given, "an input file.", why, write)
+    if settings.class_weight == "balanced":
+        weights = dict.fromkeys(training.data.classes or (), 1.0)
+        raise UsageError('class_weight = "balanced".', "a weight for each class.", why, Change("class_weight", weights))
+    if settings.evaluate in ("clients", "both"):
+        required = "held-out rows of the server, evaluated together."
+        raise UsageError(f"evaluate = {settings.evaluate!r}.", required, why, Change("evaluate", "pooled"))
+    for name, declared in plan.local.declare(training.task).items():
+        if declared.kind == "mean" and name not in ("update", "buffers", OPEN):
+            raise UsageError(
+                f"{plan.local!r} sends the mean {name} with {plan.codec!r}.",
+                "a local part that sends an update only.",
+                "only vectors that pass the clip may leave a client.",
+                Part("Train(sgd(0.1), epochs=1, batch=10)", "local"),
+            )
+
+
+def refuse_baselines(training: Private, baselines: bool) -> None:
+    """Refuse baselines with noise: they train on the rows of the clients without it.
+
+    Raises:
+        UsageError: baselines were requested for a plan with noise.
+    """
+    if baselines and training.plan.releases:
+        raise UsageError(
+            f"baselines = True with {training.plan.codec!r}.",
+            "baselines = False.",
+            "the baselines train on the rows of the clients without noise, and their metrics would be printed.",
+            Change("baselines", False),
+        )
