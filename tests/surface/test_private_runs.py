@@ -8,9 +8,10 @@ import pytest
 import atoll
 from atoll import recipes
 from atoll.base.errors import RunError, UsageError
-from atoll.cli.output import outcome, summary
+from atoll.cli.output import outcome
 from atoll.data import IID
 from atoll.plan.codec import Clip
+from atoll.runs.summary import summary
 from atoll.training.privacy import NOT_PRIVATE
 
 PLAN = recipes.dp_fedavg(lr=0.5, clip=0.5, noise=2.0, q=0.1)
@@ -40,6 +41,7 @@ def test_the_run_ends_when_its_budget_is_spent(digits, tmp_path):
         metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
         assert all("epsilon" in row and "loss" not in row for row in metrics)
         events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+        assert run.baselines == {} and not any(e["event"] == "baseline" for e in events)
         columns = next(set(e) for e in events if e["event"] == "clients")
         assert columns == {"event", "time", "round", "id", "bytes_up", "bytes_down"}
     assert [r.fingerprint for r in runs[0].reports] != [r.fingerprint for r in runs[1].reports]

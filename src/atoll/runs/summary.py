@@ -152,7 +152,7 @@ def following(run: Summarized) -> str:
         return "atoll run"
     if run.status == "interrupted":
         return f"atoll resume {called(run.path)}"
-    if "local" not in run.baselines and "skipped" not in run.baselines:
+    if "local" not in run.baselines and "skipped" not in run.baselines and not run.privacy:
         return f"atoll show {called(run.path)}, or the same with --baselines, for pooled and local-only training"
     return f"atoll show {called(run.path)}"
 

@@ -332,9 +332,10 @@ class Recorder:
 def _compared(t: Training, baselines: bool) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
     """The final model, the constant answers, and the trained baselines if they were requested; and a note, if any.
 
-    A metric of the user may fail for a constant. The training is done then, and its result must not be lost.
+    A metric of the user may fail for a constant. The training is done then, and its result must not be lost. With noise
+    there is no comparison: the constants are computed from all train rows.
     """
-    if not t.engine.primary or (t.evaluator is None and not baselines):
+    if t.plan.releases or not t.engine.primary or (t.evaluator is None and not baselines):
         return {}, ()
     from atoll.training.baselines import compare_baselines, compare_constants
 
