@@ -123,3 +123,4 @@ def test_the_loss_distribution_equals_a_direct_integral(q, z, count):
 def test_no_release_costs_nothing():
     assert least_epsilon(Releases(1.0, 0), 1e-5) == least_epsilon(Releases(1.0, 5, 0.0), 1e-5) == 0.0
     assert math.isfinite(least_epsilon(Releases(0.6, 2000, 1.0), 1e-9))
+    assert least_epsilon(Releases(0.02, 60, 0.1), 1e-5) == rdp_epsilon(Releases(0.02, 60, 0.1), 1e-5)

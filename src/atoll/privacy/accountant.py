@@ -22,6 +22,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 65), *range(65, 257, 4), 320, 384, 512, 1024)
 _GRID = 5e-4  # largest distance between privacy losses of a PLD; smaller for many or small releases
 _POINTS = 1 << 22  # largest number of losses of a PLD
+_LARGEST = 300.0  # largest ε of a PLD: e^ε must not overflow
 _TAIL = 1e-6  # part of δ that a PLD may lose in its tails
 
 
@@ -192,6 +193,8 @@ def pld_epsilon(releases: Releases, delta: float, most: float) -> float:
 
     Paper: Doroshenko et al., Connect the Dots: Tighter Discrete Approximations of Privacy Loss Distributions, 2022.
     """
+    if most > _LARGEST:
+        return math.inf
     return max(_one_sided(releases, delta, most, curve) for curve in (_removed, _added))
 
 

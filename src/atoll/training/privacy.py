@@ -86,7 +86,7 @@ def refuse_leaks(training: Private) -> None:
         )
         raise UsageError(given, "an input file.", why, write)
     if settings.class_weight == "balanced":
-        weights = dict.fromkeys(training.data.classes or (), 1.0)
+        weights = ",".join(f"{name}=1" for name in training.data.classes or ())
         raise UsageError('class_weight = "balanced".', "a weight for each class.", why, Change("class_weight", weights))
     if settings.evaluate in ("clients", "both"):
         required = "held-out rows of the server, evaluated together."
