@@ -7,6 +7,7 @@ import pandas
 import pytest
 import torch
 
+import atoll
 from atoll.base.errors import UsageError
 from atoll.data import csv, frame, load
 
@@ -188,3 +189,17 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
 def test_twin_columns_in_frames():
     with pytest.raises(UsageError, match="Two columns"):
         frame(pandas.DataFrame([[1, 2]], columns=["a", "a"]))
+
+
+def test_the_text_none_is_a_level_and_changes_no_bit_of_a_training(tmp_path):
+    """`none|some|heavy` trains as `never|some|heavy`: a text is a level, and no missing value."""
+    losses = []
+    for word in ("none", "never"):
+        rows = [
+            f"{i % 7},{(word, 'some', 'heavy')[i % 3]},{'yes' if i % 3 == 2 or i % 7 > 4 else 'no'}" for i in range(90)
+        ]
+        (tmp_path / "t.csv").write_text("\n".join(["age,alcohol,ill", *rows]) + "\n")
+        data = load(tmp_path / "t.csv", target="ill").split(3)
+        training = atoll.rounds("logistic", data, atoll.recipes.gd(0.5), rounds=10, dtype="float64")
+        losses.append(list(training)[-1].metrics["held_out_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-12)
