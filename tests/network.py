@@ -6,7 +6,21 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+
+TICK = threading.Event()  # nothing sets it: waiting for it lets the other threads of a test run
+
+
+def eventually(holds, seconds=30.0):
+    """Whether a condition of another thread or process holds within some seconds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        TICK.wait(0.02)
+    return True
+
 
 ATOLL = [sys.executable, "-m", "atoll"]
 DEADLINE = 110.0

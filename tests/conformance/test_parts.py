@@ -104,6 +104,9 @@ OURS = {
         codec.RandomK(0.25) >> codec.Eden(1),
         codec.Rotate() >> codec.Quantize(4),
         codec.TopK(0.1) >> codec.Entropy(),
+        codec.Clip(1.0),
+        codec.AdaptiveClip(),
+        codec.Clip(1.0) >> codec.Noise(1.0),
     ],
     check_aggregator: [
         kind(**words)

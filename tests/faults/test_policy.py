@@ -1,12 +1,12 @@
 """The policy of a site: each rule has its own code, nothing is computed before an approval, the ledger is complete."""
 
 import json
-import time
 from datetime import UTC, datetime
 
 import pandas
 import pytest
 from net_messages import work
+from network import TICK, eventually
 from sites import Served, experiment, table, write_tables
 
 import atoll
@@ -90,7 +90,7 @@ def waits_for(it, text):
     """Whether the status of the server names this client within five seconds."""
     at = ServerHome.open(it.home, serve=False)
     try:
-        return any(text in at.status()["why"] or time.sleep(0.1) for _ in range(50))
+        return eventually(lambda: text in at.status()["why"], 5)
     finally:
         at.close()
 
@@ -103,10 +103,7 @@ def test_a_run_with_approval_a_complete_ledger_and_a_model_that_predicts(tmp_pat
     it.join("north", tmp_path / "north.csv", policy=Policy(ask=True))
     it.join("south", tmp_path / "south.csv", policy=Policy(per_client=False))
     home = tmp_path / "north"
-    for _ in range(600):
-        if (home / "asked.json").exists():
-            break
-        time.sleep(0.05)
+    assert eventually((home / "asked.json").exists)
     assert site_status(home)["asked"].startswith("Plan(")
     assert waits_for(it, "north (connected, computes)")
     assert not (home / "ledger.jsonl").exists()  # nothing is computed before the approval
@@ -147,7 +144,7 @@ def test_a_check_sends_nothing_and_a_refusal_names_its_rule(tmp_path, monkeypatc
     assert found["rows"] == 24 and found["held_out"] == 6 and found["vectors"][-1] == "update" and found["bytes"] > 0
     assert it.results["north"] == 0 and not (tmp_path / "north" / "ledger.jsonl").exists()
     before = len(wakes)
-    time.sleep(0.5)
+    TICK.wait(0.5)
     assert len(wakes) - before <= 3  # an idle loop sleeps
     assert not (tmp_path / "north" / "data.json").exists()  # the site may still correct its table
     it.join("north", tmp_path / "north.csv", policy=Policy(max_rounds=1))

@@ -9,6 +9,7 @@ import atoll
 from atoll.base.errors import UsageError
 from atoll.plan import Plan
 from atoll.plan.aggregate import Masks, Mean
+from atoll.plan.codec import Clip, Noise
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.sampler import Everyone, Uniform
@@ -65,3 +66,29 @@ def test_a_threshold_that_protects_nothing_is_refused(digits) -> None:
     for threshold in (2, 8, 13):
         with pytest.raises(UsageError, match="threshold"):
             _theta(digits, _plan(Masks(bound=8.0, threshold=threshold)), "inprocess")
+
+
+def _clipped(**changes) -> Plan:
+    return _plan(
+        Masks(hybrid=False), aggregator=Mean(weights="equal", secure=Masks(hybrid=False)), codec=Clip(1.0), **changes
+    )
+
+
+def test_a_clipped_plan_has_one_model_in_simulation_and_rehearsal(digits) -> None:
+    simulated, _ = _theta(digits, _clipped(), "inprocess")
+    for engine, settings in (("inprocess", {"chunk": 1}), ("InProcess(rehearse=True)", {})):
+        other, _ = _theta(digits, _clipped(), engine, **settings)
+        torch.testing.assert_close(other, simulated, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_clipped_plan_has_one_model_on_worker_processes(digits) -> None:
+    simulated, _ = _theta(digits, _clipped(), "inprocess")
+    processes, _ = _theta(digits, _clipped(), "Processes(workers=2)")
+    torch.testing.assert_close(processes, simulated, rtol=0, atol=0)
+
+
+def test_noise_with_a_secure_sum_is_refused(digits) -> None:
+    rule = Mean(weights="equal", over="expected", secure=True)
+    with pytest.raises(UsageError, match="without a secure sum"):
+        _plan(Masks(), aggregator=rule, codec=Clip(1.0) >> Noise(1.0))

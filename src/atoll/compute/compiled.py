@@ -159,15 +159,11 @@ def _run(
     _check_rows(at, x, theta.dtype)
     y = _targets(program, layers[-1].out, rows.y, theta.dtype)
     specs, weights = torch.tensor(layers, dtype=torch.int64), theta.new_tensor(program.weights)
-    sizes = torch.tensor([(width * len(lane_counts), len(lane_counts), width) for width, lane_counts in steps])
-    ends = sizes.cumsum(0)
-    offsets, count_offsets = (ends - sizes)[:, :2].t().contiguous()
-    widths, lanes = sizes[:, 2].contiguous(), sizes[:, 1].contiguous()
-    counts = torch.tensor([n for _, lane_counts in steps for n in lane_counts])
+    offsets, count_offsets, widths, lanes, counts = _places_of(steps)
     clients, d = len(steps[0][1]), theta.shape[-1]
     out, losses, peaks = empty(theta, (clients, d)), theta.new_empty(len(counts)), theta.new_empty(clients, blocks(d))
-    work, constant = products(program, features) * len(at), rule.constant()
-    constant = None if constant is None else constant.contiguous()
+    work = products(program, features) * len(at)
+    constant = None if (c := rule.constant()) is None else c.contiguous()
     job = DescentJob(
         layers=specs.data_ptr(),
         layer_count=len(layers),
@@ -202,6 +198,14 @@ def _run(
     _check_status(load_libraries(theta.dtype).run(ctypes.byref(job)), y)
     attach(out, "peaks", peaks)
     return out, losses
+
+
+def _places_of(steps: list[tuple[int, tuple[int, ...]]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """For each step its first row, its first count, its width and its clients; then the counts of all steps."""
+    sizes = torch.tensor([(width * len(lane_counts), len(lane_counts), width) for width, lane_counts in steps])
+    offsets, count_offsets = (sizes.cumsum(0) - sizes)[:, :2].t().contiguous()
+    counts = torch.tensor([n for _, lane_counts in steps for n in lane_counts])
+    return offsets, count_offsets, sizes[:, 2].contiguous(), sizes[:, 1].contiguous(), counts
 
 
 def _rule_fields(rule: StepRule, constant: Tensor | None, d: int) -> dict[str, Any]:

@@ -501,12 +501,11 @@ def arrays(
 
     Args:
         x: `[rows, *features]`: floats; uint8 intensities of images, which are scaled to [0, 1]; or other integers,
-            which are token ids. Rows of one axis in uint8 are numbers. If a row is several tensors, a dict of arrays,
-            each `[rows, ...]`: the model receives each by its keyword. They are copied once.
+            which are token ids. Rows of one axis in uint8 are numbers. Or a dict of arrays, each `[rows, ...]`, which
+            are copied once; the model receives each by its keyword.
         y: labels of any type `[rows]`; numbers `[rows]` or `[rows, n]`; or classes 0, 1, …, `[rows, length]`.
         by: the natural client of each row, such as a hospital or a speaker; `[rows]`, of any type.
-        task: "classification", "regression", or "labels", several labels 0 or 1 for each row; None: regression if y
-            has floats.
+        task: "classification", "regression" or "labels" (several labels 0 or 1 a row); None: regression for floats.
         scale: "none", "standard", or "client"; see `Source`.
         missing: "mean": NaN is a missing number, filled with the mean of the train rows; "drop": its row is left out;
             None: NaN is refused.
@@ -525,13 +524,7 @@ def arrays(
     (features, fields), targets = _read(x, "x", missing), encode(y, task)
     notes: tuple[str, ...] = ()
     _same_length(features, targets.y, "x", "y")
-    if test is not None and not (isinstance(test, (tuple, list)) and len(test) in (2, 3)):
-        entries = f" with {len(test)} entries" if isinstance(test, (tuple, list)) else ""
-        raise UsageError(
-            f"test is a {type(test).__name__}{entries}.",
-            "a pair (x, y), or (x, y, clients).",
-            "rows have features and targets.",
-        )
+    _check_test(test)
     if classes is not None:
         targets = _with_classes(targets, classes)
     if missing == "drop":
@@ -558,6 +551,17 @@ def arrays(
         notes=(*targets.notes, *notes, *byte_notes),
     )
     return replace(_with_clients(source, by, test_by), scale=scale)
+
+
+def _check_test(test: Any) -> None:
+    """Refuse test rows that are neither a pair nor a triple."""
+    if test is not None and not (isinstance(test, (tuple, list)) and len(test) in (2, 3)):
+        entries = f" with {len(test)} entries" if isinstance(test, (tuple, list)) else ""
+        raise UsageError(
+            f"test is a {type(test).__name__}{entries}.",
+            "a pair (x, y), or (x, y, clients).",
+            "rows have features and targets.",
+        )
 
 
 def _with_classes(targets: Targets, classes: Sequence[str]) -> Targets:

@@ -250,7 +250,9 @@ class ChunkRunner:
         own = error.given.rstrip(".") if isinstance(error, ClientError) else ""
         stage = "encode" if IN_CODEC in vars(error).get("__notes__", ()) else "local"
         name = type(error).__name__
-        cause = name if self.plan.releases else own or f"{name}: {error}"  # a text may contain numbers of the rows
+        cause = (
+            name if not self.plan.shows_clients else own or f"{name}: {error}"
+        )  # a text may contain numbers of the rows
         self.fold.fail(client, version, stage, cause)
         self.results.errors.append(error)
         return False

@@ -187,6 +187,13 @@ class ServerEngine(Engine):
     def _check(self, plan: Plan) -> None:
         plan_text(plan)
         self.spec.check(RunOptions(plan=plan))
+        if plan.aggregator.secure is not None:
+            raise UsageError(
+                f"{plan.aggregator!r} over a network.",
+                "an aggregator without a secure sum; or a simulation with --rehearse.",
+                "the messages of the protocol do not travel over a network yet.",
+                "atoll run --rehearse",
+            )
         MessageForm.of(_bound(plan, self.layout), self.task)
         if _memory_reads_weights(plan, self.task):
             raise UsageError(

@@ -270,6 +270,9 @@ def _rule_conflicts(noise: Noise, slots: Slots) -> Iterator[Conflict]:
     given = f"{noise!r} with {rule!r}."
     if not rule.linear or rule.forms_sum:
         yield Conflict(given, "a mean.", "the noise is that of a mean, with a fixed divisor.", _ROWS)
+    elif rule.secure is not None:
+        why = "a round with too few clients has no sum; one client can change that, and it is not accounted yet."
+        yield Conflict(given, "a mean without a secure sum.", why, _ROWS)
     elif rule.weights != "equal":
         yield Conflict(given, 'weights="equal".', "the largest weight of a client has no bound.", _ROWS)
     elif rule.over != "expected":
