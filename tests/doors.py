@@ -13,7 +13,7 @@ from atoll.base.errors import AtollError
 from atoll.base.grammar import parse
 from atoll.base.lines import DOORS, form
 from atoll.base.names import load
-from atoll.compute.loss import cross_entropy
+from atoll.compute.loss import cross_entropy, huber, quantile
 from atoll.data import held_out, partition
 from atoll.engine.simulation.fleet import FLEET
 from atoll.engine.spec import ENGINES
@@ -23,9 +23,18 @@ from atoll.training.stop import RULES
 
 PARTITIONS = {c.__name__: c for c in vars(partition).values() if isinstance(c, type) and c is not partition.Partition}
 ENGINE_CLASSES = {spec.rpartition(":")[2]: load(spec) for spec in ENGINES.values()}
-TABLES = (PARTS, RULES, PARTITIONS, FLEET, ENGINE_CLASSES, held_out.RULES, {"cross_entropy": cross_entropy})
+TABLES = (
+    PARTS,
+    RULES,
+    PARTITIONS,
+    FLEET,
+    ENGINE_CLASSES,
+    held_out.RULES,
+    {"cross_entropy": cross_entropy, "huber": huber, "quantile": quantile},
+)
 VALUES = {r.__name__: r for r in recipes.RECIPES} | {name: make for table in TABLES for name, make in table.items()}
-OF_TESTS = dict.fromkeys(("Flip", "Round", "Shuffle", "Mine", "corrected", "object"), _Anything)  # classes of tests
+OF_TESTS = dict.fromkeys(("Flip", "Round", "Shuffle", "Mine", "object"), _Anything)  # classes of tests
+OPTIMIZERS_OF_TESTS = dict.fromkeys(("corrected", "fedprox"), lambda lr, **_: PARTS["sgd"](lr))
 PROGRAMS = {"ls", "file", "head", "cat", "sed", "rm", "df", "pip", "apt-get", "ray", "torchrun", "python", "unset"}
 PROGRAMS |= {"export", "xcode-select", "nvidia-smi", "chmod", "timedatectl"}
 WORDS = {*models.names(), *VALUES, *ENGINES, "north", "north-1", "server.example.org:4433"}
@@ -55,11 +64,13 @@ def _reads(text, door):
 
 
 def _value(text):
-    try:
-        parse(CODE_OF_USER.sub("os.path:join", text), {**VALUES, **OF_TESTS}, trust=True)
-    except AtollError:
-        return False
-    return True
+    for of_tests in (OF_TESTS, {**OF_TESTS, **OPTIMIZERS_OF_TESTS}):
+        try:
+            parse(CODE_OF_USER.sub("os.path:join", text), {**VALUES, **of_tests}, trust=True)
+        except AtollError:
+            continue
+        return True
+    return False
 
 
 def _python(text):
@@ -74,6 +85,8 @@ def _python(text):
 
 def _command(text):
     words = shlex.split(text)
+    if re.fullmatch(r"ATOLL_[A-Z_]+=.*", text):
+        return True
     if words[:1] == ["atoll"]:
         return _flags(words[1:])
     return bool(words) and words[0] in PROGRAMS

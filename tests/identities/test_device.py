@@ -102,6 +102,12 @@ RECIPES = {
     "dp_fedavg": recipes.dp_fedavg(0.1, q=0.9),
     "fedbuff": recipes.fedbuff(0.1),
     "fedasync": recipes.fedasync(0.1),
+    "fedprox": recipes.fedprox(0.1),
+    "scaffold": recipes.scaffold(0.1),
+    "feddyn": recipes.feddyn(0.1),
+    "fednova": recipes.fednova(0.1),
+    "fedexp": recipes.fedexp(0.1),
+    "fedlc": recipes.fedlc(0.1),
 }
 
 
@@ -135,19 +141,21 @@ CODECS = {
     "entropy": Entropy(),
     "feedback": ErrorFeedback(TopK(0.2)),
     "shift": EF21(RandomK(0.3, unbiased=False)),
+    "clip": codecs.Clip(1.0),
+    "adaptive": codecs.AdaptiveClip(),
 }
 
 
 def test_every_codec_is_here():
     stages = {part.__name__ for part in vars(codecs).values() if isinstance(part, type)}
-    tried = " ".join(map(repr, CODECS.values()))
+    tried = " ".join(map(repr, [*CODECS.values(), RECIPES["dp_fedavg"].codec]))
     assert {name for name in stages if f"{name}(" not in tried} <= {"Codec", "Identity", "Chain", "MessageError"}
 
 
 @pytest.mark.parametrize("name", [name for name in CODECS if name != "entropy"])
 def test_every_codec(name):
-    """Every codec on the uplink, and also on the downlink if it has no client memory."""
-    both = {"downlink": CODECS[name]} if name not in ("feedback", "shift", "lowrank") else {}
+    """Every codec on the uplink, and also on the downlink if it is allowed there."""
+    both = {"downlink": CODECS[name]} if name not in ("feedback", "shift", "lowrank", "clip", "adaptive") else {}
     plan = Plan(Gradient(), Mean(), rules.sgd(0.5), codec=CODECS[name], **both)
     check(plan, mlp(), classification(SIZES), "lanes")
 
@@ -280,5 +288,5 @@ def test_chunks_fill_a_device():
         each = 6 * task.layout.d * 4
         assert sizes[2] * each <= 50_000 < (sizes[2] + 1) * (each + 4 * 4 * 4 + 200)
         assert chunk_size(plan, task, data, 9, 7, 1 << 40) == 7
-        momentum = replace(plan, local=replace(plan.local, optimizer=rules.sgd(0.1, momentum=0.9)))
-        assert chunk_size(momentum, replace(task, numerics="loop"), data, 9, None, 1 << 40) == 1
+        moments = replace(plan, local=replace(plan.local, optimizer=rules.adam(0.1)))
+        assert chunk_size(moments, replace(task, numerics="loop"), data, 9, None, 1 << 40) == 1

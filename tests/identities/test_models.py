@@ -116,7 +116,7 @@ def test_every_kind_of_rows_has_models(rows):
 def test_what_is_written_instead(name, rows, instead):
     with pytest.raises(UsageError) as caught:
         model_of(name, *rows)
-    assert caught.value.line in (f'model="{instead}"', instead)
+    assert caught.value.line in (f'model="{instead}"', f'kind="{instead}"', instead)
     assert repr(name) in str(caught.value) or repr(rows[2]) in str(caught.value)
 
 

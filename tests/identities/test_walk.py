@@ -16,7 +16,7 @@ from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Evaluate, Gradient, Train
-from atoll.plan.optimizer.rules import sgd
+from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.plan import Plan
 
 SIZES = (9, 3, 21, 8, 1, 14)
@@ -67,11 +67,13 @@ def test_walking_changes_no_bit(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wide", "momentum", "body"), [(20_000, 0.0, "loop"), (20_000, 0.9, "lanes"), (20, 0.0, "lanes")]
-)
-def test_large_models_walk_where_they_can(wide, momentum, body):
+    ("wide", "optimizer", "body"),
+    [(20_000, sgd(0.1), "loop"), (20_000, sgd(0.1, momentum=0.9), "loop"), (20_000, adam(0.1), "lanes"),
+     (20, sgd(0.1), "lanes")],
+)  # fmt: skip
+def test_large_models_walk_where_they_can(wide, optimizer, body):
     model = seeded(lambda: nn.Sequential(nn.Linear(4, wide), nn.Tanh(), nn.Linear(wide, 3)))
-    plan = replace(recipes.fedavg(), local=Train(sgd(0.1, momentum=momentum), epochs=1, batch=4))
+    plan = replace(recipes.fedavg(), local=Train(optimizer, epochs=1, batch=4))
     assert choose(Task.of(model, "cross_entropy"), classification(SIZES), plan).task.numerics == body
 
 

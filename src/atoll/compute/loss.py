@@ -294,6 +294,9 @@ def loss_of(loss: str | PerExample) -> PerExample:
     if not isinstance(loss, str):
         refuse_reduction(loss)
         return loss
+    if loss in ("quantile", "quantile()"):
+        given, why = "The loss quantile without q.", "it is the quantile that the model predicts."
+        raise UsageError(given, "q between 0 and 1.", why, Change("loss", "quantile(0.9)"))
     if loss in LOSSES:
         return LOSSES[loss]
     if "(" in loss:

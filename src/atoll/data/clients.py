@@ -339,7 +339,7 @@ class Clients:
                 f"{self.name} is a {self.kind} data set without a list of classes.",
                 "one class per row.",
                 "rows are counted class by class.",
-                "data.sizes",
+                Line(python="data.sizes"),
             )
         client = torch.arange(self.count).repeat_interleave(self.sizes)
         cell = client * len(self.classes) + self.rows.targets()[self.order]

@@ -340,7 +340,7 @@ def gathered(
             f"keep = {sorted(keep)}: no contribution of client {missing[0]} arrived in round {state.round}.",
             f"clients that arrived: {', '.join(map(str, ids.tolist()[:20]))}{', …' if len(ids) > 20 else ''}.",
             "only the contribution of a client that arrived can be kept.",
-            f"keep=({int(ids[0])},)" if len(ids) else "keep=()",
+            Line(python=f"keep=({int(ids[0])},)" if len(ids) else "keep=()"),
         )
     return Gathered(
         results.partials or {state.round: plan.aggregator.zero()},

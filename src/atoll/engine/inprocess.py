@@ -94,7 +94,7 @@ class InProcessEngine(Engine):
                 "a rehearsal runs the protocol of this sum.",
                 Part("Mean(secure=True)", "aggregator"),
             )
-        check_clock(plan, self.fleet, self.population, state.model, self.layout, state.seed)
+        check_clock(plan, self.fleet, self.population, state.model, self.task, state.seed)
 
     def describe(self) -> Mapping[str, Any]:
         """The kind of GPU, if the model is on one."""
@@ -118,7 +118,7 @@ class InProcessEngine(Engine):
             UsageError: a client of `keep` did not arrive.
         """
         task, data, first = task_for(plan, self.task), self.data, state.memory.first
-        up = 0 if self.fleet is None else message_bytes(plan, task.layout)
+        up = 0 if self.fleet is None else message_bytes(plan, task)
         flown = simulate_round(plan, state, self.population, cohort, self.fleet, up)
 
         def start(version: int) -> tuple[Broadcast, Key]:

@@ -243,7 +243,12 @@ def _downlink(slots: Slots) -> Iterator[Conflict]:
 
 def _stateless(codec: Stage) -> str:
     """The text of the stages of a codec that keep no state; a wrapper counts as the stages in it."""
-    plain = [repr(stage) for stage in _leaves(codec) if not stage.needs_model_coordinates]
+    layout = flat_layout(64)
+    plain = [
+        repr(stage)
+        for stage in _leaves(codec)
+        if not (stage.needs_model_coordinates or stage.memory(layout) or stage.server(layout))
+    ]
     return " >> ".join(plain) or "TopK(0.1)"
 
 
@@ -353,6 +358,8 @@ def check_rows(part: object, named: Mapping[str, Tensor], count: int, client: in
 def check_memory(part: object, before: Tensors, after: Tensors, client: int, round: int) -> None:
     """Refuse client memory whose names, shapes or dtypes are not those of the memory before the round.
 
+    A part that returns no memory, such as `Evaluate`, changes none.
+
     Args:
         part: the part that made the memory, for the error.
         before, after: the memory of K clients before and after the round, tensors `[K, …]`.
@@ -363,7 +370,7 @@ def check_memory(part: object, before: Tensors, after: Tensors, client: int, rou
         >>> import torch
         >>> check_memory("Train()", {"taken": torch.zeros(1)}, {"taken": torch.ones(1)}, 0, 0)
     """
-    for name in {**before, **after}:
+    for name in {**before, **after} if after else ():
         ours, given = before.get(name), after.get(name)
         if ours is None or given is None or given.shape != ours.shape or given.dtype != ours.dtype:
             raise UsageError(

@@ -549,7 +549,9 @@ def rounds_to_run(path: Path, rounds: int | None, more: int | None) -> int | Non
     if rounds is not None and more is not None:
         raise UsageError(f"rounds = {rounds} and more = {more}.", "one of the two.", write=Change("rounds", rounds))
     if more is not None and (isinstance(more, bool) or not isinstance(more, int) or more < 1):
-        raise UsageError(f"more = {more!r}.", "an integer, at least 1.", write=Change("more", 10))
+        raise UsageError(
+            f"more = {more!r}.", "an integer, at least 1.", write=Line(python="more=10", shell="--more 10")
+        )
     pointer = path / "checkpoint" / "pointer.json"
     done = int(read_pointer(path)["facts"]["round"]) if pointer.exists() else 0
     if more is not None:

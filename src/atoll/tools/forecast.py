@@ -293,7 +293,7 @@ def predict(training: Training) -> Forecast:
         engine.population.clients,
         layout.d,
         flights,
-        message_bytes(plan, layout),
+        message_bytes(plan, training.task),
         plan.codec.compressor is None and isinstance(plan.local, (Gradient, Train)),
         _memory(plan, state, engine, flights, lanes, rounds),
         lanes,
@@ -312,7 +312,7 @@ def simulate(plan: Plan, state: State, engine: InProcessEngine, rounds: int, lim
         rounds: number of rounds; fewer are simulated if they have more than `limit` flights.
         limit: largest number of flights.
     """
-    up = message_bytes(plan, engine.layout)
+    up = message_bytes(plan, engine.task)
     delta = 0 if plan.downlink == Identity() else plan.downlink.nbytes(engine.layout)
     plain = dataclasses.replace(plan, downlink=Identity())  # no delta is encoded here: its length is enough
     rows: list[Arrivals] = []

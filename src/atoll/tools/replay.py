@@ -224,7 +224,7 @@ def _open(training: Training) -> tuple[Opened, Arrivals]:
     """The open round and its flights."""
     engine = local_engine(training)
     opened = open_round(training.plan, training.state, engine)
-    up = 0 if engine.fleet is None else message_bytes(opened.plan, training.task.layout)
+    up = 0 if engine.fleet is None else message_bytes(opened.plan, training.task)
     return opened, simulate_round(opened.plan, opened.state, opened.population, opened.cohort, engine.fleet, up)
 
 

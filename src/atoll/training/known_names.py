@@ -33,9 +33,14 @@ RECIPES = (
         "fedavg",
         "fedavgm",
         "fedbuff",
+        "feddyn",
+        "fedexp",
+        "fedlc",
+        "fednova",
+        "fedprox",
         "fedsgd",
     ),
-    *("fedyogi", "gd", "local_sgd", "post_local_sgd", "sgd"),
+    *("fedyogi", "gd", "local_sgd", "post_local_sgd", "scaffold", "sgd"),
 )
 PARTITIONS = ("ByColumn", "Dirichlet", "FeatureShift", "IID", "Pathological", "Quantity", "Shards")
 CALLS = {  # a call of each name that has required arguments

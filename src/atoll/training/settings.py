@@ -419,6 +419,9 @@ def _refusal(f: dataclasses.Field[Any], value: Any, required: str) -> UsageError
             works = number
     except Exception:  # the value is no number
         pass
-    if works is None:
-        works = rule.choices[0] if rule.choices else 32
-    return UsageError(f"{f.name} = {value!r}.", f"{required}.", write=Change(f.name, works))
+    if works is None and rule.choices:
+        works = rule.choices[0]
+    elif works is None and str(f.type).startswith(("int", "float")):
+        works = 32
+    line = "" if works is None else Change(f.name, works)
+    return UsageError(f"{f.name} = {value!r}.", f"{required}.", write=line)

@@ -174,7 +174,7 @@ class Overlap:
         facts = {
             "loss": (loss / rows.clamp(min=1)).to(down.device),
             "rows": held,
-            "bytes_up": torch.full_like(down, message_bytes(plan, self.task.layout)),
+            "bytes_up": torch.full_like(down, message_bytes(plan, self.task)),
             "bytes_down": down,
         }
         return Results({version: partial}, [], [], [ids.client], [facts], [], [])

@@ -136,7 +136,7 @@ class TorchrunEngine(Engine):
         task, data = self.task, self.data
         if task.numerics != "loop" or not data_parallel(plan):
             return None
-        up = 0 if self.fleet is None else message_bytes(plan, task.layout)
+        up = 0 if self.fleet is None else message_bytes(plan, task)
         flown = simulate_round(plan, state, self.population, cohort, self.fleet, up)
         arrived = flown.arrived
         if not self._overlap.serves(data, arrived):

@@ -6,21 +6,21 @@ Tests: tests/identities/test_flights.py
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Change, Part
-from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
+from atoll.compute.task import Task
 from atoll.engine.simulation.clock import Clock
 from atoll.engine.simulation.fleet import Fleet
 from atoll.plan.in_flight import Flight, InFlight, OpenRound
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort, Population
+from atoll.plan.protocols import OPEN, Cohort, Declared, Population
 from atoll.plan.round import FlightTimes
 from atoll.plan.state import State
 
@@ -96,20 +96,29 @@ class DownlinkBytes:
         return (theta + self._rest + torch.where(first, self._fixed, 0)).tolist()
 
 
-def message_bytes(plan: Plan, layout: Layout) -> int:
+def message_bytes(plan: Plan, task: Task) -> int:
     """The length of a client's message in bytes, as far as it is known before the computation.
 
-    It is exact for a codec without entropy coding and a local part that adds a loss and no further sums.
+    It is exact for a codec without entropy coding and a local part that declares each of its vectors.
     """
+    layout, known = task.layout, ("update", "buffers", "loss", "rows", OPEN)
+    further = {**plan.codec.declare(layout), **plan.aggregator.added()}
+    if plan.releases:  # the payload, the sums of the codec, and the weight
+        return plan.codec.nbytes(layout) + _length(further, ("update",)) + 8
+    further |= plan.local.declare(task)
     counters = sum(8 * e.size for e in layout.counters if e.name not in layout.dropped)
     sent = layout.b if layout.sent is None else len(layout.sent)
     flags = len(layout.segment("buffers")) if sent else 0
-    return plan.codec.nbytes(layout) + (sent + 1) * layout.dtype.itemsize + counters + flags + 16
+    own = (sent + 1) * layout.dtype.itemsize + counters + flags + 16  # buffers, loss, weight and rows
+    return plan.codec.nbytes(layout) + own + _length(further, known)
 
 
-def check_clock(
-    plan: Plan, fleet: Fleet | None, population: Population, model: Model, layout: Layout, seed: int
-) -> None:
+def _length(declared: Mapping[str, Declared], without: Collection[str]) -> int:
+    """The bytes of declared vectors, without some names."""
+    return sum(each.length * each.dtype.itemsize for name, each in declared.items() if name not in without)
+
+
+def check_clock(plan: Plan, fleet: Fleet | None, population: Population, model: Model, task: Task, seed: int) -> None:
     """Refuse a fleet of other clients, a trace with gaps, a deadline without a clock, and one that is too short.
 
     Raises:
@@ -127,7 +136,7 @@ def check_clock(
             Change("fleet", "Fleet(HalfNormal())"),
         )
     down = nbytes({"theta": model.theta, "buffers": model.buffers, **model.counters, **model.fixed})
-    shortest = clock.fastest(down, message_bytes(plan, layout))
+    shortest = clock.fastest(down, message_bytes(plan, task))
     if shortest > deadline and not plan.pace.partial:
         raise UsageError(
             f"{plan.pace!r} with {fleet!r}.",

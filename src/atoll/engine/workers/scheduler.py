@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.errors import UsageError
-from atoll.base.lines import Change, Part
+from atoll.base.lines import Change, Line, Part
 from atoll.base.random import Key
 from atoll.compute import limits
 from atoll.compute.layout import Layout
@@ -221,7 +221,7 @@ class WorkerEngine(Engine):
         if self.closed or not self._opened:
             kind = type(self).__name__
             raise UsageError(
-                "The engine was closed.", "an engine that is open.", write=f"{kind}(task, data, workers=2)"
+                "The engine was closed.", "an engine that is open.", write=Line(python=f"{kind}(task, data, workers=2)")
             )
         if self._fresh:
             self._pool.ready()
