@@ -19,11 +19,13 @@ from atoll.plan.aggregate import Mean
 from atoll.plan.codec import (
     EF21,
     Cast,
+    Clip,
     Eden,
     Entropy,
     ErrorFeedback,
     Identity,
     LowRank,
+    Noise,
     Quantize,
     RandomK,
     Rotate,
@@ -325,3 +327,17 @@ def test_a_file_is_read(run, tmp_path):
     file.write_text('data = "diabetes"\nmodel = "linear"\nclients = 5\nrounds = 2\n[plan]\npace = "Buffered(2)"\n')
     code, out, _ = run("plan", file, "--json")
     assert code == 0 and json.loads(out)["bytes"]["up"]["run"] == 2 * 2 * 64
+
+
+def test_a_plan_with_noise_states_its_epsilon_and_the_noise_for_a_budget():
+    data = atoll.data.load("digits").split(100, min_rows=1)
+    plan = atoll.recipes.dp_fedavg(lr=0.5, clip=0.5, noise=2.0, q=0.1)
+    told = predict(atoll.rounds("softmax", data, plan, rounds=10, budget=1.0, delta=1e-3))
+    assert told.privacy.epsilon == pytest.approx(
+        atoll.privacy.epsilon(plan, clients=100, rounds=10, delta=1e-3), rel=1e-12
+    )
+    fits = replace(plan, codec=Clip(0.5) >> Noise(told.noise))
+    assert atoll.privacy.epsilon(fits, clients=100, rounds=10, delta=1e-3) <= 1.0
+    assert told.privacy.text() in told.text() and f"Noise({told.noise})" in told.text()
+    assert told.values()["privacy"]["noise_for_budget"] == told.noise
+    assert predict(training(Plan(Gradient(), Mean()))).values()["privacy"] is None

@@ -11,8 +11,9 @@ from typing import Any
 
 from atoll import runs
 from atoll.report.run_data import RunData
+from atoll.runs.confusion import Confusion
 from atoll.runs.format import duration, format_number, label, plain, spread
-from atoll.runs.summary import called, comparison, grid, judged, near, spent
+from atoll.runs.summary import called, comparison, confused, grid, judged, near, spent
 
 
 def brief(path: Path) -> dict[str, Any]:
@@ -86,6 +87,7 @@ def record(path: Path) -> str:
     lines += ["", *_rounds(run)] if run.rows else []
     if run.events.baselines:
         lines += ["", *comparison(about["metrics"], _known(run), run.judged)]
+    lines += confused(Confusion.read(path))
     lines += ["", *_lost(run)]
     lines.append(
         spent(

@@ -75,6 +75,7 @@ def page(record: RunData, federation: Federation | None, data: Clients | None, p
         _head(record, data),
         _summary(record),
         _section("Comparison with baselines", _comparison(record)),
+        _section("Confusion", _confusion(record)),
         _section("Algorithm", _formula(record)),
         _section("Training", _gallery(by_name.values())),
         _section("Clients", _federation(federation), _traffic(record), _gallery(ours)),
@@ -285,6 +286,17 @@ def _federation(federation: Federation | None) -> Html | None:
     ) + "Size Gini: 0 if all clients have the same number of rows. Effective clients: (Σ n)² / Σ n²."
     omitted = tag("p", federation.omitted, class_="quiet") if federation.omitted else ""
     return Html(tag("dl", *pairs, class_="tiles small") + tag("p", meaning, class_="quiet") + omitted)
+
+
+def _confusion(record: RunData) -> Html | None:
+    """The held-out rows of each class, by predicted class."""
+    if record.confusion is None:
+        return None
+    heads, *rows = record.confusion.cells()
+    head = tag("tr", *(tag("th", h, class_="n" if i else "") for i, h in enumerate(heads)))
+    body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", n, class_="n") for n in row[1:])) for row in rows]
+    note = tag("p", "Rows: the class of the held-out rows. Columns: the predicted class.", class_="quiet")
+    return Html(note + _scroll(tag("thead", head), tag("tbody", *body)))
 
 
 def _rounds(record: RunData) -> Html | None:

@@ -23,6 +23,7 @@ from atoll.base.names import COUNTS
 from atoll.plan.formula import formula_of
 from atoll.report.flight_rows import MOST_FLIGHTS, Tally, read_trips
 from atoll.report.flight_rows import Row as FlightRow
+from atoll.runs.confusion import Confusion
 from atoll.runs.format import better, rises, spread
 from atoll.runs.summary import ROWS
 
@@ -103,6 +104,7 @@ class RunData:
         config_text: the text of config.toml.
         environment: the contents of environment.json.
         events: the contents of events.jsonl.
+        confusion: the table of confusion.csv; None if the run has none.
     """
 
     name: str
@@ -111,6 +113,7 @@ class RunData:
     config_text: str
     environment: Mapping[str, Any]
     events: Events
+    confusion: Confusion | None = None
 
     @classmethod
     def read(cls, folder: Path) -> RunData:
@@ -124,6 +127,7 @@ class RunData:
             text,
             _object(_text(folder / "environment.json")),
             _events(folder / "events.jsonl"),
+            Confusion.read(folder),
         )
 
     def series(self, name: str) -> tuple[Numbers, Numbers]:

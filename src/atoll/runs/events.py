@@ -20,6 +20,7 @@ from atoll.data.input import Input
 from atoll.plan.plan import Plan
 from atoll.plan.round import Failure, Report
 from atoll.plan.state import State
+from atoll.runs.confusion import Confusion
 from atoll.runs.format import format_number, plain
 from atoll.runs.frames import Backend, frame_of
 from atoll.runs.predictor import Predictor, predictor_of
@@ -49,6 +50,7 @@ class Run:
         task: the model, its loss and its metrics.
         wall: the seconds from the start or the resumption of the training to its end, with evaluation and baselines.
         privacy: `epsilon`, `delta`, `unit`, `relation` and `claim` of a run with noise; {} for another run.
+        confusion: the held-out rows of each class by predicted class, if the metric `confusion` was computed.
     """
 
     path: Path | None
@@ -69,6 +71,7 @@ class Run:
     task: Task | None = field(default=None, repr=False)
     wall: float = 0.0
     privacy: Mapping[str, Any] = field(default_factory=dict)
+    confusion: Confusion | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         name = None if self.path is None else plain(self.path.name, 80)

@@ -40,6 +40,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from atoll.base.errors import RunError, UsageError
 from atoll.base.files import atomic_write
 from atoll.base.lines import Change, Line
+from atoll.runs.confusion import FILE, Confusion
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -489,6 +490,10 @@ class RunFolder:
         table.writerow(columns)
         table.writerows(zip(*columns.values(), strict=True))
         write(self.path / "clients.csv", text.getvalue().encode())
+
+    def save_confusion(self, table: Confusion) -> None:
+        """Write confusion.csv: the rows of each class by predicted class."""
+        write(self.path / FILE, table.csv().encode())
 
 
 def read_pointer(path: Path) -> dict[str, Any]:

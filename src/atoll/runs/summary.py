@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 from atoll.base.intervals import Interval
 from atoll.compute.metric_names import OVER_CLIENTS, base_metric
+from atoll.runs.confusion import FILE, Confusion
 from atoll.runs.format import better, duration, format_number, label, plain, rises, size, whole
 
+_WIDE = 12  # classes of a confusion table that fits on a terminal
 HIDDEN = ("gradient_norm", "lr")
 ROWS = {
     "federated": "federated",
@@ -58,6 +60,8 @@ class Summarized(Protocol):
     def notes(self) -> Sequence[str]: ...
     @property
     def wall(self) -> float: ...
+    @property
+    def confusion(self) -> Confusion | None: ...
 
 
 def judged(names: Iterable[str]) -> list[str]:
@@ -109,6 +113,7 @@ def summary(run: Summarized) -> str:
     lines = ["", f"{run.status}: {run.reason}", ""]
     lines += [f"note    {plain(note, 500)}" for note in run.notes] + ([""] if run.notes else [])
     lines += comparison(run.metrics, run.baselines, run.best.get("metric"))
+    lines += confused(run.confusion)
     if run.best:
         best = run.best
         lines += ["", f"best    {label(best['metric'])} {format_number(best['value'])}, in round {best['round']}"]
@@ -128,6 +133,14 @@ def summary(run: Summarized) -> str:
                 lines.append(f"{title:<8}{near(run.path / name)}")
     lines.append(f"next    {following(run)}")
     return "\n".join(lines)
+
+
+def confused(table: Confusion | None) -> list[str]:
+    """The lines of a confusion table; for a wide one, the name of its file."""
+    if table is None:
+        return []
+    few = len(table.classes) <= _WIDE
+    return ["", *table.text().splitlines()] if few else ["", f"confusion of {len(table.classes)} classes: {FILE}"]
 
 
 def spent(rounds: int, seconds: float, up: int, down: int, now: float | None = None, wall: float | None = None) -> str:

@@ -30,6 +30,7 @@ from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, open_round
 from atoll.plan.state import DownlinkState, State
+from atoll.privacy.account import Account, account, noise_for
 from atoll.runs.format import duration, size, whole
 from atoll.tools.rebuild import local_engine, training_of
 from atoll.training.experiment import Experiment
@@ -113,6 +114,8 @@ class Forecast:
         lanes: number of clients computed together.
         links: seconds per round by the rate of the server's link, for all bytes without computation; {} with a fleet.
         help: the change that shortens a round most, if one was found.
+        privacy: ε of all rounds, if the plan adds noise.
+        noise: the least z with which all rounds cost at most the budget, if the training has one.
     """
 
     rounds: int
@@ -125,6 +128,8 @@ class Forecast:
     lanes: int
     links: Mapping[str, float]
     help: Help | None = None
+    privacy: Account | None = None
+    noise: float | None = None
 
     @property
     def bytes_up(self) -> int:
@@ -166,7 +171,12 @@ class Forecast:
             "memory": {**self.memory, "lanes": self.lanes},
             "time": None,
             "links": dict(self.links) or None,
+            "privacy": None,
         }
+        if self.privacy is not None:
+            spent = self.privacy
+            named = {"epsilon": spent.epsilon, "delta": spent.delta, "unit": spent.unit, "relation": spent.relation}
+            out["privacy"] = named | {"noise_for_budget": self.noise}
         if parts is not None:
             shown = {**parts._asdict(), "round": parts.total, "run": self.seconds, "dominates": self.dominates}
             out["time"] = shown | {"help": None if self.help is None else _help_values(self.help)}
@@ -174,7 +184,15 @@ class Forecast:
 
     def text(self) -> str:
         """The forecast as text."""
-        return "\n".join([*self._bytes(), "", *self._memory(), "", *self._time()])
+        return "\n".join([*self._bytes(), "", *self._memory(), "", *self._time(), *self._privacy()])
+
+    def _privacy(self) -> Iterator[str]:
+        if self.privacy is None:
+            return
+        yield ""
+        yield self.privacy.text()
+        if self.noise is not None:
+            yield f"With Noise({self.noise}) all rounds fit into the budget."
 
     def _bytes(self) -> Iterator[str]:
         simulated, sizes = len(self.flights.up), self.values()["bytes"]
@@ -299,6 +317,20 @@ def predict(training: Training) -> Forecast:
         lanes,
         links,
         _help(training, flights),
+        *_privacy(training),
+    )
+
+
+def _privacy(training: Training) -> tuple[Account | None, float | None]:
+    """ε of all rounds, and the noise with which they fit into the budget."""
+    budget, rounds = training.budget, training.settings.rounds
+    if budget is None:
+        return None, None
+    spent = account(training.plan, clients=budget.clients, rounds=rounds, delta=budget.delta)
+    if budget.limit is None:
+        return spent, None
+    return spent, noise_for(
+        training.plan, clients=budget.clients, rounds=rounds, delta=budget.delta, epsilon=budget.limit
     )
 
 

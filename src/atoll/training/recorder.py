@@ -24,6 +24,7 @@ from atoll.plan.formula import renamed
 from atoll.plan.round import FlightTimes, Report
 from atoll.privacy.ledger import START, Ledger
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
+from atoll.runs.confusion import Confusion
 from atoll.runs.events import Run
 from atoll.runs.folder import HIDDEN
 from atoll.runs.frames import metrics_row
@@ -293,6 +294,7 @@ class Recorder:
             t.task,
             wall,
             t.privacy,
+            _confusion(t),
         )
         if self.folder is None:
             return run
@@ -310,6 +312,8 @@ class Recorder:
             self.folder.finish()
             if t.evaluation.clients:
                 self.folder.save_clients(_client_table(t))
+            if run.confusion is not None:
+                self.folder.save_confusion(run.confusion)
             if report:
                 from atoll.report.draw import draw
 
@@ -411,3 +415,9 @@ def find_interrupted(training: Training, out: str | Path) -> Path | None:
             if all(facts.get(name) == value for name, value in ours.items()):
                 return path
     return None
+
+
+def _confusion(training: Training) -> Confusion | None:
+    """The confusion table of the last evaluation, if the metric was computed."""
+    table = training.evaluation.tables.get("confusion")
+    return None if table is None else Confusion.of(training.data.classes, table)
