@@ -72,7 +72,7 @@ __all__ = [
     "train",
 ]
 
-_MODULES = {"data", "models", "recipes"}
+_MODULES = {"data", "models", "privacy", "recipes"}
 _WHERE = {
     "atoll.base.errors": ("AtollError", "Note", "RunError", "UsageError"),
     "atoll.plan.plan": ("Plan",),

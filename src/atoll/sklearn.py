@@ -27,6 +27,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import nn
 
 from atoll.base.errors import Note, UsageError
+from atoll.base.lines import Change
 from atoll.data.arrays import arrays, tensor_of
 from atoll.data.clients import Clients
 from atoll.data.input import Input
@@ -43,6 +44,13 @@ def _clients(estimator: Any, X: Array, y: Array, owner: ArrayLike | None, classe
         owner = np.asarray(owner)
         if owner.shape != (len(X),):
             raise ValueError(f"clients has shape {owner.shape}; one client for each of {len(X)} rows is required.")
+    if estimator.scale == "client":
+        raise UsageError(
+            'scale = "client".',
+            '"standard" or "none".',
+            "predict receives rows without their clients.",
+            Change("scale", "standard"),
+        )
     names = None if classes is None else [str(i) for i in range(classes)]
     kind = "regression" if classes is None else "classification"
     source = arrays(X, y, by=owner, task=kind, scale=estimator.scale, classes=names, name=type(estimator).__name__)
@@ -130,7 +138,7 @@ class FederatedClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         clients: the number of clients if `fit` receives no owner of the rows, ≥ 1.
         split: the partition or its text, such as "Dirichlet(0.3)"; None: at random.
         rounds: the number of rounds, ≥ 1.
-        scale: "standard", "client" or "none", as in `atoll.data.arrays`.
+        scale: "standard" or "none", as in `atoll.data.arrays`.
         input: an `Input`, or the path of one, whose statistics are used instead of those of the rows.
         class_weight: "balanced", or a weight by class; None: 1.
         metrics: metrics by name; None: by the data.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from atoll.secure.client import Floors, SumClient
 from atoll.secure.messages import SumMessage
+from atoll.secure.params import Topology
 from atoll.secure.refusals import SessionError
 from tests.attacks.evil_server import ATTACKS, Attack
 from tests.secure_session import Group, agreement
@@ -30,3 +34,24 @@ def test_a_lie_is_refused_by_its_own_reason(attack: Attack) -> None:
 
 def test_every_row_has_an_attack() -> None:
     assert {attack.row for attack in ATTACKS} == {f"E{i}" for i in range(1, 24)}
+
+
+def test_more_neighbours_need_a_higher_threshold() -> None:
+    """Of 998 neighbours, 24 colluding ones are likely; of the 72 of the smallest safe graph they are not."""
+    Floors().check(Topology(1000, 72, 24))
+    with pytest.raises(SessionError) as caught:
+        Floors().check(Topology(1000, 998, 24))
+    assert caught.value.reason == "threshold"
+
+
+def test_no_attempt_follows_shares_that_were_sent() -> None:
+    group = Group(5, agreement())
+    group.run()
+    client = group.clients[0]
+    assert client.answered
+    later = replace(group.agreed, attempt=1)
+    with pytest.raises(SessionError) as caught:
+        SumClient(later, group.identities[0], group.fingerprints[0], group.public.get, last=client.taken)
+    assert caught.value.reason == "replayed"
+    with pytest.raises(SessionError):
+        SumClient(replace(group.agreed, attempt=2), group.identities[0], group.fingerprints[0], group.public.get)

@@ -34,6 +34,8 @@ from atoll.plan.optimizer.rules import adam, adamw, sgd
 from atoll.plan.pace import Buffered, Sync
 from atoll.plan.plan import Plan
 from atoll.plan.registry import read_part
+from atoll.plan.sampler import Weighted
+from atoll.plan.schedule import cosine
 from atoll.training.experiment import Experiment
 
 D, LR, STEPS = 3, 0.05, 10
@@ -362,3 +364,48 @@ def test_every_correction_is_in_the_grammar_and_is_one_call():
     for name, kind in {**names, "fedlc": Calibrated}.items():
         correction = Experiment().override(recipe=f"{name}(0.1)").plan().local.correction
         assert isinstance(correction, kind) and kind in CORRECTIONS
+
+
+def test_unequal_chances_are_refused():
+    data = atoll.data.load("digits").split(6, atoll.data.Dirichlet(0.3))
+    for recipe in (recipes.scaffold, recipes.feddyn):
+        with pytest.raises(UsageError, match="the same chance"):
+            atoll.rounds("softmax", data, replace(recipe(0.1), cohort=Weighted(2)), rounds=1)
+
+
+def test_a_rate_that_ends_at_zero_ends_no_run():
+    data = atoll.data.load("digits").split(4)
+    run = atoll.train("softmax", data, recipes.scaffold(cosine(0.1, rounds=2)), rounds=4, out=None)
+    assert run.rounds == 4 and run.status == "done"
+
+
+def test_calibrated_refuses_an_output_that_it_does_not_know():
+    class Registered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = nn.Linear(32, 10), nn.Linear(64, 32)
+
+        def forward(self, x):
+            return self.head(self.body(x.flatten(1)).relu())
+
+    data = atoll.data.load("digits").split(3)
+    with pytest.raises(UsageError, match=r"ends with an nn\.Linear"):
+        atoll.train(Registered(), data, recipes.fedlc(0.1), rounds=1, out=None)
+    with pytest.raises(UsageError, match="no weight decay"):
+        replace(
+            recipes.fedlc(0.1),
+            local=Train(adamw(0.1, weight_decay=0.1), epochs=1, batch=10, correction=Calibrated(1.0)),
+        )
+
+
+def test_a_client_alone_has_no_correction():
+    data = atoll.data.load("digits").split(5)
+    words = {"rounds": 4, "baselines": True, "out": None, "numerics": "lanes", "report": False}
+    plain, corrected = (atoll.train("softmax", data, plan(0.1), **words) for plan in (recipes.fedavg, recipes.fednova))
+    assert corrected.baselines["local"]["accuracy"] == plain.baselines["local"]["accuracy"]
+
+
+def test_steps_of_all_rows():
+    data = atoll.data.load("digits").split(4)
+    run = atoll.train("softmax", data, Plan(Train(sgd(0.1), steps=3), Mean()), rounds=1, out=None)
+    assert run.rounds == 1

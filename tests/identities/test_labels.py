@@ -13,6 +13,7 @@ import atoll
 from atoll.base.errors import UsageError
 from atoll.base.lines import form
 from atoll.cli.app import answer
+from atoll.compute.metrics import named_metric
 from atoll.training.evaluation import constant_answer
 
 NAMES = ["rain", "wind", "fog"]
@@ -126,3 +127,9 @@ def test_a_missing_label_does_not_count():
     data = atoll.data.dataset([(torch.zeros(2), row) for row in y], task="labels").split(1, held_out=0)
     report = atoll.rounds("logistic", data, atoll.recipes.gd(0.1), rounds=1).next()
     assert report.metrics["loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_a_missing_label_does_not_count_in_auc():
+    y, output = torch.tensor([[1], [1], [0], [-100], [-100]]), torch.tensor([[2.0], [1.0], [0.0], [5.0], [6.0]])
+    auc = named_metric("auc", labels=True)
+    assert float(auc.over_rows(output, y)) == 1.0

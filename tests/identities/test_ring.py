@@ -192,3 +192,35 @@ def test_the_largest_cohort() -> None:
         x = binomial_tail(n, q, 2.0**-40)
         assert binom.sf(x, n, q) <= 2.0**-40 * (1 + 1e-6) and (x == 0 or binom.sf(x - 1, n, q) > 2.0**-40 * (1 - 1e-6))
     assert Poisson(0.1).largest(population) == binomial_tail(200, 0.1, 2.0**-40)
+
+
+def test_the_weight_of_the_proof_is_the_number_of_rows_held(digits) -> None:
+    """A client that makes one step of ten rows still weighs as much as all its rows."""
+    plan = _plan(local=Train(sgd(0.1), steps=1, batch=10), cohort=Everyone())
+    training = atoll.rounds("softmax", digits, plan, rounds=1)
+    grid = training.plan.aggregator._grids["update"]
+    assert 12 * int(digits.sizes.max()) * grid.limit < 1 << 31 <= 12 * int(digits.sizes.max()) * grid.limit * 2
+
+
+def test_infinity_drops_its_client_and_is_not_cut() -> None:
+    x = torch.tensor([[1.0, 2.0], [math.inf, 0.0]])
+    found = rounded(x, Grid(4, 1 << 8, True), Key(1).of(torch.tensor([0, 1])))
+    assert bool(found[0].isfinite().all()) and bool(found[1].isnan().all())
+
+
+def test_work_that_grows_cuts_no_count(digits) -> None:
+    from atoll.plan.schedule import constant, hold
+
+    local = Train(sgd(0.01), steps=hold(1.0, rounds=1) >> constant(20.0), batch=10)
+    secure, plain = (
+        _run(digits, _plan(local=local), rounds=2),
+        _run(digits, _plan(local=local, aggregator=Mean()), rounds=2),
+    )
+    assert secure.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("masks", [Masks(bound=1.0, neighbours=4), Masks(bound=1.0, neighbours=200, threshold=2)])
+def test_a_graph_that_protects_nothing_is_refused(masks) -> None:
+    vectors = {"update": MEAN}
+    with pytest.raises(UsageError):
+        Mean(secure=masks).secured(vectors, 1000 if masks.threshold else 12, 1, 10)

@@ -187,3 +187,15 @@ def test_refusals():
             make()
     with pytest.raises(RunError, match="at least 5"):
         aggregated(Krum(1), rows(4))
+
+
+def test_the_geometric_median_leaves_a_row_that_is_not_the_minimum():
+    """The mean of these rows is a row: the plain iteration would stay there."""
+    assert float(GeometricMedian().rule(torch.tensor([[0.0], [0.0], [0.0], [4.0], [16.0]]))) == pytest.approx(
+        0, abs=1e-6
+    )
+    honest = torch.randn(9, 30, generator=torch.Generator().manual_seed(1))
+    far = torch.full((1, 30), 100.0)
+    middle = (honest.sum(0, keepdim=True) + far) / 10
+    found = GeometricMedian().rule(torch.cat([honest, far, middle]))
+    assert float((found - middle[0]).norm()) > 1

@@ -65,3 +65,14 @@ def test_the_core_imports_no_network():
     code = "import atoll, atoll.cli.app, sys; print([m for m in ('aiohttp', 'cryptography') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_home_with_runs_never_starts_the_demo(tmp_path, monkeypatch):
+    from atoll.net.spec import Server
+    from atoll.training.serve import serve_run
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home" / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "home" / "runs" / "one" / "config.toml").write_text('data = "wine"\n')
+    with pytest.raises(UsageError, match="has no unfinished run"):
+        serve_run(None, Server(tmp_path / "home"))

@@ -152,3 +152,39 @@ def test_a_table_needs_an_input_and_a_named_set_of_fixed_scale_does_not(digits, 
 def test_a_plan_without_noise_has_no_column_of_privacy(digits):
     run = atoll.train("softmax", digits, recipes.fedavg(0.5, cohort=10), rounds=1, out=None)
     assert run.privacy == {} and "epsilon" not in run.metrics and "epsilon" not in outcome(run)
+
+
+def test_a_run_does_not_change_its_randomness(digits, tmp_path):
+    """Rounds whose noise followed the seed stay public after a resume."""
+    words = WORDS | {"rounds": 2, "randomness": "seed"}
+    run = atoll.train("softmax", digits, PLAN, out=tmp_path, **words)
+    with pytest.raises(UsageError, match="randomness"):
+        atoll.train(
+            "softmax", digits, PLAN, out=tmp_path, resume=run.path, **words | {"rounds": 3, "randomness": "system"}
+        )
+
+
+def test_epsilon_of_a_shared_ledger_is_that_of_ones_own_delta(digits, tmp_path):
+    from atoll.privacy.ledger import Budget, Ledger
+
+    shared = tmp_path / "shared.jsonl"
+    for delta in (1e-9, 1e-5):
+        atoll.train(
+            "softmax",
+            digits,
+            PLAN,
+            out=tmp_path,
+            ledger=str(shared),
+            **WORDS | {"rounds": 1, "delta": delta, "budget": None},
+        )
+    again = Budget(PLAN, digits.count, 1e-9, None, Ledger(shared))
+    assert again.epsilon == pytest.approx(atoll.privacy.epsilon(PLAN, clients=digits.count, rounds=2, delta=1e-9))
+
+
+def test_a_chain_in_a_chain_is_one_chain():
+    from atoll.plan.codec import AdaptiveClip, Chain, LowRank, Noise
+
+    nested = Chain((Chain((AdaptiveClip(start=1.0),)), Noise(1.0)))
+    assert nested == AdaptiveClip(start=1.0) >> Noise(1.0)
+    with pytest.raises(UsageError, match="not linear"):
+        replace(recipes.fedavg(0.1), codec=LowRank(2) >> Clip(1.0))

@@ -132,7 +132,7 @@ class ClientBatch:
         targets, counts = self.clients.rows.targets(), []
         for start, last in zip(*(column.tolist() for column in self._ends), strict=True):
             own = targets[self.clients.order[start : start + last + 1]].long().reshape(-1)
-            counts.append(own.clamp(min=0).bincount(minlength=classes)[:classes])
+            counts.append(own[own >= 0].bincount(minlength=classes)[:classes])  # −100 is no class
         return torch.stack(counts).to(self.device)
 
     def lane(self, k: int) -> ClientBatch:

@@ -395,7 +395,9 @@ def _auc(output: Tensor, y: Tensor, owner: Tensor, owners: int) -> Tensor:
 
 def _label_auc(output: Tensor, y: Tensor, owner: Tensor, owners: int) -> Tensor:
     score, y = _paired(output, y)
-    return torch.stack([_ranked_auc(s, t > 0, owner, owners) for s, t in zip(score.T, y.T, strict=True)]).nanmean(0)
+    known = y != IGNORED
+    each = [_ranked_auc(s[k], t[k] > 0, owner[k], owners) for s, t, k in zip(score.T, y.T, known.T, strict=True)]
+    return torch.stack(each).nanmean(0)
 
 
 def _bin_of(odds: Tensor) -> Tensor:
@@ -422,7 +424,8 @@ def _auc_bins(output: Tensor, y: Tensor) -> Counts:
 
 def _label_auc_bins(output: Tensor, y: Tensor) -> Counts:
     score, y = _paired(output, y)
-    return _binned(y > 0, score)
+    cells = _binned(y > 0, score)
+    return Counts(cells.index.masked_fill(y == IGNORED, -1), cells.length)
 
 
 def _auc_of_bins(total: Tensor, rows: Tensor) -> Tensor:

@@ -879,13 +879,14 @@ class Aggregator(Protocol):
         """The least number of contributions of a round with an update, if this many clients started."""
         return 1
 
-    def secured(self, vectors: Mapping[str, Declared], clients: int, rows: int) -> Aggregator:
+    def secured(self, vectors: Mapping[str, Declared], clients: int, weight: int, rows: int) -> Aggregator:
         """A copy of an aggregator with a secure sum, which knows the grid of each vector.
 
         Args:
             vectors: the vectors of a contribution, the update as the codec encodes it.
             clients: the largest number of clients of a round.
-            rows: the largest number of rows that a client processes in a round.
+            weight: the largest weight of a client.
+            rows: the largest number of rows that a client processes in round 0.
         Raises:
             UsageError: a vector has no bound, or a sum could leave the ring.
         """

@@ -193,7 +193,15 @@ def bind(plan: Plan, engine: Engine, task: Task | None = None) -> Plan:
         )
     if not plan.codec.averages_all_clients:
         sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
-        rule = rule.bind(population, sampler(population, 0, Key(0)).chance)
+        chance = sampler(population, 0, Key(0)).chance
+        if chance.dim() and plan.local.needs_population:
+            raise UsageError(
+                f"{plan.local!r} with {sampler!r}.",
+                "a sampler that gives all clients the same chance.",
+                "the server's state is a mean over all clients, and unequal chances would change its weights.",
+                Part("Uniform(10)", "cohort"),
+            )
+        rule = rule.bind(population, chance)
     everyone = torch.arange(population.clients, device=population.sizes.device)
     total_weight = rule.weigh(everyone, population.sizes).sum()
     codec, downlink = plan.codec.bind(engine.layout, total_weight), plan.downlink.bind(engine.layout)
@@ -201,8 +209,9 @@ def bind(plan: Plan, engine: Engine, task: Task | None = None) -> Plan:
         own = {} if plan.releases else plan.local.declare(task)
         vectors = {**own, **codec.declare(engine.layout)}
         rows = int(plan.local.examples_per_round(population.sizes).max())
+        weight = int(rule.weigh(everyone, population.sizes).max())
         sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
-        rule = rule.secured(vectors, sampler.largest(population), rows)
+        rule = rule.secured(vectors, sampler.largest(population), weight, rows)
     return dataclasses.replace(plan, aggregator=rule, codec=codec, downlink=downlink)
 
 

@@ -212,7 +212,10 @@ class Budget:
     @property
     def epsilon(self) -> float:
         """ε of all rows."""
-        return float(self.ledger.rows[-1]["epsilon"]) if self.ledger.rows else 0.0
+        # The rows of a shared ledger may have been charged with another δ.
+        if not self.ledger.rows or self.delta is None:
+            return 0.0
+        return composed([Charge(**row["event"]) for row in self.ledger.rows], self.delta)
 
     def after(self, round: int) -> tuple[Charge, float]:
         """The charge of a round, and ε after it."""

@@ -20,22 +20,16 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from numpy.typing import NDArray
 
+from atoll.base.errors import UsageError
 from atoll.secure import keys, messages, shamir
 from atoll.secure.graph import neighbours
 from atoll.secure.masks import masked
 from atoll.secure.messages import Advert, Box, ListedCohort, SumMessage
-from atoll.secure.params import (
-    CHECK,
-    COMPLETE_UP_TO,
-    Agreement,
-    Topology,
-    default_threshold,
-    params_bytes,
-    safe_topology,
-)
+from atoll.secure.params import CHECK, Agreement, Topology, least_threshold, params_bytes
 from atoll.secure.refusals import SessionError
 
 Words = Mapping[str, NDArray[np.unsignedinteger]]
+_LAST_ATTEMPT = (1 << 32) - 1
 Identities = Callable[[bytes], bytes | None]
 
 
@@ -49,6 +43,7 @@ class Floors:
         adversaries, dropped: shares of the clients in the size of a regular graph, see `safe_topology`.
         strict: only the complete graph, and a threshold that holds against a server that lies.
         noise: least noise multiplier of the plan.
+        attempts: the largest number of attempts of a round.
     """
 
     cohort: int = 5
@@ -57,6 +52,7 @@ class Floors:
     dropped: float = 0.33
     strict: bool = False
     noise: float = 0.0
+    attempts: int = 2
 
     def __post_init__(self) -> None:
         if self.cohort < 3:
@@ -71,15 +67,12 @@ class Floors:
         n, k, t, h = shape.clients, shape.neighbours, shape.threshold, shape.holders
         if n < self.cohort:
             raise SessionError("cohort", f"{n} clients.", f"at least {self.cohort}.")
-        if shape.complete:
-            least = default_threshold(h)
-        else:
-            if self.strict or n <= COMPLETE_UP_TO:
-                raise SessionError("graph", f"{k} neighbours among {n} clients.", "the complete graph.")
-            least_shape = safe_topology(n, self.adversaries, self.dropped)
-            if k < least_shape.neighbours:
-                raise SessionError("graph", f"{k} neighbours.", f"at least {least_shape.neighbours} for {n} clients.")
-            least = least_shape.threshold
+        if self.strict and not shape.complete:
+            raise SessionError("graph", f"{k} neighbours among {n} clients.", "the complete graph.")
+        try:
+            least = least_threshold(shape, self.adversaries, self.dropped)
+        except UsageError as error:
+            raise SessionError("graph", error.given, error.required) from None
         if not max(least, self.colluding + 1) <= t <= h or (shape.complete and 2 * t <= h + self.colluding):
             raise SessionError("threshold", f"threshold {t} of {h} holders.", f"at least {least}.")
 
@@ -126,7 +119,7 @@ class SumClient:
         fingerprint: 32 bytes, the fingerprint of its certificate.
         identities: the public identity key of a fingerprint, or None if it is unknown, expired or revoked.
         floors: the least that it accepts.
-        last: round and attempt of the last session of this run in which it took part.
+        last: `taken` of the last session of this run in which it took part.
     Raises:
         SessionError: `replayed`, `overflow` or `privacy`.
     """
@@ -143,7 +136,7 @@ class SumClient:
         self.agreement, self.fingerprint = agreement, fingerprint
         self._identity, self._identities = identity, identities
         self.floors = floors or Floors()
-        if (agreement.round, agreement.attempt) <= last:
+        if (agreement.round, agreement.attempt) <= last or agreement.attempt >= self.floors.attempts:
             raise SessionError("replayed", f"Round {agreement.round}, attempt {agreement.attempt} took place already.")
         if not agreement.fits(1):
             raise SessionError("overflow", f"A ring of {agreement.ring} bits is too small for one client.")
@@ -166,8 +159,17 @@ class SumClient:
 
     @property
     def answered(self) -> bool:
-        """Whether this client sent its shares. It then refuses further attempts of the round."""
+        """Whether this client sent its shares."""
         return self._reply is not None
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """The round and attempt below which the client takes part in no further session.
+
+        After its shares were sent, no attempt of the round remains: two sums of one round that differ in one client
+        would reveal the vector of this client.
+        """
+        return self.agreement.round, _LAST_ATTEMPT if self.answered else self.agreement.attempt
 
     def wipe(self) -> None:
         """Drop every secret; the session is over."""

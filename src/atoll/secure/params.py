@@ -15,6 +15,7 @@ from functools import lru_cache
 from atoll.base.errors import UsageError
 
 _LN2 = math.log(2)
+ADVERSARIES, DROPPED = 0.05, 0.33  # shares of the clients for which a regular graph is chosen by default
 CHECK = ("check", 4)  # the vector (1, weight, 0, 0) that is masked like the others
 COMPLETE_UP_TO = 100
 
@@ -85,6 +86,28 @@ class Topology:
 def default_threshold(holders: int) -> int:
     """The threshold ⌊2h/3⌋ + 1 of h holders: two thirds and one."""
     return 2 * holders // 3 + 1
+
+
+def least_threshold(shape: Topology, adversaries: float = ADVERSARIES, dropped: float = DROPPED) -> int:
+    """The least threshold of a graph that protects against the colluding clients.
+
+    Args:
+        shape: the graph.
+        adversaries, dropped: as in `safe_topology`.
+    Raises:
+        UsageError: the graph itself does not protect.
+    """
+    if shape.complete:
+        return default_threshold(shape.holders)
+    if shape.clients <= COMPLETE_UP_TO or shape.neighbours % 2:
+        required = "the complete graph." if shape.clients <= COMPLETE_UP_TO else "an even number of neighbours."
+        raise UsageError(f"{shape.neighbours} neighbours among {shape.clients} clients.", required)
+    safe = safe_topology(shape.clients, adversaries, dropped)
+    if shape.neighbours < safe.neighbours:
+        given = f"{shape.neighbours} neighbours among {shape.clients} clients."
+        raise UsageError(given, f"at least {safe.neighbours}.", "with fewer, colluding clients could open a secret.")
+    # More neighbours are more colluding ones, so the threshold of the smallest safe graph is too low for them.
+    return safe.threshold if shape.neighbours == safe.neighbours else default_threshold(shape.holders)
 
 
 def topology(clients: int, neighbours: int | None = None, threshold: int | None = None) -> Topology:

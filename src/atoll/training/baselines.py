@@ -219,9 +219,13 @@ class _Only(Sampler):
 
 
 def _solo(plan: Plan) -> Plan:
-    """The plan of a single client: the local part, no compression, and the server optimizer only for gradients."""
+    """The plan of a single client: the local part, no compression, and the server optimizer only for gradients.
+
+    A correction is for clients that differ, so a client alone has none.
+    """
     if not isinstance(plan.local, Gradient):
-        return Plan(plan.local, Mean(weights="equal", sum="float"), sgd(1.0))
+        local = replace(plan.local, correction=None) if isinstance(plan.local, Train) else plan.local
+        return Plan(local, Mean(weights="equal", sum="float"), sgd(1.0))
     # With Sum() the learning rate is chosen for gradients that are multiplied by the number of rows.
     rule = plan.aggregator if isinstance(plan.aggregator, Sum) else Mean(weights="equal", sum="float")
     return Plan(plan.local, rule, plan.optimizer)

@@ -151,7 +151,9 @@ class RowScores:
                 return
             mean = total / rows
             ends = normal(mean, math.sqrt(max(0.0, squares / rows - mean * mean) * rows / (rows - 1)), rows)
-            low, high = (max(0.0, end) if total >= 0 else end for end in (ends.low, ends.high))
+            low, high = ends.low, ends.high
+            if metric is not None and metric.built_in:  # its scores are not negative
+                low = max(0.0, low)
             if metric is not None and finish is not None:
                 low, high = (_number(metric.value(torch.tensor(end * rows).double(), rows)) for end in (low, high))
             found.intervals[name] = Interval(found.metrics[name], low, high, rows)

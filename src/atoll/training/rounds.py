@@ -573,6 +573,7 @@ def identity(training: Training) -> dict[str, Any]:
         "seed": training.settings.seed,
         **({"buffers": repr(training.settings.rules)} if training.settings.rules else {}),
         **({} if training.fleet is None else {"fleet": repr(training.fleet)}),
+        **({"randomness": training.settings.randomness} if training.plan.releases else {}),
     }
 
 

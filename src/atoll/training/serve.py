@@ -169,6 +169,13 @@ def _chosen(
     if open_run is None:
         if it is None:
             it = Experiment.found().with_environment()
+            if it == Experiment() and any((home / "runs").glob("*/config.toml")):
+                raise UsageError(
+                    f"{home} has no unfinished run, and no settings of a new one are given.",
+                    "the data of the next run.",
+                    "without settings the server would train the demo, although this home has runs of other data.",
+                    f"atoll serve --home {home} --data my.csv --target outcome",
+                )
         if it.baselines:
             raise UsageError(
                 "--baselines with a server.",

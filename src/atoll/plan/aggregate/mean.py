@@ -48,7 +48,7 @@ from atoll.plan.protocols import (
     Total,
     Weights,
 )
-from atoll.secure.params import topology
+from atoll.secure.params import DROPPED, topology
 
 _NONE = torch.zeros((), dtype=torch.int64)
 
@@ -282,19 +282,20 @@ class Mean(_Folded):
         masks = self._masks
         if masks is None or not started:
             return 1
-        return max(masks.least, topology(started, masks.neighbours, masks.threshold).threshold)
+        shape = topology(started, masks.neighbours, masks.threshold)
+        # On a sparse graph a secret is rebuilt by neighbours, so the number of all survivors must not fall below the
+        # share for which the graph was chosen.
+        share = 0 if shape.complete else math.ceil((1 - DROPPED) * started)
+        return max(masks.least, shape.threshold, share)
 
     @property
     def _masks(self) -> Masks | None:
         return self.secure if isinstance(self.secure, Masks) else None
 
-    def secured(self, vectors: Mapping[str, Declared], clients: int, rows: int) -> Self:
-        """A copy that knows the grid of each vector; the largest weight is that of the client with the most rows."""
+    def secured(self, vectors: Mapping[str, Declared], clients: int, weight: int, rows: int) -> Self:
+        """A copy that knows the grid of each vector."""
         bound = copy.copy(self)
         if self._masks is not None:
-            weight = 1 if self.weights == "equal" else rows
-            if self._table is not None:
-                weight = int(self._table.max())
             object.__setattr__(bound, "_grids", grids_of(self._masks, vectors, clients, weight, rows))
         return bound
 

@@ -24,18 +24,20 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import Value
+from atoll.base.lines import Part
 from atoll.base.names import ROWS_OF
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields
 from atoll.plan.aggregate import exact
 from atoll.plan.pace import Sync
 from atoll.plan.protocols import Aggregator, Conflict, Contribution, Declared, Slots
-from atoll.secure.params import default_threshold, topology
+from atoll.secure.params import least_threshold, topology
 
 Words: TypeAlias = NDArray[np.unsignedinteger]
 MANTISSA = {torch.float32: 24, torch.float64: 53}
 CLAMPED = "clamped"  # the sum that counts the numbers that were cut
 _COUNT = Declared(1, torch.int64, "sum")
+_MORE_ROWS = 64  # a schedule may process this many times the rows of round 0 before a summed loss is cut
 HALF = 32  # a ring number is added to the exact sum in two halves
 
 
@@ -106,7 +108,7 @@ def largest_bits(masks: Masks, clients: int, weight: int, dtype: torch.dtype) ->
     if (masks.bits is not None and masks.bits > most) or most < 1:
         given = f"{clients} clients of weight {weight} with {masks.bits or 1} bits in a ring of {masks.ring} bits."
         required = f"at most {most} bits." if most >= 1 else "a larger ring."
-        write = f"Masks(bits={most})" if most >= 1 else "Masks(ring=64)"
+        write = Part(f"Mean(secure=Masks({f'bits={most}' if most >= 1 else 'ring=64'}))", "aggregator")
         raise UsageError(given, required, "the sum would leave the ring.", write)
     return min(most, 24) if masks.bits is None else masks.bits
 
@@ -119,13 +121,13 @@ def grid_of(masks: Masks, declared: Declared, clients: int, weight: int, bound: 
     weighted = declared.kind == "mean"
     factor = weight if weighted else 1
     if not declared.dtype.is_floating_point:
-        limit = math.ceil(bound)
-        if clients * factor * limit >= 1 << (masks.ring - 1):
+        limit = (1 << (masks.ring - 2)) // max(1, clients * factor)  # half of the room: a count is never cut
+        if limit < math.ceil(bound):
             raise UsageError(
-                f"{clients} clients with counts up to {limit} in a ring of {masks.ring} bits.",
+                f"{clients} clients with counts up to {math.ceil(bound)} in a ring of {masks.ring} bits.",
                 "a larger ring.",
                 "the sum would leave the ring.",
-                "Masks(ring=64)",
+                Part("Mean(secure=Masks(ring=64))", "aggregator"),
             )
         return Grid(0, limit, weighted)
     bits = largest_bits(masks, clients, factor, declared.dtype)
@@ -147,6 +149,9 @@ def rounded(x: Tensor, grid: Grid, key: Key) -> Tensor:
     up, down = math.ldexp(1.0, grid.exponent), math.ldexp(1.0, -grid.exponent)
     for k in range(len(flat)):  # one client at a time stays in the cache
         lane = torch.mul(flat[k], up, out=out[k])
+        if not bool(torch.isfinite(lane.abs().amax() if len(lane) else lane.sum())):
+            lane.fill_(math.nan)  # the client is dropped by name; the limit would turn infinity into a number
+            continue
         lane += _dither(key.select(slice(k, k + 1)), flat.shape[1], flat.dtype)[0]
         lane.round_().clamp_(-grid.limit, grid.limit).mul_(down)
     return out.reshape(x.shape)
@@ -202,15 +207,16 @@ def grids_of(masks: Masks, vectors: Mapping[str, Declared], clients: int, weight
             f"A secure sum of at most {clients} clients.",
             f"at least {masks.least} clients in a round.",
             "each round would end without an update.",
-            f"Mean(secure=Masks(least={max(3, clients)}))" if clients >= 3 else "",
+            Part(f"Mean(secure=Masks(least={clients}))", "aggregator") if clients >= 3 else "",
         )
     shape = topology(clients, masks.neighbours, masks.threshold)
-    if not default_threshold(shape.holders) <= shape.threshold <= shape.holders and shape.complete:
+    least = least_threshold(shape)
+    if not least <= shape.threshold <= shape.holders:
         raise UsageError(
             f"Masks(threshold={shape.threshold}) for {shape.holders} holders of each secret.",
-            f"{default_threshold(shape.holders)} to {shape.holders}.",
+            f"{least} to {shape.holders}.",
             "with fewer, a server that lies could open both secrets of a client; with more, no secret can be rebuilt.",
-            "Mean(secure=True)",
+            Part("Mean(secure=True)", "aggregator"),
         )
     grids, cut = {}, 0
     for name, declared in vectors.items():
@@ -235,14 +241,14 @@ def _bound_of(name: str, declared: Declared, masks: Masks, rows: int) -> float:
     if not declared.dtype.is_floating_point:
         return rows
     if name == "loss":
-        return masks.loss * rows
+        return masks.loss * rows * _MORE_ROWS
     if masks.bound is not None:
         return masks.bound
     raise UsageError(
         f"A secure sum of the vector {name}, which has no bound.",
         "a bound on the numbers of every vector.",
         "a sum that leaves the ring is another number.",
-        "Clip(1.0)" if name == "update" else "Mean(secure=Masks(bound=10.0))",
+        Part("Clip(1.0)", "codec") if name == "update" else Part("Mean(secure=Masks(bound=10.0))", "aggregator"),
     )
 
 

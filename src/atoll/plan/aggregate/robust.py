@@ -30,6 +30,7 @@ from atoll.plan.aggregate.mean import Mean
 from atoll.plan.aggregate.rows import BLOCK, RowRule, squared_distances, weighted
 
 _STEPS, _NEAR = 1000, 1e-12  # of the geometric median: the most steps, and the least relative change of the weights
+_AT_A_ROW = 1e-12  # a distance below this part of the largest one is 0
 _CLIPS = 5  # steps of the centered clipping
 
 
@@ -120,7 +121,8 @@ class GeometricMedian(RowRule):
 
     z = argmin Σ |gᵢ − z|,   z ← Σ wᵢ gᵢ,  wᵢ ∝ 1/|gᵢ − z|
 
-    z is a mean of the updates with these weights, so the iteration needs only their distances.
+    If z is one of the updates, the step of Vardi and Zhang leaves it unless it is the minimum. z is a mean
+    of the updates with these weights, so the iteration needs only their distances.
 
     Example:
         >>> GeometricMedian().rule(torch.tensor([[1.0], [1.0], [900.0]]))
@@ -136,8 +138,7 @@ class GeometricMedian(RowRule):
         for _ in range(_STEPS):
             to_rows = squares @ weights  # |gᵢ − z|² = Σⱼ wⱼ|gᵢ − gⱼ|² − ½ Σ w w |g − g|²
             distances = (to_rows - 0.5 * weights @ to_rows).clamp(min=smallest + 1e-300).sqrt()
-            after = 1.0 / distances
-            after = after / after.sum()
+            after = _step_of_weiszfeld(squares, distances)
             change, weights = (after - weights).abs().max(), after
             if float(change) < _NEAR:
                 break
@@ -145,6 +146,30 @@ class GeometricMedian(RowRule):
 
     def rule(self, x: Tensor) -> Tensor:
         return _by_weights(self, x)
+
+
+def _step_of_weiszfeld(squares: Tensor, distances: Tensor) -> Tensor:
+    """The next weights, also at a point that is one of the rows (Vardi and Zhang 2000).
+
+    There the plain iteration would stay for ever, although the row need not be the minimum: it is one only if the unit
+    vectors to the other rows add to at most the number of rows at the point.
+
+    Args:
+        squares: squared distances between the rows, `[n, n]`.
+        distances: of the rows from the present point, `[n]`.
+    """
+    here = distances <= distances.amax() * _AT_A_ROW
+    if not bool(here.any()) or bool(here.all()):
+        weights: Tensor = 1.0 / distances
+        return weights / weights.sum()
+    count, k = here.sum(), here.nonzero()[0, 0]
+    pulls = torch.where(here, 0.0, 1.0 / distances)
+    inner = (squares[k][:, None] + squares[k][None, :] - squares) / 2  # of the differences to row k
+    force = (pulls @ inner @ pulls).clamp(min=0).sqrt()
+    if float(force) <= float(count):
+        return here / count
+    stay = count / force
+    return (1 - stay) * pulls / pulls.sum() + stay * here / count
 
 
 @dataclass(frozen=True, repr=False)

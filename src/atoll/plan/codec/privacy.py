@@ -26,6 +26,7 @@ from atoll.base.validation import bounded_number, check_fields
 from atoll.compute.discrete_gaussian import discrete_gaussian
 from atoll.compute.layout import Layout
 from atoll.plan.codec import grid
+from atoll.plan.codec.lowrank import LowRank
 from atoll.plan.codec.stage import Chain, Codec, Encoded, Identity, flat_layout
 from atoll.plan.protocols import Conflict, Declared, Release, RoundInfo, Slots, Stage, Tensors, Total
 
@@ -52,6 +53,11 @@ class _Bounded(Codec):
         if not slots.aggregator.linear:
             why = "the rule would receive updates in units of the clip, and only a sum can be multiplied by it."
             yield Conflict(f"{self!r} with {slots.aggregator!r}.", "an aggregator that is linear.", why, "Mean()")
+        stages = list(leaves(slots.codec))
+        for stage in stages[: stages.index(self)] if self in stages else ():
+            if isinstance(stage, LowRank):
+                why = "its decode is a product of two factors, so it is not linear in the clipped numbers."
+                yield Conflict(f"{slots.codec!r}.", f"{self!r} before {stage!r}.", why, f"{self!r} >> {stage!r}")
         if slots.local.sends == "model":
             why = "the server adds θ to the sum before it multiplies the sum by the clip."
             yield Conflict(f"{self!r} with {slots.local!r}.", 'sends="update".', why, _LOCAL)
@@ -247,6 +253,11 @@ def _codec_conflicts(noise: Noise, codec: Stage) -> Iterator[Conflict]:
         yield Conflict(*_unbounded(noise))
         return
     between = before[before.index(clips[-1]) + 1 :]
+    for stage in before[: before.index(clips[-1])]:
+        if (stage.per_message or stage.per_sum) and not math.isfinite(stage.gain(flat_layout(64))):
+            why = f"the server decodes {type(stage).__name__} after the clip, and that may enlarge an update."
+            required = "stages with a finite gain before the clip."
+            yield Conflict(f"{codec!r}.", required, why, f"{clips[-1]!r} >> {noise!r}")
     for stage in (*between, *after):
         gain = stage.gain(flat_layout(64))
         if not math.isfinite(gain):

@@ -244,6 +244,9 @@ class Chain(Codec):
                 if isinstance(stage, type):
                     raise class_instead_of_value("A stage of a codec", stage)
                 raise UsageError(f"{stage!r} in a codec.", "a stage.", write="Identity() >> Identity()")
+        if any(isinstance(stage, Chain) for stage in self.stages):  # one chain has one meaning and one text
+            flat = [s for stage in self.stages for s in (stage.stages if isinstance(stage, Chain) else (stage,))]
+            object.__setattr__(self, "stages", tuple(flat))
         for i, b in enumerate(self.stages):
             for a in self.stages[:i]:
                 if clash := _clash(a, b):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from atoll.base.errors import UsageError
 from atoll.base.lines import Line
@@ -30,6 +30,7 @@ from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields
 from atoll.compute.layout import Entry, Layout
+from atoll.compute.loss import cross_entropy, name_of_loss
 from atoll.compute.task import Task
 from atoll.plan.protocols import (
     Broadcast,
@@ -45,6 +46,7 @@ from atoll.plan.protocols import (
     Total,
 )
 
+_WITHOUT_DECAY = "Train(sgd(0.1), epochs=1, batch=10, correction=Calibrated(1.0))"
 Logits = Literal["log", "quarter"]
 
 
@@ -135,6 +137,9 @@ class Scaffold(CorrectionBase):
 
     def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
         reach = facts.lr * _column(facts, update)
+        if not facts.lr:  # a schedule that has ended: no step was made, and no gradient is known
+            means = {"reach": reach} if self.sends == "update" else {"control": torch.zeros_like(update)}
+            return Finished(means, memory=dict(memory))
         change = update / reach - broadcast.shared["correction"]["control"]
         means = {"reach": reach} if self.sends == "update" else {"control": change}
         return Finished(means, memory={"control": memory["control"] + change})
@@ -143,6 +148,8 @@ class Scaffold(CorrectionBase):
         control = server["control"]
         if self.sends == "update" and "reach" in total.means:
             reach = total.means["reach"] / total.weight
+            if not reach.any():
+                return total, server
             change = total.means["update"] / reach - total.weight * control
         elif "control" in total.means:
             change = total.means["control"]
@@ -345,6 +352,22 @@ class Calibrated(CorrectionBase):
         check_fields(self)
         _check_word(self, "form", ("log", "quarter"), "Calibrated(1.0)")
 
+    def declare(self, task: Task) -> Mapping[str, Declared]:
+        """Declares nothing.
+
+        Raises:
+            UsageError: the loss is not the cross-entropy, or the output layer of the module is not known.
+        """
+        _check_output(self, task)
+        return {}
+
+    def conflicts(self, slots: Slots) -> Iterator[Conflict]:
+        optimizer = slots.local.optimizer
+        decays = optimizer is not None and "weight_decay=" in repr(optimizer)
+        if optimizer is not None and decays and optimizer.step_rule(1.0) is None:
+            why = "the weight decay of this optimizer would pull the shift of the logits to 0."
+            yield Conflict(f"{self!r} with {optimizer!r}.", "no weight decay, or sgd.", why, _WITHOUT_DECAY)
+
     def server(self, layout: Layout) -> Tensors:
         return {"classes": torch.tensor(_output_bias(self, layout).shape[0])}
 
@@ -472,6 +495,23 @@ def _check_word(part: Any, name: str, words: tuple[str, ...], line: str) -> None
     if value not in words:
         kind = type(part).__name__
         raise UsageError(f"{kind}({name}={value!r}).", f"{words[0]!r} or {words[1]!r}.", "", line)
+
+
+def _check_output(part: Calibrated, task: Task) -> None:
+    """Refuse a model whose output is not known to be its last layer, and another loss than the cross-entropy."""
+    layers: list[nn.Module] = [task.module]
+    while layers and isinstance(layers[-1], nn.Sequential):
+        layers = list(layers[-1].children())
+    known = bool(layers) and isinstance(layers[-1], (nn.Linear, nn.LazyLinear)) and layers[-1].bias is not None
+    if known and isinstance(task.loss, cross_entropy):
+        return
+    output = type((layers or [task.module])[-1]).__name__
+    raise UsageError(
+        f"{part!r} with the loss {name_of_loss(task.loss)} and an output of {output}.",
+        "cross_entropy, and an nn.Sequential that ends with an nn.Linear with a bias.",
+        "the logits are shifted by a shift of this bias, and only then it is known to be the bias of the output.",
+        Line(python="nn.Sequential(body, nn.Linear(64, 10))"),
+    )
 
 
 def _output_bias(part: Calibrated, layout: Layout) -> Entry:

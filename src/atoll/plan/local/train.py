@@ -209,7 +209,7 @@ class Train(Local):
         """The rows that each client processes in round 0, int64 `[C]`; `sizes`: the rows that it has, int64 `[C]`."""
         if self.epochs is not None:
             return sizes * self.epochs
-        return sizes.clamp(max=self.batch) * (self.steps_at(0) or 0)
+        return (sizes if self.batch is None else sizes.clamp(max=self.batch)) * (self.steps_at(0) or 0)
 
     def contribute(
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
