@@ -370,6 +370,6 @@ def test_tables_are_whole():
     """A new recipe or codec has a row here."""
     assert set(RECIPES) == {recipe.__name__ for recipe in recipes.RECIPES}
     assert all(isinstance(make(), Plan) for make in RECIPES.values())
-    told = [repr(make()) for name, make in CODECS.items() if name not in ALONE]
+    texts = [repr(make()) for name, make in CODECS.items() if name not in ALONE]
     # Noise is accepted with one aggregator and one pace: tests/identities/test_privacy_codecs.py has its pairs.
-    assert all(any(f"{kind.__name__}(" in text for text in told) for kind in KINDS if kind is not Noise)
+    assert all(any(f"{kind.__name__}(" in text for text in texts) for kind in KINDS if kind is not Noise)

@@ -71,24 +71,24 @@ def training(plan, fleet=None, rounds=3, data=DATA, model=module):
 def compared(plan, fleet=None, rounds=3):
     """The forecast and the reports of a run; every exact value of the forecast equals that of the run."""
     it = training(plan, fleet, rounds)
-    told, reports = predict(it), list(it)
-    assert told.flights.down == tuple(r.bytes_down for r in reports)
-    assert told.flights.started == tuple(r.cohort for r in reports)
-    assert told.flights.arrived == tuple(r.arrived for r in reports)
-    assert told.flights.now == tuple(r.now for r in reports if r.now is not None)
-    assert told.bytes_down == it.bytes_down
+    predicted, reports = predict(it), list(it)
+    assert predicted.flights.down == tuple(r.bytes_down for r in reports)
+    assert predicted.flights.started == tuple(r.cohort for r in reports)
+    assert predicted.flights.arrived == tuple(r.arrived for r in reports)
+    assert predicted.flights.now == tuple(r.now for r in reports if r.now is not None)
+    assert predicted.bytes_down == it.bytes_down
     if fleet is not None:
-        assert told.seconds == pytest.approx(reports[-1].now, rel=1e-12)
-        assert told.flights.parts.total == pytest.approx(reports[-1].now / rounds, rel=1e-9)
-    return told, reports, it
+        assert predicted.seconds == pytest.approx(reports[-1].now, rel=1e-12)
+        assert predicted.flights.parts.total == pytest.approx(reports[-1].now / rounds, rel=1e-9)
+    return predicted, reports, it
 
 
 @pytest.mark.parametrize("codec", only(CODECS[2:9:3] + CODECS[9:], CODECS), ids=repr)
 def test_bytes_of_every_codec(codec):
-    told, reports, it = compared(Plan(Gradient(), Mean(), sgd(0.1), codec=codec))
-    assert told.exact
-    assert told.flights.up == tuple(r.bytes_up for r in reports)
-    assert told.bytes_up == it.bytes_up == 3 * len(SIZES) * told.message
+    predicted, reports, it = compared(Plan(Gradient(), Mean(), sgd(0.1), codec=codec))
+    assert predicted.exact
+    assert predicted.flights.up == tuple(r.bytes_up for r in reports)
+    assert predicted.bytes_up == it.bytes_up == 3 * len(SIZES) * predicted.message
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_bytes_of_every_codec(codec):
 def test_bytes_and_seconds_of_every_pace(slots, fleet):
     """Also with random fleets: every draw is keyed, so the forecast simulates the flights of the run."""
     plan = Plan(**{"local": Gradient(), "aggregator": Mean(), "optimizer": sgd(0.1), "max_failed": 1, **slots})
-    told, reports, _ = compared(plan, fleet, rounds=6)
-    assert told.flights.up == tuple(r.bytes_up for r in reports)
+    predicted, reports, _ = compared(plan, fleet, rounds=6)
+    assert predicted.flights.up == tuple(r.bytes_up for r in reports)
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def test_bytes_of_every_recipe(recipe):
     plan = recipe()
     if recipe is recipes.diloco:
         plan = recipe(steps=2)  # of 500
-    told, reports, _ = compared(plan, rounds=2)
-    assert told.exact and told.flights.up == tuple(r.bytes_up for r in reports)
+    predicted, reports, _ = compared(plan, rounds=2)
+    assert predicted.exact and predicted.flights.up == tuple(r.bytes_up for r in reports)
 
 
 def test_a_compressed_message_is_no_longer():
-    told, _, it = compared(Plan(Gradient(), Mean(), sgd(0.1), codec=Quantize(4) >> Entropy()))
-    assert not told.exact and "at most" in told.text()
-    assert 0.5 * told.bytes_up < it.bytes_up < told.bytes_up
+    predicted, _, it = compared(Plan(Gradient(), Mean(), sgd(0.1), codec=Quantize(4) >> Entropy()))
+    assert not predicted.exact and "at most" in predicted.text()
+    assert 0.5 * predicted.bytes_up < it.bytes_up < predicted.bytes_up
 
 
 def test_what_a_loop_of_ones_own_sends_is_not_known():
@@ -162,13 +162,13 @@ def test_rounds_that_are_not_flown_are_like_the_others():
 def test_the_parts_of_a_round_by_hand():
     """Equal transfers share the link and end together; faster clients wait for slower ones."""
     fleet = Fleet(Each(tuple(float(i + 1) for i in range(len(SIZES)))), server="1 kB/s")
-    told = predict(training(Plan(Gradient(), Mean(), sgd(0.1)), fleet))
-    parts, n = told.flights.parts, len(SIZES)
-    down, up = told.flights.down[1] / 1000, told.message / 1000
+    predicted = predict(training(Plan(Gradient(), Mean(), sgd(0.1)), fleet))
+    parts, n = predicted.flights.parts, len(SIZES)
+    down, up = predicted.flights.down[1] / 1000, predicted.message / 1000
     assert parts.download == pytest.approx(down)
     assert parts.compute == pytest.approx((n + 1) / 2)
     assert up <= parts.upload < n * up
-    assert parts.total == pytest.approx(told.seconds / 3)
+    assert parts.total == pytest.approx(predicted.seconds / 3)
     assert min(parts) >= 0
 
 
@@ -176,20 +176,20 @@ def test_the_parts_of_a_round_by_hand():
 def test_a_clients_time_is_all_accounted_for(pace):
     """The share of computing, times the time of the whole cohort, equals the computing time."""
     fleet = Fleet(Each((0.5,) * len(SIZES)))
-    told = predict(training(Plan(Gradient(), Mean(), sgd(0.1), pace=pace), fleet, rounds=8))
-    parts = told.flights.parts
+    predicted = predict(training(Plan(Gradient(), Mean(), sgd(0.1), pace=pace), fleet, rounds=8))
+    parts = predicted.flights.parts
     assert parts.waiting == pytest.approx(0, abs=1e-9)
     assert parts.compute == pytest.approx(parts.total) and parts.link == 0
 
 
 def test_a_table_of_links_is_what_the_clock_says():
     plan = Plan(Gradient(), Mean(), sgd(0.1), codec=Quantize(8))
-    told = predict(training(plan))
-    assert told.seconds is None and told.flights.parts is None and told.help is None
+    predicted = predict(training(plan))
+    assert predicted.seconds is None and predicted.flights.parts is None and predicted.help is None
     for link in LINKS:
         clocked = predict(training(plan, Fleet(0.0, server=link)))
-        assert told.links[link] == pytest.approx(clocked.seconds / 3)
-        assert link in told.text()
+        assert predicted.links[link] == pytest.approx(clocked.seconds / 3)
+        assert link in predicted.text()
 
 
 def settings(write):
@@ -210,22 +210,22 @@ def settings(write):
 )
 def test_what_would_help_helps(slots, fleet, changed):
     plan = Plan(Gradient(), Mean(), sgd(0.1), **slots)
-    told = predict(training(plan, fleet, rounds=30))
-    assert told.dominates == "link" and told.help.enough
-    assert told.help.write in told.text()
-    parts = settings(told.help.write)
+    predicted = predict(training(plan, fleet, rounds=30))
+    assert predicted.dominates == "link" and predicted.help.enough
+    assert predicted.help.write in predicted.text()
+    parts = settings(predicted.help.write)
     assert parts.keys() == changed
     after = predict(training(replace(plan, **parts), fleet, rounds=30))
     assert after.dominates == "compute" and after.help is None
-    assert after.flights.parts == told.help.parts
+    assert after.flights.parts == predicted.help.parts
     assert "No codec can save more" in after.text()
 
 
 def test_the_best_there_is_where_nothing_is_enough():
-    told = predict(training(Plan(Gradient(), Mean(), sgd(0.1)), Fleet(1e-6, server="1 kB/s")))
-    assert told.dominates == "link" and not told.help.enough
-    assert told.help.parts.link < told.flights.parts.link and "still more than computing" in told.text()
-    plan = Plan(Gradient(), Mean(), sgd(0.1), **settings(told.help.write))
+    predicted = predict(training(Plan(Gradient(), Mean(), sgd(0.1)), Fleet(1e-6, server="1 kB/s")))
+    assert predicted.dominates == "link" and not predicted.help.enough
+    assert predicted.help.parts.link < predicted.flights.parts.link and "still more than computing" in predicted.text()
+    plan = Plan(Gradient(), Mean(), sgd(0.1), **settings(predicted.help.write))
     least = predict(training(plan, Fleet(1e-6, server="1 kB/s")))
     assert least.help is None and "No codec that was tried sends fewer bytes" in least.text()
 
@@ -233,18 +233,18 @@ def test_the_best_there_is_where_nothing_is_enough():
 def test_who_waits_is_told_not_to():
     data = classification((3,) * 40, (12,))
     plan = Plan(Gradient(), Mean(), sgd(0.1), Uniform(20))
-    told = predict(training(plan, Fleet(HalfNormal()), rounds=5, data=data))
-    assert settings(told.help.write) == {"pace": Buffered(2)} and "Most of the time is waiting" in told.text()
-    assert told.help.arrivals > 1.3 * 20 / told.flights.parts.total
+    predicted = predict(training(plan, Fleet(HalfNormal()), rounds=5, data=data))
+    assert settings(predicted.help.write) == {"pace": Buffered(2)} and "Most of the time is waiting" in predicted.text()
+    assert predicted.help.arrivals > 1.3 * 20 / predicted.flights.parts.total
     patient = predict(training(replace(plan, pace=Buffered(2)), Fleet(HalfNormal()), rounds=5, data=data))
-    assert patient.flights.parts.waiting < 1e-9 < told.flights.parts.waiting
+    assert patient.flights.parts.waiting < 1e-9 < predicted.flights.parts.waiting
 
 
 def test_a_change_that_does_not_fit_is_not_proposed():
     """A mean over the expected clients is valid with `Sync()` only."""
     plan = Plan(Gradient(), Mean(over="expected"), sgd(0.1), cohort=4)
-    told = predict(training(plan, Fleet(Between(0.01, 9.0))))
-    assert told.help is None and told.values()["time"]["help"] is None
+    predicted = predict(training(plan, Fleet(Between(0.01, 9.0))))
+    assert predicted.help is None and predicted.values()["time"]["help"] is None
 
 
 # memory
@@ -254,15 +254,15 @@ def test_a_change_that_does_not_fit_is_not_proposed():
 def test_memory_is_what_is_kept(dtype):
     plan = Plan(KEEPING, Mean(), adam(0.01), codec=ErrorFeedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
     it = atoll.rounds(module(), DATA, plan, rounds=12, fleet=SLOW, dtype=dtype, evaluate_every=0)
-    told, versions = predict(it).memory, []
+    predicted, versions = predict(it).memory, []
     for _ in it:
         versions.append(sum(map(size, (v.model for v in it.state.versions.values()))))
     state = it.state
-    assert told["model"] == size(state.model) + size(state.sent.theta)
-    assert told["versions"] == max(versions) > 0
-    assert told["optimizer"] == size(state.optimizer)
-    assert told["clients"] == size(it.memory.take(it.memory.touched()))
-    assert told["chunk"] == 6 * it.task.layout.d * it.task.layout.dtype.itemsize * predict(it).lanes
+    assert predicted["model"] == size(state.model) + size(state.sent.theta)
+    assert predicted["versions"] == max(versions) > 0
+    assert predicted["optimizer"] == size(state.optimizer)
+    assert predicted["clients"] == size(it.memory.take(it.memory.touched()))
+    assert predicted["chunk"] == 6 * it.task.layout.d * it.task.layout.dtype.itemsize * predict(it).lanes
 
 
 def size(tree):
@@ -278,8 +278,8 @@ def test_the_sum_takes_no_more_than_is_told(dtype):
     key = it.state.key()
     cohort = plan.sampler(it.engine.population, 0, key.fold("cohort"))
     (partial,) = it.engine.gather(plan, it.state, cohort, key).partials.values()
-    told, layout = predict(it).memory["sum"], it.task.layout
-    assert 8 * layout.d < size(list(partial.tensors().values())) <= told + 8 * 64
+    predicted, layout = predict(it).memory["sum"], it.task.layout
+    assert 8 * layout.d < size(list(partial.tensors().values())) <= predicted + 8 * 64
 
 
 # the command
@@ -303,10 +303,10 @@ WORDS = ["plan", "--data", "digits", "--model", "softmax", "--recipe", "fedavg(0
 
 def test_the_command_tells_people_and_programs(run):
     code, out, _ = run(*WORDS, "--json")
-    told = json.loads(out)
-    assert code == 0 and told["time"] is None and told["exact"] and told["parameters"] == 650
-    assert told["bytes"]["up"] == {"client": 2620, "round": 26200, "run": 104800}
-    assert list(told["links"]) == list(LINKS)
+    predicted = json.loads(out)
+    assert code == 0 and predicted["time"] is None and predicted["exact"] and predicted["parameters"] == 650
+    assert predicted["bytes"]["up"] == {"client": 2620, "round": 26200, "run": 104800}
+    assert list(predicted["links"]) == list(LINKS)
     fleet = ("--fleet", "Fleet(0.5, server='100 kb/s')", "--rounds", "60")
     code, text, _ = run(*WORDS[:-2], *fleet)
     assert code == 0 and "The link dominates" in text and "26.2 kB" in text
@@ -332,12 +332,12 @@ def test_a_file_is_read(run, tmp_path):
 def test_a_plan_with_noise_states_its_epsilon_and_the_noise_for_a_budget():
     data = atoll.data.load("digits").split(100, min_rows=1)
     plan = atoll.recipes.dp_fedavg(lr=0.5, clip=0.5, noise=2.0, q=0.1)
-    told = predict(atoll.rounds("softmax", data, plan, rounds=10, budget=1.0, delta=1e-3))
-    assert told.privacy.epsilon == pytest.approx(
+    predicted = predict(atoll.rounds("softmax", data, plan, rounds=10, budget=1.0, delta=1e-3))
+    assert predicted.privacy.epsilon == pytest.approx(
         atoll.privacy.epsilon(plan, clients=100, rounds=10, delta=1e-3), rel=1e-12
     )
-    fits = replace(plan, codec=Clip(0.5) >> Noise(told.noise))
+    fits = replace(plan, codec=Clip(0.5) >> Noise(predicted.noise))
     assert atoll.privacy.epsilon(fits, clients=100, rounds=10, delta=1e-3) <= 1.0
-    assert told.privacy.text() in told.text() and f"Noise({told.noise})" in told.text()
-    assert told.values()["privacy"]["noise_for_budget"] == told.noise
+    assert predicted.privacy.text() in predicted.text() and f"Noise({predicted.noise})" in predicted.text()
+    assert predicted.values()["privacy"]["noise_for_budget"] == predicted.noise
     assert predict(training(Plan(Gradient(), Mean()))).values()["privacy"] is None

@@ -191,8 +191,8 @@ def bind(plan: Plan, engine: Engine, task: Task | None = None) -> Plan:
             "the mean of the buffers has no bound and no noise.",
             Line(python=f"torch.nn.GroupNorm(1, {size})"),
         )
+    sampler = sampler_of(plan)
     if not plan.codec.averages_all_clients:
-        sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
         chance = sampler(population, 0, Key(0)).chance
         if chance.dim() and plan.local.needs_population:
             raise UsageError(
@@ -210,7 +210,6 @@ def bind(plan: Plan, engine: Engine, task: Task | None = None) -> Plan:
         vectors = {**own, **codec.declare(engine.layout)}
         rows = int(plan.local.examples_per_round(population.sizes).max())
         weight = int(rule.weigh(everyone, population.sizes).max())
-        sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
         rule = rule.secured(vectors, sampler.largest(population), weight, rows)
     return dataclasses.replace(plan, aggregator=rule, codec=codec, downlink=downlink)
 
@@ -349,6 +348,11 @@ def update_downlink(plan: Plan, state: State, key: Key) -> State:
     return dataclasses.replace(state, sent=state.sent.append(received, length))
 
 
+def sampler_of(plan: Plan) -> Sampler:
+    """The sampler of a plan, for the number of clients that its pace starts."""
+    return plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
+
+
 _EMPTY = Cohort(torch.empty(0, dtype=torch.int64), torch.ones((), dtype=torch.float64))
 
 
@@ -356,7 +360,7 @@ def draw_cohort(plan: Plan, state: State, population: Population, key: Key) -> C
     """Draw the cohort of a round. It is empty if clients are in flight: then the engine starts only missing clients."""
     if state.air.flights:
         return _EMPTY
-    sampler = plan.sampler.resized(plan.pace.cohort_size) or plan.sampler
+    sampler = sampler_of(plan)
     cohort = select(sampler, population, state.round, key.fold("cohort"))
     if plan.aggregator.secure is not None and len(cohort.ids) > sampler.largest(population):
         return cohort._replace(ids=cohort.ids[:0])  # its sum could leave the ring: a round without an update

@@ -9,7 +9,7 @@ Tests: tests/attacks/test_evil_server.py
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from atoll.base.errors import UsageError
 from atoll.secure import keys, messages, shamir
-from atoll.secure.graph import neighbours
 from atoll.secure.masks import masked
 from atoll.secure.messages import Advert, Box, ListedCohort, SumMessage
 from atoll.secure.params import CHECK, Agreement, Topology, least_threshold, params_bytes
@@ -296,17 +295,11 @@ class SumClient:
         if (entry.advert_hash, entry.signature) != (own_advert.hash(agreement.context), own_advert.signature):
             raise SessionError("own_entry", "The entry of this client was altered.")
         identities = self._verify(cohort)
-        hashes = [client.advert_hash for client in cohort.clients]
-        seed = keys.hashed(keys.LABEL, b"graph", agreement.context, keys.hashed(*hashes))
-        around = [i + 1 for i in neighbours(seed, shape.clients, shape.neighbours)[own - 1]]
-        adverts = self._neighbours(cohort, around)
+        sid, around = messages.session_of(agreement, shape, [client.advert_hash for client in cohort.clients])
+        adverts = self._neighbours(cohort, around[own - 1])
         public = [advert.channel for advert in adverts.values()] + [advert.mask for advert in adverts.values()]
         if len({*public, own_advert.channel, own_advert.mask}) < len(public) + 2:
             raise SessionError("duplicate", "Two clients advertise one key.")
-        count = shape.clients.to_bytes(4, "big")
-        sid = keys.hashed(
-            keys.LABEL, b"sid", agreement.context, agreement.model, agreement.config, cohort.params, count, *hashes
-        )
         return _Session(sid, shape, own, adverts, identities)
 
     def _verify(self, cohort: ListedCohort) -> dict[int, bytes]:
@@ -321,7 +314,7 @@ class SumClient:
             raise SessionError("duplicate", "Two clients have one identity key.")
         return found
 
-    def _neighbours(self, cohort: ListedCohort, around: list[int]) -> dict[int, Advert]:
+    def _neighbours(self, cohort: ListedCohort, around: Sequence[int]) -> dict[int, Advert]:
         """The adverts of the neighbours in the graph that this client drew."""
         if cohort.shape.complete:
             adverts = [cohort.clients[index - 1].advert for index in around]

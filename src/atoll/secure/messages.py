@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.secure.graph import neighbours
 from atoll.secure.keys import LABEL, hashed
 from atoll.secure.params import Agreement, Topology, params_bytes
 from atoll.secure.refusals import SessionError
@@ -197,6 +198,22 @@ def read_cohort(body: bytes, agreement: Agreement) -> ListedCohort:
         first = start + _LISTED * n
         adverts = [read_advert(body[at : at + full], agreement) for at in range(first, len(body), full)]
     return ListedCohort(body[:32], body[32:64], shape, params, clients, adverts)
+
+
+def session_of(agreement: Agreement, shape: Topology, hashes: Sequence[bytes]) -> tuple[bytes, list[tuple[int, ...]]]:
+    """The identity of a session, and the neighbours of each client, by index from 1. Both sides compute them.
+
+    Args:
+        agreement: of this participant.
+        shape: the graph.
+        hashes: the hashes of all adverts, in order of fingerprint.
+    """
+    context, count = agreement.context, shape.clients.to_bytes(4, "big")
+    seed = hashed(LABEL, b"graph", context, hashed(*hashes))
+    around = [tuple(i + 1 for i in row) for row in neighbours(seed, shape.clients, shape.neighbours)]
+    params = params_bytes(agreement, shape)
+    sid = hashed(LABEL, b"sid", context, agreement.model, agreement.config, params, count, *hashes)
+    return sid, around
 
 
 # 2. Boxes

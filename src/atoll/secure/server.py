@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from atoll.base.errors import UsageError
 from atoll.secure import keys, messages, shamir
 from atoll.secure.client import Identities, verified
-from atoll.secure.graph import neighbours
 from atoll.secure.masks import masked
 from atoll.secure.messages import Advert, Box, SumMessage
-from atoll.secure.params import CHECK, Agreement, Topology, params_bytes, topology
+from atoll.secure.params import CHECK, Agreement, Topology, topology
 from atoll.secure.refusals import SessionError
 
 T = TypeVar("T")
@@ -229,13 +228,7 @@ class SumServer:
         if not agreement.fits(n) or n > agreement.largest_cohort:
             raise SessionError("overflow", f"{n} clients can leave a ring of {agreement.ring} bits.")
         adverts = [self._adverts[fingerprint] for fingerprint in sorted(self._adverts)]
-        hashes = [advert.hash(agreement.context) for advert in adverts]
-        seed = keys.hashed(keys.LABEL, b"graph", agreement.context, keys.hashed(*hashes))
-        around = [tuple(i + 1 for i in row) for row in neighbours(seed, n, shape.neighbours)]
-        sid = keys.hashed(
-            keys.LABEL, b"sid", agreement.context, agreement.model, agreement.config, params_bytes(agreement, shape),
-            n.to_bytes(4, "big"), *hashes,
-        )  # fmt: skip
+        sid, around = messages.session_of(agreement, shape, [advert.hash(agreement.context) for advert in adverts])
         self._session, self._step = _Session(sid, shape, adverts, around), messages.SHARES
         return {
             advert.fingerprint: SumMessage(
