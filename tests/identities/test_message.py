@@ -25,7 +25,7 @@ from atoll.plan.codec import (
     Sign,
     TopK,
 )
-from atoll.plan.local import Custom, Evaluate, Gradient, Train
+from atoll.plan.local import Custom, Evaluate, Gradient, Moments, Train
 from atoll.plan.message import MessageForm
 from atoll.plan.optimizer.rules import sgd
 from atoll.plan.plan import Plan
@@ -50,7 +50,9 @@ CODECS = [
     ErrorFeedback(TopK(0.1) >> Quantize(4, bucket=256)),
     EF21(TopK(0.2)),
 ]
-PLANS = [Plan(TRAIN, Mean(), codec=codec) for codec in CODECS] + [Plan(Gradient(), Mean()), Plan(Evaluate(), Mean())]
+PLANS = [Plan(TRAIN, Mean(), codec=codec) for codec in CODECS] + [
+    Plan(local, Mean()) for local in (Gradient(), Evaluate(), Moments((0.0, 1.0, 2.0), classes=3))
+]
 ids = Ids(torch.tensor([3, 1]), torch.tensor([0, 0]))
 
 

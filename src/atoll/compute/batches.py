@@ -26,7 +26,7 @@ from atoll.compute import limits
 from atoll.compute.model_state import Batch, GradientResult, Model, Stored
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
-from atoll.data.rows import draws_in, in_memory, keyed, stored
+from atoll.data.rows import draws_in, in_memory, keyed, pieces, stored
 
 HOST = torch.device("cpu")
 OnStep = Callable[[int, int, float], None]  # lane, step from 0, mean loss of the lane's batch
@@ -134,6 +134,20 @@ class ClientBatch:
             own = targets[self.clients.order[start : start + last + 1]].long().reshape(-1)
             counts.append(own[own >= 0].bincount(minlength=classes)[:classes])  # −100 is no class
         return torch.stack(counts).to(self.device)
+
+    def read(self, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows of the k-th client in pieces, in the dtype in which they are stored, on the device.
+
+        Raises:
+            ClientError: a row cannot be read. The error names the row, and the client that holds it fails.
+        """
+        start, last = (int(column[k]) for column in self._ends)
+        for part in pieces(self.clients.order[start : start + last + 1], self.clients.features):
+            try:
+                x, y = self.clients.rows.take(part)
+            except UsageError as error:
+                raise ClientError(error.given, error.required, error.why, error.write) from error
+            yield x.to(self.device), y.to(self.device)
 
     def lane(self, k: int) -> ClientBatch:
         """The k-th client alone."""

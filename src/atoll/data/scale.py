@@ -7,7 +7,10 @@ Tests: tests/data/test_tabular.py, tests/data/test_split.py.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +72,111 @@ class ScaledRows:
         return scaled
 
 
+LEVELS = 3
+_LEVEL_BITS = 50
+
+
+class Sums(NamedTuple):
+    """Sums over the numbers of some rows around a centre c.
+
+    Args:
+        present: how often a number is there, and no NaN, int64 `[*features]`.
+        sum: Σ (x − c), float64 `[3, *features]`, its levels.
+        square: Σ (x − c)², `[3, *features]`.
+    """
+
+    present: Tensor
+    sum: Tensor
+    square: Tensor
+
+
+def centred_sums(parts: Iterable[Tensor], centre: Tensor) -> Sums:
+    """Add the numbers of rows around a centre, and their squares, without the NaN.
+
+    The rounding errors of the additions are added too, so that the error is near 2⁻¹⁰⁰ Σ |x − c|, and any division of
+    the rows into parts gives the same `exact_total`, except near ties.
+
+    A level has 50 bits below the largest number of its vector, and the next level has the rest. The exact sum of an
+    aggregator loses no bit of such a vector, also if its features differ by many orders of magnitude.
+
+    Args:
+        parts: pieces of the rows, each `[n, *features]`.
+        centre: c, float64 `[*features]`.
+    Example:
+        >>> parts = torch.tensor([[1e16], [1.0]]).double(), torch.tensor([[-1e16], [torch.nan]]).double()
+        >>> s = centred_sums(parts, torch.zeros(1).double())
+        >>> s.present.item(), exact_total(s.sum).item()
+        (3, 1.0)
+
+    Reference: Ogita, Rump and Oishi, Accurate Sum and Dot Product, 2005.
+    """
+    present = torch.zeros_like(centre, dtype=torch.int64)
+    first, second = ((torch.zeros_like(centre), torch.zeros_like(centre)) for _ in range(2))
+    for part in parts:
+        x = part.double()
+        there = ~x.isnan()
+        x = torch.where(there, x - centre, 0.0)
+        present = present + there.sum(0)
+        first, second = _joined(first, _pair(x)), _joined(second, _pair(x * x))
+    return Sums(present, _levels(*first), _levels(*second))
+
+
+def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b, and its rounding error. Reference: Knuth, The Art of Computer Programming 2, 4.2.2."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def _joined(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    high, error = _two_sum(a[0], b[0])
+    return _two_sum(high, a[1] + b[1] + error)
+
+
+def _pair(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ over the first axis and its rounding error, by halving the rows."""
+    high = x if len(x) else x.new_zeros(1, *x.shape[1:])
+    low = torch.zeros_like(high)
+    while len(high) > 1:
+        if len(high) % 2:
+            high, low = (torch.cat((t, t.new_zeros(1, *t.shape[1:]))) for t in (high, low))
+        half = len(high) // 2
+        high, error = _two_sum(high[:half], high[half:])
+        low = low[:half] + low[half:] + error
+    return _two_sum(high[0], low[0])
+
+
+def _levels(high: Tensor, low: Tensor) -> Tensor:
+    """The levels of a vector high + low, `[3, …]`."""
+    out = []
+    for _ in range(LEVELS):
+        unit = torch.ldexp(high.new_ones(()), high.abs().max().frexp().exponent - _LEVEL_BITS)
+        out.append((high / unit).round() * unit)
+        high, low = _two_sum(high - out[-1], low)
+    return torch.stack(out)
+
+
+def exact_total(levels: Tensor) -> Tensor:
+    """The sum over the first axis, correctly rounded.
+
+    Args:
+        levels: float64 `[n, …]`: the levels of a sum, or those of several sums, one after the other.
+    """
+    flat = levels.reshape(len(levels), -1).T.tolist()
+    return torch.tensor(list(map(math.fsum, flat)), dtype=torch.float64).reshape(levels.shape[1:])
+
+
+def mean_of(sums: Sums) -> Tensor:
+    """The mean of the numbers, from sums around 0, float64 `[*features]`; 0 if there is no number."""
+    return exact_total(sums.sum) / sums.present.clamp(min=1)
+
+
+def deviation_of(sums: Sums, mean: Tensor) -> Tensor:
+    """The standard deviation (n − 1) of the numbers, from sums around their mean; 1 if they do not vary."""
+    sd = (exact_total(sums.square) / (sums.present - 1).clamp(min=1)).sqrt()
+    return torch.where(sd <= 1e-12 * mean.abs(), 1.0, sd)
+
+
 def moments(rows: Rows, index: Tensor, group: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Compute mean and standard deviation (n − 1) of every feature over some rows, per group, without NaN.
 
@@ -88,16 +196,23 @@ def moments(rows: Rows, index: Tensor, group: Tensor | None = None) -> tuple[Ten
         (tensor([[2., 5.]], dtype=torch.float64), tensor([[1.4142, 1.0000]], dtype=torch.float64))
     """
     features = rows.take(index[:1])[0].shape[1:]
-    group = torch.zeros(len(rows), dtype=torch.int64) if group is None else group
-    groups = int(group.max()) + 1
-    total, count, square = (torch.zeros(groups, *features, dtype=torch.float64) for _ in range(3))
-    for piece in pieces(index, features):
-        x = rows.take(piece)[0].double()
-        total.index_add_(0, group[piece], x.nan_to_num())
-        count.index_add_(0, group[piece], (~x.isnan()).double())
-    mean = total / count.clamp(min=1)
-    for piece in pieces(index, features):
-        x = rows.take(piece)[0].double()
-        square.index_add_(0, group[piece], (x - mean[group[piece]]).nan_to_num() ** 2)
-    sd = (square / (count - 1).clamp(min=1)).sqrt()
-    return mean, torch.where(sd > 1e-12 * mean.abs(), sd, 1.0)
+    own = (index,)
+    if group is not None:
+        each = group[index]
+        own = index[each.argsort(stable=True)].split(each.bincount(minlength=int(group.max()) + 1).tolist())
+    found = [moments_of(lambda: (rows.take(p)[0] for p in pieces(some, features)), features) for some in own]  # noqa: B023
+    means, deviations = zip(*found, strict=True)
+    return torch.stack(means), torch.stack(deviations)
+
+
+def moments_of(parts: Callable[[], Iterable[Tensor]], features: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """Compute mean and standard deviation of the numbers of rows, as `moments`.
+
+    Args:
+        parts: returns pieces of the rows, `[n, *features]`. It is called twice.
+        features: the shape of a row.
+    Returns:
+        mean and sd, float64 `[*features]`.
+    """
+    mean = mean_of(centred_sums(parts(), torch.zeros(tuple(features), dtype=torch.float64)))
+    return mean, deviation_of(centred_sums(parts(), mean), mean)

@@ -38,7 +38,7 @@ from atoll.data.held_out import (
 from atoll.data.input import Input, InputTarget, Statistics, TextColumn
 from atoll.data.partition import IID, PARTITIONS, ByColumn, Partition, Pool, fill_up, in_groups
 from atoll.data.rows import Array, ArrayRows, PickedRows, RelabelledRows, Rows, fields_of, intensities, keyed
-from atoll.data.scale import ScaledRows, moments
+from atoll.data.scale import ScaledRows, moments, moments_of
 
 SCALES = ("none", "standard", "client")
 TARGET_SCALES = ("none", "standard")
@@ -309,10 +309,9 @@ class Source:
             else:
                 it = it.fitted(Statistics(*(_floats(t[0]) for t in (mean, centre, spread))))
         if self.scale_target == "standard" and self.kind == "regression":
-            y = self.rows.targets()[train].double()
-            sd = y.std(0) if len(y) > 1 else torch.zeros_like(y[0])
-            spread = torch.where(sd > 1e-12 * y.mean(0).abs(), sd, 1.0)
-            target = structs.replace(it.target, centre=_floats(y.mean(0)), spread=_floats(spread))
+            y = self.rows.targets()[train]
+            mean, sd = moments_of(lambda: y.split(1 << 16), y.shape[1:])
+            target = structs.replace(it.target, centre=_floats(mean), spread=_floats(sd))
             it = structs.replace(it, target=target)
         return it
 

@@ -28,6 +28,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         local.Train,
         local.Custom,
         local.Evaluate,
+        local.Moments,
         *local.CORRECTIONS,
         *codec.CODECS,
         aggregate.Mean,

@@ -17,6 +17,7 @@ from atoll.plan.local.correction import (
 from atoll.plan.local.custom import Context, Custom, Loader
 from atoll.plan.local.evaluate import Evaluate
 from atoll.plan.local.gradient import Gradient
+from atoll.plan.local.moments import Moments
 from atoll.plan.local.train import Train
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Extrapolated",
     "Gradient",
     "Loader",
+    "Moments",
     "Normalised",
     "Proximal",
     "Scaffold",
