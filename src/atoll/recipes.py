@@ -21,6 +21,7 @@
 | `fednova` | a sample | as `fedavg`, `correction=Normalised()` | `Mean()` | `sgd(server_lr)` |
 | `fedexp` | a sample | as `fedavg`, `correction=Extrapolated(eps)` | `Mean()` | `sgd(1.0)` |
 | `fedlc` | a sample | as `fedavg`, `correction=Calibrated(tau, form)` | `Mean()` | `sgd(server_lr)` |
+| `newton` | all | `Newton(l2)` | `Mean()` | `sgd(1.0)` |
 
 Parameters of the same name mean the same in every recipe. The type and the meaning of each shared parameter are
 declared once, below; `help` of a recipe lists them.
@@ -46,6 +47,7 @@ from atoll.plan.local import (
     Dynamic,
     Extrapolated,
     Gradient,
+    Newton,
     Normalised,
     Proximal,
     Scaffold,
@@ -593,6 +595,23 @@ def fedlc(
     return _corrected(Calibrated(tau, form), rules.sgd(lr), epochs, batch, cohort, server_lr)
 
 
+@_recipe
+def newton(l2: float = 0.0) -> Plan:
+    """Newton's method on the rows of all clients, for linear, logistic, softmax, Poisson and Cox models.
+
+    θ ← θ − H⁻¹ g,   g = (1/n) Σ ∇ℓ + l2·w,   H = (1/n) Σ ∇²ℓ + l2·I on the weights w; biases are not penalized
+
+    Args:
+        l2: weight of the penalty (l2/2)·|w|², ≥ 0. scikit-learn's C is 1/(l2·n).
+    Example:
+        >>> newton(0.001)
+        Plan(Newton(0.001), aggregator=Mean())
+
+    Reference: Nocedal and Wright, Numerical Optimization, 2006, chapter 3.
+    """
+    return Plan(Newton(l2), Mean(), rules.sgd(1.0))
+
+
 def _corrected(
     correction: Correction,
     clients: rules.sgd,
@@ -628,4 +647,5 @@ RECIPES = (
     fednova,
     fedexp,
     fedlc,
+    newton,
 )

@@ -39,6 +39,7 @@ from atoll.plan.codec import (
     Sign,
     TopK,
 )
+from atoll.plan.local import Newton
 from atoll.plan.pace import Bounded, Buffered, Sync, hinge
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Declared, Local, Pace, Sampler, Stage
@@ -126,6 +127,7 @@ RECIPES = {
     "fedexp": lambda: recipes.fedexp(0.1, batch=4),
     "fedlc": lambda: recipes.fedlc(0.1, batch=4),
     "dp_fedavg": lambda: recipes.dp_fedavg(0.1, clip=1.0, noise=1.0, q=0.6, batch=4),
+    "newton": lambda: recipes.newton(0.1),
 }
 CODECS = {
     "none": lambda: Identity(),
@@ -208,6 +210,9 @@ REFUSED = {
         ({"scaffold", "feddyn"}, LOSSY),
         ({"feddyn", "fedexp"}, {"sum", "sum-equal", *EXPECTED}),
         ({"feddyn", "fednova", "fedexp"}, SHIFTED),
+        ({"newton"}, CODECS.keys() - {"none", "none-none"}),
+        ({"newton"}, AGGREGATORS.keys() - {"mean", "mean-float"}),
+        ({"newton"}, {*FLYING, *DOWNLINKS} - {"whole"}),
     )
     for pair in itertools.product(ones, others)
 }
@@ -280,7 +285,8 @@ def after(plan, engine, chunk, rounds=2):
     """θ after two rounds; each started client arrived, failed, was late or is still in flight."""
     body, make, _ = ENGINES[engine]
     task = TASKS[body]
-    running = make(task, DATA, chunk, FLEET)
+    fleet = Fleet(0.1) if isinstance(plan.local, Newton) else FLEET  # without all clients there is no Newton step
+    running = make(task, DATA, chunk, fleet)
     state = State.first(plan, task, 0, Memory(plan.memory(task)))
     bound, flying = bind(plan, running), 0
     for _ in range(rounds):

@@ -48,6 +48,11 @@ def median(updates, weights):
     return updates.median(0).values
 
 
+def check_linear(part):
+    """The check of a local part for models of one linear layer."""
+    check_local(part, linear=True)
+
+
 sgd = optimizer.sgd
 CORRECTIONS = [
     local.Proximal(0.5),
@@ -85,6 +90,7 @@ OURS = {
         local.Moments(classes=3),
         local.Custom(user_loop, batch=4, lr=0.1),
     ],
+    check_linear: [local.Newton(0.1)],
     check_correction: CORRECTIONS,
     check_stage: [
         codec.Identity(),

@@ -49,7 +49,8 @@ def test_loss_falls(recipe, numerics):
         data = data.pooled()
     engine = InProcessEngine(task_of(linear(), data, numerics), data)
     losses = [loss(run(plan, engine, rounds)[0], engine) for rounds in (0, 1, 2)]
-    assert losses[2] < losses[1] < losses[0]
+    assert losses[2] < losses[1] < losses[0] or recipe is recipes.newton  # its first step ends at the minimum
+    assert losses[2] < losses[0]
 
 
 @pytest.mark.parametrize(
@@ -66,10 +67,11 @@ def test_report_tells_the_round(recipe):
     assert (first.cohort, first.arrived, first.failures) == (3, 3, ())
     assert first.clients["id"].tolist() == [0, 1, 2] and first.clients["rows"].tolist() == [12, 20, 7]
     assert {"loss", "gradient_norm", "lr"} <= first.metrics.keys()
-    # Up: θ, the weight, the loss, its row count, and what a correction sends; down: θ. 8 bytes a number, three clients.
+    # Up: θ, the weight, the loss, its row count, and what a correction sends, or a Hessian and an objective; down: θ.
+    # 8 bytes a number, three clients.
     d = 4
     control = d if recipe is recipes.scaffold else 0  # the clients receive it, too
-    corrected = {"scaffold": d, "fednova": 1, "fedexp": 1}.get(recipe.__name__, 0)
+    corrected = {"scaffold": d, "fednova": 1, "fedexp": 1, "newton": d * (d + 1) // 2 + 1}.get(recipe.__name__, 0)
     assert first.bytes_up == 3 * 8 * (d + 3 + corrected) and first.bytes_down == 3 * 8 * (d + control)
 
 

@@ -3,7 +3,8 @@
 AtollError              base class of all errors that atoll raises deliberately
 ├── UsageError          the request cannot be carried out; exit code 2, nothing was started
 └── RunError            a run had started and could not continue; exit code 1, written files are kept
-    └── ClientError     one client cannot contribute; the round continues without it
+    ├── ClientError     one client cannot contribute; the round continues without it
+    └── FeatureError    columns of the rows depend on each other; the training adds their names
 
 The line to write has a form for each door: Python, the command line, a settings file (`atoll.base.lines`).
 
@@ -13,7 +14,7 @@ Tests: tests/faults/test_bad_input.py, tests/surface/test_cli.py.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 from atoll.base.lines import Door, Write, form
@@ -84,6 +85,33 @@ class RunError(AtollError, RuntimeError):
 
 class ClientError(RunError):
     """One client cannot contribute to this round, such as a client with an unreadable row. The round continues."""
+
+
+class FeatureError(RunError):
+    """An error about some parameters of a linear model, which the training calls by the names of their columns.
+
+    Args:
+        places: the positions of the parameters in θ.
+        given: the first part of the error, with "{names}" in the place of the names.
+        required, why, write: as for each error.
+    """
+
+    def __init__(
+        self, places: tuple[int, ...], given: str, required: str = "", why: str = "", write: Write = ""
+    ) -> None:
+        super().__init__(
+            given.replace("{names}", f"the parameters {', '.join(map(str, places))}"), required, why, write
+        )
+        self.places, self.template = places, given
+
+    def named(self, names: Sequence[str]) -> RunError:
+        """The error with the names of the columns.
+
+        Args:
+            names: the name of the column of each parameter.
+        """
+        found = ", ".join(dict.fromkeys(names[place] for place in self.places))
+        return RunError(self.template.replace("{names}", found), self.required, self.why, self.write)
 
 
 class Note(UserWarning):

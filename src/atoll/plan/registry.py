@@ -29,6 +29,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         local.Custom,
         local.Evaluate,
         local.Moments,
+        local.Newton,
         *local.CORRECTIONS,
         *codec.CODECS,
         aggregate.Mean,

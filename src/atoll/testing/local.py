@@ -39,11 +39,11 @@ from atoll.testing.contract import (
 SIZES = (18, 18, 17, 5, 5, 4, 2)  # 18 and 17 rows share a width
 
 
-def problem(norm: bool = False, dtype: torch.dtype = torch.float32) -> Task:
+def problem(norm: bool = False, dtype: torch.dtype = torch.float32, linear: bool = False) -> Task:
     """A classifier with three features and three classes for `clients()`, with or without batch statistics."""
     with user_scope(Key(7).fold("model")):
         middle: nn.Module = nn.BatchNorm1d(4) if norm else nn.Tanh()
-        module = nn.Sequential(nn.Linear(3, 4), middle, nn.Linear(4, 3))
+        module: nn.Module = nn.Linear(3, 3) if linear else nn.Sequential(nn.Linear(3, 4), middle, nn.Linear(4, 3))
     return Task.of(module, "cross_entropy", ("accuracy",), dtype)
 
 
@@ -57,7 +57,7 @@ def clients(sizes: tuple[int, ...] = SIZES) -> Clients:
 
 
 @conformity
-def check_local(part: Any) -> None:
+def check_local(part: Any, linear: bool = False) -> None:
     """Check the contract of a local part.
 
     It returns one row per client: float means, sums with the number of rows that they cover, and as weight the number
@@ -68,6 +68,7 @@ def check_local(part: Any) -> None:
 
     Args:
         part: a local part, as `atoll.plan.protocols.Local` declares it.
+        linear: whether the part needs a model of one linear layer.
     Raises:
         Nonconformity: the part breaks the contract.
     Example:
@@ -76,8 +77,8 @@ def check_local(part: Any) -> None:
     """
     check_value(part)
     data = clients()
-    for norm in (False, True):
-        task = replace(problem(norm=norm), numerics=part.numerics or "lanes")
+    for norm in (False,) if linear else (False, True):
+        task = replace(problem(norm=norm, linear=linear), numerics=part.numerics or "lanes")
         for ids in _chunks(part, data):
             _check_chunk(part, task, data, ids)
 

@@ -40,7 +40,7 @@ RECIPES = (
         "fedprox",
         "fedsgd",
     ),
-    *("fedyogi", "gd", "local_sgd", "post_local_sgd", "scaffold", "sgd"),
+    *("fedyogi", "gd", "local_sgd", "newton", "post_local_sgd", "scaffold", "sgd"),
 )
 PARTITIONS = ("ByColumn", "Dirichlet", "FeatureShift", "IID", "Pathological", "Quantity", "Shards")
 CALLS = {  # a call of each name that has required arguments

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from atoll import models
 from atoll.base.concepts import part_for
 from atoll.base.entropy import entropy_source
-from atoll.base.errors import AtollError, Note, RunError, UsageError
+from atoll.base.errors import AtollError, FeatureError, Note, RunError, UsageError
 from atoll.base.lines import Change, Line, literal, quoted
 from atoll.base.names import under, without_prefix
 from atoll.base.random import GeneratorWatch, Key, SecretKey, user_modes, user_scope
@@ -60,6 +60,7 @@ from atoll.recipes import RECIPES
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.fingerprint import fingerprint
 from atoll.runs.folder import HIDDEN
+from atoll.runs.inference import parameter_names
 from atoll.training import stop as stops
 from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, join_clients, of_sites
 from atoll.training.privacy import CLAIM, NOT_PRIVATE, budget_of, refuse_leaks
@@ -195,6 +196,11 @@ class Training:
         )
         return (*label, *self.data.notes, *self.task.notes, *((some,) if few else ()))
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the features; () if they have no names."""
+        return self.input.names or self.data.columns or ()
+
     def _bind(self) -> None:
         """Bind the plan to the population, when it is known and each time that it has changed."""
         population = self.engine.population
@@ -249,7 +255,10 @@ class Training:
             draws = GeneratorWatch() if watched else None
             before, began = self.state, time.perf_counter()
             with use_pool(self._buffers), self._threads(), self._secrets():
-                self.state, report = step(self.plan, self.state, self.engine)
+                try:
+                    self.state, report = step(self.plan, self.state, self.engine)
+                except FeatureError as error:
+                    raise error.named(parameter_names(self.task.layout, self.columns)) from error
             spent = time.perf_counter() - began
             metrics, every = self._training_metrics(report), self.settings.evaluate_every
             last = self.state.round >= self.settings.rounds

@@ -18,6 +18,7 @@ from atoll.plan.local.custom import Context, Custom, Loader
 from atoll.plan.local.evaluate import Evaluate
 from atoll.plan.local.gradient import Gradient
 from atoll.plan.local.moments import Moments
+from atoll.plan.local.newton import Newton
 from atoll.plan.local.train import Train
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Gradient",
     "Loader",
     "Moments",
+    "Newton",
     "Normalised",
     "Proximal",
     "Scaffold",
