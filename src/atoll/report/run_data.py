@@ -66,12 +66,14 @@ class Events:
     ended: str = ""
     status: str = "unfinished"
     reason: str = ""
+    names: tuple[str, ...] | None = None
     wall: float | None = None
     notes: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
     lost: dict[int, MissedContributions] = field(default_factory=dict)
     client_rows: list[tuple[int, list[int], list[float]]] = field(default_factory=list)  # round, ids, losses
+    seen: dict[int, tuple[int, float | None, float | None]] = field(default_factory=dict)  # last round, loss, rows
     tally: Tally = field(default_factory=Tally)
     trips: list[FlightRow] = field(default_factory=list)
 
@@ -190,7 +192,7 @@ class RunData:
     def formula(self) -> str:
         """The formula of the plan; a text that is no plan stays as it is."""
         text = str(self.environment.get("plan") or self.config.get("plan") or "")
-        return formula_of(text)
+        return formula_of(text) if text else ""
 
     @property
     def compared(self) -> dict[str, dict[str, Any]]:
@@ -278,9 +280,22 @@ def _events(path: Path) -> Events:
             given = _clients(event) if n in chosen else None
             if given is not None:
                 events.client_rows.append(given)
+            _see(events, event)
     events.tally.of = len(places)
     events.trips = trips
     return events
+
+
+def _see(events: Events, event: Mapping[str, Any]) -> None:
+    """Record the round, the loss and the rows of each client of a round; a column that does not fit is missing."""
+    ids, at = event.get("id"), event.get("round")
+    if not isinstance(ids, list) or not isinstance(at, int):
+        return
+    columns = [event.get(name) for name in ("loss", "rows")]
+    fitting = [c if isinstance(c, list) and len(c) == len(ids) else [None] * len(ids) for c in columns]
+    for client, loss, rows in zip(ids, *fitting, strict=True):
+        if _is_round(client):
+            events.seen[client] = (at, _number(loss), _number(rows))
 
 
 def _event(events: Events, event: Mapping[str, Any]) -> None:
@@ -288,6 +303,8 @@ def _event(events: Events, event: Mapping[str, Any]) -> None:
         case "start":
             events.began = events.began or str(event.get("time", ""))
             events.about = dict(event)
+            names = event.get("names")
+            events.names = tuple(map(str, names)) if isinstance(names, list) else None
             notes = event.get("notes")
             events.notes = [str(n) for n in notes] if isinstance(notes, list) else []
         case "note" if len(events.notes) < 1000:

@@ -302,7 +302,8 @@ class RunFolder:
 
     def event(self, kind: str, **what: Any) -> None:
         """Add an event to events.jsonl."""
-        self._append("events.jsonl", {"event": kind, "time": datetime.now().isoformat(timespec="seconds"), **what})
+        time = datetime.now().astimezone().isoformat(timespec="seconds")
+        self._append("events.jsonl", {"event": kind, "time": time, **what})
 
     def clients(self, row: Mapping[str, Any]) -> None:
         """Add the values of clients in a round to clients.jsonl."""

@@ -33,6 +33,7 @@ from atoll.training.rounds import HELD_OUT, Training, identity, refuse_other_inp
 
 # The columns of the event "trips", in the order of the fields of `FlightTimes`. Readers of run folders use these names.
 _TRIP_COLUMNS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
+MOST_NAMES = 10_000  # names of clients in the first event
 
 
 class Recorder:
@@ -105,7 +106,9 @@ class Recorder:
         if self.folder is not None:
             name, rising = t.selection_metric
             facts = {"plan": repr(t.plan), "numerics": t.task.numerics, "why": t.reason, "notes": list(t.notes)}
-            self.folder.event("start", **facts, selection=name, rising=rising)
+            names = t.data.names
+            called = {} if names is None else {"names": list(names[:MOST_NAMES])}
+            self.folder.event("start", **facts, selection=name, rising=rising, **called)
 
     def begin(self, resume: str | Path | None, any_version: bool) -> None:
         """If a run is resumed, load its last checkpoint in every process of the training."""
