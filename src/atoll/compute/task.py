@@ -510,6 +510,16 @@ class Task:
                 Change("numerics", "auto"),
             ) from why
 
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether no number of a row can depend on other rows: known layers, and a loss and metrics of atoll."""
+        if not self.built_in:
+            return False
+        try:
+            return bool(self.program)
+        except UsageError:
+            return False
+
     def descent(
         self, model: Model, lanes: int, rule: StepRule, key: Key | None = None
     ) -> fused.FusedDescent | compiled.CompiledDescent | SequentialDescent:

@@ -7,6 +7,7 @@ tests/identities/test_precision.py.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -393,6 +394,7 @@ def _trouble(lanes: Task, task: Task, data: Clients, rows: int) -> Rejection | N
     return None
 
 
+@cache
 def matmul_is_position_independent(device: torch.device) -> bool:
     """Whether the bits of a matrix product do not depend on the addresses of its factors, tested on odd sizes."""
     for dtype in (torch.float32, torch.float64):

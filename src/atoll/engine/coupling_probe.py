@@ -38,12 +38,12 @@ def coupling(probe: Probe, draws: tuple[str, ...]) -> Coupling:
     """Find the numbers of a row that depend on other rows.
 
     Args:
-        probe: a few rows of a client. One row cannot be compared, and gives no cause.
+        probe: a few rows of a client. One row cannot be compared, and gives no cause. Known layers are not tested.
         draws: the passes that draw from a global generator, `"training"` or `"evaluation"`. They cannot be compared.
             The loop computes them, without padding.
     """
     known, declared = probe.task.findings.couples, probe.task.findings.couples_in_evaluation
-    some = len(probe.x) > 1
+    some = len(probe.x) > 1 and not probe.task.rows_are_independent
     training = () if known or "training" in draws or not some else _causes(_training(probe))
     evaluation = () if declared or "evaluation" in draws or not some else _causes(_evaluation(probe))
     return Coupling(known or training, declared or evaluation)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from atoll.base.random import Key
 
 VECTOR = 64
-_TRIED = 7 * 146  # numbers to try; a piece of 7 numbers has no full vector
+_TRIED = (
+    7 * 42
+)  # numbers to try; a piece of 7 numbers has no full vector. With 4 differences in 100, a miss has chance 1e-5
 
 
 class PositionCheck(TorchDispatchMode):
@@ -93,4 +96,9 @@ def _spread(t: Tensor, i: int) -> Tensor:
     flat = t.detach().reshape(-1)[torch.arange(_TRIED, device=t.device) % t.numel()]
     if not flat.is_floating_point():
         return flat
-    return flat * (1 + Key(0).fold("spread", i).uniform(_TRIED, torch.float32).to(flat))
+    return flat * _factors(i).to(flat)
+
+
+@cache
+def _factors(i: int) -> Tensor:
+    return 1 + Key(0).fold("spread", i).uniform(_TRIED, torch.float32)
