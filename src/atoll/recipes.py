@@ -22,6 +22,10 @@
 | `fedexp` | a sample | as `fedavg`, `correction=Extrapolated(eps)` | `Mean()` | `sgd(1.0)` |
 | `fedlc` | a sample | as `fedavg`, `correction=Calibrated(tau, form)` | `Mean()` | `sgd(server_lr)` |
 | `newton` | all | `Newton(l2)` | `Mean()` | `sgd(1.0)` |
+| `fedper` | a sample | as `fedavg`, `own=own` | `Mean()` | `sgd(server_lr)` |
+| `fedbn` | a sample | as `fedavg`, `own="norms"` | `Mean()` | `sgd(server_lr)` |
+| `fedrep` | a sample | as `fedavg`, `own=own, alternate=True` | `Mean()` | `sgd(server_lr)` |
+| `ditto` | a sample | as `fedavg`, `correction=Ditto(lam)` | `Mean()` | `sgd(server_lr)` |
 
 Parameters of the same name mean the same in every recipe. The type and the meaning of each shared parameter are
 declared once, below; `help` of a recipe lists them.
@@ -44,6 +48,7 @@ from atoll.plan.codec import Clip, Identity, Noise
 from atoll.plan.formula import FEDAVG_RATE
 from atoll.plan.local import (
     Calibrated,
+    Ditto,
     Dynamic,
     Extrapolated,
     Gradient,
@@ -61,6 +66,7 @@ from atoll.plan.registry import read_part
 from atoll.plan.sampler import Poisson
 from atoll.plan.schedule import Schedule, hold
 
+Own = tuple[str, ...]
 F = TypeVar("F", bound=Callable[..., Any])
 
 Rate = Annotated[float | Schedule, "learning rate of the clients, > 0; a number or a schedule."]
@@ -625,6 +631,96 @@ def _corrected(
     return Plan(local, Mean(), rules.sgd(server_lr), cohort)
 
 
+@_recipe
+def fedper(
+    lr: Rate = 0.1,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
+    cohort: Cohort = None,
+    server_lr: ServerRate = 1.0,
+    own: Own = ("fc2.*",),
+) -> Plan:
+    """FedPer: federated averaging of the shared layers; each client keeps and trains its own layers.
+
+    model of client i = (shared θ, own part of client i)
+
+    Args:
+        own: patterns of the names of the parameters and buffers that stay at the client.
+    Example:
+        >>> fedper(0.1, own=("4.*",))
+        Plan(Train(sgd(0.1), epochs=1, batch=10, own=('4.*',)), aggregator=Mean())
+
+    Reference: Arivazhagan et al., Federated Learning with Personalization Layers, 2019.
+    """
+    return Plan(Train(rules.sgd(lr), epochs, batch=batch, own=own), Mean(), rules.sgd(server_lr), cohort)
+
+
+@_recipe
+def fedbn(
+    lr: Rate = 0.1, epochs: Epochs = 1, batch: Batch = 10, cohort: Cohort = None, server_lr: ServerRate = 1.0
+) -> Plan:
+    """FedBN: federated averaging of all layers except those of normalisation, which stay at each client.
+
+    model of client i = (shared θ, norms of client i)
+
+    Example:
+        >>> fedbn(0.1)
+        Plan(Train(sgd(0.1), epochs=1, batch=10, own='norms'), aggregator=Mean())
+
+    Reference: Li et al., FedBN: Federated Learning on Non-IID Features via Local Batch Normalization, 2021.
+    """
+    return Plan(Train(rules.sgd(lr), epochs, batch=batch, own="norms"), Mean(), rules.sgd(server_lr), cohort)
+
+
+@_recipe
+def fedrep(
+    lr: Rate = 0.1,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
+    cohort: Cohort = None,
+    server_lr: ServerRate = 1.0,
+    own: Own = ("fc2.*",),
+) -> Plan:
+    """FedRep: each client trains its own layers first, and then the shared layers, whose update it sends.
+
+    model of client i = (shared θ, own part of client i)
+
+    Args:
+        own: patterns of the names of the parameters and buffers that stay at the client.
+    Example:
+        >>> fedrep(0.1, own=("4.*",)).local.alternate
+        True
+
+    Reference: Collins et al., Exploiting Shared Representations for Personalized Federated Learning, 2021.
+    """
+    local = Train(rules.sgd(lr), epochs, batch=batch, own=own, alternate=True)
+    return Plan(local, Mean(), rules.sgd(server_lr), cohort)
+
+
+@_recipe
+def ditto(
+    lr: Rate = 0.1,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
+    cohort: Cohort = None,
+    server_lr: ServerRate = 1.0,
+    lam: float = 0.1,
+) -> Plan:
+    """Ditto: federated averaging, and a second training of each client of its own model, pulled to that of the round.
+
+    v ← v − lr·(∇ℓ(v) + lam·(v − θ))
+
+    Args:
+        lam: weight of the pull, ≥ 0.
+    Example:
+        >>> ditto(0.1, lam=0.5).local.correction
+        Ditto(0.5)
+
+    Reference: Li et al., Ditto: Fair and Robust Federated Learning Through Personalization, 2021.
+    """
+    return _corrected(Ditto(lam), rules.sgd(lr), epochs, batch, cohort, server_lr)
+
+
 RECIPES = (
     gd,
     sgd,
@@ -648,4 +744,8 @@ RECIPES = (
     fedexp,
     fedlc,
     newton,
+    fedper,
+    fedbn,
+    fedrep,
+    ditto,
 )

@@ -126,6 +126,10 @@ RECIPES = {
     "fednova": lambda: recipes.fednova(0.1, batch=4, momentum=0.5, mu=0.5),
     "fedexp": lambda: recipes.fedexp(0.1, batch=4),
     "fedlc": lambda: recipes.fedlc(0.1, batch=4),
+    "fedper": lambda: recipes.fedper(0.1, batch=4, own=("*bias",)),
+    "fedbn": lambda: recipes.fedper(0.1, batch=4, own=("weight",)),  # the model has no layer of normalisation
+    "fedrep": lambda: recipes.fedrep(0.1, batch=4, own=("*bias",)),
+    "ditto": lambda: recipes.ditto(0.1, batch=4),
     "dp_fedavg": lambda: recipes.dp_fedavg(0.1, clip=1.0, noise=1.0, q=0.6, batch=4),
     "newton": lambda: recipes.newton(0.1),
 }

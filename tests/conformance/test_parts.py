@@ -63,6 +63,7 @@ CORRECTIONS = [
     local.Extrapolated(),
     local.Calibrated(1.0),
     local.Calibrated(1.0, form="quarter") >> local.Proximal(0.5) >> local.Normalised(),
+    local.Ditto(0.5),
 ]
 OURS = {
     check_sampler: [
@@ -84,6 +85,9 @@ OURS = {
         local.Train(sgd(plateau(0.1, patience=1)), steps=2, batch=4, keep=("order",)),
         local.Train(sgd(0.1), steps=hold(1, rounds=1) >> 3, batch=4, keep=("order",), sends="model"),
         *(local.Train(sgd(0.1), steps=3, batch=4, correction=part) for part in CORRECTIONS),
+        local.Train(sgd(0.1), steps=3, batch=4, own=("*bias",)),
+        local.Train(sgd(0.1), steps=3, batch=4, own=("*bias",), alternate=True),
+        local.Train(sgd(0.1), steps=3, batch=4, own=("*bias",), correction=local.Scaffold()),
         local.Evaluate(),
         local.Moments((0.0, 0.5, 1.0), classes=3),
         local.Moments((0.0,) * 4),

@@ -52,16 +52,23 @@ def columns(path):
     return pandas.read_csv(path / "clients.csv").to_dict("list")
 
 
-@pytest.mark.parametrize(("target", "chosen", "first"), [("ill", "softmax", "accuracy"), ("age", "linear", "rmse")])
-def test_three_tables_give_the_bits_and_the_evaluation_of_the_joined_table(tmp_path, target, chosen, first):
+@pytest.mark.parametrize(
+    ("target", "chosen", "first", "recipe"),
+    [
+        ("ill", "softmax", "accuracy", "fedavg(lr=0.05, batch=10)"),
+        ("age", "linear", "rmse", "fedavg(lr=0.05, batch=10)"),
+        ("ill", "mlp", "accuracy", "fedper(lr=0.05, batch=10, own=('fc2.*',))"),  # each site draws its own part
+    ],
+)
+def test_three_tables_give_the_bits_and_the_evaluation_of_the_joined_table(tmp_path, target, chosen, first, recipe):
     write_tables(tmp_path)
-    settings = {"target": target, "rounds": 1, "recipe": "fedavg(lr=0.05, batch=10)", "model": chosen}
+    settings = {"target": target, "rounds": 1, "recipe": recipe, "model": chosen, "seed": 4}
     given, whole = csv(tmp_path / "all.csv", target=target, by="site").split(held_out=0).described(), table()
     path = tmp_path / "input.json"
     path.write_bytes(given.encode())
     for client, name in enumerate(SITES):
         rows = whole.index[whole.site == name]
-        mine = site_rows(tmp_path / f"{name}.csv", given, client, held_out=0.2)
+        mine = site_rows(tmp_path / f"{name}.csv", given, client, held_out=0.2, seed=4)
         whole.loc[rows[mine.held_out.index.numpy()], "fold"] = "test"
     whole.fillna({"fold": "train"}).to_csv(tmp_path / "all.csv", index=False)
     it = experiment(**{**SMALL, **settings}, clients=3)

@@ -109,6 +109,10 @@ RECIPES = {
     "fedexp": recipes.fedexp(0.1),
     "fedlc": recipes.fedlc(0.1),
     "newton": recipes.newton(0.1),
+    "fedper": recipes.fedper(0.1, own=("2.*",)),
+    "fedbn": recipes.fedper(0.1, own=("0.*",)),  # the model has no layer of normalisation
+    "fedrep": recipes.fedrep(0.1, own=("2.*",)),
+    "ditto": recipes.ditto(0.1),
 }
 
 

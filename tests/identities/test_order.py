@@ -94,7 +94,8 @@ def test_chunks_order_and_workers_change_no_bit(name, dtype):
         assert everything(run(plan, engine)[0]) == expected, engine
 
 
-WITHOUT_CLASSES = [recipe for recipe in recipes.RECIPES if recipe is not recipes.fedlc]  # it needs classes
+NAMED = (recipes.fedlc, recipes.fedper, recipes.fedbn, recipes.fedrep)  # they need classes, or layers of a name
+WITHOUT_CLASSES = [recipe for recipe in recipes.RECIPES if recipe not in NAMED]
 LOCAL = (recipes.diloco, recipes.local_sgd, recipes.post_local_sgd)
 
 

@@ -113,12 +113,16 @@ def test_bytes_and_seconds_of_every_pace(slots, fleet):
 
 
 @pytest.mark.parametrize(
-    "recipe", one_in(3, [r for r in recipes.RECIPES if not r().releases]), ids=lambda recipe: recipe.__name__
+    "recipe",
+    one_in(3, [r for r in recipes.RECIPES if not r().releases and r is not recipes.fedbn]),
+    ids=lambda recipe: recipe.__name__,
 )
 def test_bytes_of_every_recipe(recipe):
     plan = recipe()
     if recipe is recipes.diloco:
         plan = recipe(steps=2)  # of 500
+    if recipe in (recipes.fedper, recipes.fedrep):
+        plan = recipe(own=("*bias",))
     predicted, reports, _ = compared(plan, rounds=2)
     assert predicted.exact and predicted.flights.up == tuple(r.bytes_up for r in reports)
 

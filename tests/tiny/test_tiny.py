@@ -24,7 +24,8 @@ ARGUMENTS = {
 }
 
 
-RECIPES = [recipe for recipe in recipes.RECIPES if recipe is not recipes.fedlc]  # it needs classes
+NAMED = (recipes.fedlc, recipes.fedper, recipes.fedbn, recipes.fedrep)  # they need classes, or layers of a name
+RECIPES = [recipe for recipe in recipes.RECIPES if recipe not in NAMED]
 
 
 def loss(state: State, engine: InProcessEngine) -> float:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from atoll.base.lines import Change, Line
 
 SEGMENTS = ("params", "buffers", "fixed")
 RULES = ("mean", "unit", "largest", "keep")
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 CHANGED = "buffers/changed"  # the counter of a contribution with one flag for each float buffer
 
 
@@ -43,6 +45,7 @@ class Entry:
         rule: of a buffer, one of `RULES`; `"constant"` if no client may change it; empty for a parameter.
         persistent: whether `state_dict` contains it.
         chosen: whether the user gave the rule.
+        norm: whether it belongs to a layer of normalisation.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Entry:
     rule: str = field(default="", repr=False)
     persistent: bool = field(default=True, repr=False)
     chosen: bool = field(default=False, repr=False)
+    norm: bool = field(default=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -135,6 +139,7 @@ class Layout:
         trainable = {id(p) for p in module.parameters() if p.requires_grad}
         buffers = {id(b) for b in module.buffers()}
         given = dict(rules or {})
+        norms = {id(t) for m in module.modules() if isinstance(m, _NORMS) for _, t, _ in tensors_of(m)}
         first: dict[int, str] = {}
         entries = []
         for name, tensor, persistent in tensors_of(module):
@@ -148,7 +153,8 @@ class Layout:
                 segment = "buffers" if joined else "fixed"
             alias = first.setdefault(id(tensor), name)
             tied = None if alias == name else alias
-            entries.append(Entry(name, tuple(tensor.shape), tensor.dtype, segment, tied, rule, persistent, chosen))
+            kind = segment, tied, rule, persistent, chosen, id(tensor) in norms
+            entries.append(Entry(name, tuple(tensor.shape), tensor.dtype, *kind))
         _check_patterns(given, [e.name for e in entries if e.rule])
         layout = cls(tuple(entries), dtype, _spectral_norms(module, given))
         if not layout.segment("params"):
@@ -165,6 +171,40 @@ class Layout:
         entries = (replace(e, rule=rules.get(e.alias or e.name, e.rule)) for e in self.entries)
         moved = (replace(e, segment="fixed") if e.rule == "constant" else e for e in entries)
         return replace(self, entries=tuple(moved))
+
+    def without(self, own: tuple[str, ...] | Literal["norms"]) -> Layout:
+        """The layout without the parameters, float buffers and counters that a pattern fits: the shared part.
+
+        Args:
+            own: patterns of names, such as `("fc2.*",)`; or `"norms"`, the tensors of all layers of normalisation. A
+                tied tensor fits if one of its names does.
+        Raises:
+            UsageError: a pattern fits no such tensor, or no parameter remains.
+        Example:
+            >>> layout = Layout.of(nn.Linear(3, 2))
+            >>> layout.without(("bias",)).d
+            6
+        """
+        moving = {e.name for e in (*self.segment("params"), *self.segment("buffers"), *self.counters)}
+        names = [e for e in self.entries if (e.alias or e.name) in moving]
+        patterns = (own,) if isinstance(own, str) else own
+        fits = {
+            p: {e.alias or e.name for e in names if (e.norm if own == "norms" else fnmatchcase(e.name, p))}
+            for p in patterns
+        }
+        taken = set().union(*fits.values())
+        layout = replace(self, entries=tuple(e for e in self.entries if (e.alias or e.name) not in taken))
+        empty = next((p for p, found in fits.items() if not found), None)
+        if empty is not None or not layout.segment("params"):
+            last = self.segment("params")[-1].name
+            raise UsageError(
+                f"own={own!r} fits {'no' if empty is not None else 'every'} parameter of the model"
+                f"{'' if empty is None else f': {empty!r}'}.",
+                f"patterns of some of {', '.join(e.name for e in names)}.",
+                "the own part stays at the client, and the rest is trained together.",
+                Change("plan.local.own", f"('{last.rpartition('.')[0] or last}*',)") if len(names) > 1 else "",
+            )
+        return layout
 
     def segment(self, name: str) -> tuple[Entry, ...]:
         """Return the entries of a segment; tied tensors appear once."""

@@ -6,6 +6,7 @@ Tests: tests/identities/test_models.py, tests/identities/test_numerics.py
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from atoll.compute.buffer_pool import empty
+from atoll.compute.layout import Layout
 
 
 class GradientResult(NamedTuple):
@@ -93,3 +95,79 @@ class Stored(NamedTuple):
     x: Tensor
     at: Tensor
     y: Tensor
+
+
+class Split(NamedTuple):
+    """The places of the shared part and of the own part of a model in its flat vectors.
+
+    Args:
+        theta, buffers: of θ and of the float buffers: the neighbouring places of the shared part, then of the own part.
+        counters: the names of the own counters.
+    """
+
+    theta: tuple[tuple[slice, ...], tuple[slice, ...]]
+    buffers: tuple[tuple[slice, ...], tuple[slice, ...]]
+    counters: frozenset[str]
+
+    def shared(self, model: Model) -> Model:
+        """The shared part of one model or of K models: θ `[..., s]`."""
+        counters = {n: t for n, t in model.counters.items() if n not in self.counters}
+        return Model(some(model.theta, self.theta[0]), some(model.buffers, self.buffers[0]), counters, model.fixed)
+
+    def own(self, model: Model) -> dict[str, Tensor]:
+        """The own part of one model or of K models by name: `theta`, `buffers` and the counters."""
+        counters = {f"counters.{n}": t for n, t in model.counters.items() if n in self.counters}
+        return {"theta": some(model.theta, self.theta[1]), "buffers": some(model.buffers, self.buffers[1]), **counters}
+
+    def join(self, shared: Model, own: Mapping[str, Tensor]) -> Model:
+        """The whole of a shared part and the own parts of K clients, or of one: θ `[K, d]` or `[d]`.
+
+        Args:
+            shared: of all clients, θ `[s]`, or of each client, θ `[K, s]`.
+            own: the result of `own`.
+        """
+        counters = dict(shared.counters)
+        if shared.theta.dim() < own["theta"].dim():
+            counters = {n: t.expand(len(own["theta"]), *t.shape) for n, t in counters.items()}
+        return Model(
+            joined(shared.theta, own["theta"], self.theta),
+            joined(shared.buffers, own["buffers"], self.buffers),
+            {**counters, **{n: own[f"counters.{n}"] for n in self.counters}},
+            shared.fixed,
+        )
+
+
+def some(vector: Tensor, places: tuple[slice, ...]) -> Tensor:
+    """A contiguous copy of some places of a vector `[..., n]`."""
+    return torch.cat([vector[..., at] for at in places] or [vector[..., :0]], -1)
+
+
+def joined(shared: Tensor, own: Tensor, places: tuple[tuple[slice, ...], tuple[slice, ...]]) -> Tensor:
+    """The whole vector `[..., n]` of a shared part and an own part."""
+    out = empty(own, (*own.shape[:-1], shared.shape[-1] + own.shape[-1]))
+    for part, slices in zip((shared, own), places, strict=True):
+        start = 0
+        for at in slices:
+            length = at.stop - at.start
+            out[..., at] = part[..., start : start + length]
+            start += length
+    return out
+
+
+@lru_cache(64)
+def split_of(whole: Layout, shared: Layout) -> Split:
+    """The split of a model into the part with the names of `shared` and the rest."""
+    names = {e.name for e in shared.entries}
+
+    def places(segment: str) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        found: tuple[list[slice], list[slice]] = ([], [])
+        start = 0
+        for e in whole.segment(segment):
+            mine = found[e.name not in names]
+            before = mine.pop().start if mine and mine[-1].stop == start else start
+            mine.append(slice(before, start + e.size))
+            start += e.size
+        return tuple(found[0]), tuple(found[1])
+
+    counters = frozenset(e.name for e in whole.counters if e.name not in names)
+    return Split(places("params"), places("buffers"), counters)

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save
 
+from atoll import models
 from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Change, Line
 from atoll.base.random import Key
 from atoll.base.validation import required
-from atoll.compute.layout import Layout
+from atoll.compute.layout import Layout, named_tensors
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.data.schema import Schema
@@ -194,8 +195,9 @@ class ServerEngine(Engine):
                 "the messages of the protocol do not travel over a network yet.",
                 "atoll run --rehearse",
             )
-        MessageForm.of(_bound(plan, self.layout), self.task)
-        if _memory_reads_weights(plan, self.task):
+        MessageForm.of(_bound(plan, plan.local.server_layout(self.layout)), self.task)
+        self._check_own(plan)
+        if not plan.local.own and _memory_reads_weights(plan, self.task):
             raise UsageError(
                 f"The memory with which clients of {plan.local!r:.100} begin depends on the weights of the model.",
                 "the same values for any weights.",
@@ -216,6 +218,23 @@ class ServerEngine(Engine):
                 "a closed run, whose clients are fixed.",
                 "the part needs all clients of the population, and an open run may gain clients in any round.",
                 Change("clients", 4),
+            )
+
+    def _check_own(self, plan: Plan) -> None:
+        """Refuse an own part if the first weights are not those of the seed, which each site draws itself."""
+        if not plan.local.own:
+            return
+        schema, layout, start = Schema.read(Terms.decode(self._terms).schema), self.task.layout, self.task.start
+        key = Key(self._options.seed).fold("model")
+        name = required(self._options.model, "name of the model")
+        module = models.resolve(name, schema.without_clients(), key, layout.dtype)
+        theta, buffers, _ = layout.flatten(named_tensors(module))
+        if not (torch.equal(theta, start.theta) and torch.equal(buffers, start.buffers)):
+            raise UsageError(
+                f"own={plan.local.own!r} over a network, and the first weights are not those of the seed.",
+                "a named model without `init`.",
+                "the own part is in no message, so each site draws its first values by the seed.",
+                Change("plan.local.own", "()"),
             )
 
     def await_clients(self, plan: Plan, state: State) -> None:

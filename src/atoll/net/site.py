@@ -303,13 +303,14 @@ class Site:
                 "the names, shapes and dtypes of the server's model.",
                 "θ is read by name and shape.",
             )
-        plan, form, first = self._plan(work.plan)
+        plan, form, first = self._plan(work)
         self.policy.check_work(work, plan, terms.clients)
         task = self._prepared_task(work, plan)
         tensors = {**self._tensors(model), **({} if fixed is None else self._tensors(fixed))}
         broadcast = unpack_broadcast(work.version, tensors)
-        if broadcast.model.theta.shape != (task.layout.d,) or broadcast.model.theta.dtype != task.layout.dtype:
-            raise RefusedError("layout", "The model version has another length.", f"{task.layout.d} numbers.")
+        layout = plan.local.server_layout(task.layout)
+        if broadcast.model.theta.shape != (layout.d,) or broadcast.model.theta.dtype != layout.dtype:
+            raise RefusedError("layout", "The model version has another length.", f"{layout.d} numbers.")
         ids = Ids(torch.tensor([self.client]), torch.tensor([work.repeat]))
         key = Key(int(work.key.seed), tuple(work.key.path))
         memory, after = self.chain.next_memory(first) if work.kind == "round" else ({}, None)
@@ -334,13 +335,19 @@ class Site:
         order = torch.arange(count)
         return replace(data, rows=data.held_out, order=order, offsets=offsets, held_out=None, held_owner=None)
 
-    def _plan(self, text: str) -> tuple[Plan, MessageForm, Tensors]:
-        """The plan of a text, the form of its messages, and the client memory before the first round."""
-        if text not in self._plans:
-            task = required(self._task, "task")
-            plan = _bound(read_plan(text, self._own), task.layout)
-            self._plans[text] = plan, MessageForm.of(plan, task), plan.memory(task)
-        return self._plans[text]
+    def _plan(self, work: Work) -> tuple[Plan, MessageForm, Tensors]:
+        """The plan of a work, the form of its messages, and the client memory before the first round.
+
+        An own part begins with the first weights of the server, which the site draws by the seed of the run.
+        """
+        if work.plan not in self._plans:
+            task = first = required(self._task, "task")
+            plan = read_plan(work.plan, self._own)
+            if plan.local.own:
+                first = required(self.terms, "terms").task(self._device, self._own, int(work.key.seed))
+            plan = _bound(plan, plan.local.server_layout(task.layout))
+            self._plans[work.plan] = plan, MessageForm.of(plan, task), plan.memory(first)
+        return self._plans[work.plan]
 
     def _prepared_task(self, work: Work, plan: Plan) -> Task:
         """The task with the backend of the work, after a test on the site's own rows."""

@@ -130,12 +130,13 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         share = held_out, min_rows, str(seed), clients
         return cls(schema.text(), given, model, loss, metrics, dtype, precision, *share)
 
-    def task(self, device: torch.device, own: Own) -> Task:
+    def task(self, device: torch.device, own: Own, seed: int = 0) -> Task:
         """Build the task at a site.
 
         Args:
             device: the device of the site.
             own: the site's own code by name.
+            seed: of the first weights; with that of the run they are those of the server.
         Raises:
             RefusedError: a name is unknown at this site, or its code does not fit.
         """
@@ -153,7 +154,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, metric in zip(self.metrics, metrics, strict=True):
             if metric is None:
                 raise _unmapped("metric", name, "--part")
-        module = models.resolve(model, schema.without_clients(), Key(0).fold("model"), dtype)
+        module = models.resolve(model, schema.without_clients(), Key(seed).fold("model"), dtype)
         judged = metrics_of(metrics, loss, Input.decode(self.input.encode(), "The input of the run"))
         task = replace(Task.of(module, loss, judged, dtype), precision=self.precision).on(device)
         if isinstance(model, str) and task.built_in:

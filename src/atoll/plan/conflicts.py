@@ -316,7 +316,7 @@ def check_contribution(
     Raises:
         UsageError: a name or a length is not declared. The error states the part, the name, the client and the round.
     """
-    codec = {n: d for n, d in slots.codec.declare(task.layout).items() if n != "update"}
+    codec = {n: d for n, d in slots.codec.declare(slots.local.server_layout(task.layout)).items() if n != "update"}
     codec |= slots.aggregator.added()
     for part, declared, means, added in (
         (slots.local, slots.local.declare(task), contribution.means, contribution.sums),

@@ -85,7 +85,7 @@ class MessageForm:
         Raises:
             UsageError: the local part declares no complete list of its vectors, or the codec has no form.
         """
-        declared = plan.local.declare(task)
+        declared, layout = plan.local.declare(task), plan.local.server_layout(task.layout)
         if OPEN in declared:
             raise UsageError(
                 f"{plan.local!r} declares vectors of any name.",
@@ -94,18 +94,18 @@ class MessageForm:
                 "Gradient()",
             )
         sends_update = "update" in declared
-        codec = {**plan.codec.declare(task.layout), **plan.aggregator.added()} if sends_update else {}
+        codec = {**plan.codec.declare(layout), **plan.aggregator.added()} if sends_update else {}
         each = {n: d for n, d in {**codec, **declared}.items() if n != "update"}
         fields = {f"{d.kind}/{n}": Field(d.dtype, d.length) for n, d in each.items()}
-        counters = [e for e in task.layout.counters if sends_update and e.name not in task.layout.dropped]
+        counters = [e for e in layout.counters if sends_update and e.name not in layout.dropped]
         shapes = {e.name: e.shape for e in counters}
         fields |= {f"counter/{e.name}": Field(e.dtype, e.size) for e in counters}
         if sends_update and "buffers" in declared:
-            shapes[CHANGED] = (len(task.layout.segment("buffers")),)
+            shapes[CHANGED] = (len(layout.segment("buffers")),)
             fields[f"counter/{CHANGED}"] = Field(torch.uint8, *shapes[CHANGED])
         head = Form(dict(sorted(fields.items())), _WEIGHT)
         scalars = [n for n, d in sorted(declared.items()) if d.kind == "sum" and d.length == 1 and n != "rows"]
-        form = plan.codec.form(task.layout) if sends_update else None
+        form = plan.codec.form(layout) if sends_update else None
         longest = head.nbytes + (0 if form is None else form.nbytes)
         varies = form is not None and plan.codec.compressor is not None
         return cls(

@@ -125,7 +125,8 @@ class Plan(Value):
         Args:
             task: the model, loss and metrics; `task.start` is the model before the first round.
         """
-        return _joined({"local": self.local.first_memory(task), "codec": self.codec.memory(task.layout)})
+        layout = self.local.server_layout(task.layout)
+        return _joined({"local": self.local.first_memory(task), "codec": self.codec.memory(layout)})
 
 
 def _sampler(cohort: Any) -> Sampler:

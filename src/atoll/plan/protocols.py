@@ -438,6 +438,34 @@ class Local(Protocol):
         """
         return theta
 
+    @default
+    def own(self) -> tuple[str, ...] | Literal["norms"]:
+        """Patterns of the names of parameters and buffers that stay at the client."""
+        return ()
+
+    @default
+    def trains_personal(self) -> bool:
+        """Whether each client has a model of its own, which `personal` builds."""
+        return False
+
+    def server_layout(self, layout: Layout) -> Layout:
+        """The layout of the model at the server and in messages: that of the module, without what stays at clients."""
+        return layout
+
+    def whole(self, model: Model, task: Task) -> Model:
+        """The server's model with all tensors of the module; the server has the first values of what it lacks."""
+        return model
+
+    def personal(self, model: Model, memory: Tensors, task: Task) -> Model:
+        """The models of K clients, θ `[K, d]`, if `trains_personal`.
+
+        Args:
+            model: the model of the server, as clients receive it.
+            memory: the client memory of the part, tensors `[K, …]`.
+            task: the model, loss and metrics.
+        """
+        return model
+
     def declare(self, task: Task) -> Mapping[str, Declared]:
         """The declaration of each mean and each sum in a contribution. The name `"*"` allows further names.
 
@@ -563,6 +591,11 @@ class Correction(Protocol):
     def needs_equal_steps(self) -> bool:
         """Whether all clients must make the same number of steps."""
         return False
+
+    @default
+    def personal_mu(self) -> float | None:
+        """λ of a second training of each client, of its own model v: ∇ℓ(v) + λ(v − θ). None: there is none."""
+        return None
 
     @default
     def parts(self) -> tuple[Correction, ...]:

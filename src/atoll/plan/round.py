@@ -182,9 +182,9 @@ def bind(plan: Plan, engine: Engine, task: Task | None = None) -> Plan:
     Raises:
         UsageError: the plan does not fit the model or the population.
     """
-    population, rule = engine.population, plan.aggregator
-    if plan.releases and engine.layout.b:
-        size = engine.layout.segment("buffers")[0].size
+    population, rule, layout = engine.population, plan.aggregator, plan.local.server_layout(engine.layout)
+    if plan.releases and layout.b:
+        size = layout.segment("buffers")[0].size
         raise UsageError(
             f"{plan.codec!r} with a model that has buffers.",
             "a model without buffers that a pass changes.",
@@ -204,10 +204,10 @@ def bind(plan: Plan, engine: Engine, task: Task | None = None) -> Plan:
         rule = rule.bind(population, chance)
     everyone = torch.arange(population.clients, device=population.sizes.device)
     total_weight = rule.weigh(everyone, population.sizes).sum()
-    codec, downlink = plan.codec.bind(engine.layout, total_weight), plan.downlink.bind(engine.layout)
+    codec, downlink = plan.codec.bind(layout, total_weight), plan.downlink.bind(layout)
     if rule.secure is not None and task is not None:
         own = {} if plan.releases else plan.local.declare(task)
-        vectors = {**own, **codec.declare(engine.layout)}
+        vectors = {**own, **codec.declare(layout)}
         rows = int(plan.local.examples_per_round(population.sizes).max())
         weight = int(rule.weigh(everyone, population.sizes).max())
         rule = rule.secured(vectors, sampler.largest(population), weight, rows)
@@ -245,7 +245,7 @@ class Opened(NamedTuple):
         plan: the algorithm, after `bind`.
         population: all clients.
         entropy: the secret key of the round, equal in all processes of the training.
-        layout: the layout of the model vector, with the rules of buffers.
+        layout: the layout of the server's model, with the rules of buffers.
     """
 
     state: State
@@ -277,7 +277,7 @@ def open_round(plan: Plan, state: State, engine: Engine) -> Opened:
     state = update_downlink(plan, state, key)
     cohort = draw_cohort(plan, state, population, key.entropy if plan.releases else key)
     entropy = key.entropy if key.secret else SecretKey(state.seed)
-    return Opened(state, cohort, key, plan, population, entropy, engine.layout)
+    return Opened(state, cohort, key, plan, population, entropy, plan.local.server_layout(engine.layout))
 
 
 class Closed(NamedTuple):

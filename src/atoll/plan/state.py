@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atoll.base.names import without_prefix
 from atoll.base.random import Key
-from atoll.compute.model_state import Model
+from atoll.compute.model_state import Model, split_of
 from atoll.compute.task import Task
 from atoll.plan.in_flight import InFlight
 from atoll.plan.plan import Plan
@@ -93,9 +93,11 @@ class State:
 
     @classmethod
     def first(cls, plan: Plan, task: Task, seed: int, memory: Store, model: Model | None = None) -> State:
-        """The state before the first round."""
-        model = model or task.initial()
-        parts = {"local": plan.local.server(task.layout), "codec": plan.codec.server(task.layout)}
+        """The state before the first round. A given model has all tensors of the module."""
+        model, layout = model or task.initial(), plan.local.server_layout(task.layout)
+        if layout is not task.layout:
+            model = split_of(task.layout, layout).shared(model)
+        parts = {"local": plan.local.server(layout), "codec": plan.codec.server(layout)}
         server = {part: {n: t.to(task.device) for n, t in tensors.items()} for part, tensors in parts.items()}
         return cls(0, seed, model, plan.optimizer.init(model.theta), server, memory)
 
@@ -114,10 +116,10 @@ class State:
         return self.broadcast if round == self.round else self.versions[round]
 
 
-def evaluated_model(plan: Plan, state: State) -> Model:
+def evaluated_model(plan: Plan, state: State, task: Task) -> Model:
     """The model that is evaluated and exported: that of the state, unless the local part states other parameters."""
     theta = plan.local.evaluated(state.model.theta, state.server["local"])
-    return state.model if theta is state.model.theta else state.model._replace(theta=theta)
+    return plan.local.whole(state.model if theta is state.model.theta else state.model._replace(theta=theta), task)
 
 
 def versions(state: State, air: InFlight) -> dict[int, Broadcast]:

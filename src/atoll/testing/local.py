@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from atoll.base.random import Key, user_scope
 from atoll.compute.batches import ClientBatch
 from atoll.compute.layout import Layout
+from atoll.compute.model_state import split_of
 from atoll.compute.task import Task
 from atoll.data.clients import Clients, offsets_of
 from atoll.data.rows import ArrayRows
@@ -137,11 +138,12 @@ def _chunks(part: Any, data: Clients) -> list[Tensor]:
 
 
 def _check_chunk(part: Any, task: Task, data: Clients, ids: Tensor) -> None:
-    subject, k, layout = f"{part!r}.contribute", len(ids), task.layout
+    subject, k, layout = f"{part!r}.contribute", len(ids), part.server_layout(task.layout)
+    model = split_of(task.layout, layout).shared(task.initial())
     first, server = part.first_memory(task), part.server(layout)
     memory = lanes(first, k)
     for t in range(2):
-        broadcast = Broadcast(t, task.initial(), {"local": server, "codec": {}})
+        broadcast = Broadcast(t, model, {"local": server, "codec": {}})
         key = Key(7).fold("round", t, "clients", "local")
         given, after = pure(subject, part.contribute, broadcast, _lanes(task, data, ids), memory, key.of(ids), task)
         _check_contribution(subject, given, data.sizes[ids], layout)

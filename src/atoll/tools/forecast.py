@@ -345,7 +345,7 @@ def simulate(plan: Plan, state: State, engine: InProcessEngine, rounds: int, lim
         limit: largest number of flights.
     """
     up = message_bytes(plan, engine.task)
-    delta = 0 if plan.downlink == Identity() else plan.downlink.nbytes(engine.layout)
+    delta = 0 if plan.downlink == Identity() else plan.downlink.nbytes(plan.local.server_layout(engine.layout))
     plain = dataclasses.replace(plan, downlink=Identity())  # no delta is encoded here: its length is enough
     rows: list[Arrivals] = []
     participants: set[int] = set()
@@ -448,7 +448,7 @@ def _for(slot: str, codec: Codec) -> Codec:
 
 def _tried(training: Training, **slots: Any) -> Help | None:
     """The plan with other parts in some slots; None if they do not fit or do not shorten the messages."""
-    engine, layout = local_engine(training), training.task.layout
+    engine, layout = local_engine(training), training.plan.local.server_layout(training.task.layout)
     for slot in slots.keys() - {"pace"}:
         if slots[slot].nbytes(layout) >= getattr(training.plan, slot).nbytes(layout):
             return None

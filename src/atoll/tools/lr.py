@@ -317,7 +317,7 @@ def _after(training: Training, engine: InProcessEngine, judge: InProcessEngine, 
             state, _ = step(plan, state, engine)
     except RunError:
         return math.inf
-    loss = evaluate(replace(state, model=evaluated_model(plan, state)), judge).metrics["held_out_loss"]
+    loss = evaluate(replace(state, model=evaluated_model(plan, state, training.task)), judge).metrics["held_out_loss"]
     return loss if math.isfinite(loss) else math.inf
 
 

@@ -224,7 +224,9 @@ def _solo(plan: Plan) -> Plan:
     A correction is for clients that differ, so a client alone has none.
     """
     if not isinstance(plan.local, Gradient):
-        local = replace(plan.local, correction=None) if isinstance(plan.local, Train) else plan.local
+        local = plan.local
+        if isinstance(local, Train):
+            local = replace(local, correction=None, own=(), alternate=False)
         return Plan(local, Mean(weights="equal", sum="float"), sgd(1.0))
     # With Sum() the learning rate is chosen for gradients that are multiplied by the number of rows.
     rule = plan.aggregator if isinstance(plan.aggregator, Sum) else Mean(weights="equal", sum="float")

@@ -25,6 +25,7 @@ MODELS = (
 RECIPES = (
     *(
         "diloco",
+        "ditto",
         "distributed_gd",
         "dp_fedavg",
         "fedadagrad",
@@ -32,12 +33,15 @@ RECIPES = (
         "fedasync",
         "fedavg",
         "fedavgm",
+        "fedbn",
         "fedbuff",
         "feddyn",
         "fedexp",
         "fedlc",
         "fednova",
+        "fedper",
         "fedprox",
+        "fedrep",
         "fedsgd",
     ),
     *("fedyogi", "gd", "local_sgd", "newton", "post_local_sgd", "scaffold", "sgd"),

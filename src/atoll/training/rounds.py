@@ -168,7 +168,6 @@ class Training:
         self.commits = True  # False: a recorder that commits every round reports its commits to the engine
         if self.data.count:
             self._bind()
-        self.first = self.state.model  # the start of the training; the loop backend writes into the module itself
         self.rules = (stops.Rounds(settings.rounds), stops.Diverged(), settings.stop)
         if plan.releases:
             held = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.evaluator else ()
@@ -184,7 +183,8 @@ class Training:
         self.bytes_up = self.bytes_down = 0
         check_same(self.engine, identity(self))
         self.share()
-        self.first = self.state.model
+        # The start of the training; the loop backend writes into the module itself.
+        self.first = self.plan.local.whole(self.state.model, self.task)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -539,7 +539,7 @@ class Training:
     @property
     def evaluated_model(self) -> Model:
         """The tensors of the model that is evaluated and exported."""
-        return evaluated_model(self.plan, self.state)
+        return evaluated_model(self.plan, self.state, self.task)
 
     def share(self) -> None:
         """Copy the state of the primary process to all processes of the training, with its client state and rules."""

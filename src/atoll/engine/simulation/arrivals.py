@@ -101,7 +101,7 @@ def message_bytes(plan: Plan, task: Task) -> int:
 
     It is exact for a codec without entropy coding and a local part that declares each of its vectors.
     """
-    layout, known = task.layout, ("update", "buffers", "loss", "rows", OPEN)
+    layout, known = plan.local.server_layout(task.layout), ("update", "buffers", "loss", "rows", OPEN)
     further = {**plan.codec.declare(layout), **plan.aggregator.added()}
     if plan.releases:  # the payload, the sums of the codec, and the weight
         return plan.codec.nbytes(layout) + _length(further, ("update",)) + 8

@@ -65,20 +65,6 @@ class Correcting(NamedTuple):
             facts = facts._replace(weights=table.to(facts.steps.device)[facts.steps])
         return cls(correction, broadcast, memory, pull, facts)
 
-    def rule(self, rule: StepRule) -> StepRule:
-        """The rule of the steps with the pull."""
-        _, anchor, shift, mu = self.pull
-        return rule._replace(mu=mu, anchor=anchor if mu else None, shift=shift)
-
-    def start(self, model: Model, lanes: int) -> Model:
-        """The model from which the clients start: the given one, or one with y₀ as its parameters."""
-        start = self.pull.start
-        if start is None:
-            return model
-        if start.dim() == 1 and model.theta.dim() == 1:
-            return model._replace(theta=start)
-        return model.lanes(lanes)._replace(theta=start.expand(lanes, -1))
-
     def finish(self, contribution: Contribution) -> tuple[Contribution, dict[str, Tensor]]:
         """The contribution with the results of the correction, and its client memory under prefixed names."""
         update = contribution.means["update"]
@@ -89,6 +75,21 @@ class Correcting(NamedTuple):
             per_client={**contribution.per_client, **per_client},
         )
         return contribution, under(CORRECTION, memory)
+
+
+def pulled_rule(pull: Pull, rule: StepRule) -> StepRule:
+    """The rule of the steps with a pull."""
+    return rule._replace(mu=pull.mu, anchor=pull.anchor if pull.mu else None, shift=pull.shift)
+
+
+def pulled_start(pull: Pull, model: Model, lanes: int) -> Model:
+    """The model from which K clients start: the given one, or one with y₀ as its parameters."""
+    start = pull.start
+    if start is None:
+        return model
+    if start.dim() == 1 and model.theta.dim() == 1:
+        return model._replace(theta=start)
+    return model.lanes(lanes)._replace(theta=start.expand(lanes, -1))
 
 
 def require_correction(correction: Any) -> None:

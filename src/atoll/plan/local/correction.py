@@ -8,6 +8,7 @@
 | `Normalised()` | | the mean of uᵢ/\\|aᵢ\\|, times the mean of \\|aᵢ\\| |
 | `Extrapolated(eps)` | | the mean update times a factor ≥ 1 |
 | `Calibrated(tau)` | y₀ = θ with a shifted output bias | |
+| `Ditto(lam)` | of a second training: y₀ = vᵢ, a = θ, μ = lam | |
 
 uᵢ = y₀ − yᵢ is the update of client i, w its weight. `Proximal(mu) >> Normalised()` and `Calibrated(tau) >> other` are
 chains.
@@ -362,6 +363,10 @@ class Calibrated(CorrectionBase):
         return {}
 
     def conflicts(self, slots: Slots) -> Iterator[Conflict]:
+        if slots.local.own:
+            why = "the shift belongs to the output layer, which may be a part of the own part."
+            write = "Train(sgd(0.1), epochs=1, batch=10)"
+            yield Conflict(f"{self!r} with own={slots.local.own!r}.", "one of the two.", why, write)
         optimizer = slots.local.optimizer
         decays = optimizer is not None and "weight_decay=" in repr(optimizer)
         if optimizer is not None and decays and optimizer.step_rule(1.0) is None:
@@ -384,6 +389,41 @@ class Calibrated(CorrectionBase):
 
 
 @dataclass(frozen=True, repr=False)
+class Ditto(CorrectionBase):
+    """Ditto: each client also trains a model of its own, which is pulled to the model of the round.
+
+    v ← v − lr·(∇ℓ(v) + lam·(v − θ)),  from the v of the client's last round
+
+    The update is that of federated averaging. v stays at the client, and begins with θ of its first round.
+
+    Args:
+        lam: weight of the term (lam/2)·|v − θ|², ≥ 0; 0 is training of each client by itself.
+    Raises:
+        UsageError: lam is out of range, or lr·lam ≥ 2 with plain SGD; the plan raises the latter.
+    Example:
+        >>> Ditto(0.1)
+        Ditto(0.1)
+
+    Reference: Li et al., Ditto: Fair and Robust Federated Learning Through Personalization, 2021.
+    """
+
+    lam: float = bounded_number(least=0, example=0.1, why="a negative weight drives v away from θ.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def personal_mu(self) -> float | None:
+        return self.lam
+
+    def pull(self, broadcast: Broadcast, memory: Tensors, facts: StepFacts) -> Pull:
+        return Pull()
+
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        return _diverges(self, "lam", self.lam, slots)
+
+
+@dataclass(frozen=True, repr=False)
 class Chained(CorrectionBase):
     """Several corrections, one after another: `Proximal(mu) >> Normalised()` or `Calibrated(tau) >> other`.
 
@@ -397,7 +437,7 @@ class Chained(CorrectionBase):
 
     def __post_init__(self) -> None:
         rest = self.chain[1:] if isinstance(self.chain[0], Calibrated) else self.chain
-        known = all(isinstance(part, CorrectionBase) for part in self.chain)
+        known = all(isinstance(part, CorrectionBase) and part.personal_mu is None for part in self.chain)
         pair = len(rest) == 2 and isinstance(rest[0], Proximal) and isinstance(rest[1], Normalised)
         if not known or not (pair or (len(rest) == 1 and not isinstance(rest[0], Calibrated))):
             raise UsageError(
@@ -481,7 +521,7 @@ class Chained(CorrectionBase):
             yield from part.conflicts(slots)
 
 
-CORRECTIONS = (Proximal, Scaffold, Dynamic, Normalised, Extrapolated, Calibrated)
+CORRECTIONS = (Proximal, Scaffold, Dynamic, Normalised, Extrapolated, Calibrated, Ditto)
 
 
 def _column(facts: StepFacts, update: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Tests: tests/identities/test_local_sgd.py
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from atoll.base.random import Key
 from atoll.base.validation import class_instead_of_value, plain_fields, repaired
 from atoll.compute.batches import ROWS, ClientBatch, padded
 from atoll.compute.layout import Layout
-from atoll.compute.model_state import Model
+from atoll.compute.model_state import Model, split_of
 from atoll.compute.step_rule import StepRule
 from atoll.compute.task import Task
 from atoll.plan.local.contribution import (
@@ -30,7 +30,25 @@ from atoll.plan.local.contribution import (
     contribution_of,
     declared_update,
 )
-from atoll.plan.local.correcting import CORRECTION, Correcting, conflicts_of_pull, require_correction
+from atoll.plan.local.correcting import (
+    CORRECTION,
+    Correcting,
+    conflicts_of_pull,
+    pulled_rule,
+    pulled_start,
+    require_correction,
+)
+from atoll.plan.local.own import (
+    Names,
+    OwnPart,
+    after_personal,
+    check_own,
+    conflicts_of_own,
+    first_own,
+    first_personal,
+    personal_models,
+    shared_layout,
+)
 from atoll.plan.local.steps import check_steps, counted, lengths_of, quotient, steps_at
 from atoll.plan.protocols import (
     Broadcast,
@@ -40,6 +58,7 @@ from atoll.plan.protocols import (
     Declared,
     Local,
     Optimizer,
+    Pull,
     RoundInfo,
     Sends,
     Slots,
@@ -72,6 +91,10 @@ class Train(Local):
             the contribution arrives, not the θ that the client started from: models are mixed, as in FedAsync. The
             message is the same, since the server has both θ. Only late contributions differ.
         correction: a correction of the steps for unequal clients, such as `Proximal(0.1)` or `Scaffold()`.
+        own: patterns of the names of parameters and buffers that stay at the client, such as `("fc2.*",)`; or
+            `"norms"`, all layers of normalisation. They are in client memory and in no message. The server has their
+            first values, and a client that never took part uses them.
+        alternate: whether the client trains its own part first and then the shared part, each for `epochs` or `steps`.
     Raises:
         UsageError: neither or both of epochs and steps are given, a number is out of range, or a schedule has less than
             one step.
@@ -80,7 +103,8 @@ class Train(Local):
         >>> Train(sgd(0.1), epochs=1, batch=10)
         Train(sgd(0.1), epochs=1, batch=10)
 
-    Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017.
+    Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017; `own`:
+        Arivazhagan et al., Federated Learning with Personalization Layers, 2019.
     """
 
     optimizer: Optimizer
@@ -90,6 +114,8 @@ class Train(Local):
     keep: tuple[Keep, ...] = ()
     sends: Sends = "update"
     correction: Correction | None = None
+    own: Names = ()
+    alternate: bool = False
     can_stop_early = True
 
     def __post_init__(self) -> None:
@@ -122,6 +148,7 @@ class Train(Local):
                 f"Train({rule}, epochs=1, batch=10)",
             )
         require_correction(self.correction)
+        object.__setattr__(self, "own", check_own(self.own, self.alternate))
         if not isinstance(self.keep, (tuple, list)) or not all(
             k in ("optimizer", "order") for k in map(str, self.keep)
         ):
@@ -164,8 +191,35 @@ class Train(Local):
         if "order" in self.keep:
             tensors["taken"] = torch.zeros((), dtype=torch.int64)
         if self.correction is not None:
-            tensors |= under(CORRECTION, self.correction.memory(task.layout))
-        return tensors
+            tensors |= under(CORRECTION, self.correction.memory(self.server_layout(task.layout)))
+            if self.correction.personal_mu is not None:
+                tensors |= first_personal(task)
+        return {**tensors, **first_own(self.own, task)}
+
+    @property
+    def trains_personal(self) -> bool:
+        """Whether each client has an own part, or a second model."""
+        return bool(self.own) or (self.correction is not None and self.correction.personal_mu is not None)
+
+    def server_layout(self, layout: Layout) -> Layout:
+        """The layout of the shared part.
+
+        Raises:
+            UsageError: `own` matches nothing or everything.
+        """
+        return shared_layout(layout, self.own)
+
+    def whole(self, model: Model, task: Task) -> Model:
+        """The shared part with the first values of the own part."""
+        if not self.own:
+            return model
+        split = split_of(task.layout, self.server_layout(task.layout))
+        return split.join(model, split.own(task.start))
+
+    def personal(self, model: Model, memory: Tensors, task: Task) -> Model:
+        """The models of K clients: with their own parts, or their second models."""
+        part = OwnPart.of(self.own, memory, task.layout)
+        return personal_models(model, memory) if part is None else part.split.join(model, part.own)
 
     def server(self, layout: Layout) -> Tensors:
         """The server state before the first round: the memory of a plateau schedule, and that of the correction."""
@@ -178,9 +232,12 @@ class Train(Local):
         if self.correction is not None:
             yield from self.correction.conflicts(slots)
             yield from conflicts_of_pull(self, self.correction)
+        yield from conflicts_of_own(self)
 
     def declare(self, task: Task) -> Mapping[str, Declared]:
         """Declares the update, buffers if the model has any, the loss, the rows, and the names of the correction."""
+        layout = self.server_layout(task.layout)
+        task = task if layout is task.layout else replace(task, layout=layout)
         added = {} if self.correction is None else self.correction.declare(task)
         return {**declared_update(task), **added}
 
@@ -207,6 +264,8 @@ class Train(Local):
 
     def examples_per_round(self, sizes: Tensor) -> Tensor:
         """The rows that each client processes in round 0, int64 `[C]`; `sizes`: the rows that it has, int64 `[C]`."""
+        twice = self.alternate or (self.correction is not None and self.correction.personal_mu is not None)
+        sizes = sizes * (2 if twice else 1)
         if self.epochs is not None:
             return sizes * self.epochs
         return (sizes if self.batch is None else sizes.clamp(max=self.batch)) * (self.steps_at(0) or 0)
@@ -216,39 +275,86 @@ class Train(Local):
     ) -> tuple[Contribution, Tensors]:
         """Train K clients, one in each lane, and return y₀ − y of each. A lane that has finished does not change."""
         lr = self.optimizer.schedule(broadcast.round, broadcast.shared.get("local", {}))
-        rule = self.optimizer.step_rule(lr)
-        model, finish = broadcast.model, None
-        by_backend = task.numerics != "lanes" and self.sequential(lanes.sizes[0])
+        given = self.optimizer.step_rule(lr)
+        rule, finish = given or StepRule(lr), None
+        part, model = OwnPart.of(self.own, memory, task.layout), broadcast.model
+        if part is not None:
+            model = part.split.join(model, part.own)
         if self.correction is not None:
-            facts = self._facts(lanes, rule, lr, task, broadcast.round)
-            finish = Correcting.of(self.correction, broadcast, memory, facts, rule)
-            rule, model = finish.rule(rule or StepRule(lr)), finish.start(model, len(lanes.sizes))
-        batches = self._batches(lanes, memory, key, task, self.steps_at(broadcast.round))
-        if by_backend and rule is not None:  # the backend makes the steps: without a pull in the backward pass
-            rows = lanes.rows * (self.epochs or 0)
-            if self.epochs is None or lanes.share != 1:
-                rows = torch.zeros_like(rows)
-                batches = counted(batches, rows)
-            descent = task.descent(model, len(lanes.sizes), rule, key)
-            descent.follow(lanes, batches)
+            facts = self._facts(lanes, given, lr, task, broadcast.round)
+            finish = Correcting.of(self.correction, broadcast, memory, facts, given)
+            pull = finish.pull if part is None else part.pull(finish.pull)
+            rule, model = pulled_rule(pull, rule), pulled_start(pull, model, len(lanes.sizes))
+        if part is not None and self.alternate:
+            trained = self._alternating(part, model, rule, lanes, key, task, broadcast.round)
             after: dict[str, Tensor] = {}
-            trained = Trained(descent.update(), *descent.moved, descent.loss, rows)
         else:
-            trained, after = self._by_stepper(model, rule or StepRule(lr), lanes, memory, key, task, batches)
+            trained, after = self._train(model, rule, lanes, memory, key, task, broadcast.round)
         if "order" in self.keep:
             after["taken"] = self._batches_taken(lanes, memory, self.steps_at(broadcast.round))
+        if part is not None:
+            trained, own = part.divide(trained)
+            after |= own
         sums = {"loss": trained.loss, "rows": trained.rows}
         moved = (trained.update, trained.buffers, trained.counters)
-        contribution = contribution_of(lanes, broadcast, task.layout, *moved, sums)
+        contribution = contribution_of(lanes, broadcast, self.server_layout(task.layout), *moved, sums)
         if finish is not None:
             contribution, own = finish.finish(contribution)
             after |= own
+            mu = finish.correction.personal_mu
+            if mu is not None:
+                start, pull = personal_models(broadcast.model, memory), Pull(anchor=broadcast.model.theta, mu=mu)
+                rule, second = pulled_rule(pull, given or StepRule(lr)), key.fold("personal")
+                trained, _ = self._train(start, rule, lanes, memory, second, task, broadcast.round)
+                after |= after_personal(start, trained, memory)
         return contribution, after
 
-    def _by_stepper(
-        self, model: Model, rule: StepRule, lanes: ClientBatch, memory: Tensors, key: Key, task: Task, batches: Batches
+    def _train(
+        self, model: Model, rule: StepRule, lanes: ClientBatch, memory: Tensors, key: Key, task: Task, round: int
     ) -> tuple[Trained, dict[str, Tensor]]:
-        """Train K clients by any optimizer. The pull is added to the gradient before its step."""
+        """Train K clients from a model. If the backend makes the steps, a step needs no gradient in memory."""
+        batches = self._batches(lanes, memory, key, task, self.steps_at(round))
+        by_backend = task.numerics != "lanes" and self.sequential(lanes.sizes[0])
+        if not by_backend or self.optimizer.step_rule(rule.lr) is None:
+            return self._by_stepper(model, rule, lanes, memory, key, task, batches)
+        rows = lanes.rows * (self.epochs or 0)
+        if self.epochs is None or lanes.share != 1:
+            rows = torch.zeros_like(rows)
+            batches = counted(batches, rows)
+        descent = task.descent(model, len(lanes.sizes), rule, key)
+        descent.follow(lanes, batches)
+        return Trained(descent.update(), *descent.moved, descent.loss, rows), {}
+
+    def _alternating(
+        self, part: OwnPart, model: Model, rule: StepRule, lanes: ClientBatch, key: Key, task: Task, round: int
+    ) -> Trained:
+        """Train the own part, then the shared part from there. The loss is that of both trainings."""
+        shared, own = part.split.theta
+        steps = self.steps_at(round)
+        batches = self._batches(lanes, {}, key.fold("own"), task, steps)
+        first, _ = self._by_stepper(model, rule, lanes, {}, key.fold("own"), task, batches, shared)
+        middle = Model(model.theta - first.update, first.buffers, first.counters, model.fixed)
+        batches = self._batches(lanes, {}, key, task, steps)
+        second, _ = self._by_stepper(middle, rule, lanes, {}, key, task, batches, own)
+        both = second._replace(update=first.update + second.update, rows=first.rows + second.rows)
+        return both._replace(loss=first.loss + second.loss)
+
+    def _by_stepper(
+        self,
+        model: Model,
+        rule: StepRule,
+        lanes: ClientBatch,
+        memory: Tensors,
+        key: Key,
+        task: Task,
+        batches: Batches,
+        frozen: tuple[slice, ...] = (),
+    ) -> tuple[Trained, dict[str, Tensor]]:
+        """Train K clients by any optimizer. The pull is added to the gradient before its step.
+
+        Args:
+            frozen: the places of θ that do not change.
+        """
         start, model = model.theta, model.lanes(len(lanes.sizes))
         state = self.optimizer.slots(model.theta)
         if "optimizer" in self.keep:
@@ -260,6 +366,8 @@ class Train(Local):
             k = len(counts)
             g = lanes.gradient(task, model.first(k), places, counts, key.fold("pass", s).select(slice(k)))
             stepper.step(rule.pulled(g.grad, model.theta[:k]) if pulls else g.grad)
+            for at in frozen:
+                model.theta[:k, at] = start[:k, at]
             model.buffers[:k] = g.buffers
             for name, counter in g.counters.items():
                 model.counters[name][:k] = counter
