@@ -97,7 +97,7 @@ class Stored(NamedTuple):
     y: Tensor
 
 
-class Split(NamedTuple):
+class OwnSplit(NamedTuple):
     """The places of the shared part and of the own part of a model in its flat vectors.
 
     Args:
@@ -130,8 +130,8 @@ class Split(NamedTuple):
         if shared.theta.dim() < own["theta"].dim():
             counters = {n: t.expand(len(own["theta"]), *t.shape) for n, t in counters.items()}
         return Model(
-            joined(shared.theta, own["theta"], self.theta),
-            joined(shared.buffers, own["buffers"], self.buffers),
+            joined_parts(shared.theta, own["theta"], self.theta),
+            joined_parts(shared.buffers, own["buffers"], self.buffers),
             {**counters, **{n: own[f"counters.{n}"] for n in self.counters}},
             shared.fixed,
         )
@@ -142,7 +142,7 @@ def some(vector: Tensor, places: tuple[slice, ...]) -> Tensor:
     return torch.cat([vector[..., at] for at in places] or [vector[..., :0]], -1)
 
 
-def joined(shared: Tensor, own: Tensor, places: tuple[tuple[slice, ...], tuple[slice, ...]]) -> Tensor:
+def joined_parts(shared: Tensor, own: Tensor, places: tuple[tuple[slice, ...], tuple[slice, ...]]) -> Tensor:
     """The whole vector `[..., n]` of a shared part and an own part."""
     out = empty(own, (*own.shape[:-1], shared.shape[-1] + own.shape[-1]))
     for part, slices in zip((shared, own), places, strict=True):
@@ -155,7 +155,7 @@ def joined(shared: Tensor, own: Tensor, places: tuple[tuple[slice, ...], tuple[s
 
 
 @lru_cache(64)
-def split_of(whole: Layout, shared: Layout) -> Split:
+def split_of(whole: Layout, shared: Layout) -> OwnSplit:
     """The split of a model into the part with the names of `shared` and the rest."""
     names = {e.name for e in shared.entries}
 
@@ -170,4 +170,4 @@ def split_of(whole: Layout, shared: Layout) -> Split:
         return tuple(found[0]), tuple(found[1])
 
     counters = frozenset(e.name for e in whole.counters if e.name not in names)
-    return Split(places("params"), places("buffers"), counters)
+    return OwnSplit(places("params"), places("buffers"), counters)

@@ -21,7 +21,7 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.names import under, without_prefix
 from atoll.compute.layout import Layout
-from atoll.compute.model_state import Model, Split, joined, split_of
+from atoll.compute.model_state import Model, OwnSplit, joined_parts, split_of
 from atoll.compute.task import Task
 from atoll.plan.local.contribution import Trained
 from atoll.plan.protocols import Conflict, Pull, Tensors
@@ -48,7 +48,7 @@ class OwnPart(NamedTuple):
         own: the own part before the round, `[K, …]` by name.
     """
 
-    split: Split
+    split: OwnSplit
     own: dict[str, Tensor]
 
     @classmethod
@@ -64,7 +64,7 @@ class OwnPart(NamedTuple):
         start = self.own["theta"]
 
         def whole(shared: Tensor | None, own: Tensor) -> Tensor | None:
-            return None if shared is None else joined(shared, own, self.split.theta)
+            return None if shared is None else joined_parts(shared, own, self.split.theta)
 
         shift = whole(pull.shift, torch.zeros_like(start))
         return Pull(whole(pull.start, start), whole(pull.anchor, start), shift, pull.mu)
