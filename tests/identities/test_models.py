@@ -83,7 +83,7 @@ def test_fits_the_rows_or_names_a_model_that_does(name, rows):
         assert error.required and error.why
         name = error.write.value
         model = model_of(name, *rows)
-    shape = (3, *([] if kind != "tokens" else features), 1 if name == "logistic" else outputs)
+    shape = (3, *([] if kind != "tokens" else features), 1 if name in ("logistic", "cox") else outputs)
     assert model(rows_of(features, vocab, 3)).shape == shape
 
 
@@ -123,6 +123,7 @@ def test_what_is_written_instead(name, rows, instead):
 # for each name the rows that it fits
 FIT = {
     "linear": ((13,), 1, "regression", None),
+    "cox": ((13,), 2, "regression", None),
     "logistic": ((30,), 2, "classification", None),
     "lstm": ((12,), 20, "tokens", 20),
     "transformer": ((12,), 20, "tokens", 20),
@@ -142,7 +143,7 @@ def test_weights_depend_on_the_key_alone(name):
     other = model_of(name, *fitting(name))
     assert same(one, other)
     elsewhere = build(name, *fitting(name)[:3], Key(8), vocab=fitting(name)[3])
-    convex = name in ("linear", "logistic", "softmax")
+    convex = name in ("linear", "logistic", "softmax", "cox")
     assert same(one, elsewhere) == convex
     assert all(not p.any() for p in one.parameters()) == convex
 

@@ -21,6 +21,7 @@ import torch
 from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Line
 from atoll.cli import output
+from atoll.compute.loss import cox
 from atoll.data.cells import Cells, NumberCells
 from atoll.data.files import RowBatch, Stream, stream_table
 from atoll.data.input import Input
@@ -69,7 +70,7 @@ class _Seen:
 def predict_file(predictor: Predictor, request: Request) -> int:
     """Predict all rows of a file, and print or write them."""
     stream = _open(request.data, predictor.input)
-    added = _added(predictor.input, request, stream.header)
+    added = _added(predictor, request, stream.header)
     seen = _Seen(ScoreSums(predictor))
     with _writer(request, [*stream.header, *added]) as writer:
         for batch in stream.batches:
@@ -123,10 +124,12 @@ def _arrays(folder: Path, input: Input) -> Stream:
     return Stream((), batches())
 
 
-def _added(input: Input, request: Request, header: Sequence[str]) -> list[str]:
+def _added(predictor: Predictor, request: Request, header: Sequence[str]) -> list[str]:
     """The names of the columns that are added."""
+    input = predictor.input
     targets = input.target.names
-    names = [f"{request.name}={name}" for name in targets] if _several(input) else [request.name]
+    one = predictor.loss is cox or not _several(input)  # a relative hazard, and not a time and an event
+    names = [request.name] if one else [f"{request.name}={name}" for name in targets]
     if request.proba:
         classes = targets if input.kind == "labels" else input.classes
         if input.kind == "regression" or classes is None:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.compute.loss import ClassWeighted, PerExample, binary_cross_entropy, cross_entropy, mse, poisson
+from atoll.compute.loss import ClassWeighted, PerExample, binary_cross_entropy, cox, cross_entropy, mse, poisson
 from atoll.compute.shapes import aligned
+from atoll.compute.survival import derivatives
 from atoll.data.rows import IGNORED
 
 
@@ -90,7 +91,7 @@ def has_curvature(loss: PerExample) -> bool:
         >>> has_curvature(mse), has_curvature(cross_entropy())
         (True, True)
     """
-    return isinstance(_plain(loss), cross_entropy) or _plain(loss) in _SLOPES
+    return isinstance(_plain(loss), cross_entropy) or _plain(loss) in (*_SLOPES, cox)
 
 
 def ignores_shift(loss: PerExample) -> bool:
@@ -139,6 +140,9 @@ def quadratic(loss: PerExample, x: Tensor, z: Tensor, y: Tensor) -> Quadratic:
         z: outputs `[B, o]`.
         y: targets `[B, …]`.
     """
+    if loss is cox:
+        slope, hessian = derivatives(x, z[:, 0], y)
+        return Quadratic(slope[None] @ x, hessian[None, :, None], None)
     slope, curvature, wrong = slopes(loss, z, y)
     outputs, width = z.shape[1], x.shape[1]
     hessian = x.new_zeros(outputs, width, outputs, width)

@@ -20,6 +20,7 @@ from atoll.base.grammar import Value, parse
 from atoll.base.lines import Change
 from atoll.base.validation import bounded_number, check_fields
 from atoll.compute.shapes import aligned, check_output, class_axis, labelled_means, row_means, same_axes
+from atoll.compute.survival import partial_likelihood
 from atoll.data.rows import IGNORED
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
@@ -136,6 +137,33 @@ def poisson(output: Tensor, y: Tensor) -> Tensor:
     return row_means(log_rate.exp() - y * log_rate)
 
 
+def cox(output: Tensor, y: Tensor) -> Tensor:
+    """Compute −log of Cox's partial likelihood, one value per row `[B]`: 0 for a row without an event.
+
+    ℓᵢ = log( Σ_{tⱼ ≥ tᵢ} e^{zⱼ} − (l/m) Σ_{tied} e^{zⱼ} ) − zᵢ,  for the l-th of m events at one time, from 0 (Efron)
+
+    All rows of a batch are one stratum, so the loss couples them. Of a training, each client is a stratum if a step
+    takes all its rows. The output z is the logarithm of a relative hazard.
+
+    Args:
+        output: logarithms of relative hazards, `[B]` or `[B, 1]`.
+        y: time and event, 0 or 1, `[B, 2]`.
+    Example:
+        >>> cox(torch.zeros(2, 1), torch.tensor([[1.0, 1.0], [2.0, 0.0]]))
+        tensor([0.6931, 0.0000])
+
+    Reference: Efron, The Efficiency of Cox's Likelihood Function for Censored Data, 1977.
+    """
+    if y.dim() != 2 or y.shape[1] != 2 or output.numel() != len(y):
+        raise UsageError(
+            f"The loss cox for outputs of shape {tuple(output.shape)} and targets of shape {tuple(y.shape)}.",
+            "one output, and two targets: a time and an event.",
+            "the output is the logarithm of a relative hazard.",
+            Change("model", "cox"),
+        )
+    return partial_likelihood(output.reshape(len(y)), y)
+
+
 @dataclass(frozen=True, repr=False)
 class huber(Value):
     """The loss ½ e² for |e| ≤ δ, and δ (|e| − ½ δ) beyond, of e = output − y: one value per row `[B]`.
@@ -246,6 +274,7 @@ LOSSES: Mapping[str, PerExample] = {
     "mae": mae,
     "huber": huber(),
     "poisson": poisson,
+    "cox": cox,
 }
 # The constructors of the grammar.
 LOSS_VALUES: Mapping[str, Callable[..., PerExample]] = {
@@ -256,9 +285,14 @@ LOSS_VALUES: Mapping[str, Callable[..., PerExample]] = {
 
 
 def built_in(loss: PerExample) -> bool:
-    """Whether a loss is one of atoll's own, which never draws and never couples rows."""
+    """Whether a loss is one of atoll's own, which never draws. Only `cox` couples rows."""
     loss = loss.loss if isinstance(loss, ClassWeighted) else loss
     return isinstance(loss, (cross_entropy, huber, quantile)) or any(loss is own for own in LOSSES.values())
+
+
+def couples_rows(loss: str | PerExample) -> bool:
+    """Whether a loss declares that the value of a row depends on the other rows of its batch."""
+    return loss == "cox" or loss is cox or (isinstance(loss, Loss) and (loss.couples or couples_rows(loss.fn)))
 
 
 def name_of_loss(loss: str | PerExample) -> str:

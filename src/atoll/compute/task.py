@@ -36,7 +36,7 @@ from atoll.compute.attributes import Reset, attributes, deep_copy, roots_of, ten
 from atoll.compute.autograd import FlatModule, SequentialDescent, constant_changed
 from atoll.compute.fused import Program, UnsupportedModel, shares, total_of
 from atoll.compute.layout import Layout, named_tensors
-from atoll.compute.loss import Loss, PerExample, built_in, loss_of, values_of
+from atoll.compute.loss import PerExample, built_in, couples_rows, loss_of, values_of
 from atoll.compute.metrics import Counts, Metric, check_metric_names, metric_of, row_sums
 from atoll.compute.model_state import Batch, GradientResult, Model
 from atoll.compute.overrides import KeyedDropout, VmapOverrides, may_drop
@@ -110,7 +110,7 @@ class Task:
             UsageError: an unknown name, a trained tensor that is not real, no trainable parameter, a loss with weights
                 of its own, a hook after the accumulation of a gradient, or a module that cannot be copied.
         """
-        declared = ("declared by the loss",) if isinstance(loss, Loss) and loss.couples else ()
+        declared = ("declared by the loss",) if couples_rows(loss) else ()
         loss = loss_of(loss)
         judged = tuple(metric_of(m, loss) for m in metrics)
         check_metric_names(judged)

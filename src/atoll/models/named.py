@@ -97,6 +97,18 @@ def _linear(w: _Wanted) -> nn.Module:
     return _from_zero(w.flat, w.outputs)
 
 
+def _cox(w: _Wanted) -> nn.Module:
+    if w.kind != "regression" or w.outputs != 2:
+        raise w.refusal(
+            "two targets: a time, and an event of 0 or 1.",
+            "it models the hazard of an event over time.",
+            "linear" if w.kind == "regression" else "logistic" if w.kind == "labels" else "softmax",
+        )
+    linear = nn.Linear(w.flat, 1, bias=False)
+    nn.init.zeros_(linear.weight)
+    return _stack(flat=nn.Flatten(), linear=linear)
+
+
 def _logistic(w: _Wanted) -> nn.Module:
     if w.kind == "labels":
         return _from_zero(w.flat, w.outputs)
@@ -209,6 +221,7 @@ _MODELS: Mapping[str, Callable[[_Wanted], nn.Module]] = {
     "linear": _linear,
     "logistic": _logistic,
     "softmax": _softmax,
+    "cox": _cox,
     "mlp": _mlp,
     "cnn": _cnn,
     "lstm": _lstm,
@@ -245,7 +258,8 @@ def build(
         name: one of `names()`.
         features: shape of one row: `(d,)`; images `(height, width)` or `(channels, height, width)`; sequences
             `(length, width)` of numbers or, with `vocab`, `(length,)` of tokens.
-        outputs: the number of classes or targets, ≥ 1. `logistic` has one logit for two classes.
+        outputs: the number of classes or targets, ≥ 1. `logistic` has one logit for two classes, `cox` one output for
+            two targets.
         kind: `"classification"`, `"regression"`, `"labels"` (several labels of 0 and 1, one logit for each), or
             `"tokens"`: a class at every position, from this and earlier positions.
         key: key of the initial weights; the global generators are restored afterwards.

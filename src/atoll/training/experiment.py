@@ -791,11 +791,10 @@ def predictor(path: str | Path, model: Any = None, *, best: bool = False, trust:
         >>> bool(atoll.predictor(run.path).predict(row) == run.predictor.predict(row))
         True
     """
-    from atoll.compute.loss import is_named, loss_of, poisson
+    from atoll.compute.loss import cox, is_named, loss_of, poisson
     from atoll.compute.metrics import METRICS, metric_of, metrics_of
     from atoll.runs.predictor import predictor_of
-    from atoll.training.rounds import LOSSES as BY_KIND
-    from atoll.training.rounds import metrics_of_kind
+    from atoll.training.rounds import default_loss, metrics_of_kind
 
     folder = _run_folder(path)
     found = _input_of(folder)
@@ -803,12 +802,14 @@ def predictor(path: str | Path, model: Any = None, *, best: bool = False, trust:
     config = read_toml(folder / "config.toml") or {}
     loss, metrics = config.get("loss"), config.get("metrics")
     binary = found.classes is not None and len(found.classes) == 2 and _width(module, found) == 1
-    name = str(loss) if loss is not None else "binary_cross_entropy" if binary else BY_KIND[found.kind]
+    usual = default_loss(config.get("model"), found.kind)
+    name = str(loss) if loss is not None else "binary_cross_entropy" if binary else usual
     known = is_named(name)
-    name = name if known else BY_KIND[found.kind]
+    name = name if known else usual
     name = "cross_entropy(axis=-1)" if name == "cross_entropy" else name
     default = metrics_of_kind(found.kind, found.classes)
     default = ("poisson_deviance", *default) if loss_of(name) is poisson else default
+    default = ("c_index",) if loss_of(name) is cox else default
     names = [n for n in metrics if n in METRICS] if isinstance(metrics, list) else default
     each = [metric_of(m, loss_of(name)) for m in metrics_of(names, name, found)]
     return predictor_of(module, found, loss_of(name) if known else None, tuple(each))

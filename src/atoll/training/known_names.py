@@ -19,7 +19,7 @@ from atoll.base.lines import Change, Load, Text
 
 DATA_SETS = ("breast_cancer", "diabetes", "digits", "fashion_mnist", "heart", "mnist", "wine")
 MODELS = (
-    *("2nn", "cnn", "linear", "logistic", "lstm", "mcmahan-cnn", "mlp", "niid-cnn", "pfl-cnn", "softmax"),
+    *("2nn", "cnn", "cox", "linear", "logistic", "lstm", "mcmahan-cnn", "mlp", "niid-cnn", "pfl-cnn", "softmax"),
     "transformer",
 )
 RECIPES = (

@@ -32,7 +32,7 @@ from atoll.base.random import GeneratorWatch, Key, SecretKey, user_modes, user_s
 from atoll.compute import limits
 from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.device import check_precision, move_rows
-from atoll.compute.loss import ClassWeighted, PerExample, built_in, loss_of, poisson
+from atoll.compute.loss import ClassWeighted, PerExample, built_in, cox, loss_of, poisson
 from atoll.compute.metrics import Metric, metrics_of
 from atoll.compute.model_state import Model
 from atoll.compute.task import Task
@@ -605,9 +605,11 @@ def _task(model: Any, data: Clients, settings: Settings, private: bool = False) 
     """The model, its loss and its metrics on the device of the engine. If it is private, they follow from no rows."""
     dtype = DTYPES[settings.dtype]
     module = models.resolve(model, data, Key(settings.seed).fold("model"), dtype)
-    loss = settings.loss or LOSSES[data.kind]
+    loss = settings.loss or default_loss(model, data.kind)
     if loss_of(loss) is poisson:
         _check_counts(data)
+    if loss_of(loss) is cox:
+        _check_survival(data)
     if isinstance(model, str) and ":" not in model and loss == "cross_entropy":
         loss = "cross_entropy(axis=-1)"  # the classes of a named model are on the last axis
     # Settings has put a single metric into a tuple.
@@ -631,6 +633,16 @@ def _task(model: Any, data: Clients, settings: Settings, private: bool = False) 
     if settings.draws:
         task = replace(task, findings=replace(task.findings, draws=PASSES, built_in=False))
     return task
+
+
+def default_loss(model: Any, kind: str) -> str:
+    """The name of the loss, if the user names none.
+
+    Example:
+        >>> default_loss("cox", "regression"), default_loss("mlp", "regression")
+        ('cox', 'mse')
+    """
+    return "cox" if model == "cox" else LOSSES[kind]
 
 
 def metrics_of_kind(kind: str, classes: Sequence[str] | None) -> tuple[str, ...]:
@@ -662,6 +674,36 @@ def _check_counts(data: Clients) -> None:
         raise UsageError(f'loss="poisson", and a target is {least:g}.', "numbers of at least 0.", "a rate is positive.")
 
 
+def _check_survival(data: Clients) -> None:
+    """Refuse targets that are no time of at least 0 and an event of 0 or 1, for the loss `cox`."""
+    given, target = "The loss cox", data.described().target
+    if data.kind != "regression" or (data.count and data.example[1].numel() != 2):
+        raise UsageError(
+            f"{given} with a target of {'classes' if data.classes else 'other numbers'}.",
+            "two targets of numbers: a time, and an event of 0 or 1.",
+            "the loss orders the events by their times.",
+            Line('atoll.data.load("trial.csv", target=["time", "event"])', "--target time,event"),
+        )
+    if target.spread:
+        raise UsageError(
+            f"{given} with a scaled target.",
+            "times and events in their own units.",
+            "a scaled event is neither 0 nor 1.",
+            Change("scale_target", "none"),
+        )
+    if not data.count or not in_memory(data.rows):
+        return
+    time, event = data.rows.targets()[data.order].reshape(-1, 2).T
+    names = ", ".join(target.names)
+    if not bool((time >= 0).all()):
+        raise UsageError(f"{given}, and a time is {float(time.min()):g} ({names}).", "times of at least 0.")
+    other = event[(event != 0) & (event != 1)]
+    if len(other):
+        raise UsageError(f"{given}, and an event is {float(other[0]):g} ({names}).", "events of 0 or 1.")
+    if not bool(event.any()):
+        raise UsageError(f"{given}, and no row has an event ({names}).", "at least one event.", "the loss is 0.")
+
+
 def default_metrics(data: Clients, loss: str | PerExample, private: bool = False) -> tuple[str, ...]:
     """The metrics of a kind of data. The first one selects the best round.
 
@@ -669,6 +711,8 @@ def default_metrics(data: Clients, loss: str | PerExample, private: bool = False
     `auc` for two classes, else `balanced_accuracy`. A private training reads no train row, and keeps the usual order.
     """
     names = metrics_of_kind(data.kind, data.classes)
+    if loss_of(loss) is cox:
+        return ("c_index",)
     if loss_of(loss) is poisson:
         return ("poisson_deviance", *names)
     if data.kind != "classification" or data.classes is None:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from atoll.base.errors import FeatureError, RunError, UsageError
-from atoll.base.lines import Line
+from atoll.base.lines import Change, Line
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields
 from atoll.compute.batches import ROWS, ClientBatch
 from atoll.compute.curvature import has_curvature, ignores_shift, quadratic, wrong_outputs
 from atoll.compute.layout import Layout
-from atoll.compute.loss import name_of_loss, values_of
+from atoll.compute.loss import cox, name_of_loss, values_of
 from atoll.compute.task import Task
 from atoll.plan.protocols import (
     Broadcast,
@@ -62,7 +62,7 @@ class Newton(Local):
 
     If the loss has risen by more than 1e-10 of itself, θ returns to the last point plus half of the last step, and the
     round reports the loss of the last point. The model is one `nn.Linear`; the loss is `mse`, `binary_cross_entropy`,
-    `cross_entropy` or `poisson`. A round in which a client is missing makes no step. scikit-learn's C is 1/(l2·n).
+    `cross_entropy`, `poisson` or `cox`. A round in which a client is missing makes no step. scikit-learn: C = 1/(l2·n).
 
     Args:
         l2: weight of the penalty (l2/2)·|w|², ≥ 0.
@@ -205,9 +205,16 @@ def linear_of(part: Newton, task: Task) -> Linear:
     if not has_curvature(task.loss):
         raise UsageError(
             f"{part!r} with the loss {name_of_loss(task.loss)}.",
-            "mse, binary_cross_entropy, cross_entropy or poisson.",
+            "mse, binary_cross_entropy, cross_entropy, poisson or cox.",
             "Newton's method needs the second derivative of the loss.",
             "fedavg(0.1)",
+        )
+    if task.loss is cox and layer.bias:
+        raise UsageError(
+            f"{part!r} with the loss cox and a model with a bias.",
+            "a layer without a bias.",
+            "the partial likelihood does not depend on it, so it has no value.",
+            Change("model", "cox"),
         )
     _check_size(part, task.layout)
     return layer
