@@ -5,6 +5,8 @@ import pytest
 
 import atoll
 from atoll.cli import main
+from atoll.cli.net_commands import Printer
+from atoll.net.home import ServerHome
 from atoll.plan.formula import FEDAVG_RATE
 from atoll.training.experiment import Experiment
 
@@ -52,13 +54,44 @@ def test_a_command_prints_a_note_once(tmp_path, monkeypatch, capsys, more):
     assert error.count("Rows of a batch are coupled") == 1 and "Note" not in error, error
 
 
-def test_a_served_run_is_not_resumed(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("file", "resumed", "status", "following"),
+    [
+        ("federation.db", "atoll serve --home HOME", "unfinished", "atoll serve --home HOME"),
+        ("site.json", "atoll join --home HOME --data my.csv", "done", "atoll predict HOME/runs/RUN my.csv"),
+    ],
+)
+def test_a_served_run_continues_at_its_server(file, resumed, status, following, tmp_path, capsys):
     run = tmp_path / "runs" / "2026-11-22-calm-reef"
     run.mkdir(parents=True)
     (run / "config.toml").touch()
-    (tmp_path / "federation.db").touch()
+    (tmp_path / file).touch()
     assert main(["resume", str(run)]) == 2
-    assert f"Write: atoll serve --home {tmp_path}" in capsys.readouterr().err
+    assert f"Write: {resumed.replace('HOME', str(tmp_path))}" in capsys.readouterr().err
+    assert main(["show", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{run.name}   {status}" in shown
+    assert f"next    {following.replace('HOME', str(tmp_path)).replace('RUN', run.name)}" in shown
+
+
+def test_the_status_after_the_end_of_a_run_has_the_run_and_its_end(tmp_path):
+    home = ServerHome.open(tmp_path)
+    try:
+        assert (home.status()["run"], home.status()["end"]) == (None, "")
+        run = tmp_path / "runs" / "2026-11-22-calm-reef"
+        run.mkdir(parents=True)
+        (run / "config.toml").touch()
+        (run / "events.jsonl").write_text('{"event": "stop", "status": "done", "reason": "Finished 3 rounds."}\n')
+        assert (home.status()["run"], home.status()["end"]) == (run.name, "done: Finished 3 rounds.")
+    finally:
+        home.close()
+
+
+def test_equal_lines_of_a_site_are_printed_once(capsys):
+    printer = Printer(False)
+    for event in ("waiting", "waiting", "connected", "waiting"):
+        printer({"event": event, "address": "a:1"})
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["waiting", "connected", "waiting"]
 
 
 def test_fedavg_has_one_rate():

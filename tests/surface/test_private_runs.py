@@ -55,6 +55,14 @@ def test_noise_that_follows_the_seed_is_equal_and_labelled(digits, tmp_path):
     assert NOT_PRIVATE in first.notes and outcome(first)["claim"] == NOT_PRIVATE and NOT_PRIVATE in summary(first)
 
 
+def test_rounds_of_less_than_one_client_are_noted(digits):
+    alone = "clients in expectation, so most rounds add noise alone"
+    for q, few in ((0.0005, True), (0.01, False)):
+        training = atoll.rounds("softmax", digits, f"dp_fedavg(q={q})", rounds=1)
+        with training:
+            assert any(alone in note for note in training.notes) is few
+
+
 class Killed(Exception):
     pass
 

@@ -23,7 +23,10 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("batch_size", "batchsize", "local_batch_size"), ("batch",)),
     **dict.fromkeys(("local_epochs", "num_epochs", "n_epochs"), ("epochs",)),
     **dict.fromkeys(("num_clients", "n_clients", "clients_per_round"), ("clients", "cohort")),
-    "clients": ("cohort",),
+    "clients": ("cohort", "q"),
+    **dict.fromkeys(("cohort", "sample_rate", "sampling_rate"), ("q",)),
+    "client": ("clients",),
+    **dict.fromkeys(("client_id", "client_column", "group", "groups", "group_by", "groupby"), ("by",)),
     **dict.fromkeys(("num_rounds", "n_rounds", "iterations"), ("rounds",)),
     **dict.fromkeys(("label", "labels", "target_column", "y"), ("target",)),
     **dict.fromkeys(("strategy", "algorithm"), ("recipe",)),
@@ -186,8 +189,19 @@ def _slot(slot: str, text: str) -> tuple[str, str]:
     return change.at("shell"), change.at("file")
 
 
+def _by(value: Any) -> Concept:
+    column = value if isinstance(value, str) and value else "shop"
+    shell, file = (Change("by", column).at(door) for door in ("shell", "file"))
+    return Concept(
+        "the column of the client is an option of the data.",
+        Line(f'atoll.data.load("rows.csv", by={literal(column)})', shell, file),
+    )
+
+
 def _clients(value: Any) -> Concept:
     number = _number(value)
+    if number is None and isinstance(value, str) and value.isidentifier():
+        return _by(value)
     count = int(number) if number is not None and number == int(number) else 10
     return Concept("the split of the data sets the number of clients.", Split(count))
 
@@ -237,6 +251,7 @@ _CONCEPTS: Mapping[str, Callable[[Any], Concept]] = {
     "batch": _argument("batch", 10),
     "cohort": _argument("cohort", 10),
     "clients": _clients,
+    "by": _by,
     "optimizer": _optimizer,
     "adam": lambda _: _optimizer("adam"),
     "class_weight": lambda _: Concept("class_weight is a setting of the training.", Change("class_weight", "balanced")),

@@ -330,14 +330,23 @@ def _find(run: str, out: str | None) -> Path:
 
 
 def _refuse_served(run: Path) -> None:
-    """Refuse to resume a run in the home of a server: its clients have the rows."""
-    home = run.parent.parent
-    if (home / "federation.db").is_file():
+    """Refuse to resume a run in the home of a server or of a site."""
+    from atoll.cli.show import home_of
+
+    home, kind = home_of(run)
+    if kind == "server":
         raise UsageError(
             f"{run.name} is a run of the server in {home}.",
             "the command that serves it.",
             "the clients have the rows, and the database of the server has the rounds.",
             f"atoll serve --home {quoted(str(home))}",
+        )
+    if kind == "site":
+        raise UsageError(
+            f"{run.name} is a run in which the site in {home} took part.",
+            "the command that takes part in a run.",
+            "the server has the rounds of the run.",
+            f"atoll join --home {quoted(str(home))} --data my.csv",
         )
 
 

@@ -5,7 +5,9 @@ Tests: tests/surface/test_mistakes.py
 
 from __future__ import annotations
 
-from cyclopts import App, CycloptsError
+from typing import get_args
+
+from cyclopts import App, Argument, CycloptsError
 from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnknownOptionError
 
 from atoll.base.concepts import concept, folded, is_concept
@@ -43,18 +45,45 @@ def _unknown_command(name: str, app: App) -> UsageError:
 
 def _unknown_flag(error: UnknownOptionError, help_line: str) -> UsageError:
     word, equals, value = (error.token.keyword or error.token.value).partition("=")
-    following = (error.unused_tokens or [])[1:2]
+    words = list(error.unused_tokens or [])
+    at = words.index(error.token.value) if error.token.value in words else 0  # words before it have a place
+    following = words[at + 1 : at + 2]
     given = value if equals else next((each for each in following if not each.startswith("-")), None)
     flags = {name: each for each in error.argument_collection for name in each.names if name.startswith("--")}
     name = folded(word.lstrip("-"))
     near = did_you_mean(name, [each[2:] for each in flags])
     why, write = concept(name, given) or ("", help_line)
+    if near and given is not None and not _takes(flags[f"--{near}"], given):
+        near = ""
     if near:
         takes = given is not None and flags[f"--{near}"].token_count()[0] > 0
         why, write = "", Line(shell=f"--{near} {quoted(given)}" if takes and given is not None else f"--{near}")
+    if not near and given is not None and (line := _positional(error, name, given)):
+        why, write = "it has no flag: its place is after the command.", line
     if given is not None and (near == "recipe" or name in DEFAULTS):
         why, write = _part(name, near, given) or (why, write)
     return UsageError(f"No flag is called {word}.", why=why, write=write)
+
+
+def _positional(error: UnknownOptionError, name: str, given: str) -> str:
+    """The command with a value in its place, if the unknown flag has the name of an argument without a flag."""
+    places = [each for each in error.argument_collection or () if not each.names[0].startswith(("-", "*"))]
+    words = [given if each.names[0].lower() == name else "".join(t.value for t in each.tokens) for each in places]
+    if given not in words or "" in words:
+        return ""
+    return " ".join(["atoll", *(error.command_chain or ()), *map(quoted, words)])
+
+
+def _takes(flag: Argument, given: str) -> bool:
+    """Whether a value may be one of a flag: a number of a flag such as `--clients`, any text of another flag."""
+    kinds = {flag.hint, *get_args(flag.hint)}
+    if str in kinds or not kinds & {int, float}:
+        return True
+    try:
+        float(given)
+    except ValueError:
+        return False
+    return True
 
 
 def _part(name: str, near: str, given: str) -> tuple[str, Write] | None:

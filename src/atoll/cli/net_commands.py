@@ -87,7 +87,7 @@ def serve(
 
 
 class Printer:
-    """Prints events: as JSON objects on stdout, or as lines on stderr.
+    """Prints events: as JSON objects on stdout, or as lines on stderr. An equal line is printed once.
 
     Args:
         as_json: whether stdout gets JSON objects.
@@ -95,7 +95,7 @@ class Printer:
     """
 
     def __init__(self, as_json: bool, kinds: tuple[str, ...] | None = None) -> None:
-        self._as_json, self._kinds = as_json, kinds
+        self._as_json, self._kinds, self._last = as_json, kinds, ""
 
     def __call__(self, facts: Mapping[str, Any]) -> None:
         from atoll.cli import output
@@ -105,7 +105,10 @@ class Printer:
             sys.stdout.flush()
         else:
             words = " ".join(f"{n}={_shown(v)}" for n, v in facts.items() if n != "event")
-            print(f"{facts['event']:<12} {words}", file=sys.stderr, flush=True)
+            line = f"{facts['event']:<12} {words}"
+            if line != self._last:  # a site tries a server that does not answer again and again
+                print(line, file=sys.stderr, flush=True)
+            self._last = line
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll import runs
+from atoll.base.lines import quoted
 from atoll.report.run_data import RunData
 from atoll.runs.confusion import Confusion
 from atoll.runs.format import duration, format_number, label, plain, spread
@@ -23,7 +24,7 @@ def brief(path: Path) -> dict[str, Any]:
     return {
         "run": run.name,
         "path": str(path),
-        "status": "running" if runs.is_locked(path) else run.events.status,
+        "status": "running" if runs.is_locked(path) else _status(path, run),
         "reason": "" if runs.is_locked(path) else run.events.reason,
         "began": run.events.began,
         "rounds": run.rows[-1]["round"] + 1 if run.rows else 0,
@@ -55,6 +56,29 @@ def backend_text(backend: Mapping[str, Any]) -> str:
     """
     name, why = (plain(backend[key] or "not recorded", 500) for key in ("numerics", "why"))
     return f"numerics  {name}: {why}"
+
+
+def home_of(path: Path) -> tuple[Path, str]:
+    """The home of a network that has a run, and its kind: "server", "site", or an empty text for another folder."""
+    home = path.resolve().parent.parent
+    server, site = ((home / name).is_file() for name in ("federation.db", "site.json"))
+    return home, "server" if server else "site" if site else ""
+
+
+def _status(path: Path, run: RunData) -> str:
+    """The status of a run. A site has no events of it: it gets the model at the end of the run."""
+    return "done" if home_of(path)[1] == "site" else run.events.status
+
+
+def _next(path: Path, status: str) -> str:
+    """The command that continues with a run. A served run continues at its server, and a site predicts."""
+    home, kind = home_of(path)
+    if kind == "site":
+        return f"atoll predict {called(path)} my.csv"
+    if kind == "server" and status in ("interrupted", "unfinished"):
+        return f"atoll serve --home {quoted(near(home))}"
+    command = {"interrupted": "resume", "unfinished": "resume", "running": "show"}.get(status, "export")
+    return f"atoll {command} {called(path)}"
 
 
 def _values(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,8 +125,7 @@ def record(path: Path) -> str:
     )
     files = ", ".join(sorted(file.name for file in path.iterdir() if file.name != "lock"))
     lines.append(f"files   {near(path)}: {files}")
-    command = {"interrupted": "resume", "unfinished": "resume", "running": "show"}.get(about["status"], "export")
-    lines.append(f"next    atoll {command} {called(path)}")
+    lines.append(f"next    {_next(path, about['status'])}")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from atoll.base.errors import UsageError, unknown_name
-from atoll.base.lines import Change, Line, Load, Write, literal
+from atoll.base.lines import Change, Line, Load, Split, Write, literal
 from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments
 from atoll.data.arrays import TASKS, distinct, fixed_classes, several_labels
@@ -273,7 +273,8 @@ def _wanted(header: Sequence[str], options: Options) -> list[str]:
         if name not in header:
             key = "by" if name == options.by else "target" if name in targets else "drop" if name in drop else "columns"
             key = "keep" if name in aside else key
-            raise unknown_name("column", name, header, partial(Change, key))
+            error = unknown_name("column", name, header, partial(Change, key))
+            raise error if error.write or key != "by" else _without_column(error)
     for name in drop:
         if name in targets:
             raise UsageError(f"The column {name!r} is the target and is dropped.", "a target.", "it is predicted.")
@@ -292,6 +293,12 @@ def _wanted(header: Sequence[str], options: Options) -> list[str]:
         )
     kept = {*features, *targets, *aside, options.by}
     return [name for name in header if name in kept]
+
+
+def _without_column(error: UsageError) -> UsageError:
+    """Add the way without a column of the client, if no column has a similar name."""
+    why = "without a column of the client, the split of the data makes clients."
+    return UsageError(error.given, error.required, why, Split(10))
 
 
 def _targets(header: Sequence[str], options: Options, drop: Sequence[str] = ()) -> list[str]:

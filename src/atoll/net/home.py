@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from cryptography import x509
 
+from atoll import runs
 from atoll.base.errors import UsageError
 from atoll.base.files import atomic_write
 from atoll.base.lines import Line
@@ -73,7 +74,9 @@ class ServerHome:
         live: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             live = json.loads((self.path / "status.json").read_bytes())
-        run = self.database.get("run")
+        run, end = self.database.get("run"), ""
+        if run is None and (ended := runs.list_runs(self.path / "runs")):
+            run, end = ended[-1].name, runs.last_end(ended[-1])
         rounds = 0 if run is None else len(self.database.metrics(run))
         stages = {c["client"]: c for c in live.get("clients", [])}
         clients = [
@@ -93,6 +96,7 @@ class ServerHome:
             "running": self._is_served(),
             "run": run,
             "rounds": rounds,
+            "end": end,
             "why": live.get("why", ""),
             "awaited": live.get("awaited", []),
             "time": live.get("time"),

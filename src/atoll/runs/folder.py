@@ -588,6 +588,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def last_end(path: Path) -> str:
+    """The last end of a run, such as "done: Finished 3 rounds."; an empty text if it has not ended."""
+    stops = [row for row in read_rows(path / "events.jsonl") if isinstance(row, dict) and row.get("event") == "stop"]
+    return f"{stops[-1].get('status')}: {stops[-1].get('reason')}" if stops else ""
+
+
 def find_run(run: str | Path, parent: Path) -> Path:
     """Find a run by its path, its name, the first characters of its name, a part of its two words, or `latest`.
 

@@ -455,6 +455,13 @@ class Experiment(grammar.Value, TrainingFields):
         if self.input is None:
             return None
         path = Path(self.input)
+        if path.suffix == ".json" and not path.exists():
+            raise UsageError(
+                f"There is no file {self.input}.",
+                "the path of an input.json, or the name of a run.",
+                "each run folder has an input.json.",
+                "atoll runs",
+            )
         return path if path.exists() else runs.find_run(self.input, Path(self.out))
 
     def plan(self) -> Plan:

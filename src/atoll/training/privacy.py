@@ -8,12 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from atoll.base.errors import UsageError
 from atoll.base.lines import Change, Line, Part
+from atoll.base.random import Key
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import OPEN
+from atoll.plan.protocols import OPEN, Population
 from atoll.privacy.ledger import Budget, Ledger
 from atoll.training.settings import Settings
 
@@ -69,6 +72,23 @@ def budget_of(plan: Plan, data: Any, settings: Settings) -> Budget | None:
         )
     ledger = Ledger(None if settings.ledger is None else Path(settings.ledger))
     return Budget(plan, data.count, settings.delta, settings.budget, ledger)
+
+
+def notes_of(plan: Plan, clients: int, settings: Settings) -> tuple[str, ...]:
+    """The notes of a plan with noise: noise that is not private, and rounds that have less than one client.
+
+    Args:
+        plan: the algorithm.
+        clients: the number of clients.
+        settings: the settings of the training.
+    """
+    if not plan.releases:
+        return ()
+    label = (NOT_PRIVATE,) if settings.randomness == "seed" else ()
+    chance = plan.sampler(Population(clients, torch.ones(clients, dtype=torch.int64)), 0, Key(0)).chance
+    expected = float(chance.sum() if chance.dim() else chance * clients)
+    few = f"A round has {expected:.2g} clients in expectation, so most rounds add noise alone. A larger cohort helps."
+    return (*label, few) if expected < 1 else label
 
 
 def refuse_leaks(training: Private) -> None:

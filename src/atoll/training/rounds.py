@@ -63,7 +63,7 @@ from atoll.runs.folder import HIDDEN
 from atoll.runs.inference import parameter_names
 from atoll.training import stop as stops
 from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, join_clients, of_sites
-from atoll.training.privacy import CLAIM, NOT_PRIVATE, budget_of, refuse_leaks
+from atoll.training.privacy import CLAIM, NOT_PRIVATE, budget_of, notes_of, refuse_leaks
 from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, reference_rows
 from atoll.training.settings import Settings, SettingsDict, listed
 
@@ -189,12 +189,12 @@ class Training:
     @property
     def notes(self) -> tuple[str, ...]:
         """The choices that atoll made for the user: about the data, and about the model, the loss and the metrics."""
-        label = (NOT_PRIVATE,) if self.plan.releases and self.settings.randomness == "seed" else ()
+        private = notes_of(self.plan, self.data.count, self.settings)
         few = self.by_client and self.evaluated.count < self.data.count
         some = (
             f"{self.evaluated.count} of {self.data.count} clients, drawn by the seed, are evaluated on their own rows."
         )
-        return (*label, *self.data.notes, *self.task.notes, *((some,) if few else ()))
+        return (*private, *self.data.notes, *self.task.notes, *((some,) if few else ()))
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -105,6 +105,10 @@ class Krum(RowRule):
     def least_rows(self) -> int:
         return max(2 * self.f + 3, self.m)
 
+    def for_rows(self, n: int) -> str:
+        f, m = min(self.f, (n - 3) // 2), min(self.m, n)
+        return repr(Krum(f, m)) if f > 0 else super().for_rows(n)
+
     def row_weights(self, x: Tensor) -> Tensor:
         distances = squared_distances(x).sort(1).values  # the first is 0, that of the row itself
         scores = distances[:, 1 : len(x) - self.f - 1].sum(1)
@@ -241,6 +245,10 @@ class NormBound(RowRule):
 
     def least_rows(self) -> int:
         return self.of.least_rows() if isinstance(self.of, RowRule) else 1
+
+    def for_rows(self, n: int) -> str:
+        inner = self.of.for_rows(n) if isinstance(self.of, RowRule) else repr(self.of)
+        return f"NormBound({self.r!r}, {inner})"
 
     def prepared(self, x: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)

@@ -137,6 +137,10 @@ class RowRule(Aggregator):
         """The smallest number of contributions with which the rule is defined."""
         return 1
 
+    def for_rows(self, n: int) -> str:
+        """The text of a rule for n contributions, if they are too few for this one."""
+        return "Median()"
+
     def kept_as_rows(self, name: str) -> bool:
         """Whether the rule applies to the mean of this name. Others are averaged."""
         return True
@@ -152,7 +156,7 @@ class RowRule(Aggregator):
         cohort = round(float(chance.sum() if chance.dim() else chance * population.clients))
         object.__setattr__(bound, "_cohort", cohort)
         if 0 < cohort < self.least_rows():
-            raise UsageError(*self._few(f"a cohort of {cohort} clients"))
+            raise UsageError(*self._few(f"a cohort of {cohort} clients"), Part(self.for_rows(cohort), "aggregator"))
         return bound
 
     def _few(self, given: str) -> tuple[str, str, str]:

@@ -52,7 +52,8 @@ class _Bounded(Codec):
         """The sum has to be formed in units of the clip, and nothing else may be added to it."""
         if not slots.aggregator.linear:
             why = "the rule would receive updates in units of the clip, and only a sum can be multiplied by it."
-            yield Conflict(f"{self!r} with {slots.aggregator!r}.", "an aggregator that is linear.", why, "Mean()")
+            write = _ROWS if slots.codec.uses_entropy else "Mean()"
+            yield Conflict(f"{self!r} with {slots.aggregator!r}.", "an aggregator that is linear.", why, write)
         stages = list(leaves(slots.codec))
         for stage in stages[: stages.index(self)] if self in stages else ():
             if isinstance(stage, LowRank):
