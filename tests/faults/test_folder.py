@@ -515,3 +515,29 @@ def test_diverged_keeps_the_last_good_state(tmp_path):
         folder = runs.RunFolder.open(path)
         with contextlib.closing(folder):
             assert bool(torch.isfinite(folder.restore().tensors["model/theta"]).all())
+
+
+def test_lines_of_clients_that_a_store_did_not_commit_are_cut(tmp_path):
+    """The store of a server has no clients.jsonl: on resume the lines of the rounds that it has committed stay."""
+
+    class Committed:
+        def save(self, checkpoint, lines): ...
+
+        def log(self, name):
+            return b""
+
+        def load(self):
+            return folders.Checkpoint({}, (), None, {"round": 2})
+
+    folder = runs.RunFolder.create(tmp_path, "", {}, Committed())
+    for at in range(3):
+        folder.clients({"round": at, "id": [0], "accuracy": [0.5]})
+    with open(folder.path / "clients.jsonl", "a") as log:
+        log.write('{"rou')
+    folder.close()
+    with contextlib.closing(runs.RunFolder.open(folder.path, Committed())) as again:
+        again.restore()
+        again.truncate_logs()
+        again.clients({"round": 2, "id": [0], "accuracy": [0.5]})
+        rows = [json.loads(line) for line in (again.path / "clients.jsonl").read_text().splitlines()]
+        assert [row["round"] for row in rows] == [0, 1, 2]

@@ -1,5 +1,6 @@
 """Sites with rows of their own give the bits of a run on the joined table."""
 
+import json
 import re
 import socket
 import subprocess
@@ -85,6 +86,8 @@ def test_three_tables_give_the_bits_and_the_evaluation_of_the_joined_table(tmp_p
     ours, theirs = (pandas.read_csv(path / "clients.csv") for path in both)
     assert list(ours.columns) == list(theirs.columns) and list(ours.client) == list(SITES)
     assert list(ours[first]) == pytest.approx(list(theirs[first]), rel=1e-5)
+    ours, theirs = (json.loads((path / "clients.jsonl").read_text()) for path in both)
+    assert ours["round"] == 0 and ours["id"] == theirs["id"] and ours[first] == pytest.approx(theirs[first], rel=1e-5)
 
 
 def terms(folder, **changes):

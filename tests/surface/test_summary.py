@@ -1,10 +1,15 @@
 """The summary of a run: own rows first, intervals, and sentences about constants and local models."""
 
+import io
+
 import pytest
 
 import atoll
 from atoll.base.errors import UsageError
 from atoll.base.intervals import wilson
+from atoll.cli.output import outcome
+from atoll.report import LiveTable
+from atoll.runs.format import duration
 from atoll.runs.summary import comparison, findings, interval_of
 
 OWN = {"accuracy_median": 0.8, "accuracy_worst10": 0.5, "accuracy_min": 0.4, "accuracy_sd": 0.1}
@@ -94,9 +99,32 @@ def test_a_run_is_shown_in_at_most_400_characters_and_as_frames():
             run.frame(**wrong)
 
 
+def test_a_resumed_run_has_the_frames_of_all_rounds(tmp_path):
+    data = atoll.data.load("digits").split(clients=3, by=atoll.data.Dirichlet(0.5))
+    words = {"plan": atoll.recipes.fedavg(0.1, cohort=2), "evaluate_every": 2, "evaluate": "both", "report": False}
+    whole = atoll.train("softmax", data, rounds=4, out=tmp_path / "whole", **words)
+    first = atoll.train("softmax", data, rounds=2, out=tmp_path / "half", **words)
+    again = atoll.train("softmax", data, rounds=4, resume=first.path, **words)
+    assert len(again.reports) == 2 and again.frame()["round"].tolist() == [0, 1, 2, 3]
+    kept = [name for name in whole.frame() if name != "seconds"]
+    for backend in ("pandas", "polars", "pyarrow"):
+        ours, theirs = (
+            run.frame("rounds", backend)[kept] if backend != "pyarrow" else run.frame("rounds", backend).select(kept)
+            for run in (again, whole)
+        )
+        assert ours.equals(theirs)
+    ours, theirs = again.frame("clients"), whole.frame("clients")
+    assert ours[["round", "id"]].equals(theirs[["round", "id"]])
+    assert ours["loss"].to_numpy() == pytest.approx(theirs["loss"].to_numpy(), abs=1e-6)
+
+
 def test_summary_is_the_text_of_the_command_and_has_the_notes():
     data = atoll.data.load("digits").split(clients=3)
-    run = atoll.train("softmax", data, atoll.recipes.fedavg(0.1), rounds=2, out=None)
+    table = LiveTable(plain=True, file=io.StringIO())
+    run = atoll.train("softmax", data, atoll.recipes.fedavg(0.1), rounds=2, out=None, observers=[table])
     text = run.summary()
+    wall = duration(run.wall)
+    assert f" of {wall}," in text and f"   {wall}   " in table.file.getvalue().splitlines()[-1]
+    assert outcome(run)["wall"] == round(run.wall, 3)
     assert all(f"note    {note}" in text for note in run.notes) and run.notes
     assert f"in round {run.best['round']}" in text and "constant" in text and run.wall >= run.seconds

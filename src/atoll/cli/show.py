@@ -29,6 +29,7 @@ def brief(path: Path) -> dict[str, Any]:
         "began": run.events.began,
         "rounds": run.rows[-1]["round"] + 1 if run.rows else 0,
         "seconds": round(run.total("seconds"), 3),
+        "wall": run.events.wall,
         "data": run.config.get("data"),
         "model": run.config.get("model"),
         "plan": run.environment.get("plan"),

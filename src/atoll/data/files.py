@@ -379,7 +379,8 @@ class _Csv:
         names = [str(place) for place in range(len(self.header))]
         used = [names[self.header.index(name)] for name in wanted]
         encoding = "utf8" if self.encoding == "utf-8-sig" else self.encoding
-        block = 2**20 if rows is not None else 2**22
+        # Small blocks stay in the cache: half the CPU time of blocks of 4 MiB. A block must contain a whole line.
+        block = 2**18 * (1 + len(self.header) // 1000)
         options = (
             csv.ReadOptions(column_names=names, skip_rows=1, encoding=encoding, block_size=block, use_threads=False),
             csv.ParseOptions(delimiter=self.mark, newlines_in_values=True),

@@ -236,6 +236,7 @@ class LiveTable:
         self._ticks: deque[float] = deque([self._began], maxlen=21)
         self._printed: Cells = {}
         self.ended = ""
+        self._wall: tuple[str, ...] = ()  # the wall time of the run, once it has ended
         self.file = self._to or sys.stderr
         self.plain = without_terminal(self.file, os.environ) if self._plain is None else self._plain
         if self.plain:
@@ -274,12 +275,13 @@ class LiveTable:
         On a terminal, a table of some rounds stays on the screen: rounds at equal distances, the last round, and
         the round with the best value of each metric.
         """
+        self._wall = (duration(run.wall),)
         self.ended = plain(run.reason if run.reason == run.status else f"{run.status}: {run.reason}", 500)
         if self.plain:
             if self.recent and self.recent[-1] is not self._printed:
                 self._line(self.recent[-1])
             if self.summary:
-                self._write("   ".join((self.ended, duration(self.clock() - self._began), *self._totals())))
+                self._write("   ".join((self.ended, duration(run.wall), *self._totals())))
         self.close()
 
     def close(self) -> None:
@@ -354,7 +356,7 @@ class LiveTable:
         under: list[RenderableType] = []
         if self.ended:
             style = "bold" if self.ended.startswith("done") else "bold yellow"
-            totals = "   ".join((duration(self.clock() - self._began), *self._totals()))
+            totals = "   ".join((*self._wall, *self._totals()))
             under.append(Text.assemble((self.ended, style), "   ", totals))
         else:
             under += [self._progress(), Text("   ".join(self._totals()))]

@@ -88,11 +88,12 @@ class Run:
         kind: Literal["rounds", "clients"] = "rounds",
         backend: Backend = "pandas",
     ) -> Any:
-        """Return the reports as a data frame. They contain the rounds since the training started or resumed.
+        """Return all rounds of the run as a data frame. Those before a resumption are read from the run folder.
 
         Args:
             kind: "rounds": one row for each round, with the columns of metrics.csv; "clients": one row for each
-                contribution of each round, with the columns of `Report.clients`.
+                contribution of each round, with the columns of `Report.clients`. The folder has at most 1,000 of them
+                for each round, with six decimals, and without values on held-out rows.
             backend: the package of the frame.
         Returns:
             A frame of this package. A missing value is null.
@@ -105,7 +106,7 @@ class Run:
             >>> run.frame()["round"].tolist(), len(run.frame("clients"))
             ([0, 1], 6)
         """
-        return frame_of(self.reports, kind, backend)
+        return frame_of(self.reports, self.rounds, self.path, kind, backend)
 
     @property
     def predictor(self) -> Predictor:

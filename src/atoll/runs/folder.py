@@ -191,6 +191,7 @@ class RunFolder:
     _alive: dict[str, set[int]] = field(default_factory=dict)  # segment → clients whose newest row it contains
     _lengths: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(LOGS, 0))
     _lines: dict[str, bytes] = field(default_factory=dict)  # lines that the store has not committed yet
+    _rounds: int = 0  # rounds that the store had committed when the run was opened
 
     @classmethod
     def create(
@@ -341,6 +342,9 @@ class RunFolder:
         """
         if self.store is not None:
             lines, self._lines = self._lines, {}
+            if CLIENTS in self._logs:  # this log is not in the store: its committed lines must be on disk first
+                with _writing(self.path / CLIENTS):
+                    os.fsync(self._logs[CLIENTS].fileno())
             self.store.save(Checkpoint(tensors, (memory,) if memory else (), best, facts), lines)
             return
         folder, digests = self.path / "checkpoint", dict(self._files)
@@ -408,7 +412,9 @@ class RunFolder:
             RunError: the checkpoint is damaged.
         """
         if self.store is not None:
-            return self.store.load()
+            found = self.store.load()
+            self._rounds = 0 if found is None else int(found.facts["round"])
+            return found
         if not (self.path / "checkpoint" / "pointer.json").exists():
             return None
         pointer = read_pointer(self.path)
@@ -440,9 +446,12 @@ class RunFolder:
     def truncate_logs(self) -> None:
         """Resume from the checkpoint that `restore` returned: truncate the logs, and restore best.safetensors.
 
-        If a store commits the rounds, the logs are rebuilt from it.
+        If a store commits the rounds, the logs are rebuilt from it, and clients.jsonl is truncated to these rounds.
         """
         if self.store is not None:
+            if (self.path / CLIENTS).is_file():
+                kept = [_json(row) + b"\n" for row in read_rows(self.path / CLIENTS) if row["round"] < self._rounds]
+                write(self.path / CLIENTS, b"".join(kept))
             for name in LOGS:
                 committed = self.store.log(name)
                 if not (self.path / name).is_file() or (self.path / name).read_bytes() != committed:

@@ -6,11 +6,13 @@ Tests: tests/surface/test_summary.py
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.lines import Line
 from atoll.plan.round import Report
+from atoll.runs.folder import read_rows
 
 BACKENDS = ("pandas", "polars", "pyarrow")
 Backend = Literal["pandas", "polars", "pyarrow"]
@@ -42,9 +44,14 @@ def metrics_row(report: Report, versions: int = 0) -> dict[str, Any]:
     }
 
 
-def frame_of(reports: Sequence[Report], kind: str, backend: Backend) -> Any:
+def frame_of(reports: Sequence[Report], rounds: int, path: Path | None, kind: str, backend: Backend) -> Any:
     """The frame of `Run.frame`.
 
+    Args:
+        reports: the reports since the training started or resumed.
+        rounds: the number of rounds of the run.
+        path: the run folder, which has the rounds before; None: there are no such rounds.
+        kind, backend: as in `Run.frame`.
     Raises:
         UsageError: an unknown kind or backend, or the backend is not installed.
     """
@@ -54,7 +61,17 @@ def frame_of(reports: Sequence[Report], kind: str, backend: Backend) -> Any:
         raise unknown_name(
             "backend of a frame", backend, BACKENDS, lambda near: Line(python=f'run.frame("{kind}", "{near}")')
         )
-    rows = list(map(_round, reports)) if kind == "rounds" else [row for report in reports for row in _clients(report)]
+    first = reports[0].round if reports else rounds
+    rows: list[Mapping[str, Any]] = []
+    if kind == "rounds":
+        rows = [_columns(row) for row in _before(path, "metrics.jsonl", first)]
+        rows += [_columns(metrics_row(report)) for report in reports]
+    else:
+        for event in _before(path, "events.jsonl", first):
+            if event["event"] == "clients":
+                rows += _clients(event["round"], {n: v for n, v in event.items() if isinstance(v, list)})
+        for report in reports:
+            rows += _clients(report.round, {name: values.tolist() for name, values in report.clients.items()})
     names = dict.fromkeys(name for row in rows for name in row)
     import narwhals
 
@@ -69,13 +86,19 @@ def frame_of(reports: Sequence[Report], kind: str, backend: Backend) -> Any:
         ) from None
 
 
-def _round(report: Report) -> dict[str, Any]:
+def _before(path: Path | None, log: str, first: int) -> list[dict[str, Any]]:
+    """The rows of a log about the rounds before `first`, those before the run was resumed."""
+    if path is None or not first:
+        return []
+    return [row for row in read_rows(path / log) if row.get("round", first) < first]
+
+
+def _columns(row: Mapping[str, Any]) -> Mapping[str, Any]:
     # The number of older model versions is known to the recorder only.
-    return {name: value for name, value in metrics_row(report).items() if name != "versions"}
+    return {name: value for name, value in row.items() if name != "versions"}
 
 
-def _clients(report: Report) -> list[Mapping[str, Any]]:
+def _clients(at: int, columns: Mapping[str, Sequence[Any]]) -> list[Mapping[str, Any]]:
     """One row for each contribution of a round."""
-    columns = {name: values.tolist() for name, values in report.clients.items()}
     each = zip(*columns.values(), strict=True)
-    return [{"round": report.round, **dict(zip(columns, values, strict=True))} for values in each]
+    return [{"round": at, **dict(zip(columns, values, strict=True))} for values in each]

@@ -184,7 +184,7 @@ class Recorder:
                 self.folder.event("note", round=report.round, text=note)
             trained = {n: t for n, t in report.clients.items() if not n.startswith(HELD_OUT)}
             self.folder.event("clients", round=report.round, **_brief(trained))
-            if t.evaluation.clients and t.evaluated_round == t.state.round and self.store is None:
+            if t.evaluation.clients and t.evaluated_round == t.state.round:
                 self.folder.clients({"round": report.round, **_client_values(t)})
             if report.trips:
                 self.folder.event("trips", round=report.round, **_columns(report.trips))
