@@ -149,6 +149,7 @@ def show(
             show_default=False,
         ),
     ] = False,
+    follow: Annotated[bool, switch(OUTPUT, "Print each round when it is written.", "ATOLL_FOLLOW")] = False,
     out: Out = None,
     as_json: Json = False,
 ) -> int:
@@ -162,6 +163,10 @@ def show(
     from atoll.cli import output, show
 
     path = _find(run, out)
+    if follow:
+        from atoll.cli.ui import follow_run
+
+        return follow_run(path, as_json)
     if why:
         backend = show.backend(path)
         if as_json:
@@ -172,6 +177,64 @@ def show(
         output.print_json(show.brief(path))
     else:
         print(show.record(path))
+    return 0
+
+
+@app.command(group=INSPECT, sort_key=4, help_epilogue="")
+def ui(
+    run: str | None = None,
+    /,
+    *,
+    out: Out = None,
+    port: Annotated[int, flag(RUNNING, "The port. Default: 0, a free one.")] = 0,
+    host: Annotated[str, flag(RUNNING, "The address to listen on. Default: 127.0.0.1.")] = "127.0.0.1",
+    no_open: Annotated[bool, switch(OUTPUT, "Open no browser.", "ATOLL_NO_OPEN")] = False,
+    insecure: Annotated[
+        bool, switch(RUNNING, "Listen beyond this machine, without encryption.", "ATOLL_INSECURE")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Serve the page of all runs, or of one: curves, clients and failures, live.
+
+    Parameters
+    ----------
+    run
+        The run that the page opens first.
+    """
+    from atoll.cli.ui import serve_page
+
+    name = "" if run is None else _find(run, out).name
+    return serve_page(_parent(out), name, host, port, insecure=insecure, browser=not no_open, as_json=as_json)
+
+
+@app.command(name="tag", group=INSPECT, sort_key=4, help_epilogue="")
+def tag_run(
+    run: str,
+    /,
+    *,
+    title: Annotated[str | None, flag(OUTPUT, "The title. Default: unchanged.")] = None,
+    add: Annotated[list[str] | None, flag(OUTPUT, "A tag to add. May be repeated.")] = None,
+    remove: Annotated[list[str] | None, flag(OUTPUT, "A tag to remove. May be repeated.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> int:
+    """Give a run a title and tags. They change no fingerprint.
+
+    Parameters
+    ----------
+    run
+        Its name, a prefix or suffix of it, its path, or latest.
+    """
+    from atoll.cli import output
+    from atoll.runs.labels import Labels
+
+    path = _find(run, out)
+    labels = Labels.read(path).changed(title, add or (), remove or ())
+    labels.write(path)
+    if as_json:
+        output.print_json({"run": path.name, "title": labels.title, "tags": labels.tags})
+    else:
+        print(f"{path.name}   {labels.title or 'no title'}   {', '.join(labels.tags) or 'no tags'}")
     return 0
 
 

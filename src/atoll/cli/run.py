@@ -23,22 +23,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Look:
-    """The output of a command: `--json` prints one object on stdout, `--quiet` no progress on stderr."""
+    """The output of a command: `--json` prints one object on stdout, `--quiet` no progress on stderr.
+
+    `title` and `tags` are the labels of each new run.
+    """
 
     as_json: bool
     quiet: bool
+    title: str | None = None
+    tags: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def observers(self) -> Iterator[list[Observer]]:
         """The observers of a training. The terminal is restored at the end, also after an error."""
+        from atoll.cli.ui import LabelWriter
+
+        labels = LabelWriter(self.title, self.tags)
         if self.quiet:
-            yield []
+            yield [labels]
             return
         from atoll.report.live import LiveTable
 
         with LiveTable(plain=True if self.as_json else None, summary=self.as_json) as table, warnings.catch_warnings():
             warnings.simplefilter("ignore", Note)  # the table prints each note
-            yield [table]
+            yield [labels, table]
 
 
 def prints(it: Experiment) -> bool:

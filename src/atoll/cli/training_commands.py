@@ -5,6 +5,7 @@ Tests: tests/surface/test_cli.py
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,8 +14,8 @@ from cyclopts import Parameter
 from atoll.base.errors import UsageError
 from atoll.base.lines import Line
 from atoll.cli.flags import ExperimentFlags
-from atoll.cli.options import GROUPS, Json, Quiet, Trust, switch
-from atoll.training.setting_texts import RUNNING
+from atoll.cli.options import GROUPS, Json, Quiet, Trust, flag, switch
+from atoll.training.setting_texts import OUTPUT, RUNNING
 
 
 def run(
@@ -24,6 +25,9 @@ def run(
     flags: ExperimentFlags = ExperimentFlags(),
     seeds: Annotated[int, switch(RUNNING, "Number of seeds. With several, mean ± sd is printed.", "ATOLL_SEEDS")] = 1,
     smoke: Annotated[bool, switch(RUNNING, "Try each stage once, in a temporary folder.", "ATOLL_SMOKE")] = False,
+    title: Annotated[str | None, flag(OUTPUT, "A title of the run, for the page and for lists.")] = None,
+    tag: Annotated[list[str] | None, flag(OUTPUT, "A tag of the run. May be repeated.")] = None,
+    ui: Annotated[bool, switch(OUTPUT, "Serve the page while the run goes on.", "ATOLL_UI")] = False,
     trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -38,12 +42,15 @@ def run(
     from atoll.cli import run
 
     it = flags.checked(experiment, trust)
-    look = run.Look(as_json, quiet)
+    look = run.Look(as_json, quiet, title, tuple(tag or ()))
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}.", "at least one.", write=Line(shell="--seeds 5"))
     if smoke:
         return run.smoke(it, look)
-    return run.run_training(it, look) if seeds == 1 else run.several(it, seeds, look)
+    from atoll.cli.ui import page_process
+
+    with page_process(it.out) if ui and run.prints(it) else contextlib.nullcontext():
+        return run.run_training(it, look) if seeds == 1 else run.several(it, seeds, look)
 
 
 def lr(

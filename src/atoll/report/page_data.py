@@ -25,13 +25,14 @@ from atoll.report.run_data import RunData
 from atoll.runs.folder import CLIENTS
 from atoll.runs.format import client_name, duration, label, plain, rises, spread
 from atoll.runs.labels import Labels
-from atoll.runs.summary import all_row_cells, called, findings, judged, own_row_cells
+from atoll.runs.summary import all_row_cells, called, findings, interval_of, judged, own_row_cells
 
 VERSION = 1
 MOST_POINTS = 2000  # of a curve
 MOST_CLIENTS = 5000  # rows of the table of clients
 MOST_NAMED = 40  # clients with curves of their own
 _POINTS = 60  # of the curve of one client
+_MOST_COLUMNS = 200
 _MOST_LOST, _MOST_NOTES, _MOST_TEXT = 50, 200, 20_000
 _MOST_READ = 8 << 20  # bytes of clients.jsonl that are read at most
 NOT_PRIVATE = "not private: noise follows the seed"
@@ -94,6 +95,7 @@ class Page(Struct, omit_defaults=True, kw_only=True, frozen=True):
         labels: the label of each column.
         rising: whether a higher value is better, for the columns with a known direction.
         curves: by column: rounds and values, at most `MOST_POINTS` of them.
+        costs: rounds, and the bytes, the seconds and the clock up to the end of each; at most `MOST_POINTS` rounds.
         chief: the selection metric.
         best: the best value of each metric, and its round.
         answers: the tables of the answer; own rows of clients come first.
@@ -124,6 +126,7 @@ class Page(Struct, omit_defaults=True, kw_only=True, frozen=True):
     labels: dict[str, str] = {}
     rising: dict[str, bool] = {}
     curves: dict[str, list[list[float | None]]] = {}
+    costs: dict[str, list[float | None]] = {}
     chief: str = ""
     best: dict[str, list[float]] = {}
     answers: list[TextTable] = []
@@ -180,6 +183,7 @@ def page_data(folder: Path) -> Page:
         labels={name: label(name) for name in columns},
         rising={name: up for name in columns if (up := rises(name)) is not None},
         curves={name: _curve(record, name) for name in columns},
+        costs=_costs(record),
         chief=chief,
         best={n: [row[n], row["round"]] for n in record.columns if (row := record.best(n)) is not None},
         answers=_answers(record),
@@ -199,6 +203,47 @@ def page_data(folder: Path) -> Page:
         lines=_lines(folder, record),
         server=_server(folder),
     )
+
+
+def run_brief(folder: Path) -> dict[str, Any]:
+    """One entry of the list of runs, with a small curve of the selection metric."""
+    record, labels = RunData.read(folder), Labels.read(folder)
+    events, chief, running = record.events, record.judged, runs.is_locked(folder)
+    best, epsilon = record.best(chief), _finite(record.last("epsilon"))
+    interval = interval_of(record.compared["federated"], chief)
+    total = record.config.get("rounds")
+    pairs = [(r["round"], _finite(r[chief])) for r in record.rows if _is_number(r.get(chief))]
+    points = [pairs[i] for i in spread(len(pairs), 40)]
+    return {
+        "run": folder.name,
+        "title": labels.title,
+        "tags": labels.tags,
+        "status": "running" if running else events.status or "unfinished",
+        "plan": _short(record.environment.get("plan") or record.config.get("plan")),
+        "data": _short(record.config.get("data")),
+        "model": _short(record.config.get("model")),
+        "began": events.began,
+        "chief": label(chief),
+        "best": None if best is None else [best[chief], best["round"]],
+        "interval": None if interval is None else str(interval),
+        "rounds": record.rows[-1]["round"] + 1 if record.rows else 0,
+        "total": total if _is_number(total) else None,
+        "bytes": record.total("bytes_up") + record.total("bytes_down"),
+        "seconds": record.total("seconds"),
+        **({} if epsilon is None else {"epsilon": epsilon}),
+        "spark": [[x for x, _ in points], [y for _, y in points]],
+    }
+
+
+def client_curves(folder: Path, name: str) -> dict[str, dict[str, Any]] | None:
+    """The curves of one client by its name or its id; None if the run has no such client."""
+    record = RunData.read(folder)
+    names, why = _names(folder, record), removed(record)
+    known = _known_clients(record, [], names)
+    found = [i for i in known if name in (str(i), client_name(i, names, 80))]
+    if not found:
+        return None
+    return {} if why else _client_curves(record, _held_out(folder), found[:1], names)
 
 
 def to_json(value: Any) -> bytes:
@@ -230,7 +275,8 @@ def _columns(record: RunData) -> list[str]:
     first = judged(record.columns)
     metrics = [*first, *(n for n in record.columns if n not in first)]
     counts = [n for n in COUNTS if n not in ("round", "fingerprint")]
-    return metrics + [n for n in counts if any(_is_number(row.get(n)) for row in record.rows)]
+    counted = [n for n in counts if any(_is_number(row.get(n)) for row in record.rows)]
+    return (metrics + counted)[:_MOST_COLUMNS]
 
 
 def _is_number(value: Any) -> bool:
@@ -245,6 +291,24 @@ def _curve(record: RunData, name: str) -> list[list[float | None]]:
     pairs = [(row["round"], row[name]) for row in record.rows if _is_number(row.get(name))]
     x, y = thin([p[0] for p in pairs], [p[1] for p in pairs], MOST_POINTS)
     return [[int(v) for v in x], [_finite(v) for v in y]]
+
+
+def _costs(record: RunData) -> dict[str, list[float | None]]:
+    """The running totals of a run, for curves over bytes and time."""
+    bytes, seconds, clock = 0.0, 0.0, None
+    found: list[tuple[Any, float, float, float | None]] = []
+    for row in record.rows:
+        bytes += _amount(row.get("bytes_up")) + _amount(row.get("bytes_down"))
+        seconds += _amount(row.get("seconds"))
+        clock = _finite(row["clock"]) if _is_number(row.get("clock")) else clock
+        found.append((row["round"], bytes, seconds, clock))
+    few = [found[i] for i in spread(len(found), MOST_POINTS)]
+    names = ("round", "bytes", "seconds", "clock")
+    return {name: [each[at] for each in few] for at, name in enumerate(names)} if few else {}
+
+
+def _amount(value: Any) -> float:
+    return float(value) if _is_number(value) and math.isfinite(value) else 0.0
 
 
 def _answers(record: RunData) -> list[TextTable]:
@@ -318,9 +382,8 @@ def _clients(folder: Path, record: RunData) -> ClientTable:
     held = _held_out(folder) if not why else []
     own = held[-1] if held else {}
     names = _names(folder, record)
-    known = {*events.seen, *events.lost, *events.tally.up, *own.get("id", [])}
-    known |= set(range(len(names))) if names is not None else set()
-    ids = sorted(known)[:MOST_CLIENTS]
+    known = _known_clients(record, own.get("id", []), names)
+    ids = known[:MOST_CLIENTS]
     columns = [*_own_columns(own, ids), *_training_columns(record, ids, why)]
     for name, each in (("bytes_up", events.tally.up), ("bytes_down", events.tally.down)):
         columns.append(ClientColumn(name, name.replace("_", " "), "bytes", [each.get(i) for i in ids]))
@@ -335,6 +398,12 @@ def _clients(folder: Path, record: RunData) -> ClientTable:
     shown = [client_name(i, names, 80) for i in ids]
     curves = {} if why else _client_curves(record, held, ids, names)
     return ClientTable(ids, shown, columns, len(known) - len(ids), curves) if ids else ClientTable()
+
+
+def _known_clients(record: RunData, held: Iterable[Any], names: Sequence[str] | None) -> list[int]:
+    events = record.events
+    known = {*events.seen, *events.lost, *events.tally.up, *(i for i in held if isinstance(i, int))}
+    return sorted(known | set(range(len(names or ()))))
 
 
 def _names(folder: Path, record: RunData) -> Sequence[str] | None:

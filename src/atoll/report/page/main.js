@@ -1,0 +1,213 @@
+// The page: all runs, one run with its stream, runs laid over each other. A frozen report has its data inside.
+
+import { element, number, count, bytes, duration } from "./text.js";
+import { Curve, spark } from "./curve.js";
+import { sortedTable } from "./table.js";
+import { RunView, time } from "./run.js";
+
+const root = document.getElementById("page");
+const frozen = document.getElementById("data");
+let view = null, stream = null, timer = null;
+export const page = { rows: [], view: () => view };
+globalThis.atoll = page;
+
+async function get(path) {
+  const answer = await fetch(path, { headers: { Accept: "application/json" } });
+  if (!answer.ok) throw new Error(answer.status === 404 ? "This run is no longer there." : "The server answered " + answer.status + ".");
+  return answer.json();
+}
+
+function message(text) {
+  let line = document.getElementById("message");
+  if (!line) { line = element("p", { id: "message", role: "status" }); root.before(line); }
+  line.textContent = text;
+  line.hidden = !text;
+}
+
+function leave() {
+  if (stream) stream.close();
+  if (view) view.close();
+  clearTimeout(timer);
+  stream = view = null;
+}
+
+// One run, kept up to date by the stream of its rows.
+async function openRun(name) {
+  leave();
+  const path = "/api/runs/" + encodeURIComponent(name);
+  const data = await get(path);
+  view = new RunView(data, true);
+  page.rows = [];
+  root.replaceChildren(element("nav", {}, element("a", { href: "#" }, "all runs")), view.node);
+  document.title = (data.title || data.run) + " – atoll";
+  const known = data.rounds ? data.rounds - 1 : -1;
+  for (let after = -1; after < known;) {
+    const rows = await get(path + "/rows?after=" + after);
+    if (!rows.length) break;
+    page.rows.push(...rows.filter((r) => r.round <= known));
+    after = rows[rows.length - 1].round;
+    if (page.rows.length > 5000) break;
+  }
+  follow(name, path, known);
+}
+
+function follow(name, path, after) {
+  let queued = false, ended = false;
+  const show = () => { queued = false; if (view) view.refresh(); };
+  const soon = () => { if (!queued) { queued = true; requestAnimationFrame(show); } };
+  stream = new EventSource(path + "/live?after=" + after);
+  stream.addEventListener("open", () => message(""));
+  stream.addEventListener("round", (event) => {
+    const row = JSON.parse(event.data);
+    if (page.rows.length && page.rows[page.rows.length - 1].round >= row.round) return;
+    page.rows.push(row);
+    view.add(row);
+    soon();
+  });
+  stream.addEventListener("reset", (event) => {
+    const first = Number(event.data);
+    page.rows = page.rows.filter((row) => row.round < first);
+    view.cut(first);
+    soon();
+  });
+  stream.addEventListener("end", async () => {
+    ended = true;
+    stream.close();
+    await reload(name, path);
+  });
+  stream.addEventListener("error", () => {
+    if (ended) return;
+    message("The connection to the server is lost. The values below stay; the page tries again.");
+    if (stream.readyState === EventSource.CLOSED) timer = setTimeout(() => follow(name, path, lastRound()), 2000);
+  });
+  timer = setTimeout(function facts() { if (stream && !ended) refreshFacts(path).finally(() => { timer = setTimeout(facts, 5000); }); }, 5000);
+}
+
+function lastRound() { return page.rows.length ? page.rows[page.rows.length - 1].round : -1; }
+
+// Everything that is no row: status, clients, answer, notes.
+async function refreshFacts(path) {
+  try {
+    const data = await get(path);
+    if (!view) return data;
+    const rounds = view.data.rounds;
+    for (const key of Object.keys(view.data)) if (!(key in data)) delete view.data[key];
+    const sums = view.data.sums;
+    Object.assign(view.data, data, data.rounds === rounds ? {} : { rounds, sums });
+    view.drawHead(); view.drawState(); view.drawAnswer(); view.drawClients(); view.drawRest();
+    return data;
+  } catch (error) { message(String(error.message)); return null; }
+}
+
+// After the end: the final data. A run that did not finish may be resumed, so it is looked at again.
+async function reload(name, path) {
+  const data = await refreshFacts(path);
+  if (view) view.refresh();
+  if (data && data.status !== "done" && data.status !== "failed") {
+    timer = setTimeout(async () => {
+      const now = await refreshFacts(path);
+      if (now && now.status === "running") follow(name, path, lastRound());
+      else reload(name, path);
+    }, 2000);
+  }
+}
+
+const overlay = { chosen: new Set(), x: "round", metric: "" };
+const COLOURS = 8;
+
+async function openList() {
+  leave();
+  document.title = "runs – atoll";
+  const runs = await get("/api/runs");
+  const filter = element("input", { type: "search", id: "filter", placeholder: "filter by name, tag, plan, status" });
+  const place = element("div", {}), charts = element("div", {}), state = {};
+  const fill = () => {
+    const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const fits = runs.filter((r) => { const text = JSON.stringify([r.run, r.title, r.tags, r.status, r.plan, r.data, r.model]).toLowerCase(); return words.every((w) => text.includes(w)); });
+    place.replaceChildren(fits.length ? listing(fits, state, () => lay(runs, charts)) : element("p", {}, runs.length ? "No run fits the filter." : "No runs yet. Write: atoll run"));
+  };
+  filter.addEventListener("input", fill);
+  fill();
+  root.replaceChildren(element("h1", {}, "Runs"), element("p", {}, element("label", { for: "filter" }, "Filter "), filter), charts, element("section", {}, place));
+  lay(runs, charts);
+}
+
+function listing(runs, state, changed) {
+  const column = (label, unit, value) => ({ label, unit, values: runs.map(value) });
+  const columns = [
+    column("status", "text", (r) => r.status),
+    column("plan", "text", (r) => r.plan || ""),
+    column("best", "text", (r) => (r.best ? r.chief + " " + number(r.best[0]) : "–")),
+    column("at the end, with interval", "text", (r) => r.interval || "–"),
+    column("rounds", "count", (r) => r.rounds || 0),
+    column("bytes", "bytes", (r) => r.bytes || 0),
+    column("time", "seconds", (r) => r.seconds || 0),
+    column("ε", "number", (r) => (r.epsilon === undefined ? null : r.epsilon)),
+    column("began", "text", (r) => (r.began || "").replace("T", " ")),
+  ];
+  const pick = (i) => {
+    const r = runs[i];
+    const box = element("input", { type: "checkbox", "aria-label": "lay " + r.run + " over others", on: { change: () => {
+      if (box.checked) overlay.chosen.add(r.run); else overlay.chosen.delete(r.run);
+      changed();
+    } } });
+    box.checked = overlay.chosen.has(r.run);
+    return element("th", { scope: "row", class: "pick" }, box, " ", element("a", { href: "#" + encodeURIComponent(r.run) }, r.title || r.run), " ",
+      spark(r.spark[0], r.spark[1], 70, 20), (r.tags || []).map((t) => element("span", { class: "tag" }, t)));
+  };
+  return sortedTable("runs, newest first", "run", runs.map((r) => r.title || r.run), columns, state, pick);
+}
+
+// The chosen runs over each other, by round, bytes, seconds or the simulated clock.
+async function lay(runs, place) {
+  if (!overlay.chosen.size) { place.replaceChildren(); return; }
+  const chosen = runs.filter((r) => overlay.chosen.has(r.run)).slice(0, COLOURS);
+  const pages = (await Promise.all(chosen.map((r) => get("/api/runs/" + encodeURIComponent(r.run)).catch(() => null)))).filter(Boolean);
+  const metrics = [...new Set(pages.flatMap((p) => p.columns || []))];
+  if (!metrics.includes(overlay.metric)) overlay.metric = pages.length ? pages[0].chief : "";
+  const select = (label, values, now, set) => {
+    const made = element("select", { "aria-label": label, on: { change: () => { set(made.value); lay(runs, place); } } }, values.map((v) => element("option", { value: v }, v.replaceAll("_", " "))));
+    made.value = now;
+    return made;
+  };
+  const curve = new Curve(overlay.metric.replaceAll("_", " "), { x: overlay.x });
+  place.replaceChildren(element("section", {}, element("h2", {}, "Selected runs"),
+    element("p", { class: "controls" }, select("metric", metrics, overlay.metric, (v) => { overlay.metric = v; }), " by ",
+      select("axis", ["round", "bytes", "seconds", "clock"], overlay.x, (v) => { overlay.x = v; })), curve.node));
+  curve.set(pages.filter((p) => p.curves[overlay.metric]).map((p, i) => ({ name: p.title || p.run, ...along(p, overlay.metric, overlay.x), colour: "s" + i })));
+}
+
+// A curve over another axis: the cost at the end of each of its rounds. The data lists the costs of at most 2,000
+// rounds; between two of them the cost is interpolated.
+function along(data, metric, axis) {
+  const [x, y] = data.curves[metric];
+  const rounds = (data.costs || {}).round || [], costs = (data.costs || {})[axis] || [];
+  if (axis === "round") return { x, y };
+  let at = 0;
+  const there = x.map((round, i) => {
+    while (at + 1 < rounds.length && rounds[at + 1] <= round) at += 1;
+    const next = Math.min(at + 1, rounds.length - 1), wide = rounds[next] - rounds[at];
+    const part = wide > 0 ? (round - rounds[at]) / wide : 0;
+    return [costs[at] === null || costs[at] === undefined ? null : costs[at] + part * (costs[next] - costs[at]), y[i]];
+  }).filter(([cost]) => cost !== null);
+  return { x: there.map((p) => p[0]), y: there.map((p) => p[1]) };
+}
+
+async function route() {
+  message("");
+  const name = decodeURIComponent(location.hash.slice(1));
+  try { await (name ? openRun(name) : openList()); } catch (error) { message(String(error.message)); }
+}
+
+if (frozen) {
+  view = new RunView(JSON.parse(frozen.textContent), false);
+  const figures = document.querySelector(".kept");
+  root.replaceChildren(view.node);
+  if (figures) view.rest.before(figures);
+} else {
+  // The token leaves the address bar; the cookie stands for it.
+  if (location.search) history.replaceState(null, "", location.pathname + location.hash);
+  addEventListener("hashchange", route);
+  route();
+}
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (view) for (const curve of view.curves.values()) curve.recolour(); });
