@@ -10,6 +10,7 @@ import re
 _HIGHER = {"accuracy", "auc", "recall", "precision", "f1", "r2", "score", "top5", "index"}
 _LOWER = {"loss", "error", "mse", "rmse", "mae", "perplexity", "norm", "brier", "ece", "deviance"}
 
+PERSONAL = "personal_"  # personal_M: a metric M of the models of clients, each on its own held-out rows
 OVER_CLIENTS = ("clients", "median", "worst10", "min", "sd")  # M_clients, …: a metric M over clients
 
 

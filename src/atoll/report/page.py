@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from atoll.compute.metric_names import PERSONAL
 from atoll.data.clients import Clients
 from atoll.report.clients import Federation
 from atoll.report.run_data import Row, RunData
@@ -196,7 +197,7 @@ def _traffic(record: RunData) -> Html | None:
 
 def _comparison(record: RunData) -> Html | None:
     """Compare the run with constants and trained baselines: on the clients' own rows, if there are any, then on all."""
-    table, chief = record.compared, record.judged
+    table, chief = record.compared, record.judged.removeprefix(PERSONAL)
     if len(table) < 2:
         reason = record.events.baselines.get("skipped", {}).get("reason")
         return tag("p", f"Not compared: {plain(reason, 300)}", class_="quiet") if reason else None

@@ -23,6 +23,7 @@ from atoll.plan.state import State
 from atoll.runs.confusion import Confusion
 from atoll.runs.format import format_number, plain
 from atoll.runs.frames import Backend, frame_of
+from atoll.runs.personal import ClientModels
 from atoll.runs.predictor import Predictor, predictor_of
 from atoll.runs.summary import summary
 
@@ -51,6 +52,7 @@ class Run:
         wall: the seconds from the start or the resumption of the training to its end, with evaluation and baselines.
         privacy: `epsilon`, `delta`, `unit`, `relation` and `claim` of a run with noise; {} for another run.
         confusion: the held-out rows of each class by predicted class, if the metric `confusion` was computed.
+        client_models: the models of clients; None if they are on the machines of the clients.
     """
 
     path: Path | None
@@ -72,6 +74,7 @@ class Run:
     wall: float = 0.0
     privacy: Mapping[str, Any] = field(default_factory=dict)
     confusion: Confusion | None = field(default=None, repr=False)
+    client_models: ClientModels | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         name = None if self.path is None else plain(self.path.name, 80)
@@ -107,6 +110,32 @@ class Run:
             ([0, 1], 6)
         """
         return frame_of(self.reports, self.rounds, self.path, kind, backend)
+
+    def personal(self, client: int | str) -> nn.Module:
+        """A new module with the final model of a client: the shared model with its own part, or its second model.
+
+        A client that never took part has the model of the server.
+
+        Args:
+            client: the name of a natural client, or the number of a client.
+        Raises:
+            UsageError: there is no such client, clients have no models of their own, or they are on the machines of the
+                clients.
+        Example:
+            >>> import atoll
+            >>> data = atoll.data.load("digits").split(clients=3)
+            >>> run = atoll.train("mlp", data, atoll.recipes.ditto(0.1), rounds=1, out=None)
+            >>> type(run.personal(2)).__name__
+            'Sequential'
+        """
+        if self.client_models is None:
+            raise UsageError(
+                f"The model of client {client!r}, at the server of a network.",
+                "the site of this client.",
+                "own parts stay at the sites.",
+                "atoll predict",
+            )
+        return self.client_models.module(client)
 
     @property
     def predictor(self) -> Predictor:

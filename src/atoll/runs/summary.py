@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from atoll.base.intervals import Interval
-from atoll.compute.metric_names import OVER_CLIENTS, base_metric
+from atoll.compute.metric_names import OVER_CLIENTS, PERSONAL, base_metric
 from atoll.runs.confusion import FILE, Confusion
 from atoll.runs.format import better, duration, format_number, label, plain, rises, size, whole
 
@@ -19,6 +19,7 @@ _WIDE = 12  # classes of a confusion table that fits on a terminal
 HIDDEN = ("gradient_norm", "lr")
 ROWS = {
     "federated": "federated",
+    "personal": "personal",
     "pooled": "pooled",
     "local": "local only",
     "constant": "constant",
@@ -72,7 +73,7 @@ def judged(names: Iterable[str]) -> list[str]:
         ['auc', 'held_out_loss', 'loss']
     """
     names = list(names)
-    there = [n for n in names if n not in HIDDEN and base_metric(n) not in names]
+    there = [n for n in names if n not in HIDDEN and base_metric(n) not in names and not n.startswith(PERSONAL)]
     losses = [n for n in ("held_out_loss", "loss") if n in there]
     return [n for n in there if n not in losses] + losses
 
@@ -189,6 +190,7 @@ def comparison(metrics: Mapping[str, Any], baselines: Baselines, chief: str | No
     names = judged(metrics)
     if not names:
         return []
+    chief = (chief or "").removeprefix(PERSONAL)  # the models of clients are a row of the table
     chief = chief if chief in names else names[0]
     table = {"federated": {**metrics, **baselines.get("federated", {})}}
     table |= {name: dict(baselines[name]) for name in ROWS if name in baselines and name != "federated"}
@@ -254,7 +256,7 @@ def findings(table: Baselines, chief: str) -> list[str]:
         ['The model is no better than the constant answer: accuracy 0.9300, constant 0.9300.']
     """
     out = []
-    rising, federated = rises(chief), table.get("federated", {})
+    rising, federated = rises(chief), table.get("personal", table.get("federated", {}))
     for constant, name, whose in (
         ("constant", chief, "the constant answer"),
         ("constant_clients", f"{chief}_clients", "the constant answer of each client on its own rows"),

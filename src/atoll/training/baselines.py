@@ -27,6 +27,7 @@ from torch import Tensor
 
 from atoll.base.errors import RunError
 from atoll.base.random import Key, user_scope
+from atoll.compute.metric_names import PERSONAL
 from atoll.compute.model_state import Model
 from atoll.engine.client_state import Memory
 from atoll.engine.contribution import contribute_chunk
@@ -65,7 +66,7 @@ def compare_constants(training: Training) -> dict[str, dict[str, Any]]:
     data, owner = training.data, training.held_owner
     if not data.count:  # a server has no train rows
         return {"federated": _row(training.final_values())}
-    found = {"federated": _row(training.final_values()) | _work(training)}
+    found = {"federated": _row(training.final_values()) | _work(training)} | _personal(training)
     constants = {"constant": constant_answer(training.task, data, owner, training.evaluated.count)}
     if owner is not None:
         constants["constant_clients"] = constant_answer(training.task, training.evaluated, owner, own=True)
@@ -155,6 +156,14 @@ def alone(training: Training) -> dict[str, Any]:
     return out | ({"diverged": diverged} if diverged else {})
 
 
+def _personal(training: Training) -> dict[str, dict[str, Any]]:
+    """`personal`: each metric over the models of clients, on the held-out rows of each; {} if there are none."""
+    rises = {"held_out_loss": False} | {m.name: m.higher_is_better for m in training.task.metrics}
+    each = {n: training.evaluation.clients.get(f"{PERSONAL}{n}") for n in rises}
+    found = {k: v for n, t in each.items() if t is not None for k, v in over_clients(n, t, rises[n]).items()}
+    return {"personal": found} if found else {}
+
+
 def _row(values: HeldOutValues) -> dict[str, Any]:
     """The metrics of a model, and their intervals as lists, as JSON stores them."""
     return {**values.metrics, "intervals": {n: [i.low, i.high, i.rows] for n, i in values.intervals.items()}}
@@ -173,9 +182,10 @@ def _over_models(training: Training, ids: Tensor, values: list[HeldOutValues]) -
         if training.by_client:
             own = torch.stack([v.clients[name][0] for v in values]).double()
             out |= over_clients(name, own, rising)
-            if name == training.selection_metric[0]:
+            chief = training.selection_metric[0]
+            if name == chief.removeprefix(PERSONAL):
                 training.final_values()
-                out |= _differences(name, training.values_by_client(ids)[name].double(), own, rising)
+                out |= _differences(name, training.values_by_client(ids)[chief].double(), own, rising)
     return out
 
 

@@ -682,7 +682,9 @@ def _fields() -> dict[str, str]:
 @cache
 def types() -> dict[str, Any]:
     """The type of each setting in a file."""
-    unknown = dict.fromkeys(("Tensor", "Fleet", "Metric", "PerExample", "EngineSpec"), Any)  # their modules load torch
+    unknown = dict.fromkeys(
+        ("Tensor", "Fleet", "Train", "Metric", "PerExample", "EngineSpec"), Any
+    )  # their modules load torch
     hints = get_type_hints(Experiment, localns={"Mapping": Mapping, "Path": Path, **unknown})
     return {f.name: declared(f).text or hints[f.name] for f in settings()}
 

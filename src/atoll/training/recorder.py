@@ -298,6 +298,7 @@ class Recorder:
             wall,
             t.privacy,
             _confusion(t),
+            t.client_models,
         )
         if self.folder is None:
             return run
@@ -353,7 +354,7 @@ def _compared(t: Training, baselines: bool) -> tuple[dict[str, dict[str, Any]], 
     except Exception as error:
         problem = (f"The constant answer was not evaluated: {type(error).__name__}: {error}",)
     trained = compare_baselines(t) if baselines else {}
-    order = ("federated", *trained, *found)
+    order = ("federated", "personal", *trained, *found)
     both = found | trained
     return {name: both[name] for name in dict.fromkeys(order) if name in both}, problem
 

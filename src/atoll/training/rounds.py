@@ -33,6 +33,7 @@ from atoll.compute import limits
 from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.device import check_precision, move_rows
 from atoll.compute.loss import ClassWeighted, PerExample, built_in, cox, loss_of, poisson
+from atoll.compute.metric_names import PERSONAL
 from atoll.compute.metrics import Metric, metrics_of
 from atoll.compute.model_state import Model
 from atoll.compute.task import Task
@@ -61,8 +62,10 @@ from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.fingerprint import fingerprint
 from atoll.runs.folder import HIDDEN
 from atoll.runs.inference import parameter_names
+from atoll.runs.personal import ClientModels, evaluated_state
 from atoll.training import stop as stops
 from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, join_clients, of_sites
+from atoll.training.personal import check_tune, held_by_client, values_of_clients
 from atoll.training.privacy import CLAIM, NOT_PRIVATE, budget_of, notes_of, refuse_leaks
 from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, reference_rows
 from atoll.training.settings import Settings, SettingsDict, listed
@@ -159,6 +162,7 @@ class Training:
                 "the rows of each client are evaluated.",
                 Change("evaluate", "pooled"),
             )
+        check_tune(plan, self.data, settings)
         self.memory = Memory(plan.memory(self.task))
         self.state = State.first(plan, self.task, settings.seed, self.memory)
         self.plan, self._bound = plan, -1
@@ -175,7 +179,8 @@ class Training:
         elif isinstance(plan.local, (Gradient, Train)) and isinstance(plan.codec, Identity):
             # No other part adds metrics, so all names are known.
             judged = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.judged else ()
-            stops.refuse_unknown(self.rules, ("loss", "gradient_norm", "lr", *judged))
+            own = tuple(f"{PERSONAL}{name}" for name in judged) if self.evaluates_personal else ()
+            stops.refuse_unknown(self.rules, ("loss", "gradient_norm", "lr", *judged, *own))
         self._buffers = BufferPool()
         self.watch: dict[str, Any] = {}
         self.outcome: stops.Outcome | None = None
@@ -438,13 +443,39 @@ class Training:
             own = of_sites(self.task, scores, clients=self.settings.evaluate != "pooled")
         if self.evaluator is None:
             return own
-        pooled = self.values_of(self.evaluated_model)
+        pooled = self._values_here()
         return join_clients(pooled, own) if own.clients else pooled
+
+    def _values_here(self) -> HeldOutValues:
+        """The values of the server's model on the held-out rows here, and those of the models of clients."""
+        found = self.values_of(self.evaluated_model)
+        if not self.evaluates_personal or self._held_by_client is None:
+            return found
+        state, tune = evaluated_state(self.plan, self.state), cast("Train | None", self.settings.tune)
+        with user_scope(self.state.key().fold("user")):
+            own = values_of_clients(self.plan, state, self._train_rows, self._held_by_client, self.evaluated_ids, tune)
+        return replace(found, metrics=found.metrics | own.metrics, clients=found.clients | own.clients)
+
+    @cached_property
+    def _held_by_client(self) -> Clients | None:
+        return held_by_client(self._near) if isinstance(self._near, Clients) else None
+
+    @cached_property
+    def _train_rows(self) -> InProcessEngine:
+        """The engine of the train rows in this process, which evaluates the models of clients."""
+        return InProcessEngine(self.task, self._near, self.settings.chunk)
+
+    @property
+    def client_models(self) -> ClientModels | None:
+        """The current models of clients; None if they are on the machines of the clients."""
+        if not self.data.count:
+            return None
+        return ClientModels(self.plan, self.state, self.task, self.data.count, self.data.names)
 
     def final_values(self) -> HeldOutValues:
         """The values of the current model on the held-out rows. They are computed again only if they are older."""
         if self.evaluated_round != self.state.round and self.data.held_out is not None:
-            self.evaluation, self.evaluated_round = self.values_of(self.evaluated_model), self.state.round
+            self.evaluation, self.evaluated_round = self._values_here(), self.state.round
         return self.evaluation
 
     def values_of(self, model: Model, client: int | None = None) -> HeldOutValues:
@@ -512,9 +543,15 @@ class Training:
         """Whether the held-out rows of each client are evaluated."""
         if self.data.held_owner is None or self.plan.releases:
             return False
+        personal = self.plan.local.trains_personal or self.settings.tune is not None
         return self.settings.evaluate in ("clients", "both") or (
-            self.settings.evaluate is None and self.data.names is not None
+            self.settings.evaluate is None and (self.data.names is not None or personal)
         )
+
+    @property
+    def evaluates_personal(self) -> bool:
+        """Whether the models of clients are evaluated on their own held-out rows."""
+        return self.by_client and (self.plan.local.trains_personal or self.settings.tune is not None)
 
     @property
     def judged(self) -> bool:
@@ -526,9 +563,12 @@ class Training:
         """The metric that selects the best round, and whether larger values are better."""
         if not self.judged:
             return "loss", False
+        # The server never trains an own part, so its model does not show the state of the training.
+        whose = PERSONAL if self.plan.local.own and self.evaluates_personal else ""
         for metric in self.task.metrics:
-            return metric.name, metric.higher_is_better
-        return "held_out_loss", False
+            if not whose or metric.sums is not None:
+                return f"{whose}{metric.name}", metric.higher_is_better
+        return f"{whose}held_out_loss", False
 
     @property
     def model(self) -> nn.Module:

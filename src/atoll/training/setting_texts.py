@@ -132,6 +132,8 @@ def _one_text(name: str, value: Any) -> Any:
         return str(value)
     if name == "class_weight" and isinstance(value, Mapping):
         return ",".join(f"{label}={weight!r}" for label, weight in value.items())
+    if name == "tune":
+        return repr(value)
     if name == "engine":
         from atoll.engine.spec import engine, spec_text
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from atoll.compute.metrics import Metric
     from atoll.engine.protocols import EngineSpec, RunOptions
     from atoll.engine.simulation.fleet import Fleet
+    from atoll.plan.local import Train
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -137,6 +138,8 @@ class TrainingFields:
         randomness: "system", or "seed": noise and cohorts follow the seed, for tests and public data.
         draws: whether code of the user may draw random numbers in any round, although a call before the first round
             shows no draw. Each call is then keyed, and the model runs in the loop.
+        tune: local training of a copy of the model at each client, at each evaluation, a `Train` or its text; the copy
+            is evaluated on the client's own held-out rows. No bit of the training changes. None: no copy is tuned.
         init: the model to start from: a `state_dict`, or the path of a run or of a safetensors file; None starts from
             the initial values of the model.
     """
@@ -192,6 +195,11 @@ class TrainingFields:
     randomness: str = setting(
         "system", "Noise from the system, or from the seed: not private.", group=METHOD, choices=("system", "seed")
     )
+    tune: Train | str | None = setting(
+        None,
+        'Local training of a copy of the model at each client before it is evaluated: "Train(sgd(0.1), epochs=1)".',
+        text=str | None,
+    )
     evaluate_every: int = setting(1, "Rounds between two evaluations; 0 never evaluates.", flag=False, least=0)
 
 
@@ -228,6 +236,8 @@ class Settings(TrainingFields):
             from atoll.engine.simulation.fleet import FLEET
 
             self._set("fleet", parse(self.fleet, FLEET))
+        if self.tune is not None:
+            self._set("tune", _tune(self.tune))
         if self.fleet is not None:
             from atoll.engine.simulation.fleet import Fleet
 
@@ -282,6 +292,29 @@ class Settings(TrainingFields):
         return RunOptions(self.device, self.numerics, self.precision, self.chunk, fleet, self.seed, plan, model)
 
 
+def _tune(value: Any) -> Train:
+    """Local training without client state, from a value or its text.
+
+    Raises:
+        UsageError: it is no `Train`, or it keeps state, has a correction or an own part.
+    """
+    from atoll.plan.local import Train
+
+    if isinstance(value, str):
+        from atoll.plan.registry import read_part
+
+        value = read_part(value)
+    plain = isinstance(value, Train) and not value.keep and value.correction is None and not value.own
+    if not plain:
+        raise UsageError(
+            f"tune = {value!r:.80}.",
+            "a `Train` without keep, correction and own.",
+            "it trains a copy of the model, which is dropped after its evaluation.",
+            Change("tune", "Train(sgd(0.1), epochs=1, batch=10)"),
+        )
+    return cast("Train", value)
+
+
 def _of_name(value: Any) -> Any:
     """The object of a text `module:name`; another value as it is."""
     if isinstance(value, str) and ":" in value and "(" not in value:
@@ -329,6 +362,7 @@ class SettingsDict(TypedDict, total=False):
     delta: float | None
     ledger: str | None
     randomness: str
+    tune: Train | str | None
     evaluate_every: int
 
 

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from atoll.base.random import Key
 from atoll.compute.batches import ROWS, ClientBatch, padded
+from atoll.compute.model_state import Model
 from atoll.compute.task import OnRows, Task
+from atoll.data.clients import Clients
+from atoll.plan.local.train import Train
 from atoll.plan.protocols import (
     Broadcast,
     Contribution,
@@ -21,6 +24,8 @@ from atoll.plan.protocols import (
     Local,
     Tensors,
 )
+
+SCORE = "score/"  # the prefix of the sums of each client in `per_client`
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,6 +75,56 @@ class ScoreRows(Local):
     ) -> tuple[Contribution, Tensors]:
         """The number of rows of the client."""
         return _measured(broadcast, lanes, key, task, self.on_rows), {}
+
+
+@dataclass(frozen=True, repr=False)
+class ScorePersonal(Local):
+    """Evaluates the model of each client on held-out rows of its own. The sums of each client are in `per_client`.
+
+    Args:
+        local: the local part of the plan, which builds the models of clients.
+        held: the held-out rows of the clients, under the same ids.
+        tune: the training of a copy of each model on the client's train rows before its evaluation; None: no training.
+    """
+
+    local: Local
+    held: Clients
+    tune: Train | None = None
+
+    def padded_batch(self, rows: int) -> int:
+        """The padded length of this client's batches, a function of its own number of rows."""
+        return padded(rows) if self.tune is None else self.tune.padded_batch(rows)
+
+    def first_memory(self, task: Task) -> Tensors:
+        """The memory of the local part, which does not change."""
+        return self.local.first_memory(task)
+
+    def declare(self, task: Task) -> Mapping[str, Declared]:
+        """Declares only the number of rows."""
+        return {"rows": Declared(1, torch.int64, "sum")}
+
+    def contribute(
+        self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
+    ) -> tuple[Contribution, Tensors]:
+        """The sums of each client, in groups of clients whose held-out rows have one padded length."""
+        model, held = self._models(broadcast.model, lanes, memory, key, task), replace(lanes, clients=self.held)
+        rows, sums = held.rows.to(torch.int64), dict[str, Tensor]()
+        widths = [padded(n) for n in rows.tolist()]
+        for width in sorted({w for w, n in zip(widths, rows.tolist(), strict=True) if n}):
+            index = torch.tensor([k for k, w in enumerate(widths) if w == width], device=lanes.ids.device)
+            index = index[rows[index].argsort(descending=True, stable=True)]
+            some = broadcast._replace(model=model.select(index.to(model.theta.device)))
+            group = replace(held, ids=lanes.ids[index], key=None)
+            for name, t in _measured(some, group, key.select(index), task, None).sums.items():
+                if name != "rows":
+                    sums.setdefault(f"{SCORE}{name}", t.new_zeros(len(rows), *t.shape[1:]))[index.to(t.device)] = t
+        return Contribution({}, {"rows": rows}, lanes.rows, {}, sums), {}
+
+    def _models(self, server: Model, lanes: ClientBatch, memory: Tensors, key: Key, task: Task) -> Model:
+        """The models of the clients, `[K, …]`: tuned, if the part tunes them."""
+        part = self.local
+        model = part.personal(server, memory, task) if part.trains_personal else part.whole(server, task)
+        return model.lanes(len(lanes.sizes)) if self.tune is None else self.tune.tuned(model, lanes, key, task)
 
 
 def _declared(task: Task) -> Mapping[str, Declared]:

@@ -309,6 +309,16 @@ class Train(Local):
                 after |= after_personal(start, trained, memory)
         return contribution, after
 
+    def tuned(self, model: Model, lanes: ClientBatch, key: Key, task: Task) -> Model:
+        """The models of K clients after this training of each client from a model, θ `[d]` or `[K, d]`.
+
+        The learning rate and the number of steps are those of round 0. No state is kept.
+        """
+        rule = StepRule(self.optimizer.schedule(0, self.optimizer.schedule.init()))
+        rule = self.optimizer.step_rule(rule.lr) or rule
+        trained, _ = self._train(model, rule, lanes, {}, key, task, 0)
+        return Model(model.theta - trained.update, trained.buffers, trained.counters, model.fixed)
+
     def _train(
         self, model: Model, rule: StepRule, lanes: ClientBatch, memory: Tensors, key: Key, task: Task, round: int
     ) -> tuple[Trained, dict[str, Tensor]]:
