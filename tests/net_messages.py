@@ -14,20 +14,21 @@ def work(**changes):
     fields = dict(
         work=WORK, kind="round", rows="train", round=3, version=3, repeat=0, plan=PLAN,
         key=wire.WireKey("-7", (1, 1 << 63)), numerics="fused", layout=HASH, input=HASH, model=b"model", deltas=(),
-        fixed=None, lease=LEASE, deadline=None,
+        fixed=None, attempt=0, sum=None, lease=LEASE, deadline=None,
     )  # fmt: skip
     return wire.Work(**{**fields, **changes})
 
 
 UP = {
-    "Hello": wire.Hello(1, VERSIONS, "AMD EPYC", ("fused", "loop"), "2026-11-30-calm-bay", WORK, (OTHER,)),
-    "Hello new": wire.Hello(1, VERSIONS, "", ("loop",), None, None, ()),
+    "Hello": wire.Hello(wire.PROTOCOL, VERSIONS, "AMD EPYC", ("fused", "loop"), "2026-11-30-calm-bay", WORK, (OTHER,)),
+    "Hello new": wire.Hello(wire.PROTOCOL, VERSIONS, "", ("loop",), None, None, ()),
     "Ready": wire.Ready(HASH, 1 << 24, 100),
     "Update": wire.Update(WORK, LEASE, OTHER, b"body"),
     "Update first": wire.Update(WORK, LEASE, None, b""),
     "Sent": wire.Sent(WORK, LEASE, OTHER, 65_537, HASH),
     "Progress": wire.Progress(WORK, 300),
     "Refusal": wire.Refusal(WORK, "policy-rounds", "The policy allows 10 rounds."),
+    "Refusal session": wire.Refusal(WORK, "session", "few_survivors: 3 survivors."),
     "Refusal run": wire.Refusal(None, "input", "Column age\nis missing; größer"),
     "Leave": wire.Leave("stopped"),
 }
@@ -36,6 +37,7 @@ DOWN = {
     "Welcome seat": wire.Welcome(4, 7, None, "hospitals", None, wire.Seat("Dirichlet(0.3)", "0", 10)),
     "Work": work(),
     "Work large": work(model=BLOB, deltas=(BLOB,), fixed=BLOB, deadline=2.5, kind="evaluate", rows="held"),
+    "Work masked": work(attempt=1, sum=wire.SumTerms(30, 600, 6000)),
     "Receipt": wire.Receipt(WORK, "received"),
     "Settled": wire.Settled((WORK, OTHER)),
     "Cancel": wire.Cancel(WORK),
@@ -47,5 +49,5 @@ POST = {
     "Renew": wire.Renew(b"-----BEGIN CERTIFICATE REQUEST-----"),
 }
 ANSWER = {"Issued": wire.Issued(4, b"certificate"), "Denied": wire.Denied("used", "The token has been used.")}
-STEP = wire.StepMessage(WORK, 2, b"shares")
+STEP = wire.StepMessage(WORK, 2, 100, b"shares")
 STEP_CAP = 1024

@@ -245,7 +245,7 @@ class Client:
         self.tried: set[WorkId] = set()
         run = RUN if self.disk.settled is not None or self.disk.prepared else None
         prepared = tuple(p.work for p in self.disk.prepared)
-        self.send(wire.Hello(1, VERSIONS, "", ("loop",), run, self.disk.settled, prepared))
+        self.send(wire.Hello(wire.PROTOCOL, VERSIONS, "", ("loop",), run, self.disk.settled, prepared))
 
     def lost(self) -> None:
         """The channel has ended."""
@@ -420,7 +420,7 @@ class Hostile(Client):
                 case 5:
                     self.send(wire.Refusal(rng.choice(others), "failed", "no"))
                 case 6:
-                    self.send(wire.Hello(1, VERSIONS, "", ("loop",), RUN, rng.choice(others), ()))
+                    self.send(wire.Hello(wire.PROTOCOL, VERSIONS, "", ("loop",), RUN, rng.choice(others), ()))
                 case 7:
                     self.world.garble(self.channel)
                 case 8:

@@ -36,7 +36,7 @@ class Server:
         channel = client if channel is None else channel
         fields = {"run": None, "settled": None, "prepared": (), **hello}
         out = self.do(co.Joined(channel, client))
-        out += self.say(channel, wire.Hello(1, VERSIONS, "", ("loop",), *fields.values()))
+        out += self.say(channel, wire.Hello(wire.PROTOCOL, VERSIONS, "", ("loop",), *fields.values()))
         return out + self.say(channel, wire.Ready(HASH, rows, 0))
 
     def assign(self, client, n, least=0, most=BIG, deadline=None, **changes):
@@ -85,7 +85,7 @@ def test_a_client_is_welcomed_present_and_gone():
 def test_without_a_run_a_client_waits_for_it():
     it = Coordinator(7, "hospitals", VERSIONS, Limits())
     it.handle(co.Joined(1, 0), 0.0)
-    hello = wire.Hello(1, VERSIONS, "", ("loop",), None, None, ())
+    hello = wire.Hello(wire.PROTOCOL, VERSIONS, "", ("loop",), None, None, ())
     assert messages(it.handle(co.Arrived(1, hello), 0.0), wire.Welcome)[0].run is None
     out = it.handle(co.RunOpened("run", INPUT, True, False), 5.0)
     assert messages(out, wire.Welcome)[0].run == "run"
@@ -106,7 +106,7 @@ def test_without_a_run_a_client_waits_for_it():
 def test_a_wrong_second_message_closes_the_channel(message, code):
     s = Server()
     s.do(co.Joined(1, 1))
-    s.say(1, wire.Hello(1, VERSIONS, "", ("loop",), None, None, ()))
+    s.say(1, wire.Hello(wire.PROTOCOL, VERSIONS, "", ("loop",), None, None, ()))
     assert closes(s.say(1, message))[0][0] == code
     assert s.it.present == () and s.say(1, message) == []
 
@@ -123,7 +123,7 @@ def test_versions_protocols_and_silence():
     s = Server()
     s.do(co.Joined(1, 1))
     other = wire.Versions("3.11.7", "0.1.0", "2.12.0", "2.4.6")
-    assert closes(s.say(1, wire.Hello(1, other, "", ("loop",), None, None, ()))) == [("versions", None)]
+    assert closes(s.say(1, wire.Hello(wire.PROTOCOL, other, "", ("loop",), None, None, ()))) == [("versions", None)]
     s.do(co.Joined(2, 1))
     assert closes(s.say(2, wire.Hello(9, VERSIONS, "", ("loop",), None, None, ()))) == [("protocol", None)]
     s.do(co.Joined(3, 1))
@@ -131,7 +131,7 @@ def test_versions_protocols_and_silence():
     assert closes(s.do(co.Tick(), after=10)) == [("silent", 1.0)]
     open_run = Server(closed=False)
     open_run.do(co.Joined(1, 1))
-    assert not closes(open_run.say(1, wire.Hello(1, other, "", ("loop",), None, None, ())))
+    assert not closes(open_run.say(1, wire.Hello(wire.PROTOCOL, other, "", ("loop",), None, None, ())))
 
 
 def test_a_second_channel_replaces_the_first():
@@ -566,7 +566,7 @@ def test_the_end_settles_first_says_bye_and_drains():
     assert {a.channel for a in of(s.do(co.Closing(bye, 30.0)), co.Send)} == {2, 3}
     # A client that was away gets its works settled before the end.
     s.do(co.Joined(8, 1))
-    out = s.say(8, wire.Hello(1, VERSIONS, "", ("loop",), "run", None, (id_of(5),)))
+    out = s.say(8, wire.Hello(wire.PROTOCOL, VERSIONS, "", ("loop",), "run", None, (id_of(5),)))
     assert [type(a.message).__name__ for a in of(out, co.Send)] == ["Welcome", "Settled", "Bye"]
     assert not of(s.do(co.Left(2)), co.Drained) and not of(s.do(co.Left(8)), co.Drained)
     out = s.do(co.Tick(), after=30)

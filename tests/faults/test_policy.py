@@ -1,6 +1,7 @@
 """The policy of a site: each rule has its own code, nothing is computed before an approval, the ledger is complete."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pandas
@@ -17,10 +18,14 @@ from atoll.net.join import site_status
 from atoll.net.policy import Policy, approve_plan
 from atoll.net.server import Listener
 from atoll.net.terms import RefusedError, plan_text
-from atoll.recipes import fedavg
+from atoll.plan.aggregate import Masks, Mean
+from atoll.plan.codec import Clip
+from atoll.recipes import dp_fedavg, fedavg
 
 SETTINGS = {"model": "softmax", "recipe": "fedavg(lr=0.5, batch=10)", "numerics": "fused", "report": "false"}
 PLAN = fedavg(0.5, cohort=4)
+SECURE = replace(PLAN, codec=Clip(1.0), aggregator=Mean(weights="equal", secure=Masks(least=4)))
+NOISY = dp_fedavg(0.5, 1.0, 2.0, 0.1)
 
 
 def code_of(policy, clients=10, plan=PLAN, **changes):
@@ -46,6 +51,14 @@ def code_of(policy, clients=10, plan=PLAN, **changes):
         ({"min_cohort": 4}, {}, None),
         ({"min_cohort": 4}, {"clients": 3}, "policy-cohort"),
         ({"min_cohort": 4}, {"plan": fedavg(0.5), "clients": 4}, None),
+        ({"secure": True}, {}, "policy-secure"),
+        ({"secure": True, "min_threshold": 3}, {"plan": SECURE}, None),
+        ({"min_threshold": 4}, {"plan": SECURE}, "policy-threshold"),
+        ({"min_noise": 0.1}, {}, "policy-noise"),
+        ({"min_noise": 2.1}, {"plan": NOISY}, "policy-noise"),
+        ({"min_noise": 2.0, "max_epsilon": 0.7}, {"plan": NOISY, "clients": 1000}, None),
+        ({"max_epsilon": 0.7}, {"plan": NOISY, "clients": 1000, "round": 9}, "policy-epsilon"),
+        ({"max_epsilon": 9.0}, {}, "policy-noise"),
         ({"max_rounds": 3}, {"round": 3}, "policy-rounds"),
         ({"max_rounds": 3}, {"round": 2}, None),
         ({"per_client": False}, {"kind": "evaluate", "rows": "held"}, "policy-values"),
@@ -54,6 +67,17 @@ def code_of(policy, clients=10, plan=PLAN, **changes):
 )
 def test_each_rule_has_its_code(rules, changes, code):
     assert code_of(Policy(**rules), **changes) == code
+
+
+def test_the_identities_of_a_policy_are_read_next_to_it(tmp_path):
+    (tmp_path / "sites.txt").write_text(f"{'ab' * 32} oslo\n\n{'cd' * 32}\n")
+    (tmp_path / "policy.toml").write_text('identities = "sites.txt"\nmin_cohort = 4\nmax_attempts = 1\n')
+    policy = Policy.read(tmp_path / "policy.toml")
+    assert policy.accepted() == {b"\xab" * 32, b"\xcd" * 32}
+    assert (policy.floors.cohort, policy.floors.attempts, Policy().floors.cohort) == (4, 1, 5)
+    (tmp_path / "sites.txt").write_text("oslo\n")
+    with pytest.raises(UsageError, match="is not valid"):
+        Policy.read(tmp_path / "policy.toml")
 
 
 def at(hour, minute=0):

@@ -48,7 +48,7 @@ def fault(decode, frame, cap=STEP_CAP):
     return error.value.code
 
 
-def framed(number, body, magic=b"ATOL", protocol=1, flags=0, length=None):
+def framed(number, body, magic=b"ATOL", protocol=wire.PROTOCOL, flags=0, length=None):
     return struct.pack("<4sBBHI", magic, protocol, number, flags, len(body) if length is None else length) + body
 
 
@@ -110,7 +110,7 @@ def test_each_fault_of_a_head_has_its_code():
     for expected, frame in {
         "short": b"ATOL",
         "magic": framed(7, body, magic=b"HTTP"),
-        "protocol": framed(7, body, protocol=2),
+        "protocol": framed(7, body, protocol=wire.PROTOCOL + 1),
         "flags": framed(7, body, flags=1),
         "type": framed(200, body),
         "length": framed(7, body, length=2**32 - 1),
@@ -142,7 +142,7 @@ def test_bounds_hold_at_the_limit_and_fail_one_above():
         (lambda n: wire.Refusal(None, "data", "x" * n), 2000, 2001),
         (lambda n: wire.Bye("done", "", n, None), 1e9, 1.1e9),
         (lambda n: wire.Welcome(n, 0, None, "f", None, None), 2**31 - 1, 2**31),
-        (lambda n: wire.Hello(1, VERSIONS, "", ("loop",), "r" * n, None, ()), 64, 65),
+        (lambda n: wire.Hello(wire.PROTOCOL, VERSIONS, "", ("loop",), "r" * n, None, ()), 64, 65),
     ]:
         assert DECODERS[type(make(good)).__name__](encode_frame(make(good))) == make(good)
         with pytest.raises(FrameError):
@@ -158,7 +158,9 @@ def test_texts_that_act_on_a_terminal_or_leave_a_path_are_refused():
             encode_frame(wire.Welcome(0, 0, None, name, None, None))
     for version in ("2.0\n", "", "a b", "2" * 65):
         with pytest.raises(FrameError):
-            encode_frame(wire.Hello(1, wire.Versions("3", "0.1", version, "2"), "", ("loop",), None, None, ()))
+            encode_frame(
+                wire.Hello(wire.PROTOCOL, wire.Versions("3", "0.1", version, "2"), "", ("loop",), None, None, ())
+            )
 
 
 def test_a_plan_with_a_module_is_refused():
@@ -171,9 +173,10 @@ def test_a_plan_with_a_module_is_refused():
 
 
 def test_a_step_needs_a_declared_length():
-    assert decode_up(encode_frame(STEP, 6), 6) == decode_down(encode_frame(STEP, 6), 6) == STEP
-    for cap in (0, 5):
-        assert fault(decode_up, encode_frame(STEP, 6), cap) == "step"
+    whole = len(STEP.body) + STEP.rest
+    assert decode_up(encode_frame(STEP, whole), whole) == decode_down(encode_frame(STEP, whole), whole) == STEP
+    for cap in (0, len(STEP.body), whole - 1):
+        assert fault(decode_up, encode_frame(STEP, whole), cap) == "step"
         with pytest.raises(FrameError):
             encode_frame(STEP, cap)
 
@@ -337,7 +340,7 @@ def test_chain_links_name_the_whole_history():
 
 
 def test_versions():
-    def hello(protocol=1, **versions):
+    def hello(protocol=wire.PROTOCOL, **versions):
         mine = {"python": "3.11.7", "atoll": "0.1.0", "torch": "2.13.0+cpu", "numpy": "2.4.6", **versions}
         return wire.Hello(protocol, wire.Versions(**mine), "", ("loop",), None, None, ())
 
@@ -346,7 +349,7 @@ def test_versions():
     code, reason = wire.version_fault(hello(torch="2.12.0", atoll="0.2.0"), VERSIONS, closed=True)
     assert code == "versions" and 'pip install "atoll==0.1.*" "torch==2.13.*"' in reason
     assert wire.version_fault(hello(torch="2.12.0"), VERSIONS, closed=False) is None
-    assert wire.version_fault(hello(protocol=2), VERSIONS, closed=False)[0] == "protocol"
+    assert wire.version_fault(hello(protocol=wire.PROTOCOL - 1), VERSIONS, closed=False)[0] == "protocol"
     # A reason must fit into a `Bye`.
     assert encode_frame(wire.Bye(code, reason, None, None))
 
@@ -363,6 +366,7 @@ def test_the_page_lists_every_message_field_and_code():
         wire.Blob,
         wire.Lease,
         wire.Seat,
+        wire.SumTerms,
         wire.WireKey,
     ]
     for kind in structs:

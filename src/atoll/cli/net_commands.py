@@ -127,7 +127,7 @@ def _split(flags: ExperimentFlags) -> tuple[dict[str, str], ExperimentFlags]:
 
 
 def _net_settings(given: Mapping[str, str]) -> dict[str, Any]:
-    known: dict[str, Any] = {"absent_s": float, "lease_s": float, "max_rows": int, "share": _switch}
+    known: dict[str, Any] = {"absent_s": float, "lease_s": float, "step_s": float, "max_rows": int, "share": _switch}
     out: dict[str, Any] = {}
     for key, text in given.items():
         name = key.removeprefix(NET)

@@ -100,14 +100,22 @@ def encode_contribution(
         rest = contribution._replace(means={n: t for n, t in contribution.means.items() if n != "update"})
         rest = rest._replace(sums={**contribution.sums, **sums}) if sums else rest
     if plan.aggregator.secure is not None:
-        payload, rest = _lifted(plan.aggregator, payload, rest, key)
+        lifted = lift_message(plan.aggregator, Message(payload, side, rest), key)
+        payload = lifted.means["update"]
+        rest = lifted._replace(means={n: t for n, t in lifted.means.items() if n != "update"})
     return contribution, Message(payload, side, rest), after
 
 
-def _lifted(rule: Aggregator, payload: Tensor, rest: Contribution, key: Key) -> tuple[Tensor, Contribution]:
-    """The payload and the rest of a contribution, as a secure sum sends them."""
-    lifted = rule.lift(rest._replace(means={"update": payload, **rest.means}), key)
-    return lifted.means["update"], lifted._replace(means={n: t for n, t in lifted.means.items() if n != "update"})
+def lift_message(rule: Aggregator, message: Message, key: Key) -> Contribution:
+    """The contributions of K messages as a secure sum sends them.
+
+    Args:
+        rule: the aggregator, bound; it has a secure sum.
+        message: the messages, with an update. Its codec has no decoding of single messages.
+        key: the key of the codec for the K starts.
+    """
+    update = {} if message.payload is None else {"update": message.payload}
+    return rule.lift(message.rest._replace(means={**update, **message.rest.means}), key)
 
 
 def decode_contribution(plan: Plan, message: Message) -> Contribution:

@@ -70,7 +70,7 @@ def _session(rule: Mean, config: str, state: State, sent: Sequence[Upload], lost
     _relay(server, clients, prints, present)
     _relay(server, clients, prints, present)
     result = server.result()
-    return rule.partial(result.words, sent[0].contribution, result.weight, len(plain))
+    return rule.partial(result.words, result.weight, len(plain))
 
 
 def _agreed(rule: Mean, config: str, state: State, plain: Mapping[int, Any]) -> dict[str, Any]:

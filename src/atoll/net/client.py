@@ -30,8 +30,11 @@ from atoll.base.files import atomic_write
 from atoll.data.input import Input
 from atoll.net import identity, wire
 from atoll.net.policy import is_approved
+from atoll.net.secure import SiteSum, step_pieces
 from atoll.net.site import Prepared, Site
 from atoll.net.terms import MAX_TERMS, RefusedError, Terms
+from atoll.secure.messages import MASKED, SumMessage
+from atoll.secure.refusals import SessionError
 
 PING_S = 20.0
 PROGRESS_S = 5.0
@@ -117,7 +120,8 @@ async def _enrol_at(address: str, token: identity.Token, home: Path, request: by
         identity.check_authority(pem, token.authority)
         atomic_write(home / "ca.pem", pem)
         context = identity.client_context(None, None, home / "ca.pem")
-        fields = {"name": token.name, "secret": token.secret.hex(), "request": request.decode()}
+        own = identity.own_identity(home / "identity.pem").public_key().public_bytes_raw().hex()
+        fields = {"name": token.name, "secret": token.secret.hex(), "request": request.decode(), "identity": own}
         async with session.post(f"https://{address}/v1/enrol", ssl=context, json=fields) as answer:
             body = await _body(answer, 1 << 16)
             if answer.status != 200:
@@ -206,6 +210,7 @@ class Client:
         self._fixed: dict[bytes, bytes] = {}
         self._dropped: set[bytes] = set()
         self._wait: float | None = None
+        self.sum: SiteSum | None = None  # the open session of a secure sum, which outlives a connection
 
     async def run(self) -> Ended:
         """Work until the run is over or the server refuses this client. Connections are made again without end."""
@@ -275,6 +280,8 @@ class _Channel:
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._run: str | None = None
         self._leases: dict[bytes, wire.Lease] = {}
+        self._answering = asyncio.Lock()
+        self._step_cap = wire.MAX_STEP if client.sum is not None else 0
 
     async def run(self) -> None:
         chain = self.site.chain
@@ -295,12 +302,12 @@ class _Channel:
         async for frame in self.channel:
             if frame.type is not aiohttp.WSMsgType.BINARY:
                 raise RunError("The server sent a frame of another kind.", "binary frames.")
-            self._handle(wire.decode_down(frame.data))
+            self._handle(wire.decode_down(frame.data, self._step_cap))
             self.client._tries.reset()
         raise aiohttp.ClientConnectionError("the server closed the channel")
 
     async def _send(self, message: wire.Up) -> None:
-        await self.channel.send_bytes(wire.encode_frame(message))
+        await self.channel.send_bytes(wire.encode_frame(message, self._step_cap))
 
     def _handle(self, message: wire.Down) -> None:
         """Begin the handling of a message. Calls of the site's thread keep the order of the messages."""
@@ -310,16 +317,23 @@ class _Channel:
                 self._later(self._welcomed(message))
             case wire.Work():
                 self._leases[message.work] = message.lease
+                if message.sum is not None:
+                    self._step_cap = wire.MAX_STEP
                 self._later(self._work(message))
             case wire.Receipt(work=work, code=code) if code not in ("received", "quota"):
                 self.notify({"event": "refused", "work": work.hex(), "code": code})
+                self._end_sum((work,))
                 self._later(compute(self.site.chain.drop, work))
             case wire.Settled(works=works):
                 self._leases = {work: lease for work, lease in self._leases.items() if work not in works}
+                self._end_sum(works)
                 self._later(compute(self.site.chain.settle, works))
+            case wire.StepMessage():
+                self._later(self._stepped(message))
             case wire.Cancel(work=work):
-                self.client._dropped.add(work)
-                self._later(compute(self.site.chain.drop, work))
+                if not self._end_sum((work,)):  # the next attempt of a secure sum masks the same contribution
+                    self.client._dropped.add(work)
+                    self._later(compute(self.site.chain.drop, work))
             case wire.Bye():
                 self._later(self._bye(message))
             case _:
@@ -408,15 +422,73 @@ class _Channel:
             client._dropped.discard(work.work)
             await client.compute(self.site.chain.drop, work.work)
             return
-        await client.compute(self._noted, work, one)
+        if work.sum is not None:
+            return await self._take_part(work, model)
+        await client.compute(self._noted, work, one.body, bool(one.memory))
         spent = round(time.perf_counter() - began, 6)
         self.notify({"event": "work", "round": work.round, "bytes": len(one.body), "seconds": spent})
-        lease = self._leases[work.work]
-        if len(one.body) <= wire.MAX_INLINE:
-            await self._send(wire.Update(one.work, lease, one.after, one.body))
+        await self._upload(one.work, one.after, one.body)
+
+    async def _upload(self, work: bytes, after: bytes | None, body: bytes) -> None:
+        """Send a contribution, inside a frame or by HTTP."""
+        lease = self._leases[work]
+        if len(body) <= wire.MAX_INLINE:
+            await self._send(wire.Update(work, lease, after, body))
         else:
-            await self._send(wire.Sent(one.work, lease, one.after, len(one.body), wire.digest(one.body)))
-            await self._put(one)
+            await self._send(wire.Sent(work, lease, after, len(body), wire.digest(body)))
+            await self._put(work, body)
+
+    async def _take_part(self, work: wire.Work, model: bytes) -> None:
+        """Take part in a secure sum. Signs of life renew the lease while other clients are awaited."""
+        client = self.client
+        if client.sum is None or client.sum.work.work != work.work:
+            try:
+                client.sum = await client.compute(self.site.open_sum, work, model)
+            except RefusedError as error:
+                return await self._refuse(work.work, error)
+        session: SiteSum = client.sum
+        await self._answer(session, session.answer)
+        while client.sum is session and not session.over:
+            await pause(PROGRESS_S)
+            await self._send(wire.Progress(work.work, 0))
+        return None
+
+    async def _stepped(self, piece: wire.StepMessage) -> None:
+        """Take a piece of a step of a secure sum, and send the answer after its last piece."""
+        session = self.client.sum
+        if session is None or session.work.work != piece.work:
+            return
+        try:
+            answer = await self.client.compute(session.take, piece)
+        except SessionError as error:
+            self.client.sum = None
+            await self._refuse(piece.work, RefusedError("session", f"{error.reason}: {error.given}", error.required))
+            return
+        if answer is not None:
+            await self._answer(session, answer)
+
+    async def _answer(self, session: SiteSum, answer: SumMessage) -> None:
+        """Send a message of a secure sum. A masked contribution is recorded before it is sent."""
+        work = session.work
+        async with self._answering:
+            if answer.kind != MASKED:
+                for piece in step_pieces(work.work, answer):
+                    await self._send(piece)
+                return
+            if not session.recorded:
+                session.recorded = True
+                await self.client.compute(self._noted, work, answer.body, session.after is not None)
+                facts = {"round": work.round, "attempt": work.attempt, "bytes": len(answer.body)}
+                self.notify({"event": "work", **facts})
+            await self._upload(work.work, session.after, answer.body)
+
+    def _end_sum(self, works: tuple[bytes, ...]) -> bool:
+        """End the session of one of these works. Returns whether there was one."""
+        session = self.client.sum
+        if session is None or session.work.work not in works:
+            return False
+        self.client.sum = None
+        return True
 
     async def _approved(self, work: wire.Work) -> bool:
         """Wait until a person has approved the plan, if the policy asks. False: the server withdrew the work."""
@@ -432,22 +504,22 @@ class _Channel:
             await pause(1.0)
         return True
 
-    def _noted(self, work: wire.Work, one: Prepared) -> None:
+    def _noted(self, work: wire.Work, body: bytes, memory: bool) -> None:
         """Record the message and the round, before the message is sent."""
         member = self.client.member
-        self.site.record(work, one.body)
+        self.site.record(work, body)
         if self._run is not None and work.round > member.rounds.get(self._run, -1):
             member.rounds = {self._run: work.round}
-            if one.memory:
+            if memory:
                 member.save()
 
-    async def _put(self, one: Prepared) -> None:
+    async def _put(self, work: bytes, message: bytes) -> None:
         """Send a long message by HTTP, from the first byte that the server does not have."""
-        path, total = f"/v1/messages/{one.work.hex()}", len(one.body)
+        path, total = f"/v1/messages/{work.hex()}", len(message)
         async with self.session.head(path, ssl=self.context) as answer:
             start = int(answer.headers.get("Upload-Offset", "0")) if answer.status == 200 else 0
         headers = {"Content-Range": f"bytes {start}-{total - 1}/{total}"}
-        body = memoryview(one.body)[start:]
+        body = memoryview(message)[start:]
         async with self.session.put(path, data=body, headers=headers, ssl=self.context, expect100=True) as answer:
             await _body(answer, 1 << 16)
             if answer.status not in (200, 409, 410, 413, 422, 424, 429):

@@ -7,7 +7,7 @@ It is a state machine: it imports no I/O, reads no clock and starts no thread. A
 carries out the returned actions in order. Two threads send events:
 
     event loop        Joined Left Arrived Garbled · Offered UploadProgress Uploaded Aborted · Revoked Enrolled Tick
-    stepping thread   RunOpened Assigned Withdrawn · Folded Rejected · Committed Closing
+    stepping thread   RunOpened Assigned Withdrawn Stepping · Folded Rejected · Committed Closing
 
 and two threads carry out actions:
 
@@ -33,6 +33,8 @@ or it learns the end by `Failed`.
   soon as it is folded: after a restart the server asks for it again.
 - A closed run waits for an absent client (`absent_s = None`). An open run fails its works once their leases expire
   (`absent_s = 0`). A client that is not present has the time of a lease to return.
+- The masked contribution of a secure sum moves the memory only with its commit: an attempt without a sum is withdrawn,
+  also after `Folded`. Its link does not depend on its bytes, which the masks of another attempt would change.
 - A large contribution waits for its grant, so that at most `window` bytes of uploads are in memory. A granted upload
   without progress for `stall_s` loses grant and bytes. The bytes of an upload count until it is folded.
 
@@ -79,6 +81,7 @@ from atoll.net.wire import (
 )
 
 MAX_OPEN = 64  # open works of one client; a larger chain would not fit into one `Hello`
+NO_DIGEST = bytes(32)  # of a masked contribution in the links of a chain
 ATTEMPTS = 5  # of one work whose contributions continue a lost one, or differ from their hash
 
 # 1. Events
@@ -210,9 +213,17 @@ class Assigned:
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """These works are no longer wanted. None of them has been folded."""
+    """These works are no longer wanted. None of them has been folded, except of a secure sum."""
 
     works: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stepping:
+    """Send a client a step of the protocol inside an open work. It is lost if the client is away."""
+
+    client: int
+    message: StepMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +257,7 @@ class Closing:
 
 Event: TypeAlias = (
     Joined | Left | Arrived | Garbled | Offered | UploadProgress | Uploaded | Aborted | Revoked | Enrolled | Tick
-    | RunOpened | Assigned | Withdrawn | Folded | Rejected | Committed | Closing
+    | RunOpened | Assigned | Withdrawn | Stepping | Folded | Rejected | Committed | Closing
 )  # fmt: skip
 
 # 2. Actions
@@ -331,7 +342,8 @@ class Failed:
 class Noted:
     """A fault of a client that ends no work, for counters and reports.
 
-    The code is: conflict, late, invalid, predecessor, stale, expired, stalled, hash, order, quota, or frame-FAULT.
+    The code is: conflict, late, invalid, predecessor, stale, expired, stalled, hash, order, quota, session (it leaves a
+    secure sum that has its contribution), or frame-FAULT.
     """
 
     client: int
@@ -437,6 +449,15 @@ class _Open:
     def id(self) -> bytes:
         return self.order.work.work
 
+    @property
+    def masked(self) -> bool:
+        """Whether the contribution is masked in a secure sum."""
+        return self.order.work.sum is not None
+
+    def link_of(self, after: bytes | None, hash: bytes) -> bytes:
+        """The link of the memory after this contribution."""
+        return chain_link(after, self.id, NO_DIGEST if self.masked else hash)
+
 
 @dataclass(slots=True)
 class _Client:
@@ -488,7 +509,7 @@ class Coordinator:
         >>> coordinator = Coordinator(7, "hospitals", versions, Limits())
         >>> coordinator.handle(Joined(1, 0), 0.0)
         []
-        >>> hello = Hello(1, versions, "", ("loop",), None, None, ())
+        >>> hello = Hello(2, versions, "", ("loop",), None, None, ())
         >>> coordinator.handle(Arrived(1, hello), 0.1)[0].message.federation
         'hospitals'
         >>> coordinator.wake
@@ -506,6 +527,7 @@ class Coordinator:
         self._clients: dict[int, _Client] = {}
         self._channels: dict[int, _Client] = {}
         self._owner: dict[bytes, _Client] = {}
+        self._withdrawn_late: set[bytes] = set()  # withdrawn after their delivery, which the stepping thread answers
         self._uploads: dict[int, _Open] = {}
         self._queue: deque[int] = deque()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
@@ -516,7 +538,8 @@ class Coordinator:
             Offered: self._offered, UploadProgress: self._chunk, Uploaded: self._uploaded, Aborted: self._aborted,
             Revoked: self._revoked, Enrolled: self._enrolled, Tick: lambda _: None,
             RunOpened: self._opened, Assigned: self._assigned,
-            Withdrawn: self._withdrawn, Folded: self._folded, Rejected: self._rejected, Committed: self._committed,
+            Withdrawn: self._withdrawn, Stepping: self._stepping,
+            Folded: self._folded, Rejected: self._rejected, Committed: self._committed,
             Closing: self._closing,
         }  # fmt: skip
         self._messages: Mapping[type[Any], Callable[[_Client, Any], None]] = {
@@ -845,8 +868,10 @@ class Coordinator:
             if c is None:
                 continue  # it has failed meanwhile
             open = c.works[work]
-            if open.state in ("received", "checking"):
+            if open.state in ("received", "checking") and not open.masked:
                 raise ValueError(f"work {work.hex()} is withdrawn after its contribution was delivered")
+            if open.state == "checking":
+                self._withdrawn_late.add(work)
             self._send(c, Cancel(work))
             self._end(c, open)
             self._refuse_held(c)
@@ -861,10 +886,16 @@ class Coordinator:
 
     def _step(self, c: _Client, message: StepMessage) -> None:
         open = c.works.get(message.work)
-        if open is None or open.state not in ("leased", "expired"):
+        if open is None or (open.state not in ("leased", "expired") and not open.masked):
             return self._send(c, Cancel(message.work))
-        self._renew(c, open)
+        if open.state in ("leased", "expired"):
+            self._renew(c, open)
         return self._out.append(Stepped(c.id, message))
+
+    def _stepping(self, event: Stepping) -> None:
+        c = self._clients.get(event.client)
+        if c is not None and event.message.work in c.works:
+            self._send(c, event.message)
 
     def _refusal(self, c: _Client, message: Refusal) -> None:
         if message.work is None:
@@ -880,6 +911,8 @@ class Coordinator:
         found = c.works.get(message.work)
         if found is not None and found.state in ("leased", "expired"):
             self._fail(c, found, message.code, message.reason, cancel=False)
+        elif found is not None and found.masked:
+            self._out.append(Noted(c.id, "session", message.work))  # its masked contribution is in the sum
 
     # Contributions
 
@@ -899,7 +932,7 @@ class Coordinator:
                 c, open, "length", f"The message has {length} bytes; {required} are possible.", cancel=False
             )
         open.digest, open.after, open.body, open.fails = hash, after, body, None
-        open.link = chain_link(after, work, hash)
+        open.link = open.link_of(after, hash)
         return self._try(c, open)
 
     def _is_first(self, c: _Client, message: Update | Sent, hash: bytes) -> bool:
@@ -977,8 +1010,9 @@ class Coordinator:
                 self._refuse(c, open)
 
     def _delivered(self, work: bytes) -> tuple[_Client, _Open] | None:
-        """The client and the work of a delivered contribution; None if the run has ended meanwhile."""
-        if self._bye is not None:
+        """The client and the work of a delivered contribution; None if the run has ended or the work was withdrawn."""
+        if self._bye is not None or work in self._withdrawn_late:
+            self._withdrawn_late.discard(work)
             return None
         c = self._owner.get(work)
         if c is None or c.works[work].state != "checking":
@@ -996,7 +1030,7 @@ class Coordinator:
             self._end(c, open)
             return self._grant()
         open.state = "received"
-        if self._run is not None and self._run.memory and not open.lost:
+        if self._run is not None and self._run.memory and not open.lost and not open.masked:
             c.tail = open.link
         self._release(open)
         self._send(c, Receipt(open.id, "received"))
@@ -1027,6 +1061,8 @@ class Coordinator:
             if open.lost:
                 self._out.append(Forget(c.id))
                 continue
+            if open.masked and self._run is not None and self._run.memory:
+                c.tail = open.link
             _remember(c.committed, work, open.digest or b"")
             settled.setdefault(c.id, []).append(work)
         for client, works in settled.items():
@@ -1043,7 +1079,7 @@ class Coordinator:
             return self._fail(c, open, "length", f"The message has {message.length} bytes.", cancel=False)
         if open.sent is not None and open.sent != message:
             self._drop_upload(open, "conflict")
-        open.sent, open.link = message, chain_link(message.after, message.work, message.hash)
+        open.sent, open.link = message, open.link_of(message.after, message.hash)
         return self._renew(c, open)
 
     def _offered(self, event: Offered) -> None:

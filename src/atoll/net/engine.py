@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from safetensors.torch import save
 
 from atoll import models
 from atoll.base.errors import RunError, UsageError
-from atoll.base.lines import Change, Line
+from atoll.base.lines import Change, Line, Part
 from atoll.base.random import Key
 from atoll.base.validation import required
 from atoll.compute.layout import Layout, named_tensors
@@ -37,6 +38,7 @@ from atoll.net import wire
 from atoll.net.client import own_versions
 from atoll.net.coordinator import Coordinator, Limits
 from atoll.net.home import ServerHome
+from atoll.net.secure import SumOutcome, SumRound, agreement_of
 from atoll.net.server import Listener
 from atoll.net.spec import Server
 from atoll.net.store import Accepted
@@ -48,8 +50,10 @@ from atoll.plan.local import Evaluate
 from atoll.plan.message import MessageForm
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Cohort, Ids, Population, Tensors
-from atoll.plan.round import Gathered
+from atoll.plan.round import Gathered, sum_limits
 from atoll.plan.state import State, pack_broadcast
+from atoll.secure.messages import MASKED, longest_bodies
+from atoll.secure.params import Agreement
 
 _ABSENT = ("absent", "expired", "left", "closing")
 
@@ -113,6 +117,8 @@ class ServerEngine(Engine):
         self._answers: dict[int, Tensors] = {}
         self.awaited: tuple[int, ...] = ()
         self._net: Listener | None = None
+        self._sums: SumRound | None = None  # the secure sum of the open round
+        self._summing = False  # whether its first attempt has begun
 
     # Engine
 
@@ -150,6 +156,7 @@ class ServerEngine(Engine):
         coordinator = Coordinator(epoch, database.federation, own_versions(), limits)
         self._net = Listener(self.home.path, database, self.home.authority, coordinator, spec.hosts)
         self._net.awaited = lambda: self.awaited
+        self._net.step = lambda: "" if self._sums is None else self._sums.step
         host, port = self.home.listen_address(spec.listen)
         address = self._net.start(host, port)
         database.put("address", address)
@@ -167,6 +174,7 @@ class ServerEngine(Engine):
         """
         self._check(plan)
         self.run = run
+        self.net.step_cap = wire.MAX_STEP if plan.aggregator.secure is not None else 0
         database, terms = self.home.database, self._terms
         blob = self.net.offer(terms)
         known = {c.id: (c.rows, c.held or 0) for c in database.clients() if c.rows and c.input == blob.hash}
@@ -188,13 +196,7 @@ class ServerEngine(Engine):
     def _check(self, plan: Plan) -> None:
         plan_text(plan)
         self.spec.check(RunOptions(plan=plan))
-        if plan.aggregator.secure is not None:
-            raise UsageError(
-                f"{plan.aggregator!r} over a network.",
-                "an aggregator without a secure sum; or a simulation with --rehearse.",
-                "the messages of the protocol do not travel over a network yet.",
-                "atoll run --rehearse",
-            )
+        self._check_sum(plan)
         MessageForm.of(_bound(plan, plan.local.server_layout(self.layout)), self.task)
         self._check_own(plan)
         if not plan.local.own and _memory_reads_weights(plan, self.task):
@@ -237,6 +239,25 @@ class ServerEngine(Engine):
                 Change("plan.local.own", "()"),
             )
 
+    def _check_sum(self, plan: Plan) -> None:
+        """Refuse a secure sum that a network cannot form."""
+        if plan.aggregator.secure is None:
+            return
+        if self.spec.clients is None:
+            raise UsageError(
+                f"{plan.aggregator!r} in an open run.",
+                "a closed run, whose clients are fixed.",
+                "the grid of the sum follows from the largest cohort and from the rows of all clients.",
+                Change("clients", 6),
+            )
+        if self.population.clients and plan.sampler(self.population, 0, Key(0)).chance.dim():
+            raise UsageError(
+                f"{plan.aggregator!r} with {plan.sampler!r} over a network.",
+                "a sampler that gives all clients the same chance.",
+                "a site masks its contribution times its own weight, which would depend on the rows of all sites.",
+                Part("Everyone()", "cohort"),
+            )
+
     def await_clients(self, plan: Plan, state: State) -> None:
         """Wait until the clients of a closed run have joined, or until enough clients of an open run are present."""
         wanted = self.spec.clients
@@ -275,11 +296,15 @@ class ServerEngine(Engine):
         self._fold = fold = Fold(plan, state.round, keep)
         self._state, self._key = state, key
         away = None if self.spec.clients is not None else self._is_away
-        loop = ArrivalLoop(plan, state, self.population, cohort, self._send, self._receive, time.monotonic, away)
+        send, receive = self._send, self._receive
+        if plan.aggregator.secure is not None:
+            self._sums = self._sum_round(plan, state)
+            send, receive = self._sums.start, self._receive_sum
+        loop = ArrivalLoop(plan, state, self.population, cohort, send, receive, time.monotonic, away)
         try:
             flown = loop.run()
         finally:
-            self.awaited = ()
+            self.awaited, self._sums, self._summing = (), None, False
         if not plan.pace.asynchronous:
             self._withdraw()
         self._versions = {v: known for v, known in self._versions.items() if v in state.versions or v == state.round}
@@ -438,9 +463,90 @@ class ServerEngine(Engine):
             version.field,
             (),
             fixed,
+            0,
+            None,
             wire.Lease(0, 0),
             None,
         )
+
+    # secure sums
+
+    def _sum_round(self, plan: Plan, state: State) -> SumRound:
+        """The secure sum of a round. Attempts that a former start of the server began are over."""
+        database, place = self.home.database, f"{self.run} {state.round} "
+        last = database.get("attempt") or ""
+        first = int(last.removeprefix(place)) + 1 if last.startswith(place) else 0
+        return SumRound(
+            plan.aggregator.secure,
+            {client.id: client.identity for client in database.clients() if client.identity is not None},
+            lambda flight, attempt: self._assign_sum(flight, plan, attempt),
+            self._withdraw_works,
+            lambda client, piece: self.net.handle(events.Stepping(client, piece)),
+            lambda attempt: database.put("attempt", f"{place}{attempt}"),
+            lambda clients: int(self._weights(plan, clients).sum()),
+            self.spec.step_s,
+            first,
+        )
+
+    def _weights(self, plan: Plan, clients: list[int]) -> torch.Tensor:
+        """The weights of clients, by their rows."""
+        ids = torch.tensor(clients, dtype=torch.int64)
+        return plan.aggregator.weigh(ids, self.population.sizes[ids])
+
+    def _assign_sum(self, flight: Flight, plan: Plan, attempt: int) -> tuple[wire.Work, Agreement]:
+        """Assign the work of a flight in an attempt of a secure sum."""
+        state, text, version = self._state, required(self._plan, "plan")[1], self._version(flight.version)
+        start = flight.client, flight.version, flight.again
+        name = wire.work_id(self.run, "round", *start, text, version.hash, attempt)
+        fixed, whole = self._frozen(state.version(flight.version)), (state.round, flight.version, flight.again)
+        plain = self._work(name, "round", "train", *whole, plan, text, self._key, version, fixed)
+        work = msgspec.structs.replace(plain, attempt=attempt, sum=wire.SumTerms(*sum_limits(plan, self.population)))
+        self._assigned[name] = _Sent(flight, work)
+        agreement = agreement_of(self.run, work, version.hash, plan, self.task)
+        length = longest_bodies(agreement)[MASKED]
+        self.net.handle(events.Assigned(flight.client, work, length, length))
+        return work, agreement
+
+    def _withdraw_works(self, works: Iterable[bytes]) -> None:
+        """Withdraw works of an attempt that has no sum."""
+        self.net.handle(events.Withdrawn(tuple(work for work in works if self._assigned.pop(work, None) is not None)))
+
+    def _receive_sum(self, left: float | None) -> list[Landed]:
+        """Wait for messages of clients, and close the steps of the secure sum that are complete or overdue."""
+        sums = required(self._sums, "secure sum")
+        outcome = None if self._summing else sums.begin()
+        self._summing = True
+        if outcome is None:
+            self.awaited = sums.awaited
+            if self.awaited:
+                self._take(sums.left(time.monotonic()))
+            outcome = sums.advance(time.monotonic())
+        if outcome is not None:
+            self._end_sum(outcome)
+        landed, self._landed = self._landed, []
+        return landed
+
+    def _end_sum(self, outcome: SumOutcome) -> None:
+        """Put the sum of a round into its results."""
+        plan, results = required(self._plan, "plan")[0], required(self._fold, "open round").results
+        for flight, cause in outcome.lost:
+            self._landed.append(Landed(flight.number, "sum", cause or "it is not in the sum"))
+        if outcome.sum is None or not isinstance(plan.aggregator, Mean):
+            return
+        ids = torch.tensor([one.flight.client for one in outcome.arrived])
+        columns = {"bytes_up": [one.up for one in outcome.arrived], "bytes_down": [one.down for one in outcome.arrived]}
+        weights = self._weights(plan, ids.tolist()).tolist()
+        total = plan.aggregator.partial(outcome.sum.words, outcome.sum.weight, len(ids))
+        results.partials[self._state.round] = total
+        results.arrived.append(ids)
+        results.facts.append({name: torch.tensor(values) for name, values in columns.items()})
+        for one, weight in zip(outcome.arrived, weights, strict=True):
+            message, flight = one.delivered, one.flight
+            start = flight.client, flight.version, flight.again
+            self._accepted.append(Accepted(*start, message.work, message.after, events.NO_DIGEST, weight))
+            self._folded.append(message.work)
+            self._assigned.pop(message.work, None)
+            self._landed.append(Landed(flight.number))
 
     def _version(self, version: int) -> _Version:
         """The bytes of a model version, which are made once."""
@@ -516,6 +622,11 @@ class ServerEngine(Engine):
                     self._rows[client] = rows
                     self.home.database.record_rows(client, rows, held, wire.digest(self._terms))
                 self.notify({"event": "present", "client": client, "rows": rows})
+                if self._sums is not None:
+                    self._sums.again(client)
+            case events.Stepped(message=message):
+                if self._sums is not None:
+                    self._sums.stepped(message)
             case events.Gone(client=client):
                 self._present.pop(client, None)
                 self.notify({"event": "gone", "client": client})
@@ -533,6 +644,8 @@ class ServerEngine(Engine):
             case events.Forget(client=client):
                 self.home.database.forget_memory(client)
             case events.Noted(client=client, code=code):
+                if code == "session" and self._sums is not None:
+                    self._sums.lost(client, "it left the session")
                 self.notify({"event": "noted", "client": client, "code": code})
             case events.Drained():
                 self._drained = True
@@ -552,6 +665,10 @@ class ServerEngine(Engine):
         if sent is None or self._fold is None:
             return
         flight = sent.flight
+        if self._sums is not None and code == "session":
+            return self._sums.lost(client, reason)  # another attempt may have a sum
+        if self._sums is not None:
+            self._sums.gone(client)
         if code in _ABSENT:
             self._landed.append(Landed(flight.number, "network", reason))
             return
@@ -606,6 +723,9 @@ class ServerEngine(Engine):
             sent = self._assigned.get(message.work)
             if sent is None:
                 self.net.handle(events.Rejected(message.work))
+                continue
+            if self._sums is not None:
+                self.net.handle((events.Folded if self._sums.upload(message) else events.Rejected)(message.work))
                 continue
             groups.setdefault(sent.flight.version, []).append(message)
         for group in groups.values():

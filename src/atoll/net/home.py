@@ -98,6 +98,7 @@ class ServerHome:
             "rounds": rounds,
             "end": end,
             "why": live.get("why", ""),
+            "step": live.get("step", ""),
             "awaited": live.get("awaited", []),
             "time": live.get("time"),
             "clients": clients,

@@ -235,6 +235,39 @@ def read_key(path: Path) -> PrivateKey:
     return key
 
 
+def own_identity(path: Path) -> ed25519.Ed25519PrivateKey:
+    """The identity key of a site, which names it in a secure sum. If the file does not exist, a new key is written.
+
+    Raises:
+        UsageError: other users can read the file, or it contains no Ed25519 key.
+    """
+    if not path.exists():
+        made = ed25519.Ed25519PrivateKey.generate()
+        kind = serialization.PrivateFormat.PKCS8
+        pem = made.private_bytes(serialization.Encoding.PEM, kind, serialization.NoEncryption())
+        atomic_write(path, pem, mode=0o600)
+    check_private(path)
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise UsageError(f"The file {path} contains no Ed25519 key without a password.", "a key in PEM form.")
+    return key
+
+
+def identity_bytes(text: str) -> bytes:
+    """A public identity key from its 64 hexadecimal digits.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    found = bytes.fromhex(text)
+    if len(found) != 32:
+        raise ValueError("an identity key has 64 hexadecimal digits")
+    return found
+
+
 def check_private(path: Path) -> None:
     """Refuse a key file that other users of this machine can read or write.
 

@@ -219,6 +219,7 @@ def site_status(home: Path) -> dict[str, Any]:
     return {
         "federation": member.federation,
         "name": member.name,
+        "identity": identity.own_identity(home / "identity.pem").public_key().public_bytes_raw().hex(),
         "addresses": list(member.addresses),
         "epoch": member.epoch,
         "run": chain.run or last.get("run"),

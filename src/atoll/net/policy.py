@@ -23,10 +23,14 @@ from msgspec import Meta
 
 from atoll.base.errors import UsageError
 from atoll.base.files import atomic_write
+from atoll.net.identity import identity_bytes
 from atoll.net.terms import RefusedError
 from atoll.net.wire import LeaveCode, Work, digest
 from atoll.plan.plan import Plan
 from atoll.plan.sampler import Everyone
+from atoll.privacy.account import epsilon
+from atoll.secure.client import Floors
+from atoll.secure.params import topology
 
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _CALLED = re.compile(r"([A-Za-z_]\w*)\s*\(")
@@ -41,7 +45,14 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Args:
         models: the names of the models that a run may use; None: any.
         parts: the names of the parts that a plan may use, nested ones included; None: any.
-        min_cohort: the least number of clients that a round selects.
+        min_cohort: the least number of clients that a round selects, and of a secure sum. With 1 a secure sum needs 5.
+        secure: whether each round needs a secure sum, so that the server receives no update of this site.
+        min_threshold: the least number of sites that together open the masks of one of them.
+        identities: the file of the public identity keys that may be in a sum with this site, one in a line with a
+            remark after it. None: the server names them, and must be honest.
+        min_noise: the least noise multiplier of the plan.
+        max_epsilon, delta: the largest ε of the run so far at this δ, by the accountant of this site. None: no limit.
+        max_attempts: the most attempts of a secure sum in a round.
         max_rounds: the most rounds of one run; None: no limit.
         min_rows: the least number of train rows of this site.
         per_client: whether the site sends the sums of its held-out rows, which are values of this site.
@@ -53,6 +64,13 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     models: tuple[str, ...] | None = None
     parts: tuple[str, ...] | None = None
     min_cohort: Annotated[int, Meta(ge=1)] = 1
+    secure: bool = False
+    min_threshold: Annotated[int, Meta(ge=2)] = 2
+    identities: str | None = None
+    max_attempts: Annotated[int, Meta(ge=1)] = 2
+    min_noise: Annotated[float, Meta(ge=0)] = 0.0
+    max_epsilon: Annotated[float, Meta(gt=0)] | None = None
+    delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
     max_rounds: Annotated[int, Meta(ge=0)] | None = None
     min_rows: Annotated[int, Meta(ge=1)] = 1
     per_client: bool = True
@@ -71,6 +89,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             found = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Policy)
             if found.hours is not None and not _HOURS.fullmatch(found.hours):
                 raise ValueError(f'hours = "{found.hours}"')
+            if found.identities is not None:
+                found = msgspec.structs.replace(found, identities=str(path.parent / found.identities))
+                found.accepted()
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}.", "a policy file.") from None
         except (ValueError, msgspec.ValidationError) as error:
@@ -79,6 +100,24 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"The policy {path} is not valid: {error}.", f'the rules {known}; hours such as "20:00-06:00".'
             ) from None
         return found
+
+    def accepted(self) -> frozenset[bytes] | None:
+        """The public identity keys of `identities`; None if there is no such file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: a line has no key.
+        """
+        if self.identities is None:
+            return None
+        lines = Path(self.identities).read_text(encoding="utf-8").splitlines()
+        return frozenset(identity_bytes(line.split()[0]) for line in lines if line.strip())
+
+    @property
+    def floors(self) -> Floors:
+        """The least that this site accepts in a secure sum."""
+        cohort = max(3, self.min_cohort) if self.min_cohort > 1 else Floors.cohort
+        return Floors(cohort, threshold=self.min_threshold, noise=self.min_noise, attempts=self.max_attempts)
 
     def check_run(self, model: str, rows: int) -> None:
         """Refuse a model, and too few rows.
@@ -112,6 +151,25 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise _refused("rounds", f"more than {self.max_rounds} rounds")
         if self.min_cohort > 1 and _cohort(plan, clients) < self.min_cohort:
             raise _refused("cohort", f"cohorts of less than {self.min_cohort} clients")
+        self._check_privacy(work, plan, clients)
+
+    def _check_privacy(self, work: Work, plan: Plan, clients: int) -> None:
+        """Refuse a plan whose sum or noise protects less than the policy asks."""
+        masks = plan.aggregator.secure
+        if self.secure and masks is None:
+            raise _refused("secure", "a round without a secure sum")
+        shape = None if masks is None else topology(_cohort(plan, clients), masks.neighbours, masks.threshold)
+        if shape is not None and shape.threshold < self.min_threshold:
+            raise _refused("threshold", f"a threshold of less than {self.min_threshold} sites")
+        release = plan.codec.event(1.0)
+        if release is None and (self.min_noise or self.max_epsilon is not None):
+            raise _refused("noise", "a plan without noise")
+        if release is not None and release.noise < self.min_noise:
+            raise _refused("noise", f"noise below {self.min_noise:g}")
+        if self.max_epsilon is not None:
+            spent = epsilon(plan, clients=clients, rounds=work.round + 1, delta=self.delta)
+            if spent > self.max_epsilon:
+                raise _refused("epsilon", f"more than ε = {self.max_epsilon:g}")
 
     def absence(self, now: datetime, sent: int) -> tuple[LeaveCode, float] | None:
         """Why the site is absent now, and for how many seconds; None if it is present.

@@ -53,7 +53,10 @@ class RoundStore:
         model = digest(checkpoint.tensors["model/theta"].detach().cpu().contiguous().numpy().tobytes())
         whole = (state + best) if small else None
         accepted = self._accepted()
-        commit = RoundCommit(self._run(), round, model, pointer, whole, blobs, accepted, rows[-1], events)
+        run = self._run()
+        place, _, attempt = (self._database.get("attempt") or "").rpartition(" ")
+        last = int(attempt) if place == f"{run} {round}" else 0
+        commit = RoundCommit(run, round, model, pointer, whole, blobs, accepted, rows[-1], events, last)
         self._database.commit_round(commit)
         self._last = round
 

@@ -105,6 +105,8 @@ class Listener:
         self._wakes: asyncio.Event | None = None
         self.seen: dict[int, float] = {}
         self.awaited: Callable[[], Sequence[int]] = tuple
+        self.step: Callable[[], str] = str
+        self.step_cap = 0  # the longest step that the plan declares; 0: it has none
         self._published = 0.0
 
     # the thread of the training
@@ -259,12 +261,13 @@ class Listener:
             clients = self.coordinator.status()
         names = {record.id: record.name for record in self._directory.clients}
         stages: dict[int, str] = {c.client: c.stage for c in clients}
-        awaited = list(self.awaited())
+        awaited, step = list(self.awaited()), self.step()
         each = ", ".join(f"{names.get(i, str(i))} ({_STAGES[stages.get(i, 'away')]})" for i in awaited[:20])
         facts = {
             "time": time.time(),
             "awaited": awaited,
-            "why": f"The run waits for {each}." if each else "",
+            "why": f"The run waits for {each}{step and ': '}{step}." if each else "",
+            "step": step,
             "clients": [{"client": c.client, "stage": c.stage, "seen": self.seen.get(c.client)} for c in clients],
         }
         new = self.home / "status.json.new"
@@ -292,7 +295,7 @@ class Listener:
                 case events.Send(channel=number, message=message):
                     channel = self._channels.get(number)
                     if channel is not None:
-                        self._queue(channel, wire.encode_frame(message))
+                        self._queue(channel, wire.encode_frame(message, self.step_cap))
                 case events.Close(channel=number, bye=bye):
                     channel = self._channels.get(number)
                     if channel is not None:
@@ -359,7 +362,7 @@ class Listener:
                     self._event(events.Garbled(channel.number, "type"))
                     continue
                 try:
-                    message = wire.decode_up(frame.data)
+                    message = wire.decode_up(frame.data, self.step_cap)
                 except wire.FrameError as error:
                     self._event(events.Garbled(channel.number, error.code))
                     continue
@@ -411,10 +414,11 @@ class Listener:
             fields = json.loads(await request.read())
             name, pem = str(fields["name"]), str(fields["request"]).encode()
             secret = identity.secret_hash(bytes.fromhex(fields["secret"]))
+            key = identity.identity_bytes(str(fields["identity"]))
         except (ValueError, KeyError, TypeError):
             tries.append(now)
-            return _refused(400, "The request cannot be read.", "name, secret and request.")
-        work = self._issue(name, pem, secret)
+            return _refused(400, "The request cannot be read.", "name, secret, request and identity.")
+        work = self._issue(name, pem, secret, key)
         try:
             certificate = await asyncio.get_running_loop().run_in_executor(None, work)
         except (DeniedError, UsageError) as error:
@@ -422,12 +426,12 @@ class Listener:
             return _refused(403, error.given, error.required, form(error.write, "shell"))
         return web.Response(body=certificate)
 
-    def _issue(self, name: str, pem: bytes, secret: bytes) -> Callable[[], bytes]:
+    def _issue(self, name: str, pem: bytes, secret: bytes, key: bytes) -> Callable[[], bytes]:
         def signed() -> tuple[bytes, identity.Peer]:
             der = self.authority.client(pem, name, datetime.now(UTC))
             return der, identity.peer_of(der)
 
-        return lambda: self.store.enrol(name, secret, pem, int(time.time()), signed).certificate
+        return lambda: self.store.enrol(name, secret, pem, int(time.time()), signed, key).certificate
 
     async def _renew(self, request: web.Request) -> web.Response:
         client, peer = self._peer(request)

@@ -4,6 +4,8 @@
     home/memory                                        client state after its last settled work
     home/prepared/NUMBER-WORK                          messages that no committed round contains yet, in order
     home/ledger.jsonl                                  every message that was sent
+    home/identity.pem                                  the key that names the site in secure sums
+    home/sums.json                                     the last secure sum in which the site took part
     home/data.json                                     the run of the rows, and their fingerprint
     home/runs/                                         the final models
 
@@ -20,7 +22,7 @@ import json
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from atoll.base.errors import AtollError, RunError
+from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.files import atomic_write
 from atoll.base.random import Key
 from atoll.base.validation import required
@@ -40,17 +42,24 @@ from atoll.compute.layout import Layout
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.choose_backend import choose
-from atoll.engine.contribution import encode_contribution
+from atoll.engine.contribution import encode_contribution, lift_message
 from atoll.engine.inprocess import threads_for
+from atoll.net.coordinator import NO_DIGEST
+from atoll.net.identity import own_identity
 from atoll.net.policy import Policy
+from atoll.net.secure import SiteSum, agreement_of
 from atoll.net.terms import Own, RefusedError, Terms, layout_hash, read_plan
 from atoll.net.wire import FrameError, LeaveCode, Seat, Work, chain_link, digest, tensor_table, work_id
 from atoll.plan.aggregate import Mean
+from atoll.plan.form import MessageError
 from atoll.plan.local import Gradient
 from atoll.plan.message import MessageForm
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids, Tensors
+from atoll.plan.round import SumLimits, secured
 from atoll.plan.state import unpack_broadcast
+from atoll.secure.client import SumClient, Words
+from atoll.secure.refusals import SessionError
 
 _COMPUTING = threading.Lock()  # sites in one process share torch's global generators
 _NO_SHARED: Mapping[str, Tensors] = {"local": {}, "codec": {}}
@@ -65,19 +74,21 @@ class Prepared(NamedTuple):
     Args:
         work: the work.
         after: the `chain_link` of the memory that it started from; None for the first memory.
-        body: the bytes of the message.
+        body: the bytes of the message, before they are masked.
         memory: the client memory after this work, tensors `[1, …]`.
+        masked: whether only its masked words are sent, in a secure sum.
     """
 
     work: bytes
     after: bytes | None
     body: bytes
     memory: Tensors
+    masked: bool = False
 
     @property
     def link(self) -> bytes:
         """The name of the memory after this work."""
-        return chain_link(self.after, self.work, digest(self.body))
+        return chain_link(self.after, self.work, NO_DIGEST if self.masked else digest(self.body))
 
 
 @dataclass
@@ -113,7 +124,9 @@ class MemoryChain:
             facts, tensors = _read(path)
             after = bytes.fromhex(facts["after"]) if facts["after"] else None
             body = tensors.pop("body").numpy().tobytes()
-            it.prepared.append(Prepared(bytes.fromhex(facts["work"]), after, body, _under(tensors)))
+            it.prepared.append(
+                Prepared(bytes.fromhex(facts["work"]), after, body, _under(tensors), facts.get("masked", False))
+            )
             it.run = facts["run"]
         return it
 
@@ -150,11 +163,28 @@ class MemoryChain:
             for old in list(self.light)[:-_LIGHT]:
                 del self.light[old]
             return
-        facts = {"run": self.run, "work": one.work.hex(), "after": one.after.hex() if one.after else ""}
+        facts: dict[str, Any] = {"run": self.run, "work": one.work.hex(), "after": one.after.hex() if one.after else ""}
+        facts |= {"masked": True} if one.masked else {}
         body = torch.frombuffer(bytearray(one.body), dtype=torch.uint8)
         tensors = {"body": body, **{f"memory/{n}": t for n, t in one.memory.items()}}
         _write(self._path(self.number + len(self.prepared) + 1, one.work), facts, tensors)
         self.prepared.append(one)
+
+    def continue_attempt(self, work: bytes, earlier: Iterable[bytes]) -> None:
+        """Let the message of an earlier attempt be that of this work. All others end: their rounds ended without them.
+
+        Args:
+            work: the work of a secure sum.
+            earlier: the works of the same contribution in earlier attempts.
+        """
+        if self.find(work) is not None:
+            return
+        known = next((one for one in map(self.find, earlier) if one is not None), None)
+        if self.prepared:
+            self.drop(self.prepared[0].work)
+        self.light.clear()
+        if known is not None:
+            self.prepare(known._replace(work=work))
 
     def settle(self, works: tuple[bytes, ...]) -> None:
         """Replace the memory by that of the last committed work, and delete the messages up to it."""
@@ -273,6 +303,8 @@ class Site:
         Raises:
             RefusedError: the site does not compute this work; the code names the reason.
         """
+        if work.sum is not None:
+            self.chain.continue_attempt(work.work, [self._name(work, model, n) for n in range(work.attempt)][:16])
         known = self.chain.find(work.work)
         if known is not None:
             return known
@@ -292,9 +324,8 @@ class Site:
             raise RefusedError("failed", f"{type(error).__name__}: {error}") from error
 
     def _computed(self, work: Work, model: bytes, fixed: bytes | None, on_step: OnStep | None) -> Prepared:
-        run, terms, whole = self.chain.run or "", required(self.terms, "terms"), required(self._task, "task")
-        name = work_id(run, work.kind, self.client, work.version, work.repeat, work.plan, digest(model))
-        if name != work.work or work.input != digest(terms.encode()):
+        terms, whole = required(self.terms, "terms"), required(self._task, "task")
+        if self._name(work, model, work.attempt) != work.work or work.input != digest(terms.encode()):
             raise RefusedError("changed", "The name of the work is not that of its content.", "the work of this run.")
         if layout_hash(whole.layout) != work.layout:
             raise RefusedError(
@@ -305,6 +336,8 @@ class Site:
             )
         plan, form, first = self._plan(work)
         self.policy.check_work(work, plan, terms.clients)
+        self._check_sum(work, plan)
+        plan = _unmasked(plan)
         task = self._prepared_task(work, plan)
         tensors = {**self._tensors(model), **({} if fixed is None else self._tensors(fixed))}
         broadcast = unpack_broadcast(work.version, tensors)
@@ -318,9 +351,81 @@ class Site:
         with threads_for(task, 1, plan):
             _, message, rows = encode_contribution(plan, task, data, broadcast, ids, key, memory, on_step)
         rows = {n: t.cpu() for n, t in rows.items()}
-        one = Prepared(work.work, after if rows else None, form.to_bytes(message)[0], rows)
+        body, masked = form.to_bytes(message)[0], work.sum is not None
+        one = Prepared(work.work, after if rows else None, body, rows, masked)
         self.chain.prepare(one)
         return one
+
+    def _name(self, work: Work, model: bytes, attempt: int) -> bytes:
+        """The name of a work, or of an earlier attempt of it."""
+        start = self.client, work.version, work.repeat
+        return work_id(self.chain.run or "", work.kind, *start, work.plan, digest(model), attempt)
+
+    def _check_sum(self, work: Work, plan: Plan) -> None:
+        """Refuse a work that asks for the update of a plan whose sum is secure, or to mask another one."""
+        if work.kind == "round" and (plan.aggregator.secure is None) != (work.sum is None):
+            raise RefusedError(
+                "session",
+                f"The work is {'' if work.sum else 'not '}masked, and the plan has {plan.aggregator!r}.",
+                "a masked contribution if, and only if, the sum of the plan is secure.",
+            )
+
+    def open_sum(self, work: Work, model: bytes) -> SiteSum:
+        """Take part in the secure sum of a work whose contribution is prepared.
+
+        Args:
+            work: the work.
+            model: the safetensors bytes of the model version.
+        Raises:
+            RefusedError: the site took part in this attempt, or its contribution is not finite.
+        """
+        plan, form, _ = self._plan(work)
+        task, terms = required(self._task, "task"), required(work.sum, "terms of the sum")
+        one = required(self.chain.find(work.work), "contribution")
+        key = own_identity(self.home / "identity.pem")
+        fingerprint, listed = key.public_key().public_bytes_raw(), self.policy.accepted()
+        try:
+            rule = secured(plan, task, SumLimits(terms.clients, terms.weight, terms.rows))
+            agreement = agreement_of(self.chain.run or "", work, digest(model), replace(plan, aggregator=rule), task)
+            client = SumClient(
+                agreement,
+                key,
+                fingerprint,
+                lambda other: other if listed is None or other in listed or other == fingerprint else None,
+                self.policy.floors,
+                self._last_sum(),
+            )
+            with _COMPUTING:
+                words = self._words(work, rule, form, one)
+        except SessionError as error:
+            raise RefusedError("session", f"{error.reason}: {error.given}", error.required) from error
+        except (MessageError, UsageError) as error:
+            raise RefusedError("failed", error.given, error.required) from error
+        self._take_sum(work, client.taken)
+        return SiteSum(work, client, words, lambda: self._take_sum(work, client.taken), one.after)
+
+    def _words(self, work: Work, rule: Any, form: MessageForm, one: Prepared) -> tuple[Words, int]:
+        """The words of a prepared contribution, and its weight."""
+        ids = Ids(torch.tensor([self.client]), torch.tensor([work.repeat]))
+        key = Key(int(work.key.seed), tuple(work.key.path)).starts(ids.client, ids.repeat).fold("codec")
+        key = key.fold("attempt", work.attempt) if work.attempt else key
+        message = form.from_bytes([one.body])
+        weights = rule.weigh(ids.client, message.rest.weight)
+        if int(weights[0]) > required(work.sum, "terms of the sum").weight:
+            raise RefusedError("session", f"The weight of this site is above {work.sum}.")
+        words = rule.words(lift_message(rule, message, key), weights)
+        return {name: vector[0] for name, vector in words.items()}, int(weights[0])
+
+    def _last_sum(self) -> tuple[int, int]:
+        """The round and attempt below which this site takes part in no further sum of the run."""
+        path = self.home / "sums.json"
+        facts = json.loads(path.read_bytes()) if path.exists() else {}
+        return (facts["round"], facts["attempt"]) if facts.get("run") == self.chain.run else (-1, -1)
+
+    def _take_sum(self, work: Work, taken: tuple[int, int]) -> None:
+        """Write that this site takes part in a sum, before a message leaves it."""
+        facts = {"run": self.chain.run, "round": taken[0], "attempt": taken[1]}
+        atomic_write(self.home / "sums.json", json.dumps(facts).encode(), 0o600)
 
     def _rows(self, work: Work) -> Clients:
         """The rows of a work, under the number of the client."""
@@ -346,7 +451,7 @@ class Site:
             if plan.local.own:
                 first = required(self.terms, "terms").task(self._device, self._own, int(work.key.seed))
             plan = _bound(plan, plan.local.server_layout(task.layout))
-            self._plans[work.plan] = plan, MessageForm.of(plan, task), plan.memory(first)
+            self._plans[work.plan] = plan, MessageForm.of(_unmasked(plan), task), plan.memory(first)
         return self._plans[work.plan]
 
     def _prepared_task(self, work: Work, plan: Plan) -> Task:
@@ -412,6 +517,7 @@ class Site:
             "sha256": digest(body).hex(),
             "plan": work.plan,
         }
+        row |= {} if work.sum is None else {"attempt": work.attempt}
         with open(self.home / "ledger.jsonl", "ab") as file:
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
@@ -419,6 +525,12 @@ class Site:
 def _bound(plan: Plan, layout: Layout) -> Plan:
     """The plan with codecs that know the layout. A site does not know the population."""
     return replace(plan, codec=plan.codec.bind(layout), downlink=plan.downlink.bind(layout))
+
+
+def _unmasked(plan: Plan) -> Plan:
+    """The plan by which a site computes its contribution. Its words are made from this, anew for each attempt."""
+    rule: Any = plan.aggregator
+    return plan if rule.secure is None else replace(plan, aggregator=replace(rule, secure=None))
 
 
 def _under(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ class Server(grammar.Value, EngineSpec):
         min_clients: the number of clients that must be present before a round of an open run opens, ≥ 1.
         absent_s: the seconds after which the work of an absent client fails; None: it is awaited without limit.
         lease_s: the seconds of a lease without a sign of life, > 0.
+        step_s: the seconds that a client has for each step of a secure sum, > 0. Then the sum leaves the client out.
         max_rows: the most rows of a client.
         window: the bytes of large messages that may be in flight, for the whole server.
         share: whether the clients receive the final model.
@@ -54,6 +55,7 @@ class Server(grammar.Value, EngineSpec):
     min_clients: int = 2
     absent_s: float | None = None
     lease_s: float = 60.0
+    step_s: float = 60.0
     max_rows: int = 1 << 24
     window: int = 256 << 20
     share: bool = True
@@ -74,12 +76,13 @@ class Server(grammar.Value, EngineSpec):
                     f"at least {least}.",
                     write=Line(f"{name}={least}", f"--set net.{name}={least}"),
                 )
-        if self.lease_s <= 0:
-            raise UsageError(
-                f"net.lease_s = {self.lease_s}.",
-                "more than 0 seconds.",
-                write=Line("lease_s=60", "--set net.lease_s=60"),
-            )
+        for name in ("lease_s", "step_s"):
+            if getattr(self, name) <= 0:
+                raise UsageError(
+                    f"net.{name} = {getattr(self, name)}.",
+                    "more than 0 seconds.",
+                    write=Line(f"{name}=60", f"--set net.{name}=60"),
+                )
 
     @property
     def needs_rows(self) -> bool:

@@ -58,10 +58,11 @@ CREATE TABLE invitations (
 CREATE TABLE clients (
     id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, san TEXT UNIQUE NOT NULL, pinned INTEGER NOT NULL,
     state TEXT NOT NULL, serial TEXT, former TEXT, certificate BLOB, expires INTEGER,
-    rows INTEGER, held INTEGER, input BLOB, memory_from INTEGER NOT NULL DEFAULT 0) STRICT;
+    identity BLOB, rows INTEGER, held INTEGER, input BLOB, memory_from INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE TABLE rounds (
     run TEXT NOT NULL, round INTEGER NOT NULL, model BLOB NOT NULL, pointer BLOB NOT NULL, state BLOB,
-    blobs BLOB NOT NULL, mac BLOB NOT NULL, metrics TEXT NOT NULL, PRIMARY KEY (run, round)) STRICT, WITHOUT ROWID;
+    blobs BLOB NOT NULL, mac BLOB NOT NULL, metrics TEXT NOT NULL,
+    attempt INTEGER NOT NULL, PRIMARY KEY (run, round)) STRICT, WITHOUT ROWID;
 CREATE TABLE accepted (
     seq INTEGER PRIMARY KEY, run TEXT NOT NULL, round INTEGER NOT NULL, client INTEGER NOT NULL,
     version INTEGER NOT NULL, repeat INTEGER NOT NULL, work BLOB UNIQUE NOT NULL, after BLOB, digest BLOB NOT NULL,
@@ -88,8 +89,8 @@ _STATE = (
     "SELECT round, model, pointer, state, blobs, mac FROM rounds WHERE run = ? ORDER BY round DESC LIMIT 1 OFFSET ?"
 )
 _ENROL = (
-    "UPDATE clients SET state = 'enrolled', serial = ?, former = NULL, certificate = ?, expires = ?, memory_from = ? "
-    "WHERE id = ?"
+    "UPDATE clients SET state = 'enrolled', serial = ?, former = NULL, certificate = ?, expires = ?, memory_from = ?, "
+    "identity = ? WHERE id = ?"
 )
 
 ClientState = Literal["invited", "enrolled", "revoked"]
@@ -126,6 +127,7 @@ class ClientRecord:
         state: "invited", "enrolled" or "revoked".
         serials: the serial of its certificate, and the one before it if that is still admitted.
         expires: the end of its certificate, in Unix seconds; None before its enrolment.
+        identity: its public identity key, 32 bytes; None before its enrolment, or without one.
         rows, held: the numbers of its rows; None before they are known.
         input: the hash of its `Input`; None before it is known.
     """
@@ -137,6 +139,7 @@ class ClientRecord:
     state: ClientState
     serials: tuple[str, ...]
     expires: int | None
+    identity: bytes | None
     rows: int | None
     held: int | None
     input: bytes | None
@@ -192,6 +195,7 @@ class RoundCommit:
         accepted: the contributions of the round, in the order of their chains.
         metrics: the row of `metrics.jsonl`.
         events: the rows of `events.jsonl` of this round.
+        attempt: the number of the last attempt of its secure sum; 0 without one.
     """
 
     run: str
@@ -203,6 +207,7 @@ class RoundCommit:
     accepted: tuple[Accepted, ...]
     metrics: Mapping[str, Any]
     events: tuple[Mapping[str, Any], ...] = ()
+    attempt: int = 0
 
 
 class CommittedRound(NamedTuple):
@@ -440,7 +445,13 @@ class Database:
             raise UsageError(f"The alternative name is {san[:300]!r}.", required, "the kind is part of the name.")
 
     def enrol(
-        self, name: str, secret: bytes, request: bytes, now: int, issue: Callable[[], tuple[bytes, Peer]]
+        self,
+        name: str,
+        secret: bytes,
+        request: bytes,
+        now: int,
+        issue: Callable[[], tuple[bytes, Peer]],
+        identity: bytes | None = None,
     ) -> Enrolment:
         """Exchange a token for a certificate.
 
@@ -450,6 +461,7 @@ class Database:
             request: the certificate request. The same request with the same token gets the same certificate again.
             now: the time, in Unix seconds.
             issue: returns the certificate as DER and its facts; it is called if the token is valid.
+            identity: the public identity key of the client, 32 bytes.
         Raises:
             DeniedError: the token is unknown, used, expired or replaced.
             UsageError: the request is not valid; the token stays unused.
@@ -470,8 +482,9 @@ class Database:
             db.execute("UPDATE invitations SET state = 'used', request = ? WHERE hash = ?", (mine, secret))
             # A token means a new machine: the former certificate ends, and the memory of the former machine is lost.
             last = db.execute("SELECT coalesce(max(seq), 0) FROM accepted").fetchone()[0]
-            db.execute(_ENROL, (peer.serial, der, peer.expires, last, client))
+            db.execute(_ENROL, (peer.serial, der, peer.expires, last, identity, client))
             event = {"event": "enrolled", "client": client, "name": name, "serial": peer.serial, "san": san}
+            event |= {} if identity is None else {"identity": identity.hex()}
             self._identity_changed(db, event)
         return Enrolment(client, der)
 
@@ -652,13 +665,14 @@ class Database:
             )
         blobs = b"".join(blob.hash + blob.length.to_bytes(8, "big") for blob in commit.blobs)
         mac = self._mac(commit.run, commit.round, commit.model, commit.pointer, commit.state, blobs)
-        row = (commit.run, commit.round, commit.model, commit.pointer, commit.state, blobs, mac, _json(commit.metrics))
+        state = (commit.run, commit.round, commit.model, commit.pointer, commit.state, blobs, mac)
+        row = (*state, _json(commit.metrics), commit.attempt)
         try:
             with self._transaction() as db:
                 (last,) = db.execute("SELECT max(round) FROM rounds WHERE run = ?", (commit.run,)).fetchone()
                 if last is not None and commit.round != last + 1:
                     raise RunError(f"Round {commit.round} of {commit.run} is committed.", f"round {last + 1}.")
-                db.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+                db.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
                 db.executemany(
                     _INSERT_ACCEPTED,
                     [(commit.run, commit.round, *accepted) for accepted in commit.accepted],
@@ -801,7 +815,9 @@ class Database:
                 yield error.given
 
 
-_CLIENTS = "SELECT id, name, san, pinned, state, serial, former, expires, rows, held, input FROM clients ORDER BY id"
+_CLIENTS = (
+    "SELECT id, name, san, pinned, state, serial, former, expires, identity, rows, held, input FROM clients ORDER BY id"
+)
 
 
 def _client(row: Sequence[Any]) -> ClientRecord:

@@ -29,11 +29,12 @@ from msgspec import Meta
 
 from atoll.base.errors import AtollError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_FRAME = 128 << 10
 MAX_INLINE = 64 << 10
 MAX_PLAN = 32 << 10
 MAX_BLOB = 1 << 40
+MAX_STEP = 1 << 28
 MAX_WORKS = 1024
 MAX_ROWS = 1 << 28  # the exact sum refuses a larger total weight
 MAX_HEADER = 4 << 20
@@ -61,10 +62,10 @@ RowsKind: TypeAlias = Literal["train", "held"]
 RefusalCode: TypeAlias = Literal[
     # The site cannot compute the work: its code, its data, its machine.
     "model", "layout", "part", "numerics", "input", "rows", "data", "changed", "failed", "memory", "disk",
-    "predecessor",
+    "predecessor", "session",
     # A rule of its policy file forbids the work.
     "policy-model", "policy-part", "policy-cohort", "policy-secure", "policy-epsilon", "policy-rounds", "policy-bytes",
-    "policy-hours", "policy-values", "policy-rows", "policy-approval",
+    "policy-hours", "policy-values", "policy-rows", "policy-approval", "policy-threshold", "policy-noise",
 ]  # fmt: skip
 LeaveCode: TypeAlias = Literal["stopped", "hours", "bytes", "done"]
 DenialCode: TypeAlias = Literal["unknown", "used", "expired", "replaced", "revoked", "tries", "request"]
@@ -125,6 +126,20 @@ class WireKey(_Struct, frozen=True):
 
     seed: Annotated[str, Meta(pattern=r"\A-?[0-9]{1,40}\Z")]
     path: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=32)]
+
+
+class SumTerms(_Struct, frozen=True):
+    """The numbers from which both sides compute the grid of a secure sum.
+
+    Args:
+        clients: the largest number of clients of a round.
+        weight: the largest weight of a client.
+        rows: the largest number of rows that a client processes in a round.
+    """
+
+    clients: Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+    weight: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
+    rows: Count
 
 
 # 2. Messages of a client
@@ -247,6 +262,8 @@ class Work(_Struct, frozen=True):
         model: the model version: its safetensors bytes, or its blob.
         deltas: the downlink messages that lead from the client's last version to this one, oldest first.
         fixed: the blob of frozen tensors; None if the model has none.
+        attempt: the number of earlier attempts of the round, if its sum is secure.
+        sum: the numbers of the secure sum in which the contribution is masked; None: it is not masked.
         lease: the lease.
         deadline: the seconds until the round closes without this contribution; None: no limit.
     """
@@ -265,6 +282,8 @@ class Work(_Struct, frozen=True):
     model: Blob | Inline
     deltas: Annotated[tuple[Blob, ...], Meta(max_length=64)]
     fixed: Blob | None
+    attempt: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+    sum: SumTerms | None
     lease: Lease
     deadline: Seconds | None
 
@@ -312,10 +331,18 @@ class Bye(_Struct, frozen=True):
 
 
 class StepMessage(_Struct, frozen=True):
-    """One step of a protocol inside a work, such as a secure sum. The plan declares the longest body."""
+    """A piece of one step of a protocol inside a work, such as a secure sum. The plan declares the longest body.
+
+    Args:
+        work: the work.
+        step: the number of the step.
+        rest: the bytes of the step that follow in further pieces.
+        body: the bytes of this piece.
+    """
 
     work: WorkId
     step: Annotated[int, Meta(ge=0, le=255)]
+    rest: Annotated[int, Meta(ge=0, le=MAX_STEP)]
     body: Inline
 
 
@@ -398,14 +425,14 @@ def encode_frame(message: Message, step_cap: int = 0) -> bytes:
 
     Args:
         message: the message.
-        step_cap: the longest body of a `StepMessage`, in bytes; the plan declares it. 0: no such message is allowed.
+        step_cap: the longest step that the plan declares, in bytes. 0: no `StepMessage` is allowed.
     Returns:
         At most `MAX_FRAME` bytes, which decode to an equal message.
     Raises:
         FrameError: a field is outside its bounds.
     Example:
         >>> encode_frame(Cancel(bytes(16)))[:12].hex()
-        '41544f4c0125000013000000'
+        '41544f4c0225000013000000'
     """
     frame = _frame(message)
     table = next(table for table in _TABLES if type(message) in table.values())
@@ -421,7 +448,7 @@ def decode_up(frame: bytes | bytearray | memoryview, step_cap: int = 0) -> Up:
 
     Args:
         frame: the bytes of one frame.
-        step_cap: the longest body of a `StepMessage`, in bytes; the plan declares it. 0: no such message is allowed.
+        step_cap: the longest step that the plan declares, in bytes. 0: no `StepMessage` is allowed.
     Raises:
         FrameError: the bytes are no message of a client; `code` names the fault.
     Example:
@@ -509,8 +536,12 @@ def _read(frame: bytes | bytearray | memoryview, table: Mapping[int, type], step
         raise FrameError(
             "field", f"A field of {kind.__name__}: {_fault(error)}.", "the fields that docs/wire.md lists."
         ) from None
-    if isinstance(message, StepMessage) and len(message.body) > step_cap:
-        given = f"A step of {len(message.body)} bytes." if step_cap else "A step of a plan that declares none."
+    if isinstance(message, StepMessage) and (not step_cap or len(message.body) + message.rest > step_cap):
+        given = (
+            f"A step of {len(message.body) + message.rest} bytes."
+            if step_cap
+            else "A step of a plan that declares none."
+        )
         raise FrameError("step", given, f"at most {step_cap} bytes." if step_cap else "no message of this type.")
     return message
 
@@ -535,11 +566,14 @@ def digest(data: bytes | bytearray | memoryview) -> bytes:
     return sha256(data).digest()
 
 
-def work_id(run: str, kind: WorkKind, client: int, version: int, repeat: int, plan: str, model: bytes) -> bytes:
+def work_id(
+    run: str, kind: WorkKind, client: int, version: int, repeat: int, plan: str, model: bytes, attempt: int = 0
+) -> bytes:
     """The name of a piece of work; equal work has an equal name after every restart.
 
-    work = SHA-256("atoll/work/v1" ‖ run ‖ kind ‖ client ‖ version ‖ repeat ‖ SHA-256(plan) ‖ SHA-256(model))[:16];
-    a text is preceded by its length as u16, and a number is a u64, big-endian.
+    work = SHA-256("atoll/work/v1" ‖ run ‖ kind ‖ client ‖ version ‖ repeat ‖ SHA-256(plan) ‖ SHA-256(model))[:16],
+    with the number of the attempt as u32 at the end if it is not 0; a text is preceded by its length as u16, and a
+    number is a u64, big-endian.
 
     Args:
         run: the name of the run.
@@ -549,6 +583,7 @@ def work_id(run: str, kind: WorkKind, client: int, version: int, repeat: int, pl
         repeat: the number of earlier starts of this client from this version.
         plan: the text of the plan.
         model: the SHA-256 of the model version.
+        attempt: the number of earlier attempts of a secure sum.
     Returns:
         16 bytes.
     Example:
@@ -557,7 +592,8 @@ def work_id(run: str, kind: WorkKind, client: int, version: int, repeat: int, pl
     """
     texts = b"".join(len(text.encode()).to_bytes(2, "big") + text.encode() for text in (run, kind))
     numbers = b"".join(number.to_bytes(8, "big") for number in (client, version, repeat))
-    return sha256(b"atoll/work/v1" + texts + numbers + digest(plan.encode()) + model).digest()[:16]
+    last = attempt.to_bytes(4, "big") if attempt else b""
+    return sha256(b"atoll/work/v1" + texts + numbers + digest(plan.encode()) + model + last).digest()[:16]
 
 
 def chain_link(after: bytes | None, work: bytes, message: bytes) -> bytes:
@@ -571,7 +607,7 @@ def chain_link(after: bytes | None, work: bytes, message: bytes) -> bytes:
     Args:
         after: the link before the contribution; None for the memory with which a client begins.
         work: the work.
-        message: the SHA-256 of its message.
+        message: the SHA-256 of its message; 32 zero bytes for a masked one, since masks are drawn anew.
     Example:
         >>> chain_link(None, bytes(16), digest(b"")).hex()
         '47a8968b0ce6fe9f72ba0e3ee3782b01'
@@ -593,7 +629,7 @@ def version_fault(hello: Hello, server: Versions, closed: bool) -> tuple[ByeCode
         The code and the reason of a `Bye`.
     Example:
         >>> ours = Versions("3.11.7", "0.1.0", "2.13.0", "2.4.6")
-        >>> old = Hello(1, Versions("3.11.7", "0.1.0", "2.12.1", "2.4.6"), "", ("loop",), None, None, ())
+        >>> old = Hello(2, Versions("3.11.7", "0.1.0", "2.12.1", "2.4.6"), "", ("loop",), None, None, ())
         >>> print(version_fault(old, ours, closed=True)[1])
         The client has torch 2.12.1. Required: torch 2.13, as the server. Write: pip install "torch==2.13.*"
         >>> version_fault(old, ours, closed=False)

@@ -41,8 +41,10 @@ from atoll.plan.codec.stage import Identity, roundtrip
 from atoll.plan.in_flight import InFlight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import (
+    Aggregator,
     Cohort,
     Contribution,
+    Declared,
     Population,
     RoundInfo,
     Sampler,
@@ -205,13 +207,44 @@ def bind(plan: Plan, engine: Engine, task: Task | None = None) -> Plan:
     everyone = torch.arange(population.clients, device=population.sizes.device)
     total_weight = rule.weigh(everyone, population.sizes).sum()
     codec, downlink = plan.codec.bind(layout, total_weight), plan.downlink.bind(layout)
-    if rule.secure is not None and task is not None:
-        own = {} if plan.releases else plan.local.declare(task)
-        vectors = {**own, **codec.declare(layout)}
-        rows = int(plan.local.examples_per_round(population.sizes).max())
-        weight = int(rule.weigh(everyone, population.sizes).max())
-        rule = rule.secured(vectors, sampler.largest(population), weight, rows)
-    return dataclasses.replace(plan, aggregator=rule, codec=codec, downlink=downlink)
+    bound = dataclasses.replace(plan, aggregator=rule, codec=codec, downlink=downlink)
+    if rule.secure is None or task is None:
+        return bound
+    return dataclasses.replace(bound, aggregator=secured(bound, task, sum_limits(bound, population)))
+
+
+class SumLimits(NamedTuple):
+    """The numbers from which the grid of a secure sum follows.
+
+    Args:
+        clients: the largest number of clients of a round.
+        weight: the largest weight of a client.
+        rows: the largest number of rows that a client processes in round 0.
+    """
+
+    clients: int
+    weight: int
+    rows: int
+
+
+def sum_limits(plan: Plan, population: Population) -> SumLimits:
+    """The limits of the secure sum of a plan, after `bind`."""
+    everyone = torch.arange(population.clients, device=population.sizes.device)
+    rows = int(plan.local.examples_per_round(population.sizes).max())
+    weight = int(plan.aggregator.weigh(everyone, population.sizes).max())
+    return SumLimits(sampler_of(plan).largest(population), weight, rows)
+
+
+def summed_vectors(plan: Plan, task: Task) -> dict[str, Declared]:
+    """The vectors of a contribution that a secure sum adds, the update as the codec encodes it."""
+    own = {} if plan.releases else plan.local.declare(task)
+    layout = plan.local.server_layout(task.layout)
+    return {**own, **plan.codec.declare(layout), **plan.aggregator.added()}
+
+
+def secured(plan: Plan, task: Task, limits: SumLimits) -> Aggregator:
+    """The aggregator of a plan with bound codecs, which knows the grid of each vector of its secure sum."""
+    return plan.aggregator.secured(summed_vectors(plan, task), *limits)
 
 
 def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:

@@ -40,6 +40,7 @@ class Floors:
         cohort: least number of clients, and of survivors; at least 3.
         colluding: number of clients that may collude with the server.
         adversaries, dropped: shares of the clients in the size of a regular graph, see `safe_topology`.
+        threshold: least number of shares that open a secret.
         strict: only the complete graph, and a threshold that holds against a server that lies.
         noise: least noise multiplier of the plan.
         attempts: the largest number of attempts of a round.
@@ -49,6 +50,7 @@ class Floors:
     colluding: int = 0
     adversaries: float = 0.05
     dropped: float = 0.33
+    threshold: int = 2
     strict: bool = False
     noise: float = 0.0
     attempts: int = 2
@@ -72,7 +74,8 @@ class Floors:
             least = least_threshold(shape, self.adversaries, self.dropped)
         except UsageError as error:
             raise SessionError("graph", error.given, error.required) from None
-        if not max(least, self.colluding + 1) <= t <= h or (shape.complete and 2 * t <= h + self.colluding):
+        least = max(least, self.threshold, self.colluding + 1)
+        if not least <= t <= h or (shape.complete and 2 * t <= h + self.colluding):
             raise SessionError("threshold", f"threshold {t} of {h} holders.", f"at least {least}.")
 
 

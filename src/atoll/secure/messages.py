@@ -216,6 +216,24 @@ def session_of(agreement: Agreement, shape: Topology, hashes: Sequence[bytes]) -
     return sid, around
 
 
+def longest_bodies(agreement: Agreement) -> dict[int, int]:
+    """The longest body of each kind of message in bytes, for any graph of the largest cohort."""
+    n, hybrid = agreement.largest_cohort, agreement.hybrid
+    params = len(params_bytes(agreement, Topology(n, n - 1, n)))
+    boxes = n * box_length(hybrid, True)
+    return {
+        ADVERTISE: advert_length(hybrid),
+        COHORT: 72 + params + n * (_LISTED + advert_length(hybrid)),
+        SHARES: boxes,
+        BOXES: boxes + (n + 7) // 8,
+        MASKED: words_length(agreement),
+        SURVIVORS: (n + 7) // 8,
+        CONFIRM: SIGNATURE_BYTES,
+        CONFIRMED: n * _ENTRY,
+        UNMASK: n * _SHARE,
+    }
+
+
 # 2. Boxes
 
 

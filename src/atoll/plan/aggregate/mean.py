@@ -317,18 +317,18 @@ class Mean(_Folded):
         vectors = {**contribution.means, **contribution.sums}
         return {n: words_of(vectors[n], grid, weights, ring) for n, grid in grids.items() if n in vectors}
 
-    def partial(self, words: Mapping[str, Words], contribution: Contribution, weight: int, arrived: int) -> PartialSum:
+    def partial(self, words: Mapping[str, Words], weight: int, arrived: int) -> PartialSum:
         """The partial of a secure sum.
 
         Args:
             words: the sum of the words by vector, `[m]`.
-            contribution: any contribution of the round; it tells means from sums.
             weight, arrived: the sum of the weights, and the number of the clients.
         """
-        digits = {n: numbers_of(words[n], grid) for n, grid in self._bound_grids().items() if n in words}
+        grids = self._bound_grids()
+        digits = {n: numbers_of(words[n], grid) for n, grid in grids.items() if n in words}
         return PartialSum(
-            {n: d for n, d in digits.items() if n in contribution.means},
-            {n: d for n, d in digits.items() if n in contribution.sums},
+            {n: d for n, d in digits.items() if grids[n].weighted},
+            {n: d for n, d in digits.items() if not grids[n].weighted},
             {},
             torch.tensor(weight, dtype=torch.int64),
             torch.tensor(arrived, dtype=torch.int64),
