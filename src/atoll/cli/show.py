@@ -14,6 +14,7 @@ from atoll.base.lines import quoted
 from atoll.report.run_data import RunData
 from atoll.runs.confusion import Confusion
 from atoll.runs.format import duration, format_number, label, plain, spread
+from atoll.runs.inference import Inference
 from atoll.runs.summary import called, comparison, confused, grid, judged, near, spent
 
 
@@ -113,6 +114,8 @@ def record(path: Path) -> str:
     if run.events.baselines:
         lines += ["", *comparison(about["metrics"], _known(run), run.judged)]
     lines += confused(Confusion.read(path))
+    inference = Inference.read(path)
+    lines += [] if inference is None else ["", *inference.text().splitlines()]
     lines += ["", *_lost(run)]
     lines.append(
         spent(

@@ -99,10 +99,11 @@ def _linear(w: _Wanted) -> nn.Module:
 
 def _cox(w: _Wanted) -> nn.Module:
     if w.kind != "regression" or w.outputs != 2:
+        instead = {"regression": "linear", "labels": "logistic"}.get(w.kind, "softmax") if w.vocab is None else "lstm"
         raise w.refusal(
             "two targets: a time, and an event of 0 or 1.",
             "it models the hazard of an event over time.",
-            "linear" if w.kind == "regression" else "logistic" if w.kind == "labels" else "softmax",
+            instead,
         )
     linear = nn.Linear(w.flat, 1, bias=False)
     nn.init.zeros_(linear.weight)

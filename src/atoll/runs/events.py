@@ -23,6 +23,7 @@ from atoll.plan.state import State
 from atoll.runs.confusion import Confusion
 from atoll.runs.format import format_number, plain
 from atoll.runs.frames import Backend, frame_of
+from atoll.runs.inference import Inference
 from atoll.runs.personal import ClientModels
 from atoll.runs.predictor import Predictor, predictor_of
 from atoll.runs.summary import summary
@@ -53,6 +54,7 @@ class Run:
         privacy: `epsilon`, `delta`, `unit`, `relation` and `claim` of a run with noise; {} for another run.
         confusion: the held-out rows of each class by predicted class, if the metric `confusion` was computed.
         client_models: the models of clients; None if they are on the machines of the clients.
+        inference: coefficients, standard errors and p-values of a run of `newton`; None for another run.
     """
 
     path: Path | None
@@ -75,6 +77,7 @@ class Run:
     privacy: Mapping[str, Any] = field(default_factory=dict)
     confusion: Confusion | None = field(default=None, repr=False)
     client_models: ClientModels | None = field(default=None, repr=False)
+    inference: Inference | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         name = None if self.path is None else plain(self.path.name, 80)

@@ -41,6 +41,8 @@ from atoll.base.errors import RunError, UsageError
 from atoll.base.files import atomic_write
 from atoll.base.lines import Change, Line
 from atoll.runs.confusion import FILE, Confusion
+from atoll.runs.inference import FILE as INFERENCE
+from atoll.runs.inference import Inference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -504,6 +506,10 @@ class RunFolder:
     def save_confusion(self, table: Confusion) -> None:
         """Write confusion.csv: the rows of each class by predicted class."""
         write(self.path / FILE, table.csv().encode())
+
+    def save_inference(self, table: Inference) -> None:
+        """Write inference.csv: the coefficients of a run of `newton`."""
+        write(self.path / INFERENCE, table.csv().encode())
 
 
 def read_pointer(path: Path) -> dict[str, Any]:

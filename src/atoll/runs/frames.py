@@ -73,14 +73,29 @@ def frame_of(reports: Sequence[Report], rounds: int, path: Path | None, kind: st
         for report in reports:
             rows += _clients(report.round, {name: values.tolist() for name, values in report.clients.items()})
     names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names or ("round",)}
+    return frame_of_columns(columns, backend, f"run.frame(backend={backend!r})")
+
+
+def frame_of_columns(columns: Mapping[str, Sequence[Any]], backend: Backend, call: str) -> Any:
+    """A frame of columns, all of one length.
+
+    Args:
+        columns: by name; None is a missing value.
+        backend: the package of the frame.
+        call: the call of the user, for the error.
+    Raises:
+        UsageError: the package is unknown or not installed.
+    """
     import narwhals
 
+    if backend not in BACKENDS:
+        raise unknown_name("backend of a frame", backend, BACKENDS, lambda near: Line(python=f'.frame("{near}")'))
     try:
-        columns = {name: [row.get(name) for row in rows] for name in names or ("round",)}
-        return narwhals.from_dict(columns, backend=backend).to_native()
+        return narwhals.from_dict(dict(columns), backend=backend).to_native()
     except ImportError:
         raise UsageError(
-            f"run.frame(backend={backend!r}), and {backend} is not installed.",
+            f"{call}, and {backend} is not installed.",
             "an installed package for data frames.",
             write=f"pip install {backend}",
         ) from None

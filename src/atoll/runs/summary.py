@@ -14,6 +14,7 @@ from atoll.base.intervals import Interval
 from atoll.compute.metric_names import OVER_CLIENTS, PERSONAL, base_metric
 from atoll.runs.confusion import FILE, Confusion
 from atoll.runs.format import better, duration, format_number, label, plain, rises, size, whole
+from atoll.runs.inference import Inference
 
 _WIDE = 12  # classes of a confusion table that fits on a terminal
 HIDDEN = ("gradient_norm", "lr")
@@ -63,6 +64,8 @@ class Summarized(Protocol):
     def wall(self) -> float: ...
     @property
     def confusion(self) -> Confusion | None: ...
+    @property
+    def inference(self) -> Inference | None: ...
 
 
 def judged(names: Iterable[str]) -> list[str]:
@@ -115,6 +118,7 @@ def summary(run: Summarized) -> str:
     lines += [f"note    {plain(note, 500)}" for note in run.notes] + ([""] if run.notes else [])
     lines += comparison(run.metrics, run.baselines, run.best.get("metric"))
     lines += confused(run.confusion)
+    lines += [] if run.inference is None else ["", *run.inference.text().splitlines()]
     if run.best:
         best = run.best
         lines += ["", f"best    {label(best['metric'])} {format_number(best['value'])}, in round {best['round']}"]

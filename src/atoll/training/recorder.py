@@ -21,6 +21,7 @@ from atoll.base.random import Key
 from atoll.compute.model_state import Model
 from atoll.compute.shapes import kind_of
 from atoll.plan.formula import renamed
+from atoll.plan.local import Newton
 from atoll.plan.round import FlightTimes, Report
 from atoll.privacy.ledger import START, Ledger
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
@@ -28,7 +29,9 @@ from atoll.runs.confusion import Confusion
 from atoll.runs.events import Run
 from atoll.runs.folder import HIDDEN
 from atoll.runs.frames import metrics_row
+from atoll.runs.inference import Inference
 from atoll.training import stop as stops
+from atoll.training.inference import infer
 from atoll.training.rounds import HELD_OUT, Training, identity, refuse_other_input, start_from
 
 # The columns of the event "trips", in the order of the fields of `FlightTimes`. Readers of run folders use these names.
@@ -299,6 +302,7 @@ class Recorder:
             t.privacy,
             _confusion(t),
             t.client_models,
+            _inference(t),
         )
         if self.folder is None:
             return run
@@ -318,6 +322,8 @@ class Recorder:
                 self.folder.save_clients(_client_table(t))
             if run.confusion is not None:
                 self.folder.save_confusion(run.confusion)
+            if run.inference is not None:
+                self.folder.save_inference(run.inference)
             if report:
                 from atoll.report.draw import draw
 
@@ -419,6 +425,14 @@ def find_interrupted(training: Training, out: str | Path) -> Path | None:
             if all(facts.get(name) == value for name, value in ours.items()):
                 return path
     return None
+
+
+def _inference(training: Training) -> Inference | None:
+    """The coefficients of a training with `newton`, with their standard errors."""
+    part = training.plan.local
+    if not isinstance(part, Newton):
+        return None
+    return infer(part, training.state, training.task, training.input, training.columns)
 
 
 def _confusion(training: Training) -> Confusion | None:

@@ -61,10 +61,10 @@ from atoll.recipes import RECIPES
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.fingerprint import fingerprint
 from atoll.runs.folder import HIDDEN
-from atoll.runs.inference import parameter_names
 from atoll.runs.personal import ClientModels, evaluated_state
 from atoll.training import stop as stops
 from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, join_clients, of_sites
+from atoll.training.inference import parameter_names
 from atoll.training.personal import check_tune, held_by_client, values_of_clients
 from atoll.training.privacy import CLAIM, NOT_PRIVATE, budget_of, notes_of, refuse_leaks
 from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, reference_rows
