@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from problems import classification, seeded
+from quick_cases import only
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -79,8 +80,9 @@ def prints(data, plan, **settings):
     return [(report.fingerprint, report.metrics.get("held_out_loss")) for report in training]
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_a_dataset_that_draws_gives_one_run_for_one_seed(plan):
+@pytest.mark.parametrize("name", only(["momentum"], PLANS))
+def test_a_dataset_that_draws_gives_one_run_for_one_seed(name):
+    plan = PLANS[name]
     found = []
     for seed in (1, 2):
         shake(seed)
@@ -168,7 +170,7 @@ def digits():
     return atoll.data.load("digits").split(3)
 
 
-@pytest.mark.parametrize("numerics", ["loop", "lanes"])
+@pytest.mark.parametrize("numerics", only(["loop"], ["loop", "lanes"]))
 def test_global_modes_change_no_bit(numerics):
     def run():
         training = atoll.rounds("mlp", digits(), recipes.fedavg(0.1, batch=100), rounds=1, numerics=numerics)

@@ -105,7 +105,8 @@ def test_top_k_alone_stalls_where_feedback_goes_on():
     assert near < 0.35 * far and far < 0.5 * after
 
 
-@pytest.mark.parametrize("inner", only([TopK(0.5)], [TopK(0.5), TopK(0.5) >> Quantize(8)]), ids=repr)
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", [TopK(0.5), TopK(0.5) >> Quantize(8)], ids=repr)
 def test_the_distance_of_unlike_clients_falls_with_a_falling_step(inner):
     """|θ − θ*| ~ γ ~ 1/t and J − J* ~ 1/t², below 1e-6; plain top-k stalls.
 
@@ -149,6 +150,7 @@ def test_a_shift_of_nothing_lost_is_plain_descent():
     assert shifted == pytest.approx(plain, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_shift_falls_at_a_steady_rate():
     """The second forty rounds gain the same number of digits as the first; lossless compression changes nothing."""
     eight = Bowls(8, 20)

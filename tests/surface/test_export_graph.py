@@ -7,6 +7,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from quick_cases import only
 
 import atoll
 from atoll.base.errors import UsageError
@@ -33,8 +34,8 @@ def mess(rows=160, seed=0):
     ("target", "model", "options", "settings"),
     [
         ("ill", "logistic", {}, {}),
-        ("ill", "mlp", {}, {"dtype": "float64"}),
-        ("price", "linear", {}, {}),
+        pytest.param("ill", "mlp", {}, {"dtype": "float64"}, marks=pytest.mark.slow),
+        pytest.param("price", "linear", {}, {}, marks=pytest.mark.slow),
         ("visits", "linear", {"task": "regression", "scale_target": "none"}, {"loss": "poisson"}),
     ],
 )
@@ -58,7 +59,7 @@ def test_the_graph_equals_the_predictor(target, model, options, settings, tmp_pa
         np.testing.assert_allclose(program(values).squeeze(-1).detach().numpy(), wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["digits", "bytes"])
+@pytest.mark.parametrize("name", only(["bytes"], ["digits", "bytes"]))
 def test_the_graph_takes_arrays_as_in_training(name, tmp_path):
     if name == "digits":
         data = atoll.data.load("digits").split(3)

@@ -83,7 +83,7 @@ def compared(plan, fleet=None, rounds=3):
     return predicted, reports, it
 
 
-@pytest.mark.parametrize("codec", only(CODECS[2:9:3] + CODECS[9:], CODECS), ids=repr)
+@pytest.mark.parametrize("codec", only(CODECS[2:9:3] + CODECS[10:], CODECS), ids=repr)
 def test_bytes_of_every_codec(codec):
     predicted, reports, it = compared(Plan(Gradient(), Mean(), sgd(0.1), codec=codec))
     assert predicted.exact
@@ -114,7 +114,7 @@ def test_bytes_and_seconds_of_every_pace(slots, fleet):
 
 @pytest.mark.parametrize(
     "recipe",
-    one_in(3, [r for r in recipes.RECIPES if not r().releases and r is not recipes.fedbn]),
+    one_in(5, [r for r in recipes.RECIPES if not r().releases and r is not recipes.fedbn]),
     ids=lambda recipe: recipe.__name__,
 )
 def test_bytes_of_every_recipe(recipe):
@@ -254,7 +254,7 @@ def test_a_change_that_does_not_fit_is_not_proposed():
 # memory
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", only(["float64"], ["float32", "float64"]))
 def test_memory_is_what_is_kept(dtype):
     plan = Plan(KEEPING, Mean(), adam(0.01), codec=ErrorFeedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
     it = atoll.rounds(module(), DATA, plan, rounds=12, fleet=SLOW, dtype=dtype, evaluate_every=0)

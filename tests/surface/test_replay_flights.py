@@ -38,7 +38,7 @@ RUNS = {
     "until the deadline": (replace(BASE, pace=Sync(deadline_s=1.2)), FLEET),
     "what there is": (replace(BASE, pace=Sync(deadline_s=1.2, partial=True)), FLEET),
 }
-QUICK = ["several times a round", "by age", "until the deadline"]
+QUICK = ["several times a round", "until the deadline"]
 
 
 @pytest.fixture(scope="module")

@@ -347,9 +347,16 @@ def test_range_test_on_a_quadratic():
 @pytest.mark.parametrize(
     ("recipe", "which", "line"),
     [
-        ("fedavg(lr=0.5, batch=10, cohort=3)", "local", '--recipe "fedavg(lr={}, batch=10, cohort=3)"'),
-        ("fedavg(0.5)", "local", '--recipe "fedavg({})"'),
-        ("fedadam(batch=20)", "server", '--recipe "fedadam(batch=20, server_lr={})"'),
+        pytest.param(
+            "fedavg(lr=0.5, batch=10, cohort=3)",
+            "local",
+            '--recipe "fedavg(lr={}, batch=10, cohort=3)"',
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("fedavg(0.5)", "local", '--recipe "fedavg({})"', marks=pytest.mark.slow),
+        pytest.param(
+            "fedadam(batch=20)", "server", '--recipe "fedadam(batch=20, server_lr={})"', marks=pytest.mark.slow
+        ),
         ("distributed_gd(lr=0.1)", "server", '--recipe "distributed_gd(lr={})"'),
         ("Plan(Train(sgd(0.1), epochs=1), aggregator=Mean())", "local", "--set plan.local.optimizer.lr={}"),
     ],
