@@ -133,9 +133,10 @@ def _sklearn(name: str, scale: str | None) -> Source:
 
 def _digits(scale: str | None) -> Source:
     """The digits of scikit-learn: 1,797 pictures `[1, 8, 8]` in [0, 1]. Its loader would import for a second."""
-    found = find_spec("sklearn")
-    (package,) = found.submodule_search_locations or () if found else ()
-    with gzip.open(Path(package, "datasets", "data", "digits.csv.gz"), "rt") as file:
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("scikit-learn is not installed")
+    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
         rows = np.loadtxt(file, delimiter=",")
     pictures = (rows[:, :-1] / 16).astype(np.float32).reshape(-1, 1, 8, 8)
     return arrays(pictures, rows[:, -1].astype(int), task="classification", scale=scale or "none", name="digits")
