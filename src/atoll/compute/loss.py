@@ -284,6 +284,11 @@ LOSS_VALUES: Mapping[str, Callable[..., PerExample]] = {
 }
 
 
+def of_regression(loss: PerExample) -> bool:
+    """Whether a loss is one of atoll's own for targets of numbers."""
+    return isinstance(loss, (huber, quantile)) or any(loss is own for own in (mse, mae, poisson, cox))
+
+
 def built_in(loss: PerExample) -> bool:
     """Whether a loss is one of atoll's own, which never draws. Only `cox` couples rows."""
     loss = loss.loss if isinstance(loss, ClassWeighted) else loss
@@ -364,7 +369,7 @@ def values_of(function: PerExample, output: Any, y: Tensor, name: str = "loss") 
         tensor([1., 1.])
     """
     each = _of_torch(function, output, y) if isinstance(function, _Loss) else function(output, y)
-    if not isinstance(each, Tensor) or each.shape != y.shape[:1] or each.device != y.device:
+    if not isinstance(each, Tensor) or each.shape != y.shape[:1] or each.device != y.device or each.is_complex():
         raise _refused_values(function, each, output, y, name)
     return each if each.is_floating_point() else each.to(torch.float32)
 
@@ -436,6 +441,8 @@ def _refused_values(function: PerExample, each: Any, output: Any, y: Tensor, nam
         given = f"The {name} of {rows} rows is {'None' if each is None else f'a {type(each).__name__}'}"
     elif each.shape != y.shape[:1]:
         given = f"The {name} of {rows} rows has shape {tuple(each.shape)}"
+    elif each.is_complex():
+        given = f"The {name} of {rows} rows is complex ({each.dtype})"
     else:
         given = f"The {name} of {rows} rows is on the device {each.device}, the rows are on {y.device}"
     called = getattr(function, "__name__", "")

@@ -20,10 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from atoll.base.errors import UsageError, unknown_name
+from atoll.base.errors import UsageError, place_of, unknown_name
 from atoll.base.lines import Change, Line
 from atoll.base.names import RESERVED
-from atoll.compute.loss import PerExample, axis_of, loss_of, poisson, refuse_reduction, single_logit, values_of
+from atoll.base.validation import required
+from atoll.compute.loss import (
+    PerExample,
+    axis_of,
+    binary_cross_entropy,
+    cross_entropy,
+    loss_of,
+    of_regression,
+    poisson,
+    refuse_reduction,
+    single_logit,
+    values_of,
+)
+from atoll.compute.metric_names import base_metric
 from atoll.compute.shapes import aligned, class_axis, labelled_means
 from atoll.data.input import Input
 from atoll.data.rows import IGNORED
@@ -182,8 +195,29 @@ class Metric:
             return math.nan
         if self.finish is None:
             return float(total) / rows
-        found = self.finish(total, rows)
-        return found if isinstance(found, Tensor) and found.numel() != 1 else float(found)
+        try:
+            found = self.finish(total, rows)
+            return found if isinstance(found, Tensor) and found.numel() != 1 else float(found)
+        except Exception as error:
+            raise self._raised("finish", error) from error
+
+    def over_all(self, outputs: Tensor, targets: Tensor) -> float:
+        """The value of `over_rows` over these rows, `[rows, …]`."""
+        over_rows = required(self.over_rows, "function over all rows")
+        try:
+            return float(over_rows(outputs, targets))
+        except Exception as error:
+            raise self._raised("function over all rows", error) from error
+
+    def _raised(self, function: str, error: Exception) -> UsageError:
+        place = place_of(error)
+        return UsageError(
+            f"The {function} of the metric {self.name!r} raised {type(error).__name__}: {error}"
+            f"{f' ({place})' if place else ''}.",
+            "a number, or NaN if the value is undefined.",
+            "some clients may have few rows, or rows of one class.",
+            Line(python='float("nan")'),
+        )
 
     def each(self, totals: Tensor, rows: Tensor) -> Tensor:
         """The value for each client: float64 `[n]` from totals `[n]` or `[n, k]` and rows `[n]`; NaN without rows."""
@@ -198,11 +232,9 @@ class Metric:
         """The value of `over_rows` for each client, float64 `[owners]`; NaN without rows."""
         if isinstance(self.over_rows, Grouped):
             return self.over_rows.fn(outputs, targets, owner, owners)
-        if self.over_rows is None:
-            raise TypeError(f"the metric {self.name!r} has no over_rows")
         order, counts = owner.argsort(stable=True), owner.bincount(minlength=owners).tolist()
         parts = zip(outputs[order].split(counts), targets[order].split(counts), strict=True)
-        values = [float(self.over_rows(o, y)) if len(y) else math.nan for o, y in parts]
+        values = [self.over_all(o, y) if len(y) else math.nan for o, y in parts]
         return torch.tensor(values, dtype=torch.float64)
 
 
@@ -624,10 +656,39 @@ def metrics_of(
         near: a number near the targets, if the input has no scale of the target.
     """
     centre, spread, labels = input.target.centre, input.target.spread, input.kind == "labels"
+    for name in metrics:
+        if isinstance(name, str):
+            _check_kind(name, loss_of(loss), input)
     if not spread:
         found = tuple(metric_of(m, loss_of(loss), labels=labels, centre=near) for m in metrics)
         return tuple(map(of_rates, found)) if loss_of(loss) is poisson else found
     return tuple(in_units(metric_of(m, loss_of(loss), centre=centre[0]), centre, spread) for m in metrics)
+
+
+_OF_NUMBERS = ("rmse", "mae", "r2", "poisson_deviance")
+_OF_BOTH = ("c_index",)
+
+
+def _check_kind(name: str, loss: PerExample, input: Input) -> None:
+    """Refuse a metric of classes for a loss of numbers, and a metric of numbers for a loss of classes."""
+    if name in _OF_BOTH or name not in METRICS:
+        return
+    of_numbers = name in _OF_NUMBERS
+    if not of_numbers and input.kind == "regression" and of_regression(loss):
+        raise UsageError(
+            f"metrics={name!r} for a target of numbers.",
+            f"one of {', '.join(_OF_NUMBERS)}.",
+            "the metric counts rows of classes.",
+            Change("metrics", ["r2"]),
+        )
+    of_classes = isinstance(loss, cross_entropy) or loss is binary_cross_entropy
+    if of_numbers and input.classes is not None and of_classes:
+        raise UsageError(
+            f"metrics={name!r} for a target of classes.",
+            f"one of {', '.join(n for n in METRICS if n not in (*_OF_NUMBERS, *_OF_BOTH))}.",
+            "the metric is a distance of numbers.",
+            Change("metrics", ["accuracy"]),
+        )
 
 
 def _wrapped(metric: Metric, wrap: Callable[[Callable[..., Any]], Any]) -> Metric:
@@ -644,10 +705,11 @@ def check_metric_names(metrics: Sequence[Metric]) -> None:
     """
     names = [m.name for m in metrics]
     for name in names:
-        if name in (*RESERVED, "loss") or names.count(name) > 1:
+        if name in (*RESERVED, "loss") or names.count(name) > 1 or base_metric(name) in (*names, "held_out_loss"):
             raise UsageError(
                 f"A metric is called {name!r}{' twice' if names.count(name) > 1 else ''}.",
-                f"a name for each metric, other than {', '.join(sorted((*RESERVED, 'loss')))}.",
+                f"a name for each metric, other than {', '.join(sorted((*RESERVED, 'loss')))}, and other than a name "
+                "for values over clients, such as accuracy_clients.",
                 "each metric is one column of the log, and the run writes these columns itself.",
             )
 
@@ -676,7 +738,7 @@ def row_sums(metric: Metric, output: Any, y: Tensor) -> Tensor | Counts:
             "an integer index below the length for each row.",
         )
     vectors = metric.finish is not None and isinstance(found, Tensor) and found.dim() == 2
-    if vectors and found.shape[:1] == y.shape[:1] and found.device == y.device:
+    if vectors and not found.is_complex() and found.shape[:1] == y.shape[:1] and found.device == y.device:
         return found.double()
     return values_of(lambda output, y: found, output, y, name).double()
 

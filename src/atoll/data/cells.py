@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Change
 from atoll.data.rows import Array
 
 EPOCH = datetime.date(1970, 1, 1)
@@ -289,6 +290,44 @@ class DayCells:
         return self.values
 
 
+@dataclass(frozen=True, eq=False)
+class NestedCells:
+    """Cells of a column of lists or structures, which may be left out but not read.
+
+    Args:
+        name: the name of the column.
+        type: its type.
+        rows: the number of cells.
+    """
+
+    name: str
+    type: str
+    rows: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def _refused(self) -> UsageError:
+        return UsageError(
+            f"Column {self.name!r} contains {self.type}.",
+            "a number or a text in each cell.",
+            "a model reads one number or one level from a cell.",
+            Change("drop", self.name),
+        )
+
+    def numbers(self, missing: Missing) -> Array | None:
+        raise self._refused()
+
+    def texts(self) -> Texts:
+        raise self._refused()
+
+    def strings(self) -> list[str]:
+        raise self._refused()
+
+    def days(self) -> Array | None:
+        raise self._refused()
+
+
 def date_text(day: float) -> str:
     """Format days since 1970-01-01 as an ISO date, with the time of day if it is not midnight.
 
@@ -352,7 +391,7 @@ def frame_cells(df: Any) -> dict[str, Cells]:
     Args:
         df: the frame; an index is ignored.
     Raises:
-        UsageError: no frame, two columns of one name, or a column of lists or structures.
+        UsageError: no frame, or two columns of one name.
     Example:
         >>> import pandas
         >>> frame_cells(pandas.DataFrame({"a": [1, 2], "b": ["x", None]}))["b"].strings()
@@ -391,13 +430,11 @@ def _series_cells(series: Any, name: str) -> Cells:
     if dtype in (nw.Date, nw.Datetime):
         return DayCells(_days(series))
     if isinstance(dtype, (nw.List, nw.Struct, nw.Array)):
-        raise UsageError(
-            f"Column {name!r} contains {dtype}.",
-            "a number or a text in each cell.",
-            "a model reads one number or one level from a cell.",
-            f"df = df.drop(columns=[{name!r}])",
-        )
+        return NestedCells(name, str(dtype), len(series))
     found = [None if _null(value) else value for value in series.to_list()]
+    nested = next((value for value in found if isinstance(value, (list, tuple, dict, set, np.ndarray))), None)
+    if nested is not None:
+        return NestedCells(name, f"a {type(nested).__name__} in some cells", len(found))
     if dtype == nw.Enum or (dtype == nw.Categorical and series.implementation.is_pandas_like()):
         known = series.cat.get_categories().to_list()
         texts = coded([None if value is None else name_of(value) for value in found])

@@ -116,14 +116,16 @@ def _dates(name: str, texts: Texts, rules: Rules) -> Typed | None:
     """The column as dates; a fault for dates of an ambiguous or of several formats; None for other columns."""
     format = None if rules.dates in (None, "drop") else rules.dates
     there = [text for text in texts.levels if not rules.missing.number(text)]
-    shaped = [text for text in there if _ISO.fullmatch(text) or _DATE.fullmatch(text)]
-    if not there or (format is None and len(shaped) < ALMOST * len(there)):
+    shaped = {text for text in there if _ISO.fullmatch(text) or _DATE.fullmatch(text)}
+    cells = dict(zip(texts.levels, texts.counts.tolist(), strict=True))
+    few = sum(cells[text] for text in shaped) < ALMOST * sum(cells[text] for text in there)
+    if not there or (format is None and few):
         return None
     days = [math.nan if rules.missing.number(text) else day_of(text, format) for text in texts.levels]
     wrong = [text for text, day in zip(texts.levels, days, strict=True) if day is None]
     if not wrong:
         return Typed(DayCells(texts.map([math.nan if day is None else day for day in days])), (_days_note(name),))
-    if len(shaped) < ALMOST * len(there) or rules.dates == "drop":
+    if few or rules.dates == "drop":
         return None
     text = next((t for t in wrong if t not in shaped), wrong[0])
     row = texts.first(texts.levels.index(text))
@@ -132,7 +134,8 @@ def _dates(name: str, texts: Texts, rules: Rules) -> Typed | None:
         return Typed(
             LevelCells(texts), fault=given, write={"na": _na(rules, texts, [t for t in wrong if t not in shaped])}
         )
-    several = f" The formats differ: {there[0]!r}." if len(wrong) < len(there) else ""
+    other = next((t for t in there if t not in wrong), "")
+    several = f" The formats differ: {other!r}." if other else ""
     given = f"Column {name!r} contains dates that are not ISO, such as {text!r} at row {row}.{several}"
     return Typed(LevelCells(texts), fault=given, write={"drop": name} if several else {"dates": _format_of(text)})
 

@@ -393,12 +393,12 @@ def _times(rule: After, pool: HeldOutPool) -> Tensor:
     cells = pool.column(rule.column).tolist()
     times = [_number_of(cell) for cell in cells]
     if None in times:
-        row = times.index(None)
+        row, groups = times.index(None), len({_text(cell) for cell in cells})
         raise UsageError(
             f"held_out={rule}: row {row} has {cells[row]!r} in {rule.column!r}.",
             "a number or an ISO date in every row.",
             "texts have no order in time.",
-            Change("held_out", f"Groups({rule.column!r}, 0.2)"),
+            Change("held_out", f"Groups({rule.column!r}, {max(0.2, 1 / groups):.3g})" if groups > 1 else 0.2),
         )
     return torch.tensor(times, dtype=torch.float64)
 

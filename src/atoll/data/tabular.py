@@ -273,7 +273,8 @@ def _wanted(header: Sequence[str], options: Options) -> list[str]:
         if name not in header:
             key = "by" if name == options.by else "target" if name in targets else "drop" if name in drop else "columns"
             key = "keep" if name in aside else key
-            error = unknown_name("column", name, header, partial(Change, key))
+            given = name_list(getattr(options, key), header)
+            error = unknown_name("column", name, header, partial(_with, key, given, name))
             raise error if error.write or key != "by" else _without_column(error)
     for name in drop:
         if name in targets:
@@ -299,6 +300,11 @@ def _without_column(error: UsageError) -> UsageError:
     """Add the way without a column of the client, if no column has a similar name."""
     why = "without a column of the client, the split of the data makes clients."
     return UsageError(error.given, error.required, why, Split(10))
+
+
+def _with(key: str, names: Sequence[str], wrong: str, near: str) -> Change:
+    """The option with a name in place of a wrong one."""
+    return Change(key, ",".join(near if name == wrong else name for name in names) if wrong in names else near)
 
 
 def _targets(header: Sequence[str], options: Options, drop: Sequence[str] = ()) -> list[str]:

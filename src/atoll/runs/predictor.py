@@ -294,7 +294,7 @@ class ScoreSums:
         for metric in self.predictor.metrics:
             if metric.over_rows is not None and whole is not None:
                 values = metric.each_over_rows(*whole, owner, len(self.names) + 1)
-                values[0] = float(metric.over_rows(*whole))
+                values[0] = metric.over_all(*whole)
                 each[metric.name] = values
             elif metric.name in self.sums:
                 each[metric.name] = metric.each(self.sums[metric.name], rows)

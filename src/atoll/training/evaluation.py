@@ -127,7 +127,7 @@ class RowScores:
     def _measure(self, found: HeldOutValues, metric: Metric) -> None:
         """Add a metric over all rows."""
         if metric.over_rows is not None:
-            value: float | Tensor = float(metric.over_rows(*self.together()))
+            value: float | Tensor = metric.over_all(*self.together())
         else:
             value = metric.value(self.totals[metric.name], self.rows)
         if isinstance(value, Tensor):
