@@ -386,6 +386,7 @@ def dp_fedavg(
     epochs: Epochs = 1,
     batch: Batch = 10,
     server_lr: ServerRate = 1.0,
+    secure: bool = False,
 ) -> Plan:
     """Federated averaging with differential privacy for each client: clipped updates, noise on their sum.
 
@@ -395,6 +396,7 @@ def dp_fedavg(
         clip: the largest norm of an update, > 0.
         noise: the standard deviation of the noise in units of `clip`, > 0.
         q: the chance of each client to be in a round, in (0, 1]. The draw is secret.
+        secure: whether the server receives only the sum of the updates, by a secure sum.
     Example:
         >>> dp_fedavg(0.5, clip=0.5, noise=2.0, q=0.1).codec
         Clip(0.5) >> Noise(2.0)
@@ -403,7 +405,7 @@ def dp_fedavg(
     """
     return Plan(
         Train(rules.sgd(lr), epochs=epochs, batch=batch),
-        Mean(weights="equal", over="expected"),
+        Mean(weights="equal", over="expected", secure=secure),
         rules.sgd(server_lr),
         Poisson(q),
         codec=Clip(clip) >> Noise(noise),

@@ -1,5 +1,7 @@
 """The cost of a plan: the table of samplers, adaptive clips, the inverse, and the composition of charges."""
 
+import math
+
 import pytest
 
 from atoll import privacy, recipes
@@ -89,6 +91,16 @@ def test_charges_add_up_and_a_repeated_round_counts_again():
     rdp = accountant.rdp_epsilon(Releases(2.0, 20, 0.1), 1e-5)
     assert composed(same, 1e-5) == pytest.approx(rdp, rel=1e-5)
     assert composed([], 1e-5) == 0.0
+
+
+def test_a_secure_sum_costs_the_chance_of_a_round_without_a_sum():
+    words = {"clients": 1000, "rounds": 10, "delta": 1e-5}
+    open, secure = (recipes.dp_fedavg(0.5, clip=0.5, noise=2.0, q=0.1, secure=flag) for flag in (False, True))
+    assert 0 < privacy.epsilon(secure, **words) - privacy.epsilon(open, **words) < 1e-3
+    charges = [charge_of(secure, 1000, t, False) for t in range(10)]
+    assert composed(charges, 1e-5) == pytest.approx(privacy.epsilon(secure, **words), rel=1e-9)
+    # δ = 2⁻³⁷ is less than the chance that one of ten rounds has no sum.
+    assert privacy.epsilon(secure, **{**words, "delta": 2.0**-37}) == math.inf
 
 
 def test_the_default_delta_is_a_power_of_ten():

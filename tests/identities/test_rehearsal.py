@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import atoll
-from atoll.base.errors import UsageError
+from atoll.base.errors import RunError, UsageError
+from atoll.base.random import Key
 from atoll.plan import Plan
 from atoll.plan.aggregate import Masks, Mean
-from atoll.plan.codec import Clip, Noise
+from atoll.plan.aggregate.ring import grid_of, rounded
+from atoll.plan.codec import AdaptiveClip, Clip, Noise, Rotate
+from atoll.plan.codec.stage import flat_layout
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd
-from atoll.plan.sampler import Everyone, Uniform
+from atoll.plan.sampler import Everyone, Poisson, Uniform
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +93,45 @@ def test_a_clipped_plan_has_one_model_on_worker_processes(digits) -> None:
     torch.testing.assert_close(processes, simulated, rtol=0, atol=0)
 
 
-def test_noise_with_a_secure_sum_is_refused(digits) -> None:
-    rule = Mean(weights="equal", over="expected", secure=True)
-    with pytest.raises(UsageError, match="without a secure sum"):
-        _plan(Masks(), aggregator=rule, codec=Clip(1.0) >> Noise(1.0))
+_NOISED = {"aggregator": Mean(weights="equal", over="expected", secure=Masks(hybrid=False))}
+
+
+def test_a_rehearsal_with_noise_changes_no_bit(digits) -> None:
+    for codec in (Clip(1.0) >> Noise(1.0), AdaptiveClip() >> Noise(1.0)):
+        plan = _plan(Masks(), **_NOISED, codec=codec)
+        settings = {"randomness": "seed", "rounds": 1}
+        simulated, _ = _theta(digits, plan, "inprocess", **settings)
+        rehearsed, run = _theta(digits, plan, "InProcess(rehearse=True)", **settings)
+        torch.testing.assert_close(rehearsed, simulated, rtol=0, atol=0)
+        assert run.privacy["epsilon"] > 0
+
+
+def test_noise_with_a_secure_sum_is_refused_where_no_proof_covers_it(digits) -> None:
+    noised = Clip(1.0) >> Noise(1.0)
+    with pytest.raises(UsageError, match="a clip and noise as the codec"):
+        _plan(Masks(), **_NOISED, codec=Clip(1.0) >> Rotate() >> Noise(1.0))
+    with pytest.raises(UsageError, match="a finer grid"):
+        rule = Mean(weights="equal", over="expected", secure=Masks(bits=12, hybrid=False))
+        _theta(digits, _plan(Masks(), aggregator=rule, codec=noised), "inprocess")
+    with pytest.raises(UsageError, match="one client could decide"):
+        _theta(digits, _plan(Masks(), **_NOISED, codec=noised, cohort=Poisson(0.5)), "inprocess")
+    with pytest.raises(UsageError, match="one client could decide"):
+        _theta(digits, _plan(Masks(), **_NOISED, codec=noised, cohort=Uniform(5)), "inprocess")
+
+
+def test_rounding_enlarges_no_clipped_update_by_more_than_the_noise_covers() -> None:
+    d, x = 4000, torch.randn(50, 4000, generator=torch.Generator().manual_seed(1))
+    clip = Clip(0.5).bind(flat_layout(d))
+    sent = clip.encode(x, {}, {}, Key(0).of(torch.arange(50)))[0]
+    declared = clip.declare(flat_layout(d))["update"]
+    for clients in (12, 1 << 13):  # 24 and 17 bits
+        grid = grid_of(Masks(), declared, clients, 1, 1.0)
+        moved = rounded(sent, grid, Key(0).of(torch.arange(50))).double() - sent.double()
+        assert float(moved.abs().max()) <= 2.0**-grid.exponent
+        assert float(moved.norm(dim=1).max()) <= math.sqrt(d) * 2.0**-grid.exponent <= 2.0**-11 * declared.bound
+
+
+def test_a_round_of_few_ends_a_run_with_noise(digits) -> None:
+    plan = _plan(Masks(), **_NOISED, codec=Clip(1.0) >> Noise(1.0))
+    with pytest.raises(RunError, match="secure sum needs"):
+        _theta(digits, plan, "inprocess", fleet="Fleet(dropout=0.8)")

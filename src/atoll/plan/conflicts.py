@@ -8,6 +8,7 @@ Tests: tests/surface/test_contract.py, tests/faults/test_bad_input.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import FunctionType
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from atoll.base.concepts import concept, part_for
 from atoll.base.errors import UsageError
-from atoll.base.lines import Line
+from atoll.base.lines import Change, Line, Part
 from atoll.base.validation import class_instead_of_value
 from atoll.compute.shapes import kind_of
 from atoll.compute.task import BACKENDS, Task
 from atoll.plan import protocols
+from atoll.plan.aggregate.ring import grid_of
 from atoll.plan.codec.stage import flat_layout
 from atoll.plan.protocols import (
     OPEN,
@@ -32,12 +34,14 @@ from atoll.plan.protocols import (
     Local,
     Optimizer,
     Pace,
+    Population,
     Sampler,
     Slots,
     Stage,
     Tensors,
     default,
 )
+from atoll.plan.sampler import binomial_tail
 from atoll.plan.schedule import Schedule
 
 # slot: its protocol, the class to inherit, a part that fills the slot
@@ -353,6 +357,50 @@ def check_rows(part: object, named: Mapping[str, Tensor], count: int, client: in
                 "row k of each tensor belongs to client k of the chunk.",
                 "torch.zeros(len(lanes.sizes))",
             )
+
+
+MISSED = 2.0**-40  # largest chance that a cohort is too large, or too small, for a secure sum with noise
+_ROUNDED = 2.0**-11  # part of the bound by which the rounding of a secure sum may enlarge an update
+
+
+def check_noised_sum(slots: Slots, task: Task, population: Population) -> None:
+    """Refuse a secure sum with noise for which the accountant has no proof.
+
+    Rounding moves each number by at most 2^-k, so the norm of an update grows by at most √d · 2^-k. The noise
+    covers 2⁻¹¹ of the bound: its deviation is larger by 2⁻¹⁰, of which other rounding needs 2⁻¹².
+
+    A client can decide whether a round has a sum only if, without it, too few clients of a cohort are left. So a cohort
+    needs one client more than a sum, except with a chance of 2⁻⁴⁰, which the accountant adds to δ.
+
+    Args:
+        slots: the plan, with bound codecs and noise.
+        task: the model and loss.
+        population: all clients.
+    Raises:
+        UsageError: the grid is too coarse, or cohorts may be too small.
+    """
+    rule, clients = slots.aggregator, population.clients
+    update = slots.codec.declare(slots.local.server_layout(task.layout))["update"]
+    largest, bound = slots.sampler.largest(population), float(update.bound or 0.0)
+    exponent = grid_of(rule.secure, update, largest, 1, bound).exponent
+    if math.sqrt(update.length) * 2.0**-exponent > _ROUNDED * bound:
+        raise UsageError(
+            f"{rule!r} with noise, {update.length} parameters and cohorts of up to {largest} clients.",
+            "a finer grid.",
+            "the rounding of each update would enlarge it by more than the noise covers.",
+            Part("Mean(weights='equal', over='expected', secure=Masks(ring=64))", "aggregator"),
+        )
+    selection = slots.sampler.selection(clients, 1)
+    coins = selection is not None and selection.relation == "add or remove" and selection.rate < 1
+    rate = selection.rate if selection is not None else 1.0
+    smallest = clients - binomial_tail(clients, 1 - rate, MISSED) if coins else largest
+    if any(n - 1 < rule.least(n) for n in {smallest, largest}):
+        raise UsageError(
+            f"{rule!r} with noise and cohorts of {smallest} to {largest} clients.",
+            f"cohorts of more clients than a sum needs, at least {rule.least(smallest) + 1} of {smallest}.",
+            "one client could decide whether a round has a sum, and no noise hides that.",
+            Change("clients", 1000),
+        )
 
 
 def check_memory(part: object, before: Tensors, after: Tensors, client: int, round: int) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from atoll.base.entropy import round_secret
-from atoll.base.errors import UsageError
+from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Line, Part
 from atoll.base.names import ROWS_OF, metric_name
 from atoll.base.random import Key, SecretKey
@@ -38,6 +38,7 @@ from atoll.compute.task import Task
 from atoll.compute.tensor_notes import norm
 from atoll.plan.buffers import join_buffers
 from atoll.plan.codec.stage import Identity, roundtrip
+from atoll.plan.conflicts import check_noised_sum
 from atoll.plan.in_flight import InFlight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import (
@@ -210,6 +211,8 @@ def bind(plan: Plan, engine: Engine, task: Task | None = None) -> Plan:
     bound = dataclasses.replace(plan, aggregator=rule, codec=codec, downlink=downlink)
     if rule.secure is None or task is None:
         return bound
+    if plan.releases:
+        check_noised_sum(bound, task, population)
     return dataclasses.replace(bound, aggregator=secured(bound, task, sum_limits(bound, population)))
 
 
@@ -245,6 +248,15 @@ def summed_vectors(plan: Plan, task: Task) -> dict[str, Declared]:
 def secured(plan: Plan, task: Task, limits: SumLimits) -> Aggregator:
     """The aggregator of a plan with bound codecs, which knows the grid of each vector of its secure sum."""
     return plan.aggregator.secured(summed_vectors(plan, task), *limits)
+
+
+def _few(arrived: int, least: int) -> RunError:
+    """The end of a run with noise if a round has too few clients for its secure sum."""
+    return RunError(
+        f"A round has {arrived} clients, and its secure sum needs {least}.",
+        "a sum in each round.",
+        "one client could decide whether the round has a sum, so a round without one would reveal more than ε.",
+    )
 
 
 def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
@@ -355,6 +367,8 @@ def enough(plan: Plan, opened: Opened, gathered: Gathered) -> Gathered:
     arrived, least = gathered.arrived, plan.aggregator.least(gathered.started)
     if len(arrived) >= least:
         return gathered
+    if plan.releases:
+        raise _few(len(arrived), least)
     cause = f"{len(arrived)} clients in a sum of at least {least}"
     lost = tuple(Failure(client, opened.state.round, "sum", cause) for client in arrived.tolist())
     facts = {name: column[:0] for name, column in gathered.facts.items()}

@@ -22,6 +22,7 @@ from atoll.base.errors import UsageError
 from atoll.base.lines import Change, Part
 from atoll.compute.discrete_gaussian import DISTANCE
 from atoll.plan.codec import Chain, Noise
+from atoll.plan.conflicts import MISSED
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Selection
 from atoll.privacy import accountant
@@ -37,12 +38,14 @@ class Charge(NamedTuple):
     Args:
         noise, rate, fixed_size: as in `Releases`.
         rounds: the number by which the largest number of participations of a client grows.
+        missed: the chance that the round has no sum, which is added to δ.
     """
 
     noise: float
     rate: float
     fixed_size: bool
     rounds: int
+    missed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def account(plan: Plan, *, clients: int, rounds: int, delta: float | None = None
     delta = default_delta(clients) if delta is None else check_delta(delta, clients)
     selection = selection_of(plan, clients, rounds)
     releases = _releases(plan, selection)
-    return Account(epsilon_of(releases, delta), delta, selection.relation, clients, rounds, releases)
+    return Account(epsilon_of(releases, delta, _missed(plan)), delta, selection.relation, clients, rounds, releases)
 
 
 def epsilon(plan: Plan, *, clients: int, rounds: int, delta: float | None = None) -> float:
@@ -130,7 +133,7 @@ def noise_for(plan: Plan, *, clients: int, rounds: int, epsilon: float, delta: f
 
     def enough(z: float) -> bool:
         private = dataclasses.replace(plan, codec=with_noise(plan.codec, z))
-        return epsilon_of(_releases(private, selection), delta) <= epsilon
+        return epsilon_of(_releases(private, selection), delta, _missed(plan)) <= epsilon
 
     low, high = 1e-2, 1.0
     while not enough(high):
@@ -203,6 +206,11 @@ def _releases(plan: Plan, selection: Selection) -> Releases:
     return Releases(noise / moved, selection.rounds, selection.rate, fixed)
 
 
+def _missed(plan: Plan) -> float:
+    """The chance that a round has no sum, because its cohort is too large or too small for a secure sum."""
+    return 0.0 if plan.aggregator.secure is None else 2 * MISSED
+
+
 def charge_of(plan: Plan, clients: int, round: int, again: bool) -> Charge:
     """The cost of one round.
 
@@ -215,12 +223,19 @@ def charge_of(plan: Plan, clients: int, round: int, again: bool) -> Charge:
     after = selection_of(plan, clients, round + 1)
     count = 1 if again else after.rounds - selection_of(plan, clients, round).rounds
     releases = _releases(plan, after)
-    return Charge(releases.noise, releases.rate, releases.fixed_size, count)
+    return Charge(releases.noise, releases.rate, releases.fixed_size, count, _missed(plan))
 
 
-def epsilon_of(releases: Releases, delta: float) -> float:
-    """ε at δ, of which a part pays for the distance of the sampler of the noise from its distribution."""
-    return _charged(lambda rest: accountant.least_epsilon(releases, rest), releases.count, delta)
+def epsilon_of(releases: Releases, delta: float, missed: float = 0.0) -> float:
+    """ε at δ, of which a part pays for the distance of the noise from its distribution, and for rounds without a sum.
+
+    Args:
+        releases: the releases.
+        delta: δ in (0, 1).
+        missed: the chance that a round has no sum.
+    """
+    count = releases.count
+    return _charged(lambda rest: accountant.least_epsilon(releases, rest), count, delta, count * missed)
 
 
 def composed(charges: Iterable[Charge], delta: float) -> float:
@@ -235,20 +250,23 @@ def composed(charges: Iterable[Charge], delta: float) -> float:
         0.7985
     """
     counts = Counter[tuple[float, float, bool]]()
-    for noise, rate, fixed, count in charges:
+    lost = 0.0
+    for noise, rate, fixed, count, missed in charges:
         counts[noise, rate, fixed] += count
+        lost += count * missed
     groups = [Releases(n, count, q, fixed) for (n, q, fixed), count in counts.items() if count]
     if not groups:
         return 0.0
     if len(groups) == 1:
-        return epsilon_of(groups[0], delta)
-    return _charged(lambda rest: accountant.composed_epsilon(groups, rest), sum(g.count for g in groups), delta)
+        return epsilon_of(groups[0], delta, lost / max(1, groups[0].count))
+    return _charged(lambda rest: accountant.composed_epsilon(groups, rest), sum(g.count for g in groups), delta, lost)
 
 
-def _charged(at: Any, count: int, delta: float) -> float:
-    """ε(δ − share), with a share of δ that pays for (1 + e^ε) times the distance of all drawn numbers."""
-    for share in (2.0**-20, 2.0**-10, 0.5):
+def _charged(at: Any, count: int, delta: float, missed: float) -> float:
+    """ε(δ − share), with a share of δ that pays for (1 + e^ε) times the distance of what runs from what is proved."""
+    distance = max(1, count) * NUMBERS * DISTANCE + missed
+    for share in (2.0**-20, 2.0**-10, 2.0**-5, 0.5):
         found = float(at(delta * (1 - share)))
-        if (1 + math.exp(min(found, 700))) * max(1, count) * NUMBERS * DISTANCE <= delta * share:
+        if (1 + math.exp(min(found, 700))) * distance <= delta * share:
             return found
     return math.inf

@@ -215,6 +215,9 @@ class Noise(Codec):
     def gain(self, layout: Layout) -> float:
         return 1.0
 
+    def declare(self, layout: Layout) -> Mapping[str, Declared]:
+        return {"update": self.before} if self.binding else super().declare(layout)
+
     def event(self, cohort: float) -> Release | None:
         return Release(self.z, update=True)
 
@@ -282,9 +285,6 @@ def _rule_conflicts(noise: Noise, slots: Slots) -> Iterator[Conflict]:
     given = f"{noise!r} with {rule!r}."
     if not rule.linear or rule.forms_sum:
         yield Conflict(given, "a mean.", "the noise is that of a mean, with a fixed divisor.", _ROWS)
-    elif rule.secure is not None:
-        why = "a round with too few clients has no sum; one client can change that, and it is not accounted yet."
-        yield Conflict(given, "a mean without a secure sum.", why, _ROWS)
     elif rule.weights != "equal":
         yield Conflict(given, 'weights="equal".', "the largest weight of a client has no bound.", _ROWS)
     elif rule.over != "expected":
@@ -292,6 +292,10 @@ def _rule_conflicts(noise: Noise, slots: Slots) -> Iterator[Conflict]:
         yield Conflict(given, 'over="expected".', why, _ROWS)
     elif rule.sum != "exact":
         yield Conflict(given, 'sum="exact".', "the rounding of a float sum has no bound that the noise covers.", _ROWS)
+    others = [stage for stage in leaves(slots.codec) if not isinstance(stage, (Clip, AdaptiveClip, Noise))]
+    if rule.secure is not None and others:
+        why = f"no bound is known for the rounding of the sum after {type(others[0]).__name__}."
+        yield Conflict(given, "a clip and noise as the codec.", why, "Clip(1.0) >> Noise(1.0)")
     if slots.pace.asynchronous or slots.pace.replaces_arrivals or slots.pace.cohort_size(1000) != 1000:
         why = "the clients that count are not those that the sampler drew."
         yield Conflict(f"{noise!r} with {slots.pace!r}.", "Sync().", why, "Sync()")
