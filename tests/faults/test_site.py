@@ -1,8 +1,19 @@
 """The memory of a site and its prepared messages survive a kill between any two writes."""
 
-import torch
+from dataclasses import replace
 
-from atoll.net.site import MemoryChain, Prepared
+import pytest
+import torch
+from net_messages import work
+
+from atoll.net import wire
+from atoll.net.coordinator import NO_DIGEST
+from atoll.net.site import MemoryChain, Prepared, Site
+from atoll.net.terms import RefusedError
+from atoll.net.wire import chain_link
+from atoll.plan.aggregate import Mean
+from atoll.plan.codec import Clip
+from atoll.recipes import fedavg
 
 FIRST = {"codec/error": torch.zeros(2)}
 
@@ -72,9 +83,41 @@ def test_another_run_begins_without_memory(tmp_path):
     assert chain.next_memory(FIRST)[1] is None and MemoryChain.open(tmp_path).settled is None
 
 
-def test_a_damaged_memory_is_refused(tmp_path):
-    import pytest
+def test_another_attempt_continues_the_contribution_and_other_rounds_end(tmp_path):
+    chain = begun(tmp_path)
+    chain.prepare(one(1, None)._replace(masked=True))
+    chain.continue_attempt(bytes([2]) * 16, [bytes([1]) * 16])
+    again = MemoryChain.open(tmp_path)
+    assert [(p.work[0], p.body, p.masked) for p in again.prepared] == [(2, b"body 1", True)]
+    assert again.prepared[0].link == chain_link(None, bytes([2]) * 16, NO_DIGEST)
+    again.continue_attempt(bytes([3]) * 16, [])
+    assert again.prepared == [] and values(again.next_memory(FIRST)[0]) == [[0.0, 0.0]]
+    assert MemoryChain.open(tmp_path).prepared == []
 
+
+def test_a_site_forgets_no_sum_of_any_run(tmp_path):
+    site = Site(tmp_path, None, {}, torch.device("cpu"))
+    for run, taken in (("a", (5, 0)), ("b", (0, 1)), ("a", (6, 1))):
+        site.chain.begin(run)
+        site._take_sum(work(), taken)
+    assert site._last_sum() == (6, 1)
+    site.chain.begin("b")
+    assert Site(tmp_path, None, {}, torch.device("cpu"))._sums() == {"a": (6, 1), "b": (0, 1)}
+    assert site._last_sum() == (0, 1)
+
+
+def test_a_site_refuses_to_send_an_update_in_the_clear_if_the_sum_is_secure(tmp_path):
+    site = Site(tmp_path, None, {}, torch.device("cpu"))
+    secure = replace(fedavg(0.1), codec=Clip(1.0), aggregator=Mean(weights="equal", secure=True))
+    terms = wire.SumTerms(6, 1, 10)
+    for plan, changes in ((secure, {}), (fedavg(0.1), {"sum": terms}), (secure, {"sum": terms, "kind": "evaluate"})):
+        with pytest.raises(RefusedError) as refused:
+            site._check_sum(work(**changes), plan)
+        assert refused.value.code == "session"
+    site._check_sum(work(sum=terms), secure)
+
+
+def test_a_damaged_memory_is_refused(tmp_path):
     from atoll.base.errors import RunError
 
     chain = begun(tmp_path)

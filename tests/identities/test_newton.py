@@ -15,7 +15,7 @@ from atoll.compute.curvature import slopes
 from atoll.compute.loss import ClassWeighted, binary_cross_entropy, cross_entropy, mse, poisson
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.simulation.fleet import Fleet
-from atoll.plan.aggregate import Mean, Sum
+from atoll.plan.aggregate import Masks, Mean, Sum
 from atoll.plan.codec import ErrorFeedback, TopK
 from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.pace import Buffered
@@ -83,6 +83,20 @@ def test_logistic_regression_is_that_of_scikit_learn(split):
     best = torch.tensor([*theirs.coef_[0], theirs.intercept_[0]])
     found = weights(trained("logistic", data, recipes.newton(1e-3)))
     assert float((found - best).abs().max()) < 1e-6
+
+
+def test_a_secure_sum_gives_the_weights_of_scikit_learn_and_cuts_no_number():
+    from sklearn.linear_model import LogisticRegression
+
+    data = atoll.data.load("breast_cancer").split(7, atoll.data.Dirichlet(0.3))
+    x, y = (t.numpy() for t in data.take(data.order))
+    theirs = LogisticRegression(C=1 / (1e-3 * len(x)), tol=1e-12, solver="newton-cholesky").fit(x, y)
+    best = torch.tensor([*theirs.coef_[0], theirs.intercept_[0]])
+    plan = recipes.newton(1e-3)
+    plan = replace(plan, aggregator=replace(plan.aggregator, secure=Masks(bits=45, ring=64, bound=256.0)))
+    found = trained("logistic", data, plan)
+    assert float((weights(found) - best).abs().max()) < 1e-6
+    assert [report.metrics["clamped"] for report in found.reports] == [0.0] * len(found.reports)
 
 
 def test_softmax_regression_is_that_of_scikit_learn():

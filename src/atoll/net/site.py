@@ -5,7 +5,7 @@
     home/prepared/NUMBER-WORK                          messages that no committed round contains yet, in order
     home/ledger.jsonl                                  every message that was sent
     home/identity.pem                                  the key that names the site in secure sums
-    home/sums.json                                     the last secure sum in which the site took part
+    home/sums.json                                     the last secure sum of each run in which the site took part
     home/data.json                                     the run of the rows, and their fingerprint
     home/runs/                                         the final models
 
@@ -304,7 +304,8 @@ class Site:
             RefusedError: the site does not compute this work; the code names the reason.
         """
         if work.sum is not None:
-            self.chain.continue_attempt(work.work, [self._name(work, model, n) for n in range(work.attempt)][:16])
+            earlier = [self._name(work, model, n) for n in range(min(work.attempt, self.policy.max_attempts))]
+            self.chain.continue_attempt(work.work, earlier)
         known = self.chain.find(work.work)
         if known is not None:
             return known
@@ -363,7 +364,7 @@ class Site:
 
     def _check_sum(self, work: Work, plan: Plan) -> None:
         """Refuse a work that asks for the update of a plan whose sum is secure, or to mask another one."""
-        if work.kind == "round" and (plan.aggregator.secure is None) != (work.sum is None):
+        if (work.kind == "round" and plan.aggregator.secure is not None) != (work.sum is not None):
             raise RefusedError(
                 "session",
                 f"The work is {'' if work.sum else 'not '}masked, and the plan has {plan.aggregator!r}.",
@@ -418,13 +419,18 @@ class Site:
 
     def _last_sum(self) -> tuple[int, int]:
         """The round and attempt below which this site takes part in no further sum of the run."""
+        round, attempt = self._sums().get(self.chain.run or "", (-1, -1))
+        return round, attempt
+
+    def _sums(self) -> dict[str, tuple[int, int]]:
+        """The last round and attempt of each run in whose sums this site took part. None is forgotten: a server that
+        repeats a round with other clients would learn a difference of two sums."""
         path = self.home / "sums.json"
-        facts = json.loads(path.read_bytes()) if path.exists() else {}
-        return (facts["round"], facts["attempt"]) if facts.get("run") == self.chain.run else (-1, -1)
+        return {run: tuple(last) for run, last in json.loads(path.read_bytes()).items()} if path.exists() else {}
 
     def _take_sum(self, work: Work, taken: tuple[int, int]) -> None:
         """Write that this site takes part in a sum, before a message leaves it."""
-        facts = {"run": self.chain.run, "round": taken[0], "attempt": taken[1]}
+        facts = {**self._sums(), self.chain.run or "": taken}
         atomic_write(self.home / "sums.json", json.dumps(facts).encode(), 0o600)
 
     def _rows(self, work: Work) -> Clients:
