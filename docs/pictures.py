@@ -1,11 +1,11 @@
 """The pictures of the manual. `python docs/pictures.py` writes all of them to docs/pictures/.
 
-Each picture has two versions, for light and for dark pages, in the style of a run's report.
+A picture has two versions, for light and for dark pages, or is an SVG for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import DARK, LIGHT, Theme, axes, figure, logarithmic, name_ends, png, ramp
 from torch import Tensor
 
 import atoll
@@ -22,8 +23,8 @@ from atoll.plan import schedule
 from atoll.plan.pace import Buffered, Sync
 from atoll.recipes import fedavg
 from atoll.recipes import sgd as sgd_recipe
-from atoll.report.figures import DARK, LIGHT, Theme, axes, figure, logarithmic, name_ends, png, ramp
 from atoll.report.run_data import RunData
+from atoll.report.svg import svg
 from atoll.report.timeline import timeline
 
 FOLDER = Path(__file__).parent / "pictures"
@@ -215,32 +216,35 @@ def _with_a_straggler() -> tuple[Any, ...]:
     return tuple(records)
 
 
-def waiting(theme: Theme) -> Any:
+def waiting() -> str:
     """The timeline of a run in which all clients wait for the slowest one."""
-    return timeline(_with_a_straggler()[0], None, theme)
+    return svg(timeline(_with_a_straggler()[0], None))
 
 
-def deadline(theme: Theme) -> Any:
+def deadline() -> str:
     """The same with a deadline: contributions of the slowest client are always late."""
-    return timeline(_with_a_straggler()[1], None, theme)
+    return svg(timeline(_with_a_straggler()[1], None))
 
 
-def flying(theme: Theme) -> Any:
+def flying() -> str:
     """The same without waiting."""
-    return timeline(_with_a_straggler()[2], None, theme)
+    return svg(timeline(_with_a_straggler()[2], None))
 
 
-PICTURES: tuple[Callable[[Theme], Any], ...] = (
-    loop, partitions, drift, floor, schedules, waiting, deadline, flying,
-)  # fmt: skip
+PICTURES: tuple[Callable[[Theme], Any], ...] = (loop, partitions, drift, floor, schedules)
+TIMELINES = (waiting, deadline, flying)
 
 
-def draw(pictures: tuple[Callable[[Theme], Any], ...] = PICTURES) -> Iterator[Path]:
-    """Draw pictures and yield the files."""
+def draw(names: Collection[str]) -> Iterator[Path]:
+    """Draw pictures and yield the files: SVG for both themes, or a PNG for each."""
     from PIL import Image
 
     FOLDER.mkdir(exist_ok=True)
-    for picture in pictures:
+    for picture in (p for p in TIMELINES if p.__name__ in names):
+        file = FOLDER / f"{picture.__name__}.svg"
+        file.write_text(picture(), encoding="utf-8")
+        yield file
+    for picture in (p for p in PICTURES if p.__name__ in names):
         for name, theme in (("light", LIGHT), ("dark", DARK)):
             file = FOLDER / f"{picture.__name__}-{name}.png"
             file.write_bytes(png(picture(theme)))
@@ -253,6 +257,5 @@ if __name__ == "__main__":
     import sys
 
     torch.set_num_threads(1)
-    wanted = tuple(p for p in PICTURES if p.__name__ in sys.argv[1:]) or PICTURES
-    for file in draw(wanted):
+    for file in draw(sys.argv[1:] or [p.__name__ for p in (*PICTURES, *TIMELINES)]):
         print(f"{file.stat().st_size:7,} bytes  {file.relative_to(FOLDER.parent)}")

@@ -107,7 +107,7 @@ def test_rounds_import_nothing_heavy(tmp_path):
 
 def test_help_names_every_command_and_every_flag(atoll):
     text = atoll("--help").out
-    commands = ["run", "resume", "plan", "runs", "show", "compare", "replay", "lr", "export", "doctor"]
+    commands = ["run", "resume", "plan", "runs", "show", "ui", "tag", "compare", "replay", "lr", "export", "doctor"]
     assert all(f" {name} " in text for name in commands)
     flags = (
         "--data --model --clients --split --held-out --recipe --rounds --seed --seeds --dtype --engine --numerics "
@@ -194,7 +194,6 @@ def test_seeds_give_mean_and_sd(atoll):
 
 def test_smoke_tries_every_stage_and_leaves_nothing(atoll, monkeypatch):
     monkeypatch.setenv("ATOLL_REPORT", "1")
-    monkeypatch.setattr("atoll.report.figures.DPI", 40)
     done = atoll("run", *quick(), "--smoke", "--baselines")
     assert done.code == 0
     for stage in ("a round", "an evaluation", "a checkpoint", "resuming", "the report", "the baselines"):

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from light_pictures import light_only
 
 import atoll.data
 from atoll import recipes, rounds, train
 from atoll.plan.pace import Bounded, Buffered, Sync
-from atoll.report import LiveTable, figures, timeline
+from atoll.report import LiveTable, timeline
 from atoll.report.draw import draw
 from atoll.report.flight_log import MOST_LANES, FlightLog
 from atoll.report.flight_rows import FATES, Tally, read_trips
@@ -24,13 +23,6 @@ from atoll.runs.format import size
 
 FIELDS = ("number", "client", "birth", "start", "loaded", "computed", "end", "fate")
 STRAGGLER = "Fleet(Each((1, 1, 1, 5)), uplink='1 Mb/s', downlink='1 Mb/s')"
-
-
-@pytest.fixture(autouse=True)
-def coarse(monkeypatch):
-    """Draw with few dots and no dark pictures, which is faster."""
-    monkeypatch.setattr(figures, "DPI", 40)
-    monkeypatch.setattr(figures, "png", light_only(figures.png))
 
 
 @st.composite
@@ -157,7 +149,7 @@ def test_columns_of_the_event_trips(data, tmp_path):
 def test_a_run_with_a_clock_says_so_everywhere(data, tmp_path):
     run = flew(data, tmp_path, Buffered(2))
     text = (run.path / "report.html").read_text(encoding="utf-8")
-    for said in ("virtual time", "model versions kept", "staleness", "up, per client", "Timeline of 4 clients"):
+    for said in ("virtual time", "simulated clock", "Staleness", "bytes up", "Timeline of 4 clients", "waits"):
         assert said in text, said
     assert {"timeline", "staleness", "clock", "client_bytes"} <= {p.stem for p in (run.path / "plots").iterdir()}
     record = RunData.read(run.path)
@@ -198,7 +190,7 @@ def test_many_clients_are_places(tmp_path):
     assert clients == () and int(row.max()) + 1 == 60 > MOST_LANES
     assert "60 concurrent flights" in timeline.alt_text(record)
     draw(tmp_path)
-    assert (tmp_path / "plots" / "timeline.png").stat().st_size > 1000
+    assert (tmp_path / "plots" / "timeline.svg").stat().st_size > 1000
 
 
 # A training in progress

@@ -255,7 +255,7 @@ def test_a_target_that_one_misses(tmp_path):
     b = costing(tmp_path / "b", [0.1, 0.2, 0.3], 500)
     found = compare.compare(a, b, tmp_path, target=0.5)
     assert [(line.a, line.b, line.best) for line in found.reached] == [(2, None, "a"), (40, None, "a"), (4, None, "a")]
-    assert found.plot == tmp_path / "compare-a-b.png" and found.plot.read_bytes()[:4] == b"\x89PNG"
+    assert found.plot == tmp_path / "compare-a-b.svg" and found.plot.read_bytes()[:4] == b"<svg"
     assert str(found.plot) in found.text()
     assert compare.compare(a, b, tmp_path / "new" / "x.png").plot.stat().st_size > 5000
     nothing = costing(tmp_path / "c", [], 1)
@@ -370,7 +370,7 @@ def test_the_line_makes_the_plan(tmp_path, monkeypatch, recipe, which, line):
     flag, value = found.line.split(" ", 1)
     key, text = ("recipe", value.strip('"')) if flag == "--recipe" else value.split("=", 1)
     assert experiment.with_settings({key: text}).plan() == found.plan
-    assert found.plot == tmp_path / f"lr-{which}.png" and found.plot.read_bytes()[:4] == b"\x89PNG"
+    assert found.plot == tmp_path / f"lr-{which}.svg" and found.plot.read_bytes()[:4] == b"<svg"
     assert found.line in found.text()
 
 

@@ -249,7 +249,8 @@ def compare(
         flag(OUTPUT, "Compare the costs at this value of the metric. Default: the best value that both runs reach."),
     ] = None,
     to: Annotated[
-        Path | None, flag(OUTPUT, "The image file to write. Default: compare-A-B.png in the parent of the runs.")
+        Path | None,
+        flag(OUTPUT, "The SVG, PNG or PDF file to write. Default: compare-A-B.svg in the parent of the runs."),
     ] = None,
     out: Out = None,
 ) -> int:

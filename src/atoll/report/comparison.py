@@ -8,29 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from atoll.report.figures import (
-    LIGHT,
-    PlotLine,
-    axes,
-    figure,
-    logarithmic_x,
-    of_bytes,
-    of_seconds,
-    plot,
-    png,
-    text,
-    wants_log,
-)
+from atoll.report.chart import Axis, Drawing, Mark, Panel, Points, ReferenceLine, Series, Unit, suits_log
 from atoll.report.flight_log import Numbers
 from atoll.report.run_data import RunData
-from atoll.runs.format import better, format_number, label, rises
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from atoll.runs.format import better, format_number, label, plain, rises
 
 CLOCK, SECONDS = "seconds of virtual time", "seconds of computing"
 
@@ -128,27 +112,13 @@ def _amount(value: object) -> float:
     return float(value) if good else 0.0  # type: ignore[arg-type]
 
 
-def draw_comparison(found: MetricComparison) -> bytes:
-    """Draw a PNG: the metric by bytes and by time. A ring marks the point at which a run reaches the target."""
-    made = figure(LIGHT, 11.0, 3.5)
-    colours = (LIGHT.series[0], LIGHT.series[1])
+def comparison_drawing(found: MetricComparison) -> Drawing:
+    """The metric by bytes and by time. A ring marks the point at which a run reaches the target."""
     name = _titled(found.metric)
-    by_bytes = axes(made, LIGHT, (0.055, 0.17, 0.485, 0.80), f"{name} by bytes", "up and down, all clients")
-    by_time = axes(made, LIGHT, (0.555, 0.17, 0.985, 0.80), f"{name} by time", found.time)
-    for ax, costs in ((by_bytes, [c.bytes for c in found.curves]), (by_time, [c.times for c in found.curves])):
-        _panel(ax, found, costs, colours)
-    of_bytes(by_bytes)
-    most = max((float(c.times.max(initial=0)) for c in found.curves), default=0.0)
-    of_seconds(by_time.xaxis, most)
-    for ax, costs in ((by_bytes, [c.bytes for c in found.curves]), (by_time, [c.times for c in found.curves])):
-        if apart(costs):
-            logarithmic_x(ax)
-    for at, (curve, colour) in enumerate(zip(found.curves, colours, strict=True)):
-        made.text(
-            0.985, 0.955 - 0.05 * at, text(curve.name, 60), color=colour, fontsize=8.5, fontweight="bold", ha="right",
-            va="center",
-        )  # fmt: skip
-    return png(made)
+    by_bytes = _panel(found, [c.bytes for c in found.curves], f"{name} by bytes", "up and down, all clients", "bytes")
+    by_time = _panel(found, [c.times for c in found.curves], f"{name} by time", found.time, "seconds")
+    names = " and ".join(c.name for c in found.curves)
+    return Drawing("comparison", f"{name} of {names} by bytes and by time.", [[by_bytes, by_time]], True, 0.32)
 
 
 def apart(costs: Sequence[Numbers]) -> bool:
@@ -157,25 +127,19 @@ def apart(costs: Sequence[Numbers]) -> bool:
     return len(ends) == 2 and min(ends) > 0 and max(ends) > 8 * min(ends)
 
 
-def _panel(ax: Axes, found: MetricComparison, costs: Sequence[Numbers], colours: Sequence[str]) -> None:
-    lines = [PlotLine(c.name, x, c.values, colour) for c, x, colour in zip(found.curves, costs, colours, strict=True)]
-    plot(ax, lines, log=not found.rising and wants_log([c.values for c in found.curves]))
-    if not apart(costs):
-        ax.set_xlim(left=0)
-    ax.axhline(found.target, color=LIGHT.soft, linewidth=0.8, linestyle=(0, (4, 2.5)), zorder=1)
-    ax.text(
-        1.0, found.target, f"{format_number(found.target)} ", transform=ax.get_yaxis_transform(),
-        ha="right",
-        va="bottom", fontsize=7.5, color=LIGHT.soft,
-    )  # fmt: skip
-    for curve, x, at, colour in zip(found.curves, costs, found.at, colours, strict=True):
+def _panel(found: MetricComparison, costs: Sequence[Numbers], title: str, label: str, unit: Unit) -> Panel:
+    marks: list[Mark] = [ReferenceLine(found.target, "soft")]
+    for i, (curve, x, at) in enumerate(zip(found.curves, costs, found.at, strict=True)):
+        marks.append(Series(x.tolist(), curve.values.tolist(), f"s{i}", curve.name))
         if at is not None:
-            ax.plot(
-                [x[at]], [curve.values[at]], "o", markersize=7, markerfacecolor="none", markeredgewidth=1.5,
-                markeredgecolor=colour, zorder=7,
-            )  # fmt: skip
+            marks.append(Points([float(x[at])], [float(curve.values[at])], f"s{i}", "ring"))
+    log = not found.rising and suits_log(*(c.values.tolist() for c in found.curves))
+    far = apart(costs)
+    axis = Axis(label, unit, log=far, low=None if far else 0.0)
+    remark = f"dashed: {format_number(found.target)}"
+    return Panel(marks, title, remark, axis, Axis(log=log), names="top")
 
 
 def _titled(name: str) -> str:
     words = label(name)
-    return text(words[:1].upper() + words[1:], 40)
+    return plain(words[:1].upper() + words[1:], 40)

@@ -1,30 +1,26 @@
-"""The report of a run as one HTML file that loads no other file and runs no script.
+"""The report of a run: the page with its data inside, in one HTML file that loads no other file.
 
-Names of clients, error messages and settings are untrusted text. Every text therefore passes through `tag`, which
-escapes every string that `tag` did not build itself.
+Without script, the tables and an SVG of each curve remain. Names of clients, error messages and settings are untrusted
+text: every text passes through `html_element`, which escapes every string that it did not build itself.
 
 Tests: tests/surface/test_report.py, tests/surface/test_timeline.py.
 """
 
 from __future__ import annotations
 
-import base64
 import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
-from typing import Any
+from collections.abc import Sequence
 
-from atoll.compute.metric_names import PERSONAL
-from atoll.data.clients import Clients
+from atoll.report.bundle import bundle
+from atoll.report.chart import Drawing
 from atoll.report.clients import Federation
+from atoll.report.page_data import ClientTable, Page, TextTable, to_json
 from atoll.report.run_data import Row, RunData
-from atoll.runs.format import client_name, duration, format_number, label, plain, rises, size, spread, whole
-from atoll.runs.summary import ROWS, all_row_cells, findings, judged, own_row_cells
+from atoll.report.svg import svg
+from atoll.runs.format import duration, format_number, label, size, spread, whole
 
-_VOID = {"meta", "img", "source", "br"}
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_MOST_ROWS, _MOST_LOST = 400, 50
+_VOID = {"meta"}
+_MOST_ROWS, _MOST_CLIENTS = 200, 500
 
 
 class Html(str):
@@ -33,18 +29,7 @@ class Html(str):
     __slots__ = ()
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A drawn chart: file name, alt text, whether it is as wide as the page, PNG bytes for light and dark pages."""
-
-    name: str
-    alt_text: str
-    wide: bool
-    light: bytes
-    dark: bytes
-
-
-def tag(element: str, /, *inside: object, **attributes: object) -> Html:
+def html_element(element: str, /, *inside: object, **attributes: object) -> Html:
     """Build an HTML element.
 
     Args:
@@ -52,341 +37,176 @@ def tag(element: str, /, *inside: object, **attributes: object) -> Html:
         inside: its contents. An element is inserted unchanged, other values are escaped, None is skipped.
         attributes: its attributes. A trailing underscore of a name is dropped (`class_`), others become hyphens.
     Example:
-        >>> tag("p", "a < b ", tag("b", "&"), class_="x")
+        >>> html_element("p", "a < b ", html_element("b", "&"), class_="x")
         '<p class="x">a &lt; b <b>&amp;</b></p>'
     """
     given = "".join(f' {n.rstrip("_").replace("_", "-")}="{html.escape(str(v))}"' for n, v in attributes.items())
-    body = "".join(i if isinstance(i, Html) else html.escape(str(i)) for i in inside if i is not None)
+    body = "".join(i if isinstance(i, Html) else html.escape(_visible(i)) for i in inside if i is not None)
     return Html(f"<{element}{given}>" if element in _VOID else f"<{element}{given}>{body}</{element}>")
 
 
-def page(record: RunData, federation: Federation | None, data: Clients | None, pictures: Sequence[Picture]) -> str:
+def _visible(text: object) -> str:
+    """A text whose unprintable characters, except line breaks, are dots."""
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in str(text))
+
+
+def page(data: Page, record: RunData, drawings: Sequence[Drawing], federation: Federation | None = None) -> str:
     """Build the report of a run as one HTML document.
 
     Args:
-        record: the contents of the run folder.
-        federation: the summary of the clients' rows; None omits it.
-        data: the clients, for their names and sizes; None omits both.
-        pictures: the charts of `atoll.report.plots`, in their order.
+        data: the data of the run, as `/api/runs/NAME` answers them.
+        record: the contents of the run folder, for the table of rounds.
+        drawings: the charts of `atoll.report.plots`, in their order.
+        federation: the summary of the clients' rows, for its measures; None omits them.
     """
-    names = None if data is None else data.names
-    by_name = {p.name: p for p in pictures}
-    ours = [by_name.pop(n) for n in ("clients", "sizes", "client_bytes", "client_loss") if n in by_name]
-    parts = (
-        _head(record, data),
-        _summary(record),
-        _section("Comparison with baselines", _comparison(record)),
-        _section("Confusion", _confusion(record)),
-        _section("Algorithm", _formula(record)),
-        _section("Training", _gallery(by_name.values())),
-        _section("Clients", _federation(federation), _traffic(record), _gallery(ours)),
-        _section("Rounds", _rounds(record)),
-        _section("Lost contributions", _lost(record, names)),
-        _section("Notes", _notes(record)),
-        _section("Settings and environment", _settings(record)),
-        tag("footer", f"Made by atoll {record.environment.get('atoll', '')} from the files in this folder."),
-    )
-    style = files("atoll.report").joinpath("page.css").read_text(encoding="utf-8")
-    head = tag(
+    e, made = html_element, bundle()
+    head = e(
         "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{record.name} – atoll"),
-        Html(f"<style>{style}</style>"),
+        e("meta", charset="utf-8"),
+        e("meta", http_equiv="Content-Security-Policy", content=made.policy(live=False)),
+        e("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        e("meta", name="color-scheme", content="light dark"),
+        e("title", f"{data.title or data.run} – atoll"),
+        Html(f"<style>{made.style}</style>"),
     )
-    body = tag("body", tag("main", *parts))
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+    kept = [d for d in drawings if d.wide]
+    static = e(
+        "main",
+        *(part for part in _static(data, record, [d for d in drawings if not d.wide]) if part),
+        _gallery(kept, federation),
+        id="page",
+    )
+    text = to_json(data).decode().replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    scripts = Html(
+        f'<script type="application/json" id="data">{text}</script>'
+        f"<script>{made.library}</script><script>{made.script}</script>"
+    )
+    return f"<!doctype html>\n{e('html', head, e('body', static, scripts), lang='en')}\n"
+
+
+def _static(data: Page, record: RunData, drawings: Sequence[Drawing]) -> list[Html | None]:
+    """The sections that remain without script. The script replaces them."""
+    e = html_element
+    what = " · ".join(filter(None, (data.data, data.model, data.plan)))
+    return [
+        e(
+            "header",
+            e("h1", data.title or data.run, " ", e("span", data.status, class_=f"pill {data.status}")),
+            e("p", data.banner, class_="banner") if data.banner else None,
+            e("p", what, class_="what"),
+            e("p", f"began {data.began.replace('T', ' ')}", class_="quiet") if data.began else None,
+            e("p", data.reason, class_="quiet reason") if data.reason else None,
+        ),
+        _tiles(data),
+        _section("Answer", *map(_table, data.answers), *(e("p", text) for text in data.findings)),
+        _section("Confusion", _table(data.confusion)),
+        _section("Curves", e("div", *(_figure(d) for d in drawings), class_="gallery") if drawings else None),
+        _section("Clients", _client_table(data.clients)),
+        _section("Waiting times", _table(data.waiting)),
+        _section("Failures", _table(data.failures)),
+        _section("Rounds", _rounds(record)),
+        _section("Formula", e("pre", data.formula) if data.formula else None),
+        _section("Notes", e("ul", *(e("li", note) for note in data.notes)) if data.notes else None),
+        _section("Files", e("ul", *(e("li", name) for name in data.files)) if data.files else None),
+        _section("config.toml", e("pre", data.config) if data.config else None),
+        _section("Load, predict, resume", e("pre", "\n".join(data.lines))),
+    ]
 
 
 def _section(title: str, *inside: Html | None) -> Html | None:
     there = [i for i in inside if i]
-    return tag("section", tag("h2", title), *there) if there else None
+    return html_element("section", html_element("h2", title), *there) if there else None
 
 
-def _head(record: RunData, data: Clients | None) -> Html:
-    events = record.events
-    name = data.name if data is not None else record.config.get("data", "")
-    model = record.config.get("model", "")
-    what = [plain(v, 60) for v in (name, model) if v]
-    if data is not None:
-        what += [f"{whole(len(data.order))} rows", f"{whole(data.count)} client{'' if data.count == 1 else 's'}"]
-        what += [f"{whole(len(data.held_out))} rows held out"] if data.held_out is not None else ["no held-out rows"]
-    kind = events.status if events.status in ("done", "failed", "interrupted") else "unfinished"
-    when = events.began.replace("T", " ")
-    return tag(
-        "header",
-        tag("p", "atoll · run", class_="eyebrow"),
-        tag("h1", record.name, " ", tag("span", events.status or kind, class_=f"pill {kind}")),
-        tag("p", " · ".join(what), class_="what"),
-        tag("p", when, class_="quiet") if when else None,
-        tag("p", events.reason[:2000], class_="quiet reason") if events.reason else None,
+def _tiles(data: Page) -> Html:
+    sums, rounds = data.sums, data.rounds
+    chief = data.best.get(data.chief)
+    pairs = [("rounds", whole(rounds) + (f" of {whole(data.total)}" if data.total else ""))]
+    if chief is not None:
+        pairs.insert(0, (f"best {label(data.chief)}", f"{format_number(chief[0])} in round {whole(chief[1])}"))
+    forms = (
+        ("bytes_up", "bytes up", size),
+        ("bytes_down", "bytes down", size),
+        ("seconds", "time in rounds", duration),
     )
+    pairs += [(words, form(v)) for name, words, form in forms if (v := sums.get(name)) is not None]
+    pairs += [("simulated clock", duration(v))] if (v := sums.get("clock")) is not None else []
+    pairs += [(f"{name} contributions", whole(v)) for name in ("lost", "late") if (v := sums.get(name))]
+    pairs += [("ε", format_number(v))] if (v := data.privacy.get("epsilon")) is not None else []
+    e = html_element
+    return e("dl", *(e("div", e("dt", name), e("dd", value)) for name, value in pairs), class_="tiles")
 
 
-def _summary(record: RunData) -> Html:
-    tiles: list[tuple[str, str, str]] = []
-    for name in dict.fromkeys(
-        (f"{record.judged}_clients", record.judged, *record.metrics[:3], "held_out_loss", "loss")
-    ):
-        if name in record.columns:
-            best = record.best(name)
-            detail = f"best {format_number(best[name])}, round {best['round']}" if best is not None else ""
-            tiles.append((label(name), format_number(record.last(name)), detail))
-    asked = record.config.get("rounds")
-    seconds, rounds = record.total("seconds"), len(record.rows)
-    of = f"of at most {whole(asked)}" if isinstance(asked, int) and asked > rounds else ""
-    up, down = record.total("bytes_up"), record.total("bytes_down")
-    lost = sum(e.count for e in record.events.lost.values())
-    tiles += [
-        ("rounds", whole(rounds), of),
-        ("time in rounds", duration(seconds), f"{duration(seconds / rounds)} per round" if rounds else ""),
-        *_clock(record),
-        ("bytes up", size(up), f"{size(up / rounds)} per round" if rounds else ""),
-        ("bytes down", size(down), f"{size(down / rounds)} per round" if rounds else ""),
-        *_lateness(record),
-        ("contributions lost", whole(lost), f"of {whole(record.total('cohort'))}"),
-    ]
-    return tag(
-        "dl",
-        *(
-            tag("div", tag("dt", label), tag("dd", value), tag("dd", detail or "\u00a0", class_="quiet"))
-            for label, value, detail in tiles
-        ),
-        class_="tiles",
-    )
+def _table(table: TextTable | None) -> Html | None:
+    return None if table is None else _scroll(table.caption, table.cells)
 
 
-def _clock(record: RunData) -> list[tuple[str, str, str]]:
-    last, rounds = record.last("clock"), len(record.rows)
-    return [] if last is None else [("virtual time", duration(last), f"{duration(last / rounds)} per round")]
+def _scroll(caption: str, cells: Sequence[Sequence[str]]) -> Html:
+    """A table with a caption, heads of columns and heads of rows."""
+    e = html_element
+    heads = [e("th", h, scope="col") if h else e("td") for h in cells[0]]
+    rows = (e("tr", e("th", row[0], scope="row"), *(e("td", c) for c in row[1:])) for row in cells[1:])
+    return e("div", e("table", e("caption", caption), e("thead", e("tr", *heads)), e("tbody", *rows)), class_="scroll")
 
 
-def _lateness(record: RunData) -> list[tuple[str, str, str]]:
-    """Build tiles for staleness, the number of model versions kept for flights in progress, and late contributions."""
-    tiles = []
-    late = record.events.tally.staleness
-    if late:
-        mean = sum(s * n for s, n in late.items()) / sum(late.values())
-        tiles.append(("staleness", f"{mean:.2f}", f"rounds on average; maximum {whole(max(late))}"))
-    kept = record.series("versions")[1]
-    if len(kept):
-        tiles.append(("model versions kept", whole(kept.max()), f"maximum; {kept.mean():.1f} on average"))
-    missed = record.total("late")
-    if missed:
-        tiles.append(("late contributions", whole(missed), f"of {whole(record.total('cohort'))}"))
-    return tiles
-
-
-def _traffic(record: RunData) -> Html | None:
-    """Build tiles for the bytes that a client sent and received in the whole run: median, smallest and largest."""
-    tally = record.events.tally
-    pairs = []
-    for words, of in (("bytes up, per client", tally.up), ("bytes down, per client", tally.down)):
-        if of:
-            middle = size(sorted(of.values())[len(of) // 2])
-            pairs.append((words, middle, f"{size(min(of.values()))} to {size(max(of.values()))}"))
-    if not pairs:
+def _client_table(table: ClientTable) -> Html | None:
+    if not table.ids:
         return None
-    counted = "" if tally.rounds == tally.of else f", in {whole(tally.rounds)} of {whole(tally.of)} rounds"
-    detail = f"Median over the {whole(len(tally.up))} clients whose contributions arrived{counted}."
-    tiles = (tag("div", tag("dt", n), tag("dd", v), tag("dd", detail_, class_="quiet")) for n, v, detail_ in pairs)
-    return Html(tag("dl", *tiles, class_="tiles small") + tag("p", detail, class_="quiet"))
-
-
-def _comparison(record: RunData) -> Html | None:
-    """Compare the run with constants and trained baselines: on the clients' own rows, if there are any, then on all."""
-    table, chief = record.compared, record.judged.removeprefix(PERSONAL)
-    if len(table) < 2:
-        reason = record.events.baselines.get("skipped", {}).get("reason")
-        return tag("p", f"Not compared: {plain(reason, 300)}", class_="quiet") if reason else None
-    names = judged(record.columns)
-    order = [chief, *(n for n in names if n != chief)]
-    of_clients = f"{chief}_clients"
-    own, parts = own_row_cells(table, chief), []
-    if own:
-        parts.append(tag("h3", f"{label(chief).capitalize()} of clients, each on its own held-out rows"))
-        parts.append(_grid(own, {ROWS[n]: row.get(of_clients) for n, row in table.items()}, of_clients))
-        parts.append(tag("h3", "All held-out rows"))
-    values = {} if own else {ROWS[n]: row.get(chief) for n, row in table.items()}
-    parts.append(_grid(all_row_cells(table, order, order), values, chief))
-    parts += [tag("p", text) for text in findings(table, chief)]
-    return Html("".join((*parts, tag("p", _training_of(record), class_="quiet"))))
-
-
-def _grid(cells: Sequence[Sequence[str]], values: Mapping[str, float | None], name: str) -> Html:
-    """A table, with a bar for each row if there are values: its length is the value of a metric."""
-    known = [abs(v) for v in values.values() if v is not None and v == v]
-    rising = rises(name)
-    most = 1.0 if rising and known and max(known) <= 1 else max(known, default=1.0) or 1.0
-    note = "" if rising is None else ", higher is better" if rising else ", lower is better"
-    heads = [tag("th", h, class_="n" if h else "") for h in cells[0]]
-    head = tag("tr", *heads, tag("th", f"{label(name)}{note}") if values else None)
-    rows = []
-    for title, *row in cells[1:]:
-        value = values.get(title)
-        part = 0.0 if value is None or value != value else min(1.0, abs(value) / most)
-        bar = tag("div", class_=f"bar {'ours' if title == 'federated' else ''}", style=f"width:{100 * part:.1f}%")
-        row = [tag("td", c, class_="n") for c in row]
-        rows.append(tag("tr", tag("th", title, scope="row"), *row, tag("td", bar, class_="bars") if values else None))
-    return _scroll(tag("thead", head), tag("tbody", *rows))
-
-
-def _training_of(record: RunData) -> str:
-    """Describe how the baselines were made."""
-    text = "Brackets: 95 % intervals, which assume independent rows. "
-    text += "Constant: the class shares, or the mean, of the train rows."
-    if record.baseline("pooled", "samples") is None:
-        return text
-    text += " All trainings use the same model, learning rate and number of samples. Pooled: one training on all rows. "
-    some, of = record.baseline("local", "clients"), record.baseline("local", "population")
-    whose = f"{whole(some)} of {whole(of)} clients" if some and of and some < of else "each client"
-    text += f"Local only: {whose} trains on its own rows; over all held-out rows, the mean over the models of clients."
-    for kind in ("pooled", "local"):
-        if (diverged := record.baseline(kind, "diverged")) is not None:
-            text += f" {label(kind).capitalize()} diverged ({whole(diverged)})."
-    return text
-
-
-def _formula(record: RunData) -> Html | None:
-    formula = record.formula
-    if not formula:
-        return None
-    numerics = record.environment.get("numerics", "")
-    backend = tag("p", "Compute backend: ", tag("b", plain(numerics)), ".") if numerics else ""
-    return Html(tag("pre", formula, class_="formula") + backend)
-
-
-def _gallery(pictures: Iterable[Picture]) -> Html | None:
-    figures = [tag("figure", _picture(p), class_="wide" if p.wide else "half") for p in pictures]
-    return tag("div", *figures, class_="gallery") if figures else None
-
-
-def _picture(picture: Picture) -> Html:
-    width, height = (int.from_bytes(picture.light[at : at + 4], "big") for at in (16, 20))
-    light, dark = (f"data:image/png;base64,{base64.b64encode(p).decode()}" for p in (picture.light, picture.dark))
-    return tag(
-        "picture",
-        tag("source", media="(prefers-color-scheme: dark)", srcset=dark),
-        tag("img", src=light, alt=picture.alt_text, width=width // 2, height=height // 2),
-    )
-
-
-def _federation(federation: Federation | None) -> Html | None:
-    if federation is None:
-        return None
-    pairs = [tag("div", tag("dt", name), tag("dd", value)) for name, value in federation.measures.items()]
-    meaning = (
-        (
-            "Label divergence: the mean Jensen–Shannon divergence between the labels of a client and of all clients, "
-            "0 if all clients have the same label distribution. "
-        )
-        if "label divergence" in federation.measures
-        else ""
-    ) + "Size Gini: 0 if all clients have the same number of rows. Effective clients: (Σ n)² / Σ n²."
-    omitted = tag("p", federation.omitted, class_="quiet") if federation.omitted else ""
-    return Html(tag("dl", *pairs, class_="tiles small") + tag("p", meaning, class_="quiet") + omitted)
-
-
-def _confusion(record: RunData) -> Html | None:
-    """The held-out rows of each class, by predicted class."""
-    if record.confusion is None:
-        return None
-    heads, *rows = record.confusion.cells()
-    head = tag("tr", *(tag("th", h, class_="n" if i else "") for i, h in enumerate(heads)))
-    body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", n, class_="n") for n in row[1:])) for row in rows]
-    note = tag("p", "Rows: the class of the held-out rows. Columns: the predicted class.", class_="quiet")
-    return Html(note + _scroll(tag("thead", head), tag("tbody", *body)))
+    forms = {"bytes": size, "count": whole, "seconds": duration, "number": format_number}
+    rows = [["client", *(c.label for c in table.columns)]]
+    for at, name in enumerate(table.names[:_MOST_CLIENTS]):
+        cells = [c.absent or ("–" if (v := c.values[at]) is None else forms[c.unit](v)) for c in table.columns]
+        rows.append([name, *cells])
+    omitted = table.omitted + max(0, len(table.names) - _MOST_CLIENTS)
+    more = f" {whole(omitted)} more clients are not listed." if omitted else ""
+    return _scroll(f"clients, with their last values.{more}", rows)
 
 
 def _rounds(record: RunData) -> Html | None:
+    """The first, the best and the last round, and rounds at equal distances between them."""
     if not record.rows:
         return None
-    places = [(0, "first"), (len(record.rows) - 1, "last")]
+    chosen = {*spread(len(record.rows), _MOST_ROWS)}
     best = record.best(record.judged)
-    if best is not None:
-        places.append((next(i for i, row in enumerate(record.rows) if row is best), "best"))
-    chosen = {i: ", ".join(label for at, label in places if at == i) for i, _ in places}
-    brief = [_round(record, record.rows[i], chosen[i]) for i in sorted(chosen)]
-    shown = spread(len(record.rows), _MOST_ROWS)
-    every = [_round(record, record.rows[i], chosen.get(i, "")) for i in shown]
-    few = f"{whole(len(shown))} of " if len(shown) < len(record.rows) else "all "
-    detail = (
-        "metrics.csv contains all rounds." if len(shown) < len(record.rows) else "The same rows are in metrics.csv."
+    chosen |= {at for at, row in enumerate(record.rows) if row is best}
+    names = [n for n in record.columns if n not in ("lr",) or len(set(record.series(n)[1].tolist())) > 1]
+    rows = [["round", *map(label, names), "clients", "failed", "up", "down", "time"]]
+    for at in sorted(chosen):
+        row = record.rows[at]
+        mark = " (best)" if row is best else ""
+        rows.append([f"{row['round']}{mark}", *(_cell(row, n, format_number) for n in names), *_counts(row)])
+    part = f"{whole(len(chosen))} of " if len(chosen) < len(record.rows) else ""
+    return _scroll(f"{part}{whole(len(record.rows))} rounds; metrics.csv has all columns.", rows)
+
+
+def _counts(row: Row) -> list[str]:
+    clients = f"{_cell(row, 'arrived', whole)}/{_cell(row, 'cohort', whole)}"
+    forms = (("failed", whole), ("bytes_up", size), ("bytes_down", size), ("seconds", duration))
+    return [clients, *(_cell(row, name, form) for name, form in forms)]
+
+
+def _cell(row: Row, name: str, form: object) -> str:
+    value = row.get(name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return str(form(value)) if number and callable(form) else "–"
+
+
+def _figure(drawing: Drawing) -> Html:
+    return html_element(
+        "figure", Html(svg(drawing, 0 if drawing.wide else 340, style=False)), class_="wide" if drawing.wide else "half"
     )
-    return Html(
-        _scroll(tag("thead", _round_head(record)), tag("tbody", *brief))
-        + tag(
-            "details",
-            tag("summary", f"{few}{whole(len(record.rows))} round{'' if len(record.rows) == 1 else 's'}"),
-            tag("p", detail, class_="quiet"),
-            _scroll(tag("thead", _round_head(record)), tag("tbody", *every)),
-        )
+
+
+def _gallery(drawings: Sequence[Drawing], federation: Federation | None) -> Html | None:
+    """The charts that the script does not draw. It moves them to their place."""
+    e = html_element
+    parts = [_figure(d) for d in drawings]
+    if federation is not None:
+        measures = "; ".join(f"{name} {value}" for name, value in federation.measures.items())
+        parts.append(e("p", f"{measures}. {federation.omitted}".strip(), class_="quiet"))
+    return (
+        e("section", e("h2", "Rows, flights and losses of clients"), e("div", *parts, class_="gallery"), class_="kept")
+        if parts
+        else None
     )
-
-
-def _round_head(record: RunData) -> Html:
-    more = [name for name, _ in _more(record)]
-    heads = ["", "round", *map(label, record.columns), "clients", "failed", *more, "up", "down", "time", "fingerprint"]
-    return tag("tr", *(tag("th", h, class_="n" if h else "") for h in heads))
-
-
-def _more(record: RunData) -> list[tuple[str, Callable[[Any], str]]]:
-    """The columns that only some runs have, each with its format."""
-    shown = (("late", str), ("flying", str), ("staleness", lambda v: f"{v:.2f}"), ("clock", duration))
-    return [(name, show) for name, show in shown if len(record.series(name)[0])]
-
-
-def _round(record: RunData, row: Row, label: str) -> Html:
-    def cell(name: str, show: Any) -> str:
-        value = row.get(name)
-        return show(value) if isinstance(value, (int, float)) else "–"
-
-    cells = [
-        cell("round", str),
-        *(cell(n, format_number) for n in record.columns),
-        f"{cell('arrived', str)}/{cell('cohort', str)}",
-        cell("failed", str),
-        *(cell(name, show) for name, show in _more(record)),
-        cell("bytes_up", size),
-        cell("bytes_down", size),
-        cell("seconds", duration),
-    ]
-    print_ = tag("td", tag("code", plain(row.get("fingerprint", ""), 12)), class_="n")
-    marked = "best" if "best" in label else ""
-    return tag("tr", tag("th", label, scope="row"), *(tag("td", c, class_="n") for c in cells), print_, class_=marked)
-
-
-def _scroll(*inside: Html) -> Html:
-    return tag("div", tag("table", *inside), class_="scroll")
-
-
-def _lost(record: RunData, names: Sequence[str] | None) -> Html | None:
-    lost = sorted(record.events.lost.items(), key=lambda pair: (-pair[1].count, pair[0]))
-    if not lost:
-        return None
-    rows = []
-    for client, those in lost[:_MOST_LOST]:
-        (stage, cause), _ = those.causes.most_common(1)[0]
-        who = client_name(client, names)
-        cell = (whole(those.count), str(those.last), plain(stage, 40))
-        cells = [tag("td", t, class_="n" if at < 2 else "") for at, t in enumerate(cell)]
-        rows.append(tag("tr", tag("th", who, scope="row"), *cells, tag("td", plain(cause, 300), class_="cause")))
-    heads = (("client", ""), ("lost", "n"), ("last round", "n"), ("stage", ""), ("most frequent cause", ""))
-    head = tag("tr", *(tag("th", h, class_=c) for h, c in heads))
-    rest = len(lost) - len(rows)
-    more = tag("p", f"events.jsonl lists {whole(rest)} more clients.", class_="quiet") if rest else ""
-    return Html(_scroll(tag("thead", head), tag("tbody", *rows)) + more)
-
-
-def _notes(record: RunData) -> Html | None:
-    notes = [tag("li", plain(note, 500)) for note in record.events.notes[:50]]
-    return tag("ul", *notes) if notes else None
-
-
-def _settings(record: RunData) -> Html | None:
-    there = record.environment.items()
-    pairs = [tag("div", tag("dt", plain(n)), tag("dd", plain(v, 300))) for n, v in there if n not in ("plan", "why")]
-    config = tag("details", tag("summary", "config.toml"), tag("pre", record.config_text)) if record.config_text else ""
-    return Html(tag("dl", *pairs, class_="pairs") + config) if pairs or config else None

@@ -20,12 +20,13 @@ from msgspec import Struct
 
 from atoll import runs
 from atoll.base.names import COUNTS
+from atoll.compute.metric_names import PERSONAL
 from atoll.report.chart import thin
 from atoll.report.run_data import RunData
 from atoll.runs.folder import CLIENTS
 from atoll.runs.format import client_name, duration, label, plain, rises, spread
 from atoll.runs.labels import Labels
-from atoll.runs.summary import all_row_cells, called, findings, interval_of, judged, own_row_cells
+from atoll.runs.summary import all_row_cells, findings, interval_of, judged, own_row_cells
 
 VERSION = 1
 MOST_POINTS = 2000  # of a curve
@@ -147,11 +148,12 @@ class Page(Struct, omit_defaults=True, kw_only=True, frozen=True):
     server: dict[str, Any] | None = None
 
 
-def page_data(folder: Path) -> Page:
+def page_data(folder: Path, *, report: bool = False) -> Page:
     """Read a run folder, also one that is unfinished, old, or damaged in part.
 
     Args:
         folder: the run folder.
+        report: whether report.html is listed in any case: the data are for this file, which is not written yet.
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +163,7 @@ def page_data(folder: Path) -> Page:
     """
     record, labels = RunData.read(folder), Labels.read(folder)
     events, chief = record.events, record.judged
-    running = runs.is_locked(folder)
+    running = not events.stopped and runs.is_locked(folder)
     columns = _columns(record)
     total = record.config.get("rounds")
     return Page(
@@ -187,7 +189,7 @@ def page_data(folder: Path) -> Page:
         chief=chief,
         best={n: [row[n], row["round"]] for n in record.columns if (row := record.best(n)) is not None},
         answers=_answers(record),
-        findings=findings(record.compared, chief) + _skipped(record),
+        findings=findings(record.compared, chief.removeprefix(PERSONAL)) + _skipped(record),
         rules=_rules(record),
         sums=_sums(record),
         banner=_banner(record),
@@ -197,10 +199,10 @@ def page_data(folder: Path) -> Page:
         waiting=_waiting(record),
         failures=_failures(record),
         notes=events.notes[:_MOST_NOTES],
-        files=files(folder),
+        files=files(folder, report),
         settings={str(n): _short(v, 300) for n, v in record.environment.items() if n not in ("plan", "why")},
         config=record.config_text[:_MOST_TEXT],
-        lines=_lines(folder, record),
+        lines=_lines(record),
         server=_server(folder),
     )
 
@@ -208,7 +210,8 @@ def page_data(folder: Path) -> Page:
 def run_brief(folder: Path) -> dict[str, Any]:
     """One entry of the list of runs, with a small curve of the selection metric."""
     record, labels = RunData.read(folder), Labels.read(folder)
-    events, chief, running = record.events, record.judged, runs.is_locked(folder)
+    events, chief = record.events, record.judged
+    running = not events.stopped and runs.is_locked(folder)
     best, epsilon = record.best(chief), _finite(record.last("epsilon"))
     interval = interval_of(record.compared["federated"], chief)
     total = record.config.get("rounds")
@@ -260,10 +263,11 @@ def to_json(value: Any) -> bytes:
         return msgspec.json.encode(json.loads(text))
 
 
-def files(folder: Path) -> list[str]:
+def files(folder: Path, report: bool = False) -> list[str]:
     """The files that a page may show: names of a fixed list, and the figures in `plots`."""
     plots = sorted(p.name for p in (folder / "plots").glob("*") if p.suffix in (".svg", ".png", ".pdf"))
-    return [n for n in FILES if (folder / n).is_file()] + [f"plots/{n}" for n in plots[:100]]
+    there = [n for n in FILES if (folder / n).is_file() or (report and n == "report.html")]
+    return there + [f"plots/{n}" for n in plots[:100]]
 
 
 def _short(value: Any, most: int = 500) -> str:
@@ -312,7 +316,7 @@ def _amount(value: Any) -> float:
 
 
 def _answers(record: RunData) -> list[TextTable]:
-    table, chief = record.compared, record.judged
+    table, chief = record.compared, record.judged.removeprefix(PERSONAL)
     names = judged(record.columns)
     own, out = own_row_cells(table, chief), []
     if own:
@@ -546,8 +550,8 @@ def _failures(record: RunData) -> TextTable | None:
     return TextTable(f"lost contributions by client{more}", rows)
 
 
-def _lines(folder: Path, record: RunData) -> list[str]:
-    name = called(folder)
+def _lines(record: RunData) -> list[str]:
+    name = record.name
     resume = f'atoll.train(model, data, plan, resume="{name}")' if record.config.get("python") else ""
     return [
         f'model = atoll.load("{name}")',

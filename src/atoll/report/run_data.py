@@ -66,6 +66,7 @@ class Events:
     ended: str = ""
     status: str = "unfinished"
     reason: str = ""
+    stopped: bool = False  # whether the last line is the end of the run
     names: tuple[str, ...] | None = None
     wall: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -261,6 +262,7 @@ def _events(path: Path) -> Events:
     with open(path, "rb") as file:
         at = 0
         for line in file:
+            events.stopped = line.startswith(b'{"event": "stop"') and line.endswith(b"}\n")
             if line.startswith(b'{"event": "clients"'):
                 places.append(at)
                 total += len(line)

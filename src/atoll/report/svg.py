@@ -56,14 +56,21 @@ def svg(drawing: Drawing, width: float = 0, *, style: bool = True) -> str:
     total = sum(max(p.high for p in row) for row in drawing.rows)
     body: list[str] = []
     top = 0.0
+    frames: list[list[_Frame]] = []
     for row in drawing.rows:
         bottom = top + height * max(p.high for p in row) / total
         left, parts = 0.0, sum(p.part for p in row)
+        frames.append([])
         for panel in row:
             right = left + width * panel.part / parts
-            body += _Frame(panel, left, top, right, bottom).elements()
+            frames[-1].append(_Frame(panel, left, top, right, bottom))
             left = right
         top = bottom
+    for row_of_frames in frames:
+        for at, frame in enumerate(row_of_frames):
+            # Panels above each other have one left and one right edge.
+            column = [other[at] for other in frames if len(other) == len(row_of_frames)]
+            body += frame.within(max(f.left for f in column), min(f.right for f in column)).elements()
     sheet = f"<style>{style_sheet()}</style>" if style else ""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {_n(width)} {height}"'
     return f'{head} width="{_n(width)}" height="{height}" role="img" aria-label="{_text(drawing.alt, 500)}">' + "".join(
@@ -116,7 +123,13 @@ class _Frame:
         side = 14.0 + (_LINE if panel.y.label else 0) + min(130.0, labels * _LETTER)
         self.left, self.right = left + side, right - max(14.0, min(190.0, ends * _LETTER + 14))
         self.top, self.bottom = top + head, bottom - foot
-        self.x = fit(panel.x, xs, max(2, int((self.right - self.left) / 60)))
+        self._xs = xs
+
+    def within(self, left: float, right: float) -> _Frame:
+        """Set the left and the right edge, and fit the x axis to them."""
+        self.left, self.right = left, right
+        self.x = fit(self.panel.x, self._xs, max(2, int((right - left) / 60)))
+        return self
 
     def _px(self, value: float) -> float:
         return self.left + (self.right - self.left) * self.x.place(float(value))

@@ -5,26 +5,53 @@ Tests: tests/surface/test_timeline.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-import numpy as np
-
-from atoll.report.figures import Theme, axes, figure, of_seconds, text
+from atoll.report.chart import Axis, Boxes, Drawing, Mark, Panel, Points, ReferenceLine
 from atoll.report.flight_log import FlightLog, Numbers, Whole
 from atoll.report.flight_rows import FATES
 from atoll.report.run_data import RunData
-from atoll.runs.format import client_name, duration, whole
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from atoll.runs.format import client_name, duration, plain, whole
 
 _PHASES = ("download", "compute", "upload")
-_WIDE = 11.0
+_COLOURS = ("s5", "s0", "s2")
+_MOST_LANES = 100  # rows that are drawn
+_THICK = 0.38  # half of the height of a flight, of a row
+
+
+def timeline(record: RunData, names: Sequence[str] | None) -> Drawing:
+    """Download, computing and upload of each flight; grey is waiting, orange is work that did not count."""
+    closings = record.series("clock")[1]
+    flights = record.events.flights
+    until = flights.window(closings, _flying(record))
+    shown = flights.among(until)
+    rows, clients = shown.lanes()
+    count = int(rows.max(initial=0)) + 1
+    drawn = min(count, _MOST_LANES)
+    lanes = range(drawn)
+    marks: list[Mark] = [
+        Boxes(
+            [0.0] * drawn, [until] * drawn, [-i - _THICK for i in lanes], [_THICK - i for i in lanes], "line", "waiting"
+        )
+    ]
+    marks += _flights(shown, rows, drawn)
+    marks += _ends(shown, rows, drawn, until)
+    inside = closings[(closings > 0) & (closings <= until)]
+    if len(inside) <= 60:
+        closed = [ReferenceLine(float(t), "ink", vertical=True, dashed=False) for t in inside]
+        marks += [*closed[:-1], ReferenceLine(closed[-1].at, "ink", "a round closed", True, False)] if closed else []
+    part = shown.at_work(until, rows, count, None)
+    ticks = [(-float(at), f"{plain(client_name(i, names), 13)} {100 * part[at]:.0f} %") for at, i in enumerate(clients)]
+    words = "" if clients else f"{whole(drawn)} of {whole(count)} concurrent flights" if drawn < count else ""
+    words = words or ("" if clients else f"{whole(count)} concurrent flights")
+    y = Axis(words, low=0.5 - drawn, high=0.5, ticks=ticks)
+    x = Axis(_part(record, flights, until), "seconds", low=0.0, high=until)
+    panel = Panel(marks, "Timeline of clients", "in percent: the busy time" if clients else "", x, y, names="top")
+    return Drawing("timeline", alt_text(record), [[panel]], True, min(0.75, 0.09 + 0.018 * drawn))
 
 
 def alt_text(record: RunData) -> str:
-    """The alt text of the timeline: the share of time in which clients were busy, and the share that was lost."""
+    """The text for readers without the picture: the share of time in which clients were busy, and the lost share."""
     flights = record.events.flights
     until = flights.window(record.series("clock")[1], _flying(record))
     shown = flights.among(until)
@@ -38,136 +65,38 @@ def alt_text(record: RunData) -> str:
     )
 
 
-def timeline(record: RunData, names: tuple[str, ...] | None, theme: Theme) -> Figure:
-    """Draw download, computing and upload of each flight; grey is waiting, orange is work that did not count."""
-    closings = record.series("clock")[1]
-    flights = record.events.flights
-    until = flights.window(closings, _flying(record))
-    shown = flights.among(until)
-    rows, clients = shown.lanes()
-    count = int(rows.max(initial=0)) + 1
-    each = 0.30 if count <= 8 else 0.19 if count <= 20 else 0.14 if clients else max(0.028, min(0.14, 4.6 / count))
-    foot, head = 0.52, 0.40
-    height = foot + each * count + head
-    made = figure(theme, _WIDE, height)
-    right = 0.945 if clients else 0.985
-    box = (0.085 if clients else 0.03, foot / height, right, 1 - head / height)
-    ax = axes(made, theme, box, "Timeline of clients", _part(record, flights, until))
-    ax.grid(False)
-    ax.set_xlim(0, until)
-    ax.set_ylim(count - 0.5, -0.5)
-    thick = 0.76 if each >= 0.1 else 0.84
-    ax.hlines(np.arange(count), 0, until, color=theme.grid, linewidth=72 * each * thick, zorder=1)
-    _bars(ax, shown, rows, thick, theme)
-    _marks(ax, shown, rows, until, each, theme)
-    inside = closings[(closings > 0) & (closings <= until)]
-    few = len(inside) <= 60
-    if few:
-        ax.vlines(inside, -0.5, count - 0.5, color=theme.ink, linewidth=0.7, zorder=4)
-    _sides(ax, shown, rows, clients, names, until, theme)
-    of_seconds(ax.xaxis, until)
-    _legend(made, shown, few and len(inside) > 0, theme, (right, 1 - (head - 0.08) / height))
-    return made
-
-
 def _flying(record: RunData) -> bool:
     """Whether flights were in progress when the last round closed."""
     return bool(record.last("flying"))
 
 
-def _shades(theme: Theme, fate: int) -> tuple[str, str, str]:
-    """The colours of download, computing and upload. Work that did not count has three shades of one hue."""
-    from matplotlib.colors import to_hex, to_rgb
-
-    def mixed(colour: str, part: float) -> str:
-        red, green, blue = (part * a + (1 - part) * b for a, b in zip(to_rgb(colour), to_rgb(theme.paper), strict=True))
-        return to_hex((red, green, blue))
-
-    if fate == 0:
-        return mixed(theme.series[0], 0.42), theme.series[0], theme.series[2]
-    return mixed(theme.series[1], 0.30), mixed(theme.series[1], 0.62), mixed(theme.series[1], 0.85)
-
-
-def _bars(ax: Axes, shown: FlightLog, rows: Whole, thick: float, theme: Theme) -> None:
-    """Draw three rectangles for each flight: download, computing and upload. Lost work has another hue."""
-    from matplotlib.collections import PolyCollection
-
+def _flights(shown: FlightLog, rows: Whole, drawn: int) -> list[Mark]:
+    """The three phases of flights that counted, and flights that did not."""
+    marks: list[Mark] = []
     for lost in (False, True):
-        there = (shown.fate != 0) == lost
-        low, high = rows[there] - thick / 2, rows[there] + thick / 2
-        for at, colour in enumerate(_shades(theme, int(lost))):
-            x, y = shown.times[at, there], shown.times[at + 1, there]
+        there = ((shown.fate != 0) == lost) & (rows < drawn)
+        phases = [(0, 3, "s1", "did not count")] if lost else [(i, i + 1, _COLOURS[i], _PHASES[i]) for i in range(3)]
+        for first, end, colour, name in phases:
+            x, y = shown.times[first, there], shown.times[end, there]
             some = y > x
-            if some.any():
-                a, b, c, d = x[some], y[some], low[some], high[some]
-                corners = np.stack([np.stack([a, c], 1), np.stack([b, c], 1), np.stack([b, d], 1), np.stack([a, d], 1)])
-                edge = theme.paper if at == 2 or lost else "none"
-                ax.add_collection(
-                    PolyCollection(list(corners.swapaxes(0, 1)), facecolors=colour, edgecolors=edge, linewidths=0.0,
-                                   zorder=2)
-                )  # fmt: skip
-    # A thin line in the background colour separates two flights without a pause between them.
-    inside = shown.start > 0
-    ax.vlines(
-        shown.start[inside], rows[inside] - thick / 2, rows[inside] + thick / 2, color=theme.paper, linewidth=0.6,
-        zorder=3,
-    )  # fmt: skip
+            at = (-rows[there][some]).tolist()
+            if at:
+                low, high = [v - _THICK for v in at], [v + _THICK for v in at]
+                marks.append(Boxes(x[some].tolist(), y[some].tolist(), low, high, colour, name))
+    return marks
 
 
-def _marks(ax: Axes, shown: FlightLog, rows: Whole, until: float, each: float, theme: Theme) -> None:
-    """Mark the end of a flight that dropped out by a cross and the end of a late flight by a triangle."""
-    large = max(2.2, min(5.0, 72 * each * 0.45))
-    for fate, mark in ((1, "x"), (2, "<")):
-        there = (shown.fate == fate) & (shown.end <= until)
-        if there.any():
-            ax.plot(
-                shown.end[there], rows[there], mark, color=theme.ink if fate == 1 else theme.series[1],
-                markersize=large, markeredgewidth=min(1.2, large / 3), zorder=5, clip_on=False,
-            )  # fmt: skip
-
-
-def _sides(
-    ax: Axes, shown: FlightLog, rows: Whole, clients: tuple[int, ...], names: tuple[str, ...] | None, until: float,
-    theme: Theme,
-) -> None:  # fmt: skip
-    """Write the name of each client on the left and its share of busy time on the right."""
-    if not clients:
-        ax.set_yticks([])
-        ax.set_ylabel(f"{whole(int(rows.max(initial=0)) + 1)} concurrent flights", fontsize=8, color=theme.soft)
-        ax.yaxis.set_label_coords(-0.012, 0.5)
-        return
-    ax.set_yticks(np.arange(len(clients)), [text(client_name(i, names), 13) for i in clients])
-    ax.tick_params(axis="y", labelsize=7.5 if len(clients) <= 20 else 6.5)
-    part = shown.at_work(until, rows, len(clients), None)
-    for at, value in enumerate(part):
-        ax.annotate(
-            f"{100 * value:.0f} %", (1, at), xycoords=("axes fraction", "data"), xytext=(5, 0),
-            textcoords="offset points", va="center", fontsize=7, color=theme.soft,
-        )  # fmt: skip
-
-
-def _legend(made: Figure, shown: FlightLog, closed: bool, theme: Theme, corner: tuple[float, float]) -> None:
-    """Draw the legend of the colours and marks that occur."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles: list[Line2D | Patch] = []
-    for at, (phase, colour) in enumerate(zip(_PHASES, _shades(theme, 0), strict=True)):
-        if (shown.times[at + 1] > shown.times[at]).any():
-            handles.append(Patch(facecolor=colour, label=phase))
-    handles.append(Patch(facecolor=theme.grid, label="waiting"))
-    if (shown.fate != 0).any():
-        handles.append(Patch(facecolor=_shades(theme, 1)[1], label="did not count:"))
-    for fate, mark, colour in ((1, "x", theme.ink), (2, "<", theme.series[1])):
-        if (shown.fate == fate).any():
-            handles.append(Line2D([], [], marker=mark, linestyle="", color=colour, markersize=4.5, label=FATES[fate]))
-    if closed:
-        handles.append(Line2D([], [], color=theme.ink, linewidth=0.8, label="a round closed"))
-    made.legend(
-        handles=handles, loc="lower right", bbox_to_anchor=corner,
-        ncols=len(handles), frameon=False, fontsize=7.5, labelcolor=theme.soft, handlelength=1.2, handleheight=0.8,
-        columnspacing=1.3, handletextpad=0.5, borderaxespad=0, borderpad=0,
-    )  # fmt: skip
+def _ends(shown: FlightLog, rows: Whole, drawn: int, until: float) -> list[Mark]:
+    """A cross at the end of a flight that dropped out, a triangle at the end of a late one."""
+    marks: list[Mark] = []
+    for fate in (1, 2):
+        there = (shown.fate == fate) & (shown.end <= until) & (rows < drawn)
+        x, y = shown.end[there].tolist(), (-rows[there]).tolist()
+        if x and fate == 1:
+            marks.append(Points(x, y, "ink", "cross", FATES[fate]))
+        elif x:
+            marks.append(Points(x, y, "ink", "triangle", FATES[fate]))
+    return marks
 
 
 def _part(record: RunData, flights: FlightLog, until: float) -> str:

@@ -21,7 +21,8 @@ from atoll import runs
 from atoll.base.errors import UsageError
 from atoll.base.names import COUNTS, dotted
 from atoll.compute.metric_names import base_metric, direction
-from atoll.report.comparison import CLOCK, SECONDS, MetricComparison, draw_comparison
+from atoll.report.comparison import CLOCK, SECONDS, MetricComparison, comparison_drawing
+from atoll.report.export import rendered
 from atoll.report.run_data import Events, RunData
 from atoll.runs.format import format_number, label
 from atoll.tools.rebuild import write_output
@@ -155,7 +156,8 @@ def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target:
 
     Args:
         a, b: the run folders. The runs may differ in data, model and length.
-        out: a folder or a .png file for the plot of the selection metric by bytes and by time; None draws no plot.
+        out: a folder, or an SVG, PNG or PDF file, for the chart of the selection metric by bytes and by time; None
+            draws no chart.
         target: a value of this metric, to compare the cost of reaching it; None is the worse of the two best values.
     Returns:
         the differences, the metrics and the costs.
@@ -217,8 +219,9 @@ def _record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> RunData:
 
 def _drawn(metric: MetricComparison, out: Path) -> Path:
     """Write the plot and return its path."""
-    file = out if out.suffix == ".png" else out / f"compare-{'-'.join(c.name[:60] for c in metric.curves)}.png"
-    write_output(file, draw_comparison(metric))
+    name = f"compare-{'-'.join(c.name[:60] for c in metric.curves)}.svg"
+    file = out if out.suffix in (".svg", ".png", ".pdf") else out / name
+    write_output(file, rendered(comparison_drawing(metric), file.suffix[1:]))
     return file
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from atoll.plan.plan import Plan
 from atoll.plan.round import bind, step
 from atoll.plan.schedule import Schedule
 from atoll.plan.state import State, evaluated_model
+from atoll.report.chart import Axis, Band, Drawing, Mark, Panel, ReferenceLine, Series
 from atoll.tools.rebuild import training_of, write_output
 from atoll.training.evaluation import evaluate
 from atoll.training.experiment import Experiment
@@ -63,7 +63,7 @@ class Finding:
         rows: the number of rows of these clients.
         plan: the plan with the suggested rate.
         line: the line to write: a flag for an experiment, else the plan.
-        plot: the PNG of losses over rates; None if no plot was requested.
+        plot: the chart of losses over rates; None if no plot was requested.
     """
 
     which: str
@@ -106,7 +106,7 @@ def find_rate(experiment: Experiment, which: Which = "local", out: Path | None =
     Args:
         experiment: the experiment.
         which: the rate to vary: "local", that of the clients, or "server".
-        out: the place of the plot: a folder or a .png file; None draws no plot.
+        out: the place of the plot: a folder or a file; None draws no plot.
     Returns:
         the result; its `line` is a flag of `atoll run`.
     Raises:
@@ -390,31 +390,34 @@ def _quoted(text: str) -> str:
 
 
 def draw_rates(found: Finding, out: Path) -> Path:
-    """Draw a PNG of the losses over the rates.
+    """Draw the losses over the rates.
 
     Args:
         found: the result to draw.
-        out: a folder or a .png file.
+        out: a folder, or a file whose suffix is the format.
     Returns:
         the path of the file.
     """
-    from matplotlib.figure import Figure
+    from atoll.report.export import rendered
 
-    file = out if out.suffix == ".png" else out / f"lr-{found.which}.png"
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    file = out if out.suffix in (".svg", ".png", ".pdf") else out / f"lr-{found.which}.svg"
+    write_output(file, rendered(_rates_drawing(found), file.suffix[1:]))
+    return file
+
+
+def _rates_drawing(found: Finding) -> Drawing:
     top = 2 * found.start
-    axes.semilogx(found.rates, [min(loss, top) for loss in found.losses], marker="o", color="#0072b2")
-    axes.axhline(found.start, color="#999999", linestyle=":", label="loss before")
-    axes.axvline(found.suggestion, color="#d55e00", label=f"suggested {found.suggestion:g}")
-    axes.axvline(found.now, color="#999999", linestyle="--", label=f"rate of the plan {found.now:g}")
+    marks: list[Mark] = []
     if found.edge is not None:
         right = max(found.rates[-1], found.edge * 1.01)
-        axes.axvspan(found.edge, right, color="#d55e00", alpha=0.15, label="too large")
-    axes.set_xlabel(f"{found.which} learning rate")
-    axes.set_ylabel(f"loss after {found.rounds} rounds")
-    axes.legend(frameon=False)
-    data = io.BytesIO()
-    figure.savefig(data)
-    write_output(file, data.getvalue())
-    return file
+        marks.append(Band([found.edge, right], [0.0, 0.0], [top, top], "s1"))
+    marks += [
+        ReferenceLine(found.start, "soft", "loss before"),
+        ReferenceLine(found.now, "soft", f"rate of the plan {found.now:g}", vertical=True),
+        ReferenceLine(found.suggestion, "s1", f"suggested {found.suggestion:g}", vertical=True, dashed=False),
+        Series(found.rates, [min(loss, top) for loss in found.losses], "s0", "loss"),
+    ]
+    remark = "" if found.edge is None else "shaded: too large"
+    x = Axis(f"{found.which} learning rate", log=True)
+    panel = Panel(marks, f"Loss after {found.rounds} rounds", remark, x, names="top")
+    return Drawing("rates", f"Loss by {found.which} learning rate; suggested {found.suggestion:g}.", [[panel]])

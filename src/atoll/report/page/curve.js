@@ -63,7 +63,7 @@ export class Curve {
     return element("span", { class: "controls" },
       element("label", {}, this.logBox, " log"),
       element("label", {}, "smooth ", smooth),
-      element("button", { type: "button", on: { click: () => this.plot && this.plot.setData(this.plot.data, true) } }, "whole"));
+      element("button", { type: "button", on: { click: () => this.plot && this.plot.setData(this.plot.data, true) } }, "reset zoom"));
   }
 
   set(lines, rules) {

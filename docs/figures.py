@@ -2,7 +2,7 @@
 
 The colours are those of Okabe and Ito, which colour-blind readers can distinguish. Dark pages use lighter variants.
 
-Tests: tests/surface/test_report.py, tests/surface/test_timeline.py.
+The manual draws diagrams and contours with it. Reports of runs need no matplotlib.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atoll.report.flight_log import Numbers
-from atoll.runs.format import plain, size
+from atoll.runs.format import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
@@ -55,16 +53,6 @@ DARK = Theme(
     ("#56b4e9", "#f0a202", "#2fbf98", "#dc8fbb"),
     ("#1f262f", "#204566", "#2a78ad", "#69b7e6", "#e2f3fd"),
 )
-
-
-class PlotLine(NamedTuple):
-    """One line of a chart: its name, points `[n]`, colour and matplotlib line style."""
-
-    name: str
-    x: Numbers
-    y: Numbers
-    colour: str
-    style: str = "-"
 
 
 def figure(theme: Theme, width: float = 5.4, height: float = 3.1) -> Figure:
@@ -136,25 +124,6 @@ def ramp(theme: Theme) -> Colormap:
     return LinearSegmentedColormap.from_list("atoll", theme.heat)
 
 
-def plot(ax: Axes, lines: Sequence[PlotLine], *, log: bool = False) -> None:
-    """Draw lines. At most 40 points also get dots. A cross at the bottom marks a round without a finite value."""
-    for at, line in enumerate(lines):
-        finite = np.isfinite(line.y) & ((line.y > 0) | (not log))
-        y = np.where(finite, line.y, np.nan)
-        alone = finite.sum() <= 40
-        ax.plot(
-            line.x, y, line.style, color=line.colour, linewidth=1.5, zorder=3 + at,
-            marker="o" if alone else None, markersize=2.6 if finite.sum() > 1 else 5, solid_capstyle="round",
-        )  # fmt: skip
-        bad = line.x[~np.isfinite(line.y)][:500]
-        if len(bad):
-            foot = np.full(len(bad), 0.02 + 0.035 * at)
-            across = ax.get_xaxis_transform()
-            ax.plot(bad, foot, "x", color=line.colour, markersize=4, transform=across, clip_on=False)
-    if log:
-        logarithmic(ax)
-
-
 def logarithmic(ax: Axes) -> None:
     """Make the y axis logarithmic, with plain numbers at its ticks; below 2.5 decades also at 2 and 5."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -166,53 +135,6 @@ def logarithmic(ax: Axes) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def logarithmic_x(ax: Axes) -> None:
-    """Make the x axis logarithmic and keep the format of its tick labels."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    formatter = ax.xaxis.get_major_formatter()
-    ax.set_xscale("log")
-    low, high = ax.get_xlim()
-    wide = low > 0 and high / low > 300
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=8))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.xaxis.set_major_formatter(formatter)
-
-
-def wants_log(values: Sequence[Numbers]) -> bool:
-    """Whether a logarithmic scale suits the values: all are positive, and the largest exceeds 10 times the smallest."""
-    all_values = np.concatenate(values) if values else np.empty(0)
-    good = all_values[np.isfinite(all_values)]
-    return len(good) > 1 and bool(good.min() > 0) and bool(good.max() > 10 * good.min())
-
-
-def whole_rounds(ax: Axes, x: Numbers) -> None:
-    """Put ticks at whole rounds only; a single round gets a margin on both sides."""
-    from matplotlib.ticker import MaxNLocator
-
-    if len(x) and np.ptp(x) == 0:
-        ax.set_xlim(x[0] - 0.5, x[0] + 0.5)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-
-
-def of_bytes(ax: Axes) -> None:
-    """Format the ticks of the x axis as bytes."""
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.xaxis.set_major_formatter(lambda value, _: size(value) if value > 0 else "0")
-
-
-def of_seconds(axis: Axis, most: float) -> None:
-    """Format ticks as durations, all in the unit that suits the longest one, `most` seconds."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    units = ((1, 1000, "ms"), (120, 1, "s"), (7200, 1 / 60, "min"), (172_800, 1 / 3600, "h"))
-    scale, unit = next(((by, name) for end, by, name in units if most < end), (1 / 86_400, "d"))
-    axis.set_major_locator(MaxNLocator(5))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * scale:.4g} {unit}" if value > 0 else "0"))
 
 
 def name_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
