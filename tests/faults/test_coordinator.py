@@ -244,6 +244,17 @@ def test_withdrawn_works_are_cancelled():
         s.do(co.Withdrawn((id_of(6),)))
 
 
+def test_a_contribution_that_arrives_during_a_withdrawal_is_rejected_later():
+    s = Server()
+    s.join(1)
+    s.assign(1, 5)
+    assert of(s.update(1, 5), co.Deliver)
+    assert messages(s.do(co.Withdrawn((id_of(5),))), wire.Cancel) == [wire.Cancel(id_of(5))]
+    assert s.do(co.Rejected(id_of(5))) == []
+    s.assign(1, 6)
+    assert receipts(s.fold(1, 6)) == [(6, "received")]
+
+
 # 3. Receipts
 
 

@@ -1,5 +1,6 @@
 """A message as bytes gives the contribution that the server decodes in process, and has the counted length."""
 
+import struct
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,7 @@ from atoll.plan.codec import (
     Sign,
     TopK,
 )
+from atoll.plan.form import Field, Form, from_bytes
 from atoll.plan.local import Custom, Evaluate, Gradient, Moments, Train
 from atoll.plan.message import MessageForm
 from atoll.plan.optimizer.rules import sgd
@@ -132,3 +134,16 @@ def test_a_vector_with_another_dtype_than_declared_is_refused():
     wrong = message.rest._replace(sums={n: t.double() for n, t in message.rest.sums.items()})
     with pytest.raises(Exception, match="dtype"):
         MessageForm.of(plan, task).to_bytes(message._replace(rest=wrong))
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview, lambda body: memoryview(bytearray(body))])
+def test_any_buffer_of_the_same_bytes_is_the_same_message(kind):
+    """A message alone is read in place, several are copied; a number that is not finite is refused in both."""
+    form = Form({"scale": Field(torch.float32, 1)}, Field(torch.float32, 3))
+    body = struct.pack("<4f", 1.5, -2.0, 0.0, 3.25)
+    for count in (1, 2):
+        payload, side = from_bytes(form, [kind(body)] * count)
+        assert payload.tolist() == [[-2.0, 0.0, 3.25]] * count and side["scale"].tolist() == [[1.5]] * count
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            with pytest.raises(MessageError, match="not finite"):
+                from_bytes(form, [kind(body)] * (count - 1) + [kind(struct.pack("<4f", 1.5, 0.0, bad, 0.0))])

@@ -63,6 +63,7 @@ for name, help in (
     ("verify", "Check the audit chain and all committed rounds of a server."),
     ("approve", "Approve the plan that waits at a site whose policy asks."),
     ("revoke", "End the certificates and invitations of a client."),
+    ("service", "Print a unit of systemd that runs serve or join."),
 ):
     where = "join_command" if name == "join" else name
     app.command(f"atoll.cli.net_commands:{where}", name=name, group=NETWORK, help=help, help_epilogue="")

@@ -1,4 +1,4 @@
-"""The commands of a network: `serve`, `invite`, `join`, `status`, `verify` and `revoke`. Loaded when one is called.
+"""The commands of a network, such as `serve`, `invite`, `join` and `status`. Loaded when one is called.
 
 With `--json` each command prints one object a line on stdout. Messages for people go to stderr.
 
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -40,10 +40,13 @@ def serve(
     min_clients: Annotated[int, flag(RUNNING, "Clients that an open run waits for. Default: 2.")] = 2,
     drain: Annotated[float, flag(RUNNING, "Seconds in which clients may leave at the end. Default: 30.")] = 30.0,
     window: Annotated[str, flag(RUNNING, "Bytes of large messages in flight. Default: 256 MiB.")] = "256MiB",
+    log: Annotated[Literal["text", "json"], flag(RUNNING, "The form of the log on stderr. Default: text.")] = "text",
     trust: Trust = False,
     as_json: Lines = False,
 ) -> int:
     """Serve a run to clients on other machines. Without settings: continue the unfinished run of the home.
+
+    --metrics 127.0.0.1:9464 serves /metrics to Prometheus, without values of models or rows.
 
     Parameters
     ----------
@@ -54,7 +57,7 @@ def serve(
     from atoll.net.spec import Server, check_extra
 
     check_extra()
-    net, own = _split(flags)
+    net, address, own = _split(flags)
     if schema is not None and getattr(own, "data", None) is not None:
         raise UsageError(
             "--schema with --data.",
@@ -76,8 +79,9 @@ def serve(
     )
     from atoll.training.serve import serve_run
 
-    notify = Printer(as_json, ("listening", "round"))
-    run, terminated = serve_run(own.experiment(experiment, trust) if given else None, spec, notify=notify, trust=trust)
+    notify = Printer(as_json, ("listening", "round"), log == "json")
+    it = own.experiment(experiment, trust) if given else None
+    run, terminated = serve_run(it, spec, notify=notify, trust=trust, metrics=address)
     if as_json:
         output.print_json(output.outcome(run))
         sys.stdout.flush()
@@ -87,23 +91,30 @@ def serve(
 
 
 class Printer:
-    """Prints events: as JSON objects on stdout, or as lines on stderr. An equal line is printed once.
+    """Prints events: as JSON objects on stdout, and as lines on stderr. An equal line for people is printed once.
 
     Args:
         as_json: whether stdout gets JSON objects.
         kinds: the events that stdout gets; None: all.
+        log: whether stderr gets one JSON object for each event; else it gets lines for people.
     """
 
-    def __init__(self, as_json: bool, kinds: tuple[str, ...] | None = None) -> None:
-        self._as_json, self._kinds, self._last = as_json, kinds, ""
+    def __init__(self, as_json: bool, kinds: tuple[str, ...] | None = None, log: bool = False) -> None:
+        self._as_json, self._kinds, self._log, self._last = as_json, kinds, log, ""
+        self._place: dict[str, Any] = dict.fromkeys(("run", "round", "client", "work"))
 
     def __call__(self, facts: Mapping[str, Any]) -> None:
         from atoll.cli import output
 
-        if self._as_json and (self._kinds is None or facts["event"] in self._kinds):
+        printed = self._as_json and (self._kinds is None or facts["event"] in self._kinds)
+        if printed:
             output.print_json(dict(facts))
             sys.stdout.flush()
-        else:
+        if self._log:
+            self._place |= {n: facts[n] for n in ("run", "round") if n in facts}
+            row = {"time": time.time(), **self._place, **facts}
+            print(json.dumps(row, default=str), file=sys.stderr, flush=True)  # ASCII: no control character is printed
+        elif not printed and facts["event"] != "stages":
             words = " ".join(f"{n}={_shown(v)}" for n, v in facts.items() if n != "event")
             line = f"{facts['event']:<12} {words}"
             if line != self._last:  # a site tries a server that does not answer again and again
@@ -117,13 +128,22 @@ def _shown(value: Any) -> str:
     return escaped(f"{value:.6g}" if isinstance(value, float) else str(value))
 
 
-def _split(flags: ExperimentFlags) -> tuple[dict[str, str], ExperimentFlags]:
-    """The settings of the server, `--set net.NAME=VALUE`, and the flags without them."""
-    given = list(flags.settings or [])
+def _split(flags: ExperimentFlags) -> tuple[dict[str, str], str | None, ExperimentFlags]:
+    """The settings of the server, `--set net.NAME=VALUE`, the address for Prometheus, and the flags without them.
+
+    `--metrics` takes names of metrics and one address, `HOST:PORT`.
+    """
+    given, named = list(flags.settings or []), list(getattr(flags, "metrics", None) or [])
     net = [text for text in given if text.strip().startswith(NET)]
     rest = [text for text in given if text not in net]
+    addresses = [text for text in named if text.rpartition(":")[2].isdigit()]
+    if len(addresses) > 1:
+        write = Line(shell=f"--metrics {addresses[0]}")
+        raise UsageError(f"--metrics with {len(addresses)} addresses.", "one address.", write=write)
+    names = [text for text in named if text not in addresses]
     make: Any = ExperimentFlags
-    return pairs(net), make(**{**vars(flags), "settings": rest or None})
+    own = make(**{**vars(flags), "settings": rest or None, "metrics": names or None})
+    return pairs(net), addresses[0] if addresses else None, own
 
 
 def _net_settings(given: Mapping[str, str]) -> dict[str, Any]:
@@ -333,6 +353,26 @@ def verify(*, home: Home, as_json: Lines = False) -> int:
     else:
         print("\n".join(faults) if faults else "All checks passed.")
     return 1 if faults else 0
+
+
+def service(
+    command: str,
+    /,
+    *words: Annotated[str, Parameter(allow_leading_hyphen=True)],
+) -> int:
+    """Print a unit of systemd that runs `atoll serve` or `atoll join` with these words, and limits its rights.
+
+    Parameters
+    ----------
+    command
+        serve or join.
+    words
+        The further words of the command, with --home /var/lib/NAME.
+    """
+    from atoll.net.systemd import unit
+
+    print(unit(command, words), end="")
+    return 0
 
 
 def status(*, home: Home, as_json: Lines = False) -> int:

@@ -364,8 +364,13 @@ class Clients:
 
         They are a SHA-256 over the shape of the data set, every client's row numbers, and the rows. Of a large set
         only a sample is read, drawn with a fixed key: about 2²⁰ numbers and at least 64 rows each of train and
-        held-out rows. The cost is therefore bounded, and a change in a row outside the sample is not detected.
+        held-out rows. The cost is therefore bounded, and a change in a row outside the sample is not detected. The rows
+        are read once.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         held = 0 if self.held_out is None else len(self.held_out)
         shape = (self.kind, self.classes, self.features, held, *map(str, self.fields))
         digest = hashlib.sha256(repr(shape).encode())

@@ -28,7 +28,7 @@ from cryptography import x509
 from atoll.base.errors import RunError, UsageError
 from atoll.base.files import atomic_write
 from atoll.data.input import Input
-from atoll.net import identity, wire
+from atoll.net import identity, systemd, wire
 from atoll.net.policy import is_approved
 from atoll.net.secure import SiteSum, step_pieces
 from atoll.net.site import Prepared, Site
@@ -114,7 +114,7 @@ async def _enrol_at(address: str, token: identity.Token, home: Path, request: by
     fetch = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     fetch.check_hostname, fetch.verify_mode = False, ssl.CERT_NONE  # the hash in the token decides
     limits = aiohttp.ClientTimeout(total=30)
-    async with aiohttp.ClientSession(timeout=limits) as session:
+    async with aiohttp.ClientSession(timeout=limits, trust_env=True) as session:
         async with session.get(f"https://{address}/v1/ca", ssl=fetch) as answer:
             pem = await _body(answer, 1 << 16)
         identity.check_authority(pem, token.authority)
@@ -145,6 +145,14 @@ def _json(body: bytes) -> dict[str, Any]:
         if isinstance(found, dict):
             return found
     return {}
+
+
+async def _stay_alive() -> None:
+    """Report the start and the life of this loop to the manager of services, if there is one."""
+    systemd.notify("READY=1")
+    while (seconds := systemd.watchdog_s()) is not None:
+        systemd.notify("WATCHDOG=1")
+        await pause(seconds)
 
 
 async def _body(answer: aiohttp.ClientResponse, most: int) -> bytes:
@@ -209,11 +217,13 @@ class Client:
         self._terms: tuple[bytes, bytes] | None = None
         self._fixed: dict[bytes, bytes] = {}
         self._dropped: set[bytes] = set()
+        self._uploads: set[bytes] = set()  # works whose upload has begun
         self._wait: float | None = None
         self.sum: SiteSum | None = None  # the open session of a secure sum, which outlives a connection
 
     async def run(self) -> Ended:
         """Work until the run is over or the server refuses this client. Connections are made again without end."""
+        alive = asyncio.create_task(_stay_alive())
         try:
             while True:
                 away = None if self.check else self.site.absence()
@@ -235,6 +245,7 @@ class Client:
                 wait, self._wait = self._wait, None
                 await pause(self._tries.next() if wait is None else wait)
         finally:
+            alive.cancel()
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _connected(self, address: str) -> None:
@@ -515,15 +526,18 @@ class _Channel:
 
     async def _put(self, work: bytes, message: bytes) -> None:
         """Send a long message by HTTP, from the first byte that the server does not have."""
-        path, total = f"/v1/messages/{work.hex()}", len(message)
-        async with self.session.head(path, ssl=self.context) as answer:
-            start = int(answer.headers.get("Upload-Offset", "0")) if answer.status == 200 else 0
+        path, total, start = f"/v1/messages/{work.hex()}", len(message), 0
+        if work in self.client._uploads:  # an earlier connection has ended within this message
+            async with self.session.head(path, ssl=self.context) as answer:
+                start = int(answer.headers.get("Upload-Offset", "0")) if answer.status == 204 else 0
+        self.client._uploads.add(work)
         headers = {"Content-Range": f"bytes {start}-{total - 1}/{total}"}
         body = memoryview(message)[start:]
         async with self.session.put(path, data=body, headers=headers, ssl=self.context, expect100=True) as answer:
             await _body(answer, 1 << 16)
             if answer.status not in (200, 409, 410, 413, 422, 424, 429):
                 raise aiohttp.ClientConnectionError(f"the upload was answered with {answer.status}")
+        self.client._uploads.discard(work)
 
     async def _fixed(self, blob: wire.Blob) -> bytes:
         """The frozen tensors, which are fetched once."""

@@ -868,8 +868,8 @@ class Coordinator:
             if c is None:
                 continue  # it has failed meanwhile
             open = c.works[work]
-            if open.state in ("received", "checking") and not open.masked:
-                raise ValueError(f"work {work.hex()} is withdrawn after its contribution was delivered")
+            if open.state == "received" and not open.masked:
+                raise ValueError(f"work {work.hex()} is withdrawn after its contribution was folded")
             if open.state == "checking":
                 self._withdrawn_late.add(work)
             self._send(c, Cancel(work))

@@ -38,6 +38,7 @@ from atoll.net import wire
 from atoll.net.client import own_versions
 from atoll.net.coordinator import Coordinator, Limits
 from atoll.net.home import ServerHome
+from atoll.net.rounds import storable
 from atoll.net.secure import SumOutcome, SumRound, agreement_of
 from atoll.net.server import Listener
 from atoll.net.spec import Server
@@ -55,6 +56,7 @@ from atoll.plan.state import State, pack_broadcast
 from atoll.secure.messages import MASKED, longest_bodies
 from atoll.secure.params import Agreement
 
+_TOGETHER = 4 << 20  # bytes of messages that are folded in one call; a longer message is folded alone and in place
 _ABSENT = ("absent", "expired", "left", "closing")
 
 
@@ -104,6 +106,7 @@ class ServerEngine(Engine):
         self._present: dict[int, int] = {}
         self._rows: dict[int, int] = {}
         self._assigned: dict[bytes, _Sent] = {}
+        self._starting: list[events.Assigned] = []  # works of flights that begin together
         self._versions: dict[int, _Version] = {}
         self._accepted: list[Accepted] = []
         self._folded: list[bytes] = []
@@ -116,6 +119,7 @@ class ServerEngine(Engine):
         self._asked: dict[bytes, tuple[int, MessageForm]] = {}  # works outside the rounds
         self._answers: dict[int, Tensors] = {}
         self.awaited: tuple[int, ...] = ()
+        self.gather_s = 0.0  # of the last round
         self._net: Listener | None = None
         self._sums: SumRound | None = None  # the secure sum of the open round
         self._summing = False  # whether its first attempt has begun
@@ -149,6 +153,7 @@ class ServerEngine(Engine):
         database, spec = self.home.database, self.spec
         share = spec.held_out, spec.min_rows, spec.seed, spec.clients or spec.min_clients
         self._terms = Terms.of(task, Schema.of(data), self._options.model, *share).encode()
+        self._hashes = wire.digest(self._terms), layout_hash(task.layout)
         epoch = database.begin_epoch(int(time.time()))
         open_run = spec.clients is None
         absent = spec.absent_s if spec.absent_s is not None or not open_run else 0.0
@@ -301,14 +306,16 @@ class ServerEngine(Engine):
             self._sums = self._sum_round(plan, state)
             send, receive = self._sums.start, self._receive_sum
         loop = ArrivalLoop(plan, state, self.population, cohort, send, receive, time.monotonic, away)
+        began = time.perf_counter()
         try:
             flown = loop.run()
         finally:
             self.awaited, self._sums, self._summing = (), None, False
+            self.gather_s = time.perf_counter() - began
         if not plan.pace.asynchronous:
             self._withdraw()
         self._versions = {v: known for v, known in self._versions.items() if v in state.versions or v == state.round}
-        self.net.keep_blobs({known.hash for known in self._versions.values()} | {wire.digest(self._terms)})
+        self.net.keep_blobs({known.hash for known in self._versions.values()} | {self._hashes[0]})
         return gathered(plan, state, flown, fold.results, ChunkLimit(), keep)
 
     def _is_away(self, client: int) -> bool:
@@ -418,7 +425,7 @@ class ServerEngine(Engine):
     # work
 
     def _send(self, flight: Flight) -> None:
-        """Assign the work of a flight. The work of an earlier round may be assigned already."""
+        """Assign the work of a flight, before the next wait. The work of an earlier round may be assigned already."""
         if any(sent.flight.number == flight.number for sent in self._assigned.values()):
             return
         plan, text, form = required(self._plan, "plan")
@@ -431,7 +438,7 @@ class ServerEngine(Engine):
         self._assigned[name] = _Sent(flight, work)
         deadline = plan.pace.deadline_s
         at = None if deadline is None or plan.pace.asynchronous else time.monotonic() + deadline
-        self.net.handle(events.Assigned(flight.client, work, form.shortest, form.longest, at))
+        self._starting.append(events.Assigned(flight.client, work, form.shortest, form.longest, at))
 
     def _work(
         self,
@@ -458,8 +465,8 @@ class ServerEngine(Engine):
             text,
             wire.WireKey(str(key.seed), tuple(key.path)),
             self.task.numerics if plan.local.numerics is None else plan.local.numerics,  # type: ignore[arg-type]
-            layout_hash(self.layout),
-            wire.digest(self._terms),
+            self._hashes[1],
+            self._hashes[0],
             version.field,
             (),
             fixed,
@@ -556,9 +563,7 @@ class ServerEngine(Engine):
 
     def _packed(self, model: Broadcast) -> _Version:
         """The bytes of a broadcast without its frozen tensors."""
-        tensors = pack_broadcast(model)
-        plain = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items() if not n.startswith("fixed/")}
-        data = save(plain)
+        data = save(storable({n: t for n, t in pack_broadcast(model).items() if not n.startswith("fixed/")}))
         return _Version(data if len(data) <= wire.MAX_INLINE else self.net.offer(data), wire.digest(data))
 
     def _frozen(self, model: Broadcast) -> wire.Blob | None:
@@ -566,7 +571,7 @@ class ServerEngine(Engine):
         fixed = model.model.fixed
         if not fixed:
             return None
-        return self.net.offer(save({f"fixed/{n}": t.detach().cpu().contiguous().clone() for n, t in fixed.items()}))
+        return self.net.offer(save(storable({f"fixed/{n}": t for n, t in fixed.items()})))
 
     def _withdraw(self) -> None:
         """Withdraw the works of the round that did not arrive before its end."""
@@ -587,7 +592,9 @@ class ServerEngine(Engine):
     # arrivals
 
     def _receive(self, left: float | None) -> list[Landed]:
-        """Wait for messages of clients, and fold all that have arrived."""
+        """Assign the works that have begun, wait for messages of clients, and fold all that have arrived."""
+        starting, self._starting = self._starting, []
+        self.net.handle(*starting)
         self.awaited = tuple(sorted(sent.flight.client for sent in self._assigned.values()))
         self._take(left)
         landed, self._landed = self._landed, []
@@ -609,9 +616,10 @@ class ServerEngine(Engine):
             except queue.Empty:
                 break
         messages = [action for action in arrived if isinstance(action, events.Deliver)]
-        for action in arrived:
-            if not isinstance(action, events.Deliver):
-                self._act(action)
+        others = [action for action in arrived if not isinstance(action, events.Deliver)]
+        del first, arrived
+        for action in others:
+            self._act(action)
         self._fold_all(messages)
 
     def _act(self, action: Any) -> None:
@@ -620,7 +628,7 @@ class ServerEngine(Engine):
                 self._present[client], self._held[client] = rows, held
                 if self._rows.get(client) != rows:
                     self._rows[client] = rows
-                    self.home.database.record_rows(client, rows, held, wire.digest(self._terms))
+                    self.home.database.record_rows(client, rows, held, self._hashes[0])
                 self.notify({"event": "present", "client": client, "rows": rows})
                 if self._sums is not None:
                     self._sums.again(client)
@@ -643,10 +651,10 @@ class ServerEngine(Engine):
                     )
             case events.Forget(client=client):
                 self.home.database.forget_memory(client)
-            case events.Noted(client=client, code=code):
+            case events.Noted(client=client, code=code, work=work):
                 if code == "session" and self._sums is not None:
                     self._sums.lost(client, "it left the session")
-                self.notify({"event": "noted", "client": client, "code": code})
+                self.notify({"event": "noted", "client": client, "code": code, "work": _hex(work)})
             case events.Drained():
                 self._drained = True
             case BaseException():
@@ -659,6 +667,7 @@ class ServerEngine(Engine):
 
     def _failed(self, client: int, work: bytes, code: str, reason: str) -> None:
         """Record a work that ended without a contribution."""
+        self.notify({"event": "lost", "client": client, "work": work.hex(), "code": code, "reason": reason})
         if work in self._asked:
             return self._unanswered(client, work, code, reason)
         sent = self._assigned.pop(work, None)
@@ -705,7 +714,7 @@ class ServerEngine(Engine):
         """Read the answer to a work outside the rounds."""
         client, form = self._asked.pop(message.work)
         try:
-            rest = form.from_bytes([bytes(message.body)]).rest
+            rest = form.from_bytes([message.body]).rest
         except MessageError as error:
             self.net.handle(events.Rejected(message.work))
             self.notify({"event": "noted", "client": client, "code": "invalid", "reason": error.given})
@@ -714,7 +723,7 @@ class ServerEngine(Engine):
         self.net.handle(events.Folded(message.work))
 
     def _fold_all(self, messages: list[events.Deliver]) -> None:
-        """Check and fold messages: those of one version together, and one by one if one of them is not valid."""
+        """Check and fold messages: short ones of one version together."""
         groups: dict[int, list[events.Deliver]] = {}
         for message in messages:
             if message.work in self._asked:
@@ -728,15 +737,25 @@ class ServerEngine(Engine):
                 self.net.handle((events.Folded if self._sums.upload(message) else events.Rejected)(message.work))
                 continue
             groups.setdefault(sent.flight.version, []).append(message)
+        messages.clear()  # a body is freed as soon as it is folded
         for group in groups.values():
-            try:
-                self._fold_some(group)
-            except MessageError:
-                for message in group:
-                    try:
-                        self._fold_some([message])
-                    except MessageError as error:
-                        self._reject(message, error.given.partition(": ")[2].rstrip(".") or error.given)
+            group.reverse()
+            while group:
+                some, size = [group.pop()], 0
+                while group and (size := size + len(group[-1].body)) <= _TOGETHER:
+                    some.append(group.pop())
+                self._fold_or_reject(some)
+
+    def _fold_or_reject(self, group: list[events.Deliver]) -> None:
+        """Fold messages of one version together, or one by one if one of them is not valid."""
+        try:
+            self._fold_some(group)
+        except MessageError:
+            for message in group:
+                try:
+                    self._fold_some([message])
+                except MessageError as error:
+                    self._reject(message, error.given.partition(": ")[2].rstrip(".") or error.given)
 
     def _fold_some(self, group: list[events.Deliver]) -> None:
         """Fold messages of one version.
@@ -747,7 +766,7 @@ class ServerEngine(Engine):
         plan, _, form = required(self._plan, "plan")
         fold = required(self._fold, "open round")
         flights = [self._assigned[message.work].flight for message in group]
-        decoded = decode_contribution(plan, form.from_bytes([bytes(message.body) for message in group]))
+        decoded = decode_contribution(plan, form.from_bytes([message.body for message in group]))
         rows = self.population.sizes[[flight.client for flight in flights]]
         if not torch.equal(decoded.weight, rows):
             raise MessageError("Message: the weight differs from the number of rows.", "the rows of the client.")
@@ -756,18 +775,23 @@ class ServerEngine(Engine):
         down = torch.tensor([flight.down for flight in flights])
         good, _ = fold.add(flights[0].version, ids, down, up, decoded)
         kept = set(zip(good.client.tolist(), good.repeat.tolist(), strict=True))
+        ends: list[events.Folded | events.Rejected] = []
         for message, flight, weight in zip(group, flights, rows.tolist(), strict=True):
             self._landed.append(Landed(flight.number))
             del self._assigned[message.work]
             if (flight.client, flight.again) not in kept:
-                self.net.handle(events.Rejected(message.work))
+                ends.append(events.Rejected(message.work))
                 continue
             self._folded.append(message.work)
             start = flight.client, flight.version, flight.again
             self._accepted.append(Accepted(*start, message.work, message.after, message.digest, weight))
-            self.net.handle(events.Folded(message.work))
+            ends.append(events.Folded(message.work))
+        self.net.handle(*ends)
 
     def _reject(self, message: events.Deliver, cause: str) -> None:
+        self.notify(
+            {"event": "lost", "client": message.client, "work": message.work.hex(), "code": "invalid", "reason": cause}
+        )
         flight = self._assigned.pop(message.work).flight
         required(self._fold, "open round").fail(flight.client, flight.version, "check", cause)
         self._landed.append(Landed(flight.number))
@@ -776,3 +800,7 @@ class ServerEngine(Engine):
 
 def _bound(plan: Plan, layout: Layout) -> Plan:
     return replace(plan, codec=plan.codec.bind(layout), downlink=plan.downlink.bind(layout))
+
+
+def _hex(work: bytes | None) -> str | None:
+    return None if work is None else work.hex()

@@ -28,6 +28,7 @@ from atoll.data.schema import Schema
 from atoll.data.site_rows import site_rows
 from atoll.net import identity, wire
 from atoll.net.client import Client, Ended, Membership, Notify, enrol, pause
+from atoll.net.loop import loop_factory
 from atoll.net.policy import Policy
 from atoll.net.site import Loader, MemoryChain, Site
 from atoll.net.store import claim_home
@@ -75,7 +76,8 @@ def join_federation(
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = claim_home(home)
     try:
-        return asyncio.run(_join(token, home, loader, device, own or {}, once, notify, policy, check))
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(_join(token, home, loader, device, own or {}, once, notify, policy, check))
     finally:
         lock.close()
 

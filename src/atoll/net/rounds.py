@@ -6,6 +6,7 @@ Tests: tests/faults/test_rehearsal.py
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 
 from safetensors.torch import load, save
@@ -30,6 +31,7 @@ class RoundStore:
     ) -> None:
         self._database, self._run, self._accepted = database, run, accepted
         self._last = -1
+        self.seconds = 0.0  # of the last commit
         self._best: tuple[bytes, Blob | None] = (b"", None)
 
     def save(self, checkpoint: Checkpoint, lines: Mapping[str, bytes]) -> None:
@@ -37,9 +39,10 @@ class RoundStore:
         round = checkpoint.facts["round"] - 1
         if round <= self._last:
             return  # the end of a run saves the state of its last round again
-        state = save(_plain(checkpoint.tensors))
+        began = time.perf_counter()
+        state = save(storable(checkpoint.tensors))
         if checkpoint.best is not None:
-            self._best = save(_plain(checkpoint.best)), None
+            self._best = save(storable(checkpoint.best)), None
         best, blob = self._best
         small = len(state) + len(best) + 64 <= SMALL_STATE
         blobs: tuple[Blob, ...] = ()
@@ -50,7 +53,7 @@ class RoundStore:
         pointer = json.dumps({"facts": checkpoint.facts, "best": len(best)}, default=str).encode()
         rows = [json.loads(line) for line in lines.get("metrics.jsonl", b"").splitlines()]
         events = tuple(json.loads(line) for line in lines.get("events.jsonl", b"").splitlines())
-        model = digest(checkpoint.tensors["model/theta"].detach().cpu().contiguous().numpy().tobytes())
+        model = digest(checkpoint.tensors["model/theta"].detach().cpu().contiguous().numpy().data)
         whole = (state + best) if small else None
         accepted = self._accepted()
         run = self._run()
@@ -58,7 +61,7 @@ class RoundStore:
         last = int(attempt) if place == f"{run} {round}" else 0
         commit = RoundCommit(run, round, model, pointer, whole, blobs, accepted, rows[-1], events, last)
         self._database.commit_round(commit)
-        self._last = round
+        self._last, self.seconds = round, time.perf_counter() - began
 
     def load(self) -> Checkpoint | None:
         """The last committed state."""
@@ -82,5 +85,13 @@ class RoundStore:
         return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.detach().cpu().contiguous().clone() for n, t in sorted(tensors.items())}
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in CPU memory that share no storage, in the order of their names, as safetensors needs them."""
+    out, seen = {}, set[int]()
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        place = t.untyped_storage().data_ptr()
+        whole = t.untyped_storage().nbytes() == t.numel() * t.element_size()
+        out[name] = t if whole and place not in seen else t.clone()
+        seen.add(place)
+    return out

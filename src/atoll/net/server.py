@@ -38,14 +38,16 @@ from atoll.base.files import atomic_write
 from atoll.base.lines import Line, form
 from atoll.base.validation import required
 from atoll.net import coordinator as events
-from atoll.net import identity, wire
+from atoll.net import identity, systemd, wire
 from atoll.net.coordinator import Coordinator
+from atoll.net.loop import loop_factory
 from atoll.net.store import ClientRecord, Database, DeniedError
 
 PING_S = 20.0
 MAX_TRIES = 10  # failed enrolments of one address in a minute
 MAX_QUEUED = 4 << 20  # bytes that wait for a client that does not read
 PIECE = 1 << 18
+HASH_APART = 1 << 20  # a longer message is hashed in another thread, so that the loop goes on
 _LOOP = (events.Send, events.Close, events.Grant, events.Finish, events.Discard)
 
 
@@ -95,7 +97,7 @@ class Listener:
         self.blobs: dict[bytes, bytes] = {}
         self._channels: dict[int, _Channel] = {}
         self._uploads: dict[int, _Upload] = {}
-        self._partial: dict[bytes, bytearray] = {}
+        self._partial: dict[bytes, _Partial] = {}
         self._count = 0
         self._tries: dict[str, deque[float]] = {}
         self._lock = threading.Lock()
@@ -103,6 +105,12 @@ class Listener:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._wakes: asyncio.Event | None = None
+        self._inward: list[Any] = []  # actions of the training that are not in the inbox yet
+        self._outward: list[Any] = []  # actions of the loop that the thread of the training has caused
+        self._flushes = self._checked = False
+        self._planned = 0.0
+        self.lag = 0.0  # seconds by which the last timer was late
+        self._watchdog, self._signed = systemd.watchdog_s(), 0.0
         self.seen: dict[int, float] = {}
         self.awaited: Callable[[], Sequence[int]] = tuple
         self.step: Callable[[], str] = str
@@ -132,20 +140,33 @@ class Listener:
         self.address = answer
         return answer
 
-    def handle(self, event: Any) -> None:
-        """Pass an event of the training to the coordinator, and carry out its actions."""
-        actions = self._decide(event)
-        if self._loop is not None and actions:
-            self._loop.call_soon_threadsafe(self._carry_out, actions)
+    def handle(self, *happened: Any) -> None:
+        """Pass events of the training to the coordinator, and carry out its actions.
 
-    def _decide(self, event: Any) -> list[Any]:
-        """The actions of the loop for an event. Those of the training are put into its inbox."""
+        Several events in one call wake the loop once.
+        """
         with self._lock:
-            actions = self.coordinator.handle(event, time.monotonic())
+            actions = self._decide(happened)
+            self._deliver()
+            wakes = bool(actions) and not self._outward
+            self._outward += actions
+        if wakes and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._carry_posted)
+
+    def _decide(self, happened: Sequence[Any]) -> list[Any]:
+        """The actions of the loop for events. Those of the training wait for `_deliver`. The caller holds the lock."""
         mine: list[Any] = []
-        for action in actions:
-            (mine.append if isinstance(action, _LOOP) else self.inbox.put)(action)
+        now = time.monotonic()
+        for event in happened:
+            for action in self.coordinator.handle(event, now):
+                (mine if isinstance(action, _LOOP) else self._inward).append(action)
         return mine
+
+    def _deliver(self) -> None:
+        """Put the actions of the training into its inbox, in their order. The caller holds the lock."""
+        for action in self._inward:
+            self.inbox.put(action)
+        self._inward.clear()
 
     def offer(self, data: bytes) -> wire.Blob:
         """Keep bytes for download by the clients to which a message names them."""
@@ -163,6 +184,13 @@ class Listener:
     def present(self) -> frozenset[int]:
         """The clients with an open channel."""
         return frozenset(channel.client for channel in list(self._channels.values()))
+
+    def lease_ages(self) -> tuple[float, ...]:
+        """The seconds since the last sign of life of each open lease."""
+        with self._lock:
+            now, lease = time.monotonic(), self.coordinator.limits.lease_s
+            works = [work for client in self.coordinator.status() for work in client.works]
+        return tuple(max(0.0, now - expires + lease) for _, state, expires in works if state in ("leased", "expired"))
 
     def stop(self) -> bool:
         """Close all channels and end the thread. Returns whether it has ended."""
@@ -241,15 +269,22 @@ class Listener:
         """Wake the coordinator at its next deadline, and notice revocations while no frame arrives."""
         wakes = required(self._wakes, "event loop")
         while not self._stopping.is_set():
-            wake = self.coordinator.wake
-            wait = 1.0 if wake is None else min(1.0, max(0.0, wake - time.monotonic()))
-            with contextlib.suppress(TimeoutError):
+            wake, now = self.coordinator.wake, time.monotonic()
+            wait = 1.0 if wake is None else min(1.0, max(0.0, wake - now))
+            wait = wait if self._watchdog is None else min(wait, self._watchdog)
+            self._planned = now + wait
+            try:
                 await asyncio.wait_for(wakes.wait(), wait)
+            except TimeoutError:
+                self.lag = max(0.0, time.monotonic() - self._planned)
             wakes.clear()
+            if self._watchdog is not None and time.monotonic() - self._signed >= self._watchdog:
+                self._signed = time.monotonic()
+                systemd.notify("WATCHDOG=1")
             if self._stopping.is_set():
                 return  # the store may be closed as soon as this thread has ended
             self._refresh()
-            self._carry_out(self._decide(events.Tick()))  # `_event` would wake this loop again at once
+            self._event(events.Tick())
             self._publish()
 
     def _publish(self) -> None:
@@ -276,18 +311,53 @@ class Listener:
             new.replace(self.home / "status.json")
 
     def _event(self, event: Any) -> None:
-        self._carry_out(self._decide(event))
-        if self._wakes is not None:
+        """Pass an event of the loop to the coordinator, and carry out its actions.
+
+        The thread of the training is woken once for all events of an iteration of the loop.
+        """
+        with self._lock:
+            posted, self._outward = self._outward, []
+            actions = self._decide((event,))
+            wake, flushes = self.coordinator.wake, bool(self._inward) and not self._flushes
+        if flushes:
+            self._flushes = True
+            required(self._loop, "event loop").call_soon(self._flush)
+        self._carry_out(posted)
+        self._carry_out(actions)
+        if wake is not None and wake < self._planned and self._wakes is not None:
+            self._wakes.set()
+
+    def _flush(self) -> None:
+        self._flushes = False
+        with self._lock:
+            self._deliver()
+
+    def _carry_posted(self) -> None:
+        """Carry out the actions that the thread of the training has caused."""
+        with self._lock:
+            posted, self._outward = self._outward, []
+        self._carry_out(posted)
+        if (wake := self.coordinator.wake) is not None and wake < self._planned and self._wakes is not None:
             self._wakes.set()
 
     def _refresh(self) -> None:
-        """Read the directory again if an identity has changed, and end the channels of revoked clients."""
+        """Read the directory again if an identity has changed, and end the channels of revoked clients.
+
+        The frames of one iteration of the loop share one look at the database.
+        """
+        if self._checked:
+            return
+        self._checked = True
+        required(self._loop, "event loop").call_soon(self._check_again)
         if not self.store.stale():
             return
         self._directory = self.store.directory()
         revoked = {client.id for client in self._directory.clients if client.state == "revoked"}
         for client in revoked & set(self.present) | revoked:
             self._event(events.Revoked(client))
+
+    def _check_again(self) -> None:
+        self._checked = False
 
     def _carry_out(self, actions: list[Any]) -> None:
         for action in actions:
@@ -482,8 +552,9 @@ class Listener:
         work = bytes.fromhex(request.match_info["work"])
         with self._lock:
             announced = self.coordinator.announced(client.id, work)
-        have = len(self._partial.get(work, b"")) if announced is not None else 0
-        return web.Response(headers={"Upload-Offset": str(have)})
+        partial = self._partial.get(work)
+        have = partial.filled if announced is not None and partial is not None else 0
+        return web.Response(status=204, headers={"Upload-Offset": str(have)})  # a 200 would end the connection
 
     async def _put(self, request: web.Request) -> web.Response:
         """Receive a long message after its grant."""
@@ -498,9 +569,9 @@ class Listener:
             announced = self.coordinator.announced(client.id, work)
         if announced is None or announced.length != total:
             return web.Response(status=410, text="late")
-        have = self._partial.get(work, bytearray())
-        if start != len(have) or request.content_length != total - start:
-            return web.Response(status=416, headers={"Upload-Offset": str(len(have))})
+        have = self._partial[work].filled if work in self._partial else 0
+        if start != have or request.content_length != total - start:
+            return web.Response(status=416, headers={"Upload-Offset": str(have)})
         self._count += 1
         upload = _Upload(self._count, client.id, work, asyncio.get_running_loop().create_future())
         self._uploads[upload.number] = upload
@@ -510,12 +581,18 @@ class Listener:
             if code is not None:
                 return web.Response(status=wire.HTTP_STATUS.get(code, 429), text=code)
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n") if _expects(request) else None
-            data = self._partial.setdefault(work, bytearray())
+            partial = self._partial.get(work) or self._partial.setdefault(work, _Partial(bytearray(total)))
             upload.decided = asyncio.get_running_loop().create_future()
-            await self._read_body(request, upload, data, total)
+            await self._read_body(request, upload, partial)
             self._partial.pop(work, None)
-            hash = await asyncio.get_running_loop().run_in_executor(None, wire.digest, data)
+            data = partial.data
+            del partial
+            if total > HASH_APART:
+                hash = await asyncio.get_running_loop().run_in_executor(None, wire.digest, data)
+            else:
+                hash = wire.digest(data)
             self._event(events.Uploaded(upload.number, hash, data))
+            del data
             code = await asyncio.wait_for(upload.decided, 10)
             return web.Response(status=wire.HTTP_STATUS.get(code, 429), text=code)
         except (ConnectionError, TimeoutError, asyncio.CancelledError):
@@ -524,14 +601,18 @@ class Listener:
         finally:
             self._uploads.pop(upload.number, None)
 
-    async def _read_body(self, request: web.Request, upload: _Upload, data: bytearray, total: int) -> None:
-        while len(data) < total:
-            piece = await asyncio.wait_for(request.content.readany(), 10)
+    async def _read_body(self, request: web.Request, upload: _Upload, partial: _Partial) -> None:
+        view, total = memoryview(partial.data), len(partial.data)
+        while partial.filled < total:
+            async with asyncio.timeout(10):
+                piece = await request.content.readany()
+            end = partial.filled + len(piece)
             if not piece:
                 raise ConnectionResetError("the upload ended early")
-            if len(data) + len(piece) > total:
-                raise web.HTTPRequestEntityTooLarge(max_size=total, actual_size=len(data) + len(piece))
-            data += piece
+            if end > total:
+                raise web.HTTPRequestEntityTooLarge(max_size=total, actual_size=end)
+            view[partial.filled : end] = piece
+            partial.filled = end
             self._event(events.UploadProgress(upload.number, len(piece)))
             if upload.decided.done():
                 raise ConnectionResetError("the upload was ended")
@@ -540,6 +621,14 @@ class Listener:
         upload = self._uploads.get(number)
         if upload is not None and not upload.decided.done():
             upload.decided.set_result(code)
+
+
+@dataclass(eq=False)
+class _Partial:
+    """The bytes of an upload that have arrived, in a buffer of its length."""
+
+    data: bytearray
+    filled: int = 0
 
 
 @dataclass(eq=False)
@@ -578,13 +667,3 @@ def _refused(status: int, given: str, required: str, write: str = "") -> web.Res
 def _own_names(host: str) -> tuple[str, ...]:
     """The names under which clients on this machine dial a server that listens on this host."""
     return ("127.0.0.1", "::1", "localhost") if host in ("0.0.0.0", "::", "") else (host, "127.0.0.1", "localhost")
-
-
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """The loop of uvloop, which needs a sixth of the memory for a TLS connection; else that of asyncio."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    made: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return made

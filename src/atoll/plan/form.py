@@ -9,12 +9,14 @@ Tests: tests/golden/test_codec_bytes.py, tests/identities/test_codecs.py
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from atoll.base.errors import AtollError
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
 class MessageError(AtollError):
@@ -68,7 +70,7 @@ def to_bytes(form: Form, payload: Tensor, side: Mapping[str, Tensor]) -> list[by
     return [bytes(out[i : i + form.nbytes]) for i in range(0, len(out), form.nbytes)]
 
 
-def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Tensor]]:
+def from_bytes(form: Form, data: Sequence[Buffer]) -> tuple[Tensor, dict[str, Tensor]]:
     """Read the tensors from messages of one form.
 
     Args:
@@ -92,17 +94,26 @@ def from_bytes(form: Form, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Ten
             )
     whole = torch.empty(len(data), form.nbytes, dtype=torch.uint8)
     if whole.numel():
-        whole = torch.frombuffer(bytearray(b"".join(data)), dtype=torch.uint8).reshape(whole.shape)
+        # One message that may be written to is used in place; a large one is not copied.
+        alone = len(data) == 1 and not memoryview(data[0]).readonly
+        whole = torch.frombuffer(data[0] if alone else bytearray().join(data), dtype=torch.uint8).reshape(whole.shape)
     fields = {**form.side, "payload": form.payload}
     sizes = [field.nbytes for field in fields.values()]
     out: dict[str, Tensor] = {}
     for (name, field), rows in zip(fields.items(), whole.split(sizes, -1), strict=True):
-        # A copy, since a view as floats needs an aligned start.
-        out[name] = rows.clone(memory_format=torch.contiguous_format).view(field.dtype)
-        if field.dtype.is_floating_point:
-            bad = (~out[name].to(torch.float64).isfinite()).any(-1)
-            reject(bad, f"{name} is not finite", "finite numbers")
+        # A view as numbers needs contiguous rows with an aligned start.
+        size = field.dtype.itemsize
+        aligned = rows.is_contiguous() and rows.data_ptr() % size == rows.stride(0) % size == 0
+        out[name] = (rows if aligned else rows.clone(memory_format=torch.contiguous_format)).view(field.dtype)
+        if field.dtype.is_floating_point and out[name].numel():
+            reject(~_finite(out[name]), f"{name} is not finite", "finite numbers")
     return out.pop("payload"), out
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Whether all numbers of each row are finite, bool `[K]`: the extremes of a row with a NaN are NaN."""
+    rows = rows if rows.dtype.itemsize > 1 else rows.to(torch.float32)
+    return rows.amax(-1).isfinite() & rows.amin(-1).isfinite()
 
 
 def reject(bad: Tensor, fault: str, required: str) -> None:

@@ -21,7 +21,7 @@ from atoll.base.errors import UsageError
 from atoll.compute.layout import CHANGED
 from atoll.compute.task import Task
 from atoll.plan import form as forms
-from atoll.plan.form import Field, Form, MessageError
+from atoll.plan.form import Buffer, Field, Form, MessageError
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import OPEN, Contribution, Stage, Tensors
 
@@ -150,7 +150,7 @@ class MessageForm:
             return head
         return [a + b for a, b in zip(head, self.codec.to_bytes(payload, side), strict=True)]
 
-    def from_bytes(self, data: Sequence[bytes]) -> Message:
+    def from_bytes(self, data: Sequence[Buffer]) -> Message:
         """Read the messages of K clients.
 
         Raises:
@@ -158,7 +158,8 @@ class MessageForm:
         """
         for one in data:
             self.check_length(len(one))
-        weight, found = forms.from_bytes(self.head, [one[: self.head.nbytes] for one in data])
+        views = [memoryview(one) for one in data]
+        weight, found = forms.from_bytes(self.head, [one[: self.head.nbytes] for one in views])
         groups: dict[str, dict[str, Tensor]] = {"mean": {}, "sum": {}, "counter": {}}
         for path, t in found.items():
             kind, _, name = path.partition("/")
@@ -172,7 +173,7 @@ class MessageForm:
         rest = Contribution(groups["mean"], sums, weight[:, 0], groups["counter"], columns)
         if self.codec is None:
             return Message(None, {}, rest)
-        payload, side = self.codec.from_bytes([one[self.head.nbytes :] for one in data])
+        payload, side = self.codec.from_bytes([one[self.head.nbytes :] for one in views])
         return Message(payload, side, rest)
 
 

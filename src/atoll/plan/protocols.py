@@ -35,7 +35,7 @@ from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
 from atoll.compute.step_rule import StepRule
 from atoll.compute.task import Task
-from atoll.plan.form import Form
+from atoll.plan.form import Buffer, Form
 from atoll.plan.schedule import NOTHING, Schedule, as_schedule
 
 Tensors = Mapping[str, Tensor]
@@ -736,7 +736,7 @@ class Stage(Protocol):
         """Convert the payload and the side tensors of each of K clients to the bytes of a message."""
         raise _no_bytes(self)
 
-    def from_bytes(self, data: Sequence[bytes]) -> tuple[Tensor, Tensors]:
+    def from_bytes(self, data: Sequence[Buffer]) -> tuple[Tensor, Tensors]:
         """The inverse of `to_bytes`: return payload and side tensors, one row for each message.
 
         Raises:

@@ -5,11 +5,12 @@ Tests: tests/faults/test_rehearsal.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import FrameType
@@ -23,6 +24,7 @@ from atoll.base.validation import required
 from atoll.data.input import Input
 from atoll.data.rows import ArrayRows, draws_in
 from atoll.data.schema import Schema
+from atoll.net import systemd
 from atoll.net.spec import Server
 from atoll.plan.round import Report
 from atoll.runs.events import Observer, Run
@@ -41,10 +43,10 @@ _OWN = {f.name for f in fields(Server)} - {"home", "listen", "hosts", "drain"}
 
 
 class _Rows:
-    """Passes the row of each committed round on."""
+    """Passes the row and the times of each committed round on."""
 
-    def __init__(self, notify: Notify) -> None:
-        self._notify, self._training = notify, None
+    def __init__(self, notify: Notify, gather_s: Callable[[], float], commit_s: Callable[[], float]) -> None:
+        self._notify, self._training, self._gather_s, self._commit_s = notify, None, gather_s, commit_s
 
     def start(self, training: Any, path: Path | None) -> None:
         self._training = training
@@ -52,6 +54,9 @@ class _Rows:
     def round(self, report: Report) -> None:
         training: Any = self._training
         self._notify({"event": "round", **metrics_row(report, len(training.state.versions))})
+        gather = self._gather_s()
+        stages = {"gather": gather, "step": max(0.0, report.seconds - gather), "commit": self._commit_s()}
+        self._notify({"event": "stages", **stages})
 
     def end(self, run: Run) -> None: ...
 
@@ -79,6 +84,7 @@ def serve_run(
     notify: Notify = lambda facts: None,
     observers: Sequence[Observer] = (),
     trust: bool = False,
+    metrics: str | None = None,
 ) -> tuple[Run, bool]:
     """Serve one run: the experiment, or the unfinished run of the home.
 
@@ -88,6 +94,7 @@ def serve_run(
         notify: receives the events of the server, such as its address.
         observers: as for `atoll.train`.
         trust: whether the configuration of an unfinished run may name code.
+        metrics: `host:port` of the loopback interface on which Prometheus reads the metrics; None: no metrics.
     Returns:
         The run, and whether a signal to end, not Ctrl-C, has ended it.
     Raises:
@@ -100,10 +107,28 @@ def serve_run(
     settings = it.check(engine=spec)
     training = Training(it._model(), _schema(it, spec), it.plan(), settings)
     engine: Any = training.engine
-    try:
+    with contextlib.ExitStack() as ends:
+        ends.callback(training.close)
+        notify = _measured(metrics, engine, notify, ends)
         return _serve(it, training, engine, open_run, notify, observers)
-    finally:
-        training.close()
+
+
+def _measured(address: str | None, engine: ServerEngine, notify: Notify, ends: contextlib.ExitStack) -> Notify:
+    """The receiver of events, which also counts them for Prometheus if there is an address."""
+    if address is None:
+        return notify
+    from atoll.net.metrics import Metrics
+
+    metrics = Metrics(address)
+    ends.callback(metrics.close)
+    metrics.watch(engine.net)
+    notify({"event": "metrics", "address": metrics.address})
+
+    def both(facts: Mapping[str, Any]) -> None:
+        metrics.event(facts)
+        notify(facts)
+
+    return both
 
 
 def _serve(
@@ -119,6 +144,7 @@ def _serve(
 
     database, path = engine.home.database, engine.home.path
     notify({"event": "listening", "address": engine.net.address, "home": str(path)})
+    systemd.notify("READY=1")
     engine.notify = notify
     store = RoundStore(database, lambda: engine.run, engine.accepted)
     recorder = Recorder(training, path / "runs", it.toml(), it.checkpoint_s, store)
@@ -132,7 +158,9 @@ def _serve(
     with _Terminated() as terminated:
         try:
             engine.begin(engine.run, training.plan)
-            interrupted = run_rounds(training, recorder, [_Rows(notify), *observers])
+            notify({"event": "run", "run": engine.run})
+            rows = _Rows(notify, lambda: engine.gather_s, lambda: store.seconds)
+            interrupted = run_rounds(training, recorder, [rows, *observers])
         except Stopped:
             interrupted = True
         except AtollError as error:
@@ -257,6 +285,7 @@ class _Terminated:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        systemd.notify("STOPPING=1")
         signal.raise_signal(signal.SIGINT)  # the first ends the training after the round, the second at once
 
     def __exit__(self, *_: object) -> None:

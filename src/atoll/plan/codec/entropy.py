@@ -18,7 +18,7 @@ from atoll.base.errors import UsageError
 from atoll.base.random import Key
 from atoll.compute.layout import Layout
 from atoll.plan.codec.stage import Codec, Encoded
-from atoll.plan.form import Form, MessageError
+from atoll.plan.form import Buffer, Form, MessageError
 from atoll.plan.protocols import Declared, Tensors
 
 _MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
@@ -98,11 +98,11 @@ class Entropy(Codec):
         frames = [zstd.compress(_transposed(form, whole), options=options) for whole in messages]
         return [frame if len(frame) < len(whole) else whole for frame, whole in zip(frames, messages, strict=True)]
 
-    def decompress(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
+    def decompress(self, form: Form, data: Sequence[Buffer]) -> Sequence[Buffer]:
         # Data of the full length or longer is no frame; the check of its length follows in `from_bytes`.
         return [self._opened(form, one, i) if len(one) < form.nbytes else one for i, one in enumerate(data)]
 
-    def _opened(self, form: Form, frame: bytes, i: int) -> bytes:
+    def _opened(self, form: Form, frame: Buffer, i: int) -> bytes:
         zstd = _zstd()
         # A frame states the memory that its decoder needs. A frame that `compress` made needs at most the length
         # of its message, so a larger demand is refused.

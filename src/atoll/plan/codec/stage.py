@@ -158,7 +158,7 @@ class Codec(Stage):
         """Compress messages before they are sent. No message becomes longer."""
         return list(messages)
 
-    def decompress(self, form: Form, data: Sequence[bytes]) -> list[bytes]:
+    def decompress(self, form: Form, data: Sequence[forms.Buffer]) -> Sequence[forms.Buffer]:
         """The inverse of `compress`.
 
         Raises:
@@ -182,7 +182,7 @@ class Codec(Stage):
         messages = forms.to_bytes(form, payload, side)
         return self.compressor.compress(form, messages) if self.compressor else messages
 
-    def from_bytes(self, data: Sequence[bytes]) -> tuple[Tensor, dict[str, Tensor]]:
+    def from_bytes(self, data: Sequence[forms.Buffer]) -> tuple[Tensor, dict[str, Tensor]]:
         """The inverse of `to_bytes`: return payload and side tensors, one row for each message.
 
         Raises:
