@@ -97,7 +97,7 @@ def _round(net: Listener, at: ServerHome, round: int, clients: int, down: int, u
     for client in range(clients):
         name = wire.work_id(RUN, "round", client, round, 0, plan, version)
         work = wire.Work(name, "round", "train", round, round, 0, plan, key, "fused", version, version, field, (), None,
-                         lease, None)  # fmt: skip
+                         0, None, lease, None)  # fmt: skip
         orders.append(events.Assigned(client, work, up, up))
     net.handle(*orders)
     accepted = []

@@ -136,6 +136,8 @@ class Model:
     def end(self) -> None:
         """I5 and I1: the run has ended, and without hostile clients the model is the undisturbed one."""
         world = self.world
+        if not {client.id for client in world.clients} - world.hostile - self.revoked:
+            return  # I5 needs an honest client: a closed run waits for a hostile one
         assert len(world.db) == world.rounds, f"I5: {len(world.db)} of {world.rounds} rounds at {world.now:.0f} s"
         for client in world.clients:
             if client.id in world.hostile | self.revoked:

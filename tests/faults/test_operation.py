@@ -1,13 +1,16 @@
 """The operation of a server: metrics, logs, services, and the end by a signal."""
 
 import json
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 from network import Federation, eventually
@@ -16,7 +19,7 @@ from atoll.base.errors import UsageError
 from atoll.cli.app import answer
 from atoll.cli.flags import ExperimentFlags
 from atoll.cli.net_commands import Printer, _split
-from atoll.net import coordinator, server, systemd
+from atoll.net import coordinator, server, systemd, wire
 from atoll.net.client import own_versions
 from atoll.net.home import ServerHome
 from atoll.net.metrics import Metrics, loopback
@@ -168,3 +171,43 @@ def test_the_flag_metrics_takes_names_and_one_address():
     assert _split(ExperimentFlags(metrics=["site:score"]))[1:][0] is None
     with pytest.raises(UsageError, match="one address"):
         _split(ExperimentFlags(metrics=["127.0.0.1:1", "127.0.0.1:2"]))
+
+
+def test_the_manual_has_every_code_with_a_cause_and_a_cure():
+    """The codes of the messages, and those that the documents of `Failed` and `Noted` list."""
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.partition("## Codes")[2].splitlines()
+        if line.startswith("| `")
+    ]
+    listed = {cells[0].strip("`") for cells in rows}
+    assert all(len(cells) == 3 and all(cells) for cells in rows)
+    kinds = (wire.RefusalCode, wire.LeaveCode, wire.DenialCode, wire.ReceiptCode, wire.ByeCode)
+    known = {code for kind in kinds for code in get_args(kind)}
+    for action in (coordinator.Failed, coordinator.Noted):
+        text = re.sub(
+            r"\(.*?\)|that of a `Refusal`|or frame-FAULT|\bor\b",
+            "",
+            action.__doc__.partition("The code is")[2],
+            flags=re.S,
+        )
+        known |= set(re.findall(r"[a-z-]+", text))
+    known |= SENT
+    assert listed == known, (sorted(known - listed), sorted(listed - known))
+    faults = re.findall(r"`([a-z]+)`", page.partition("noted as `frame-`")[2])
+    assert set(get_args(wire.FrameFault)) <= set(faults)
+
+
+def test_the_tests_of_the_table_of_faults_exist():
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", page)
+    assert len(named) > 30 and [name for name in named if f"def {name}(" not in sources] == []
+
+
+ROOT = Path(__file__).parents[2]
+# The literal codes in the source of the coordinator.
+SENT = set(
+    re.findall(r'(?:Noted\(c\.id, |(?:_fail|_absent)\(c, open, )"([a-z]+)"', Path(coordinator.__file__).read_text())
+)

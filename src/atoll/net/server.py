@@ -47,6 +47,10 @@ PING_S = 20.0
 MAX_TRIES = 10  # failed enrolments of one address in a minute
 MAX_QUEUED = 4 << 20  # bytes that wait for a client that does not read
 PIECE = 1 << 18
+HEAD_S = 10.0  # from the opening of a connection to the end of its first request's head, also for the handshake
+BODY_S = 10.0  # in which the body of an enrolment arrives, and at least `FLOOR` bytes of an upload
+FLOOR = 10 << 10
+ROTATED_S = 86400.0  # between two certificates of a running server
 HASH_APART = 1 << 20  # a longer message is hashed in another thread, so that the loop goes on
 _LOOP = (events.Send, events.Close, events.Grant, events.Finish, events.Discard)
 
@@ -109,6 +113,10 @@ class Listener:
         self._outward: list[Any] = []  # actions of the loop that the thread of the training has caused
         self._flushes = self._checked = False
         self._planned = 0.0
+        self.most = _most_connections()
+        self._opened: dict[Any, float] = {}  # the open connections
+        self._spoke: set[Any] = set()  # those with a request
+        self._runner: web.AppRunner | None = None
         self.lag = 0.0  # seconds by which the last timer was late
         self._watchdog, self._signed = systemd.watchdog_s(), 0.0
         self.seen: dict[int, float] = {}
@@ -218,7 +226,7 @@ class Listener:
     async def _serve(self, host: str, port: int, started: queue.SimpleQueue[str | BaseException]) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping, self._wakes, self._emptied = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        app = web.Application(client_max_size=1 << 16)
+        app = web.Application(client_max_size=1 << 16, middlewares=[self._first_request])
         app.add_routes(
             [
                 web.get("/healthz", self._healthz),
@@ -232,14 +240,29 @@ class Listener:
             ]
         )
         runner = web.AppRunner(
-            app, auto_decompress=False, keepalive_timeout=75, access_log=None, handle_signals=False, shutdown_timeout=1
+            app,
+            auto_decompress=False,
+            keepalive_timeout=75,
+            lingering_time=1,  # for the rest of a body that was refused
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=1,
         )
         await runner.setup()
+        listening: asyncio.Server | None = None
         try:
-            context = self._context(host)
-            site = web.TCPSite(runner, host, port, ssl_context=context, backlog=1024, reuse_address=True)
-            await site.start()
-            bound = runner.addresses[0]
+            self._rotate = self._rotation(host)
+            listening = await self._loop.create_server(
+                required(runner.server, "HTTP server"),
+                host,
+                port,
+                ssl=self._rotate(),
+                backlog=1024,
+                reuse_address=True,
+                ssl_handshake_timeout=HEAD_S,
+            )
+            self._runner = runner
+            bound = listening.sockets[0].getsockname()
             shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
             started.put(f"{shown}:{bound[1]}")
             timer = asyncio.create_task(self._timer())
@@ -253,17 +276,53 @@ class Listener:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._emptied.wait(), 5)
         finally:
+            if listening is not None:
+                listening.close()
             await runner.cleanup()
 
-    def _context(self, host: str) -> ssl.SSLContext:
-        """The TLS context, with a certificate for the present host names that is renewed in time."""
+    def _rotation(self, host: str) -> Callable[[], ssl.SSLContext]:
+        """Returns the TLS context. Each call gives it a new certificate for the host names of the server."""
         hosts = tuple(dict.fromkeys((*self.hosts, *_own_names(host))))
         key, path, ca = self.home / "server.key", self.home / "server.pem", self.home / "ca.pem"
         if not key.exists():
             identity.write_key(key, identity.new_key())
-        certificate = self.authority.server(identity.read_key(key), hosts, datetime.now(UTC))
-        atomic_write(path, identity.certificate_pem(certificate))
-        return identity.server_context(path, key, ca)
+        contexts: list[ssl.SSLContext] = []
+
+        def rotate() -> ssl.SSLContext:
+            certificate = self.authority.server(identity.read_key(key), hosts, datetime.now(UTC))
+            atomic_write(path, identity.certificate_pem(certificate))
+            if contexts:
+                contexts[0].load_cert_chain(path, key)  # connections from now on have it
+            else:
+                contexts.append(identity.server_context(path, key, ca))
+            self._rotated = time.monotonic()
+            return contexts[0]
+
+        return rotate
+
+    @web.middleware
+    async def _first_request(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        """Note that the head of a request has arrived on a connection."""
+        self._spoke.add(request.protocol)
+        answer: web.StreamResponse = await handler(request)
+        return answer
+
+    @property
+    def connections(self) -> Sequence[Any]:
+        """The open connections, the oldest first."""
+        return [] if self._runner is None or self._runner.server is None else self._runner.server.connections
+
+    def _guard(self) -> None:
+        """End connections without a request, and the newest ones beyond the limit; renew the certificate in time."""
+        now = time.monotonic()
+        self._opened = {connection: self._opened.get(connection, now) for connection in self.connections}
+        self._spoke &= self._opened.keys()
+        for number, (connection, opened) in enumerate(self._opened.items()):
+            silent = connection not in self._spoke and now - opened > HEAD_S
+            if (silent or number >= self.most) and connection.transport is not None:
+                connection.transport.abort()
+        if now - self._rotated > ROTATED_S:
+            self._rotate()
 
     async def _timer(self) -> None:
         """Wake the coordinator at its next deadline, and notice revocations while no frame arrives."""
@@ -285,6 +344,7 @@ class Listener:
                 return  # the store may be closed as soon as this thread has ended
             self._refresh()
             self._event(events.Tick())
+            self._guard()
             self._publish()
 
     def _publish(self) -> None:
@@ -481,10 +541,14 @@ class Listener:
         if len(tries) >= MAX_TRIES:
             return _refused(429, "Too many failed enrolments of this address.", "at most ten a minute.")
         try:
-            fields = json.loads(await request.read())
+            async with asyncio.timeout(BODY_S):
+                fields = json.loads(await request.read())
             name, pem = str(fields["name"]), str(fields["request"]).encode()
             secret = identity.secret_hash(bytes.fromhex(fields["secret"]))
             key = identity.identity_bytes(str(fields["identity"]))
+        except TimeoutError:
+            tries.append(now)
+            raise web.HTTPRequestTimeout() from None
         except (ValueError, KeyError, TypeError):
             tries.append(now)
             return _refused(400, "The request cannot be read.", "name, secret, request and identity.")
@@ -505,7 +569,11 @@ class Listener:
 
     async def _renew(self, request: web.Request) -> web.Response:
         client, peer = self._peer(request)
-        pem = await request.read()
+        try:
+            async with asyncio.timeout(BODY_S):
+                pem = await request.read()
+        except TimeoutError:
+            raise web.HTTPRequestTimeout() from None
 
         def signed(name: str) -> tuple[bytes, identity.Peer]:
             der = self.authority.client(pem, name, datetime.now(UTC))
@@ -603,9 +671,14 @@ class Listener:
 
     async def _read_body(self, request: web.Request, upload: _Upload, partial: _Partial) -> None:
         view, total = memoryview(partial.data), len(partial.data)
+        due, least = time.monotonic() + BODY_S, partial.filled + FLOOR
         while partial.filled < total:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(BODY_S):
                 piece = await request.content.readany()
+            if time.monotonic() >= due:
+                if partial.filled < least:
+                    raise ConnectionResetError("the upload is too slow")
+                due, least = time.monotonic() + BODY_S, partial.filled + FLOOR
             end = partial.filled + len(piece)
             if not piece:
                 raise ConnectionResetError("the upload ended early")
@@ -667,3 +740,11 @@ def _refused(status: int, given: str, required: str, write: str = "") -> web.Res
 def _own_names(host: str) -> tuple[str, ...]:
     """The names under which clients on this machine dial a server that listens on this host."""
     return ("127.0.0.1", "::1", "localhost") if host in ("0.0.0.0", "::", "") else (host, "127.0.0.1", "localhost")
+
+
+def _most_connections() -> int:
+    """The connections that the descriptors of this process allow, with some left for files."""
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, soft - 64) if soft != resource.RLIM_INFINITY else 1 << 20
