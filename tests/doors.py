@@ -35,7 +35,22 @@ TABLES = (
 VALUES = {r.__name__: r for r in recipes.RECIPES} | {name: make for table in TABLES for name, make in table.items()}
 OF_TESTS = dict.fromkeys(("Flip", "Round", "Shuffle", "Mine", "object"), _Anything)  # classes of tests
 OPTIMIZERS_OF_TESTS = dict.fromkeys(("corrected", "fedprox"), lambda lr, **_: PARTS["sgd"](lr))
-PROGRAMS = {"ls", "file", "head", "cat", "sed", "rm", "df", "pip", "apt-get", "ray", "torchrun", "python", "unset"}
+PROGRAMS = {
+    "ls",
+    "file",
+    "head",
+    "cat",
+    "iconv",
+    "sed",
+    "rm",
+    "df",
+    "pip",
+    "apt-get",
+    "ray",
+    "torchrun",
+    "python",
+    "unset",
+}
 PROGRAMS |= {"export", "xcode-select", "nvidia-smi", "chmod", "timedatectl"}
 WORDS = {*models.names(), *VALUES, *ENGINES, "north", "north-1", "server.example.org:4433"}
 CODE_OF_USER = re.compile(r"\b[a-z][\w.]*:[a-z]\w*\b")  # module:name, which need not exist

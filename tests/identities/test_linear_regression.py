@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import atoll
 from atoll.data import IID, load
 from atoll.recipes import gd, sgd
 
@@ -42,6 +43,25 @@ def test_the_least_squares_solution_is_scikit_learns(data, known):
     theirs = LinearRegression().fit(x.numpy(), y.numpy())
     best = torch.tensor([*theirs.coef_, theirs.intercept_])
     assert (known[0] - best).norm() / best.norm() < 1e-12
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_early_has_a_known_fraction_of_least_squares():
+    """θ_T = Σ_λ (1 − (1 − 2ηλ)^T) θ*_λ over the eigenvectors of the mean of x xᵀ: the cause of decisions/0053."""
+    source = load("diabetes")
+    x, y = source.rows.take(torch.arange(442))
+    data = source.split(1, IID())
+    held = torch.zeros(442, dtype=torch.bool)
+    held[data.held_out.index] = True
+    scaled = (y - y[~held].mean()) / y[~held].std(correction=0)
+    run = atoll.train("linear", data, gd(0.05), rounds=100, out=None, dtype="float64", evaluate_every=100)
+    z = torch.cat((run.predictor.prepare(x), torch.ones(442, 1, dtype=torch.float64)), 1)
+    values, vectors = torch.linalg.eigh(z[~held].T @ z[~held] / (~held).sum())
+    best = vectors.T @ (z[~held].T @ scaled[~held]) / (~held).sum() / values
+    theta = vectors @ ((1 - (1 - 0.1 * values) ** 100) * best)
+    error = (z @ theta - scaled)[held].square().sum() / (y[held] - y[held].mean()).square().sum()
+    assert run.metrics["r2"] == pytest.approx(float(1 - error * y[~held].var(correction=0)), abs=1e-9)
+    assert run.metrics["r2"] == pytest.approx(0.3416, abs=1e-4)
 
 
 def test_every_split_makes_the_same_steps(example, known):

@@ -209,8 +209,9 @@ BAD = [
     (lambda df: df.assign(a="old"), [], "'old' at row 0"),
     (lambda df: df.iloc[:0], [], "has 0 rows"),
     (lambda df: df.assign(a=np.inf), [], "inf at row 0"),
-    (lambda df: df, ["--by", "ward"], "no column 'ward'"),
-    (lambda df: df, ["--to", "x.txt"], r"ends in .csv or .parquet"),
+    (lambda df: df, ["--by", "sit"], "Write: --by site"),
+    (lambda df: df, ["--to", "x.csv.gz"], "Write: --to x.csv\n"),
+    (lambda df: df, ["--to", "x.xlsx"], "ends in .csv or .parquet"),
 ]
 
 
@@ -261,3 +262,32 @@ def test_as_renames_the_prediction(run, tmp_path, capsys):
     pandas.read_csv(folder / "new.csv").assign(prediction=1).to_csv(tmp_path / "new.csv", index=False)
     assert answer(["predict", str(found.path), str(tmp_path / "new.csv"), "--as", "guess", "--quiet"]) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith("prediction,guess")
+
+
+def test_a_user_follows_the_lines_of_refusals(run, tmp_path, capsys, monkeypatch):
+    """An existing file, a taken name, another encoding, and the best model of a gzipped file with another client."""
+    folder, found = run
+    new = pandas.read_csv(folder / "new.csv").assign(prediction="é")
+    given, to = tmp_path / "new.csv", tmp_path / "out.csv"
+    given.write_bytes(new.to_csv(index=False).encode("latin-1"))
+    words, flags = ["predict", str(found.path), str(given), "--to", str(to), "--quiet"], []
+    for wanted in ("iconv -f latin1 -t utf-8", "--as predicted", ""):
+        assert answer([*words, *flags]) == (2 if wanted else 0)
+        error = capsys.readouterr().err
+        assert wanted in error
+        if wanted.startswith("iconv"):
+            given.write_bytes(given.read_bytes().decode("latin-1").encode())
+        elif wanted:
+            flags += error.split("Write: ")[1].split()
+    first = to.read_text()
+    assert first.splitlines()[0].endswith(",prediction,predicted") and answer([*words, *flags]) == 2
+    assert answer([*words, *flags, capsys.readouterr().err.split("Write: ")[1].strip()]) == 0
+    assert to.read_text() == first
+    new.to_csv(tmp_path / "new.csv.gz", index=False)
+    words[2] = str(tmp_path / "new.csv.gz")
+    assert answer([*words[:3], "--as", "p", "--best", "--by", "b", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed["clients"]) == set(new["b"].fillna("")) and printed["to"] is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert answer([*words[:3], "--as", "p", "--to", str(tmp_path / "x.parquet")]) == 2
+    assert "pip install 'atoll[tables]'" in capsys.readouterr().err

@@ -18,12 +18,12 @@ from typing import IO, Any, Protocol
 import numpy as np
 import torch
 
-from atoll.base.errors import RunError, UsageError
+from atoll.base.errors import RunError, UsageError, unknown_name
 from atoll.base.lines import Line
 from atoll.cli import output
 from atoll.compute.loss import cox
 from atoll.data.cells import Cells, NumberCells
-from atoll.data.files import RowBatch, Stream, stream_table
+from atoll.data.files import RowBatch, Stream, needs, stream_table
 from atoll.data.input import Input
 from atoll.runs.format import format_number
 from atoll.runs.predictor import PredictionScores, Predictor, ScoreSums
@@ -144,7 +144,7 @@ def _added(predictor: Predictor, request: Request, header: Sequence[str]) -> lis
                 Line(shell="--as predicted") if name == request.name else "",
             )
     if request.by is not None and request.by not in header:
-        raise UsageError(f"The data have no column {request.by!r}.", f"one of {', '.join(header)}.")
+        raise unknown_name("column", request.by, header, lambda near: Line(shell=f"--by {near}"))
     return names
 
 
@@ -308,8 +308,12 @@ def _writer(request: Request, names: Sequence[str]) -> Iterator[_Writer]:
         return
     if to.suffix not in (".csv", ".parquet"):
         raise UsageError(
-            f"--to {to}.", "a file that ends in .csv or .parquet.", write=Line(shell=f"--to {to.stem}.csv")
+            f"--to {to}.",
+            "a file that ends in .csv or .parquet.",
+            write=Line(shell=f"--to {to.name.partition('.')[0]}.csv"),
         )
+    if to.suffix == ".parquet":
+        needs("pyarrow", to)
     if to.exists() and not request.overwrite:
         raise UsageError(
             f"{to} exists.", "a new file, or --overwrite.", "its content would be lost.", Line(shell="--overwrite")

@@ -16,6 +16,7 @@ import importlib.util
 import itertools
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 
 from atoll.base.errors import UsageError, did_you_mean
 from atoll.base.files import no_such_file
-from atoll.base.lines import Change, Load
+from atoll.base.lines import Change, Line, Load, Write
 from atoll.data.cells import (
     ArrowCells,
     Cells,
@@ -148,7 +149,7 @@ def stream_table(path: str | Path, encoding: str = "utf-8", sheet: str | None = 
     if file.suffix == ".xlsx":
         cells = frame_cells(_excel(file, sheet))
         return Stream(tuple(cells), iter([RowBatch(cells)]))
-    text = _Csv(file, encoding)
+    text = _Csv(file, encoding, convert=True)
     return Stream(tuple(text.header), text.batches(text.header, rows))
 
 
@@ -226,7 +227,8 @@ def _joined(name: str, parts: Sequence[Cells]) -> Cells:
     )
 
 
-def _needs(package: str, path: Path) -> None:
+def needs(package: str, path: Path) -> None:
+    """Refuse a file that a missing package reads or writes."""
     if importlib.util.find_spec(package) is None:
         raise UsageError(
             f"{path} needs {package}, which is not installed.",
@@ -236,7 +238,7 @@ def _needs(package: str, path: Path) -> None:
 
 
 def _parquet(path: Path) -> Any:
-    _needs("pyarrow", path)
+    needs("pyarrow", path)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -269,7 +271,7 @@ def _even(batches: Iterator[Any], rows: int) -> Iterator[Any]:
 
 def _excel(path: Path, sheet: str | None) -> Any:
     for package in ("pandas", "openpyxl"):
-        _needs(package, path)
+        needs(package, path)
     import pandas
 
     try:
@@ -293,9 +295,11 @@ class _Csv:
     Args:
         path: the file, gzipped or not.
         encoding: its encoding.
+        convert: whether the line of an error about the encoding is a command that converts the file, and no option.
     """
 
-    def __init__(self, path: Path, encoding: str) -> None:
+    def __init__(self, path: Path, encoding: str, convert: bool = False) -> None:
+        self.convert = convert
         self.path, self.encoding = path, "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
         with self._errors(), self._text() as file:
             first = file.readline()
@@ -348,12 +352,18 @@ class _Csv:
                 f"{path} cannot be read: {error}.",
                 "a CSV file in UTF-8, or its encoding.",
                 "the bytes are no text." if binary else "another encoding would give other letters.",
-                f"file {path}" if binary else Load(str(path), {"encoding": "latin-1"}),
+                f"file {path}" if binary else self._other_encoding(),
             ) from None
         except (OSError, EOFError, zlib.error, reader.Error) as error:
             raise UsageError(
                 f"{path} cannot be read: {error}.", "a CSV file in UTF-8.", write=f"file {path}"
             ) from error
+
+    def _other_encoding(self) -> Write:
+        if not self.convert:
+            return Load(str(self.path), {"encoding": "latin-1"})
+        new = self.path.with_stem(f"{self.path.stem}-utf8")
+        return Line(shell=f"iconv -f latin1 -t utf-8 {shlex.quote(str(self.path))} -o {shlex.quote(str(new))}")
 
     def batches(self, wanted: Sequence[str], rows: int | None) -> Iterator[RowBatch]:
         """Read these columns, at most `rows` rows at a time; None: all rows at once."""
