@@ -87,8 +87,8 @@ class Served:
 
         self._start(join)
 
-    def wait(self, seconds=60.0):
+    def wait(self, seconds=30.0):
         for thread in self._threads:
             thread.join(seconds)
-            assert not thread.is_alive(), self.events
+            assert not thread.is_alive(), (self.results, self.events)
         return self.results

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from atoll.runs.events import Observer, Run
     from atoll.training.experiment import Experiment, load, predictor
     from atoll.training.rounds import rounds
+    from atoll.training.serve import join, serve
     from atoll.training.settings import Settings
     from atoll.training.train import train
 
@@ -63,11 +64,13 @@ __all__ = [
     "UsageError",
     "__version__",
     "data",
+    "join",
     "load",
     "models",
     "predictor",
     "recipes",
     "rounds",
+    "serve",
     "step",
     "train",
 ]
@@ -85,6 +88,7 @@ _WHERE = {
     "atoll.runs.events": ("Observer", "Run"),
     "atoll.training.experiment": ("Experiment", "load", "predictor"),
     "atoll.training.rounds": ("rounds",),
+    "atoll.training.serve": ("join", "serve"),
     "atoll.training.settings": ("Settings",),
     "atoll.training.train": ("train",),
 }

@@ -17,15 +17,41 @@ from atoll.net.home import ServerHome
 from atoll.net.join import site_status
 from atoll.net.policy import Policy, approve_plan
 from atoll.net.server import Listener
+from atoll.net.site import check_kind
 from atoll.net.terms import RefusedError, plan_text
 from atoll.plan.aggregate import Masks, Mean
 from atoll.plan.codec import Clip
+from atoll.plan.local import Evaluate, Moments
+from atoll.plan.plan import Plan
 from atoll.recipes import dp_fedavg, fedavg
 
 SETTINGS = {"model": "softmax", "recipe": "fedavg(lr=0.5, batch=10)", "numerics": "fused", "report": "false"}
 PLAN = fedavg(0.5, cohort=4)
 SECURE = replace(PLAN, codec=Clip(1.0), aggregator=Mean(weights="equal", secure=Masks(least=4)))
 NOISY = dp_fedavg(0.5, 1.0, 2.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "plan", "code"),
+    [
+        ("round", "train", PLAN, None),
+        ("round", "held", PLAN, "part"),
+        ("evaluate", "held", Plan(Evaluate(), Mean()), None),
+        ("evaluate", "held", PLAN, "part"),
+        ("evaluate", "train", Plan(Evaluate(), Mean()), "part"),
+        ("moments", "train", Plan(Moments((0.0,)), Mean()), None),
+        ("moments", "train", PLAN, "part"),
+        ("moments", "train", Plan(Moments((0.0,)), Mean("equal")), "part"),
+        ("baseline", "train", PLAN, "part"),
+    ],
+)
+def test_the_kind_of_a_work_is_that_of_its_plan(kind, rows, plan, code):
+    """No server can pass a training as an evaluation, to which fewer rules of a policy apply."""
+    if code is None:
+        return check_kind(work(kind=kind, rows=rows), plan)
+    with pytest.raises(RefusedError) as found:
+        check_kind(work(kind=kind, rows=rows), plan)
+    assert found.value.code == code
 
 
 def code_of(policy, clients=10, plan=PLAN, **changes):
@@ -143,7 +169,7 @@ def test_a_run_with_approval_a_complete_ledger_and_a_model_that_predicts(tmp_pat
     assert [row["kind"] for row in ledgers["south"]] == ["round"] * 2
     assert [row["kind"] for row in ledgers["north"]] == ["round", "evaluate"] * 2
     sent = [row for rows in ledgers.values() for row in rows if row["kind"] == "round"]
-    assert sum(row["bytes"] for row in sent) == run.bytes_up
+    assert sum(row["bytes"] for rows in ledgers.values() for row in rows) == run.bytes_up
     database = ServerHome.open(it.home, serve=False)
     recent = database.database.recent(run.path.name)
     database.close()

@@ -86,7 +86,10 @@ def test_counts_of_classes_labels_and_tokens():
 def test_another_width_fails_the_client():
     x, y = table()
     with pytest.raises(Exception, match="A row has 4 numbers"):
-        gathered(Moments((0.0,) * 3), federation(x, y, (20, 20)))
+        gathered(Moments((0.0,) * 3, first=2), federation(x, y, (20, 20)))
+    some, whole = Moments((0.0,) * 2, first=1), Moments((0.0,) * 4)
+    part, all_of_them = (mean_of(m.sums_of(gathered(m, federation(x, y, (20, 20))))) for m in (some, whole))
+    torch.testing.assert_close(part, all_of_them[1:3], rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize(

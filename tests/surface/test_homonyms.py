@@ -20,6 +20,8 @@ ALLOWED = {
     ),
     "compare": ({"cli/app.py", "tools/compare.py"}, "the command, and the tool that it calls"),
     "export": ({"cli/app.py", "tools/export.py"}, "the command, and the tool that it calls"),
+    "join": ({"plan/schedule.py", "training/serve.py"}, "`atoll.join`, and the schedule of plan texts"),
+    "serve": ({"cli/net_commands.py", "training/serve.py"}, "the command, and `atoll.serve`"),
     "replay": ({"cli/app.py", "tools/replay.py"}, "the command, and the tool that it calls"),
     "load": ({"base/names.py", "data/named.py", "training/experiment.py"}, "of a name, of a data set, of a model"),
     "sgd": ({"plan/optimizer/rules.py", "recipes.py"}, "the update rule, and the recipe; plan texts contain both"),

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from msgspec import structs
@@ -27,6 +27,18 @@ from atoll.data.rows import ArrayRows, Rows
 
 _PROBED = 3  # clients of synthetic rows, and rows of each
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
+
+
+class TrainRows(NamedTuple):
+    """The facts about the train rows of all sites that a server gathers.
+
+    Args:
+        classes: the rows of each class; empty: rows have no classes.
+        deviation: √(Σ (y − ȳ)² / n) of each number to predict, in its units; empty if it was not gathered.
+    """
+
+    classes: tuple[int, ...] = ()
+    deviation: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,6 +57,7 @@ class Schema:
         held_out: the rows on which the owner of the schema evaluates the model; None: there are no such rows.
         notes: sentences that state the guesses of the data set.
         input: the map from a user's rows to the tensors; None: `described` makes it from the other fields.
+        known: the facts about the train rows of the sites, if they were gathered.
     Example:
         >>> from atoll.data import load
         >>> schema = Schema.of(load("digits").split(10))
@@ -65,6 +78,7 @@ class Schema:
     held_out: Rows | None = None
     notes: tuple[str, ...] = ()
     input: Input | None = None
+    known: TrainRows | None = None
 
     def __repr__(self) -> str:
         held = 0 if self.held_out is None else len(self.held_out)

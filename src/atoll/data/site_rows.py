@@ -43,6 +43,7 @@ def site_rows(
     by: str | None = None,
     encoding: str | None = None,
     sheet: str | None = None,
+    scaled: bool = True,
 ) -> Clients:
     """Read the rows of a site by an input.
 
@@ -58,6 +59,7 @@ def site_rows(
         by: the column that names the client of each row; None: that of the input. It is read only if the input scales
             each client by its own statistics.
         encoding, sheet: as in `csv`.
+        scaled: whether missing numbers are filled and columns scaled by the statistics of the input.
     Returns:
         A federation in which only this client has rows. Its order is that of the data.
     Raises:
@@ -73,7 +75,7 @@ def site_rows(
     source = read_by_input(data, given, by, encoding, sheet)
     labels = source.rows.targets() if given.classes is not None else None
     held = draw_held_out(labels, len(source), held_out, Key(seed).fold("split").fold("site", client))
-    rows = source.scaled_rows(given)
+    rows = source.scaled_rows(given) if scaled else source.rows
     train, held_rows = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
     offsets = torch.zeros(client + 2, dtype=torch.int64)
     offsets[-1] = len(train)

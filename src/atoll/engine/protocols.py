@@ -58,11 +58,13 @@ class SiteScores(NamedTuple):
         names: the name of each client.
         rows: the held-out rows of each client, int64 `[clients]`; 0 if it has none or keeps its values.
         sums: the sums of the loss and of each metric over these rows, float64 `[clients]` or `[clients, k]`, by name.
+        bytes_up: the bytes of the messages that contained them.
     """
 
     names: tuple[str, ...]
     rows: torch.Tensor
     sums: Tensors
+    bytes_up: int = 0
 
 
 class Engine(Protocol):

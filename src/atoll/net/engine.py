@@ -47,7 +47,7 @@ from atoll.net.terms import Terms, layout_hash, plan_text
 from atoll.plan.aggregate import Mean
 from atoll.plan.form import MessageError
 from atoll.plan.in_flight import Flight
-from atoll.plan.local import Evaluate
+from atoll.plan.local import Evaluate, Moments
 from atoll.plan.message import MessageForm
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Cohort, Ids, Population, Tensors
@@ -99,7 +99,7 @@ class ServerEngine(Engine):
     def __init__(self, spec: Server, options: RunOptions) -> None:
         self.spec, self._options = spec, options
         self.home = ServerHome.open(Path(spec.home))
-        self.run = ""
+        self.run, self.epoch = "", 0
         self.notify: Callable[[Mapping[str, Any]], None] = lambda facts: None
         self.stop_at: float | None = None
         self._population = Population(0, torch.empty(0, dtype=torch.int64))
@@ -116,8 +116,9 @@ class ServerEngine(Engine):
         self._drained = False
         self._held: dict[int, int] = {}
         self._refusing: dict[int, str] = {}  # the plan that the policy of a client has refused
-        self._asked: dict[bytes, tuple[int, MessageForm]] = {}  # works outside the rounds
+        self._asked: dict[bytes, tuple[int, MessageForm, wire.WorkKind]] = {}  # works outside the rounds
         self._answers: dict[int, Tensors] = {}
+        self._answered_bytes = 0
         self.awaited: tuple[int, ...] = ()
         self.gather_s = 0.0  # of the last round
         self._net: Listener | None = None
@@ -151,10 +152,10 @@ class ServerEngine(Engine):
         """Listen for clients. The run begins with `begin`."""
         self.task = task
         database, spec = self.home.database, self.spec
-        share = spec.held_out, spec.min_rows, spec.seed, spec.clients or spec.min_clients
+        share = spec.held_out, spec.min_rows, spec.seed, spec.clients or spec.min_clients, spec.scaled
         self._terms = Terms.of(task, Schema.of(data), self._options.model, *share).encode()
         self._hashes = wire.digest(self._terms), layout_hash(task.layout)
-        epoch = database.begin_epoch(int(time.time()))
+        self.epoch = epoch = database.begin_epoch(int(time.time()))
         open_run = spec.clients is None
         absent = spec.absent_s if spec.absent_s is not None or not open_run else 0.0
         limits = Limits(lease_s=spec.lease_s, absent_s=absent, window=spec.window, max_rows=spec.max_rows)
@@ -344,7 +345,28 @@ class ServerEngine(Engine):
             for name, value in each.items():
                 if name != "rows":
                     sums.setdefault(name, value.new_zeros(count, *value.shape[1:]))[client] = value[0]
-        return SiteScores(tuple(names.get(i, str(i)) for i in range(count)), rows, sums) if found else None
+        return (
+            SiteScores(tuple(names.get(i, str(i)) for i in range(count)), rows, sums, self._answered_bytes)
+            if found
+            else None
+        )
+
+    def measure(self, part: Moments, state: State) -> dict[str, torch.Tensor]:
+        """The sums of the train rows of the sites, `[sites, …]` by name.
+
+        Args:
+            part: the sums.
+            state: its model travels with the work.
+        Raises:
+            RunError: a site of a closed run does not answer, or no site does.
+        """
+        present = self._rows if self.spec.clients is not None else self._present
+        model = Broadcast(state.round, state.model, {})
+        found = self._ask("moments", "train", Plan(part, Mean()), model, sorted(present))
+        if not found:
+            raise RunError("No site sends the statistics of its rows.", "one site whose policy allows it.")
+        names = next(iter(found.values()))
+        return {name: torch.cat([each[name].reshape(1, -1) for each in found.values()]) for name in names}
 
     def _ask(
         self, kind: wire.WorkKind, rows: wire.RowsKind, plan: Plan, model: Broadcast, clients: Collection[int]
@@ -357,17 +379,17 @@ class ServerEngine(Engine):
         # The round whose step the model contains is still open: it is committed after its evaluation.
         text, form = plan_text(plan), MessageForm.of(plan, self.task)
         version, fixed = self._packed(model), self._frozen(model)
-        self._answers = {}
+        self._answers, self._answered_bytes = {}, 0
         for client in clients:
             name = wire.work_id(self.run, kind, client, model.round, 0, text, version.hash)
-            self._asked[name] = client, form
+            self._asked[name] = client, form, kind
             work = self._work(
                 name, kind, rows, max(0, model.round - 1), model.round, 0, plan, text, Key(0), version, fixed
             )
             self.net.handle(events.Assigned(client, work, form.shortest, form.longest))
         try:
             while self._asked:
-                self.awaited = tuple(sorted(client for client, _ in self._asked.values()))
+                self.awaited = tuple(sorted(client for client, _, _ in self._asked.values()))
                 self._take(None)
         finally:
             self.awaited = ()
@@ -395,18 +417,19 @@ class ServerEngine(Engine):
         """Facts for `environment.json`."""
         return {"federation": self.home.database.federation, "closed": self.spec.clients is not None}
 
-    def finish(self, code: wire.ByeCode, reason: str, final: bytes | None = None) -> None:
+    def finish(self, code: wire.ByeCode, reason: str, final: bytes | None = None, retry_s: float | None = None) -> None:
         """Send the present clients the end of the run, and wait until they have left.
 
         Args:
             code: the code of the `Bye`.
             reason: the reason for people.
             final: the bytes of the final model; None: it is not shared.
+            retry_s: the seconds after which a client connects again; None: by the code.
         """
         if self._net is None:
             return
         blob = self.net.offer(final) if final is not None and self.spec.share else None
-        retry = 1.0 if code == "draining" else 5.0
+        retry = retry_s if retry_s is not None else 1.0 if code == "draining" else 5.0
         self.net.handle(events.Closing(wire.Bye(code, reason, retry, blob), self.spec.drain))
         until = time.monotonic() + self.spec.drain
         while not self._drained and time.monotonic() < until:
@@ -699,20 +722,20 @@ class ServerEngine(Engine):
 
     def _unanswered(self, client: int, work: bytes, code: str, reason: str) -> None:
         """Record a work outside the rounds that ended without an answer."""
-        del self._asked[work]
+        _, _, kind = self._asked.pop(work)
         self.notify({"event": "refused", "client": client, "code": code, "reason": reason})
-        if code == "policy-values":
+        if code == "policy-values" and kind == "evaluate":
             self._held[client] = 0  # it is not asked again
         elif self.spec.clients is not None:
             raise RunError(
-                f"Client {client} ({self._name(client)}) does not evaluate the model: {code}. {reason}",
-                "an evaluation by every site that has held-out rows.",
+                f"Client {client} ({self._name(client)}) sends no sums of its rows: {code}. {reason}",
+                "the evaluation, or the statistics, of every site.",
                 "the mean over the other sites is another number.",
             )
 
     def _answered(self, message: events.Deliver) -> None:
         """Read the answer to a work outside the rounds."""
-        client, form = self._asked.pop(message.work)
+        client, form, _ = self._asked.pop(message.work)
         try:
             rest = form.from_bytes([message.body]).rest
         except MessageError as error:
@@ -720,6 +743,7 @@ class ServerEngine(Engine):
             self.notify({"event": "noted", "client": client, "code": "invalid", "reason": error.given})
             return
         self._answers[client] = rest.sums
+        self._answered_bytes += len(message.body)
         self.net.handle(events.Folded(message.work))
 
     def _fold_all(self, messages: list[events.Deliver]) -> None:

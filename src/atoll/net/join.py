@@ -11,6 +11,8 @@ import json
 import signal
 import threading
 from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ _CLOSE_S = 0.1  # aiohttp closes TLS connections in the background, and has no c
 def join_federation(
     token: str | None,
     home: Path,
-    data: str,
+    data: Any,
     *,
     seat: bool = False,
     by: str | None = None,
@@ -57,7 +59,7 @@ def join_federation(
     Args:
         token: the text of the token; None: the home is enrolled.
         home: the folder of the site.
-        data: the rows of the site: a name, a file, a folder of arrays, or `my_site.py:function`.
+        data: the rows of the site: a name, a file, a folder of arrays, `my_site.py:function`, or rows in memory.
         seat: whether the client holds its part of the run's split.
         by: the column that names the client of each row, if the run scales each client by its own statistics.
         device: the device of the site.
@@ -76,10 +78,24 @@ def join_federation(
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = claim_home(home)
     try:
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(_join(token, home, loader, device, own or {}, once, notify, policy, check))
+        return _run(_join(token, home, loader, device, own or {}, once, notify, policy, check))
     finally:
         lock.close()
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    """Run a coroutine to its end, also inside the event loop of a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _run_here(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_run_here, work).result()
+
+
+def _run_here(work: Coroutine[Any, Any, int]) -> int:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(work)
 
 
 async def _join(
@@ -166,15 +182,19 @@ def _seated(data: str) -> Loader:
     return read
 
 
-def own_rows(data: str, by: str | None = None) -> Loader:
+def own_rows(data: Any, by: str | None = None) -> Loader:
     """The function that reads the rows of a site by the `Input` of a run.
 
     Args:
-        data: a name, a file, a folder of arrays, or `my_site.py:function`; without a function it is `data`.
+        data: a name, a file, a folder of arrays, or `my_site.py:function`; without a function it is `data`. Or rows: a
+            frame, a dict of columns, a pair `(x, y)`, or a `Source`.
         by: as in `join_federation`.
     Raises:
         UsageError: there is no such file.
     """
+    if not isinstance(data, (str, Path)):
+        return _reader(lambda: data, by)
+    data = str(data)
     path, _, function = data.partition(".py:") if ".py:" in data else (data.removesuffix(".py"), "", "data")
     code = Path(f"{path}.py") if data.endswith(".py") or ".py:" in data else None
     if code is not None and not code.is_file():
@@ -182,12 +202,17 @@ def own_rows(data: str, by: str | None = None) -> Loader:
     if code is None and data not in NAMED and "*" not in data and not Path(data).exists():
         known = f"a file, a folder of arrays, my_site.py:function, or one of {', '.join(NAMED)}."
         raise UsageError(f"There is no data {data!r}.", known, write=Line(shell="--data site.csv"))
+    return _reader((lambda: data) if code is None else (lambda: _call(code, function)), by)
+
+
+def _reader(rows: Callable[[], Any], by: str | None) -> Loader:
+    """The function that reads what `rows` returns by the input of a run."""
 
     def read(terms: Terms, place: wire.Seat | None, client: int) -> Clients:
         given = Input.decode(terms.input.encode(), "The input of the run")
-        rows: Any = data if code is None else _call(code, function)
+        found, seed = rows(), int(terms.seed)
         try:
-            return site_rows(rows, given, client, held_out=terms.held_out, seed=int(terms.seed), by=by)
+            return site_rows(found, given, client, held_out=terms.held_out, seed=seed, by=by, scaled=terms.scaled)
         except UsageError as error:
             public = "The data of the site does not fit the input of the run; the site has the column and the row."
             raise RefusedError("input", error.given, error.required, error.why, error.write, public) from error

@@ -55,7 +55,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         max_attempts: the most attempts of a secure sum in a round.
         max_rounds: the most rounds of one run; None: no limit.
         min_rows: the least number of train rows of this site.
-        per_client: whether the site sends the sums of its held-out rows, which are values of this site.
+        per_client: whether the site sends sums of its own rows: of its evaluation, and statistics of its columns.
         bytes_per_day: the most bytes of messages of one day of UTC; None: no limit.
         hours: "HH:MM-HH:MM" in the time of this machine; outside the site is absent. None: always.
         ask: whether each plan waits for `atoll approve`.
@@ -140,16 +140,16 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Raises:
             RefusedError: the code is that of the rule.
         """
-        if work.rows == "held" and not self.per_client:
+        if work.kind != "round" and not self.per_client:
             raise _refused("values", "values of this site")
-        if work.kind != "round":
+        if work.kind == "evaluate":
             return
         used = set(_CALLED.findall(_QUOTED.sub("''", work.plan))) - _COMPOSED
         if self.parts is not None and not used <= set(self.parts):
             raise _refused("part", f"the part {min(used - set(self.parts))}")
         if self.max_rounds is not None and work.round >= self.max_rounds:
             raise _refused("rounds", f"more than {self.max_rounds} rounds")
-        if self.min_cohort > 1 and _cohort(plan, clients) < self.min_cohort:
+        if work.kind == "round" and self.min_cohort > 1 and _cohort(plan, clients) < self.min_cohort:
             raise _refused("cohort", f"cohorts of less than {self.min_cohort} clients")
         self._check_privacy(work, plan, clients)
 

@@ -52,7 +52,7 @@ from atoll.net.terms import Own, RefusedError, Terms, layout_hash, read_plan
 from atoll.net.wire import FrameError, LeaveCode, Seat, Work, chain_link, digest, tensor_table, work_id
 from atoll.plan.aggregate import Mean
 from atoll.plan.form import MessageError
-from atoll.plan.local import Gradient
+from atoll.plan.local import Evaluate, Gradient, Moments
 from atoll.plan.message import MessageForm
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids, Tensors
@@ -336,10 +336,11 @@ class Site:
                 "θ is read by name and shape.",
             )
         plan, form, first = self._plan(work)
+        check_kind(work, plan)
         self.policy.check_work(work, plan, terms.clients)
         self._check_sum(work, plan)
         plan = _unmasked(plan)
-        task = self._prepared_task(work, plan)
+        task = whole if work.kind == "moments" else self._prepared_task(work, plan)  # no model runs on unscaled rows
         tensors = {**self._tensors(model), **({} if fixed is None else self._tensors(fixed))}
         broadcast = unpack_broadcast(work.version, tensors)
         layout = plan.local.server_layout(task.layout)
@@ -526,6 +527,22 @@ class Site:
         row |= {} if work.sum is None else {"attempt": work.attempt}
         with open(self.home / "ledger.jsonl", "ab") as file:
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def check_kind(work: Work, plan: Plan) -> None:
+    """Refuse a work whose plan or rows are not those of its kind: the policy of a site has rules for each kind.
+
+    Raises:
+        RefusedError: the plan of an evaluation trains, or the rows are not those of the kind.
+    """
+    local, rows = {"evaluate": (Evaluate, "held"), "moments": (Moments, "train")}.get(work.kind, (None, "train"))
+    only = local is None or (type(plan.local) is local and plan == Plan(plan.local, Mean()))
+    if work.kind == "baseline" or work.rows != rows or not only:
+        raise RefusedError(
+            "part",
+            f"A work of the kind {work.kind} on {work.rows} rows has the plan {plan!r:.100}.",
+            f"{work.kind if local is None else f'the plan Plan({local.__name__}(…), Mean())'} on {rows} rows.",
+        )
 
 
 def _bound(plan: Plan, layout: Layout) -> Plan:

@@ -40,6 +40,7 @@ class Server(grammar.Value, EngineSpec):
         seed: the seed of that split, and of the held-out rows of a site.
         held_out, min_rows: the fraction of held-out rows of the split and of a site, and the smallest number of train
             rows of a client.
+        scaled: whether the sites scale their rows by the statistics of the input; false while these are gathered.
         schema: the path of an `input.json`, if the server has no rows; None: the server's data gives the input.
     Raises:
         UsageError: a number is out of range.
@@ -65,6 +66,7 @@ class Server(grammar.Value, EngineSpec):
     held_out: float = 0.2
     min_rows: int = 2
     schema: str | None = None
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         low = {"clients": 1, "min_clients": 1, "max_rows": 1, "window": 1 << 16, "absent_s": 0, "drain": 0}

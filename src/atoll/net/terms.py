@@ -5,6 +5,7 @@ Tests: tests/faults/test_rehearsal.py
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -16,17 +17,18 @@ from msgspec import Meta
 
 from atoll import models
 from atoll.base.errors import UsageError
-from atoll.base.lines import Write
+from atoll.base.grammar import parse
+from atoll.base.lines import Line, Write
 from atoll.base.random import Key
 from atoll.compute.layout import Layout
-from atoll.compute.loss import LOSSES, PerExample, built_in, loss_of
+from atoll.compute.loss import LOSSES, ClassWeighted, PerExample, built_in, loss_of
 from atoll.compute.metrics import METRICS, metrics_of
 from atoll.compute.task import Task
 from atoll.data.input import Input
 from atoll.data.schema import Schema
 from atoll.engine.check_answers import sum_lengths
 from atoll.plan.plan import Plan
-from atoll.plan.registry import PARTS, read_part
+from atoll.plan.registry import PARTS
 
 MAX_TERMS = 16 << 20
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -63,6 +65,8 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         min_rows: the least number of train rows of a site.
         seed: the seed of the draw of held-out rows, in decimal digits.
         clients: the clients of a closed run, or the least number of clients of an open run.
+        class_weight: the factor of the loss of each class; empty: 1.
+        scaled: whether a site scales its rows by the statistics of the input; false while they are gathered.
     """
 
     schema: str
@@ -76,6 +80,8 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_rows: Annotated[int, Meta(ge=1)] = 2
     seed: Annotated[str, Meta(pattern=r"\A-?[0-9]{1,40}\Z")] = "0"
     clients: Annotated[int, Meta(ge=1)] = 1
+    class_weight: Annotated[tuple[Annotated[float, Meta(ge=0)], ...], Meta(max_length=1 << 16)] = ()
+    scaled: bool = True
 
     def encode(self) -> bytes:
         """The terms as JSON. Equal terms have equal bytes."""
@@ -103,6 +109,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         min_rows: int = 2,
         seed: int = 0,
         clients: int = 1,
+        scaled: bool = True,
     ) -> Terms:
         """The terms of a task.
 
@@ -110,7 +117,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             task: the task of the server.
             schema: the schema of the data.
             model: the name of the model; None: it was built from an object.
-            held_out, min_rows, seed, clients: as in the terms.
+            held_out, min_rows, seed, clients, scaled: as in the terms.
         Raises:
             UsageError: the model, the loss or a metric has no name.
         """
@@ -119,15 +126,16 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "The model of a network is an object.",
                 "the name of a model.",
                 "no code travels: each site builds the model from its name.",
-                'atoll.serve("mlp", data, plan, home="federation")',
+                Line(python='atoll.serve("mlp", data, plan, home="federation")'),
             )
         model = model.rpartition(":")[2]  # a site maps the bare name to its own code
-        loss = _loss_text(task.loss)
+        whole = task.loss if isinstance(task.loss, ClassWeighted) else ClassWeighted(task.loss, ())
+        loss, weights = _loss_text(whole.loss), whole.weights
         metrics = tuple(metric.name for metric in task.metrics)
         dtype: Any = str(task.layout.dtype).removeprefix("torch.")
         precision: Any = task.precision
         given = schema.described(dtype).encode().decode()
-        share = held_out, min_rows, str(seed), clients
+        share = float(held_out), min_rows, str(seed), clients, weights, scaled
         return cls(schema.text(), given, model, loss, metrics, dtype, precision, *share)
 
     def task(self, device: torch.device, own: Own, seed: int = 0) -> Task:
@@ -150,6 +158,10 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 loss = loss_of(self.loss)
             except UsageError:
                 raise _unmapped("loss", self.loss, "--part") from None
+        if self.class_weight:
+            if len(self.class_weight) != len(schema.classes or ()):
+                raise RefusedError("input", "The run has weights of other classes.", "a weight for each class.")
+            loss = ClassWeighted(loss, self.class_weight)
         metrics: list[Any] = [own.get(name) or (name if name in METRICS else None) for name in self.metrics]
         for name, metric in zip(self.metrics, metrics, strict=True):
             if metric is None:
@@ -184,16 +196,26 @@ def layout_hash(layout: Layout) -> bytes:
     return sha256(f"{layout.dtype} {layout.entries!r}".encode()).digest()
 
 
-def plan_text(plan: Plan, own: Own = PARTS) -> str:
-    """The text of a plan with bare names, which every site can read.
+def plan_text(plan: Plan) -> str:
+    """The text of a plan with bare names. A site maps the names of other parts than atoll's to its own code.
 
     Raises:
-        UsageError: a part is a function or has no name in the registry.
+        UsageError: a part is a function, or its `repr` is no constructor call.
     """
     text = repr(plan)
-    if read_part(text, {**PARTS, **own}) != plan:
+    if parse(text, {**_classes(plan), **PARTS}) != plan:
         raise UsageError(f"The text {text!r:.300} builds another plan.", "parts whose `repr` builds an equal part.")
     return text
+
+
+def _classes(value: Any) -> dict[str, Callable[..., Any]]:
+    """The classes of the dataclasses in a value, by name."""
+    if isinstance(value, (tuple, list)):
+        return {name: cls for one in value for name, cls in _classes(one).items()}
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return {}
+    inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return {type(value).__name__: type(value), **_classes(inner)}
 
 
 def read_plan(text: str, own: Own) -> Plan:
@@ -202,8 +224,6 @@ def read_plan(text: str, own: Own) -> Plan:
     Raises:
         RefusedError: a name is unknown at this site.
     """
-    from atoll.base.grammar import parse
-
     try:
         plan = parse(text, {**PARTS, **own})
     except UsageError as error:

@@ -311,24 +311,24 @@ def over_clients(name: str, values: Tensor, higher_is_better: bool) -> dict[str,
     }
 
 
-def class_weights(weight: str | Mapping[Any, float], y: Tensor, classes: tuple[str, ...]) -> tuple[float, ...]:
+def class_weights(weight: str | Mapping[Any, float], counts: Tensor, classes: tuple[str, ...]) -> tuple[float, ...]:
     """The weight of each class.
 
     balanced: w_c = n / (C · n_c)
 
     Args:
         weight: "balanced", or the weight of each class by its name.
-        y: the classes of the train rows, int64 `[n]`.
+        counts: the train rows of each class, int64 `[C]`.
         classes: the names of the C classes.
     Raises:
         UsageError: an unknown class, a negative weight, or no positive weight.
     Example:
-        >>> class_weights("balanced", torch.tensor([0, 0, 0, 1]), ("no", "yes"))
+        >>> class_weights("balanced", torch.tensor([3, 1]), ("no", "yes"))
         (0.6666666666666666, 2.0)
     """
     if weight == "balanced":
-        counts = y.reshape(-1).bincount(minlength=len(classes)).double()
-        return tuple((len(y) / (len(classes) * counts.clamp(min=1))).tolist())
+        rows = int(counts.sum())
+        return tuple((rows / (len(classes) * counts.double().clamp(min=1))).tolist())
     if not isinstance(weight, Mapping):
         raise UsageError(
             f"class_weight={weight!r}.",

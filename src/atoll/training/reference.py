@@ -30,7 +30,9 @@ from atoll.compute.loss import (
 from atoll.compute.metrics import Counts
 from atoll.compute.shapes import class_axis
 from atoll.data.clients import Clients
+from atoll.data.input import Input
 from atoll.data.rows import IGNORED
+from atoll.data.schema import TrainRows
 
 MOST_ROWS = 1024
 _LARGEST_LOGIT = 30.0  # a class that is absent from the train rows has the probability e⁻³⁰
@@ -80,6 +82,40 @@ def constant_loss(loss: PerExample, rows: Clients) -> float | None:
     else:
         output, y = output.expand(y.shape), y.double()
     return float(values_of(loss, output, y).mean())
+
+
+def known_constant_loss(loss: PerExample, known: TrainRows, given: Input) -> float | None:
+    """The smallest mean loss of a constant answer, from facts about the train rows of all sites.
+
+    Args:
+        loss: the loss of the task.
+        known: the facts. A target has one class, or numbers.
+        given: the input, which scales the numbers to predict.
+    Returns:
+        None if the loss is not one of cross-entropy, binary cross-entropy of two classes, and mse.
+    Example:
+        >>> from atoll.data.input import InputTarget
+        >>> given = Input(target=InputTarget("regression"), features=(1,), outputs=1)
+        >>> known_constant_loss(mse, TrainRows(deviation=(2.0,)), given)
+        4.0
+    """
+    if loss is mse and known.deviation:
+        y = torch.tensor(known.deviation, dtype=torch.float64)
+        y = y / torch.tensor(given.target.spread or 1.0, dtype=torch.float64)
+        return float(values_of(loss, torch.zeros_like(y)[None], y[None] if len(y) > 1 else y))
+    if not known.classes:
+        return None
+    counts, classes = torch.tensor(known.classes), torch.arange(len(known.classes))
+    share = counts / counts.sum()
+    if isinstance(loss, cross_entropy):
+        output = share.double().log().clamp(min=-_LARGEST_LOGIT).expand(len(classes), -1)
+        values = values_of(cross_entropy(axis=-1), output, classes)
+    elif loss is binary_cross_entropy and len(classes) == 2:
+        output = share[1].double().logit().clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT).expand(2)
+        values = values_of(loss, output, classes.double())
+    else:
+        return None
+    return float((values * share).sum())
 
 
 def constant_outputs(form: Form, y: Tensor, owner: Tensor, owners: int) -> Tensor:

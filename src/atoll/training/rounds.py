@@ -41,7 +41,7 @@ from atoll.compute.user_code import PASSES, missed_draw
 from atoll.data.clients import Clients
 from atoll.data.input import Input, first_difference
 from atoll.data.rows import in_memory, keyed
-from atoll.data.schema import Schema
+from atoll.data.schema import Schema, TrainRows
 from atoll.data.sources import Source
 from atoll.engine.check_answers import fitting_metrics, has_single_logit, sum_lengths
 from atoll.engine.choose_backend import Choice, choose, choose_without_rows
@@ -67,7 +67,7 @@ from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, jo
 from atoll.training.inference import parameter_names
 from atoll.training.personal import check_tune, held_by_client, values_of_clients
 from atoll.training.privacy import CLAIM, NOT_PRIVATE, budget_of, notes_of, refuse_leaks
-from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, reference_rows
+from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, known_constant_loss, reference_rows
 from atoll.training.settings import Settings, SettingsDict, listed
 
 MOST_EVALUATED = 10_000  # clients that are evaluated on their own rows
@@ -114,6 +114,7 @@ class Training:
         _refuse_other(data, plan, settings)
         if isinstance(data, Clients) and not settings.spec.needs_rows:
             data = Schema.of(data)
+        self.known = data.known if isinstance(data, Schema) else None
         data = data.without_clients() if isinstance(data, Schema) else data
         if settings.draws:
             held, view = (
@@ -129,7 +130,7 @@ class Training:
         self.fleet = settings.fleet if isinstance(settings.fleet, Fleet) else None
         options = settings.options(plan, model if isinstance(model, str) else None)
         settings.spec.check(options)
-        task = _task(model, data, settings, plan.releases)
+        task = _task(model, data, settings, plan.releases, self.known)
         self._closed = False
         self.engine = settings.spec.build(options)
         try:
@@ -185,7 +186,7 @@ class Training:
         self.watch: dict[str, Any] = {}
         self.outcome: stops.Outcome | None = None
         self.seconds = 0.0
-        self.bytes_up = self.bytes_down = 0
+        self.bytes_up = self.bytes_down = self._site_bytes = 0
         check_same(self.engine, identity(self))
         self.share()
         # The start of the training; the loop backend writes into the module itself.
@@ -271,6 +272,7 @@ class Training:
                 try:
                     self.evaluation, self.evaluated_round = self._present_values(), self.state.round
                     metrics |= self.evaluation.metrics
+                    report = report.to(bytes_up=report.bytes_up + self._site_bytes)
                 except BaseException:
                     self._accept(report.to(metrics=metrics, seconds=spent))
                     raise
@@ -368,6 +370,9 @@ class Training:
                 memory = {**(watch.get(name) or rule.init())}
                 if memory["first"] is None:
                     memory["first"] = self._constant
+                if self.known is not None and report.round == 0:  # without rows, in place of the start model
+                    memory["start"] = loss
+                    memory["first"] = max(loss, memory["first"] or loss)
                 known = memory["first"]
                 if known is not None and "start" not in memory and rule.exceeded(loss, known):
                     memory["start"] = self._start_loss
@@ -402,7 +407,9 @@ class Training:
 
     @cached_property
     def _constant(self) -> float | None:
-        return None if self._reference is None else constant_loss(self.task.loss, self._reference)
+        if self._reference is not None:
+            return constant_loss(self.task.loss, self._reference)
+        return None if self.known is None else known_constant_loss(self.task.loss, self.known, self.input)
 
     @cached_property
     def _start_loss(self) -> float | None:
@@ -437,7 +444,7 @@ class Training:
     def _present_values(self) -> HeldOutValues:
         """The values of the current model on the held-out rows, here and on the machines of clients."""
         scores = self.engine.score(self._evaluated_state) if self.engine.judges else None
-        own = HeldOutValues({})
+        own, self._site_bytes = HeldOutValues({}), 0 if scores is None else scores.bytes_up
         if scores is not None:
             self.client_names, self.evaluated_ids = scores.names, torch.arange(len(scores.names))
             own = of_sites(self.task, scores, clients=self.settings.evaluate != "pooled")
@@ -641,7 +648,7 @@ def plan_from_text(text: str) -> Plan:
     return plan
 
 
-def _task(model: Any, data: Clients, settings: Settings, private: bool = False) -> Task:
+def _task(model: Any, data: Clients, settings: Settings, private: bool = False, known: TrainRows | None = None) -> Task:
     """The model, its loss and its metrics on the device of the engine. If it is private, they follow from no rows."""
     dtype = DTYPES[settings.dtype]
     module = models.resolve(model, data, Key(settings.seed).fold("model"), dtype)
@@ -653,7 +660,7 @@ def _task(model: Any, data: Clients, settings: Settings, private: bool = False) 
     if isinstance(model, str) and ":" not in model and loss == "cross_entropy":
         loss = "cross_entropy(axis=-1)"  # the classes of a named model are on the last axis
     # Settings has put a single metric into a tuple.
-    usual = default_metrics(data, loss, private)
+    usual = default_metrics(data, loss, private, known)
     names = usual if settings.metrics is None else cast("tuple[str | Metric, ...]", settings.metrics)
     metrics = metrics_of(names, loss, data.described(), 0.0 if private else _centre(data))
     device = settings.spec.device(settings.device)
@@ -665,7 +672,7 @@ def _task(model: Any, data: Clients, settings: Settings, private: bool = False) 
     if two and has_single_logit(task, rows):
         task = replace(task, loss=loss_of("binary_cross_entropy"))
     if settings.class_weight is not None:
-        task = replace(task, loss=_weighted(task.loss, data, settings.class_weight))
+        task = replace(task, loss=_weighted(task.loss, data, settings.class_weight, known))
     if settings.loss is not None and settings.metrics is None:
         task = fitting_metrics(task, rows)
     if isinstance(model, str) and ":" not in model and task.built_in:
@@ -744,7 +751,9 @@ def _check_survival(data: Clients) -> None:
         raise UsageError(f"{given}, and no row has an event ({names}).", "at least one event.", "the loss is 0.")
 
 
-def default_metrics(data: Clients, loss: str | PerExample, private: bool = False) -> tuple[str, ...]:
+def default_metrics(
+    data: Clients, loss: str | PerExample, private: bool = False, known: TrainRows | None = None
+) -> tuple[str, ...]:
     """The metrics of a kind of data. The first one selects the best round.
 
     If one class has at least 80 % of the train rows, accuracy is high for a constant answer. The first metric is then
@@ -757,13 +766,21 @@ def default_metrics(data: Clients, loss: str | PerExample, private: bool = False
         return ("poisson_deviance", *names)
     if data.kind != "classification" or data.classes is None:
         return names
-    if data.count and in_memory(data.rows) and not private:
-        counts = data.rows.targets()[data.order].reshape(-1)
-        counts = counts[counts >= 0].bincount()
-        if int(counts.max()) >= limits.IMBALANCED * int(counts.sum()):
-            first = "auc" if len(data.classes) == 2 else "balanced_accuracy"
-            return (first, *(n for n in names if n != first))
+    counts = None if private else _class_counts(data, known)
+    if counts is not None and int(counts.max()) >= limits.IMBALANCED * int(counts.sum()):
+        first = "auc" if len(data.classes) == 2 else "balanced_accuracy"
+        return (first, *(n for n in names if n != first))
     return names
+
+
+def _class_counts(data: Clients, known: TrainRows | None) -> Tensor | None:
+    """The train rows of each class, int64 `[C]`; None if they are not known or not in memory."""
+    if known is not None and known.classes:
+        return torch.tensor(known.classes)
+    if not data.count or not in_memory(data.rows):
+        return None
+    y = data.rows.targets()[data.order].reshape(-1)
+    return y[y >= 0].bincount(minlength=len(data.classes or ()))
 
 
 def _centre(data: Clients) -> float:
@@ -773,7 +790,9 @@ def _centre(data: Clients) -> float:
     return float(data.example[1].double().mean())
 
 
-def _weighted(loss: PerExample, data: Clients, weight: Mapping[str, float] | str) -> PerExample:
+def _weighted(
+    loss: PerExample, data: Clients, weight: Mapping[str, float] | str, known: TrainRows | None = None
+) -> PerExample:
     """A loss with class weights."""
     if data.classes is None or not built_in(loss):
         raise UsageError(
@@ -782,15 +801,16 @@ def _weighted(loss: PerExample, data: Clients, weight: Mapping[str, float] | str
             "the weight of a row is that of its class.",
             Change("loss", "cross_entropy") if data.classes is not None else "",
         )
-    if weight == "balanced" and not data.count:
+    if weight == "balanced" and not data.count and known is None:
         raise UsageError(
             'class_weight="balanced" with a server, which has no train rows.',
             "the weight of each class.",
             "balanced weights are computed from the train rows of all clients.",
             Change("class_weight", ",".join(f"{name}=1" for name in data.classes[:20])),
         )
-    y = data.rows.targets()[data.order] if data.count else torch.zeros(0, dtype=torch.int64)
-    return ClassWeighted(loss, class_weights(_by_name(weight), y, data.classes))
+    y = data.rows.targets()[data.order].reshape(-1) if data.count else torch.zeros(0, dtype=torch.int64)
+    counts = torch.tensor(known.classes) if known is not None else y.bincount(minlength=len(data.classes))
+    return ClassWeighted(loss, class_weights(_by_name(weight), counts, data.classes))
 
 
 def _by_name(weight: Mapping[str, float] | str) -> Mapping[str, float] | str:

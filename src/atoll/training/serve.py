@@ -5,58 +5,67 @@ Tests: tests/faults/test_rehearsal.py
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
 import torch
 
 from atoll.base.errors import AtollError, RunError, UsageError
-from atoll.base.lines import Change
+from atoll.base.files import atomic_write
+from atoll.base.lines import Change, Line
 from atoll.base.validation import required
+from atoll.data.clients import Clients
 from atoll.data.input import Input
 from atoll.data.rows import ArrayRows, draws_in
-from atoll.data.schema import Schema
+from atoll.data.schema import Schema, TrainRows
 from atoll.net import systemd
-from atoll.net.spec import Server
+from atoll.net.spec import Server, check_extra
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Gradient
+from atoll.plan.plan import Plan
 from atoll.plan.round import Report
 from atoll.runs.events import Observer, Run
 from atoll.runs.frames import metrics_row
 from atoll.training.experiment import Experiment
 from atoll.training.recorder import Recorder
-from atoll.training.rounds import Training
-from atoll.training.train import run_rounds
+from atoll.training.rounds import Training, plan_from_text
+from atoll.training.setting_texts import read_toml
+from atoll.training.settings import Settings, SettingsDict, listed
+from atoll.training.statistics import gather_statistics, lacks_statistics, refuse_private
+from atoll.training.train import python_config, run_rounds
 
 if TYPE_CHECKING:
     from atoll.net.client import Notify
     from atoll.net.engine import ServerEngine
+    from atoll.net.metrics import Metrics
+    from atoll.net.rounds import RoundStore
 
 _COPIED = 1 << 26  # numbers of held-out rows that are copied, so that no train row stays in memory
+_NEXT = "next.toml"
 _OWN = {f.name for f in fields(Server)} - {"home", "listen", "hosts", "drain"}
 
 
 class _Rows:
     """Passes the row and the times of each committed round on."""
 
-    def __init__(self, notify: Notify, gather_s: Callable[[], float], commit_s: Callable[[], float]) -> None:
-        self._notify, self._training, self._gather_s, self._commit_s = notify, None, gather_s, commit_s
+    def __init__(self, notify: Notify, training: Training, store: RoundStore) -> None:
+        self._notify, self._training, self._store = notify, training, store
 
-    def start(self, training: Any, path: Path | None) -> None:
-        self._training = training
+    def start(self, training: Any, path: Path | None) -> None: ...
 
     def round(self, report: Report) -> None:
-        training: Any = self._training
-        self._notify({"event": "round", **metrics_row(report, len(training.state.versions))})
-        gather = self._gather_s()
-        stages = {"gather": gather, "step": max(0.0, report.seconds - gather), "commit": self._commit_s()}
-        self._notify({"event": "stages", **stages})
+        self._notify({"event": "round", **metrics_row(report, len(self._training.state.versions))})
+        engine: Any = self._training.engine
+        stages = {"gather": engine.gather_s, "step": max(0.0, report.seconds - engine.gather_s)}
+        self._notify({"event": "stages", **stages, "commit": self._store.seconds})
 
     def end(self, run: Run) -> None: ...
 
@@ -65,16 +74,256 @@ def unfinished(home: Path) -> tuple[str, dict[str, Any]] | None:
     """The run of a home that has not ended: its name, and the settings of its server; None if there is none."""
     if not (home / "federation.db").exists():
         return None
+    name, net = _stored(home, "run", "net")
+    if name is None or not (home / "runs" / name / "config.toml").is_file():
+        return None
+    return name, json.loads(net or "{}")
+
+
+def _stored(home: Path, *names: str) -> tuple[str | None, ...]:
+    """Values of the database of a home."""
     from atoll.net.home import ServerHome
 
     at = ServerHome.open(home, serve=False)
     try:
-        name, net = at.database.get("run"), at.database.get("net")
+        return tuple(at.database.get(name) for name in names)
     finally:
         at.close()
-    if name is None or not (at.path / "runs" / name / "config.toml").is_file():
-        return None
-    return name, json.loads(net or "{}")
+
+
+class ServedRun(NamedTuple):
+    """A run to serve.
+
+    Args:
+        model: a name, or a function that makes a model.
+        schema: the input, and the held-out rows of the server.
+        plan: the algorithm.
+        settings: the settings of the training, with a `Server` as the engine.
+        config: the text of config.toml.
+        checkpoint_s: the seconds between two checkpoints.
+        report: whether plots and report.html are drawn.
+        scales: if the sites send statistics first: the scale of features, None to count classes only, and the scale of
+            numbers to predict. None: the run needs no statistics.
+        unfinished: the name of the run that is continued; None: the run is new.
+    """
+
+    model: Any
+    schema: Schema
+    plan: Plan
+    settings: Settings
+    config: str
+    checkpoint_s: float
+    report: bool
+    scales: tuple[Any, Any] | None = None
+    unfinished: str | None = None
+
+
+class Serving:
+    """A server that listens, and the run that it serves. `atoll.serve` makes it; use it in a `with` statement.
+
+    If the sites send statistics first, the server listens for these, and again at the same address for the run.
+
+    Args:
+        job: the run.
+        notify: receives the events of the server, such as its address.
+        metrics: `host:port` of the loopback interface on which Prometheus reads the metrics; None: no metrics.
+    Attributes:
+        run: the run after its end, with metrics, model and path; None before.
+    """
+
+    def __init__(self, job: ServedRun, notify: Notify = lambda facts: None, metrics: str | None = None) -> None:
+        self._job, self._notify = job, notify
+        self.run: Run | None = None
+        self._recorder: Recorder | None = None
+        self._rows: _Rows | None = None
+        self._training = self._opened()
+        self._metrics: Metrics | None = None
+        notify({"event": "listening", "address": self.address, "home": str(self._engine.home.path)})
+        systemd.notify("READY=1")
+        if metrics is not None:
+            self._measure(metrics)
+
+    @property
+    def address(self) -> str:
+        """The address at which the server listens."""
+        address: str = self._engine.net.address
+        return address
+
+    def invite(self, name: str, *, address: str | None = None, san: str | None = None, days: float = 7.0) -> str:
+        """Make a token, with which one client joins.
+
+        Args:
+            name: the name of the client: a-z, 0-9 and -.
+            address: HOST:PORT for the site to dial; None: the one that the server listens on.
+            san: the alternative name under your own authority.
+            days: the days until the token expires.
+        Returns:
+            The text of the token. It contains a secret.
+        Raises:
+            UsageError: the name or the address is not valid, or the run has no further place.
+        """
+        return self._engine.home.invite(name, address, san, days).text()
+
+    def rounds(self) -> Iterator[Report]:
+        """Wait for the clients and train: one report after each committed round. A `break` ends the server later.
+
+        Raises:
+            RunError: the run failed.
+        """
+        with self._failing():
+            recorder = self._begun()
+            while self._training.outcome is None:
+                try:
+                    report = recorder.round(self._training.next())
+                except BaseException as error:
+                    self._recorder = None
+                    recorder.fail(error)
+                    raise
+                required(self._rows, "rows").round(report)
+                yield report
+            self.run = self._ended(False)
+
+    def complete(self, observers: Sequence[Observer] = ()) -> bool:
+        """Train to the end, or to Ctrl-C. Returns whether a signal to end, not Ctrl-C, has ended it."""
+        from atoll.net.engine import Stopped
+
+        with _Terminated() as terminated, self._failing():
+            recorder = self._begun()
+            try:
+                interrupted = run_rounds(self._training, recorder, [required(self._rows, "rows"), *observers])
+            except Stopped:
+                interrupted = True
+            except BaseException:
+                self._recorder = None  # the run is recorded as failed
+                raise
+            self.run = self._ended(interrupted)
+        return terminated.asked
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._recorder is not None and self.run is None and self._training.outcome is None:
+            self.run = self._ended(True)  # a loop that was left; a failed run has an outcome, or no open server
+        if self._metrics is not None:
+            self._metrics.close()
+        self._training.close()
+
+    def _measure(self, address: str) -> None:
+        """Count the events for Prometheus."""
+        from atoll.net.metrics import Metrics
+
+        notify = self._notify
+        try:
+            metrics = self._metrics = Metrics(address)
+        except BaseException:
+            self._training.close()
+            raise
+        metrics.watch(self._engine.net)
+        notify({"event": "metrics", "address": metrics.address})
+
+        def both(facts: Mapping[str, Any]) -> None:
+            metrics.event(facts)
+            notify(facts)
+
+        self._notify = both
+
+    @property
+    def _engine(self) -> ServerEngine:
+        engine: Any = self._training.engine
+        return engine  # type: ignore[no-any-return]
+
+    def _opened(self) -> Training:
+        """The training, or one that gathers statistics. Its engine listens."""
+        job = self._job
+        if job.scales is None:
+            return Training(job.model, job.schema, job.plan, job.settings)
+        spec: Any = job.settings.spec
+        facts = {"engine": replace(spec, scaled=job.scales[0] is None), "seed": job.settings.seed}
+        settings = Settings.from_kwargs({**facts, "dtype": job.settings.dtype, "metrics": (), "rounds": 1})
+        return Training(job.model, job.schema, Plan(Gradient(), Mean()), settings)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Send the sites the end of a run that fails."""
+        try:
+            yield
+        except AtollError as error:
+            if self.run is None:
+                self._engine.finish("failed", str(error.given))
+                self._forget(error)
+            raise
+
+    def _forget(self, error: AtollError) -> None:
+        """A failed run is over. A run that was refused can continue with other settings."""
+        (self._engine.home.path / _NEXT).unlink(missing_ok=True)
+        if isinstance(error, RunError):
+            self._engine.home.database.put("run", None)
+
+    def _begun(self) -> Recorder:
+        """Gather statistics if the run needs them, and open the run."""
+        from atoll.net.rounds import RoundStore
+
+        if self._job.scales is not None:
+            self._gather(*self._job.scales)
+        job, engine = self._job, self._engine
+        engine.notify = self._notify
+        database, path = engine.home.database, engine.home.path
+        store = RoundStore(database, lambda: engine.run, engine.accepted)
+        recorder = Recorder(self._training, path / "runs", job.config, job.checkpoint_s, store)
+        if job.unfinished is not None:
+            engine.run = job.unfinished
+            recorder.resume(path / "runs" / engine.run, any_version=False)
+        else:
+            engine.run = required(recorder.path, "run folder").name
+            known = self._training.known
+            database.put("net", json.dumps(asdict(engine.spec)))
+            database.put("train_rows", None if known is None else json.dumps(known))
+            database.put("run", engine.run)
+            (path / _NEXT).unlink(missing_ok=True)
+        self._recorder, self._rows = recorder, _Rows(self._notify, self._training, store)
+        engine.begin(engine.run, self._training.plan)
+        self._notify({"event": "run", "run": engine.run})
+        return recorder
+
+    def _gather(self, scale: Any, target: Any) -> None:
+        """Gather statistics, and open the server of the run at the same address."""
+        job, engine, training = self._job, self._engine, self._training
+        engine.notify = self._notify
+        spec: Any = job.settings.spec
+        at = None if spec.schema is None else str(Path(spec.schema).resolve())
+        engine.home.database.put("net", json.dumps(asdict(replace(spec, schema=at))))
+        atomic_write(engine.home.path / _NEXT, job.config.encode())
+        engine.begin(f"statistics-{engine.epoch}", training.plan)
+        engine.await_clients(training.plan, training.state)
+        found = gather_statistics(job.schema, lambda part: engine.measure(part, training.state), scale, target)
+        address = self.address
+        engine.finish("draining", "the statistics are complete, and the run follows", retry_s=0.1)
+        training.close()
+        settings = replace(job.settings, engine=replace(spec, listen=address))
+        self._job = job._replace(schema=found, settings=settings, scales=None)
+        self._training = self._opened()
+        if self._metrics is not None:
+            self._metrics.watch(self._engine.net)
+
+    def _ended(self, interrupted: bool) -> Run:
+        """Write the result, send it to the clients, and draw the report."""
+        engine = self._engine
+        run = required(self._recorder, "recorder").end(interrupted, baselines=False, report=False)
+        path = required(run.path, "run folder")
+        if run.status == "interrupted":
+            engine.finish("draining", "the server stops and continues later")
+            return run
+        engine.home.database.put("run", None)
+        if run.status == "failed":
+            engine.finish("failed", run.reason)
+            raise required(self._training.outcome, "outcome").error()
+        engine.finish("done", run.reason, (path / "model.safetensors").read_bytes())
+        if self._job.report:
+            from atoll.report.draw import draw
+
+            draw(path)
+        return run
 
 
 def serve_run(
@@ -104,90 +353,182 @@ def serve_run(
     home = Path(spec.home)
     open_run = unfinished(home)
     it, spec = _chosen(it, spec, open_run, home, trust)
-    settings = it.check(engine=spec)
-    training = Training(it._model(), _schema(it, spec), it.plan(), settings)
-    engine: Any = training.engine
-    with contextlib.ExitStack() as ends:
-        ends.callback(training.close)
-        notify = _measured(metrics, engine, notify, ends)
-        return _serve(it, training, engine, open_run, notify, observers)
-
-
-def _measured(address: str | None, engine: ServerEngine, notify: Notify, ends: contextlib.ExitStack) -> Notify:
-    """The receiver of events, which also counts them for Prometheus if there is an address."""
-    if address is None:
-        return notify
-    from atoll.net.metrics import Metrics
-
-    metrics = Metrics(address)
-    ends.callback(metrics.close)
-    metrics.watch(engine.net)
-    notify({"event": "metrics", "address": metrics.address})
-
-    def both(facts: Mapping[str, Any]) -> None:
-        metrics.event(facts)
-        notify(facts)
-
-    return both
-
-
-def _serve(
-    it: Experiment,
-    training: Training,
-    engine: ServerEngine,
-    open_run: tuple[str, dict[str, Any]] | None,
-    notify: Notify,
-    observers: Sequence[Observer],
-) -> tuple[Run, bool]:
-    from atoll.net.engine import Stopped
-    from atoll.net.rounds import RoundStore
-
-    database, path = engine.home.database, engine.home.path
-    notify({"event": "listening", "address": engine.net.address, "home": str(path)})
-    systemd.notify("READY=1")
-    engine.notify = notify
-    store = RoundStore(database, lambda: engine.run, engine.accepted)
-    recorder = Recorder(training, path / "runs", it.toml(), it.checkpoint_s, store)
-    if open_run is not None:
-        engine.run = open_run[0]
-        recorder.resume(path / "runs" / engine.run, any_version=False)
+    settings, plan, schema, scales = it.check(engine=spec), it.plan(), _schema(it, spec), None
+    if open_run is None:
+        lacks = spec.schema is not None and (it.scale is not None or lacks_statistics(Path(spec.schema)))
+        scales = _scales(schema, plan, settings, it.scale or "standard" if lacks else None, it.scale_target)
     else:
-        engine.run = required(recorder.path, "run folder").name
-        database.put("net", json.dumps(asdict(engine.spec)))
-        database.put("run", engine.run)
-    with _Terminated() as terminated:
-        try:
-            engine.begin(engine.run, training.plan)
-            notify({"event": "run", "run": engine.run})
-            rows = _Rows(notify, lambda: engine.gather_s, lambda: store.seconds)
-            interrupted = run_rounds(training, recorder, [rows, *observers])
-        except Stopped:
-            interrupted = True
-        except AtollError as error:
-            engine.finish("failed", str(error.given))
-            if isinstance(error, RunError):
-                database.put("run", None)
-            raise
-        return _ended(it, training, engine, recorder, interrupted), terminated.asked
+        schema = _with_known(schema, home)
+    name = None if open_run is None else open_run[0]
+    job = ServedRun(it._model(), schema, plan, settings, it.toml(), it.checkpoint_s, it.report, scales, name)
+    with Serving(job, notify, metrics) as serving:
+        terminated = serving.complete(observers)
+        return required(serving.run, "run"), terminated
 
 
-def _ended(it: Experiment, training: Training, engine: ServerEngine, recorder: Recorder, interrupted: bool) -> Run:
-    """Write the result, send it to the clients, and draw the report."""
-    run = recorder.end(interrupted, baselines=False, report=False)
-    path = required(run.path, "run folder")
-    if run.status == "interrupted":
-        engine.finish("draining", "the server stops and continues later")
-        return run
-    engine.home.database.put("run", None)
-    if run.status == "failed":
-        engine.finish("failed", run.reason)
-        raise required(training.outcome, "outcome").error()
-    engine.finish("done", run.reason, (path / "model.safetensors").read_bytes())
-    if it.report:
-        from atoll.report.draw import draw
+@listed
+def serve(
+    model: Any,
+    data: Clients | Input,
+    plan: Plan | str,
+    *,
+    home: str | Path,
+    listen: str | None = None,
+    hosts: Sequence[str] = (),
+    clients: int | None = None,
+    min_clients: int = 2,
+    split: str | None = None,
+    held_out: float = 0.2,
+    min_rows: int = 2,
+    scale: str | None = None,
+    absent_s: float | None = None,
+    drain: float = 30.0,
+    share: bool = True,
+    checkpoint_s: float = 15.0,
+    report: bool = True,
+    notify: Notify = lambda facts: None,
+    **settings: Unpack[SettingsDict],
+) -> Serving:
+    """Serve a run to clients on other machines. An unfinished run of the home continues.
 
-        draw(path)
-    return run
+    Args:
+        model: the name of a model. Each site builds it from its name.
+        data: the clients, of which the server keeps the input and the held-out rows; or an input, without rows.
+        plan: the algorithm, or its text, such as "fedavg(0.1)".
+        home: the folder of the server: its authority, its database and its runs.
+        listen: `host:port`; port 0 takes a free one. None: the address of the last start, else 127.0.0.1:0.
+        hosts: further host names and addresses in the certificate of the server.
+        clients: the number of clients of a closed run; None: the run is open.
+        min_clients: the number of clients that must be present before a round of an open run opens.
+        split: the partition of a known data set, if the clients take their seats of it.
+        held_out: the fraction of its rows that a site holds out.
+        min_rows: the smallest number of train rows of a site.
+        scale: "standard": the sites first send statistics of their rows, which fill and scale the columns of an input;
+            "none": they only fill missing numbers; None: the statistics of the input are used.
+        absent_s: the seconds after which the work of an absent client fails; None: by the kind of run.
+        drain: the seconds in which the clients may leave at the end.
+        share: whether the clients receive the final model.
+        checkpoint_s: the number of seconds between two checkpoints.
+        report: whether plots and report.html are drawn at the end.
+        notify: receives the events of the server as dicts, such as `{"event": "present", "client": 0, "rows": 30}`.
+        settings: the fields of `Settings`.
+    Returns:
+        The server. Its `rounds()` wait for the clients and train.
+    Raises:
+        UsageError: model, data, plan and settings do not fit, or another process serves from the home.
+    Example:
+        >>> import atoll, tempfile
+        >>> from pathlib import Path
+        >>> data = atoll.data.load("wine").split(2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atoll.serve("softmax", data, "fedavg(0.1)", home=Path(folder) / "wine", clients=2) as server:
+        ...         server.invite("north")[:7]
+        'atoll1.'
+    """
+    check_extra()
+    own: dict[str, Any] = {
+        "listen": listen,
+        "hosts": tuple(hosts),
+        "clients": clients,
+        "min_clients": min_clients,
+        "split": split,
+    }
+    own |= {"held_out": held_out, "min_rows": min_rows, "absent_s": absent_s, "drain": drain, "share": share}
+    spec = Server(str(home), **own, seed=settings.get("seed", 0))
+    if "engine" in settings:
+        write = Line(python=f"atoll.serve(model, data, plan, home={str(home)!r})")
+        raise UsageError("engine with atoll.serve.", "no engine.", "the server is the engine.", write)
+    plan = plan_from_text(plan) if isinstance(plan, str) else plan
+    open_run = unfinished(Path(home))
+    if open_run is not None:
+        spec = replace(spec, **{n: v for n, v in open_run[1].items() if n in _OWN - {"schema"}})
+    made = Settings.from_kwargs({**settings, "engine": spec})
+    schema = Schema.of_input(data) if isinstance(data, Input) else Schema.of(data)
+    scales = None
+    if open_run is None:
+        scales = _scales(schema, plan, made, scale, None)
+    else:
+        schema = _with_known(schema, Path(home), replace_input=scale is not None)
+    config = python_config(model, schema.name, plan, made, "serve(model, data, plan, home=...)")
+    name = None if open_run is None else open_run[0]
+    return Serving(ServedRun(model, schema, plan, made, config, checkpoint_s, report, scales, name), notify)
+
+
+def join(
+    token: str | None,
+    data: Any,
+    *,
+    home: str | Path,
+    seat: bool = False,
+    by: str | None = None,
+    device: str = "cpu",
+    own: Mapping[str, Callable[..., Any]] | None = None,
+    once: bool = True,
+    policy: str | Path | None = None,
+    check: bool = False,
+    notify: Notify = lambda facts: None,
+) -> None:
+    """Take part in a federation with rows of this machine, until the run is over.
+
+    Args:
+        token: the text of the token; None: the home is enrolled.
+        data: the rows: the path of a table or of a folder of arrays, the name of a data set, `my_site.py:function`, a
+            data frame, a dict of columns, a pair `(x, y)`, or a `Source`.
+        home: the folder of the site: its key, its client memory, its ledger and the final models.
+        seat: whether the client holds its part of the run's split of a known data set.
+        by: the column that names the client of each row, if the run scales each client by its own statistics.
+        device: cpu, cuda, cuda:1 or auto.
+        own: the site's own models, losses, metrics and parts by the names that the run uses.
+        once: whether to end with the run; False waits for further runs.
+        policy: the path of a policy file; None: everything is allowed.
+        check: whether to try everything and send no message of a work.
+        notify: receives the events of the client as dicts.
+    Raises:
+        UsageError: the home, the token or the data is not valid, or the server refuses this client.
+        RunError: the run failed, or another certificate authority answers.
+    """
+    check_extra()
+    from atoll.net.join import join_federation
+    from atoll.net.policy import Policy
+
+    limits = Policy() if policy is None else Policy.read(Path(policy))
+    options: dict[str, Any] = dict(
+        seat=seat, by=by, device=device, own=own, once=once, policy=limits, check=check, notify=notify
+    )
+    join_federation(token, Path(home), data, **options)
+
+
+def _scales(schema: Schema, plan: Plan, settings: Settings, scale: str | None, target: str | None) -> Any:
+    """The scales of the statistics that the sites send first; None if the run needs none.
+
+    Args:
+        schema: the schema.
+        plan: the plan.
+        settings: the settings.
+        scale: the scale of features, if the input lacks statistics.
+        target: the scale of numbers to predict; None: "standard" for one number of a table.
+    """
+    if scale is None and settings.class_weight != "balanced":
+        return None
+    if scale == "client":
+        raise UsageError(
+            'scale = "client" with --schema.',
+            "one scale for all sites, or an input that has the statistics of each site.",
+            "only the joined data name the client of each row.",
+            Change("scale", "standard"),
+        )
+    refuse_private(plan)
+    given = schema.described()
+    one = bool(given.columns) and len(given.target.names) == 1
+    return scale, target or ("standard" if one else "none")
+
+
+def _with_known(schema: Schema, home: Path, replace_input: bool = False) -> Schema:
+    """The schema with the statistics that were gathered before the unfinished run."""
+    name, rows = _stored(home, "run", "train_rows")
+    if replace_input:
+        schema = replace(schema, input=Input.read(home / "runs" / str(name)))
+    return replace(schema, known=None if rows is None else TrainRows(*map(tuple, json.loads(rows))))
 
 
 def _chosen(
@@ -195,6 +536,8 @@ def _chosen(
 ) -> tuple[Experiment, Server]:
     """The experiment and the settings of the server: those of the unfinished run if there is one."""
     if open_run is None:
+        if it is None and (home / _NEXT).is_file():
+            it, spec = _next(home, spec, trust)
         if it is None:
             it = Experiment.found().with_environment()
             if it == Experiment() and any((home / "runs").glob("*/config.toml")):
@@ -229,6 +572,13 @@ def _chosen(
         )
     name, net = open_run
     config = home / "runs" / name
+    if (read_toml(config / "config.toml") or {}).get("python"):
+        raise UsageError(
+            f"The run {name} of {home} was started from Python.",
+            "the program that started it.",
+            "its settings are objects of that program.",
+            Line(python=f"atoll.serve(model, data, plan, home={str(home)!r})"),
+        )
     stored = Experiment.read(config, trust=trust)
     kept: dict[str, Any] = {n: v for n, v in net.items() if n in _OWN}
     if kept.get("schema"):  # the file may have moved; the folder of the run has its content
@@ -246,6 +596,12 @@ def _chosen(
             f"atoll serve --home {home}",
         )
     return stored, replace(spec, **kept)
+
+
+def _next(home: Path, spec: Server, trust: bool) -> tuple[Experiment, Server]:
+    """The experiment for which the server gathered statistics when it ended."""
+    net = json.loads(_stored(home, "net")[0] or "{}")
+    return Experiment.read(home / _NEXT, trust=trust), replace(spec, **{n: v for n, v in net.items() if n in _OWN})
 
 
 def _resolved(it: Experiment, spec: Server) -> Experiment:

@@ -83,7 +83,9 @@ def train(
             out, resume, observers, baselines = None, None, (), False  # the primary process writes and prints
         elif resume is None and out is not None:
             resume = find_interrupted(training, out)
-        recorder = Recorder(training, out, config or _config(model, data, plan, training.settings), checkpoint_s)
+        recorder = Recorder(
+            training, out, config or python_config(model, data.name, plan, training.settings), checkpoint_s
+        )
         recorder.begin(resume, any_version)
         interrupted = run_rounds(training, recorder, observers)
     except BaseException as error:
@@ -176,11 +178,19 @@ def _close(training: Training, recorder: Recorder) -> str:
     return ""
 
 
-def _config(model: Any, data: Clients, plan: Plan | str, settings: Settings) -> str:
-    """Build the config.toml of a training that Python code started, from the settings that a file can store."""
+def python_config(
+    model: Any, data: str, plan: Plan | str, settings: Settings, call: str = "train(model, data, plan, resume=...)"
+) -> str:
+    """Build the config.toml of a training that Python code started, from the settings that a file can store.
+
+    Args:
+        model, plan, settings: those of the training.
+        data: the name of the data.
+        call: the call of `atoll` that continues the run.
+    """
     facts: dict[str, Any] = {
         "model": model if isinstance(model, str) else f"{type(model).__module__}:{type(model).__qualname__}",
-        "data": data.name,
+        "data": data,
         "plan": plan if isinstance(plan, str) else repr(plan),
         "rounds": settings.rounds,
         "seed": settings.seed,
@@ -190,7 +200,7 @@ def _config(model: Any, data: Clients, plan: Plan | str, settings: Settings) -> 
         facts["loss"] = name_of_loss(settings.loss)
     if settings.metrics is not None:
         facts["metrics"] = [m for m in cast("tuple[Any, ...]", settings.metrics) if isinstance(m, str)]
-    lines = ["# Started from Python. Resume with atoll.train(model, data, plan, resume=...)", "python = true"]
+    lines = [f"# Started from Python. Resume with atoll.{call}", "python = true"]
     return "\n".join(lines + [f"{n} = {toml(v)}" for n, v in facts.items()]) + "\n"
 
 

@@ -36,8 +36,9 @@ class Moments(Local):
     Args:
         centre: c, of each number of a row; empty: only rows and classes are counted.
         classes: the number of classes, ≥ 0; 0: the targets are numbers or labels of 0 and 1.
+        first: the place of the first number of x that is measured, from 0; the text of a plan is short.
     Raises:
-        UsageError: the number of classes is no whole number ≥ 0.
+        UsageError: the number of classes, or the first place, is no whole number ≥ 0.
     Example:
         >>> from atoll.plan.aggregate import Mean
         >>> from atoll.plan.plan import Plan
@@ -49,12 +50,14 @@ class Moments(Local):
 
     centre: tuple[float, ...] = ()
     classes: int = 0
+    first: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or self.classes < 0:
-            raise UsageError(
-                f"Moments: classes = {self.classes!r}.", "a whole number ≥ 0.", write="Moments((0.0,), classes=2)"
-            )
+        for name, value in (("classes", self.classes), ("first", self.first)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise UsageError(
+                    f"Moments: {name} = {value!r}.", "a whole number ≥ 0.", write="Moments((0.0,), classes=2)"
+                )
 
     @property
     def mixes_widths(self) -> bool:
@@ -91,10 +94,10 @@ class Moments(Local):
             if not self.classes:
                 missing = torch.zeros_like(y, dtype=torch.bool) if y.is_floating_point() else y == IGNORED
                 numbers.append(y.double().masked_fill(missing, torch.nan).reshape(len(y), -1))
-            found = sum(part.shape[1] for part in numbers)
-            if found != len(self.centre):
-                raise ClientError(f"A row has {found} numbers.", f"{len(self.centre)}, as Moments has centres.")
-            yield torch.cat([part.double() for part in numbers], 1)
+            found, last = sum(part.shape[1] for part in numbers), self.first + len(self.centre)
+            if found < last:
+                raise ClientError(f"A row has {found} numbers.", f"at least {last}, as Moments has centres.")
+            yield torch.cat([part.double() for part in numbers], 1)[:, self.first : last]
 
     def sums_of(self, sums: Tensors) -> Sums:
         """The sums of a total, or of several contributions, for `atoll.data.scale.mean_of` and `deviation_of`.
