@@ -71,6 +71,7 @@ def _train(estimator: Any, data: Clients, model: Any, rounds: int) -> None:
         estimator.recipe,
         out=estimator.out,
         report=False,
+        progress="none",
         rounds=rounds,
         seed=estimator.seed,
         dtype=str(estimator._dtype).removeprefix("torch."),

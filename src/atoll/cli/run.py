@@ -68,9 +68,9 @@ def run_training(it: Experiment, look: Look, **more: Any) -> int:
 
 def _train(it: Experiment, look: Look, **more: Any) -> Run:
     if not prints(it):
-        return it.train(**more)
+        return it.train(progress="none", **more)
     with look.observers() as observers:
-        return it.train(observers=observers, **more)
+        return it.train(observers=observers, progress="none", **more)
 
 
 def several(it: Experiment, seeds: int, look: Look) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from atoll.base.errors import ClientError, UsageError, unknown_name
 from atoll.base.lines import Line, Split, literal
+from atoll.base.markup import html_table, mimebundle
 from atoll.base.random import Key
 from atoll.base.validation import plain_number
 from atoll.data.fields import RowField, unpack_fields
@@ -102,6 +103,16 @@ class Clients:
     def __repr__(self) -> str:
         held = 0 if self.held_out is None else len(self.held_out)
         return f"Clients({self.name!r}, clients={self.count}, rows={len(self.order)}, held_out={held})"
+
+    def _repr_html_(self) -> str:
+        shown = [str(n) for n in self.sizes[:50].tolist()]
+        names = self.names or [f"client {i}" for i in range(len(shown))]
+        rows = [["client", "train rows"], *([name, n] for name, n in zip(names, shown, strict=False))]
+        more = f"{self.count - len(shown)} more clients" if self.count > len(shown) else ""
+        return html_table(repr(self), rows, more)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return mimebundle(self)
 
     @property
     def count(self) -> int:

@@ -22,6 +22,7 @@ from atoll.base import lines
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.grammar import parse
 from atoll.base.lines import Change, Split
+from atoll.base.markup import html_table, mimebundle
 from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments
 from atoll.data.cells import EPOCH, Cells, Missing
@@ -114,6 +115,14 @@ class Source:
 
     def __repr__(self) -> str:
         return f"Source({self.name!r}, {self.kind}, rows={len(self)}, features={self.features})"
+
+    def _repr_html_(self) -> str:
+        columns = self.columns or ()
+        shown = [[str(i), name] for i, name in enumerate(columns[:100])]
+        return html_table(repr(self), [["feature", "name"], *shown] if shown else [["features"], [str(self.features)]])
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return mimebundle(self)
 
     @check_arguments
     def split(

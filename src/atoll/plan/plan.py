@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import Value
+from atoll.base.markup import mimebundle, preformatted
 from atoll.base.names import under
 from atoll.base.validation import plain_fields, plain_number, repaired
 from atoll.compute.task import Task
@@ -105,6 +106,12 @@ class Plan(Value):
     def shows_clients(self) -> bool:
         """Whether the server receives values of single clients. A secure sum and noise hide them."""
         return self.aggregator.secure is None and not self.releases
+
+    def _repr_html_(self) -> str:
+        return preformatted(str(self))
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return mimebundle(self)
 
     def __str__(self) -> str:
         """The formula with its slots filled in."""

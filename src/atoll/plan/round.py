@@ -30,6 +30,7 @@ from torch import Tensor
 from atoll.base.entropy import round_secret
 from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Line, Part
+from atoll.base.markup import html_table, mimebundle
 from atoll.base.names import ROWS_OF, metric_name
 from atoll.base.random import Key, SecretKey
 from atoll.compute.layout import Layout
@@ -129,7 +130,7 @@ class Engine(Protocol):
     def agree(self, value: bytes) -> bytes: ...  # the value of the first process
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The report of a round.
 
@@ -165,6 +166,19 @@ class Report:
     now: float | None = None
     trips: tuple[FlightTimes, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        metrics = ", ".join(f"{name[:40]}={value:.5g}" for name, value in list(self.metrics.items())[:8])
+        return f"Report(round={self.round}, arrived={self.arrived} of {self.cohort}, {metrics})"[:400]
+
+    def _repr_html_(self) -> str:
+        rows = [["", "value"], *([name, f"{value:.6g}"] for name, value in self.metrics.items())]
+        lost = f", {len(self.failures)} failures" if self.failures else ""
+        more = f"{self.bytes_up:,} bytes up, {self.bytes_down:,} bytes down, {self.seconds:.3g} s{lost}"
+        return html_table(f"round {self.round}: {self.arrived} of {self.cohort} clients", rows, more)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return mimebundle(self)
 
     def to(self, **changes: Any) -> Report:
         """A copy of the report in which these fields are replaced."""

@@ -55,5 +55,5 @@ def draw(folder: Path, data: Clients | None = None, formats: Sequence[str] = ())
             from atoll.report.export import rendered
 
             runs.write(folder / "plots" / f"{drawing.name}.{suffix}", rendered(drawing, suffix))
-    text = page(page_data(folder, report=True), record, drawings, federation)
+    text = page(page_data(folder, record, report=True), record, drawings, federation)
     runs.write(folder / "report.html", text.encode("utf-8", "replace"))

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from atoll.report.bundle import bundle
 from atoll.report.chart import Drawing
-from atoll.report.clients import Federation
 from atoll.report.page_data import ClientTable, Page, TextTable, to_json
 from atoll.report.run_data import Row, RunData
 from atoll.report.svg import svg
 from atoll.runs.format import duration, format_number, label, size, spread, whole
+
+if TYPE_CHECKING:
+    from atoll.report.clients import Federation
 
 _VOID = {"meta"}
 _MOST_ROWS, _MOST_CLIENTS = 200, 500

@@ -148,11 +148,12 @@ class Page(Struct, omit_defaults=True, kw_only=True, frozen=True):
     server: dict[str, Any] | None = None
 
 
-def page_data(folder: Path, *, report: bool = False) -> Page:
+def page_data(folder: Path, record: RunData | None = None, *, report: bool = False) -> Page:
     """Read a run folder, also one that is unfinished, old, or damaged in part.
 
     Args:
         folder: the run folder.
+        record: its contents, if they have been read; None: they are read.
         report: whether report.html is listed in any case: the data are for this file, which is not written yet.
     Example:
         >>> import tempfile
@@ -161,8 +162,8 @@ def page_data(folder: Path, *, report: bool = False) -> Page:
         >>> page.version, page.status, page.rounds
         (1, 'unfinished', 0)
     """
-    record, labels = RunData.read(folder), Labels.read(folder)
-    events, chief = record.events, record.judged
+    record = RunData.read(folder) if record is None else record
+    labels, events, chief = Labels.read(folder), record.events, record.judged
     running = not events.stopped and runs.is_locked(folder)
     columns = _columns(record)
     total = record.config.get("rounds")
@@ -389,15 +390,17 @@ def _clients(folder: Path, record: RunData) -> ClientTable:
     known = _known_clients(record, own.get("id", []), names)
     ids = known[:MOST_CLIENTS]
     columns = [*_own_columns(own, ids), *_training_columns(record, ids, why)]
-    for name, each in (("bytes_up", events.tally.up), ("bytes_down", events.tally.down)):
-        columns.append(ClientColumn(name, name.replace("_", " "), "bytes", [each.get(i) for i in ids]))
+    tally = events.tally
+    part = "" if tally.rounds == tally.of else f", in {tally.rounds:,} of {tally.of:,} rounds"  # of a long log
+    for name, each in (("bytes_up", tally.up), ("bytes_down", tally.down)):
+        columns.append(ClientColumn(name, f"{name.replace('_', ' ')}{part}", "bytes", [each.get(i) for i in ids]))
     late = _late(record)
     columns.append(ClientColumn("late", "late", "count", [late.get(i, 0) for i in ids] if late is not None else []))
     columns.append(
         ClientColumn("lost", "lost", "count", [events.lost[i].count if i in events.lost else 0 for i in ids])
     )
     seen: list[float | None] = [events.seen[i][0] if i in events.seen else None for i in ids]
-    columns.append(ClientColumn("seen", "last seen in round", "count", seen))
+    columns.append(ClientColumn("seen", f"last seen in round{part}", "count", seen))
     columns = [c for c in columns if c.absent or any(v is not None for v in c.values)]
     shown = [client_name(i, names, 80) for i in ids]
     curves = {} if why else _client_curves(record, held, ids, names)

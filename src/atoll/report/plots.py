@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from statistics import median
+from typing import TYPE_CHECKING
 
 from atoll.report.chart import (
     LEVELS,
@@ -25,10 +26,12 @@ from atoll.report.chart import (
     last,
     suits_log,
 )
-from atoll.report.clients import Federation
 from atoll.report.run_data import RunData
 from atoll.report.timeline import timeline
 from atoll.runs.format import client_name, duration, format_number, label, plain, rises, size, whole
+
+if TYPE_CHECKING:
+    from atoll.report.clients import Federation
 
 BASELINES = {"pooled": "s2", "local": "s3"}
 _MOST_METRICS = 3

@@ -18,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from atoll import runs
 from atoll.base.names import COUNTS
 from atoll.plan.formula import formula_of
@@ -37,7 +39,7 @@ Row = Mapping[str, Any]
 
 OTHER = ("loss", "held_out_loss", "gradient_norm", "lr")
 _SPREAD, _LAST = 80, 40
-_MOST_READ = 32 << 20  # bytes of "clients" lines that are read at most
+_MOST_READ = 16 << 20  # bytes of "clients" lines that are read at most
 
 
 @dataclass(frozen=True)
@@ -228,11 +230,15 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _object(text: str) -> dict[str, Any]:
+def _object(text: str | bytes) -> dict[str, Any]:
+    """The object of a JSON text; {} for another text. NaN, which strict JSON lacks, takes the slower parser."""
     try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
+        found = msgspec.json.decode(text)
+    except (ValueError, RecursionError):
+        try:
+            found = json.loads(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            return {}
     return found if isinstance(found, dict) else {}
 
 
@@ -268,15 +274,15 @@ def _events(path: Path) -> Events:
                 total += len(line)
             elif line.startswith(b'{"event": "trips"'):
                 if (room := MOST_FLIGHTS - len(trips)) > 0:
-                    trips += read_trips(_object(line.decode("utf-8", "replace")), room)
+                    trips += read_trips(_object(line), room)
             else:
-                _event(events, _object(line.decode("utf-8", "replace")))
+                _event(events, _object(line))
             at += len(line)
         chosen = {*spread(len(places), _SPREAD), *range(max(0, len(places) - _LAST), len(places))}
         counted = range(0, len(places), -(-total // _MOST_READ) or 1)
         for n in sorted({*chosen, *counted}):
             file.seek(places[n])
-            event = _object(file.readline().decode("utf-8", "replace"))
+            event = _object(file.readline())
             if n % counted.step == 0:
                 events.tally.add(event)
             given = _clients(event) if n in chosen else None

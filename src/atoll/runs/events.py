@@ -5,14 +5,16 @@ Tests: tests/surface/test_public.py, tests/surface/test_report.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Line
+from atoll.base.markup import mimebundle, preformatted
 from atoll.compute.metric_names import base_metric
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
@@ -84,6 +86,12 @@ class Run:
         metrics = [f"{plain(n, 40)}={format_number(v)}" for n, v in self.metrics.items() if not base_metric(n)]
         shown = ", ".join(metrics[:5])
         return f"Run({name!r}, {self.status}, rounds={self.rounds}, {shown})"[:400]
+
+    def _repr_html_(self) -> str:
+        return preformatted(f"{self!r}\n{self.summary()}")
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return mimebundle(self)
 
     def summary(self) -> str:
         """The text that the command line prints at the end: outcome, notes, comparison, best round, costs, files."""
@@ -195,8 +203,82 @@ class TrainingView(Protocol):
 
 
 class Observer(Protocol):
-    """An object that receives the start, each round and the end of a run."""
+    """An object that receives the start, each round and the end of a run.
+
+    An observer of `atoll.train` may lack some of the methods, or be a function of a `Report`. Without a run folder
+    (`out=None`) the `path` of `start` is None.
+    """
 
     def start(self, training: TrainingView, path: Path | None) -> None: ...
     def round(self, report: Report) -> None: ...
     def end(self, run: Run) -> None: ...
+
+
+@runtime_checkable
+class SeesStart(Protocol):
+    """An observer of the start."""
+
+    def start(self, training: TrainingView, path: Path | None) -> None: ...
+
+
+@runtime_checkable
+class SeesRound(Protocol):
+    """An observer of rounds."""
+
+    def round(self, report: Report) -> None: ...
+
+
+@runtime_checkable
+class SeesEnd(Protocol):
+    """An observer of the end."""
+
+    def end(self, run: Run) -> None: ...
+
+
+AnyObserver = SeesStart | SeesRound | SeesEnd | Callable[[Report], object]
+
+
+class _Whole:
+    """An observer with all three methods, of an object with some of them, or of a function of a report."""
+
+    def __init__(self, given: AnyObserver) -> None:
+        self._start = given.start if isinstance(given, SeesStart) else None
+        self._end = given.end if isinstance(given, SeesEnd) else None
+        self._round: Callable[[Report], object] | None = given.round if isinstance(given, SeesRound) else None
+        if not (self._start or self._end or self._round) and callable(given):
+            self._round = given
+
+    def start(self, training: TrainingView, path: Path | None) -> None:
+        if self._start is not None:
+            self._start(training, path)
+
+    def round(self, report: Report) -> None:
+        if self._round is not None:
+            self._round(report)
+
+    def end(self, run: Run) -> None:
+        if self._end is not None:
+            self._end(run)
+
+
+def whole_observers(observers: Sequence[AnyObserver]) -> tuple[Observer, ...]:
+    """Observers with all three methods.
+
+    Args:
+        observers: objects with any of `start`, `round` and `end`, or functions of a `Report`.
+    Raises:
+        UsageError: an object has none of them and is no function.
+    Example:
+        >>> (watch,) = whole_observers([lambda report: print(report)])
+        >>> watch.round("a report")
+        a report
+    """
+    for each in observers:
+        if isinstance(each, type) or not (callable(each) or isinstance(each, (SeesStart, SeesRound, SeesEnd))):
+            kind = f"the class {each.__name__}" if isinstance(each, type) else repr(each)[:200]
+            raise UsageError(
+                f"observers contains {kind}.",
+                "an object with start, round or end, or a function of a report.",
+                write=Line(python="observers=[lambda report: print(report.round, report.metrics)]"),
+            )
+    return tuple(_Whole(each) for each in observers)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from atoll import runs
 from atoll.base.errors import UsageError
+from atoll.base.markup import mimebundle, preformatted
 from atoll.base.names import COUNTS, dotted
 from atoll.compute.metric_names import base_metric, direction
 from atoll.report.comparison import CLOCK, SECONDS, MetricComparison, comparison_drawing
@@ -49,7 +50,7 @@ class ComparisonRow:
     best: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """The result of `compare`.
 
@@ -120,6 +121,15 @@ class Comparison:
         more = f"; {len(self.tensors)} tensors differ" if len(self.tensors) > 1 else ""
         then = "; the final models are from different rounds:" if self.through is not None and not self.parted else ","
         return f"{head}{then} first differs in {name} ({detail}{more})"
+
+    def __repr__(self) -> str:
+        return f"Comparison({self.a!r}, {self.b!r}, settings={len(self.settings)}, through={self.through})"[:400]
+
+    def _repr_html_(self) -> str:
+        return preformatted(self.text())
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return mimebundle(self)
 
     def text(self) -> str:
         """Format the result as text; * marks the better run."""

@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from atoll.base.errors import UsageError
+from atoll.base.markup import mimebundle, preformatted
 from atoll.base.random import Key, user_scope
 from atoll.engine.chunk_limit import chunk_size
 from atoll.engine.inprocess import InProcessEngine
@@ -98,7 +99,7 @@ class Help(NamedTuple):
     enough: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Forecast:
     """The predicted costs of a training.
 
@@ -181,6 +182,16 @@ class Forecast:
             shown = {**parts._asdict(), "round": parts.total, "run": self.seconds, "dominates": self.dominates}
             out["time"] = shown | {"help": None if self.help is None else _help_values(self.help)}
         return out
+
+    def __repr__(self) -> str:
+        sizes = f"clients={self.clients}, parameters={self.parameters}, message={self.message}"
+        return f"Forecast(rounds={self.rounds}, {sizes})"
+
+    def _repr_html_(self) -> str:
+        return preformatted(self.text())
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return mimebundle(self)
 
     def text(self) -> str:
         """The forecast as text."""

@@ -20,7 +20,8 @@ from atoll.base.lines import Line
 from atoll.compute.loss import name_of_loss
 from atoll.data.clients import Clients
 from atoll.plan.plan import Plan
-from atoll.runs.events import Observer, Run
+from atoll.report.progress import Mirror, Progress, progress_view
+from atoll.runs.events import AnyObserver, Observer, Run, whole_observers
 from atoll.training.privacy import refuse_baselines
 from atoll.training.recorder import Recorder, find_interrupted
 from atoll.training.rounds import Training
@@ -36,7 +37,8 @@ def train(
     *,
     out: str | Path | None = "runs",
     baselines: bool = False,
-    observers: Sequence[Observer] = (),
+    observers: Sequence[AnyObserver] = (),
+    progress: Progress = "auto",
     config: str | None = None,
     resume: str | Path | None = None,
     more: int | None = None,
@@ -53,7 +55,10 @@ def train(
         plan: the algorithm, or its text, such as "fedavg(0.1)".
         out: the parent of the run folder; None writes no file.
         baselines: whether pooled and local-only models are trained for comparison.
-        observers: are called at the start, after every round and at the end.
+        observers: are called at the start, after every round and at the end: objects with any of `start`, `round`
+            and `end`, or functions of a `Report`. With `out=None` the path that `start` receives is None.
+        progress: "table", "html", "none", or "auto": HTML in a notebook, a table on a terminal, else nothing. It is
+            not part of the settings of the run.
         config: the text of config.toml; None: the text is made from the arguments.
         resume: a run to continue: its folder, its name, or "latest". Model, data and plan must equal those of the run.
             The default of `rounds` is the total of the run.
@@ -74,26 +79,32 @@ def train(
         >>> run.rounds, sorted(run.metrics)
         (2, ['accuracy', 'balanced_accuracy', 'gradient_norm', 'held_out_loss', 'loss', 'lr'])
     """
+    view, watching = progress_view(progress, observers), whole_observers(observers)
     resume = _run_of(resume, out, more)
     wanted: Mapping[str, Any] = settings if resume is None else settings_for_resume(resume, settings, more)
     training = Training(model, data, plan, Settings.from_kwargs(wanted))
     refuse_baselines(training, baselines)
+    mirrors: list[Mirror] = []
     try:
         if not training.engine.primary:
-            out, resume, observers, baselines = None, None, (), False  # the primary process writes and prints
+            # The primary process writes and prints.
+            out, resume, view, watching, baselines = None, None, None, (), False
         elif resume is None and out is not None:
             resume = find_interrupted(training, out)
         recorder = Recorder(
             training, out, config or python_config(model, data.name, plan, training.settings), checkpoint_s
         )
         recorder.begin(resume, any_version)
-        interrupted = run_rounds(training, recorder, observers)
+        mirrors = [] if view is None else [Mirror(view, recorder.note)]
+        interrupted = run_rounds(training, recorder, (*watching, *mirrors))
     except BaseException as error:
+        for mirror in mirrors:
+            mirror.close()
         training.close_after(error)
         raise
     problem = _close(training, recorder)
     run = recorder.end(interrupted, baselines=baselines, report=report)
-    for observer in observers:
+    for observer in (*watching, *mirrors):
         observer.end(run)
     if problem:
         warnings.warn(problem, RuntimeWarning, stacklevel=2)
