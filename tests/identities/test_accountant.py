@@ -1,6 +1,8 @@
 """Accountants: published values, exact limits, and an integer-order oracle without shared code."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,3 +126,26 @@ def test_no_release_costs_nothing():
     assert least_epsilon(Releases(1.0, 0), 1e-5) == least_epsilon(Releases(1.0, 5, 0.0), 1e-5) == 0.0
     assert math.isfinite(least_epsilon(Releases(0.6, 2000, 1.0), 1e-9))
     assert least_epsilon(Releases(0.02, 60, 0.1), 1e-5) == rdp_epsilon(Releases(0.02, 60, 0.1), 1e-5)
+
+
+ANSWERS = json.loads((Path(__file__).parents[1] / "golden" / "dp_accounting.json").read_text())
+
+
+def test_200_settings_have_the_divergences_of_dp_accounting():
+    assert len(ANSWERS) == 200
+    compared = [row for row in ANSWERS if row[4] > 0]  # it states 0 if the total variation is below δ
+    assert len(compared) > 180
+    for q, z, rounds, delta, by_rdp, _ in compared:
+        found = rdp_epsilon(Releases(z, rounds, q), delta, range(2, 257))
+        assert found == pytest.approx(by_rdp, rel=1e-6, abs=1e-9), (q, z, rounds, delta)
+
+
+@pytest.mark.slow
+def test_settings_have_the_loss_distributions_of_dp_accounting():
+    """Both bound ε from above, by different grids."""
+    known = [row for row in ANSWERS if row[5] is not None]
+    assert len(known) > 30
+    for q, z, rounds, delta, by_rdp, by_pld in known:
+        found = least_epsilon(Releases(z, rounds, q), delta)
+        assert found <= by_rdp + 1e-6
+        assert found == pytest.approx(by_pld, rel=2e-3, abs=2e-3), (q, z, rounds, delta)
