@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -214,3 +215,22 @@ def test_of_many_clients_a_sample_is_evaluated(monkeypatch, tmp_path):
     assert every.metrics["accuracy"] == full.metrics["accuracy"]
     sampled = full.reports[0].clients["held_out_accuracy"][line["id"]]
     assert line["accuracy"] == pytest.approx(sampled.tolist(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_balanced_weights_give_the_model_of_scikit_learn_and_find_more_positives():
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1500, 4))
+    y = (x @ [1, 0.5, 0, -0.5] + rng.normal(size=1500) > 2.2).astype(int)
+    data = atoll.data.arrays(x, y, scale="none").split(3)
+    more = {"rounds": 300, "out": None, "dtype": "float64", "evaluate_every": 300, "metrics": ["recall"]}
+    plan = atoll.recipes.distributed_gd(2.0)
+    usual = atoll.train("logistic", data, plan, **more)
+    balanced = atoll.train("logistic", data, plan, class_weight="balanced", **more)
+    train = np.setdiff1d(np.arange(1500), data.held_out.index.numpy())
+    theirs = LogisticRegression(C=np.inf, class_weight="balanced", tol=1e-10).fit(x[train], y[train])
+    weight, bias = (p.detach().numpy().ravel() for p in balanced.model.parameters())
+    assert np.abs(np.append(weight, bias) - np.append(theirs.coef_, theirs.intercept_)).max() < 1e-3
+    assert balanced.metrics["recall"] > usual.metrics["recall"] + 0.5 and "constant" in balanced.summary()
