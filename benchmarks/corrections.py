@@ -16,6 +16,7 @@ import torch
 import atoll
 from atoll import models, recipes
 from atoll.base.random import Key
+from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.task import Task
 from atoll.data import ArrayRows, Clients
 from atoll.engine.client_state import Memory
@@ -24,7 +25,7 @@ from atoll.plan.optimizer.rules import sgd
 from atoll.plan.round import bind, step
 from atoll.plan.state import State
 
-CLIENTS, ROWS = 30, 60
+CLIENTS, ROWS, OWN = 30, 60, "fc2.*"
 
 
 def data():
@@ -48,6 +49,8 @@ def plans():
         "feddyn": recipes.feddyn(0.05, alpha=0.1),
         "fednova": recipes.fednova(0.05),
         "fedexp": recipes.fedexp(0.05),
+        "own": replace(fedavg, local=replace(fedavg.local, own=(OWN,))),
+        "ditto": recipes.ditto(0.05, lam=0.1),
     }
 
 
@@ -60,12 +63,13 @@ def measured(model, numerics, rounds):
         task = replace(Task.of(module, "cross_entropy", (), torch.float32), numerics=numerics)
         engine = InProcessEngine(task, clients)
         state = State.first(plan, task, 0, Memory(plan.memory(task)))
-        runs[name] = [bind(plan, engine), state, engine]
+        runs[name] = [bind(plan, engine), state, engine, BufferPool()]
         times[name] = []
     for _ in range(rounds + 1):
         for name, run in runs.items():
             start = time.process_time()
-            run[1], _ = step(run[0], run[1], run[2])
+            with use_pool(run[3]):  # as a training does
+                run[1], _ = step(run[0], run[1], run[2])
             times[name].append(time.process_time() - start)
     return {name: statistics.median(each[1:]) for name, each in times.items()}
 

@@ -5,12 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from sites import SITES, table
 
 import atoll
 from atoll.base.errors import UsageError
+from atoll.cli.predict import Request, predict_file
 from atoll.plan.local import Ditto, Train
 from atoll.plan.optimizer.rules import sgd
 from atoll.recipes import ditto, fedavg, fedper
+from atoll.tools.export import export, load_exported
+from atoll.training.experiment import load, predictor
 from atoll.training.stop import Target
 
 OWN = ("fc2.*",)
@@ -76,7 +80,45 @@ def test_workers_evaluate_the_same_models():
     assert alone.metrics["personal_held_out_loss"] == workers.metrics["personal_held_out_loss"]
 
 
+@pytest.mark.parametrize("plan", ["fedper(0.1, own=('fc2.*',))", "ditto(0.1)"])
+def test_a_table_is_predicted_by_the_models_of_its_clients(tmp_path, capsys, plan):
+    whole = table(rows=60)
+    whole.to_csv(tmp_path / "all.csv", index=False)
+    data = atoll.data.csv(tmp_path / "all.csv", target="ill", by="site").split(held_out=0.2)
+    run = atoll.train("mlp", data, plan, rounds=2, out=tmp_path, report=False)
+    saved = predictor(run.path)
+    for client, name in enumerate(SITES):
+        mine = whole[whole.site == name]
+        own = load(run.path, client=name)
+        assert all(torch.equal(a, b) for a, b in zip(own.parameters(), run.personal(name).parameters(), strict=True))
+        x = saved.prepare(mine)
+        wanted = run.predictor.input.probabilities(own(x)).detach().numpy()
+        for one in (saved, run.predictor, predictor(run.path, client=str(client))):
+            np.testing.assert_array_equal(one.predict_proba(mine), wanted)
+    both = whole.assign(site=["north", *["unknown"] * 59])
+    server = saved.input.probabilities(run.model.eval()(saved.prepare(both))).detach().numpy()
+    np.testing.assert_array_equal(saved.predict_proba(both)[1:], server[1:])
+    both.to_csv(tmp_path / "new.csv", index=False)
+    predict_file(saved, Request(run.path, tmp_path / "new.csv", as_json=True))
+    shown = capsys.readouterr()
+    assert "59 rows of unknown clients" in shown.err
+    with pytest.raises(UsageError, match="west"):
+        load(run.path, client="wets")
+    with pytest.raises(UsageError, match="last"):
+        load(run.path, client="west", best=True)
+    found = export(run.path, "float32", client="south", training=atoll.rounds("mlp", data, plan, rounds=2))
+    assert found.path.name == "client-1-float32.safetensors"
+    own = dict(run.personal("south").state_dict())
+    assert all(torch.equal(t, own[n]) for n, t in load_exported(found.path).items())
+    assert found.before["accuracy"] == pytest.approx(float(run.reports[-1].clients["held_out_personal_accuracy"][1]))
+
+
 def test_refusals():
+    with pytest.raises(UsageError, match="server"):
+        train(fedavg(0.1), rounds=1).personal(0)
+    for wrong in (6, -1, "six", True):
+        with pytest.raises(UsageError, match="client"):
+            train(fedper(0.1, own=OWN), rounds=1).personal(wrong)
     pooled = atoll.data.load("digits").split(clients=6)
     for data, settings in ((pooled, {}), (DATA, {"evaluate": "pooled"}), (DATA, {"evaluate_every": 0})):
         if data.held_owner is None or settings:

@@ -18,7 +18,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from atoll import __version__
 from atoll.base.errors import AtollError, Note, UsageError
 from atoll.base.lines import quoted
-from atoll.cli.options import GROUPS, Json, Out, Quiet, Trust, flag, switch
+from atoll.cli.options import GROUPS, Client, Json, Out, Quiet, Trust, flag, switch
 from atoll.training.setting_texts import DATA, OUTPUT, RUNNING
 
 if TYPE_CHECKING:
@@ -304,6 +304,7 @@ def predict_rows(
     proba: Annotated[bool, switch(OUTPUT, "Add the probability of each class.", "ATOLL_PROBA")] = False,
     best: Annotated[bool, switch(RUNNING, "Use the best model instead of the last.", "ATOLL_BEST")] = False,
     by: Annotated[str | None, flag(DATA, "The column of the client. Default: that of the run.")] = None,
+    client: Client = None,
     as_: Annotated[str, flag(OUTPUT, "The name of the added column. Default: prediction.", "--as")] = "prediction",
     overwrite: Annotated[bool, switch(OUTPUT, "Replace an existing file.", "ATOLL_OVERWRITE")] = False,
     trust: Trust = False,
@@ -327,7 +328,7 @@ def predict_rows(
 
     path = _find(run, out)
     request = Request(path, data, to, proba, by, as_, as_json, quiet, overwrite)
-    return predict_file(predictor(path, best=best, trust=trust), request)
+    return predict_file(predictor(path, best=best, trust=trust, client=client), request)
 
 
 @app.command(group=INSPECT, sort_key=7, help_epilogue="")
@@ -343,6 +344,7 @@ def export(
         Parameter(group=GROUPS[RUNNING], help="safetensors: numbers; pt2 or onnx: a graph from rows to predictions."),
     ] = "safetensors",
     to: Annotated[Path | None, flag(OUTPUT, "The file to write. Default: in the run's folder.")] = None,
+    client: Client = None,
     trust: Trust = False,
     out: Out = None,
 ) -> int:
@@ -360,9 +362,9 @@ def export(
 
         if dtype != "float32":
             raise UsageError(f"--format {format} --dtype {dtype}.", "float32.", "the graph computes as the run did.")
-        print(export_graph(_find(run, out), to, trust, format))
+        print(export_graph(_find(run, out), to, trust, format, client))
         return 0
-    print(exported(_find(run, out), dtype, to, trust).text())
+    print(exported(_find(run, out), dtype, to, trust, client=client).text())
     return 0
 
 

@@ -26,6 +26,9 @@ def switch(group: str, help: str, variable: str, name: str | None = None) -> Par
     )
 
 
+Client = Annotated[
+    str | None, flag(RUNNING, "Use the model of this client, by its name or number. Default: that of the server.")
+]
 Out = Annotated[str | None, flag(OUTPUT, "The parent of run folders. Default: runs.")]
 Json = Annotated[bool, switch(OUTPUT, "One JSON object on stdout.", "ATOLL_JSON", "--json")]
 Lines = Annotated[bool, switch(OUTPUT, "One JSON object a line on stdout.", "ATOLL_JSON", "--json")]

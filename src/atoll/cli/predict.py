@@ -65,6 +65,7 @@ class _Seen:
     tally: ScoreSums
     rows: int = 0
     unknown: dict[tuple[str, str], int] = field(default_factory=dict)
+    strangers: int = 0  # rows of clients without a model, if clients have models
 
 
 def predict_file(predictor: Predictor, request: Request) -> int:
@@ -83,6 +84,8 @@ def predict_file(predictor: Predictor, request: Request) -> int:
             f"Column {column!r}: {text!r} is no level of the model ({count} rows). All its columns are 0.",
             file=sys.stderr,
         )
+    if seen.strangers:
+        print(f"{seen.strangers} rows of unknown clients: they use the model of the server.", file=sys.stderr)
     result = seen.tally.result() if seen.tally.rows else None
     _report(request, seen, result)
     return 0
@@ -164,7 +167,11 @@ def _predict_batch(predictor: Predictor, request: Request, batch: RowBatch, seen
         clients = None if clients is None else [name.strip() for name in clients]
         x = it.tensor(values.numbers, clients if it.clients else None)
         y = _target(it, batch.cells)
-    out = predictor.output(x)
+    if predictor.models is not None:
+        names = [None] * len(x) if clients is None else clients
+        known = {name: name is not None and predictor.models.find(name) is not None for name in set(names)}
+        seen.strangers += sum(not known[name] for name in names)
+    out = predictor.output(x, clients)
     seen.rows += len(x)
     if y is not None:
         seen.tally.add(out, y, clients)

@@ -139,7 +139,12 @@ class OwnSplit(NamedTuple):
 
 def some(vector: Tensor, places: tuple[slice, ...]) -> Tensor:
     """A contiguous copy of some places of a vector `[..., n]`."""
-    return torch.cat([vector[..., at] for at in places] or [vector[..., :0]], -1)
+    out = empty(vector, (*vector.shape[:-1], sum(at.stop - at.start for at in places)))
+    start = 0
+    for at in places:
+        out[..., start : start + at.stop - at.start] = vector[..., at]
+        start += at.stop - at.start
+    return out
 
 
 def joined_parts(shared: Tensor, own: Tensor, places: tuple[tuple[slice, ...], tuple[slice, ...]]) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from atoll.compute.buffer_pool import empty
 from atoll.plan.state import Store
 
 
@@ -38,14 +39,19 @@ class Memory:
         if not self.first:
             return {}
         rows = [self._rows.get(i, self.first) for i in ids.tolist()]
-        return {n: torch.stack([row[n] for row in rows]) for n in self.first} if rows else {}
+        return {n: _stacked([row[n] for row in rows]) for n in self.first} if rows else {}
 
     def put(self, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Replace the rows of these clients."""
         if not self.first:
             return
         for k, i in enumerate(ids.tolist()):
-            self._rows[i] = {n: rows[n][k].clone() for n in self.first}
+            old = self._rows.get(i)
+            if old is None:
+                self._rows[i] = {n: rows[n][k].clone() for n in self.first}
+            else:  # no other object refers to a row, and new memory would be cleared first
+                for n, row in old.items():
+                    row.copy_(rows[n][k])
             self._changed.add(i)
 
     def touched(self) -> Tensor:
@@ -61,6 +67,10 @@ class Memory:
         ids = torch.tensor(sorted(self._changed), dtype=torch.int64)
         self._changed.clear()
         return ids, self.take(ids)
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    return torch.stack(rows, out=empty(rows[0], (len(rows), *rows[0].shape)))
 
 
 class Uncommitted:

@@ -566,6 +566,7 @@ class _Channel:
         await self.client.compute(int)  # the thread of the site has settled everything before
         if message.final is not None and self._run is not None:
             data = await self._blob(message.final, wire.MAX_BLOB)
+            data = await self.client.compute(self.client.site.own_model, data)
             await self.client.compute(_keep_model, self.client.member.home, self._run, data, self.client._terms)
         over = message.code in ("done", "failed")
         self.notify({"event": "bye", "code": message.code, "reason": message.reason})

@@ -39,6 +39,7 @@ from atoll.base.random import Key
 from atoll.base.validation import required
 from atoll.compute.batches import OnStep
 from atoll.compute.layout import Layout
+from atoll.compute.model_state import Model, split_of
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.choose_backend import choose
@@ -57,7 +58,7 @@ from atoll.plan.message import MessageForm
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids, Tensors
 from atoll.plan.round import SumLimits, secured
-from atoll.plan.state import unpack_broadcast
+from atoll.plan.state import part_of, unpack_broadcast
 from atoll.secure.client import SumClient, Words
 from atoll.secure.refusals import SessionError
 
@@ -460,6 +461,19 @@ class Site:
             plan = _bound(plan, plan.local.server_layout(task.layout))
             self._plans[work.plan] = plan, MessageForm.of(_unmasked(plan), task), plan.memory(first)
         return self._plans[work.plan]
+
+    def own_model(self, data: bytes) -> bytes:
+        """The final model of this site, of the safetensors bytes of the server's: with its own part, if it has one."""
+        plan = next((p for p, _, _ in reversed(self._plans.values()) if p.local.trains_personal), None)
+        if plan is None or not self.chain.memory:
+            return data
+        task = required(self._task, "task")
+        theta, buffers, fixed = task.layout.flatten(load(data), task.first_tensors())
+        counters = {e.name: fixed.pop(e.name) for e in task.layout.counters}
+        server, layout = Model(theta, buffers, counters, fixed), plan.local.server_layout(task.layout)
+        shared = split_of(task.layout, layout).shared(server) if plan.local.own else server
+        model = plan.local.personal(shared, part_of(self.chain.memory, "local"), task).of(0)
+        return save(task.layout.state_dict(model.theta, model.buffers, {**model.counters, **model.fixed}))
 
     def _prepared_task(self, work: Work, plan: Plan) -> Task:
         """The task with the backend of the work, after a test on the site's own rows."""

@@ -26,7 +26,7 @@ from atoll.runs.confusion import Confusion
 from atoll.runs.format import format_number, plain
 from atoll.runs.frames import Backend, frame_of
 from atoll.runs.inference import Inference
-from atoll.runs.personal import ClientModels
+from atoll.runs.personal import ClientModels, no_models_here
 from atoll.runs.predictor import Predictor, predictor_of
 from atoll.runs.summary import summary
 
@@ -140,12 +140,7 @@ class Run:
             'Sequential'
         """
         if self.client_models is None:
-            raise UsageError(
-                f"The model of client {client!r}, at the server of a network.",
-                "the site of this client.",
-                "own parts stay at the sites.",
-                "atoll predict",
-            )
+            raise no_models_here("the run" if self.path is None else self.path.name)
         return self.client_models.module(client)
 
     @property
@@ -157,7 +152,9 @@ class Run:
         """
         if self.input is None or self.task is None:
             raise UsageError("The run has no input.", "a run of `atoll.train`.")
-        return predictor_of(self.model, self.input, self.task.loss, self.task.metrics)
+        own = self.client_models
+        models = own if own is not None and own.plan.local.trains_personal else None
+        return predictor_of(self.model, self.input, self.task.loss, self.task.metrics, models)
 
 
 class TrainingView(Protocol):

@@ -21,6 +21,7 @@ from atoll.data.arrays import several_labels, tensor_of
 from atoll.data.cells import Cells, boxed_cells, cells_of, name_of
 from atoll.data.input import Input
 from atoll.data.rows import IGNORED, Array
+from atoll.runs.personal import ClientModels
 
 PIECE = 1024  # rows of one pass, as in the evaluation of a training
 LARGEST_WHOLE = 2**24  # outputs and targets that are kept for metrics over all rows
@@ -53,6 +54,7 @@ class Predictor:
         loss: the loss, one value for each row, without class weights; None: unknown, for a run with a loss of the user
             that is read from its folder.
         metrics: the metrics of `evaluate`.
+        models: the models of clients, for rows with a known client; None: all rows use `model`.
     Example:
         >>> import atoll
         >>> data = atoll.data.load("wine").split(clients=3)
@@ -66,6 +68,7 @@ class Predictor:
     input: Input
     loss: PerExample | None
     metrics: tuple[Metric, ...] = ()
+    models: ClientModels | None = field(default=None, repr=False)
 
     def prepare(self, x: Any, clients: Any = None) -> Tensor:
         """Convert rows to the tensor of the model, `[rows, *features]`, in the dtype of the run.
@@ -88,6 +91,15 @@ class Predictor:
             return clients
         return table[by].strings()
 
+    def owners(self, x: Any, clients: Any = None) -> list[str] | None:
+        """The client of each row, if clients have models: as given, or the column of the client in a table."""
+        if self.models is None:
+            return None
+        if clients is not None:
+            return [name_of(name) for name in np.asarray(clients).tolist()]
+        table = self.table(x)
+        return None if table is None or self.input.by not in table else table[str(self.input.by)].strings()
+
     def table(self, x: Any) -> dict[str, Cells] | None:
         """Return the cells of a frame, of a dict, or of an array of a table's columns; None for other arrays."""
         if isinstance(x, (np.ndarray, Tensor, list, tuple)):
@@ -108,13 +120,29 @@ class Predictor:
             return cells_of(dict(zip(names, array.T, strict=True)))
         return {name: boxed_cells(list(values)) for name, values in zip(names, array.T.tolist(), strict=True)}
 
-    def output(self, x: Tensor) -> Tensor:
+    def output(self, x: Tensor, clients: Sequence[str] | None = None) -> Tensor:
         """Compute the output of the model for prepared rows, `[rows, …]`.
 
+        Args:
+            x: the rows.
+            clients: the client of each row, whose model is used if it has one; None: the model of the server.
         Raises:
             UsageError: an output is NaN or infinite.
         """
-        return outputs_of(self.model, x)
+        if self.models is None or clients is None:
+            return outputs_of(self.model, x)
+        ids = {name: self.models.find(name.strip()) for name in dict.fromkeys(clients)}
+        owner = torch.tensor([-1 if (i := ids[name]) is None else i for name in clients], dtype=torch.int64)
+        out: Tensor | None = None
+        for client in owner.unique().tolist():
+            model, place = (
+                self.model if client < 0 else self.models.module(client).eval(),
+                (owner == client).nonzero()[:, 0],
+            )
+            some = outputs_of(model, x[place])
+            out = some.new_empty(len(x), *some.shape[1:]) if out is None else out
+            out[place] = some
+        return outputs_of(self.model, x) if out is None else out
 
     def predict(self, x: Any, clients: Any = None) -> Array:
         """Predict the class of each row by its name, or the number in the target's units.
@@ -122,7 +150,7 @@ class Predictor:
         Args:
             x, clients: as in `prepare`.
         """
-        return self.words(self.output(self.prepare(x, clients)))
+        return self.words(self.output(self.prepare(x, clients), self.owners(x, clients)))
 
     def words(self, output: Tensor) -> Array:
         """Convert outputs to names of classes, or to numbers in the target's units.
@@ -140,7 +168,7 @@ class Predictor:
         Raises:
             UsageError: the model predicts numbers.
         """
-        return self.input.probabilities(self.output(self.prepare(x, clients))).numpy()
+        return self.input.probabilities(self.output(self.prepare(x, clients), self.owners(x, clients))).numpy()
 
     def score(self, x: Any, y: Any) -> float:
         """Compute the accuracy (of several labels their mean), or R² = 1 − Σ (y − ŷ)² / Σ (y − mean y)² for numbers.
@@ -169,7 +197,7 @@ class Predictor:
         """
         tally = ScoreSums(self)
         names = None if clients is None else [name_of(name) for name in np.asarray(clients).tolist()]
-        tally.add(self.output(self.prepare(x, names)), self.targets(y), names)
+        tally.add(self.output(self.prepare(x, names), self.owners(x, names)), self.targets(y), names)
         return tally.result()
 
     def targets(self, y: Any) -> Tensor:
@@ -314,7 +342,13 @@ def _array(x: Any) -> Tensor:
     return x if isinstance(x, Tensor) else tensor_of(np.asarray(x))
 
 
-def predictor_of(model: nn.Module, input: Input, loss: PerExample | None, metrics: tuple[Metric, ...]) -> Predictor:
-    """Return a predictor of a copy of a model, in evaluation mode."""
+def predictor_of(
+    model: nn.Module,
+    input: Input,
+    loss: PerExample | None,
+    metrics: tuple[Metric, ...],
+    models: ClientModels | None = None,
+) -> Predictor:
+    """Return a predictor of a copy of a model, in evaluation mode, and of the models of clients if there are any."""
     loss = loss.loss if isinstance(loss, ClassWeighted) else loss
-    return Predictor(copy.deepcopy(model).eval(), input, loss, metrics)
+    return Predictor(copy.deepcopy(model).eval(), input, loss, metrics, models)

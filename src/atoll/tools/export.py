@@ -34,8 +34,10 @@ from atoll.base.random import Key, user_scope
 from atoll.compute.metric_names import direction
 from atoll.engine.inprocess import InProcessEngine
 from atoll.runs.folder import HIDDEN
+from atoll.runs.personal import ClientModels
 from atoll.tools.rebuild import training_in, write_output
 from atoll.training.evaluation import evaluate
+from atoll.training.personal import held_by_client
 from atoll.training.rounds import Training, start_from
 
 FORMAT = "atoll export 1"
@@ -93,6 +95,7 @@ def export(
     out: str | Path | None = None,
     trust: bool = False,
     training: Training | None = None,
+    client: int | str | None = None,
 ) -> Exported:
     """Write the final model of a run to a smaller file, and measure the loss of accuracy on the held-out rows.
 
@@ -103,6 +106,8 @@ def export(
         trust: whether the config.toml of the run may name code outside atoll.
         training: the same training before its first round, for a run that was started from Python; None builds it from
             config.toml.
+        client: the name or the number of the client whose model is written; it is measured on the client's own held-out
+            rows, if it has any. None: the model of the server.
     Returns:
         the path, the sizes, and the metrics before and after.
     Raises:
@@ -123,12 +128,20 @@ def export(
     target = Path(out) if out is not None else folder / f"model-{dtype}.safetensors"
     state = load_file(file)
     training = training_in(folder, trust=trust, start=False) if training is None else training
+    hidden = file.with_name(file.stem + HIDDEN)
+    others = load_file(hidden) if hidden.is_file() else {}
+    number = None
+    if client is not None:
+        models = ClientModels.of_folder(
+            folder, training.plan, training.task, start_from({**others, **state}, training.task)
+        )
+        number = models.id_of(client)
+        state = models.module(number).state_dict()
+        target = target if out is not None else folder / f"client-{number}-{dtype}.safetensors"
     written = save(pack(state, dtype), {"format": FORMAT, "dtype": dtype, "run": folder.resolve().name})
     write_output(target, written)
     back = load_exported(target)
-    hidden = file.with_name(file.stem + HIDDEN)
-    others = load_file(hidden) if hidden.is_file() else {}
-    before, after = (_measured(training, {**others, **s}) for s in (state, back))
+    before, after = (_measured(training, {**others, **s}, number) for s in (state, back))
     moved = {n: _moved(state[n], back[n]) for n in state if state[n].is_floating_point()}
     worst = max(moved.items(), key=lambda item: item[1], default=("", 0.0))
     return Exported(target, dtype, len(written), file.stat().st_size, before, after, worst)
@@ -212,11 +225,16 @@ def load_exported(file: str | Path) -> dict[str, Tensor]:
     return out
 
 
-def _measured(training: Training, state: Mapping[str, Tensor]) -> dict[str, float]:
+def _measured(training: Training, state: Mapping[str, Tensor], client: int | None) -> dict[str, float]:
     if training.data.held_out is None:
         return {}
-    at = replace(training.state, model=start_from(state, training.task))
-    return evaluate(at, InProcessEngine(training.task, training.data.held(), training.settings.chunk)).metrics
+    at, rows = replace(training.state, model=start_from(state, training.task)), training.data.held()
+    if client is not None:
+        held = held_by_client(training.data)
+        if held is None or not int(held.sizes[client]):
+            return {}
+        rows = held.only(client)
+    return evaluate(at, InProcessEngine(training.task, rows, training.settings.chunk)).metrics
 
 
 def _moved(was: Tensor, now: Tensor) -> float:

@@ -77,13 +77,20 @@ class WholeModel(nn.Module):
 
 
 @user_scope(Key(0).fold("tool"))
-def export_graph(path: str | Path, out: str | Path | None = None, trust: bool = False, format: str = "pt2") -> str:
+def export_graph(
+    path: str | Path,
+    out: str | Path | None = None,
+    trust: bool = False,
+    format: str = "pt2",
+    client: int | str | None = None,
+) -> str:
     """Write the final model of a run, with the transforms of its input and its output, as a graph.
 
     Args:
         path: the run folder.
         out: the file to write; None is `model.pt2` or `model.onnx` in the run folder.
         trust: whether the run folder may import code.
+        client: export the model of this client; None: that of the server.
         format: "pt2" for `torch.export`, or "onnx".
     Returns:
         One line about the file.
@@ -95,7 +102,7 @@ def export_graph(path: str | Path, out: str | Path | None = None, trust: bool = 
         _require_onnx()
     folder = Path(path)
     target = Path(out) if out is not None else folder / f"model.{format}"
-    found = predictor_of_run(folder, trust=trust)
+    found = predictor_of_run(folder, trust=trust, client=client)
     it = found.input
     if it.clients:
         raise UsageError(

@@ -338,6 +338,8 @@ def _short(plan: Plan) -> Plan:
         local = replace(local, steps=min(local.steps_at(0) or 1, STEPS // 2))
     elif isinstance(local, Train) and local.epochs is not None:
         local = replace(local, epochs=min(local.epochs, 2))
+    if isinstance(local, Train):  # the server's model lacks an own part that is trained: all parts are trained together
+        local = replace(local, own=(), alternate=False)
     return replace(plan, local=local, cohort=None)
 
 

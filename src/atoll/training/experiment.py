@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from atoll.engine.protocols import EngineSpec
     from atoll.plan.plan import Plan
     from atoll.runs.events import Run
+    from atoll.runs.personal import ClientModels
     from atoll.runs.predictor import Predictor
     from atoll.training.rounds import Training
 
@@ -748,7 +749,9 @@ def _put(value: Any, path: list[str], part: Any, slot: str) -> Any:
 
 
 @check_arguments
-def load(path: str | Path, model: Any = None, *, best: bool = False, trust: bool = False) -> nn.Module:
+def load(
+    path: str | Path, model: Any = None, *, best: bool = False, trust: bool = False, client: int | str | None = None
+) -> nn.Module:
     """The model of a run, as a new module in evaluation mode. It takes prepared rows; `predictor` takes raw rows.
 
     A named model is rebuilt from the run's input.json. No training data is read, except for a run of an earlier
@@ -759,8 +762,10 @@ def load(path: str | Path, model: Any = None, *, best: bool = False, trust: bool
         model: a module of the same architecture, if the run was trained from a module; None builds a named model.
         best: whether the best model is loaded instead of the last.
         trust: whether the run folder may name code outside atoll, as `module:name`.
+        client: load the model of this client, by its name or number; None loads the model of the server.
     Raises:
-        UsageError: the run has not ended, or its model cannot be built from its files.
+        UsageError: the run has not ended, or its model cannot be built from its files; or there is no such client,
+            clients have no models of their own, or they are on the machines of the clients.
     """
     from safetensors.torch import load_file
 
@@ -780,15 +785,45 @@ def load(path: str | Path, model: Any = None, *, best: bool = False, trust: bool
         buffers = dict(module.named_buffers())
         for name, tensor in load_file(hidden).items():
             buffers[name].copy_(tensor)
-    return module.eval()
+    if client is None:
+        return module.eval()
+    if best:
+        raise UsageError(
+            f"The best model of client {client!r}.",
+            "its last model.",
+            "the client memory of a run is that of its last round.",
+            Line(f"atoll.load({str(folder)!r}, client={client!r})", f"--client {client}"),
+        )
+    return _models_of(folder, module, trust).module(client).eval()
+
+
+def _models_of(folder: Path, module: nn.Module, trust: bool) -> ClientModels:
+    """The models of the clients of a run whose server's model is given."""
+    from atoll.compute.task import Task
+    from atoll.plan.plan import Plan
+    from atoll.plan.registry import read_part
+    from atoll.runs.folder import read_environment
+    from atoll.runs.personal import ClientModels, no_models_here
+    from atoll.training.rounds import DTYPES
+
+    text = read_environment(folder).get("plan")
+    if text is None:
+        raise no_models_here(folder.name)
+    plan = read_part(text, {"Plan": Plan}, trust=trust, kind="plan")
+    task = Task.of(module, "mse", (), DTYPES[_input_of(folder).dtype])
+    return ClientModels.of_folder(folder, plan, task, task.initial())
 
 
 @check_arguments
-def predictor(path: str | Path, model: Any = None, *, best: bool = False, trust: bool = False) -> Predictor:
+def predictor(
+    path: str | Path, model: Any = None, *, best: bool = False, trust: bool = False, client: int | str | None = None
+) -> Predictor:
     """A predictor of a run: it takes raw rows, and answers with names of classes or numbers in the target's units.
 
     Args:
         path, model, best, trust: as in `load`.
+        client: use the model of this client for all rows; None: if clients have models of their own, a row with a known
+            client uses its model.
     Raises:
         UsageError: as in `load`, or the run has no input.json.
     Example:
@@ -807,7 +842,10 @@ def predictor(path: str | Path, model: Any = None, *, best: bool = False, trust:
 
     folder = _run_folder(path)
     found = _input_of(folder)
-    module = load(folder, model, best=best, trust=trust)
+    module = load(folder, model, best=best, trust=trust, client=client)
+    models = None
+    if client is None and not best and _saves_models(folder):
+        models = _models_of(folder, module, trust)
     config = read_toml(folder / "config.toml") or {}
     loss, metrics = config.get("loss"), config.get("metrics")
     binary = found.classes is not None and len(found.classes) == 2 and _width(module, found) == 1
@@ -821,7 +859,16 @@ def predictor(path: str | Path, model: Any = None, *, best: bool = False, trust:
     default = ("c_index",) if loss_of(name) is cox else default
     names = [n for n in metrics if n in METRICS] if isinstance(metrics, list) else default
     each = [metric_of(m, loss_of(name)) for m in metrics_of(names, name, found)]
-    return predictor_of(module, found, loss_of(name) if known else None, tuple(each))
+    return predictor_of(module, found, loss_of(name) if known else None, tuple(each), models)
+
+
+def _saves_models(folder: Path) -> bool:
+    """Whether the checkpoint of a run has an own part or a second model of clients."""
+    from atoll.runs.folder import read_environment
+
+    facts = read_environment(folder)
+    personal = any(word in str(facts.get("plan", "")) for word in (" own=", "Ditto("))
+    return personal and (folder / "checkpoint" / "pointer.json").is_file()
 
 
 def _width(module: nn.Module, found: Input) -> int:

@@ -110,7 +110,7 @@ class Recorder:
             name, rising = t.selection_metric
             facts = {"plan": repr(t.plan), "numerics": t.task.numerics, "why": t.reason, "notes": list(t.notes)}
             names = t.data.names
-            called = {} if names is None else {"names": list(names[:MOST_NAMES])}
+            called: dict[str, Any] = {"clients": t.data.count} if names is None else {"names": list(names[:MOST_NAMES])}
             self.folder.event("start", **facts, selection=name, rising=rising, **called)
 
     def begin(self, resume: str | Path | None, any_version: bool) -> None:

@@ -477,7 +477,8 @@ class Training:
         """The current models of clients; None if they are on the machines of the clients."""
         if not self.data.count:
             return None
-        return ClientModels(self.plan, self.state, self.task, self.data.count, self.data.names)
+        model = evaluated_state(self.plan, self.state).model
+        return ClientModels(self.plan, model, self.memory, self.task, self.data.count, self.data.names)
 
     def final_values(self) -> HeldOutValues:
         """The values of the current model on the held-out rows. They are computed again only if they are older."""

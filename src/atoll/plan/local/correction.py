@@ -30,6 +30,7 @@ from atoll.base.lines import Line
 from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields
+from atoll.compute.buffer_pool import empty
 from atoll.compute.layout import Entry, Layout
 from atoll.compute.loss import cross_entropy, name_of_loss
 from atoll.compute.task import Task
@@ -134,16 +135,20 @@ class Scaffold(CorrectionBase):
         return {"control": Declared(layout.d, layout.dtype, "mean")}
 
     def pull(self, broadcast: Broadcast, memory: Tensors, facts: StepFacts) -> Pull:
-        return Pull(shift=broadcast.shared["correction"]["control"] - memory["control"])
+        own = memory["control"]
+        return Pull(shift=torch.sub(broadcast.shared["correction"]["control"], own, out=empty(own, own.shape)))
 
     def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
         reach = facts.lr * _column(facts, update)
         if not facts.lr:  # a schedule that has ended: no step was made, and no gradient is known
             means = {"reach": reach} if self.sends == "update" else {"control": torch.zeros_like(update)}
             return Finished(means, memory=dict(memory))
-        change = update / reach - broadcast.shared["correction"]["control"]
+        control = broadcast.shared["correction"]["control"]
+        change = torch.addcmul(-control, update, 1.0 / reach, out=empty(update, update.shape))
         means = {"reach": reach} if self.sends == "update" else {"control": change}
-        return Finished(means, memory={"control": memory["control"] + change})
+        return Finished(
+            means, memory={"control": torch.add(memory["control"], change, out=empty(update, update.shape))}
+        )
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         control = server["control"]
@@ -203,10 +208,12 @@ class Dynamic(CorrectionBase):
         return {"_h": torch.zeros(layout.d, dtype=layout.dtype)}
 
     def pull(self, broadcast: Broadcast, memory: Tensors, facts: StepFacts) -> Pull:
-        return Pull(anchor=broadcast.model.theta, shift=-memory["gradient"], mu=self.alpha)
+        own = memory["gradient"]
+        return Pull(anchor=broadcast.model.theta, shift=torch.neg(own, out=empty(own, own.shape)), mu=self.alpha)
 
     def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
-        return Finished(memory={"gradient": torch.add(memory["gradient"], update, alpha=self.alpha)})
+        own = memory["gradient"]
+        return Finished(memory={"gradient": torch.add(own, update, alpha=self.alpha, out=empty(own, own.shape))})
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         if "update" not in total.means:
@@ -253,7 +260,8 @@ class Normalised(CorrectionBase):
 
     def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
         weights = _column(facts, update)
-        return Finished({"update": update / weights, "reach": weights}, memory=memory)
+        normalised = torch.div(update, weights, out=empty(update, update.shape))
+        return Finished({"update": normalised, "reach": weights}, memory=memory)
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         if "reach" not in total.means:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError
 from atoll.base.names import under, without_prefix
+from atoll.compute.buffer_pool import empty
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model, OwnSplit, joined_parts, split_of
 from atoll.compute.task import Task
@@ -96,6 +97,9 @@ def first_personal(task: Task) -> dict[str, Tensor]:
 def personal_models(model: Model, memory: Tensors) -> Model:
     """The personal models of K clients, θ `[K, d]`: that of the server for a client that never took part."""
     before, rounds = without_prefix(memory, PERSONAL), memory[f"{PERSONAL}rounds"]
+    if bool((rounds > 0).all()):
+        counters = {n: before[f"counters.{n}"] for n in model.counters}
+        return Model(before["theta"], before["buffers"], counters, model.fixed)
     server = model.lanes(len(rounds))
     own = {
         n: torch.where((rounds > 0).view(-1, *[1] * (t.dim() - 1)), before[n], t) for n, t in _tensors(server).items()
@@ -106,7 +110,8 @@ def personal_models(model: Model, memory: Tensors) -> Model:
 
 def after_personal(start: Model, trained: Trained, memory: Tensors) -> dict[str, Tensor]:
     """The memory after a training of the personal models that began at `start`."""
-    moved = Model(start.theta - trained.update, trained.buffers, trained.counters, {})
+    theta = torch.sub(start.theta, trained.update, out=empty(trained.update, trained.update.shape))
+    moved = Model(theta, trained.buffers, trained.counters, {})
     return {**under(PERSONAL, _tensors(moved)), f"{PERSONAL}rounds": memory[f"{PERSONAL}rounds"] + 1}
 
 
