@@ -11,13 +11,15 @@ from atoll.base.errors import UsageError
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import split_of
 from atoll.engine.inprocess import InProcessEngine
-from atoll.plan.aggregate import Mean
+from atoll.plan.aggregate import Mean, Median
+from atoll.plan.codec import Clip, ErrorFeedback, LowRank, Noise, Quantize
 from atoll.plan.local import Calibrated, Ditto, Proximal, Scaffold, Train
 from atoll.plan.message import MessageForm
-from atoll.plan.optimizer.rules import adamw, sgd
+from atoll.plan.optimizer.rules import adam, adamw, sgd
+from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind
-from atoll.recipes import fedbn, fedper, fedrep
+from atoll.recipes import dp_fedavg, fedbn, fedper, fedrep
 
 BODIES = ["lanes", "loop", "fused", COMPILED]
 SIZES = (9, 7, 4)
@@ -160,6 +162,28 @@ def test_a_correction_of_the_shared_part(correction):
     assert torch.equal(
         trained(local(own=HEAD, correction=Proximal(0.0)))[0].model.theta, trained(local(own=HEAD))[0].model.theta
     )
+
+
+@pytest.mark.usefixtures("known_secrets")
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"codec": Quantize(8), "downlink": Quantize(8)},
+        {"codec": ErrorFeedback(LowRank(1))},
+        {"aggregator": Median()},
+        {"codec": Clip(1.0) >> Noise(0.1), "aggregator": dp_fedavg().aggregator, "cohort": dp_fedavg(q=1.0).cohort},
+        {"pace": Buffered(2)},
+        {"optimizer": adam(0.01)},
+    ],
+    ids=lambda parts: "-".join(parts),
+)
+def test_an_own_part_works_with_every_slot(parts):
+    """The other parts of a plan see a model of the shared part only."""
+    plan = replace(local(own=HEAD), **parts)
+    state, memory, reports, task = trained(plan, rounds=2)
+    assert state.model.theta.shape == (35,) and len(reports) == 2
+    assert not torch.equal(memory["own.theta"][0], task.start.theta[35:])
+    assert not torch.equal(state.model.theta, task.start.theta[:35])
 
 
 def test_split_and_join_are_inverse():

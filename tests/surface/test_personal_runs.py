@@ -1,5 +1,6 @@
 """Runs with models of clients: columns, selection, fine-tuning at each evaluation, and the module of a client."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,9 +11,11 @@ from sites import SITES, table
 import atoll
 from atoll.base.errors import UsageError
 from atoll.cli.predict import Request, predict_file
+from atoll.plan.aggregate import Mean
+from atoll.plan.codec import Clip
 from atoll.plan.local import Ditto, Train
 from atoll.plan.optimizer.rules import sgd
-from atoll.recipes import ditto, fedavg, fedper
+from atoll.recipes import ditto, fedavg, fedper, fedrep
 from atoll.tools.export import export, load_exported
 from atoll.training.experiment import load, predictor
 from atoll.training.stop import Target
@@ -73,6 +76,33 @@ def test_the_selection_metric_stops_a_run(tmp_path):
     assert rows[-1]["personal_accuracy"] == pytest.approx(run.metrics["personal_accuracy"])
     header = (run.path / "clients.csv").read_text().splitlines()[0]
     assert "personal_accuracy" in header
+
+
+@pytest.mark.parametrize("plan", [fedper(0.1, own=OWN), ditto(0.1)])
+def test_a_resumed_run_has_the_bits_of_one_run(tmp_path, plan):
+    whole = train(plan, rounds=2)
+    first = train(plan, rounds=1, out=tmp_path, report=False)
+    again = atoll.train("mlp", DATA, plan, resume=first.path, more=1, out=tmp_path, report=False, seed=1)
+    assert again.reports[-1].fingerprint == whole.reports[-1].fingerprint
+    for client in (0, 5):
+        both = zip(again.personal(client).parameters(), whole.personal(client).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in both)
+
+
+def test_models_of_clients_beat_the_model_of_the_server():
+    """Two labels for each client: the published gap is at least 8 points."""
+    for plan in (fedper(0.1, own=OWN), fedrep(0.1, own=OWN), ditto(0.1)):
+        metrics = train(plan, rounds=5, evaluate_every=5).metrics
+        assert metrics["personal_accuracy"] > metrics["accuracy_clients"] + 0.08, plan
+
+
+def test_a_secure_sum_covers_the_shared_part():
+    """The sum is that of rounded updates, and the own part is not in it."""
+    plan = dataclasses.replace(fedper(0.1, own=OWN), codec=Clip(10.0))
+    plain, secure = train(plan), train(dataclasses.replace(plan, aggregator=Mean(secure=True)))
+    both = zip(plain.personal(3).parameters(), secure.personal(3).parameters(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in both)
+    assert secure.bytes_up < train(fedavg(0.1)).bytes_up
 
 
 def test_workers_evaluate_the_same_models():
