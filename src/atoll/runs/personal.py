@@ -24,7 +24,7 @@ from atoll.plan.state import State, part_of
 from atoll.runs.folder import RunFolder, read_rows
 
 
-class Rows(Protocol):
+class MemoryRows(Protocol):
     """The memory of clients, one row for each."""
 
     def take(self, ids: Tensor) -> Tensors: ...
@@ -45,7 +45,7 @@ class ClientModels:
 
     plan: Plan
     model: Model
-    memory: Rows
+    memory: MemoryRows
     task: Task
     clients: int
     names: Sequence[str] | None = None
@@ -144,7 +144,7 @@ def evaluated_state(plan: Plan, state: State) -> State:
     return replace(state, model=state.model._replace(theta=theta), sent=None)
 
 
-def model_of(plan: Plan, model: Model, memory: Rows, client: int, task: Task) -> Model:
+def model_of(plan: Plan, model: Model, memory: MemoryRows, client: int, task: Task) -> Model:
     """The model of one client, a single model.
 
     Args:
