@@ -18,8 +18,8 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from atoll import __version__
 from atoll.base.errors import AtollError, Note, UsageError
 from atoll.base.lines import quoted
-from atoll.cli.options import GROUPS, Client, Json, Out, Quiet, Trust, flag, switch
-from atoll.training.setting_texts import DATA, OUTPUT, RUNNING
+from atoll.cli.options import GROUPS, Client, ClientOptions, Json, Out, Quiet, Trust, flag, switch
+from atoll.training.setting_texts import OUTPUT, RUNNING
 
 if TYPE_CHECKING:
     from atoll.training.experiment import Experiment
@@ -303,8 +303,7 @@ def predict_rows(
     to: Annotated[Path | None, flag(OUTPUT, "The file to write, .csv or .parquet. Default: CSV on stdout.")] = None,
     proba: Annotated[bool, switch(OUTPUT, "Add the probability of each class.", "ATOLL_PROBA")] = False,
     best: Annotated[bool, switch(RUNNING, "Use the best model instead of the last.", "ATOLL_BEST")] = False,
-    by: Annotated[str | None, flag(DATA, "The column of the client. Default: that of the run.")] = None,
-    client: Client = None,
+    clients: ClientOptions = ClientOptions(),
     as_: Annotated[str, flag(OUTPUT, "The name of the added column. Default: prediction.", "--as")] = "prediction",
     overwrite: Annotated[bool, switch(OUTPUT, "Replace an existing file.", "ATOLL_OVERWRITE")] = False,
     trust: Trust = False,
@@ -327,8 +326,8 @@ def predict_rows(
     from atoll.training.experiment import predictor
 
     path = _find(run, out)
-    request = Request(path, data, to, proba, by, as_, as_json, quiet, overwrite)
-    return predict_file(predictor(path, best=best, trust=trust, client=client), request)
+    request = Request(path, data, to, proba, clients.by, as_, as_json, quiet, overwrite)
+    return predict_file(predictor(path, best=best, trust=trust, client=clients.client), request)
 
 
 @app.command(group=INSPECT, sort_key=7, help_epilogue="")

@@ -5,11 +5,12 @@ Tests: tests/surface/test_cli.py
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from atoll.training.setting_texts import GROUP_NAMES, OUTPUT, RUNNING
+from atoll.training.setting_texts import DATA, GROUP_NAMES, OUTPUT, RUNNING
 
 GROUPS = {name: Group.create_ordered(name) for name in GROUP_NAMES}
 
@@ -29,6 +30,17 @@ def switch(group: str, help: str, variable: str, name: str | None = None) -> Par
 Client = Annotated[
     str | None, flag(RUNNING, "Use the model of this client, by its name or number. Default: that of the server.")
 ]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ClientOptions:
+    """The options of a prediction that concern clients."""
+
+    by: Annotated[str | None, flag(DATA, "The column of the client. Default: that of the run.")] = None
+    client: Client = None
+
+
 Out = Annotated[str | None, flag(OUTPUT, "The parent of run folders. Default: runs.")]
 Json = Annotated[bool, switch(OUTPUT, "One JSON object on stdout.", "ATOLL_JSON", "--json")]
 Lines = Annotated[bool, switch(OUTPUT, "One JSON object a line on stdout.", "ATOLL_JSON", "--json")]
