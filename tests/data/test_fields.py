@@ -11,11 +11,13 @@ import atoll
 from atoll.base.errors import UsageError
 from atoll.base.random import Key, user_scope
 from atoll.data.fields import pack_fields, unpack_fields
+from atoll.data.schema import Schema
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, TopK
 from atoll.plan.local import Custom, Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.plan import Plan
+from atoll.tools.graph import WholeModel
 
 SIZES = (9, 5, 9, 3, 12)
 PLAIN = classification(SIZES)
@@ -291,6 +293,13 @@ def test_a_predictor_names_the_tensors(tmp_path):
     run = atoll.train(seeded(Two), atoll.data.arrays(two(), Y).split(4), PLAN, rounds=1, out=tmp_path, report=False)
     with pytest.raises(UsageError, match="several tensors: age float32"):
         run.predictor.predict(two()["ids"])
+    with pytest.raises(UsageError, match="several tensors: age float32") as caught:
+        run.predictor.predict(two())
+    assert caught.value.line == "run.model(**tensors)"
+    with pytest.raises(UsageError, match="several tensors: age float32"):
+        WholeModel(run.predictor)
+    with pytest.raises(UsageError, match="several tensors: age float32"):
+        Schema.of_input(run.input)
     assert run.model(**{n: t for n, t in run_inputs().items()}).shape == (38, 3)
 
 

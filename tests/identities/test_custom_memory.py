@@ -11,6 +11,7 @@ from atoll.base.errors import UsageError
 from atoll.base.random import Key, user_scope
 from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.net.engine import _memory_reads_weights
+from atoll.net.terms import plan_text
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import ErrorFeedback, TopK
 from atoll.plan.local import Custom
@@ -213,6 +214,12 @@ def test_the_first_memory_is_drawn_by_a_key_and_is_a_copy():
 
 def test_the_text_of_a_plan_names_both_functions():
     assert repr(PLAN.local) == "Custom(importable_parts:remember, batch=4, memory=importable_parts:personal)"
+
+
+def test_a_network_refuses_a_loop_of_the_user():
+    with pytest.raises(UsageError, match="no code travels") as caught:
+        plan_text(COUNT)
+    assert ":count_visits" in str(caught.value) and "Train(" in caught.value.line
 
 
 def test_a_network_refuses_memory_that_depends_on_weights():

@@ -149,6 +149,13 @@ def test_parts_and_memory_have_the_bits_of_one_process(plan, mlp):
     same(plan, mlp, rounds=3)
 
 
+def test_rows_of_several_tensors_have_the_bits_of_one_process(cluster):
+    data = importable_parts.masked(classification(SIZES))
+    task = task_of(seeded(importable_parts.Masked), data, "loop", torch.float32)
+    with RayEngine(task, data, workers=2, cpus=0.1) as engine:
+        same(Plan(Train(sgd(0.1), epochs=1, batch=4), Mean()), Both(engine, InProcessEngine(task, data)))
+
+
 @pytest.mark.parametrize("pace", [Buffered(3), Bounded(2), Sync(over_select=1.5)], ids=repr)
 def test_one_actor_has_the_bits_of_one_process_under_every_pace(pace, alone):
     local = Train(adam(0.01), steps=2, batch=2, keep=("optimizer", "order"))

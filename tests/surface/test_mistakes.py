@@ -134,6 +134,13 @@ PYTHON = [
     ('Plan(Gradient(), "median")', "?median"),
     ("Plan(Gradient(), my_train)", "Combine(my_train)"),
     ('Plan(Gradient(), Mean(), codec="zip")', ""),
+    ('Plan(Custom(my_train), Mean(), codec="topk")', "TopK(0.1)"),
+    ('Plan(Custom(my_train), Mean(), codec="TopK(0.2)")', "TopK(0.2)"),
+    ('Plan(Custom(my_train), Mean(), codec="Quantize()")', ""),
+    ('Plan(Custom(my_train), Mean(), pace="buffered")', "Buffered(10)"),
+    ('Plan(Custom(my_train), Mean(), downlink="quantize")', "Quantize(8)"),
+    ('Plan(Custom(my_train), Mean(), cohort="poisson")', "Poisson(0.1)"),
+    ('Plan(Custom(my_train), Mean(), cohort="RoundRobin(3)")', "RoundRobin(3)"),
     ("Plan(Train(sgd(0.1)), Mean())", "Train(sgd(0.1), epochs=1)"),
     ("Plan(Gradient(), Mean(), sgd)", "sgd(0.1)"),
     # arguments of a recipe
@@ -221,6 +228,8 @@ SHELL = [
     ("run --stop 10", '--stop "Rounds(10)"'),
     ("run --set plan.optimizer=adam", '--set "plan.optimizer=adam(0.01)"'),
     ("run --set optimizer=adam", '--set "plan.optimizer=adam(0.01)"'),
+    ("run --set plan.codec=topk", '--set "plan.codec=TopK(0.1)"'),
+    ("run --set plan.cohort=uniform", '--set "plan.cohort=Uniform(10)"'),
     ("run --set plan.aggregator=median", "?median"),
     ("run --clients 8 --set plan.aggregator=Krum(3)", '--set "plan.aggregator=Krum(2)"'),
     (

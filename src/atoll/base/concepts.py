@@ -50,6 +50,7 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
 # Tables above this package, which imports none of them: a line for a word looks into them when an error is built.
 _RECIPES = "atoll.training.known_names:RECIPES"
 _PARTS = "atoll.plan.registry:PARTS"
+_PARSE = "atoll.base.grammar:parse"  # by its name: that module imports errors, which look for foreign words here
 _ARCHITECTURE = re.compile(r"(resnet|bert|vgg|vit|gpt|llama|mobilenet|efficientnet|densenet|alexnet|lenet)[\w-]*", re.I)
 
 
@@ -133,6 +134,8 @@ def part_for(slot: str, value: Any) -> str:
         >>> part_for("optimizer", "adam"), part_for("local", part_for), part_for("pace", "none")
         ('adam(0.01)', 'Custom(part_for)', '')
     """
+    if isinstance(value, str) and "(" in value:
+        return _parsed(value)
     name = value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
     parts = {folded(part): part for part in _table(_PARTS)}
     if part := parts.get(folded(name), ""):
@@ -140,6 +143,15 @@ def part_for(slot: str, value: Any) -> str:
     around = {"local": "Custom", "aggregator": "Combine"}.get(slot, "")
     function = callable(value) and not isinstance(value, type) and name.isidentifier()
     return f"{around}({name})" if function and around else ""
+
+
+def _parsed(text: str) -> str:
+    """The text itself if it is that of a part, else an empty text."""
+    try:
+        _table(_PARSE)(text, _table(_PARTS))
+    except ValueError:  # a UsageError is a ValueError
+        return ""
+    return text
 
 
 def _table(name: str) -> Any:

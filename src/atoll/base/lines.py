@@ -226,14 +226,16 @@ def example_call(name: str, make: Callable[..., Any]) -> str:
 
     Args:
         name: the name under which a text may call the constructor.
-        make: a function or a class; `bounded_number` declares a number with its example.
+        make: a function or a class; `bounded_number` declares a number with its example, and the metadata of another
+            field have it as `example`.
     Example:
         >>> example_call("float", float), example_call("ord", ord)
         ('float()', '')
     """
     declared = {f.name: f for f in fields(make)} if is_dataclass(make) else {}
-    needed = [f for f in declared.values() if f.init and f.default is MISSING and f.default_factory is MISSING]
-    examples = [getattr(f.metadata.get("number"), "example", None) for f in needed]
+    required = [f for f in declared.values() if f.init and f.default is MISSING and f.default_factory is MISSING]
+    needed = required or [f for f in declared.values() if "example" in f.metadata]  # one of several is required
+    examples = [f.metadata.get("example", getattr(f.metadata.get("number"), "example", None)) for f in needed]
     if None in examples:
         return ""
     try:

@@ -447,13 +447,7 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
         Raises:
             UsageError: another shape, or NaN.
         """
-        if self.fields:
-            raise UsageError(
-                f"A row of this run has several tensors: {', '.join(self.fields)}.",
-                "a call of the model itself.",
-                "a predictor reads tables and single arrays.",
-                Line(python="run.model(**tensors)"),
-            )
+        self.refuse_fields("a predictor reads tables and single arrays.")
         if tuple(x.shape[1:]) != self.features:
             raise UsageError(f"The rows have shape {tuple(x.shape[1:])}.", f"{self.features}, the shape in training.")
         if self.tokens is not None:
@@ -467,6 +461,20 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
         return x.to(_DTYPES[self.dtype])
 
     # targets and outputs
+
+    def refuse_fields(self, why: str) -> None:
+        """Refuse rows of several tensors.
+
+        Args:
+            why: the reason of the caller.
+        """
+        if self.fields:
+            raise UsageError(
+                f"A row of this run has several tensors: {', '.join(self.fields)}.",
+                "a call of the model itself.",
+                why,
+                Line(python="run.model(**tensors)"),
+            )
 
     def scaled_target(self, y: Tensor) -> Tensor:
         """Convert numbers in the target's units to the units of the loss: (y − centre) / spread."""

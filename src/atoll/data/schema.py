@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -87,12 +88,7 @@ class Schema:
     @classmethod
     def of(cls, data: Clients) -> Self:
         """The schema of clients, with their held-out rows and without their train rows."""
-        if data.fields:
-            raise UsageError(
-                f"The rows have several tensors: {', '.join(map(str, data.fields))}.",
-                "rows of one tensor.",
-                "a schema, by which sites of a network read their rows, describes one tensor.",
-            )
+        _refuse_fields(data.fields)
         x, y = data.rows.take(data.order[:1])
         return cls(
             data.name,
@@ -116,12 +112,14 @@ class Schema:
             given: the input that all sites share.
             name: the name of the data in reports.
         Raises:
-            UsageError: the target has several classes in one row, whose shape an input does not state.
+            UsageError: the target has several classes in one row, whose shape an input does not state; or a row has
+                several tensors.
         Example:
             >>> from atoll.data import load
             >>> Schema.of_input(load("wine").split(3).input).features
             (13,)
         """
+        _refuse_fields(given.fields)
         if given.kind not in ("classification", "regression", "labels") or (
             given.kind == "classification" and not given.classes
         ):
@@ -258,3 +256,18 @@ class Schema:
 
 def _named(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _refuse_fields(fields: Sequence[object]) -> None:
+    """Refuse rows of several tensors.
+
+    Args:
+        fields: the tensors of a row.
+    """
+    if fields:
+        raise UsageError(
+            f"The rows have several tensors: {', '.join(map(str, fields))}.",
+            "rows of one tensor.",
+            "a schema, by which sites of a network read their rows, describes one tensor.",
+            Line(python="torch.cat([ids, mask], 1)"),
+        )

@@ -18,7 +18,7 @@ from msgspec import Meta
 from atoll import models
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
-from atoll.base.lines import Line, Write
+from atoll.base.lines import Line, Part, Write
 from atoll.base.random import Key
 from atoll.compute.layout import Layout
 from atoll.compute.loss import LOSSES, ClassWeighted, PerExample, built_in, loss_of
@@ -203,7 +203,16 @@ def plan_text(plan: Plan) -> str:
         UsageError: a part is a function, or its `repr` is no constructor call.
     """
     text = repr(plan)
-    if parse(text, {**_classes(plan), **PARTS}) != plan:
+    try:
+        built = parse(text, {**_classes(plan), **PARTS})
+    except UsageError as error:
+        raise UsageError(
+            f"{text:.300} on a network: {error.given}",
+            "parts of atoll, or classes to which each site has its own code.",
+            "no code travels: each site builds the plan from its text.",
+            Part("Train(sgd(0.1), epochs=1, batch=10)", "local") if ":" in repr(plan.local) else "",
+        ) from error
+    if built != plan:
         raise UsageError(f"The text {text!r:.300} builds another plan.", "parts whose `repr` builds an equal part.")
     return text
 

@@ -186,7 +186,7 @@ class Buffered(Pace):
     Reference: Nguyen et al., Federated Learning with Buffered Asynchronous Aggregation, 2022.
     """
 
-    k: int
+    k: int = field(metadata={"example": 10})
     staleness: Callable[[int], float] = field(default_factory=lambda: staleness_polynomial(0.5))
 
     asynchronous = True
@@ -233,7 +233,7 @@ class Bounded(Pace):
         paper bounds the difference of clocks; here the age of contributions in flight is bounded.
     """
 
-    staleness: int
+    staleness: int = field(metadata={"example": 2})
 
     asynchronous = True
 

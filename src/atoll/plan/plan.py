@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from atoll.base.concepts import part_for
 from atoll.base.errors import UsageError
 from atoll.base.grammar import Value
 from atoll.base.markup import mimebundle, preformatted
@@ -154,7 +155,7 @@ def _sampler(cohort: Any) -> Sampler:
     raise UsageError(
         f"cohort = {cohort!r}.",
         "a sampler, a number of clients, a fraction of them, or None for everyone.",
-        write="Uniform(10)",
+        write=(part_for("cohort", cohort) if isinstance(cohort, str) else "") or "Uniform(10)",
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -74,7 +74,7 @@ class Uniform(Sampler):
         2
     """
 
-    n: int
+    n: int = field(metadata={"example": 10})
     interchangeable = True
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class Fraction(Sampler):
         3
     """
 
-    q: float
+    q: float = field(metadata={"example": 0.1})
     interchangeable = True
 
     def __post_init__(self) -> None:
@@ -160,7 +160,7 @@ class Poisson(Sampler):
         assumes.
     """
 
-    q: float
+    q: float = field(metadata={"example": 0.1})
 
     def __post_init__(self) -> None:
         plain_fields(self, "q")
@@ -204,7 +204,7 @@ class Weighted(Sampler):
     Reference: Madow, On the Theory of Systematic Sampling, II, 1949.
     """
 
-    n: int
+    n: int = field(metadata={"example": 10})
 
     def __post_init__(self) -> None:
         plain_fields(self, "n")
@@ -294,7 +294,7 @@ class RoundRobin(Sampler):
         [0, 1, 2, 3]
     """
 
-    n: int
+    n: int = field(metadata={"example": 10})
 
     def __post_init__(self) -> None:
         plain_fields(self, "n")

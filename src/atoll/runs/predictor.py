@@ -104,6 +104,7 @@ class Predictor:
         """Return the cells of a frame, of a dict, or of an array of a table's columns; None for other arrays."""
         if isinstance(x, (np.ndarray, Tensor, list, tuple)):
             return self._named(x) if self.input.columns else None
+        self.input.refuse_fields("a predictor reads tables and single arrays.")
         return cells_of(x)
 
     def _named(self, x: Any) -> dict[str, Cells]:

@@ -46,6 +46,8 @@ class WholeModel(nn.Module):
 
     Args:
         predictor: the model with its input.
+    Raises:
+        UsageError: a row has several tensors.
     Example:
         >>> import atoll
         >>> data = atoll.data.load("wine").split(clients=3)
@@ -56,6 +58,7 @@ class WholeModel(nn.Module):
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
+        predictor.input.refuse_fields("the graph takes one tensor.")
         self.model, self.input = copy.deepcopy(predictor.model), predictor.input
         self.requires_grad_(False)
         self.rates = predictor.loss is poisson

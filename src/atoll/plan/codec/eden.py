@@ -6,7 +6,7 @@ Tests: tests/rates/test_codec_theory.py, tests/identities/test_codecs.py
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -129,7 +129,7 @@ class Eden(Codec):
     per_message = True
     packs = True
 
-    bits: int
+    bits: int = field(metadata={"example": 4})
     block: int | None = BLOCK
 
     def __post_init__(self) -> None:

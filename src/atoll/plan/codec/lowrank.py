@@ -5,7 +5,7 @@ Tests: tests/identities/test_codecs_memory.py, tests/rates/test_codec_theory.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
@@ -89,7 +89,7 @@ class LowRank(Codec):
     per_message = True
     needs_model_coordinates = True
 
-    rank: int
+    rank: int = field(metadata={"example": 4})
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:

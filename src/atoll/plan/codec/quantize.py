@@ -5,7 +5,7 @@ Tests: tests/identities/test_codecs.py, tests/rates/test_codec_theory.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -50,7 +50,7 @@ class Cast(Codec):
     per_message = True
     packs = True
 
-    to: Literal["bf16", "fp16", "fp8"]
+    to: Literal["bf16", "fp16", "fp8"] = field(metadata={"example": "bf16"})
 
     def __post_init__(self) -> None:
         if self.to not in _TYPES:
@@ -110,7 +110,7 @@ class Quantize(Codec):
     per_message = True
     packs = True
 
-    bits: int | None = None
+    bits: int | None = field(default=None, metadata={"example": 8})
     levels: int | None = None
     bucket: int | None = 512
     norm: Literal["max", "l2"] = "max"

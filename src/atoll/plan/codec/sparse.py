@@ -6,7 +6,7 @@ Tests: tests/identities/test_codecs.py, tests/rates/test_codec_theory.py
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ class TopK(Codec):
 
     per_message = True
 
-    fraction: float
+    fraction: float = field(metadata={"example": 0.1})
 
     def __post_init__(self) -> None:
         _check_fraction("TopK", self.fraction)
@@ -171,7 +171,7 @@ class RandomK(Codec):
 
     per_sum = True
 
-    fraction: float
+    fraction: float = field(metadata={"example": 0.1})
     unbiased: bool = True
 
     def __post_init__(self) -> None:
