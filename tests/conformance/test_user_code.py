@@ -1,20 +1,28 @@
 """User code is trained as plain autograd trains it, on every backend, or it is refused by name."""
 
+import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conformance.user_code import MODULES, PLAN, data_of, reference, tensors_of, typed
-from problems import classification, far
+from parity import ranks
+from parity.test_torchrun import environment, written
+from problems import classification, far, run
 from quick_cases import one_in
 
 import atoll
 from atoll.base.random import Key, generator_states, user_scope
 from atoll.compute.task import Task
 from atoll.engine.choose_backend import choose
+from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import Probe
+from atoll.engine.workers import forkserver
+from atoll.engine.workers.processes import ProcessesEngine
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -116,6 +124,79 @@ def test_draws_depend_on_the_seed_and_leave_the_generators(case):
         prints.append([report.fingerprint for report in training])
         assert before == generator_states()
     assert prints[0] == prints[1]
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    """A fork server that has imported `torch.func` and the zoo, so that each of its workers starts fast."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forkserver, "_START", f"import conformance.user_code; {forkserver._START}")
+        server = forkserver.ForkServer()
+        server.start()
+    server.warm()
+    yield server
+    server.close()
+
+
+# Worker processes get code by names that can be imported: no lambda, no class that torch makes, no object of C++.
+NOT_SENT = {
+    **dict.fromkeys(("weight norm", "spectral norm", "orthogonal"), "ParametrizedLinear"),
+    **dict.fromkeys(("module hooks", "module backward hook"), "<lambda>"),
+    "scripted": "torch.ScriptModule",
+    "containers that are records": "collections.deque",
+}
+
+
+def bits(state):
+    """All tensors of a model."""
+    return [state.model.theta, state.model.buffers, *state.model.counters.values()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TRAINED, ids=name_of)
+@pytest.mark.filterwarnings("ignore::atoll.Note")
+def test_worker_processes_give_the_bits_of_one_process_or_refuse_the_code(case, nursery):
+    data, missing = data_of(case), NOT_SENT.get(name_of(case))
+    task = choose(Task.of(case.make(), case.loss), data, PLAN).task
+    if missing:
+        with pytest.raises(atoll.UsageError, match=missing) as error:
+            ProcessesEngine(task, data, workers=1, nursery=nursery)
+        assert error.value.line in ('engine="inprocess"', 'atoll.train("my_module:make", data, plan)')
+        return
+    expected, _ = run(PLAN, InProcessEngine(task, data), 2)
+    with ProcessesEngine(task, data, workers=1, nursery=nursery) as engine:
+        found, _ = run(PLAN, engine, 2)
+    assert all(torch.equal(a, b) for a, b in zip(bits(found), bits(expected), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::atoll.Note")
+@pytest.mark.parametrize("name", ["weight norm", "containers that are records"])
+def test_worker_processes_build_other_code_from_its_factory(name, nursery):
+    """This is the line of the refusal: `atoll.train("my_module:make", data, plan)`."""
+    case, made = MODULES[name], f"conformance.user_code:{name.partition(' ')[0]}_factory"
+    data = data_of(case)
+    task = choose(Task.of(case.make(), case.loss), data, PLAN).task
+    expected, _ = run(PLAN, InProcessEngine(task, data), 2)
+    with ProcessesEngine(task, data, workers=1, nursery=nursery, model=made) as engine:
+        found, _ = run(PLAN, engine, 2)
+    assert all(torch.equal(a, b) for a, b in zip(bits(found), bits(expected), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore::atoll.Note")
+def test_ranks_give_the_bits_of_one_process(tmp_path):
+    """Two ranks train the whole zoo; with the float sum their gradients are added within the backward pass."""
+    line = [sys.executable, ranks.__file__, str(tmp_path), "forked", "zoo"]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stderr[-4000:]
+    expected = json.loads(json.dumps(ranks.zoo(InProcessEngine)))
+    for found in written(tmp_path, 2):
+        assert found.keys() == expected.keys()
+        for name, (exact, floats) in expected.items():
+            assert found[name][0] == exact, name
+            assert found[name][1] == pytest.approx(floats, rel=1e-5, abs=1e-6), name
 
 
 def test_a_scope_restores_generators_and_modes():

@@ -366,6 +366,15 @@ MODULES = {
     "loss with a moving factor": Case(wrapped(plain), loss=Moving(buffer=False, used=True), refused="total"),
 }
 
+
+def weight_factory() -> nn.Module:
+    return MODULES["weight norm"].make()
+
+
+def containers_factory() -> nn.Module:
+    return MODULES["containers that are records"].make()
+
+
 PLAN = Plan(Train(sgd(LR), epochs=3), Mean(), recipes.distributed_gd(1.0).optimizer)  # full batches: no order of rows
 
 

@@ -1,7 +1,7 @@
 """The program of each rank in tests/parity/test_torchrun.py: it runs all cases and writes their results.
 
 torchrun --max-restarts 1 --nproc-per-node 2 ranks.py FOLDER [all] [dies]
-python ranks.py FOLDER forked
+python ranks.py FOLDER forked [zoo]
 """
 
 import json
@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import sys
+import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from problems import NO_NATIVE, classification, federation, run, seeded, task_of
 from torch import nn
 
 from atoll import recipes, train
+from atoll.compute.task import Task
+from atoll.engine.choose_backend import choose
 from atoll.engine.ranks.process_group import ProcessGroup
 from atoll.engine.ranks.torchrun import TorchrunEngine
 from atoll.engine.simulation.fleet import Fleet, HalfNormal
@@ -179,6 +183,10 @@ KILLED = Plan(Custom(descends, batch=8, lr=0.1), Mean(), sgd(1.0, momentum=0.5),
 
 def main(folder, cases):
     ranks, here = ProcessGroup.join(), clients()
+    if "zoo" in sys.argv:
+        found = zoo(partial(TorchrunEngine, ranks=ranks))
+        (folder / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(found))
+        return
     words = {"engine": "torchrun", "numerics": "loop"}
     ended = train("mlp", here, KILLED, rounds=6, out=folder / "runs", checkpoint_s=0.0, report=False, **words)
     torch.manual_seed(ranks.rank)  # each rank builds another model; the one of rank 0 is broadcast
@@ -190,6 +198,24 @@ def main(folder, cases):
     for name, module, plan, data in float_cases():
         out[name] = floats(module, plan, data, partial(TorchrunEngine, ranks=ranks))
     (folder / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(out))
+
+
+def zoo(engine):
+    """For each code of a user: fingerprints of its tensors after two rounds, and θ after two float rounds."""
+    from conformance.user_code import LR, MODULES, PLAN, data_of
+
+    out, descent = {}, Plan(Gradient(), Mean(sum="float"), sgd(LR))
+    warnings.simplefilter("ignore")
+    for name, case in MODULES.items():
+        if case.refused:
+            continue
+        data = data_of(case)
+        task = choose(Task.of(case.make(), case.loss), data, PLAN).task
+        state, _ = run(PLAN, engine(task, data), 2)
+        tensors = [state.model.theta, state.model.buffers, *state.model.counters.values()]
+        summed, _ = run(descent, engine(replace(task, numerics="loop"), data), 2)
+        out[name] = [fingerprint(t.double()) for t in tensors], summed.model.theta.tolist()
+    return out
 
 
 def fork(ranks):

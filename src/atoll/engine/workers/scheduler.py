@@ -341,8 +341,9 @@ def packed(
     plain: Any = replace(task, metrics=(), lengths={})
     if model is not None:
         plain = replace(plain, module=None)
-    tree, of_task = serialize(plain, "The task", 'atoll.train("my_module:make", data, plan)', spill)
-    rows, of_data = serialize(data, "The data", "atoll.data.arrays(x, y)", spill)
+    named = [Change("model", "my_module:make").at(door) for door in ("shell", "file")]
+    tree, of_task = serialize(plain, "The task", Line('atoll.train("my_module:make", data, plan)', *named), spill)
+    rows, of_data = serialize(data, "The data", Line(python="atoll.data.arrays(x, y)"), spill)
     tensors = {f"task/{n}": t for n, t in of_task.items()} | {f"data/{n}": t for n, t in of_data.items()}
     return Setup("", [], tree, rows, None if model is None else (model, str(seed)), threads), tensors
 

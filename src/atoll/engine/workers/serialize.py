@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.base.errors import UsageError
-from atoll.base.lines import Change
+from atoll.base.lines import Change, Write
 from atoll.base.names import load
 
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's flag for heap types; static types of C lack it
@@ -43,7 +43,7 @@ class Packed(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def serialize(value: Any, role: str, write: str, spill: Callable[[], Path] | None) -> Packed:
+def serialize(value: Any, role: str, write: Write, spill: Callable[[], Path] | None) -> Packed:
     """Serialize a value.
 
     A memory-mapped array is sent as the name of its file. All other arrays become tensors.
@@ -107,7 +107,7 @@ def import_name(thing: Any, role: str) -> str:
 
 
 class _Packer:
-    def __init__(self, write: str, spill: Callable[[], Path] | None) -> None:
+    def __init__(self, write: Write, spill: Callable[[], Path] | None) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._write, self._spill = write, spill
         self._seen: dict[int, tuple[int, Any]] = {}  # also keeps the value alive, since ids of dead objects are reused
