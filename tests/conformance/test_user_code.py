@@ -14,6 +14,7 @@ from parity import ranks
 from parity.test_torchrun import environment, written
 from problems import classification, far, run
 from quick_cases import one_in
+from torch import nn
 
 import atoll
 from atoll.base.random import Key, generator_states, user_scope
@@ -23,6 +24,9 @@ from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.probe import Probe
 from atoll.engine.workers import forkserver
 from atoll.engine.workers.processes import ProcessesEngine
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Custom
+from atoll.plan.plan import Plan
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -247,3 +251,54 @@ def test_findings_state_what_was_observed(name, draws):
     case = MODULES[name]
     found = choose(Task.of(case.make(), case.loss), data_of(case), PLAN).task.findings
     assert found.draws == draws and found.output == (3,) and found.target == () and found.probed
+
+
+class Silent(nn.Linear):
+    """A model whose forward pass has no return statement."""
+
+    def forward(self, x):
+        super().forward(x)
+
+
+def cut(module):
+    """A module with a hook that returns a tensor of another shape."""
+    module[0].register_forward_hook(lambda layer, given, output: output[:, :2])
+    return module
+
+
+def cut_gradient(module):
+    """A module with a gradient hook that returns another shape."""
+    module[0].weight.register_hook(lambda gradient: gradient[:1])
+    return module
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Silent(4, 3), "forward has no return statement"),
+        (lambda: cut(two_layers()), "in_features=5, and its input has shape"),
+        (lambda: cut_gradient(two_layers()), "has changed the size"),
+    ],
+)
+def test_a_module_without_a_fitting_answer_is_refused(make, words):
+    with pytest.raises(atoll.UsageError, match=words):
+        atoll.rounds(make(), classification((9, 7, 5)), PLAN, rounds=1)
+
+
+@pytest.mark.parametrize("answer", [{"loss": "low"}, {"pairs": [1, 2]}, 3])
+def test_a_loop_returns_numbers_by_name(answer):
+    plan = Plan(Custom(lambda model, loader, ctx: answer), Mean())
+    with pytest.raises(atoll.UsageError, match="a dict of numbers by name") as error:
+        atoll.rounds(two_layers(), classification((9, 7, 5)), plan, rounds=1).next()
+    assert error.value.line == 'return {"loss": loss.item()}'
+
+
+def test_rounds_and_more_are_two_requests(tmp_path):
+    data = classification((9, 7, 5))
+    run = atoll.train("softmax", data, PLAN, rounds=1, out=tmp_path, report=False)
+    with pytest.raises(atoll.UsageError, match="rounds = 3 and more = 2"):
+        atoll.train("softmax", data, PLAN, rounds=3, more=2, resume=run.path, out=tmp_path, report=False)
