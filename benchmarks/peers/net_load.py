@@ -95,7 +95,9 @@ class Load:
     async def _connected(self, context: ssl.SSLContext, length: int) -> None:
         async with contextlib.AsyncExitStack() as stack:
             async with self.opened:  # handshakes at a time, so that the listening queue does not overflow
-                session = await stack.enter_async_context(aiohttp.ClientSession(f"https://{self.address}"))
+                connector = aiohttp.TCPConnector(keepalive_timeout=60)
+                session = aiohttp.ClientSession(f"https://{self.address}", connector=connector)
+                await stack.enter_async_context(session)
                 link = session.ws_connect("/v1/link", ssl=context, compress=0, max_msg_size=wire.MAX_FRAME)
                 channel = await stack.enter_async_context(link)
                 hello = wire.Hello(wire.PROTOCOL, own_versions(), "", BACKENDS, None, None, ())

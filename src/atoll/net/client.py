@@ -38,6 +38,7 @@ from atoll.secure.refusals import SessionError
 
 PING_S = 20.0
 PROGRESS_S = 5.0
+KEPT_S = 60.0  # of the connection of long messages; the server ends it after 75 idle seconds
 _LOOK_S = 60.0  # between two looks at the clock of a site that its policy keeps away
 Notify = Callable[[Mapping[str, Any]], None]
 
@@ -252,7 +253,10 @@ class Client:
         """One connection: greet, and handle messages until it ends."""
         context = self.member.context()
         limits = aiohttp.ClientTimeout(total=None, connect=30, sock_connect=10)
-        async with aiohttp.ClientSession(f"https://{address}", timeout=limits, trust_env=True) as session:
+        connector = aiohttp.TCPConnector(keepalive_timeout=KEPT_S)
+        async with aiohttp.ClientSession(
+            f"https://{address}", connector=connector, timeout=limits, trust_env=True
+        ) as session:
             if self.member.renewal_due():
                 await self._renew(session, context)
             link = session.ws_connect(
