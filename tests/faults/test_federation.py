@@ -169,7 +169,7 @@ def test_no_route_admits_a_peer_without_a_valid_certificate(tmp_path):
     for method, path in (("GET", "/"), ("DELETE", "/v1/ca"), ("GET", "/v1/blobs/../ca.key"), ("PUT", "/v1/link")):
         assert _request(server.address, method, path, anonymous) in (404, 405), path
     wrong = identity.Token.read(token)
-    fields = {"name": wrong.name, "secret": "00" * 32, "request": "x"}
+    fields = {"name": wrong.name, "secret": "00" * 32, "request": "x", "identity": "00" * 32}
     assert _request(server.address, "POST", "/v1/enrol", anonymous, fields) == 403
     other = identity.Authority.new("other", _now())
     (tmp_path / "other.pem").write_bytes(_client_of(other, tmp_path))
