@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from atoll.plan.round import Report, step
     from atoll.plan.state import State
     from atoll.runs.events import Observer, Run
+    from atoll.tools.stats import describe
     from atoll.training.experiment import Experiment, load, predictor
     from atoll.training.rounds import rounds
     from atoll.training.serve import join, serve
@@ -64,6 +65,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "data",
+    "describe",
     "join",
     "load",
     "models",
@@ -86,6 +88,7 @@ _WHERE = {
     "atoll.compute.metrics": ("Metric",),
     "atoll.compute.task": ("Task",),
     "atoll.runs.events": ("Observer", "Run"),
+    "atoll.tools.stats": ("describe",),
     "atoll.training.experiment": ("Experiment", "load", "predictor"),
     "atoll.training.rounds": ("rounds",),
     "atoll.training.serve": ("join", "serve"),

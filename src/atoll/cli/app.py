@@ -367,6 +367,35 @@ def export(
     return 0
 
 
+@app.command(group=INSPECT, sort_key=7, help_epilogue="")
+def stats(
+    data: str,
+    /,
+    *,
+    by: Annotated[str | None, flag(OUTPUT, "The column that names the client of a row. Default: one client.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Describe the rows of all clients from sums: counts, means, quantiles, correlations, classes by client.
+
+    Parameters
+    ----------
+    data
+        The name of a data set, or the path of a table.
+    """
+    from atoll.cli import output
+    from atoll.data import load as load_data
+    from atoll.tools.stats import describe
+    from atoll.training.known_names import check_data
+
+    check_data(data)
+    found = describe(load_data(data) if by is None else load_data(data, by=by))
+    if as_json:
+        output.print_json(found.values())
+    else:
+        print(found.text())
+    return 0
+
+
 @app.command(group=HELP, sort_key=8, help_epilogue="")
 def doctor() -> int:
     """Check this machine and this installation, and print a fix for each problem."""
