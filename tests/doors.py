@@ -115,7 +115,13 @@ def _flags(words):
     if "..." in " ".join(words):
         return False
     others = (["resume", "latest"], ["lr"], ["predict", "latest", "x.csv"], ["export", "latest"])
-    others += (["serve", "--home", "at"], ["join", "token", "--home", "at"], ["invite", "north", "--home", "at"])
+    others += (
+        ["new", "p"],
+        ["compare", "a", "b"],
+        ["serve", "--home", "at"],
+        ["join", "token", "--home", "at"],
+        ["invite", "north", "--home", "at"],
+    )
     for command in (words, *([*other, *words[1:]] for other in others)):
         try:
             app.parse_args(command, exit_on_error=False, print_error=False)

@@ -107,7 +107,21 @@ def test_rounds_import_nothing_heavy(tmp_path):
 
 def test_help_names_every_command_and_every_flag(atoll):
     text = atoll("--help").out
-    commands = ["run", "resume", "plan", "runs", "show", "ui", "tag", "compare", "replay", "lr", "export", "doctor"]
+    commands = [
+        "run",
+        "resume",
+        "new",
+        "plan",
+        "runs",
+        "show",
+        "ui",
+        "tag",
+        "compare",
+        "replay",
+        "lr",
+        "export",
+        "doctor",
+    ]
     assert all(f" {name} " in text for name in commands)
     flags = (
         "--data --model --clients --split --held-out --recipe --rounds --seed --seeds --dtype --engine --numerics "

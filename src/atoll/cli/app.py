@@ -19,7 +19,7 @@ from atoll import __version__
 from atoll.base.errors import AtollError, Note, UsageError
 from atoll.base.lines import quoted
 from atoll.cli.options import GROUPS, Client, ClientOptions, Json, Out, Quiet, Trust, flag, switch
-from atoll.training.setting_texts import OUTPUT, RUNNING
+from atoll.training.setting_texts import DATA, OUTPUT, RUNNING
 
 if TYPE_CHECKING:
     from atoll.training.experiment import Experiment
@@ -393,6 +393,30 @@ def stats(
         output.print_json(found.values())
     else:
         print(found.text())
+    return 0
+
+
+@app.command(name="new", group=TRAIN, sort_key=4, help_epilogue="")
+def start_project(
+    name: Path,
+    /,
+    *,
+    template: Annotated[str, flag(OUTPUT, "tabular, torch, own-loop or sklearn. Default: tabular.")] = "tabular",
+    data: Annotated[Path | None, flag(DATA, "A CSV, Parquet or Excel file. Default: a data set by name.")] = None,
+    target: Annotated[str | None, flag(DATA, "The column to predict. Default: proposed from the header.")] = None,
+) -> int:
+    """Write a project in a new folder: experiment.toml, a module, a README and a test.
+
+    Parameters
+    ----------
+    name
+        The folder.
+    """
+    from atoll.tools.new import new_project
+
+    for path in new_project(name, template, data, target):
+        print(path)
+    print(f"Write: cd {quoted(str(name))} && atoll run experiment.toml", file=sys.stderr)
     return 0
 
 
