@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 import pandas
 import pytest
@@ -54,11 +55,11 @@ def test_the_kind_of_a_work_is_that_of_its_plan(kind, rows, plan, code):
     assert found.value.code == code
 
 
-def code_of(policy, clients=10, plan=PLAN, **changes):
+def code_of(policy, clients=10, plan=PLAN, made=MappingProxyType({}), **changes):
     """The code with which a policy refuses a work; None if it allows it."""
     try:
         policy.check_run("softmax", 40)
-        policy.check_work(work(**{"plan": plan_text(plan), **changes}), plan, clients)
+        policy.check_work(work(**{"plan": plan_text(plan), **changes}), plan, clients, made)
     except RefusedError as error:
         return error.code
     return None
@@ -89,6 +90,19 @@ def code_of(policy, clients=10, plan=PLAN, **changes):
         ({"max_rounds": 3}, {"round": 2}, None),
         ({"per_client": False}, {"kind": "evaluate", "rows": "held"}, "policy-values"),
         ({"parts": ()}, {"kind": "evaluate", "rows": "held"}, None),
+        ({"secure": True}, {"kind": "evaluate", "rows": "held"}, "policy-values"),
+        ({"min_noise": 1.0}, {"kind": "evaluate", "rows": "held"}, "policy-values"),
+        ({"max_epsilon": 1.0}, {"kind": "evaluate", "rows": "held"}, "policy-values"),
+        ({"secure": True, "per_client": True}, {"kind": "evaluate", "rows": "held"}, None),
+        ({"per_client": False}, {"plan": Plan(Moments((0.0,)), Mean())}, "policy-values"),
+        ({"per_client": False}, {"plan": Plan(Evaluate(), Mean())}, "policy-values"),
+        ({"max_rounds": 2}, {"made": {"a": "a", "b": "b"}, "round": 0}, "policy-rounds"),
+        ({"max_rounds": 2}, {"made": {"a": "a", work().work.hex(): work().work.hex()}, "round": 0}, None),
+        (
+            {"max_epsilon": 0.7},
+            {"plan": NOISY, "clients": 1000, "made": dict.fromkeys("abcdefghi", 0)},
+            "policy-epsilon",
+        ),
     ],
 )
 def test_each_rule_has_its_code(rules, changes, code):

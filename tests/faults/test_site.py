@@ -4,15 +4,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from msgspec import structs
 from net_messages import work
+from safetensors.torch import save
+from sites import write_tables
+from test_sites import terms
 
+from atoll.compute.batches import HOST
 from atoll.net import wire
 from atoll.net.coordinator import NO_DIGEST
+from atoll.net.join import own_rows
+from atoll.net.policy import Policy
+from atoll.net.rounds import storable
 from atoll.net.site import MemoryChain, Prepared, Site
-from atoll.net.terms import RefusedError
-from atoll.net.wire import chain_link
+from atoll.net.terms import RefusedError, layout_hash, plan_text
+from atoll.net.wire import SumTerms, chain_link, digest, work_id
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Clip
+from atoll.plan.protocols import Broadcast
+from atoll.plan.state import pack_broadcast
 from atoll.recipes import fedavg
 
 FIRST = {"codec/error": torch.zeros(2)}
@@ -128,3 +138,65 @@ def test_a_damaged_memory_is_refused(tmp_path):
     (tmp_path / "memory").write_bytes(data)
     with pytest.raises(RunError, match="damaged"):
         MemoryChain.open(tmp_path)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A site for the rows of a file, in the home of `tmp_path`."""
+    write_tables(tmp_path)
+    (tmp_path / "home").mkdir()
+    return lambda data: Site(tmp_path / "home", own_rows(str(data)), {}, HOST)
+
+
+def asked(it, plan, model, **changes):
+    """A work as the server of a run names it, for the client 0 of the run "run"."""
+    facts = {"kind": "round", "version": 0, "repeat": 0, "attempt": 0, "plan": plan_text(plan)} | changes
+    names = (facts[n] for n in ("kind", "version", "repeat", "plan"))
+    kind, version, repeat, text = names
+    name = work_id("run", kind, 0, version, repeat, text, digest(model), facts["attempt"])
+    hashes = {"layout": layout_hash(it._task.layout), "input": digest(it.terms.encode()), "model": model}
+    return work(**{"work": name, "round": 0, **hashes, **facts})
+
+
+def entered(tmp_path, rows, **rules):
+    """A site in a run of six clients, and the bytes of its model."""
+    it = rows(tmp_path / "north.csv")
+    it.policy = Policy(**rules)
+    it.enter(0, "run", terms(tmp_path, clients=6, held_out=0.2), None)
+    return it, save(storable(pack_broadcast(Broadcast(0, it._task.start, {}))))
+
+
+def test_a_contribution_to_a_secure_sum_is_never_sent_in_the_clear(tmp_path, rows):
+    """A server that sends a prepared work again without the terms of its sum would receive the plain update."""
+    plan = replace(fedavg(0.1), codec=Clip(1.0), aggregator=Mean(weights="equal", secure=True))
+    it, model = entered(tmp_path, rows, secure=True)
+    masked = asked(it, plan, model, sum=SumTerms(6, 1, 40))
+    assert it.compute(masked, model, None).masked
+    for clear in (structs.replace(masked, sum=None), structs.replace(masked, sum=None, attempt=1)):
+        with pytest.raises(RefusedError) as found:
+            it.compute(clear, model, None)
+        assert found.value.code in ("session", "changed")
+    with pytest.raises(RefusedError, match="name"):
+        it.compute(structs.replace(masked, attempt=1), model, None)
+    it.policy = Policy(models=(), max_rounds=0)  # the person has restarted the site with another policy
+    with pytest.raises(RefusedError) as found:
+        it.compute(masked, model, None)
+    assert found.value.code == "policy-rounds"
+
+
+def test_a_server_that_repeats_the_number_of_a_round_gets_no_further_contribution(tmp_path, rows):
+    it, model = entered(tmp_path, rows, max_rounds=2)
+    for version in (0, 1, 0):
+        one = asked(it, fedavg(0.1), model, version=version)
+        it.record(one, it.compute(one, model, None).body)
+    again = rows(tmp_path / "north.csv")
+    again.policy = it.policy
+    again.enter(0, "run", terms(tmp_path, clients=6, held_out=0.2), None)
+    for each in (it, again):
+        for changes in ({"version": 2}, {"repeat": 1}):
+            with pytest.raises(RefusedError) as found:
+                each.compute(asked(it, fedavg(0.1), model, **changes), model, None)
+            assert found.value.code == "policy-rounds"
+    with open(tmp_path / "home" / "ledger.jsonl", "a") as file:
+        file.write('{"time": "2026')  # a kill has cut the line
+    assert len(rows(tmp_path / "north.csv")._made["run"]) == 2

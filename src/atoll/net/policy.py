@@ -14,8 +14,10 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
@@ -26,6 +28,7 @@ from atoll.base.files import atomic_write
 from atoll.net.identity import identity_bytes
 from atoll.net.terms import RefusedError
 from atoll.net.wire import LeaveCode, Work, digest
+from atoll.plan.local import Evaluate, Moments
 from atoll.plan.plan import Plan
 from atoll.plan.sampler import Everyone
 from atoll.privacy.account import epsilon
@@ -55,7 +58,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         max_attempts: the most attempts of a secure sum in a round.
         max_rounds: the most rounds of one run; None: no limit.
         min_rows: the least number of train rows of this site.
-        per_client: whether the site sends sums of its own rows: of its evaluation, and statistics of its columns.
+        per_client: whether the site sends sums of its own rows: of its evaluation, and statistics of its columns. None:
+            it does, unless `secure`, `min_noise` or `max_epsilon` is set, since these sums have no masks and no noise.
         bytes_per_day: the most bytes of messages of one day of UTC; None: no limit.
         hours: "HH:MM-HH:MM" in the time of this machine; outside the site is absent. None: always.
         ask: whether each plan waits for `atoll approve`.
@@ -73,7 +77,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
     max_rounds: Annotated[int, Meta(ge=0)] | None = None
     min_rows: Annotated[int, Meta(ge=1)] = 1
-    per_client: bool = True
+    per_client: bool | None = None
     bytes_per_day: Annotated[int, Meta(ge=0)] | None = None
     hours: str | None = None
     ask: bool = False
@@ -114,6 +118,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return frozenset(identity_bytes(line.split()[0]) for line in lines if line.strip())
 
     @property
+    def sends_values(self) -> bool:
+        """Whether the site sends sums of its own rows."""
+        protected = self.secure or self.min_noise > 0 or self.max_epsilon is not None
+        return not protected if self.per_client is None else self.per_client
+
+    @property
     def floors(self) -> Floors:
         """The least that this site accepts in a secure sum."""
         cohort = max(3, self.min_cohort) if self.min_cohort > 1 else Floors.cohort
@@ -130,30 +140,35 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if rows < self.min_rows:
             raise _refused("rows", "a run with the rows of this site")
 
-    def check_work(self, work: Work, plan: Plan, clients: int) -> None:
+    def check_work(
+        self, work: Work, plan: Plan, clients: int, made: Mapping[str, int | str] = MappingProxyType({})
+    ) -> None:
         """Refuse a work whose plan, round or rows the policy does not allow.
 
         Args:
             work: the work.
             plan: its plan.
             clients: the clients of the run, of which the plan selects.
+            made: the `contribution_name` of each work of the rounds of this run that the site has sent, by the work.
+                The server states the number of a round, so the site counts for itself.
         Raises:
             RefusedError: the code is that of the rule.
         """
-        if work.kind != "round" and not self.per_client:
+        if (work.kind != "round" or isinstance(plan.local, (Evaluate, Moments))) and not self.sends_values:
             raise _refused("values", "values of this site")
         if work.kind == "evaluate":
             return
         used = set(_CALLED.findall(_QUOTED.sub("''", work.plan))) - _COMPOSED
         if self.parts is not None and not used <= set(self.parts):
             raise _refused("part", f"the part {min(used - set(self.parts))}")
-        if self.max_rounds is not None and work.round >= self.max_rounds:
+        others = set(made.values()) - {contribution_name(work.work.hex(), work.round, work.sum is not None)}
+        if self.max_rounds is not None and max(work.round, len(others)) >= self.max_rounds:
             raise _refused("rounds", f"more than {self.max_rounds} rounds")
         if work.kind == "round" and self.min_cohort > 1 and _cohort(plan, clients) < self.min_cohort:
             raise _refused("cohort", f"cohorts of less than {self.min_cohort} clients")
-        self._check_privacy(work, plan, clients)
+        self._check_privacy(plan, clients, 1 + max(work.round, len(made.keys() - {work.work.hex()})))
 
-    def _check_privacy(self, work: Work, plan: Plan, clients: int) -> None:
+    def _check_privacy(self, plan: Plan, clients: int, rounds: int) -> None:
         """Refuse a plan whose sum or noise protects less than the policy asks."""
         masks = plan.aggregator.secure
         if self.secure and masks is None:
@@ -167,7 +182,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if release is not None and release.noise < self.min_noise:
             raise _refused("noise", f"noise below {self.min_noise:g}")
         if self.max_epsilon is not None:
-            spent = epsilon(plan, clients=clients, rounds=work.round + 1, delta=self.delta)
+            spent = epsilon(plan, clients=clients, rounds=rounds, delta=self.delta)
             if spent > self.max_epsilon:
                 raise _refused("epsilon", f"more than ε = {self.max_epsilon:g}")
 
@@ -192,6 +207,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         minute = now.hour * 60 + now.minute
         inside = first <= minute < last if first <= last else minute >= first or minute < last
         return None if inside else ("hours", 60.0 * ((first - minute) % 1440) - now.second)
+
+
+def contribution_name(work: str, round: int, masked: bool) -> int | str:
+    """What the works of one contribution have in common: the attempts of a secure sum have the round."""
+    return round if masked else work
 
 
 def _refused(rule: str, what: str) -> RefusedError:

@@ -19,9 +19,10 @@ Tests: tests/faults/test_site.py
 from __future__ import annotations
 
 import json
+import os
 import struct
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -47,7 +48,7 @@ from atoll.engine.contribution import encode_contribution, lift_message
 from atoll.engine.inprocess import threads_for
 from atoll.net.coordinator import NO_DIGEST
 from atoll.net.identity import own_identity
-from atoll.net.policy import Policy
+from atoll.net.policy import Policy, contribution_name
 from atoll.net.secure import SiteSum, agreement_of
 from atoll.net.terms import Own, RefusedError, Terms, layout_hash, read_plan
 from atoll.net.wire import FrameError, LeaveCode, Seat, Work, chain_link, digest, tensor_table, work_id
@@ -234,10 +235,9 @@ class Site:
         self.home, self._load, self._own, self._device, self.policy = home, load, own, device, policy
         self._rows_facts: dict[str, str] = {}  # the run, and the fingerprint of the rows
         self._sent: Counter[str] = Counter()  # bytes by day of UTC
-        if policy.bytes_per_day is not None and (home / "ledger.jsonl").exists():
-            for line in (home / "ledger.jsonl").read_bytes().splitlines():
-                row = json.loads(line)
-                self._sent[row["time"][:10]] += row["bytes"]
+        self._made: defaultdict[str, dict[str, int | str]] = defaultdict(dict)  # by run and work: `contribution_name`
+        for row in ledger_rows(home):
+            self._count(row)
         self.chain = MemoryChain.open(home)
         self.client = -1
         self.terms: Terms | None = None
@@ -267,7 +267,7 @@ class Site:
             self._check(run, found, data, client)
             self.terms, self.data, self.client = found, data, client
         rows = required(self.data, "data")
-        kept = rows.held_out is None or not self.policy.per_client
+        kept = rows.held_out is None or not self.policy.sends_values
         return int(rows.sizes[client]), 0 if kept else len(required(rows.held_out, "held-out rows"))
 
     def _check(self, run: str, terms: Terms, data: Clients, client: int) -> None:
@@ -304,16 +304,17 @@ class Site:
         Raises:
             RefusedError: the site does not compute this work; the code names the reason.
         """
-        if work.sum is not None:
-            earlier = [self._name(work, model, n) for n in range(min(work.attempt, self.policy.max_attempts))]
-            self.chain.continue_attempt(work.work, earlier)
-        known = self.chain.find(work.work)
-        if known is not None:
-            return known
         try:
+            plan = self._checked(work, model)  # also of a message that is prepared: the server sends the work again
+            if work.sum is not None:
+                earlier = [self._name(work, model, n) for n in range(min(work.attempt, self.policy.max_attempts))]
+                self.chain.continue_attempt(work.work, earlier)
+            known = self.chain.find(work.work)
+            if known is not None:
+                return known
             self.fix_rows()
             with _COMPUTING:
-                return self._computed(work, model, fixed, on_step)
+                return self._computed(work, plan, model, fixed, on_step)
         except RefusedError:
             raise
         except MemoryError as error:
@@ -325,7 +326,12 @@ class Site:
         except Exception as error:
             raise RefusedError("failed", f"{type(error).__name__}: {error}") from error
 
-    def _computed(self, work: Work, model: bytes, fixed: bytes | None, on_step: OnStep | None) -> Prepared:
+    def _checked(self, work: Work, model: bytes) -> Plan:
+        """The plan of a work that this site may compute and send.
+
+        Raises:
+            RefusedError: it may not.
+        """
         terms, whole = required(self.terms, "terms"), required(self._task, "task")
         if self._name(work, model, work.attempt) != work.work or work.input != digest(terms.encode()):
             raise RefusedError("changed", "The name of the work is not that of its content.", "the work of this run.")
@@ -336,10 +342,15 @@ class Site:
                 "the names, shapes and dtypes of the server's model.",
                 "θ is read by name and shape.",
             )
-        plan, form, first = self._plan(work)
+        plan = self._plan(work)[0]
         check_kind(work, plan)
-        self.policy.check_work(work, plan, terms.clients)
+        self.policy.check_work(work, plan, terms.clients, self._made[self.chain.run or ""])
         self._check_sum(work, plan)
+        return plan
+
+    def _computed(self, work: Work, plan: Plan, model: bytes, fixed: bytes | None, on_step: OnStep | None) -> Prepared:
+        whole = required(self._task, "task")
+        _, form, first = self._plan(work)
         plan = _unmasked(plan)
         task = whole if work.kind == "moments" else self._prepared_task(work, plan)  # no model runs on unscaled rows
         tensors = {**self._tensors(model), **({} if fixed is None else self._tensors(fixed))}
@@ -526,8 +537,7 @@ class Site:
 
     def record(self, work: Work, body: bytes) -> None:
         """Append a message to the ledger, before it is sent."""
-        self._sent[datetime.now(UTC).date().isoformat()] += len(body)
-        row = {
+        row: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "run": self.chain.run,
             "work": work.work.hex(),
@@ -541,6 +551,24 @@ class Site:
         row |= {} if work.sum is None else {"attempt": work.attempt}
         with open(self.home / "ledger.jsonl", "ab") as file:
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._count(row)
+
+    def _count(self, row: Mapping[str, Any]) -> None:
+        """Add a row of the ledger to what the rules of the policy count."""
+        self._sent[row["time"][:10]] += row["bytes"]
+        if row["kind"] == "round":
+            name = contribution_name(row["work"], row["round"], "attempt" in row)
+            self._made[row["run"] or ""][row["work"]] = name
+
+
+def ledger_rows(home: Path) -> list[dict[str, Any]]:
+    """The rows of the ledger of a site. A last line that a kill has cut is removed: its message was not sent."""
+    path = home / "ledger.jsonl"
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def check_kind(work: Work, plan: Plan) -> None:
