@@ -26,6 +26,7 @@ from atoll.testing import (
     check_schedule,
     check_stage,
     check_value,
+    round_info,
 )
 
 
@@ -132,6 +133,7 @@ OURS = {
                     {"over": "expected"},
                     {"weights": "equal", "over": "expected"},
                     {"secure": aggregate.Masks(bound=10.0)},
+                    {"max_weight": 9},
                 ],
             ),
             (aggregate.Sum, [{}, {"weights": "equal"}]),
@@ -144,6 +146,17 @@ OURS = {
             (aggregate.NormBound, [{"r": 1.0}, {"r": 1.0, "of": aggregate.Median()}]),
         )
         for words in choices
+    ]
+    + [
+        # An attack knows the clients: it is checked as bound to those of `round_info`.
+        aggregate.Attacked(of, attack, share=0.3).bind(round_info().population, torch.tensor(1.0))
+        for of, attack in (
+            (aggregate.Mean(), aggregate.SignFlip()),
+            (aggregate.Median(), aggregate.Gaussian()),
+            (aggregate.Median(), aggregate.ALIE()),
+            (aggregate.Median(), aggregate.InnerProduct()),
+            (aggregate.Mean(), aggregate.Claim(100)),
+        )
     ],
     check_optimizer: [
         *(kind(0.01) for kind in optimizer.OPTIMIZERS.values()),

@@ -137,7 +137,7 @@ CALLS = {
     "Gradient": (Gradient, {"batch": 3}),
     "Train": (Train, {"optimizer": sgd(0.1), "epochs": 1, "steps": None, "batch": 3, "keep": (), "sends": "update"}),
     "Custom": (Custom, {"fn": print, "batch": 3, "lr": 0.1, "sends": "update"}),
-    "Mean": (Mean, {"weights": "equal", "over": "arrived", "sum": "exact"}),
+    "Mean": (Mean, {"weights": "equal", "over": "arrived", "sum": "exact", "max_weight": None}),
     "Uniform": (Uniform, {"n": 3}),
     "Weighted": (Weighted, {"n": 3}),
     "RoundRobin": (RoundRobin, {"n": 3}),

@@ -44,7 +44,7 @@ from atoll.net.server import Listener
 from atoll.net.spec import Server
 from atoll.net.store import Accepted
 from atoll.net.terms import Terms, layout_hash, plan_text
-from atoll.plan.aggregate import Mean
+from atoll.plan.aggregate import Attacked, Mean
 from atoll.plan.form import MessageError
 from atoll.plan.in_flight import Flight
 from atoll.plan.local import Evaluate, Moments
@@ -202,6 +202,13 @@ class ServerEngine(Engine):
     def _check(self, plan: Plan) -> None:
         plan_text(plan)
         self.spec.check(RunOptions(plan=plan))
+        if isinstance(plan.aggregator, Attacked):
+            raise UsageError(
+                f"{plan.aggregator!r:.100} over a network.",
+                "a rule without an attack.",
+                "an attack is a simulation: it replaces updates of real clients.",
+                Part(repr(plan.aggregator.of), "aggregator"),
+            )
         self._check_sum(plan)
         MessageForm.of(_bound(plan, plan.local.server_layout(self.layout)), self.task)
         self._check_own(plan)

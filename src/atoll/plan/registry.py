@@ -37,6 +37,8 @@ PARTS: Mapping[str, Callable[..., Any]] = {
         aggregate.Sum,
         aggregate.Combine,
         *aggregate.ROBUST,
+        aggregate.Attacked,
+        *aggregate.ATTACKS,
         pace.Sync,
         pace.Buffered,
         pace.Bounded,

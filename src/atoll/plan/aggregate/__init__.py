@@ -3,6 +3,16 @@
 Tests: tests/identities/test_order.py, tests/conformance/test_parts.py
 """
 
+from atoll.plan.aggregate.attacks import (
+    ALIE,
+    ATTACKS,
+    Attack,
+    Attacked,
+    Claim,
+    Gaussian,
+    InnerProduct,
+    SignFlip,
+)
 from atoll.plan.aggregate.combine import Combine
 from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
 from atoll.plan.aggregate.ring import Masks
@@ -18,10 +28,17 @@ from atoll.plan.aggregate.robust import (
 from atoll.plan.aggregate.rows import RowRule
 
 __all__ = [
+    "ALIE",
+    "ATTACKS",
     "ROBUST",
+    "Attack",
+    "Attacked",
     "CenteredClip",
+    "Claim",
     "Combine",
+    "Gaussian",
     "GeometricMedian",
+    "InnerProduct",
     "Krum",
     "Masks",
     "Mean",
@@ -29,6 +46,7 @@ __all__ = [
     "NormBound",
     "PartialSum",
     "RowRule",
+    "SignFlip",
     "Sum",
     "TrimmedMean",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Part
 from atoll.base.random import Key
+from atoll.base.validation import plain_fields
 from atoll.plan.aggregate import exact
 from atoll.plan.aggregate.ring import (
     Grid,
@@ -125,6 +126,7 @@ class _Folded(Aggregator):
     """Adds and merges contributions. `Mean` and `Sum` inherit these methods."""
 
     linear = True
+    max_weight: int | None = None
     _table: Tensor | None = None  # the weight of each client, int64 `[C]`; None: its rows, or 1
     _chance: Tensor | None = None  # the chance of each client for which the table was made, float64 `[C]`
     _grids: Mapping[str, Grid] | None = None  # the grid of each vector of a secure sum
@@ -133,8 +135,7 @@ class _Folded(Aggregator):
         """A copy that divides each weight by the chance of its client, if the chances of the clients differ."""
         bound = copy.copy(self)
         if chance.dim():
-            weights = torch.ones_like(population.sizes) if self.weights == "equal" else population.sizes
-            object.__setattr__(bound, "_table", weights_by_chance(weights, chance))
+            object.__setattr__(bound, "_table", weights_by_chance(self._capped(population.sizes), chance))
             object.__setattr__(bound, "_chance", chance)
         return bound
 
@@ -142,7 +143,13 @@ class _Folded(Aggregator):
         """The weight of each contribution, int64 `[K]`: wᵢ, or wᵢ divided by the chance and scaled to whole numbers."""
         if self._table is not None:
             return self._table.to(clients.device)[clients].to(rows.device)
-        return torch.ones_like(rows) if self.weights == "equal" else rows
+        return self._capped(rows)
+
+    def _capped(self, rows: Tensor) -> Tensor:
+        """The weights of clients with these numbers of rows."""
+        if self.weights == "equal":
+            return torch.ones_like(rows)
+        return rows if self.max_weight is None else rows.clamp(max=self.max_weight)
 
     def zero(self) -> PartialSum:
         """An empty sum, to which no contribution was added."""
@@ -249,8 +256,10 @@ class Mean(_Folded):
             depends on the order.
         secure: True or `Masks(...)`: the server receives the sum over the clients of a round, and no contribution. Its
             numbers are rounded to a grid, so that a simulation gives the bits of the network. None: it receives each.
+        max_weight: the largest weight of a client, in rows, ≥ 1: a client that claims more rows counts as one with this
+            number. It needs `"examples"` and no secure sum. None: no limit.
     Raises:
-        UsageError: an argument is not one of these words.
+        UsageError: an argument is not one of these words, or the limit is out of range or has no effect.
     Example:
         >>> mean = Mean(weights="equal")
         >>> from atoll.testing import round_info
@@ -267,8 +276,10 @@ class Mean(_Folded):
     over: Over = "arrived"
     sum: SumKind = "exact"
     secure: Masks | bool | None = None
+    max_weight: int | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self, "max_weight")
         one_of("Mean", "weights", self.weights, ("examples", "equal"))
         one_of("Mean", "over", self.over, ("arrived", "expected"))
         one_of("Mean", "sum", self.sum, ("exact", "float"))
@@ -276,6 +287,18 @@ class Mean(_Folded):
             object.__setattr__(self, "secure", Masks() if self.secure else None)
         if self.secure is not None and not isinstance(self.secure, Masks):
             raise UsageError(f"Mean(secure={self.secure!r}).", "True, or Masks(...).", write="Mean(secure=True)")
+        if self.max_weight is not None:
+            self._check_limit(self.max_weight)
+
+    def _check_limit(self, limit: object) -> None:
+        example = "Mean(max_weight=1000)"
+        if type(limit) is not int or limit < 1:
+            raise UsageError(f"Mean(max_weight={limit!r}).", "a whole number of rows, at least 1.", write=example)
+        if self.weights == "equal":
+            raise UsageError(f"{self!r}.", 'weights="examples".', "equal weights have no limit to exceed.", example)
+        if self.secure is not None:
+            why = "the server cannot check the weight of a single client in a secure sum."
+            raise UsageError(f"{self!r}.", "no secure sum, or equal weights.", why, "Mean('equal', secure=True)")
 
     def least(self, started: int) -> int:
         """The least number of contributions of a round with an update: `least` or the threshold of a secure sum."""

@@ -235,7 +235,8 @@ class NormBound(RowRule):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not isinstance(self.of, RowRule) and self.of != Mean("equal"):
+        of_rows = isinstance(self.of, RowRule) and type(self.of).rule is not RowRule.rule
+        if not of_rows and self.of != Mean("equal"):
             raise UsageError(
                 f"NormBound({self.r!r}, {self.of!r}).",
                 'a rule of atoll.plan.aggregate.robust, or Mean("equal").',

@@ -34,7 +34,7 @@ from atoll.plan.protocols import (
 )
 
 _MEMORY_PART = 0.5  # largest part of the free memory that the rows of a round may occupy as float64
-_NUMBERS = ("client", "repeat", "weights")
+_NUMBERS = ("client", "repeat", "rows", "weights")
 
 
 @dataclass
@@ -42,8 +42,8 @@ class PartialRows(Partial):
     """Some means of some contributions as rows, and the sums of all their other values.
 
     Args:
-        blocks: the rows in the order of arrival. A block has `means/NAME` `[K, length]`, and `client`, `repeat` and
-            `weights`, int64 `[K]`.
+        blocks: the rows in the order of arrival. A block has `means/NAME` `[K, length]`, and `client`, `repeat`,
+            `rows` (the claimed number of rows) and `weights`, int64 `[K]`.
         rest: the sums of everything else.
     """
 
@@ -88,7 +88,7 @@ class PartialRows(Partial):
         """The rows of a tensor in the order of (client, repeat), `[n, length]` or `[n]`, in their dtype or in `dtype`.
 
         Args:
-            name: `means/NAME`, or `weights`.
+            name: `means/NAME`, `client`, `repeat`, `rows` or `weights`.
             dtype: the dtype of the result; None: that of the rows.
         """
         first = self.blocks[0][name]
@@ -187,7 +187,7 @@ class RowRule(Aggregator):
                 width = sum(t.shape[1] for t in kept.values())
                 self._check_memory(max(held + count, self._cohort), width, next(iter(kept.values())).device)
             weights = self.weigh(ids.client, contribution.weight)
-            numbers = {"client": ids.client, "repeat": ids.repeat, "weights": weights}
+            numbers = {"client": ids.client, "repeat": ids.repeat, "rows": contribution.weight, "weights": weights}
             rows = {**under("means/", kept), **numbers}
             partial.blocks.append({n: t.clone() for n, t in rows.items()})
         return partial

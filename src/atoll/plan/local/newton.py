@@ -165,7 +165,9 @@ class Newton(Local):
             why = "the Hessian and the loss are those of the rows of all clients."
             yield Conflict(f"{given} {slots.sampler!r}.", "all clients in each round.", why, "Everyone()")
         rule = slots.aggregator
-        if not rule.linear or rule.forms_sum or rule.over != "arrived" or rule.weights != "examples":
+        many = torch.tensor([1 << 40])  # a limit of the weight would change the mean, too
+        by_rows = torch.equal(rule.weigh(torch.zeros_like(many), many), many)
+        if not rule.linear or rule.forms_sum or rule.over != "arrived" or not by_rows:
             why = "the loss is the mean over the rows of all clients."
             yield Conflict(f"{given} {rule!r}.", "Mean().", why, "Mean()")
         if not slots.codec.lossless or slots.codec.averages_all_clients:
