@@ -88,6 +88,41 @@ def test_a_penalty_has_no_p_values_and_few_rounds_a_note():
     assert np.isnan(rows(weighted, "scaled")[:, 1]).all() and "Class weights" in weighted.text()
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_penalized_linear_model_has_the_covariance_of_its_estimate(rounds):
+    data = regression((30, 20))
+    l2, x = 0.4, torch.cat((data.rows.x, torch.ones(50, 1, dtype=WIDE)), 1)
+    penalty = l2 * torch.diag(torch.tensor([*[1.0] * data.rows.x.shape[1], 0.0], dtype=WIDE))
+    map_of_y = torch.linalg.solve(2 / 50 * x.T @ x + penalty, 2 / 50 * x.T)  # the estimate is linear in y
+    y = data.rows.y.reshape(50)
+    squares = (y - x @ map_of_y @ y).square().sum() / (50 - (x @ map_of_y).trace())
+    found = trained("linear", data, l2, rounds)
+    np.testing.assert_allclose(rows(found.inference, "scaled")[:, 0], map_of_y @ y, rtol=1e-9)
+    np.testing.assert_allclose(
+        rows(found.inference, "scaled")[:, 1], (squares * map_of_y @ map_of_y.T).diagonal().sqrt(), rtol=1e-9
+    )
+    assert "run more rounds" not in found.inference.text()  # one step is exact
+
+
+@pytest.mark.parametrize("l2", [1e-4, 1e-8])
+def test_columns_that_add_up_to_the_constant_have_the_errors_of_their_difference(l2):
+    level = torch.rand(150, generator=torch.Generator().manual_seed(0)) < 0.4
+    x, y = torch.stack((level, ~level), 1).to(WIDE), classification((150,), (2,), 2, dtype=WIDE).rows.y
+    both = rows(trained("logistic", federation(x, y, (60, 50, 40)), l2).inference, "scaled")
+    one = rows(trained("logistic", federation(x[:, :1], y, (60, 50, 40))).inference, "scaled")
+    np.testing.assert_allclose(2 * both[0, :2], one[0, :2], rtol=1e3 * l2 + 1e-5)
+
+
+def test_a_softmax_has_the_same_table_from_each_start():
+    data = classification((60, 50, 40), (2,), 3, dtype=WIDE)
+    torch.manual_seed(0)
+    for l2 in (0.0, 0.1):
+        each = [trained(model, data, l2).inference for model in ("softmax", torch.nn.Linear(2, 3, dtype=WIDE))]
+        here, there = (rows(found, "scaled")[:, :2] for found in each)
+        np.testing.assert_allclose(there, here, rtol=1e-7)
+        np.testing.assert_allclose([here[i::2, 0][:3].sum() for i in (0, 1)], 0, atol=1e-12)
+
+
 def test_the_folder_the_summary_and_the_command_have_it(tmp_path, capsys):
     data = atoll.data.load("diabetes").split(4)
     run = trained("linear", data, rounds=2, out=tmp_path)

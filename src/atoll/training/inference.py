@@ -3,7 +3,10 @@
     covariance = H⁻¹/n          logistic, softmax, Poisson and Cox models
     covariance = σ² (XᵀX)⁻¹     linear models, σ² = Σ e²/(n − d), with Student's t of n − d degrees of freedom
 
-H is the mean Hessian of the loss, of the last point before the last step.
+H is the mean Hessian of the loss, of the last point before the last step. With l2 > 0 the estimate is that of H + P for
+P = l2·I on the weights: covariance = (H + P)⁻¹ H (H + P)⁻¹/n, and σ² = Σ e²/(n − tr (H + P)⁻¹ H).
+
+Reference: le Cessie and van Houwelingen, Ridge Estimators in Logistic Regression, 1992.
 
 Tests: tests/identities/test_inference.py
 """
@@ -26,6 +29,7 @@ from atoll.plan.state import State
 from atoll.runs.inference import COLUMNS, Inference
 
 CONSTANT = "the constant"
+_ROUNDING = 1e-13  # of the largest eigenvalue
 _MOVED = 1e-3  # of a standard error: a larger last step has not converged
 
 
@@ -62,19 +66,19 @@ def infer(part: Newton, state: State, task: Task, input: Input, columns: Sequenc
     if not n:
         return None
     outputs, d = task.layout.segment("params")[0].shape[0], len(theta)
-    h = full(server["_hessian"], d)
-    scale = h.diagonal().sqrt()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h / scale / scale[:, None])) / scale / scale[:, None]
-    cov, freedom, notes = inverse / n, math.inf, []
+    h, step, penalty = full(server["_hessian"], d), server["_step"], part.l2 * _weights(task.layout)
+    cov, used = _spread(h, penalty)
+    cov, freedom, notes, exact = cov / n, math.inf, [], False
     if ignores_shift(task.loss):
-        cov = _without_shift(cov, task.layout, outputs)
+        centre = _centring(task.layout, outputs)
+        cov, theta = centre @ cov @ centre, centre @ theta  # no row depends on the mean over classes
     elif outputs > 1:
         cov = torch.full_like(cov, math.nan)
         notes.append("note    There are no standard errors for a model of several targets.")
     elif task.loss is mse:
-        freedom = max(0, n - d)
+        freedom, exact = max(0.0, n - used), state.model.theta.dtype == torch.float64
         # The loss is that before the last step; it is a quadratic function, so its value after the step is known.
-        squares = server["_loss"] - 0.5 * n * server["_step"] @ h @ server["_step"]
+        squares = server["_loss"] + n * step @ (penalty * (theta + step / 2) - 0.5 * h @ step)
         cov = cov * 2 * squares.reshape(()) / freedom if freedom else torch.full_like(cov, math.nan)
     if isinstance(task.loss, ClassWeighted):
         cov = torch.full_like(cov, math.nan)
@@ -82,7 +86,7 @@ def infer(part: Newton, state: State, task: Task, input: Input, columns: Sequenc
     se = cov.diagonal().clamp(min=0).sqrt()
     if part.l2:
         notes.append("note    With l2 > 0 the coefficients are biased towards 0: there are no p-values and intervals.")
-    if bool((server["_step"].abs() > _MOVED * se).any()):
+    if not exact and bool((step.abs() > _MOVED * se).any()):
         notes.append("note    The last step was longer than a thousandth of a standard error: run more rounds.")
     names = _row_names(task.layout, columns, input, outputs)
     kept = [("scaled", theta, cov)]
@@ -110,12 +114,33 @@ def _table(values: Tensor, se: Tensor, freedom: float, penalized: bool) -> dict[
     return {"coefficient": values, "se": se, **found}
 
 
-def _without_shift(cov: Tensor, layout: Layout, outputs: int) -> Tensor:
-    """The covariance of coefficients whose sum over classes is 0: the projection of the covariance."""
-    centre = torch.eye(outputs, dtype=cov.dtype) - 1 / outputs
-    blocks = [torch.eye(entry.size // outputs, dtype=cov.dtype) for entry in layout.segment("params")]
-    project: Tensor = torch.block_diag(*(torch.kron(centre, block) for block in blocks))
-    return project @ cov @ project
+def _weights(layout: Layout) -> Tensor:
+    """1 for a weight, 0 for a bias, float64 `[d]`."""
+    return torch.cat([torch.full((e.size,), float(len(e.shape) > 1)).double() for e in layout.segment("params")])
+
+
+def _spread(h: Tensor, penalty: Tensor) -> tuple[Tensor, float]:
+    """The covariance of the estimate times n, `[d, d]`, and the number of parameters that the rows determine.
+
+    Args:
+        h: the Hessian of loss and penalty, `[d, d]`.
+        penalty: its part on the diagonal that no row contributes, `[d]`.
+    """
+    scale = h.diagonal().sqrt()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h / scale / scale[:, None]))
+    if not bool(penalty.any()):
+        return inverse / scale / scale[:, None], len(h)
+    # Directions without rows have only rounding errors, which the inverse of a small penalty would enlarge.
+    values, vectors = torch.linalg.eigh(h / scale / scale[:, None] - torch.diag(penalty / scale.square()))
+    root = inverse @ (vectors * values.where(values > _ROUNDING * values[-1], 0.0).sqrt()) / scale[:, None]
+    return root @ root.T, len(h) - float((inverse.diagonal() * penalty / scale.square()).sum())
+
+
+def _centring(layout: Layout, outputs: int) -> Tensor:
+    """The projection `[d, d]` on coefficients whose sum over classes is 0."""
+    centre = torch.eye(outputs, dtype=torch.float64) - 1 / outputs
+    blocks = [torch.eye(entry.size // outputs, dtype=torch.float64) for entry in layout.segment("params")]
+    return torch.block_diag(*(torch.kron(centre, block) for block in blocks))
 
 
 def _row_names(layout: Layout, columns: Sequence[str], input: Input, outputs: int) -> list[str]:
