@@ -103,6 +103,14 @@ def test_refused_targets(time, event, message):
         atoll.train("cox", federation(x, y, (3, 3)), recipes.newton(), rounds=1, out=None)
 
 
+def test_times_that_are_equal_in_float32_are_refused():
+    data = trial((9, 9))
+    data.rows.y[:, 0] += 1.6e9  # seconds since 1970
+    with pytest.raises(UsageError, match="equal in float32"):
+        atoll.train("cox", data, recipes.newton(), rounds=1, out=None)
+    atoll.train("cox", data, recipes.newton(), rounds=1, out=None, dtype="float64")
+
+
 def test_refused_models():
     data = trial()
     with pytest.raises(UsageError, match="a model with a bias"):

@@ -175,6 +175,12 @@ def test_refused_models():
     data = classification((9, 9), (4,), 3, dtype=WIDE)
     with pytest.raises(UsageError, match="more than one nn"):
         trained("mlp", data, recipes.newton())
+    layer, hooked = nn.Linear(4, 4, dtype=WIDE), nn.Linear(4, 3, dtype=WIDE)
+    hooked.register_forward_hook(lambda _, __, output: output.exp())
+    normed = nn.utils.spectral_norm(nn.Linear(4, 3, dtype=WIDE))
+    for model in (nn.Sequential(layer, layer), hooked, normed):
+        with pytest.raises(UsageError, match="more than one nn"):
+            trained(model, data, recipes.newton())
     with pytest.raises(UsageError, match="with the loss mae"):
         trained("linear", regression((9, 9)), recipes.newton(), loss="mae")
     with pytest.raises(UsageError, match="2,010 parameters"):

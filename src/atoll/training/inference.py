@@ -140,7 +140,8 @@ def _centring(layout: Layout, outputs: int) -> Tensor:
     """The projection `[d, d]` on coefficients whose sum over classes is 0."""
     centre = torch.eye(outputs, dtype=torch.float64) - 1 / outputs
     blocks = [torch.eye(entry.size // outputs, dtype=torch.float64) for entry in layout.segment("params")]
-    return torch.block_diag(*(torch.kron(centre, block) for block in blocks))
+    project: Tensor = torch.block_diag(*(torch.kron(centre, block) for block in blocks))
+    return project
 
 
 def _row_names(layout: Layout, columns: Sequence[str], input: Input, outputs: int) -> list[str]:

@@ -657,7 +657,7 @@ def _task(model: Any, data: Clients, settings: Settings, private: bool = False, 
     if loss_of(loss) is poisson:
         _check_counts(data)
     if loss_of(loss) is cox:
-        _check_survival(data)
+        _check_survival(data, dtype)
     if isinstance(model, str) and ":" not in model and loss == "cross_entropy":
         loss = "cross_entropy(axis=-1)"  # the classes of a named model are on the last axis
     # Settings has put a single metric into a tuple.
@@ -722,8 +722,8 @@ def _check_counts(data: Clients) -> None:
         raise UsageError(f'loss="poisson", and a target is {least:g}.', "numbers of at least 0.", "a rate is positive.")
 
 
-def _check_survival(data: Clients) -> None:
-    """Refuse targets that are no time of at least 0 and an event of 0 or 1, for the loss `cox`."""
+def _check_survival(data: Clients, dtype: torch.dtype) -> None:
+    """Refuse targets that are no time of at least 0 and an event of 0 or 1, or times that round, for the loss `cox`."""
     given, target = "The loss cox", data.described().target
     if data.kind != "regression" or (data.count and data.example[1].numel() != 2):
         raise UsageError(
@@ -750,6 +750,13 @@ def _check_survival(data: Clients) -> None:
         raise UsageError(f"{given}, and an event is {float(other[0]):g} ({names}).", "events of 0 or 1.")
     if not bool(event.any()):
         raise UsageError(f"{given}, and no row has an event ({names}).", "at least one event.", "the loss is 0.")
+    if len(time.unique()) > len(time.to(dtype).unique()):
+        raise UsageError(
+            f"{given}, and times that differ are equal in {str(dtype).removeprefix('torch.')} ({names}).",
+            "times that stay distinct.",
+            "the loss depends on which events have the same time.",
+            Change("dtype", "float64"),
+        )
 
 
 def default_metrics(

@@ -191,15 +191,17 @@ def linear_of(part: Newton, task: Task) -> Linear:
     Raises:
         UsageError: the model is not one `nn.Linear`, its loss has no second derivative here, or it is too large.
     """
-    leaves = [m for m in task.module.modules() if not next(m.children(), None)]
-    inner = [m for m in task.module.modules() if next(m.children(), None)]
+    modules = [m for _, m in task.module.named_modules(remove_duplicate=False)]  # a layer that runs twice is two
+    leaves = [m for m in modules if not next(m.children(), None)]
+    inner = [m for m in modules if next(m.children(), None)]
     layers = [m for m in leaves if type(m) is nn.Linear]
     others = [m for m in leaves if type(m) not in (nn.Linear, nn.Flatten, nn.Identity)]
     found = len(layers) == 1 and not others and all(type(m) is nn.Sequential for m in inner) and not task.fields
-    if not found or task.layout.d != sum(p.numel() for p in layers[0].parameters()):
+    found = found and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+    if not found or task.layout.d != sum(p.numel() for p in (layers[0].weight, layers[0].bias) if p is not None):
         raise UsageError(
             f"{part!r} with a model that is more than one nn.Linear.",
-            "one nn.Linear with nn.Flatten and nn.Identity, and no frozen parameter.",
+            "one nn.Linear with nn.Flatten and nn.Identity, no hook and no frozen parameter.",
             "the loss is convex in these parameters, so that each Newton step leads to the one minimum.",
             Line(python="nn.Sequential(nn.Flatten(), nn.Linear(30, 1))", shell="--model logistic"),
         )
