@@ -1,17 +1,21 @@
 """A server without statistics gathers them from its sites, and the run has the bits of a run on the joined table."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sites import SITES, Served, experiment, table, write_tables
 from test_sites import SMALL, alone, model, served
 
-from atoll.base.errors import UsageError
+from atoll.base.errors import RunError, UsageError
 from atoll.compute.loss import cross_entropy, mse
 from atoll.data import csv
 from atoll.data.input import Input
 from atoll.data.schema import Schema, TrainRows
+from atoll.net.engine import ServerEngine
+from atoll.plan.form import MessageError
+from atoll.plan.local import Moments
 from atoll.plan.registry import read_part
 from atoll.training.reference import known_constant_loss
 from atoll.training.statistics import lacks_statistics, refuse_private
@@ -86,3 +90,57 @@ def test_the_loss_of_a_constant_from_gathered_facts(tmp_path):
     found = known_constant_loss(cross_entropy(), TrainRows(counts), data.input)
     assert found == pytest.approx(expected) and known_constant_loss(mse, TrainRows(counts), data.input) is None
     assert Schema.of(data).known is None and len(SITES) == 3
+
+
+class Asking:
+    """The parts of the engine of a server that `measure` and the answers to its works use."""
+
+    def __init__(self, clients, answers):
+        self.spec, self.answers = SimpleNamespace(clients=clients), iter(answers)
+        self._rows, self._present, self._measured = {0: 5, 1: 7}, {0: 5, 1: 7, 2: 9}, ()
+        self.asked, self._answers, self._answered_bytes, self._held = [], {}, 0, {}
+        self.net, self.notify = SimpleNamespace(handle=lambda *events: None), lambda facts: None
+
+    def _name(self, client):
+        return f"site-{client}"
+
+    def _ask(self, kind, rows, plan, model, clients):
+        self.asked.append(tuple(clients))
+        return {client: {"rows": torch.tensor([5.0])} for client in next(self.answers)}
+
+    def measure(self):
+        return ServerEngine.measure(self, Moments(), SimpleNamespace(round=0, model=None))["rows"].numel()
+
+    def _unanswered(self, *facts):
+        ServerEngine._unanswered(self, *facts)
+
+    def answered(self, sums):
+        def from_bytes(bodies):
+            if sums is None:
+                raise MessageError("The message has another length.", "the length of the form.")
+            return SimpleNamespace(rest=SimpleNamespace(sums=sums))
+
+        self._asked = {b"work": (1, SimpleNamespace(from_bytes=from_bytes), "moments")}
+        ServerEngine._answered(self, SimpleNamespace(work=b"work", body=b""))
+
+
+def test_the_second_gather_has_the_sites_of_the_first():
+    """In an open run sites come and go, and a deviation needs the mean of the same rows."""
+    it = Asking(None, [(0, 1), (0, 1), (1,)])
+    it._present.pop(2)
+    assert it.measure() == 2
+    it._present[2] = 9  # it arrives between two gathers
+    assert it.measure() == 2 and it.asked == [(0, 1), (0, 1)]
+    with pytest.raises(RunError, match="site-0 left between two gathers"):
+        it.measure()
+
+
+@pytest.mark.parametrize("sums", [None, {"rows": torch.tensor([6])}])
+def test_a_closed_run_ends_if_the_statistics_of_a_site_cannot_be_used(sums):
+    with pytest.raises(RunError, match="site-1"):
+        Asking(2, []).answered(sums)
+    it = Asking(None, [])
+    it.answered(sums)
+    assert not it._answers and not it._asked
+    it.answered({"rows": torch.tensor([7])})
+    assert list(it._answers) == [1] and not it._asked

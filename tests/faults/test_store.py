@@ -86,6 +86,19 @@ def test_a_request_that_is_refused_uses_no_token(store):
     assert store.enrol("north", bytes(32), b"r", 0, issued()).client == 0
 
 
+def test_two_clients_have_no_common_identity_key(store):
+    """A client with the key of another one would receive its messages of a secure sum."""
+    for i, name in enumerate(("north", "south")):
+        store.invite(name, bytes([i] * 32), FAR)
+    store.enrol("north", bytes(32), b"r", 0, issued(), b"\x01" * 32)
+    with pytest.raises(DeniedError, match="another client") as error:
+        store.enrol("south", bytes([1] * 32), b"r", 0, issued("b2"), b"\x01" * 32)
+    assert error.value.code == "request"
+    assert store.enrol("south", bytes([1] * 32), b"r", 0, issued("b2"), b"\x02" * 32).client == 1
+    store.invite("north", bytes([9] * 32), FAR)  # the same folder with a new token
+    assert store.enrol("north", bytes([9] * 32), b"s", 0, issued("c3"), b"\x01" * 32).client == 0
+
+
 def peer(serial, *sans):
     return Peer(sans or (ids.san_of("hospitals", "north"),), serial, bytes(32), FAR)
 

@@ -119,6 +119,7 @@ class ServerEngine(Engine):
         self._asked: dict[bytes, tuple[int, MessageForm, wire.WorkKind]] = {}  # works outside the rounds
         self._answers: dict[int, Tensors] = {}
         self._answered_bytes = 0
+        self._measured: tuple[int, ...] = ()  # the sites of the first gather of statistics
         self.awaited: tuple[int, ...] = ()
         self.gather_s = 0.0  # of the last round
         self._net: Listener | None = None
@@ -365,13 +366,21 @@ class ServerEngine(Engine):
             part: the sums.
             state: its model travels with the work.
         Raises:
-            RunError: a site of a closed run does not answer, or no site does.
+            RunError: a site of a closed run does not answer, no site does, or one that answered before does not.
         """
         present = self._rows if self.spec.clients is not None else self._present
         model = Broadcast(state.round, state.model, {})
-        found = self._ask("moments", "train", Plan(part, Mean()), model, sorted(present))
+        found = self._ask("moments", "train", Plan(part, Mean()), model, self._measured or sorted(present))
         if not found:
             raise RunError("No site sends the statistics of its rows.", "one site whose policy allows it.")
+        gone = [self._name(client) for client in self._measured if client not in found]
+        if gone:
+            raise RunError(
+                f"The sites {', '.join(gone)} left between two gathers of statistics.",
+                "the same sites in all gathers.",
+                "a deviation around the mean of other rows is another number.",
+            )
+        self._measured = tuple(found)
         names = next(iter(found.values()))
         return {name: torch.cat([each[name].reshape(1, -1) for each in found.values()]) for name in names}
 
@@ -742,13 +751,15 @@ class ServerEngine(Engine):
 
     def _answered(self, message: events.Deliver) -> None:
         """Read the answer to a work outside the rounds."""
-        client, form, _ = self._asked.pop(message.work)
+        client, form, kind = self._asked[message.work]
         try:
             rest = form.from_bytes([message.body]).rest
+            if kind == "moments" and int(rest.sums["rows"]) != self._rows[client]:
+                raise MessageError("The sums are of another number of rows.", "the rows of the client.")
         except MessageError as error:
             self.net.handle(events.Rejected(message.work))
-            self.notify({"event": "noted", "client": client, "code": "invalid", "reason": error.given})
-            return
+            return self._unanswered(client, message.work, "invalid", error.given)
+        del self._asked[message.work]
         self._answers[client] = rest.sums
         self._answered_bytes += len(message.body)
         self.net.handle(events.Folded(message.work))

@@ -463,7 +463,7 @@ class Database:
             issue: returns the certificate as DER and its facts; it is called if the token is valid.
             identity: the public identity key of the client, 32 bytes.
         Raises:
-            DeniedError: the token is unknown, used, expired or replaced.
+            DeniedError: the token is unknown, used, expired or replaced, or another client has the identity key.
             UsageError: the request is not valid; the token stays unused.
         """
         mine = sha256(request).digest()
@@ -478,6 +478,12 @@ class Database:
                         "used", f"The token of {name!r} has been used.", "a new token.", f"atoll invite {name}"
                     )
                 return Enrolment(client, certificate)
+            if db.execute("SELECT 1 FROM clients WHERE identity = ? AND id != ?", (identity, client)).fetchone():
+                raise DeniedError(
+                    "request",
+                    f"The identity key of {name!r} is that of another client.",
+                    "a key of its own, which `atoll join` makes in a new folder.",
+                )
             der, peer = issue()
             db.execute("UPDATE invitations SET state = 'used', request = ? WHERE hash = ?", (mine, secret))
             # A token means a new machine: the former certificate ends, and the memory of the former machine is lost.
