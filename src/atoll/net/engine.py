@@ -11,6 +11,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from atoll.net import wire
 from atoll.net.client import own_versions
 from atoll.net.coordinator import Coordinator, Limits
 from atoll.net.home import ServerHome
+from atoll.net.loop import ended_at_exit
 from atoll.net.rounds import storable
 from atoll.net.secure import SumOutcome, SumRound, agreement_of
 from atoll.net.server import Listener
@@ -123,6 +125,7 @@ class ServerEngine(Engine):
         self.awaited: tuple[int, ...] = ()
         self.gather_s = 0.0  # of the last round
         self._net: Listener | None = None
+        self._open = ExitStack()
         self._sums: SumRound | None = None  # the secure sum of the open round
         self._summing = False  # whether its first attempt has begun
 
@@ -169,6 +172,7 @@ class ServerEngine(Engine):
         database.put("address", address)
         if spec.clients is not None:
             database.put("clients", str(spec.clients))
+        self._open.enter_context(ended_at_exit(lambda: self._stop_in(0.0)))
 
     def begin(self, run: str, plan: Plan) -> None:
         """Open a run: clients that connect receive its terms.
@@ -420,9 +424,12 @@ class ServerEngine(Engine):
     def interrupt(self) -> None:
         """End the open round at the latest after `drain` seconds."""
         if self.stop_at is None:
-            self.stop_at = time.monotonic() + self.spec.drain
-            if self._net is not None:
-                self._net.inbox.put(None)
+            self._stop_in(self.spec.drain)
+
+    def _stop_in(self, seconds: float) -> None:
+        self.stop_at = time.monotonic() + seconds
+        if self._net is not None:
+            self._net.inbox.put(None)
 
     def accepted(self) -> tuple[Accepted, ...]:
         """The contributions that were folded since the last call."""
@@ -460,6 +467,7 @@ class ServerEngine(Engine):
         self._net = None
         if ended:  # a thread that still reads the database must not find it closed
             self.home.close()
+        self._open.close()
 
     # work
 

@@ -30,7 +30,7 @@ from atoll.data.schema import Schema
 from atoll.data.site_rows import site_rows
 from atoll.net import identity, wire
 from atoll.net.client import Client, Ended, Membership, Notify, enrol, pause
-from atoll.net.loop import loop_factory
+from atoll.net.loop import run_loop
 from atoll.net.policy import Policy
 from atoll.net.site import Loader, MemoryChain, Site
 from atoll.net.store import claim_home
@@ -88,14 +88,9 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return _run_here(work)
+        return run_loop(work)
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_run_here, work).result()
-
-
-def _run_here(work: Coroutine[Any, Any, int]) -> int:
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(work)
+        return pool.submit(run_loop, work).result()
 
 
 async def _join(

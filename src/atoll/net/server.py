@@ -40,7 +40,7 @@ from atoll.base.validation import required
 from atoll.net import coordinator as events
 from atoll.net import identity, systemd, wire
 from atoll.net.coordinator import Coordinator
-from atoll.net.loop import loop_factory
+from atoll.net.loop import run_loop
 from atoll.net.store import ClientRecord, Database, DeniedError
 
 PING_S = 20.0
@@ -216,9 +216,7 @@ class Listener:
 
     def _main(self, host: str, port: int, started: queue.SimpleQueue[str | BaseException]) -> None:
         try:
-            runner = asyncio.Runner(loop_factory=loop_factory())
-            with runner:
-                runner.run(self._serve(host, port, started))
+            run_loop(self._serve(host, port, started), self._end)
         except BaseException as error:
             started.put(error)
             self.inbox.put(error)
