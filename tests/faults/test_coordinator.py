@@ -1,11 +1,16 @@
 """Each rule of the coordinator: presence, leases, receipts, chains, uploads, quotas, revocation, the end of a run."""
 
+from queue import SimpleQueue
+from types import SimpleNamespace
+
 import pytest
 from net_messages import HASH, VERSIONS, work
 
+from atoll.engine.protocols import RunOptions
 from atoll.net import coordinator as co
-from atoll.net import wire
+from atoll.net import spec, wire
 from atoll.net.coordinator import Coordinator, Limits
+from atoll.net.engine import ServerEngine
 from atoll.net.wire import Lease, chain_link, digest
 
 INPUT = wire.Blob(HASH, 10)
@@ -253,6 +258,20 @@ def test_a_contribution_that_arrives_during_a_withdrawal_is_rejected_later():
     assert s.do(co.Rejected(id_of(5))) == []
     s.assign(1, 6)
     assert receipts(s.fold(1, 6)) == [(6, "received")]
+
+
+def test_a_message_that_arrives_as_its_round_ends_is_late_and_not_invalid(tmp_path):
+    """It is in the inbox when the engine withdraws the works that the round no longer awaits."""
+    s, out = Server(), []
+    s.join(1)
+    s.assign(1, 5)
+    engine = ServerEngine(spec.Server(str(tmp_path / "home")), RunOptions())
+    engine._net = SimpleNamespace(inbox=SimpleQueue(), handle=lambda *events: [out.extend(s.do(one)) for one in events])
+    engine._assigned = {id_of(5): None}
+    engine._net.inbox.put(*of(s.update(1, 5), co.Deliver))
+    engine._withdraw()
+    assert messages(out, wire.Cancel) == [wire.Cancel(id_of(5))] and not receipts(out) and not of(out, co.Noted)
+    engine.home.close()
 
 
 # 3. Receipts
@@ -587,12 +606,14 @@ def test_the_end_settles_first_says_bye_and_drains():
 def test_a_new_run_opens_after_the_end():
     s = Server()
     s.join(1)
-    s.assign(1, 5)
-    s.update(1, 5)
+    for n in (5, 6):
+        s.assign(1, n)
+        s.update(1, n)
     s.do(co.Closing(wire.Bye("draining", "", 5.0, None), 30.0))
     assert s.do(co.Folded(id_of(5))) == [], "the contribution of the ended run is asked for again"
     assert of(s.do(co.Left(1)), co.Drained)
     s.do(co.RunOpened("next", INPUT, True, False))
+    assert s.do(co.Rejected(id_of(6))) == [], "it was still in the inbox when the next run opened"
     assert messages(s.join(1), wire.Welcome)[0].run == "next"
 
 

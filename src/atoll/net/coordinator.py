@@ -527,7 +527,7 @@ class Coordinator:
         self._clients: dict[int, _Client] = {}
         self._channels: dict[int, _Client] = {}
         self._owner: dict[bytes, _Client] = {}
-        self._withdrawn_late: set[bytes] = set()  # withdrawn after their delivery, which the stepping thread answers
+        self._ended_late: set[bytes] = set()  # ended after their delivery, which the stepping thread still answers
         self._uploads: dict[int, _Open] = {}
         self._queue: deque[int] = deque()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
@@ -862,6 +862,12 @@ class Coordinator:
         del c.works[open.id], self._owner[open.id]
         self._drop_upload(open, "late")
 
+    def _end_late(self, c: _Client, open: _Open) -> None:
+        """Remove a work whose contribution may be at the stepping thread."""
+        if open.state == "checking":
+            self._ended_late.add(open.id)
+        self._end(c, open)
+
     def _withdrawn(self, event: Withdrawn) -> None:
         for work in event.works:
             c = self._owner.get(work)
@@ -870,10 +876,8 @@ class Coordinator:
             open = c.works[work]
             if open.state == "received" and not open.masked:
                 raise ValueError(f"work {work.hex()} is withdrawn after its contribution was folded")
-            if open.state == "checking":
-                self._withdrawn_late.add(work)
             self._send(c, Cancel(work))
-            self._end(c, open)
+            self._end_late(c, open)
             self._refuse_held(c)
 
     def _progress(self, c: _Client, message: Progress) -> None:
@@ -1010,9 +1014,9 @@ class Coordinator:
                 self._refuse(c, open)
 
     def _delivered(self, work: bytes) -> tuple[_Client, _Open] | None:
-        """The client and the work of a delivered contribution; None if the run has ended or the work was withdrawn."""
-        if self._bye is not None or work in self._withdrawn_late:
-            self._withdrawn_late.discard(work)
+        """The client and the work of a delivered contribution; None if it was withdrawn or its run has ended."""
+        if work in self._ended_late:
+            self._ended_late.discard(work)
             return None
         c = self._owner.get(work)
         if c is None or c.works[work].state != "checking":
@@ -1218,7 +1222,7 @@ class Coordinator:
         self._bye, self._drained = event.bye, False
         for c in list(self._clients.values()):
             for open in list(c.works.values()):
-                self._end(c, open)
+                self._end_late(c, open)
         for c in self._channels.values():
             self._send(c, event.bye)  # a channel without `Hello` gets it after its works are settled
 

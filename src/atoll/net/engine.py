@@ -622,19 +622,18 @@ class ServerEngine(Engine):
 
     def _withdraw(self) -> None:
         """Withdraw the works of the round that did not arrive before its end."""
+        late: list[events.Rejected] = []
         while True:
             try:
                 action = self.net.inbox.get_nowait()
             except queue.Empty:
                 break
             if isinstance(action, events.Deliver):
-                self._assigned.pop(action.work, None)
-                self.net.handle(events.Rejected(action.work))
+                late.append(events.Rejected(action.work))
             else:
                 self._act(action)
         works, self._assigned = tuple(self._assigned), {}
-        if works:
-            self.net.handle(events.Withdrawn(works))
+        self.net.handle(*([events.Withdrawn(works)] if works else ()), *late)  # a late message is not an invalid one
 
     # arrivals
 
