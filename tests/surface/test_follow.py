@@ -53,3 +53,32 @@ def test_damaged_huge_and_missing_logs(tmp_path):
     file.unlink()
     assert not follower.poll() and follower.rounds == [0, 1]
     assert as_json('{"round": 2, "a": [Infinity, "\u2028é"]}'.encode()) == b'{"round":2,"a":[null,"\\u2028\\u00e9"]}'
+
+
+def test_damaged_lines_are_no_rows_and_no_line_ends_a_line_of_a_stream(tmp_path):
+    """A row is passed on as JSON or not at all: half a line with the next one behind it has once been sent as it was."""
+    file = tmp_path / "metrics.jsonl"
+    deep = b'{"round": 2, "a": ' + b"[" * 100_000 + b"}"
+    bad = [b'{"round": 1, "lo{"round": 1, "loss": 1}', b'{"round": 1, "loss": NaN, oops}', deep, b'{"round": 1, "\xff}']
+    file.write_bytes(
+        b"\n".join([line(0).strip().encode(), *bad, b'{"round": 3,\r"loss": -Infinity}', b'{"round":4,\r"a":1}', b""])
+    )
+    follower = Follower(file)
+    follower.poll()
+    assert follower.rows(0, 1 << 30) == [
+        (0, b'{"round": 0}'),
+        (3, b'{"round":3,"loss":null}'),
+        (4, b'{"round":4,"a":1}'),
+    ]
+
+
+def test_rows_that_the_file_no_longer_has_are_not_read(tmp_path):
+    """A run may be resumed or deleted between a poll and the reading of its rows."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(line(0) + line(1) + line(2, loss=1))
+    follower = Follower(file)
+    follower.poll()
+    file.write_text(line(0) + line(1) + line(2, loss=2))
+    assert [t for t, _ in follower.rows(0, 1 << 20)] == [0, 1]
+    file.unlink()
+    assert follower.rows(0, 1 << 20) == []

@@ -154,6 +154,28 @@ def test_a_stream_has_each_row_once_over_cuts_and_a_resumed_run(tmp_path):
         served(tmp_path / "runs", ask)
 
 
+def test_two_readers_have_a_row_at_once_and_a_reader_ahead_of_the_log_is_reset(tmp_path):
+    """The look of another request at the files must not hide a new row from an open stream."""
+    folder = run(tmp_path / "runs", "a")
+
+    async def ask(session, base, made):
+        await status(session, made.url)
+        url = f"{base}/api/runs/a"
+        stream = asyncio.create_task(events(session, f"{url}/live", most=4))
+        await asyncio.sleep(0.3)
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.write(line(3))
+        made._look("a", made._followers["a"])
+        assert [r["round"] for _, r in await asyncio.wait_for(stream, 3)] == [0, 1, 2, 3]
+        ahead = await events(session, f"{url}/live", last=9, most=0)
+        assert ahead == [("reset", 4)]
+
+    lock = RunFolder(folder)
+    lock.lock()
+    with contextlib.closing(lock):
+        served(tmp_path / "runs", ask)
+
+
 def test_streams_are_limited_and_a_reader_that_never_reads_is_dropped(tmp_path, monkeypatch):
     folder = run(tmp_path / "runs", "a", rows=30, text="x" * 500_000)
     monkeypatch.setattr(server, "STREAMS", 2)

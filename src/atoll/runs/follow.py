@@ -6,17 +6,26 @@ Tests: tests/surface/test_follow.py
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from atoll.runs.folder import is_locked
 
-_NOT_JSON = re.compile(rb"\b(NaN|Infinity)\b")
 _MOST_ROW = 1 << 20  # bytes of a row that is passed on whole
+
+
+class _Row(msgspec.Struct):
+    """The part of a row that a follower needs. Decoding it checks the syntax of the whole line."""
+
+    round: int
+
+
+_ROW = msgspec.json.Decoder(_Row)
 
 
 @dataclass
@@ -100,15 +109,21 @@ class Follower:
         return bisect_right(self.rounds, round)
 
     def rows(self, start: int, most: int) -> list[tuple[int, bytes]]:
-        """The rows from an index on: at least one if there is one, and at most `most` bytes of further ones."""
+        """The rows from an index on: at least one if there is one, and at most `most` bytes of further ones.
+
+        A row that the file no longer has ends the list: the next poll records the cut.
+        """
         if start >= len(self.rounds):
             return []
-        first = self.starts[start]
+        first, found = self.starts[start], list[tuple[int, bytes]]()
         end = max(bisect_right(self.ends, first + most), start + 1)
         text = self._bytes(first, self.ends[end - 1])
-        return [
-            (self.rounds[n], as_json(text[self.starts[n] - first : self.ends[n] - first])) for n in range(start, end)
-        ]
+        for n in range(start, end):
+            line = text[self.starts[n] - first : self.ends[n] - first]
+            if zlib.crc32(line) != self._sums[n]:
+                break
+            found.append((self.rounds[n], as_json(line)))
+        return found
 
     def ended(self) -> bool:
         """Whether no process writes the run. Ask before a poll: the poll then reads its last rows."""
@@ -117,13 +132,12 @@ class Follower:
 
 def round_of(line: bytes) -> int | None:
     """The round of a row of metrics.jsonl; None if the line is no row."""
-    start = re.match(rb'\s*\{\s*"round"\s*:\s*(-?\d{1,15})\s*[,}]', line)
-    if start is not None and line.rstrip().endswith(b"}"):
-        return int(start[1])
     try:
-        row = json.loads(line)
-    except ValueError:
+        return _ROW.decode(line).round
+    except msgspec.ValidationError:  # JSON without a round
         return None
+    except (msgspec.DecodeError, RecursionError):
+        row = _lenient(line)  # NaN and infinity, which strict JSON lacks
     found = row.get("round") if isinstance(row, dict) else None
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
@@ -138,9 +152,22 @@ def as_json(line: bytes) -> bytes:
     line = line.split(b"\n", 1)[0].strip()
     if len(line) > _MOST_ROW:
         return b'{"round":%d}' % (round_of(line) or 0)
-    if not _NOT_JSON.search(line) and line.isascii():
-        return line
-    return json.dumps(_strict(json.loads(line.decode("utf-8", "replace"))), separators=(",", ":")).encode()
+    try:
+        _ROW.decode(line)
+    except (msgspec.DecodeError, RecursionError):
+        pass
+    else:
+        if b"\r" not in line:  # which would end a line of a stream
+            return line
+    return json.dumps(_strict(_lenient(line)), separators=(",", ":")).encode()
+
+
+def _lenient(line: bytes) -> Any:
+    """The value of a JSON text that may contain NaN and infinity; None for another text."""
+    try:
+        return json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _strict(value: Any) -> Any:

@@ -54,6 +54,7 @@ class PageServer:
     _open: dict[str, int] = field(default_factory=dict)
     _ended: dict[str, bool] = field(default_factory=dict)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _news: bool = False
     _briefs: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
 
     @property
@@ -218,6 +219,7 @@ class PageServer:
         changed = follower.poll()
         changed |= self._ended.get(name) != ended
         self._ended[name] = ended
+        self._news |= changed
         return changed
 
     async def _watch(self) -> None:
@@ -226,8 +228,10 @@ class PageServer:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(never.wait(), _PERIOD)
-            changed = [self._look(name, self._followers[name]) for name in list(self._open)]
-            if any(changed):
+            for name in list(self._open):
+                self._look(name, self._followers[name])
+            if self._news:  # of this look, or of one for another request
+                self._news = False
                 async with self._changed:
                     self._changed.notify_all()
 
@@ -253,8 +257,10 @@ class PageServer:
         response = web.StreamResponse(headers=access.HEADERS)
         response.headers["Content-Type"] = "text/event-stream"
         await response.prepare(request)
-        # A reader that was away may have missed a cut: it drops the rounds that any cut has dropped.
-        cut = min([c for c in follower.cuts if c <= last], default=None)
+        # A reader that was away may have missed a cut: it drops the rounds that any cut has dropped, and those that the
+        # log no longer has.
+        there = follower.rounds[-1] if follower.rounds else -1
+        cut = min([c for c in (*follower.cuts, there + 1) if c <= last], default=None)
         seen, at = len(follower.cuts), follower.after(last)
         with contextlib.suppress(ConnectionError, TimeoutError, asyncio.CancelledError):
             while True:
@@ -268,14 +274,16 @@ class PageServer:
                 if rows:
                     at += len(rows)
                     await _send(response, b"".join(b"id: %d\nevent: round\ndata: %s\n\n" % row for row in rows))
-                elif self._ended[folder.name]:
+                elif self._ended[folder.name] and not self._look(folder.name, follower):
                     await _send(response, b"event: end\ndata: {}\n\n")
                     break
                 else:
                     async with self._changed:
-                        if at >= len(follower.rounds) and not self._ended[folder.name]:
+                        # Rows that the follower has but the file has not: the next look records the cut.
+                        missing = at < len(follower.rounds)
+                        if missing or not self._ended[folder.name]:
                             with contextlib.suppress(TimeoutError):
-                                await asyncio.wait_for(self._changed.wait(), 15.0)
+                                await asyncio.wait_for(self._changed.wait(), _PERIOD if missing else 15.0)
                     if at >= len(follower.rounds):
                         await _send(response, b": wait\n\n")  # a closed connection is seen by a write only
         return response
