@@ -2,7 +2,11 @@
 
 import hashlib
 import re
-from importlib.resources import files
+import shutil
+import subprocess
+from importlib.resources import as_file, files
+
+import pytest
 
 from atoll.report.bundle import bundle, hash_of, live_page
 
@@ -40,3 +44,51 @@ def test_the_policy_names_the_only_scripts_and_styles():
     assert "connect-src" not in made.policy(live=False) and "</script" not in made.script + made.library
     assert not re.search(r"^(import|export)\b", made.script, re.M)
     assert len(text.encode()) < 150_000
+
+
+STUB = """
+class Node { constructor(name) { this.name = name; this.children = []; this.listeners = {}; this.attributes = {}; }
+  append(...all) { this.children.push(...all); } replaceChildren(...all) { this.children = all; }
+  setAttribute(name, value) { this.attributes[name] = value; } getAttribute(name) { return this.attributes[name]; }
+  addEventListener(name, act) { this.listeners[name] = act; } querySelectorAll() { return []; }
+  find(name) { return this.children.flatMap((c) => (c instanceof Node ? [...(c.name === name ? [c] : []), ...c.find(name)] : [])); } }
+globalThis.Node = Node;
+globalThis.ResizeObserver = class { observe() {} };
+globalThis.document = { createElement: (name) => new Node(name), createElementNS: (_, name) => new Node(name) };
+const same = (a, b) => { if (JSON.stringify(a) !== JSON.stringify(b)) throw new Error(JSON.stringify(a) + " is not " + JSON.stringify(b)); };
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_sums_of_a_resumed_run_and_hidden_columns_in_the_script(tmp_path):
+    """Rows that a stream sends again after a cut do not count twice; newer data with fewer rounds lose no row."""
+    with as_file(FOLDER) as folder:
+        for name in OURS[:-1]:
+            (tmp_path / f"{name}.mjs").write_text(
+                re.sub(r"(from \"./\w+)\.js", r"\1.mjs", (folder / f"{name}.js").read_text())
+            )
+    (tmp_path / "test.mjs").write_text(
+        STUB
+        + """
+const { RunView } = await import("./run.mjs"), { sortedTable } = await import("./table.mjs"), { visible } = await import("./text.mjs");
+const row = (round) => ({ round, loss: 1, bytes_up: 10, arrived: 1, cohort: 1 });
+const data = (rounds) => ({ rounds, status: "running", columns: ["loss"], chief: "loss", sums: { bytes_up: 10 * rounds },
+  curves: { loss: [[...Array(rounds).keys()], Array(rounds).fill(1)] } });
+const view = new RunView(data(10), true), rows = [];
+view.cut(5);
+same([view.data.rounds, view.series.loss.x], [5, [0, 1, 2, 3, 4]]);
+for (let t = 5; t < 12; t += 1) { rows.push(row(t)); view.add(row(t)); }
+same([view.data.rounds, view.data.sums.bytes_up, view.series.loss.x.length], [12, 120, 12]);
+view.facts(data(8), rows);
+same([view.data.rounds, view.data.sums.bytes_up], [12, 120]);
+view.facts(data(13), rows);
+view.add(row(12));
+same([view.data.rounds, view.data.sums.bytes_up], [13, 130]);
+const table = sortedTable("", "client", ["b", "a"], [{ label: "loss", absent: "not collected" }, { label: "rows", values: [2, 1] }], {});
+for (const button of table.find("button")) button.listeners.click();
+same(table.find("tbody")[0].children.length, 2);
+same(visible("a\\u202e\\u061c\\ufeff\\u2028\\u0000b\\n\\t\\u00e9"), "a·····b\\n\\té");
+"""
+    )
+    ran = subprocess.run(["node", "test.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr

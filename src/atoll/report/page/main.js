@@ -1,13 +1,13 @@
 // The page: all runs, one run with its stream, runs laid over each other. A frozen report has its data inside.
 
-import { element, number, count, bytes, duration } from "./text.js";
+import { element, number, count, bytes, duration, visible } from "./text.js";
 import { Curve, spark } from "./curve.js";
 import { sortedTable } from "./table.js";
 import { RunView, time } from "./run.js";
 
 const root = document.getElementById("page");
 const frozen = document.getElementById("data");
-let view = null, stream = null, timer = null;
+let view = null, stream = null, timer = null, visit = 0, tried = 0;
 export const page = { rows: [], view: () => view };
 globalThis.atoll = page;
 
@@ -24,101 +24,92 @@ function message(text) {
   line.hidden = !text;
 }
 
+// Leave what is shown. An answer that arrives later belongs to an earlier visit and is dropped.
 function leave() {
   if (stream) stream.close();
   if (view) view.close();
   clearTimeout(timer);
   stream = view = null;
+  visit += 1;
+  return visit;
 }
 
 // One run, kept up to date by the stream of its rows.
 async function openRun(name) {
-  leave();
-  const path = "/api/runs/" + encodeURIComponent(name);
+  const mine = leave(), path = "/api/runs/" + encodeURIComponent(name);
   const data = await get(path);
+  if (visit !== mine) return;
   view = new RunView(data, true);
   page.rows = [];
   root.replaceChildren(element("nav", {}, element("a", { href: "#" }, "all runs")), view.node);
-  document.title = (data.title || data.run) + " – atoll";
+  document.title = visible(data.title || data.run) + " – atoll";
   const known = data.rounds ? data.rounds - 1 : -1;
-  for (let after = -1; after < known;) {
-    const rows = await get(path + "/rows?after=" + after);
-    if (!rows.length) break;
-    page.rows.push(...rows.filter((r) => r.round <= known));
-    after = rows[rows.length - 1].round;
-    if (page.rows.length > 5000) break;
-  }
-  follow(name, path, known);
+  follow(path, known);
+  later(path, 5000);
 }
 
-function follow(name, path, after) {
-  let queued = false, ended = false;
-  const show = () => { queued = false; if (view) view.refresh(); };
-  const soon = () => { if (!queued) { queued = true; requestAnimationFrame(show); } };
+function follow(path, after) {
+  const mine = visit, shown = view;
+  let queued = false;
+  const show = () => { queued = false; if (visit === mine) shown.refresh(); };
+  const soon = () => { if (!queued) { queued = true; setTimeout(() => requestAnimationFrame(show), 200); } };
   stream = new EventSource(path + "/live?after=" + after);
   stream.addEventListener("open", () => message(""));
   stream.addEventListener("round", (event) => {
     const row = JSON.parse(event.data);
     if (page.rows.length && page.rows[page.rows.length - 1].round >= row.round) return;
     page.rows.push(row);
-    view.add(row);
+    shown.add(row);
     soon();
   });
   stream.addEventListener("reset", (event) => {
     const first = Number(event.data);
     page.rows = page.rows.filter((row) => row.round < first);
-    view.cut(first);
+    shown.cut(first);
     soon();
+    later(path, 1000);
   });
-  stream.addEventListener("end", async () => {
-    ended = true;
+  stream.addEventListener("end", () => {
     stream.close();
-    await reload(name, path);
+    stream = null;
+    later(path, 0);
   });
   stream.addEventListener("error", () => {
-    if (ended) return;
+    if (visit !== mine || !stream) return;
     message("The connection to the server is lost. The values below stay; the page tries again.");
-    if (stream.readyState === EventSource.CLOSED) timer = setTimeout(() => follow(name, path, lastRound()), 2000);
+    if (stream.readyState === EventSource.CLOSED) { stream = null; later(path, 2000); }
   });
-  timer = setTimeout(function facts() { if (stream && !ended) refreshFacts(path).finally(() => { timer = setTimeout(facts, 5000); }); }, 5000);
 }
 
-function lastRound() { return page.rows.length ? page.rows[page.rows.length - 1].round : -1; }
-
-// Everything that is no row: status, clients, answer, notes.
-async function refreshFacts(path) {
-  try {
-    const data = await get(path);
-    if (!view) return data;
-    const rounds = view.data.rounds;
-    for (const key of Object.keys(view.data)) if (!(key in data)) delete view.data[key];
-    const sums = view.data.sums;
-    Object.assign(view.data, data, data.rounds === rounds ? {} : { rounds, sums });
-    view.drawHead(); view.drawState(); view.drawAnswer(); view.drawClients(); view.drawRest();
-    return data;
-  } catch (error) { message(String(error.message)); return null; }
+// Look again at everything that is no row: status, clients, answer, notes. A long answer is asked for less often.
+function later(path, wait) {
+  const mine = visit;
+  clearTimeout(timer);
+  timer = setTimeout(async () => {
+    const began = performance.now();
+    let data = null;
+    try { data = await get(path); } catch (error) { if (visit === mine) message(String(error.message)); }
+    if (visit !== mine) return;
+    if (data) {
+      view.facts(data, page.rows);
+      // A run that ended may be resumed, and may have ended again.
+      const more = data.rounds > view.next && tried !== data.rounds;
+      tried = more ? data.rounds : tried;
+      if (!stream && (data.status === "running" || more)) follow(path, view.next - 1);
+    }
+    const calm = data && data.status === "done" ? 30000 : 5000;
+    later(path, Math.max(calm, 20 * (performance.now() - began)));
+  }, wait);
 }
 
-// After the end: the final data. A run that did not finish may be resumed, so it is looked at again.
-async function reload(name, path) {
-  const data = await refreshFacts(path);
-  if (view) view.refresh();
-  if (data && data.status !== "done" && data.status !== "failed") {
-    timer = setTimeout(async () => {
-      const now = await refreshFacts(path);
-      if (now && now.status === "running") follow(name, path, lastRound());
-      else reload(name, path);
-    }, 2000);
-  }
-}
-
-const overlay = { chosen: new Set(), x: "round", metric: "" };
+const overlay = { chosen: new Set(), x: "round", metric: "", turn: 0 };
 const COLOURS = 8;
 
 async function openList() {
-  leave();
+  const mine = leave();
   document.title = "runs – atoll";
   const runs = await get("/api/runs");
+  if (visit !== mine) return;
   const filter = element("input", { type: "search", id: "filter", placeholder: "filter by name, tag, plan, status" });
   const place = element("div", {}), charts = element("div", {}), state = {};
   const fill = () => {
@@ -160,9 +151,12 @@ function listing(runs, state, changed) {
 
 // The chosen runs over each other, by round, bytes, seconds or the simulated clock.
 async function lay(runs, place) {
+  overlay.turn += 1;
+  const turn = overlay.turn;
   if (!overlay.chosen.size) { place.replaceChildren(); return; }
   const chosen = runs.filter((r) => overlay.chosen.has(r.run)).slice(0, COLOURS);
-  const pages = (await Promise.all(chosen.map((r) => get("/api/runs/" + encodeURIComponent(r.run)).catch(() => null)))).filter(Boolean);
+  const pages = (await Promise.all(chosen.map((r) => get("/api/runs/" + encodeURIComponent(r.run)).catch(() => null)))).filter((p) => p && p.curves);
+  if (turn !== overlay.turn) return;
   const metrics = [...new Set(pages.flatMap((p) => p.columns || []))];
   if (!metrics.includes(overlay.metric)) overlay.metric = pages.length ? pages[0].chief : "";
   const select = (label, values, now, set) => {
@@ -195,8 +189,10 @@ function along(data, metric, axis) {
 
 async function route() {
   message("");
-  const name = decodeURIComponent(location.hash.slice(1));
-  try { await (name ? openRun(name) : openList()); } catch (error) { message(String(error.message)); }
+  try {
+    const name = decodeURIComponent(location.hash.slice(1));
+    await (name ? openRun(name) : openList());
+  } catch (error) { message(String(error.message)); }
 }
 
 if (frozen) {

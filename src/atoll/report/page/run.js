@@ -29,6 +29,8 @@ export class RunView {
   load(data) {
     this.data = data;
     this.started = null;
+    this.next = this.counted = data.rounds || 0; // the round after the last one that is shown, and that the sums contain
+    this.drawn = {};
     const metrics = data.columns || [];
     this.series = {};
     for (const name of metrics) {
@@ -48,12 +50,26 @@ export class RunView {
   }
 
   draw() {
+    const d = this.data;
     this.drawHead();
     this.drawState();
-    this.drawAnswer();
     this.drawCurves();
-    this.drawClients();
-    this.drawRest();
+    // A part whose data are equal stays, with its selection, its open details and its place of scrolling.
+    this.changed("answer", [d.answers, d.findings, d.confusion], () => this.drawAnswer());
+    this.changed("clients", d.clients, () => this.drawClients());
+    this.changed("rest", [d.waiting, d.failures, d.formula, d.notes, d.files, d.config, d.settings, d.lines], () => this.drawRest());
+  }
+
+  changed(part, data, draw) {
+    const key = JSON.stringify(data) || "";
+    if (this.drawn[part] === key) return;
+    this.drawn[part] = key;
+    const places = [...this.node.querySelectorAll(".scroll")].map((each) => [each.getAttribute("aria-label"), each.scrollLeft, each.scrollTop]);
+    draw();
+    for (const each of this.node.querySelectorAll(".scroll")) {
+      const place = places.find(([label]) => label === each.getAttribute("aria-label"));
+      if (place) { each.scrollLeft = place[1]; each.scrollTop = place[2]; }
+    }
   }
 
   // Add a row of metrics.jsonl; a round that is there is replaced.
@@ -67,14 +83,32 @@ export class RunView {
       if (!this.data.columns) this.data.columns = [];
       if (!this.data.columns.includes(name)) this.data.columns.push(name);
     }
-    this.data.rounds = Math.max(this.data.rounds || 0, row.round + 1);
-    const sums = this.data.sums;
+    this.next = row.round + 1;
+    this.data.rounds = this.next;
+    this.sum(row);
+    this.note(row.round);
+  }
+
+  // Add a row to the sums, unless they contain it.
+  sum(row) {
+    if (row.round < this.counted) return;
+    this.counted = row.round + 1;
+    const sums = this.data.sums || (this.data.sums = {});
     for (const name of ["bytes_up", "bytes_down", "seconds", "late"]) sums[name] = (sums[name] || 0) + (row[name] || 0);
     if (row.failed) sums.lost = (sums.lost || 0) + row.failed;
     sums.active = row.arrived; sums.selected = row.cohort;
     if (row.clock !== undefined) sums.clock = row.clock;
     if (typeof row.epsilon === "number") this.data.privacy = { ...this.data.privacy, epsilon: row.epsilon };
-    this.note(row.round);
+  }
+
+  // Take everything that is no row from newer data of the run. `rows` are the streamed rows: the sums of the data may
+  // lack the last of them.
+  facts(data, rows) {
+    this.data = { ...data, columns: [...new Set([...(data.columns || []), ...Object.keys(this.series)])] };
+    this.counted = data.rounds || 0;
+    for (const row of rows) this.sum(row);
+    this.data.rounds = this.next;
+    this.draw();
   }
 
   // Times of the last rounds, for the time that is left.
@@ -216,7 +250,7 @@ export class RunView {
       const keep = line.x.findIndex((x) => x >= round);
       if (keep >= 0) { line.x.length = keep; line.y.length = keep; }
     }
-    this.data.rounds = Math.min(this.data.rounds || 0, round);
+    this.data.rounds = this.next = Math.min(this.next, round);
   }
 
   close() { for (const curve of this.curves.values()) curve.watcher.disconnect(); }

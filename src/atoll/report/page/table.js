@@ -18,7 +18,7 @@ export function textTable(table, kind) {
 export function sortedTable(caption, first, names, columns, state, pick) {
   const body = element("tbody", {});
   const order = names.map((_, i) => i);
-  const value = (i) => (state.by < 0 ? names[i] : columns[state.by].values[i]);
+  const value = (i) => (state.by < 0 ? names[i] : (columns[state.by].values || [])[i]);
   const compare = (a, b) => {
     const x = value(a), y = value(b);
     if (x === y) return a - b;

@@ -12,9 +12,9 @@ export function element(name, attributes, ...children) {
   return made;
 }
 
-// Characters without a shape, which could also turn the direction of a line, as dots.
+// Characters without a shape, which could also turn the direction of a line, as dots. Line breaks and tabs stay.
 export function visible(text) {
-  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, "·");
+  return text.replace(/(?![\n\t])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu, "·");
 }
 
 export function number(value) {
