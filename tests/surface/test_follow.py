@@ -56,7 +56,7 @@ def test_damaged_huge_and_missing_logs(tmp_path):
 
 
 def test_damaged_lines_are_no_rows_and_no_line_ends_a_line_of_a_stream(tmp_path):
-    """A row is passed on as JSON or not at all: half a line with the next one behind it has once been sent as it was."""
+    """A row is passed on as JSON or not at all, also half a line with the next one behind it."""
     file = tmp_path / "metrics.jsonl"
     deep = b'{"round": 2, "a": ' + b"[" * 100_000 + b"}"
     bad = [b'{"round": 1, "lo{"round": 1, "loss": 1}', b'{"round": 1, "loss": NaN, oops}', deep, b'{"round": 1, "\xff}']

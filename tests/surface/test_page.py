@@ -51,11 +51,14 @@ class Node { constructor(name) { this.name = name; this.children = []; this.list
   append(...all) { this.children.push(...all); } replaceChildren(...all) { this.children = all; }
   setAttribute(name, value) { this.attributes[name] = value; } getAttribute(name) { return this.attributes[name]; }
   addEventListener(name, act) { this.listeners[name] = act; } querySelectorAll() { return []; }
-  find(name) { return this.children.flatMap((c) => (c instanceof Node ? [...(c.name === name ? [c] : []), ...c.find(name)] : [])); } }
+  find(name) { return this.children.filter((c) => c instanceof Node)
+    .flatMap((c) => [...(c.name === name ? [c] : []), ...c.find(name)]); } }
 globalThis.Node = Node;
 globalThis.ResizeObserver = class { observe() {} };
 globalThis.document = { createElement: (name) => new Node(name), createElementNS: (_, name) => new Node(name) };
-const same = (a, b) => { if (JSON.stringify(a) !== JSON.stringify(b)) throw new Error(JSON.stringify(a) + " is not " + JSON.stringify(b)); };
+const same = (a, b) => {
+  if (JSON.stringify(a) !== JSON.stringify(b)) throw new Error(JSON.stringify(a) + " is not " + JSON.stringify(b));
+};
 """
 
 
@@ -70,9 +73,11 @@ def test_the_sums_of_a_resumed_run_and_hidden_columns_in_the_script(tmp_path):
     (tmp_path / "test.mjs").write_text(
         STUB
         + """
-const { RunView } = await import("./run.mjs"), { sortedTable } = await import("./table.mjs"), { visible } = await import("./text.mjs");
+const { RunView } = await import("./run.mjs"), { sortedTable } = await import("./table.mjs");
+const { visible } = await import("./text.mjs");
 const row = (round) => ({ round, loss: 1, bytes_up: 10, arrived: 1, cohort: 1 });
-const data = (rounds) => ({ rounds, status: "running", columns: ["loss"], chief: "loss", sums: { bytes_up: 10 * rounds },
+const data = (rounds) => ({
+  rounds, status: "running", columns: ["loss"], chief: "loss", sums: { bytes_up: 10 * rounds },
   curves: { loss: [[...Array(rounds).keys()], Array(rounds).fill(1)] } });
 const view = new RunView(data(10), true), rows = [];
 view.cut(5);
@@ -84,7 +89,8 @@ same([view.data.rounds, view.data.sums.bytes_up], [12, 120]);
 view.facts(data(13), rows);
 view.add(row(12));
 same([view.data.rounds, view.data.sums.bytes_up], [13, 130]);
-const table = sortedTable("", "client", ["b", "a"], [{ label: "loss", absent: "not collected" }, { label: "rows", values: [2, 1] }], {});
+const columns = [{ label: "loss", absent: "not collected" }, { label: "rows", values: [2, 1] }];
+const table = sortedTable("", "client", ["b", "a"], columns, {});
 for (const button of table.find("button")) button.listeners.click();
 same(table.find("tbody")[0].children.length, 2);
 same(visible("a\\u202e\\u061c\\ufeff\\u2028\\u0000b\\n\\t\\u00e9"), "a·····b\\n\\té");
