@@ -143,6 +143,20 @@ def test_a_table_is_predicted_by_the_models_of_its_clients(tmp_path, capsys, pla
     assert found.before["accuracy"] == pytest.approx(float(run.reports[-1].clients["held_out_personal_accuracy"][1]))
 
 
+def test_a_number_that_is_a_name_is_no_id(tmp_path):
+    whole = table(rows=60)
+    whole["site"] = whole.site.map(dict(zip(SITES, (10, 20, 30), strict=True)))
+    whole.to_csv(tmp_path / "all.csv", index=False)
+    data = atoll.data.csv(tmp_path / "all.csv", target="ill", by="site").split(held_out=0.2)
+    run = atoll.train("mlp", data, "fedper(0.1, own=('fc2.*',))", rounds=1, out=None)
+    x = run.predictor.prepare(whole)
+    server = run.predictor.input.probabilities(run.model.eval()(x)).detach().numpy()
+    np.testing.assert_array_equal(run.predictor.predict_proba(whole.assign(site=2)), server)  # another site
+    assert torch.equal(run.personal(20).fc2.weight, run.personal("20").fc2.weight)
+    with pytest.raises(UsageError, match="No client"):
+        run.personal(2)
+
+
 def test_refusals():
     with pytest.raises(UsageError, match="server"):
         train(fedavg(0.1), rounds=1).personal(0)

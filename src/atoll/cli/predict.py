@@ -169,7 +169,7 @@ def _predict_batch(predictor: Predictor, request: Request, batch: RowBatch, seen
         y = _target(it, batch.cells)
     if predictor.models is not None:
         names = [None] * len(x) if clients is None else clients
-        known = {name: name is not None and predictor.models.find(name) is not None for name in set(names)}
+        known = {name: name is not None and predictor.models.owner(name) is not None for name in set(names)}
         seen.strangers += sum(not known[name] for name in names)
     out = predictor.output(x, clients)
     seen.rows += len(x)

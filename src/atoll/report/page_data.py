@@ -244,7 +244,7 @@ def client_curves(folder: Path, name: str) -> dict[str, dict[str, Any]] | None:
     record = RunData.read(folder)
     names, why = _names(folder, record), removed(record)
     known = _known_clients(record, [], names)
-    found = [i for i in known if name in (str(i), client_name(i, names, 80))]
+    found = [i for i in known if name == client_name(i, names, 80)] or [i for i in known if name == str(i)]
     if not found:
         return None
     return {} if why else _client_curves(record, _held_out(folder), found[:1], names)

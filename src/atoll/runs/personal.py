@@ -82,7 +82,7 @@ class ClientModels:
         return self.task.result(model_of(self.plan, self.model, self.memory, self.id_of(client), self.task))
 
     def id_of(self, client: Any) -> int:
-        """The id of a client, by its name or its id; the id may be a text.
+        """The id of a client, by its name or its id; the id may be a text. If a name is a number, ids are not used.
 
         Raises:
             UsageError: there is no such client, or clients have no models of their own.
@@ -102,14 +102,21 @@ class ClientModels:
         raise UsageError(f"There is no client {client!r}.", f"a number from 0 to {self.clients - 1}.", write=_line(0))
 
     def find(self, client: Any) -> int | None:
-        """The id of a client, by its name or its id; None if there is no such client."""
+        """The id of a client, by its name or its id; None if there is no such client. See `id_of`."""
         if isinstance(client, type):
             raise class_instead_of_value("The client", client)
-        if self.names is not None and str(client) in self.names:
-            return list(self.names).index(str(client))
+        named = self.owner(str(client)) if self.names is not None else None
+        if named is not None or any(name.isdecimal() for name in self.names or ()):
+            return named
         number = int(client) if isinstance(client, str) and client.isdecimal() else client
         known = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < self.clients
         return number if known else None
+
+    def owner(self, name: str) -> int | None:
+        """The id of the client of a row, by its name in the table; None for another client."""
+        if self.names is None:
+            return self.find(name)
+        return list(self.names).index(name) if name in self.names else None
 
 
 @dataclass

@@ -132,7 +132,7 @@ class Predictor:
         """
         if self.models is None or clients is None:
             return outputs_of(self.model, x)
-        ids = {name: self.models.find(name.strip()) for name in dict.fromkeys(clients)}
+        ids = {name: self.models.owner(name.strip()) for name in dict.fromkeys(clients)}
         owner = torch.tensor([-1 if (i := ids[name]) is None else i for name in clients], dtype=torch.int64)
         out: Tensor | None = None
         for client in owner.unique().tolist():
