@@ -119,6 +119,7 @@ def test_help_names_every_command_and_every_flag(atoll):
         "compare",
         "replay",
         "lr",
+        "attack",
         "export",
         "doctor",
     ]

@@ -75,6 +75,7 @@ for order, (name, epilogue, help) in enumerate(
             "Train, and record the run. Without arguments: federated averaging on digits with 100 clients.",
         ),
         ("lr", "", "Run a learning-rate range test, draw it, and suggest a rate. Takes the flags of run."),
+        ("attack", "", "Train with each rule under each simulated attack. Takes the flags of run."),
         (
             "plan",
             "",
@@ -85,7 +86,7 @@ for order, (name, epilogue, help) in enumerate(
 ):
     # Given by name: cyclopts imports the module, which builds the flags, only if one of these commands is called.
     where = f"atoll.cli.training_commands:{name}"
-    app.command(where, name=name, group=TRAIN, sort_key=(0, 2, 2)[order], help=help, help_epilogue=epilogue)
+    app.command(where, name=name, group=TRAIN, sort_key=(0, 2, 2, 2)[order], help=help, help_epilogue=epilogue)
 
 
 @app.command(group=TRAIN, sort_key=1, help_epilogue="")

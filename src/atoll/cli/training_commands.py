@@ -84,6 +84,44 @@ def lr(
     return 0
 
 
+def attack(
+    experiment: str | None = None,
+    /,
+    *,
+    rule: Annotated[list[str] | None, flag(RUNNING, "An aggregator, such as Median(). May be repeated.")] = None,
+    attack: Annotated[list[str] | None, flag(RUNNING, "An attack, such as ALIE(). May be repeated.")] = None,
+    shares: Annotated[str, flag(RUNNING, "Shares of attackers, with commas.")] = "0,0.1,0.2,0.3",
+    seeds: Annotated[int, switch(RUNNING, "Number of seeds.", "ATOLL_SEEDS")] = 1,
+    flags: ExperimentFlags = ExperimentFlags(),
+    trust: Trust = False,
+    as_json: Json = False,
+) -> int:
+    """Train with each rule under each simulated attack, and draw accuracy against the share of attackers.
+
+    Parameters
+    ----------
+    experiment
+        A TOML file with settings.
+    """
+    from dataclasses import asdict
+
+    from atoll.cli import output
+    from atoll.tools import attack as tool
+
+    try:
+        levels = [float(share) for share in shares.split(",")]
+    except ValueError:
+        write = Line(shell="atoll attack --shares 0,0.1,0.2,0.3")
+        raise UsageError(f"--shares {shares}.", "numbers with commas between them.", write=write) from None
+    it = flags.checked(experiment, trust)
+    found = tool.attack(it, rule or tool.RULES, attack or tool.ATTACKS, levels, seeds, Path(it.out))
+    if as_json:
+        output.print_json({"rows": [asdict(row) for row in found.rows]})
+    else:
+        print(found.text())
+    return 0
+
+
 def plan(
     experiment: str | None = None,
     /,
