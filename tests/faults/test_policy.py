@@ -16,7 +16,7 @@ from atoll.base.errors import RunError, UsageError
 from atoll.data import csv
 from atoll.net.home import ServerHome
 from atoll.net.join import site_status
-from atoll.net.policy import Policy, approve_plan
+from atoll.net.policy import Policy, approve_plan, is_approved
 from atoll.net.server import Listener
 from atoll.net.site import check_kind
 from atoll.net.terms import RefusedError, plan_text
@@ -118,6 +118,15 @@ def test_the_identities_of_a_policy_are_read_next_to_it(tmp_path):
     (tmp_path / "sites.txt").write_text("oslo\n")
     with pytest.raises(UsageError, match="is not valid"):
         Policy.read(tmp_path / "policy.toml")
+
+
+def test_a_plan_that_waits_for_approval_is_not_replaced(tmp_path):
+    """A server that changes the plan after a person has read it would get its approval."""
+    shown, other = work(plan="Plan(Gradient(), Mean())"), work(plan="Plan(Train(sgd(1.0)), Mean())")
+    assert not is_approved(tmp_path, "run", shown) and not is_approved(tmp_path, "run", other)
+    assert approve_plan(tmp_path)["plan"] == shown.plan
+    assert is_approved(tmp_path, "run", shown) and not is_approved(tmp_path, "run", other)
+    assert approve_plan(tmp_path)["plan"] == other.plan and is_approved(tmp_path, "run", other)
 
 
 def at(hour, minute=0):

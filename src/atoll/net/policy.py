@@ -231,14 +231,15 @@ def _cohort(plan: Plan, clients: int) -> int:
 def is_approved(home: Path, run: str, work: Work) -> bool:
     """Whether a person has approved the plan of a work. If not, the plan is noted for `atoll approve`.
 
-    An evaluation needs the approval of any plan of the run.
+    An evaluation needs the approval of any plan of the run. A plan that waits is not replaced: the server could change
+    it after a person has read it.
     """
     name = digest(work.plan.encode()).hex()
     known = _approvals(home)
     if [run, name] in known or (work.kind != "round" and any(one == run for one, _ in known)):
         return True
-    asked = {"run": run, "plan": work.plan, "hash": name}
-    if _asked(home) != asked:
+    if _asked(home) is None:
+        asked = {"run": run, "plan": work.plan, "hash": name}
         atomic_write(home / _ASKED, json.dumps(asked, indent=1).encode(), 0o600)
     return False
 
