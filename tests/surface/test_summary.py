@@ -118,6 +118,14 @@ def test_a_resumed_run_has_the_frames_of_all_rounds(tmp_path):
     assert ours["loss"].to_numpy() == pytest.approx(theirs["loss"].to_numpy(), abs=1e-6)
 
 
+def test_the_head_and_the_last_lines_name_the_page(tmp_path):
+    data, table = atoll.data.load("digits").split(clients=3), LiveTable(plain=True, file=io.StringIO())
+    made = {"rounds": 1, "out": tmp_path, "report": False, "observers": [table]}
+    run = atoll.train("softmax", data, atoll.recipes.fedavg(0.1), **made)
+    assert f"page     atoll ui {run.path}\n" in table.file.getvalue()
+    assert f"page    atoll ui {run.path}\n" in run.summary()
+
+
 def test_summary_is_the_text_of_the_command_and_has_the_notes():
     data = atoll.data.load("digits").split(clients=3)
     table = LiveTable(plain=True, file=io.StringIO())

@@ -216,5 +216,16 @@ def test_tag_and_follow_print_the_run(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
         "run": "2026-01-02-calm-reef", "title": "<b>", "tags": ["two"],
     }  # fmt: skip
+    assert answer(["tag", "calm-reef", "--title", "\x1b[2J\u202ea", *words]) == 0
+    assert not {"\x1b", "\u202e"} & set(capsys.readouterr().out)
     assert answer(["show", "calm-reef", "--follow", "--json", *words]) == 0
     assert [json.loads(text)["round"] for text in capsys.readouterr().out.splitlines()] == [0, 1, 2]
+
+
+def test_a_run_of_another_folder_opens_the_page_of_its_folder(tmp_path, monkeypatch):
+    path = run(tmp_path / "elsewhere", "2026-01-02-calm-reef")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("atoll.cli.ui.serve_page", lambda out, name, *_, **more: asked.append((out, name)) or 0)
+    assert answer(["ui", str(path)]) == 0
+    assert [(out.resolve(), name) for out, name in asked] == [(path.parent, path.name)]

@@ -205,8 +205,9 @@ def ui(
     """
     from atoll.cli.ui import serve_page
 
-    name = "" if run is None else _find(run, out).name
-    return serve_page(_parent(out), name, host, port, insecure=insecure, browser=not no_open, as_json=as_json)
+    path = None if run is None else _find(run, out)
+    parent, name = (_parent(out), "") if path is None else (path.parent, path.name)
+    return serve_page(parent, name, host, port, insecure=insecure, browser=not no_open, as_json=as_json)
 
 
 @app.command(name="tag", group=INSPECT, sort_key=4, help_epilogue="")
@@ -228,6 +229,7 @@ def tag_run(
         Its name, a prefix or suffix of it, its path, or latest.
     """
     from atoll.cli import output
+    from atoll.runs.format import plain
     from atoll.runs.labels import Labels
 
     path = _find(run, out)
@@ -236,7 +238,7 @@ def tag_run(
     if as_json:
         output.print_json({"run": path.name, "title": labels.title, "tags": labels.tags})
     else:
-        print(f"{path.name}   {labels.title or 'no title'}   {', '.join(labels.tags) or 'no tags'}")
+        print(plain(f"{path.name}   {labels.title or 'no title'}   {', '.join(labels.tags) or 'no tags'}", 2000))
     return 0
 
 

@@ -7,6 +7,7 @@ Tests: tests/surface/test_export_charts.py
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from typing import Any
@@ -19,6 +20,38 @@ from atoll.runs.format import plain
 
 FORMATS = ("svg", "png", "pdf")
 _MARKERS = {"dot": "o", "ring": "o", "cross": "x", "triangle": "<"}
+
+
+def chart_formats(plots: str) -> tuple[str, ...]:
+    """The further formats of a setting such as "png,pdf"; SVG is always written.
+
+    Raises:
+        UsageError: an unknown format, or matplotlib is not installed.
+    Example:
+        >>> chart_formats(""), chart_formats("svg")
+        ((), ())
+    """
+    given = dict.fromkeys(filter(None, (each.strip() for each in plots.split(","))))
+    for each in given:
+        if each not in FORMATS:
+            raise unknown_name("format of plots", each, FORMATS, lambda near: plots_line(near))
+    further = tuple(each for each in given if each != "svg")
+    if further and importlib.util.find_spec("matplotlib") is None:
+        raise _without_matplotlib(further[0])
+    return further
+
+
+def plots_line(value: str) -> Line:
+    """The setting of the formats, as it is written in Python and in a command."""
+    return Line(python=f'plots="{value}"', shell=f"--set plots={value}")
+
+
+def _without_matplotlib(suffix: str) -> UsageError:
+    return UsageError(
+        f"A figure as {suffix.upper()}, and matplotlib is not installed.",
+        "the extra atoll[plots], or an SVG.",
+        write="pip install 'atoll[plots]'",
+    )
 
 
 def rendered(drawing: Drawing, suffix: str, width: float = 0.0) -> bytes:
@@ -42,11 +75,7 @@ def rendered(drawing: Drawing, suffix: str, width: float = 0.0) -> bytes:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError(
-            f"A figure as {suffix.upper()}, and matplotlib is not installed.",
-            "the extra atoll[plots], or an SVG.",
-            write="pip install 'atoll[plots]'",
-        ) from None
+        raise _without_matplotlib(suffix) from None
     wide = (width or (WIDE if drawing.wide else HALF)) / 96
     figure = Figure(figsize=(wide, wide * drawing.ratio), dpi=192, layout="constrained")
     heights = [max(p.high for p in row) for row in drawing.rows]

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING
 
 from atoll.plan.round import Report
 from atoll.runs.format import better, client_name, duration, format_number, label, plain, size, spread, whole
+from atoll.runs.summary import called
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -169,7 +170,7 @@ def header(training: TrainingView, path: Path | None) -> list[tuple[str, str]]:
     if task.device.type != "cpu" or task.precision != "full":
         lines.append(("device", f"{task.device}, {task.precision} precision"))
     if path is not None:
-        lines.append(("run", str(path)))
+        lines += [("run", str(path)), ("page", f"atoll ui {called(path)}")]
     if training.state.round:
         lines.append(("from", f"round {training.state.round}, the last checkpoint"))
     lines += [("note", note) for note in training.notes]

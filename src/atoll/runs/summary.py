@@ -136,6 +136,7 @@ def summary(run: Summarized) -> str:
         for title, name in (("model", "model.safetensors"), ("report", "report.html")):
             if (run.path / name).is_file():
                 lines.append(f"{title:<8}{near(run.path / name)}")
+        lines.append(f"page    atoll ui {called(run.path)}")
     lines.append(f"next    {following(run)}")
     return "\n".join(lines)
 

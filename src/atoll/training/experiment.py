@@ -109,6 +109,7 @@ class Experiment(grammar.Value, TrainingFields):
         baselines: whether pooled and local-only models are trained for comparison.
         checkpoint_s: the number of seconds between two checkpoints.
         report: whether plots and report.html are drawn at the end.
+        plots: further formats of the plots, such as "png,pdf".
         out: the parent of run folders.
         overrides: texts of parts that replace parts of the recipe. The keys are slots, or fields of slots:
             `{"pace": "Sync()", "optimizer.lr": "0.5"}`.
@@ -168,6 +169,7 @@ class Experiment(grammar.Value, TrainingFields):
     baselines: bool = setting(False, "Also train pooled and local-only models, and compare. Default: no.")
     checkpoint_s: float = setting(15.0, "Seconds between two checkpoints.", flag=False)
     report: bool = setting(True, "Whether plots and report.html are drawn.", group=OUTPUT, flag=False)
+    plots: str = setting("", "Further formats of the plots: png,pdf. They need atoll[plots].", group=OUTPUT, flag=False)
     out: str = setting("runs", "The parent of run folders. Default: runs.", group=OUTPUT)
     overrides: Mapping[str, str] = field(default_factory=dict)
     engine_fields: Mapping[str, Any] = field(default_factory=dict)
@@ -616,7 +618,7 @@ class Experiment(grammar.Value, TrainingFields):
         if more.get("resume") is not None:
             it = it._kept(Path(more["resume"]))
             more["observers"] = (*more.get("observers", ()), _RewriteConfig(it.toml()))
-        arguments: dict[str, Any] = {n: getattr(it, n) for n in ("out", "baselines", "checkpoint_s", "report")}
+        arguments: dict[str, Any] = {n: getattr(it, n) for n in ("out", "baselines", "checkpoint_s", "report", "plots")}
         arguments["config"] = it.toml()
         plan, settings = it.plan(), it._settings(**changes)
         return train(it._model(), it.data(), plan, **{**arguments, **settings, **more})

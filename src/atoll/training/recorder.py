@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +274,7 @@ class Recorder:
             with contextlib.suppress(RunError):  # if the disk is full, `end` reports it
                 self.folder.event("note", round=max(self.training.state.round - 1, 0), text=text)
 
-    def end(self, interrupted: bool, *, baselines: bool, report: bool) -> Run:
+    def end(self, interrupted: bool, *, baselines: bool, report: bool, formats: Sequence[str] = ()) -> Run:
         """Train the baselines if they were requested, write the result, and draw the report. Returns the run."""
         t = self.training
         outcome = t.outcome or stops.Outcome("interrupted", False)
@@ -328,7 +328,7 @@ class Recorder:
                 from atoll.report.draw import draw
 
                 # A page about a private run shows no rows of clients.
-                draw(self.folder.path, t.data if t.data.count and not t.plan.releases else None)
+                draw(self.folder.path, t.data if t.data.count and not t.plan.releases else None, formats)
         finally:
             self.folder.close()
         return run

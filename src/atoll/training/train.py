@@ -20,6 +20,7 @@ from atoll.base.lines import Line
 from atoll.compute.loss import name_of_loss
 from atoll.data.clients import Clients
 from atoll.plan.plan import Plan
+from atoll.report.export import chart_formats
 from atoll.report.progress import Mirror, Progress, progress_view
 from atoll.runs.events import AnyObserver, Observer, Run, whole_observers
 from atoll.training.privacy import refuse_baselines
@@ -45,6 +46,7 @@ def train(
     any_version: bool = False,
     checkpoint_s: float = 15.0,
     report: bool = True,
+    plots: str = "",
     **settings: Unpack[SettingsDict],
 ) -> Run:
     """Train a model and write the run into a folder.
@@ -66,6 +68,7 @@ def train(
         any_version: whether to continue a run that other versions of atoll, torch or NumPy wrote.
         checkpoint_s: the number of seconds between two checkpoints. The last round always writes a checkpoint.
         report: whether plots and report.html are drawn at the end.
+        plots: further formats of the plots, such as "png,pdf"; they need the extra `atoll[plots]`.
         settings: the fields of `Settings`: rounds, seed, dtype, stop, engine, …
     Returns:
         The run: metrics, model, path.
@@ -80,6 +83,7 @@ def train(
         (2, ['accuracy', 'balanced_accuracy', 'gradient_norm', 'held_out_loss', 'loss', 'lr'])
     """
     view, watching = progress_view(progress, observers), whole_observers(observers)
+    formats = chart_formats(plots)
     resume = _run_of(resume, out, more)
     wanted: Mapping[str, Any] = settings if resume is None else settings_for_resume(resume, settings, more)
     training = Training(model, data, plan, Settings.from_kwargs(wanted))
@@ -103,7 +107,7 @@ def train(
         training.close_after(error)
         raise
     problem = _close(training, recorder)
-    run = recorder.end(interrupted, baselines=baselines, report=report)
+    run = recorder.end(interrupted, baselines=baselines, report=report, formats=formats)
     for observer in (*watching, *mirrors):
         observer.end(run)
     if problem:

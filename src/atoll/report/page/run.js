@@ -196,7 +196,7 @@ export class RunView {
       }
       const rules = names.length === 1 && this.data.rules ? Object.entries(this.data.rules[names[0]] || {}) : [];
       kept.push([curve, () => curve.set(
-        names.map((n, i) => ({ name: names.length > 1 ? this.label(n) : "federated", x: this.series[n].x, y: this.series[n].y, colour: "s" + i })),
+        names.map((n, i) => ({ name: rules.length ? "federated" : this.label(n), x: this.series[n].x, y: this.series[n].y, colour: "s" + i })),
         rules.map(([kind, value]) => ({ name: RULES[kind][0], value, colour: RULES[kind][1] })))]);
     }
     const nodes = kept.map(([curve]) => curve.node);
