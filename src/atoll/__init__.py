@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from atoll.plan.round import Report, step
     from atoll.plan.state import State
     from atoll.runs.events import Observer, Run
+    from atoll.tools.compare import compare
     from atoll.tools.stats import describe
     from atoll.training.experiment import Experiment, load, predictor
     from atoll.training.rounds import rounds
@@ -64,6 +65,7 @@ __all__ = [
     "Task",
     "UsageError",
     "__version__",
+    "compare",
     "data",
     "describe",
     "join",
@@ -89,6 +91,7 @@ _WHERE = {
     "atoll.compute.task": ("Task",),
     "atoll.runs.events": ("Observer", "Run"),
     "atoll.tools.stats": ("describe",),
+    "atoll.tools.compare": ("compare",),
     "atoll.training.experiment": ("Experiment", "load", "predictor"),
     "atoll.training.rounds": ("rounds",),
     "atoll.training.serve": ("join", "serve"),

@@ -316,7 +316,7 @@ def test_the_other_commands_reach_their_tools(atoll, monkeypatch):
 
     fix = SimpleNamespace(name="torch", ok=False, text="absent", fix="pip install torch")
     for name, functions in {
-        "compare": {"compare": tool("compare")},
+        "compare": {"compare_pair": tool("compare"), "find_runs": lambda *_: [only_run().resolve()] * 2},
         "replay": {"replay": tool("replay")},
         "export": {"export": tool("export")},
         "lr": {"find_rate": tool("lr", suggestion=0.1, plot=Path("lr.png"))},

@@ -149,11 +149,11 @@ def test_the_failed_round_is_replayed_from_its_checkpoint(tmp_path):
 
 
 def test_compare_says_where_runs_part(run, copy, tmp_path):
-    same = compare.compare(run, copy)
+    same = compare.compare_pair(run, copy)
     assert (same.settings, same.through, same.parted, same.tensors) == ((), 3, False, ())
     assert same.verdict == "identical in all 4 shared rounds; the final models are bit-identical"
     other = told(tmp_path, recipe=None, rounds=5).override(recipe=RECIPE.replace("0.5", "0.4"))
-    found = compare.compare(run, other.train(report=False).path)
+    found = compare.compare_pair(run, other.train(report=False).path)
     assert found.verdict.startswith("different from round 0 on, first differs in fc1.weight (by up to ")
     assert {"recipe", "rounds"} <= {line.name for line in found.settings}
     accuracy = next(line for line in found.metrics if line.name == "accuracy")
@@ -164,13 +164,13 @@ def test_compare_says_where_runs_part(run, copy, tmp_path):
 
 def test_compare_marks_no_winner_on_other_or_unknown_rows(tmp_path):
     one, other = costing(tmp_path / "one", [1, 2], 10), costing(tmp_path / "other", [1, 3], 10)
-    assert compare.compare(one, other).caution == ""
+    assert compare.compare_pair(one, other).caution == ""
     for fact, caution in (
         ('{"held_out": "aa", "held_out_clients": ""}', "different held-out rows"),
         ("{}", "rows of other are not known"),
     ):
         (other / "environment.json").write_text(fact)
-        found = compare.compare(one, other)
+        found = compare.compare_pair(one, other)
         assert caution in found.text().splitlines()[0]
         assert "*" not in found.text() and not any(row.best for row in (*found.metrics, *found.totals, *found.reached))
 
@@ -180,10 +180,10 @@ def test_values_of_clients_are_compared_on_the_same_clients_only(tmp_path):
     for folder, value in zip(folders, (0.2, 0.3), strict=True):
         row = {"round": 2, "accuracy": value, "accuracy_min": value}
         (folder / "metrics.jsonl").write_text(json.dumps(row))
-    best = {row.name: row.best for row in compare.compare(*folders).metrics}
+    best = {row.name: row.best for row in compare.compare_pair(*folders).metrics}
     assert best == {"accuracy": "b", "accuracy_min": "b"}
     (folders[1] / "environment.json").write_text('{"held_out": "", "held_out_clients": "bb"}')
-    best = {row.name: row.best for row in compare.compare(*folders).metrics}
+    best = {row.name: row.best for row in compare.compare_pair(*folders).metrics}
     assert best == {"accuracy": "b", "accuracy_min": ""}
 
 
@@ -191,9 +191,9 @@ def test_compare_ignores_the_engine_fields_that_older_runs_wrote(run, copy):
     config = copy / "config.toml"
     lines = config.read_text(encoding="utf-8")
     config.write_text('backend = "auto"\ncpus = 1.0\ngpus = 0.0\n' + lines, encoding="utf-8")
-    assert compare.compare(copy, run).settings == ()
+    assert compare.compare_pair(copy, run).settings == ()
     config.write_text("gpus = 0.5\n" + lines, encoding="utf-8")
-    assert [(row.name, row.a, row.b) for row in compare.compare(copy, run).settings] == [("gpus", 0.5, None)]
+    assert [(row.name, row.a, row.b) for row in compare.compare_pair(copy, run).settings] == [("gpus", 0.5, None)]
 
 
 def test_compare_finds_the_round(run, copy):
@@ -202,13 +202,13 @@ def test_compare_finds_the_round(run, copy):
     for row in rows[2:]:
         row["fingerprint"] = "f" * 12
     file.write_text("\n".join(map(json.dumps, rows)) + '\n{"cut of')
-    found = compare.compare(run, copy)
+    found = compare.compare_pair(run, copy)
     assert (found.through, found.parted) == (1, True)
     assert found.verdict.startswith("identical through round 1; the final models are bit-identical")
     (copy / "model.safetensors").unlink()
-    assert compare.compare(copy, run).verdict == "identical through round 1; a final model is missing"
+    assert compare.compare_pair(copy, run).verdict == "identical through round 1; a final model is missing"
     with pytest.raises(UsageError, match="not the folder of a run"):
-        compare.compare(run, copy / "nowhere")
+        compare.compare_pair(run, copy / "nowhere")
 
 
 def costing(folder, accuracy, each, clock=None):
@@ -234,7 +234,7 @@ def test_both_reach_the_target_and_not_before(mine, theirs, clocked):
             costing(Path(parent) / name, values, each, each / 10 if clocked else None)
             for name, values, each in (("a", mine, 10), ("b", theirs, 1000))
         ]
-        found = compare.compare(*folders)
+        found = compare.compare_pair(*folders)
     good = [[v for v in values if v == v] for values in (mine, theirs)]
     if not all(good):
         assert found.metric is None and found.reached == ()
@@ -253,21 +253,21 @@ def test_both_reach_the_target_and_not_before(mine, theirs, clocked):
 def test_a_target_that_one_misses(tmp_path):
     a = costing(tmp_path / "a", [0.1, 0.5, 0.9], 10)
     b = costing(tmp_path / "b", [0.1, 0.2, 0.3], 500)
-    found = compare.compare(a, b, tmp_path, target=0.5)
+    found = compare.compare_pair(a, b, tmp_path, target=0.5)
     assert [(line.a, line.b, line.best) for line in found.reached] == [(2, None, "a"), (40, None, "a"), (4, None, "a")]
     assert found.plot == tmp_path / "compare-a-b.svg" and found.plot.read_bytes()[:4] == b"<svg"
     assert str(found.plot) in found.text()
-    assert compare.compare(a, b, tmp_path / "new" / "x.png").plot.stat().st_size > 5000
+    assert compare.compare_pair(a, b, tmp_path / "new" / "x.png").plot.stat().st_size > 5000
     nothing = costing(tmp_path / "c", [], 1)
-    assert compare.compare(a, nothing, tmp_path).plot is None
+    assert compare.compare_pair(a, nothing, tmp_path).plot is None
     with pytest.raises(UsageError, match=r"target = 0\.5"):
-        compare.compare(a, nothing, target=0.5)
+        compare.compare_pair(a, nothing, target=0.5)
 
 
 def test_a_long_setting_has_lines_of_its_own(tmp_path):
     a, b = (costing(tmp_path / name, [0.1], 10) for name in "ab")
     (a / "config.toml").write_text(f'plan = "{"x" * 80}"\nseed = 1\n')
-    text = compare.compare(a, b).text().splitlines()
+    text = compare.compare_pair(a, b).text().splitlines()
     at = text.index("plan")
     assert text[at + 1 : at + 3] == ["  " + "x" * 80, "  –"]
     assert max(len(line) for line in text[: at - 1]) < 80

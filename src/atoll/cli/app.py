@@ -244,32 +244,57 @@ def tag_run(
 
 @app.command(group=INSPECT, sort_key=5, help_epilogue="")
 def compare(
-    a: str,
-    b: str,
-    /,
-    *,
+    *run: str,
+    metric: Annotated[str | None, flag(OUTPUT, "A column of metrics.jsonl. Default: the selection metric.")] = None,
+    x: Annotated[
+        Literal["round", "bytes", "seconds", "clock"] | None, flag(OUTPUT, "The horizontal axis. Default: round.")
+    ] = None,
+    group: Annotated[
+        str | None, flag(OUTPUT, "One line for each value of this setting. Default: runs that differ only in the seed.")
+    ] = None,
+    band: Annotated[
+        Literal["sd", "range", "ci"] | None, flag(OUTPUT, "The band over the runs of a line. Default: sd.")
+    ] = None,
     target: Annotated[
         float | None,
         flag(OUTPUT, "Compare the costs at this value of the metric. Default: the best value that both runs reach."),
     ] = None,
     to: Annotated[
         Path | None,
-        flag(OUTPUT, "The SVG, PNG or PDF file to write. Default: compare-A-B.svg in the parent of the runs."),
+        flag(OUTPUT, "The SVG, PNG or PDF file to write. Default for two runs: compare-A-B.svg in their parent."),
     ] = None,
+    table: Annotated[Path | None, flag(OUTPUT, "The CSV, TeX or Markdown file to write.")] = None,
+    width: Annotated[float, flag(OUTPUT, "Width of the figure in inches. Default: 3.3.")] = 3.3,
     out: Out = None,
+    as_json: Json = False,
 ) -> int:
-    """Compare two runs: settings, metrics, bytes and time, and the first tensor that differs.
+    """Compare runs. Runs that differ only in the seed form one line: mean, band over seeds.
+
+    Two runs without further flags: settings, metrics, bytes and time, and the first tensor that differs.
 
     Parameters
     ----------
-    a
-        The first run.
-    b
-        The second run.
+    run
+        Names, prefixes, paths, globs such as "2026-*", and folders of run folders.
     """
-    from atoll.tools.compare import compare as compared
+    from atoll.tools.compare import compare_pair, find_runs
 
-    print(compared(_find(a, out), _find(b, out), to or _parent(out), target).text())
+    parent = _parent(out)
+    found = find_runs(run, parent)
+    special = as_json or any(given is not None for given in (metric, x, group, band, table))
+    if len(run) == len(found) == 2 and not special:
+        print(compare_pair(found[0], found[1], to or parent, target).text())
+        return 0
+    from atoll.tools.compare import compare as compare_runs
+
+    compared = compare_runs(*found, group=group, metric=metric, x=x or "round", target=target)
+    files = [compared.save(file, band or "sd", width) for file in (to, table) if file is not None]
+    if as_json:
+        from atoll.cli import output
+
+        output.print_json(compared.facts() | {"files": list(map(str, files))})
+    else:
+        print("\n".join([compared.text(), *(f"file    {file}" for file in files)]))
     return 0
 
 

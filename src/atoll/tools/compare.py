@@ -1,34 +1,48 @@
-"""Compare two runs: different settings, metrics, costs, and the first round and tensor in which they differ.
+"""Compare two runs: different settings, metrics, costs, and the first round and tensor in which they differ. Compare
+one metric of any number of runs, with a band over seeds.
 
     atoll compare A B
+    atoll compare "2026-*" --to figure.svg
 
-Tests: tests/surface/test_tools.py.
+Tests: tests/surface/test_tools.py, tests/surface/test_figure.py
 """
 
 from __future__ import annotations
 
+import fnmatch
+import glob
+import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from atoll import runs
-from atoll.base.errors import UsageError
+from atoll.base.errors import UsageError, unknown_name
+from atoll.base.lines import Line
 from atoll.base.markup import mimebundle, preformatted
 from atoll.base.names import COUNTS, dotted
 from atoll.compute.metric_names import base_metric, direction
-from atoll.report.comparison import CLOCK, SECONDS, MetricComparison, comparison_drawing
+from atoll.report.comparison import CLOCK, SECONDS, Curve, MetricComparison, comparison_drawing
 from atoll.report.export import rendered
+from atoll.report.figure import AXES, Comparison, SeedGroup, X
 from atoll.report.run_data import Events, RunData
 from atoll.runs.format import format_number, label
+from atoll.runs.labels import Labels
 from atoll.tools.rebuild import write_output
 from atoll.training.settings import is_old_default
 
+if TYPE_CHECKING:
+    from atoll.runs.events import Run
+
+_NO_LINE = ("seed", "out", "report", "baselines", "checkpoint_s")  # the seed, and settings that change no metric
+_TAIL = 1 << 16  # bytes at the end of events.jsonl that contain its last line
 _LONG = 48  # characters; a longer setting is printed on separate lines
 PLAIN = ("gradient_norm", "lr")  # shown without a mark, because neither direction is better
 
@@ -51,8 +65,8 @@ class ComparisonRow:
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
-    """The result of `compare`.
+class PairComparison:
+    """The result of `compare_pair`.
 
     Args:
         a, b: the names of the run folders.
@@ -123,7 +137,7 @@ class Comparison:
         return f"{head}{then} first differs in {name} ({detail}{more})"
 
     def __repr__(self) -> str:
-        return f"Comparison({self.a!r}, {self.b!r}, settings={len(self.settings)}, through={self.through})"[:400]
+        return f"PairComparison({self.a!r}, {self.b!r}, settings={len(self.settings)}, through={self.through})"[:400]
 
     def _repr_html_(self) -> str:
         return preformatted(self.text())
@@ -161,7 +175,9 @@ class Comparison:
         return "" if it is None else f"until {label(it.metric)} {format_number(it.target)}"
 
 
-def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target: float | None = None) -> Comparison:
+def compare_pair(
+    a: str | Path, b: str | Path, out: str | Path | None = None, target: float | None = None
+) -> PairComparison:
     """Compare two runs. Both run folders are only read.
 
     Args:
@@ -189,7 +205,7 @@ def compare(a: str | Path, b: str | Path, out: str | Path | None = None, target:
             "a target is a value of a shared metric.",
             f"atoll compare {one.name} {other.name}",
         )
-    return Comparison(
+    return PairComparison(
         one.name,
         other.name,
         tuple(ComparisonRow(k, mine.get(k), theirs.get(k)) for k in keys),
@@ -352,3 +368,230 @@ def _shown(value: Any) -> str:
         case float():
             return f"{value:.6g}"
     return str(value)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A run folder: its settings, its rows, its seed, and the settings that runs of one line share."""
+
+    path: Path
+    config: Mapping[str, Any]
+    record: RunData
+    held_out: str
+
+    @property
+    def key(self) -> str:
+        return repr(sorted((name, repr(value)) for name, value in self.config.items() if name not in _NO_LINE))
+
+    @property
+    def prints(self) -> tuple[Any, ...]:
+        return tuple(row.get("fingerprint") for row in self.record.rows)
+
+    @classmethod
+    def read(cls, path: Path) -> _Found:
+        config, about = _config(path), runs.read_environment(path)
+        if config.get("python"):  # its settings name objects of a program only
+            config |= {"layout": about.get("layout")}
+        return cls(path, config, _record(path, runs.read_rows(path / "metrics.jsonl")), str(about.get("held_out", "")))
+
+
+def compare(
+    *given: Run | str | Path,
+    group: str | None = None,
+    metric: str | None = None,
+    x: X = "round",
+    target: float | None = None,
+    out: str | Path = "runs",
+) -> Comparison:
+    """Compare one metric of any number of runs. Runs that differ only in the seed form one line.
+
+    Args:
+        given: runs, paths and names of run folders, globs of names, and folders that contain run folders.
+        group: a setting; runs with an equal value of it form one line. None: runs with all settings equal, except the
+            seed and the settings that change no metric.
+        metric: a column of metrics.jsonl; None: the selection metric.
+        x: the horizontal axis: "round", "bytes" or "seconds" up to the round, or "clock", the virtual time.
+        target: a value of the metric; the table then has the rounds to reach it.
+        out: the parent of run folders, for names.
+    Returns:
+        The lines, with `figure`, `frame`, `table` and `save`.
+    Raises:
+        UsageError: no such run, metric or setting, or a run without the metric or without virtual time.
+    Example:
+        >>> import atoll, tempfile
+        >>> out = tempfile.mkdtemp()
+        >>> data = atoll.data.load("digits").split(clients=3)
+        >>> options = {"rounds": 2, "out": out, "report": False}
+        >>> made = [atoll.train("softmax", data, atoll.recipes.fedavg(0.1), seed=s, **options) for s in (0, 1)]
+        >>> found = atoll.compare(*made)
+        >>> [(line.name == made[0].path.name, len(line.curves)) for line in found.groups]
+        [(True, 2)]
+    """
+    if x not in AXES:
+        raise unknown_name("axis", x, AXES, lambda near: Line(f'x="{near}"', f"--x {near}"))
+    found = [_Found.read(path) for path in dict.fromkeys(find_runs(given, Path(out)))]
+    if not found:
+        raise UsageError("No run.", "at least one run.", write="atoll runs")
+    found, notes = _distinct(found)
+    column = _column(found, metric)
+    if target is not None and direction(column) is None:
+        raise UsageError(
+            f"target = {target:g} for {column}.", "a metric with a known better direction.", "a target is reached."
+        )
+    lacking = [f.path.name for f in found if x == "clock" and f.record.last("clock") is None]
+    if lacking:
+        raise UsageError(
+            f"{lacking[0]} has no virtual time.", "runs with a fleet.", write=Line('x="seconds"', "--x seconds")
+        )
+    lines: dict[str, list[_Found]] = {}
+    _check_setting(group, found)
+    for one in found:
+        lines.setdefault(one.key if group is None else repr(one.config.get(group)), []).append(one)
+    names = _line_names(list(lines.values()), group)
+    groups = tuple(
+        SeedGroup(
+            name,
+            tuple(f.path.name for f in line),
+            frozenset(f.held_out for f in line if all(other.held_out for other in line)),
+            _common(line, column, CLOCK if x == "clock" else SECONDS),
+        )
+        for name, line in zip(names, lines.values(), strict=True)
+    )
+    return Comparison(column, x, groups, target, (*notes, *_remarks(list(lines.values()), groups)))
+
+
+def find_runs(given: Sequence[Any], parent: Path) -> list[Path]:
+    """The folders of runs: of runs, paths, names, globs, and folders that contain run folders.
+
+    Raises:
+        UsageError: no run, or several runs for a name, or a run without a folder.
+    """
+    found: list[Path] = []
+    for one in given:
+        where = getattr(one, "path", one)
+        if where is None:
+            raise UsageError("A run without a folder.", "a run with a folder.", write=Line(python='out="runs"'))
+        folder, text = Path(where), str(where)
+        within = [] if (folder / "config.toml").is_file() else runs.list_runs(folder)
+        if within:
+            found += within
+        elif "*" in text:
+            fits = [p for p in runs.list_runs(parent) if fnmatch.fnmatch(p.name, text)]
+            fits = fits or [Path(p) for p in sorted(glob.glob(text)) if (Path(p) / "config.toml").is_file()]
+            if not fits:
+                raise UsageError(f"No run matches {text} in {parent}.", "at least one run.", write="atoll runs")
+            found += fits
+        else:
+            found.append(runs.find_run(where, parent))
+    return [path.resolve() for path in found]
+
+
+def _distinct(found: Sequence[_Found]) -> tuple[list[_Found], list[str]]:
+    """The runs without repetitions: equal settings, seed and bits. A repetition would make the band too narrow."""
+    kept: dict[tuple[Any, ...], _Found] = {}
+    notes = []
+    for one in found:
+        same = kept.setdefault((one.key, one.config.get("seed"), one.prints), one)
+        if same is not one:
+            notes.append(f"{one.path.name} repeats {same.path.name}, and is left out.")
+    return list(kept.values()), notes
+
+
+def _column(found: Sequence[_Found], metric: str | None) -> str:
+    """The column to compare: every run must have numbers of it."""
+    columns = [dict.fromkeys(n for row in f.record.rows for n in row) for f in found]
+    having = [
+        {n for n in names if len(f.record.series(n)[0])} - {"round"} for f, names in zip(found, columns, strict=True)
+    ]
+    shared = [n for n in columns[0] if all(n in each for each in having)]
+    empty = next((f.path.name for f, each in zip(found, having, strict=True) if not each), "")
+    if empty:
+        raise UsageError(f"{empty} has no finished round.", "runs with at least one round.", write="atoll runs")
+    if metric is None:
+        usual = [n for n in (found[0].record.judged, *found[0].record.columns) if n in shared]
+        if not usual:
+            raise UsageError("The runs share no metric.", "runs with a metric in common.", write="atoll runs")
+        return usual[0]
+    lacking = next((f.path.name for f, each in zip(found, having, strict=True) if metric not in each), "")
+    if lacking and not any(metric in each for each in having):
+        raise unknown_name("metric", metric, shared, lambda near: Line(f'metric="{near}"', f"--metric {near}"))
+    if lacking:
+        raise UsageError(
+            f"{lacking} has no values of {metric}.",
+            f"a column of all runs: {', '.join(shared)}.",
+            "each line needs it.",
+        )
+    return metric
+
+
+def _check_setting(group: str | None, found: Sequence[_Found]) -> None:
+    known = {name for f in found for name in f.config}
+    if group is not None and group not in known:
+        raise unknown_name("setting", group, known, lambda near: Line(f'group="{near}"', f"--group {near}"))
+
+
+def _line_names(lines: Sequence[Sequence[_Found]], group: str | None) -> list[str]:
+    """The title that all runs of a line share, else the settings in which the lines differ, else the first run."""
+    first = [line[0] for line in lines]
+    keys = dict.fromkeys(name for f in first for name in f.config if name not in _NO_LINE)
+    varied = [k for k in keys if len({repr(f.config.get(k)) for f in first}) > 1] if group is None else [group]
+    names = []
+    for line in lines:
+        titles = {Labels.read(f.path).title for f in line}
+        values = [(k, _shown(line[0].config.get(k))) for k in varied]
+        texts = [value for _, value in values] if len(values) == 1 else [f"{k}={value}" for k, value in values]
+        title = titles.pop() if len(titles) == 1 else ""
+        names.append(title or ", ".join(texts) or line[0].path.name)
+    unique = len({name[:40] for name in names}) == len(names)
+    return names if unique else [f"{at}: {name}" for at, name in enumerate(names, 1)]
+
+
+def _common(line: Sequence[_Found], column: str, time: str) -> tuple[Curve, ...]:
+    """The curves of the runs of a line, in the rounds that all of them have."""
+    curves = [Curve.of(f.record, column, time) for f in line]
+    common = set.intersection(*(set(c.rounds.tolist()) for c in curves))
+    if not common:
+        raise UsageError(
+            f"{' and '.join(f.path.name for f in line[:2])} have no round with {column} in common.",
+            "runs with common rounds.",
+            "a mean over runs is computed round by round.",
+        )
+    keep = [np.isin(c.rounds, sorted(common)) for c in curves]
+    return tuple(
+        Curve(c.name, c.rounds[k], c.values[k], c.bytes[k], c.times[k]) for c, k in zip(curves, keep, strict=True)
+    )
+
+
+def _remarks(lines: Sequence[Sequence[_Found]], groups: Sequence[SeedGroup]) -> list[str]:
+    """Facts that a reader of the figure must know."""
+    notes = []
+    for line, made in zip(lines, groups, strict=True):
+        notes += [
+            f"{f.path.name} is not finished: {f.record.rows[-1]['round'] + 1} rounds." for f in line if not _ended(f)
+        ]
+        lengths = {len(f.record.rows) for f in line}
+        if len(lengths) > 1:
+            last = int(made.curves[0].rounds[-1]) + 1
+            notes.append(
+                f"{made.name}: runs of {min(lengths)} to {max(lengths)} rounds; the line ends at round {last}."
+            )
+    single = [made.name for made in groups if len(made.curves) == 1]
+    if single:
+        whose = "every line" if len(single) == len(groups) else ", ".join(single)
+        notes.append(f"One seed for {whose}: no band.")
+    if any(not made.data for made in groups):
+        notes.append("The held-out rows of some runs are not known: no winner is marked.")
+    elif len({made.data for made in groups}) > 1:
+        notes.append("The runs were evaluated on different held-out rows: one panel for each, and no winner is marked.")
+    return notes
+
+
+def _ended(one: _Found) -> bool:
+    """Whether the last line of events.jsonl is the end of a run that is done."""
+    try:
+        with open(one.path / "events.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _TAIL))
+            last = json.loads(file.read().splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return False
+    return isinstance(last, dict) and last.get("event") == "stop" and last.get("status") == "done"
