@@ -113,6 +113,13 @@ def test_columns_that_add_up_to_the_constant_have_the_errors_of_their_difference
     np.testing.assert_allclose(2 * both[0, :2], one[0, :2], rtol=1e3 * l2 + 1e-5)
 
 
+def test_a_step_that_may_be_taken_back_has_no_errors():
+    data = regression((60, 50))
+    y = 200 * (torch.poisson((0.2 * data.rows.x.sum(1) + 1).exp(), generator=torch.Generator().manual_seed(0)) + 1)
+    found = trained("linear", federation(data.rows.x, y, (60, 50)), rounds=2, loss="poisson").inference
+    assert np.isnan(rows(found, "scaled")[:, 1:]).all() and "longer than a standard error" in found.text()
+
+
 def test_a_softmax_has_the_same_table_from_each_start():
     data = classification((60, 50, 40), (2,), 3, dtype=WIDE)
     torch.manual_seed(0)

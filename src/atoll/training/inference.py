@@ -68,15 +68,16 @@ def infer(part: Newton, state: State, task: Task, input: Input, columns: Sequenc
     outputs, d = task.layout.segment("params")[0].shape[0], len(theta)
     h, step, penalty = full(server["_hessian"], d), server["_step"], part.l2 * _weights(task.layout)
     cov, used = _spread(h, penalty)
-    cov, freedom, notes, exact = cov / n, math.inf, [], False
+    cov, freedom, notes, linear = cov / n, math.inf, [], task.loss is mse
+    exact = linear and state.model.theta.dtype == torch.float64
     if ignores_shift(task.loss):
         centre = _centring(task.layout, outputs)
         cov, theta = centre @ cov @ centre, centre @ theta  # no row depends on the mean over classes
     elif outputs > 1:
         cov = torch.full_like(cov, math.nan)
         notes.append("note    There are no standard errors for a model of several targets.")
-    elif task.loss is mse:
-        freedom, exact = max(0.0, n - used), state.model.theta.dtype == torch.float64
+    elif linear:
+        freedom = max(0.0, n - used)
         # The loss is that before the last step; it is a quadratic function, so its value after the step is known.
         squares = server["_loss"] + n * step @ (penalty * (theta + step / 2) - 0.5 * h @ step)
         cov = cov * 2 * squares.reshape(()) / freedom if freedom else torch.full_like(cov, math.nan)
@@ -86,7 +87,10 @@ def infer(part: Newton, state: State, task: Task, input: Input, columns: Sequenc
     se = cov.diagonal().clamp(min=0).sqrt()
     if part.l2:
         notes.append("note    With l2 > 0 the coefficients are biased towards 0: there are no p-values and intervals.")
-    if not exact and bool((step.abs() > _MOVED * se).any()):
+    if not linear and bool((step.abs() > se).any()):  # the point may be a step that the next round takes back
+        cov = torch.full_like(cov, math.nan)
+        notes.append("note    The last step was longer than a standard error: no errors are given, run more rounds.")
+    elif not exact and bool((step.abs() > _MOVED * se).any()):
         notes.append("note    The last step was longer than a thousandth of a standard error: run more rounds.")
     names = _row_names(task.layout, columns, input, outputs)
     kept = [("scaled", theta, cov)]
