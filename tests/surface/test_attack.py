@@ -7,7 +7,7 @@ import pytest
 
 from atoll.base.errors import UsageError
 from atoll.cli import main
-from atoll.tools.attack import _attacked, attack
+from atoll.tools.attack import _attacked, try_attacks
 from atoll.training.experiment import Experiment
 
 WINE = {"data": "wine", "model": "softmax", "clients": 5, "recipe": "fedavg(lr=0.1)", "rounds": 8, "evaluate_every": 8}
@@ -19,7 +19,7 @@ def wine(**more):
 
 def test_rows_table_and_chart(tmp_path):
     rules, attacks = ["Mean('equal')", "Median()"], ["SignFlip(30.0)", "ALIE()"]
-    found = attack(wine(), rules, attacks, [0.2], out=tmp_path)
+    found = try_attacks(wine(), rules, attacks, [0.2], out=tmp_path)
     keys = [(r.attack, r.rule, r.share) for r in found.rows]
     assert keys == [(a, r, s) for a in attacks for r in rules for s in (0.0, 0.2)]
     by = {(r.attack, r.rule, r.share): r for r in found.rows}
@@ -64,4 +64,4 @@ def test_refusals():
         ({"data": "diabetes", "model": "linear"}, {}, "classes"),
     ):
         with pytest.raises(UsageError, match=says):
-            attack(wine(**more), **words)
+            try_attacks(wine(**more), **words)

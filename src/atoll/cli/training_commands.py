@@ -114,7 +114,7 @@ def attack(
         write = Line(shell="atoll attack --shares 0,0.1,0.2,0.3")
         raise UsageError(f"--shares {shares}.", "numbers with commas between them.", write=write) from None
     it = flags.checked(experiment, trust)
-    found = tool.attack(it, rule or tool.RULES, attack or tool.ATTACKS, levels, seeds, Path(it.out))
+    found = tool.try_attacks(it, rule or tool.RULES, attack or tool.ATTACKS, levels, seeds, Path(it.out))
     if as_json:
         output.print_json({"rows": [asdict(row) for row in found.rows]})
     else:

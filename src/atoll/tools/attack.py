@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Attacks:
-    """The results of `attack`.
+    """The results of `try_attacks`.
 
     Args:
         rows: the results, by attack, rule and share.
@@ -73,7 +73,7 @@ class Attacks:
         return "\n".join(lines + ([f"plot: {self.plot}"] if self.plot else []))
 
 
-def attack(
+def try_attacks(
     experiment: Experiment,
     rules: Sequence[str] = RULES,
     attacks: Sequence[str] = ATTACKS,
@@ -100,7 +100,7 @@ def attack(
         RunError: a training failed for another reason than that it diverged.
     Example:
         >>> it = Experiment().override(data="wine", model="softmax", clients=5, rounds=2, recipe="fedavg(lr=0.1)")
-        >>> [row.share for row in attack(it, ["Median()"], ["ALIE()"], [0.2]).rows]
+        >>> [row.share for row in try_attacks(it, ["Median()"], ["ALIE()"], [0.2]).rows]
         [0.0, 0.2]
     """
     if seeds < 1:
